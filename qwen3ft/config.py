@@ -1,0 +1,215 @@
+"""What the user asks for: one frozen record, and how it is read from a file.
+
+Guarantees: a `TrainingConfig` that exists is valid; every problem of a bad one is reported at once.
+It does not say how a run is carried out: what follows from it (micro-batches, checkpointing,
+predicted memory) is derived in `qwen3ft.plan`, each value with its reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from qwen3ft.errors import ConfigError
+
+EMBEDDED_MODEL_NAME = "embedded"
+"""The model name that stands for the tiny Qwen3 shipped inside the package."""
+
+
+class TrainingConfig(BaseModel):
+    """Everything a run is asked to do. The first ten fields are the ones most users ever set."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model_name: str = Field(
+        "Qwen/Qwen3-4B-Thinking-2507",
+        min_length=1,
+        description="Hub name, local folder, or 'embedded' for the tiny model shipped with qwen3ft.",
+    )
+    output_dir: str = Field(
+        "./qwen3-finetuned", description="Folder that receives one sub-folder per saved adapter."
+    )
+    max_memory_gb: float = Field(
+        13.0,
+        gt=0,
+        le=1024,
+        description="Memory budget in GB (2**30 bytes): the card's, or resident memory on a CPU.",
+    )
+    batch_size: int = Field(
+        4, ge=1, le=4096, description="Sequences per micro-batch; lowered by the plan if need be."
+    )
+    gradient_accumulation_steps: int = Field(
+        16,
+        ge=1,
+        le=65536,
+        description="Micro-batches per optimizer step; batch_size x this is always kept.",
+    )
+    learning_rate: float = Field(5e-5, gt=0, le=1, description="Peak learning rate of AdamW.")
+    num_epochs: int = Field(
+        100, ge=1, le=10000, description="Upper bound; early stopping usually ends a run sooner."
+    )
+    max_sequence_length: int = Field(
+        256, ge=16, le=262144, description="Longest sequence in tokens; longer rows are left out."
+    )
+    lora_r: int = Field(6, ge=1, le=1024, description="Rank of the adapter matrices.")
+    lora_alpha: int = Field(12, ge=1, le=4096, description="LoRA scale; alpha / r multiplies BA.")
+
+    # --- model ---
+    model_revision: str | None = Field(
+        None, description="Hub commit (40 hex digits) or branch; the commit found is recorded."
+    )
+    quantization: tuple[Literal["nf4-double", "nf4", "fp4"], ...] = Field(
+        ("nf4-double", "nf4"),
+        min_length=1,
+        description="4-bit settings to try in order; any but the first marks the run degraded.",
+    )
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
+
+    # --- data ---
+    data_paths: tuple[str, ...] = Field(
+        (), description="Question-answer files or folders (jsonl, json, csv, parquet) to train on."
+    )
+    dev_paths: tuple[str, ...] = Field(
+        (), description="Rows for early stopping; if empty, held out from data_paths by hash."
+    )
+    test_paths: tuple[str, ...] = Field(
+        (), description="Rows for the final comparison; if empty, held out from data_paths by hash."
+    )
+    question_field: str | None = Field(None, description="Column of the question; found if unset.")
+    answer_field: str | None = Field(None, description="Column of the answer; found if unset.")
+    reasoning_separator: str | None = Field(
+        None,
+        description="Text in the answer that ends the reasoning ('####' in GSM8K); what stands "
+        "before it becomes the thinking part.",
+    )
+    max_rows: int | None = Field(None, ge=1, description="Use at most this many training rows.")
+    held_out_fraction: float = Field(
+        0.1, ge=0, lt=1, description="Share held out where dev_paths or test_paths is empty."
+    )
+    max_bad_fraction: float = Field(
+        0.2, ge=0, le=1, description="Stop before training if more of the rows than this are bad."
+    )
+    allow_sample_data: bool = Field(
+        False, description="Fall back to the bundled sample rows (marks the run degraded)."
+    )
+
+    # --- optimisation ---
+    lr_scheduler: Literal["constant_with_warmup", "cosine", "linear"] = Field(
+        "constant_with_warmup",
+        description="Decay over num_epochs; constant suits a bound that early stopping cuts short.",
+    )
+    warmup_fraction: float = Field(0.03, ge=0, lt=1, description="Warm-up share of all steps.")
+    weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW weight decay.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+    early_stopping_patience: int = Field(
+        3, ge=1, description="Evaluations without a lower held-out loss before training stops."
+    )
+    evaluate_every_steps: int | None = Field(
+        None, ge=1, description="Optimizer steps between evaluations and checkpoints; or derived."
+    )
+    max_steps: int | None = Field(
+        None, ge=1, description="Stop after this many optimizer steps, whatever num_epochs says."
+    )
+    keep_checkpoints: int = Field(2, ge=2, description="Newest checkpoints kept beside the best.")
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of order, initialisation, dropout.")
+    gradient_checkpointing: Literal["auto", "on", "off"] = Field(
+        "auto", description="Recompute activations to save memory; auto: only where the plan must."
+    )
+
+    # --- inference test ---
+    max_new_tokens: int = Field(
+        256, ge=1, le=32768, description="Longest answer generated in the inference test."
+    )
+    inference_rows: int = Field(
+        600, ge=1, description="Most held-out questions answered in the inference test."
+    )
+
+    # --- recovery ---
+    max_attempts: int = Field(5, ge=1, le=20, description="Training attempts before giving up.")
+    allow_degraded: bool = Field(
+        False, description="Let recovery shorten sequences or lower the rank (changes the result)."
+    )
+    stall_seconds: float = Field(
+        900.0, gt=0, description="A worker silent for this long is ended and started again."
+    )
+    fallback_output_dirs: tuple[str, ...] = Field(
+        (), description="Tried in order when output_dir cannot be written."
+    )
+
+    # --- where things go ---
+    runs_dir: str = Field("./runs", description="Folder with one sub-folder per run.")
+    cache_dir: str = Field(
+        "./.qwen3ft/cache", description="Quantised models and tokenised data, reused across runs."
+    )
+    registered_model: str | None = Field(
+        None, description="Name in MLflow's registry; by default derived from the model's name."
+    )
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Sequences per optimizer step; no recovery ever changes it."""
+        return self.batch_size * self.gradient_accumulation_steps
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether the run uses the tiny model shipped with the package."""
+        return self.model_name == EMBEDDED_MODEL_NAME
+
+
+def parse_config(values: Mapping[str, Any]) -> TrainingConfig:
+    """Validate `values`.
+
+    Raises:
+        ConfigError: listing every problem at once, each with the field and the value given.
+    """
+    try:
+        return TrainingConfig.model_validate(dict(values))
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(str(part) for part in issue['loc']) or 'config'}: {issue['msg']}"
+            + ("" if issue["type"] == "missing" else f" (given: {issue['input']!r})")
+            for issue in error.errors(include_url=False)
+        ]
+        raise ConfigError(
+            f"{len(problems)} invalid setting(s): " + "; ".join(problems),
+            why="The settings do not describe a run that could be started.",
+            next_command="qwen3ft plan --help",
+            problems=problems,
+        ) from None
+
+
+def load_config(
+    path: Path | None = None, overrides: Mapping[str, Any] | None = None
+) -> TrainingConfig:
+    """Read a YAML file of settings, then apply `overrides`; unset fields keep their defaults.
+
+    Relative paths inside the file are taken as they are: relative to the working folder.
+
+    Raises:
+        ConfigError: the file cannot be read, is no mapping, or a setting is invalid.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(
+                f"Cannot read the config file {path}: {error}",
+                why="It is missing, unreadable or no YAML.",
+                next_command=f"ls -l {path}",
+                path=str(path),
+            ) from error
+        if not isinstance(loaded, dict):
+            raise ConfigError(
+                f"{path} holds a {type(loaded).__name__}, not a mapping of settings.",
+                why="A config file is a YAML mapping such as 'learning_rate: 5.0e-5'.",
+                next_command="cat deployments/configs/embedded.yaml",
+                path=str(path),
+            )
+        values.update(loaded)
+    values.update(overrides or {})
+    return parse_config(values)

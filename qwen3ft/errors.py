@@ -1,0 +1,198 @@
+"""Everything that can go wrong, as one tree.
+
+    FinetuneError
+    * RequestError               the request cannot be met; nothing was spent on it
+      - ConfigError              a setting is invalid
+      - EnvironmentNotReadyError a package, tool, disk or device is missing
+      - ModelNotFoundError       no such model; close names are suggested
+      - ModelAccessError         the model is gated and this machine has no access
+      - ModelUnavailableError    no network and no cached copy
+      - InsufficientMemoryError  no plan fits the budget
+      - TokenizerError           the tokenizer cannot be used and cannot be mended
+      - DataLoadingError         no usable rows, or too many bad ones
+    * TransientError             the same call may succeed later
+      - DownloadError            the hub broke off or answered with a server error
+      - TrackingUnavailableError MLflow cannot be reached
+    * QuantizationError          the 4-bit settings cannot be used for this model here
+    * SaveError                  an artifact could not be written and read back
+    * AttemptError               one training attempt ended early; recovery decides what follows
+      - OutOfMemoryError         GPU or host memory ran out
+      - MemoryLeakError          memory keeps growing after warm-up
+      - TrainingFailureError
+        + DivergedError          non-finite loss or gradient, caught before the update
+        + StalledError           the worker stopped giving signs of life
+        + PreemptedError         the worker was asked to stop (SIGTERM, SIGINT)
+        + DeviceFaultError       the accelerator failed
+        + WorkerCrashedError     the worker ended without saying why
+        + CheckpointCorruptError no checkpoint could be verified
+
+Each error says what happened (with numbers), why, and the one next command; it carries its facts as
+a dict and survives JSON and pickle. What recovery does for each is `qwen3ft.adjust`; how foreign
+exceptions, exit codes and signals become members of this tree is `qwen3ft.failures`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class FinetuneError(Exception):
+    """Root of the tree.
+
+    Args:
+        what: What happened, with numbers.
+        why: The cause, as far as it is known.
+        next_command: The one command to run next.
+        facts: JSON-compatible details for programs.
+    """
+
+    def __init__(self, what: str, *, why: str = "", next_command: str = "", **facts: Any) -> None:
+        super().__init__(what)
+        self.what = what
+        self.why = why
+        self.next_command = next_command
+        self.facts = facts
+
+    def __str__(self) -> str:
+        parts = [self.what]
+        if self.why:
+            parts.append(f"Why: {self.why}")
+        if self.next_command:
+            parts.append(f"Next: {self.next_command}")
+        return "\n".join(parts)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The error as JSON-compatible values; `from_dict` restores it."""
+        return {
+            "kind": type(self).__name__,
+            "what": self.what,
+            "why": self.why,
+            "next_command": self.next_command,
+            "facts": self.facts,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> FinetuneError:
+        """Rebuild an error written by `to_dict`; an unknown kind becomes a plain FinetuneError."""
+        kinds = {kind.__name__: kind for kind in error_kinds()}
+        return _rebuild(kinds.get(values.get("kind", ""), FinetuneError), values)
+
+
+def _rebuild(kind: type[FinetuneError], values: dict[str, Any]) -> FinetuneError:
+    return kind(
+        values.get("what", ""),
+        why=values.get("why", ""),
+        next_command=values.get("next_command", ""),
+        **values.get("facts", {}),
+    )
+
+
+def error_kinds(root: type[FinetuneError] = FinetuneError) -> list[type[FinetuneError]]:
+    """Every class of the tree, root first."""
+    return [root, *(kind for child in root.__subclasses__() for kind in error_kinds(child))]
+
+
+class RequestError(FinetuneError):
+    """The request cannot be met as it stands; retrying the same thing is useless."""
+
+
+class ConfigError(RequestError):
+    """A setting is invalid."""
+
+
+class EnvironmentNotReadyError(RequestError):
+    """A package, tool, device, or disk space that the run needs is missing."""
+
+
+class ModelNotFoundError(RequestError):
+    """No model of that name exists."""
+
+
+class ModelAccessError(RequestError):
+    """The model exists but is gated, and no token with access was given."""
+
+
+class ModelUnavailableError(RequestError):
+    """The hub cannot be reached and no complete copy is cached."""
+
+
+class InsufficientMemoryError(RequestError):
+    """No plan fits the memory budget, or every one tried ran out of memory."""
+
+
+class TokenizerError(RequestError):
+    """The tokenizer is unusable and cannot be configured automatically."""
+
+
+class DataLoadingError(RequestError):
+    """There are no usable rows, or more bad ones than the config allows."""
+
+
+class TransientError(FinetuneError):
+    """A network or service hiccup; the task that called retries with back-off."""
+
+
+class DownloadError(TransientError):
+    """A download broke off or the hub answered with a server error."""
+
+
+class TrackingUnavailableError(TransientError):
+    """MLflow cannot be reached; the local journal keeps everything until it can."""
+
+
+class QuantizationError(FinetuneError):
+    """A 4-bit setting cannot be used for this model on this machine."""
+
+
+class SaveError(FinetuneError):
+    """An artifact could not be written and read back at any of the paths allowed."""
+
+
+class AttemptError(FinetuneError):
+    """One training attempt ended early."""
+
+
+class OutOfMemoryError(AttemptError):
+    """GPU or host memory ran out. facts['phase'] says where, facts['domain'] is gpu or host."""
+
+
+class MemoryLeakError(AttemptError):
+    """Memory kept growing after warm-up."""
+
+
+class TrainingFailureError(AttemptError):
+    """Training failed for a reason other than memory."""
+
+
+class DivergedError(TrainingFailureError):
+    """The loss or a gradient was not finite; caught before the weights were touched."""
+
+
+class StalledError(TrainingFailureError):
+    """The worker gave no sign of life for longer than the limit."""
+
+
+class PreemptedError(TrainingFailureError):
+    """The worker was asked to stop and did, after saving a checkpoint where it could."""
+
+
+class DeviceFaultError(TrainingFailureError):
+    """The accelerator or its driver failed."""
+
+
+class WorkerCrashedError(TrainingFailureError):
+    """The worker ended without leaving a reason."""
+
+
+class CheckpointCorruptError(TrainingFailureError):
+    """No checkpoint could be verified."""
+
+
+def explain(error: BaseException) -> str:
+    """One line per part for a person; for foreign exceptions the type and message."""
+    if isinstance(error, FinetuneError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"

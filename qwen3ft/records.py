@@ -1,0 +1,387 @@
+"""What passes between stages and between processes: small frozen records that are JSON.
+
+They hold paths, hashes and numbers, never a live model, tokenizer or dataset. Sizes are in bytes or,
+where the name ends in `_gb`, in units of 2**30 bytes; times are UTC.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+GIB = 2**30
+"""Bytes in one GB as this project counts it."""
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear layers of a Qwen3 block; all seven get an adapter."""
+
+
+class Record(BaseModel):
+    """Base of all records: frozen, and strict about unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+# --- memory and metrics ---
+
+
+class MemoryStatus(Record):
+    """Memory of the device that trains: the GPU's, or this process's resident memory on a CPU."""
+
+    allocated_gb: float = Field(description="In use by tensors (CPU: resident set).")
+    cached_gb: float = Field(description="Held by the allocator (CPU: same as allocated).")
+    total_gb: float = Field(description="The budget, or the device's total if that is smaller.")
+    available_gb: float = Field(description="What is left of total_gb and free on the device.")
+    is_safe: bool = Field(description="Whether use is below 90 % of total_gb.")
+
+
+class TrainingMetrics(Record):
+    """One line of metrics.jsonl: what one optimizer step (or one evaluation) measured."""
+
+    epoch: float
+    step: int = Field(description="Optimizer steps done since the start of the run.")
+    loss: float | None = Field(None, description="Mean negative log-likelihood per trained token.")
+    learning_rate: float
+    memory_usage: MemoryStatus
+    timestamp: datetime = Field(default_factory=lambda: datetime.now(UTC))
+    grad_norm: float | None = None
+    tokens_per_second: float | None = Field(None, description="Real tokens; padding not counted.")
+    held_out_loss: float | None = Field(None, description="Set on evaluation lines only.")
+
+
+# --- one record per stage ---
+
+
+class GpuInfo(Record):
+    """One CUDA device as NVML reports it."""
+
+    index: int
+    name: str
+    uuid: str
+    total_bytes: int
+    free_bytes: int
+    driver_version: str
+    compute_capability: str | None = None
+
+
+class EnvironmentReport(Record):
+    """What this machine is and has free; free amounts are those of the moment."""
+
+    python_version: str
+    python_executable: str
+    platform: str
+    versions: dict[str, str]
+    cpu_count: int
+    host_total_bytes: int
+    host_free_bytes: int
+    disk_free_bytes: int
+    gpus: tuple[GpuInfo, ...] = ()
+
+    @property
+    def device(self) -> Literal["cuda", "cpu"]:
+        """Where workers train."""
+        return "cuda" if self.gpus else "cpu"
+
+
+class ModelShape(Record):
+    """The numbers of a Qwen3 config.json that sizes are computed from."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+
+    def projection_sizes(self) -> dict[str, tuple[int, int]]:
+        """(output, input) features of each of the seven projections of one layer."""
+        query = self.num_attention_heads * self.head_dim
+        key_value = self.num_key_value_heads * self.head_dim
+        return {
+            "q_proj": (query, self.hidden_size),
+            "k_proj": (key_value, self.hidden_size),
+            "v_proj": (key_value, self.hidden_size),
+            "o_proj": (self.hidden_size, query),
+            "gate_proj": (self.intermediate_size, self.hidden_size),
+            "up_proj": (self.intermediate_size, self.hidden_size),
+            "down_proj": (self.hidden_size, self.intermediate_size),
+        }
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights of all projections of all layers (those that are quantised)."""
+        per_layer = sum(out * inp for out, inp in self.projection_sizes().values())
+        return per_layer * self.num_hidden_layers
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Weights of the embedding and, if it is separate, the output head."""
+        return self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+
+    @property
+    def total_parameters(self) -> int:
+        """All weights, norms included."""
+        per_layer = 2 * self.hidden_size + 2 * self.head_dim
+        norms = per_layer * self.num_hidden_layers + self.hidden_size
+        return self.linear_parameters + self.embedding_parameters + norms
+
+
+class ModelSource(Record):
+    """Where a model comes from, pinned: what makes two requests for it the same."""
+
+    model_name: str
+    revision: str = Field(description="Hub commit, or sha256 over a local folder's files.")
+    local_path: str | None = Field(None, description="The folder, for a local model.")
+
+
+class ModelSnapshot(Record):
+    """A model quantised once and kept on disk; the manifest in its folder lists every file."""
+
+    source: ModelSource
+    path: str = Field(description="Folder with the 4-bit safetensors, config and tokenizer.")
+    manifest_sha256: str
+    quantization: str = Field(description="Which of config.quantization was used.")
+    compute_dtype: Literal["bfloat16", "float16", "float32"]
+    shape: ModelShape
+    size_bytes: int
+    chat_template_sha256: str
+    degraded: tuple[str, ...] = ()
+
+
+class AdapterSpec(Record):
+    """The adapter to train, counted from the model's shape."""
+
+    r: int
+    alpha: int
+    dropout: float
+    target_modules: tuple[str, ...]
+    trainable_parameters: int
+    total_parameters: int
+
+
+class DataSource(Record):
+    """One input file as it was read."""
+
+    path: str
+    sha256: str
+    rows: int
+    role: Literal["train", "dev", "test"]
+
+
+class LengthSummary(Record):
+    """Token lengths of the rows of one split."""
+
+    rows: int
+    tokens: int
+    trained_tokens: int
+    longest_tokens: int
+    median_tokens: int
+    p95_tokens: int
+
+
+class DatasetManifest(Record):
+    """Tokenised rows on disk and where every row that was read went.
+
+    `rows_read == trained + dev + test + quarantined + too_long + duplicates + not_used`, always.
+    """
+
+    path: str = Field(description="Folder with train/, dev/ (tokenised) and test.jsonl.")
+    digest: str = Field(description="sha256 over the rows used, the template and the settings.")
+    sources: tuple[DataSource, ...]
+    rows_read: int
+    train: LengthSummary
+    dev: LengthSummary
+    test_rows: int
+    quarantined: int
+    too_long: int
+    duplicates: int
+    not_used: int = Field(0, description="Left out by max_rows.")
+    reasons: dict[str, int] = Field(default_factory=dict, description="Quarantine reason: rows.")
+    quarantine_path: str | None = None
+    question_field: str = "question"
+    answer_field: str = "answer"
+    degraded: tuple[str, ...] = ()
+
+
+class MemoryPart(Record):
+    """One term of the predicted peak."""
+
+    name: str
+    bytes: int
+    formula: str
+
+
+class TrainPlan(Record):
+    """One training attempt, fully resolved. Everything the worker needs, and why it is so."""
+
+    attempt: int = Field(ge=1)
+    run_id: str
+    run_dir: str
+    model: ModelSnapshot
+    adapter: AdapterSpec
+    dataset: DatasetManifest
+    device: Literal["cuda", "cpu"]
+    max_memory_gb: float
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    eval_batch_size: int
+    max_sequence_length: int
+    gradient_checkpointing: bool
+    loss_chunk_tokens: int = Field(description="Trained tokens whose logits exist at one time.")
+    offload_activations: bool = False
+    learning_rate: float
+    lr_scheduler: str
+    warmup_steps: int
+    total_steps: int = Field(description="Steps of the whole schedule (the upper bound).")
+    num_epochs: int
+    weight_decay: float
+    max_grad_norm: float
+    evaluate_every_steps: int
+    early_stopping_patience: int
+    keep_checkpoints: int
+    seed: int
+    stall_seconds: float
+    predicted: tuple[MemoryPart, ...]
+    reasons: dict[str, str] = Field(description="Derived value: why it is what it is.")
+    resume_from: str | None = Field(None, description="Verified checkpoint to continue from.")
+    degraded: tuple[str, ...] = ()
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Sequences per optimizer step."""
+        return self.micro_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def predicted_peak_bytes(self) -> int:
+        """Sum of the predicted parts."""
+        return sum(part.bytes for part in self.predicted)
+
+
+class Failure(Record):
+    """Why an attempt ended: an error of `qwen3ft.errors` as a value."""
+
+    kind: str
+    what: str
+    why: str = ""
+    next_command: str = ""
+    facts: dict[str, Any] = Field(default_factory=dict)
+    log_tail: str = ""
+
+
+class AttemptSummary(Record):
+    """One row of the table of attempts."""
+
+    attempt: int
+    outcome: str = Field(description="'completed' or the failure's kind.")
+    detail: str
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    gradient_checkpointing: bool
+    learning_rate: float
+    resumed_from_step: int | None
+    seconds: float
+
+
+class AttemptOutcome(Record):
+    """A completed attempt: which checkpoint is best, and what was measured."""
+
+    attempt: int
+    attempt_dir: str
+    best_checkpoint: str
+    best_step: int
+    best_held_out_loss: float
+    first_held_out_loss: float
+    last_step: int
+    epochs: float
+    final_loss: float | None
+    stopped_early: bool
+    peak_memory_gb: float = Field(description="Highest of any attempt process, as NVML or RSS.")
+    peak_allocated_gb: float
+    peak_reserved_gb: float
+    tokens_per_second: float
+    seconds: float
+
+
+class SavedAdapter(Record):
+    """An adapter on disk, read back and verified."""
+
+    path: str
+    sha256: str = Field(description="Of adapter_model.safetensors.")
+    size_bytes: int
+    model_name: str
+    degraded: tuple[str, ...] = ()
+    mlflow_run_id: str | None = None
+    registered_model: str | None = None
+    version: str | None = Field(None, description="Registry version; None while tracking is down.")
+
+
+class SplitScore(Record):
+    """Scores of one model on one group of held-out questions."""
+
+    rows: int
+    exact_match: float = Field(description="Share of answers equal to the reference, 0 to 1.")
+
+
+class ModelScore(Record):
+    """Scores of one model (base, champion or candidate) on all held-out questions."""
+
+    label: Literal["base", "champion", "candidate"]
+    rows: int
+    exact_match: float
+    answer_loss: float = Field(description="Mean negative log-likelihood per answer token.")
+    stopped_share: float = Field(description="Share of answers that ended with the end token.")
+    empty_share: float
+    looping_share: float
+    by_split: dict[str, SplitScore] = Field(default_factory=dict)
+
+
+class SideBySide(Record):
+    """One question with every model's answer."""
+
+    question: str
+    reference: str
+    base: str
+    candidate: str
+    champion: str | None = None
+    split: str = "test"
+
+
+class InferenceReport(Record):
+    """What the saved adapter answers, beside the base model and the champion."""
+
+    adapter_path: str
+    questions_sha256: str
+    scores: tuple[ModelScore, ...]
+    samples: tuple[SideBySide, ...]
+    answers_path: str = Field(description="jsonl with every question and answer.")
+    checks: dict[str, bool] = Field(description="Name of a quality check: passed.")
+    champion_version: str | None = None
+    seconds: float = 0.0
+
+    def score(self, label: str) -> ModelScore | None:
+        """The scores of `label`, if it was evaluated."""
+        return next((score for score in self.scores if score.label == label), None)
+
+
+class Verdict(Record):
+    """Whether the new adapter replaces the one in use, with the numbers."""
+
+    decision: Literal["promoted", "kept", "deferred"]
+    reasons: tuple[str, ...]
+    registered_model: str | None = None
+    version: str | None = None
+
+
+class Champion(Record):
+    """The registered adapter in use, as MLflow's registry knows it."""
+
+    registered_model: str
+    version: str
+    source_uri: str
+    tags: dict[str, str] = Field(default_factory=dict)
+    adapter_path: str | None = Field(None, description="Verified local copy, once fetched.")

@@ -1,0 +1,172 @@
+"""Files that others rely on: written so that a reader sees the old or the new one, never half.
+
+A write goes to a temporary name in the same folder, is fsynced, renamed, and its folder fsynced, so
+that it survives a kill at any point and a power cut after it returned. A folder counts as complete
+only when its manifest, written last, lists every file with its size and sha256 and all of it holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+MANIFEST_NAME = "manifest.json"
+
+
+def fsync_dir(path: Path) -> None:
+    """Make renames inside `path` durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_file(path: Path) -> None:
+    """Make the content of a file written by a library durable."""
+    with path.open("rb+") as stream:
+        os.fsync(stream.fileno())
+
+
+def write_bytes_atomic(path: Path, content: bytes) -> None:
+    """Replace `path` by `content`, durably; the parent folder must exist."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    fsync_dir(path.parent)
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    """Replace `path` by `value` as indented UTF-8 JSON, durably."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    write_bytes_atomic(path, text.encode() + b"\n")
+
+
+def append_json_line(path: Path, value: Any) -> None:
+    """Append one JSON line; a reader ignores a last line without its newline."""
+    line = json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    with path.open("ab") as stream:
+        stream.write(line)
+
+
+def read_json_lines(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """The complete JSON lines from byte `offset` on, and the offset after the last of them."""
+    if not path.exists():
+        return [], offset
+    with path.open("rb") as stream:
+        stream.seek(offset)
+        content = stream.read()
+    complete = content[: content.rfind(b"\n") + 1]
+    return [json.loads(line) for line in complete.splitlines() if line], offset + len(complete)
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hex sha256 of a JSON-compatible value, independent of the order of keys."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Every regular file below `folder` but the manifest, sorted; links are not followed."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not path.is_symlink() and path.name != MANIFEST_NAME:
+            yield path
+
+
+def write_manifest(folder: Path, facts: dict[str, Any] | None = None) -> str:
+    """Fsync every file of `folder`, then write the manifest that makes it complete.
+
+    Returns:
+        The sha256 of the manifest.
+    """
+    files = {}
+    for path in files_below(folder):
+        fsync_file(path)
+        files[path.relative_to(folder).as_posix()] = {
+            "size_bytes": path.stat().st_size,
+            "sha256": sha256_file(path),
+        }
+    for directory in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        fsync_dir(directory)
+    write_json_atomic(folder / MANIFEST_NAME, {"files": files, "facts": facts or {}})
+    return sha256_file(folder / MANIFEST_NAME)
+
+
+def read_manifest_facts(folder: Path) -> dict[str, Any]:
+    """The facts stored in a folder's manifest; empty where there is none."""
+    path = folder / MANIFEST_NAME
+    if not path.exists():
+        return {}
+    facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")).get("facts", {})
+    return facts
+
+
+def find_damage(folder: Path) -> str | None:
+    """Why `folder` does not hold what its manifest says, or None if it does."""
+    manifest_path = folder / MANIFEST_NAME
+    if not manifest_path.is_file():
+        return f"{manifest_path} is missing"
+    try:
+        files = json.loads(manifest_path.read_text(encoding="utf-8"))["files"]
+        expected = {name: (entry["size_bytes"], entry["sha256"]) for name, entry in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        return f"{manifest_path} is unreadable ({type(error).__name__})"
+    for name, (size_bytes, digest) in expected.items():
+        path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            return f"{name} leads out of {folder}"
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != size_bytes:
+            return f"{path} has {path.stat().st_size} bytes instead of {size_bytes}"
+        if sha256_file(path) != digest:
+            return f"{path} does not match its sha256"
+    return None
+
+
+def build_folder(
+    target: Path, fill: Callable[[Path], None], facts: dict[str, Any] | None = None
+) -> str:
+    """Create the complete folder `target` with what `fill` writes; all or nothing.
+
+    An older `target` stays in place until the new one is complete.
+
+    Returns:
+        The sha256 of the new manifest.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        fill(staging)
+        digest = write_manifest(staging, facts)
+        if target.exists():
+            retired = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
+            os.rename(target, retired / "folder")
+            os.rename(staging, target)
+            shutil.rmtree(retired, ignore_errors=True)
+        else:
+            os.rename(staging, target)
+        fsync_dir(target.parent)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return digest
