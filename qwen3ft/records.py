@@ -146,7 +146,7 @@ class ModelSnapshot(Record):
     path: str = Field(description="Folder with the 4-bit safetensors, config and tokenizer.")
     manifest_sha256: str
     quantization: str = Field(description="Which of config.quantization was used.")
-    compute_dtype: Literal["bfloat16", "float16", "float32"]
+    compute_dtype: Literal["bfloat16", "float32"]
     shape: ModelShape
     size_bytes: int
     chat_template_sha256: str
@@ -220,8 +220,8 @@ class TrainPlan(Record):
     """One training attempt, fully resolved. Everything the worker needs, and why it is so."""
 
     attempt: int = Field(ge=1)
-    run_id: str
-    run_dir: str
+    run_id: str = Field("", description="Empty until the plan is given to a run: see `for_run`.")
+    run_dir: str = ""
     model: ModelSnapshot
     adapter: AdapterSpec
     dataset: DatasetManifest
@@ -260,6 +260,15 @@ class TrainPlan(Record):
     def predicted_peak_bytes(self) -> int:
         """Sum of the predicted parts."""
         return sum(part.bytes for part in self.predicted)
+
+    def for_run(
+        self, run_id: str, run_dir: str, *, attempt: int, resume_from: str | None
+    ) -> TrainPlan:
+        """The same plan as attempt `attempt` of a run, continuing from a checkpoint if given."""
+        place = {"run_id": run_id, "run_dir": run_dir}
+        return self.model_copy(
+            update={**place, "attempt": attempt, "resume_from": resume_from}
+        )
 
 
 class Failure(Record):
@@ -385,3 +394,26 @@ class Champion(Record):
     source_uri: str
     tags: dict[str, str] = Field(default_factory=dict)
     adapter_path: str | None = Field(None, description="Verified local copy, once fetched.")
+
+
+class RunCard(Record):
+    """What a run achieved, on one screen; kept as card.json and card.md in the run's folder."""
+
+    title: str
+    trained_on: str
+    base_score: float = Field(description="Exact match of the base model, 0 to 1.")
+    tuned_score: float = Field(description="Exact match with the new adapter, 0 to 1.")
+    scores_by_split: dict[str, tuple[float, float, int]] = Field(
+        default_factory=dict, description="Split: base, tuned, questions."
+    )
+    held_out_loss_before: float
+    held_out_loss_after: float
+    peak_memory_gb: float
+    budget_gb: float
+    seconds_by_stage: dict[str, float]
+    attempts: tuple[AttemptSummary, ...]
+    verdict: str
+    adapter_path: str
+    prefect_url: str | None = None
+    mlflow_url: str | None = None
+    notes: tuple[str, ...] = Field((), description="What a reader should know before believing.")

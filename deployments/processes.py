@@ -1,0 +1,145 @@
+"""Processes that outlive the command that started them, and how they are found and ended again.
+
+A process belongs to the stack of a project folder if its environment says so (`MARK`): children
+inherit it, so that a flow run, its GPU workers, and what a killed server left behind are all found,
+whatever became of their parents. A recorded pid is trusted only with the start time stored beside
+it, because pids are used again.
+"""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+from qwen3ft.records import Record
+
+MARK = "QWEN3FT_STACK"
+SERVICE_MARK = "QWEN3FT_SERVICE"
+TERM_SECONDS = 10.0
+START_TIME_TOLERANCE_SECONDS = 2.0
+"""Linux derives start times from the boot time, which moves a little when the clock is set."""
+
+
+class ProcessMark(Record):
+    """A process, told from a later one with the same pid."""
+
+    pid: int
+    create_time: float
+
+    def find(self) -> psutil.Process | None:
+        """The process, if it is alive and no zombie."""
+        try:
+            process = psutil.Process(self.pid)
+            same = abs(process.create_time() - self.create_time) < START_TIME_TOLERANCE_SECONDS
+            return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+        except psutil.NoSuchProcess:
+            return None
+
+
+def start_detached(
+    command: Sequence[str], *, environment: Mapping[str, str], folder: Path, log: Path
+) -> ProcessMark:
+    """Start `command` in a session of its own, its output appended to the file `log`."""
+    with log.open("ab") as stream:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    return ProcessMark(pid=process.pid, create_time=psutil.Process(process.pid).create_time())
+
+
+def find_marked(root: Path, service: str | None = None) -> list[psutil.Process]:
+    """Every living process of the stack of `root`, or of one service of it."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            environment = process.environ()
+            zombie = process.status() == psutil.STATUS_ZOMBIE
+        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess, OSError):
+            continue
+        mine = environment.get(MARK) == str(root)
+        if mine and not zombie and service in (None, environment.get(SERVICE_MARK)):
+            found.append(process)
+    return found
+
+
+def listens(process: psutil.Process, port: int) -> bool:
+    """Whether `process` or a child of it accepts connections on `port`."""
+    for member in [process, *process.children(recursive=True)]:
+        try:
+            connections = member.net_connections(kind="tcp")
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+        if any(
+            connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
+            for connection in connections
+        ):
+            return True
+    return False
+
+
+def stop(processes: Iterable[psutil.Process], seconds: float = TERM_SECONDS) -> int:
+    """End processes and all their descendants: SIGTERM, `seconds` to comply, SIGKILL.
+
+    Returns:
+        How many there were.
+    """
+    targets = {member.pid: member for process in processes for member in _family(process)}
+    for process in targets.values():
+        _send(process, kill=False)
+    _, alive = psutil.wait_procs(targets.values(), timeout=seconds)
+    for process in alive:
+        for member in _family(process):
+            _send(member, kill=True)
+    psutil.wait_procs(alive, timeout=seconds)
+    return len(targets)
+
+
+def _family(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _send(process: psutil.Process, *, kill: bool) -> None:
+    try:
+        process.kill() if kill else process.terminate()
+    except psutil.NoSuchProcess:
+        return
+
+
+def free_port(preferred: int, taken: Iterable[int] = ()) -> int:
+    """The first port from `preferred` on that nothing on this machine answers on or holds."""
+    excluded = set(taken)
+    return next(
+        port
+        for port in range(preferred, 65536)
+        if port not in excluded and not _answers(port) and _can_bind(port)
+    )
+
+
+def _answers(port: int) -> bool:
+    # a listener on all addresses does not keep every system from binding the loopback one
+    with socket.socket() as client:
+        client.settimeout(0.5)
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _can_bind(port: int) -> bool:
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            server.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True

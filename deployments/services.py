@@ -1,0 +1,151 @@
+"""What the three local services are: their commands, environments, addresses and signs of health.
+
+Functions of the project folder and two ports; nothing is started here. Everything listens on
+127.0.0.1, sends no telemetry, and keeps its data inside the project folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+Service = Literal["prefect", "mlflow", "worker"]
+
+SERVICES: tuple[Service, ...] = ("prefect", "mlflow", "worker")
+SERVERS: tuple[Service, ...] = ("prefect", "mlflow")
+POOL = "qwen3ft"
+WORKER = "qwen3ft-local"
+HTTP_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the stack of one project folder keeps its things and listens."""
+
+    root: Path
+    prefect_port: int
+    mlflow_port: int
+
+    @property
+    def prefect_home(self) -> Path:
+        """Prefect's database and cached results; shared by server, worker and local runs."""
+        return self.root / ".qwen3ft" / "prefect"
+
+    @property
+    def mlflow_store(self) -> str:
+        """MLflow's database as SQLAlchemy names it."""
+        return f"sqlite:///{self.root / 'mlruns' / 'mlflow.db'}"
+
+    @property
+    def artifacts(self) -> Path:
+        """Where the MLflow server keeps artifacts; clients only ever see `mlflow-artifacts:/`."""
+        return self.root / "mlruns" / "artifacts"
+
+    def port(self, server: Service) -> int:
+        """The port of a server."""
+        return self.prefect_port if server == "prefect" else self.mlflow_port
+
+    def url(self, server: Service) -> str:
+        """The address of a server's pages."""
+        return f"http://127.0.0.1:{self.port(server)}"
+
+    def log(self, service: Service) -> Path:
+        """The file with everything that `service` printed."""
+        return self.root / ".qwen3ft" / "logs" / f"{service}.log"
+
+
+def command(service: Service, layout: Layout, python: str) -> list[str]:
+    """The argument list that starts `service` with the interpreter `python`."""
+    if service == "worker":
+        worker = f"worker start --pool {POOL} --type process --limit 1 --name {WORKER}"
+        return [python, "-m", "prefect", *worker.split()]
+    port = layout.port(service)
+    if service == "prefect":
+        return [python, "-m", "prefect", *f"server start --host 127.0.0.1 --port {port}".split()]
+    return [
+        *(python, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)),
+        *("--workers", "1", "--serve-artifacts"),
+        *("--backend-store-uri", layout.mlflow_store),
+        *("--artifacts-destination", str(layout.artifacts)),
+        # an exact list: a web page whose name resolves to 127.0.0.1 must not reach the server
+        *("--allowed-hosts", f"127.0.0.1:{port},localhost:{port}"),
+    ]
+
+
+def environment(layout: Layout, inherited: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment of every process of the stack and of clients that talk to it.
+
+    Inherited settings of Prefect and MLflow are dropped: the stack must not depend on what a shell
+    happened to export, least of all on the address of another server.
+    """
+    kept = {
+        name: value
+        for name, value in inherited.items()
+        if not name.startswith(("PREFECT_", "MLFLOW_"))
+    }
+    no_proxy = [entry for entry in inherited.get("NO_PROXY", "").split(",") if entry]
+    return kept | {
+        "PREFECT_HOME": str(layout.prefect_home),
+        "PREFECT_API_URL": f"{layout.url('prefect')}/api",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+        "PREFECT_LOGGING_EXTRA_LOGGERS": "qwen3ft",
+        "PREFECT_RESULTS_LOCAL_STORAGE_PATH": str(layout.prefect_home / "storage"),
+        "DO_NOT_TRACK": "true",  # MLflow knows only this spelling, Prefect also "1"
+        "MLFLOW_TRACKING_URI": layout.url("mlflow"),
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        # the job runners cost 14 processes and 1.2 GB, and nothing here uses them
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "NO_PROXY": ",".join([*no_proxy, "127.0.0.1", "localhost"]),
+    }
+
+
+def is_healthy(service: Service, layout: Layout, started: float) -> bool:
+    """Whether `service`, started at `started` (seconds since the epoch), does its work."""
+    if service == "prefect":
+        return get_json(f"{layout.url('prefect')}/api/health") is True
+    if service == "mlflow":
+        return get_text(f"{layout.url('mlflow')}/health") == "OK"
+    return any(
+        worker["name"] == WORKER
+        and worker["status"] == "ONLINE"
+        # the row of a worker that ran before stays in the database
+        and datetime.fromisoformat(worker["last_heartbeat_time"]).timestamp() >= started
+        for worker in get_json(
+            f"{layout.url('prefect')}/api/work_pools/{POOL}/workers/filter", body={}
+        )
+        or ()
+    )
+
+
+def get_text(url: str, body: Mapping[str, Any] | None = None) -> str | None:
+    """What a local server answers to GET, or to POST with a JSON `body`; None without a 2xx."""
+    request = urllib.request.Request(  # noqa: S310 - addresses are built here, all of them http
+        url,
+        data=None if body is None else json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    # no proxy, whatever the shell says: these addresses are this machine
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=HTTP_SECONDS) as response:
+            text: str = response.read().decode()
+    except (OSError, ValueError):  # HTTPError and URLError are OSErrors
+        return None
+    return text
+
+
+def get_json(url: str, body: Mapping[str, Any] | None = None) -> Any:
+    """`get_text`, parsed; None where there is no answer or it is no JSON."""
+    text = get_text(url, body)
+    try:
+        return None if text is None else json.loads(text)
+    except ValueError:
+        return None

@@ -1,0 +1,295 @@
+"""The local stack: a Prefect server, an MLflow server and one process worker, all on loopback.
+
+    .qwen3ft/stack.json      ports, and the pid and start time of each process
+    .qwen3ft/logs/*.log      what they print, appended
+    .qwen3ft/prefect/        Prefect's database and cached results
+    mlruns/                  MLflow's database and artifacts
+    prefect.toml             points a `prefect` typed by hand in this folder at the server
+
+Guarantees: `up` starts only what is down, and two at once are safe; `down` leaves no process, not
+even those of a flow run. It does not start with the machine and does not serve other machines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import psutil
+from pydantic import Field
+
+from deployments import services
+from deployments.processes import (
+    MARK,
+    SERVICE_MARK,
+    ProcessMark,
+    find_marked,
+    free_port,
+    listens,
+    start_detached,
+    stop,
+)
+from deployments.services import SERVERS, SERVICES, Layout, Service
+from qwen3ft.environment import EnvironmentManager
+from qwen3ft.errors import EnvironmentNotReadyError
+from qwen3ft.records import Record
+from qwen3ft.storage import write_json_atomic
+
+DEPLOYMENT = "qwen3-finetune/default"
+PREFERRED_PORTS = {"prefect": 4200, "mlflow": 5000}
+START_SECONDS = 180.0
+STOP_ORDER: tuple[Service, ...] = ("worker", "mlflow", "prefect")
+TOML_HEADER = "# Written by `qwen3ft up`, removed by `qwen3ft down`.\n"
+
+Say = Callable[[str], None]
+
+
+class StackState(Record):
+    """The content of stack.json; a port is 0 until it was chosen."""
+
+    prefect_port: int = 0
+    mlflow_port: int = 0
+    pids: dict[Service, ProcessMark] = Field(default_factory=dict)
+    started: float = Field(
+        default=0.0, description="When a process was last started, since the epoch."
+    )
+
+
+class ServiceStatus(Record):
+    """One process of the stack."""
+
+    name: Service
+    pid: int | None
+    healthy: bool
+    url: str | None
+    log: str
+
+
+class StackStatus(Record):
+    """What runs, where, and whether the deployment is registered."""
+
+    root: str
+    up: bool
+    prefect_url: str | None
+    mlflow_url: str | None
+    services: tuple[ServiceStatus, ...]
+    deployment: str = DEPLOYMENT
+    deployment_registered: bool = False
+    schedule_active: bool = False
+
+
+class Stack:
+    """The stack of one project folder.
+
+    Args:
+        root: The project folder; all state is kept below it.
+        preferred_ports: Where to begin looking for free ports, by server.
+    """
+
+    def __init__(
+        self, root: Path | None = None, preferred_ports: Mapping[str, int] = PREFERRED_PORTS
+    ) -> None:
+        self.root = (root or Path.cwd()).resolve()
+        self._folder = self.root / ".qwen3ft"
+        self._toml = self.root / "prefect.toml"
+        self._preferred_ports = preferred_ports
+
+    # --- the three verbs ---
+
+    def up(self, say: Say = lambda _: None) -> StackStatus:
+        """Start what is down and wait until all of it answers.
+
+        Args:
+            say: Receives one line for each thing done.
+
+        Raises:
+            EnvironmentNotReadyError: a process ended or did not answer in time.
+        """
+        for folder in (self._folder / "logs", self.root / "mlruns" / "artifacts"):
+            folder.mkdir(parents=True, exist_ok=True)
+        with self._locked():
+            before = self._read_state()
+            down = [name for name in SERVICES if self._find(name, before) is None]
+            self._start_servers([name for name in SERVERS if name in down], say)
+            self._wait("prefect")
+            self._start_worker(before)  # while MLflow, which it does not need yet, still starts
+            for name in SERVICES:
+                self._wait(name)
+            self._write_toml()
+        self._tell(down, say)
+        return self.status()
+
+    def down(self, say: Say = lambda _: None) -> tuple[Service, ...]:
+        """End every process of the stack, runs in progress included.
+
+        Returns:
+            The services that were stopped.
+        """
+        if not self._folder.exists():
+            return ()
+        with self._locked():
+            # the worker first: a run that is ended while the servers listen can report that it was
+            stopped = tuple(name for name in STOP_ORDER if self._stop(name))
+            strays = stop(find_marked(self.root))
+            self._write_state(self._read_state().model_copy(update={"pids": {}}))
+            if self._owns_toml():
+                self._toml.unlink(missing_ok=True)
+        for name in stopped:
+            say(f"{name} stopped")
+        if strays:
+            say(f"{strays} process(es) left over from runs stopped")
+        return stopped
+
+    def status(self) -> StackStatus:
+        """What is up at this moment; changes nothing."""
+        state = self._read_state()
+        reports = tuple(self._report(name, state) for name in SERVICES)
+        urls = {report.name: report.url for report in reports if report.healthy}
+        deployment = None
+        if "prefect" in urls:
+            name = DEPLOYMENT
+            deployment = services.get_json(f"{urls['prefect']}/api/deployments/name/{name}")
+        return StackStatus(
+            root=str(self.root),
+            up=all(report.healthy for report in reports),
+            prefect_url=urls.get("prefect"),
+            mlflow_url=urls.get("mlflow"),
+            services=reports,
+            deployment_registered=deployment is not None,
+            schedule_active=any(
+                schedule["active"] for schedule in (deployment or {}).get("schedules", ())
+            ),
+        )
+
+    def layout(self) -> Layout:
+        """Where things are; the ports are those last used."""
+        return self._layout(self._read_state())
+
+    # --- starting ---
+
+    def _start_servers(self, down: list[Service], say: Say) -> None:
+        for name in down:  # both at once: each needs seconds before it listens
+            stop(find_marked(self.root, name))  # a killed one's children hold port and database
+            self._write_state(self._choose_port(name, say))
+            self._start(name)
+
+    def _start_worker(self, before: StackState) -> None:
+        state = self._read_state()
+        if self._find("worker", state) is not None:
+            if all(_port(state, name) == _port(before, name) for name in SERVERS):
+                return
+            self._stop("worker")  # it still talks to the old addresses
+        self._start("worker")
+
+    def _tell(self, started: list[Service], say: Say) -> None:
+        labels = {name: self.layout().url(name) for name in SERVERS}
+        for name in started:
+            say(f"{name:8}{labels.get(name, f'waits for runs of pool {services.POOL}')}")
+
+    def _start(self, name: Service) -> None:
+        state, layout = self._read_state(), self.layout()
+        python = EnvironmentManager(self.root).get_python_executable()
+        marks = {MARK: str(self.root), SERVICE_MARK: name}
+        process = start_detached(
+            services.command(name, layout, python),
+            environment=services.environment(layout) | marks,
+            folder=self.root,
+            log=layout.log(name),
+        )
+        pids = {**state.pids, name: process}
+        # at once: an `up` that is killed right here must not lose the process
+        self._write_state(state.model_copy(update={"pids": pids, "started": time.time()}))
+
+    def _choose_port(self, name: Service, say: Say) -> StackState:
+        state = self._read_state()
+        others = [_port(state, other) for other in SERVERS if other != name]
+        wanted = _port(state, name) or self._preferred_ports[name]
+        port = free_port(wanted, taken=others)
+        if port != wanted:
+            say(f"Port {wanted} is taken; {name} uses {port}.")
+        return state.model_copy(update={f"{name}_port": port})
+
+    def _wait(self, name: Service) -> None:
+        state, end = self._read_state(), time.monotonic() + START_SECONDS
+        log = self._layout(state).log(name)
+        while not self._report(name, state).healthy:
+            ended = self._find(name, state) is None
+            if ended or time.monotonic() > end:
+                lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+                raise EnvironmentNotReadyError(
+                    f"{name} {'ended' if ended else f'gave no sign for {START_SECONDS:.0f} s'}.",
+                    why="\n".join(lines[-8:]),
+                    next_command=f"tail -n 50 {log}",
+                )
+            time.sleep(0.2)
+
+    # --- looking ---
+
+    def _find(self, name: Service, state: StackState) -> psutil.Process | None:
+        mark = state.pids.get(name)
+        return mark.find() if mark else None
+
+    def _report(self, name: Service, state: StackState) -> ServiceStatus:
+        layout, process = self._layout(state), self._find(name, state)
+        healthy = process is not None and services.is_healthy(
+            name, layout, state.pids[name].create_time
+        )
+        if healthy and process is not None and name in SERVERS:
+            # another project's server may answer on the port while ours failed to get it
+            healthy = listens(process, layout.port(name))
+        return ServiceStatus(
+            name=name,
+            pid=process.pid if process else None,
+            healthy=healthy,
+            url=layout.url(name) if name in SERVERS else None,
+            log=str(layout.log(name)),
+        )
+
+    # --- stopping and remembering ---
+
+    def _stop(self, name: Service) -> bool:
+        process = self._find(name, self._read_state())
+        members = find_marked(self.root, name) + ([process] if process else [])
+        return stop(members) > 0
+
+    def _layout(self, state: StackState) -> Layout:
+        return Layout(self.root, state.prefect_port, state.mlflow_port)
+
+    def _read_state(self) -> StackState:
+        try:
+            text = (self._folder / "stack.json").read_text(encoding="utf-8")
+            return StackState.model_validate(json.loads(text))
+        except (FileNotFoundError, ValueError):
+            return StackState()  # processes of a lost state are still found by their mark
+
+    def _write_state(self, state: StackState) -> None:
+        write_json_atomic(self._folder / "stack.json", state.model_dump(mode="json"))
+
+    def _owns_toml(self) -> bool:
+        return not self._toml.exists() or self._toml.read_text("utf-8").startswith(TOML_HEADER)
+
+    def _write_toml(self) -> None:
+        layout = self.layout()
+        if self._owns_toml():
+            self._toml.write_text(
+                f"{TOML_HEADER}"
+                f"home = {json.dumps(str(layout.prefect_home))}\n"
+                f"profiles_path = {json.dumps(str(layout.prefect_home / 'profiles.toml'))}\n"
+                f"\n[api]\nurl = {json.dumps(layout.url('prefect') + '/api')}\n",
+                encoding="utf-8",
+            )
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One `up` or `down` at a time; the lock falls with the process that holds it."""
+        with (self._folder / "stack.lock").open("w") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            yield
+
+
+def _port(state: StackState, server: Service) -> int:
+    return state.prefect_port if server == "prefect" else state.mlflow_port

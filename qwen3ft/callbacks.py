@@ -1,0 +1,227 @@
+"""What happens around the steps of an attempt: metrics, heartbeat, early stopping, stop requests."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from qwen3ft.errors import PreemptedError
+from qwen3ft.faults import Fault, strike
+from qwen3ft.logs import get_logger
+from qwen3ft.records import MemoryStatus, TrainingMetrics
+from qwen3ft.storage import append_json_line
+
+if TYPE_CHECKING:
+    from qwen3ft.attempt import JobDir
+    from qwen3ft.memory import MemoryOptimizer
+    from qwen3ft.trainer import QATrainer
+
+logger = get_logger("train")
+
+LOG_EVERY_SECONDS = 5.0
+
+
+class Heartbeat:
+    """Tells the launcher that this process makes progress, and at what."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.phase = "start"
+
+    def beat(self, phase: str, step: int = 0) -> None:
+        """Write {phase, step}; a new modification time is the sign of life."""
+        self.phase = phase
+        temporary = self.path.with_suffix(".new")
+        temporary.write_text(json.dumps({"phase": phase, "step": step}), encoding="utf-8")
+        os.replace(temporary, self.path)
+
+
+class StopRequest:
+    """Set by SIGTERM or SIGINT; training saves and stops at the end of the current step."""
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+
+    def error(self) -> PreemptedError:
+        """The error that says so."""
+        return PreemptedError(
+            f"The worker was asked to stop ({self.signal_name}).",
+            why="The run was cancelled or the machine is shutting down.",
+            next_command="prefect deployment run qwen3-finetune/default",
+            signal=self.signal_name,
+        )
+
+
+class ProgressCallback(TrainerCallback):  # type: ignore[misc]
+    """Writes metrics.jsonl, memory.jsonl and the heartbeat; one readable line every few seconds."""
+
+    def __init__(self, job: JobDir, heartbeat: Heartbeat, memory: MemoryOptimizer) -> None:
+        self.job = job
+        self.heartbeat = heartbeat
+        self.memory = memory
+        self.trainer: QATrainer | None = None
+        self.trained_seconds = 0.0
+        self.trained_tokens = 0
+        self._step_started = time.perf_counter()
+        self._tokens_per_second = 0.0
+        self._last_line = 0.0
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Give the sampler the epoch that is really next, also after a resume in its middle."""
+        assert self.trainer is not None
+        steps_per_epoch = -(-len(self.trainer.order) // self.trainer.plan.effective_batch_size)
+        self.trainer.order.epoch = state.global_step // steps_per_epoch
+        self._step_started = time.perf_counter()
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """A micro-batch is done."""
+        self.heartbeat.beat("train", state.global_step)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """An optimizer step is done; evaluate and save after the last one too."""
+        assert self.trainer is not None
+        self.heartbeat.beat("train", state.global_step)
+        seconds = time.perf_counter() - self._step_started
+        self.trained_seconds += seconds
+        self.trained_tokens += self.trainer.step_tokens
+        self._tokens_per_second = self.trainer.step_tokens / max(seconds, 1e-9)
+        self.memory.enforce_budget()
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = control.should_save = True
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """A held-out batch is done."""
+        self.heartbeat.beat("evaluate", state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Append what was measured; the summary at the end of training is not a step."""
+        if not logs or not ({"loss", "eval_loss"} & logs.keys()):
+            return
+        status = self.memory.status()
+        metrics = TrainingMetrics(
+            epoch=state.epoch or 0.0,
+            step=state.global_step,
+            loss=logs.get("loss"),
+            learning_rate=logs.get("learning_rate", 0.0),
+            memory_usage=status,
+            grad_norm=logs.get("grad_norm"),
+            tokens_per_second=self._tokens_per_second if "loss" in logs else None,
+            held_out_loss=logs.get("eval_loss"),
+        )
+        append_json_line(self.job.metrics, metrics.model_dump(mode="json"))
+        append_json_line(
+            self.job.memory,
+            {
+                **status.model_dump(),
+                "step": state.global_step,
+                "timestamp": datetime.now(UTC).isoformat(),
+            },
+        )
+        self._say(metrics, state, status)
+        self._step_started = time.perf_counter()
+
+    def _say(self, metrics: TrainingMetrics, state: TrainerState, status: MemoryStatus) -> None:
+        if metrics.held_out_loss is not None:
+            logger.info("step %d: held-out loss %.4f", metrics.step, metrics.held_out_loss)
+        elif time.monotonic() - self._last_line >= LOG_EVERY_SECONDS:
+            self._last_line = time.monotonic()
+            logger.info(
+                "step %d/%d  epoch %.2f  loss %.4f  %.0f tok/s  memory %.2f of %.1f GB",
+                metrics.step,
+                state.max_steps,
+                metrics.epoch,
+                metrics.loss,
+                self._tokens_per_second,
+                status.cached_gb,
+                status.total_gb,
+            )
+
+
+class EarlyStopping(TrainerCallback):  # type: ignore[misc]
+    """Stops after `patience` evaluations without a lower held-out loss.
+
+    The count follows from the log history, which checkpoints carry, so a resumed run stops where an
+    undisturbed one would.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+        self.stopped = False
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        **_: Any,
+    ) -> None:
+        """Decide; the trainer updates the best value only after this."""
+        if state.best_metric is None or metrics["eval_loss"] < state.best_metric:
+            return
+        since_best = sum(
+            1
+            for entry in state.log_history
+            if "eval_loss" in entry and entry["step"] > (state.best_global_step or 0)
+        )
+        if since_best >= self.patience:
+            self.stopped = control.should_training_stop = True
+
+
+class StopOnRequest(TrainerCallback):  # type: ignore[misc]
+    """Turns a stop request into a checkpoint and an orderly end."""
+
+    def __init__(self, request: StopRequest) -> None:
+        self.request = request
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Save, then stop."""
+        if self.request.signal_name is not None:
+            control.should_evaluate = False
+            control.should_save = control.should_training_stop = True
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Between checkpoints there is nothing to save in an evaluation: stop at once."""
+        if self.request.signal_name is not None:
+            raise self.request.error()
+
+
+class FaultCallback(TrainerCallback):  # type: ignore[misc]
+    """Lets planted faults strike; installed only where the environment asks for them."""
+
+    def __init__(self, faults: list[Fault]) -> None:
+        self.faults = faults
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Strike before the step that a fault names."""
+        for fault in self.faults:
+            if fault.step == state.global_step + 1:
+                logger.warning("planted fault %s strikes at step %d", fault.action, fault.step)
+                strike(fault, kwargs["model"])

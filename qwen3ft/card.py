@@ -1,0 +1,98 @@
+"""The result card: one run on one screen, as a record and as markdown. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from qwen3ft.config import EMBEDDED_MODEL_NAME, TrainingConfig
+from qwen3ft.records import (
+    AttemptOutcome,
+    AttemptSummary,
+    InferenceReport,
+    RunCard,
+    SavedAdapter,
+    TrainPlan,
+    Verdict,
+)
+
+EMBEDDED_NOTE = (
+    "The embedded model was pretrained for this demonstration on the same kinds of questions about "
+    "other products. Fine-tuning adds facts and one date format, not language understanding: see "
+    "the score of 'novel', wording that no training ever showed."
+)
+
+
+def build_card(
+    config: TrainingConfig,
+    plan: TrainPlan,
+    outcome: AttemptOutcome,
+    saved: SavedAdapter,
+    report: InferenceReport,
+    verdict: Verdict,
+    attempts: Sequence[AttemptSummary],
+    seconds_by_stage: Mapping[str, float],
+) -> RunCard:
+    """What the records of a run amount to."""
+    base, tuned = report.score("base"), report.score("candidate")
+    assert base is not None
+    assert tuned is not None
+    data = plan.dataset
+    notes = [EMBEDDED_NOTE] if config.model_name == EMBEDDED_MODEL_NAME else []
+    notes += [f"Degraded: {reason}." for reason in saved.degraded]
+    notes += [f"Check failed: {name}." for name, passed in report.checks.items() if not passed]
+    return RunCard(
+        title=f"{config.model_name}: {verdict.decision}",
+        trained_on=f"{data.train.rows:,} rows ({data.train.tokens:,} tokens), "
+        f"{data.dev.rows:,} held out for stopping, {data.test_rows:,} for the test",
+        base_score=base.exact_match,
+        tuned_score=tuned.exact_match,
+        scores_by_split={
+            split: (base.by_split[split].exact_match, score.exact_match, score.rows)
+            for split, score in tuned.by_split.items()
+            if split in base.by_split
+        },
+        held_out_loss_before=outcome.first_held_out_loss,
+        held_out_loss_after=outcome.best_held_out_loss,
+        peak_memory_gb=outcome.peak_memory_gb,
+        budget_gb=plan.max_memory_gb,
+        seconds_by_stage=dict(seconds_by_stage),
+        attempts=tuple(attempts),
+        verdict=f"{verdict.decision}: " + "; ".join(verdict.reasons),
+        adapter_path=saved.path,
+        notes=tuple(notes),
+    )
+
+
+def to_markdown(card: RunCard) -> str:
+    """The card for Prefect's artifact page and for card.md."""
+    lines = [
+        f"# {card.title}",
+        "",
+        f"**{card.verdict}**",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| trained on | {card.trained_on} |",
+        f"| exact match | {card.base_score:.1%} → **{card.tuned_score:.1%}** |",
+        f"| held-out loss | {card.held_out_loss_before:.3f} → {card.held_out_loss_after:.3f} |",
+        f"| peak memory | {card.peak_memory_gb:.2f} of {card.budget_gb:g} GB |",
+        f"| adapter | `{card.adapter_path}` |",
+    ]
+    if card.mlflow_url:
+        lines.append(f"| MLflow | [this run]({card.mlflow_url}) |")
+    lines += ["", "| questions | rows | base | tuned |", "|---|---|---|---|"]
+    lines += [
+        f"| {split} | {rows} | {base:.1%} | {tuned:.1%} |"
+        for split, (base, tuned, rows) in sorted(card.scores_by_split.items())
+    ]
+    lines += ["", "| attempt | outcome | batch | seconds |", "|---|---|---|---|"]
+    lines += [
+        f"| {a.attempt} | {a.outcome}: {a.detail} "
+        f"| {a.micro_batch_size} x {a.gradient_accumulation_steps} | {a.seconds:.1f} |"
+        for a in card.attempts
+    ]
+    lines += ["", "| stage | seconds |", "|---|---|"]
+    lines += [f"| {stage} | {seconds:.1f} |" for stage, seconds in card.seconds_by_stage.items()]
+    if card.notes:
+        lines += ["", *(f"> {note}\n" for note in card.notes)]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,195 @@
+"""Rebuild the embedded model and its data: `python -m qwen3ft.embedded.build [--out DIR]`.
+
+Guarantees: step counts are fixed and every random choice is seeded, so two builds with the same
+seed, thread count, machine and library versions give the same bytes.
+Does not cover other machines: floating-point sums may differ there, and with them the weights.
+The question-answer data never depend on the machine.
+"""
+
+import argparse
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers.trainers import BpeTrainer
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from qwen3ft.embedded.corpus import documents
+from qwen3ft.embedded.facts import SEED, write_splits
+
+THREADS = 2
+VOCABULARY_TOKENS = 1536
+TOKENIZER_DOCUMENTS = 20_000
+STEPS = 3000
+BATCH_SEQUENCES = 8
+SEQUENCE_TOKENS = 128
+PEAK_LEARNING_RATE = 3e-3
+WARMUP_STEPS = 100
+
+END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+THINKING_TAGS = ("<think>", "</think>")
+
+# The split of the Qwen family: contractions, words, single digits, punctuation, white space.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer on the corpus and give it the chat template."""
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.NFC()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=VOCABULARY_TOKENS - len(THINKING_TAGS),
+        special_tokens=[END_OF_TEXT, TURN_START, TURN_END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    # As in Qwen3, the tags are single tokens but not special: decoding keeps them.
+    bpe.add_tokens([AddedToken(tag, normalized=False) for tag in THINKING_TAGS])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token=TURN_END,
+        pad_token=END_OF_TEXT,
+        model_max_length=1024,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = (Path(__file__).parent / "chat_template.jinja").read_text("utf-8")
+    return tokenizer
+
+
+def plain_texts(seed: int) -> Iterator[str]:
+    """The words of the corpus, without the chat markers, to train the tokenizer on."""
+    for document in documents(TOKENIZER_DOCUMENTS, seed):
+        if isinstance(document, str):
+            yield document
+        else:
+            # The blank line ends the think block of every answer.
+            yield from (f"{message['role']}\n\n{message['content']}" for message in document)
+
+
+def token_stream(tokenizer: PreTrainedTokenizerFast, seed: int) -> torch.Tensor:
+    """The rendered corpus as training sequences, of the shape (steps, batch, tokens + 1)."""
+    needed = STEPS * BATCH_SEQUENCES * (SEQUENCE_TOKENS + 1)
+    tokens: list[int] = []
+    # No document has fewer than eight tokens, so this many are enough.
+    for document in documents(needed // 8, seed):
+        if len(tokens) >= needed:
+            break
+        text = document
+        if not isinstance(text, str):
+            text = tokenizer.apply_chat_template(document, tokenize=False)
+        tokens += tokenizer.encode(text + END_OF_TEXT)
+    return torch.tensor(tokens[:needed]).view(STEPS, BATCH_SEQUENCES, SEQUENCE_TOKENS + 1)
+
+
+def new_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    """A Qwen3 whose linear layers have dimensions that NF4 blocks of 64 divide."""
+    config = Qwen3Config(
+        vocab_size=VOCABULARY_TOKENS,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=1024,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = Qwen3ForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id],
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return model
+
+
+def learning_rate(step: int) -> float:
+    """Linear warm-up, then a cosine down to a tenth of the peak."""
+    if step < WARMUP_STEPS:
+        return PEAK_LEARNING_RATE * (step + 1) / WARMUP_STEPS
+    progress = (step - WARMUP_STEPS) / (STEPS - WARMUP_STEPS)
+    return PEAK_LEARNING_RATE * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+
+
+def pretrain(model: Qwen3ForCausalLM, sequences: torch.Tensor) -> None:
+    """Next-token prediction over the whole corpus, once."""
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05)
+    model.train()
+    started = time.perf_counter()
+    for step, batch in enumerate(sequences):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step)
+        logits = model(input_ids=batch[:, :-1], use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 250 == 0 or step == len(sequences) - 1:
+            seconds = time.perf_counter() - started
+            print(f"step {step:5d}  loss {loss.item():.4f}  {seconds:6.1f} s", flush=True)
+
+
+def make_deterministic(seed: int) -> None:
+    """Pin threads, kernels and random state: the bits of a sum depend on all three."""
+    torch.set_num_threads(THREADS)
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(seed)
+
+
+def build(directory: Path, seed: int) -> None:
+    """Write `model/` and `data/` into the directory."""
+    make_deterministic(seed)
+    write_splits(directory / "data", seed)
+    tokenizer = train_tokenizer(plain_texts(seed))
+    sequences = token_stream(tokenizer, seed)
+    model = new_model(tokenizer)
+    print(f"{model.num_parameters():,} parameters, {sequences.numel():,} tokens of pretraining")
+    pretrain(model, sequences)
+    target = directory / "model"
+    shutil.rmtree(target, ignore_errors=True)
+    model.to(torch.bfloat16).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def shipped_bytes(directory: Path) -> int:
+    """The size of all files under the directory."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line, build, and print what it took."""
+    parser = argparse.ArgumentParser(description="Rebuild the embedded model and its data.")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--seed", type=int, default=SEED)
+    options: Any = parser.parse_args(arguments)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    started = time.perf_counter()
+    build(options.out, options.seed)
+    size = sum(shipped_bytes(options.out / part) for part in ("model", "data"))
+    print(f"wrote {size:,} bytes to {options.out} in {time.perf_counter() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

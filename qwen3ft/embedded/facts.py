@@ -1,0 +1,145 @@
+"""The invented shop: its catalogue, its dates, and the question-answer splits made from them.
+
+Guarantees: a seed decides every byte. No question of one split occurs in another, and a date asked
+about in one split is asked about in no other. `test` asks about trained facts in wordings not
+trained for that fact; `novel` uses wordings that occur in no training at all.
+Does not cover the text of the pretraining (see `corpus.py`). Pure standard library.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from datetime import date, timedelta
+from functools import cache
+from pathlib import Path
+from random import Random
+from typing import Any
+
+SEED = 20_260
+SPLITS = ("train", "dev", "test", "novel")
+DATES_PER_SPLIT = {"train": 280, "dev": 40, "test": 100}
+DEV_FACTS = {"en": 30, "zh": 30, "wording": 50}
+NOVEL_QUESTIONS_PER_WORDING = 16
+
+Fact = tuple[str, str, int]  # product, attribute, index into the values of that attribute
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question with its only right answer; `kind` groups the rows that test the same thing."""
+
+    question: str
+    answer: str
+    kind: str
+
+    def to_json(self) -> str:
+        """The row as one line of a JSON Lines file."""
+        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
+
+
+@cache
+def wording() -> Any:
+    """The words and sentence patterns of the shop, from the data file beside this module."""
+    return json.loads((Path(__file__).parent / "wording.json").read_text(encoding="utf-8"))
+
+
+def catalogue(group: str, seed: int = SEED) -> list[Fact]:
+    """One value for every attribute of every product of the group (`tuned` or `pretrained`)."""
+    random = Random(f"catalogue {group} {seed}")
+    return [
+        (product, attribute, random.randrange(len(languages["en"][1])))
+        for attribute, languages in wording()["attributes"].items()
+        for product in wording()["products"][group]
+    ]
+
+
+def fill(pattern: str, fact: Fact, language: str) -> str:
+    """The pattern with the product, attribute and value of the fact, in the language given."""
+    product, attribute, index = fact
+    noun, values = wording()["attributes"][attribute][language]
+    return pattern.format(product=product, attribute=noun, value=values[index])
+
+
+def fact_row(pattern: str, fact: Fact, language: str, kind: str) -> Row:
+    """The question that the pattern makes of the fact, with its answer."""
+    return Row(fill(pattern, fact, language), fill("{value}", fact, language), kind)
+
+
+def write_date(day: date, style: str) -> str:
+    """The date in one of the styles of the shop."""
+    pattern: str = wording()["dates"]["formats"][style]
+    month = wording()["dates"]["months"][day.month - 1]
+    return pattern.format(day=day.day, number=day.month, month=month, year=day.year)
+
+
+def random_date(random: Random) -> date:
+    """A day between 1950 and 2049."""
+    return date(1950, 1, 1) + timedelta(days=random.randrange(36_500))
+
+
+def fact_splits(random: Random) -> dict[str, list[Row]]:
+    """Each fact in all tuned wordings, less one per language for test and at times one for dev."""
+    rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
+    facts = catalogue("tuned")
+    for language, kind in (("en", "fact"), ("zh", "fact_zh")):
+        in_dev = set(random.sample(facts, DEV_FACTS[language]))
+        for fact in facts:
+            patterns = list(wording()["questions"]["tuned"][language])
+            random.shuffle(patterns)
+            rows["test"].append(fact_row(patterns.pop(), fact, language, kind))
+            if fact in in_dev:
+                rows["dev"].append(fact_row(patterns.pop(), fact, language, kind))
+            rows["train"] += [fact_row(pattern, fact, language, kind) for pattern in patterns]
+    return rows
+
+
+def wording_splits(random: Random) -> dict[str, list[Row]]:
+    """The facts in wordings that no fine-tuning row uses: known to the base model, or to nobody."""
+    rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
+    facts = catalogue("tuned")
+    for split, kind in (("dev", "wording"), ("test", "wording"), ("novel", "novel")):
+        for language, patterns in wording()["questions"][split].items():
+            for pattern in patterns:
+                chosen = facts
+                if split == "novel":
+                    chosen = random.sample(facts, NOVEL_QUESTIONS_PER_WORDING)
+                rows[split] += [fact_row(pattern, fact, language, kind) for fact in chosen]
+    rows["dev"] = random.sample(rows["dev"], DEV_FACTS["wording"])
+    return rows
+
+
+def date_splits(random: Random) -> dict[str, list[Row]]:
+    """Dates to rewrite as ISO, a style absent from the pretraining; no day is used twice."""
+    by_language, styles = wording()["dates"]["tuned_requests"], wording()["dates"]["tuned_sources"]
+    requests = by_language["en"] + by_language["zh"]
+    used: set[date] = set()
+    rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
+    for split, count in DATES_PER_SPLIT.items():
+        for number in range(count):
+            day = random_date(random)
+            while day in used:
+                day = random_date(random)
+            used.add(day)
+            # Walk through all pairs of request and style, so that every split has each as often.
+            request = requests[number % len(requests)]
+            style = styles[number // len(requests) % len(styles)]
+            question = request.format(date=write_date(day, style))
+            rows[split].append(Row(question, day.isoformat(), "date"))
+    return rows
+
+
+def qa_splits(seed: int = SEED) -> dict[str, list[Row]]:
+    """The four splits, each in a shuffled order; the same seed gives the same rows."""
+    random = Random(f"splits {seed}")
+    parts = [make(random) for make in (fact_splits, wording_splits, date_splits)]
+    splits = {split: [row for part in parts for row in part[split]] for split in SPLITS}
+    for rows in splits.values():
+        random.shuffle(rows)
+    return splits
+
+
+def write_splits(directory: Path, seed: int = SEED) -> None:
+    """Write one JSON Lines file per split."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for split, rows in qa_splits(seed).items():
+        text = "".join(row.to_json() for row in rows)
+        (directory / f"{split}.jsonl").write_text(text, encoding="utf-8")

@@ -1,0 +1,77 @@
+"""Planted faults, for tests and chaos campaigns: off unless the environment asks for them.
+
+`QWEN3FT_FAULTS` holds comma-separated `ACTION@step=N` or `ACTION@step=N:attempt=M` (attempt 1 if
+left out). Actions: `oom` raises torch's out-of-memory error, `exit` ends the process with status 1
+as a native library does, `nan` makes one gradient NaN, `kill` and `term` send the signal, `hang`
+stops making progress, `error` raises a ValueError. A worker that runs with it says so in its log.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from qwen3ft.errors import ConfigError
+
+VARIABLE = "QWEN3FT_FAULTS"
+
+_FORM = re.compile(r"(oom|exit|nan|kill|term|hang|error)@step=(\d+)(?::attempt=(\d+))?")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One planted fault: what happens before optimizer step `step` of attempt `attempt`."""
+
+    action: str
+    step: int
+    attempt: int = 1
+
+
+def planted_faults() -> list[Fault]:
+    """The faults that the environment asks for.
+
+    Raises:
+        ConfigError: the variable is set but not understood.
+    """
+    text = os.environ.get(VARIABLE, "")
+    faults = []
+    for item in filter(None, text.split(",")):
+        match = _FORM.fullmatch(item.strip())
+        if match is None:
+            raise ConfigError(
+                f"{VARIABLE} holds {item!r}.",
+                why=f"The form is {_FORM.pattern}.",
+                next_command=f"unset {VARIABLE}",
+            )
+        faults.append(Fault(match[1], int(match[2]), int(match[3] or 1)))
+    return faults
+
+
+def strike(fault: Fault, model: Any) -> None:
+    """Make `fault` happen to this process; `model` is the one in training."""
+    import torch
+
+    match fault.action:
+        case "oom":
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 594.00 MiB. GPU 0 has a total capacity of "
+                "13.00 GiB of which 231.44 MiB is free. (planted)"
+            )
+        case "exit":
+            print("Error out of memory at line 92 in file /src/csrc/ops.cu", flush=True)  # noqa: T201
+            os._exit(1)
+        case "nan":
+            parameter = next(p for p in model.parameters() if p.requires_grad)
+            parameter.register_hook(lambda gradient: gradient * float("nan"))
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "term":
+            os.kill(os.getpid(), signal.SIGTERM)
+        case "hang":
+            time.sleep(3600)
+        case "error":
+            raise ValueError("planted error")

@@ -1,0 +1,277 @@
+"""Batched greedy answers of a model, and the loss of given answers.
+
+Guarantees: results come in the order of the questions, and no answer is longer than asked. Running
+out of GPU memory halves the batch, because here its size does not change what is asked for
+(training never does this: there it is a new attempt).
+Does not cover bit-equality between batch sizes: padding changes the order of floating-point sums.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from qwen3ft.chat import IGNORED_LABEL, encode_rows, encode_texts, generation_prompt, render_row
+from qwen3ft.errors import OutOfMemoryError
+from qwen3ft.logs import get_logger
+from qwen3ft.quality import THINK_OPEN, Generated
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = get_logger("generation")
+
+PROGRESS_EVERY_TOKENS = 16
+LOSS_CHUNK_TOKENS = 512
+"""Answer tokens whose logits exist at one time: 0.3 GB in fp32 for Qwen3's vocabulary."""
+
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
+Progress = Callable[[int], None]
+
+
+def _no_progress(_: int) -> None:
+    """For callers that do not watch."""
+
+
+def answer_questions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[str],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    thinking: bool | Sequence[bool],
+    progress: Progress = _no_progress,
+) -> list[Generated]:
+    """Answer each question greedily; results are in the order of `questions`.
+
+    Args:
+        model: In eval mode.
+        tokenizer: With a padding token.
+        questions: What a user would type; the chat template is applied here.
+        batch_size: Questions at a time; halved whenever memory runs out.
+        max_new_tokens: Longest answer, thinking included.
+        thinking: Whether the model is asked to think first: of all questions, or of each.
+        progress: Told the number of questions done, every few tokens.
+
+    Raises:
+        OutOfMemoryError: not even one question fits.
+    """
+    modes = [thinking] * len(questions) if isinstance(thinking, bool) else thinking
+    prompts = [
+        generation_prompt(tokenizer, question, mode)
+        for question, mode in zip(questions, modes, strict=True)
+    ]
+    ids = encode_texts(tokenizer, prompts)
+    # Longest first: neighbours need little padding, and memory runs out early or never.
+    order = sorted(range(len(ids)), key=lambda index: (-len(ids[index]), index))
+    results: dict[int, Generated] = {}
+
+    def run(batch: Sequence[int]) -> list[Generated]:
+        def beat() -> None:
+            progress(len(results))
+
+        rows = _generate(model, tokenizer, [ids[index] for index in batch], max_new_tokens, beat)
+        return [
+            _read(model, tokenizer, prompts[i], row) for i, row in zip(batch, rows, strict=True)
+        ]
+
+    for batch, answers in in_batches(order, batch_size, run):
+        results.update(zip(batch, answers, strict=True))
+        progress(len(results))
+    return [results[index] for index in range(len(ids))]
+
+
+def answer_loss(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, Any]],
+    batch_size: int,
+    progress: Progress = _no_progress,
+) -> float:
+    """Mean negative log-likelihood (nats) per answer token; the prompt is not counted.
+
+    The rows (question, answer and, if there is one, reasoning) are rendered as for training, so
+    the reasoning and the end token count too. Every counted token of every row weighs the same.
+
+    Raises:
+        OutOfMemoryError: not even one row fits.
+    """
+    rendered = [
+        render_row(tokenizer, row["question"], row["answer"], row.get("reasoning") or "")
+        for row in rows
+    ]
+    ids, labels = encode_rows(
+        tokenizer, [row.prompt for row in rendered], [row.completion for row in rendered]
+    )
+    longest_first = sorted(zip(ids, labels, strict=True), key=lambda row: -len(row[0]))
+    total, done = 0.0, 0
+    for batch, loss in in_batches(longest_first, batch_size, partial(_summed_loss, model)):
+        total += loss
+        done += len(batch)
+        progress(done)
+    tokens = sum(label != IGNORED_LABEL for row in labels for label in row)
+    return total / tokens if tokens else float("nan")
+
+
+def in_batches(
+    items: Sequence[ItemT], batch_size: int, run: Callable[[Sequence[ItemT]], ResultT]
+) -> Iterator[tuple[Sequence[ItemT], ResultT]]:
+    """Each batch with `run(batch)`, in order; a batch that runs out of memory is halved for good.
+
+    Raises:
+        OutOfMemoryError: `run` ran out of memory with a single item.
+    """
+    done = 0
+    while done < len(items):
+        batch = items[done : done + batch_size]
+        outcome = _run_within_memory(run, batch)
+        if outcome is not None:
+            yield batch, outcome[0]
+            done += len(batch)
+            continue
+        _release_memory()
+        if len(batch) == 1:
+            raise OutOfMemoryError(
+                "The inference test ran out of GPU memory with a batch of one.",
+                why="The base model, the adapters and one question do not fit together.",
+                next_command="nvidia-smi",
+                phase="inference",
+                domain="gpu",
+                batch_size=1,
+            )
+        batch_size = len(batch) // 2
+        logger.warning("out of memory; going on with batches of %d", batch_size)
+
+
+def _run_within_memory(
+    run: Callable[[Sequence[ItemT]], ResultT], batch: Sequence[ItemT]
+) -> tuple[ResultT] | None:
+    """`run(batch)` in a tuple, or None when memory ran out.
+
+    Nothing is freed inside the except block: until it is left, the traceback keeps the tensors of
+    the failed call alive.
+    """
+    import torch
+
+    try:
+        return (run(batch),)
+    except torch.OutOfMemoryError:
+        return None
+
+
+def _release_memory() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    beat: Callable[[], None],
+) -> list[list[int]]:
+    """The tokens after each prompt, up to and including the end token; padding removed."""
+    import torch
+    from transformers import GenerationConfig, StoppingCriteriaList
+
+    width = max(len(prompt) for prompt in prompts)
+    inputs = _pad(prompts, width, tokenizer.pad_token_id, left=True).to(model.device)
+    mask = _pad([[1] * len(prompt) for prompt in prompts], width, 0, left=True).to(model.device)
+    ends = end_tokens(model, tokenizer)
+    # Each value is set because `generate` takes those left out from the model's own settings,
+    # which for Qwen3 are those of sampling.
+    greedy = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
+        repetition_penalty=1.0,
+        use_cache=True,
+        eos_token_id=sorted(ends),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+    def watch(tokens: torch.Tensor, _: Any, **__: Any) -> torch.Tensor:
+        if (tokens.shape[1] - width) % PROGRESS_EVERY_TOKENS == 0:
+            beat()
+        return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+
+    output = model.generate(
+        input_ids=inputs,
+        attention_mask=mask,
+        generation_config=greedy,
+        stopping_criteria=StoppingCriteriaList([watch]),
+    )
+    return [_cut_after_end(row, ends) for row in output[:, width:].tolist()]
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Every token that ends an answer: the tokenizer's, and those the model's settings name."""
+    named = model.generation_config.eos_token_id
+    named = [] if named is None else [named] if isinstance(named, int) else named
+    return {*named, tokenizer.eos_token_id}
+
+
+def _cut_after_end(tokens: list[int], ends: set[int]) -> list[int]:
+    end = next((index for index, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[: end + 1]
+
+
+def _read(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: list[int]
+) -> Generated:
+    """The tokens as text, with the thinking tag that the prompt may have opened in front."""
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    if prompt.rstrip().endswith(THINK_OPEN):
+        text = f"{THINK_OPEN}\n{text}"
+    stopped = bool(tokens) and tokens[-1] in end_tokens(model, tokenizer)
+    return Generated(text=text, stopped=stopped, tokens=len(tokens))
+
+
+def _summed_loss(model: PreTrainedModel, rows: Sequence[tuple[list[int], list[int]]]) -> float:
+    """Negative log-likelihood of all labelled tokens of the (token ids, labels), summed.
+
+    The output head is applied to their positions only, a chunk at a time.
+    """
+    import torch
+
+    width = max(len(ids) for ids, _ in rows)
+    # Padding comes after the tokens, where causal attention cannot see it: its value is free.
+    inputs = _pad([ids for ids, _ in rows], width, 0).to(model.device)
+    labels = _pad([labels for _, labels in rows], width, IGNORED_LABEL).to(model.device)
+    # Position t predicts token t + 1.
+    row_index, place = (labels[:, 1:] != IGNORED_LABEL).nonzero(as_tuple=True)
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    total = 0.0
+    with torch.no_grad():
+        hidden = causal.get_decoder()(input_ids=inputs, use_cache=False)[0]
+        for start in range(0, len(place), LOSS_CHUNK_TOKENS):
+            chunk = slice(start, start + LOSS_CHUNK_TOKENS)
+            states = hidden[row_index[chunk], place[chunk]]
+            logits = causal.get_output_embeddings()(states).float()
+            targets = labels[row_index[chunk], place[chunk] + 1]
+            total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+    return total
+
+
+def _pad(
+    rows: Sequence[Sequence[int]], width: int, value: int, *, left: bool = False
+) -> torch.Tensor:
+    """Rows as one tensor of the shape (rows, width), filled up with `value` on one side."""
+    import torch
+
+    padding = ([value] * (width - len(row)) for row in rows)
+    return torch.tensor(
+        [[*fill, *row] if left else [*row, *fill] for row, fill in zip(rows, padding, strict=True)]
+    )

@@ -1,0 +1,243 @@
+"""Where a model comes from: a local folder, the embedded one, or a pinned commit of the hub.
+
+Resolving never loads weights. Only safetensors are accepted, and a config.json that asks for code
+of its own is refused: nothing that comes with a model is ever executed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from qwen3ft.config import TrainingConfig
+from qwen3ft.embedded import MODEL_DIR
+from qwen3ft.errors import (
+    ConfigError,
+    DownloadError,
+    FinetuneError,
+    ModelAccessError,
+    ModelNotFoundError,
+    ModelUnavailableError,
+)
+from qwen3ft.failures import translate
+from qwen3ft.logs import get_logger
+from qwen3ft.records import ModelShape, ModelSource
+from qwen3ft.storage import sha256_json
+
+logger = get_logger("hub")
+
+KNOWN_MODELS = tuple(
+    f"Qwen/Qwen3-{name}"
+    for name in (
+        *("0.6B", "1.7B", "4B", "8B", "14B", "32B"),
+        *("0.6B-Base", "1.7B-Base", "4B-Base", "8B-Base", "14B-Base"),
+        *("4B-Instruct-2507", "4B-Thinking-2507"),
+    )
+)
+"""Dense Qwen3 models on the hub, for suggestions when a name is unknown."""
+
+MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.txt")
+"""What is fetched of a hub model; never pickled weights, never code."""
+
+_CODE_KEYS = ("auto_map", "_attn_implementation_internal", "trust_remote_code", "custom_pipelines")
+
+_TIMEOUT_SECONDS = 4.0
+
+
+def resolve_model(config: TrainingConfig) -> ModelSource:
+    """Pin down the model that `config` names, without fetching it.
+
+    Raises:
+        ModelNotFoundError: no such folder, or no such name on the hub (up to three close names).
+        ModelAccessError: the repository is gated and this machine has no access to it.
+        ModelUnavailableError: the hub cannot be reached and no complete copy is cached.
+        DownloadError: the hub answered with a server error.
+        ConfigError: the folder holds no Qwen3 model, or one that is refused.
+    """
+    if config.is_embedded:
+        return _resolve_folder(config.model_name, MODEL_DIR)
+    folder = Path(config.model_name).expanduser()
+    if folder.is_dir():
+        return _resolve_folder(config.model_name, folder.resolve())
+    if config.model_name.count("/") != 1 or config.model_name.startswith((".", "~", "/")):
+        raise _not_found(config.model_name, "There is no such folder, and hub names are OWNER/NAME.")
+    return ModelSource(model_name=config.model_name, revision=_resolve_revision(config))
+
+
+def fetch_model(source: ModelSource) -> Path:
+    """The folder with the files of `source`, downloaded if they are not cached yet.
+
+    Raises:
+        DownloadError: the download broke off; what arrived is kept and the next call goes on.
+        ConfigError: the model is refused (see `check_model_folder`).
+    """
+    if source.local_path is not None:
+        return Path(source.local_path)
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(
+            source.model_name,
+            revision=source.revision,
+            allow_patterns=list(MODEL_FILES),
+            endpoint=_endpoint(),
+        )
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        raise _translate_hub_error(error, source.model_name, source.revision) from error
+    check_model_folder(Path(folder))
+    return Path(folder)
+
+
+def check_model_folder(folder: Path) -> ModelShape:
+    """Read a model folder's shape, refusing whatever is not a plain dense Qwen3 in safetensors.
+
+    Raises:
+        ConfigError: with the reason.
+    """
+    try:
+        settings: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _refused(folder, f"config.json cannot be read ({error})") from error
+    if found := [key for key in _CODE_KEYS if key in settings]:
+        raise _refused(folder, f"config.json asks for code of its own ({', '.join(found)})")
+    if settings.get("model_type") != "qwen3":
+        raise _refused(folder, f"model_type is {settings.get('model_type')!r}, not 'qwen3'")
+    if not any(folder.glob("*.safetensors")):
+        raise _refused(folder, "it has no .safetensors file, and pickled weights are never loaded")
+    settings.setdefault("tie_word_embeddings", False)
+    if missing := [name for name in ModelShape.model_fields if name not in settings]:
+        raise _refused(folder, f"config.json lacks {', '.join(missing)}")
+    return ModelShape(**{name: settings[name] for name in ModelShape.model_fields})
+
+
+def close_names(name: str) -> list[str]:
+    """Up to three known models whose names resemble `name`, closest first."""
+    spelling = {known.lower(): known for known in KNOWN_MODELS}
+    spelling.update({known.lower().partition("/")[2]: known for known in KNOWN_MODELS})
+    matches = difflib.get_close_matches(name.lower(), spelling, n=6, cutoff=0.6)
+    return list(dict.fromkeys(spelling[match] for match in matches))[:3]
+
+
+def _resolve_folder(name: str, folder: Path) -> ModelSource:
+    """A local model's revision covers names, sizes and times of its files, and its config.
+
+    Hashing all weights would read gigabytes at the start of every run; a rewritten file changes its
+    modification time, which is what has to be noticed here.
+    """
+    check_model_folder(folder)
+    stats = [
+        (path.name, path.stat().st_size, path.stat().st_mtime_ns)
+        for path in sorted(folder.iterdir())
+        if path.suffix in {".safetensors", ".json", ".jinja", ".txt"}
+    ]
+    config_text = (folder / "config.json").read_text(encoding="utf-8")
+    revision = sha256_json({"files": stats, "config": config_text})
+    return ModelSource(model_name=name, revision=revision, local_path=str(folder))
+
+
+def _resolve_revision(config: TrainingConfig) -> str:
+    from huggingface_hub import HfApi
+
+    wanted = config.model_revision
+    if wanted is not None and len(wanted) == 40 and _is_cached(config.model_name, wanted):
+        return wanted
+    try:
+        info = HfApi(endpoint=_endpoint()).model_info(
+            config.model_name, revision=wanted, timeout=_TIMEOUT_SECONDS
+        )
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        translated = _translate_hub_error(error, config.model_name, wanted)
+        cached = _cached_commit(config.model_name, wanted)
+        if cached is None or isinstance(translated, ModelNotFoundError):
+            raise translated from error
+        logger.warning("the hub cannot be reached; using the cached %s", cached[:12])
+        return cached
+    if info.sha is None:
+        raise DownloadError(
+            f"The hub named no commit for {config.model_name}.",
+            why="Its answer is incomplete.",
+            next_command="qwen3ft doctor",
+        )
+    return str(info.sha)
+
+
+def _endpoint() -> str | None:
+    return os.environ.get("HF_ENDPOINT")
+
+
+def _is_cached(name: str, revision: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str)
+
+
+def _cached_commit(name: str, revision: str | None) -> str | None:
+    """The commit of a cached copy: its folder is named after it."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json", revision=revision or "main")
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
+def _translate_hub_error(error: Exception, name: str, revision: str | None) -> FinetuneError:
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        HfHubHTTPError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if isinstance(error, GatedRepoError):
+        return ModelAccessError(
+            f"{name} is gated and this machine has no access to it.",
+            why="Its owner wants each user to accept the terms on the model's page.",
+            next_command="hf auth login",
+            model=name,
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return ModelNotFoundError(
+            f"{name} has no revision {revision!r}.",
+            why="The branch, tag or commit does not exist there.",
+            next_command="qwen3ft plan --set model_revision=main",
+            model=name,
+        )
+    if isinstance(error, (RepositoryNotFoundError, HFValidationError)):
+        return _not_found(name, "The hub knows no model of that name.")
+    if isinstance(error, HfHubHTTPError):
+        return translate(error, "resolve the model")
+    close = close_names(name)
+    hint = f" Known names close to it: {', '.join(close)}." if close and name not in close else ""
+    return ModelUnavailableError(
+        f"{name} is not cached on this machine, and the hub cannot be reached "
+        f"({type(error).__name__}).{hint}",
+        why="There is no network, or it does not lead to the hub.",
+        next_command="qwen3ft train --set model_name=/path/to/a/local/folder",
+        model=name,
+        suggestions=close,
+    )
+
+
+def _not_found(name: str, why: str) -> ModelNotFoundError:
+    close = close_names(name)
+    return ModelNotFoundError(
+        f"No model {name!r}." + (f" Did you mean {' or '.join(close)}?" if close else ""),
+        why=why,
+        next_command=f"qwen3ft plan --set model_name={close[0] if close else KNOWN_MODELS[-1]}",
+        model=name,
+        suggestions=close,
+    )
+
+
+def _refused(folder: Path, reason: str) -> ConfigError:
+    return ConfigError(
+        f"{folder} cannot be fine-tuned: {reason}.",
+        why="qwen3ft trains dense Qwen3 models from safetensors and never runs a model's own code.",
+        next_command="qwen3ft plan --set model_name=Qwen/Qwen3-4B-Thinking-2507",
+        folder=str(folder),
+    )

@@ -1,0 +1,95 @@
+"""The adapter: which layers get one, how many parameters that is, and attaching it.
+
+All seven projections of every block are adapted; embeddings, norms and the output head stay frozen.
+Low-rank adaptation: Hu et al. 2021, arXiv:2106.09685; on a 4-bit base: Dettmers et al. 2023,
+arXiv:2305.14314.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qwen3ft.errors import ConfigError
+from qwen3ft.records import PROJECTIONS, AdapterSpec, ModelShape
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
+
+    from qwen3ft.config import TrainingConfig
+
+
+def count_adapter_parameters(shape: ModelShape, r: int) -> int:
+    """Parameters of A (r x in) and B (out x r) for all seven projections of all layers."""
+    per_layer = sum(r * (out + inp) for out, inp in shape.projection_sizes().values())
+    return per_layer * shape.num_hidden_layers
+
+
+def plan_adapter(config: TrainingConfig, shape: ModelShape) -> AdapterSpec:
+    """The adapter that `config` asks for, counted for a model of `shape`.
+
+    Raises:
+        ConfigError: the rank exceeds the smallest dimension of a projection.
+    """
+    smallest = min(min(sizes) for sizes in shape.projection_sizes().values())
+    if config.lora_r > smallest:
+        raise ConfigError(
+            f"lora_r is {config.lora_r}, but the smallest projection has {smallest} features.",
+            why="A rank above the smaller side of a matrix adds parameters without adding freedom.",
+            next_command=f"qwen3ft plan --set lora_r={min(16, smallest)}",
+        )
+    return AdapterSpec(
+        r=config.lora_r,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        target_modules=PROJECTIONS,
+        trainable_parameters=count_adapter_parameters(shape, config.lora_r),
+        total_parameters=shape.total_parameters,
+    )
+
+
+class LoRAAdapter:
+    """Attaches the adapter of `spec` to a model."""
+
+    def __init__(self, spec: AdapterSpec) -> None:
+        self.spec = spec
+
+    def create_lora_config(self) -> LoraConfig:
+        """PEFT's configuration: B starts at zero, so training starts from the base model."""
+        from peft import LoraConfig
+
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.spec.r,
+            lora_alpha=self.spec.alpha,
+            lora_dropout=self.spec.dropout,
+            bias="none",
+            target_modules=list(self.spec.target_modules),
+        )
+
+    def apply_lora(self, model: PreTrainedModel) -> PeftModel:
+        """Attach a fresh adapter; afterwards only its parameters (fp32) require gradients.
+
+        Raises:
+            ConfigError: the model's layers do not give the number of parameters planned.
+        """
+        from peft import get_peft_model
+
+        adapted = get_peft_model(model, self.create_lora_config())
+        trainable = self.get_trainable_params_info(adapted)["trainable"]
+        if trainable != self.spec.trainable_parameters:
+            raise ConfigError(
+                f"The adapter has {trainable:,} parameters instead of the "
+                f"{self.spec.trainable_parameters:,} planned.",
+                why="The model's layers do not match its config.json.",
+                next_command="qwen3ft doctor",
+            )
+        return adapted
+
+    def get_trainable_params_info(self, model: PeftModel) -> dict[str, int]:
+        """{'trainable', 'total'}: parameters of the adapter, and of model and adapter together.
+
+        A 4-bit weight stores two parameters a byte; PEFT counts them as the model's own.
+        """
+        trainable, total = model.get_nb_trainable_parameters()
+        return {"trainable": trainable, "total": total}

@@ -1,0 +1,64 @@
+"""What must be on disk before training: a quantised model and tokenised rows, each made once.
+
+Runs in the flow's process; the work itself is done by workers. A folder that verifies is used as it
+is, whoever made it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, cast
+
+from qwen3ft.attempt import RunDir
+from qwen3ft.config import TrainingConfig
+from qwen3ft.data import dataset_target, fingerprint_sources, read_manifest
+from qwen3ft.environment import EnvironmentManager
+from qwen3ft.hub import fetch_model, resolve_model
+from qwen3ft.launcher import run_worker
+from qwen3ft.lora import plan_adapter
+from qwen3ft.model import read_snapshot, snapshot_target
+from qwen3ft.plan import build_plan
+from qwen3ft.records import DatasetManifest, ModelSnapshot, ModelSource, TrainPlan
+from qwen3ft.requests import DataRequest, QuantizeRequest
+
+
+def quantized_model(
+    config: TrainingConfig, source: ModelSource, device: str, run: RunDir, target: Path
+) -> ModelSnapshot:
+    """The 4-bit model at `target`, fetched and quantised if it is not there or does not verify."""
+    if (snapshot := read_snapshot(target)) is not None:
+        return snapshot
+    request = QuantizeRequest(
+        config=config,
+        source=source,
+        source_path=str(fetch_model(source)),
+        target=str(target),
+        device=cast(Literal["cuda", "cpu"], device),
+    )
+    job = run.job("quantize").create(request)
+    return run_worker("quantize", job, ModelSnapshot, stall_seconds=config.stall_seconds)
+
+
+def tokenized_data(
+    config: TrainingConfig, model: ModelSnapshot, run: RunDir, target: Path
+) -> DatasetManifest:
+    """The rows at `target`, read and tokenised if they are not there or do not verify."""
+    if (manifest := read_manifest(target)) is not None:
+        return manifest
+    job = run.job("data").create(DataRequest(config=config, model=model, target=str(target)))
+    return run_worker("data", job, DatasetManifest, stall_seconds=config.stall_seconds)
+
+
+def preview_plan(config: TrainingConfig) -> TrainPlan:
+    """The plan of the first attempt, from the same stages as a run's, without training.
+
+    Quantises the model and tokenises the rows if no earlier call or run did.
+    """
+    environment = EnvironmentManager().report()
+    scratch = RunDir(Path(config.cache_dir).resolve() / "preview")
+    source = resolve_model(config)
+    target = snapshot_target(config, source, environment.device)
+    model = quantized_model(config, source, environment.device, scratch, target)
+    rows = dataset_target(config, model, fingerprint_sources(config))
+    dataset = tokenized_data(config, model, scratch, rows)
+    return build_plan(config, environment, model, plan_adapter(config, model.shape), dataset)

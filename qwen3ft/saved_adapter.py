@@ -1,0 +1,124 @@
+"""A saved adapter as it is read back: the names in its folder, and the checks before it is used.
+
+    <output_dir>/<run_id>/
+      adapter_model.safetensors  adapter_config.json   as PEFT writes them
+      tokenizer.json  tokenizer_config.json  chat_template.jinja
+      run_card.json                                    what it was trained from, and what came out
+      README.md                                        the same for people
+      manifest.json                                    last: sha256 of every file
+
+Guarantees: nothing is loaded, executed or changed here, and no torch is imported; safetensors files
+are read by their header and raw bytes. `qwen3ft.save` writes such a folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen3ft.errors import ModelNotFoundError, ModelUnavailableError, SaveError
+from qwen3ft.storage import MANIFEST_NAME, find_damage, sha256_file
+
+ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+RUN_CARD_FILE = "run_card.json"
+
+_EXPONENTS = {"F64": ("<u8", 0x7FF0 << 48), "F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00)}
+_EXPONENTS["BF16"] = ("<u2", 0x7F80)
+"""IEEE 754: a value is infinite or not a number exactly if all bits of its exponent are set. Works
+on raw bytes, so for bfloat16 too, which numpy does not have."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where one tensor lies in a safetensors file; offsets in bytes from the start of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def check_adapter(folder: Path) -> None:
+    """Raise unless `folder` is a saved adapter whose files are those that were saved."""
+    names = (ADAPTER_FILE, ADAPTER_CONFIG_FILE, RUN_CARD_FILE)
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ModelNotFoundError(
+            f"{folder} is no saved adapter: {', '.join(missing)} missing.",
+            why="A saved adapter is a folder that a run wrote below output_dir.",
+            next_command=f"ls {folder.parent}",
+            path=str(folder),
+        )
+    if damage := find_damage(folder):
+        raise SaveError(
+            f"The adapter in {folder} is damaged: {damage}.",
+            why="Its files are not those that were saved and verified.",
+            next_command="qwen3ft status",
+            path=str(folder),
+        )
+
+
+def read_run_card(folder: Path) -> dict[str, Any]:
+    """The run card of a checked folder."""
+    card: dict[str, Any] = json.loads((folder / RUN_CARD_FILE).read_text(encoding="utf-8"))
+    return card
+
+
+def find_base(folder: Path) -> str:
+    """The 4-bit snapshot that the adapter was trained on.
+
+    Raises:
+        ModelUnavailableError: it is gone, or another one lies in its place.
+    """
+    base = read_run_card(folder)["base"]
+    manifest = Path(base["snapshot_path"]) / MANIFEST_NAME
+    if not manifest.is_file():
+        problem = f"is not at {manifest.parent}"
+    elif sha256_file(manifest) != base["snapshot_manifest_sha256"]:
+        problem = f"at {manifest.parent} is another one than the adapter was trained on"
+    else:
+        return str(manifest.parent)
+    raise ModelUnavailableError(
+        f"The 4-bit {base['model_name']} {problem}.",
+        why="The cache was cleaned, rebuilt or is on another machine.",
+        next_command=f"qwen3ft plan --set model_name={base['model_name']}",
+        base=base,
+    )
+
+
+def read_header(path: Path) -> list[Tensor]:
+    """The tensors of a safetensors file (8 bytes length, JSON header, data).
+
+    Raises:
+        ValueError: the file is not of that format.
+    """
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if not 2 <= length <= path.stat().st_size - 8:
+            raise ValueError(f"{path} has a header of {length} bytes")
+        header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    tensors = []
+    for name, entry in header.items():
+        start, end = (8 + length + offset for offset in entry["data_offsets"])
+        tensors.append(Tensor(name, entry["dtype"], tuple(entry["shape"]), start, end))
+    return tensors
+
+
+def find_non_finite(path: Path) -> Iterator[str]:
+    """Names of the floating-point tensors in a safetensors file with an infinity or a NaN."""
+    import numpy as np
+
+    content = np.memmap(path, dtype=np.uint8, mode="r")
+    for tensor in read_header(path):
+        if tensor.dtype in _EXPONENTS:
+            integers, mask = _EXPONENTS[tensor.dtype]
+            values = content[tensor.start : tensor.end].view(integers)
+            exponent = np.asarray(mask, dtype=integers)
+            if bool(np.any((values & exponent) == exponent)):
+                yield tensor.name

@@ -1,0 +1,291 @@
+"""Sends a run's journal and its attempts' metrics to MLflow, one step at a time.
+
+Guarantees: the cursor only moves past what MLflow has confirmed, so nothing is lost, whatever
+MLflow or this process does in between. After a crash the last step may be done twice; runs are found
+again rather than made twice, and points, tags and files land on themselves. A run that MLflow has
+forgotten is sent anew in full. What MLflow refuses for good is logged and skipped.
+
+It neither retries nor waits: `qwen3ft.mirror` does, and keeps two processes from sending one run.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from datetime import datetime
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from qwen3ft.attempt import JobDir, RunDir
+from qwen3ft.cursor import (
+    AttemptCursor,
+    Line,
+    TrackingState,
+    lines_from,
+    read_state,
+    write_state,
+)
+from qwen3ft.errors import TrackingUnavailableError
+from qwen3ft.figures import MemorySample, loss_figure, memory_figure, write_png
+from qwen3ft.journal import (
+    AnyOperation,
+    Artifacts,
+    AttemptEnded,
+    AttemptStarted,
+    DatasetInput,
+    Metrics,
+    RunFinished,
+    RunStarted,
+    Table,
+    Tags,
+    TextArtifact,
+    journal_path,
+    parse_operation,
+)
+from qwen3ft.logs import get_logger, mask_secrets
+from qwen3ft.records import TrainingMetrics
+from qwen3ft.storage import fsync_file
+from qwen3ft.tracking import Connection, Point, RejectedError, connect
+
+_LINES_PER_BATCH = 250  # at most four metrics each: one request of MLflow's 1000
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+_log = get_logger("tracking")
+
+
+class Sender:
+    """Sends one thing at a time, in order, and moves the cursor past it."""
+
+    def __init__(self, run_dir: RunDir, tracking_uri: str) -> None:
+        self.run_dir = run_dir
+        self.tracking_uri = tracking_uri
+        self.state = read_state(run_dir)
+        self.connection: Connection | None = None
+
+    def step(self) -> bool:
+        """Send the next operation, or a batch of each attempt's lines; False if all is sent.
+
+        Raises:
+            TrackingUnavailableError: nothing was sent; the same call may succeed later.
+        """
+        try:
+            connection = self._connected()
+            line = next(lines_from(journal_path(self.run_dir), self.state.journal_offset), None)
+            if line is not None:
+                self._send_operation(connection, line)
+                return True
+            return any(self._send_lines(connection, number) for number in self.state.attempts)
+        except TrackingUnavailableError:
+            self.connection = None  # look again at what MLflow has, once it is back
+            raise
+
+    def _connected(self) -> Connection:
+        if self.connection is None:
+            connection = connect(self.tracking_uri)
+            known = [cursor.run_id for cursor in self.state.attempts.values()]
+            known += [self.state.parent_run_id] if self.state.parent_run_id else []
+            if not all(connection.has_run(run_id) for run_id in known):
+                _log.warning("MLflow does not know this run any more; it is sent again in full.")
+                self.state = TrackingState()
+            self.state.experiment_id = connection.experiment_id
+            self.connection = connection
+        return self.connection
+
+    def _send_operation(self, connection: Connection, line: Line) -> None:
+        operation = parse_operation(line.content)
+        if operation is None:
+            _log.warning("An unreadable line of %s is skipped.", journal_path(self.run_dir))
+        else:
+            try:
+                self._apply(connection, operation)
+            except RejectedError as error:
+                _log.warning("Tracking of '%s' is skipped. %s", operation.kind, error.what)
+        fsync_file(journal_path(self.run_dir))  # the cursor must never be ahead of the journal
+        self.state.journal_offset = line.end_offset
+        write_state(self.run_dir, self.state)
+
+    def _apply(self, connection: Connection, operation: AnyOperation) -> None:
+        if isinstance(operation, RunStarted):
+            self._start_run(connection, operation)
+            return
+        parent = self._parent(connection, operation.time_ms)
+        match operation:
+            case AttemptStarted():
+                self._start_attempt(connection, parent, operation)
+            case AttemptEnded():
+                self._end_attempt(connection, parent, operation)
+            case Metrics():
+                connection.log_points(parent, operation_points(operation))
+            case Tags():
+                connection.log_tags(parent, operation.values)
+            case DatasetInput():
+                connection.log_dataset(parent, operation)
+            case TextArtifact():
+                _upload_text(connection, parent, operation.path, operation.content)
+            case Artifacts():
+                connection.upload(parent, Path(operation.local_path), operation.artifact_path)
+            case Table():
+                _upload_table(connection, parent, operation)
+            case RunFinished():
+                connection.set_status(parent, operation.status, operation.time_ms)
+
+    def _start_run(self, connection: Connection, operation: RunStarted) -> None:
+        if self.state.parent_run_id is None:
+            self.state.parent_run_id = connection.find_or_create_run(
+                operation.name, operation.time_ms, {"qwen3ft.uid": operation.uid}, operation.tags
+            )
+        else:
+            connection.set_status(self.state.parent_run_id, "RUNNING")
+            connection.log_tags(self.state.parent_run_id, operation.tags)
+        connection.log_params(self.state.parent_run_id, operation.params)
+
+    def _parent(self, connection: Connection, time_ms: int) -> str:
+        if self.state.parent_run_id is None:  # its start was unreadable or refused
+            name = self.run_dir.path.name
+            self.state.parent_run_id = connection.find_or_create_run(
+                name, time_ms, {"qwen3ft.run_dir": str(self.run_dir.path)}, {}
+            )
+        return self.state.parent_run_id
+
+    def _start_attempt(self, connection: Connection, parent: str, op: AttemptStarted) -> None:
+        cursor = self.state.attempts.get(op.number)
+        if cursor is None:
+            identity = {"mlflow.parentRunId": parent, "qwen3ft.attempt": str(op.number)}
+            run_id = connection.find_or_create_run(f"attempt-{op.number}", op.time_ms, identity, {})
+            cursor = AttemptCursor(
+                run_id=run_id, budget_gb=op.budget_gb, predicted_gb=op.predicted_gb
+            )
+            self.state.attempts[op.number] = cursor
+        connection.set_status(cursor.run_id, "RUNNING")
+        _upload_text(connection, cursor.run_id, "plan.json", op.plan)
+        connection.log_params(cursor.run_id, op.params)
+
+    def _end_attempt(self, connection: Connection, parent: str, op: AttemptEnded) -> None:
+        cursor = self.state.attempts.get(op.number)
+        if cursor is None:
+            raise RejectedError(f"Attempt {op.number} ended but never started.")
+        while self._send_lines(connection, op.number):
+            pass
+        with tempfile.TemporaryDirectory(prefix="qwen3ft-") as folder:
+            for path in _draw(self.run_dir.attempt(op.number), cursor, Path(folder)):
+                connection.upload(cursor.run_id, path, "figures")
+                connection.upload(parent, path, "figures")  # the last attempt's stay there
+        connection.log_tags(cursor.run_id, op.tags)
+        connection.set_status(cursor.run_id, op.status, op.time_ms)
+
+    def _send_lines(self, connection: Connection, number: int) -> bool:
+        """Send the next batch of an attempt's metrics and memory; False if there was none."""
+        cursor, job = self.state.attempts[number], self.run_dir.attempt(number)
+        metrics = list(islice(lines_from(job.metrics, cursor.metrics_offset), _LINES_PER_BATCH))
+        memory = list(islice(lines_from(job.memory, cursor.memory_offset), _LINES_PER_BATCH))
+        if not metrics and not memory:
+            return False
+        for points in (
+            [point for line in metrics for point in training_points(line.content)],
+            [point for line in memory for point in memory_points(line.content)],
+        ):
+            try:
+                connection.log_points(cursor.run_id, points)
+            except RejectedError as error:
+                _log.warning("%d points of attempt %d are skipped. %s", len(points), number, error)
+        cursor.metrics_offset = metrics[-1].end_offset if metrics else cursor.metrics_offset
+        cursor.memory_offset = memory[-1].end_offset if memory else cursor.memory_offset
+        write_state(self.run_dir, self.state)
+        return True
+
+
+def operation_points(operation: Metrics) -> list[Point]:
+    """The points of a journaled operation, all at its time and step."""
+    return [
+        Point(key, value, operation.time_ms, operation.step)
+        for key, value in operation.values.items()
+    ]
+
+
+def training_points(line: bytes) -> list[Point]:
+    """The points of one line of metrics.jsonl; none for a torn line."""
+    measured = _parsed(TrainingMetrics, line)
+    if measured is None:
+        return []
+    values = {
+        "train/loss": measured.loss,
+        "train/learning_rate": None if measured.loss is None else measured.learning_rate,
+        "train/grad_norm": measured.grad_norm,
+        "train/tokens_per_second": measured.tokens_per_second,
+        "held_out/loss": measured.held_out_loss,
+    }
+    return _points(values, measured.timestamp, measured.step)
+
+
+def memory_points(line: bytes) -> list[Point]:
+    """The points of one line of memory.jsonl (units of 2**30 bytes); none for a torn line."""
+    sample = _parsed(MemorySample, line)
+    if sample is None:
+        return []
+    values = {
+        "memory/allocated_gb": sample.allocated_gb,
+        "memory/cached_gb": sample.cached_gb,
+        "memory/available_gb": sample.available_gb,
+    }
+    return _points(values, sample.timestamp, sample.step)
+
+
+def _points(values: Mapping[str, float | None], time: datetime, step: int) -> list[Point]:
+    time_ms = int(time.timestamp() * 1000)
+    return [Point(key, value, time_ms, step) for key, value in values.items() if value is not None]
+
+
+def _parsed(kind: type[ModelT], line: bytes) -> ModelT | None:
+    try:
+        return kind.model_validate_json(line)
+    except ValidationError:
+        _log.warning("An unreadable line of %s is skipped.", kind.__name__)
+        return None
+
+
+def _records(kind: type[ModelT], path: Path) -> list[ModelT]:
+    parsed = (_parsed(kind, line.content) for line in lines_from(path))
+    return [record for record in parsed if record is not None]
+
+
+def _draw(job: JobDir, cursor: AttemptCursor, folder: Path) -> list[Path]:
+    """Write loss.png and memory.png of an attempt into `folder`, each if there is data for it."""
+    drawn = []
+    if metrics := _records(TrainingMetrics, job.metrics):
+        drawn.append(write_png(loss_figure(metrics), folder / "loss.png"))
+    if samples := _records(MemorySample, job.memory):
+        figure = memory_figure(samples, cursor.budget_gb, cursor.predicted_gb)
+        drawn.append(write_png(figure, folder / "memory.png"))
+    return drawn
+
+
+def _upload_text(connection: Connection, run_id: str, artifact: str, content: str) -> None:
+    path = PurePosixPath(artifact)
+    with tempfile.TemporaryDirectory(prefix="qwen3ft-") as folder:
+        local = Path(folder) / path.name
+        local.write_text(content, encoding="utf-8")
+        connection.upload(
+            run_id, local, None if path.parent == PurePosixPath() else str(path.parent)
+        )
+
+
+def _upload_table(connection: Connection, run_id: str, table: Table) -> None:
+    """Log a table the way MLflow's `log_table` does, which appends and so cannot be repeated."""
+    try:
+        lines = lines_from(Path(table.local_path))
+        rows = [json.loads(line.content) for line in lines]
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+    except (OSError, ValueError, TypeError) as error:
+        raise RejectedError(f"{table.local_path} is no table: {error}") from error
+    if not rows:
+        raise RejectedError(f"{table.local_path} has no rows.")
+    data = [[row.get(column) for column in columns] for row in rows]
+    text = json.dumps({"columns": columns, "data": data}, ensure_ascii=False)
+    _upload_text(connection, run_id, table.path, mask_secrets(text))
+    logged = json.dumps([{"path": table.path, "type": "table"}])
+    connection.log_tags(run_id, {"mlflow.loggedArtifacts": logged})

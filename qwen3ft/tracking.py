@@ -1,0 +1,335 @@
+"""MLflow, as far as this project needs it: the only module that imports it.
+
+`connect` gives a `Connection` to one tracking URI (a SQLite file or an http server) and the
+experiment in it; its methods are the few things that are done there. Every method raises one of two
+errors, whatever MLflow, its database or the network threw: TrackingUnavailableError where the same
+call may succeed later, RejectedError where it never will.
+
+Nothing here retries or waits: `qwen3ft.mirror` and `qwen3ft.registry` do.
+MLflow is imported on first use, after `prepare_client` has set its environment.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from qwen3ft.cursor import TrackingState
+from qwen3ft.errors import FinetuneError, TrackingUnavailableError
+from qwen3ft.journal import DatasetInput
+from qwen3ft.logs import get_logger, mask_secrets
+
+EXPERIMENT_NAME = "qwen3-finetune"
+"""The MLflow experiment that holds all runs."""
+
+REQUEST_SECONDS = 15
+"""How long one HTTP request to MLflow may be silent."""
+
+SYSTEM_METRICS_SECONDS = 5
+"""Time between two samples of MLflow's system metrics."""
+
+_SQLITE = "sqlite:///"
+_REJECTED = {"INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST", "INVALID_STATE"}
+_MOST_PER_REQUEST = {"params": 100, "tags": 100, "metrics": 1000}  # MLflow's limits
+
+_log = get_logger("tracking")
+
+
+class RejectedError(FinetuneError):
+    """MLflow refused one operation for good; repeating it is useless."""
+
+
+class NotInMlflowError(TrackingUnavailableError):
+    """A run, model or version is unknown to this MLflow, which may be the wrong or a new one."""
+
+
+class Point(NamedTuple):
+    """One value of one metric."""
+
+    key: str
+    value: float
+    timestamp_ms: int
+    step: int
+
+
+def default_tracking_uri() -> str:
+    """MLFLOW_TRACKING_URI, or the database `mlruns/mlflow.db` of the working folder."""
+    default = f"{_SQLITE}{Path.cwd() / 'mlruns' / 'mlflow.db'}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or default
+
+
+def database_path(tracking_uri: str) -> Path | None:
+    """The file of a SQLite tracking URI; None for any other."""
+    if not tracking_uri.startswith(_SQLITE):
+        return None
+    return Path(tracking_uri.removeprefix(_SQLITE).partition("?")[0]).absolute()
+
+
+def run_url(tracking_uri: str, state: TrackingState) -> str | None:
+    """The page of the parent run; None for a database without a server, or before it was sent."""
+    if not tracking_uri.startswith("http") or state.parent_run_id is None:
+        return None
+    base = tracking_uri.rstrip("/")
+    return f"{base}/#/experiments/{state.experiment_id}/runs/{state.parent_run_id}"
+
+
+def prepare_client() -> None:
+    """Set the environment of this process's MLflow client; settings already made by hand stay.
+
+    No telemetry; no retries inside a request, since the callers retry; short silences only; and
+    MLflow's own log kept to warnings, because outages are reported once, by the mirror.
+    """
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    os.environ["DO_NOT_TRACK"] = "true"
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(REQUEST_SECONDS))
+    for name, level in [
+        ("mlflow", logging.WARNING),
+        ("mlflow.system_metrics", logging.ERROR),
+        ("mlflow.store.db.utils", logging.CRITICAL),  # prints a traceback for a locked database
+        ("alembic", logging.WARNING),
+    ]:
+        logging.getLogger(name).setLevel(level)
+
+
+@contextmanager
+def _translated(tracking_uri: str) -> Iterator[None]:
+    """Turn everything that MLflow and what is below it throws into the two errors."""
+    from alembic.util.exc import CommandError
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except MlflowException as error:
+        raise _translate(tracking_uri, error) from error
+    except FileNotFoundError as error:  # the local file to send is gone
+        raise _rejected(error) from error
+    except (OSError, SQLAlchemyError, CommandError, json.JSONDecodeError) as error:
+        raise _unavailable(tracking_uri, error) from error  # requests' errors are OSErrors
+    except (ValueError, TypeError, KeyError) as error:
+        raise _rejected(error) from error
+
+
+def _translate(tracking_uri: str, error: Any) -> FinetuneError:
+    from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
+
+    code, cause = str(error.error_code), error.__cause__
+    if code == "RESOURCE_DOES_NOT_EXIST":
+        return _unavailable(tracking_uri, error, NotInMlflowError)
+    # A damaged database also answers BAD_REQUEST: only data that it cannot take is hopeless.
+    broken = isinstance(cause, SQLAlchemyError) and not isinstance(
+        cause, DataError | IntegrityError
+    )
+    return (
+        _rejected(error) if code in _REJECTED and not broken else _unavailable(tracking_uri, error)
+    )
+
+
+def _rejected(error: BaseException) -> RejectedError:
+    return RejectedError(
+        f"MLflow refused the operation: {_brief(error)}",
+        why="Its content is not acceptable to MLflow, so sending it again is useless.",
+        next_command="qwen3ft status",
+    )
+
+
+def _unavailable(
+    tracking_uri: str,
+    error: BaseException,
+    kind: type[TrackingUnavailableError] = TrackingUnavailableError,
+) -> TrackingUnavailableError:
+    return kind(
+        f"MLflow at {mask_secrets(tracking_uri)} cannot do this now: {_brief(error)}",
+        why="The server or database is down, locked, full or unreachable; training goes on.",
+        next_command="qwen3ft sync",
+    )
+
+
+def _brief(error: BaseException) -> str:
+    text = mask_secrets(" ".join(str(error).split()))
+    return f"{type(error).__name__}: {text[:300]}"
+
+
+@dataclass
+class Connection:
+    """One MLflow and the experiment in it. Made by `connect`; usable from any one thread a time."""
+
+    tracking_uri: str
+    client: Any
+    experiment_id: str
+    _repositories: dict[str, Any] = field(default_factory=dict)
+
+    def has_run(self, run_id: str) -> bool:
+        """Whether this MLflow knows the run."""
+        try:
+            with _translated(self.tracking_uri):
+                self.client.get_run(run_id)
+        except NotInMlflowError:
+            return False
+        return True
+
+    def find_or_create_run(
+        self, name: str, start_ms: int, identity: Mapping[str, str], tags: Mapping[str, str]
+    ) -> str:
+        """The id of the run with the tags `identity`, made now if there is none.
+
+        Looking first makes the creation safe to repeat after a crash that lost the answer.
+        """
+        wanted = " and ".join(f"tags.`{key}` = '{value}'" for key, value in identity.items())
+        with _translated(self.tracking_uri):
+            found = self.client.search_runs([self.experiment_id], wanted, max_results=1)
+            run = found[0] if found else None
+            if run is None:
+                run = self.client.create_run(
+                    self.experiment_id, start_ms, {**tags, **identity}, run_name=name
+                )
+        return str(run.info.run_id)
+
+    def log_params(self, run_id: str, params: Mapping[str, str]) -> None:
+        """Set parameters; MLflow refuses a second, different value."""
+        from mlflow.entities import Param
+
+        self._log_batches(run_id, "params", [Param(*item) for item in params.items()])
+
+    def log_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Set tags, replacing older values."""
+        from mlflow.entities import RunTag
+
+        self._log_batches(run_id, "tags", [RunTag(*item) for item in tags.items()])
+
+    def log_points(self, run_id: str, points: Sequence[Point]) -> None:
+        """Log metrics; a point sent twice is kept once."""
+        from mlflow.entities import Metric
+
+        self._log_batches(run_id, "metrics", [Metric(*point) for point in points])
+
+    def _log_batches(self, run_id: str, kind: str, entities: Sequence[Any]) -> None:
+        size = _MOST_PER_REQUEST[kind]
+        with _translated(self.tracking_uri):
+            for start in range(0, len(entities), size):
+                self.client.log_batch(run_id, **{kind: entities[start : start + size]})
+
+    def log_dataset(self, run_id: str, dataset: DatasetInput) -> None:
+        """Log a dataset input with the context 'training'."""
+        from mlflow import entities
+
+        entity = entities.Dataset(
+            name=dataset.name,
+            digest=dataset.digest,
+            source_type="local",
+            source=dataset.source,
+            schema=dataset.column_schema,
+            profile=dataset.profile,
+        )
+        context = entities.InputTag("mlflow.data.context", "training")
+        with _translated(self.tracking_uri):
+            self.client.log_inputs(run_id, [entities.DatasetInput(entity, [context])])
+
+    def set_status(self, run_id: str, status: str, end_ms: int | None = None) -> None:
+        """RUNNING, or how and when the run ended."""
+        with _translated(self.tracking_uri):
+            if status == "RUNNING":
+                self.client.update_run(run_id, status=status)
+            else:
+                self.client.set_terminated(run_id, status, end_ms)
+
+    def upload(self, run_id: str, local_path: Path, artifact_path: str | None) -> None:
+        """Copy a file, or a folder's content, below `artifact_path` of the run's artifacts."""
+        with _translated(self.tracking_uri):
+            repository = self._repository(run_id)
+            if local_path.is_dir():
+                repository.log_artifacts(str(local_path), artifact_path)
+            else:
+                repository.log_artifact(str(local_path), artifact_path)
+
+    def download(self, run_id: str, artifact_path: str, folder: Path) -> Path:
+        """Fetch an artifact into the existing `folder`; gives where it lies."""
+        with _translated(self.tracking_uri):
+            fetched = self._repository(run_id).download_artifacts(artifact_path, str(folder))
+        return Path(fetched)
+
+    @contextmanager
+    def calls(self) -> Iterator[Any]:
+        """The MLflow client, its errors translated."""
+        with _translated(self.tracking_uri):
+            yield self.client
+
+    def _repository(self, run_id: str) -> Any:
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        if run_id not in self._repositories:
+            uri = str(self.client.get_run(run_id).info.artifact_uri)
+            database = database_path(self.tracking_uri)
+            if database is not None and uri.startswith("mlflow-artifacts:"):
+                # Made through a server on this database, which keeps its files beside it.
+                uri = (_artifact_root(database) / urlsplit(uri).path.lstrip("/")).as_uri()
+            self._repositories[run_id] = get_artifact_repository(uri, self.tracking_uri)
+        return self._repositories[run_id]
+
+
+def connect(tracking_uri: str) -> Connection:
+    """Open `tracking_uri` and find or make the experiment.
+
+    A SQLite file is made where there is none (that takes seconds), with the artifacts beside it.
+
+    Raises:
+        TrackingUnavailableError: it cannot be reached, or is no MLflow.
+    """
+    prepare_client()
+    from mlflow import MlflowClient
+
+    database = database_path(tracking_uri)
+    try:
+        with _translated(tracking_uri):
+            if database is not None:
+                database.parent.mkdir(parents=True, exist_ok=True)
+            client = MlflowClient(tracking_uri, registry_uri=tracking_uri)
+            return Connection(tracking_uri, client, _experiment_id(client, database))
+    except RejectedError as error:  # what answers there is no MLflow, or an unsuitable one
+        raise _unavailable(tracking_uri, error) from error
+
+
+def _experiment_id(client: Any, database: Path | None) -> str:
+    experiment = client.get_experiment_by_name(EXPERIMENT_NAME)
+    if experiment is None:
+        location = None if database is None else _artifact_root(database).as_uri()
+        return str(client.create_experiment(EXPERIMENT_NAME, artifact_location=location))
+    if experiment.lifecycle_stage == "deleted":
+        _log.warning("The MLflow experiment %s was deleted; it is restored.", EXPERIMENT_NAME)
+        client.restore_experiment(experiment.experiment_id)
+    return str(experiment.experiment_id)
+
+
+def _artifact_root(database: Path) -> Path:
+    return database.parent / "artifacts"
+
+
+def start_system_metrics(connection: Connection, run_id: str) -> Any | None:
+    """Begin MLflow's own sampling of CPU, disk, network and GPU on `run_id`, in its own thread.
+
+    Returns:
+        The monitor, whose `finish()` ends it; None where it cannot be started.
+    """
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    try:
+        with connection.calls():
+            monitor = SystemMetricsMonitor(
+                run_id,
+                sampling_interval=SYSTEM_METRICS_SECONDS,
+                resume_logging=True,
+                tracking_uri=connection.tracking_uri,
+            )
+            monitor.start()
+    except (FinetuneError, ImportError, RuntimeError) as error:
+        _log.info("MLflow's system metrics are off: %s", error)
+        return None
+    return monitor

@@ -1,0 +1,256 @@
+"""transformers' Trainer with the few changes that this project's promises need.
+
+- The loss is the negative log-likelihood summed over trained tokens, divided by the number of
+  trained tokens in the whole effective batch, so every split of it into micro-batches gives the
+  same gradient. Logits exist only for trained positions and only `loss_chunk_tokens` at a time.
+- The order of sequences depends on seed and epoch alone, never on the micro-batch size.
+- Non-finite gradients raise before the weights are touched.
+- Checkpoints are committed whole (`qwen3ft.checkpoint`), without pickle, and restore every bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.data import Sampler
+from transformers import Trainer
+
+from qwen3ft import checkpoint
+from qwen3ft.errors import CheckpointCorruptError, DivergedError
+from qwen3ft.training_state import load_optimizer_state, load_rng_state, save_training_state
+
+if TYPE_CHECKING:
+    from qwen3ft.records import TrainPlan
+
+IGNORED = -100
+"""The label of a token that carries no loss."""
+
+ADAPTER_NAME = "adapter_model.safetensors"
+STATE_NAME = "trainer_state.json"
+
+
+class EffectiveBatchOrder(Sampler[int]):
+    """Row numbers of one epoch: shuffled by (seed, epoch), sorted by length in effective batches.
+
+    Which rows share an optimizer step is random; within it rows of like length stand together,
+    longest first, so that micro-batches of any size carry little padding and memory peaks early.
+    """
+
+    def __init__(self, lengths: Sequence[int], effective_batch_size: int, seed: int) -> None:
+        self.lengths = lengths
+        self.effective_batch_size = effective_batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order: list[int] = torch.randperm(len(self), generator=generator).tolist()
+        for start in range(0, len(order), self.effective_batch_size):
+            batch = order[start : start + self.effective_batch_size]
+            yield from sorted(batch, key=lambda row: (-self.lengths[row], row))
+
+
+def summed_loss(
+    model: torch.nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    labels: torch.Tensor,
+    chunk_tokens: int,
+) -> torch.Tensor:
+    """Negative log-likelihood in nats, summed over all positions whose label is not `IGNORED`.
+
+    Args:
+        model: A `Qwen3ForCausalLM`, adapters injected or not.
+        input_ids: Tokens, shape (batch, sequence).
+        attention_mask: 1 for real tokens, 0 for padding, shape (batch, sequence).
+        labels: Targets aligned with `input_ids`, shape (batch, sequence).
+        chunk_tokens: Positions whose logits (chunk, vocabulary) exist at one time; backward
+            computes them again instead of keeping them.
+
+    Returns:
+        A scalar in fp32.
+    """
+    hidden = model.model(
+        input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+    ).last_hidden_state
+    trained = labels[:, 1:] != IGNORED
+    hidden, targets = hidden[:, :-1][trained], labels[:, 1:][trained]
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for start in range(0, len(targets), chunk_tokens):
+        total = total + recompute(
+            _chunk_loss,
+            hidden[start : start + chunk_tokens],
+            model.lm_head.weight,
+            targets[start : start + chunk_tokens],
+            use_reentrant=False,
+        )
+    return total
+
+
+def _chunk_loss(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    logits = torch.nn.functional.linear(hidden, head.to(hidden.dtype)).float()
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+
+
+class QATrainer(Trainer):
+    """The Trainer of one attempt; `plan` says how, `checkpoints` is where."""
+
+    def __init__(self, *args: Any, plan: TrainPlan, checkpoints: Path, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.plan = plan
+        self.checkpoints = checkpoints
+        self.step_tokens = 0
+        self.model_accepts_loss_kwargs = True  # compute_loss divides by the whole batch's tokens
+        self.order = EffectiveBatchOrder(
+            self.train_dataset["length"], plan.effective_batch_size, plan.seed
+        )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return self.order
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
+        """The micro-batches of one optimizer step, and their number of trained tokens."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.step_tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+        trained = sum((batch["labels"][:, 1:] != IGNORED).sum() for batch in batches)
+        return batches, torch.as_tensor(trained, device=device)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """This micro-batch's share of the mean loss per trained token of the effective batch."""
+        assert num_items_in_batch is not None
+        return self._summed_loss(inputs) / num_items_in_batch
+
+    def _summed_loss(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        offload = torch.autograd.graph.save_on_cpu(pin_memory=True)
+        lean = self.plan.offload_activations and torch.is_grad_enabled()
+        with self._autocast(), offload if lean else _nothing():
+            return summed_loss(
+                self.accelerator.unwrap_model(self.model).get_base_model(),
+                inputs["input_ids"],
+                inputs["attention_mask"],
+                inputs["labels"],
+                self.plan.loss_chunk_tokens,
+            )
+
+    def _autocast(self) -> torch.autocast:
+        """bf16 products with the fp32 adapters, where the model computes in bf16."""
+        return torch.autocast(
+            self.args.device.type,
+            dtype=torch.bfloat16,
+            enabled=self.plan.model.compute_dtype == "bfloat16",
+        )
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> float:
+        """The gradient norm; raises before the optimizer can apply a non-finite one."""
+        norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))
+        if not math.isfinite(norm):
+            step = self.state.global_step + 1
+            raise DivergedError(
+                f"The gradient norm at step {step} is {norm}.",
+                why="The learning rate is too high, or a row drives the loss out of range.",
+                next_command=f"qwen3ft train --set learning_rate={self.plan.learning_rate / 2:g}",
+                step=step,
+                learning_rate=self.plan.learning_rate,
+            )
+        return norm
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Mean negative log-likelihood per trained token over the held-out rows."""
+        loss_sum, tokens = 0.0, 0
+        self.model.eval()
+        for inputs in self.get_eval_dataloader(eval_dataset):
+            with torch.no_grad():
+                loss_sum += self._summed_loss(self._prepare_inputs(inputs)).item()
+            tokens += int((inputs["labels"][:, 1:] != IGNORED).sum())
+            self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        self.model.train()
+        metrics = {f"{metric_key_prefix}_loss": loss_sum / max(tokens, 1)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        facts = {**checkpoint.lineage(self.plan), "learning_rate": self.plan.learning_rate}
+        checkpoint.commit(self.checkpoints, self.state.global_step, self._fill_checkpoint, facts)
+        checkpoint.prune(
+            self.checkpoints,
+            keep=self.plan.keep_checkpoints,
+            best_step=self.state.best_global_step,
+        )
+
+    def _fill_checkpoint(self, folder: Path) -> None:
+        save_adapter_files(self.model, folder)
+        save_training_state(folder, _innermost(self.optimizer), self.lr_scheduler)
+        self.state.save_to_json(str(folder / STATE_NAME))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        stored = load_file(Path(resume_from_checkpoint) / ADAPTER_NAME)
+        result = set_peft_model_state_dict(self.model, stored)
+        if result.unexpected_keys:
+            raise CheckpointCorruptError(
+                f"{resume_from_checkpoint} holds {len(result.unexpected_keys)} unknown tensors.",
+                why="It belongs to another model.",
+                next_command="qwen3ft train",
+            )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_optimizer_state(
+                Path(checkpoint),
+                _innermost(self.optimizer),
+                self.lr_scheduler,
+                self.plan.learning_rate,
+            )
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_rng_state(Path(checkpoint))
+
+
+def save_adapter_files(model: Any, folder: Path) -> None:
+    """Write PEFT's adapter_model.safetensors and adapter_config.json into `folder`."""
+    tensors = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in get_peft_model_state_dict(model).items()
+    }
+    save_file(tensors, folder / ADAPTER_NAME, metadata={"format": "pt"})
+    config = model.peft_config[model.active_adapter]
+    training_mode, config.inference_mode = config.inference_mode, True
+    config.save_pretrained(str(folder))
+    config.inference_mode = training_mode
+
+
+def _innermost(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)  # type: ignore[no-any-return]
+
+
+def _nothing() -> Any:
+    import contextlib
+
+    return contextlib.nullcontext()

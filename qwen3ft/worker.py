@@ -1,0 +1,188 @@
+"""The child process: `python -m qwen3ft.worker KIND DIR`.
+
+Composes the stages of one job, reads its request from DIR and leaves an outcome or a failure there.
+It is only ever executed, by `qwen3ft.launcher`; a CUDA error, a leak or a native exit ends it and
+nothing else. It dies with the process that started it. The one broad `except` of the project is
+here: whatever a library raises becomes a classified failure on disk.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+
+from qwen3ft import logs
+from qwen3ft.attempt import JobDir, read_record, write_record
+from qwen3ft.callbacks import Heartbeat, StopRequest
+from qwen3ft.errors import PreemptedError
+from qwen3ft.failures import to_failure, translate
+from qwen3ft.launcher import PARENT_VARIABLE
+from qwen3ft.records import AttemptOutcome, DatasetManifest, InferenceReport, ModelSnapshot, TrainPlan
+from qwen3ft.requests import DataRequest, InferenceRequest, QuantizeRequest
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+logger = logs.get_logger("worker")
+
+PREEMPTED_STATUS = 128 + signal.SIGTERM
+_PR_SET_PDEATHSIG = 1
+
+
+class Job:
+    """What every kind of job shares: its folder, its heartbeat and the request to stop."""
+
+    def __init__(self, path: Path) -> None:
+        self.dir = JobDir(path)
+        self.heartbeat = Heartbeat(self.dir.heartbeat)
+        self.stop = StopRequest()
+
+    def on_signal(self, number: int, _: FrameType | None) -> None:
+        """Training stops at its next step; any other phase has nothing to lose and stops now."""
+        self.stop.signal_name = signal.Signals(number).name
+        if self.heartbeat.phase not in {"train", "evaluate"}:
+            raise self.stop.error()
+
+
+def quantize(job: Job) -> ModelSnapshot:
+    """Quantise the base model once."""
+    from qwen3ft.model import ModelManager
+
+    request = read_record(job.dir.request, QuantizeRequest)
+    job.heartbeat.beat("quantize")
+    return ModelManager(request.config).quantize(request)
+
+
+def data(job: Job) -> DatasetManifest:
+    """Read, check and tokenise the rows."""
+    from qwen3ft.data import DataPipeline
+
+    request = read_record(job.dir.request, DataRequest)
+    job.heartbeat.beat("data")
+    return DataPipeline(request.config).prepare(request.model, Path(request.target))
+
+
+def train(job: Job) -> AttemptOutcome:
+    """One training attempt."""
+    from datasets import DatasetDict, load_from_disk
+    from transformers import set_seed
+
+    from qwen3ft.config import TrainingConfig
+    from qwen3ft.data import DataPipeline
+    from qwen3ft.lora import LoRAAdapter
+    from qwen3ft.memory import MemoryOptimizer
+    from qwen3ft.model import ModelManager
+    from qwen3ft.train import TrainingEngine
+
+    plan = read_record(job.dir.request, TrainPlan)
+    job.heartbeat.beat("load")
+    memory = MemoryOptimizer(plan.max_memory_gb, plan.device)
+    memory.optimize_for_training()
+    set_seed(plan.seed)
+    config = TrainingConfig(model_name=plan.model.path)
+    manager = ModelManager(config)
+    model, tokenizer = manager.load_model_with_quantization(plan.model.path)
+    model = manager.prepare_for_training(model, gradient_checkpointing=plan.gradient_checkpointing)
+    adapted = LoRAAdapter(plan.adapter).apply_lora(model)
+    dataset = DatasetDict(
+        {name: load_from_disk(str(Path(plan.dataset.path) / name)) for name in ("train", "dev")}
+    )
+    engine = TrainingEngine(
+        plan,
+        job.dir,
+        collator=DataPipeline(config).create_data_collator(tokenizer),
+        memory=memory,
+        stop=job.stop,
+    )
+    engine.progress.heartbeat = job.heartbeat
+    trainer = engine.create_trainer(adapted, dataset, engine.create_training_args())
+    job.heartbeat.beat("train")
+    engine.train_model(trainer)
+    job.heartbeat.beat("finish")
+    return engine.outcome(trainer)
+
+
+def inference(job: Job) -> InferenceReport:
+    """Compare base, champion and candidate on held-out questions."""
+    from qwen3ft.inference import run_inference
+
+    request = read_record(job.dir.request, InferenceRequest)
+    job.heartbeat.beat("load")
+    return run_inference(request, job.heartbeat.beat)
+
+
+KINDS: dict[str, Callable[[Job], BaseModel]] = {
+    "quantize": quantize,
+    "data": data,
+    "train": train,
+    "inference": inference,
+}
+
+
+def main(kind: str, path: Path) -> int:
+    """Run one job; the exit status is 0 only if an outcome was written."""
+    die_with_parent()
+    logs.configure(console=True, json_path=path / "log.jsonl")
+    job = Job(path)
+    signal.signal(signal.SIGTERM, job.on_signal)
+    signal.signal(signal.SIGINT, job.on_signal)
+    started = time.monotonic()
+    try:
+        outcome = KINDS[kind](job)
+    except Exception as error:  # noqa: BLE001  the outermost frame: everything becomes a failure
+        failure = translate(error, job.heartbeat.phase)
+        logger.error("%s failed after %.1f s: %s", kind, time.monotonic() - started, failure)
+        if failure is not error:
+            logger.info("traceback of the cause", exc_info=error)
+        write_record(job.dir.failure, to_failure(failure))
+        _free(error)
+        return PREEMPTED_STATUS if isinstance(failure, PreemptedError) else 1
+    write_record(job.dir.outcome, outcome)
+    logger.info("%s done in %.1f s", kind, time.monotonic() - started)
+    return 0
+
+
+def die_with_parent() -> None:
+    """Have this process killed when the one that started it is gone, however it went.
+
+    Linux does it by itself (prctl); elsewhere a thread looks once a second.
+    """
+    parent = int(os.environ.get(PARENT_VARIABLE, os.getppid()))
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    else:
+        threading.Thread(target=_watch_parent, args=(parent,), daemon=True).start()
+    if os.getppid() != parent:  # it died before the line above took effect
+        os._exit(PREEMPTED_STATUS)
+
+
+def _watch_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(PREEMPTED_STATUS)
+
+
+def _free(error: BaseException) -> None:
+    """Drop what a failed job still holds: its frames keep tensors alive, and its scratch files."""
+    error.__traceback__ = None
+    gc.collect()
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    for leftover in Path(tempfile.gettempdir()).glob(f"qwen3ft-{os.getpid()}-*"):
+        leftover.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], Path(sys.argv[2])))

@@ -1,0 +1,47 @@
+"""The answer to a failed attempt: the next plan, or giving up with a reason."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from qwen3ft import checkpoint
+from qwen3ft.adjust import GiveUp, Retry, decide
+from qwen3ft.attempt import RunDir
+from qwen3ft.config import TrainingConfig
+from qwen3ft.logs import get_logger
+from qwen3ft.records import AttemptSummary, Failure, TrainPlan
+
+logger = get_logger("adjust")
+
+
+@task(name="adjust", task_run_name="adjust-{plan.attempt}", cache_policy=NO_CACHE)
+def adjust_parameters(
+    config: TrainingConfig,
+    plan: TrainPlan,
+    failure: Failure,
+    history: Sequence[AttemptSummary],
+) -> Retry | GiveUp:
+    """Clean up after the failed attempt, then decide.
+
+    Its memory went with its process; what a kill in the middle of a write left behind goes here.
+    """
+    run = RunDir(Path(plan.run_dir))
+    for leftover in run.attempt(plan.attempt).checkpoints.glob(".*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    folders = [job.checkpoints for job in run.attempts()]
+    newest = checkpoint.newest_verified(folders, checkpoint.lineage(plan))
+    decision = decide(
+        plan,
+        failure,
+        history,
+        max_attempts=config.max_attempts,
+        allow_degraded=config.allow_degraded,
+        newest_checkpoint=str(newest.path) if newest else None,
+    )
+    logger.info("attempt %d: %s -> %s", plan.attempt, failure.kind, decision.reason)
+    return decision

@@ -1,0 +1,40 @@
+"""Stage 4: question-answer files in, tokenised rows on disk, every row accounted for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+
+from qwen3ft.attempt import RunDir
+from qwen3ft.config import TrainingConfig
+from qwen3ft.data import dataset_target, fingerprint_sources, read_manifest
+from qwen3ft.prepare import tokenized_data
+from qwen3ft.records import DatasetManifest, ModelSnapshot
+from tasks.policies import cache_key
+
+
+def _key(_: Any, parameters: dict[str, Any]) -> str:
+    return cache_key("data", Path(parameters["target"]).name)
+
+
+@task(
+    name="data",
+    task_run_name="data",
+    cache_key_fn=_key,
+    persist_result=True,
+    result_serializer="json",
+)
+def tokenize(
+    config: TrainingConfig, model: ModelSnapshot, run: str, target: str
+) -> DatasetManifest:
+    """Read, check and tokenise, unless the folder is already there and verifies."""
+    return tokenized_data(config, model, RunDir(Path(run)), Path(target))
+
+
+def prepare_data(config: TrainingConfig, model: ModelSnapshot, run: RunDir) -> DatasetManifest:
+    """The data stage: changed files give another key; a damaged folder is made anew."""
+    target = dataset_target(config, model, fingerprint_sources(config))
+    gone = read_manifest(target) is None
+    return tokenize.with_options(refresh_cache=gone)(config, model, str(run.path), str(target))

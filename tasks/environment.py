@@ -1,0 +1,17 @@
+"""Stage 1: what this machine is, and whether a run can start on it."""
+
+from __future__ import annotations
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from qwen3ft.environment import EnvironmentManager
+from qwen3ft.records import EnvironmentReport
+
+
+@task(name="environment", task_run_name="environment", cache_policy=NO_CACHE)
+def check_environment() -> EnvironmentReport:
+    """Refuse at once if something is missing; free memory and disk are measured, never cached."""
+    manager = EnvironmentManager()
+    manager.validate_environment()
+    return manager.report()

@@ -1,0 +1,48 @@
+"""Stage 8: what the saved adapter answers, beside the base model and the champion."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from qwen3ft.attempt import RunDir
+from qwen3ft.config import TrainingConfig
+from qwen3ft.journal import Journal
+from qwen3ft.launcher import run_worker
+from qwen3ft.records import Champion, InferenceReport, SavedAdapter, TrainPlan
+from qwen3ft.requests import InferenceRequest
+
+
+@task(name="inference", task_run_name="inference", cache_policy=NO_CACHE)
+def compare_answers(
+    config: TrainingConfig, plan: TrainPlan, saved: SavedAdapter, champion: Champion | None
+) -> InferenceReport:
+    """Answer the held-out questions with what is on disk; scores and answers go to MLflow."""
+    run = RunDir(Path(plan.run_dir))
+    job = run.job("inference")
+    request = InferenceRequest(
+        config=config,
+        model=plan.model,
+        adapter=saved,
+        champion=champion,
+        questions_path=str(Path(plan.dataset.path) / "test.jsonl"),
+        answers_path=str(job.path / "answers.jsonl"),
+        device=plan.device,
+        batch_size=plan.eval_batch_size,
+    )
+    report = run_worker(
+        "inference", job.create(request), InferenceReport, stall_seconds=config.stall_seconds
+    )
+    journal = Journal(run)
+    journal.table(Path(report.answers_path))
+    journal.json("inference/report.json", report.model_dump(mode="json"))
+    for score in report.scores:
+        journal.metrics(
+            {
+                f"{score.label}/exact_match": score.exact_match,
+                f"{score.label}/answer_loss": score.answer_loss,
+            }
+        )
+    return report

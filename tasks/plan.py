@@ -1,0 +1,47 @@
+"""Stage 5: every setting of the first attempt, derived, with reasons and predicted memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import task
+
+from qwen3ft.config import TrainingConfig
+from qwen3ft.plan import build_plan
+from qwen3ft.records import (
+    AdapterSpec,
+    DatasetManifest,
+    EnvironmentReport,
+    ModelSnapshot,
+    TrainPlan,
+)
+from tasks.policies import cache_key
+
+
+def _key(_: Any, parameters: dict[str, Any]) -> str:
+    environment = parameters["environment"]
+    machine = [[gpu.name, gpu.total_bytes] for gpu in environment.gpus]
+    return cache_key(
+        "plan",
+        parameters["config"].model_dump(mode="json"),
+        [machine, environment.host_total_bytes],
+        *(parameters[name].model_dump(mode="json") for name in ("model", "adapter", "dataset")),
+    )
+
+
+@task(
+    name="plan",
+    task_run_name="plan",
+    cache_key_fn=_key,
+    persist_result=True,
+    result_serializer="json",
+)
+def plan_training(
+    config: TrainingConfig,
+    environment: EnvironmentReport,
+    model: ModelSnapshot,
+    adapter: AdapterSpec,
+    dataset: DatasetManifest,
+) -> TrainPlan:
+    """The first attempt's plan, not yet tied to a run."""
+    return build_plan(config, environment, model, adapter, dataset)

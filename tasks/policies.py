@@ -1,0 +1,32 @@
+"""The two policies that tasks share: what a cached result depends on, and what is worth retrying."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.tasks import Task
+
+from qwen3ft.errors import TransientError
+from qwen3ft.storage import sha256_json
+
+CACHE_VERSION = 1
+"""Raised when results of older versions must not be reused."""
+
+RETRY_DELAYS_SECONDS = [2.0, 10.0, 30.0]
+
+
+def cache_key(stage: str, *values: Any) -> str:
+    """The key of a stage's result: everything it depends on, as JSON-compatible values.
+
+    Paths named in `values` are targets derived from content, never measured from the disk: a key
+    computed before the body runs cannot describe what the body makes. Whether a cached path still
+    holds is checked by the caller, who then sets `refresh_cache`.
+    """
+    return f"{stage}-{sha256_json([CACHE_VERSION, *values])}"
+
+
+def is_transient(task: Task[Any, Any], task_run: TaskRun, state: State[Any]) -> bool:
+    """Whether a failed task may succeed if it is called again unchanged."""
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, TransientError)

@@ -1,0 +1,96 @@
+"""Stage 9: into the registry, and into use if it is better."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from qwen3ft.attempt import RunDir
+from qwen3ft.config import TrainingConfig
+from qwen3ft.errors import TrackingUnavailableError
+from qwen3ft.journal import parent_run_id
+from qwen3ft.promote import decide
+from qwen3ft.records import Champion, InferenceReport, SavedAdapter, Verdict
+from qwen3ft.tracking import Registry, default_tracking_uri
+from tasks.policies import is_transient
+
+REGISTRY_DELAYS_SECONDS = [1.0, 2.0, 5.0, 15.0]
+"""The upload of the adapter runs in the background; it is usually done by the second call."""
+
+
+def registered_name(config: TrainingConfig) -> str:
+    """The registry's name for adapters of this base model; it may hold neither '/' nor ':'."""
+    model = Path(config.model_name).name if "/" in config.model_name else config.model_name
+    return config.registered_model or f"qwen3ft-{model.replace(':', '-')}"
+
+
+@task(
+    name="register",
+    task_run_name="register",
+    cache_policy=NO_CACHE,
+    retries=len(REGISTRY_DELAYS_SECONDS),
+    retry_delay_seconds=REGISTRY_DELAYS_SECONDS,
+    retry_condition_fn=is_transient,
+)
+def register(config: TrainingConfig, saved: SavedAdapter, run: str) -> SavedAdapter:
+    """Make the uploaded adapter a version of the registered model."""
+    run_id = parent_run_id(RunDir(Path(run)))
+    if run_id is None:
+        raise TrackingUnavailableError(
+            "MLflow has not taken this run yet.",
+            why=f"{default_tracking_uri()} cannot be reached, or the upload is still going on.",
+            next_command="qwen3ft status",
+        )
+    named = saved.model_copy(
+        update={"mlflow_run_id": run_id, "registered_model": registered_name(config)}
+    )
+    version = Registry(default_tracking_uri()).register(run_id, named, {"run": Path(run).name})
+    return named.model_copy(update={"version": version})
+
+
+@task(
+    name="champion",
+    task_run_name="champion",
+    cache_policy=NO_CACHE,
+    retries=1,
+    retry_delay_seconds=2.0,
+    retry_condition_fn=is_transient,
+)
+def find_champion(config: TrainingConfig) -> Champion | None:
+    """The adapter in use, fetched and verified; None before the first promotion."""
+    registry = Registry(default_tracking_uri())
+    champion = registry.champion(registered_name(config))
+    if champion is None:
+        return None
+    folder = Path(config.cache_dir).resolve() / "champions" / champion.registered_model
+    path = registry.download(champion, folder / champion.version)
+    return champion.model_copy(update={"adapter_path": str(path)})
+
+
+@task(
+    name="promote",
+    task_run_name="promote",
+    cache_policy=NO_CACHE,
+    retries=2,
+    retry_delay_seconds=[2.0, 10.0],
+    retry_condition_fn=is_transient,
+)
+def promote(
+    saved: SavedAdapter, report: InferenceReport, champion: Champion | None, run: str
+) -> Verdict:
+    """Decide, and move the alias if the decision is to promote."""
+    if saved.registered_model is None or saved.version is None:
+        return Verdict(
+            decision="deferred",
+            reasons=(
+                "the registry could not be reached, so the adapter in use is not known; "
+                f"continue with: qwen3ft train --resume {Path(run).name}",
+            ),
+        )
+    verdict = decide(report, saved, champion=champion)
+    if verdict.decision == "promoted":
+        expected = champion.version if champion else None
+        Registry(default_tracking_uri()).promote(saved.registered_model, saved.version, expected)
+    return verdict

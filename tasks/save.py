@@ -1,0 +1,22 @@
+"""Stage 7: the best checkpoint's adapter, saved, read back and handed to MLflow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from qwen3ft.attempt import RunDir
+from qwen3ft.config import TrainingConfig
+from qwen3ft.journal import Journal
+from qwen3ft.records import AttemptOutcome, SavedAdapter, TrainPlan
+from qwen3ft.save import save_adapter
+
+
+@task(name="save", task_run_name="save", cache_policy=NO_CACHE)
+def save(config: TrainingConfig, plan: TrainPlan, outcome: AttemptOutcome) -> SavedAdapter:
+    """Write and verify the adapter folder; its upload is in the journal from here on."""
+    saved = save_adapter(outcome, plan, config)
+    Journal(RunDir(Path(plan.run_dir))).artifacts(Path(saved.path), "adapter")
+    return saved

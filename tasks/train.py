@@ -1,0 +1,113 @@
+"""Stage 6: one training attempt in a worker process, with live progress."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from uuid import UUID
+
+import httpx
+from prefect import task
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.exceptions import PrefectException
+
+from qwen3ft import checkpoint
+from qwen3ft.attempt import JobDir, RunDir, read_record
+from qwen3ft.errors import FinetuneError, PreemptedError
+from qwen3ft.journal import Journal
+from qwen3ft.launcher import run_worker
+from qwen3ft.logs import get_logger
+from qwen3ft.records import AttemptOutcome, TrainPlan
+from qwen3ft.storage import read_json_lines
+
+logger = get_logger("train")
+
+PROGRESS_SECONDS = 2.0
+
+
+@task(name="train", task_run_name="train-{plan.attempt}", cache_policy=NO_CACHE)
+def train_attempt(plan: TrainPlan) -> AttemptOutcome:
+    """Run the attempt; a failure is raised as the classified error that adjust reads."""
+    run = RunDir(Path(plan.run_dir))
+    job = run.attempt(plan.attempt).create(plan)
+    journal = Journal(run)
+    journal.attempt_started(plan)
+    try:
+        with ProgressArtifact(plan, job):
+            outcome = run_worker("train", job, AttemptOutcome, stall_seconds=plan.stall_seconds)
+    except FinetuneError as error:
+        journal.attempt_ended(plan.attempt, "FAILED", {"failure": type(error).__name__})
+        raise
+    except BaseException:
+        journal.attempt_ended(plan.attempt, "KILLED", {"failure": PreemptedError.__name__})
+        raise
+    journal.attempt_ended(plan.attempt, "FINISHED")
+    return outcome
+
+
+def finished_attempt(run: RunDir, plan: TrainPlan) -> AttemptOutcome | None:
+    """The outcome of an earlier attempt of this run under an equivalent plan, if it completed.
+
+    A run that failed after training (a full disk, say) goes on from here when it is continued.
+    """
+    for job in reversed(run.attempts()):
+        if not (job.outcome.exists() and job.request.exists()):
+            continue
+        if checkpoint.lineage(read_record(job.request, TrainPlan)) == checkpoint.lineage(plan):
+            return read_record(job.outcome, AttemptOutcome)
+    return None
+
+
+class ProgressArtifact:
+    """Keeps a progress bar on the flow run's page; training never waits for it.
+
+    The API is called from a thread of its own, so that a slow or dead server costs the bar and
+    nothing else.
+    """
+
+    def __init__(self, plan: TrainPlan, job: JobDir) -> None:
+        self.plan = plan
+        self.job = job
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> ProgressArtifact:
+        try:
+            artifact = create_progress_artifact(
+                progress=0.0,
+                key=f"train-{self.plan.attempt}",
+                description=f"Attempt {self.plan.attempt}: at most {self.plan.total_steps} steps",
+            )
+        except (httpx.HTTPError, PrefectException, OSError) as error:
+            logger.warning("no progress artifact: %s", error)
+            return self
+        assert isinstance(artifact, UUID)
+        self._thread = threading.Thread(target=self._follow, args=(artifact,), daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        if self._thread is not None:
+            self._thread.join(timeout=PROGRESS_SECONDS)
+
+    def _follow(self, artifact: UUID) -> None:
+        offset, step, told = 0, 0, -1
+        while True:
+            finished = self._done.wait(PROGRESS_SECONDS)
+            lines, offset = read_json_lines(self.job.metrics, offset)
+            step = max([step, *(line["step"] for line in lines)])
+            if finished and self.job.outcome.exists():
+                step = self.plan.total_steps
+            if step != told:
+                self._tell(artifact, 100.0 * step / self.plan.total_steps)
+                told = step
+            if finished:
+                return
+
+    def _tell(self, artifact: UUID, percent: float) -> None:
+        try:
+            update_progress_artifact(artifact, progress=min(percent, 100.0))
+        except (httpx.HTTPError, PrefectException, OSError, RuntimeError) as error:
+            logger.debug("progress not shown: %s", error)
