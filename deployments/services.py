@@ -96,6 +96,7 @@ def environment(layout: Layout, inherited: Mapping[str, str] = os.environ) -> di
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+        "PREFECT_WORKER_QUERY_SECONDS": "2",  # 10 by default: a run would wait that long to start
         "PREFECT_LOGGING_EXTRA_LOGGERS": "qwen3ft",
         "PREFECT_RESULTS_LOCAL_STORAGE_PATH": str(layout.prefect_home / "storage"),
         "DO_NOT_TRACK": "true",  # MLflow knows only this spelling, Prefect also "1"
@@ -110,42 +111,54 @@ def environment(layout: Layout, inherited: Mapping[str, str] = os.environ) -> di
 def is_healthy(service: Service, layout: Layout, started: float) -> bool:
     """Whether `service`, started at `started` (seconds since the epoch), does its work."""
     if service == "prefect":
-        return get_json(f"{layout.url('prefect')}/api/health") is True
+        return request_json(f"{layout.url('prefect')}/api/health") is True
     if service == "mlflow":
-        return get_text(f"{layout.url('mlflow')}/health") == "OK"
+        return request_text(f"{layout.url('mlflow')}/health") == "OK"
     return any(
         worker["name"] == WORKER
         and worker["status"] == "ONLINE"
         # the row of a worker that ran before stays in the database
         and datetime.fromisoformat(worker["last_heartbeat_time"]).timestamp() >= started
-        for worker in get_json(
+        for worker in request_json(
             f"{layout.url('prefect')}/api/work_pools/{POOL}/workers/filter", body={}
         )
         or ()
     )
 
 
-def get_text(url: str, body: Mapping[str, Any] | None = None) -> str | None:
-    """What a local server answers to GET, or to POST with a JSON `body`; None without a 2xx."""
+def request_text(
+    url: str, body: Mapping[str, Any] | None = None, method: str | None = None
+) -> str | None:
+    """What a local server answers to GET, or to POST (or `method`) with a JSON `body`.
+
+    None if there is no answer, or not one of success.
+    """
     request = urllib.request.Request(  # noqa: S310 - addresses are built here, all of them http
         url,
         data=None if body is None else json.dumps(body).encode(),
         headers={"Content-Type": "application/json"},
+        method=method,
     )
     # no proxy, whatever the shell says: these addresses are this machine
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(request, timeout=HTTP_SECONDS) as response:
             text: str = response.read().decode()
-    except (OSError, ValueError):  # HTTPError and URLError are OSErrors
+    except (OSError, ValueError):  # urllib's own errors are OSErrors
         return None
     return text
 
 
-def get_json(url: str, body: Mapping[str, Any] | None = None) -> Any:
-    """`get_text`, parsed; None where there is no answer or it is no JSON."""
-    text = get_text(url, body)
+def request_json(url: str, body: Mapping[str, Any] | None = None) -> Any:
+    """`request_text`, parsed; None where there is no answer or it is no JSON."""
+    text = request_text(url, body)
     try:
         return None if text is None else json.loads(text)
     except ValueError:
         return None
+
+
+def last_words(output: str) -> str:
+    """What a failed command said at its end, without the frames of a traceback."""
+    lines = [line for line in output.splitlines() if line.strip() and not line.startswith(" ")]
+    return "\n".join(lines[-4:]) or "It said nothing."

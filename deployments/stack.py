@@ -23,6 +23,7 @@ import psutil
 from pydantic import Field
 
 from deployments import services
+from deployments.orphans import end_orphans
 from deployments.processes import (
     MARK,
     SERVICE_MARK,
@@ -42,6 +43,7 @@ from qwen3ft.storage import write_json_atomic
 DEPLOYMENT = "qwen3-finetune/default"
 PREFERRED_PORTS = {"prefect": 4200, "mlflow": 5000}
 START_SECONDS = 180.0
+# the worker first: what it was running is reported to the server as ended
 STOP_ORDER: tuple[Service, ...] = ("worker", "mlflow", "prefect")
 TOML_HEADER = "# Written by `qwen3ft up`, removed by `qwen3ft down`.\n"
 
@@ -132,7 +134,6 @@ class Stack:
         if not self._folder.exists():
             return ()
         with self._locked():
-            # the worker first: a run that is ended while the servers listen can report that it was
             stopped = tuple(name for name in STOP_ORDER if self._stop(name))
             strays = stop(find_marked(self.root))
             self._write_state(self._read_state().model_copy(update={"pids": {}}))
@@ -149,10 +150,8 @@ class Stack:
         state = self._read_state()
         reports = tuple(self._report(name, state) for name in SERVICES)
         urls = {report.name: report.url for report in reports if report.healthy}
-        deployment = None
-        if "prefect" in urls:
-            name = DEPLOYMENT
-            deployment = services.get_json(f"{urls['prefect']}/api/deployments/name/{name}")
+        address = f"{urls.get('prefect')}/api/deployments/name/{DEPLOYMENT}"
+        deployment = services.request_json(address) if "prefect" in urls else None
         return StackStatus(
             root=str(self.root),
             up=all(report.healthy for report in reports),
@@ -183,6 +182,7 @@ class Stack:
             if all(_port(state, name) == _port(before, name) for name in SERVERS):
                 return
             self._stop("worker")  # it still talks to the old addresses
+        end_orphans(self.layout())
         self._start("worker")
 
     def _tell(self, started: list[Service], say: Say) -> None:
@@ -254,7 +254,10 @@ class Stack:
     def _stop(self, name: Service) -> bool:
         process = self._find(name, self._read_state())
         members = find_marked(self.root, name) + ([process] if process else [])
-        return stop(members) > 0
+        count = stop(members)
+        if name == "worker":  # while the server can still be told
+            end_orphans(self.layout())
+        return count > 0
 
     def _layout(self, state: StackState) -> Layout:
         return Layout(self.root, state.prefect_port, state.mlflow_port)

@@ -9,10 +9,13 @@ neither torch nor CUDA: whatever computes runs in a worker process.
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +28,16 @@ from prefect.artifacts import (
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed
+from qwen3ft.adjust import GiveUp
 
 from qwen3ft import checkpoint, logs
-from qwen3ft.adjust import GiveUp
 from qwen3ft.attempt import RunDir, write_record
 from qwen3ft.card import build_card, to_markdown
 from qwen3ft.config import TrainingConfig
-from qwen3ft.errors import FinetuneError, TrainingFailureError, TransientError
+from qwen3ft.cursor import read_state
+from qwen3ft.errors import FinetuneError, TransientError
 from qwen3ft.failures import to_error, to_failure
-from qwen3ft.journal import Journal, read_state
+from qwen3ft.journal import Journal, RunStatus
 from qwen3ft.mirror import Mirror, replay_unsent
 from qwen3ft.prepare import preview_plan
 from qwen3ft.records import (
@@ -43,7 +47,7 @@ from qwen3ft.records import (
     RunCard,
     TrainPlan,
 )
-from qwen3ft.tracking import default_tracking_uri, run_url
+from qwen3ft.tracking_uri import default_tracking_uri, run_url
 from tasks.adjust import adjust_parameters
 from tasks.data import prepare_data
 from tasks.environment import check_environment
@@ -108,8 +112,10 @@ def qwen3_finetune(
             verdict = promote(saved, report, champion, str(run.path))
         card = build_card(config, plan, outcome, saved, report, verdict, attempts, clock.seconds)
         publish(run, card)
-    return Completed(message=f"{card.verdict} (exact match {card.base_score:.1%} -> "
-                             f"{card.tuned_score:.1%}, peak {card.peak_memory_gb:.2f} GB)")
+    return Completed(
+        message=f"{card.verdict} (exact match {card.base_score:.1%} -> "
+        f"{card.tuned_score:.1%}, peak {card.peak_memory_gb:.2f} GB)"
+    )
 
 
 def train_with_recovery(
@@ -129,17 +135,22 @@ def train_with_recovery(
         started = time.monotonic()
         state = train_attempt(plan, return_state=True)
         result = state.result(raise_on_failure=False)
-        failure = to_failure(result) if isinstance(result, FinetuneError) else None
-        if failure is None and not isinstance(result, AttemptOutcome):
+        if not isinstance(result, (AttemptOutcome, FinetuneError)):
             raise result  # cancelled, or a defect of ours: not an attempt's failure
+        failure = to_failure(result) if isinstance(result, FinetuneError) else None
         history.append(_summary(plan, failure, time.monotonic() - started))
         show_attempts(history)
-        if failure is None:
+        if isinstance(result, AttemptOutcome):
             return plan, result, history
+        assert failure is not None
         decision = adjust_parameters(config, plan, failure, history)
         if isinstance(decision, GiveUp):
-            raise _final_error(failure, decision)
+            raise to_error(decision.failure)
         plan = decision.plan
+        if "max_sequence_length" in decision.change:
+            shorter = {"max_sequence_length": plan.max_sequence_length}
+            rows = prepare_data(config.model_copy(update=shorter), plan.model, run)
+            plan = plan.model_copy(update={"dataset": rows})
 
 
 def _given(plan: TrainPlan, run: RunDir, attempt: int) -> TrainPlan:
@@ -148,16 +159,6 @@ def _given(plan: TrainPlan, run: RunDir, attempt: int) -> TrainPlan:
     newest = checkpoint.newest_verified(folders, checkpoint.lineage(plan))
     resume_from = str(newest.path) if newest else None
     return plan.for_run(run.path.name, str(run.path), attempt=attempt, resume_from=resume_from)
-
-
-def _final_error(failure: Failure, decision: GiveUp) -> FinetuneError:
-    last = to_error(failure)
-    return TrainingFailureError(
-        decision.reason,
-        why=last.what,
-        next_command=last.next_command,
-        **{**failure.facts, "last_failure": failure.kind},
-    )
 
 
 def _summary(plan: TrainPlan, failure: Failure | None, seconds: float) -> AttemptSummary:
@@ -209,12 +210,14 @@ def tracked(run: RunDir, config: TrainingConfig) -> Iterator[None]:
     tags = {
         "prefect.flow_run_id": flow_run.id,
         "prefect.flow_run_url": flow_run.ui_url or "",
-        "prefect.deployment_id": flow_run.deployment_id or "",
     }
-    journal.run_started(_run_name(), config.model_dump(mode="json"), tags)
     mirror = Mirror(run, uri)
     mirror.start()
-    status = "FAILED"
+    # What an outage kept from MLflow in earlier runs goes there now, behind this run's back.
+    backlog = partial(replay_unsent, run.path.parent, uri, current=run)
+    threading.Thread(target=backlog, daemon=True).start()
+    journal.run_started(_run_name(), config.model_dump(mode="json"), tags)
+    status: RunStatus = "FAILED"
     try:
         yield
         status = "FINISHED"
@@ -276,5 +279,6 @@ def publish(run: RunDir, card: RunCard) -> None:
 
 def run_in_process(config: TrainingConfig, continue_run: str | None = None) -> State[Any]:
     """The same flow in this process; Prefect uses a server if one is configured, else its own."""
-    replay_unsent(Path(config.runs_dir), default_tracking_uri())
+    # A busy machine needs longer than Prefect's 20 s to start its temporary server.
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     return qwen3_finetune(config, continue_run, return_state=True)

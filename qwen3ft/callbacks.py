@@ -1,4 +1,4 @@
-"""What happens around the steps of an attempt: metrics, heartbeat, early stopping, stop requests."""
+"""What happens around the steps of an attempt: metrics, heartbeat, early stopping, stopping."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class StopRequest:
         )
 
 
-class ProgressCallback(TrainerCallback):  # type: ignore[misc]
+class ProgressCallback(TrainerCallback):
     """Writes metrics.jsonl, memory.jsonl and the heartbeat; one readable line every few seconds."""
 
     def __init__(self, job: JobDir, heartbeat: Heartbeat, memory: MemoryOptimizer) -> None:
@@ -158,7 +158,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
             )
 
 
-class EarlyStopping(TrainerCallback):  # type: ignore[misc]
+class EarlyStopping(TrainerCallback):
     """Stops after `patience` evaluations without a lower held-out loss.
 
     The count follows from the log history, which checkpoints carry, so a resumed run stops where an
@@ -189,7 +189,7 @@ class EarlyStopping(TrainerCallback):  # type: ignore[misc]
             self.stopped = control.should_training_stop = True
 
 
-class StopOnRequest(TrainerCallback):  # type: ignore[misc]
+class StopOnRequest(TrainerCallback):
     """Turns a stop request into a checkpoint and an orderly end."""
 
     def __init__(self, request: StopRequest) -> None:
@@ -211,7 +211,7 @@ class StopOnRequest(TrainerCallback):  # type: ignore[misc]
             raise self.request.error()
 
 
-class FaultCallback(TrainerCallback):  # type: ignore[misc]
+class FaultCallback(TrainerCallback):
     """Lets planted faults strike; installed only where the environment asks for them."""
 
     def __init__(self, faults: list[Fault]) -> None:

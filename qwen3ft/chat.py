@@ -16,7 +16,7 @@ tokenizer, and never torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,9 +28,7 @@ from qwen3ft.logs import get_logger
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-END_TOKEN = "<|im_end|>"
-START_TOKEN = "<|im_start|>"
-PAD_TOKEN = "<|endoftext|>"
+START_TOKEN, END_TOKEN, PAD_TOKEN = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 IGNORED_LABEL = -100
 """The label that cross-entropy in torch and transformers leaves out."""
 
@@ -46,8 +44,8 @@ class RenderedRow:
     completion: str
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder`, ready for training: see `configure_tokenizer`.
+def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
+    """The tokenizer in `folder` (or a cached hub name), ready for use: see `configure_tokenizer`.
 
     Raises:
         TokenizerError: it cannot be loaded or configured.
@@ -142,6 +140,19 @@ def render_row(
     return RenderedRow(prompt, written + end)
 
 
+def tokenize_row(
+    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, str]
+) -> tuple[list[int], int]:
+    """(token ids, how many of them are the prompt) of a row: question, answer, maybe reasoning.
+
+    Raises:
+        TokenizerError: as `render_row`.
+    """
+    rendered = render_row(tokenizer, row["question"], row["answer"], row.get("reasoning") or "")
+    prompt, completion = encode_texts(tokenizer, [rendered.prompt, rendered.completion])
+    return prompt + completion, len(prompt)
+
+
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, with nothing added and nothing cut."""
     if not texts:
@@ -152,16 +163,11 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
     return ids
 
 
-def encode_rows(
+def encode_pairs(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], completions: Sequence[str]
-) -> tuple[list[list[int]], list[list[int]]]:
-    """(input_ids, labels) of each row; labels are `IGNORED_LABEL` over the prompt."""
-    input_ids, labels = [], []
-    pairs = zip(encode_texts(tokenizer, prompts), encode_texts(tokenizer, completions), strict=True)
-    for prompt, completion in pairs:
-        input_ids.append(prompt + completion)
-        labels.append([IGNORED_LABEL] * len(prompt) + completion)
-    return input_ids, labels
+) -> Iterator[tuple[list[int], list[int]]]:
+    """(token ids of the prompt, token ids of the completion) of each row."""
+    return zip(encode_texts(tokenizer, prompts), encode_texts(tokenizer, completions), strict=True)
 
 
 def _apply(
@@ -190,4 +196,6 @@ def _assistant(answer: str, reasoning: str) -> dict[str, str]:
 
 
 def _tokenizer_error(what: str, why: str) -> TokenizerError:
-    return TokenizerError(what, why=why, next_command="qwen3ft plan --help")
+    return TokenizerError(
+        what, why=why, next_command="qwen3ft plan --set model_name=Qwen/Qwen3-4B-Thinking-2507"
+    )

@@ -7,6 +7,7 @@ count; a last line without its newline is not there yet.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,8 @@ from pydantic import BaseModel, Field, ValidationError
 
 from qwen3ft.attempt import RunDir, write_record
 from qwen3ft.journal import AnyOperation, AttemptStarted, journal_path, parse_operation
+
+_POLL_SECONDS = 0.05
 
 
 class Line(NamedTuple):
@@ -62,6 +65,7 @@ class TrackingState(BaseModel):
     parent_run_id: str | None = None
     journal_offset: int = 0
     attempts: dict[int, AttemptCursor] = Field(default_factory=dict)
+    tables: list[str] = Field(default_factory=list, description="Artifact paths of the tables.")
 
 
 def state_path(run_dir: RunDir) -> Path:
@@ -99,3 +103,18 @@ def outstanding(run_dir: RunDir) -> int:
         count += sum(1 for _ in lines_from(job.metrics, cursor.metrics_offset))
         count += sum(1 for _ in lines_from(job.memory, cursor.memory_offset))
     return count
+
+
+def wait_until_sent(run_dir: RunDir, timeout_seconds: float) -> bool:
+    """Wait until MLflow has what was journaled before this call; False if that took too long.
+
+    Some other thread or process must be sending it; an operation that was refused counts as sent.
+    """
+    path = journal_path(run_dir)
+    target = path.stat().st_size if path.exists() else 0
+    deadline = time.monotonic() + timeout_seconds
+    while read_state(run_dir).journal_offset < target:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_SECONDS)
+    return True

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import importlib.util
 import os
 import platform
 import shutil
@@ -25,22 +26,13 @@ from typing import TYPE_CHECKING
 from qwen3ft.errors import EnvironmentNotReadyError
 
 if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+
     from qwen3ft.records import EnvironmentReport
 
-MINIMUM_PYTHON = (3, 11)
+OLDEST_PYTHON, FIRST_UNTRIED_PYTHON = (3, 11), (3, 14)
 MINIMUM_FREE_DISK_BYTES = 2 * 2**30
 SETUP_COMMAND = "python3 -m qwen3ft.environment"
-REPORTED_PACKAGES = (
-    "torch",
-    "transformers",
-    "peft",
-    "bitsandbytes",
-    "accelerate",
-    "datasets",
-    "prefect",
-    "mlflow",
-    "pydantic",
-)
 UV_NAMES_OF_PIP_SETTINGS = {
     "PIP_FIND_LINKS": "UV_FIND_LINKS",
     "PIP_INDEX_URL": "UV_DEFAULT_INDEX",
@@ -76,9 +68,9 @@ class EnvironmentManager:
             Whether it had to be made.
 
         Raises:
-            EnvironmentNotReadyError: this Python is too old, or uv failed.
+            EnvironmentNotReadyError: this Python is too old or too new, or uv failed.
         """
-        _refuse_old_python()
+        _refuse_wrong_python()
         if _runs(self.venv / "bin" / "python"):
             return False
         command = [self._uv(), "venv", "--quiet", "--python", sys.executable]
@@ -135,6 +127,12 @@ class EnvironmentManager:
         tools = self.root / ".qwen3ft" / "tools"
         uv = shutil.which("uv") or shutil.which("uv", path=str(tools / "bin"))
         if uv is None:
+            if importlib.util.find_spec("pip") is None:
+                raise EnvironmentNotReadyError(
+                    f"There is neither uv on PATH nor pip in {sys.executable}.",
+                    why="One of the two is needed to install anything.",
+                    next_command="python3 -m ensurepip --user",
+                )
             _say("Fetching uv with pip ...")
             pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(tools), "uv"]
             self._run(pip, "Fetching uv with pip")
@@ -176,7 +174,7 @@ class EnvironmentManager:
         Raises:
             EnvironmentNotReadyError: naming everything missing, too old or too small at once.
         """
-        _refuse_old_python()
+        _refuse_wrong_python()
         problems = self._package_problems()
         free_bytes = shutil.disk_usage(self.root).free
         if free_bytes < MINIMUM_FREE_DISK_BYTES:
@@ -194,30 +192,30 @@ class EnvironmentManager:
         return True
 
     def _package_problems(self) -> list[str]:
-        try:
-            from packaging.requirements import Requirement
-        except ImportError:
+        if importlib.util.find_spec("packaging") is None:
             return ["the packages of requirements.lock (not even 'packaging' is installed)"]
         problems = []
-        for requirement in map(Requirement, self._required()):
-            if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-                continue
-            try:
-                version = metadata.version(requirement.name)
-            except metadata.PackageNotFoundError:
+        for requirement in self._required():
+            version = _installed_version(requirement.name)
+            if version is None:
                 problems.append(f"{requirement} is not installed")
-                continue
-            if not requirement.specifier.contains(version, prereleases=True):
+            elif not requirement.specifier.contains(version, prereleases=True):
                 problems.append(f"{requirement} is needed, {version} is installed")
         return problems
 
-    def _required(self) -> Sequence[str]:
-        if self._requirements is not None:
-            return self._requirements
-        try:
-            return metadata.requires("qwen3ft") or []
-        except metadata.PackageNotFoundError:
-            return ["qwen3ft"]
+    def _required(self) -> list[Requirement]:
+        """What this machine must have installed: without extras, and without other platforms'."""
+        from packaging.requirements import Requirement
+
+        if self._requirements is None and _installed_version("qwen3ft") is None:
+            return [Requirement("qwen3ft")]
+        texts = self._requirements or metadata.requires("qwen3ft") or ()
+        requirements = [Requirement(text) for text in texts]
+        return [
+            requirement
+            for requirement in requirements
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        ]
 
     # --- describing it ---
 
@@ -228,12 +226,13 @@ class EnvironmentManager:
         from qwen3ft.gpus import visible_gpus
         from qwen3ft.records import EnvironmentReport
 
+        versions = {item.name: _installed_version(item.name) for item in self._required()}
         memory = psutil.virtual_memory()
         return EnvironmentReport(
             python_version=platform.python_version(),
             python_executable=self.get_python_executable(),
             platform=platform.platform(),
-            versions=_installed_versions(),
+            versions={name: version for name, version in versions.items() if version},
             cpu_count=os.cpu_count() or 1,
             host_total_bytes=memory.total,
             host_free_bytes=memory.available,
@@ -254,27 +253,26 @@ def uv_settings(environment: Mapping[str, str]) -> dict[str, str]:
     return settings
 
 
-def _installed_versions() -> dict[str, str]:
-    versions = {}
-    for name in REPORTED_PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return versions
+def _installed_version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
-def _refuse_old_python() -> None:
-    if sys.version_info < MINIMUM_PYTHON:
+def _refuse_wrong_python() -> None:
+    if not OLDEST_PYTHON <= sys.version_info < FIRST_UNTRIED_PYTHON:
         raise EnvironmentNotReadyError(
-            f"This is Python {platform.python_version()} ({sys.executable}); "
-            f"{'.'.join(map(str, MINIMUM_PYTHON))} or newer is needed.",
-            why="The project uses features of it.",
+            f"This is Python {platform.python_version()} ({sys.executable}).",
+            why="3.11, 3.12 or 3.13 is needed: older ones lack features, newer ones are untried.",
             next_command="make run PYTHON=/path/to/python3.11",
         )
 
 
 def _runs(python: Path) -> bool:
-    """Whether a venv's interpreter still works and is new enough."""
-    check = f"import sys; sys.exit(sys.version_info < {MINIMUM_PYTHON})"
+    """Whether a venv's interpreter still works and is one that is supported."""
+    supported = f"{OLDEST_PYTHON} <= sys.version_info < {FIRST_UNTRIED_PYTHON}"
+    check = f"import sys; sys.exit(not {supported})"
     return python.exists() and subprocess.run([python, "-c", check]).returncode == 0
 
 

@@ -188,7 +188,7 @@ RULES = (
         "The GPU or its driver failed",
         "After such an error this process cannot use the card any more.",
         "nvidia-smi",
-        types="NVMLError DistBackendError",
+        types="NVMLError DistBackendError ncclSystemError ncclInternalError ncclRemoteError",
         lines=_DEVICE_FAULT,
     ),
     Rule(

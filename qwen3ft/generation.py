@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qwen3ft.chat import IGNORED_LABEL, encode_rows, encode_texts, generation_prompt, render_row
+from qwen3ft.chat import IGNORED_LABEL, encode_texts, generation_prompt, tokenize_row
 from qwen3ft.errors import OutOfMemoryError
 from qwen3ft.logs import get_logger
 from qwen3ft.quality import THINK_OPEN, Generated
@@ -101,20 +101,14 @@ def answer_loss(
     Raises:
         OutOfMemoryError: not even one row fits.
     """
-    rendered = [
-        render_row(tokenizer, row["question"], row["answer"], row.get("reasoning") or "")
-        for row in rows
-    ]
-    ids, labels = encode_rows(
-        tokenizer, [row.prompt for row in rendered], [row.completion for row in rendered]
-    )
-    longest_first = sorted(zip(ids, labels, strict=True), key=lambda row: -len(row[0]))
+    encoded = [tokenize_row(tokenizer, row) for row in rows]
+    longest_first = sorted(encoded, key=lambda row: -len(row[0]))
     total, done = 0.0, 0
     for batch, loss in in_batches(longest_first, batch_size, partial(_summed_loss, model)):
         total += loss
         done += len(batch)
         progress(done)
-    tokens = sum(label != IGNORED_LABEL for row in labels for label in row)
+    tokens = sum(len(ids) - prompt_tokens for ids, prompt_tokens in encoded)
     return total / tokens if tokens else float("nan")
 
 
@@ -239,17 +233,18 @@ def _read(
     return Generated(text=text, stopped=stopped, tokens=len(tokens))
 
 
-def _summed_loss(model: PreTrainedModel, rows: Sequence[tuple[list[int], list[int]]]) -> float:
-    """Negative log-likelihood of all labelled tokens of the (token ids, labels), summed.
+def _summed_loss(model: PreTrainedModel, rows: Sequence[tuple[list[int], int]]) -> float:
+    """Negative log-likelihood of all answer tokens of (token ids, prompt tokens) rows, summed.
 
     The output head is applied to their positions only, a chunk at a time.
     """
     import torch
 
     width = max(len(ids) for ids, _ in rows)
+    masked = [[IGNORED_LABEL] * prompt_tokens + ids[prompt_tokens:] for ids, prompt_tokens in rows]
     # Padding comes after the tokens, where causal attention cannot see it: its value is free.
     inputs = _pad([ids for ids, _ in rows], width, 0).to(model.device)
-    labels = _pad([labels for _, labels in rows], width, IGNORED_LABEL).to(model.device)
+    labels = _pad(masked, width, IGNORED_LABEL).to(model.device)
     # Position t predicts token t + 1.
     row_index, place = (labels[:, 1:] != IGNORED_LABEL).nonzero(as_tuple=True)
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-import httpx
+from huggingface_hub.errors import HTTPError
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.embedded import MODEL_DIR
@@ -65,7 +65,9 @@ def resolve_model(config: TrainingConfig) -> ModelSource:
     if folder.is_dir():
         return _resolve_folder(config.model_name, folder.resolve())
     if config.model_name.count("/") != 1 or config.model_name.startswith((".", "~", "/")):
-        raise _not_found(config.model_name, "There is no such folder, and hub names are OWNER/NAME.")
+        raise _not_found(
+            config.model_name, "There is no such folder, and hub names are OWNER/NAME."
+        )
     return ModelSource(model_name=config.model_name, revision=_resolve_revision(config))
 
 
@@ -87,7 +89,7 @@ def fetch_model(source: ModelSource) -> Path:
             allow_patterns=list(MODEL_FILES),
             endpoint=_endpoint(),
         )
-    except (OSError, ValueError, httpx.HTTPError) as error:
+    except (OSError, ValueError, HTTPError) as error:
         raise _translate_hub_error(error, source.model_name, source.revision) from error
     check_model_folder(Path(folder))
     return Path(folder)
@@ -150,7 +152,7 @@ def _resolve_revision(config: TrainingConfig) -> str:
         info = HfApi(endpoint=_endpoint()).model_info(
             config.model_name, revision=wanted, timeout=_TIMEOUT_SECONDS
         )
-    except (OSError, ValueError, httpx.HTTPError) as error:
+    except (OSError, ValueError, HTTPError) as error:
         translated = _translate_hub_error(error, config.model_name, wanted)
         cached = _cached_commit(config.model_name, wanted)
         if cached is None or isinstance(translated, ModelNotFoundError):
@@ -187,8 +189,8 @@ def _cached_commit(name: str, revision: str | None) -> str | None:
 def _translate_hub_error(error: Exception, name: str, revision: str | None) -> FinetuneError:
     from huggingface_hub.errors import (
         GatedRepoError,
-        HFValidationError,
         HfHubHTTPError,
+        HFValidationError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )

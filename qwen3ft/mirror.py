@@ -16,14 +16,13 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from qwen3ft.attempt import RunDir
-from qwen3ft.cursor import operations, outstanding, read_state
+from qwen3ft.cursor import operations, outstanding, wait_until_sent
 from qwen3ft.errors import TrackingUnavailableError
 from qwen3ft.journal import (
     AttemptEnded,
@@ -31,7 +30,6 @@ from qwen3ft.journal import (
     Journal,
     RunFinished,
     RunStarted,
-    journal_path,
 )
 from qwen3ft.logs import get_logger, mask_secrets
 from qwen3ft.sender import Sender
@@ -42,6 +40,7 @@ POLL_SECONDS = 1.0
 
 _FIRST_WAIT_SECONDS = 1.0
 _LONGEST_WAIT_SECONDS = 30.0
+_LAST_WAIT_SECONDS = 0.3
 
 _log = get_logger("tracking")
 
@@ -73,15 +72,8 @@ class Mirror:
 
     def flush(self, timeout_seconds: float) -> bool:
         """Wait until MLflow has what was journaled before this call; False if it took too long."""
-        path = journal_path(self.run_dir)
-        target = path.stat().st_size if path.exists() else 0
-        deadline = time.monotonic() + timeout_seconds
         self._wake.set()
-        while read_state(self.run_dir).journal_offset < target:
-            if time.monotonic() > deadline or not self._thread.is_alive():
-                return False
-            time.sleep(0.05)
-        return True
+        return wait_until_sent(self.run_dir, timeout_seconds)
 
     def close(self, timeout_seconds: float = 30.0) -> bool:
         """Send the rest and stop, within `timeout_seconds`.
@@ -95,6 +87,8 @@ class Mirror:
             self._thread.join(timeout_seconds)
         self._abandoned.set()
         self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(_LAST_WAIT_SECONDS)  # unless stuck in a request, it frees the lock
         return not self._thread.is_alive() and outstanding(self.run_dir) == 0
 
     def _run(self) -> None:
@@ -117,9 +111,8 @@ class Mirror:
                 is_out = True
                 woken = self._wake.wait(wait_seconds)
                 self._wake.clear()
-                wait_seconds = (
-                    _FIRST_WAIT_SECONDS if woken else min(2 * wait_seconds, _LONGEST_WAIT_SECONDS)
-                )
+                longer_seconds = min(2 * wait_seconds, _LONGEST_WAIT_SECONDS)
+                wait_seconds = _FIRST_WAIT_SECONDS if woken else longer_seconds
                 continue
             if is_out:
                 _log.info("MLflow at %s is back.", mask_secrets(self.tracking_uri))
@@ -166,15 +159,16 @@ def replay(run_dir: RunDir, tracking_uri: str) -> bool:
         return is_sole and _send_all(run_dir, tracking_uri)
 
 
-def replay_unsent(runs_dir: Path, tracking_uri: str) -> int:
+def replay_unsent(runs_dir: Path, tracking_uri: str, *, current: RunDir | None = None) -> int:
     """Send what MLflow lacks of every run below `runs_dir` that nothing is sending now.
 
-    A run whose process died is first closed as KILLED. Ends at the first sign of an outage.
+    `current` is a run that this process is just beginning; it is left alone. A run whose process died is first closed as KILLED. Ends at the first sign of an outage.
 
     Returns:
         The number of runs that MLflow does not have completely.
     """
     runs = [RunDir(path.parent) for path in sorted(runs_dir.glob("*/tracking.jsonl"))]
+    runs = [run_dir for run_dir in runs if run_dir != current]
     reachable = True
     for run_dir in runs:
         with _sole_sender(run_dir) as is_sole:

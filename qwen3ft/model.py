@@ -67,7 +67,7 @@ class ModelManager:
     def configure_quantization(
         self, setting: str = "nf4-double", compute_dtype: str | None = None
     ) -> BitsAndBytesConfig:
-        """bitsandbytes' configuration for one of `config.quantization`.
+        """Bitsandbytes' configuration for one of `config.quantization`.
 
         Args:
             setting: 'nf4-double' (block constants quantised too), 'nf4' or 'fp4'.
@@ -180,7 +180,13 @@ class ModelManager:
             return _load(source_path, dtype, {"quantization_config": config})
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, ValueError, NotImplementedError, ImportError, AssertionError) as error:
+        except (
+            RuntimeError,
+            ValueError,
+            NotImplementedError,
+            ImportError,
+            AssertionError,
+        ) as error:
             problems[setting] = f"{type(error).__name__}: {str(error)[:200]}"
             logger.warning("quantisation %s failed: %s", setting, problems[setting])
             gc.collect()
@@ -218,14 +224,15 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             why="tokenizer.json or tokenizer_config.json is missing or damaged.",
             next_command=f"ls -l {folder}",
         ) from error
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        if "<|endoftext|>" not in tokenizer.get_vocab() or tokenizer.eos_token == "<|endoftext|>":
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        padding_id = tokenizer.get_vocab().get("<|endoftext|>")
+        if padding_id in (None, tokenizer.eos_token_id):
             raise TokenizerError(
                 f"The tokenizer in {folder} has no padding token besides the end token.",
                 why="Padding with the end token would train the model never to stop.",
                 next_command="qwen3ft plan --set model_name=Qwen/Qwen3-4B-Thinking-2507",
             )
-        tokenizer.pad_token = "<|endoftext|>"  # noqa: S105
+        tokenizer.pad_token_id = padding_id
     return tokenizer
 
 

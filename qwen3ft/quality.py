@@ -107,7 +107,7 @@ def is_looping(text: str) -> bool:
     tail = " ".join(text.split())
     for unit in range(1, min(len(tail) // LOOP_MIN_REPEATS, LOOP_MAX_UNIT_CHARACTERS) + 1):
         length = _periodic_tail(tail, unit)
-        long_enough = len(tail[-length:].encode()) >= LOOP_MIN_BYTES
+        long_enough = len(tail[-length:].encode(errors="replace")) >= LOOP_MIN_BYTES
         if length >= LOOP_MIN_REPEATS * unit and long_enough:
             return True
     return False

@@ -266,9 +266,7 @@ class TrainPlan(Record):
     ) -> TrainPlan:
         """The same plan as attempt `attempt` of a run, continuing from a checkpoint if given."""
         place = {"run_id": run_id, "run_dir": run_dir}
-        return self.model_copy(
-            update={**place, "attempt": attempt, "resume_from": resume_from}
-        )
+        return self.model_copy(update={**place, "attempt": attempt, "resume_from": resume_from})
 
 
 class Failure(Record):

@@ -5,8 +5,8 @@ champion is only handed out after the same check; the alias "champion" moves las
 names a complete version; every step may be repeated after a crash. No MLflow flavor is used, so
 nothing is unpickled or executed.
 
-MLflow has no compare-and-set. `promote` compares and sets under a lock of this machine; promoters on
-two machines may both win in the milliseconds between the two, and the later one stays.
+MLflow has no compare-and-set. `promote` compares and sets under a lock of this machine; promoters
+on two machines may both win in the milliseconds between the two, and the later one stays.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from qwen3ft.errors import (
 from qwen3ft.logs import mask_secrets
 from qwen3ft.records import Champion, SavedAdapter
 from qwen3ft.storage import build_folder, find_damage, read_manifest_facts, sha256_file
-from qwen3ft.tracking import Connection, NotInMlflowError, RejectedError, connect, database_path
+from qwen3ft.tracking import Connection, NotInMlflowError, RejectedError, connect, load_client
+from qwen3ft.tracking_uri import database_path
 
 CHAMPION = "champion"
 """Alias of the version in use."""
@@ -86,7 +87,9 @@ class Registry:
             The version; the one made earlier, if this run's adapter is already registered.
 
         Raises:
-            SaveError: MLflow holds no such adapter, or other bytes than `saved`.
+            SaveError: MLflow holds other bytes than `saved`.
+            TrackingUnavailableError: also if the adapter is not there (yet); see
+                `qwen3ft.cursor.wait_until_sent`.
         """
         name = _checked(saved.registered_model or registered_model_name(saved.model_name))
         with tempfile.TemporaryDirectory(prefix="qwen3ft-") as folder:
@@ -112,9 +115,9 @@ class Registry:
             SaveError: the version has no digest, or MLflow holds other bytes.
         """
         digest = champion.tags.get(DIGEST_TAG, "")
-        if (target / _WEIGHTS).is_file() and find_damage(target) is None:
-            if sha256_file(target / _WEIGHTS) == digest:
-                return target
+        weights = target / _WEIGHTS
+        if weights.is_file() and find_damage(target) is None and sha256_file(weights) == digest:
+            return target
         with tempfile.TemporaryDirectory(prefix="qwen3ft-") as folder:
             run_id = champion.source_uri.removeprefix("runs:/").partition("/")[0]
             fetched = self._fetch(run_id, digest, Path(folder))
@@ -150,7 +153,11 @@ class Registry:
             )
             found = sha256_file(fetched / _WEIGHTS)
         except (NotInMlflowError, RejectedError, OSError) as error:
-            raise _not_as_saved(run_id, "MLflow holds no readable adapter", digest) from error
+            raise TrackingUnavailableError(
+                f"MLflow run {run_id} holds no adapter (yet).",
+                why="Its upload is not complete, or was refused; see the run's log.",
+                next_command="qwen3ft sync",
+            ) from error
         if found != digest:
             raise _not_as_saved(run_id, f"the adapter in MLflow has sha256 {found[:16]}", digest)
         if (fetched / "manifest.json").exists() and (damage := find_damage(fetched)):
@@ -159,6 +166,7 @@ class Registry:
 
     def _within(self, seconds: float, call: Callable[[Connection], ResultT]) -> ResultT:
         """The result of `call`, made in a thread that is left behind if it takes too long."""
+        load_client()  # takes seconds the first time, and has nothing to do with the server
         outcome: list[ResultT] = []
         errors: list[FinetuneError] = []
 
@@ -213,6 +221,7 @@ def _find_champion(connection: Connection, name: str) -> Champion | None:
         version=str(version.version),
         source_uri=str(version.source),
         tags={str(key): str(value) for key, value in version.tags.items()},
+        adapter_path=None,
     )
 
 
@@ -221,19 +230,31 @@ def _promote(connection: Connection, name: str, version: str, expected: str | No
     found = current.version if current else None
     if found == version:
         return
+    _require_version(connection, name, version)
     if found != expected:
         raise ChampionChangedError(
-            f"The champion of {name} is version {found}, not {expected}: {version} is not promoted.",
+            f"{name} {version} is not promoted: the champion is {found}, not {expected}.",
             why="Another run promoted an adapter after this one was compared.",
             next_command="qwen3ft train",
             champion=found,
             expected=expected,
         )
     with connection.calls() as client:
-        client.get_model_version(name, version)
         if found is not None:
             client.set_registered_model_alias(name, PREVIOUS, found)
         client.set_registered_model_alias(name, CHAMPION, version)
+
+
+def _require_version(connection: Connection, name: str, version: str) -> None:
+    try:
+        with connection.calls() as client:
+            client.get_model_version(name, version)
+    except NotInMlflowError:
+        raise RequestError(
+            f"There is no version {version} of {name} to promote.",
+            why="It was never registered, or was deleted.",
+            next_command="qwen3ft status",
+        ) from None
 
 
 def _checked(name: str) -> str:

@@ -10,6 +10,7 @@ It imports neither torch nor transformers.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -93,11 +94,17 @@ class _RejectedError(ValueError):
     """A row cannot be used; the message is the reason code."""
 
 
-def read_file(file: SourceFile, fields: Fields) -> Iterator[QaRow | BadRow]:
-    """Every row of `file`, in order; a file that breaks off ends with a `BadRow` of line 0."""
+def read_file(file: SourceFile, fields: Fields, used: Counter[Columns]) -> Iterator[QaRow | BadRow]:
+    """Every row of `file`, in order; a file that breaks off ends with a `BadRow` of line 0.
+
+    Args:
+        file: What to read.
+        fields: The config's part in it.
+        used: Counts the columns that good rows were read from.
+    """
     try:
         for raw in read_raw(file.path, lambda names: find_columns(names, fields).used()):
-            yield _checked(raw, file, fields)
+            yield _checked(raw, file, fields, used)
     except (UnreadableFileError, OSError) as error:
         yield BadRow(file.label, 0, UNREADABLE_FILE, excerpt(str(error)))
 
@@ -148,7 +155,9 @@ def _present(name: str | None, names: tuple[str, ...]) -> str | None:
     return name if name in names else None
 
 
-def _checked(raw: RawRow, file: SourceFile, fields: Fields) -> QaRow | BadRow:
+def _checked(
+    raw: RawRow, file: SourceFile, fields: Fields, used: Counter[Columns]
+) -> QaRow | BadRow:
     if raw.reason:
         return BadRow(file.label, raw.line, raw.reason, excerpt(raw.text))
     columns = find_columns(tuple(raw.values), fields)
@@ -163,6 +172,7 @@ def _checked(raw: RawRow, file: SourceFile, fields: Fields) -> QaRow | BadRow:
     except _RejectedError as error:
         values = {name: raw.values.get(name) for name in columns.used()} or raw.values
         return BadRow(file.label, raw.line, str(error), excerpt(_shown(values)))
+    used[columns] += 1
     return QaRow(
         question=question,
         answer=answer,

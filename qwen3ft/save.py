@@ -81,19 +81,14 @@ def all_degradations(plan: TrainPlan) -> tuple[str, ...]:
 
 def _check_checkpoint(checkpoint: Path, plan: TrainPlan) -> None:
     """Raise unless the checkpoint holds a whole, finite adapter of the plan's size."""
-    adapter = checkpoint / ADAPTER_FILE
-    missing = [
-        name for name in (ADAPTER_FILE, ADAPTER_CONFIG_FILE) if not _is_file(checkpoint, name)
-    ]
-    damage = find_damage(checkpoint) or ", ".join(f"{name} is missing" for name in missing)
-    if damage:
+    if damage := _find_checkpoint_damage(checkpoint):
         raise CheckpointCorruptError(
             f"The best checkpoint cannot be used: {damage}.",
             why="Its files are not those that training wrote.",
             next_command=f"ls -l {checkpoint}",
             checkpoint=str(checkpoint),
         )
-    if broken := list(find_non_finite(adapter)):
+    if broken := list(find_non_finite(checkpoint / ADAPTER_FILE)):
         raise DivergedError(
             f"{len(broken)} tensor(s) of the adapter hold values that are not finite, "
             f"the first is {broken[0]}.",
@@ -101,7 +96,8 @@ def _check_checkpoint(checkpoint: Path, plan: TrainPlan) -> None:
             next_command=f"qwen3ft train --set learning_rate={plan.learning_rate / 2:g}",
             tensors=broken[:20],
         )
-    parameters = sum(math.prod(tensor.shape) for tensor in read_header(adapter))
+    tensors = read_header(checkpoint / ADAPTER_FILE)
+    parameters = sum(math.prod(tensor.shape) for tensor in tensors)
     if parameters != plan.adapter.trainable_parameters:
         raise SaveError(
             f"The adapter in {checkpoint} has {parameters:,} parameters instead of "
@@ -110,6 +106,21 @@ def _check_checkpoint(checkpoint: Path, plan: TrainPlan) -> None:
             next_command=f"ls -l {checkpoint}",
             parameters=parameters,
         )
+
+
+def _find_checkpoint_damage(checkpoint: Path) -> str | None:
+    """Why the adapter in `checkpoint` cannot be read, or None."""
+    if damage := find_damage(checkpoint):
+        return damage
+    for name in (ADAPTER_FILE, ADAPTER_CONFIG_FILE):
+        if not _is_file(checkpoint, name):
+            return f"{name} is missing"
+    try:
+        read_header(checkpoint / ADAPTER_FILE)
+        json.loads((checkpoint / ADAPTER_CONFIG_FILE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _is_file(folder: Path, name: str) -> bool:

@@ -97,17 +97,24 @@ def read_header(path: Path) -> list[Tensor]:
     Raises:
         ValueError: the file is not of that format.
     """
+    size_bytes = path.stat().st_size
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        if not 2 <= length <= path.stat().st_size - 8:
-            raise ValueError(f"{path} has a header of {length} bytes")
+        if not 2 <= length <= size_bytes - 8:
+            raise ValueError(f"{path} has {size_bytes} bytes, but a header of {length}")
         header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    tensors = []
-    for name, entry in header.items():
-        start, end = (8 + length + offset for offset in entry["data_offsets"])
-        tensors.append(Tensor(name, entry["dtype"], tuple(entry["shape"]), start, end))
-    return tensors
+    try:
+        header.pop("__metadata__", None)
+        return [_tensor(name, entry, 8 + length, size_bytes) for name, entry in header.items()]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} has no header of tensors: {error!r}") from error
+
+
+def _tensor(name: str, entry: dict[str, Any], data_start: int, size_bytes: int) -> Tensor:
+    start, end = (data_start + offset for offset in entry["data_offsets"])
+    if not data_start <= start <= end <= size_bytes:
+        raise ValueError(f"{name} lies at {start} to {end} of {size_bytes} bytes")
+    return Tensor(name, entry["dtype"], tuple(entry["shape"]), start, end)
 
 
 def find_non_finite(path: Path) -> Iterator[str]:

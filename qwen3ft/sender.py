@@ -1,9 +1,9 @@
 """Sends a run's journal and its attempts' metrics to MLflow, one step at a time.
 
 Guarantees: the cursor only moves past what MLflow has confirmed, so nothing is lost, whatever
-MLflow or this process does in between. After a crash the last step may be done twice; runs are found
-again rather than made twice, and points, tags and files land on themselves. A run that MLflow has
-forgotten is sent anew in full. What MLflow refuses for good is logged and skipped.
+MLflow or this process does in between. After a crash the last step may be done twice; runs are
+found again rather than made twice, and points, tags and files land on themselves. A run that MLflow
+has forgotten is sent anew in full. What MLflow refuses for good is logged and skipped.
 
 It neither retries nor waits: `qwen3ft.mirror` does, and keeps two processes from sending one run.
 """
@@ -11,11 +11,12 @@ It neither retries nor waits: `qwen3ft.mirror` does, and keeps two processes fro
 from __future__ import annotations
 
 import json
+import posixpath
 import tempfile
 from collections.abc import Mapping
 from datetime import datetime
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -48,10 +49,10 @@ from qwen3ft.journal import (
 )
 from qwen3ft.logs import get_logger, mask_secrets
 from qwen3ft.records import TrainingMetrics
-from qwen3ft.storage import fsync_file
+from qwen3ft.storage import fsync_file, sha256_json
 from qwen3ft.tracking import Connection, Point, RejectedError, connect
 
-_LINES_PER_BATCH = 250  # at most four metrics each: one request of MLflow's 1000
+_LINES_PER_BATCH = 200  # of at most five metrics each: MLflow takes 1000 a request
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -83,6 +84,12 @@ class Sender:
         except TrackingUnavailableError:
             self.connection = None  # look again at what MLflow has, once it is back
             raise
+        except (OSError, ImportError) as error:  # the run's own disk, or a broken installation
+            raise TrackingUnavailableError(
+                f"Tracking of {self.run_dir.path} is stuck: {type(error).__name__}: {error}",
+                why="The local disk is full or unreadable, or MLflow is not installed completely.",
+                next_command="qwen3ft doctor",
+            ) from error
 
     def _connected(self) -> Connection:
         if self.connection is None:
@@ -103,8 +110,8 @@ class Sender:
         else:
             try:
                 self._apply(connection, operation)
-            except RejectedError as error:
-                _log.warning("Tracking of '%s' is skipped. %s", operation.kind, error.what)
+            except (RejectedError, ValueError, TypeError) as error:  # or a figure beyond drawing
+                _log.warning("Tracking of '%s' is skipped. %s", operation.kind, error)
         fsync_file(journal_path(self.run_dir))  # the cursor must never be ahead of the journal
         self.state.journal_offset = line.end_offset
         write_state(self.run_dir, self.state)
@@ -120,9 +127,9 @@ class Sender:
             case AttemptEnded():
                 self._end_attempt(connection, parent, operation)
             case Metrics():
-                connection.log_points(parent, operation_points(operation))
+                connection.log(parent, points=operation_points(operation))
             case Tags():
-                connection.log_tags(parent, operation.values)
+                connection.log(parent, tags=operation.values)
             case DatasetInput():
                 connection.log_dataset(parent, operation)
             case TextArtifact():
@@ -130,7 +137,7 @@ class Sender:
             case Artifacts():
                 connection.upload(parent, Path(operation.local_path), operation.artifact_path)
             case Table():
-                _upload_table(connection, parent, operation)
+                self._log_table(connection, parent, operation)
             case RunFinished():
                 connection.set_status(parent, operation.status, operation.time_ms)
 
@@ -141,14 +148,14 @@ class Sender:
             )
         else:
             connection.set_status(self.state.parent_run_id, "RUNNING")
-            connection.log_tags(self.state.parent_run_id, operation.tags)
-        connection.log_params(self.state.parent_run_id, operation.params)
+            connection.log(self.state.parent_run_id, tags=operation.tags)
+        connection.log(self.state.parent_run_id, params=operation.params)
 
     def _parent(self, connection: Connection, time_ms: int) -> str:
         if self.state.parent_run_id is None:  # its start was unreadable or refused
-            name = self.run_dir.path.name
+            identity = {"qwen3ft.uid": sha256_json(str(self.run_dir.path))}
             self.state.parent_run_id = connection.find_or_create_run(
-                name, time_ms, {"qwen3ft.run_dir": str(self.run_dir.path)}, {}
+                self.run_dir.path.name, time_ms, identity, {}
             )
         return self.state.parent_run_id
 
@@ -163,7 +170,7 @@ class Sender:
             self.state.attempts[op.number] = cursor
         connection.set_status(cursor.run_id, "RUNNING")
         _upload_text(connection, cursor.run_id, "plan.json", op.plan)
-        connection.log_params(cursor.run_id, op.params)
+        connection.log(cursor.run_id, params=op.params)
 
     def _end_attempt(self, connection: Connection, parent: str, op: AttemptEnded) -> None:
         cursor = self.state.attempts.get(op.number)
@@ -171,12 +178,19 @@ class Sender:
             raise RejectedError(f"Attempt {op.number} ended but never started.")
         while self._send_lines(connection, op.number):
             pass
+        connection.log(cursor.run_id, tags=op.tags)
+        connection.set_status(cursor.run_id, op.status, op.time_ms)
         with tempfile.TemporaryDirectory(prefix="qwen3ft-") as folder:
             for path in _draw(self.run_dir.attempt(op.number), cursor, Path(folder)):
                 connection.upload(cursor.run_id, path, "figures")
                 connection.upload(parent, path, "figures")  # the last attempt's stay there
-        connection.log_tags(cursor.run_id, op.tags)
-        connection.set_status(cursor.run_id, op.status, op.time_ms)
+
+    def _log_table(self, connection: Connection, parent: str, table: Table) -> None:
+        """What MLflow's `log_table` does; but that appends, and so must not be repeated."""
+        _upload_text(connection, parent, table.path, _table_json(Path(table.local_path)))
+        self.state.tables = sorted({*self.state.tables, table.path})
+        logged = [{"path": path, "type": "table"} for path in self.state.tables]
+        connection.log(parent, tags={"mlflow.loggedArtifacts": json.dumps(logged)})
 
     def _send_lines(self, connection: Connection, number: int) -> bool:
         """Send the next batch of an attempt's metrics and memory; False if there was none."""
@@ -190,7 +204,7 @@ class Sender:
             [point for line in memory for point in memory_points(line.content)],
         ):
             try:
-                connection.log_points(cursor.run_id, points)
+                connection.log(cursor.run_id, points=points)
             except RejectedError as error:
                 _log.warning("%d points of attempt %d are skipped. %s", len(points), number, error)
         cursor.metrics_offset = metrics[-1].end_offset if metrics else cursor.metrics_offset
@@ -265,27 +279,21 @@ def _draw(job: JobDir, cursor: AttemptCursor, folder: Path) -> list[Path]:
 
 
 def _upload_text(connection: Connection, run_id: str, artifact: str, content: str) -> None:
-    path = PurePosixPath(artifact)
+    parent, name = posixpath.split(artifact)
     with tempfile.TemporaryDirectory(prefix="qwen3ft-") as folder:
-        local = Path(folder) / path.name
+        local = Path(folder) / name
         local.write_text(content, encoding="utf-8")
-        connection.upload(
-            run_id, local, None if path.parent == PurePosixPath() else str(path.parent)
-        )
+        connection.upload(run_id, local, parent or None)
 
 
-def _upload_table(connection: Connection, run_id: str, table: Table) -> None:
-    """Log a table the way MLflow's `log_table` does, which appends and so cannot be repeated."""
+def _table_json(path: Path) -> str:
+    """A file of JSON lines in the form that MLflow shows as a table."""
     try:
-        lines = lines_from(Path(table.local_path))
-        rows = [json.loads(line.content) for line in lines]
+        rows = [json.loads(line.content) for line in lines_from(path)]
         columns = list(dict.fromkeys(key for row in rows for key in row))
-    except (OSError, ValueError, TypeError) as error:
-        raise RejectedError(f"{table.local_path} is no table: {error}") from error
+        data = [[row.get(column) for column in columns] for row in rows]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise RejectedError(f"{path} is no table: {error}") from error
     if not rows:
-        raise RejectedError(f"{table.local_path} has no rows.")
-    data = [[row.get(column) for column in columns] for row in rows]
-    text = json.dumps({"columns": columns, "data": data}, ensure_ascii=False)
-    _upload_text(connection, run_id, table.path, mask_secrets(text))
-    logged = json.dumps([{"path": table.path, "type": "table"}])
-    connection.log_tags(run_id, {"mlflow.loggedArtifacts": logged})
+        raise RejectedError(f"{path} has no rows.")
+    return mask_secrets(json.dumps({"columns": columns, "data": data}, ensure_ascii=False))

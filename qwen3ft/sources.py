@@ -77,7 +77,7 @@ def fingerprint_sources(config: TrainingConfig) -> list[Fingerprint]:
         DataLoadingError: as `resolve_sources`, or a file cannot be read.
     """
     files, _ = resolve_sources(config)
-    return [Fingerprint(file.label, _digest(file), file.role) for file in files]
+    return [Fingerprint(file.label, digest_of(file), file.role) for file in files]
 
 
 def _chosen_paths(config: TrainingConfig) -> dict[Role, tuple[str, ...]]:
@@ -94,7 +94,7 @@ def _chosen_paths(config: TrainingConfig) -> dict[Role, tuple[str, ...]]:
     raise DataLoadingError(
         "No training data was given: data_paths is empty.",
         why=f"Only the embedded model has rows of its own; {config.model_name} has none.",
-        next_command="qwen3ft train --help",
+        next_command="qwen3ft train --set 'data_paths=[/path/to/rows.jsonl]'",
     )
 
 
@@ -153,13 +153,18 @@ def _embedded_file(given: str) -> Path:
         raise DataLoadingError(
             f"There are no bundled rows called {given}.",
             why=f"Known are {', '.join(EMBEDDED_PREFIX + name for name in EMBEDDED_SPLITS)}.",
-            next_command="qwen3ft plan --help",
+            next_command="qwen3ft plan --set 'data_paths=[embedded:train]'",
             path=given,
         )
     return DATA_DIR / f"{split}.jsonl"
 
 
-def _digest(file: SourceFile) -> str:
+def digest_of(file: SourceFile) -> str:
+    """The sha256 of a file's bytes.
+
+    Raises:
+        DataLoadingError: it cannot be read.
+    """
     try:
         return sha256_file(file.path)
     except OSError as error:

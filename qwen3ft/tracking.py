@@ -5,8 +5,8 @@ experiment in it; its methods are the few things that are done there. Every meth
 errors, whatever MLflow, its database or the network threw: TrackingUnavailableError where the same
 call may succeed later, RejectedError where it never will.
 
-Nothing here retries or waits: `qwen3ft.mirror` and `qwen3ft.registry` do.
-MLflow is imported on first use, after `prepare_client` has set its environment.
+Nothing here retries or waits: `qwen3ft.mirror` and `qwen3ft.registry` do. MLflow is imported on
+first use by `load_client`, which sets its environment.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from qwen3ft.cursor import TrackingState
 from qwen3ft.errors import FinetuneError, TrackingUnavailableError
 from qwen3ft.journal import DatasetInput
 from qwen3ft.logs import get_logger, mask_secrets
+from qwen3ft.tracking_uri import artifact_root, database_path
 
 EXPERIMENT_NAME = "qwen3-finetune"
 """The MLflow experiment that holds all runs."""
@@ -35,8 +35,8 @@ REQUEST_SECONDS = 15
 SYSTEM_METRICS_SECONDS = 5
 """Time between two samples of MLflow's system metrics."""
 
-_SQLITE = "sqlite:///"
 _REJECTED = {"INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST", "INVALID_STATE"}
+_HOPELESS_STATUS = {400, 413, 422}  # of an upload: malformed or too large
 _MOST_PER_REQUEST = {"params": 100, "tags": 100, "metrics": 1000}  # MLflow's limits
 
 _log = get_logger("tracking")
@@ -59,29 +59,8 @@ class Point(NamedTuple):
     step: int
 
 
-def default_tracking_uri() -> str:
-    """MLFLOW_TRACKING_URI, or the database `mlruns/mlflow.db` of the working folder."""
-    default = f"{_SQLITE}{Path.cwd() / 'mlruns' / 'mlflow.db'}"
-    return os.environ.get("MLFLOW_TRACKING_URI") or default
-
-
-def database_path(tracking_uri: str) -> Path | None:
-    """The file of a SQLite tracking URI; None for any other."""
-    if not tracking_uri.startswith(_SQLITE):
-        return None
-    return Path(tracking_uri.removeprefix(_SQLITE).partition("?")[0]).absolute()
-
-
-def run_url(tracking_uri: str, state: TrackingState) -> str | None:
-    """The page of the parent run; None for a database without a server, or before it was sent."""
-    if not tracking_uri.startswith("http") or state.parent_run_id is None:
-        return None
-    base = tracking_uri.rstrip("/")
-    return f"{base}/#/experiments/{state.experiment_id}/runs/{state.parent_run_id}"
-
-
-def prepare_client() -> None:
-    """Set the environment of this process's MLflow client; settings already made by hand stay.
+def load_client() -> Any:
+    """Import MLflow's client class with this process's settings; those made by hand stay.
 
     No telemetry; no retries inside a request, since the callers retry; short silences only; and
     MLflow's own log kept to warnings, because outages are reported once, by the mirror.
@@ -94,9 +73,11 @@ def prepare_client() -> None:
         ("mlflow", logging.WARNING),
         ("mlflow.system_metrics", logging.ERROR),
         ("mlflow.store.db.utils", logging.CRITICAL),  # prints a traceback for a locked database
-        ("alembic", logging.WARNING),
     ]:
         logging.getLogger(name).setLevel(level)
+    from mlflow import MlflowClient
+
+    return MlflowClient
 
 
 @contextmanager
@@ -113,7 +94,9 @@ def _translated(tracking_uri: str) -> Iterator[None]:
     except FileNotFoundError as error:  # the local file to send is gone
         raise _rejected(error) from error
     except (OSError, SQLAlchemyError, CommandError, json.JSONDecodeError) as error:
-        raise _unavailable(tracking_uri, error) from error  # requests' errors are OSErrors
+        answer = getattr(error, "response", None)  # requests' errors are OSErrors
+        hopeless = answer is not None and answer.status_code in _HOPELESS_STATUS
+        raise (_rejected(error) if hopeless else _unavailable(tracking_uri, error)) from error
     except (ValueError, TypeError, KeyError) as error:
         raise _rejected(error) from error
 
@@ -122,15 +105,11 @@ def _translate(tracking_uri: str, error: Any) -> FinetuneError:
     from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 
     code, cause = str(error.error_code), error.__cause__
-    if code == "RESOURCE_DOES_NOT_EXIST":
-        return _unavailable(tracking_uri, error, NotInMlflowError)
-    # A damaged database also answers BAD_REQUEST: only data that it cannot take is hopeless.
-    broken = isinstance(cause, SQLAlchemyError) and not isinstance(
+    # A damaged database also answers BAD_REQUEST; only data that it cannot take is hopeless.
+    hopeless = not isinstance(cause, SQLAlchemyError) or isinstance(
         cause, DataError | IntegrityError
     )
-    return (
-        _rejected(error) if code in _REJECTED and not broken else _unavailable(tracking_uri, error)
-    )
+    return _rejected(error) if hopeless and code in _REJECTED else _unavailable(tracking_uri, error)
 
 
 def _rejected(error: BaseException) -> RejectedError:
@@ -141,12 +120,9 @@ def _rejected(error: BaseException) -> RejectedError:
     )
 
 
-def _unavailable(
-    tracking_uri: str,
-    error: BaseException,
-    kind: type[TrackingUnavailableError] = TrackingUnavailableError,
-) -> TrackingUnavailableError:
-    return kind(
+def _unavailable(tracking_uri: str, error: BaseException) -> TrackingUnavailableError:
+    is_unknown = getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST"
+    return (NotInMlflowError if is_unknown else TrackingUnavailableError)(
         f"MLflow at {mask_secrets(tracking_uri)} cannot do this now: {_brief(error)}",
         why="The server or database is down, locked, full or unreachable; training goes on.",
         next_command="qwen3ft sync",
@@ -170,8 +146,8 @@ class Connection:
     def has_run(self, run_id: str) -> bool:
         """Whether this MLflow knows the run."""
         try:
-            with _translated(self.tracking_uri):
-                self.client.get_run(run_id)
+            with self.calls() as client:
+                client.get_run(run_id)
         except NotInMlflowError:
             return False
         return True
@@ -179,10 +155,7 @@ class Connection:
     def find_or_create_run(
         self, name: str, start_ms: int, identity: Mapping[str, str], tags: Mapping[str, str]
     ) -> str:
-        """The id of the run with the tags `identity`, made now if there is none.
-
-        Looking first makes the creation safe to repeat after a crash that lost the answer.
-        """
+        """The id of the run with the tags `identity`; made if there is none, so never twice."""
         wanted = " and ".join(f"tags.`{key}` = '{value}'" for key, value in identity.items())
         with _translated(self.tracking_uri):
             found = self.client.search_runs([self.experiment_id], wanted, max_results=1)
@@ -193,29 +166,27 @@ class Connection:
                 )
         return str(run.info.run_id)
 
-    def log_params(self, run_id: str, params: Mapping[str, str]) -> None:
-        """Set parameters; MLflow refuses a second, different value."""
-        from mlflow.entities import Param
+    def log(
+        self,
+        run_id: str,
+        *,
+        params: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
+        points: Sequence[Point] = (),
+    ) -> None:
+        """Set parameters (for good) and tags, and add metrics (a repeated point counts once)."""
+        from mlflow.entities import Metric, Param, RunTag
 
-        self._log_batches(run_id, "params", [Param(*item) for item in params.items()])
-
-    def log_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
-        """Set tags, replacing older values."""
-        from mlflow.entities import RunTag
-
-        self._log_batches(run_id, "tags", [RunTag(*item) for item in tags.items()])
-
-    def log_points(self, run_id: str, points: Sequence[Point]) -> None:
-        """Log metrics; a point sent twice is kept once."""
-        from mlflow.entities import Metric
-
-        self._log_batches(run_id, "metrics", [Metric(*point) for point in points])
-
-    def _log_batches(self, run_id: str, kind: str, entities: Sequence[Any]) -> None:
-        size = _MOST_PER_REQUEST[kind]
+        entities = {
+            "params": [Param(*item) for item in (params or {}).items()],
+            "tags": [RunTag(*item) for item in (tags or {}).items()],
+            "metrics": [Metric(*point) for point in points],
+        }
         with _translated(self.tracking_uri):
-            for start in range(0, len(entities), size):
-                self.client.log_batch(run_id, **{kind: entities[start : start + size]})
+            for kind, size in _MOST_PER_REQUEST.items():
+                for start in range(0, len(entities[kind]), size):
+                    batch = entities[kind][start : start + size]
+                    self.client.log_batch(run_id, **{kind: batch})
 
     def log_dataset(self, run_id: str, dataset: DatasetInput) -> None:
         """Log a dataset input with the context 'training'."""
@@ -270,7 +241,7 @@ class Connection:
             database = database_path(self.tracking_uri)
             if database is not None and uri.startswith("mlflow-artifacts:"):
                 # Made through a server on this database, which keeps its files beside it.
-                uri = (_artifact_root(database) / urlsplit(uri).path.lstrip("/")).as_uri()
+                uri = (artifact_root(database) / urlsplit(uri).path.lstrip("/")).as_uri()
             self._repositories[run_id] = get_artifact_repository(uri, self.tracking_uri)
         return self._repositories[run_id]
 
@@ -283,15 +254,12 @@ def connect(tracking_uri: str) -> Connection:
     Raises:
         TrackingUnavailableError: it cannot be reached, or is no MLflow.
     """
-    prepare_client()
-    from mlflow import MlflowClient
-
-    database = database_path(tracking_uri)
+    client_class, database = load_client(), database_path(tracking_uri)
     try:
         with _translated(tracking_uri):
             if database is not None:
                 database.parent.mkdir(parents=True, exist_ok=True)
-            client = MlflowClient(tracking_uri, registry_uri=tracking_uri)
+            client = client_class(tracking_uri, registry_uri=tracking_uri)
             return Connection(tracking_uri, client, _experiment_id(client, database))
     except RejectedError as error:  # what answers there is no MLflow, or an unsuitable one
         raise _unavailable(tracking_uri, error) from error
@@ -300,16 +268,12 @@ def connect(tracking_uri: str) -> Connection:
 def _experiment_id(client: Any, database: Path | None) -> str:
     experiment = client.get_experiment_by_name(EXPERIMENT_NAME)
     if experiment is None:
-        location = None if database is None else _artifact_root(database).as_uri()
+        location = None if database is None else artifact_root(database).as_uri()
         return str(client.create_experiment(EXPERIMENT_NAME, artifact_location=location))
     if experiment.lifecycle_stage == "deleted":
         _log.warning("The MLflow experiment %s was deleted; it is restored.", EXPERIMENT_NAME)
         client.restore_experiment(experiment.experiment_id)
     return str(experiment.experiment_id)
-
-
-def _artifact_root(database: Path) -> Path:
-    return database.parent / "artifacts"
 
 
 def start_system_metrics(connection: Connection, run_id: str) -> Any | None:

@@ -27,6 +27,7 @@ from qwen3ft.errors import CheckpointCorruptError, TrainingFailureError
 from qwen3ft.faults import planted_faults
 from qwen3ft.logs import get_logger
 from qwen3ft.records import AttemptOutcome, TrainPlan
+from qwen3ft.storage import find_damage
 from qwen3ft.trainer import QATrainer, save_adapter_files
 
 if TYPE_CHECKING:
@@ -193,7 +194,7 @@ class TrainingEngine:
         folders = [job.checkpoints for job in RunDir(Path(self.plan.run_dir)).attempts()]
         candidates = [c for c in checkpoint.list_checkpoints(folders) if c.step == step]
         for candidate in reversed(candidates):
-            if checkpoint.find_damage(candidate.path) is None:
+            if find_damage(candidate.path) is None:
                 return candidate
         raise CheckpointCorruptError(
             f"The best checkpoint, of step {step}, is missing or damaged.",

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +63,7 @@ class EffectiveBatchOrder(Sampler[int]):
 
 
 def summed_loss(
-    model: torch.nn.Module,
+    model: Any,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
     labels: torch.Tensor,
@@ -86,20 +88,19 @@ def summed_loss(
     trained = labels[:, 1:] != IGNORED
     hidden, targets = hidden[:, :-1][trained], labels[:, 1:][trained]
     total = hidden.new_zeros((), dtype=torch.float32)
+    # The head is bound, not passed: what is passed is saved, and offloading would copy it each time.
+    chunk_loss = partial(_chunk_loss, model.lm_head)
     for start in range(0, len(targets), chunk_tokens):
-        total = total + recompute(
-            _chunk_loss,
-            hidden[start : start + chunk_tokens],
-            model.lm_head.weight,
-            targets[start : start + chunk_tokens],
-            use_reentrant=False,
-        )
+        chunk = slice(start, start + chunk_tokens)
+        total = total + recompute(chunk_loss, hidden[chunk], targets[chunk], use_reentrant=False)
     return total
 
 
-def _chunk_loss(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    logits = torch.nn.functional.linear(hidden, head.to(hidden.dtype)).float()
-    return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+def _chunk_loss(head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    loss: torch.Tensor = torch.nn.functional.cross_entropy(
+        head(hidden).float(), targets, reduction="sum"
+    )
+    return loss
 
 
 class QATrainer(Trainer):
@@ -139,9 +140,9 @@ class QATrainer(Trainer):
         return self._summed_loss(inputs) / num_items_in_batch
 
     def _summed_loss(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        offload = torch.autograd.graph.save_on_cpu(pin_memory=True)
-        lean = self.plan.offload_activations and torch.is_grad_enabled()
-        with self._autocast(), offload if lean else _nothing():
+        offload = self.plan.offload_activations and torch.is_grad_enabled()
+        on_host = torch.autograd.graph.save_on_cpu(pin_memory=True) if offload else nullcontext()
+        with self._autocast(), on_host:
             return summed_loss(
                 self.accelerator.unwrap_model(self.model).get_base_model(),
                 inputs["input_ids"],
@@ -180,6 +181,7 @@ class QATrainer(Trainer):
     ) -> dict[str, float]:
         """Mean negative log-likelihood per trained token over the held-out rows."""
         loss_sum, tokens = 0.0, 0
+        self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         self.model.eval()
         for inputs in self.get_eval_dataloader(eval_dataset):
             with torch.no_grad():
@@ -248,9 +250,3 @@ def save_adapter_files(model: Any, folder: Path) -> None:
 def _innermost(optimizer: Any) -> torch.optim.Optimizer:
     """The torch optimizer inside accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)  # type: ignore[no-any-return]
-
-
-def _nothing() -> Any:
-    import contextlib
-
-    return contextlib.nullcontext()

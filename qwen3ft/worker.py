@@ -28,7 +28,13 @@ from qwen3ft.callbacks import Heartbeat, StopRequest
 from qwen3ft.errors import PreemptedError
 from qwen3ft.failures import to_failure, translate
 from qwen3ft.launcher import PARENT_VARIABLE
-from qwen3ft.records import AttemptOutcome, DatasetManifest, InferenceReport, ModelSnapshot, TrainPlan
+from qwen3ft.records import (
+    AttemptOutcome,
+    DatasetManifest,
+    InferenceReport,
+    ModelSnapshot,
+    TrainPlan,
+)
 from qwen3ft.requests import DataRequest, InferenceRequest, QuantizeRequest
 
 if TYPE_CHECKING:
@@ -140,7 +146,7 @@ def main(kind: str, path: Path) -> int:
     started = time.monotonic()
     try:
         outcome = KINDS[kind](job)
-    except Exception as error:  # noqa: BLE001  the outermost frame: everything becomes a failure
+    except Exception as error:
         failure = translate(error, job.heartbeat.phase)
         logger.error("%s failed after %.1f s: %s", kind, time.monotonic() - started, failure)
         if failure is not error:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from qwen3ft.adjust import GiveUp, Retry, decide
 
 from qwen3ft import checkpoint
-from qwen3ft.adjust import GiveUp, Retry, decide
 from qwen3ft.attempt import RunDir
 from qwen3ft.config import TrainingConfig
 from qwen3ft.logs import get_logger

@@ -1,4 +1,4 @@
-"""The two policies that tasks share: what a cached result depends on, and what is worth retrying."""
+"""The two policies that tasks share: what a cached result depends on, and what to retry."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def cache_key(stage: str, *values: Any) -> str:
     return f"{stage}-{sha256_json([CACHE_VERSION, *values])}"
 
 
-def is_transient(task: Task[Any, Any], task_run: TaskRun, state: State[Any]) -> bool:
+def is_transient(task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool:  # noqa: ARG001
     """Whether a failed task may succeed if it is called again unchanged."""
     error = state.result(raise_on_failure=False)
     return isinstance(error, TransientError)

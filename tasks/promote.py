@@ -9,21 +9,23 @@ from prefect.cache_policies import NO_CACHE
 
 from qwen3ft.attempt import RunDir
 from qwen3ft.config import TrainingConfig
+from qwen3ft.cursor import parent_run_id, wait_until_sent
 from qwen3ft.errors import TrackingUnavailableError
-from qwen3ft.journal import parent_run_id
 from qwen3ft.promote import decide
 from qwen3ft.records import Champion, InferenceReport, SavedAdapter, Verdict
-from qwen3ft.tracking import Registry, default_tracking_uri
+from qwen3ft.registry import Registry, registered_model_name
+from qwen3ft.tracking_uri import default_tracking_uri
 from tasks.policies import is_transient
 
-REGISTRY_DELAYS_SECONDS = [1.0, 2.0, 5.0, 15.0]
-"""The upload of the adapter runs in the background; it is usually done by the second call."""
+REGISTRY_DELAYS_SECONDS = [2.0, 10.0]
+
+UPLOAD_SECONDS = 60.0
+"""How long each try waits for the adapter's upload, which runs in the background."""
 
 
 def registered_name(config: TrainingConfig) -> str:
     """The registry's name for adapters of this base model; it may hold neither '/' nor ':'."""
-    model = Path(config.model_name).name if "/" in config.model_name else config.model_name
-    return config.registered_model or f"qwen3ft-{model.replace(':', '-')}"
+    return config.registered_model or registered_model_name(config.model_name)
 
 
 @task(
@@ -36,11 +38,12 @@ def registered_name(config: TrainingConfig) -> str:
 )
 def register(config: TrainingConfig, saved: SavedAdapter, run: str) -> SavedAdapter:
     """Make the uploaded adapter a version of the registered model."""
+    sent = wait_until_sent(RunDir(Path(run)), UPLOAD_SECONDS)
     run_id = parent_run_id(RunDir(Path(run)))
-    if run_id is None:
+    if not sent or run_id is None:
         raise TrackingUnavailableError(
-            "MLflow has not taken this run yet.",
-            why=f"{default_tracking_uri()} cannot be reached, or the upload is still going on.",
+            f"MLflow has not taken this run's adapter within {UPLOAD_SECONDS:.0f} s.",
+            why=f"{default_tracking_uri()} cannot be reached, or is too slow.",
             next_command="qwen3ft status",
         )
     named = saved.model_copy(
@@ -82,13 +85,11 @@ def promote(
 ) -> Verdict:
     """Decide, and move the alias if the decision is to promote."""
     if saved.registered_model is None or saved.version is None:
-        return Verdict(
-            decision="deferred",
-            reasons=(
-                "the registry could not be reached, so the adapter in use is not known; "
-                f"continue with: qwen3ft train --resume {Path(run).name}",
-            ),
+        reason = (
+            "the registry could not be reached, so the adapter in use is not known; "
+            f"continue with: qwen3ft train --resume {Path(run).name}"
         )
+        return Verdict(decision="deferred", reasons=(reason,))
     verdict = decide(report, saved, champion=champion)
     if verdict.decision == "promoted":
         expected = champion.version if champion else None

@@ -16,7 +16,7 @@ from typing import Any
 
 SEED = 20_260
 SPLITS = ("train", "dev", "test", "novel")
-DATES_PER_SPLIT = {"train": 280, "dev": 40, "test": 100}
+DATES_PER_SPLIT = {"train": 160, "dev": 40, "test": 100}
 DEV_FACTS = {"en": 30, "zh": 30, "wording": 50}
 NOVEL_QUESTIONS_PER_WORDING = 16
 
@@ -43,13 +43,21 @@ def wording() -> Any:
 
 
 def catalogue(group: str, seed: int = SEED) -> list[Fact]:
-    """One value for every attribute of every product of the group (`tuned` or `pretrained`)."""
+    """One value for every attribute of every product of the group (`tuned` or `pretrained`).
+
+    The tuned products only take values that the pretraining catalogue uses: fine-tuning is to
+    teach which value belongs to a product, not a new word whose frozen embedding is still noise.
+    """
     random = Random(f"catalogue {group} {seed}")
-    return [
-        (product, attribute, random.randrange(len(languages["en"][1])))
-        for attribute, languages in wording()["attributes"].items()
-        for product in wording()["products"][group]
-    ]
+    known = catalogue("pretrained", seed) if group == "tuned" else []
+    facts = []
+    for attribute, languages in wording()["attributes"].items():
+        values = sorted({index for _, name, index in known if name == attribute})
+        values = values or list(range(len(languages["en"][1])))
+        facts += [
+            (product, attribute, random.choice(values)) for product in wording()["products"][group]
+        ]
+    return facts
 
 
 def fill(pattern: str, fact: Fact, language: str) -> str:

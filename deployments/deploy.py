@@ -1,0 +1,203 @@
+"""Registers the deployment `qwen3-finetune/default`, as `deployments/prefect.yaml` describes it.
+
+What runs start from is chosen here by one question, whether this machine has a CUDA GPU, and the
+answer is said. A deployment is registered again only if something that it is made of changed: its
+version is a digest of that. Whether its schedule is active is the operator's choice and survives.
+It does not start the servers (`deployments.stack` does) and imports no flow in this process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deployments import services
+from deployments.stack import DEPLOYMENT, Stack
+from qwen3ft.config import TrainingConfig, parse_config
+from qwen3ft.environment import EnvironmentManager
+from qwen3ft.errors import ConfigError, EnvironmentNotReadyError
+from qwen3ft.gpus import visible_gpus
+from qwen3ft.records import Record
+from qwen3ft.storage import sha256_json
+
+PREFECT_FILE = Path("deployments/prefect.yaml")
+GPU_CONFIG = Path("deployments/configs/default.yaml")
+CPU_CONFIG = Path("deployments/configs/embedded.yaml")
+FLOW_FILE = Path("flows/finetune.py")
+NO_GPU_LINE = (
+    f"No CUDA GPU found: the deployment uses the embedded tiny Qwen3 ({CPU_CONFIG}), "
+    "not Qwen/Qwen3-4B-Thinking-2507."
+)
+ZOMBIE_AUTOMATION = "qwen3ft: crash flow runs without heartbeats"
+SILENT_SECONDS = 180
+"""Six heartbeats of 30 s (PREFECT_FLOWS_HEARTBEAT_FREQUENCY): a killed machine, not a busy one."""
+
+Say = Callable[[str], None]
+
+
+class Defaults(Record):
+    """What runs of the deployment start from unless told otherwise."""
+
+    config_path: str
+    config: dict[str, Any]
+    notice: str | None
+    version: str
+
+
+def choose_defaults(root: Path) -> Defaults:
+    """The settings for this machine: the real model with a GPU, the embedded one without.
+
+    Raises:
+        ConfigError: the chosen file is missing or invalid.
+    """
+    gpus = visible_gpus(os.environ)
+    path = GPU_CONFIG if gpus else CPU_CONFIG
+    config = read_settings(root / path)
+    parse_config(config)
+    files = [_text(root / file) for file in (PREFECT_FILE, FLOW_FILE)]
+    return Defaults(
+        config_path=str(path),
+        config=config,
+        notice=None if gpus else NO_GPU_LINE,
+        version=sha256_json([config, TrainingConfig.model_json_schema(), files])[:12],
+    )
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file of settings, not yet validated.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise _bad_file(path, str(error)) from error
+    if not isinstance(loaded, dict):
+        raise _bad_file(path, f"it holds a {type(loaded).__name__}, not a mapping")
+    return loaded
+
+
+def defaults_step() -> dict[str, Any]:
+    """The build step of prefect.yaml, run by `prefect deploy` in the project folder."""
+    return choose_defaults(Path.cwd()).model_dump(mode="json")
+
+
+def deploy(stack: Stack, say: Say = lambda _: None, *, force: bool = False) -> bool:
+    """Register the deployment unless exactly this one is registered.
+
+    Args:
+        stack: A stack that is up.
+        say: Receives one line for each thing that a person should know.
+        force: Register it in any case.
+
+    Returns:
+        Whether it was registered now.
+
+    Raises:
+        EnvironmentNotReadyError: the server does not answer, or `prefect deploy` failed.
+        ConfigError: the settings for this machine are invalid.
+    """
+    defaults = choose_defaults(stack.root)
+    if defaults.notice:
+        say(defaults.notice)
+    registered = read_deployment(stack)
+    if not force and registered is not None and registered["version"] == defaults.version:
+        return False
+    _run_prefect_deploy(stack)
+    _restore_schedules(stack, registered)
+    _add_zombie_automation(stack)
+    say(f"Registered {DEPLOYMENT} with {defaults.config_path}.")
+    return True
+
+
+def read_deployment(stack: Stack) -> dict[str, Any] | None:
+    """The deployment as the server knows it, or None."""
+    address = f"{stack.layout().url('prefect')}/api/deployments/name/{DEPLOYMENT}"
+    found: dict[str, Any] | None = services.request_json(address)
+    return found
+
+
+def _run_prefect_deploy(stack: Stack) -> None:
+    python = EnvironmentManager(stack.root).get_python_executable()
+    options = ["--no-prompt", "deploy", "--prefect-file", str(PREFECT_FILE), "--all"]
+    done = subprocess.run(
+        [python, "-m", "prefect", *options],
+        cwd=stack.root,
+        env=services.environment(stack.layout()),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if done.returncode != 0 or read_deployment(stack) is None:
+        raise EnvironmentNotReadyError(
+            f"prefect deploy ended with exit code {done.returncode}.",
+            why=services.last_words(done.stdout),
+            next_command="qwen3ft status",
+        )
+
+
+def _restore_schedules(stack: Stack, before: dict[str, Any] | None) -> None:
+    """Registering sets every schedule as the file says; an operator's choice is put back."""
+    after = read_deployment(stack)
+    if before is None or after is None:
+        return
+    chosen = {schedule["slug"]: schedule["active"] for schedule in before["schedules"]}
+    for schedule in after["schedules"]:
+        active = chosen.get(schedule["slug"], schedule["active"])
+        if active != schedule["active"]:
+            address = f"deployments/{after['id']}/schedules/{schedule['id']}"
+            _send(stack, address, {"active": active}, method="PATCH")
+
+
+def _add_zombie_automation(stack: Stack) -> None:
+    """A flow run whose process and worker were both killed would else stay Running for ever."""
+    wanted = {"automations": {"name": {"any_": [ZOMBIE_AUTOMATION]}}}
+    if json.loads(_send(stack, "automations/filter", wanted)):
+        return
+    ends = ("Completed", "Failed", "Cancelled", "Crashed")
+    trigger = {
+        "type": "event",
+        "posture": "Proactive",
+        "match": {"prefect.resource.id": "prefect.flow-run.*"},
+        "for_each": ["prefect.resource.id"],
+        "after": ["prefect.flow-run.heartbeat"],
+        "expect": [f"prefect.flow-run.{event}" for event in ("heartbeat", *ends)],
+        "threshold": 1,
+        "within": SILENT_SECONDS,
+    }
+    action = {
+        "type": "change-flow-run-state",
+        "state": "CRASHED",
+        "message": f"No sign of life for {SILENT_SECONDS} s: its process was killed.",
+    }
+    automation = {"name": ZOMBIE_AUTOMATION, "trigger": trigger, "actions": [action]}
+    _send(stack, "automations/", automation)
+
+
+def _send(stack: Stack, address: str, body: dict[str, Any], method: str = "POST") -> str:
+    url = f"{stack.layout().url('prefect')}/api/{address}"
+    answer = services.request_text(url, body, method)
+    if answer is None:
+        raise EnvironmentNotReadyError(
+            f"The Prefect server refused {method} /api/{address} or does not answer.",
+            why="It may have been stopped meanwhile, or be another version.",
+            next_command=f"tail -n 50 {stack.layout().log('prefect')}",
+        )
+    return answer
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def _bad_file(path: Path, why: str) -> ConfigError:
+    return ConfigError(
+        f"The settings in {path} cannot be used.", why=why, next_command=f"cat {path}"
+    )

@@ -1,0 +1,178 @@
+"""The command `qwen3ft`: everything the project does, by hand.
+
+This file is the table of contents: names, options and help. What a command does is imported when it
+is called, so that `qwen3ft --help` is immediate. Errors of the project are shown as what, why and
+the next command, with exit code 1; wrong usage is 2. With `--json`, standard output holds one JSON
+object and nothing else. Commands act on the project folder that the working folder lies in.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qwen3ft.errors import FinetuneError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", metavar="FILE", help="Settings (YAML).", resolve_path=True),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one setting; may be repeated."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+ResumeOption = Annotated[
+    str | None, typer.Option("--resume", metavar="RUN_ID", help="Take up an earlier run.")
+]
+AdapterOption = Annotated[
+    str, typer.Option("--adapter", metavar="DIR", help="A saved adapter, or 'champion'.")
+]
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    """Fine-tune Qwen3 inside a memory budget, prove that it got better, promote it."""
+    # `main` takes --debug out first, so that it may stand anywhere; here it is only documented
+
+
+@app.command()
+def run(
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    resume: ResumeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Start a run of the deployment (and the servers, if need be) and follow it to its result."""
+    from flows import cli_runs
+
+    cli_runs.run(config, settings or [], resume, as_json=as_json)
+
+
+@app.command()
+def train(
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    resume: ResumeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run the same flow in this process, without a server or a worker."""
+    from flows import cli_runs
+
+    cli_runs.train(config, settings or [], resume, as_json=as_json)
+
+
+@app.command()
+def plan(
+    config: ConfigOption = None, settings: SetOption = None, as_json: JsonOption = False
+) -> None:
+    """Predict what a run would do and how much memory it needs, without training."""
+    from flows import cli_runs
+
+    cli_runs.plan(config, settings or [], as_json=as_json)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The question.")],
+    adapter: AdapterOption = "champion",
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer one question with a fine-tuned model."""
+    from flows import cli_adapter
+
+    cli_adapter.generate(prompt, adapter, config, settings or [], as_json=as_json)
+
+
+@app.command()
+def chat(
+    adapter: AdapterOption = "champion", config: ConfigOption = None, settings: SetOption = None
+) -> None:
+    """Ask a fine-tuned model question after question; each is answered on its own."""
+    from flows import cli_adapter
+
+    cli_adapter.chat(adapter, config, settings or [])
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Say what this machine is, and what it lacks."""
+    from flows import cli_servers
+
+    cli_servers.doctor(as_json=as_json)
+
+
+@app.command()
+def up() -> None:
+    """Start the local servers (Prefect, MLflow, one worker); what is up stays as it is."""
+    from flows import cli_servers
+
+    cli_servers.up()
+
+
+@app.command()
+def down() -> None:
+    """Stop the local servers and whatever runs on them."""
+    from flows import cli_servers
+
+    cli_servers.down()
+
+
+@app.command()
+def status(as_json: JsonOption = False) -> None:
+    """Say what is up, where, and whether the deployment is registered."""
+    from flows import cli_servers
+
+    cli_servers.status(as_json=as_json)
+
+
+@app.command()
+def deploy() -> None:
+    """Register the deployment qwen3-finetune/default (and start the servers, if need be)."""
+    from flows import cli_servers
+
+    cli_servers.deploy()
+
+
+@app.command()
+def sync(config: ConfigOption = None, settings: SetOption = None) -> None:
+    """Send to MLflow what it could not take when runs ended."""
+    from flows import cli_runs
+
+    cli_runs.sync(config, settings or [])
+
+
+def main() -> int:
+    """The entry point: runs the command, and shows errors of the project without a traceback."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    try:
+        app(args=arguments)
+    except FinetuneError as error:
+        if debug:
+            raise
+        from flows import cli_view
+
+        if "--json" in arguments:
+            cli_view.print_json({"error": error.to_dict()})
+        else:
+            cli_view.show_error(cli_view.open_console(stderr=True), error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,242 @@
+"""How the `qwen3ft` command looks: rich on a terminal, plain lines everywhere else.
+
+Rendering only: nothing here reads files, asks servers or decides.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import typer
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from qwen3ft.records import GIB, EnvironmentReport, RunCard, TrainPlan
+
+if TYPE_CHECKING:
+    from deployments.stack import StackStatus
+    from flows.follow import Progress, StateChange
+    from qwen3ft.errors import FinetuneError
+
+PLAIN_SECONDS = 5.0
+"""Time between two progress lines where there is no terminal to redraw."""
+
+WAITING = {
+    "AwaitingConcurrencySlot": "another run is in progress",
+    "Late": "no worker has taken it yet",
+}
+QUIET_STATES = ("Running", "Completed", "Cached")
+STYLES = {
+    "Completed": "green",
+    "Cached": "green",
+    "Running": "cyan",
+    "Failed": "red",
+    "Crashed": "red",
+    "TimedOut": "red",
+    "Cancelled": "yellow",
+}
+
+
+def open_console(*, stderr: bool = False) -> Console:
+    """Standard output for results, standard error for what accompanies JSON, and for errors."""
+    return Console(stderr=stderr, highlight=False)
+
+
+def say(line: str) -> None:
+    """A line for a person; on standard error, since a program may read standard output."""
+    typer.echo(line, err=True)
+
+
+def print_json(value: Any) -> None:
+    """The one JSON object of a command with --json."""
+    typer.echo(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+class RunView:
+    """Shows a run as it happens. Use as a context manager: it may own the terminal's last line."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._last_plain_seconds = 0.0
+        self._bar = ProgressBar(
+            TextColumn("  {task.description:12}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=None, visible=False, numbers="")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def change(self, change: StateChange) -> None:
+        """One line: what entered which state, and how long it took."""
+        line = Text(f"  {change.name:12}  ")
+        line.append(f"{change.state:9}", style=STYLES.get(change.state, ""))
+        if change.seconds is not None and change.state != "Cached":
+            line.append(f"  {format_seconds(change.seconds):>7}")
+        # the run's own message is shown in full when it is over
+        told = change.message if change.name != "run" else WAITING.get(change.state, "")
+        if told and change.state not in QUIET_STATES:
+            line.append(f"  {told.splitlines()[0]}")
+        if change.seconds is not None:
+            self._bar.update(self._task, visible=False)
+        self.console.print(line, soft_wrap=True)
+
+    def progress(self, progress: Progress) -> None:
+        """Redraw the bar, or print a line if the last one is some seconds old."""
+        metrics, name = progress.metrics, f"train-{progress.attempt}"
+        numbers = f"loss {metrics.loss:.3f}" if metrics.loss is not None else ""
+        if metrics.tokens_per_second:
+            numbers += f"  {metrics.tokens_per_second:,.0f} tok/s"
+        numbers += f"  {metrics.memory_usage.allocated_gb:.2f} GB"
+        self._bar.update(
+            self._task,
+            description=name,
+            completed=metrics.step,
+            total=progress.total_steps,
+            numbers=numbers,
+            visible=True,
+        )
+        now = time.monotonic()
+        if not self.console.is_terminal and now - self._last_plain_seconds >= PLAIN_SECONDS:
+            self._last_plain_seconds = now
+            steps = f"step {metrics.step}/{progress.total_steps or '?'}"
+            self.console.print(f"  {name:12}  {steps}  {numbers}", soft_wrap=True)
+
+
+def show_card(console: Console, card: RunCard) -> None:
+    """The result of a run on one screen."""
+    stages = "  ".join(f"{name} {format_seconds(s)}" for name, s in card.seconds_by_stage.items())
+    rows = {
+        "trained on": card.trained_on,
+        "exact match": f"{card.base_score:.1%} -> {card.tuned_score:.1%} (base -> tuned)",
+        **{
+            f"  {split}": f"{base:.1%} -> {tuned:.1%} of {count}"
+            for split, (base, tuned, count) in card.scores_by_split.items()
+        },
+        "held-out loss": f"{card.held_out_loss_before:.3f} -> {card.held_out_loss_after:.3f}",
+        "peak memory": f"{card.peak_memory_gb:.2f} GB of {card.budget_gb:g} GB",
+        "time": f"{format_seconds(sum(card.seconds_by_stage.values()))}: {stages}",
+        "attempts": ", ".join(f"{a.attempt} {a.outcome}" for a in card.attempts) or "none needed",
+        "adapter": card.adapter_path,
+        "verdict": card.verdict,
+        **{"note" if n == 0 else f"note {n + 1}": note for n, note in enumerate(card.notes)},
+        "Prefect": card.prefect_url or "recorded without a server: no page",
+        "MLflow": card.mlflow_url or "recorded without a server: no page",
+    }
+    _show(console, card.title, {"": rows})
+
+
+def show_plan(console: Console, plan: TrainPlan) -> None:
+    """What a run would do, with the reason of every derived value and the predicted memory."""
+    settings = {
+        "model": f"{plan.model.source.model_name} ({plan.model.quantization}) on {plan.device}",
+        "data": f"{plan.dataset.train.rows:,} rows, {plan.dataset.train.tokens:,} tokens; "
+        f"{plan.dataset.dev.rows:,} + {plan.dataset.test_rows:,} rows held out",
+        "adapter": f"r {plan.adapter.r}, alpha {plan.adapter.alpha}, "
+        f"{plan.adapter.trainable_parameters:,} trainable parameters",
+        "batch": f"{plan.micro_batch_size} x {plan.gradient_accumulation_steps}",
+        "steps": f"{plan.total_steps:,} at most, in {plan.num_epochs} epochs",
+        **{name: f"{reason}" for name, reason in plan.reasons.items()},
+    }
+    memory = {part.name: f"{part.bytes / GIB:8.3f} GB  {part.formula}" for part in plan.predicted}
+    memory["peak"] = f"{plan.predicted_peak_bytes / GIB:8.3f} GB  of {plan.max_memory_gb:g} GB"
+    _show(console, "Plan", {"": settings, "Predicted memory": memory})
+
+
+def show_status(console: Console, status: StackStatus) -> None:
+    """One line per process, then the deployment."""
+    rows: dict[str, str] = {
+        service.name: f"{'up' if service.healthy else 'down'}"
+        + (f"  pid {service.pid}" if service.pid else "")
+        + (f"  {service.url}" if service.url and service.healthy else f"  {service.log}")
+        for service in status.services
+    }
+    registered = "registered" if status.deployment_registered else "not registered"
+    schedule = "nightly schedule on" if status.schedule_active else "nightly schedule off"
+    rows[status.deployment] = f"{registered}, {schedule}" if status.prefect_url else "unknown"
+    _show(console, status.root, {"": rows})
+
+
+def show_report(console: Console, report: EnvironmentReport, problems: Iterable[str]) -> None:
+    """What the machine is, and what it lacks."""
+    rows = {
+        "python": f"{report.python_version}  {report.python_executable}",
+        "platform": f"{report.platform}, {report.cpu_count} CPUs",
+        "packages": ", ".join(f"{name} {version}" for name, version in report.versions.items()),
+        "memory": f"{report.host_free_bytes / GIB:.1f} GB free "
+        f"of {report.host_total_bytes / GIB:.1f} GB",
+        "disk": f"{report.disk_free_bytes / GIB:.1f} GB free",
+    }
+    for gpu in report.gpus:
+        rows[f"GPU {gpu.index}"] = (
+            f"{gpu.name}, {gpu.free_bytes / GIB:.1f} GB free of {gpu.total_bytes / GIB:.1f} GB, "
+            f"driver {gpu.driver_version}"
+        )
+    if not report.gpus:
+        rows["GPU"] = "none with CUDA"
+    rows |= {f"problem {n}": problem for n, problem in enumerate(problems, 1)}
+    _show(console, "This machine", {"": rows})
+
+
+def show_error(console: Console, error: FinetuneError) -> None:
+    """What, why, next: never a traceback."""
+    for label, text, style in (
+        ("What", error.what, "bold red"),
+        ("Why", error.why, ""),
+        ("Next", error.next_command, "bold"),
+    ):
+        if text:
+            console.print(Text(f"{label}:  ".ljust(7)) + Text(text, style=style), soft_wrap=True)
+
+
+def format_seconds(seconds: float) -> str:
+    """`0.4 s`, `31 s`, `12 min 5 s`, `3 h 20 min`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes == 0:
+        return f"{rest} s"
+    hours, minutes_left = divmod(minutes, 60)
+    return f"{hours} h {minutes_left} min" if hours else f"{minutes} min {rest} s"
+
+
+def _show(console: Console, title: str, sections: Mapping[str, Mapping[str, str]]) -> None:
+    """Sections of names and values: a panel on a terminal, plain lines elsewhere."""
+    if not console.is_terminal:
+        for heading, rows in sections.items():
+            console.print(heading or title, markup=False)
+            for name, value in rows.items():
+                console.print(f"  {name:14} {value}", soft_wrap=True, markup=False)
+        return
+    parts: list[RenderableType] = []
+    for heading, rows in sections.items():
+        table = Table.grid(padding=(0, 2))
+        table.add_column(no_wrap=True, style="dim")
+        table.add_column(overflow="fold")
+        for name, value in rows.items():
+            table.add_row(Text(name), Text(value))
+        parts += [Text(f"\n{heading}"), table] if heading else [table]
+    console.print(Panel(Group(*parts), title=title, title_align="left", expand=False))

@@ -1,0 +1,116 @@
+"""What tests share: the embedded model quantised once, and a plan for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("DO_NOT_TRACK", "true")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Quantised models and tokenised rows, shared by the whole session."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def make_config(cache_dir: Path) -> Callable[..., Any]:
+    """A config of the embedded model, small enough for a test."""
+    from qwen3ft.config import TrainingConfig
+
+    def make(**changes: Any) -> TrainingConfig:
+        values: dict[str, Any] = {
+            "model_name": "embedded",
+            "cache_dir": str(cache_dir),
+            "max_memory_gb": 4.0,
+            "batch_size": 16,
+            "gradient_accumulation_steps": 1,
+            "learning_rate": 4e-3,
+            "lora_r": 8,
+            "lora_alpha": 16,
+            "max_sequence_length": 128,
+            "num_epochs": 1,
+            "max_new_tokens": 24,
+            "max_rows": 96,
+            "inference_rows": 24,
+        }
+        return TrainingConfig(**{**values, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def snapshot(make_config: Callable[..., Any]) -> Any:
+    """The embedded model, quantised in this process."""
+    from qwen3ft.hub import resolve_model
+    from qwen3ft.model import ModelManager, snapshot_target
+    from qwen3ft.requests import QuantizeRequest
+
+    config = make_config()
+    source = resolve_model(config)
+    request = QuantizeRequest(
+        config=config,
+        source=source,
+        source_path=source.local_path or "",
+        target=str(snapshot_target(config, source, "cpu")),
+        device="cpu",
+    )
+    return ModelManager(config).quantize(request)
+
+
+@pytest.fixture(scope="session")
+def manifest(make_config: Callable[..., Any], snapshot: Any) -> Any:
+    """The bundled rows, tokenised in this process."""
+    from qwen3ft.data import DataPipeline, dataset_target, fingerprint_sources
+
+    config = make_config()
+    target = dataset_target(config, snapshot, fingerprint_sources(config))
+    return DataPipeline(config).prepare(snapshot, target)
+
+
+@pytest.fixture(scope="session")
+def environment() -> Any:
+    """A CPU machine with plenty of memory, so that plans do not depend on where tests run."""
+    from qwen3ft.records import EnvironmentReport
+
+    return EnvironmentReport(
+        python_version="3.11.7",
+        python_executable="python",
+        platform="Linux",
+        versions={},
+        cpu_count=2,
+        host_total_bytes=24 * 2**30,
+        host_free_bytes=20 * 2**30,
+        disk_free_bytes=50 * 2**30,
+    )
+
+
+@pytest.fixture
+def make_plan(
+    tmp_path: Path,
+    make_config: Callable[..., Any],
+    environment: Any,
+    snapshot: Any,
+    manifest: Any,
+) -> Callable[..., Any]:
+    """A plan for the embedded model as attempt 1 of a run in the test's folder."""
+    from qwen3ft.lora import plan_adapter
+    from qwen3ft.plan import build_plan
+
+    def make(run: str = "run", **changes: Any) -> Any:
+        config = make_config()
+        adapter = plan_adapter(config, snapshot.shape)
+        plan = build_plan(config, environment, snapshot, adapter, manifest)
+        plan = plan.for_run(run, str(tmp_path / run), attempt=1, resume_from=None)
+        return plan.model_copy(update=changes)
+
+    return make

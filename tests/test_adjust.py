@@ -1,0 +1,369 @@
+"""What follows a failed attempt: each policy, the memory ladder, and its end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwen3ft.adjust import POLICIES, GiveUp, Retry, decide
+from qwen3ft.config import TrainingConfig
+from qwen3ft.errors import FinetuneError, error_kinds
+from qwen3ft.failures import to_error
+from qwen3ft.ladder import next_rungs
+from qwen3ft.lora import count_adapter_parameters, plan_adapter
+from qwen3ft.plan import build_plan, repredict
+from qwen3ft.records import (
+    GIB,
+    AttemptSummary,
+    DatasetManifest,
+    EnvironmentReport,
+    Failure,
+    GpuInfo,
+    LengthSummary,
+    ModelShape,
+    ModelSnapshot,
+    ModelSource,
+    TrainPlan,
+)
+
+SHAPE = ModelShape(
+    hidden_size=2560,
+    intermediate_size=9728,
+    num_hidden_layers=36,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    vocab_size=151936,
+    tie_word_embeddings=True,
+    max_position_embeddings=262144,
+)
+CHECKPOINT = "runs/run/attempts/01/checkpoints/step-000200"
+
+
+def make_plan(device: str = "cuda", **changes: Any) -> TrainPlan:
+    gpu = GpuInfo(
+        index=0,
+        name="a GPU",
+        uuid="GPU-0",
+        total_bytes=80 * GIB,
+        free_bytes=80 * GIB,
+        driver_version="580.1",
+    )
+    environment = EnvironmentReport(
+        python_version="3.11",
+        python_executable="python",
+        platform="linux",
+        versions={},
+        cpu_count=2,
+        host_total_bytes=80 * GIB,
+        host_free_bytes=80 * GIB,
+        disk_free_bytes=GIB,
+        gpus=(gpu,) if device == "cuda" else (),
+    )
+    model = ModelSnapshot(
+        source=ModelSource(model_name="Qwen/Qwen3-4B", revision="0" * 40),
+        path="model",
+        manifest_sha256="0" * 64,
+        quantization="nf4-double",
+        compute_dtype="bfloat16",
+        shape=SHAPE,
+        size_bytes=1,
+        chat_template_sha256="0" * 64,
+    )
+    lengths = LengthSummary(
+        rows=7473,
+        tokens=747300,
+        trained_tokens=373650,
+        longest_tokens=256,
+        median_tokens=100,
+        p95_tokens=200,
+    )
+    dataset = DatasetManifest(
+        path="data",
+        digest="0" * 64,
+        sources=(),
+        rows_read=7473,
+        train=lengths,
+        dev=lengths,
+        test_rows=10,
+        quarantined=0,
+        too_long=0,
+        duplicates=0,
+    )
+    config = TrainingConfig(max_memory_gb=70.0)
+    adapter = plan_adapter(config, SHAPE)
+    plan = build_plan(
+        config, environment, model, adapter, dataset, run_id="run", run_dir="runs/run"
+    )
+    return repredict(plan.model_copy(update=changes))
+
+
+def fail(kind: str, **facts: Any) -> Failure:
+    return Failure(kind=kind, what=f"{kind} happened", facts=facts, log_tail="the end of the log")
+
+
+def summary(attempt: int, kind: str) -> AttemptSummary:
+    return AttemptSummary(
+        attempt=attempt,
+        outcome=kind,
+        detail="",
+        micro_batch_size=4,
+        gradient_accumulation_steps=16,
+        gradient_checkpointing=False,
+        learning_rate=5e-5,
+        resumed_from_step=None,
+        seconds=1.0,
+    )
+
+
+def ask(plan: TrainPlan, failure: Failure, *earlier: str, **limits: Any) -> Retry | GiveUp:
+    history = [summary(number, kind) for number, kind in enumerate(earlier, start=1)]
+    history.append(summary(plan.attempt, failure.kind))
+    choices = {"max_attempts": 20, "allow_degraded": False, "newest_checkpoint": CHECKPOINT}
+    return decide(plan, failure, history, **{**choices, **limits})
+
+
+def retry(*arguments: Any, **limits: Any) -> Retry:
+    decision = ask(*arguments, **limits)
+    assert isinstance(decision, Retry), decision
+    return decision
+
+
+def give_up(*arguments: Any, **limits: Any) -> GiveUp:
+    decision = ask(*arguments, **limits)
+    assert isinstance(decision, GiveUp), decision
+    return decision
+
+
+def descend(plan: TrainPlan, **limits: Any) -> list[Retry]:
+    """Every retry after an attempt that always runs out of memory, to the end of the ladder."""
+    retries: list[Retry] = []
+    failure = fail("OutOfMemoryError", phase="train", domain="gpu")
+    while isinstance(decision := ask(plan, failure, max_attempts=1000, **limits), Retry):
+        assert len(retries) < 100, "the ladder does not end"
+        retries.append(decision)
+        plan = decision.plan
+    assert decision.failure.kind == "InsufficientMemoryError"
+    return retries
+
+
+# --- every error ---
+
+
+def test_every_class_of_the_tree_has_a_policy() -> None:
+    """No error falls through to the default: a row of its own or of an ancestor in the tree."""
+    for kind in error_kinds():
+        if kind is not FinetuneError:
+            assert any(ancestor in POLICIES for ancestor in kind.__mro__), kind
+
+
+@pytest.mark.parametrize("kind", [kind.__name__ for kind in error_kinds()])
+def test_every_failure_is_answered_and_never_beyond_the_attempts_allowed(kind: str) -> None:
+    """The last attempt allowed is followed by giving up, with the end of the log and a table."""
+    decision = give_up(make_plan(attempt=5), fail(kind), max_attempts=5)
+    assert "5. " + kind in decision.reason
+    assert "the end of the log" in decision.reason
+    assert to_error(decision.failure).what
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "ConfigError",
+        "InsufficientMemoryError",
+        "DataLoadingError",
+        "ModelNotFoundError",
+        "TokenizerError",
+        "DownloadError",
+        "TrackingUnavailableError",
+        "QuantizationError",
+        "SaveError",
+        "UnknownError",
+    ],
+)
+def test_what_another_attempt_cannot_cure_is_given_up_at_once(kind: str) -> None:
+    """Requests that cannot be met, and errors that another stage answers."""
+    assert give_up(make_plan(), fail(kind)).failure.kind == kind
+
+
+@pytest.mark.parametrize(
+    "kind", ["StalledError", "PreemptedError", "DeviceFaultError", "WorkerCrashedError"]
+)
+def test_a_worker_that_just_ended_is_started_once_more(kind: str) -> None:
+    """The same plan from the newest checkpoint; a second time is given up, others do not count."""
+    plan = make_plan()
+    again = retry(plan, fail(kind))
+    assert again.change == {}
+    assert again.plan == plan.model_copy(update={"attempt": 2, "resume_from": CHECKPOINT})
+    assert retry(make_plan(attempt=2), fail(kind), "OutOfMemoryError").plan.attempt == 3
+    assert give_up(make_plan(attempt=2), fail(kind), kind).failure.kind == kind
+
+
+def test_a_leak_is_answered_by_a_fresh_process() -> None:
+    """The same plan, as often as attempts allow."""
+    decision = retry(make_plan(attempt=3), fail("MemoryLeakError"), *["MemoryLeakError"] * 2)
+    assert decision.change == {}
+    assert decision.plan.resume_from == CHECKPOINT
+
+
+def test_divergence_halves_the_learning_rate_twice() -> None:
+    """From the last good checkpoint; after two cuts it gives up."""
+    plan = make_plan()
+    failure = fail("DivergedError")
+    first = retry(plan, failure)
+    assert first.change == {"learning_rate": (5e-5, 2.5e-5)}
+    second = retry(first.plan, failure, "DivergedError")
+    assert second.plan.learning_rate == 1.25e-5
+    assert second.plan.resume_from == CHECKPOINT
+    give_up(second.plan, failure, "DivergedError", "DivergedError")
+
+
+def test_a_damaged_checkpoint_is_never_the_next_one_again() -> None:
+    """The newest verified one, or the start if that is the one that failed."""
+    plan = make_plan(resume_from=CHECKPOINT)
+    failure = fail("CheckpointCorruptError")
+    assert retry(plan, failure, newest_checkpoint="older").plan.resume_from == "older"
+    assert retry(plan, failure, newest_checkpoint=CHECKPOINT).plan.resume_from is None
+
+
+# --- the memory ladder ---
+
+
+@given(micro=st.integers(1, 512), accumulation=st.integers(1, 64), recompute=st.booleans())
+@settings(max_examples=80, deadline=None)
+def test_the_ladder_keeps_the_effective_batch_and_ends(
+    micro: int, accumulation: int, recompute: bool
+) -> None:
+    """For any pair: same sequences per step on every rung, never 0, always less memory or equal."""
+    plan = make_plan(
+        micro_batch_size=micro,
+        gradient_accumulation_steps=accumulation,
+        gradient_checkpointing=recompute,
+    )
+    retries = descend(plan)
+    before = plan
+    for decision in retries:
+        now = decision.plan
+        assert now.effective_batch_size == micro * accumulation
+        assert now.micro_batch_size >= 1
+        assert now.predicted_peak_bytes <= before.predicted_peak_bytes
+        assert now.attempt == before.attempt + 1
+        assert now.resume_from == CHECKPOINT
+        assert not now.degraded
+        assert decision.change
+        before = now
+    assert before.micro_batch_size == 1
+    assert before.gradient_checkpointing
+    assert before.offload_activations
+    assert len(retries) <= micro.bit_length() + 14
+
+
+def test_the_rungs_come_in_order() -> None:
+    """Micro-batch, recomputation, loss chunks, offloading; then consent is needed."""
+    plan = make_plan(gradient_checkpointing=False, loss_chunk_tokens=4096)
+    names = [next(iter(decision.change)) for decision in descend(plan)]
+    assert names == [
+        "micro_batch_size",
+        "micro_batch_size",
+        "gradient_checkpointing",
+        "loss_chunk_tokens",
+        "offload_activations",
+    ]
+
+
+def test_with_consent_rows_are_shortened_and_the_rank_lowered_last() -> None:
+    """The result changes: marked degraded, from the start, the scale alpha / r kept."""
+    retries = descend(make_plan(), allow_degraded=True)
+    changing = [decision for decision in retries if decision.plan.degraded]
+    assert [sorted(decision.change) for decision in changing] == [
+        ["max_sequence_length"],
+        ["max_sequence_length"],
+        ["lora_alpha", "lora_r"],
+    ]
+    assert [decision.plan.max_sequence_length for decision in changing] == [128, 64, 64]
+    assert all(decision.plan.resume_from is None for decision in changing)
+    last = changing[-1].plan
+    assert (last.adapter.r, last.adapter.alpha) == (3, 6)
+    assert last.adapter.trainable_parameters == count_adapter_parameters(SHAPE, 3)
+    assert len(last.degraded) == 3
+    assert retries.index(changing[0]) == len(retries) - 3
+
+
+def test_on_a_cpu_nothing_is_offloaded() -> None:
+    """Host memory is what ran out."""
+    retries = descend(make_plan("cpu"))
+    assert not any(decision.plan.offload_activations for decision in retries)
+
+
+def test_memory_that_ran_out_in_an_evaluation_leaves_training_alone() -> None:
+    """Only the evaluation batch shrinks, to 1; then the ladder begins."""
+    plan = make_plan(eval_batch_size=8)
+    sizes = []
+    failure = fail("OutOfMemoryError", phase="evaluate", domain="gpu")
+    while set((decision := retry(plan, failure)).change) == {"eval_batch_size"}:
+        plan = decision.plan
+        sizes.append(plan.eval_batch_size)
+        assert plan.micro_batch_size == make_plan().micro_batch_size
+    assert sizes == [4, 2, 1]
+    assert "micro_batch_size" in decision.change
+
+
+def test_the_last_attempt_allowed_takes_every_lever_that_keeps_the_result() -> None:
+    """A long ladder is not cut short by the count of attempts."""
+    plan = make_plan(micro_batch_size=64, gradient_accumulation_steps=1, attempt=4)
+    decision = retry(plan, fail("OutOfMemoryError"), max_attempts=5, allow_degraded=True)
+    assert decision.plan.micro_batch_size == 1
+    assert decision.plan.gradient_accumulation_steps == 64
+    assert decision.plan.gradient_checkpointing
+    assert decision.plan.offload_activations
+    assert decision.plan.max_sequence_length == plan.max_sequence_length
+    assert decision.change["micro_batch_size"] == (64, 1)
+
+
+def test_memory_that_ran_out_while_loading_is_given_up() -> None:
+    """No lever makes the weights smaller."""
+    decision = give_up(make_plan(), fail("OutOfMemoryError", phase="load", domain="gpu"))
+    assert decision.failure.kind == "InsufficientMemoryError"
+
+
+def test_host_memory_beside_a_gpu_is_not_answered_with_smaller_batches() -> None:
+    """Offloading ends first; then one fresh process; then it is given up."""
+    failure = fail("OutOfMemoryError", phase="train", domain="host")
+    offloading = make_plan(offload_activations=True)
+    assert retry(offloading, failure).change == {"offload_activations": (True, False)}
+    assert retry(make_plan(), failure).change == {}
+    again = give_up(make_plan(attempt=2), failure, "OutOfMemoryError")
+    assert again.failure.kind == "InsufficientMemoryError"
+    assert "micro_batch_size" in retry(make_plan("cpu"), failure).change
+
+
+def test_the_end_of_the_ladder_tells_what_was_tried() -> None:
+    """Giving up lists every attempt and names the lever that needs consent."""
+    plan = make_plan(attempt=3)
+    for step in next_rungs(plan, "train", allow_degraded=False):
+        plan = plan.model_copy(update=step.values)
+    decision = give_up(plan, fail("OutOfMemoryError"), "StalledError", "OutOfMemoryError")
+    for line in ("1. StalledError", "2. OutOfMemoryError", "3. OutOfMemoryError"):
+        assert line in decision.reason
+    assert "allow_degraded" in decision.reason
+    assert decision.failure.facts["last_failure"] == "OutOfMemoryError"
+
+
+def test_a_decision_survives_json() -> None:
+    """Prefect stores it as JSON and reads it back as the same record."""
+    for decision in (
+        retry(make_plan(), fail("OutOfMemoryError")),
+        give_up(make_plan(), fail("ConfigError")),
+    ):
+        again = type(decision).model_validate_json(decision.model_dump_json())
+        assert again.model_dump(mode="json") == decision.model_dump(mode="json")
+
+
+def test_the_reasons_of_the_new_plan_tell_what_recovery_changed() -> None:
+    """A changed value is explained by the failure, not by the first plan."""
+    decision = retry(make_plan(), fail("OutOfMemoryError"))
+    assert "Memory ran out" in decision.plan.reasons["micro_batch_size"]
+    assert decision.reason.endswith(".")

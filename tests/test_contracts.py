@@ -1,0 +1,158 @@
+"""The contracts: configuration, errors, records, logs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import qwen3ft
+from qwen3ft import errors, logs
+from qwen3ft.config import TrainingConfig, load_config, parse_config
+from qwen3ft.errors import ConfigError, FinetuneError, error_kinds
+from qwen3ft.records import ModelShape
+
+
+def test_the_defaults_are_the_specified_ones() -> None:
+    """The ten fields of the specification hold its values."""
+    config = TrainingConfig()
+    assert config.model_name == "Qwen/Qwen3-4B-Thinking-2507"
+    assert config.output_dir == "./qwen3-finetuned"
+    assert config.max_memory_gb == 13.0
+    assert (config.batch_size, config.gradient_accumulation_steps) == (4, 16)
+    assert config.learning_rate == 5e-5
+    assert config.num_epochs == 100
+    assert config.max_sequence_length == 256
+    assert (config.lora_r, config.lora_alpha) == (6, 12)
+
+
+def test_every_setting_says_what_it_is() -> None:
+    """Prefect shows the descriptions as the run's form; none may be missing."""
+    for name, field in TrainingConfig.model_fields.items():
+        assert field.description, name
+
+
+def test_all_problems_of_a_config_are_reported_at_once() -> None:
+    """Three mistakes give one error naming all three and the values given."""
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"lora_r": 0, "learning_rate": -1, "learning_rat": 1})
+    text = str(caught.value)
+    assert "3 invalid" in text
+    assert all(part in text for part in ("lora_r", "learning_rate", "learning_rat", "-1"))
+    assert "Next: " in text
+
+
+def test_a_config_file_is_overridden_by_settings(tmp_path: Path) -> None:
+    """Order: defaults, then the file, then overrides."""
+    path = tmp_path / "config.yaml"
+    path.write_text("lora_r: 8\nbatch_size: 2\n")
+    config = load_config(path, {"batch_size": 3})
+    assert (config.lora_r, config.batch_size, config.lora_alpha) == (8, 3, 12)
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "a: [", "\x00"])
+def test_a_broken_config_file_is_a_config_error(tmp_path: Path, content: str) -> None:
+    """Whatever is wrong with the file, the error names it."""
+    path = tmp_path / "config.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
+        load_config(path)
+
+
+def test_every_error_survives_json_and_pickle() -> None:
+    """Kind, text and facts of every class of the tree come back unchanged."""
+    for kind in error_kinds():
+        error = kind("12 of 13 GB", why="because", next_command="qwen3ft doctor", step=3)
+        for copy in (
+            pickle.loads(pickle.dumps(error)),
+            FinetuneError.from_dict(json.loads(json.dumps(error.to_dict()))),
+        ):
+            assert type(copy) is kind
+            assert copy.to_dict() == error.to_dict()
+
+
+def test_the_tree_in_the_docstring_is_the_tree_in_the_code() -> None:
+    """Every class is drawn, and nothing is drawn that does not exist."""
+    drawn = {word for word in (errors.__doc__ or "").split() if word.endswith("Error")}
+    defined = {kind.__name__ for kind in error_kinds() if kind.__module__ == errors.__name__}
+    assert drawn == defined
+
+
+def test_the_named_errors_of_the_specification_exist() -> None:
+    """Nine names are promised."""
+    for name in (
+        "OutOfMemoryError",
+        "InsufficientMemoryError",
+        "MemoryLeakError",
+        "ModelNotFoundError",
+        "QuantizationError",
+        "TokenizerError",
+        "TrainingFailureError",
+        "DataLoadingError",
+        "SaveError",
+    ):
+        assert issubclass(getattr(errors, name), FinetuneError)
+
+
+def test_parameter_counts_of_known_models() -> None:
+    """Counted from the shape, Qwen3-4B has 4.02 B parameters, of which 3.63 B are quantised."""
+    shape = ModelShape(
+        hidden_size=2560,
+        intermediate_size=9728,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=151936,
+        tie_word_embeddings=True,
+        max_position_embeddings=262144,
+    )
+    assert shape.total_parameters == 4_022_468_096
+    assert shape.linear_parameters == 36 * 100_925_440
+
+
+def test_public_names_are_there_and_import_no_torch() -> None:
+    """`import qwen3ft` is instant; the classes of the specification come on first use."""
+    for name in qwen3ft.__all__:
+        assert getattr(qwen3ft, name).__name__ == name
+    program = "import sys, qwen3ft; from qwen3ft import TrainingConfig; print('torch' in sys.modules)"
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert printed.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "hf_abcdefghijklmnopqrstuvwx",
+        "sk-abcdefghijklmnopqrstuvwx",
+        "AKIAABCDEFGHIJKLMNOP",
+        "ghp_abcdefghijklmnopqrstuvwxyz0123456789",
+    ],
+)
+def test_secrets_never_reach_a_log(tmp_path: Path, secret: str) -> None:
+    """Tokens in messages and in tracebacks are masked in the file and on the console alike."""
+    path = tmp_path / "log.jsonl"
+    logs.configure(console=False, json_path=path)
+    try:
+        raise ValueError(f"bad token {secret}")
+    except ValueError:
+        logs.get_logger("test").exception("failed with %s", secret)
+    finally:
+        logs.configure(console=False)
+    entry = json.loads(path.read_text())
+    assert secret not in path.read_text()
+    assert "***" in entry["message"]
+    assert "***" in entry["traceback"]
+    record = logging.LogRecord("qwen3ft.x", logging.INFO, "", 0, f"x {secret}", None, None)
+    assert secret not in logs.ConsoleFormatter("%(name)s %(message)s").format(record)
+
+
+def test_a_password_in_an_address_is_masked() -> None:
+    """The user and password of a URL go, the host stays."""
+    masked = logs.mask_secrets("postgresql://me:secret@db.example/x")
+    assert masked == "postgresql://***@db.example/x"

@@ -1,0 +1,215 @@
+"""Answers are compared, judged and scored as text, in any script."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwen3ft.quality import (
+    Generated,
+    Question,
+    answers_are_sound,
+    choose_questions,
+    choose_samples,
+    exact_match,
+    is_looping,
+    normalise,
+    run_checks,
+    score_answers,
+    side_by_side,
+    split_thinking,
+)
+from qwen3ft.records import SideBySide
+
+
+def generated(text: str, *, stopped: bool = True) -> Generated:
+    return Generated(text=text, stopped=stopped, tokens=len(text))
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference"),
+    [
+        ("  Forty-seven  crowns.\n", "forty-seven crowns"),
+        ("亚麻。", "亚麻"),
+        ("１２３", "123"),
+        ("Straße", "STRASSE"),
+        ("<think>\nlinen? no, clay\n</think>\n\nClay!", "clay"),
+        ("it was in the prompt</think>clay", "clay"),
+        ("e\u0301", "é"),
+    ],
+)
+def test_answers_that_differ_only_in_form_match(answer: str, reference: str) -> None:
+    """Case, width, white space, final punctuation and thinking do not count."""
+    assert exact_match(answer, reference)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference"),
+    [
+        ("47 crown", "47 crowns"),
+        ("4.7", "47"),
+        ("50", "50%"),
+        ("-5", "5"),
+        ("", ""),
+        ("<think>\nclay", "clay"),
+        ("?", "!"),
+        ("the answer is clay", "clay"),
+    ],
+)
+def test_answers_that_differ_in_content_do_not_match(answer: str, reference: str) -> None:
+    """Signs, units and words count; an empty or unfinished answer matches nothing."""
+    assert not exact_match(answer, reference)
+
+
+@given(st.text())
+def test_normalising_twice_changes_nothing_more(text: str) -> None:
+    """The compared form is a fixed point, so the order of comparison cannot matter."""
+    once = normalise(text)
+    if "<think>" not in once and "</think>" not in once:
+        assert normalise(once) == once
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<think>\na\n</think>\n\nb", ("a", "b")),
+        ("a\n</think>\n\nb", ("a", "b")),
+        ("<think>\nstill going", ("still going", "")),
+        ("<think>\n\n</think>\n\nb", ("", "b")),
+        ("<think>a</think>b</think>c", ("a</think>b", "c")),
+        ("use the <think> tag", ("", "use the <think> tag")),
+        ("b", ("", "b")),
+    ],
+)
+def test_thinking_is_split_from_the_answer(text: str, expected: tuple[str, str]) -> None:
+    """The tags may be whole, opened by the prompt, never closed, or mere prose."""
+    assert split_thinking(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The colour is red red red red red red red red",
+        "答案是红色红色红色红色红色红色",
+        "!" * 40,
+        "I see.\nI see.\nI see.\nI see.\nI s",
+        "Well: " + "a rather long sentence that comes again and again. " * 5,
+    ],
+)
+def test_a_repeated_end_is_a_loop(text: str) -> None:
+    """Words, characters without spaces and whole sentences, the last turn cut short or not."""
+    assert is_looping(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "47 crowns",
+        "ha ha ha",
+        "1000000000000",
+        "红红的苹果",
+        "I see. I see. And then the answer came to me after all.",
+        "1. red\n2. blue\n3. red\n4. blue",
+        "-" * 12,
+    ],
+)
+def test_ordinary_repetition_is_no_loop(text: str) -> None:
+    """Short runs, and repetition that the text recovers from, are normal language."""
+    assert not is_looping(text)
+
+
+@given(st.text(min_size=8, max_size=40).filter(str.split), st.integers(8, 20), st.text())
+def test_any_text_repeated_to_the_end_is_a_loop(unit: str, repeats: int, before: str) -> None:
+    """Whatever stands before it."""
+    looped = " ".join((unit + " ").split() * repeats)
+    if len(looped) >= 24:
+        assert is_looping(before + " " + looped)
+
+
+def test_long_texts_are_judged_quickly() -> None:
+    """A long answer that nearly repeats costs no more than a second."""
+    assert not is_looping(("ab" * 500 + "c") * 3 + "".join(chr(0x4E00 + i) for i in range(30_000)))
+
+
+def test_soundness_needs_answers_that_end_and_go_on() -> None:
+    """One empty answer of twenty passes, two do not; no answers at all do not."""
+    good = [f"answer {number}" for number in range(20)]
+    assert answers_are_sound([*good[:19], ""])
+    assert not answers_are_sound([*good[:18], "", "<think>\nhm"])
+    assert not answers_are_sound([*good[:18], "no " * 20, "no " * 20])
+    assert not answers_are_sound([])
+
+
+def test_questions_are_chosen_in_proportion_and_in_order() -> None:
+    """A fifth of the questions takes a fifth of every split."""
+    questions = [Question(f"q{i}", "a", "date" if i % 4 == 0 else "fact") for i in range(200)]
+    chosen = choose_questions(questions, 40)
+    assert chosen == sorted(set(chosen))
+    assert sum(questions[index].split == "date" for index in chosen) == 10
+    assert len(chosen) == 40
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=50), st.integers(1, 60))
+def test_the_choice_has_the_size_asked_for(splits: list[str], limit: int) -> None:
+    """However the splits are sized, the limit is met exactly."""
+    questions = [Question(f"q{i}", "a", split) for i, split in enumerate(splits)]
+    assert len(choose_questions(questions, limit)) == min(limit, len(questions))
+
+
+def test_a_longer_file_keeps_most_of_the_choice() -> None:
+    """Adding a tenth of new questions replaces few of those chosen before."""
+    questions = [Question(f"q{i}", "a") for i in range(1100)]
+    before = set(choose_questions(questions[:1000], 500))
+    assert len(before & set(choose_questions(questions, 500))) > 430
+
+
+def test_scores_count_by_split() -> None:
+    """Shares are over all questions and over each split."""
+    questions = [Question("q1", "a", "x"), Question("q2", "b", "x"), Question("q3", "c", "y")]
+    answers = [generated("A."), generated("no", stopped=False), generated("<think>\nc")]
+    score = score_answers("candidate", questions, answers, 0.5)
+    assert score.exact_match == pytest.approx(1 / 3)
+    assert {split: (s.rows, s.exact_match) for split, s in score.by_split.items()} == {
+        "x": (2, 0.5),
+        "y": (1, 0.0),
+    }
+    assert (score.stopped_share, score.empty_share) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
+
+
+def test_a_missing_answer_is_refused() -> None:
+    """Scores over fewer answers than questions would flatter a model."""
+    with pytest.raises(ValueError, match="zip"):
+        score_answers("base", [Question("q", "a")], [], 0.0)
+
+
+@pytest.mark.parametrize(
+    ("candidate", "failed"),
+    [
+        (generated("right"), None),
+        (generated("right", stopped=False), "candidate stops at the end token"),
+        (generated(""), "not empty"),
+        (generated("no " * 30), "no loops"),
+        (generated("base"), "answers differ from base"),
+    ],
+)
+def test_each_check_fails_alone(candidate: Generated, failed: str | None) -> None:
+    """A check names the one thing that is wrong."""
+    questions = [Question("q", "right")]
+    answers = {"base": [generated("base")], "candidate": [candidate]}
+    score = score_answers("candidate", questions, answers["candidate"], 0.0)
+    checks = run_checks(score, side_by_side(questions, answers))
+    assert [name for name, passed in checks.items() if not passed] == ([failed] if failed else [])
+
+
+def test_samples_show_the_largest_differences_of_every_split() -> None:
+    """Splits take turns, and equal answers come last."""
+    pairs = [
+        SideBySide(question=f"{split}{i}", reference="r", base="same", candidate=text, split=split)
+        for split in ("a", "b")
+        for i, text in enumerate(["same", "some", "xyz"])
+    ]
+    samples = choose_samples(pairs, limit=4)
+    assert [sample.question for sample in samples] == ["a2", "b2", "a1", "b1"]
+    assert choose_samples(list(reversed(pairs)), limit=4) == samples

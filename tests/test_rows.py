@@ -1,0 +1,365 @@
+"""Files to rows: every row comes out once, and a bad one costs nothing but itself."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwen3ft import formats
+from qwen3ft.config import TrainingConfig
+from qwen3ft.errors import DataLoadingError
+from qwen3ft.rows import (
+    UNREADABLE_FILE,
+    BadRow,
+    Fields,
+    QaRow,
+    excerpt,
+    read_file,
+    split_reasoning,
+)
+from qwen3ft.sources import (
+    EMBEDDED_SPLITS,
+    SAMPLE_DATA,
+    SourceFile,
+    fingerprint_sources,
+    resolve_sources,
+)
+
+GOOD = {"question": "Which day?", "answer": "Friday"}
+
+
+def read(path: Path, **fields: str) -> list[QaRow | BadRow]:
+    """All rows of a file."""
+    return list(read_file(SourceFile(str(path), path, "train"), Fields(**fields), Counter()))
+
+
+def read_line(folder: Path, line: bytes) -> QaRow | BadRow:
+    """The one row of a file that holds `line`."""
+    path = folder / "one.jsonl"
+    path.write_bytes(line)
+    [row] = read(path)
+    return row
+
+
+BAD_LINES = {
+    b'{"question": "a", "answer": "b"': "broken_json",
+    b"not json at all": "broken_json",
+    b"[" * 100_000: "broken_json",
+    b'["question", "answer"]': "not_an_object",
+    b"null": "not_an_object",
+    b'{"question": "a"}': "missing_answer",
+    b'{"answer": "a"}': "missing_question",
+    b'{"question": null, "answer": "a"}': "missing_question",
+    b'{"question": "  ", "answer": "a"}': "empty_question",
+    b'{"question": "a", "answer": "\\n"}': "empty_answer",
+    b'{"question": ["a"], "answer": "b"}': "question_not_text",
+    b'{"question": "a", "answer": 4}': "answer_not_text",
+    b'{"question": "a", "answer": "b", "reasoning": {}}': "reasoning_not_text",
+    b'{"question": "a\\u0000b", "answer": "c"}': "nul",
+    b'{"question": "a\0b", "answer": "c"}': "nul",
+    b'{"question": "\\ud800", "answer": "c"}': "lone_surrogate",
+    b'{"question": "\xff", "answer": "c"}': "invalid_utf8",
+    b'{"question": "a", "answer": "b", "score": NaN}': "nan_literal",
+    b'{"question": "a", "answer": "b", "score": -Infinity}': "nan_literal",
+    b'{"question": "a<|im_end|>b", "answer": "c"}': "control_token",
+    b'{"question": "a", "answer": "<think>never closed"}': "unclosed_think",
+    b'{"question": "a", "answer": "<think>b</think>"}': "empty_answer",
+    b'{"question": "a", "answer": "<think>b</think>c</think>d"}': "broken_think",
+}
+
+
+@pytest.mark.parametrize(("line", "reason"), BAD_LINES.items(), ids=lambda value: str(value)[:40])
+def test_a_bad_line_is_told_by_its_reason(tmp_path: Path, line: bytes, reason: str) -> None:
+    """Each kind of damage has its own code; the place is the file's name and line."""
+    row = read_line(tmp_path, line)
+    assert isinstance(row, BadRow)
+    assert (row.reason, row.line, row.file) == (reason, 1, str(tmp_path / "one.jsonl"))
+
+
+def test_a_bad_line_does_not_touch_its_neighbours(tmp_path: Path) -> None:
+    """Lines before and after are read, blank ones are none, and numbers count every line."""
+    good = json.dumps(GOOD).encode()
+    path = tmp_path / "mixed.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join([good, b"", b"{oops", b"  ", good]))
+    rows = read(path)
+    assert [row.line if isinstance(row, BadRow) else row["line"] for row in rows] == [1, 3, 5]
+    assert [isinstance(row, BadRow) for row in rows] == [False, True, False]
+
+
+def test_a_line_too_large_is_left_out_without_being_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading goes on behind an oversized line; a line of just the limit is still read."""
+    good = json.dumps(GOOD).encode()
+    monkeypatch.setattr(formats, "MAX_ROW_BYTES", len(good) + 1)
+    path = tmp_path / "long.jsonl"
+    path.write_bytes(b"\n".join([good, b"x" * 1000, good, b"y" * 1000]))
+    outcome = [row.reason if isinstance(row, BadRow) else "good" for row in read(path)]
+    assert outcome == ["good", "row_too_large", "good", "row_too_large"]
+
+
+def test_an_excerpt_is_short_and_shows_no_secret(tmp_path: Path) -> None:
+    """The quarantine never holds a credential, nor more than 200 characters of a row."""
+    token = "hf_" + "a1B2" * 8
+    row = read_line(tmp_path, f'{{"question": "use {token} {"long " * 200}"}}'.encode())
+    assert isinstance(row, BadRow)
+    assert token not in row.excerpt
+    assert "***" in row.excerpt
+    assert len(row.excerpt) <= 200
+    assert excerpt("\ud800").encode()
+
+
+@settings(max_examples=60, deadline=None)
+@given(content=st.binary(max_size=300), suffix=st.sampled_from([".jsonl", ".json", ".csv"]))
+def test_no_bytes_make_the_reader_raise(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes, suffix: str
+) -> None:
+    """Whatever a text file holds, reading it gives rows, and those can be written as UTF-8."""
+    path = tmp_path_factory.getbasetemp() / f"any{suffix}"
+    path.write_bytes(content)
+    for row in read(path):
+        text = row.reason + row.excerpt if isinstance(row, BadRow) else "".join(map(str, row))
+        text.encode()
+
+
+TEXT = st.text(max_size=20)
+VALUES = st.recursive(st.none() | st.booleans() | st.floats() | TEXT, st.lists, max_leaves=5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    values=st.lists(
+        st.dictionaries(st.sampled_from(["question", "answer", "reasoning", "x"]), VALUES)
+    )
+)
+def test_every_object_of_an_array_comes_out_exactly_once(
+    tmp_path_factory: pytest.TempPathFactory, values: list[Any]
+) -> None:
+    """Good or bad, the number of rows is the number of objects, numbered from 1."""
+    path = tmp_path_factory.getbasetemp() / "any_array.json"
+    path.write_text(json.dumps(values), encoding="utf-8")
+    lines = [row.line if isinstance(row, BadRow) else row["line"] for row in read(path)]
+    assert lines == list(range(1, len(values) + 1))
+
+
+@pytest.mark.parametrize(
+    ("values", "question"),
+    [
+        ({"instruction": "Add.", "input": "1 2", "output": "3"}, "Add.\n1 2"),
+        ({"instruction": "Add.", "input": "", "output": "3"}, "Add."),
+        ({"prompt": "Add.", "completion": "3"}, "Add."),
+        ({"query": "Add.", "response": "3", "id": 7}, "Add."),
+        ({"问题": "Add.", "答案": "3"}, "Add."),
+        ({" Question": "Add.", "ANSWER": "3"}, "Add."),
+        ({"input": "Add.", "target": "3"}, "Add."),
+    ],
+)
+def test_the_usual_column_names_are_found(
+    tmp_path: Path, values: dict[str, Any], question: str
+) -> None:
+    """Common data sets are read without any setting."""
+    row = read_line(tmp_path, json.dumps(values).encode())
+    assert not isinstance(row, BadRow)
+    assert (row["question"], row["answer"]) == (question, "3")
+
+
+def test_columns_named_in_the_config_are_the_only_ones_used(tmp_path: Path) -> None:
+    """A named column that is missing is not replaced by a guess."""
+    path = tmp_path / "named.jsonl"
+    path.write_text(json.dumps({"q": "Add.", "a": "3", "question": "no", "answer": "no"}))
+    [row] = read(path, question="q", answer="a")
+    assert not isinstance(row, BadRow)
+    assert (row["question"], row["answer"]) == ("Add.", "3")
+    [bad] = read(path, question="other")
+    assert isinstance(bad, BadRow)
+    assert bad.reason == "missing_question"
+
+
+@pytest.mark.parametrize(
+    ("answer", "separator", "expected"),
+    [
+        ("1+1=2\n#### 2", "####", ("1+1=2", "2")),
+        ("a #### b\n#### 2", "####", ("a #### b", "2")),
+        ("#### 2", "####", ("", "2")),
+        ("just 2", "####", ("", "just 2")),
+        ("1+1=2\n#### 2", None, ("", "1+1=2\n#### 2")),
+        ("<think>\nhm\n</think>\n\n2", None, ("hm", "2")),
+        ("hm\n</think>\n\n2", None, ("hm", "2")),
+        ("<think>\n\n</think>\n\n2", "####", ("", "2")),
+    ],
+)
+def test_reasoning_is_found_inside_the_answer(
+    answer: str, separator: str | None, expected: tuple[str, str]
+) -> None:
+    """A think block, or the text before the last separator, is the reasoning."""
+    assert split_reasoning(answer, separator) == expected
+
+
+def test_a_reasoning_column_wins_over_a_block_in_the_answer(tmp_path: Path) -> None:
+    """An explicit column is taken as it is, and the answer is still freed of its block."""
+    values = {**GOOD, "answer": "<think>x</think>Friday", "思考": "calendar", "kind": "dates"}
+    row = read_line(tmp_path, json.dumps(values).encode())
+    assert not isinstance(row, BadRow)
+    assert (row["reasoning"], row["answer"], row["kind"]) == ("calendar", "Friday", "dates")
+
+
+def test_csv_rows_are_checked_one_by_one(tmp_path: Path) -> None:
+    """Quoted newlines belong to a row; wrong counts, bad bytes and bad quotes cost one row each."""
+    path = tmp_path / "rows.csv"
+    path.write_bytes(
+        b'question,answer\n"two\nlines",ok\none,two,three\n\nlone\nq\xff,a\n"x"y,a\nlast,ok\n'
+    )
+    rows = read(path)
+    outcome = [row.reason if isinstance(row, BadRow) else row["question"] for row in rows]
+    wrong, broken = "wrong_column_count", "broken_csv"
+    assert outcome == ["two\nlines", wrong, wrong, "invalid_utf8", broken, "last"]
+    assert [row.line if isinstance(row, BadRow) else row["line"] for row in rows] == [*range(1, 7)]
+
+
+def test_parquet_text_that_is_no_utf8_costs_one_row(tmp_path: Path) -> None:
+    """Arrow keeps any bytes as text; a null is a missing value; categories are text."""
+    raw = pa.array([b"ok", b"\xff\xfe", None, b"fine"], pa.binary())
+    table = pa.table(
+        {
+            "question": pa.Array.from_buffers(pa.string(), 4, raw.buffers()),
+            "answer": pa.array(["a", "b", "c", "d"]).dictionary_encode(),
+            "noise": [[1.0]] * 4,
+        }
+    )
+    pq.write_table(table, tmp_path / "rows.parquet")
+    rows = read(tmp_path / "rows.parquet")
+    outcome = [row.reason if isinstance(row, BadRow) else row["answer"] for row in rows]
+    assert outcome == ["a", "invalid_utf8", "missing_question", "d"]
+
+
+def test_parquet_without_known_columns_still_counts_its_rows(tmp_path: Path) -> None:
+    """Nothing to read is not the same as no rows."""
+    pq.write_table(pa.table({"text": ["a", "b", "c"]}), tmp_path / "rows.parquet")
+    rows = read(tmp_path / "rows.parquet")
+    assert [getattr(row, "reason", "") for row in rows] == ["missing_question"] * 3
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.json"])
+def test_a_file_that_is_broken_as_a_whole_is_one_entry(tmp_path: Path, name: str) -> None:
+    """A corrupt parquet or array is listed with line 0 instead of raising."""
+    (tmp_path / name).write_bytes(b"[PAR1 is not enough")
+    [row] = read(tmp_path / name)
+    assert isinstance(row, BadRow)
+    assert (row.line, row.reason) == (0, UNREADABLE_FILE)
+
+
+def test_the_same_rows_come_out_of_every_format(tmp_path: Path) -> None:
+    """jsonl, json lines, json array, csv and parquet differ in nothing but the file's name."""
+    values = [
+        {"question": f'第{n}个,"问题"', "answer": f"line 1\nline {n}", "reasoning": "嗯"}
+        for n in range(20)
+    ]
+    lines = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
+    (tmp_path / "b.json").write_text(lines, encoding="utf-8")
+    (tmp_path / "c.json").write_text(json.dumps(values), encoding="utf-8")
+    table = pa.Table.from_pylist(values)
+    pq.write_table(table, tmp_path / "d.parquet")
+    table.to_pandas().to_csv(tmp_path / "e.csv", index=False)
+    found = []
+    for path in sorted(tmp_path.iterdir()):
+        rows = read(path)
+        assert not any(isinstance(row, BadRow) for row in rows)
+        found.append([{**row, "file": ""} for row in rows])
+    assert len(found) == 5
+    assert all(rows == found[0] for rows in found)
+
+
+# --- which files ---
+
+
+def config(**values: Any) -> TrainingConfig:
+    """A config of the real model, which has no rows of its own."""
+    return TrainingConfig(**values)
+
+
+def test_a_folder_gives_its_files_sorted_and_without_hidden_ones(tmp_path: Path) -> None:
+    """Folders are searched recursively; a file named twice is read once."""
+    for name in ("b.csv", "a/z.JSONL", "a/.hidden.jsonl", ".git/x.json", "notes.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("{}")
+    paths = (str(tmp_path), str(tmp_path / "b.csv"))
+    files, degraded = resolve_sources(config(data_paths=paths))
+    assert [file.path.relative_to(tmp_path).as_posix() for file in files] == ["a/z.JSONL", "b.csv"]
+    assert degraded == ()
+
+
+def test_a_missing_path_is_named_at_once(tmp_path: Path) -> None:
+    """The error comes before any hashing, names path and role, and gives a command."""
+    missing = str(tmp_path / "nowhere.jsonl")
+    started = time.perf_counter()
+    with pytest.raises(DataLoadingError, match=r"dev data path .*nowhere\.jsonl") as caught:
+        fingerprint_sources(config(data_paths=("embedded:train",), dev_paths=(missing,)))
+    assert time.perf_counter() - started < 1
+    assert caught.value.next_command
+    assert caught.value.facts["path"] == missing
+
+
+@pytest.mark.parametrize("path", ["embedded:nothing", "{folder}", "{folder}/notes.txt"])
+def test_a_path_that_gives_no_rows_is_an_error(tmp_path: Path, path: str) -> None:
+    """Unknown bundled names, folders without data and foreign files are never skipped silently."""
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(DataLoadingError):
+        resolve_sources(config(data_paths=(path.format(folder=tmp_path),)))
+
+
+def test_no_data_is_an_error_for_a_real_model() -> None:
+    """Only the embedded model brings its own rows."""
+    with pytest.raises(DataLoadingError, match="data_paths is empty"):
+        fingerprint_sources(config())
+    files, degraded = resolve_sources(config(model_name="embedded"))
+    assert [file.label for file in files] == [f"embedded:{name}" for name in EMBEDDED_SPLITS]
+    assert degraded == ()
+
+
+@pytest.mark.parametrize("data_paths", [(), ("/nowhere/at/all.jsonl",)])
+def test_sample_data_stands_in_only_where_allowed_and_is_marked(
+    data_paths: tuple[str, ...],
+) -> None:
+    """With consent the bundled rows replace missing ones, and the run is degraded."""
+    files, degraded = resolve_sources(config(data_paths=data_paths, allow_sample_data=True))
+    assert [file.role for file in files] == ["train", "dev", "test", "test"]
+    assert degraded == (SAMPLE_DATA,)
+
+
+def test_a_fingerprint_changes_with_the_content_alone(tmp_path: Path) -> None:
+    """Touching a file changes nothing; one more row does."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n")
+    asked = config(data_paths=(str(path),))
+    before = fingerprint_sources(asked)
+    path.touch()
+    assert fingerprint_sources(asked) == before
+    path.write_text(json.dumps(GOOD) * 2)
+    [(name, digest, role)] = fingerprint_sources(asked)
+    assert (name, role) == (str(path), "train")
+    assert digest != before[0].sha256
+
+
+def test_the_flows_side_of_the_data_stage_imports_no_heavy_library() -> None:
+    """Finding out whether data changed costs neither torch nor transformers nor datasets."""
+    code = (
+        "import sys; from qwen3ft.config import TrainingConfig;"
+        "from qwen3ft.data import fingerprint_sources, dataset_target, read_manifest;"
+        "fingerprint_sources(TrainingConfig(model_name='embedded'));"
+        "print({'torch', 'transformers', 'datasets', 'prefect', 'mlflow'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,207 @@
+"""Durable files: a reader sees the old or the new one, and damage is always found."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwen3ft import checkpoint
+from qwen3ft.storage import (
+    append_json_line,
+    build_folder,
+    find_damage,
+    read_json_lines,
+    sha256_json,
+    write_bytes_atomic,
+    write_json_atomic,
+)
+
+
+def make_folder(path: Path, content: bytes = b"x" * 1000) -> Path:
+    def fill(folder: Path) -> None:
+        (folder / "a.bin").write_bytes(content)
+        (folder / "sub").mkdir()
+        (folder / "sub" / "b.json").write_text("{}")
+
+    build_folder(path, fill, {"step": 1})
+    return path
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
+    """A value that cannot be serialised changes nothing and leaves no temporary file."""
+    path = tmp_path / "value.json"
+    write_json_atomic(path, {"a": 1})
+    with pytest.raises(ValueError):
+        write_json_atomic(path, {"a": float("nan")})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert os.listdir(tmp_path) == ["value.json"]
+
+
+def test_writes_are_synced_before_the_rename_and_the_folder_after_it(tmp_path: Path) -> None:
+    """The order fsync(file), rename, fsync(folder), read from the audit of a real process."""
+    program = (
+        "import os, sys\n"
+        "calls = []\n"
+        "real_fsync, real_replace = os.fsync, os.replace\n"
+        "import stat\n"
+        "def fsync(fd):\n"
+        "    calls.append('dir' if stat.S_ISDIR(os.fstat(fd).st_mode) else 'file')\n"
+        "    real_fsync(fd)\n"
+        "def replace(a, b):\n"
+        "    calls.append('rename'); real_replace(a, b)\n"
+        "os.fsync, os.replace = fsync, replace\n"
+        "from pathlib import Path\n"
+        "from qwen3ft.storage import write_bytes_atomic\n"
+        "write_bytes_atomic(Path(sys.argv[1]), b'x')\n"
+        "print(calls)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "f")]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "['file', 'rename', 'dir']"
+
+
+def test_every_kind_of_damage_is_found(tmp_path: Path) -> None:
+    """Truncation, a flipped bit, a missing file, a lost or broken manifest: each is named."""
+    folder = make_folder(tmp_path / "folder")
+    assert find_damage(folder) is None
+    target = folder / "a.bin"
+    content = target.read_bytes()
+    for position in range(0, 1000, 97):
+        flipped = bytearray(content)
+        flipped[position] ^= 1
+        target.write_bytes(flipped)
+        assert "sha256" in (find_damage(folder) or "")
+    for length in range(0, 1000, 97):
+        target.write_bytes(content[:length])
+        assert "bytes instead of 1000" in (find_damage(folder) or "")
+    target.unlink()
+    assert "is missing" in (find_damage(folder) or "")
+    target.write_bytes(content)
+    assert find_damage(folder) is None
+    manifest = folder / "manifest.json"
+    text = manifest.read_text()
+    manifest.write_text(text[: len(text) // 2])
+    assert "unreadable" in (find_damage(folder) or "")
+    manifest.unlink()
+    assert "is missing" in (find_damage(folder) or "")
+
+
+def test_a_manifest_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
+    """A file name with '..' is refused before anything is read."""
+    folder = make_folder(tmp_path / "folder")
+    content = json.loads((folder / "manifest.json").read_text())
+    content["files"]["../outside"] = {"size_bytes": 0, "sha256": ""}
+    write_json_atomic(folder / "manifest.json", content)
+    assert "leads out" in (find_damage(folder) or "")
+
+
+def test_a_failed_build_keeps_the_old_folder(tmp_path: Path) -> None:
+    """Building is all or nothing: an error leaves what was there, and no scraps."""
+    folder = make_folder(tmp_path / "folder", b"old")
+
+    def fail(path: Path) -> None:
+        (path / "a.bin").write_bytes(b"new")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        build_folder(folder, fail)
+    assert find_damage(folder) is None
+    assert (folder / "a.bin").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_a_process_killed_while_committing_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    """SIGKILL at every fsync and rename of a commit: the old or the new checkpoint verifies."""
+    program = (
+        "import os, sys, signal\n"
+        "from pathlib import Path\n"
+        "countdown = int(sys.argv[2])\n"
+        "def counted(real):\n"
+        "    def call(*a, **k):\n"
+        "        global countdown\n"
+        "        countdown -= 1\n"
+        "        if countdown == 0: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        return real(*a, **k)\n"
+        "    return call\n"
+        "os.fsync, os.rename, os.replace = map(counted, (os.fsync, os.rename, os.replace))\n"
+        "from qwen3ft import checkpoint\n"
+        "def fill(folder): (folder / 'w').write_bytes(b'2' * 100)\n"
+        "checkpoint.commit(Path(sys.argv[1]), 2, fill, {})\n"
+    )
+    checkpoint.commit(tmp_path, 1, lambda folder: _write(folder / "w", b"1" * 100), {})
+    steps = []
+    for countdown in range(1, 40):
+        command = [sys.executable, "-c", program, str(tmp_path), str(countdown)]
+        finished = subprocess.run(command, check=False).returncode == 0
+        newest = checkpoint.newest_verified([tmp_path])
+        assert newest is not None
+        steps.append(newest.step)
+        if finished:
+            break
+    assert finished
+    assert steps == sorted(steps)
+    assert {1, 2} == set(steps)
+
+
+def test_newest_verified_passes_over_damage_and_other_lineages(tmp_path: Path) -> None:
+    """A corrupt newest checkpoint costs one interval; another run's checkpoint is never used."""
+    for step in (1, 2, 3):
+        facts = {"data": "same" if step < 3 else "other"}
+        checkpoint.commit(tmp_path, step, lambda folder: _write(folder / "w", b"w"), facts)
+    newest = checkpoint.newest_verified([tmp_path], {"data": "same"})
+    assert newest is not None
+    assert newest.step == 2
+    (newest.path / "w").write_bytes(b"v")
+    older = checkpoint.newest_verified([tmp_path], {"data": "same"})
+    assert older is not None
+    assert older.step == 1
+
+
+def test_pruning_keeps_the_best_and_the_newest(tmp_path: Path) -> None:
+    """Old checkpoints go, the best one and the newest two stay; none go behind a bad newest."""
+    for step in range(1, 7):
+        checkpoint.commit(tmp_path, step, lambda folder: _write(folder / "w", b"w"), {})
+    (tmp_path / "step-000006" / "w").write_bytes(b"bad")
+    checkpoint.prune(tmp_path, keep=2, best_step=2)
+    assert len(checkpoint.list_checkpoints([tmp_path])) == 6
+    checkpoint.commit(tmp_path, 7, lambda folder: _write(folder / "w", b"w"), {})
+    checkpoint.prune(tmp_path, keep=2, best_step=2)
+    assert [c.step for c in checkpoint.list_checkpoints([tmp_path])] == [2, 6, 7]
+
+
+def test_a_torn_last_line_is_left_for_later(tmp_path: Path) -> None:
+    """Readers of a growing file see whole lines only, and go on where they stopped."""
+    path = tmp_path / "lines.jsonl"
+    assert read_json_lines(path) == ([], 0)
+    append_json_line(path, {"n": 1})
+    with path.open("ab") as stream:
+        stream.write(b'{"n": ')
+    lines, offset = read_json_lines(path)
+    assert lines == [{"n": 1}]
+    with path.open("ab") as stream:
+        stream.write(b"2}\n")
+    assert read_json_lines(path, offset)[0] == [{"n": 2}]
+
+
+def test_the_hash_of_a_value_ignores_the_order_of_keys() -> None:
+    """Two dicts that are equal have one hash."""
+    assert sha256_json({"a": 1, "b": [2]}) == sha256_json({"b": [2], "a": 1})
+    assert sha256_json({"a": 1}) != sha256_json({"a": 2})
+
+
+def test_an_unwritable_folder_is_an_error_not_a_loss(tmp_path: Path) -> None:
+    """Writing below a regular file raises and changes nothing."""
+    blocker = tmp_path / "file"
+    blocker.write_text("x")
+    with pytest.raises(OSError):
+        write_bytes_atomic(blocker / "below", b"x")
+    assert blocker.read_text() == "x"
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
