@@ -28,9 +28,9 @@ from prefect.artifacts import (
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed
-from qwen3ft.adjust import GiveUp
 
 from qwen3ft import checkpoint, logs
+from qwen3ft.adjust import GiveUp
 from qwen3ft.attempt import RunDir, write_record
 from qwen3ft.card import build_card, to_markdown
 from qwen3ft.config import TrainingConfig

@@ -21,14 +21,14 @@ EMBEDDED_MODEL_NAME = "embedded"
 
 
 class TrainingConfig(BaseModel):
-    """Everything a run is asked to do. The first ten fields are the ones most users ever set."""
+    """Everything a run is asked to do. Most users only ever set some of the first ten fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model_name: str = Field(
         "Qwen/Qwen3-4B-Thinking-2507",
         min_length=1,
-        description="Hub name, local folder, or 'embedded' for the tiny model shipped with qwen3ft.",
+        description="Hub name, local folder, or 'embedded': the tiny model shipped with qwen3ft.",
     )
     output_dir: str = Field(
         "./qwen3-finetuned", description="Folder that receives one sub-folder per saved adapter."

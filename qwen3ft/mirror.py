@@ -162,7 +162,8 @@ def replay(run_dir: RunDir, tracking_uri: str) -> bool:
 def replay_unsent(runs_dir: Path, tracking_uri: str, *, current: RunDir | None = None) -> int:
     """Send what MLflow lacks of every run below `runs_dir` that nothing is sending now.
 
-    `current` is a run that this process is just beginning; it is left alone. A run whose process died is first closed as KILLED. Ends at the first sign of an outage.
+    `current` is a run that this process is just beginning; it is left alone. A run whose process
+    died is first closed as KILLED. Ends at the first sign of an outage.
 
     Returns:
         The number of runs that MLflow does not have completely.

@@ -1,6 +1,7 @@
 """What passes between stages and between processes: small frozen records that are JSON.
 
-They hold paths, hashes and numbers, never a live model, tokenizer or dataset. Sizes are in bytes or,
+They hold paths, hashes and numbers, never a live model, tokenizer or dataset. Sizes are in bytes,
+or,
 where the name ends in `_gb`, in units of 2**30 bytes; times are UTC.
 """
 

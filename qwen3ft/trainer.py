@@ -22,7 +22,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import Sampler
-from transformers import Trainer
+from transformers import Trainer, TrainerControl
 
 from qwen3ft import checkpoint
 from qwen3ft.errors import CheckpointCorruptError, DivergedError
@@ -87,8 +87,8 @@ def summed_loss(
     ).last_hidden_state
     trained = labels[:, 1:] != IGNORED
     hidden, targets = hidden[:, :-1][trained], labels[:, 1:][trained]
-    total = hidden.new_zeros((), dtype=torch.float32)
-    # The head is bound, not passed: what is passed is saved, and offloading would copy it each time.
+    total: torch.Tensor = hidden.new_zeros((), dtype=torch.float32)
+    # The head is bound, not passed: what is passed is saved, and offloading would copy it.
     chunk_loss = partial(_chunk_loss, model.lm_head)
     for start in range(0, len(targets), chunk_tokens):
         chunk = slice(start, start + chunk_tokens)
@@ -105,6 +105,8 @@ def _chunk_loss(head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tens
 
 class QATrainer(Trainer):
     """The Trainer of one attempt; `plan` says how, `checkpoints` is where."""
+
+    control: TrainerControl
 
     def __init__(self, *args: Any, plan: TrainPlan, checkpoints: Path, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from qwen3ft.adjust import GiveUp, Retry, decide
 
 from qwen3ft import checkpoint
+from qwen3ft.adjust import GiveUp, Retry, decide
 from qwen3ft.attempt import RunDir
 from qwen3ft.config import TrainingConfig
 from qwen3ft.logs import get_logger
@@ -39,7 +39,7 @@ def adjust_parameters(
         plan,
         failure,
         history,
-        max_attempts=config.max_attempts,
+        max_attempts=config.max_attempts + history[0].attempt - 1,  # a continued run starts anew
         allow_degraded=config.allow_degraded,
         newest_checkpoint=str(newest.path) if newest else None,
     )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from prefect import task
-from qwen3ft.plan import build_plan
 
 from qwen3ft.config import TrainingConfig
+from qwen3ft.plan import build_plan
 from qwen3ft.records import (
     AdapterSpec,
     DatasetManifest,

@@ -120,7 +120,7 @@ def test_public_names_are_there_and_import_no_torch() -> None:
     """`import qwen3ft` is instant; the classes of the specification come on first use."""
     for name in qwen3ft.__all__:
         assert getattr(qwen3ft, name).__name__ == name
-    program = "import sys, qwen3ft; from qwen3ft import TrainingConfig; print('torch' in sys.modules)"
+    program = "import sys; from qwen3ft import TrainingConfig; print('torch' in sys.modules)"
     printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert printed.stdout.strip() == "False"
 

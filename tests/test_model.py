@@ -51,7 +51,7 @@ class FakeHub(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body.encode())
 
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
         """Be quiet."""
 
 
@@ -224,9 +224,7 @@ def test_an_unquantised_folder_is_quantised_in_memory(make_config: Any) -> None:
     assert any(isinstance(module, Linear4bit) for module in model.modules())
 
 
-def test_preparing_freezes_everything_and_upcasts_nothing(
-    snapshot: Any, make_config: Any
-) -> None:
+def test_preparing_freezes_everything_and_upcasts_nothing(snapshot: Any, make_config: Any) -> None:
     """No parameter requires a gradient and no dtype changes."""
     manager = ModelManager(make_config())
     model, _ = manager.load_model_with_quantization(snapshot.path)

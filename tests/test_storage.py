@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +38,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError):
         write_json_atomic(path, {"a": float("nan")})
     assert json.loads(path.read_text()) == {"a": 1}
-    assert os.listdir(tmp_path) == ["value.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["value.json"]
 
 
 def test_writes_are_synced_before_the_rename_and_the_folder_after_it(tmp_path: Path) -> None:
@@ -112,7 +111,7 @@ def test_a_failed_build_keeps_the_old_folder(tmp_path: Path) -> None:
         build_folder(folder, fail)
     assert find_damage(folder) is None
     assert (folder / "a.bin").read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["folder"]
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 def test_a_process_killed_while_committing_leaves_the_last_checkpoint(tmp_path: Path) -> None:

@@ -44,9 +44,7 @@ def prepare(make_config: Callable[..., Any]) -> Callable[..., Any]:
             memory=MemoryOptimizer(plan.max_memory_gb, plan.device),
             stop=StopRequest(),
         )
-        trainer = engine.create_trainer(
-            adapted, DatasetDict(splits), engine.create_training_args()
-        )
+        trainer = engine.create_trainer(adapted, DatasetDict(splits), engine.create_training_args())
         return engine, trainer
 
     return make
@@ -129,9 +127,9 @@ def test_prompt_tokens_carry_no_loss(prepare: Any, make_plan: Any) -> None:
     assert bool((labels == IGNORED).any())
     assert bool((labels[:, 0] == IGNORED).all())
     with torch.no_grad():
-        logits = model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-        ).logits[:, :-1]
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[
+            :, :-1
+        ]
     expected = torch.nn.functional.cross_entropy(
         logits.reshape(-1, logits.shape[-1]).float(),
         labels[:, 1:].reshape(-1),
@@ -153,9 +151,7 @@ def test_every_split_of_the_effective_batch_gives_the_same_gradient(
 ) -> None:
     """4 x 16, 1 x 64 and 16 x 4 with recomputation equal 64 x 1 within fp32 rounding."""
     common = {"total_steps": 1, "evaluate_every_steps": 1, "gradient_accumulation_steps": 1}
-    whole = first_batch_gradients(
-        *prepare(make_plan("whole", micro_batch_size=64, **common))
-    )
+    whole = first_batch_gradients(*prepare(make_plan("whole", micro_batch_size=64, **common)))
     split = first_batch_gradients(
         *prepare(
             make_plan(

@@ -116,7 +116,7 @@ def test_a_worker_dies_with_its_parent(tmp_path: Path, make_plan: Any) -> None:
 def test_ending_the_parent_orderly_ends_the_worker_within_ten_seconds(
     tmp_path: Path, make_plan: Any
 ) -> None:
-    """A cancelled flow run gets SIGTERM: the worker saves a checkpoint and both are gone in 10 s."""
+    """A cancelled flow run gets SIGTERM: its worker saves a checkpoint, both are gone in 10 s."""
     plan = make_plan(total_steps=10_000, evaluate_every_steps=5_000)
     job = RunDir(Path(plan.run_dir)).attempt(1).create(plan)
     program = (
