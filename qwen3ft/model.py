@@ -12,7 +12,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen3ft.errors import EnvironmentNotReadyError, QuantizationError, TokenizerError
+from qwen3ft.chat import load_tokenizer
+from qwen3ft.errors import EnvironmentNotReadyError, QuantizationError
 from qwen3ft.hub import check_model_folder, fetch_model, resolve_model
 from qwen3ft.logs import get_logger
 from qwen3ft.records import GIB, ModelSnapshot, ModelSource
@@ -138,7 +139,7 @@ class ModelManager:
         """
         source_path, target = Path(request.source_path), Path(request.target)
         shape = check_model_folder(source_path)
-        _require_disk(target, 2 * shape.linear_parameters // 2 + 4 * shape.embedding_parameters)
+        _require_disk(target, shape.linear_parameters + 4 * shape.embedding_parameters)
         dtype = best_compute_dtype()
         problems: dict[str, str] = {}
         for setting in self.config.quantization:
@@ -204,36 +205,6 @@ def best_compute_dtype() -> str:
     if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
         return "bfloat16"
     return "float32"
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder, with a padding token that is not the end token.
-
-    Raises:
-        TokenizerError: it cannot be read, or no token can serve as padding.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise TokenizerError(
-            f"The tokenizer in {folder} cannot be loaded: {error}",
-            why="tokenizer.json or tokenizer_config.json is missing or damaged.",
-            next_command=f"ls -l {folder}",
-        ) from error
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        padding_id = tokenizer.get_vocab().get("<|endoftext|>")
-        if padding_id in (None, tokenizer.eos_token_id):
-            raise TokenizerError(
-                f"The tokenizer in {folder} has no padding token besides the end token.",
-                why="Padding with the end token would train the model never to stop.",
-                next_command="qwen3ft plan --set model_name=Qwen/Qwen3-4B-Thinking-2507",
-            )
-        tokenizer.pad_token_id = padding_id
-    return tokenizer
 
 
 def keep_trainable_after_eval(model: torch.nn.Module) -> None:

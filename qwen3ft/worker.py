@@ -13,7 +13,6 @@ import gc
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -76,7 +75,9 @@ def data(job: Job) -> DatasetManifest:
 
     request = read_record(job.dir.request, DataRequest)
     job.heartbeat.beat("data")
-    return DataPipeline(request.config).prepare(request.model, Path(request.target))
+    return DataPipeline(request.config).prepare(
+        request.model, Path(request.target), progress=lambda _: job.heartbeat.beat("data")
+    )
 
 
 def train(job: Job) -> AttemptOutcome:
@@ -180,14 +181,12 @@ def _watch_parent(parent: int) -> None:
 
 
 def _free(error: BaseException) -> None:
-    """Drop what a failed job still holds: its frames keep tensors alive, and its scratch files."""
+    """Give back the memory that a failed job's frames still hold."""
     error.__traceback__ = None
     gc.collect()
     torch: Any = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-    for leftover in Path(tempfile.gettempdir()).glob(f"qwen3ft-{os.getpid()}-*"):
-        leftover.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from qwen3ft import hub
+from qwen3ft.chat import load_tokenizer
 from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.errors import (
     ConfigError,
@@ -25,7 +26,7 @@ from qwen3ft.errors import (
     TokenizerError,
 )
 from qwen3ft.lora import LoRAAdapter, plan_adapter
-from qwen3ft.model import ModelManager, load_tokenizer, read_snapshot, snapshot_target
+from qwen3ft.model import ModelManager, read_snapshot, snapshot_target
 from qwen3ft.storage import sha256_file
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

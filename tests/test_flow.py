@@ -1,0 +1,205 @@
+"""The whole flow with real Prefect and a real SQLite MLflow, on the quantised embedded model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen3ft import faults
+from qwen3ft.attempt import RunDir
+
+
+@pytest.fixture(scope="module")
+def orchestrator() -> Iterator[None]:
+    """Prefect's own server on a temporary database."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for the runs, adapters and the MLflow of this module."""
+    return tmp_path_factory.mktemp("flow")
+
+
+@pytest.fixture
+def run_flow(
+    orchestrator: None,
+    workspace: Path,
+    make_config: Callable[..., Any],
+    snapshot: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., tuple[Any, RunDir]]:
+    """Runs the flow in this process; gives its final state and its folder."""
+    database = workspace / "mlruns" / "mlflow.db"
+    database.parent.mkdir(exist_ok=True)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
+
+    def run(
+        fault: str = "", continue_run: str | None = None, **changes: Any
+    ) -> tuple[Any, RunDir]:
+        from flows.finetune import qwen3_finetune
+
+        monkeypatch.setenv(faults.VARIABLE, fault)
+        settings = {
+            "runs_dir": str(workspace / "runs"),
+            "output_dir": str(workspace / "out"),
+            "max_steps": 6,
+            "evaluate_every_steps": 2,
+            **changes,
+        }
+        state = qwen3_finetune(make_config(**settings), continue_run, return_state=True)
+        run_id = continue_run or str(state.state_details.flow_run_id)
+        return state, RunDir(workspace / "runs" / run_id)
+
+    return run
+
+
+def task_states(state: Any) -> dict[str, str]:
+    """Task-run name: state name, of a finished flow run."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+
+    with get_client(sync_client=True) as client:
+        wanted = FlowRunFilterId(any_=[state.state_details.flow_run_id])
+        runs = client.read_task_runs(flow_run_filter=FlowRunFilter(id=wanted))
+    return {run.name: run.state_name for run in runs}
+
+
+def mlflow_runs(workspace: Path, run: RunDir) -> tuple[Any, list[Any]]:
+    """The parent run of a run folder, and its children."""
+    from mlflow import MlflowClient
+
+    from qwen3ft.cursor import parent_run_id
+
+    client = MlflowClient(f"sqlite:///{workspace / 'mlruns' / 'mlflow.db'}")
+    parent = client.get_run(parent_run_id(run))
+    query = f"tags.mlflow.parentRunId = '{parent.info.run_id}'"
+    return parent, client.search_runs([parent.info.experiment_id], query)
+
+
+def test_a_run_goes_from_rows_to_a_registered_adapter(run_flow: Any, workspace: Path) -> None:
+    """Every stage is a task run; card, adapter, registry and MLflow agree with each other."""
+    import sys
+
+    state, run = run_flow()
+    assert state.is_completed(), state.message
+    names = {"environment", "resolve-model", "model", "lora", "data", "plan", "train-1", "save"}
+    assert names | {"register", "champion", "inference", "promote"} <= set(task_states(state))
+    card = json.loads((run.path / "card.json").read_text())
+    assert card["held_out_loss_after"] < card["held_out_loss_before"]
+    assert Path(card["adapter_path"], "adapter_model.safetensors").is_file()
+    assert set(card["seconds_by_stage"]) >= {"model", "data", "train", "save", "inference"}
+    assert (run.path / "card.md").read_text().startswith("# embedded")
+    parent, children = mlflow_runs(workspace, run)
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags["prefect.flow_run_id"] == run.path.name
+    assert parent.data.metrics["memory/peak_gb"] == pytest.approx(card["peak_memory_gb"])
+    assert [child.data.metrics["train/loss"] > 0 for child in children] == [True]
+    assert children[0].data.params["micro_batch_size"] == "16"
+    assert not sys.modules["torch"].cuda.is_initialized() if "torch" in sys.modules else True
+
+
+def test_a_second_run_takes_model_lora_data_and_plan_from_the_cache(
+    run_flow: Any, make_config: Any
+) -> None:
+    """Same inputs: four stages are Cached; a damaged snapshot is noticed and made anew."""
+    from qwen3ft.hub import resolve_model
+    from qwen3ft.model import read_snapshot, snapshot_target
+
+    run_flow(seed=11)
+    state, _ = run_flow(seed=11)
+    cached = {name for name, result in task_states(state).items() if result == "Cached"}
+    assert cached == {"model", "lora", "data", "plan"}
+    config = make_config()
+    target = snapshot_target(config, resolve_model(config), "cpu")
+    (target / "config.json").write_text("{}")
+    assert read_snapshot(target) is None
+    state, _ = run_flow(seed=11)
+    assert state.is_completed(), state.message
+    assert task_states(state)["model"] == "Completed"
+    assert read_snapshot(target) is not None
+
+
+def test_out_of_memory_is_answered_by_adjust_and_the_next_attempt_completes(
+    run_flow: Any, workspace: Path
+) -> None:
+    """train-1 Failed, adjust-1, train-2 Completed, from the last checkpoint, same batch."""
+    state, run = run_flow("oom@step=4", seed=21)
+    assert state.is_completed(), state.message
+    states = task_states(state)
+    assert (states["train-1"], states["adjust-1"], states["train-2"]) == (
+        "Failed",
+        "Completed",
+        "Completed",
+    )
+    first, second = json.loads((run.path / "card.json").read_text())["attempts"]
+    assert first["outcome"] == "OutOfMemoryError"
+    assert second["resumed_from_step"] == 2
+    assert second["micro_batch_size"] < first["micro_batch_size"]
+    products = {a["micro_batch_size"] * a["gradient_accumulation_steps"] for a in (first, second)}
+    assert products == {16}
+    _, children = mlflow_runs(workspace, run)
+    assert sorted(child.info.status for child in children) == ["FAILED", "FINISHED"]
+
+
+def test_giving_up_says_what_was_tried(run_flow: Any) -> None:
+    """Every attempt diverges: the run ends Failed after two cuts of the rate, naming them."""
+    fault = ",".join(f"nan@step=1:attempt={n}" for n in (1, 2, 3))
+    state, run = run_flow(fault, seed=31, max_attempts=3)
+    assert state.is_failed()
+    assert "3" in state.message
+    assert "attempt" in state.message.lower()
+    assert task_states(state)["train-3"] == "Failed"
+    assert len(run.attempts()) == 3
+
+
+def test_a_failed_run_is_continued_from_its_last_checkpoint(run_flow: Any) -> None:
+    """With one attempt allowed the run fails; continued by its id, it resumes and completes."""
+    state, run = run_flow("kill@step=5", seed=41, max_attempts=1)
+    assert state.is_failed()
+    state, again = run_flow(continue_run=run.path.name, seed=41, max_attempts=1)
+    assert state.is_completed(), state.message
+    assert again.path == run.path
+    attempts = json.loads((run.path / "card.json").read_text())["attempts"]
+    assert [attempt["resumed_from_step"] for attempt in attempts] == [4]
+
+
+def test_a_run_without_tracking_completes_and_is_sent_later(
+    run_flow: Any, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow refuses connections throughout: training is not touched, nothing is lost."""
+    import tasks.promote
+    from flows import finetune
+    from qwen3ft.cursor import outstanding
+    from qwen3ft.mirror import replay
+
+    monkeypatch.setattr(finetune, "CLOSE_SECONDS", 1.0)
+    monkeypatch.setattr(tasks.promote, "UPLOAD_SECONDS", 0.5)
+    monkeypatch.setattr(finetune, "default_tracking_uri", lambda: "http://127.0.0.1:9")
+    monkeypatch.setattr(tasks.promote, "default_tracking_uri", lambda: "http://127.0.0.1:9")
+    state, run = run_flow(seed=51)
+    assert state.is_completed(), state.message
+    assert "deferred" in state.message
+    assert outstanding(run) > 0
+    assert replay(run, f"sqlite:///{workspace / 'mlruns' / 'mlflow.db'}")
+    assert outstanding(run) == 0
+    parent, children = mlflow_runs(workspace, run)
+    assert parent.info.status == "FINISHED"
+    assert len(children) == 1
+
+
+def test_the_flow_loads_neither_torch_nor_cuda(workspace: Path) -> None:
+    """Importing everything the flow's process needs leaves torch out."""
+    import subprocess
+    import sys
+
+    program = "import sys, flows.finetune; print(sorted({'torch', 'mlflow'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stderr
