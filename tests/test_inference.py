@@ -199,9 +199,14 @@ def test_no_questions_is_an_error(night: Night, tmp_path: Path) -> None:
 def test_answers_come_back_in_the_order_of_the_questions(
     night: Night, loaded: tuple[Any, Any]
 ) -> None:
-    """Sorting by length and padding change neither order nor answers."""
-    questions = [row["question"] for row in night.rows]
-    together = ask(loaded, questions, batch_size=16)
+    """Sorting by length and padding change neither order nor answers.
+
+    Questions that nothing was trained on are among them: their answers are unsure, so a token of
+    padding that is not masked would change them.
+    """
+    questions = [row["question"] for row in night.rows[:6]]
+    questions += ["why", "How is it? " * 12, "谁", "Tell me a long story about the shop. " * 6]
+    together = ask(loaded, questions, batch_size=len(questions))
     alone = [ask(loaded, [question])[0] for question in questions]
     assert together == alone
     assert ask(loaded, []) == []
