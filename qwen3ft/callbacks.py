@@ -107,6 +107,13 @@ class ProgressCallback(TrainerCallback):
         """A held-out batch is done."""
         self.heartbeat.beat("evaluate", state.global_step)
 
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """The evaluation is over: what fails from here on fails in training."""
+        self.heartbeat.beat("train", state.global_step)
+        self._step_started = time.perf_counter()
+
     def on_log(
         self,
         args: TrainingArguments,

@@ -212,7 +212,7 @@ def keep_trainable_after_eval(model: torch.nn.Module) -> None:
 
     bitsandbytes 0.50 repacks a `Linear4bit` in place at the first forward pass in eval mode on CPUs
     with AVX512_BF16; the kernel it then uses has no backward, and training afterwards runs without
-    gradients and without an error. A test (`test_model.py`) shows the loss and this cure.
+    most of its gradients and without an error (`test_inference.py` holds this against the bug).
     """
     from bitsandbytes.nn import Linear4bit
 

@@ -20,7 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from qwen3ft.errors import ModelNotFoundError, ModelUnavailableError, SaveError
-from qwen3ft.storage import MANIFEST_NAME, find_damage, sha256_file
+from qwen3ft.logs import get_logger
+from qwen3ft.storage import MANIFEST_NAME, find_damage, read_manifest_facts, sha256_file
+
+logger = get_logger("saved_adapter")
 
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
@@ -72,23 +75,38 @@ def read_run_card(folder: Path) -> dict[str, Any]:
 def find_base(folder: Path) -> str:
     """The 4-bit snapshot that the adapter was trained on.
 
+    One quantised again from the same revision by the same setting counts as the same: other
+    versions of the libraries may write other bytes. That is logged.
+
     Raises:
         ModelUnavailableError: it is gone, or another one lies in its place.
     """
     base = read_run_card(folder)["base"]
-    manifest = Path(base["snapshot_path"]) / MANIFEST_NAME
-    if not manifest.is_file():
-        problem = f"is not at {manifest.parent}"
-    elif sha256_file(manifest) != base["snapshot_manifest_sha256"]:
-        problem = f"at {manifest.parent} is another one than the adapter was trained on"
+    snapshot = Path(base["snapshot_path"])
+    if not (snapshot / MANIFEST_NAME).is_file():
+        problem = f"is not at {snapshot}"
+    elif not _same_origin(read_manifest_facts(snapshot), base):
+        problem = f"at {snapshot} is another one than the adapter was trained on"
     else:
-        return str(manifest.parent)
+        if sha256_file(snapshot / MANIFEST_NAME) != base["snapshot_manifest_sha256"]:
+            logger.warning("%s was quantised again since the adapter was trained", snapshot)
+        return str(snapshot)
+    setting = f"--set model_name={base['model_name']}"
+    if base["local_path"] is None:
+        setting += f" --set model_revision={base['revision']}"
     raise ModelUnavailableError(
         f"The 4-bit {base['model_name']} {problem}.",
         why="The cache was cleaned, rebuilt or is on another machine.",
-        next_command=f"qwen3ft plan --set model_name={base['model_name']}",
+        next_command=f"qwen3ft plan {setting}",
         base=base,
     )
+
+
+def _same_origin(facts: dict[str, Any], base: dict[str, Any]) -> bool:
+    """Whether a snapshot's manifest names the revision and setting that the run card names."""
+    source = facts.get("source", {})
+    found = (source.get("revision"), facts.get("quantization"))
+    return found == (base["revision"], base["quantization"])
 
 
 def read_header(path: Path) -> list[Tensor]:

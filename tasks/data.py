@@ -16,7 +16,7 @@ from tasks.policies import cache_key
 
 
 def _key(_: Any, parameters: dict[str, Any]) -> str:
-    return cache_key("data", Path(parameters["target"]).name)
+    return cache_key("data", parameters["target"])  # names the content, and says where it is kept
 
 
 @task(

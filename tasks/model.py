@@ -30,7 +30,7 @@ def resolve(config: TrainingConfig) -> ModelSource:
 
 
 def _key(_: Any, parameters: dict[str, Any]) -> str:
-    return cache_key("model", Path(parameters["target"]).name)
+    return cache_key("model", parameters["target"])  # names the content, and says where it is kept
 
 
 @task(

@@ -35,7 +35,7 @@ from qwen3ft.promote import decide
 from qwen3ft.records import Champion, InferenceReport, ModelSnapshot, SavedAdapter
 from qwen3ft.requests import InferenceRequest
 from qwen3ft.save import save_adapter
-from qwen3ft.storage import MANIFEST_NAME, write_manifest
+from qwen3ft.storage import read_manifest_facts, write_manifest
 
 CHAMPION_STEPS, CANDIDATE_STEPS = 6, 40
 
@@ -363,24 +363,43 @@ def test_a_damaged_or_missing_adapter_is_refused(night: Night, tmp_path: Path) -
         tester.load_finetuned_model(str(MODEL_DIR))
 
 
+def save_on_copied_base(night: Night, work: Path) -> tuple[SavedAdapter, Path]:
+    """The candidate, saved as trained on a copy of the snapshot; and that copy."""
+    base = work / "base"
+    shutil.copytree(night.snapshot.path, base)
+    plan = make_plan(night.snapshot.model_copy(update={"path": str(base)}), run_id="moved")
+    checkpoint = Path(night.candidate.path).parents[1] / f"step-{CANDIDATE_STEPS:06d}"
+    config = night.config.model_copy(update={"output_dir": str(work)})
+    return save_adapter(make_outcome(checkpoint), plan, config), base
+
+
 @pytest.mark.parametrize("harm", ["gone", "another"])
 def test_an_adapter_without_its_base_says_what_to_do(
     night: Night, tmp_path: Path, harm: str
 ) -> None:
-    """A base that was deleted, or rebuilt otherwise, is never silently replaced."""
-    base = tmp_path / "base"
-    shutil.copytree(night.snapshot.path, base)
-    plan = make_plan(night.snapshot.model_copy(update={"path": str(base)}), run_id="lost")
-    checkpoint = Path(night.candidate.path).parents[1] / f"step-{CANDIDATE_STEPS:06d}"
-    config = night.config.model_copy(update={"output_dir": str(tmp_path)})
-    saved = save_adapter(make_outcome(checkpoint), plan, config)
+    """A base that was deleted, or is of another revision, is never silently replaced."""
+    saved, base = save_on_copied_base(night, tmp_path)
     if harm == "gone":
         shutil.rmtree(base)
     else:
-        (base / MANIFEST_NAME).write_text("{}")
+        source = {**night.snapshot.source.model_dump(), "revision": "f" * 64}
+        write_manifest(base, {**read_manifest_facts(base), "source": source})
     with pytest.raises(ModelUnavailableError) as raised:
         InferenceTester(night.config).load_finetuned_model(saved.path)
     assert raised.value.next_command == "qwen3ft plan --set model_name=embedded"
+
+
+def test_a_base_quantised_again_is_used_and_mentioned(
+    night: Night, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An upgrade of a library must not cost the adapters trained before it."""
+    saved, base = save_on_copied_base(night, tmp_path)
+    (base / "note.txt").write_text("written by a newer version")
+    write_manifest(base, read_manifest_facts(base))
+    loaded = InferenceTester(night.config).load_finetuned_model(saved.path)
+    row = night.rows[0]
+    assert ask(loaded, [row["question"]])[0].answer == row["answer"]
+    assert "quantised again" in caplog.text
 
 
 def test_an_adapter_of_another_architecture_is_refused(night: Night, tmp_path: Path) -> None:

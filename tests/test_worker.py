@@ -62,6 +62,8 @@ def test_a_fault_in_the_worker_becomes_its_classified_error(
     with pytest.raises(expected) as caught:
         attempt(fault)
     assert type(caught.value) is expected
+    # Recovery tells training from evaluation by this; step 4 comes after an evaluation.
+    assert caught.value.facts.get("phase", "train") == "train"
     job = RunDir(tmp_path / "run").attempt(1)
     newest = checkpoint.newest_verified([job.checkpoints])
     assert newest is not None
