@@ -7,6 +7,9 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 UV ?= $(shell command -v uv || echo .qwen3ft/tools/bin/uv)
 BIN := .venv/bin
 
+# containers like to set this; here it would make every process compile all that it imports
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help ready run test check up down status lock clean
 

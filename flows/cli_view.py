@@ -67,7 +67,7 @@ class RunView:
         self.console = console
         self._last_plain_seconds = 0.0
         self._bar = ProgressBar(
-            TextColumn("  {task.description:12}"),
+            TextColumn("  {task.description:14}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[numbers]}"),
@@ -92,7 +92,7 @@ class RunView:
 
     def change(self, change: StateChange) -> None:
         """One line: what entered which state, and how long it took."""
-        line = Text(f"  {change.name:12}  ")
+        line = Text(f"  {change.name:14}  ")
         line.append(f"{change.state:9}", style=STYLES.get(change.state, ""))
         if change.seconds is not None and change.state != "Cached":
             line.append(f"  {format_seconds(change.seconds):>7}")
@@ -123,7 +123,7 @@ class RunView:
         if not self.console.is_terminal and now - self._last_plain_seconds >= PLAIN_SECONDS:
             self._last_plain_seconds = now
             steps = f"step {metrics.step}/{progress.total_steps or '?'}"
-            self.console.print(f"  {name:12}  {steps}  {numbers}", soft_wrap=True)
+            self.console.print(f"  {name:14}  {steps}  {numbers}", soft_wrap=True)
 
 
 def show_card(console: Console, card: RunCard) -> None:
