@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import time
+import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +23,9 @@ SERVICES: tuple[Service, ...] = ("prefect", "mlflow", "worker")
 SERVERS: tuple[Service, ...] = ("prefect", "mlflow")
 POOL = "qwen3ft"
 WORKER = "qwen3ft-local"
-HTTP_SECONDS = 5.0
+HTTP_SECONDS = 15.0
+BUSY = (429, 503)
+BUSY_DELAYS_SECONDS = (0.2, 0.5, 1.0, 2.0)
 
 
 @dataclass(frozen=True)
@@ -143,12 +147,19 @@ def request_text(
     )
     # no proxy, whatever the shell says: these addresses are this machine
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(request, timeout=HTTP_SECONDS) as response:
-            text: str = response.read().decode()
-    except (OSError, ValueError):  # urllib's own errors are OSErrors
-        return None
-    return text
+    for delay_seconds in (*BUSY_DELAYS_SECONDS, None):
+        try:
+            with opener.open(request, timeout=HTTP_SECONDS) as response:
+                text: str = response.read().decode()
+                return text
+        except urllib.error.HTTPError as error:
+            # Prefect answers so while its SQLite database is locked; its own client waits too
+            if error.code not in BUSY or delay_seconds is None:
+                return None
+            time.sleep(delay_seconds)
+        except (OSError, ValueError):
+            return None
+    return None
 
 
 def request_json(url: str, body: Mapping[str, Any] | None = None) -> Any:

@@ -141,6 +141,16 @@ def test_the_deployment_is_registered_once_and_as_declared(
     assert stack.status().deployment_registered
 
 
+def _wait_for_planned_runs(api: str) -> None:
+    """The server's scheduler really plans the coming nights; it looks every minute at most."""
+    wanted = {"flow_runs": {"tags": {"all_": ["auto-scheduled"]}}}
+    end = time.monotonic() + 90
+    while not (planned := services.request_json(f"{api}/flow_runs/filter", wanted)):
+        assert time.monotonic() < end, "a schedule that is on has planned nothing"
+        time.sleep(0.5)
+    assert {run["expected_start_time"][11:16] for run in planned} == {"02:00"}
+
+
 def test_registering_again_keeps_the_schedule_that_was_switched_on(
     stack: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,6 +164,7 @@ def test_registering_again_keeps_the_schedule_that_was_switched_on(
     assert services.request_text(address, {"active": True}, "PATCH") is not None
     assert deploy(stack, force=True) is True
     assert stack.status().schedule_active
+    _wait_for_planned_runs(api)
     names = [item["name"] for item in services.request_json(f"{api}/automations/filter", {})]
     assert names.count(ZOMBIE_AUTOMATION) == 1
 
