@@ -75,6 +75,12 @@ def _run_name() -> str:
     return f"{model.rpartition('/')[2]} {datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
 
 
+def _page() -> str | None:
+    """This run's page; None without a server that has pages (Prefect then says 'None/flow-...')."""
+    url = flow_run.ui_url or ""
+    return url if url.startswith("http") else None
+
+
 @flow(name="qwen3-finetune", flow_run_name=_run_name, retries=0)
 def qwen3_finetune(
     config: TrainingConfig = TrainingConfig(),  # noqa: B008  frozen, and shown as the run's form
@@ -209,7 +215,7 @@ def tracked(run: RunDir, config: TrainingConfig) -> Iterator[None]:
     journal = Journal(run)
     tags = {
         "prefect.flow_run_id": flow_run.id,
-        "prefect.flow_run_url": flow_run.ui_url or "",
+        "prefect.flow_run_url": _page() or "",
     }
     mirror = Mirror(run, uri)
     mirror.start()
@@ -253,7 +259,7 @@ def show_attempts(history: list[AttemptSummary]) -> None:
 def publish(run: RunDir, card: RunCard) -> None:
     """The result card: on disk, on the flow run's page and in MLflow, with links both ways."""
     url = run_url(default_tracking_uri(), read_state(run))
-    card = card.model_copy(update={"prefect_url": flow_run.ui_url, "mlflow_url": url})
+    card = card.model_copy(update={"prefect_url": _page(), "mlflow_url": url})
     markdown = to_markdown(card)
     write_record(run.path / "card.json", card)
     (run.path / "card.md").write_text(markdown, encoding="utf-8")
@@ -263,8 +269,6 @@ def publish(run: RunDir, card: RunCard) -> None:
         {
             "held_out_loss/before": card.held_out_loss_before,
             "held_out_loss/after": card.held_out_loss_after,
-            "exact_match/base": card.base_score,
-            "exact_match/tuned": card.tuned_score,
             "memory/peak_gb": card.peak_memory_gb,
         }
     )

@@ -32,6 +32,7 @@ from qwen3ft.errors import (
     OutOfMemoryError,
     PreemptedError,
     QuantizationError,
+    RejectedError,
     RequestError,
     SaveError,
     StalledError,
@@ -191,6 +192,7 @@ POLICIES: Mapping[type[FinetuneError], Callable[[_Case], Retry | GiveUp]] = {
     AttemptError: _stop,
     RequestError: _stop,
     TransientError: _stop,  # retried by the task that called, never here too
+    RejectedError: _stop,
     QuantizationError: _stop,  # its own ladder is config.quantization
     SaveError: _stop,
 }

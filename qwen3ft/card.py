@@ -16,10 +16,10 @@ from qwen3ft.records import (
 )
 
 EMBEDDED_NOTE = (
-    "The embedded model was pretrained for this demonstration on the same kinds of questions about "
-    "other products. Fine-tuning adds facts and one date format, not language understanding: see "
-    "the score of 'novel', wording that no training ever showed."
+    "The embedded model is for demonstration: 0.8 M weights, pretrained on questions about "
+    "invented products. Fine-tuning adds facts and one date format, not language understanding."
 )
+NOVEL_NOTE = "'novel' is wording that no training ever showed."
 
 
 def build_card(
@@ -38,8 +38,8 @@ def build_card(
     assert tuned is not None
     data = plan.dataset
     notes = [EMBEDDED_NOTE] if config.model_name == EMBEDDED_MODEL_NAME else []
+    notes += [NOVEL_NOTE] if "novel" in tuned.by_split else []
     notes += [f"Degraded: {reason}." for reason in saved.degraded]
-    notes += [f"Check failed: {name}." for name, passed in report.checks.items() if not passed]
     return RunCard(
         title=f"{config.model_name}: {verdict.decision}",
         trained_on=f"{data.train.rows:,} rows ({data.train.tokens:,} tokens), "

@@ -102,7 +102,9 @@ class TrainingConfig(BaseModel):
         "constant_with_warmup",
         description="Decay over num_epochs; constant suits a bound that early stopping cuts short.",
     )
-    warmup_fraction: float = Field(0.03, ge=0, lt=1, description="Warm-up share of all steps.")
+    warmup_fraction: float = Field(
+        0.03, ge=0, lt=1, description="Warm-up share of all steps; one epoch at most."
+    )
     weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW weight decay.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     early_stopping_patience: int = Field(

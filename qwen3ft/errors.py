@@ -10,9 +10,12 @@
       - InsufficientMemoryError  no plan fits the budget
       - TokenizerError           the tokenizer cannot be used and cannot be mended
       - DataLoadingError         no usable rows, or too many bad ones
+      - ChampionChangedError     another run promoted its adapter meanwhile
     * TransientError             the same call may succeed later
       - DownloadError            the hub broke off or answered with a server error
       - TrackingUnavailableError MLflow cannot be reached
+        + NotInMlflowError       it answers, but knows no such run or model
+    * RejectedError              MLflow refuses what was sent and always will
     * QuantizationError          the 4-bit settings cannot be used for this model here
     * SaveError                  an artifact could not be written and read back
     * AttemptError               one training attempt ended early; recovery decides what follows
@@ -131,6 +134,10 @@ class DataLoadingError(RequestError):
     """There are no usable rows, or more bad ones than the config allows."""
 
 
+class ChampionChangedError(RequestError):
+    """Another version became champion since the comparison that a promotion rests on."""
+
+
 class TransientError(FinetuneError):
     """A network or service hiccup; the task that called retries with back-off."""
 
@@ -141,6 +148,14 @@ class DownloadError(TransientError):
 
 class TrackingUnavailableError(TransientError):
     """MLflow cannot be reached; the local journal keeps everything until it can."""
+
+
+class NotInMlflowError(TrackingUnavailableError):
+    """A run, model or version is unknown to this MLflow, which may be the wrong or a new one."""
+
+
+class RejectedError(FinetuneError):
+    """MLflow refused one operation for good; repeating it is useless."""
 
 
 class QuantizationError(FinetuneError):

@@ -11,6 +11,7 @@ import json
 import logging
 import re
 import sys
+import warnings
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -86,3 +87,5 @@ def configure(*, console: bool = True, json_path: Path | None = None) -> None:
     for handler in handlers:
         handler.set_name(ROOT)
         logger.addHandler(handler)
+    # PEFT asks by the old name of a property; transformers then tells the user to change it
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

@@ -125,7 +125,10 @@ class ModelManager:
             parameter.requires_grad_(False)
         model.config.use_cache = False
         if gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            # its name before transformers 5.23
+            old_name = model.gradient_checkpointing_enable
+            enable = getattr(model, "activation_checkpointing_enable", old_name)
+            enable({"use_reentrant": False})
             # Checkpointed blocks need one input that requires a gradient; embeddings are frozen.
             model.enable_input_require_grads()
         return model

@@ -2,7 +2,7 @@
 
 Guarantees: a pure function of the report; promoted only when the adapter is not degraded, passes
 every check and is better than the base and than the champion on the same questions. Every reason
-says its numbers. Does not talk to the registry: that is `qwen3ft.tracking`.
+says its numbers. Does not talk to the registry: that is `qwen3ft.registry`.
 """
 
 from __future__ import annotations

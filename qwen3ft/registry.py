@@ -24,8 +24,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from qwen3ft.errors import (
+    ChampionChangedError,
     ConfigError,
     FinetuneError,
+    NotInMlflowError,
+    RejectedError,
     RequestError,
     SaveError,
     TrackingUnavailableError,
@@ -33,7 +36,7 @@ from qwen3ft.errors import (
 from qwen3ft.logs import mask_secrets
 from qwen3ft.records import Champion, SavedAdapter
 from qwen3ft.storage import build_folder, find_damage, read_manifest_facts, sha256_file
-from qwen3ft.tracking import Connection, NotInMlflowError, RejectedError, connect, load_client
+from qwen3ft.tracking import Connection, connect, load_client
 from qwen3ft.tracking_uri import database_path
 
 CHAMPION = "champion"
@@ -52,10 +55,6 @@ _WEIGHTS = "adapter_model.safetensors"
 _TRANSFER_SECONDS = 1800.0
 
 ResultT = TypeVar("ResultT")
-
-
-class ChampionChangedError(RequestError):
-    """Another version became champion since the comparison that the promotion rests on."""
 
 
 def registered_model_name(model_name: str) -> str:

@@ -30,7 +30,7 @@ from qwen3ft.cursor import (
     read_state,
     write_state,
 )
-from qwen3ft.errors import TrackingUnavailableError
+from qwen3ft.errors import RejectedError, TrackingUnavailableError
 from qwen3ft.figures import MemorySample, loss_figure, memory_figure, write_png
 from qwen3ft.journal import (
     AnyOperation,
@@ -50,7 +50,7 @@ from qwen3ft.journal import (
 from qwen3ft.logs import get_logger, mask_secrets
 from qwen3ft.records import TrainingMetrics
 from qwen3ft.storage import fsync_file, sha256_json
-from qwen3ft.tracking import Connection, Point, RejectedError, connect
+from qwen3ft.tracking import Connection, Point, connect
 
 _LINES_PER_BATCH = 200  # of at most five metrics each: MLflow takes 1000 a request
 

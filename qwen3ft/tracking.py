@@ -21,13 +21,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from qwen3ft.errors import FinetuneError, TrackingUnavailableError
+from qwen3ft.errors import (
+    FinetuneError,
+    NotInMlflowError,
+    RejectedError,
+    TrackingUnavailableError,
+)
 from qwen3ft.journal import DatasetInput
 from qwen3ft.logs import get_logger, mask_secrets
 from qwen3ft.tracking_uri import artifact_root, database_path
 
 EXPERIMENT_NAME = "qwen3-finetune"
 """The MLflow experiment that holds all runs."""
+
+# opens the page in the view for training runs; without it, in the one for prompts and traces
+_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
 REQUEST_SECONDS = 15
 """How long one HTTP request to MLflow may be silent."""
@@ -42,14 +50,6 @@ _MOST_PER_REQUEST = {"params": 100, "tags": 100, "metrics": 1000}  # MLflow's li
 _log = get_logger("tracking")
 
 
-class RejectedError(FinetuneError):
-    """MLflow refused one operation for good; repeating it is useless."""
-
-
-class NotInMlflowError(TrackingUnavailableError):
-    """A run, model or version is unknown to this MLflow, which may be the wrong or a new one."""
-
-
 class Point(NamedTuple):
     """One value of one metric."""
 
@@ -62,11 +62,13 @@ class Point(NamedTuple):
 def load_client() -> Any:
     """Import MLflow's client class with this process's settings; those made by hand stay.
 
-    No telemetry; no retries inside a request, since the callers retry; short silences only; and
-    MLflow's own log kept to warnings, because outages are reported once, by the mirror.
+    No telemetry and no progress bars; no retries inside a request, since the callers retry; short
+    silences only; and MLflow's own log kept to warnings, because outages are reported once, by the
+    mirror.
     """
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     os.environ["DO_NOT_TRACK"] = "true"
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(REQUEST_SECONDS))
     for name, level in [
@@ -269,7 +271,7 @@ def _experiment_id(client: Any, database: Path | None) -> str:
     experiment = client.get_experiment_by_name(EXPERIMENT_NAME)
     if experiment is None:
         location = None if database is None else artifact_root(database).as_uri()
-        return str(client.create_experiment(EXPERIMENT_NAME, artifact_location=location))
+        return str(client.create_experiment(EXPERIMENT_NAME, location, _EXPERIMENT_TAGS))
     if experiment.lifecycle_stage == "deleted":
         _log.warning("The MLflow experiment %s was deleted; it is restored.", EXPERIMENT_NAME)
         client.restore_experiment(experiment.experiment_id)

@@ -21,7 +21,7 @@ import pytest
 
 from qwen3ft.attempt import JobDir, RunDir
 from qwen3ft.cursor import outstanding, parent_run_id, read_state, state_path
-from qwen3ft.errors import ConfigError, SaveError, TrackingUnavailableError
+from qwen3ft.errors import ChampionChangedError, ConfigError, SaveError, TrackingUnavailableError
 from qwen3ft.journal import Journal, journal_path
 from qwen3ft.mirror import Mirror, replay, replay_unsent
 from qwen3ft.records import (
@@ -38,7 +38,7 @@ from qwen3ft.records import (
     TrainingMetrics,
     TrainPlan,
 )
-from qwen3ft.registry import ChampionChangedError, Registry, registered_model_name
+from qwen3ft.registry import Registry, registered_model_name
 from qwen3ft.storage import append_json_line, sha256_file
 from qwen3ft.tracking import EXPERIMENT_NAME, connect
 from qwen3ft.tracking_uri import default_tracking_uri, run_url

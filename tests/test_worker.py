@@ -76,7 +76,8 @@ def test_a_silent_worker_is_ended_and_named_stalled(attempt: Any) -> None:
     """A worker that makes no progress is gone within seconds of its limit, with its children."""
     with pytest.raises(StalledError, match="no sign of life"):
         attempt("hang@step=2", stall_seconds=20.0)
-    assert not [p for p in psutil.Process().children(recursive=True) if "worker" in _command(p)]
+    children = psutil.Process().children(recursive=True)
+    assert not [child for child in children if "qwen3ft.worker" in _command(child)]
 
 
 def test_a_completed_attempt_leaves_metrics_memory_and_an_outcome(
