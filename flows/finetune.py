@@ -63,6 +63,9 @@ __all__ = ["preview_plan", "qwen3_finetune", "run_in_process"]
 
 logger = logs.get_logger("flow")
 
+MOST_DESCRIPTION_CHARACTERS = 5000
+"""Of the card at the top of the run's page in MLflow, which refuses longer tags."""
+
 CLOSE_SECONDS = 30.0
 """How long the end of a run waits for MLflow to take what is left."""
 
@@ -272,7 +275,8 @@ def publish(run: RunDir, card: RunCard) -> None:
             "memory/peak_gb": card.peak_memory_gb,
         }
     )
-    journal.tags({"verdict": card.verdict, "attempts": len(card.attempts)})
+    shown = {"mlflow.note.content": markdown[:MOST_DESCRIPTION_CHARACTERS]}
+    journal.tags({"verdict": card.verdict, "attempts": len(card.attempts), **shown})
     create_markdown_artifact(key="result-card", markdown=markdown, description=card.title)
     if url:
         create_link_artifact(key="mlflow-run", link=url, link_text="This run in MLflow")

@@ -34,9 +34,6 @@ from qwen3ft.tracking_uri import artifact_root, database_path
 EXPERIMENT_NAME = "qwen3-finetune"
 """The MLflow experiment that holds all runs."""
 
-# opens the page in the view for training runs; without it, in the one for prompts and traces
-_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
-
 REQUEST_SECONDS = 15
 """How long one HTTP request to MLflow may be silent."""
 
@@ -271,7 +268,7 @@ def _experiment_id(client: Any, database: Path | None) -> str:
     experiment = client.get_experiment_by_name(EXPERIMENT_NAME)
     if experiment is None:
         location = None if database is None else artifact_root(database).as_uri()
-        return str(client.create_experiment(EXPERIMENT_NAME, location, _EXPERIMENT_TAGS))
+        return str(client.create_experiment(EXPERIMENT_NAME, location))
     if experiment.lifecycle_stage == "deleted":
         _log.warning("The MLflow experiment %s was deleted; it is restored.", EXPERIMENT_NAME)
         client.restore_experiment(experiment.experiment_id)

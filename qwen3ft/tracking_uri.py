@@ -32,5 +32,6 @@ def run_url(tracking_uri: str, state: TrackingState) -> str | None:
     """The page of the parent run; None for a database without a server, or before it was sent."""
     if not tracking_uri.startswith("http") or state.parent_run_id is None:
         return None
-    base = tracking_uri.rstrip("/")
-    return f"{base}/#/experiments/{state.experiment_id}/runs/{state.parent_run_id}"
+    page = f"experiments/{state.experiment_id}/runs/{state.parent_run_id}"
+    # MLflow opens in its view for prompts and traces unless told otherwise
+    return f"{tracking_uri.rstrip('/')}/#/{page}?workflowType=machine_learning"

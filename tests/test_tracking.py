@@ -536,6 +536,7 @@ def test_a_run_sent_through_a_server_goes_on_without_it(server: Path, run_dir: R
     state = read_state(run_dir)
     assert run_url(uri, state) == (
         f"{uri}/#/experiments/{state.experiment_id}/runs/{state.parent_run_id}"
+        "?workflowType=machine_learning"
     )
 
     database = f"sqlite:///{server / 'mlflow.db'}"
