@@ -8,6 +8,7 @@ object and nothing else. Commands act on the project folder that the working fol
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -159,6 +160,8 @@ def main() -> int:
     """The entry point: runs the command, and shows errors of the project without a traceback."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
+    if debug:
+        os.environ["QWEN3FT_DEBUG"] = "1"  # for Prefect's log: see tasks.policies
     try:
         app(args=arguments)
     except FinetuneError as error:

@@ -55,6 +55,7 @@ from tasks.inference import compare_answers
 from tasks.lora import configure_lora
 from tasks.model import prepare_model
 from tasks.plan import plan_training
+from tasks.policies import hide_known_tracebacks
 from tasks.promote import find_champion, promote, register
 from tasks.save import save
 from tasks.train import finished_attempt, train_attempt
@@ -207,6 +208,7 @@ def open_run(config: TrainingConfig, run_id: str) -> RunDir:
     run = RunDir(Path(config.runs_dir).resolve() / run_id)
     run.path.mkdir(parents=True, exist_ok=True, mode=0o700)
     logs.configure(console=False, json_path=run.log)
+    hide_known_tracebacks()
     write_record(run.path / "config.json", config)
     return run
 

@@ -1,13 +1,15 @@
-"""The two policies that tasks share: what a cached result depends on, and what to retry."""
+"""What tasks share: what a cached result depends on, what to retry, what a failure looks like."""
 
 from __future__ import annotations
 
+import logging
+import os
 from typing import Any
 
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task
 
-from qwen3ft.errors import TransientError
+from qwen3ft.errors import FinetuneError, TransientError
 from qwen3ft.storage import sha256_json
 
 CACHE_VERSION = 1
@@ -30,3 +32,21 @@ def is_transient(task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool:
     """Whether a failed task may succeed if it is called again unchanged."""
     error = state.result(raise_on_failure=False)
     return isinstance(error, TransientError)
+
+
+DEBUG_VARIABLE = "QWEN3FT_DEBUG"
+
+
+def hide_known_tracebacks() -> None:
+    """Let Prefect log a `FinetuneError` by its own words; the variable QWEN3FT_DEBUG shows all."""
+    if not os.environ.get(DEBUG_VARIABLE):
+        for name in ("prefect.flow_runs", "prefect.task_runs"):
+            logging.getLogger(name).addFilter(_without_known_traceback)  # adding twice adds once
+
+
+def _without_known_traceback(record: logging.LogRecord) -> bool:
+    if record.exc_info and isinstance(record.exc_info[1], FinetuneError):
+        # its message follows in the state that Prefect logs next
+        record.msg, record.args = "ended by %s", (type(record.exc_info[1]).__name__,)
+        record.exc_info = None
+    return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -21,8 +22,10 @@ from flows.cli_view import RunView, format_seconds, show_card
 from flows.follow import MetricsTail, StateChange
 from qwen3ft.attempt import RunDir
 from qwen3ft.config import TrainingConfig, load_config
+from qwen3ft.errors import ConfigError
 from qwen3ft.records import MemoryStatus, RunCard, TrainingMetrics
 from qwen3ft.storage import append_json_line, write_json_atomic
+from tasks import policies
 
 ROOT = Path(__file__).parent.parent
 
@@ -283,3 +286,21 @@ def test_the_lock_is_for_every_kind_of_machine() -> None:
         "nvidia-ml-py"
     }
     assert {"torch", "hatchling", "editables"} <= names
+
+
+def test_prefect_logs_our_errors_without_a_traceback_and_others_with_one(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What explains itself needs no stack; what does not keeps it."""
+    monkeypatch.delenv(policies.DEBUG_VARIABLE, raising=False)
+    policies.hide_known_tracebacks()
+    logger = logging.getLogger("prefect.task_runs")
+    for error in (ConfigError("no such setting"), ValueError("a defect")):
+        try:
+            raise error
+        except (ConfigError, ValueError):
+            logger.exception("Task run failed with exception: %r", error)
+    known, unknown = caplog.records[-2:]
+    assert known.exc_info is None
+    assert known.getMessage() == "ended by ConfigError"
+    assert unknown.exc_info is not None
