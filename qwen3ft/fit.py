@@ -8,6 +8,7 @@ the moment: what other programs hold is for the environment check and for recove
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -64,6 +65,7 @@ def choose_workload(
         sequence_tokens=padded_length(dataset.train.longest_tokens, config.max_sequence_length),
         gradient_checkpointing=config.gradient_checkpointing != "off",
         loss_chunk_tokens=SMALLEST_LOSS_CHUNK_TOKENS,
+        packing=_wants_packing(config, environment.device),
         eval_tokens=padded_length(dataset.dev.longest_tokens, config.max_sequence_length),
     )
     for work, share in _candidates(config, first):
@@ -100,23 +102,31 @@ def _candidates(config: TrainingConfig, first: Workload) -> Iterator[tuple[Workl
 
     Recomputation comes before a smaller micro-batch: it costs about a third more compute, while
     halving the micro-batch pays the dequantisation of all weights and every kernel launch twice.
+    Padded rows come before it too, where it is the wide mask of a packed row that does not fit.
     """
     modes = {"auto": (False, True), "on": (True,), "off": (False,)}[config.gradient_checkpointing]
+    packings = (True, False) if first.packing and config.packing == "auto" else (first.packing,)
     for micro_batch_size in _divisors(config.effective_batch_size):
         if micro_batch_size > config.batch_size:
             continue
-        for recompute in modes:
+        for packing, recompute in itertools.product(packings, modes):
             chunk_tokens = LOSS_CHUNK_TOKENS
             while chunk_tokens >= SMALLEST_LOSS_CHUNK_TOKENS:
                 work = replace(
                     first,
                     micro_batch_size=micro_batch_size,
+                    packing=packing,
                     gradient_checkpointing=recompute,
                     loss_chunk_tokens=chunk_tokens,
                 )
                 yield work, (1.0 if recompute or len(modes) == 1 else KEEP_ALL_SHARE)
                 chunk_tokens //= 2
-    yield _most_frugal(first), 1.0
+    yield _most_frugal(replace(first, packing=packings[-1])), 1.0
+
+
+def _wants_packing(config: TrainingConfig, device: str) -> bool:
+    """On a GPU, where each micro-batch costs; on a CPU it was measured no faster than padding."""
+    return config.packing == "on" or (config.packing == "auto" and device == "cuda")
 
 
 def _most_frugal(first: Workload) -> Workload:
@@ -169,6 +179,17 @@ def _memory_reasons(
         recompute = f"Keeping all activations would take more than {KEEP_ALL_SHARE:.0%} of budget."
     else:
         recompute = f"All activations fit {KEEP_ALL_SHARE:.0%} of the budget, and that is faster."
+    if config.packing != "auto":
+        packing = f"Configured as '{config.packing}'."
+    elif work.packing:
+        packing = (
+            f"Up to {work.capacity_tokens} tokens a micro-batch, as {work.micro_batch_size} padded "
+            "rows would hold; on a GPU each micro-batch costs, and padding is computed for nothing."
+        )
+    elif work.device == "cuda":
+        packing = "The attention mask of packed rows does not fit; padded rows do."
+    else:
+        packing = "On a CPU it was measured no faster: attention is as wide as the packed row."
     offload = "Nothing else fits." if work.offload_activations else "Not needed: it is slow."
     return {
         "micro_batch_size": micro,
@@ -180,6 +201,7 @@ def _memory_reasons(
         "loss_chunk_tokens": f"Logits of {min(work.loss_chunk_tokens, work.tokens)} tokens at most "
         "exist at one time; larger chunks are faster, smaller ones leaner.",
         "offload_activations": offload,
+        "packing": packing,
         "predicted": f"For rows of {work.sequence_tokens} tokens, the longest there are.",
     }
 
@@ -192,7 +214,7 @@ def _nothing_fits(
     config: TrainingConfig,
 ) -> InsufficientMemoryError:
     """The error that says what the most frugal settings need, and what would fit."""
-    frugal = _most_frugal(first)
+    frugal = _most_frugal(replace(first, packing=config.packing == "on"))
     parts = predict_memory(shape, adapter, frugal)
     need_gb = math.ceil(total_bytes(parts) / GIB * 100) / 100
     advice = [f"max_memory_gb of {need_gb:.2f} or more"]

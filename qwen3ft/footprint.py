@@ -8,13 +8,15 @@ The formulas are those of transformers' Qwen3 with SDPA attention under a paddin
 adapters on bitsandbytes' 4-bit layers, autocast where the model computes in bf16, and a loss whose
 chunks are recomputed in backward. What autograd keeps per token of one decoder layer (c: bytes of
 the compute type; H, I: hidden and MLP size; Q, K: features of all query / key-value heads;
-S: tokens per row; r: rank; h: query heads):
+S: tokens per row, of a packed row all of them; r: rank; h: query heads):
 
     2 RMSNorms         2 x (4 + c) H      the input in fp32, and the output as adapters' input
     q_norm, k_norm     4 Q + 4 K          their inputs in fp32
     attention          4 c Q + 4 h + c S  q, repeated k and v, output; log-sum-exp; additive mask
     SwiGLU             4 c I              gate, silu(gate), up, and their product
     7 adapters         7 c r              A x   (with dropout also its outputs: 3 H + Q + 2 H + I)
+
+Packed rows have one mask of S x S bytes for all layers beside it, made from two more of its size.
 
 `tests/test_plan.py` holds this against what autograd really saves, and against peaks measured on an
 H100 with the 4B shape, from 3.3 to 26 GB: tensors lay within -1 and +6 % of them. Not covered: the
@@ -25,6 +27,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qwen3ft.packing import row_tokens
 from qwen3ft.records import GIB, AdapterSpec, MemoryPart, ModelShape
 
 CUDA_CONTEXT_BYTES = int(0.75 * GIB)
@@ -50,6 +53,7 @@ class Workload:
         gradient_checkpointing: Whether each layer is computed again in backward.
         loss_chunk_tokens: Tokens whose logits exist at one time.
         offload_activations: Whether saved activations wait in host memory.
+        packing: Whether a micro-batch is one row of as many tokens, instead of padded rows.
         eval_batch_size: Sequences per forward pass of an evaluation.
         eval_tokens: Length of the longest held-out sequence, padding included.
     """
@@ -62,6 +66,7 @@ class Workload:
     gradient_checkpointing: bool
     loss_chunk_tokens: int
     offload_activations: bool = False
+    packing: bool = False
     eval_batch_size: int = 1
     eval_tokens: int = 1
 
@@ -71,9 +76,19 @@ class Workload:
         return 4 if self.compute_dtype == "float32" else 2
 
     @property
+    def capacity_tokens(self) -> int:
+        """Most tokens of a packed micro-batch: as many as the padded rows in its place hold."""
+        return self.micro_batch_size * self.sequence_tokens
+
+    @property
     def tokens(self) -> int:
         """Tokens of one micro-batch, padding included."""
-        return self.micro_batch_size * self.sequence_tokens
+        return row_tokens(self.capacity_tokens) if self.packing else self.capacity_tokens
+
+    @property
+    def keys_per_query(self) -> int:
+        """Tokens of a row: the width of the attention mask."""
+        return self.tokens if self.packing else self.sequence_tokens
 
 
 def predict_memory(
@@ -89,6 +104,7 @@ def predict_memory(
     return (
         *_fixed_parts(shape, adapter, work),
         saved,
+        *_packed_mask(work),
         working,
         MemoryPart(
             name="allocator slack",
@@ -148,7 +164,7 @@ def layer_bytes_per_token(shape: ModelShape, adapter: AdapterSpec, work: Workloa
     query = shape.num_attention_heads * shape.head_dim
     key = shape.num_key_value_heads * shape.head_dim
     norms = 2 * (4 + c) * hidden + 4 * query + 4 * key
-    attention = 4 * c * query + 4 * shape.num_attention_heads + c * work.sequence_tokens
+    attention = 4 * c * query + 4 * shape.num_attention_heads + c * work.keys_per_query
     dropped = c * (5 * hidden + query + mlp) if adapter.dropout else 0
     return norms + attention + 4 * c * mlp + 7 * c * adapter.r + dropped
 
@@ -172,6 +188,19 @@ def _saved_activations(shape: ModelShape, adapter: AdapterSpec, work: Workload) 
         name="saved activations",
         bytes=work.tokens * (layers * each + top),
         formula=f"{work.tokens:,} tokens x ({layers} layers x {each:,} bytes + {top:,}): {what}",
+    )
+
+
+def _packed_mask(work: Workload) -> tuple[MemoryPart, ...]:
+    """The mask that keeps the sequences of a packed row apart, and what it is made of."""
+    if not work.packing:
+        return ()
+    return (
+        MemoryPart(
+            name="packed attention mask",
+            bytes=3 * work.tokens**2,
+            formula=f"{work.tokens:,} x {work.tokens:,} tokens x 3 x 1 byte",
+        ),
     )
 
 

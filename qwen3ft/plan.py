@@ -96,6 +96,7 @@ def build_plan(
         gradient_checkpointing=work.gradient_checkpointing,
         loss_chunk_tokens=work.loss_chunk_tokens,
         offload_activations=work.offload_activations,
+        packing=work.packing,
         learning_rate=config.learning_rate,
         lr_scheduler=config.lr_scheduler,
         warmup_steps=schedule.warmup_steps,
@@ -125,6 +126,7 @@ def workload_of(plan: TrainPlan) -> Workload:
         gradient_checkpointing=plan.gradient_checkpointing,
         loss_chunk_tokens=plan.loss_chunk_tokens,
         offload_activations=plan.offload_activations,
+        packing=plan.packing,
         eval_batch_size=plan.eval_batch_size,
         eval_tokens=padded_length(plan.dataset.dev.longest_tokens, plan.max_sequence_length),
     )

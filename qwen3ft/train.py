@@ -66,8 +66,9 @@ class TrainingEngine:
         plan = self.plan
         return TrainingArguments(
             output_dir=str(self.job.path),
-            per_device_train_batch_size=plan.micro_batch_size,
-            gradient_accumulation_steps=plan.gradient_accumulation_steps,
+            # One item of the data loader is a whole step; the trainer splits it by itself.
+            per_device_train_batch_size=plan.effective_batch_size,
+            gradient_accumulation_steps=1,
             per_device_eval_batch_size=plan.eval_batch_size,
             max_steps=plan.total_steps,
             learning_rate=plan.learning_rate,
@@ -100,7 +101,7 @@ class TrainingEngine:
 
         Args:
             model: Base with adapter, ready for training.
-            dataset: Splits 'train' and 'dev' with input_ids, labels and length.
+            dataset: Splits 'train' and 'dev' with input_ids, length, and trained or labels.
             args: From `create_training_args`.
         """
         from transformers import PrinterCallback
@@ -205,5 +206,6 @@ class TrainingEngine:
 
 
 def _rows(split: Dataset) -> Dataset:
-    """The columns the trainer reads; `length` is for the order, the collator drops it."""
-    return split.select_columns(["input_ids", "labels", "length"])
+    """The columns the trainer reads; `length` is for the order, the collators drop it."""
+    targets = "trained" if "trained" in split.column_names else "labels"
+    return split.select_columns(["input_ids", targets, "length"])

@@ -3,7 +3,10 @@
 - The loss is the negative log-likelihood summed over trained tokens, divided by the number of
   trained tokens in the whole effective batch, so every split of it into micro-batches gives the
   same gradient. Logits exist only for trained positions and only `loss_chunk_tokens` at a time.
-- The order of sequences depends on seed and epoch alone, never on the micro-batch size.
+- One item of the data loader is one optimizer step: the list of its micro-batches, packed rows or
+  padded ones (`qwen3ft.packing`, `qwen3ft.batches`). To transformers' Trainer it is one batch
+  without accumulation, so its counts of steps, and what it skips on a resume, are exact.
+- The order of sequences depends on seed and epoch alone, never on the micro-batches.
 - Non-finite gradients raise before the weights are touched.
 - Checkpoints are committed whole (`qwen3ft.checkpoint`), without pickle, and restore every bit.
 """
@@ -11,9 +14,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,69 +25,53 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint as recompute
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerControl
 
 from qwen3ft import checkpoint
+from qwen3ft.batches import (
+    IGNORED,
+    EffectiveBatchOrder,
+    MicroBatch,
+    PackedCollator,
+    StepCollator,
+    StepRows,
+    StepSampler,
+    real_tokens,
+    trained_tokens,
+)
 from qwen3ft.errors import CheckpointCorruptError, DivergedError
+from qwen3ft.packing import pack, rows_at_a_time
+from qwen3ft.plan import workload_of
 from qwen3ft.training_state import load_optimizer_state, load_rng_state, save_training_state
 
 if TYPE_CHECKING:
     from qwen3ft.records import TrainPlan
 
-IGNORED = -100
-"""The label of a token that carries no loss."""
-
 ADAPTER_NAME = "adapter_model.safetensors"
 STATE_NAME = "trainer_state.json"
 
 
-class EffectiveBatchOrder(Sampler[int]):
-    """Row numbers of one epoch: shuffled by (seed, epoch), sorted by length in effective batches.
-
-    Which rows share an optimizer step is random; within it rows of like length stand together,
-    longest first, so that micro-batches of any size carry little padding and memory peaks early.
-    """
-
-    def __init__(self, lengths: Sequence[int], effective_batch_size: int, seed: int) -> None:
-        self.lengths = lengths
-        self.effective_batch_size = effective_batch_size
-        self.seed = seed
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order: list[int] = torch.randperm(len(self), generator=generator).tolist()
-        for start in range(0, len(order), self.effective_batch_size):
-            batch = order[start : start + self.effective_batch_size]
-            yield from sorted(batch, key=lambda row: (-self.lengths[row], row))
-
-
-def summed_loss(
-    model: Any,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    labels: torch.Tensor,
-    chunk_tokens: int,
-) -> torch.Tensor:
+def summed_loss(model: Any, batch: Mapping[str, torch.Tensor], chunk_tokens: int) -> torch.Tensor:
     """Negative log-likelihood in nats, summed over all positions whose label is not `IGNORED`.
 
     Args:
         model: A `Qwen3ForCausalLM`, adapters injected or not.
-        input_ids: Tokens, shape (batch, sequence).
-        attention_mask: 1 for real tokens, 0 for padding, shape (batch, sequence).
-        labels: Targets aligned with `input_ids`, shape (batch, sequence).
+        batch: `input_ids` and `labels` (targets aligned with them), shape (rows, tokens), and
+            either `attention_mask` (1 for real tokens, 0 for padding) or `position_ids` (0 where a
+            sequence of a packed row begins) of the same shape.
         chunk_tokens: Positions whose logits (chunk, vocabulary) exist at one time; backward
             computes them again instead of keeping them.
 
     Returns:
         A scalar in fp32.
     """
+    labels = batch["labels"]
     hidden = model.model(
-        input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        input_ids=batch["input_ids"],
+        attention_mask=batch.get("attention_mask"),
+        position_ids=batch.get("position_ids"),
+        use_cache=False,
     ).last_hidden_state
     trained = labels[:, 1:] != IGNORED
     hidden, targets = hidden[:, :-1][trained], labels[:, 1:][trained]
@@ -115,25 +103,73 @@ class QATrainer(Trainer):
         self.step_tokens = 0
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the whole batch's tokens
         self.order = EffectiveBatchOrder(
-            self.train_dataset["length"], plan.effective_batch_size, plan.seed
+            self.train_dataset.with_format("numpy")["length"][:],
+            plan.effective_batch_size,
+            plan.seed,
         )
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return self.order
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Steps, each the list of its micro-batches, which stay in host memory until they run."""
+        plan = self.plan
+        if plan.packing:
+            split = partial(pack, capacity_tokens=workload_of(plan).capacity_tokens)
+            collate: Any = PackedCollator(self.data_collator.pad_token_id)
+        else:
+            split = partial(rows_at_a_time, micro_batch_size=plan.micro_batch_size)
+            collate = self.data_collator
+        loader: DataLoader[Any] = DataLoader(
+            StepRows(self.train_dataset),  # type: ignore[arg-type]
+            batch_sampler=StepSampler(self.order, split),
+            collate_fn=StepCollator(collate),
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        prepared: DataLoader[Any] = self.accelerator.prepare_data_loader(
+            loader, device_placement=False
+        )
+        return prepared
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
-        """The micro-batches of one optimizer step, and their number of trained tokens."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.step_tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-        trained = sum((batch["labels"][:, 1:] != IGNORED).sum() for batch in batches)
-        return batches, torch.as_tensor(trained, device=device)
+        self, epoch_iterator: Iterator[list[MicroBatch]], num_batches: int, device: torch.device
+    ) -> tuple[list[list[MicroBatch]], torch.Tensor]:
+        """The next step, and its number of trained tokens."""
+        steps = list(islice(epoch_iterator, num_batches))
+        batches = [batch for step in steps for batch in step]
+        self.step_tokens = sum(map(real_tokens, batches))
+        return steps, torch.tensor(sum(map(trained_tokens, batches)), device=device)
+
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: list[MicroBatch],
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Forward and backward of each micro-batch; their mean loss per trained token."""
+        total = torch.zeros((), device=self.args.device)
+        for index, batch in enumerate(inputs):
+            if index:
+                self.control = self.callback_handler.on_substep_end(
+                    self.args, self.state, self.control
+                )
+            total += super().training_step(model, batch, num_items_in_batch)
+        return total
+
+    def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:
+        """To the device, without waiting for what it still computes."""
+        return {
+            name: value.to(self.args.device, non_blocking=True)
+            if isinstance(value, torch.Tensor)
+            else value
+            for name, value in inputs.items()
+        }
+
+    def floating_point_ops(self, inputs: list[MicroBatch]) -> int:
+        """Of all micro-batches of a step."""
+        return sum(super(QATrainer, self).floating_point_ops(batch) for batch in inputs)
 
     def compute_loss(
         self,
         model: torch.nn.Module,
-        inputs: dict[str, torch.Tensor],
+        inputs: MicroBatch,
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -141,15 +177,13 @@ class QATrainer(Trainer):
         assert num_items_in_batch is not None
         return self._summed_loss(inputs) / num_items_in_batch
 
-    def _summed_loss(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _summed_loss(self, inputs: MicroBatch) -> torch.Tensor:
         offload = self.plan.offload_activations and torch.is_grad_enabled()
         on_host = torch.autograd.graph.save_on_cpu(pin_memory=True) if offload else nullcontext()
         with self._autocast(), on_host:
             return summed_loss(
                 self.accelerator.unwrap_model(self.model).get_base_model(),
-                inputs["input_ids"],
-                inputs["attention_mask"],
-                inputs["labels"],
+                inputs,
                 self.plan.loss_chunk_tokens,
             )
 
@@ -188,7 +222,7 @@ class QATrainer(Trainer):
         for inputs in self.get_eval_dataloader(eval_dataset):
             with torch.no_grad():
                 loss_sum += self._summed_loss(self._prepare_inputs(inputs)).item()
-            tokens += int((inputs["labels"][:, 1:] != IGNORED).sum())
+            tokens += trained_tokens(inputs)
             self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         self.model.train()
         metrics = {f"{metric_key_prefix}_loss": loss_sum / max(tokens, 1)}

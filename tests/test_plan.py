@@ -476,6 +476,7 @@ def test_each_derived_value_has_its_reason(gpu_gb: float | None) -> None:
         "gradient_checkpointing",
         "loss_chunk_tokens",
         "offload_activations",
+        "packing",
         "warmup_steps",
         "total_steps",
         "evaluate_every_steps",

@@ -11,19 +11,21 @@ import pytest
 import torch
 
 from qwen3ft.attempt import JobDir
+from qwen3ft.batches import IGNORED
 from qwen3ft.callbacks import StopRequest
 from qwen3ft.data import DataPipeline
 from qwen3ft.lora import LoRAAdapter
 from qwen3ft.memory import MemoryOptimizer
 from qwen3ft.model import ModelManager
+from qwen3ft.token_table import load_split
 from qwen3ft.train import TrainingEngine
-from qwen3ft.trainer import IGNORED, EffectiveBatchOrder, summed_loss
+from qwen3ft.trainer import summed_loss
 
 
 @pytest.fixture
 def prepare(make_config: Callable[..., Any]) -> Callable[..., Any]:
     """A trainer for a plan, composed as the worker does it."""
-    from datasets import DatasetDict, load_from_disk
+    from datasets import DatasetDict
     from transformers import set_seed
 
     def make(plan: Any) -> tuple[TrainingEngine, Any]:
@@ -35,7 +37,7 @@ def prepare(make_config: Callable[..., Any]) -> Callable[..., Any]:
             model, gradient_checkpointing=plan.gradient_checkpointing
         )
         adapted = LoRAAdapter(plan.adapter).apply_lora(model)
-        splits = {name: load_from_disk(f"{plan.dataset.path}/{name}") for name in ("train", "dev")}
+        splits = {name: load_split(Path(plan.dataset.path), name) for name in ("train", "dev")}
         job = JobDir(Path(plan.run_dir) / "attempts" / f"{plan.attempt:02d}").create(plan)
         engine = TrainingEngine(
             plan,
@@ -67,22 +69,17 @@ def base_weights(trainer: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def first_batch_gradients(engine: TrainingEngine, trainer: Any) -> dict[str, torch.Tensor]:
-    """Gradients of the first effective batch, before any update."""
-    caught: dict[str, torch.Tensor] = {}
-    norm = trainer._get_grad_norm
-
-    def catch(model: Any, grad_norm: Any = None) -> float:
-        if not caught:
-            caught.update(
-                {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-            )
-        return norm(model, grad_norm=grad_norm)
-
-    trainer._get_grad_norm = catch
-    trainer.args.max_grad_norm = 0.0  # compare what was accumulated, not what clipping made of it
-    engine.train_model(trainer)
-    return caught
+def first_step_gradients(trainer: Any) -> dict[str, torch.Tensor]:
+    """Gradients of the first effective batch, with an adapter that does something already."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:  # zero at the start, which would hide what flows through A
+                parameter.normal_(std=0.02, generator=generator)
+    steps = iter(trainer.get_train_dataloader())
+    (step,), trained = trainer.get_batch_samples(steps, 1, trainer.args.device)
+    trainer.training_step(trainer.model, step, trained)
+    return {n: p.grad for n, p in trainer.model.named_parameters() if p.requires_grad}
 
 
 def test_training_lowers_the_held_out_loss_and_leaves_the_base_untouched(
@@ -114,14 +111,12 @@ def test_only_lora_parameters_are_trainable(prepare: Any, make_plan: Any) -> Non
 def test_prompt_tokens_carry_no_loss(prepare: Any, make_plan: Any) -> None:
     """Changing which token a masked position should predict changes neither loss nor gradient."""
     _, trainer = prepare(make_plan())
-    batch = next(iter(trainer.get_train_dataloader()))
+    batch, *_ = next(iter(trainer.get_train_dataloader()))
     model = trainer.model.get_base_model()
 
     def loss(labels: torch.Tensor) -> float:
         with torch.no_grad():
-            return float(
-                summed_loss(model, batch["input_ids"], batch["attention_mask"], labels, 64)
-            )
+            return float(summed_loss(model, {**batch, "labels": labels}, 64))
 
     labels = batch["labels"]
     assert bool((labels == IGNORED).any())
@@ -143,26 +138,39 @@ def test_prompt_tokens_carry_no_loss(prepare: Any, make_plan: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("micro", "accumulation", "recompute", "chunk"),
-    [(4, 16, False, 4096), (1, 64, False, 4096), (16, 4, True, 32)],
+    ("micro", "accumulation", "recompute", "chunk", "packing"),
+    [
+        (4, 16, False, 4096, False),
+        (1, 64, False, 4096, False),
+        (16, 4, True, 32, False),
+        (64, 1, False, 4096, True),
+        (16, 4, True, 32, True),
+        (1, 64, False, 4096, True),
+    ],
 )
 def test_every_split_of_the_effective_batch_gives_the_same_gradient(
-    prepare: Any, make_plan: Any, micro: int, accumulation: int, recompute: bool, chunk: int
+    prepare: Any,
+    make_plan: Any,
+    micro: int,
+    accumulation: int,
+    recompute: bool,
+    chunk: int,
+    packing: bool,
 ) -> None:
-    """4 x 16, 1 x 64 and 16 x 4 with recomputation equal 64 x 1 within fp32 rounding."""
-    common = {"total_steps": 1, "evaluate_every_steps": 1, "gradient_accumulation_steps": 1}
-    whole = first_batch_gradients(*prepare(make_plan("whole", micro_batch_size=64, **common)))
-    split = first_batch_gradients(
-        *prepare(
-            make_plan(
-                "split",
-                micro_batch_size=micro,
-                **{**common, "gradient_accumulation_steps": accumulation},
-                gradient_checkpointing=recompute,
-                loss_chunk_tokens=chunk,
-            )
+    """Padded or packed, small or large, recomputed or not: as 64 padded rows at once, in fp32."""
+    _, trainer = prepare(make_plan("whole", micro_batch_size=64, gradient_accumulation_steps=1))
+    whole = first_step_gradients(trainer)
+    _, trainer = prepare(
+        make_plan(
+            "split",
+            micro_batch_size=micro,
+            gradient_accumulation_steps=accumulation,
+            gradient_checkpointing=recompute,
+            loss_chunk_tokens=chunk,
+            packing=packing,
         )
     )
+    split = first_step_gradients(trainer)
     difference = sum(float((whole[n] - split[n]).norm() ** 2) for n in whole) ** 0.5
     scale = sum(float(whole[n].norm() ** 2) for n in whole) ** 0.5
     assert scale > 0
@@ -176,14 +184,13 @@ def test_evaluation_does_not_change_the_gradients(prepare: Any, make_plan: Any) 
     it then uses has no backward, so part of every gradient was lost, without an error.
     """
     _, trainer = prepare(make_plan())
-    batch = next(iter(trainer.get_train_dataloader()))
-    inputs = (batch["input_ids"], batch["attention_mask"], batch["labels"], 64)
+    batch, *_ = next(iter(trainer.get_train_dataloader()))
     core = trainer.model.get_base_model()
 
     def gradients() -> dict[str, torch.Tensor]:
         trainer.model.train()
         trainer.model.zero_grad()
-        summed_loss(core, *inputs).backward()
+        summed_loss(core, batch, 64).backward()
         return {n: p.grad.clone() for n, p in core.named_parameters() if p.grad is not None}
 
     with torch.no_grad():
@@ -199,30 +206,22 @@ def test_evaluation_does_not_change_the_gradients(prepare: Any, make_plan: Any) 
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_order_depends_on_seed_and_epoch_only() -> None:
-    """Each epoch is a permutation; batches of the same rows whatever the micro-batch size."""
-    lengths = [5, 9, 3, 7, 8, 2, 6, 4, 1, 10]
-    order = EffectiveBatchOrder(lengths, effective_batch_size=4, seed=3)
-    first = list(order)
-    assert sorted(first) == list(range(10))
-    assert list(EffectiveBatchOrder(lengths, 4, 3)) == first
-    for start in range(0, 10, 4):
-        batch = [lengths[row] for row in first[start : start + 4]]
-        assert batch == sorted(batch, reverse=True)
-    order.epoch = 1
-    assert list(order) != first
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_resumed_run_ends_bit_identical(prepare: Any, make_plan: Any, packing: bool) -> None:
+    """Stopped in the second epoch and resumed from there, every adapter bit is the same.
 
-
-def test_a_resumed_run_ends_bit_identical(prepare: Any, make_plan: Any) -> None:
-    """Stopped after step 5 and resumed from its checkpoint, every adapter bit is the same."""
-    schedule = {"total_steps": 9, "evaluate_every_steps": 3}
+    An epoch is 6 steps of 16 rows in several micro-batches; dropout makes the generators matter.
+    """
+    adapter = make_plan().adapter.model_copy(update={"dropout": 0.1})
+    schedule = {"total_steps": 8, "evaluate_every_steps": 4, "packing": packing}
+    schedule |= {"micro_batch_size": 4, "gradient_accumulation_steps": 4, "adapter": adapter}
     _, undisturbed = prepare(make_plan("undisturbed", **schedule))
     undisturbed.train()
     engine, first = prepare(make_plan("resumed", **schedule))
-    first.add_callback(_StopAt(engine, 5))
+    first.add_callback(_StopAt(engine, 7))
     with pytest.raises(Exception, match="asked to stop"):
         engine.train_model(first)
-    checkpoint = engine.job.checkpoints / "step-000005"
+    checkpoint = engine.job.checkpoints / "step-000007"
     plan = make_plan("resumed", **schedule, attempt=2, resume_from=str(checkpoint))
     engine, second = prepare(plan)
     engine.train_model(second)
@@ -232,9 +231,12 @@ def test_a_resumed_run_ends_bit_identical(prepare: Any, make_plan: Any) -> None:
     assert [entry["eval_loss"] for entry in got] == [entry["eval_loss"] for entry in wanted]
 
 
-def test_a_changed_micro_batch_continues_the_same_steps(prepare: Any, make_plan: Any) -> None:
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_changed_micro_batch_continues_the_same_steps(
+    prepare: Any, make_plan: Any, packing: bool
+) -> None:
     """After a shrink from 16 x 1 to 4 x 4 the run sees the same rows and ends at the same step."""
-    schedule = {"total_steps": 8, "evaluate_every_steps": 4}
+    schedule = {"total_steps": 8, "evaluate_every_steps": 4, "packing": packing}
     _, undisturbed = prepare(make_plan("undisturbed", **schedule))
     undisturbed.train()
     engine, first = prepare(make_plan("shrunk", **schedule))
@@ -251,6 +253,61 @@ def test_a_changed_micro_batch_continues_the_same_steps(prepare: Any, make_plan:
     reference, result = adapter_tensors(undisturbed), adapter_tensors(second)
     for name in reference:
         assert torch.allclose(reference[name], result[name], atol=2e-4), name
+
+
+def test_a_resumed_run_reads_no_row_of_the_steps_before(
+    prepare: Any, make_plan: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From step 5 of 6 an epoch, the rows fetched are those of the steps that are left."""
+    from qwen3ft.batches import StepRows
+
+    schedule = {"total_steps": 5, "evaluate_every_steps": 5, "packing": True}
+    engine, first = prepare(make_plan("first", **schedule))
+    engine.train_model(first)
+    checkpoint = engine.job.checkpoints / "step-000005"
+    plan = make_plan(
+        "first", **{**schedule, "total_steps": 6}, attempt=2, resume_from=str(checkpoint)
+    )
+    engine, second = prepare(plan)
+    fetched: list[int] = []
+    get = StepRows.__getitem__
+    monkeypatch.setattr(
+        StepRows, "__getitem__", lambda rows, numbers: fetched.extend(numbers) or get(rows, numbers)
+    )
+    engine.train_model(second)
+    assert len(fetched) == 16
+
+
+def test_the_heartbeat_beats_between_micro_batches(prepare: Any, make_plan: Any) -> None:
+    """A step of 16 micro-batches gives 15 signs of life before its end: a long one is no stall."""
+    from transformers import TrainerCallback
+
+    engine, trainer = prepare(
+        make_plan(
+            micro_batch_size=1,
+            gradient_accumulation_steps=16,
+            total_steps=1,
+            evaluate_every_steps=1,
+        )
+    )
+    beats: list[int] = []
+
+    class Count(TrainerCallback):
+        def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            beats.append(state.global_step)
+
+    trainer.add_callback(Count())
+    engine.train_model(trainer)
+    assert beats == [0] * 15
+
+
+def test_packing_does_not_change_the_evaluation(prepare: Any, make_plan: Any) -> None:
+    """The held-out loss of a packed run is that of a padded one, to the last bit."""
+    losses = []
+    for packing in (False, True):
+        _, trainer = prepare(make_plan(f"run-{packing}", packing=packing))
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert losses[0] == losses[1]
 
 
 class _StopAt:

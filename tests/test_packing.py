@@ -1,0 +1,463 @@
+"""Packing: which sequences share a micro-batch, what the row looks like, and that nothing leaks."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwen3ft.batches import (
+    IGNORED,
+    EffectiveBatchOrder,
+    PackedCollator,
+    PaddingCollator,
+    StepSampler,
+    labels_of,
+    real_tokens,
+    trained_tokens,
+)
+from qwen3ft.packing import (
+    WorstCase,
+    epoch_batches,
+    epoch_order,
+    pack,
+    row_tokens,
+    rows_at_a_time,
+    worst_case,
+)
+from qwen3ft.trainer import summed_loss
+
+LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40)
+
+
+def workload_lengths(count: int, seed: int = 0) -> list[int]:
+    """Lengths as in the measured workload of the peers, at most 256 tokens."""
+    draw = random.Random(seed)
+    return [
+        int(min(256, max(16, draw.lognormvariate(math.log(256 * 0.375), 0.6))))
+        for _ in range(count)
+    ]
+
+
+def fewest(lengths: list[int], capacity: int) -> int:
+    """The fewest micro-batches possible, by trying every assignment."""
+    for count in range(1, len(lengths) + 1):
+        for homes in itertools.product(range(count), repeat=len(lengths)):
+            totals = [0] * count
+            for length, home in zip(lengths, homes, strict=True):
+                totals[home] += length
+            if max(totals) <= capacity:
+                return count
+    raise AssertionError
+
+
+# --- which sequences share a micro-batch ---
+
+
+@given(lengths=LENGTHS, spare=st.integers(0, 200))
+def test_packing_loses_splits_and_overfills_nothing(lengths: list[int], spare: int) -> None:
+    """A partition within the capacity, in the order given, and the same every time."""
+    capacity = max(lengths) + spare
+    groups = pack(lengths, capacity)
+    assert sorted(itertools.chain(*groups)) == list(range(len(lengths)))
+    assert all(groups)
+    assert all(group == sorted(group) for group in groups)
+    assert groups == sorted(groups)
+    assert all(sum(lengths[index] for index in group) <= capacity for group in groups)
+    assert pack(np.array(lengths, dtype=np.int32), capacity) == groups
+
+
+@given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=6), spare=st.integers(0, 25))
+def test_packing_needs_hardly_more_than_the_fewest_micro_batches(
+    lengths: list[int], spare: int
+) -> None:
+    """Within the bound of best-fit decreasing, 11/9 of the optimum + 6/9, found by brute force."""
+    capacity = max(lengths) + spare
+    assert len(pack(lengths, capacity)) <= 11 / 9 * fewest(lengths, capacity) + 6 / 9
+
+
+def test_packing_takes_fewer_where_balancing_alone_would_not_fit() -> None:
+    """Longest first into the least filled needs 3 micro-batches of 10 here; 2 are enough."""
+    assert pack([5, 5, 4, 3, 3], 10) == [[0, 1], [2, 3, 4]]
+
+
+@pytest.mark.parametrize("capacity", [1024, 2048, 4096, 8192, 16384])
+def test_micro_batches_of_a_step_are_as_few_and_as_level_as_can_be(capacity: int) -> None:
+    """The least that the tokens allow, or one more; the fullest within 3 % of their mean."""
+    for seed in range(20):
+        lengths = workload_lengths(64, seed)
+        groups = pack(lengths, capacity)
+        tokens = [sum(lengths[index] for index in group) for group in groups]
+        least = -(-sum(lengths) // capacity)
+        assert least <= len(groups) <= least + 1
+        assert max(tokens) <= 1.03 * sum(tokens) / len(tokens)
+
+
+def test_a_sequence_over_the_capacity_is_refused() -> None:
+    """It would have to be split; an empty one has nothing to train."""
+    with pytest.raises(ValueError, match="33 tokens do not fit micro-batches of 32"):
+        pack([3, 33], 32)
+    with pytest.raises(ValueError, match="0 to 3 tokens"):
+        pack([3, 0], 32)
+    assert pack([], 32) == []
+
+
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=120),
+    effective=st.integers(1, 32),
+    capacities=st.tuples(st.integers(50, 400), st.integers(50, 400)),
+    seed=st.integers(0, 2**31 - 1),
+    epoch=st.integers(0, 99),
+)
+def test_effective_batches_do_not_depend_on_the_capacity(
+    lengths: list[int], effective: int, capacities: tuple[int, int], seed: int, epoch: int
+) -> None:
+    """Another capacity splits the same effective batches; an epoch holds each row once."""
+    wanted = [batch.tolist() for batch in epoch_order(lengths, effective, seed, epoch)]
+    assert sorted(itertools.chain(*wanted)) == list(range(len(lengths)))
+    assert all(len(batch) == effective for batch in wanted[:-1])
+    for capacity in capacities:
+        steps = list(epoch_batches(lengths, effective, capacity, seed, epoch))
+        assert [sorted(itertools.chain(*step)) for step in steps] == [sorted(b) for b in wanted]
+        for step, batch in zip(steps, wanted, strict=True):
+            place = {row: index for index, row in enumerate(batch)}
+            assert all(rows == sorted(rows, key=place.__getitem__) for rows in step)
+
+
+def test_order_depends_on_seed_and_epoch_only() -> None:
+    """Each epoch is a permutation, the longest row of a batch first; pinned for old checkpoints."""
+    lengths = [5, 9, 3, 7, 8, 2, 6, 4, 1, 10]
+    order = EffectiveBatchOrder(lengths, effective_batch_size=4, seed=3)
+    first = list(order)
+    assert first == PINNED
+    assert sorted(first) == list(range(10))
+    for batch in order.batches():
+        assert [lengths[row] for row in batch] == sorted((lengths[r] for r in batch), reverse=True)
+    order.epoch = 1
+    assert list(order) != first
+    assert list(EffectiveBatchOrder(lengths, 4, seed=4)) != first
+
+
+PINNED = [9, 1, 0, 5, 4, 7, 2, 8, 3, 6]
+
+
+def test_the_sampler_gives_what_the_plan_said() -> None:
+    """Steps of the data loader are those of `epoch_batches`; padded ones hold neighbours."""
+    lengths = workload_lengths(200)
+    order = EffectiveBatchOrder(lengths, 64, seed=5)
+    order.epoch = 2
+    sampler = StepSampler(order, lambda tokens: pack(tokens, 1024))
+    assert list(sampler) == list(epoch_batches(lengths, 64, 1024, seed=5, epoch=2))
+    assert len(sampler) == len(list(sampler)) == 4
+    padded = list(StepSampler(order, lambda tokens: rows_at_a_time(tokens, 5)))
+    assert [len(step) for step in padded] == [13, 13, 13, 2]
+    assert list(itertools.chain(*itertools.chain(*padded))) == list(order)
+
+
+@given(lengths=LENGTHS, effective=st.integers(1, 16), capacity=st.integers(60, 300))
+def test_the_worst_case_is_that_of_the_plan(
+    lengths: list[int], effective: int, capacity: int
+) -> None:
+    """Its numbers are reached by some micro-batch and exceeded by none."""
+    steps = list(epoch_batches(lengths, effective, capacity, seed=1, epoch=0))
+    tokens = [[sum(lengths[row] for row in rows) for rows in step] for step in steps]
+    most = max(itertools.chain(*tokens))
+    worst = worst_case(lengths, steps)
+    assert worst == WorstCase(
+        micro_batch_tokens=most,
+        row_tokens=row_tokens(most),
+        sequence_tokens=max(lengths),
+        micro_batches=sum(map(len, steps)),
+        micro_batches_per_step=max(map(len, steps)),
+    )
+    assert worst.row_tokens % 32 == 0
+    assert most <= worst.row_tokens < most + 32
+    assert worst_case([], []) == WorstCase(0, 0, 0, 0, 0)
+
+
+# --- what the row looks like ---
+
+
+def make_rows(
+    lengths: list[int], seed: int = 0, vocabulary: int = 1000, first: int = 1
+) -> list[dict[str, Any]]:
+    """Rows with two trained ranges each, where they are long enough, the last token always in."""
+    draw = random.Random(seed)
+    rows = []
+    for length in lengths:
+        ids = [draw.randrange(4, vocabulary) for _ in range(length)]
+        start = min(length - 1, max(first, length // 2))
+        trained = [start, length]
+        if start > 4:
+            trained = [first, 3, *trained]
+        labels = [IGNORED] * length
+        for low, high in zip(trained[::2], trained[1::2], strict=True):
+            labels[low:high] = ids[low:high]
+        rows.append({"input_ids": ids, "trained": trained, "labels": labels, "length": length})
+    return rows
+
+
+def without(rows: list[dict[str, Any]], column: str) -> list[dict[str, Any]]:
+    return [{name: value for name, value in row.items() if name != column} for row in rows]
+
+
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12), first=st.integers(0, 1))
+def test_both_collators_take_ranges_or_labels(lengths: list[int], first: int) -> None:
+    """`trained` ranges and `labels` give the same tensors, padded and packed."""
+    rows = make_rows(lengths, first=first)
+    for collate in (PaddingCollator(0), PackedCollator(0)):
+        ranges, labels = collate(without(rows, "labels")), collate(without(rows, "trained"))
+        assert ranges.keys() == labels.keys()
+        assert all(bool(torch.as_tensor(ranges[n] == labels[n]).all()) for n in ranges)
+    assert all(labels_of(row).tolist() == row["labels"] for row in without(rows, "nothing"))
+
+
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12), multiple=st.integers(1, 64))
+def test_a_packed_row_holds_every_token_once_and_trains_across_no_border(
+    lengths: list[int], multiple: int
+) -> None:
+    """Ids, positions and targets are those of each row alone; padding carries none."""
+    rows = make_rows(lengths, first=0)
+    batch = PackedCollator(7, multiple=multiple)(rows)
+    slots = batch["input_ids"].shape[1]
+    assert slots % multiple == 0
+    assert sum(lengths) <= slots < sum(lengths) + multiple
+    assert {n: tuple(batch[n].shape) for n in ("input_ids", "labels", "position_ids")} == (
+        dict.fromkeys(("input_ids", "labels", "position_ids"), (1, slots))
+    )
+    assert batch["cu_seqlens"].dtype == torch.int32
+    bounds = batch["cu_seqlens"].tolist()
+    assert (bounds[0], bounds[-1]) == (0, slots)
+    assert bounds == sorted(set(bounds))
+    assert batch["max_length"] == max(np.diff(bounds))
+    assert real_tokens(batch) == sum(lengths)
+    for row, start, end in zip(rows, bounds, bounds[1:], strict=False):
+        assert batch["input_ids"][0, start:end].tolist() == row["input_ids"]
+        assert batch["position_ids"][0, start:end].tolist() == list(range(end - start))
+        assert batch["labels"][0, start:end].tolist() == [IGNORED, *row["labels"][1:]]
+    padding = slice(sum(lengths), slots)
+    assert batch["input_ids"][0, padding].tolist() == [7] * (slots - sum(lengths))
+    assert batch["position_ids"][0, padding].tolist() == list(range(slots - sum(lengths)))
+    assert bool((batch["labels"][0, padding] == IGNORED).all())
+    padded = PaddingCollator(7)(rows)
+    assert trained_tokens(batch) == trained_tokens(padded)
+    assert real_tokens(padded) == sum(lengths)
+
+
+# --- that nothing leaks, by numbers ---
+
+
+@pytest.fixture(scope="module", params=["fp32", "nf4"])
+def model(request: pytest.FixtureRequest) -> Any:
+    """The embedded model with an adapter that does something, unquantised and in NF4."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from qwen3ft.embedded import MODEL_DIR
+    from qwen3ft.model import keep_trainable_after_eval
+
+    settings: dict[str, Any] = {}
+    if request.param == "nf4":
+        settings["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        )
+    base = AutoModelForCausalLM.from_pretrained(
+        MODEL_DIR, dtype=torch.float32, attn_implementation="sdpa", **settings
+    )
+    keep_trainable_after_eval(base)
+    torch.manual_seed(0)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    adapted = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=targets))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    return adapted.get_base_model().train()
+
+
+def mean_loss_and_gradients(
+    model: Any, batches: Iterator[Any] | list[Any]
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Over all micro-batches, divided by all their trained tokens."""
+    model.zero_grad()
+    batches = list(batches)
+    trained = sum(map(trained_tokens, batches))
+    total = 0.0
+    for batch in batches:
+        loss = summed_loss(model, batch, 64) / trained
+        loss.backward()
+        total += loss.item()
+    return total, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def relative_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    difference = sum(float((one[n] - other[n]).norm() ** 2) for n in one) ** 0.5
+    return difference / sum(float(one[n].norm() ** 2) for n in one) ** 0.5
+
+
+def test_a_packed_sequence_is_computed_as_if_it_were_alone(model: Any) -> None:
+    """Hidden states of each packed sequence equal its own in fp32; its neighbours do not matter."""
+    rows = make_rows([1, 37, 5, 64, 2, 20], seed=3)
+    batch = PackedCollator(0)(rows)
+
+    def hidden(ids: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+        with torch.no_grad():
+            return model.model(
+                input_ids=ids, position_ids=positions, use_cache=False
+            ).last_hidden_state
+
+    packed = hidden(batch["input_ids"], batch["position_ids"])
+    bounds = batch["cu_seqlens"].tolist()
+    for row, start, end in zip(rows, bounds, bounds[1:], strict=False):
+        alone = hidden(torch.tensor([row["input_ids"]]), None)
+        assert torch.allclose(packed[:, start:end], alone, rtol=1e-5, atol=1e-5)
+    leaking = hidden(batch["input_ids"], None)
+    assert not torch.allclose(packed[:, bounds[1] :], leaking[:, bounds[1] :], rtol=1e-2, atol=1e-2)
+    changed = batch["input_ids"].clone()
+    changed[0, bounds[3] : bounds[4]] = 9
+    changed[0, bounds[-2] :] = 9
+    other = hidden(changed, batch["position_ids"])
+    kept = torch.ones(changed.shape[1], dtype=torch.bool)
+    kept[bounds[3] : bounds[4]] = kept[bounds[-2] :] = False
+    assert torch.allclose(other[:, kept], packed[:, kept], rtol=1e-6, atol=1e-6)
+    assert not torch.equal(other, packed)
+
+
+def test_every_capacity_gives_the_loss_and_gradient_of_padded_rows(model: Any) -> None:
+    """Within 1e-5 in fp32, from one row a micro-batch to all in one."""
+    rows = make_rows(workload_lengths(12, seed=2), seed=2)
+    lengths = [row["length"] for row in rows]
+    wanted_loss, wanted = mean_loss_and_gradients(model, [PaddingCollator(0)(rows)])
+    assert sum(float(gradient.norm()) for gradient in wanted.values()) > 0
+    counts = set()
+    for capacity in (max(lengths), 300, 500, sum(lengths)):
+        groups = pack(lengths, capacity)
+        counts.add(len(groups))
+        batches = [PackedCollator(0)([rows[index] for index in group]) for group in groups]
+        loss, gradients = mean_loss_and_gradients(model, batches)
+        assert loss == pytest.approx(wanted_loss, rel=1e-5)
+        assert relative_difference(wanted, gradients) <= 1e-5
+    assert len(counts) >= 3
+
+
+def test_the_prediction_counts_what_autograd_keeps_of_a_packed_row(model: Any) -> None:
+    """Within 2 % for the layers: the mask that SDPA keeps in each is as wide as the whole row."""
+    from peft.tuners.lora import LoraLayer
+
+    from qwen3ft.footprint import Workload, layer_bytes_per_token
+    from qwen3ft.records import AdapterSpec, ModelShape
+
+    batch = PackedCollator(0)(make_rows([100, 200, 150, 40]))
+    tokens = batch["input_ids"].numel()
+    own = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = model.model(
+            input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
+        )
+    assert hidden.last_hidden_state.requires_grad
+    assert sum(isinstance(module, LoraLayer) for module in model.modules()) == 7 * 3
+    shape = ModelShape.model_validate(
+        {name: getattr(model.config, name) for name in ModelShape.model_fields}
+    )
+    work = Workload(
+        device="cpu",
+        compute_dtype="float32",
+        quantization="nf4-double",
+        micro_batch_size=1,
+        sequence_tokens=tokens,
+        gradient_checkpointing=False,
+        loss_chunk_tokens=64,
+        packing=True,
+    )
+    adapter = AdapterSpec(
+        r=4, alpha=8, dropout=0.0, target_modules=(), trainable_parameters=1, total_parameters=1
+    )
+    top = 4 * shape.hidden_size
+    formula = shape.num_hidden_layers * layer_bytes_per_token(shape, adapter, work) + top
+    measured = sum(storage.nbytes() for storage in saved.values()) / tokens
+    assert measured == pytest.approx(formula, rel=0.02)
+
+
+# --- whether to pack ---
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpu", "expected"),
+    [("auto", True, True), ("auto", False, False), ("on", False, True), ("off", True, False)],
+)
+def test_the_plan_packs_on_a_gpu_or_where_asked(
+    make_config: Any,
+    environment: Any,
+    snapshot: Any,
+    manifest: Any,
+    asked: str,
+    gpu: bool,
+    expected: bool,
+) -> None:
+    """And says why; a packed plan is predicted to take no less than its padded twin."""
+    from qwen3ft.lora import plan_adapter
+    from qwen3ft.plan import build_plan, repredict, workload_of
+    from qwen3ft.records import GpuInfo
+
+    card = GpuInfo(
+        index=0, name="G", uuid="U", total_bytes=2**34, free_bytes=2**34, driver_version="1"
+    )
+    machine = environment.model_copy(update={"gpus": (card,) if gpu else ()})
+    config = make_config(packing=asked)
+    adapter = plan_adapter(config, snapshot.shape)
+    plan = build_plan(config, machine, snapshot, adapter, manifest)
+    assert plan.packing is expected
+    assert plan.reasons["packing"]
+    work = workload_of(plan)
+    assert work.capacity_tokens >= manifest.train.longest_tokens
+    padded = repredict(plan.model_copy(update={"packing": False}))
+    packed = repredict(plan.model_copy(update={"packing": True}))
+    assert packed.predicted_peak_bytes >= padded.predicted_peak_bytes
+
+
+def test_long_rows_that_fit_padded_alone_are_not_refused(
+    make_config: Any, environment: Any, snapshot: Any, manifest: Any
+) -> None:
+    """Where the mask of a packed row is what does not fit, 'auto' falls back to padded rows."""
+    from qwen3ft.errors import InsufficientMemoryError
+    from qwen3ft.lora import plan_adapter
+    from qwen3ft.plan import build_plan
+    from qwen3ft.records import GpuInfo
+
+    card = GpuInfo(
+        index=0, name="G", uuid="U", total_bytes=2**34, free_bytes=2**34, driver_version="1"
+    )
+    machine = environment.model_copy(update={"gpus": (card,)})
+    long = manifest.train.model_copy(update={"longest_tokens": 16384})
+    rows = manifest.model_copy(update={"train": long})
+    settings = {"max_sequence_length": 16384, "max_memory_gb": 2.3}
+    for asked in ("auto", "on"):
+        config = make_config(packing=asked, **settings)
+        adapter = plan_adapter(config, snapshot.shape)
+        if asked == "on":
+            with pytest.raises(InsufficientMemoryError, match="packed attention mask"):
+                build_plan(config, machine, snapshot, adapter, rows)
+        else:
+            plan = build_plan(config, machine, snapshot, adapter, rows)
+            assert not plan.packing
+            assert "does not fit" in plan.reasons["packing"]
