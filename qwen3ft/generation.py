@@ -13,7 +13,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qwen3ft.chat import IGNORED_LABEL, encode_texts, generation_prompt, tokenize_row
+from qwen3ft.chat import (
+    IGNORED_LABEL,
+    Asked,
+    TokenizedRow,
+    generation_prompt,
+    prompt_ids,
+    tokenize_rows,
+)
 from qwen3ft.errors import OutOfMemoryError
 from qwen3ft.logs import get_logger
 from qwen3ft.quality import THINK_OPEN, Generated
@@ -40,11 +47,12 @@ def _no_progress(_: int) -> None:
 def answer_questions(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[str],
+    questions: Sequence[Asked],
     *,
     batch_size: int,
     max_new_tokens: int,
     thinking: bool | Sequence[bool],
+    escape: bool = False,
     progress: Progress = _no_progress,
 ) -> list[Generated]:
     """Answer each question greedily; results are in the order of `questions`.
@@ -52,21 +60,22 @@ def answer_questions(
     Args:
         model: In eval mode.
         tokenizer: With a padding token.
-        questions: What a user would type; the chat template is applied here.
+        questions: What a user would type, or rows, of which the last turn of the assistant is to
+            be written; the chat template is applied here.
         batch_size: Questions at a time; halved whenever memory runs out.
         max_new_tokens: Longest answer, thinking included.
         thinking: Whether the model is asked to think first: of all questions, or of each.
+        escape: Read control tokens in the texts as plain text, as `chat.tokenize_rows` does.
         progress: Told the number of questions done, every few tokens.
 
     Raises:
         OutOfMemoryError: not even one question fits.
+        TokenizerError: the chat template cannot be used.
     """
     modes = [thinking] * len(questions) if isinstance(thinking, bool) else thinking
-    prompts = [
-        generation_prompt(tokenizer, question, mode)
-        for question, mode in zip(questions, modes, strict=True)
-    ]
-    ids = encode_texts(tokenizer, prompts)
+    asked = list(zip(questions, modes, strict=True))
+    prompts = [generation_prompt(tokenizer, question, mode) for question, mode in asked]
+    ids = [prompt_ids(tokenizer, question, mode, escape=escape) for question, mode in asked]
     # Longest first: neighbours need little padding, and memory runs out early or never.
     order = sorted(range(len(ids)), key=lambda index: (-len(ids[index]), index))
     results: dict[int, Generated] = {}
@@ -92,23 +101,27 @@ def answer_loss(
     rows: Sequence[Mapping[str, Any]],
     batch_size: int,
     progress: Progress = _no_progress,
+    *,
+    escape: bool = False,
 ) -> float:
     """Mean negative log-likelihood (nats) per answer token; the prompt is not counted.
 
-    The rows (question, answer and, if there is one, reasoning) are rendered as for training, so
-    the reasoning and the end token count too. Every counted token of every row weighs the same.
+    The rows are rendered as for training, so the reasoning and the end token count too. Of a
+    conversation the last turn counts, which is the one that `answer_questions` writes. Every
+    counted token of every row weighs the same.
 
     Raises:
         OutOfMemoryError: not even one row fits.
+        TokenizerError: the chat template cannot be used.
     """
-    encoded = [tokenize_row(tokenizer, row) for row in rows]
-    longest_first = sorted(encoded, key=lambda row: -len(row[0]))
+    encoded = tokenize_rows(tokenizer, rows, train_turns="last", escape=escape)
+    longest_first = sorted(encoded, key=lambda row: -len(row.input_ids))
     total, done = 0.0, 0
     for batch, loss in in_batches(longest_first, batch_size, partial(_summed_loss, model)):
         total += loss
         done += len(batch)
         progress(done)
-    tokens = sum(len(ids) - prompt_tokens for ids, prompt_tokens in encoded)
+    tokens = sum(end - start for row in encoded for start, end in row.trained)
     return total / tokens if tokens else float("nan")
 
 
@@ -233,18 +246,17 @@ def _read(
     return Generated(text=text, stopped=stopped, tokens=len(tokens))
 
 
-def _summed_loss(model: PreTrainedModel, rows: Sequence[tuple[list[int], int]]) -> float:
-    """Negative log-likelihood of all answer tokens of (token ids, prompt tokens) rows, summed.
+def _summed_loss(model: PreTrainedModel, rows: Sequence[TokenizedRow]) -> float:
+    """Negative log-likelihood of all trained tokens of the rows, summed.
 
     The output head is applied to their positions only, a chunk at a time.
     """
     import torch
 
-    width = max(len(ids) for ids, _ in rows)
-    masked = [[IGNORED_LABEL] * prompt_tokens + ids[prompt_tokens:] for ids, prompt_tokens in rows]
+    width = max(len(row.input_ids) for row in rows)
     # Padding comes after the tokens, where causal attention cannot see it: its value is free.
-    inputs = _pad([ids for ids, _ in rows], width, 0).to(model.device)
-    labels = _pad(masked, width, IGNORED_LABEL).to(model.device)
+    inputs = _pad([row.input_ids for row in rows], width, 0).to(model.device)
+    labels = _pad([_labels(row) for row in rows], width, IGNORED_LABEL).to(model.device)
     # Position t predicts token t + 1.
     row_index, place = (labels[:, 1:] != IGNORED_LABEL).nonzero(as_tuple=True)
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -258,6 +270,13 @@ def _summed_loss(model: PreTrainedModel, rows: Sequence[tuple[list[int], int]]) 
             targets = labels[row_index[chunk], place[chunk] + 1]
             total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
     return total
+
+
+def _labels(row: TokenizedRow) -> list[int]:
+    labels = [IGNORED_LABEL] * len(row.input_ids)
+    for start, end in row.trained:
+        labels[start:end] = row.input_ids[start:end]
+    return labels
 
 
 def _pad(

@@ -116,6 +116,7 @@ def run_inference(request: InferenceRequest, beat: Callable[[str, int], None]) -
     adapters = _choose_adapters(request)
     model, tokenizer = _load(request.config, request.model.path, adapters)
     labels: list[ModelLabel] = ["base", *adapters]
+    escape = request.config.special_tokens_in_text == "escape"
     answers: dict[ModelLabel, list[Generated]] = {}
     losses: dict[ModelLabel, float] = {}
     for label in labels:
@@ -123,14 +124,20 @@ def run_inference(request: InferenceRequest, beat: Callable[[str, int], None]) -
             answers[label] = answer_questions(
                 model,
                 tokenizer,
-                [question.text for question in questions],
+                rows,
                 batch_size=request.batch_size,
                 max_new_tokens=request.config.max_new_tokens,
                 thinking=[bool(row.get("reasoning")) for row in rows],
                 progress=partial(beat, f"{label} answers"),
+                escape=escape,
             )
             losses[label] = answer_loss(
-                model, tokenizer, rows, request.batch_size, partial(beat, f"{label} loss")
+                model,
+                tokenizer,
+                rows,
+                request.batch_size,
+                partial(beat, f"{label} loss"),
+                escape=escape,
             )
     return _report(request, questions, answers, losses, time.monotonic() - started)
 

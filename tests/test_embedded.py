@@ -26,7 +26,7 @@ FILES = {
     DATA_DIR: {f"{split}.jsonl" for split in SPLITS},
 }
 SHA256 = {
-    "chat_template.jinja": "eb016bfe4de20028a2583ff9ffb7f36ea04ef8217405a53a699dd79d315bc368",
+    "chat_template.jinja": "147bcedb70dcc9d47e25e3e3afcf64885db8f8e5cbeec59ae19ac775cdc08a1f",
     "config.json": "7dcbf642fca3669d560553ec6573c35ef2fb5068e99628a1776dbc637296d19b",
     "generation_config.json": "fc2e04b959552561c77b4d9f79c95801e924df9f8e465de12ca1640a330c5414",
     "model.safetensors": "5b0e829d05903ea827b6ca6da9cba90134da5aa5901cf6b06b2987dbf71cfc1a",

@@ -18,7 +18,7 @@ from finished_run import (
     write_checkpoint,
 )
 
-from qwen3ft.chat import generation_prompt, tokenize_row
+from qwen3ft.chat import generation_prompt, prompt_ids, tokenize_rows
 from qwen3ft.config import TrainingConfig
 from qwen3ft.embedded import DATA_DIR, MODEL_DIR
 from qwen3ft.errors import (
@@ -52,10 +52,11 @@ class Night:
 
 
 def training_batch(tokenizer: Any, rows: Sequence[dict[str, str]]) -> dict[str, torch.Tensor]:
-    encoded = [tokenize_row(tokenizer, row) for row in rows]
-    width = max(len(ids) for ids, _ in encoded)
+    encoded = tokenize_rows(tokenizer, rows)
+    width = max(len(row.input_ids) for row in encoded)
     ids, labels = [], []
-    for tokens, prompt_tokens in encoded:
+    for row in encoded:
+        tokens, [(prompt_tokens, _)] = row.input_ids, row.trained
         padding = width - len(tokens)
         ids.append(tokens + [0] * padding)
         labels.append([-100] * prompt_tokens + tokens[prompt_tokens:] + [-100] * padding)
@@ -122,7 +123,7 @@ def read_answers(report: InferenceReport) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def ask(loaded: tuple[Any, Any], questions: Sequence[str], **changes: Any) -> list[Any]:
+def ask(loaded: tuple[Any, Any], questions: Sequence[Any], **changes: Any) -> list[Any]:
     settings = {"batch_size": 4, "max_new_tokens": 16, "thinking": False, **changes}
     return answer_questions(*loaded, questions, **settings)
 
@@ -272,6 +273,30 @@ def test_the_loss_is_the_mean_over_answer_tokens(night: Night, loaded: tuple[Any
     for batch_size in (1, 5, 16):
         found = answer_loss(model, tokenizer, night.rows, batch_size)
         assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_conversation_is_continued_and_its_last_answer_is_scored(
+    night: Night, loaded: tuple[Any, Any]
+) -> None:
+    """Earlier turns are context: the answer follows them, and the loss is not on them."""
+    model, tokenizer = loaded
+    first, second = night.rows[:2]
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": first["question"]},
+        {"role": "assistant", "content": first["answer"]},
+        {"role": "user", "content": second["question"]},
+        {"role": "assistant", "content": second["answer"]},
+    ]
+    row = {**second, "messages": messages}
+    assert ask(loaded, [row]) == ask(loaded, [messages[:-1]])
+    [tokens] = tokenize_rows(tokenizer, [row])
+    (_, _), (start, end) = tokens.trained
+    ids = torch.tensor([tokens.input_ids])
+    with torch.no_grad():
+        expected = model(input_ids=ids, labels=ids.masked_fill(torch.arange(end) < start, -100))
+    assert answer_loss(model, tokenizer, [row], 1) == pytest.approx(expected.loss.item(), rel=1e-4)
+    assert prompt_ids(tokenizer, row, False) == tokens.input_ids[:start]
 
 
 def test_generation_leaves_the_4_bit_model_trainable(night: Night) -> None:

@@ -1,0 +1,159 @@
+"""Which chat template a tokenizer has, and what it does with reasoning.
+
+Guarantees: a template is identified by the sha256 of its text, never by the name of a model, and
+what it does with reasoning is found by rendering probes. A template that is not in
+`KNOWN_TEMPLATES` is used all the same.
+It does not cover templates for other turn markers than those of Qwen (ChatML), nor tokenizers with
+several templates for different purposes: of those, transformers chooses.
+It imports no torch, and transformers not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qwen3ft.errors import TokenizerError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+KNOWN_TEMPLATES = {
+    "a55ee1b1660128b7098723e0abcd92caa0788061051c62d51cbe87d9cf1974d8": "Qwen3",
+    "64f85b198065d0fba2a81f37e10ed68161ce2c19a754c7100e67e0ca2ee9c326": "Qwen3-Instruct-2507",
+    "3802169b2a02b81e6adb7ab4f64f91ff02db753c8c3a64a01c35192d3a61d8d7": "Qwen3-Thinking-2507",
+    "147bcedb70dcc9d47e25e3e3afcf64885db8f8e5cbeec59ae19ac775cdc08a1f": "qwen3ft embedded",
+}
+"""sha256 of the text -> whose it is; rendering by slots is tested for each of them.
+
+The text of the Thinking one is derived from that of Qwen3: no switch for thinking, and a generation
+prompt that always opens the think block.
+"""
+
+TURN_HEADER = "<|im_start|>assistant\n"
+END_TOKEN = "<|im_end|>"  # noqa: S105 - a marker, no secret
+OPEN_BLOCK = "<think>\n"
+REST_OF_EMPTY_BLOCK = "\n</think>\n\n"
+EMPTY_BLOCK = OPEN_BLOCK + REST_OF_EMPTY_BLOCK
+
+JsonDict = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateInfo:
+    """A template's identity; `name` is '' where the hash is not in `KNOWN_TEMPLATES`."""
+
+    sha256: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class ThinkingSupport:
+    """What a template does with the reasoning of an assistant's turn."""
+
+    writes: bool
+    """It renders the reasoning of the last turn at all."""
+    prefills: bool
+    """Its generation prompt ends with an opening tag that the model then does not write."""
+    drops_earlier: bool
+    """It leaves reasoning out of turns before the last question."""
+
+
+def template_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The template as text; of several, all of them in a fixed order."""
+    template = tokenizer.chat_template
+    if isinstance(template, Mapping):
+        return "\n".join(f"{name}\n{template[name]}" for name in sorted(template))
+    return str(template)
+
+
+def identify_template(tokenizer: PreTrainedTokenizerBase) -> TemplateInfo:
+    """The hash of the tokenizer's template (UTF-8), and whose it is."""
+    sha256 = hashlib.sha256(template_text(tokenizer).encode()).hexdigest()
+    return TemplateInfo(sha256, KNOWN_TEMPLATES.get(sha256, ""))
+
+
+def probe_thinking(tokenizer: PreTrainedTokenizerBase) -> ThinkingSupport:
+    """Find out what the tokenizer's template does with reasoning, by rendering short probes.
+
+    Raises:
+        TokenizerError: the template cannot be rendered.
+    """
+    thought = "a thought"
+    question = {"role": "user", "content": "q"}
+    answer = {"role": "assistant", "content": "a", "reasoning": thought}
+    later = {"role": "assistant", "content": "b"}
+    return ThinkingSupport(
+        writes=thought in apply_template(tokenizer, [question, answer]),
+        prefills=opens_block(apply_template(tokenizer, [question], prompt=True)),
+        drops_earlier=thought not in apply_template(tokenizer, [question, answer, question, later]),
+    )
+
+
+def opens_block(prompt: str) -> bool:
+    """Whether a generation prompt leaves a think block open."""
+    return prompt.endswith(OPEN_BLOCK)
+
+
+def apply_template(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] = (),
+    *,
+    prompt: bool = False,
+    thinking: bool = True,
+) -> str:
+    """The template's own rendering of a conversation.
+
+    Args:
+        tokenizer: With a chat template.
+        messages: As in `QaRow`: role, content, and of the assistant reasoning and tool_calls.
+        tools: Function schemas offered.
+        prompt: Append what the assistant's next turn begins with.
+        thinking: Whether that turn is to think first, for templates that can be told.
+
+    Raises:
+        TokenizerError: the template refuses the conversation, or is broken.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        text: Any = tokenizer.apply_chat_template(
+            [_as_template_reads(message) for message in messages],
+            tools=list(tools) or None,
+            tokenize=False,
+            add_generation_prompt=prompt,
+            enable_thinking=thinking,
+        )
+    except (TemplateError, TypeError, KeyError, ValueError) as error:
+        roles = ", ".join(str(message["role"]) for message in messages)
+        raise template_error(
+            f"The chat template cannot render a conversation of {len(messages)} messages "
+            f"({roles}) with {len(tools)} tools: {error}",
+            "It does not cover such conversations, or is damaged.",
+        ) from error
+    return str(text)
+
+
+def template_error(what: str, why: str) -> TokenizerError:
+    """A `TokenizerError` about a tokenizer or its template, with the way out."""
+    return TokenizerError(
+        what, why=why, next_command="qwen3ft plan --set model_name=Qwen/Qwen3-4B-Thinking-2507"
+    )
+
+
+def _as_template_reads(message: Mapping[str, Any]) -> JsonDict:
+    """The message under the names that chat templates use."""
+    if message["role"] != "assistant":
+        return {"role": message["role"], "content": message["content"]}
+    read: JsonDict = {
+        "role": "assistant",
+        "content": message.get("content") or "",
+        # Given even where it is empty: a template then does not look for tags inside the answer.
+        "reasoning_content": message.get("reasoning") or "",
+    }
+    if calls := message.get("tool_calls"):
+        read["tool_calls"] = [{"type": "function", "function": call} for call in calls]
+    return read
