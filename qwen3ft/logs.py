@@ -17,14 +17,33 @@ from pathlib import Path
 
 ROOT = "qwen3ft"
 
-_SECRETS = re.compile(
-    r"hf_[A-Za-z0-9]{16,}"  # Hugging Face tokens
-    r"|sk-[A-Za-z0-9_-]{16,}"  # keys of OpenAI-compatible services
-    r"|(?:AKIA|ASIA)[A-Z0-9]{16}"  # AWS access keys
-    r"|gh[pousr]_[A-Za-z0-9]{30,}"  # GitHub tokens
-    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"  # user:password in a URL
-    r"|(?<=[Bb]earer )[A-Za-z0-9._~+/-]{8,}=*"
+# the lines of the key, their ends real or written as \n, and the end mark where there is one
+_PRIVATE_KEY = (
+    r"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----(?:[\s\\nr]*[A-Za-z0-9+/=]{20,})*"
+    r"(?:[\s\\nr]*[A-Za-z0-9+/=]*[\s\\nr]*-----END [A-Z ]+-----)?"
 )
+
+SECRET_PATTERNS: tuple[tuple[str, str], ...] = (
+    ("private_key", _PRIVATE_KEY),
+    ("api_key", r"hf_[A-Za-z0-9]{16,}"),  # Hugging Face tokens
+    # keys of OpenAI-compatible services
+    ("api_key", r"(?<![A-Za-z0-9])sk-[A-Za-z0-9_-]{16,}"),
+    ("api_key", r"(?:AKIA|ASIA)[A-Z0-9]{16}"),  # AWS access keys
+    ("api_key", r"(?:LTAI|AKID)[A-Za-z0-9]{12,}"),  # Alibaba Cloud, Tencent Cloud
+    ("api_key", r"AIza[A-Za-z0-9_-]{35}"),  # Google
+    ("api_key", r"gh[pousr]_[A-Za-z0-9]{30,}|github_pat_[A-Za-z0-9_]{40,}"),  # GitHub tokens
+    ("api_key", r"glpat-[A-Za-z0-9_-]{20,}"),  # GitLab
+    ("api_key", r"xox[abeprs]-[A-Za-z0-9-]{10,}"),  # Slack
+    ("api_key", r"[sr]k_(?:live|test)_[A-Za-z0-9]{16,}"),  # Stripe
+    ("api_key", r"npm_[A-Za-z0-9]{36}|pypi-AgE[A-Za-z0-9_-]{40,}"),  # package registries
+    # JSON web tokens
+    ("api_key", r"eyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}"),
+    ("password_url", r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"),  # user:password in a URL
+    ("api_key", r"(?<=[Bb]earer )[A-Za-z0-9._~+/-]{8,}=*"),
+)
+"""What a credential looks like, by kind: here to be masked, in `safety` to be found in data."""
+
+_SECRETS = re.compile("|".join(pattern for _, pattern in SECRET_PATTERNS))
 
 
 def mask_secrets(text: str) -> str:
@@ -75,7 +94,7 @@ def configure(*, console: bool = True, json_path: Path | None = None) -> None:
     for handler in [handler for handler in logger.handlers if handler.get_name() == ROOT]:
         logger.removeHandler(handler)
         handler.close()
-    handlers: list[logging.Handler] = []
+    handlers: list[logging.Handler] = [logging.NullHandler()]  # or warnings go to standard error
     if console:
         handlers.append(logging.StreamHandler(sys.stderr))
         handlers[-1].setFormatter(

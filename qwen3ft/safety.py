@@ -1,0 +1,247 @@
+"""What must not be trained on: credentials and personal data in a text, found and masked.
+
+Guarantees: every number reported holds its checksum or numbering plan (by `python-stdnum` and
+`phonenumbers`), so that order numbers, versions and dates pass. A text with no candidate costs one
+regular expression. Findings are places, never texts.
+It does not find names, postal addresses, credentials without a known form (`password: ...`), or
+national phone numbers outside China and North America. Placeholders of manuals (example.com,
+sk-xxxx, user:password) are not reported.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from qwen3ft.logs import SECRET_PATTERNS, mask_secrets
+
+MASK = "***"
+
+
+class Finding(NamedTuple):
+    """One finding: its kind, and where it stands in the text (`text[start:end]`)."""
+
+    kind: str
+    start: int
+    end: int
+
+
+# Every branch starts with a character that is rare in prose, so that the search skips quickly;
+# what must stand before that character is looked up behind it.
+_TRIGGER = re.compile(
+    r"[0-9][0-9 ().-]{8}"  # numbers
+    r"|@"  # addresses, passwords in URLs
+    r"|_(?<=[a-z]_)[A-Za-z0-9]{12}"  # hf_, ghp_, sk_live_ ...
+    r"|-(?:[A-Za-z0-9_-]{10}|----BEGIN)"  # sk-, glpat-, xoxb-, private keys
+    r"|A(?:KIA|SIA|KID|Iza)[A-Za-z0-9]|LTAI[A-Za-z0-9]|J(?<=eyJ)[A-Za-z0-9]"
+)
+_WIDE_TRIGGERS = ("０", "１", "＠")  # no phone or identity number is without both digits
+_FULL_WIDTH = str.maketrans("０１２３４５６７８９＠－＋　（）", "0123456789@-+ ()")
+
+_SECRET = re.compile(
+    "|".join(f"(?P<{kind}_{i}>{pattern})" for i, (kind, pattern) in enumerate(SECRET_PATTERNS))
+)
+_PLACEHOLDER_KEY = re.compile(r"example|xxxx|your|123456|abcdef|\.\.\.|0000", re.IGNORECASE)
+_PLACEHOLDER_PASSWORD = re.compile(
+    r"(?:my|your)?_?(?:pass(?:word|wd|phrase)?|pwd|pw|secret|token|key|changeme|x+|\*+|\.+)\Z"
+    r"|.*[<>{}$\[\]()*]",
+    re.IGNORECASE,
+)
+_IBAN = re.compile(
+    r"(?<![A-Za-z0-9])[A-Z]{2}[0-9]{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?![A-Za-z0-9])"
+)
+_CARD = re.compile(
+    r"(?<![A-Za-z0-9.-])(?:[0-9]{13,19}|[0-9]{4}([ -])[0-9]{4}(?:\1[0-9]{4}){2}(?:\1[0-9]{3})?"
+    r"|3[0-9]{3}([ -])[0-9]{6}\2[0-9]{5})(?![A-Za-z0-9-]|\.[0-9])"
+)
+# Length and leading digits of the networks; a checksum alone holds for every tenth number
+_NETWORK = re.compile(
+    r"4(?:.{12}|.{15}|.{18})|(?:5[1-5]|222[1-9]|22[3-9]|2[3-6]|27[01]|2720|35[2-8]|6011|64[4-9]|65)"
+    r".*(?<=^.{16})|3[47].{13}|3(?:0[0-5]|[68]).*(?<=^.{14})|62.{14,17}"
+)
+_RESIDENT_ID = re.compile(
+    # 31 provinces and regions, Taiwan, Hong Kong and Macao (GB/T 2260), then the date of birth
+    r"(?<![A-Za-z0-9])(?:[1-3][1-7]|4[1-6]|5[0-4]|6[1-5]|71|8[1-3])[0-9]{4}"
+    r"(?:18|19|20)[0-9]{9}[0-9Xx](?![A-Za-z0-9])"
+)
+_SSN = re.compile(r"(?<![A-Za-z0-9-])[0-9]{3}-[0-9]{2}-[0-9]{4}(?![A-Za-z0-9-])")
+_CHINESE_PHONE = re.compile(
+    r"(?<![A-Za-z0-9.+-])(?:\+?86[ -]?)?"
+    r"(?:1[3-9][0-9]([ -]?)[0-9]{4}\1[0-9]{4}|\(?0[0-9]{2,3}(?:\) ?|[ -])[0-9]{7,8})"
+    r"(?![A-Za-z0-9]|\.[0-9]|-[0-9]{6})"
+)
+_AMERICAN_PHONE = re.compile(
+    r"(?<![A-Za-z0-9.+-])(?:\([2-9][0-9]{2}\) ?[0-9]{3}-|[2-9][0-9]{2}([.-])[0-9]{3}\1)[0-9]{4}"
+    r"(?![A-Za-z0-9-]|\.[0-9])"
+)
+_INTERNATIONAL_PHONE = re.compile(
+    r"(?<![A-Za-z0-9+])\+[1-9](?:[ ().-]{0,2}[0-9]){7,14}(?![A-Za-z0-9])"
+)
+_EMAIL = re.compile(
+    r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9][A-Za-z0-9._%+-]{0,63}@"
+    r"(?:[A-Za-z0-9-]{1,63}\.)+[A-Za-z]{2,24}(?![A-Za-z0-9-])"
+)
+# Names that RFC 2606 keeps free, what manuals write, and file names such as icon@2x.png
+_NO_DOMAIN = re.compile(
+    r"(?:.*\.)?example(?:\.[a-z]+)?\Z|.*\.(?:test|invalid|localhost|local)\Z"
+    r"|(?:my|your)?-?(?:domain|company|email|mail|server|host)\.(?:com|org|net|cn)\Z|x+\.com\Z"
+    r"|.*\.(?:png|jpe?g|gif|svg|webp|js|ts|py|css|json|tgz|zip|whl|md)\Z",
+    re.IGNORECASE,
+)
+_NO_USER = re.compile(r"your|xxx|(?:foo|bar|user(?:name)?|name|someone)\Z", re.IGNORECASE)
+_OTHER_NUMBER = re.compile(
+    r"(?:单号|订单|编号|流水号?|序列号|条形?码|货号|型号|版本|批号|order|invoice|isbn|ean|upc|sku"
+    r"|serial|tracking|ticket|parcel|part|batch|version|id)"
+    r"(?:\W{0,3}(?:号码?|no|nr|number|code|id|is|was|是|为))*\W{0,3}\Z",
+    re.IGNORECASE,
+)
+_WORDS_BEFORE = 32
+
+
+def scan(text: str) -> tuple[Finding, ...]:
+    """All findings, in the order of their places; none overlap.
+
+    Kinds: api_key, private_key, password_url, iban, card_number (payment cards), id_number (Chinese
+    resident identity, US social security), phone, email.
+    """
+    is_wide = not text.isascii() and any(mark in text for mark in _WIDE_TRIGGERS)
+    if not is_wide and _TRIGGER.search(text) is None and "earer " not in text:
+        return ()
+    if is_wide:
+        text = text.translate(_FULL_WIDTH)  # one character each: places stay
+    found: list[Finding] = []
+    for finding in _candidates(text):
+        if all(finding.end <= one.start or one.end <= finding.start for one in found):
+            found.append(finding)
+    return tuple(sorted(found, key=lambda finding: finding.start))
+
+
+def mask(text: str) -> str:
+    """`text` with all findings, and whatever the logs would mask, replaced by ***."""
+    parts, end = [], 0
+    for finding in scan(text):
+        parts += [text[end : finding.start], MASK]
+        end = finding.end
+    return mask_secrets("".join(parts) + text[end:])
+
+
+def _candidates(text: str) -> Iterator[Finding]:
+    """Findings by kind, the surer kinds first."""
+    for match in _SECRET.finditer(text):
+        kind = (match.lastgroup or "").rpartition("_")[0]
+        if _SECRET_CHECKS[kind](match):
+            yield Finding(kind, *match.span())
+    for match in _IBAN.finditer(text):
+        length = _iban_length(match.group())
+        if length:
+            yield Finding("iban", match.start(), match.start() + length)
+    for kind, pattern, check in _NUMBER_CHECKS:
+        for match in pattern.finditer(text):
+            if check(match):
+                yield Finding(kind, *match.span())
+
+
+def _is_key(match: re.Match[str]) -> bool:
+    """Whether it looks drawn at random, not written by hand."""
+    key = match.group()
+    has_digit = any(character.isdigit() for character in key)
+    if match.string[: match.start()].endswith("earer ") and not has_digit:
+        return False
+    is_mixed = "-" not in key and key.upper() != key != key.lower()
+    is_random = has_digit or is_mixed or key.isupper()
+    return is_random and len(set(key)) >= 10 and not _PLACEHOLDER_KEY.search(key)
+
+
+def _is_private_key(match: re.Match[str]) -> bool:
+    body = match.group().split("-----")[2]
+    return len(re.findall("[A-Za-z0-9+/=]", body)) >= 40
+
+
+def _is_password(match: re.Match[str]) -> bool:
+    return _PLACEHOLDER_PASSWORD.match(match.group().partition(":")[2]) is None
+
+
+def _iban_length(candidate: str) -> int:
+    """Characters of the IBAN that `candidate` starts with, 0 if none; words may follow it."""
+    from stdnum import iban
+
+    while len(candidate) >= 15:
+        if iban.is_valid(candidate):
+            return len(candidate)
+        candidate = candidate.rpartition(" ")[0]
+    return 0
+
+
+def _is_card(match: re.Match[str]) -> bool:
+    from stdnum import luhn
+
+    digits = re.sub("[ -]", "", match.group())
+    return (
+        _NETWORK.fullmatch(digits) is not None
+        and len(set(digits)) > 2
+        and luhn.is_valid(digits)
+        and not _is_labelled_otherwise(match)
+    )
+
+
+def _is_resident_id(match: re.Match[str]) -> bool:
+    from stdnum.cn import ric
+    from stdnum.exceptions import ValidationError
+
+    number = match.group().upper()
+    try:
+        ric.get_birth_date(number)
+    except ValidationError:
+        return False
+    # not `ric.is_valid`: it refuses people older than the county they are registered in
+    return bool(ric.calc_check_digit(number) == number[-1])
+
+
+def _is_ssn(match: re.Match[str]) -> bool:
+    from stdnum.us import ssn
+
+    return match.group() != "123-45-6789" and bool(ssn.is_valid(match.group()))
+
+
+def _is_phone(match: re.Match[str], region: str | None) -> bool:
+    import phonenumbers
+
+    digits = re.sub(r"\D", "", match.group())
+    if digits.endswith("00000") or _is_labelled_otherwise(match):
+        return False
+    try:
+        number = phonenumbers.parse(match.group(), region)
+    except phonenumbers.NumberParseException:
+        return False
+    return phonenumbers.is_valid_number(number)
+
+
+def _is_labelled_otherwise(match: re.Match[str]) -> bool:
+    """Whether the words before it say that it is another kind of number."""
+    start = match.start()
+    return _OTHER_NUMBER.search(match.string[max(0, start - _WORDS_BEFORE) : start]) is not None
+
+
+def _is_email(match: re.Match[str]) -> bool:
+    user, _, domain = match.group().partition("@")
+    is_remote = user == "git" and match.string[match.end() : match.end() + 1] == ":"
+    return not (is_remote or _NO_USER.match(user) or _NO_DOMAIN.match(domain))
+
+
+Check = Callable[[re.Match[str]], bool]
+
+_SECRET_CHECKS: dict[str, Check] = {
+    "api_key": _is_key,
+    "private_key": _is_private_key,
+    "password_url": _is_password,
+}
+_NUMBER_CHECKS: tuple[tuple[str, re.Pattern[str], Check], ...] = (
+    ("id_number", _RESIDENT_ID, _is_resident_id),
+    ("card_number", _CARD, _is_card),
+    ("id_number", _SSN, _is_ssn),
+    ("phone", _INTERNATIONAL_PHONE, lambda match: _is_phone(match, None)),
+    ("phone", _CHINESE_PHONE, lambda match: _is_phone(match, "CN")),
+    ("phone", _AMERICAN_PHONE, lambda match: _is_phone(match, "US")),
+    ("email", _EMAIL, _is_email),
+)
