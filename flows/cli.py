@@ -40,6 +40,15 @@ AdapterOption = Annotated[
 ]
 
 
+data_app = typer.Typer(no_args_is_help=True, help="Look at data before training on it.")
+app.add_typer(data_app, name="data")
+
+PathsArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="PATH...", help="Files, folders, globs, hub names; or the config's."),
+]
+
+
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
@@ -82,6 +91,33 @@ def plan(
     from flows import cli_runs
 
     cli_runs.plan(config, settings or [], as_json=as_json)
+
+
+@data_app.command("check")
+def data_check(
+    paths: PathsArgument = None,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a run would train on; exit code 1 if it would not start."""
+    from flows import cli_data
+
+    cli_data.check(paths or [], config, settings or [], as_json=as_json)
+
+
+@data_app.command("preview")
+def data_preview(
+    paths: PathsArgument = None,
+    row: Annotated[int, typer.Option("--row", min=1, help="Which training row, from 1.")] = 1,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show one training row token by token: what is given, and what is trained."""
+    from flows import cli_data
+
+    cli_data.preview(paths or [], row, config, settings or [], as_json=as_json)
 
 
 @app.command()

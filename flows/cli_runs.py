@@ -17,7 +17,7 @@ from qwen3ft.attempt import RunDir, read_record
 from qwen3ft.config import parse_config
 from qwen3ft.environment import EnvironmentManager
 from qwen3ft.errors import FinetuneError
-from qwen3ft.records import RunCard
+from qwen3ft.records import NOTHING_NEW, RunCard
 
 
 def run(path: Path | None, settings: list[str], resume: str | None, *, as_json: bool) -> None:
@@ -34,7 +34,10 @@ def run(path: Path | None, settings: list[str], resume: str | None, *, as_json: 
     last = _follow(stack, flow_run_id, folder, as_json=as_json)
     if last.state_type != "COMPLETED":
         raise _run_failed(last, folder, stack)
-    _show_result(folder, as_json=as_json)
+    if last.state == NOTHING_NEW:
+        _show_nothing_new(last.message, as_json=as_json)
+    else:
+        _show_result(folder, as_json=as_json)
 
 
 def train(path: Path | None, settings: list[str], resume: str | None, *, as_json: bool) -> None:
@@ -50,7 +53,10 @@ def train(path: Path | None, settings: list[str], resume: str | None, *, as_json
     if isinstance(result, BaseException):
         raise result
     run_id = resume or str(state.state_details.flow_run_id)
-    _show_result(Path(config.runs_dir) / run_id, as_json=as_json)
+    if state.name == NOTHING_NEW:
+        _show_nothing_new(state.message or "", as_json=as_json)
+    else:
+        _show_result(Path(config.runs_dir) / run_id, as_json=as_json)
 
 
 def plan(path: Path | None, settings: list[str], *, as_json: bool) -> None:
@@ -119,6 +125,13 @@ def _run_failed(last: StateChange, folder: Path, stack: Stack) -> FinetuneError:
         why=f"{why}\nLog: {log}".strip(),
         next_command=command or f"qwen3ft run --resume {folder.name}",
     )
+
+
+def _show_nothing_new(message: str, *, as_json: bool) -> None:
+    if as_json:
+        print_json({"nothing_new": message})
+    else:
+        open_console().print(message)
 
 
 def _show_result(folder: Path, *, as_json: bool) -> None:

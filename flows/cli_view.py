@@ -146,7 +146,7 @@ def show_card(console: Console, card: RunCard) -> None:
         "Prefect": card.prefect_url or "recorded without a server: no page",
         "MLflow": card.mlflow_url or "recorded without a server: no page",
     }
-    _show(console, card.title, {"": rows})
+    show_sections(console, card.title, {"": rows})
 
 
 def show_plan(console: Console, plan: TrainPlan) -> None:
@@ -163,7 +163,7 @@ def show_plan(console: Console, plan: TrainPlan) -> None:
     }
     memory = {part.name: f"{part.bytes / GIB:8.3f} GB  {part.formula}" for part in plan.predicted}
     memory["peak"] = f"{plan.predicted_peak_bytes / GIB:8.3f} GB  of {plan.max_memory_gb:g} GB"
-    _show(console, "Plan", {"": settings, "Predicted memory": memory})
+    show_sections(console, "Plan", {"": settings, "Predicted memory": memory})
 
 
 def show_status(console: Console, status: StackStatus) -> None:
@@ -177,7 +177,7 @@ def show_status(console: Console, status: StackStatus) -> None:
     registered = "registered" if status.deployment_registered else "not registered"
     schedule = "nightly schedule on" if status.schedule_active else "nightly schedule off"
     rows[status.deployment] = f"{registered}, {schedule}" if status.prefect_url else "unknown"
-    _show(console, status.root, {"": rows})
+    show_sections(console, status.root, {"": rows})
 
 
 def show_report(console: Console, report: EnvironmentReport, problems: Iterable[str]) -> None:
@@ -198,7 +198,7 @@ def show_report(console: Console, report: EnvironmentReport, problems: Iterable[
     if not report.gpus:
         rows["GPU"] = "none with CUDA"
     rows |= {f"problem {n}": problem for n, problem in enumerate(problems, 1)}
-    _show(console, "This machine", {"": rows})
+    show_sections(console, "This machine", {"": rows})
 
 
 def show_error(console: Console, error: FinetuneError) -> None:
@@ -223,7 +223,7 @@ def format_seconds(seconds: float) -> str:
     return f"{hours} h {minutes_left} min" if hours else f"{minutes} min {rest} s"
 
 
-def _show(console: Console, title: str, sections: Mapping[str, Mapping[str, str]]) -> None:
+def show_sections(console: Console, title: str, sections: Mapping[str, Mapping[str, str]]) -> None:
     """Sections of names and values: a panel on a terminal, plain lines elsewhere."""
     if not console.is_terminal:
         for heading, rows in sections.items():

@@ -10,44 +10,42 @@ neither torch nor CUDA: whatever computes runs in a worker process.
 from __future__ import annotations
 
 import os
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from prefect import flow
-from prefect.artifacts import (
-    create_link_artifact,
-    create_markdown_artifact,
-    create_table_artifact,
-)
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
+from flows.around import (
+    StageClock,
+    end_without_training,
+    nothing_new,
+    open_run,
+    publish,
+    run_name,
+    show_attempts,
+    show_data,
+    tracked,
+    unless_unreachable,
+)
 from qwen3ft import checkpoint, logs
 from qwen3ft.adjust import GiveUp
-from qwen3ft.attempt import RunDir, write_record
-from qwen3ft.card import build_card, to_markdown
+from qwen3ft.attempt import RunDir
+from qwen3ft.card import build_card
 from qwen3ft.config import TrainingConfig
-from qwen3ft.cursor import read_state
-from qwen3ft.errors import FinetuneError, TransientError
+from qwen3ft.errors import FinetuneError
 from qwen3ft.failures import to_error, to_failure
-from qwen3ft.journal import Journal, RunStatus
-from qwen3ft.mirror import Mirror, replay_unsent
+from qwen3ft.known_rows import compare_data, find_known_rows
 from qwen3ft.prepare import preview_plan
 from qwen3ft.records import (
     AttemptOutcome,
     AttemptSummary,
     Failure,
-    RunCard,
     TrainPlan,
 )
-from qwen3ft.tracking_uri import default_tracking_uri, run_url
 from tasks.adjust import adjust_parameters
 from tasks.data import prepare_data
 from tasks.environment import check_environment
@@ -55,7 +53,6 @@ from tasks.inference import compare_answers
 from tasks.lora import configure_lora
 from tasks.model import prepare_model
 from tasks.plan import plan_training
-from tasks.policies import hide_known_tracebacks
 from tasks.promote import find_champion, promote, register
 from tasks.save import save
 from tasks.train import finished_attempt, train_attempt
@@ -64,28 +61,8 @@ __all__ = ["preview_plan", "qwen3_finetune", "run_in_process"]
 
 logger = logs.get_logger("flow")
 
-MOST_DESCRIPTION_CHARACTERS = 5000
-"""Of the card at the top of the run's page in MLflow, which refuses longer tags."""
 
-CLOSE_SECONDS = 30.0
-"""How long the end of a run waits for MLflow to take what is left."""
-
-
-def _run_name() -> str:
-    """What the Prefect UI lists: the model and when."""
-    config = flow_run.parameters.get("config") or {}
-    values = config if isinstance(config, dict) else config.model_dump()
-    model = str(values.get("model_name", TrainingConfig().model_name)).rstrip("/")
-    return f"{model.rpartition('/')[2]} {datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
-
-
-def _page() -> str | None:
-    """This run's page; None without a server that has pages (Prefect then says 'None/flow-...')."""
-    url = flow_run.ui_url or ""
-    return url if url.startswith("http") else None
-
-
-@flow(name="qwen3-finetune", flow_run_name=_run_name, retries=0)
+@flow(name="qwen3-finetune", flow_run_name=run_name, retries=0)
 def qwen3_finetune(
     config: TrainingConfig = TrainingConfig(),  # noqa: B008  frozen, and shown as the run's form
     continue_run: str | None = None,
@@ -106,8 +83,12 @@ def qwen3_finetune(
         with clock("lora"):
             adapter = configure_lora(config, model)
         with clock("data"):
-            dataset = prepare_data(config, model, run)
-            Journal(run).dataset(dataset)
+            champion = unless_unreachable(find_champion, None, config)
+            dataset = prepare_data(config, model, run, find_known_rows(champion))
+            change = compare_data(dataset, champion)
+            show_data(run, dataset, change)
+        if nothing_new(config, change):
+            return end_without_training(run, change)
         with clock("plan"):
             first = plan_training(config, environment, model, adapter, dataset)
         with clock("train"):
@@ -115,7 +96,7 @@ def qwen3_finetune(
         with clock("save"):
             saved = save(config, plan, outcome)
             saved = unless_unreachable(register, saved, config, saved, str(run.path))
-            champion = unless_unreachable(find_champion, None, config)
+            champion = champion or unless_unreachable(find_champion, None, config)
         with clock("inference"):
             report = compare_answers(config, plan, saved, champion)
         with clock("promote"):
@@ -159,7 +140,9 @@ def train_with_recovery(
         plan = decision.plan
         if "max_sequence_length" in decision.change:
             shorter = {"max_sequence_length": plan.max_sequence_length}
-            rows = prepare_data(config.model_copy(update=shorter), plan.model, run)
+            rows = prepare_data(
+                config.model_copy(update=shorter), plan.model, run, plan.dataset.known_rows
+            )
             plan = plan.model_copy(update={"dataset": rows})
 
 
@@ -184,104 +167,6 @@ def _summary(plan: TrainPlan, failure: Failure | None, seconds: float) -> Attemp
         resumed_from_step=int(resumed) if resumed else None,
         seconds=seconds,
     )
-
-
-# --- around the story ---
-
-
-class StageClock:
-    """Seconds spent in each stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Measure the body as `stage`."""
-        started = time.monotonic()
-        yield
-        self.seconds[stage] = time.monotonic() - started
-
-
-def open_run(config: TrainingConfig, run_id: str) -> RunDir:
-    """The run's folder, ready for logs; readable by its owner alone."""
-    run = RunDir(Path(config.runs_dir).resolve() / run_id)
-    run.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    logs.configure(console=False, json_path=run.log)
-    hide_known_tracebacks()
-    write_record(run.path / "config.json", config)
-    return run
-
-
-@contextmanager
-def tracked(run: RunDir, config: TrainingConfig) -> Iterator[None]:
-    """Keep the journal of this run and mirror it into MLflow meanwhile."""
-    uri = default_tracking_uri()
-    journal = Journal(run)
-    tags = {
-        "prefect.flow_run_id": flow_run.id,
-        "prefect.flow_run_url": _page() or "",
-    }
-    mirror = Mirror(run, uri)
-    mirror.start()
-    # What an outage kept from MLflow in earlier runs goes there now, behind this run's back.
-    backlog = partial(replay_unsent, run.path.parent, uri, current=run)
-    threading.Thread(target=backlog, daemon=True).start()
-    journal.run_started(_run_name(), config.model_dump(mode="json"), tags)
-    status: RunStatus = "FAILED"
-    try:
-        yield
-        status = "FINISHED"
-    except FinetuneError as error:
-        journal.tags({"failure": type(error).__name__})
-        journal.text("failure.txt", str(error))
-        raise
-    finally:
-        journal.run_finished(status)
-        if not mirror.close(CLOSE_SECONDS):
-            logger.warning("MLflow does not have all of this run yet; later: qwen3ft sync")
-
-
-def unless_unreachable(task: Any, otherwise: Any, *arguments: Any) -> Any:
-    """The task's result, or `otherwise` when the service it needs stayed out of reach."""
-    state = task(*arguments, return_state=True)
-    result = state.result(raise_on_failure=False)
-    if isinstance(result, TransientError):
-        logger.warning("%s: %s", task.name, result.what)
-        return otherwise
-    return state.result()
-
-
-def show_attempts(history: list[AttemptSummary]) -> None:
-    """The table of attempts on the flow run's page."""
-    create_table_artifact(
-        key="attempts",
-        table=[attempt.model_dump(mode="json") for attempt in history],
-        description="Every training attempt, what ended it, and with which settings",
-    )
-
-
-def publish(run: RunDir, card: RunCard) -> None:
-    """The result card: on disk, on the flow run's page and in MLflow, with links both ways."""
-    url = run_url(default_tracking_uri(), read_state(run))
-    card = card.model_copy(update={"prefect_url": _page(), "mlflow_url": url})
-    markdown = to_markdown(card)
-    write_record(run.path / "card.json", card)
-    (run.path / "card.md").write_text(markdown, encoding="utf-8")
-    journal = Journal(run)
-    journal.text("card.md", markdown)
-    journal.metrics(
-        {
-            "held_out_loss/before": card.held_out_loss_before,
-            "held_out_loss/after": card.held_out_loss_after,
-            "memory/peak_gb": card.peak_memory_gb,
-        }
-    )
-    shown = {"mlflow.note.content": markdown[:MOST_DESCRIPTION_CHARACTERS]}
-    journal.tags({"verdict": card.verdict, "attempts": len(card.attempts), **shown})
-    create_markdown_artifact(key="result-card", markdown=markdown, description=card.title)
-    if url:
-        create_link_artifact(key="mlflow-run", link=url, link_text="This run in MLflow")
 
 
 # --- without a server ---

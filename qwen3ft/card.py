@@ -1,4 +1,4 @@
-"""The result card: one run on one screen, as a record and as markdown. Pure functions."""
+"""The cards of a run, one screen each: its data and its result. Pure functions of records."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from qwen3ft.config import EMBEDDED_MODEL_NAME, TrainingConfig
 from qwen3ft.records import (
     AttemptOutcome,
     AttemptSummary,
+    DataChange,
+    DatasetManifest,
     InferenceReport,
     RunCard,
     SavedAdapter,
@@ -96,3 +98,57 @@ def to_markdown(card: RunCard) -> str:
     if card.notes:
         lines += ["", *(f"> {note}\n" for note in card.notes)]
     return "\n".join(lines) + "\n"
+
+
+def data_markdown(manifest: DatasetManifest, change: DataChange) -> str:
+    """What was read, trained on and new in it, for Prefect's artifact page and MLflow."""
+    counts = {
+        "train": manifest.train.rows,
+        "dev": manifest.dev.rows,
+        "test": manifest.test_rows,
+        "quarantined": manifest.quarantined,
+        "too long": manifest.too_long,
+        "duplicates": manifest.duplicates,
+        "not used": manifest.not_used,
+    }
+    sums = " + ".join(f"{count:,} {name}" for name, count in counts.items())
+    layouts = ", ".join(f"{name} ({rows:,})" for name, rows in manifest.layouts.items())
+    columns = ", ".join(f"{part} = `{name}`" for part, name in manifest.columns.items())
+    lines = [
+        "# Data",
+        "",
+        f"**{manifest.rows_read:,} rows read** = {sums}",
+        "",
+        f"Layout: {layouts}; {columns}.",
+        "",
+        *_changes(change),
+        *(f"> {warning}\n" for warning in manifest.warnings),
+        "| file | for | rows |",
+        "|---|---|---|",
+        *(f"| {file.path} | {file.role} | {file.rows:,} |" for file in manifest.sources),
+        "",
+        "| split | tokens | trained | median | 95 % | longest |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {name} | {split.tokens:,} | {split.trained_tokens:,} | {split.median_tokens} "
+        f"| {split.p95_tokens} | {split.longest_tokens} |"
+        for name, split in (("train", manifest.train), ("dev", manifest.dev))
+    ]
+    if manifest.reasons:
+        lines += ["", "| left out because | rows |", "|---|---|"]
+        lines += [f"| {reason} | {rows:,} |" for reason, rows in manifest.reasons.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _changes(change: DataChange) -> list[str]:
+    if change.since is None:
+        return []
+    files = {
+        "new": change.new_files,
+        "changed": change.changed_files,
+        "gone": change.gone_files,
+    }
+    told = [f"{kind}: {', '.join(names)}" for kind, names in files.items() if names]
+    rows = f"{change.new_rows:,} rows that it has not seen"
+    return [f"Since {change.since}: {'; '.join([rows, *told])}.", ""]

@@ -20,6 +20,23 @@ EMBEDDED_MODEL_NAME = "embedded"
 """The model name that stands for the tiny Qwen3 shipped inside the package."""
 
 
+class ColumnNames(BaseModel):
+    """Columns of the data by the part they play: unset is found by its usual names, "" is none."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    messages: str | None = Field(None, description="A whole conversation: a list of messages.")
+    question: str | None = None
+    answer: str | None = None
+    reasoning: str | None = None
+    context: str | None = Field(None, description="Put before the question.")
+    system: str | None = None
+    history: str | None = Field(None, description="Earlier [question, answer] pairs.")
+    tools: str | None = Field(None, description="Function schemas that are offered.")
+    kind: str | None = Field(None, description="Group of questions that scores are reported by.")
+    group: str | None = Field(None, description="Source key: its rows are held out together.")
+
+
 class TrainingConfig(BaseModel):
     """Everything a run is asked to do. Most users only ever set some of the first ten fields."""
 
@@ -79,14 +96,53 @@ class TrainingConfig(BaseModel):
     test_paths: tuple[str, ...] = Field(
         (), description="Rows for the final comparison; if empty, held out from data_paths by hash."
     )
-    question_field: str | None = Field(None, description="Column of the question; found if unset.")
-    answer_field: str | None = Field(None, description="Column of the answer; found if unset.")
+    columns: ColumnNames = Field(
+        ColumnNames(), description="Which column is what, where the usual names do not tell."
+    )
     reasoning_separator: str | None = Field(
         None,
         description="Text in the answer that ends the reasoning ('####' in GSM8K); what stands "
         "before it becomes the thinking part.",
     )
+    rows_without_reasoning: Literal["empty_block", "leave_out"] = Field(
+        "empty_block",
+        description="Give them an empty think block that is not trained, or leave them out.",
+    )
+    train_turns: Literal["all", "last"] = Field(
+        "all", description="Which of the assistant's turns in a conversation carry loss."
+    )
+    special_tokens_in_text: Literal["quarantine", "escape"] = Field(
+        "quarantine",
+        description="Rows whose text holds <|im_end|> and the like: left out, or taken as text.",
+    )
+    personal_data: Literal["report", "quarantine", "off"] = Field(
+        "report", description="Rows with keys, e-mails, phone or ID numbers: counted or left out."
+    )
+    too_long: Literal["drop", "shorten_reasoning", "fail"] = Field(
+        "drop",
+        description="Rows over max_sequence_length; an answer is never cut, a reasoning only from "
+        "its middle.",
+    )
+    near_duplicates: Literal["keep", "drop"] = Field(
+        "keep",
+        description="Training rows nearly the same as another one; those nearly the same as a "
+        "held-out row are always left out.",
+    )
     max_rows: int | None = Field(None, ge=1, description="Use at most this many training rows.")
+    max_rows_per_source: int | None = Field(
+        None, ge=1, description="Use at most this many training rows of any one file."
+    )
+    new_data: Literal["all", "mix"] = Field(
+        "all",
+        description="Train on all rows each time, or on those the champion has not seen, mixed "
+        "with a sample of the others.",
+    )
+    replay_fraction: float = Field(
+        0.5, ge=0, lt=1, description="With new_data 'mix': share of rows seen before."
+    )
+    when_unchanged: Literal["train", "skip"] = Field(
+        "train", description="What to do when the data is what the champion was trained on."
+    )
     held_out_fraction: float = Field(
         0.1, ge=0, lt=1, description="Share held out where dev_paths or test_paths is empty."
     )
@@ -120,6 +176,10 @@ class TrainingConfig(BaseModel):
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of order, initialisation, dropout.")
     gradient_checkpointing: Literal["auto", "on", "off"] = Field(
         "auto", description="Recompute activations to save memory; auto: only where the plan must."
+    )
+    packing: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Fill micro-batches with whole sequences instead of padding; auto: on a GPU.",
     )
 
     # --- inference test ---

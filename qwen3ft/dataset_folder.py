@@ -1,13 +1,15 @@
-"""Prepared rows as a folder on disk, and the account of where every row went.
+"""The folder that the data stage makes, and the record of what is in it.
 
-    <target>/train/  dev/        datasets: input_ids, labels (-100 over the prompt), length
-             test.jsonl          question, answer, reasoning, split
-             quarantine.jsonl    bad rows: file, line, reason, excerpt
-             left_out.jsonl      good rows left out: file, line, reason; tokens if too long
-             manifest.json       last; its facts are the `DatasetManifest`
+    train.arrow, dev.arrow   tokenised rows (see `token_table`)
+    known_rows.npy           hashes of the rows that training may use
+    test.jsonl               held-out questions with their answers, for the inference test
+    quarantine.jsonl         rows that could not be used, each with its place and reason
+    left_out.jsonl           rows that could but were not: repeated, leaked, too long, over a cap
+    personal_data.jsonl      places where keys or personal data were found, without them
+    manifest.json            sha256 of every file, and the `DatasetManifest`
 
-Guarantees: the folder is complete or absent; the counts of its manifest add up to the rows read, or
-it is not written. Rows beyond `max_rows` are counted but not listed.
+Guarantees: the folder is complete or absent, and it is used only while every file holds; the
+manifest's counts add up to the rows read.
 """
 
 from __future__ import annotations
@@ -15,79 +17,79 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 from pydantic import ValidationError
 
 from qwen3ft.errors import DataLoadingError
-from qwen3ft.logs import get_logger
-from qwen3ft.reading import Reading
-from qwen3ft.records import DatasetManifest, LengthSummary
+from qwen3ft.known_rows import write_known_rows
+from qwen3ft.placement import DUPLICATES, Fate, Placement
+from qwen3ft.reading import FINDINGS_NAME, NO_REASONING, Reading
+from qwen3ft.records import DatasetManifest, LongRow
+from qwen3ft.row_table import BATCH_ROWS, RowTable
 from qwen3ft.rows import UNREADABLE_FILE, QaRow
-from qwen3ft.splits import LEAKAGE
 from qwen3ft.storage import build_folder, find_damage, read_manifest_facts
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from qwen3ft.tokenizing import Tokens
 
 QUARANTINE, LEFT_OUT, TEST = "quarantine.jsonl", "left_out.jsonl", "test.jsonl"
-TOO_LONG = "too_long"
-SAVED_COLUMNS = ["input_ids", "labels", "length"]
-
-logger = get_logger("data")
-
-
-@dataclass(frozen=True)
-class Tokenized:
-    """The rows that fit, and how long those are that do not."""
-
-    dataset: Dataset
-    """Columns input_ids, labels, length; one row for each of `kept`."""
-    kept: list[int]
-    """Position of each row of `dataset` in what was tokenised."""
-    too_long: dict[int, int]
-    """Position of each row left out: its length in tokens."""
+SPLIT_FILES = ("train.arrow", "dev.arrow")
+HISTOGRAM_BINS = 24
+LONGEST_ROWS = 5
 
 
-@dataclass(frozen=True)
+@dataclass
 class Prepared:
-    """Everything the data stage decided about the rows it read."""
+    """Everything the data stage found out and decided."""
 
     reading: Reading
-    rows: list[QaRow]
-    """Usable rows without repeats; the positions below count in this list."""
-    repeats: list[tuple[QaRow, str]]
-    tokenized: Tokenized
-    train: list[int]
-    dev: list[int]
-    test: list[int]
-    not_used: list[int]
-    degraded: tuple[str, ...] = field(default=())
+    table: RowTable
+    placement: Placement
+    tokens: Tokens
+    max_sequence_length: int
+    known_rows: str | None = None
+    degraded: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def account(prepared: Prepared, target: Path, digest: str) -> DatasetManifest:
     """The manifest of `prepared`; its counts add up to the rows read, exactly."""
-    reading = prepared.reading
-    columns = reading.columns.most_common(1)[0][0]
+    reading, placement = prepared.reading, prepared.placement
+    layouts: Counter[str] = Counter()
+    for columns, rows in reading.columns.items():
+        layouts[columns.layout] += rows
     manifest = DatasetManifest(
         path=str(target),
         digest=digest,
         sources=tuple(reading.sources),
         rows_read=reading.rows_read,
-        train=summarize(_select(prepared, prepared.train)),
-        dev=summarize(_select(prepared, prepared.dev)),
-        test_rows=len(prepared.test),
-        quarantined=reading.bad.total(),
-        too_long=len(prepared.tokenized.too_long),
-        duplicates=len(prepared.repeats),
-        not_used=len(prepared.not_used),
+        train=prepared.tokens.train,
+        dev=prepared.tokens.dev,
+        test_rows=placement.count(Fate.TEST),
+        quarantined=reading.bad.total() + placement.count(Fate.NO_TRAINED_TOKEN),
+        too_long=placement.count(Fate.TOO_LONG),
+        duplicates=placement.count(*DUPLICATES),
+        not_used=placement.count(Fate.NOT_USED) + reading.without_reasoning_left_out,
         reasons=_reasons(prepared),
         quarantine_path=str(target / QUARANTINE),
-        question_field=columns.question or "question",
-        answer_field=columns.answer or "answer",
+        layouts=dict(layouts.most_common()),
+        columns=reading.columns.most_common(1)[0][0].parts(),
+        chinese_rows=reading.chinese,
+        reasoning_rows=reading.with_reasoning,
+        conversations=reading.conversations,
+        near_duplicates=placement.near_duplicates,
+        shortened=prepared.tokens.shortened,
+        personal_data=dict(reading.personal.most_common()),
+        known_rows=prepared.known_rows,
+        new_rows=placement.new_rows,
+        max_sequence_length=prepared.max_sequence_length,
+        length_histogram=histogram(prepared.tokens.lengths[prepared.tokens.lengths > 0]),
+        longest=_longest(prepared),
+        warnings=prepared.warnings,
         degraded=prepared.degraded,
     )
     went_somewhere = (
@@ -98,24 +100,30 @@ def account(prepared: Prepared, target: Path, digest: str) -> DatasetManifest:
     return manifest
 
 
-def check_not_empty(prepared: Prepared, target: Path, max_sequence_length: int) -> None:
+def check_not_empty(prepared: Prepared, target: Path) -> None:
     """Make sure there is something to train on, to stop by, and to test with.
 
     Raises:
         DataLoadingError: a split has no row, with the numbers of those lost.
     """
-    sizes = {name: len(getattr(prepared, name)) for name in ("train", "dev", "test")}
-    if all(sizes.values()):
+    placement = prepared.placement
+    sizes = {
+        name: placement.count(fate)
+        for name, fate in (("train", Fate.TRAIN), ("dev", Fate.DEV), ("test", Fate.TEST))
+    }
+    nothing_new = prepared.known_rows is not None and placement.new_rows == 0
+    if all(sizes.values()) or (nothing_new and sizes["dev"] and sizes["test"]):
         return
-    reading, too_long = prepared.reading, prepared.tokenized.too_long
+    reading, too_long = prepared.reading, placement.count(Fate.TOO_LONG)
+    longest = prepared.tokens.lengths.max(initial=0)
     empty = " and ".join(name for name, size in sizes.items() if not size)
     raise DataLoadingError(
         f"No rows are left for {empty}: of {reading.rows_read} read, {reading.bad.total()} are "
-        f"bad, {len(prepared.repeats)} repeated or held out elsewhere, {len(too_long)} longer than "
-        f"{max_sequence_length} tokens (the longest {max(too_long.values(), default=0)}).",
+        f"bad, {placement.count(*DUPLICATES)} repeated or held out elsewhere, {too_long} longer "
+        f"than {prepared.max_sequence_length} tokens (the longest {longest}).",
         why="Each split needs a row; three different questions are the least that can be divided.",
         next_command=f"head {quarantine_beside(target)}",
-        too_long=len(too_long),
+        too_long=too_long,
         **sizes,
     )
 
@@ -125,18 +133,31 @@ def write_folder(target: Path, manifest: DatasetManifest, prepared: Prepared) ->
 
     The quarantine that was written beside `target` while reading moves into it.
     """
-    beside = quarantine_beside(target)
+    beside, work = quarantine_beside(target), prepared.reading.folder
 
     def fill(folder: Path) -> None:
-        for name, positions in (("train", prepared.train), ("dev", prepared.dev)):
-            split = _select(prepared, positions).select_columns(SAVED_COLUMNS)
-            split.save_to_disk(folder / name)
-        _write_lines(folder / TEST, (_question(prepared.rows[i]) for i in prepared.test))
+        for name in (*SPLIT_FILES, FINDINGS_NAME):
+            shutil.move(work / name, folder / name)
+        _write_lines(folder / TEST, map(_question, _rows(prepared, Fate.TEST)))
         _write_lines(folder / LEFT_OUT, _left_out(prepared))
         shutil.copyfile(beside, folder / QUARANTINE)
+        eligible = np.isin(prepared.placement.fates, (Fate.TRAIN, Fate.NOT_USED))
+        write_known_rows(folder, prepared.reading.keys.build().content[eligible, 0])
 
     build_folder(target, fill, manifest.model_dump(mode="json", exclude={"path"}))
     beside.unlink()
+
+
+@contextmanager
+def work_folder(target: Path) -> Iterator[Path]:
+    """A scratch folder beside `target`; made anew, and gone afterwards."""
+    folder = target.with_name(f".{target.name}.work")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def quarantine_beside(target: Path) -> Path:
@@ -155,76 +176,73 @@ def read_manifest(target: Path) -> DatasetManifest | None:
         return None
 
 
-def summarize(dataset: Dataset) -> LengthSummary:
-    """Token lengths of a tokenised split; percentiles are lengths that occur."""
-    import numpy as np
+def histogram(lengths: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """(upper edge, rows) of bins of equal width, at most `HISTOGRAM_BINS` of them.
 
-    if not len(dataset):
-        return LengthSummary(
-            rows=0, tokens=0, trained_tokens=0, longest_tokens=0, median_tokens=0, p95_tokens=0
-        )
-    columns = dataset.select_columns(["length", "prompt_length"])[:]
-    lengths, prompts = np.asarray(columns["length"]), np.asarray(columns["prompt_length"])
-    median, p95 = np.percentile(lengths, (50, 95), method="higher")
-    return LengthSummary(
-        rows=len(lengths),
-        tokens=int(lengths.sum()),
-        trained_tokens=int((lengths - prompts).sum()),
-        longest_tokens=int(lengths.max()),
-        median_tokens=int(median),
-        p95_tokens=int(p95),
-    )
-
-
-def report(manifest: DatasetManifest, too_long: Mapping[int, int]) -> None:
-    """Log where the rows went, and how long they are."""
-    logger.info(
-        "%d rows read = %d train + %d dev + %d test + %d quarantined + %d too long "
-        "+ %d duplicates + %d not used",
-        *(manifest.rows_read, manifest.train.rows, manifest.dev.rows, manifest.test_rows),
-        *(manifest.quarantined, manifest.too_long, manifest.duplicates, manifest.not_used),
-    )
-    for name, split in (("train", manifest.train), ("dev", manifest.dev)):
-        logger.info(
-            "%s: %d tokens, %d of them trained; median %d, 95 %% up to %d, longest %d",
-            *(name, split.tokens, split.trained_tokens),
-            *(split.median_tokens, split.p95_tokens, split.longest_tokens),
-        )
-    if too_long:
-        logger.warning(
-            "%d rows are too long and left out; the longest has %d tokens (see %s)",
-            *(len(too_long), max(too_long.values()), LEFT_OUT),
-        )
-
-
-def _select(prepared: Prepared, positions: Sequence[int]) -> Dataset:
-    """The tokenised rows at `positions`, in that order."""
-    index = {position: number for number, position in enumerate(prepared.tokenized.kept)}
-    return prepared.tokenized.dataset.select([index[position] for position in positions])
+    They reach to the 99.5th percentile; the last one takes everything above.
+    """
+    if not len(lengths):
+        return ()
+    reach = max(int(np.percentile(lengths, 99.5, method="higher")), HISTOGRAM_BINS)
+    width = -(-reach // HISTOGRAM_BINS)
+    counts = np.bincount(np.minimum((lengths - 1) // width, HISTOGRAM_BINS - 1))
+    return tuple((width * (number + 1), int(count)) for number, count in enumerate(counts))
 
 
 def _reasons(prepared: Prepared) -> dict[str, int]:
-    """Why rows are missing, by code: quarantined ones, leaked ones, and unreadable files."""
-    leaked = sum(reason == LEAKAGE for _, reason in prepared.repeats)
-    extra = Counter({LEAKAGE: leaked, UNREADABLE_FILE: prepared.reading.unreadable})
+    """Why rows are missing, by code, but for what the manifest counts under a name of its own."""
+    placement = prepared.placement
+    told = (Fate.LEAKAGE, Fate.NEAR_LEAKAGE, Fate.NEAR_DUPLICATE, Fate.NO_TRAINED_TOKEN)
+    extra = Counter({fate.name.lower(): placement.count(fate) for fate in told})
+    extra[UNREADABLE_FILE] = prepared.reading.unreadable
+    extra[NO_REASONING] = prepared.reading.without_reasoning_left_out
     return dict(prepared.reading.bad) | dict(+extra)
 
 
+def _longest(prepared: Prepared) -> tuple[LongRow, ...]:
+    order = np.argsort(-prepared.tokens.lengths, kind="stable")[:LONGEST_ROWS]
+    places = [int(position) for position in order if prepared.tokens.lengths[position] > 0]
+    rows = prepared.table.rows(places)
+    return tuple(
+        LongRow(file=row["file"], line=row["line"], tokens=int(prepared.tokens.lengths[position]))
+        for row, position in zip(rows, places, strict=True)
+    )
+
+
+def _rows(prepared: Prepared, *fates: Fate) -> Iterator[QaRow]:
+    """The rows with one of `fates`, in reading order, a batch at a time."""
+    for row, _ in _rows_with_positions(prepared, *fates):
+        yield row
+
+
+def _rows_with_positions(prepared: Prepared, *fates: Fate) -> Iterator[tuple[QaRow, int]]:
+    wanted = np.isin(prepared.placement.fates, fates)
+    for number, rows in enumerate(prepared.table.batches()):
+        start = number * BATCH_ROWS
+        for index in np.flatnonzero(wanted[start : start + len(rows)]):
+            yield rows[index], start + int(index)
+
+
 def _question(row: QaRow) -> dict[str, Any]:
-    return {
+    question: dict[str, Any] = {
         "question": row["question"],
         "answer": row["answer"],
         "reasoning": row["reasoning"],
         "split": row["kind"] or "test",
     }
+    if row["messages"]:
+        question |= {"messages": row["messages"], "tools": row["tools"]}
+    return question
 
 
 def _left_out(prepared: Prepared) -> Iterable[dict[str, Any]]:
-    for row, reason in prepared.repeats:
-        yield {"file": row["file"], "line": row["line"], "reason": reason}
-    for position, tokens in prepared.tokenized.too_long.items():
-        row = prepared.rows[position]
-        yield {"file": row["file"], "line": row["line"], "reason": TOO_LONG, "tokens": tokens}
+    fates = tuple(fate for fate in Fate if fate not in (Fate.TRAIN, Fate.DEV, Fate.TEST))
+    for row, position in _rows_with_positions(prepared, *fates):
+        fate = Fate(int(prepared.placement.fates[position]))
+        entry = {"file": row["file"], "line": row["line"], "reason": fate.name.lower()}
+        if prepared.tokens.lengths[position]:
+            entry["tokens"] = int(prepared.tokens.lengths[position])
+        yield entry
 
 
 def _write_lines(path: Path, values: Iterable[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""The two pictures of an attempt: its loss curve, and its memory beside the budget.
+"""The pictures of a run: lengths of its rows, its loss curve, its memory beside the budget.
 
 Drawn without a display and without pyplot's global state, so it is safe in any thread. What to draw
 comes in as records; reading files is the caller's business.
@@ -67,6 +67,22 @@ def memory_figure(
             predicted_gb, color="tab:gray", linestyle="--", label=f"predicted {predicted_gb:.2f} GB"
         )
     axes.set_ylim(bottom=0)
+    axes.legend()
+    return figure
+
+
+def lengths_figure(histogram: Sequence[tuple[int, int]], limit_tokens: int) -> Any:
+    """Rows by length, with the longest length that is trained.
+
+    Args:
+        histogram: (upper edge in tokens, rows) of each bin, at least one.
+        limit_tokens: `max_sequence_length`.
+    """
+    figure, axes = _canvas("Lengths of the rows", "tokens", "rows")
+    edges = [edge for edge, _ in histogram]
+    width = edges[0]
+    axes.bar([edge - width / 2 for edge in edges], [rows for _, rows in histogram], 0.9 * width)
+    axes.axvline(limit_tokens, color="tab:red", label=f"max_sequence_length {limit_tokens}")
     axes.legend()
     return figure
 

@@ -257,8 +257,7 @@ def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
 def describe_dataset(manifest: DatasetManifest) -> DatasetInput:
     """The manifest in the terms of an MLflow dataset; the profile holds the whole digest."""
     columns = [
-        {"type": "string", "name": name, "required": True}
-        for name in (manifest.question_field, manifest.answer_field)
+        {"type": "string", "name": name, "required": True} for name in manifest.columns.values()
     ]
     sources = [source.model_dump(mode="json") for source in manifest.sources]
     profile = manifest.model_dump(mode="json", exclude={"sources"})

@@ -40,12 +40,17 @@ def quantized_model(
 
 
 def tokenized_data(
-    config: TrainingConfig, model: ModelSnapshot, run: RunDir, target: Path
+    config: TrainingConfig,
+    model: ModelSnapshot,
+    run: RunDir,
+    target: Path,
+    known_rows: str | None = None,
 ) -> DatasetManifest:
     """The rows at `target`, read and tokenised if they are not there or do not verify."""
     if (manifest := read_manifest(target)) is not None:
         return manifest
-    job = run.job("data").create(DataRequest(config=config, model=model, target=str(target)))
+    request = DataRequest(config=config, model=model, target=str(target), known_rows=known_rows)
+    job = run.job("data").create(request)
     return run_worker("data", job, DatasetManifest, stall_seconds=config.stall_seconds)
 
 

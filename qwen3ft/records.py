@@ -15,6 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field
 GIB = 2**30
 """Bytes in one GB as this project counts it."""
 
+NOTHING_NEW = "NothingNew"
+"""Name of the completed state of a run that found nothing to train on."""
+
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of a Qwen3 block; all seven get an adapter."""
 
@@ -185,13 +188,32 @@ class LengthSummary(Record):
     p95_tokens: int
 
 
+class DataChange(Record):
+    """What is new in the data since the champion was trained."""
+
+    since: str | None = Field(None, description="The champion compared with, if there is one.")
+    new_files: tuple[str, ...] = ()
+    changed_files: tuple[str, ...] = ()
+    gone_files: tuple[str, ...] = ()
+    new_rows: int = Field(0, description="Training rows that the champion has not seen.")
+    unchanged: bool = Field(False, description="Same rows and settings as the champion's.")
+
+
+class LongRow(Record):
+    """One of the longest rows."""
+
+    file: str
+    line: int
+    tokens: int
+
+
 class DatasetManifest(Record):
     """Tokenised rows on disk and where every row that was read went.
 
-    `rows_read == trained + dev + test + quarantined + too_long + duplicates + not_used`, always.
+    `rows_read == train + dev + test + quarantined + too_long + duplicates + not_used`, always.
     """
 
-    path: str = Field(description="Folder with train/, dev/ (tokenised) and test.jsonl.")
+    path: str = Field(description="Folder with train.arrow, dev.arrow (tokenised) and test.jsonl.")
     digest: str = Field(description="sha256 over the rows used, the template and the settings.")
     sources: tuple[DataSource, ...]
     rows_read: int
@@ -200,12 +222,30 @@ class DatasetManifest(Record):
     test_rows: int
     quarantined: int
     too_long: int
-    duplicates: int
-    not_used: int = Field(0, description="Left out by max_rows.")
-    reasons: dict[str, int] = Field(default_factory=dict, description="Quarantine reason: rows.")
+    duplicates: int = Field(description="Exact repeats, leaks, and near-duplicates left out.")
+    not_used: int = Field(0, description="Left out by a setting: caps, rows without reasoning.")
+    reasons: dict[str, int] = Field(default_factory=dict, description="Why rows are missing: rows.")
     quarantine_path: str | None = None
-    question_field: str = "question"
-    answer_field: str = "answer"
+    layouts: dict[str, int] = Field(default_factory=dict, description="Layout found: rows.")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="Part: column, as most rows have it."
+    )
+    chinese_rows: int = Field(0, description="Usable rows whose question has Chinese in it.")
+    reasoning_rows: int = Field(0, description="Usable rows with reasoning.")
+    conversations: int = Field(0, description="Usable rows of more than a question and an answer.")
+    near_duplicates: int = Field(0, description="Training rows nearly the same as another one.")
+    shortened: int = Field(0, description="Rows whose reasoning lost its middle to fit.")
+    personal_data: dict[str, int] = Field(default_factory=dict, description="Kind found: rows.")
+    known_rows: str | None = Field(
+        None, description="File of the rows seen before, where they were told from new ones."
+    )
+    new_rows: int = Field(0, description="Training rows not among the known ones.")
+    max_sequence_length: int = 0
+    length_histogram: tuple[tuple[int, int], ...] = Field(
+        (), description="(upper edge in tokens, rows) of the rows tokenised, too long ones too."
+    )
+    longest: tuple[LongRow, ...] = ()
+    warnings: tuple[str, ...] = Field((), description="What a person should know, and do.")
     degraded: tuple[str, ...] = ()
 
 
@@ -235,6 +275,11 @@ class TrainPlan(Record):
     gradient_checkpointing: bool
     loss_chunk_tokens: int = Field(description="Trained tokens whose logits exist at one time.")
     offload_activations: bool = False
+    packing: bool = Field(
+        False,
+        description="Sequences one after the other in rows of up to micro_batch_size x the longest "
+        "row's tokens, instead of micro_batch_size padded rows.",
+    )
     learning_rate: float
     lr_scheduler: str
     warmup_steps: int

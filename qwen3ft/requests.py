@@ -26,6 +26,7 @@ class DataRequest(Record):
     config: TrainingConfig
     model: ModelSnapshot
     target: str
+    known_rows: str | None = Field(None, description="File of the rows seen before: `known_rows`.")
 
 
 class InferenceRequest(Record):

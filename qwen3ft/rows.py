@@ -1,8 +1,8 @@
-"""From files to checked question-answer rows: which column is what, and what makes a row bad.
+"""From a file's values to checked rows: question, answer, reasoning, and the conversation around.
 
 Guarantees: every row of a file comes out exactly once, as a `QaRow` or as a `BadRow` with its
 place, a reason code and a short masked excerpt; nothing in a file raises. The same texts give the
-same rows in every format.
+same rows in every format and file type.
 It does not judge content: a wrong or useless answer is a good row here.
 It imports neither torch nor transformers.
 """
@@ -11,102 +11,111 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
+from qwen3ft.columns import Columns, find_columns
+from qwen3ft.config import ColumnNames, TrainingConfig
+from qwen3ft.conversation import (
+    THINK_CLOSE,
+    THINK_OPEN,
+    Message,
+    RejectedRowError,
+    assistant,
+    check_order,
+    parse_history,
+    parse_messages,
+    parse_tools,
+    split_think_block,
+    texts_of,
+    user,
+)
 from qwen3ft.formats import RawRow, UnreadableFileError, read_raw
 from qwen3ft.logs import mask_secrets
 from qwen3ft.sources import Role, SourceFile
 
 EXCERPT_CHARACTERS = 200
 
-QUESTION_FIELDS = (
-    *("question", "instruction", "prompt", "query", "problem", "input"),
-    *("问题", "提问", "指令", "输入"),
-)
-ANSWER_FIELDS = (
-    *("answer", "output", "completion", "response", "solution", "target"),
-    *("答案", "回答", "回复", "输出"),
-)
-CONTEXT_OF = {"instruction": "input", "指令": "输入"}
-"""Alpaca's second question column: appended to the instruction where it is not empty."""
-REASONING_FIELDS = ("reasoning", "reasoning_content", "thinking", "思考", "推理")
-KIND_FIELDS = ("kind", "split")
-
-THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 """Written in a text, they would be read as the borders of a turn."""
 TOOL_RESPONSE = "<tool_response>"
+"""At the start of a user's message, Qwen's templates take it for a tool's."""
 
 UNREADABLE_FILE = "unreadable_file"
 
 
 class QaRow(TypedDict):
-    """One usable row; texts are stripped, `reasoning` and `kind` may be ''."""
+    """One usable row; texts are stripped, and '' where there is none."""
 
     question: str
+    """The last user message."""
     answer: str
+    """The last assistant message, without its reasoning."""
     reasoning: str
+    messages: list[Message]
+    """The whole conversation where it is more than one question and its answer, else []."""
+    tools: list[dict[str, Any]]
     kind: str
+    """Group of questions to report on."""
+    group: str
+    """Rows of one source key are held out together."""
     role: Role
     file: str
     line: int
+    offset: int
+    """Byte where the row starts in the uncompressed file, -1 where there is no such thing."""
 
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """One row left out: line is 1-based (the row for csv, parquet, arrays), 0 the whole file."""
+    """One row left out: line is 1-based (the row for parquet), 0 the whole file."""
 
     file: str
     line: int
+    offset: int
     reason: str
     excerpt: str
 
 
 @dataclass(frozen=True)
-class Fields:
-    """The config's part in reading a row; None means found by its usual names."""
+class RowRules:
+    """The config's part in reading a row."""
 
-    question: str | None = None
-    answer: str | None = None
+    columns: ColumnNames = field(default_factory=ColumnNames)
     reasoning_separator: str | None = None
+    escape_special_tokens: bool = False
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Which column of one set of names plays which part."""
-
-    question: str | None
-    context: str | None
-    answer: str | None
-    reasoning: str | None
-    kind: str | None
-
-    def used(self) -> list[str]:
-        """The names that are columns of the data."""
-        names = (self.question, self.context, self.answer, self.reasoning, self.kind)
-        return [name for name in names if name is not None]
+def rules_of(config: TrainingConfig) -> RowRules:
+    """The settings of `config` that decide how a row is read."""
+    return RowRules(
+        config.columns, config.reasoning_separator, config.special_tokens_in_text == "escape"
+    )
 
 
-class _RejectedError(ValueError):
-    """A row cannot be used; the message is the reason code."""
+def conversation_of(row: QaRow) -> list[Message]:
+    """The row as messages."""
+    return row["messages"] or [user(row["question"]), _turn(row["answer"], row["reasoning"])]
 
 
-def read_file(file: SourceFile, fields: Fields, used: Counter[Columns]) -> Iterator[QaRow | BadRow]:
+def read_file(
+    file: SourceFile, rules: RowRules, used: Counter[Columns]
+) -> Iterator[QaRow | BadRow]:
     """Every row of `file`, in order; a file that breaks off ends with a `BadRow` of line 0.
 
     Args:
         file: What to read.
-        fields: The config's part in it.
+        rules: The config's part in it.
         used: Counts the columns that good rows were read from.
     """
     try:
-        for raw in read_raw(file.path, lambda names: find_columns(names, fields).used()):
-            yield _checked(raw, file, fields, used)
+        for raw in read_raw(
+            file.path, lambda names: list(find_columns(names, rules.columns).parts().values())
+        ):
+            yield _checked(raw, file, rules, used)
     except (UnreadableFileError, OSError) as error:
-        yield BadRow(file.label, 0, UNREADABLE_FILE, excerpt(str(error)))
+        yield BadRow(file.label, 0, -1, UNREADABLE_FILE, excerpt(str(error)))
 
 
 def excerpt(text: str) -> str:
@@ -115,124 +124,201 @@ def excerpt(text: str) -> str:
     return mask_secrets(head)[:EXCERPT_CHARACTERS]
 
 
-@lru_cache(maxsize=1024)
-def find_columns(names: tuple[str, ...], fields: Fields) -> Columns:
-    """Match column names, ignoring case and outer spaces, with the parts of a row."""
-    known = {name.strip().lower(): name for name in reversed(names)}
+def _checked(
+    raw: RawRow, file: SourceFile, rules: RowRules, used: Counter[Columns]
+) -> QaRow | BadRow:
+    if raw.reason:
+        return BadRow(file.label, raw.line, raw.offset, raw.reason, excerpt(raw.text))
+    columns = find_columns(tuple(raw.values), rules.columns)
+    try:
+        row = QaRow(
+            **_texts(raw.values, columns, rules),
+            kind=_optional_text(raw.values, columns.kind, "kind"),
+            group=_label(raw.values, columns.group),
+            role=file.role,
+            file=file.label,
+            line=raw.line,
+            offset=raw.offset,
+        )
+        _check_content(row, rules)
+    except (RejectedRowError, RecursionError) as error:
+        reason = str(error) if isinstance(error, RejectedRowError) else "too_deep"
+        names = columns.parts().values()
+        values = {name: raw.values.get(name) for name in names} or raw.values
+        return BadRow(file.label, raw.line, raw.offset, reason, excerpt(_shown(values)))
+    used[columns] += 1
+    return row
 
-    def first(wanted: tuple[str, ...]) -> str | None:
-        return next((known[name] for name in wanted if name in known), None)
 
-    question = fields.question or first(QUESTION_FIELDS)
-    context = None
-    if fields.question is None and question is not None:
-        context = known.get(CONTEXT_OF.get(question.strip().lower(), ""))
-    return Columns(
-        question=question if question in names else None,
-        context=context,
-        answer=_present(fields.answer or first(ANSWER_FIELDS), names),
-        reasoning=first(REASONING_FIELDS),
-        kind=first(KIND_FIELDS),
+class _Texts(TypedDict):
+    question: str
+    answer: str
+    reasoning: str
+    messages: list[Message]
+    tools: list[dict[str, Any]]
+
+
+def _texts(values: Mapping[str, Any], columns: Columns, rules: RowRules) -> _Texts:
+    """What is said in a row, whichever way it is laid out."""
+    tools = parse_tools(values.get(columns.tools)) if columns.tools else []
+    if columns.messages is not None:
+        return _from_messages(parse_messages(values.get(columns.messages)), tools, rules)
+    asked = values.get(columns.question) if columns.question else None
+    if isinstance(asked, list):  # a prompt of messages, completed by messages or by text
+        completed = values.get(columns.answer) if columns.answer else None
+        if isinstance(completed, str):
+            completed = [{"role": "assistant", "content": completed}]
+        if not isinstance(completed, list):
+            raise RejectedRowError("missing_answer")
+        return _from_messages(parse_messages([*asked, *completed]), tools, rules)
+    return _from_columns(values, columns, tools, rules)
+
+
+def _from_columns(
+    values: Mapping[str, Any], columns: Columns, tools: list[dict[str, Any]], rules: RowRules
+) -> _Texts:
+    question = _text(values, columns.question, "question")
+    if addition := _optional_text(values, columns.addition, "question"):
+        question = f"{question}\n{addition}"
+    if context := _optional_text(values, columns.context, "context"):
+        question = f"{context}\n\n{question}"
+    block, answer = split_reasoning(_answer(values, columns.answer), rules.reasoning_separator)
+    reasoning = _optional_text(values, columns.reasoning, "reasoning") or block
+    if not answer:
+        raise RejectedRowError("empty_answer")
+    messages: list[Message] = []
+    if system := _optional_text(values, columns.system, "system"):
+        messages.append({"role": "system", "content": system})
+    if columns.history:
+        messages += parse_history(values.get(columns.history))
+    if messages or tools:
+        messages += [user(question), _turn(answer, reasoning)]
+        check_order(messages)
+    return _Texts(
+        question=question, answer=answer, reasoning=reasoning, messages=messages, tools=tools
+    )
+
+
+def _from_messages(messages: list[Message], tools: list[dict[str, Any]], rules: RowRules) -> _Texts:
+    last = messages[-1]
+    if rules.reasoning_separator and not last.get("reasoning"):
+        last = assistant(*reversed(split_reasoning(last["content"], rules.reasoning_separator)))
+        messages[-1] = last
+    if not last["content"]:
+        raise RejectedRowError("empty_answer")
+    return _Texts(
+        question=next(m["content"] for m in reversed(messages) if m["role"] == "user"),
+        answer=last["content"],
+        reasoning=last.get("reasoning", ""),
+        messages=messages if len(messages) > 2 or tools else [],
+        tools=tools,
     )
 
 
 def split_reasoning(answer: str, separator: str | None) -> tuple[str, str]:
     """(reasoning, answer) of an answer column: a leading think block, else what the separator cuts.
 
-    The opening tag may be missing, as in what a model writes whose prompt held it. Of several
-    separators the last one counts.
+    Of several separators the last one counts.
+
+    Raises:
+        RejectedRowError: a think block is never closed.
     """
-    before, closed, after = answer.partition(THINK_CLOSE)
-    if closed:
-        return before.strip().removeprefix(THINK_OPEN).strip(), after.strip()
-    if answer.lstrip().startswith(THINK_OPEN):
-        raise _RejectedError("unclosed_think")
+    if THINK_CLOSE in answer or answer.lstrip().startswith(THINK_OPEN):
+        return split_think_block(answer)
     before, cut, after = answer.rpartition(separator) if separator else ("", "", answer)
     return (before.strip(), after.strip()) if cut else ("", answer.strip())
 
 
-def _present(name: str | None, names: tuple[str, ...]) -> str | None:
-    return name if name in names else None
+def _turn(answer: str, reasoning: str) -> Message:
+    message: Message = {"role": "assistant", "content": answer}
+    if reasoning:
+        message["reasoning"] = reasoning
+    return message
 
 
-def _checked(
-    raw: RawRow, file: SourceFile, fields: Fields, used: Counter[Columns]
-) -> QaRow | BadRow:
-    if raw.reason:
-        return BadRow(file.label, raw.line, raw.reason, excerpt(raw.text))
-    columns = find_columns(tuple(raw.values), fields)
-    try:
-        question = _question(raw.values, columns)
-        block, answer = split_reasoning(
-            _text(raw.values, columns.answer, "answer"), fields.reasoning_separator
-        )
-        reasoning = _optional_text(raw.values, columns.reasoning, "reasoning") or block
-        kind = _optional_text(raw.values, columns.kind, "kind")
-        _check_content(question, answer, reasoning, kind)
-    except _RejectedError as error:
-        values = {name: raw.values.get(name) for name in columns.used()} or raw.values
-        return BadRow(file.label, raw.line, str(error), excerpt(_shown(values)))
-    used[columns] += 1
-    return QaRow(
-        question=question,
-        answer=answer,
-        reasoning=reasoning,
-        kind=kind,
-        role=file.role,
-        file=file.label,
-        line=raw.line,
-    )
+def _answer(values: Mapping[str, Any], column: str | None) -> str:
+    """The answer's text; of SQuAD's list of accepted answers the first."""
+    value = values.get(column) if column is not None else None
+    if isinstance(value, Mapping):
+        value = value.get("text")
+    if isinstance(value, list):
+        if not value:
+            raise RejectedRowError("empty_answer")
+        value = value[0].get("text") if isinstance(value[0], Mapping) else value[0]
+    return _required(value, "answer")
 
 
-def _shown(values: dict[str, Any]) -> str:
-    """`values` as JSON-like text, each cut short before it is rendered."""
-    short = 2 * EXCERPT_CHARACTERS
-    return json.dumps(
-        {
-            name: value[:short] if isinstance(value, str) else value
-            for name, value in values.items()
-        },
-        ensure_ascii=False,
-        default=repr,
-    )
+def _text(values: Mapping[str, Any], column: str | None, part: str) -> str:
+    return _required(values.get(column) if column is not None else None, part)
 
 
-def _question(values: dict[str, Any], columns: Columns) -> str:
-    question = _text(values, columns.question, "question")
-    context = _optional_text(values, columns.context, "question")
-    return f"{question}\n{context}" if context else question
-
-
-def _text(values: dict[str, Any], column: str | None, part: str) -> str:
-    if column is None or values.get(column) is None:
-        raise _RejectedError(f"missing_{part}")
-    text = _optional_text(values, column, part)
+def _required(value: Any, part: str) -> str:
+    if value is None:
+        raise RejectedRowError(f"missing_{part}")
+    if not isinstance(value, str):
+        raise RejectedRowError(f"{part}_not_text")
+    text = value.strip()
     if not text:
-        raise _RejectedError(f"empty_{part}")
+        raise RejectedRowError(f"empty_{part}")
     return text
 
 
-def _optional_text(values: dict[str, Any], column: str | None, part: str) -> str:
+def _optional_text(values: Mapping[str, Any], column: str | None, part: str) -> str:
     value = values.get(column) if column is not None else None
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise _RejectedError(f"{part}_not_text")
+        raise RejectedRowError(f"{part}_not_text")
     return value.strip()
 
 
-def _check_content(question: str, answer: str, reasoning: str, kind: str) -> None:
+def _label(values: Mapping[str, Any], column: str | None) -> str:
+    """A source key: text or a number."""
+    value = values.get(column) if column is not None else None
+    return "" if value is None or isinstance(value, (list, Mapping)) else str(value).strip()
+
+
+def _check_content(row: QaRow, rules: RowRules) -> None:
     """Reject what would corrupt the turn structure, or could not be written as UTF-8."""
-    if not answer:
-        raise _RejectedError("empty_answer")
-    everything = "\n".join((question, answer, reasoning, kind))
+    question, answer, reasoning = row["question"], row["answer"], row["reasoning"]
+    texts = [question, answer, reasoning, row["kind"], row["group"]]
+    if row["messages"]:
+        texts += texts_of(row["messages"], row["tools"])
+    everything = "\n".join(texts)
+    if not everything.isascii():
+        try:
+            everything.encode()
+        except UnicodeEncodeError:
+            raise RejectedRowError("lone_surrogate") from None
     if "\0" in everything:
-        raise _RejectedError("nul")
+        raise RejectedRowError("nul")
+    if "<" not in everything:
+        return
+    if not rules.escape_special_tokens and any(token in everything for token in CONTROL_TOKENS):
+        raise RejectedRowError("control_token")
+    for message in conversation_of(row):
+        said = message["content"]
+        if message["role"] == "user" and said.startswith(TOOL_RESPONSE):
+            raise RejectedRowError("control_token")
+        if message["role"] == "assistant" and any(
+            tag in text
+            for tag in (THINK_OPEN, THINK_CLOSE)
+            for text in (said, message.get("reasoning", ""))
+        ):
+            raise RejectedRowError("broken_think")
+
+
+def _shown(values: Mapping[str, Any]) -> str:
+    """`values` as JSON-like text, each cut short before it is rendered."""
+    short = 2 * EXCERPT_CHARACTERS
     try:
-        everything.encode()
-    except UnicodeEncodeError:
-        raise _RejectedError("lone_surrogate") from None
-    if any(token in everything for token in CONTROL_TOKENS) or question.startswith(TOOL_RESPONSE):
-        raise _RejectedError("control_token")
-    if any(tag in text for tag in (THINK_OPEN, THINK_CLOSE) for text in (answer, reasoning)):
-        raise _RejectedError("broken_think")
+        return json.dumps(
+            {
+                name: value[:short] if isinstance(value, str) else value
+                for name, value in values.items()
+            },
+            ensure_ascii=False,
+            default=repr,
+        )
+    except (RecursionError, ValueError):
+        return "nested too deeply to be shown"

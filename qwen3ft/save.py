@@ -20,6 +20,7 @@ from qwen3ft.records import AttemptOutcome, ModelSource, SavedAdapter, TrainPlan
 from qwen3ft.saved_adapter import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
+    KNOWN_ROWS_FILE,
     RUN_CARD_FILE,
     find_non_finite,
     read_header,
@@ -132,9 +133,11 @@ def _try_save(
 ) -> str | None:
     """Write the folder and read it back; why that failed, or None."""
     checkpoint, tokenizer = Path(outcome.best_checkpoint), Path(plan.model.path)
+    rows = Path(plan.dataset.path)
     copied = [
         checkpoint / ADAPTER_FILE,
         *(tokenizer / name for name in TOKENIZER_FILES if _is_file(tokenizer, name)),
+        *(rows / name for name in (KNOWN_ROWS_FILE,) if _is_file(rows, name)),
     ]
 
     def fill(folder: Path) -> None:

@@ -4,6 +4,7 @@
       adapter_model.safetensors  adapter_config.json   as PEFT writes them
       tokenizer.json  tokenizer_config.json  chat_template.jinja
       run_card.json                                    what it was trained from, and what came out
+      known_rows.npy                                   hashes of the rows that it has seen
       README.md                                        the same for people
       manifest.json                                    last: sha256 of every file
 
@@ -28,6 +29,7 @@ logger = get_logger("saved_adapter")
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 RUN_CARD_FILE = "run_card.json"
+KNOWN_ROWS_FILE = "known_rows.npy"
 
 _EXPONENTS = {"F64": ("<u8", 0x7FF0 << 48), "F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00)}
 _EXPONENTS["BF16"] = ("<u2", 0x7F80)

@@ -13,15 +13,10 @@ from __future__ import annotations
 import json
 import posixpath
 import tempfile
-from collections.abc import Mapping
-from datetime import datetime
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 
-from pydantic import BaseModel, ValidationError
-
-from qwen3ft.attempt import JobDir, RunDir
+from qwen3ft.attempt import RunDir
 from qwen3ft.cursor import (
     AttemptCursor,
     Line,
@@ -31,7 +26,6 @@ from qwen3ft.cursor import (
     write_state,
 )
 from qwen3ft.errors import RejectedError, TrackingUnavailableError
-from qwen3ft.figures import MemorySample, loss_figure, memory_figure, write_png
 from qwen3ft.journal import (
     AnyOperation,
     Artifacts,
@@ -47,14 +41,19 @@ from qwen3ft.journal import (
     journal_path,
     parse_operation,
 )
-from qwen3ft.logs import get_logger, mask_secrets
-from qwen3ft.records import TrainingMetrics
+from qwen3ft.logs import get_logger
+from qwen3ft.run_files import (
+    draw_attempt,
+    draw_lengths,
+    memory_points,
+    operation_points,
+    table_json,
+    training_points,
+)
 from qwen3ft.storage import fsync_file, sha256_json
-from qwen3ft.tracking import Connection, Point, connect
+from qwen3ft.tracking import Connection, connect
 
 _LINES_PER_BATCH = 200  # of at most five metrics each: MLflow takes 1000 a request
-
-ModelT = TypeVar("ModelT", bound=BaseModel)
 
 _log = get_logger("tracking")
 
@@ -132,6 +131,9 @@ class Sender:
                 connection.log(parent, tags=operation.values)
             case DatasetInput():
                 connection.log_dataset(parent, operation)
+                with tempfile.TemporaryDirectory(prefix="qwen3ft-") as folder:
+                    for path in draw_lengths(operation, Path(folder)):
+                        connection.upload(parent, path, "figures")
             case TextArtifact():
                 _upload_text(connection, parent, operation.path, operation.content)
             case Artifacts():
@@ -181,13 +183,15 @@ class Sender:
         connection.log(cursor.run_id, tags=op.tags)
         connection.set_status(cursor.run_id, op.status, op.time_ms)
         with tempfile.TemporaryDirectory(prefix="qwen3ft-") as folder:
-            for path in _draw(self.run_dir.attempt(op.number), cursor, Path(folder)):
+            for path in draw_attempt(
+                self.run_dir.attempt(op.number), cursor.budget_gb, cursor.predicted_gb, Path(folder)
+            ):
                 connection.upload(cursor.run_id, path, "figures")
                 connection.upload(parent, path, "figures")  # the last attempt's stay there
 
     def _log_table(self, connection: Connection, parent: str, table: Table) -> None:
         """What MLflow's `log_table` does; but that appends, and so must not be repeated."""
-        _upload_text(connection, parent, table.path, _table_json(Path(table.local_path)))
+        _upload_text(connection, parent, table.path, table_json(Path(table.local_path)))
         self.state.tables = sorted({*self.state.tables, table.path})
         logged = [{"path": path, "type": "table"} for path in self.state.tables]
         connection.log(parent, tags={"mlflow.loggedArtifacts": json.dumps(logged)})
@@ -213,87 +217,9 @@ class Sender:
         return True
 
 
-def operation_points(operation: Metrics) -> list[Point]:
-    """The points of a journaled operation, all at its time and step."""
-    return [
-        Point(key, value, operation.time_ms, operation.step)
-        for key, value in operation.values.items()
-    ]
-
-
-def training_points(line: bytes) -> list[Point]:
-    """The points of one line of metrics.jsonl; none for a torn line."""
-    measured = _parsed(TrainingMetrics, line)
-    if measured is None:
-        return []
-    values = {
-        "train/loss": measured.loss,
-        "train/learning_rate": None if measured.loss is None else measured.learning_rate,
-        "train/grad_norm": measured.grad_norm,
-        "train/tokens_per_second": measured.tokens_per_second,
-        "held_out/loss": measured.held_out_loss,
-    }
-    return _points(values, measured.timestamp, measured.step)
-
-
-def memory_points(line: bytes) -> list[Point]:
-    """The points of one line of memory.jsonl (units of 2**30 bytes); none for a torn line."""
-    sample = _parsed(MemorySample, line)
-    if sample is None:
-        return []
-    values = {
-        "memory/allocated_gb": sample.allocated_gb,
-        "memory/cached_gb": sample.cached_gb,
-        "memory/available_gb": sample.available_gb,
-    }
-    return _points(values, sample.timestamp, sample.step)
-
-
-def _points(values: Mapping[str, float | None], time: datetime, step: int) -> list[Point]:
-    time_ms = int(time.timestamp() * 1000)
-    return [Point(key, value, time_ms, step) for key, value in values.items() if value is not None]
-
-
-def _parsed(kind: type[ModelT], line: bytes) -> ModelT | None:
-    try:
-        return kind.model_validate_json(line)
-    except ValidationError:
-        _log.warning("An unreadable line of %s is skipped.", kind.__name__)
-        return None
-
-
-def _records(kind: type[ModelT], path: Path) -> list[ModelT]:
-    parsed = (_parsed(kind, line.content) for line in lines_from(path))
-    return [record for record in parsed if record is not None]
-
-
-def _draw(job: JobDir, cursor: AttemptCursor, folder: Path) -> list[Path]:
-    """Write loss.png and memory.png of an attempt into `folder`, each if there is data for it."""
-    drawn = []
-    if metrics := _records(TrainingMetrics, job.metrics):
-        drawn.append(write_png(loss_figure(metrics), folder / "loss.png"))
-    if samples := _records(MemorySample, job.memory):
-        figure = memory_figure(samples, cursor.budget_gb, cursor.predicted_gb)
-        drawn.append(write_png(figure, folder / "memory.png"))
-    return drawn
-
-
 def _upload_text(connection: Connection, run_id: str, artifact: str, content: str) -> None:
     parent, name = posixpath.split(artifact)
     with tempfile.TemporaryDirectory(prefix="qwen3ft-") as folder:
         local = Path(folder) / name
         local.write_text(content, encoding="utf-8")
         connection.upload(run_id, local, parent or None)
-
-
-def _table_json(path: Path) -> str:
-    """A file of JSON lines in the form that MLflow shows as a table."""
-    try:
-        rows = [json.loads(line.content) for line in lines_from(path)]
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        data = [[row.get(column) for column in columns] for row in rows]
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise RejectedError(f"{path} is no table: {error}") from error
-    if not rows:
-        raise RejectedError(f"{path} has no rows.")
-    return mask_secrets(json.dumps({"columns": columns, "data": data}, ensure_ascii=False))

@@ -76,13 +76,16 @@ def data(job: Job) -> DatasetManifest:
     request = read_record(job.dir.request, DataRequest)
     job.heartbeat.beat("data")
     return DataPipeline(request.config).prepare(
-        request.model, Path(request.target), progress=lambda _: job.heartbeat.beat("data")
+        request.model,
+        Path(request.target),
+        progress=lambda _: job.heartbeat.beat("data"),
+        known_rows=request.known_rows,
     )
 
 
 def train(job: Job) -> AttemptOutcome:
     """One training attempt."""
-    from datasets import DatasetDict, load_from_disk
+    from datasets import DatasetDict
     from transformers import set_seed
 
     from qwen3ft.config import TrainingConfig
@@ -90,6 +93,7 @@ def train(job: Job) -> AttemptOutcome:
     from qwen3ft.lora import LoRAAdapter
     from qwen3ft.memory import MemoryOptimizer
     from qwen3ft.model import ModelManager
+    from qwen3ft.token_table import load_split
     from qwen3ft.train import TrainingEngine
 
     plan = read_record(job.dir.request, TrainPlan)
@@ -103,7 +107,7 @@ def train(job: Job) -> AttemptOutcome:
     model = manager.prepare_for_training(model, gradient_checkpointing=plan.gradient_checkpointing)
     adapted = LoRAAdapter(plan.adapter).apply_lora(model)
     dataset = DatasetDict(
-        {name: load_from_disk(str(Path(plan.dataset.path) / name)) for name in ("train", "dev")}
+        {name: load_split(Path(plan.dataset.path), name) for name in ("train", "dev")}
     )
     engine = TrainingEngine(
         plan,

@@ -27,14 +27,26 @@ def _key(_: Any, parameters: dict[str, Any]) -> str:
     result_serializer="json",
 )
 def tokenize(
-    config: TrainingConfig, model: ModelSnapshot, run: str, target: str
+    config: TrainingConfig, model: ModelSnapshot, run: str, target: str, known_rows: str | None
 ) -> DatasetManifest:
     """Read, check and tokenise, unless the folder is already there and verifies."""
-    return tokenized_data(config, model, RunDir(Path(run)), Path(target))
+    return tokenized_data(config, model, RunDir(Path(run)), Path(target), known_rows)
 
 
-def prepare_data(config: TrainingConfig, model: ModelSnapshot, run: RunDir) -> DatasetManifest:
-    """The data stage: changed files give another key; a damaged folder is made anew."""
-    target = dataset_target(config, model, fingerprint_sources(config))
+def prepare_data(
+    config: TrainingConfig, model: ModelSnapshot, run: RunDir, known_rows: str | None
+) -> DatasetManifest:
+    """The data stage: changed files give another key; a damaged folder is made anew.
+
+    Args:
+        config: With the paths and what to do with them.
+        model: Whose tokenizer and template to use.
+        run: Its folder receives the worker's files.
+        known_rows: File of the rows seen before; matters only where new ones are to be mixed.
+    """
+    known_rows = known_rows if config.new_data == "mix" else None
+    target = dataset_target(config, model, fingerprint_sources(config), known_rows)
     gone = read_manifest(target) is None
-    return tokenize.with_options(refresh_cache=gone)(config, model, str(run.path), str(target))
+    return tokenize.with_options(refresh_cache=gone)(
+        config, model, str(run.path), str(target), known_rows
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -13,18 +14,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, disable_progress_bars, load_from_disk
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from datasets import Dataset, disable_progress_bars
 
-from qwen3ft.chat import END_TOKEN, IGNORED_LABEL, load_tokenizer, prompt_ids
+from qwen3ft.batches import IGNORED
+from qwen3ft.chat import END_TOKEN, load_tokenizer, prompt_ids
 from qwen3ft.config import TrainingConfig, load_config
 from qwen3ft.data import DataPipeline, dataset_target, fingerprint_sources, read_manifest
 from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.errors import DataLoadingError, TokenizerError
-from qwen3ft.records import DatasetManifest, ModelShape, ModelSnapshot, ModelSource
+from qwen3ft.known_rows import compare_data
+from qwen3ft.records import Champion, DatasetManifest, ModelShape, ModelSnapshot, ModelSource
 from qwen3ft.sources import SAMPLE_DATA
-from qwen3ft.splits import LEAKAGE, hold_out
+from qwen3ft.token_table import load_split
 
 ROOT = Path(__file__).parents[1]
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
@@ -93,12 +94,18 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def trained_ids(row: dict[str, Any]) -> list[int]:
+    """The tokens of a row that carry loss."""
+    edges = zip(row["trained"][::2], row["trained"][1::2], strict=True)
+    return [token for start, end in edges for token in row["input_ids"][start:end]]
+
+
 def questions(manifest: DatasetManifest, split: str) -> list[str]:
     """The questions of a split, from the tokens or from test.jsonl."""
     folder = Path(manifest.path)
     if split == "test":
         return [row["question"] for row in read_lines(folder / "test.jsonl")]
-    ids = list(load_from_disk(folder / split)["input_ids"])
+    ids = list(load_split(folder, split)["input_ids"])
     texts = load_tokenizer(MODEL_DIR).batch_decode(ids)
     return [text.split("<|im_start|>user\n")[1].split(END_TOKEN)[0] for text in texts]
 
@@ -132,9 +139,8 @@ def test_real_rows_of_gsm8k_are_accounted_for(tmp_path: Path) -> None:
     assert (manifest.train.rows, manifest.quarantined) == (250, 0)
     assert 0 < manifest.too_long < 80
     assert manifest.train.longest_tokens <= 512
-    [first] = load_from_disk(tmp_path / "data" / "train").select([0])
-    trained = [token for token in first["labels"] if token != IGNORED_LABEL]
-    text = load_tokenizer(MODEL_DIR).decode(trained)
+    [first] = load_split(tmp_path / "data", "train").select([0])
+    text = load_tokenizer(MODEL_DIR).decode(trained_ids(first))
     assert text.startswith("<think>\n")
     assert text.endswith(END_TOKEN)
     assert "####" not in text
@@ -240,14 +246,14 @@ def test_the_prompt_carries_no_loss_and_the_end_token_does(tmp_path: Path) -> No
     reasoning = {row["question"]: row["reasoning"] for row in rows}
     trained = 0
     for row, question in zip(
-        load_from_disk(tmp_path / "data" / "train"), questions(manifest, "train"), strict=True
+        load_split(tmp_path / "data", "train"), questions(manifest, "train"), strict=True
     ):
         prompt = prompt_ids(tokenizer, question, bool(reasoning[question]))
         assert row["input_ids"][: len(prompt)] == prompt
-        assert row["labels"] == [IGNORED_LABEL] * len(prompt) + row["input_ids"][len(prompt) :]
-        assert tokenizer.decode(row["labels"][-1:]) == END_TOKEN
+        assert row["trained"] == [len(prompt), row["length"]]
+        assert tokenizer.decode(trained_ids(row)[-1:]) == END_TOKEN
         assert row["length"] == len(row["input_ids"])
-        trained += row["length"] - len(prompt)
+        trained += len(trained_ids(row))
     assert trained == manifest.train.trained_tokens
 
 
@@ -255,8 +261,8 @@ def test_an_empty_think_block_is_given_and_not_trained(tmp_path: Path) -> None:
     """Rows without reasoning train the bare answer; rows with it train the block as well."""
     prepare(tmp_path, write_jsonl(tmp_path / "qa.jsonl", synthetic(60)))
     tokenizer = load_tokenizer(MODEL_DIR)
-    for row in load_from_disk(tmp_path / "data" / "train"):
-        trained = tokenizer.decode([t for t in row["labels"] if t != IGNORED_LABEL])
+    for row in load_split(tmp_path / "data", "train"):
+        trained = tokenizer.decode(trained_ids(row))
         whole = tokenizer.decode(row["input_ids"])
         assert whole.count("<think>") == 1
         assert ("<think>\n\n</think>" in whole) == ("think>" not in trained)
@@ -266,12 +272,12 @@ def test_a_row_is_never_cut(tmp_path: Path) -> None:
     """Whatever the limit, rows are whole or absent, and their number says so."""
     data = write_jsonl(
         tmp_path / "qa.jsonl",
-        ({"question": f"Q{n}", "answer": "word " * (n % 20 + 1)} for n in range(100)),
+        ({"question": f"Q{n}", "answer": "word " * (n % 20 + 1)} for n in range(300)),
     )
     manifest = prepare(tmp_path, data, max_sequence_length=40)
-    assert 0 < manifest.too_long < 100
+    assert 0 < manifest.too_long < 300
     assert manifest.rows_read == accounted(manifest)
-    for row in load_from_disk(tmp_path / "data" / "train"):
+    for row in load_split(tmp_path / "data", "train"):
         assert row["length"] <= 40
         assert row["input_ids"][-1] == load_tokenizer(MODEL_DIR).convert_tokens_to_ids(END_TOKEN)
 
@@ -287,8 +293,8 @@ def test_every_format_gives_identical_training_rows(tmp_path: Path) -> None:
     for suffix in ("jsonl", "json", "csv", "parquet"):
         manifest = prepare(tmp_path, str(tmp_path / f"qa.{suffix}"))
         found[suffix] = (
-            load_from_disk(tmp_path / "data" / "train").to_list(),
-            load_from_disk(tmp_path / "data" / "dev").to_list(),
+            load_split(tmp_path / "data", "train").to_list(),
+            load_split(tmp_path / "data", "dev").to_list(),
             questions(manifest, "test"),
         )
     assert all(content == found["jsonl"] for content in found.values())
@@ -306,25 +312,6 @@ def test_a_split_is_stable_when_rows_are_appended(tmp_path: Path) -> None:
         assert old < set(questions(large, split))
 
 
-@settings(max_examples=100, deadline=None)
-@given(
-    texts=st.lists(
-        st.text("abcdefg汉字", min_size=1, max_size=4), min_size=10, max_size=60, unique=True
-    ),
-    fraction=st.floats(0, 0.9),
-    roles=st.sampled_from([("dev",), ("test",), ("dev", "test")]),
-)
-def test_a_role_without_rows_of_its_own_always_gets_one(
-    texts: list[str], fraction: float, roles: tuple[str, ...]
-) -> None:
-    """Of ten different questions or more, each missing role gets one; order is nothing to it."""
-    homes = hold_out(texts, fraction, roles)
-    assert set(roles) <= set(homes)
-    assert set(homes) <= {"train", *roles}
-    again = dict(zip(texts, homes, strict=True))
-    assert hold_out(texts[::-1], fraction, roles[::-1]) == [again[text] for text in texts[::-1]]
-
-
 def test_a_training_row_asked_in_dev_or_test_is_removed(tmp_path: Path) -> None:
     """Leaks are found across white space and are counted, and test wins over dev."""
     rows = synthetic(30)
@@ -335,7 +322,7 @@ def test_a_training_row_asked_in_dev_or_test_is_removed(tmp_path: Path) -> None:
     manifest = prepare(tmp_path, data, dev_paths=(dev,), test_paths=(test,))
     assert manifest.rows_read == accounted(manifest) == 5 + 6 + 28
     assert (manifest.test_rows, manifest.dev.rows, manifest.train.rows) == (5, 5, 20)
-    assert manifest.reasons == {LEAKAGE: 9}
+    assert manifest.reasons == {"leakage": 9}
     assert manifest.duplicates == 9
     held_out = {*questions(manifest, "dev"), *questions(manifest, "test")}
     assert not held_out & set(questions(manifest, "train"))
@@ -507,7 +494,7 @@ def test_the_steps_of_the_pipeline_work_one_after_the_other(tmp_path: Path) -> N
     assert [row["question"] for row in rows] == [row["question"] for row in synthetic(12)]
     formatted = pipeline.format_for_qwen(rows)
     assert isinstance(formatted, Dataset)
-    assert set(formatted.column_names) == {"prompt", "completion"}
+    assert set(formatted.column_names) == {"segments", "trained"}
     tokenized = pipeline.tokenize_dataset(formatted, tokenizer)
     batch = pipeline.create_data_collator(tokenizer)(tokenized.to_list())
     widest = max(tokenized["length"])
@@ -516,7 +503,7 @@ def test_the_steps_of_the_pipeline_work_one_after_the_other(tmp_path: Path) -> N
     )
     padding = batch["attention_mask"] == 0
     assert padding.any()
-    assert (batch["labels"][padding] == IGNORED_LABEL).all()
+    assert (batch["labels"][padding] == IGNORED).all()
     assert (batch["input_ids"][padding] == tokenizer.pad_token_id).all()
     assert batch["attention_mask"].sum(1).tolist() == list(tokenized["length"])
 
@@ -526,3 +513,65 @@ def test_the_gsm8k_config_is_valid() -> None:
     config = load_config(ROOT / "deployments" / "configs" / "gsm8k.yaml")
     assert config.is_embedded
     assert (config.max_rows, config.reasoning_separator) == (2000, "####")
+
+
+# --- what is new ---
+
+
+def test_new_rows_are_mixed_with_a_sample_of_those_seen_before(tmp_path: Path) -> None:
+    """With `mix`, every new row is trained, and old ones up to the share asked for."""
+    data = write_jsonl(tmp_path / "qa.jsonl", synthetic(300))
+    first = prepare(tmp_path, data)
+    known = str(tmp_path / "known.npy")
+    shutil.copyfile(Path(first.path) / "known_rows.npy", known)
+    old = set(questions(first, "train"))
+    data = write_jsonl(tmp_path / "qa.jsonl", synthetic(340))
+    config = TrainingConfig(
+        model_name="embedded", data_paths=(data,), new_data="mix", replay_fraction=0.5
+    )
+    mixed = DataPipeline(config).prepare(SNAPSHOT, tmp_path / "data", known_rows=known)
+    trained = set(questions(mixed, "train"))
+    assert mixed.rows_read == accounted(mixed) == 340
+    assert mixed.new_rows == len(trained - old) > 30
+    assert len(trained & old) == mixed.new_rows
+    again = DataPipeline(config).prepare(SNAPSHOT, tmp_path / "data", known_rows=known)
+    assert again.digest == mixed.digest
+
+
+def test_nothing_new_to_mix_is_no_error(tmp_path: Path) -> None:
+    """Unchanged data gives a folder without training rows, which the flow answers by stopping."""
+    data = write_jsonl(tmp_path / "qa.jsonl", synthetic(100))
+    known = str(tmp_path / "known.npy")
+    shutil.copyfile(Path(prepare(tmp_path, data).path) / "known_rows.npy", known)
+    config = TrainingConfig(model_name="embedded", data_paths=(data,), new_data="mix")
+    manifest = DataPipeline(config).prepare(SNAPSHOT, tmp_path / "data", known_rows=known)
+    assert (manifest.new_rows, manifest.train.rows) == (0, 0)
+    assert manifest.rows_read == accounted(manifest)
+
+
+def test_what_changed_since_the_champion_is_told_by_file_and_row(tmp_path: Path) -> None:
+    """New, changed and gone files and unseen rows; renaming a file is no new row."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "champion").mkdir()
+    for name, start in (("a", 0), ("b", 100), ("c", 200)):
+        write_jsonl(tmp_path / "in" / f"{name}.jsonl", synthetic(100, start))
+    before = prepare(tmp_path, str(tmp_path / "in"))
+    shutil.copyfile(Path(before.path) / "known_rows.npy", tmp_path / "champion" / "known_rows.npy")
+    card = {"data": before.model_dump(mode="json", include={"digest", "sources"})}
+    (tmp_path / "champion" / "run_card.json").write_text(json.dumps(card))
+    champion = Champion(
+        registered_model="m", version="3", source_uri="", adapter_path=str(tmp_path / "champion")
+    )
+    same = compare_data(before, champion)
+    assert same.unchanged
+    assert (same.since, same.new_rows, same.new_files) == ("m v3", 0, ())
+    (tmp_path / "in" / "a.jsonl").rename(tmp_path / "in" / "d.jsonl")
+    write_jsonl(tmp_path / "in" / "b.jsonl", synthetic(150, 100))
+    after = compare_data(prepare(tmp_path, str(tmp_path / "in")), champion)
+    folder = f"{tmp_path}/in"
+    assert not after.unchanged
+    assert after.new_files == (f"{folder}/d.jsonl",)
+    assert after.changed_files == (f"{folder}/b.jsonl",)
+    assert after.gone_files == (f"{folder}/a.jsonl",)
+    assert after.new_rows == 0
+    assert compare_data(before, None).since is None

@@ -17,13 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3ft import formats
-from qwen3ft.config import TrainingConfig
+from qwen3ft.config import ColumnNames, TrainingConfig
 from qwen3ft.errors import DataLoadingError
 from qwen3ft.rows import (
     UNREADABLE_FILE,
     BadRow,
-    Fields,
     QaRow,
+    RowRules,
+    conversation_of,
     excerpt,
     read_file,
     split_reasoning,
@@ -39,23 +40,32 @@ from qwen3ft.sources import (
 GOOD = {"question": "Which day?", "answer": "Friday"}
 
 
-def read(path: Path, **fields: str) -> list[QaRow | BadRow]:
-    """All rows of a file."""
-    return list(read_file(SourceFile(str(path), path, "train"), Fields(**fields), Counter()))
+def read(path: Path, rules: RowRules = RowRules(), **columns: str) -> list[QaRow | BadRow]:  # noqa: B008
+    """All rows of a file; `columns` says which is what."""
+    if columns:
+        rules = RowRules(ColumnNames(**columns))
+    return list(read_file(SourceFile(str(path), path, "train"), rules, Counter()))
 
 
-def read_line(folder: Path, line: bytes) -> QaRow | BadRow:
+def read_line(folder: Path, line: bytes, rules: RowRules = RowRules()) -> QaRow | BadRow:  # noqa: B008
     """The one row of a file that holds `line`."""
     path = folder / "one.jsonl"
     path.write_bytes(line)
-    [row] = read(path)
+    [row] = read(path, rules)
+    return row
+
+
+def read_values(folder: Path, values: dict[str, Any], rules: RowRules = RowRules()) -> QaRow:  # noqa: B008
+    """The good row that `values` make."""
+    row = read_line(folder, json.dumps(values, ensure_ascii=False).encode(), rules)
+    assert not isinstance(row, BadRow), row
     return row
 
 
 BAD_LINES = {
     b'{"question": "a", "answer": "b"': "broken_json",
     b"not json at all": "broken_json",
-    b"[" * 100_000: "broken_json",
+    b"[" * 100_000: "too_deep",
     b'["question", "answer"]': "not_an_object",
     b"null": "not_an_object",
     b'{"question": "a"}': "missing_answer",
@@ -63,7 +73,7 @@ BAD_LINES = {
     b'{"question": null, "answer": "a"}': "missing_question",
     b'{"question": "  ", "answer": "a"}': "empty_question",
     b'{"question": "a", "answer": "\\n"}': "empty_answer",
-    b'{"question": ["a"], "answer": "b"}': "question_not_text",
+    b'{"question": {"a": 1}, "answer": "b"}': "question_not_text",
     b'{"question": "a", "answer": 4}': "answer_not_text",
     b'{"question": "a", "answer": "b", "reasoning": {}}': "reasoning_not_text",
     b'{"question": "a\\u0000b", "answer": "c"}': "nul",
@@ -146,11 +156,12 @@ VALUES = st.recursive(st.none() | st.booleans() | st.floats() | TEXT, st.lists, 
 def test_every_object_of_an_array_comes_out_exactly_once(
     tmp_path_factory: pytest.TempPathFactory, values: list[Any]
 ) -> None:
-    """Good or bad, the number of rows is the number of objects, numbered from 1."""
+    """Good or bad, the number of rows is the number of objects, each with its byte."""
     path = tmp_path_factory.getbasetemp() / "any_array.json"
     path.write_text(json.dumps(values), encoding="utf-8")
-    lines = [row.line if isinstance(row, BadRow) else row["line"] for row in read(path)]
-    assert lines == list(range(1, len(values) + 1))
+    offsets = [row.offset if isinstance(row, BadRow) else row["offset"] for row in read(path)]
+    assert len(offsets) == len(values)
+    assert offsets == sorted(set(offsets))
 
 
 @pytest.mark.parametrize(
@@ -224,7 +235,8 @@ def test_csv_rows_are_checked_one_by_one(tmp_path: Path) -> None:
     outcome = [row.reason if isinstance(row, BadRow) else row["question"] for row in rows]
     wrong, broken = "wrong_column_count", "broken_csv"
     assert outcome == ["two\nlines", wrong, wrong, "invalid_utf8", broken, "last"]
-    assert [row.line if isinstance(row, BadRow) else row["line"] for row in rows] == [*range(1, 7)]
+    lines = [row.line if isinstance(row, BadRow) else row["line"] for row in rows]
+    assert lines == [2, 4, 6, 7, 8, 9]
 
 
 def test_parquet_text_that_is_no_utf8_costs_one_row(tmp_path: Path) -> None:
@@ -276,9 +288,165 @@ def test_the_same_rows_come_out_of_every_format(tmp_path: Path) -> None:
     for path in sorted(tmp_path.iterdir()):
         rows = read(path)
         assert not any(isinstance(row, BadRow) for row in rows)
-        found.append([{**row, "file": ""} for row in rows])
+        places = {"file": "", "line": 0, "offset": 0}
+        found.append([{**row, **places} for row in rows])
     assert len(found) == 5
     assert all(rows == found[0] for rows in found)
+
+
+# --- layouts ---
+
+CHAT = [
+    {"role": "system", "content": "Be short."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello", "reasoning": "greet"},
+    {"role": "user", "content": "Day?"},
+    {"role": "assistant", "content": "Friday", "reasoning": "calendar"},
+]
+"""One conversation, as every layout below says it."""
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {
+            "messages": [
+                CHAT[0],
+                CHAT[1],
+                {"role": "assistant", "content": "<think>greet</think>Hello"},
+                {"role": "user", "content": [{"type": "text", "text": "Day?"}]},
+                {"role": "assistant", "content": "Friday", "reasoning_content": "calendar"},
+            ]
+        },
+        {
+            "conversations": [
+                {"from": "system", "value": "Be short."},
+                {"from": "human", "value": "Hi"},
+                {"from": "gpt", "value": "<think>greet</think>Hello"},
+                {"from": "human", "value": "Day?"},
+                {"from": "gpt", "value": "<think>calendar</think>Friday"},
+            ]
+        },
+        {
+            "system": "Be short.",
+            "history": [["Hi", "<think>greet</think>Hello"]],
+            "instruction": "Day?",
+            "input": "",
+            "output": "Friday",
+            "reasoning": "calendar",
+        },
+        {
+            "prompt": [*CHAT[:2], {**CHAT[2], "reasoning_content": "greet"}, CHAT[3]],
+            "completion": [{"role": "assistant", "content": "<think>calendar</think>Friday"}],
+        },
+        {"对话": json.dumps([*CHAT[:2], {**CHAT[2], "thinking": "greet"}, *CHAT[3:]])},
+    ],
+    ids=["openai", "sharegpt", "alpaca", "prompt/completion", "json text"],
+)
+def test_every_layout_gives_the_same_conversation(tmp_path: Path, values: dict[str, Any]) -> None:
+    """OpenAI, ShareGPT, Alpaca with history, message lists and JSON text differ in nothing."""
+    row = read_values(tmp_path, values)
+    assert conversation_of(row) == CHAT
+    assert (row["question"], row["answer"], row["reasoning"]) == ("Day?", "Friday", "calendar")
+
+
+def test_a_conversation_of_one_question_equals_the_columns(tmp_path: Path) -> None:
+    """A message list of a question and its answer is the same row as two columns."""
+    messages = [
+        {"role": "user", "content": GOOD["question"]},
+        {"role": "assistant", "content": GOOD["answer"]},
+    ]
+    assert read_values(tmp_path, {"messages": messages}) == read_values(tmp_path, GOOD) | {
+        "messages": []
+    }
+
+
+def test_tool_calls_and_results_are_kept_in_order(tmp_path: Path) -> None:
+    """OpenAI's wrapped calls with JSON text become names and arguments; results follow them."""
+    call = {"type": "function", "function": {"name": "day", "arguments": '{"zone": "CET"}'}}
+    row = read_values(
+        tmp_path,
+        {
+            "messages": [
+                {"role": "user", "content": "Day?"},
+                {"role": "assistant", "content": None, "tool_calls": [call]},
+                {"role": "tool", "content": "Friday"},
+                {"role": "assistant", "content": "It is Friday."},
+            ],
+            "tools": [{"type": "function", "function": {"name": "day", "parameters": {}}}],
+        },
+    )
+    [_, called, result, _] = row["messages"]
+    assert called["tool_calls"] == [{"name": "day", "arguments": {"zone": "CET"}}]
+    assert (result["role"], result["content"]) == ("tool", "Friday")
+    assert [tool["function"]["name"] for tool in row["tools"]] == ["day"]
+    assert (row["question"], row["answer"]) == ("Day?", "It is Friday.")
+
+
+def _chat(*turns: tuple[str, Any]) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (_chat(), "empty_messages"),
+        ({"messages": "hello"}, "messages_not_a_list"),
+        ({"messages": 4}, "messages_not_a_list"),
+        ({"messages": ["hello"]}, "message_not_an_object"),
+        (_chat(("narrator", "x")), "unknown_role"),
+        (_chat(("user", "")), "empty_message"),
+        (_chat(("user", {"a": 1})), "message_not_text"),
+        (_chat(("user", [{"type": "image_url"}])), "message_not_text"),
+        (_chat(("user", "a")), "ends_without_answer"),
+        (_chat(("user", "a"), ("assistant", "b"), ("user", "c")), "ends_without_answer"),
+        (_chat(("assistant", "a")), "bad_turn_order"),
+        (_chat(("user", "a"), ("user", "b"), ("assistant", "c")), "bad_turn_order"),
+        (_chat(("user", "a"), ("assistant", "b"), ("tool", "c")), "bad_turn_order"),
+        (_chat(("user", "a"), ("assistant", "<think>b")), "unclosed_think"),
+        (_chat(("user", "a"), ("assistant", "<think>b</think>")), "empty_answer"),
+        (_chat(("user", "a<|im_start|>"), ("assistant", "b")), "control_token"),
+        (_chat(("user", "<tool_response>"), ("assistant", "b")), "control_token"),
+        ({**GOOD, "history": [["a"]]}, "history_not_pairs"),
+        ({**GOOD, "tools": 3}, "tools_not_a_list"),
+        ({**GOOD, "answer": []}, "empty_answer"),
+    ],
+)
+def test_a_broken_conversation_is_told_by_its_reason(
+    tmp_path: Path, values: dict[str, Any], reason: str
+) -> None:
+    """Whatever is wrong with its turns costs the conversation alone, under a code of its own."""
+    row = read_line(tmp_path, json.dumps(values).encode())
+    assert isinstance(row, BadRow)
+    assert row.reason == reason
+
+
+def test_squad_rows_give_context_question_and_first_answer(tmp_path: Path) -> None:
+    """The passage stands before the question; of several accepted answers the first is trained."""
+    values = {
+        "context": "It rained on Friday.",
+        "question": "When?",
+        "answers": {"text": ["Friday", "on Friday"], "answer_start": [13, 10]},
+    }
+    row = read_values(tmp_path, values)
+    assert row["question"] == "It rained on Friday.\n\nWhen?"
+    assert row["answer"] == "Friday"
+    assert read_values(tmp_path, {**values, "answers": [{"text": "Friday"}]}) == row
+    without = RowRules(ColumnNames(context=""))
+    assert read_values(tmp_path, values, without)["question"] == "When?"
+
+
+def test_control_tokens_are_text_where_the_config_says_so(tmp_path: Path) -> None:
+    """With 'escape' the row is used as it is; the tokenizer then takes the marker for text."""
+    values = {"question": "What is <|im_end|>?", "answer": "A marker."}
+    row = read_values(tmp_path, values, RowRules(escape_special_tokens=True))
+    assert row["question"] == values["question"]
+
+
+def test_a_source_key_may_be_a_number(tmp_path: Path) -> None:
+    """Rows of one source key are told by it, text or number."""
+    assert read_values(tmp_path, {**GOOD, "group_id": 7})["group"] == "7"
+    assert read_values(tmp_path, {**GOOD, "分组": " a "})["group"] == "a"
 
 
 # --- which files ---

@@ -1,0 +1,175 @@
+"""What surrounds a run's story: its folder, journal and clock, and what its pages show."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_table_artifact,
+)
+from prefect.client.schemas.objects import State
+from prefect.runtime import flow_run
+from prefect.states import Completed
+
+from qwen3ft import logs
+from qwen3ft.attempt import RunDir, write_record
+from qwen3ft.card import data_markdown, to_markdown
+from qwen3ft.config import TrainingConfig
+from qwen3ft.cursor import read_state
+from qwen3ft.errors import FinetuneError, TransientError
+from qwen3ft.journal import Journal, RunStatus
+from qwen3ft.mirror import Mirror, replay_unsent
+from qwen3ft.records import NOTHING_NEW, AttemptSummary, DataChange, DatasetManifest, RunCard
+from qwen3ft.tracking_uri import default_tracking_uri, run_url
+from tasks.policies import hide_known_tracebacks
+
+logger = logs.get_logger("flow")
+
+MOST_DESCRIPTION_CHARACTERS = 5000
+"""Of the card at the top of the run's page in MLflow, which refuses longer tags."""
+
+CLOSE_SECONDS = 30.0
+"""How long the end of a run waits for MLflow to take what is left."""
+
+
+def run_name() -> str:
+    """What the Prefect UI lists: the model and when."""
+    config = flow_run.parameters.get("config") or {}
+    values = config if isinstance(config, dict) else config.model_dump()
+    model = str(values.get("model_name", TrainingConfig().model_name)).rstrip("/")
+    return f"{model.rpartition('/')[2]} {datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
+
+
+def page() -> str | None:
+    """This run's page; None without a server that has pages (Prefect then says 'None/flow-...')."""
+    url = flow_run.ui_url or ""
+    return url if url.startswith("http") else None
+
+
+class StageClock:
+    """Seconds spent in each stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Measure the body as `stage`."""
+        started = time.monotonic()
+        yield
+        self.seconds[stage] = time.monotonic() - started
+
+
+def open_run(config: TrainingConfig, run_id: str) -> RunDir:
+    """The run's folder, ready for logs; readable by its owner alone."""
+    run = RunDir(Path(config.runs_dir).resolve() / run_id)
+    run.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    logs.configure(console=False, json_path=run.log)
+    hide_known_tracebacks()
+    write_record(run.path / "config.json", config)
+    return run
+
+
+@contextmanager
+def tracked(run: RunDir, config: TrainingConfig) -> Iterator[None]:
+    """Keep the journal of this run and mirror it into MLflow meanwhile."""
+    uri = default_tracking_uri()
+    journal = Journal(run)
+    tags = {
+        "prefect.flow_run_id": flow_run.id,
+        "prefect.flow_run_url": page() or "",
+    }
+    mirror = Mirror(run, uri)
+    mirror.start()
+    # What an outage kept from MLflow in earlier runs goes there now, behind this run's back.
+    backlog = partial(replay_unsent, run.path.parent, uri, current=run)
+    threading.Thread(target=backlog, daemon=True).start()
+    journal.run_started(run_name(), config.model_dump(mode="json"), tags)
+    status: RunStatus = "FAILED"
+    try:
+        yield
+        status = "FINISHED"
+    except FinetuneError as error:
+        journal.tags({"failure": type(error).__name__})
+        journal.text("failure.txt", str(error))
+        raise
+    finally:
+        journal.run_finished(status)
+        if not mirror.close(CLOSE_SECONDS):
+            logger.warning("MLflow does not have all of this run yet; later: qwen3ft sync")
+
+
+def unless_unreachable(task: Any, otherwise: Any, *arguments: Any) -> Any:
+    """The task's result, or `otherwise` when the service it needs stayed out of reach."""
+    state = task(*arguments, return_state=True)
+    result = state.result(raise_on_failure=False)
+    if isinstance(result, TransientError):
+        logger.warning("%s: %s", task.name, result.what)
+        return otherwise
+    return state.result()
+
+
+def show_data(run: RunDir, dataset: DatasetManifest, change: DataChange) -> None:
+    """What is trained on and what is new in it: on the run's page, and in MLflow."""
+    markdown = data_markdown(dataset, change)
+    create_markdown_artifact(key="data", markdown=markdown, description="What is trained on")
+    journal = Journal(run)
+    journal.dataset(dataset)
+    journal.text("data.md", markdown)
+
+
+def nothing_new(config: TrainingConfig, change: DataChange) -> bool:
+    """Whether the champion has seen all of it, and that is reason enough not to train."""
+    if change.since is None:
+        return False
+    if config.new_data == "mix":
+        return change.new_rows == 0
+    return change.unchanged and config.when_unchanged == "skip"
+
+
+def end_without_training(run: RunDir, change: DataChange) -> State[Any]:
+    """The end of a run that has nothing to do."""
+    message = f"nothing new since {change.since}"
+    Journal(run).tags({"verdict": message})
+    return Completed(name=NOTHING_NEW, message=message)
+
+
+def show_attempts(history: list[AttemptSummary]) -> None:
+    """The table of attempts on the flow run's page."""
+    create_table_artifact(
+        key="attempts",
+        table=[attempt.model_dump(mode="json") for attempt in history],
+        description="Every training attempt, what ended it, and with which settings",
+    )
+
+
+def publish(run: RunDir, card: RunCard) -> None:
+    """The result card: on disk, on the flow run's page and in MLflow, with links both ways."""
+    url = run_url(default_tracking_uri(), read_state(run))
+    card = card.model_copy(update={"prefect_url": page(), "mlflow_url": url})
+    markdown = to_markdown(card)
+    write_record(run.path / "card.json", card)
+    (run.path / "card.md").write_text(markdown, encoding="utf-8")
+    journal = Journal(run)
+    journal.text("card.md", markdown)
+    journal.metrics(
+        {
+            "held_out_loss/before": card.held_out_loss_before,
+            "held_out_loss/after": card.held_out_loss_after,
+            "memory/peak_gb": card.peak_memory_gb,
+        }
+    )
+    shown = {"mlflow.note.content": markdown[:MOST_DESCRIPTION_CHARACTERS]}
+    journal.tags({"verdict": card.verdict, "attempts": len(card.attempts), **shown})
+    create_markdown_artifact(key="result-card", markdown=markdown, description=card.title)
+    if url:
+        create_link_artifact(key="mlflow-run", link=url, link_text="This run in MLflow")

@@ -1,0 +1,124 @@
+"""How data looks on a terminal: the one screen of `qwen3ft data check`, and rows by tokens.
+
+Rendering only: nothing here reads files or decides.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from flows.cli_view import show_sections
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from qwen3ft.preview import ShownToken
+    from qwen3ft.records import DatasetManifest
+
+BAR_CHARACTERS = 40
+SHOWN_FILES = 8
+GIVEN, TRAINED = ("grey50", "grey62"), ("green", "bold green")
+"""Two shades each, in turn, so that the borders of tokens can be seen."""
+
+
+def show_manifest(console: Console, manifest: DatasetManifest) -> None:
+    """Files, how they were understood, where the rows went, lengths, and warnings."""
+    show_sections(
+        console,
+        "Data",
+        {
+            "Files": _files(manifest),
+            "Understood as": _understood(manifest),
+            "Rows": _rows(manifest),
+            "Tokens": _tokens(manifest),
+            "Lengths in tokens": _lengths(manifest),
+            **({"Warnings": _numbered(manifest.warnings)} if manifest.warnings else {}),
+        },
+    )
+
+
+def show_preview(console: Console, number: int, token_count: int, tokens: list[ShownToken]) -> None:
+    """A row by tokens: what is trained in green, or between » and « where there are no colours."""
+    console.print(f"Training row {number}, {token_count} tokens (trained ones in green):")
+    text = Text()
+    if console.is_terminal:
+        for index, token in enumerate(tokens):
+            text.append(token.text, style=(TRAINED if token.trained else GIVEN)[index % 2])
+    else:
+        for index, token in enumerate(tokens):
+            before = tokens[index - 1].trained if index else False
+            after = tokens[index + 1].trained if index + 1 < len(tokens) else False
+            start = "»" if token.trained and not before else ""
+            end = "«" if token.trained and not after else ""
+            text.append(f"{start}{token.text}{end}")
+    console.print(text, soft_wrap=True)
+
+
+def _files(manifest: DatasetManifest) -> dict[str, str]:
+    shown = {
+        source.path: f"{source.rows:,} rows for {source.role}"
+        for source in manifest.sources[:SHOWN_FILES]
+    }
+    if more := len(manifest.sources) - SHOWN_FILES:
+        shown |= {"...": f"and {more:,} more files"} if more > 0 else {}
+    return shown
+
+
+def _understood(manifest: DatasetManifest) -> dict[str, str]:
+    usable = sum(manifest.layouts.values())
+    share = 100 / max(usable, 1)
+    return {
+        "layout": ", ".join(f"{name} ({rows:,})" for name, rows in manifest.layouts.items()),
+        "columns": ", ".join(f"{part} = {name}" for part, name in manifest.columns.items()),
+        "language": f"{share * manifest.chinese_rows:.0f} % of questions with Chinese",
+        "reasoning": f"{share * manifest.reasoning_rows:.0f} % of rows",
+        "conversations": f"{manifest.conversations:,} of several turns, or with tools or system",
+    }
+
+
+def _rows(manifest: DatasetManifest) -> dict[str, str]:
+    counts = {
+        "read": manifest.rows_read,
+        "= train": manifest.train.rows,
+        "+ dev": manifest.dev.rows,
+        "+ test": manifest.test_rows,
+        "+ quarantined": manifest.quarantined,
+        "+ too long": manifest.too_long,
+        "+ duplicates": manifest.duplicates,
+        "+ not used": manifest.not_used,
+    }
+    shown = {name: f"{count:>9,}" for name, count in counts.items()}
+    shown |= {f"  {reason}": f"{count:>9,}" for reason, count in manifest.reasons.items()}
+    if manifest.near_duplicates:
+        shown["near-duplicates"] = f"{manifest.near_duplicates:>9,} in train"
+    shown |= {f"  {kind}": f"{rows:>9,} rows" for kind, rows in manifest.personal_data.items()}
+    return shown
+
+
+def _tokens(manifest: DatasetManifest) -> dict[str, str]:
+    return {
+        name: f"{split.tokens:,} tokens, {split.trained_tokens:,} of them trained; median "
+        f"{split.median_tokens}, 95 % up to {split.p95_tokens}, longest {split.longest_tokens}"
+        for name, split in (("train", manifest.train), ("dev", manifest.dev))
+    }
+
+
+def _lengths(manifest: DatasetManifest) -> dict[str, str]:
+    most = max((rows for _, rows in manifest.length_histogram), default=1)
+    limit, below = manifest.max_sequence_length, 0
+    shown = {}
+    for edge, rows in manifest.length_histogram:
+        marker = f"  <- max_sequence_length {limit}" if below < limit <= edge else ""
+        shown[f"up to {edge}"] = "█" * -(-BAR_CHARACTERS * rows // most) + f" {rows:,}{marker}"
+        below = edge
+    shown |= {
+        f"longest {number}": f"{row.tokens} tokens  {row.file}:{row.line}"
+        for number, row in enumerate(manifest.longest[:3], 1)
+    }
+    return shown
+
+
+def _numbered(lines: tuple[str, ...]) -> dict[str, str]:
+    return {str(number): line for number, line in enumerate(lines, 1)}

@@ -1,0 +1,110 @@
+"""Which column of a row is what: by names in common use, English and Chinese, or by the config.
+
+Guarantees: pure functions of the names; a column that the config names is never replaced by a
+guess. It does not look at values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+
+from qwen3ft.config import ColumnNames
+
+PARTS: dict[str, tuple[str, ...]] = {
+    "messages": (
+        *("messages", "conversations", "conversation", "dialogue", "dialog", "chat"),
+        *("对话", "会话", "消息"),
+    ),
+    "question": (
+        *("question", "instruction", "prompt", "query", "problem", "user", "human", "input"),
+        *("问题", "提问", "题目", "指令", "输入", "用户", "问"),
+    ),
+    "answer": (
+        *("answer", "answers", "output", "completion", "response", "solution", "reply", "target"),
+        *("assistant", "答案", "回答", "回复", "输出", "解答", "助手", "答"),
+    ),
+    "reasoning": (
+        *("reasoning", "reasoning_content", "thinking", "thought", "cot", "chain_of_thought"),
+        *("complex_cot", "rationale", "思考", "推理", "思维链", "推理过程"),
+    ),
+    "context": ("context", "passage", "document", "上下文", "背景", "材料", "原文"),
+    "system": ("system", "system_prompt", "系统", "系统提示"),
+    "history": ("history", "历史"),
+    "tools": ("tools", "functions", "工具"),
+    "kind": ("kind", "split"),
+    "group": ("group", "group_id", "source_id", "paraphrase_of", "分组"),
+}
+"""Names of each part, the more telling ones first."""
+
+_SECOND_QUESTION = {"instruction": "input", "指令": "输入"}
+"""Alpaca's second question column: appended to the instruction where it is not empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """The column that plays each part, None where there is none; `layout` names the whole."""
+
+    layout: str
+    messages: str | None = None
+    question: str | None = None
+    addition: str | None = None
+    """Appended to the question."""
+    answer: str | None = None
+    reasoning: str | None = None
+    context: str | None = None
+    """Put before the question."""
+    system: str | None = None
+    history: str | None = None
+    tools: str | None = None
+    kind: str | None = None
+    group: str | None = None
+
+    def parts(self) -> dict[str, str]:
+        """Part: name, for those that are there."""
+        return {
+            part: name
+            for part, name in asdict(self).items()
+            if name is not None and part != "layout"
+        }
+
+
+@lru_cache(maxsize=1024)
+def find_columns(names: tuple[str, ...], wanted: ColumnNames) -> Columns:
+    """Match column names, ignoring case and outer spaces, with the parts of a row.
+
+    Args:
+        names: The columns of the row or file.
+        wanted: What the config says; an empty string there means: no such part.
+    """
+    known = {name.strip().lower(): name for name in reversed(names)}
+    found: dict[str, str | None] = {}
+    for part, usual in PARTS.items():
+        asked = getattr(wanted, part)
+        if asked is None:
+            found[part] = next((known[name] for name in usual if name in known), None)
+        else:
+            found[part] = asked if asked in names else None
+    if wanted.messages is None and (wanted.question is not None or wanted.answer is not None):
+        found["messages"] = None  # the config points at columns beside it
+    question = found["question"]
+    addition = None
+    if wanted.question is None and question is not None:
+        addition = known.get(_SECOND_QUESTION.get(question.strip().lower(), ""))
+    return Columns(layout=_layout(found, addition), addition=addition, **found)
+
+
+def _layout(found: dict[str, str | None], addition: str | None) -> str:
+    lowered = {part: (name or "").strip().lower() for part, name in found.items()}
+    if found["messages"]:
+        return "sharegpt" if lowered["messages"].startswith("conversation") else "messages"
+    if addition is not None or (lowered["question"], lowered["answer"]) == (
+        "instruction",
+        "output",
+    ):
+        return "alpaca"
+    if (lowered["question"], lowered["answer"]) == ("prompt", "completion"):
+        return "prompt/completion"
+    if found["context"] and lowered["answer"] == "answers":
+        return "squad"
+    return "question/answer"

@@ -1,0 +1,219 @@
+"""A list of messages in any of the usual shapes, as one checked conversation.
+
+Understood are OpenAI's messages (role and content, text parts, tool calls, tool results) and
+ShareGPT's (from and value). Guarantees: what comes out alternates as a chat template expects, ends
+with what the assistant says, and holds text and JSON alone; anything else is a `RejectedRowError`
+with a reason code. Nothing is dropped from a conversation.
+It does not judge content. It imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypedDict
+
+THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+
+MessageRole = Literal["system", "user", "assistant", "tool"]
+
+_ROLES: dict[str, MessageRole] = {
+    **dict.fromkeys(("system", "developer", "系统"), "system"),
+    **dict.fromkeys(("user", "human", "prompter", "用户", "人类"), "user"),
+    **dict.fromkeys(
+        ("assistant", "gpt", "chatgpt", "bot", "model", "助手", "function_call"), "assistant"
+    ),
+    **dict.fromkeys(("tool", "function", "observation", "ipython", "工具"), "tool"),
+}
+_FOLLOWERS: dict[MessageRole | None, tuple[MessageRole, ...]] = {
+    None: ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("tool", "assistant"),
+}
+
+
+class Message(TypedDict, total=False):
+    """One turn; `reasoning` and `tool_calls` only of the assistant."""
+
+    role: MessageRole
+    content: str
+    reasoning: str
+    tool_calls: list[dict[str, Any]]
+    """Each {"name": str, "arguments": dict}."""
+
+
+class RejectedRowError(ValueError):
+    """A row cannot be used; the message is the reason code."""
+
+
+def parse_messages(value: Any) -> list[Message]:
+    """The conversation in `value`: a list of messages, or one as JSON text.
+
+    Raises:
+        RejectedRowError: it is none, or its turns are out of order.
+    """
+    items = _parse_json(value, "messages") if isinstance(value, str) else value
+    if not isinstance(items, Sequence) or isinstance(items, (str, bytes)):
+        raise RejectedRowError("messages_not_a_list")
+    if not items:
+        raise RejectedRowError("empty_messages")
+    messages = [_parse_message(item) for item in items]
+    check_order(messages)
+    return messages
+
+
+def parse_tools(value: Any) -> list[dict[str, Any]]:
+    """Function schemas in `value`: a list of objects, or one as JSON text; [] for none.
+
+    Raises:
+        RejectedRowError: it is something else.
+    """
+    if isinstance(value, str):
+        value = _parse_json(value, "tools") if value.strip() else None
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise RejectedRowError("tools_not_a_list")
+    return value
+
+
+def parse_history(value: Any) -> list[Message]:
+    """Alpaca's history: a list of [question, answer] pairs before the row's own.
+
+    Raises:
+        RejectedRowError: it is something else.
+    """
+    pairs = _parse_json(value, "history") if isinstance(value, str) and value.strip() else value
+    messages: list[Message] = []
+    for pair in pairs or []:
+        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+            raise RejectedRowError("history_not_pairs")
+        question, answer = (part.strip() if isinstance(part, str) else "" for part in pair)
+        if not question or not answer:
+            raise RejectedRowError("history_not_pairs")
+        messages += [user(question), assistant(answer)]
+    return messages
+
+
+def user(content: str) -> Message:
+    """A user's turn."""
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str, reasoning: str = "") -> Message:
+    """An assistant's turn; a think block in `content` becomes its reasoning."""
+    block, content = split_think_block(content)
+    reasoning = reasoning or block
+    message: Message = {"role": "assistant", "content": content}
+    if reasoning:
+        message["reasoning"] = reasoning
+    return message
+
+
+def split_think_block(text: str) -> tuple[str, str]:
+    """(reasoning, rest) of what an assistant says: a leading think block and what follows it.
+
+    The opening tag may be missing, as in what a model writes whose prompt held it.
+
+    Raises:
+        RejectedRowError: the block is never closed.
+    """
+    before, closed, after = text.partition(THINK_CLOSE)
+    if closed:
+        return before.strip().removeprefix(THINK_OPEN).strip(), after.strip()
+    if text.lstrip().startswith(THINK_OPEN):
+        raise RejectedRowError("unclosed_think")
+    return "", text.strip()
+
+
+def check_order(messages: Sequence[Message]) -> None:
+    """Make sure that the turns follow each other as in a chat and end with an answer.
+
+    Raises:
+        RejectedRowError: they do not.
+    """
+    before: MessageRole | None = None
+    calls = False
+    for message in messages:
+        role = message["role"]
+        if role not in _FOLLOWERS[before] or (before == "assistant" and calls != (role == "tool")):
+            raise RejectedRowError("bad_turn_order")
+        before, calls = role, bool(message.get("tool_calls"))
+    if before != "assistant" or calls:
+        raise RejectedRowError("ends_without_answer")
+
+
+def texts_of(messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> list[str]:
+    """Every text of a conversation, JSON rendered, for checks of content."""
+    texts = []
+    for message in messages:
+        texts += [message["content"], message.get("reasoning", "")]
+        if calls := message.get("tool_calls"):
+            texts.append(json.dumps(calls, ensure_ascii=False))
+    if tools:
+        texts.append(json.dumps(tools, ensure_ascii=False))
+    return texts
+
+
+def _parse_json(text: str, part: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise RejectedRowError(f"{part}_not_a_list") from None
+
+
+def _parse_message(item: Any) -> Message:
+    if not isinstance(item, Mapping):
+        raise RejectedRowError("message_not_an_object")
+    name = item.get("role", item.get("from"))
+    role = _ROLES.get(name.strip().lower()) if isinstance(name, str) else None
+    if role is None:
+        raise RejectedRowError("unknown_role")
+    content = _content(item.get("content", item.get("value")))
+    if role != "assistant":
+        if not content:
+            raise RejectedRowError("empty_message")
+        return {"role": role, "content": content}
+    if name == "function_call":
+        return {"role": role, "content": "", "tool_calls": _calls([_parse_json(content, "calls")])}
+    reasoning = next(
+        (item[key] for key in ("reasoning_content", "reasoning", "thinking") if item.get(key)), ""
+    )
+    if not isinstance(reasoning, str):
+        raise RejectedRowError("reasoning_not_text")
+    message = assistant(content, reasoning.strip())
+    if calls := item.get("tool_calls"):
+        message["tool_calls"] = _calls(calls)
+    elif not message["content"]:
+        raise RejectedRowError("empty_answer")
+    return message
+
+
+def _content(value: Any) -> str:
+    """A message's text; OpenAI's list of text parts is joined."""
+    if value is None:
+        return ""
+    if isinstance(value, list):
+        parts = [part.get("text") if isinstance(part, Mapping) else part for part in value]
+        if not all(isinstance(part, str) for part in parts):
+            raise RejectedRowError("message_not_text")
+        return "".join(str(part) for part in parts).strip()
+    if not isinstance(value, str):
+        raise RejectedRowError("message_not_text")
+    return value.strip()
+
+
+def _calls(value: Any) -> list[dict[str, Any]]:
+    """Tool calls as name and arguments; OpenAI wraps them and writes arguments as JSON text."""
+    calls = []
+    for item in value if isinstance(value, list) else [None]:
+        call = item.get("function", item) if isinstance(item, Mapping) else None
+        arguments = call.get("arguments") if isinstance(call, Mapping) else None
+        if isinstance(arguments, str):
+            arguments = _parse_json(arguments, "calls")
+        if call is None or not isinstance(call.get("name"), str) or not isinstance(arguments, dict):
+            raise RejectedRowError("bad_tool_call")
+        calls.append({"name": call["name"], "arguments": arguments})
+    return calls

@@ -1,0 +1,52 @@
+"""A tokenised row as a person can read it: token by token, each trained or given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_INCOMPLETE = "\ufffd"
+_MOST_TOKENS_OF_A_CHARACTER = 4
+
+
+@dataclass(frozen=True, slots=True)
+class ShownToken:
+    """One token, or the few that make up one character."""
+
+    text: str
+    trained: bool
+
+
+def show_tokens(
+    tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], trained: Sequence[int]
+) -> list[ShownToken]:
+    """The tokens of a row as text, in order; together they are the row's text.
+
+    Args:
+        tokenizer: That of the row.
+        input_ids: Tokens.
+        trained: Start and end of each stretch that carries loss, end exclusive.
+    """
+    loss = [False] * len(input_ids)
+    for start, end in zip(trained[::2], trained[1::2], strict=True):
+        loss[start:end] = [True] * (end - start)
+    shown: list[ShownToken] = []
+    start = 0
+    for position in range(len(input_ids)):
+        held = position + 1 - start
+        text = str(tokenizer.decode(list(input_ids[start : position + 1])))
+        is_last = position + 1 == len(input_ids) or loss[position + 1] != loss[position]
+        if text.endswith(_INCOMPLETE) and held < _MOST_TOKENS_OF_A_CHARACTER and not is_last:
+            continue
+        shown.append(ShownToken(text, loss[position]))
+        start = position + 1
+    return shown
+
+
+def show_row(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> list[ShownToken]:
+    """`show_tokens` of a row of train.arrow or dev.arrow."""
+    return show_tokens(tokenizer, row["input_ids"], row["trained"])
