@@ -134,7 +134,7 @@ def _place_near(
     config: TrainingConfig,
     progress: Callable[[int], None],
 ) -> None:
-    """Take training rows out that nearly equal a held-out row, or, if asked, an earlier one."""
+    """Take rows out that nearly equal one of a more protected role, or, if asked, an earlier one."""
     near, done = NearDuplicates(), 0
     for rows in table.batches():
         near.add([as_text(row["question"], row["answer"]) for row in rows])
@@ -146,6 +146,7 @@ def _place_near(
         return as_text(row["question"], row["answer"])
 
     fates = placement.fates
+    fates[near.find(fates == Fate.DEV, fates == Fate.TEST, text_of)] = Fate.NEAR_LEAKAGE
     held_out = (fates == Fate.DEV) | (fates == Fate.TEST)
     fates[near.find(fates == Fate.TRAIN, held_out, text_of)] = Fate.NEAR_LEAKAGE
     training = fates == Fate.TRAIN

@@ -7,7 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from qwen3ft.batches import IGNORED
 from qwen3ft.chat import END_TOKEN, load_tokenizer, prompt_ids
 from qwen3ft.config import TrainingConfig, load_config
 from qwen3ft.data import DataPipeline, dataset_target, fingerprint_sources, read_manifest
-from qwen3ft.embedded import MODEL_DIR
+from qwen3ft.embedded import DATA_DIR, MODEL_DIR
 from qwen3ft.errors import DataLoadingError, TokenizerError
 from qwen3ft.known_rows import compare_data
 from qwen3ft.records import Champion, DatasetManifest, ModelShape, ModelSnapshot, ModelSource
@@ -282,22 +282,121 @@ def test_a_row_is_never_cut(tmp_path: Path) -> None:
         assert row["input_ids"][-1] == load_tokenizer(MODEL_DIR).convert_tokens_to_ids(END_TOKEN)
 
 
-def test_every_format_gives_identical_training_rows(tmp_path: Path) -> None:
-    """jsonl, json, csv and parquet of the same rows give the same token ids in the same order."""
-    rows = synthetic(50)
-    write_jsonl(tmp_path / "qa.jsonl", rows)
-    (tmp_path / "qa.json").write_text(json.dumps(rows))
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "qa.parquet")
-    pa.Table.from_pylist(rows).to_pandas().to_csv(tmp_path / "qa.csv", index=False)
-    found = {}
-    for suffix in ("jsonl", "json", "csv", "parquet"):
-        manifest = prepare(tmp_path, str(tmp_path / f"qa.{suffix}"))
-        found[suffix] = (
+LAYOUTS: dict[str, Callable[[str, str], dict[str, Any]]] = {
+    "question": lambda asked, said: {"question": asked, "answer": said},
+    "alpaca": lambda asked, said: {"instruction": asked, "input": "", "output": said},
+    "prompt": lambda asked, said: {"prompt": asked, "completion": said},
+    "chinese": lambda asked, said: {"问题": asked, "答案": said},
+    "sharegpt": lambda asked, said: {
+        "conversations": [{"from": "human", "value": asked}, {"from": "gpt", "value": said}]
+    },
+    "messages": lambda asked, said: {
+        "messages": [
+            {"role": "user", "content": asked},
+            {"role": "assistant", "content": said},
+        ]
+    },
+    "squad": lambda asked, said: {"context": "", "question": asked, "answers": {"text": [said]}},
+}
+
+
+def write_as(path: Path, values: list[dict[str, Any]]) -> str:
+    """`values` in the file type that the name ends in."""
+    suffixes = path.suffixes
+    kind = next(suffix for suffix in suffixes if suffix in TYPES)
+    if kind == ".parquet":
+        pq.write_table(pa.Table.from_pylist(values), path)
+        return str(path)
+    if kind in (".csv", ".tsv"):
+        flat = [
+            {
+                k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)
+                for k, v in r.items()
+            }
+            for r in values
+        ]
+        separator = "," if kind == ".csv" else "\t"
+        text = pa.Table.from_pylist(flat).to_pandas().to_csv(index=False, sep=separator)
+    elif kind == ".json":
+        text = json.dumps(values, ensure_ascii=False, indent=1)
+    else:
+        text = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+    codec = {".gz": "gzip", ".zst": "zstd"}.get(suffixes[-1])
+    with pa.output_stream(str(path), compression=codec) as stream:
+        stream.write(text.encode())
+    return str(path)
+
+
+TYPES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+FILE_NAMES = [f"qa{kind}" for kind in TYPES]
+FILE_NAMES += [f"qa{kind}{packed}" for kind in TYPES[:4] for packed in (".gz", ".zst")]
+
+
+def real_pairs(kind: str, most: int) -> list[tuple[str, str]]:
+    """Questions and answers of the bundled rows, Chinese and English, or of GSM8K."""
+    if kind == "bundled":
+        paths = [DATA_DIR / "train.jsonl", DATA_DIR / "test.jsonl"]
+    else:
+        paths = [GSM8K, GSM8K.with_name("test.jsonl")]
+    rows = [row for path in paths for row in read_lines(path)[: most // len(paths)]]
+    return [(row["question"], row["answer"]) for row in rows]
+
+
+@pytest.mark.parametrize("kind", ["bundled", "gsm8k"])
+@pytest.mark.parametrize("most", [120, pytest.param(10**6, marks=pytest.mark.slow)])
+def test_every_type_and_layout_gives_identical_training_rows(
+    tmp_path: Path, kind: str, most: int
+) -> None:
+    """13 file types by 7 layouts: the same token ids, the same loss, in the same order."""
+    if kind == "gsm8k" and not GSM8K.exists():
+        pytest.skip("the GSM8K sample is not on this machine")
+    pairs = real_pairs(kind, most)
+    settings = {"reasoning_separator": "####"} if kind == "gsm8k" else {}
+    expected = None
+    layouts, names = list(LAYOUTS), FILE_NAMES
+    combinations = [(names[0], layout) for layout in layouts] + [(n, layouts[0]) for n in names]
+    combinations += [("qa.parquet", layout) for layout in layouts] + [("qa.csv", "messages")]
+    for name, layout in combinations:
+        values = [LAYOUTS[layout](asked, said) for asked, said in pairs]
+        path = write_as(tmp_path / name, values)
+        manifest = prepare(tmp_path, path, max_sequence_length=512, **settings)
+        assert manifest.rows_read == accounted(manifest) == len(pairs)
+        found = (
             load_split(tmp_path / "data", "train").to_list(),
             load_split(tmp_path / "data", "dev").to_list(),
             questions(manifest, "test"),
         )
-    assert all(content == found["jsonl"] for content in found.values())
+        expected = expected or found
+        assert found == expected, f"{name} as {layout}"
+        Path(path).unlink()
+
+
+def test_a_question_leaked_on_purpose_is_found(tmp_path: Path) -> None:
+    """Held-out questions planted in training, verbatim and slightly reworded, are removed."""
+    pairs = real_pairs("bundled", 10**6)
+    test = write_as(tmp_path / "test.jsonl", [{"question": q, "answer": a} for q, a in pairs[:50]])
+    words = random.Random(0)
+    near = [
+        " ".join(words.choices(["red", "boat", "river", "noon", "bridge", "cold", "wide"], k=60))
+        + " old clock?"
+        for _ in range(10)
+    ]
+    held_out = [{"question": question, "answer": "the red one"} for question in near]
+    test_near = write_as(tmp_path / "near.jsonl", held_out)
+    planted = [
+        *({"question": f" {q.upper()} ", "answer": a} for q, a in pairs[:50]),
+        *(
+            {"question": q.replace("old clock", "tower clock"), "answer": "the red one"}
+            for q in near
+        ),
+    ]
+    clean = synthetic(200)
+    train = write_as(tmp_path / "train.jsonl", [*clean, *planted])
+    manifest = prepare(tmp_path, train, test_paths=(test, test_near), max_sequence_length=512)
+    assert manifest.rows_read == accounted(manifest)
+    assert manifest.reasons == {"leakage": 50, "near_leakage": 10}
+    trained = set(questions(manifest, "train")) | set(questions(manifest, "dev"))
+    assert trained == {row["question"] for row in clean}
 
 
 # --- what is held out ---

@@ -125,6 +125,33 @@ def test_a_second_run_takes_model_lora_data_and_plan_from_the_cache(
     assert read_snapshot(target) is not None
 
 
+def test_a_run_with_nothing_new_since_the_champion_ends_before_training(
+    run_flow: Any, finished: Any, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Same rows and settings, or no unseen row to mix: Completed, and no worker trained."""
+    from qwen3ft.registry import Registry
+
+    _, run = finished
+    registry = Registry(f"sqlite:///{workspace / 'mlruns' / 'mlflow.db'}")
+    card = json.loads((run.path / "card.json").read_text())
+    champion = registry.champion("qwen3ft-embedded")
+    if champion is None:  # six steps may not have been enough to beat the base
+        registry.promote("qwen3ft-embedded", "1", None)
+    assert Path(card["adapter_path"], "known_rows.npy").is_file()
+    for settings in ({"when_unchanged": "skip"}, {"new_data": "mix"}):
+        state, run = run_flow(**settings)
+        assert state.is_completed(), state.message
+        assert (state.name, "nothing new since qwen3ft-embedded v" in state.message) == (
+            "NothingNew",
+            True,
+        )
+        assert "train-1" not in task_states(state)
+        parent, children = mlflow_runs(workspace, run)
+        assert parent.info.status == "FINISHED"
+        assert parent.data.tags["verdict"] == state.message
+        assert children == []
+
+
 def test_out_of_memory_is_answered_by_adjust_and_the_next_attempt_completes(
     run_flow: Any, workspace: Path
 ) -> None:
@@ -174,13 +201,13 @@ def test_a_run_without_tracking_completes_and_is_sent_later(
 ) -> None:
     """MLflow refuses connections throughout: training is not touched, nothing is lost."""
     import tasks.promote
-    from flows import finetune
+    from flows import around
     from qwen3ft.cursor import outstanding
     from qwen3ft.mirror import replay
 
-    monkeypatch.setattr(finetune, "CLOSE_SECONDS", 1.0)
+    monkeypatch.setattr(around, "CLOSE_SECONDS", 1.0)
     monkeypatch.setattr(tasks.promote, "UPLOAD_SECONDS", 0.5)
-    for module in (finetune, tasks.promote):
+    for module in (around, tasks.promote):
         monkeypatch.setattr(module, "default_tracking_uri", lambda: "http://127.0.0.1:9")
     state, run = run_flow(seed=51)
     assert state.is_completed(), state.message
