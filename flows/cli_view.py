@@ -47,7 +47,7 @@ STYLES = {
 
 def open_console(*, stderr: bool = False) -> Console:
     """Standard output for results, standard error for what accompanies JSON, and for errors."""
-    return Console(stderr=stderr, highlight=False)
+    return Console(stderr=stderr, highlight=False, emoji=False)  # paths may hold :train:
 
 
 def say(line: str) -> None:

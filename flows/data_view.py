@@ -108,8 +108,11 @@ def _tokens(manifest: DatasetManifest) -> dict[str, str]:
 def _lengths(manifest: DatasetManifest) -> dict[str, str]:
     most = max((rows for _, rows in manifest.length_histogram), default=1)
     limit, below = manifest.max_sequence_length, 0
-    shown = {}
+    shown: dict[str, str] = {}
     for edge, rows in manifest.length_histogram:
+        if not rows and not shown and edge < limit:
+            below = edge
+            continue  # nothing is that short
         marker = f"  <- max_sequence_length {limit}" if below < limit <= edge else ""
         shown[f"up to {edge}"] = "█" * -(-BAR_CHARACTERS * rows // most) + f" {rows:,}{marker}"
         below = edge

@@ -134,7 +134,7 @@ def _place_near(
     config: TrainingConfig,
     progress: Callable[[int], None],
 ) -> None:
-    """Take rows out that nearly equal one of a more protected role, or, if asked, an earlier one."""
+    """Take rows out that nearly equal a more protected one or, if asked, an earlier one."""
     near, done = NearDuplicates(), 0
     for rows in table.batches():
         near.add([as_text(row["question"], row["answer"]) for row in rows])

@@ -304,3 +304,45 @@ def test_prefect_logs_our_errors_without_a_traceback_and_others_with_one(
     assert known.exc_info is None
     assert known.getMessage() == "ended by ConfigError"
     assert unknown.exc_info is not None
+
+
+def test_data_check_says_what_would_be_trained_and_whether_a_run_would_start(
+    tmp_path: Path,
+) -> None:
+    """Exit code 0 and all counts for usable rows; 1 and the reason for unusable ones."""
+    good = tmp_path / "qa.jsonl"
+    rows = [{"问题": f"第 {n} 题?", "答案": f"{n} 号"} for n in range(60)]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    good.write_text("\n".join([*lines, "{oops"]), encoding="utf-8")
+    cache = f"cache_dir={tmp_path / 'cache'}"
+    done = qwen3ft("data", "check", str(good), "--set", cache, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["would_start"], found["rows_read"], found["quarantined"]) == (True, 61, 1)
+    assert found["columns"] == {"question": "问题", "answer": "答案"}
+    screen = qwen3ft("data", "check", str(good), "--set", cache).stdout
+    assert "broken_json" in screen
+    assert "question = 问题" in screen
+    assert "号<|im_end|>«" in screen
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{oops\n" * 10)
+    done = qwen3ft("data", "check", str(bad), "--set", cache, "--json")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["error"]["kind"] == "DataLoadingError"
+
+
+def test_a_previewed_row_is_its_text_by_tokens(tmp_path: Path) -> None:
+    """All tokens in order, trained ones marked; a character of several tokens stays whole."""
+    data = tmp_path / "qa.jsonl"
+    rows = [{"question": f"What {n}? 😀", "answer": "Nothing 饕餮."} for n in range(60)]
+    data.write_text("\n".join(json.dumps(row) for row in rows))
+    cache = f"cache_dir={tmp_path / 'cache'}"
+    done = qwen3ft("data", "preview", str(data), "--row", "2", "--set", cache, "--json")
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(done.stdout)["shown"]
+    assert "😀" in "".join(token["text"] for token in shown)
+    trained = "".join(token["text"] for token in shown if token["trained"])
+    assert trained == "Nothing 饕餮.<|im_end|>"
+    done = qwen3ft("data", "preview", str(data), "--row", "1000", "--set", cache)
+    assert done.returncode == 1
+    assert "no training row 1000" in done.stderr
