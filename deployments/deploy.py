@@ -23,7 +23,7 @@ from qwen3ft.config import TrainingConfig, parse_config
 from qwen3ft.environment import EnvironmentManager
 from qwen3ft.errors import ConfigError, EnvironmentNotReadyError
 from qwen3ft.gpus import visible_gpus
-from qwen3ft.records import Record
+from qwen3ft.record import Record
 from qwen3ft.storage import sha256_json
 
 PREFECT_FILE = Path("deployments/prefect.yaml")

@@ -37,7 +37,7 @@ from deployments.processes import (
 from deployments.services import SERVERS, SERVICES, Layout, Service
 from qwen3ft.environment import EnvironmentManager
 from qwen3ft.errors import EnvironmentNotReadyError
-from qwen3ft.records import Record
+from qwen3ft.record import Record
 from qwen3ft.storage import write_json_atomic
 
 DEPLOYMENT = "qwen3-finetune/default"

@@ -25,10 +25,12 @@ from qwen3ft.attempt import RunDir, write_record
 from qwen3ft.card import data_markdown, to_markdown
 from qwen3ft.config import TrainingConfig
 from qwen3ft.cursor import read_state
+from qwen3ft.data_records import DataChange, DatasetManifest
 from qwen3ft.errors import FinetuneError, TransientError
 from qwen3ft.journal import Journal, RunStatus
 from qwen3ft.mirror import Mirror, replay_unsent
-from qwen3ft.records import NOTHING_NEW, AttemptSummary, DataChange, DatasetManifest, RunCard
+from qwen3ft.records import NOTHING_NEW, AttemptSummary
+from qwen3ft.result_records import RunCard
 from qwen3ft.tracking_uri import default_tracking_uri, run_url
 from tasks.policies import hide_known_tracebacks
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from qwen3ft.data import DataPipeline
-    from qwen3ft.records import DatasetManifest
+    from qwen3ft.data_records import DatasetManifest
 
 PREVIEWED_ROWS = 2
 

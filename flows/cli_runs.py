@@ -17,7 +17,8 @@ from qwen3ft.attempt import RunDir, read_record
 from qwen3ft.config import parse_config
 from qwen3ft.environment import EnvironmentManager
 from qwen3ft.errors import FinetuneError
-from qwen3ft.records import NOTHING_NEW, RunCard
+from qwen3ft.records import NOTHING_NEW
+from qwen3ft.result_records import RunCard
 
 
 def run(path: Path | None, settings: list[str], resume: str | None, *, as_json: bool) -> None:

@@ -19,7 +19,8 @@ from rich.progress import Progress as ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from qwen3ft.records import GIB, EnvironmentReport, RunCard, TrainPlan
+from qwen3ft.records import GIB, EnvironmentReport, TrainPlan
+from qwen3ft.result_records import RunCard
 
 if TYPE_CHECKING:
     from deployments.stack import StackStatus

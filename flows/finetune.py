@@ -40,12 +40,7 @@ from qwen3ft.errors import FinetuneError
 from qwen3ft.failures import to_error, to_failure
 from qwen3ft.known_rows import compare_data, find_known_rows
 from qwen3ft.prepare import preview_plan
-from qwen3ft.records import (
-    AttemptOutcome,
-    AttemptSummary,
-    Failure,
-    TrainPlan,
-)
+from qwen3ft.records import AttemptOutcome, AttemptSummary, Failure, TrainPlan
 from tasks.adjust import adjust_parameters
 from tasks.data import prepare_data
 from tasks.environment import check_environment

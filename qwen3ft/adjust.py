@@ -43,7 +43,8 @@ from qwen3ft.errors import (
 )
 from qwen3ft.ladder import Step, next_rungs
 from qwen3ft.plan import repredict
-from qwen3ft.records import AttemptSummary, Failure, Record, TrainPlan
+from qwen3ft.record import Record
+from qwen3ft.records import AttemptSummary, Failure, TrainPlan
 
 LEARNING_RATE_CUTS = 2
 

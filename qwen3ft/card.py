@@ -5,17 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from qwen3ft.config import EMBEDDED_MODEL_NAME, TrainingConfig
-from qwen3ft.records import (
-    AttemptOutcome,
-    AttemptSummary,
-    DataChange,
-    DatasetManifest,
-    InferenceReport,
-    RunCard,
-    SavedAdapter,
-    TrainPlan,
-    Verdict,
-)
+from qwen3ft.data_records import DataChange, DatasetManifest
+from qwen3ft.records import AttemptOutcome, AttemptSummary, SavedAdapter, TrainPlan
+from qwen3ft.result_records import InferenceReport, RunCard, Verdict
 
 EMBEDDED_NOTE = (
     "The embedded model is for demonstration: 0.8 M weights, pretrained on questions about "

@@ -33,7 +33,7 @@ from qwen3ft.tokenizer import configure_tokenizer, load_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from qwen3ft.rows import QaRow
+    from qwen3ft.qa_row import QaRow
 
 __all__ = [
     "END_TOKEN",

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen3ft import chat
 from qwen3ft.config import TrainingConfig
+from qwen3ft.data_records import DatasetManifest
 from qwen3ft.data_report import log_report, warnings_of
 from qwen3ft.dataset_folder import (
     QUARANTINE,
@@ -33,10 +34,10 @@ from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.known_rows import read_known_rows
 from qwen3ft.logs import get_logger
 from qwen3ft.placement import Fate, Placement, place_rows
+from qwen3ft.qa_row import QaRow
 from qwen3ft.reading import Reading, read_sources
-from qwen3ft.records import DatasetManifest, ModelSnapshot
+from qwen3ft.records import ModelSnapshot
 from qwen3ft.row_table import RowTable
-from qwen3ft.rows import QaRow
 from qwen3ft.sources import Fingerprint, fingerprint_sources, resolve_sources
 from qwen3ft.storage import sha256_file, sha256_json
 from qwen3ft.tokenizing import tokenize_table

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from qwen3ft import chat
 from qwen3ft.config import TrainingConfig
+from qwen3ft.data_records import DatasetManifest
 from qwen3ft.dataset_folder import LEFT_OUT, Prepared
 from qwen3ft.logs import get_logger
 from qwen3ft.placement import DUPLICATES, Fate
 from qwen3ft.reading import FINDINGS_NAME
-from qwen3ft.records import DatasetManifest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

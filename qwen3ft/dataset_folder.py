@@ -26,13 +26,14 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
+from qwen3ft.data_records import DatasetManifest, LongRow
 from qwen3ft.errors import DataLoadingError
 from qwen3ft.known_rows import write_known_rows
 from qwen3ft.placement import DUPLICATES, Fate, Placement
+from qwen3ft.qa_row import QaRow
 from qwen3ft.reading import FINDINGS_NAME, NO_REASONING, Reading
-from qwen3ft.records import DatasetManifest, LongRow
 from qwen3ft.row_table import BATCH_ROWS, RowTable
-from qwen3ft.rows import UNREADABLE_FILE, QaRow
+from qwen3ft.rows import UNREADABLE_FILE
 from qwen3ft.storage import build_folder, find_damage, read_manifest_facts
 from qwen3ft.tokenizing import Tokens
 

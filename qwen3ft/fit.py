@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from qwen3ft.config import TrainingConfig
+from qwen3ft.data_records import DatasetManifest
 from qwen3ft.errors import InsufficientMemoryError
 from qwen3ft.footprint import Workload, predict_memory
 from qwen3ft.records import (
     GIB,
     AdapterSpec,
-    DatasetManifest,
     EnvironmentReport,
     MemoryPart,
     ModelShape,

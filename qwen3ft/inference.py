@@ -34,7 +34,8 @@ from qwen3ft.quality import (
     score_answers,
     side_by_side,
 )
-from qwen3ft.records import Champion, InferenceReport, ModelSnapshot
+from qwen3ft.records import ModelSnapshot
+from qwen3ft.result_records import Champion, InferenceReport
 from qwen3ft.saved_adapter import ADAPTER_FILE, check_adapter, find_base, read_header, read_run_card
 from qwen3ft.storage import (
     read_json_lines,

@@ -24,8 +24,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from qwen3ft.attempt import RunDir
+from qwen3ft.data_records import DatasetManifest
 from qwen3ft.logs import mask_secrets
-from qwen3ft.records import GIB, DatasetManifest, TrainPlan
+from qwen3ft.records import GIB, TrainPlan
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 """How a run or an attempt ended, in MLflow's words."""

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen3ft.records import Champion, DataChange, DatasetManifest
+from qwen3ft.data_records import DataChange, DatasetManifest
+from qwen3ft.result_records import Champion
 from qwen3ft.saved_adapter import KNOWN_ROWS_FILE, read_run_card
 
 Hashes = NDArray[np.uint64]

@@ -11,16 +11,11 @@ import math
 from dataclasses import dataclass
 
 from qwen3ft.config import TrainingConfig
+from qwen3ft.data_records import DatasetManifest
 from qwen3ft.errors import DataLoadingError
 from qwen3ft.fit import choose_workload, largest_micro_batch_below, padded_length
 from qwen3ft.footprint import Workload, predict_memory
-from qwen3ft.records import (
-    AdapterSpec,
-    DatasetManifest,
-    EnvironmentReport,
-    ModelSnapshot,
-    TrainPlan,
-)
+from qwen3ft.records import AdapterSpec, EnvironmentReport, ModelSnapshot, TrainPlan
 
 __all__ = [
     "Workload",

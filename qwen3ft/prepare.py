@@ -12,13 +12,14 @@ from typing import Literal, cast
 from qwen3ft.attempt import RunDir
 from qwen3ft.config import TrainingConfig
 from qwen3ft.data import dataset_target, fingerprint_sources, read_manifest
+from qwen3ft.data_records import DatasetManifest
 from qwen3ft.environment import EnvironmentManager
 from qwen3ft.hub import fetch_model, resolve_model
 from qwen3ft.launcher import run_worker
 from qwen3ft.lora import plan_adapter
 from qwen3ft.model import read_snapshot, snapshot_target
 from qwen3ft.plan import build_plan
-from qwen3ft.records import DatasetManifest, ModelSnapshot, ModelSource, TrainPlan
+from qwen3ft.records import ModelSnapshot, ModelSource, TrainPlan
 from qwen3ft.requests import DataRequest, QuantizeRequest
 
 

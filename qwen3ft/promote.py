@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from qwen3ft.records import Champion, InferenceReport, ModelScore, SavedAdapter, Verdict
+from qwen3ft.records import SavedAdapter
+from qwen3ft.result_records import Champion, InferenceReport, ModelScore, Verdict
 
 MIN_LOSS_GAIN = 0.01
 """With equal exact match, the answer loss must be lower by this share to count as better."""

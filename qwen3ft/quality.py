@@ -16,7 +16,7 @@ from hashlib import sha256
 from itertools import chain, zip_longest
 from typing import Literal, TypeVar
 
-from qwen3ft.records import ModelScore, SideBySide, SplitScore
+from qwen3ft.result_records import ModelScore, SideBySide, SplitScore
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 

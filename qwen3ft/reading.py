@@ -23,15 +23,13 @@ from qwen3ft import safety
 from qwen3ft.columns import Columns
 from qwen3ft.config import TrainingConfig
 from qwen3ft.conversation import texts_of
+from qwen3ft.data_records import DataSource
 from qwen3ft.errors import DataLoadingError
 from qwen3ft.logs import get_logger
-from qwen3ft.records import DataSource
+from qwen3ft.qa_row import BadRow, QaRow, messages_of
 from qwen3ft.row_table import RowWriter
 from qwen3ft.rows import (
     UNREADABLE_FILE,
-    BadRow,
-    QaRow,
-    conversation_of,
     excerpt,
     read_file,
     rules_of,
@@ -178,7 +176,7 @@ class _Reader:
         """Why a row that could be read is quarantined all the same; findings are written down."""
         if self.config.personal_data == "off":
             return None
-        text = "\n".join(message["content"] for message in conversation_of(row))
+        text = "\n".join(message["content"] for message in messages_of(row))
         found = safety.scan(f"{text}\n{row['reasoning']}")
         if not found:
             return None

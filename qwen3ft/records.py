@@ -10,7 +10,10 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from qwen3ft.data_records import DatasetManifest
+from qwen3ft.record import Record
 
 GIB = 2**30
 """Bytes in one GB as this project counts it."""
@@ -20,12 +23,6 @@ NOTHING_NEW = "NothingNew"
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of a Qwen3 block; all seven get an adapter."""
-
-
-class Record(BaseModel):
-    """Base of all records: frozen, and strict about unknown fields."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
 # --- memory and metrics ---
@@ -168,87 +165,6 @@ class AdapterSpec(Record):
     total_parameters: int
 
 
-class DataSource(Record):
-    """One input file as it was read."""
-
-    path: str
-    sha256: str
-    rows: int
-    role: Literal["train", "dev", "test"]
-
-
-class LengthSummary(Record):
-    """Token lengths of the rows of one split."""
-
-    rows: int
-    tokens: int
-    trained_tokens: int
-    longest_tokens: int
-    median_tokens: int
-    p95_tokens: int
-
-
-class DataChange(Record):
-    """What is new in the data since the champion was trained."""
-
-    since: str | None = Field(None, description="The champion compared with, if there is one.")
-    new_files: tuple[str, ...] = ()
-    changed_files: tuple[str, ...] = ()
-    gone_files: tuple[str, ...] = ()
-    new_rows: int = Field(0, description="Training rows that the champion has not seen.")
-    unchanged: bool = Field(False, description="Same rows and settings as the champion's.")
-
-
-class LongRow(Record):
-    """One of the longest rows."""
-
-    file: str
-    line: int
-    tokens: int
-
-
-class DatasetManifest(Record):
-    """Tokenised rows on disk and where every row that was read went.
-
-    `rows_read == train + dev + test + quarantined + too_long + duplicates + not_used`, always.
-    """
-
-    path: str = Field(description="Folder with train.arrow, dev.arrow (tokenised) and test.jsonl.")
-    digest: str = Field(description="sha256 over the rows used, the template and the settings.")
-    sources: tuple[DataSource, ...]
-    rows_read: int
-    train: LengthSummary
-    dev: LengthSummary
-    test_rows: int
-    quarantined: int
-    too_long: int
-    duplicates: int = Field(description="Exact repeats, leaks, and near-duplicates left out.")
-    not_used: int = Field(0, description="Left out by a setting: caps, rows without reasoning.")
-    reasons: dict[str, int] = Field(default_factory=dict, description="Why rows are missing: rows.")
-    quarantine_path: str | None = None
-    layouts: dict[str, int] = Field(default_factory=dict, description="Layout found: rows.")
-    columns: dict[str, str] = Field(
-        default_factory=dict, description="Part: column, as most rows have it."
-    )
-    chinese_rows: int = Field(0, description="Usable rows whose question has Chinese in it.")
-    reasoning_rows: int = Field(0, description="Usable rows with reasoning.")
-    conversations: int = Field(0, description="Usable rows of more than a question and an answer.")
-    near_duplicates: int = Field(0, description="Training rows nearly the same as another one.")
-    shortened: int = Field(0, description="Rows whose reasoning lost its middle to fit.")
-    personal_data: dict[str, int] = Field(default_factory=dict, description="Kind found: rows.")
-    known_rows: str | None = Field(
-        None, description="File of the rows seen before, where they were told from new ones."
-    )
-    new_rows: int = Field(0, description="Training rows not among the known ones.")
-    max_sequence_length: int = 0
-    length_histogram: tuple[tuple[int, int], ...] = Field(
-        (), description="(upper edge in tokens, rows) of the rows tokenised, too long ones too."
-    )
-    longest: tuple[LongRow, ...] = ()
-    warnings: tuple[str, ...] = Field((), description="What a person should know, and do.")
-    degraded: tuple[str, ...] = ()
-
-
 class MemoryPart(Record):
     """One term of the predicted peak."""
 
@@ -371,93 +287,3 @@ class SavedAdapter(Record):
     mlflow_run_id: str | None = None
     registered_model: str | None = None
     version: str | None = Field(None, description="Registry version; None while tracking is down.")
-
-
-class SplitScore(Record):
-    """Scores of one model on one group of held-out questions."""
-
-    rows: int
-    exact_match: float = Field(description="Share of answers equal to the reference, 0 to 1.")
-
-
-class ModelScore(Record):
-    """Scores of one model (base, champion or candidate) on all held-out questions."""
-
-    label: Literal["base", "champion", "candidate"]
-    rows: int
-    exact_match: float
-    answer_loss: float = Field(description="Mean negative log-likelihood per answer token.")
-    stopped_share: float = Field(description="Share of answers that ended with the end token.")
-    empty_share: float
-    looping_share: float
-    by_split: dict[str, SplitScore] = Field(default_factory=dict)
-
-
-class SideBySide(Record):
-    """One question with every model's answer."""
-
-    question: str
-    reference: str
-    base: str
-    candidate: str
-    champion: str | None = None
-    split: str = "test"
-
-
-class InferenceReport(Record):
-    """What the saved adapter answers, beside the base model and the champion."""
-
-    adapter_path: str
-    questions_sha256: str
-    scores: tuple[ModelScore, ...]
-    samples: tuple[SideBySide, ...]
-    answers_path: str = Field(description="jsonl with every question and answer.")
-    checks: dict[str, bool] = Field(description="Name of a quality check: passed.")
-    champion_version: str | None = None
-    seconds: float = 0.0
-
-    def score(self, label: str) -> ModelScore | None:
-        """The scores of `label`, if it was evaluated."""
-        return next((score for score in self.scores if score.label == label), None)
-
-
-class Verdict(Record):
-    """Whether the new adapter replaces the one in use, with the numbers."""
-
-    decision: Literal["promoted", "kept", "deferred"]
-    reasons: tuple[str, ...]
-    registered_model: str | None = None
-    version: str | None = None
-
-
-class Champion(Record):
-    """The registered adapter in use, as MLflow's registry knows it."""
-
-    registered_model: str
-    version: str
-    source_uri: str
-    tags: dict[str, str] = Field(default_factory=dict)
-    adapter_path: str | None = Field(None, description="Verified local copy, once fetched.")
-
-
-class RunCard(Record):
-    """What a run achieved, on one screen; kept as card.json and card.md in the run's folder."""
-
-    title: str
-    trained_on: str
-    base_score: float = Field(description="Exact match of the base model, 0 to 1.")
-    tuned_score: float = Field(description="Exact match with the new adapter, 0 to 1.")
-    scores_by_split: dict[str, tuple[float, float, int]] = Field(
-        default_factory=dict, description="Split: base, tuned, questions."
-    )
-    held_out_loss_before: float
-    held_out_loss_after: float
-    peak_memory_gb: float
-    budget_gb: float
-    seconds_by_stage: dict[str, float]
-    attempts: tuple[AttemptSummary, ...]
-    verdict: str
-    adapter_path: str
-    prefect_url: str | None = None
-    mlflow_url: str | None = None
-    notes: tuple[str, ...] = Field((), description="What a reader should know before believing.")

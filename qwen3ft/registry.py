@@ -34,7 +34,8 @@ from qwen3ft.errors import (
     TrackingUnavailableError,
 )
 from qwen3ft.logs import mask_secrets
-from qwen3ft.records import Champion, SavedAdapter
+from qwen3ft.records import SavedAdapter
+from qwen3ft.result_records import Champion
 from qwen3ft.storage import build_folder, find_damage, read_manifest_facts, sha256_file
 from qwen3ft.tracking import Connection, connect, load_client
 from qwen3ft.tracking_uri import database_path

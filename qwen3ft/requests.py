@@ -7,7 +7,9 @@ from typing import Literal
 from pydantic import Field
 
 from qwen3ft.config import TrainingConfig
-from qwen3ft.records import Champion, ModelSnapshot, ModelSource, Record, SavedAdapter
+from qwen3ft.record import Record
+from qwen3ft.records import ModelSnapshot, ModelSource, SavedAdapter
+from qwen3ft.result_records import Champion
 
 
 class QuantizeRequest(Record):

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from qwen3ft.rows import QaRow
+from qwen3ft.qa_row import QaRow
 from qwen3ft.sources import SourceFile
 
 if TYPE_CHECKING:

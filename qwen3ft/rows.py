@@ -28,54 +28,16 @@ from qwen3ft.conversation import (
     parse_messages,
     parse_tools,
     split_think_block,
-    texts_of,
     user,
 )
 from qwen3ft.formats import RawRow, UnreadableFileError, read_raw
 from qwen3ft.logs import mask_secrets
-from qwen3ft.sources import Role, SourceFile
+from qwen3ft.qa_row import BadRow, QaRow, check_content, turn
+from qwen3ft.sources import SourceFile
 
 EXCERPT_CHARACTERS = 200
 
-CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
-"""Written in a text, they would be read as the borders of a turn."""
-TOOL_RESPONSE = "<tool_response>"
-"""At the start of a user's message, Qwen's templates take it for a tool's."""
-
 UNREADABLE_FILE = "unreadable_file"
-
-
-class QaRow(TypedDict):
-    """One usable row; texts are stripped, and '' where there is none."""
-
-    question: str
-    """The last user message."""
-    answer: str
-    """The last assistant message, without its reasoning."""
-    reasoning: str
-    messages: list[Message]
-    """The whole conversation where it is more than one question and its answer, else []."""
-    tools: list[dict[str, Any]]
-    kind: str
-    """Group of questions to report on."""
-    group: str
-    """Rows of one source key are held out together."""
-    role: Role
-    file: str
-    line: int
-    offset: int
-    """Byte where the row starts in the uncompressed file, -1 where there is no such thing."""
-
-
-@dataclass(frozen=True, slots=True)
-class BadRow:
-    """One row left out: line is 1-based (the row for parquet), 0 the whole file."""
-
-    file: str
-    line: int
-    offset: int
-    reason: str
-    excerpt: str
 
 
 @dataclass(frozen=True)
@@ -92,11 +54,6 @@ def rules_of(config: TrainingConfig) -> RowRules:
     return RowRules(
         config.columns, config.reasoning_separator, config.special_tokens_in_text == "escape"
     )
-
-
-def conversation_of(row: QaRow) -> list[Message]:
-    """The row as messages."""
-    return row["messages"] or [user(row["question"]), _turn(row["answer"], row["reasoning"])]
 
 
 def read_file(
@@ -140,7 +97,7 @@ def _checked(
             line=raw.line,
             offset=raw.offset,
         )
-        _check_content(row, rules)
+        check_content(row, allow_control_tokens=rules.escape_special_tokens)
     except (RejectedRowError, RecursionError) as error:
         reason = str(error) if isinstance(error, RejectedRowError) else "too_deep"
         names = columns.parts().values()
@@ -192,7 +149,7 @@ def _from_columns(
     if columns.history:
         messages += parse_history(values.get(columns.history))
     if messages or tools:
-        messages += [user(question), _turn(answer, reasoning)]
+        messages += [user(question), turn(answer, reasoning)]
         check_order(messages)
     return _Texts(
         question=question, answer=answer, reasoning=reasoning, messages=messages, tools=tools
@@ -227,13 +184,6 @@ def split_reasoning(answer: str, separator: str | None) -> tuple[str, str]:
         return split_think_block(answer)
     before, cut, after = answer.rpartition(separator) if separator else ("", "", answer)
     return (before.strip(), after.strip()) if cut else ("", answer.strip())
-
-
-def _turn(answer: str, reasoning: str) -> Message:
-    message: Message = {"role": "assistant", "content": answer}
-    if reasoning:
-        message["reasoning"] = reasoning
-    return message
 
 
 def _answer(values: Mapping[str, Any], column: str | None) -> str:
@@ -276,36 +226,6 @@ def _label(values: Mapping[str, Any], column: str | None) -> str:
     """A source key: text or a number."""
     value = values.get(column) if column is not None else None
     return "" if value is None or isinstance(value, (list, Mapping)) else str(value).strip()
-
-
-def _check_content(row: QaRow, rules: RowRules) -> None:
-    """Reject what would corrupt the turn structure, or could not be written as UTF-8."""
-    question, answer, reasoning = row["question"], row["answer"], row["reasoning"]
-    texts = [question, answer, reasoning, row["kind"], row["group"]]
-    if row["messages"]:
-        texts += texts_of(row["messages"], row["tools"])
-    everything = "\n".join(texts)
-    if not everything.isascii():
-        try:
-            everything.encode()
-        except UnicodeEncodeError:
-            raise RejectedRowError("lone_surrogate") from None
-    if "\0" in everything:
-        raise RejectedRowError("nul")
-    if "<" not in everything:
-        return
-    if not rules.escape_special_tokens and any(token in everything for token in CONTROL_TOKENS):
-        raise RejectedRowError("control_token")
-    for message in conversation_of(row):
-        said = message["content"]
-        if message["role"] == "user" and said.startswith(TOOL_RESPONSE):
-            raise RejectedRowError("control_token")
-        if message["role"] == "assistant" and any(
-            tag in text
-            for tag in (THINK_OPEN, THINK_CLOSE)
-            for text in (said, message.get("reasoning", ""))
-        ):
-            raise RejectedRowError("broken_think")
 
 
 def _shown(values: Mapping[str, Any]) -> str:

@@ -15,11 +15,12 @@ from pydantic import BaseModel, ValidationError
 
 from qwen3ft.attempt import JobDir
 from qwen3ft.cursor import lines_from
+from qwen3ft.data_records import DatasetManifest
 from qwen3ft.errors import RejectedError
 from qwen3ft.figures import MemorySample, lengths_figure, loss_figure, memory_figure, write_png
 from qwen3ft.journal import DatasetInput, Metrics
 from qwen3ft.logs import get_logger, mask_secrets
-from qwen3ft.records import DatasetManifest, TrainingMetrics
+from qwen3ft.records import TrainingMetrics
 from qwen3ft.tracking import Point
 
 ModelT = TypeVar("ModelT", bound=BaseModel)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from qwen3ft.records import LengthSummary
+from qwen3ft.data_records import LengthSummary
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -16,11 +16,11 @@ import numpy as np
 
 from qwen3ft import chat
 from qwen3ft.config import TrainingConfig
+from qwen3ft.data_records import LengthSummary
 from qwen3ft.errors import DataLoadingError
 from qwen3ft.placement import Fate, Placement
-from qwen3ft.records import LengthSummary
+from qwen3ft.qa_row import QaRow
 from qwen3ft.row_table import BATCH_ROWS, RowTable
-from qwen3ft.rows import QaRow
 from qwen3ft.token_table import TokenWriter
 
 if TYPE_CHECKING:

@@ -24,17 +24,13 @@ from pydantic import BaseModel
 from qwen3ft import logs
 from qwen3ft.attempt import JobDir, read_record, write_record
 from qwen3ft.callbacks import Heartbeat, StopRequest
+from qwen3ft.data_records import DatasetManifest
 from qwen3ft.errors import PreemptedError
 from qwen3ft.failures import to_failure, translate
 from qwen3ft.launcher import PARENT_VARIABLE
-from qwen3ft.records import (
-    AttemptOutcome,
-    DatasetManifest,
-    InferenceReport,
-    ModelSnapshot,
-    TrainPlan,
-)
+from qwen3ft.records import AttemptOutcome, ModelSnapshot, TrainPlan
 from qwen3ft.requests import DataRequest, InferenceRequest, QuantizeRequest
+from qwen3ft.result_records import InferenceReport
 
 if TYPE_CHECKING:
     from types import FrameType

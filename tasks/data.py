@@ -10,8 +10,9 @@ from prefect import task
 from qwen3ft.attempt import RunDir
 from qwen3ft.config import TrainingConfig
 from qwen3ft.data import dataset_target, fingerprint_sources, read_manifest
+from qwen3ft.data_records import DatasetManifest
 from qwen3ft.prepare import tokenized_data
-from qwen3ft.records import DatasetManifest, ModelSnapshot
+from qwen3ft.records import ModelSnapshot
 from tasks.policies import cache_key
 
 

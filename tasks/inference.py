@@ -11,8 +11,9 @@ from qwen3ft.attempt import RunDir
 from qwen3ft.config import TrainingConfig
 from qwen3ft.journal import Journal
 from qwen3ft.launcher import run_worker
-from qwen3ft.records import Champion, InferenceReport, SavedAdapter, TrainPlan
+from qwen3ft.records import SavedAdapter, TrainPlan
 from qwen3ft.requests import InferenceRequest
+from qwen3ft.result_records import Champion, InferenceReport
 
 
 @task(name="inference", task_run_name="inference", cache_policy=NO_CACHE)

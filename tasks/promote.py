@@ -12,8 +12,9 @@ from qwen3ft.config import TrainingConfig
 from qwen3ft.cursor import parent_run_id, wait_until_sent
 from qwen3ft.errors import TrackingUnavailableError
 from qwen3ft.promote import decide
-from qwen3ft.records import Champion, InferenceReport, SavedAdapter, Verdict
+from qwen3ft.records import SavedAdapter
 from qwen3ft.registry import Registry, registered_model_name
+from qwen3ft.result_records import Champion, InferenceReport, Verdict
 from qwen3ft.tracking_uri import default_tracking_uri
 from tasks.policies import is_transient
 

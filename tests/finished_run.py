@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from qwen3ft.data_records import DatasetManifest, DataSource, LengthSummary
 from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.hub import check_model_folder
 from qwen3ft.lora import count_adapter_parameters
@@ -12,9 +13,6 @@ from qwen3ft.records import (
     PROJECTIONS,
     AdapterSpec,
     AttemptOutcome,
-    DatasetManifest,
-    DataSource,
-    LengthSummary,
     ModelSnapshot,
     ModelSource,
     TrainPlan,

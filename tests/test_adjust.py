@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from qwen3ft.adjust import POLICIES, GiveUp, Retry, decide
 from qwen3ft.config import TrainingConfig
+from qwen3ft.data_records import DatasetManifest, LengthSummary
 from qwen3ft.errors import FinetuneError, error_kinds
 from qwen3ft.failures import to_error
 from qwen3ft.ladder import next_rungs
@@ -18,11 +19,9 @@ from qwen3ft.plan import build_plan, repredict
 from qwen3ft.records import (
     GIB,
     AttemptSummary,
-    DatasetManifest,
     EnvironmentReport,
     Failure,
     GpuInfo,
-    LengthSummary,
     ModelShape,
     ModelSnapshot,
     ModelSource,

@@ -23,7 +23,8 @@ from flows.follow import MetricsTail, StateChange
 from qwen3ft.attempt import RunDir
 from qwen3ft.config import TrainingConfig, load_config
 from qwen3ft.errors import ConfigError
-from qwen3ft.records import MemoryStatus, RunCard, TrainingMetrics
+from qwen3ft.records import MemoryStatus, TrainingMetrics
+from qwen3ft.result_records import RunCard
 from qwen3ft.storage import append_json_line, write_json_atomic
 from tasks import policies
 

@@ -20,10 +20,12 @@ from qwen3ft.batches import IGNORED
 from qwen3ft.chat import END_TOKEN, load_tokenizer, prompt_ids
 from qwen3ft.config import TrainingConfig, load_config
 from qwen3ft.data import DataPipeline, dataset_target, fingerprint_sources, read_manifest
+from qwen3ft.data_records import DatasetManifest
 from qwen3ft.embedded import DATA_DIR, MODEL_DIR
 from qwen3ft.errors import DataLoadingError, TokenizerError
 from qwen3ft.known_rows import compare_data
-from qwen3ft.records import Champion, DatasetManifest, ModelShape, ModelSnapshot, ModelSource
+from qwen3ft.records import ModelShape, ModelSnapshot, ModelSource
+from qwen3ft.result_records import Champion
 from qwen3ft.sources import SAMPLE_DATA
 from qwen3ft.token_table import load_split
 

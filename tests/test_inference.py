@@ -32,8 +32,9 @@ from qwen3ft.generation import in_batches
 from qwen3ft.inference import InferenceTester, answer_loss, answer_questions, run_inference
 from qwen3ft.model import ModelManager
 from qwen3ft.promote import decide
-from qwen3ft.records import Champion, InferenceReport, ModelSnapshot, SavedAdapter
+from qwen3ft.records import ModelSnapshot, SavedAdapter
 from qwen3ft.requests import InferenceRequest
+from qwen3ft.result_records import Champion, InferenceReport
 from qwen3ft.save import save_adapter
 from qwen3ft.storage import read_manifest_facts, write_manifest
 

@@ -8,7 +8,8 @@ from typing import Any, Literal
 import pytest
 
 from qwen3ft.promote import decide
-from qwen3ft.records import Champion, InferenceReport, ModelScore, SavedAdapter
+from qwen3ft.records import SavedAdapter
+from qwen3ft.result_records import Champion, InferenceReport, ModelScore
 
 CHAMPION = Champion(registered_model="qwen3ft-embedded", version="3", source_uri="models:/x/3")
 Label = Literal["base", "champion", "candidate"]

@@ -20,7 +20,7 @@ from qwen3ft.quality import (
     side_by_side,
     split_thinking,
 )
-from qwen3ft.records import SideBySide
+from qwen3ft.result_records import SideBySide
 
 
 def generated(text: str, *, stopped: bool = True) -> Generated:

@@ -19,12 +19,10 @@ from hypothesis import strategies as st
 from qwen3ft import formats
 from qwen3ft.config import ColumnNames, TrainingConfig
 from qwen3ft.errors import DataLoadingError
+from qwen3ft.qa_row import BadRow, QaRow, messages_of
 from qwen3ft.rows import (
     UNREADABLE_FILE,
-    BadRow,
-    QaRow,
     RowRules,
-    conversation_of,
     excerpt,
     read_file,
     split_reasoning,
@@ -346,7 +344,7 @@ CHAT = [
 def test_every_layout_gives_the_same_conversation(tmp_path: Path, values: dict[str, Any]) -> None:
     """OpenAI, ShareGPT, Alpaca with history, message lists and JSON text differ in nothing."""
     row = read_values(tmp_path, values)
-    assert conversation_of(row) == CHAT
+    assert messages_of(row) == CHAT
     assert (row["question"], row["answer"], row["reasoning"]) == ("Day?", "Friday", "calendar")
 
 

@@ -21,14 +21,12 @@ import pytest
 
 from qwen3ft.attempt import JobDir, RunDir
 from qwen3ft.cursor import outstanding, parent_run_id, read_state, state_path
+from qwen3ft.data_records import DatasetManifest, DataSource, LengthSummary
 from qwen3ft.errors import ChampionChangedError, ConfigError, SaveError, TrackingUnavailableError
 from qwen3ft.journal import Journal, journal_path
 from qwen3ft.mirror import Mirror, replay, replay_unsent
 from qwen3ft.records import (
     AdapterSpec,
-    DatasetManifest,
-    DataSource,
-    LengthSummary,
     MemoryPart,
     MemoryStatus,
     ModelShape,
