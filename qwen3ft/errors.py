@@ -10,6 +10,9 @@
       - InsufficientMemoryError  no plan fits the budget
       - TokenizerError           the tokenizer cannot be used and cannot be mended
       - DataLoadingError         no usable rows, or too many bad ones
+        + DatasetNotFoundError   the hub has no such data set, revision or file
+        + DatasetAccessError     the data set is gated and this machine has no access
+        + DatasetUnavailableError no network and no cached copy
       - ChampionChangedError     another run promoted its adapter meanwhile
     * TransientError             the same call may succeed later
       - DownloadError            the hub broke off or answered with a server error
@@ -132,6 +135,18 @@ class TokenizerError(RequestError):
 
 class DataLoadingError(RequestError):
     """There are no usable rows, or more bad ones than the config allows."""
+
+
+class DatasetNotFoundError(DataLoadingError):
+    """No data set, revision or file of that name exists."""
+
+
+class DatasetAccessError(DataLoadingError):
+    """The data set exists but is gated, and no token with access was given."""
+
+
+class DatasetUnavailableError(DataLoadingError):
+    """The hub cannot be reached and no complete copy is cached."""
 
 
 class ChampionChangedError(RequestError):

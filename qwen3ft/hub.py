@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from qwen3ft.errors import (
     ModelNotFoundError,
     ModelUnavailableError,
 )
-from qwen3ft.failures import translate
+from qwen3ft.hub_errors import TIMEOUT_SECONDS, RepoKind, endpoint, hub_error, not_found
 from qwen3ft.logs import get_logger
 from qwen3ft.records import ModelShape, ModelSource
 from qwen3ft.storage import sha256_json
@@ -46,7 +45,16 @@ MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.txt")
 
 _CODE_KEYS = ("auto_map", "_attn_implementation_internal", "trust_remote_code", "custom_pipelines")
 
-_TIMEOUT_SECONDS = 4.0
+_MODEL = RepoKind(
+    noun="model",
+    fact="model",
+    not_found=ModelNotFoundError,
+    access=ModelAccessError,
+    unavailable=ModelUnavailableError,
+    setting="qwen3ft plan --set model_name={}",
+    default_revision="qwen3ft plan --set model_revision=main",
+    local="qwen3ft train --set model_name=/path/to/a/local/folder",
+)
 
 
 def resolve_model(config: TrainingConfig) -> ModelSource:
@@ -87,7 +95,7 @@ def fetch_model(source: ModelSource) -> Path:
             source.model_name,
             revision=source.revision,
             allow_patterns=list(MODEL_FILES),
-            endpoint=_endpoint(),
+            endpoint=endpoint(),
         )
     except (OSError, ValueError, HTTPError) as error:
         raise _translate_hub_error(error, source.model_name, source.revision) from error
@@ -149,8 +157,8 @@ def _resolve_revision(config: TrainingConfig) -> str:
     if wanted is not None and len(wanted) == 40 and _is_cached(config.model_name, wanted):
         return wanted
     try:
-        info = HfApi(endpoint=_endpoint()).model_info(
-            config.model_name, revision=wanted, timeout=_TIMEOUT_SECONDS
+        info = HfApi(endpoint=endpoint()).model_info(
+            config.model_name, revision=wanted, timeout=TIMEOUT_SECONDS
         )
     except (OSError, ValueError, HTTPError) as error:
         translated = _translate_hub_error(error, config.model_name, wanted)
@@ -168,10 +176,6 @@ def _resolve_revision(config: TrainingConfig) -> str:
     return str(info.sha)
 
 
-def _endpoint() -> str | None:
-    return os.environ.get("HF_ENDPOINT")
-
-
 def _is_cached(name: str, revision: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
@@ -187,53 +191,11 @@ def _cached_commit(name: str, revision: str | None) -> str | None:
 
 
 def _translate_hub_error(error: Exception, name: str, revision: str | None) -> FinetuneError:
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    if isinstance(error, GatedRepoError):
-        return ModelAccessError(
-            f"{name} is gated and this machine has no access to it.",
-            why="Its owner wants each user to accept the terms on the model's page.",
-            next_command="hf auth login",
-            model=name,
-        )
-    if isinstance(error, RevisionNotFoundError):
-        return ModelNotFoundError(
-            f"{name} has no revision {revision!r}.",
-            why="The branch, tag or commit does not exist there.",
-            next_command="qwen3ft plan --set model_revision=main",
-            model=name,
-        )
-    if isinstance(error, (RepositoryNotFoundError, HFValidationError)):
-        return _not_found(name, "The hub knows no model of that name.")
-    if isinstance(error, HfHubHTTPError):
-        return translate(error, "resolve the model")
-    close = close_names(name)
-    hint = f" Known names close to it: {', '.join(close)}." if close and name not in close else ""
-    return ModelUnavailableError(
-        f"{name} is not cached on this machine, and the hub cannot be reached "
-        f"({type(error).__name__}).{hint}",
-        why="There is no network, or it does not lead to the hub.",
-        next_command="qwen3ft train --set model_name=/path/to/a/local/folder",
-        model=name,
-        suggestions=close,
-    )
+    return hub_error(error, _MODEL, name, revision, close_names(name))
 
 
-def _not_found(name: str, why: str) -> ModelNotFoundError:
-    close = close_names(name)
-    return ModelNotFoundError(
-        f"No model {name!r}." + (f" Did you mean {' or '.join(close)}?" if close else ""),
-        why=why,
-        next_command=f"qwen3ft plan --set model_name={close[0] if close else KNOWN_MODELS[-1]}",
-        model=name,
-        suggestions=close,
-    )
+def _not_found(name: str, why: str) -> FinetuneError:
+    return not_found(_MODEL, name, why, close_names(name))
 
 
 def _refused(folder: Path, reason: str) -> ConfigError:

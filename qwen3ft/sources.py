@@ -1,13 +1,18 @@
 """Which files the rows come from: paths of the config resolved to files, each with its sha256.
 
+A path is a file, a folder (searched recursively), a glob (`data/**/*.jsonl`), a data set of the hub
+(see `hub_data`) or one of the bundled files. What exists here goes before the hub.
 Guarantees: the same config and folder contents always give the same files in the same order, and a
 path that does not exist is an error that names it, raised before any file is read. Bundled sample
-rows stand in only where the config allows it, and the run is then marked degraded.
+rows stand in only where the config allows it, and the run is then marked degraded. The digest is
+over a file's bytes as they are on disk, compressed or not.
 It imports neither torch nor transformers, and does not look inside the files (see `rows`).
 """
 
 from __future__ import annotations
 
+import glob
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -15,11 +20,12 @@ from typing import Literal, NamedTuple
 from qwen3ft.config import TrainingConfig
 from qwen3ft.embedded import DATA_DIR
 from qwen3ft.errors import DataLoadingError
+from qwen3ft.formats import SUFFIXES, is_readable
+from qwen3ft.hub_data import HUB_PREFIX, fetch_dataset, parse_hub_name, pin_dataset
 from qwen3ft.storage import sha256_file
 
 Role = Literal["train", "dev", "test"]
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 EMBEDDED_PREFIX = "embedded:"
 EMBEDDED_SPLITS = ("train", "dev", "test", "novel")
 BUNDLED: dict[Role, tuple[str, ...]] = {
@@ -33,7 +39,11 @@ SAMPLE_DATA = "sample data"
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One input file; `label` is how it is named to people: the path as given, or embedded:..."""
+    """One input file.
+
+    `label` is how it is named to people: the path as given, embedded:..., or the address on the hub
+    with the commit.
+    """
 
     label: str
     path: Path
@@ -54,20 +64,48 @@ def resolve_sources(config: TrainingConfig) -> tuple[list[SourceFile], tuple[str
     Roles without any file (`dev`, `test`) are to be held out from the training rows.
 
     Raises:
-        DataLoadingError: no data given, a path is missing, or a folder holds no readable file.
+        DataLoadingError: no data given, a path is missing, or a folder holds no readable file; of
+            the hub's data sets see `hub_data.fetch_dataset`.
+        DownloadError: the hub answered with a server error, or a download broke off.
     """
     try:
         chosen = _chosen_paths(config)
+        cache = Path(config.cache_dir).expanduser()
         files = [
-            file for role, paths in chosen.items() for path in paths for file in _files(path, role)
+            file
+            for role, paths in chosen.items()
+            for path in paths
+            for file in _files(path, role, cache)
         ]
     except DataLoadingError:
         if not config.allow_sample_data:
             raise
         return _bundled_files(), (SAMPLE_DATA,)
-    unique = {(file.path.resolve(), file.role): file for file in reversed(files)}
-    ordered = [file for file in files if unique.get((file.path.resolve(), file.role)) is file]
-    return ordered, ()
+    unique = {(_identity(file), file.role): file for file in reversed(files)}
+    return [file for file in files if unique[(_identity(file), file.role)] is file], ()
+
+
+def pin_sources(config: TrainingConfig) -> TrainingConfig:
+    """`config` with the commit of every hub data set, so that each process reads the same files.
+
+    Raises:
+        DataLoadingError: a data set of the hub cannot be found, and sample data is not allowed.
+        DownloadError: the hub answered with a server error.
+    """
+    cache = Path(config.cache_dir).expanduser()
+    try:
+        pinned = {
+            name: tuple(
+                path if Path(path).expanduser().exists() else pin_dataset(path, cache)
+                for path in getattr(config, name)
+            )
+            for name in ("data_paths", "dev_paths", "test_paths")
+        }
+    except DataLoadingError:
+        if config.allow_sample_data:
+            return config  # `resolve_sources` will say what stands in
+        raise
+    return config.model_copy(update=pinned)
 
 
 def fingerprint_sources(config: TrainingConfig) -> list[Fingerprint]:
@@ -100,17 +138,34 @@ def _chosen_paths(config: TrainingConfig) -> dict[Role, tuple[str, ...]]:
 
 def _bundled_files() -> list[SourceFile]:
     return [
-        file for role, paths in BUNDLED.items() for path in paths for file in _files(path, role)
+        SourceFile(path, _embedded_file(path), role)
+        for role, paths in BUNDLED.items()
+        for path in paths
     ]
 
 
-def _files(given: str, role: Role) -> list[SourceFile]:
+def _identity(file: SourceFile) -> str:
+    """What makes two files the same one; equal files of the hub share a blob and are still two."""
+    return file.label if file.label.startswith(HUB_PREFIX) else str(file.path.resolve())
+
+
+def _files(given: str, role: Role, cache: Path) -> list[SourceFile]:
     """The files that one path of the config stands for."""
     if given.startswith(EMBEDDED_PREFIX):
         return [SourceFile(given, _embedded_file(given), role)]
     path = Path(given).expanduser()
     if path.is_dir():
         return _folder_files(path, role)
+    if not path.exists() and (asked := parse_hub_name(given)):
+        try:
+            found = fetch_dataset(asked, role, cache)
+        except DataLoadingError as error:
+            if not given.startswith(HUB_PREFIX):
+                error.why += f" Nor is there a path {given} in {Path.cwd()}."
+            raise
+        return [SourceFile(label, path, role) for label, path in found]
+    if not path.exists() and glob.has_magic(given):
+        return _glob_files(path, role)
     if not path.is_file():
         raise DataLoadingError(
             f"The {role} data path {given} does not exist (looked in {Path.cwd()}).",
@@ -118,7 +173,7 @@ def _files(given: str, role: Role) -> list[SourceFile]:
             next_command=f"ls -l {path.parent}",
             path=given,
         )
-    if path.suffix.lower() not in SUFFIXES:
+    if not is_readable(path):
         raise DataLoadingError(
             f"The {role} data file {given} is of no kind that can be read.",
             why=f"Readable are {', '.join(SUFFIXES)}, told by the end of the name.",
@@ -130,13 +185,12 @@ def _files(given: str, role: Role) -> list[SourceFile]:
 
 def _folder_files(folder: Path, role: Role) -> list[SourceFile]:
     """Every readable file below `folder`, sorted by name; hidden files and folders are skipped."""
-    files = [
-        SourceFile(str(path), path, role)
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in SUFFIXES
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
+    visible = (
+        path
+        for path in folder.rglob("*")
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    files = _readable_files(visible, role)
     if not files:
         raise DataLoadingError(
             f"The {role} data folder {folder} holds none of {', '.join(SUFFIXES)}.",
@@ -145,6 +199,31 @@ def _folder_files(folder: Path, role: Role) -> list[SourceFile]:
             path=str(folder),
         )
     return files
+
+
+def _glob_files(pattern: Path, role: Role) -> list[SourceFile]:
+    """Every readable file that `pattern` matches, sorted by name; ** is any depth of folders."""
+    # Path.glob would match hidden files.
+    found = (Path(path) for path in glob.iglob(str(pattern), recursive=True))  # noqa: PTH207
+    files = _readable_files(found, role)
+    if not files:
+        start = next(parent for parent in pattern.parents if not glob.has_magic(str(parent)))
+        raise DataLoadingError(
+            f"The {role} data path {pattern} matches no file of a kind that can be read "
+            f"(looked in {Path.cwd()}).",
+            why=f"Readable are {', '.join(SUFFIXES)}; hidden files are skipped.",
+            next_command=f"ls -lR {start}",
+            path=str(pattern),
+        )
+    return files
+
+
+def _readable_files(paths: Iterable[Path], role: Role) -> list[SourceFile]:
+    return [
+        SourceFile(str(path), path, role)
+        for path in sorted(set(paths))
+        if is_readable(path) and path.is_file()
+    ]
 
 
 def _embedded_file(given: str) -> Path:

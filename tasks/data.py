@@ -13,6 +13,7 @@ from qwen3ft.data import dataset_target, fingerprint_sources, read_manifest
 from qwen3ft.data_records import DatasetManifest
 from qwen3ft.prepare import tokenized_data
 from qwen3ft.records import ModelSnapshot
+from qwen3ft.sources import pin_sources
 from tasks.policies import cache_key
 
 
@@ -46,7 +47,10 @@ def prepare_data(
         known_rows: File of the rows seen before; matters only where new ones are to be mixed.
     """
     known_rows = known_rows if config.new_data == "mix" else None
-    target = dataset_target(config, model, fingerprint_sources(config), known_rows)
+    sources = fingerprint_sources(config)
+    if (pinned := pin_sources(config)) != config:
+        config, sources = pinned, fingerprint_sources(pinned)
+    target = dataset_target(config, model, sources, known_rows)
     gone = read_manifest(target) is None
     return tokenize.with_options(refresh_cache=gone)(
         config, model, str(run.path), str(target), known_rows
