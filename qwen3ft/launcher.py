@@ -73,7 +73,7 @@ def run_worker(
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**os.environ, PARENT_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"},
+            env=_worker_environment(),
         )
     try:
         _watch(process, job, stall_seconds, on_poll)
@@ -82,6 +82,14 @@ def run_worker(
     if process.returncode == 0 and job.outcome.exists():
         return read_record(job.outcome, outcome_type)
     raise _explain_end(process.returncode, job, _kernel_oom_kills() - kills_before)
+
+
+def _worker_environment() -> dict[str, str]:
+    # OpenMP's threads wait for each other by spinning: with one core taken by another process, a
+    # team of all cores was fifty times slower, one of a core less hardly at all (see DECISIONS.md).
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) - 1))}
+    marks = {PARENT_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
+    return {**threads, **os.environ, **marks}
 
 
 def _watch(

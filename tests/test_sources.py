@@ -325,7 +325,7 @@ def test_a_pinned_data_set_asks_nothing_once_it_is_cached(
 def test_a_config_is_pinned_where_it_names_the_hub_alone(
     fake_hub: list[str], tmp_path: Path
 ) -> None:
-    """Local paths, bundled rows and globs stay as they are; an unknown name falls to sample data."""
+    """Local paths, bundled rows and globs stay; an unknown name is left to the sample data."""
     local = tmp_path / "rows.jsonl"
     local.write_text("{}")
     config = TrainingConfig(
