@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.progress import Progress, SpinnerColumn, TextColumn
+from rich.progress import Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
+from rich.text import Text
 
 from flows.cli_project import open_project, read_request
 from flows.cli_view import open_console, print_json, say
@@ -73,10 +74,18 @@ def _config(paths: list[str], path: Path | None, settings: list[str]) -> Trainin
     return parse_config(values)
 
 
+class _RateColumn(ProgressColumn):
+    """Rows per second of late."""
+
+    def render(self, task: Task) -> Text:
+        """Nothing until there is a rate."""
+        return Text(f"{task.speed:,.0f} rows/s" if task.speed else "")
+
+
 @contextmanager
 def _progress(*, quiet: bool) -> Iterator[Callable[[int], None]]:
     """A line that counts rows while they are read, on a terminal."""
-    columns = (SpinnerColumn(), TextColumn("{task.completed:,} rows"), TextColumn("{task.speed}"))
+    columns = (SpinnerColumn(), TextColumn("{task.completed:,} rows"), _RateColumn())
     with Progress(
         *columns, console=open_console(stderr=True), transient=True, disable=quiet
     ) as bar:

@@ -30,7 +30,7 @@ from qwen3ft.dataset_folder import (
     work_folder,
     write_folder,
 )
-from qwen3ft.embedded import MODEL_DIR
+from qwen3ft.hub import fetch_tokenizer, resolve_model
 from qwen3ft.known_rows import read_known_rows
 from qwen3ft.logs import get_logger
 from qwen3ft.placement import Fate, Placement, place_rows
@@ -107,14 +107,15 @@ class DataPipeline:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """That of the folder being prepared for, else of the config's model (local or cached).
+        """That of the folder being prepared for, else of the config's model, fetched if need be.
 
         Raises:
             TokenizerError: it cannot be loaded or configured.
+            RequestError, DownloadError: as `hub.resolve_model`.
         """
         if self._tokenizer is None:
-            name = MODEL_DIR if self._config.is_embedded else self._config.model_name
-            self._tokenizer = chat.load_tokenizer(name)
+            source = resolve_model(self._config)
+            self._tokenizer = chat.load_tokenizer(fetch_tokenizer(source))
         return self._tokenizer
 
     def load_qa_data_from_files(self) -> list[QaRow]:

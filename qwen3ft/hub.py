@@ -43,6 +43,12 @@ KNOWN_MODELS = tuple(
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.txt")
 """What is fetched of a hub model; never pickled weights, never code."""
 
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "*.jinja"),
+)
+"""What is fetched to look at data: no config.json, which would pass for a model that is cached."""
+
 _CODE_KEYS = ("auto_map", "_attn_implementation_internal", "trust_remote_code", "custom_pipelines")
 
 _MODEL = RepoKind(
@@ -88,18 +94,34 @@ def fetch_model(source: ModelSource) -> Path:
     """
     if source.local_path is not None:
         return Path(source.local_path)
+    folder = _download(source, MODEL_FILES)
+    check_model_folder(folder)
+    return folder
+
+
+def fetch_tokenizer(source: ModelSource) -> Path:
+    """A folder with the tokenizer of `source`, fetched without the weights.
+
+    Raises:
+        DownloadError: as `fetch_model`.
+    """
+    if source.local_path is not None:
+        return Path(source.local_path)
+    return _download(source, TOKENIZER_FILES)
+
+
+def _download(source: ModelSource, files: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
         folder = snapshot_download(
             source.model_name,
             revision=source.revision,
-            allow_patterns=list(MODEL_FILES),
+            allow_patterns=list(files),
             endpoint=endpoint(),
         )
     except (OSError, ValueError, HTTPError) as error:
         raise _translate_hub_error(error, source.model_name, source.revision) from error
-    check_model_folder(Path(folder))
     return Path(folder)
 
 

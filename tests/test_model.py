@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 from qwen3ft import hub
 from qwen3ft.chat import load_tokenizer
+from qwen3ft.data import DataPipeline
 from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.errors import (
     ConfigError,
@@ -35,8 +37,25 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 class FakeHub(BaseHTTPRequestHandler):
     """Answers for a few repositories as the hub does."""
 
+    fetched: ClassVar[list[str]] = []
+
+    def do_HEAD(self) -> None:
+        """What a file is, before it is fetched."""
+        self.do_GET()
+
     def do_GET(self) -> None:
-        """Model info by name."""
+        """Model info by name, and the files of the embedded model under another one."""
+        if "/resolve/" in self.path:
+            content = (MODEL_DIR / self.path.rpartition("/")[2]).read_bytes()
+            self.fetched.append(self.path.rpartition("/")[2])
+            self.send_response(200)
+            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+            return
         name = self.path.removeprefix("/api/models/").partition("/revision")[0]
         answers: dict[str, tuple[int, str]] = {
             "Qwen/Qwen3-4B": (200, ""),
@@ -44,7 +63,15 @@ class FakeHub(BaseHTTPRequestHandler):
             "owner/broken": (503, ""),
         }
         status, code = answers.get(name, (404, "RepoNotFound"))
-        body = json.dumps({"id": name, "sha": COMMIT, "siblings": []} if status == 200 else {})
+        answer: Any = {"id": name, "sha": COMMIT, "siblings": []} if status == 200 else {}
+        if "/tree/" in self.path:
+            status, code = 200, ""
+            files = [path for path in MODEL_DIR.iterdir() if path.is_file()]
+            answer = [
+                {"type": "file", "path": path.name, "size": path.stat().st_size, "oid": "0"}
+                for path in files
+            ]
+        body = json.dumps(answer)
         self.send_response(status)
         if code:
             self.send_header("X-Error-Code", code)
@@ -71,6 +98,24 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     yield url
     server.shutdown()
     server.server_close()
+
+
+def test_data_is_looked_at_with_the_tokenizer_alone(
+    fake_hub: str, make_config: Any, tmp_path: Path
+) -> None:
+    """Checking data for a hub model fetches its tokenizer and none of its weights."""
+    data = tmp_path / "qa.jsonl"
+    lines = [json.dumps({"question": f"What {n}?", "answer": "x"}) for n in range(60)]
+    data.write_text("\n".join(lines))
+    FakeHub.fetched.clear()
+    config = make_config(
+        model_name="Qwen/Qwen3-4B", data_paths=(str(data),), cache_dir=str(tmp_path / "cache")
+    )
+    manifest = DataPipeline(config).check()
+    assert manifest.rows_read == 60
+    assert "tokenizer.json" in FakeHub.fetched
+    assert not any(name.endswith(".safetensors") for name in FakeHub.fetched)
+    assert "config.json" not in FakeHub.fetched
 
 
 def test_a_hub_name_is_pinned_to_its_commit(fake_hub: str, make_config: Any) -> None:
