@@ -33,8 +33,6 @@ HELD_OUT_ROLES: tuple[Role, ...] = ("test", "dev")
 """Most protected first; of the held-out share, the groups standing lowest go to the first."""
 
 KEPT, DUPLICATE, LEAKAGE = range(3)
-REASONS: tuple[str, ...] = ("kept", "duplicate", "held-out leakage")
-"""The names of `find_repeats`' codes, as the manifest and left_out.jsonl say them."""
 
 KEY_BYTES = 16
 

@@ -4,113 +4,38 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, disable_progress_bars
+from data_stage import (
+    GSM8K,
+    ROOT,
+    SNAPSHOT,
+    accounted,
+    prepare,
+    questions,
+    read_lines,
+    synthetic,
+    trained_ids,
+    write_jsonl,
+)
+from datasets import Dataset
 
 from qwen3ft.batches import IGNORED
 from qwen3ft.chat import END_TOKEN, load_tokenizer, prompt_ids
 from qwen3ft.config import TrainingConfig, load_config
 from qwen3ft.data import DataPipeline, dataset_target, fingerprint_sources, read_manifest
-from qwen3ft.data_records import DatasetManifest
 from qwen3ft.embedded import DATA_DIR, MODEL_DIR
 from qwen3ft.errors import DataLoadingError, TokenizerError
-from qwen3ft.known_rows import compare_data
-from qwen3ft.records import ModelShape, ModelSnapshot, ModelSource
-from qwen3ft.result_records import Champion
+from qwen3ft.records import ModelSnapshot
 from qwen3ft.sources import SAMPLE_DATA
 from qwen3ft.token_table import load_split
-
-ROOT = Path(__file__).parents[1]
-GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
-
-SNAPSHOT = ModelSnapshot(
-    source=ModelSource(model_name="embedded", revision="0" * 40),
-    path=str(MODEL_DIR),
-    manifest_sha256="1" * 64,
-    quantization="nf4-double",
-    compute_dtype="float32",
-    shape=ModelShape(
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        vocab_size=1536,
-        tie_word_embeddings=True,
-        max_position_embeddings=1024,
-    ),
-    size_bytes=1,
-    chat_template_sha256="2" * 64,
-)
-
-disable_progress_bars()
-
-
-def synthetic(count: int, start: int = 0) -> list[dict[str, str]]:
-    """Generated question-answer rows, every third with reasoning, every fourth in Chinese."""
-    rows = []
-    for number in range(start, start + count):
-        asked = f"第 {number} 题:{number} 加 1?" if number % 4 == 0 else f"What is {number} + 1?"
-        reasoning = f"{number} and one" if number % 3 == 0 else ""
-        rows.append({"question": asked, "answer": str(number + 1), "reasoning": reasoning})
-    return rows
-
-
-def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> str:
-    """One row a line; gives the path as a config wants it."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def prepare(folder: Path, *data_paths: str, **values: Any) -> DatasetManifest:
-    """Run the stage with the embedded tokenizer into `folder`/data."""
-    config = TrainingConfig(model_name="embedded", data_paths=data_paths, **values)
-    return DataPipeline(config).prepare(SNAPSHOT, folder / "data")
-
-
-def accounted(manifest: DatasetManifest) -> int:
-    """Rows that the manifest says went somewhere."""
-    return (
-        manifest.train.rows
-        + manifest.dev.rows
-        + manifest.test_rows
-        + manifest.quarantined
-        + manifest.too_long
-        + manifest.duplicates
-        + manifest.not_used
-    )
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """A jsonl file as values."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def trained_ids(row: dict[str, Any]) -> list[int]:
-    """The tokens of a row that carry loss."""
-    edges = zip(row["trained"][::2], row["trained"][1::2], strict=True)
-    return [token for start, end in edges for token in row["input_ids"][start:end]]
-
-
-def questions(manifest: DatasetManifest, split: str) -> list[str]:
-    """The questions of a split, from the tokens or from test.jsonl."""
-    folder = Path(manifest.path)
-    if split == "test":
-        return [row["question"] for row in read_lines(folder / "test.jsonl")]
-    ids = list(load_split(folder, split)["input_ids"])
-    texts = load_tokenizer(MODEL_DIR).batch_decode(ids)
-    return [text.split("<|im_start|>user\n")[1].split(END_TOKEN)[0] for text in texts]
-
 
 # --- the four kinds of test data ---
 
@@ -614,65 +539,3 @@ def test_the_gsm8k_config_is_valid() -> None:
     config = load_config(ROOT / "deployments" / "configs" / "gsm8k.yaml")
     assert config.is_embedded
     assert (config.max_rows, config.reasoning_separator) == (2000, "####")
-
-
-# --- what is new ---
-
-
-def test_new_rows_are_mixed_with_a_sample_of_those_seen_before(tmp_path: Path) -> None:
-    """With `mix`, every new row is trained, and old ones up to the share asked for."""
-    data = write_jsonl(tmp_path / "qa.jsonl", synthetic(300))
-    first = prepare(tmp_path, data)
-    known = str(tmp_path / "known.npy")
-    shutil.copyfile(Path(first.path) / "known_rows.npy", known)
-    old = set(questions(first, "train"))
-    data = write_jsonl(tmp_path / "qa.jsonl", synthetic(340))
-    config = TrainingConfig(
-        model_name="embedded", data_paths=(data,), new_data="mix", replay_fraction=0.5
-    )
-    mixed = DataPipeline(config).prepare(SNAPSHOT, tmp_path / "data", known_rows=known)
-    trained = set(questions(mixed, "train"))
-    assert mixed.rows_read == accounted(mixed) == 340
-    assert mixed.new_rows == len(trained - old) > 30
-    assert len(trained & old) == mixed.new_rows
-    again = DataPipeline(config).prepare(SNAPSHOT, tmp_path / "data", known_rows=known)
-    assert again.digest == mixed.digest
-
-
-def test_nothing_new_to_mix_is_no_error(tmp_path: Path) -> None:
-    """Unchanged data gives a folder without training rows, which the flow answers by stopping."""
-    data = write_jsonl(tmp_path / "qa.jsonl", synthetic(100))
-    known = str(tmp_path / "known.npy")
-    shutil.copyfile(Path(prepare(tmp_path, data).path) / "known_rows.npy", known)
-    config = TrainingConfig(model_name="embedded", data_paths=(data,), new_data="mix")
-    manifest = DataPipeline(config).prepare(SNAPSHOT, tmp_path / "data", known_rows=known)
-    assert (manifest.new_rows, manifest.train.rows) == (0, 0)
-    assert manifest.rows_read == accounted(manifest)
-
-
-def test_what_changed_since_the_champion_is_told_by_file_and_row(tmp_path: Path) -> None:
-    """New, changed and gone files and unseen rows; renaming a file is no new row."""
-    (tmp_path / "in").mkdir()
-    (tmp_path / "champion").mkdir()
-    for name, start in (("a", 0), ("b", 100), ("c", 200)):
-        write_jsonl(tmp_path / "in" / f"{name}.jsonl", synthetic(100, start))
-    before = prepare(tmp_path, str(tmp_path / "in"))
-    shutil.copyfile(Path(before.path) / "known_rows.npy", tmp_path / "champion" / "known_rows.npy")
-    card = {"data": before.model_dump(mode="json", include={"digest", "sources"})}
-    (tmp_path / "champion" / "run_card.json").write_text(json.dumps(card))
-    champion = Champion(
-        registered_model="m", version="3", source_uri="", adapter_path=str(tmp_path / "champion")
-    )
-    same = compare_data(before, champion)
-    assert same.unchanged
-    assert (same.since, same.new_rows, same.new_files) == ("m v3", 0, ())
-    (tmp_path / "in" / "a.jsonl").rename(tmp_path / "in" / "d.jsonl")
-    write_jsonl(tmp_path / "in" / "b.jsonl", synthetic(150, 100))
-    after = compare_data(prepare(tmp_path, str(tmp_path / "in")), champion)
-    folder = f"{tmp_path}/in"
-    assert not after.unchanged
-    assert after.new_files == (f"{folder}/d.jsonl",)
-    assert after.changed_files == (f"{folder}/b.jsonl",)
-    assert after.gone_files == (f"{folder}/a.jsonl",)
-    assert after.new_rows == 0
-    assert compare_data(before, None).since is None
