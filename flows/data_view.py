@@ -67,8 +67,7 @@ def _files(manifest: DatasetManifest) -> dict[str, str]:
 
 
 def _understood(manifest: DatasetManifest) -> dict[str, str]:
-    usable = sum(manifest.layouts.values())
-    share = 100 / max(usable, 1)
+    share = 100 / max(manifest.usable_rows, 1)
     return {
         "layout": ", ".join(f"{name} ({rows:,})" for name, rows in manifest.layouts.items()),
         "columns": ", ".join(f"{part} = {name}" for part, name in manifest.columns.items()),

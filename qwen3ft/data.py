@@ -50,7 +50,7 @@ __all__ = ["DataPipeline", "dataset_target", "fingerprint_sources", "read_manife
 
 logger = get_logger("data")
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 """Raised when the same files and settings give other rows than before: old folders are stale."""
 
 SETTINGS_THAT_MATTER = (

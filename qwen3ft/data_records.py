@@ -74,6 +74,9 @@ class DatasetManifest(Record):
     columns: dict[str, str] = Field(
         default_factory=dict, description="Part: column, as most rows have it."
     )
+    usable_rows: int = Field(
+        0, description="Neither quarantined nor left out for lack of reasoning; counted below."
+    )
     chinese_rows: int = Field(0, description="Usable rows whose question has Chinese in it.")
     reasoning_rows: int = Field(0, description="Usable rows with reasoning.")
     conversations: int = Field(0, description="Usable rows of more than a question and an answer.")

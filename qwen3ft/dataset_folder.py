@@ -79,6 +79,7 @@ def account(prepared: Prepared, target: Path, digest: str) -> DatasetManifest:
         quarantine_path=str(target / QUARANTINE),
         layouts=dict(layouts.most_common()),
         columns=reading.columns.most_common(1)[0][0].parts(),
+        usable_rows=reading.usable,
         chinese_rows=reading.chinese,
         reasoning_rows=reading.with_reasoning,
         conversations=reading.conversations,

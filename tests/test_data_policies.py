@@ -39,6 +39,7 @@ def test_rows_without_reasoning_are_left_out_where_asked(tmp_path: Path) -> None
     bare = sum(not row["reasoning"] for row in rows)
     assert (manifest.not_used, manifest.reasons) == (bare, {"no_reasoning": bare})
     assert manifest.rows_read == accounted(manifest) == 90
+    assert manifest.usable_rows == manifest.reasoning_rows == 90 - bare
     tokenizer = load_tokenizer(MODEL_DIR)
     for row in load_split(tmp_path / "data", "train"):
         assert tokenizer.decode(trained_ids(row)).startswith("<think>\n")
