@@ -90,6 +90,8 @@ class PackedCollator:
             `input_ids`, `labels` and `position_ids`: int64, shape (1, T). The label of the first
             token of a sequence is `IGNORED`, whatever was trained.
             `cu_seqlens`: int32, shape (segments + 1,): where each segment starts, and T.
+            `targets`: int64, shape (trained tokens,): the labels that are not `IGNORED`; and
+            `target_positions`: the slots that predict them, one before their own.
             `max_length`: tokens of the longest segment. `real_tokens`: slots that are no padding.
         """
         import torch
@@ -107,9 +109,12 @@ class PackedCollator:
         labels[bounds[:-1]] = IGNORED
         positions = np.arange(slots, dtype=np.int64) - np.repeat(bounds[:-1], segments)
         arrays = {"input_ids": ids, "labels": labels, "position_ids": positions}
+        trained = np.flatnonzero(labels != IGNORED)
         return {
             **{name: torch.from_numpy(array)[None] for name, array in arrays.items()},
             "cu_seqlens": torch.from_numpy(bounds),
+            "targets": torch.from_numpy(labels[trained]),
+            "target_positions": torch.from_numpy(trained - 1),
             "max_length": max(segments),
             "real_tokens": real,
         }

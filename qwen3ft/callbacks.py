@@ -68,8 +68,8 @@ class ProgressCallback(TrainerCallback):
         self.trainer: QATrainer | None = None
         self.trained_seconds = 0.0
         self.trained_tokens = 0
-        self._step_started = time.perf_counter()
-        self._tokens_per_second = 0.0
+        self._clock = time.perf_counter()
+        self._tokens: dict[int, int] = {}
         self._last_line = 0.0
 
     def on_epoch_begin(
@@ -79,7 +79,8 @@ class ProgressCallback(TrainerCallback):
         assert self.trainer is not None
         steps_per_epoch = -(-len(self.trainer.order) // self.trainer.plan.effective_batch_size)
         self.trainer.order.epoch = state.global_step // steps_per_epoch
-        self._step_started = time.perf_counter()
+        if not self._tokens:  # else steps of the epoch before are still on the device
+            self._clock = time.perf_counter()
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -90,13 +91,10 @@ class ProgressCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """An optimizer step is done; evaluate and save after the last one too."""
+        """An optimizer step is queued; evaluate and save after the last one too."""
         assert self.trainer is not None
         self.heartbeat.beat("train", state.global_step)
-        seconds = time.perf_counter() - self._step_started
-        self.trained_seconds += seconds
-        self.trained_tokens += self.trainer.step_tokens
-        self._tokens_per_second = self.trainer.step_tokens / max(seconds, 1e-9)
+        self._tokens[state.global_step] = self.trainer.step_tokens
         self.memory.enforce_budget()
         if state.global_step >= state.max_steps:
             control.should_evaluate = control.should_save = True
@@ -112,7 +110,13 @@ class ProgressCallback(TrainerCallback):
     ) -> None:
         """The evaluation is over: what fails from here on fails in training."""
         self.heartbeat.beat("train", state.global_step)
-        self._step_started = time.perf_counter()
+        self._clock = time.perf_counter()
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """A checkpoint is written."""
+        self._clock = time.perf_counter()
 
     def on_log(
         self,
@@ -122,18 +126,30 @@ class ProgressCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Append what was measured; the summary at the end of training is not a step."""
+        """Append what was measured; the summary at the end of training is not a step.
+
+        A step's time is that from the numbers of the step before to its own: they are read in the
+        order of the steps, when each is really done.
+        """
         if not logs or not ({"loss", "eval_loss"} & logs.keys()):
             return
+        step, tokens_per_second = int(logs["step"]), None
+        if "loss" in logs:
+            now = time.perf_counter()
+            seconds, tokens = now - self._clock, self._tokens.pop(step, 0)
+            self._clock = now
+            self.trained_seconds += seconds
+            self.trained_tokens += tokens
+            tokens_per_second = tokens / max(seconds, 1e-9)
         status = self.memory.status()
         metrics = TrainingMetrics(
-            epoch=state.epoch or 0.0,
-            step=state.global_step,
+            epoch=logs["epoch"] or 0.0,
+            step=step,
             loss=logs.get("loss"),
             learning_rate=logs.get("learning_rate", 0.0),
             memory_usage=status,
             grad_norm=logs.get("grad_norm"),
-            tokens_per_second=self._tokens_per_second if "loss" in logs else None,
+            tokens_per_second=tokens_per_second,
             held_out_loss=logs.get("eval_loss"),
         )
         append_json_line(self.job.metrics, metrics.model_dump(mode="json"))
@@ -141,12 +157,11 @@ class ProgressCallback(TrainerCallback):
             self.job.memory,
             {
                 **status.model_dump(),
-                "step": state.global_step,
+                "step": step,
                 "timestamp": datetime.now(UTC).isoformat(),
             },
         )
         self._say(metrics, state, status)
-        self._step_started = time.perf_counter()
 
     def _say(self, metrics: TrainingMetrics, state: TrainerState, status: MemoryStatus) -> None:
         if metrics.held_out_loss is not None:
@@ -159,7 +174,7 @@ class ProgressCallback(TrainerCallback):
                 state.max_steps,
                 metrics.epoch,
                 metrics.loss,
-                self._tokens_per_second,
+                metrics.tokens_per_second or 0.0,
                 status.cached_gb,
                 status.total_gb,
             )

@@ -57,7 +57,10 @@ class TrainingConfig(BaseModel):
         description="Memory budget in GB (2**30 bytes): the card's, or resident memory on a CPU.",
     )
     batch_size: int = Field(
-        4, ge=1, le=4096, description="Sequences per micro-batch; lowered by the plan if need be."
+        4,
+        ge=1,
+        le=4096,
+        description="Sequences per micro-batch; the plan may split an optimizer step otherwise.",
     )
     gradient_accumulation_steps: int = Field(
         16,
@@ -176,6 +179,11 @@ class TrainingConfig(BaseModel):
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of order, initialisation, dropout.")
     gradient_checkpointing: Literal["auto", "on", "off"] = Field(
         "auto", description="Recompute activations to save memory; auto: only where the plan must."
+    )
+    kernels: Literal["auto", "fused", "plain"] = Field(
+        "auto",
+        description="Forward and backward written out for speed, or transformers' and PEFT's; "
+        "auto: fused on GPUs that have bfloat16, where Triton is installed.",
     )
     packing: Literal["auto", "on", "off"] = Field(
         "auto",

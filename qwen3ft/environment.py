@@ -226,7 +226,8 @@ class EnvironmentManager:
         from qwen3ft.gpus import visible_gpus
         from qwen3ft.records import EnvironmentReport
 
-        versions = {item.name: _installed_version(item.name) for item in self._required()}
+        names = [item.name for item in self._required()] + ["triton"]  # comes with torch for CUDA
+        versions = {name: _installed_version(name) for name in names}
         memory = psutil.virtual_memory()
         return EnvironmentReport(
             python_version=platform.python_version(),

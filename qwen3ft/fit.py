@@ -12,11 +12,13 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.data_records import DatasetManifest
-from qwen3ft.errors import InsufficientMemoryError
+from qwen3ft.errors import ConfigError, InsufficientMemoryError
 from qwen3ft.footprint import Workload, predict_memory
+from qwen3ft.fused_fit import fastest_fused, fused_or_why_not, fused_reasons, most_frugal_fused
 from qwen3ft.records import (
     GIB,
     AdapterSpec,
@@ -35,6 +37,7 @@ KEEP_ALL_SHARE = 0.85
 """Share of the budget up to which nothing is recomputed; what lies above is a reserve."""
 
 CPU_EVAL_BATCH_SIZE = 32
+LARGEST_FUSED_EVAL_BATCH = 64
 PADDING_MULTIPLE_TOKENS = 8
 
 
@@ -68,20 +71,75 @@ def choose_workload(
         packing=_wants_packing(config, environment.device),
         eval_tokens=padded_length(dataset.dev.longest_tokens, config.max_sequence_length),
     )
+    kernels, why = _kernels(config, environment, model, adapter)
+    device = (
+        environment.gpus[0].name + " is there."
+        if environment.gpus
+        else "No CUDA device is visible."
+    )
+    given = {"max_memory_gb": budget_reason, "device": device, "kernels": why}
+    if kernels == "fused":
+        fused = fastest_fused(
+            first,
+            model.shape,
+            adapter,
+            int(budget_gb * GIB),
+            effective_batch_size=config.effective_batch_size,
+            typical_tokens=-(-dataset.train.tokens // dataset.train.rows),
+            recompute=config.gradient_checkpointing,
+        )
+        if fused is not None:
+            eval_rows = max(1, fused.capacity_tokens // fused.eval_tokens)
+            fused = replace(fused, eval_batch_size=min(eval_rows, LARGEST_FUSED_EVAL_BATCH))
+            parts = predict_memory(model.shape, adapter, fused)
+            reasons = fused_reasons(
+                config.effective_batch_size, fused, total_bytes(parts), budget_gb
+            )
+            return Fit(fused, parts, budget_gb, reasons | given)
+        given["kernels"] = "The fused path does not fit; the plain one is tried."
     for work, share in _candidates(config, first):
         limit_bytes = int(share * budget_gb * GIB)
         if total_bytes(predict_memory(model.shape, adapter, work)) <= limit_bytes:
             work = _with_evaluation(model.shape, adapter, work, limit_bytes)
             parts = predict_memory(model.shape, adapter, work)
             reasons = _memory_reasons(config, work, total_bytes(parts), budget_gb)
-            reasons |= {
-                "max_memory_gb": budget_reason,
-                "device": f"{environment.gpus[0].name} is there."
-                if environment.gpus
-                else "No CUDA device is visible.",
-            }
-            return Fit(work, parts, budget_gb, reasons)
-    raise _nothing_fits(model.shape, adapter, first, budget_gb, config)
+            return Fit(work, parts, budget_gb, reasons | given)
+    frugal = _most_frugal(replace(first, packing=config.packing == "on"))
+    if kernels == "fused":
+        fused = most_frugal_fused(first, model.shape, adapter)
+        frugal = min(
+            (frugal, fused), key=lambda w: total_bytes(predict_memory(model.shape, adapter, w))
+        )
+    raise _nothing_fits(model.shape, adapter, frugal, budget_gb, config)
+
+
+def _kernels(
+    config: TrainingConfig,
+    environment: EnvironmentReport,
+    model: ModelSnapshot,
+    adapter: AdapterSpec,
+) -> tuple[Literal["fused", "plain"], str]:
+    """Which path, and why.
+
+    Raises:
+        ConfigError: the fused path was asked for and cannot run.
+    """
+    if config.kernels == "plain":
+        return "plain", "Configured as 'plain'."
+    problem = fused_or_why_not(environment, model, adapter)
+    if config.packing == "off":
+        problem = "packing is 'off', and the fused path runs packed rows alone."
+    if config.kernels == "auto":
+        if problem is None:
+            return "fused", "Forward and backward written out, which is several times faster."
+        return "plain", f"transformers' and PEFT's own. {problem}"
+    if problem is None or not (environment.gpus or adapter.dropout or config.packing == "off"):
+        return "fused", "Configured as 'fused'."
+    raise ConfigError(
+        "kernels is 'fused', but the fused path cannot run.",
+        why=problem,
+        next_command="qwen3ft plan --set kernels=auto",
+    )
 
 
 def _budget(config: TrainingConfig, environment: EnvironmentReport) -> tuple[float, str]:
@@ -209,12 +267,11 @@ def _memory_reasons(
 def _nothing_fits(
     shape: ModelShape,
     adapter: AdapterSpec,
-    first: Workload,
+    frugal: Workload,
     budget_gb: float,
     config: TrainingConfig,
 ) -> InsufficientMemoryError:
     """The error that says what the most frugal settings need, and what would fit."""
-    frugal = _most_frugal(replace(first, packing=config.packing == "on"))
     parts = predict_memory(shape, adapter, frugal)
     need_gb = math.ceil(total_bytes(parts) / GIB * 100) / 100
     advice = [f"max_memory_gb of {need_gb:.2f} or more"]
@@ -230,7 +287,7 @@ def _nothing_fits(
     return InsufficientMemoryError(
         f"The most frugal settings need {need_gb:.2f} GB, the budget is {budget_gb:.2f} GB:\n"
         + table,
-        why=f"{first.sequence_tokens} tokens a row, one row at a time. What would fit: "
+        why=f"{frugal.sequence_tokens} tokens a row, one row at a time. What would fit: "
         + "; ".join(advice)
         + ".",
         next_command=f"qwen3ft plan --set max_memory_gb={need_gb}",
@@ -249,6 +306,8 @@ def _longest_that_fits(
 
     def excess_bytes(tokens: int) -> float:
         work = replace(frugal, sequence_tokens=tokens, eval_tokens=min(tokens, frugal.eval_tokens))
+        if work.kernels == "fused":
+            work = most_frugal_fused(work, shape, adapter)
         return total_bytes(predict_memory(shape, adapter, work)) - budget_gb * GIB
 
     fitting = bisect.bisect_right(lengths, 0.0, key=excess_bytes)

@@ -26,8 +26,11 @@ moment of loading, other programs on the card, and the inference test.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
+from qwen3ft.fused_footprint import FusedSizes
 from qwen3ft.packing import row_tokens
+from qwen3ft.recompute import Level
 from qwen3ft.records import GIB, AdapterSpec, MemoryPart, ModelShape
 
 CUDA_CONTEXT_BYTES = int(0.75 * GIB)
@@ -38,6 +41,10 @@ CPU_PROCESS_BYTES = int(0.9 * GIB)
 
 SLACK = {"cuda": (int(0.2 * GIB), 0.07), "cpu": (0, 0.25)}
 """What the allocator holds beyond what is in use: bytes, and a share of what comes and goes."""
+
+
+FUSED_SLACK = (int(0.15 * GIB), 0.02)
+"""The same for the fused path, which frees large tensors in a fixed order."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,10 @@ class Workload:
         gradient_checkpointing: Whether each layer is computed again in backward.
         loss_chunk_tokens: Tokens whose logits exist at one time.
         offload_activations: Whether saved activations wait in host memory.
+        kernels: 'plain' for transformers and PEFT, 'fused' for `qwen3ft.fused`.
+        activation_bytes: Fused: what a packed row may take.
+        chunk_tokens: Fused: tokens whose wide intermediates exist at one time.
+        head_groups: Fused: parts in which the gradient of attention is computed.
         packing: Whether a micro-batch is one row of as many tokens, instead of padded rows.
         eval_batch_size: Sequences per forward pass of an evaluation.
         eval_tokens: Length of the longest held-out sequence, padding included.
@@ -66,6 +77,10 @@ class Workload:
     gradient_checkpointing: bool
     loss_chunk_tokens: int
     offload_activations: bool = False
+    kernels: Literal["plain", "fused"] = "plain"
+    activation_bytes: int = 0
+    chunk_tokens: int = 0
+    head_groups: int = 1
     packing: bool = False
     eval_batch_size: int = 1
     eval_tokens: int = 1
@@ -98,6 +113,8 @@ def predict_memory(
 
     On CUDA this is what NVML shows for the process, on a CPU its resident memory.
     """
+    if work.kernels == "fused":
+        return _fused_parts(shape, adapter, work)
     saved = _saved_activations(shape, adapter, work)
     working = _working_memory(shape, adapter, work, saved.bytes)
     slack_bytes, slack_share = SLACK[work.device]
@@ -112,13 +129,97 @@ def predict_memory(
             formula=f"{slack_bytes / GIB:.2f} GB and {slack_share:.0%} of saved activations and "
             "working memory",
         ),
-        MemoryPart(
-            name="process",
-            bytes=CUDA_CONTEXT_BYTES if work.device == "cuda" else CPU_PROCESS_BYTES,
-            formula="CUDA context and kernels, measured"
-            if work.device == "cuda"
-            else "interpreter and libraries, measured",
+        _process(work),
+    )
+
+
+def fused_sizes(shape: ModelShape, adapter: AdapterSpec, work: Workload) -> FusedSizes:
+    """The settings of `work` that a fused step's memory depends on."""
+    return FusedSizes(
+        shape=shape,
+        rank=adapter.r,
+        compute_bytes=work.compute_bytes,
+        loss_chunk_tokens=work.loss_chunk_tokens,
+        chunk_tokens=work.chunk_tokens,
+        head_groups=work.head_groups,
+        offload=work.offload_activations,
+    )
+
+
+def _fused_parts(shape: ModelShape, adapter: AdapterSpec, work: Workload) -> tuple[MemoryPart, ...]:
+    """The parts where the step is `qwen3ft.fused`: what its largest row takes, and room beside."""
+    sizes = fused_sizes(shape, adapter, work)
+    levels = sizes.levels(work.tokens, work.activation_bytes)
+    row, working = (
+        sizes.row_bytes(work.tokens, levels),
+        sizes.working_bytes(work.tokens, max(levels)),
+    )
+    rest = max(
+        0,
+        min(
+            work.activation_bytes,
+            sizes.row_bytes(work.tokens, (Level.KEEP_ALL,) * shape.num_hidden_layers),
+        )
+        - row,
+    )
+    slack_bytes, slack_share = FUSED_SLACK
+    kept = ", ".join(f"{levels.count(level)} blocks {level.name}" for level in sorted(set(levels)))
+    return (
+        *(
+            part.model_copy(update=_fused_fixed(sizes, adapter).get(part.name, {}))
+            for part in _fixed_parts(shape, adapter, work)
         ),
+        MemoryPart(
+            name="kept activations",
+            bytes=row - working,
+            formula=f"{work.tokens:,} tokens; {kept}"
+            + ("; in host memory" if work.offload_activations else ""),
+        ),
+        MemoryPart(
+            name="working memory",
+            bytes=working,
+            formula="largest of MLP, attention and loss chunk of one block, and what it drops",
+        ),
+        MemoryPart(
+            name="kept of smaller rows",
+            bytes=rest,
+            formula="shorter rows keep more, up to the same sum",
+        ),
+        MemoryPart(
+            name="allocator slack",
+            bytes=slack_bytes + int(slack_share * (row + rest)),
+            formula=f"{slack_bytes / GIB:.2f} GB and {slack_share:.0%} of the three above",
+        ),
+        _process(work),
+    )
+
+
+def _fused_fixed(sizes: FusedSizes, adapter: AdapterSpec) -> dict[str, dict[str, Any]]:
+    """What differs, by part, from the plain path where the batch does not matter."""
+    trained = adapter.trainable_parameters
+    return {
+        "dequantised layer": {
+            "bytes": sizes.weight_bytes,
+            "formula": "gate, up and down of one block, with their adapters",
+        },
+        "adapter": {
+            "bytes": 4 * trained + sizes.adapter_bytes,
+            "formula": f"{trained:,} x 4 bytes, and padded copies in the compute type",
+        },
+        "gradients": {
+            "bytes": 8 * trained,
+            "formula": f"{trained:,} x 4 bytes, and those of one micro-batch",
+        },
+    }
+
+
+def _process(work: Workload) -> MemoryPart:
+    return MemoryPart(
+        name="process",
+        bytes=CUDA_CONTEXT_BYTES if work.device == "cuda" else CPU_PROCESS_BYTES,
+        formula="CUDA context and kernels, measured"
+        if work.device == "cuda"
+        else "interpreter and libraries, measured",
     )
 
 

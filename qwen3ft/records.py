@@ -184,6 +184,9 @@ class TrainPlan(Record):
     dataset: DatasetManifest
     device: Literal["cuda", "cpu"]
     max_memory_gb: float
+    kernels: Literal["fused", "plain"] = Field(
+        "plain", description="'fused': the step of qwen3ft.fused; 'plain': transformers and PEFT."
+    )
     micro_batch_size: int
     gradient_accumulation_steps: int
     eval_batch_size: int
@@ -191,6 +194,17 @@ class TrainPlan(Record):
     gradient_checkpointing: bool
     loss_chunk_tokens: int = Field(description="Trained tokens whose logits exist at one time.")
     offload_activations: bool = False
+    activation_bytes: int = Field(
+        0,
+        description="Fused: what a packed row may take, kept activations and working memory; each "
+        "row keeps as much of its blocks as this holds.",
+    )
+    chunk_tokens: int = Field(
+        0, description="Fused: tokens whose wide intermediates exist at one time."
+    )
+    head_groups: int = Field(
+        1, description="Fused: in how many parts the gradient of attention is computed."
+    )
     packing: bool = Field(
         False,
         description="Sequences one after the other in rows of up to micro_batch_size x the longest "

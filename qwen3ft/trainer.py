@@ -7,15 +7,19 @@
   padded ones (`qwen3ft.packing`, `qwen3ft.batches`). To transformers' Trainer it is one batch
   without accumulation, so its counts of steps, and what it skips on a resume, are exact.
 - The order of sequences depends on seed and epoch alone, never on the micro-batches.
-- Non-finite gradients raise before the weights are touched.
+- Non-finite gradients raise, and never touch the weights. On a GPU that, and every metric, is read
+  one step late, so that the GPU never waits for the host; before an evaluation or a checkpoint
+  everything is read.
+- Forward and backward are transformers' and PEFT's, or those of `qwen3ft.fused`, as the plan says.
 - Checkpoints are committed whole (`qwen3ft.checkpoint`), without pickle, and restore every bit.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -24,13 +28,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerControl
 
 from qwen3ft import checkpoint
 from qwen3ft.batches import (
-    IGNORED,
     EffectiveBatchOrder,
     MicroBatch,
     PackedCollator,
@@ -41,6 +43,9 @@ from qwen3ft.batches import (
     trained_tokens,
 )
 from qwen3ft.errors import CheckpointCorruptError, DivergedError
+from qwen3ft.fused import fused_step
+from qwen3ft.late import LateNumbers
+from qwen3ft.loss import summed_loss
 from qwen3ft.packing import pack, rows_at_a_time
 from qwen3ft.plan import workload_of
 from qwen3ft.training_state import load_optimizer_state, load_rng_state, save_training_state
@@ -50,45 +55,6 @@ if TYPE_CHECKING:
 
 ADAPTER_NAME = "adapter_model.safetensors"
 STATE_NAME = "trainer_state.json"
-
-
-def summed_loss(model: Any, batch: Mapping[str, torch.Tensor], chunk_tokens: int) -> torch.Tensor:
-    """Negative log-likelihood in nats, summed over all positions whose label is not `IGNORED`.
-
-    Args:
-        model: A `Qwen3ForCausalLM`, adapters injected or not.
-        batch: `input_ids` and `labels` (targets aligned with them), shape (rows, tokens), and
-            either `attention_mask` (1 for real tokens, 0 for padding) or `position_ids` (0 where a
-            sequence of a packed row begins) of the same shape.
-        chunk_tokens: Positions whose logits (chunk, vocabulary) exist at one time; backward
-            computes them again instead of keeping them.
-
-    Returns:
-        A scalar in fp32.
-    """
-    labels = batch["labels"]
-    hidden = model.model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch.get("attention_mask"),
-        position_ids=batch.get("position_ids"),
-        use_cache=False,
-    ).last_hidden_state
-    trained = labels[:, 1:] != IGNORED
-    hidden, targets = hidden[:, :-1][trained], labels[:, 1:][trained]
-    total: torch.Tensor = hidden.new_zeros((), dtype=torch.float32)
-    # The head is bound, not passed: what is passed is saved, and offloading would copy it.
-    chunk_loss = partial(_chunk_loss, model.lm_head)
-    for start in range(0, len(targets), chunk_tokens):
-        chunk = slice(start, start + chunk_tokens)
-        total = total + recompute(chunk_loss, hidden[chunk], targets[chunk], use_reentrant=False)
-    return total
-
-
-def _chunk_loss(head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    loss: torch.Tensor = torch.nn.functional.cross_entropy(
-        head(hidden).float(), targets, reduction="sum"
-    )
-    return loss
 
 
 class QATrainer(Trainer):
@@ -101,6 +67,12 @@ class QATrainer(Trainer):
         self.plan = plan
         self.checkpoints = checkpoints
         self.step_tokens = 0
+        self.late = LateNumbers(lag=1 if plan.device == "cuda" else 0)
+        self.fused = None
+        if plan.kernels == "fused":
+            self.fused = fused_step(self.accelerator.unwrap_model(self.model), plan)
+            self.data_collator = PackedCollator(self.data_collator.pad_token_id)
+        self._weights = sum(p.numel() for p in self.model.parameters())
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the whole batch's tokens
         self.order = EffectiveBatchOrder(
             self.train_dataset.with_format("numpy")["length"][:],
@@ -130,18 +102,18 @@ class QATrainer(Trainer):
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[list[MicroBatch]], num_batches: int, device: torch.device
-    ) -> tuple[list[list[MicroBatch]], torch.Tensor]:
-        """The next step, and its number of trained tokens."""
+    ) -> tuple[list[list[MicroBatch]], int]:
+        """The next step, and its number of trained tokens: a plain one, as to copy one waits."""
         steps = list(islice(epoch_iterator, num_batches))
         batches = [batch for step in steps for batch in step]
         self.step_tokens = sum(map(real_tokens, batches))
-        return steps, torch.tensor(sum(map(trained_tokens, batches)), device=device)
+        return steps, sum(map(trained_tokens, batches))
 
     def training_step(
         self,
         model: torch.nn.Module,
         inputs: list[MicroBatch],
-        num_items_in_batch: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """Forward and backward of each micro-batch; their mean loss per trained token."""
         total = torch.zeros((), device=self.args.device)
@@ -154,7 +126,9 @@ class QATrainer(Trainer):
         return total
 
     def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:
-        """To the device, without waiting for what it still computes."""
+        """To the device, without waiting for what it still computes; the fused step does it."""
+        if self.fused is not None:
+            return inputs
         return {
             name: value.to(self.args.device, non_blocking=True)
             if isinstance(value, torch.Tensor)
@@ -163,21 +137,26 @@ class QATrainer(Trainer):
         }
 
     def floating_point_ops(self, inputs: list[MicroBatch]) -> int:
-        """Of all micro-batches of a step."""
-        return sum(super(QATrainer, self).floating_point_ops(batch) for batch in inputs)
+        """6 per weight and token (Kaplan et al. 2020, arXiv:2001.08361), as transformers counts.
+
+        Counted here because transformers goes through all parameters to count them each time.
+        """
+        return 6 * self._weights * sum(batch["input_ids"].numel() for batch in inputs)
 
     def compute_loss(
         self,
         model: torch.nn.Module,
         inputs: MicroBatch,
         return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """This micro-batch's share of the mean loss per trained token of the effective batch."""
         assert num_items_in_batch is not None
         return self._summed_loss(inputs) / num_items_in_batch
 
     def _summed_loss(self, inputs: MicroBatch) -> torch.Tensor:
+        if self.fused is not None:
+            return self.fused(inputs)
         offload = self.plan.offload_activations and torch.is_grad_enabled()
         on_host = torch.autograd.graph.save_on_cpu(pin_memory=True) if offload else nullcontext()
         with self._autocast(), on_host:
@@ -195,11 +174,22 @@ class QATrainer(Trainer):
             enabled=self.plan.model.compute_dtype == "bfloat16",
         )
 
-    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> float:
-        """The gradient norm; raises before the optimizer can apply a non-finite one."""
-        norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> torch.Tensor:
+        """The gradient norm; a non-finite one keeps the optimizer from touching the weights.
+
+        Raises:
+            DivergedError: on a CPU, at once; on a GPU it is raised when the norm is read.
+        """
+        norm = torch.as_tensor(super()._get_grad_norm(model, grad_norm=grad_norm))
+        if norm.is_cuda:
+            # torch's fused AdamW skips the update where this is 1, as for loss scaling.
+            _innermost(self.optimizer).found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+        else:
+            self._require_finite(float(norm), self.state.global_step + 1)
+        return norm
+
+    def _require_finite(self, norm: float, step: int) -> None:
         if not math.isfinite(norm):
-            step = self.state.global_step + 1
             raise DivergedError(
                 f"The gradient norm at step {step} is {norm}.",
                 why="The learning rate is too high, or a row drives the loss out of range.",
@@ -207,7 +197,38 @@ class QATrainer(Trainer):
                 step=step,
                 learning_rate=self.plan.learning_rate,
             )
-        return norm
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Log what has arrived; everything, before an evaluation or a checkpoint.
+
+        Raises:
+            DivergedError: a step's gradients were not finite; its update was skipped.
+        """
+        step = self.state.global_step
+        if self.control.should_log and step > self._globalstep_last_logged:
+            rate = kwargs["learning_rate"]
+            self.late.put(step, self.state.epoch or 0.0, rate, tr_loss, grad_norm)
+            tr_loss.zero_()
+            self._globalstep_last_logged = step
+            self.store_flos()
+        self.control.should_log = False
+        due = self.control.should_evaluate or self.control.should_save
+        self._log_late(everything=due or self.control.should_training_stop)
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
+    def _log_late(self, *, everything: bool) -> None:
+        for numbers in self.late.take(everything=everything):
+            self._require_finite(numbers.grad_norm, numbers.step)
+            self._total_loss_scalar += numbers.loss
+            self.log(asdict(numbers))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Keep `logs`, and tell the callbacks; step and epoch are those given, or the present."""
+        output = {"epoch": self.state.epoch, "step": self.state.global_step, **logs}
+        self.state.log_history.append(output)
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, output)
 
     def evaluate(
         self,

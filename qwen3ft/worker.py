@@ -100,7 +100,8 @@ def train(job: Job) -> AttemptOutcome:
     config = TrainingConfig(model_name=plan.model.path)
     manager = ModelManager(config)
     model, tokenizer = manager.load_model_with_quantization(plan.model.path)
-    model = manager.prepare_for_training(model, gradient_checkpointing=plan.gradient_checkpointing)
+    by_torch = plan.gradient_checkpointing and plan.kernels == "plain"
+    model = manager.prepare_for_training(model, gradient_checkpointing=by_torch)
     adapted = LoRAAdapter(plan.adapter).apply_lora(model)
     dataset = DatasetDict(
         {name: load_split(Path(plan.dataset.path), name) for name in ("train", "dev")}

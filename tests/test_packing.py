@@ -33,7 +33,7 @@ from qwen3ft.packing import (
     rows_at_a_time,
     worst_case,
 )
-from qwen3ft.trainer import summed_loss
+from qwen3ft.loss import summed_loss
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 

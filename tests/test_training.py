@@ -19,7 +19,7 @@ from qwen3ft.memory import MemoryOptimizer
 from qwen3ft.model import ModelManager
 from qwen3ft.token_table import load_split
 from qwen3ft.train import TrainingEngine
-from qwen3ft.trainer import summed_loss
+from qwen3ft.loss import summed_loss
 
 
 @pytest.fixture
@@ -322,3 +322,15 @@ class _StopAt:
                     engine.stop.signal_name = "SIGTERM"
 
         return StopAt()
+
+
+def test_tmp_fused(prepare: Any, make_plan: Any) -> None:
+    plan = make_plan(total_steps=6, evaluate_every_steps=3)
+    _, a = prepare(plan)
+    ga = first_step_gradients(a)
+    fused = plan.model_copy(update=dict(kernels="fused", packing=True, chunk_tokens=64, activation_bytes=2*10**6, loss_chunk_tokens=64, attempt=2))
+    e, b = prepare(fused)
+    gb = first_step_gradients(b)
+    for n in ga: torch.testing.assert_close(ga[n], gb[n], rtol=1e-3, atol=1e-6)
+    e.train_model(b)
+    print(e.outcome(b))

@@ -1,0 +1,215 @@
+"""The kernels of `qwen3ft.fused.kernels` at Qwen3 4B's sizes: how near they are to memory's speed.
+
+    python benchmarks/fused_kernels.py [--tokens 7168] [--out FILE]
+
+Needs a CUDA device. Each function is called on one set of tensors after the other, together above
+any second-level cache, in a CUDA graph, so that the time of Python is not in that of the device; it
+stands beside it, as the time one call takes to return. Bytes are those that have to move: each
+number once in and once out, logits twice in. bitsandbytes dequantises the same weight.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 2560, 9728, 32, 8, 128, 151_936
+RANK = 24
+"""Columns of an adapter behind a row: what the rows of a training step have."""
+LOSS_ROWS = 1024
+CACHE_BYTES = 400 * 2**20
+"""What one round of the graph touches at least; the largest cache now sold holds a third of it."""
+MEASURED_SECONDS = 0.3
+EPS = 1e-6
+
+Case = tuple[str, int, Callable[[], Callable[[], Any]]]
+"""Name, bytes moved by a call, and what makes a call with tensors of its own."""
+
+
+def cases(tokens: int) -> list[Case]:
+    """All functions, at the sizes of a block and of a chunk of the loss."""
+    import torch
+
+    from qwen3ft.fused import kernels
+
+    def random(*shape: int, behind: int = 0) -> torch.Tensor:
+        full = torch.randn(*shape[:-1], shape[-1] + behind, dtype=torch.bfloat16, device="cuda")
+        return full[..., : shape[-1]]
+
+    norm, head_norm = random(HIDDEN), random(HEAD_DIM)
+    angles = torch.rand(tokens, HEAD_DIM // 2, device="cuda") * 6.3
+    cos, sin = angles.cos(), angles.sin()
+
+    def rms_norm() -> Callable[[], Any]:
+        x, out = random(tokens, HIDDEN), random(tokens, HIDDEN, behind=RANK)
+        return lambda: kernels.rms_norm(x, norm, EPS, out)
+
+    def rms_norm_backward() -> Callable[[], Any]:
+        d_out, x, d_x = (random(tokens, HIDDEN) for _ in range(3))
+        return lambda: kernels.rms_norm_backward(d_out, x, norm, EPS, d_x)
+
+    def heads_of(count: int) -> torch.Tensor:
+        width = (HEADS + 2 * KV_HEADS) * HEAD_DIM
+        return random(tokens, width)[:, : count * HEAD_DIM].unflatten(1, (count, HEAD_DIM))
+
+    def norm_rotate(count: int) -> Callable[[], Any]:
+        heads = heads_of(count)
+        return lambda: kernels.norm_rotate(heads, head_norm, cos, sin, EPS)
+
+    def norm_rotate_backward(count: int) -> Callable[[], Any]:
+        heads, d_out = heads_of(count), random(tokens, count, HEAD_DIM)
+        return lambda: kernels.norm_rotate_backward(d_out, heads, head_norm, cos, sin, EPS)
+
+    def silu_mul() -> Callable[[], Any]:
+        gate_up, out = random(tokens, 2 * INTERMEDIATE), random(tokens, INTERMEDIATE, behind=RANK)
+        return lambda: kernels.silu_mul(gate_up, out)
+
+    def silu_mul_backward() -> Callable[[], Any]:
+        gate_up, d_out = random(tokens, 2 * INTERMEDIATE), random(tokens, INTERMEDIATE, behind=RANK)
+        return lambda: kernels.silu_mul_backward(d_out, gate_up)
+
+    def cross_entropy() -> Callable[[], Any]:
+        logits = random(LOSS_ROWS, VOCABULARY)
+        targets = torch.randint(VOCABULARY, (LOSS_ROWS,), device="cuda")
+        return lambda: kernels.cross_entropy(logits, targets)
+
+    rows, mlp, table = 2 * tokens * HIDDEN, 2 * tokens * INTERMEDIATE, 4 * tokens * HEAD_DIM
+    found: list[Case] = dequantising()
+    found += [("rms_norm", 2 * rows, rms_norm), ("rms_norm_backward", 4 * rows, rms_norm_backward)]
+    for count in (HEADS, KV_HEADS):
+        some = 2 * tokens * count * HEAD_DIM
+        found += [
+            (f"norm_rotate {count}", 2 * some + table, lambda n=count: norm_rotate(n)),
+            (
+                f"norm_rotate_backward {count}",
+                3 * some + table,
+                lambda n=count: norm_rotate_backward(n),
+            ),
+        ]
+    found += [
+        ("silu_mul", 3 * mlp, silu_mul),
+        ("silu_mul_backward", 6 * mlp, silu_mul_backward),
+        (f"cross_entropy {LOSS_ROWS}", 3 * 2 * LOSS_ROWS * VOCABULARY, cross_entropy),
+    ]
+    return found
+
+
+def dequantising() -> list[Case]:
+    """The weight of gate, by us and by bitsandbytes."""
+    import bitsandbytes
+    import bitsandbytes.functional as bnb
+    import torch
+
+    from qwen3ft.fused import kernels
+    from qwen3ft.fused.weights import FourBitWeight
+
+    def weight() -> Any:
+        plain = torch.randn(INTERMEDIATE, HIDDEN, dtype=torch.bfloat16)
+        made = bitsandbytes.nn.Params4bit(plain, requires_grad=False, quant_type="nf4")
+        return made.to("cuda")
+
+    def ours() -> Callable[[], Any]:
+        tensors = FourBitWeight.of(weight())
+        full = torch.empty(INTERMEDIATE, HIDDEN + RANK, dtype=torch.bfloat16, device="cuda")
+        return lambda: kernels.dequantize(tensors, full[:, :HIDDEN])
+
+    def theirs() -> Callable[[], Any]:
+        quantised = weight()
+        return lambda: bnb.dequantize_4bit(quantised.data, quantised.quant_state)
+
+    numbers = INTERMEDIATE * HIDDEN
+    moved = numbers * 2 + numbers // 2 + numbers // 64
+    return [("dequantize", moved, ours), ("dequantize, bitsandbytes", moved, theirs)]
+
+
+def measure(name: str, moved: int, make: Callable[[], Callable[[], Any]]) -> dict[str, Any]:
+    """Microseconds of the device and of Python, per call."""
+    import torch
+
+    calls = [make() for _ in range(max(2, -(-CACHE_BYTES // moved)))]
+    started = time.perf_counter()
+    calls[0]()
+    torch.cuda.synchronize()
+    first_seconds = time.perf_counter() - started
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for call in calls:
+        call()
+    launch_us = (time.perf_counter() - started) / len(calls) * 1e6
+    torch.cuda.synchronize()
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def round_ms(repeats: int) -> float:
+        begin.record()
+        for _ in range(repeats):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / repeats
+
+    round_ms(3)
+    repeats = max(3, int(MEASURED_SECONDS * 1e3 / round_ms(3)))
+    microseconds = min(round_ms(repeats) for _ in range(3)) / len(calls) * 1e3
+    return {
+        "name": name,
+        "us": microseconds,
+        "bytes": moved,
+        "tb_per_s": moved / microseconds / 1e6,
+        "launch_us": launch_us,
+        "first_call_s": first_seconds,
+    }
+
+
+def main() -> None:
+    """All functions, a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=7168)
+    parser.add_argument("--out", type=Path, help="for the numbers, as JSON")
+    arguments = parser.parse_args()
+
+    import torch
+    import triton
+
+    machine = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name(),
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "tokens": arguments.tokens,
+    }
+    print("  ".join(f"{key} {value}" for key, value in machine.items()))
+    print(f"{'':26}       us       MB    TB/s  launch us  first call s")
+    results = []
+    for name, moved, make in cases(arguments.tokens):
+        found = measure(name, moved, make)
+        print(
+            f"{name:26} {found['us']:8.1f} {moved / 1e6:8.1f} {found['tb_per_s']:7.2f} "
+            f"{found['launch_us']:10.1f} {found['first_call_s']:13.2f}",
+            flush=True,
+        )
+        results.append(found)
+        torch.cuda.empty_cache()
+    if arguments.out:
+        arguments.out.write_text(json.dumps({**machine, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""What `speed.py` runs: shapes, cases, suites and the workload. Data, and no torch.
+
+To extend it, add a shape to `SHAPES`, or a line to `SUITES`.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from typing import Any, Literal
+
+_QWEN3 = {
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 262144,
+    "rms_norm_eps": 1e-6,
+}
+
+
+def _shape(
+    hidden: int, intermediate: int, layers: int, heads: int, *, tied: bool
+) -> dict[str, Any]:
+    return {
+        **_QWEN3,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "tie_word_embeddings": tied,
+    }
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "0.6b": _shape(1024, 3072, 28, 16, tied=True),
+    "1.7b": _shape(2048, 6144, 28, 16, tied=True),
+    "4b": _shape(2560, 9728, 36, 32, tied=True),
+    "8b": _shape(4096, 12288, 36, 32, tied=False),
+    "14b": _shape(5120, 17408, 40, 40, tied=False),
+}
+"""The exact Qwen3 shapes; 'tiny' is the embedded model, with its own weights."""
+
+TINY = "tiny"
+FIRST_TOKEN, TOKENS = 10, 500
+"""Token ids are drawn from [first, tokens): never padding, and in every vocabulary."""
+
+LORA_RANK, LORA_ALPHA, LEARNING_RATE = 6, 12, 5e-5
+"""Of everyone, on all seven projections, without dropout."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one contestant splits an optimizer step; `recompute` is its gradient checkpointing."""
+
+    micro: int
+    accumulate: int = 1
+    recompute: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.micro} x {self.accumulate}" + ("" if self.recompute else ", keeps all")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One workload on one model under one memory cap (GB of 2**30 bytes)."""
+
+    shape: str
+    sequence_tokens: int
+    cap_gb: float
+    lengths: Literal["lognormal", "full"] = "lognormal"
+    sequences_per_step: int = 64
+
+    @property
+    def name(self) -> str:
+        """Unique among cases."""
+        kind = "" if self.lengths == "lognormal" else f" full x {self.sequences_per_step}"
+        return f"{self.shape} seq {self.sequence_tokens}{kind}, {self.cap_gb:g} GB"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a suite: who runs what, and how."""
+
+    case: Case
+    contestant: str
+    settings: Settings
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON, with the settings in words."""
+        return {
+            "case": self.case.name,
+            "contestant": self.contestant,
+            "settings": str(self.settings),
+            **asdict(self.settings),
+        }
+
+
+OURS = ("ours", "ours-plain")
+PACKING = ("trl-pack", "trl-liger-pack")
+CONTESTANTS = (*OURS, "hf", "trl", *PACKING, "unsloth")
+
+NEEDS: dict[str, tuple[str, ...]] = {
+    "ours": (),
+    "ours-plain": (),
+    "hf": (),
+    "trl": ("trl",),
+    "trl-pack": ("trl",),
+    "trl-liger-pack": ("trl", "liger_kernel"),
+    "unsloth": ("unsloth", "unsloth_zoo"),
+}
+"""Modules that a contestant needs beside what the project itself installs."""
+
+Table = dict[str, tuple[Settings, ...]]
+
+DESIGN: Table = dict.fromkeys(CONTESTANTS, (Settings(4, 16),))
+"""Everyone at batch 4 x accumulation 16; packing peers have rows of sequence_tokens in a batch."""
+
+_ROWS = 28  # packed rows of 256 that hold about 64 sequences
+BEST: Table = {
+    "ours": (Settings(64),),
+    "ours-plain": (Settings(64),),
+    "hf": (Settings(4, 16),),
+    "trl": (Settings(64),),
+    "trl-pack": (Settings(_ROWS),),
+    "trl-liger-pack": (Settings(_ROWS),),
+    "unsloth": (Settings(64),),
+}
+"""The best settings found for each under 13 GB; for ours the most that its plan may use."""
+
+LEAN: Table = {
+    **BEST,
+    "hf": (Settings(1, 64),),
+    "trl": (Settings(16, 4),),
+    "trl-pack": (Settings(14, 2),),
+    "trl-liger-pack": (Settings(14, 2), Settings(_ROWS)),
+    "unsloth": (Settings(64), Settings(32, 2)),
+}
+ROOMY: Table = {
+    **BEST,
+    "hf": (Settings(16, 4),),
+    "trl": (Settings(64), Settings(64, recompute=False)),
+    "trl-pack": (Settings(_ROWS), Settings(_ROWS, recompute=False)),
+    "trl-liger-pack": (Settings(_ROWS), Settings(_ROWS, recompute=False)),
+    "unsloth": (Settings(64), Settings(64, recompute=False)),
+}
+LARGE: Table = {
+    **{name: (Settings(64),) for name in OURS},
+    **{name: (Settings(4, 16),) for name in ("trl", "trl-pack", "unsloth")},
+}
+LONG: Table = {name: (Settings(1),) for name in (*OURS, "trl", "unsloth")}
+
+
+def _long(tokens: int) -> Case:
+    return Case("4b", tokens, 13, lengths="full", sequences_per_step=1)
+
+
+_4B = Case("4b", 256, 13)
+SUITES: dict[str, tuple[tuple[Case, Table], ...]] = {
+    "design": ((_4B, DESIGN),),
+    "capped": ((_4B, BEST),),
+    "lean": ((replace(_4B, cap_gb=6), LEAN),),
+    "roomy": ((replace(_4B, cap_gb=80), ROOMY),),
+    "long": tuple((_long(tokens), LONG) for tokens in (16384, 32768, 65536)),
+    "14b": ((replace(_4B, shape="14b"), LARGE),),
+    "8b": ((replace(_4B, shape="8b"), {**BEST, "trl": (Settings(16, 4),)}),),
+    "1.7b": ((replace(_4B, shape="1.7b"), BEST),),
+    "0.6b": ((replace(_4B, shape="0.6b"), BEST),),
+    TINY: (
+        (Case(TINY, 64, 4, sequences_per_step=8), dict.fromkeys(CONTESTANTS, (Settings(4, 2),))),
+    ),
+}
+"""Name: cases, each with who runs it and how."""
+
+
+def parse_case(text: str) -> tuple[Case, Settings | None]:
+    """`SHAPE:SEQ:CAP[:full][:MxA]`, such as 4b:256:13 or 8b:8192:24:full:1x1.
+
+    Without MxA the settings are those of `BEST` (one sequence at a time where lengths are full).
+
+    Raises:
+        ValueError: it is nothing of the kind.
+    """
+    parts = text.lower().split(":")
+    if len(parts) < 3 or parts[0] not in {*SHAPES, TINY}:
+        raise ValueError(f"{text!r} is not SHAPE:SEQ:CAP; shapes: {', '.join([*SHAPES, TINY])}")
+    full = "full" in parts[3:]
+    split = next((part for part in parts[3:] if "x" in part), "1x1" if full else "")
+    micro, _, accumulate = split.partition("x")
+    settings = Settings(int(micro), int(accumulate)) if split else None
+    sequences = settings.micro * settings.accumulate if settings else 64
+    lengths: Literal["lognormal", "full"] = "full" if full else "lognormal"
+    return Case(parts[0], int(parts[1]), float(parts[2]), lengths, sequences), settings
+
+
+def select(suites: list[str], cases: list[str], contestants: list[str] | None) -> Iterator[Entry]:
+    """The entries asked for, case by case."""
+    chosen = [pair for suite in suites for pair in SUITES[suite]]
+    for text in cases:
+        case, settings = parse_case(text)
+        table: Table = dict.fromkeys(CONTESTANTS, (settings,)) if settings else BEST
+        chosen.append((case, table))
+    for case, table in chosen:
+        for contestant in contestants or table:
+            yield from (Entry(case, contestant, each) for each in table.get(contestant, ()))
+
+
+def rows_needed(entry: Entry, steps: int) -> int:
+    """Rows that `steps` optimizer steps take; of packed ones a tenth more than their slots hold."""
+    if entry.contestant not in PACKING:
+        return entry.case.sequences_per_step * steps
+    mean = entry.case.sequence_tokens * (0.42 if entry.case.lengths == "lognormal" else 1.0)
+    slots = entry.settings.micro * entry.settings.accumulate * entry.case.sequence_tokens * steps
+    return max(entry.case.sequences_per_step * steps, math.ceil(1.1 * slots / mean))
+
+
+def workload(case: Case, rows: int, seed: int) -> list[list[int]]:
+    """The first `rows` rows of token ids: the same for everyone, whoever needs more of them.
+
+    Lengths are lognormal with median 0.375 x the longest and sigma 0.6, clipped to 16 and the
+    longest; or all the longest. Every token is trained.
+    """
+    return list(islice(_rows(case, random.Random(seed)), rows))
+
+
+def _rows(case: Case, generator: random.Random) -> Iterator[list[int]]:
+    limit = case.sequence_tokens
+    while True:
+        length = limit
+        if case.lengths == "lognormal":
+            length = int(
+                min(limit, max(16, generator.lognormvariate(math.log(0.375 * limit), 0.6)))
+            )
+        yield [generator.randrange(FIRST_TOKEN, TOKENS) for _ in range(length)]
+
+
+def typical_step(case: Case, steps: int, seed: int) -> list[int]:
+    """Lengths of that of the workload's steps whose tokens are nearest to the mean."""
+    size = case.sequences_per_step
+    lengths = [len(row) for row in workload(case, size * steps, seed)]
+    groups = [lengths[start : start + size] for start in range(0, len(lengths), size)]
+    mean = sum(lengths) / len(groups)
+    return min(groups, key=lambda group: abs(sum(group) - mean))

@@ -1,0 +1,177 @@
+"""Loss and adapter gradients of one packed row, as one autograd function.
+
+To autograd the whole model is a single operation from the adapters' parameters to a loss: what is
+kept in between, and when it is freed, is decided here and not by the graph. The gradient of the
+head is made with the loss, chunk by chunk, as its logits are there (Liger, Hsu et al. 2024,
+arXiv:2410.10989), so logits exist once and are never kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qwen3ft.fused.attention import Segments
+from qwen3ft.fused.block import FusedBlock, Kept, Row
+from qwen3ft.fused.projections import ElementWise
+from qwen3ft.recompute import Level
+
+ChooseLevels = Callable[[int], tuple[Level, ...]]
+"""From the tokens of a packed row to what each block keeps."""
+
+
+@dataclass
+class _Pass:
+    """What the forward leaves for the backward."""
+
+    row: Row
+    kept: list[Kept]
+    d_extended: torch.Tensor
+
+
+class FusedStep:
+    """The forward and backward of `model`, a PEFT model over a 4-bit `Qwen3ForCausalLM`.
+
+    Its parameters stay the model's own: an optimizer that changes them, or a checkpoint loaded into
+    them, is seen at the next call.
+
+    Args:
+        model: With one active adapter on all seven projections, without dropout or bias.
+        ops: The element-wise functions.
+        choose_levels: What each block keeps of a row.
+        loss_chunk_tokens: Targets whose logits exist at one time.
+        chunk_tokens: Tokens whose wide intermediates exist at one time.
+        head_groups: In how many parts the gradient of attention is computed.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        ops: ElementWise,
+        choose_levels: ChooseLevels,
+        *,
+        loss_chunk_tokens: int,
+        chunk_tokens: int,
+        head_groups: int = 1,
+    ) -> None:
+        base = model.get_base_model()
+        self.ops = ops
+        self.choose_levels = choose_levels
+        self.loss_chunk_tokens = loss_chunk_tokens
+        self.chunk_tokens = chunk_tokens
+        self.head_groups = head_groups
+        self.embedding, self.head = base.model.embed_tokens.weight, base.lm_head.weight
+        self.norm, self.rotary = base.model.norm, base.model.rotary_emb
+        self.blocks = [FusedBlock(block, ops) for block in base.model.layers]
+        self.parameters = [
+            p for block in self.blocks for group in block.groups for p in group.parameters
+        ]
+        self.factors = [
+            factor
+            for block in self.blocks
+            for group in block.groups
+            for _ in group.down
+            for factor in (1.0, group.scale)
+        ]
+
+    def __call__(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Negative log-likelihood in nats, summed over targets: fp32, scalar, differentiable.
+
+        Args:
+            batch: As `qwen3ft.batches.PackedCollator` makes it, in host memory or on the device.
+        """
+        if not torch.is_grad_enabled():
+            return self._evaluate(batch)
+        loss: torch.Tensor = _Step.apply(self, batch, *self.parameters)  # type: ignore[no-untyped-call]
+        return loss
+
+    def forward(self, batch: dict[str, Any]) -> tuple[torch.Tensor, _Pass]:
+        """The loss, and what `backward` needs."""
+        hidden, row = self._enter(batch)
+        kept = []
+        for block, level in zip(self.blocks, self.choose_levels(len(hidden)), strict=True):
+            hidden, of_block = block.forward(hidden, row, level)
+            kept.append(of_block)
+        d_extended = hidden.new_zeros(len(hidden), hidden.shape[1] + self.blocks[-1].down.rank)
+        loss = self._loss(hidden, batch, d_extended)
+        return loss, _Pass(row, kept, d_extended)
+
+    def backward(self, state: _Pass, factor: torch.Tensor) -> list[torch.Tensor]:
+        """`factor` times the gradients of `parameters`, in fp32."""
+        gradients: list[torch.Tensor] = []
+        for block in reversed(self.blocks):
+            gradients[:0] = block.backward(state.d_extended, state.kept.pop(), state.row)
+        torch._foreach_mul_(gradients, self.factors)
+        torch._foreach_mul_(gradients, factor)
+        return gradients
+
+    def _evaluate(self, batch: dict[str, Any]) -> torch.Tensor:
+        hidden, row = self._enter(batch)
+        for block in self.blocks:
+            hidden, _ = block.forward(hidden, row, Level.DROP_ALL)
+        return self._loss(hidden, batch, None)
+
+    def _enter(self, batch: dict[str, Any]) -> tuple[torch.Tensor, Row]:
+        """The embedded row, (T, hidden), and what all blocks share."""
+        device = self.embedding.device
+        for block in self.blocks:
+            for group in block.groups:
+                group.read_adapters()
+        positions = batch["position_ids"].to(device, non_blocking=True)
+        half = self.rotary.inv_freq.numel()
+        cos, sin = self.rotary(self.norm.weight.float(), positions)
+        row = Row(
+            segments=Segments(
+                batch["cu_seqlens"].to(device, non_blocking=True), batch["max_length"]
+            ),
+            cos=cos[0, :, :half].contiguous(),
+            sin=sin[0, :, :half].contiguous(),
+            chunk_tokens=self.chunk_tokens,
+            head_groups=self.head_groups,
+        )
+        ids = batch["input_ids"].to(device, non_blocking=True)[0]
+        return torch.nn.functional.embedding(ids, self.embedding), row
+
+    def _loss(
+        self, hidden: torch.Tensor, batch: dict[str, Any], d_extended: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The summed loss; writes its gradient with respect to `hidden` into `d_extended`."""
+        rows, targets = (
+            batch[name].to(hidden.device, non_blocking=True)
+            for name in ("target_positions", "targets")
+        )
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        norm, eps = self.norm.weight, self.norm.variance_epsilon
+        for start in range(0, len(rows), self.loss_chunk_tokens):
+            chunk = rows[start : start + self.loss_chunk_tokens]
+            last = hidden[chunk]
+            normed = torch.empty_like(last)
+            self.ops.rms_norm(last, norm, eps, normed)
+            logits = normed @ self.head.t()
+            total += self.ops.cross_entropy(logits, targets[start : start + len(chunk)]).sum()
+            if d_extended is not None:
+                d_last = torch.zeros_like(last)
+                self.ops.rms_norm_backward(logits @ self.head, last, norm, eps, d_last)
+                d_extended[:, : hidden.shape[1]].index_copy_(0, chunk, d_last)
+        return total
+
+
+class _Step(torch.autograd.Function):
+    """`FusedStep` as autograd sees it."""
+
+    @staticmethod
+    def forward(ctx: Any, step: FusedStep, batch: dict[str, Any], *_: torch.Tensor) -> torch.Tensor:
+        """The loss."""
+        loss, state = step.forward(batch)
+        ctx.step, ctx.state = step, state
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *d_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Nothing for step and batch, then one gradient per parameter."""
+        step, state = ctx.step, ctx.state
+        ctx.state = None
+        return None, None, *step.backward(state, d_loss[0])

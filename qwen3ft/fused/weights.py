@@ -1,0 +1,66 @@
+"""A frozen 4-bit weight as plain tensors: what a kernel needs to dequantise it.
+
+Blocks of 64 weights share one constant, the largest magnitude; with double quantisation these
+constants are themselves 8-bit codes, 256 of which share a second constant (QLoRA, Dettmers et al.
+2023, arXiv:2305.14314, section 3). The layout is bitsandbytes'.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class FourBitWeight:
+    """One weight of the shape (out_features, in_features), row by row, two numbers a byte.
+
+    Attributes:
+        packed: uint8, (out_features x in_features / 2,): the high nibble is the even number.
+        code: fp32, (16,): the value of each nibble, in [-1, 1].
+        absmax: Constant of each block: fp32, or uint8 where it is quantised too.
+        block: Weights that share a constant; a power of two.
+        nested_code: fp32, (256,): the value of each 8-bit constant; None without double
+            quantisation.
+        nested_absmax: fp32: the second constant of each `nested_block` constants, or None.
+        nested_offset: fp32 scalar tensor: what is added to every constant, or None.
+        nested_block: Constants that share a second constant.
+    """
+
+    packed: torch.Tensor
+    code: torch.Tensor
+    absmax: torch.Tensor
+    out_features: int
+    in_features: int
+    block: int
+    nested_code: torch.Tensor | None = None
+    nested_absmax: torch.Tensor | None = None
+    nested_offset: torch.Tensor | None = None
+    nested_block: int = 256
+
+    @classmethod
+    def of(cls, weight: Any) -> FourBitWeight:
+        """The tensors behind `weight`, a bitsandbytes `Params4bit`; shared, not copied.
+
+        Raises:
+            ValueError: it was not quantised yet.
+        """
+        state = weight.quant_state
+        if state is None:
+            raise ValueError("The weight is not quantised: its quant_state is None.")
+        rows, columns = state.shape
+        nested = state.state2 if state.nested else None
+        return cls(
+            packed=weight.data.view(torch.uint8).reshape(-1),
+            code=state.code,
+            absmax=state.absmax,
+            out_features=rows,
+            in_features=columns,
+            block=state.blocksize,
+            nested_code=nested.code if nested else None,
+            nested_absmax=nested.absmax if nested else None,
+            nested_offset=state.offset if nested else None,
+            nested_block=nested.blocksize if nested else 256,
+        )

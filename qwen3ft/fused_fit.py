@@ -1,0 +1,179 @@
+"""Which settings of the fused path fit the memory budget, and which of them is fastest.
+
+Guarantees: pure and deterministic. Speed is estimated from products alone, in tokens that pass the
+model: an absolute prediction it is not, but it weighs fewer micro-batches against less computed
+again, which is what the budget is spent on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+from qwen3ft.footprint import Workload, fused_sizes, predict_memory
+from qwen3ft.fused_footprint import FusedSizes
+from qwen3ft.packing import row_tokens
+from qwen3ft.recompute import Level
+from qwen3ft.records import GIB, AdapterSpec, EnvironmentReport, ModelShape, ModelSnapshot
+
+CHUNK_TOKENS = (16384, 8192, 4096, 2048)
+LOSS_CHUNK_TOKENS = (2048, 1024, 512, 256)
+WEIGHT_PASS_TOKENS = 200
+"""Dequantising weights once takes about as long as passing this many tokens through them: 2.5 bytes
+a weight at 4.8 TB/s, against 2 operations a token and weight at 800 TFLOP/s, on an H200; cards
+from the RTX 4090 on have about that ratio."""
+
+OLDEST_CAPABILITY = (8, 0)
+"""Ampere: the first with bfloat16, which the kernels are written for."""
+
+
+def fused_or_why_not(
+    environment: EnvironmentReport, model: ModelSnapshot, adapter: AdapterSpec
+) -> str | None:
+    """None if the fused path can run here, else what is missing."""
+    if adapter.dropout:
+        return f"lora_dropout is {adapter.dropout:g}; the fused path has none."
+    if not environment.gpus:
+        return "No CUDA device is visible; on a CPU the fused path has no faster kernels."
+    gpu = environment.gpus[0]
+    capability = tuple(int(part) for part in (gpu.compute_capability or "0.0").split("."))
+    if capability < OLDEST_CAPABILITY or model.compute_dtype != "bfloat16":
+        return f"{gpu.name} has no bfloat16 (compute capability {gpu.compute_capability})."
+    if "triton" not in environment.versions:
+        return "Triton is not installed."
+    return None
+
+
+def fastest_fused(
+    first: Workload,
+    shape: ModelShape,
+    adapter: AdapterSpec,
+    limit_bytes: int,
+    *,
+    effective_batch_size: int,
+    typical_tokens: int,
+    recompute: str,
+) -> Workload | None:
+    """The settings estimated to be fastest among those that fit; None if none does.
+
+    Args:
+        first: What is given: model, precision, longest rows.
+        shape: Of the model.
+        adapter: Of the run.
+        limit_bytes: The budget.
+        effective_batch_size: Sequences per optimizer step.
+        typical_tokens: Mean length of a sequence.
+        recompute: `config.gradient_checkpointing`.
+    """
+    best: tuple[float, Workload] | None = None
+    for work in _candidates(first, shape, effective_batch_size):
+        fitted = _fill(work, shape, adapter, limit_bytes, recompute)
+        if fitted is None:
+            continue
+        seconds = _relative_cost(fitted, shape, adapter, effective_batch_size, typical_tokens)
+        if best is None or seconds < best[0]:
+            best = seconds, fitted
+    return best[1] if best else None
+
+
+def most_frugal_fused(first: Workload, shape: ModelShape, adapter: AdapterSpec) -> Workload:
+    """One sequence at a time, and everything else at its least."""
+    work = list(_candidates(first, shape, 1))[-1]
+    sizes = fused_sizes(shape, adapter, work)
+    room = sizes.row_bytes(work.tokens, sizes.levels(work.tokens, 0))
+    return replace(work, activation_bytes=room, gradient_checkpointing=True)
+
+
+def fused_reasons(
+    effective_batch_size: int, work: Workload, peak_bytes: int, budget_gb: float
+) -> dict[str, str]:
+    """Why each derived setting is what it is."""
+    accumulation = effective_batch_size // work.micro_batch_size
+    room_gb = work.activation_bytes / GIB
+    return {
+        "micro_batch_size": f"Packed rows of up to {work.capacity_tokens} tokens, estimated to be "
+        f"the fastest split; the predicted peak is {peak_bytes / GIB:.2f} of {budget_gb:.2f} GB.",
+        "gradient_accumulation_steps": f"{work.micro_batch_size} x {accumulation} keeps the "
+        f"{effective_batch_size} sequences per step that were asked for.",
+        "eval_batch_size": "As many held-out rows as a packed row of training holds.",
+        "gradient_checkpointing": f"A row may take {room_gb:.2f} GB: what of its blocks does not "
+        "fit that is computed again, cheapest parts first."
+        if work.gradient_checkpointing
+        else f"All activations of the largest row fit: {room_gb:.2f} GB.",
+        "loss_chunk_tokens": f"Logits of {min(work.loss_chunk_tokens, work.tokens)} tokens at most "
+        "exist at one time; larger chunks are faster, smaller ones leaner.",
+        "offload_activations": "Nothing else fits." if work.offload_activations else "Not needed.",
+        "packing": "The fused path runs packed rows alone.",
+        "chunk_tokens": f"The MLP of {min(work.chunk_tokens, work.tokens)} tokens at one time.",
+        "head_groups": f"The gradient of attention in {work.head_groups} part(s) of the heads.",
+        "predicted": f"For rows of {work.sequence_tokens} tokens, the longest there are.",
+    }
+
+
+def _candidates(first: Workload, shape: ModelShape, effective: int) -> Iterator[Workload]:
+    sizes = [size for size in range(effective, 0, -1) if effective % size == 0]
+    groups = [n for n in (1, 2, 4, 8) if shape.num_key_value_heads % n == 0]
+    offloads = (False, True) if first.device == "cuda" else (False,)
+    for size, chunk, loss, group, offload in itertools.product(
+        sizes, CHUNK_TOKENS, LOSS_CHUNK_TOKENS, groups, offloads
+    ):
+        yield replace(
+            first,
+            kernels="fused",
+            packing=True,
+            micro_batch_size=size,
+            chunk_tokens=chunk,
+            loss_chunk_tokens=loss,
+            head_groups=group,
+            offload_activations=offload,
+        )
+
+
+def _fill(
+    work: Workload, shape: ModelShape, adapter: AdapterSpec, limit_bytes: int, recompute: str
+) -> Workload | None:
+    """`work` with as much for its rows as the budget leaves, or None if the least is too much."""
+    sizes, blocks = fused_sizes(shape, adapter, work), shape.num_hidden_layers
+    least = sizes.row_bytes(work.tokens, sizes.levels(work.tokens, 0))
+    most = sizes.row_bytes(work.tokens, (Level.KEEP_ALL,) * blocks)
+    if recompute == "on" or work.offload_activations:
+        most = least
+    elif recompute == "off":
+        least = most
+    bytes_of = {
+        size: sum(
+            part.bytes
+            for part in predict_memory(shape, adapter, replace(work, activation_bytes=size))
+        )
+        for size in (least, most)
+    }
+    if bytes_of[least] > limit_bytes:
+        return None
+    if bytes_of[most] <= limit_bytes:
+        room = most
+    else:
+        # Slack is a share of it, so the sum is linear in between.
+        share = (limit_bytes - bytes_of[least]) / (bytes_of[most] - bytes_of[least])
+        room = least + int(share * (most - least))
+    return replace(work, activation_bytes=room, gradient_checkpointing=room < most)
+
+
+def _relative_cost(
+    work: Workload, shape: ModelShape, adapter: AdapterSpec, effective: int, typical_tokens: int
+) -> float:
+    """Time of a typical optimizer step, in tokens that pass the model forward and backward."""
+    tokens = effective * typical_tokens
+    micro_batches = math.ceil(tokens / work.capacity_tokens)
+    row = row_tokens(math.ceil(tokens / micro_batches))
+    sizes: FusedSizes = fused_sizes(shape, adapter, work)
+    levels = sizes.levels(row, work.activation_bytes)
+    again = sizes.recomputed_share(levels, typical_tokens)
+    head_share = shape.vocab_size * shape.hidden_size / shape.linear_parameters
+    heads = math.ceil(row / work.loss_chunk_tokens) * head_share
+    # Groups read more of less; transfers overlap with work, but not with all of it.
+    detours = 0.01 * (work.head_groups - 1) + 0.5 * work.offload_activations
+    chunks = 0.1 * math.ceil(row / work.chunk_tokens)
+    overhead = WEIGHT_PASS_TOKENS * micro_batches * (1 + chunks + 0.5 * heads)
+    return overhead + tokens * (1 + again + detours)

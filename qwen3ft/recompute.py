@@ -1,0 +1,84 @@
+"""What a block of the fused path keeps for its backward: levels, their bytes, and which to take.
+
+Guarantees: pure arithmetic, no torch. Each level keeps less than the one before and computes again
+what it drops. Per token of one block (c: bytes of the compute type; H, I: hidden and MLP size;
+Q, K: features of all query / key-value heads; h: query heads; r: ranks, padded to 8):
+
+    always        c H + 2 c r       the block's input; two products with A
+    DROP_ALL      -                 attention runs again
+    DROP_MIDDLE   + c Q + 4 h       its output and log-sum-exp; o's product runs again
+    DROP_QKV      + c H             the input of the MLP; the product of q, k and v runs again
+    DROP_GATE_UP  + c (Q + 2 K)     the product of gate and up runs again
+    KEEP_ALL      + 2 c I           nothing but norms and rotations does
+
+`tests/test_fused_step.py` holds this against what a step really keeps.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from qwen3ft.records import ModelShape
+
+RANK_MULTIPLE = 8
+
+
+class Level(IntEnum):
+    """What is computed again in the backward; each includes those before it."""
+
+    KEEP_ALL = 0
+    DROP_GATE_UP = 1
+    DROP_QKV = 2
+    DROP_MIDDLE = 3
+    DROP_ALL = 4
+
+
+def padded_rank(ranks: int) -> int:
+    """Columns that adapters of `ranks` rows in all take."""
+    return -(-ranks // RANK_MULTIPLE) * RANK_MULTIPLE
+
+
+def kept_bytes_per_token(shape: ModelShape, rank: int, compute_bytes: int, level: Level) -> int:
+    """Bytes that one block keeps per token at `level` (see the module docstring)."""
+    c, hidden = compute_bytes, shape.hidden_size
+    query = shape.num_attention_heads * shape.head_dim
+    key = shape.num_key_value_heads * shape.head_dim
+    kept = c * hidden + 2 * c * padded_rank(rank)
+    if level < Level.DROP_ALL:
+        kept += c * query + 4 * shape.num_attention_heads
+    if level < Level.DROP_MIDDLE:
+        kept += c * hidden
+    if level < Level.DROP_QKV:
+        kept += c * (query + 2 * key)
+    if level < Level.DROP_GATE_UP:
+        kept += 2 * c * shape.intermediate_size
+    return kept
+
+
+def choose_levels(
+    bytes_per_token: tuple[int, ...], tokens: int, blocks: int, budget_bytes: int
+) -> tuple[Level, ...]:
+    """The level of each block that keeps most within `budget_bytes`.
+
+    All at one level as far as that fits, then as many at the next as there is room for. Each
+    level frees its bytes at about the same cost, so no mix of more than two would be faster.
+
+    Args:
+        bytes_per_token: Of each level, in order, for one block.
+        tokens: Of the micro-batch.
+        blocks: Blocks of the model.
+        budget_bytes: What all blocks may keep.
+
+    Returns:
+        One level per block; the most frugal where even that does not fit.
+    """
+    per_block = [tokens * each for each in bytes_per_token]
+    for level in Level:
+        if blocks * per_block[level] <= budget_bytes:
+            break
+    if level == Level.KEEP_ALL:
+        return (level,) * blocks
+    room = budget_bytes - blocks * per_block[level]
+    finer = Level(level - 1)
+    richer = max(0, min(blocks, room // (per_block[finer] - per_block[level])))
+    return (level,) * (blocks - richer) + (finer,) * richer
