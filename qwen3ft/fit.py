@@ -18,7 +18,13 @@ from qwen3ft.config import TrainingConfig
 from qwen3ft.data_records import DatasetManifest
 from qwen3ft.errors import ConfigError, InsufficientMemoryError
 from qwen3ft.footprint import Workload, predict_memory
-from qwen3ft.fused_fit import fastest_fused, fused_or_why_not, fused_reasons, most_frugal_fused
+from qwen3ft.fused_fit import (
+    PLAIN_REASONS,
+    fastest_fused,
+    fused_or_why_not,
+    fused_reasons,
+    most_frugal_fused,
+)
 from qwen3ft.records import (
     GIB,
     AdapterSpec,
@@ -87,6 +93,7 @@ def choose_workload(
             effective_batch_size=config.effective_batch_size,
             typical_tokens=-(-dataset.train.tokens // dataset.train.rows),
             recompute=config.gradient_checkpointing,
+            host_bytes=environment.host_free_bytes,
         )
         if fused is not None:
             eval_rows = max(1, fused.capacity_tokens // fused.eval_tokens)
@@ -249,7 +256,7 @@ def _memory_reasons(
     else:
         packing = "On a CPU it was measured no faster: attention is as wide as the packed row."
     offload = "Nothing else fits." if work.offload_activations else "Not needed: it is slow."
-    return {
+    return PLAIN_REASONS | {
         "micro_batch_size": micro,
         "gradient_accumulation_steps": f"{work.micro_batch_size} x {accumulation} keeps the "
         f"{config.effective_batch_size} sequences per step that were asked for.",

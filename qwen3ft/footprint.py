@@ -26,11 +26,10 @@ moment of loading, other programs on the card, and the inference test.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from qwen3ft.fused_footprint import FusedSizes
 from qwen3ft.packing import row_tokens
-from qwen3ft.recompute import Level
 from qwen3ft.records import GIB, AdapterSpec, MemoryPart, ModelShape
 
 CUDA_CONTEXT_BYTES = int(0.75 * GIB)
@@ -41,10 +40,6 @@ CPU_PROCESS_BYTES = int(0.9 * GIB)
 
 SLACK = {"cuda": (int(0.2 * GIB), 0.07), "cpu": (0, 0.25)}
 """What the allocator holds beyond what is in use: bytes, and a share of what comes and goes."""
-
-
-FUSED_SLACK = (int(0.15 * GIB), 0.02)
-"""The same for the fused path, which frees large tensors in a fixed order."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +56,7 @@ class Workload:
         loss_chunk_tokens: Tokens whose logits exist at one time.
         offload_activations: Whether saved activations wait in host memory.
         kernels: 'plain' for transformers and PEFT, 'fused' for `qwen3ft.fused`.
+        offload_attention: Fused: whether attention's output waits there too.
         activation_bytes: Fused: what a packed row may take.
         chunk_tokens: Fused: tokens whose wide intermediates exist at one time.
         head_groups: Fused: parts in which the gradient of attention is computed.
@@ -78,6 +74,7 @@ class Workload:
     loss_chunk_tokens: int
     offload_activations: bool = False
     kernels: Literal["plain", "fused"] = "plain"
+    offload_attention: bool = False
     activation_bytes: int = 0
     chunk_tokens: int = 0
     head_groups: int = 1
@@ -143,74 +140,16 @@ def fused_sizes(shape: ModelShape, adapter: AdapterSpec, work: Workload) -> Fuse
         chunk_tokens=work.chunk_tokens,
         head_groups=work.head_groups,
         offload=work.offload_activations,
+        offload_attention=work.offload_attention,
     )
 
 
 def _fused_parts(shape: ModelShape, adapter: AdapterSpec, work: Workload) -> tuple[MemoryPart, ...]:
-    """The parts where the step is `qwen3ft.fused`: what its largest row takes, and room beside."""
+    """The parts where the step is `qwen3ft.fused`."""
     sizes = fused_sizes(shape, adapter, work)
-    levels = sizes.levels(work.tokens, work.activation_bytes)
-    row, working = (
-        sizes.row_bytes(work.tokens, levels),
-        sizes.working_bytes(work.tokens, max(levels)),
-    )
-    rest = max(
-        0,
-        min(
-            work.activation_bytes,
-            sizes.row_bytes(work.tokens, (Level.KEEP_ALL,) * shape.num_hidden_layers),
-        )
-        - row,
-    )
-    slack_bytes, slack_share = FUSED_SLACK
-    kept = ", ".join(f"{levels.count(level)} blocks {level.name}" for level in sorted(set(levels)))
-    return (
-        *(
-            part.model_copy(update=_fused_fixed(sizes, adapter).get(part.name, {}))
-            for part in _fixed_parts(shape, adapter, work)
-        ),
-        MemoryPart(
-            name="kept activations",
-            bytes=row - working,
-            formula=f"{work.tokens:,} tokens; {kept}"
-            + ("; in host memory" if work.offload_activations else ""),
-        ),
-        MemoryPart(
-            name="working memory",
-            bytes=working,
-            formula="largest of MLP, attention and loss chunk of one block, and what it drops",
-        ),
-        MemoryPart(
-            name="kept of smaller rows",
-            bytes=rest,
-            formula="shorter rows keep more, up to the same sum",
-        ),
-        MemoryPart(
-            name="allocator slack",
-            bytes=slack_bytes + int(slack_share * (row + rest)),
-            formula=f"{slack_bytes / GIB:.2f} GB and {slack_share:.0%} of the three above",
-        ),
-        _process(work),
-    )
-
-
-def _fused_fixed(sizes: FusedSizes, adapter: AdapterSpec) -> dict[str, dict[str, Any]]:
-    """What differs, by part, from the plain path where the batch does not matter."""
-    trained = adapter.trainable_parameters
-    return {
-        "dequantised layer": {
-            "bytes": sizes.weight_bytes,
-            "formula": "gate, up and down of one block, with their adapters",
-        },
-        "adapter": {
-            "bytes": 4 * trained + sizes.adapter_bytes,
-            "formula": f"{trained:,} x 4 bytes, and padded copies in the compute type",
-        },
-        "gradients": {
-            "bytes": 8 * trained,
-            "formula": f"{trained:,} x 4 bytes, and those of one micro-batch",
-        },
-    }
+    other = {part.name: part for part in sizes.fixed_parts(adapter.trainable_parameters)}
+    fixed = (other.get(part.name, part) for part in _fixed_parts(shape, adapter, work))
+    return (*fixed, *sizes.row_parts(work.tokens, work.activation_bytes), _process(work))
 
 
 def _process(work: Workload) -> MemoryPart:

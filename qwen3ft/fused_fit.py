@@ -20,10 +20,30 @@ from qwen3ft.records import GIB, AdapterSpec, EnvironmentReport, ModelShape, Mod
 
 CHUNK_TOKENS = (16384, 8192, 4096, 2048)
 LOSS_CHUNK_TOKENS = (2048, 1024, 512, 256)
+FLOPS_PER_SECOND = 600e12
+"""Of large bf16 products on an H200, measured in the step; slower cards make launches cheaper by
+comparison, so they are only ever given too few micro-batches, which costs little."""
+
+LAUNCH_SECONDS_PER_BLOCK = 4e-3
+"""Time in which the host queues one block's forward and backward, measured: no micro-batch takes
+less."""
+
 WEIGHT_PASS_TOKENS = 200
 """Dequantising weights once takes about as long as passing this many tokens through them: 2.5 bytes
 a weight at 4.8 TB/s, against 2 operations a token and weight at 800 TFLOP/s, on an H200; cards
 from the RTX 4090 on have about that ratio."""
+
+OFFLOAD_BYTES_PER_SECOND = 20e9
+"""Between device and host, a modest PCIe 4.0 x 16; it runs beside the computation."""
+
+HOST_SHARE = 0.5
+"""Of the free host memory, what may hold activations: it is pinned, and others need some."""
+
+PLAIN_REASONS = dict.fromkeys(
+    ("offload_attention", "activation_bytes", "chunk_tokens", "head_groups"),
+    "A setting of the fused path alone.",
+)
+"""Why the plain path leaves them as they are."""
 
 OLDEST_CAPABILITY = (8, 0)
 """Ampere: the first with bfloat16, which the kernels are written for."""
@@ -55,6 +75,7 @@ def fastest_fused(
     effective_batch_size: int,
     typical_tokens: int,
     recompute: str,
+    host_bytes: int,
 ) -> Workload | None:
     """The settings estimated to be fastest among those that fit; None if none does.
 
@@ -66,13 +87,16 @@ def fastest_fused(
         effective_batch_size: Sequences per optimizer step.
         typical_tokens: Mean length of a sequence.
         recompute: `config.gradient_checkpointing`.
+        host_bytes: Free host memory.
     """
     best: tuple[float, Workload] | None = None
     for work in _candidates(first, shape, effective_batch_size):
+        if _host_bytes(work, shape, adapter) > HOST_SHARE * host_bytes:
+            continue
         fitted = _fill(work, shape, adapter, limit_bytes, recompute)
         if fitted is None:
             continue
-        seconds = _relative_cost(fitted, shape, adapter, effective_batch_size, typical_tokens)
+        seconds = _step_seconds(fitted, shape, adapter, effective_batch_size, typical_tokens)
         if best is None or seconds < best[0]:
             best = seconds, fitted
     return best[1] if best else None
@@ -105,6 +129,10 @@ def fused_reasons(
         "loss_chunk_tokens": f"Logits of {min(work.loss_chunk_tokens, work.tokens)} tokens at most "
         "exist at one time; larger chunks are faster, smaller ones leaner.",
         "offload_activations": "Nothing else fits." if work.offload_activations else "Not needed.",
+        "offload_attention": "Its transfer was estimated to be faster than computing it again."
+        if work.offload_attention
+        else "Nothing that waits in host memory includes it.",
+        "activation_bytes": "The largest row with as much kept as is of use or the budget leaves.",
         "packing": "The fused path runs packed rows alone.",
         "chunk_tokens": f"The MLP of {min(work.chunk_tokens, work.tokens)} tokens at one time.",
         "head_groups": f"The gradient of attention in {work.head_groups} part(s) of the heads.",
@@ -115,8 +143,9 @@ def fused_reasons(
 def _candidates(first: Workload, shape: ModelShape, effective: int) -> Iterator[Workload]:
     sizes = [size for size in range(effective, 0, -1) if effective % size == 0]
     groups = [n for n in (1, 2, 4, 8) if shape.num_key_value_heads % n == 0]
-    offloads = (False, True) if first.device == "cuda" else (False,)
-    for size, chunk, loss, group, offload in itertools.product(
+    # (what blocks keep, attention's output too)
+    offloads = [(False, False), (True, True), (True, False)][: 3 if first.device == "cuda" else 1]
+    for size, chunk, loss, group, (offload, attention) in itertools.product(
         sizes, CHUNK_TOKENS, LOSS_CHUNK_TOKENS, groups, offloads
     ):
         yield replace(
@@ -128,6 +157,7 @@ def _candidates(first: Workload, shape: ModelShape, effective: int) -> Iterator[
             loss_chunk_tokens=loss,
             head_groups=group,
             offload_activations=offload,
+            offload_attention=attention,
         )
 
 
@@ -160,20 +190,37 @@ def _fill(
     return replace(work, activation_bytes=room, gradient_checkpointing=room < most)
 
 
-def _relative_cost(
+def _host_bytes(work: Workload, shape: ModelShape, adapter: AdapterSpec) -> int:
+    """Host memory that activations of the largest row take."""
+    if not work.offload_activations:
+        return 0
+    sizes = fused_sizes(shape, adapter, work)
+    per_token = sizes.kept_per_token()
+    return work.tokens * sum(per_token[level] for level in sizes.levels(work.tokens, 0))
+
+
+def _step_seconds(
     work: Workload, shape: ModelShape, adapter: AdapterSpec, effective: int, typical_tokens: int
 ) -> float:
-    """Time of a typical optimizer step, in tokens that pass the model forward and backward."""
+    """Estimated time of a typical optimizer step on an H200, for comparison alone."""
     tokens = effective * typical_tokens
     micro_batches = math.ceil(tokens / work.capacity_tokens)
     row = row_tokens(math.ceil(tokens / micro_batches))
     sizes: FusedSizes = fused_sizes(shape, adapter, work)
     levels = sizes.levels(row, work.activation_bytes)
-    again = sizes.recomputed_share(levels, typical_tokens)
-    head_share = shape.vocab_size * shape.hidden_size / shape.linear_parameters
-    heads = math.ceil(row / work.loss_chunk_tokens) * head_share
-    # Groups read more of less; transfers overlap with work, but not with all of it.
-    detours = 0.01 * (work.head_groups - 1) + 0.5 * work.offload_activations
-    chunks = 0.1 * math.ceil(row / work.chunk_tokens)
-    overhead = WEIGHT_PASS_TOKENS * micro_batches * (1 + chunks + 0.5 * heads)
-    return overhead + tokens * (1 + again + detours)
+    head = shape.vocab_size * shape.hidden_size
+    chunks = math.ceil(row / work.chunk_tokens)
+    passes = (
+        1
+        + 0.1 * chunks
+        + 0.5 * head / shape.linear_parameters * math.ceil(row / work.loss_chunk_tokens)
+    )
+    operations = sizes.operations(row, levels, typical_tokens)
+    operations += 4 * shape.linear_parameters * WEIGHT_PASS_TOKENS * passes
+    # Groups of heads read the same tensors again.
+    seconds = operations * (1 + 0.01 * (work.head_groups - 1)) / FLOPS_PER_SECOND
+    seconds = max(seconds, LAUNCH_SECONDS_PER_BLOCK * shape.num_hidden_layers)
+    if work.offload_activations:
+        transfer = 2 * _host_bytes(work, shape, adapter) * row / work.tokens
+        seconds = 1.02 * max(seconds, transfer / OFFLOAD_BYTES_PER_SECOND)
+    return micro_batches * seconds

@@ -5,13 +5,16 @@ die there (c: bytes of the compute type; T: tokens of the packed row; W: of a ch
 K: hidden and MLP size, features of all query / key-value heads; g: head groups; r: padded ranks):
 
     weights        c (3 H I + r (2 I + I))             gate, up and down dequantised at one time
-    throughout     c T (H + r) + 8 T head_dim / 2      gradient of the residual stream; cos and sin
-    MLP            c W (3 I + 2 (H + r)) + c T H       gate and up, activated, normed, its gradient
-    attention      c T (Q + (9 Q + 4 K) / g)           gradient of the output; per group: q, k, their
-                                                       gradients, one of k and v per query head, and
-                                                       FlashAttention's sum of dq in fp32
-    what a level drops and the backward makes again
-    loss           c V x chunk                         logits, overwritten by their gradient
+    throughout    c T (H + r) + 4 T head_dim    gradient of the residual stream; cos and sin
+    MLP           c W (3 I + 2 (H + r))         gate and up, activated; normed, its gradient
+    attention     c T (Q + (7 Q + 4 K) / g)     gradient of the output; per group of heads: q, k and
+                                                their gradients, those of k and v per query head,
+                                                FlashAttention's sum of dq in fp32 (+ 2 Q / g where
+                                                g > 1: output and its gradient, made dense)
+    forward       c T (2 H + 2 Q + 2 K + (Q + K) / g)
+    loss          c (V + 4 H) x chunk           logits, overwritten by their gradient
+
+and, beside MLP and attention, what a level drops and the backward makes again.
 """
 
 from __future__ import annotations
@@ -19,7 +22,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qwen3ft.recompute import Level, choose_levels, kept_bytes_per_token, padded_rank
-from qwen3ft.records import ModelShape
+from qwen3ft.records import GIB, MemoryPart, ModelShape
+
+SLACK = (int(0.15 * GIB), 0.02)
+"""What the allocator holds beyond what is in use: bytes, and a share of the row's."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,7 @@ class FusedSizes:
         chunk_tokens: Tokens whose wide intermediates exist at one time.
         head_groups: In how many parts the gradient of attention is computed.
         offload: Whether what is kept waits in host memory.
+        offload_attention: Whether attention's output is among it, instead of being dropped.
     """
 
     shape: ModelShape
@@ -43,6 +50,7 @@ class FusedSizes:
     chunk_tokens: int
     head_groups: int
     offload: bool = False
+    offload_attention: bool = False
 
     @property
     def weight_bytes(self) -> int:
@@ -108,33 +116,98 @@ class FusedSizes:
         """Per block, what keeps most within `budget_bytes`; the most frugal if nothing fits."""
         blocks, per_token = self.shape.num_hidden_layers, self.kept_per_token()
         if self.offload:
-            return (Level.DROP_MIDDLE,) * blocks
+            return (Level.DROP_MIDDLE if self.offload_attention else Level.DROP_ALL,) * blocks
         for coarsest in Level:
             room = budget_bytes - self.working_bytes(tokens, coarsest)
             if blocks * tokens * per_token[coarsest] <= room:
                 return choose_levels(per_token, tokens, blocks, room)
         return (Level.DROP_ALL,) * blocks
 
-    def recomputed_share(self, levels: tuple[Level, ...], sequence_tokens: int) -> float:
-        """Products computed again, as a share of those of forward and backward.
+    def fixed_parts(self, trained: int) -> tuple[MemoryPart, ...]:
+        """Those of the parts that no row changes which differ from the plain path's.
 
         Args:
+            trained: Parameters of the adapter.
+        """
+        return (
+            MemoryPart(
+                name="dequantised layer",
+                bytes=self.weight_bytes,
+                formula="gate, up and down of one block, with their adapters",
+            ),
+            MemoryPart(
+                name="adapter",
+                bytes=4 * trained + self.adapter_bytes,
+                formula=f"{trained:,} x 4 bytes, and padded copies in the compute type",
+            ),
+            MemoryPart(
+                name="gradients",
+                bytes=8 * trained,
+                formula=f"{trained:,} x 4 bytes, and those of one micro-batch",
+            ),
+        )
+
+    def row_parts(self, tokens: int, budget_bytes: int) -> tuple[MemoryPart, ...]:
+        """The parts of the largest row, and what lies beside it.
+
+        Args:
+            tokens: Of the largest row.
+            budget_bytes: What any row may take.
+        """
+        blocks = self.shape.num_hidden_layers
+        levels = self.levels(tokens, budget_bytes)
+        row, working = self.row_bytes(tokens, levels), self.working_bytes(tokens, max(levels))
+        most = self.row_bytes(tokens, (Level.KEEP_ALL,) * blocks)
+        rest = 0 if self.offload else max(0, min(budget_bytes, most) - row)
+        slack_bytes, slack_share = SLACK
+        kept = ", ".join(f"{levels.count(each)} x {each.name}" for each in sorted(set(levels)))
+        return (
+            MemoryPart(
+                name="kept activations",
+                bytes=row - working,
+                formula=f"{tokens:,} tokens; blocks: {kept}"
+                + ("; the rest waits in host memory" if self.offload else ""),
+            ),
+            MemoryPart(
+                name="working memory",
+                bytes=working,
+                formula="largest of one block's MLP and attention, and a loss chunk",
+            ),
+            MemoryPart(
+                name="kept of smaller rows",
+                bytes=rest,
+                formula="shorter rows keep more, up to the same sum",
+            ),
+            MemoryPart(
+                name="allocator slack",
+                bytes=slack_bytes + int(slack_share * (row + rest)),
+                formula=f"{slack_bytes / GIB:.2f} GB and {slack_share:.0%} of the three above",
+            ),
+        )
+
+    def operations(self, tokens: int, levels: tuple[Level, ...], sequence_tokens: int) -> float:
+        """Floating-point operations of a row's forward and backward, those done again included.
+
+        Products alone, 2 a multiplication; the frozen weights have no gradient.
+
+        Args:
+            tokens: Of the row.
             levels: Per block.
             sequence_tokens: Length of a typical sequence, which attention's cost depends on.
         """
         shape = self.shape
         query, key = _features(shape)
-        attention = query * sequence_tokens  # causal: half of 2 x 2 x tokens x features
-        costs = {
+        attention = 2 * query * sequence_tokens  # causal: half of two products
+        again = {
             Level.DROP_GATE_UP: 4 * shape.hidden_size * shape.intermediate_size,
             Level.DROP_QKV: 2 * shape.hidden_size * (query + 2 * key),
             Level.DROP_MIDDLE: 2 * shape.hidden_size * query,
-            Level.DROP_ALL: 2 * attention,
+            Level.DROP_ALL: attention,
         }
         linear = 2 * shape.linear_parameters // shape.num_hidden_layers
-        whole = len(levels) * (2 * linear + 7 * attention)
-        again = sum(cost for level in levels for at, cost in costs.items() if level >= at)
-        return again / whole
+        blocks = len(levels) * (2 * linear + 3.5 * attention)
+        blocks += sum(cost for level in levels for at, cost in again.items() if level >= at)
+        return tokens * (blocks + 4 * shape.vocab_size * shape.hidden_size)
 
 
 def _features(shape: ModelShape) -> tuple[int, int]:

@@ -66,8 +66,7 @@ class LateNumbers:
         if numbers.is_cuda:
             pinned = torch.empty(2, dtype=torch.float32, pin_memory=True)
             numbers = pinned.copy_(numbers, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
+            arrived = torch.cuda.current_stream().record_event()
         self._queue.append(_OnItsWay(step, epoch, learning_rate, numbers, arrived))
 
     def take(self, *, everything: bool = False) -> list[StepNumbers]:

@@ -194,6 +194,9 @@ class TrainPlan(Record):
     gradient_checkpointing: bool
     loss_chunk_tokens: int = Field(description="Trained tokens whose logits exist at one time.")
     offload_activations: bool = False
+    offload_attention: bool = Field(
+        False, description="Fused: also attention's output, which is not computed again then."
+    )
     activation_bytes: int = Field(
         0,
         description="Fused: what a packed row may take, kept activations and working memory; each "

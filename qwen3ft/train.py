@@ -23,12 +23,13 @@ from qwen3ft.callbacks import (
     StopOnRequest,
     StopRequest,
 )
+from qwen3ft.checkpoint_writer import read_adapter_files
 from qwen3ft.errors import CheckpointCorruptError, TrainingFailureError
 from qwen3ft.faults import planted_faults
 from qwen3ft.logs import get_logger
 from qwen3ft.records import AttemptOutcome, TrainPlan
 from qwen3ft.storage import find_damage
-from qwen3ft.trainer import QATrainer, save_adapter_files
+from qwen3ft.trainer import QATrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -132,7 +133,10 @@ class TrainingEngine:
         """
         if self.plan.resume_from:
             logger.info("continuing from %s", self.plan.resume_from)
-        trainer.train(resume_from_checkpoint=self.plan.resume_from)
+        try:
+            trainer.train(resume_from_checkpoint=self.plan.resume_from)
+        finally:
+            trainer.writer.wait()
         if self.stop.signal_name is not None and not self._finished(trainer):
             raise self.stop.error()
         return trainer
@@ -150,7 +154,7 @@ class TrainingEngine:
             for name in ("adapter_model.safetensors", "adapter_config.json"):
                 shutil.copy2(best.path / name, folder / name)
         else:
-            save_adapter_files(trainer.model, folder)
+            read_adapter_files(trainer.model)(folder)
 
     def outcome(self, trainer: QATrainer) -> AttemptOutcome:
         """What was achieved.

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerControl
 
@@ -42,37 +42,40 @@ from qwen3ft.batches import (
     real_tokens,
     trained_tokens,
 )
+from qwen3ft.checkpoint_writer import ADAPTER_NAME, CheckpointWriter
 from qwen3ft.errors import CheckpointCorruptError, DivergedError
 from qwen3ft.fused import fused_step
 from qwen3ft.late import LateNumbers
 from qwen3ft.loss import summed_loss
 from qwen3ft.packing import pack, rows_at_a_time
 from qwen3ft.plan import workload_of
-from qwen3ft.training_state import load_optimizer_state, load_rng_state, save_training_state
+from qwen3ft.training_state import load_optimizer_state, load_rng_state
 
 if TYPE_CHECKING:
+    from qwen3ft.fused.step import FusedStep
     from qwen3ft.records import TrainPlan
-
-ADAPTER_NAME = "adapter_model.safetensors"
-STATE_NAME = "trainer_state.json"
 
 
 class QATrainer(Trainer):
     """The Trainer of one attempt; `plan` says how, `checkpoints` is where."""
 
     control: TrainerControl
+    data_collator: Any
+    _globalstep_last_logged: int
 
     def __init__(self, *args: Any, plan: TrainPlan, checkpoints: Path, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.plan = plan
-        self.checkpoints = checkpoints
+        self.writer = CheckpointWriter(
+            checkpoints, plan.keep_checkpoints, background=plan.device == "cuda"
+        )
         self.step_tokens = 0
         self.late = LateNumbers(lag=1 if plan.device == "cuda" else 0)
-        self.fused = None
+        self.fused: FusedStep | None = None
         if plan.kernels == "fused":
             self.fused = fused_step(self.accelerator.unwrap_model(self.model), plan)
             self.data_collator = PackedCollator(self.data_collator.pad_token_id)
-        self._weights = sum(p.numel() for p in self.model.parameters())
+        self._weights = plan.model.shape.linear_parameters + plan.adapter.trainable_parameters
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the whole batch's tokens
         self.order = EffectiveBatchOrder(
             self.train_dataset.with_format("numpy")["length"][:],
@@ -137,11 +140,12 @@ class QATrainer(Trainer):
         }
 
     def floating_point_ops(self, inputs: list[MicroBatch]) -> int:
-        """6 per weight and token (Kaplan et al. 2020, arXiv:2001.08361), as transformers counts.
+        """6 per token and weight of the blocks (Kaplan et al. 2020, arXiv:2001.08361).
 
         Counted here because transformers goes through all parameters to count them each time.
         """
-        return 6 * self._weights * sum(batch["input_ids"].numel() for batch in inputs)
+        tokens: int = sum(batch["input_ids"].numel() for batch in inputs)
+        return 6 * self._weights * tokens
 
     def compute_loss(
         self,
@@ -255,17 +259,8 @@ class QATrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         facts = {**checkpoint.lineage(self.plan), "learning_rate": self.plan.learning_rate}
-        checkpoint.commit(self.checkpoints, self.state.global_step, self._fill_checkpoint, facts)
-        checkpoint.prune(
-            self.checkpoints,
-            keep=self.plan.keep_checkpoints,
-            best_step=self.state.best_global_step,
-        )
-
-    def _fill_checkpoint(self, folder: Path) -> None:
-        save_adapter_files(self.model, folder)
-        save_training_state(folder, _innermost(self.optimizer), self.lr_scheduler)
-        self.state.save_to_json(str(folder / STATE_NAME))
+        optimizer = _innermost(self.optimizer)
+        self.writer.save(self.model, optimizer, self.lr_scheduler, self.state, facts)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         stored = load_file(Path(resume_from_checkpoint) / ADAPTER_NAME)
@@ -289,19 +284,6 @@ class QATrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             load_rng_state(Path(checkpoint))
-
-
-def save_adapter_files(model: Any, folder: Path) -> None:
-    """Write PEFT's adapter_model.safetensors and adapter_config.json into `folder`."""
-    tensors = {
-        name: tensor.detach().cpu().contiguous()
-        for name, tensor in get_peft_model_state_dict(model).items()
-    }
-    save_file(tensors, folder / ADAPTER_NAME, metadata={"format": "pt"})
-    config = model.peft_config[model.active_adapter]
-    training_mode, config.inference_mode = config.inference_mode, True
-    config.save_pretrained(str(folder))
-    config.inference_mode = training_mode
 
 
 def _innermost(optimizer: Any) -> torch.optim.Optimizer:

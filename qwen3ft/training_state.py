@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import random
+from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,18 @@ TENSORS_NAME = "training_state.safetensors"
 VALUES_NAME = "training_state.json"
 
 
-def save_training_state(
-    folder: Path,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-) -> None:
-    """Write the state of `optimizer`, `scheduler` and all generators into `folder`."""
+@dataclass(frozen=True)
+class TrainingState:
+    """Copies of everything, in host memory: tensors by name, and plain values."""
+
+    tensors: dict[str, torch.Tensor]
+    values: dict[str, Any]
+
+
+def read_training_state(
+    optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler
+) -> TrainingState:
+    """The state of `optimizer`, `scheduler` and all generators at this moment."""
     optimizer_state = optimizer.state_dict()
     tensors = {"rng.torch": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -33,7 +41,8 @@ def save_training_state(
     for index, entries in optimizer_state["state"].items():
         for name, value in entries.items():
             if isinstance(value, torch.Tensor):
-                tensors[f"optimizer.{index}.{name}"] = value.detach().cpu().contiguous()
+                copied = value.detach().to("cpu", copy=True).contiguous()
+                tensors[f"optimizer.{index}.{name}"] = copied
             else:
                 values[f"optimizer.{index}.{name}"] = value
     numpy_state = np.random.get_state(legacy=False)
@@ -51,8 +60,14 @@ def save_training_state(
             },
         },
     }
-    save_file(tensors, folder / TENSORS_NAME)
-    (folder / VALUES_NAME).write_text(json.dumps(content, default=_plain), encoding="utf-8")
+    return TrainingState(tensors, deepcopy(content))
+
+
+def write_training_state(folder: Path, state: TrainingState) -> None:
+    """Write `state` into `folder`."""
+    save_file(state.tensors, folder / TENSORS_NAME)
+    text = json.dumps(state.values, default=_plain)
+    (folder / VALUES_NAME).write_text(text, encoding="utf-8")
 
 
 def load_optimizer_state(

@@ -328,9 +328,19 @@ def test_tmp_fused(prepare: Any, make_plan: Any) -> None:
     plan = make_plan(total_steps=6, evaluate_every_steps=3)
     _, a = prepare(plan)
     ga = first_step_gradients(a)
-    fused = plan.model_copy(update=dict(kernels="fused", packing=True, chunk_tokens=64, activation_bytes=2*10**6, loss_chunk_tokens=64, attempt=2))
+    fused = plan.model_copy(
+        update=dict(
+            kernels="fused",
+            packing=True,
+            chunk_tokens=64,
+            activation_bytes=2 * 10**6,
+            loss_chunk_tokens=64,
+            attempt=2,
+        )
+    )
     e, b = prepare(fused)
     gb = first_step_gradients(b)
-    for n in ga: torch.testing.assert_close(ga[n], gb[n], rtol=1e-3, atol=1e-6)
+    for n in ga:
+        torch.testing.assert_close(ga[n], gb[n], rtol=1e-3, atol=1e-6)
     e.train_model(b)
     print(e.outcome(b))

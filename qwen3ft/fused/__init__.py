@@ -36,4 +36,5 @@ def fused_step(model: Any, plan: TrainPlan) -> FusedStep:
         loss_chunk_tokens=plan.loss_chunk_tokens,
         chunk_tokens=plan.chunk_tokens,
         head_groups=plan.head_groups,
+        offload=plan.offload_activations,
     )

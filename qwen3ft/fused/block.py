@@ -12,12 +12,13 @@ long sequence never exist whole.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from qwen3ft.fused.attention import Segments, attend, attend_backward
+from qwen3ft.fused.offload import Stashed
 from qwen3ft.fused.projections import AdapterGradient, ElementWise, SharedInput, SingleProjection
 from qwen3ft.recompute import Level
 
@@ -55,20 +56,32 @@ class Kept:
     Attributes:
         x: The block's input, (T, hidden).
         qkv: Before norms and rotation, (T, (query + 2 key-value heads) x head_dim).
-        attended: Output of attention, (T, query heads, head_dim), and its log-sum-exp.
+        attended: Output of attention, (T, query heads, head_dim).
+        log_sum_exp: Of its scores, (query heads, T).
         attended_low: Its product with o's A, (T, rank).
         x_mid: Between attention and MLP, (T, hidden).
         gate_up: (chunk, 2 x intermediate) of each chunk.
         activated_low: Product of the MLP's inner activation with down's A, (T, rank).
+        away: Of these, by name, those that wait in host memory.
     """
 
-    x: torch.Tensor
+    x: torch.Tensor | None
     qkv: torch.Tensor | None = None
-    attended: tuple[torch.Tensor, torch.Tensor] | None = None
+    attended: torch.Tensor | None = None
+    log_sum_exp: torch.Tensor | None = None
     attended_low: torch.Tensor | None = None
     x_mid: torch.Tensor | None = None
     gate_up: list[torch.Tensor] | None = None
     activated_low: torch.Tensor | None = None
+    away: dict[str, Stashed] = field(default_factory=dict)
+
+    def pop_large(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Take out, with its name, each large tensor that is worth waiting elsewhere."""
+        for name in ("x", "attended", "log_sum_exp", "x_mid", "qkv"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                setattr(self, name, None)
+                yield name, tensor
 
 
 class FusedBlock:
@@ -97,11 +110,12 @@ class FusedBlock:
         """The block's output, (T, hidden), and what `level` keeps."""
         kept = Kept(x)
         qkv = self._project(x, row)
-        attended = self._attend(qkv, row)
+        attended, log_sum_exp = self._attend(qkv, row)
         kept.qkv = qkv if level < Level.DROP_QKV else None
         del qkv
-        x_mid, kept.attended_low = self.o.forward(attended[0].flatten(1), self.o.weight(), x)
-        kept.attended = attended if level < Level.DROP_ALL else None
+        x_mid, kept.attended_low = self.o.forward(attended.flatten(1), self.o.weight(), x)
+        if level < Level.DROP_ALL:
+            kept.attended, kept.log_sum_exp = attended, log_sum_exp
         del attended
         kept.x_mid = x_mid if level < Level.DROP_MIDDLE else None
         y, low, gate_up = self._mlp(x_mid, row, keep=level == Level.KEEP_ALL)
@@ -117,11 +131,12 @@ class FusedBlock:
             kept: From `forward`; emptied.
             row: As it was given to `forward`.
         """
+        assert kept.x is not None
         if kept.attended is None:
             kept.qkv = self._project(kept.x, row)
-            kept.attended = self._attend(kept.qkv, row)
+            kept.attended, kept.log_sum_exp = self._attend(kept.qkv, row)
         if kept.x_mid is None:
-            kept.x_mid, _ = self.o.forward(kept.attended[0].flatten(1), self.o.weight(), kept.x)
+            kept.x_mid, _ = self.o.forward(kept.attended.flatten(1), self.o.weight(), kept.x)
         mlp_gradients = self._mlp_backward(d_extended, kept, row)
         kept.x_mid = None
         if kept.qkv is None:
@@ -158,7 +173,8 @@ class FusedBlock:
 
     def _attend(self, qkv: torch.Tensor, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
         """Output of attention, (T, query heads, head_dim), and its log-sum-exp, (heads, T)."""
-        parts = [self._attend_heads(*heads, row) for heads in self._groups(row, *self._heads(qkv))]
+        groups = self._groups(row, *self._heads(qkv))
+        parts = [self._attend_heads(q, k, v, row) for q, k, v in groups]
         if len(parts) == 1:
             return parts[0]
         outs, log_sum_exps = zip(*parts, strict=True)
@@ -174,13 +190,17 @@ class FusedBlock:
         """Tensors of (T, heads, head_dim) split by heads into `row.head_groups` parts."""
         return zip(*(tensor.chunk(row.head_groups, dim=1) for tensor in heads), strict=True)
 
-    def _heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q, k and v as views of (T, heads, head_dim)."""
-        sizes = (self.query_heads, self.key_heads, self.key_heads)
-        return qkv.view(len(qkv), -1, self.head_dim).split(sizes, dim=1)
+        heads = qkv.view(len(qkv), -1, self.head_dim)
+        keys = self.query_heads + self.key_heads
+        return heads[:, : self.query_heads], heads[:, self.query_heads : keys], heads[:, keys:]
 
     def _rotated(self, norm: Any, heads: torch.Tensor, row: Row) -> torch.Tensor:
-        return self.ops.norm_rotate(heads, norm.weight, row.cos, row.sin, norm.variance_epsilon)
+        rotated: torch.Tensor = self.ops.norm_rotate(
+            heads, norm.weight, row.cos, row.sin, norm.variance_epsilon
+        )
+        return rotated
 
     def _attention_backward(
         self, d_extended: torch.Tensor, kept: Kept, row: Row
@@ -188,12 +208,13 @@ class FusedBlock:
         """Overwrite `kept.qkv` with its gradient; returns those of o's adapter."""
         assert kept.qkv is not None
         assert kept.attended is not None
+        assert kept.log_sum_exp is not None
         assert kept.attended_low is not None
         total = AdapterGradient()
-        out, log_sum_exp = kept.attended
+        out, log_sum_exp = kept.attended, kept.log_sum_exp
         d_out = self.o.input_gradient(d_extended, self.o.weight())
         self.o.adapter_gradient(d_extended, out.flatten(1), kept.attended_low, total)
-        kept.attended = kept.attended_low = None
+        kept.attended = kept.log_sum_exp = kept.attended_low = None
         d_out = d_out.view_as(out)
         groups = self._groups(row, d_out, out, *self._heads(kept.qkv))
         log_sum_exps = log_sum_exp.chunk(row.head_groups)
@@ -222,7 +243,7 @@ class FusedBlock:
     def _mlp(
         self, x_mid: torch.Tensor, row: Row, *, keep: bool
     ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor] | None]:
-        """Its output, products with down's A, and products of gate and up if they are to be kept."""
+        """Its output, products with down's A, and those of gate and up if they are kept."""
         wide, narrow = self.gate_up.weight(), self.down.weight()
         y = torch.empty_like(x_mid)
         lows, kept = [], []

@@ -5,7 +5,7 @@ dequantised once for all products of a pass with it. The adapter's products ride
 few more columns or rows of the dequantised matrix, because reading a wide activation a second time
 for them costs more than they do themselves:
 
-- `SharedInput`, projections of one input (q, k and v; gate and up): the input is stored as [x | x A'],
+- `SharedInput`, projections of one input (q, k, v; gate, up): the input is stored as [x | x A'],
   the weight as [W | s B], so one product gives y, and dy [W | s B] = [dx of W | d(x A')].
 - `SingleProjection` (o; down), wide in and narrow out: the gradient is stored as [dy | dy s B],
   the weight as [W ; A] below each other, so one product gives all of dx.
@@ -71,15 +71,14 @@ class _Adapted:
         self.b = torch.zeros(self.out_features, self.rank, dtype=dtype, device=device)
 
     @property
-    def parameters(self) -> list[torch.nn.Parameter]:
+    def parameters(self) -> list[torch.Tensor]:
         """A and B of each projection, in the order of `gradients`."""
         return [p for pair in zip(self.down, self.up, strict=True) for p in pair]
 
-    def read_adapters(self) -> None:
-        """Take over the adapter's parameters, rounded to the type of the products."""
-        for a, b, down, up in zip(*self._blocks(self.a, self.b), self.down, self.up, strict=True):
-            a.copy_(down)
-            torch.mul(up, self.scale, out=b) if b.dtype == up.dtype else b.copy_(up * self.scale)
+    @property
+    def copies(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Where A and s B of each projection stand in `a` and `b`."""
+        return self._blocks(self.a, self.b)
 
     def gradients(self, total: AdapterGradient) -> list[torch.Tensor]:
         """Gradients of `parameters`; those of B lack the factor `scale`."""
@@ -165,7 +164,7 @@ class SingleProjection(_Adapted):
         residual: torch.Tensor,
         out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """residual + y, (tokens, out), and x A', (tokens, rank)."""
+        """The residual + y, (tokens, out), and x A', (tokens, rank)."""
         low = x @ self.a.t()
         result = torch.addmm(residual, x, weight[: self.out_features].t(), out=out)
         return result.addmm_(low, self.b.t()), low
@@ -188,7 +187,7 @@ class SingleProjection(_Adapted):
 
 
 def _sum_fp32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left @ right, a sum over many tokens, in fp32."""
+    """A product that sums over many tokens, in fp32."""
     if left.is_cuda and left.dtype != torch.float32:
         return torch.mm(left, right, out_dtype=torch.float32)
     return (left @ right).float()

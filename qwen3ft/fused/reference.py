@@ -28,7 +28,7 @@ def dequantize(weight: FourBitWeight, out: torch.Tensor) -> None:
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
-    """out = weight x / rms(x), row by row of (T, hidden).
+    """Store weight x / rms(x), row by row of (T, hidden).
 
     Zhang and Sennrich 2019, arXiv:1910.07467.
     """
@@ -79,7 +79,11 @@ def norm_rotate_backward(
 
     Args:
         d_out: (T, heads, head_dim).
-        heads, weight, cos, sin, eps: As they were given to `norm_rotate`.
+        heads: As it was given to `norm_rotate`.
+        weight: The same.
+        cos: The same.
+        sin: The same.
+        eps: The same.
     """
     first, second = d_out.float().chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
@@ -88,7 +92,7 @@ def norm_rotate_backward(
 
 
 def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:
-    """out = silu(gate) x up (Shazeer 2020, arXiv:2002.05202).
+    """Store silu(gate) x up (Shazeer 2020, arXiv:2002.05202).
 
     Args:
         gate_up: (T, 2 x intermediate): gate and up beside each other.

@@ -16,6 +16,7 @@ import torch
 
 from qwen3ft.fused.attention import Segments
 from qwen3ft.fused.block import FusedBlock, Kept, Row
+from qwen3ft.fused.offload import HostStash
 from qwen3ft.fused.projections import ElementWise
 from qwen3ft.recompute import Level
 
@@ -45,6 +46,7 @@ class FusedStep:
         loss_chunk_tokens: Targets whose logits exist at one time.
         chunk_tokens: Tokens whose wide intermediates exist at one time.
         head_groups: In how many parts the gradient of attention is computed.
+        offload: Whether what blocks keep waits in host memory.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class FusedStep:
         loss_chunk_tokens: int,
         chunk_tokens: int,
         head_groups: int = 1,
+        offload: bool = False,
     ) -> None:
         base = model.get_base_model()
         self.ops = ops
@@ -64,18 +67,18 @@ class FusedStep:
         self.chunk_tokens = chunk_tokens
         self.head_groups = head_groups
         self.embedding, self.head = base.model.embed_tokens.weight, base.lm_head.weight
+        self.stash = HostStash(self.embedding.device) if offload else None
         self.norm, self.rotary = base.model.norm, base.model.rotary_emb
         self.blocks = [FusedBlock(block, ops) for block in base.model.layers]
-        self.parameters = [
-            p for block in self.blocks for group in block.groups for p in group.parameters
-        ]
+        groups = [group for block in self.blocks for group in block.groups]
+        self.parameters = [parameter for group in groups for parameter in group.parameters]
         self.factors = [
-            factor
-            for block in self.blocks
-            for group in block.groups
-            for _ in group.down
-            for factor in (1.0, group.scale)
+            factor for group in groups for _ in group.down for factor in (1.0, group.scale)
         ]
+        # As lists for all blocks: calls for one small tensor each would take longer than the work.
+        self._a, self._b = self.parameters[0::2], self.parameters[1::2]
+        self._a_copies = [a for group in groups for a in group.copies[0]]
+        self._b_copies = [b for group in groups for b in group.copies[1]]
 
     def __call__(self, batch: dict[str, Any]) -> torch.Tensor:
         """Negative log-likelihood in nats, summed over targets: fp32, scalar, differentiable.
@@ -95,6 +98,7 @@ class FusedStep:
         for block, level in zip(self.blocks, self.choose_levels(len(hidden)), strict=True):
             hidden, of_block = block.forward(hidden, row, level)
             kept.append(of_block)
+            self._away(of_block)
         d_extended = hidden.new_zeros(len(hidden), hidden.shape[1] + self.blocks[-1].down.rank)
         loss = self._loss(hidden, batch, d_extended)
         return loss, _Pass(row, kept, d_extended)
@@ -103,10 +107,25 @@ class FusedStep:
         """`factor` times the gradients of `parameters`, in fp32."""
         gradients: list[torch.Tensor] = []
         for block in reversed(self.blocks):
-            gradients[:0] = block.backward(state.d_extended, state.kept.pop(), state.row)
+            kept = state.kept.pop()
+            self._back(kept, state.kept[-1] if state.kept else None)
+            gradients[:0] = block.backward(state.d_extended, kept, state.row)
         torch._foreach_mul_(gradients, self.factors)
         torch._foreach_mul_(gradients, factor)
         return gradients
+
+    def _away(self, kept: Kept) -> None:
+        """Send off what a block keeps, if it is to wait in host memory."""
+        if self.stash is not None:
+            kept.away = {name: self.stash.put(tensor) for name, tensor in kept.pop_large()}
+
+    def _back(self, kept: Kept, next_kept: Kept | None) -> None:
+        """Have what a block keeps, and start fetching what the next one does."""
+        if self.stash is not None:
+            for name, stashed in kept.away.items():
+                setattr(kept, name, self.stash.take(stashed))
+            for stashed in next_kept.away.values() if next_kept else ():
+                self.stash.fetch(stashed)
 
     def _evaluate(self, batch: dict[str, Any]) -> torch.Tensor:
         hidden, row = self._enter(batch)
@@ -117,15 +136,15 @@ class FusedStep:
     def _enter(self, batch: dict[str, Any]) -> tuple[torch.Tensor, Row]:
         """The embedded row, (T, hidden), and what all blocks share."""
         device = self.embedding.device
-        for block in self.blocks:
-            for group in block.groups:
-                group.read_adapters()
+        self._read_adapters()
         positions = batch["position_ids"].to(device, non_blocking=True)
         half = self.rotary.inv_freq.numel()
         cos, sin = self.rotary(self.norm.weight.float(), positions)
         row = Row(
             segments=Segments(
-                batch["cu_seqlens"].to(device, non_blocking=True), batch["max_length"]
+                batch["cu_seqlens"].to(device, non_blocking=True),
+                batch["max_length"],
+                tuple(batch["cu_seqlens"].tolist()),
             ),
             cos=cos[0, :, :half].contiguous(),
             sin=sin[0, :, :half].contiguous(),
@@ -134,6 +153,11 @@ class FusedStep:
         )
         ids = batch["input_ids"].to(device, non_blocking=True)[0]
         return torch.nn.functional.embedding(ids, self.embedding), row
+
+    def _read_adapters(self) -> None:
+        """Take over the parameters, rounded to the type of the products; B times its factor."""
+        torch._foreach_copy_(self._a_copies, self._a)
+        torch._foreach_copy_(self._b_copies, torch._foreach_mul(self._b, self.factors[1::2]))
 
     def _loss(
         self, hidden: torch.Tensor, batch: dict[str, Any], d_extended: torch.Tensor | None
@@ -156,6 +180,7 @@ class FusedStep:
                 d_last = torch.zeros_like(last)
                 self.ops.rms_norm_backward(logits @ self.head, last, norm, eps, d_last)
                 d_extended[:, : hidden.shape[1]].index_copy_(0, chunk, d_last)
+            del logits  # before those of the next chunk are made
         return total
 
 
