@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 logger = get_logger("train")
 
 LOG_EVERY_SECONDS = 5.0
+MEASURE_MEMORY_EVERY_SECONDS = 1.0
+"""Asking NVML and the allocator at every step would take several per cent of a fast one."""
 
 
 class Heartbeat:
@@ -71,6 +73,8 @@ class ProgressCallback(TrainerCallback):
         self._clock = time.perf_counter()
         self._tokens: dict[int, int] = {}
         self._last_line = 0.0
+        self._memory: MemoryStatus | None = None
+        self._measured = 0.0
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -141,7 +145,7 @@ class ProgressCallback(TrainerCallback):
             self.trained_seconds += seconds
             self.trained_tokens += tokens
             tokens_per_second = tokens / max(seconds, 1e-9)
-        status = self.memory.status()
+        status = self._memory_status()
         metrics = TrainingMetrics(
             epoch=logs["epoch"] or 0.0,
             step=step,
@@ -162,6 +166,13 @@ class ProgressCallback(TrainerCallback):
             },
         )
         self._say(metrics, state, status)
+
+    def _memory_status(self) -> MemoryStatus:
+        """Memory at this moment, or not long ago."""
+        now = time.monotonic()
+        if self._memory is None or now - self._measured >= MEASURE_MEMORY_EVERY_SECONDS:
+            self._memory, self._measured = self.memory.status(), now
+        return self._memory
 
     def _say(self, metrics: TrainingMetrics, state: TrainerState, status: MemoryStatus) -> None:
         if metrics.held_out_loss is not None:

@@ -49,6 +49,8 @@ def build_card(
         held_out_loss_after=outcome.best_held_out_loss,
         peak_memory_gb=outcome.peak_memory_gb,
         budget_gb=plan.max_memory_gb,
+        tokens_per_second=outcome.tokens_per_second,
+        kernels=f"{plan.kernels}: {plan.reasons.get('kernels', '')}".rstrip(": "),
         seconds_by_stage=dict(seconds_by_stage),
         attempts=tuple(attempts),
         verdict=f"{verdict.decision}: " + "; ".join(verdict.reasons),
@@ -72,6 +74,10 @@ def to_markdown(card: RunCard) -> str:
         f"| peak memory | {card.peak_memory_gb:.2f} of {card.budget_gb:g} GB |",
         f"| adapter | `{card.adapter_path}` |",
     ]
+    if card.tokens_per_second is not None:
+        lines.append(f"| speed | {card.tokens_per_second:,.0f} tokens/s |")
+    if card.kernels:
+        lines.append(f"| kernels | {card.kernels} |")
     if card.mlflow_url:
         lines.append(f"| MLflow | [this run]({card.mlflow_url}) |")
     lines += ["", "| questions | rows | base | tuned |", "|---|---|---|---|"]

@@ -93,7 +93,7 @@ def choose_workload(
             effective_batch_size=config.effective_batch_size,
             typical_tokens=-(-dataset.train.tokens // dataset.train.rows),
             recompute=config.gradient_checkpointing,
-            host_bytes=environment.host_free_bytes,
+            host_bytes=environment.host_total_bytes,
         )
         if fused is not None:
             eval_rows = max(1, fused.capacity_tokens // fused.eval_tokens)
@@ -113,11 +113,11 @@ def choose_workload(
             return Fit(work, parts, budget_gb, reasons | given)
     frugal = _most_frugal(replace(first, packing=config.packing == "on"))
     if kernels == "fused":
-        fused = most_frugal_fused(first, model.shape, adapter)
+        fused = most_frugal_fused(first, model.shape, adapter, environment.host_free_bytes)
         frugal = min(
             (frugal, fused), key=lambda w: total_bytes(predict_memory(model.shape, adapter, w))
         )
-    raise _nothing_fits(model.shape, adapter, frugal, budget_gb, config)
+    raise _nothing_fits(model.shape, adapter, frugal, budget_gb, config, environment)
 
 
 def _kernels(
@@ -277,13 +277,16 @@ def _nothing_fits(
     frugal: Workload,
     budget_gb: float,
     config: TrainingConfig,
+    environment: EnvironmentReport,
 ) -> InsufficientMemoryError:
     """The error that says what the most frugal settings need, and what would fit."""
     parts = predict_memory(shape, adapter, frugal)
     need_gb = math.ceil(total_bytes(parts) / GIB * 100) / 100
     advice = [f"max_memory_gb of {need_gb:.2f} or more"]
     fits: dict[str, float | int] = {"max_memory_gb": need_gb}
-    if (tokens := _longest_that_fits(shape, adapter, frugal, budget_gb)) is not None:
+    host_bytes = environment.host_free_bytes
+    tokens = _longest_that_fits(shape, adapter, frugal, budget_gb, host_bytes)
+    if tokens is not None:
         advice.append(f"max_sequence_length of {tokens} or less")
         fits["max_sequence_length"] = tokens
     if config.gradient_checkpointing == "off":
@@ -306,7 +309,7 @@ def _nothing_fits(
 
 
 def _longest_that_fits(
-    shape: ModelShape, adapter: AdapterSpec, frugal: Workload, budget_gb: float
+    shape: ModelShape, adapter: AdapterSpec, frugal: Workload, budget_gb: float, host_bytes: int
 ) -> int | None:
     """The longest row, a multiple of 8 tokens, that fits the budget; None if none does."""
     lengths = range(8, frugal.sequence_tokens, 8)
@@ -314,7 +317,7 @@ def _longest_that_fits(
     def excess_bytes(tokens: int) -> float:
         work = replace(frugal, sequence_tokens=tokens, eval_tokens=min(tokens, frugal.eval_tokens))
         if work.kernels == "fused":
-            work = most_frugal_fused(work, shape, adapter)
+            work = most_frugal_fused(work, shape, adapter, host_bytes)
         return total_bytes(predict_memory(shape, adapter, work)) - budget_gb * GIB
 
     fitting = bisect.bisect_right(lengths, 0.0, key=excess_bytes)

@@ -19,7 +19,7 @@ from qwen3ft.recompute import Level
 from qwen3ft.records import GIB, AdapterSpec, EnvironmentReport, ModelShape, ModelSnapshot
 
 CHUNK_TOKENS = (16384, 8192, 4096, 2048)
-LOSS_CHUNK_TOKENS = (2048, 1024, 512, 256)
+LOSS_CHUNK_TOKENS = (2048, 1024, 512, 256, 128)
 FLOPS_PER_SECOND = 600e12
 """Of large bf16 products on an H200, measured in the step; slower cards make launches cheaper by
 comparison, so they are only ever given too few micro-batches, which costs little."""
@@ -37,7 +37,7 @@ OFFLOAD_BYTES_PER_SECOND = 20e9
 """Between device and host, a modest PCIe 4.0 x 16; it runs beside the computation."""
 
 HOST_SHARE = 0.5
-"""Of the free host memory, what may hold activations: it is pinned, and others need some."""
+"""Of the host's memory, what may hold activations: it is pinned, and others need the rest."""
 
 PLAIN_REASONS = dict.fromkeys(
     ("offload_attention", "activation_bytes", "chunk_tokens", "head_groups"),
@@ -87,7 +87,7 @@ def fastest_fused(
         effective_batch_size: Sequences per optimizer step.
         typical_tokens: Mean length of a sequence.
         recompute: `config.gradient_checkpointing`.
-        host_bytes: Free host memory.
+        host_bytes: Memory of the host.
     """
     best: tuple[float, Workload] | None = None
     for work in _candidates(first, shape, effective_batch_size):
@@ -102,12 +102,19 @@ def fastest_fused(
     return best[1] if best else None
 
 
-def most_frugal_fused(first: Workload, shape: ModelShape, adapter: AdapterSpec) -> Workload:
+def most_frugal_fused(
+    first: Workload, shape: ModelShape, adapter: AdapterSpec, host_bytes: int
+) -> Workload:
     """One sequence at a time, and everything else at its least."""
-    work = list(_candidates(first, shape, 1))[-1]
-    sizes = fused_sizes(shape, adapter, work)
-    room = sizes.row_bytes(work.tokens, sizes.levels(work.tokens, 0))
-    return replace(work, activation_bytes=room, gradient_checkpointing=True)
+    work = next(
+        work
+        for work in reversed(list(_candidates(first, shape, 1)))
+        if _host_bytes(work, shape, adapter) <= HOST_SHARE * host_bytes
+    )
+    sizes, blocks = fused_sizes(shape, adapter, work), shape.num_hidden_layers
+    recomputed = sizes.levels(work.tokens, 0)
+    levels = recomputed if first.gradient_checkpointing else (Level.KEEP_ALL,) * blocks
+    return replace(work, activation_bytes=sizes.row_bytes(work.tokens, levels))
 
 
 def fused_reasons(
@@ -144,7 +151,9 @@ def _candidates(first: Workload, shape: ModelShape, effective: int) -> Iterator[
     sizes = [size for size in range(effective, 0, -1) if effective % size == 0]
     groups = [n for n in (1, 2, 4, 8) if shape.num_key_value_heads % n == 0]
     # (what blocks keep, attention's output too)
-    offloads = [(False, False), (True, True), (True, False)][: 3 if first.device == "cuda" else 1]
+    offloads = [(False, False)]
+    if first.device == "cuda" and first.gradient_checkpointing:
+        offloads += [(True, True), (True, False)]
     for size, chunk, loss, group, (offload, attention) in itertools.product(
         sizes, CHUNK_TOKENS, LOSS_CHUNK_TOKENS, groups, offloads
     ):
@@ -167,7 +176,7 @@ def _fill(
     """`work` with as much for its rows as the budget leaves, or None if the least is too much."""
     sizes, blocks = fused_sizes(shape, adapter, work), shape.num_hidden_layers
     least = sizes.row_bytes(work.tokens, sizes.levels(work.tokens, 0))
-    most = sizes.row_bytes(work.tokens, (Level.KEEP_ALL,) * blocks)
+    most = everything = sizes.row_bytes(work.tokens, (Level.KEEP_ALL,) * blocks)
     if recompute == "on" or work.offload_activations:
         most = least
     elif recompute == "off":
@@ -187,7 +196,7 @@ def _fill(
         # Slack is a share of it, so the sum is linear in between.
         share = (limit_bytes - bytes_of[least]) / (bytes_of[most] - bytes_of[least])
         room = least + int(share * (most - least))
-    return replace(work, activation_bytes=room, gradient_checkpointing=room < most)
+    return replace(work, activation_bytes=room, gradient_checkpointing=room < everything)
 
 
 def _host_bytes(work: Workload, shape: ModelShape, adapter: AdapterSpec) -> int:
@@ -222,5 +231,5 @@ def _step_seconds(
     seconds = max(seconds, LAUNCH_SECONDS_PER_BLOCK * shape.num_hidden_layers)
     if work.offload_activations:
         transfer = 2 * _host_bytes(work, shape, adapter) * row / work.tokens
-        seconds = 1.02 * max(seconds, transfer / OFFLOAD_BYTES_PER_SECOND)
+        seconds = 1.1 * max(seconds, transfer / OFFLOAD_BYTES_PER_SECOND)
     return micro_batches * seconds

@@ -1,7 +1,10 @@
 """The levers against memory, in order: what keeps the result first, what changes it last.
 
-smaller micro-batch with more accumulation - recomputation - smaller loss chunks - activations in
-host memory (GPU only) | with consent: half the row length - half the rank
+plain: smaller micro-batch with more accumulation - recomputation - smaller loss chunks -
+activations in host memory (GPU only)
+fused: keep less of each row - smaller micro-batch - smaller loss chunks - a block's work in smaller
+parts - activations in host memory
+either, with consent: half the row length - half the rank
 
 Guarantees: pure; the effective batch is the same on every rung; the ladder ends.
 """
@@ -12,10 +15,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from qwen3ft.footprint import Workload, fused_sizes
 from qwen3ft.plan import largest_micro_batch_below, workload_of
-from qwen3ft.records import AdapterSpec, ModelShape, TrainPlan
+from qwen3ft.records import GIB, AdapterSpec, ModelShape, TrainPlan
+
+KEPT_SHARE = 0.75
+"""What a rung leaves of the room for a row's activations."""
 
 SMALLEST_LOSS_CHUNK_TOKENS = 128
+SMALLEST_CHUNK_TOKENS = 1024
 SMALLEST_SEQUENCE_TOKENS = 64
 SMALLEST_RANK = 2
 EVALUATION_PHASE = "evaluate"
@@ -43,9 +51,11 @@ def next_rungs(plan: TrainPlan, phase: str, *, allow_degraded: bool) -> list[Ste
 
 def _descend(plan: TrainPlan, phase: str, *, allow_degraded: bool) -> Iterator[Step]:
     levers: list[Callable[[TrainPlan], Step | None]] = [
+        _keep_less,
         _smaller_micro_batch,
         _recomputation,
         _smaller_loss_chunk,
+        _smaller_parts,
         _offloading,
     ]
     if phase == EVALUATION_PHASE:
@@ -65,6 +75,23 @@ def _smaller_eval_batch(plan: TrainPlan) -> Step | None:
     return Step({"eval_batch_size": size}, f"evaluation batch of {size}", True)
 
 
+def _keep_less(plan: TrainPlan) -> Step | None:
+    """Less room for a row; smaller rows alone would fill the same room."""
+    if plan.kernels == "plain":
+        return None
+    size = max(_least_bytes(plan, workload_of(plan)), int(KEPT_SHARE * plan.activation_bytes))
+    if size >= plan.activation_bytes:
+        return None
+    what = f"{size / GIB:.2f} GB for a row's activations"
+    return Step({"activation_bytes": size, "gradient_checkpointing": True}, what, True)
+
+
+def _least_bytes(plan: TrainPlan, work: Workload) -> int:
+    """What the largest row takes at the least."""
+    sizes = fused_sizes(plan.model.shape, plan.adapter, work)
+    return sizes.row_bytes(work.tokens, sizes.levels(work.tokens, 0))
+
+
 def _smaller_micro_batch(plan: TrainPlan) -> Step | None:
     effective = plan.effective_batch_size
     size = largest_micro_batch_below(effective, plan.micro_batch_size)
@@ -75,7 +102,7 @@ def _smaller_micro_batch(plan: TrainPlan) -> Step | None:
 
 
 def _recomputation(plan: TrainPlan) -> Step | None:
-    if plan.gradient_checkpointing:
+    if plan.gradient_checkpointing or plan.kernels == "fused":
         return None
     return Step({"gradient_checkpointing": True}, "activations are recomputed", True)
 
@@ -88,10 +115,32 @@ def _smaller_loss_chunk(plan: TrainPlan) -> Step | None:
     return Step({"loss_chunk_tokens": size}, f"loss chunks of {size} tokens", True)
 
 
+def _smaller_parts(plan: TrainPlan) -> Step | None:
+    """The MLP for fewer tokens, attention's gradient for fewer heads at one time."""
+    if plan.kernels == "plain":
+        return None
+    values: dict[str, Any] = {}
+    if (tokens := plan.chunk_tokens // 2) >= SMALLEST_CHUNK_TOKENS:
+        values["chunk_tokens"] = tokens
+    groups = 2 * plan.head_groups
+    if plan.model.shape.num_key_value_heads % groups == 0:
+        values["head_groups"] = groups
+    if not values:
+        return None
+    plan = plan.model_copy(update=values)
+    values["activation_bytes"] = _least_bytes(plan, workload_of(plan))
+    what = f"blocks in parts of {plan.chunk_tokens} tokens and 1/{plan.head_groups} of the heads"
+    return Step(values, what, True)
+
+
 def _offloading(plan: TrainPlan) -> Step | None:
     if plan.offload_activations or plan.device != "cuda":
         return None
-    return Step({"offload_activations": True}, "activations wait in host memory", True)
+    values: dict[str, Any] = {"offload_activations": True}
+    if plan.kernels == "fused":
+        work = workload_of(plan.model_copy(update=values))
+        values["activation_bytes"] = _least_bytes(plan, work)
+    return Step(values, "activations wait in host memory", True)
 
 
 def _shorter_rows(plan: TrainPlan) -> Step | None:

@@ -91,6 +91,8 @@ class RunCard(Record):
     held_out_loss_after: float
     peak_memory_gb: float
     budget_gb: float
+    tokens_per_second: float | None = Field(None, description="Of training; no padding counted.")
+    kernels: str = Field("", description="Which path trained, and why that one.")
     seconds_by_stage: dict[str, float]
     attempts: tuple[AttemptSummary, ...]
     verdict: str

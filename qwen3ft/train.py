@@ -6,6 +6,7 @@ transformers' Trainer runs the loop; what is special is in `qwen3ft.trainer` and
 
 from __future__ import annotations
 
+import gc
 import shutil
 import time
 from pathlib import Path
@@ -133,9 +134,13 @@ class TrainingEngine:
         """
         if self.plan.resume_from:
             logger.info("continuing from %s", self.plan.resume_from)
+        # What is there now stays: the collector need not look at it again at every turn.
+        gc.collect()
+        gc.freeze()
         try:
             trainer.train(resume_from_checkpoint=self.plan.resume_from)
         finally:
+            gc.unfreeze()
             trainer.writer.wait()
         if self.stop.signal_name is not None and not self._finished(trainer):
             raise self.stop.error()

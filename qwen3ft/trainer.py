@@ -75,6 +75,7 @@ class QATrainer(Trainer):
         if plan.kernels == "fused":
             self.fused = fused_step(self.accelerator.unwrap_model(self.model), plan)
             self.data_collator = PackedCollator(self.data_collator.pad_token_id)
+        self._trained = [p for p in self.model.parameters() if p.requires_grad]
         self._weights = plan.model.shape.linear_parameters + plan.adapter.trainable_parameters
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the whole batch's tokens
         self.order = EffectiveBatchOrder(
@@ -125,8 +126,24 @@ class QATrainer(Trainer):
                 self.control = self.callback_handler.on_substep_end(
                     self.args, self.state, self.control
                 )
-            total += super().training_step(model, batch, num_items_in_batch)
+            total += self._micro_step(model, batch, num_items_in_batch)
         return total
+
+    def _micro_step(
+        self, model: torch.nn.Module, batch: MicroBatch, trained: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """Forward and backward of one micro-batch; its share of the step's loss."""
+        if self.fused is None:
+            plain: torch.Tensor = super().training_step(model, batch, trained)
+            return plain
+        # transformers would go through all modules before each, to put them into training mode.
+        loss = self.compute_loss(model, batch, num_items_in_batch=trained)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
+        """Clip; only the adapter has gradients, so only its parameters are gone through."""
+        return torch.nn.utils.clip_grad_norm_(self._trained, self.args.max_grad_norm)
 
     def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:
         """To the device, without waiting for what it still computes; the fused step does it."""

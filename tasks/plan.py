@@ -15,11 +15,11 @@ from tasks.policies import cache_key
 
 def _key(_: Any, parameters: dict[str, Any]) -> str:
     environment = parameters["environment"]
-    machine = [[gpu.name, gpu.total_bytes] for gpu in environment.gpus]
+    machine = [[gpu.name, gpu.total_bytes, gpu.compute_capability] for gpu in environment.gpus]
     return cache_key(
         "plan",
         parameters["config"].model_dump(mode="json"),
-        [machine, environment.host_total_bytes],
+        [machine, environment.host_total_bytes, environment.versions],
         *(parameters[name].model_dump(mode="json") for name in ("model", "adapter", "dataset")),
     )
 

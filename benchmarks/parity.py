@@ -1,0 +1,223 @@
+"""The fused path trains as the plain one does: the same losses, and gradients no less exact.
+
+    python benchmarks/parity.py --work DIR --out results.json [--shape 4b|0.6b|tiny] [--steps 100]
+        [--sequences 16] [--rows 64] [--layers 8] [--learning-rate 1e-3] [--cap 13] [--seed 0]
+
+Training: `--steps` optimizer steps of both paths through the product's own worker, each in a fresh
+process, with the same model, rows, seed and order. The rows are few and come again in every epoch,
+so the loss falls, and falls alike or does not. Read are loss and gradient norm of every step.
+
+Gradients: those of one batch, both ways, against an fp32 model with the same 4-bit weights (see
+`parity_gradients.py`). Once for the embedded model, which is trained, on real text; and on a GPU
+for the first `--layers` layers of the random-init shape.
+
+The JSON is written after each part. A part that fails is named in the end, with its log.
+`--shape tiny` needs no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from parity_report import PATHS, compare_gradients, compare_training, report, verdicts
+from speed_cases import SHAPES, TINY, Case, Entry, Settings
+from speed_contestants import RESULT
+from speed_device import ROOT, machine, one_gpu
+
+CHILD = ROOT / "benchmarks" / "parity_jobs.py"
+PREPARE_SECONDS = 600.0
+SEQUENCE_TOKENS = {TINY: 64}
+"""Longest sequences; of other shapes 256."""
+
+
+class JobFailedError(Exception):
+    """A job ended without a result."""
+
+
+class Parity:
+    """One run of the benchmark: its folder, its results, and the file they are kept in."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.work: Path = arguments.work.resolve()
+        values = {name: value for name, value in vars(arguments).items() if name != "work"}
+        self.results: dict[str, Any] = {
+            "machine": machine(),
+            "arguments": values | {"out": str(arguments.out)},
+            "training": {},
+            "gradients": {},
+            "failed": {},
+        }
+        self.case = Case(
+            arguments.shape,
+            SEQUENCE_TOKENS.get(arguments.shape, 256),
+            arguments.cap,
+            sequences_per_step=arguments.sequences,
+        )
+
+    def run(self) -> None:
+        """All parts; what fails leaves the others alone."""
+        shape = self.arguments.shape
+        model = self._part("model", shape, {"shape": shape, "work": str(self.work)})
+        if model is not None:
+            self.results["model"] = {name: model[name] for name in ("made", "seconds")}
+            self._train(model["snapshot"])
+        tiny = replace(self.case, shape=TINY)
+        for case in dict.fromkeys((tiny, self.case)):
+            values = {"case": asdict(case), "layers": self.arguments.layers}
+            if case.shape != TINY:
+                if model is None:
+                    continue
+                values["model"] = model["snapshot"]["path"]
+            self._measure(case.shape, values)
+        self.results["verdicts"] = verdicts(self.results)
+        self.results["complete"] = not self.results["failed"]
+        self.write()
+
+    def _train(self, snapshot: dict[str, Any]) -> None:
+        arguments = self.arguments
+        entry = Entry(self.case, "ours", Settings(arguments.sequences))
+        values = {
+            "case": asdict(self.case),
+            "entry": entry.describe(),
+            "snapshot": snapshot,
+            "steps": arguments.rows // arguments.sequences,
+            "warmup": 0,
+            "learning_rate": arguments.learning_rate,
+            "total_steps": arguments.steps,
+        }
+        runs = {}
+        for path in PATHS:
+            run = self._part("training", path, {**values, "kernels": path})
+            if run is None:
+                return
+            runs[path] = run
+        try:
+            found = compare_training(runs)
+        except ValueError as error:
+            self._failed("training", error)
+            return
+        self.results["training"] = runs
+        self.results["training_compared"] = found
+        self.write()
+
+    def _measure(self, shape: str, values: dict[str, Any]) -> None:
+        found = self._part("gradients", shape, values)
+        if found is None:
+            return
+        try:
+            errors = compare_gradients(found["tensors"])
+        except ValueError as error:
+            self._failed(f"gradients {shape}", error)
+            return
+        self.results["gradients"][shape] = found | {"errors": errors}
+        self.write()
+
+    def _failed(self, what: str, error: Exception) -> None:
+        self.results["failed"][what] = str(error)
+        print(f"{what}: failed: {error}", flush=True)
+        self.write()
+
+    def write(self) -> None:
+        """All there is so far, whole or not at all."""
+        path: Path = self.arguments.out
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_name(path.name + ".new")
+        new.write_text(json.dumps(self.results, indent=2) + "\n", encoding="utf-8")
+        os.replace(new, path)
+
+    def _part(self, kind: str, name: str, values: dict[str, Any]) -> dict[str, Any] | None:
+        """The result of a job; None if it failed, which is noted then."""
+        started = time.monotonic()
+        try:
+            result = self._job(kind, name, values)
+        except JobFailedError as error:
+            self._failed(f"{kind} {name}", error)
+            return None
+        print(f"{kind} {name}: {time.monotonic() - started:.1f} s", flush=True)
+        return result
+
+    def _job(self, kind: str, name: str, values: dict[str, Any]) -> dict[str, Any]:
+        """Run one job in a process of its own.
+
+        Raises:
+            JobFailedError: it ended without a result, or took too long.
+        """
+        folder = self.work / "parity" / f"{kind}-{name}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        job, log = folder / "job.json", folder / "log.txt"
+        more = {"kind": kind, "folder": str(folder), "started": time.time()}
+        text = json.dumps({**values, **more, "seed": self.arguments.seed})
+        job.write_text(text, encoding="utf-8")
+        limit = PREPARE_SECONDS if kind == "model" else self.arguments.timeout
+        with log.open("wb") as stream:
+            try:
+                status: int | str = subprocess.run(
+                    [sys.executable, str(CHILD), str(job)],
+                    stdout=stream,
+                    stderr=subprocess.STDOUT,
+                    env={**os.environ, **one_gpu()},
+                    timeout=limit,
+                ).returncode
+            except subprocess.TimeoutExpired:
+                status = f"timeout after {limit:g} s"
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        found = [line for line in lines if line.startswith(RESULT)]
+        if found and status == 0:
+            result: dict[str, Any] = json.loads(found[-1].removeprefix(RESULT))
+            return result
+        print("\n".join(lines[-30:]), file=sys.stderr, flush=True)
+        raise JobFailedError(f"status {status}, log {log}: {lines[-1] if lines else 'empty'}")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, required=True, help="models and logs; 4 GB for 4b")
+    parser.add_argument("--out", type=Path, required=True, help="JSON with the results")
+    parser.add_argument("--shape", choices=[*SHAPES, TINY], default="4b")
+    parser.add_argument("--steps", type=int, default=100, help="optimizer steps")
+    parser.add_argument("--sequences", type=int, default=16, help="per optimizer step")
+    parser.add_argument("--rows", type=int, help="of an epoch; default: four steps' worth")
+    parser.add_argument("--layers", type=int, default=8, help="of the shape, for its gradients")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--cap", type=float, default=13.0, help="memory budget of training in GB")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds a job")
+    arguments = parser.parse_args(argv)
+    if arguments.rows is None:
+        arguments.rows = 4 * arguments.sequences
+    if min(arguments.steps, arguments.sequences, arguments.layers) < 1:
+        parser.error("--steps, --sequences and --layers are 1 or more")
+    if arguments.rows < 1 or arguments.rows % arguments.sequences:
+        parser.error("--rows is a multiple of --sequences")
+    arguments.out = arguments.out.resolve()
+    return arguments
+
+
+def main() -> int:
+    """Run all parts; the table comes last."""
+    arguments = parse()
+    parity = Parity(arguments)
+    if arguments.shape != TINY and not parity.results["machine"]["gpu"]:
+        print(f"--shape {arguments.shape} needs a GPU; --shape {TINY} does not.", file=sys.stderr)
+        return 2
+    parity.run()
+    print(report(parity.results))
+    return 1 if parity.results["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""What `parity.py` concludes, from its results alone: `python parity_report.py results.json ...`.
+
+Pure: losses and norms in, differences and verdicts out. No torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+FUSED, PLAIN = PATHS = ("fused", "plain")
+LOSS_TOLERANCE = 0.01
+"""Relative difference of the losses at any step."""
+MOVED = 0.05
+"""Share of the first loss that training has to take off, else equal losses say nothing."""
+GRADIENT_TOLERANCE = 0.01
+"""Relative error of a gradient."""
+
+SAME = (
+    *("micro_batch_size", "gradient_accumulation_steps", "total_steps", "warmup_steps", "seed"),
+    *("learning_rate", "lr_scheduler", "weight_decay", "max_grad_norm", "max_sequence_length"),
+)
+"""Settings of the plan that training follows from; of the first two their product."""
+
+NONE = "–"
+_KIND = re.compile(r"(\w+_proj)\.lora_([AB])\b")
+
+
+def compare_training(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """How far the two paths' losses and gradient norms are apart.
+
+    Args:
+        runs: Of each of `PATHS`: `losses` and `grad_norms`, one a step, and `levers`.
+
+    Raises:
+        ValueError: the two did not do the same steps.
+    """
+    fused, plain = (runs[path] for path in PATHS)
+    for name in ("losses", "grad_norms"):
+        if len(fused[name]) != len(plain[name]) or not fused[name]:
+            counts = f"{len(fused[name])} and {len(plain[name])}"
+            raise ValueError(f"{name}: {counts} steps instead of the same number")
+    ours, twins = (_settings(run["levers"]) for run in (fused, plain))
+    if ours != twins:
+        raise ValueError(f"the plans differ: {ours} and {twins}")
+    losses = _largest(fused["losses"], plain["losses"])
+    first, last = fused["losses"][0], fused["losses"][-1]
+    return {
+        "steps": len(fused["losses"]),
+        "loss_difference": losses,
+        "grad_norm_difference": _largest(fused["grad_norms"], plain["grad_norms"]),
+        "first_loss": {path: runs[path]["losses"][0] for path in PATHS},
+        "final_loss": {path: runs[path]["losses"][-1] for path in PATHS},
+        "loss_fell_by": first - last,
+        "loss_fell_share": (first - last) / first,
+    }
+
+
+def _settings(levers: dict[str, Any]) -> dict[str, Any]:
+    """What has to be the same in both plans."""
+    settings = {name: levers[name] for name in SAME}
+    sizes = [settings.pop(name) for name in SAME[:2]]
+    return {"effective_batch_size": math.prod(sizes), **settings}
+
+
+def _largest(values: Sequence[float], references: Sequence[float]) -> dict[str, Any]:
+    """The largest relative difference and its step, from 1; infinite where one is no number."""
+    relative = [
+        abs(a - b) / abs(b) if math.isfinite(a) and math.isfinite(b) and b else math.inf
+        for a, b in zip(values, references, strict=True)
+    ]
+    largest = max(relative)
+    return {"relative": largest, "step": relative.index(largest) + 1}
+
+
+def compare_gradients(tensors: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Relative errors of both paths' gradients: worst, median, of all together, and by kind.
+
+    Args:
+        tensors: Of each adapter tensor by name: `reference`, the norm of its gradient, and for each
+            of `PATHS` the norm of that path's difference from it.
+
+    Raises:
+        ValueError: there is none, or one whose gradient is zero: it would show nothing.
+    """
+    flat = [name for name, norms in tensors.items() if not norms["reference"] > 0]
+    if flat or not tensors:
+        raise ValueError(f"no gradient to compare with: {', '.join(flat) or 'no tensors'}")
+    whole = math.hypot(*(norms["reference"] for norms in tensors.values()))
+    result: dict[str, Any] = {"tensors": len(tensors)}
+    kinds: dict[str, dict[str, float]] = {}
+    for path in PATHS:
+        errors = {name: _error(norms[path], norms["reference"]) for name, norms in tensors.items()}
+        worst = max(errors, key=errors.__getitem__)
+        result[path] = {
+            "max": errors[worst],
+            "worst": worst,
+            "median": statistics.median(errors.values()),
+            "whole": _error(math.hypot(*(norms[path] for norms in tensors.values())), whole),
+        }
+        for name, error in errors.items():
+            of_kind = kinds.setdefault(_kind(name), dict.fromkeys(PATHS, 0.0))
+            of_kind[path] = max(of_kind[path], error)
+    return result | {"kinds": kinds}
+
+
+def _error(difference: float, norm: float) -> float:
+    return difference / norm if math.isfinite(difference) else math.inf
+
+
+def _kind(name: str) -> str:
+    found = _KIND.search(name)
+    return f"{found[1]} {found[2]}" if found else name
+
+
+def verdicts(results: dict[str, Any]) -> dict[str, bool]:
+    """Every question that the results answer, with its answer."""
+    answers = {}
+    if training := results.get("training"):
+        found = compare_training(training)
+        answers["loss within 1 % at every step"] = (
+            found["loss_difference"]["relative"] <= LOSS_TOLERANCE
+        )
+        answers["loss fell by 5 % or more"] = found["loss_fell_share"] >= MOVED
+    for model, measured in results.get("gradients", {}).items():
+        errors = compare_gradients(measured["tensors"])
+        fused, plain = errors[FUSED], errors[PLAIN]
+        within = f"{model}: fused error within 1e-2"
+        answers[f"{within}, all together"] = fused["whole"] <= GRADIENT_TOLERANCE
+        answers[f"{within}, worst tensor"] = fused["max"] <= GRADIENT_TOLERANCE
+        answers[f"{model}: no worse than plain"] = all(
+            fused[name] <= plain[name] for name in ("whole", "max")
+        )
+    return answers
+
+
+def report(results: dict[str, Any]) -> str:
+    """All of it as one table."""
+    machine = results["machine"]
+    device = f"{machine['gpu']}, driver {machine['driver']}" if machine["gpu"] else "CPU"
+    versions = ", ".join(f"{name} {is_}" for name, is_ in machine["versions"].items() if is_)
+    lines: list[tuple[str, ...]] = [("", *PATHS, "largest difference")]
+    if training := results.get("training"):
+        lines += _training_lines(results, training)
+    for model, measured in results.get("gradients", {}).items():
+        lines += _gradient_lines(model, measured)
+    whole = [line for line in lines if len(line) > 1]
+    widths = [max(len(line[i]) for line in whole if len(line) > i) for i in range(len(whole[0]))]
+    text = [f"\n{machine['date']}  {device}", versions, ""]
+    for line in lines:
+        if len(line) == 1:
+            text += ["", line[0]]
+            continue
+        cells = [f"{cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=False)]
+        text.append("  ".join([f"{line[0]:<{widths[0]}}", *cells]).rstrip())
+    text.append("")
+    text += [f"{name}: {'yes' if is_so else 'no'}" for name, is_so in verdicts(results).items()]
+    text += [f"failed: {what}: {why}" for what, why in results["failed"].items()]
+    return "\n".join(text)
+
+
+def _training_lines(
+    results: dict[str, Any], training: dict[str, dict[str, Any]]
+) -> list[tuple[str, ...]]:
+    found, arguments = compare_training(training), results["arguments"]
+    what = (
+        f"training {arguments['shape']}: {found['steps']} steps of {arguments['sequences']} "
+        f"sequences out of {arguments['rows']}, learning rate {arguments['learning_rate']:g}"
+    )
+    norms = [f"{max(training[path]['grad_norms']):.4f}" for path in PATHS]
+    speeds = [f"{training[path]['tokens_per_second']:,.0f}" for path in PATHS]
+    fell = f"{found['loss_fell_by']:.4f} ({found['loss_fell_share']:.1%})"
+    return [
+        (what,),
+        ("loss of the first step", *(f"{found['first_loss'][path]:.4f}" for path in PATHS), NONE),
+        ("loss of the last step", *(f"{found['final_loss'][path]:.4f}" for path in PATHS), NONE),
+        ("loss of any step", NONE, NONE, _difference(found["loss_difference"])),
+        ("the loss fell by", fell, NONE, NONE),
+        ("largest gradient norm", *norms, _difference(found["grad_norm_difference"])),
+        ("tokens/s", *speeds, NONE),
+    ]
+
+
+def _difference(found: dict[str, Any]) -> str:
+    return f"{found['relative']:.2e} at step {found['step']}"
+
+
+def _gradient_lines(model: str, measured: dict[str, Any]) -> list[tuple[str, ...]]:
+    errors = compare_gradients(measured["tensors"])
+    what = (
+        f"gradients {model}, {measured['layers']} layers: {measured['tokens']:,} tokens of "
+        f"{measured['text']}; |g - reference| / |reference|"
+    )
+    lines: list[tuple[str, ...]] = [(what,)]
+    words = {"whole": "all tensors together", "max": "worst tensor", "median": "median tensor"}
+    for name, label in words.items():
+        lines.append((label, *(f"{errors[path][name]:.2e}" for path in PATHS)))
+    for kind, of_kind in errors["kinds"].items():
+        lines.append((f"  worst {kind}", *(f"{of_kind[path]:.2e}" for path in PATHS)))
+    losses = measured["losses"]
+    lines.append(
+        (
+            "loss, the reference's last",
+            *(f"{losses[path]:.5f}" for path in PATHS),
+            f"{losses['reference']:.5f}",
+        )
+    )
+    return lines
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        print(report(json.loads(Path(argument).read_text(encoding="utf-8"))))

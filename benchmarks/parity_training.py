@@ -1,0 +1,93 @@
+"""One path's training for `parity.py`: the plan of a run, carried out as its worker does.
+
+The rows are few and come again in every epoch, so that the loss falls though they are random.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from speed_cases import LORA_ALPHA, LORA_RANK
+from speed_contestants import Job
+from speed_ours import levers, write_dataset
+
+if TYPE_CHECKING:
+    from qwen3ft.records import TrainPlan
+
+
+def train(values: dict[str, Any]) -> dict[str, Any]:
+    """Losses and gradient norms of every step, as the worker writes them into metrics.jsonl.
+
+    Args:
+        values: A job of `speed_contestants`, whose `steps` are those of one epoch; and `kernels`,
+            `learning_rate` and `total_steps`.
+
+    Raises:
+        RuntimeError: the plan takes the other path, or steps are missing.
+        InsufficientMemoryError: the plan says that it does not fit.
+    """
+    plan = _plan(Job.read(values), values["kernels"], values["learning_rate"], values)
+    if plan.kernels != values["kernels"]:
+        raise RuntimeError(f"the plan is {plan.kernels}: {plan.reasons['kernels']}")
+    from qwen3ft import worker
+    from qwen3ft.attempt import RunDir
+    from qwen3ft.storage import read_json_lines
+
+    place = RunDir(Path(plan.run_dir)).attempt(1).create(plan)
+    started = time.monotonic()
+    outcome = worker.train(worker.Job(place.path))
+    lines = [line for line in read_json_lines(place.metrics)[0] if line["loss"] is not None]
+    steps = [line["step"] for line in lines]
+    if steps != list(range(1, plan.total_steps + 1)):
+        raise RuntimeError(f"metrics.jsonl has the steps {steps}")
+    return {
+        "losses": [line["loss"] for line in lines],
+        "grad_norms": [line["grad_norm"] for line in lines],
+        "held_out_loss": [outcome.first_held_out_loss, outcome.best_held_out_loss],
+        "tokens_per_second": outcome.tokens_per_second,
+        "peak_allocated_gb": outcome.peak_allocated_gb,
+        "peak_reserved_gb": outcome.peak_reserved_gb,
+        "seconds": time.monotonic() - started,
+        "dataset": plan.dataset.digest,
+        "levers": levers(plan),
+        "reasons": plan.reasons,
+    }
+
+
+def _plan(job: Job, kernels: Any, learning_rate: float, values: dict[str, Any]) -> TrainPlan:
+    """What `build_plan` makes of it."""
+    from qwen3ft.config import TrainingConfig
+    from qwen3ft.environment import EnvironmentManager
+    from qwen3ft.lora import plan_adapter
+    from qwen3ft.plan import build_plan
+    from qwen3ft.records import ModelSnapshot
+
+    case, steps = job.entry.case, values["total_steps"]
+    snapshot = ModelSnapshot.model_validate(job.snapshot)
+    config = TrainingConfig(
+        model_name=snapshot.path,
+        max_memory_gb=case.cap_gb,
+        batch_size=case.sequences_per_step,
+        gradient_accumulation_steps=1,
+        max_sequence_length=case.sequence_tokens,
+        lora_r=LORA_RANK,
+        lora_alpha=LORA_ALPHA,
+        learning_rate=learning_rate,
+        max_steps=steps,
+        num_epochs=-(-steps // job.steps),
+        evaluate_every_steps=steps,
+        warmup_fraction=0.0,
+        seed=job.seed,
+        kernels=kernels,
+    )
+    return build_plan(
+        config,
+        EnvironmentManager().report(),
+        snapshot,
+        plan_adapter(config, snapshot.shape),
+        write_dataset(job, job.folder / "data"),
+        run_id="parity",
+        run_dir=str(job.folder / "run"),
+    )

@@ -1,0 +1,271 @@
+"""Which settings of the fused path a plan takes: they fit, use the budget, and say why."""
+
+from __future__ import annotations
+
+import time
+from functools import cache
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_plan import QWEN3_4B, QWEN3_14B, TINY, environment, manifest, snapshot
+
+from qwen3ft.config import TrainingConfig
+from qwen3ft.errors import ConfigError, InsufficientMemoryError
+from qwen3ft.footprint import fused_sizes
+from qwen3ft.fused_fit import HOST_SHARE, _host_bytes, _step_seconds
+from qwen3ft.fused_footprint import FusedSizes
+from qwen3ft.lora import plan_adapter
+from qwen3ft.plan import build_plan, workload_of
+from qwen3ft.recompute import Level, choose_levels
+from qwen3ft.records import GIB, EnvironmentReport, ModelShape, TrainPlan
+
+BUDGETS_GB = (4.0, 6.0, 8.0, 13.0, 24.0, 80.0)
+LENGTHS = (256, 2048, 32768)
+
+
+def machine(
+    gpu_gb: float | None = 80.0,
+    host_gb: float = 64.0,
+    capability: str = "9.0",
+    versions: tuple[str, ...] = ("triton",),
+) -> EnvironmentReport:
+    report = environment(gpu_gb)
+    gpus = tuple(gpu.model_copy(update={"compute_capability": capability}) for gpu in report.gpus)
+    values = {"gpus": gpus, "versions": dict.fromkeys(versions, "3.5")}
+    return report.model_copy(update={**values, "host_free_bytes": int(host_gb * GIB)})
+
+
+def plan_on(
+    here: EnvironmentReport, shape: ModelShape = QWEN3_4B, tokens: int = 256, **wanted: Any
+) -> TrainPlan:
+    config = TrainingConfig(**{"max_sequence_length": max(tokens, 256), **wanted})
+    dtype = "bfloat16" if here.gpus else "float32"
+    model, adapter = snapshot(shape, compute_dtype=dtype), plan_adapter(config, shape)
+    return build_plan(config, here, model, adapter, manifest(longest_tokens=tokens))
+
+
+@cache
+def plan_or_none(
+    budget_gb: float, tokens: int, recompute: str = "auto", host_gb: float = 64.0
+) -> TrainPlan | None:
+    """For the 4B shape on a large card, of which some is allowed."""
+    here = machine(host_gb=host_gb)
+    wanted: Any = {"max_memory_gb": budget_gb, "gradient_checkpointing": recompute}
+    try:
+        return plan_on(here, tokens=tokens, **wanted)
+    except InsufficientMemoryError:
+        return None
+
+
+def sizes_of(plan: TrainPlan) -> FusedSizes:
+    return fused_sizes(plan.model.shape, plan.adapter, workload_of(plan))
+
+
+def levels_of(plan: TrainPlan) -> tuple[Level, ...]:
+    """What each block keeps of the largest row."""
+    return sizes_of(plan).levels(workload_of(plan).tokens, plan.activation_bytes)
+
+
+def seconds_of(plan: TrainPlan) -> float:
+    work, effective = workload_of(plan), plan.effective_batch_size
+    return _step_seconds(work, plan.model.shape, plan.adapter, effective, typical_tokens=100)
+
+
+# --- what fits a budget ---
+
+
+@pytest.mark.parametrize("tokens", LENGTHS)
+def test_every_budget_is_kept_and_used(tokens: int) -> None:
+    """The peak is within it, the effective batch exact, and more of it is never slower."""
+    plans = [plan_or_none(budget, tokens) for budget in BUDGETS_GB]
+    found = [plan for plan in plans if plan is not None]
+    assert plans[-len(found) :] == found
+    assert len(found) >= 5
+    for plan in found:
+        assert plan.kernels == "fused"
+        assert plan.packing
+        assert plan.effective_batch_size == 64
+        assert plan.predicted_peak_bytes <= plan.max_memory_gb * GIB
+        assert plan.gradient_checkpointing == (set(levels_of(plan)) != {Level.KEEP_ALL})
+        assert plan.eval_batch_size * tokens <= max(tokens, workload_of(plan).capacity_tokens)
+    seconds = [seconds_of(plan) for plan in found]
+    assert seconds == sorted(seconds, reverse=True)
+    assert seconds[-1] < seconds[0]
+    tight = [p for p in found if p.gradient_checkpointing and not p.offload_activations]
+    assert all(plan.predicted_peak_bytes >= 0.99 * plan.max_memory_gb * GIB for plan in tight)
+
+
+@pytest.mark.parametrize(("budget_gb", "tokens"), [(24.0, 256), (13.0, 2048), (80.0, 2048)])
+def test_recomputing_as_asked(budget_gb: float, tokens: int) -> None:
+    """'on': the least that a row can take; 'off': everything is kept, or it is refused."""
+    plan = plan_or_none(budget_gb, tokens, "on")
+    assert plan is not None
+    assert plan.gradient_checkpointing
+    row = workload_of(plan).tokens
+    least = sizes_of(plan).row_bytes(row, sizes_of(plan).levels(row, 0))
+    assert plan.activation_bytes == least
+    kept = plan_or_none(budget_gb, tokens, "off")
+    assert kept is not None
+    assert not kept.gradient_checkpointing
+    assert not kept.offload_activations
+    assert set(levels_of(kept)) == {Level.KEEP_ALL}
+
+
+@pytest.mark.parametrize(("budget_gb", "tokens"), [(6.0, 2048), (24.0, 32768)])
+def test_everything_is_kept_or_the_plan_is_refused(budget_gb: float, tokens: int) -> None:
+    """With 'off', where 'auto' finds a way."""
+    assert plan_or_none(budget_gb, tokens) is not None
+    assert plan_or_none(budget_gb, tokens, "off") is None
+
+
+@pytest.mark.parametrize("host_gb", [0.5, 4.0, 64.0])
+def test_host_memory_is_used_within_its_share(host_gb: float) -> None:
+    """What waits there fits half of what is free; where there is little, nothing waits."""
+    plans = [plan_or_none(budget, 2048, host_gb=host_gb) for budget in (5.0, 6.0, 8.0)]
+    found = [plan for plan in plans if plan is not None]
+    assert found
+    for plan in found:
+        waiting = _host_bytes(workload_of(plan), plan.model.shape, plan.adapter)
+        assert (waiting > 0) == plan.offload_activations
+        assert waiting <= HOST_SHARE * host_gb * GIB
+    assert any(plan.offload_activations for plan in found) == (host_gb > 1)
+
+
+@pytest.mark.parametrize("host_gb", [0.0, 64.0])
+@pytest.mark.parametrize("recompute", ["auto", "off"])
+@pytest.mark.parametrize("tokens", [2048, 32768])
+def test_what_would_fit_does(tokens: int, recompute: str, host_gb: float) -> None:
+    """The refusal comes soon, lists every part, and names a budget and a length that then fit."""
+    started = time.process_time()
+    wanted: Any = {"gradient_checkpointing": recompute}
+    with pytest.raises(InsufficientMemoryError) as caught:
+        plan_on(machine(host_gb=host_gb), tokens=tokens, max_memory_gb=3.9, **wanted)
+    assert time.process_time() - started < 5
+    facts = caught.value.facts
+    assert all(f"  {name}" in caught.value.what for name in facts["parts"])
+    assert "in all" in caught.value.what
+    need_gb = facts["would_fit"]["max_memory_gb"]
+    assert sum(facts["parts"].values()) <= need_gb * GIB
+    large = machine(need_gb + 1, host_gb=host_gb)
+    fitting = plan_on(large, tokens=tokens, max_memory_gb=need_gb, **wanted)
+    assert fitting.predicted_peak_bytes <= need_gb * GIB
+    with pytest.raises(InsufficientMemoryError):
+        plan_on(large, tokens=tokens, max_memory_gb=need_gb - 0.02, **wanted)
+    if (shorter := facts["would_fit"].get("max_sequence_length")) is not None:
+        here = machine(host_gb=host_gb)
+        assert plan_on(here, tokens=shorter, max_memory_gb=3.9, **wanted)
+
+
+def test_the_same_request_gives_the_same_plan_soon() -> None:
+    """In less than two seconds, also for a large model and batch."""
+    wanted: Any = {"max_memory_gb": 24.0, "batch_size": 16, "gradient_accumulation_steps": 15}
+    started = time.process_time()
+    plans = [plan_on(machine(), QWEN3_14B, 2048, **wanted) for _ in range(2)]
+    assert time.process_time() - started < 4
+    assert plans[0] == plans[1]
+    assert plans[0].effective_batch_size == 240
+
+
+# --- which path ---
+
+
+@pytest.mark.parametrize(
+    ("here", "wanted", "because"),
+    [
+        (machine(None), {}, "No CUDA device"),
+        (machine(capability="7.5"), {}, "has no bfloat16"),
+        (machine(versions=()), {}, "Triton is not installed"),
+        (machine(), {"lora_dropout": 0.1}, "lora_dropout is 0.1"),
+        (machine(), {"packing": "off"}, "packing is 'off'"),
+        (machine(), {"kernels": "plain"}, "Configured as 'plain'"),
+    ],
+)
+def test_the_plain_path_is_taken_with_its_reason(
+    here: EnvironmentReport, wanted: dict[str, Any], because: str
+) -> None:
+    """Where the fused one cannot run, or is not wanted; asked for there, it is refused."""
+    plan = plan_on(here, TINY, **wanted)
+    assert plan.kernels == "plain"
+    assert because in plan.reasons["kernels"]
+    assert (plan.activation_bytes, plan.chunk_tokens, plan.head_groups) == (0, 0, 1)
+    if here.gpus and "kernels" not in wanted:
+        with pytest.raises(ConfigError, match="cannot run") as caught:
+            plan_on(here, TINY, kernels="fused", **wanted)
+        assert because in caught.value.why
+        assert caught.value.next_command == "qwen3ft plan --set kernels=auto"
+
+
+def test_on_a_cpu_the_fused_path_runs_if_it_is_asked_for() -> None:
+    """With packed rows and without dropout; nothing waits in host memory there."""
+    here = machine(None, versions=())
+    plan = plan_on(here, TINY, kernels="fused", max_memory_gb=4.0)
+    assert plan.kernels == "fused"
+    assert plan.packing
+    assert not plan.offload_activations
+    for wanted in ({"lora_dropout": 0.1}, {"packing": "off"}):
+        with pytest.raises(ConfigError, match="cannot run"):
+            plan_on(here, TINY, kernels="fused", **wanted)
+
+
+@pytest.mark.parametrize("budget_gb", [6.0, 24.0, 80.0])
+def test_each_derived_value_of_the_fused_path_has_its_reason(budget_gb: float) -> None:
+    """The same ones as on the plain path, each a sentence."""
+    plan = plan_or_none(budget_gb, 256)
+    assert plan is not None
+    assert plan.reasons.keys() == plan_on(machine(), TINY, kernels="plain").reasons.keys()
+    assert all(reason.endswith(".") for reason in plan.reasons.values())
+
+
+# --- levels ---
+
+
+@given(
+    steps=st.lists(st.integers(1, 5000), min_size=5, max_size=5),
+    tokens=st.integers(1, 5000),
+    blocks=st.integers(1, 80),
+    budgets=st.tuples(st.floats(0, 1.2), st.floats(0, 1.2)),
+)
+def test_levels_fit_and_keep_as_much_as_there_is_room_for(
+    steps: list[int], tokens: int, blocks: int, budgets: tuple[float, float]
+) -> None:
+    """At most two neighbouring levels; no block could keep more; more room never keeps less."""
+    per_token = tuple(sum(steps[: 5 - level]) for level in Level)
+    kept = []
+    for share in sorted(budgets):
+        budget = int(share * blocks * tokens * per_token[0])
+        levels = choose_levels(per_token, tokens, blocks, budget)
+        assert len(levels) == blocks
+        used = tokens * sum(per_token[level] for level in levels)
+        kept.append(used)
+        if blocks * tokens * per_token[-1] > budget:
+            assert set(levels) == {Level.DROP_ALL}
+            continue
+        assert used <= budget
+        assert max(levels) - min(levels) <= 1
+        if max(levels) > 0:
+            finer = per_token[max(levels) - 1] - per_token[max(levels)]
+            assert used + tokens * finer > budget
+    assert kept[0] <= kept[1]
+
+
+@settings(max_examples=60)
+@given(
+    tokens=st.integers(1, 40_000),
+    budgets=st.tuples(st.floats(0, 60), st.floats(0, 60)),
+    groups=st.sampled_from([1, 2, 8]),
+    chunk=st.sampled_from([2048, 16384]),
+)
+def test_a_row_takes_no_more_than_it_may(
+    tokens: int, budgets: tuple[float, float], groups: int, chunk: int
+) -> None:
+    """If it can at all: kept and working memory together; more room never keeps less."""
+    sizes = FusedSizes(QWEN3_4B, 6, 2, 1024, chunk, groups)
+    kept = []
+    for budget in sorted(int(gb * GIB) for gb in budgets):
+        levels = sizes.levels(tokens, budget)
+        least = sizes.row_bytes(tokens, (Level.DROP_ALL,) * 36)
+        assert sizes.row_bytes(tokens, levels) <= max(budget, least)
+        kept.append(sum(sizes.kept_per_token()[level] for level in levels))
+    assert kept[0] <= kept[1]
