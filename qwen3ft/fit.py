@@ -8,22 +8,23 @@ the moment: what other programs hold is for the environment check and for recove
 from __future__ import annotations
 
 import bisect
-import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.data_records import DatasetManifest
 from qwen3ft.errors import ConfigError, InsufficientMemoryError
-from qwen3ft.footprint import Workload, predict_memory
-from qwen3ft.fused_fit import (
-    PLAIN_REASONS,
-    fastest_fused,
-    fused_or_why_not,
-    fused_reasons,
-    most_frugal_fused,
+from qwen3ft.footprint import Workload, predict_memory, total_bytes
+from qwen3ft.fused_fit import fastest_fused, fused_or_why_not, fused_reasons, most_frugal_fused
+from qwen3ft.packing import divisors
+from qwen3ft.plain_fit import (
+    SMALLEST_LOSS_CHUNK_TOKENS,
+    candidates,
+    most_frugal,
+    plain_reasons,
+    wants_packing,
+    with_evaluation,
 )
 from qwen3ft.records import (
     GIB,
@@ -34,15 +35,6 @@ from qwen3ft.records import (
     ModelSnapshot,
 )
 
-LOSS_CHUNK_TOKENS = 4096
-SMALLEST_LOSS_CHUNK_TOKENS = 256
-LAST_RESORT_LOSS_CHUNK_TOKENS = 128
-"""Taken only where nothing else fits; it leaves recovery no smaller one."""
-
-KEEP_ALL_SHARE = 0.85
-"""Share of the budget up to which nothing is recomputed; what lies above is a reserve."""
-
-CPU_EVAL_BATCH_SIZE = 32
 LARGEST_FUSED_EVAL_BATCH = 64
 PADDING_MULTIPLE_TOKENS = 8
 
@@ -74,7 +66,7 @@ def choose_workload(
         sequence_tokens=padded_length(dataset.train.longest_tokens, config.max_sequence_length),
         gradient_checkpointing=config.gradient_checkpointing != "off",
         loss_chunk_tokens=SMALLEST_LOSS_CHUNK_TOKENS,
-        packing=_wants_packing(config, environment.device),
+        packing=wants_packing(config, environment.device),
         eval_tokens=padded_length(dataset.dev.longest_tokens, config.max_sequence_length),
     )
     kernels, why = _kernels(config, environment, model, adapter)
@@ -104,20 +96,21 @@ def choose_workload(
             )
             return Fit(fused, parts, budget_gb, reasons | given)
         given["kernels"] = "The fused path does not fit; the plain one is tried."
-    for work, share in _candidates(config, first):
+    plain = candidates(config, first) if config.kernels != "fused" else ()
+    for work, share in plain:
         limit_bytes = int(share * budget_gb * GIB)
         if total_bytes(predict_memory(model.shape, adapter, work)) <= limit_bytes:
-            work = _with_evaluation(model.shape, adapter, work, limit_bytes)
+            work = with_evaluation(model.shape, adapter, work, limit_bytes)
             parts = predict_memory(model.shape, adapter, work)
-            reasons = _memory_reasons(config, work, total_bytes(parts), budget_gb)
+            reasons = plain_reasons(config, work, total_bytes(parts), budget_gb)
             return Fit(work, parts, budget_gb, reasons | given)
-    frugal = _most_frugal(replace(first, packing=config.packing == "on"))
+    frugal = [most_frugal(replace(first, packing=config.packing == "on"))]
     if kernels == "fused":
-        fused = most_frugal_fused(first, model.shape, adapter, environment.host_free_bytes)
-        frugal = min(
-            (frugal, fused), key=lambda w: total_bytes(predict_memory(model.shape, adapter, w))
-        )
-    raise _nothing_fits(model.shape, adapter, frugal, budget_gb, config, environment)
+        frugal.append(most_frugal_fused(first, model.shape, adapter, environment.host_total_bytes))
+    if config.kernels == "fused":
+        del frugal[0]
+    least = min(frugal, key=lambda work: total_bytes(predict_memory(model.shape, adapter, work)))
+    raise _nothing_fits(model.shape, adapter, least, budget_gb, config, environment)
 
 
 def _kernels(
@@ -162,115 +155,6 @@ def _budget(config: TrainingConfig, environment: EnvironmentReport) -> tuple[flo
     return config.max_memory_gb, f"As configured; {what} has {total_gb:.2f} GB."
 
 
-def _candidates(config: TrainingConfig, first: Workload) -> Iterator[tuple[Workload, float]]:
-    """Workloads from fast to frugal, each with the share of the budget it may take.
-
-    Recomputation comes before a smaller micro-batch: it costs about a third more compute, while
-    halving the micro-batch pays the dequantisation of all weights and every kernel launch twice.
-    Padded rows come before it too, where it is the wide mask of a packed row that does not fit.
-    """
-    modes = {"auto": (False, True), "on": (True,), "off": (False,)}[config.gradient_checkpointing]
-    packings = (True, False) if first.packing and config.packing == "auto" else (first.packing,)
-    for micro_batch_size in _divisors(config.effective_batch_size):
-        if micro_batch_size > config.batch_size:
-            continue
-        for packing, recompute in itertools.product(packings, modes):
-            chunk_tokens = LOSS_CHUNK_TOKENS
-            while chunk_tokens >= SMALLEST_LOSS_CHUNK_TOKENS:
-                work = replace(
-                    first,
-                    micro_batch_size=micro_batch_size,
-                    packing=packing,
-                    gradient_checkpointing=recompute,
-                    loss_chunk_tokens=chunk_tokens,
-                )
-                yield work, (1.0 if recompute or len(modes) == 1 else KEEP_ALL_SHARE)
-                chunk_tokens //= 2
-    yield _most_frugal(replace(first, packing=packings[-1])), 1.0
-
-
-def _wants_packing(config: TrainingConfig, device: str) -> bool:
-    """On a GPU, where each micro-batch costs; on a CPU it was measured no faster than padding."""
-    return config.packing == "on" or (config.packing == "auto" and device == "cuda")
-
-
-def _most_frugal(first: Workload) -> Workload:
-    """One row at a time, and everything else that keeps the result."""
-    return replace(
-        first,
-        loss_chunk_tokens=LAST_RESORT_LOSS_CHUNK_TOKENS,
-        offload_activations=first.device == "cuda" and first.gradient_checkpointing,
-    )
-
-
-def _with_evaluation(
-    shape: ModelShape, adapter: AdapterSpec, work: Workload, limit_bytes: int
-) -> Workload:
-    """`work` with the largest evaluation batch worth having.
-
-    On a GPU that is one, up to twice the micro-batch, that does not raise the peak; on a CPU, where
-    small batches waste most of the time, one of up to 32 rows that fits.
-    """
-    wanted = 2 * work.micro_batch_size
-    if work.device == "cpu":
-        wanted = max(wanted, CPU_EVAL_BATCH_SIZE)
-    else:
-        limit_bytes = total_bytes(predict_memory(shape, adapter, work))
-    while wanted > 1:
-        larger = replace(work, eval_batch_size=wanted)
-        if total_bytes(predict_memory(shape, adapter, larger)) <= limit_bytes:
-            return larger
-        wanted //= 2
-    return work
-
-
-def total_bytes(parts: tuple[MemoryPart, ...]) -> int:
-    """The predicted peak."""
-    return sum(part.bytes for part in parts)
-
-
-def _memory_reasons(
-    config: TrainingConfig, work: Workload, peak_bytes: int, budget_gb: float
-) -> dict[str, str]:
-    fits = f"the predicted peak is {peak_bytes / GIB:.2f} of {budget_gb:.2f} GB"
-    accumulation = config.effective_batch_size // work.micro_batch_size
-    if work.micro_batch_size == config.batch_size:
-        micro = f"As configured; {fits}."
-    else:
-        micro = f"The largest divisor of {config.effective_batch_size} that fits; {fits}."
-    if config.gradient_checkpointing != "auto":
-        recompute = f"Configured as '{config.gradient_checkpointing}'."
-    elif work.gradient_checkpointing:
-        recompute = f"Keeping all activations would take more than {KEEP_ALL_SHARE:.0%} of budget."
-    else:
-        recompute = f"All activations fit {KEEP_ALL_SHARE:.0%} of the budget, and that is faster."
-    if config.packing != "auto":
-        packing = f"Configured as '{config.packing}'."
-    elif work.packing:
-        packing = (
-            f"Up to {work.capacity_tokens} tokens a micro-batch, as {work.micro_batch_size} padded "
-            "rows would hold; on a GPU each micro-batch costs, and padding is computed for nothing."
-        )
-    elif work.device == "cuda":
-        packing = "The attention mask of packed rows does not fit; padded rows do."
-    else:
-        packing = "On a CPU it was measured no faster: attention is as wide as the packed row."
-    offload = "Nothing else fits." if work.offload_activations else "Not needed: it is slow."
-    return PLAIN_REASONS | {
-        "micro_batch_size": micro,
-        "gradient_accumulation_steps": f"{work.micro_batch_size} x {accumulation} keeps the "
-        f"{config.effective_batch_size} sequences per step that were asked for.",
-        "eval_batch_size": f"{work.eval_batch_size} held-out rows of up to {work.eval_tokens} "
-        "tokens fit where training does, as nothing is kept for gradients.",
-        "gradient_checkpointing": recompute,
-        "loss_chunk_tokens": f"Logits of {min(work.loss_chunk_tokens, work.tokens)} tokens at most "
-        "exist at one time; larger chunks are faster, smaller ones leaner.",
-        "offload_activations": offload,
-        "packing": packing,
-        "predicted": f"For rows of {work.sequence_tokens} tokens, the longest there are.",
-    }
-
-
 def _nothing_fits(
     shape: ModelShape,
     adapter: AdapterSpec,
@@ -284,7 +168,7 @@ def _nothing_fits(
     need_gb = math.ceil(total_bytes(parts) / GIB * 100) / 100
     advice = [f"max_memory_gb of {need_gb:.2f} or more"]
     fits: dict[str, float | int] = {"max_memory_gb": need_gb}
-    host_bytes = environment.host_free_bytes
+    host_bytes = environment.host_total_bytes
     tokens = _longest_that_fits(shape, adapter, frugal, budget_gb, host_bytes)
     if tokens is not None:
         advice.append(f"max_sequence_length of {tokens} or less")
@@ -326,13 +210,7 @@ def _longest_that_fits(
 
 def largest_micro_batch_below(effective: int, current: int) -> int | None:
     """The largest divisor of `effective` that is at most half of `current`; None below 1."""
-    return next((size for size in _divisors(effective) if 2 * size <= current), None)
-
-
-def _divisors(number: int) -> list[int]:
-    """Divisors, largest first."""
-    small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
-    return sorted({*small, *(number // size for size in small)}, reverse=True)
+    return next((size for size in divisors(effective) if 2 * size <= current), None)
 
 
 def padded_length(longest_tokens: int, limit_tokens: int) -> int:

@@ -57,6 +57,7 @@ class Workload:
         offload_activations: Whether saved activations wait in host memory.
         kernels: 'plain' for transformers and PEFT, 'fused' for `qwen3ft.fused`.
         offload_attention: Fused: whether attention's output waits there too.
+        away_blocks: Fused: most blocks whose gate and up wait in host memory.
         activation_bytes: Fused: what a packed row may take.
         chunk_tokens: Fused: tokens whose wide intermediates exist at one time.
         head_groups: Fused: parts in which the gradient of attention is computed.
@@ -75,6 +76,7 @@ class Workload:
     offload_activations: bool = False
     kernels: Literal["plain", "fused"] = "plain"
     offload_attention: bool = False
+    away_blocks: int = 0
     activation_bytes: int = 0
     chunk_tokens: int = 0
     head_groups: int = 1
@@ -130,6 +132,11 @@ def predict_memory(
     )
 
 
+def total_bytes(parts: tuple[MemoryPart, ...]) -> int:
+    """The predicted peak."""
+    return sum(part.bytes for part in parts)
+
+
 def fused_sizes(shape: ModelShape, adapter: AdapterSpec, work: Workload) -> FusedSizes:
     """The settings of `work` that a fused step's memory depends on."""
     return FusedSizes(
@@ -141,6 +148,7 @@ def fused_sizes(shape: ModelShape, adapter: AdapterSpec, work: Workload) -> Fuse
         head_groups=work.head_groups,
         offload=work.offload_activations,
         offload_attention=work.offload_attention,
+        away_blocks=work.away_blocks,
     )
 
 

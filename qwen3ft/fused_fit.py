@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from qwen3ft.footprint import Workload, fused_sizes, predict_memory
 from qwen3ft.fused_footprint import FusedSizes
-from qwen3ft.packing import row_tokens
+from qwen3ft.packing import divisors, row_tokens
 from qwen3ft.recompute import Level
 from qwen3ft.records import GIB, AdapterSpec, EnvironmentReport, ModelShape, ModelSnapshot
 
@@ -36,14 +36,12 @@ from the RTX 4090 on have about that ratio."""
 OFFLOAD_BYTES_PER_SECOND = 20e9
 """Between device and host, a modest PCIe 4.0 x 16; it runs beside the computation."""
 
+AWAY_BYTES_PER_SECOND = 33e9
+"""What the forward of an H200 may send to the host: PCIe 5.0 x 16 takes 50e9. A card at half of
+that bus, PCIe 4.0, has less than half the speed too, so it has the time."""
+
 HOST_SHARE = 0.5
 """Of the host's memory, what may hold activations: it is pinned, and others need the rest."""
-
-PLAIN_REASONS = dict.fromkeys(
-    ("offload_attention", "activation_bytes", "chunk_tokens", "head_groups"),
-    "A setting of the fused path alone.",
-)
-"""Why the plain path leaves them as they are."""
 
 OLDEST_CAPABILITY = (8, 0)
 """Ampere: the first with bfloat16, which the kernels are written for."""
@@ -91,6 +89,8 @@ def fastest_fused(
     """
     best: tuple[float, Workload] | None = None
     for work in _candidates(first, shape, effective_batch_size):
+        if not work.offload_activations and first.device == "cuda" and recompute == "auto":
+            work = replace(work, away_blocks=_blocks_away(work, shape, HOST_SHARE * host_bytes))
         if _host_bytes(work, shape, adapter) > HOST_SHARE * host_bytes:
             continue
         fitted = _fill(work, shape, adapter, limit_bytes, recompute)
@@ -135,10 +135,16 @@ def fused_reasons(
         else f"All activations of the largest row fit: {room_gb:.2f} GB.",
         "loss_chunk_tokens": f"Logits of {min(work.loss_chunk_tokens, work.tokens)} tokens at most "
         "exist at one time; larger chunks are faster, smaller ones leaner.",
-        "offload_activations": "Nothing else fits." if work.offload_activations else "Not needed.",
+        "offload_activations": "Nothing faster fits."
+        if work.offload_activations
+        else "Not needed.",
         "offload_attention": "Its transfer was estimated to be faster than computing it again."
         if work.offload_attention
         else "Nothing that waits in host memory includes it.",
+        "away_blocks": f"The forward has the time to send gate and up of {work.away_blocks} blocks "
+        "to the host; it does where they would be computed again otherwise."
+        if work.away_blocks
+        else "Not used.",
         "activation_bytes": "The largest row with as much kept as is of use or the budget leaves.",
         "packing": "The fused path runs packed rows alone.",
         "chunk_tokens": f"The MLP of {min(work.chunk_tokens, work.tokens)} tokens at one time.",
@@ -148,7 +154,7 @@ def fused_reasons(
 
 
 def _candidates(first: Workload, shape: ModelShape, effective: int) -> Iterator[Workload]:
-    sizes = [size for size in range(effective, 0, -1) if effective % size == 0]
+    sizes = divisors(effective)
     groups = [n for n in (1, 2, 4, 8) if shape.num_key_value_heads % n == 0]
     # (what blocks keep, attention's output too)
     offloads = [(False, False)]
@@ -197,6 +203,14 @@ def _fill(
         share = (limit_bytes - bytes_of[least]) / (bytes_of[most] - bytes_of[least])
         room = least + int(share * (most - least))
     return replace(work, activation_bytes=room, gradient_checkpointing=room < everything)
+
+
+def _blocks_away(work: Workload, shape: ModelShape, host_bytes: float) -> int:
+    """Blocks whose gate and up leave the device while the forward runs, and fit the host."""
+    per_token = 2 * work.compute_bytes * shape.intermediate_size
+    forward_seconds = 2 * shape.linear_parameters / FLOPS_PER_SECOND  # a token
+    in_time = AWAY_BYTES_PER_SECOND * forward_seconds / per_token
+    return int(min(in_time, host_bytes / (per_token * work.tokens)))
 
 
 def _host_bytes(work: Workload, shape: ModelShape, adapter: AdapterSpec) -> int:

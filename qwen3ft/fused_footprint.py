@@ -5,7 +5,8 @@ die there (c: bytes of the compute type; T: tokens of the packed row; W: of a ch
 K: hidden and MLP size, features of all query / key-value heads; g: head groups; r: padded ranks):
 
     weights        c (3 H I + r (2 I + I))             gate, up and down dequantised at one time
-    throughout    c T (H + r) + 4 T head_dim    gradient of the residual stream; cos and sin
+    throughout    c T (2 H + r) + 4 T head_dim  the last block's output; gradient of the residual
+                                                stream; cos and sin
     MLP           c W (3 I + 2 (H + r))         gate and up, activated; normed, its gradient
     attention     c T (Q + (7 Q + 4 K) / g)     gradient of the output; per group of heads: q, k and
                                                 their gradients, those of k and v per query head,
@@ -14,18 +15,25 @@ K: hidden and MLP size, features of all query / key-value heads; g: head groups;
     forward       c T (2 H + 2 Q + 2 K + (Q + K) / g)
     loss          c (V + 4 H) x chunk           logits, overwritten by their gradient
 
-The largest of MLP, attention and forward counts, each with what a level drops and the backward
-makes again, and the loss.
+The largest of the last four counts, MLP and attention each with what a level drops and the backward
+makes again.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qwen3ft.recompute import Level, choose_levels, kept_bytes_per_token, padded_rank
+from qwen3ft.recompute import (
+    ON_DEVICE,
+    Level,
+    choose_levels,
+    kept_bytes_per_token,
+    padded_rank,
+    send_away,
+)
 from qwen3ft.records import GIB, MemoryPart, ModelShape
 
-SLACK = (int(0.15 * GIB), 0.04)
+SLACK = (int(0.15 * GIB), 0.03)
 """What the allocator holds beyond what is in use: bytes, and a share of the row's."""
 
 
@@ -42,6 +50,7 @@ class FusedSizes:
         head_groups: In how many parts the gradient of attention is computed.
         offload: Whether what is kept waits in host memory.
         offload_attention: Whether attention's output is among it, instead of being dropped.
+        away_blocks: Most blocks whose gate and up wait in host memory instead of being dropped.
     """
 
     shape: ModelShape
@@ -52,6 +61,7 @@ class FusedSizes:
     head_groups: int
     offload: bool = False
     offload_attention: bool = False
+    away_blocks: int = 0
 
     @property
     def weight_bytes(self) -> int:
@@ -85,7 +95,7 @@ class FusedSizes:
         hidden, inner = shape.hidden_size, shape.intermediate_size
         low = padded_rank(3 * self.rank)
         chunk = min(tokens, self.chunk_tokens)
-        throughout = c * tokens * (hidden + low) + 4 * tokens * shape.head_dim
+        throughout = c * tokens * (2 * hidden + low) + 4 * tokens * shape.head_dim
         dropped_qkv = c * tokens * (query + 2 * key) if level >= Level.DROP_QKV else 0
         dropped_out = c * tokens * query if level >= Level.DROP_ALL else 0
         mlp = c * chunk * (3 * inner + 2 * (hidden + low)) + dropped_out
@@ -101,9 +111,7 @@ class FusedSizes:
             forward += c * tokens * query
         logits = min(self.loss_chunk_tokens, tokens)
         loss = c * logits * (shape.vocab_size + 4 * hidden)
-        # The allocator cannot join the holes that passing tensors leave between those that are
-        # kept, so logits find no room in them.
-        return throughout + max(mlp, attention, forward) + loss
+        return throughout + max(mlp, attention, forward, loss)
 
     def row_bytes(self, tokens: int, levels: tuple[Level, ...]) -> int:
         """All of a row: what its blocks keep, and what comes and goes."""
@@ -113,6 +121,7 @@ class FusedSizes:
             kept = 2 * tokens * per_token[max(levels)]
         else:
             kept = tokens * sum(per_token[level] for level in levels)
+            kept += self._gate_up(tokens) if Level.GATE_UP_AWAY in levels else 0
         return kept + self.working_bytes(tokens, max(levels))
 
     def levels(self, tokens: int, budget_bytes: int) -> tuple[Level, ...]:
@@ -120,11 +129,20 @@ class FusedSizes:
         blocks, per_token = self.shape.num_hidden_layers, self.kept_per_token()
         if self.offload:
             return (Level.DROP_MIDDLE if self.offload_attention else Level.DROP_ALL,) * blocks
-        for coarsest in Level:
+        for coarsest in ON_DEVICE:
             room = budget_bytes - self.working_bytes(tokens, coarsest)
             if blocks * tokens * per_token[coarsest] <= room:
-                return choose_levels(per_token, tokens, blocks, room)
+                levels = choose_levels(per_token, tokens, blocks, room)
+                if Level.DROP_GATE_UP not in levels:
+                    return levels
+                less = choose_levels(per_token, tokens, blocks, room - self._gate_up(tokens))
+                sent = send_away(less, self.away_blocks)
+                # One block's worth is on its way at any time; that must be worth it.
+                return min(levels, sent, key=lambda each: each.count(Level.DROP_GATE_UP))
         return (Level.DROP_ALL,) * blocks
+
+    def _gate_up(self, tokens: int) -> int:
+        return 2 * self.compute_bytes * self.shape.intermediate_size * tokens
 
     def fixed_parts(self, trained: int) -> tuple[MemoryPart, ...]:
         """Those of the parts that no row changes which differ from the plain path's.
@@ -174,7 +192,7 @@ class FusedSizes:
             MemoryPart(
                 name="working memory",
                 bytes=working,
-                formula="one block's MLP or attention, whichever is larger, and a loss chunk",
+                formula="largest of one block's MLP and attention, and a loss chunk",
             ),
             MemoryPart(
                 name="kept of smaller rows",

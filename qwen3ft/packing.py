@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import bisect
 import heapq
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -138,6 +139,12 @@ def worst_case(lengths: Lengths, steps: Iterable[Sequence[Sequence[int]]]) -> Wo
     return WorstCase(
         most_tokens, row_tokens(most_tokens), longest, micro_batches, most_micro_batches
     )
+
+
+def divisors(number: int) -> list[int]:
+    """Divisors, largest first."""
+    small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
+    return sorted({*small, *(number // size for size in small)}, reverse=True)
 
 
 def row_tokens(tokens: int, multiple: int = ROW_MULTIPLE_TOKENS) -> int:

@@ -9,7 +9,9 @@ Q, K: features of all query / key-value heads; h: query heads; r: ranks, padded 
     DROP_MIDDLE   + c Q + 4 h       its output and log-sum-exp; o's product runs again
     DROP_QKV      + c H             the input of the MLP; the product of q, k and v runs again
     DROP_GATE_UP  + c (Q + 2 K)     the product of gate and up runs again
-    KEEP_ALL      + 2 c I           nothing but norms and rotations does
+    GATE_UP_AWAY  the same          nothing but norms and rotations does; gate and up wait in host
+                                    memory
+    KEEP_ALL      + 2 c I           gate and up stay on the device
 
 `tests/test_fused_step.py` holds this against what a step really keeps.
 """
@@ -27,10 +29,15 @@ class Level(IntEnum):
     """What is computed again in the backward; each includes those before it."""
 
     KEEP_ALL = 0
-    DROP_GATE_UP = 1
-    DROP_QKV = 2
-    DROP_MIDDLE = 3
-    DROP_ALL = 4
+    GATE_UP_AWAY = 1
+    DROP_GATE_UP = 2
+    DROP_QKV = 3
+    DROP_MIDDLE = 4
+    DROP_ALL = 5
+
+
+ON_DEVICE = tuple(level for level in Level if level != Level.GATE_UP_AWAY)
+"""Levels that need no host memory, finest first; each keeps less than the one before."""
 
 
 def padded_rank(ranks: int) -> int:
@@ -50,7 +57,7 @@ def kept_bytes_per_token(shape: ModelShape, rank: int, compute_bytes: int, level
         kept += c * hidden
     if level < Level.DROP_QKV:
         kept += c * (query + 2 * key)
-    if level < Level.DROP_GATE_UP:
+    if level == Level.KEEP_ALL:
         kept += 2 * c * shape.intermediate_size
     return kept
 
@@ -73,12 +80,24 @@ def choose_levels(
         One level per block; the most frugal where even that does not fit.
     """
     per_block = [tokens * each for each in bytes_per_token]
-    for level in Level:
-        if blocks * per_block[level] <= budget_bytes:
-            break
+    fitting = (level for level in ON_DEVICE if blocks * per_block[level] <= budget_bytes)
+    level = next(fitting, Level.DROP_ALL)
     if level == Level.KEEP_ALL:
         return (level,) * blocks
     room = budget_bytes - blocks * per_block[level]
-    finer = Level(level - 1)
+    finer = ON_DEVICE[ON_DEVICE.index(level) - 1]
     richer = max(0, min(blocks, room // (per_block[finer] - per_block[level])))
     return (level,) * (blocks - richer) + (finer,) * richer
+
+
+def send_away(levels: tuple[Level, ...], count: int) -> tuple[Level, ...]:
+    """`levels` with `count` blocks' gate and up in host memory instead of dropped, evenly spread.
+
+    Spread, because each has as long as the blocks up to the next one take to leave the device.
+    """
+    dropped = [index for index, level in enumerate(levels) if level == Level.DROP_GATE_UP]
+    count = min(count, len(dropped))
+    away = {dropped[(2 * number + 1) * len(dropped) // (2 * count)] for number in range(count)}
+    return tuple(
+        Level.GATE_UP_AWAY if index in away else level for index, level in enumerate(levels)
+    )

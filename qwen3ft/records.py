@@ -197,6 +197,9 @@ class TrainPlan(Record):
     offload_attention: bool = Field(
         False, description="Fused: also attention's output, which is not computed again then."
     )
+    away_blocks: int = Field(
+        0, description="Fused: most blocks whose widest activations wait in host memory."
+    )
     activation_bytes: int = Field(
         0,
         description="Fused: what a packed row may take, kept activations and working memory; each "

@@ -119,7 +119,7 @@ def test_attention_on_a_gpu_is_torchs(
     out, exps = attend(q, k, v, segments)
     result = [out, *attend_backward(d_out, q, k, v, out, exps, segments)]
     for ours, truth in zip(result, attended_by_torch(d_out, q, k, v, segments), strict=True):
-        assert float((ours.cpu().double() - truth).norm() / truth.norm()) <= 1e-2
+        assert float((ours.cpu().double() - truth).norm() / truth.norm()) <= 2e-2
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

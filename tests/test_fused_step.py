@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from qwen3ft.batches import IGNORED, PackedCollator
 from qwen3ft.fused import attention, reference
 from qwen3ft.fused.block import Kept
 from qwen3ft.fused.step import FusedStep
-from qwen3ft.recompute import Level, kept_bytes_per_token
+from qwen3ft.recompute import ON_DEVICE, Level, kept_bytes_per_token
 
 TENSORS = (torch.Tensor, torch.nn.Parameter)
 LENGTHS = (7, 30, 12, 51)
@@ -220,13 +221,18 @@ def test_what_is_kept_is_what_the_plan_counts(model: Any, level: Level, offload:
     step = make_step(model, levels=(level,) * 3, offload=offload, head_groups=1)
     with torch.no_grad():  # as within the autograd function
         _, state = step.forward(make_batch(*LENGTHS))
-    each = kept_bytes_per_token(shape_of(), 3, width, level)
+    shape, away = shape_of(), level == Level.GATE_UP_AWAY
+    on_device = kept_bytes_per_token(shape, 3, width, level)
+    in_all = kept_bytes_per_token(shape, 3, width, Level.KEEP_ALL if away else level)
     assert len(state.kept) == 3
     for kept in state.kept:
-        waiting = [stashed.shape.numel() * stashed.dtype.itemsize for stashed in kept.away.values()]
-        in_all = storage_bytes(tensors_of(kept)) + sum(waiting)
-        assert in_all / tokens == pytest.approx(each, rel=0.02)
-        assert bool(waiting) == offload
+        stashed = list(chain.from_iterable(kept.away.values()))
+        waiting = sum(each.shape.numel() * each.dtype.itemsize for each in stashed)
+        held = storage_bytes(tensors_of(kept))
+        assert (held + waiting) / tokens == pytest.approx(in_all, rel=0.02)
+        if not offload:
+            assert held / tokens == pytest.approx(on_device, rel=0.02)
+        assert bool(waiting) == (offload or away)
         large = (kept.x, kept.qkv, kept.attended, kept.log_sum_exp, kept.x_mid)
         assert all(tensor is None for tensor in large) or not offload
 
@@ -234,7 +240,7 @@ def test_what_is_kept_is_what_the_plan_counts(model: Any, level: Level, offload:
 def test_each_level_keeps_less_than_the_one_before() -> None:
     """So that a budget can always be met by the last, if by any."""
     for shape in (shape_of(), shape_of(hidden_size=2560, head_dim=128)):
-        sizes = [kept_bytes_per_token(shape, 6, 2, level) for level in Level]
+        sizes = [kept_bytes_per_token(shape, 6, 2, level) for level in ON_DEVICE]
         assert sizes == sorted(set(sizes), reverse=True)
 
 

@@ -24,6 +24,7 @@ from qwen3ft.batches import (
     real_tokens,
     trained_tokens,
 )
+from qwen3ft.loss import summed_loss
 from qwen3ft.packing import (
     WorstCase,
     epoch_batches,
@@ -33,7 +34,6 @@ from qwen3ft.packing import (
     rows_at_a_time,
     worst_case,
 )
-from qwen3ft.loss import summed_loss
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 

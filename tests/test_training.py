@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,25 @@ import pytest
 import torch
 
 from qwen3ft.attempt import JobDir
-from qwen3ft.batches import IGNORED
+from qwen3ft.batches import IGNORED, trained_tokens
 from qwen3ft.callbacks import StopRequest
 from qwen3ft.data import DataPipeline
+from qwen3ft.errors import DivergedError
 from qwen3ft.lora import LoRAAdapter
+from qwen3ft.loss import summed_loss
 from qwen3ft.memory import MemoryOptimizer
 from qwen3ft.model import ModelManager
 from qwen3ft.token_table import load_split
 from qwen3ft.train import TrainingEngine
-from qwen3ft.loss import summed_loss
+
+FUSED = {
+    "kernels": "fused",
+    "packing": True,
+    "chunk_tokens": 64,
+    "activation_bytes": 2_000_000,
+    "loss_chunk_tokens": 64,
+}
+"""What makes a plan one of the fused path, in which blocks keep different things."""
 
 
 @pytest.fixture
@@ -206,14 +217,17 @@ def test_evaluation_does_not_change_the_gradients(prepare: Any, make_plan: Any) 
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_a_resumed_run_ends_bit_identical(prepare: Any, make_plan: Any, packing: bool) -> None:
+@pytest.mark.parametrize("path", [{}, {"packing": True}, FUSED], ids=["padded", "packed", "fused"])
+def test_a_resumed_run_ends_bit_identical(
+    prepare: Any, make_plan: Any, path: dict[str, Any]
+) -> None:
     """Stopped in the second epoch and resumed from there, every adapter bit is the same.
 
     An epoch is 6 steps of 16 rows in several micro-batches; dropout makes the generators matter.
     """
-    adapter = make_plan().adapter.model_copy(update={"dropout": 0.1})
-    schedule = {"total_steps": 8, "evaluate_every_steps": 4, "packing": packing}
+    dropout = 0.0 if path == FUSED else 0.1  # the fused path has none
+    adapter = make_plan().adapter.model_copy(update={"dropout": dropout})
+    schedule = {"total_steps": 8, "evaluate_every_steps": 4, **path}
     schedule |= {"micro_batch_size": 4, "gradient_accumulation_steps": 4, "adapter": adapter}
     _, undisturbed = prepare(make_plan("undisturbed", **schedule))
     undisturbed.train()
@@ -324,23 +338,131 @@ class _StopAt:
         return StopAt()
 
 
-def test_tmp_fused(prepare: Any, make_plan: Any) -> None:
-    plan = make_plan(total_steps=6, evaluate_every_steps=3)
-    _, a = prepare(plan)
-    ga = first_step_gradients(a)
-    fused = plan.model_copy(
-        update=dict(
-            kernels="fused",
-            packing=True,
-            chunk_tokens=64,
-            activation_bytes=2 * 10**6,
-            loss_chunk_tokens=64,
-            attempt=2,
+# --- the fused path ---
+
+
+def test_a_fused_run_learns_what_the_plain_one_does(prepare: Any, make_plan: Any) -> None:
+    """Six steps: the loss of each within 1e-4, each tensor of the adapter within 1e-3."""
+    schedule = {"total_steps": 6, "evaluate_every_steps": 3, "packing": True}
+    schedule |= {"micro_batch_size": 4, "gradient_accumulation_steps": 4}
+    runs, seen = {}, set()
+    for name, path in (("plain", {}), ("fused", FUSED)):
+        engine, trainer = prepare(make_plan(name, **{**schedule, **path}))
+        assert (trainer.fused is not None) == (name == "fused")
+        if name == "fused":
+            choose = trainer.fused.choose_levels
+            trainer.fused.choose_levels = lambda tokens, c=choose: (
+                seen.update(c(tokens)) or c(tokens)
+            )
+        engine.train_model(trainer)
+        history = trainer.state.log_history
+        losses = [entry.get("loss", entry.get("eval_loss")) for entry in history]
+        runs[name] = [loss for loss in losses if loss is not None], adapter_tensors(trainer)
+    (plain_losses, plain), (fused_losses, fused) = runs["plain"], runs["fused"]
+    assert len(seen) > 1  # a mix of levels, or the comparison would say little
+    assert len(plain_losses) == 6 + 3
+    assert plain_losses[-1] < 0.98 * plain_losses[0]
+    assert fused_losses == pytest.approx(plain_losses, rel=1e-4)
+    for name, wanted in plain.items():
+        assert float((fused[name] - wanted).norm() / wanted.norm()) <= 1e-3, name
+
+
+def test_an_adapter_of_the_fused_path_is_pefts(
+    prepare: Any, make_plan: Any, make_config: Any, tmp_path: Path
+) -> None:
+    """Saved, and loaded by PEFT onto the quantised base: the same held-out loss."""
+    from peft import PeftModel
+
+    plan = make_plan(total_steps=4, evaluate_every_steps=2, **FUSED)
+    engine, trainer = prepare(plan)
+    engine.train_model(trainer)
+    engine.save_model(trainer, str(tmp_path / "adapter"))
+    base, _ = ModelManager(make_config()).load_model_with_quantization(plan.model.path)
+    model = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+    batches = list(trainer.get_eval_dataloader())
+    with torch.no_grad():
+        loss = sum(summed_loss(model.get_base_model(), batch, 64).item() for batch in batches)
+    outcome = engine.outcome(trainer)
+    assert outcome.best_held_out_loss < outcome.first_held_out_loss
+    mean = loss / sum(map(trained_tokens, batches))
+    assert mean == pytest.approx(outcome.best_held_out_loss, rel=1e-5)
+
+
+# --- numbers read late ---
+
+
+def test_numbers_that_are_read_late_are_the_same(prepare: Any, make_plan: Any) -> None:
+    """Each step once, in order, before the evaluation and in the checkpoint that come after it."""
+    from transformers import TrainerCallback
+
+    lines, late = {}, []
+
+    class Watch(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if "loss" in logs and logs["step"] < state.global_step:
+                late.append(logs["step"])
+
+    for lag in (0, 1):
+        engine, trainer = prepare(
+            make_plan(
+                f"lag-{lag}",
+                total_steps=7,
+                evaluate_every_steps=3,
+                keep_checkpoints=5,
+                packing=True,
+            )
         )
+        assert trainer.late.lag == 0  # on a CPU there is nothing to wait for
+        trainer.late.lag = lag
+        trainer.add_callback(Watch())
+        engine.train_model(trainer)
+        text = engine.job.metrics.read_text(encoding="utf-8")
+        lines[lag] = [json.loads(line) for line in text.splitlines()]
+    assert late == [1, 2, 4, 5]
+    differing = {"timestamp", "memory_usage", "tokens_per_second"}
+    same = [
+        [{name: value for name, value in line.items() if name not in differing} for line in run]
+        for run in lines.values()
+    ]
+    assert same[0] == same[1]
+    losses = [line["loss"] for line in lines[1] if line["loss"] is not None]
+    assert losses[-1] < losses[0]  # each is of its own step: a sum over steps would grow
+    steps = [(line["step"], line["held_out_loss"] is not None) for line in lines[1]]
+    evaluations = {0, 3, 6, 7}
+    assert steps == sorted(
+        {(step, False) for step in range(1, 8)} | {(s, True) for s in evaluations}
     )
-    e, b = prepare(fused)
-    gb = first_step_gradients(b)
-    for n in ga:
-        torch.testing.assert_close(ga[n], gb[n], rtol=1e-3, atol=1e-6)
-    e.train_model(b)
-    print(e.outcome(b))
+    assert all(line["tokens_per_second"] > 0 for line in lines[1] if line["loss"] is not None)
+    for step in evaluations - {0}:
+        state = engine.job.checkpoints / f"step-{step:06}" / "trainer_state.json"
+        history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
+        assert [e["step"] for e in history if "loss" in e] == list(range(1, step + 1))
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_gradients_that_are_not_finite_end_the_run(prepare: Any, make_plan: Any, lag: int) -> None:
+    """Also where earlier steps still wait to be logged; none is logged as if it had gone well."""
+    plan = make_plan(total_steps=6, evaluate_every_steps=6, **FUSED)
+    engine, trainer = prepare(plan)
+    trainer.late.lag = lag
+    trainer.add_callback(_PoisonAt(3))
+    with pytest.raises(DivergedError, match="at step 3 is nan"):
+        engine.train_model(trainer)
+    steps = [entry["step"] for entry in trainer.state.log_history if "loss" in entry]
+    assert steps == list(range(1, 3 - lag))
+
+
+class _PoisonAt:
+    """Puts a NaN into the adapter before `step`."""
+
+    def __new__(cls, step: int) -> Any:
+        from transformers import TrainerCallback
+
+        class PoisonAt(TrainerCallback):
+            def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                if state.global_step + 1 == step:
+                    parameters = kwargs["model"].parameters()
+                    trained = next(p for p in parameters if p.requires_grad)
+                    trained.data[0, 0] = float("nan")
+
+        return PoisonAt()

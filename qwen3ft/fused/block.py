@@ -11,6 +11,7 @@ long sequence never exist whole.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 from qwen3ft.fused.attention import Segments, attend, attend_backward
-from qwen3ft.fused.offload import Stashed
+from qwen3ft.fused.offload import HostStash, Stashed
 from qwen3ft.fused.projections import AdapterGradient, ElementWise, SharedInput, SingleProjection
 from qwen3ft.recompute import Level
 
@@ -62,7 +63,7 @@ class Kept:
         x_mid: Between attention and MLP, (T, hidden).
         gate_up: (chunk, 2 x intermediate) of each chunk.
         activated_low: Product of the MLP's inner activation with down's A, (T, rank).
-        away: Of these, by name, those that wait in host memory.
+        away: Of these, by name, those that wait in host memory; gate_up chunk by chunk.
     """
 
     x: torch.Tensor | None
@@ -73,15 +74,28 @@ class Kept:
     x_mid: torch.Tensor | None = None
     gate_up: list[torch.Tensor] | None = None
     activated_low: torch.Tensor | None = None
-    away: dict[str, Stashed] = field(default_factory=dict)
+    away: dict[str, list[Stashed]] = field(default_factory=dict)
 
-    def pop_large(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Take out, with its name, each large tensor that is worth waiting elsewhere."""
-        for name in ("x", "attended", "log_sum_exp", "x_mid", "qkv"):
-            tensor = getattr(self, name)
-            if tensor is not None:
+    def send_away(self, stash: HostStash, names: tuple[str, ...]) -> None:
+        """Have those of `names` that are kept wait in host memory."""
+        for name in names:
+            kept = getattr(self, name)
+            if kept is not None:
+                tensors = kept if isinstance(kept, list) else [kept]
+                self.away[name] = [stash.put(tensor) for tensor in tensors]
                 setattr(self, name, None)
-                yield name, tensor
+
+    def fetch(self, stash: HostStash) -> None:
+        """Start the way back of what waits in host memory."""
+        for stashed in itertools.chain.from_iterable(self.away.values()):
+            stash.fetch(stashed)
+
+    def take_back(self, stash: HostStash) -> None:
+        """Have everything on the device again."""
+        for name, stashed in self.away.items():
+            tensors = [stash.take(each) for each in stashed]
+            setattr(self, name, tensors if name == "gate_up" else tensors[0])
+        self.away = {}
 
 
 class FusedBlock:
@@ -106,21 +120,42 @@ class FusedBlock:
         """The projections, in the order of `backward`'s gradients."""
         return self.qkv, self.o, self.gate_up, self.down
 
-    def forward(self, x: torch.Tensor, row: Row, level: Level) -> tuple[torch.Tensor, Kept]:
-        """The block's output, (T, hidden), and what `level` keeps."""
-        kept = Kept(x)
-        qkv = self._project(x, row)
+    def reserve(self, tokens: int, row: Row, level: Level) -> Kept:
+        """Room for what `level` keeps, not initialised, but for what attention returns.
+
+        Taken for all blocks before the first runs: the allocator then has no holes between kept
+        tensors that a larger one does not fit into.
+        """
+        new = self.qkv.a.new_empty
+        kept = Kept(None)
+        if level < Level.DROP_MIDDLE:
+            kept.x_mid = new(tokens, self.o.out_features)
+        if level < Level.DROP_QKV:
+            kept.qkv = new(tokens, self.qkv.out_features)
+        if level == Level.KEEP_ALL:
+            kept.gate_up = self.reserve_gate_up(row)
+        return kept
+
+    def reserve_gate_up(self, row: Row) -> list[torch.Tensor]:
+        """Room for gate and up of each chunk."""
+        sizes = (chunk.stop - chunk.start for chunk in row.chunks())
+        return [self.gate_up.a.new_empty(size, self.gate_up.out_features) for size in sizes]
+
+    def forward(
+        self, x: torch.Tensor, row: Row, level: Level, kept: Kept, out: torch.Tensor
+    ) -> None:
+        """Write the block's output into `out`, (T, hidden), and what `level` keeps into `kept`."""
+        kept.x = x
+        qkv = self._project(x, row, out=kept.qkv)
         attended, log_sum_exp = self._attend(qkv, row)
-        kept.qkv = qkv if level < Level.DROP_QKV else None
         del qkv
-        x_mid, kept.attended_low = self.o.forward(attended.flatten(1), self.o.weight(), x)
+        x_mid, kept.attended_low = self.o.forward(
+            attended.flatten(1), self.o.weight(), x, out=kept.x_mid
+        )
         if level < Level.DROP_ALL:
             kept.attended, kept.log_sum_exp = attended, log_sum_exp
         del attended
-        kept.x_mid = x_mid if level < Level.DROP_MIDDLE else None
-        y, low, gate_up = self._mlp(x_mid, row, keep=level == Level.KEEP_ALL)
-        kept.activated_low, kept.gate_up = low, gate_up
-        return y, kept
+        kept.activated_low = self._mlp(x_mid, row, kept.gate_up, out)
 
     def backward(self, d_extended: torch.Tensor, kept: Kept, row: Row) -> list[torch.Tensor]:
         """Gradients of the adapters' parameters, in fp32, those of B without their factor.
@@ -150,10 +185,10 @@ class FusedBlock:
         kept.qkv = None
         return [*self.qkv.gradients(qkv_total), *self.o.gradients(o_total), *mlp_gradients]
 
-    def _project(self, x: torch.Tensor, row: Row) -> torch.Tensor:
+    def _project(self, x: torch.Tensor, row: Row, out: torch.Tensor | None = None) -> torch.Tensor:
         """q, k and v, (T, features of all heads)."""
         weight = self.qkv.weight()
-        qkv = x.new_empty(len(x), self.qkv.out_features)
+        qkv = x.new_empty(len(x), self.qkv.out_features) if out is None else out
         for chunk in row.chunks():
             self.qkv.forward(self._normed(self.norm, x[chunk], self.qkv), weight, out=qkv[chunk])
         return qkv
@@ -241,24 +276,27 @@ class FusedBlock:
         )
 
     def _mlp(
-        self, x_mid: torch.Tensor, row: Row, *, keep: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor] | None]:
-        """Its output, products with down's A, and those of gate and up if they are kept."""
+        self, x_mid: torch.Tensor, row: Row, kept: list[torch.Tensor] | None, out: torch.Tensor
+    ) -> torch.Tensor:
+        """Write its output into `out`, and gate and up into `kept`; returns products with down's A.
+
+        Args:
+            x_mid: Its input, (T, hidden).
+            row: The packed row.
+            kept: Room for gate and up of each chunk, or None where they are dropped.
+            out: (T, hidden).
+        """
         wide, narrow = self.gate_up.weight(), self.down.weight()
-        y = torch.empty_like(x_mid)
-        lows, kept = [], []
-        for chunk in row.chunks():
-            gate_up = self.gate_up.forward(
-                self._normed(self.mlp_norm, x_mid[chunk], self.gate_up), wide
-            )
+        lows = []
+        for index, chunk in enumerate(row.chunks()):
+            normed = self._normed(self.mlp_norm, x_mid[chunk], self.gate_up)
+            gate_up = self.gate_up.forward(normed, wide, out=kept[index] if kept else None)
+            del normed
             activated = gate_up.new_empty(len(gate_up), self.down.in_features)
             self.ops.silu_mul(gate_up, activated)
-            _, low = self.down.forward(activated, narrow, x_mid[chunk], out=y[chunk])
-            lows.append(low)
-            if keep:
-                kept.append(gate_up)
             del gate_up
-        return y, torch.cat(lows), kept if keep else None
+            lows.append(self.down.forward(activated, narrow, x_mid[chunk], out=out[chunk])[1])
+        return torch.cat(lows)
 
     def _mlp_backward(self, d_extended: torch.Tensor, kept: Kept, row: Row) -> list[torch.Tensor]:
         """Gradients of the MLP's adapters; `d_extended` becomes that of `x_mid`."""

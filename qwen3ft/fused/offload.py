@@ -61,7 +61,7 @@ class HostStash:
 
     def fetch(self, stashed: Stashed) -> None:
         """Start the way back."""
-        self._let_go(0)
+        self.settle()
         returned = torch.empty(stashed.shape, dtype=stashed.dtype, device=self._device)
         stashed.returned = returned
         target = returned.view(-1).view(torch.uint8)
@@ -84,6 +84,10 @@ class HostStash:
         stashed.slabs = []
         assert stashed.returned is not None
         return stashed.returned
+
+    def settle(self) -> None:
+        """Free what has left: what is queued from here on waits until it has."""
+        self._let_go(0)
 
     def _copy(self, stashed: Stashed, flat: torch.Tensor, *, out: bool) -> None:
         for index, slab in enumerate(stashed.slabs):

@@ -67,7 +67,8 @@ class FusedStep:
         self.chunk_tokens = chunk_tokens
         self.head_groups = head_groups
         self.embedding, self.head = base.model.embed_tokens.weight, base.lm_head.weight
-        self.stash = HostStash(self.embedding.device) if offload else None
+        self.offload = offload
+        self.stash = HostStash(self.embedding.device)
         self.norm, self.rotary = base.model.norm, base.model.rotary_emb
         self.blocks = [FusedBlock(block, ops) for block in base.model.layers]
         groups = [group for block in self.blocks for group in block.groups]
@@ -94,11 +95,23 @@ class FusedStep:
     def forward(self, batch: dict[str, Any]) -> tuple[torch.Tensor, _Pass]:
         """The loss, and what `backward` needs."""
         hidden, row = self._enter(batch)
-        kept = []
-        for block, level in zip(self.blocks, self.choose_levels(len(hidden)), strict=True):
-            hidden, of_block = block.forward(hidden, row, level)
-            kept.append(of_block)
-            self._away(of_block)
+        levels = self.choose_levels(len(hidden))
+        kept = [
+            block.reserve(len(hidden), row, level)
+            for block, level in zip(self.blocks, levels, strict=True)
+        ]
+        outputs = [None if self.offload else torch.empty_like(hidden) for _ in self.blocks]
+        for block, level, of_block, output in zip(self.blocks, levels, kept, outputs, strict=True):
+            x, hidden = hidden, torch.empty_like(hidden) if output is None else output
+            if level == Level.GATE_UP_AWAY:
+                self.stash.settle()  # before the next one needs as much room
+                of_block.gate_up = block.reserve_gate_up(row)
+            block.forward(x, row, level, of_block, hidden)
+            if self.offload:
+                of_block.send_away(self.stash, ("x", "attended", "log_sum_exp", "x_mid", "qkv"))
+            elif level == Level.GATE_UP_AWAY:
+                of_block.send_away(self.stash, ("gate_up",))
+        del outputs
         d_extended = hidden.new_zeros(len(hidden), hidden.shape[1] + self.blocks[-1].down.rank)
         loss = self._loss(hidden, batch, d_extended)
         return loss, _Pass(row, kept, d_extended)
@@ -106,31 +119,25 @@ class FusedStep:
     def backward(self, state: _Pass, factor: torch.Tensor) -> list[torch.Tensor]:
         """`factor` times the gradients of `parameters`, in fp32."""
         gradients: list[torch.Tensor] = []
+        self.stash.settle()
+        away = [kept for kept in state.kept if kept.away]
         for block in reversed(self.blocks):
             kept = state.kept.pop()
-            self._back(kept, state.kept[-1] if state.kept else None)
+            if kept.away:
+                kept.take_back(self.stash)
+                away.pop()
+                if away:  # on its way while the blocks up to it run
+                    away[-1].fetch(self.stash)
             gradients[:0] = block.backward(state.d_extended, kept, state.row)
         torch._foreach_mul_(gradients, self.factors)
         torch._foreach_mul_(gradients, factor)
         return gradients
 
-    def _away(self, kept: Kept) -> None:
-        """Send off what a block keeps, if it is to wait in host memory."""
-        if self.stash is not None:
-            kept.away = {name: self.stash.put(tensor) for name, tensor in kept.pop_large()}
-
-    def _back(self, kept: Kept, next_kept: Kept | None) -> None:
-        """Have what a block keeps, and start fetching what the next one does."""
-        if self.stash is not None:
-            for name, stashed in kept.away.items():
-                setattr(kept, name, self.stash.take(stashed))
-            for stashed in next_kept.away.values() if next_kept else ():
-                self.stash.fetch(stashed)
-
     def _evaluate(self, batch: dict[str, Any]) -> torch.Tensor:
         hidden, row = self._enter(batch)
         for block in self.blocks:
-            hidden, _ = block.forward(hidden, row, Level.DROP_ALL)
+            x, hidden = hidden, torch.empty_like(hidden)
+            block.forward(x, row, Level.DROP_ALL, Kept(None), hidden)
         return self._loss(hidden, batch, None)
 
     def _enter(self, batch: dict[str, Any]) -> tuple[torch.Tensor, Row]:

@@ -1,0 +1,183 @@
+"""The Triton program that dequantises a group of 4-bit weights, adapters and all, in one launch.
+
+A program is one tile of one weight, or copies a part of the adapters. At Qwen3's sizes a launch
+moves few enough bytes to take 3 to 30 us, so what limits it, besides memory, is how many
+instructions a number takes: each is looked up in shared memory (16 values, so the threads of a warp
+never want different words of one bank), not in global memory, whose addresses take longer to make
+than the values; and each block's constant is made once, not by every thread that needs it.
+"""
+
+# mypy: disable-error-code="untyped-decorator"
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+TILE_ROWS = 32
+TILE_WORDS = 64
+WARPS = 8
+
+
+@triton.jit(do_not_specialize=["rows_0", "rows_1", "rows_2", "below_rows", "out_stride"])
+def dequantize(
+    packed_0: tl.tensor,
+    code_0: tl.tensor,
+    absmax_0: tl.tensor,
+    nested_code_0: tl.tensor,
+    nested_absmax_0: tl.tensor,
+    nested_offset_0: tl.tensor,
+    packed_1: tl.tensor,
+    code_1: tl.tensor,
+    absmax_1: tl.tensor,
+    nested_code_1: tl.tensor,
+    nested_absmax_1: tl.tensor,
+    nested_offset_1: tl.tensor,
+    packed_2: tl.tensor,
+    code_2: tl.tensor,
+    absmax_2: tl.tensor,
+    nested_code_2: tl.tensor,
+    nested_absmax_2: tl.tensor,
+    nested_offset_2: tl.tensor,
+    out: tl.tensor,
+    beside: tl.tensor,
+    below: tl.tensor,
+    rows_0: tl.tensor,
+    rows_1: tl.tensor,
+    rows_2: tl.tensor,
+    below_rows: tl.tensor,
+    out_stride: tl.tensor,
+    unit: tl.constexpr,
+    words: tl.constexpr,
+    beside_columns: tl.constexpr,
+    nested: tl.constexpr,
+    block_words: tl.constexpr,
+    nested_block: tl.constexpr,
+    tile_rows: tl.constexpr,
+    tile_words: tl.constexpr,
+) -> None:
+    """Three weights below each other, the last of which may have no rows; `words`: of a row."""
+    # Which weight this tile of rows is of, and where that begins: in tiles, and in rows of `out`.
+    tile = tl.program_id(1)
+    tiles_0, tiles_1 = tl.cdiv(rows_0, tile_rows), tl.cdiv(rows_1, tile_rows)
+    tiles_2 = tl.cdiv(rows_2, tile_rows)
+    packed, code, absmax = packed_0, code_0, absmax_0
+    nested_code, nested_absmax, nested_offset = nested_code_0, nested_absmax_0, nested_offset_0
+    start, rows = 0, rows_0
+    if tile >= tiles_0 + tiles_1:
+        packed, code, absmax = packed_2, code_2, absmax_2
+        if nested:
+            nested_code, nested_absmax, nested_offset = (
+                nested_code_2,
+                nested_absmax_2,
+                nested_offset_2,
+            )
+        start, rows = rows_0 + rows_1, rows_2
+        tile -= tiles_0 + tiles_1
+        if tile >= tiles_2:
+            start, rows = start + rows_2, below_rows
+            tile -= tiles_2
+    elif tile >= tiles_0:
+        packed, code, absmax = packed_1, code_1, absmax_1
+        if nested:
+            nested_code, nested_absmax, nested_offset = (
+                nested_code_1,
+                nested_absmax_1,
+                nested_offset_1,
+            )
+        start, rows = rows_0, rows_1
+        tile -= tiles_0
+
+    first = tile * tile_rows
+    stride = out_stride * unit
+    target = out + (start + first).to(tl.int64) * stride
+    if tl.program_id(1) >= tiles_0 + tiles_1 + tiles_2:
+        if below is not None:
+            column = tl.program_id(0) * (tile_words * 8)
+            end = tl.minimum(column + tile_words * 8, words * 8)
+            source = below + first.to(tl.int64) * (words * 8)
+            if column < end:
+                _copy(source, words * 8, target, stride, rows - first, column, end, tile_rows)
+    elif tl.program_id(0) * tile_words >= words:
+        if beside is not None:
+            source = beside + (start + first).to(tl.int64) * beside_columns
+            target += words * 8
+            _copy(
+                source, beside_columns, target, stride, rows - first, 0, beside_columns, tile_rows
+            )
+    else:
+        # Rows of the tile, words of a row and blocks of a row, from its first on.
+        row = tl.arange(0, tile_rows)
+        column = tl.program_id(0) * tile_words + tl.arange(0, tile_words)
+        inside = (row < rows - first)[:, None] & (column < words)[None, :]
+        source = packed.to(tl.pointer_type(tl.int32)) + first.to(tl.int64) * words
+        word = tl.load(source + row[:, None] * words + column[None, :], mask=inside, other=0)
+        constant = _constants(
+            absmax,
+            nested_code,
+            nested_absmax,
+            nested_offset,
+            first,
+            rows - first,
+            words // block_words,
+            nested,
+            nested_block,
+            tile_rows,
+            tile_words // block_words,
+        )
+        shape: tl.constexpr = (tile_rows, tile_words // block_words, block_words)
+        constant = tl.broadcast_to(constant[:, :, None], shape).reshape(tile_rows, tile_words)
+
+        # Bytes in the order of memory, of each the high nibble first: 4, 0, 12, 8, ...
+        number = tl.arange(0, 8)
+        nibble = (word[:, :, None] >> (4 * (number ^ 1))[None, None, :]) & 15
+        table = tl.load(code + tl.arange(0, 16))
+        value = tl.gather(table, nibble.reshape(tile_rows * tile_words * 8), 0)
+        value = value.reshape(tile_rows, tile_words, 8) * constant[:, :, None]
+        place = (row * stride)[:, None, None] + (column * 8)[None, :, None] + number[None, None, :]
+        tl.store(target + place, value.to(out.dtype.element_ty), mask=inside[:, :, None])
+
+
+@triton.jit
+def _constants(
+    absmax: tl.tensor,
+    nested_code: tl.tensor,
+    nested_absmax: tl.tensor,
+    nested_offset: tl.tensor,
+    first: tl.tensor,
+    rows: tl.tensor,
+    blocks: tl.constexpr,
+    nested: tl.constexpr,
+    nested_block: tl.constexpr,
+    tile_rows: tl.constexpr,
+    tile_blocks: tl.constexpr,
+) -> tl.tensor:
+    """Those of a tile, which begins at the row `first`; a row of the weight has `blocks`."""
+    row = tl.arange(0, tile_rows)[:, None]
+    column = (tl.program_id(0) * tile_blocks + tl.arange(0, tile_blocks))[None, :]
+    inside = (row < rows) & (column < blocks)
+    block = (first + row) * blocks + column
+    constant = tl.load(absmax + block, mask=inside, other=0)
+    if nested:
+        outer = tl.load(nested_absmax + block // nested_block, mask=inside, other=0)
+        constant = tl.load(nested_code + constant.to(tl.int32)) * outer + tl.load(nested_offset)
+    return constant
+
+
+@triton.jit
+def _copy(
+    source: tl.tensor,
+    source_stride: tl.tensor,
+    target: tl.tensor,
+    target_stride: tl.tensor,
+    rows: tl.tensor,
+    begin: tl.tensor,
+    end: tl.tensor,
+    tile_rows: tl.constexpr,
+) -> None:
+    """Columns from `begin` to `end`, 64 at a time: more would take registers from the others."""
+    row = tl.arange(0, tile_rows)[:, None]
+    for start in range(begin, end, 64):
+        column = start + tl.arange(0, 64)[None, :]
+        inside = (row < rows) & (column < end)
+        value = tl.load(source + row * source_stride + column, mask=inside)
+        tl.store(target + row * target_stride + column, value, mask=inside)

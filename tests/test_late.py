@@ -1,0 +1,74 @@
+"""Numbers of a step that are read when later steps are already queued."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from qwen3ft.late import LateNumbers, StepNumbers
+
+
+def put(numbers: LateNumbers, step: int, device: str = "cpu") -> StepNumbers:
+    """Put in, and return, what is easy to tell apart."""
+    loss = torch.tensor(step + 0.5, device=device, requires_grad=True)
+    numbers.put(step, step / 10, step / 100, loss, torch.tensor(step + 0.25, device=device))
+    return StepNumbers(step, step / 10, step / 100, step + 0.5, step + 0.25)
+
+
+@pytest.mark.parametrize("lag", [0, 1, 3])
+def test_all_but_the_newest_are_taken_in_order(lag: int) -> None:
+    """Each once; the newest `lag` stay on their way until there are newer ones."""
+    numbers, taken, wanted = LateNumbers(lag), [], []
+    assert numbers.take() == []
+    for step in range(1, 8):
+        wanted.append(put(numbers, step))
+        taken += numbers.take()
+        assert taken == wanted[: max(0, step - lag)]
+        assert numbers.take() == []
+    taken += numbers.take(everything=True)
+    assert taken == wanted
+    assert numbers.take(everything=True) == []
+
+
+def test_everything_takes_what_has_piled_up() -> None:
+    """And the lag holds again afterwards."""
+    numbers = LateNumbers(1)
+    wanted = [put(numbers, step) for step in (1, 2, 3)]
+    assert numbers.take(everything=True) == wanted
+    fourth = put(numbers, 4)
+    assert numbers.take() == []
+    put(numbers, 5)
+    assert numbers.take() == [fourth]
+
+
+def test_numbers_are_those_of_their_own_step() -> None:
+    """Though the trainer zeroes its sum in place, and the norm may be of another type."""
+    numbers = LateNumbers(1)
+    loss, norm = torch.tensor(2.5), torch.tensor(1.5, dtype=torch.bfloat16)
+    numbers.put(1, 0.1, 1e-3, loss, norm)
+    loss.zero_()
+    norm.zero_()
+    [taken] = numbers.take(everything=True)
+    assert (taken.loss, taken.grad_norm) == (2.5, 1.5)
+    assert all(type(value) is float for value in (taken.loss, taken.grad_norm))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_numbers_arrive_without_being_waited_for() -> None:
+    """`put` returns while the device is still busy; what is taken is right all the same."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    numbers = LateNumbers(1)
+    put(numbers, 1, "cuda")
+    numbers.take(everything=True)  # CUDA is set up by now
+    big = torch.ones(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    busy: Any = big @ big
+    for _ in range(50):
+        busy = big @ busy * 1e-4
+    wanted = put(numbers, 2, "cuda")
+    assert not torch.cuda.current_stream().query()
+    assert numbers.take() == []
+    assert not torch.cuda.current_stream().query()
+    assert numbers.take(everything=True) == [wanted]
