@@ -1,6 +1,6 @@
 """One path's training for `parity.py`: the plan of a run, carried out as its worker does.
 
-The rows are few and come again in every epoch, so that the loss falls though they are random.
+The rows are random tokens of few kinds, each row once, so the loss falls to that of their kinds.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]
     work = tmp_path_factory.mktemp("parity")
     out = work / "results.json"
     script = str(ROOT / "benchmarks" / "parity.py")
-    where = ["--work", str(work), "--out", str(out), "--shape", "tiny"]
+    where = ["--work", str(work), "--out", str(out), "--shape", "tiny", "--learning-rate", "1e-3"]
     run = subprocess.run(
         [sys.executable, script, *where, "--steps", str(STEPS), "--sequences", str(SEQUENCES)],
         capture_output=True,
@@ -56,7 +56,7 @@ def test_results_say_what_they_belong_to(done: tuple[dict[str, Any], str]) -> No
     for name in ("torch", "transformers", "peft", "bitsandbytes", "qwen3ft"):
         assert results["machine"]["versions"][name]
     assert results["arguments"]["steps"] == STEPS
-    assert results["arguments"]["rows"] == 4 * SEQUENCES
+    assert results["arguments"]["rows"] == STEPS * SEQUENCES
 
 
 def test_both_paths_train_the_same(done: tuple[dict[str, Any], str]) -> None:

@@ -1,9 +1,9 @@
 """What runs on the GPU: the Triton programs that `qwen3ft.fused.kernels` launches.
 
 A program is one tile of the grid. Strides and sizes count numbers, not bytes; where there is a
-`unit`, row strides count so many numbers. `tl.constexpr` arguments are compiled in; of the others
-Triton compiles in only whether they are multiples of 16. Whether it loads 16 bytes at a time hangs
-on that, and rows with an adapter's few columns behind them are multiples of 8 apart: hence `unit`.
+`unit`, strides count so many numbers. `tl.constexpr` arguments are compiled in: what is the same at
+each step of a training. Of all else nothing is, or a row of other length would be compiled anew;
+but whether a kernel loads 16 bytes at a time hangs on how rows are aligned: hence `unit`.
 """
 
 # mypy: disable-error-code="untyped-decorator"
@@ -13,55 +13,15 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
-def dequantize(
-    packed: tl.tensor,
-    code: tl.tensor,
-    absmax: tl.tensor,
-    nested_code: tl.tensor,
-    nested_absmax: tl.tensor,
-    nested_offset: tl.tensor,
-    out: tl.tensor,
-    rows: tl.tensor,
-    words: tl.tensor,
-    out_stride: tl.tensor,
-    unit: tl.constexpr,
-    nested: tl.constexpr,
-    block_words: tl.constexpr,
-    nested_block: tl.constexpr,
-    tile_rows: tl.constexpr,
-    tile_words: tl.constexpr,
-) -> None:
-    """A tile of 32-bit words, eight numbers each; `words`: of a row."""
-    row = tl.program_id(1) * tile_rows + tl.arange(0, tile_rows)
-    column = tl.program_id(0) * tile_words + tl.arange(0, tile_words)
-    inside = (row < rows)[:, None] & (column < words)[None, :]
-    at = row[:, None] * words + column[None, :]
-    word = tl.load(packed.to(tl.pointer_type(tl.int32)) + at, mask=inside, other=0)
-    block = at // block_words
-    constant = tl.load(absmax + block, mask=inside, other=0)
-    if nested:
-        outer = tl.load(nested_absmax + block // nested_block, mask=inside, other=0)
-        constant = tl.load(nested_code + constant.to(tl.int32)) * outer + tl.load(nested_offset)
-
-    # Bytes in the order of memory, of each the high nibble first: 4, 0, 12, 8, ...
-    number = tl.arange(0, 8)
-    nibble = (word[:, :, None] >> (4 * (number ^ 1))[None, None, :]) & 15
-    value = tl.load(code + nibble) * constant[:, :, None]
-    place = row.to(tl.int64)[:, None, None] * (out_stride * unit) + (column * 8)[None, :, None]
-    place += number[None, None, :]
-    tl.store(out + place, value.to(out.dtype.element_ty), mask=inside[:, :, None])
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["x_stride", "out_stride"])
 def rms_norm(
     x: tl.tensor,
     weight: tl.tensor,
     out: tl.tensor,
     x_stride: tl.tensor,
     out_stride: tl.tensor,
-    hidden: tl.tensor,
     eps: tl.tensor,
+    hidden: tl.constexpr,
     unit: tl.constexpr,
     tile: tl.constexpr,
 ) -> None:
@@ -76,7 +36,7 @@ def rms_norm(
     tl.store(out + row * (out_stride * unit) + column, normed.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["d_out_stride", "x_stride", "d_x_stride"])
 def rms_norm_backward(
     d_out: tl.tensor,
     x: tl.tensor,
@@ -85,8 +45,8 @@ def rms_norm_backward(
     d_out_stride: tl.tensor,
     x_stride: tl.tensor,
     d_x_stride: tl.tensor,
-    hidden: tl.tensor,
     eps: tl.tensor,
+    hidden: tl.constexpr,
     unit: tl.constexpr,
     tile: tl.constexpr,
 ) -> None:
@@ -108,7 +68,7 @@ def rms_norm_backward(
     tl.store(sums, total.to(d_x.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["token_stride", "head_stride", "cos_stride", "sin_stride", "rows"])
 def norm_rotate(
     heads: tl.tensor,
     weight: tl.tensor,
@@ -120,8 +80,8 @@ def norm_rotate(
     cos_stride: tl.tensor,
     sin_stride: tl.tensor,
     rows: tl.tensor,
-    count: tl.tensor,
     eps: tl.tensor,
+    count: tl.constexpr,
     unit: tl.constexpr,
     half: tl.constexpr,
     tile: tl.constexpr,
@@ -131,11 +91,11 @@ def norm_rotate(
     column = tl.arange(0, half)[None, :]
     inside = (row < rows)[:, None]
     token, head = (row // count).to(tl.int64), (row % count).to(tl.int64)
-    start = heads + (token * (token_stride * unit) + head * head_stride)[:, None]
+    start = heads + (token * (token_stride * unit) + head * (head_stride * unit))[:, None]
     first = tl.load(start + column, mask=inside, other=0).to(tl.float32)
     second = tl.load(start + half + column, mask=inside, other=0).to(tl.float32)
-    cosine = tl.load(cos + (token * cos_stride)[:, None] + column, mask=inside, other=0)
-    sine = tl.load(sin + (token * sin_stride)[:, None] + column, mask=inside, other=0)
+    cosine = tl.load(cos + (token * (cos_stride * unit))[:, None] + column, mask=inside, other=0)
+    sine = tl.load(sin + (token * (sin_stride * unit))[:, None] + column, mask=inside, other=0)
 
     squares = tl.sum(first * first + second * second, axis=1)
     inverse = tl.rsqrt(squares / (2 * half) + eps)[:, None]
@@ -147,7 +107,17 @@ def norm_rotate(
     tl.store(target + half + column, (second * cosine + first * sine).to(kind), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(
+    do_not_specialize=[
+        "d_token_stride",
+        "d_head_stride",
+        "token_stride",
+        "head_stride",
+        "cos_stride",
+        "sin_stride",
+        "rows",
+    ]
+)
 def norm_rotate_backward(
     d_out: tl.tensor,
     heads: tl.tensor,
@@ -161,8 +131,8 @@ def norm_rotate_backward(
     cos_stride: tl.tensor,
     sin_stride: tl.tensor,
     rows: tl.tensor,
-    count: tl.tensor,
     eps: tl.tensor,
+    count: tl.constexpr,
     unit: tl.constexpr,
     half: tl.constexpr,
     tile: tl.constexpr,
@@ -172,14 +142,14 @@ def norm_rotate_backward(
     column = tl.arange(0, half)[None, :]
     inside = (row < rows)[:, None]
     token, head = (row // count).to(tl.int64), (row % count).to(tl.int64)
-    start = heads + (token * (token_stride * unit) + head * head_stride)[:, None]
+    start = heads + (token * (token_stride * unit) + head * (head_stride * unit))[:, None]
     first = tl.load(start + column, mask=inside, other=0).to(tl.float32)
     second = tl.load(start + half + column, mask=inside, other=0).to(tl.float32)
-    d_start = d_out + (token * (d_token_stride * unit) + head * d_head_stride)[:, None]
+    d_start = d_out + (token * (d_token_stride * unit) + head * (d_head_stride * unit))[:, None]
     d_first = tl.load(d_start + column, mask=inside, other=0).to(tl.float32)
     d_second = tl.load(d_start + half + column, mask=inside, other=0).to(tl.float32)
-    cosine = tl.load(cos + (token * cos_stride)[:, None] + column, mask=inside, other=0)
-    sine = tl.load(sin + (token * sin_stride)[:, None] + column, mask=inside, other=0)
+    cosine = tl.load(cos + (token * (cos_stride * unit))[:, None] + column, mask=inside, other=0)
+    sine = tl.load(sin + (token * (sin_stride * unit))[:, None] + column, mask=inside, other=0)
 
     # The transposed rotation, then the gradient of the norm as in `rms_norm_backward`.
     scaled_first = d_first * cosine + d_second * sine
@@ -196,14 +166,14 @@ def norm_rotate_backward(
     tl.store(start + half + column, d_second.to(kind), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride", "out_stride"])
 def silu_mul(
     gate_up: tl.tensor,
     out: tl.tensor,
     stride: tl.tensor,
     out_stride: tl.tensor,
-    size: tl.tensor,
-    tiles: tl.tensor,
+    size: tl.constexpr,
+    tiles: tl.constexpr,
     unit: tl.constexpr,
     tile: tl.constexpr,
 ) -> None:
@@ -218,14 +188,14 @@ def silu_mul(
     tl.store(out + row * (out_stride * unit) + column, value.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["d_out_stride", "stride"])
 def silu_mul_backward(
     d_out: tl.tensor,
     gate_up: tl.tensor,
     d_out_stride: tl.tensor,
     stride: tl.tensor,
-    size: tl.tensor,
-    tiles: tl.tensor,
+    size: tl.constexpr,
+    tiles: tl.constexpr,
     unit: tl.constexpr,
     tile: tl.constexpr,
 ) -> None:
@@ -247,19 +217,20 @@ def silu_mul_backward(
     tl.store(source + size, (gradient * silu).to(gate_up.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride"])
 def cross_entropy(
     logits: tl.tensor,
     targets: tl.tensor,
     losses: tl.tensor,
     stride: tl.tensor,
-    vocabulary: tl.tensor,
+    vocabulary: tl.constexpr,
+    unit: tl.constexpr,
     steps: tl.constexpr,
     tile: tl.constexpr,
 ) -> None:
     """One row, in `steps` of `tile` times eight numbers."""
     row = tl.program_id(0).to(tl.int64)
-    start = logits + row * stride
+    start = logits + row * (stride * unit)
     target = tl.load(targets + row)
     chosen = tl.load(start + target).to(tl.float32)
     column = tl.arange(0, tile)[:, None] * 8 + tl.arange(0, 8)[None, :]

@@ -92,25 +92,24 @@ def dequantize(
     target = out + (start + first).to(tl.int64) * stride
     if tl.program_id(1) >= tiles_0 + tiles_1 + tiles_2:
         if below is not None:
-            column = tl.program_id(0) * (tile_words * 8)
-            end = tl.minimum(column + tile_words * 8, words * 8)
-            source = below + first.to(tl.int64) * (words * 8)
-            if column < end:
-                _copy(source, words * 8, target, stride, rows - first, column, end, tile_rows)
+            begin = tl.program_id(0) * (tile_words * 8)
+            last = tl.minimum(begin + tile_words * 8, words * 8)
+            below += first.to(tl.int64) * (words * 8)
+            if begin < last:
+                _copy(below, words * 8, target, stride, rows - first, begin, last, tile_rows)
     elif tl.program_id(0) * tile_words >= words:
         if beside is not None:
-            source = beside + (start + first).to(tl.int64) * beside_columns
-            target += words * 8
-            _copy(
-                source, beside_columns, target, stride, rows - first, 0, beside_columns, tile_rows
-            )
+            beside += (start + first).to(tl.int64) * beside_columns
+            end = beside_columns
+            _copy(beside, end, target + words * 8, stride, rows - first, 0, end, tile_rows)
     else:
-        # Rows of the tile, words of a row and blocks of a row, from its first on.
-        row = tl.arange(0, tile_rows)
-        column = tl.program_id(0) * tile_words + tl.arange(0, tile_words)
-        inside = (row < rows - first)[:, None] & (column < words)[None, :]
+        # One dimension for rows and words, so that the threads of a warp write along a row.
+        flat = tl.arange(0, tile_rows * tile_words)
+        row, column = flat // tile_words, tl.program_id(0) * tile_words + flat % tile_words
+        inside = (row < rows - first) & (column < words)
+        table = tl.load(code + tl.arange(0, 16))
         source = packed.to(tl.pointer_type(tl.int32)) + first.to(tl.int64) * words
-        word = tl.load(source + row[:, None] * words + column[None, :], mask=inside, other=0)
+        word = tl.load(source + row * words + column, mask=inside, other=0)
         constant = _constants(
             absmax,
             nested_code,
@@ -124,17 +123,17 @@ def dequantize(
             tile_rows,
             tile_words // block_words,
         )
-        shape: tl.constexpr = (tile_rows, tile_words // block_words, block_words)
-        constant = tl.broadcast_to(constant[:, :, None], shape).reshape(tile_rows, tile_words)
+        blocks: tl.constexpr = tile_rows * tile_words // block_words
+        constant = tl.broadcast_to(constant[:, None], (blocks, block_words))
+        constant = constant.reshape(tile_rows * tile_words)
 
         # Bytes in the order of memory, of each the high nibble first: 4, 0, 12, 8, ...
         number = tl.arange(0, 8)
-        nibble = (word[:, :, None] >> (4 * (number ^ 1))[None, None, :]) & 15
-        table = tl.load(code + tl.arange(0, 16))
+        nibble = (word[:, None] >> (4 * (number ^ 1))[None, :]) & 15
         value = tl.gather(table, nibble.reshape(tile_rows * tile_words * 8), 0)
-        value = value.reshape(tile_rows, tile_words, 8) * constant[:, :, None]
-        place = (row * stride)[:, None, None] + (column * 8)[None, :, None] + number[None, None, :]
-        tl.store(target + place, value.to(out.dtype.element_ty), mask=inside[:, :, None])
+        value = value.reshape(tile_rows * tile_words, 8) * constant[:, None]
+        place = (row * stride + column * 8)[:, None] + number[None, :]
+        tl.store(target + place, value.to(out.dtype.element_ty), mask=inside[:, None])
 
 
 @triton.jit
@@ -152,14 +151,15 @@ def _constants(
     tile_blocks: tl.constexpr,
 ) -> tl.tensor:
     """Those of a tile, which begins at the row `first`; a row of the weight has `blocks`."""
-    row = tl.arange(0, tile_rows)[:, None]
-    column = (tl.program_id(0) * tile_blocks + tl.arange(0, tile_blocks))[None, :]
+    flat = tl.arange(0, tile_rows * tile_blocks)
+    row, column = flat // tile_blocks, tl.program_id(0) * tile_blocks + flat % tile_blocks
     inside = (row < rows) & (column < blocks)
     block = (first + row) * blocks + column
     constant = tl.load(absmax + block, mask=inside, other=0)
     if nested:
         outer = tl.load(nested_absmax + block // nested_block, mask=inside, other=0)
-        constant = tl.load(nested_code + constant.to(tl.int32)) * outer + tl.load(nested_offset)
+        offset = tl.load(nested_offset)
+        constant = tl.load(nested_code + constant.to(tl.int32)) * outer + offset
     return constant
 
 

@@ -98,12 +98,6 @@ class _Adapted:
             row, column = row + len(up), column + len(down)
         return a_blocks, b_blocks
 
-    def _dequantize_rows(self, out: torch.Tensor) -> None:
-        row = 0
-        for weight in self.weights:
-            self.ops.dequantize(weight, out[row : row + weight.out_features])
-            row += weight.out_features
-
 
 class SharedInput(_Adapted):
     """Projections of one narrow input to wide outputs beside each other."""
@@ -115,8 +109,7 @@ class SharedInput(_Adapted):
     def weight(self) -> torch.Tensor:
         """[W | s B], (out, in + rank)."""
         full = self.a.new_empty(self.out_features, self.in_features + self.rank)
-        self._dequantize_rows(full[:, : self.in_features])
-        full[:, self.in_features :] = self.b
+        self.ops.dequantize(self.weights, full, beside=self.b)
         return full
 
     def extend(self, extended: torch.Tensor) -> None:
@@ -153,8 +146,7 @@ class SingleProjection(_Adapted):
     def weight(self) -> torch.Tensor:
         """[W ; A], (out + rank, in)."""
         full = self.a.new_empty(self.out_features + self.rank, self.in_features)
-        self._dequantize_rows(full[: self.out_features])
-        full[self.out_features :] = self.a
+        self.ops.dequantize(self.weights, full, below=self.a)
         return full
 
     def forward(

@@ -8,23 +8,35 @@ place. Matrices and heads may be views whose rows are apart; their last dimensio
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from qwen3ft.fused.weights import FourBitWeight
 
 
-def dequantize(weight: FourBitWeight, out: torch.Tensor) -> None:
-    """Write the weight, (out_features, in_features), into `out`: code x constant of its block."""
-    constants = weight.absmax.float()
-    if weight.nested_code is not None:
-        assert weight.nested_absmax is not None
-        assert weight.nested_offset is not None
-        outer = weight.nested_absmax.repeat_interleave(weight.nested_block)[: constants.numel()]
-        constants = weight.nested_code[weight.absmax.long()] * outer + weight.nested_offset
-    nibbles = torch.stack((weight.packed >> 4, weight.packed & 15), dim=1).reshape(-1)
-    values = weight.code[nibbles.long()]
-    values = values * constants.repeat_interleave(weight.block)[: values.numel()]
-    out.copy_(values.view(weight.out_features, weight.in_features))
+def dequantize(
+    weights: Sequence[FourBitWeight],
+    out: torch.Tensor,
+    beside: torch.Tensor | None = None,
+    below: torch.Tensor | None = None,
+) -> None:
+    """Write `weights` of one input below each other into `out`: code x constant of the block.
+
+    Args:
+        weights: Each (out_features, in_features).
+        out: Room for them, and for the two below.
+        beside: What stands to the right of the weights' rows; dense.
+        below: What stands under their columns; dense.
+    """
+    columns, row = weights[0].in_features, 0
+    for weight in weights:
+        _dequantize_one(weight, out[row : row + weight.out_features, :columns])
+        row += weight.out_features
+    if beside is not None:
+        out[:row, columns : columns + beside.shape[1]] = beside
+    if below is not None:
+        out[row : row + len(below), :columns] = below
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
@@ -135,6 +147,19 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     gradient.scatter_add_(1, chosen, torch.full_like(chosen, -1, dtype=gradient.dtype))
     logits.copy_(gradient)
     return losses
+
+
+def _dequantize_one(weight: FourBitWeight, out: torch.Tensor) -> None:
+    constants = weight.absmax.float()
+    if weight.nested_code is not None:
+        assert weight.nested_absmax is not None
+        assert weight.nested_offset is not None
+        outer = weight.nested_absmax.repeat_interleave(weight.nested_block)[: constants.numel()]
+        constants = weight.nested_code[weight.absmax.long()] * outer + weight.nested_offset
+    nibbles = torch.stack((weight.packed >> 4, weight.packed & 15), dim=1).reshape(-1)
+    values = weight.code[nibbles.long()]
+    values = values * constants.repeat_interleave(weight.block)[: values.numel()]
+    out.copy_(values.view(weight.out_features, weight.in_features))
 
 
 def _inverse_rms(wide: torch.Tensor, eps: float) -> torch.Tensor:
