@@ -5,12 +5,13 @@
 Needs a CUDA device. Each function is called on one set of tensors after the other, together above
 any second-level cache, in a CUDA graph, so that the time of Python is not in that of the device; it
 stands beside it, as the time one call takes to return. Bytes are those that have to move: each
-number once in and once out, logits twice in. bitsandbytes dequantises the same weight.
+number once in and once out, logits twice in.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import sys
@@ -105,7 +106,7 @@ def cases(tokens: int) -> list[Case]:
 
 
 def dequantising() -> list[Case]:
-    """The weight of gate, by us and by bitsandbytes."""
+    """A block's groups of projections with adapters, a call each; by bitsandbytes gate alone."""
     import bitsandbytes
     import bitsandbytes.functional as bnb
     import torch
@@ -113,23 +114,42 @@ def dequantising() -> list[Case]:
     from qwen3ft.fused import kernels
     from qwen3ft.fused.weights import FourBitWeight
 
-    def weight() -> Any:
-        plain = torch.randn(INTERMEDIATE, HIDDEN, dtype=torch.bfloat16)
+    def weight(rows: int, columns: int) -> Any:
+        plain = torch.randn(rows, columns, dtype=torch.bfloat16)
         made = bitsandbytes.nn.Params4bit(plain, requires_grad=False, quant_type="nf4")
         return made.to("cuda")
 
-    def ours() -> Callable[[], Any]:
-        tensors = FourBitWeight.of(weight())
-        full = torch.empty(INTERMEDIATE, HIDDEN + RANK, dtype=torch.bfloat16, device="cuda")
-        return lambda: kernels.dequantize(tensors, full[:, :HIDDEN])
+    def moved(numbers: int, adapter: int = 0) -> int:
+        return numbers * 2 + numbers // 2 + numbers // 64 + 4 * adapter
+
+    def ours(rows: tuple[int, ...], columns: int, beside: int, below: int) -> Callable[[], Any]:
+        how: Any = {"dtype": torch.bfloat16, "device": "cuda"}
+        weights = [FourBitWeight.of(weight(count, columns)) for count in rows]
+        out = torch.empty(sum(rows) + below, columns + beside, **how)
+        right = torch.randn(sum(rows), beside, **how) if beside else None
+        under = torch.randn(below, columns, **how) if below else None
+        return lambda: kernels.dequantize(weights, out, right, under)
 
     def theirs() -> Callable[[], Any]:
-        quantised = weight()
+        quantised = weight(INTERMEDIATE, HIDDEN)
         return lambda: bnb.dequantize_4bit(quantised.data, quantised.quant_state)
 
-    numbers = INTERMEDIATE * HIDDEN
-    moved = numbers * 2 + numbers // 2 + numbers // 64
-    return [("dequantize", moved, ours), ("dequantize, bitsandbytes", moved, theirs)]
+    query, key = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
+    found: list[Case] = []
+    for name, rows, columns, beside, below in (
+        ("q, k, v", (query, key, key), HIDDEN, 3 * RANK, 0),
+        ("o", (HIDDEN,), query, 0, RANK),
+        ("gate, up", (INTERMEDIATE, INTERMEDIATE), HIDDEN, 2 * RANK, 0),
+        ("down", (HIDDEN,), INTERMEDIATE, 0, RANK),
+        ("gate", (INTERMEDIATE,), HIDDEN, 0, 0),
+        ("k", (key,), HIDDEN, 0, 0),
+    ):
+        size = sum(rows) * columns
+        make = functools.partial(ours, rows, columns, beside, below)
+        found.append(
+            (f"dequantize {name}", moved(size, sum(rows) * beside + below * columns), make)
+        )
+    return [*found, ("dequantize, bitsandbytes", moved(INTERMEDIATE * HIDDEN), theirs)]
 
 
 def measure(name: str, moved: int, make: Callable[[], Callable[[], Any]]) -> dict[str, Any]:

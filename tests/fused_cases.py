@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+
+from qwen3ft.fused.weights import FourBitWeight
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # The interpreter cuts bits off where a GPU rounds, so there bits are compared in fp32.
 QUANTISED_TYPE = torch.float32 if INTERPRETED else torch.bfloat16
 QUANTISED = pytest.mark.parametrize(("kind", "double"), [("nf4", True), ("nf4", False), ("fp4", 1)])
 EPS = 1e-6
+# (columns beside, rows below, columns behind): also such that no row begins at 16 bytes.
+ADAPTERS = pytest.mark.parametrize(
+    ("beside", "below", "behind"),
+    [(0, 0, 0), (0, 0, 5), (24, 0, 0), (72, 0, 8), (0, 40, 0), (8, 16, 3), (3, 5, 0)],
+)
 
 
 def quantised(shape: tuple[int, int], kind: str, double: bool, device: str) -> Any:
@@ -34,6 +41,49 @@ def dequantised(weight: Any) -> torch.Tensor:
     import bitsandbytes.functional as bnb
 
     return bnb.dequantize_4bit(weight.data, weight.quant_state).reshape(weight.quant_state.shape)
+
+
+class Group(NamedTuple):
+    """Arguments of `dequantize`, and what `out` holds afterwards, 7 where nothing is written."""
+
+    weights: list[FourBitWeight]
+    out: torch.Tensor
+    beside: torch.Tensor | None
+    below: torch.Tensor | None
+    truth: torch.Tensor
+
+
+def grouped(
+    rows: tuple[int, ...],
+    columns: int,
+    kind: str,
+    double: bool,
+    device: str,
+    dtype: torch.dtype,
+    *,
+    beside: int = 0,
+    below: int = 0,
+    behind: int = 0,
+) -> Group:
+    """Weights below each other, with adapters of so many columns or rows, and room behind."""
+    made = [quantised((count, columns), kind, double, device) for count in rows]
+    height = sum(rows)
+    truth = torch.full(
+        (height + below + 2, columns + beside + behind), 7.0, dtype=dtype, device=device
+    )
+    out = truth.clone()
+    truth[:height, :columns] = torch.cat([dequantised(weight) for weight in made])
+    right = torch.randn(height, beside, device=device).to(dtype)
+    under = torch.randn(below, columns, device=device).to(dtype)
+    truth[:height, columns : columns + beside] = right
+    truth[height : height + below, :columns] = under
+    return Group(
+        [FourBitWeight.of(weight) for weight in made],
+        out,
+        right if beside else None,
+        under if below else None,
+        truth,
+    )
 
 
 def wide(*shape: int, dtype: torch.dtype, device: str, behind: int = 24) -> torch.Tensor:

@@ -6,6 +6,7 @@ decides that when it is imported.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import subprocess
@@ -17,19 +18,18 @@ from typing import Any
 import pytest
 import torch
 from fused_cases import (
+    ADAPTERS,
     EPS,
     INTERPRETED,
     QUANTISED,
     QUANTISED_TYPE,
-    dequantised,
+    grouped,
     neighbours,
-    quantised,
     rotation,
     wide,
 )
 
 from qwen3ft.fused import reference
-from qwen3ft.fused.weights import FourBitWeight
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # (tokens, hidden, heads, head_dim, intermediate, rows, vocabulary)
@@ -38,8 +38,10 @@ SIZES = (
     if INTERPRETED
     else [(1037, 2560, 32, 128, 9728, 37, 151_936), (131, 5120, 40, 128, 17408, 5, 4099)]
 )
-# (out_features, in_features): with rows of no whole number of tiles, and of no whole word.
-SHAPES = [(33, 576), (16, 72), (3, 66)] + ([] if INTERPRETED else [(9728, 2560), (1024, 17408)])
+# Rows of each weight, and columns: with no whole number of tiles, of blocks, and of words.
+GROUPS = [((33,), 576), ((7, 32, 1), 128), ((40, 3), 64), ((16, 5), 72), ((3,), 66)]
+if not INTERPRETED:
+    GROUPS += [((9728, 9728), 2560), ((4096, 1024, 1024), 2560), ((2560,), 9728), ((1024,), 17408)]
 
 
 @pytest.fixture(autouse=True)
@@ -111,19 +113,77 @@ def twins(name: str, *arguments: Any, atol: float = 5e-5) -> None:
 
 @pytest.mark.gpu
 @QUANTISED
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("behind", [0, 5, 24])
+@ADAPTERS
+@pytest.mark.parametrize(("rows", "columns"), GROUPS)
 def test_the_kernel_dequantises_as_bitsandbytes_does(
-    device: str, shape: tuple[int, int], kind: str, double: bool, behind: int
+    device: str,
+    rows: tuple[int, ...],
+    columns: int,
+    kind: str,
+    double: bool,
+    beside: int,
+    below: int,
+    behind: int,
 ) -> None:
-    """Bit for bit, and nothing beside the weights is touched."""
-    from qwen3ft.fused import kernels
+    """Bit for bit, with adapters beside and below, and nothing else is touched; also once more."""
+    case = grouped(
+        rows,
+        columns,
+        kind,
+        double,
+        device,
+        QUANTISED_TYPE,
+        beside=beside,
+        below=below,
+        behind=behind,
+    )
+    for _ in range(2):  # how the kernel is found differs
+        case.out.fill_(7)
+        _kernels().dequantize(*case[:4])
+        assert torch.equal(case.out, case.truth)
 
-    weight = quantised(shape, kind, double, device)
-    out = wide(*shape, dtype=QUANTISED_TYPE, device=device, behind=behind)
-    kernels.dequantize(FourBitWeight.of(weight), out)
-    assert torch.equal(out, dequantised(weight))
-    assert (neighbours(out) == 7).all()
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shift", [1, 8])
+def test_what_is_known_of_a_group_does_not_outlive_it(device: str, shift: int) -> None:
+    """Nor is an output taken to begin where another did."""
+    kernels = _kernels()
+    for _ in range(3):
+        case = grouped((5, 40), 64, "nf4", True, device, QUANTISED_TYPE)
+        full = torch.full((case.out.numel() + shift,), 7.0, dtype=QUANTISED_TYPE, device=device)
+        for start in (0, shift):
+            out = full[start : start + case.out.numel()].view_as(case.out).fill_(7)
+            kernels.dequantize(case.weights, out)
+            assert torch.equal(out, case.truth)
+        del case
+    gc.collect()
+    assert not kernels._groups
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled")
+def test_rows_of_another_length_compile_nothing(device: str) -> None:
+    """Whatever divides it."""
+    kernels = _kernels()
+
+    def step(tokens: int) -> None:
+        how: Any = {"dtype": torch.bfloat16, "device": device}
+        x, weight, head = (torch.randn(*n, **how) for n in ((tokens, 256), (256,), (128,)))
+        out, heads, (cos, sin) = x + 1, x.view(tokens, 2, 128), rotation(tokens, 128, device)
+        kernels.rms_norm(x, weight, EPS, out)
+        kernels.rms_norm_backward(x, x, weight, EPS, out)
+        turned = kernels.norm_rotate(heads, head, cos, sin, EPS)
+        by_head = turned.transpose(0, 1).contiguous().transpose(0, 1)
+        kernels.norm_rotate_backward(by_head, heads, head, cos, sin, EPS)
+        kernels.silu_mul(x, out[:, :128])
+        kernels.silu_mul_backward(out[:, :128], x)
+        kernels.cross_entropy(x, torch.zeros(tokens, dtype=torch.int64, device=device))
+
+    step(32)
+    before = set(kernels._compiled)
+    for tokens in (1, 2, 7, 16, 48, 1000):
+        step(tokens)
+    assert set(kernels._compiled) == before
 
 
 @pytest.mark.gpu

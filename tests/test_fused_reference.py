@@ -5,17 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from fused_cases import (
+    ADAPTERS,
     EPS,
     QUANTISED,
-    dequantised,
-    neighbours,
-    quantised,
+    QUANTISED_TYPE,
+    grouped,
     rotation,
     wide,
 )
 
 from qwen3ft.fused import reference
-from qwen3ft.fused.weights import FourBitWeight
 
 
 def double(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -42,14 +41,31 @@ def _seed() -> None:
 
 
 @QUANTISED
-@pytest.mark.parametrize("shape", [(9, 576), (4, 72), (3, 66)])
-def test_weights_are_those_of_bitsandbytes(shape: tuple[int, int], kind: str, double: bool) -> None:
-    """Bit for bit, and nothing beside them is touched."""
-    weight = quantised(shape, kind, double, "cpu")
-    out = wide(*shape, dtype=torch.bfloat16, device="cpu")
-    reference.dequantize(FourBitWeight.of(weight), out)
-    assert torch.equal(out, dequantised(weight))
-    assert (neighbours(out) == 7).all()
+@ADAPTERS
+@pytest.mark.parametrize(("rows", "columns"), [((9,), 576), ((4, 5), 72), ((3, 1, 2), 66)])
+def test_weights_are_those_of_bitsandbytes(
+    rows: tuple[int, ...],
+    columns: int,
+    kind: str,
+    double: bool,
+    beside: int,
+    below: int,
+    behind: int,
+) -> None:
+    """Bit for bit, with adapters beside and below, and nothing else is touched."""
+    case = grouped(
+        rows,
+        columns,
+        kind,
+        double,
+        "cpu",
+        QUANTISED_TYPE,
+        beside=beside,
+        below=below,
+        behind=behind,
+    )
+    reference.dequantize(*case[:4])
+    assert torch.equal(case.out, case.truth)
 
 
 def test_norms_are_those_of_transformers() -> None:

@@ -92,16 +92,18 @@ def dequantize(
     target = out + (start + first).to(tl.int64) * stride
     if tl.program_id(1) >= tiles_0 + tiles_1 + tiles_2:
         if below is not None:
-            begin = tl.program_id(0) * (tile_words * 8)
-            last = tl.minimum(begin + tile_words * 8, words * 8)
+            begin, steps = tl.program_id(0) * (tile_words * 8), tile_words // 8
             below += first.to(tl.int64) * (words * 8)
-            if begin < last:
-                _copy(below, words * 8, target, stride, rows - first, begin, last, tile_rows)
+            _copy(
+                below, words * 8, target, stride, rows - first, begin, words * 8, steps, tile_rows
+            )
     elif tl.program_id(0) * tile_words >= words:
         if beside is not None:
             beside += (start + first).to(tl.int64) * beside_columns
-            end = beside_columns
-            _copy(beside, end, target + words * 8, stride, rows - first, 0, end, tile_rows)
+            end: tl.constexpr = beside_columns
+            steps: tl.constexpr = (end + 63) // 64
+            target += words * 8
+            _copy(beside, end, target, stride, rows - first, 0, end, steps, tile_rows)
     else:
         # One dimension for rows and words, so that the threads of a warp write along a row.
         flat = tl.arange(0, tile_rows * tile_words)
@@ -171,13 +173,17 @@ def _copy(
     target_stride: tl.tensor,
     rows: tl.tensor,
     begin: tl.tensor,
-    end: tl.tensor,
+    end: tl.constexpr,
+    steps: tl.constexpr,
     tile_rows: tl.constexpr,
 ) -> None:
-    """Columns from `begin` to `end`, 64 at a time: more would take registers from the others."""
+    """64 columns a step from `begin` on, but none from `end` on.
+
+    More at a time would take registers from the other programs.
+    """
     row = tl.arange(0, tile_rows)[:, None]
-    for start in range(begin, end, 64):
-        column = start + tl.arange(0, 64)[None, :]
+    for step in range(steps):
+        column = begin + step * 64 + tl.arange(0, 64)[None, :]
         inside = (row < rows) & (column < end)
         value = tl.load(source + row * source_stride + column, mask=inside)
         tl.store(target + row * target_stride + column, value, mask=inside)
