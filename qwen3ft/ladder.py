@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from qwen3ft.footprint import Workload, fused_sizes
+from qwen3ft.footprint import fused_sizes
 from qwen3ft.plan import largest_micro_batch_below, workload_of
 from qwen3ft.records import GIB, AdapterSpec, ModelShape, TrainPlan
 
@@ -79,15 +79,16 @@ def _keep_less(plan: TrainPlan) -> Step | None:
     """Less room for a row; smaller rows alone would fill the same room."""
     if plan.kernels == "plain":
         return None
-    size = max(_least_bytes(plan, workload_of(plan)), int(KEPT_SHARE * plan.activation_bytes))
+    size = max(_least_bytes(plan), int(KEPT_SHARE * plan.activation_bytes))
     if size >= plan.activation_bytes:
         return None
     what = f"{size / GIB:.2f} GB for a row's activations"
     return Step({"activation_bytes": size, "gradient_checkpointing": True}, what, True)
 
 
-def _least_bytes(plan: TrainPlan, work: Workload) -> int:
+def _least_bytes(plan: TrainPlan) -> int:
     """What the largest row takes at the least."""
+    work = workload_of(plan)
     sizes = fused_sizes(plan.model.shape, plan.adapter, work)
     return sizes.row_bytes(work.tokens, sizes.levels(work.tokens, 0))
 
@@ -98,6 +99,8 @@ def _smaller_micro_batch(plan: TrainPlan) -> Step | None:
     if size is None:
         return None
     values = {"micro_batch_size": size, "gradient_accumulation_steps": effective // size}
+    if plan.kernels == "fused":
+        values["activation_bytes"] = _least_bytes(plan.model_copy(update=values))
     return Step(values, f"micro-batch of {size}, accumulated {effective // size} times", True)
 
 
@@ -128,7 +131,7 @@ def _smaller_parts(plan: TrainPlan) -> Step | None:
     if not values:
         return None
     plan = plan.model_copy(update=values)
-    values["activation_bytes"] = _least_bytes(plan, workload_of(plan))
+    values["activation_bytes"] = _least_bytes(plan)
     what = f"blocks in parts of {plan.chunk_tokens} tokens and 1/{plan.head_groups} of the heads"
     return Step(values, what, True)
 
@@ -138,8 +141,7 @@ def _offloading(plan: TrainPlan) -> Step | None:
         return None
     values: dict[str, Any] = {"offload_activations": True}
     if plan.kernels == "fused":
-        work = workload_of(plan.model_copy(update=values))
-        values["activation_bytes"] = _least_bytes(plan, work)
+        values["activation_bytes"] = _least_bytes(plan.model_copy(update=values))
     return Step(values, "activations wait in host memory", True)
 
 

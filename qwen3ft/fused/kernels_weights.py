@@ -92,10 +92,11 @@ def dequantize(
     target = out + (start + first).to(tl.int64) * stride
     if tl.program_id(1) >= tiles_0 + tiles_1 + tiles_2:
         if below is not None:
-            begin, steps = tl.program_id(0) * (tile_words * 8), tile_words // 8
+            begin = tl.program_id(0) * (tile_words * 8)
+            pieces: tl.constexpr = tile_words // 8
             below += first.to(tl.int64) * (words * 8)
             _copy(
-                below, words * 8, target, stride, rows - first, begin, words * 8, steps, tile_rows
+                below, words * 8, target, stride, rows - first, begin, words * 8, pieces, tile_rows
             )
     elif tl.program_id(0) * tile_words >= words:
         if beside is not None:

@@ -1,0 +1,69 @@
+"""The levers against memory of the fused path: they keep the result, take less, and end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from test_plan import QWEN3_4B, environment, manifest, snapshot
+
+from qwen3ft.config import TrainingConfig
+from qwen3ft.ladder import next_rungs
+from qwen3ft.lora import plan_adapter
+from qwen3ft.plan import build_plan, repredict
+from qwen3ft.records import TrainPlan
+
+
+def fused_plan(sequence_tokens: int = 256, **wanted: Any) -> TrainPlan:
+    config = TrainingConfig(max_memory_gb=13.0, max_sequence_length=sequence_tokens, **wanted)
+    machine = environment(80.0)
+    gpu = machine.gpus[0].model_copy(update={"compute_capability": "9.0"})
+    machine = machine.model_copy(
+        update={"gpus": (gpu,), "versions": {"triton": "3.6"}, "host_total_bytes": 2**37}
+    )
+    plan = build_plan(
+        config,
+        machine,
+        snapshot(QWEN3_4B),
+        plan_adapter(config, QWEN3_4B),
+        manifest(7473, sequence_tokens),
+        run_id="run",
+        run_dir="runs/run",
+    )
+    assert plan.kernels == "fused"
+    return plan
+
+
+@pytest.mark.parametrize("tokens", [256, 4096])
+def test_each_rung_takes_less_and_keeps_the_effective_batch(tokens: int) -> None:
+    """From the fastest plan down to one row at a time, in parts, waiting in host memory."""
+    plan = fused_plan(tokens)
+    before = plan
+    for rung in next_rungs(plan, "train", allow_degraded=False):
+        assert rung.keeps_result
+        now = repredict(before.model_copy(update=rung.values))
+        assert now.predicted_peak_bytes <= before.predicted_peak_bytes
+        assert now.effective_batch_size == plan.effective_batch_size
+        before = now
+    assert before.micro_batch_size == 1
+    assert before.offload_activations
+    assert before.head_groups == QWEN3_4B.num_key_value_heads
+    assert before.predicted_peak_bytes < 0.6 * plan.predicted_peak_bytes
+
+
+def test_first_each_row_keeps_less() -> None:
+    """Computing again costs less than another micro-batch, and no row needs all it may take."""
+    plan = fused_plan()
+    first = next_rungs(plan, "train", allow_degraded=False)[0]
+    assert set(first.values) == {"activation_bytes", "gradient_checkpointing"}
+    assert first.values["activation_bytes"] == int(0.75 * plan.activation_bytes)
+    lower = repredict(plan.model_copy(update=first.values))
+    assert lower.predicted_peak_bytes < plan.predicted_peak_bytes - 2**31
+
+
+def test_with_consent_rows_are_shortened_at_last() -> None:
+    """After every lever that keeps the result."""
+    rungs = next_rungs(fused_plan(), "train", allow_degraded=True)
+    changing = [rung for rung in rungs if not rung.keeps_result]
+    assert changing == rungs[-len(changing) :]
+    assert "max_sequence_length" in changing[0].values
