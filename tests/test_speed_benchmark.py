@@ -21,6 +21,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import speed  # noqa: E402
 import speed_cases  # noqa: E402
+import speed_history  # noqa: E402
 from speed_cases import Case, Entry, Settings  # noqa: E402
 
 STEPS, WARMUP, PER_STEP, LONGEST = 6, 2, 8, 64
@@ -260,3 +261,12 @@ def test_a_case_can_be_typed() -> None:
 def test_a_failure_is_named_by_the_end_of_its_log(status: int, line: str, expected: str) -> None:
     failure = speed._failure(status, ["loading", line, ""])
     assert str(failure).startswith(expected)
+
+
+def test_the_page_of_results_is_that_of_the_results() -> None:
+    assert speed_history.PAGE.read_text(encoding="utf-8") == speed_history.history(
+        [
+            json.loads(path.read_text(encoding="utf-8"))
+            for path in sorted(speed_history.FOLDER.glob("results/speed-*.json"))
+        ]
+    )
