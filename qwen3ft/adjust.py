@@ -41,7 +41,7 @@ from qwen3ft.errors import (
     WorkerCrashedError,
     error_kinds,
 )
-from qwen3ft.ladder import Step, next_rungs
+from qwen3ft.ladder import Step, next_rungs, without_host_memory
 from qwen3ft.plan import repredict
 from qwen3ft.record import Record
 from qwen3ft.records import AttemptSummary, Failure, TrainPlan
@@ -137,8 +137,7 @@ def _out_of_memory(case: _Case) -> Retry | GiveUp:
 
 def _host_memory_beside_a_gpu(case: _Case) -> Retry | GiveUp:
     """The levers of the card do not lower host memory; offloading is what raises it."""
-    if case.plan.offload_activations:
-        step = Step({"offload_activations": False}, "activations stay on the card", True)
+    if (step := without_host_memory(case.plan)) is not None:
         return _retry(case, f"Host memory ran out: {step.what}", [step])
     if case.count(case.failure.kind):
         return _give_up(case, "Host memory ran out again", "InsufficientMemoryError")

@@ -30,6 +30,7 @@ from typing import Literal
 
 from qwen3ft.fused_footprint import FusedSizes
 from qwen3ft.packing import row_tokens
+from qwen3ft.recompute import Level
 from qwen3ft.records import GIB, AdapterSpec, MemoryPart, ModelShape
 
 CUDA_CONTEXT_BYTES = int(0.75 * GIB)
@@ -157,7 +158,15 @@ def _fused_parts(shape: ModelShape, adapter: AdapterSpec, work: Workload) -> tup
     sizes = fused_sizes(shape, adapter, work)
     other = {part.name: part for part in sizes.fixed_parts(adapter.trainable_parameters)}
     fixed = (other.get(part.name, part) for part in _fixed_parts(shape, adapter, work))
-    return (*fixed, *sizes.row_parts(work.tokens, work.activation_bytes), _process(work))
+    of_rows = sizes.row_parts(work.tokens, work.activation_bytes)
+    longest = row_tokens(work.eval_batch_size * work.eval_tokens)
+    evaluation = sizes.working_bytes(longest, Level.KEEP_ALL) if longest > work.tokens else 0
+    beyond = MemoryPart(
+        name="evaluation",
+        bytes=max(0, evaluation - sum(part.bytes for part in of_rows)),
+        formula=f"what {longest:,} held-out tokens take beyond that",
+    )
+    return (*fixed, *of_rows, *([beyond] if beyond.bytes else []), _process(work))
 
 
 def _process(work: Workload) -> MemoryPart:

@@ -12,7 +12,7 @@ K: hidden and MLP size, features of all query / key-value heads; g: head groups;
                                                 their gradients, those of k and v per query head,
                                                 FlashAttention's sum of dq in fp32 (+ 2 Q / g where
                                                 g > 1: output and its gradient, made dense)
-    forward       c T (2 H + 2 Q + 2 K + (Q + K) / g)
+    forward       c T (2 H + 2 Q + 2 K + (Q + K) / g)   (+ c T Q where g > 1)
     loss          c (V + 4 H) x chunk           logits, overwritten by their gradient
 
 The largest of the last four counts, MLP and attention each with what a level drops and the backward
@@ -119,9 +119,12 @@ class FusedSizes:
         if self.offload:
             # One block's tensors on their way out or in, beside those in use.
             kept = 2 * tokens * per_token[max(levels)]
+            low = 2 * self.compute_bytes * padded_rank(self.rank)  # narrow ones stay
+            kept += (len(levels) - 2) * tokens * low
         else:
             kept = tokens * sum(per_token[level] for level in levels)
-            kept += self._gate_up(tokens) if Level.GATE_UP_AWAY in levels else 0
+            if Level.GATE_UP_AWAY in levels:
+                kept += self._on_its_way(tokens)
         return kept + self.working_bytes(tokens, max(levels))
 
     def levels(self, tokens: int, budget_bytes: int) -> tuple[Level, ...]:
@@ -133,16 +136,23 @@ class FusedSizes:
             room = budget_bytes - self.working_bytes(tokens, coarsest)
             if blocks * tokens * per_token[coarsest] <= room:
                 levels = choose_levels(per_token, tokens, blocks, room)
-                if Level.DROP_GATE_UP not in levels:
+                if not self.away_blocks or Level.DROP_GATE_UP not in levels:
                     return levels
-                less = choose_levels(per_token, tokens, blocks, room - self._gate_up(tokens))
+                less = choose_levels(per_token, tokens, blocks, room - self._on_its_way(tokens))
                 sent = send_away(less, self.away_blocks)
-                # One block's worth is on its way at any time; that must be worth it.
-                return min(levels, sent, key=lambda each: each.count(Level.DROP_GATE_UP))
+                if self.row_bytes(tokens, sent) > budget_bytes:
+                    return levels
+                # What is on its way takes room too; that must be worth it.
+                return min(levels, sent, key=lambda each: self.operations(tokens, each, 0))
         return (Level.DROP_ALL,) * blocks
 
-    def _gate_up(self, tokens: int) -> int:
-        return 2 * self.compute_bytes * self.shape.intermediate_size * tokens
+    def _on_its_way(self, tokens: int) -> int:
+        """Gate and up that come back while those of another block are in use.
+
+        The latter are in the MLP's own count only where it runs in one chunk.
+        """
+        gate_up = 2 * self.compute_bytes * self.shape.intermediate_size * tokens
+        return gate_up if tokens <= self.chunk_tokens else 2 * gate_up
 
     def fixed_parts(self, trained: int) -> tuple[MemoryPart, ...]:
         """Those of the parts that no row changes which differ from the plain path's.

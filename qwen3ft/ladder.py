@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen3ft.footprint import fused_sizes
-from qwen3ft.plan import largest_micro_batch_below, workload_of
+from qwen3ft.plan import largest_micro_batch_below, repredict, workload_of
 from qwen3ft.records import GIB, AdapterSpec, ModelShape, TrainPlan
 
 KEPT_SHARE = 0.75
@@ -143,6 +143,26 @@ def _offloading(plan: TrainPlan) -> Step | None:
     if plan.kernels == "fused":
         values["activation_bytes"] = _least_bytes(plan.model_copy(update=values))
     return Step(values, "activations wait in host memory", True)
+
+
+def without_host_memory(plan: TrainPlan) -> Step | None:
+    """Less of the host's memory, more of the card's or of its time; None if there is no way."""
+    if plan.offload_attention:
+        values: dict[str, Any] = {"offload_attention": False}
+        what = "attention is computed again instead of waiting in host memory"
+    elif plan.away_blocks:
+        values, what = {"away_blocks": 0}, "no activations wait in host memory"
+    elif plan.offload_activations:
+        values, what = {"offload_activations": False}, "activations stay on the card"
+    else:
+        return None
+    lower = plan.model_copy(update=values)
+    if plan.kernels == "fused" and "away_blocks" not in values:
+        values["activation_bytes"] = _least_bytes(lower)
+        lower = repredict(lower.model_copy(update=values))
+        if lower.predicted_peak_bytes > plan.max_memory_gb * GIB:
+            return None
+    return Step(values, what, True)
 
 
 def _shorter_rows(plan: TrainPlan) -> Step | None:

@@ -139,9 +139,15 @@ class TrainingEngine:
         gc.freeze()
         try:
             trainer.train(resume_from_checkpoint=self.plan.resume_from)
+        except BaseException:
+            try:
+                trainer.writer.wait()
+            except OSError as error:  # what ended training decides how it goes on
+                logger.error("the last checkpoint could not be written: %s", error)
+            raise
         finally:
             gc.unfreeze()
-            trainer.writer.wait()
+        trainer.writer.wait()
         if self.stop.signal_name is not None and not self._finished(trainer):
             raise self.stop.error()
         return trainer

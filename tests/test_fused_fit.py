@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from functools import cache
 from itertools import accumulate, pairwise
 from typing import Any
@@ -14,7 +15,7 @@ from test_plan import QWEN3_4B, QWEN3_14B, TINY, environment, manifest, snapshot
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import ConfigError, InsufficientMemoryError
-from qwen3ft.footprint import fused_sizes
+from qwen3ft.footprint import fused_sizes, predict_memory
 from qwen3ft.fused_fit import HOST_SHARE, _host_bytes, _step_seconds
 from qwen3ft.fused_footprint import FusedSizes
 from qwen3ft.lora import plan_adapter
@@ -289,3 +290,29 @@ def test_a_row_takes_no_more_than_it_may(
         assert sizes.row_bytes(tokens, levels) <= max(budget, least)
         kept.append(sum(sizes.kept_per_token()[level] for level in levels))
     assert kept[0] <= kept[1]
+
+
+def test_nothing_is_computed_again_for_what_is_sent_away() -> None:
+    """Room for what is on its way is taken only where that saves more than it costs."""
+    for gigabytes in (6.0, 7.95, 9.0, 12.0):
+        sizes = {
+            away: FusedSizes(QWEN3_4B, 6, 2, 1024, 16384, 1, away_blocks=away) for away in (0, 10)
+        }
+        levels = {away: each.levels(7008, int(gigabytes * 2**30)) for away, each in sizes.items()}
+        cost = {away: sizes[0].operations(7008, each, 0) for away, each in levels.items()}
+        assert cost[10] <= cost[0]
+        assert Level.GATE_UP_AWAY not in levels[0]
+        assert sizes[10].row_bytes(7008, levels[10]) <= gigabytes * 2**30
+
+
+def test_held_out_rows_longer_than_any_trained_one_are_counted() -> None:
+    """An evaluation of one such row takes more than a training that keeps everything."""
+    plan = plan_on(machine(), max_memory_gb=40.0, batch_size=2, gradient_accumulation_steps=1)
+    work = workload_of(plan)
+    totals = []
+    for tokens in (256, 131072):
+        parts = predict_memory(
+            QWEN3_4B, plan.adapter, replace(work, eval_batch_size=1, eval_tokens=tokens)
+        )
+        totals.append(sum(part.bytes for part in parts))
+    assert totals[1] > totals[0] + 3 * GIB

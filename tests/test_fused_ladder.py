@@ -8,7 +8,7 @@ import pytest
 from test_plan import QWEN3_4B, environment, manifest, snapshot
 
 from qwen3ft.config import TrainingConfig
-from qwen3ft.ladder import next_rungs
+from qwen3ft.ladder import next_rungs, without_host_memory
 from qwen3ft.lora import plan_adapter
 from qwen3ft.plan import build_plan, repredict
 from qwen3ft.records import TrainPlan
@@ -67,3 +67,38 @@ def test_with_consent_rows_are_shortened_at_last() -> None:
     changing = [rung for rung in rungs if not rung.keeps_result]
     assert changing == rungs[-len(changing) :]
     assert "max_sequence_length" in changing[0].values
+
+
+def test_where_the_host_runs_out_less_waits_there() -> None:
+    """Attention's output first, then everything, as far as the card has room; then nothing."""
+    plan = fused_plan(32768, batch_size=1, gradient_accumulation_steps=1)
+    both = {"offload_activations": True, "offload_attention": True, "away_blocks": 0}
+    plan = repredict(plan.model_copy(update=both))
+    first = without_host_memory(plan)
+    assert first is not None
+    lower = repredict(plan.model_copy(update=first.values))
+    assert not lower.offload_attention
+    assert lower.offload_activations
+    second = without_host_memory(lower)
+    assert second is not None
+    last = repredict(lower.model_copy(update=second.values))
+    assert not last.offload_activations
+    assert last.predicted_peak_bytes <= 13 * 2**30
+    assert without_host_memory(last.model_copy(update={"away_blocks": 0})) is None
+
+
+def test_a_sequence_that_needs_the_host_is_not_moved_to_a_card_without_room() -> None:
+    """131,072 tokens cannot keep their blocks' inputs within 13 GB."""
+    plan = fused_plan(131072, batch_size=1, gradient_accumulation_steps=1)
+    assert plan.offload_activations
+    assert not plan.offload_attention
+    assert without_host_memory(plan) is None
+
+
+def test_blocks_sent_away_stay_first() -> None:
+    """What would be computed again waits in host memory only as long as the host has room."""
+    plan = fused_plan()
+    assert plan.away_blocks
+    step = without_host_memory(plan)
+    assert step is not None
+    assert step.values == {"away_blocks": 0}

@@ -78,12 +78,12 @@ class Kept:
 
     def send_away(self, stash: HostStash, names: tuple[str, ...]) -> None:
         """Have those of `names` that are kept wait in host memory."""
-        for name in names:
-            kept = getattr(self, name)
-            if kept is not None:
-                tensors = kept if isinstance(kept, list) else [kept]
-                self.away[name] = [stash.put(tensor) for tensor in tensors]
-                setattr(self, name, None)
+        kept = {name: value for name in names if (value := getattr(self, name)) is not None}
+        tensors = {name: v if isinstance(v, list) else [v] for name, v in kept.items()}
+        stashed = iter(stash.put(list(itertools.chain.from_iterable(tensors.values()))))
+        for name, of_name in tensors.items():
+            self.away[name] = list(itertools.islice(stashed, len(of_name)))
+            setattr(self, name, None)
 
     def fetch(self, stash: HostStash) -> None:
         """Start the way back of what waits in host memory."""

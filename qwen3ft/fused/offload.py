@@ -1,19 +1,23 @@
 """What blocks keep, waiting in pinned host memory; copies run beside the computation.
 
-A tensor leaves on a stream of its own while the next block runs, and comes back while the block
-after its own is in its backward. Nothing here waits on the host.
+A block's tensors leave on a stream of their own while the next block runs, and come back while the
+blocks after their own are in their backward. Nothing here waits on the host.
 """
 
 from __future__ import annotations
 
-import math
 from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from qwen3ft.errors import OutOfMemoryError
+
 SLAB_BYTES = 64 * 2**20
 """Pinned memory is taken in pieces of this: torch rounds requests up to a power of two."""
+
+ALIGNMENT_BYTES = 512
 
 
 @dataclass
@@ -22,56 +26,71 @@ class Stashed:
 
     shape: torch.Size
     dtype: torch.dtype
-    slabs: list[torch.Tensor]
+    start: int
+    size_bytes: int
     returned: torch.Tensor | None = None
     arrived: torch.cuda.Event | None = None
 
 
 class HostStash:
-    """Host memory for tensors of one device; its slabs are used again by later steps.
+    """Host memory for tensors of one device, one behind the other; empty again after each backward.
 
     Args:
         device: Of the tensors; on a CPU copies are made at once.
-        leaving: Tensors that may still be on their way out; more of them take more device memory.
     """
 
-    def __init__(self, device: torch.device, leaving: int = 3) -> None:
+    def __init__(self, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
         self._device = device
-        self._free: list[torch.Tensor] = []
-        self._leaving: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
-        self._most_leaving = leaving
+        self._slabs: list[torch.Tensor] = []
+        self._used_bytes = 0
+        self._waiting = 0
+        self._leaving: deque[tuple[list[torch.Tensor], torch.cuda.Event]] = deque()
 
-    def put(self, tensor: torch.Tensor) -> Stashed:
-        """Start the way out of `tensor`, which is dense."""
-        source = tensor.reshape(-1).view(torch.uint8)
-        slabs = [self._slab() for _ in range(math.ceil(source.numel() / SLAB_BYTES))]
-        stashed = Stashed(tensor.shape, tensor.dtype, slabs)
+    @property
+    def pinned_bytes(self) -> int:
+        """Host memory taken so far; it stays for later steps."""
+        return len(self._slabs) * SLAB_BYTES
+
+    def put(self, tensors: Sequence[torch.Tensor]) -> list[Stashed]:
+        """Start the way out of a block's tensors.
+
+        Those of the block before may still be leaving; what is queued later waits for older ones.
+
+        Raises:
+            OutOfMemoryError: of the domain host: no more pinned memory is to be had.
+        """
+        sources = [tensor.reshape(-1).view(torch.uint8) for tensor in tensors]
+        stashed = [
+            self._reserve(tensor, source.numel())
+            for tensor, source in zip(tensors, sources, strict=True)
+        ]
         if self._stream is None:
-            self._copy(stashed, source, out=True)
+            self._copy_out(sources, stashed)
             return stashed
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            self._copy(stashed, source, out=True)
-            left = self._stream.record_event()
-        self._leaving.append((source, left))
-        self._let_go(self._most_leaving)
+            self._copy_out(sources, stashed)
+        self._leaving.append((sources, self._stream.record_event()))
+        self._let_go(1)
         return stashed
+
+    def settle(self) -> None:
+        """Free what has left: what is queued from here on waits until it has."""
+        self._let_go(0)
 
     def fetch(self, stashed: Stashed) -> None:
         """Start the way back."""
         self.settle()
-        returned = torch.empty(stashed.shape, dtype=stashed.dtype, device=self._device)
-        stashed.returned = returned
-        target = returned.view(-1).view(torch.uint8)
+        stashed.returned = torch.empty(stashed.shape, dtype=stashed.dtype, device=self._device)
         if self._stream is None:
-            self._copy(stashed, target, out=False)
+            self._copy_back(stashed)
             return
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            self._copy(stashed, target, out=False)
-            stashed.arrived = self._stream.record_event()
+            self._copy_back(stashed)
+        stashed.arrived = self._stream.record_event()
 
     def take(self, stashed: Stashed) -> torch.Tensor:
         """The tensor, back on the device."""
@@ -79,31 +98,56 @@ class HostStash:
             self.fetch(stashed)
         if stashed.arrived is not None:
             torch.cuda.current_stream(self._device).wait_event(stashed.arrived)
-        # A later way out runs on the same stream, so after this copy.
-        self._free += stashed.slabs
-        stashed.slabs = []
+        self._waiting -= 1
+        if not self._waiting:
+            # The next way out runs on the same stream, so after this copy.
+            self._used_bytes = 0
         assert stashed.returned is not None
         return stashed.returned
 
-    def settle(self) -> None:
-        """Free what has left: what is queued from here on waits until it has."""
-        self._let_go(0)
+    def _reserve(self, tensor: torch.Tensor, size_bytes: int) -> Stashed:
+        start, end = self._used_bytes, self._used_bytes + size_bytes
+        while self.pinned_bytes < end:
+            self._slabs.append(self._new_slab())
+        self._used_bytes = -(-end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        self._waiting += 1
+        return Stashed(tensor.shape, tensor.dtype, start, size_bytes)
 
-    def _copy(self, stashed: Stashed, flat: torch.Tensor, *, out: bool) -> None:
-        for index, slab in enumerate(stashed.slabs):
-            part = flat[index * SLAB_BYTES : (index + 1) * SLAB_BYTES]
-            if out:
-                slab[: part.numel()].copy_(part, non_blocking=True)
-            else:
-                part.copy_(slab[: part.numel()], non_blocking=True)
+    def _new_slab(self) -> torch.Tensor:
+        try:
+            return torch.empty(SLAB_BYTES, dtype=torch.uint8, pin_memory=self._stream is not None)
+        except RuntimeError as error:
+            raise OutOfMemoryError(
+                f"The host gave {self.pinned_bytes / 2**30:.2f} GB of pinned memory and no more.",
+                why=f"Activations wait there ({str(error)[:200]}).",
+                next_command="qwen3ft plan --set gradient_checkpointing=on",
+                domain="host",
+            ) from error
+
+    def _copy_out(self, sources: list[torch.Tensor], stashed: list[Stashed]) -> None:
+        for source, each in zip(sources, stashed, strict=True):
+            for slab, part in self._parts(each):
+                slab.copy_(source[part], non_blocking=True)
+
+    def _copy_back(self, stashed: Stashed) -> None:
+        assert stashed.returned is not None
+        target = stashed.returned.view(-1).view(torch.uint8)
+        for slab, part in self._parts(stashed):
+            target[part].copy_(slab, non_blocking=True)
+
+    def _parts(self, stashed: Stashed) -> Iterator[tuple[torch.Tensor, slice]]:
+        """Pieces of slabs, and the bytes of the tensor that each holds."""
+        position = stashed.start
+        end = stashed.start + stashed.size_bytes
+        while position < end:
+            index, offset = divmod(position, SLAB_BYTES)
+            size = min(SLAB_BYTES - offset, end - position)
+            begin = position - stashed.start
+            yield self._slabs[index][offset : offset + size], slice(begin, begin + size)
+            position += size
 
     def _let_go(self, most: int) -> None:
-        """Free what left, all but the newest `most`: later work waits until it is out."""
+        """Free what left, all but the newest `most` blocks: later work waits until it is out."""
         while len(self._leaving) > most:
             _, left = self._leaving.popleft()
             torch.cuda.current_stream(self._device).wait_event(left)
-
-    def _slab(self) -> torch.Tensor:
-        if self._free:
-            return self._free.pop()
-        return torch.empty(SLAB_BYTES, dtype=torch.uint8, pin_memory=self._stream is not None)

@@ -52,16 +52,24 @@ class AdapterGradient:
 
 
 class _Adapted:
-    """The weights and adapters of PEFT's `modules`, which share their input."""
+    """The weights and adapters of PEFT's `modules`, which share their input.
+
+    Raises:
+        ValueError: one of them is not plain LoRA on a 4-bit weight.
+    """
 
     def __init__(self, modules: list[Any], ops: ElementWise) -> None:
+        for module in modules:
+            _require_plain_lora(module)
         self.ops = ops
         self.weights = [FourBitWeight.of(module.base_layer.weight) for module in modules]
         names = [module.active_adapters[0] for module in modules]
         pairs = list(zip(modules, names, strict=True))
         self.down = [module.lora_A[name].weight for module, name in pairs]
         self.up = [module.lora_B[name].weight for module, name in pairs]
-        self.scale = modules[0].scaling[names[0]]
+        self.scale, *others = {module.scaling[name] for module, name in pairs}
+        if others:
+            raise ValueError("Projections of one input have adapters of different scales.")
         self.in_features = self.weights[0].in_features
         self.out_features = sum(weight.out_features for weight in self.weights)
         self.rank = padded_rank(sum(len(down) for down in self.down))
@@ -176,6 +184,22 @@ class SingleProjection(_Adapted):
 
     def _split(self, d_extended: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return d_extended[:, : self.out_features], d_extended[:, self.out_features :]
+
+
+def _require_plain_lora(module: Any) -> None:
+    """Raise a ValueError if `module` computes anything but W x + s B A x with one adapter."""
+    names = module.active_adapters
+    if len(names) != 1:
+        raise ValueError(f"{len(names)} adapters are active; the fused path takes one.")
+    (name,) = names
+    unlike = {
+        "merged": module.merged,
+        "a variant of LoRA": name in module.lora_variant,
+        "with dropout": not isinstance(module.lora_dropout[name], torch.nn.Identity),
+        "with a bias": module.base_layer.bias is not None or module.lora_B[name].bias is not None,
+    }
+    if wrong := [what for what, is_so in unlike.items() if is_so]:
+        raise ValueError(f"The adapter is {', '.join(wrong)}; the fused path takes plain LoRA.")
 
 
 def _sum_fp32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -121,6 +121,8 @@ class FusedStep:
         gradients: list[torch.Tensor] = []
         self.stash.settle()
         away = [kept for kept in state.kept if kept.away]
+        if away:
+            away[-1].fetch(self.stash)
         for block in reversed(self.blocks):
             kept = state.kept.pop()
             if kept.away:
