@@ -244,6 +244,20 @@ def test_each_level_keeps_less_than_the_one_before() -> None:
         assert sizes == sorted(set(sizes), reverse=True)
 
 
+@pytest.mark.parametrize("wrong", ["dropout", "scales"])
+def test_what_is_no_plain_lora_is_refused(
+    model: Any, wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its gradients would be wrong without a word."""
+    attention = model.get_base_model().model.layers[1].self_attn
+    if wrong == "dropout":
+        monkeypatch.setitem(attention.o_proj.lora_dropout, "default", torch.nn.Dropout(0.1))
+    else:
+        monkeypatch.setitem(attention.k_proj.scaling, "default", 0.125)
+    with pytest.raises(ValueError, match=wrong):
+        make_step(model)
+
+
 # --- in bf16, as on a GPU ---
 
 
