@@ -119,7 +119,7 @@ class ProgressCallback(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """A checkpoint is written."""
+        """A checkpoint is copied, and on a GPU still being written."""
         self._clock = time.perf_counter()
 
     def on_log(

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder `step-000200` whose manifest (written last) lists the sha256 of every file
 and the facts that say what it belongs to. This module knows folders and manifests; what is inside
-is written and read by `qwen3ft.trainer`.
+is written by `qwen3ft.checkpoint_writer` and read by `qwen3ft.trainer`.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def choose_workload(
     adapter: AdapterSpec,
     dataset: DatasetManifest,
 ) -> Fit:
-    """The first candidate that fits."""
+    """The fused settings estimated to be fastest, or the first plain ones that fit."""
     budget_gb, budget_reason = _budget(config, environment)
     first = Workload(
         device=environment.device,

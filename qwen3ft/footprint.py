@@ -58,7 +58,7 @@ class Workload:
         offload_activations: Whether saved activations wait in host memory.
         kernels: 'plain' for transformers and PEFT, 'fused' for `qwen3ft.fused`.
         offload_attention: Fused: whether attention's output waits there too.
-        away_blocks: Fused: most blocks whose gate and up wait in host memory.
+        offloaded_mlp_blocks: Fused: most blocks whose gate and up wait in host memory.
         activation_bytes: Fused: what a packed row may take.
         chunk_tokens: Fused: tokens whose wide intermediates exist at one time.
         head_groups: Fused: parts in which the gradient of attention is computed.
@@ -77,7 +77,7 @@ class Workload:
     offload_activations: bool = False
     kernels: Literal["plain", "fused"] = "plain"
     offload_attention: bool = False
-    away_blocks: int = 0
+    offloaded_mlp_blocks: int = 0
     activation_bytes: int = 0
     chunk_tokens: int = 0
     head_groups: int = 1
@@ -149,7 +149,7 @@ def fused_sizes(shape: ModelShape, adapter: AdapterSpec, work: Workload) -> Fuse
         head_groups=work.head_groups,
         offload=work.offload_activations,
         offload_attention=work.offload_attention,
-        away_blocks=work.away_blocks,
+        offloaded_mlp_blocks=work.offloaded_mlp_blocks,
     )
 
 

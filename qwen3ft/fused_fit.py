@@ -36,7 +36,7 @@ from the RTX 4090 on have about that ratio."""
 OFFLOAD_BYTES_PER_SECOND = 20e9
 """Between device and host, a modest PCIe 4.0 x 16; it runs beside the computation."""
 
-AWAY_BYTES_PER_SECOND = 33e9
+OVERLAPPED_BYTES_PER_SECOND = 33e9
 """What the forward of an H200 may send to the host: PCIe 5.0 x 16 takes 50e9. A card at half of
 that bus, PCIe 4.0, has less than half the speed too, so it has the time."""
 
@@ -90,7 +90,12 @@ def fastest_fused(
     best: tuple[float, Workload] | None = None
     for work in _candidates(first, shape, effective_batch_size):
         if not work.offload_activations and first.device == "cuda" and recompute == "auto":
-            work = replace(work, away_blocks=_blocks_away(work, shape, HOST_SHARE * host_bytes))
+            work = replace(
+                work,
+                offloaded_mlp_blocks=_blocks_offloaded_in_time(
+                    work, shape, HOST_SHARE * host_bytes
+                ),
+            )
         if _host_bytes(work, shape, adapter) > HOST_SHARE * host_bytes:
             continue
         fitted = _fill(work, shape, adapter, limit_bytes, recompute)
@@ -141,9 +146,9 @@ def fused_reasons(
         "offload_attention": "Its transfer was estimated to be faster than computing it again."
         if work.offload_attention
         else "Nothing that waits in host memory includes it.",
-        "away_blocks": f"The forward has the time to send gate and up of {work.away_blocks} blocks "
-        "to the host; it does where they would be computed again otherwise."
-        if work.away_blocks
+        "offloaded_mlp_blocks": "The forward has the time to send gate and up of "
+        f"{work.offloaded_mlp_blocks} blocks to the host, where they would be computed again."
+        if work.offloaded_mlp_blocks
         else "Not used.",
         "activation_bytes": "The largest row with as much kept as is of use or the budget leaves.",
         "packing": "The fused path runs packed rows alone.",
@@ -205,11 +210,11 @@ def _fill(
     return replace(work, activation_bytes=room, gradient_checkpointing=room < everything)
 
 
-def _blocks_away(work: Workload, shape: ModelShape, host_bytes: float) -> int:
+def _blocks_offloaded_in_time(work: Workload, shape: ModelShape, host_bytes: float) -> int:
     """Blocks whose gate and up leave the device while the forward runs, and fit the host."""
     per_token = 2 * work.compute_bytes * shape.intermediate_size
     forward_seconds = 2 * shape.linear_parameters / FLOPS_PER_SECOND  # a token
-    in_time = AWAY_BYTES_PER_SECOND * forward_seconds / per_token
+    in_time = OVERLAPPED_BYTES_PER_SECOND * forward_seconds / per_token
     return int(min(in_time, host_bytes / (per_token * work.tokens)))
 
 

@@ -28,8 +28,8 @@ from qwen3ft.recompute import (
     Level,
     choose_levels,
     kept_bytes_per_token,
+    offload_evenly,
     padded_rank,
-    send_away,
 )
 from qwen3ft.records import GIB, MemoryPart, ModelShape
 
@@ -50,7 +50,8 @@ class FusedSizes:
         head_groups: In how many parts the gradient of attention is computed.
         offload: Whether what is kept waits in host memory.
         offload_attention: Whether attention's output is among it, instead of being dropped.
-        away_blocks: Most blocks whose gate and up wait in host memory instead of being dropped.
+        offloaded_mlp_blocks: Most blocks whose gate and up wait in host memory instead of being
+            computed again.
     """
 
     shape: ModelShape
@@ -61,7 +62,7 @@ class FusedSizes:
     head_groups: int
     offload: bool = False
     offload_attention: bool = False
-    away_blocks: int = 0
+    offloaded_mlp_blocks: int = 0
 
     @property
     def weight_bytes(self) -> int:
@@ -96,12 +97,12 @@ class FusedSizes:
         low = padded_rank(3 * self.rank)
         chunk = min(tokens, self.chunk_tokens)
         throughout = c * tokens * (2 * hidden + low) + 4 * tokens * shape.head_dim
-        dropped_qkv = c * tokens * (query + 2 * key) if level >= Level.DROP_QKV else 0
-        dropped_out = c * tokens * query if level >= Level.DROP_ALL else 0
+        dropped_qkv = c * tokens * (query + 2 * key) if level >= Level.RECOMPUTE_QKV else 0
+        dropped_out = c * tokens * query if level >= Level.RECOMPUTE_ALL else 0
         mlp = c * chunk * (3 * inner + 2 * (hidden + low)) + dropped_out
-        if level >= Level.DROP_MIDDLE:
+        if level >= Level.RECOMPUTE_O:
             mlp += c * tokens * hidden
-        if level >= Level.DROP_ALL:
+        if level >= Level.RECOMPUTE_ALL:
             mlp += dropped_qkv
         per_group = 9 * query + 4 * key if self.head_groups > 1 else 7 * query + 4 * key
         attention = c * tokens * (query + per_group // self.head_groups) + dropped_qkv + dropped_out
@@ -123,7 +124,7 @@ class FusedSizes:
             kept += (len(levels) - 2) * tokens * low
         else:
             kept = tokens * sum(per_token[level] for level in levels)
-            if Level.GATE_UP_AWAY in levels:
+            if Level.OFFLOAD_GATE_UP in levels:
                 kept += self._on_its_way(tokens)
         return kept + self.working_bytes(tokens, max(levels))
 
@@ -131,20 +132,20 @@ class FusedSizes:
         """Per block, what keeps most within `budget_bytes`; the most frugal if nothing fits."""
         blocks, per_token = self.shape.num_hidden_layers, self.kept_per_token()
         if self.offload:
-            return (Level.DROP_MIDDLE if self.offload_attention else Level.DROP_ALL,) * blocks
+            return (Level.RECOMPUTE_O if self.offload_attention else Level.RECOMPUTE_ALL,) * blocks
         for coarsest in ON_DEVICE:
             room = budget_bytes - self.working_bytes(tokens, coarsest)
             if blocks * tokens * per_token[coarsest] <= room:
                 levels = choose_levels(per_token, tokens, blocks, room)
-                if not self.away_blocks or Level.DROP_GATE_UP not in levels:
+                if not self.offloaded_mlp_blocks or Level.RECOMPUTE_GATE_UP not in levels:
                     return levels
                 less = choose_levels(per_token, tokens, blocks, room - self._on_its_way(tokens))
-                sent = send_away(less, self.away_blocks)
+                sent = offload_evenly(less, self.offloaded_mlp_blocks)
                 if self.row_bytes(tokens, sent) > budget_bytes:
                     return levels
                 # What is on its way takes room too; that must be worth it.
                 return min(levels, sent, key=lambda each: self.operations(tokens, each, 0))
-        return (Level.DROP_ALL,) * blocks
+        return (Level.RECOMPUTE_ALL,) * blocks
 
     def _on_its_way(self, tokens: int) -> int:
         """Gate and up that come back while those of another block are in use.
@@ -230,10 +231,10 @@ class FusedSizes:
         query, key = _features(shape)
         attention = 2 * query * sequence_tokens  # causal: half of two products
         again = {
-            Level.DROP_GATE_UP: 4 * shape.hidden_size * shape.intermediate_size,
-            Level.DROP_QKV: 2 * shape.hidden_size * (query + 2 * key),
-            Level.DROP_MIDDLE: 2 * shape.hidden_size * query,
-            Level.DROP_ALL: attention,
+            Level.RECOMPUTE_GATE_UP: 4 * shape.hidden_size * shape.intermediate_size,
+            Level.RECOMPUTE_QKV: 2 * shape.hidden_size * (query + 2 * key),
+            Level.RECOMPUTE_O: 2 * shape.hidden_size * query,
+            Level.RECOMPUTE_ALL: attention,
         }
         linear = 2 * shape.linear_parameters // shape.num_hidden_layers
         blocks = len(levels) * (2 * linear + 3.5 * attention)

@@ -150,14 +150,14 @@ def without_host_memory(plan: TrainPlan) -> Step | None:
     if plan.offload_attention:
         values: dict[str, Any] = {"offload_attention": False}
         what = "attention is computed again instead of waiting in host memory"
-    elif plan.away_blocks:
-        values, what = {"away_blocks": 0}, "no activations wait in host memory"
+    elif plan.offloaded_mlp_blocks:
+        values, what = {"offloaded_mlp_blocks": 0}, "no activations wait in host memory"
     elif plan.offload_activations:
         values, what = {"offload_activations": False}, "activations stay on the card"
     else:
         return None
     lower = plan.model_copy(update=values)
-    if plan.kernels == "fused" and "away_blocks" not in values:
+    if plan.kernels == "fused" and "offloaded_mlp_blocks" not in values:
         values["activation_bytes"] = _least_bytes(lower)
         lower = repredict(lower.model_copy(update=values))
         if lower.predicted_peak_bytes > plan.max_memory_gb * GIB:

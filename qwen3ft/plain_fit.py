@@ -25,7 +25,13 @@ KEEP_ALL_SHARE = 0.85
 CPU_EVAL_BATCH_SIZE = 32
 
 PLAIN_REASONS = dict.fromkeys(
-    ("offload_attention", "away_blocks", "activation_bytes", "chunk_tokens", "head_groups"),
+    (
+        "offload_attention",
+        "offloaded_mlp_blocks",
+        "activation_bytes",
+        "chunk_tokens",
+        "head_groups",
+    ),
     "A setting of the fused path alone.",
 )
 """Why the plain path leaves them as they are."""

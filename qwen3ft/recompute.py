@@ -4,14 +4,13 @@ Guarantees: pure arithmetic, no torch. Each level keeps less than the one before
 what it drops. Per token of one block (c: bytes of the compute type; H, I: hidden and MLP size;
 Q, K: features of all query / key-value heads; h: query heads; r: ranks, padded to 8):
 
-    always        c H + 2 c r       the block's input; two products with A
-    DROP_ALL      -                 attention runs again
-    DROP_MIDDLE   + c Q + 4 h       its output and log-sum-exp; o's product runs again
-    DROP_QKV      + c H             the input of the MLP; the product of q, k and v runs again
-    DROP_GATE_UP  + c (Q + 2 K)     the product of gate and up runs again
-    GATE_UP_AWAY  the same          nothing but norms and rotations does; gate and up wait in host
-                                    memory
-    KEEP_ALL      + 2 c I           gate and up stay on the device
+    always             c H + 2 c r      the block's input; two products with A
+    RECOMPUTE_ALL      -                attention runs again
+    RECOMPUTE_O        + c Q + 4 h      its output and log-sum-exp are kept; o's product runs again
+    RECOMPUTE_QKV      + c H            the input of the MLP is; the product of q, k, v runs again
+    RECOMPUTE_GATE_UP  + c (Q + 2 K)    q, k and v are; the product of gate and up runs again
+    OFFLOAD_GATE_UP    the same         gate and up wait in host memory; no product runs again
+    KEEP_ALL           + 2 c I          gate and up stay on the device
 
 `tests/test_fused_step.py` holds this against what a step really keeps.
 """
@@ -29,14 +28,14 @@ class Level(IntEnum):
     """What is computed again in the backward; each includes those before it."""
 
     KEEP_ALL = 0
-    GATE_UP_AWAY = 1
-    DROP_GATE_UP = 2
-    DROP_QKV = 3
-    DROP_MIDDLE = 4
-    DROP_ALL = 5
+    OFFLOAD_GATE_UP = 1
+    RECOMPUTE_GATE_UP = 2
+    RECOMPUTE_QKV = 3
+    RECOMPUTE_O = 4
+    RECOMPUTE_ALL = 5
 
 
-ON_DEVICE = tuple(level for level in Level if level != Level.GATE_UP_AWAY)
+ON_DEVICE = tuple(level for level in Level if level != Level.OFFLOAD_GATE_UP)
 """Levels that need no host memory, finest first; each keeps less than the one before."""
 
 
@@ -51,11 +50,11 @@ def kept_bytes_per_token(shape: ModelShape, rank: int, compute_bytes: int, level
     query = shape.num_attention_heads * shape.head_dim
     key = shape.num_key_value_heads * shape.head_dim
     kept = c * hidden + 2 * c * padded_rank(rank)
-    if level < Level.DROP_ALL:
+    if level < Level.RECOMPUTE_ALL:
         kept += c * query + 4 * shape.num_attention_heads
-    if level < Level.DROP_MIDDLE:
+    if level < Level.RECOMPUTE_O:
         kept += c * hidden
-    if level < Level.DROP_QKV:
+    if level < Level.RECOMPUTE_QKV:
         kept += c * (query + 2 * key)
     if level == Level.KEEP_ALL:
         kept += 2 * c * shape.intermediate_size
@@ -81,7 +80,7 @@ def choose_levels(
     """
     per_block = [tokens * each for each in bytes_per_token]
     fitting = (level for level in ON_DEVICE if blocks * per_block[level] <= budget_bytes)
-    level = next(fitting, Level.DROP_ALL)
+    level = next(fitting, Level.RECOMPUTE_ALL)
     if level == Level.KEEP_ALL:
         return (level,) * blocks
     room = budget_bytes - blocks * per_block[level]
@@ -90,14 +89,14 @@ def choose_levels(
     return (level,) * (blocks - richer) + (finer,) * richer
 
 
-def send_away(levels: tuple[Level, ...], count: int) -> tuple[Level, ...]:
+def offload_evenly(levels: tuple[Level, ...], count: int) -> tuple[Level, ...]:
     """`levels` with `count` blocks' gate and up in host memory instead of dropped, evenly spread.
 
     Spread, because each has as long as the blocks up to the next one take to leave the device.
     """
-    dropped = [index for index, level in enumerate(levels) if level == Level.DROP_GATE_UP]
+    dropped = [index for index, level in enumerate(levels) if level == Level.RECOMPUTE_GATE_UP]
     count = min(count, len(dropped))
-    away = {dropped[(2 * number + 1) * len(dropped) // (2 * count)] for number in range(count)}
+    chosen = {dropped[(2 * number + 1) * len(dropped) // (2 * count)] for number in range(count)}
     return tuple(
-        Level.GATE_UP_AWAY if index in away else level for index, level in enumerate(levels)
+        Level.OFFLOAD_GATE_UP if index in chosen else level for index, level in enumerate(levels)
     )

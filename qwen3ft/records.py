@@ -197,7 +197,7 @@ class TrainPlan(Record):
     offload_attention: bool = Field(
         False, description="Fused: also attention's output, which is not computed again then."
     )
-    away_blocks: int = Field(
+    offloaded_mlp_blocks: int = Field(
         0, description="Fused: most blocks whose widest activations wait in host memory."
     )
     activation_bytes: int = Field(

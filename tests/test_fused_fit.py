@@ -20,7 +20,7 @@ from qwen3ft.fused_fit import HOST_SHARE, _host_bytes, _step_seconds
 from qwen3ft.fused_footprint import FusedSizes
 from qwen3ft.lora import plan_adapter
 from qwen3ft.plan import build_plan, workload_of
-from qwen3ft.recompute import ON_DEVICE, Level, choose_levels, send_away
+from qwen3ft.recompute import ON_DEVICE, Level, choose_levels, offload_evenly
 from qwen3ft.records import GIB, EnvironmentReport, ModelShape, TrainPlan
 
 BUDGETS_GB = (4.0, 6.0, 8.0, 13.0, 24.0, 80.0)
@@ -237,7 +237,7 @@ def test_levels_fit_and_keep_as_much_as_there_is_room_for(
 ) -> None:
     """At most two neighbouring levels; no block could keep more; more room never keeps less."""
     sizes = dict(zip(reversed(ON_DEVICE), accumulate(steps), strict=True))
-    per_token = tuple(sizes.get(level, sizes[Level.DROP_GATE_UP]) for level in Level)
+    per_token = tuple(sizes.get(level, sizes[Level.RECOMPUTE_GATE_UP]) for level in Level)
     kept = []
     for share in sorted(budgets):
         budget = int(share * blocks * tokens * per_token[0])
@@ -246,7 +246,7 @@ def test_levels_fit_and_keep_as_much_as_there_is_room_for(
         used = tokens * sum(per_token[level] for level in levels)
         kept.append(used)
         if blocks * tokens * per_token[-1] > budget:
-            assert set(levels) == {Level.DROP_ALL}
+            assert set(levels) == {Level.RECOMPUTE_ALL}
             continue
         assert used <= budget
         coarsest = ON_DEVICE.index(max(levels))
@@ -260,10 +260,10 @@ def test_levels_fit_and_keep_as_much_as_there_is_room_for(
 @given(levels=st.lists(st.sampled_from(ON_DEVICE), max_size=60), count=st.integers(0, 60))
 def test_blocks_sent_away_are_dropped_ones_evenly_spread(levels: list[Level], count: int) -> None:
     """As many as asked for and there are; the gaps between them differ by one at most."""
-    sent = send_away(tuple(levels), count)
-    dropped = [index for index, level in enumerate(levels) if level == Level.DROP_GATE_UP]
+    sent = offload_evenly(tuple(levels), count)
+    dropped = [index for index, level in enumerate(levels) if level == Level.RECOMPUTE_GATE_UP]
     changed = [index for index, level in enumerate(levels) if sent[index] != level]
-    assert all(sent[index] == Level.GATE_UP_AWAY for index in changed)
+    assert all(sent[index] == Level.OFFLOAD_GATE_UP for index in changed)
     assert set(changed) <= set(dropped)
     assert len(changed) == min(count, len(dropped))
     places = [dropped.index(index) for index in changed]
@@ -286,7 +286,7 @@ def test_a_row_takes_no_more_than_it_may(
     kept = []
     for budget in sorted(int(gb * GIB) for gb in budgets):
         levels = sizes.levels(tokens, budget)
-        least = sizes.row_bytes(tokens, (Level.DROP_ALL,) * 36)
+        least = sizes.row_bytes(tokens, (Level.RECOMPUTE_ALL,) * 36)
         assert sizes.row_bytes(tokens, levels) <= max(budget, least)
         kept.append(sum(sizes.kept_per_token()[level] for level in levels))
     assert kept[0] <= kept[1]
@@ -296,12 +296,13 @@ def test_nothing_is_computed_again_for_what_is_sent_away() -> None:
     """Room for what is on its way is taken only where that saves more than it costs."""
     for gigabytes in (6.0, 7.95, 9.0, 12.0):
         sizes = {
-            away: FusedSizes(QWEN3_4B, 6, 2, 1024, 16384, 1, away_blocks=away) for away in (0, 10)
+            away: FusedSizes(QWEN3_4B, 6, 2, 1024, 16384, 1, offloaded_mlp_blocks=away)
+            for away in (0, 10)
         }
         levels = {away: each.levels(7008, int(gigabytes * 2**30)) for away, each in sizes.items()}
         cost = {away: sizes[0].operations(7008, each, 0) for away, each in levels.items()}
         assert cost[10] <= cost[0]
-        assert Level.GATE_UP_AWAY not in levels[0]
+        assert Level.OFFLOAD_GATE_UP not in levels[0]
         assert sizes[10].row_bytes(7008, levels[10]) <= gigabytes * 2**30
 
 

@@ -72,7 +72,7 @@ def test_with_consent_rows_are_shortened_at_last() -> None:
 def test_where_the_host_runs_out_less_waits_there() -> None:
     """Attention's output first, then everything, as far as the card has room; then nothing."""
     plan = fused_plan(32768, batch_size=1, gradient_accumulation_steps=1)
-    both = {"offload_activations": True, "offload_attention": True, "away_blocks": 0}
+    both = {"offload_activations": True, "offload_attention": True, "offloaded_mlp_blocks": 0}
     plan = repredict(plan.model_copy(update=both))
     first = without_host_memory(plan)
     assert first is not None
@@ -84,7 +84,7 @@ def test_where_the_host_runs_out_less_waits_there() -> None:
     last = repredict(lower.model_copy(update=second.values))
     assert not last.offload_activations
     assert last.predicted_peak_bytes <= 13 * 2**30
-    assert without_host_memory(last.model_copy(update={"away_blocks": 0})) is None
+    assert without_host_memory(last.model_copy(update={"offloaded_mlp_blocks": 0})) is None
 
 
 def test_a_sequence_that_needs_the_host_is_not_moved_to_a_card_without_room() -> None:
@@ -98,7 +98,7 @@ def test_a_sequence_that_needs_the_host_is_not_moved_to_a_card_without_room() ->
 def test_blocks_sent_away_stay_first() -> None:
     """What would be computed again waits in host memory only as long as the host has room."""
     plan = fused_plan()
-    assert plan.away_blocks
+    assert plan.offloaded_mlp_blocks
     step = without_host_memory(plan)
     assert step is not None
-    assert step.values == {"away_blocks": 0}
+    assert step.values == {"offloaded_mlp_blocks": 0}

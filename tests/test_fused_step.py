@@ -30,7 +30,7 @@ from qwen3ft.recompute import ON_DEVICE, Level, kept_bytes_per_token
 
 TENSORS = (torch.Tensor, torch.nn.Parameter)
 LENGTHS = (7, 30, 12, 51)
-MIX = (Level.DROP_ALL, Level.DROP_QKV, Level.KEEP_ALL)
+MIX = (Level.RECOMPUTE_ALL, Level.RECOMPUTE_QKV, Level.KEEP_ALL)
 # (chunk_tokens, head_groups, offload, loss_chunk_tokens); the row has 128 slots
 SETTINGS = [(10**6, 1, False, 64), (37, 2, True, 29), (37, 1, False, 29), (128, 2, False, 10**6)]
 
@@ -208,7 +208,7 @@ def test_nothing_is_kept_once_the_backward_is_done(model: Any) -> None:
 
 
 def tensors_of(kept: Kept) -> list[torch.Tensor]:
-    values = [value for name, value in vars(kept).items() if name != "away"]
+    values = [value for name, value in vars(kept).items() if name != "offloaded"]
     parts = [part for value in values for part in (value if isinstance(value, list) else [value])]
     return [part for part in parts if part is not None]
 
@@ -221,12 +221,12 @@ def test_what_is_kept_is_what_the_plan_counts(model: Any, level: Level, offload:
     step = make_step(model, levels=(level,) * 3, offload=offload, head_groups=1)
     with torch.no_grad():  # as within the autograd function
         _, state = step.forward(make_batch(*LENGTHS))
-    shape, away = shape_of(), level == Level.GATE_UP_AWAY
+    shape, away = shape_of(), level == Level.OFFLOAD_GATE_UP
     on_device = kept_bytes_per_token(shape, 3, width, level)
     in_all = kept_bytes_per_token(shape, 3, width, Level.KEEP_ALL if away else level)
     assert len(state.kept) == 3
     for kept in state.kept:
-        stashed = list(chain.from_iterable(kept.away.values()))
+        stashed = list(chain.from_iterable(kept.offloaded.values()))
         waiting = sum(each.shape.numel() * each.dtype.itemsize for each in stashed)
         held = storage_bytes(tensors_of(kept))
         assert (held + waiting) / tokens == pytest.approx(in_all, rel=0.02)
@@ -251,7 +251,8 @@ def test_what_is_no_plain_lora_is_refused(
     """Its gradients would be wrong without a word."""
     attention = model.get_base_model().model.layers[1].self_attn
     if wrong == "dropout":
-        monkeypatch.setitem(attention.o_proj.lora_dropout, "default", torch.nn.Dropout(0.1))
+        dropouts = torch.nn.ModuleDict({"default": torch.nn.Dropout(0.1)})
+        monkeypatch.setattr(attention.o_proj, "lora_dropout", dropouts)
     else:
         monkeypatch.setitem(attention.k_proj.scaling, "default", 0.125)
     with pytest.raises(ValueError, match=wrong):

@@ -476,7 +476,7 @@ def test_each_derived_value_has_its_reason(gpu_gb: float | None) -> None:
         "loss_chunk_tokens",
         "offload_activations",
         "offload_attention",
-        "away_blocks",
+        "offloaded_mlp_blocks",
         "activation_bytes",
         "chunk_tokens",
         "head_groups",

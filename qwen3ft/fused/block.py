@@ -63,7 +63,7 @@ class Kept:
         x_mid: Between attention and MLP, (T, hidden).
         gate_up: (chunk, 2 x intermediate) of each chunk.
         activated_low: Product of the MLP's inner activation with down's A, (T, rank).
-        away: Of these, by name, those that wait in host memory; gate_up chunk by chunk.
+        offloaded: Of these, by name, those that wait in host memory; gate_up chunk by chunk.
     """
 
     x: torch.Tensor | None
@@ -74,28 +74,28 @@ class Kept:
     x_mid: torch.Tensor | None = None
     gate_up: list[torch.Tensor] | None = None
     activated_low: torch.Tensor | None = None
-    away: dict[str, list[Stashed]] = field(default_factory=dict)
+    offloaded: dict[str, list[Stashed]] = field(default_factory=dict)
 
-    def send_away(self, stash: HostStash, names: tuple[str, ...]) -> None:
+    def offload(self, stash: HostStash, names: tuple[str, ...]) -> None:
         """Have those of `names` that are kept wait in host memory."""
         kept = {name: value for name in names if (value := getattr(self, name)) is not None}
         tensors = {name: v if isinstance(v, list) else [v] for name, v in kept.items()}
         stashed = iter(stash.put(list(itertools.chain.from_iterable(tensors.values()))))
         for name, of_name in tensors.items():
-            self.away[name] = list(itertools.islice(stashed, len(of_name)))
+            self.offloaded[name] = list(itertools.islice(stashed, len(of_name)))
             setattr(self, name, None)
 
     def fetch(self, stash: HostStash) -> None:
         """Start the way back of what waits in host memory."""
-        for stashed in itertools.chain.from_iterable(self.away.values()):
+        for stashed in itertools.chain.from_iterable(self.offloaded.values()):
             stash.fetch(stashed)
 
     def take_back(self, stash: HostStash) -> None:
         """Have everything on the device again."""
-        for name, stashed in self.away.items():
+        for name, stashed in self.offloaded.items():
             tensors = [stash.take(each) for each in stashed]
             setattr(self, name, tensors if name == "gate_up" else tensors[0])
-        self.away = {}
+        self.offloaded = {}
 
 
 class FusedBlock:
@@ -128,9 +128,9 @@ class FusedBlock:
         """
         new = self.qkv.a.new_empty
         kept = Kept(None)
-        if level < Level.DROP_MIDDLE:
+        if level < Level.RECOMPUTE_O:
             kept.x_mid = new(tokens, self.o.out_features)
-        if level < Level.DROP_QKV:
+        if level < Level.RECOMPUTE_QKV:
             kept.qkv = new(tokens, self.qkv.out_features)
         if level == Level.KEEP_ALL:
             kept.gate_up = self.reserve_gate_up(row)
@@ -152,7 +152,7 @@ class FusedBlock:
         x_mid, kept.attended_low = self.o.forward(
             attended.flatten(1), self.o.weight(), x, out=kept.x_mid
         )
-        if level < Level.DROP_ALL:
+        if level < Level.RECOMPUTE_ALL:
             kept.attended, kept.log_sum_exp = attended, log_sum_exp
         del attended
         kept.activated_low = self._mlp(x_mid, row, kept.gate_up, out)

@@ -103,14 +103,14 @@ class FusedStep:
         outputs = [None if self.offload else torch.empty_like(hidden) for _ in self.blocks]
         for block, level, of_block, output in zip(self.blocks, levels, kept, outputs, strict=True):
             x, hidden = hidden, torch.empty_like(hidden) if output is None else output
-            if level == Level.GATE_UP_AWAY:
+            if level == Level.OFFLOAD_GATE_UP:
                 self.stash.settle()  # before the next one needs as much room
                 of_block.gate_up = block.reserve_gate_up(row)
             block.forward(x, row, level, of_block, hidden)
             if self.offload:
-                of_block.send_away(self.stash, ("x", "attended", "log_sum_exp", "x_mid", "qkv"))
-            elif level == Level.GATE_UP_AWAY:
-                of_block.send_away(self.stash, ("gate_up",))
+                of_block.offload(self.stash, ("x", "attended", "log_sum_exp", "x_mid", "qkv"))
+            elif level == Level.OFFLOAD_GATE_UP:
+                of_block.offload(self.stash, ("gate_up",))
         del outputs
         d_extended = hidden.new_zeros(len(hidden), hidden.shape[1] + self.blocks[-1].down.rank)
         loss = self._loss(hidden, batch, d_extended)
@@ -120,16 +120,16 @@ class FusedStep:
         """`factor` times the gradients of `parameters`, in fp32."""
         gradients: list[torch.Tensor] = []
         self.stash.settle()
-        away = [kept for kept in state.kept if kept.away]
-        if away:
-            away[-1].fetch(self.stash)
+        waiting = [kept for kept in state.kept if kept.offloaded]
+        if waiting:
+            waiting[-1].fetch(self.stash)
         for block in reversed(self.blocks):
             kept = state.kept.pop()
-            if kept.away:
+            if kept.offloaded:
                 kept.take_back(self.stash)
-                away.pop()
-                if away:  # on its way while the blocks up to it run
-                    away[-1].fetch(self.stash)
+                waiting.pop()
+                if waiting:  # on its way while the blocks up to it run
+                    waiting[-1].fetch(self.stash)
             gradients[:0] = block.backward(state.d_extended, kept, state.row)
         torch._foreach_mul_(gradients, self.factors)
         torch._foreach_mul_(gradients, factor)
@@ -139,7 +139,7 @@ class FusedStep:
         hidden, row = self._enter(batch)
         for block in self.blocks:
             x, hidden = hidden, torch.empty_like(hidden)
-            block.forward(x, row, Level.DROP_ALL, Kept(None), hidden)
+            block.forward(x, row, Level.RECOMPUTE_ALL, Kept(None), hidden)
         return self._loss(hidden, batch, None)
 
     def _enter(self, batch: dict[str, Any]) -> tuple[torch.Tensor, Row]:
