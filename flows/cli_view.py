@@ -139,6 +139,11 @@ def show_card(console: Console, card: RunCard) -> None:
         },
         "held-out loss": f"{card.held_out_loss_before:.3f} -> {card.held_out_loss_after:.3f}",
         "peak memory": f"{card.peak_memory_gb:.2f} GB of {card.budget_gb:g} GB",
+        **(
+            {"speed": f"{card.tokens_per_second:,.0f} tokens/s, kernels {card.kernels}"}
+            if card.tokens_per_second is not None
+            else {}
+        ),
         "time": f"{format_seconds(sum(card.seconds_by_stage.values()))}: {stages}",
         "attempts": ", ".join(f"{a.attempt} {a.outcome}" for a in card.attempts) or "none needed",
         "adapter": card.adapter_path,
