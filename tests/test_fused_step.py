@@ -24,7 +24,7 @@ from fused_models import (
 
 from qwen3ft.batches import IGNORED, PackedCollator
 from qwen3ft.fused import attention, reference
-from qwen3ft.fused.block import Kept
+from qwen3ft.fused.kept import Kept
 from qwen3ft.fused.step import FusedStep
 from qwen3ft.recompute import ON_DEVICE, Level, kept_bytes_per_token
 

@@ -3,23 +3,22 @@
     x_mid = x + o(attend(rotate(norm(q)), rotate(norm(k)), v))     q, k, v = qkv(norm(x))
     y = x_mid + down(silu(gate) * up)                              gate, up = gate_up(norm(x_mid))
 
-A level (`qwen3ft.recompute`) says what of this is kept. Norms, rotations and the product of gate
-and up are always computed again: they cost little and would take more room than all else.
+A level (`qwen3ft.recompute`) says what of this is kept. Norms, rotations and silu(gate) * up are
+always computed again: they cost little and would take more room than all else.
 Everything but attention is done for a chunk of tokens at a time, so the wide intermediates of a
 long sequence never exist whole.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from qwen3ft.fused.attention import Segments, attend, attend_backward
-from qwen3ft.fused.offload import HostStash, Stashed
+from qwen3ft.fused.kept import Kept
 from qwen3ft.fused.projections import AdapterGradient, ElementWise, SharedInput, SingleProjection
 from qwen3ft.recompute import Level
 
@@ -48,54 +47,6 @@ class Row:
         tokens = len(self.cos)
         for start in range(0, tokens, self.chunk_tokens):
             yield slice(start, min(start + self.chunk_tokens, tokens))
-
-
-@dataclass
-class Kept:
-    """What a block keeps; None is computed again.
-
-    Attributes:
-        x: The block's input, (T, hidden).
-        qkv: Before norms and rotation, (T, (query + 2 key-value heads) x head_dim).
-        attended: Output of attention, (T, query heads, head_dim).
-        log_sum_exp: Of its scores, (query heads, T).
-        attended_low: Its product with o's A, (T, rank).
-        x_mid: Between attention and MLP, (T, hidden).
-        gate_up: (chunk, 2 x intermediate) of each chunk.
-        activated_low: Product of the MLP's inner activation with down's A, (T, rank).
-        offloaded: Of these, by name, those that wait in host memory; gate_up chunk by chunk.
-    """
-
-    x: torch.Tensor | None
-    qkv: torch.Tensor | None = None
-    attended: torch.Tensor | None = None
-    log_sum_exp: torch.Tensor | None = None
-    attended_low: torch.Tensor | None = None
-    x_mid: torch.Tensor | None = None
-    gate_up: list[torch.Tensor] | None = None
-    activated_low: torch.Tensor | None = None
-    offloaded: dict[str, list[Stashed]] = field(default_factory=dict)
-
-    def offload(self, stash: HostStash, names: tuple[str, ...]) -> None:
-        """Have those of `names` that are kept wait in host memory."""
-        kept = {name: value for name in names if (value := getattr(self, name)) is not None}
-        tensors = {name: v if isinstance(v, list) else [v] for name, v in kept.items()}
-        stashed = iter(stash.put(list(itertools.chain.from_iterable(tensors.values()))))
-        for name, of_name in tensors.items():
-            self.offloaded[name] = list(itertools.islice(stashed, len(of_name)))
-            setattr(self, name, None)
-
-    def fetch(self, stash: HostStash) -> None:
-        """Start the way back of what waits in host memory."""
-        for stashed in itertools.chain.from_iterable(self.offloaded.values()):
-            stash.fetch(stashed)
-
-    def take_back(self, stash: HostStash) -> None:
-        """Have everything on the device again."""
-        for name, stashed in self.offloaded.items():
-            tensors = [stash.take(each) for each in stashed]
-            setattr(self, name, tensors if name == "gate_up" else tensors[0])
-        self.offloaded = {}
 
 
 class FusedBlock:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from qwen3ft.fused.attention import Segments
-from qwen3ft.fused.block import FusedBlock, Kept, Row
+from qwen3ft.fused.block import FusedBlock, Row
+from qwen3ft.fused.kept import Kept
 from qwen3ft.fused.offload import HostStash
 from qwen3ft.fused.projections import ElementWise
 from qwen3ft.recompute import Level
