@@ -1,15 +1,18 @@
 """The fused path trains as the plain one does: the same losses, and gradients no less exact.
 
     python benchmarks/parity.py --work DIR --out results.json [--shape 4b|0.6b|tiny] [--steps 100]
-        [--sequences 16] [--rows 1600] [--layers 8] [--learning-rate 3e-4] [--cap 13] [--seed 0]
+        [--sequences 16] [--rows 1600] [--batch 64] [--layers 8,36] [--learning-rate 3e-4]
+        [--cap 13] [--seed 0] [--only training|gradients]
 
 Training: `--steps` optimizer steps of both paths through the product's own worker, each in a fresh
 process, with the same model, rows, seed and order. The rows are random, but of few kinds of tokens,
-so the loss falls, and falls alike or does not. Read are loss and gradient norm of every step.
+so the loss falls, and falls alike or does not. Read are loss and gradient norm of every step. The
+plain path runs once more with products in fp32: how far either is from that is its own rounding.
 
-Gradients: those of one batch, both ways, against an fp32 model with the same 4-bit weights (see
-`parity_gradients.py`). Once for the embedded model, which is trained, on real text; and on a GPU
-for the first `--layers` layers of the random-init shape.
+Gradients: those of one batch of `--batch` sequences, both ways, against an fp32 model with the same
+4-bit weights (see `parity_gradients.py`). For the embedded model, which is trained, on real text;
+and on a GPU for the first `--layers` layers of the random-init shape, on real text and on random
+tokens.
 
 The JSON is written after each part. A part that fails is named in the end, with its log.
 `--shape tiny` needs no GPU.
@@ -28,10 +31,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from parity_report import PATHS, compare_gradients, compare_training, report, verdicts
+from parity_report import CONTROL, PATHS, compare_gradients, compare_training, report, verdicts
 from speed_cases import SHAPES, TINY, Case, Entry, Settings
 from speed_contestants import RESULT
-from speed_device import ROOT, machine, one_gpu
+from speed_device import ROOT, machine, one_gpu, write_json
 
 CHILD = ROOT / "benchmarks" / "parity_jobs.py"
 PREPARE_SECONDS = 600.0
@@ -70,18 +73,25 @@ class Parity:
         model = self._part("model", shape, {"shape": shape, "work": str(self.work)})
         if model is not None:
             self.results["model"] = {name: model[name] for name in ("made", "seconds")}
-            self._train(model["snapshot"])
-        tiny = replace(self.case, shape=TINY)
-        for case in dict.fromkeys((tiny, self.case)):
-            values = {"case": asdict(case), "layers": self.arguments.layers}
-            if case.shape != TINY:
-                if model is None:
-                    continue
-                values["model"] = model["snapshot"]["path"]
-            self._measure(case.shape, values)
+            if self.arguments.only != "gradients":
+                self._train(model["snapshot"])
+        if self.arguments.only != "training":
+            self._measure_all(model["snapshot"]["path"] if model else None)
         self.results["verdicts"] = verdicts(self.results)
         self.results["complete"] = not self.results["failed"]
         self.write()
+
+    def _measure_all(self, model_path: str | None) -> None:
+        shape = self.arguments.shape
+        batch = replace(self.case, sequences_per_step=self.arguments.batch)
+        tiny = replace(batch, shape=TINY)
+        self._measure(TINY, {"case": asdict(tiny), "text": True})
+        if model_path is not None and shape != TINY:
+            values = {"case": asdict(batch), "model": model_path}
+            for layers in self.arguments.layers:
+                for text in (True, False):
+                    name = f"{shape} {layers} layers {'text' if text else 'random tokens'}"
+                    self._measure(name, {**values, "layers": layers, "text": text})
 
     def _train(self, snapshot: dict[str, Any]) -> None:
         arguments = self.arguments
@@ -96,8 +106,9 @@ class Parity:
             "total_steps": arguments.steps,
         }
         runs = {}
-        for path in PATHS:
-            run = self._part("training", path, {**values, "kernels": path})
+        for path in (*PATHS, CONTROL):
+            kernels, dtype = (PATHS[1], "float32") if path == CONTROL else (path, None)
+            run = self._part("training", path, values | {"kernels": kernels, "dtype": dtype})
             if run is None:
                 return
             runs[path] = run
@@ -110,16 +121,16 @@ class Parity:
         self.results["training_compared"] = found
         self.write()
 
-    def _measure(self, shape: str, values: dict[str, Any]) -> None:
-        found = self._part("gradients", shape, values)
+    def _measure(self, name: str, values: dict[str, Any]) -> None:
+        found = self._part("gradients", name, values)
         if found is None:
             return
         try:
             errors = compare_gradients(found["tensors"])
         except ValueError as error:
-            self._failed(f"gradients {shape}", error)
+            self._failed(f"gradients {name}", error)
             return
-        self.results["gradients"][shape] = found | {"errors": errors}
+        self.results["gradients"][name] = found | {"errors": errors}
         self.write()
 
     def _failed(self, what: str, error: Exception) -> None:
@@ -129,11 +140,7 @@ class Parity:
 
     def write(self) -> None:
         """All there is so far, whole or not at all."""
-        path: Path = self.arguments.out
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_name(path.name + ".new")
-        new.write_text(json.dumps(self.results, indent=2) + "\n", encoding="utf-8")
-        os.replace(new, path)
+        write_json(self.arguments.out, self.results)
 
     def _part(self, kind: str, name: str, values: dict[str, Any]) -> dict[str, Any] | None:
         """The result of a job; None if it failed, which is noted then."""
@@ -152,7 +159,7 @@ class Parity:
         Raises:
             JobFailedError: it ended without a result, or took too long.
         """
-        folder = self.work / "parity" / f"{kind}-{name}"
+        folder = self.work / "parity" / f"{kind}-{name.replace(' ', '-')}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         job, log = folder / "job.json", folder / "log.txt"
@@ -191,16 +198,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps")
     parser.add_argument("--sequences", type=int, default=16, help="per optimizer step")
     parser.add_argument("--rows", type=int, help="of an epoch; default: each row once")
-    parser.add_argument("--layers", type=int, default=8, help="of the shape, for its gradients")
+    parser.add_argument("--batch", type=int, default=64, help="sequences whose gradients are taken")
+    parser.add_argument("--layers", default="8,36", help="of the shape, for its gradients")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--cap", type=float, default=13.0, help="memory budget of training in GB")
+    parser.add_argument("--only", choices=["training", "gradients"], help="this part alone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds a job")
     arguments = parser.parse_args(argv)
     if arguments.rows is None:
         arguments.rows = arguments.steps * arguments.sequences
-    if min(arguments.steps, arguments.sequences, arguments.layers) < 1:
-        parser.error("--steps, --sequences and --layers are 1 or more")
+    arguments.layers = [int(count) for count in arguments.layers.split(",")]
+    if min(arguments.steps, arguments.sequences, arguments.batch, *arguments.layers) < 1:
+        parser.error("--steps, --sequences, --batch and --layers are 1 or more")
     if arguments.rows < 1 or arguments.rows % arguments.sequences:
         parser.error("--rows is a multiple of --sequences")
     arguments.out = arguments.out.resolve()

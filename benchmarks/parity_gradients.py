@@ -32,6 +32,9 @@ from qwen3ft.recompute import Level
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
 B_STD = 0.02
+MICRO_BATCH_ROWS = 16
+"""Rows of a micro-batch; gradients of a batch are the sum over its micro-batches."""
+
 CHUNK_TOKENS = 1024
 """Of logits and of the fused MLP: less than a row, so that chunks are measured too."""
 
@@ -46,35 +49,43 @@ def measure(values: dict[str, Any]) -> dict[str, Any]:
     """Norms of the reference's gradients, and of both paths' differences from them, by tensor.
 
     Args:
-        values: `case`, `seed`, `layers`; and `model`, the folder with the 4-bit model, except for
-            the tiny one: that is quantised here, as it is in bf16 on no CPU otherwise.
+        values: `case`, `seed`, and `text`: whether the rows are real text or the workload's random
+            tokens. Except for the tiny model, which is quantised here as it is in bf16 on no CPU
+            otherwise, also `model`, the folder of the 4-bit model, and how many `layers` of it.
     """
     from transformers import set_seed
 
     case, seed = Case(**values["case"]), values["seed"]
     set_seed(seed)
     tokenizer = load_tokenizer(MODEL_DIR)
-    if case.shape == TINY:
-        model = _load(MODEL_DIR, quantize=True)
-        text, rows = _real_rows(tokenizer, case.sequences_per_step)
-    else:
-        model = _load(Path(values["model"]), quantize=False)
+    model = _load(
+        MODEL_DIR if case.shape == TINY else Path(values["model"]), quantize=case.shape == TINY
+    )
+    if case.shape != TINY:
         model.model.layers = model.model.layers[: values["layers"]]
         model.config.num_hidden_layers = len(model.model.layers)
+    if values["text"]:
+        text, rows = _real_rows(tokenizer, case.sequences_per_step)
+    else:
         text = "random tokens"
         ids = workload(case, case.sequences_per_step, seed)
         rows = [{"input_ids": row, "labels": row} for row in ids]
     adapted = _adapt(model, seed)
-    batch = PackedCollator(tokenizer.pad_token_id)(rows)
+    collate = PackedCollator(tokenizer.pad_token_id)
+    batch = [
+        collate(rows[start : start + MICRO_BATCH_ROWS])
+        for start in range(0, len(rows), MICRO_BATCH_ROWS)
+    ]
     fused_loss, fused = _gradients(adapted, _fused, batch)
     plain_loss, plain = _gradients(adapted, _plain, batch)
     with _full_precision(adapted):
         true_loss, true = _gradients(adapted, _reference, batch)
-    tokens = trained_tokens(batch)
+    tokens = sum(trained_tokens(micro_batch) for micro_batch in batch)
     return {
         "layers": len(model.model.layers),
         "text": text,
-        "tokens": batch["real_tokens"],
+        "rows": len(rows),
+        "tokens": sum(micro_batch["real_tokens"] for micro_batch in batch),
         "trained_tokens": tokens,
         "losses": {
             "fused": fused_loss / tokens,
@@ -142,27 +153,33 @@ def _real_rows(tokenizer: Any, count: int) -> tuple[str, list[dict[str, Any]]]:
 
 
 def _gradients(
-    adapted: Any, loss_of: Callable[[Any, MicroBatch], torch.Tensor], batch: MicroBatch
+    adapted: Any,
+    make_loss: Callable[[Any], Callable[[MicroBatch], torch.Tensor]],
+    batch: list[MicroBatch],
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """The summed loss, and its gradient with respect to each tensor of the adapter.
+    """The summed loss of all micro-batches, and its gradient by each tensor of the adapter.
 
     Raises:
         RuntimeError: a tensor has none.
     """
     adapted.zero_grad(set_to_none=True)
-    with sdpa_kernel(SDPBackend.MATH) if loss_of is _reference else nullcontext():
-        loss = loss_of(adapted, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+    loss_of = make_loss(adapted)
+    total = 0.0
+    with sdpa_kernel(SDPBackend.MATH) if make_loss is _reference else nullcontext():
+        for micro_batch in batch:
+            loss = loss_of(micro_batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
     gradients = {}
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad:
             if parameter.grad is None:
                 raise RuntimeError(f"{name} has no gradient")
             gradients[name] = parameter.grad.float().clone()
-    return loss.item(), gradients
+    return total, gradients
 
 
-def _fused(adapted: Any, batch: MicroBatch) -> torch.Tensor:
+def _fused(adapted: Any) -> Callable[[MicroBatch], torch.Tensor]:
     """As `QATrainer` does with kernels 'fused'; the blocks take all levels in turn."""
     ops: Any
     if CUDA:
@@ -171,24 +188,27 @@ def _fused(adapted: Any, batch: MicroBatch) -> torch.Tensor:
         from qwen3ft.fused import reference as ops
     blocks = len(adapted.get_base_model().model.layers)
     levels = tuple(itertools.islice(itertools.cycle(Level), blocks))
-    step = FusedStep(
+    return FusedStep(
         adapted,
         ops,
         lambda _: levels,
         loss_chunk_tokens=CHUNK_TOKENS,
         chunk_tokens=CHUNK_TOKENS,
     )
-    return step(batch)
 
 
-def _plain(adapted: Any, batch: MicroBatch) -> torch.Tensor:
+def _plain(adapted: Any) -> Callable[[MicroBatch], torch.Tensor]:
     """As `QATrainer` does with kernels 'plain'."""
-    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
-        return summed_loss(adapted.get_base_model(), _on_device(batch), CHUNK_TOKENS)
+
+    def loss_of(batch: MicroBatch) -> torch.Tensor:
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+            return summed_loss(adapted.get_base_model(), _on_device(batch), CHUNK_TOKENS)
+
+    return loss_of
 
 
-def _reference(adapted: Any, batch: MicroBatch) -> torch.Tensor:
-    return summed_loss(adapted.get_base_model(), _on_device(batch), CHUNK_TOKENS)
+def _reference(adapted: Any) -> Callable[[MicroBatch], torch.Tensor]:
+    return lambda batch: summed_loss(adapted.get_base_model(), _on_device(batch), CHUNK_TOKENS)
 
 
 @contextmanager

@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 FUSED, PLAIN = PATHS = ("fused", "plain")
+CONTROL = "plain, fp32"
+"""The plain path with products in fp32: what both would do if nothing were rounded."""
+
 LOSS_TOLERANCE = 0.01
 """Relative difference of the losses at any step."""
 MOVED = 0.05
@@ -36,25 +39,28 @@ def compare_training(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """How far the two paths' losses and gradient norms are apart.
 
     Args:
-        runs: Of each of `PATHS`: `losses` and `grad_norms`, one a step, and `levers`.
+        runs: Of each of `PATHS`, and of `CONTROL`: `losses` and `grad_norms`, one a step, and
+            `levers`.
 
     Raises:
-        ValueError: the two did not do the same steps.
+        ValueError: they did not do the same steps.
     """
-    fused, plain = (runs[path] for path in PATHS)
-    for name in ("losses", "grad_norms"):
-        if len(fused[name]) != len(plain[name]) or not fused[name]:
-            counts = f"{len(fused[name])} and {len(plain[name])}"
-            raise ValueError(f"{name}: {counts} steps instead of the same number")
-    ours, twins = (_settings(run["levers"]) for run in (fused, plain))
-    if ours != twins:
-        raise ValueError(f"the plans differ: {ours} and {twins}")
+    fused, plain, control = (runs[path] for path in (*PATHS, CONTROL))
+    for run in (fused, control):
+        for name in ("losses", "grad_norms"):
+            if len(run[name]) != len(plain[name]) or not run[name]:
+                counts = f"{len(run[name])} and {len(plain[name])}"
+                raise ValueError(f"{name}: {counts} steps instead of the same number")
+        theirs, twins = _settings(run["levers"]), _settings(plain["levers"])
+        if theirs != twins:
+            raise ValueError(f"the plans differ: {theirs} and {twins}")
     losses = _largest(fused["losses"], plain["losses"])
     first, last = fused["losses"][0], fused["losses"][-1]
     return {
         "steps": len(fused["losses"]),
         "loss_difference": losses,
         "grad_norm_difference": _largest(fused["grad_norms"], plain["grad_norms"]),
+        "from_control": {path: _largest(runs[path]["losses"], control["losses"]) for path in PATHS},
         "first_loss": {path: runs[path]["losses"][0] for path in PATHS},
         "final_loss": {path: runs[path]["losses"][-1] for path in PATHS},
         "loss_fell_by": first - last,
@@ -181,6 +187,7 @@ def _training_lines(
         ("loss of the first step", *(f"{found['first_loss'][path]:.4f}" for path in PATHS), NONE),
         ("loss of the last step", *(f"{found['final_loss'][path]:.4f}" for path in PATHS), NONE),
         ("loss of any step", NONE, NONE, _difference(found["loss_difference"])),
+        ("  against fp32", *(_difference(found["from_control"][path]) for path in PATHS), NONE),
         ("the loss fell by", fell, NONE, NONE),
         ("largest gradient norm", *norms, _difference(found["grad_norm_difference"])),
         ("tokens/s", *speeds, NONE),

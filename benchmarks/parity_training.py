@@ -5,6 +5,9 @@ The rows are random tokens of few kinds, each row once, so the loss falls to tha
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +17,7 @@ from speed_contestants import Job
 from speed_ours import levers, write_dataset
 
 if TYPE_CHECKING:
-    from qwen3ft.records import TrainPlan
+    from qwen3ft.records import ModelSnapshot, TrainPlan
 
 
 def train(values: dict[str, Any]) -> dict[str, Any]:
@@ -22,7 +25,7 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         values: A job of `speed_contestants`, whose `steps` are those of one epoch; and `kernels`,
-            `learning_rate` and `total_steps`.
+            `learning_rate`, `total_steps`, and the `dtype` of products, None for the model's own.
 
     Raises:
         RuntimeError: the plan takes the other path, or steps are missing.
@@ -66,6 +69,8 @@ def _plan(job: Job, kernels: Any, learning_rate: float, values: dict[str, Any]) 
 
     case, steps = job.entry.case, values["total_steps"]
     snapshot = ModelSnapshot.model_validate(job.snapshot)
+    if values["dtype"]:
+        snapshot = _computing_in(values["dtype"], snapshot, job.folder / "model")
     config = TrainingConfig(
         model_name=snapshot.path,
         max_memory_gb=case.cap_gb,
@@ -91,3 +96,18 @@ def _plan(job: Job, kernels: Any, learning_rate: float, values: dict[str, Any]) 
         run_id="parity",
         run_dir=str(job.folder / "run"),
     )
+
+
+def _computing_in(dtype: Any, snapshot: ModelSnapshot, folder: Path) -> ModelSnapshot:
+    """The same 4-bit weights in `folder`, to be loaded with products in `dtype`."""
+    shutil.copytree(snapshot.path, folder, copy_function=os.link)
+    changed = {
+        "config.json": ("quantization_config", "bnb_4bit_compute_dtype"),
+        "manifest.json": ("facts", "compute_dtype"),
+    }
+    for name, (part, key) in changed.items():
+        values = json.loads((folder / name).read_text(encoding="utf-8"))
+        values[part][key] = dtype
+        (folder / name).unlink()  # else the other folder's would change too
+        (folder / name).write_text(json.dumps(values), encoding="utf-8")
+    return snapshot.model_copy(update={"path": str(folder), "compute_dtype": dtype})

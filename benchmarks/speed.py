@@ -34,7 +34,7 @@ from typing import Any
 
 from speed_cases import CONTESTANTS, NEEDS, OURS, SHAPES, SUITES, Case, Entry, select, typical_step
 from speed_contestants import RESULT
-from speed_device import ROOT, machine, one_gpu
+from speed_device import ROOT, machine, one_gpu, write_json
 from speed_report import report
 
 CHILD = ROOT / "benchmarks" / "speed_contestants.py"
@@ -114,11 +114,7 @@ class Bench:
 
     def write(self) -> None:
         """All there is so far, whole or not at all."""
-        path: Path = self.arguments.out
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_name(path.name + ".new")
-        new.write_text(json.dumps(self.results, indent=2) + "\n", encoding="utf-8")
-        os.replace(new, path)
+        write_json(self.arguments.out, self.results)
 
     def _begin(self, case: Case) -> None:
         lengths = typical_step(case, self.arguments.steps, self.arguments.seed)

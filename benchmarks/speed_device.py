@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import sys
@@ -37,6 +38,14 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
     }
+
+
+def write_json(path: Path, results: dict[str, Any]) -> None:
+    """`results` as indented JSON in `path`, whole or not at all; folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    os.replace(new, path)
 
 
 def one_gpu() -> dict[str, str]:

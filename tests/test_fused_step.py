@@ -6,6 +6,7 @@ import gc
 import itertools
 from collections.abc import Callable, Iterable
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -303,3 +304,26 @@ def test_in_bf16_it_is_no_less_exact_than_autocast(
     step = make_step(model, **settings)
     with torch.no_grad():
         assert step(batch).item() == pytest.approx(loss, rel=1e-3)
+
+
+def test_what_a_small_adapter_adds_is_not_rounded_away(tmp_path: Path) -> None:
+    """A twentieth of the last place of the residual stream, and it arrives on average.
+
+    Added to a sum that was rounded to bf16 before, as PEFT does it, it would be lost: training
+    from B = 0 then stands still until B has grown.
+    """
+    model = build(CASES["wide heads, rank 3"], tmp_path, torch.bfloat16)
+    projection = make_step(model).blocks[0].down
+    torch.manual_seed(0)
+    x = torch.randn(4096, projection.in_features).bfloat16()
+    residual = (4 + torch.rand(4096, projection.out_features)).bfloat16()  # a last place of 2**-5
+    projection.a.normal_()
+    low = (x @ projection.a.t()).float()
+    projection.b.normal_(0, 2**-5 / 20 / low.std().item() / projection.rank**0.5)
+    wanted = low @ projection.b.float().t()
+    weight = projection.weight()
+    adapted, _ = projection.forward(x, weight, residual)
+    projection.b.zero_()
+    bare, _ = projection.forward(x, weight, residual)
+    arrived = (adapted - bare).float()
+    assert ((arrived * wanted).sum() / wanted.square().sum()).item() == pytest.approx(1, abs=0.1)

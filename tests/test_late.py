@@ -63,11 +63,13 @@ def test_on_a_gpu_numbers_arrive_without_being_waited_for() -> None:
     numbers = LateNumbers(1)
     put(numbers, 1, "cuda")
     numbers.take(everything=True)  # CUDA is set up by now
+    loss, norm = torch.tensor([2.5, 2.25], device="cuda").unbind()  # made before it is busy
     big = torch.ones(8192, 8192, device="cuda", dtype=torch.bfloat16)
     busy: Any = big @ big
     for _ in range(50):
         busy = big @ busy * 1e-4
-    wanted = put(numbers, 2, "cuda")
+    numbers.put(2, 0.2, 0.02, loss, norm)
+    wanted = StepNumbers(2, 0.2, 0.02, 2.5, 2.25)
     assert not torch.cuda.current_stream().query()
     assert numbers.take() == []
     assert not torch.cuda.current_stream().query()

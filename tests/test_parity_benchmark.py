@@ -18,6 +18,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import parity  # noqa: E402
 from parity_report import (  # noqa: E402
+    CONTROL,
     PATHS,
     compare_gradients,
     compare_training,
@@ -37,7 +38,17 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]
     script = str(ROOT / "benchmarks" / "parity.py")
     where = ["--work", str(work), "--out", str(out), "--shape", "tiny", "--learning-rate", "1e-3"]
     run = subprocess.run(
-        [sys.executable, script, *where, "--steps", str(STEPS), "--sequences", str(SEQUENCES)],
+        [
+            sys.executable,
+            script,
+            *where,
+            "--steps",
+            str(STEPS),
+            "--sequences",
+            str(SEQUENCES),
+            "--batch",
+            "4",
+        ],
         capture_output=True,
         text=True,
         timeout=200,
@@ -68,6 +79,9 @@ def test_both_paths_train_the_same(done: tuple[dict[str, Any], str]) -> None:
     fused, plain = (training[path] for path in PATHS)
     assert fused["losses"] == pytest.approx(plain["losses"], rel=1e-5)
     assert fused["grad_norms"] == pytest.approx(plain["grad_norms"], rel=1e-4)
+    control = training[CONTROL]
+    assert control["levers"]["kernels"] == "plain"
+    assert control["losses"] == pytest.approx(plain["losses"], rel=1e-5)
     found = done[0]["training_compared"]
     assert found == compare_training(training)
     assert found["steps"] == STEPS
@@ -166,7 +180,7 @@ def test_errors_are_those_of_the_norms() -> None:
 
 
 def test_a_shape_is_measured_by_its_first_layers(tmp_path: Path) -> None:
-    """The way of the large shapes, with a small one: 4-bit files in bf16, random tokens."""
+    """The way of the large shapes, with a small one: 4-bit files in bf16, two micro-batches."""
     import torch
     from parity_gradients import measure
     from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -191,12 +205,12 @@ def test_a_shape_is_measured_by_its_first_layers(tmp_path: Path) -> None:
         tmp_path / "16", dtype=torch.bfloat16, quantization_config=settings
     )
     model.save_pretrained(tmp_path / "4")
-    case = {"shape": "small", "sequence_tokens": 64, "cap_gb": 4.0, "sequences_per_step": 4}
-    values = {"case": case, "seed": 0, "layers": 2, "model": str(tmp_path / "4")}
+    case = {"shape": "small", "sequence_tokens": 64, "cap_gb": 4.0, "sequences_per_step": 18}
+    values = {"case": case, "seed": 0, "layers": 2, "model": str(tmp_path / "4"), "text": False}
     found = measure(values)
     assert found["layers"] == 2
     assert len(found["tensors"]) == 28
-    assert found["trained_tokens"] == found["tokens"] - 4
+    assert found["trained_tokens"] == found["tokens"] - 18
     errors = compare_gradients(found["tensors"])
     for path in PATHS:
         assert errors[path]["max"] < 0.05
@@ -209,7 +223,7 @@ def test_a_job_that_fails_is_named_with_its_log(
     more = ["--shape", "tiny", "--timeout", "0.1"]
     arguments = parity.parse(["--work", str(tmp_path), "--out", str(tmp_path / "r.json"), *more])
     bench = parity.Parity(arguments)
-    bench._measure("tiny", {"case": {}, "layers": 1})
+    bench._measure("tiny", {"case": {}, "text": True})
     (why,) = bench.results["failed"].values()
     assert "timeout after 0.1 s" in why
     assert "gradients tiny" in report(bench.results)

@@ -164,10 +164,15 @@ class SingleProjection(_Adapted):
         residual: torch.Tensor,
         out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The residual + y, (tokens, out), and x A', (tokens, rank)."""
+        """The residual + y, (tokens, out), and x A', (tokens, rank).
+
+        The adapter's part comes first: added to a sum that is rounded already, it would vanish
+        while it is smaller than half of that sum's last place, and with it what was learned.
+        """
         low = x @ self.a.t()
-        result = torch.addmm(residual, x, weight[: self.out_features].t(), out=out)
-        return result.addmm_(low, self.b.t()), low
+        result = torch.mm(low, self.b.t(), out=out)
+        result.addmm_(x, weight[: self.out_features].t())
+        return result.add_(residual), low
 
     def input_gradient(self, d_extended: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Fill in dy s B beside dy, and return dx, (tokens, in)."""
