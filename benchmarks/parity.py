@@ -21,29 +21,21 @@ The JSON is written after each part. A part that fails is named in the end, with
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import shutil
-import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from jobs import JobFailedError, run_job
 from parity_report import CONTROL, PATHS, compare_gradients, compare_training, report, verdicts
 from speed_cases import SHAPES, TINY, Case, Entry, Settings
-from speed_contestants import RESULT
-from speed_device import ROOT, machine, one_gpu, write_json
+from speed_device import ROOT, machine, write_json
 
 CHILD = ROOT / "benchmarks" / "parity_jobs.py"
 PREPARE_SECONDS = 600.0
 SEQUENCE_TOKENS = {TINY: 64}
 """Longest sequences; of other shapes 256."""
-
-
-class JobFailedError(Exception):
-    """A job ended without a result."""
 
 
 class Parity:
@@ -160,31 +152,12 @@ class Parity:
             JobFailedError: it ended without a result, or took too long.
         """
         folder = self.work / "parity" / f"{kind}-{name.replace(' ', '-')}"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        job, log = folder / "job.json", folder / "log.txt"
-        more = {"kind": kind, "folder": str(folder), "started": time.time()}
-        text = json.dumps({**values, **more, "seed": self.arguments.seed})
-        job.write_text(text, encoding="utf-8")
         limit = PREPARE_SECONDS if kind == "model" else self.arguments.timeout
-        with log.open("wb") as stream:
-            try:
-                status: int | str = subprocess.run(
-                    [sys.executable, str(CHILD), str(job)],
-                    stdout=stream,
-                    stderr=subprocess.STDOUT,
-                    env={**os.environ, **one_gpu()},
-                    timeout=limit,
-                ).returncode
-            except subprocess.TimeoutExpired:
-                status = f"timeout after {limit:g} s"
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        found = [line for line in lines if line.startswith(RESULT)]
-        if found and status == 0:
-            result: dict[str, Any] = json.loads(found[-1].removeprefix(RESULT))
-            return result
-        print("\n".join(lines[-30:]), file=sys.stderr, flush=True)
-        raise JobFailedError(f"status {status}, log {log}: {lines[-1] if lines else 'empty'}")
+        values = {**values, "kind": kind, "seed": self.arguments.seed}
+        try:
+            return run_job(CHILD, folder, values, limit)
+        except JobFailedError as error:
+            raise JobFailedError(error.status, f"{error.detail} ({folder / 'log.txt'})") from None
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -19,35 +19,21 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
-import re
-import shutil
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from jobs import JobFailedError, run_job
 from speed_cases import CONTESTANTS, NEEDS, OURS, SHAPES, SUITES, Case, Entry, select, typical_step
-from speed_contestants import RESULT
-from speed_device import ROOT, machine, one_gpu, write_json
+from speed_device import ROOT, machine, write_json
 from speed_report import report
 
 CHILD = ROOT / "benchmarks" / "speed_contestants.py"
-OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|InsufficientMemoryError|out of memory", re.IGNORECASE)
 PREPARE_SECONDS = 600.0
-
-
-class JobFailedError(Exception):
-    """A job ended without a result; `status` is its row's."""
-
-    def __init__(self, status: str, detail: str = "") -> None:
-        super().__init__(f"{status}: {detail}" if detail else status)
-        self.status, self.detail = status, detail
 
 
 class Bench:
@@ -164,61 +150,11 @@ class Bench:
         """
         self._count += 1
         folder = self.work / "jobs" / f"{self._count:02d}-{name or kind}"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        job, log = folder / "job.json", folder / "log.txt"
-        values = {**values, "kind": kind, "folder": str(folder), "started": time.time()}
-        job.write_text(json.dumps(values), encoding="utf-8")
-        environment = {**os.environ, **one_gpu(), "PYTHONPATH": _python_path()}
-        with log.open("wb") as stream:
-            process = subprocess.Popen(
-                [sys.executable, str(CHILD), str(job)],
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                cwd=folder,
-                env=environment,
-                start_new_session=True,
-            )
-            try:
-                status = process.wait(timeout_seconds)
-            except subprocess.TimeoutExpired:
-                raise JobFailedError("failed", f"timeout after {timeout_seconds:g} s") from None
-            finally:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        found = [line for line in lines if line.startswith(RESULT)]
-        if found:
-            result: dict[str, Any] = json.loads(found[-1].removeprefix(RESULT))
-            return result
-        raise _failure(status, lines)
-
-
-def _failure(status: int, lines: list[str]) -> JobFailedError:
-    """Why a job ended without a result, from its exit status and the end of its log."""
-    end = [line.strip() for line in lines[-60:] if line.strip()]
-    causes = [line for line in end if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
-    last = (causes or end or ["it said nothing"])[-1][:200]
-    if any(OUT_OF_MEMORY.search(line) for line in end):
-        return JobFailedError("out of memory", last)
-    if status < 0:
-        return JobFailedError("failed", f"ended by signal {-status}; {last}")
-    return JobFailedError("failed", last)
+        return run_job(CHILD, folder, {**values, "kind": kind}, timeout_seconds)
 
 
 def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
-
-
-def _python_path() -> str:
-    """What this process imports from, for a child in another folder."""
-    inherited = [
-        str(Path(entry).resolve())
-        for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep)
-        if entry
-    ]
-    return os.pathsep.join([str(ROOT), *inherited])
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from jobs import RESULT
 from speed_cases import (
     LEARNING_RATE,
     LORA_ALPHA,
@@ -31,7 +32,6 @@ from speed_cases import (
 )
 from speed_device import DeviceMemory
 
-RESULT = "RESULT "
 LORA: dict[str, Any] = {
     "r": LORA_RANK,
     "lora_alpha": LORA_ALPHA,

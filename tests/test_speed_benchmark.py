@@ -19,9 +19,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
-import speed  # noqa: E402
 import speed_cases  # noqa: E402
 import speed_history  # noqa: E402
+from jobs import failure_of  # noqa: E402
 from speed_cases import Case, Entry, Settings  # noqa: E402
 
 STEPS, WARMUP, PER_STEP, LONGEST = 6, 2, 8, 64
@@ -259,7 +259,7 @@ def test_a_case_can_be_typed() -> None:
     ],
 )
 def test_a_failure_is_named_by_the_end_of_its_log(status: int, line: str, expected: str) -> None:
-    failure = speed._failure(status, ["loading", line, ""])
+    failure = failure_of(status, ["loading", line, ""])
     assert str(failure).startswith(expected)
 
 
