@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -27,9 +27,10 @@ from qwen3ft.config import TrainingConfig
 from qwen3ft.cursor import read_state
 from qwen3ft.data_records import DataChange, DatasetManifest
 from qwen3ft.errors import FinetuneError, TransientError
+from qwen3ft.gpu_lock import CPU, hold_card
 from qwen3ft.journal import Journal, RunStatus
 from qwen3ft.mirror import Mirror, replay_unsent
-from qwen3ft.records import NOTHING_NEW, AttemptSummary
+from qwen3ft.records import NOTHING_NEW, AttemptSummary, EnvironmentReport
 from qwen3ft.result_records import RunCard
 from qwen3ft.tracking_uri import default_tracking_uri, run_url
 from tasks.policies import hide_known_tracebacks
@@ -108,6 +109,20 @@ def tracked(run: RunDir, config: TrainingConfig) -> Iterator[None]:
         journal.run_finished(status)
         if not mirror.close(CLOSE_SECONDS):
             logger.warning("MLflow does not have all of this run yet; later: qwen3ft sync")
+
+
+def card_held(
+    config: TrainingConfig, environment: EnvironmentReport, run: RunDir
+) -> AbstractContextManager[None]:
+    """The card for this run alone; on a CPU runs share the machine unless `lock_cpu` is set."""
+    if not environment.gpus and not config.lock_cpu:
+        return nullcontext()
+    return hold_card(
+        environment.gpus[0].uuid if environment.gpus else CPU,
+        run.path.name,
+        when_busy=config.when_card_is_busy,
+        wait_seconds=config.wait_for_card_seconds,
+    )
 
 
 def unless_unreachable(task: Any, otherwise: Any, *arguments: Any) -> Any:

@@ -21,6 +21,7 @@ from prefect.states import Completed
 
 from flows.around import (
     StageClock,
+    card_held,
     end_without_training,
     nothing_new,
     open_run,
@@ -73,27 +74,28 @@ def qwen3_finetune(
     with tracked(run, config):
         with clock("environment"):
             environment = check_environment()
-        with clock("model"):
-            model = prepare_model(config, environment, run)
-        with clock("lora"):
-            adapter = configure_lora(config, model)
-        with clock("data"):
-            champion = unless_unreachable(find_champion, None, config)
-            dataset = prepare_data(config, model, run, find_known_rows(champion))
-            change = compare_data(dataset, champion)
-            show_data(run, dataset, change)
-        if nothing_new(config, change):
-            return end_without_training(run, change)
-        with clock("plan"):
-            first = plan_training(config, environment, model, adapter, dataset)
-        with clock("train"):
-            plan, outcome, attempts = train_with_recovery(config, first, run)
-        with clock("save"):
-            saved = save(config, plan, outcome)
-            saved = unless_unreachable(register, saved, config, saved, str(run.path))
-            champion = champion or unless_unreachable(find_champion, None, config)
-        with clock("inference"):
-            report = compare_answers(config, plan, saved, champion)
+        with card_held(config, environment, run):
+            with clock("model"):
+                model = prepare_model(config, environment, run)
+            with clock("lora"):
+                adapter = configure_lora(config, model)
+            with clock("data"):
+                champion = unless_unreachable(find_champion, None, config)
+                dataset = prepare_data(config, model, run, find_known_rows(champion))
+                change = compare_data(dataset, champion)
+                show_data(run, dataset, change)
+            if nothing_new(config, change):
+                return end_without_training(run, change)
+            with clock("plan"):
+                first = plan_training(config, environment, model, adapter, dataset)
+            with clock("train"):
+                plan, outcome, attempts = train_with_recovery(config, first, run)
+            with clock("save"):
+                saved = save(config, plan, outcome)
+                saved = unless_unreachable(register, saved, config, saved, str(run.path))
+                champion = champion or unless_unreachable(find_champion, None, config)
+            with clock("inference"):
+                report = compare_answers(config, plan, saved, champion)
         with clock("promote"):
             verdict = promote(saved, report, champion, str(run.path))
         card = build_card(config, plan, outcome, saved, report, verdict, attempts, clock.seconds)

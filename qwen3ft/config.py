@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from qwen3ft.errors import ConfigError
 
 EMBEDDED_MODEL_NAME = "embedded"
 """The model name that stands for the tiny Qwen3 shipped inside the package."""
+
+SMALLEST_BUDGET_GB, LARGEST_BUDGET_GB = 0.5, 1024.0
+"""Less than torch alone takes; more than any card has: bytes or MB were meant."""
 
 
 class ColumnNames(BaseModel):
@@ -52,8 +55,9 @@ class TrainingConfig(BaseModel):
     )
     max_memory_gb: float = Field(
         13.0,
-        gt=0,
-        le=1024,
+        ge=SMALLEST_BUDGET_GB,
+        le=LARGEST_BUDGET_GB,
+        allow_inf_nan=False,
         description="Memory budget in GB (2**30 bytes): the card's, or resident memory on a CPU.",
     )
     batch_size: int = Field(
@@ -210,6 +214,19 @@ class TrainingConfig(BaseModel):
         (), description="Tried in order when output_dir cannot be written."
     )
 
+    # --- one run per card ---
+    when_card_is_busy: Literal["wait", "refuse"] = Field(
+        "wait",
+        description="What to do while another run holds the card, or other programs leave too "
+        "little of its memory.",
+    )
+    wait_for_card_seconds: float = Field(
+        21600.0, ge=0, le=604800, allow_inf_nan=False, description="Longest such wait."
+    )
+    lock_cpu: bool = Field(
+        False, description="Without a GPU: let runs on this machine's CPU go one after another too."
+    )
+
     # --- where things go ---
     runs_dir: str = Field("./runs", description="Folder with one sub-folder per run.")
     cache_dir: str = Field(
@@ -218,6 +235,24 @@ class TrainingConfig(BaseModel):
     registered_model: str | None = Field(
         None, description="Name in MLflow's registry; by default derived from the model's name."
     )
+
+    @field_validator("max_memory_gb", mode="before")
+    @classmethod
+    def _check_budget(cls, value: Any) -> Any:
+        """Say what is wrong with an absurd number in words; the field's bounds hold it too."""
+        if isinstance(value, bool):
+            raise ValueError("a number of GB is needed, not true or false")
+        if not isinstance(value, (int, float)):
+            return value
+        if not value >= SMALLEST_BUDGET_GB:  # NaN too
+            raise ValueError(
+                f"a budget is at least {SMALLEST_BUDGET_GB:g} GB; CUDA or torch alone take more"
+            )
+        if value > LARGEST_BUDGET_GB:
+            raise ValueError(
+                f"a budget is at most {LARGEST_BUDGET_GB:g} GB (of 2**30 bytes, not MB or bytes)"
+            )
+        return value
 
     @property
     def effective_batch_size(self) -> int:

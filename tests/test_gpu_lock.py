@@ -1,0 +1,301 @@
+"""A card is held by one run at a time: real processes contend, are killed, and wait."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen3ft import gpu_lock
+from qwen3ft.attempt import RunDir
+from qwen3ft.config import TrainingConfig
+from qwen3ft.errors import EnvironmentNotReadyError
+from qwen3ft.gpu_lock import CPU, hold_card, read_holder
+from qwen3ft.records import GpuInfo
+
+CARD = "GPU-6a3b0f52-0000-1111-2222-333344445555"
+
+HOLD = """
+    import subprocess, sys, time
+    from pathlib import Path
+    from qwen3ft.gpu_lock import hold_card
+    card, folder, child = sys.argv[1:]
+    with hold_card(card, "run-a", when_busy="refuse", wait_seconds=0, folder=Path(folder)):
+        pid = subprocess.Popen(["sleep", "60"]).pid if child == "child" else 0
+        print(pid, flush=True)
+        time.sleep(60)
+"""
+
+CONTEND = """
+    import os, sys, time
+    from pathlib import Path
+    from qwen3ft.gpu_lock import hold_card
+    folder, processes, times = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    counter, children = folder / "counter", []
+    counter.write_text("0")
+    def contend():
+        for _ in range(times):
+            with hold_card("GPU-0", "run", when_busy="wait", wait_seconds=240, folder=folder):
+                os.close(os.open(folder / "inside", os.O_CREAT | os.O_EXCL))  # fails for a second
+                seen = int(counter.read_text())
+                time.sleep(0.001)
+                counter.write_text(str(seen + 1))
+                os.unlink(folder / "inside")
+    for _ in range(processes):
+        if (child := os.fork()) == 0:
+            contend()
+            os._exit(0)
+        children.append(child)
+    failed = sum(os.waitpid(child, 0)[1] != 0 for child in children)
+    print(failed, counter.read_text())
+"""
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts a program with the card held; ends what is left of them."""
+    started: list[subprocess.Popen[str]] = []
+
+    def run(child: str = "alone") -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", textwrap.dedent(HOLD), CARD, str(tmp_path), child]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def first_line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def contend(folder: Path, processes: int, times: int) -> str:
+    command = [sys.executable, "-c", textwrap.dedent(CONTEND)]
+    command += [str(folder), str(processes), str(times)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_a_second_run_is_refused_and_told_who_holds_the_card(start: Start, tmp_path: Path) -> None:
+    """Pid, run and since when; and the command that would wait instead."""
+    process = start()
+    first_line(process)
+    with (
+        pytest.raises(EnvironmentNotReadyError) as caught,
+        hold_card(CARD, "run-b", when_busy="refuse", wait_seconds=60, folder=tmp_path),
+    ):
+        pass
+    assert f"run run-a (pid {process.pid} on " in caught.value.what
+    assert "since 20" in caught.value.what
+    assert CARD in caught.value.what
+    assert "when_card_is_busy=wait" in caught.value.next_command
+    assert caught.value.facts["holder"]["pid"] == process.pid
+    json.dumps(caught.value.to_dict())
+
+
+def test_a_second_run_waits_no_longer_than_it_may(
+    start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It says at once who holds the card, then gives up at its limit and names the process."""
+    process = start()
+    first_line(process)
+    started = time.monotonic()
+    with (
+        caplog.at_level(logging.INFO, "qwen3ft.lock"),
+        pytest.raises(EnvironmentNotReadyError) as caught,
+        hold_card(CARD, "run-b", when_busy="wait", wait_seconds=0.5, folder=tmp_path),
+    ):
+        pass
+    assert 0.5 <= time.monotonic() - started < 3
+    assert caught.value.next_command == f"ps -fp {process.pid}"
+    [line] = [record.getMessage() for record in caplog.records]
+    assert f"pid {process.pid}" in line
+    assert "run-a" in line
+
+
+def test_a_wait_is_reported_again_and_again(
+    start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With reports 0.3 s apart a wait of a second has three or four."""
+    monkeypatch.setattr(gpu_lock, "REPORT_SECONDS", 0.3)
+    first_line(start())
+    with (
+        caplog.at_level(logging.INFO, "qwen3ft.lock"),
+        pytest.raises(EnvironmentNotReadyError),
+        hold_card(CARD, "run-b", when_busy="wait", wait_seconds=1.0, folder=tmp_path),
+    ):
+        pass
+    assert 3 <= len(caplog.records) <= 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_holder_frees_the_card_at_once(
+    start: Start, tmp_path: Path, number: signal.Signals
+) -> None:
+    """Also while a child of its lives on: workers do not carry the lock."""
+    process = start("child")
+    child = int(first_line(process))
+    try:
+        process.send_signal(number)
+        process.wait()
+        os.kill(child, 0)  # it is still there
+        started = time.monotonic()
+        with hold_card(CARD, "run-b", when_busy="wait", wait_seconds=30, folder=tmp_path):
+            assert time.monotonic() - started < 1
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_who_waits_goes_on_when_the_holder_is_killed(start: Start, tmp_path: Path) -> None:
+    """A waiting process gets the card within a second of the kill."""
+    process = start()
+    first_line(process)
+    killer = subprocess.Popen(["sh", "-c", f"sleep 1; kill -9 {process.pid}"])
+    started = time.monotonic()
+    with hold_card(CARD, "run-b", when_busy="wait", wait_seconds=30, folder=tmp_path):
+        assert 0.8 < time.monotonic() - started < 3
+    killer.wait()
+
+
+def test_the_note_is_there_while_the_card_is_held_and_for_its_owner_alone(tmp_path: Path) -> None:
+    """Mode 0600, and emptied on release, also when the body fails."""
+    path = tmp_path / f"{CARD}.lock"
+
+    def hold_and_fail() -> None:
+        with hold_card(CARD, "run-a", when_busy="refuse", wait_seconds=0, folder=tmp_path):
+            assert stat.S_IMODE(path.stat().st_mode) == 0o600
+            holder = read_holder(path)
+            assert holder is not None
+            assert (holder.pid, holder.run_id) == (os.getpid(), "run-a")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        hold_and_fail()
+    assert path.read_bytes() == b""
+    with hold_card(CARD, "run-b", when_busy="refuse", wait_seconds=0, folder=tmp_path):
+        pass
+
+
+def test_other_cards_and_the_cpu_are_free(start: Start, tmp_path: Path) -> None:
+    """The lock is by card; a MIG slice's old name has slashes and is a file name all the same."""
+    first_line(start())
+    for card in ("GPU-1", "MIG-GPU-1/2/0", CPU):
+        with hold_card(card, "run-b", when_busy="refuse", wait_seconds=0, folder=tmp_path):
+            pass
+
+
+def test_a_lock_file_that_a_cleaner_deletes_is_made_anew(tmp_path: Path) -> None:
+    """What is locked is the file at the path, not one that nobody else can see."""
+    path = tmp_path / f"{CARD}.lock"
+    with hold_card(CARD, "run-a", when_busy="refuse", wait_seconds=0, folder=tmp_path):
+        pass
+    path.unlink()
+    with hold_card(CARD, "run-b", when_busy="refuse", wait_seconds=0, folder=tmp_path):
+        holder = read_holder(path)
+        assert holder is not None
+        assert holder.run_id == "run-b"
+
+
+def test_a_path_that_cannot_be_a_folder_is_an_error_with_a_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path, the reason, and what to look at."""
+    monkeypatch.setenv(gpu_lock.FOLDER_VARIABLE, str(tmp_path / "file" / "folder"))
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(EnvironmentNotReadyError, match="Not a directory") as caught,
+        hold_card(CARD, "run-a", when_busy="refuse", wait_seconds=0),
+    ):
+        pass
+    assert caught.value.next_command == f"ls -ld {tmp_path / 'file'}"
+
+
+def test_a_default_folder_of_someone_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anyone may make a folder in /tmp; one that is not this user's own is not trusted."""
+    own, other = os.getuid(), 10_000_000 + os.getpid()
+    monkeypatch.delenv(gpu_lock.FOLDER_VARIABLE, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: other)
+    try:
+        with (
+            pytest.raises(EnvironmentNotReadyError, match=f"belongs to user {own}"),
+            hold_card(CARD, "run-a", when_busy="refuse", wait_seconds=0),
+        ):
+            pass
+    finally:
+        Path(f"/tmp/qwen3ft-locks-{other}").rmdir()
+
+
+def test_the_default_folder_is_the_same_whatever_the_session(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """TMPDIR and XDG_RUNTIME_DIR differ between a login, a service and a job of one user."""
+    card = f"GPU-test-{os.getpid()}"
+    path = Path(f"/tmp/qwen3ft-locks-{os.getuid()}/{card}.lock")
+    monkeypatch.delenv(gpu_lock.FOLDER_VARIABLE, raising=False)
+    for variable in ("TMPDIR", "XDG_RUNTIME_DIR"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    try:
+        with hold_card(card, "run-a", when_busy="refuse", wait_seconds=0):
+            assert read_holder(path) is not None
+            assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def test_a_run_holds_its_gpu_and_on_a_cpu_only_what_it_asked_for(
+    environment: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPU by its UUID; two demonstrations on CPUs may run side by side unless told not to."""
+    from flows.around import card_held
+
+    monkeypatch.setenv(gpu_lock.FOLDER_VARIABLE, str(tmp_path))
+    gpu = GpuInfo(index=0, name="a", uuid=CARD, total_bytes=1, free_bytes=1, driver_version="580")
+    with_gpu = environment.model_copy(update={"gpus": (gpu,)})
+    first, second = RunDir(tmp_path / "run-1"), RunDir(tmp_path / "run-2")
+    plain = TrainingConfig(when_card_is_busy="refuse")
+    one_by_one = TrainingConfig(when_card_is_busy="refuse", lock_cpu=True)
+    with card_held(plain, environment, first), card_held(plain, environment, second):
+        assert list(tmp_path.iterdir()) == []
+    for config, machine in ((plain, with_gpu), (one_by_one, environment)):
+        with (
+            card_held(config, machine, first),
+            pytest.raises(EnvironmentNotReadyError, match="run run-1 "),
+            card_held(config, machine, second),
+        ):
+            pass
+    assert {path.name for path in tmp_path.iterdir()} == {f"{CARD}.lock", "cpu.lock"}
+
+
+def test_twenty_processes_never_hold_a_card_together(tmp_path: Path) -> None:
+    """Each adds one to a file, unlocked but for the card: none is lost and nobody meets."""
+    assert contend(tmp_path, processes=20, times=3) == "0 60"
+
+
+@pytest.mark.slow
+def test_a_thousand_contended_starts(tmp_path: Path) -> None:
+    """Twenty processes, fifty times each."""
+    assert contend(tmp_path, processes=20, times=50) == "0 1000"
+
+
+def test_locking_loads_neither_torch_nor_nvml() -> None:
+    """The flow's process takes the lock."""
+    program = (
+        "import sys, qwen3ft.gpu_lock; sys.exit(bool({'torch', 'pynvml'} & sys.modules.keys()))"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
