@@ -41,7 +41,14 @@ from qwen3ft.errors import FinetuneError
 from qwen3ft.failures import to_error, to_failure
 from qwen3ft.known_rows import compare_data, find_known_rows
 from qwen3ft.prepare import preview_plan
-from qwen3ft.records import AttemptOutcome, AttemptSummary, Failure, TrainPlan
+from qwen3ft.records import (
+    AttemptOutcome,
+    AttemptSummary,
+    EnvironmentReport,
+    Failure,
+    TrainPlan,
+)
+from qwen3ft.shared_card import fit_to_card
 from tasks.adjust import adjust_parameters
 from tasks.data import prepare_data
 from tasks.environment import check_environment
@@ -89,7 +96,7 @@ def qwen3_finetune(
             with clock("plan"):
                 first = plan_training(config, environment, model, adapter, dataset)
             with clock("train"):
-                plan, outcome, attempts = train_with_recovery(config, first, run)
+                plan, outcome, attempts = train_with_recovery(config, environment, first, run)
             with clock("save"):
                 saved = save(config, plan, outcome)
                 saved = unless_unreachable(register, saved, config, saved, str(run.path))
@@ -107,7 +114,7 @@ def qwen3_finetune(
 
 
 def train_with_recovery(
-    config: TrainingConfig, first: TrainPlan, run: RunDir
+    config: TrainingConfig, environment: EnvironmentReport, first: TrainPlan, run: RunDir
 ) -> tuple[TrainPlan, AttemptOutcome, list[AttemptSummary]]:
     """Attempt, adjust, attempt again, until one completes or `adjust` gives up.
 
@@ -120,6 +127,7 @@ def train_with_recovery(
     plan = _given(first, run, len(run.attempts()) + 1)
     history: list[AttemptSummary] = []
     while True:
+        plan = fit_to_card(config, environment, plan)
         started = time.monotonic()
         state = train_attempt(plan, return_state=True)
         result = state.result(raise_on_failure=False)

@@ -1,0 +1,146 @@
+"""Before each attempt the plan is held against what other programs leave free of the card."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_plan import environment, plan_for
+
+from qwen3ft.config import TrainingConfig
+from qwen3ft.errors import EnvironmentNotReadyError
+from qwen3ft.gpus import CardProcess, CardUse
+from qwen3ft.records import GIB, TrainPlan
+from qwen3ft.shared_card import MARGIN_BYTES, fit_to_card, fit_within
+
+CONFIG = TrainingConfig(max_memory_gb=13.0)
+MACHINE = environment(24.0)
+OTHER = CardProcess(pid=4711, name="python", used_bytes=int(13.1 * GIB))
+
+
+def use(free_gb: float) -> CardUse:
+    return CardUse(total_bytes=24 * GIB, free_bytes=int(free_gb * GIB), processes=(OTHER,))
+
+
+def probe(*free_gb: float) -> Callable[[str], CardUse]:
+    """Readings one after the other, the last for good."""
+    readings = list(free_gb)
+
+    def read(uuid: str) -> CardUse:
+        assert uuid == "GPU-0"
+        return use(readings.pop(0) if len(readings) > 1 else readings[0])
+
+    return read
+
+
+def fit(plan: TrainPlan, *free_gb: float, **wanted: Any) -> TrainPlan:
+    config = CONFIG.model_copy(update=wanted)
+    return fit_to_card(config, MACHINE, plan, probe=probe(*free_gb), settle_seconds=0)
+
+
+def test_a_plan_whose_budget_is_free_stays_as_it_is() -> None:
+    """Whatever else is on the card."""
+    plan = plan_for()
+    assert fit(plan, 13.0) is plan
+
+
+def test_less_than_the_budget_but_enough_for_the_plan_lowers_the_budget_alone() -> None:
+    """The worker's allocator is then held to what is free, so that nobody else runs out."""
+    plan = plan_for()
+    free_gb = plan.predicted_peak_bytes / GIB + 0.5
+    assert free_gb < plan.max_memory_gb
+    fitted = fit(plan, free_gb)
+    assert fitted.max_memory_gb * GIB <= free_gb * GIB - MARGIN_BYTES
+    unchanged = {"max_memory_gb", "reasons"}
+    assert fitted.model_dump(exclude=unchanged) == plan.model_dump(exclude=unchanged)
+
+
+def test_less_than_the_plan_needs_makes_it_anew_and_says_who_holds_the_rest() -> None:
+    """A plan within what is free: the same effective batch, place in the run and learning rate."""
+    plan = plan_for().model_copy(
+        update={"attempt": 3, "learning_rate": 1e-6, "resume_from": "step-7", "total_steps": 99}
+    )
+    fitted = fit(plan, 5.0)
+    assert fitted.predicted_peak_bytes <= fitted.max_memory_gb * GIB <= 5.0 * GIB - MARGIN_BYTES
+    assert fitted.effective_batch_size == plan.effective_batch_size
+    assert fitted.micro_batch_size < plan.micro_batch_size or fitted.gradient_checkpointing
+    for name in ("attempt", "run_id", "run_dir", "learning_rate", "resume_from", "total_steps"):
+        assert getattr(fitted, name) == getattr(plan, name), name
+    assert fitted.reasons["max_memory_gb"] == (
+        "4.75 of 13 GB: python (pid 4711) holds 13.1 GB of the card."
+    )
+
+
+def test_what_recovery_changed_is_not_undone() -> None:
+    """Shorter rows and a smaller adapter stay, as does what is said about them."""
+    plan = plan_for(lora_r=8)
+    adapter = plan.adapter.model_copy(update={"r": 4, "alpha": 8})
+    change = {"max_sequence_length": 128, "adapter": adapter, "degraded": ("rows of 128",)}
+    fitted = fit(plan.model_copy(update=change), 5.0)
+    assert fitted.max_memory_gb < 5.0
+    assert {name: getattr(fitted, name) for name in change} == change
+
+
+@given(free_gb=st.floats(0.0, 24.0), budget_gb=st.floats(4.0, 24.0))
+@settings(max_examples=40, deadline=None)
+def test_a_plan_never_takes_more_than_is_free(free_gb: float, budget_gb: float) -> None:
+    """None where nothing fits; never a raised budget."""
+    config = TrainingConfig(max_memory_gb=budget_gb)
+    plan = plan_for(max_memory_gb=budget_gb)
+    fitted = fit_within(config, MACHINE, plan, use(free_gb))
+    if fitted is None:
+        assert free_gb < 5.0
+        return
+    assert fitted.predicted_peak_bytes <= fitted.max_memory_gb * GIB <= int(free_gb * GIB)
+    assert fitted.max_memory_gb <= plan.max_memory_gb
+
+
+def test_where_nothing_fits_a_run_refuses_and_names_the_process() -> None:
+    """With what is free, what is needed, and the command that would wait."""
+    with pytest.raises(EnvironmentNotReadyError) as caught:
+        fit(plan_for(), 1.0, when_card_is_busy="refuse")
+    assert "1.00 of 24.00 GB are free" in caught.value.what
+    assert "python (pid 4711) holds 13.1 GB" in caught.value.what
+    assert caught.value.next_command == "qwen3ft run --set when_card_is_busy=wait"
+    assert caught.value.facts["processes"][0]["pid"] == 4711
+    json.dumps(caught.value.to_dict())
+
+
+def test_a_run_waits_for_memory_and_goes_on_with_its_own_plan(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It says whom it waits for; when the memory is back, nothing has changed."""
+    plan = plan_for()
+    with caplog.at_level(logging.INFO, "qwen3ft.card"):
+        assert fit(plan, 1.0, 20.0) is plan
+    [line] = [record.getMessage() for record in caplog.records]
+    assert "pid 4711" in line
+    assert "waiting" in line
+
+
+def test_a_wait_for_memory_ends_at_its_limit() -> None:
+    """The process that has it can be looked at with the command given."""
+    started = time.monotonic()
+    with pytest.raises(EnvironmentNotReadyError) as caught:
+        fit(plan_for(), 1.0, wait_for_card_seconds=0.5)
+    assert time.monotonic() - started < 5
+    assert caught.value.next_command == "ps -fp 4711"
+
+
+def test_memory_that_comes_back_late_is_not_taken_for_another_program() -> None:
+    """The attempt before was just killed: within the time to settle its memory is free again."""
+    plan = plan_for()
+    assert fit_to_card(CONFIG, MACHINE, plan, probe=probe(5.0, 20.0), settle_seconds=3) is plan
+
+
+def test_on_a_cpu_nobody_is_asked() -> None:
+    """The plan itself, without a card to look at."""
+    plan = plan_for(gpu_gb=None)
+    machine = environment(None)
+    assert fit_to_card(CONFIG, machine, plan, probe=probe(0.0), settle_seconds=0) is plan
