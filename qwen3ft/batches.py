@@ -14,16 +14,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen3ft.packing import ROW_MULTIPLE_TOKENS, Lengths, epoch_order, row_tokens
+from qwen3ft.packing import (
+    ROW_MULTIPLE_TOKENS,
+    Lengths,
+    epoch_order,
+    pack,
+    row_tokens,
+    rows_at_a_time,
+)
+from qwen3ft.plan import workload_of
 
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
+
+    from qwen3ft.records import TrainPlan
 
 IGNORED = -100
 """The label of a token that carries no loss."""
@@ -181,6 +192,13 @@ class StepSampler:
         for batch in self.order.batches():
             groups = self.split(self.order.lengths[batch].tolist())
             yield [batch[group].tolist() for group in groups]
+
+
+def step_sampler(order: EffectiveBatchOrder, plan: TrainPlan) -> StepSampler:
+    """The steps of `order`, split into micro-batches as `plan` says."""
+    if plan.packing:
+        return StepSampler(order, partial(pack, capacity_tokens=workload_of(plan).capacity_tokens))
+    return StepSampler(order, partial(rows_at_a_time, micro_batch_size=plan.micro_batch_size))
 
 
 class StepRows:

@@ -20,7 +20,6 @@ import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,8 +37,8 @@ from qwen3ft.batches import (
     PackedCollator,
     StepCollator,
     StepRows,
-    StepSampler,
     real_tokens,
+    step_sampler,
     trained_tokens,
 )
 from qwen3ft.checkpoint_writer import ADAPTER_NAME, CheckpointWriter
@@ -47,8 +46,6 @@ from qwen3ft.errors import CheckpointCorruptError, DivergedError
 from qwen3ft.fused import fused_step
 from qwen3ft.late import LateNumbers
 from qwen3ft.loss import summed_loss
-from qwen3ft.packing import pack, rows_at_a_time
-from qwen3ft.plan import workload_of
 from qwen3ft.training_state import load_optimizer_state, load_rng_state
 
 if TYPE_CHECKING:
@@ -83,19 +80,16 @@ class QATrainer(Trainer):
             plan.effective_batch_size,
             plan.seed,
         )
+        self.sampler: Any = step_sampler(self.order, plan)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Steps, each the list of its micro-batches, which stay in host memory until they run."""
-        plan = self.plan
-        if plan.packing:
-            split = partial(pack, capacity_tokens=workload_of(plan).capacity_tokens)
-            collate: Any = PackedCollator(self.data_collator.pad_token_id)
-        else:
-            split = partial(rows_at_a_time, micro_batch_size=plan.micro_batch_size)
-            collate = self.data_collator
+        collate: Any = self.data_collator
+        if self.plan.packing:
+            collate = PackedCollator(collate.pad_token_id)
         loader: DataLoader[Any] = DataLoader(
             StepRows(self.train_dataset),  # type: ignore[arg-type]
-            batch_sampler=StepSampler(self.order, split),
+            batch_sampler=self.sampler,
             collate_fn=StepCollator(collate),
             pin_memory=self.args.dataloader_pin_memory,
         )

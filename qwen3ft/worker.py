@@ -35,6 +35,9 @@ from qwen3ft.result_records import InferenceReport
 if TYPE_CHECKING:
     from types import FrameType
 
+    from qwen3ft.train import TrainingEngine
+    from qwen3ft.trainer import QATrainer
+
 logger = logs.get_logger("worker")
 
 PREEMPTED_STATUS = 128 + signal.SIGTERM
@@ -81,6 +84,16 @@ def data(job: Job) -> DatasetManifest:
 
 def train(job: Job) -> AttemptOutcome:
     """One training attempt."""
+    plan = read_record(job.dir.request, TrainPlan)
+    engine, trainer = _load_for_training(job, plan)
+    job.heartbeat.beat("train")
+    engine.train_model(trainer)
+    job.heartbeat.beat("finish")
+    return engine.outcome(trainer)
+
+
+def _load_for_training(job: Job, plan: TrainPlan) -> tuple[TrainingEngine, QATrainer]:
+    """The model with its adapter, the rows, and what trains them, as `plan` says."""
     from datasets import DatasetDict
     from transformers import set_seed
 
@@ -92,7 +105,6 @@ def train(job: Job) -> AttemptOutcome:
     from qwen3ft.token_table import load_split
     from qwen3ft.train import TrainingEngine
 
-    plan = read_record(job.dir.request, TrainPlan)
     job.heartbeat.beat("load")
     memory = MemoryOptimizer(plan.max_memory_gb, plan.device)
     memory.optimize_for_training()
@@ -114,11 +126,7 @@ def train(job: Job) -> AttemptOutcome:
         stop=job.stop,
     )
     engine.progress.heartbeat = job.heartbeat
-    trainer = engine.create_trainer(adapted, dataset, engine.create_training_args())
-    job.heartbeat.beat("train")
-    engine.train_model(trainer)
-    job.heartbeat.beat("finish")
-    return engine.outcome(trainer)
+    return engine, engine.create_trainer(adapted, dataset, engine.create_training_args())
 
 
 def inference(job: Job) -> InferenceReport:
