@@ -63,8 +63,16 @@ def levers(plan: TrainPlan) -> dict[str, Any]:
     return {name: value for name, value in values.items() if isinstance(value, plain)}
 
 
-def make_plan(job: Job) -> TrainPlan:
-    """What `build_plan` makes of the case, with the workload as its data."""
+def make_plan(job: Job, **changes: Any) -> TrainPlan:
+    """What `build_plan` makes of the case, with the workload as its data.
+
+    Args:
+        job: Whose case it is.
+        changes: Settings other than those of the speed benchmark.
+
+    Raises:
+        InsufficientMemoryError: it does not fit.
+    """
     from qwen3ft.config import TrainingConfig
     from qwen3ft.environment import EnvironmentManager
     from qwen3ft.lora import plan_adapter
@@ -73,11 +81,11 @@ def make_plan(job: Job) -> TrainPlan:
 
     case, settings = job.entry.case, job.entry.settings
     snapshot = ModelSnapshot.model_validate(job.snapshot)
-    more: dict[str, Any] = {}
+    more: dict[str, Any] = dict(changes)
     if job.entry.contestant == "ours-plain" and "kernels" in TrainingConfig.model_fields:
         more["kernels"] = "plain"
     if not settings.recompute:
-        more["gradient_checkpointing"] = "off"
+        more.setdefault("gradient_checkpointing", "off")
     config = TrainingConfig(
         model_name=snapshot.path,
         max_memory_gb=case.cap_gb,
