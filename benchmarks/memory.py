@@ -13,8 +13,8 @@
   `--peers` TRL and Unsloth beside it.
 
 Models are random-init, made once in `--work` by the product (`speed_model.py`). The JSON is written
-after each part; `--suite matrix --shapes tiny` tries it without a GPU. With `--baseline` a case that
-needs 5 % more than it did there fails, and the part that grew is named.
+after each part; `--suite matrix --shapes tiny` tries it without a GPU. With `--baseline` a case
+that needs 5 % more than it did there fails, and the part that grew is named.
 """
 
 from __future__ import annotations
