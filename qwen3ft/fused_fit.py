@@ -1,54 +1,35 @@
 """Which settings of the fused path fit the memory budget, and which of them is fastest.
 
-Guarantees: pure and deterministic. Speed is estimated from products alone, in tokens that pass the
-model: an absolute prediction it is not, but it weighs fewer micro-batches against less computed
-again, which is what the budget is spent on.
+Guarantees: pure and deterministic; what is returned fits. What there is to choose from, and how
+fast each would be, is `qwen3ft.fused_options`.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 
-from qwen3ft.footprint import Workload, fused_sizes, predict_memory
-from qwen3ft.fused_footprint import FusedSizes
-from qwen3ft.packing import divisors, row_tokens
+from qwen3ft.footprint import Workload, fused_sizes, predict_memory, total_bytes
+from qwen3ft.fused_options import (
+    CHUNK_TOKENS,
+    HOST_SHARE,
+    LOSS_CHUNK_TOKENS,
+    Option,
+    candidates,
+    every_option,
+    head_groups,
+    step_seconds,
+    waiting_bytes,
+)
 from qwen3ft.recompute import Level
-from qwen3ft.records import GIB, AdapterSpec, EnvironmentReport, ModelShape, ModelSnapshot
-
-CHUNK_TOKENS = (16384, 8192, 4096, 2048)
-LOSS_CHUNK_TOKENS = (2048, 1024, 512, 256, 128)
-FLOPS_PER_SECOND = 600e12
-"""Of large bf16 products on an H200, measured in the step; slower cards make launches cheaper by
-comparison, so they are only ever given too few micro-batches, which costs little."""
-
-LAUNCH_SECONDS_PER_BLOCK = 4e-3
-"""Time in which the host queues one block's forward and backward, measured: no micro-batch takes
-less."""
-
-WEIGHT_PASS_TOKENS = 200
-"""Dequantising weights once takes about as long as passing this many tokens through them: 2.5 bytes
-a weight at 4.8 TB/s, against 2 operations a token and weight at 800 TFLOP/s, on an H200; cards
-from the RTX 4090 on have about that ratio."""
-
-OFFLOAD_BYTES_PER_SECOND = 20e9
-"""Between device and host, a modest PCIe 4.0 x 16; it runs beside the computation."""
-
-OVERLAPPED_BYTES_PER_SECOND = 33e9
-"""What the forward of an H200 may send to the host: PCIe 5.0 x 16 takes 50e9. A card at half of
-that bus, PCIe 4.0, has less than half the speed too, so it has the time."""
-
-HOST_SHARE = 0.5
-"""Of the host's memory, what may hold activations: it is pinned, and others need the rest."""
+from qwen3ft.records import GIB, AdapterSpec, EnvironmentReport, ModelShape
 
 OLDEST_CAPABILITY = (8, 0)
 """Ampere: the first with bfloat16, which the kernels are written for."""
 
 
 def fused_or_why_not(
-    environment: EnvironmentReport, model: ModelSnapshot, adapter: AdapterSpec
+    environment: EnvironmentReport, compute_dtype: str, adapter: AdapterSpec
 ) -> str | None:
     """None if the fused path can run here, else what is missing."""
     if adapter.dropout:
@@ -57,7 +38,7 @@ def fused_or_why_not(
         return "No CUDA device is visible; on a CPU the fused path has no faster kernels."
     gpu = environment.gpus[0]
     capability = tuple(int(part) for part in (gpu.compute_capability or "0.0").split("."))
-    if capability < OLDEST_CAPABILITY or model.compute_dtype != "bfloat16":
+    if capability < OLDEST_CAPABILITY or compute_dtype != "bfloat16":
         return f"{gpu.name} has no bfloat16 (compute capability {gpu.compute_capability})."
     if "triton" not in environment.versions:
         return "Triton is not installed."
@@ -87,34 +68,32 @@ def fastest_fused(
         recompute: `config.gradient_checkpointing`.
         host_bytes: Memory of the host.
     """
-    best: tuple[float, Workload] | None = None
-    for work in _candidates(first, shape, effective_batch_size):
-        if not work.offload_activations and first.device == "cuda" and recompute == "auto":
-            work = replace(
-                work,
-                offloaded_mlp_blocks=_blocks_offloaded_in_time(
-                    work, shape, HOST_SHARE * host_bytes
-                ),
-            )
-        if _host_bytes(work, shape, adapter) > HOST_SHARE * host_bytes:
+    asked = (effective_batch_size, typical_tokens, recompute, host_bytes)
+    weights_bytes = shape.linear_parameters // 2 + shape.embedding_parameters * first.compute_bytes
+    best: tuple[float, int, Workload] | None = None
+    for option in every_option(first, shape, adapter, *asked):
+        if best is not None and option.least_seconds > best[0]:
+            break
+        if weights_bytes + option.least > limit_bytes:
             continue
-        fitted = _fill(work, shape, adapter, limit_bytes, recompute)
+        fitted = _fill(option, shape, adapter, limit_bytes)
         if fitted is None:
             continue
-        seconds = _step_seconds(fitted, shape, adapter, effective_batch_size, typical_tokens)
-        if best is None or seconds < best[0]:
-            best = seconds, fitted
-    return best[1] if best else None
+        seconds = step_seconds(fitted, shape, adapter, effective_batch_size, typical_tokens)
+        if best is None or (seconds, option.place) < best[:2]:
+            best = seconds, option.place, fitted
+    return best[2] if best else None
 
 
 def most_frugal_fused(
     first: Workload, shape: ModelShape, adapter: AdapterSpec, host_bytes: int
 ) -> Workload:
     """One sequence at a time, and everything else at its least."""
+    leanest = [(1,), CHUNK_TOKENS[-1:], LOSS_CHUNK_TOKENS[-1:], head_groups(shape)[-1:]]
     work = next(
         work
-        for work in reversed(list(_candidates(first, shape, 1)))
-        if _host_bytes(work, shape, adapter) <= HOST_SHARE * host_bytes
+        for work in reversed(list(candidates(first, *leanest)))
+        if waiting_bytes(work, shape, adapter) <= HOST_SHARE * host_bytes
     )
     sizes, blocks = fused_sizes(shape, adapter, work), shape.num_hidden_layers
     recomputed = sizes.levels(work.tokens, 0)
@@ -158,97 +137,24 @@ def fused_reasons(
     }
 
 
-def _candidates(first: Workload, shape: ModelShape, effective: int) -> Iterator[Workload]:
-    sizes = divisors(effective)
-    groups = [n for n in (1, 2, 4, 8) if shape.num_key_value_heads % n == 0]
-    # (what blocks keep, attention's output too)
-    offloads = [(False, False)]
-    if first.device == "cuda" and first.gradient_checkpointing:
-        offloads += [(True, True), (True, False)]
-    for size, chunk, loss, group, (offload, attention) in itertools.product(
-        sizes, CHUNK_TOKENS, LOSS_CHUNK_TOKENS, groups, offloads
-    ):
-        yield replace(
-            first,
-            kernels="fused",
-            packing=True,
-            micro_batch_size=size,
-            chunk_tokens=chunk,
-            loss_chunk_tokens=loss,
-            head_groups=group,
-            offload_activations=offload,
-            offload_attention=attention,
-        )
-
-
 def _fill(
-    work: Workload, shape: ModelShape, adapter: AdapterSpec, limit_bytes: int, recompute: str
+    option: Option, shape: ModelShape, adapter: AdapterSpec, limit_bytes: int
 ) -> Workload | None:
-    """`work` with as much for its rows as the budget leaves, or None if the least is too much."""
-    sizes, blocks = fused_sizes(shape, adapter, work), shape.num_hidden_layers
-    least = sizes.row_bytes(work.tokens, sizes.levels(work.tokens, 0))
-    most = everything = sizes.row_bytes(work.tokens, (Level.KEEP_ALL,) * blocks)
-    if recompute == "on" or work.offload_activations:
-        most = least
-    elif recompute == "off":
-        least = most
-    bytes_of = {
-        size: sum(
-            part.bytes
-            for part in predict_memory(shape, adapter, replace(work, activation_bytes=size))
-        )
-        for size in (least, most)
-    }
-    if bytes_of[least] > limit_bytes:
+    """Its work with as much for its rows as the budget leaves, or None if the least is too much."""
+    work, least, most = option.work, option.least, option.most
+    total_of_least = _total_bytes(shape, adapter, replace(work, activation_bytes=least))
+    if total_of_least > limit_bytes:
         return None
-    if bytes_of[most] <= limit_bytes:
+    total_of_most = _total_bytes(shape, adapter, replace(work, activation_bytes=most))
+    if total_of_most <= limit_bytes:
         room = most
     else:
         # Slack is a share of it, so the sum is linear in between.
-        share = (limit_bytes - bytes_of[least]) / (bytes_of[most] - bytes_of[least])
+        share = (limit_bytes - total_of_least) / (total_of_most - total_of_least)
         room = least + int(share * (most - least))
-    return replace(work, activation_bytes=room, gradient_checkpointing=room < everything)
+    return replace(work, activation_bytes=room, gradient_checkpointing=room < option.everything)
 
 
-def _blocks_offloaded_in_time(work: Workload, shape: ModelShape, host_bytes: float) -> int:
-    """Blocks whose gate and up leave the device while the forward runs, and fit the host."""
-    per_token = 2 * work.compute_bytes * shape.intermediate_size
-    forward_seconds = 2 * shape.linear_parameters / FLOPS_PER_SECOND  # a token
-    in_time = OVERLAPPED_BYTES_PER_SECOND * forward_seconds / per_token
-    return int(min(in_time, host_bytes / (per_token * work.tokens)))
-
-
-def _host_bytes(work: Workload, shape: ModelShape, adapter: AdapterSpec) -> int:
-    """Host memory that activations of the largest row take."""
-    if not work.offload_activations:
-        return 0
-    sizes = fused_sizes(shape, adapter, work)
-    per_token = sizes.kept_per_token()
-    return work.tokens * sum(per_token[level] for level in sizes.levels(work.tokens, 0))
-
-
-def _step_seconds(
-    work: Workload, shape: ModelShape, adapter: AdapterSpec, effective: int, typical_tokens: int
-) -> float:
-    """Estimated time of a typical optimizer step on an H200, for comparison alone."""
-    tokens = effective * typical_tokens
-    micro_batches = math.ceil(tokens / work.capacity_tokens)
-    row = row_tokens(math.ceil(tokens / micro_batches))
-    sizes: FusedSizes = fused_sizes(shape, adapter, work)
-    levels = sizes.levels(row, work.activation_bytes)
-    head = shape.vocab_size * shape.hidden_size
-    chunks = math.ceil(row / work.chunk_tokens)
-    passes = (
-        1
-        + 0.1 * chunks
-        + 0.5 * head / shape.linear_parameters * math.ceil(row / work.loss_chunk_tokens)
-    )
-    operations = sizes.operations(row, levels, typical_tokens)
-    operations += 4 * shape.linear_parameters * WEIGHT_PASS_TOKENS * passes
-    # Groups of heads read the same tensors again.
-    seconds = operations * (1 + 0.01 * (work.head_groups - 1)) / FLOPS_PER_SECOND
-    seconds = max(seconds, LAUNCH_SECONDS_PER_BLOCK * shape.num_hidden_layers)
-    if work.offload_activations:
-        transfer = 2 * _host_bytes(work, shape, adapter) * row / work.tokens
-        seconds = 1.1 * max(seconds, transfer / OFFLOAD_BYTES_PER_SECOND)
-    return micro_batches * seconds
+@lru_cache(maxsize=1 << 15)
+def _total_bytes(shape: ModelShape, adapter: AdapterSpec, work: Workload) -> int:
+    return total_bytes(predict_memory(shape, adapter, work))

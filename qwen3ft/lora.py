@@ -11,18 +11,13 @@ from typing import TYPE_CHECKING
 
 from qwen3ft.errors import ConfigError
 from qwen3ft.records import PROJECTIONS, AdapterSpec, ModelShape
+from qwen3ft.shapes import count_adapter_parameters
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
 
     from qwen3ft.config import TrainingConfig
-
-
-def count_adapter_parameters(shape: ModelShape, r: int) -> int:
-    """Parameters of A (r x in) and B (out x r) for all seven projections of all layers."""
-    per_layer = sum(r * (out + inp) for out, inp in shape.projection_sizes().values())
-    return per_layer * shape.num_hidden_layers
 
 
 def plan_adapter(config: TrainingConfig, shape: ModelShape) -> AdapterSpec:

@@ -16,8 +16,8 @@ from test_plan import QWEN3_4B, QWEN3_14B, TINY, environment, manifest, snapshot
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import ConfigError, InsufficientMemoryError
 from qwen3ft.footprint import fused_sizes, predict_memory
-from qwen3ft.fused_fit import HOST_SHARE, _host_bytes, _step_seconds
 from qwen3ft.fused_footprint import FusedSizes
+from qwen3ft.fused_options import HOST_SHARE, step_seconds, waiting_bytes
 from qwen3ft.lora import plan_adapter
 from qwen3ft.plan import build_plan, workload_of
 from qwen3ft.recompute import ON_DEVICE, Level, choose_levels, offload_evenly
@@ -72,7 +72,7 @@ def levels_of(plan: TrainPlan) -> tuple[Level, ...]:
 
 def seconds_of(plan: TrainPlan) -> float:
     work, effective = workload_of(plan), plan.effective_batch_size
-    return _step_seconds(work, plan.model.shape, plan.adapter, effective, typical_tokens=100)
+    return step_seconds(work, plan.model.shape, plan.adapter, effective, typical_tokens=100)
 
 
 # --- what fits a budget ---
@@ -129,7 +129,7 @@ def test_host_memory_is_used_within_its_share(host_gb: float) -> None:
     found = [plan for plan in plans if plan is not None and plan.kernels == "fused"]
     assert found
     for plan in found:
-        waiting = _host_bytes(workload_of(plan), plan.model.shape, plan.adapter)
+        waiting = waiting_bytes(workload_of(plan), plan.model.shape, plan.adapter)
         assert (waiting > 0) == plan.offload_activations
         assert waiting <= HOST_SHARE * host_gb * GIB
     assert any(plan.offload_activations for plan in found) == (host_gb > 1)

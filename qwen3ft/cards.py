@@ -1,0 +1,87 @@
+"""GPUs by name: what their makers publish, which speed estimates rest on. Data, and no torch.
+
+Guarantees: numbers are those of NVIDIA's data sheets and architecture papers (dense bf16 products
+that accumulate in fp32, no sparsity; memory as the driver shows it, in GB of 2**30 bytes). Only
+the cards marked as measured were ever trained on by this project. Not covered: slices (MIG), power
+limits, and cards that have no bfloat16.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from qwen3ft.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Card:
+    """One kind of GPU.
+
+    Attributes:
+        name: As people write it.
+        memory_gb: What a driver shows, in units of 2**30 bytes.
+        bf16_tflops: Peak of dense products in bf16, 1e12 operations a second.
+        bandwidth_gbps: Of its memory, 1e9 bytes a second.
+        capability: CUDA compute capability.
+        bus_gbps: To the host, one way, 1e9 bytes a second that a transfer reaches.
+        measured: Whether speed was measured on it.
+    """
+
+    name: str
+    memory_gb: float
+    bf16_tflops: float
+    bandwidth_gbps: float
+    capability: str
+    bus_gbps: float
+    measured: bool = False
+
+
+PCIE_3, PCIE_4, PCIE_5 = 11.0, 22.0, 50.0
+"""1e9 bytes a second of a pinned transfer over 16 lanes."""
+
+CARDS = (
+    Card("H200", 139.80, 989, 4800, "9.0", PCIE_5, measured=True),
+    Card("H100", 79.65, 989, 3350, "9.0", PCIE_5, measured=True),
+    Card("H100 PCIe", 79.65, 756, 2039, "9.0", PCIE_5),
+    Card("B200", 179.0, 2250, 7700, "10.0", PCIE_5),
+    Card("A100 80GB", 80.0, 312, 2039, "8.0", PCIE_4),
+    Card("A100 40GB", 40.0, 312, 1555, "8.0", PCIE_4),
+    Card("L40S", 44.99, 362, 864, "8.9", PCIE_4),
+    Card("L4", 22.49, 121, 300, "8.9", PCIE_4),
+    Card("A10", 22.49, 125, 600, "8.6", PCIE_4),
+    Card("RTX 6000 Ada", 47.99, 364, 960, "8.9", PCIE_4),
+    Card("RTX A6000", 47.99, 155, 768, "8.6", PCIE_4),
+    Card("RTX 5090", 31.84, 209.5, 1792, "12.0", PCIE_5),
+    Card("RTX 4090", 23.99, 165.2, 1008, "8.9", PCIE_4),
+    Card("RTX 4080", 15.99, 97.5, 717, "8.9", PCIE_4),
+    Card("RTX 4060 Ti 16GB", 15.99, 44.1, 288, "8.9", PCIE_4 / 2),
+    Card("RTX 3090", 24.0, 71, 936, "8.6", PCIE_4),
+    Card("RTX 3060", 12.0, 25.6, 360, "8.6", PCIE_4),
+)
+"""SXM modules where a name has several forms and none is said."""
+
+_NOISE = re.compile(r"nvidia|geforce|tesla|graphics|generation|sxm\d?|hbm\w*|nvl|[\s_-]+|rtx")
+_UNCLEAR = {"a100": "A100 80GB", "h10080gb": "H100", "a10080gbpcie": "A100 80GB"}
+
+
+def find_card(text: str) -> Card | None:
+    """The card that a person or a driver calls `text`; None if it is none of these."""
+    wanted = _NOISE.sub("", text.lower())
+    wanted = _NOISE.sub("", _UNCLEAR.get(wanted, text).lower())
+    return next((card for card in CARDS if _NOISE.sub("", card.name.lower()) == wanted), None)
+
+
+def require_card(text: str) -> Card:
+    """As `find_card`.
+
+    Raises:
+        ConfigError: it is none of these; they are listed.
+    """
+    if (card := find_card(text)) is None:
+        raise ConfigError(
+            f"No GPU {text!r} is known.",
+            why="Known are " + ", ".join(card.name for card in CARDS) + ".",
+            next_command=f'qwen3ft plan --gpu "{CARDS[0].name}"',
+        )
+    return card
