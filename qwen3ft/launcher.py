@@ -52,7 +52,7 @@ def run_worker(
     """Start `python -m qwen3ft.worker KIND DIR`, wait for it, and return its outcome.
 
     Args:
-        kind: 'quantize', 'data', 'train' or 'inference'.
+        kind: 'quantize', 'data', 'preflight', 'train' or 'inference'.
         job: The folder with the request; receives log, heartbeat, failure or outcome.
         outcome_type: The record that a completed worker leaves.
         stall_seconds: Longest silence of the heartbeat before the worker is ended.
@@ -88,8 +88,10 @@ def _worker_environment() -> dict[str, str]:
     # OpenMP's threads wait for each other by spinning: with one core taken by another process, a
     # team of all cores was fifty times slower, one of a core less hardly at all (see DECISIONS.md).
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) - 1))}
+    # NVML's order, in which the card was chosen and locked; CUDA's own puts the fastest first.
+    order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     marks = {PARENT_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
-    return {**threads, **os.environ, **marks}
+    return {**threads, **order, **os.environ, **marks}
 
 
 def _watch(

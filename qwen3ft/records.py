@@ -36,6 +36,9 @@ class MemoryStatus(Record):
     total_gb: float = Field(description="The budget, or the device's total if that is smaller.")
     available_gb: float = Field(description="What is left of total_gb and free on the device.")
     is_safe: bool = Field(description="Whether use is below 90 % of total_gb.")
+    beside_gb: float = Field(
+        0.0, description="Of the process but not of the allocator: CUDA context, libraries' own."
+    )
 
 
 class TrainingMetrics(Record):
@@ -208,6 +211,9 @@ class TrainPlan(Record):
     chunk_tokens: int = Field(
         0, description="Fused: tokens whose wide intermediates exist at one time."
     )
+    offload_optimizer: bool = Field(
+        False, description="Whether the optimizer's moments stay in host memory."
+    )
     head_groups: int = Field(
         1, description="Fused: in how many parts the gradient of attention is computed."
     )
@@ -228,6 +234,9 @@ class TrainPlan(Record):
     keep_checkpoints: int
     seed: int
     stall_seconds: float
+    memory_history: bool = Field(
+        False, description="On a GPU: the allocator notes which line of code each block is from."
+    )
     predicted: tuple[MemoryPart, ...]
     reasons: dict[str, str] = Field(description="Derived value: why it is what it is.")
     resume_from: str | None = Field(None, description="Verified checkpoint to continue from.")

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
+import pynvml
 import pytest
 
-from qwen3ft.errors import OutOfMemoryError
+from qwen3ft import memory as memory_module
+from qwen3ft import process_memory
+from qwen3ft.config import load_config, parse_config
+from qwen3ft.errors import ConfigError, OutOfMemoryError
+from qwen3ft.footprint import CUDA_CONTEXT_BYTES
+from qwen3ft.gpus import visible_gpus
 from qwen3ft.memory import MemoryOptimizer
-from qwen3ft.records import GIB
+from qwen3ft.process_memory import process_bytes
+from qwen3ft.records import GIB, MemoryStatus
 
 
 def run_python(program: str) -> str:
@@ -123,12 +136,202 @@ def test_watching_a_cpu_loads_no_torch() -> None:
     )
 
 
+# --- on a GPU, as torch and NVML would tell ---
+
+
+class Card:
+    """A card of 24 GB: what torch's allocator and NVML say of this process, in GB."""
+
+    def __init__(self) -> None:
+        self.allocated = self.reserved = 0.0
+        self.beside = 0.5
+        self.listed = True
+        self.fraction = 1.0
+        self.cleaned = self.asked = 0
+
+    def cap_gb(self) -> float:
+        """What the allocator may hold."""
+        return 24 * self.fraction
+
+    def cuda(self) -> Any:
+        """The names that are used of torch.cuda."""
+        return SimpleNamespace(
+            memory_allocated=lambda: int(self.allocated * GIB),
+            memory_reserved=lambda: int(self.reserved * GIB),
+            mem_get_info=lambda: (int((24 - self.reserved - self.beside) * GIB), 24 * GIB),
+            get_device_properties=lambda: SimpleNamespace(total_memory=24 * GIB, uuid="1"),
+            set_per_process_memory_fraction=self._set_fraction,
+            empty_cache=self._empty_cache,
+            ipc_collect=lambda: None,
+        )
+
+    def nvml(self) -> Any:
+        """The names that are used of pynvml."""
+        return SimpleNamespace(
+            NVMLError=pynvml.NVMLError,
+            NVMLError_NotFound=pynvml.NVMLError_NotFound,
+            nvmlInit=lambda: None,
+            nvmlDeviceGetHandleByUUID=self._find,
+            nvmlDeviceGetComputeRunningProcesses=self._list,
+        )
+
+    def _find(self, uuid: str) -> str:
+        if uuid != "MIG-1":
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+        return uuid
+
+    def _list(self, handle: str) -> Any:
+        self.asked += 1
+        used = int((self.reserved + self.beside) * GIB)
+        own = SimpleNamespace(pid=os.getpid(), usedGpuMemory=used)
+        return [SimpleNamespace(pid=1, usedGpuMemory=GIB), *([own] if self.listed else [])]
+
+    def _set_fraction(self, fraction: float) -> None:
+        self.fraction = fraction
+
+    def _empty_cache(self) -> None:
+        self.cleaned += 1
+        self.reserved = self.allocated
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
+    """Torch and NVML speak of a card that is not there; every step is a second apart."""
+    card = Card()
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=card.cuda()))
+    monkeypatch.setitem(sys.modules, "pynvml", card.nvml())
+    monkeypatch.setattr(memory_module, "CHECK_EVERY_SECONDS", 0.0)
+    process_memory._nvml_device.cache_clear()
+    yield card
+    process_memory._nvml_device.cache_clear()
+
+
+def test_what_libraries_take_beside_the_allocator_is_taken_from_its_cap(card: Card) -> None:
+    """Allocator and libraries together never exceed the budget; the cap never rises again."""
+    memory = MemoryOptimizer(8.0, "cuda")
+    card.allocated = card.reserved = 4.0
+    memory.enforce_budget()
+    assert card.fraction == 1.0, "less than was assumed: nothing to do"
+    for beside, cap in ((2.0, 6.0), (1.0, 6.0), (3.5, 4.5)):
+        card.beside = beside
+        memory.enforce_budget()
+        assert card.cap_gb() == pytest.approx(cap)
+    assert card.cleaned == 0
+
+
+def test_a_process_above_its_budget_first_gives_back_what_it_does_not_use(card: Card) -> None:
+    """Cached blocks make room for what a library took; training goes on."""
+    memory = MemoryOptimizer(8.0, "cuda")
+    card.allocated, card.reserved, card.beside = 4.0, 7.0, 1.5
+    memory.enforce_budget()
+    assert (card.cleaned, card.reserved) == (1, 4.0)
+    assert card.cap_gb() == pytest.approx(6.5)
+    memory.enforce_budget()
+    assert card.cleaned == 1
+
+
+def test_a_process_that_stays_above_its_budget_is_stopped_before_others_are_hurt(
+    card: Card,
+) -> None:
+    """Out of memory on the GPU, with what is torch's and what is not."""
+    memory = MemoryOptimizer(8.0, "cuda")
+    card.allocated, card.reserved, card.beside = 6.0, 6.5, 2.5
+    with pytest.raises(OutOfMemoryError) as caught:
+        memory.enforce_budget()
+    assert card.cleaned == 1
+    facts = {"domain": "gpu", "used_gb": 8.5, "reserved_gb": 6.0, "beside_gb": 2.5}
+    assert facts.items() <= caught.value.facts.items()
+    assert "8.50 GB of the GPU, the budget is 8.00 GB" in caught.value.what
+    assert "max_memory_gb=10.2" in caught.value.next_command
+    json.dumps(caught.value.to_dict())
+
+
+def test_nvml_is_asked_at_most_once_a_second(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fast step takes a few milliseconds; asking each time would cost several per cent."""
+    monkeypatch.setattr(memory_module, "CHECK_EVERY_SECONDS", 60.0)
+    memory = MemoryOptimizer(8.0, "cuda")
+    for _ in range(100):
+        memory.enforce_budget()
+    assert card.asked == 1
+
+
+def test_where_nvml_does_not_list_the_process_its_context_is_added(card: Card) -> None:
+    """In a container: what the allocator holds and what was assumed beside it."""
+    card.listed = False
+    card.allocated = card.reserved = 7.5
+    status = MemoryOptimizer(10.0, "cuda").status()
+    assert status.beside_gb == CUDA_CONTEXT_BYTES / GIB
+    assert status.available_gb == pytest.approx(2.5 - status.beside_gb)
+    with pytest.raises(OutOfMemoryError):
+        MemoryOptimizer(8.0, "cuda").enforce_budget()
+
+
+def test_a_number_below_the_allocators_is_of_another_process() -> None:
+    """The same process id in another container."""
+    assert process_bytes(5 * GIB, 4 * GIB, GIB // 2) == 5 * GIB
+    assert process_bytes(3 * GIB, 4 * GIB, GIB // 2) == 4 * GIB + GIB // 2
+    assert process_bytes(None, 4 * GIB, GIB // 2) == 4 * GIB + GIB // 2
+
+
+def test_the_status_shows_what_is_beside_the_allocator(card: Card) -> None:
+    """And on a CPU there is nothing beside it."""
+    card.allocated, card.reserved, card.beside = 1.0, 2.0, 0.6
+    status = MemoryOptimizer(8.0, "cuda").status()
+    assert status.beside_gb == pytest.approx(0.6)
+    assert status.available_gb == pytest.approx(8 - 2.6)
+    assert MemoryOptimizer(8.0, "cpu").status().beside_gb == 0.0
+
+
+def test_a_status_written_before_still_reads() -> None:
+    """What is beside the allocator is new in the record."""
+    numbers = dict.fromkeys(("allocated_gb", "cached_gb", "total_gb", "available_gb"), 1.0)
+    assert MemoryStatus.model_validate({**numbers, "is_safe": True}).beside_gb == 0.0
+
+
+# --- budgets that cannot be meant ---
+
+
+@pytest.mark.parametrize(
+    ("budget", "words"),
+    [
+        (-3, "at least 0.5 GB"),
+        (0, "at least 0.5 GB"),
+        (0.2, "at least 0.5 GB"),
+        (float("nan"), "at least 0.5 GB"),
+        (float("-inf"), "at least 0.5 GB"),
+        (float("inf"), "at most 1024 GB"),
+        (13_000, "not MB or bytes"),
+        (13 * 2**30, "not MB or bytes"),
+        (True, "not true or false"),
+        ("13 GB", "valid number"),
+        (None, "valid number"),
+    ],
+)
+def test_a_budget_that_cannot_be_meant_is_refused_in_words(budget: Any, words: str) -> None:
+    """With the value given, what would be accepted, and a command."""
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"max_memory_gb": budget})
+    assert words in caught.value.what
+    assert "max_memory_gb" in caught.value.what
+    assert repr(budget) in caught.value.what
+    assert caught.value.next_command
+
+
+def test_budgets_in_a_file_are_held_to_the_same(tmp_path: Path) -> None:
+    """YAML has its own names for what is no number; half a GB and 1 TB are allowed."""
+    path = tmp_path / "config.yaml"
+    for text in (".nan", ".inf", "-.inf", "-1", "1e9", "yes"):
+        path.write_text(f"max_memory_gb: {text}\n")
+        with pytest.raises(ConfigError, match="max_memory_gb"):
+            load_config(path)
+    for budget in (0.5, 1024, "13.5"):
+        assert parse_config({"max_memory_gb": budget}).max_memory_gb == float(budget)
+
+
 @pytest.mark.gpu
+@pytest.mark.skipif(not visible_gpus({}), reason="needs a CUDA device")
 def test_on_a_gpu_the_budget_holds_for_the_whole_process() -> None:
     """Torch is stopped before the process, context included, exceeds the budget."""
-    torch = pytest.importorskip("torch")
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     numbers = run_python(
         """
         import torch
@@ -155,3 +358,47 @@ def test_on_a_gpu_the_budget_holds_for_the_whole_process() -> None:
     assert float(numbers[0]) < float(numbers[2]) <= 3.0
     assert float(numbers[3]) < 0.1
     assert numbers[4:] == ["True", "True", "False"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not visible_gpus({}), reason="needs a CUDA device")
+def test_on_a_gpu_memory_that_is_not_torchs_counts_and_ends_the_process() -> None:
+    """Taken from CUDA itself, as libraries do: first the cap falls, then the process is stopped."""
+    told = run_python(
+        """
+        import torch
+        from qwen3ft.errors import OutOfMemoryError
+        from qwen3ft.memory import MemoryOptimizer
+        from qwen3ft.process_memory import told_by_nvml
+        memory = MemoryOptimizer(3.0, "cuda")
+        memory.optimize_for_training()
+        if told_by_nvml() is None:
+            print("unlisted")
+            raise SystemExit
+        held = torch.ones(2**28, device="cuda")  # 1 GiB
+        memory.enforce_budget()
+        from ctypes import CDLL, byref, c_size_t, c_void_p
+        from pathlib import Path
+        loaded = Path("/proc/self/maps").read_text().split()
+        library = CDLL(next(path for path in loaded if "libcudart" in path))
+        def take(gib):
+            assert library.cudaMalloc(byref(c_void_p()), c_size_t(int(gib * 2**30))) == 0
+            memory._checked = float("-inf")
+        take(0.8)
+        memory.enforce_budget()
+        print(round(memory.status().beside_gb, 2))
+        try:
+            more = torch.ones(2**28, device="cuda")
+        except torch.OutOfMemoryError:
+            print("capped")
+        take(1.5)
+        try:
+            memory.enforce_budget()
+        except OutOfMemoryError as error:
+            print(error.facts["domain"], error.facts["used_gb"] > 3.0)
+        """
+    ).split()
+    if told == ["unlisted"]:
+        pytest.skip("NVML does not list this process")
+    assert float(told[0]) > 1.0
+    assert told[1:] == ["capped", "gpu", "True"]
