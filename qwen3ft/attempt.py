@@ -5,6 +5,7 @@
       jobs/<kind>/                 one folder per worker that is not a training attempt
       attempts/01/                 one per training attempt
         plan.json  metrics.jsonl  memory.jsonl  heartbeat  worker.log
+        memory/{peak.json, resident.txt, summary.txt, segments.json.gz, segments.html}
         checkpoints/step-000200/{..., manifest.json last}
         failure.json | outcome.json last
 
@@ -57,6 +58,11 @@ class JobDir:
     def memory(self) -> Path:
         """One `MemoryStatus` with step and time per line."""
         return self.path / "memory.jsonl"
+
+    @property
+    def memory_report(self) -> Path:
+        """Folder that tells what memory was full of: see `qwen3ft.memory_snapshot`."""
+        return self.path / "memory"
 
     @property
     def heartbeat(self) -> Path:

@@ -255,6 +255,7 @@ class FaultCallback(TrainerCallback):
     ) -> None:
         """Strike before the step that a fault names."""
         for fault in self.faults:
-            if fault.step == state.global_step + 1:
-                logger.warning("planted fault %s strikes at step %d", fault.action, fault.step)
+            if fault.is_due(state.global_step + 1):
+                if fault.step == state.global_step + 1:
+                    logger.warning("planted fault %s strikes at step %d", fault.action, fault.step)
                 strike(fault, kwargs["model"])

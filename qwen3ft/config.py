@@ -210,6 +210,11 @@ class TrainingConfig(BaseModel):
     stall_seconds: float = Field(
         900.0, gt=0, description="A worker silent for this long is ended and started again."
     )
+    memory_history: bool = Field(
+        False,
+        description="On a GPU, note which line allocated each block of memory, for the report on "
+        "what it was full of; costs a few per cent of the time.",
+    )
     fallback_output_dirs: tuple[str, ...] = Field(
         (), description="Tried in order when output_dir cannot be written."
     )

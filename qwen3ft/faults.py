@@ -3,7 +3,8 @@
 `QWEN3FT_FAULTS` holds comma-separated `ACTION@step=N` or `ACTION@step=N:attempt=M` (attempt 1 if
 left out). Actions: `oom` raises torch's out-of-memory error, `exit` ends the process with status 1
 as a native library does, `nan` makes one gradient NaN, `kill` and `term` send the signal, `hang`
-stops making progress, `error` raises a ValueError. A worker that runs with it says so in its log.
+stops making progress, `error` raises a ValueError. `leak@step=N:kib=K` keeps K KiB more of the
+training device's memory at every step from N on. A worker that runs with it says so in its log.
 """
 
 from __future__ import annotations
@@ -19,16 +20,28 @@ from qwen3ft.errors import ConfigError
 
 VARIABLE = "QWEN3FT_FAULTS"
 
-_FORM = re.compile(r"(oom|exit|nan|kill|term|hang|error)@step=(\d+)(?::attempt=(\d+))?")
+_FORM = re.compile(
+    r"(?:(oom|exit|nan|kill|term|hang|error)@step=(\d+)"
+    r"|(leak)@step=(\d+):kib=(\d+))(?::attempt=(\d+))?"
+)
+_LEAKED: list[Any] = []
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One planted fault: what happens before optimizer step `step` of attempt `attempt`."""
+    """One planted fault: what happens before optimizer step `step` of attempt `attempt`.
+
+    `leak_bytes` are kept then and before every later step.
+    """
 
     action: str
     step: int
     attempt: int = 1
+    leak_bytes: int = 0
+
+    def is_due(self, step: int) -> bool:
+        """Whether it strikes before optimizer step `step`."""
+        return step >= self.step if self.action == "leak" else step == self.step
 
 
 def planted_faults() -> list[Fault]:
@@ -47,7 +60,10 @@ def planted_faults() -> list[Fault]:
                 why=f"The form is {_FORM.pattern}.",
                 next_command=f"unset {VARIABLE}",
             )
-        faults.append(Fault(match[1], int(match[2]), int(match[3] or 1)))
+        leak_bytes = int(match[5] or 0) * 1024
+        faults.append(
+            Fault(match[1] or match[3], int(match[2] or match[4]), int(match[6] or 1), leak_bytes)
+        )
     return faults
 
 
@@ -75,3 +91,6 @@ def strike(fault: Fault, model: Any) -> None:
             time.sleep(3600)
         case "error":
             raise ValueError("planted error")
+        case "leak":
+            place = next(model.parameters()).device
+            _LEAKED.append(torch.ones(fault.leak_bytes, dtype=torch.uint8, device=place))

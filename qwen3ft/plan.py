@@ -110,6 +110,7 @@ def build_plan(
         keep_checkpoints=config.keep_checkpoints,
         seed=config.seed,
         stall_seconds=config.stall_seconds,
+        memory_history=config.memory_history,
         predicted=choice.parts,
         reasons=choice.reasons | schedule.reasons,
         degraded=tuple(dict.fromkeys(model.degraded + dataset.degraded)),

@@ -27,6 +27,7 @@ from qwen3ft.callbacks import (
 from qwen3ft.checkpoint_writer import read_adapter_files
 from qwen3ft.errors import CheckpointCorruptError, TrainingFailureError
 from qwen3ft.faults import planted_faults
+from qwen3ft.leak_watch import LeakWatch
 from qwen3ft.logs import get_logger
 from qwen3ft.records import AttemptOutcome, TrainPlan
 from qwen3ft.storage import find_damage
@@ -61,6 +62,7 @@ class TrainingEngine:
         self.memory = memory
         self.progress = ProgressCallback(job, Heartbeat(job.heartbeat), memory)
         self.early_stopping = EarlyStopping(plan.early_stopping_patience)
+        self.leak_watch = LeakWatch(memory, job.memory_report)
         self._started = time.monotonic()
 
     def create_training_args(self) -> TrainingArguments:
@@ -109,7 +111,12 @@ class TrainingEngine:
         from transformers import PrinterCallback
 
         faults = [fault for fault in planted_faults() if fault.attempt == self.plan.attempt]
-        callbacks: list[Any] = [self.progress, self.early_stopping, StopOnRequest(self.stop)]
+        callbacks: list[Any] = [
+            self.progress,
+            self.early_stopping,
+            StopOnRequest(self.stop),
+            self.leak_watch,
+        ]
         trainer = QATrainer(
             model=model,
             args=args,
@@ -131,6 +138,7 @@ class TrainingEngine:
             PreemptedError: asked to stop; a checkpoint was saved.
             DivergedError: non-finite gradients, before the weights were touched.
             OutOfMemoryError: the resident-memory budget on a CPU was exceeded.
+            MemoryLeakError: memory keeps growing and would run out; a checkpoint was saved.
         """
         if self.plan.resume_from:
             logger.info("continuing from %s", self.plan.resume_from)
@@ -183,6 +191,11 @@ class TrainingEngine:
                 next_command=f"tail -n 50 {self.job.log}",
             )
         allocated_gb, reserved_gb, process_gb = self.memory.peak()
+        logger.info(
+            "%d readings for leaks took %.1f ms",
+            self.leak_watch.readings,
+            1000 * self.leak_watch.spent_seconds,
+        )
         return AttemptOutcome(
             attempt=self.plan.attempt,
             attempt_dir=str(self.job.path),

@@ -25,9 +25,10 @@ from qwen3ft import logs
 from qwen3ft.attempt import JobDir, read_record, write_record
 from qwen3ft.callbacks import Heartbeat, StopRequest
 from qwen3ft.data_records import DatasetManifest
-from qwen3ft.errors import PreemptedError
+from qwen3ft.errors import MemoryLeakError, OutOfMemoryError, PreemptedError
 from qwen3ft.failures import to_failure, translate
 from qwen3ft.launcher import PARENT_VARIABLE
+from qwen3ft.memory_snapshot import record_history, write_report
 from qwen3ft.records import AttemptOutcome, ModelSnapshot, TrainPlan
 from qwen3ft.requests import DataRequest, InferenceRequest, QuantizeRequest
 from qwen3ft.result_records import InferenceReport
@@ -88,6 +89,8 @@ def train(job: Job) -> AttemptOutcome:
     engine, trainer = _load_for_training(job, plan)
     job.heartbeat.beat("train")
     engine.train_model(trainer)
+    if plan.device == "cuda":
+        write_report(job.dir.memory_report, "The end of training.")
     job.heartbeat.beat("finish")
     return engine.outcome(trainer)
 
@@ -108,6 +111,8 @@ def _load_for_training(job: Job, plan: TrainPlan) -> tuple[TrainingEngine, QATra
     job.heartbeat.beat("load")
     memory = MemoryOptimizer(plan.max_memory_gb, plan.device)
     memory.optimize_for_training()
+    if plan.memory_history and plan.device == "cuda":
+        record_history()
     set_seed(plan.seed)
     config = TrainingConfig(model_name=plan.model.path)
     manager = ModelManager(config)
@@ -162,6 +167,8 @@ def main(kind: str, path: Path) -> int:
         if failure is not error:
             logger.info("traceback of the cause", exc_info=error)
         write_record(job.dir.failure, to_failure(failure))
+        if isinstance(failure, (OutOfMemoryError, MemoryLeakError)):
+            write_report(job.dir.memory_report, failure.what)  # while the error still holds it all
         _free(error)
         return PREEMPTED_STATUS if isinstance(failure, PreemptedError) else 1
     write_record(job.dir.outcome, outcome)

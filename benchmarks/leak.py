@@ -1,0 +1,188 @@
+"""Does memory keep growing while training? 10,000 tiny steps through the product's own worker.
+
+    python benchmarks/leak.py [--steps 10000] [--out benchmarks/results/leak-cpu.json]
+
+The embedded model, one short row a step, evaluations and checkpoints on the way, on the CPU. The
+slope is that of resident memory after warm-up, at the ends of steps outside evaluations: Theil-Sen
+over the lows of 100 blocks. In a second run a leak of 256 KiB a step is planted, in a budget that
+it would exhaust: it must end with MemoryLeakError. Exits with 1 if the slope is above 1 MiB per
+1,000 steps or the planted leak is not found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.speed_device import machine, write_json  # noqa: E402
+from qwen3ft import faults  # noqa: E402
+from qwen3ft.attempt import JobDir, RunDir  # noqa: E402
+from qwen3ft.config import TrainingConfig  # noqa: E402
+from qwen3ft.errors import FinetuneError  # noqa: E402
+from qwen3ft.launcher import run_worker  # noqa: E402
+from qwen3ft.leaks import MIB, theil_sen  # noqa: E402
+from qwen3ft.records import GIB, AttemptOutcome, TrainPlan  # noqa: E402
+
+MOST_MIB_PER_1000_STEPS = 1.0
+WARM_UP_SHARE = 0.1
+BLOCKS = 100
+PLANTED_KIB = 256
+PLANTED_FROM_STEP = 100
+PLANTED_BUDGET_GB = 1.0
+WORDS = ("red", "blue", "green", "gold", "grey", "pink", "teal", "plum")
+
+
+def write_rows(path: Path, rows: int = 400) -> Path:
+    """Short question-answer rows, none like another."""
+    lines = (
+        {"question": f"{WORDS[i % 8]} {i}?", "answer": f"{WORDS[(i // 8) % 8]} {i * 7 % 1000}"}
+        for i in range(rows)
+    )
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def make_plan(work: Path, steps: int) -> TrainPlan:
+    """The plan that the flow would make, of one row a step; model and rows are prepared here."""
+    from qwen3ft.data import DataPipeline, dataset_target, fingerprint_sources
+    from qwen3ft.environment import EnvironmentManager
+    from qwen3ft.hub import resolve_model
+    from qwen3ft.lora import plan_adapter
+    from qwen3ft.model import ModelManager, snapshot_target
+    from qwen3ft.plan import build_plan
+    from qwen3ft.requests import QuantizeRequest
+
+    config = TrainingConfig(
+        model_name="embedded",
+        cache_dir=str(work / "cache"),
+        data_paths=(str(write_rows(work / "rows.jsonl")),),
+        max_memory_gb=4.0,
+        batch_size=1,
+        gradient_accumulation_steps=1,
+        learning_rate=1e-4,
+        max_sequence_length=64,
+        num_epochs=10_000,
+        max_steps=steps,
+        evaluate_every_steps=max(10, steps // 20),
+        early_stopping_patience=steps,
+    )
+    source = resolve_model(config)
+    target = str(snapshot_target(config, source, "cpu"))
+    request = QuantizeRequest(
+        config=config,
+        source=source,
+        source_path=source.local_path or "",
+        target=target,
+        device="cpu",
+    )
+    snapshot = ModelManager(config).quantize(request)
+    folder = dataset_target(config, snapshot, fingerprint_sources(config))
+    dataset = DataPipeline(config).prepare(snapshot, folder)
+    environment = EnvironmentManager().report()
+    adapter = plan_adapter(config, snapshot.shape)
+    return build_plan(config, environment, snapshot, adapter, dataset)
+
+
+def train(plan: TrainPlan, run: RunDir, fault: str = "") -> tuple[JobDir, FinetuneError | None]:
+    """One attempt in a worker; its folder, and what ended it early."""
+    plan = plan.for_run(run.path.name, str(run.path), attempt=1, resume_from=None)
+    job = run.attempt(1).create(plan)
+    os.environ[faults.VARIABLE] = fault
+    try:
+        run_worker("train", job, AttemptOutcome, stall_seconds=300)
+    except FinetuneError as error:
+        return job, error
+    finally:
+        del os.environ[faults.VARIABLE]
+    return job, None
+
+
+def resident(job: JobDir) -> list[tuple[int, float]]:
+    """(step, resident MiB) of each second, outside evaluations, after warm-up."""
+    metrics = [json.loads(line) for line in job.metrics.read_text(encoding="utf-8").splitlines()]
+    lines = [line for line in metrics if line["held_out_loss"] is None]
+    after = WARM_UP_SHARE * lines[-1]["step"]
+    told: dict[float, int] = {}
+    for line in lines:  # the same reading is told with each step of its second
+        if line["step"] > after:
+            told.setdefault(line["memory_usage"]["allocated_gb"], line["step"])
+    return sorted((step, gb * GIB / MIB) for gb, step in told.items())
+
+
+def slope_mib_per_1000_steps(points: Sequence[tuple[int, float]]) -> float:
+    """Theil-Sen over the lows of `BLOCKS` blocks."""
+    size = max(1, len(points) // BLOCKS)
+    blocks = [points[start : start + size] for start in range(0, len(points), size)]
+    lows = [min(block, key=lambda point: point[1]) for block in blocks]
+    return 1000 * theil_sen(lows)
+
+
+def measure(work: Path, steps: int) -> dict[str, Any]:
+    """Both runs."""
+    plan = make_plan(work, steps)
+    started = time.monotonic()
+    job, error = train(plan, RunDir(work / "clean"))
+    if error is not None:
+        sys.exit(f"the clean run failed: {error}")
+    seconds = time.monotonic() - started
+    points = resident(job)
+    clean = {
+        "steps": steps,
+        "seconds": round(seconds, 1),
+        "readings": len(points),
+        "first_mib": round(points[0][1], 1),
+        "last_mib": round(points[-1][1], 1),
+        "lowest_mib": round(min(mib for _, mib in points), 1),
+        "highest_mib": round(max(mib for _, mib in points), 1),
+        "mib_per_1000_steps": round(slope_mib_per_1000_steps(points), 4),
+        "bar_mib_per_1000_steps": MOST_MIB_PER_1000_STEPS,
+    }
+    fault = f"leak@step={PLANTED_FROM_STEP}:kib={PLANTED_KIB}"
+    leaking = plan.model_copy(update={"max_memory_gb": PLANTED_BUDGET_GB})
+    _, error = train(leaking, RunDir(work / "leaking"), fault)
+    planted = {
+        "fault": fault,
+        "budget_gb": PLANTED_BUDGET_GB,
+        "planted_mib_per_1000_steps": PLANTED_KIB * 1000 / 1024,
+        "ended_by": type(error).__name__ if error else None,
+        "said": error.what if error else None,
+        "facts": error.facts if error else {},
+    }
+    return {"machine": machine(), "clean": clean, "planted": planted}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print both; 1 if a bar is missed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--out", type=Path)
+    asked = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="qwen3ft-leak-") as folder:
+        results = measure(Path(folder), asked.steps)
+    clean, planted = results["clean"], results["planted"]
+    print(
+        f"{clean['steps']:,} steps in {clean['seconds']:.0f} s: resident memory "
+        f"{clean['first_mib']:.1f} -> {clean['last_mib']:.1f} MiB, "
+        f"{clean['mib_per_1000_steps']:+.3f} MiB per 1,000 steps "
+        f"(bar {MOST_MIB_PER_1000_STEPS:g})\n"
+        f"planted {planted['planted_mib_per_1000_steps']:.0f} MiB per 1,000 steps: "
+        f"{planted['ended_by']}: {planted['said']}"
+    )
+    if asked.out:
+        write_json(asked.out, results)
+    passed = clean["mib_per_1000_steps"] <= MOST_MIB_PER_1000_STEPS
+    return 0 if passed and planted["ended_by"] == "MemoryLeakError" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,300 @@
+"""Leaks: what is told as growth and what is not, when an attempt ends, and one that is planted."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from qwen3ft import checkpoint, faults
+from qwen3ft.adjust import Retry, decide
+from qwen3ft.attempt import RunDir
+from qwen3ft.errors import ConfigError, MemoryLeakError
+from qwen3ft.failures import to_failure
+from qwen3ft.fragmentation import CLEAN_READINGS, WINDOW, FragmentationDetector
+from qwen3ft.launcher import run_worker
+from qwen3ft.leaks import (
+    GROWTH_LIMIT_BYTES,
+    MIB,
+    Growth,
+    LeakDetector,
+    ends_early,
+    leak_error,
+    must_stop,
+    theil_sen,
+)
+from qwen3ft.memory_reading import MemoryReading, of_allocator, private_bytes
+from qwen3ft.records import GIB, AttemptOutcome
+
+LEVEL = 600 * MIB
+
+
+def first_told(readings: Iterable[float]) -> Growth | None:
+    """What is told first of a reading at each step."""
+    detector = LeakDetector("resident memory")
+    for step, used_bytes in enumerate(readings):
+        detector.add(step, int(used_bytes))
+        if detector.growth is not None:
+            return detector.growth
+    return None
+
+
+def noisy(draw: Random, deviation_mib: float, count: int = 1500) -> list[float]:
+    return [LEVEL + draw.gauss(0, deviation_mib * MIB) for _ in range(count)]
+
+
+# --- what is no leak ---
+
+
+@pytest.mark.parametrize("deviation_mib", [0, 1, 8, 64])
+def test_noise_around_a_level_is_no_growth(deviation_mib: float) -> None:
+    """Whatever its size."""
+    for seed in range(4):
+        assert first_told(noisy(Random(seed), deviation_mib)) is None
+
+
+def test_spikes_of_evaluations_are_no_growth() -> None:
+    """500 MiB more in every twentieth reading."""
+    for seed in range(4):
+        draw = Random(seed)
+        spiky = [used + (500 * MIB if draw.random() < 0.05 else 0) for used in noisy(draw, 2)]
+        assert first_told(spiky) is None
+
+
+@pytest.mark.parametrize("period", [7, 30, 47])
+def test_teeth_of_a_saw_are_no_growth(period: int) -> None:
+    """Garbage of 40 MiB that piles up and is collected."""
+    teeth = [used + 40 * MIB * (i % period) / period for i, used in enumerate(noisy(Random(0), 1))]
+    assert first_told(teeth) is None
+
+
+def test_later_teeth_that_reach_no_new_ground_are_no_growth() -> None:
+    """Where teeth are longer than the narrowest view, at most the first one is taken for growth."""
+    detector, told = LeakDetector("resident memory"), []
+    for step, used in enumerate(noisy(Random(0), 1, 2000)):
+        detector.add(step, int(used + 40 * MIB * (step % 200) / 200))
+        told += [step] if detector.growth else []
+    assert told
+    assert max(told) < 400
+
+
+@pytest.mark.parametrize("at", [40, 333, 900])
+def test_a_level_that_shifts_once_is_no_growth(at: int) -> None:
+    """The first evaluation fills caches that stay."""
+    for seed in range(4):
+        shifted = [u + (200 * MIB if i > at else 0) for i, u in enumerate(noisy(Random(seed), 2))]
+        assert first_told(shifted) is None
+
+
+def test_a_warm_up_that_is_soon_over_is_no_growth() -> None:
+    """300 MiB, with a time constant of 5 readings."""
+    settling = [u + 300 * MIB * (1 - math.exp(-i / 5)) for i, u in enumerate(noisy(Random(1), 2))]
+    assert first_told(settling) is None
+
+
+def test_growth_that_has_ended_is_not_told_for_ever() -> None:
+    """300 steps of 1 MiB, then flat: taken back once all views have seen that."""
+    detector = LeakDetector("resident memory")
+    for step in range(300):
+        detector.add(step, LEVEL + step * MIB)
+    assert detector.growth is not None
+    for step in range(300, 1500):
+        detector.add(step, LEVEL + 300 * MIB)
+    assert detector.growth is None
+
+
+# --- what is one ---
+
+
+@pytest.mark.parametrize(
+    ("mib_per_step", "noise_mib", "within"),
+    [(1.0, 0.0, 60), (1.0, 4.0, 80), (0.1, 1.0, 240), (0.1, 4.0, 350), (0.02, 1.0, 1600)],
+)
+def test_a_leak_is_told_in_time_and_its_slope_is_right(
+    mib_per_step: float, noise_mib: float, within: int
+) -> None:
+    """1 MiB a step within 80 readings, 100 KiB within 350, in noise of up to 4 MiB."""
+    for seed in range(3):
+        readings = [
+            u + mib_per_step * MIB * i for i, u in enumerate(noisy(Random(seed), noise_mib, 2000))
+        ]
+        growth = first_told(readings)
+        assert growth is not None
+        assert growth.step <= within
+        assert growth.mib_per_1000_steps == pytest.approx(1000 * mib_per_step, rel=0.3)
+
+
+def test_a_leak_that_starts_late_is_told_as_soon_and_dated() -> None:
+    """After 1,000 flat readings, 1 MiB a step: within 60 readings, and since then."""
+    readings = [u + max(0, i - 1000) * MIB for i, u in enumerate(noisy(Random(0), 0.5))]
+    growth = first_told(readings)
+    assert growth is not None
+    assert 1020 <= growth.step <= 1060
+    assert growth.since_step == pytest.approx(1000, abs=12)
+    assert growth.grown_bytes == pytest.approx((growth.step - 1000) * MIB, rel=0.1)
+
+
+def test_a_leak_of_each_evaluation_is_told() -> None:
+    """A staircase, 4 MiB every 20 readings."""
+    readings = [u + (i // 20) * 4 * MIB for i, u in enumerate(noisy(Random(0), 0.5, 1500))]
+    growth = first_told(readings)
+    assert growth is not None
+    assert growth.mib_per_1000_steps == pytest.approx(200, rel=0.1)
+
+
+def test_the_slope_is_robust_to_a_quarter_of_outliers() -> None:
+    """Theil-Sen: 3 of 12 points anywhere move it little."""
+    points = [(float(x), 2.0 * x) for x in range(12)]
+    for index in (2, 5, 9):
+        points[index] = (points[index][0], 1e6)
+    assert theil_sen(points) == pytest.approx(2.0, rel=0.05)
+    assert theil_sen([(1.0, 5.0)]) == 0.0
+
+
+# --- what follows ---
+
+
+def growth_of(mib_per_step: float, grown_mib: float = 100) -> Growth:
+    return Growth("resident memory", mib_per_step * MIB, 100, 200, int(grown_mib * MIB))
+
+
+def test_an_attempt_ends_only_where_its_budget_would_run_out_first() -> None:
+    """And then only when little is left; or when the absolute limit is passed."""
+    fast = growth_of(1.0)
+    ask = {"margin_bytes": 64 * MIB, "steps_between": 1}
+    assert ends_early(fast, 500 * MIB, steps_to_end=501)
+    assert not ends_early(fast, 500 * MIB, steps_to_end=499)
+    assert not must_stop(fast, 50 * MIB, 40, **ask)  # the run ends first
+    assert not must_stop(fast, 500 * MIB, 10_000, **ask)  # enough left for now
+    assert must_stop(fast, 80 * MIB, 10_000, **ask)
+    assert must_stop(fast, 110 * MIB, 10_000, margin_bytes=64 * MIB, steps_between=30)
+    assert not must_stop(growth_of(0.001, 20), 500 * MIB, 10_000, **ask)  # harms nobody
+    huge = growth_of(1.0, GROWTH_LIMIT_BYTES / MIB)
+    assert must_stop(huge, 100 * GIB, 10_000, **ask)
+
+
+def test_the_error_tells_slope_start_and_what_is_left() -> None:
+    """In words and as facts, and it survives JSON."""
+    error = leak_error(growth_of(0.25), 500 * MIB, 230)
+    assert "250.0 MiB per 1,000 steps since step 100" in error.what
+    assert "500 MiB of the budget are left, for 2,000 steps" in error.what
+    facts = json.loads(to_failure(error).model_dump_json())["facts"]
+    assert facts["mib_per_1000_steps"] == 250.0
+    assert (facts["since_step"], facts["step"], facts["steps_until_full"]) == (100, 230, 2000)
+
+
+def test_an_allocator_that_was_fine_and_now_retries_is_worn_out() -> None:
+    """One that retries from its start is not: a fresh process would be no better."""
+
+    def feed(clean_readings: int) -> tuple[FragmentationDetector, MemoryReading]:
+        detector, retries = FragmentationDetector(), 0
+        for step in range(clean_readings + WINDOW):
+            retries += step >= clean_readings
+            reading = MemoryReading(
+                step, 0, reserved_bytes=10 * GIB, inactive_bytes=3 * GIB, retries=retries
+            )
+            detector.add(reading)
+        return detector, reading
+
+    detector, reading = feed(CLEAN_READINGS + 5)
+    assert detector.worn_out(reading)
+    error = detector.error(reading)
+    assert error.facts["since_step"] == CLEAN_READINGS + 5
+    assert "30% of 10.00 GB" in error.what
+    detector, reading = feed(3)
+    assert not detector.worn_out(reading)
+
+
+def test_a_reading_takes_torchs_counters_by_their_names() -> None:
+    """And 0 for those that a backend does not have."""
+    told = {"allocated_bytes.all.current": 5, "reserved_bytes.all.current": 10}
+    told |= {"inactive_split_bytes.all.current": 2, "num_alloc_retries": 1}
+    reading = of_allocator(7, 100, told)
+    assert (reading.step, reading.private_bytes, reading.allocated_bytes) == (7, 100, 5)
+    assert (reading.retries, reading.peak_allocated_bytes) == (1, 0)
+    assert reading.fragmentation_share == 0.2
+
+
+def test_private_memory_counts_what_is_written_and_no_mapped_file(tmp_path: Path) -> None:
+    """64 MiB of bytes count; 64 MiB of a mapped file that is read do not (Linux)."""
+    import mmap
+
+    path = tmp_path / "large"
+    path.write_bytes(b"x" * (64 * MIB))
+    before = private_bytes()
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        assert sum(view[:: 2**12]) > 0
+        mapped = private_bytes() - before
+        kept = b"y" * (64 * MIB)
+        written = private_bytes() - before - mapped
+    assert mapped < 8 * MIB
+    assert written == pytest.approx(len(kept), rel=0.1)
+
+
+# --- the whole way ---
+
+
+@pytest.fixture
+def attempt(monkeypatch: pytest.MonkeyPatch, make_plan: Any) -> Callable[..., AttemptOutcome]:
+    """Runs one training attempt in a worker, with planted faults."""
+
+    def run(fault: str, **changes: Any) -> AttemptOutcome:
+        monkeypatch.setenv(faults.VARIABLE, fault)
+        plan = make_plan(**changes)
+        job = RunDir(Path(plan.run_dir)).attempt(plan.attempt).create(plan)
+        return run_worker("train", job, AttemptOutcome, stall_seconds=120)
+
+    return run
+
+
+def test_a_planted_leak_ends_its_attempt_with_a_checkpoint_and_a_fresh_process_goes_on(
+    attempt: Any, make_plan: Any, tmp_path: Path
+) -> None:
+    """Found before memory runs out; nothing is lost; the next attempt has the same plan."""
+    many = {"total_steps": 100_000, "evaluate_every_steps": 50_000, "max_memory_gb": 1.25}
+    with pytest.raises(MemoryLeakError) as caught:
+        attempt("leak@step=5:kib=4096", **many)
+    facts = caught.value.facts
+    assert facts["series"] == "resident memory"
+    assert facts["mib_per_1000_steps"] == pytest.approx(4000, rel=0.1)
+    assert facts["since_step"] < 60
+    assert facts["left_mib"] > 0
+    run = RunDir(tmp_path / "run")
+    plan = make_plan(**many)
+    newest = checkpoint.newest_verified([run.attempt(1).checkpoints], checkpoint.lineage(plan))
+    assert newest is not None
+    assert newest.step == facts["step"]
+    decision = decide(
+        plan,
+        to_failure(caught.value),
+        [],
+        max_attempts=5,
+        allow_degraded=False,
+        newest_checkpoint=str(newest.path),
+    )
+    assert isinstance(decision, Retry)
+    assert decision.change == {}
+    wanted = plan.for_run("run", str(run.path), attempt=2, resume_from=str(newest.path))
+    assert decision.plan.model_dump(exclude={"predicted"}) == wanted.model_dump(
+        exclude={"predicted"}
+    )
+    report = run.attempt(1).memory_report
+    assert "anonymous" in (report / "resident.txt").read_text()
+    assert json.loads((report / "peak.json").read_text())["private_bytes"] > 0.5 * GIB
+
+
+def test_a_leak_is_planted_only_with_its_amount(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It strikes at every step from its first one on; other faults at theirs."""
+    monkeypatch.setenv(faults.VARIABLE, "leak@step=3:kib=64:attempt=2,oom@step=4")
+    leak, oom = faults.planted_faults()
+    assert (leak.action, leak.step, leak.attempt, leak.leak_bytes) == ("leak", 3, 2, 65536)
+    assert [step for step in range(6) if leak.is_due(step)] == [3, 4, 5]
+    assert [step for step in range(6) if oom.is_due(step)] == [4]
+    monkeypatch.setenv(faults.VARIABLE, "leak@step=3")
+    with pytest.raises(ConfigError, match="leak@step=3"):
+        faults.planted_faults()
