@@ -56,6 +56,7 @@ class Workload:
         gradient_checkpointing: Whether each layer is computed again in backward.
         loss_chunk_tokens: Tokens whose logits exist at one time.
         offload_activations: Whether saved activations wait in host memory.
+        offload_optimizer: Whether the optimizer's moments stay there.
         kernels: 'plain' for transformers and PEFT, 'fused' for `qwen3ft.fused`.
         offload_attention: Fused: whether attention's output waits there too.
         offloaded_mlp_blocks: Fused: most blocks whose gate and up wait in host memory.
@@ -75,6 +76,7 @@ class Workload:
     gradient_checkpointing: bool
     loss_chunk_tokens: int
     offload_activations: bool = False
+    offload_optimizer: bool = False
     kernels: Literal["plain", "fused"] = "plain"
     offload_attention: bool = False
     offloaded_mlp_blocks: int = 0
@@ -210,7 +212,11 @@ def _fixed_parts(shape: ModelShape, adapter: AdapterSpec, work: Workload) -> tup
         ),
         MemoryPart(name="gradients", bytes=4 * trained, formula=f"{trained:,} x 4 bytes"),
         MemoryPart(
-            name="AdamW state", bytes=8 * trained, formula=f"{trained:,} x 2 moments x 4 bytes"
+            name="AdamW state",
+            bytes=0 if work.offload_optimizer else 8 * trained,
+            formula="in host memory"
+            if work.offload_optimizer
+            else f"{trained:,} x 2 moments x 4 bytes",
         ),
     )
 

@@ -21,6 +21,7 @@ from qwen3ft.fused_options import (
     step_seconds,
     waiting_bytes,
 )
+from qwen3ft.plain_fit import offload_optimizer_reason
 from qwen3ft.recompute import Level
 from qwen3ft.records import GIB, AdapterSpec, EnvironmentReport, ModelShape
 
@@ -68,18 +69,30 @@ def fastest_fused(
         recompute: `config.gradient_checkpointing`.
         host_bytes: Memory of the host.
     """
-    asked = (effective_batch_size, typical_tokens, recompute, host_bytes)
+    asked = (effective_batch_size, typical_tokens)
+    options = every_option(first, shape, adapter, *asked, recompute, host_bytes)
     weights_bytes = shape.linear_parameters // 2 + shape.embedding_parameters * first.compute_bytes
+    possible = [each for each in options if weights_bytes + each.least <= limit_bytes]
+    possible.sort(key=lambda each: (each.least_seconds, each.place))
+    fastest = _fastest(possible, shape, adapter, limit_bytes)
+    if fastest is None and first.device == "cuda" and not first.offload_optimizer:
+        away = [replace(each, work=replace(each.work, offload_optimizer=True)) for each in possible]
+        fastest = _fastest(away, shape, adapter, limit_bytes)
+    return fastest
+
+
+def _fastest(
+    possible: list[Option], shape: ModelShape, adapter: AdapterSpec, limit_bytes: int
+) -> Workload | None:
+    """Of options, the fastest at best first, the one that is fastest within the limit."""
     best: tuple[float, int, Workload] | None = None
-    for option in every_option(first, shape, adapter, *asked):
+    for option in possible:
         if best is not None and option.least_seconds > best[0]:
             break
-        if weights_bytes + option.least > limit_bytes:
-            continue
         fitted = _fill(option, shape, adapter, limit_bytes)
         if fitted is None:
             continue
-        seconds = step_seconds(fitted, shape, adapter, effective_batch_size, typical_tokens)
+        seconds = step_seconds(fitted, *option.asked)
         if best is None or (seconds, option.place) < best[:2]:
             best = seconds, option.place, fitted
     return best[2] if best else None
@@ -89,10 +102,16 @@ def most_frugal_fused(
     first: Workload, shape: ModelShape, adapter: AdapterSpec, host_bytes: int
 ) -> Workload:
     """One sequence at a time, and everything else at its least."""
-    leanest = [(1,), CHUNK_TOKENS[-1:], LOSS_CHUNK_TOKENS[-1:], head_groups(shape)[-1:]]
+    first = replace(first, offload_optimizer=first.device == "cuda")
     work = next(
         work
-        for work in reversed(list(candidates(first, *leanest)))
+        for work in reversed(
+            list(
+                candidates(
+                    first, (1,), CHUNK_TOKENS[-1:], LOSS_CHUNK_TOKENS[-1:], head_groups(shape)[-1:]
+                )
+            )
+        )
         if waiting_bytes(work, shape, adapter) <= HOST_SHARE * host_bytes
     )
     sizes, blocks = fused_sizes(shape, adapter, work), shape.num_hidden_layers
@@ -122,6 +141,7 @@ def fused_reasons(
         "offload_activations": "Nothing faster fits."
         if work.offload_activations
         else "Not needed.",
+        "offload_optimizer": offload_optimizer_reason(work),
         "offload_attention": "Its transfer was estimated to be faster than computing it again."
         if work.offload_attention
         else "Nothing that waits in host memory includes it.",

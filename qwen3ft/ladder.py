@@ -4,6 +4,7 @@ plain: smaller micro-batch with more accumulation - recomputation - smaller loss
 activations in host memory (GPU only)
 fused: keep less of each row - smaller micro-batch - smaller loss chunks - a block's work in smaller
 parts - activations in host memory
+both: the optimizer's moments in host memory (GPU only)
 either, with consent: half the row length - half the rank
 
 Guarantees: pure; the effective batch is the same on every rung; the ladder ends.
@@ -57,6 +58,7 @@ def _descend(plan: TrainPlan, phase: str, *, allow_degraded: bool) -> Iterator[S
         _smaller_loss_chunk,
         _smaller_parts,
         _offloading,
+        _optimizer_offloading,
     ]
     if phase == EVALUATION_PHASE:
         levers.insert(0, _smaller_eval_batch)
@@ -143,6 +145,12 @@ def _offloading(plan: TrainPlan) -> Step | None:
     if plan.kernels == "fused":
         values["activation_bytes"] = _least_bytes(plan.model_copy(update=values))
     return Step(values, "activations wait in host memory", True)
+
+
+def _optimizer_offloading(plan: TrainPlan) -> Step | None:
+    if plan.offload_optimizer or plan.device != "cuda":
+        return None
+    return Step({"offload_optimizer": True}, "the optimizer's moments wait in host memory", True)
 
 
 def without_host_memory(plan: TrainPlan) -> Step | None:

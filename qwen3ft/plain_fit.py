@@ -75,6 +75,7 @@ def most_frugal(first: Workload) -> Workload:
         first,
         loss_chunk_tokens=LAST_RESORT_LOSS_CHUNK_TOKENS,
         offload_activations=first.device == "cuda" and first.gradient_checkpointing,
+        offload_optimizer=first.device == "cuda",
     )
 
 
@@ -97,6 +98,13 @@ def with_evaluation(
             return larger
         wanted //= 2
     return work
+
+
+def offload_optimizer_reason(work: Workload) -> str:
+    """Why its moments are where they are."""
+    if work.offload_optimizer:
+        return "Nothing else fits; gradients go to the host and parameters back at each step."
+    return "Not needed: the card updates faster."
 
 
 def plain_reasons(
@@ -137,6 +145,7 @@ def plain_reasons(
         "loss_chunk_tokens": f"Logits of {min(work.loss_chunk_tokens, work.tokens)} tokens at most "
         "exist at one time; larger chunks are faster, smaller ones leaner.",
         "offload_activations": offload,
+        "offload_optimizer": offload_optimizer_reason(work),
         "packing": packing,
         "predicted": f"For rows of {work.sequence_tokens} tokens, the longest there are.",
     }

@@ -44,6 +44,7 @@ from qwen3ft.batches import (
 from qwen3ft.checkpoint_writer import ADAPTER_NAME, CheckpointWriter
 from qwen3ft.errors import CheckpointCorruptError, DivergedError
 from qwen3ft.fused import fused_step
+from qwen3ft.host_optimizer import HostAdamW
 from qwen3ft.late import LateNumbers
 from qwen3ft.loss import summed_loss
 from qwen3ft.training_state import load_optimizer_state, load_rng_state
@@ -85,6 +86,19 @@ class QATrainer(Trainer):
             plan.seed,
         )
         self.sampler: Any = step_sampler(self.order, plan)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Torch's fused AdamW, or the one that keeps its moments in host memory."""
+        if self.plan.offload_optimizer and self.optimizer is None:
+            self.optimizer = HostAdamW(
+                self._trained,
+                lr=self.args.learning_rate,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                eps=self.args.adam_epsilon,
+                weight_decay=self.args.weight_decay,
+            )
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        return optimizer
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Steps, each the list of its micro-batches, which stay in host memory until they run."""

@@ -270,6 +270,7 @@ def test_the_rungs_come_in_order() -> None:
         "gradient_checkpointing",
         "loss_chunk_tokens",
         "offload_activations",
+        "offload_optimizer",
     ]
 
 
