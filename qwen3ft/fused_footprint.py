@@ -22,6 +22,7 @@ makes again.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from qwen3ft.recompute import (
     ON_DEVICE,
@@ -84,10 +85,7 @@ class FusedSizes:
 
     def kept_per_token(self) -> tuple[int, ...]:
         """Bytes one block keeps per token at each level."""
-        return tuple(
-            kept_bytes_per_token(self.shape, self.rank, self.compute_bytes, level)
-            for level in Level
-        )
+        return _kept_per_token(self.shape, self.rank, self.compute_bytes)
 
     def working_bytes(self, tokens: int, level: Level) -> int:
         """The most that comes and goes while a row of `tokens` runs at `level` or finer."""
@@ -123,7 +121,7 @@ class FusedSizes:
             low = 2 * self.compute_bytes * padded_rank(self.rank)  # narrow ones stay
             kept += (len(levels) - 2) * tokens * low
         else:
-            kept = tokens * sum(per_token[level] for level in levels)
+            kept = tokens * sum(levels.count(level) * per_token[level] for level in set(levels))
             if Level.OFFLOAD_GATE_UP in levels:
                 kept += self._on_its_way(tokens)
         return kept + self.working_bytes(tokens, max(levels))
@@ -236,10 +234,23 @@ class FusedSizes:
             Level.RECOMPUTE_O: 2 * shape.hidden_size * query,
             Level.RECOMPUTE_ALL: attention,
         }
-        linear = 2 * shape.linear_parameters // shape.num_hidden_layers
+        linear = 2 * linear_parameters(shape) // shape.num_hidden_layers
         blocks = len(levels) * (2 * linear + 3.5 * attention)
-        blocks += sum(cost for level in levels for at, cost in again.items() if level >= at)
+        for level in set(levels):
+            repeated = sum(cost for at, cost in again.items() if level >= at)
+            blocks += levels.count(level) * repeated
         return tokens * (blocks + 4 * shape.vocab_size * shape.hidden_size)
+
+
+@lru_cache(maxsize=64)
+def linear_parameters(shape: ModelShape) -> int:
+    """Those of the shape, kept: a search for settings asks thousands of times."""
+    return shape.linear_parameters
+
+
+@lru_cache(maxsize=64)
+def _kept_per_token(shape: ModelShape, rank: int, compute_bytes: int) -> tuple[int, ...]:
+    return tuple(kept_bytes_per_token(shape, rank, compute_bytes, level) for level in Level)
 
 
 def _features(shape: ModelShape) -> tuple[int, int]:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from qwen3ft.footprint import Workload, fused_sizes
+from qwen3ft.fused_footprint import linear_parameters
 from qwen3ft.packing import divisors, row_tokens
 from qwen3ft.recompute import Level
 from qwen3ft.records import AdapterSpec, ModelShape
@@ -45,7 +46,7 @@ HOST_SHARE = 0.5
 """Of the host's memory, what may hold activations: it is pinned, and others need the rest."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Option:
     """A candidate, and what of it no budget changes.
 
@@ -55,7 +56,7 @@ class Option:
         least: Bytes of the largest row with as little kept as is allowed.
         most: The same with as much kept as is allowed.
         everything: The same with everything kept.
-        least_seconds: Of a typical optimizer step with nothing computed again.
+        asked: Shape, adapter, effective batch and typical tokens, of all candidates.
     """
 
     place: int
@@ -63,7 +64,12 @@ class Option:
     least: int
     most: int
     everything: int
-    least_seconds: float
+    asked: tuple[ModelShape, AdapterSpec, int, int]
+
+    @cached_property
+    def least_seconds(self) -> float:
+        """Of a typical optimizer step with nothing computed again: no budget makes it faster."""
+        return _seconds(self.work, *self.asked, self.everything)
 
 
 @lru_cache(maxsize=8)
@@ -76,19 +82,22 @@ def every_option(
     recompute: str,
     host_bytes: int,
 ) -> tuple[Option, ...]:
-    """Every candidate that the host has the memory for, the fastest at best first.
+    """Every candidate that the host has the memory for, in their order.
 
     They are the same for all budgets, so a table of those works them out once for each length.
     """
     found = []
+    asked = (shape, adapter, effective, typical_tokens)
     blocks = shape.num_hidden_layers
     spread = first.device == "cuda" and recompute == "auto"
-    variants = [tuple(divisors(effective)), CHUNK_TOKENS, LOSS_CHUNK_TOKENS, head_groups(shape)]
-    for place, candidate in enumerate(candidates(first, *variants)):
-        work = candidate
-        if not work.offload_activations and spread:
-            away = _blocks_offloaded_in_time(work, shape, HOST_SHARE * host_bytes)
-            work = replace(work, offloaded_mlp_blocks=away)
+    sizes_of_batch, groups = tuple(divisors(effective)), head_groups(shape)
+
+    def away(work: Workload) -> int:
+        return _blocks_offloaded_in_time(work, shape, HOST_SHARE * host_bytes) if spread else 0
+
+    for place, work in enumerate(
+        candidates(first, sizes_of_batch, CHUNK_TOKENS, LOSS_CHUNK_TOKENS, groups, away)
+    ):
         if waiting_bytes(work, shape, adapter) > HOST_SHARE * host_bytes:
             continue
         sizes = fused_sizes(shape, adapter, work)
@@ -98,10 +107,8 @@ def every_option(
             most = least
         elif recompute == "off":
             least = most
-        roomy = replace(work, activation_bytes=everything)
-        seconds = step_seconds(roomy, shape, adapter, effective, typical_tokens)
-        found.append(Option(place, work, least, most, everything, seconds))
-    return tuple(sorted(found, key=lambda option: (option.least_seconds, option.place)))
+        found.append(Option(place, work, least, most, everything, asked))
+    return tuple(found)
 
 
 def head_groups(shape: ModelShape) -> tuple[int, ...]:
@@ -115,14 +122,25 @@ def candidates(
     chunks: tuple[int, ...],
     loss_chunks: tuple[int, ...],
     groups: tuple[int, ...],
+    blocks_away: Callable[[Workload], int] = lambda _: 0,
 ) -> Iterator[Workload]:
-    """All combinations that differ: a chunk longer than any row is the whole row."""
+    """All combinations that differ: a chunk longer than any row is the whole row.
+
+    Args:
+        first: What is given.
+        sizes: Sequences of a micro-batch.
+        chunks: `chunk_tokens`, longest first.
+        loss_chunks: `loss_chunk_tokens`, longest first.
+        groups: `head_groups`.
+        blocks_away: Blocks whose gate and up wait in host memory while all others stay.
+    """
     # (what blocks keep, attention's output too)
     offloads = [(False, False)]
     if first.device == "cuda" and first.gradient_checkpointing:
         offloads += [(True, True), (True, False)]
     for size in sizes:
         base = replace(first, kernels="fused", packing=True, micro_batch_size=size)
+        some = blocks_away(base)
         longest = max(base.tokens, row_tokens(base.eval_batch_size * base.eval_tokens))
         for chunk, loss, group, (offload, attention) in itertools.product(
             _distinct(chunks, longest), _distinct(loss_chunks, longest), groups, offloads
@@ -134,6 +152,7 @@ def candidates(
                 head_groups=group,
                 offload_activations=offload,
                 offload_attention=attention,
+                offloaded_mlp_blocks=0 if offload else some,
             )
 
 
@@ -146,7 +165,7 @@ def _distinct(chunks: tuple[int, ...], longest_tokens: int) -> tuple[int, ...]:
 def _blocks_offloaded_in_time(work: Workload, shape: ModelShape, host_bytes: float) -> int:
     """Blocks whose gate and up leave the device while the forward runs, and fit the host."""
     per_token = 2 * work.compute_bytes * shape.intermediate_size
-    forward_seconds = 2 * shape.linear_parameters / FLOPS_PER_SECOND  # a token
+    forward_seconds = 2 * linear_parameters(shape) / FLOPS_PER_SECOND  # a token
     in_time = OVERLAPPED_BYTES_PER_SECOND * forward_seconds / per_token
     return int(min(in_time, host_bytes / (per_token * work.tokens)))
 
@@ -157,27 +176,40 @@ def waiting_bytes(work: Workload, shape: ModelShape, adapter: AdapterSpec) -> in
         return 0
     sizes = fused_sizes(shape, adapter, work)
     per_token = sizes.kept_per_token()
-    return work.tokens * sum(per_token[level] for level in sizes.levels(work.tokens, 0))
+    levels = sizes.levels(work.tokens, 0)
+    return work.tokens * sum(levels.count(level) * per_token[level] for level in set(levels))
 
 
 def step_seconds(
     work: Workload, shape: ModelShape, adapter: AdapterSpec, effective: int, typical_tokens: int
 ) -> float:
     """Estimated time of a typical optimizer step on an H200, for comparison alone."""
+    return _seconds(work, shape, adapter, effective, typical_tokens, work.activation_bytes)
+
+
+def _seconds(
+    work: Workload,
+    shape: ModelShape,
+    adapter: AdapterSpec,
+    effective: int,
+    typical_tokens: int,
+    room_bytes: int,
+) -> float:
+    """The same where a row may take `room_bytes`."""
     tokens = effective * typical_tokens
     micro_batches = math.ceil(tokens / work.capacity_tokens)
     row = row_tokens(math.ceil(tokens / micro_batches))
     sizes = fused_sizes(shape, adapter, work)
-    levels = sizes.levels(row, work.activation_bytes)
+    levels = sizes.levels(row, room_bytes)
     head = shape.vocab_size * shape.hidden_size
     chunks = math.ceil(row / work.chunk_tokens)
     passes = (
         1
         + 0.1 * chunks
-        + 0.5 * head / shape.linear_parameters * math.ceil(row / work.loss_chunk_tokens)
+        + 0.5 * head / linear_parameters(shape) * math.ceil(row / work.loss_chunk_tokens)
     )
     operations = sizes.operations(row, levels, typical_tokens)
-    operations += 4 * shape.linear_parameters * WEIGHT_PASS_TOKENS * passes
+    operations += 4 * linear_parameters(shape) * WEIGHT_PASS_TOKENS * passes
     # Groups of heads read the same tensors again.
     seconds = operations * (1 + 0.01 * (work.head_groups - 1)) / FLOPS_PER_SECOND
     seconds = max(seconds, LAUNCH_SECONDS_PER_BLOCK * shape.num_hidden_layers)

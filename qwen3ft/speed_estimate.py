@@ -61,8 +61,13 @@ class SpeedEstimate(Record):
     @property
     def basis(self) -> str:
         """How much to trust it, in words."""
-        if self.measured_card:
-            return "estimate, fitted to measurements on this kind of card"
+        return self.describe(measured=self.measured_card)
+
+    @staticmethod
+    def describe(*, measured: bool) -> str:
+        """How much to trust an estimate for a card that was, or was not, measured on."""
+        if measured:
+            return "estimate, from measurements on this kind of card"
         return "estimate, computed, not measured"
 
 
