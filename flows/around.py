@@ -30,7 +30,7 @@ from qwen3ft.errors import FinetuneError, TransientError
 from qwen3ft.gpu_lock import CPU, hold_card
 from qwen3ft.journal import Journal, RunStatus
 from qwen3ft.mirror import Mirror, replay_unsent
-from qwen3ft.records import NOTHING_NEW, AttemptSummary, EnvironmentReport
+from qwen3ft.records import NOTHING_NEW, AttemptSummary, EnvironmentReport, TrainPlan
 from qwen3ft.result_records import RunCard
 from qwen3ft.tracking_uri import default_tracking_uri, run_url
 from tasks.policies import hide_known_tracebacks
@@ -142,6 +142,16 @@ def show_data(run: RunDir, dataset: DatasetManifest, change: DataChange) -> None
     journal = Journal(run)
     journal.dataset(dataset)
     journal.text("data.md", markdown)
+
+
+def warn_of_limits(config: TrainingConfig, plan: TrainPlan) -> None:
+    """Say in the run's log where the machine is less than what was asked for."""
+    if plan.max_memory_gb < config.max_memory_gb:
+        logger.warning("budget: %s", plan.reasons["max_memory_gb"])
+    if plan.device == "cpu" and not config.is_embedded:
+        logger.warning("%s %s", config.model_name, plan.reasons["device"])
+    if plan.device == "cpu" and plan.kernels == "fused":
+        logger.warning("fused kernels: %s", plan.reasons["kernels"])
 
 
 def nothing_new(config: TrainingConfig, change: DataChange) -> bool:

@@ -202,7 +202,9 @@ def show_report(console: Console, report: EnvironmentReport, problems: Iterable[
             f"driver {gpu.driver_version}"
         )
     if not report.gpus:
-        rows["GPU"] = "none with CUDA"
+        rows["GPU"] = (
+            "none with CUDA: runs train on the CPU, which is meant for the embedded model alone"
+        )
     rows |= {f"problem {n}": problem for n, problem in enumerate(problems, 1)}
     show_sections(console, "This machine", {"": rows})
 

@@ -75,12 +75,7 @@ def fit_or_none(request: FitRequest) -> Fit | None:
     config, environment, first = request.config, request.environment, request.smallest_workload
     budget_gb, budget_reason = _budget(config, environment)
     kernels, why = kernels_of(request)
-    device = (
-        environment.gpus[0].name + " is there."
-        if environment.gpus
-        else "No CUDA device is visible."
-    )
-    given = {"max_memory_gb": budget_reason, "device": device, "kernels": why}
+    given = {"max_memory_gb": budget_reason, "device": _device(request), "kernels": why}
     if kernels == "fused":
         if (fused := _fused_fit(request, first, budget_gb, given)) is not None:
             return fused
@@ -148,11 +143,23 @@ def kernels_of(request: FitRequest) -> tuple[Literal["fused", "plain"], str]:
             return "fused", "Forward and backward written out, which is several times faster."
         return "plain", f"transformers' and PEFT's own. {problem}"
     if problem is None or not (environment.gpus or adapter.dropout or config.packing == "off"):
-        return "fused", "Configured as 'fused'."
+        why = "" if problem is None else " Without a CUDA device its plain twin runs: slowly."
+        return "fused", f"Configured as 'fused'.{why}"
     raise ConfigError(
         "kernels is 'fused', but the fused path cannot run.",
         why=problem,
         next_command="qwen3ft plan --set kernels=auto",
+    )
+
+
+def _device(request: FitRequest) -> str:
+    if request.environment.gpus:
+        return f"{request.environment.gpus[0].name} is there."
+    if request.config.is_embedded:
+        return "No CUDA device is visible."
+    return (
+        "No CUDA device is visible: this trains on the CPU, which is meant for the embedded model "
+        "and takes any other one far longer than a GPU."
     )
 
 
@@ -164,7 +171,8 @@ def _budget(config: TrainingConfig, environment: EnvironmentReport) -> tuple[flo
         total_gb, what = environment.host_total_bytes / GIB, "this machine"
     if config.max_memory_gb > total_gb:
         return total_gb, (
-            f"{config.max_memory_gb:g} GB were allowed, but {what} has {total_gb:.2f} GB in all."
+            f"{config.max_memory_gb:g} GB were allowed, but {what} has {total_gb:.2f} GB in all: "
+            "lowered to that."
         )
     return config.max_memory_gb, f"As configured; {what} has {total_gb:.2f} GB."
 

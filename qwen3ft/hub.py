@@ -26,6 +26,7 @@ from qwen3ft.errors import (
 from qwen3ft.hub_errors import TIMEOUT_SECONDS, RepoKind, endpoint, hub_error, not_found
 from qwen3ft.logs import get_logger
 from qwen3ft.records import ModelShape, ModelSource
+from qwen3ft.shapes import read_shape
 from qwen3ft.storage import sha256_json
 
 logger = get_logger("hub")
@@ -132,19 +133,18 @@ def check_model_folder(folder: Path) -> ModelShape:
         ConfigError: with the reason.
     """
     try:
-        settings: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        settings: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise _refused(folder, f"config.json cannot be read ({error})") from error
+    if not isinstance(settings, dict):
+        raise _refused(folder, f"config.json holds a {type(settings).__name__}, not settings")
     if found := [key for key in _CODE_KEYS if key in settings]:
         raise _refused(folder, f"config.json asks for code of its own ({', '.join(found)})")
     if settings.get("model_type") != "qwen3":
         raise _refused(folder, f"model_type is {settings.get('model_type')!r}, not 'qwen3'")
     if not any(folder.glob("*.safetensors")):
         raise _refused(folder, "it has no .safetensors file, and pickled weights are never loaded")
-    settings.setdefault("tie_word_embeddings", False)
-    if missing := [name for name in ModelShape.model_fields if name not in settings]:
-        raise _refused(folder, f"config.json lacks {', '.join(missing)}")
-    return ModelShape(**{name: settings[name] for name in ModelShape.model_fields})
+    return read_shape(folder)
 
 
 def close_names(name: str) -> list[str]:

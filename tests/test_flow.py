@@ -220,6 +220,20 @@ def test_a_run_without_tracking_completes_and_is_sent_later(
     assert len(children) == 1
 
 
+def test_a_run_on_a_machine_that_another_run_holds_is_refused_before_it_does_anything(
+    run_flow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says who holds it; on a CPU only if runs there are to go one after another."""
+    from qwen3ft import gpu_lock
+
+    monkeypatch.setenv(gpu_lock.FOLDER_VARIABLE, str(tmp_path))
+    with gpu_lock.hold_card(gpu_lock.CPU, "the-other", when_busy="refuse", wait_seconds=0):
+        state, _ = run_flow(lock_cpu=True, when_card_is_busy="refuse")
+    assert state.is_failed()
+    assert "run the-other (pid " in state.message
+    assert set(task_states(state)) == {"environment"}
+
+
 def test_the_flow_loads_neither_torch_nor_cuda(workspace: Path) -> None:
     """Importing everything the flow's process needs leaves torch out."""
     import subprocess

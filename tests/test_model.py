@@ -195,6 +195,9 @@ def copy_of_embedded(folder: Path, **changes: Any) -> Path:
         ({"_attn_implementation_internal": "evil/kernel"}, "code of its own"),
         ({"model_type": "llama"}, "llama"),
         ({"hidden_size": None}, "lacks hidden_size"),
+        ({"hidden_size": None, "head_dim": None}, "lacks hidden_size, head_dim"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"vocab_size": "many"}, "vocab_size: .*integer"),
     ],
 )
 def test_a_folder_that_is_no_plain_qwen3_is_refused(
@@ -204,6 +207,19 @@ def test_a_folder_that_is_no_plain_qwen3_is_refused(
     folder = copy_of_embedded(tmp_path / "model", **changes)
     with pytest.raises(ConfigError, match=reason):
         hub.resolve_model(make_config(model_name=str(folder)))
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "{", "\xff"])
+def test_a_config_that_is_no_settings_is_refused(
+    tmp_path: Path, make_config: Any, content: str
+) -> None:
+    """Whatever stands in config.json, the folder is named and a command given."""
+    folder = copy_of_embedded(tmp_path / "model")
+    (folder / "config.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"config\.json") as caught:
+        hub.resolve_model(make_config(model_name=str(folder)))
+    assert str(folder) in caught.value.what
+    assert caught.value.next_command
 
 
 def test_pickled_weights_are_refused(tmp_path: Path, make_config: Any) -> None:

@@ -139,6 +139,40 @@ def test_memory_that_comes_back_late_is_not_taken_for_another_program() -> None:
     assert fit_to_card(CONFIG, MACHINE, plan, probe=probe(5.0, 20.0), settle_seconds=3) is plan
 
 
+# --- less than was asked for ---
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gpu_gb", "words"),
+    [
+        ({"max_memory_gb": 80.0}, 24.0, ["80 GB were allowed, but the card has 24.00 GB in all"]),
+        ({"max_memory_gb": 80.0}, None, ["this machine has 64.00 GB in all", "on the CPU"]),
+        ({"max_memory_gb": 60.0}, None, ["Qwen/Qwen3-4B-Thinking-2507 No CUDA device is visible"]),
+        (
+            {"max_memory_gb": 60.0, "model_name": "embedded", "kernels": "fused"},
+            None,
+            ["Without a CUDA device its plain twin runs"],
+        ),
+        ({"max_memory_gb": 60.0, "model_name": "embedded"}, None, []),
+        ({}, 24.0, []),
+    ],
+)
+def test_where_the_machine_is_less_than_asked_for_the_log_and_the_plan_say_so(
+    wanted: dict[str, Any], gpu_gb: float | None, words: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A budget above the card is lowered; a real model, or fused kernels, without a GPU."""
+    from flows.around import warn_of_limits
+
+    plan = plan_for(gpu_gb=gpu_gb, **wanted)
+    with caplog.at_level(logging.WARNING, "qwen3ft.flow"):
+        warn_of_limits(TrainingConfig(**wanted), plan)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == len(words)
+    for line, word in zip(lines, words, strict=True):
+        assert word in line
+        assert any(reason in line for reason in plan.reasons.values())
+
+
 def test_on_a_cpu_nobody_is_asked() -> None:
     """The plan itself, without a card to look at."""
     plan = plan_for(gpu_gb=None)
