@@ -1,6 +1,7 @@
 """The flow `qwen3-finetune`: from question-answer files to a promoted adapter.
 
-environment - model - lora - data - plan - (train - adjust)* - save - inference - promote
+environment - model - lora - data - plan - preflight - (train - adjust)* - save - inference -
+promote
 
 Each word is a task of its own. A failed training attempt is answered by `adjust`, which makes the
 next plan; the loop in `train_with_recovery` is the only owner of those retries. This process loads
@@ -56,6 +57,7 @@ from tasks.inference import compare_answers
 from tasks.lora import configure_lora
 from tasks.model import prepare_model
 from tasks.plan import plan_training
+from tasks.preflight import run_preflight
 from tasks.promote import find_champion, promote, register
 from tasks.save import save
 from tasks.train import finished_attempt, train_attempt
@@ -95,6 +97,8 @@ def qwen3_finetune(
                 return end_without_training(run, change)
             with clock("plan"):
                 first = plan_training(config, environment, model, adapter, dataset)
+            with clock("preflight"):
+                first = run_preflight(config, environment, first, run)
             with clock("train"):
                 plan, outcome, attempts = train_with_recovery(config, environment, first, run)
             with clock("save"):

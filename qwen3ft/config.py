@@ -194,6 +194,12 @@ class TrainingConfig(BaseModel):
         description="Fill micro-batches with whole sequences instead of padding; auto: on a GPU.",
     )
 
+    preflight: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Run the worst batches before training and measure their memory; auto: on a "
+        "GPU, and on a CPU where more than half of the budget is predicted.",
+    )
+
     # --- inference test ---
     max_new_tokens: int = Field(
         256, ge=1, le=32768, description="Longest answer generated in the inference test."

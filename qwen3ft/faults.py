@@ -1,9 +1,10 @@
 """Planted faults, for tests and chaos campaigns: off unless the environment asks for them.
 
 `QWEN3FT_FAULTS` holds comma-separated `ACTION@step=N` or `ACTION@step=N:attempt=M` (attempt 1 if
-left out). Actions: `oom` raises torch's out-of-memory error, `exit` ends the process with status 1
-as a native library does, `nan` makes one gradient NaN, `kill` and `term` send the signal, `hang`
-stops making progress, `error` raises a ValueError. `leak@step=N:kib=K` keeps K KiB more of the
+left out), or `...:preflight=M` for the M-th measurement of a preflight. Actions: `oom` raises
+torch's out-of-memory error, `exit` ends the process with status 1 as a native library does, `nan`
+makes one gradient NaN, `kill` and `term` send the signal, `hang` stops making progress, `error`
+raises a ValueError. `leak@step=N:kib=K` keeps K KiB more of the
 training device's memory at every step from N on. A worker that runs with it says so in its log.
 """
 
@@ -22,7 +23,7 @@ VARIABLE = "QWEN3FT_FAULTS"
 
 _FORM = re.compile(
     r"(?:(oom|exit|nan|kill|term|hang|error)@step=(\d+)"
-    r"|(leak)@step=(\d+):kib=(\d+))(?::attempt=(\d+))?"
+    r"|(leak)@step=(\d+):kib=(\d+))(?::(attempt|preflight)=(\d+))?"
 )
 _LEAKED: list[Any] = []
 
@@ -31,6 +32,7 @@ _LEAKED: list[Any] = []
 class Fault:
     """One planted fault: what happens before optimizer step `step` of attempt `attempt`.
 
+    Or, where that is 0, of the measurement `preflight`.
     `leak_bytes` are kept then and before every later step.
     """
 
@@ -38,6 +40,7 @@ class Fault:
     step: int
     attempt: int = 1
     leak_bytes: int = 0
+    preflight: int = 0
 
     def is_due(self, step: int) -> bool:
         """Whether it strikes before optimizer step `step`."""
@@ -60,11 +63,20 @@ def planted_faults() -> list[Fault]:
                 why=f"The form is {_FORM.pattern}.",
                 next_command=f"unset {VARIABLE}",
             )
-        leak_bytes = int(match[5] or 0) * 1024
         faults.append(
-            Fault(match[1] or match[3], int(match[2] or match[4]), int(match[6] or 1), leak_bytes)
+            Fault(
+                match[1] or match[3],
+                int(match[2] or match[4]),
+                leak_bytes=int(match[5] or 0) * 1024,
+                **{"attempt": 0, match[6] or "attempt": int(match[7] or 1)},
+            )
         )
     return faults
+
+
+def planted_in_preflight(number: int) -> list[Fault]:
+    """Those for measurement `number`; raises as `planted_faults`."""
+    return [fault for fault in planted_faults() if fault.preflight == number]
 
 
 def strike(fault: Fault, model: Any) -> None:

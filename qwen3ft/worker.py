@@ -29,6 +29,7 @@ from qwen3ft.errors import MemoryLeakError, OutOfMemoryError, PreemptedError
 from qwen3ft.failures import to_failure, translate
 from qwen3ft.launcher import PARENT_VARIABLE
 from qwen3ft.memory_snapshot import record_history, write_report
+from qwen3ft.preflight_records import Measurement, PreflightRequest
 from qwen3ft.records import AttemptOutcome, ModelSnapshot, TrainPlan
 from qwen3ft.requests import DataRequest, InferenceRequest, QuantizeRequest
 from qwen3ft.result_records import InferenceReport
@@ -95,6 +96,23 @@ def train(job: Job) -> AttemptOutcome:
     return engine.outcome(trainer)
 
 
+def preflight(job: Job) -> Measurement:
+    """The worst batches of a plan, measured; training follows in a process of its own."""
+    import bitsandbytes  # noqa: F401  libraries count before the model is loaded
+    import datasets  # noqa: F401
+
+    from qwen3ft.memory import MemoryOptimizer
+    from qwen3ft.preflight_measure import PhaseMeter, measure
+
+    request = read_record(job.dir.request, PreflightRequest)
+    plan = request.plan
+    meter = PhaseMeter(job.dir, MemoryOptimizer(plan.max_memory_gb, plan.device))
+    engine, trainer = _load_for_training(job, plan)
+    meter.memory = engine.memory
+    job.heartbeat.beat("train")
+    return measure(engine, trainer, request, meter)
+
+
 def _load_for_training(job: Job, plan: TrainPlan) -> tuple[TrainingEngine, QATrainer]:
     """The model with its adapter, the rows, and what trains them, as `plan` says."""
     from datasets import DatasetDict
@@ -146,6 +164,7 @@ def inference(job: Job) -> InferenceReport:
 KINDS: dict[str, Callable[[Job], BaseModel]] = {
     "quantize": quantize,
     "data": data,
+    "preflight": preflight,
     "train": train,
     "inference": inference,
 }

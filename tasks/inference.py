@@ -1,4 +1,4 @@
-"""Stage 8: what the saved adapter answers, beside the base model and the champion."""
+"""Stage 9: what the saved adapter answers, beside the base model and the champion."""
 
 from __future__ import annotations
 

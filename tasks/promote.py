@@ -1,4 +1,4 @@
-"""Stage 9: into the registry, and into use if it is better."""
+"""Stage 10: into the registry, and into use if it is better."""
 
 from __future__ import annotations
 

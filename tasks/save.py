@@ -1,4 +1,4 @@
-"""Stage 7: the best checkpoint's adapter, saved, read back and handed to MLflow."""
+"""Stage 8: the best checkpoint's adapter, saved, read back and handed to MLflow."""
 
 from __future__ import annotations
 

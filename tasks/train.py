@@ -1,4 +1,4 @@
-"""Stage 6: one training attempt in a worker process, with live progress."""
+"""Stage 7: one training attempt in a worker process, with live progress."""
 
 from __future__ import annotations
 

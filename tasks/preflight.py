@@ -1,0 +1,43 @@
+"""Stage 6: the plan's worst batches, run and measured before training."""
+
+from __future__ import annotations
+
+from prefect import task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+
+from qwen3ft.attempt import RunDir
+from qwen3ft.config import TrainingConfig
+from qwen3ft.journal import Journal
+from qwen3ft.preflight import measure_first
+from qwen3ft.preflight_records import PreflightReport
+from qwen3ft.preflight_report import to_markdown
+from qwen3ft.records import GIB, EnvironmentReport, TrainPlan
+
+
+@task(name="preflight", task_run_name="preflight", cache_policy=NO_CACHE)
+def run_preflight(
+    config: TrainingConfig, environment: EnvironmentReport, plan: TrainPlan, run: RunDir
+) -> TrainPlan:
+    """The plan to train with; what was measured goes to the run's page and to MLflow.
+
+    Its own cache is used instead of Prefect's, as `qwen3ft train` has no server in common with it.
+    """
+    result = measure_first(config, environment, plan, run)
+    if result.reports:
+        _show(run, result.reports)
+    return result.plan
+
+
+def _show(run: RunDir, reports: tuple[PreflightReport, ...]) -> None:
+    last, markdown = reports[-1], to_markdown(reports)
+    create_markdown_artifact(
+        key="preflight", markdown=markdown, description="Memory predicted, and measured"
+    )
+    journal = Journal(run)
+    journal.json("preflight.json", [report.model_dump(mode="json") for report in reports])
+    journal.text("preflight.md", markdown)
+    values = {"memory/predicted_gb": last.predicted_bytes / GIB}
+    if last.failure is None:
+        values["memory/preflight_peak_gb"] = last.measured_bytes / GIB
+    journal.metrics(values)
