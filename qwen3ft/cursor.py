@@ -54,8 +54,6 @@ class AttemptCursor(BaseModel):
     run_id: str
     metrics_offset: int = 0
     memory_offset: int = 0
-    budget_gb: float | None = None
-    predicted_gb: float | None = None
 
 
 class TrackingState(BaseModel):

@@ -1,4 +1,4 @@
-"""The pictures of a run: lengths of its rows, its loss curve, its memory beside the budget.
+"""The pictures of a run: lengths of its rows, its loss curve; see `qwen3ft.memory_figure` too.
 
 Drawn without a display and without pyplot's global state, so it is safe in any thread. What to draw
 comes in as records; reading files is the caller's business.
@@ -7,23 +7,10 @@ comes in as records; reading files is the caller's business.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from qwen3ft.records import TrainingMetrics
-
-
-class MemorySample(BaseModel):
-    """One line of memory.jsonl: a `MemoryStatus` with its step and time; other keys are ignored."""
-
-    step: int
-    timestamp: datetime
-    allocated_gb: float
-    cached_gb: float
-    available_gb: float
 
 
 def loss_figure(lines: Sequence[TrainingMetrics]) -> Any:
@@ -42,31 +29,6 @@ def loss_figure(lines: Sequence[TrainingMetrics]) -> Any:
         marker="o",
         label="held out",
     )
-    axes.legend()
-    return figure
-
-
-def memory_figure(
-    samples: Sequence[MemorySample], budget_gb: float | None, predicted_gb: float | None
-) -> Any:
-    """Memory in use and held by the allocator over time, with the budget and the predicted peak.
-
-    Args:
-        samples: At least one; times are shown as minutes since the first.
-        budget_gb: Drawn as a line (2**30 bytes), if known.
-        predicted_gb: Likewise, the peak that the plan predicted.
-    """
-    figure, axes = _canvas("Memory", "minutes", "GB (2**30 bytes)")
-    minutes = [(sample.timestamp - samples[0].timestamp).total_seconds() / 60 for sample in samples]
-    axes.plot(minutes, [sample.cached_gb for sample in samples], label="held by the allocator")
-    axes.plot(minutes, [sample.allocated_gb for sample in samples], label="in use")
-    if budget_gb is not None:
-        axes.axhline(budget_gb, color="tab:red", label=f"budget {budget_gb:.2f} GB")
-    if predicted_gb is not None:
-        axes.axhline(
-            predicted_gb, color="tab:gray", linestyle="--", label=f"predicted {predicted_gb:.2f} GB"
-        )
-    axes.set_ylim(bottom=0)
     axes.legend()
     return figure
 
@@ -93,12 +55,18 @@ def write_png(figure: Any, path: Path) -> Path:
     return path
 
 
-def _canvas(title: str, x_label: str, y_label: str) -> tuple[Any, Any]:
+def new_figure(width_inches: float, height_inches: float) -> Any:
+    """An empty figure that can be rendered to a file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 5), layout="constrained")
+    figure = Figure(figsize=(width_inches, height_inches), layout="constrained")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def _canvas(title: str, x_label: str, y_label: str) -> tuple[Any, Any]:
+    figure = new_figure(10, 5)
     axes = figure.add_subplot()
     axes.set(title=title, xlabel=x_label, ylabel=y_label)
     axes.grid(visible=True, alpha=0.3)

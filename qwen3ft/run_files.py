@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from qwen3ft.attempt import JobDir
-from qwen3ft.cursor import lines_from
+from qwen3ft.attempt import RunDir
+from qwen3ft.cursor import lines_from, operations
 from qwen3ft.data_records import DatasetManifest
 from qwen3ft.errors import RejectedError
-from qwen3ft.figures import MemorySample, lengths_figure, loss_figure, memory_figure, write_png
-from qwen3ft.journal import DatasetInput, Metrics
+from qwen3ft.figures import lengths_figure, loss_figure, write_png
+from qwen3ft.journal import AttemptEnded, AttemptStarted, DatasetInput, Metrics
 from qwen3ft.logs import get_logger, mask_secrets
-from qwen3ft.records import TrainingMetrics
+from qwen3ft.memory_figure import AttemptMemory, MemorySample, memory_figure
+from qwen3ft.records import MemoryPart, TrainingMetrics
 from qwen3ft.tracking import Point
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
@@ -60,6 +61,7 @@ def memory_points(line: bytes) -> list[Point]:
         "memory/allocated_gb": sample.allocated_gb,
         "memory/cached_gb": sample.cached_gb,
         "memory/available_gb": sample.available_gb,
+        "memory/process_gb": sample.process_gb,
     }
     return _points(values, sample.timestamp, sample.step)
 
@@ -82,17 +84,56 @@ def _records(kind: type[ModelT], path: Path) -> list[ModelT]:
     return [record for record in parsed if record is not None]
 
 
-def draw_attempt(
-    job: JobDir, budget_gb: float | None, predicted_gb: float | None, folder: Path
-) -> list[Path]:
+def draw_attempt(run_dir: RunDir, number: int, folder: Path) -> list[Path]:
     """Write loss.png and memory.png of an attempt into `folder`, each if there is data for it."""
     drawn = []
-    if metrics := _records(TrainingMetrics, job.metrics):
+    if metrics := _records(TrainingMetrics, run_dir.attempt(number).metrics):
         drawn.append(write_png(loss_figure(metrics), folder / "loss.png"))
-    if samples := _records(MemorySample, job.memory):
-        figure = memory_figure(samples, budget_gb, predicted_gb)
-        drawn.append(write_png(figure, folder / "memory.png"))
+    if memory := [attempt for attempt in attempts_memory(run_dir) if attempt.number == number]:
+        drawn.append(write_png(memory_figure(memory), folder / "memory.png"))
     return drawn
+
+
+def draw_memory(run_dir: RunDir, folder: Path) -> list[Path]:
+    """Write memory.png of all attempts into `folder`, if there was one."""
+    attempts = attempts_memory(run_dir)
+    return [write_png(memory_figure(attempts), folder / "memory.png")] if attempts else []
+
+
+def attempts_memory(run_dir: RunDir) -> list[AttemptMemory]:
+    """Budget, prediction, measurements and end of each attempt that the journal tells of."""
+    found: dict[int, AttemptMemory] = {}
+    for operation in operations(run_dir):
+        if isinstance(operation, AttemptStarted):
+            found[operation.number] = AttemptMemory(
+                number=operation.number,
+                started=_moment(operation.time_ms),
+                budget_gb=operation.budget_gb,
+                predicted=_predicted(operation.plan),
+                samples=tuple(_records(MemorySample, run_dir.attempt(operation.number).memory)),
+            )
+        elif isinstance(operation, AttemptEnded) and operation.number in found:
+            failed = None if operation.status == "FINISHED" else operation.status
+            end = {
+                "ended": _moment(operation.time_ms),
+                "failure": operation.tags.get("failure", failed),
+            }
+            found[operation.number] = found[operation.number].model_copy(update=end)
+    return [found[number] for number in sorted(found)]
+
+
+def _predicted(plan: str) -> tuple[MemoryPart, ...]:
+    """The predicted parts of a journaled plan."""
+    try:
+        parts = json.loads(plan)["predicted"]
+        return tuple(MemoryPart.model_validate(part) for part in parts)
+    except (ValueError, KeyError, TypeError):
+        _log.warning("A journaled plan has no readable prediction.")
+        return ()
+
+
+def _moment(time_ms: int) -> datetime:
+    return datetime.fromtimestamp(time_ms / 1000, UTC)
 
 
 def draw_lengths(dataset: DatasetInput, folder: Path) -> list[Path]:

@@ -45,6 +45,7 @@ from qwen3ft.logs import get_logger
 from qwen3ft.run_files import (
     draw_attempt,
     draw_lengths,
+    draw_memory,
     memory_points,
     operation_points,
     table_json,
@@ -166,9 +167,7 @@ class Sender:
         if cursor is None:
             identity = {"mlflow.parentRunId": parent, "qwen3ft.attempt": str(op.number)}
             run_id = connection.find_or_create_run(f"attempt-{op.number}", op.time_ms, identity, {})
-            cursor = AttemptCursor(
-                run_id=run_id, budget_gb=op.budget_gb, predicted_gb=op.predicted_gb
-            )
+            cursor = AttemptCursor(run_id=run_id)
             self.state.attempts[op.number] = cursor
         connection.set_status(cursor.run_id, "RUNNING")
         _upload_text(connection, cursor.run_id, "plan.json", op.plan)
@@ -183,11 +182,13 @@ class Sender:
         connection.log(cursor.run_id, tags=op.tags)
         connection.set_status(cursor.run_id, op.status, op.time_ms)
         with tempfile.TemporaryDirectory(prefix="qwen3ft-") as folder:
-            for path in draw_attempt(
-                self.run_dir.attempt(op.number), cursor.budget_gb, cursor.predicted_gb, Path(folder)
-            ):
+            for path in draw_attempt(self.run_dir, op.number, Path(folder)):
                 connection.upload(cursor.run_id, path, "figures")
                 connection.upload(parent, path, "figures")  # the last attempt's stay there
+            for path in draw_memory(self.run_dir, Path(folder)):  # but memory is of all attempts
+                connection.upload(parent, path, "figures")
+        if (report := self.run_dir.attempt(op.number).memory_report).is_dir():
+            connection.upload(cursor.run_id, report, "memory")
 
     def _log_table(self, connection: Connection, parent: str, table: Table) -> None:
         """What MLflow's `log_table` does; but that appends, and so must not be repeated."""

@@ -256,7 +256,7 @@ def test_a_planted_leak_ends_its_attempt_with_a_checkpoint_and_a_fresh_process_g
     attempt: Any, make_plan: Any, tmp_path: Path
 ) -> None:
     """Found before memory runs out; nothing is lost; the next attempt has the same plan."""
-    many = {"total_steps": 100_000, "evaluate_every_steps": 50_000, "max_memory_gb": 1.25}
+    many = {"total_steps": 100_000, "evaluate_every_steps": 50_000, "max_memory_gb": 1.4}
     with pytest.raises(MemoryLeakError) as caught:
         attempt("leak@step=5:kib=4096", **many)
     facts = caught.value.facts

@@ -409,6 +409,7 @@ def test_an_attempt_is_a_child_run_with_its_plan_and_series(database: str, run_d
         "memory/allocated_gb",
         "memory/cached_gb",
         "memory/available_gb",
+        "memory/process_gb",
     }
     run_id = child.info.run_id
     assert history(database, run_id, "train/loss") == [(s, 4.0 / s) for s in range(1, 21)]

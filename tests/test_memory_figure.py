@@ -1,0 +1,113 @@
+"""The picture of a run's memory: what it says, and that it reaches MLflow."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen3ft.figures import write_png
+from qwen3ft.memory_figure import AttemptMemory, MemorySample, attempt_minutes, memory_figure
+from qwen3ft.records import GIB, MemoryPart
+
+START = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+
+
+def make_attempt(number: int, after_seconds: float, **changes: Any) -> AttemptMemory:
+    """An attempt of 100 s that starts `after_seconds` after the run."""
+    started = START + timedelta(seconds=after_seconds)
+    samples = tuple(
+        MemorySample(
+            step=step,
+            timestamp=started + timedelta(seconds=10 * step),
+            allocated_gb=1.0 + 0.1 * step,
+            cached_gb=2.0,
+            available_gb=1.0,
+            beside_gb=0.5,
+        )
+        for step in range(1, 10)
+    )
+    values: dict[str, Any] = {
+        "number": number,
+        "started": started,
+        "ended": started + timedelta(seconds=100),
+        "budget_gb": 4.0,
+        "predicted": make_parts(weights=1.5, activations=1.25),
+        "samples": samples,
+    }
+    return AttemptMemory(**{**values, **changes})
+
+
+def make_parts(**sizes_gb: float) -> tuple[MemoryPart, ...]:
+    return tuple(
+        MemoryPart(name=name, bytes=int(size_gb * GIB), formula="n")
+        for name, size_gb in sizes_gb.items()
+    )
+
+
+def texts(axes: Any) -> list[str]:
+    return [text.get_text() for text in axes.texts]
+
+
+def test_one_picture_shows_budget_prediction_and_reality(tmp_path: Path) -> None:
+    """Three curves, the budget on both sides, a stack for each plan, and how each attempt ended."""
+    attempts = [
+        make_attempt(1, 0, failure="OutOfMemoryError"),
+        make_attempt(2, 110, failure="MemoryLeakError", predicted=make_parts(weights=1.5)),
+        make_attempt(3, 220, predicted=make_parts(weights=1.5)),
+    ]
+    figure = memory_figure(attempts)
+    curves, bars = figure.axes
+    legend = [text.get_text() for text in curves.get_legend().get_texts()]
+    assert legend == [
+        "whole process",
+        "held by the allocator",
+        "in use",
+        "predicted peak",
+        "budget 4.00 GB",
+    ]
+    assert texts(curves) == ["1: OutOfMemoryError", "2: MemoryLeakError", "3: completed"]
+    by_label = {line.get_label(): line for line in curves.lines}
+    assert set(by_label["whole process"].get_ydata()) == {2.5}
+    assert [label.get_text() for label in bars.get_xticklabels()] == [
+        "attempt\n1",
+        "attempt\n2 to 3",
+    ]
+    assert texts(bars) == ["2.75", "1.50"]
+    stacked = [(patch.get_y(), patch.get_height()) for patch in bars.patches]
+    assert stacked == [(0.0, 1.5), (0.0, 1.5), (1.5, 1.25), (1.5, 0.0)]
+    assert write_png(figure, tmp_path / "memory.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_run_that_is_continued_days_later_stays_readable() -> None:
+    """A pause counts as a minute at most; attempts never overlap."""
+    spans = attempt_minutes([make_attempt(1, 0), make_attempt(2, 130), make_attempt(3, 3 * 86400)])
+    assert spans == [
+        pytest.approx((0, 100 / 60)),
+        pytest.approx((130 / 60, 230 / 60)),
+        pytest.approx((290 / 60, 390 / 60)),
+    ]
+
+
+def test_an_attempt_without_measurements_is_drawn_too(tmp_path: Path) -> None:
+    """It failed while it loaded: its prediction and its end are there."""
+    attempt = make_attempt(1, 0, samples=(), failure="OutOfMemoryError")
+    curves, bars = memory_figure([attempt]).axes
+    assert texts(curves) == ["1: OutOfMemoryError"]
+    assert texts(bars) == ["2.75"]
+    bare = AttemptMemory(number=1, started=START)
+    curves, bars = memory_figure([bare]).axes
+    assert texts(curves) == ["1: running"]
+    write_png(memory_figure([bare]), tmp_path / "bare.png")
+
+
+def test_many_small_parts_are_drawn_as_one() -> None:
+    """The sum stays right."""
+    parts = make_parts(**{f"part{i}": 0.1 * (20 - i) for i in range(20)})
+    _, bars = memory_figure([make_attempt(1, 0, predicted=parts)]).axes
+    names = [text.get_text() for text in bars.get_legend().get_texts()]
+    assert names[0] == "other parts"
+    assert len(names) == 10
+    assert sum(patch.get_height() for patch in bars.patches) == pytest.approx(21.0)
