@@ -5,8 +5,9 @@ but something fits, the plan is made again within that, its effective batch and 
 decides the result unchanged; otherwise the run waits or refuses, as `when_card_is_busy` says, and
 names the programs. A budget that was lowered stays so for the rest of the run.
 
-Not covered: what other programs take once the attempt has begun. The driver then refuses memory,
-which recovery answers; the next attempt looks again.
+Not covered: what other programs take once the attempt has begun (the driver then refuses memory,
+which recovery answers; the next attempt looks again), and what a measurement or recovery has learnt
+about the prediction: a plan made anew trusts it as the first one did.
 """
 
 from __future__ import annotations
