@@ -9,9 +9,9 @@ XDG_RUNTIME_DIR is asked, since a login session, a service and a scheduler's job
 different ones. QWEN3FT_LOCK_DIR names another folder, for services with a /tmp of their own and for
 containers that share a card.
 
-Not covered: other users and programs that ask for no lock, such as `qwen3ft chat` and `qwen3ft plan`
-(`qwen3ft.shared_card` reads them from NVML), the order among those who wait, and a holder that
-forks without exec.
+Not covered: other users, and programs that ask for no lock, such as `qwen3ft chat` and
+`qwen3ft plan` (`qwen3ft.shared_card` reads them from NVML); the order among those who wait; a
+holder that forks without exec.
 """
 
 from __future__ import annotations
