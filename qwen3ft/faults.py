@@ -4,8 +4,8 @@
 left out), or `...:preflight=M` for the M-th measurement of a preflight. Actions: `oom` raises
 torch's out-of-memory error, `exit` ends the process with status 1 as a native library does, `nan`
 makes one gradient NaN, `kill` and `term` send the signal, `hang` stops making progress, `error`
-raises a ValueError. `leak@step=N:kib=K` keeps K KiB more of the
-training device's memory at every step from N on. A worker that runs with it says so in its log.
+raises a ValueError. `leak@step=N:kib=K` keeps K KiB more of the training device's memory at every
+step from N on. A worker that runs with it says so in its log.
 """
 
 from __future__ import annotations

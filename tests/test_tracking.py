@@ -37,6 +37,7 @@ from qwen3ft.records import (
     TrainPlan,
 )
 from qwen3ft.registry import Registry, registered_model_name
+from qwen3ft.run_files import attempts_memory
 from qwen3ft.storage import append_json_line, sha256_file
 from qwen3ft.tracking import EXPERIMENT_NAME, connect
 from qwen3ft.tracking_uri import default_tracking_uri, run_url
@@ -418,6 +419,41 @@ def test_an_attempt_is_a_child_run_with_its_plan_and_series(database: str, run_d
     assert point.timestamp == int((START + timedelta(seconds=1)).timestamp() * 1000)
     assert artifact_names(database, run_id, "figures") == {"figures/loss.png", "figures/memory.png"}
     assert artifact_names(database, run_id, "") >= {"plan.json"}
+
+
+def test_memory_of_all_attempts_and_what_it_was_full_of_reach_mlflow(
+    database: str, run_dir: RunDir
+) -> None:
+    """The run's picture is of both attempts; the failed one's report is with its child run."""
+    journal = Journal(run_dir)
+    journal.run_started("run-1", {}, {})
+    for number, failure in ((1, "OutOfMemoryError"), (2, "")):
+        journal.attempt_started(make_plan(run_dir, number))
+        write_steps(run_dir.attempt(number), range(1, 4))
+        if failure:
+            report = run_dir.attempt(number).memory_report
+            report.mkdir()
+            (report / "resident.txt").write_text("Resident memory")
+            journal.attempt_ended(number, "FAILED", {"failure": failure})
+        else:
+            journal.attempt_ended(number, "FINISHED")
+    first, second = attempts_memory(run_dir)
+    assert (first.failure, second.failure) == ("OutOfMemoryError", None)
+    assert [len(attempt.samples) for attempt in (first, second)] == [3, 3]
+    assert first.predicted == make_plan(run_dir).predicted
+    assert first.budget_gb == 2.0
+
+    assert replay(run_dir, database)
+    state = read_state(run_dir)
+    children = [state.attempts[number].run_id for number in (1, 2)]
+    assert artifact_names(database, children[0], "memory") == {"memory/resident.txt"}
+    assert artifact_names(database, children[1], "memory") == set()
+    artifacts = Path(database.removeprefix("sqlite:///")).parent / "artifacts"
+    pictures = {
+        (artifacts / str(run_id) / "artifacts" / "figures" / "memory.png").read_bytes()
+        for run_id in (*children, state.parent_run_id)
+    }
+    assert len(pictures) == 3
 
 
 def test_a_live_mirror_follows_the_worker_and_samples_the_system(
