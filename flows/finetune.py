@@ -32,6 +32,7 @@ from flows.around import (
     show_data,
     tracked,
     unless_unreachable,
+    warn_of_limits,
 )
 from qwen3ft import checkpoint, logs
 from qwen3ft.adjust import GiveUp
@@ -97,6 +98,7 @@ def qwen3_finetune(
                 return end_without_training(run, change)
             with clock("plan"):
                 first = plan_training(config, environment, model, adapter, dataset)
+                warn_of_limits(config, first)
             with clock("preflight"):
                 first = run_preflight(config, environment, first, run)
             with clock("train"):
