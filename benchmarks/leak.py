@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -108,15 +109,18 @@ def train(plan: TrainPlan, run: RunDir, fault: str = "") -> tuple[JobDir, Finetu
 
 
 def resident(job: JobDir) -> list[tuple[int, float]]:
-    """(step, resident MiB) of each second, outside evaluations, after warm-up."""
+    """(step, resident MiB) of each step after warm-up, evaluations left out.
+
+    It is measured once a second; steps in between repeat the last measurement.
+    """
     metrics = [json.loads(line) for line in job.metrics.read_text(encoding="utf-8").splitlines()]
-    lines = [line for line in metrics if line["held_out_loss"] is None]
-    after = WARM_UP_SHARE * lines[-1]["step"]
-    told: dict[float, int] = {}
-    for line in lines:  # the same reading is told with each step of its second
-        if line["step"] > after:
-            told.setdefault(line["memory_usage"]["allocated_gb"], line["step"])
-    return sorted((step, gb * GIB / MIB) for gb, step in told.items())
+    steps = [line for line in metrics if line["held_out_loss"] is None]
+    after = WARM_UP_SHARE * steps[-1]["step"]
+    return [
+        (line["step"], line["memory_usage"]["allocated_gb"] * GIB / MIB)
+        for line in steps
+        if line["step"] > after
+    ]
 
 
 def slope_mib_per_1000_steps(points: Sequence[tuple[int, float]]) -> float:
@@ -134,23 +138,37 @@ def measure(work: Path, steps: int) -> dict[str, Any]:
     job, error = train(plan, RunDir(work / "clean"))
     if error is not None:
         sys.exit(f"the clean run failed: {error}")
-    seconds = time.monotonic() - started
-    points = resident(job)
-    clean = {
-        "steps": steps,
-        "seconds": round(seconds, 1),
-        "readings": len(points),
-        "first_mib": round(points[0][1], 1),
-        "last_mib": round(points[-1][1], 1),
-        "lowest_mib": round(min(mib for _, mib in points), 1),
-        "highest_mib": round(max(mib for _, mib in points), 1),
-        "mib_per_1000_steps": round(slope_mib_per_1000_steps(points), 4),
-        "bar_mib_per_1000_steps": MOST_MIB_PER_1000_STEPS,
-    }
+    clean = tell_clean(job, time.monotonic() - started)
     fault = f"leak@step={PLANTED_FROM_STEP}:kib={PLANTED_KIB}"
     leaking = plan.model_copy(update={"max_memory_gb": PLANTED_BUDGET_GB})
     _, error = train(leaking, RunDir(work / "leaking"), fault)
-    planted = {
+    return {"machine": machine(), "clean": clean, "planted": tell_planted(fault, error)}
+
+
+def tell_clean(job: JobDir, seconds: float) -> dict[str, Any]:
+    """What the run without a leak showed."""
+    points = resident(job)
+    told = re.search(
+        r"(\d+) readings for leaks took ([\d.]+) ms", job.log.read_text(encoding="utf-8")
+    )
+    assert told is not None
+    return {
+        "steps": points[-1][0],
+        "seconds": round(seconds, 1),
+        "first_mib": round(points[0][1], 2),
+        "last_mib": round(points[-1][1], 2),
+        "lowest_mib": round(min(mib for _, mib in points), 2),
+        "highest_mib": round(max(mib for _, mib in points), 2),
+        "mib_per_1000_steps": round(slope_mib_per_1000_steps(points), 4),
+        "bar_mib_per_1000_steps": MOST_MIB_PER_1000_STEPS,
+        "readings_of_the_detector": int(told[1]),
+        "share_of_time": round(float(told[2]) / 1000 / seconds, 6),
+    }
+
+
+def tell_planted(fault: str, error: FinetuneError | None) -> dict[str, Any]:
+    """How the run with a leak ended."""
+    return {
         "fault": fault,
         "budget_gb": PLANTED_BUDGET_GB,
         "planted_mib_per_1000_steps": PLANTED_KIB * 1000 / 1024,
@@ -158,7 +176,6 @@ def measure(work: Path, steps: int) -> dict[str, Any]:
         "said": error.what if error else None,
         "facts": error.facts if error else {},
     }
-    return {"machine": machine(), "clean": clean, "planted": planted}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -174,7 +191,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{clean['steps']:,} steps in {clean['seconds']:.0f} s: resident memory "
         f"{clean['first_mib']:.1f} -> {clean['last_mib']:.1f} MiB, "
         f"{clean['mib_per_1000_steps']:+.3f} MiB per 1,000 steps "
-        f"(bar {MOST_MIB_PER_1000_STEPS:g})\n"
+        f"(bar {MOST_MIB_PER_1000_STEPS:g}); the detector took {clean['share_of_time']:.3%} of the "
+        f"time\n"
         f"planted {planted['planted_mib_per_1000_steps']:.0f} MiB per 1,000 steps: "
         f"{planted['ended_by']}: {planted['said']}"
     )
