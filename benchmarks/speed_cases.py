@@ -1,6 +1,6 @@
 """What `speed.py` runs: shapes, cases, suites and the workload. Data, and no torch.
 
-To extend it, add a shape to `SHAPES`, or a line to `SUITES`.
+To extend it, add a line to `SUITES`; shapes are those of `qwen3ft.shapes`.
 """
 
 from __future__ import annotations
@@ -12,36 +12,14 @@ from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any, Literal
 
-_QWEN3 = {
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "max_position_embeddings": 262144,
-    "rms_norm_eps": 1e-6,
-}
-
-
-def _shape(
-    hidden: int, intermediate: int, layers: int, heads: int, *, tied: bool
-) -> dict[str, Any]:
-    return {
-        **_QWEN3,
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "tie_word_embeddings": tied,
-    }
-
+from qwen3ft.shapes import KNOWN_MODELS
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "0.6b": _shape(1024, 3072, 28, 16, tied=True),
-    "1.7b": _shape(2048, 6144, 28, 16, tied=True),
-    "4b": _shape(2560, 9728, 36, 32, tied=True),
-    "8b": _shape(4096, 12288, 36, 32, tied=False),
-    "14b": _shape(5120, 17408, 40, 40, tied=False),
+    model.key: {**model.shape.model_dump(), "max_position_embeddings": 262144, "rms_norm_eps": 1e-6}
+    for model in KNOWN_MODELS
 }
-"""The exact Qwen3 shapes; 'tiny' is the embedded model, with its own weights."""
+"""The exact Qwen3 shapes, all with room for long sequences; 'tiny' is the embedded model, with its
+own weights."""
 
 TINY = "tiny"
 FIRST_TOKEN, TOKENS = 10, 500

@@ -27,9 +27,12 @@ from qwen3ft.config import TrainingConfig
 from qwen3ft.cursor import read_state
 from qwen3ft.data_records import DataChange, DatasetManifest
 from qwen3ft.errors import FinetuneError, TransientError
+from qwen3ft.figures import write_png
 from qwen3ft.gpu_lock import CPU, hold_card
 from qwen3ft.journal import Journal, RunStatus
 from qwen3ft.mirror import Mirror, replay_unsent
+from qwen3ft.plan_table import run_table
+from qwen3ft.plan_view import plan_figure, plan_markdown
 from qwen3ft.records import NOTHING_NEW, AttemptSummary, EnvironmentReport, TrainPlan
 from qwen3ft.result_records import RunCard
 from qwen3ft.tracking_uri import default_tracking_uri, run_url
@@ -142,6 +145,19 @@ def show_data(run: RunDir, dataset: DatasetManifest, change: DataChange) -> None
     journal = Journal(run)
     journal.dataset(dataset)
     journal.text("data.md", markdown)
+
+
+def show_plan(
+    run: RunDir, config: TrainingConfig, environment: EnvironmentReport, plan: TrainPlan
+) -> None:
+    """What will be done, why, and what memory it is predicted to take: on both pages of the run."""
+    table = run_table(config, environment, plan)
+    markdown = plan_markdown(table)
+    create_markdown_artifact(key="plan", markdown=markdown, description=table.headline)
+    journal = Journal(run)
+    journal.text("plan.md", markdown)
+    journal.text("plan.json", table.model_dump_json(indent=2))
+    journal.artifacts(write_png(plan_figure(table), run.path / "plan.png"), "")
 
 
 def warn_of_limits(config: TrainingConfig, plan: TrainPlan) -> None:

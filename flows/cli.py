@@ -85,9 +85,48 @@ def train(
 
 @app.command()
 def plan(
-    config: ConfigOption = None, settings: SetOption = None, as_json: JsonOption = False
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", metavar="4b|NAME|DIR", help="A Qwen3; with --sweep also all."
+        ),
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option("--budget", "-b", metavar="GB", help="Memory allowed.")
+    ] = None,
+    seq: Annotated[int | None, typer.Option("--seq", metavar="TOKENS", help="Longest row.")] = None,
+    batch: Annotated[
+        str | None, typer.Option("--batch", metavar="4x16", help="Sequences a step.")
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option("--gpu", metavar="NAME", help='h200, "RTX 4090", ..., this, or none.'),
+    ] = None,
+    fill: Annotated[
+        float | None,
+        typer.Option(
+            "--fill", metavar="SHARE", min=0.001, max=1, help="Mean row over longest [0.42]."
+        ),
+    ] = None,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="A table of budgets and sequence lengths.")
+    ] = False,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Predict what a run would do and how much memory it needs, without training."""
+    """Predict what fits a memory budget, how fast by estimate, and why, without training.
+
+    With any option from --model to --sweep it answers at once from the model's shape, without
+    weights or data: qwen3ft plan --model 4b --budget 13. Without, it plans the run that the
+    settings describe, and for that quantises the model and reads the data once.
+    """
+    from flows import cli_plan
+
+    question = cli_plan.Question(model, budget, seq, batch, gpu, fill, sweep)
+    if question.is_about_shapes:
+        cli_plan.answer(question, config, settings or [], as_json=as_json)
+        return
     from flows import cli_runs
 
     cli_runs.plan(config, settings or [], as_json=as_json)

@@ -6,12 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-import typer
-import yaml
-
 from deployments import services
 from deployments.deploy import PREFECT_FILE, choose_defaults, read_settings
 from deployments.stack import Stack
+from flows.cli_settings import read_overrides
 from flows.cli_view import say
 from qwen3ft.config import TrainingConfig, parse_config
 from qwen3ft.errors import EnvironmentNotReadyError
@@ -31,20 +29,6 @@ def open_project() -> Stack:
     )
 
 
-def _overrides(settings: list[str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for setting in settings:
-        name, equals, text = setting.partition("=")
-        if not equals:
-            raise typer.BadParameter(f"{setting!r} is not KEY=VALUE", param_hint="--set")
-        value = yaml.safe_load(text)
-        field = TrainingConfig.model_fields.get(name)
-        if field is not None and isinstance(field.default, tuple) and isinstance(value, str):
-            value = value.split(",")  # --set data_paths=a.jsonl,b.jsonl
-        values[name] = value
-    return values
-
-
 def read_request(
     root: Path, path: Path | None, settings: list[str]
 ) -> tuple[dict[str, Any], str | None]:
@@ -53,7 +37,7 @@ def read_request(
     They start from the file if one is given, else from what the deployment starts from on this
     machine; but a model named by hand starts from the defaults, not from another model's settings.
     """
-    overrides = _overrides(settings)
+    overrides = read_overrides(settings)
     if path is not None:
         return read_settings(path) | overrides, None
     if "model_name" in overrides:

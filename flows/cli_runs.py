@@ -11,7 +11,7 @@ from deployments.deploy import deploy as register
 from deployments.deploy import read_deployment
 from deployments.stack import DEPLOYMENT, Stack
 from flows.cli_project import open_project, request_config, run_parameters, use_local_services
-from flows.cli_view import RunView, open_console, print_json, say, show_card, show_plan
+from flows.cli_view import RunView, open_console, print_json, say, show_card
 from flows.follow import Follower, MetricsTail, StateChange, start_run
 from qwen3ft.attempt import RunDir, read_record
 from qwen3ft.config import parse_config
@@ -64,14 +64,16 @@ def plan(path: Path | None, settings: list[str], *, as_json: bool) -> None:
     """Show what a run would do."""
     stack = open_project()
     config = request_config(stack.root, path, settings)
-    use_local_services(stack)
-    from flows.finetune import preview_plan
+    from flows.cli_plan_view import show_table
+    from qwen3ft.plan_table import run_table
+    from qwen3ft.prepare import preview_plan
 
     planned = preview_plan(config)
+    table = run_table(config, EnvironmentManager(stack.root).report(), planned)
     if as_json:
-        print_json(planned.model_dump(mode="json"))
+        print_json(planned.model_dump(mode="json") | {"table": table.model_dump(mode="json")})
     else:
-        show_plan(open_console(), planned)
+        show_table(open_console(), table)
 
 
 def sync(path: Path | None, settings: list[str]) -> None:

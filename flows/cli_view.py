@@ -19,7 +19,7 @@ from rich.progress import Progress as ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from qwen3ft.records import GIB, EnvironmentReport, TrainPlan
+from qwen3ft.records import GIB, EnvironmentReport
 from qwen3ft.result_records import RunCard
 
 if TYPE_CHECKING:
@@ -153,23 +153,6 @@ def show_card(console: Console, card: RunCard) -> None:
         "MLflow": card.mlflow_url or "recorded without a server: no page",
     }
     show_sections(console, card.title, {"": rows})
-
-
-def show_plan(console: Console, plan: TrainPlan) -> None:
-    """What a run would do, with the reason of every derived value and the predicted memory."""
-    settings = {
-        "model": f"{plan.model.source.model_name} ({plan.model.quantization}) on {plan.device}",
-        "data": f"{plan.dataset.train.rows:,} rows, {plan.dataset.train.tokens:,} tokens; "
-        f"{plan.dataset.dev.rows:,} + {plan.dataset.test_rows:,} rows held out",
-        "adapter": f"r {plan.adapter.r}, alpha {plan.adapter.alpha}, "
-        f"{plan.adapter.trainable_parameters:,} trainable parameters",
-        "batch": f"{plan.micro_batch_size} x {plan.gradient_accumulation_steps}",
-        "steps": f"{plan.total_steps:,} at most, in {plan.num_epochs} epochs",
-        **{name: f"{reason}" for name, reason in plan.reasons.items()},
-    }
-    memory = {part.name: f"{part.bytes / GIB:8.3f} GB  {part.formula}" for part in plan.predicted}
-    memory["peak"] = f"{plan.predicted_peak_bytes / GIB:8.3f} GB  of {plan.max_memory_gb:g} GB"
-    show_sections(console, "Plan", {"": settings, "Predicted memory": memory})
 
 
 def show_status(console: Console, status: StackStatus) -> None:

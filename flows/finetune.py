@@ -30,6 +30,7 @@ from flows.around import (
     run_name,
     show_attempts,
     show_data,
+    show_plan,
     tracked,
     unless_unreachable,
     warn_of_limits,
@@ -42,7 +43,6 @@ from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import FinetuneError
 from qwen3ft.failures import to_error, to_failure
 from qwen3ft.known_rows import compare_data, find_known_rows
-from qwen3ft.prepare import preview_plan
 from qwen3ft.records import (
     AttemptOutcome,
     AttemptSummary,
@@ -63,7 +63,7 @@ from tasks.promote import find_champion, promote, register
 from tasks.save import save
 from tasks.train import finished_attempt, train_attempt
 
-__all__ = ["preview_plan", "qwen3_finetune", "run_in_process"]
+__all__ = ["qwen3_finetune", "run_in_process"]
 
 logger = logs.get_logger("flow")
 
@@ -99,8 +99,11 @@ def qwen3_finetune(
             with clock("plan"):
                 first = plan_training(config, environment, model, adapter, dataset)
                 warn_of_limits(config, first)
+                show_plan(run, config, environment, first)
             with clock("preflight"):
-                first = run_preflight(config, environment, first, run)
+                planned, first = first, run_preflight(config, environment, first, run)
+                if first != planned:
+                    show_plan(run, config, environment, first)
             with clock("train"):
                 plan, outcome, attempts = train_with_recovery(config, environment, first, run)
             with clock("save"):

@@ -21,6 +21,7 @@ makes again.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -190,12 +191,13 @@ class FusedSizes:
         most = self.row_bytes(tokens, (Level.KEEP_ALL,) * blocks)
         rest = 0 if self.offload else max(0, min(budget_bytes, most) - row)
         slack_bytes, slack_share = SLACK
-        kept = ", ".join(f"{levels.count(each)} x {each.name}" for each in sorted(set(levels)))
+        again = Counter(level.repeats for level in sorted(levels))
+        kept = ", ".join(f"{words} in {count} blocks" for words, count in again.items())
         return (
             MemoryPart(
                 name="kept activations",
                 bytes=row - working,
-                formula=f"{tokens:,} tokens; blocks: {kept}"
+                formula=f"{tokens:,} tokens; computed again: {kept}"
                 + ("; the rest waits in host memory" if self.offload else ""),
             ),
             MemoryPart(

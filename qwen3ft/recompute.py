@@ -34,6 +34,17 @@ class Level(IntEnum):
     RECOMPUTE_O = 4
     RECOMPUTE_ALL = 5
 
+    @property
+    def repeats(self) -> str:
+        """What the backward computes again, in words."""
+        words = {
+            Level.RECOMPUTE_GATE_UP: "gate and up",
+            Level.RECOMPUTE_QKV: "gate, up, q, k and v",
+            Level.RECOMPUTE_O: "all but attention",
+            Level.RECOMPUTE_ALL: "everything",
+        }
+        return words.get(self, "nothing")
+
 
 ON_DEVICE = tuple(level for level in Level if level != Level.OFFLOAD_GATE_UP)
 """Levels that need no host memory, finest first; each keeps less than the one before."""

@@ -67,8 +67,8 @@ class SpeedEstimate(Record):
     def describe(*, measured: bool) -> str:
         """How much to trust an estimate for a card that was, or was not, measured on."""
         if measured:
-            return "estimate, from measurements on this kind of card"
-        return "estimate, computed, not measured"
+            return "estimate; this kind of card was measured"
+        return "estimate; computed, not measured"
 
 
 def attention_share(sequence_tokens: int) -> float:

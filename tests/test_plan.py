@@ -475,6 +475,7 @@ def test_each_derived_value_has_its_reason(gpu_gb: float | None) -> None:
         "gradient_checkpointing",
         "loss_chunk_tokens",
         "offload_activations",
+        "offload_optimizer",
         "offload_attention",
         "offloaded_mlp_blocks",
         "activation_bytes",
