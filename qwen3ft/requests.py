@@ -42,3 +42,4 @@ class InferenceRequest(Record):
     answers_path: str
     device: Literal["cuda", "cpu"]
     batch_size: int = Field(ge=1)
+    budget_gb: float | None = Field(None, description="The plan's; else config.max_memory_gb.")

@@ -89,8 +89,9 @@ class QATrainer(Trainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Torch's fused AdamW, or the one that keeps its moments in host memory."""
-        if self.plan.offload_optimizer and self.optimizer is None:
-            self.optimizer = HostAdamW(
+        given: Any = getattr(self, "optimizer", None)
+        if self.plan.offload_optimizer and given is None:
+            self.optimizer: Any = HostAdamW(
                 self._trained,
                 lr=self.args.learning_rate,
                 betas=(self.args.adam_beta1, self.args.adam_beta2),

@@ -155,9 +155,12 @@ def _load_for_training(job: Job, plan: TrainPlan) -> tuple[TrainingEngine, QATra
 def inference(job: Job) -> InferenceReport:
     """Compare base, champion and candidate on held-out questions."""
     from qwen3ft.inference import run_inference
+    from qwen3ft.memory import MemoryOptimizer
 
     request = read_record(job.dir.request, InferenceRequest)
     job.heartbeat.beat("load")
+    budget_gb = request.budget_gb or request.config.max_memory_gb
+    MemoryOptimizer(budget_gb, request.device).optimize_for_training()
     return run_inference(request, job.heartbeat.beat)
 
 

@@ -32,6 +32,7 @@ def compare_answers(
         answers_path=str(job.path / "answers.jsonl"),
         device=plan.device,
         batch_size=plan.eval_batch_size,
+        budget_gb=plan.max_memory_gb,
     )
     report = run_worker(
         "inference", job.create(request), InferenceReport, stall_seconds=config.stall_seconds
