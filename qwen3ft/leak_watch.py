@@ -43,6 +43,9 @@ MARGIN_SHARE = 0.02
 GIVEN_BACK_SHARE = 0.5
 """If a clean-up gives back this much of what grew, it was no leak."""
 
+LATER_FACTOR = 8
+"""Garbage that piles up again is looked at later each time: a clean-up takes some 0.1 s."""
+
 HOST, DEVICE = "resident memory", "memory of tensors"
 
 
@@ -152,6 +155,7 @@ class LeakWatch(TrainerCallback):
                 (before_bytes - after_bytes) / MIB,
             )
             detector.restart()
+            detector.warm_up_steps *= LATER_FACTOR
             return False
         self._warned.add(series)
         logger.warning("%s", describe(growth, self._left_bytes(series, after)))

@@ -34,7 +34,7 @@ from qwen3ft.storage import write_bytes_atomic
 logger = get_logger("memory")
 
 HISTORY_EVENTS = 100_000
-PEAK_STEP_SHARE = 1.01
+PEAK_STEP_SHARE = 1.02
 """A new peak is written when it is this much above the last one written."""
 
 

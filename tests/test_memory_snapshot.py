@@ -216,14 +216,14 @@ def test_a_report_on_a_cpu_is_a_text_and_never_in_the_way(tmp_path: Path) -> Non
 def test_the_peak_is_on_disk_as_soon_as_it_is_known(tmp_path: Path) -> None:
     """The step that set it and all counters; a lower reading leaves it alone."""
     keeper = PeakKeeper(tmp_path / "memory", "cuda")
-    for step, peak in ((1, 100), (2, 300), (3, 302), (4, 310)):
+    for step, peak in ((1, 100), (2, 300), (3, 305), (4, 310)):
         keeper.see(
             MemoryReading(
                 step, 5, peak_allocated_bytes=peak, reserved_bytes=400, inactive_bytes=100
             )
         )
         if step == 3:
-            assert json.loads(keeper.path.read_text())["step"] == 2  # under 1 % more
+            assert json.loads(keeper.path.read_text())["step"] == 2  # under 2 % more
     told = json.loads(keeper.path.read_text())
     assert (told["step"], told["peak_allocated_bytes"]) == (4, 310)
     assert told["fragmentation_share"] == 0.25
