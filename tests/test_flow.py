@@ -91,7 +91,7 @@ def test_a_run_goes_from_rows_to_a_registered_adapter(finished: Any, workspace: 
     state, run = finished
     assert state.is_completed(), state.message
     names = {"environment", "resolve-model", "model", "lora", "data", "plan", "train-1", "save"}
-    assert names | {"register", "champion", "inference", "promote"} <= set(task_states(state))
+    assert names | {"preflight", "register", "champion", "inference", "promote"} <= set(task_states(state))
     card = json.loads((run.path / "card.json").read_text())
     assert card["held_out_loss_after"] < card["held_out_loss_before"]
     assert Path(card["adapter_path"], "adapter_model.safetensors").is_file()
@@ -152,13 +152,33 @@ def test_a_run_with_nothing_new_since_the_champion_ends_before_training(
         assert children == []
 
 
+def test_the_plan_is_on_both_pages_of_the_run(finished: Any, workspace: Path) -> None:
+    """The same table as markdown, JSON and picture; its peak is the one that was predicted."""
+    from mlflow import MlflowClient
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+
+    _, run = finished
+    parent, _ = mlflow_runs(workspace, run)
+    client = MlflowClient(f"sqlite:///{workspace / 'mlruns' / 'mlflow.db'}")
+    names = {item.path for item in client.list_artifacts(parent.info.run_id)}
+    assert {"plan.md", "plan.json", "plan.png"} <= names
+    with get_client(sync_client=True) as prefect:
+        wanted = ArtifactFilter(key=ArtifactFilterKey(any_=["plan"]))
+        shown = [str(item.data) for item in prefect.read_artifacts(artifact_filter=wanted)]
+    plan = json.loads(run.attempt(1).request.read_text())
+    peak_gb = sum(part["bytes"] for part in plan["predicted"]) / 2**30
+    assert any(f"**{peak_gb:.3f}**" in markdown for markdown in shown)
+
+
 def test_out_of_memory_is_answered_by_adjust_and_the_next_attempt_completes(
     run_flow: Any, workspace: Path
 ) -> None:
     """train-1 Failed, adjust-1, train-2 Completed, from the last checkpoint, same batch."""
-    state, run = run_flow("oom@step=4", seed=21)
+    state, run = run_flow("oom@step=4", seed=21, preflight="on")
     assert state.is_completed(), state.message
     states = task_states(state)
+    assert states["preflight"] == "Completed"
     assert (states["train-1"], states["adjust-1"], states["train-2"]) == (
         "Failed",
         "Completed",
@@ -170,8 +190,10 @@ def test_out_of_memory_is_answered_by_adjust_and_the_next_attempt_completes(
     assert second["micro_batch_size"] < first["micro_batch_size"]
     products = {a["micro_batch_size"] * a["gradient_accumulation_steps"] for a in (first, second)}
     assert products == {16}
-    _, children = mlflow_runs(workspace, run)
+    parent, children = mlflow_runs(workspace, run)
     assert sorted(child.info.status for child in children) == ["FAILED", "FINISHED"]
+    assert 0 < parent.data.metrics["memory/preflight_peak_gb"] < 4
+    assert parent.data.metrics["memory/predicted_gb"] > 0
 
 
 def test_giving_up_says_what_was_tried(run_flow: Any) -> None:
