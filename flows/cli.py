@@ -117,9 +117,10 @@ def plan(
 ) -> None:
     """Predict what fits a memory budget, how fast by estimate, and why, without training.
 
-    With any option from --model to --sweep it answers at once from the model's shape, without
-    weights or data: qwen3ft plan --model 4b --budget 13. Without, it plans the run that the
-    settings describe, and for that quantises the model and reads the data once.
+    With any option from --model to --sweep: at once, from the model's shape.
+
+    Without them: the run that the settings describe, for which the model is
+    quantised and the data read once.
     """
     from flows import cli_plan
 
