@@ -91,7 +91,9 @@ def test_a_run_goes_from_rows_to_a_registered_adapter(finished: Any, workspace: 
     state, run = finished
     assert state.is_completed(), state.message
     names = {"environment", "resolve-model", "model", "lora", "data", "plan", "train-1", "save"}
-    assert names | {"preflight", "register", "champion", "inference", "promote"} <= set(task_states(state))
+    assert names | {"preflight", "register", "champion", "inference", "promote"} <= set(
+        task_states(state)
+    )
     card = json.loads((run.path / "card.json").read_text())
     assert card["held_out_loss_after"] < card["held_out_loss_before"]
     assert Path(card["adapter_path"], "adapter_model.safetensors").is_file()
