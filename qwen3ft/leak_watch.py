@@ -7,8 +7,8 @@ a warning. The attempt ends with MemoryLeakError only where the budget would run
 does, as late as is safe (`qwen3ft.leaks.must_stop`): it saves at that step and then raises, and
 recovery goes on from there in a fresh process.
 
-What the readings took is in the log at the end; `benchmarks/leak.py` measured 0.2 % of the time, with
-steps of 70 ms.
+What the readings took is in the log at the end; `benchmarks/leak.py` measured 0.2 % of the time,
+with steps of 70 ms.
 """
 
 from __future__ import annotations
