@@ -44,8 +44,13 @@ SETTLED = {
 """Environment in which two measurements are alike."""
 
 
-def measure(work: Path) -> dict[str, float]:
-    """MiB at the highest in each phase of a training in `work`."""
+def measure(work: Path, cache: Path | None = None) -> dict[str, float]:
+    """MiB at the highest in each phase of a training in `work`.
+
+    Args:
+        work: Folder of the run.
+        cache: Folder of the quantised model, if there is one with it.
+    """
     from qwen3ft.attempt import RunDir
     from qwen3ft.config import TrainingConfig
     from qwen3ft.launcher import run_worker
@@ -55,7 +60,7 @@ def measure(work: Path) -> dict[str, float]:
     with _environment(SETTLED):
         config = TrainingConfig(
             model_name="embedded",
-            cache_dir=str(work / "cache"),
+            cache_dir=str(cache or work / "cache"),
             max_memory_gb=4.0,
             batch_size=16,
             gradient_accumulation_steps=1,

@@ -7,7 +7,8 @@
 Training: `--steps` optimizer steps of both paths through the product's own worker, each in a fresh
 process, with the same model, rows, seed and order. The rows are random, but of few kinds of tokens,
 so the loss falls, and falls alike or does not. Read are loss and gradient norm of every step. The
-plain path runs once more with products in fp32: how far either is from that is its own rounding.
+plain path runs once more with products in fp32 where it has them in bf16, on a GPU: how far either
+is from that is its own rounding.
 
 Gradients: those of one batch of `--batch` sequences, both ways, against an fp32 model with the same
 4-bit weights (see `parity_gradients.py`). For the embedded model, which is trained, on real text;
@@ -98,7 +99,7 @@ class Parity:
             "total_steps": arguments.steps,
         }
         runs = {}
-        for path in (*PATHS, CONTROL):
+        for path in (*PATHS, CONTROL) if self.results["machine"]["gpu"] else PATHS:
             kernels, dtype = (PATHS[1], "float32") if path == CONTROL else (path, None)
             run = self._part("training", path, values | {"kernels": kernels, "dtype": dtype})
             if run is None:

@@ -39,14 +39,15 @@ def compare_training(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """How far the two paths' losses and gradient norms are apart.
 
     Args:
-        runs: Of each of `PATHS`, and of `CONTROL`: `losses` and `grad_norms`, one a step, and
-            `levers`.
+        runs: Of each of `PATHS`, and of `CONTROL` if it ran: `losses` and `grad_norms`, one a
+            step, and `levers`.
 
     Raises:
         ValueError: they did not do the same steps.
     """
-    fused, plain, control = (runs[path] for path in (*PATHS, CONTROL))
-    for run in (fused, control):
+    fused, plain = (runs[path] for path in PATHS)
+    control = runs.get(CONTROL)
+    for run in (fused, control or plain):
         for name in ("losses", "grad_norms"):
             if len(run[name]) != len(plain[name]) or not run[name]:
                 counts = f"{len(run[name])} and {len(plain[name])}"
@@ -60,7 +61,9 @@ def compare_training(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "steps": len(fused["losses"]),
         "loss_difference": losses,
         "grad_norm_difference": _largest(fused["grad_norms"], plain["grad_norms"]),
-        "from_control": {path: _largest(runs[path]["losses"], control["losses"]) for path in PATHS},
+        "from_control": {
+            path: _largest(runs[path]["losses"], control["losses"]) for path in PATHS if control
+        },
         "first_loss": {path: runs[path]["losses"][0] for path in PATHS},
         "final_loss": {path: runs[path]["losses"][-1] for path in PATHS},
         "loss_fell_by": first - last,
@@ -187,11 +190,17 @@ def _training_lines(
         ("loss of the first step", *(f"{found['first_loss'][path]:.4f}" for path in PATHS), NONE),
         ("loss of the last step", *(f"{found['final_loss'][path]:.4f}" for path in PATHS), NONE),
         ("loss of any step", NONE, NONE, _difference(found["loss_difference"])),
-        ("  against fp32", *(_difference(found["from_control"][path]) for path in PATHS), NONE),
+        *_control_line(found["from_control"]),
         ("the loss fell by", fell, NONE, NONE),
         ("largest gradient norm", *norms, _difference(found["grad_norm_difference"])),
         ("tokens/s", *speeds, NONE),
     ]
+
+
+def _control_line(from_control: dict[str, Any]) -> list[tuple[str, ...]]:
+    if not from_control:
+        return []
+    return [("  against fp32", *(_difference(each) for each in from_control.values()), NONE)]
 
 
 def _difference(found: dict[str, Any]) -> str:

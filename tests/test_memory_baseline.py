@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,8 +18,11 @@ BEFORE = {"imports": 400.0, "load": 420.0, "train": 500.0, "evaluate": 510.0}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RssAnon is Linux's")
-def test_the_embedded_training_needs_no_more_memory_than_the_baseline(tmp_path: Path) -> None:
-    now = measure(tmp_path)
+def test_the_embedded_training_needs_no_more_memory_than_the_baseline(
+    tmp_path: Path, cache_dir: Path, snapshot: Any
+) -> None:
+    assert snapshot.path.startswith(str(cache_dir))
+    now = measure(tmp_path, cache_dir)
     assert {"imports", "load", "train", "evaluate"} <= now.keys()
     problem = grown(now, json.loads(BASELINE.read_text(encoding="utf-8"))["mib"])
     assert problem is None, problem

@@ -148,7 +148,7 @@ def test_the_table_has_a_line_for_everyone(tiny: tuple[dict[str, Any], str]) -> 
 
 
 def test_what_does_not_fit_is_a_row(work: Path, tiny: tuple[dict[str, Any], str]) -> None:
-    results, printed = run(work, "--case", "tiny:64:0.05:4x2", "--contestants", "ours")
+    results, printed = run(work, "--case", "tiny:64:0.5:4x2", "--contestants", "ours")
     (row,) = results["rows"]
     assert row["status"] == "out of memory"
     assert "InsufficientMemoryError" in row["detail"]
@@ -159,7 +159,7 @@ def test_rows_can_be_added_to_those_of_an_earlier_run(
     work: Path, tiny: tuple[dict[str, Any], str]
 ) -> None:
     (work / "results.json").write_text(json.dumps(tiny[0]), encoding="utf-8")
-    case = ("--case", "tiny:64:0.05:4x2", "--contestants", "ours")
+    case = ("--case", "tiny:64:0.5:4x2", "--contestants", "ours")
     results, _ = run(work, "--append", *case)
     assert results["rows"][:3] == tiny[0]["rows"]
     assert [row["status"] for row in results["rows"]][3:] == ["out of memory"]
