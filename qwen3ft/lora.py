@@ -10,37 +10,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qwen3ft.errors import ConfigError
-from qwen3ft.records import PROJECTIONS, AdapterSpec, ModelShape
-from qwen3ft.shapes import count_adapter_parameters
+from qwen3ft.records import AdapterSpec
+from qwen3ft.shapes import plan_adapter
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
 
-    from qwen3ft.config import TrainingConfig
-
-
-def plan_adapter(config: TrainingConfig, shape: ModelShape) -> AdapterSpec:
-    """The adapter that `config` asks for, counted for a model of `shape`.
-
-    Raises:
-        ConfigError: the rank exceeds the smallest dimension of a projection.
-    """
-    smallest = min(min(sizes) for sizes in shape.projection_sizes().values())
-    if config.lora_r > smallest:
-        raise ConfigError(
-            f"lora_r is {config.lora_r}, but the smallest projection has {smallest} features.",
-            why="A rank above the smaller side of a matrix adds parameters without adding freedom.",
-            next_command=f"qwen3ft plan --set lora_r={min(16, smallest)}",
-        )
-    return AdapterSpec(
-        r=config.lora_r,
-        alpha=config.lora_alpha,
-        dropout=config.lora_dropout,
-        target_modules=PROJECTIONS,
-        trainable_parameters=count_adapter_parameters(shape, config.lora_r),
-        total_parameters=shape.total_parameters,
-    )
+__all__ = ["LoRAAdapter", "plan_adapter"]
 
 
 class LoRAAdapter:

@@ -11,10 +11,9 @@ import math
 
 from qwen3ft.cards import Card
 from qwen3ft.config import TrainingConfig
-from qwen3ft.errors import ConfigError
 from qwen3ft.fit_request import FitRequest, padded_length
-from qwen3ft.records import GIB, PROJECTIONS, AdapterSpec, EnvironmentReport, GpuInfo
-from qwen3ft.shapes import count_adapter_parameters, find_shape
+from qwen3ft.records import GIB, EnvironmentReport, GpuInfo
+from qwen3ft.shapes import find_shape, plan_adapter
 
 TYPICAL_FILL = 0.42
 """Mean over longest row, as of the lengths in benchmarks/speed_cases.py (lognormal, cut)."""
@@ -63,22 +62,7 @@ def shape_request(
         ConfigError: the folder's config.json is no Qwen3's, or the rank is too high.
     """
     name, shape = find_shape(config.model_name)
-    smallest = min(min(sizes) for sizes in shape.projection_sizes().values())
-    if config.lora_r > smallest:
-        raise ConfigError(
-            f"lora_r is {config.lora_r}, but the smallest projection has {smallest} features.",
-            why="A rank above the smaller side of a matrix adds parameters without adding freedom.",
-            next_command=f"qwen3ft plan --model {config.model_name} "
-            f"--set lora_r={min(16, smallest)}",
-        )
-    adapter = AdapterSpec(
-        r=config.lora_r,
-        alpha=config.lora_alpha,
-        dropout=config.lora_dropout,
-        target_modules=PROJECTIONS,
-        trainable_parameters=count_adapter_parameters(shape, config.lora_r),
-        total_parameters=shape.total_parameters,
-    )
+    adapter = plan_adapter(config, shape)
     has_bfloat16 = bool(environment.gpus) and (
         float(environment.gpus[0].compute_capability or 0) >= BFLOAT16_CAPABILITY
     )

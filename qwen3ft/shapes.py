@@ -13,9 +13,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from qwen3ft.config import EMBEDDED_MODEL_NAME
+from qwen3ft.config import EMBEDDED_MODEL_NAME, TrainingConfig
 from qwen3ft.errors import ConfigError, ModelNotFoundError
-from qwen3ft.records import AdapterSpec, ModelShape
+from qwen3ft.records import PROJECTIONS, AdapterSpec, ModelShape
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,29 @@ def count_adapter_parameters(shape: ModelShape, r: int) -> int:
     """Parameters of A (r x in) and B (out x r) for all seven projections of all layers."""
     per_layer = sum(r * (out + inp) for out, inp in shape.projection_sizes().values())
     return per_layer * shape.num_hidden_layers
+
+
+def plan_adapter(config: TrainingConfig, shape: ModelShape) -> AdapterSpec:
+    """The adapter that `config` asks for, counted for a model of `shape`.
+
+    Raises:
+        ConfigError: the rank exceeds the smallest dimension of a projection.
+    """
+    smallest = min(min(sizes) for sizes in shape.projection_sizes().values())
+    if config.lora_r > smallest:
+        raise ConfigError(
+            f"lora_r is {config.lora_r}, but the smallest projection has {smallest} features.",
+            why="A rank above the smaller side of a matrix adds parameters without adding freedom.",
+            next_command=f"qwen3ft plan --set lora_r={min(16, smallest)}",
+        )
+    return AdapterSpec(
+        r=config.lora_r,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        target_modules=PROJECTIONS,
+        trainable_parameters=count_adapter_parameters(shape, config.lora_r),
+        total_parameters=shape.total_parameters,
+    )
 
 
 def adapter_for(adapter: AdapterSpec, shape: ModelShape) -> AdapterSpec:
