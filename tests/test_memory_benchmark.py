@@ -101,6 +101,7 @@ def test_the_matrix_is_drawn_by_its_seed() -> None:
         assert {case.shape for case in of_shape} == {shape}
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_from_end_to_end_on_the_tiny_model(tmp_path: Path) -> None:
     """On the CPU, where the peak is the process's; two cases in one process."""
     out = tmp_path / "results.json"
