@@ -8,7 +8,6 @@ from typing import Any
 from qwen3ft.data_records import DatasetManifest, DataSource, LengthSummary
 from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.hub import check_model_folder
-from qwen3ft.lora import count_adapter_parameters
 from qwen3ft.records import (
     PROJECTIONS,
     AdapterSpec,
@@ -17,6 +16,7 @@ from qwen3ft.records import (
     ModelSource,
     TrainPlan,
 )
+from qwen3ft.shapes import count_adapter_parameters
 from qwen3ft.storage import write_manifest
 
 RANK = 4

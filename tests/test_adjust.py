@@ -14,7 +14,6 @@ from qwen3ft.data_records import DatasetManifest, LengthSummary
 from qwen3ft.errors import FinetuneError, error_kinds
 from qwen3ft.failures import to_error
 from qwen3ft.ladder import next_rungs
-from qwen3ft.lora import count_adapter_parameters, plan_adapter
 from qwen3ft.plan import build_plan, repredict
 from qwen3ft.records import (
     GIB,
@@ -27,6 +26,7 @@ from qwen3ft.records import (
     ModelSource,
     TrainPlan,
 )
+from qwen3ft.shapes import count_adapter_parameters, plan_adapter
 
 SHAPE = ModelShape(
     hidden_size=2560,

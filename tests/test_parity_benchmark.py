@@ -196,6 +196,7 @@ def test_errors_are_those_of_the_norms() -> None:
         compare_gradients({"x": {"reference": 0.0, "fused": 0.0, "plain": 0.0}})
 
 
+@pytest.mark.slow
 def test_a_shape_is_measured_by_its_first_layers(tmp_path: Path) -> None:
     """The way of the large shapes, with a small one: 4-bit files in bf16, two micro-batches."""
     import torch

@@ -197,6 +197,7 @@ def test_a_run_that_is_broken_off_keeps_its_rows(tmp_path: Path, number: signal.
     assert process.returncode == (130 if number is signal.SIGINT else -signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_random_weights_are_quantised_by_the_product(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
