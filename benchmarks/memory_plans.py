@@ -6,8 +6,7 @@ On the embedded model, on the CPU in fp32, through the product's own trainer and
 
 - gradients: of one effective batch of `--sequences`, for every micro-batch that divides it, padded
   and packed, recomputed or not, with small and large loss chunks, plain and fused, relative to that
-  of the whole batch at once; attention by torch's plain kernel in all, as its kernels for sequences
-  and for masks round differently, whatever the plan;
+  of the whole batch at once;
 - a shrink: a run whose k-th step runs out of memory, answered by `qwen3ft.adjust`, ends with the
   same adapter, bit by bit, as an undisturbed run of the final plan from the same checkpoint;
 - the end: where every attempt runs out of memory, at most five are made, and the error tells them.
@@ -30,7 +29,6 @@ from speed_device import machine, write_json
 os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qwen3ft import worker
 from qwen3ft.adjust import GiveUp, decide
@@ -104,8 +102,7 @@ def first_gradient(plan: TrainPlan) -> dict[str, torch.Tensor]:
                     parameter.normal_(std=B_STD, generator=generator)
         steps = iter(trainer.get_train_dataloader())
         (step,), trained = trainer.get_batch_samples(steps, 1, trainer.args.device)
-        with sdpa_kernel(SDPBackend.MATH):
-            trainer.training_step(trainer.model, step, trained)
+        trainer.training_step(trainer.model, step, trained)
         for name, parameter in trainer.model.named_parameters():
             if parameter.requires_grad:
                 found[name] = parameter.grad.double()
