@@ -12,12 +12,13 @@ It imports neither torch nor transformers, and does not look inside the files (s
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from qwen3ft.config import TrainingConfig
+from qwen3ft.data_digest import open_digests
 from qwen3ft.embedded import DATA_DIR
 from qwen3ft.errors import DataLoadingError
 from qwen3ft.formats import SUFFIXES, is_readable
@@ -111,11 +112,17 @@ def pin_sources(config: TrainingConfig) -> TrainingConfig:
 def fingerprint_sources(config: TrainingConfig) -> list[Fingerprint]:
     """(path, sha256, role) of every file that `config` names, in reading order.
 
+    Digests of files that did not change are kept in `cache_dir` (see `data_digest`); what is read
+    for training is hashed anew.
+
     Raises:
         DataLoadingError: as `resolve_sources`, or a file cannot be read.
     """
     files, _ = resolve_sources(config)
-    return [Fingerprint(file.label, digest_of(file), file.role) for file in files]
+    with open_digests(Path(config.cache_dir).expanduser()) as digests:
+        return [
+            Fingerprint(file.label, digest_of(file, digests.sha256), file.role) for file in files
+        ]
 
 
 def _chosen_paths(config: TrainingConfig) -> dict[Role, tuple[str, ...]]:
@@ -238,14 +245,14 @@ def _embedded_file(given: str) -> Path:
     return DATA_DIR / f"{split}.jsonl"
 
 
-def digest_of(file: SourceFile) -> str:
-    """The sha256 of a file's bytes.
+def digest_of(file: SourceFile, sha256: Callable[[Path], str] = sha256_file) -> str:
+    """The sha256 of a file's bytes, computed by `sha256`.
 
     Raises:
         DataLoadingError: it cannot be read.
     """
     try:
-        return sha256_file(file.path)
+        return sha256(file.path)
     except OSError as error:
         raise DataLoadingError(
             f"The {file.role} data file {file.label} cannot be read: {error.strerror}.",
