@@ -208,6 +208,26 @@ class TrainingConfig(BaseModel):
         600, ge=1, description="Most held-out questions answered in the inference test."
     )
 
+    # --- gate ---
+    gate_metric: Literal["auto", "exact_match", "token_f1", "chrf", "answer_loss"] = Field(
+        "auto",
+        description="What a candidate must be better in; auto: exact match where answers are "
+        "short, else token F1.",
+    )
+    gate_confidence: float = Field(
+        0.95, gt=0.5, lt=1, description="Of the interval of the gain, which must be above zero."
+    )
+    gate_min_rows: int = Field(
+        30, ge=1, description="With fewer held-out questions no adapter is promoted."
+    )
+    max_ability_loss_rise: float = Field(
+        0.25,
+        ge=0,
+        allow_inf_nan=False,
+        description="Share of the base's by which the answer loss on general questions may rise; "
+        "more is forgetting.",
+    )
+
     # --- recovery ---
     max_attempts: int = Field(5, ge=1, le=20, description="Training attempts before giving up.")
     allow_degraded: bool = Field(
