@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -256,6 +256,15 @@ class TrainingConfig(BaseModel):
     )
     lock_cpu: bool = Field(
         False, description="Without a GPU: let runs on this machine's CPU go one after another too."
+    )
+
+    # --- who is told ---
+    notify_blocks: tuple[Annotated[str, Field(pattern=r"^[a-z0-9-]+/[^/\s]+$")], ...] = Field(
+        (),
+        description="Prefect blocks told of a run's end, as TYPE/NAME: slack-webhook/ops.",
+    )
+    notify_on: tuple[Literal["promoted", "kept", "deferred", "failed"], ...] = Field(
+        ("promoted", "kept", "deferred", "failed"), description="Ends that they are told of."
     )
 
     # --- where things go ---

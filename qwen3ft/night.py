@@ -1,0 +1,201 @@
+"""A logical night: what is asked for, and whether a run has done it, is at it, or left it undone.
+
+    <runs_dir>/.nights/2026-11-26-1a2b3c4d5e6f.json    what came of it: `NightRecord`
+                                           ....lock    held by the process that is at it
+
+The key is the date and what decides the result: the content of the data files, the settings and the
+model's revision. So a night that is started twice runs once, and one that was asked for with other
+data is another one. Nothing here reads rows, loads torch or starts a process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from qwen3ft.attempt import RunDir, read_record, write_record
+from qwen3ft.config import TrainingConfig
+from qwen3ft.hub import resolve_model
+from qwen3ft.process_lock import held
+from qwen3ft.record import Record
+from qwen3ft.sources import fingerprint_sources, pin_sources
+from qwen3ft.storage import sha256_json
+
+REQUEST_TAG = "request_sha256"
+"""Tag of a registered version: the request that it answers."""
+
+ALREADY_DONE = "AlreadyDone"
+"""Name of the completed state of a run whose night another run has done, or is at."""
+
+SETTINGS_THAT_DO_NOT_DECIDE = frozenset(
+    [
+        # covered by the digests of files and of the model
+        *("model_name", "model_revision", "data_paths", "dev_paths", "test_paths"),
+        # only their product counts, and it is added
+        *("batch_size", "gradient_accumulation_steps"),
+        # how the same result is computed
+        *("max_memory_gb", "kernels", "packing", "gradient_checkpointing", "preflight"),
+        *("keep_checkpoints", "max_attempts", "stall_seconds", "memory_history"),
+        *("when_card_is_busy", "wait_for_card_seconds", "lock_cpu"),
+        # where it goes, and who is told
+        *("output_dir", "fallback_output_dirs", "runs_dir", "cache_dir", "registered_model"),
+        *("notify_blocks", "notify_on", "when_unchanged"),
+    ]
+)
+"""A setting that is not listed counts: a new one costs a training too many, never one too few."""
+
+
+class Request(Record):
+    """What decides the result of a run, as one digest."""
+
+    sha256: str
+    files: int = Field(description="Data files that it covers.")
+
+
+class NightRecord(Record):
+    """What came of a night."""
+
+    date: str = Field(description="YYYY-MM-DD in the schedule's time zone.")
+    request_sha256: str
+    run_id: str
+    state: Literal["running", "done", "failed"] = Field(
+        description="'running' with a free lock: the process was killed."
+    )
+    decision: str = Field("", description="promoted, kept or nothing new, once done.")
+    champion: str | None = Field(None, description="Version that a candidate was compared with.")
+    updated: datetime = Field(default_factory=lambda: datetime.now(UTC))
+
+
+class Night:
+    """One night's claim.
+
+    Attributes:
+        run_id: The run that has done it, is at it, or shall do it now.
+        taken: Why this process has nothing to do; None if the night is its own.
+        again: Whether an earlier start of the night was left undone.
+    """
+
+    def __init__(self, run_id: str, taken: str | None = None, *, again: bool = False) -> None:
+        self.run_id = run_id
+        self.taken = taken
+        self.again = again
+        self.decision: str | None = None
+        self.champion: str | None = None
+
+    def settle(self, decision: str, champion: str | None = None) -> None:
+        """Count the night as done; without this call it may be taken up again."""
+        self.decision, self.champion = decision, champion
+
+
+def describe_request(config: TrainingConfig) -> Request:
+    """The digest of everything that decides the result of a run.
+
+    Raises:
+        DataLoadingError, DownloadError: as `sources.fingerprint_sources`.
+        RequestError, ConfigError, DownloadError: as `hub.resolve_model`.
+    """
+    model = resolve_model(config)
+    files = fingerprint_sources(pin_sources(config))
+    settings = config.model_dump(mode="json", exclude=set(SETTINGS_THAT_DO_NOT_DECIDE))
+    key = {
+        "files": [list(file) for file in files],
+        "model": [model.model_name, model.revision],
+        "settings": settings | {"effective_batch_size": config.effective_batch_size},
+    }
+    return Request(sha256=sha256_json(key), files=len(files))
+
+
+def write_request(run: RunDir, request: Request) -> None:
+    """Keep the request in the run's folder, for the registry's tag."""
+    write_record(run.path / "request.json", request)
+
+
+def request_tags(run: RunDir) -> dict[str, str]:
+    """The tag that a registered version of this run gets; none if the request was not known."""
+    path = run.path / "request.json"
+    return {REQUEST_TAG: read_record(path, Request).sha256} if path.exists() else {}
+
+
+def answers(tags: Mapping[str, str], request: Request) -> bool:
+    """Whether a registered version with these tags is the answer to `request`."""
+    return tags.get(REQUEST_TAG) == request.sha256
+
+
+@contextmanager
+def claim_night(runs_dir: Path, date: str, request: Request, run_id: str) -> Iterator[Night]:
+    """The night of `date` for this process, unless it is done or another process is at it.
+
+    A night whose run failed or was killed is taken up, with the id of that run.
+
+    Args:
+        runs_dir: Where the record is kept, below `.nights`.
+        date: YYYY-MM-DD.
+        request: What is asked for.
+        run_id: The run that shall do it if none has begun.
+    """
+    path = nights_folder(runs_dir) / f"{date}-{request.sha256[:12]}.json"
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with held(path.with_suffix(".lock")) as mine:
+        earlier = _read(path)
+        if not mine:
+            yield Night(earlier.run_id if earlier else "", _at_it(earlier))
+        elif earlier is not None and earlier.state == "done":
+            yield Night(earlier.run_id, f"already done by run {earlier.run_id}")
+        else:
+            night = Night(earlier.run_id if earlier else run_id, again=earlier is not None)
+            with _recorded(path, date, request, night):
+                yield night
+
+
+def kept_before(runs_dir: Path, request: Request, champion: str) -> NightRecord | None:
+    """The night whose candidate, for the same request, was no better than this champion."""
+    for path in sorted(nights_folder(runs_dir).glob("*.json"), reverse=True):
+        record = _read(path)
+        if record is None or record.request_sha256 != request.sha256:
+            continue
+        if (record.state, record.decision, record.champion) == ("done", "kept", champion):
+            return record
+    return None
+
+
+def nights_folder(runs_dir: Path) -> Path:
+    """Where the records of nights lie."""
+    return runs_dir.expanduser().resolve() / ".nights"
+
+
+@contextmanager
+def _recorded(path: Path, date: str, request: Request, night: Night) -> Iterator[None]:
+    record = NightRecord(
+        date=date, request_sha256=request.sha256, run_id=night.run_id, state="running"
+    )
+    write_record(path, record)
+    try:
+        yield
+    finally:
+        write_record(
+            path,
+            record.model_copy(
+                update={
+                    "state": "failed" if night.decision is None else "done",
+                    "decision": night.decision or "",
+                    "champion": night.champion,
+                    "updated": datetime.now(UTC),
+                }
+            ),
+        )
+
+
+def _at_it(record: NightRecord | None) -> str:
+    return f"in progress as run {record.run_id}" if record else "another process is at it"
+
+
+def _read(path: Path) -> NightRecord | None:
+    try:
+        return read_record(path, NightRecord)
+    except (OSError, ValueError, ValidationError):
+        return None
