@@ -30,11 +30,10 @@ from typing import Literal
 
 from qwen3ft.fused_footprint import FusedSizes
 from qwen3ft.packing import row_tokens
-from qwen3ft.recompute import Level
 from qwen3ft.records import GIB, AdapterSpec, MemoryPart, ModelShape
 
-CUDA_CONTEXT_BYTES = int(0.75 * GIB)
-"""What a process takes on the card beside its tensors: CUDA, cuBLAS, kernels. An H100: 0.74 GB."""
+CUDA_CONTEXT_BYTES = int(0.79 * GIB)
+"""What a process takes on the card beside its tensors: CUDA, cuBLAS, kernels. An H100: 0.79 GB."""
 
 CPU_PROCESS_BYTES = int(0.9 * GIB)
 """Resident memory of a process that has imported torch, transformers, PEFT and datasets."""
@@ -158,11 +157,12 @@ def fused_sizes(shape: ModelShape, adapter: AdapterSpec, work: Workload) -> Fuse
 def _fused_parts(shape: ModelShape, adapter: AdapterSpec, work: Workload) -> tuple[MemoryPart, ...]:
     """The parts where the step is `qwen3ft.fused`."""
     sizes = fused_sizes(shape, adapter, work)
-    other = {part.name: part for part in sizes.fixed_parts(adapter.trainable_parameters)}
+    beside = sizes.fixed_parts(adapter.trainable_parameters, work.tokens)
+    other = {part.name: part for part in beside}
     fixed = (other.get(part.name, part) for part in _fixed_parts(shape, adapter, work))
     of_rows = sizes.row_parts(work.tokens, work.activation_bytes)
     longest = row_tokens(work.eval_batch_size * work.eval_tokens)
-    evaluation = sizes.working_bytes(longest, Level.KEEP_ALL) if longest > work.tokens else 0
+    evaluation = sizes.evaluation_bytes(longest) if longest > work.tokens else 0
     beyond = MemoryPart(
         name="evaluation",
         bytes=max(0, evaluation - sum(part.bytes for part in of_rows)),

@@ -169,7 +169,7 @@ def _fill(
     if total_of_most <= limit_bytes:
         room = most
     else:
-        # Slack is a share of it, so the sum is linear in between.
+        # Whatever is not the rows' is the same for both, so the sum is linear in between.
         share = (limit_bytes - total_of_least) / (total_of_most - total_of_least)
         room = least + int(share * (most - least))
     return replace(work, activation_bytes=room, gradient_checkpointing=room < option.everything)

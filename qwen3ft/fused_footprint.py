@@ -2,25 +2,35 @@
 
 Guarantees: pure arithmetic, no torch. Tensors of `qwen3ft.fused.block` are counted as they live and
 die there (c: bytes of the compute type; T: tokens of the packed row; W: of a chunk of it; H, I, Q,
-K: hidden and MLP size, features of all query / key-value heads; g: head groups; r: padded ranks):
+K: hidden and MLP size, features of all query / key-value heads; h: query heads; V: vocabulary; g:
+head groups; r: padded ranks). Beside what blocks keep, and 4 T head_dim for cos and sin:
 
-    weights        c (3 H I + r (2 I + I))             gate, up and down dequantised at one time
-    throughout    c T (2 H + r) + 4 T head_dim  the last block's output; gradient of the residual
-                                                stream; cos and sin
-    MLP           c W (3 I + 2 (H + r))         gate and up, activated; normed, its gradient
-    attention     c T (Q + (7 Q + 4 K) / g)     gradient of the output; per group of heads: q, k and
-                                                their gradients, those of k and v per query head,
-                                                FlashAttention's sum of dq in fp32 (+ 2 Q / g where
-                                                g > 1: output and its gradient, made dense)
-    forward       c T (2 H + 2 Q + 2 K + (Q + K) / g)   (+ c T Q where g > 1)
-    loss          c (V + 4 H) x chunk           logits, overwritten by their gradient
+    attention, forward   c T (H + (Q + K) / g) + 4 h T         the block's output; q and k rotated
+                         (+ c T Q where g > 1)                 its output, group by group
+    MLP, forward         c T H + c W I                         the block's output; activated
+    loss                 c T (2 H + r) + c n (V + 3 H)         the last block's output and its
+                                                               gradient; logits of n targets
+    MLP, backward        c T (H + r) + c W (H + r + I)         gradient of the residual stream;
+                                                               normed; gradient of activated
+    attention, backward  c T (H + r + Q + (6 Q + 3 K) / g) + 4 h T
+                         gradient of the residual stream and of the output; per group of heads: q, k
+                         and the gradients of all three, those of k and v per query head,
+                         FlashAttention's sum of dq in fp32 (+ 2 Q / g where g > 1: output and its
+                         gradient, made dense)
 
-The largest of the last four counts, MLP and attention each with what a level drops and the backward
-makes again.
+and what a level drops, where it exists again: q, k, v and the output of attention in both passes
+of attention, all of them in an MLP's backward, its input, gate and up (2 c W I) in its own passes.
+The MLP's passes have its dequantised matrices, c (3 H I + r (2 I + I)), which count as a part of
+their own; in all others they are gone. A block's backward frees what it kept of its MLP before it
+comes to its attention, and all of it before the next block's begins.
+
+Held against peaks by part measured on an H100, 0.6B to 14B, 2,048 to 32,768 tokens
+(`benchmarks/memory.py --parts`): apart from the workspaces of cuBLAS, within 0.02 GB.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,15 +38,17 @@ from functools import lru_cache
 from qwen3ft.recompute import (
     ON_DEVICE,
     Level,
-    choose_levels,
     kept_bytes_per_token,
     offload_evenly,
     padded_rank,
 )
 from qwen3ft.records import GIB, MemoryPart, ModelShape
 
-SLACK = (int(0.15 * GIB), 0.03)
-"""What the allocator holds beyond what is in use: bytes, and a share of the row's."""
+WORKSPACE_BYTES = 2**26
+"""What cuBLAS and cuBLASLt hold for themselves on Hopper; less on older cards."""
+
+SLACK = (int(0.08 * GIB), 0.08)
+"""What the allocator holds beyond what is in use: bytes, and a share of what comes and goes."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +86,12 @@ class FusedSizes:
         return self.compute_bytes * matrices
 
     @property
+    def _frugal(self) -> tuple[Level, ...]:
+        """The levels that keep least."""
+        level = Level.RECOMPUTE_O if self.offload_attention else Level.RECOMPUTE_ALL
+        return (level,) * self.shape.num_hidden_layers
+
+    @property
     def adapter_bytes(self) -> int:
         """Adapters of all blocks in the compute type, with the zeros between and behind them."""
         shape = self.shape
@@ -88,63 +106,131 @@ class FusedSizes:
         """Bytes one block keeps per token at each level."""
         return _kept_per_token(self.shape, self.rank, self.compute_bytes)
 
-    def working_bytes(self, tokens: int, level: Level) -> int:
-        """The most that comes and goes while a row of `tokens` runs at `level` or finer."""
-        shape, c = self.shape, self.compute_bytes
-        query, key = _features(shape)
-        hidden, inner = shape.hidden_size, shape.intermediate_size
-        low = padded_rank(3 * self.rank)
+    def forward_bytes(self, tokens: int, level: Level) -> int:
+        """The most that comes and goes in a block's forward over a row of `tokens` at `level`."""
+        c, hidden = self.compute_bytes, self.shape.hidden_size
+        query, key = _features(self.shape)
+        drops = level == Level.RECOMPUTE_ALL
+        attention = hidden + (query + key) // self.head_groups
+        attention += query * (drops + (self.head_groups > 1))
+        attention += query + 2 * key if level >= Level.RECOMPUTE_QKV else 0
+        mlp = 2 * hidden if level >= Level.RECOMPUTE_O else hidden
+        return max(
+            c * tokens * attention + self._sums_bytes(tokens) - self.weight_bytes,
+            c * tokens * mlp + self._wide_bytes(tokens, level),
+        )
+
+    def loss_bytes(self, tokens: int, *, with_gradient: bool = True) -> int:
+        """The most that comes and goes in the loss of a row."""
+        c, hidden = self.compute_bytes, self.shape.hidden_size
+        stream = 2 * hidden + padded_rank(self.rank) if with_gradient else hidden
+        targets = min(self.loss_chunk_tokens, tokens)
+        chunk = targets * (self.shape.vocab_size + 3 * hidden)
+        return c * (tokens * stream + chunk) - self.weight_bytes
+
+    def backward_bytes(self, tokens: int, level: Level) -> int:
+        """The most that comes and goes in a block's backward; what it has freed is taken off."""
+        c, hidden = self.compute_bytes, self.shape.hidden_size
+        inner, low = self.shape.intermediate_size, padded_rank(self.rank)
+        query, key = _features(self.shape)
+        again = query if level == Level.RECOMPUTE_ALL else 0
+        of_mlp = again + (query + 2 * key if level == Level.RECOMPUTE_ALL else 0)
+        of_mlp += hidden if level >= Level.RECOMPUTE_O else 0
+        chunk = min(tokens, self.chunk_tokens) * (hidden + padded_rank(2 * self.rank))
+        mlp = c * (tokens * (hidden + low + of_mlp) + chunk) + self._wide_bytes(tokens, level)
+        of_attention = again + (query + 2 * key if level >= Level.RECOMPUTE_QKV else 0)
+        of_attention -= hidden if level < Level.RECOMPUTE_O else 0
+        of_attention -= 2 * inner if level == Level.KEEP_ALL else 0
+        per_group = (8 if self.head_groups > 1 else 6) * query + 3 * key
+        of_attention += hidden + low + query + per_group // self.head_groups
+        attention = c * tokens * of_attention + self._sums_bytes(tokens) - self.weight_bytes
+        return max(mlp, attention)
+
+    def _wide_bytes(self, tokens: int, level: Level) -> int:
+        """The MLP's wide tensors of a chunk: activated, and gate and up where they are dropped."""
+        wide = 1 if level == Level.KEEP_ALL else 3
         chunk = min(tokens, self.chunk_tokens)
-        throughout = c * tokens * (2 * hidden + low) + 4 * tokens * shape.head_dim
-        dropped_qkv = c * tokens * (query + 2 * key) if level >= Level.RECOMPUTE_QKV else 0
-        dropped_out = c * tokens * query if level >= Level.RECOMPUTE_ALL else 0
-        mlp = c * chunk * (3 * inner + 2 * (hidden + low)) + dropped_out
-        if level >= Level.RECOMPUTE_O:
-            mlp += c * tokens * hidden
-        if level >= Level.RECOMPUTE_ALL:
-            mlp += dropped_qkv
-        per_group = 9 * query + 4 * key if self.head_groups > 1 else 7 * query + 4 * key
-        attention = c * tokens * (query + per_group // self.head_groups) + dropped_qkv + dropped_out
-        per_group = (query + key) // self.head_groups
-        forward = c * tokens * (2 * hidden + 2 * query + 2 * key + per_group)
-        if self.head_groups > 1:
-            forward += c * tokens * query
-        logits = min(self.loss_chunk_tokens, tokens)
-        loss = c * logits * (shape.vocab_size + 4 * hidden)
-        return throughout + max(mlp, attention, forward, loss)
+        return self.compute_bytes * chunk * wide * self.shape.intermediate_size
+
+    def _sums_bytes(self, tokens: int) -> int:
+        """A number in fp32 for each query of each head: of log-sum-exp, or for its gradient."""
+        return 4 * self.shape.num_attention_heads * tokens
+
+    def evaluation_bytes(self, tokens: int) -> int:
+        """The most that an evaluation of a row takes, which keeps nothing."""
+        block = self.compute_bytes * tokens * self.shape.hidden_size
+        block += self.forward_bytes(tokens, Level.RECOMPUTE_ALL)
+        return self._angles_bytes(tokens) + max(block, self.loss_bytes(tokens, with_gradient=False))
+
+    def _angles_bytes(self, tokens: int) -> int:
+        """Of a row's cos and sin."""
+        return 4 * tokens * self.shape.head_dim
 
     def row_bytes(self, tokens: int, levels: tuple[Level, ...]) -> int:
-        """All of a row: what its blocks keep, and what comes and goes."""
+        """The most that a row takes at once: what its blocks keep, and what comes and goes.
+
+        Args:
+            tokens: Of the row.
+            levels: Per block.
+        """
+        kept = self.kept_bytes(tokens, levels)
+        peaks = [kept + self.forward_bytes(tokens, max(levels)), kept + self.loss_bytes(tokens)]
+        per_token = self.kept_per_token()
+        freed, before = 0, len(levels)
+        for level in dict.fromkeys(reversed(levels)):  # backward begins at the last block
+            last = len(levels) - levels[::-1].index(level)
+            if not self.offload:
+                freed += tokens * sum(per_token[each] for each in levels[last:before])
+                before = last
+            peaks.append(kept - freed + self.backward_bytes(tokens, level))
+        return self._angles_bytes(tokens) + max(peaks)
+
+    def kept_bytes(self, tokens: int, levels: tuple[Level, ...]) -> int:
+        """What all blocks keep of a row on the device, once all have run."""
         per_token = self.kept_per_token()
         if self.offload:
             # One block's tensors on their way out or in, beside those in use.
             kept = 2 * tokens * per_token[max(levels)]
             low = 2 * self.compute_bytes * padded_rank(self.rank)  # narrow ones stay
-            kept += (len(levels) - 2) * tokens * low
-        else:
-            kept = tokens * sum(levels.count(level) * per_token[level] for level in set(levels))
-            if Level.OFFLOAD_GATE_UP in levels:
-                kept += self._on_its_way(tokens)
-        return kept + self.working_bytes(tokens, max(levels))
+            return kept + (len(levels) - 2) * tokens * low
+        kept = tokens * sum(levels.count(level) * per_token[level] for level in set(levels))
+        return kept + (self._on_its_way(tokens) if Level.OFFLOAD_GATE_UP in levels else 0)
 
     def levels(self, tokens: int, budget_bytes: int) -> tuple[Level, ...]:
         """Per block, what keeps most within `budget_bytes`; the most frugal if nothing fits."""
-        blocks, per_token = self.shape.num_hidden_layers, self.kept_per_token()
         if self.offload:
-            return (Level.RECOMPUTE_O if self.offload_attention else Level.RECOMPUTE_ALL,) * blocks
-        for coarsest in ON_DEVICE:
-            room = budget_bytes - self.working_bytes(tokens, coarsest)
-            if blocks * tokens * per_token[coarsest] <= room:
-                levels = choose_levels(per_token, tokens, blocks, room)
-                if not self.offloaded_mlp_blocks or Level.RECOMPUTE_GATE_UP not in levels:
-                    return levels
-                less = choose_levels(per_token, tokens, blocks, room - self._on_its_way(tokens))
-                sent = offload_evenly(less, self.offloaded_mlp_blocks)
-                if self.row_bytes(tokens, sent) > budget_bytes:
-                    return levels
-                # What is on its way takes room too; that must be worth it.
-                return min(levels, sent, key=lambda each: self.operations(tokens, each, 0))
-        return (Level.RECOMPUTE_ALL,) * blocks
+            return self._frugal
+        levels = self._filled(tokens, budget_bytes)
+        if not self.offloaded_mlp_blocks or Level.RECOMPUTE_GATE_UP not in levels:
+            return levels
+        less = self._filled(tokens, budget_bytes - self._on_its_way(tokens))
+        sent = offload_evenly(less, self.offloaded_mlp_blocks)
+        if self.row_bytes(tokens, sent) > budget_bytes:
+            return levels
+        # What is on its way takes room too; that must be worth it.
+        return min(levels, sent, key=lambda each: self.operations(tokens, each, 0))
+
+    def _filled(self, tokens: int, budget_bytes: int) -> tuple[Level, ...]:
+        """All blocks at the finest level that fits, and as many at the next as there is room for.
+
+        Each level frees its bytes at about the same cost, so no mix of more than two is faster.
+        """
+        blocks = self.shape.num_hidden_layers
+        finer = None
+        for level in ON_DEVICE:
+            if self.row_bytes(tokens, (level,) * blocks) <= budget_bytes:
+                break
+            finer = level
+        if finer is None or level == finer:
+            return (level,) * blocks
+
+        def mixed(richer: int) -> tuple[Level, ...]:
+            return (level,) * (blocks - richer) + (finer,) * richer
+
+        fitting = bisect_right(
+            range(1, blocks), budget_bytes, key=lambda n: self.row_bytes(tokens, mixed(n))
+        )
+        return mixed(fitting)
 
     def _on_its_way(self, tokens: int) -> int:
         """Gate and up that come back while those of another block are in use.
@@ -154,12 +240,16 @@ class FusedSizes:
         gate_up = 2 * self.compute_bytes * self.shape.intermediate_size * tokens
         return gate_up if tokens <= self.chunk_tokens else 2 * gate_up
 
-    def fixed_parts(self, trained: int) -> tuple[MemoryPart, ...]:
-        """Those of the parts that no row changes which differ from the plain path's.
+    def fixed_parts(self, trained: int, tokens: int) -> tuple[MemoryPart, ...]:
+        """The parts that no budget changes which differ from the plain path's.
 
         Args:
             trained: Parameters of the adapter.
+            tokens: Of the largest row.
         """
+        # The gradients of a micro-batch come as what blocks keep goes.
+        going = 0 if self.offload else self.kept_bytes(tokens, self._frugal)
+        own = max(0, 4 * trained - going)
         return (
             MemoryPart(
                 name="dequantised layer",
@@ -173,8 +263,8 @@ class FusedSizes:
             ),
             MemoryPart(
                 name="gradients",
-                bytes=8 * trained,
-                formula=f"{trained:,} x 4 bytes, and those of one micro-batch",
+                bytes=4 * trained + own,
+                formula=f"{trained:,} x 4 bytes, and those of one micro-batch beyond what is kept",
             ),
         )
 
@@ -187,22 +277,24 @@ class FusedSizes:
         """
         blocks = self.shape.num_hidden_layers
         levels = self.levels(tokens, budget_bytes)
-        row, working = self.row_bytes(tokens, levels), self.working_bytes(tokens, max(levels))
+        row, kept_bytes = self.row_bytes(tokens, levels), self.kept_bytes(tokens, levels)
         most = self.row_bytes(tokens, (Level.KEEP_ALL,) * blocks)
         rest = 0 if self.offload else max(0, min(budget_bytes, most) - row)
+        # Of the most frugal levels for any budget, so that the sum follows the budget.
+        passing = self.row_bytes(tokens, self._frugal) - self.kept_bytes(tokens, self._frugal)
         slack_bytes, slack_share = SLACK
         again = Counter(level.repeats for level in sorted(levels))
         kept = ", ".join(f"{words} in {count} blocks" for words, count in again.items())
         return (
             MemoryPart(
                 name="kept activations",
-                bytes=row - working,
+                bytes=kept_bytes,
                 formula=f"{tokens:,} tokens; computed again: {kept}"
                 + ("; the rest waits in host memory" if self.offload else ""),
             ),
             MemoryPart(
                 name="working memory",
-                bytes=working,
+                bytes=row - kept_bytes,
                 formula="largest of one block's MLP and attention, and a loss chunk",
             ),
             MemoryPart(
@@ -212,8 +304,9 @@ class FusedSizes:
             ),
             MemoryPart(
                 name="allocator slack",
-                bytes=slack_bytes + int(slack_share * (row + rest)),
-                formula=f"{slack_bytes / GIB:.2f} GB and {slack_share:.0%} of the three above",
+                bytes=WORKSPACE_BYTES + slack_bytes + int(slack_share * passing),
+                formula=f"{(WORKSPACE_BYTES + slack_bytes) / GIB:.2f} GB, and {slack_share:.0%} of "
+                "the most that comes and goes",
             ),
         )
 

@@ -72,34 +72,6 @@ def kept_bytes_per_token(shape: ModelShape, rank: int, compute_bytes: int, level
     return kept
 
 
-def choose_levels(
-    bytes_per_token: tuple[int, ...], tokens: int, blocks: int, budget_bytes: int
-) -> tuple[Level, ...]:
-    """The level of each block that keeps most within `budget_bytes`.
-
-    All at one level as far as that fits, then as many at the next as there is room for. Each
-    level frees its bytes at about the same cost, so no mix of more than two would be faster.
-
-    Args:
-        bytes_per_token: Of each level, in order, for one block.
-        tokens: Of the micro-batch.
-        blocks: Blocks of the model.
-        budget_bytes: What all blocks may keep.
-
-    Returns:
-        One level per block; the most frugal where even that does not fit.
-    """
-    per_block = [tokens * each for each in bytes_per_token]
-    fitting = (level for level in ON_DEVICE if blocks * per_block[level] <= budget_bytes)
-    level = next(fitting, Level.RECOMPUTE_ALL)
-    if level == Level.KEEP_ALL:
-        return (level,) * blocks
-    room = budget_bytes - blocks * per_block[level]
-    finer = ON_DEVICE[ON_DEVICE.index(level) - 1]
-    richer = max(0, min(blocks, room // (per_block[finer] - per_block[level])))
-    return (level,) * (blocks - richer) + (finer,) * richer
-
-
 def offload_evenly(levels: tuple[Level, ...], count: int) -> tuple[Level, ...]:
     """`levels` with `count` blocks' gate and up in host memory instead of dropped, evenly spread.
 

@@ -450,7 +450,7 @@ def test_long_rows_that_fit_padded_alone_are_not_refused(
     machine = environment.model_copy(update={"gpus": (card,)})
     long = manifest.train.model_copy(update={"longest_tokens": 16384})
     rows = manifest.model_copy(update={"train": long})
-    settings = {"max_sequence_length": 16384, "max_memory_gb": 2.3}
+    settings = {"max_sequence_length": 16384, "max_memory_gb": 2.34}
     for asked in ("auto", "on"):
         config = make_config(packing=asked, **settings)
         adapter = plan_adapter(config, snapshot.shape)

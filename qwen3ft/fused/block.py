@@ -247,6 +247,7 @@ class FusedBlock:
             self.ops.silu_mul(gate_up, activated)
             del gate_up
             lows.append(self.down.forward(activated, narrow, x_mid[chunk], out=out[chunk])[1])
+            del activated  # before that of the next chunk is made
         return torch.cat(lows)
 
     def _mlp_backward(self, d_extended: torch.Tensor, kept: Kept, row: Row) -> list[torch.Tensor]:
@@ -270,4 +271,5 @@ class FusedBlock:
             d_normed = self.gate_up.backward(d_gate_up, extended, wide, wide_total)
             del d_gate_up, gate_up
             self._add_norm_gradient(self.mlp_norm, d_normed, x_mid, d_chunk)
+            del extended, d_normed
         return [*self.gate_up.gradients(wide_total), *self.down.gradients(narrow_total)]

@@ -179,18 +179,20 @@ class FusedStep:
         )
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         norm, eps = self.norm.weight, self.norm.variance_epsilon
+        # For all chunks: one made anew would not fit into the place of the last, in which smaller
+        # tensors lie by then.
+        room = hidden.new_empty(min(len(rows), self.loss_chunk_tokens), len(self.head))
         for start in range(0, len(rows), self.loss_chunk_tokens):
             chunk = rows[start : start + self.loss_chunk_tokens]
             last = hidden[chunk]
             normed = torch.empty_like(last)
             self.ops.rms_norm(last, norm, eps, normed)
-            logits = normed @ self.head.t()
+            logits = torch.mm(normed, self.head.t(), out=room[: len(chunk)])
             total += self.ops.cross_entropy(logits, targets[start : start + len(chunk)]).sum()
             if d_extended is not None:
                 d_last = torch.zeros_like(last)
                 self.ops.rms_norm_backward(logits @ self.head, last, norm, eps, d_last)
                 d_extended[:, : hidden.shape[1]].index_copy_(0, chunk, d_last)
-            del logits  # before those of the next chunk are made
         return total
 
 
