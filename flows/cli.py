@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from flows.cli_options import ConfigOption, JsonOption, ResumeOption, SetOption
+from flows.cli_use import use_app
 from qwen3ft.errors import FinetuneError
 
 app = typer.Typer(
@@ -23,25 +24,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option("--config", "-c", metavar="FILE", help="Settings (YAML).", resolve_path=True),
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one setting; may be repeated."),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-ResumeOption = Annotated[
-    str | None, typer.Option("--resume", metavar="RUN_ID", help="Take up an earlier run.")
-]
-AdapterOption = Annotated[
-    str, typer.Option("--adapter", metavar="DIR", help="A saved adapter, or 'champion'.")
-]
-
-
 data_app = typer.Typer(no_args_is_help=True, help="Look at data before training on it.")
 app.add_typer(data_app, name="data")
+app.add_typer(use_app)
 
 PathsArgument = Annotated[
     list[str] | None,
@@ -158,30 +143,6 @@ def data_preview(
     from flows import cli_data
 
     cli_data.preview(paths or [], row, config, settings or [], as_json=as_json)
-
-
-@app.command()
-def generate(
-    prompt: Annotated[str, typer.Argument(help="The question.")],
-    adapter: AdapterOption = "champion",
-    config: ConfigOption = None,
-    settings: SetOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Answer one question with a fine-tuned model."""
-    from flows import cli_adapter
-
-    cli_adapter.generate(prompt, adapter, config, settings or [], as_json=as_json)
-
-
-@app.command()
-def chat(
-    adapter: AdapterOption = "champion", config: ConfigOption = None, settings: SetOption = None
-) -> None:
-    """Ask a fine-tuned model question after question; each is answered on its own."""
-    from flows import cli_adapter
-
-    cli_adapter.chat(adapter, config, settings or [])
 
 
 @app.command()

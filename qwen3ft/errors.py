@@ -14,6 +14,7 @@
         + DatasetAccessError     the data set is gated and this machine has no access
         + DatasetUnavailableError no network and no cached copy
       - ChampionChangedError     another run promoted its adapter meanwhile
+      - RolledBackError          the adapter was taken out of use; only a person puts it back
     * TransientError             the same call may succeed later
       - DownloadError            the hub broke off or answered with a server error
       - TrackingUnavailableError MLflow cannot be reached
@@ -151,6 +152,10 @@ class DatasetUnavailableError(DataLoadingError):
 
 class ChampionChangedError(RequestError):
     """Another version became champion since the comparison that a promotion rests on."""
+
+
+class RolledBackError(RequestError):
+    """An adapter that was rolled back would be promoted again by a run."""
 
 
 class TransientError(FinetuneError):

@@ -1,67 +1,61 @@
-"""MLflow's model registry as the place where adapters are promoted: register, fetch, promote.
+"""MLflow's model registry as the place where adapters are promoted: register, fetch, move.
 
 Guarantees: a version is only made of bytes that MLflow gave back with the right sha256, and a
-champion is only handed out after the same check; the alias "champion" moves last, so that it always
-names a complete version; every step may be repeated after a crash. No MLflow flavor is used, so
-nothing is unpickled or executed.
-
-MLflow has no compare-and-set. `promote` compares and sets under a lock of this machine; promoters
-on two machines may both win in the milliseconds between the two, and the later one stays.
+champion is only handed out after the same check; every step may be repeated after a crash. No
+MLflow flavor is used, so nothing is unpickled or executed. Aliases are moved in `qwen3ft.aliases`.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import os
-import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+from qwen3ft import aliases
+from qwen3ft.aliases import CHAMPION, DIGEST_TAG
 from qwen3ft.errors import (
-    ChampionChangedError,
-    ConfigError,
     FinetuneError,
     NotInMlflowError,
     RejectedError,
-    RequestError,
     SaveError,
     TrackingUnavailableError,
 )
+from qwen3ft.history import Change, History, Move, Mover
 from qwen3ft.logs import mask_secrets
+from qwen3ft.promotion_lock import promotion_lock
 from qwen3ft.records import SavedAdapter
 from qwen3ft.result_records import Champion
+from qwen3ft.saved_adapter import read_degradations
 from qwen3ft.storage import build_folder, find_damage, read_manifest_facts, sha256_file
 from qwen3ft.tracking import Connection, connect, load_client
-from qwen3ft.tracking_uri import database_path
+from qwen3ft.versions import (
+    ADAPTER_PATH,
+    checked_name,
+    described,
+    find_by_run,
+    find_version,
+    register,
+    registered_model_name,
+)
 
-CHAMPION = "champion"
-"""Alias of the version in use."""
+ROLLBACK_SECONDS = 50.0
+"""How long a rollback may take in all; a minute is promised, start of the command included."""
 
-PREVIOUS = "previous"
-"""Alias of the version that was in use before it."""
+TRANSFER_SECONDS = 1800.0
+"""How long the transfer of one adapter may take where nobody waits for it."""
 
-ADAPTER_PATH = "adapter"
-"""Where a run's adapter lies among its artifacts."""
-
-DIGEST_TAG = "adapter_sha256"
-"""Tag of a version: sha256 of its adapter_model.safetensors."""
+BY_A_PROGRAM = Change(by=Mover(kind="flow", name="unnamed"))
+"""Who promotes where the caller does not say."""
 
 _WEIGHTS = "adapter_model.safetensors"
-_TRANSFER_SECONDS = 1800.0
+
+__all__ = ["Registry", "registered_model_name"]
 
 ResultT = TypeVar("ResultT")
-
-
-def registered_model_name(model_name: str) -> str:
-    """A registry name for a model: its last two path parts, without what MLflow forbids."""
-    parts = [part for part in re.split(r"[/\\:]+", model_name) if part not in ("", ".", "..")]
-    return f"qwen3ft-{'--'.join(parts[-2:]) or 'model'}"
 
 
 class Registry:
@@ -91,19 +85,38 @@ class Registry:
             TrackingUnavailableError: also if the adapter is not there (yet); see
                 `qwen3ft.cursor.wait_until_sent`.
         """
-        name = _checked(saved.registered_model or registered_model_name(saved.model_name))
+        name = checked_name(saved.registered_model or registered_model_name(saved.model_name))
         with tempfile.TemporaryDirectory(prefix="qwen3ft-") as folder:
             self._fetch(run_id, saved.sha256, Path(folder))
         all_tags = {**tags, DIGEST_TAG: saved.sha256}
         return self._within(
-            self.deadline_seconds, lambda connection: _register(connection, name, run_id, all_tags)
+            self.deadline_seconds, lambda connection: register(connection, name, run_id, all_tags)
         )
 
     def champion(self, registered_model: str) -> Champion | None:
         """The version in use, or None if there is none yet."""
-        name = _checked(registered_model)
+        return self.version(registered_model, CHAMPION)
+
+    def version(self, registered_model: str, alias_or_number: str) -> Champion | None:
+        """The version of that number or alias, or None if there is none."""
+        name = checked_name(registered_model)
         return self._within(
-            self.deadline_seconds, lambda connection: _find_champion(connection, name)
+            self.deadline_seconds,
+            lambda connection: find_version(connection, name, alias_or_number),
+        )
+
+    def version_of_run(self, registered_model: str, run: str) -> Champion | None:
+        """The newest version that a run made: by the id of its folder, or MLflow's."""
+        name = checked_name(registered_model)
+        return self._within(
+            self.deadline_seconds, lambda connection: find_by_run(connection, name, run)
+        )
+
+    def history(self, registered_model: str) -> History:
+        """What is in use, and every promotion and rollback so far."""
+        name = checked_name(registered_model)
+        return self._within(
+            self.deadline_seconds, lambda connection: aliases.read_history(connection, name)
         )
 
     def download(self, champion: Champion, target: Path) -> Path:
@@ -119,8 +132,7 @@ class Registry:
         if weights.is_file() and find_damage(target) is None and sha256_file(weights) == digest:
             return target
         with tempfile.TemporaryDirectory(prefix="qwen3ft-") as folder:
-            run_id = champion.source_uri.removeprefix("runs:/").partition("/")[0]
-            fetched = self._fetch(run_id, digest, Path(folder))
+            fetched = self._fetch(_run_id(champion), digest, Path(folder))
             build_folder(
                 target,
                 lambda staging: _copy_content(fetched, staging),
@@ -128,27 +140,104 @@ class Registry:
             )
         return target
 
-    def promote(self, registered_model: str, version: str, expected: str | None) -> None:
+    def promote(
+        self,
+        registered_model: str,
+        version: str,
+        expected: str | None,
+        change: Change = BY_A_PROGRAM,
+    ) -> Move | None:
         """Make `version` the champion if the champion still is `expected` (None: there is none).
 
-        The old champion becomes "previous". Promoting the champion again changes nothing.
+        The old champion becomes "previous". Promoting the champion again changes nothing and gives
+        None.
 
         Raises:
             ChampionChangedError: another version is the champion now.
+            RolledBackError: `change` is not a person's, and the adapter was rolled back.
+            RequestError: there is no such version.
         """
-        name = _checked(registered_model)
-        with _promotion_lock(self.tracking_uri):
-            self._within(
-                self.deadline_seconds,
-                lambda connection: _promote(connection, name, version, expected),
-            )
+        name = checked_name(registered_model)
+        return self._move(
+            lambda connection: aliases.promote(connection, name, version, expected, change),
+            self.deadline_seconds,
+        )
 
-    def _fetch(self, run_id: str, digest: str, folder: Path) -> Path:
+    def set_challenger(self, registered_model: str, version: str, verdict: str) -> bool:
+        """Name a version that was tested and kept "challenger"; whether it got the name.
+
+        Neither the champion nor a version that was rolled back gets it.
+        """
+        name = checked_name(registered_model)
+        return self._move(
+            lambda connection: aliases.set_challenger(connection, name, version, verdict),
+            self.deadline_seconds,
+        )
+
+    def rollback(self, registered_model: str, change: Change, *, verify: bool = True) -> Move:
+        """Make the previous version the champion again, within `ROLLBACK_SECONDS` or not at all.
+
+        Args:
+            registered_model: Its name.
+            change: Who asks for it, and why.
+            verify: Fetch the previous version's adapter first, and compare it with its sha256.
+
+        Raises:
+            RequestError: nothing was in use before.
+            SaveError: the previous version's adapter is not what was saved.
+            ChampionChangedError: an alias was moved meanwhile.
+        """
+        name = checked_name(registered_model)
+        deadline = time.monotonic() + ROLLBACK_SECONDS
+
+        def left_seconds() -> float:
+            return max(0.1, min(self.deadline_seconds, deadline - time.monotonic()))
+
+        now = self._within(
+            left_seconds(), lambda connection: aliases.read_history(connection, name)
+        ).aliases
+        if now.champion is None or now.previous is None:
+            raise aliases.nothing_before(name, now.champion)
+        target = now.previous
+        if verify:
+            self.check(self._required(name, target, left_seconds()), left_seconds())
+        return self._move(
+            lambda connection: aliases.rollback(connection, name, target, now.champion, change),
+            left_seconds(),
+        )
+
+    def check(self, version: Champion, seconds: float = TRANSFER_SECONDS) -> tuple[str, ...]:
+        """Fetch a version's adapter within `seconds`, and compare it with its sha256.
+
+        Returns:
+            In what its run fell short of what was asked for; usually nothing.
+
+        Raises:
+            SaveError: the version has no digest, or MLflow holds other bytes.
+        """
+        digest = version.tags.get(DIGEST_TAG, "")
+        with tempfile.TemporaryDirectory(prefix="qwen3ft-") as folder:
+            fetched = self._fetch(_run_id(version), digest, Path(folder), seconds)
+            return read_degradations(fetched)
+
+    def _required(self, name: str, version: str, seconds: float) -> Champion:
+        return self._within(
+            seconds,
+            lambda connection: described(name, aliases.require_version(connection, name, version)),
+        )
+
+    def _move(self, call: Callable[[Connection], ResultT], seconds: float) -> ResultT:
+        with promotion_lock(self.tracking_uri, seconds):
+            return self._within(seconds, call)
+
+    def _fetch(
+        self, run_id: str, digest: str, folder: Path, seconds: float = TRANSFER_SECONDS
+    ) -> Path:
         """Download a run's adapter and compare its sha256 with `digest`."""
         self._within(self.deadline_seconds, lambda connection: connection.has_run(run_id))
         try:
             fetched = self._within(
-                _TRANSFER_SECONDS,
+                seconds,
                 lambda connection: connection.download(run_id, ADAPTER_PATH, folder),
             )
             found = sha256_file(fetched / _WEIGHTS)
@@ -193,78 +282,8 @@ class Registry:
         )
 
 
-def _register(connection: Connection, name: str, run_id: str, tags: dict[str, str]) -> str:
-    with connection.calls() as client:
-        if not client.search_registered_models(f"name = '{name}'"):
-            client.create_registered_model(name)
-        for version in client.search_model_versions(f"name = '{name}'"):
-            if version.run_id == run_id and version.tags.get(DIGEST_TAG) == tags[DIGEST_TAG]:
-                return str(version.version)
-        source = f"runs:/{run_id}/{ADAPTER_PATH}"
-        made = client.create_model_version(
-            name, source, run_id=run_id, tags=tags, await_creation_for=0
-        )
-    return str(made.version)
-
-
-def _find_champion(connection: Connection, name: str) -> Champion | None:
-    try:
-        with connection.calls() as client:
-            number = client.get_registered_model(name).aliases.get(CHAMPION)
-            if number is None:
-                return None
-            version = client.get_model_version(name, number)
-    except NotInMlflowError:
-        return None
-    return Champion(
-        registered_model=name,
-        version=str(version.version),
-        source_uri=str(version.source),
-        tags={str(key): str(value) for key, value in version.tags.items()},
-        adapter_path=None,
-    )
-
-
-def _promote(connection: Connection, name: str, version: str, expected: str | None) -> None:
-    current = _find_champion(connection, name)
-    found = current.version if current else None
-    if found == version:
-        return
-    _require_version(connection, name, version)
-    if found != expected:
-        raise ChampionChangedError(
-            f"{name} {version} is not promoted: the champion is {found}, not {expected}.",
-            why="Another run promoted an adapter after this one was compared.",
-            next_command="qwen3ft train",
-            champion=found,
-            expected=expected,
-        )
-    with connection.calls() as client:
-        if found is not None:
-            client.set_registered_model_alias(name, PREVIOUS, found)
-        client.set_registered_model_alias(name, CHAMPION, version)
-
-
-def _require_version(connection: Connection, name: str, version: str) -> None:
-    try:
-        with connection.calls() as client:
-            client.get_model_version(name, version)
-    except NotInMlflowError:
-        raise RequestError(
-            f"There is no version {version} of {name} to promote.",
-            why="It was never registered, or was deleted.",
-            next_command="qwen3ft status",
-        ) from None
-
-
-def _checked(name: str) -> str:
-    if re.fullmatch(r"[^/:'\"\\]+", name):
-        return name
-    raise ConfigError(
-        f"{name!r} cannot be the name of a registered model.",
-        why="MLflow's registry takes no '/', ':' or quotes in a name.",
-        next_command="qwen3ft plan --help",
-    )
+def _run_id(version: Champion) -> str:
+    return version.source_uri.removeprefix("runs:/").partition("/")[0]
 
 
 def _not_as_saved(run_id: str, problem: str, digest: str) -> SaveError:
@@ -279,19 +298,3 @@ def _not_as_saved(run_id: str, problem: str, digest: str) -> SaveError:
 
 def _copy_content(source: Path, target: Path) -> None:
     shutil.copytree(source, target, dirs_exist_ok=True)
-
-
-@contextmanager
-def _promotion_lock(tracking_uri: str) -> Iterator[None]:
-    database = database_path(tracking_uri)
-    if database is not None and database.parent.is_dir():
-        path = database.with_name(f"{database.name}.promote.lock")
-    else:
-        digest = hashlib.sha256(tracking_uri.encode()).hexdigest()[:16]
-        path = Path(tempfile.gettempdir()) / f"qwen3ft-{os.getuid()}-{digest}.promote.lock"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

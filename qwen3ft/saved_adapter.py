@@ -74,6 +74,13 @@ def read_run_card(folder: Path) -> dict[str, Any]:
     return card
 
 
+def read_degradations(folder: Path) -> tuple[str, ...]:
+    """In what the run that saved `folder` fell short of what was asked for; usually nothing."""
+    if not (folder / RUN_CARD_FILE).is_file():
+        return ("its run card is missing",)
+    return tuple(read_run_card(folder).get("degraded", ()))
+
+
 def find_base(folder: Path) -> str:
     """The 4-bit snapshot that the adapter was trained on.
 

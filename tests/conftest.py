@@ -82,6 +82,16 @@ def manifest(make_config: Callable[..., Any], snapshot: Any) -> Any:
 
 
 @pytest.fixture(scope="session")
+def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database with its tables, which take seconds to make: to be copied."""
+    path = tmp_path_factory.mktemp("template") / "mlflow.db"
+    from mlflow import MlflowClient
+
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture(scope="session")
 def environment() -> Any:
     """A CPU machine with plenty of memory, so that plans do not depend on where tests run."""
     from qwen3ft.records import EnvironmentReport

@@ -49,16 +49,6 @@ MODEL = "Qwen/Qwen3-4B-Thinking-2507"
 # --- real MLflow databases, and a real server ---
 
 
-@pytest.fixture(scope="session")
-def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("template") / "mlflow.db"
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-    from mlflow import MlflowClient
-
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
 @pytest.fixture
 def database(migrated_database: Path, tmp_path: Path) -> str:
     (tmp_path / "mlruns").mkdir()

@@ -1,0 +1,53 @@
+"""A registry with versions in it, made of real MLflow databases: what tests of promotions share."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from qwen3ft.attempt import RunDir
+from qwen3ft.cursor import parent_run_id
+from qwen3ft.journal import Journal
+from qwen3ft.mirror import replay
+from qwen3ft.records import SavedAdapter
+from qwen3ft.registry import Registry
+from qwen3ft.storage import sha256_file, write_json_atomic, write_manifest
+
+MODEL = "qwen3ft-embedded"
+
+
+def copy_database(template: Path, folder: Path) -> str:
+    """The tracking URI of a fresh copy below `folder`/mlruns."""
+    (folder / "mlruns").mkdir(parents=True)
+    return f"sqlite:///{shutil.copy(template, folder / 'mlruns' / 'mlflow.db')}"
+
+
+def add_version(
+    uri: str, folder: Path, run: str, content: bytes = b"", degraded: tuple[str, ...] = ()
+) -> str:
+    """Register what run `run` saved, as a flow does; gives the version."""
+    run_dir = RunDir(folder / "runs" / run)
+    adapter = run_dir.path / "adapter"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_model.safetensors").write_bytes(content or run.encode())
+    write_json_atomic(adapter / "run_card.json", {"run_id": run, "degraded": list(degraded)})
+    write_manifest(adapter)
+    journal = Journal(run_dir)
+    journal.run_started(run, {}, {})
+    journal.artifacts(adapter, "adapter")
+    assert replay(run_dir, uri)
+    saved = SavedAdapter(
+        path=str(adapter),
+        sha256=sha256_file(adapter / "adapter_model.safetensors"),
+        size_bytes=1,
+        model_name="embedded",
+        degraded=degraded,
+        registered_model=MODEL,
+    )
+    return Registry(uri).register(str(parent_run_id(run_dir)), saved, {"run": run})
+
+
+def stored_adapter(folder: Path, run: str) -> Path:
+    """Where MLflow keeps the adapter of `run`."""
+    run_id = parent_run_id(RunDir(folder / "runs" / run))
+    return folder / "mlruns" / "artifacts" / str(run_id) / "artifacts" / "adapter"
