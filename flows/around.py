@@ -20,21 +20,24 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
+from flows.notify import Event, Notice
 from qwen3ft import logs
 from qwen3ft.attempt import RunDir, write_record
 from qwen3ft.card import data_markdown, to_markdown
 from qwen3ft.config import TrainingConfig
 from qwen3ft.cursor import read_state
 from qwen3ft.data_records import DataChange, DatasetManifest
-from qwen3ft.errors import FinetuneError, TransientError
+from qwen3ft.errors import EnvironmentNotReadyError, FinetuneError, TransientError
 from qwen3ft.figures import write_png
 from qwen3ft.gpu_lock import CPU, hold_card
 from qwen3ft.journal import Journal, RunStatus
 from qwen3ft.mirror import Mirror, replay_unsent
+from qwen3ft.night import Night, Request, read_request, same_settings, write_request
 from qwen3ft.plan_table import run_table
 from qwen3ft.plan_view import plan_figure, plan_markdown
+from qwen3ft.process_lock import held
 from qwen3ft.records import NOTHING_NEW, AttemptSummary, EnvironmentReport, TrainPlan
-from qwen3ft.result_records import RunCard
+from qwen3ft.result_records import Champion, RunCard
 from qwen3ft.tracking_uri import default_tracking_uri, run_url
 from tasks.policies import hide_known_tracebacks
 
@@ -75,14 +78,33 @@ class StageClock:
         self.seconds[stage] = time.monotonic() - started
 
 
-def open_run(config: TrainingConfig, run_id: str) -> RunDir:
+def open_run(config: TrainingConfig, run_id: str, request: Request | None) -> RunDir:
     """The run's folder, ready for logs; readable by its owner alone."""
     run = RunDir(Path(config.runs_dir).resolve() / run_id)
     run.path.mkdir(parents=True, exist_ok=True, mode=0o700)
     logs.configure(console=False, json_path=run.log)
     hide_known_tracebacks()
     write_record(run.path / "config.json", config)
+    if request is not None:
+        write_request(run, request)
     return run
+
+
+@contextmanager
+def run_held(run: RunDir) -> Iterator[None]:
+    """Have the run's folder for this process alone; `qwen3ft clean` leaves such a run alone.
+
+    Raises:
+        EnvironmentNotReadyError: another process is at this run.
+    """
+    with held(run.lock) as mine:
+        if not mine:
+            raise EnvironmentNotReadyError(
+                f"Run {run.path.name} is in progress in another process.",
+                why="A run is continued once it has ended; two at once would mix their files.",
+                next_command="qwen3ft status",
+            )
+        yield
 
 
 @contextmanager
@@ -170,18 +192,25 @@ def warn_of_limits(config: TrainingConfig, plan: TrainPlan) -> None:
         logger.warning("fused kernels: %s", plan.reasons["kernels"])
 
 
-def nothing_new(config: TrainingConfig, change: DataChange) -> bool:
-    """Whether the champion has seen all of it, and that is reason enough not to train."""
-    if change.since is None:
+def nothing_new(
+    config: TrainingConfig, change: DataChange, champion: Champion | None, run: RunDir
+) -> bool:
+    """Whether the champion has seen all rows, and that is reason enough not to train.
+
+    What `flows.nightly.seen_before` cannot tell from files: rows that moved, or came twice.
+    """
+    if champion is None or change.since is None:
         return False
     if config.new_data == "mix":
         return change.new_rows == 0
-    return change.unchanged and config.when_unchanged == "skip"
+    again = change.unchanged and same_settings(champion.tags, read_request(run))
+    return again and config.when_unchanged == "skip"
 
 
-def end_without_training(run: RunDir, change: DataChange) -> State[Any]:
+def end_without_training(run: RunDir, since: str | None, night: Night) -> State[Any]:
     """The end of a run that has nothing to do."""
-    message = f"nothing new since {change.since}"
+    message = f"nothing new since {since}"
+    night.settle("nothing new")
     Journal(run).tags({"verdict": message})
     return Completed(name=NOTHING_NEW, message=message)
 
@@ -216,3 +245,15 @@ def publish(run: RunDir, card: RunCard) -> None:
     create_markdown_artifact(key="result-card", markdown=markdown, description=card.title)
     if url:
         create_link_artifact(key="mlflow-run", link=url, link_text="This run in MLflow")
+
+
+def notice_of(config: TrainingConfig, run: RunDir, decision: Event, card: RunCard) -> Notice:
+    """What those are told who want to know how runs end."""
+    return Notice(
+        event=decision,
+        run_id=run.path.name,
+        model=config.model_name,
+        message=card.verdict,
+        prefect_url=page(),
+        mlflow_url=run_url(default_tracking_uri(), read_state(run)),
+    )

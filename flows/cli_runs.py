@@ -17,6 +17,7 @@ from qwen3ft.attempt import RunDir, read_record
 from qwen3ft.config import parse_config
 from qwen3ft.environment import EnvironmentManager
 from qwen3ft.errors import FinetuneError
+from qwen3ft.night import ALREADY_DONE
 from qwen3ft.records import NOTHING_NEW
 from qwen3ft.result_records import RunCard
 
@@ -35,7 +36,7 @@ def run(path: Path | None, settings: list[str], resume: str | None, *, as_json: 
     last = _follow(stack, flow_run_id, folder, as_json=as_json)
     if last.state_type != "COMPLETED":
         raise _run_failed(last, folder, stack)
-    if last.state == NOTHING_NEW:
+    if last.state in (NOTHING_NEW, ALREADY_DONE):
         _show_nothing_new(last.message, as_json=as_json)
     else:
         _show_result(folder, as_json=as_json)
@@ -54,7 +55,7 @@ def train(path: Path | None, settings: list[str], resume: str | None, *, as_json
     if isinstance(result, BaseException):
         raise result
     run_id = resume or str(state.state_details.flow_run_id)
-    if state.name == NOTHING_NEW:
+    if state.name in (NOTHING_NEW, ALREADY_DONE):
         _show_nothing_new(state.message or "", as_json=as_json)
     else:
         _show_result(Path(config.runs_dir) / run_id, as_json=as_json)

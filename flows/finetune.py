@@ -3,9 +3,10 @@
 environment - model - lora - data - plan - preflight - (train - adjust)* - save - inference -
 promote
 
-Each word is a task of its own. A failed training attempt is answered by `adjust`, which makes the
-next plan; the loop in `train_with_recovery` is the only owner of those retries. This process loads
-neither torch nor CUDA: whatever computes runs in a worker process.
+Before them a run finds out whether it is needed at all: `flows.nightly`. Each word is a task of its
+own. A failed training attempt is answered by `adjust`, which makes the next plan; the loop in
+`train_with_recovery` is the only owner of those retries. This process loads neither torch nor CUDA:
+whatever computes runs in a worker process.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from typing import Any
 
 from prefect import flow
 from prefect.client.schemas.objects import State
-from prefect.runtime import flow_run
 from prefect.states import Completed
 
 from flows.around import (
@@ -25,8 +25,10 @@ from flows.around import (
     card_held,
     end_without_training,
     nothing_new,
+    notice_of,
     open_run,
     publish,
+    run_held,
     run_name,
     show_attempts,
     show_data,
@@ -35,6 +37,15 @@ from flows.around import (
     unless_unreachable,
     warn_of_limits,
 )
+from flows.nightly import (
+    check_resumes,
+    end_as_taken,
+    find_request,
+    for_night,
+    seen_before,
+    tonight,
+)
+from flows.notify import tell, tell_failure
 from qwen3ft import checkpoint, logs
 from qwen3ft.adjust import GiveUp
 from qwen3ft.attempt import RunDir
@@ -43,6 +54,7 @@ from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import FinetuneError
 from qwen3ft.failures import to_error, to_failure
 from qwen3ft.known_rows import compare_data, find_known_rows
+from qwen3ft.night import Night
 from qwen3ft.records import (
     AttemptOutcome,
     AttemptSummary,
@@ -68,54 +80,80 @@ __all__ = ["qwen3_finetune", "run_in_process"]
 logger = logs.get_logger("flow")
 
 
-@flow(name="qwen3-finetune", flow_run_name=run_name, retries=0)
+@flow(
+    name="qwen3-finetune",
+    flow_run_name=run_name,
+    retries=0,
+    on_failure=[tell_failure],
+    on_crashed=[tell_failure],
+)
 def qwen3_finetune(
     config: TrainingConfig = TrainingConfig(),  # noqa: B008  frozen, and shown as the run's form
     continue_run: str | None = None,
+    nightly: str | None = None,
+    resumed: int = 0,
 ) -> State[Any]:
-    """Fine-tune, prove and promote.
+    """Fine-tune, prove and promote; what has been done, or needs no doing, ends at once.
 
     Args:
         config: What to do.
         continue_run: Id of an earlier run whose folder, checkpoints and results are taken up.
+        nightly: Time zone of the schedule that starts the run (Europe/Berlin), which then trains
+            only on something new, and once a night. Empty for other runs.
+        resumed: How often the run was taken up by itself after a crash.
     """
-    run = open_run(config, continue_run or str(flow_run.id))
+    check_resumes(continue_run, resumed)
+    config = for_night(config, nightly)
+    request = find_request(config)
+    with tonight(config, request, nightly, continue_run) as night:
+        if night.taken is not None:
+            return end_as_taken(night)
+        run = open_run(config, night.run_id, request)
+        with run_held(run), tracked(run, config):
+            if (since := seen_before(config, request)) is not None:
+                return end_without_training(run, since, night)
+            return fine_tune(config, run, night)
+
+
+def fine_tune(config: TrainingConfig, run: RunDir, night: Night) -> State[Any]:
+    """All stages of a run that has something to do."""
     clock = StageClock()
-    with tracked(run, config):
-        with clock("environment"):
-            environment = check_environment()
-        with card_held(config, environment, run):
-            with clock("model"):
-                model = prepare_model(config, environment, run)
-            with clock("lora"):
-                adapter = configure_lora(config, model)
-            with clock("data"):
-                champion = unless_unreachable(find_champion, None, config)
-                dataset = prepare_data(config, model, run, find_known_rows(champion))
-                change = compare_data(dataset, champion)
-                show_data(run, dataset, change)
-            if nothing_new(config, change):
-                return end_without_training(run, change)
-            with clock("plan"):
-                first = plan_training(config, environment, model, adapter, dataset)
-                warn_of_limits(config, first)
+    with clock("environment"):
+        environment = check_environment()
+    with card_held(config, environment, run):
+        with clock("model"):
+            model = prepare_model(config, environment, run)
+        with clock("lora"):
+            adapter = configure_lora(config, model)
+        with clock("data"):
+            champion = unless_unreachable(find_champion, None, config)
+            dataset = prepare_data(config, model, run, find_known_rows(champion))
+            change = compare_data(dataset, champion)
+            show_data(run, dataset, change)
+        if nothing_new(config, change, champion, run):
+            return end_without_training(run, change.since, night)
+        with clock("plan"):
+            first = plan_training(config, environment, model, adapter, dataset)
+            warn_of_limits(config, first)
+            show_plan(run, config, environment, first)
+        with clock("preflight"):
+            planned, first = first, run_preflight(config, environment, first, run)
+            if first != planned:
                 show_plan(run, config, environment, first)
-            with clock("preflight"):
-                planned, first = first, run_preflight(config, environment, first, run)
-                if first != planned:
-                    show_plan(run, config, environment, first)
-            with clock("train"):
-                plan, outcome, attempts = train_with_recovery(config, environment, first, run)
-            with clock("save"):
-                saved = save(config, plan, outcome)
-                saved = unless_unreachable(register, saved, config, saved, str(run.path))
-                champion = champion or unless_unreachable(find_champion, None, config)
-            with clock("inference"):
-                report = compare_answers(config, plan, saved, champion)
-        with clock("promote"):
-            verdict = promote(saved, report, champion, str(run.path))
-        card = build_card(config, plan, outcome, saved, report, verdict, attempts, clock.seconds)
-        publish(run, card)
+        with clock("train"):
+            plan, outcome, attempts = train_with_recovery(config, environment, first, run)
+        with clock("save"):
+            saved = save(config, plan, outcome)
+            saved = unless_unreachable(register, saved, config, saved, str(run.path))
+            champion = champion or unless_unreachable(find_champion, None, config)
+        with clock("inference"):
+            report = compare_answers(config, plan, saved, champion)
+    with clock("promote"):
+        verdict = promote(config, saved, report, champion, str(run.path))
+    card = build_card(config, plan, outcome, saved, report, verdict, attempts, clock.seconds)
+    publish(run, card)
+    night.settle(verdict.decision, champion.version if champion else None)
+    tell(config, notice_of(config, run, verdict.decision, card))
     return Completed(
         message=f"{card.verdict} (exact match {card.base_score:.1%} -> "
         f"{card.tuned_score:.1%}, peak {card.peak_memory_gb:.2f} GB)"

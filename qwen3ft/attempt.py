@@ -2,6 +2,7 @@
 
     runs/<run_id>/
       run.jsonl                    log records of the flow's process
+      run.lock                     held by that process while it is at the run
       jobs/<kind>/                 one folder per worker that is not a training attempt
       attempts/01/                 one per training attempt
         plan.json  metrics.jsonl  memory.jsonl  heartbeat  worker.log
@@ -100,6 +101,11 @@ class RunDir:
     def log(self) -> Path:
         """Log records of the flow's process, one JSON object a line."""
         return self.path / "run.jsonl"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the flow's process; see `qwen3ft.process_lock`."""
+        return self.path / "run.lock"
 
     def job(self, kind: str) -> JobDir:
         """The folder of the worker `kind` (not a training attempt)."""

@@ -148,7 +148,7 @@ class TrainingConfig(BaseModel):
         0.5, ge=0, lt=1, description="With new_data 'mix': share of rows seen before."
     )
     when_unchanged: Literal["train", "skip"] = Field(
-        "train", description="What to do when the data is what the champion was trained on."
+        "train", description="What to do when data and settings are those that made the champion."
     )
     held_out_fraction: float = Field(
         0.1, ge=0, lt=1, description="Share held out where dev_paths or test_paths is empty."

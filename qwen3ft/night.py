@@ -29,8 +29,14 @@ from qwen3ft.storage import sha256_json
 REQUEST_TAG = "request_sha256"
 """Tag of a registered version: the request that it answers."""
 
+SETTINGS_TAG = "settings_sha256"
+"""Tag of a registered version: the part of its request that is not data."""
+
 ALREADY_DONE = "AlreadyDone"
 """Name of the completed state of a run whose night another run has done, or is at."""
+
+DEFERRED = "deferred"
+"""The decision of a run that could not reach the registry: its night is not over."""
 
 SETTINGS_THAT_DO_NOT_DECIDE = frozenset(
     [
@@ -51,9 +57,10 @@ SETTINGS_THAT_DO_NOT_DECIDE = frozenset(
 
 
 class Request(Record):
-    """What decides the result of a run, as one digest."""
+    """What decides the result of a run, as digests."""
 
-    sha256: str
+    sha256: str = Field(description="Of data, settings and model.")
+    settings_sha256: str = Field(description="Of settings and model.")
     files: int = Field(description="Data files that it covers.")
 
 
@@ -88,8 +95,9 @@ class Night:
         self.champion: str | None = None
 
     def settle(self, decision: str, champion: str | None = None) -> None:
-        """Count the night as done; without this call it may be taken up again."""
-        self.decision, self.champion = decision, champion
+        """Count the night as done unless it was deferred; else it may be taken up again."""
+        if decision != DEFERRED:
+            self.decision, self.champion = decision, champion
 
 
 def describe_request(config: TrainingConfig) -> Request:
@@ -102,12 +110,15 @@ def describe_request(config: TrainingConfig) -> Request:
     model = resolve_model(config)
     files = fingerprint_sources(pin_sources(config))
     settings = config.model_dump(mode="json", exclude=set(SETTINGS_THAT_DO_NOT_DECIDE))
-    key = {
-        "files": [list(file) for file in files],
+    decided = {
         "model": [model.model_name, model.revision],
         "settings": settings | {"effective_batch_size": config.effective_batch_size},
     }
-    return Request(sha256=sha256_json(key), files=len(files))
+    return Request(
+        sha256=sha256_json({"files": [list(file) for file in files], **decided}),
+        settings_sha256=sha256_json(decided),
+        files=len(files),
+    )
 
 
 def write_request(run: RunDir, request: Request) -> None:
@@ -115,15 +126,28 @@ def write_request(run: RunDir, request: Request) -> None:
     write_record(run.path / "request.json", request)
 
 
-def request_tags(run: RunDir) -> dict[str, str]:
-    """The tag that a registered version of this run gets; none if the request was not known."""
+def read_request(run: RunDir) -> Request | None:
+    """The request in a run's folder; None if it was not known."""
     path = run.path / "request.json"
-    return {REQUEST_TAG: read_record(path, Request).sha256} if path.exists() else {}
+    return read_record(path, Request) if path.exists() else None
+
+
+def request_tags(run: RunDir) -> dict[str, str]:
+    """The tags that a registered version of this run gets for its request."""
+    request = read_request(run)
+    if request is None:
+        return {}
+    return {REQUEST_TAG: request.sha256, SETTINGS_TAG: request.settings_sha256}
 
 
 def answers(tags: Mapping[str, str], request: Request) -> bool:
     """Whether a registered version with these tags is the answer to `request`."""
     return tags.get(REQUEST_TAG) == request.sha256
+
+
+def same_settings(tags: Mapping[str, str], request: Request | None) -> bool:
+    """Whether a version was made by the settings of `request`, as far as that is known."""
+    return request is None or tags.get(SETTINGS_TAG) in (None, request.settings_sha256)
 
 
 @contextmanager

@@ -38,7 +38,12 @@ def run_flow(
     database = workspace / "mlruns" / "mlflow.db"
     database.parent.mkdir()
 
-    def run(fault: str = "", continue_run: str | None = None, **changes: Any) -> tuple[Any, RunDir]:
+    def run(
+        fault: str = "",
+        continue_run: str | None = None,
+        nightly: str | None = None,
+        **changes: Any,
+    ) -> tuple[Any, RunDir]:
         settings = {
             "runs_dir": str(workspace / "runs"),
             "output_dir": str(workspace / "out"),
@@ -49,7 +54,8 @@ def run_flow(
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
             patch.setenv(faults.VARIABLE, fault)
-            state = qwen3_finetune(make_config(**settings), continue_run, return_state=True)
+            config = make_config(**settings)
+            state = qwen3_finetune(config, continue_run, nightly, return_state=True)
         run_id = continue_run or str(state.state_details.flow_run_id)
         return state, RunDir(workspace / "runs" / run_id)
 
@@ -127,31 +133,69 @@ def test_a_second_run_takes_model_lora_data_and_plan_from_the_cache(
     assert read_snapshot(target) is not None
 
 
-def test_a_run_with_nothing_new_since_the_champion_ends_before_training(
-    run_flow: Any, finished: Any, workspace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Same rows and settings, or no unseen row to mix: Completed, and no worker trained."""
+@pytest.fixture(scope="module")
+def champion(finished: Any, workspace: Path) -> str:
+    """The version in use: that of the undisturbed run."""
     from qwen3ft.registry import Registry
 
-    _, run = finished
     registry = Registry(f"sqlite:///{workspace / 'mlruns' / 'mlflow.db'}")
-    card = json.loads((run.path / "card.json").read_text())
-    champion = registry.champion("qwen3ft-embedded")
-    if champion is None:  # six steps may not have been enough to beat the base
+    found = registry.champion("qwen3ft-embedded")
+    if found is None:  # six steps may not have been enough to beat the base
         registry.promote("qwen3ft-embedded", "1", None)
-    assert Path(card["adapter_path"], "known_rows.npy").is_file()
-    for settings in ({"when_unchanged": "skip"}, {"new_data": "mix"}):
-        state, run = run_flow(**settings)
-        assert state.is_completed(), state.message
-        assert (state.name, "nothing new since qwen3ft-embedded v" in state.message) == (
-            "NothingNew",
-            True,
-        )
-        assert "train-1" not in task_states(state)
-        parent, children = mlflow_runs(workspace, run)
-        assert parent.info.status == "FINISHED"
-        assert parent.data.tags["verdict"] == state.message
-        assert children == []
+    return f"qwen3ft-embedded v{found.version if found else 1}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "stages"), [({"when_unchanged": "skip"}, 0), ({"new_data": "mix"}, 6)]
+)
+def test_a_run_with_nothing_new_since_the_champion_ends_before_training(
+    run_flow: Any, workspace: Path, champion: str, settings: dict[str, str], stages: int
+) -> None:
+    """The same request ends before any stage; other settings without an unseen row, after data."""
+    state, run = run_flow(**settings)
+    assert state.is_completed(), state.message
+    assert (state.name, state.message) == ("NothingNew", f"nothing new since {champion}")
+    assert len(task_states(state)) == stages
+    assert not (run.path / "jobs").exists() or stages
+    parent, children = mlflow_runs(workspace, run)
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags["verdict"] == state.message
+    assert children == []
+
+
+def test_a_night_without_anything_new_is_done_once(run_flow: Any, champion: str) -> None:
+    """Whatever `when_unchanged` says; a second start names the run that found nothing."""
+    state, run = run_flow(nightly="UTC")
+    assert (state.name, state.message) == ("NothingNew", f"nothing new since {champion}")
+    state, _ = run_flow(nightly="UTC")
+    assert state.is_completed()
+    assert (state.name, state.message) == ("AlreadyDone", f"already done by run {run.path.name}")
+    assert task_states(state) == {}
+
+
+def test_a_night_that_failed_is_taken_up_from_its_checkpoint_and_then_done(run_flow: Any) -> None:
+    """Three starts of one night: failed, continued to its end, and nothing left to do."""
+    night = {"nightly": "Asia/Shanghai", "seed": 61, "max_attempts": 1}
+    state, run = run_flow("kill@step=5", **night)
+    assert state.is_failed()
+    state, _ = run_flow(**night)
+    assert state.is_completed(), state.message
+    attempts = json.loads((run.path / "card.json").read_text())["attempts"]
+    assert [attempt["resumed_from_step"] for attempt in attempts] == [4]
+    state, _ = run_flow(**night)
+    assert (state.name, state.message) == ("AlreadyDone", f"already done by run {run.path.name}")
+
+
+def test_a_run_that_is_in_progress_is_not_taken_up_beside_it(run_flow: Any, finished: Any) -> None:
+    """Two processes in one run's folder would mix their files."""
+    from qwen3ft.process_lock import held
+
+    _, run = finished
+    with held(run.lock) as mine:
+        assert mine
+        state, _ = run_flow(continue_run=run.path.name)
+    assert state.is_failed()
+    assert "in progress in another process" in state.message
 
 
 def test_the_plan_is_on_both_pages_of_the_run(finished: Any, workspace: Path) -> None:

@@ -18,6 +18,7 @@ from qwen3ft.attempt import RunDir
 from qwen3ft.config import TrainingConfig
 from qwen3ft.night import (
     REQUEST_TAG,
+    SETTINGS_TAG,
     SETTINGS_THAT_DO_NOT_DECIDE,
     Request,
     answers,
@@ -26,10 +27,12 @@ from qwen3ft.night import (
     kept_before,
     nights_folder,
     request_tags,
+    same_settings,
     write_request,
 )
 
-REQUEST = Request(sha256="a" * 64, files=1)
+REQUEST = Request(sha256="a" * 64, settings_sha256="c" * 64, files=1)
+OTHER = Request(sha256="b" * 64, settings_sha256="d" * 64, files=1)
 DATE = "2026-11-26"
 
 
@@ -78,6 +81,7 @@ def test_the_content_of_the_data_folder_decides_and_its_times_do_not(tmp_path: P
     (folder / "b.jsonl").write_text('{"question": "r", "answer": "b"}\n')
     second = describe_request(asked)
     assert second.files == 2
+    assert second.settings_sha256 == first.settings_sha256
     rows.write_text('{"question": "q", "answer": "A"}\n')
     assert len({first.sha256, second.sha256, describe_request(asked).sha256}) == 3
 
@@ -103,9 +107,12 @@ def test_a_version_answers_the_request_it_was_tagged_with(tmp_path: Path) -> Non
     assert request_tags(run) == {}
     assert not answers({}, REQUEST)
     write_request(run, REQUEST)
-    assert request_tags(run) == {REQUEST_TAG: "a" * 64}
+    assert request_tags(run) == {REQUEST_TAG: "a" * 64, SETTINGS_TAG: "c" * 64}
     assert answers(request_tags(run), REQUEST)
-    assert not answers(request_tags(run), Request(sha256="b" * 64, files=1))
+    assert same_settings(request_tags(run), REQUEST)
+    assert not same_settings(request_tags(run), OTHER)
+    assert same_settings({}, OTHER)  # of a version that is older than the tag nothing is known
+    assert not answers(request_tags(run), OTHER)
 
 
 # --- whose night it is ---
@@ -120,7 +127,7 @@ def test_a_night_that_is_done_is_not_done_again(tmp_path: Path) -> None:
         assert (night.run_id, night.taken) == ("one", "already done by run one")
     with claim_night(tmp_path, "2026-11-27", REQUEST, "three") as night:
         assert night.taken is None
-    with claim_night(tmp_path, DATE, Request(sha256="b" * 64, files=1), "four") as night:
+    with claim_night(tmp_path, DATE, OTHER, "four") as night:
         assert night.taken is None
 
 
@@ -136,8 +143,9 @@ def test_a_night_whose_process_was_killed_is_taken_up(tmp_path: Path) -> None:
     """While it lives, a second start is told where it runs; after SIGKILL the lock is free."""
     program = (
         "import sys, time; from pathlib import Path; from qwen3ft.night import *\n"
-        "with claim_night(Path(sys.argv[1]), sys.argv[2], Request(sha256='a' * 64, files=1), 'one'"
-        "):\n    print('mine', flush=True); time.sleep(60)"
+        "request = Request(sha256='a' * 64, settings_sha256='c' * 64, files=1)\n"
+        "with claim_night(Path(sys.argv[1]), sys.argv[2], request, 'one'):\n"
+        "    print('mine', flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", program, str(tmp_path), DATE]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -195,4 +203,4 @@ def test_a_candidate_that_lost_is_remembered_while_the_champion_stays(tmp_path: 
     assert found is not None
     assert found.run_id == "one"
     assert kept_before(tmp_path, REQUEST, "4") is None
-    assert kept_before(tmp_path, Request(sha256="b" * 64, files=1), "3") is None
+    assert kept_before(tmp_path, OTHER, "3") is None
