@@ -8,7 +8,6 @@ It does not start the servers (`deployments.stack` does) and imports no flow in 
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 from collections.abc import Callable
@@ -18,6 +17,8 @@ from typing import Any
 import yaml
 
 from deployments import services
+from deployments.api import send
+from deployments.automations import definitions, register_automations
 from deployments.stack import DEPLOYMENT, Stack
 from qwen3ft.config import TrainingConfig, parse_config
 from qwen3ft.environment import EnvironmentManager
@@ -34,10 +35,6 @@ NO_GPU_LINE = (
     f"No CUDA GPU found: the deployment uses the embedded tiny Qwen3 ({CPU_CONFIG}), "
     "not Qwen/Qwen3-4B-Thinking-2507."
 )
-ZOMBIE_AUTOMATION = "qwen3ft: crash flow runs without heartbeats"
-SILENT_SECONDS = 180
-"""Six heartbeats of 30 s (PREFECT_FLOWS_HEARTBEAT_FREQUENCY): a killed machine, not a busy one."""
-
 Say = Callable[[str], None]
 
 
@@ -65,7 +62,9 @@ def choose_defaults(root: Path) -> Defaults:
         config_path=str(path),
         config=config,
         notice=None if gpus else NO_GPU_LINE,
-        version=sha256_json([config, TrainingConfig.model_json_schema(), files])[:12],
+        version=sha256_json([config, TrainingConfig.model_json_schema(), files, definitions("")])[
+            :12
+        ],
     )
 
 
@@ -112,7 +111,7 @@ def deploy(stack: Stack, say: Say = lambda _: None, *, force: bool = False) -> b
         return False
     _run_prefect_deploy(stack)
     _restore_schedules(stack, registered)
-    _add_zombie_automation(stack)
+    register_automations(stack.layout(), _registered_id(stack))
     say(f"Registered {DEPLOYMENT} with {defaults.config_path}.")
     return True
 
@@ -143,6 +142,12 @@ def _run_prefect_deploy(stack: Stack) -> None:
         )
 
 
+def _registered_id(stack: Stack) -> str:
+    found = read_deployment(stack)
+    assert found is not None  # `prefect deploy` has just put it there
+    return str(found["id"])
+
+
 def _restore_schedules(stack: Stack, before: dict[str, Any] | None) -> None:
     """Registering sets every schedule as the file says; an operator's choice is put back."""
     after = read_deployment(stack)
@@ -153,44 +158,7 @@ def _restore_schedules(stack: Stack, before: dict[str, Any] | None) -> None:
         active = chosen.get(schedule["slug"], schedule["active"])
         if active != schedule["active"]:
             address = f"deployments/{after['id']}/schedules/{schedule['id']}"
-            _send(stack, address, {"active": active}, method="PATCH")
-
-
-def _add_zombie_automation(stack: Stack) -> None:
-    """A flow run whose process and worker were both killed would else stay Running for ever."""
-    wanted = {"automations": {"name": {"any_": [ZOMBIE_AUTOMATION]}}}
-    if json.loads(_send(stack, "automations/filter", wanted)):
-        return
-    ends = ("Completed", "Failed", "Cancelled", "Crashed")
-    trigger = {
-        "type": "event",
-        "posture": "Proactive",
-        "match": {"prefect.resource.id": "prefect.flow-run.*"},
-        "for_each": ["prefect.resource.id"],
-        "after": ["prefect.flow-run.heartbeat"],
-        "expect": [f"prefect.flow-run.{event}" for event in ("heartbeat", *ends)],
-        "threshold": 1,
-        "within": SILENT_SECONDS,
-    }
-    action = {
-        "type": "change-flow-run-state",
-        "state": "CRASHED",
-        "message": f"No sign of life for {SILENT_SECONDS} s: its process was killed.",
-    }
-    automation = {"name": ZOMBIE_AUTOMATION, "trigger": trigger, "actions": [action]}
-    _send(stack, "automations/", automation)
-
-
-def _send(stack: Stack, address: str, body: dict[str, Any], method: str = "POST") -> str:
-    url = f"{stack.layout().url('prefect')}/api/{address}"
-    answer = services.request_text(url, body, method)
-    if answer is None:
-        raise EnvironmentNotReadyError(
-            f"The Prefect server refused {method} /api/{address} or does not answer.",
-            why="It may have been stopped meanwhile, or be another version.",
-            next_command=f"tail -n 50 {stack.layout().log('prefect')}",
-        )
-    return answer
+            send(stack.layout(), address, {"active": active}, method="PATCH")
 
 
 def _text(path: Path) -> str:

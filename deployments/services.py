@@ -24,6 +24,10 @@ SERVERS: tuple[Service, ...] = ("prefect", "mlflow")
 POOL = "qwen3ft"
 WORKER = "qwen3ft-local"
 HTTP_SECONDS = 15.0
+HEARTBEAT_SECONDS = 30
+"""Between two signs of life of a flow run; Prefect takes no less."""
+HISTORY_DAYS = 90
+"""How long the server keeps ended flow runs; MLflow keeps what came of them."""
 BUSY = (429, 503)
 BUSY_DELAYS_SECONDS = (0.2, 0.5, 1.0, 2.0)
 
@@ -101,7 +105,9 @@ def environment(layout: Layout, inherited: Mapping[str, str] = os.environ) -> di
         "PREFECT_API_URL": f"{layout.url('prefect')}/api",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
+        "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
+        "PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD": str(HISTORY_DAYS * 86400),
         "PREFECT_WORKER_QUERY_SECONDS": "2",  # 10 by default: a run would wait that long to start
         "PREFECT_LOGGING_EXTRA_LOGGERS": "qwen3ft",
         "PREFECT_RESULTS_LOCAL_STORAGE_PATH": str(layout.prefect_home / "storage"),

@@ -186,6 +186,24 @@ def deploy() -> None:
 
 
 @app.command()
+def schedule(
+    cron: Annotated[
+        str | None, typer.Option("--cron", metavar="FIELDS", help='Such as "30 1 * * *".')
+    ] = None,
+    timezone: Annotated[
+        str | None, typer.Option("--timezone", metavar="ZONE", help="Such as Europe/Berlin.")
+    ] = None,
+    active: Annotated[
+        bool | None, typer.Option("--on/--off", help="Switch the nightly run on or off.")
+    ] = None,
+) -> None:
+    """Show or change when the nightly run starts (in deployments/prefect.yaml), and register it."""
+    from flows import cli_servers
+
+    cli_servers.schedule(cron, timezone, active=active)
+
+
+@app.command()
 def sync(config: ConfigOption = None, settings: SetOption = None) -> None:
     """Send to MLflow what it could not take when runs ended."""
     from flows import cli_runs

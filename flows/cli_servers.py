@@ -1,14 +1,15 @@
-"""The commands about this machine and its servers: doctor, up, down, status, deploy."""
+"""The commands about this machine: doctor, up, down, status, deploy, schedule."""
 
 from __future__ import annotations
 
 import typer
 
 from deployments.deploy import deploy as register
+from deployments.schedule import read_schedule, set_active, write_schedule
 from flows.cli_project import open_project
 from flows.cli_view import open_console, print_json, say, show_report, show_status
 from qwen3ft.environment import EnvironmentManager
-from qwen3ft.errors import EnvironmentNotReadyError
+from qwen3ft.errors import ConfigError, EnvironmentNotReadyError
 
 
 def up() -> None:
@@ -36,6 +37,41 @@ def deploy() -> None:
     stack = open_project()
     stack.up(say)
     register(stack, say, force=True)
+
+
+def schedule(cron: str | None, timezone: str | None, *, active: bool | None) -> None:
+    """Show when the nightly run starts; change it first, if asked to.
+
+    Raises:
+        ConfigError: the cron line or the time zone is none.
+    """
+    stack = open_project()
+    found = read_schedule(stack.root)
+    cron, timezone = cron or found.cron, timezone or found.timezone
+    if (cron, timezone) != (found.cron, found.timezone):
+        _check_schedule(cron, timezone)
+        write_schedule(stack.root, cron, timezone)
+    if active is not None or (cron, timezone) != (found.cron, found.timezone):
+        stack.up(say)
+        register(stack, say)
+    if active is not None:
+        set_active(stack, active=active)
+    state = "on" if stack.status().schedule_active else "off"
+    open_console().print(f'nightly  cron "{cron}", time zone {timezone}: {state}')
+
+
+def _check_schedule(cron: str, timezone: str) -> None:
+    from prefect.client.schemas.schedules import CronSchedule
+    from pydantic import ValidationError
+
+    try:
+        CronSchedule(cron=cron, timezone=timezone)
+    except ValidationError as error:
+        raise ConfigError(
+            f'cron "{cron}" in time zone {timezone} is no schedule.',
+            why="; ".join(issue["msg"] for issue in error.errors(include_url=False)),
+            next_command='qwen3ft schedule --cron "0 2 * * *" --timezone Europe/Berlin',
+        ) from None
 
 
 def doctor(*, as_json: bool) -> None:

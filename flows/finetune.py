@@ -42,6 +42,7 @@ from flows.nightly import (
     end_as_taken,
     find_request,
     for_night,
+    is_nightly,
     seen_before,
     tonight,
 )
@@ -90,7 +91,7 @@ logger = logs.get_logger("flow")
 def qwen3_finetune(
     config: TrainingConfig = TrainingConfig(),  # noqa: B008  frozen, and shown as the run's form
     continue_run: str | None = None,
-    nightly: str | None = None,
+    nightly: bool = False,
     resumed: int = 0,
 ) -> State[Any]:
     """Fine-tune, prove and promote; what has been done, or needs no doing, ends at once.
@@ -98,11 +99,11 @@ def qwen3_finetune(
     Args:
         config: What to do.
         continue_run: Id of an earlier run whose folder, checkpoints and results are taken up.
-        nightly: Time zone of the schedule that starts the run (Europe/Berlin), which then trains
-            only on something new, and once a night. Empty for other runs.
+        nightly: Train only on something new, and once a night; a schedule's runs always do.
         resumed: How often the run was taken up by itself after a crash.
     """
     check_resumes(continue_run, resumed)
+    nightly = is_nightly(nightly)
     config = for_night(config, nightly)
     request = find_request(config)
     with tonight(config, request, nightly, continue_run) as night:

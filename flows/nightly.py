@@ -1,10 +1,10 @@
 """Where a start of the flow stands in the order of nights: asked before any stage.
 
-A schedule gives its time zone as the flow's parameter `nightly`. Such a run trains only on
-something new, and once a night: a second start of the same night ends at once, a failed one is
-taken up. Nights that were missed while the machine was off are started one after the other by
-Prefect once it is on; all of them count as the newest one that is due, so that they are caught up
-once. Nothing here loads torch or starts a process.
+A run is a night's if its deployment's schedule starts it, or if the parameter `nightly` says so. It
+trains only on something new, and once a night: a second start of the same night ends at once, a
+failed one is taken up. Nights that were missed while the machine was off are started one after the
+other by Prefect once it is on; all of them count as the newest one that is due, so that they are
+caught up once. Nothing here loads torch or starts a process.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+from zoneinfo import ZoneInfo
 
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterDeploymentId,
@@ -30,7 +30,7 @@ from prefect.states import Completed
 
 from qwen3ft import logs
 from qwen3ft.config import TrainingConfig
-from qwen3ft.errors import ConfigError, FinetuneError, TransientError
+from qwen3ft.errors import FinetuneError, TransientError
 from qwen3ft.night import (
     ALREADY_DONE,
     Night,
@@ -70,7 +70,12 @@ def check_resumes(continue_run: str | None, resumed: int) -> None:
         )
 
 
-def for_night(config: TrainingConfig, nightly: str | None) -> TrainingConfig:
+def is_nightly(asked: bool) -> bool:
+    """Whether the run is a night's; Prefect tags what its scheduler starts."""
+    return asked or SCHEDULED_TAG in flow_run.tags
+
+
+def for_night(config: TrainingConfig, nightly: bool) -> TrainingConfig:
     """The settings of a run; at night it is not trained on what the champion was trained on."""
     return config.model_copy(update={"when_unchanged": "skip"}) if nightly else config
 
@@ -86,54 +91,44 @@ def find_request(config: TrainingConfig) -> Request | None:
 
 @contextmanager
 def tonight(
-    config: TrainingConfig, request: Request | None, nightly: str | None, continue_run: str | None
+    config: TrainingConfig, request: Request | None, nightly: bool, continue_run: str | None
 ) -> Iterator[Night]:
-    """The night's claim; a run that is not a night's has one of its own.
-
-    Raises:
-        ConfigError: there is no such time zone.
-    """
+    """The night's claim; a run that is not a night's has one of its own."""
     run_id = continue_run or str(flow_run.id)
-    if nightly is None or request is None:
+    if not nightly or request is None:
         yield Night(run_id)
         return
-    date = night_date(nightly)
+    date = night_date()
     with claim_night(Path(config.runs_dir), date, request, run_id) as night:
         if night.again:
             logger.info("the night of %s was left undone by run %s", date, night.run_id)
         yield night
 
 
-def night_date(zone: str) -> str:
-    """YYYY-MM-DD of the newest night that is due, this run's own or a later one of its schedule.
+def night_date() -> str:
+    """YYYY-MM-DD of the newest night that is due: this run's own, or a later one of its schedule.
 
-    Raises:
-        ConfigError: there is no such time zone.
+    In the schedule's time zone; UTC for a run without a deployment, or one without a schedule.
     """
-    try:
-        timezone = ZoneInfo(zone)
-    except (ZoneInfoNotFoundError, ValueError, OSError):
-        raise ConfigError(
-            f"{zone!r} is no time zone.",
-            why="The parameter 'nightly' is the schedule's time zone, as the IANA names it.",
-            next_command="qwen3ft schedule --timezone Europe/Berlin",
-        ) from None
     own = flow_run.scheduled_start_time or datetime.now(UTC)
-    return f"{max(own, _newest_due() or own).astimezone(timezone):%Y-%m-%d}"
-
-
-def _newest_due() -> datetime | None:
-    """When the schedule's last run up to now was to start."""
     if deployment.id is None:
-        return None
+        return f"{own.astimezone(UTC):%Y-%m-%d}"
+    with get_client(sync_client=True) as client:
+        schedules = client.read_deployment(deployment.id).schedules
+        newest = max(own, _newest_due(client) or own)
+    zones = [getattr(item.schedule, "timezone", None) for item in schedules]
+    return f"{newest.astimezone(ZoneInfo(next(filter(None, zones), 'UTC'))):%Y-%m-%d}"
+
+
+def _newest_due(client: SyncPrefectClient) -> datetime | None:
+    """When the schedule's last run up to now was to start."""
     wanted = FlowRunFilter(
         deployment_id=FlowRunFilterDeploymentId(any_=[deployment.id]),
         tags=FlowRunFilterTags(all_=[SCHEDULED_TAG]),
         expected_start_time=FlowRunFilterExpectedStartTime(before_=datetime.now(UTC)),
     )
     newest_first = FlowRunSort.EXPECTED_START_TIME_DESC
-    with get_client(sync_client=True) as client:
-        runs = client.read_flow_runs(flow_run_filter=wanted, sort=newest_first, limit=1)
+    runs = client.read_flow_runs(flow_run_filter=wanted, sort=newest_first, limit=1)
     return runs[0].expected_start_time if runs else None
 
 

@@ -41,7 +41,7 @@ def run_flow(
     def run(
         fault: str = "",
         continue_run: str | None = None,
-        nightly: str | None = None,
+        nightly: bool = False,
         **changes: Any,
     ) -> tuple[Any, RunDir]:
         settings = {
@@ -165,9 +165,9 @@ def test_a_run_with_nothing_new_since_the_champion_ends_before_training(
 
 def test_a_night_without_anything_new_is_done_once(run_flow: Any, champion: str) -> None:
     """Whatever `when_unchanged` says; a second start names the run that found nothing."""
-    state, run = run_flow(nightly="UTC")
+    state, run = run_flow(nightly=True)
     assert (state.name, state.message) == ("NothingNew", f"nothing new since {champion}")
-    state, _ = run_flow(nightly="UTC")
+    state, _ = run_flow(nightly=True)
     assert state.is_completed()
     assert (state.name, state.message) == ("AlreadyDone", f"already done by run {run.path.name}")
     assert task_states(state) == {}
@@ -175,7 +175,7 @@ def test_a_night_without_anything_new_is_done_once(run_flow: Any, champion: str)
 
 def test_a_night_that_failed_is_taken_up_from_its_checkpoint_and_then_done(run_flow: Any) -> None:
     """Three starts of one night: failed, continued to its end, and nothing left to do."""
-    night = {"nightly": "Asia/Shanghai", "seed": 61, "max_attempts": 1}
+    night = {"nightly": True, "seed": 61, "max_attempts": 1}
     state, run = run_flow("kill@step=5", **night)
     assert state.is_failed()
     state, _ = run_flow(**night)

@@ -14,21 +14,25 @@ import urllib.request
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from deployments import services
+from deployments.automations import RESUME_AUTOMATION, SILENT_SECONDS, ZOMBIE_AUTOMATION
 from deployments.deploy import (
     NO_GPU_LINE,
-    ZOMBIE_AUTOMATION,
+    PREFECT_FILE,
     choose_defaults,
     deploy,
     read_deployment,
 )
 from deployments.processes import MARK, find_marked, free_port, start_detached, stop
+from deployments.schedule import write_schedule
 from deployments.services import SERVICES, Layout
 from deployments.stack import DEPLOYMENT, Stack, StackStatus
+from qwen3ft.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,7 +45,12 @@ from qwen3ft.config import TrainingConfig
 
 
 @flow(name="qwen3-finetune")
-def qwen3_finetune(config: TrainingConfig = TrainingConfig(), continue_run: str | None = None):
+def qwen3_finetune(
+    config: TrainingConfig = TrainingConfig(),
+    continue_run: str | None = None,
+    nightly: bool = False,
+    resumed: int = 0,
+):
     pass
 '''
 
@@ -166,7 +175,7 @@ def test_registering_again_keeps_the_schedule_that_was_switched_on(
     assert stack.status().schedule_active
     _wait_for_planned_runs(api)
     names = [item["name"] for item in services.request_json(f"{api}/automations/filter", {})]
-    assert names.count(ZOMBIE_AUTOMATION) == 1
+    assert sorted(names) == sorted(["qwen3ft: new data", RESUME_AUTOMATION, ZOMBIE_AUTOMATION])
 
 
 def test_prefect_typed_in_the_folder_talks_to_the_stack(
@@ -196,23 +205,69 @@ def _start_at(stack: Stack, address: str, body: dict[str, object]) -> str:
     return str(run["id"])
 
 
-def test_a_run_that_was_killed_with_its_worker_is_ended_by_the_next_up(
+def _wait_for_resumption(api: str, crashed: str) -> dict[str, Any]:
+    """The run that the server started to continue `crashed`."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        for run in services.request_json(f"{api}/filter", {}):
+            if run["parameters"].get("continue_run") == crashed:
+                found: dict[str, Any] = run
+                return found
+        time.sleep(0.5)
+    raise AssertionError(f"nothing continues {crashed}")
+
+
+def test_a_run_that_was_killed_with_its_worker_is_ended_by_the_next_up_and_taken_up(
     stack: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else it would hold the one slot for ever; a run of another origin is left alone."""
+    """Else it would hold the one slot for ever; a run of another origin is left alone.
+
+    What asked for the killed run is asked of the one that takes it up.
+    """
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     deploy(stack)
     deployment = read_deployment(stack)
     assert deployment is not None
     next_year = (datetime.now(UTC) + timedelta(days=365)).isoformat()
     later = {"type": "SCHEDULED", "state_details": {"scheduled_time": next_year}}
-    killed = _start_at(stack, f"deployments/{deployment['id']}/create_flow_run", {"state": later})
+    asked = {"state": later, "parameters": {"nightly": True}}
+    killed = _start_at(stack, f"deployments/{deployment['id']}/create_flow_run", asked)
     other = _start_at(stack, "flow_runs/", {"flow_id": deployment["flow_id"], "state": later})
     os.kill(_pids(stack.status())["worker"] or 0, signal.SIGKILL)
     assert stack.up().up
     api = f"{stack.layout().url('prefect')}/api/flow_runs"
     assert services.request_json(f"{api}/{killed}")["state_type"] == "CRASHED"
     assert services.request_json(f"{api}/{other}")["state_type"] == "RUNNING"
+    again = _wait_for_resumption(api, killed)
+    assert again["parameters"] == {
+        "config": deployment["parameters"]["config"],
+        "continue_run": killed,
+        "nightly": True,
+        "resumed": 1,
+    }
+
+
+def test_the_schedule_is_changed_in_the_file_registered_and_switched_on_by_one_command(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file keeps its comments; the next `deploy` has nothing left to do."""
+    from flows import cli_servers
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.chdir(stack.root)
+    before = (stack.root / PREFECT_FILE).read_text()
+    cli_servers.schedule("30 1 * * 1-5", "Asia/Shanghai", active=True)
+    assert "30 1 * * 1-5" in capsys.readouterr().out
+    found = read_deployment(stack)
+    assert found is not None
+    [schedule] = found["schedules"]
+    assert schedule["active"]
+    assert schedule["schedule"]["cron"] == "30 1 * * 1-5"
+    assert schedule["schedule"]["timezone"] == "Asia/Shanghai"
+    assert deploy(stack) is False
+    cli_servers.schedule("0 2 * * *", "UTC", active=False)
+    assert (stack.root / PREFECT_FILE).read_text() == before
+    assert not stack.status().schedule_active
 
 
 def test_down_leaves_no_process(stack: Stack) -> None:
@@ -234,6 +289,37 @@ def test_down_leaves_no_process(stack: Stack) -> None:
 
 
 # --- the parts, without servers ---
+
+
+@pytest.mark.parametrize(("cron", "zone"), [("0 2 * *", "UTC"), ("0 2 * * *", "Europe/Nowhere")])
+def test_a_schedule_that_is_none_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cron: str, zone: str
+) -> None:
+    """It is refused before the file is touched and before anything is started."""
+    from flows import cli_servers
+
+    (tmp_path / "deployments").mkdir()
+    shutil.copy(ROOT / PREFECT_FILE, tmp_path / PREFECT_FILE)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="no schedule"):
+        cli_servers.schedule(cron, zone, active=None)
+    assert (tmp_path / PREFECT_FILE).read_text() == (ROOT / PREFECT_FILE).read_text()
+    assert not (tmp_path / ".qwen3ft").exists()
+
+
+def test_a_schedule_written_in_another_way_is_not_edited(tmp_path: Path) -> None:
+    """A second `cron` in the file would be changed with it."""
+    (tmp_path / "deployments").mkdir()
+    text = (ROOT / PREFECT_FILE).read_text()
+    second = '      - slug: weekly\n        cron: "0 3 * * 0"\n        timezone: UTC\n    triggers:'
+    (tmp_path / PREFECT_FILE).write_text(text.replace("    triggers:", second))
+    with pytest.raises(ConfigError, match="cannot be changed by this command"):
+        write_schedule(tmp_path, "30 1 * * *", "UTC")
+
+
+def test_a_killed_run_is_noticed_within_two_minutes() -> None:
+    """What the server waits for, and a heartbeat that was just sent; the rest is its own clock."""
+    assert SILENT_SECONDS + 10 <= 120
 
 
 def test_a_taken_port_is_passed_over() -> None:

@@ -1,0 +1,101 @@
+"""What the Prefect server does by itself about runs whose process is gone.
+
+A run that gave no sign of life for `SILENT_SECONDS` is marked as Crashed (its worker, which would
+tell at once, was killed with it). Whatever crashed is started once more from its last checkpoint:
+the new run has the same parameters, the crashed run's id to continue, and `resumed` counted up, by
+which the flow refuses a second time (see `flows.nightly.check_resumes`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deployments.api import send
+from deployments.services import HEARTBEAT_SECONDS, Layout
+
+ZOMBIE_AUTOMATION = "qwen3ft: crash flow runs without heartbeats"
+RESUME_AUTOMATION = "qwen3ft: take up a crashed run once"
+
+SILENT_SECONDS = 3 * HEARTBEAT_SECONDS
+"""Two heartbeats may be lost on a busy machine; within two minutes it has to be noticed."""
+
+_ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
+_CONTINUED = "{{ flow_run.parameters.get('continue_run') or flow_run.id }}"
+_NIGHTLY = (
+    "{{ (flow_run.parameters.get('nightly') or 'auto-scheduled' in flow_run.tags) | tojson }}"
+)
+_RESUMED = "{{ (flow_run.parameters.get('resumed') or 0) + 1 }}"
+
+
+def definitions(deployment_id: str) -> list[dict[str, Any]]:
+    """The automations of a deployment, as the server's API takes them."""
+    return [_zombies(deployment_id), _resumption(deployment_id)]
+
+
+def register_automations(layout: Layout, deployment_id: str) -> None:
+    """Put the automations there as they are defined here, in place of those of the same name."""
+    names = {"name": {"any_": [ZOMBIE_AUTOMATION, RESUME_AUTOMATION]}}
+    for found in send(layout, "automations/filter", {"automations": names}):
+        send(layout, f"automations/{found['id']}", method="DELETE")
+    for automation in definitions(deployment_id):
+        send(layout, "automations/", automation)
+
+
+def _zombies(deployment_id: str) -> dict[str, Any]:
+    trigger = {
+        "type": "event",
+        "posture": "Proactive",
+        "match": {"prefect.resource.id": "prefect.flow-run.*"},
+        "match_related": _of(deployment_id),
+        "for_each": ["prefect.resource.id"],
+        "after": ["prefect.flow-run.heartbeat"],
+        "expect": [f"prefect.flow-run.{event}" for event in ("heartbeat", *_ENDS)],
+        "threshold": 1,
+        "within": SILENT_SECONDS,
+    }
+    action = {
+        "type": "change-flow-run-state",
+        "state": "CRASHED",
+        "message": f"No sign of life for {SILENT_SECONDS} s: its process was killed.",
+    }
+    return {"name": ZOMBIE_AUTOMATION, "trigger": trigger, "actions": [action]}
+
+
+def _resumption(deployment_id: str) -> dict[str, Any]:
+    trigger = {
+        "type": "event",
+        "posture": "Reactive",
+        "match": {"prefect.resource.id": "prefect.flow-run.*"},
+        "match_related": _of(deployment_id),
+        "for_each": ["prefect.resource.id"],
+        "expect": ["prefect.flow-run.Crashed"],
+        "threshold": 1,
+        "within": 0,
+    }
+    action = {
+        "type": "run-deployment",
+        "source": "selected",
+        "deployment_id": deployment_id,
+        "parameters": {
+            "config": _json("{{ flow_run.parameters['config'] | tojson }}"),
+            "nightly": _json(_NIGHTLY),
+            "continue_run": _text(_CONTINUED),
+            "resumed": _json(_RESUMED),
+        },
+    }
+    return {"name": RESUME_AUTOMATION, "trigger": trigger, "actions": [action]}
+
+
+def _of(deployment_id: str) -> dict[str, str]:
+    return {
+        "prefect.resource.id": f"prefect.deployment.{deployment_id}",
+        "prefect.resource.role": "deployment",
+    }
+
+
+def _text(template: str) -> dict[str, Any]:
+    return {"__prefect_kind": "jinja", "template": template}
+
+
+def _json(template: str) -> dict[str, Any]:
+    return {"__prefect_kind": "json", "value": _text(template)}
