@@ -21,6 +21,7 @@ from rich.text import Text
 
 from qwen3ft.records import GIB, EnvironmentReport
 from qwen3ft.result_records import RunCard
+from qwen3ft.score_text import METRIC_NAMES, interval_text
 
 if TYPE_CHECKING:
     from deployments.stack import StackStatus
@@ -137,6 +138,12 @@ def show_card(console: Console, card: RunCard) -> None:
             f"  {split}": f"{base:.1%} -> {tuned:.1%} of {count}"
             for split, (base, tuned, count) in card.scores_by_split.items()
         },
+        **{
+            f"  gain: {c.rival}": f"{METRIC_NAMES[c.metric]} {interval_text(c)}"
+            for c in card.comparisons
+            if c.metric == card.main_metric
+        },
+        "forgetting": card.forgetting,
         "held-out loss": f"{card.held_out_loss_before:.3f} -> {card.held_out_loss_after:.3f}",
         "peak memory": f"{card.peak_memory_gb:.2f} GB of {card.budget_gb:g} GB",
         **(

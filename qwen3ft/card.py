@@ -8,6 +8,7 @@ from qwen3ft.config import EMBEDDED_MODEL_NAME, TrainingConfig
 from qwen3ft.data_records import DataChange, DatasetManifest
 from qwen3ft.records import AttemptOutcome, AttemptSummary, SavedAdapter, TrainPlan
 from qwen3ft.result_records import InferenceReport, RunCard, Verdict
+from qwen3ft.score_text import METRIC_NAMES, interval_text, share_above, show_score
 
 EMBEDDED_NOTE = (
     "The embedded model is for demonstration: 0.8 M weights, pretrained on questions about "
@@ -34,6 +35,8 @@ def build_card(
     notes = [EMBEDDED_NOTE] if config.model_name == EMBEDDED_MODEL_NAME else []
     notes += [NOVEL_NOTE] if "novel" in tuned.by_split else []
     notes += [f"Degraded: {reason}." for reason in saved.degraded]
+    limit = config.max_ability_loss_rise
+    forgetting = share_above(tuned.ability_loss, base.ability_loss)
     return RunCard(
         title=f"{config.model_name}: {verdict.decision}",
         trained_on=f"{data.train.rows:,} rows ({data.train.tokens:,} tokens), "
@@ -45,6 +48,12 @@ def build_card(
             for split, score in tuned.by_split.items()
             if split in base.by_split
         },
+        scores=report.scores,
+        main_metric=report.main_metric,
+        comparisons=report.comparisons,
+        forgetting=f"loss on general questions {show_score('loss', base.ability_loss)} -> "
+        f"{show_score('loss', tuned.ability_loss)}"
+        + ("" if forgetting is None else f" ({forgetting:+.1%}, limit {limit:+.0%})"),
         held_out_loss_before=outcome.first_held_out_loss,
         held_out_loss_after=outcome.best_held_out_loss,
         peak_memory_gb=outcome.peak_memory_gb,
@@ -53,7 +62,8 @@ def build_card(
         kernels=f"{plan.kernels}: {plan.reasons.get('kernels', '')}".rstrip(": "),
         seconds_by_stage=dict(seconds_by_stage),
         attempts=tuple(attempts),
-        verdict=f"{verdict.decision}: " + "; ".join(verdict.reasons),
+        verdict=verdict.sentence,
+        reasons=verdict.reasons,
         adapter_path=saved.path,
         notes=tuple(notes),
     )
@@ -66,10 +76,13 @@ def to_markdown(card: RunCard) -> str:
         "",
         f"**{card.verdict}**",
         "",
+        *(f"- {reason}" for reason in card.reasons if len(card.reasons) > 1),
+        *([""] if len(card.reasons) > 1 else []),
         "| | |",
         "|---|---|",
         f"| trained on | {card.trained_on} |",
         f"| exact match | {card.base_score:.1%} → **{card.tuned_score:.1%}** |",
+        f"| forgetting | {card.forgetting} |",
         f"| held-out loss | {card.held_out_loss_before:.3f} → {card.held_out_loss_after:.3f} |",
         f"| peak memory | {card.peak_memory_gb:.2f} of {card.budget_gb:g} GB |",
         f"| adapter | `{card.adapter_path}` |",
@@ -80,6 +93,7 @@ def to_markdown(card: RunCard) -> str:
         lines.append(f"| kernels | {card.kernels} |")
     if card.mlflow_url:
         lines.append(f"| MLflow | [this run]({card.mlflow_url}) |")
+    lines += _score_table(card)
     lines += ["", "| questions | rows | base | tuned |", "|---|---|---|---|"]
     lines += [
         f"| {split} | {rows} | {base:.1%} | {tuned:.1%} |"
@@ -96,6 +110,27 @@ def to_markdown(card: RunCard) -> str:
     if card.notes:
         lines += ["", *(f"> {note}\n" for note in card.notes)]
     return "\n".join(lines) + "\n"
+
+
+def _score_table(card: RunCard) -> list[str]:
+    """Every model's scores, the candidate's gain over the one to beat, and the forms."""
+    models = {score.label: score for score in card.scores}
+    if "candidate" not in models:
+        return []
+    labels = [label for label in ("base", "champion", "candidate") if label in models]
+    rival = "champion" if "champion" in models else "base"
+    gains = {c.metric: interval_text(c) for c in card.comparisons if c.rival == rival}
+    lines = ["", f"| score | {' | '.join(labels)} | gain over the {rival} (interval) |"]
+    lines.append("|---" * (len(labels) + 2) + "|")
+    for metric, name in METRIC_NAMES.items():
+        cells = [show_score(metric, getattr(models[label], metric)) for label in labels]
+        lines.append(f"| {name} | {' | '.join(cells)} | {gains.get(metric, '')} |")
+    cells = [show_score("loss", models[label].ability_loss) for label in labels]
+    lines.append(f"| loss on general questions | {' | '.join(cells)} | |")
+    for check in models["candidate"].form:
+        shares = [f"{models[label].form.get(check, 0.0):.1%}" for label in labels]
+        lines.append(f"| {check} | {' | '.join(shares)} | |")
+    return lines
 
 
 def data_markdown(manifest: DatasetManifest, change: DataChange) -> str:

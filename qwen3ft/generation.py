@@ -1,4 +1,4 @@
-"""Batched greedy answers of a model, and the loss of given answers.
+"""Batched greedy answers of a model. The loss of given answers is in `qwen3ft.answer_loss`.
 
 Guarantees: results come in the order of the questions, and no answer is longer than asked. Running
 out of GPU memory halves the batch, because here its size does not change what is asked for
@@ -9,17 +9,13 @@ Does not cover bit-equality between batch sizes: padding changes the order of fl
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qwen3ft.chat import (
-    IGNORED_LABEL,
     Asked,
-    TokenizedRow,
     generation_prompt,
     prompt_ids,
-    tokenize_rows,
 )
 from qwen3ft.errors import OutOfMemoryError
 from qwen3ft.logs import get_logger
@@ -32,15 +28,13 @@ if TYPE_CHECKING:
 logger = get_logger("generation")
 
 PROGRESS_EVERY_TOKENS = 16
-LOSS_CHUNK_TOKENS = 512
-"""Answer tokens whose logits exist at one time: 0.3 GB in fp32 for Qwen3's vocabulary."""
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 Progress = Callable[[int], None]
 
 
-def _no_progress(_: int) -> None:
+def no_progress(_: int) -> None:
     """For callers that do not watch."""
 
 
@@ -53,7 +47,7 @@ def answer_questions(
     max_new_tokens: int,
     thinking: bool | Sequence[bool],
     escape: bool = False,
-    progress: Progress = _no_progress,
+    progress: Progress = no_progress,
 ) -> list[Generated]:
     """Answer each question greedily; results are in the order of `questions`.
 
@@ -93,36 +87,6 @@ def answer_questions(
         results.update(zip(batch, answers, strict=True))
         progress(len(results))
     return [results[index] for index in range(len(ids))]
-
-
-def answer_loss(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Mapping[str, Any]],
-    batch_size: int,
-    progress: Progress = _no_progress,
-    *,
-    escape: bool = False,
-) -> float:
-    """Mean negative log-likelihood (nats) per answer token; the prompt is not counted.
-
-    The rows are rendered as for training, so the reasoning and the end token count too. Of a
-    conversation the last turn counts, which is the one that `answer_questions` writes. Every
-    counted token of every row weighs the same.
-
-    Raises:
-        OutOfMemoryError: not even one row fits.
-        TokenizerError: the chat template cannot be used.
-    """
-    encoded = tokenize_rows(tokenizer, rows, train_turns="last", escape=escape)
-    longest_first = sorted(encoded, key=lambda row: -len(row.input_ids))
-    total, done = 0.0, 0
-    for batch, loss in in_batches(longest_first, batch_size, partial(_summed_loss, model)):
-        total += loss
-        done += len(batch)
-        progress(done)
-    tokens = sum(end - start for row in encoded for start, end in row.trained)
-    return total / tokens if tokens else float("nan")
 
 
 def in_batches(
@@ -191,8 +155,8 @@ def _generate(
     from transformers import GenerationConfig, StoppingCriteriaList
 
     width = max(len(prompt) for prompt in prompts)
-    inputs = _pad(prompts, width, tokenizer.pad_token_id, left=True).to(model.device)
-    mask = _pad([[1] * len(prompt) for prompt in prompts], width, 0, left=True).to(model.device)
+    inputs = pad_rows(prompts, width, tokenizer.pad_token_id, left=True).to(model.device)
+    mask = pad_rows([[1] * len(prompt) for prompt in prompts], width, 0, left=True).to(model.device)
     ends = end_tokens(model, tokenizer)
     # Each value is set because `generate` takes those left out from the model's own settings,
     # which for Qwen3 are those of sampling.
@@ -246,40 +210,7 @@ def _read(
     return Generated(text=text, stopped=stopped, tokens=len(tokens))
 
 
-def _summed_loss(model: PreTrainedModel, rows: Sequence[TokenizedRow]) -> float:
-    """Negative log-likelihood of all trained tokens of the rows, summed.
-
-    The output head is applied to their positions only, a chunk at a time.
-    """
-    import torch
-
-    width = max(len(row.input_ids) for row in rows)
-    # Padding comes after the tokens, where causal attention cannot see it: its value is free.
-    inputs = _pad([row.input_ids for row in rows], width, 0).to(model.device)
-    labels = _pad([_labels(row) for row in rows], width, IGNORED_LABEL).to(model.device)
-    # Position t predicts token t + 1.
-    row_index, place = (labels[:, 1:] != IGNORED_LABEL).nonzero(as_tuple=True)
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    total = 0.0
-    with torch.no_grad():
-        hidden = causal.get_decoder()(input_ids=inputs, use_cache=False)[0]
-        for start in range(0, len(place), LOSS_CHUNK_TOKENS):
-            chunk = slice(start, start + LOSS_CHUNK_TOKENS)
-            states = hidden[row_index[chunk], place[chunk]]
-            logits = causal.get_output_embeddings()(states).float()
-            targets = labels[row_index[chunk], place[chunk] + 1]
-            total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
-    return total
-
-
-def _labels(row: TokenizedRow) -> list[int]:
-    labels = [IGNORED_LABEL] * len(row.input_ids)
-    for start, end in row.trained:
-        labels[start:end] = row.input_ids[start:end]
-    return labels
-
-
-def _pad(
+def pad_rows(
     rows: Sequence[Sequence[int]], width: int, value: int, *, left: bool = False
 ) -> torch.Tensor:
     """Rows as one tensor of the shape (rows, width), filled up with `value` on one side."""

@@ -2,46 +2,44 @@
 
 Guarantees: the 4-bit base is loaded once, and base, candidate and champion answer the same
 questions by the same greedy decoding on it; only adapters whose manifest holds are loaded, from
-safetensors, and every tensor of theirs is attached. How answers are generated and scored is in
-`qwen3ft.generation` and `qwen3ft.quality`; what follows from the scores in `qwen3ft.promote`.
+safetensors, and every tensor of theirs is attached; a model whose answers are all kept is not asked
+again. How answers are generated and scored is in `qwen3ft.generation` and `qwen3ft.scoring`; what
+follows from the scores in `qwen3ft.promote`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen3ft.ability import ability_rows
+from qwen3ft.answer_cache import AnswerCache
+from qwen3ft.answer_loss import answer_loss
 from qwen3ft.errors import (
     DataLoadingError,
     ModelNotFoundError,
     ModelUnavailableError,
     SaveError,
 )
-from qwen3ft.generation import answer_loss, answer_questions
+from qwen3ft.evaluation import Evaluation, Exam, to_question
+from qwen3ft.generation import answer_questions
+from qwen3ft.inference_report import write_report
 from qwen3ft.logs import get_logger
-from qwen3ft.quality import (
-    Generated,
-    ModelLabel,
-    Question,
-    answers_are_sound,
-    choose_questions,
-    choose_samples,
-    run_checks,
-    score_answers,
-    side_by_side,
-)
+from qwen3ft.quality import answers_are_sound, choose_questions
 from qwen3ft.records import ModelSnapshot
-from qwen3ft.result_records import Champion, InferenceReport
-from qwen3ft.saved_adapter import ADAPTER_FILE, check_adapter, find_base, read_header, read_run_card
-from qwen3ft.storage import (
-    read_json_lines,
-    sha256_json,
-    write_bytes_atomic,
+from qwen3ft.result_records import Champion, InferenceReport, ModelLabel
+from qwen3ft.saved_adapter import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    check_adapter,
+    find_base,
+    read_header,
+    read_run_card,
 )
+from qwen3ft.storage import read_json_lines, sha256_file
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -98,8 +96,10 @@ class InferenceTester:
 def run_inference(request: InferenceRequest, beat: Callable[[str, int], None]) -> InferenceReport:
     """Answer held-out questions with base, candidate and champion, and compare them.
 
-    Writes every answer to `request.answers_path` (JSON lines). A champion that cannot be compared
-    (damaged, or of another base model) is left out of the scores; `qwen3ft.promote` then waits.
+    Writes every answer to `request.answers_path` and every score beside it (JSON lines). Answers
+    that an earlier run got from the same model are not generated again. A champion that cannot be
+    compared (damaged, or of another base model) is left out of the scores; `qwen3ft.promote` then
+    waits.
 
     Args:
         request: What to load and to ask.
@@ -111,64 +111,40 @@ def run_inference(request: InferenceRequest, beat: Callable[[str, int], None]) -
         OutOfMemoryError: not even one question fits.
     """
     started = time.monotonic()
-    rows = _read_rows(Path(request.questions_path), request.config.inference_rows)
-    questions = [_question(row) for row in rows]
+    config = request.config
+    exam = Exam(
+        rows=_read_rows(Path(request.questions_path), config.inference_rows),
+        ability=ability_rows(),
+        batch_size=request.batch_size,
+        max_new_tokens=config.max_new_tokens,
+        escape=config.special_tokens_in_text == "escape",
+    )
     beat("load", 0)
     adapters = _choose_adapters(request)
-    model, tokenizer = _load(request.config, request.model.path, adapters)
     labels: list[ModelLabel] = ["base", *adapters]
-    escape = request.config.special_tokens_in_text == "escape"
-    answers: dict[ModelLabel, list[Generated]] = {}
-    losses: dict[ModelLabel, float] = {}
-    for label in labels:
-        with _active(model, label):
-            answers[label] = answer_questions(
-                model,
-                tokenizer,
-                rows,
-                batch_size=request.batch_size,
-                max_new_tokens=request.config.max_new_tokens,
-                thinking=[bool(row.get("reasoning")) for row in rows],
-                progress=partial(beat, f"{label} answers"),
-                escape=escape,
-            )
-            losses[label] = answer_loss(
-                model,
-                tokenizer,
-                rows,
-                request.batch_size,
-                partial(beat, f"{label} loss"),
-                escape=escape,
-            )
-    return _report(request, questions, answers, losses, time.monotonic() - started)
-
-
-def _report(
-    request: InferenceRequest,
-    questions: Sequence[Question],
-    answers: Mapping[ModelLabel, Sequence[Generated]],
-    losses: Mapping[ModelLabel, float],
-    seconds: float,
-) -> InferenceReport:
-    """Score the answers of every model, and write them to `request.answers_path`."""
-    scores = {
-        label: score_answers(label, questions, given, losses[label])
-        for label, given in answers.items()
+    evaluations = {label: _open_evaluation(request, exam, adapters.get(label)) for label in labels}
+    to_load = {
+        label: folder
+        for label, folder in adapters.items()
+        if label == "candidate" or not evaluations[label].is_complete
     }
-    pairs = side_by_side(questions, answers)
-    lines = [pair.model_dump_json() + "\n" for pair in pairs]
-    write_bytes_atomic(Path(request.answers_path), "".join(lines).encode())
-    scored_champion = request.champion if "champion" in scores else None
-    return InferenceReport(
-        adapter_path=request.adapter.path,
-        questions_sha256=sha256_json([[q.text, q.reference, q.split] for q in questions]),
-        scores=tuple(scores.values()),
-        samples=tuple(choose_samples(pairs)),
-        answers_path=request.answers_path,
-        checks=run_checks(scores["candidate"], pairs),
-        champion_version=scored_champion.version if scored_champion else None,
-        seconds=seconds,
-    )
+    if not all(evaluation.is_complete for evaluation in evaluations.values()):
+        model, tokenizer = _load(config, request.model.path, to_load)
+        for label, evaluation in evaluations.items():
+            if not evaluation.is_complete:
+                with _active(model, label):
+                    evaluation.compute(model, tokenizer, label, beat)
+    evaluated = {label: evaluation.results() for label, evaluation in evaluations.items()}
+    return write_report(request, exam, evaluated, time.monotonic() - started)
+
+
+def _open_evaluation(request: InferenceRequest, exam: Exam, adapter: Path | None) -> Evaluation:
+    """The exam of the base, or of an adapter on it, with what is known of its answers."""
+    model = request.model
+    files = [adapter / name for name in (ADAPTER_FILE, ADAPTER_CONFIG_FILE)] if adapter else []
+    base = (request.device, model.compute_dtype, model.manifest_sha256, model.chat_template_sha256)
+    key = [*base, *(sha256_file(file) for file in files)]
+    return Evaluation(exam, AnswerCache(Path(request.config.cache_dir) / "answers", key))
 
 
 def _read_rows(path: Path, limit: int) -> list[dict[str, Any]]:
@@ -185,12 +161,8 @@ def _read_rows(path: Path, limit: int) -> list[dict[str, Any]]:
             next_command="qwen3ft plan --set held_out_fraction=0.1",
             path=str(path),
         )
-    questions = [_question(row) for row in rows]
+    questions = [to_question(row) for row in rows]
     return [rows[index] for index in choose_questions(questions, limit)]
-
-
-def _question(row: Mapping[str, Any]) -> Question:
-    return Question(row["question"], row["answer"], row.get("split") or row.get("kind") or "test")
 
 
 def _choose_adapters(request: InferenceRequest) -> dict[ModelLabel, Path]:

@@ -1,45 +1,68 @@
 """Whether a new adapter replaces the one in use: the rules, and nothing else.
 
-Guarantees: a pure function of the report; promoted only when the adapter is not degraded, passes
-every check and is better than the base and than the champion on the same questions. Every reason
-says its numbers. Does not talk to the registry: that is `qwen3ft.registry`.
+Guarantees: a pure function of the report and the policy; promoted only when the adapter is not
+degraded, passes every check, is surely better than the base and the champion in the main metric on
+the same questions, not worse than its limits in anything else, and has not forgotten what the base
+knew. Every reason says its numbers. A candidate that is no better is a normal end, not an error.
+Does not talk to the registry: that is `qwen3ft.registry`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
+from qwen3ft.gate_policy import GatePolicy
 from qwen3ft.records import SavedAdapter
-from qwen3ft.result_records import Champion, InferenceReport, ModelScore, Verdict
+from qwen3ft.result_records import (
+    Champion,
+    Comparison,
+    InferenceReport,
+    MetricName,
+    ModelScore,
+    Verdict,
+)
+from qwen3ft.score_text import METRIC_NAMES, interval_text, share_above, show_score
 
-MIN_LOSS_GAIN = 0.01
-"""With equal exact match, the answer loss must be lower by this share to count as better."""
 
-
-def decide(report: InferenceReport, saved: SavedAdapter, *, champion: Champion | None) -> Verdict:
+def decide(
+    report: InferenceReport,
+    saved: SavedAdapter,
+    *,
+    champion: Champion | None,
+    policy: GatePolicy | None = None,
+) -> Verdict:
     """The verdict on `saved`, with the reasons in plain English.
 
-    kept: degraded, a failed check, or not better than the base or the champion.
+    kept: degraded, too few questions, a failed check, worse than a limit, or not surely better than
+    the base and the champion.
     deferred: there is a champion, but the report does not score it on the same questions.
     promoted: everything else.
     """
+    limits = policy or GatePolicy()
     candidate, base = report.score("candidate"), report.score("base")
     if candidate is None or base is None:
         return _verdict(saved, "kept", ["the report does not score both base and candidate"])
-    objections = [*_degraded(saved), *_failed_checks(report)]
-    gains: list[str] = []
     rivals = [("the base model", base)]
     in_use = report.score("champion")
     if champion is not None and in_use is not None:
         rivals.append((f"champion v{champion.version}", in_use))
-    for name, rival in rivals:
-        better, comparison = _compare(candidate, rival, name)
-        (gains if better else objections).append(comparison)
+    gains: list[str] = []
+    worse: list[str] = []
+    for name, rival in reversed(rivals):
+        better, sentence = _compare_main(report, limits, rival, name)
+        (gains if better else worse).append(sentence)
+    objections = [
+        *_disqualified(report, saved, candidate, limits),
+        *worse,
+        *(problem for name, rival in rivals for problem in _losses(report, limits, rival, name)),
+        *_forgetting(candidate, base, limits),
+    ]
     if objections:
         return _verdict(saved, "kept", objections)
     if champion is not None and in_use is None:
         missing = f"champion v{champion.version} was not scored on the same questions"
-        return _verdict(saved, "deferred", [*gains, missing])
+        return _verdict(saved, "deferred", [missing, *gains])
     if champion is None:
         gains.append("no adapter is in use yet")
     return _verdict(saved, "promoted", gains)
@@ -56,34 +79,92 @@ def _verdict(
     )
 
 
-def _degraded(saved: SavedAdapter) -> list[str]:
-    if not saved.degraded:
-        return []
-    return [
-        f"the run is degraded ({'; '.join(saved.degraded)}), which is never promoted on its own"
-    ]
+def _disqualified(
+    report: InferenceReport, saved: SavedAdapter, candidate: ModelScore, limits: GatePolicy
+) -> Iterator[str]:
+    """What keeps an adapter out however well it scores."""
+    if saved.degraded:
+        why = "; ".join(saved.degraded)
+        yield f"the run is degraded ({why}), which is never promoted on its own"
+    if candidate.rows < limits.min_rows:
+        yield f"only {candidate.rows} held-out questions, {limits.min_rows} are needed"
+    for name, passed in report.checks.items():
+        if not passed:
+            yield f"failed check: {name}"
 
 
-def _failed_checks(report: InferenceReport) -> list[str]:
-    return [f"failed check: {name}" for name, passed in report.checks.items() if not passed]
-
-
-def _compare(candidate: ModelScore, rival: ModelScore, name: str) -> tuple[bool, str]:
-    """Whether `candidate` is better than `rival`, and the sentence that says by what."""
-    if candidate.rows != rival.rows:
+def _compare_main(
+    report: InferenceReport, limits: GatePolicy, rival: ModelScore, name: str
+) -> tuple[bool, str]:
+    """Whether the candidate is surely better than `rival`, and the sentence that says by what."""
+    metric = report.main_metric
+    comparison = report.comparison(rival.label, metric)
+    if comparison is None:
+        return False, f"{METRIC_NAMES[metric]} could not be compared with that of {name}"
+    candidate = report.score("candidate")
+    assert candidate is not None
+    if not candidate.rows == rival.rows == comparison.rows:
         return False, f"{name} was scored on {rival.rows} questions, not {candidate.rows}"
-    matches = (
-        f"exact match {candidate.exact_match:.1%} against {rival.exact_match:.1%} "
-        f"on {candidate.rows} questions"
+    # Written so that a bound that is not a number never wins.
+    better = comparison.low > 0
+    verb = (
+        "better than"
+        if better
+        else "worse than"
+        if comparison.high < 0
+        else "not surely better than"
+        if comparison.gain > 0
+        else "no better than"
     )
-    if candidate.exact_match != rival.exact_match:
-        better = candidate.exact_match > rival.exact_match
-        return better, f"{'better' if better else 'no better'} than {name}: {matches}"
-    losses = f"answer loss {candidate.answer_loss:.4g} against {rival.answer_loss:.4g}"
-    # Written so that a loss that is not a number never wins.
-    better = candidate.answer_loss < rival.answer_loss * (1 - MIN_LOSS_GAIN)
-    if better:
-        return True, f"better than {name}: equal {matches}, but {losses}"
-    return False, (
-        f"no better than {name}: equal {matches}, and {losses} is not lower by {MIN_LOSS_GAIN:.0%}"
+    return better, f"{verb} {name}: {_numbers(candidate, rival, comparison, limits)}"
+
+
+def _numbers(
+    candidate: ModelScore, rival: ModelScore, comparison: Comparison, limits: GatePolicy
+) -> str:
+    """The two scores, and the gain with its interval; scores in per cent, losses in nats."""
+    metric = comparison.metric
+    mine, theirs = getattr(candidate, metric), getattr(rival, metric)
+    return (
+        f"{METRIC_NAMES[metric]} {show_score(metric, mine)} against {show_score(metric, theirs)} "
+        f"on {comparison.rows} questions, gain {interval_text(comparison)} "
+        f"at {limits.confidence:.0%}"
     )
+
+
+def _losses(
+    report: InferenceReport, limits: GatePolicy, rival: ModelScore, name: str
+) -> Iterator[str]:
+    """In which other metric, or which form, the candidate is worse than `rival` by too much."""
+    candidate = report.score("candidate")
+    assert candidate is not None
+    scores: tuple[MetricName, ...] = ("exact_match", "token_f1", "chrf")
+    for metric in scores:
+        mine, theirs = getattr(candidate, metric), getattr(rival, metric)
+        if metric != report.main_metric and mine < theirs - limits.max_score_loss:
+            yield f"{METRIC_NAMES[metric]} {mine:.1%}, below the {theirs:.1%} of {name}"
+    rise = share_above(candidate.answer_loss, rival.answer_loss)
+    if candidate.answer_loss is None or (rise or 0.0) > limits.max_answer_loss_rise:
+        yield (
+            f"answer loss {show_score('loss', candidate.answer_loss)}, above the "
+            f"{show_score('loss', rival.answer_loss)} of {name} by more than "
+            f"{limits.max_answer_loss_rise:.0%}"
+        )
+    for check, theirs in rival.form.items():
+        mine = candidate.form.get(check, 0.0)
+        if mine < theirs - limits.max_form_loss:
+            yield f"{check}: {mine:.1%} of answers, {theirs:.1%} of those of {name}"
+
+
+def _forgetting(candidate: ModelScore, base: ModelScore, limits: GatePolicy) -> Iterator[str]:
+    """Whether general questions cost the candidate much more than the base."""
+    rise = share_above(candidate.ability_loss, base.ability_loss)
+    if rise is None:
+        yield "the loss on general questions is not known or not finite"
+    elif rise > limits.max_ability_loss_rise:
+        mine, theirs = (show_score("loss", score.ability_loss) for score in (candidate, base))
+        yield (
+            f"it forgets: loss on general questions {mine} against {theirs} of the base model, "
+            f"{rise:+.0%} "
+            f"(limit {limits.max_ability_loss_rise:+.0%})"
+        )

@@ -1,6 +1,6 @@
-"""What an answer is worth: comparison with a reference, signs of a broken model, scores.
+"""What an answer is worth: comparison with a reference, signs of a broken model, what to look at.
 
-Guarantees: pure functions of text, for any script; the same answers always give the same scores,
+Guarantees: pure functions of text, for any script; the same answers always give the same judgement,
 the same questions and the same samples. Exact match is strict about content: '1,000' is not '1000'.
 Does not cover meaning (a right answer in other words counts as wrong), nor loops that change on
 every turn, such as a numbered list of the same item.
@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from hashlib import sha256
 from itertools import chain, zip_longest
-from typing import Literal, TypeVar
+from typing import TypeVar
 
-from qwen3ft.result_records import ModelScore, SideBySide, SplitScore
+from qwen3ft.result_records import ModelLabel, SideBySide
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
-MIN_STOPPED_SHARE = 0.90
 MIN_NOT_EMPTY_SHARE = 0.95
 MIN_NOT_LOOPING_SHARE = 0.95
 
@@ -34,7 +33,6 @@ COMPARED_CHARACTERS = 400
 
 _FINAL_PUNCTUATION = ".。!?,;:、…"
 
-ModelLabel = Literal["base", "candidate", "champion"]
 ItemT = TypeVar("ItemT")
 
 
@@ -124,8 +122,8 @@ def _periodic_tail(text: str, unit: int) -> int:
 def answers_are_sound(answers: Sequence[str]) -> bool:
     """Whether enough answers are not empty (95 %) and do not loop (95 %); False for none."""
     return bool(answers) and (
-        _share(not split_thinking(text)[1] for text in answers) <= 1 - MIN_NOT_EMPTY_SHARE
-        and _share(is_looping(text) for text in answers) <= 1 - MIN_NOT_LOOPING_SHARE
+        share(not split_thinking(text)[1] for text in answers) <= 1 - MIN_NOT_EMPTY_SHARE
+        and share(is_looping(text) for text in answers) <= 1 - MIN_NOT_LOOPING_SHARE
     )
 
 
@@ -137,7 +135,7 @@ def choose_questions(questions: Sequence[Question], limit: int) -> list[int]:
     """
     if len(questions) <= limit:
         return list(range(len(questions)))
-    groups = _by_split(range(len(questions)), lambda index: questions[index].split)
+    groups = group_by(range(len(questions)), lambda index: questions[index].split)
     quotas = _proportional({split: len(group) for split, group in groups.items()}, limit)
     ranks = [sha256(question.text.encode()).digest() for question in questions]
     chosen: list[int] = []
@@ -154,33 +152,6 @@ def _proportional(sizes: Mapping[str, int], limit: int) -> dict[str, int]:
     for name in by_remainder[: limit - sum(quotas.values())]:
         quotas[name] += 1
     return quotas
-
-
-def score_answers(
-    label: ModelLabel,
-    questions: Sequence[Question],
-    answers: Sequence[Generated],
-    answer_loss: float,
-) -> ModelScore:
-    """The scores of one model; `answers` are in the order of `questions`, of which there is one."""
-    hits = [
-        (question.split, exact_match(answer.text, question.reference))
-        for question, answer in zip(questions, answers, strict=True)
-    ]
-    by_split = {
-        split: SplitScore(rows=len(group), exact_match=_share(hit for _, hit in group))
-        for split, group in _by_split(hits, lambda pair: pair[0]).items()
-    }
-    return ModelScore(
-        label=label,
-        rows=len(hits),
-        exact_match=_share(hit for _, hit in hits),
-        answer_loss=answer_loss,
-        stopped_share=_share(answer.stopped for answer in answers),
-        empty_share=_share(not answer.answer for answer in answers),
-        looping_share=_share(is_looping(answer.text) for answer in answers),
-        by_split=by_split,
-    )
 
 
 def side_by_side(
@@ -202,19 +173,9 @@ def side_by_side(
     ]
 
 
-def run_checks(candidate: ModelScore, pairs: Iterable[SideBySide]) -> dict[str, bool]:
-    """The checks that a candidate must pass whatever its score: name of the check, passed."""
-    return {
-        "candidate stops at the end token": candidate.stopped_share >= MIN_STOPPED_SHARE,
-        "not empty": candidate.empty_share <= 1 - MIN_NOT_EMPTY_SHARE,
-        "no loops": candidate.looping_share <= 1 - MIN_NOT_LOOPING_SHARE,
-        "answers differ from base": any(pair.base != pair.candidate for pair in pairs),
-    }
-
-
 def choose_samples(pairs: Sequence[SideBySide], limit: int = MAX_SAMPLES) -> list[SideBySide]:
     """Up to `limit` pairs where base and candidate differ most, taken from the splits in turn."""
-    groups = _by_split(pairs, lambda pair: pair.split)
+    groups = group_by(pairs, lambda pair: pair.split)
     ranked = [sorted(groups[split], key=_difference_rank) for split in sorted(groups)]
     in_turn = chain.from_iterable(zip_longest(*ranked))
     return [pair for pair in in_turn if pair is not None][:limit]
@@ -228,13 +189,15 @@ def _difference_rank(pair: SideBySide) -> tuple[float, str]:
     return SequenceMatcher(None, base, candidate, autojunk=False).ratio(), pair.question
 
 
-def _by_split(items: Iterable[ItemT], split: Callable[[ItemT], str]) -> dict[str, list[ItemT]]:
+def group_by(items: Iterable[ItemT], split: Callable[[ItemT], str]) -> dict[str, list[ItemT]]:
+    """The items by what `split` says of them, each group in order."""
     groups: dict[str, list[ItemT]] = {}
     for item in items:
         groups.setdefault(split(item), []).append(item)
     return groups
 
 
-def _share(values: Iterable[bool]) -> float:
+def share(values: Iterable[bool]) -> float:
+    """How many of the values are true, 0 to 1; 0 for none."""
     collected = list(values)
     return sum(collected) / len(collected) if collected else 0.0

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field
 
 from qwen3ft.record import Record
 from qwen3ft.records import AttemptSummary
+
+MAX_EXPONENT = 700.0
+"""exp() of more overflows a float."""
+
+
+MetricName = Literal["exact_match", "token_f1", "chrf", "answer_loss"]
+ModelLabel = Literal["base", "candidate", "champion"]
+RivalLabel = Literal["base", "champion"]
+
+
+class RowScore(Record):
+    """What one model made of one question."""
+
+    exact_match: bool
+    token_f1: float = Field(description="0 to 1, as chrf.")
+    chrf: float
+    loss_nats: float | None = Field(description="Summed over the reference; None: not finite.")
+    loss_tokens: int = Field(description="Tokens of the reference that the loss is summed over.")
+    form: dict[str, bool] = Field(description="Check of form: passed.")
 
 
 class SplitScore(Record):
@@ -20,14 +40,39 @@ class SplitScore(Record):
 class ModelScore(Record):
     """Scores of one model (base, champion or candidate) on all held-out questions."""
 
-    label: Literal["base", "champion", "candidate"]
+    label: ModelLabel
     rows: int
-    exact_match: float
-    answer_loss: float = Field(description="Mean negative log-likelihood per answer token.")
-    stopped_share: float = Field(description="Share of answers that ended with the end token.")
-    empty_share: float
-    looping_share: float
+    exact_match: float = Field(description="0 to 1, as all scores but the losses.")
+    token_f1: float = 0.0
+    chrf: float = 0.0
+    answer_loss: float | None = Field(
+        description="Mean negative log-likelihood per answer token; None: not finite."
+    )
+    ability_loss: float | None = Field(
+        None, description="The same on the general questions of `qwen3ft.ability`."
+    )
+    form: dict[str, float] = Field(
+        default_factory=dict, description="Check of form: share of answers that pass."
+    )
     by_split: dict[str, SplitScore] = Field(default_factory=dict)
+
+    @property
+    def perplexity(self) -> float | None:
+        """Of the right answers, per token."""
+        if self.answer_loss is None or self.answer_loss > MAX_EXPONENT:
+            return None
+        return math.exp(self.answer_loss)
+
+
+class Comparison(Record):
+    """By how much the candidate is better than a rival in one metric, with its interval."""
+
+    rival: RivalLabel
+    metric: MetricName
+    rows: int
+    gain: float = Field(description="Above zero is better, for losses (in nats) too.")
+    low: float = Field(description="Lower bound of the interval, on the same questions.")
+    high: float
 
 
 class SideBySide(Record):
@@ -47,15 +92,26 @@ class InferenceReport(Record):
     adapter_path: str
     questions_sha256: str
     scores: tuple[ModelScore, ...]
+    main_metric: MetricName = "exact_match"
+    comparisons: tuple[Comparison, ...] = ()
     samples: tuple[SideBySide, ...]
     answers_path: str = Field(description="jsonl with every question and answer.")
+    scores_path: str = Field("", description="jsonl with every question's scores by model.")
     checks: dict[str, bool] = Field(description="Name of a quality check: passed.")
     champion_version: str | None = None
+    generated: dict[str, int] = Field(
+        default_factory=dict, description="Answers not known before, by model."
+    )
     seconds: float = 0.0
 
     def score(self, label: str) -> ModelScore | None:
         """The scores of `label`, if it was evaluated."""
         return next((score for score in self.scores if score.label == label), None)
+
+    def comparison(self, rival: str, metric: str) -> Comparison | None:
+        """The candidate against `rival` in `metric`; None if they could not be compared."""
+        found = (c for c in self.comparisons if (c.rival, c.metric) == (rival, metric))
+        return next(found, None)
 
 
 class Verdict(Record):
@@ -65,6 +121,13 @@ class Verdict(Record):
     reasons: tuple[str, ...]
     registered_model: str | None = None
     version: str | None = None
+
+    @property
+    def sentence(self) -> str:
+        """The decision and its first reason; how many others there are."""
+        first, *others = self.reasons or ("no reason was given",)
+        more = f" (and {len(others)} more)" if others else ""
+        return f"{self.decision}: {first}{more}"
 
 
 class Champion(Record):
@@ -87,6 +150,10 @@ class RunCard(Record):
     scores_by_split: dict[str, tuple[float, float, int]] = Field(
         default_factory=dict, description="Split: base, tuned, questions."
     )
+    scores: tuple[ModelScore, ...] = ()
+    main_metric: MetricName = "exact_match"
+    comparisons: tuple[Comparison, ...] = ()
+    forgetting: str = Field("", description="Loss on general questions, before and after.")
     held_out_loss_before: float
     held_out_loss_after: float
     peak_memory_gb: float
@@ -95,7 +162,8 @@ class RunCard(Record):
     kernels: str = Field("", description="Which path trained, and why that one.")
     seconds_by_stage: dict[str, float]
     attempts: tuple[AttemptSummary, ...]
-    verdict: str
+    verdict: str = Field(description="One sentence.")
+    reasons: tuple[str, ...] = ()
     adapter_path: str
     prefect_url: str | None = None
     mlflow_url: str | None = None

@@ -40,11 +40,16 @@ def compare_answers(
     journal = Journal(run)
     journal.table(Path(report.answers_path))
     journal.json("inference/report.json", report.model_dump(mode="json"))
-    for score in report.scores:
-        journal.metrics(
-            {
-                f"{score.label}/exact_match": score.exact_match,
-                f"{score.label}/answer_loss": score.answer_loss,
-            }
-        )
+    journal.artifacts(Path(report.scores_path), "inference")
+    journal.metrics(_metrics(report))
     return report
+
+
+def _metrics(report: InferenceReport) -> dict[str, float]:
+    """Per model: exact match, token F1, and the losses that are finite."""
+    values = {
+        f"{score.label}/{name}": getattr(score, name)
+        for score in report.scores
+        for name in ("exact_match", "token_f1", "answer_loss", "ability_loss")
+    }
+    return {name: value for name, value in values.items() if value is not None}

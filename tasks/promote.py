@@ -11,6 +11,8 @@ from qwen3ft.attempt import RunDir
 from qwen3ft.config import TrainingConfig
 from qwen3ft.cursor import parent_run_id, wait_until_sent
 from qwen3ft.errors import TrackingUnavailableError
+from qwen3ft.gate_policy import gate_policy
+from qwen3ft.night import request_tags
 from qwen3ft.promote import decide
 from qwen3ft.records import SavedAdapter
 from qwen3ft.registry import Registry, registered_model_name
@@ -50,7 +52,8 @@ def register(config: TrainingConfig, saved: SavedAdapter, run: str) -> SavedAdap
     named = saved.model_copy(
         update={"mlflow_run_id": run_id, "registered_model": registered_name(config)}
     )
-    version = Registry(default_tracking_uri()).register(run_id, named, {"run": Path(run).name})
+    tags = {"run": Path(run).name, **request_tags(RunDir(Path(run)))}
+    version = Registry(default_tracking_uri()).register(run_id, named, tags)
     return named.model_copy(update={"version": version})
 
 
@@ -82,7 +85,11 @@ def find_champion(config: TrainingConfig) -> Champion | None:
     retry_condition_fn=is_transient,
 )
 def promote(
-    saved: SavedAdapter, report: InferenceReport, champion: Champion | None, run: str
+    config: TrainingConfig,
+    saved: SavedAdapter,
+    report: InferenceReport,
+    champion: Champion | None,
+    run: str,
 ) -> Verdict:
     """Decide, and move the alias if the decision is to promote."""
     if saved.registered_model is None or saved.version is None:
@@ -91,7 +98,7 @@ def promote(
             f"continue with: qwen3ft train --resume {Path(run).name}"
         )
         return Verdict(decision="deferred", reasons=(reason,))
-    verdict = decide(report, saved, champion=champion)
+    verdict = decide(report, saved, champion=champion, policy=gate_policy(config))
     if verdict.decision == "promoted":
         expected = champion.version if champion else None
         Registry(default_tracking_uri()).promote(saved.registered_model, saved.version, expected)

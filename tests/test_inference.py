@@ -18,6 +18,7 @@ from finished_run import (
     write_checkpoint,
 )
 
+from qwen3ft.ability import ability_rows
 from qwen3ft.chat import generation_prompt, prompt_ids, tokenize_rows
 from qwen3ft.config import TrainingConfig
 from qwen3ft.embedded import DATA_DIR, MODEL_DIR
@@ -28,6 +29,7 @@ from qwen3ft.errors import (
     OutOfMemoryError,
     SaveError,
 )
+from qwen3ft.gate_policy import GatePolicy
 from qwen3ft.generation import in_batches
 from qwen3ft.inference import InferenceTester, answer_loss, answer_questions, run_inference
 from qwen3ft.model import ModelManager
@@ -36,9 +38,12 @@ from qwen3ft.records import ModelSnapshot, SavedAdapter
 from qwen3ft.requests import InferenceRequest
 from qwen3ft.result_records import Champion, InferenceReport
 from qwen3ft.save import save_adapter
-from qwen3ft.storage import read_manifest_facts, write_manifest
+from qwen3ft.storage import read_json_lines, read_manifest_facts, write_manifest
 
 CHAMPION_STEPS, CANDIDATE_STEPS = 6, 40
+
+POLICY = GatePolicy(min_rows=2, max_ability_loss_rise=2.0)
+"""For few questions, and adapters that were trained on 16 rows alone."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,11 @@ def night(snapshot: ModelSnapshot, tmp_path_factory: pytest.TempPathFactory) -> 
     torch.manual_seed(0)
     work = tmp_path_factory.mktemp("night")
     config = TrainingConfig(
-        model_name="embedded", output_dir=str(work / "out"), max_new_tokens=16, inference_rows=12
+        model_name="embedded",
+        output_dir=str(work / "out"),
+        cache_dir=str(work / "cache"),
+        max_new_tokens=16,
+        inference_rows=12,
     )
     model, tokenizer = ModelManager(config).load_model_with_quantization(snapshot.path)
     lines = (DATA_DIR / "train.jsonl").read_text(encoding="utf-8").splitlines()[:16]
@@ -110,7 +119,10 @@ def request_for(night: Night, folder: Path, **changes: Any) -> InferenceRequest:
         "device": "cpu",
         "batch_size": 5,
     }
-    return InferenceRequest(**{**values, **changes})
+    request = InferenceRequest(**{**values, **changes})
+    # Nothing is known of any model yet, whatever ran before.
+    config = request.config.model_copy(update={"cache_dir": str(folder / "cache")})
+    return request.model_copy(update={"config": config})
 
 
 def champion_of(night: Night, path: str) -> Champion:
@@ -146,14 +158,50 @@ def test_three_models_are_compared_on_the_same_questions(night: Night, tmp_path:
     assert candidate.exact_match >= 0.9
     assert sum(split.rows for split in base.by_split.values()) == base.rows
     assert all(report.checks.values())
+    assert report.generated == dict.fromkeys(("base", "candidate", "champion"), base.rows)
+    for rival in ("base", "champion"):
+        gain = report.comparison(rival, report.main_metric)
+        assert gain is not None
+        assert gain.low <= gain.gain <= gain.high
+    assert len({base.ability_loss, in_use.ability_loss, candidate.ability_loss}) == 3
     answers = read_answers(report)
     assert len(answers) == base.rows
     assert {*answers[0]} == {"question", "reference", "split", "base", "candidate", "champion"}
     assert sorted(a["question"] for a in answers) == sorted(s.question for s in report.samples)
-    assert decide(report, night.candidate, champion=champion).decision == "promoted"
+    assert decide(report, night.candidate, champion=champion, policy=POLICY).decision == "promoted"
     assert ("load", 0) in beats
     for phase in ("base answers", "candidate answers", "champion answers", "candidate loss"):
         assert max(done for name, done in beats if name == phase) == base.rows
+    assert max(done for name, done in beats if name == "champion ability") == len(ability_rows())
+    scores = read_json_lines(Path(report.scores_path))[0]
+    assert [line["question"] for line in scores] == [answer["question"] for answer in answers]
+    hits = [line["candidate"]["exact_match"] for line in scores]
+    assert sum(hits) / len(hits) == candidate.exact_match
+
+
+def test_what_a_model_answered_is_not_generated_again(
+    night: Night, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next night asks the new adapter alone; asked all the same again, no model is loaded."""
+    champion = champion_of(night, night.champion.path)
+    first = run_inference(request_for(night, tmp_path, champion=champion), lambda *_: None)
+    phases: set[str] = set()
+    other = request_for(night, tmp_path, champion=champion_of(night, night.candidate.path))
+    other = other.model_copy(update={"adapter": night.champion})
+    swapped = run_inference(other, lambda phase, _: phases.add(phase))
+    assert swapped.generated == {"base": 0, "candidate": 0, "champion": 0}
+    assert phases == {"load"}
+    for mine, theirs in (("base", "base"), ("champion", "candidate"), ("candidate", "champion")):
+        again, before = swapped.score(mine), first.score(theirs)
+        assert again is not None
+        assert before is not None
+        assert again.model_copy(update={"label": theirs}) == before
+    longer = other.config.model_copy(update={"max_new_tokens": 17})
+    changed = other.model_copy(update={"config": longer, "champion": None})
+    monkeypatch.setattr("qwen3ft.inference.ability_rows", list)
+    report = run_inference(changed, lambda phase, _: phases.add(phase))
+    assert report.generated == dict.fromkeys(("base", "candidate"), night.config.inference_rows)
+    assert "base answers" in phases
 
 
 def test_base_answers_are_those_of_the_bare_base(night: Night, tmp_path: Path) -> None:
@@ -186,7 +234,7 @@ def test_a_champion_that_cannot_be_compared_defers_the_verdict(
     request = request_for(night, tmp_path, champion=champion, config=config)
     report = run_inference(request, lambda *_: None)
     assert report.score("champion") is None
-    assert decide(report, night.candidate, champion=champion).decision == "deferred"
+    assert decide(report, night.candidate, champion=champion, policy=POLICY).decision == "deferred"
     assert "the champion is not compared" in caplog.text
 
 

@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen3ft.quality import (
-    Generated,
     Question,
     answers_are_sound,
     choose_questions,
@@ -15,16 +14,9 @@ from qwen3ft.quality import (
     exact_match,
     is_looping,
     normalise,
-    run_checks,
-    score_answers,
-    side_by_side,
     split_thinking,
 )
 from qwen3ft.result_records import SideBySide
-
-
-def generated(text: str, *, stopped: bool = True) -> Generated:
-    return Generated(text=text, stopped=stopped, tokens=len(text))
 
 
 @pytest.mark.parametrize(
@@ -163,44 +155,6 @@ def test_a_longer_file_keeps_most_of_the_choice() -> None:
     questions = [Question(f"q{i}", "a") for i in range(1100)]
     before = set(choose_questions(questions[:1000], 500))
     assert len(before & set(choose_questions(questions, 500))) > 430
-
-
-def test_scores_count_by_split() -> None:
-    """Shares are over all questions and over each split."""
-    questions = [Question("q1", "a", "x"), Question("q2", "b", "x"), Question("q3", "c", "y")]
-    answers = [generated("A."), generated("no", stopped=False), generated("<think>\nc")]
-    score = score_answers("candidate", questions, answers, 0.5)
-    assert score.exact_match == pytest.approx(1 / 3)
-    assert {split: (s.rows, s.exact_match) for split, s in score.by_split.items()} == {
-        "x": (2, 0.5),
-        "y": (1, 0.0),
-    }
-    assert (score.stopped_share, score.empty_share) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
-
-
-def test_a_missing_answer_is_refused() -> None:
-    """Scores over fewer answers than questions would flatter a model."""
-    with pytest.raises(ValueError, match="zip"):
-        score_answers("base", [Question("q", "a")], [], 0.0)
-
-
-@pytest.mark.parametrize(
-    ("candidate", "failed"),
-    [
-        (generated("right"), None),
-        (generated("right", stopped=False), "candidate stops at the end token"),
-        (generated(""), "not empty"),
-        (generated("no " * 30), "no loops"),
-        (generated("base"), "answers differ from base"),
-    ],
-)
-def test_each_check_fails_alone(candidate: Generated, failed: str | None) -> None:
-    """A check names the one thing that is wrong."""
-    questions = [Question("q", "right")]
-    answers = {"base": [generated("base")], "candidate": [candidate]}
-    score = score_answers("candidate", questions, answers["candidate"], 0.0)
-    checks = run_checks(score, side_by_side(questions, answers))
-    assert [name for name, passed in checks.items() if not passed] == ([failed] if failed else [])
 
 
 def test_samples_show_the_largest_differences_of_every_split() -> None:

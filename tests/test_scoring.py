@@ -1,0 +1,290 @@
+"""Answers become scores, signs of broken form, and gains with intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwen3ft.ability import ability_rows
+from qwen3ft.answer_loss import RowLoss
+from qwen3ft.bootstrap import weighted_gain
+from qwen3ft.form_checks import check_form, language_fits, thinking_is_well_formed
+from qwen3ft.metrics import answer_tokens, chrf, token_f1
+from qwen3ft.quality import Generated, Question
+from qwen3ft.result_records import RowScore
+from qwen3ft.scoring import (
+    choose_main_metric,
+    compare_models,
+    run_checks,
+    score_model,
+    score_row,
+)
+
+
+def generated(text: str, *, stopped: bool = True) -> Generated:
+    return Generated(text=text, stopped=stopped, tokens=len(text))
+
+
+# --- metrics ---
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [
+        ("47 crowns", "47 crowns.", 1.0),
+        ("it costs 47 crowns", "47 crowns", 2 * 2 / (4 + 2)),
+        ("crowns crowns", "47 crowns", 2 * 1 / (2 + 2)),  # a word counts once for each in both
+        ("亚麻布", "亚麻", 2 * 2 / (3 + 2)),
+        ("价格是 47 crowns", "47 crowns", 2 * 2 / (5 + 2)),
+        ("<think>47 crowns</think>no", "47 crowns", 0.0),
+        ("", "47 crowns", 0.0),
+        ("?", "?", 0.0),  # there is no word in it
+    ],
+)
+def test_token_f1_counts_words_and_chinese_characters(
+    answer: str, reference: str, expected: float
+) -> None:
+    """As computed by hand."""
+    assert token_f1(answer, reference) == pytest.approx(expected)
+
+
+def test_chrf_is_that_of_sacrebleu_on_what_is_compared() -> None:
+    """Case, width, thinking and final punctuation do not count; characters do."""
+    assert chrf("<think>x</think>ＬＩＮＥＮ.", "linen") == pytest.approx(1.0)
+    assert chrf("亚麻。", "亚麻") == pytest.approx(1.0)
+    assert 0 < chrf("亚麻布", "亚麻") < 1
+    assert chrf("xyz", "clay") > chrf("xvz", "clod") == 0.0
+    assert chrf("", "clay") == 0.0
+    # One of two characters, none of the pairs: F2 of 1/2 and 0, over two orders.
+    assert chrf("ab", "ac") == pytest.approx(0.25)
+
+
+@given(st.text(max_size=30), st.text(max_size=30))
+def test_scores_are_shares_and_full_where_the_answer_is_right(answer: str, reference: str) -> None:
+    """0 to 1 for any two texts, 1 for the same one."""
+    for score in (token_f1, chrf):
+        assert 0 <= score(answer, reference) <= 1 + 1e-9
+        if answer_tokens(reference):
+            assert score(reference, reference) == pytest.approx(1.0)
+
+
+# --- form ---
+
+
+QUESTION = Question("What is it made of?", "It is made of linen.")
+
+
+@pytest.mark.parametrize(
+    ("answer", "broken"),
+    [
+        (generated("It is made of clay."), set()),
+        (generated("It is made of clay.", stopped=False), {"stops by itself"}),
+        (generated(""), {"not empty", "language of the question"}),
+        (generated("clay " * 20), {"no loops"}),
+        (generated("它是用陶土做的。"), {"language of the question"}),
+        (generated(" ".join(f"clay{n}" for n in range(50))), {"length within bounds"}),
+        (generated("<think>hm</think>It is clay."), {"well-formed thinking"}),
+    ],
+)
+def test_each_sign_of_broken_form_is_told_alone(answer: Generated, broken: set[str]) -> None:
+    """A right form has none of them, whatever it says."""
+    checks = check_form(answer, QUESTION, thinking=False)
+    assert {name for name, passed in checks.items() if not passed} == broken
+
+
+@pytest.mark.parametrize(
+    ("text", "asked", "expected"),
+    [
+        ("<think>\nhm\n</think>\n\nclay", True, True),
+        ("clay", False, True),
+        ("clay", True, False),
+        ("<think>\nhm", True, False),
+        ("<think></think>clay", True, False),  # nothing was thought
+        ("clay <think>hm</think>", True, False),
+        ("<think>a</think><think>b</think>clay", True, False),
+        ("clay</think>", False, False),
+    ],
+)
+def test_thinking_is_one_closed_block_in_front_where_it_was_asked_for(
+    text: str, asked: bool, expected: bool
+) -> None:
+    """And none where it was not."""
+    assert thinking_is_well_formed(text, asked=asked) is expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "question", "reference", "fits"),
+    [
+        ("亚麻", "它是什么材料？", "亚麻", True),
+        ("linen", "它是什么材料？", "亚麻", False),
+        ("I like reading.", "翻译成英文：我喜欢读书。", "I like reading.", True),
+        ("2005-07-02", "请用 ISO 格式表示 2 July 2005。", "2005-07-02", True),
+        ("Ondalis 是亚麻做的", "Ondalis 是什么做的？", "亚麻", True),
+        ("Это лён", "What is it?", "linen", False),
+        ("", "What is it?", "linen", False),
+    ],
+)
+def test_the_language_is_that_of_the_question_or_the_reference(
+    answer: str, question: str, reference: str, fits: bool
+) -> None:
+    """By scripts: names in Latin letters inside Chinese are Chinese, numbers are any."""
+    assert language_fits(answer, Question(question, reference)) is fits
+
+
+# --- scores ---
+
+
+def rows_of(
+    answers: Sequence[Generated], questions: Sequence[Question], losses: Sequence[RowLoss]
+) -> list[RowScore]:
+    return [
+        score_row(question, answer, loss, thinking=False)
+        for question, answer, loss in zip(questions, answers, losses, strict=True)
+    ]
+
+
+def test_scores_count_by_split() -> None:
+    """Shares are over all questions and over each split; losses weigh tokens."""
+    questions = [Question("q1", "a", "x"), Question("q2", "b", "x"), Question("q3", "c", "y")]
+    answers = [generated("A."), generated("no", stopped=False), generated("<think>\nc")]
+    losses = [RowLoss(3.0, 1), RowLoss(1.0, 3), RowLoss(0.0, 4)]
+    ability = [RowLoss(2.0, 1), RowLoss(2.0, 3)]
+    rows = rows_of(answers, questions, losses)
+    score = score_model("candidate", [q.split for q in questions], rows, ability)
+    assert score.exact_match == pytest.approx(1 / 3)
+    assert {split: (s.rows, s.exact_match) for split, s in score.by_split.items()} == {
+        "x": (2, 0.5),
+        "y": (1, 0.0),
+    }
+    assert score.form["stops by itself"] == pytest.approx(2 / 3)
+    assert score.form["not empty"] == pytest.approx(2 / 3)
+    assert (score.answer_loss, score.ability_loss) == (0.5, 1.0)
+    assert score.perplexity == pytest.approx(math.exp(0.5))
+
+
+def test_a_loss_that_is_not_finite_is_no_number() -> None:
+    """It is told apart from every loss, so that nothing is better by it."""
+    questions = [Question("q1", "a"), Question("q2", "b")]
+    broken = rows_of([generated("a")] * 2, questions, [RowLoss(math.nan, 1), RowLoss(1.0, 1)])
+    sound = rows_of([generated("a")] * 2, questions, [RowLoss(1.0, 1)] * 2)
+    score = score_model("candidate", ["x", "x"], broken)
+    assert (score.answer_loss, score.ability_loss, score.perplexity) == (None, None, None)
+    compared = compare_models("base", broken, sound, confidence=0.95)
+    assert {c.metric for c in compared} == {"exact_match", "token_f1", "chrf"}
+
+
+@pytest.mark.parametrize(
+    ("answers", "differs", "failed"),
+    [
+        (["right"] * 20, True, None),
+        (["right"] * 20, False, "answers differ from base"),
+        ([""] * 2 + ["right"] * 18, True, "not empty"),
+        (["no " * 30] * 2 + ["right"] * 18, True, "no loops"),
+    ],
+)
+def test_each_check_fails_alone(answers: list[str], differs: bool, failed: str | None) -> None:
+    """A check names the one thing that is wrong."""
+    questions = [Question(f"q{n}", "right") for n in range(20)]
+    rows = rows_of([generated(a) for a in answers], questions, [RowLoss(1.0, 1)] * 20)
+    checks = run_checks(score_model("candidate", ["x"] * 20, rows), differs=differs)
+    assert [name for name, passed in checks.items() if not passed] == ([failed] if failed else [])
+
+
+def test_answers_that_do_not_stop_fail_the_check() -> None:
+    """More than a tenth of them."""
+    questions = [Question(f"q{n}", "right") for n in range(10)]
+    answers = [generated("right", stopped=n > 1) for n in range(10)]
+    rows = rows_of(answers, questions, [RowLoss(1.0, 1)] * 10)
+    checks = run_checks(score_model("candidate", ["x"] * 10, rows), differs=True)
+    assert [name for name, passed in checks.items() if not passed] == ["stops by itself"]
+
+
+def test_short_answers_are_right_or_wrong_and_long_ones_near() -> None:
+    """What decides follows from the references, unless it is set."""
+    short = [Question("q", "47 crowns"), Question("q", "亚麻"), Question("q", "word " * 50)]
+    long = [Question("q", "a sentence of many words, which nobody writes twice the same")] * 3
+    assert choose_main_metric("auto", short) == "exact_match"
+    assert choose_main_metric("auto", long) == "token_f1"
+    assert choose_main_metric("chrf", short) == "chrf"
+
+
+# --- intervals ---
+
+
+def test_a_gain_is_positive_for_the_better_model_in_every_metric() -> None:
+    """A lower loss is a gain too; its size is that of the scores' difference."""
+    questions = [Question(f"q{n}", "linen cloth") for n in range(40)]
+    good = rows_of([generated("linen cloth")] * 40, questions, [RowLoss(1.0, 2)] * 40)
+    poor = rows_of([generated("clay cloth")] * 40, questions, [RowLoss(3.0, 2)] * 40)
+    gains = {c.metric: c for c in compare_models("base", good, poor, confidence=0.95)}
+    assert gains["exact_match"].gain == 1.0
+    assert gains["token_f1"].gain == pytest.approx(0.5)
+    assert gains["answer_loss"].gain == pytest.approx(1.0)
+    worse = {c.metric: c for c in compare_models("base", poor, good, confidence=0.95)}
+    assert all(worse[metric].high < 0 for metric in gains)
+
+
+def test_the_interval_is_that_of_the_normal_approximation_for_many_rows() -> None:
+    """For 400 independent gains the bootstrap's bounds are mean +- 1.96 standard errors."""
+    random = Random(0)
+    gains = [random.choice((-1.0, 0.0, 0.0, 1.0, 1.0)) for _ in range(400)]
+    interval = weighted_gain(gains, [1.0] * 400, confidence=0.95)
+    mean = sum(gains) / 400
+    error = math.sqrt(sum((g - mean) ** 2 for g in gains) / 399 / 400)
+    assert interval.estimate == pytest.approx(mean)
+    assert interval.low == pytest.approx(mean - 1.96 * error, abs=0.01)
+    assert interval.high == pytest.approx(mean + 1.96 * error, abs=0.01)
+    assert weighted_gain(gains, [1.0] * 400, confidence=0.95) == interval
+    wider = weighted_gain(gains, [1.0] * 400, confidence=0.99)
+    assert wider.low < interval.low
+    assert wider.high > interval.high
+
+
+def test_equal_models_are_hardly_ever_told_apart() -> None:
+    """Of 200 pairs of equal models, about 2.5 % look surely better: an interval's own error."""
+    surely = 0
+    for seed in range(200):
+        random = Random(seed)
+        gains = [float(random.randint(-1, 1)) for _ in range(100)]
+        surely += weighted_gain(gains, [1.0] * 100, confidence=0.95).low > 0
+    assert surely <= 12  # 5 expected; more than 12 has a chance of 0.2 %
+
+
+def test_weights_count() -> None:
+    """A question of many tokens weighs as much as it has, in the bounds too."""
+    interval = weighted_gain([1.0, 0.0] * 20, [3.0, 1.0] * 20, confidence=0.95)
+    assert interval.estimate == pytest.approx(0.75)
+    assert interval.low < 0.75 < interval.high
+
+
+@pytest.mark.parametrize(
+    ("gains", "weights", "expected"),
+    [
+        ([0.5], [1.0], 0.5),
+        ([0.0] * 9, [1.0] * 9, 0.0),
+        ([], [], math.nan),
+        ([1.0, math.nan], [1.0, 1.0], math.nan),
+        ([1.0, 2.0], [0.0, 0.0], math.nan),
+    ],
+)
+def test_there_is_an_interval_for_what_has_no_spread(
+    gains: list[float], weights: list[float], expected: float
+) -> None:
+    """Of one question, or the same gain everywhere; none where there is no gain."""
+    interval = weighted_gain(gains, weights, confidence=0.95)
+    found = (interval.estimate, interval.low, interval.high)
+    assert found == pytest.approx((expected,) * 3, nan_ok=True)
+
+
+def test_the_ability_set_is_small_and_in_both_languages() -> None:
+    """Each row has a question of its own, an answer and a kind."""
+    rows = ability_rows()
+    assert len({row["question"] for row in rows}) == len(rows) == 48
+    assert all(row["answer"] and row["kind"] for row in rows)
+    chinese = sum("\u4e00" <= row["question"][-2] <= "\u9fff" for row in rows)
+    assert 15 <= chinese <= 30
