@@ -46,6 +46,9 @@ logger = logs.get_logger("flow")
 MOST_DESCRIPTION_CHARACTERS = 5000
 """Of the card at the top of the run's page in MLflow, which refuses longer tags."""
 
+LOOK_SECONDS = 2.0
+"""How long one who only looks whether a run is in progress may keep its lock."""
+
 CLOSE_SECONDS = 30.0
 """How long the end of a run waits for MLflow to take what is left."""
 
@@ -97,7 +100,7 @@ def run_held(run: RunDir) -> Iterator[None]:
     Raises:
         EnvironmentNotReadyError: another process is at this run.
     """
-    with held(run.lock) as mine:
+    with held(run.lock, LOOK_SECONDS) as mine:
         if not mine:
             raise EnvironmentNotReadyError(
                 f"Run {run.path.name} is in progress in another process.",

@@ -186,6 +186,36 @@ def deploy() -> None:
 
 
 @app.command()
+def clean(
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would go, and remove nothing.")
+    ] = False,
+    keep_days: Annotated[
+        float, typer.Option("--keep-days", min=0, help="Runs, models and history younger stay.")
+    ] = 30.0,
+    keep_runs: Annotated[
+        int, typer.Option("--keep-runs", min=0, help="So many of the newest runs stay.")
+    ] = 20,
+    abandon: Annotated[
+        list[str] | None,
+        typer.Option("--abandon", metavar="RUN_ID", help="A failed run not to be continued."),
+    ] = None,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove old checkpoints, runs, quantised models and flow-run history.
+
+    Stays: what an adapter in use, a run in progress or a run that can be continued needs.
+    """
+    from flows import cli_clean
+    from qwen3ft.retention import Policy
+
+    policy = Policy(keep_days=keep_days, keep_runs=keep_runs, abandon=tuple(abandon or ()))
+    cli_clean.clean(policy, config, settings or [], dry_run=dry_run, as_json=as_json)
+
+
+@app.command()
 def schedule(
     cron: Annotated[
         str | None, typer.Option("--cron", metavar="FIELDS", help='Such as "30 1 * * *".')

@@ -1,0 +1,230 @@
+"""What cleaning removes and, above all, what it never does; on real folders, locks and registry."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen3ft.attempt import RunDir
+from qwen3ft.config import TrainingConfig
+from qwen3ft.journal import Journal
+from qwen3ft.process_lock import held
+from qwen3ft.protected import ProtectedVersion, find_protected
+from qwen3ft.retention import DAY_SECONDS, Policy, Removal, plan_removals, remove
+from qwen3ft.run_state import find_runs
+
+OLD_DAYS = 60.0
+POLICY = Policy(keep_runs=0)
+
+
+class Project:
+    """A project folder with runs in it."""
+
+    def __init__(self, root: Path) -> None:
+        self.config = TrainingConfig(
+            model_name="embedded",
+            runs_dir=str(root / "runs"),
+            cache_dir=str(root / "cache"),
+            output_dir=str(root / "out"),
+        )
+        self.root = root
+
+    def shared(self, name: str, days: float = OLD_DAYS) -> Path:
+        """A quantised model or tokenised rows."""
+        folder = self.root / "cache" / name
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+        return _aged(folder, days)
+
+    def run(
+        self,
+        name: str,
+        *,
+        days: float = OLD_DAYS,
+        card: str | None = "embedded: kept",
+        checkpoints: bool = True,
+        base: Path | None = None,
+    ) -> RunDir:
+        """A run's folder, last written so many days ago."""
+        run = RunDir(self.root / "runs" / name)
+        job = run.attempt(1)
+        job.path.mkdir(parents=True)
+        run.log.write_text("{}\n")
+        job.request.write_text(json.dumps({"model": {"path": str(base)}} if base else {}))
+        if checkpoints:
+            step = job.checkpoints / "step-000010"
+            step.mkdir(parents=True)
+            (step / "manifest.json").write_text("{}")
+        if card:
+            (run.path / "card.json").write_text(json.dumps({"title": card}))
+        _aged(run.path, days)
+        return run
+
+    def plan(self, *protected: ProtectedVersion, policy: Policy = POLICY) -> list[Removal]:
+        """What would be removed."""
+        return plan_removals(self.config, protected, policy)
+
+    def names(self, *protected: ProtectedVersion, policy: Policy = POLICY) -> set[str]:
+        """The last parts of what would be removed."""
+        return {Path(removal.path).name for removal in self.plan(*protected, policy=policy)}
+
+
+def _aged(folder: Path, days: float) -> Path:
+    then = time.time() - days * DAY_SECONDS
+    for path in (*folder.rglob("*"), folder):
+        os.utime(path, (then, then))
+    return folder
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return Project(tmp_path)
+
+
+def version(run_id: str | None, **changes: Any) -> ProtectedVersion:
+    values: dict[str, Any] = {
+        "registered_model": "qwen3ft-embedded",
+        "version": "3",
+        "aliases": ("champion",),
+        "run_id": run_id,
+    }
+    return ProtectedVersion(**{**values, **changes})
+
+
+def test_old_runs_go_and_young_ones_stay(project: Project) -> None:
+    """By age, unless among the newest; planning alone changes nothing."""
+    project.run("old")
+    project.run("older", days=90)
+    project.run("young", days=3, card=None, checkpoints=False)
+    assert project.names() == {"old", "older"}
+    assert project.names(policy=Policy(keep_runs=2)) == {"older", "checkpoints"}
+    assert len(find_runs(project.root / "runs")) == 3
+
+
+def test_a_run_in_use_stays_whole(project: Project) -> None:
+    """Champion, previous and challenger, whatever their age; its checkpoints too."""
+    for name in ("champion", "previous", "challenger", "other"):
+        project.run(name, base=project.shared(f"models/{name}"))
+    in_use = [
+        version(name, version=str(number), aliases=(name,))
+        for number, name in enumerate(("champion", "previous", "challenger"))
+    ]
+    assert project.plan(*in_use)
+    assert project.names(*in_use) == {"other"}
+    assert {removal.kind for removal in project.plan(*in_use)} == {"run", "quantised model"}
+
+
+def test_a_run_that_can_be_continued_stays_until_it_is_abandoned(project: Project) -> None:
+    """Failed with checkpoints, trained and not saved, or deferred; one without anything goes."""
+    project.run("failed", card=None)
+    project.run("deferred", card="embedded: deferred")
+    project.run("trained", card=None, checkpoints=False).attempt(1).outcome.write_text("{}")
+    _aged(project.root / "runs" / "trained", OLD_DAYS)
+    project.run("empty", card=None, checkpoints=False)
+    assert project.names() == {"empty"}
+    assert project.names(policy=Policy(keep_runs=0, abandon=("failed",))) == {"empty", "failed"}
+
+
+def test_a_run_that_mlflow_lacks_stays(project: Project) -> None:
+    """Its journal is the only copy of what was measured."""
+    run = project.run("unsent")
+    Journal(run).tags({"verdict": "kept"})
+    _aged(run.path, OLD_DAYS)
+    assert project.plan() == []
+
+
+def test_a_running_run_stays_and_so_does_all_that_runs_share(project: Project) -> None:
+    """It has just begun, and has not said yet which model it will load."""
+    project.shared("models/unused")
+    running = project.run("running", card=None, checkpoints=False)
+    project.run("old")
+    assert project.names() == {"unused", "old", "running"}
+    with held(running.lock) as mine:
+        assert mine
+        assert project.names() == {"old"}
+
+
+def test_a_run_that_begins_after_the_plan_was_made_is_not_removed(project: Project) -> None:
+    """The lock is asked for again at the moment of removal."""
+    run = project.run("continued", card=None, checkpoints=False)
+    plan = project.plan()
+    assert len(plan) == 1
+    with held(run.lock):
+        assert remove(plan) == 0
+    assert run.log.exists()
+    assert remove(plan) == plan[0].size_bytes > 0
+    assert not run.path.exists()
+    assert list((project.root / "runs").iterdir()) == []
+
+
+def test_checkpoints_of_completed_runs_go_before_the_runs(project: Project) -> None:
+    """After a week; the card, the metrics and the log stay."""
+    run = project.run("done", days=8)
+    project.run("recent", days=6)
+    [removal] = project.plan()
+    assert (removal.kind, removal.path) == ("checkpoints", str(run.attempt(1).checkpoints))
+    remove([removal])
+    assert (run.path / "card.json").exists()
+    assert not list(run.attempt(1).path.glob("*checkpoints*"))
+
+
+def test_a_base_stays_while_something_kept_needs_it(project: Project) -> None:
+    """A young run, one to be continued, the champion on another machine; else it goes."""
+    bases = {name: project.shared(f"models/{name}") for name in ("young", "failed", "champion")}
+    project.shared("models/unused")
+    project.shared("datasets/unused rows")
+    project.shared("models/new", days=1)
+    project.run("young", days=3, base=bases["young"])
+    project.run("failed", card=None, base=bases["failed"])
+    copy = project.shared("champions/qwen3ft-embedded/3")
+    card = {"base": {"snapshot_path": str(bases["champion"])}}
+    (copy / "run_card.json").write_text(json.dumps(card))
+    assert project.names(version("elsewhere")) == {"unused", "unused rows"}
+
+
+def test_no_base_goes_while_that_of_the_champion_is_not_known(
+    project: Project, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its run is gone and no copy is here: any of them may be the one."""
+    project.shared("models/unused")
+    with caplog.at_level("WARNING", logger="qwen3ft.retention"):
+        assert project.plan(version(None)) == []
+    assert "qwen3ft-embedded v3 (champion)" in caplog.text
+
+
+def test_copies_of_former_champions_and_leftovers_of_killed_writes_go(project: Project) -> None:
+    """The copy in use stays, as do saved adapters and what was begun today."""
+    for number in ("2", "3"):
+        copy = project.shared(f"champions/qwen3ft-embedded/{number}")
+        card = {"base": {"snapshot_path": str(project.root / "gone")}}
+        (copy / "run_card.json").write_text(json.dumps(card))
+    project.shared("models/.killed.x1")
+    project.shared("models/.begun.x2", days=0)
+    _aged(project.run("other").path.rename(project.root / "runs" / ".half.gone"), OLD_DAYS)
+    (project.root / "runs" / ".nights").mkdir()
+    _aged(project.root / "runs" / ".nights", OLD_DAYS)
+    (project.root / "out" / "saved").mkdir(parents=True)
+    _aged(project.root / "out" / "saved", OLD_DAYS)
+    assert project.names(version(None)) == {"2", ".killed.x1", ".half.gone"}
+
+
+def test_what_has_any_alias_is_protected(tmp_path: Path) -> None:
+    """Read from a real registry, with the run that made each version."""
+    from qwen3ft.tracking import connect, load_client
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    connect(uri)
+    client = load_client()(uri)
+    client.create_registered_model("m")
+    for run in ("one", "two", "three"):
+        client.create_model_version("m", f"runs:/{run}/adapter", tags={"run": run})
+    client.set_registered_model_alias("m", "champion", "3")
+    client.set_registered_model_alias("m", "pinned", "3")
+    client.set_registered_model_alias("m", "previous", "1")
+    found = {item.run_id: item.aliases for item in find_protected(uri)}
+    assert found == {"three": ("champion", "pinned"), "one": ("previous",)}
