@@ -48,6 +48,7 @@ from flows.nightly import (
 )
 from flows.notify import tell, tell_failure
 from qwen3ft import checkpoint, logs
+from qwen3ft.ability import ability_rows
 from qwen3ft.adjust import GiveUp
 from qwen3ft.attempt import RunDir
 from qwen3ft.card import build_card
@@ -121,6 +122,7 @@ def fine_tune(config: TrainingConfig, run: RunDir, night: Night) -> State[Any]:
     clock = StageClock()
     with clock("environment"):
         environment = check_environment()
+        ability_rows(config)  # an unusable set is told now, not after training
     with card_held(config, environment, run):
         with clock("model"):
             model = prepare_model(config, environment, run)

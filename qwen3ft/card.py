@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from qwen3ft.config import EMBEDDED_MODEL_NAME, TrainingConfig
 from qwen3ft.data_records import DataChange, DatasetManifest
 from qwen3ft.records import AttemptOutcome, AttemptSummary, SavedAdapter, TrainPlan
-from qwen3ft.result_records import InferenceReport, RunCard, Verdict
-from qwen3ft.score_text import METRIC_NAMES, interval_text, share_above, show_score
+from qwen3ft.result_records import InferenceReport, ModelScore, RunCard, Verdict
+from qwen3ft.score_text import METRIC_NAMES, interval_text, show_score
 
 EMBEDDED_NOTE = (
     "The embedded model is for demonstration: 0.8 M weights, pretrained on questions about "
@@ -35,8 +35,6 @@ def build_card(
     notes = [EMBEDDED_NOTE] if config.model_name == EMBEDDED_MODEL_NAME else []
     notes += [NOVEL_NOTE] if "novel" in tuned.by_split else []
     notes += [f"Degraded: {reason}." for reason in saved.degraded]
-    limit = config.max_ability_loss_rise
-    forgetting = share_above(tuned.ability_loss, base.ability_loss)
     return RunCard(
         title=f"{config.model_name}: {verdict.decision}",
         trained_on=f"{data.train.rows:,} rows ({data.train.tokens:,} tokens), "
@@ -51,9 +49,7 @@ def build_card(
         scores=report.scores,
         main_metric=report.main_metric,
         comparisons=report.comparisons,
-        forgetting=f"loss on general questions {show_score('loss', base.ability_loss)} -> "
-        f"{show_score('loss', tuned.ability_loss)}"
-        + ("" if forgetting is None else f" ({forgetting:+.1%}, limit {limit:+.0%})"),
+        forgetting=_forgetting(base, tuned, config.max_ability_loss_rise),
         held_out_loss_before=outcome.first_held_out_loss,
         held_out_loss_after=outcome.best_held_out_loss,
         peak_memory_gb=outcome.peak_memory_gb,
@@ -67,6 +63,15 @@ def build_card(
         adapter_path=saved.path,
         notes=tuple(notes),
     )
+
+
+def _forgetting(base: ModelScore, tuned: ModelScore, limit: float) -> str:
+    """What became of the loss on what the base could do."""
+    before, after = base.ability_loss, tuned.ability_loss
+    if before is None or after is None:
+        return "not measured"
+    rise = f"{after - before:+.3f} nats per token, limit {limit:+.2f}"
+    return f"loss on the ability set {before:.3f} -> {after:.3f} ({rise})"
 
 
 def to_markdown(card: RunCard) -> str:
@@ -126,7 +131,7 @@ def _score_table(card: RunCard) -> list[str]:
         cells = [show_score(metric, getattr(models[label], metric)) for label in labels]
         lines.append(f"| {name} | {' | '.join(cells)} | {gains.get(metric, '')} |")
     cells = [show_score("loss", models[label].ability_loss) for label in labels]
-    lines.append(f"| loss on general questions | {' | '.join(cells)} | |")
+    lines.append(f"| loss on the ability set | {' | '.join(cells)} | |")
     for check in models["candidate"].form:
         shares = [f"{models[label].form.get(check, 0.0):.1%}" for label in labels]
         lines.append(f"| {check} | {' | '.join(shares)} | |")

@@ -220,12 +220,16 @@ class TrainingConfig(BaseModel):
     gate_min_rows: int = Field(
         30, ge=1, description="With fewer held-out questions no adapter is promoted."
     )
+    ability_path: str | None = Field(
+        None,
+        description="Rows (jsonl: question, answer) of what must not be forgotten; by default 48 "
+        "general ones in English and Chinese.",
+    )
     max_ability_loss_rise: float = Field(
         0.25,
         ge=0,
         allow_inf_nan=False,
-        description="Share of the base's by which the answer loss on general questions may rise; "
-        "more is forgetting.",
+        description="By how many nats per token the loss on those rows may be above the base's.",
     )
 
     # --- recovery ---
@@ -265,6 +269,25 @@ class TrainingConfig(BaseModel):
     )
     notify_on: tuple[Literal["promoted", "kept", "deferred", "failed"], ...] = Field(
         ("promoted", "kept", "deferred", "failed"), description="Ends that they are told of."
+    )
+
+    # --- export ---
+    export_rows: int = Field(
+        200,
+        ge=1,
+        description="Held-out rows that the merged model is compared with the adapter on.",
+    )
+    export_max_loss_drift: float = Field(
+        0.05,
+        ge=0,
+        allow_inf_nan=False,
+        description="Most that merging may add to the answer loss (nats per token).",
+    )
+    export_max_lost_answers: float = Field(
+        0.03,
+        ge=0,
+        le=1,
+        description="Largest share of rows that the adapter answers right and the export does not.",
     )
 
     # --- where things go ---

@@ -23,7 +23,7 @@ class GatePolicy(Record):
         0.02, description="By how much the share of answers in good form may be lower."
     )
     max_ability_loss_rise: float = Field(
-        0.25, description="By what share of the base's the loss on the ability set may be higher."
+        0.25, description="By how many nats per token the loss on the ability set may be higher."
     )
 
 

@@ -114,7 +114,7 @@ def run_inference(request: InferenceRequest, beat: Callable[[str, int], None]) -
     config = request.config
     exam = Exam(
         rows=_read_rows(Path(request.questions_path), config.inference_rows),
-        ability=ability_rows(),
+        ability=ability_rows(config),
         batch_size=request.batch_size,
         max_new_tokens=config.max_new_tokens,
         escape=config.special_tokens_in_text == "escape",

@@ -157,14 +157,12 @@ def _losses(
 
 
 def _forgetting(candidate: ModelScore, base: ModelScore, limits: GatePolicy) -> Iterator[str]:
-    """Whether general questions cost the candidate much more than the base."""
-    rise = share_above(candidate.ability_loss, base.ability_loss)
-    if rise is None:
-        yield "the loss on general questions is not known or not finite"
-    elif rise > limits.max_ability_loss_rise:
-        mine, theirs = (show_score("loss", score.ability_loss) for score in (candidate, base))
+    """Whether what the base could do costs the candidate much more."""
+    mine, theirs = candidate.ability_loss, base.ability_loss
+    if mine is None or theirs is None:
+        yield "the loss on the ability set is not known or not finite"
+    elif mine - theirs > limits.max_ability_loss_rise:
         yield (
-            f"it forgets: loss on general questions {mine} against {theirs} of the base model, "
-            f"{rise:+.0%} "
-            f"(limit {limits.max_ability_loss_rise:+.0%})"
+            f"it forgets: loss on the ability set {mine:.4g} against {theirs:.4g} of the base "
+            f"model, {mine - theirs:+.2f} nats (limit {limits.max_ability_loss_rise:+.2f})"
         )

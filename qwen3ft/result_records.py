@@ -49,7 +49,7 @@ class ModelScore(Record):
         description="Mean negative log-likelihood per answer token; None: not finite."
     )
     ability_loss: float | None = Field(
-        None, description="The same on the general questions of `qwen3ft.ability`."
+        None, description="The same on the ability set: see `qwen3ft.ability`."
     )
     form: dict[str, float] = Field(
         default_factory=dict, description="Check of form: share of answers that pass."
@@ -153,7 +153,7 @@ class RunCard(Record):
     scores: tuple[ModelScore, ...] = ()
     main_metric: MetricName = "exact_match"
     comparisons: tuple[Comparison, ...] = ()
-    forgetting: str = Field("", description="Loss on general questions, before and after.")
+    forgetting: str = Field("", description="Loss on the ability set, before and after.")
     held_out_loss_before: float
     held_out_loss_after: float
     peak_memory_gb: float

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen3ft.ability import ability_rows
 from qwen3ft.answer_loss import RowLoss
 from qwen3ft.bootstrap import weighted_gain
 from qwen3ft.form_checks import check_form, language_fits, thinking_is_well_formed
@@ -279,12 +278,3 @@ def test_there_is_an_interval_for_what_has_no_spread(
     interval = weighted_gain(gains, weights, confidence=0.95)
     found = (interval.estimate, interval.low, interval.high)
     assert found == pytest.approx((expected,) * 3, nan_ok=True)
-
-
-def test_the_ability_set_is_small_and_in_both_languages() -> None:
-    """Each row has a question of its own, an answer and a kind."""
-    rows = ability_rows()
-    assert len({row["question"] for row in rows}) == len(rows) == 48
-    assert all(row["answer"] and row["kind"] for row in rows)
-    chinese = sum("\u4e00" <= row["question"][-2] <= "\u9fff" for row in rows)
-    assert 15 <= chinese <= 30

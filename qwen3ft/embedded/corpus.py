@@ -107,3 +107,25 @@ def documents(count: int, seed: int = SEED) -> Iterator[Document]:
     makers, weights = list(shares), list(shares.values())
     for _ in range(count):
         yield random.choices(makers, weights)[0]()
+
+
+def ability_rows(seed: int = SEED) -> list[dict[str, str]]:
+    """Questions that the pretraining taught, each once: facts, dates, sums and greetings.
+
+    They are `qwen3ft/ability/embedded.jsonl`: what fine-tuning may cost the embedded model.
+    """
+    random = Random(f"ability {seed}")
+    facts = catalogue("pretrained", seed)
+    makers: dict[str, tuple[Callable[[], Exchange], int]] = {
+        "fact": (lambda: exchange_on_fact(random, facts), 20),
+        "date": (lambda: exchange_on_date(random), 14),
+        "sum": (lambda: exchange_on_sum(random), 8),
+        "greeting": (lambda: tuple(random.choice(wording()["greetings"])), 6),
+    }
+    rows: dict[str, dict[str, str]] = {}
+    for kind, (make, count) in makers.items():
+        wanted = len(rows) + count
+        while len(rows) < wanted:
+            question, answer = make()
+            rows.setdefault(question, {"question": question, "answer": answer, "kind": kind})
+    return list(rows.values())
