@@ -143,7 +143,7 @@ def show_card(console: Console, card: RunCard) -> None:
             for c in card.comparisons
             if c.metric == card.main_metric
         },
-        "forgetting": card.forgetting,
+        **({"forgetting": card.forgetting} if card.forgetting else {}),
         "held-out loss": f"{card.held_out_loss_before:.3f} -> {card.held_out_loss_after:.3f}",
         "peak memory": f"{card.peak_memory_gb:.2f} GB of {card.budget_gb:g} GB",
         **(

@@ -87,7 +87,7 @@ def to_markdown(card: RunCard) -> str:
         "|---|---|",
         f"| trained on | {card.trained_on} |",
         f"| exact match | {card.base_score:.1%} → **{card.tuned_score:.1%}** |",
-        f"| forgetting | {card.forgetting} |",
+        *([f"| forgetting | {card.forgetting} |"] if card.forgetting else []),
         f"| held-out loss | {card.held_out_loss_before:.3f} → {card.held_out_loss_after:.3f} |",
         f"| peak memory | {card.peak_memory_gb:.2f} of {card.budget_gb:g} GB |",
         f"| adapter | `{card.adapter_path}` |",
