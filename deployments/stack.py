@@ -7,7 +7,8 @@
     prefect.toml             points a `prefect` typed by hand in this folder at the server
 
 Guarantees: `up` starts only what is down, and two at once are safe; `down` leaves no process, not
-even those of a flow run. It does not start with the machine and does not serve other machines.
+even those of a flow run. It starts with the machine only where `deployments.unit` was asked to see
+to it, and does not serve other machines.
 """
 
 from __future__ import annotations
@@ -20,14 +21,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import psutil
-from pydantic import Field
 
 from deployments import services
 from deployments.orphans import end_orphans
 from deployments.processes import (
     MARK,
     SERVICE_MARK,
-    ProcessMark,
     find_marked,
     free_port,
     listens,
@@ -35,12 +34,11 @@ from deployments.processes import (
     stop,
 )
 from deployments.services import SERVERS, SERVICES, Layout, Service
+from deployments.stack_records import DEPLOYMENT, ServiceStatus, StackState, StackStatus
 from qwen3ft.environment import EnvironmentManager
 from qwen3ft.errors import EnvironmentNotReadyError
-from qwen3ft.record import Record
 from qwen3ft.storage import write_json_atomic
 
-DEPLOYMENT = "qwen3-finetune/default"
 PREFERRED_PORTS = {"prefect": 4200, "mlflow": 5000}
 START_SECONDS = 180.0
 # the worker first: what it was running is reported to the server as ended
@@ -49,39 +47,7 @@ TOML_HEADER = "# Written by `qwen3ft up`, removed by `qwen3ft down`.\n"
 
 Say = Callable[[str], None]
 
-
-class StackState(Record):
-    """The content of stack.json; a port is 0 until it was chosen."""
-
-    prefect_port: int = 0
-    mlflow_port: int = 0
-    pids: dict[Service, ProcessMark] = Field(default_factory=dict)
-    started: float = Field(
-        default=0.0, description="When a process was last started, since the epoch."
-    )
-
-
-class ServiceStatus(Record):
-    """One process of the stack."""
-
-    name: Service
-    pid: int | None
-    healthy: bool
-    url: str | None
-    log: str
-
-
-class StackStatus(Record):
-    """What runs, where, and whether the deployment is registered."""
-
-    root: str
-    up: bool
-    prefect_url: str | None
-    mlflow_url: str | None
-    services: tuple[ServiceStatus, ...]
-    deployment: str = DEPLOYMENT
-    deployment_registered: bool = False
-    schedule_active: bool = False
+__all__ = ["DEPLOYMENT", "ServiceStatus", "Stack", "StackStatus"]
 
 
 class Stack:
@@ -163,6 +129,10 @@ class Stack:
                 schedule["active"] for schedule in (deployment or {}).get("schedules", ())
             ),
         )
+
+    def was_stopped(self) -> bool:
+        """Whether `down` ended it, and no accident."""
+        return not self._read_state().pids
 
     def layout(self) -> Layout:
         """Where things are; the ports are those last used."""

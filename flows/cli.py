@@ -154,11 +154,18 @@ def doctor(as_json: JsonOption = False) -> None:
 
 
 @app.command()
-def up() -> None:
+def up(
+    stay: Annotated[
+        bool, typer.Option("--stay", help="Restart what ends, until Ctrl-C or qwen3ft down.")
+    ] = False,
+    write_unit: Annotated[
+        bool, typer.Option("--write-unit", help="Only write a systemd user unit that does so.")
+    ] = False,
+) -> None:
     """Start the local servers (Prefect, MLflow, one worker); what is up stays as it is."""
     from flows import cli_servers
 
-    cli_servers.up()
+    cli_servers.up(stay=stay, unit=write_unit)
 
 
 @app.command()

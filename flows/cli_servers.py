@@ -6,15 +6,26 @@ import typer
 
 from deployments.deploy import deploy as register
 from deployments.schedule import read_schedule, set_active, write_schedule
+from deployments.supervise import stay_up
+from deployments.unit import write_unit
 from flows.cli_project import open_project
 from flows.cli_view import open_console, print_json, say, show_report, show_status
 from qwen3ft.environment import EnvironmentManager
 from qwen3ft.errors import ConfigError, EnvironmentNotReadyError
 
 
-def up() -> None:
-    """Start what is down, then say what is up."""
-    show_status(open_console(), open_project().up(say))
+def up(*, stay: bool, unit: bool) -> None:
+    """Start what is down, then say what is up; or keep it up, or only write the systemd unit."""
+    stack = open_project()
+    if unit:
+        path = write_unit(stack.root)
+        say(f"Written: {path}")
+        say("Start it now and with the machine, also before you log in:")
+        say(f"  systemctl --user enable --now {path.name} && loginctl enable-linger")
+    elif stay:
+        stay_up(stack, say)
+    else:
+        show_status(open_console(), stack.up(say))
 
 
 def down() -> None:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from qwen3ft.aliases import RUN_TAG
 from qwen3ft.record import Record
 from qwen3ft.tracking import Connection, connect
-
-RUN_TAG = "run"
-"""Tag of a version: the run that trained it."""
 
 
 class ProtectedVersion(Record):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -268,6 +269,40 @@ def test_the_schedule_is_changed_in_the_file_registered_and_switched_on_by_one_c
     cli_servers.schedule("0 2 * * *", "UTC", active=False)
     assert (stack.root / PREFECT_FILE).read_text() == before
     assert not stack.status().schedule_active
+
+
+def test_old_flow_runs_are_counted_by_a_dry_run_and_removed_without_one(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those that ended; one that has not ended stays, however old."""
+    from flows import cli_clean
+    from qwen3ft.retention import Policy
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.chdir(stack.root)
+    deploy(stack)
+    deployment = read_deployment(stack)
+    assert deployment is not None
+    api = f"{stack.layout().url('prefect')}/api/flow_runs"
+    ended = services.request_json(f"{api}/", {"flow_id": deployment["flow_id"]})["id"]
+    for state in ("RUNNING", "COMPLETED"):
+        forced = {"state": {"type": state}, "force": True}
+        assert services.request_text(f"{api}/{ended}/set_state", forced) is not None
+    going = _start_at(stack, "flow_runs/", {"flow_id": deployment["flow_id"]})
+
+    def clean(*, dry_run: bool) -> int:
+        environment = dict(os.environ)  # the command points its own process at the servers
+        cli_clean.clean(Policy(keep_days=0), None, [], dry_run=dry_run, as_json=True)
+        os.environ.clear()
+        os.environ.update(environment)
+        return int(json.loads(capsys.readouterr().out)["flow_runs"])
+
+    counted = clean(dry_run=True)
+    assert counted >= 1
+    assert services.request_json(f"{api}/{ended}") is not None
+    assert clean(dry_run=False) >= counted
+    assert services.request_json(f"{api}/{ended}") is None
+    assert services.request_json(f"{api}/{going}") is not None
 
 
 def test_down_leaves_no_process(stack: Stack) -> None:
