@@ -44,7 +44,7 @@ status: ready  ## what is up, and where
 # torch is pinned by hand; hatchling and editables build the project itself. The lock names no index,
 # no build of torch for one kind of machine, and none of the CUDA packages that torch brings itself.
 lock: ready  ## resolve pyproject.toml anew, within what requirements.lock pins already
-	printf 'torch==2.13.0\nhatchling\neditables\n' | $(UV) pip compile pyproject.toml - --extra dev \
+	printf 'torch==2.13.0\nhatchling\neditables\n' | $(UV) pip compile pyproject.toml - --extra dev --extra team \
 		--python-version 3.11 --no-header --no-annotate --quiet -o requirements.lock
 	grep -vE '^(triton|cuda-|nvidia-[^m])' requirements.lock | sed 's/+cpu//' > requirements.lock.new
 	mv requirements.lock.new requirements.lock
