@@ -112,10 +112,11 @@ def documents(count: int, seed: int = SEED) -> Iterator[Document]:
 def ability_rows(seed: int = SEED) -> list[dict[str, str]]:
     """Questions that the pretraining taught, each once: facts, dates, sums and greetings.
 
-    They are `qwen3ft/ability/embedded.jsonl`: what fine-tuning may cost the embedded model.
+    The seed decides which are drawn. The default's are `qwen3ft/ability/embedded.jsonl`: what
+    fine-tuning may cost the embedded model.
     """
     random = Random(f"ability {seed}")
-    facts = catalogue("pretrained", seed)
+    facts = catalogue("pretrained")
     makers: dict[str, tuple[Callable[[], Exchange], int]] = {
         "fact": (lambda: exchange_on_fact(random, facts), 20),
         "date": (lambda: exchange_on_date(random), 14),
