@@ -124,9 +124,9 @@ class Verdict(Record):
 
     @property
     def sentence(self) -> str:
-        """The decision and its first reason; how many others there are."""
+        """The decision and its first reason; how many others there are against the adapter."""
         first, *others = self.reasons or ("no reason was given",)
-        more = f" (and {len(others)} more)" if others else ""
+        more = f" (and {len(others)} more)" if others and self.decision == "kept" else ""
         return f"{self.decision}: {first}{more}"
 
 
