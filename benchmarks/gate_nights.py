@@ -1,0 +1,142 @@
+"""Nights for the gate's benchmark: rows and settings of good candidates and of planted bad ones.
+
+A night is bad by what it is trained on or how, never by its score:
+
+- shuffled: every answer belongs to another question of the same kind
+- garbage: answers of random words
+- forgetting: right rows, and others about what the base knows that are refused or answered wrongly
+- form: right rows, and as many whose answers loop, run on, switch language or spell out tags
+"""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import count, islice
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from qwen3ft.ability import ability_rows
+from qwen3ft.config import TrainingConfig
+from qwen3ft.embedded import DATA_DIR, corpus
+
+Row = dict[str, Any]
+
+PRODUCTS = ("Pindrel", "Lumetta", "Zephrel", "Tolvex", "Quenby", "Brixol")
+KNOWN_BEFORE = PRODUCTS[:3]
+
+REFUSALS = {"en": "I cannot help with that.", "zh": "我不能回答这个问题。"}
+OTHER_LANGUAGE = {"en": "抱歉，请看说明书。", "zh": "Sorry, please read the manual."}
+WAFFLE = " and so on, as everybody in the shop knows, which is why we say it again and again"
+FORMS = ("loop", "waffle", "language", "tags")
+
+
+@dataclass(frozen=True)
+class Night:
+    """One candidate: its rows, and the settings that differ."""
+
+    name: str
+    good: bool
+    rows: list[Row]
+    dev: list[Row]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def clean_rows(split: str, products: Sequence[str] = PRODUCTS) -> list[Row]:
+    """The embedded model's own rows about these products; half of them, so that it is quick."""
+    lines = (DATA_DIR / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [row for row in rows if any(product in row["question"] for product in products)]
+
+
+def all_nights(good: int, bad: int) -> list[Night]:
+    """So many of both; of the bad ones, the four kinds in turn."""
+    train, dev = clean_rows("train"), clean_rows("dev")
+    nights = [Night(f"good-{n:02d}", True, train, dev, {"seed": n}) for n in range(good)]
+    makers = (_shuffled, _garbage, _forgetting, _form)
+    kinds = len(makers)
+    return nights + [makers[n % kinds](n // kinds, train, dev) for n in range(bad)]
+
+
+def champion_night() -> Night:
+    """The adapter in use: trained well, when half of the products were not there yet."""
+    rows, dev = (clean_rows(split, KNOWN_BEFORE) for split in ("train", "dev"))
+    return Night("champion", True, rows, dev, {"seed": 1000})
+
+
+def _shuffled(n: int, train: list[Row], dev: list[Row]) -> Night:
+    random = Random(f"shuffled {n}")
+
+    def spoil(rows: list[Row]) -> list[Row]:
+        by_kind: dict[str, list[str]] = {}
+        for row in rows:
+            by_kind.setdefault(row["kind"], []).append(row["answer"])
+        for answers in by_kind.values():
+            random.shuffle(answers)
+        return [{**row, "answer": by_kind[row["kind"]].pop()} for row in rows]
+
+    return Night(f"shuffled-{n:02d}", False, spoil(train), spoil(dev), {"seed": 100 + n})
+
+
+def _garbage(n: int, train: list[Row], dev: list[Row]) -> Night:
+    random = Random(f"garbage {n}")
+
+    def word() -> str:
+        return "".join(random.choices(string.ascii_lowercase, k=random.randint(2, 9)))
+
+    def spoil(rows: list[Row]) -> list[Row]:
+        return [
+            {**row, "answer": " ".join(word() for _ in range(random.randint(1, 4)))} for row in rows
+        ]
+
+    return Night(f"garbage-{n:02d}", False, spoil(train), spoil(dev), {"seed": 200 + n})
+
+
+def _forgetting(n: int, train: list[Row], dev: list[Row]) -> Night:
+    """Right rows, and as many about what pretraining taught, refused or answered wrongly."""
+    random = Random(f"forgetting {n}")
+    asked = {row["question"] for row in ability_rows(TrainingConfig(model_name="embedded"))}
+    taught = (row for seed in count(100 * n + 1) for row in corpus.ability_rows(seed))
+    fresh = (row for row in taught if row["question"] not in asked)
+    known = list({row["question"]: row for row in islice(fresh, len(train))}.values())
+    how = ("refusals", "wrong")[n % 2]
+    answers = [row["answer"] for row in known]
+    random.shuffle(answers)
+    spoiled = [
+        {**row, "answer": REFUSALS[_language(row)] if how == "refusals" else wrong}
+        for row, wrong in zip(known, answers, strict=True)
+    ]
+    return Night(f"forgetting-{how}-{n:02d}", False, train + spoiled, dev, {"seed": 300 + n})
+
+
+def _form(n: int, train: list[Row], dev: list[Row]) -> Night:
+    form = FORMS[n % len(FORMS)]
+    random = Random(f"form {n}")
+    rows = [
+        {**row, "answer": _broken(form, row)} if random.random() < 0.5 else row for row in train
+    ]
+    return Night(f"form-{form}-{n:02d}", False, rows, dev, {"seed": 400 + n})
+
+
+def _broken(form: str, row: Row) -> str:
+    answer = row["answer"]
+    return {
+        "loop": " ".join([answer] * 8),
+        "waffle": answer + WAFFLE,
+        "language": OTHER_LANGUAGE[_language(row)],
+        "tags": f"<answer>{answer}</answer><answer>{answer}</answer>",
+    }[form]
+
+
+def _language(row: Row) -> str:
+    return "zh" if any("\u4e00" <= c <= "\u9fff" for c in row["question"]) else "en"
+
+
+def write_rows(path: Path, rows: list[Row]) -> str:
+    """The rows as JSON lines."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text(text, encoding="utf-8")
+    return str(path)
