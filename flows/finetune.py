@@ -104,8 +104,8 @@ def qwen3_finetune(
         resumed: How often the run was taken up by itself after a crash.
     """
     check_resumes(continue_run, resumed)
-    nightly = is_nightly(nightly)
-    config = for_night(config, nightly)
+    nightly = is_nightly(asked=nightly)
+    config = for_night(config, nightly=nightly)
     request = find_request(config)
     with tonight(config, request, nightly, continue_run) as night:
         if night.taken is not None:

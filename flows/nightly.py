@@ -70,12 +70,12 @@ def check_resumes(continue_run: str | None, resumed: int) -> None:
         )
 
 
-def is_nightly(asked: bool) -> bool:
+def is_nightly(*, asked: bool) -> bool:
     """Whether the run is a night's; Prefect tags what its scheduler starts."""
     return asked or SCHEDULED_TAG in flow_run.tags
 
 
-def for_night(config: TrainingConfig, nightly: bool) -> TrainingConfig:
+def for_night(config: TrainingConfig, *, nightly: bool) -> TrainingConfig:
     """The settings of a run; at night it is not trained on what the champion was trained on."""
     return config.model_copy(update={"when_unchanged": "skip"}) if nightly else config
 

@@ -29,6 +29,8 @@ from deployments.unit import unit_name, write_unit
 ROOT = Path(__file__).parent.parent
 NOTICED_SECONDS = 120.0
 
+pytestmark = pytest.mark.timeout(600)
+
 FLOW = '''
 """The real flow's order of nights, around a training that is a line in a file."""
 
@@ -147,12 +149,16 @@ def ended(project: Project, run: str) -> dict[str, Any]:
         found = project.read(run)
         return found if found["state_type"] in ("COMPLETED", "FAILED", "CRASHED") else None
 
-    found: dict[str, Any] = wait_for(record, 120)
+    found: dict[str, Any] = wait_for(record, 180)
     return found
 
 
 def _runs_but(project: Project, known: set[str]) -> list[dict[str, Any]]:
     return [run for run in project.runs() if run["id"] not in known]
+
+
+def _trainings_of(project: Project, flow_runs: set[str]) -> list[list[Any]]:
+    return [row for row in project.trained() if row[1] in flow_runs]
 
 
 def _trainings(project: Project, run: str, resumed: int) -> list[list[Any]]:
@@ -185,34 +191,43 @@ def test_new_data_starts_a_night_by_an_event(project: Project) -> None:
             check=True,
             stdout=subprocess.DEVNULL,
         )
-        new = wait_for(partial(_runs_but, project, known), 60)
+        new = wait_for(partial(_runs_but, project, known), 120)
         assert new[0]["parameters"]["nightly"] is True
         assert ended(project, new[0]["id"])["state_name"] == expected
     assert len(project.trained()) == before + 1
 
 
+@pytest.fixture
+def hang(project: Project) -> Iterator[Path]:
+    """While this file is there, a training does not end."""
+    path = project.root / "hang"
+    path.touch()
+    yield path
+    path.unlink(missing_ok=True)
+
+
 @pytest.mark.slow
-def test_two_runs_never_overlap(project: Project) -> None:
-    """The second waits for the deployment's one slot."""
+def test_two_runs_never_overlap(project: Project, hang: Path) -> None:
+    """The second waits until the first has ended."""
     project.data("c" * 64)
-    (project.root / "hang").touch()
     first, second = project.start(), project.start()
-    wait_for(lambda: project.read(first)["state_type"] == "RUNNING", 60)
-    wait_for(lambda: project.read(second)["state_name"] == "AwaitingConcurrencySlot", 60)
-    (project.root / "hang").unlink()
-    assert ended(project, first)["state_name"] == "Completed"
-    assert ended(project, second)["start_time"] >= project.read(first)["end_time"]
+    wait_for(lambda: len(_trainings_of(project, {first, second})) == 1, 180)
+    time.sleep(10)  # five looks of the worker
+    assert len(_trainings_of(project, {first, second})) == 1
+    hang.unlink()
+    records = [ended(project, run) for run in (first, second)]
+    early, late = sorted(records, key=lambda record: str(record["start_time"]))
+    assert late["start_time"] >= early["end_time"]
 
 
 @pytest.mark.slow
 def test_a_run_killed_with_its_worker_is_noticed_and_taken_up_once(
-    project: Project, record_property: Callable[[str, object], None]
+    project: Project, hang: Path, record_property: Callable[[str, object], None]
 ) -> None:
     """Nobody calls `up` until the server itself has noticed; then the worker finds the new run."""
     project.data("d" * 64)
-    (project.root / "hang").touch()
     run = project.start(nightly=True)
-    wait_for(lambda: [row for row in project.trained() if row[1] == run], 90)
+    wait_for(lambda: _trainings_of(project, {run}), 180)
     time.sleep(services.HEARTBEAT_SECONDS / 2)  # as far into a beat as on average
     killed = time.monotonic()
     for process in find_marked(project.root, "worker"):
@@ -221,34 +236,37 @@ def test_a_run_killed_with_its_worker_is_noticed_and_taken_up_once(
     noticed_seconds = time.monotonic() - killed
     record_property("noticed_seconds", round(noticed_seconds, 1))
     sys.stderr.write(f"noticed after {noticed_seconds:.0f} s, {SILENT_SECONDS} s of silence\n")
-    (project.root / "hang").unlink()
+    hang.unlink()
     project.stack.up()
-    again = wait_for(partial(_trainings, project, run, 1), 90)
-    assert ended(project, again[0][1])["state_name"] == "Completed"
+    [again] = wait_for(partial(_trainings, project, run, 1), 180)
+    assert ended(project, again[1])["state_name"] == "Completed"
+    assert [row[2] for row in project.trained() if row[0] == run] == [0, 1]
 
 
 @pytest.mark.slow
-def test_a_run_that_crashes_again_is_left_to_a_person(project: Project) -> None:
+def test_a_run_that_crashes_again_is_left_to_a_person(project: Project, hang: Path) -> None:
     """Killed, taken up, killed: the third start fails with the command that continues it."""
     project.data("e" * 64)
-    (project.root / "hang").touch()
     run = project.start()
     for resumed in (0, 1):
-        (row,) = wait_for(partial(_trainings, project, run, resumed), 90)
-        for process in find_marked(project.root, "worker"):
-            try:
-                executes = process.environ().get("PREFECT__FLOW_RUN_ID") == row[1]
-            except psutil.Error:
-                continue
-            if executes:
-                process.kill()
-    third = wait_for(
-        lambda: [item for item in project.runs() if item["parameters"].get("resumed") == 2], 90
+        [row] = wait_for(partial(_trainings, project, run, resumed), 180)
+        killed = [process for process in find_marked(project.root) if _executes(process, row[1])]
+        assert killed
+        for process in killed:
+            process.kill()
+    [third] = wait_for(
+        lambda: [item for item in project.runs() if item["parameters"].get("resumed") == 2], 180
     )
-    (project.root / "hang").unlink()
-    record = ended(project, third[0]["id"])
+    record = ended(project, third["id"])
     assert record["state_type"] == "FAILED"
     assert f"qwen3ft run --resume {run}" in record["state"]["message"]
+
+
+def _executes(process: psutil.Process, flow_run: str) -> bool:
+    try:
+        return process.environ().get("PREFECT__FLOW_RUN_ID") == flow_run
+    except psutil.Error:
+        return False
 
 
 @pytest.mark.slow

@@ -1,0 +1,99 @@
+"""What a start of the flow finds out before any stage, without a Prefect server."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flows.nightly import check_resumes, find_request, for_night, is_nightly, seen_before
+from qwen3ft.config import TrainingConfig
+from qwen3ft.errors import FinetuneError
+from qwen3ft.night import Request
+
+REQUEST = Request(sha256="a" * 64, settings_sha256="b" * 64, files=1)
+
+
+def config(tmp_path: Path, **changes: str) -> TrainingConfig:
+    folders = {"cache_dir": str(tmp_path / "cache"), "runs_dir": str(tmp_path / "runs")}
+    return TrainingConfig.model_validate({"model_name": "embedded", **folders, **changes})
+
+
+def test_a_crashed_run_is_taken_up_once_and_then_left_to_a_person() -> None:
+    """The error names the command that continues it."""
+    check_resumes(None, 0)
+    check_resumes("r1", 1)
+    with pytest.raises(FinetuneError, match="r1 crashed again") as caught:
+        check_resumes("r1", 2)
+    assert caught.value.next_command == "qwen3ft run --resume r1"
+
+
+def test_a_night_skips_what_is_unchanged_and_other_runs_keep_their_setting(tmp_path: Path) -> None:
+    """Outside a flow run there is no schedule's tag."""
+    asked = config(tmp_path)
+    assert not is_nightly(asked=False)
+    assert for_night(asked, nightly=False) == asked
+    assert for_night(asked, nightly=True).when_unchanged == "skip"
+
+
+def test_data_that_cannot_be_read_is_for_the_stages_to_report(tmp_path: Path) -> None:
+    """Nothing is known of the request, so the run goes its ordinary way."""
+    missing = TrainingConfig(
+        model_name="embedded", data_paths=(str(tmp_path / "none"),), cache_dir=str(tmp_path)
+    )
+    assert find_request(missing) is None
+    assert find_request(config(tmp_path)) is not None
+
+
+def test_a_registry_that_cannot_be_asked_is_no_reason_not_to_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Connections are refused; whether anything is new stays open."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert seen_before(config(tmp_path, when_unchanged="skip"), REQUEST) is None
+
+
+def test_the_answer_comes_from_the_champions_tags_without_torch(tmp_path: Path) -> None:
+    """A real registry: the same request is old news, another one is not; no torch is loaded."""
+    program = """
+import sys
+from pathlib import Path
+from flows.nightly import seen_before
+from qwen3ft.config import TrainingConfig
+from qwen3ft.night import Request, claim_night
+from qwen3ft.tracking import connect, load_client
+uri, runs = sys.argv[1:]
+connect(uri)
+client = load_client()(uri)
+config = TrainingConfig(model_name="embedded", when_unchanged="skip", runs_dir=runs)
+def since(digest):
+    return seen_before(config, Request(sha256=digest, settings_sha256="", files=1))
+print(since("a"))
+client.create_registered_model("qwen3ft-embedded")
+tags = {"request_sha256": "a", "adapter_sha256": "d", "run": "r"}
+client.create_model_version("qwen3ft-embedded", "runs:/r/adapter", tags=tags)
+client.set_registered_model_alias("qwen3ft-embedded", "champion", "1")
+print(since("a"))
+print(since("b"))
+other = Request(sha256="b", settings_sha256="", files=1)
+with claim_night(Path(runs), "2026-11-26", other, "r2") as night:
+    night.settle("kept", "1")
+print(since("b"))
+print("torch" in sys.modules)
+"""
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    done = subprocess.run(
+        [sys.executable, "-c", program, uri, str(tmp_path / "runs")],
+        capture_output=True,
+        text=True,
+        env={"MLFLOW_TRACKING_URI": uri, "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+    )
+    assert done.stdout.splitlines() == [
+        "None",
+        "qwen3ft-embedded v1",
+        "None",
+        "run r2, which was no better than qwen3ft-embedded v1",
+        "False",
+    ], done.stderr
