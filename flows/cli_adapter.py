@@ -1,38 +1,152 @@
-"""The commands that ask a fine-tuned model: generate and chat. The model runs in this process."""
+"""The commands that use a fine-tuned model: generate, chat and export. It runs in a worker."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import typer
 
 from flows.cli_project import open_project, request_config, use_local_services
-from flows.cli_view import print_json, say
+from flows.cli_view import open_console, print_json, say
+from qwen3ft.adapters import find_adapter
+from qwen3ft.ask_client import Session
+from qwen3ft.ask_records import AskRequest
 from qwen3ft.config import TrainingConfig
-from qwen3ft.errors import ModelNotFoundError
+from qwen3ft.export_records import ParityReport
+from qwen3ft.gpu_lock import CPU, hold_card
+from qwen3ft.gpus import visible_gpus
+from qwen3ft.saved_adapter import read_run_card
+from qwen3ft.tracking_uri import default_tracking_uri
 
-CHAMPION = "champion"
+
+@dataclass(frozen=True)
+class Chosen:
+    """The adapter that was asked for, and how this machine runs it."""
+
+    config: TrainingConfig
+    folder: Path
+    device: Literal["cuda", "cpu"]
+
+    def ask_request(self, think: bool | None) -> AskRequest:
+        """How the model is asked: as its own run was, unless `think` says otherwise."""
+        theirs = read_run_card(self.folder)["config"]
+        kept = ("special_tokens_in_text", "reasoning_separator")
+        update = {name: theirs[name] for name in kept if name in theirs}
+        config = self.config.model_copy(update=update)
+        thinking = config.reasoning_separator is not None if think is None else think
+        return AskRequest(
+            config=config, adapter=str(self.folder), device=self.device, thinking=thinking
+        )
 
 
 def generate(
-    prompt: str, adapter: str, path: Path | None, settings: list[str], *, as_json: bool
+    prompt: str,
+    adapter: str,
+    path: Path | None,
+    settings: list[str],
+    *,
+    think: bool | None,
+    as_json: bool,
 ) -> None:
-    """Print the answer to one question."""
-    folder, answer = _load(adapter, path, settings)
-    text = answer(prompt)
+    """Print the answer to one question as it is written."""
+    chosen = _choose(adapter, path, settings)
+    with Session(chosen.ask_request(think)) as session:
+        answer = _relay(session, [_user(prompt)], quiet=as_json)
     if as_json:
-        print_json({"prompt": prompt, "answer": text, "adapter": folder})
-    else:
-        typer.echo(text)
+        print_json({"prompt": prompt, **answer, "adapter": str(chosen.folder)})
 
 
-def chat(adapter: str, path: Path | None, settings: list[str]) -> None:
+def chat(
+    adapter: str, path: Path | None, settings: list[str], *, think: bool | None, remember: bool
+) -> None:
     """Answer line after line, until an empty one or the end of input."""
-    folder, answer = _load(adapter, path, settings)
-    say(f"{folder}\nAsk; an empty line ends.")
-    while question := _read_line():
-        typer.echo(answer(question))
+    chosen = _choose(adapter, path, settings)
+    with Session(chosen.ask_request(think)) as session:
+        session.wait_until_ready()
+        say(f"{chosen.folder}\nAsk; an empty line ends.")
+        messages: list[dict[str, Any]] = []
+        while question := _read_line():
+            messages = [*messages, _user(question)] if remember else [_user(question)]
+            answer = _relay(session, messages, quiet=False)
+            messages.append({"role": "assistant", "content": answer["answer"]})
+
+
+def export(
+    target: str,
+    adapter: str,
+    rows: Path | None,
+    path: Path | None,
+    settings: list[str],
+    *,
+    as_json: bool,
+) -> None:
+    """Merge the adapter into its base as a folder to serve from."""
+    folder = Path(target).resolve()  # before the working folder changes
+    chosen = _choose(adapter, path, settings)
+    from qwen3ft.export import export_adapter
+    from qwen3ft.held_out import find_held_out
+
+    held_out = rows or find_held_out(chosen.config, chosen.folder)
+    with _card_held(chosen):
+        report = export_adapter(chosen.config, chosen.folder, folder, held_out, chosen.device)
+    if as_json:
+        print_json({"folder": str(folder), "parity": report.model_dump(mode="json")})
+    else:
+        _show_export(folder, report)
+
+
+def _choose(adapter: str, path: Path | None, settings: list[str]) -> Chosen:
+    """Find and verify the adapter."""
+    here = Path(adapter)
+    if here.is_dir():
+        adapter = str(here.resolve())  # before the working folder changes
+    stack = open_project()
+    config = request_config(stack.root, path, settings)
+    use_local_services(stack)
+    from qwen3ft.registry import Registry
+
+    folder = find_adapter(config, Registry(default_tracking_uri()), adapter)
+    return Chosen(config, folder.resolve(), "cuda" if visible_gpus() else "cpu")
+
+
+def _card_held(chosen: Chosen) -> AbstractContextManager[None]:
+    """The card for the export alone, as runs have it."""
+    config, gpus = chosen.config, visible_gpus()
+    if not gpus and not config.lock_cpu:
+        return nullcontext()
+    return hold_card(
+        gpus[0].uuid if gpus else CPU,
+        f"export of {chosen.folder.name}",
+        when_busy=config.when_card_is_busy,
+        wait_seconds=config.wait_for_card_seconds,
+    )
+
+
+def _user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def _relay(session: Session, messages: list[dict[str, Any]], *, quiet: bool) -> dict[str, Any]:
+    """Show an answer as it is written, the thinking on standard error; gives all of it."""
+    texts = {"thinking": "", "answer": ""}
+    stopped = True
+    for piece in session.ask(messages):
+        if piece.kind == "end":
+            stopped = piece.stopped
+        else:
+            if not quiet and piece.kind == "answer" and texts["thinking"] and not texts["answer"]:
+                typer.echo(err=True)
+            texts[piece.kind] += piece.text
+            if not quiet:
+                typer.echo(piece.text, nl=False, err=piece.kind == "thinking")
+    if not quiet:
+        typer.echo()
+        if not stopped:
+            say("(cut off at max_new_tokens)")
+    return {**texts, "stopped": stopped}
 
 
 def _read_line() -> str:
@@ -42,34 +156,14 @@ def _read_line() -> str:
         return ""
 
 
-def _load(adapter: str, path: Path | None, settings: list[str]) -> tuple[str, Callable[[str], str]]:
-    """The adapter's folder, and a function that answers with it."""
-    if adapter != CHAMPION:
-        adapter = str(Path(adapter).resolve())  # before the working folder changes
-    stack = open_project()
-    config = request_config(stack.root, path, settings)
-    use_local_services(stack)
-    from qwen3ft.inference import InferenceTester
-
-    folder = _fetch_champion(config) if adapter == CHAMPION else adapter
-    tester = InferenceTester(config)
-    model, tokenizer = tester.load_finetuned_model(folder)
-    return folder, lambda prompt: tester.test_inference(model, tokenizer, prompt)
-
-
-def _fetch_champion(config: TrainingConfig) -> str:
-    from qwen3ft.registry import Registry, registered_model_name
-    from qwen3ft.tracking_uri import default_tracking_uri
-
-    registry = Registry(default_tracking_uri())
-    name = config.registered_model or registered_model_name(config.model_name)
-    champion = registry.champion(name)
-    if champion is None:
-        raise ModelNotFoundError(
-            f"No adapter of {name} has been promoted yet.",
-            why="The first run that beats the base model makes a champion.",
-            next_command="qwen3ft run",
-            registered_model=name,
+def _show_export(folder: Path, report: ParityReport) -> None:
+    console = open_console()
+    console.print(f"{folder}: compared on {report.rows} held-out rows", soft_wrap=True)
+    for score in report.scores:
+        console.print(
+            f"  {score.form:16}  exact match {score.exact_match:6.1%}  answer loss "
+            f"{score.answer_loss:.4f} ({score.loss_drift:+.4f})  same answers "
+            f"{score.same_answers:.1%}  lost {score.lost_answers:.1%}",
+            soft_wrap=True,
         )
-    target = Path(config.cache_dir) / "champions" / f"{name}-{champion.version}"
-    return str(registry.download(champion, target))
+    console.print(f"How to serve it: {folder / 'SERVING.md'}", soft_wrap=True)

@@ -5,6 +5,7 @@ Names, options and help alone, as in `flows.cli`, which they are part of.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,9 +15,17 @@ from flows.cli_options import ConfigOption, JsonOption, SetOption
 use_app = typer.Typer()
 
 AdapterOption = Annotated[
-    str, typer.Option("--adapter", metavar="DIR", help="A saved adapter, or 'champion'.")
+    str,
+    typer.Option(
+        "--adapter",
+        metavar="WHICH",
+        help="champion, challenger, previous, a version, a run's id, or a folder.",
+    ),
 ]
-
+ThinkOption = Annotated[
+    bool | None,
+    typer.Option("--think/--no-think", help="Ask it to think first [as its run was asked]."),
+]
 ReasonOption = Annotated[
     str, typer.Option("--reason", "-r", metavar="TEXT", help="Why; kept in the history.")
 ]
@@ -26,24 +35,58 @@ ReasonOption = Annotated[
 def generate(
     prompt: Annotated[str, typer.Argument(help="The question.")],
     adapter: AdapterOption = "champion",
+    think: ThinkOption = None,
     config: ConfigOption = None,
     settings: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Answer one question with a fine-tuned model."""
+    """Answer one question with a fine-tuned model, as it is written."""
     from flows import cli_adapter
 
-    cli_adapter.generate(prompt, adapter, config, settings or [], as_json=as_json)
+    cli_adapter.generate(prompt, adapter, config, settings or [], think=think, as_json=as_json)
 
 
 @use_app.command()
 def chat(
-    adapter: AdapterOption = "champion", config: ConfigOption = None, settings: SetOption = None
+    adapter: AdapterOption = "champion",
+    think: ThinkOption = None,
+    remember: Annotated[
+        bool, typer.Option("--remember", help="Each question with all that was said before it.")
+    ] = False,
+    config: ConfigOption = None,
+    settings: SetOption = None,
 ) -> None:
     """Ask a fine-tuned model question after question; each is answered on its own."""
     from flows import cli_adapter
 
-    cli_adapter.chat(adapter, config, settings or [])
+    cli_adapter.chat(adapter, config, settings or [], think=think, remember=remember)
+
+
+@use_app.command()
+def export(
+    target: Annotated[str, typer.Argument(metavar="DIR", help="New folder, or an earlier export.")],
+    adapter: AdapterOption = "champion",
+    rows: Annotated[
+        Path | None,
+        typer.Option(
+            "--rows",
+            metavar="FILE",
+            help="Held-out rows (jsonl) to compare on [those of the adapter's run].",
+            resolve_path=True,
+        ),
+    ] = None,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Merge an adapter into its base model, if the result answers as the adapter does.
+
+    Writes bfloat16 safetensors, the adapter, commands for vLLM and a Modelfile
+    for Ollama. Refused, with nothing written, where held-out rows show a drift.
+    """
+    from flows import cli_adapter
+
+    cli_adapter.export(target, adapter, rows, config, settings or [], as_json=as_json)
 
 
 @use_app.command()

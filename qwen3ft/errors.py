@@ -21,6 +21,7 @@
         + NotInMlflowError       it answers, but knows no such run or model
     * RejectedError              MLflow refuses what was sent and always will
     * QuantizationError          the 4-bit settings cannot be used for this model here
+    * ExportDriftError           the merged model is not the one that was tested
     * SaveError                  an artifact could not be written and read back
     * AttemptError               one training attempt ended early; recovery decides what follows
       - OutOfMemoryError         GPU or host memory ran out
@@ -180,6 +181,10 @@ class RejectedError(FinetuneError):
 
 class QuantizationError(FinetuneError):
     """A 4-bit setting cannot be used for this model on this machine."""
+
+
+class ExportDriftError(FinetuneError):
+    """A merged model's loss or answers are too far from those of the adapter."""
 
 
 class SaveError(FinetuneError):

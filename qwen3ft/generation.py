@@ -23,7 +23,7 @@ from qwen3ft.quality import THINK_OPEN, Generated
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = get_logger("generation")
 
@@ -152,26 +152,13 @@ def _generate(
 ) -> list[list[int]]:
     """The tokens after each prompt, up to and including the end token; padding removed."""
     import torch
-    from transformers import GenerationConfig, StoppingCriteriaList
+    from transformers import StoppingCriteriaList
 
     width = max(len(prompt) for prompt in prompts)
     inputs = pad_rows(prompts, width, tokenizer.pad_token_id, left=True).to(model.device)
     mask = pad_rows([[1] * len(prompt) for prompt in prompts], width, 0, left=True).to(model.device)
+    greedy = greedy_settings(model, tokenizer, max_new_tokens)
     ends = end_tokens(model, tokenizer)
-    # Each value is set because `generate` takes those left out from the model's own settings,
-    # which for Qwen3 are those of sampling.
-    greedy = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=50,
-        repetition_penalty=1.0,
-        use_cache=True,
-        eos_token_id=sorted(ends),
-        pad_token_id=tokenizer.pad_token_id,
-    )
 
     def watch(tokens: torch.Tensor, _: Any, **__: Any) -> torch.Tensor:
         if (tokens.shape[1] - width) % PROGRESS_EVERY_TOKENS == 0:
@@ -185,6 +172,30 @@ def _generate(
         stopping_criteria=StoppingCriteriaList([watch]),
     )
     return [_cut_after_end(row, ends) for row in output[:, width:].tolist()]
+
+
+def greedy_settings(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
+) -> GenerationConfig:
+    """The likeliest token every time, up to an end token.
+
+    Each value is set because `generate` takes those left out from the model's own settings, which
+    for Qwen3 are those of sampling.
+    """
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
+        repetition_penalty=1.0,
+        use_cache=True,
+        eos_token_id=sorted(end_tokens(model, tokenizer)),
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -52,7 +52,7 @@ def run_worker(
     """Start `python -m qwen3ft.worker KIND DIR`, wait for it, and return its outcome.
 
     Args:
-        kind: 'quantize', 'data', 'preflight', 'train' or 'inference'.
+        kind: One of `qwen3ft.worker.KINDS`.
         job: The folder with the request; receives log, heartbeat, failure or outcome.
         outcome_type: The record that a completed worker leaves.
         stall_seconds: Longest silence of the heartbeat before the worker is ended.

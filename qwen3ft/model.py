@@ -113,6 +113,24 @@ class ModelManager:
             )
         return _load(folder, dtype, settings), load_tokenizer(folder)
 
+    def load_merged(
+        self, folder: Path, budget_bytes: int | None = None
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """An unquantised model in bfloat16, and its tokenizer; frozen, in eval mode.
+
+        Args:
+            folder: As `qwen3ft.merge` writes it.
+            budget_bytes: On a GPU, what its weights may take there; the others wait in host memory
+                and come when they are needed, which is slow.
+        """
+        settings: dict[str, Any] = {}
+        if budget_bytes is not None:
+            import psutil
+
+            host_bytes = psutil.virtual_memory().available // 2
+            settings = {"device_map": "auto", "max_memory": {0: budget_bytes, "cpu": host_bytes}}
+        return _load(folder, "bfloat16", settings), load_tokenizer(folder)
+
     def prepare_for_training(
         self, model: PreTrainedModel, *, gradient_checkpointing: bool = True
     ) -> PreTrainedModel:
@@ -229,15 +247,15 @@ def _load(folder: Path, dtype: str, settings: dict[str, Any]) -> PreTrainedModel
     from transformers import AutoModelForCausalLM
 
     os.environ["HF_HUB_OFFLINE"] = "1"  # everything needed is on disk by now
+    place: Any = {"": 0} if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=getattr(torch, dtype),
-        device_map={"": 0} if torch.cuda.is_available() else "cpu",
         attn_implementation="sdpa",
         use_safetensors=True,
         local_files_only=True,
         trust_remote_code=False,
-        **settings,
+        **{"device_map": place, **settings},
     )
     keep_trainable_after_eval(model)
     return model.eval()

@@ -22,10 +22,12 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from qwen3ft import logs
+from qwen3ft.ask_records import AskOutcome, AskRequest
 from qwen3ft.attempt import JobDir, read_record, write_record
 from qwen3ft.callbacks import Heartbeat, StopRequest
 from qwen3ft.data_records import DatasetManifest
 from qwen3ft.errors import MemoryLeakError, OutOfMemoryError, PreemptedError
+from qwen3ft.export_records import ExportRequest, ParityReport
 from qwen3ft.failures import to_failure, translate
 from qwen3ft.launcher import PARENT_VARIABLE
 from qwen3ft.memory_snapshot import record_history, write_report
@@ -164,12 +166,44 @@ def inference(job: Job) -> InferenceReport:
     return run_inference(request, job.heartbeat.beat)
 
 
+def export(job: Job) -> ParityReport:
+    """Merge an adapter into its base, and compare the result with it."""
+    from qwen3ft.memory import MemoryOptimizer
+    from qwen3ft.merge import merge_adapter
+    from qwen3ft.parity import measure_parity
+
+    request = read_record(job.dir.request, ExportRequest)
+    memory = MemoryOptimizer(request.config.max_memory_gb, request.device)
+    memory.optimize_for_training()
+    merge_adapter(
+        Path(request.base),
+        Path(request.adapter),
+        Path(request.merged),
+        progress=lambda done: job.heartbeat.beat("merge", done),
+    )
+    memory.enforce_budget()
+    return measure_parity(request, memory, job.heartbeat.beat)
+
+
+def answer(job: Job) -> AskOutcome:
+    """Answer questions as they come, until told that there are no more."""
+    from qwen3ft.ask import answer_session
+    from qwen3ft.memory import MemoryOptimizer
+
+    request = read_record(job.dir.request, AskRequest)
+    job.heartbeat.beat("load")
+    MemoryOptimizer(request.config.max_memory_gb, request.device).optimize_for_training()
+    return answer_session(request, job.dir, job.heartbeat.beat)
+
+
 KINDS: dict[str, Callable[[Job], BaseModel]] = {
     "quantize": quantize,
     "data": data,
     "preflight": preflight,
     "train": train,
     "inference": inference,
+    "answer": answer,
+    "export": export,
 }
 
 

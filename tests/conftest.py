@@ -92,6 +92,14 @@ def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """An adapter that knows 16 rows by heart, and the model it stands on: a `Trained`."""
+    from trained_adapter import train_adapter
+
+    return train_adapter(tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture(scope="session")
 def environment() -> Any:
     """A CPU machine with plenty of memory, so that plans do not depend on where tests run."""
     from qwen3ft.records import EnvironmentReport
