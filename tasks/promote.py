@@ -10,8 +10,10 @@ from prefect.cache_policies import NO_CACHE
 from qwen3ft.attempt import RunDir
 from qwen3ft.config import TrainingConfig
 from qwen3ft.cursor import parent_run_id, wait_until_sent
-from qwen3ft.errors import TrackingUnavailableError
+from qwen3ft.errors import RolledBackError, TrackingUnavailableError, TransientError
 from qwen3ft.gate_policy import gate_policy
+from qwen3ft.history import Change, Mover
+from qwen3ft.logs import get_logger
 from qwen3ft.night import request_tags
 from qwen3ft.promote import decide
 from qwen3ft.records import SavedAdapter
@@ -19,6 +21,8 @@ from qwen3ft.registry import Registry, registered_model_name
 from qwen3ft.result_records import Champion, InferenceReport, Verdict
 from qwen3ft.tracking_uri import default_tracking_uri
 from tasks.policies import is_transient
+
+logger = get_logger("promote")
 
 REGISTRY_DELAYS_SECONDS = [2.0, 10.0]
 
@@ -91,7 +95,7 @@ def promote(
     champion: Champion | None,
     run: str,
 ) -> Verdict:
-    """Decide, and move the alias if the decision is to promote."""
+    """Decide, and move an alias: a promoted adapter is the champion, a kept one the challenger."""
     if saved.registered_model is None or saved.version is None:
         reason = (
             "the registry could not be reached, so the adapter in use is not known; "
@@ -99,7 +103,17 @@ def promote(
         )
         return Verdict(decision="deferred", reasons=(reason,))
     verdict = decide(report, saved, champion=champion, policy=gate_policy(config))
+    registry, why = Registry(default_tracking_uri()), "; ".join(verdict.reasons)
     if verdict.decision == "promoted":
+        change = Change(by=Mover(kind="flow", name=Path(run).name), verdict=why)
         expected = champion.version if champion else None
-        Registry(default_tracking_uri()).promote(saved.registered_model, saved.version, expected)
+        try:
+            registry.promote(saved.registered_model, saved.version, expected, change)
+        except RolledBackError as error:
+            return verdict.model_copy(update={"decision": "kept", "reasons": (error.what,)})
+    elif verdict.decision == "kept":
+        try:
+            registry.set_challenger(saved.registered_model, saved.version, why)
+        except TransientError as error:  # a name is not worth the run
+            logger.warning("the kept adapter is not named challenger: %s", error.what)
     return verdict
