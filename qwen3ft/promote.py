@@ -150,9 +150,10 @@ def _losses(
             f"{show_score('loss', rival.answer_loss)} of {name} by more than "
             f"{limits.max_answer_loss_rise:.0%}"
         )
+    one_answer = 1 / max(1, rival.rows) + 1e-9  # of few answers, a single odd one is no sign
     for check, theirs in rival.form.items():
         mine = candidate.form.get(check, 0.0)
-        if mine < theirs - limits.max_form_loss:
+        if mine < theirs - max(limits.max_form_loss, one_answer):
             yield f"{check}: {mine:.1%} of answers, {theirs:.1%} of those of {name}"
 
 

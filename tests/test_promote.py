@@ -144,8 +144,8 @@ def test_beating_the_champion_is_not_enough() -> None:
         ({"answer_loss": 1.06}, "answer loss 1.06, above the 1 of the base model by more than 5%"),
         ({"answer_loss": None}, "answer loss not finite"),
         (
-            {"form": {**FORM, "language of the question": 0.97}},
-            "language of the question: 97.0% of answers, 100.0% of those of the base model",
+            {"form": {**FORM, "language of the question": 0.96}},
+            "language of the question: 96.0% of answers, 100.0% of those of the base model",
         ),
         ({"form": {"stops by itself": 1.0}}, "language of the question: 0.0% of answers"),
         ({"ability_loss": 2.26}, "it forgets: loss on the ability set 2.26 against 2"),
@@ -175,6 +175,15 @@ def test_within_the_limits_a_better_candidate_is_promoted(changes: dict[str, Any
     """A little worse in something else is the price of being better."""
     verdict = decide(report(BASE, score("candidate", 0.4, **changes)), saved(), champion=None)
     assert verdict.decision == "promoted", verdict.reasons
+
+
+@pytest.mark.parametrize(("broken", "decision"), [(1, "promoted"), (2, "kept")])
+def test_of_few_answers_a_single_odd_one_is_no_sign(broken: int, decision: str) -> None:
+    """One of 30 is more than 2 %, and yet one answer."""
+    form = {**FORM, "stops by itself": 1 - broken / 30}
+    scores = (score("base", 0.1, rows=30), score("candidate", 0.4, rows=30, form=form))
+    gains = (gain(0.3).model_copy(update={"rows": 30}),)
+    assert decide(report(*scores, gains=gains), saved(), champion=None).decision == decision
 
 
 def test_the_limits_hold_against_the_champion_too() -> None:
