@@ -54,6 +54,7 @@ class FitRequest:
             gradient_checkpointing=self.config.gradient_checkpointing != "off",
             loss_chunk_tokens=SMALLEST_LOSS_CHUNK_TOKENS,
             packing=wants_packing(self.config, self.environment.device),
+            varied_rows=self.typical_tokens < self.longest_tokens,
             eval_tokens=self.held_out_tokens,
         )
 

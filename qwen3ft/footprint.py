@@ -32,8 +32,8 @@ from qwen3ft.fused_footprint import FusedSizes
 from qwen3ft.packing import row_tokens
 from qwen3ft.records import GIB, AdapterSpec, MemoryPart, ModelShape
 
-CUDA_CONTEXT_BYTES = int(0.79 * GIB)
-"""What a process takes on the card beside its tensors: CUDA, cuBLAS, kernels. An H100: 0.79 GB."""
+CUDA_CONTEXT_BYTES = int(0.8 * GIB)
+"""What a process takes on the card beside its tensors: CUDA, cuBLAS, kernels. An H100: 0.80 GB."""
 
 CPU_PROCESS_BYTES = int(0.9 * GIB)
 """Resident memory of a process that has imported torch, transformers, PEFT and datasets."""
@@ -63,6 +63,7 @@ class Workload:
         chunk_tokens: Fused: tokens whose wide intermediates exist at one time.
         head_groups: Fused: parts in which the gradient of attention is computed.
         packing: Whether a micro-batch is one row of as many tokens, instead of padded rows.
+        varied_rows: Whether sequences, and so packed rows, differ in length.
         eval_batch_size: Sequences per forward pass of an evaluation.
         eval_tokens: Length of the longest held-out sequence, padding included.
     """
@@ -83,6 +84,7 @@ class Workload:
     chunk_tokens: int = 0
     head_groups: int = 1
     packing: bool = False
+    varied_rows: bool = True
     eval_batch_size: int = 1
     eval_tokens: int = 1
 
@@ -160,7 +162,9 @@ def _fused_parts(shape: ModelShape, adapter: AdapterSpec, work: Workload) -> tup
     beside = sizes.fixed_parts(adapter.trainable_parameters, work.tokens)
     other = {part.name: part for part in beside}
     fixed = (other.get(part.name, part) for part in _fixed_parts(shape, adapter, work))
-    of_rows = sizes.row_parts(work.tokens, work.activation_bytes)
+    of_rows = sizes.row_parts(
+        work.tokens, work.activation_bytes, varied=work.varied_rows, lean=work.offload_optimizer
+    )
     longest = row_tokens(work.eval_batch_size * work.eval_tokens)
     evaluation = sizes.evaluation_bytes(longest) if longest > work.tokens else 0
     beyond = MemoryPart(

@@ -101,23 +101,18 @@ def _fastest(
 def most_frugal_fused(
     first: Workload, shape: ModelShape, adapter: AdapterSpec, host_bytes: int
 ) -> Workload:
-    """One sequence at a time, and everything else at its least."""
+    """One sequence at a time, and everything else as it takes least."""
     first = replace(first, offload_optimizer=first.device == "cuda")
-    work = next(
-        work
-        for work in reversed(
-            list(
-                candidates(
-                    first, (1,), CHUNK_TOKENS[-1:], LOSS_CHUNK_TOKENS[-1:], head_groups(shape)[-1:]
-                )
-            )
-        )
-        if waiting_bytes(work, shape, adapter) <= HOST_SHARE * host_bytes
-    )
-    sizes, blocks = fused_sizes(shape, adapter, work), shape.num_hidden_layers
-    recomputed = sizes.levels(work.tokens, 0)
-    levels = recomputed if first.gradient_checkpointing else (Level.KEEP_ALL,) * blocks
-    return replace(work, activation_bytes=sizes.row_bytes(work.tokens, levels))
+    blocks, settings = shape.num_hidden_layers, []
+    smallest = CHUNK_TOKENS[-1:], LOSS_CHUNK_TOKENS[-1:]
+    for work in candidates(first, (1,), *smallest, head_groups(shape)):
+        if waiting_bytes(work, shape, adapter) <= HOST_SHARE * host_bytes:
+            sizes = fused_sizes(shape, adapter, work)
+            recomputed = sizes.levels(work.tokens, 0)
+            levels = recomputed if first.gradient_checkpointing else (Level.KEEP_ALL,) * blocks
+            room_bytes = sizes.row_bytes(work.tokens, levels)
+            settings.append(replace(work, activation_bytes=room_bytes))
+    return min(settings, key=lambda work: _total_bytes(shape, adapter, work))
 
 
 def fused_reasons(

@@ -45,10 +45,17 @@ from qwen3ft.recompute import (
 from qwen3ft.records import GIB, MemoryPart, ModelShape
 
 WORKSPACE_BYTES = 2**26
-"""What cuBLAS and cuBLASLt hold for themselves on Hopper; less on older cards."""
+"""What cuBLAS holds for the threads of forward and backward on Hopper; less on older cards."""
 
-SLACK = (int(0.08 * GIB), 0.08)
-"""What the allocator holds beyond what is in use: bytes, and a share of what comes and goes."""
+LEAN_WORKSPACE_BYTES = 2**24
+"""The same where `qwen3ft.memory` asks it for as little as on those."""
+
+SLACK_BYTES = int(0.08 * GIB)
+"""What the allocator holds at least beyond what is in use."""
+
+SLACK_SHARE, VARIED_SLACK_SHARE = 0.08, 0.2
+"""The same as a share of what comes and goes: for rows of one length, and for rows of different
+ones, each of which fits less well into the place of the last."""
 
 
 @dataclass(frozen=True)
@@ -268,12 +275,16 @@ class FusedSizes:
             ),
         )
 
-    def row_parts(self, tokens: int, budget_bytes: int) -> tuple[MemoryPart, ...]:
+    def row_parts(
+        self, tokens: int, budget_bytes: int, *, varied: bool = True, lean: bool = False
+    ) -> tuple[MemoryPart, ...]:
         """The parts of the largest row, and what lies beside it.
 
         Args:
             tokens: Of the largest row.
             budget_bytes: What any row may take.
+            varied: Whether rows differ in length.
+            lean: Whether cuBLAS has to do with little.
         """
         blocks = self.shape.num_hidden_layers
         levels = self.levels(tokens, budget_bytes)
@@ -282,7 +293,8 @@ class FusedSizes:
         rest = 0 if self.offload else max(0, min(budget_bytes, most) - row)
         # Of the most frugal levels for any budget, so that the sum follows the budget.
         passing = self.row_bytes(tokens, self._frugal) - self.kept_bytes(tokens, self._frugal)
-        slack_bytes, slack_share = SLACK
+        beside = SLACK_BYTES + (LEAN_WORKSPACE_BYTES if lean else WORKSPACE_BYTES)
+        share = VARIED_SLACK_SHARE if varied else SLACK_SHARE
         again = Counter(level.repeats for level in sorted(levels))
         kept = ", ".join(f"{words} in {count} blocks" for words, count in again.items())
         return (
@@ -304,9 +316,9 @@ class FusedSizes:
             ),
             MemoryPart(
                 name="allocator slack",
-                bytes=WORKSPACE_BYTES + slack_bytes + int(slack_share * passing),
-                formula=f"{(WORKSPACE_BYTES + slack_bytes) / GIB:.2f} GB, and {slack_share:.0%} of "
-                "the most that comes and goes",
+                bytes=beside + int(share * passing),
+                formula=f"{beside / GIB:.2f} GB with cuBLAS's workspaces, and {share:.0%} of the "
+                "most that comes and goes" + (", for rows of different lengths" if varied else ""),
             ),
         )
 

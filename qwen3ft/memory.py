@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import time
 from typing import Literal
 
@@ -40,6 +41,9 @@ logger = get_logger("memory")
 
 SAFE_SHARE = 0.9
 """Use below this share of the budget counts as safe."""
+
+LEAN_CUBLAS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:2:16:8", "CUBLASLT_WORKSPACE_SIZE": "8192"}
+"""8 MiB for each thread that multiplies matrices, in KiB; torch reads it at its first product."""
 
 CHECK_EVERY_SECONDS = 1.0
 """Asking NVML at every step would take several per cent of a fast one."""
@@ -95,17 +99,23 @@ class MemoryOptimizer:
         safe = used_gb + required_gb < SAFE_SHARE * status.total_gb
         return safe and required_gb <= status.available_gb
 
-    def optimize_for_training(self) -> None:
+    def optimize_for_training(self, *, lean: bool = False) -> None:
         """Hold torch to the budget. Call once, before the first tensor is on the GPU.
 
         Segments that can grow keep rows of varying length from fragmenting the cache; cuDNN's
         search for kernels is off, as its trials take memory of their own.
+
+        Args:
+            lean: Have cuBLAS do with the workspace that it has on older cards, a quarter of
+                Hopper's; a product that would be split for it may take longer.
         """
         if self.device == "cpu":
             logger.info("budget %.2f GB of resident memory", self._total_gb())
             return
         import torch
 
+        if lean:
+            os.environ.update(LEAN_CUBLAS)
         # torch reads its environment variable only once, and this process may be past that.
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
         torch.backends.cudnn.benchmark = False

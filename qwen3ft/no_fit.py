@@ -61,7 +61,10 @@ def longest_that_fits(
 
     def excess_bytes(tokens: int) -> float:
         held_out = min(tokens, request.held_out_tokens)
-        shorter = replace(request, longest_tokens=tokens, held_out_tokens=held_out)
+        typical = -(-request.typical_tokens * tokens // request.longest_tokens)
+        shorter = replace(
+            request, longest_tokens=tokens, typical_tokens=typical, held_out_tokens=held_out
+        )
         return total_bytes(_parts(shorter, least_workload(shorter, kernels))) - budget_bytes
 
     fitting = bisect.bisect_right(lengths, 0.0, key=excess_bytes)

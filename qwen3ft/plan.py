@@ -120,12 +120,13 @@ def build_plan(
 
 def workload_of(plan: TrainPlan) -> Workload:
     """What `plan` puts on the device at one time."""
+    rows = plan.dataset.train
     return Workload(
         device=plan.device,
         compute_dtype=plan.model.compute_dtype,
         quantization=plan.model.quantization,
         micro_batch_size=plan.micro_batch_size,
-        sequence_tokens=padded_length(plan.dataset.train.longest_tokens, plan.max_sequence_length),
+        sequence_tokens=padded_length(rows.longest_tokens, plan.max_sequence_length),
         gradient_checkpointing=plan.gradient_checkpointing,
         loss_chunk_tokens=plan.loss_chunk_tokens,
         offload_activations=plan.offload_activations,
@@ -137,6 +138,7 @@ def workload_of(plan: TrainPlan) -> Workload:
         chunk_tokens=plan.chunk_tokens,
         head_groups=plan.head_groups,
         packing=plan.packing,
+        varied_rows=rows.tokens < rows.rows * rows.longest_tokens,
         eval_batch_size=plan.eval_batch_size,
         eval_tokens=padded_length(plan.dataset.dev.longest_tokens, plan.max_sequence_length),
     )
