@@ -103,7 +103,7 @@ def promote(
         )
         return Verdict(decision="deferred", reasons=(reason,))
     verdict = decide(report, saved, champion=champion, policy=gate_policy(config))
-    registry, why = Registry(default_tracking_uri()), "; ".join(verdict.reasons)
+    registry, why = Registry(default_tracking_uri()), verdict.sentence
     if verdict.decision == "promoted":
         change = Change(by=Mover(kind="flow", name=Path(run).name), verdict=why)
         expected = champion.version if champion else None

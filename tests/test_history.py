@@ -18,9 +18,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from registered import MODEL, add_version, copy_database, stored_adapter
+from test_promote import BASE, GOOD, gain, report, saved
 
 from flows import cli
 from qwen3ft import aliases
+from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import (
     ChampionChangedError,
     FinetuneError,
@@ -42,6 +44,7 @@ from qwen3ft.history import (
 from qwen3ft.promotion_lock import promotion_lock
 from qwen3ft.registry import Registry
 from qwen3ft.tracking import Connection, connect
+from tasks.promote import promote as promote_task
 
 ROOT = Path(__file__).parent.parent
 NIGHT = Change(by=Mover(kind="flow", name="run-x"), verdict="better: 90 % against 10 %")
@@ -345,6 +348,41 @@ def test_a_version_is_promoted_by_hand_if_intact_and_degraded_only_if_asked_for(
     status, _, error = command(uri, "promote", "9")
     assert "no version '9'" in error
     assert Registry(uri).history(MODEL).aliases == named("2", "1")
+
+
+# --- a night ---
+
+
+def test_a_night_names_what_it_tested_and_leaves_alone_what_a_person_took_back(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Better: champion, in the run's name; no better: challenger; rolled back before: kept."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    registry = Registry(uri)
+
+    def decide(version: str, gained: float) -> str:
+        verdict = promote_task.fn(
+            TrainingConfig(model_name="embedded"),
+            saved(version=version, registered_model=MODEL),
+            report(BASE, GOOD, gains=(gain(gained),)),
+            None,
+            f"runs/night-{version}",
+        )
+        return f"{verdict.decision}: {verdict.reasons[0]}"
+
+    assert decide("2", -0.3).startswith("kept: worse than the base model")
+    assert registry.history(MODEL).aliases == named(None, None, "2")
+    assert decide("1", 0.3).startswith("promoted: better than the base model")
+    history = registry.history(MODEL)
+    assert history.aliases == named("1", None, "2")
+    assert history.moves[0].by == Mover(kind="flow", name="night-1")
+    assert history.moves[0].verdict.startswith("promoted: better than the base model")
+    registry.promote(MODEL, "3", "1", NIGHT)
+    registry.rollback(MODEL, PERSON)
+    client = connect(uri).client
+    client.delete_registered_model_alias(MODEL, "champion")
+    assert decide("3", 0.3).startswith("kept: qwen3ft-embedded 3 is not promoted: version 3")
+    assert registry.champion(MODEL) is None
 
 
 # --- records alone ---
