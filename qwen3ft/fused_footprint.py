@@ -295,7 +295,8 @@ class FusedSizes:
         passing = self.row_bytes(tokens, self._frugal) - self.kept_bytes(tokens, self._frugal)
         beside = SLACK_BYTES + (LEAN_WORKSPACE_BYTES if lean else WORKSPACE_BYTES)
         if self.offloaded_mlp_blocks:  # gate and up come and go between what stays
-            beside += 2 * self.compute_bytes * self.shape.intermediate_size * tokens
+            chunk = min(tokens, self.chunk_tokens)
+            beside += 2 * self.compute_bytes * self.shape.intermediate_size * chunk
         share = VARIED_SLACK_SHARE if varied else SLACK_SHARE
         again = Counter(level.repeats for level in sorted(levels))
         kept = ", ".join(f"{words} in {count} blocks" for words, count in again.items())
@@ -321,8 +322,7 @@ class FusedSizes:
                 bytes=beside + int(share * passing),
                 formula=f"{beside / GIB:.2f} GB with cuBLAS's workspaces"
                 + (" and one more gate and up" if self.offloaded_mlp_blocks else "")
-                + f", and {share:.0%} of the most that comes and goes"
-                + (", for rows of different lengths" if varied else ""),
+                + f", and {share:.0%} of the most that comes and goes",
             ),
         )
 
