@@ -1,6 +1,6 @@
 """Does the gate let bad adapters through, or keep good ones out? Counts, on the embedded model.
 
-    python benchmarks/gate.py [--quick] [--jobs 2] [--out benchmarks/results/gate-cpu.json]
+    python benchmarks/gate.py [--quick] [--jobs 2] [--work DIR] [--out FILE]
 
 Trains a champion, 20 good candidates and 50 planted bad ones (see gate_nights.py) for real, on the
 CPU, by the worker's own code; has each evaluated beside base and champion; and asks the gate twice:
@@ -9,7 +9,7 @@ counts as promoted if either verdict promotes it, a good one as kept out if eith
 with 1 if a bad one of 50 was promoted, or more than one good one of 20 was kept out.
 
 Jobs run several to a process, which saves the 10 s that a worker takes to start; `--jobs` processes
-side by side, with one thread each.
+side by side, with one thread each. With `--work` an interrupted benchmark goes on where it was.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,10 +38,11 @@ from benchmarks.gate_nights import (  # noqa: E402
     write_rows,
 )
 from benchmarks.speed_device import machine, write_json  # noqa: E402
-from qwen3ft.attempt import RunDir  # noqa: E402
+from qwen3ft.attempt import RunDir, read_record, write_record  # noqa: E402
 from qwen3ft.config import TrainingConfig, load_config  # noqa: E402
 from qwen3ft.gate_policy import gate_policy  # noqa: E402
 from qwen3ft.promote import decide  # noqa: E402
+from qwen3ft.record import Record  # noqa: E402
 from qwen3ft.records import ModelSnapshot, SavedAdapter, TrainPlan  # noqa: E402
 from qwen3ft.requests import InferenceRequest  # noqa: E402
 from qwen3ft.result_records import Champion, InferenceReport, Verdict  # noqa: E402
@@ -52,11 +53,11 @@ QUESTIONS = 120
 MAX_ABILITY_LOSS_RISE = 0.8
 """Nats; about twice what good nights of two other seeds cost (0.31 and 0.46), set beforehand."""
 
-TRAININGS_PER_PROCESS = 12
+NIGHTS_PER_POOL = 24
+"""Then fresh processes. The executor's own max_tasks_per_child hangs (python/cpython#115634)."""
 
 
-@dataclass(frozen=True)
-class Judged:
+class Judged(Record):
     """One candidate, and what the gate said."""
 
     night: str
@@ -64,8 +65,8 @@ class Judged:
     first_night: Verdict
     beside_champion: Verdict | None
     report: InferenceReport
-    train_seconds: float
-    evaluate_seconds: float
+    train_cpu_seconds: float | None
+    evaluate_cpu_seconds: float
 
     @property
     def promoted(self) -> list[bool]:
@@ -99,33 +100,39 @@ def make_config(work: Path, night: Night) -> TrainingConfig:
 def quantize(work: Path) -> ModelSnapshot:
     """The embedded model in 4 bits, made once for all."""
     from qwen3ft.hub import resolve_model
-    from qwen3ft.model import ModelManager, snapshot_target
+    from qwen3ft.model import ModelManager, read_snapshot, snapshot_target
     from qwen3ft.requests import QuantizeRequest
 
     config = make_config(work, champion_night())
     source = resolve_model(config)
+    target = snapshot_target(config, source, "cpu")
+    if (snapshot := read_snapshot(target)) is not None:
+        return snapshot
     request = QuantizeRequest(
         config=config,
         source=source,
         source_path=source.local_path or "",
-        target=str(snapshot_target(config, source, "cpu")),
+        target=str(target),
         device="cpu",
     )
     return ModelManager(config).quantize(request)
 
 
 def judge(work: Path, model: ModelSnapshot, night: Night, champion: Champion | None) -> Judged:
-    """Train the night's candidate, evaluate it and ask the gate."""
+    """Train the night's candidate, evaluate it and ask the gate; or what came of it before."""
+    record = work / "nights" / night.name / "judged.json"
+    if record.exists():
+        return read_record(record, Judged)
     config = make_config(work, night)
-    started = time.monotonic()
+    started = time.process_time()
     plan, saved = train(work, model, night, config)
-    trained = time.monotonic()
+    trained = time.process_time()
     report = evaluate(plan, config, saved, champion)
     policy = gate_policy(config)
     alone = report.model_copy(
         update={"scores": tuple(s for s in report.scores if s.label != "champion")}
     )
-    return Judged(
+    judged = Judged(
         night=night.name,
         good=night.good,
         first_night=decide(alone, saved, champion=None, policy=policy),
@@ -133,9 +140,11 @@ def judge(work: Path, model: ModelSnapshot, night: Night, champion: Champion | N
         if champion
         else None,
         report=report,
-        train_seconds=trained - started,
-        evaluate_seconds=time.monotonic() - trained,
+        train_cpu_seconds=trained - started,
+        evaluate_cpu_seconds=time.process_time() - trained,
     )
+    write_record(record, judged)
+    return judged
 
 
 def train(
@@ -191,14 +200,13 @@ def judge_all(work: Path, nights: Sequence[Night], jobs: int) -> list[Judged]:
     )
     print(line_of(first), flush=True)
     judged = []
-    pool = ProcessPoolExecutor(
-        jobs, mp_context=get_context("spawn"), max_tasks_per_child=TRAININGS_PER_PROCESS
-    )
-    with pool:
-        futures = [pool.submit(judge, work, model, night, champion) for night in nights]
-        for future in futures:
-            judged.append(future.result())
-            print(line_of(judged[-1]), flush=True)
+    for start in range(0, len(nights), NIGHTS_PER_POOL):
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+            some = nights[start : start + NIGHTS_PER_POOL]
+            futures = [pool.submit(judge, work, model, night, champion) for night in some]
+            for future in futures:
+                judged.append(future.result())
+                print(line_of(judged[-1]), flush=True)
     return [first, *judged]
 
 
@@ -229,8 +237,8 @@ def summarise(judged: Sequence[Judged], seconds: float, jobs: int) -> dict[str, 
         "bad_promoted": [j.night for j in bad if any(j.promoted)],
         "good": len(good),
         "good_kept_out": [j.night for j in good if not all(j.promoted)],
-        "train_seconds": round(sum(j.train_seconds for j in others) / len(others), 1),
-        "evaluate_seconds": round(sum(j.evaluate_seconds for j in others) / len(others), 1),
+        "train_cpu_seconds": _mean(j.train_cpu_seconds for j in others),
+        "evaluate_cpu_seconds": _mean(j.evaluate_cpu_seconds for j in others),
         "champion_generated": champion.report.generated,
         "generated_later": sum(
             count
@@ -240,6 +248,10 @@ def summarise(judged: Sequence[Judged], seconds: float, jobs: int) -> dict[str, 
         ),
         "candidates": [_told(j) for j in judged],
     }
+
+
+def _mean(seconds: Iterable[float | None]) -> float:
+    return round(fmean(value for value in seconds if value is not None), 1)
 
 
 def _told(judged: Judged) -> dict[str, Any]:
@@ -260,20 +272,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="8 bad candidates and 2 good ones")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--work", type=Path, help="folder that is kept")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args(arguments)
     os.environ.update({"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
     nights = all_nights(2, 8) if asked.quick else all_nights(GOOD, BAD)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="qwen3ft-gate-") as folder:
-        judged = judge_all(Path(folder), nights, asked.jobs)
+        judged = judge_all(asked.work or Path(folder), nights, asked.jobs)
     results = summarise(judged, time.monotonic() - started, asked.jobs)
     promoted, kept = results["bad_promoted"], results["good_kept_out"]
     print(
         f"bad promoted: {len(promoted)} of {results['bad']} {promoted or ''}\n"
         f"good kept out: {len(kept)} of {results['good']} {kept or ''}\n"
         f"{results['seconds']:.0f} s in {asked.jobs} processes; a candidate takes "
-        f"{results['train_seconds']} s to train and {results['evaluate_seconds']} s to evaluate; "
+        f"{results['train_cpu_seconds']} s of CPU to train and {results['evaluate_cpu_seconds']} s "
+        f"to evaluate; "
         f"answers of base and champion generated again: {results['generated_later']}"
     )
     if asked.out:
