@@ -55,7 +55,7 @@ def qwen3_finetune(
 ):
     check_resumes(continue_run, resumed)
     request = Request(sha256=Path("data").read_text(), settings_sha256="", files=1)
-    with tonight(config, request, is_nightly(nightly), continue_run) as night:
+    with tonight(config, request, is_nightly(asked=nightly), continue_run) as night:
         if night.taken is not None:
             return end_as_taken(night)
         with Path("trained.jsonl").open("a") as stream:
