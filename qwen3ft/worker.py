@@ -130,7 +130,7 @@ def _load_for_training(job: Job, plan: TrainPlan) -> tuple[TrainingEngine, QATra
 
     job.heartbeat.beat("load")
     memory = MemoryOptimizer(plan.max_memory_gb, plan.device)
-    memory.optimize_for_training()
+    memory.optimize_for_training(lean=plan.offload_optimizer)
     if plan.memory_history and plan.device == "cuda":
         record_history()
     set_seed(plan.seed)
