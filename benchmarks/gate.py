@@ -53,6 +53,10 @@ QUESTIONS = 120
 MAX_ABILITY_LOSS_RISE = 0.8
 """Nats; about twice what good nights of two other seeds cost (0.31 and 0.46), set beforehand."""
 
+SHOWN = (
+    *("exact_match", "token_f1", "chrf", "answer_loss", "ability_loss"),
+    *("form", "sampled_form"),
+)
 NIGHTS_PER_POOL = 24
 """Then fresh processes. The executor's own max_tasks_per_child hangs (python/cpython#115634)."""
 
@@ -230,7 +234,7 @@ def summarise(judged: Sequence[Judged], seconds: float, jobs: int) -> dict[str, 
     good, bad = ([j for j in others if j.good is wanted] for wanted in (True, False))
     return {
         "machine": machine(),
-        "seconds": round(seconds, 1),
+        "seconds_of_this_call": round(seconds, 1),
         "processes": jobs,
         "questions": QUESTIONS,
         "bad": len(bad),
@@ -257,10 +261,7 @@ def _mean(seconds: Iterable[float | None]) -> float:
 def _told(judged: Judged) -> dict[str, Any]:
     verdicts = {"first_night": judged.first_night, "beside_champion": judged.beside_champion}
     scores = {
-        score.label: {
-            name: getattr(score, name)
-            for name in ("exact_match", "token_f1", "chrf", "answer_loss", "ability_loss", "form")
-        }
+        score.label: {name: getattr(score, name) for name in SHOWN}
         for score in judged.report.scores
     }
     told = {name: [v.decision, *v.reasons] for name, v in verdicts.items() if v is not None}
@@ -285,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(
         f"bad promoted: {len(promoted)} of {results['bad']} {promoted or ''}\n"
         f"good kept out: {len(kept)} of {results['good']} {kept or ''}\n"
-        f"{results['seconds']:.0f} s in {asked.jobs} processes; a candidate takes "
+        f"{results['seconds_of_this_call']:.0f} s in {asked.jobs} processes; a candidate takes "
         f"{results['train_cpu_seconds']} s of CPU to train and {results['evaluate_cpu_seconds']} s "
         f"to evaluate; "
         f"answers of base and champion generated again: {results['generated_later']}"

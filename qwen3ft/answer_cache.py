@@ -11,6 +11,7 @@ Does not cover bit-equality with a new answer: that depends on the other questio
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,9 @@ class AnswerCache:
         try:
             lines = self.path.read_bytes().splitlines()
             found = (CachedAnswer.model_validate_json(line) for line in lines)
-            return {entry.key: entry for entry in found}
+            entries = {entry.key: entry for entry in found}
+            os.utime(self.path)  # used now: `save` removes the file of another model
+            return entries
         except FileNotFoundError:
             return {}
         except (OSError, ValidationError) as error:

@@ -135,6 +135,9 @@ def _score_table(card: RunCard) -> list[str]:
     for check in models["candidate"].form:
         shares = [f"{models[label].form.get(check, 0.0):.1%}" for label in labels]
         lines.append(f"| {check} | {' | '.join(shares)} | |")
+    for check in models["candidate"].sampled_form:
+        shares = [f"{models[label].sampled_form.get(check, 0.0):.1%}" for label in labels]
+        lines.append(f"| {check}, sampled | {' | '.join(shares)} | |")
     return lines
 
 

@@ -13,10 +13,15 @@ from typing import TYPE_CHECKING, Any
 from qwen3ft.answer_cache import AnswerCache, question_key, remember
 from qwen3ft.answer_loss import RowLoss, answer_losses
 from qwen3ft.generation import answer_questions
-from qwen3ft.quality import Generated, Question
+from qwen3ft.quality import Generated, Question, choose_questions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SAMPLED_QUESTIONS = 100
+"""Answered by sampling too: greedy answers hide what a model would say every third time."""
+
+SAMPLING_SEED = 0
 
 Row = Mapping[str, Any]
 Beat = Callable[[str, int], None]
@@ -44,12 +49,19 @@ class Exam:
         """Of which held-out rows thinking is asked for: those whose reference has some."""
         return [bool(row.get("reasoning")) for row in self.rows]
 
-    def keys(self) -> tuple[list[str], list[str]]:
-        """What the answers are kept under: of the held-out rows, and of the ability set."""
+    @property
+    def sampled(self) -> list[int]:
+        """Which held-out rows are answered by sampling too: some of every split."""
+        return choose_questions(self.questions, SAMPLED_QUESTIONS)
+
+    def keys(self) -> tuple[list[str], list[str], list[str]]:
+        """What is kept under: of the held-out rows, those sampled, and the ability set."""
         answered = {"max_new_tokens": self.max_new_tokens, "escape": self.escape}
         loss_alone = {"escape": self.escape}
+        drawn = {**answered, "sampling_seed": SAMPLING_SEED}
         return (
             [question_key(row, answered) for row in self.rows],
+            [question_key(self.rows[index], drawn) for index in self.sampled],
             [question_key(row, loss_alone) for row in self.ability],
         )
 
@@ -60,6 +72,8 @@ class Evaluated:
 
     answers: list[Generated]
     losses: list[RowLoss]
+    sampled: list[Generated]
+    """Of the exam's `sampled` rows."""
     ability: list[RowLoss]
     generated: int
     """Answers that were not known before."""
@@ -70,8 +84,10 @@ class Evaluation:
 
     def __init__(self, exam: Exam, cache: AnswerCache) -> None:
         self.exam, self.cache = exam, cache
-        self.keys, self.ability_keys = exam.keys()
+        self.keys, self.sampled_keys, self.ability_keys = exam.keys()
         self.missing = self._unknown(self.keys, exam.rows)
+        sampled = [exam.rows[index] for index in exam.sampled]
+        self.missing_sampled = self._unknown(self.sampled_keys, sampled)
         self.missing_ability = self._unknown(self.ability_keys, exam.ability)
 
     def _unknown(self, keys: Sequence[str], rows: Sequence[Row]) -> dict[str, Row]:
@@ -82,7 +98,7 @@ class Evaluation:
     @property
     def is_complete(self) -> bool:
         """Whether the model need not be loaded."""
-        return not (self.missing or self.missing_ability)
+        return not (self.missing or self.missing_sampled or self.missing_ability)
 
     def compute(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, label: str, beat: Beat
@@ -111,19 +127,26 @@ class Evaluation:
                 escape=exam.escape,
             )
 
+        def answers(rows: Sequence[Row], phase: str, seed: int | None) -> list[Generated]:
+            return answer_questions(
+                model,
+                tokenizer,
+                rows,
+                batch_size=exam.batch_size,
+                max_new_tokens=exam.max_new_tokens,
+                thinking=[bool(row.get("reasoning")) for row in rows],
+                progress=lambda done: beat(f"{label} {phase}", done),
+                escape=exam.escape,
+                sampling_seed=seed,
+            )
+
         rows = list(self.missing.values())
-        answers = answer_questions(
-            model,
-            tokenizer,
-            rows,
-            batch_size=exam.batch_size,
-            max_new_tokens=exam.max_new_tokens,
-            thinking=[bool(row.get("reasoning")) for row in rows],
-            progress=lambda done: beat(f"{label} answers", done),
-            escape=exam.escape,
-        )
-        answered = zip(self.missing, answers, losses(rows, "loss"), strict=True)
+        greedy = answers(rows, "answers", None)
+        answered = zip(self.missing, greedy, losses(rows, "loss"), strict=True)
         self.cache.add(remember(key, answer, loss) for key, answer, loss in answered)
+        drawn = answers(list(self.missing_sampled.values()), "samples", SAMPLING_SEED)
+        sampled = zip(self.missing_sampled, drawn, strict=True)
+        self.cache.add(remember(key, answer, RowLoss(0.0, 0)) for key, answer in sampled)
         ability = losses(list(self.missing_ability.values()), "ability")
         general = zip(self.missing_ability, ability, strict=True)
         self.cache.add(remember(key, None, loss) for key, loss in general)
@@ -135,6 +158,7 @@ class Evaluation:
         return Evaluated(
             answers=[entry.generated for entry in known],
             losses=[entry.loss for entry in known],
+            sampled=[self.cache[key].generated for key in self.sampled_keys],
             ability=[self.cache[key].loss for key in self.ability_keys],
             generated=len(self.missing),
         )

@@ -22,6 +22,9 @@ class GatePolicy(Record):
     max_form_loss: float = Field(
         0.02, description="By how much the share of answers in good form may be lower."
     )
+    max_sampled_form_loss: float = Field(
+        0.10, description="The same of sampled answers, which are fewer and vary more."
+    )
     max_ability_loss_rise: float = Field(
         0.25, description="By how many nats per token the loss on the ability set may be higher."
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qwen3ft.chat import (
@@ -48,8 +49,9 @@ def answer_questions(
     thinking: bool | Sequence[bool],
     escape: bool = False,
     progress: Progress = no_progress,
+    sampling_seed: int | None = None,
 ) -> list[Generated]:
-    """Answer each question greedily; results are in the order of `questions`.
+    """Answer each question greedily, or by sampling; results are in the order of `questions`.
 
     Args:
         model: In eval mode.
@@ -61,6 +63,8 @@ def answer_questions(
         thinking: Whether the model is asked to think first: of all questions, or of each.
         escape: Read control tokens in the texts as plain text, as `chat.tokenize_rows` does.
         progress: Told the number of questions done, every few tokens.
+        sampling_seed: Draw each token by its probability (temperature 1, nothing cut off); the
+            same seed, model, questions and batches give the same answers. Greedy if None.
 
     Raises:
         OutOfMemoryError: not even one question fits.
@@ -78,15 +82,31 @@ def answer_questions(
         def beat() -> None:
             progress(len(results))
 
-        rows = _generate(model, tokenizer, [ids[index] for index in batch], max_new_tokens, beat)
+        settings = greedy_settings(model, tokenizer, max_new_tokens)
+        settings.do_sample = sampling_seed is not None
+        rows = _generate(model, tokenizer, [ids[index] for index in batch], settings, beat)
         return [
             _read(model, tokenizer, prompts[i], row) for i, row in zip(batch, rows, strict=True)
         ]
 
-    for batch, answers in in_batches(order, batch_size, run):
-        results.update(zip(batch, answers, strict=True))
-        progress(len(results))
+    with _seeded(sampling_seed):
+        for batch, answers in in_batches(order, batch_size, run):
+            results.update(zip(batch, answers, strict=True))
+            progress(len(results))
     return [results[index] for index in range(len(ids))]
+
+
+@contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    """Within it, torch draws from `seed`; afterwards it goes on as if nothing had been drawn."""
+    import torch
+
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
 
 
 def in_batches(
@@ -147,7 +167,7 @@ def _generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
+    settings: GenerationConfig,
     beat: Callable[[], None],
 ) -> list[list[int]]:
     """The tokens after each prompt, up to and including the end token; padding removed."""
@@ -157,7 +177,6 @@ def _generate(
     width = max(len(prompt) for prompt in prompts)
     inputs = pad_rows(prompts, width, tokenizer.pad_token_id, left=True).to(model.device)
     mask = pad_rows([[1] * len(prompt) for prompt in prompts], width, 0, left=True).to(model.device)
-    greedy = greedy_settings(model, tokenizer, max_new_tokens)
     ends = end_tokens(model, tokenizer)
 
     def watch(tokens: torch.Tensor, _: Any, **__: Any) -> torch.Tensor:
@@ -168,7 +187,7 @@ def _generate(
     output = model.generate(
         input_ids=inputs,
         attention_mask=mask,
-        generation_config=greedy,
+        generation_config=settings,
         stopping_criteria=StoppingCriteriaList([watch]),
     )
     return [_cut_after_end(row, ends) for row in output[:, width:].tolist()]
@@ -190,7 +209,7 @@ def greedy_settings(
         num_beams=1,
         temperature=1.0,
         top_p=1.0,
-        top_k=50,
+        top_k=0,
         repetition_penalty=1.0,
         use_cache=True,
         eos_token_id=sorted(end_tokens(model, tokenizer)),

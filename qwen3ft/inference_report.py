@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen3ft.evaluation import Evaluated, Exam
-from qwen3ft.quality import Question, choose_samples, side_by_side
+from qwen3ft.form_checks import check_form
+from qwen3ft.quality import Generated, Question, choose_samples, side_by_side
 from qwen3ft.result_records import Comparison, InferenceReport, ModelLabel, RivalLabel, RowScore
 from qwen3ft.scoring import (
     choose_main_metric,
@@ -49,7 +50,9 @@ def write_report(
         for label, given in evaluated.items()
     }
     scores = {
-        label: score_model(label, splits, rows[label], given.ability)
+        label: score_model(
+            label, splits, rows[label], given.ability, _sampled_form(exam, given.sampled)
+        )
         for label, given in evaluated.items()
     }
     pairs = side_by_side(questions, {label: given.answers for label, given in evaluated.items()})
@@ -75,6 +78,14 @@ def write_report(
         generated={label: given.generated for label, given in evaluated.items()},
         seconds=seconds,
     )
+
+
+def _sampled_form(exam: Exam, sampled: Sequence[Generated]) -> list[dict[str, bool]]:
+    questions, thinking = exam.questions, exam.thinking
+    return [
+        check_form(answer, questions[index], thinking=thinking[index])
+        for index, answer in zip(exam.sampled, sampled, strict=True)
+    ]
 
 
 def _compare(

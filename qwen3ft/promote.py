@@ -140,9 +140,9 @@ def _losses(
     assert candidate is not None
     scores: tuple[MetricName, ...] = ("exact_match", "token_f1", "chrf")
     for metric in scores:
-        mine, theirs = getattr(candidate, metric), getattr(rival, metric)
-        if metric != report.main_metric and mine < theirs - limits.max_score_loss:
-            yield f"{METRIC_NAMES[metric]} {mine:.1%}, below the {theirs:.1%} of {name}"
+        found, wanted = getattr(candidate, metric), getattr(rival, metric)
+        if metric != report.main_metric and found < wanted - limits.max_score_loss:
+            yield f"{METRIC_NAMES[metric]} {found:.1%}, below the {wanted:.1%} of {name}"
     rise = share_above(candidate.answer_loss, rival.answer_loss)
     if candidate.answer_loss is None or (rise or 0.0) > limits.max_answer_loss_rise:
         yield (
@@ -151,10 +151,21 @@ def _losses(
             f"{limits.max_answer_loss_rise:.0%}"
         )
     one_answer = 1 / max(1, rival.rows) + 1e-9  # of few answers, a single odd one is no sign
-    for check, theirs in rival.form.items():
-        mine = candidate.form.get(check, 0.0)
-        if mine < theirs - max(limits.max_form_loss, one_answer):
-            yield f"{check}: {mine:.1%} of answers, {theirs:.1%} of those of {name}"
+    most = max(limits.max_form_loss, one_answer)
+    kinds = (
+        ("answers", candidate.form, rival.form, most),
+        (
+            "sampled answers",
+            candidate.sampled_form,
+            rival.sampled_form,
+            limits.max_sampled_form_loss,
+        ),
+    )
+    for kind, mine, theirs, allowed in kinds:
+        for check, share in theirs.items():
+            passed = mine.get(check, 0.0)
+            if passed < share - allowed:
+                yield f"{check}: {passed:.1%} of {kind}, {share:.1%} of those of {name}"
 
 
 def _forgetting(candidate: ModelScore, base: ModelScore, limits: GatePolicy) -> Iterator[str]:

@@ -54,6 +54,9 @@ class ModelScore(Record):
     form: dict[str, float] = Field(
         default_factory=dict, description="Check of form: share of answers that pass."
     )
+    sampled_form: dict[str, float] = Field(
+        default_factory=dict, description="The same of answers that were sampled, not greedy."
+    )
     by_split: dict[str, SplitScore] = Field(default_factory=dict)
 
     @property

@@ -8,7 +8,7 @@ them is in `qwen3ft.promote`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 from typing import get_args
 
@@ -60,8 +60,17 @@ def score_model(
     splits: Sequence[str],
     rows: Sequence[RowScore],
     ability: Sequence[RowLoss] = (),
+    sampled_form: Sequence[Mapping[str, bool]] = (),
 ) -> ModelScore:
-    """The scores of one model over `rows`, of which there is one; `splits` are their groups."""
+    """The scores of one model over `rows`, of which there is one.
+
+    Args:
+        label: Whose they are.
+        splits: The group of each row.
+        rows: What it made of each question.
+        ability: Its losses on the ability set.
+        sampled_form: Checks of form of the answers that it was asked for by sampling.
+    """
     grouped = group_by(zip(splits, rows, strict=True), lambda pair: pair[0])
     losses = [
         RowLoss(math.nan if r.loss_nats is None else r.loss_nats, r.loss_tokens) for r in rows
@@ -75,6 +84,9 @@ def score_model(
         answer_loss=_finite(mean_loss(losses)),
         ability_loss=_finite(mean_loss(ability)),
         form={check: share(row.form[check] for row in rows) for check in FORM_CHECKS},
+        sampled_form={check: share(form[check] for form in sampled_form) for check in FORM_CHECKS}
+        if sampled_form
+        else {},
         by_split={
             split: SplitScore(rows=len(group), exact_match=share(r.exact_match for _, r in group))
             for split, group in grouped.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,16 @@ def test_the_cache_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         other.save()
     assert len(list(tmp_path.glob("*.jsonl"))) == 2
     assert AnswerCache(tmp_path, ["a"]).get("1") is None
+
+
+def test_a_model_that_is_asked_about_every_night_is_never_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base's answers are only read, while each night's candidate writes some."""
+    monkeypatch.setattr(answer_cache, "MAX_MODELS", 2)
+    for model in ("base", *"abcde"):
+        time.sleep(0.02)  # file systems count time in steps
+        assert model == "base" or AnswerCache(tmp_path, ["base"]).get("k") is not None
+        cache = AnswerCache(tmp_path, [model])
+        cache.add([remember("k", ANSWER, RowLoss(1.0, 1))])
+        cache.save()

@@ -163,6 +163,7 @@ def test_three_models_are_compared_on_the_same_questions(night: Night, tmp_path:
         gain = report.comparison(rival, report.main_metric)
         assert gain is not None
         assert gain.low <= gain.gain <= gain.high
+    assert all(0 < share <= 1 for share in candidate.sampled_form.values())
     assert len({base.ability_loss, in_use.ability_loss, candidate.ability_loss}) == 3
     answers = read_answers(report)
     assert len(answers) == base.rows
@@ -274,6 +275,19 @@ def test_an_answer_ends_at_the_end_token_or_at_the_limit(loaded: tuple[Any, Any]
     [cut] = ask(loaded, [question], max_new_tokens=1)
     assert (cut.stopped, cut.tokens) == (False, 1)
     assert whole.text.startswith(cut.text.rstrip("\N{REPLACEMENT CHARACTER}"))
+
+
+def test_sampled_answers_are_drawn_from_a_seed(loaded: tuple[Any, Any]) -> None:
+    """The same seed draws the same answers, another one others, and nothing else notices."""
+    questions = ["why", "How is it?", "谁", "Tell me a long story about the shop."]
+    torch.manual_seed(1)
+    before = torch.rand(3)
+    torch.manual_seed(1)
+    first, again, other = (ask(loaded, questions, sampling_seed=seed) for seed in (0, 0, 5))
+    assert first == again
+    assert first != other
+    assert first != ask(loaded, questions)
+    assert torch.equal(torch.rand(3), before)
 
 
 def test_progress_is_told_while_answers_are_generated(

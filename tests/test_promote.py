@@ -33,6 +33,7 @@ def score(label: ModelLabel, exact_match: float, **changes: Any) -> ModelScore:
         "answer_loss": 1.0,
         "ability_loss": 2.0,
         "form": FORM,
+        "sampled_form": {"stops by itself": 1.0},
     }
     return ModelScore(**{**values, **changes})
 
@@ -147,6 +148,10 @@ def test_beating_the_champion_is_not_enough() -> None:
             {"form": {**FORM, "language of the question": 0.96}},
             "language of the question: 96.0% of answers, 100.0% of those of the base model",
         ),
+        (
+            {"sampled_form": {"stops by itself": 0.89}},
+            "stops by itself: 89.0% of sampled answers, 100.0% of those of the base model",
+        ),
         ({"form": {"stops by itself": 1.0}}, "language of the question: 0.0% of answers"),
         ({"ability_loss": 2.26}, "it forgets: loss on the ability set 2.26 against 2"),
         ({"ability_loss": None}, "the loss on the ability set is not known or not finite"),
@@ -167,6 +172,7 @@ def test_each_limit_keeps_a_better_candidate_out(changes: dict[str, Any], said: 
         {"chrf": 0.085},
         {"answer_loss": 1.04},
         {"form": {**FORM, "language of the question": 0.985}},
+        {"sampled_form": {"stops by itself": 0.91}},
         {"ability_loss": 2.24},
         {"rows": 50},
     ],
