@@ -58,6 +58,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]
     return json.loads(out.read_text(encoding="utf-8")), run.stdout
 
 
+@pytest.mark.slow
 def test_results_say_what_they_belong_to(done: tuple[dict[str, Any], str]) -> None:
     results, _ = done
     assert results["complete"]
@@ -70,6 +71,7 @@ def test_results_say_what_they_belong_to(done: tuple[dict[str, Any], str]) -> No
     assert results["arguments"]["rows"] == STEPS * SEQUENCES
 
 
+@pytest.mark.slow
 def test_both_paths_train_the_same(done: tuple[dict[str, Any], str]) -> None:
     """On the CPU both compute in fp32, so they differ by the order of sums alone."""
     training = done[0]["training"]
@@ -88,6 +90,7 @@ def test_both_paths_train_the_same(done: tuple[dict[str, Any], str]) -> None:
     assert found["loss_fell_share"] > 0.05
 
 
+@pytest.mark.slow
 def test_gradients_are_near_the_reference_but_not_it(done: tuple[dict[str, Any], str]) -> None:
     (measured,) = done[0]["gradients"].values()
     assert len(measured["tensors"]) == 14 * measured["layers"]
@@ -102,6 +105,7 @@ def test_gradients_are_near_the_reference_but_not_it(done: tuple[dict[str, Any],
         assert measured["losses"][path] == pytest.approx(measured["losses"]["reference"], rel=1e-2)
 
 
+@pytest.mark.slow
 def test_the_table_has_every_verdict(done: tuple[dict[str, Any], str]) -> None:
     results, printed = done
     assert results["verdicts"] == verdicts(results)
@@ -114,6 +118,7 @@ def test_the_table_has_every_verdict(done: tuple[dict[str, Any], str]) -> None:
 
 @pytest.mark.parametrize("planted", [1.011, 0.989, math.nan, math.inf])
 @pytest.mark.parametrize("step", [1, STEPS])
+@pytest.mark.slow
 def test_one_step_apart_flips_the_verdict(
     done: tuple[dict[str, Any], str], planted: float, step: int
 ) -> None:
@@ -123,6 +128,7 @@ def test_one_step_apart_flips_the_verdict(
     assert compare_training(results["training"])["loss_difference"]["step"] == step
 
 
+@pytest.mark.slow
 def test_what_fp32_does_stands_beside_both(done: tuple[dict[str, Any], str]) -> None:
     """As on a GPU, where it is a third training; it has to have done the same steps."""
     results = copy.deepcopy(done[0])
@@ -139,6 +145,7 @@ def test_what_fp32_does_stands_beside_both(done: tuple[dict[str, Any], str]) -> 
         compare_training(training)
 
 
+@pytest.mark.slow
 def test_a_loss_that_stays_is_no_proof(done: tuple[dict[str, Any], str]) -> None:
     results = copy.deepcopy(done[0])
     for path in PATHS:
@@ -147,6 +154,7 @@ def test_a_loss_that_stays_is_no_proof(done: tuple[dict[str, Any], str]) -> None
     assert not verdicts(results)["loss fell by 5 % or more"]
 
 
+@pytest.mark.slow
 def test_other_steps_are_not_compared(done: tuple[dict[str, Any], str]) -> None:
     training = copy.deepcopy(done[0]["training"])
     training["plain"]["losses"].pop()
@@ -158,6 +166,7 @@ def test_other_steps_are_not_compared(done: tuple[dict[str, Any], str]) -> None:
         compare_training(training)
 
 
+@pytest.mark.slow
 def test_a_wrong_gradient_flips_the_verdicts(done: tuple[dict[str, Any], str]) -> None:
     """A small tensor that is off shows in the worst, a large one in all together."""
     results = copy.deepcopy(done[0])
