@@ -26,6 +26,7 @@ from qwen3ft.errors import (
     CheckpointCorruptError,
     DeviceFaultError,
     DivergedError,
+    ExportDriftError,
     FinetuneError,
     InsufficientMemoryError,
     MemoryLeakError,
@@ -195,6 +196,7 @@ POLICIES: Mapping[type[FinetuneError], Callable[[_Case], Retry | GiveUp]] = {
     RejectedError: _stop,
     QuantizationError: _stop,  # its own ladder is config.quantization
     SaveError: _stop,
+    ExportDriftError: _stop,  # no training raises it
 }
 """By class; the nearest class along the hierarchy holds for those without a row of their own."""
 

@@ -167,9 +167,11 @@ def _fused_parts(shape: ModelShape, adapter: AdapterSpec, work: Workload) -> tup
     )
     longest = row_tokens(work.eval_batch_size * work.eval_tokens)
     evaluation = sizes.evaluation_bytes(longest) if longest > work.tokens else 0
+    # An evaluation comes after a step: no row is there, and no gradient.
+    gone = sum(part.bytes for part in of_rows) + other["gradients"].bytes
     beyond = MemoryPart(
         name="evaluation",
-        bytes=max(0, evaluation - sum(part.bytes for part in of_rows)),
+        bytes=max(0, evaluation - gone),
         formula=f"what {longest:,} held-out tokens take beyond that",
     )
     return (*fixed, *of_rows, *([beyond] if beyond.bytes else []), _process(work))

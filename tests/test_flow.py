@@ -173,6 +173,7 @@ def test_a_night_without_anything_new_is_done_once(run_flow: Any, champion: str)
     assert task_states(state) == {}
 
 
+@pytest.mark.slow
 def test_a_night_that_failed_is_taken_up_from_its_checkpoint_and_then_done(run_flow: Any) -> None:
     """Three starts of one night: failed, continued to its end, and nothing left to do."""
     night = {"nightly": True, "seed": 61, "max_attempts": 1}

@@ -329,6 +329,7 @@ def attempt(monkeypatch: pytest.MonkeyPatch, make_plan: Any) -> Callable[..., At
     return run
 
 
+@pytest.mark.slow
 def test_a_planted_leak_ends_its_attempt_with_a_checkpoint_and_a_fresh_process_goes_on(
     attempt: Any, make_plan: Any, tmp_path: Path
 ) -> None:
