@@ -16,34 +16,26 @@ On the embedded model, on the CPU in fp32, through the product's own trainer and
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from float64 import in_float64
 from speed_device import machine, write_json
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
 
 import torch
+from memory_gradients import make_plan, measure_gradients, train
 
-from qwen3ft import worker
 from qwen3ft.adjust import GiveUp, decide
-from qwen3ft.attempt import RunDir
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import FinetuneError
 from qwen3ft.failures import to_failure, translate
 from qwen3ft.faults import VARIABLE as FAULTS
-from qwen3ft.packing import divisors
-from qwen3ft.prepare import preview_plan
 from qwen3ft.records import AttemptSummary, TrainPlan
 from qwen3ft.storage import sha256_file
-from qwen3ft.train import TrainingEngine
 
 EXACT_TOLERANCE = 1e-12
 """Relative, of gradients in float64."""
@@ -54,117 +46,6 @@ ROUNDING_RATIO = 1.25
 MOST_ATTEMPTS = 5
 STEPS, CHECKPOINT_EVERY_STEPS = 8, 2
 FAILING_STEPS = (1, 3, 6, 8)
-B_STD = 0.02
-
-
-class _StepMeasuredError(Exception):
-    """Ends a training after the first gradient, which is all that is wanted of it."""
-
-
-def make_plan(config: TrainingConfig, run: Path, **changes: Any) -> TrainPlan:
-    """The plan of `config` as attempt 1 of a run in the folder `run`."""
-    plan = preview_plan(config)
-    return plan.for_run(run.name, str(run), attempt=1, resume_from=None).model_copy(update=changes)
-
-
-def splits(effective: int) -> Iterator[dict[str, Any]]:
-    """Every way through an effective batch, as changes of a plan."""
-    for micro, packing, recompute, chunk in itertools.product(
-        divisors(effective), (False, True), (False, True), (32, 4096)
-    ):
-        yield {
-            "kernels": "plain",
-            "micro_batch_size": micro,
-            "gradient_accumulation_steps": effective // micro,
-            "packing": packing,
-            "gradient_checkpointing": recompute,
-            "loss_chunk_tokens": chunk,
-        }
-    for micro, room, chunk, groups, offload in itertools.product(
-        divisors(effective), (0, 10**12), (64, 10**6), (1, 2), (False, True)
-    ):
-        yield {
-            "kernels": "fused",
-            "micro_batch_size": micro,
-            "gradient_accumulation_steps": effective // micro,
-            "packing": True,
-            "gradient_checkpointing": room == 0,
-            "activation_bytes": room,
-            "loss_chunk_tokens": chunk,
-            "chunk_tokens": chunk,
-            "head_groups": groups,
-            "offload_activations": offload,
-        }
-
-
-def first_gradient(plan: TrainPlan, *, exact: bool = False) -> dict[str, torch.Tensor]:
-    """The gradient of the first effective batch, by the worker's own code; exact: in float64."""
-    found: dict[str, torch.Tensor] = {}
-
-    def measure(_: TrainingEngine, trainer: Any) -> None:
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for name, parameter in trainer.model.named_parameters():
-                if "lora_B" in name:  # zero at the start, which would hide what flows through A
-                    parameter.normal_(std=B_STD, generator=generator)
-        steps = iter(trainer.get_train_dataloader())
-        (step,), trained = trainer.get_batch_samples(steps, 1, trainer.args.device)
-        with in_float64(trainer.model) if exact else nullcontext():
-            trainer.training_step(trainer.model, step, trained)
-        for name, parameter in trainer.model.named_parameters():
-            if parameter.requires_grad:
-                found[name] = parameter.grad.double()
-        raise _StepMeasuredError
-
-    engine: Any = TrainingEngine
-    before, engine.train_model = engine.train_model, measure
-    try:
-        train(plan)
-    except _StepMeasuredError:
-        return found
-    finally:
-        engine.train_model = before
-    raise AssertionError("the training was not reached")
-
-
-def train(plan: TrainPlan) -> Any:
-    """One attempt, in this process."""
-    return worker.train(
-        worker.Job(RunDir(Path(plan.run_dir)).attempt(plan.attempt).create(plan).path)
-    )
-
-
-def measure_gradients(config: TrainingConfig, work: Path) -> list[dict[str, Any]]:
-    """Of every split, how far its gradient is from that of the whole batch at once.
-
-    As shares of its norm: `from_whole` and `from_exact` in fp32, from the whole batch's in fp32 and
-    in float64, and `exact_from_exact` with both in float64, of plain splits. The first row is the
-    whole batch itself.
-    """
-    effective = config.effective_batch_size
-    whole = {"micro_batch_size": effective, "gradient_accumulation_steps": 1, "packing": False}
-    plan = make_plan(config, work / "whole", kernels="plain", **whole)
-    reference = first_gradient(plan)
-    exact = first_gradient(plan.model_copy(update={"attempt": 2}), exact=True)
-    rows = [{"kernels": "plain"} | whole | {"from_exact": _apart(reference, exact)}]
-    for number, changes in enumerate(splits(effective)):
-        plan = make_plan(config, work / f"split-{number}", **changes)
-        gradient = first_gradient(plan)
-        row = {"from_whole": _apart(gradient, reference), "from_exact": _apart(gradient, exact)}
-        if plan.kernels == "plain":
-            again = first_gradient(plan.model_copy(update={"attempt": 2}), exact=True)
-            row["exact_from_exact"] = _apart(again, exact)
-        rows.append(changes | row)
-    return rows
-
-
-def _apart(gradient: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> float:
-    """Norm of the difference over the norm of `reference`."""
-    return _norm({name: gradient[name] - reference[name] for name in reference}) / _norm(reference)
-
-
-def _norm(tensors: dict[str, torch.Tensor]) -> float:
-    return sum(float(tensor.norm()) ** 2 for tensor in tensors.values()) ** 0.5
 
 
 def recover(plan: TrainPlan, faults: str) -> tuple[TrainPlan | GiveUp, list[AttemptSummary]]:

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qwen3ft.fused_footprint import FusedSizes
+from qwen3ft.fused_parts import fixed_parts, row_parts
 from qwen3ft.packing import row_tokens
 from qwen3ft.records import GIB, AdapterSpec, MemoryPart, ModelShape
 
@@ -159,16 +160,21 @@ def fused_sizes(shape: ModelShape, adapter: AdapterSpec, work: Workload) -> Fuse
 def _fused_parts(shape: ModelShape, adapter: AdapterSpec, work: Workload) -> tuple[MemoryPart, ...]:
     """The parts where the step is `qwen3ft.fused`."""
     sizes = fused_sizes(shape, adapter, work)
-    beside = sizes.fixed_parts(adapter.trainable_parameters, work.tokens)
+    beside = fixed_parts(sizes, adapter.trainable_parameters, work.tokens)
     other = {part.name: part for part in beside}
     fixed = (other.get(part.name, part) for part in _fixed_parts(shape, adapter, work))
-    of_rows = sizes.row_parts(
-        work.tokens, work.activation_bytes, varied=work.varied_rows, lean=work.offload_optimizer
+    of_rows = row_parts(
+        sizes,
+        work.tokens,
+        work.activation_bytes,
+        varied=work.varied_rows,
+        lean=work.offload_optimizer,
     )
     longest = row_tokens(work.eval_batch_size * work.eval_tokens)
     evaluation = sizes.evaluation_bytes(longest) if longest > work.tokens else 0
-    # An evaluation comes after a step: no row is there, and no gradient.
-    gone = sum(part.bytes for part in of_rows) + other["gradients"].bytes
+    # An evaluation comes after a step: no row is there, and no gradient; slack there is as before.
+    rows = sum(part.bytes for part in of_rows if part.name != "allocator slack")
+    gone = rows + other["gradients"].bytes
     beyond = MemoryPart(
         name="evaluation",
         bytes=max(0, evaluation - gone),

@@ -31,7 +31,6 @@ Held against peaks by part measured on an H100, 0.6B to 14B, 2,048 to 32,768 tok
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -42,20 +41,7 @@ from qwen3ft.recompute import (
     offload_evenly,
     padded_rank,
 )
-from qwen3ft.records import GIB, MemoryPart, ModelShape
-
-WORKSPACE_BYTES = 2**26
-"""What cuBLAS holds for the threads of forward and backward on Hopper; less on older cards."""
-
-LEAN_WORKSPACE_BYTES = 2**24
-"""The same where `qwen3ft.memory` asks it for as little as on those."""
-
-SLACK_BYTES = int(0.08 * GIB)
-"""What the allocator holds at least beyond what is in use."""
-
-SLACK_SHARE, VARIED_SLACK_SHARE = 0.08, 0.2
-"""The same as a share of what comes and goes: for rows of one length, and for rows of different
-ones, each of which fits less well into the place of the last."""
+from qwen3ft.records import ModelShape
 
 
 @dataclass(frozen=True)
@@ -93,7 +79,7 @@ class FusedSizes:
         return self.compute_bytes * matrices
 
     @property
-    def _frugal(self) -> tuple[Level, ...]:
+    def frugal_levels(self) -> tuple[Level, ...]:
         """The levels that keep least."""
         level = Level.RECOMPUTE_O if self.offload_attention else Level.RECOMPUTE_ALL
         return (level,) * self.shape.num_hidden_layers
@@ -123,7 +109,7 @@ class FusedSizes:
         attention += query + 2 * key if level >= Level.RECOMPUTE_QKV else 0
         mlp = 2 * hidden if level >= Level.RECOMPUTE_O else hidden
         return max(
-            c * tokens * attention + self._sums_bytes(tokens) - self.weight_bytes,
+            c * tokens * attention + self._log_sum_exp_bytes(tokens) - self.weight_bytes,
             c * tokens * mlp + self._wide_bytes(tokens, level),
         )
 
@@ -150,7 +136,7 @@ class FusedSizes:
         of_attention -= 2 * inner if level == Level.KEEP_ALL else 0
         per_group = (8 if self.head_groups > 1 else 6) * query + 3 * key
         of_attention += hidden + low + query + per_group // self.head_groups
-        attention = c * tokens * of_attention + self._sums_bytes(tokens) - self.weight_bytes
+        attention = c * tokens * of_attention + self._log_sum_exp_bytes(tokens) - self.weight_bytes
         return max(mlp, attention)
 
     def _wide_bytes(self, tokens: int, level: Level) -> int:
@@ -159,7 +145,7 @@ class FusedSizes:
         chunk = min(tokens, self.chunk_tokens)
         return self.compute_bytes * chunk * wide * self.shape.intermediate_size
 
-    def _sums_bytes(self, tokens: int) -> int:
+    def _log_sum_exp_bytes(self, tokens: int) -> int:
         """A number in fp32 for each query of each head: of log-sum-exp, or for its gradient."""
         return 4 * self.shape.num_attention_heads * tokens
 
@@ -167,9 +153,9 @@ class FusedSizes:
         """The most that an evaluation of a row takes, which keeps nothing."""
         block = self.compute_bytes * tokens * self.shape.hidden_size
         block += self.forward_bytes(tokens, Level.RECOMPUTE_ALL)
-        return self._angles_bytes(tokens) + max(block, self.loss_bytes(tokens, with_gradient=False))
+        return self._rotary_bytes(tokens) + max(block, self.loss_bytes(tokens, with_gradient=False))
 
-    def _angles_bytes(self, tokens: int) -> int:
+    def _rotary_bytes(self, tokens: int) -> int:
         """Of a row's cos and sin."""
         return 4 * tokens * self.shape.head_dim
 
@@ -190,7 +176,7 @@ class FusedSizes:
                 freed += tokens * sum(per_token[each] for each in levels[last:before])
                 before = last
             peaks.append(kept - freed + self.backward_bytes(tokens, level))
-        return self._angles_bytes(tokens) + max(peaks)
+        return self._rotary_bytes(tokens) + max(peaks)
 
     def kept_bytes(self, tokens: int, levels: tuple[Level, ...]) -> int:
         """What all blocks keep of a row on the device, once all have run."""
@@ -206,7 +192,7 @@ class FusedSizes:
     def levels(self, tokens: int, budget_bytes: int) -> tuple[Level, ...]:
         """Per block, what keeps most within `budget_bytes`; the most frugal if nothing fits."""
         if self.offload:
-            return self._frugal
+            return self.frugal_levels
         levels = self._filled(tokens, budget_bytes)
         if not self.offloaded_mlp_blocks or Level.RECOMPUTE_GATE_UP not in levels:
             return levels
@@ -246,85 +232,6 @@ class FusedSizes:
         """
         gate_up = 2 * self.compute_bytes * self.shape.intermediate_size * tokens
         return gate_up if tokens <= self.chunk_tokens else 2 * gate_up
-
-    def fixed_parts(self, trained: int, tokens: int) -> tuple[MemoryPart, ...]:
-        """The parts that no budget changes which differ from the plain path's.
-
-        Args:
-            trained: Parameters of the adapter.
-            tokens: Of the largest row.
-        """
-        # The gradients of a micro-batch come as what blocks keep goes.
-        going = 0 if self.offload else self.kept_bytes(tokens, self._frugal)
-        own = max(0, 4 * trained - going)
-        return (
-            MemoryPart(
-                name="dequantised layer",
-                bytes=self.weight_bytes,
-                formula="gate, up and down of one block, with their adapters",
-            ),
-            MemoryPart(
-                name="adapter",
-                bytes=4 * trained + self.adapter_bytes,
-                formula=f"{trained:,} x 4 bytes, and padded copies in the compute type",
-            ),
-            MemoryPart(
-                name="gradients",
-                bytes=4 * trained + own,
-                formula=f"{trained:,} x 4 bytes, and those of one micro-batch beyond what is kept",
-            ),
-        )
-
-    def row_parts(
-        self, tokens: int, budget_bytes: int, *, varied: bool = True, lean: bool = False
-    ) -> tuple[MemoryPart, ...]:
-        """The parts of the largest row, and what lies beside it.
-
-        Args:
-            tokens: Of the largest row.
-            budget_bytes: What any row may take.
-            varied: Whether rows differ in length.
-            lean: Whether cuBLAS has to do with little.
-        """
-        blocks = self.shape.num_hidden_layers
-        levels = self.levels(tokens, budget_bytes)
-        row, kept_bytes = self.row_bytes(tokens, levels), self.kept_bytes(tokens, levels)
-        most = self.row_bytes(tokens, (Level.KEEP_ALL,) * blocks)
-        rest = 0 if self.offload else max(0, min(budget_bytes, most) - row)
-        # Of the most frugal levels for any budget, so that the sum follows the budget.
-        passing = self.row_bytes(tokens, self._frugal) - self.kept_bytes(tokens, self._frugal)
-        beside = SLACK_BYTES + (LEAN_WORKSPACE_BYTES if lean else WORKSPACE_BYTES)
-        if self.offloaded_mlp_blocks:  # gate and up come and go between what stays
-            chunk = min(tokens, self.chunk_tokens)
-            beside += 2 * self.compute_bytes * self.shape.intermediate_size * chunk
-        share = VARIED_SLACK_SHARE if varied else SLACK_SHARE
-        again = Counter(level.repeats for level in sorted(levels))
-        kept = ", ".join(f"{words} in {count} blocks" for words, count in again.items())
-        return (
-            MemoryPart(
-                name="kept activations",
-                bytes=kept_bytes,
-                formula=f"{tokens:,} tokens; computed again: {kept}"
-                + ("; the rest waits in host memory" if self.offload else ""),
-            ),
-            MemoryPart(
-                name="working memory",
-                bytes=row - kept_bytes,
-                formula="largest of one block's MLP and attention, and a loss chunk",
-            ),
-            MemoryPart(
-                name="kept of smaller rows",
-                bytes=rest,
-                formula="shorter rows keep more, up to the same sum",
-            ),
-            MemoryPart(
-                name="allocator slack",
-                bytes=beside + int(share * passing),
-                formula=f"{beside / GIB:.2f} GB with cuBLAS's workspaces"
-                + (" and one more gate and up" if self.offloaded_mlp_blocks else "")
-                + f", and {share:.0%} of the most that comes and goes",
-            ),
-        )
 
     def operations(self, tokens: int, levels: tuple[Level, ...], sequence_tokens: int) -> float:
         """Floating-point operations of a row's forward and backward, those done again included.
