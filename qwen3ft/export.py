@@ -20,12 +20,13 @@ from typing import Any, Literal
 
 from qwen3ft.attempt import RunDir, write_record
 from qwen3ft.config import TrainingConfig
-from qwen3ft.errors import EnvironmentNotReadyError, ExportDriftError, RequestError
+from qwen3ft.disk import require_disk
+from qwen3ft.errors import ExportDriftError, RequestError
 from qwen3ft.export_records import ExportRequest, ParityReport
 from qwen3ft.hub import check_model_folder, fetch_model, resolve_model
 from qwen3ft.launcher import run_worker
 from qwen3ft.logs import get_logger
-from qwen3ft.records import GIB, ModelShape, ModelSource
+from qwen3ft.records import ModelShape, ModelSource
 from qwen3ft.saved_adapter import check_adapter, find_base, read_run_card
 from qwen3ft.serving_files import write_serving_files
 from qwen3ft.storage import build_folder, read_manifest_facts, sha256_file
@@ -131,18 +132,12 @@ def _require_place(target: Path, shape: ModelShape) -> None:
             why="Only an export is replaced by another one.",
             next_command=f"ls {target}",
         )
-    needed_bytes = 2 * shape.total_parameters + SPARE_BYTES
-    target.parent.mkdir(parents=True, exist_ok=True)
-    free_bytes = shutil.disk_usage(target.parent).free
-    if free_bytes < needed_bytes:
-        raise EnvironmentNotReadyError(
-            f"The merged model needs {needed_bytes / GIB:.2f} GB at {target.parent}, "
-            f"{free_bytes / GIB:.2f} GB are free.",
-            why="The disk is too full; an earlier export stays until the new one is there.",
-            next_command=f"df -h {target.parent}",
-            needed_bytes=needed_bytes,
-            free_bytes=free_bytes,
-        )
+    require_disk(
+        target,
+        2 * shape.total_parameters + SPARE_BYTES,
+        "The merged model",
+        "The disk is too full; an earlier export stays until the new one is there.",
+    )
 
 
 def _require_parity(report: ParityReport, adapter: Path) -> None:

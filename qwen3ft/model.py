@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen3ft.chat import load_tokenizer
-from qwen3ft.errors import EnvironmentNotReadyError, QuantizationError
+from qwen3ft.disk import require_disk
+from qwen3ft.errors import QuantizationError
 from qwen3ft.hub import check_model_folder, fetch_model, resolve_model
 from qwen3ft.logs import get_logger
-from qwen3ft.records import GIB, ModelSnapshot, ModelSource
+from qwen3ft.records import ModelSnapshot, ModelSource
 from qwen3ft.requests import QuantizeRequest
 from qwen3ft.storage import (
     build_folder,
@@ -160,7 +161,12 @@ class ModelManager:
         """
         source_path, target = Path(request.source_path), Path(request.target)
         shape = check_model_folder(source_path)
-        _require_disk(target, shape.linear_parameters + 4 * shape.embedding_parameters)
+        require_disk(
+            target,
+            shape.linear_parameters + 4 * shape.embedding_parameters,
+            "The quantised model",
+            "The disk is too full.",
+        )
         dtype = best_compute_dtype()
         problems: dict[str, str] = {}
         for setting in self.config.quantization:
@@ -270,17 +276,3 @@ def _describe(target: Path, facts: dict[str, Any]) -> ModelSnapshot:
         size_bytes=sum(path.stat().st_size for path in target.rglob("*") if path.is_file()),
         chat_template_sha256=sha256_file(template) if template.exists() else "",
     )
-
-
-def _require_disk(target: Path, needed_bytes: int) -> None:
-    import shutil
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    free_bytes = shutil.disk_usage(target.parent).free
-    if free_bytes < needed_bytes:
-        raise EnvironmentNotReadyError(
-            f"The quantised model needs up to {needed_bytes / GIB:.1f} GB at {target.parent}, "
-            f"{free_bytes / GIB:.1f} GB are free.",
-            why="The disk is too full.",
-            next_command=f"df -h {target.parent}",
-        )
