@@ -28,6 +28,7 @@ from qwen3ft.protected import ProtectedVersion
 from qwen3ft.record import Record
 from qwen3ft.run_state import RunState, find_runs
 from qwen3ft.saved_adapter import RUN_CARD_FILE, read_run_card
+from qwen3ft.storage import is_left_behind
 
 logger = get_logger("retention")
 
@@ -165,13 +166,15 @@ def _copies(stock: Stock, cache: Path) -> Iterator[Removal]:
 
 
 def _leftovers(cache: Path, config: TrainingConfig) -> Iterator[Removal]:
+    """What killed writes and removals left; a hidden folder with any other name is not ours."""
     parents = [cache / folder for folder in _SHARED.values()]
-    places = [(parent, ".*") for parent in (*parents, *_folders(cache / "champions"))]
-    places += [(_resolved(config.output_dir), ".*"), (_resolved(config.runs_dir), f".*{_GONE}")]
-    for parent, pattern in places:
-        for path in sorted(parent.glob(pattern)):
-            if path.is_dir() and time.time() - path.stat().st_mtime > LEFTOVER_DAYS * DAY_SECONDS:
-                yield _removal(path, "leftover", "a write or removal that was killed")
+    parents += [*_folders(cache / "champions"), _resolved(config.output_dir)]
+    found = [path for parent in parents for path in parent.glob(".*") if is_left_behind(path)]
+    runs = _resolved(config.runs_dir)
+    gone = [*runs.glob(f".*{_GONE}"), *runs.glob(f"*/attempts/*/.*{_GONE}")]
+    for path in sorted({*found, *gone, *(p for each in parents for p in each.glob(f".*{_GONE}"))}):
+        if path.is_dir() and time.time() - path.stat().st_mtime > LEFTOVER_DAYS * DAY_SECONDS:
+            yield _removal(path, "leftover", "a write or removal that was killed")
 
 
 # --- what is in use ---

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST_NAME = "manifest.json"
+
+_STAGING = re.compile(r"\.(?P<target>.+?)(?P<retired>\.old)?\.[a-z0-9_]{8}")
+"""Names that `tempfile.mkdtemp` makes in `build_folder`."""
 
 
 def fsync_dir(path: Path) -> None:
@@ -141,6 +145,17 @@ def find_damage(folder: Path) -> str | None:
         if sha256_file(path) != digest:
             return f"{path} does not match its sha256"
     return None
+
+
+def is_left_behind(path: Path) -> bool:
+    """Whether the folder `path` is what `build_folder` leaves if it is killed.
+
+    One that was retired counts only while its successor is there: else it is the only copy.
+    """
+    found = _STAGING.fullmatch(path.name)
+    if found is None or not path.is_dir():
+        return False
+    return found["retired"] is None or path.with_name(found["target"]).exists()
 
 
 def build_folder(

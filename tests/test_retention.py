@@ -203,14 +203,21 @@ def test_copies_of_former_champions_and_leftovers_of_killed_writes_go(project: P
         copy = project.shared(f"champions/qwen3ft-embedded/{number}")
         card = {"base": {"snapshot_path": str(project.root / "gone")}}
         (copy / "run_card.json").write_text(json.dumps(card))
-    project.shared("models/.killed.x1")
-    project.shared("models/.begun.x2", days=0)
+    project.shared("models/.killed.ab12cd_3")
+    project.shared("models/.begun.ab12cd_4", days=0)
+    for hidden in (".git", ".cache", ".venv", ".run.old.ab12cd_5"):  # not ours; the only copy
+        folder = project.root / "out" / hidden
+        folder.mkdir(parents=True)
+        _aged(folder, OLD_DAYS)
+    for hidden in ("saved", ".saved.old.ab12cd_6"):
+        folder = project.root / "out" / hidden
+        folder.mkdir()
+        _aged(folder, OLD_DAYS)
     _aged(project.run("other").path.rename(project.root / "runs" / ".half.gone"), OLD_DAYS)
     (project.root / "runs" / ".nights").mkdir()
     _aged(project.root / "runs" / ".nights", OLD_DAYS)
-    (project.root / "out" / "saved").mkdir(parents=True)
-    _aged(project.root / "out" / "saved", OLD_DAYS)
-    assert project.names(version(None)) == {"2", ".killed.x1", ".half.gone"}
+    went = {"2", ".killed.ab12cd_3", ".half.gone", ".saved.old.ab12cd_6"}
+    assert project.names(version(None)) == went
 
 
 def test_what_has_any_alias_is_protected(tmp_path: Path) -> None:
