@@ -103,7 +103,9 @@ def rollback(
         raise _changed(f"{name} is not rolled back to {target}", previous, target)
     wanted = require_version(connection, name, target)
     before = succession(history.moves)
-    earlier = before[: before.index(target)] if target in before else []
+    # A version may have been in use twice: what came before its last time counts.
+    last = len(before) - 1 - before[::-1].index(target) if target in before else 0
+    earlier = before[:last]
     move = _described(
         history, "rollback", wanted, change, previous=earlier[-1] if earlier else None
     )

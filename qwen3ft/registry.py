@@ -175,7 +175,9 @@ class Registry:
         )
 
     def rollback(self, registered_model: str, change: Change, *, verify: bool = True) -> Move:
-        """Make the previous version the champion again, within `ROLLBACK_SECONDS` or not at all.
+        """Make the previous version the champion again, or fail, within `ROLLBACK_SECONDS`.
+
+        If MLflow does not answer in that time the move may still be made: see `qwen3ft history`.
 
         Args:
             registered_model: Its name.
@@ -227,8 +229,14 @@ class Registry:
         )
 
     def _move(self, call: Callable[[Connection], ResultT], seconds: float) -> ResultT:
-        with promotion_lock(self.tracking_uri, seconds):
-            return self._within(seconds, call)
+        """`call` under the lock, which it keeps until it ends, however long the caller waits."""
+
+        def locked(connection: Connection) -> ResultT:
+            # Half the time at most, so that nobody moves anything after the caller gave up.
+            with promotion_lock(self.tracking_uri, seconds / 2):
+                return call(connection)
+
+        return self._within(seconds, locked)
 
     def _fetch(
         self, run_id: str, digest: str, folder: Path, seconds: float = TRANSFER_SECONDS

@@ -114,6 +114,15 @@ def test_a_rollback_leads_back_and_is_not_undone_by_the_next(uri: str) -> None:
     assert actions == ["promotion"] * 3 + ["rollback"] * 2
 
 
+def test_a_rollback_leads_to_what_came_before_the_last_use(uri: str) -> None:
+    """A version that was in use twice has two that came before it."""
+    registry = promoted(uri, "1", "2")
+    registry.promote(MODEL, "1", "2", PERSON)
+    registry.promote(MODEL, "3", "1", PERSON)
+    registry.rollback(MODEL, PERSON)
+    assert registry.history(MODEL).aliases == named("1", "2")
+
+
 def test_what_was_rolled_back_is_promoted_again_by_a_person_only(
     uri: str, three_versions: Path
 ) -> None:
