@@ -22,7 +22,7 @@ from qwen3ft.result_records import (
     ModelScore,
     Verdict,
 )
-from qwen3ft.score_text import METRIC_NAMES, interval_text, share_above, show_score
+from qwen3ft.score_text import METRIC_NAMES, interval_text, show_score
 
 
 def decide(
@@ -143,8 +143,9 @@ def _losses(
         found, wanted = getattr(candidate, metric), getattr(rival, metric)
         if metric != report.main_metric and found < wanted - limits.max_score_loss:
             yield f"{METRIC_NAMES[metric]} {found:.1%}, below the {wanted:.1%} of {name}"
-    rise = share_above(candidate.answer_loss, rival.answer_loss)
-    if candidate.answer_loss is None or (rise or 0.0) > limits.max_answer_loss_rise:
+    loss, theirs_loss = candidate.answer_loss, rival.answer_loss
+    most_loss = None if theirs_loss is None else theirs_loss * (1 + limits.max_answer_loss_rise)
+    if loss is None or (most_loss is not None and loss > most_loss):
         yield (
             f"answer loss {show_score('loss', candidate.answer_loss)}, above the "
             f"{show_score('loss', rival.answer_loss)} of {name} by more than "

@@ -28,12 +28,3 @@ def interval_text(comparison: Comparison) -> str:
         for value in (comparison.gain, comparison.low, comparison.high)
     )
     return f"{gain} ({low} to {high}) {unit}"
-
-
-def share_above(mine: float | None, theirs: float | None) -> float | None:
-    """By what share `mine` is above `theirs`; None where that cannot be said."""
-    if mine is None or theirs is None:
-        return None
-    if theirs <= 0:
-        return 0.0 if mine <= theirs else None
-    return mine / theirs - 1

@@ -165,6 +165,14 @@ def test_each_limit_keeps_a_better_candidate_out(changes: dict[str, Any], said: 
     assert any(reason.startswith(said) for reason in verdict.reasons), verdict.reasons
 
 
+def test_any_loss_is_above_a_rival_that_has_none() -> None:
+    """A share of nothing is nothing."""
+    base = score("base", 0.1, answer_loss=0.0)
+    for loss, decision in ((0.3, "kept"), (0.0, "promoted")):
+        candidate = score("candidate", 0.4, answer_loss=loss)
+        assert decide(report(base, candidate), saved(), champion=None).decision == decision
+
+
 @pytest.mark.parametrize(
     "changes",
     [
