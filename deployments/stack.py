@@ -77,10 +77,28 @@ class Stack:
         Raises:
             EnvironmentNotReadyError: a process ended or did not answer in time.
         """
+        self._start_all(say, unless_stopped=False)
+        return self.status()
+
+    def keep_up(self, say: Say) -> bool:
+        """Start what ended by accident; False if `down` ended it.
+
+        Args:
+            say: Receives one line for each thing done.
+
+        Raises:
+            EnvironmentNotReadyError: a process ended or did not answer in time.
+        """
+        return self._start_all(say, unless_stopped=True)
+
+    def _start_all(self, say: Say, *, unless_stopped: bool) -> bool:
+        """Start what is down; False if `down` ended it and that is to be respected."""
         for folder in (self._folder / "logs", self.root / "mlruns" / "artifacts"):
             folder.mkdir(parents=True, exist_ok=True)
         with self._locked():
             before = self._read_state()
+            if unless_stopped and not before.pids:
+                return False
             down = [name for name in SERVICES if self._find(name, before) is None]
             self._start_servers([name for name in SERVERS if name in down], say)
             self._wait("prefect")
@@ -89,7 +107,7 @@ class Stack:
                 self._wait(name)
             self._write_toml()
         self._tell(down, say)
-        return self.status()
+        return True
 
     def down(self, say: Say = lambda _: None) -> tuple[Service, ...]:
         """End every process of the stack, runs in progress included.
@@ -129,10 +147,6 @@ class Stack:
                 schedule["active"] for schedule in (deployment or {}).get("schedules", ())
             ),
         )
-
-    def was_stopped(self) -> bool:
-        """Whether `down` ended it, and no accident."""
-        return not self._read_state().pids
 
     def layout(self) -> Layout:
         """Where things are; the ports are those last used."""

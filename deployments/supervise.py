@@ -32,11 +32,10 @@ def stay_up(stack: Stack, say: Say) -> None:
         signal.signal(number, end)
     stack.up(say)
     while not ended.wait(LOOK_SECONDS):
-        if stack.was_stopped():
-            say("Stopped by qwen3ft down.")
-            return
         try:
-            stack.up(say)
+            if not stack.keep_up(say):
+                say("Stopped by qwen3ft down.")
+                return
         except EnvironmentNotReadyError as error:
             say(f"{error.what} Trying again in {LOOK_SECONDS:.0f} s.")
     stack.down(say)

@@ -81,25 +81,17 @@ class StageClock:
         self.seconds[stage] = time.monotonic() - started
 
 
-def open_run(config: TrainingConfig, run_id: str, request: Request | None) -> RunDir:
-    """The run's folder, ready for logs; readable by its owner alone."""
-    run = RunDir(Path(config.runs_dir).resolve() / run_id)
-    run.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    logs.configure(console=False, json_path=run.log)
-    hide_known_tracebacks()
-    write_record(run.path / "config.json", config)
-    if request is not None:
-        write_request(run, request)
-    return run
-
-
 @contextmanager
-def run_held(run: RunDir) -> Iterator[None]:
-    """Have the run's folder for this process alone; `qwen3ft clean` leaves such a run alone.
+def open_run(config: TrainingConfig, run_id: str, request: Request | None) -> Iterator[RunDir]:
+    """The run's folder, ready for logs, for this process alone; readable by its owner alone.
+
+    Nothing in it changes before it is had. `qwen3ft clean` leaves such a run alone.
 
     Raises:
         EnvironmentNotReadyError: another process is at this run.
     """
+    run = RunDir(Path(config.runs_dir).resolve() / run_id)
+    run.path.mkdir(parents=True, exist_ok=True, mode=0o700)
     with held(run.lock, LOOK_SECONDS) as mine:
         if not mine:
             raise EnvironmentNotReadyError(
@@ -107,7 +99,12 @@ def run_held(run: RunDir) -> Iterator[None]:
                 why="A run is continued once it has ended; two at once would mix their files.",
                 next_command="qwen3ft status",
             )
-        yield
+        logs.configure(console=False, json_path=run.log)
+        hide_known_tracebacks()
+        write_record(run.path / "config.json", config)
+        if request is not None:
+            write_request(run, request)
+        yield run
 
 
 @contextmanager

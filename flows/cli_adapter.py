@@ -18,7 +18,7 @@ from qwen3ft.config import TrainingConfig
 from qwen3ft.export_records import ParityReport
 from qwen3ft.gpu_lock import CPU, hold_card
 from qwen3ft.gpus import visible_gpus
-from qwen3ft.saved_adapter import read_run_card
+from qwen3ft.saved_adapter import RUN_CARD_FILE, read_run_card
 from qwen3ft.tracking_uri import default_tracking_uri
 
 
@@ -101,7 +101,7 @@ def export(
 def _choose(adapter: str, path: Path | None, settings: list[str]) -> Chosen:
     """Find and verify the adapter."""
     here = Path(adapter)
-    if here.is_dir():
+    if here.is_dir() and ("/" in adapter or (here / RUN_CARD_FILE).is_file()):
         adapter = str(here.resolve())  # before the working folder changes
     stack = open_project()
     config = request_config(stack.root, path, settings)

@@ -28,7 +28,6 @@ from flows.around import (
     notice_of,
     open_run,
     publish,
-    run_held,
     run_name,
     show_attempts,
     show_data,
@@ -110,8 +109,7 @@ def qwen3_finetune(
     with tonight(config, request, nightly, continue_run) as night:
         if night.taken is not None:
             return end_as_taken(night)
-        run = open_run(config, night.run_id, request)
-        with run_held(run), tracked(run, config):
+        with open_run(config, night.run_id, request) as run, tracked(run, config):
             if (since := seen_before(config, request)) is not None:
                 return end_without_training(run, since, night)
             return fine_tune(config, run, night)
