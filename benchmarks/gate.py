@@ -90,7 +90,7 @@ def make_config(work: Path, night: Night) -> TrainingConfig:
             "output_dir": str(work / "out"),
             "data_paths": [write_rows(folder / "train.jsonl", night.rows)],
             "dev_paths": [write_rows(folder / "dev.jsonl", night.dev)],
-            "test_paths": [write_rows(work / "test.jsonl", clean_rows("test"))],
+            "test_paths": [write_rows(folder / "test.jsonl", clean_rows("test"))],
             "max_memory_gb": 4.0,
             "num_epochs": 5,
             "evaluate_every_steps": 33,

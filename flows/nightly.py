@@ -142,12 +142,11 @@ def seen_before(config: TrainingConfig, request: Request | None) -> str | None:
     except TransientError as error:
         logger.warning("whether anything is new is not known yet: %s", error.what)
         return None
-    if champion is None:
-        return None
-    label = f"{champion.registered_model} v{champion.version}"
-    if answers(champion.tags, request):
+    version = champion.version if champion else None
+    label = f"{champion.registered_model} v{version}" if champion else "the base model"
+    if champion is not None and answers(champion.tags, request):
         return label
-    lost = kept_before(Path(config.runs_dir), request, champion.version)
+    lost = kept_before(Path(config.runs_dir), request, version)
     return f"run {lost.run_id}, which was no better than {label}" if lost else None
 
 

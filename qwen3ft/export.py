@@ -15,10 +15,11 @@ looked at first; models are loaded by a worker alone, within the memory budget.
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
-from qwen3ft.attempt import RunDir, write_record
+from qwen3ft.attempt import JobDir, write_record
 from qwen3ft.config import TrainingConfig
 from qwen3ft.disk import require_disk
 from qwen3ft.errors import ExportDriftError, RequestError
@@ -71,7 +72,9 @@ def export_adapter(
     base = _fetch_base(card)
     shape = check_model_folder(base)
     _require_place(target, shape)
-    scratch = RunDir(Path(config.cache_dir).resolve() / "export")
+    scratch = Path(config.cache_dir).resolve() / "export"
+    scratch.mkdir(parents=True, exist_ok=True)
+    job_folder = Path(tempfile.mkdtemp(dir=scratch))  # its own: two exports may run side by side
     reports: list[ParityReport] = []
 
     def fill(staging: Path) -> None:
@@ -86,7 +89,7 @@ def export_adapter(
             rows_path=str(rows.resolve()),
             device=device,
         )
-        job = scratch.job("export").create(request)
+        job = JobDir(job_folder).create(request)
         report = run_worker("export", job, ParityReport, stall_seconds=config.stall_seconds)
         _require_parity(report, adapter)
         reports.append(report)
@@ -96,6 +99,7 @@ def export_adapter(
 
     weights = sha256_file(adapter / "adapter_model.safetensors")
     build_folder(target, fill, {"kind": EXPORT_KIND, "run_id": card["run_id"], "adapter": weights})
+    shutil.rmtree(job_folder, ignore_errors=True)
     logger.info("exported the adapter of run %s to %s", card["run_id"], target)
     return reports[0]
 

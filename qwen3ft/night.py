@@ -24,7 +24,7 @@ from qwen3ft.hub import resolve_model
 from qwen3ft.process_lock import held
 from qwen3ft.record import Record
 from qwen3ft.sources import fingerprint_sources, pin_sources
-from qwen3ft.storage import sha256_json
+from qwen3ft.storage import sha256_file, sha256_json
 
 REQUEST_TAG = "request_sha256"
 """Tag of a registered version: the request that it answers."""
@@ -49,7 +49,7 @@ SETTINGS_THAT_DO_NOT_DECIDE = frozenset(
         *("keep_checkpoints", "max_attempts", "stall_seconds", "memory_history"),
         *("when_card_is_busy", "wait_for_card_seconds", "lock_cpu"),
         # where it goes, and who is told
-        *("output_dir", "fallback_output_dirs", "runs_dir", "cache_dir", "registered_model"),
+        *("output_dir", "fallback_output_dirs", "runs_dir", "cache_dir"),
         *("notify_blocks", "notify_on", "when_unchanged"),
     ]
 )
@@ -110,8 +110,10 @@ def describe_request(config: TrainingConfig) -> Request:
     model = resolve_model(config)
     files = fingerprint_sources(pin_sources(config))
     settings = config.model_dump(mode="json", exclude=set(SETTINGS_THAT_DO_NOT_DECIDE))
+    ability = Path(config.ability_path).expanduser() if config.ability_path else None
     decided = {
         "model": [model.model_name, model.revision],
+        "ability": sha256_file(ability) if ability and ability.is_file() else "",
         "settings": settings | {"effective_batch_size": config.effective_batch_size},
     }
     return Request(
@@ -176,8 +178,14 @@ def claim_night(runs_dir: Path, date: str, request: Request, run_id: str) -> Ite
                 yield night
 
 
-def kept_before(runs_dir: Path, request: Request, champion: str) -> NightRecord | None:
-    """The night whose candidate, for the same request, was no better than this champion."""
+def kept_before(runs_dir: Path, request: Request, champion: str | None) -> NightRecord | None:
+    """The night whose candidate, for the same request, was no better than this champion.
+
+    Args:
+        runs_dir: Where the records are.
+        request: What is asked for.
+        champion: Its version; None: there was none, and there is none.
+    """
     for path in sorted(nights_folder(runs_dir).glob("*.json"), reverse=True):
         record = _read(path)
         if record is None or record.request_sha256 != request.sha256:

@@ -204,3 +204,25 @@ def test_a_candidate_that_lost_is_remembered_while_the_champion_stays(tmp_path: 
     assert found.run_id == "one"
     assert kept_before(tmp_path, REQUEST, "4") is None
     assert kept_before(tmp_path, OTHER, "3") is None
+    assert kept_before(tmp_path, REQUEST, None) is None
+
+
+def test_a_candidate_that_lost_to_the_base_is_remembered_while_nothing_is_in_use(
+    tmp_path: Path,
+) -> None:
+    """Else a first candidate that fails would be trained again every night."""
+    with claim_night(tmp_path, DATE, REQUEST, "one") as night:
+        night.settle("kept", None)
+    assert kept_before(tmp_path, REQUEST, None) is not None
+    assert kept_before(tmp_path, REQUEST, "1") is None
+
+
+def test_a_request_knows_its_registered_model_and_ability_rows(tmp_path: Path) -> None:
+    """Two deployments with the same data do not share a night; edited rows may change a verdict."""
+    rows = tmp_path / "ability.jsonl"
+    rows.write_text('{"question": "1 + 1?", "answer": "2"}\n', encoding="utf-8")
+    first = describe_request(config(tmp_path, ability_path=str(rows)))
+    other = config(tmp_path, ability_path=str(rows), registered_model="another")
+    assert describe_request(other).sha256 != first.sha256
+    rows.write_text('{"question": "1 + 1?", "answer": "two"}\n', encoding="utf-8")
+    assert describe_request(config(tmp_path, ability_path=str(rows))).sha256 != first.sha256
