@@ -41,6 +41,10 @@ class DataChange(Record):
     gone_files: tuple[str, ...] = ()
     new_rows: int = Field(0, description="Training rows that the champion has not seen.")
     unchanged: bool = Field(False, description="Same rows and settings as the champion's.")
+    new_rows_by_file: dict[str, int] = Field(
+        default_factory=dict, description="File: training rows first read there, not seen before."
+    )
+    examples: tuple[str, ...] = Field((), description="What a few of the new rows ask.")
 
 
 class LongRow(Record):

@@ -7,12 +7,14 @@ row: two different rows share a hash with a chance of one in 10**7 among a milli
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qwen3ft.data_records import DataChange, DatasetManifest
 from qwen3ft.result_records import Champion
+from qwen3ft.row_questions import QUESTIONS_FILE, NewRows, find_new_rows
 from qwen3ft.saved_adapter import KNOWN_ROWS_FILE, read_run_card
 
 Hashes = NDArray[np.uint64]
@@ -38,15 +40,20 @@ def find_known_rows(champion: Champion | None) -> str | None:
 
 
 def compare_data(dataset: DatasetManifest, champion: Champion | None) -> DataChange:
-    """What is new, changed and gone since `champion` was trained; nothing is known without one."""
+    """What is new, changed and gone since `champion` was trained; without one all rows are new."""
     known = find_known_rows(champion)
     if champion is None or champion.adapter_path is None or known is None:
-        return DataChange(new_rows=dataset.train.rows)
+        every = find_new_rows(Path(dataset.path) / QUESTIONS_FILE, np.empty(0, np.uint64))
+        return DataChange(new_rows=dataset.train.rows, **_told(dataset, every))
     before = read_run_card(Path(champion.adapter_path))["data"]
     old = {(source["role"], source["path"]): source["sha256"] for source in before["sources"]}
     now = {(source.role, source.path): source.sha256 for source in dataset.sources}
-    rows = read_known_rows(Path(dataset.path) / KNOWN_ROWS_FILE)
-    seen = np.isin(rows, read_known_rows(Path(known)), assume_unique=True)
+    rows, seen_before = (
+        read_known_rows(Path(dataset.path) / KNOWN_ROWS_FILE),
+        read_known_rows(Path(known)),
+    )
+    seen = np.isin(rows, seen_before, assume_unique=True)
+    new = find_new_rows(Path(dataset.path) / QUESTIONS_FILE, seen_before)
     return DataChange(
         since=f"{champion.registered_model} v{champion.version}",
         new_files=tuple(sorted(path for role, path in now.keys() - old.keys())),
@@ -56,4 +63,14 @@ def compare_data(dataset: DatasetManifest, champion: Champion | None) -> DataCha
         gone_files=tuple(sorted(path for role, path in old.keys() - now.keys())),
         new_rows=int((~seen).sum()),
         unchanged=before["digest"] == dataset.digest,
+        **_told(dataset, new),
     )
+
+
+def _told(dataset: DatasetManifest, new: NewRows) -> dict[str, Any]:
+    """New rows by file, and what a few of them ask."""
+    names = [source.path for source in dataset.sources]
+    return {
+        "new_rows_by_file": {names[number]: count for number, count in new.counts.items()},
+        "examples": new.examples,
+    }

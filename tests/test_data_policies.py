@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -187,3 +188,29 @@ def test_what_changed_since_the_champion_is_told_by_file_and_row(tmp_path: Path)
     assert after.gone_files == (f"{folder}/a.jsonl",)
     assert after.new_rows == 0
     assert compare_data(before, None).since is None
+
+
+def test_new_rows_are_told_by_file_with_what_a_few_of_them_ask(tmp_path: Path) -> None:
+    """A few rows more in one file and a new file: exactly those, and questions of both."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "champion").mkdir()
+    write_jsonl(tmp_path / "in" / "a.jsonl", synthetic(100))
+    before = prepare(tmp_path, str(tmp_path / "in"))
+    first = compare_data(before, None)
+    assert sum(first.new_rows_by_file.values()) == before.train.rows
+    shutil.copyfile(Path(before.path) / "known_rows.npy", tmp_path / "champion" / "known_rows.npy")
+    card = {"data": before.model_dump(mode="json", include={"digest", "sources"})}
+    (tmp_path / "champion" / "run_card.json").write_text(json.dumps(card))
+    champion = Champion(
+        registered_model="m", version="3", source_uri="", adapter_path=str(tmp_path / "champion")
+    )
+    write_jsonl(tmp_path / "in" / "a.jsonl", [*synthetic(100), *synthetic(40, 500)])
+    write_jsonl(tmp_path / "in" / "b.jsonl", synthetic(60, 900))
+    manifest = prepare(tmp_path, str(tmp_path / "in"))
+    after = compare_data(manifest, champion)
+    assert set(after.new_rows_by_file) == {f"{tmp_path}/in/{name}.jsonl" for name in "ab"}
+    assert sum(after.new_rows_by_file.values()) == after.new_rows > 60
+    numbers = [int(re.search(r"\d+", question)[0]) for question in after.examples]  # type: ignore[index]
+    assert len(numbers) == len(set(numbers)) == 5
+    assert {number // 400 for number in numbers} == {1, 2}
+    assert compare_data(prepare(tmp_path, str(tmp_path / "in")), champion) == after
