@@ -46,6 +46,11 @@ class Layout:
         return self.root / ".qwen3ft" / "prefect"
 
     @property
+    def prefect_pages(self) -> Path:
+        """The server's copy of its pages, one folder for each version of them."""
+        return self.prefect_home / "pages"
+
+    @property
     def mlflow_store(self) -> str:
         """MLflow's database as SQLAlchemy names it."""
         return f"sqlite:///{self.root / 'mlruns' / 'mlflow.db'}"
@@ -62,6 +67,15 @@ class Layout:
     def url(self, server: Service) -> str:
         """The address of a server's pages."""
         return f"http://127.0.0.1:{self.port(server)}"
+
+    def flow_run_url(self, flow_run_id: str) -> str:
+        """A run's page, in the version of Prefect's UI that `/` leads to as well."""
+        return f"{self.ui_url}/runs/flow-run/{flow_run_id}"
+
+    @property
+    def ui_url(self) -> str:
+        """What links to Prefect's pages begin with; Prefect's own would be to the old version."""
+        return f"{self.url('prefect')}/v2"
 
     def log(self, service: Service) -> Path:
         """The file with everything that `service` printed."""
@@ -103,6 +117,8 @@ def environment(layout: Layout, inherited: Mapping[str, str] = os.environ) -> di
     return kept | {
         "PREFECT_HOME": str(layout.prefect_home),
         "PREFECT_API_URL": f"{layout.url('prefect')}/api",
+        "PREFECT_UI_URL": layout.ui_url,
+        "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(layout.prefect_pages),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),

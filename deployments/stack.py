@@ -24,6 +24,7 @@ import psutil
 
 from deployments import services
 from deployments.orphans import end_orphans
+from deployments.pages import keep_local
 from deployments.processes import (
     MARK,
     SERVICE_MARK,
@@ -102,6 +103,7 @@ class Stack:
             down = [name for name in SERVICES if self._find(name, before) is None]
             self._start_servers([name for name in SERVERS if name in down], say)
             self._wait("prefect")
+            keep_local(self.layout().prefect_pages)
             self._start_worker(before)  # while MLflow, which it does not need yet, still starts
             for name in SERVICES:
                 self._wait(name)
@@ -266,6 +268,7 @@ class Stack:
                 f"{TOML_HEADER}"
                 f"home = {json.dumps(str(layout.prefect_home))}\n"
                 f"profiles_path = {json.dumps(str(layout.prefect_home / 'profiles.toml'))}\n"
+                f"ui_url = {json.dumps(layout.ui_url)}\n"
                 f"\n[api]\nurl = {json.dumps(layout.url('prefect') + '/api')}\n",
                 encoding="utf-8",
             )

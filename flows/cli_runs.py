@@ -31,7 +31,7 @@ def run(path: Path | None, settings: list[str], resume: str | None, *, as_json: 
     register(stack, say)
     say(f"$ prefect deployment run {DEPLOYMENT}")
     flow_run_id = start_run(stack, parameters)
-    say(f"{stack.layout().url('prefect')}/runs/flow-run/{flow_run_id}")
+    say(stack.layout().flow_run_url(flow_run_id))
     folder = _run_folder(stack, parameters, resume or flow_run_id)
     last = _follow(stack, flow_run_id, folder, as_json=as_json)
     if last.state_type != "COMPLETED":

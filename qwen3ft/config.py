@@ -29,11 +29,11 @@ class ColumnNames(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     messages: str | None = Field(None, description="A whole conversation: a list of messages.")
-    question: str | None = None
-    answer: str | None = None
-    reasoning: str | None = None
+    question: str | None = Field(None, description="What is asked.")
+    answer: str | None = Field(None, description="What the model is to say.")
+    reasoning: str | None = Field(None, description="What it is to think before it answers.")
     context: str | None = Field(None, description="Put before the question.")
-    system: str | None = None
+    system: str | None = Field(None, description="The system message.")
     history: str | None = Field(None, description="Earlier [question, answer] pairs.")
     tools: str | None = Field(None, description="Function schemas that are offered.")
     kind: str | None = Field(None, description="Group of questions that scores are reported by.")
