@@ -37,6 +37,7 @@ from qwen3ft.night import (
     Request,
     answers,
     claim_night,
+    date_of_run,
     describe_request,
     kept_before,
 )
@@ -98,7 +99,8 @@ def tonight(
     if not nightly or request is None:
         yield Night(run_id)
         return
-    date = night_date()
+    began = date_of_run(Path(config.runs_dir), continue_run) if continue_run else None
+    date = began or night_date()
     with claim_night(Path(config.runs_dir), date, request, run_id) as night:
         if night.again:
             logger.info("the night of %s was left undone by run %s", date, night.run_id)

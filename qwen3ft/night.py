@@ -195,6 +195,15 @@ def kept_before(runs_dir: Path, request: Request, champion: str | None) -> Night
     return None
 
 
+def date_of_run(runs_dir: Path, run_id: str) -> str | None:
+    """The night that a run was begun for; None if it was none's.
+
+    A run that is taken up after midnight still does the night that it crashed in.
+    """
+    records = (_read(path) for path in sorted(nights_folder(runs_dir).glob("*.json"), reverse=True))
+    return next((r.date for r in records if r is not None and r.run_id == run_id), None)
+
+
 def nights_folder(runs_dir: Path) -> Path:
     """Where the records of nights lie."""
     return runs_dir.expanduser().resolve() / ".nights"

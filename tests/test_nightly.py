@@ -8,10 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from flows.nightly import check_resumes, find_request, for_night, is_nightly, seen_before
+from flows.nightly import (
+    check_resumes,
+    find_request,
+    for_night,
+    is_nightly,
+    seen_before,
+    tonight,
+)
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import FinetuneError
-from qwen3ft.night import Request
+from qwen3ft.night import Request, claim_night, nights_folder
 
 REQUEST = Request(sha256="a" * 64, settings_sha256="b" * 64, files=1)
 
@@ -36,6 +43,20 @@ def test_a_night_skips_what_is_unchanged_and_other_runs_keep_their_setting(tmp_p
     assert not is_nightly(asked=False)
     assert for_night(asked, nightly=False) == asked
     assert for_night(asked, nightly=True).when_unchanged == "skip"
+
+
+def test_a_run_that_is_taken_up_after_midnight_does_the_night_that_it_crashed_in(
+    tmp_path: Path,
+) -> None:
+    """Else the night that it began would stay undone, and the next one count as done."""
+    asked, date = config(tmp_path), "2026-11-20"
+    with pytest.raises(ZeroDivisionError), claim_night(tmp_path / "runs", date, REQUEST, "r1"):
+        raise ZeroDivisionError
+    with tonight(asked, REQUEST, True, "r1") as night:
+        assert (night.run_id, night.again, night.taken) == ("r1", True, None)
+        night.settle("kept")
+    [record] = nights_folder(tmp_path / "runs").glob("*.json")
+    assert record.name.startswith(date)
 
 
 def test_data_that_cannot_be_read_is_for_the_stages_to_report(tmp_path: Path) -> None:
