@@ -73,7 +73,9 @@ class NightRecord(Record):
     state: Literal["running", "done", "failed"] = Field(
         description="'running' with a free lock: the process was killed."
     )
-    decision: str = Field("", description="promoted, kept or nothing new, once done.")
+    decision: str = Field(
+        "", description="promoted, kept or nothing new, once done; deferred, if it came so far."
+    )
     champion: str | None = Field(None, description="Version that a candidate was compared with.")
     updated: datetime = Field(default_factory=lambda: datetime.now(UTC))
 
@@ -95,9 +97,13 @@ class Night:
         self.champion: str | None = None
 
     def settle(self, decision: str, champion: str | None = None) -> None:
-        """Count the night as done unless it was deferred; else it may be taken up again."""
-        if decision != DEFERRED:
-            self.decision, self.champion = decision, champion
+        """Say how it ended; unless it was deferred, it counts as done."""
+        self.decision, self.champion = decision, champion
+
+    @property
+    def is_done(self) -> bool:
+        """Whether another start has nothing left to do."""
+        return self.decision not in (None, DEFERRED)
 
 
 def describe_request(config: TrainingConfig) -> Request:
@@ -156,7 +162,8 @@ def same_settings(tags: Mapping[str, str], request: Request | None) -> bool:
 def claim_night(runs_dir: Path, date: str, request: Request, run_id: str) -> Iterator[Night]:
     """The night of `date` for this process, unless it is done or another process is at it.
 
-    A night whose run failed or was killed is taken up, with the id of that run.
+    A night whose run failed or was killed is taken up, with the id of that run; so is an earlier
+    night that asked for the same and was deferred: it is trained, and lacks nothing but a verdict.
 
     Args:
         runs_dir: Where the record is kept, below `.nights`.
@@ -164,7 +171,7 @@ def claim_night(runs_dir: Path, date: str, request: Request, run_id: str) -> Ite
         request: What is asked for.
         run_id: The run that shall do it if none has begun.
     """
-    path = nights_folder(runs_dir) / f"{date}-{request.sha256[:12]}.json"
+    path = _record_path(nights_folder(runs_dir), date, request)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with held(path.with_suffix(".lock")) as mine:
         earlier = _read(path)
@@ -173,9 +180,13 @@ def claim_night(runs_dir: Path, date: str, request: Request, run_id: str) -> Ite
         elif earlier is not None and earlier.state == "done":
             yield Night(earlier.run_id, f"already done by run {earlier.run_id}")
         else:
-            night = Night(earlier.run_id if earlier else run_id, again=earlier is not None)
+            deferred = _deferred(path.parent, request)
+            undone = earlier or next(iter(deferred), None)
+            night = Night(undone.run_id if undone else run_id, again=undone is not None)
             with _recorded(path, date, request, night):
                 yield night
+            for record in deferred if night.is_done else ():
+                _write(_record_path(path.parent, record.date, request), record, night)
 
 
 def kept_before(runs_dir: Path, request: Request, champion: str | None) -> NightRecord | None:
@@ -218,17 +229,29 @@ def _recorded(path: Path, date: str, request: Request, night: Night) -> Iterator
     try:
         yield
     finally:
-        write_record(
-            path,
-            record.model_copy(
-                update={
-                    "state": "failed" if night.decision is None else "done",
-                    "decision": night.decision or "",
-                    "champion": night.champion,
-                    "updated": datetime.now(UTC),
-                }
-            ),
-        )
+        _write(path, record, night)
+
+
+def _write(path: Path, record: NightRecord, night: Night) -> None:
+    """The record with what came of the night."""
+    came_of_it = {
+        "state": "done" if night.is_done else "failed",
+        "decision": night.decision or "",
+        "champion": night.champion,
+        "updated": datetime.now(UTC),
+    }
+    write_record(path, record.model_copy(update=came_of_it))
+
+
+def _record_path(folder: Path, date: str, request: Request) -> Path:
+    return folder / f"{date}-{request.sha256[:12]}.json"
+
+
+def _deferred(folder: Path, request: Request) -> list[NightRecord]:
+    """The nights that asked for the same and were deferred, the newest first."""
+    paths = sorted(folder.glob(f"*-{request.sha256[:12]}.json"), reverse=True)
+    records = filter(None, map(_read, paths))
+    return [record for record in records if record.decision == DEFERRED]
 
 
 def _at_it(record: NightRecord | None) -> str:

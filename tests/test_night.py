@@ -17,6 +17,7 @@ import pytest
 from qwen3ft.attempt import RunDir
 from qwen3ft.config import TrainingConfig
 from qwen3ft.night import (
+    DEFERRED,
     REQUEST_TAG,
     SETTINGS_TAG,
     SETTINGS_THAT_DO_NOT_DECIDE,
@@ -137,6 +138,33 @@ def test_a_failed_night_is_taken_up_by_the_next_start(tmp_path: Path) -> None:
         raise ValueError
     with claim_night(tmp_path, DATE, REQUEST, "two") as night:
         assert (night.run_id, night.taken, night.again) == ("one", None, True)
+
+
+def test_a_deferred_night_is_taken_up_by_the_next_one_that_asks_for_the_same(
+    tmp_path: Path,
+) -> None:
+    """Its adapter is trained; once it has its verdict, no later night goes back to it."""
+    with claim_night(tmp_path, DATE, REQUEST, "one") as night:
+        night.settle(DEFERRED)
+    with claim_night(tmp_path, "2026-11-27", OTHER, "two") as night:
+        assert (night.run_id, night.again) == ("two", False)
+    with claim_night(tmp_path, "2026-11-27", REQUEST, "three") as night:
+        assert (night.run_id, night.taken, night.again) == ("one", None, True)
+        night.settle(DEFERRED)
+    with claim_night(tmp_path, "2026-11-28", REQUEST, "four") as night:
+        assert (night.run_id, night.again) == ("one", True)
+        night.settle("promoted", "7")
+    for date in (DATE, "2026-11-28"):
+        with claim_night(tmp_path, date, REQUEST, "five") as night:
+            assert night.taken == "already done by run one"
+
+
+def test_a_failed_night_is_no_matter_of_later_nights(tmp_path: Path) -> None:
+    """What it failed of may be in its folder; another night starts afresh."""
+    with pytest.raises(ValueError), claim_night(tmp_path, DATE, REQUEST, "one"):
+        raise ValueError
+    with claim_night(tmp_path, "2026-11-27", REQUEST, "two") as night:
+        assert (night.run_id, night.again) == ("two", False)
 
 
 def test_a_night_whose_process_was_killed_is_taken_up(tmp_path: Path) -> None:
