@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import UTC, datetime
@@ -11,40 +10,29 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prefect.artifacts import (
-    create_link_artifact,
-    create_markdown_artifact,
-    create_table_artifact,
-)
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
 from flows.notify import Event, Notice
+from flows.story import Story, page
 from qwen3ft import logs
 from qwen3ft.attempt import RunDir, write_record
-from qwen3ft.card import data_markdown, to_markdown
 from qwen3ft.config import TrainingConfig
 from qwen3ft.cursor import read_state
-from qwen3ft.data_records import DataChange, DatasetManifest
+from qwen3ft.data_records import DataChange
 from qwen3ft.errors import EnvironmentNotReadyError, FinetuneError, TransientError
-from qwen3ft.figures import write_png
 from qwen3ft.gpu_lock import CPU, hold_card
 from qwen3ft.journal import Journal, RunStatus
 from qwen3ft.mirror import Mirror, replay_unsent
 from qwen3ft.night import Night, Request, read_request, same_settings, write_request
-from qwen3ft.plan_table import run_table
-from qwen3ft.plan_view import plan_figure, plan_markdown
 from qwen3ft.process_lock import held
-from qwen3ft.records import NOTHING_NEW, AttemptSummary, EnvironmentReport, TrainPlan
+from qwen3ft.records import NOTHING_NEW, EnvironmentReport, TrainPlan
 from qwen3ft.result_records import Champion, RunCard
 from qwen3ft.tracking_uri import default_tracking_uri, run_url
 from tasks.policies import hide_known_tracebacks
 
 logger = logs.get_logger("flow")
-
-MOST_DESCRIPTION_CHARACTERS = 5000
-"""Of the card at the top of the run's page in MLflow, which refuses longer tags."""
 
 LOOK_SECONDS = 2.0
 """How long one who only looks whether a run is in progress may keep its lock."""
@@ -59,26 +47,6 @@ def run_name() -> str:
     values = config if isinstance(config, dict) else config.model_dump()
     model = str(values.get("model_name", TrainingConfig().model_name)).rstrip("/")
     return f"{model.rpartition('/')[2]} {datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
-
-
-def page() -> str | None:
-    """This run's page; None without a server that has pages (Prefect then says 'None/flow-...')."""
-    url = flow_run.ui_url or ""
-    return url if url.startswith("http") else None
-
-
-class StageClock:
-    """Seconds spent in each stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Measure the body as `stage`."""
-        started = time.monotonic()
-        yield
-        self.seconds[stage] = time.monotonic() - started
 
 
 @contextmanager
@@ -127,7 +95,6 @@ def tracked(run: RunDir, config: TrainingConfig) -> Iterator[None]:
         yield
         status = "FINISHED"
     except FinetuneError as error:
-        journal.tags({"failure": type(error).__name__})
         journal.text("failure.txt", str(error))
         raise
     finally:
@@ -160,28 +127,6 @@ def unless_unreachable(task: Any, otherwise: Any, *arguments: Any) -> Any:
     return state.result()
 
 
-def show_data(run: RunDir, dataset: DatasetManifest, change: DataChange) -> None:
-    """What is trained on and what is new in it: on the run's page, and in MLflow."""
-    markdown = data_markdown(dataset, change)
-    create_markdown_artifact(key="data", markdown=markdown, description="What is trained on")
-    journal = Journal(run)
-    journal.dataset(dataset)
-    journal.text("data.md", markdown)
-
-
-def show_plan(
-    run: RunDir, config: TrainingConfig, environment: EnvironmentReport, plan: TrainPlan
-) -> None:
-    """What will be done, why, and what memory it is predicted to take: on both pages of the run."""
-    table = run_table(config, environment, plan)
-    markdown = plan_markdown(table)
-    create_markdown_artifact(key="plan", markdown=markdown, description=table.headline)
-    journal = Journal(run)
-    journal.text("plan.md", markdown)
-    journal.text("plan.json", table.model_dump_json(indent=2))
-    journal.artifacts(write_png(plan_figure(table), run.path / "plan.png"), "")
-
-
 def warn_of_limits(config: TrainingConfig, plan: TrainPlan) -> None:
     """Say in the run's log where the machine is less than what was asked for."""
     if plan.max_memory_gb < config.max_memory_gb:
@@ -203,48 +148,18 @@ def nothing_new(
         return False
     if config.new_data == "mix":
         return change.new_rows == 0
+    if champion.tags.get("run") == run.path.name:  # killed after its promotion, and taken up
+        return False
     again = change.unchanged and same_settings(champion.tags, read_request(run))
     return again and config.when_unchanged == "skip"
 
 
-def end_without_training(run: RunDir, since: str | None, night: Night) -> State[Any]:
+def end_without_training(story: Story, since: str | None, night: Night) -> State[Any]:
     """The end of a run that has nothing to do."""
-    message = f"nothing new since {since}"
+    story.facts.nothing_since = since or "the last run"
+    card = story.publish()
     night.settle("nothing new")
-    Journal(run).tags({"verdict": message})
-    return Completed(name=NOTHING_NEW, message=message)
-
-
-def show_attempts(history: list[AttemptSummary]) -> None:
-    """The table of attempts on the flow run's page."""
-    create_table_artifact(
-        key="attempts",
-        table=[attempt.model_dump(mode="json") for attempt in history],
-        description="Every training attempt, what ended it, and with which settings",
-    )
-
-
-def publish(run: RunDir, card: RunCard) -> None:
-    """The result card: on disk, on the flow run's page and in MLflow, with links both ways."""
-    url = run_url(default_tracking_uri(), read_state(run))
-    card = card.model_copy(update={"prefect_url": page(), "mlflow_url": url})
-    markdown = to_markdown(card)
-    write_record(run.path / "card.json", card)
-    (run.path / "card.md").write_text(markdown, encoding="utf-8")
-    journal = Journal(run)
-    journal.text("card.md", markdown)
-    journal.metrics(
-        {
-            "held_out_loss/before": card.held_out_loss_before,
-            "held_out_loss/after": card.held_out_loss_after,
-            "memory/peak_gb": card.peak_memory_gb,
-        }
-    )
-    shown = {"mlflow.note.content": markdown[:MOST_DESCRIPTION_CHARACTERS]}
-    journal.tags({"verdict": card.verdict, "attempts": len(card.attempts), **shown})
-    create_markdown_artifact(key="result-card", markdown=markdown, description=card.title)
-    if url:
-        create_link_artifact(key="mlflow-run", link=url, link_text="This run in MLflow")
+    return Completed(name=NOTHING_NEW, message=card.verdict)
 
 
 def notice_of(config: TrainingConfig, run: RunDir, decision: Event, card: RunCard) -> Notice:

@@ -21,7 +21,7 @@ from rich.text import Text
 
 from qwen3ft.records import GIB, EnvironmentReport
 from qwen3ft.result_records import RunCard
-from qwen3ft.score_text import METRIC_NAMES, interval_text
+from qwen3ft.score_text import METRIC_NAMES, format_seconds, interval_text
 
 if TYPE_CHECKING:
     from deployments.stack import StackStatus
@@ -129,11 +129,11 @@ class RunView:
 
 
 def show_card(console: Console, card: RunCard) -> None:
-    """The result of a run on one screen."""
+    """The result of a run on one screen; what the run did not get to is left out."""
     stages = "  ".join(f"{name} {format_seconds(s)}" for name, s in card.seconds_by_stage.items())
     rows = {
         "trained on": card.trained_on,
-        "exact match": f"{card.base_score:.1%} -> {card.tuned_score:.1%} (base -> tuned)",
+        "exact match": _from_to(card.base_score, card.tuned_score, ".1%", " (base -> tuned)"),
         **{
             f"  {split}": f"{base:.1%} -> {tuned:.1%} of {count}"
             for split, (base, tuned, count) in card.scores_by_split.items()
@@ -143,9 +143,9 @@ def show_card(console: Console, card: RunCard) -> None:
             for c in card.comparisons
             if c.metric == card.main_metric
         },
-        **({"forgetting": card.forgetting} if card.forgetting else {}),
-        "held-out loss": f"{card.held_out_loss_before:.3f} -> {card.held_out_loss_after:.3f}",
-        "peak memory": f"{card.peak_memory_gb:.2f} GB of {card.budget_gb:g} GB",
+        "forgetting": card.forgetting,
+        "held-out loss": _from_to(card.held_out_loss_before, card.held_out_loss_after, ".3f"),
+        "peak memory": _peak_of_budget(card),
         **(
             {"speed": f"{card.tokens_per_second:,.0f} tokens/s, kernels {card.kernels}"}
             if card.tokens_per_second is not None
@@ -153,13 +153,25 @@ def show_card(console: Console, card: RunCard) -> None:
         ),
         "time": f"{format_seconds(sum(card.seconds_by_stage.values()))}: {stages}",
         "attempts": ", ".join(f"{a.attempt} {a.outcome}" for a in card.attempts) or "none needed",
-        "adapter": card.adapter_path,
+        "adapter": card.adapter_path or "",
         "verdict": card.verdict,
         **{"note" if n == 0 else f"note {n + 1}": note for n, note in enumerate(card.notes)},
         "Prefect": card.prefect_url or "recorded without a server: no page",
         "MLflow": card.mlflow_url or "recorded without a server: no page",
     }
-    show_sections(console, card.title, {"": rows})
+    show_sections(console, card.title, {"": {name: told for name, told in rows.items() if told}})
+
+
+def _from_to(before: float | None, after: float | None, digits: str, what: str = "") -> str:
+    if before is None or after is None:
+        return ""
+    return f"{before:{digits}} -> {after:{digits}}{what}"
+
+
+def _peak_of_budget(card: RunCard) -> str:
+    if card.peak_memory_gb is None or card.budget_gb is None:
+        return ""
+    return f"{card.peak_memory_gb:.2f} GB of {card.budget_gb:g} GB"
 
 
 def show_status(console: Console, status: StackStatus) -> None:
@@ -208,17 +220,6 @@ def show_error(console: Console, error: FinetuneError) -> None:
     ):
         if text:
             console.print(Text(f"{label}:  ".ljust(7)) + Text(text, style=style), soft_wrap=True)
-
-
-def format_seconds(seconds: float) -> str:
-    """`0.4 s`, `31 s`, `12 min 5 s`, `3 h 20 min`."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes == 0:
-        return f"{rest} s"
-    hours, minutes_left = divmod(minutes, 60)
-    return f"{hours} h {minutes_left} min" if hours else f"{minutes} min {rest} s"
 
 
 def show_sections(console: Console, title: str, sections: Mapping[str, Mapping[str, str]]) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 from prefect import flow
@@ -21,17 +20,12 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
 from flows.around import (
-    StageClock,
     card_held,
     end_without_training,
     nothing_new,
     notice_of,
     open_run,
-    publish,
     run_name,
-    show_attempts,
-    show_data,
-    show_plan,
     tracked,
     unless_unreachable,
     warn_of_limits,
@@ -46,11 +40,12 @@ from flows.nightly import (
     tonight,
 )
 from flows.notify import tell, tell_failure
+from flows.story import Story, told
 from qwen3ft import checkpoint, logs
 from qwen3ft.ability import ability_rows
 from qwen3ft.adjust import GiveUp
 from qwen3ft.attempt import RunDir
-from qwen3ft.card import build_card
+from qwen3ft.attempt_story import summarise
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import FinetuneError
 from qwen3ft.failures import to_error, to_failure
@@ -60,7 +55,6 @@ from qwen3ft.records import (
     AttemptOutcome,
     AttemptSummary,
     EnvironmentReport,
-    Failure,
     TrainPlan,
 )
 from qwen3ft.shared_card import fit_to_card
@@ -109,50 +103,55 @@ def qwen3_finetune(
     with tonight(config, request, nightly, continue_run) as night:
         if night.taken is not None:
             return end_as_taken(night)
-        with open_run(config, night.run_id, request) as run, tracked(run, config):
+        with (
+            open_run(config, night.run_id, request) as run,
+            tracked(run, config),
+            told(run, config) as story,
+        ):
             if (since := seen_before(config, request)) is not None:
-                return end_without_training(run, since, night)
-            return fine_tune(config, run, night)
+                return end_without_training(story, since, night)
+            return fine_tune(config, run, story, night)
 
 
-def fine_tune(config: TrainingConfig, run: RunDir, night: Night) -> State[Any]:
+def fine_tune(config: TrainingConfig, run: RunDir, story: Story, night: Night) -> State[Any]:
     """All stages of a run that has something to do."""
-    clock = StageClock()
-    with clock("environment"):
+    facts = story.facts
+    with story.stage("environment"):
         environment = check_environment()
         ability_rows(config)  # an unusable set is told now, not after training
     with card_held(config, environment, run):
-        with clock("model"):
+        with story.stage("model"):
             model = prepare_model(config, environment, run)
-        with clock("lora"):
+        with story.stage("lora"):
             adapter = configure_lora(config, model)
-        with clock("data"):
-            champion = unless_unreachable(find_champion, None, config)
-            dataset = prepare_data(config, model, run, find_known_rows(champion))
-            change = compare_data(dataset, champion)
-            show_data(run, dataset, change)
-        if nothing_new(config, change, champion, run):
-            return end_without_training(run, change.since, night)
-        with clock("plan"):
+        with story.stage("data"):
+            facts.champion = unless_unreachable(find_champion, None, config)
+            dataset = prepare_data(config, model, run, find_known_rows(facts.champion))
+            change = compare_data(dataset, facts.champion)
+            story.show_data(dataset, change)
+        if nothing_new(config, change, facts.champion, run):
+            return end_without_training(story, change.since, night)
+        with story.stage("plan"):
             first = plan_training(config, environment, model, adapter, dataset)
             warn_of_limits(config, first)
-            show_plan(run, config, environment, first)
-        with clock("preflight"):
+            story.show_plan(environment, first)
+        with story.stage("preflight"):
             planned, first = first, run_preflight(config, environment, first, run)
             if first != planned:
-                show_plan(run, config, environment, first)
-        with clock("train"):
-            plan, outcome, attempts = train_with_recovery(config, environment, first, run)
-        with clock("save"):
-            saved = save(config, plan, outcome)
-            saved = unless_unreachable(register, saved, config, saved, str(run.path))
-            champion = champion or unless_unreachable(find_champion, None, config)
-        with clock("inference"):
-            report = compare_answers(config, plan, saved, champion)
-    with clock("promote"):
-        verdict = promote(config, saved, report, champion, str(run.path))
-    card = build_card(config, plan, outcome, saved, report, verdict, attempts, clock.seconds)
-    publish(run, card)
+                story.show_plan(environment, first)
+        with story.stage("train"):
+            plan, outcome = train_with_recovery(config, environment, first, story)
+            facts.plan, facts.trained = plan, outcome
+        with story.stage("save"):
+            saved = facts.saved = save(config, plan, outcome)
+            saved = facts.saved = unless_unreachable(register, saved, config, saved, str(run.path))
+            champion = facts.champion or unless_unreachable(find_champion, None, config)
+            facts.champion = champion
+        with story.stage("inference"):
+            report = facts.report = compare_answers(config, plan, saved, champion)
+    with story.stage("promote"):
+        verdict = facts.verdict = promote(config, saved, report, champion, str(run.path))
+    card = story.publish()
     night.settle(verdict.decision, champion.version if champion else None)
     tell(config, notice_of(config, run, verdict.decision, card))
     return Completed(
@@ -162,16 +161,17 @@ def fine_tune(config: TrainingConfig, run: RunDir, night: Night) -> State[Any]:
 
 
 def train_with_recovery(
-    config: TrainingConfig, environment: EnvironmentReport, first: TrainPlan, run: RunDir
-) -> tuple[TrainPlan, AttemptOutcome, list[AttemptSummary]]:
+    config: TrainingConfig, environment: EnvironmentReport, first: TrainPlan, story: Story
+) -> tuple[TrainPlan, AttemptOutcome]:
     """Attempt, adjust, attempt again, until one completes or `adjust` gives up.
 
     Raises:
         FinetuneError: the last failure's class, saying what was tried.
     """
+    run = story.run
     if (outcome := finished_attempt(run, first)) is not None:
         logger.info("training was finished by attempt %d of this run", outcome.attempt)
-        return _given(first, run, outcome.attempt), outcome, []
+        return _given(first, run, outcome.attempt), outcome
     plan = _given(first, run, len(run.attempts()) + 1)
     history: list[AttemptSummary] = []
     while True:
@@ -182,10 +182,10 @@ def train_with_recovery(
         if not isinstance(result, (AttemptOutcome, FinetuneError)):
             raise result  # cancelled, or a defect of ours: not an attempt's failure
         failure = to_failure(result) if isinstance(result, FinetuneError) else None
-        history.append(_summary(plan, failure, time.monotonic() - started))
-        show_attempts(history)
+        history.append(summarise(plan, failure, time.monotonic() - started))
+        story.show_attempts()
         if isinstance(result, AttemptOutcome):
-            return plan, result, history
+            return plan, result
         assert failure is not None
         decision = adjust_parameters(config, plan, failure, history)
         if isinstance(decision, GiveUp):
@@ -205,21 +205,6 @@ def _given(plan: TrainPlan, run: RunDir, attempt: int) -> TrainPlan:
     newest = checkpoint.newest_verified(folders, checkpoint.lineage(plan))
     resume_from = str(newest.path) if newest else None
     return plan.for_run(run.path.name, str(run.path), attempt=attempt, resume_from=resume_from)
-
-
-def _summary(plan: TrainPlan, failure: Failure | None, seconds: float) -> AttemptSummary:
-    resumed = Path(plan.resume_from).name.removeprefix("step-") if plan.resume_from else None
-    return AttemptSummary(
-        attempt=plan.attempt,
-        outcome=failure.kind if failure else "completed",
-        detail=failure.what if failure else "best checkpoint kept",
-        micro_batch_size=plan.micro_batch_size,
-        gradient_accumulation_steps=plan.gradient_accumulation_steps,
-        gradient_checkpointing=plan.gradient_checkpointing,
-        learning_rate=plan.learning_rate,
-        resumed_from_step=int(resumed) if resumed else None,
-        seconds=seconds,
-    )
 
 
 # --- without a server ---

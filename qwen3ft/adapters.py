@@ -69,7 +69,8 @@ def _saved_by_run(config: TrainingConfig, run: str) -> Path | None:
     places = [Path(parent) / run for parent in (config.output_dir, *config.fallback_output_dirs)]
     card = Path(config.runs_dir) / run / "card.json"
     if card.is_file():
-        places.append(Path(json.loads(card.read_text(encoding="utf-8"))["adapter_path"]))
+        saved = json.loads(card.read_text(encoding="utf-8")).get("adapter_path")
+        places += [Path(saved)] if saved else []  # a run that failed may have saved none
     return next((place for place in places if (place / RUN_CARD_FILE).is_file()), None)
 
 

@@ -1,68 +1,209 @@
-"""The cards of a run, one screen each: its data and its result. Pure functions of records."""
+"""The card of a run: its story as one record. A pure function of what is known of the run.
+
+A run that was kept, that failed, or that had nothing to do has a card too: it is made of whatever
+the run got to. How it is shown is in `card_markdown` and `card_html`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from qwen3ft.config import EMBEDDED_MODEL_NAME, TrainingConfig
 from qwen3ft.data_records import DataChange, DatasetManifest
+from qwen3ft.data_story import data_story
+from qwen3ft.errors import FinetuneError
+from qwen3ft.intervals import wilson_interval
+from qwen3ft.plan_table import PlanTable
+from qwen3ft.quality import exact_match, split_thinking
 from qwen3ft.records import AttemptOutcome, AttemptSummary, SavedAdapter, TrainPlan
-from qwen3ft.result_records import InferenceReport, ModelScore, RunCard, Verdict
-from qwen3ft.score_text import METRIC_NAMES, interval_text, show_score
+from qwen3ft.result_records import (
+    Champion,
+    InferenceReport,
+    ModelLabel,
+    ModelScore,
+    RunCard,
+    SideBySide,
+    Verdict,
+)
+from qwen3ft.shown_text import ANSWER_CHARACTERS, QUESTION_CHARACTERS, shown
+from qwen3ft.story_records import (
+    AnswersBeside,
+    FailureStory,
+    LossCurve,
+    MemoryCurve,
+    ModelAnswer,
+    Outcome,
+    PlanStory,
+    Step,
+)
+from qwen3ft.versions import registered_model_name
 
 EMBEDDED_NOTE = (
     "The embedded model is for demonstration: 0.8 M weights, pretrained on questions about "
     "invented products. Fine-tuning adds facts and one date format, not language understanding."
 )
 NOVEL_NOTE = "'novel' is wording that no training ever showed."
+MODELS: tuple[ModelLabel, ...] = ("base", "champion", "candidate")
+FAILURE_CHARACTERS = 3000
 
 
-def build_card(
-    config: TrainingConfig,
-    plan: TrainPlan,
-    outcome: AttemptOutcome,
-    saved: SavedAdapter,
-    report: InferenceReport,
-    verdict: Verdict,
-    attempts: Sequence[AttemptSummary],
-    seconds_by_stage: Mapping[str, float],
-) -> RunCard:
-    """What the records of a run amount to."""
-    base, tuned = report.score("base"), report.score("candidate")
-    assert base is not None
-    assert tuned is not None
-    data = plan.dataset
-    notes = [EMBEDDED_NOTE] if config.model_name == EMBEDDED_MODEL_NAME else []
-    notes += [NOVEL_NOTE] if "novel" in tuned.by_split else []
-    notes += [f"Degraded: {reason}." for reason in saved.degraded]
+@dataclass
+class RunFacts:
+    """What is known of a run; its stages add to it as they end."""
+
+    config: TrainingConfig
+    run_id: str
+    champion: Champion | None = None
+    """In use before the run."""
+    dataset: DatasetManifest | None = None
+    change: DataChange = field(default_factory=DataChange)
+    table: PlanTable | None = None
+    plan: TrainPlan | None = None
+    trained: AttemptOutcome | None = None
+    saved: SavedAdapter | None = None
+    report: InferenceReport | None = None
+    verdict: Verdict | None = None
+    nothing_since: str | None = None
+    """Since when there is nothing new, where that ended the run."""
+    error: BaseException | None = None
+    attempts: Sequence[AttemptSummary] = ()
+    loss: Sequence[LossCurve] = ()
+    memory: Sequence[MemoryCurve] = ()
+    seconds_by_stage: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def registered_model(self) -> str:
+        """The registry's name for this run's adapters."""
+        return self.config.registered_model or registered_model_name(self.config.model_name)
+
+
+def build_card(facts: RunFacts) -> RunCard:
+    """What the run's records amount to."""
+    outcome, sentence = _ending(facts)
+    trained, saved, plan = facts.trained, facts.saved, facts.plan
     return RunCard(
-        title=f"{config.model_name}: {verdict.decision}",
-        trained_on=f"{data.train.rows:,} rows ({data.train.tokens:,} tokens), "
-        f"{data.dev.rows:,} held out for stopping, {data.test_rows:,} for the test",
-        base_score=base.exact_match,
-        tuned_score=tuned.exact_match,
-        scores_by_split={
+        title=f"{facts.config.model_name}: {outcome}",
+        outcome=outcome,
+        verdict=sentence,
+        reasons=facts.verdict.reasons if facts.verdict else (),
+        run_id=facts.run_id,
+        model=facts.config.model_name,
+        data=data_story(facts.dataset, facts.change) if facts.dataset else None,
+        plan=_plan_story(facts.table) if facts.table else None,
+        attempts=tuple(facts.attempts),
+        loss=tuple(facts.loss),
+        memory=tuple(facts.memory),
+        trained_on=_trained_on(facts.dataset) if facts.dataset else "",
+        confidence=facts.config.gate_confidence,
+        champion_version=facts.champion.version if facts.champion else None,
+        version=saved.version if saved else None,
+        held_out_loss_before=_finite(trained.first_held_out_loss) if trained else None,
+        held_out_loss_after=_finite(trained.best_held_out_loss) if trained else None,
+        peak_memory_gb=trained.peak_memory_gb if trained else _highest_gb(facts.memory),
+        budget_gb=plan.max_memory_gb if plan else None,
+        tokens_per_second=_finite(trained.tokens_per_second) if trained else None,
+        kernels=f"{plan.kernels}: {plan.reasons.get('kernels', '')}".rstrip(": ") if plan else "",
+        seconds_by_stage=dict(facts.seconds_by_stage),
+        failure=_failure(facts.error) if facts.error else None,
+        degraded=saved.degraded if saved else plan.degraded if plan else (),
+        adapter_path=saved.path if saved else None,
+        roll_back=_roll_back(facts),
+        next_steps=tuple(_next_steps(facts)),
+        notes=tuple(_notes(facts)),
+    ).model_copy(update=_scores(facts))
+
+
+def _ending(facts: RunFacts) -> tuple[Outcome, str]:
+    """What the run came to, and the sentence that says why."""
+    if facts.verdict is not None:
+        return facts.verdict.decision, facts.verdict.sentence
+    if facts.nothing_since is not None:
+        return "nothing new", f"nothing new since {facts.nothing_since}"
+    failure = _failure(facts.error)
+    return "failed", f"failed: {failure.what.splitlines()[0]}"
+
+
+def _failure(error: BaseException | None) -> FailureStory:
+    if isinstance(error, FinetuneError):
+        what = shown(error.what, FAILURE_CHARACTERS)
+        return FailureStory(kind=type(error).__name__, what=what or "?", why=shown(error.why, 1000))
+    kind = type(error).__name__ if error else "unknown"
+    return FailureStory(kind=kind, what=shown(str(error or ""), FAILURE_CHARACTERS) or kind)
+
+
+def _plan_story(table: PlanTable) -> PlanStory:
+    return PlanStory(
+        title=table.title,
+        headline=table.headline,
+        settings=table.settings,
+        predicted_gb=table.peak_gb,
+        budget_gb=table.budget_gb,
+    )
+
+
+def _trained_on(data: DatasetManifest) -> str:
+    return (
+        f"{data.train.rows:,} rows ({data.train.tokens:,} tokens), "
+        f"{data.dev.rows:,} held out for stopping, {data.test_rows:,} for the test"
+    )
+
+
+# --- scores and answers ---
+
+
+def _scores(facts: RunFacts) -> dict[str, object]:
+    """The fields of the card that an inference report fills."""
+    report = facts.report
+    base, tuned = (report.score(label) if report else None for label in ("base", "candidate"))
+    if report is None or base is None or tuned is None:
+        return {}
+    return {
+        "base_score": base.exact_match,
+        "tuned_score": tuned.exact_match,
+        "scores_by_split": {
             split: (base.by_split[split].exact_match, score.exact_match, score.rows)
             for split, score in tuned.by_split.items()
             if split in base.by_split
         },
-        scores=report.scores,
-        main_metric=report.main_metric,
-        comparisons=report.comparisons,
-        forgetting=_forgetting(base, tuned, config.max_ability_loss_rise),
-        held_out_loss_before=outcome.first_held_out_loss,
-        held_out_loss_after=outcome.best_held_out_loss,
-        peak_memory_gb=outcome.peak_memory_gb,
-        budget_gb=plan.max_memory_gb,
-        tokens_per_second=outcome.tokens_per_second,
-        kernels=f"{plan.kernels}: {plan.reasons.get('kernels', '')}".rstrip(": "),
-        seconds_by_stage=dict(seconds_by_stage),
-        attempts=tuple(attempts),
-        verdict=verdict.sentence,
-        reasons=verdict.reasons,
-        adapter_path=saved.path,
-        notes=tuple(notes),
+        "scores": report.scores,
+        "exact_match_intervals": {
+            score.label: wilson_interval(
+                score.exact_match, score.rows, facts.config.gate_confidence
+            )
+            for score in report.scores
+        },
+        "main_metric": report.main_metric,
+        "comparisons": tuple(
+            one for one in report.comparisons if all(map(math.isfinite, (one.low, one.high)))
+        ),
+        "forgetting": _forgetting(base, tuned, facts.config.max_ability_loss_rise),
+        "answers": tuple(beside(pair) for pair in report.samples),
+    }
+
+
+def beside(pair: SideBySide) -> AnswersBeside:
+    """A question with its answers as they may be shown; of thinking, only that it never ended."""
+    given = {"base": pair.base, "champion": pair.champion, "candidate": pair.candidate}
+    return AnswersBeside(
+        question=shown(pair.question, QUESTION_CHARACTERS),
+        reference=shown(pair.reference, ANSWER_CHARACTERS),
+        split=pair.split,
+        answers=tuple(
+            ModelAnswer(model=label, text=_answer(text), right=exact_match(text, pair.reference))
+            for label in MODELS
+            if (text := given[label]) is not None
+        ),
     )
+
+
+def _answer(text: str) -> str:
+    thinking, answer = split_thinking(text)
+    if answer:
+        return shown(answer, ANSWER_CHARACTERS)
+    return "(no answer: its thinking did not end)" if thinking else "(no answer)"
 
 
 def _forgetting(base: ModelScore, tuned: ModelScore, limit: float) -> str:
@@ -74,122 +215,68 @@ def _forgetting(base: ModelScore, tuned: ModelScore, limit: float) -> str:
     return f"loss on the ability set {before:.3f} -> {after:.3f} ({rise})"
 
 
-def to_markdown(card: RunCard) -> str:
-    """The card for Prefect's artifact page and for card.md."""
-    lines = [
-        f"# {card.title}",
-        "",
-        f"**{card.verdict}**",
-        "",
-        *(f"- {reason}" for reason in card.reasons if len(card.reasons) > 1),
-        *([""] if len(card.reasons) > 1 else []),
-        "| | |",
-        "|---|---|",
-        f"| trained on | {card.trained_on} |",
-        f"| exact match | {card.base_score:.1%} → **{card.tuned_score:.1%}** |",
-        *([f"| forgetting | {card.forgetting} |"] if card.forgetting else []),
-        f"| held-out loss | {card.held_out_loss_before:.3f} → {card.held_out_loss_after:.3f} |",
-        f"| peak memory | {card.peak_memory_gb:.2f} of {card.budget_gb:g} GB |",
-        f"| adapter | `{card.adapter_path}` |",
-    ]
-    if card.tokens_per_second is not None:
-        lines.append(f"| speed | {card.tokens_per_second:,.0f} tokens/s |")
-    if card.kernels:
-        lines.append(f"| kernels | {card.kernels} |")
-    if card.mlflow_url:
-        lines.append(f"| MLflow | [this run]({card.mlflow_url}) |")
-    lines += _score_table(card)
-    lines += ["", "| questions | rows | base | tuned |", "|---|---|---|---|"]
-    lines += [
-        f"| {split} | {rows} | {base:.1%} | {tuned:.1%} |"
-        for split, (base, tuned, rows) in sorted(card.scores_by_split.items())
-    ]
-    lines += ["", "| attempt | outcome | batch | seconds |", "|---|---|---|---|"]
-    lines += [
-        f"| {a.attempt} | {a.outcome}: {a.detail} "
-        f"| {a.micro_batch_size} x {a.gradient_accumulation_steps} | {a.seconds:.1f} |"
-        for a in card.attempts
-    ]
-    lines += ["", "| stage | seconds |", "|---|---|"]
-    lines += [f"| {stage} | {seconds:.1f} |" for stage, seconds in card.seconds_by_stage.items()]
-    if card.notes:
-        lines += ["", *(f"> {note}\n" for note in card.notes)]
-    return "\n".join(lines) + "\n"
+# --- what a reader may do now ---
 
 
-def _score_table(card: RunCard) -> list[str]:
-    """Every model's scores, the candidate's gain over the one to beat, and the forms."""
-    models = {score.label: score for score in card.scores}
-    if "candidate" not in models:
-        return []
-    labels = [label for label in ("base", "champion", "candidate") if label in models]
-    rival = "champion" if "champion" in models else "base"
-    gains = {c.metric: interval_text(c) for c in card.comparisons if c.rival == rival}
-    lines = ["", f"| score | {' | '.join(labels)} | gain over the {rival} (interval) |"]
-    lines.append("|---" * (len(labels) + 2) + "|")
-    for metric, name in METRIC_NAMES.items():
-        cells = [show_score(metric, getattr(models[label], metric)) for label in labels]
-        lines.append(f"| {name} | {' | '.join(cells)} | {gains.get(metric, '')} |")
-    cells = [show_score("loss", models[label].ability_loss) for label in labels]
-    lines.append(f"| loss on the ability set | {' | '.join(cells)} | |")
-    for check in models["candidate"].form:
-        shares = [f"{models[label].form.get(check, 0.0):.1%}" for label in labels]
-        lines.append(f"| {check} | {' | '.join(shares)} | |")
-    for check in models["candidate"].sampled_form:
-        shares = [f"{models[label].sampled_form.get(check, 0.0):.1%}" for label in labels]
-        lines.append(f"| {check}, sampled | {' | '.join(shares)} | |")
-    return lines
+def _roll_back(facts: RunFacts) -> Step:
+    """The exact command, and what would then be in use."""
+    name, before = facts.registered_model, facts.champion
+    if facts.verdict is None or facts.verdict.decision != "promoted":
+        stays = f"{name} v{before.version} stays in use" if before else "no adapter is in use"
+        return Step(what=f"This run changed nothing: {stays}.")
+    mine = f"{name} v{facts.verdict.version}"
+    if before is None:
+        return Step(what=f"Nothing was in use before {mine}, so there is no version to go back to.")
+    return Step(
+        what=f"{name} v{before.version} is then in use again, instead of {mine}, which no night "
+        "promotes again.",
+        command=f'qwen3ft rollback --reason "..." {_about(name)}',
+    )
 
 
-def data_markdown(manifest: DatasetManifest, change: DataChange) -> str:
-    """What was read, trained on and new in it, for Prefect's artifact page and MLflow."""
-    counts = {
-        "train": manifest.train.rows,
-        "dev": manifest.dev.rows,
-        "test": manifest.test_rows,
-        "quarantined": manifest.quarantined,
-        "too long": manifest.too_long,
-        "duplicates": manifest.duplicates,
-        "not used": manifest.not_used,
-    }
-    sums = " + ".join(f"{count:,} {name}" for name, count in counts.items())
-    layouts = ", ".join(f"{name} ({rows:,})" for name, rows in manifest.layouts.items())
-    columns = ", ".join(f"{part} = `{name}`" for part, name in manifest.columns.items())
-    lines = [
-        "# Data",
-        "",
-        f"**{manifest.rows_read:,} rows read** = {sums}",
-        "",
-        f"Layout: {layouts}; {columns}.",
-        "",
-        *_changes(change),
-        *(f"> {warning}\n" for warning in manifest.warnings),
-        "| file | for | rows |",
-        "|---|---|---|",
-        *(f"| {file.path} | {file.role} | {file.rows:,} |" for file in manifest.sources),
-        "",
-        "| split | tokens | trained | median | 95 % | longest |",
-        "|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {name} | {split.tokens:,} | {split.trained_tokens:,} | {split.median_tokens} "
-        f"| {split.p95_tokens} | {split.longest_tokens} |"
-        for name, split in (("train", manifest.train), ("dev", manifest.dev))
-    ]
-    if manifest.reasons:
-        lines += ["", "| left out because | rows |", "|---|---|"]
-        lines += [f"| {reason} | {rows:,} |" for reason, rows in manifest.reasons.items()]
-    return "\n".join(lines) + "\n"
+def _next_steps(facts: RunFacts) -> Iterator[Step]:
+    verdict, saved = facts.verdict, facts.saved
+    decision = verdict.decision if verdict else None
+    if saved is not None and decision is not None:
+        adapter = f"--adapter {shlex.quote(saved.path)}"
+        yield Step(what="Chat with this run's adapter", command=f"qwen3ft chat {adapter}")
+        yield Step(what="Merge it, to be served", command=f"qwen3ft export exported {adapter}")
+    if saved is not None and decision == "kept" and saved.version is not None:
+        consent = " --allow-degraded" if saved.degraded else ""
+        yield Step(
+            what="Put it into use all the same",
+            command=f"qwen3ft promote {saved.version}{consent} {_about(facts.registered_model)}",
+        )
+    if isinstance(facts.error, FinetuneError) and facts.error.next_command:
+        yield Step(what="Next", command=facts.error.next_command)
+    if decision == "deferred" or facts.error is not None:
+        where = "its last checkpoint" if facts.attempts else "the stages that are done"
+        again = f"qwen3ft run --resume {facts.run_id}"
+        yield Step(what=f"Continue the run, from {where}", command=again)
+    yield Step(
+        what="What is in use, and every promotion and rollback",
+        command=f"qwen3ft history {_about(facts.registered_model)}",
+    )
 
 
-def _changes(change: DataChange) -> list[str]:
-    if change.since is None:
-        return []
-    files = {
-        "new": change.new_files,
-        "changed": change.changed_files,
-        "gone": change.gone_files,
-    }
-    told = [f"{kind}: {', '.join(names)}" for kind, names in files.items() if names]
-    rows = f"{change.new_rows:,} rows that it has not seen"
-    return [f"Since {change.since}: {'; '.join([rows, *told])}.", ""]
+def _about(registered_model: str) -> str:
+    """Whatever the deployment's own settings are, the command is about this model."""
+    return f"--set {shlex.quote(f'registered_model={registered_model}')}"
+
+
+def _notes(facts: RunFacts) -> Iterator[str]:
+    tuned = facts.report.score("candidate") if facts.report else None
+    if facts.config.model_name == EMBEDDED_MODEL_NAME and tuned is not None:
+        yield EMBEDDED_NOTE
+    if tuned is not None and "novel" in tuned.by_split:
+        yield NOVEL_NOTE
+    if facts.saved is not None:
+        yield from (f"Degraded: {reason}." for reason in facts.saved.degraded)
+
+
+def _highest_gb(curves: Sequence[MemoryCurve]) -> float | None:
+    return max((gb for curve in curves for _, gb in curve.process), default=None)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -23,17 +23,10 @@ from qwen3ft.recompute import Level
 from qwen3ft.record import Record
 from qwen3ft.records import GIB, EnvironmentReport, MemoryPart, TrainPlan
 from qwen3ft.speed_estimate import SpeedEstimate, estimate_speed
+from qwen3ft.story_records import SettingLine
 
 ELSEWHERE = ("H200", "H100", "A100 80GB", "L4", "RTX 5090", "RTX 4090", "RTX 3090", "RTX 3060")
 """Cards that a plan's speed is shown for, where they have the memory."""
-
-
-class SettingLine(Record):
-    """One derived setting."""
-
-    name: str
-    value: str
-    why: str
 
 
 class PlanTable(Record):

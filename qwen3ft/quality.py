@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from hashlib import sha256
-from itertools import chain, zip_longest
+from itertools import chain, combinations, zip_longest
 from typing import TypeVar
 
 from qwen3ft.result_records import ModelLabel, SideBySide
@@ -174,7 +174,11 @@ def side_by_side(
 
 
 def choose_samples(pairs: Sequence[SideBySide], limit: int = MAX_SAMPLES) -> list[SideBySide]:
-    """Up to `limit` pairs where base and candidate differ most, taken from the splits in turn."""
+    """Up to `limit` pairs where the models differ most, taken from the splits in turn.
+
+    How much they differ is the mean over base, champion and candidate, two at a time; a question
+    that only one of them answers differently comes after one that all answer differently.
+    """
     groups = group_by(pairs, lambda pair: pair.split)
     ranked = [sorted(groups[split], key=_difference_rank) for split in sorted(groups)]
     in_turn = chain.from_iterable(zip_longest(*ranked))
@@ -183,10 +187,17 @@ def choose_samples(pairs: Sequence[SideBySide], limit: int = MAX_SAMPLES) -> lis
 
 def _difference_rank(pair: SideBySide) -> tuple[float, str]:
     """Sorts the most different answers first; ties by the question."""
-    base, candidate = (
-        normalise(text)[:COMPARED_CHARACTERS] for text in (pair.base, pair.candidate)
-    )
-    return SequenceMatcher(None, base, candidate, autojunk=False).ratio(), pair.question
+    given = (pair.base, pair.candidate, pair.champion)
+    compared = [normalise(text)[:COMPARED_CHARACTERS] for text in given if text is not None]
+    likeness = [_likeness(*two) for two in combinations(compared, 2)]
+    return sum(likeness) / len(likeness), pair.question
+
+
+def _likeness(one: str, other: str) -> float:
+    """0 to 1; what is equal costs nothing to compare."""
+    if one == other:
+        return 1.0
+    return SequenceMatcher(None, one, other, autojunk=False).ratio()
 
 
 def group_by(items: Iterable[ItemT], split: Callable[[ItemT], str]) -> dict[str, list[ItemT]]:

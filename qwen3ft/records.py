@@ -14,6 +14,7 @@ from pydantic import Field
 
 from qwen3ft.data_records import DatasetManifest
 from qwen3ft.record import Record
+from qwen3ft.story_records import SettingChange
 
 GIB = 2**30
 """Bytes in one GB as this project counts it."""
@@ -283,6 +284,7 @@ class AttemptSummary(Record):
     learning_rate: float
     resumed_from_step: int | None
     seconds: float
+    changes: tuple[SettingChange, ...] = Field((), description="Since the attempt before it.")
 
 
 class AttemptOutcome(Record):

@@ -69,7 +69,8 @@ def _state(run: RunDir) -> State:
     if is_running(run):
         return "running"
     card = _read(run.path / "card.json")
-    completed = card is not None and not str(card.get("title", "")).endswith(f": {DEFERRED}")
+    title = str(card.get("title", "")) if card else ""
+    completed = card is not None and not title.endswith((f": {DEFERRED}", ": failed"))
     if not completed and _has_progress(run):
         return "continuable"
     if outstanding(run) > 0:

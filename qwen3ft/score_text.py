@@ -1,4 +1,4 @@
-"""Scores, losses and intervals as people read them."""
+"""Scores, losses, intervals and times as people read them."""
 
 from __future__ import annotations
 
@@ -28,3 +28,14 @@ def interval_text(comparison: Comparison) -> str:
         for value in (comparison.gain, comparison.low, comparison.high)
     )
     return f"{gain} ({low} to {high}) {unit}"
+
+
+def format_seconds(seconds: float) -> str:
+    """`0.4 s`, `31 s`, `12 min 5 s`, `3 h 20 min`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes == 0:
+        return f"{rest} s"
+    hours, minutes_left = divmod(minutes, 60)
+    return f"{hours} h {minutes_left} min" if hours else f"{minutes} min {rest} s"

@@ -14,6 +14,7 @@ from qwen3ft.launcher import run_worker
 from qwen3ft.records import SavedAdapter, TrainPlan
 from qwen3ft.requests import InferenceRequest
 from qwen3ft.result_records import Champion, InferenceReport
+from qwen3ft.run_metrics import report_metrics
 
 
 @task(name="inference", task_run_name="inference", cache_policy=NO_CACHE)
@@ -41,15 +42,5 @@ def compare_answers(
     journal.table(Path(report.answers_path))
     journal.json("inference/report.json", report.model_dump(mode="json"))
     journal.artifacts(Path(report.scores_path), "inference")
-    journal.metrics(_metrics(report))
+    journal.metrics(report_metrics(report))
     return report
-
-
-def _metrics(report: InferenceReport) -> dict[str, float]:
-    """Per model: exact match, token F1, and the losses that are finite."""
-    values = {
-        f"{score.label}/{name}": getattr(score, name)
-        for score in report.scores
-        for name in ("exact_match", "token_f1", "answer_loss", "ability_loss")
-    }
-    return {name: value for name, value in values.items() if value is not None}

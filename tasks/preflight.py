@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from prefect import task
-from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from qwen3ft.attempt import RunDir
@@ -12,7 +11,9 @@ from qwen3ft.journal import Journal
 from qwen3ft.preflight import measure_first
 from qwen3ft.preflight_records import PreflightReport
 from qwen3ft.preflight_report import to_markdown
-from qwen3ft.records import GIB, EnvironmentReport, TrainPlan
+from qwen3ft.records import EnvironmentReport, TrainPlan
+from qwen3ft.run_metrics import preflight_metrics
+from tasks.artifacts import PREFLIGHT, show_markdown
 
 
 @task(name="preflight", task_run_name="preflight", cache_policy=NO_CACHE)
@@ -30,14 +31,9 @@ def run_preflight(
 
 
 def _show(run: RunDir, reports: tuple[PreflightReport, ...]) -> None:
-    last, markdown = reports[-1], to_markdown(reports)
-    create_markdown_artifact(
-        key="preflight", markdown=markdown, description="Memory predicted, and measured"
-    )
+    markdown = to_markdown(reports)
+    show_markdown(PREFLIGHT, markdown, "Memory predicted, and measured")
     journal = Journal(run)
     journal.json("preflight.json", [report.model_dump(mode="json") for report in reports])
     journal.text("preflight.md", markdown)
-    values = {"memory/predicted_gb": last.predicted_bytes / GIB}
-    if last.failure is None:
-        values["memory/preflight_peak_gb"] = last.measured_bytes / GIB
-    journal.metrics(values)
+    journal.metrics(preflight_metrics(reports[-1]))

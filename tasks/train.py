@@ -13,8 +13,9 @@ from prefect.cache_policies import NO_CACHE
 from prefect.exceptions import PrefectException
 
 from qwen3ft import checkpoint
-from qwen3ft.attempt import JobDir, RunDir, read_record
+from qwen3ft.attempt import JobDir, RunDir, read_record, write_record
 from qwen3ft.errors import FinetuneError, PreemptedError
+from qwen3ft.failures import to_failure
 from qwen3ft.journal import Journal
 from qwen3ft.launcher import run_worker
 from qwen3ft.logs import get_logger
@@ -37,6 +38,7 @@ def train_attempt(plan: TrainPlan) -> AttemptOutcome:
         with ProgressArtifact(plan, job):
             outcome = run_worker("train", job, AttemptOutcome, stall_seconds=plan.stall_seconds)
     except FinetuneError as error:
+        write_record(job.failure, to_failure(error))  # a worker that was killed wrote none itself
         journal.attempt_ended(plan.attempt, "FAILED", {"failure": type(error).__name__})
         raise
     except BaseException:

@@ -159,7 +159,8 @@ def test_a_run_with_nothing_new_since_the_champion_ends_before_training(
     assert not (run.path / "jobs").exists() or stages
     parent, children = mlflow_runs(workspace, run)
     assert parent.info.status == "FINISHED"
-    assert parent.data.tags["verdict"] == state.message
+    assert parent.data.tags["verdict"] == "nothing new"
+    assert parent.data.tags["verdict_sentence"] == state.message
     assert children == []
 
 
@@ -182,7 +183,7 @@ def test_a_night_that_failed_is_taken_up_from_its_checkpoint_and_then_done(run_f
     state, _ = run_flow(**night)
     assert state.is_completed(), state.message
     attempts = json.loads((run.path / "card.json").read_text())["attempts"]
-    assert [attempt["resumed_from_step"] for attempt in attempts] == [4]
+    assert [attempt["resumed_from_step"] for attempt in attempts] == [None, 4]
     state, _ = run_flow(**night)
     assert (state.name, state.message) == ("AlreadyDone", f"already done by run {run.path.name}")
 
@@ -239,7 +240,7 @@ def test_out_of_memory_is_answered_by_adjust_and_the_next_attempt_completes(
     assert products == {16}
     parent, children = mlflow_runs(workspace, run)
     assert sorted(child.info.status for child in children) == ["FAILED", "FINISHED"]
-    assert 0 < parent.data.metrics["memory/preflight_peak_gb"] < 4
+    assert 0 < parent.data.metrics["memory/preflight_gb"] < 4
     assert parent.data.metrics["memory/predicted_gb"] > 0
 
 
@@ -258,11 +259,15 @@ def test_a_failed_run_is_continued_from_its_last_checkpoint(run_flow: Any) -> No
     """With one attempt allowed the run fails; continued by its id, it resumes and completes."""
     state, run = run_flow("kill@step=5", seed=41, max_attempts=1)
     assert state.is_failed()
+    failed = json.loads((run.path / "card.json").read_text())
+    assert (failed["outcome"], failed["failure"]["kind"]) == ("failed", "WorkerCrashedError")
+    assert f"qwen3ft run --resume {run.path.name}" in (run.path / "card.md").read_text()
     state, again = run_flow(continue_run=run.path.name, seed=41, max_attempts=1)
     assert state.is_completed(), state.message
     assert again.path == run.path
     attempts = json.loads((run.path / "card.json").read_text())["attempts"]
-    assert [attempt["resumed_from_step"] for attempt in attempts] == [4]
+    assert [attempt["resumed_from_step"] for attempt in attempts] == [None, 4]
+    assert [attempt["outcome"] for attempt in attempts] == ["WorkerCrashedError", "completed"]
 
 
 def test_a_run_without_tracking_completes_and_is_sent_later(
@@ -270,13 +275,13 @@ def test_a_run_without_tracking_completes_and_is_sent_later(
 ) -> None:
     """MLflow refuses connections throughout: training is not touched, nothing is lost."""
     import tasks.promote
-    from flows import around
+    from flows import around, story
     from qwen3ft.cursor import outstanding
     from qwen3ft.mirror import replay
 
     monkeypatch.setattr(around, "CLOSE_SECONDS", 1.0)
     monkeypatch.setattr(tasks.promote, "UPLOAD_SECONDS", 0.5)
-    for module in (around, tasks.promote):
+    for module in (around, story, tasks.promote):
         monkeypatch.setattr(module, "default_tracking_uri", lambda: "http://127.0.0.1:9")
     state, run = run_flow(seed=51)
     assert state.is_completed(), state.message

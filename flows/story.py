@@ -1,0 +1,150 @@
+"""The story of a run as it is told: to its folder, to its page in Prefect, and to MLflow.
+
+Data, plan and attempts are shown as they come; the card at the end, whatever the end is. A run that
+fails has a card of what it got to.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from prefect.runtime import flow_run
+
+from qwen3ft import logs
+from qwen3ft.attempt import RunDir, write_record
+from qwen3ft.attempt_story import in_words, read_attempts, read_loss_curves, reasons
+from qwen3ft.card import RunFacts, build_card
+from qwen3ft.card_html import to_html
+from qwen3ft.card_markdown import to_description, to_markdown
+from qwen3ft.config import TrainingConfig
+from qwen3ft.cursor import read_state
+from qwen3ft.curves import memory_curves
+from qwen3ft.data_records import DataChange, DatasetManifest
+from qwen3ft.data_story import data_markdown
+from qwen3ft.figures import write_png
+from qwen3ft.journal import Journal
+from qwen3ft.plan_table import run_table
+from qwen3ft.plan_view import plan_figure, plan_markdown
+from qwen3ft.records import EnvironmentReport, TrainPlan
+from qwen3ft.result_records import RunCard
+from qwen3ft.run_files import attempts_memory
+from qwen3ft.run_metrics import card_metrics, card_tags
+from qwen3ft.storage import write_bytes_atomic
+from qwen3ft.tracking_uri import default_tracking_uri, run_url
+from tasks import artifacts
+
+logger = logs.get_logger("story")
+
+CARD_FOLDER = "card"
+"""Of a run's artifacts in MLflow."""
+
+MOST_DESCRIPTION_CHARACTERS = 5000
+"""Of the card at the top of the run's page in MLflow, which refuses longer tags."""
+
+
+def page() -> str | None:
+    """This run's page; None without a server that has pages (Prefect then says 'None/flow-...')."""
+    url = flow_run.ui_url or ""
+    return url if url.startswith("http") else None
+
+
+class Story:
+    """One run's.
+
+    Attributes:
+        facts: What is known so far; stages add to it.
+    """
+
+    def __init__(self, run: RunDir, config: TrainingConfig) -> None:
+        self.run = run
+        self.facts = RunFacts(config, run.path.name)
+        self.journal = Journal(run)
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measure the body as stage `name`, also when it fails."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._seconds[name] = time.monotonic() - started
+
+    def show_data(self, dataset: DatasetManifest, change: DataChange) -> None:
+        """What is trained on and what is new in it."""
+        self.facts.dataset, self.facts.change = dataset, change
+        markdown = data_markdown(dataset, change)
+        artifacts.show_markdown(artifacts.DATA, markdown, "What is trained on")
+        self.journal.dataset(dataset)
+        self.journal.text("data.md", markdown)
+
+    def show_plan(self, environment: EnvironmentReport, plan: TrainPlan) -> None:
+        """What will be done, why, and what memory it is predicted to take."""
+        table = run_table(self.facts.config, environment, plan)
+        self.facts.plan, self.facts.table = plan, table
+        markdown = plan_markdown(table)
+        artifacts.show_markdown(artifacts.PLAN, markdown, table.headline)
+        self.journal.text("plan.md", markdown)
+        self.journal.text("plan.json", table.model_dump_json(indent=2))
+        self.journal.artifacts(write_png(plan_figure(table), self.run.path / "plan.png"), "")
+
+    def show_attempts(self) -> None:
+        """Every attempt of the run so far, what changed before it and why."""
+        attempts = read_attempts(self.run, attempts_memory(self.run))
+        rows = [
+            {
+                "attempt": attempt.attempt,
+                "what changed": in_words(attempt, before),
+                "why": reasons(attempt),
+                "outcome": attempt.outcome,
+                "detail": attempt.detail,
+                "batch": f"{attempt.micro_batch_size} x {attempt.gradient_accumulation_steps}",
+                "learning rate": attempt.learning_rate,
+                "seconds": round(attempt.seconds, 1),
+            }
+            for before, attempt in zip((None, *attempts), attempts, strict=False)
+        ]
+        told = "Every training attempt: what changed before it and why, and what ended it"
+        artifacts.show_table(artifacts.ATTEMPTS, rows, told)
+
+    def publish(self) -> RunCard:
+        """The card of what is known now: on disk, on the run's page, in MLflow; links both ways."""
+        card = self._card()
+        markdown, html = to_markdown(card), to_html(card)
+        write_record(self.run.path / "card.json", card)
+        for name, text in (("card.md", markdown), ("card.html", html)):
+            write_bytes_atomic(self.run.path / name, text.encode())
+            self.journal.text(f"{CARD_FOLDER}/{name}", text)
+        self.journal.json(f"{CARD_FOLDER}/card.json", card.model_dump(mode="json"))
+        self.journal.metrics(card_metrics(card))
+        description = to_description(card, MOST_DESCRIPTION_CHARACTERS)
+        self.journal.tags({**card_tags(card), "mlflow.note.content": description})
+        artifacts.show_markdown(artifacts.RUN_CARD, markdown, card.verdict.splitlines()[0])
+        if card.mlflow_url:
+            artifacts.show_link(artifacts.MLFLOW_RUN, card.mlflow_url, "This run in MLflow")
+        return card
+
+    def _card(self) -> RunCard:
+        facts, memory = self.facts, attempts_memory(self.run)
+        facts.attempts = read_attempts(self.run, memory)
+        facts.loss, facts.memory = read_loss_curves(self.run), memory_curves(memory)
+        facts.seconds_by_stage = self._seconds
+        url = run_url(default_tracking_uri(), read_state(self.run))
+        return build_card(facts).model_copy(update={"prefect_url": page(), "mlflow_url": url})
+
+
+@contextmanager
+def told(run: RunDir, config: TrainingConfig) -> Iterator[Story]:
+    """The run's story, which ends with a card if the run fails too."""
+    story = Story(run, config)
+    try:
+        yield story
+    except Exception as error:
+        story.facts.error = error
+        try:
+            story.publish()
+        except Exception as second:  # noqa: BLE001  it must not hide what ended the run
+            logger.warning("the run has no card: %s: %s", type(second).__name__, second)
+        raise

@@ -1,0 +1,50 @@
+"""What a run shows on its page in Prefect: artifacts under keys that are the same every night.
+
+So the page of artifacts has one line a key, with every night's version behind it. A server that is
+out of reach costs the artifact and nothing else: all of it is in the run's folder and in MLflow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import httpx
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_table_artifact,
+)
+from prefect.exceptions import PrefectException
+
+from qwen3ft.logs import get_logger
+
+logger = get_logger("artifacts")
+
+RUN_CARD, DATA, PLAN, PREFLIGHT, ATTEMPTS = "run-card", "data", "plan", "preflight", "attempts"
+MLFLOW_RUN = "mlflow-run"
+
+NOT_SHOWN = (httpx.HTTPError, PrefectException, OSError)
+"""What a server that is down, slow or confused makes Prefect's client raise."""
+
+
+def show_markdown(key: str, markdown: str, description: str) -> None:
+    """A page of text."""
+    _show(key, lambda: create_markdown_artifact(markdown, key=key, description=description))
+
+
+def show_table(key: str, rows: Sequence[dict[str, Any]], description: str) -> None:
+    """A table; the keys of the first row are its columns."""
+    _show(key, lambda: create_table_artifact(list(rows), key=key, description=description))
+
+
+def show_link(key: str, link: str, text: str) -> None:
+    """A link elsewhere."""
+    _show(key, lambda: create_link_artifact(link, text, key=key))
+
+
+def _show(key: str, create: Callable[[], object]) -> None:
+    try:
+        create()
+    except NOT_SHOWN as error:
+        logger.warning("%s is not shown in Prefect: %s: %s", key, type(error).__name__, error)
