@@ -29,6 +29,7 @@ from prefect.runtime import deployment, flow_run
 from prefect.states import Completed
 
 from qwen3ft import logs
+from qwen3ft.attempt import RunDir
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import FinetuneError, TransientError
 from qwen3ft.night import (
@@ -42,6 +43,7 @@ from qwen3ft.night import (
     kept_before,
 )
 from qwen3ft.registry import Registry
+from qwen3ft.run_state import find_runs, is_running
 from qwen3ft.tracking_uri import default_tracking_uri
 from tasks.promote import registered_name
 
@@ -94,8 +96,14 @@ def find_request(config: TrainingConfig) -> Request | None:
 def tonight(
     config: TrainingConfig, request: Request | None, nightly: bool, continue_run: str | None
 ) -> Iterator[Night]:
-    """The night's claim; a run that is not a night's has one of its own."""
+    """The night's claim; a run that is not a night's has one of its own.
+
+    A crashed run is taken up once, though a busy server may start it more often.
+    """
     run_id = continue_run or str(flow_run.id)
+    if continue_run and flow_run.parameters.get("resumed") and _has_ended(config, continue_run):
+        yield Night(run_id, f"already done by run {run_id}")
+        return
     if not nightly or request is None:
         yield Night(run_id)
         return
@@ -105,6 +113,12 @@ def tonight(
         if night.again:
             logger.info("the night of %s was left undone by run %s", date, night.run_id)
         yield night
+
+
+def _has_ended(config: TrainingConfig, run_id: str) -> bool:
+    """Whether the run has its verdict."""
+    runs = find_runs(Path(config.runs_dir).resolve())
+    return any(run.run.path.name == run_id and run.state == "completed" for run in runs)
 
 
 def night_date() -> str:
@@ -144,12 +158,18 @@ def seen_before(config: TrainingConfig, request: Request | None) -> str | None:
     except TransientError as error:
         logger.warning("whether anything is new is not known yet: %s", error.what)
         return None
+    if champion is not None and _is_at_work(config, champion.tags.get("run")):
+        return None  # this very run, taken up: it was killed after its promotion, before its end
     version = champion.version if champion else None
     label = f"{champion.registered_model} v{version}" if champion else "the base model"
     if champion is not None and answers(champion.tags, request):
         return label
     lost = kept_before(Path(config.runs_dir), request, version)
     return f"run {lost.run_id}, which was no better than {label}" if lost else None
+
+
+def _is_at_work(config: TrainingConfig, run_id: str | None) -> bool:
+    return bool(run_id) and is_running(RunDir(Path(config.runs_dir).resolve() / str(run_id)))
 
 
 def end_as_taken(night: Night) -> State[Any]:

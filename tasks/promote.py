@@ -7,6 +7,7 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from qwen3ft.aliases import VERDICT_TAG
 from qwen3ft.attempt import RunDir
 from qwen3ft.config import TrainingConfig
 from qwen3ft.cursor import parent_run_id, wait_until_sent
@@ -20,6 +21,7 @@ from qwen3ft.records import SavedAdapter
 from qwen3ft.registry import Registry, registered_model_name
 from qwen3ft.result_records import Champion, InferenceReport, Verdict
 from qwen3ft.tracking_uri import default_tracking_uri
+from tasks.names import promote_name
 from tasks.policies import is_transient
 
 logger = get_logger("promote")
@@ -82,7 +84,7 @@ def find_champion(config: TrainingConfig) -> Champion | None:
 
 @task(
     name="promote",
-    task_run_name="promote",
+    task_run_name=promote_name,
     cache_policy=NO_CACHE,
     retries=2,
     retry_delay_seconds=[2.0, 10.0],
@@ -102,6 +104,8 @@ def promote(
             f"continue with: qwen3ft train --resume {Path(run).name}"
         )
         return Verdict(decision="deferred", reasons=(reason,))
+    if champion is not None and champion.version == saved.version:
+        return _given_before(saved, champion)
     verdict = decide(report, saved, champion=champion, policy=gate_policy(config))
     registry, why = Registry(default_tracking_uri()), verdict.sentence
     if verdict.decision == "promoted":
@@ -117,3 +121,17 @@ def promote(
         except TransientError as error:  # a name is not worth the run
             logger.warning("the kept adapter is not named challenger: %s", error.what)
     return verdict
+
+
+def _given_before(saved: SavedAdapter, champion: Champion) -> Verdict:
+    """The verdict of a run that was killed after it had promoted, and is taken up.
+
+    Compared with itself its adapter would be no better, and its card would say so.
+    """
+    sentence = champion.tags.get(VERDICT_TAG, "").removeprefix("promoted: ")
+    return Verdict(
+        decision="promoted",
+        reasons=(sentence or "this run put it into use before it was interrupted",),
+        registered_model=saved.registered_model,
+        version=saved.version,
+    )

@@ -364,7 +364,10 @@ def test_a_version_is_promoted_by_hand_if_intact_and_degraded_only_if_asked_for(
 def test_a_night_names_what_it_tested_and_leaves_alone_what_a_person_took_back(
     uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Better: champion, in the run's name; no better: challenger; rolled back before: kept."""
+    """Better: champion, in the run's name; no better: challenger; rolled back before: kept.
+
+    Asked again by a run that was killed after its promotion: the same verdict, and no move.
+    """
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     registry = Registry(uri)
 
@@ -384,6 +387,15 @@ def test_a_night_names_what_it_tested_and_leaves_alone_what_a_person_took_back(
     history = registry.history(MODEL)
     assert history.aliases == named("1", None, "2")
     assert history.moves[0].by == Mover(kind="flow", name="night-1")
+    again = promote_task.fn(
+        TrainingConfig(model_name="embedded"),
+        saved(version="1", registered_model=MODEL),
+        report(BASE, GOOD, gains=(gain(-0.3),)),
+        registry.champion(MODEL),
+        "runs/night-1",
+    )
+    assert again.sentence.startswith("promoted: better than the base model")
+    assert registry.history(MODEL) == history
     assert history.moves[0].verdict.startswith("promoted: better than the base model")
     registry.promote(MODEL, "3", "1", NIGHT)
     registry.rollback(MODEL, PERSON)

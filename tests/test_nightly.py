@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from flows import nightly
 from flows.nightly import (
     check_resumes,
     find_request,
@@ -59,6 +61,26 @@ def test_a_run_that_is_taken_up_after_midnight_does_the_night_that_it_crashed_in
     assert record.name.startswith(date)
 
 
+@pytest.mark.parametrize(
+    ("title", "taken"), [("embedded: kept", True), ("embedded: failed", False)]
+)
+def test_a_crash_that_was_answered_twice_is_taken_up_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, title: str, taken: bool
+) -> None:
+    """A server that is busy may start more than one run for it; they come one after the other."""
+    run = tmp_path / "runs" / "r1"
+    run.mkdir(parents=True)
+    for name in ("config.json", "run.jsonl"):
+        (run / name).touch()
+    (run / "card.json").write_text(json.dumps({"title": title}))
+    monkeypatch.setattr(nightly.flow_run, "parameters", {"resumed": 1}, raising=False)
+    with tonight(config(tmp_path), REQUEST, False, "r1") as night:
+        assert night.taken == ("already done by run r1" if taken else None)
+    monkeypatch.setattr(nightly.flow_run, "parameters", {}, raising=False)
+    with tonight(config(tmp_path), REQUEST, False, "r1") as night:
+        assert night.taken is None, "a person may continue what has ended"
+
+
 def test_data_that_cannot_be_read_is_for_the_stages_to_report(tmp_path: Path) -> None:
     """Nothing is known of the request, so the run goes its ordinary way."""
     missing = TrainingConfig(
@@ -84,6 +106,7 @@ from pathlib import Path
 from flows.nightly import seen_before
 from qwen3ft.config import TrainingConfig
 from qwen3ft.night import Request, claim_night
+from qwen3ft.process_lock import held
 from qwen3ft.tracking import connect, load_client
 uri, runs = sys.argv[1:]
 connect(uri)
@@ -102,6 +125,10 @@ other = Request(sha256="b", settings_sha256="", files=1)
 with claim_night(Path(runs), "2026-11-26", other, "r2") as night:
     night.settle("kept", "1")
 print(since("b"))
+lock = Path(runs) / "r" / "run.lock"
+lock.parent.mkdir()
+with held(lock):
+    print(since("a"))
 print("torch" in sys.modules)
 """
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
@@ -116,5 +143,6 @@ print("torch" in sys.modules)
         "qwen3ft-embedded v1",
         "None",
         "run r2, which was no better than qwen3ft-embedded v1",
+        "None",  # the champion's own run, killed after its promotion, is at work on its end
         "False",
     ], done.stderr
