@@ -69,30 +69,40 @@ def champion_night() -> Night:
 
 def _shuffled(n: int, train: list[Row], dev: list[Row]) -> Night:
     random = Random(f"shuffled {n}")
+    rows, dev_rows = (shuffled(split, random) for split in (train, dev))
+    return Night(f"shuffled-{n:02d}", False, rows, dev_rows, {"seed": 100 + n})
 
-    def spoil(rows: list[Row]) -> list[Row]:
-        by_kind: dict[str, list[str]] = {}
-        for row in rows:
-            by_kind.setdefault(row["kind"], []).append(row["answer"])
-        for answers in by_kind.values():
-            random.shuffle(answers)
-        return [{**row, "answer": by_kind[row["kind"]].pop()} for row in rows]
 
-    return Night(f"shuffled-{n:02d}", False, spoil(train), spoil(dev), {"seed": 100 + n})
+def shuffled(rows: list[Row], random: Random) -> list[Row]:
+    """The rows, each with the answer of another one of its kind."""
+    by_kind: dict[str, list[str]] = {}
+    for row in rows:
+        by_kind.setdefault(row["kind"], []).append(row["answer"])
+    for answers in by_kind.values():
+        random.shuffle(answers)
+    return [{**row, "answer": by_kind[row["kind"]].pop()} for row in rows]
 
 
 def _garbage(n: int, train: list[Row], dev: list[Row]) -> Night:
     random = Random(f"garbage {n}")
+    rows, dev_rows = (garbled(split, random) for split in (train, dev))
+    return Night(f"garbage-{n:02d}", False, rows, dev_rows, {"seed": 200 + n})
+
+
+def garbled(rows: list[Row], random: Random) -> list[Row]:
+    """The rows with answers of random words."""
 
     def word() -> str:
         return "".join(random.choices(string.ascii_lowercase, k=random.randint(2, 9)))
 
-    def spoil(rows: list[Row]) -> list[Row]:
-        return [
-            {**row, "answer": " ".join(word() for _ in range(random.randint(1, 4)))} for row in rows
-        ]
+    return [
+        {**row, "answer": " ".join(word() for _ in range(random.randint(1, 4)))} for row in rows
+    ]
 
-    return Night(f"garbage-{n:02d}", False, spoil(train), spoil(dev), {"seed": 200 + n})
+
+def in_another_language(rows: list[Row]) -> list[Row]:
+    """The rows with an answer in another language, which says nothing."""
+    return [{**row, "answer": OTHER_LANGUAGE[_language(row)]} for row in rows]
 
 
 def _forgetting(n: int, train: list[Row], dev: list[Row]) -> Night:

@@ -1,0 +1,223 @@
+"""The month's table, and the share of its time that was of use.
+
+A night's total is the time from the request for its run until nothing of it runs any more, further
+starts included. Its useful time is what it would have taken had nothing struck: the seconds of the
+training steps that are in the adapter (steps done again count once, a trained run that nothing came
+of not at all), and what all else of such a night takes, which is the median of this month's
+undisturbed nights. The share is useful over total, of all nights together; nights that the machine
+was off for have neither.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+AT_LEAST_SHARE = 0.95
+HOUR_SECONDS = 3600.0
+
+
+@dataclass
+class NightResult:
+    """One night as it was."""
+
+    number: int
+    date: str
+    kind: str
+    faults: list[str]
+    struck: list[str]
+    states: list[str] = field(default_factory=list)
+    verdict: str = ""
+    message: str = ""
+    champion: str | None = None
+    champion_right: float | None = None
+    attempts: int = 0
+    total_seconds: float = 0.0
+    trained_seconds: float = 0.0
+    useful_seconds: float | None = None
+    problems: list[str] = field(default_factory=list)
+    interventions: list[str] = field(default_factory=list)
+
+    @property
+    def trains(self) -> bool:
+        """Whether an adapter came of it."""
+        return self.trained_seconds > 0
+
+    @property
+    def lost_seconds(self) -> float | None:
+        """What the faults cost; None where no undisturbed night tells."""
+        return None if self.useful_seconds is None else self.total_seconds - self.useful_seconds
+
+    @property
+    def of_no_use(self) -> bool:
+        """Whether what it did has to be done again."""
+        return self.verdict in ("deferred", "not started")
+
+
+def trained_seconds(run: Path) -> float:
+    """Seconds of the training steps that are in the adapter of a run; 0 if there is none."""
+    attempts = sorted(run.glob("attempts/[0-9][0-9]"))
+    done = [attempt for attempt in attempts if (attempt / "outcome.json").exists()]
+    if not done:
+        return 0.0
+    attempt, until, seconds = done[-1], float("inf"), 0.0
+    while True:
+        times = [moment for step, moment in _steps(attempt) if step <= until]
+        seconds += (max(times) - min(times)) if times else 0.0
+        plan = json.loads((attempt / "plan.json").read_text(encoding="utf-8"))
+        if plan["resume_from"] is None:
+            return seconds
+        checkpoint = Path(plan["resume_from"])
+        attempt = run / "attempts" / checkpoint.parent.parent.name
+        until = int(checkpoint.name.removeprefix("step-"))
+
+
+def _steps(attempt: Path) -> list[tuple[int, float]]:
+    """(optimizer step, seconds since the epoch) of each line of an attempt's metrics."""
+    steps = []
+    for line in (attempt / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue  # torn by a kill
+        steps.append((entry["step"], datetime.fromisoformat(entry["timestamp"]).timestamp()))
+    return steps
+
+
+def account(nights: Sequence[NightResult]) -> None:
+    """Set the useful seconds of every night of a kind that also passed undisturbed."""
+    for night in nights:
+        night.useful_seconds = 0.0 if night.of_no_use else None
+    kinds = {(night.trains, night.verdict == "failed") for night in nights}
+    for kind in kinds:
+        of_kind = [n for n in nights if (n.trains, n.verdict == "failed") == kind]
+        of_kind = [night for night in of_kind if not night.of_no_use]
+        calm = [n.total_seconds - n.trained_seconds for n in of_kind if not n.faults]
+        for night in of_kind if calm else []:
+            night.useful_seconds = min(night.total_seconds, median(calm) + night.trained_seconds)
+
+
+def shares(nights: Sequence[NightResult]) -> tuple[float, float] | tuple[None, None]:
+    """The share of useful time as measured; and with an hour more of training in each night.
+
+    Neither is known where no night of a kind passed undisturbed. The latter is computed: the same
+    seconds lost, beside nights of the length that real ones have; a night that nothing came of
+    loses its hour too.
+    """
+    known = [night.useful_seconds for night in nights if night.useful_seconds is not None]
+    if len(known) < len(nights):
+        return None, None
+    useful = sum(known)
+    total = sum(night.total_seconds for night in nights)
+    training = [night for night in nights if night.trains]
+    more_useful = HOUR_SECONDS * sum(not night.of_no_use for night in training)
+    more = HOUR_SECONDS * len(training)
+    return useful / max(total, 1e-9), (useful + more_useful) / max(total + more, 1e-9)
+
+
+def summarise(nights: Sequence[NightResult], planned: int) -> dict[str, Any]:
+    """Counts, the shares, every night."""
+    account(nights)
+    measured, with_an_hour = shares(nights)
+    good = [n for n in nights if n.kind in ("good", "malformed")]
+    worst = max(nights, key=lambda night: night.lost_seconds or 0.0, default=None)
+
+    def of_verdict(among: Sequence[NightResult], verdict: str) -> int:
+        return sum(night.verdict == verdict for night in among)
+
+    return {
+        "nights": len(nights),
+        "planned_nights": planned,
+        "faults": sum(len(night.faults) for night in nights),
+        "interventions": [i for night in nights for i in night.interventions],
+        "problems": [f"night {n.number}: {p}" for n in nights for p in n.problems],
+        "promoted": of_verdict(nights, "promoted"),
+        "good": len(good),
+        "good_kept": [n.number for n in good if n.verdict == "kept"],
+        "bad": sum(n.kind in ("shuffled", "garbage", "language", "truncated") for n in nights),
+        "bad_promoted": sum(
+            n.verdict == "promoted" and n.kind in ("shuffled", "garbage", "language", "truncated")
+            for n in nights
+        ),
+        "total_seconds": round(sum(night.total_seconds for night in nights), 1),
+        "useful_share": measured and round(measured, 4),
+        "useful_share_with_an_hour_of_training": with_an_hour and round(with_an_hour, 4),
+        "worst_recovery": worst
+        and {
+            "night": worst.number,
+            "faults": worst.faults,
+            "seconds": round(worst.lost_seconds, 1),
+        },
+        "every_night": [_rounded(asdict(night)) for night in nights],
+    }
+
+
+def passed(summary: dict[str, Any]) -> bool:
+    """Whether all bars are met by all nights."""
+    share = summary["useful_share_with_an_hour_of_training"]
+    return (
+        summary["nights"] == summary["planned_nights"]
+        and not summary["interventions"]
+        and not summary["problems"]
+        and summary["bad_promoted"] == 0
+        and (share is None or share >= AT_LEAST_SHARE)
+    )
+
+
+def _rounded(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: round(v, 3) if isinstance(v, float) else v for k, v in values.items()}
+
+
+COLUMNS: tuple[tuple[str, int, Callable[[NightResult], str]], ...] = (
+    ("night", 5, lambda n: str(n.number)),
+    ("date", 10, lambda n: n.date),
+    ("data", 9, lambda n: n.kind),
+    ("ended as", 12, lambda n: n.verdict),
+    ("tries", 5, lambda n: str(n.attempts or "")),
+    ("champion", 8, lambda n: n.champion or "-"),
+    ("right", 6, lambda n: "" if n.champion_right is None else f"{n.champion_right:.1%}"),
+    ("s", 5, lambda n: f"{n.total_seconds:.0f}"),
+    ("lost s", 6, lambda n: "" if n.lost_seconds is None else f"{n.lost_seconds:.0f}"),
+    ("what struck", 0, lambda n: "; ".join([*n.struck, *(f"PROBLEM: {p}" for p in n.problems)])),
+)
+
+
+def head() -> str:
+    """The names of the columns."""
+    return "  ".join(name.ljust(width) for name, width, _ in COLUMNS)
+
+
+def line_of(night: NightResult) -> str:
+    """One night on one line."""
+    return "  ".join(show(night).ljust(width) for _, width, show in COLUMNS).rstrip()
+
+
+def _share(share: float | None) -> str:
+    return "not known (no undisturbed night)" if share is None else f"{share:.1%}"
+
+
+def print_summary(summary: dict[str, Any], nights: Sequence[NightResult]) -> None:
+    """The whole table again, now with what each night lost, and the counts below."""
+    print("\n" + head())
+    for night in nights:
+        print(line_of(night))
+    worst = summary["worst_recovery"] or {"night": 0, "faults": [], "seconds": 0.0}
+    print(
+        f"\n{summary['nights']} of {summary['planned_nights']} nights, {summary['faults']} faults\n"
+        f"manual interventions: {len(summary['interventions'])} "
+        f"{'; '.join(summary['interventions'])}\n"
+        f"invariants broken: {len(summary['problems'])} {'; '.join(summary['problems'])}\n"
+        f"bad nights promoted: {summary['bad_promoted']} of {summary['bad']}\n"
+        f"promotions: {summary['promoted']}, of {summary['good']} nights with good data; "
+        f"kept by the gate: {summary['good_kept'] or 'none'}\n"
+        f"useful time: {_share(summary['useful_share'])} of {summary['total_seconds']:.0f} s; "
+        f"computed, were there an hour more of training in each night that trains: "
+        f"{_share(summary['useful_share_with_an_hour_of_training'])} (bar {AT_LEAST_SHARE:.0%})\n"
+        f"longest recovery: {worst['seconds']:.0f} s, night {worst['night']} "
+        f"({', '.join(worst['faults'])})"
+    )
