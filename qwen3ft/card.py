@@ -225,13 +225,14 @@ def _roll_back(facts: RunFacts) -> Step:
         stays = f"{name} v{before.version} stays in use" if before else "no adapter is in use"
         return Step(what=f"This run changed nothing: {stays}.")
     mine = f"{name} v{facts.verdict.version}"
+    command = f'qwen3ft rollback --reason "..." {_about(name)}'
     if before is None:
         return Step(what=f"Nothing was in use before {mine}, so there is no version to go back to.")
-    return Step(
-        what=f"{name} v{before.version} is then in use again, instead of {mine}, which no night "
-        "promotes again.",
-        command=f'qwen3ft rollback --reason "..." {_about(name)}',
-    )
+    again = f"{name} v{before.version}"
+    if again == mine:  # taken up after its own promotion
+        again = "the version before it"
+    what = f"{again} is then in use again, instead of {mine}, which no night promotes again."
+    return Step(what=what, command=command)
 
 
 def _next_steps(facts: RunFacts) -> Iterator[Step]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from qwen3ft.story_records import LossCurve, MemoryCurve, Point
 
 WIDTH, HEIGHT = 640, 300
-LEFT, RIGHT, TOP, BOTTOM = 64, 14, 14, 52
+LEFT, RIGHT, TOP, BOTTOM = 64, 24, 14, 52
 """Margins, in the same units as width and height: about pixels on a phone held upright."""
 
 

@@ -39,7 +39,9 @@ class DataChange(Record):
     new_files: tuple[str, ...] = ()
     changed_files: tuple[str, ...] = ()
     gone_files: tuple[str, ...] = ()
-    new_rows: int = Field(0, description="Training rows that the champion has not seen.")
+    new_rows: int = Field(
+        0, description="Rows for training (caps aside) that the champion has not seen."
+    )
     unchanged: bool = Field(False, description="Same rows and settings as the champion's.")
     new_rows_by_file: dict[str, int] = Field(
         default_factory=dict, description="File: training rows first read there, not seen before."

@@ -95,7 +95,7 @@ def data_markdown(manifest: DatasetManifest, change: DataChange) -> str:
 def new_rows_sentence(story: DataStory) -> str:
     """How many rows are new, and since when."""
     if story.since is None:
-        return f"Nothing was in use before: all {story.new_rows:,} training rows are new."
+        return f"Nothing was in use before: all {story.new_rows:,} rows for training are new."
     return f"Since {story.since}: {story.new_rows:,} rows that it has not seen."
 
 

@@ -15,11 +15,12 @@ from qwen3ft.attempt import RunDir
 from qwen3ft.config import TrainingConfig
 from qwen3ft.logs import get_logger
 from qwen3ft.records import AttemptSummary, Failure, TrainPlan
+from tasks.names import adjust_name, name_of
 
 logger = get_logger("adjust")
 
 
-@task(name="adjust", task_run_name="adjust-{plan.attempt}", cache_policy=NO_CACHE)
+@task(name="adjust", task_run_name=name_of(adjust_name), cache_policy=NO_CACHE)
 def adjust_parameters(
     config: TrainingConfig,
     plan: TrainPlan,

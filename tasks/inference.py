@@ -15,9 +15,10 @@ from qwen3ft.records import SavedAdapter, TrainPlan
 from qwen3ft.requests import InferenceRequest
 from qwen3ft.result_records import Champion, InferenceReport
 from qwen3ft.run_metrics import report_metrics
+from tasks.names import inference_name, name_of
 
 
-@task(name="inference", task_run_name="inference", cache_policy=NO_CACHE)
+@task(name="inference", task_run_name=name_of(inference_name), cache_policy=NO_CACHE)
 def compare_answers(
     config: TrainingConfig, plan: TrainPlan, saved: SavedAdapter, champion: Champion | None
 ) -> InferenceReport:

@@ -21,7 +21,7 @@ from qwen3ft.records import SavedAdapter
 from qwen3ft.registry import Registry, registered_model_name
 from qwen3ft.result_records import Champion, InferenceReport, Verdict
 from qwen3ft.tracking_uri import default_tracking_uri
-from tasks.names import promote_name
+from tasks.names import name_of, promote_name
 from tasks.policies import is_transient
 
 logger = get_logger("promote")
@@ -84,7 +84,7 @@ def find_champion(config: TrainingConfig) -> Champion | None:
 
 @task(
     name="promote",
-    task_run_name=promote_name,
+    task_run_name=name_of(promote_name),
     cache_policy=NO_CACHE,
     retries=2,
     retry_delay_seconds=[2.0, 10.0],

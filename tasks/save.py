@@ -12,9 +12,10 @@ from qwen3ft.config import TrainingConfig
 from qwen3ft.journal import Journal
 from qwen3ft.records import AttemptOutcome, SavedAdapter, TrainPlan
 from qwen3ft.save import save_adapter
+from tasks.names import name_of, save_name
 
 
-@task(name="save", task_run_name="save", cache_policy=NO_CACHE)
+@task(name="save", task_run_name=name_of(save_name), cache_policy=NO_CACHE)
 def save(config: TrainingConfig, plan: TrainPlan, outcome: AttemptOutcome) -> SavedAdapter:
     """Write and verify the adapter folder; its upload is in the journal from here on."""
     saved = save_adapter(outcome, plan, config)

@@ -21,13 +21,14 @@ from qwen3ft.launcher import run_worker
 from qwen3ft.logs import get_logger
 from qwen3ft.records import AttemptOutcome, TrainPlan
 from qwen3ft.storage import read_json_lines
+from tasks.names import name_of, train_name
 
 logger = get_logger("train")
 
 PROGRESS_SECONDS = 2.0
 
 
-@task(name="train", task_run_name="train-{plan.attempt}", cache_policy=NO_CACHE)
+@task(name="train", task_run_name=name_of(train_name), cache_policy=NO_CACHE)
 def train_attempt(plan: TrainPlan) -> AttemptOutcome:
     """Run the attempt; a failure is raised as the classified error that adjust reads."""
     run = RunDir(Path(plan.run_dir))

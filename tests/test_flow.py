@@ -70,7 +70,12 @@ def finished(run_flow: Any) -> tuple[Any, RunDir]:
 
 
 def task_states(state: Any) -> dict[str, str]:
-    """Task-run name: state name, of a finished flow run."""
+    """First word of each task run's name: state name, of a finished flow run."""
+    return {name.partition(" (")[0]: told for name, told in task_names(state).items()}
+
+
+def task_names(state: Any) -> dict[str, str]:
+    """Name of each task run of a finished flow run: state name."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
@@ -107,10 +112,49 @@ def test_a_run_goes_from_rows_to_a_registered_adapter(finished: Any, workspace: 
     assert (run.path / "card.md").read_text().startswith("# embedded")
     parent, children = mlflow_runs(workspace, run)
     assert parent.info.status == "FINISHED"
+    assert parent.data.tags["version"] == "1"
     assert parent.data.tags["prefect.flow_run_id"] == run.path.name
     assert parent.data.metrics["memory/peak_gb"] == pytest.approx(card["peak_memory_gb"])
     assert [child.data.metrics["train/loss"] > 0 for child in children] == [True]
     assert children[0].data.params["micro_batch_size"] == "16"
+
+
+def test_the_card_of_a_run_tells_its_story_on_disk_and_in_mlflow(
+    finished: Any, workspace: Path, tmp_path: Path
+) -> None:
+    """Data, plan, curves and answers of this run; the same files in both places; few keys."""
+    from mlflow import MlflowClient
+
+    from qwen3ft.result_records import RunCard
+    from qwen3ft.run_metrics import METRICS, TAGS
+
+    _, run = finished
+    card = RunCard.model_validate_json((run.path / "card.json").read_text())
+    assert card.data is not None
+    assert card.data.new_rows == sum(file.new_rows for file in card.data.files) > 0
+    assert len(card.data.examples) == 5
+    assert card.plan is not None
+    assert [len(curve.training) for curve in card.loss] == [6]
+    assert [len(curve.held_out) for curve in card.loss] == [4]
+    assert card.memory[0].predicted_gb == pytest.approx(card.plan.predicted_gb)
+    assert len(card.answers) == 20
+    assert {answer.model for one in card.answers for answer in one.answers} == {"base", "candidate"}
+    assert card.run_id == run.path.name
+    parent, _ = mlflow_runs(workspace, run)
+    client = MlflowClient(f"sqlite:///{workspace / 'mlruns' / 'mlflow.db'}")
+    fetched = Path(client.download_artifacts(parent.info.run_id, "card", str(tmp_path)))
+    for name in ("card.html", "card.md"):
+        assert (fetched / name).read_bytes() == (run.path / name).read_bytes()
+    assert RunCard.model_validate_json((fetched / "card.json").read_text()) == card
+    ours = {key for key in parent.data.metrics if not key.startswith("system/")}
+    assert ours <= set(METRICS)
+    assert set(METRICS) - ours <= {
+        *(f"{score}/champion" for score in ("exact_match", "token_f1", "answer_loss")),
+        *("ability_loss/champion", "memory/preflight_gb"),
+    }
+    tags = {key for key in parent.data.tags if not key.startswith(("mlflow.", "qwen3ft."))}
+    assert tags == set(TAGS) - {"failure"}
+    assert parent.data.tags["data_digest"] == card.data.digest
 
 
 def test_a_second_run_takes_model_lora_data_and_plan_from_the_cache(
@@ -214,6 +258,8 @@ def test_the_plan_is_on_both_pages_of_the_run(finished: Any, workspace: Path) ->
     with get_client(sync_client=True) as prefect:
         wanted = ArtifactFilter(key=ArtifactFilterKey(any_=["plan"]))
         shown = [str(item.data) for item in prefect.read_artifacts(artifact_filter=wanted)]
+        listed = {item.key for item in prefect.read_artifacts(limit=200)}
+    assert {"run-card", "data", "plan", "attempts"} <= listed
     plan = json.loads(run.attempt(1).request.read_text())
     peak_gb = sum(part["bytes"] for part in plan["predicted"]) / 2**30
     assert any(f"**{peak_gb:.3f}**" in markdown for markdown in shown)
@@ -233,6 +279,12 @@ def test_out_of_memory_is_answered_by_adjust_and_the_next_attempt_completes(
         "Completed",
     )
     first, second = json.loads((run.path / "card.json").read_text())["attempts"]
+    size = f"{second['micro_batch_size']} x {second['gradient_accumulation_steps']}"
+    told = f"train-2 (micro-batch {size} from step 2 after out of memory)"
+    assert {told, "adjust-1 (out of memory)"} <= set(task_names(state))
+    batch = next(change for change in second["changes"] if change["name"] == "batch")
+    assert (batch["before"], batch["after"]) == ("16 x 1", size)
+    assert batch["why"].startswith("Memory ran out")
     assert first["outcome"] == "OutOfMemoryError"
     assert second["resumed_from_step"] == 2
     assert second["micro_batch_size"] < first["micro_batch_size"]
