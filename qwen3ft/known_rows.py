@@ -44,8 +44,8 @@ def compare_data(dataset: DatasetManifest, champion: Champion | None) -> DataCha
     known = find_known_rows(champion)
     if champion is None or champion.adapter_path is None or known is None:
         every = find_new_rows(Path(dataset.path) / QUESTIONS_FILE, np.empty(0, np.uint64))
-        rows = sum(every.counts.values()) or dataset.train.rows
-        return DataChange(new_rows=rows, **_told(dataset, every))
+        count = sum(every.counts.values()) or dataset.train.rows
+        return DataChange(new_rows=count, **_told(dataset, every))
     before = read_run_card(Path(champion.adapter_path))["data"]
     old = {(source["role"], source["path"]): source["sha256"] for source in before["sources"]}
     now = {(source.role, source.path): source.sha256 for source in dataset.sources}
