@@ -8,10 +8,13 @@ which the flow refuses a second time (see `flows.nightly.check_resumes`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from deployments.api import send
 from deployments.services import HEARTBEAT_SECONDS, Layout
+from qwen3ft.night import ALREADY_DONE
+from qwen3ft.records import NOTHING_NEW
 
 ZOMBIE_AUTOMATION = "qwen3ft: crash flow runs without heartbeats"
 RESUME_AUTOMATION = "qwen3ft: take up a crashed run once"
@@ -19,7 +22,13 @@ RESUME_AUTOMATION = "qwen3ft: take up a crashed run once"
 SILENT_SECONDS = 3 * HEARTBEAT_SECONDS
 """Two heartbeats may be lost on a busy machine; within two minutes it has to be noticed."""
 
-_ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
+PROCESS_LOST = "ProcessLost"
+"""Name of the crashed state of a run that `deployments.orphans` has ended and taken up itself."""
+
+_ENDS = (
+    *("Completed", "Failed", "Cancelled", "Crashed", PROCESS_LOST),
+    *(NOTHING_NEW, ALREADY_DONE),  # an event has the name of the state, not of its type
+)
 _CONTINUED = "{{ flow_run.parameters.get('continue_run') or flow_run.id }}"
 _NIGHTLY = (
     "{{ (flow_run.parameters.get('nightly') or 'auto-scheduled' in flow_run.tags) | tojson }}"
@@ -39,6 +48,17 @@ def register_automations(layout: Layout, deployment_id: str) -> None:
         send(layout, f"automations/{found['id']}", method="DELETE")
     for automation in definitions(deployment_id):
         send(layout, "automations/", automation)
+
+
+def resumption_parameters(run: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of the run that takes up `run`, the same as in the automation's templates."""
+    given = run["parameters"]
+    return {
+        "config": given["config"],
+        "nightly": bool(given.get("nightly")) or "auto-scheduled" in run["tags"],
+        "continue_run": given.get("continue_run") or run["id"],
+        "resumed": (given.get("resumed") or 0) + 1,
+    }
 
 
 def _zombies(deployment_id: str) -> dict[str, Any]:
