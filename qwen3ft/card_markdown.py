@@ -68,8 +68,8 @@ def _head(card: RunCard) -> list[str]:
         "peak memory": _peak(card),
         "speed": f"{card.tokens_per_second:,.0f} tokens/s" if card.tokens_per_second else "",
         "kernels": as_markdown(card.kernels),
-        "adapter": f"`{card.adapter_path}`" if card.adapter_path else "",
-        "run": f"`{card.run_id}`" if card.run_id else "",
+        "adapter": as_markdown(card.adapter_path or ""),
+        "run": as_markdown(card.run_id),
         "MLflow": f"[this run]({card.mlflow_url})" if card.mlflow_url else "",
     }
     rows = [f"| {name} | {value} |" for name, value in facts.items() if value]
