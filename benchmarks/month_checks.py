@@ -82,6 +82,7 @@ class Checker:
 
     def __init__(self, tracking_uri: str, questions: Path, held_out_lines: int) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         from mlflow import MlflowClient
 
         self._client = MlflowClient(tracking_uri, registry_uri=tracking_uri)
