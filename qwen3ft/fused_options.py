@@ -140,10 +140,12 @@ def candidates(
         offloads += [(True, True), (True, False)]
     for size in sizes:
         base = replace(first, kernels="fused", packing=True, micro_batch_size=size)
-        some = blocks_away(base)
+        # What leaves gate and up of some blocks room takes some itself: without it less fits.
+        some = sorted({blocks_away(base), 0}, reverse=True)
+        ways = [(*offloads[0], blocks) for blocks in some] + [(*way, 0) for way in offloads[1:]]
         longest = max(base.tokens, row_tokens(base.eval_batch_size * base.eval_tokens))
-        for chunk, loss, group, (offload, attention) in itertools.product(
-            _distinct(chunks, longest), _distinct(loss_chunks, longest), groups, offloads
+        for chunk, loss, group, (offload, attention, blocks) in itertools.product(
+            _distinct(chunks, longest), _distinct(loss_chunks, longest), groups, ways
         ):
             yield replace(
                 base,
@@ -152,7 +154,7 @@ def candidates(
                 head_groups=group,
                 offload_activations=offload,
                 offload_attention=attention,
-                offloaded_mlp_blocks=0 if offload else some,
+                offloaded_mlp_blocks=blocks,
             )
 
 

@@ -136,15 +136,21 @@ def test_host_memory_is_used_within_its_share(host_gb: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "recompute", "host_gb"),
-    [(2048, "auto", 64.0), (32768, "auto", 0.0), (2048, "off", 64.0), (32768, "off", 0.0)],
+    ("tokens", "recompute", "host_gb", "budget_gb"),
+    [
+        (256, "auto", 64.0, 3.5),
+        (2048, "auto", 64.0, 3.9),
+        (32768, "auto", 0.0, 3.9),
+        (2048, "off", 64.0, 3.9),
+        (32768, "off", 0.0, 3.9),
+    ],
 )
-def test_what_would_fit_does(tokens: int, recompute: str, host_gb: float) -> None:
+def test_what_would_fit_does(tokens: int, recompute: str, host_gb: float, budget_gb: float) -> None:
     """The refusal comes soon, lists every part, and names a budget and a length that then fit."""
     started = time.process_time()
     wanted: Any = {"gradient_checkpointing": recompute}
     with pytest.raises(InsufficientMemoryError) as caught:
-        plan_on(machine(host_gb=host_gb), tokens=tokens, max_memory_gb=3.9, **wanted)
+        plan_on(machine(host_gb=host_gb), tokens=tokens, max_memory_gb=budget_gb, **wanted)
     assert time.process_time() - started < 5
     facts = caught.value.facts
     assert all(f"  {name}" in caught.value.what for name in facts["parts"])
@@ -158,7 +164,7 @@ def test_what_would_fit_does(tokens: int, recompute: str, host_gb: float) -> Non
         plan_on(large, tokens=tokens, max_memory_gb=need_gb - 0.02, **wanted)
     if (shorter := facts["would_fit"].get("max_sequence_length")) is not None:
         here = machine(host_gb=host_gb)
-        assert plan_on(here, tokens=shorter, max_memory_gb=3.9, **wanted)
+        assert plan_on(here, tokens=shorter, max_memory_gb=budget_gb, **wanted)
 
 
 def test_the_same_request_gives_the_same_plan_soon() -> None:
