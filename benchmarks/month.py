@@ -97,6 +97,7 @@ class Month:
         self._checker: Checker | None = None
         self._seen = Seen()
         self._owed: Night | None = None
+        self._owed_folders: list[Path] = []
         self._strikers: list[Striker] = []
 
     def open(self) -> None:
@@ -123,6 +124,7 @@ class Month:
         assert self._checker is not None
         self.source.write(night)
         result = NightResult(night.number, night.date, night.kind, list(night.faults), [])
+        result.catches_up = night.catches_up
         if night.undone == MACHINE_OFF:
             self.machine.shut_down()
             result.struck.append("machine off")
@@ -137,8 +139,10 @@ class Month:
         result.verdict, result.champion = outcome.verdict, after.champion
         result.message = str(((outcome.worked or {}).get("state") or {}).get("message") or "")[:400]
         result.attempts = sum(len(list(f.glob("attempts/[0-9][0-9]"))) for f in outcome.folders)
-        result.trained_seconds = sum(trained_seconds(folder) for folder in outcome.folders)
+        new = [folder for folder in outcome.folders if folder not in self._owed_folders]
+        result.trained_seconds = sum(trained_seconds(folder) for folder in new)
         self._seen, self._owed = after, night if night.undone else None
+        self._owed_folders = new if night.undone else []
         return result
 
     def _pass(self, night: Night, result: NightResult) -> Outcome:
@@ -171,7 +175,7 @@ class Month:
         result.struck += [name for name in night.faults if name.endswith("start")]
         self._strikers = []
         self.machine.wait_until_up()
-        return Outcome(runs, scene.folders())
+        return Outcome(runs, scene.folders() + self._owed_folders)
 
     def _scene(self) -> Scene:
         runs = self.stack.root / "runs"

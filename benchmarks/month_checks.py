@@ -46,7 +46,7 @@ class Outcome:
 
     Attributes:
         runs: Its flow runs, the oldest first.
-        folders: The run folders that it made.
+        folders: The run folders that it made, and those that it may have taken up.
     """
 
     runs: list[dict[str, Any]]

@@ -2,10 +2,10 @@
 
 A night's total is the time from the request for its run until nothing of it runs any more, further
 starts included. Its useful time is what it would have taken had nothing struck: the seconds of the
-training steps that are in the adapter (steps done again count once, a trained run that nothing came
-of not at all), and what all else of such a night takes, which is the median of this month's
-undisturbed nights. The share is useful over total, of all nights together; nights that the machine
-was off for have neither.
+training steps that are in the adapter (steps done again count once), and what all else of such a
+night takes, which is the median of this month's undisturbed nights. Of a night that was left undone
+the training counts if the next night only had to end it, and nothing else does. The share is useful
+over total, of all nights together.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class NightResult:
     kind: str
     faults: list[str]
     struck: list[str]
+    catches_up: bool = False
     states: list[str] = field(default_factory=list)
     verdict: str = ""
     message: str = ""
@@ -54,8 +55,8 @@ class NightResult:
         return None if self.useful_seconds is None else self.total_seconds - self.useful_seconds
 
     @property
-    def of_no_use(self) -> bool:
-        """Whether what it did has to be done again."""
+    def left_undone(self) -> bool:
+        """Whether the next night had to end it."""
         return self.verdict in ("deferred", "not started")
 
 
@@ -91,13 +92,16 @@ def _steps(attempt: Path) -> list[tuple[int, float]]:
 
 def account(nights: Sequence[NightResult]) -> None:
     """Set the useful seconds of every night of a kind that also passed undisturbed."""
-    for night in nights:
-        night.useful_seconds = 0.0 if night.of_no_use else None
+    for night, after in zip(nights, [*nights[1:], None], strict=True):
+        reused = after is not None and after.catches_up and not after.trains
+        undone_seconds = night.trained_seconds if reused else 0.0
+        night.useful_seconds = undone_seconds if night.left_undone else None
     kinds = {(night.trains, night.verdict == "failed") for night in nights}
     for kind in kinds:
         of_kind = [n for n in nights if (n.trains, n.verdict == "failed") == kind]
-        of_kind = [night for night in of_kind if not night.of_no_use]
-        calm = [n.total_seconds - n.trained_seconds for n in of_kind if not n.faults]
+        of_kind = [night for night in of_kind if not night.left_undone]
+        calm_nights = [night for night in of_kind if not night.faults and not night.catches_up]
+        calm = [night.total_seconds - night.trained_seconds for night in calm_nights]
         for night in of_kind if calm else []:
             night.useful_seconds = min(night.total_seconds, median(calm) + night.trained_seconds)
 
@@ -106,8 +110,8 @@ def shares(nights: Sequence[NightResult]) -> tuple[float, float] | tuple[None, N
     """The share of useful time as measured; and with an hour more of training in each night.
 
     Neither is known where no night of a kind passed undisturbed. The latter is computed: the same
-    seconds lost, beside nights of the length that real ones have; a night that nothing came of
-    loses its hour too.
+    seconds lost, beside nights of the length that real ones have; a night whose training was of no
+    use loses its hour too.
     """
     known = [night.useful_seconds for night in nights if night.useful_seconds is not None]
     if len(known) < len(nights):
@@ -115,7 +119,7 @@ def shares(nights: Sequence[NightResult]) -> tuple[float, float] | tuple[None, N
     useful = sum(known)
     total = sum(night.total_seconds for night in nights)
     training = [night for night in nights if night.trains]
-    more_useful = HOUR_SECONDS * sum(not night.of_no_use for night in training)
+    more_useful = HOUR_SECONDS * sum(bool(night.useful_seconds) for night in training)
     more = HOUR_SECONDS * len(training)
     return useful / max(total, 1e-9), (useful + more_useful) / max(total + more, 1e-9)
 

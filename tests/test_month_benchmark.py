@@ -225,7 +225,7 @@ def result(total: float, trained: float, verdict: str, faults: list[str]) -> Nig
 
 
 def test_what_is_lost_is_what_undisturbed_nights_do_not_take() -> None:
-    """A night that nothing came of is lost whole; with no undisturbed one nothing is known."""
+    """What was deferred and trained again is lost whole; without an undisturbed night who knows."""
     calm, struck = result(60, 30, "promoted", []), result(90, 30, "kept", ["nan"])
     useless = result(50, 30, "deferred", ["tracking down"])
     nights = [calm, struck, useless]
@@ -234,6 +234,10 @@ def test_what_is_lost_is_what_undisturbed_nights_do_not_take() -> None:
     measured, with_an_hour = shares(nights)
     assert measured == pytest.approx(120 / 200)
     assert with_an_hour == pytest.approx((120 + 7200) / (200 + 10800))
+    ended = result(25, 0, "promoted", [])
+    ended.catches_up = True
+    account(nights := [calm, useless, ended, result(10, 0, "nothing new", [])])
+    assert [night.useful_seconds for night in nights] == [60, 30, 10, 10]
     account([struck])
     assert shares([struck]) == (None, None)
 
