@@ -89,7 +89,7 @@ def tracked(run: RunDir, config: TrainingConfig) -> Iterator[None]:
     # What an outage kept from MLflow in earlier runs goes there now, behind this run's back.
     backlog = partial(replay_unsent, run.path.parent, uri, current=run)
     threading.Thread(target=backlog, daemon=True).start()
-    journal.run_started(run_name(), config.model_dump(mode="json"), tags)
+    journal.run_started(flow_run.name or run_name(), config.model_dump(mode="json"), tags)
     status: RunStatus = "FAILED"
     try:
         yield

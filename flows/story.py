@@ -120,7 +120,11 @@ class Story:
         self.journal.json(f"{CARD_FOLDER}/card.json", card.model_dump(mode="json"))
         self.journal.metrics(card_metrics(card))
         description = to_description(card, MOST_DESCRIPTION_CHARACTERS)
-        self.journal.tags({**card_tags(card), "mlflow.note.content": description})
+        shown = {
+            "mlflow.note.content": description,
+            "mlflow.runName": f"{card.outcome}: {flow_run.name}",  # what a list of runs shows
+        }
+        self.journal.tags({**card_tags(card), **shown})
         artifacts.show_markdown(artifacts.RUN_CARD, markdown, card.verdict.splitlines()[0])
         if card.mlflow_url:
             artifacts.show_link(artifacts.MLFLOW_RUN, card.mlflow_url, "This run in MLflow")

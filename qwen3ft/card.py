@@ -46,6 +46,7 @@ EMBEDDED_NOTE = (
     "invented products. Fine-tuning adds facts and one date format, not language understanding."
 )
 NOVEL_NOTE = "'novel' is wording that no training ever showed."
+NO_CHAMPION = "none"
 MODELS: tuple[ModelLabel, ...] = ("base", "champion", "candidate")
 FAILURE_CHARACTERS = 3000
 
@@ -98,7 +99,7 @@ def build_card(facts: RunFacts) -> RunCard:
         memory=tuple(facts.memory),
         trained_on=_trained_on(facts.dataset) if facts.dataset else "",
         confidence=facts.config.gate_confidence,
-        champion_version=facts.champion.version if facts.champion else None,
+        champion_version=_champion_version(facts),
         version=saved.version if saved else None,
         held_out_loss_before=_finite(trained.first_held_out_loss) if trained else None,
         held_out_loss_after=_finite(trained.best_held_out_loss) if trained else None,
@@ -124,6 +125,14 @@ def _ending(facts: RunFacts) -> tuple[Outcome, str]:
         return "nothing new", f"nothing new since {facts.nothing_since}"
     failure = _failure(facts.error)
     return "failed", f"failed: {failure.what.splitlines()[0]}"
+
+
+def _champion_version(facts: RunFacts) -> str | None:
+    """In use before the run; 'none' where the registry was asked and had none."""
+    if facts.champion is not None:
+        return facts.champion.version
+    judged = facts.verdict is not None and facts.verdict.decision in ("promoted", "kept")
+    return NO_CHAMPION if judged else None
 
 
 def _failure(error: BaseException | None) -> FailureStory:
@@ -222,8 +231,9 @@ def _roll_back(facts: RunFacts) -> Step:
     """The exact command, and what would then be in use."""
     name, before = facts.registered_model, facts.champion
     if facts.verdict is None or facts.verdict.decision != "promoted":
-        stays = f"{name} v{before.version} stays in use" if before else "no adapter is in use"
-        return Step(what=f"This run changed nothing: {stays}.")
+        if before is None:
+            return Step(what="This run changed nothing that is in use.")
+        return Step(what=f"This run changed nothing: {name} v{before.version} stays in use.")
     mine = f"{name} v{facts.verdict.version}"
     command = f'qwen3ft rollback --reason "..." {_about(name)}'
     if before is None:

@@ -52,6 +52,7 @@ def to_html(card: RunCard) -> str:
         rivals=[rival for rival in RIVALS if rival in labels],
         rows=candidate.rows if candidate else 0,
         scores=list(_scores(card, labels)) if candidate else [],
+        forms=list(_forms(card, labels)) if candidate else [],
         total_seconds=sum(card.seconds_by_stage.values()),
         notes=card.notes,
     )
@@ -133,7 +134,12 @@ def _scores(card: RunCard, labels: list[Any]) -> Iterator[dict[str, Any]]:
             yield {"name": "its interval", "cells": sure, "gains": none}
     losses = [show_score("loss", models[label].ability_loss) for label in labels]
     yield {"name": "loss on the ability set", "cells": losses, "gains": none}
+
+
+def _forms(card: RunCard, labels: list[Any]) -> Iterator[dict[str, Any]]:
+    """One line a check of form: the share of each model's answers that pass."""
+    models = {score.label: score for score in card.scores}
     for field, mark in (("form", ""), ("sampled_form", ", sampled")):
         for check in getattr(models["candidate"], field):
             shares = [f"{getattr(models[label], field).get(check, 0.0):.1%}" for label in labels]
-            yield {"name": f"{check}{mark}", "cells": shares, "gains": none}
+            yield {"name": f"{check}{mark}", "cells": shares}

@@ -185,7 +185,9 @@ class RunCard(Record):
     confidence: float = Field(0.95, description="Of all intervals.")
     main_metric: MetricName = "exact_match"
     comparisons: tuple[Comparison, ...] = ()
-    champion_version: str | None = Field(None, description="In use before this run.")
+    champion_version: str | None = Field(
+        None, description="In use before this run; 'none' if none was, None if that is not known."
+    )
     version: str | None = Field(None, description="This run's own, once it is registered.")
     forgetting: str = Field("", description="Loss on the ability set, before and after.")
     answers: tuple[AnswersBeside, ...] = Field((), description="Where the models differ most.")

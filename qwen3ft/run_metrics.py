@@ -89,8 +89,8 @@ def card_tags(card: RunCard) -> dict[str, str]:
         "verdict_sentence": card.verdict[:MOST_TAG_CHARACTERS],
         "degraded": "; ".join(card.degraded)[:MOST_TAG_CHARACTERS] or "no",
         "run": card.run_id,
-        "champion_before": card.champion_version or "none",
     }
+    tags |= {"champion_before": card.champion_version} if card.champion_version else {}
     tags |= {"data_digest": card.data.digest} if card.data else {}
     tags |= {"version": card.version} if card.version else {}
     tags |= {"failure": card.failure.kind} if card.failure else {}

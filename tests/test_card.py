@@ -174,6 +174,9 @@ def test_a_run_that_broke_at_its_first_step_and_one_with_nothing_to_do_have_card
         assert card.verdict == told
         assert told in Page(to_html(card)).text
         assert told in to_markdown(card)
+        # Whether something is in use was not asked.
+        assert card.roll_back.what == "This run changed nothing that is in use."
+        assert card.champion_version is None
 
 
 # --- what it survives ---

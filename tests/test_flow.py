@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,7 @@ def test_the_card_of_a_run_tells_its_story_on_disk_and_in_mlflow(
     }
     tags = {key for key in parent.data.tags if not key.startswith(("mlflow.", "qwen3ft."))}
     assert tags == set(TAGS) - {"failure"}
+    assert re.fullmatch(rf"{card.outcome}: embedded [-0-9]+ [:0-9]+", parent.info.run_name)
     assert parent.data.tags["data_digest"] == card.data.digest
 
 
