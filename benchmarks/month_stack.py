@@ -18,12 +18,12 @@ from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import psutil
 import yaml
 
 from deployments import services
-from deployments.api import send
 from deployments.processes import find_marked, free_port, stop
 from deployments.stack import DEPLOYMENT, Stack
 from deployments.stack_records import StackState
@@ -37,6 +37,8 @@ RESTART_SECONDS = 10.0
 """Of the unit: RestartSec."""
 STOP_SECONDS = 120.0
 FIRST_START_SECONDS = 240.0
+ACCEPT_SECONDS = 120.0
+"""How long a request for a run is repeated."""
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 SCHEDULED_TAG = "auto-scheduled"
 
@@ -164,12 +166,22 @@ class Clock:
                 "state_details": {"scheduled_time": hour.isoformat()},
             },
             "tags": [SCHEDULED_TAG],
+            "idempotency_key": uuid4().hex,  # asked again, a busy server makes no second run
         }
         if environment:
             body["job_variables"] = {"env": dict(environment)}
-        deployment = services.request_json(f"{self._api}/deployments/name/{DEPLOYMENT}")
-        address = f"deployments/{deployment['id']}/create_flow_run"
-        return str(send(self.stack.layout(), address, body)["id"])
+        end = time.monotonic() + ACCEPT_SECONDS
+        while time.monotonic() < end:
+            found = services.request_json(f"{self._api}/deployments/name/{DEPLOYMENT}")
+            address = f"{self._api}/deployments/{(found or {}).get('id')}/create_flow_run"
+            if run := found and services.request_json(address, body):
+                return str(run["id"])
+            time.sleep(1.0)
+        raise EnvironmentNotReadyError(
+            f"The Prefect server takes no run for {ACCEPT_SECONDS:.0f} s.",
+            why="It is down or overloaded.",
+            next_command=f"tail -n 50 {self.stack.layout().log('prefect')}",
+        )
 
     def runs(self) -> list[dict[str, Any]] | None:
         """Every flow run that the server knows, the oldest first; None while it does not answer."""
