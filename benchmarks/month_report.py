@@ -18,6 +18,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.month_nights import BAD, GOOD
+
 AT_LEAST_SHARE = 0.95
 HOUR_SECONDS = 3600.0
 
@@ -128,7 +130,7 @@ def summarise(nights: Sequence[NightResult], planned: int) -> dict[str, Any]:
     """Counts, the shares, every night."""
     account(nights)
     measured, with_an_hour = shares(nights)
-    good = [n for n in nights if n.kind in ("good", "malformed")]
+    good, bad = ([n for n in nights if n.kind in kinds] for kinds in (GOOD, BAD))
     worst = max(nights, key=lambda night: night.lost_seconds or 0.0, default=None)
 
     def of_verdict(among: Sequence[NightResult], verdict: str) -> int:
@@ -143,19 +145,15 @@ def summarise(nights: Sequence[NightResult], planned: int) -> dict[str, Any]:
         "promoted": of_verdict(nights, "promoted"),
         "good": len(good),
         "good_kept": [n.number for n in good if n.verdict == "kept"],
-        "bad": sum(n.kind in ("shuffled", "garbage", "language", "truncated") for n in nights),
-        "bad_promoted": sum(
-            n.verdict == "promoted" and n.kind in ("shuffled", "garbage", "language", "truncated")
-            for n in nights
-        ),
+        "bad": len(bad),
+        "bad_promoted": of_verdict(bad, "promoted"),
         "total_seconds": round(sum(night.total_seconds for night in nights), 1),
         "useful_share": measured and round(measured, 4),
         "useful_share_with_an_hour_of_training": with_an_hour and round(with_an_hour, 4),
-        "worst_recovery": worst
-        and {
-            "night": worst.number,
-            "faults": worst.faults,
-            "seconds": round(worst.lost_seconds, 1),
+        "longest_recovery": {
+            "seconds": round(worst.lost_seconds or 0.0, 1) if worst else 0.0,
+            "night": worst.number if worst else None,
+            "faults": worst.faults if worst else [],
         },
         "every_night": [_rounded(asdict(night)) for night in nights],
     }
@@ -210,7 +208,7 @@ def print_summary(summary: dict[str, Any], nights: Sequence[NightResult]) -> Non
     print("\n" + head())
     for night in nights:
         print(line_of(night))
-    worst = summary["worst_recovery"] or {"night": 0, "faults": [], "seconds": 0.0}
+    worst = summary["longest_recovery"]
     print(
         f"\n{summary['nights']} of {summary['planned_nights']} nights, {summary['faults']} faults\n"
         f"manual interventions: {len(summary['interventions'])} "

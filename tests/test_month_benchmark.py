@@ -29,7 +29,15 @@ from benchmarks.month_nights import (
     products_of,
     write_held_out,
 )
-from benchmarks.month_report import NightResult, account, shares, trained_seconds
+from benchmarks.month_report import (
+    NightResult,
+    account,
+    passed,
+    print_summary,
+    shares,
+    summarise,
+    trained_seconds,
+)
 
 SEEDS = range(10)
 TODAY = datetime(2026, 11, 26, 12, tzinfo=UTC)
@@ -240,6 +248,19 @@ def test_what_is_lost_is_what_undisturbed_nights_do_not_take() -> None:
     assert [night.useful_seconds for night in nights] == [60, 30, 10, 10]
     account([struck])
     assert shares([struck]) == (None, None)
+
+
+def test_the_summary_can_be_printed_from_the_first_night_on(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With faults of unknown cost too; a problem or a night that is missing fails the month."""
+    first = result(300, 30, "promoted", ["power cut"])
+    print_summary(summarise([first], 2), [first])
+    assert "useful time: not known" in capsys.readouterr().out
+    assert not passed(summarise([first], 2))
+    assert passed(summarise([first], 1))
+    first.problems.append("champion 1 cannot be used")
+    assert not passed(summarise([first], 1))
 
 
 @pytest.mark.slow
