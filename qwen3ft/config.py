@@ -104,7 +104,9 @@ class TrainingConfig(BaseModel):
         (), description="Rows for the final comparison; if empty, held out from data_paths by hash."
     )
     columns: ColumnNames = Field(
-        ColumnNames(), description="Which column is what, where the usual names do not tell."
+        ColumnNames(),
+        title="Columns",  # else forms show the class's name
+        description="Which column is what, where the usual names do not tell.",
     )
     reasoning_separator: str | None = Field(
         None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import threading
 from pathlib import Path
 from uuid import UUID
@@ -86,7 +87,10 @@ class ProgressArtifact:
             logger.warning("no progress artifact: %s", error)
             return self
         assert isinstance(artifact, UUID)
-        self._thread = threading.Thread(target=self._follow, args=(artifact,), daemon=True)
+        context = contextvars.copy_context()  # else it would talk to another server than the run
+        self._thread = threading.Thread(
+            target=context.run, args=(self._follow, artifact), daemon=True
+        )
         self._thread.start()
         return self
 

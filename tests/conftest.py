@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,37 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["PREFECT_HOME"] = tempfile.mkdtemp(prefix="qwen3ft-prefect-")  # results and settings
 # Two threads on two cores that others use too are slower than one, and bits depend on the number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+BROWSER = "tests/test_browser.py"
+TOGETHER = {BROWSER: "tests/test_flow.py"}
+"""Files that share what is made once for a session and takes long."""
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """`--dist loadfile`, which gives a file to one process, for files of `TOGETHER` as well."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            scope = super()._split_scope(nodeid)
+            return TOGETHER.get(scope, scope)
+
+    return Scheduling(config, log)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say where the pages that were seen are; and if none was, that too."""
+
+    def count(outcome: str) -> int:
+        reports = terminalreporter.stats.get(outcome, ())
+        return sum(report.nodeid.startswith(BROWSER) for report in reports)
+
+    if count("passed") or count("failed"):
+        terminalreporter.write_line("What the browser has seen: test-output/browser/*.png")
+    elif count("skipped"):
+        terminalreporter.write_line("NOT TESTED for want of Chromium: both UIs")
 
 
 @pytest.fixture(scope="session")
@@ -97,6 +128,35 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from trained_adapter import train_adapter
 
     return train_adapter(tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture(scope="session")
+def project(
+    tmp_path_factory: pytest.TempPathFactory, make_config: Callable[..., Any], snapshot: Any
+) -> Iterator[Any]:
+    """A project with servers of its own: a `FlowProject`."""
+    from flow_project import FlowProject
+
+    made = FlowProject(tmp_path_factory.mktemp("flow"), make_config)
+    try:
+        made.stack.up()
+        yield made
+    finally:
+        made.stack.down()
+
+
+@pytest.fixture(scope="session")
+def finished(project: Any) -> Any:
+    """One undisturbed run of the flow: its state and its folder."""
+    return project.run()
+
+
+@pytest.fixture(scope="session")
+def champion(project: Any, finished: Any) -> str:
+    """The version in use: that of the undisturbed run."""
+    from flow_project import promote_first
+
+    return promote_first(project)
 
 
 @pytest.fixture(scope="session")

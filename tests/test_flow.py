@@ -1,4 +1,4 @@
-"""The whole flow with real Prefect and a real SQLite MLflow, on the quantised embedded model."""
+"""The whole flow with real Prefect and MLflow servers, on the quantised embedded model."""
 
 from __future__ import annotations
 
@@ -9,65 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flow_project import MODEL, FlowProject
 
-from qwen3ft import faults
 from qwen3ft.attempt import RunDir
 
 
-@pytest.fixture(scope="module")
-def orchestrator() -> Iterator[None]:
-    """Prefect's own server on a temporary database."""
-    from prefect.testing.utilities import prefect_test_harness
-
-    with prefect_test_harness(server_startup_timeout=120):
+@pytest.fixture(scope="module", autouse=True)
+def connected(project: FlowProject) -> Iterator[None]:
+    """What tests ask Prefect, they ask the project's server."""
+    with project.connected():
         yield
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder for the runs, adapters and the MLflow of this module."""
-    return tmp_path_factory.mktemp("flow")
-
-
-@pytest.fixture(scope="module")
-def run_flow(
-    orchestrator: None, workspace: Path, make_config: Callable[..., Any], snapshot: Any
-) -> Callable[..., tuple[Any, RunDir]]:
+def run_flow(project: FlowProject) -> Callable[..., tuple[Any, RunDir]]:
     """Runs the flow in this process; gives its final state and its folder."""
-    from flows.finetune import qwen3_finetune
-
-    database = workspace / "mlruns" / "mlflow.db"
-    database.parent.mkdir()
-
-    def run(
-        fault: str = "",
-        continue_run: str | None = None,
-        nightly: bool = False,
-        **changes: Any,
-    ) -> tuple[Any, RunDir]:
-        settings = {
-            "runs_dir": str(workspace / "runs"),
-            "output_dir": str(workspace / "out"),
-            "max_steps": 6,
-            "evaluate_every_steps": 2,
-            **changes,
-        }
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
-            patch.setenv(faults.VARIABLE, fault)
-            config = make_config(**settings)
-            state = qwen3_finetune(config, continue_run, nightly, return_state=True)
-        run_id = continue_run or str(state.state_details.flow_run_id)
-        return state, RunDir(workspace / "runs" / run_id)
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def finished(run_flow: Any) -> tuple[Any, RunDir]:
-    """One undisturbed run."""
-    state, run = run_flow()
-    return state, run
+    return project.run
 
 
 def task_states(state: Any) -> dict[str, str]:
@@ -86,19 +43,19 @@ def task_names(state: Any) -> dict[str, str]:
     return {run.name: run.state_name for run in runs}
 
 
-def mlflow_runs(workspace: Path, run: RunDir) -> tuple[Any, list[Any]]:
+def mlflow_runs(project: FlowProject, run: RunDir) -> tuple[Any, list[Any]]:
     """The parent run of a run folder, and its children."""
     from mlflow import MlflowClient
 
     from qwen3ft.cursor import parent_run_id
 
-    client = MlflowClient(f"sqlite:///{workspace / 'mlruns' / 'mlflow.db'}")
+    client = MlflowClient(project.tracking_uri)
     parent = client.get_run(parent_run_id(run))
     query = f"tags.mlflow.parentRunId = '{parent.info.run_id}'"
     return parent, client.search_runs([parent.info.experiment_id], query)
 
 
-def test_a_run_goes_from_rows_to_a_registered_adapter(finished: Any, workspace: Path) -> None:
+def test_a_run_goes_from_rows_to_a_registered_adapter(finished: Any, project: FlowProject) -> None:
     """Every stage is a task run; card, adapter, registry and MLflow agree with each other."""
     state, run = finished
     assert state.is_completed(), state.message
@@ -111,7 +68,7 @@ def test_a_run_goes_from_rows_to_a_registered_adapter(finished: Any, workspace: 
     assert Path(card["adapter_path"], "adapter_model.safetensors").is_file()
     assert set(card["seconds_by_stage"]) >= {"model", "data", "train", "save", "inference"}
     assert (run.path / "card.md").read_text().startswith("# embedded")
-    parent, children = mlflow_runs(workspace, run)
+    parent, children = mlflow_runs(project, run)
     assert parent.info.status == "FINISHED"
     assert parent.data.tags["version"] == "1"
     assert parent.data.tags["prefect.flow_run_id"] == run.path.name
@@ -179,31 +136,19 @@ def test_a_second_run_takes_model_lora_data_and_plan_from_the_cache(
     assert read_snapshot(target) is not None
 
 
-@pytest.fixture(scope="module")
-def champion(finished: Any, workspace: Path) -> str:
-    """The version in use: that of the undisturbed run."""
-    from qwen3ft.registry import Registry
-
-    registry = Registry(f"sqlite:///{workspace / 'mlruns' / 'mlflow.db'}")
-    found = registry.champion("qwen3ft-embedded")
-    if found is None:  # six steps may not have been enough to beat the base
-        registry.promote("qwen3ft-embedded", "1", None)
-    return f"qwen3ft-embedded v{found.version if found else 1}"
-
-
 @pytest.mark.parametrize(
     ("settings", "stages"), [({"when_unchanged": "skip"}, 0), ({"new_data": "mix"}, 6)]
 )
 def test_a_run_with_nothing_new_since_the_champion_ends_before_training(
-    run_flow: Any, workspace: Path, champion: str, settings: dict[str, str], stages: int
+    run_flow: Any, project: FlowProject, champion: str, settings: dict[str, str], stages: int
 ) -> None:
     """The same request ends before any stage; other settings without an unseen row, after data."""
     state, run = run_flow(**settings)
     assert state.is_completed(), state.message
-    assert (state.name, state.message) == ("NothingNew", f"nothing new since {champion}")
+    assert (state.name, state.message) == ("NothingNew", f"nothing new since {MODEL} v{champion}")
     assert len(task_states(state)) == stages
     assert not (run.path / "jobs").exists() or stages
-    parent, children = mlflow_runs(workspace, run)
+    parent, children = mlflow_runs(project, run)
     assert parent.info.status == "FINISHED"
     assert parent.data.tags["verdict"] == "nothing new"
     assert parent.data.tags["verdict_sentence"] == state.message
@@ -213,7 +158,7 @@ def test_a_run_with_nothing_new_since_the_champion_ends_before_training(
 def test_a_night_without_anything_new_is_done_once(run_flow: Any, champion: str) -> None:
     """Whatever `when_unchanged` says; a second start names the run that found nothing."""
     state, run = run_flow(nightly=True)
-    assert (state.name, state.message) == ("NothingNew", f"nothing new since {champion}")
+    assert (state.name, state.message) == ("NothingNew", f"nothing new since {MODEL} v{champion}")
     state, _ = run_flow(nightly=True)
     assert state.is_completed()
     assert (state.name, state.message) == ("AlreadyDone", f"already done by run {run.path.name}")
@@ -246,15 +191,15 @@ def test_a_run_that_is_in_progress_is_not_taken_up_beside_it(run_flow: Any, fini
     assert "in progress in another process" in state.message
 
 
-def test_the_plan_is_on_both_pages_of_the_run(finished: Any, workspace: Path) -> None:
+def test_the_plan_is_on_both_pages_of_the_run(finished: Any, project: FlowProject) -> None:
     """The same table as markdown, JSON and picture; its peak is the one that was predicted."""
     from mlflow import MlflowClient
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
     _, run = finished
-    parent, _ = mlflow_runs(workspace, run)
-    client = MlflowClient(f"sqlite:///{workspace / 'mlruns' / 'mlflow.db'}")
+    parent, _ = mlflow_runs(project, run)
+    client = MlflowClient(project.tracking_uri)
     names = {item.path for item in client.list_artifacts(parent.info.run_id)}
     assert {"plan.md", "plan.json", "plan.png"} <= names
     with get_client(sync_client=True) as prefect:
@@ -268,7 +213,7 @@ def test_the_plan_is_on_both_pages_of_the_run(finished: Any, workspace: Path) ->
 
 
 def test_out_of_memory_is_answered_by_adjust_and_the_next_attempt_completes(
-    run_flow: Any, workspace: Path
+    run_flow: Any, project: FlowProject
 ) -> None:
     """train-1 Failed, adjust-1, train-2 Completed, from the last checkpoint, same batch."""
     state, run = run_flow("oom@step=4", seed=21, preflight="on")
@@ -292,7 +237,7 @@ def test_out_of_memory_is_answered_by_adjust_and_the_next_attempt_completes(
     assert second["micro_batch_size"] < first["micro_batch_size"]
     products = {a["micro_batch_size"] * a["gradient_accumulation_steps"] for a in (first, second)}
     assert products == {16}
-    parent, children = mlflow_runs(workspace, run)
+    parent, children = mlflow_runs(project, run)
     assert sorted(child.info.status for child in children) == ["FAILED", "FINISHED"]
     assert 0 < parent.data.metrics["memory/preflight_gb"] < 4
     assert parent.data.metrics["memory/predicted_gb"] > 0
@@ -325,7 +270,7 @@ def test_a_failed_run_is_continued_from_its_last_checkpoint(run_flow: Any) -> No
 
 
 def test_a_run_without_tracking_completes_and_is_sent_later(
-    run_flow: Any, workspace: Path, monkeypatch: pytest.MonkeyPatch
+    run_flow: Any, project: FlowProject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """MLflow refuses connections throughout: training is not touched, nothing is lost."""
     import tasks.promote
@@ -341,9 +286,9 @@ def test_a_run_without_tracking_completes_and_is_sent_later(
     assert state.is_completed(), state.message
     assert "deferred" in state.message
     assert outstanding(run) > 0
-    assert replay(run, f"sqlite:///{workspace / 'mlruns' / 'mlflow.db'}")
+    assert replay(run, project.tracking_uri)
     assert outstanding(run) == 0
-    parent, children = mlflow_runs(workspace, run)
+    parent, children = mlflow_runs(project, run)
     assert parent.info.status == "FINISHED"
     assert len(children) == 1
 
@@ -362,7 +307,7 @@ def test_a_run_on_a_machine_that_another_run_holds_is_refused_before_it_does_any
     assert set(task_states(state)) == {"environment"}
 
 
-def test_the_flow_loads_neither_torch_nor_cuda(workspace: Path) -> None:
+def test_the_flow_loads_neither_torch_nor_cuda() -> None:
     """Importing everything the flow's process needs leaves torch out."""
     import subprocess
     import sys
