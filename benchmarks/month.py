@@ -33,6 +33,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.gate_nights import clean_rows, write_rows  # noqa: E402
 from benchmarks.month_checks import Checker, Outcome, Seen, check_night  # noqa: E402
 from benchmarks.month_faults import Scene, Striker, strikers  # noqa: E402
 from benchmarks.month_nights import (  # noqa: E402
@@ -42,7 +43,6 @@ from benchmarks.month_nights import (  # noqa: E402
     Source,
     plan_month,
     products_of,
-    write_held_out,
 )
 from benchmarks.month_report import (  # noqa: E402
     NightResult,
@@ -88,12 +88,14 @@ class Month:
     def __init__(self, root: Path, nights: list[Night], seed: int) -> None:
         self.nights = nights
         products = products_of(nights)
-        held_out = write_held_out(root / "held-out", products)
+        dev, self.test = (root / "held-out" / f"{split}.jsonl" for split in ("dev", "test"))
+        self.test.parent.mkdir()
+        write_rows(self.test, clean_rows("test", products))
+        held_out = {"dev_paths": [str(dev)], "test_paths": [str(self.test)]}
         self.stack = make_project(root, {**SETTINGS, **held_out})
         self.machine = Machine(self.stack)
         self.clock = Clock(self.stack)
-        self.source = Source(root / "data", products, seed)
-        self._held_out = [Path(path) for paths in held_out.values() for path in paths]
+        self.source = Source(root / "data", dev, products, seed)
         self._checker: Checker | None = None
         self._seen = Seen()
         self._owed: Night | None = None
@@ -107,9 +109,7 @@ class Month:
         done = self.machine.command("deploy")
         if done.returncode:
             sys.exit(done.stdout + done.stderr)
-        lines = sum(len(path.read_text("utf-8").splitlines()) for path in self._held_out)
-        questions = self.stack.root / "held-out" / "test.jsonl"
-        self._checker = Checker(self.stack.layout().url("mlflow"), questions, lines)
+        self._checker = Checker(self.stack.layout().url("mlflow"), self.test)
 
     def close(self) -> None:
         """Leave no process and no mount."""

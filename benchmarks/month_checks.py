@@ -77,17 +77,16 @@ class Checker:
     Args:
         tracking_uri: Of the month's MLflow server.
         questions: The month's test rows.
-        held_out_lines: Lines of all held-out files.
     """
 
-    def __init__(self, tracking_uri: str, questions: Path, held_out_lines: int) -> None:
+    def __init__(self, tracking_uri: str, questions: Path) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         from mlflow import MlflowClient
 
         self._client = MlflowClient(tracking_uri, registry_uri=tracking_uri)
         self._questions = questions
-        self._held_out_lines = held_out_lines
+        self._test_lines = len(questions.read_text(encoding="utf-8").splitlines())
         self._asker = Asker()
         self._answers: dict[str, dict[str, Any]] = {}
 
@@ -138,7 +137,7 @@ class Checker:
             data = json.loads(path.read_text(encoding="utf-8"))["dataset"]
             parts = ("test_rows", "quarantined", "too_long", "duplicates", "not_used")
             rows = sum(data[part] for part in parts) + data["train"]["rows"] + data["dev"]["rows"]
-            lines, broken = written[0] + self._held_out_lines, written[1]
+            lines, broken = written[0] + self._test_lines, written[1]
             if not data["rows_read"] == rows == lines:
                 problems.append(f"{lines} lines, {data['rows_read']} read, {rows} accounted for")
             if data["quarantined"] != broken:

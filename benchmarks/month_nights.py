@@ -181,12 +181,15 @@ class Source:
 
     Args:
         folder: The data folder.
+        dev: File of the rows for stopping: about what the good rows so far are about. With others
+            the loss on them would rise from the start, and the best checkpoint be the first.
         products: What good nights bring, in order.
         seed: Of the spoiled answers.
     """
 
-    def __init__(self, folder: Path, products: list[str], seed: int) -> None:
+    def __init__(self, folder: Path, dev: Path, products: list[str], seed: int) -> None:
         self.folder = folder
+        self.dev = dev
         self.seed = seed
         self._coming = list(products)
         self._known: list[str] = []
@@ -208,13 +211,15 @@ class Source:
         rows = self._rows(night.kind, random)
         broken = {"malformed": 3, "truncated": round(TRUNCATED_SHARE * len(self._known_rows()))}
         self._write_file(path, rows, broken.get(night.kind, 0), random)
+        write_rows(self.dev, clean_rows("dev", self._known))
         if night.kind in BAD:
             self._bad = path
 
     def totals(self) -> tuple[int, int]:
         """Lines in all files that are there, and those of them that are no rows."""
         counts = self.lines.values()
-        return sum(lines for lines, _ in counts), sum(broken for _, broken in counts)
+        dev_lines = len(self.dev.read_text(encoding="utf-8").splitlines())
+        return dev_lines + sum(lines for lines, _ in counts), sum(broken for _, broken in counts)
 
     def _rows(self, kind: Kind, random: Random) -> list[Row]:
         if kind in GOOD:
@@ -239,12 +244,3 @@ class Source:
             lines.insert(random.randrange(len(lines) + 1), line)
         path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         self.lines[path.name] = (len(lines), broken)
-
-
-def write_held_out(folder: Path, products: list[str]) -> dict[str, list[str]]:
-    """The rows for stopping and for the test, fixed for the month; the settings that name them."""
-    folder.mkdir()
-    return {
-        f"{split}_paths": [write_rows(folder / f"{split}.jsonl", clean_rows(split, products))]
-        for split in ("dev", "test")
-    }

@@ -14,6 +14,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import month
+from benchmarks.gate_nights import clean_rows
 from benchmarks.month_checks import Outcome, Seen, check_night
 from benchmarks.month_nights import (
     BAD,
@@ -27,7 +28,6 @@ from benchmarks.month_nights import (
     Strike,
     plan_month,
     products_of,
-    write_held_out,
 )
 from benchmarks.month_report import (
     NightResult,
@@ -74,16 +74,16 @@ def test_faults_strike_nights_that_they_can_strike() -> None:
 def test_the_source_counts_its_lines_and_takes_bad_files_back(tmp_path: Path) -> None:
     """Good rows stay and are right, broken lines are no rows, and no file is forgotten."""
     nights = plan_month(30, 0, TODAY)
-    source = Source(tmp_path / "data", products_of(nights), seed=0)
-    held_out = write_held_out(tmp_path / "held-out", products_of(nights))
-    asked = {_question(line) for paths in held_out.values() for line in _lines(Path(paths[0]))}
+    source = Source(tmp_path / "data", tmp_path / "dev.jsonl", products_of(nights), seed=0)
+    asked = {row["question"] for row in clean_rows("test", products_of(nights))}
     right: set[str] = set()
     for night in nights:
         source.write(night)
         files = sorted((tmp_path / "data").iterdir())
         lines = [line for file in files for line in _lines(file)]
         broken = [line for line in lines if not _question(line)]
-        assert (len(lines), len(broken)) == source.totals()
+        dev = _lines(source.dev)
+        assert (len(lines) + len(dev), len(broken)) == source.totals()
         assert (len(broken) > 0) == (night.kind == "truncated" or _has_malformed(source))
         new = {line for line in lines if _question(line)}
         if night.kind in GOOD:
@@ -93,7 +93,7 @@ def test_the_source_counts_its_lines_and_takes_bad_files_back(tmp_path: Path) ->
             assert len(new - right) > 0.5 * len(right)
         else:
             assert new == right
-        assert not asked & {_question(line) for line in new}
+        assert not asked & {_question(line) for line in (*new, *dev)}
     assert len(products_of(nights)) == FIRST_PRODUCTS + 8
 
 
