@@ -29,6 +29,7 @@ from deployments.deploy import (
     deploy,
     read_deployment,
 )
+from deployments.pages import POLICY
 from deployments.processes import MARK, find_marked, free_port, start_detached, stop
 from deployments.schedule import write_schedule
 from deployments.services import SERVICES, Layout
@@ -130,6 +131,18 @@ def test_mlflow_refuses_other_host_names(stack: Stack) -> None:
     foreign = urllib.request.Request(url, headers={"Host": "evil.example"})
     with pytest.raises(urllib.error.HTTPError, match="403"):
         urllib.request.build_opener(urllib.request.ProxyHandler({})).open(foreign)
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_prefects_pages_may_connect_to_this_machine_alone(stack: Stack, version: str) -> None:
+    """Both versions of them, as served; what a browser makes of it: test_browser.py."""
+    path = "/v2/dashboard" if version == "v2" else "/runs"
+    url = stack.layout().url("prefect") + path
+    request = urllib.request.Request(url, headers={"Accept": "text/html"})
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as answer:
+        page = answer.read().decode()
+    assert f'href="{"/v2" if version == "v2" else ""}/ico/' in page
+    assert page.count(POLICY) == 1
 
 
 def test_the_deployment_is_registered_once_and_as_declared(
