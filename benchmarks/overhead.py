@@ -41,8 +41,11 @@ def make_project(root: Path) -> Path:
     return root
 
 
-def run_once(stack: Any, parameters: dict[str, Any]) -> dict[str, Any]:
-    """One run of the deployment, from the request to its end; times in seconds."""
+def run_once(stack: Any, parameters: dict[str, Any], **request: Any) -> dict[str, Any]:
+    """One run of the deployment, from the request to its end; times in seconds.
+
+    `request` is what else the server is asked for, such as `job_variables`.
+    """
     from deployments.api import send
     from deployments.deploy import read_deployment
 
@@ -51,7 +54,7 @@ def run_once(stack: Any, parameters: dict[str, Any]) -> dict[str, Any]:
     layout = stack.layout()
     started = time.monotonic()
     address = f"deployments/{deployment['id']}/create_flow_run"
-    run = send(layout, address, {"parameters": parameters})
+    run = send(layout, address, {"parameters": parameters, **request})
     while run["state_type"] not in FINAL_STATES:
         time.sleep(POLL_SECONDS)
         run = send(layout, f"flow_runs/{run['id']}", method="GET")

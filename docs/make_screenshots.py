@@ -1,0 +1,219 @@
+"""The pictures of docs/reading.md: three nights of the embedded model in both UIs.
+
+    python docs/make_screenshots.py [--root /tmp/qwen3ft-demo] [--out docs/screenshots]
+
+Brings up servers and a worker of their own in the folder `--root`, registers the deployment, and
+runs three nights of it: one that is promoted, one that brings new rows and runs out of memory (a
+planted fault) before it is promoted, and one whose answers are shuffled, which is kept out. Then a
+headless Chromium takes the pictures. Rows in Chinese are left out, since not every machine has
+their letters. Needs about ten minutes on two cores; leaves nothing but the pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from browser import WatchedBrowser, open_browser  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from benchmarks.gate_nights import PRODUCTS, clean_rows, shuffled, write_rows  # noqa: E402
+from benchmarks.overhead import make_project, run_once  # noqa: E402
+from deployments.api import send  # noqa: E402
+from deployments.deploy import CPU_CONFIG, deploy, read_deployment  # noqa: E402
+from deployments.stack import Stack  # noqa: E402
+from qwen3ft import faults  # noqa: E402
+from tasks.artifacts import RUN_CARD  # noqa: E402
+
+MODEL = "qwen3ft-embedded"
+FIRST = PRODUCTS[:4]
+OUT_OF_MEMORY = {"job_variables": {"env": {faults.VARIABLE: "oom@step=90"}}}
+MOST_BYTES = 200_000
+REDRAWN_MILLISECONDS = 2000
+"""After which MLflow does not draw a page among files anew, and scroll it back."""
+SETTINGS = {
+    "data_paths": ["data"],
+    "num_epochs": 40,
+    "max_steps": 300,
+    "evaluate_every_steps": 60,
+    "early_stopping_patience": 5,
+    "max_memory_gb": 4.0,
+}
+
+
+def english_rows(split: str, products: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The embedded model's rows about these products, without those in Chinese."""
+    return [row for row in clean_rows(split, products) if row["question"].isascii()]
+
+
+def write_project(root: Path) -> None:
+    """A project folder with its settings and its held-out rows; no training data yet."""
+    make_project(root)
+    held_out = root / "held-out"
+    for folder in (held_out, root / "data"):
+        folder.mkdir()
+    paths = {
+        f"{split}_paths": [write_rows(held_out / f"{split}.jsonl", english_rows(split, PRODUCTS))]
+        for split in ("dev", "test")
+    }
+    config = yaml.safe_load((root / CPU_CONFIG).read_text(encoding="utf-8"))
+    changed = yaml.safe_dump({**config, **SETTINGS, **paths})
+    (root / CPU_CONFIG).write_text(changed, encoding="utf-8")
+
+
+def run_nights(stack: Stack) -> dict[str, str]:
+    """The three nights; what is to be seen in each: the id of its run."""
+    data = stack.root / "data"
+    rows = english_rows("train", FIRST)
+    write_rows(data / "monday.jsonl", rows)
+    promoted = run_once(stack, {"nightly": True})
+    write_rows(data / "tuesday.jsonl", english_rows("train", PRODUCTS[len(FIRST) :]))
+    recovered = run_once(stack, {"nightly": True}, **OUT_OF_MEMORY)
+    write_rows(data / "wednesday.jsonl", shuffled(rows, Random("wednesday")))
+    kept = run_once(stack, {"nightly": True})
+    for night, verdict in ((promoted, "promoted"), (recovered, "promoted"), (kept, "kept")):
+        if not night["message"].startswith(verdict):
+            sys.exit(f"not {verdict}: {night['message']}")
+    return {"promoted": promoted["id"], "recovered": recovered["id"], "kept": kept["id"]}
+
+
+def take_pictures(stack: Stack, nights: dict[str, str], folder: Path) -> None:
+    """Every picture of docs/reading.md."""
+    cards = {name: _read_card(stack, run) for name, run in nights.items()}
+    with open_browser(folder) as browser:
+        pages = Pages(browser, stack)
+        pages.form()
+        pages.run_in_prefect("promoted", cards["promoted"])
+        pages.card_in_prefect("promoted", cards["promoted"])
+        pages.run_in_mlflow("promoted", cards["promoted"])
+        pages.card_in_mlflow("promoted", cards["promoted"], "answers")
+        pages.run_in_prefect("recovered", cards["recovered"])
+        pages.card_in_mlflow("recovered", cards["recovered"], "attempts")
+        pages.card_in_prefect("kept", cards["kept"])
+        pages.card_in_mlflow("kept", cards["kept"], "scores")
+        pages.all_nights(cards["kept"])
+
+
+def _read_card(stack: Stack, run: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((stack.root / "runs" / run / "card.json").read_text("utf-8"))
+    return found
+
+
+class Pages:
+    """The pages of one stack, each kept as a picture named by UI, page and night."""
+
+    def __init__(self, browser: WatchedBrowser, stack: Stack) -> None:
+        self._visit = browser.visit
+        self._stack, self._layout = stack, stack.layout()
+
+    def form(self) -> None:
+        """What a custom run can be asked."""
+        deployment = read_deployment(self._stack)
+        assert deployment is not None
+        url = f"{self._layout.ui_url}/deployments/deployment/{deployment['id']}/run"
+        with self._visit(url, "prefect-form", "Max Memory Gb"):
+            pass
+
+    def run_in_prefect(self, night: str, card: dict[str, Any]) -> None:
+        """Its stages, as bars and as a list."""
+        with self._visit(card["prefect_url"], f"prefect-run-{night}", "Task Runs") as page:
+            page.get_by_role("tab", name="Task Runs").click()
+            page.get_by_role("link", name="promote").first.wait_for()
+
+    def card_in_prefect(self, night: str, card: dict[str, Any]) -> None:
+        """As an artifact of the run."""
+        wanted = {
+            "flow_runs": {"id": {"any_": [card["run_id"]]}},
+            "artifacts": {"key": {"any_": [RUN_CARD]}},
+        }
+        [artifact] = send(self._layout, "artifacts/filter", wanted)
+        url = f"{self._layout.ui_url}/artifacts/artifact/{artifact['id']}"
+        with self._visit(url, f"prefect-card-{night}", card["title"]) as page:
+            page.get_by_role("table").first.wait_for()
+
+    def run_in_mlflow(self, night: str, card: dict[str, Any]) -> None:
+        """Verdict, metrics, tags, and the version that it registered."""
+        with self._visit(card["mlflow_url"], f"mlflow-run-{night}", "About this run") as page:
+            page.get_by_text(card["title"]).first.wait_for()
+
+    def card_in_mlflow(self, night: str, card: dict[str, Any], part: str) -> None:
+        """As a page among the files of the run, at one of its parts."""
+        url = card["mlflow_url"].replace("?", "/artifacts?")
+        with self._visit(url, f"mlflow-card-{night}", "card") as page:
+            page.get_by_text("card", exact=True).click()
+            page.get_by_text("card.html").click()
+            heading = page.frame_locator("iframe").locator(f"#{part}")
+            heading.wait_for()
+            page.wait_for_timeout(REDRAWN_MILLISECONDS)
+            heading.evaluate("heading => heading.scrollIntoView()")
+
+    def all_nights(self, card: dict[str, Any]) -> None:
+        """Side by side: cards, runs, versions."""
+        url = f"{self._layout.ui_url}/artifacts/key/{RUN_CARD}"
+        with self._visit(url, "prefect-history", "Created"):
+            pass
+        experiment, _, _ = card["mlflow_url"].partition("/runs/")
+        runs = f"{experiment}/runs?workflowType=machine_learning"
+        with self._visit(runs, "mlflow-nights", "kept: embedded"):
+            pass
+        model = f"{self._layout.url('mlflow')}/#/models/{MODEL}?workflowType=machine_learning"
+        with self._visit(model, "mlflow-model", "Version 3") as page:
+            page.get_by_text("Version 1").first.scroll_into_view_if_needed()
+
+
+def compress(picture: Path) -> int:
+    """Write `picture` anew with a palette, small enough for a repository; gives its bytes."""
+    image = Image.open(picture).convert("RGB")
+    for colours in (256, 128, 64, 32):
+        image.quantize(colours).save(picture, optimize=True)
+        if picture.stat().st_size <= MOST_BYTES:
+            break
+    return picture.stat().st_size
+
+
+@contextmanager
+def demo(root: Path) -> Iterator[Stack]:
+    """A stack of its own in the folder `root`, which must not exist, and is removed."""
+    if root.exists():
+        sys.exit(f"{root} exists.")
+    root.mkdir(parents=True)
+    stack = Stack(root, {"prefect": 4200, "mlflow": 5000})
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        write_project(root)
+        stack.up(print)
+        deploy(stack, print)
+        yield stack
+    finally:
+        stack.down()
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def main() -> None:
+    """Run, look, keep."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--root", type=Path, default=Path("/tmp/qwen3ft-demo"))
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "screenshots")
+    arguments = parser.parse_args()
+    with demo(arguments.root.resolve()) as stack:
+        nights = run_nights(stack)
+        take_pictures(stack, nights, arguments.out)
+    for picture in sorted(arguments.out.glob("*.png")):
+        print(f"{compress(picture):9,} {picture.name}")
+
+
+if __name__ == "__main__":
+    main()
