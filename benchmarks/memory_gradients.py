@@ -106,20 +106,22 @@ def first_gradient(plan: TrainPlan, *, exact: bool = False) -> dict[str, torch.T
 def measure_gradients(config: TrainingConfig, work: Path) -> list[dict[str, Any]]:
     """Of every split, how far its gradient is from that of the whole batch at once.
 
-    As shares of its norm: `from_whole` and `from_exact` in fp32, from the whole batch's in fp32 and
-    in float64, and `exact_from_exact` with both in float64, of plain splits. The first row is the
-    whole batch itself.
+    As shares of its norm: `from_whole` in fp32, from the whole batch's on the same path;
+    `from_exact` in fp32, from that of the plain path in float64; and `exact_from_exact` with both
+    in float64, of plain splits. The first row is the whole batch itself.
     """
     effective = config.effective_batch_size
     whole = {"micro_batch_size": effective, "gradient_accumulation_steps": 1, "packing": False}
     plan = make_plan(config, work / "whole", kernels="plain", **whole)
-    reference = first_gradient(plan)
+    reference = {"plain": first_gradient(plan)}
     exact = first_gradient(plan.model_copy(update={"attempt": 2}), exact=True)
-    rows = [{"kernels": "plain"} | whole | {"from_exact": _apart(reference, exact)}]
+    rows = [{"kernels": "plain"} | whole | {"from_exact": _apart(reference["plain"], exact)}]
     for number, changes in enumerate(splits(effective)):
         plan = make_plan(config, work / f"split-{number}", **changes)
         gradient = first_gradient(plan)
-        row = {"from_whole": _apart(gradient, reference), "from_exact": _apart(gradient, exact)}
+        # The first of `splits` on each path is the whole batch.
+        whole_of_path = reference.setdefault(plan.kernels, gradient)
+        row = {"from_whole": _apart(gradient, whole_of_path), "from_exact": _apart(gradient, exact)}
         if plan.kernels == "plain":
             again = first_gradient(plan.model_copy(update={"attempt": 2}), exact=True)
             row["exact_from_exact"] = _apart(again, exact)

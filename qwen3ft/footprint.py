@@ -284,8 +284,11 @@ def _working_memory(
 ) -> MemoryPart:
     """The largest of what comes and goes: a loss chunk, one layer's backward, an evaluation."""
     c, hidden, mlp = work.compute_bytes, shape.hidden_size, shape.intermediate_size
-    # Log-softmax output, its gradient, and the logits' gradient; all fp32.
-    loss = min(work.loss_chunk_tokens, work.tokens) * 12 * shape.vocab_size
+    # Log-softmax output, its gradient, and the logits' gradient; all fp32. On a CPU the product is
+    # float64's: the head's copy, and the logits.
+    exact = 8 if work.device == "cpu" else 0
+    chunk = min(work.loss_chunk_tokens, work.tokens)
+    loss = ((12 + exact) * chunk + exact * hidden) * shape.vocab_size
     # Gradients of one of the MLP's wide tensors and of the residual stream: of each further one,
     # what autograd kept is freed first.
     transient = c * (mlp + hidden)
@@ -298,7 +301,7 @@ def _working_memory(
     return MemoryPart(
         name="working memory",
         bytes=max(loss, layer, evaluation),
-        formula=f"largest of: loss chunk {loss / GIB:.3f} GB (12 bytes x tokens x vocabulary), "
-        f"one layer's backward {layer / GIB:.3f}, evaluation beyond the saved activations "
-        f"{evaluation / GIB:.3f}",
+        formula=f"largest of: loss chunk {loss / GIB:.3f} GB "
+        f"({12 + exact} bytes x tokens x vocabulary), one layer's backward {layer / GIB:.3f}, "
+        f"evaluation beyond the saved activations {evaluation / GIB:.3f}",
     )
