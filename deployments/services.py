@@ -28,6 +28,7 @@ HEARTBEAT_SECONDS = 30
 """Between two signs of life of a flow run; Prefect takes no less."""
 HISTORY_DAYS = 90
 """How long the server keeps ended flow runs; MLflow keeps what came of them."""
+LEASE_STORAGE = "prefect.server.concurrency.lease_storage.filesystem"
 BUSY = (429, 503)
 BUSY_DELAYS_SECONDS = (0.2, 0.5, 1.0, 2.0)
 
@@ -124,6 +125,9 @@ def environment(layout: Layout, inherited: Mapping[str, str] = os.environ) -> di
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
         "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
         "PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD": str(HISTORY_DAYS * 86400),
+        # by default in the server's memory: a run that holds the deployment's one slot would be
+        # ended when it renews its lease with a server that was restarted meanwhile
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": LEASE_STORAGE,
         "PREFECT_WORKER_QUERY_SECONDS": "2",  # 10 by default: a run would wait that long to start
         "PREFECT_LOGGING_EXTRA_LOGGERS": "qwen3ft",
         "PREFECT_RESULTS_LOCAL_STORAGE_PATH": str(layout.prefect_home / "storage"),

@@ -236,7 +236,8 @@ def test_a_run_that_was_killed_with_all_else_is_ended_by_the_next_up_and_taken_u
 ) -> None:
     """As after a power cut. Else it would hold the one slot; one of another origin is left alone.
 
-    What asked for the killed run is asked of the one that takes it up.
+    What asked for the killed run is asked of the one that takes it up. The slot of a run that lived
+    on would still be its own.
     """
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     deploy(stack)
@@ -247,11 +248,17 @@ def test_a_run_that_was_killed_with_all_else_is_ended_by_the_next_up_and_taken_u
     asked = {"state": later, "parameters": {"nightly": True}}
     killed = _start_at(stack, f"deployments/{deployment['id']}/create_flow_run", asked)
     other = _start_at(stack, "flow_runs/", {"flow_id": deployment["flow_id"], "state": later})
+    limits = f"{stack.layout().url('prefect')}/api/v2/concurrency_limits"
+    assert services.request_json(f"{limits}/", {"name": "slot", "limit": 1})
+    slot = {"names": ["slot"], "slots": 1, "mode": "concurrency", "lease_duration": 300}
+    lease = services.request_json(f"{limits}/increment-with-lease", slot)["lease_id"]
     everything = find_marked(stack.root)
     for process in everything:
         process.kill()
     psutil.wait_procs(everything, timeout=30)
     assert stack.up().up
+    renewal = {"lease_duration": 300}
+    assert services.request_text(f"{limits}/leases/{lease}/renew", renewal, "POST") is not None
     api = f"{stack.layout().url('prefect')}/api/flow_runs"
     assert services.request_json(f"{api}/{killed}")["state_type"] == "CRASHED"
     assert services.request_json(f"{api}/{other}")["state_type"] == "RUNNING"
