@@ -42,12 +42,16 @@ def definitions(deployment_id: str) -> list[dict[str, Any]]:
 
 
 def register_automations(layout: Layout, deployment_id: str) -> None:
-    """Put the automations there as they are defined here, in place of those of the same name."""
+    """Put the automations there as they are defined here, in place of those of the same name.
+
+    The new ones come first: whatever interrupts this, a crash is seen, and never taken up twice.
+    """
     names = {"name": {"any_": [ZOMBIE_AUTOMATION, RESUME_AUTOMATION]}}
-    for found in send(layout, "automations/filter", {"automations": names}):
-        send(layout, f"automations/{found['id']}", method="DELETE")
+    before = send(layout, "automations/filter", {"automations": names})
     for automation in definitions(deployment_id):
         send(layout, "automations/", automation)
+    for found in before:
+        send(layout, f"automations/{found['id']}", method="DELETE")
 
 
 def resumption_parameters(run: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,29 +24,31 @@ def clean(
 
     Raises:
         TrackingUnavailableError: what is in use cannot be asked for; nothing was removed.
+        RequestError: a run to be abandoned is none; nothing was removed.
     """
     stack = open_project()
     config = request_config(stack.root, path, settings)
     use_local_services(stack)
     removals = plan_removals(config, find_protected(default_tracking_uri()), policy)
+    gone = removals if dry_run else remove(removals)
+    # Last: it takes long where there is much of it, and what is in use was asked for before.
     flow_runs = _clean_history(stack, policy.keep_days, dry_run=dry_run)
-    freed_bytes = 0 if dry_run else remove(removals)
+    size_bytes = sum(removal.size_bytes for removal in gone)
     if as_json:
         print_json(
             {
                 "dry_run": dry_run,
-                "removals": [removal.model_dump(mode="json") for removal in removals],
+                "removals": [removal.model_dump(mode="json") for removal in gone],
                 "flow_runs": flow_runs,
-                "freed_bytes": freed_bytes,
+                "freed_bytes": 0 if dry_run else size_bytes,
             }
         )
         return
-    _show(removals, stack.root)
-    planned_bytes = sum(removal.size_bytes for removal in removals)
-    size = f"{(planned_bytes if dry_run else freed_bytes) / GIB:.2f} GB"
+    _show(gone, stack.root)
+    size = f"{size_bytes / GIB:.2f} GB"
     history = "" if flow_runs is None else f"; {flow_runs} flow run(s) of the server's history"
     verb = "To be removed" if dry_run else "Removed"
-    open_console().print(f"{verb}: {len(removals)} folder(s), {size}{history}.")
+    open_console().print(f"{verb}: {len(gone)} folder(s), {size}{history}.")
 
 
 def _clean_history(stack: Stack, keep_days: float, *, dry_run: bool) -> int | None:

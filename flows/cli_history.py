@@ -6,6 +6,7 @@ from pathlib import Path
 
 from flows.cli_project import open_project, request_config, use_local_services
 from flows.cli_view import open_console, print_json, say
+from qwen3ft.adapters import version_name
 from qwen3ft.errors import RequestError
 from qwen3ft.history import Change, History, Move, this_person
 from qwen3ft.registry import Registry, registered_model_name
@@ -23,7 +24,9 @@ def promote(
 ) -> None:
     """Put a version into use by hand, after its adapter was fetched and found intact."""
     registry, name = _open(path, settings)
-    version = registry.version(name, wanted)
+    champion = registry.champion(name)  # before the fetch, which may take minutes
+    number = version_name(wanted)
+    version = registry.version(name, number) if number else None
     if version is None:
         raise _no_such_version(name, wanted)
     degraded = registry.check(version)
@@ -34,7 +37,6 @@ def promote(
             next_command=f"qwen3ft promote {version.version} --allow-degraded",
             degraded=list(degraded),
         )
-    champion = registry.champion(name)
     before = champion.version if champion else None
     change = Change(by=this_person(), reason=reason)
     move = registry.promote(name, version.version, before, change)

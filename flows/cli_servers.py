@@ -58,16 +58,20 @@ def schedule(cron: str | None, timezone: str | None, *, active: bool | None) -> 
     """
     stack = open_project()
     found = read_schedule(stack.root)
-    cron, timezone = cron or found.cron, timezone or found.timezone
-    if (cron, timezone) != (found.cron, found.timezone):
-        _check_schedule(cron, timezone)
-        write_schedule(stack.root, cron, timezone)
-    if active is not None or (cron, timezone) != (found.cron, found.timezone):
+    wanted = (cron or found.cron, timezone or found.timezone)
+    if wanted != (found.cron, found.timezone):
+        _check_schedule(*wanted)
+        write_schedule(stack.root, *wanted)
+    if cron or timezone or active is not None:
         stack.up(say)
-        register(stack, say)
+        register(stack, say)  # at once if it is registered, as it is not if this failed last time
     if active is not None:
         set_active(stack, active=active)
-    state = "on" if stack.status().schedule_active else "off"
+    now = stack.status()
+    state = "on" if now.schedule_active else "off"
+    if now.prefect_url is None:
+        state = "not known, the server is down; to see it: qwen3ft up"
+    cron, timezone = wanted
     open_console().print(f'nightly  cron "{cron}", time zone {timezone}: {state}')
 
 

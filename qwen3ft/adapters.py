@@ -45,9 +45,8 @@ def find_adapter(config: TrainingConfig, registry: Registry, wanted: str) -> Pat
         check_adapter(folder)
         return folder
     name = config.registered_model or registered_model_name(config.model_name)
-    number = _VERSION.fullmatch(wanted)
-    if wanted in ALIASES or number is not None:
-        version = registry.version(name, number[1] if number else wanted)
+    if (alias_or_number := version_name(wanted)) is not None:
+        version = registry.version(name, alias_or_number)
     elif (saved := _saved_by_run(config, wanted)) is not None:
         check_adapter(saved)
         return saved
@@ -56,6 +55,12 @@ def find_adapter(config: TrainingConfig, registry: Registry, wanted: str) -> Pat
     if version is None:
         raise _not_found(name, wanted)
     return fetch_version(config, registry, version)
+
+
+def version_name(wanted: str) -> str | None:
+    """An alias, or the number of a version ('7' for 'v7' too); None if `wanted` is neither."""
+    number = _VERSION.fullmatch(wanted)
+    return number[1] if number else wanted if wanted in ALIASES else None
 
 
 def fetch_version(config: TrainingConfig, registry: Registry, version: Champion) -> Path:

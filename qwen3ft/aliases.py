@@ -100,7 +100,9 @@ def rollback(
     if champion is None or champion != expected:
         raise _changed(f"{name} is not rolled back", champion, expected)
     if previous != target:
-        raise _changed(f"{name} is not rolled back to {target}", previous, target)
+        raise _changed(
+            f"{name} is not rolled back to {target}", previous, target, "previous version"
+        )
     wanted = require_version(connection, name, target)
     before = succession(history.moves)
     # A version may have been in use twice: what came before its last time counts.
@@ -272,9 +274,11 @@ def _refuse_rolled_back(connection: Connection, name: str, wanted: Any) -> None:
         )
 
 
-def _changed(what: str, found: str | None, expected: str | None) -> ChampionChangedError:
+def _changed(
+    what: str, found: str | None, expected: str | None, alias: str = "champion"
+) -> ChampionChangedError:
     return ChampionChangedError(
-        f"{what}: the champion is {found}, not {expected}.",
+        f"{what}: the {alias} is {found}, not {expected}.",
         why="Another run or person moved it meanwhile.",
         next_command="qwen3ft history",
         champion=found,

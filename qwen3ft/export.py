@@ -27,7 +27,7 @@ from qwen3ft.export_records import ExportRequest, ParityReport
 from qwen3ft.hub import check_model_folder, fetch_model, resolve_model
 from qwen3ft.launcher import run_worker
 from qwen3ft.logs import get_logger
-from qwen3ft.records import ModelShape, ModelSource
+from qwen3ft.records import ModelSource
 from qwen3ft.saved_adapter import check_adapter, find_base, read_run_card
 from qwen3ft.serving_files import write_serving_files
 from qwen3ft.storage import build_folder, read_manifest_facts, sha256_file
@@ -69,9 +69,15 @@ def export_adapter(
     check_adapter(adapter)
     card = read_run_card(adapter)
     find_base(adapter)
+    _require_place(target)
     base = _fetch_base(card)
     shape = check_model_folder(base)
-    _require_place(target, shape)
+    require_disk(
+        target,
+        2 * shape.total_parameters + SPARE_BYTES,
+        "The merged model",
+        "The disk is too full; an earlier export stays until the new one is there.",
+    )
     scratch = Path(config.cache_dir).resolve() / "export"
     scratch.mkdir(parents=True, exist_ok=True)
     job_folder = Path(tempfile.mkdtemp(dir=scratch))  # its own: two exports may run side by side
@@ -128,7 +134,7 @@ def _asking_like_the_run(config: TrainingConfig, card: dict[str, Any]) -> Traini
     return config.model_copy(update={name: theirs[name] for name in asked if name in theirs})
 
 
-def _require_place(target: Path, shape: ModelShape) -> None:
+def _require_place(target: Path) -> None:
     is_export = read_manifest_facts(target).get("kind") == EXPORT_KIND
     if target.exists() and not is_export and not (target.is_dir() and not any(target.iterdir())):
         raise RequestError(
@@ -136,12 +142,6 @@ def _require_place(target: Path, shape: ModelShape) -> None:
             why="Only an export is replaced by another one.",
             next_command=f"ls {target}",
         )
-    require_disk(
-        target,
-        2 * shape.total_parameters + SPARE_BYTES,
-        "The merged model",
-        "The disk is too full; an earlier export stays until the new one is there.",
-    )
 
 
 def _require_parity(report: ParityReport, adapter: Path) -> None:

@@ -242,10 +242,12 @@ class Registry:
         self, run_id: str, digest: str, folder: Path, seconds: float = TRANSFER_SECONDS
     ) -> Path:
         """Download a run's adapter and compare its sha256 with `digest`."""
-        self._within(self.deadline_seconds, lambda connection: connection.has_run(run_id))
+        deadline = time.monotonic() + seconds
+        first = min(self.deadline_seconds, seconds)
+        self._within(first, lambda connection: connection.has_run(run_id))
         try:
             fetched = self._within(
-                seconds,
+                max(0.1, deadline - time.monotonic()),
                 lambda connection: connection.download(run_id, ADAPTER_PATH, folder),
             )
             found = sha256_file(fetched / _WEIGHTS)

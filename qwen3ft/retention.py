@@ -15,6 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,6 +23,7 @@ from typing import Literal
 from pydantic import Field
 
 from qwen3ft.config import TrainingConfig
+from qwen3ft.errors import RequestError
 from qwen3ft.logs import get_logger
 from qwen3ft.process_lock import held
 from qwen3ft.protected import ProtectedVersion
@@ -87,9 +89,13 @@ def plan_removals(
         config: Where runs, caches and adapters are.
         protected: As `protected.find_protected` gives them.
         policy: How long things are kept.
+
+    Raises:
+        RequestError: a run that is to be abandoned is none that could be continued.
     """
     cache = _resolved(config.cache_dir)
     runs = find_runs(_resolved(config.runs_dir))
+    _require_continuable(policy.abandon, runs)
     stock = Stock(runs, protected, _used(runs, protected, policy, cache, config))
     removals = [*_runs(stock, policy), *_checkpoints(stock, policy)]
     if not any(state.state == "running" for state in runs):
@@ -98,23 +104,24 @@ def plan_removals(
     return removals
 
 
-def remove(removals: Iterable[Removal]) -> int:
-    """Remove what was planned; what cannot be removed is logged and left.
+def remove(removals: Iterable[Removal]) -> list[Removal]:
+    """Remove what was planned; what is in use or cannot be removed is logged and left.
 
     Returns:
-        The bytes that were freed.
+        What is gone.
     """
-    freed_bytes = 0
+    gone = []
     for removal in removals:
         try:
-            if removal.lock is None:
-                freed_bytes += _remove(removal)
-                continue
-            with held(Path(removal.lock)) as mine:
-                freed_bytes += _remove(removal) if mine else 0
+            with nullcontext(True) if removal.lock is None else held(Path(removal.lock)) as mine:
+                if mine:
+                    _remove(removal)
+                    gone.append(removal)
+                else:
+                    logger.warning("%s stays: its run is in progress", removal.path)
         except OSError as error:
             logger.warning("%s stays: %s", removal.path, error)
-    return freed_bytes
+    return gone
 
 
 # --- what may go ---
@@ -221,6 +228,19 @@ def _base_of(
 # --- helpers ---
 
 
+def _require_continuable(wanted: Sequence[str], runs: list[RunState]) -> None:
+    states = {state.run.path.name: state.state for state in runs}
+    for name in wanted:
+        if (state := states.get(name)) != "continuable":
+            raise RequestError(
+                f"Run {name} cannot be abandoned: "
+                + ("there is no such run." if state is None else f"it is {state}."),
+                why="Only a failed run that could be continued can be. Nothing was removed.",
+                next_command="qwen3ft clean --dry-run",
+                run_id=name,
+            )
+
+
 def _removal(path: Path, kind: Kind, why: str, lock: Path | None = None) -> Removal:
     files = (file for file in path.rglob("*") if file.is_file() and not file.is_symlink())
     size_bytes = sum(file.stat().st_size for file in files)
@@ -229,12 +249,11 @@ def _removal(path: Path, kind: Kind, why: str, lock: Path | None = None) -> Remo
     )
 
 
-def _remove(removal: Removal) -> int:
+def _remove(removal: Removal) -> None:
     path = Path(removal.path)
     gone = path.with_name(f".{path.name}{_GONE}")
     os.rename(path, gone)
     shutil.rmtree(gone)
-    return removal.size_bytes
 
 
 def _resolved(folder: str) -> Path:

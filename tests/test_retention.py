@@ -12,6 +12,7 @@ import pytest
 
 from qwen3ft.attempt import RunDir
 from qwen3ft.config import TrainingConfig
+from qwen3ft.errors import RequestError
 from qwen3ft.journal import Journal
 from qwen3ft.process_lock import held
 from qwen3ft.protected import ProtectedVersion, find_protected
@@ -130,6 +131,14 @@ def test_a_run_that_can_be_continued_stays_until_it_is_abandoned(project: Projec
     assert project.names(policy=Policy(keep_runs=0, abandon=("failed",))) == {"empty", "failed"}
 
 
+@pytest.mark.parametrize("wanted", ["done", "unknown"])
+def test_only_a_run_that_could_be_continued_can_be_abandoned(project: Project, wanted: str) -> None:
+    """A typing error is told, and nothing goes."""
+    project.run("done", days=1)
+    with pytest.raises(RequestError, match=f"Run {wanted} cannot be abandoned"):
+        project.plan(policy=Policy(abandon=(wanted,)))
+
+
 def test_a_run_that_mlflow_lacks_stays(project: Project) -> None:
     """Its journal is the only copy of what was measured."""
     run = project.run("unsent")
@@ -155,9 +164,9 @@ def test_a_run_that_begins_after_the_plan_was_made_is_not_removed(project: Proje
     plan = project.plan()
     assert len(plan) == 1
     with held(run.lock):
-        assert remove(plan) == 0
+        assert remove(plan) == []
     assert run.log.exists()
-    assert remove(plan) == plan[0].size_bytes > 0
+    assert remove(plan) == plan
     assert not run.path.exists()
     assert list((project.root / "runs").iterdir()) == []
 
