@@ -9,8 +9,9 @@ from flows.cli_view import open_console, print_json, say
 from qwen3ft.adapters import version_name
 from qwen3ft.errors import RequestError
 from qwen3ft.history import Change, History, Move, this_person
-from qwen3ft.registry import Registry, registered_model_name
+from qwen3ft.registry import Registry
 from qwen3ft.tracking_uri import default_tracking_uri
+from qwen3ft.versions import registered_name
 
 
 def promote(
@@ -67,7 +68,7 @@ def _open(path: Path | None, settings: list[str]) -> tuple[Registry, str]:
     stack = open_project()
     config = request_config(stack.root, path, settings)
     use_local_services(stack)
-    name = config.registered_model or registered_model_name(config.model_name)
+    name = registered_name(config)
     return Registry(default_tracking_uri()), name
 
 

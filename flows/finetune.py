@@ -17,6 +17,7 @@ from typing import Any
 
 from prefect import flow
 from prefect.client.schemas.objects import State
+from prefect.runtime import flow_run
 from prefect.states import Completed
 
 from flows.around import (
@@ -39,7 +40,7 @@ from flows.nightly import (
     seen_before,
     tonight,
 )
-from flows.notify import tell, tell_failure
+from flows.notify import tell, tell_failure, works_in
 from flows.story import Story, told
 from qwen3ft import checkpoint, logs
 from qwen3ft.ability import ability_rows
@@ -103,6 +104,7 @@ def qwen3_finetune(
     with tonight(config, request, nightly, continue_run) as night:
         if night.taken is not None:
             return end_as_taken(night)
+        works_in(str(flow_run.id), night.run_id)
         with (
             open_run(config, night.run_id, request) as run,
             tracked(run, config),

@@ -45,7 +45,7 @@ from qwen3ft.night import (
 from qwen3ft.registry import Registry
 from qwen3ft.run_state import find_runs, is_running
 from qwen3ft.tracking_uri import default_tracking_uri
-from tasks.promote import registered_name
+from qwen3ft.versions import registered_name
 
 logger = logs.get_logger("night")
 

@@ -35,6 +35,9 @@ MOST_CHARACTERS = 2000
 
 Event = Literal["promoted", "kept", "deferred", "failed"]
 
+_WORKS_IN: dict[str, str] = {}
+"""Flow runs of this process, and the run whose folder each works in."""
+
 
 class EmailNotification(AppriseNotificationBlock):
     """Sends mail by SMTP; the address is Apprise's: mailtos://USER:PASSWORD@HOST?to=ADDRESS."""
@@ -86,6 +89,11 @@ def tell(config: TrainingConfig, notice: Notice, load: Callable[[str], Any] = Bl
         logger.warning("not everybody was told within %.0f s", TELL_SECONDS)
 
 
+def works_in(flow_run_id: str, run_id: str) -> None:
+    """Say which run a flow run does, so that what is told of its failure names that one."""
+    _WORKS_IN[flow_run_id] = run_id
+
+
 def tell_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:  # noqa: ARG001
     """Prefect's hook for a run that failed or crashed."""
     config = _config_of(flow_run.parameters)
@@ -98,7 +106,8 @@ def tell_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> 
         config,
         Notice(
             event="failed",
-            run_id=str(flow_run.parameters.get("continue_run") or flow_run.id),
+            run_id=_WORKS_IN.get(str(flow_run.id))
+            or str(flow_run.parameters.get("continue_run") or flow_run.id),
             model=config.model_name,
             message=message,
         ),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from qwen3ft.aliases import CHALLENGER, CHAMPION, PREVIOUS
 from qwen3ft.errors import ModelNotFoundError
 from qwen3ft.saved_adapter import RUN_CARD_FILE, check_adapter
-from qwen3ft.versions import registered_model_name
+from qwen3ft.versions import registered_name
 
 if TYPE_CHECKING:
     from qwen3ft.config import TrainingConfig
@@ -44,7 +44,7 @@ def find_adapter(config: TrainingConfig, registry: Registry, wanted: str) -> Pat
     if "/" in wanted or (folder / RUN_CARD_FILE).is_file():
         check_adapter(folder)
         return folder
-    name = config.registered_model or registered_model_name(config.model_name)
+    name = registered_name(config)
     if (alias_or_number := version_name(wanted)) is not None:
         version = registry.version(name, alias_or_number)
     elif (saved := _saved_by_run(config, wanted)) is not None:

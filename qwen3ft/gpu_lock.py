@@ -16,7 +16,6 @@ holder that forks without exec.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import socket
@@ -32,6 +31,7 @@ from pydantic import ValidationError
 
 from qwen3ft.errors import EnvironmentNotReadyError
 from qwen3ft.logs import get_logger
+from qwen3ft.process_lock import lock_file
 from qwen3ft.record import Record
 
 logger = get_logger("lock")
@@ -143,32 +143,14 @@ def _acquire(
 
 
 def _try_to_lock(path: Path) -> int | None:
-    """A locked descriptor that no child inherits; None while another process has the lock."""
-    while True:
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        except OSError as error:
-            raise _no_folder(path, str(error)) from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(descriptor, 0)  # a killed holder's note
-            if _is_still(descriptor, path):
-                return descriptor
-            os.close(descriptor)
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        except OSError as error:
-            os.close(descriptor)
-            raise _no_folder(path, str(error)) from error
-
-
-def _is_still(descriptor: int, path: Path) -> bool:
-    """Whether the file at `path` is the one that was locked: a cleaner of /tmp may delete it."""
+    """A locked descriptor; None while another process has the lock."""
     try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
+        descriptor = lock_file(path)
+        if descriptor is not None:
+            os.ftruncate(descriptor, 0)  # a killed holder's note
+    except OSError as error:
+        raise _no_folder(path, str(error)) from error
+    return descriptor
 
 
 def _write_note(descriptor: int, run_id: str) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen3ft.aliases import DIGEST_TAG, RUN_TAG
 from qwen3ft.errors import ConfigError, NotInMlflowError
 from qwen3ft.result_records import Champion
 from qwen3ft.tracking import Connection
+
+if TYPE_CHECKING:
+    from qwen3ft.config import TrainingConfig
 
 ADAPTER_PATH = "adapter"
 """Where a run's adapter lies among its artifacts."""
@@ -18,6 +21,11 @@ def registered_model_name(model_name: str) -> str:
     """A registry name for a model: its last two path parts, without what MLflow forbids."""
     parts = [part for part in re.split(r"[/\\:]+", model_name) if part not in ("", ".", "..")]
     return f"qwen3ft-{'--'.join(parts[-2:]) or 'model'}"
+
+
+def registered_name(config: TrainingConfig) -> str:
+    """The registry's name for a run's adapters: as configured, or after the base model."""
+    return config.registered_model or registered_model_name(config.model_name)
 
 
 def checked_name(name: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from qwen3ft.adapters import fetch_version
 from qwen3ft.aliases import VERDICT_TAG
 from qwen3ft.attempt import RunDir
 from qwen3ft.config import TrainingConfig
@@ -18,9 +19,10 @@ from qwen3ft.logs import get_logger
 from qwen3ft.night import request_tags
 from qwen3ft.promote import decide
 from qwen3ft.records import SavedAdapter
-from qwen3ft.registry import Registry, registered_model_name
+from qwen3ft.registry import Registry
 from qwen3ft.result_records import Champion, InferenceReport, Verdict
 from qwen3ft.tracking_uri import default_tracking_uri
+from qwen3ft.versions import registered_name
 from tasks.names import name_of, promote_name
 from tasks.policies import is_transient
 
@@ -30,11 +32,6 @@ REGISTRY_DELAYS_SECONDS = [2.0, 10.0]
 
 UPLOAD_SECONDS = 60.0
 """How long each try waits for the adapter's upload, which runs in the background."""
-
-
-def registered_name(config: TrainingConfig) -> str:
-    """The registry's name for adapters of this base model; it may hold neither '/' nor ':'."""
-    return config.registered_model or registered_model_name(config.model_name)
 
 
 @task(
@@ -77,8 +74,7 @@ def find_champion(config: TrainingConfig) -> Champion | None:
     champion = registry.champion(registered_name(config))
     if champion is None:
         return None
-    folder = Path(config.cache_dir).resolve() / "champions" / champion.registered_model
-    path = registry.download(champion, folder / champion.version)
+    path = fetch_version(config, registry, champion)
     return champion.model_copy(update={"adapter_path": str(path)})
 
 

@@ -16,6 +16,7 @@ from prefect import flow
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.blocks.system import Secret
 from prefect.blocks.webhook import Webhook
+from prefect.runtime import flow_run
 from prefect.testing.utilities import prefect_test_harness
 
 from flows import notify
@@ -144,18 +145,26 @@ def test_an_endpoint_that_never_answers_is_not_waited_for(
 
 @pytest.mark.slow
 def test_a_failed_flow_run_is_told_by_prefects_hook(endpoint: tuple[str, Queue[Any]]) -> None:
-    """Through a block on a server: with the words of the error, and the id to continue it by."""
+    """Through a block on a server: with the words of the error, and the id to continue it by.
+
+    A night that was left undone is taken up by another flow run, in the folder of the first.
+    """
     url, received = endpoint
 
     @flow(on_failure=[notify.tell_failure])
     def failing(config: TrainingConfig, continue_run: str | None = None) -> None:
+        if continue_run is None:
+            notify.works_in(str(flow_run.id), "the night's first")
         raise ConfigError("3 invalid setting(s)", why="because", next_command="qwen3ft plan")
 
     with prefect_test_harness(server_startup_timeout=120):
         Webhook(url=url).save("hook", overwrite=True)
         with pytest.raises(ConfigError):
             failing(config("webhook/hook"), "earlier")
+        with pytest.raises(ConfigError):
+            failing(config("webhook/hook"))
     notice = received.get(timeout=5)
+    assert received.get(timeout=5)["run_id"] == "the night's first"
     assert (notice["event"], notice["run_id"]) == ("failed", "earlier")
     assert "3 invalid setting(s)" in notice["message"]
     assert "Next: qwen3ft plan" in notice["message"]
