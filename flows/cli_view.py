@@ -21,7 +21,7 @@ from rich.text import Text
 
 from qwen3ft.records import GIB, EnvironmentReport
 from qwen3ft.result_records import RunCard
-from qwen3ft.score_text import METRIC_NAMES, format_seconds, interval_text
+from qwen3ft.score_text import METRIC_NAMES, format_seconds, interval_text, judge_text
 
 if TYPE_CHECKING:
     from deployments.stack import StackStatus
@@ -144,6 +144,7 @@ def show_card(console: Console, card: RunCard) -> None:
             if c.metric == card.main_metric
         },
         "forgetting": card.forgetting,
+        **({f"judge {card.judge.model}": judge_text(card.judge)} if card.judge else {}),
         "held-out loss": _from_to(card.held_out_loss_before, card.held_out_loss_after, ".3f"),
         "peak memory": _peak_of_budget(card),
         **(

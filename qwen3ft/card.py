@@ -28,6 +28,7 @@ from qwen3ft.result_records import (
     SideBySide,
     Verdict,
 )
+from qwen3ft.score_text import judge_note
 from qwen3ft.shown_text import ANSWER_CHARACTERS, QUESTION_CHARACTERS, shown
 from qwen3ft.story_records import (
     AnswersBeside,
@@ -189,6 +190,7 @@ def _scores(facts: RunFacts) -> dict[str, object]:
             one for one in report.comparisons if all(map(math.isfinite, (one.low, one.high)))
         ),
         "forgetting": _forgetting(base, tuned, facts.config.max_ability_loss_rise),
+        "judge": report.judge,
         "answers": tuple(beside(pair) for pair in report.samples),
     }
 
@@ -281,6 +283,8 @@ def _notes(facts: RunFacts) -> Iterator[str]:
         yield EMBEDDED_NOTE
     if tuned is not None and "novel" in tuned.by_split:
         yield NOVEL_NOTE
+    if facts.report and facts.report.judge and (note := judge_note(facts.report.judge)):
+        yield note
     if facts.saved is not None:
         yield from (f"Degraded: {reason}." for reason in facts.saved.degraded)
 

@@ -25,7 +25,7 @@ from qwen3ft.card_chart import (
 from qwen3ft.card_markdown import share_range
 from qwen3ft.data_story import MOST_FILES, new_rows_sentence
 from qwen3ft.result_records import RivalLabel, RunCard
-from qwen3ft.score_text import METRIC_NAMES, format_seconds, interval_text, show_score
+from qwen3ft.score_text import METRIC_NAMES, format_seconds, interval_text, judge_text, show_score
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -51,6 +51,7 @@ def to_html(card: RunCard) -> str:
         labels=labels,
         rivals=[rival for rival in RIVALS if rival in labels],
         rows=candidate.rows if candidate else 0,
+        judged=judge_text(card.judge) if card.judge else "",
         scores=list(_scores(card, labels)) if candidate else [],
         forms=list(_forms(card, labels)) if candidate else [],
         total_seconds=sum(card.seconds_by_stage.values()),

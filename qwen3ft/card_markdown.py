@@ -13,7 +13,7 @@ from qwen3ft.card import MODELS
 from qwen3ft.curves import sparkline
 from qwen3ft.data_story import files_markdown, new_rows_markdown
 from qwen3ft.result_records import RunCard
-from qwen3ft.score_text import METRIC_NAMES, interval_text, show_score
+from qwen3ft.score_text import METRIC_NAMES, interval_text, judge_text, show_score
 from qwen3ft.shown_text import as_markdown
 
 MOST_CELL_CHARACTERS = 400
@@ -62,6 +62,7 @@ def _head(card: RunCard) -> list[str]:
         "trained on": card.trained_on,
         "exact match": _before_after(card.base_score, card.tuned_score, "exact_match"),
         "forgetting": as_markdown(card.forgetting),
+        **_judge(card),
         "held-out loss": _before_after(
             card.held_out_loss_before, card.held_out_loss_after, "answer_loss"
         ),
@@ -74,6 +75,11 @@ def _head(card: RunCard) -> list[str]:
     }
     rows = [f"| {name} | {value} |" for name, value in facts.items() if value]
     return [*lines, "| | |", "|---|---|", *rows]
+
+
+def _judge(card: RunCard) -> dict[str, str]:
+    told = judge_text(card.judge) if card.judge else ""
+    return {f"judge {as_markdown(card.judge.model)}": told} if card.judge and told else {}
 
 
 def _before_after(before: float | None, after: float | None, metric: str) -> str:

@@ -12,9 +12,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
+from qwen3ft.endpoint_url import check_endpoint
 from qwen3ft.errors import ConfigError
+from qwen3ft.logs import mask_secrets
 
 EMBEDDED_MODEL_NAME = "embedded"
 """The model name that stands for the tiny Qwen3 shipped inside the package."""
@@ -234,6 +243,33 @@ class TrainingConfig(BaseModel):
         description="By how many nats per token the loss on those rows may be above the base's.",
     )
 
+    # --- judge ---
+    judge_url: str | None = Field(
+        None,
+        description="Base URL of an OpenAI-compatible server (http://127.0.0.1:8000/v1) whose "
+        "model compares answers, for the card alone: the gate does not read it. If set, held-out "
+        "questions and answers are sent there.",
+    )
+    judge_model: str | None = Field(
+        None,
+        min_length=1,
+        max_length=200,
+        validate_default=True,
+        description="Name of the judge's model on that server.",
+    )
+    judge_rows: int = Field(
+        50,
+        ge=1,
+        le=1000,
+        description="Most held-out questions that the judge is asked, twice each.",
+    )
+    judge_key_variable: str | None = Field(
+        None,
+        pattern=r"^[A-Z_][A-Z0-9_]*$",
+        max_length=64,
+        description="Name of the environment variable that holds the judge's key; never the key.",
+    )
+
     # --- recovery ---
     max_attempts: int = Field(5, ge=1, le=20, description="Training attempts before giving up.")
     allow_degraded: bool = Field(
@@ -319,6 +355,20 @@ class TrainingConfig(BaseModel):
             )
         return value
 
+    @field_validator("judge_url")
+    @classmethod
+    def _check_judge(cls, value: str | None) -> str | None:
+        """Texts and a key go there: `endpoint_url` says where they may."""
+        return None if value is None else check_endpoint(value)
+
+    @field_validator("judge_model")
+    @classmethod
+    def _check_judge_model(cls, value: str | None, info: ValidationInfo) -> str | None:
+        """Found out after hours of training otherwise."""
+        if value is None and info.data.get("judge_url") is not None:
+            raise ValueError("judge_url is set, so the server's name of the model is needed")
+        return value
+
     @property
     def effective_batch_size(self) -> int:
         """Sequences per optimizer step; no recovery ever changes it."""
@@ -341,7 +391,11 @@ def parse_config(values: Mapping[str, Any]) -> TrainingConfig:
     except ValidationError as error:
         problems = [
             f"{'.'.join(str(part) for part in issue['loc']) or 'config'}: {issue['msg']}"
-            + ("" if issue["type"] == "missing" else f" (given: {issue['input']!r})")
+            + (
+                ""
+                if issue["type"] == "missing"
+                else f" (given: {mask_secrets(repr(issue['input']))})"
+            )
             for issue in error.errors(include_url=False)
         ]
         raise ConfigError(

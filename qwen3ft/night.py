@@ -51,6 +51,8 @@ SETTINGS_THAT_DO_NOT_DECIDE = frozenset(
         # where it goes, and who is told
         *("output_dir", "fallback_output_dirs", "runs_dir", "cache_dir"),
         *("notify_blocks", "notify_on", "when_unchanged"),
+        # it informs, and does not decide
+        *("judge_url", "judge_model", "judge_rows", "judge_key_variable"),
     ]
 )
 """A setting that is not listed counts: a new one costs a training too many, never one too few."""

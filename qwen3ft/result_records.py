@@ -100,6 +100,28 @@ class SideBySide(Record):
     split: str = "test"
 
 
+class JudgeReport(Record):
+    """How often another model finds the candidate's answers better than a rival's: see `judge`."""
+
+    model: str
+    rival: RivalLabel
+    rows: int = Field(description="Questions chosen; what is in no count was not judged.")
+    wins: int = Field(description="The candidate's answer is better, in both orders.")
+    ties: int = Field(description="Neither is, or the orders do not agree.")
+    losses: int
+    unreadable: int = Field(description="Questions on which the judge said something else.")
+    win_share: float = Field(description="Of wins, ties and losses, 0 to 1.")
+    low: float = Field(description="Wilson's interval of that share.")
+    high: float
+    seconds: float
+    problem: str = Field("", description="Why questions were not judged; '' if all were.")
+
+    @property
+    def judged(self) -> int:
+        """Questions that the judge answered."""
+        return self.wins + self.ties + self.losses
+
+
 class InferenceReport(Record):
     """What the saved adapter answers, beside the base model and the champion."""
 
@@ -117,6 +139,7 @@ class InferenceReport(Record):
         default_factory=dict, description="Answers not known before, by model."
     )
     seconds: float = 0.0
+    judge: JudgeReport | None = Field(None, description="A second opinion, which decides nothing.")
 
     def score(self, label: str) -> ModelScore | None:
         """The scores of `label`, if it was evaluated."""
@@ -190,6 +213,7 @@ class RunCard(Record):
     )
     version: str | None = Field(None, description="This run's own, once it is registered.")
     forgetting: str = Field("", description="Loss on the ability set, before and after.")
+    judge: JudgeReport | None = Field(None, description="A second opinion, which decides nothing.")
     answers: tuple[AnswersBeside, ...] = Field((), description="Where the models differ most.")
     held_out_loss_before: float | None = None
     held_out_loss_after: float | None = None

@@ -24,6 +24,7 @@ STAGES = (
 METRICS = (
     *(f"{score}/{model}" for score in SCORES for model in MODELS),
     *("gain", "gain_low", "gain_high"),
+    *("judge/win_share", "judge/rows"),
     *("held_out_loss/first", "held_out_loss/best"),
     *("rows/trained", "rows/new", "attempts"),
     *("memory/peak_gb", "memory/predicted_gb", "memory/preflight_gb", "memory/budget_gb"),
@@ -43,10 +44,12 @@ MOST_TAG_CHARACTERS = 2000
 
 
 def report_metrics(report: InferenceReport) -> dict[str, float]:
-    """The scores of every model that was evaluated."""
+    """The scores of every model that was evaluated, and what the judge made of them."""
     values = {
         f"{name}/{score.label}": getattr(score, name) for score in report.scores for name in SCORES
     }
+    if report.judge is not None and report.judge.judged:
+        values |= {"judge/win_share": report.judge.win_share, "judge/rows": report.judge.judged}
     return _finite(values)
 
 

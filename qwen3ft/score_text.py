@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qwen3ft.result_records import Comparison, MetricName
+from qwen3ft.result_records import Comparison, JudgeReport, MetricName
 
 METRIC_NAMES: dict[MetricName, str] = {
     "exact_match": "exact match",
@@ -28,6 +28,26 @@ def interval_text(comparison: Comparison) -> str:
         for value in (comparison.gain, comparison.low, comparison.high)
     )
     return f"{gain} ({low} to {high}) {unit}"
+
+
+def judge_text(judge: JudgeReport) -> str:
+    """`better in 31, worse in 9, tie in 10 of 50 (62%, 48% to 74%)`; '' if nothing was judged."""
+    if not judge.judged:
+        return ""
+    counts = f"better in {judge.wins}, worse in {judge.losses}, tie in {judge.ties}"
+    share = f"({judge.win_share:.0%}, {judge.low:.0%} to {judge.high:.0%})"
+    return f"{counts} of {judge.judged} {share}, against the {judge.rival}"
+
+
+def judge_note(judge: JudgeReport) -> str:
+    """One sentence about the questions that were not judged; '' if all were."""
+    missing = judge.rows - judge.judged - judge.unreadable
+    told = []
+    if judge.unreadable:
+        told.append(f"said neither better, worse nor tie on {judge.unreadable:,} questions")
+    if missing:
+        told.append(f"left {missing:,} unjudged: {judge.problem}")
+    return f"The judge {judge.model}, asked {judge.rows:,}, {', and '.join(told)}." if told else ""
 
 
 def format_seconds(seconds: float) -> str:

@@ -10,19 +10,28 @@ from prefect.cache_policies import NO_CACHE
 from qwen3ft.attempt import RunDir
 from qwen3ft.config import TrainingConfig
 from qwen3ft.journal import Journal
+from qwen3ft.judge import judge_answers
 from qwen3ft.launcher import run_worker
+from qwen3ft.logs import get_logger
 from qwen3ft.records import SavedAdapter, TrainPlan
 from qwen3ft.requests import InferenceRequest
-from qwen3ft.result_records import Champion, InferenceReport
+from qwen3ft.result_records import Champion, InferenceReport, JudgeReport
 from qwen3ft.run_metrics import report_metrics
+from qwen3ft.score_text import judge_note, judge_text
 from tasks.names import inference_name, name_of
+
+logger = get_logger("inference")
 
 
 @task(name="inference", task_run_name=name_of(inference_name), cache_policy=NO_CACHE)
 def compare_answers(
     config: TrainingConfig, plan: TrainPlan, saved: SavedAdapter, champion: Champion | None
 ) -> InferenceReport:
-    """Answer the held-out questions with what is on disk; scores and answers go to MLflow."""
+    """Answer the held-out questions with what is on disk; scores and answers go to MLflow.
+
+    A judge, where one is configured, is asked about them afterwards; it can neither fail the run
+    nor decide it.
+    """
     run = RunDir(Path(plan.run_dir))
     job = run.job("inference")
     request = InferenceRequest(
@@ -39,9 +48,19 @@ def compare_answers(
     report = run_worker(
         "inference", job.create(request), InferenceReport, stall_seconds=config.stall_seconds
     )
+    if (judge := judge_answers(config, Path(report.answers_path))) is not None:
+        _say(judge)
+        report = report.model_copy(update={"judge": judge})
     journal = Journal(run)
     journal.table(Path(report.answers_path))
     journal.json("inference/report.json", report.model_dump(mode="json"))
     journal.artifacts(Path(report.scores_path), "inference")
     journal.metrics(report_metrics(report))
     return report
+
+
+def _say(judge: JudgeReport) -> None:
+    if told := judge_text(judge):
+        logger.info("judge %s: %s", judge.model, told)
+    if note := judge_note(judge):
+        logger.warning("%s", note)

@@ -30,6 +30,7 @@ from qwen3ft.result_records import (
     Champion,
     Comparison,
     InferenceReport,
+    JudgeReport,
     ModelLabel,
     ModelScore,
     RivalLabel,
@@ -81,6 +82,22 @@ def gains(rival: RivalLabel, value: float) -> list[Comparison]:
     ]
 
 
+JUDGE = JudgeReport(
+    model="<b>qwen</b>|x",
+    rival="champion",
+    rows=53,
+    wins=31,
+    ties=10,
+    losses=9,
+    unreadable=1,
+    win_share=0.62,
+    low=0.48,
+    high=0.74,
+    seconds=7.0,
+    problem="it answers HTTP 500",
+)
+
+
 def make_report(ability: float | None = 1.6, texts: tuple[str, ...] = HOSTILE) -> InferenceReport:
     """Of a candidate that is better than base and champion."""
     samples = [
@@ -99,6 +116,7 @@ def make_report(ability: float | None = 1.6, texts: tuple[str, ...] = HOSTILE) -
         samples=tuple(samples),
         answers_path="answers.jsonl",
         checks={},
+        judge=JUDGE,
     )
 
 
