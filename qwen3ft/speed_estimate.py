@@ -15,7 +15,7 @@ what waits in host memory takes to go and come back. A step is as many rows as i
 STEP_SECONDS of the trainer's own.
 
 The shares are fitted to the rows in `benchmarks/results/speed-h*.json` (4B, 8B and 14B, 256 to
-131,072 tokens, 6 to 80 GB, H100 and H200): of 15, all lie within 9 % of the estimate and 8 within
+131,072 tokens, 6 to 80 GB, H100 and H200): of 25, all lie within 11 % of the estimate and 17 within
 3 %. `tests/test_speed_estimate.py` holds it within 25 % of whatever is kept there. For other cards
 the same shares are taken of what their makers publish: computed, not measured. Not covered: the
 plain path, CPUs, evaluation, checkpoints, power limits, and a card that others use.
@@ -46,9 +46,6 @@ FLASH_SHARE, FLASH_HALF_TOKENS = 0.30, 600
 CUDNN_TOKENS, CUDNN_SHARE = 16384, 0.55
 """From this length on cuDNN's attention is taken, which reaches this share of peak."""
 
-FADING_TOKENS, FADING_POWER = 32768, 0.42
-"""Beyond this length the share falls, by this power of the length: seen at 131,072 on an H100."""
-
 
 class SpeedEstimate(Record):
     """What a step would take on a card; always an estimate."""
@@ -75,8 +72,7 @@ def attention_share(sequence_tokens: int) -> float:
     """Share of a card's peak that attention over sequences of this length reaches."""
     if sequence_tokens < CUDNN_TOKENS:
         return FLASH_SHARE * sequence_tokens / (sequence_tokens + FLASH_HALF_TOKENS)
-    faded: float = min(1.0, FADING_TOKENS / sequence_tokens) ** FADING_POWER
-    return CUDNN_SHARE * faded
+    return CUDNN_SHARE
 
 
 def estimate_speed(

@@ -78,7 +78,7 @@ def test_a_run_goes_from_rows_to_a_registered_adapter(finished: Any, project: Fl
 
 
 def test_the_card_of_a_run_tells_its_story_on_disk_and_in_mlflow(
-    finished: Any, workspace: Path, tmp_path: Path
+    finished: Any, project: FlowProject, tmp_path: Path
 ) -> None:
     """Data, plan, curves and answers of this run; the same files in both places; few keys."""
     from mlflow import MlflowClient
@@ -98,8 +98,8 @@ def test_the_card_of_a_run_tells_its_story_on_disk_and_in_mlflow(
     assert len(card.answers) == 20
     assert {answer.model for one in card.answers for answer in one.answers} == {"base", "candidate"}
     assert card.run_id == run.path.name
-    parent, _ = mlflow_runs(workspace, run)
-    client = MlflowClient(f"sqlite:///{workspace / 'mlruns' / 'mlflow.db'}")
+    parent, _ = mlflow_runs(project, run)
+    client = MlflowClient(project.tracking_uri)
     fetched = Path(client.download_artifacts(parent.info.run_id, "card", str(tmp_path)))
     for name in ("card.html", "card.md"):
         assert (fetched / name).read_bytes() == (run.path / name).read_bytes()
