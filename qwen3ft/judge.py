@@ -18,6 +18,7 @@ import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Thread
 from typing import Literal
 
 import httpx
@@ -35,6 +36,9 @@ TEXT_CHARACTERS = 4000
 
 MOST_FAILURES = 3
 """Questions in vain after which the server is asked no more."""
+
+CLOSE_SECONDS = 5.0
+"""To close connections, once time is up."""
 
 Outcome = Literal["win", "tie", "loss", "unreadable"]
 Choice = Literal["first", "second", "tie"]
@@ -120,7 +124,11 @@ class _Panel:
         except (httpx.InvalidURL, OSError) as error:
             self.problem = f"no connection can be made ({type(error).__name__})"
             return
-        asyncio.run(self._judge_all(client, pairs))
+        # A thread of its own: in a notebook this one has a loop already. It is not waited for where
+        # a look-up of the host's name, which nothing can break off, takes longer than the deadline.
+        sitting = Thread(target=asyncio.run, args=(self._judge_all(client, pairs),), daemon=True)
+        sitting.start()
+        sitting.join(self._limits.deadline_seconds + CLOSE_SECONDS)
 
     async def _judge_all(self, client: httpx.AsyncClient, pairs: Sequence[SideBySide]) -> None:
         endpoint = Endpoint(client, self._model, self._limits)

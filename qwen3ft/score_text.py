@@ -44,10 +44,11 @@ def judge_note(judge: JudgeReport) -> str:
     missing = judge.rows - judge.judged - judge.unreadable
     told = []
     if judge.unreadable:
-        told.append(f"said neither better, worse nor tie on {judge.unreadable:,} questions")
+        told.append(f"gave no verdict on {judge.unreadable:,}")
     if missing:
-        told.append(f"left {missing:,} unjudged: {judge.problem}")
-    return f"The judge {judge.model}, asked {judge.rows:,}, {', and '.join(told)}." if told else ""
+        told.append(f"left out {missing:,}: {judge.problem}")
+    of = f"Of {judge.rows:,} questions the judge {judge.model}"
+    return f"{of} {' and '.join(told)}." if told else ""
 
 
 def format_seconds(seconds: float) -> str:

@@ -15,7 +15,7 @@ from qwen3ft.launcher import run_worker
 from qwen3ft.logs import get_logger
 from qwen3ft.records import SavedAdapter, TrainPlan
 from qwen3ft.requests import InferenceRequest
-from qwen3ft.result_records import Champion, InferenceReport, JudgeReport
+from qwen3ft.result_records import Champion, InferenceReport
 from qwen3ft.run_metrics import report_metrics
 from qwen3ft.score_text import judge_note, judge_text
 from tasks.names import inference_name, name_of
@@ -48,9 +48,7 @@ def compare_answers(
     report = run_worker(
         "inference", job.create(request), InferenceReport, stall_seconds=config.stall_seconds
     )
-    if (judge := judge_answers(config, Path(report.answers_path))) is not None:
-        _say(judge)
-        report = report.model_copy(update={"judge": judge})
+    report = with_judge(config, report)
     journal = Journal(run)
     journal.table(Path(report.answers_path))
     journal.json("inference/report.json", report.model_dump(mode="json"))
@@ -59,8 +57,13 @@ def compare_answers(
     return report
 
 
-def _say(judge: JudgeReport) -> None:
+def with_judge(config: TrainingConfig, report: InferenceReport) -> InferenceReport:
+    """The report with the judge's opinion, if one is configured; what it came to is logged."""
+    judge = judge_answers(config, Path(report.answers_path))
+    if judge is None:
+        return report
     if told := judge_text(judge):
         logger.info("judge %s: %s", judge.model, told)
     if note := judge_note(judge):
         logger.warning("%s", note)
+    return report.model_copy(update={"judge": judge})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -29,10 +30,11 @@ from qwen3ft.promote import decide
 from qwen3ft.records import SavedAdapter
 from qwen3ft.result_records import JudgeReport, SideBySide
 from qwen3ft.run_metrics import report_metrics
+from tasks.inference import with_judge
 
 KEY = "not-a-known-form-of-key-1234"
 VARIABLE = "JUDGE_KEY_OF_THE_TEST"
-FAST = Limits(deadline_seconds=3.0, request_seconds=1.0, first_wait_seconds=0.01)
+FAST = Limits(deadline_seconds=20.0, request_seconds=10.0, first_wait_seconds=0.01)
 
 
 class Server(ThreadingHTTPServer):
@@ -333,11 +335,21 @@ def test_what_was_judged_before_the_deadline_counts(tmp_path: Path) -> None:
         else:
             handler.server.closing.wait()
 
-    limits = Limits(deadline_seconds=0.8, at_a_time=1)
+    limits = Limits(deadline_seconds=1.5, at_a_time=1)
     with serving(play) as server:
         report = judged(tmp_path, server, make_pairs(9), limits)
-    assert (counts(report), report.problem) == ((2, 0, 0, 0), "its 0.8 s were over")
+    assert (counts(report), report.problem) == ((2, 0, 0, 0), "its 1.5 s were over")
     assert report.rows == 9
+
+
+def test_it_works_where_an_event_loop_runs_already(tmp_path: Path) -> None:
+    """As in a notebook."""
+
+    async def cell() -> JudgeReport:
+        return judged(tmp_path, server, make_pairs(1))
+
+    with serving(prefers("candidate")) as server:
+        assert asyncio.run(cell()).wins == 1
 
 
 # --- what leaves, and what does not ---
@@ -407,8 +419,8 @@ def test_it_is_shown_as_one_line_and_a_note() -> None:
     card = build_card(make_facts())
     line = "better in 31, worse in 9, tie in 10 of 50 (62%, 48% to 74%), against the champion"
     note = (
-        "The judge <b>qwen</b>|x, asked 53, said neither better, worse nor tie on 1 questions, "
-        "and left 2 unjudged: it answers HTTP 500."
+        "Of 53 questions the judge <b>qwen</b>|x gave no verdict on 1 and left out 2: "
+        "it answers HTTP 500."
     )
     assert f"| judge &lt;b>qwen&lt;/b>\\|x | {line} |" in to_markdown(card).splitlines()
     page = to_html(card)
@@ -425,9 +437,32 @@ def test_a_judge_that_said_nothing_leaves_a_note_alone() -> None:
     card = build_card(make_facts(report=report))
     assert "| judge" not in to_markdown(card)
     assert "It decides nothing" not in to_html(card)
-    assert any(note.endswith("left 53 unjudged: it answers HTTP 500.") for note in card.notes)
+    assert any(note.endswith("|x left out 53: it answers HTTP 500.") for note in card.notes)
     assert not any(name.startswith("judge") for name in report_metrics(report))
     assert report_metrics(make_report())["judge/win_share"] == 0.62
+
+
+def test_the_stage_adds_it_to_its_report_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A judge that fails leaves a warning and a report with everything else."""
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text("".join(pair.model_dump_json() + "\n" for pair in make_pairs(3)))
+    plain = make_report().model_copy(update={"judge": None, "answers_path": str(answers)})
+    assert with_judge(TrainingConfig(), plain) is plain
+    with caplog.at_level(logging.INFO), serving(prefers("candidate")) as server:
+        config = TrainingConfig(judge_url=server.url, judge_model="j")
+        report = with_judge(config, plain)
+        server.play = lambda handler: handler.answer(404)
+        failed = with_judge(config, plain)
+    assert (report.judge and report.judge.wins, failed.judge and failed.judge.wins) == (3, 0)
+    assert failed.model_copy(update={"judge": None}) == plain
+    said = [
+        (record.levelname, record.message) for record in caplog.records if record.name[0] == "q"
+    ]
+    line = "judge j: better in 3, worse in 0, tie in 0 of 3 (100%, 44% to 100%), against the base"
+    warning = "Of 3 questions the judge j left out 3: it answers HTTP 404."
+    assert said == [("INFO", line), ("WARNING", warning)]
 
 
 def test_the_gate_does_not_read_it() -> None:

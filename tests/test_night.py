@@ -54,6 +54,7 @@ def test_settings_that_do_not_decide_are_settings() -> None:
     ("changes", "same"),
     [
         ({"runs_dir": "elsewhere", "max_memory_gb": 6.0, "kernels": "plain"}, True),
+        ({"judge_url": "http://localhost/v1", "judge_model": "m", "judge_rows": 9}, True),
         ({"batch_size": 8, "gradient_accumulation_steps": 8}, True),
         ({"batch_size": 8}, False),
         ({"learning_rate": 1e-3}, False),
