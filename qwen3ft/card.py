@@ -40,7 +40,7 @@ from qwen3ft.story_records import (
     PlanStory,
     Step,
 )
-from qwen3ft.versions import registered_model_name
+from qwen3ft.versions import registered_name
 
 EMBEDDED_NOTE = (
     "The embedded model is for demonstration: 0.8 M weights, pretrained on questions about "
@@ -79,7 +79,7 @@ class RunFacts:
     @property
     def registered_model(self) -> str:
         """The registry's name for this run's adapters."""
-        return self.config.registered_model or registered_model_name(self.config.model_name)
+        return registered_name(self.config)
 
 
 def build_card(facts: RunFacts) -> RunCard:
