@@ -53,7 +53,9 @@ HOUR = 2
 """UTC; when a night is to start."""
 
 MALFORMED = ('{"question": "cut o', "not a row at all", '{"question": "", "answer": "blue"}')
-TRUNCATED_SHARE = 0.6
+TRUNCATED_LINES = 1000
+"""Lines that are no rows: more than a run may quarantine of all that a month brings."""
+
 
 MACHINE_OFF, TRACKING_DOWN = "machine off", "tracking down"
 UNDONE = (MACHINE_OFF, TRACKING_DOWN)
@@ -209,7 +211,7 @@ class Source:
         random = Random(f"source {self.seed} {night.number}")
         path = self.folder / f"night-{night.number:02d}.jsonl"
         rows = self._rows(night.kind, random)
-        broken = {"malformed": 3, "truncated": round(TRUNCATED_SHARE * len(self._known_rows()))}
+        broken = {"malformed": 3, "truncated": TRUNCATED_LINES}
         self._write_file(path, rows, broken.get(night.kind, 0), random)
         write_rows(self.dev, clean_rows("dev", self._known))
         if night.kind in BAD:

@@ -267,12 +267,24 @@ def connect(tracking_uri: str) -> Connection:
 def _experiment_id(client: Any, database: Path | None) -> str:
     experiment = client.get_experiment_by_name(EXPERIMENT_NAME)
     if experiment is None:
-        location = None if database is None else artifact_root(database).as_uri()
-        return str(client.create_experiment(EXPERIMENT_NAME, location))
+        return _make_experiment(client, database)
     if experiment.lifecycle_stage == "deleted":
         _log.warning("The MLflow experiment %s was deleted; it is restored.", EXPERIMENT_NAME)
         client.restore_experiment(experiment.experiment_id)
     return str(experiment.experiment_id)
+
+
+def _make_experiment(client: Any, database: Path | None) -> str:
+    from mlflow.exceptions import MlflowException
+
+    location = None if database is None else artifact_root(database).as_uri()
+    try:
+        return str(client.create_experiment(EXPERIMENT_NAME, location))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+        # another thread or run, which saw none either, was faster
+        return str(client.get_experiment_by_name(EXPERIMENT_NAME).experiment_id)
 
 
 def start_system_metrics(connection: Connection, run_id: str) -> Any | None:

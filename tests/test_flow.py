@@ -116,26 +116,6 @@ def test_the_card_of_a_run_tells_its_story_on_disk_and_in_mlflow(
     assert parent.data.tags["data_digest"] == card.data.digest
 
 
-def test_a_second_run_takes_model_lora_data_and_plan_from_the_cache(
-    run_flow: Any, finished: Any, make_config: Any
-) -> None:
-    """Same inputs: four stages are Cached; a damaged snapshot is noticed and made anew."""
-    from qwen3ft.hub import resolve_model
-    from qwen3ft.model import read_snapshot, snapshot_target
-
-    state, _ = run_flow()
-    cached = {name for name, result in task_states(state).items() if result == "Cached"}
-    assert cached == {"model", "lora", "data", "plan"}
-    config = make_config()
-    target = snapshot_target(config, resolve_model(config), "cpu")
-    (target / "config.json").write_text("{}")
-    assert read_snapshot(target) is None
-    state, _ = run_flow()
-    assert state.is_completed(), state.message
-    assert task_states(state)["model"] == "Completed"
-    assert read_snapshot(target) is not None
-
-
 @pytest.mark.parametrize(
     ("settings", "stages"), [({"when_unchanged": "skip"}, 0), ({"new_data": "mix"}, 6)]
 )
@@ -213,12 +193,17 @@ def test_the_plan_is_on_both_pages_of_the_run(finished: Any, project: FlowProjec
 
 
 def test_out_of_memory_is_answered_by_adjust_and_the_next_attempt_completes(
-    run_flow: Any, project: FlowProject
+    run_flow: Any, finished: Any, project: FlowProject
 ) -> None:
-    """train-1 Failed, adjust-1, train-2 Completed, from the last checkpoint, same batch."""
-    state, run = run_flow("oom@step=4", seed=21, preflight="on")
+    """train-1 Failed, adjust-1, train-2 Completed, from the last checkpoint, same batch.
+
+    Three stages are Cached: those of the run before had the same inputs.
+    """
+    state, run = run_flow("oom@step=4", preflight="on")
     assert state.is_completed(), state.message
     states = task_states(state)
+    cached = {name for name, result in states.items() if result == "Cached"}
+    assert cached == {"model", "lora", "data"}
     assert states["preflight"] == "Completed"
     assert (states["train-1"], states["adjust-1"], states["train-2"]) == (
         "Failed",
@@ -243,14 +228,26 @@ def test_out_of_memory_is_answered_by_adjust_and_the_next_attempt_completes(
     assert parent.data.metrics["memory/predicted_gb"] > 0
 
 
-def test_giving_up_says_what_was_tried(run_flow: Any) -> None:
-    """Every attempt diverges: the run ends Failed after two cuts of the rate, naming them."""
+def test_giving_up_says_what_was_tried(run_flow: Any, finished: Any, make_config: Any) -> None:
+    """Every attempt diverges: the run ends Failed after two cuts of the rate, naming them.
+
+    Before that, a damaged snapshot of the model is noticed, and made anew.
+    """
+    from qwen3ft.hub import resolve_model
+    from qwen3ft.model import read_snapshot, snapshot_target
+
+    config = make_config()
+    target = snapshot_target(config, resolve_model(config), "cpu")
+    (target / "config.json").write_text("{}")
+    assert read_snapshot(target) is None
     fault = ",".join(f"nan@step=1:attempt={n}" for n in (1, 2, 3))
     state, run = run_flow(fault, seed=31, max_attempts=3)
     assert state.is_failed()
     assert "3" in state.message
     assert "attempt" in state.message.lower()
     assert task_states(state)["train-3"] == "Failed"
+    assert task_states(state)["model"] == "Completed"
+    assert read_snapshot(target) is not None
     assert len(run.attempts()) == 3
 
 
@@ -263,6 +260,8 @@ def test_a_failed_run_is_continued_from_its_last_checkpoint(run_flow: Any) -> No
     assert f"qwen3ft run --resume {run.path.name}" in (run.path / "card.md").read_text()
     state, again = run_flow(continue_run=run.path.name, seed=41, max_attempts=1)
     assert state.is_completed(), state.message
+    cached = {name for name, result in task_states(state).items() if result == "Cached"}
+    assert cached == {"model", "lora", "data", "plan"}
     assert again.path == run.path
     attempts = json.loads((run.path / "card.json").read_text())["attempts"]
     assert [attempt["resumed_from_step"] for attempt in attempts] == [None, 4]

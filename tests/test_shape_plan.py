@@ -392,6 +392,7 @@ def test_settings_and_a_config_file_count_beside_the_options(tmp_path: Path) -> 
     assert again["value"].partition(" x ")[0] in {"1", "2", "4", "8", "16"}
 
 
+@pytest.mark.slow
 def test_a_sweep_of_every_model_is_one_object_each() -> None:
     """Smallest first, by the names on the hub."""
     done = CliRunner().invoke(app, ["plan", "-m", "all", "--sweep", "--gpu", "rtx-3060", "--json"])

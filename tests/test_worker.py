@@ -49,10 +49,10 @@ def attempt(monkeypatch: pytest.MonkeyPatch, make_plan: Any) -> Callable[..., At
     [
         ("oom@step=4", OutOfMemoryError),
         ("exit@step=4", OutOfMemoryError),
-        ("nan@step=4", DivergedError),
         ("kill@step=4", WorkerCrashedError),
-        ("term@step=4", PreemptedError),
-        ("error@step=4", WorkerCrashedError),
+        pytest.param("nan@step=4", DivergedError, marks=pytest.mark.slow),
+        pytest.param("term@step=4", PreemptedError, marks=pytest.mark.slow),
+        pytest.param("error@step=4", WorkerCrashedError, marks=pytest.mark.slow),
     ],
 )
 def test_a_fault_in_the_worker_becomes_its_classified_error(
