@@ -18,7 +18,7 @@ from qwen3ft.config import TrainingConfig
 from qwen3ft.export_records import ParityReport
 from qwen3ft.gpu_lock import CPU, hold_card
 from qwen3ft.gpus import visible_gpus
-from qwen3ft.saved_adapter import RUN_CARD_FILE, read_run_card
+from qwen3ft.saved_adapter import RUN_CARD_FILE, read_run_card, was_trained_to_think
 from qwen3ft.tracking_uri import default_tracking_uri
 
 
@@ -32,11 +32,12 @@ class Chosen:
 
     def ask_request(self, think: bool | None) -> AskRequest:
         """How the model is asked: as its own run was, unless `think` says otherwise."""
-        theirs = read_run_card(self.folder)["config"]
+        card = read_run_card(self.folder)
+        theirs = card["config"]
         kept = ("special_tokens_in_text", "reasoning_separator")
         update = {name: theirs[name] for name in kept if name in theirs}
         config = self.config.model_copy(update=update)
-        thinking = config.reasoning_separator is not None if think is None else think
+        thinking = was_trained_to_think(card) if think is None else think
         return AskRequest(
             config=config, adapter=str(self.folder), device=self.device, thinking=thinking
         )

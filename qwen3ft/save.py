@@ -207,7 +207,10 @@ def _run_card(outcome: AttemptOutcome, plan: TrainPlan, config: TrainingConfig) 
     }
 
 
-_DATA_FIELDS = {"digest", "sources", "train", "dev", "test_rows", "rows_read", "quarantined"}
+_DATA_FIELDS = {
+    *("digest", "sources", "train", "dev", "test_rows", "rows_read", "quarantined"),
+    *("usable_rows", "reasoning_rows"),
+}
 
 
 def _finite_only(values: dict[str, Any]) -> dict[str, Any]:

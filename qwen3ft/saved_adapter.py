@@ -68,6 +68,14 @@ def check_adapter(folder: Path) -> None:
         )
 
 
+def was_trained_to_think(card: dict[str, Any]) -> bool:
+    """Whether most rows of the run that `card` is about had reasoning."""
+    data: dict[str, Any] = card["data"]
+    if "reasoning_rows" not in data:  # a card of an earlier version
+        return card["config"].get("reasoning_separator") is not None
+    return 2 * int(data["reasoning_rows"]) > int(data["usable_rows"])
+
+
 def read_run_card(folder: Path) -> dict[str, Any]:
     """The run card of a checked folder."""
     card: dict[str, Any] = json.loads((folder / RUN_CARD_FILE).read_text(encoding="utf-8"))

@@ -26,7 +26,13 @@ from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.errors import CheckpointCorruptError, DivergedError, SaveError
 from qwen3ft.records import ModelSource
 from qwen3ft.save import save_adapter
-from qwen3ft.saved_adapter import ADAPTER_FILE, find_non_finite, read_header
+from qwen3ft.saved_adapter import (
+    ADAPTER_FILE,
+    find_non_finite,
+    read_header,
+    read_run_card,
+    was_trained_to_think,
+)
 from qwen3ft.storage import MANIFEST_NAME, find_damage, sha256_file, write_manifest
 
 
@@ -82,6 +88,18 @@ def test_the_saved_folder_holds_and_says_where_it_is_from(checkpoint: Path, tmp_
     readme = (folder / "README.md").read_text()
     assert plan.dataset.digest in readme
     assert "lower rank" in readme
+
+
+@pytest.mark.parametrize(("with_reasoning", "thinks"), [(0, False), (50, False), (51, True)])
+def test_it_is_asked_to_think_if_most_of_its_rows_did(
+    checkpoint: Path, tmp_path: Path, with_reasoning: int, thinks: bool
+) -> None:
+    """However the reasoning came: in a column, in tags or before a separator."""
+    plan = make_plan(make_snapshot())
+    counts = {"usable_rows": 100, "reasoning_rows": with_reasoning}
+    plan = plan.model_copy(update={"dataset": plan.dataset.model_copy(update=counts)})
+    saved = save_adapter(make_outcome(checkpoint), plan, config_for(tmp_path / "out"))
+    assert was_trained_to_think(read_run_card(Path(saved.path))) == thinks
 
 
 @pytest.mark.parametrize(
