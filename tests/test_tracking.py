@@ -13,6 +13,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -334,6 +335,18 @@ def artifact_names(uri: str, run_id: str, folder: str) -> set[str]:
 
 
 # --- what arrives ---
+
+
+def test_all_who_make_the_experiment_at_once_get_the_same_one(database: str) -> None:
+    """A first run's registry and mirror do: none is there, and all but one are too late."""
+    together = threading.Barrier(4)
+
+    def open_it(_: int) -> str:
+        together.wait()
+        return connect(database).experiment_id
+
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(open_it, range(4)))) == 1
 
 
 def test_a_full_journal_is_found_in_mlflow(
