@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from qwen3ft import checkpoint, faults
-from qwen3ft.attempt import RunDir
+from qwen3ft.attempt import JobDir, RunDir
 from qwen3ft.errors import (
     ConfigError,
     DivergedError,
@@ -80,22 +80,6 @@ def test_a_silent_worker_is_ended_and_named_stalled(attempt: Any) -> None:
     assert not [child for child in children if "qwen3ft.worker" in _command(child)]
 
 
-def test_a_completed_attempt_leaves_metrics_memory_and_an_outcome(
-    attempt: Any, tmp_path: Path
-) -> None:
-    """Every step and evaluation is a line; the outcome names a checkpoint that verifies."""
-    outcome = attempt()
-    job = RunDir(tmp_path / "run").attempt(1)
-    lines = [json.loads(line) for line in job.metrics.read_text().splitlines()]
-    assert [line["step"] for line in lines if line["loss"] is not None] == [1, 2, 3, 4, 5, 6]
-    assert [line["step"] for line in lines if line["held_out_loss"] is not None] == [0, 2, 4, 6]
-    assert all(line["memory_usage"]["allocated_gb"] > 0 for line in lines)
-    assert len(job.memory.read_text().splitlines()) == len(lines)
-    assert checkpoint.find_damage(Path(outcome.best_checkpoint)) is None
-    assert outcome.tokens_per_second > 0
-    assert 0 < outcome.peak_memory_gb < 4
-
-
 def test_a_worker_dies_with_its_parent(tmp_path: Path, make_plan: Any) -> None:
     """SIGKILL of the launching process leaves no worker behind, whatever it is doing."""
     plan = make_plan(total_steps=10_000, evaluate_every_steps=5_000)
@@ -146,13 +130,17 @@ def test_ending_the_parent_orderly_ends_the_worker_within_ten_seconds(
 def test_a_run_killed_at_a_random_step_ends_bit_identical(
     attempt: Any, make_plan: Any, tmp_path: Path
 ) -> None:
-    """SIGKILL, resume from what the disk holds: the adapter file equals the undisturbed one's."""
+    """SIGKILL, resume from what the disk holds: the adapter file equals the undisturbed one's.
+
+    That one left every step and evaluation as a line, and a checkpoint that verifies.
+    """
     from random import Random
 
     from qwen3ft.storage import sha256_file
 
     step = Random(os.urandom(8)).randint(3, 6)
     undisturbed = attempt()
+    _check_what_it_left(undisturbed, RunDir(tmp_path / "run").attempt(1))
     reference = sha256_file(Path(undisturbed.best_checkpoint) / "adapter_model.safetensors")
     with pytest.raises(WorkerCrashedError):
         attempt(f"kill@step={step}", run_dir=str(tmp_path / "killed"))
@@ -163,6 +151,17 @@ def test_a_run_killed_at_a_random_step_ends_bit_identical(
     result = sha256_file(Path(resumed.best_checkpoint) / "adapter_model.safetensors")
     assert result == reference, f"killed at step {step}, resumed from {newest.step}"
     assert resumed.best_held_out_loss == undisturbed.best_held_out_loss
+
+
+def _check_what_it_left(outcome: AttemptOutcome, job: JobDir) -> None:
+    lines = [json.loads(line) for line in job.metrics.read_text().splitlines()]
+    assert [line["step"] for line in lines if line["loss"] is not None] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if line["held_out_loss"] is not None] == [0, 2, 4, 6]
+    assert all(line["memory_usage"]["allocated_gb"] > 0 for line in lines)
+    assert len(job.memory.read_text().splitlines()) == len(lines)
+    assert checkpoint.find_damage(Path(outcome.best_checkpoint)) is None
+    assert outcome.tokens_per_second > 0
+    assert 0 < outcome.peak_memory_gb < 4
 
 
 def test_faults_that_are_not_understood_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
