@@ -25,7 +25,14 @@ from qwen3ft.card_chart import (
 from qwen3ft.card_markdown import share_range
 from qwen3ft.data_story import MOST_FILES, new_rows_sentence
 from qwen3ft.result_records import RivalLabel, RunCard
-from qwen3ft.score_text import METRIC_NAMES, format_seconds, interval_text, judge_text, show_score
+from qwen3ft.score_text import (
+    METRIC_NAMES,
+    OTHER_SCORES,
+    format_seconds,
+    interval_text,
+    judge_text,
+    show_score,
+)
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -133,8 +140,9 @@ def _scores(card: RunCard, labels: list[Any]) -> Iterator[dict[str, Any]]:
         if metric == "exact_match" and card.exact_match_intervals:
             sure = [share_range(card.exact_match_intervals[label]) for label in labels]
             yield {"name": "its interval", "cells": sure, "gains": none}
-    losses = [show_score("loss", models[label].ability_loss) for label in labels]
-    yield {"name": "loss on the ability set", "cells": losses, "gains": none}
+    for field, name in OTHER_SCORES.items():
+        cells = [show_score(field, getattr(models[label], field)) for label in labels]
+        yield {"name": name, "cells": cells, "gains": none}
 
 
 def _forms(card: RunCard, labels: list[Any]) -> Iterator[dict[str, Any]]:

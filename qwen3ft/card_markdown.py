@@ -13,7 +13,13 @@ from qwen3ft.card import MODELS
 from qwen3ft.curves import sparkline
 from qwen3ft.data_story import files_markdown, new_rows_markdown
 from qwen3ft.result_records import RunCard
-from qwen3ft.score_text import METRIC_NAMES, interval_text, judge_text, show_score
+from qwen3ft.score_text import (
+    METRIC_NAMES,
+    OTHER_SCORES,
+    interval_text,
+    judge_text,
+    show_score,
+)
 from qwen3ft.shown_text import as_markdown
 
 MOST_CELL_CHARACTERS = 400
@@ -125,8 +131,9 @@ def _scores(card: RunCard) -> list[str]:
         if metric == "exact_match" and card.exact_match_intervals:
             sure = [share_range(card.exact_match_intervals[label]) for label in labels]
             lines.append(f"| its {card.confidence:.0%} interval | {' | '.join(sure)} | |")
-    cells = [show_score("loss", models[label].ability_loss) for label in labels]
-    lines.append(f"| loss on the ability set | {' | '.join(cells)} | |")
+    for field, name in OTHER_SCORES.items():
+        cells = [show_score(field, getattr(models[label], field)) for label in labels]
+        lines.append(f"| {name} | {' | '.join(cells)} | |")
     for check in models["candidate"].form:
         shares = [f"{models[label].form.get(check, 0.0):.1%}" for label in labels]
         lines.append(f"| {check} | {' | '.join(shares)} | |")

@@ -12,11 +12,19 @@ METRIC_NAMES: dict[MetricName, str] = {
 }
 
 
+OTHER_SCORES = {
+    "perplexity": "perplexity of the right answers",
+    "ability_loss": "loss on the ability set",
+}
+"""Fields of `ModelScore` that a card shows and no gain is computed of."""
+
+
 def show_score(metric: str, value: float | None) -> str:
-    """A score in per cent, a loss in nats per token."""
+    """A score in per cent, a loss in nats per token, a perplexity."""
     if value is None:
         return "not finite"
-    return f"{value:.4g}" if metric.endswith("loss") else f"{value:.1%}"
+    is_share = metric not in ("loss", "answer_loss", *OTHER_SCORES)
+    return f"{value:.1%}" if is_share else f"{value:.4g}"
 
 
 def interval_text(comparison: Comparison) -> str:

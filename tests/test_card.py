@@ -70,6 +70,7 @@ def test_the_scores_of_all_three_stand_side_by_side_with_the_gain() -> None:
         "| its 95% interval | 4.0% to 23.1% | 35.2% to 64.8% | 76.9% to 96.0% | |",
         "| answer loss | 2 | 1 | 0.5 | +0.400 (+0.380 to +0.420) nats |",
         "| loss on the ability set | 1.5 | 1.6 | 1.6 | |",
+        "| perplexity of the right answers | 7.389 | 2.718 | 1.649 | |",
         "| language of the question | 100.0% | 100.0% | 100.0% | |",
         f"| forgetting | loss on the ability set {forgotten} |",
         "| fact | 40 | 10.0% | 90.0% |",
