@@ -35,8 +35,9 @@ from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import FinetuneError
 from qwen3ft.failures import to_failure, translate
 from qwen3ft.faults import VARIABLE as FAULTS
-from qwen3ft.records import AttemptSummary, TrainPlan
+from qwen3ft.records import TrainPlan
 from qwen3ft.storage import sha256_file
+from qwen3ft.story_records import AttemptSummary
 
 EXACT_TOLERANCE = 1e-12
 """Relative, of gradients in float64."""

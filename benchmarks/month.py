@@ -12,8 +12,10 @@ nights and does what systemd does; whatever else it had to do is a manual interv
 After every night (month_checks.py): the registry has one promotion more if one was due, and none
 otherwise; no run's adapter is there twice; the champion loads with plain PEFT and answers; every
 row is accounted for; the night ended as it should. Exits with 1 if one of that does not hold, if
-somebody had to intervene, if a bad night was promoted, or if less than 95 % of the time was of use,
-for which see month_report.py. With `--out` the table is written after every night.
+somebody had to intervene, if a bad night was promoted, or if less than 95 % of the time would be of
+use were there an hour more of training in each night: computed, as these nights take a minute, and
+shown beside the share as measured (month_report.py). With `--out` the table is written after every
+night.
 """
 
 from __future__ import annotations

@@ -54,11 +54,11 @@ from qwen3ft.known_rows import compare_data, find_known_rows
 from qwen3ft.night import Night
 from qwen3ft.records import (
     AttemptOutcome,
-    AttemptSummary,
     EnvironmentReport,
     TrainPlan,
 )
 from qwen3ft.shared_card import fit_to_card
+from qwen3ft.story_records import AttemptSummary
 from tasks.adjust import adjust_parameters
 from tasks.data import prepare_data
 from tasks.environment import check_environment

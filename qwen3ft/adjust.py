@@ -45,7 +45,8 @@ from qwen3ft.errors import (
 from qwen3ft.ladder import Step, next_rungs, without_host_memory
 from qwen3ft.plan import repredict
 from qwen3ft.record import Record
-from qwen3ft.records import AttemptSummary, Failure, TrainPlan
+from qwen3ft.records import Failure, TrainPlan
+from qwen3ft.story_records import AttemptSummary
 
 LEARNING_RATE_CUTS = 2
 

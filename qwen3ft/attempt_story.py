@@ -17,8 +17,8 @@ from qwen3ft.cursor import lines_from
 from qwen3ft.curves import loss_curve
 from qwen3ft.logs import get_logger
 from qwen3ft.memory_figure import AttemptMemory
-from qwen3ft.records import GIB, AttemptSummary, Failure, TrainingMetrics, TrainPlan
-from qwen3ft.story_records import LossCurve, SettingChange
+from qwen3ft.records import GIB, Failure, TrainingMetrics, TrainPlan
+from qwen3ft.story_records import AttemptSummary, LossCurve, SettingChange
 
 logger = get_logger("story")
 

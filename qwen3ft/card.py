@@ -18,11 +18,11 @@ from qwen3ft.errors import FinetuneError
 from qwen3ft.intervals import wilson_interval
 from qwen3ft.plan_table import PlanTable
 from qwen3ft.quality import exact_match, split_thinking
-from qwen3ft.records import AttemptOutcome, AttemptSummary, SavedAdapter, TrainPlan
+from qwen3ft.records import AttemptOutcome, SavedAdapter, TrainPlan
 from qwen3ft.result_records import (
+    MODELS,
     Champion,
     InferenceReport,
-    ModelLabel,
     ModelScore,
     RunCard,
     SideBySide,
@@ -32,6 +32,7 @@ from qwen3ft.score_text import judge_note
 from qwen3ft.shown_text import ANSWER_CHARACTERS, QUESTION_CHARACTERS, shown
 from qwen3ft.story_records import (
     AnswersBeside,
+    AttemptSummary,
     FailureStory,
     LossCurve,
     MemoryCurve,
@@ -48,7 +49,6 @@ EMBEDDED_NOTE = (
 )
 NOVEL_NOTE = "'novel' is wording that no training ever showed."
 NO_CHAMPION = "none"
-MODELS: tuple[ModelLabel, ...] = ("base", "champion", "candidate")
 FAILURE_CHARACTERS = 3000
 
 

@@ -11,7 +11,6 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from qwen3ft.attempt_story import in_words, reasons, words_of
-from qwen3ft.card import MODELS
 from qwen3ft.card_chart import (
     BOTTOM,
     HEIGHT,
@@ -24,7 +23,7 @@ from qwen3ft.card_chart import (
 )
 from qwen3ft.card_markdown import share_range
 from qwen3ft.data_story import MOST_FILES, new_rows_sentence
-from qwen3ft.result_records import RivalLabel, RunCard
+from qwen3ft.result_records import MODELS, RivalLabel, RunCard
 from qwen3ft.score_text import (
     METRIC_NAMES,
     OTHER_SCORES,
@@ -88,12 +87,10 @@ def _template() -> Template:
 def _facts(card: RunCard) -> Iterator[tuple[str, str, str]]:
     """(name, value, what else) of the numbers that one looks for first."""
     if card.base_score is not None and card.tuned_score is not None:
-        rival = "champion" if any(c.rival == "champion" for c in card.comparisons) else "base"
-        main = [c for c in card.comparisons if (c.rival, c.metric) == (rival, card.main_metric)]
         yield "exact match", f"{card.base_score:.1%} → {card.tuned_score:.1%}", "base → candidate"
-        for found in main:
-            gain, _, rest = interval_text(found).partition(" ")
-            yield f"gain over the {rival}", gain, f"{METRIC_NAMES[found.metric]} {rest}"
+        if card.gain is not None:
+            gain, _, rest = interval_text(card.gain).partition(" ")
+            yield f"gain over the {card.rival}", gain, f"{METRIC_NAMES[card.main_metric]} {rest}"
     if card.held_out_loss_before is not None and card.held_out_loss_after is not None:
         change = f"{card.held_out_loss_before:.3f} → {card.held_out_loss_after:.3f}"
         yield "held-out loss", change, "nats per token"

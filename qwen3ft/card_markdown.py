@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from qwen3ft.attempt_story import in_words, reasons
-from qwen3ft.card import MODELS
 from qwen3ft.curves import sparkline
 from qwen3ft.data_story import files_markdown, new_rows_markdown
-from qwen3ft.result_records import RunCard
+from qwen3ft.result_records import MODELS, RunCard
 from qwen3ft.score_text import (
     METRIC_NAMES,
     OTHER_SCORES,
@@ -117,12 +116,11 @@ def _scores(card: RunCard) -> list[str]:
     if "candidate" not in models:
         return []
     labels = [label for label in MODELS if label in models]
-    rival = "champion" if "champion" in models else "base"
-    gains = {c.metric: interval_text(c) for c in card.comparisons if c.rival == rival}
+    gains = {c.metric: interval_text(c) for c in card.comparisons if c.rival == card.rival}
     lines = [
         "## Scores",
         "",
-        f"| score | {' | '.join(labels)} | gain over the {rival} (interval) |",
+        f"| score | {' | '.join(labels)} | gain over the {card.rival} (interval) |",
     ]
     lines.append("|---" * (len(labels) + 2) + "|")
     for metric, name in METRIC_NAMES.items():

@@ -49,10 +49,8 @@ def compare_data(dataset: DatasetManifest, champion: Champion | None) -> DataCha
     before = read_run_card(Path(champion.adapter_path))["data"]
     old = {(source["role"], source["path"]): source["sha256"] for source in before["sources"]}
     now = {(source.role, source.path): source.sha256 for source in dataset.sources}
-    rows, seen_before = (
-        read_known_rows(Path(dataset.path) / KNOWN_ROWS_FILE),
-        read_known_rows(Path(known)),
-    )
+    rows = read_known_rows(Path(dataset.path) / KNOWN_ROWS_FILE)
+    seen_before = read_known_rows(Path(known))
     seen = np.isin(rows, seen_before, assume_unique=True)
     new = find_new_rows(Path(dataset.path) / QUESTIONS_FILE, seen_before)
     return DataChange(

@@ -14,7 +14,6 @@ from pydantic import Field
 
 from qwen3ft.data_records import DatasetManifest
 from qwen3ft.record import Record
-from qwen3ft.story_records import SettingChange
 
 GIB = 2**30
 """Bytes in one GB as this project counts it."""
@@ -270,21 +269,6 @@ class Failure(Record):
     next_command: str = ""
     facts: dict[str, Any] = Field(default_factory=dict)
     log_tail: str = ""
-
-
-class AttemptSummary(Record):
-    """One row of the table of attempts."""
-
-    attempt: int
-    outcome: str = Field(description="'completed' or the failure's kind.")
-    detail: str
-    micro_batch_size: int
-    gradient_accumulation_steps: int
-    gradient_checkpointing: bool
-    learning_rate: float
-    resumed_from_step: int | None
-    seconds: float
-    changes: tuple[SettingChange, ...] = Field((), description="Since the attempt before it.")
 
 
 class AttemptOutcome(Record):

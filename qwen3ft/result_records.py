@@ -9,9 +9,9 @@ from typing import Literal
 from pydantic import Field
 
 from qwen3ft.record import Record
-from qwen3ft.records import AttemptSummary
 from qwen3ft.story_records import (
     AnswersBeside,
+    AttemptSummary,
     DataStory,
     FailureStory,
     LossCurve,
@@ -28,6 +28,9 @@ MAX_EXPONENT = 700.0
 MetricName = Literal["exact_match", "token_f1", "chrf", "answer_loss"]
 ModelLabel = Literal["base", "candidate", "champion"]
 RivalLabel = Literal["base", "champion"]
+
+MODELS: tuple[ModelLabel, ...] = ("base", "champion", "candidate")
+"""In the order in which they are shown."""
 
 
 class RowScore(Record):
@@ -230,3 +233,14 @@ class RunCard(Record):
     prefect_url: str | None = None
     mlflow_url: str | None = None
     notes: tuple[str, ...] = Field((), description="What a reader should know before believing.")
+
+    @property
+    def rival(self) -> RivalLabel:
+        """The model to beat: the champion if it was evaluated, else the base."""
+        return "champion" if any(one.label == "champion" for one in self.scores) else "base"
+
+    @property
+    def gain(self) -> Comparison | None:
+        """The candidate against its rival in the main metric; None if they were not compared."""
+        wanted = (self.rival, self.main_metric)
+        return next((c for c in self.comparisons if (c.rival, c.metric) == wanted), None)

@@ -12,10 +12,9 @@ from collections.abc import Mapping
 
 from qwen3ft.preflight_records import PreflightReport
 from qwen3ft.records import GIB
-from qwen3ft.result_records import InferenceReport, RunCard
+from qwen3ft.result_records import MODELS, InferenceReport, RunCard
 
 SCORES = ("exact_match", "token_f1", "answer_loss", "ability_loss")
-MODELS = ("base", "champion", "candidate")
 STAGES = (
     *("environment", "model", "lora", "data", "plan", "preflight", "train", "save"),
     *("inference", "promote"),
@@ -62,9 +61,7 @@ def preflight_metrics(report: PreflightReport) -> dict[str, float]:
 
 def card_metrics(card: RunCard) -> dict[str, float]:
     """What the card says in numbers, but for the scores."""
-    rival = "champion" if any(c.rival == "champion" for c in card.comparisons) else "base"
-    chosen = (c for c in card.comparisons if (c.rival, c.metric) == (rival, card.main_metric))
-    gain = next(chosen, None)
+    gain = card.gain
     return _finite(
         {
             "gain": gain.gain if gain else None,

@@ -35,6 +35,21 @@ class SettingChange(Record):
     why: str = ""
 
 
+class AttemptSummary(Record):
+    """One row of the table of attempts."""
+
+    attempt: int
+    outcome: str = Field(description="'completed' or the failure's kind.")
+    detail: str
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    gradient_checkpointing: bool
+    learning_rate: float
+    resumed_from_step: int | None
+    seconds: float
+    changes: tuple[SettingChange, ...] = Field((), description="Since the attempt before it.")
+
+
 class FileStory(Record):
     """One file of a run's data."""
 

@@ -14,7 +14,8 @@ from qwen3ft.adjust import GiveUp, Retry, decide
 from qwen3ft.attempt import RunDir
 from qwen3ft.config import TrainingConfig
 from qwen3ft.logs import get_logger
-from qwen3ft.records import AttemptSummary, Failure, TrainPlan
+from qwen3ft.records import Failure, TrainPlan
+from qwen3ft.story_records import AttemptSummary
 from tasks.names import adjust_name, name_of
 
 logger = get_logger("adjust")

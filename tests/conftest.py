@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DO_NOT_TRACK", "true")
@@ -18,6 +19,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["PREFECT_HOME"] = tempfile.mkdtemp(prefix="qwen3ft-prefect-")  # results and settings
 # Two threads on two cores that others use too are slower than one, and bits depend on the number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# How long one example takes says how busy the machine is, and nothing of the property.
+settings.register_profile("qwen3ft", deadline=None)
+settings.load_profile("qwen3ft")
 
 BROWSER = "tests/test_browser.py"
 TOGETHER = {BROWSER: "tests/test_flow.py"}

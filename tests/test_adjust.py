@@ -17,7 +17,6 @@ from qwen3ft.ladder import next_rungs
 from qwen3ft.plan import build_plan, repredict
 from qwen3ft.records import (
     GIB,
-    AttemptSummary,
     EnvironmentReport,
     Failure,
     GpuInfo,
@@ -27,6 +26,7 @@ from qwen3ft.records import (
     TrainPlan,
 )
 from qwen3ft.shapes import count_adapter_parameters, plan_adapter
+from qwen3ft.story_records import AttemptSummary
 
 SHAPE = ModelShape(
     hidden_size=2560,
@@ -232,7 +232,7 @@ def test_a_damaged_checkpoint_is_never_the_next_one_again() -> None:
 
 
 @given(micro=st.integers(1, 512), accumulation=st.integers(1, 64), recompute=st.booleans())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_the_ladder_keeps_the_effective_batch_and_ends(
     micro: int, accumulation: int, recompute: bool
 ) -> None:

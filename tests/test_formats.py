@@ -503,7 +503,7 @@ def is_plain(row: dict[str, Any]) -> bool:
     return "\\u0000" not in json.dumps(row)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.lists(OBJECTS.filter(is_plain), max_size=8),
     indent=st.sampled_from([None, 0, 1, "\t"]),
@@ -521,7 +521,7 @@ def test_any_objects_come_back_from_an_array(
     assert [row.values for row in read(path)] == rows
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.lists(
         st.lists(
@@ -544,7 +544,7 @@ def test_any_texts_come_back_from_csv(
     assert [row.values for row in read(path)][1:] == table
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     pieces=st.lists(
         st.sampled_from(
