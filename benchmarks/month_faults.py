@@ -76,7 +76,8 @@ class Scene:
 
     def trainings(self) -> list[psutil.Process]:
         """Worker processes that train."""
-        return [p for p in find_marked(self.root, "worker") if _has(p, "qwen3ft.worker", "train")]
+        processes = find_marked(self.root, "worker")
+        return [p for p in processes if _asked(p, psutil.Process.name) == "qwen3ft-train"]
 
     def flows(self) -> list[psutil.Process]:
         """Processes of flow runs; what they started ends with them, by itself."""

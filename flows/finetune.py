@@ -59,6 +59,7 @@ from qwen3ft.records import (
 )
 from qwen3ft.shared_card import fit_to_card
 from qwen3ft.story_records import AttemptSummary
+from qwen3ft.worker_process import workers_ahead
 from tasks.adjust import adjust_parameters
 from tasks.data import prepare_data
 from tasks.environment import check_environment
@@ -121,7 +122,7 @@ def fine_tune(config: TrainingConfig, run: RunDir, story: Story, night: Night) -
     with story.stage("environment"):
         environment = check_environment()
         ability_rows(config)  # an unusable set is told now, not after training
-    with card_held(config, environment, run):
+    with card_held(config, environment, run), workers_ahead():
         with story.stage("model"):
             model = prepare_model(config, environment, run)
         with story.stage("lora"):

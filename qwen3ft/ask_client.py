@@ -26,8 +26,9 @@ from qwen3ft.ask_records import (
 )
 from qwen3ft.attempt import JobDir
 from qwen3ft.errors import FinetuneError, WorkerCrashedError
-from qwen3ft.launcher import GRACE_SECONDS, POLL_SECONDS, run_worker
+from qwen3ft.launcher import POLL_SECONDS, run_worker
 from qwen3ft.storage import append_json_line, read_json_lines
+from qwen3ft.worker_process import GRACE_SECONDS
 
 TAIL_SECONDS = 0.02
 

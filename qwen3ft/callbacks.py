@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qwen3ft.errors import PreemptedError
 from qwen3ft.faults import Fault, strike
 from qwen3ft.logs import get_logger
 from qwen3ft.records import MemoryStatus, TrainingMetrics
@@ -19,6 +15,7 @@ from qwen3ft.storage import append_json_line
 
 if TYPE_CHECKING:
     from qwen3ft.attempt import JobDir
+    from qwen3ft.heartbeat import Heartbeat, StopRequest
     from qwen3ft.memory import MemoryOptimizer
     from qwen3ft.trainer import QATrainer
 
@@ -27,37 +24,6 @@ logger = get_logger("train")
 LOG_EVERY_SECONDS = 5.0
 MEASURE_MEMORY_EVERY_SECONDS = 1.0
 """Asking NVML and the allocator at every step would take several per cent of a fast one."""
-
-
-class Heartbeat:
-    """Tells the launcher that this process makes progress, and at what."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.phase = "start"
-
-    def beat(self, phase: str, step: int = 0) -> None:
-        """Write {phase, step}; a new modification time is the sign of life."""
-        self.phase = phase
-        temporary = self.path.with_suffix(".new")
-        temporary.write_text(json.dumps({"phase": phase, "step": step}), encoding="utf-8")
-        os.replace(temporary, self.path)
-
-
-class StopRequest:
-    """Set by SIGTERM or SIGINT; training saves and stops at the end of the current step."""
-
-    def __init__(self) -> None:
-        self.signal_name: str | None = None
-
-    def error(self) -> PreemptedError:
-        """The error that says so."""
-        return PreemptedError(
-            f"The worker was asked to stop ({self.signal_name}).",
-            why="The run was cancelled or the machine is shutting down.",
-            next_command="prefect deployment run qwen3-finetune/default",
-            signal=self.signal_name,
-        )
 
 
 class ProgressCallback(TrainerCallback):

@@ -11,17 +11,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-import psutil
 from pydantic import BaseModel
 
 from qwen3ft.attempt import JobDir, read_record
@@ -29,16 +24,13 @@ from qwen3ft.errors import FinetuneError, StalledError
 from qwen3ft.failures import to_error, translate_exit
 from qwen3ft.logs import ROOT, get_logger, mask_secrets
 from qwen3ft.storage import read_json_lines
+from qwen3ft.worker_process import end_process_tree, start_worker
 
 logger = get_logger("launcher")
 
 OutcomeT = TypeVar("OutcomeT", bound=BaseModel)
 
 POLL_SECONDS = 0.2
-GRACE_SECONDS = 7.0
-"""From SIGTERM to SIGKILL; a cancelled run has to be gone within 10 s in all."""
-
-PARENT_VARIABLE = "QWEN3FT_PARENT_PID"
 
 
 def run_worker(
@@ -48,8 +40,9 @@ def run_worker(
     *,
     stall_seconds: float,
     on_poll: Callable[[], None] | None = None,
+    last: bool = False,
 ) -> OutcomeT:
-    """Start `python -m qwen3ft.worker KIND DIR`, wait for it, and return its outcome.
+    """Have a worker do the job, wait for it, and return its outcome.
 
     Args:
         kind: One of `qwen3ft.worker.KINDS`.
@@ -57,6 +50,7 @@ def run_worker(
         outcome_type: The record that a completed worker leaves.
         stall_seconds: Longest silence of the heartbeat before the worker is ended.
         on_poll: Called about five times a second while the worker runs.
+        last: Whether no other worker follows soon (see `qwen3ft.worker_process.workers_ahead`).
 
     Raises:
         FinetuneError: the failure the worker recorded, or what its exit status, its log and the
@@ -66,15 +60,7 @@ def run_worker(
     job.outcome.unlink(missing_ok=True)
     job.failure.unlink(missing_ok=True)
     kills_before = _kernel_oom_kills()
-    with job.log.open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "qwen3ft.worker", kind, str(job.path)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=_worker_environment(),
-        )
+    process = start_worker(kind, job, last=last)
     try:
         _watch(process, job, stall_seconds, on_poll)
     finally:
@@ -82,16 +68,6 @@ def run_worker(
     if process.returncode == 0 and job.outcome.exists():
         return read_record(job.outcome, outcome_type)
     raise _explain_end(process.returncode, job, _kernel_oom_kills() - kills_before)
-
-
-def _worker_environment() -> dict[str, str]:
-    # OpenMP's threads wait for each other by spinning: with one core taken by another process, a
-    # team of all cores was fifty times slower, one of a core less hardly at all (see DECISIONS.md).
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) - 1))}
-    # NVML's order, in which the card was chosen and locked; CUDA's own puts the fastest first.
-    order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-    marks = {PARENT_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
-    return {**threads, **order, **os.environ, **marks}
 
 
 def _watch(
@@ -128,22 +104,6 @@ def _watch(
     records.relay()
     if on_poll is not None:
         on_poll()
-
-
-def end_process_tree(process: subprocess.Popen[bytes]) -> None:
-    """End `process` and every descendant: SIGTERM, then SIGKILL after `GRACE_SECONDS`."""
-    with suppress(psutil.NoSuchProcess):
-        family = psutil.Process(process.pid).children(recursive=True)
-        if process.poll() is None:
-            process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE_SECONDS)
-        for member in family:
-            with suppress(psutil.NoSuchProcess):
-                member.kill()
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def log_tail(path: Path, lines: int = 30) -> str:

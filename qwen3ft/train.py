@@ -19,14 +19,13 @@ from qwen3ft.attempt import JobDir, RunDir
 from qwen3ft.callbacks import (
     EarlyStopping,
     FaultCallback,
-    Heartbeat,
     ProgressCallback,
     StopOnRequest,
-    StopRequest,
 )
 from qwen3ft.checkpoint_writer import read_adapter_files
 from qwen3ft.errors import CheckpointCorruptError, TrainingFailureError
 from qwen3ft.faults import planted_faults
+from qwen3ft.heartbeat import Heartbeat, StopRequest
 from qwen3ft.leak_watch import LeakWatch
 from qwen3ft.logs import get_logger
 from qwen3ft.records import AttemptOutcome, TrainPlan

@@ -1,8 +1,8 @@
-"""The child process: `python -m qwen3ft.worker KIND DIR`.
+"""The child process: `python -m qwen3ft.worker KIND DIR`, or `wait` until told both.
 
 Composes the stages of one job, reads its request from DIR and leaves an outcome or a failure there.
-It is only ever executed, by `qwen3ft.launcher`; a CUDA error, a leak or a native exit ends it and
-nothing else. It dies with the process that started it. The one broad `except` of the project is
+It is only ever executed, by `qwen3ft.worker_process`; a CUDA error, a leak or a native exit ends it
+and nothing else. It dies with the process that started it. The one broad `except` of the project is
 here: whatever a library raises becomes a classified failure on disk.
 """
 
@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
+import json
 import os
+import select
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,17 +28,17 @@ from pydantic import BaseModel
 from qwen3ft import logs
 from qwen3ft.ask_records import AskOutcome, AskRequest
 from qwen3ft.attempt import JobDir, read_record, write_record
-from qwen3ft.callbacks import Heartbeat, StopRequest
 from qwen3ft.data_records import DatasetManifest
 from qwen3ft.errors import MemoryLeakError, OutOfMemoryError, PreemptedError
 from qwen3ft.export_records import ExportRequest, ParityReport
 from qwen3ft.failures import to_failure, translate
-from qwen3ft.launcher import PARENT_VARIABLE
+from qwen3ft.heartbeat import Heartbeat, StopRequest
 from qwen3ft.memory_snapshot import record_history, write_report
 from qwen3ft.preflight_records import Measurement, PreflightRequest
 from qwen3ft.records import AttemptOutcome, ModelSnapshot, TrainPlan
 from qwen3ft.requests import DataRequest, InferenceRequest, QuantizeRequest
 from qwen3ft.result_records import InferenceReport
+from qwen3ft.worker_process import PARENT_VARIABLE, WAIT
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -46,6 +50,13 @@ logger = logs.get_logger("worker")
 
 PREEMPTED_STATUS = 128 + signal.SIGTERM
 _PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
+
+IMPORTED_AHEAD = (
+    *("torch", "transformers", "datasets", "bitsandbytes", "peft"),
+    *("qwen3ft.data", "qwen3ft.inference", "qwen3ft.lora", "qwen3ft.model", "qwen3ft.train"),
+)
+"""What takes most jobs their first seconds, in an order in which tokenising needs the least."""
 
 
 class Job:
@@ -209,7 +220,7 @@ KINDS: dict[str, Callable[[Job], BaseModel]] = {
 
 def main(kind: str, path: Path) -> int:
     """Run one job; the exit status is 0 only if an outcome was written."""
-    die_with_parent()
+    _set_process_name(kind)
     logs.configure(console=True, json_path=path / "log.jsonl")
     job = Job(path)
     signal.signal(signal.SIGTERM, job.on_signal)
@@ -230,6 +241,29 @@ def main(kind: str, path: Path) -> int:
     write_record(job.dir.outcome, outcome)
     logger.info("%s done in %.1f s", kind, time.monotonic() - started)
     return 0
+
+
+def wait_for_job() -> tuple[str, Path] | None:
+    """Import what jobs need until one comes on stdin; None if none will.
+
+    From then on this process is as one that was started with the job: its output goes to the job's
+    log, and nothing is left to read.
+    """
+    for module in IMPORTED_AHEAD:
+        if select.select([sys.stdin], [], [], 0)[0]:
+            break
+        with suppress(Exception):  # the job will meet it, and tell
+            importlib.import_module(module)
+    line = sys.stdin.readline()
+    if not line:
+        return None
+    kind, path = json.loads(line)
+    with Path(os.devnull).open("rb") as nothing, JobDir(Path(path)).log.open("ab") as log:
+        os.dup2(nothing.fileno(), sys.stdin.fileno())
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(log.fileno(), stream.fileno())
+    return kind, Path(path)
 
 
 def die_with_parent() -> None:
@@ -261,5 +295,16 @@ def _free(error: BaseException) -> None:
         torch.cuda.empty_cache()
 
 
+def _set_process_name(kind: str) -> None:
+    """Have `top` and `ps -o comm` tell what this process does."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_NAME, f"qwen3ft-{kind}".encode(), 0, 0, 0)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], Path(sys.argv[2])))
+    die_with_parent()
+    if sys.argv[1] != WAIT:
+        sys.exit(main(sys.argv[1], Path(sys.argv[2])))
+    _set_process_name(WAIT)
+    job = wait_for_job()
+    sys.exit(main(*job) if job is not None else 0)

@@ -46,7 +46,11 @@ def compare_answers(
         budget_gb=plan.max_memory_gb,
     )
     report = run_worker(
-        "inference", job.create(request), InferenceReport, stall_seconds=config.stall_seconds
+        "inference",
+        job.create(request),
+        InferenceReport,
+        stall_seconds=config.stall_seconds,
+        last=True,
     )
     report = with_judge(config, report)
     journal = Journal(run)

@@ -13,9 +13,9 @@ import torch
 
 from qwen3ft.attempt import JobDir
 from qwen3ft.batches import IGNORED, trained_tokens
-from qwen3ft.callbacks import StopRequest
 from qwen3ft.data import DataPipeline
 from qwen3ft.errors import DivergedError
+from qwen3ft.heartbeat import StopRequest
 from qwen3ft.lora import LoRAAdapter
 from qwen3ft.loss import summed_loss
 from qwen3ft.memory import MemoryOptimizer
