@@ -12,7 +12,7 @@ from types import FrameType
 from deployments.stack import Say, Stack
 from qwen3ft.errors import EnvironmentNotReadyError
 
-LOOK_SECONDS = 15.0
+LOOK_SECONDS = 3.0
 """Between two looks. A run that lost its worker is waiting for this."""
 
 

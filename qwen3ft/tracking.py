@@ -14,6 +14,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -77,6 +79,20 @@ def load_client() -> Any:
     from mlflow import MlflowClient
 
     return MlflowClient
+
+
+def is_answering(tracking_uri: str, timeout_seconds: float = 5.0) -> bool:
+    """Whether a server is there that answers, whatever it says; a database always is."""
+    if not tracking_uri.startswith("http"):
+        return True
+    address = f"{tracking_uri.rstrip('/')}/health"
+    try:
+        with urllib.request.urlopen(address, timeout=timeout_seconds):  # noqa: S310 - http
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
 
 
 @contextmanager

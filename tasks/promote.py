@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.tasks import Task
 
 from qwen3ft.adapters import fetch_version
 from qwen3ft.aliases import VERDICT_TAG
@@ -15,12 +19,13 @@ from qwen3ft.cursor import parent_run_id, wait_until_sent
 from qwen3ft.errors import RolledBackError, TrackingUnavailableError, TransientError
 from qwen3ft.gate_policy import gate_policy
 from qwen3ft.history import Change, Mover
-from qwen3ft.logs import get_logger
+from qwen3ft.logs import get_logger, mask_secrets
 from qwen3ft.night import request_tags
 from qwen3ft.promote import decide
 from qwen3ft.records import SavedAdapter
 from qwen3ft.registry import Registry
 from qwen3ft.result_records import Champion, InferenceReport, Verdict
+from qwen3ft.tracking import is_answering
 from qwen3ft.tracking_uri import default_tracking_uri
 from qwen3ft.versions import registered_name
 from tasks.names import name_of, promote_name
@@ -30,8 +35,18 @@ logger = get_logger("promote")
 
 REGISTRY_DELAYS_SECONDS = [2.0, 10.0]
 
-UPLOAD_SECONDS = 60.0
-"""How long each try waits for the adapter's upload, which runs in the background."""
+UPLOAD_SECONDS = 180.0
+"""How long the adapter's upload, which runs in the background, may take while MLflow answers."""
+OUTAGE_SECONDS = 30.0
+"""How long MLflow may answer nothing meanwhile: `qwen3ft up --stay` has it back in half of that."""
+PROBE_SECONDS = 2.0
+
+
+def may_be_retried(task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool:
+    """Whether registering may succeed if called again; what was waited for is not."""
+    error = state.result(raise_on_failure=False)
+    waited = isinstance(error, TransientError) and "waited_seconds" in error.facts
+    return is_transient(task, run, state) and not waited
 
 
 @task(
@@ -40,17 +55,20 @@ UPLOAD_SECONDS = 60.0
     cache_policy=NO_CACHE,
     retries=len(REGISTRY_DELAYS_SECONDS),
     retry_delay_seconds=REGISTRY_DELAYS_SECONDS,
-    retry_condition_fn=is_transient,
+    retry_condition_fn=may_be_retried,
 )
 def register(config: TrainingConfig, saved: SavedAdapter, run: str) -> SavedAdapter:
     """Make the uploaded adapter a version of the registered model."""
-    sent = wait_until_sent(RunDir(Path(run)), UPLOAD_SECONDS)
+    started = time.monotonic()
+    sent = wait_for_upload(RunDir(Path(run)))
     run_id = parent_run_id(RunDir(Path(run)))
     if not sent or run_id is None:
+        waited_seconds = round(time.monotonic() - started, 1)
         raise TrackingUnavailableError(
-            f"MLflow has not taken this run's adapter within {UPLOAD_SECONDS:.0f} s.",
-            why=f"{default_tracking_uri()} cannot be reached, or is too slow.",
+            f"MLflow has not taken this run's adapter within {waited_seconds:.0f} s.",
+            why=f"{mask_secrets(default_tracking_uri())} cannot be reached, or is too slow.",
             next_command="qwen3ft status",
+            waited_seconds=waited_seconds,
         )
     named = saved.model_copy(
         update={"mlflow_run_id": run_id, "registered_model": registered_name(config)}
@@ -58,6 +76,18 @@ def register(config: TrainingConfig, saved: SavedAdapter, run: str) -> SavedAdap
     tags = {"run": Path(run).name, **request_tags(RunDir(Path(run)))}
     version = Registry(default_tracking_uri()).register(run_id, named, tags)
     return named.model_copy(update={"version": version})
+
+
+def wait_for_upload(run: RunDir) -> bool:
+    """Wait until MLflow has all of the run so far; False if it is too slow, or gone."""
+    answered = started = time.monotonic()
+    while not wait_until_sent(run, PROBE_SECONDS):
+        now = time.monotonic()
+        if is_answering(default_tracking_uri()):
+            answered = now
+        if now - started > UPLOAD_SECONDS or now - answered > OUTAGE_SECONDS:
+            return False
+    return True
 
 
 @task(

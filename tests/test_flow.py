@@ -279,7 +279,7 @@ def test_a_run_without_tracking_completes_and_is_sent_later(
     from qwen3ft.mirror import replay
 
     monkeypatch.setattr(around, "CLOSE_SECONDS", 1.0)
-    monkeypatch.setattr(tasks.promote, "UPLOAD_SECONDS", 0.5)
+    monkeypatch.setattr(tasks.promote, "OUTAGE_SECONDS", 0.5)
     for module in (around, story, tasks.promote):
         monkeypatch.setattr(module, "default_tracking_uri", lambda: "http://127.0.0.1:9")
     state, run = run_flow(seed=51)
