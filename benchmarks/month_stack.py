@@ -1,7 +1,7 @@
 """The month's machine: a project folder, what keeps its stack up, and the clock that starts nights.
 
 `Machine` does what a systemd user unit does (the one of `qwen3ft up --write-unit`): it runs
-`qwen3ft up --stay`, starts it again 10 s after it ended by accident, and ends it when the machine
+`qwen3ft up --stay`, starts it again 3 s after it ended by accident, and ends it when the machine
 goes down. `Clock` makes flow runs as Prefect's scheduler does: tagged, with the hour of the night.
 Neither does anything else; what they had to do is counted.
 """
@@ -33,7 +33,7 @@ from qwen3ft.storage import write_json_atomic
 ROOT = Path(__file__).resolve().parent.parent
 
 PORTS = {"prefect": 4700, "mlflow": 5700}
-RESTART_SECONDS = 10.0
+RESTART_SECONDS = 3.0
 """Of the unit: RestartSec."""
 STOP_SECONDS = 120.0
 FIRST_START_SECONDS = 240.0

@@ -26,7 +26,7 @@ Type=exec
 WorkingDirectory={folder}
 ExecStart="{python}" -m flows.cli up --stay
 Restart=on-failure
-RestartSec=10
+RestartSec=3
 KillMode=mixed
 TimeoutStopSec={stop_seconds}
 # a training that the kernel ends for its memory does not take the servers with it

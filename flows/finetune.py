@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import nullcontext
 from typing import Any
 
 from prefect import flow
@@ -102,7 +103,10 @@ def qwen3_finetune(
     nightly = is_nightly(asked=nightly)
     config = for_night(config, nightly=nightly)
     request = find_request(config)
-    with tonight(config, request, nightly, continue_run) as night:
+    with (
+        workers_ahead() if continue_run else nullcontext(),  # it trains, whatever else is found
+        tonight(config, request, nightly, continue_run) as night,
+    ):
         if night.taken is not None:
             return end_as_taken(night)
         works_in(str(flow_run.id), night.run_id)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,9 @@ POLL_SECONDS = 1.0
 _FIRST_WAIT_SECONDS = 1.0
 _LONGEST_WAIT_SECONDS = 30.0
 _LAST_WAIT_SECONDS = 0.3
+_HOPE_SECONDS = 60.0
+"""After so long an outage `close` gives MLflow `_LAST_TRY_SECONDS` and no more."""
+_LAST_TRY_SECONDS = 2.0
 
 _log = get_logger("tracking")
 
@@ -60,6 +64,7 @@ class Mirror:
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._abandoned = threading.Event()
+        self._out_since: float | None = None
         self._thread = threading.Thread(target=self._run, name="mlflow-mirror", daemon=True)
 
     def start(self) -> Mirror:
@@ -76,15 +81,19 @@ class Mirror:
         return wait_until_sent(self.run_dir, timeout_seconds)
 
     def close(self, timeout_seconds: float = 30.0) -> bool:
-        """Send the rest and stop, within `timeout_seconds`.
+        """Send the rest and stop, within `timeout_seconds`; sooner if MLflow has long been gone.
 
         Returns:
             Whether MLflow has everything; what it lacks stays in the journal for `replay`.
         """
         self._closing.set()
         self._wake.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout_seconds)
+        end = time.monotonic() + timeout_seconds
+        if self._out_since is not None and self._thread.is_alive():
+            hope_seconds = _HOPE_SECONDS - (time.monotonic() - self._out_since)
+            self._thread.join(min(timeout_seconds, max(_LAST_TRY_SECONDS, hope_seconds)))
+        if self._out_since is None and self._thread.is_alive():
+            self._thread.join(max(0.0, end - time.monotonic()))
         self._abandoned.set()
         self._wake.set()
         if self._thread.is_alive():
@@ -101,23 +110,24 @@ class Mirror:
 
     def _send_until_closed(self) -> None:
         sender = Sender(self.run_dir, self.tracking_uri)
-        wait_seconds, is_out = _FIRST_WAIT_SECONDS, False
+        wait_seconds = _FIRST_WAIT_SECONDS
         while not self._abandoned.is_set():
             try:
                 worked = sender.step()
             except TrackingUnavailableError as error:
-                if not is_out:
+                if self._out_since is None:
                     self._report_outage(error)
-                is_out = True
+                    self._out_since = time.monotonic()
                 woken = self._wake.wait(wait_seconds)
                 self._wake.clear()
                 longer_seconds = min(2 * wait_seconds, _LONGEST_WAIT_SECONDS)
                 wait_seconds = _FIRST_WAIT_SECONDS if woken else longer_seconds
                 continue
-            if is_out:
+            was_out, self._out_since = self._out_since is not None, None
+            if was_out:
                 _log.info("MLflow at %s is back.", mask_secrets(self.tracking_uri))
-            self._sample_system(sender, restart=is_out)
-            wait_seconds, is_out = _FIRST_WAIT_SECONDS, False
+            self._sample_system(sender, restart=was_out)
+            wait_seconds = _FIRST_WAIT_SECONDS
             if not worked:
                 if self._closing.is_set():
                     break

@@ -301,10 +301,18 @@ def _set_process_name(kind: str) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_NAME, f"qwen3ft-{kind}".encode(), 0, 0, 0)
 
 
-if __name__ == "__main__":
+def run(kind: str, *arguments: str) -> int:
+    """The process's whole life; its exit status."""
     die_with_parent()
-    if sys.argv[1] != WAIT:
-        sys.exit(main(sys.argv[1], Path(sys.argv[2])))
-    _set_process_name(WAIT)
-    job = wait_for_job()
-    sys.exit(main(*job) if job is not None else 0)
+    if kind == WAIT:
+        _set_process_name(WAIT)
+        job = wait_for_job()
+    else:
+        job = kind, Path(*arguments)
+    status = main(*job) if job is not None else 0
+    gc.freeze()  # Python would end with looking for garbage in all that was imported: 2 s
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(run(*sys.argv[1:]))

@@ -2,7 +2,8 @@
 
 A worker needs 10 to 20 s to import torch, transformers, bitsandbytes and peft, and a run needs one
 worker for each of its stages and attempts. Within `workers_ahead` the next one is therefore always
-started while its predecessor works: it imports, touches no CUDA, and waits for its job on stdin.
+started while its predecessor works: it imports, and waits for its job on stdin. It has no CUDA
+context: of the card it takes 4 MiB.
 
 Guarantees: a worker never sees the environment or the folder of another moment (one that was
 started under others is ended, not used); a worker that died while it waited is replaced without a

@@ -39,7 +39,7 @@ from qwen3ft.records import (
 from qwen3ft.registry import Registry, registered_model_name
 from qwen3ft.run_files import attempts_memory
 from qwen3ft.storage import append_json_line, sha256_file
-from qwen3ft.tracking import EXPERIMENT_NAME, _make_experiment, connect
+from qwen3ft.tracking import EXPERIMENT_NAME, _make_experiment, connect, is_answering
 from qwen3ft.tracking_uri import database_path, default_tracking_uri, run_url
 
 START = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -494,6 +494,29 @@ def test_nothing_is_lost_when_mlflow_is_down_for_the_whole_run(
     assert replay_unsent(run_dir.path.parent, database) == 0
 
     assert steps_of(database, run_dir) == list(range(1, 701))
+
+
+def test_the_end_of_a_run_does_not_wait_for_what_has_long_been_gone(
+    run_dir: RunDir, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a minute is for a server that is being restarted, not for one that is down all night."""
+    mirror = Mirror(run_dir, f"http://127.0.0.1:{free_port()}").start()
+    journal_run(run_dir, steps=1)
+    wait_until(lambda: "unreachable" in caplog.text, seconds=60)
+    monkeypatch.setattr("qwen3ft.mirror._HOPE_SECONDS", 0.0)
+    started = time.monotonic()
+    assert not mirror.close(60)
+    assert time.monotonic() - started < 10
+
+
+def test_whether_mlflow_answers(server: Path, database: str, hanging_server: str) -> None:
+    """Anything said is an answer; a refused connection and silence are none."""
+    port = (server / "port").read_text()
+    assert is_answering(f"http://127.0.0.1:{port}")
+    assert is_answering(f"http://127.0.0.1:{port}/nothing/here")
+    assert is_answering(database)
+    assert not is_answering(f"http://127.0.0.1:{free_port()}")
+    assert not is_answering(hanging_server, timeout_seconds=0.3)
 
 
 def test_a_hanging_mlflow_neither_delays_the_flow_nor_its_exit(
