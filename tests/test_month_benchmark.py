@@ -268,6 +268,6 @@ def test_the_summary_can_be_printed_from_the_first_night_on(
 def test_a_short_month_passes(tmp_path: Path) -> None:
     """Three nights on a real stack: a good one, a bad one and one without news, with two faults."""
     out = tmp_path / "month.json"
-    assert month.main(["--nights", "3", "--seed", "1", "--out", str(out)]) == 0
+    assert month.main(["--nights", "3", "--seed", "1", "--steps", "300", "--out", str(out)]) == 0
     kept = json.loads(out.read_text())
     assert (kept["nights"], kept["interventions"], kept["problems"]) == (3, [], [])
