@@ -1,7 +1,7 @@
 """The flow `qwen3-finetune`: from question-answer files to a promoted adapter.
 
 environment - model - lora - data - plan - preflight - (train - adjust)* - save - inference -
-promote
+(judge) - promote
 
 Before them a run finds out whether it is needed at all: `flows.nightly`. Each word is a task of its
 own. A failed training attempt is answered by `adjust`, which makes the next plan; the loop in
@@ -64,7 +64,7 @@ from qwen3ft.worker_process import workers_ahead
 from tasks.adjust import adjust_parameters
 from tasks.data import prepare_data
 from tasks.environment import check_environment
-from tasks.inference import compare_answers
+from tasks.inference import ask_judge, compare_answers, log_report
 from tasks.lora import configure_lora
 from tasks.model import prepare_model
 from tasks.plan import plan_training
@@ -155,7 +155,12 @@ def fine_tune(config: TrainingConfig, run: RunDir, story: Story, night: Night) -
             champion = facts.champion or unless_unreachable(find_champion, None, config)
             facts.champion = champion
         with story.stage("inference"):
-            report = facts.report = compare_answers(config, plan, saved, champion)
+            report = compare_answers(config, plan, saved, champion)
+    if config.judge_url is not None:  # minutes, in which another run may have the card
+        with story.stage("judge"):
+            report = ask_judge(config, report)
+    facts.report = report
+    log_report(run, report)
     with story.stage("promote"):
         verdict = facts.verdict = promote(config, saved, report, champion, str(run.path))
     card = story.publish()

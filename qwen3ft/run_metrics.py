@@ -17,7 +17,7 @@ from qwen3ft.result_records import MODELS, InferenceReport, RunCard
 SCORES = ("exact_match", "token_f1", "answer_loss", "ability_loss")
 STAGES = (
     *("environment", "model", "lora", "data", "plan", "preflight", "train", "save"),
-    *("inference", "promote"),
+    *("inference", "judge", "promote"),
 )
 
 METRICS = (

@@ -38,7 +38,7 @@ WAIT = "wait"
 """In the place of a kind: the job comes later, as a line of JSON on stdin."""
 
 LEAST_FREE_BYTES = 4 * 1024**3
-"""Of host memory; with less no worker waits, as one that has imported takes half a GiB."""
+"""Of host memory; with less no worker waits, as one that has imported takes up to a GiB."""
 
 _Process = subprocess.Popen[bytes]
 
@@ -68,7 +68,7 @@ class _Spare:
     def __init__(self) -> None:
         self.wanted = False
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: _Process | None = None
         self._surroundings: _Surroundings | None = None
 
     def start(self) -> None:
@@ -148,7 +148,7 @@ def _start(arguments: list[str], surroundings: _Surroundings, stdin: int, output
         [sys.executable, "-m", "qwen3ft.worker", *arguments],
         stdin=stdin,
         stdout=output,
-        stderr=subprocess.STDOUT if output != subprocess.DEVNULL else subprocess.DEVNULL,
+        stderr=subprocess.STDOUT,
         start_new_session=True,
         env=surroundings.environment,
         cwd=surroundings.folder,

@@ -27,11 +27,7 @@ logger = get_logger("inference")
 def compare_answers(
     config: TrainingConfig, plan: TrainPlan, saved: SavedAdapter, champion: Champion | None
 ) -> InferenceReport:
-    """Answer the held-out questions with what is on disk; scores and answers go to MLflow.
-
-    A judge, where one is configured, is asked about them afterwards; it can neither fail the run
-    nor decide it.
-    """
+    """Answer the held-out questions with what is on disk."""
     run = RunDir(Path(plan.run_dir))
     job = run.job("inference")
     request = InferenceRequest(
@@ -45,20 +41,19 @@ def compare_answers(
         batch_size=plan.eval_batch_size,
         budget_gb=plan.max_memory_gb,
     )
-    report = run_worker(
+    return run_worker(
         "inference",
         job.create(request),
         InferenceReport,
         stall_seconds=config.stall_seconds,
         last=True,
     )
-    report = with_judge(config, report)
-    journal = Journal(run)
-    journal.table(Path(report.answers_path))
-    journal.json("inference/report.json", report.model_dump(mode="json"))
-    journal.artifacts(Path(report.scores_path), "inference")
-    journal.metrics(report_metrics(report))
-    return report
+
+
+@task(name="judge", task_run_name="judge", cache_policy=NO_CACHE)
+def ask_judge(config: TrainingConfig, report: InferenceReport) -> InferenceReport:
+    """The report with the judge's opinion; it can neither fail the run nor decide it."""
+    return with_judge(config, report)
 
 
 def with_judge(config: TrainingConfig, report: InferenceReport) -> InferenceReport:
@@ -71,3 +66,12 @@ def with_judge(config: TrainingConfig, report: InferenceReport) -> InferenceRepo
     if note := judge_note(judge):
         logger.warning("%s", note)
     return report.model_copy(update={"judge": judge})
+
+
+def log_report(run: RunDir, report: InferenceReport) -> None:
+    """Scores and answers go to MLflow."""
+    journal = Journal(run)
+    journal.table(Path(report.answers_path))
+    journal.json("inference/report.json", report.model_dump(mode="json"))
+    journal.artifacts(Path(report.scores_path), "inference")
+    journal.metrics(report_metrics(report))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def test_the_card_of_a_run_tells_its_story_on_disk_and_in_mlflow(
     assert set(METRICS) - ours <= {
         *(f"{score}/champion" for score in ("exact_match", "token_f1", "answer_loss")),
         *("ability_loss/champion", "memory/preflight_gb"),
-        *("judge/win_share", "judge/rows"),
+        *("judge/win_share", "judge/rows", "seconds/judge"),
     }
     tags = {key for key in parent.data.tags if not key.startswith(("mlflow.", "qwen3ft."))}
     assert tags == set(TAGS) - {"failure"}
@@ -252,15 +253,35 @@ def test_giving_up_says_what_was_tried(run_flow: Any, finished: Any, make_config
     assert len(run.attempts()) == 3
 
 
-def test_a_failed_run_is_continued_from_its_last_checkpoint(run_flow: Any) -> None:
-    """With one attempt allowed the run fails; continued by its id, it resumes and completes."""
+def test_a_failed_run_is_continued_from_its_last_checkpoint(
+    run_flow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one attempt allowed the run fails; continued by its id, it resumes and completes.
+
+    Its answers are judged, while another run may have the machine.
+    """
+    from test_judge import Handler, prefers, serving
+
+    from qwen3ft import gpu_lock
+
+    monkeypatch.setenv(gpu_lock.FOLDER_VARIABLE, str(tmp_path))
+    one = threading.Lock()
+
+    def judge(handler: Handler) -> None:
+        with one, gpu_lock.hold_card(gpu_lock.CPU, "other", when_busy="refuse", wait_seconds=0):
+            prefers("candidate")(handler)
+
     state, run = run_flow("kill@step=5", seed=41, max_attempts=1)
     assert state.is_failed()
     failed = json.loads((run.path / "card.json").read_text())
     assert (failed["outcome"], failed["failure"]["kind"]) == ("failed", "WorkerCrashedError")
     assert f"qwen3ft run --resume {run.path.name}" in (run.path / "card.md").read_text()
-    state, again = run_flow(continue_run=run.path.name, seed=41, max_attempts=1)
+    with serving(judge) as server:
+        judged = {"judge_url": server.url, "judge_model": "j", "judge_rows": 4, "lock_cpu": True}
+        state, again = run_flow(continue_run=run.path.name, seed=41, max_attempts=1, **judged)
     assert state.is_completed(), state.message
+    assert task_states(state)["judge"] == "Completed"
+    assert json.loads((run.path / "card.json").read_text())["judge"]["judged"] == 4
     cached = {name for name, result in task_states(state).items() if result == "Cached"}
     assert cached == {"model", "lora", "data", "plan"}
     assert again.path == run.path
