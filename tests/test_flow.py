@@ -271,23 +271,25 @@ def test_a_failed_run_is_continued_from_its_last_checkpoint(
         with one, gpu_lock.hold_card(gpu_lock.CPU, "other", when_busy="refuse", wait_seconds=0):
             prefers("candidate")(handler)
 
-    state, run = run_flow("kill@step=5", seed=41, max_attempts=1)
-    assert state.is_failed()
-    failed = json.loads((run.path / "card.json").read_text())
-    assert (failed["outcome"], failed["failure"]["kind"]) == ("failed", "WorkerCrashedError")
-    assert f"qwen3ft run --resume {run.path.name}" in (run.path / "card.md").read_text()
     with serving(judge) as server:
-        judged = {"judge_url": server.url, "judge_model": "j", "judge_rows": 4, "lock_cpu": True}
-        state, again = run_flow(continue_run=run.path.name, seed=41, max_attempts=1, **judged)
+        settings = {"seed": 41, "max_attempts": 1, "lock_cpu": True}
+        settings |= {"judge_url": server.url, "judge_model": "j", "judge_rows": 4}
+        state, run = run_flow("kill@step=5", **settings)
+        assert state.is_failed()
+        failed = json.loads((run.path / "card.json").read_text())
+        assert (failed["outcome"], failed["failure"]["kind"]) == ("failed", "WorkerCrashedError")
+        assert f"qwen3ft run --resume {run.path.name}" in (run.path / "card.md").read_text()
+        state, again = run_flow(continue_run=run.path.name, **settings)
     assert state.is_completed(), state.message
     assert task_states(state)["judge"] == "Completed"
-    assert json.loads((run.path / "card.json").read_text())["judge"]["judged"] == 4
     cached = {name for name, result in task_states(state).items() if result == "Cached"}
     assert cached == {"model", "lora", "data", "plan"}
     assert again.path == run.path
-    attempts = json.loads((run.path / "card.json").read_text())["attempts"]
-    assert [attempt["resumed_from_step"] for attempt in attempts] == [None, 4]
-    assert [attempt["outcome"] for attempt in attempts] == ["WorkerCrashedError", "completed"]
+    card = json.loads((run.path / "card.json").read_text())
+    assert [attempt["resumed_from_step"] for attempt in card["attempts"]] == [None, 4]
+    outcomes = [attempt["outcome"] for attempt in card["attempts"]]
+    assert outcomes == ["WorkerCrashedError", "completed"]
+    assert sum(card["judge"][end] for end in ("wins", "losses", "ties")) == 4
 
 
 def test_a_run_without_tracking_completes_and_is_sent_later(
