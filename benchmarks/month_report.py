@@ -3,9 +3,9 @@
 A night's total is the time from the request for its run until nothing of it runs any more, further
 starts included. Its useful time is what it would have taken had nothing struck: the seconds of the
 training steps that are in the adapter (steps done again count once), and what all else of such a
-night takes, which is the median of this month's undisturbed nights. Of a night that was left undone
-the training counts if the next night only had to end it, and nothing else does. The share is useful
-over total, of all nights together.
+night takes, which is the median of this month's undisturbed nights. A night that was left undone
+was of use if the next one only had to end it, and else of none; one that catches up by training
+does what two nights do. The share is useful over total, of all nights together.
 """
 
 from __future__ import annotations
@@ -94,18 +94,30 @@ def _steps(attempt: Path) -> list[tuple[int, float]]:
 
 def account(nights: Sequence[NightResult]) -> None:
     """Set the useful seconds of every night of a kind that also passed undisturbed."""
+    rest = _rest_seconds(nights)
     for night, after in zip(nights, [*nights[1:], None], strict=True):
-        reused = after is not None and after.catches_up and not after.trains
-        undone_seconds = night.trained_seconds if reused else 0.0
-        night.useful_seconds = undone_seconds if night.left_undone else None
-    kinds = {(night.trains, night.verdict == "failed") for night in nights}
-    for kind in kinds:
-        of_kind = [n for n in nights if (n.trains, n.verdict == "failed") == kind]
-        of_kind = [night for night in of_kind if not night.left_undone]
-        calm_nights = [night for night in of_kind if not night.faults and not night.catches_up]
-        calm = [night.total_seconds - night.trained_seconds for night in calm_nights]
-        for night in of_kind if calm else []:
-            night.useful_seconds = min(night.total_seconds, median(calm) + night.trained_seconds)
+        night.useful_seconds = None
+        own = rest.get((night.trains, night.verdict == "failed"))
+        if night.left_undone and not (after is not None and after.catches_up and not after.trains):
+            night.useful_seconds = 0.0
+        elif own is not None:
+            others = rest.get((False, False), 0.0) if night.catches_up and night.trains else 0.0
+            would_take = own + night.trained_seconds + others
+            night.useful_seconds = min(night.total_seconds, would_take)
+
+
+def _rest_seconds(nights: Sequence[NightResult]) -> dict[tuple[bool, bool], float]:
+    """What undisturbed nights take beside training, by whether they train and whether they fail."""
+    calm = [n for n in nights if not (n.faults or n.catches_up or n.left_undone)]
+    kinds = {(night.trains, night.verdict == "failed") for night in calm}
+    return {
+        kind: median(
+            night.total_seconds - night.trained_seconds
+            for night in calm
+            if (night.trains, night.verdict == "failed") == kind
+        )
+        for kind in kinds
+    }
 
 
 def shares(nights: Sequence[NightResult]) -> tuple[float, float] | tuple[None, None]:

@@ -33,7 +33,6 @@ from flows.around import (
     warn_of_limits,
 )
 from flows.nightly import (
-    check_resumes,
     end_as_taken,
     find_request,
     for_night,
@@ -42,7 +41,9 @@ from flows.nightly import (
     tonight,
 )
 from flows.notify import tell, tell_failure, works_in
+from flows.output import outlive_reader
 from flows.story import Story, told
+from flows.taking_up import check_resumes, drop_twins
 from qwen3ft import checkpoint, logs
 from qwen3ft.ability import ability_rows
 from qwen3ft.adjust import GiveUp
@@ -99,7 +100,9 @@ def qwen3_finetune(
         nightly: Train only on something new, and once a night; a schedule's runs always do.
         resumed: How often the run was taken up by itself after a crash.
     """
+    outlive_reader()
     check_resumes(continue_run, resumed)
+    drop_twins(continue_run, resumed)
     nightly = is_nightly(asked=nightly)
     config = for_night(config, nightly=nightly)
     request = find_request(config)

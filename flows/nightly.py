@@ -49,28 +49,11 @@ from qwen3ft.versions import registered_name
 
 logger = logs.get_logger("night")
 
-MOST_RESUMES = 1
-"""How often a crashed run is taken up without a person; see `deployments.automations`."""
-
 REGISTRY_SECONDS = 10.0
 """How long the champion's tags are waited for; without them the run goes its ordinary way."""
 
 SCHEDULED_TAG = "auto-scheduled"
 """What Prefect's scheduler tags its runs with."""
-
-
-def check_resumes(continue_run: str | None, resumed: int) -> None:
-    """Refuse to take up a crashed run again and again.
-
-    Raises:
-        FinetuneError: it crashed once more after it had been taken up.
-    """
-    if resumed > MOST_RESUMES:
-        raise FinetuneError(
-            f"Run {continue_run} crashed again after it was taken up {resumed - 1} time(s).",
-            why="What ends its process is no accident; see the end of its log in run.jsonl.",
-            next_command=f"qwen3ft run --resume {continue_run}",
-        )
 
 
 def is_nightly(*, asked: bool) -> bool:

@@ -37,7 +37,7 @@ REGISTRY_DELAYS_SECONDS = [2.0, 10.0]
 
 UPLOAD_SECONDS = 180.0
 """How long the adapter's upload, which runs in the background, may take while MLflow answers."""
-OUTAGE_SECONDS = 30.0
+OUTAGE_SECONDS = 20.0
 """How long MLflow may answer nothing meanwhile: `qwen3ft up --stay` has it back in half of that."""
 PROBE_SECONDS = 2.0
 

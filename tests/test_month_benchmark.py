@@ -233,7 +233,11 @@ def result(total: float, trained: float, verdict: str, faults: list[str]) -> Nig
 
 
 def test_what_is_lost_is_what_undisturbed_nights_do_not_take() -> None:
-    """What was deferred and trained again is lost whole; without an undisturbed night who knows."""
+    """What was deferred and trained again is lost whole; without an undisturbed night who knows.
+
+    A night that ends what the one before left undone makes that one useful; one that trains for it
+    does the work of both.
+    """
     calm, struck = result(60, 30, "promoted", []), result(90, 30, "kept", ["nan"])
     useless = result(50, 30, "deferred", ["tracking down"])
     nights = [calm, struck, useless]
@@ -245,7 +249,11 @@ def test_what_is_lost_is_what_undisturbed_nights_do_not_take() -> None:
     ended = result(25, 0, "promoted", [])
     ended.catches_up = True
     account(nights := [calm, useless, ended, result(10, 0, "nothing new", [])])
-    assert [night.useful_seconds for night in nights] == [60, 30, 10, 10]
+    assert [night.useful_seconds for night in nights] == [60, 50, 10, 10]
+    off, both = result(0, 0, "not started", ["machine off"]), result(95, 40, "promoted", [])
+    both.catches_up = True
+    account(nights := [calm, off, both, result(10, 0, "nothing new", [])])
+    assert [night.useful_seconds for night in nights] == [60, 0, 80, 10]
     account([struck])
     assert shares([struck]) == (None, None)
 

@@ -11,13 +11,13 @@ import pytest
 
 from flows import nightly
 from flows.nightly import (
-    check_resumes,
     find_request,
     for_night,
     is_nightly,
     seen_before,
     tonight,
 )
+from flows.taking_up import check_resumes
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import FinetuneError
 from qwen3ft.night import Request, claim_night, nights_folder

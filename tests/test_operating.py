@@ -14,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import psutil
 import pytest
@@ -38,10 +39,12 @@ import json
 import time
 from pathlib import Path
 
-from prefect import flow
+from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
 
-from flows.nightly import check_resumes, end_as_taken, is_nightly, tonight
+from flows.nightly import end_as_taken, is_nightly, tonight
+from flows.output import outlive_reader
+from flows.taking_up import check_resumes, drop_twins
 from qwen3ft.config import TrainingConfig
 from qwen3ft.night import Request
 
@@ -53,7 +56,9 @@ def qwen3_finetune(
     nightly: bool = False,
     resumed: int = 0,
 ):
+    outlive_reader()
     check_resumes(continue_run, resumed)
+    drop_twins(continue_run, resumed)
     request = Request(sha256=Path("data").read_text(), settings_sha256="", files=1)
     with tonight(config, request, is_nightly(asked=nightly), continue_run) as night:
         if night.taken is not None:
@@ -61,6 +66,7 @@ def qwen3_finetune(
         with Path("trained.jsonl").open("a") as stream:
             stream.write(json.dumps([night.run_id, str(flow_run.id), resumed]) + "\\n")
         while Path("hang").exists():
+            get_run_logger().info("training")
             time.sleep(0.2)
         night.settle("kept")
 '''
@@ -241,6 +247,36 @@ def test_a_run_killed_with_its_worker_is_noticed_and_taken_up_once(
     [again] = wait_for(partial(_trainings, project, run, 1), 180)
     assert ended(project, again[1])["state_name"] == "Completed"
     assert [row[2] for row in project.trained() if row[0] == run] == [0, 1]
+
+
+@pytest.mark.slow
+def test_a_run_outlives_prefects_worker(project: Project, hang: Path) -> None:
+    """Killed in mid-run, the worker takes nothing with it; the next one leaves the run alone."""
+    project.data("f" * 64)
+    run = project.start()
+    wait_for(lambda: _trainings_of(project, {run}), 180)
+    psutil.Process(project.pid("worker")).kill()
+    time.sleep(2)  # ten lines that nobody reads
+    assert project.stack.up().up
+    time.sleep(5)  # and two looks of the new worker
+    assert project.read(run)["state_type"] == "RUNNING"
+    hang.unlink()
+    assert ended(project, run)["state_name"] == "Completed"
+    assert [row[2] for row in project.trained() if row[0] == run] == [0]
+
+
+@pytest.mark.slow
+def test_of_several_runs_that_take_up_a_crash_one_starts(project: Project) -> None:
+    """As a server asks for that evaluated the crash more than once."""
+    project.data("0" * 64)
+    twins = [project.start(continue_run=str(uuid4()), resumed=1)]
+    parameters = project.read(twins[0])["parameters"]
+    twins += [project.start(**parameters) for _ in range(3)]
+    records = [ended(project, run) for run in twins]
+    assert sorted(record["state_name"] for record in records) == [
+        *("AlreadyDone", "AlreadyDone", "AlreadyDone", "Completed")
+    ]
+    assert sum(record["run_count"] for record in records) == 1
 
 
 @pytest.mark.slow

@@ -1,0 +1,70 @@
+"""Taking up a run that crashed: once, and by one run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterDeploymentId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.exceptions import PrefectException
+from prefect.runtime import deployment, flow_run
+from prefect.states import Completed
+
+from qwen3ft import logs
+from qwen3ft.errors import FinetuneError
+from qwen3ft.night import ALREADY_DONE
+
+logger = logs.get_logger("flow")
+
+MOST_RESUMES = 1
+"""How often a crashed run is taken up without a person; see `deployments.automations`."""
+
+
+def check_resumes(continue_run: str | None, resumed: int) -> None:
+    """Refuse to take up a crashed run again and again.
+
+    Raises:
+        FinetuneError: it crashed once more after it had been taken up.
+    """
+    if resumed > MOST_RESUMES:
+        raise FinetuneError(
+            f"Run {continue_run} crashed again after it was taken up {resumed - 1} time(s).",
+            why="What ends its process is no accident; see the end of its log in run.jsonl.",
+            next_command=f"qwen3ft run --resume {continue_run}",
+        )
+
+
+def drop_twins(continue_run: str | None, resumed: int) -> None:
+    """End the other runs that are to take up the same crash, before they start a process.
+
+    A server whose SQLite database is locked evaluates a crash again, up to four times, and asks for
+    a run each time. Where it does not answer now they find out by themselves.
+    """
+    if not resumed or deployment.id is None:
+        return
+    try:
+        with get_client(sync_client=True) as client:
+            for twin in _twins(client, continue_run, resumed):
+                told: State[Any] = Completed(name=ALREADY_DONE, message=f"see run {flow_run.id}")
+                client.set_flow_run_state(twin.id, told, force=True)
+    except (httpx.HTTPError, PrefectException, OSError) as error:
+        logger.warning("other runs that take up %s are not looked for: %s", continue_run, error)
+
+
+def _twins(client: SyncPrefectClient, continue_run: str | None, resumed: int) -> list[FlowRun]:
+    """Runs of this deployment that wait, with the same crash to take up."""
+    waiting = FlowRunFilterStateType(any_=[StateType.SCHEDULED])
+    wanted = FlowRunFilter(
+        deployment_id=FlowRunFilterDeploymentId(any_=[deployment.id]),
+        state=FlowRunFilterState(type=waiting),
+    )
+    same = {"continue_run": continue_run, "resumed": resumed}
+    found = client.read_flow_runs(flow_run_filter=wanted)
+    return [run for run in found if same.items() <= run.parameters.items()]
