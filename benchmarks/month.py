@@ -1,6 +1,6 @@
 """A simulated month: night after night on a real stack, with bad data and faults by a seed.
 
-    python benchmarks/month.py [--nights 30] [--seed 0] [--steps 4200] [--work DIR] [--out FILE]
+    python benchmarks/month.py [--nights 30] [--seed 0] [--steps 3600] [--work DIR] [--out FILE]
 
 In a temporary project folder `qwen3ft up --stay` keeps a Prefect server, an MLflow server and a
 worker up, as a systemd unit would have it; the deployment's nights are started one after another as
@@ -59,7 +59,7 @@ from benchmarks.month_stack import ENDED, Clock, Machine, make_project  # noqa: 
 from benchmarks.speed_device import machine as describe_machine  # noqa: E402
 from benchmarks.speed_device import write_json  # noqa: E402
 
-MOST_STEPS = 4200
+MOST_STEPS = 3600
 """Of each training, about five minutes; a tenth of them are as good, for a quick look."""
 MOST_NIGHT_SECONDS = 1800.0
 """Past this somebody would have to look; nights take about six minutes."""

@@ -28,6 +28,20 @@ BROWSER = "tests/test_browser.py"
 TOGETHER = {BROWSER: "tests/test_flow.py"}
 """Files that share what is made once for a session and takes long."""
 
+LONGEST = (
+    *("test_flow.py", "test_browser.py", "test_worker.py", "test_stack.py", "test_training.py"),
+    *("test_history.py", "test_tracking.py", "test_speed_benchmark.py", "test_export.py"),
+    *("test_cli.py", "test_ask.py", "test_preflight.py", "test_nightly.py", "test_inference.py"),
+    *("test_memory_baseline.py", "test_judge.py", "test_checkpoint_writer.py"),
+)
+"""Files that take longest begin first, or one process is left alone with one of them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, all others in their order."""
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
+
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """`--dist loadfile`, which gives a file to one process, for files of `TOGETHER` as well."""
