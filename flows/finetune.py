@@ -107,7 +107,7 @@ def qwen3_finetune(
     config = for_night(config, nightly=nightly)
     request = find_request(config)
     with (
-        workers_ahead() if continue_run else nullcontext(),  # it trains, whatever else is found
+        workers_ahead() if continue_run else nullcontext(),  # a worker is its first need
         tonight(config, request, nightly, continue_run) as night,
     ):
         if night.taken is not None:
