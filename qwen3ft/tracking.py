@@ -19,6 +19,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -82,7 +83,7 @@ def load_client() -> Any:
 
 
 def is_answering(tracking_uri: str, timeout_seconds: float = 5.0) -> bool:
-    """Whether a server is there that answers, whatever it says; a database always is."""
+    """Whether a server answers in time, whatever it says; a database always does."""
     if not tracking_uri.startswith("http"):
         return True
     address = f"{tracking_uri.rstrip('/')}/health"
@@ -91,7 +92,7 @@ def is_answering(tracking_uri: str, timeout_seconds: float = 5.0) -> bool:
             return True
     except urllib.error.HTTPError:
         return True
-    except OSError:
+    except (OSError, HTTPException):  # nobody there, or nobody who speaks HTTP
         return False
 
 
