@@ -252,6 +252,8 @@ def _load(folder: Path, dtype: str, settings: dict[str, Any]) -> PreTrainedModel
     import torch
     from transformers import AutoModelForCausalLM
 
+    import qwen3ft.lean_bitsandbytes  # noqa: F401  before transformers imports it
+
     os.environ["HF_HUB_OFFLINE"] = "1"  # everything needed is on disk by now
     place: Any = {"": 0} if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(

@@ -53,7 +53,7 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 
 IMPORTED_AHEAD = (
-    *("torch", "transformers", "datasets", "bitsandbytes", "peft"),
+    *("torch", "transformers", "datasets", "qwen3ft.lean_bitsandbytes", "peft"),
     *("qwen3ft.data", "qwen3ft.inference", "qwen3ft.lora", "qwen3ft.model", "qwen3ft.train"),
 )
 """What takes most jobs their first seconds, in an order in which tokenising needs the least."""
@@ -111,9 +111,9 @@ def train(job: Job) -> AttemptOutcome:
 
 def preflight(job: Job) -> Measurement:
     """The worst batches of a plan, measured; training follows in a process of its own."""
-    import bitsandbytes  # noqa: F401  libraries count before the model is loaded
-    import datasets  # noqa: F401
+    import datasets  # noqa: F401  libraries count before the model is loaded
 
+    import qwen3ft.lean_bitsandbytes  # noqa: F401
     from qwen3ft.memory import MemoryOptimizer
     from qwen3ft.preflight_measure import PhaseMeter, measure
 

@@ -230,11 +230,33 @@ def test_out_of_memory_is_answered_by_adjust_and_the_next_attempt_completes(
     assert parent.data.metrics["memory/predicted_gb"] > 0
 
 
-def test_giving_up_says_what_was_tried(run_flow: Any, finished: Any, make_config: Any) -> None:
-    """Every attempt diverges: the run ends Failed after two cuts of the rate, naming them.
+@pytest.mark.slow
+def test_giving_up_says_what_was_tried(run_flow: Any) -> None:
+    """Every attempt diverges: the run ends Failed after two cuts of the rate, naming them."""
+    fault = ",".join(f"nan@step=1:attempt={n}" for n in (1, 2, 3))
+    state, run = run_flow(fault, seed=31, max_attempts=3)
+    assert state.is_failed()
+    assert "3" in state.message
+    assert "attempt" in state.message.lower()
+    assert task_states(state)["train-3"] == "Failed"
+    assert len(run.attempts()) == 3
 
-    Before that, a damaged snapshot of the model is noticed, and made anew.
+
+def test_a_failed_run_is_continued_from_its_last_checkpoint(
+    run_flow: Any,
+    finished: Any,
+    make_config: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With one attempt allowed the run fails; continued by its id, it resumes and completes.
+
+    Its answers are judged, while another run may have the machine. Before all that, a damaged
+    snapshot of the model is noticed, and made anew.
     """
+    from test_judge import Handler, prefers, serving
+
+    from qwen3ft import gpu_lock
     from qwen3ft.hub import resolve_model
     from qwen3ft.model import read_snapshot, snapshot_target
 
@@ -242,28 +264,6 @@ def test_giving_up_says_what_was_tried(run_flow: Any, finished: Any, make_config
     target = snapshot_target(config, resolve_model(config), "cpu")
     (target / "config.json").write_text("{}")
     assert read_snapshot(target) is None
-    fault = ",".join(f"nan@step=1:attempt={n}" for n in (1, 2, 3))
-    state, run = run_flow(fault, seed=31, max_attempts=3)
-    assert state.is_failed()
-    assert "3" in state.message
-    assert "attempt" in state.message.lower()
-    assert task_states(state)["train-3"] == "Failed"
-    assert task_states(state)["model"] == "Completed"
-    assert read_snapshot(target) is not None
-    assert len(run.attempts()) == 3
-
-
-def test_a_failed_run_is_continued_from_its_last_checkpoint(
-    run_flow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With one attempt allowed the run fails; continued by its id, it resumes and completes.
-
-    Its answers are judged, while another run may have the machine.
-    """
-    from test_judge import Handler, prefers, serving
-
-    from qwen3ft import gpu_lock
-
     monkeypatch.setenv(gpu_lock.FOLDER_VARIABLE, str(tmp_path))
     one = threading.Lock()
 
@@ -276,6 +276,8 @@ def test_a_failed_run_is_continued_from_its_last_checkpoint(
         settings |= {"judge_url": server.url, "judge_model": "j", "judge_rows": 4}
         state, run = run_flow("kill@step=5", **settings)
         assert state.is_failed()
+        assert task_states(state)["model"] == "Completed"
+        assert read_snapshot(target) is not None
         failed = json.loads((run.path / "card.json").read_text())
         assert (failed["outcome"], failed["failure"]["kind"]) == ("failed", "WorkerCrashedError")
         assert f"qwen3ft run --resume {run.path.name}" in (run.path / "card.md").read_text()

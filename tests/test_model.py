@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -365,3 +367,14 @@ def test_the_shipped_model_is_what_the_snapshot_came_from(snapshot: Any) -> None
     """The snapshot keeps tokenizer and chat template byte for byte."""
     template = sha256_file(MODEL_DIR / "chat_template.jinja")
     assert snapshot.chat_template_sha256 == template
+
+
+def test_bitsandbytes_does_not_bring_torchs_compiler() -> None:
+    """Nor is `torch.compile` another one afterwards."""
+    program = (
+        "import sys, torch; compile = torch.compile; import qwen3ft.lean_bitsandbytes;"
+        "assert torch.compile is compile and hasattr(sys.modules['bitsandbytes'], 'nn');"
+        "print([name for name in sys.modules if name.startswith('torch._inductor.compile_fx')])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr

@@ -217,7 +217,14 @@ def test_evaluation_does_not_change_the_gradients(prepare: Any, make_plan: Any) 
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("path", [{}, {"packing": True}, FUSED], ids=["padded", "packed", "fused"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param({}, id="padded", marks=pytest.mark.slow),
+        pytest.param({"packing": True}, id="packed"),
+        pytest.param(FUSED, id="fused"),
+    ],
+)
 def test_a_resumed_run_ends_bit_identical(
     prepare: Any, make_plan: Any, path: dict[str, Any]
 ) -> None:
@@ -245,7 +252,7 @@ def test_a_resumed_run_ends_bit_identical(
     assert [entry["eval_loss"] for entry in got] == [entry["eval_loss"] for entry in wanted]
 
 
-@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("packing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_changed_micro_batch_continues_the_same_steps(
     prepare: Any, make_plan: Any, packing: bool
 ) -> None:

@@ -47,9 +47,10 @@ def attempt(monkeypatch: pytest.MonkeyPatch, make_plan: Any) -> Callable[..., At
 @pytest.mark.parametrize(
     ("fault", "expected"),
     [
-        ("oom@step=4", OutOfMemoryError),
         ("exit@step=4", OutOfMemoryError),
-        ("kill@step=4", WorkerCrashedError),
+        # out of memory and a kill are in tests/test_flow.py too
+        pytest.param("oom@step=4", OutOfMemoryError, marks=pytest.mark.slow),
+        pytest.param("kill@step=4", WorkerCrashedError, marks=pytest.mark.slow),
         pytest.param("nan@step=4", DivergedError, marks=pytest.mark.slow),
         pytest.param("term@step=4", PreemptedError, marks=pytest.mark.slow),
         pytest.param("error@step=4", WorkerCrashedError, marks=pytest.mark.slow),

@@ -35,7 +35,9 @@ def ask(tmp_path: Path) -> Iterator[Callable[..., set[int]]]:
         seen: set[int] = set()
 
         def look() -> None:
-            seen.update(p.pid for p in _children() if _name(p) not in (WAITING, "python"))
+            names = {process.pid: _name(process) for process in _children()}
+            waits = (WAITING, "python")  # also one that has not given itself a name yet
+            seen.update(pid for pid, name in names.items() if not name.startswith(waits))
 
         with pytest.raises(FinetuneError, match="DataRequest"):
             run_worker("data", job, AttemptOutcome, stall_seconds=60, on_poll=look, last=last)
