@@ -8,18 +8,11 @@ here: whatever a library raises becomes a classified failure on disk.
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import importlib
-import json
-import os
-import select
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +31,14 @@ from qwen3ft.preflight_records import Measurement, PreflightRequest
 from qwen3ft.records import AttemptOutcome, ModelSnapshot, TrainPlan
 from qwen3ft.requests import DataRequest, InferenceRequest, QuantizeRequest
 from qwen3ft.result_records import InferenceReport
-from qwen3ft.worker_process import PARENT_VARIABLE, WAIT
+from qwen3ft.worker_process import WAIT
+from qwen3ft.worker_start import (
+    PREEMPTED_STATUS,
+    die_with_parent,
+    import_libraries,
+    set_process_name,
+    wait_for_job,
+)
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -47,16 +47,6 @@ if TYPE_CHECKING:
     from qwen3ft.trainer import QATrainer
 
 logger = logs.get_logger("worker")
-
-PREEMPTED_STATUS = 128 + signal.SIGTERM
-_PR_SET_PDEATHSIG = 1
-_PR_SET_NAME = 15
-
-IMPORTED_AHEAD = (
-    *("torch", "transformers", "datasets", "qwen3ft.lean_bitsandbytes", "peft"),
-    *("qwen3ft.data", "qwen3ft.inference", "qwen3ft.lora", "qwen3ft.model", "qwen3ft.train"),
-)
-"""What takes most jobs their first seconds, in an order in which tokenising needs the least."""
 
 
 class Job:
@@ -220,13 +210,14 @@ KINDS: dict[str, Callable[[Job], BaseModel]] = {
 
 def main(kind: str, path: Path) -> int:
     """Run one job; the exit status is 0 only if an outcome was written."""
-    _set_process_name(kind)
+    set_process_name(kind)
     logs.configure(console=True, json_path=path / "log.jsonl")
     job = Job(path)
     signal.signal(signal.SIGTERM, job.on_signal)
     signal.signal(signal.SIGINT, job.on_signal)
     started = time.monotonic()
     try:
+        import_libraries(kind)
         outcome = KINDS[kind](job)
     except Exception as error:
         failure = translate(error, job.heartbeat.phase)
@@ -243,49 +234,6 @@ def main(kind: str, path: Path) -> int:
     return 0
 
 
-def wait_for_job() -> tuple[str, Path] | None:
-    """Import what jobs need until one comes on stdin; None if none will.
-
-    From then on this process is as one that was started with the job: its output goes to the job's
-    log, and nothing is left to read.
-    """
-    for module in IMPORTED_AHEAD:
-        if select.select([sys.stdin], [], [], 0)[0]:
-            break
-        with suppress(Exception):  # the job will meet it, and tell
-            importlib.import_module(module)
-    line = sys.stdin.readline()
-    if not line:
-        return None
-    kind, path = json.loads(line)
-    with Path(os.devnull).open("rb") as nothing, JobDir(Path(path)).log.open("ab") as log:
-        os.dup2(nothing.fileno(), sys.stdin.fileno())
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-            os.dup2(log.fileno(), stream.fileno())
-    return kind, Path(path)
-
-
-def die_with_parent() -> None:
-    """Have this process killed when the one that started it is gone, however it went.
-
-    Linux does it by itself (prctl); elsewhere a thread looks once a second.
-    """
-    parent = int(os.environ.get(PARENT_VARIABLE, os.getppid()))
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    else:
-        threading.Thread(target=_watch_parent, args=(parent,), daemon=True).start()
-    if os.getppid() != parent:  # it died before the line above took effect
-        os._exit(PREEMPTED_STATUS)
-
-
-def _watch_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(PREEMPTED_STATUS)
-
-
 def _free(error: BaseException) -> None:
     """Give back the memory that a failed job's frames still hold."""
     error.__traceback__ = None
@@ -295,17 +243,11 @@ def _free(error: BaseException) -> None:
         torch.cuda.empty_cache()
 
 
-def _set_process_name(kind: str) -> None:
-    """Have `top` and `ps -o comm` tell what this process does."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_NAME, f"qwen3ft-{kind}".encode(), 0, 0, 0)
-
-
 def run(kind: str, *arguments: str) -> int:
     """The process's whole life; its exit status."""
     die_with_parent()
     if kind == WAIT:
-        _set_process_name(WAIT)
+        set_process_name(WAIT)
         job = wait_for_job()
     else:
         job = kind, Path(*arguments)

@@ -107,7 +107,7 @@ class _Spare:
 _spare = _Spare()
 
 _starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="worker-starter")
-"""Linux ends a worker when the thread that started it ends (see `qwen3ft.worker.die_with_parent`),
+"""Linux ends a worker when the thread that started it ends (see `worker_start.die_with_parent`),
 and a waiting worker outlives the task that it was started in; this thread ends with the process."""
 
 

@@ -34,9 +34,9 @@ from benchmarks.month_report import (
     account,
     passed,
     print_summary,
-    shares,
     summarise,
     trained_seconds,
+    useful_share,
 )
 
 SEEDS = range(10)
@@ -243,9 +243,7 @@ def test_what_is_lost_is_what_undisturbed_nights_do_not_take() -> None:
     nights = [calm, struck, useless]
     account(nights)
     assert [night.useful_seconds for night in nights] == [60, 60, 0]
-    measured, with_an_hour = shares(nights)
-    assert measured == pytest.approx(120 / 200)
-    assert with_an_hour == pytest.approx((120 + 7200) / (200 + 10800))
+    assert useful_share(nights) == pytest.approx(120 / 200)
     ended = result(25, 0, "promoted", [])
     ended.catches_up = True
     account(nights := [calm, useless, ended, result(10, 0, "nothing new", [])])
@@ -255,7 +253,7 @@ def test_what_is_lost_is_what_undisturbed_nights_do_not_take() -> None:
     account(nights := [calm, off, both, result(10, 0, "nothing new", [])])
     assert [night.useful_seconds for night in nights] == [60, 0, 80, 10]
     account([struck])
-    assert shares([struck]) == (None, None)
+    assert useful_share([struck]) is None
 
 
 def test_the_summary_can_be_printed_from_the_first_night_on(
@@ -269,6 +267,9 @@ def test_the_summary_can_be_printed_from_the_first_night_on(
     assert passed(summarise([first], 1))
     first.problems.append("champion 1 cannot be used")
     assert not passed(summarise([first], 1))
+    calm, slow = result(60, 30, "promoted", []), result(70, 30, "kept", ["nan"])
+    assert not passed(summarise([calm, slow], 2))  # 120 of 130 s
+    assert passed(summarise([calm, slow], 2, least_share=0.9))
 
 
 @pytest.mark.slow
@@ -276,6 +277,7 @@ def test_the_summary_can_be_printed_from_the_first_night_on(
 def test_a_short_month_passes(tmp_path: Path) -> None:
     """Three nights on a real stack: a good one, a bad one and one without news, with two faults."""
     out = tmp_path / "month.json"
-    assert month.main(["--nights", "3", "--seed", "1", "--steps", "300", "--out", str(out)]) == 0
+    quick = ["--nights", "3", "--seed", "1", "--steps", "300", "--least-share", "0.5"]
+    assert month.main([*quick, "--out", str(out)]) == 0
     kept = json.loads(out.read_text())
     assert (kept["nights"], kept["interventions"], kept["problems"]) == (3, [], [])
