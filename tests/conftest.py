@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["PREFECT_HOME"] = tempfile.mkdtemp(prefix="qwen3ft-prefect-")  # results and settings
 # Two threads on two cores that others use too are slower than one, and bits depend on the number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+gc.disable()  # while the modules of the tests are imported: there is no garbage among them
 
 # How long one example takes says how busy the machine is, and nothing of the property.
 settings.register_profile("qwen3ft", deadline=None)
@@ -41,6 +44,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, all others in their order."""
     rank = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
+
+
+def pytest_collection_finish() -> None:
+    """From here on there is garbage; it is not looked for in what was imported."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
