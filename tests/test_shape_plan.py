@@ -315,14 +315,18 @@ def test_a_whole_sweep_takes_seconds_and_knows_budgets_beyond_the_card() -> None
     assert any(not cell.fits for cell in found.cells)
 
 
+@pytest.fixture(scope="module")
+def full_sweep() -> Sweep:
+    """All budgets of a small model on a large card."""
+    config = TrainingConfig(model_name="0.6b")
+    return sweep_model(config, described_machine(H200), H200, TYPICAL_FILL)
+
+
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_sweep_fits_a_hundred_columns(sweep: Sweep, terminal: bool) -> None:
+def test_a_sweep_fits_a_hundred_columns(full_sweep: Sweep, terminal: bool) -> None:
     """One line a budget, each cell with its code, and the codes explained."""
-    full = sweep_model(
-        TrainingConfig(model_name="0.6b"), described_machine(H200), H200, TYPICAL_FILL
-    )
     shown = console(terminal=terminal)
-    show_sweep(shown, full)
+    show_sweep(shown, full_sweep)
     text = shown.export_text()
     assert max(len(line.rstrip()) for line in text.splitlines()) <= 100
     assert "estimate" in text

@@ -220,8 +220,9 @@ def test_evaluation_does_not_change_the_gradients(prepare: Any, make_plan: Any) 
 @pytest.mark.parametrize(
     "path",
     [
+        # padded, which is what CPUs do, is in tests/test_worker.py too
         pytest.param({}, id="padded", marks=pytest.mark.slow),
-        pytest.param({"packing": True}, id="packed"),
+        pytest.param({"packing": True}, id="packed", marks=pytest.mark.slow),
         pytest.param(FUSED, id="fused"),
     ],
 )

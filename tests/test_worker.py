@@ -76,7 +76,7 @@ def test_a_fault_in_the_worker_becomes_its_classified_error(
 def test_a_silent_worker_is_ended_and_named_stalled(attempt: Any) -> None:
     """A worker that makes no progress is gone within seconds of its limit, with its children."""
     with pytest.raises(StalledError, match="no sign of life"):
-        attempt("hang@step=2", stall_seconds=20.0)
+        attempt("hang@step=2", stall_seconds=12.0)
     children = psutil.Process().children(recursive=True)
     assert not [child for child in children if "qwen3ft.worker" in _command(child)]
 
