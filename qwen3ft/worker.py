@@ -101,9 +101,6 @@ def train(job: Job) -> AttemptOutcome:
 
 def preflight(job: Job) -> Measurement:
     """The worst batches of a plan, measured; training follows in a process of its own."""
-    import datasets  # noqa: F401  libraries count before the model is loaded
-
-    import qwen3ft.lean_bitsandbytes  # noqa: F401
     from qwen3ft.memory import MemoryOptimizer
     from qwen3ft.preflight_measure import PhaseMeter, measure
 
