@@ -1,4 +1,4 @@
-# The verbs of this project. Each is a thin line over `python3 -m qwen3ft.environment`, which makes
+# The verbs of this project. Each is a thin line over `python3 -m qwen3ft.machine.environment`, which makes
 # .venv, or over the `qwen3ft` command inside it; where there is no make, type those.
 
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
@@ -18,7 +18,7 @@ help:  ## this list
 
 ready:  ## make .venv and install what requirements.lock pins; quick when nothing changed
 	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed: make PYTHON=..."; exit 1; }
-	@$(PYTHON) -m qwen3ft.environment
+	@$(PYTHON) -m qwen3ft.machine.environment
 
 run: ready  ## start the servers if need be, fine-tune, show the result
 	@$(BIN)/qwen3ft run

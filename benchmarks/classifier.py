@@ -2,8 +2,8 @@
 
     python benchmarks/classifier.py
 
-The messages are those of `tests/failure_messages.py`; the classifier is `qwen3ft.failures`, which a
-worker's exceptions, and the log of one that ended without a word, go through. Needs no GPU.
+The messages are those of `tests/failure_messages.py`; the classifier is `qwen3ft.jobs.failures`,
+which a worker's exceptions, and the log of one that ended without a word, go through. Needs no GPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from failure_messages import (
 )
 
 from qwen3ft.errors import FinetuneError, OutOfMemoryError
-from qwen3ft.failures import translate, translate_exit
+from qwen3ft.jobs.failures import translate, translate_exit
 
 
 def _of_exceptions(errors: list[BaseException]) -> list[tuple[str, FinetuneError]]:

@@ -67,9 +67,9 @@ def peak_bytes() -> int:
 def measure(path: Path, work: Path, count: int) -> dict[str, Any]:
     """Seconds and rates of each pass."""
     from qwen3ft.config import TrainingConfig
-    from qwen3ft.data import DataPipeline
-    from qwen3ft.rows import read_file, rules_of
-    from qwen3ft.sources import SourceFile
+    from qwen3ft.data.pipeline import DataPipeline
+    from qwen3ft.data.rows import read_file, rules_of
+    from qwen3ft.data.sources import SourceFile
 
     config = TrainingConfig(
         model_name="embedded", data_paths=(str(path),), cache_dir=str(work / "cache")

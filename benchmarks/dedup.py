@@ -78,8 +78,8 @@ def chunks(rows: int) -> Iterator[list[tuple[str, str]]]:
 
 def measure(rows: int) -> dict[str, Any]:
     """Run the stages one after the other; what they took and found."""
-    from qwen3ft.near import NearDuplicates, as_text
-    from qwen3ft.splits import (
+    from qwen3ft.data.near_duplicates import NearDuplicates, as_text
+    from qwen3ft.data.splits import (
         DUPLICATE,
         KEPT,
         TRAIN,

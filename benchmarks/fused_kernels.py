@@ -1,4 +1,4 @@
-"""The kernels of `qwen3ft.fused.kernels` at Qwen3 4B's sizes: how near they are to memory's speed.
+"""The Triton kernels of the fused step at Qwen3 4B's sizes, beside the speed of memory.
 
     python benchmarks/fused_kernels.py [--tokens 7168] [--out FILE]
 
@@ -41,7 +41,7 @@ def cases(tokens: int) -> list[Case]:
     """All functions, at the sizes of a block and of a chunk of the loss."""
     import torch
 
-    from qwen3ft.fused import kernels
+    from qwen3ft.training.fused import kernels
 
     def random(*shape: int, behind: int = 0) -> torch.Tensor:
         full = torch.randn(*shape[:-1], shape[-1] + behind, dtype=torch.bfloat16, device="cuda")
@@ -111,8 +111,8 @@ def dequantising() -> list[Case]:
     import bitsandbytes.functional as bnb
     import torch
 
-    from qwen3ft.fused import kernels
-    from qwen3ft.fused.weights import FourBitWeight
+    from qwen3ft.training.fused import kernels
+    from qwen3ft.training.fused.weights import FourBitWeight
 
     def weight(rows: int, columns: int) -> Any:
         plain = torch.randn(rows, columns, dtype=torch.bfloat16)

@@ -27,10 +27,10 @@ from random import Random
 
 from fuzz_files import Made, make
 
-from qwen3ft.formats import UnreadableFileError, read_raw
-from qwen3ft.qa_row import BadRow
-from qwen3ft.rows import UNREADABLE_FILE, RowRules, read_file
-from qwen3ft.sources import SourceFile
+from qwen3ft.data.qa_row import BadRow
+from qwen3ft.data.readers.formats import UnreadableFileError, read_raw
+from qwen3ft.data.rows import UNREADABLE_FILE, RowRules, read_file
+from qwen3ft.data.sources import SourceFile
 
 MOST_SECONDS = 10.0
 NO_REASONS = ("files", "records", "good", "lost", "added", UNREADABLE_FILE)

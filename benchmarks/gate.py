@@ -38,14 +38,14 @@ from benchmarks.gate_nights import (  # noqa: E402
     write_rows,
 )
 from benchmarks.speed_device import machine, write_json  # noqa: E402
-from qwen3ft.attempt import RunDir, read_record, write_record  # noqa: E402
 from qwen3ft.config import TrainingConfig, load_config  # noqa: E402
-from qwen3ft.gate_policy import gate_policy  # noqa: E402
-from qwen3ft.promote import decide  # noqa: E402
-from qwen3ft.record import Record  # noqa: E402
-from qwen3ft.records import ModelSnapshot, SavedAdapter, TrainPlan  # noqa: E402
-from qwen3ft.requests import InferenceRequest  # noqa: E402
-from qwen3ft.result_records import Champion, InferenceReport, Verdict  # noqa: E402
+from qwen3ft.evaluation.gate import gate_policy  # noqa: E402
+from qwen3ft.evaluation.promote import decide  # noqa: E402
+from qwen3ft.jobs.folders import RunDir, read_record, write_record  # noqa: E402
+from qwen3ft.records.base import Record  # noqa: E402
+from qwen3ft.records.evaluation import Champion, InferenceReport, Verdict  # noqa: E402
+from qwen3ft.records.plan import ModelSnapshot, SavedAdapter, TrainPlan  # noqa: E402
+from qwen3ft.records.requests import InferenceRequest  # noqa: E402
 
 GOOD, BAD = 20, 50
 MOST_BAD_PROMOTED, MOST_GOOD_KEPT = 0, 1
@@ -103,9 +103,9 @@ def make_config(work: Path, night: Night) -> TrainingConfig:
 
 def quantize(work: Path) -> ModelSnapshot:
     """The embedded model in 4 bits, made once for all."""
-    from qwen3ft.hub import resolve_model
-    from qwen3ft.model import ModelManager, read_snapshot, snapshot_target
-    from qwen3ft.requests import QuantizeRequest
+    from qwen3ft.model.hub import resolve_model
+    from qwen3ft.model.manager import ModelManager, read_snapshot, snapshot_target
+    from qwen3ft.records.requests import QuantizeRequest
 
     config = make_config(work, champion_night())
     source = resolve_model(config)
@@ -155,12 +155,12 @@ def train(
     work: Path, model: ModelSnapshot, night: Night, config: TrainingConfig
 ) -> tuple[TrainPlan, SavedAdapter]:
     """Rows, plan, training and saving, as a run does them."""
-    from qwen3ft import worker
-    from qwen3ft.data import DataPipeline, dataset_target, fingerprint_sources
-    from qwen3ft.environment import EnvironmentManager
-    from qwen3ft.lora import plan_adapter
-    from qwen3ft.plan import build_plan
-    from qwen3ft.save import save_adapter
+    from qwen3ft.data.pipeline import DataPipeline, dataset_target, fingerprint_sources
+    from qwen3ft.machine.environment import EnvironmentManager
+    from qwen3ft.model.adapter import plan_adapter
+    from qwen3ft.model.save_adapter import save_adapter
+    from qwen3ft.planning.plan import build_plan
+    from qwen3ft.worker import jobs as worker
 
     folder = dataset_target(config, model, fingerprint_sources(config))
     dataset = DataPipeline(config).prepare(model, folder)
@@ -176,7 +176,7 @@ def evaluate(
     plan: TrainPlan, config: TrainingConfig, saved: SavedAdapter, champion: Champion | None
 ) -> InferenceReport:
     """The inference test's report."""
-    from qwen3ft import worker
+    from qwen3ft.worker import jobs as worker
 
     job = RunDir(Path(plan.run_dir)).job("inference")
     request = InferenceRequest(

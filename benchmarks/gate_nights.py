@@ -19,9 +19,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from qwen3ft.ability import ability_rows
 from qwen3ft.config import TrainingConfig
 from qwen3ft.embedded import DATA_DIR, corpus
+from qwen3ft.evaluation.ability import ability_rows
 
 Row = dict[str, Any]
 

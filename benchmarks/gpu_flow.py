@@ -112,7 +112,7 @@ def _words() -> list[str]:
 def run_flow(config: Any) -> dict[str, Any]:
     """One run of the flow; what its card says, and the peak that MLflow holds."""
     from flows.finetune import run_in_process
-    from qwen3ft.tracking_uri import default_tracking_uri
+    from qwen3ft.tracking.connection import default_tracking_uri
 
     started = time.monotonic()
     state = run_in_process(config)
@@ -161,7 +161,7 @@ def other_tenant(leave_bytes: int) -> Iterator[None]:
 
 def machine() -> dict[str, Any]:
     """What the numbers belong to."""
-    from qwen3ft.gpus import visible_gpus
+    from qwen3ft.machine.gpus import visible_gpus
 
     names = ("torch", "transformers", "peft", "bitsandbytes", "prefect", "mlflow")
     return {

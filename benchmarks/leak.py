@@ -26,13 +26,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.speed_device import machine, write_json  # noqa: E402
-from qwen3ft import faults  # noqa: E402
-from qwen3ft.attempt import JobDir, RunDir  # noqa: E402
 from qwen3ft.config import TrainingConfig  # noqa: E402
 from qwen3ft.errors import FinetuneError  # noqa: E402
-from qwen3ft.launcher import run_worker  # noqa: E402
-from qwen3ft.leaks import MIB, theil_sen  # noqa: E402
-from qwen3ft.records import GIB, AttemptOutcome, TrainPlan  # noqa: E402
+from qwen3ft.jobs.folders import JobDir, RunDir  # noqa: E402
+from qwen3ft.jobs.launcher import run_worker  # noqa: E402
+from qwen3ft.machine.leaks import MIB, theil_sen  # noqa: E402
+from qwen3ft.records.plan import GIB, AttemptOutcome, TrainPlan  # noqa: E402
+from qwen3ft.training import faults  # noqa: E402
 
 MOST_MIB_PER_1000_STEPS = 1.0
 WARM_UP_SHARE = 0.1
@@ -55,13 +55,13 @@ def write_rows(path: Path, rows: int = 400) -> Path:
 
 def make_plan(work: Path, steps: int) -> TrainPlan:
     """The plan that the flow would make, of one row a step; model and rows are prepared here."""
-    from qwen3ft.data import DataPipeline, dataset_target, fingerprint_sources
-    from qwen3ft.environment import EnvironmentManager
-    from qwen3ft.hub import resolve_model
-    from qwen3ft.lora import plan_adapter
-    from qwen3ft.model import ModelManager, snapshot_target
-    from qwen3ft.plan import build_plan
-    from qwen3ft.requests import QuantizeRequest
+    from qwen3ft.data.pipeline import DataPipeline, dataset_target, fingerprint_sources
+    from qwen3ft.machine.environment import EnvironmentManager
+    from qwen3ft.model.adapter import plan_adapter
+    from qwen3ft.model.hub import resolve_model
+    from qwen3ft.model.manager import ModelManager, snapshot_target
+    from qwen3ft.planning.plan import build_plan
+    from qwen3ft.records.requests import QuantizeRequest
 
     config = TrainingConfig(
         model_name="embedded",

@@ -27,7 +27,7 @@ from speed_device import ROOT, machine, write_json
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from qwen3ft.attempt import JobDir
+    from qwen3ft.jobs.folders import JobDir
 
 BASELINE = ROOT / "benchmarks" / "results" / "memory-baseline-cpu.json"
 GROWTH = 0.05
@@ -51,11 +51,11 @@ def measure(work: Path, cache: Path | None = None) -> dict[str, float]:
         work: Folder of the run.
         cache: Folder of the quantised model, if there is one with it.
     """
-    from qwen3ft.attempt import RunDir
     from qwen3ft.config import TrainingConfig
-    from qwen3ft.launcher import run_worker
-    from qwen3ft.prepare import preview_plan
-    from qwen3ft.records import AttemptOutcome
+    from qwen3ft.jobs.folders import RunDir
+    from qwen3ft.jobs.launcher import run_worker
+    from qwen3ft.operations.preview import preview_plan
+    from qwen3ft.records.plan import AttemptOutcome
 
     with _environment(SETTLED):
         config = TrainingConfig(

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from float64 import in_float64
 
-from qwen3ft import worker
-from qwen3ft.attempt import RunDir
 from qwen3ft.config import TrainingConfig
-from qwen3ft.packing import divisors
-from qwen3ft.prepare import preview_plan
-from qwen3ft.records import TrainPlan
-from qwen3ft.train import TrainingEngine
+from qwen3ft.jobs.folders import RunDir
+from qwen3ft.operations.preview import preview_plan
+from qwen3ft.planning.packing import divisors
+from qwen3ft.records.plan import TrainPlan
+from qwen3ft.training.engine import TrainingEngine
+from qwen3ft.worker import jobs as worker
 
 B_STD = 0.02
 

@@ -97,8 +97,8 @@ def _measure_parts(plan: Any) -> dict[str, float]:
 
 
 def _train(plan: Any) -> Any:
-    from qwen3ft import worker
-    from qwen3ft.attempt import RunDir
+    from qwen3ft.jobs.folders import RunDir
+    from qwen3ft.worker import jobs as worker
 
     run = Path(plan.run_dir)
     place = RunDir(run).attempt(len(RunDir(run).attempts()) + 1).create(plan)

@@ -9,8 +9,9 @@ On the embedded model, on the CPU in fp32, through the product's own trainer and
   that of the whole batch at once on the same path; and the plain ones in float64, where what is
   left is what the plan itself changes. With one thread: with more, the order of fp32's sums
   depends on how a product of few rows is shared out between them;
-- a shrink: a run whose k-th step runs out of memory, answered by `qwen3ft.adjust`, ends with the
-  same adapter, bit by bit, as an undisturbed run of the final plan from the same checkpoint;
+- a shrink: a run whose k-th step runs out of memory, answered by `qwen3ft.recovery.adjust`, ends
+  with the same adapter, bit by bit, as an undisturbed run of the final plan from the same
+  checkpoint;
 - the end: where every attempt runs out of memory, at most five are made, and the error tells them.
 """
 
@@ -30,14 +31,14 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PA
 import torch
 from memory_gradients import make_plan, measure_gradients, train
 
-from qwen3ft.adjust import GiveUp, decide
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import FinetuneError
-from qwen3ft.failures import to_failure, translate
-from qwen3ft.faults import VARIABLE as FAULTS
-from qwen3ft.records import TrainPlan
-from qwen3ft.storage import sha256_file
-from qwen3ft.story_records import AttemptSummary
+from qwen3ft.files import sha256_file
+from qwen3ft.jobs.failures import to_failure, translate
+from qwen3ft.records.plan import TrainPlan
+from qwen3ft.records.run_card import AttemptSummary
+from qwen3ft.recovery.adjust import GiveUp, decide
+from qwen3ft.training.faults import VARIABLE as FAULTS
 
 EXACT_TOLERANCE = 1e-12
 """Relative, of gradients in float64."""

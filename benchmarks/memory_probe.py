@@ -1,7 +1,7 @@
 """Where in a fused step the allocator's peak lies: the peak of each part, by its functions.
 
-Wraps functions of `qwen3ft.fused` in this process; what they do stays the same. The allocator's own
-peaks are reset on the way, so a probed training has no other.
+Wraps functions of `qwen3ft.training.fused` in this process; what they do stays the same. The
+allocator's own peaks are reset on the way, so a probed training has no other.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class PeakProbe:
 @contextmanager
 def probed() -> Iterator[PeakProbe]:
     """Within it, every fused step is measured by part."""
-    from qwen3ft.fused.block import FusedBlock
-    from qwen3ft.fused.step import FusedStep
-    from qwen3ft.train import TrainingEngine
+    from qwen3ft.training.engine import TrainingEngine
+    from qwen3ft.training.fused.block import FusedBlock
+    from qwen3ft.training.fused.step import FusedStep
 
     probe = PeakProbe()
     owners: list[tuple[Any, str, str]] = [

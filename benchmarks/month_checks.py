@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.month_ask import Asker
 from benchmarks.month_nights import BAD, GOOD, MACHINE_OFF, TRACKING_DOWN, TRAINED, Night
 from qwen3ft.embedded import MODEL_DIR
-from qwen3ft.gate_policy import GatePolicy
+from qwen3ft.evaluation.gate import GatePolicy
 
 MODEL = "qwen3ft-embedded"
 MOVE_TAG = "qwen3ft.move."

@@ -1,8 +1,8 @@
 """How the month's faults are brought about: from outside, by signals, mounts and the clock.
 
-Two faults are planted through `qwen3ft.faults` (NaN, out of memory), since only the process itself
-can have them; a run's environment asks for them. All others strike processes that are found by what
-they are, while the night runs.
+Two faults are planted through `qwen3ft.training.faults` (NaN, out of memory), since only the
+process itself can have them; a run's environment asks for them. All others strike processes that
+are found by what they are, while the night runs.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import psutil
 from benchmarks.month_nights import TRACKING_DOWN, Strike
 from benchmarks.month_stack import Machine, go_on, kill, pause
 from deployments.processes import find_marked
-from qwen3ft.faults import VARIABLE
-from qwen3ft.storage import read_json_lines
+from qwen3ft.files import read_json_lines
+from qwen3ft.training.faults import VARIABLE
 
 TRACKING_HANGS_SECONDS = 40.0
 FLOW_VARIABLE = "PREFECT__FLOW_RUN_ID"

@@ -28,7 +28,7 @@ from deployments.processes import find_marked, free_port, stop
 from deployments.stack import DEPLOYMENT, Stack
 from deployments.stack_records import StackState
 from qwen3ft.errors import EnvironmentNotReadyError
-from qwen3ft.storage import write_json_atomic
+from qwen3ft.files import write_json_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -29,7 +29,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from qwen3ft.packing import (  # noqa: E402
+from qwen3ft.planning.packing import (  # noqa: E402
     epoch_batches,
     epoch_order,
     row_tokens,

@@ -20,14 +20,14 @@ from speed_contestants import LORA
 from speed_device import ROOT
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from qwen3ft.batches import MicroBatch, PackedCollator, trained_tokens
-from qwen3ft.chat import load_tokenizer, tokenize_rows
+from qwen3ft.chat.rendering import load_tokenizer, tokenize_rows
 from qwen3ft.config import TrainingConfig
 from qwen3ft.embedded import DATA_DIR, MODEL_DIR
-from qwen3ft.fused.step import FusedStep
-from qwen3ft.loss import summed_loss
-from qwen3ft.model import ModelManager, keep_trainable_after_eval
-from qwen3ft.recompute import Level
+from qwen3ft.model.manager import ModelManager, keep_trainable_after_eval
+from qwen3ft.planning.recompute import Level
+from qwen3ft.training.batches import MicroBatch, PackedCollator, trained_tokens
+from qwen3ft.training.fused.step import FusedStep
+from qwen3ft.training.loss import summed_loss
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
@@ -183,9 +183,9 @@ def _fused(adapted: Any) -> Callable[[MicroBatch], torch.Tensor]:
     """As `QATrainer` does with kernels 'fused'; the blocks take all levels in turn."""
     ops: Any
     if CUDA:
-        from qwen3ft.fused import kernels as ops
+        from qwen3ft.training.fused import kernels as ops
     else:
-        from qwen3ft.fused import reference as ops
+        from qwen3ft.training.fused import reference as ops
     blocks = len(adapted.get_base_model().model.layers)
     levels = tuple(itertools.islice(itertools.cycle(Level), blocks))
     return FusedStep(

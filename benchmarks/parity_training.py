@@ -17,7 +17,7 @@ from speed_contestants import Job
 from speed_ours import levers, write_dataset
 
 if TYPE_CHECKING:
-    from qwen3ft.records import ModelSnapshot, TrainPlan
+    from qwen3ft.records.plan import ModelSnapshot, TrainPlan
 
 
 def train(values: dict[str, Any]) -> dict[str, Any]:
@@ -34,9 +34,9 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
     plan = _plan(Job.read(values), values["kernels"], values["learning_rate"], values)
     if plan.kernels != values["kernels"]:
         raise RuntimeError(f"the plan is {plan.kernels}: {plan.reasons['kernels']}")
-    from qwen3ft import worker
-    from qwen3ft.attempt import RunDir
-    from qwen3ft.storage import read_json_lines
+    from qwen3ft.files import read_json_lines
+    from qwen3ft.jobs.folders import RunDir
+    from qwen3ft.worker import jobs as worker
 
     place = RunDir(Path(plan.run_dir)).attempt(1).create(plan)
     started = time.monotonic()
@@ -62,10 +62,10 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
 def _plan(job: Job, kernels: Any, learning_rate: float, values: dict[str, Any]) -> TrainPlan:
     """What `build_plan` makes of it."""
     from qwen3ft.config import TrainingConfig
-    from qwen3ft.environment import EnvironmentManager
-    from qwen3ft.lora import plan_adapter
-    from qwen3ft.plan import build_plan
-    from qwen3ft.records import ModelSnapshot
+    from qwen3ft.machine.environment import EnvironmentManager
+    from qwen3ft.model.adapter import plan_adapter
+    from qwen3ft.planning.plan import build_plan
+    from qwen3ft.records.plan import ModelSnapshot
 
     case, steps = job.entry.case, values["total_steps"]
     snapshot = ModelSnapshot.model_validate(job.snapshot)

@@ -1,6 +1,6 @@
 """What `speed.py` runs: shapes, cases, suites and the workload. Data, and no torch.
 
-To extend it, add a line to `SUITES`; shapes are those of `qwen3ft.shapes`.
+To extend it, add a line to `SUITES`; shapes are those of `qwen3ft.model.shapes`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any, Literal
 
-from qwen3ft.shapes import KNOWN_MODELS
+from qwen3ft.model.shapes import KNOWN_MODELS
 
 SHAPES: dict[str, dict[str, Any]] = {
     model.key: {**model.shape.model_dump(), "max_position_embeddings": 262144, "rms_norm_eps": 1e-6}

@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from qwen3ft.gpus import visible_gpus  # noqa: E402
+from qwen3ft.machine.gpus import visible_gpus  # noqa: E402
 
 GIB = 2**30
 PACKAGES = (

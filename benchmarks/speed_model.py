@@ -23,9 +23,9 @@ def prepare(shape: str, work: Path, seed: int) -> dict[str, Any]:
     import torch
 
     from qwen3ft.config import TrainingConfig
-    from qwen3ft.hub import resolve_model
-    from qwen3ft.model import ModelManager, read_snapshot
-    from qwen3ft.requests import QuantizeRequest
+    from qwen3ft.model.hub import resolve_model
+    from qwen3ft.model.manager import ModelManager, read_snapshot
+    from qwen3ft.records.requests import QuantizeRequest
 
     started = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -91,7 +91,7 @@ def _roomy(shape: str, work: Path) -> Path:
     """Where the 16-bit weights go: into memory if that has three times their room."""
     import psutil
 
-    from qwen3ft.records import ModelShape
+    from qwen3ft.records.plan import ModelShape
 
     needed = 0 if shape == TINY else 2 * ModelShape(**_fields(shape)).total_parameters
     if SHARED_MEMORY.is_dir():

@@ -1,6 +1,7 @@
 """The product as a contestant of `speed.py`: the plan of a run, carried out as its worker does.
 
-`qwen3ft.worker.train` does everything; a clock is put among the callbacks of the trainer it makes.
+`qwen3ft.worker.jobs.train` does everything; a clock is put among the callbacks of the trainer it
+makes.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from speed_cases import LEARNING_RATE, LORA_ALPHA, LORA_RANK, TOKENS
 if TYPE_CHECKING:
     from speed_contestants import Job
 
-    from qwen3ft.data_records import DatasetManifest
-    from qwen3ft.records import TrainPlan
+    from qwen3ft.records.data import DatasetManifest
+    from qwen3ft.records.plan import TrainPlan
 
 HELD_OUT_ROWS = 8
 
@@ -28,9 +29,9 @@ def run_ours(job: Job) -> dict[str, Any]:
     plan = make_plan(job)
     from speed_probe import Clock
 
-    from qwen3ft import worker
-    from qwen3ft.attempt import RunDir
-    from qwen3ft.train import TrainingEngine
+    from qwen3ft.jobs.folders import RunDir
+    from qwen3ft.training.engine import TrainingEngine
+    from qwen3ft.worker import jobs as worker
 
     observed: list[Clock] = []
     create_trainer = TrainingEngine.create_trainer
@@ -74,10 +75,10 @@ def make_plan(job: Job, **changes: Any) -> TrainPlan:
         InsufficientMemoryError: it does not fit.
     """
     from qwen3ft.config import TrainingConfig
-    from qwen3ft.environment import EnvironmentManager
-    from qwen3ft.lora import plan_adapter
-    from qwen3ft.plan import build_plan
-    from qwen3ft.records import ModelSnapshot
+    from qwen3ft.machine.environment import EnvironmentManager
+    from qwen3ft.model.adapter import plan_adapter
+    from qwen3ft.planning.plan import build_plan
+    from qwen3ft.records.plan import ModelSnapshot
 
     case, settings = job.entry.case, job.entry.settings
     snapshot = ModelSnapshot.model_validate(job.snapshot)
@@ -115,9 +116,9 @@ def make_plan(job: Job, **changes: Any) -> TrainPlan:
 
 def write_dataset(job: Job, folder: Path) -> DatasetManifest:
     """The workload as the data stage leaves it: every token trained; a few of its rows held out."""
-    from qwen3ft.chat import TokenizedRow
-    from qwen3ft.data_records import DatasetManifest
-    from qwen3ft.token_table import TokenWriter
+    from qwen3ft.chat.rendering import TokenizedRow
+    from qwen3ft.data.token_table import TokenWriter
+    from qwen3ft.records.data import DatasetManifest
 
     folder.mkdir(parents=True)
     rows = [TokenizedRow(row, [(0, len(row))]) for row in job.rows()]

@@ -70,7 +70,7 @@ def gsm8k_rows(count: int) -> list[dict[str, Any]]:
 
 def measure(name: str, tokenizer: Any, rows: list[dict[str, Any]], **options: Any) -> bool:
     """Print one line; whether the bar holds for these rows."""
-    from qwen3ft.chat import tokenize_rows
+    from qwen3ft.chat.rendering import tokenize_rows
 
     seconds, tokens = float("inf"), 0
     for _ in range(REPEATS):
@@ -99,7 +99,7 @@ def main() -> None:
     import tokenizers
     import transformers
 
-    from qwen3ft.chat import load_tokenizer
+    from qwen3ft.chat.rendering import load_tokenizer
     from qwen3ft.embedded import MODEL_DIR
 
     tokenizer = load_tokenizer(arguments.tokenizer or MODEL_DIR)

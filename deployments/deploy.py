@@ -21,11 +21,11 @@ from deployments.api import send
 from deployments.automations import definitions, register_automations
 from deployments.stack import DEPLOYMENT, Stack
 from qwen3ft.config import TrainingConfig, parse_config
-from qwen3ft.environment import EnvironmentManager
 from qwen3ft.errors import ConfigError, EnvironmentNotReadyError
-from qwen3ft.gpus import visible_gpus
-from qwen3ft.record import Record
-from qwen3ft.storage import sha256_json
+from qwen3ft.files import sha256_json
+from qwen3ft.machine.environment import EnvironmentManager
+from qwen3ft.machine.gpus import visible_gpus
+from qwen3ft.records.base import Record
 
 PREFECT_FILE = Path("deployments/prefect.yaml")
 GPU_CONFIG = Path("deployments/configs/default.yaml")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qwen3ft.storage import write_bytes_atomic
+from qwen3ft.files import write_bytes_atomic
 
 # `data:` and `blob:` leave no machine: the graph of a run loads its fonts so
 ALLOWED = (

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from qwen3ft.record import Record
+from qwen3ft.records.base import Record
 
 MARK = "QWEN3FT_STACK"
 SERVICE_MARK = "QWEN3FT_SERVICE"

@@ -16,8 +16,8 @@ from deployments.api import send
 from deployments.deploy import PREFECT_FILE, read_deployment
 from deployments.stack import Stack
 from qwen3ft.errors import ConfigError, EnvironmentNotReadyError
-from qwen3ft.record import Record
-from qwen3ft.storage import write_bytes_atomic
+from qwen3ft.files import write_bytes_atomic
+from qwen3ft.records.base import Record
 
 SLUG = "nightly"
 

@@ -36,9 +36,9 @@ from deployments.processes import (
 )
 from deployments.services import SERVERS, SERVICES, Layout, Service
 from deployments.stack_records import DEPLOYMENT, ServiceStatus, StackState, StackStatus
-from qwen3ft.environment import EnvironmentManager
 from qwen3ft.errors import EnvironmentNotReadyError
-from qwen3ft.storage import write_json_atomic
+from qwen3ft.files import write_json_atomic
+from qwen3ft.machine.environment import EnvironmentManager
 
 PREFERRED_PORTS = {"prefect": 4200, "mlflow": 5000}
 START_SECONDS = 180.0

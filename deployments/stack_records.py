@@ -6,7 +6,7 @@ from pydantic import Field
 
 from deployments.processes import ProcessMark
 from deployments.services import Service
-from qwen3ft.record import Record
+from qwen3ft.records.base import Record
 
 DEPLOYMENT = "qwen3-finetune/default"
 

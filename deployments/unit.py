@@ -10,8 +10,8 @@ import os
 import re
 from pathlib import Path
 
-from qwen3ft.environment import EnvironmentManager
-from qwen3ft.storage import write_bytes_atomic
+from qwen3ft.files import write_bytes_atomic
+from qwen3ft.machine.environment import EnvironmentManager
 
 STOP_SECONDS = 120
 """Three services at 2 x 10 s each at most, and what a run writes before it ends."""

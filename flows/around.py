@@ -17,19 +17,19 @@ from prefect.states import Completed
 from flows.notify import Event, Notice
 from flows.story import Story, page
 from qwen3ft import logs
-from qwen3ft.attempt import RunDir, write_record
 from qwen3ft.config import TrainingConfig
-from qwen3ft.cursor import read_state
-from qwen3ft.data_records import DataChange
 from qwen3ft.errors import EnvironmentNotReadyError, FinetuneError, TransientError
-from qwen3ft.gpu_lock import CPU, hold_card
-from qwen3ft.journal import Journal, RunStatus
-from qwen3ft.mirror import Mirror, replay_unsent
-from qwen3ft.night import Night, Request, read_request, same_settings, write_request
-from qwen3ft.process_lock import held
-from qwen3ft.records import NOTHING_NEW, EnvironmentReport, TrainPlan
-from qwen3ft.result_records import Champion, RunCard
-from qwen3ft.tracking_uri import default_tracking_uri, run_url
+from qwen3ft.jobs.folders import RunDir, write_record
+from qwen3ft.locks import held
+from qwen3ft.machine.gpu_lock import CPU, hold_card
+from qwen3ft.operations.night import Night, Request, read_request, same_settings, write_request
+from qwen3ft.records.data import DataChange
+from qwen3ft.records.evaluation import Champion, RunCard
+from qwen3ft.records.plan import NOTHING_NEW, EnvironmentReport, TrainPlan
+from qwen3ft.tracking.connection import default_tracking_uri, run_url
+from qwen3ft.tracking.cursor import read_state
+from qwen3ft.tracking.journal import Journal, RunStatus
+from qwen3ft.tracking.mirror import Mirror, replay_unsent
 from tasks.policies import hide_known_tracebacks
 
 logger = logs.get_logger("flow")

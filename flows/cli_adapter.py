@@ -11,15 +11,15 @@ import typer
 
 from flows.cli_project import open_project, request_config, use_local_services
 from flows.cli_view import open_console, print_json, say
-from qwen3ft.adapters import find_adapter
-from qwen3ft.ask_client import Session
-from qwen3ft.ask_records import AskRequest
 from qwen3ft.config import TrainingConfig
-from qwen3ft.export_records import ParityReport
-from qwen3ft.gpu_lock import CPU, hold_card
-from qwen3ft.gpus import visible_gpus
-from qwen3ft.saved_adapter import RUN_CARD_FILE, read_run_card, was_trained_to_think
-from qwen3ft.tracking_uri import default_tracking_uri
+from qwen3ft.machine.gpu_lock import CPU, hold_card
+from qwen3ft.machine.gpus import visible_gpus
+from qwen3ft.model.saved_adapter import RUN_CARD_FILE, read_run_card, was_trained_to_think
+from qwen3ft.records.ask_records import AskRequest
+from qwen3ft.records.export_records import ParityReport
+from qwen3ft.registry.lookup import find_adapter
+from qwen3ft.serving.session import Session
+from qwen3ft.tracking.connection import default_tracking_uri
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ def export(
     """Merge the adapter into its base as a folder to serve from."""
     folder = Path(target).resolve()  # before the working folder changes
     chosen = _choose(adapter, path, settings)
-    from qwen3ft.export import export_adapter
-    from qwen3ft.held_out import find_held_out
+    from qwen3ft.serving.export import export_adapter
+    from qwen3ft.serving.held_out import find_held_out
 
     held_out = rows or find_held_out(chosen.config, chosen.folder)
     with _card_held(chosen):
@@ -107,7 +107,7 @@ def _choose(adapter: str, path: Path | None, settings: list[str]) -> Chosen:
     stack = open_project()
     config = request_config(stack.root, path, settings)
     use_local_services(stack)
-    from qwen3ft.registry import Registry
+    from qwen3ft.registry.registry import Registry
 
     folder = find_adapter(config, Registry(default_tracking_uri()), adapter)
     return Chosen(config, folder.resolve(), "cuda" if visible_gpus() else "cpu")

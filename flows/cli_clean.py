@@ -11,10 +11,10 @@ from deployments.history import count_old, remove_old
 from deployments.stack import Stack
 from flows.cli_project import open_project, request_config, use_local_services
 from flows.cli_view import open_console, print_json, say
-from qwen3ft.protected import find_protected
-from qwen3ft.records import GIB
-from qwen3ft.retention import Policy, Removal, plan_removals, remove
-from qwen3ft.tracking_uri import default_tracking_uri
+from qwen3ft.operations.retention import Policy, Removal, plan_removals, remove
+from qwen3ft.records.plan import GIB
+from qwen3ft.registry.protected import find_protected
+from qwen3ft.tracking.connection import default_tracking_uri
 
 
 def clean(

@@ -20,8 +20,8 @@ from qwen3ft.errors import DataLoadingError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from qwen3ft.data import DataPipeline
-    from qwen3ft.data_records import DatasetManifest
+    from qwen3ft.data.pipeline import DataPipeline
+    from qwen3ft.records.data import DatasetManifest
 
 PREVIEWED_ROWS = 2
 
@@ -55,7 +55,7 @@ def preview(
 def _checked(
     paths: list[str], path: Path | None, settings: list[str], *, quiet: bool
 ) -> tuple[DataPipeline, DatasetManifest]:
-    from qwen3ft.data import DataPipeline
+    from qwen3ft.data.pipeline import DataPipeline
 
     config = _config(paths, path, settings)
     logs.configure(console=False)
@@ -96,8 +96,8 @@ def _progress(*, quiet: bool) -> Iterator[Callable[[int], None]]:
 def _preview(
     pipeline: DataPipeline, manifest: DatasetManifest, number: int, *, as_json: bool = False
 ) -> None:
-    from qwen3ft.preview import show_row
-    from qwen3ft.token_table import load_split
+    from qwen3ft.data.preview import show_row
+    from qwen3ft.data.token_table import load_split
 
     row = load_split(Path(manifest.path), "train")[number - 1]
     tokens = show_row(pipeline.tokenizer, row)

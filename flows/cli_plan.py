@@ -9,14 +9,14 @@ from typing import Any
 from flows.cli_plan_view import show_sweep, show_table
 from flows.cli_settings import read_batch, read_overrides
 from flows.cli_view import open_console, print_json
-from qwen3ft.cards import Card, find_card, require_card
 from qwen3ft.config import TrainingConfig, load_config
-from qwen3ft.fit import choose
-from qwen3ft.plan_table import shape_table
-from qwen3ft.records import EnvironmentReport
-from qwen3ft.shape_plan import TYPICAL_FILL, described_machine, shape_request
-from qwen3ft.shapes import KNOWN_MODELS
-from qwen3ft.sweep import sweep_model
+from qwen3ft.model.shapes import KNOWN_MODELS
+from qwen3ft.planning.fit import choose
+from qwen3ft.planning.gpu_specs import Card, find_card, require_card
+from qwen3ft.planning.sweep import sweep_model
+from qwen3ft.planning.table import shape_table
+from qwen3ft.planning.what_if import TYPICAL_FILL, described_machine, shape_request
+from qwen3ft.records.plan import EnvironmentReport
 
 DEFAULT_CARD = "H200"
 """What is planned for where no GPU is visible and none is named; it was measured on."""
@@ -95,8 +95,8 @@ def _machine(gpu: str | None) -> tuple[EnvironmentReport, Card | None]:
     if gpu is not None and gpu.lower() not in ("this", "none"):
         card = require_card(gpu)
         return described_machine(card), card
-    from qwen3ft.environment import EnvironmentManager
-    from qwen3ft.gpus import visible_gpus
+    from qwen3ft.machine.environment import EnvironmentManager
+    from qwen3ft.machine.gpus import visible_gpus
 
     if gpu is None and not visible_gpus():
         card = require_card(DEFAULT_CARD)

@@ -13,13 +13,13 @@ from deployments.stack import DEPLOYMENT, Stack
 from flows.cli_project import open_project, request_config, run_parameters, use_local_services
 from flows.cli_view import RunView, open_console, print_json, say, show_card
 from flows.follow import Follower, MetricsTail, StateChange, start_run
-from qwen3ft.attempt import RunDir, read_record
 from qwen3ft.config import parse_config
-from qwen3ft.environment import EnvironmentManager
 from qwen3ft.errors import FinetuneError
-from qwen3ft.night import ALREADY_DONE
-from qwen3ft.records import NOTHING_NEW
-from qwen3ft.result_records import RunCard
+from qwen3ft.jobs.folders import RunDir, read_record
+from qwen3ft.machine.environment import EnvironmentManager
+from qwen3ft.operations.night import ALREADY_DONE
+from qwen3ft.records.evaluation import RunCard
+from qwen3ft.records.plan import NOTHING_NEW
 
 
 def run(path: Path | None, settings: list[str], resume: str | None, *, as_json: bool) -> None:
@@ -66,8 +66,8 @@ def plan(path: Path | None, settings: list[str], *, as_json: bool) -> None:
     stack = open_project()
     config = request_config(stack.root, path, settings)
     from flows.cli_plan_view import show_table
-    from qwen3ft.plan_table import run_table
-    from qwen3ft.prepare import preview_plan
+    from qwen3ft.operations.preview import preview_plan
+    from qwen3ft.planning.table import run_table
 
     planned = preview_plan(config)
     table = run_table(config, EnvironmentManager(stack.root).report(), planned)
@@ -82,8 +82,8 @@ def sync(path: Path | None, settings: list[str]) -> None:
     stack = open_project()
     config = request_config(stack.root, path, settings)
     use_local_services(stack)
-    from qwen3ft.mirror import replay_unsent
-    from qwen3ft.tracking_uri import default_tracking_uri
+    from qwen3ft.tracking.connection import default_tracking_uri
+    from qwen3ft.tracking.mirror import replay_unsent
 
     left = replay_unsent(Path(config.runs_dir), default_tracking_uri())
     say("MLflow has every run." if left == 0 else f"{left} run(s) could not be sent completely.")

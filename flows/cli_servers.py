@@ -10,8 +10,8 @@ from deployments.supervise import stay_up
 from deployments.unit import write_unit
 from flows.cli_project import open_project
 from flows.cli_view import open_console, print_json, say, show_report, show_status
-from qwen3ft.environment import EnvironmentManager
 from qwen3ft.errors import ConfigError, EnvironmentNotReadyError
+from qwen3ft.machine.environment import EnvironmentManager
 
 
 def up(*, stay: bool, unit: bool) -> None:

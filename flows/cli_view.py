@@ -19,9 +19,9 @@ from rich.progress import Progress as ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from qwen3ft.records import GIB, EnvironmentReport
-from qwen3ft.result_records import RunCard
-from qwen3ft.score_text import METRIC_NAMES, format_seconds, interval_text, judge_text
+from qwen3ft.evaluation.wording import METRIC_NAMES, format_seconds, interval_text, judge_text
+from qwen3ft.records.evaluation import RunCard
+from qwen3ft.records.plan import GIB, EnvironmentReport
 
 if TYPE_CHECKING:
     from deployments.stack import StackStatus

@@ -14,8 +14,8 @@ from flows.cli_view import show_sections
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from qwen3ft.data_records import DatasetManifest
-    from qwen3ft.preview import ShownToken
+    from qwen3ft.data.preview import ShownToken
+    from qwen3ft.records.data import DatasetManifest
 
 BAR_CHARACTERS = 40
 SHOWN_FILES = 8

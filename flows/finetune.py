@@ -44,24 +44,25 @@ from flows.notify import tell, tell_failure, works_in
 from flows.output import outlive_reader
 from flows.story import Story, told
 from flows.taking_up import check_resumes, drop_twins
-from qwen3ft import checkpoint, logs
-from qwen3ft.ability import ability_rows
-from qwen3ft.adjust import GiveUp
-from qwen3ft.attempt import RunDir
-from qwen3ft.attempt_story import summarise
+from qwen3ft import logs
 from qwen3ft.config import TrainingConfig
+from qwen3ft.data.known_rows import compare_data, find_known_rows
 from qwen3ft.errors import FinetuneError
-from qwen3ft.failures import to_error, to_failure
-from qwen3ft.known_rows import compare_data, find_known_rows
-from qwen3ft.night import Night
-from qwen3ft.records import (
+from qwen3ft.evaluation.ability import ability_rows
+from qwen3ft.jobs.failures import to_error, to_failure
+from qwen3ft.jobs.folders import RunDir
+from qwen3ft.jobs.processes import workers_ahead
+from qwen3ft.operations.night import Night
+from qwen3ft.records.plan import (
     AttemptOutcome,
     EnvironmentReport,
     TrainPlan,
 )
-from qwen3ft.shared_card import fit_to_card
-from qwen3ft.story_records import AttemptSummary
-from qwen3ft.worker_process import workers_ahead
+from qwen3ft.records.run_card import AttemptSummary
+from qwen3ft.recovery.adjust import GiveUp
+from qwen3ft.recovery.shared_gpu import fit_to_card
+from qwen3ft.report.attempts import summarise
+from qwen3ft.training import checkpoint
 from tasks.adjust import adjust_parameters
 from tasks.data import prepare_data
 from tasks.environment import check_environment

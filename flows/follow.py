@@ -18,11 +18,11 @@ from typing import Any
 
 from deployments import services
 from deployments.stack import DEPLOYMENT, Stack
-from qwen3ft.attempt import RunDir
-from qwen3ft.environment import EnvironmentManager
 from qwen3ft.errors import EnvironmentNotReadyError
-from qwen3ft.records import TrainingMetrics
-from qwen3ft.storage import read_json_lines
+from qwen3ft.files import read_json_lines
+from qwen3ft.jobs.folders import RunDir
+from qwen3ft.machine.environment import EnvironmentManager
+from qwen3ft.records.plan import TrainingMetrics
 
 FINAL_STATES = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 POLL_SECONDS = 0.7

@@ -29,10 +29,10 @@ from prefect.runtime import deployment, flow_run
 from prefect.states import Completed
 
 from qwen3ft import logs
-from qwen3ft.attempt import RunDir
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import FinetuneError, TransientError
-from qwen3ft.night import (
+from qwen3ft.jobs.folders import RunDir
+from qwen3ft.operations.night import (
     ALREADY_DONE,
     Night,
     Request,
@@ -42,10 +42,10 @@ from qwen3ft.night import (
     describe_request,
     kept_before,
 )
-from qwen3ft.registry import Registry
-from qwen3ft.run_state import find_runs, is_running
-from qwen3ft.tracking_uri import default_tracking_uri
-from qwen3ft.versions import registered_name
+from qwen3ft.operations.run_state import find_runs, is_running
+from qwen3ft.registry.registry import Registry
+from qwen3ft.registry.versions import registered_name
+from qwen3ft.tracking.connection import default_tracking_uri
 
 logger = logs.get_logger("night")
 

@@ -23,7 +23,7 @@ from prefect.flows import Flow
 from qwen3ft import logs
 from qwen3ft.config import TrainingConfig, parse_config
 from qwen3ft.errors import ConfigError
-from qwen3ft.record import Record
+from qwen3ft.records.base import Record
 
 logger = logs.get_logger("notify")
 

@@ -13,26 +13,26 @@ from contextlib import contextmanager
 from prefect.runtime import flow_run
 
 from qwen3ft import logs
-from qwen3ft.attempt import RunDir, write_record
-from qwen3ft.attempt_story import in_words, read_attempts, read_loss_curves, reasons
-from qwen3ft.card import RunFacts, build_card
-from qwen3ft.card_html import to_html
-from qwen3ft.card_markdown import to_description, to_markdown
 from qwen3ft.config import TrainingConfig
-from qwen3ft.cursor import read_state
-from qwen3ft.curves import memory_curves
-from qwen3ft.data_records import DataChange, DatasetManifest
-from qwen3ft.data_story import data_markdown
-from qwen3ft.figures import write_png
-from qwen3ft.journal import Journal
-from qwen3ft.plan_table import run_table
-from qwen3ft.plan_view import plan_figure, plan_markdown
-from qwen3ft.records import EnvironmentReport, TrainPlan
-from qwen3ft.result_records import RunCard
-from qwen3ft.run_files import attempts_memory
-from qwen3ft.run_metrics import card_metrics, card_tags
-from qwen3ft.storage import write_bytes_atomic
-from qwen3ft.tracking_uri import default_tracking_uri, run_url
+from qwen3ft.files import write_bytes_atomic
+from qwen3ft.jobs.folders import RunDir, write_record
+from qwen3ft.planning.table import run_table
+from qwen3ft.records.data import DataChange, DatasetManifest
+from qwen3ft.records.evaluation import RunCard
+from qwen3ft.records.plan import EnvironmentReport, TrainPlan
+from qwen3ft.report.attempts import in_words, read_attempts, read_loss_curves, reasons
+from qwen3ft.report.build import RunFacts, build_card
+from qwen3ft.report.curves import memory_curves
+from qwen3ft.report.data_section import data_markdown
+from qwen3ft.report.figures import write_png
+from qwen3ft.report.html import to_html
+from qwen3ft.report.markdown import to_description, to_markdown
+from qwen3ft.report.plan_section import plan_figure, plan_markdown
+from qwen3ft.tracking.connection import default_tracking_uri, run_url
+from qwen3ft.tracking.cursor import read_state
+from qwen3ft.tracking.journal import Journal
+from qwen3ft.tracking.points import attempts_memory
+from qwen3ft.tracking.run_metrics import card_metrics, card_tags
 from tasks import artifacts
 
 logger = logs.get_logger("story")

@@ -2,7 +2,7 @@
 
 Guarantees: a `TrainingConfig` that exists is valid; every problem of a bad one is reported at once.
 It does not say how a run is carried out: what follows from it (micro-batches, checkpointing,
-predicted memory) is derived in `qwen3ft.plan`, each value with its reason.
+predicted memory) is derived in `qwen3ft.planning.plan`, each value with its reason.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from pydantic import (
     field_validator,
 )
 
-from qwen3ft.endpoint_url import check_endpoint
 from qwen3ft.errors import ConfigError
+from qwen3ft.evaluation.endpoint_url import check_endpoint
 from qwen3ft.logs import mask_secrets
 
 EMBEDDED_MODEL_NAME = "embedded"

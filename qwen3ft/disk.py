@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from qwen3ft.errors import EnvironmentNotReadyError
-from qwen3ft.records import GIB
+from qwen3ft.records.plan import GIB
 
 
 def require_disk(target: Path, needed_bytes: int, what: str, why: str) -> None:

@@ -35,8 +35,8 @@
         + CheckpointCorruptError no checkpoint could be verified
 
 Each error says what happened (with numbers), why, and the one next command; it carries its facts as
-a dict and survives JSON and pickle. What recovery does for each is `qwen3ft.adjust`; how foreign
-exceptions, exit codes and signals become members of this tree is `qwen3ft.failures`.
+a dict and survives JSON and pickle. What recovery does for each is `qwen3ft.recovery.adjust`; how
+foreign exceptions, exit codes and signals become members of this tree is `qwen3ft.jobs.failures`.
 """
 
 from __future__ import annotations

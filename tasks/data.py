@@ -7,13 +7,13 @@ from typing import Any
 
 from prefect import task
 
-from qwen3ft.attempt import RunDir
 from qwen3ft.config import TrainingConfig
-from qwen3ft.data import dataset_target, fingerprint_sources, read_manifest
-from qwen3ft.data_records import DatasetManifest
-from qwen3ft.prepare import tokenized_data
-from qwen3ft.records import ModelSnapshot
-from qwen3ft.sources import pin_sources
+from qwen3ft.data.pipeline import dataset_target, fingerprint_sources, read_manifest
+from qwen3ft.data.sources import pin_sources
+from qwen3ft.jobs.folders import RunDir
+from qwen3ft.operations.preview import tokenized_data
+from qwen3ft.records.data import DatasetManifest
+from qwen3ft.records.plan import ModelSnapshot
 from tasks.policies import cache_key
 
 

@@ -7,17 +7,17 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from qwen3ft.attempt import RunDir
 from qwen3ft.config import TrainingConfig
-from qwen3ft.journal import Journal
-from qwen3ft.judge import judge_answers
-from qwen3ft.launcher import run_worker
+from qwen3ft.evaluation.judge import judge_answers
+from qwen3ft.evaluation.wording import judge_note, judge_text
+from qwen3ft.jobs.folders import RunDir
+from qwen3ft.jobs.launcher import run_worker
 from qwen3ft.logs import get_logger
-from qwen3ft.records import SavedAdapter, TrainPlan
-from qwen3ft.requests import InferenceRequest
-from qwen3ft.result_records import Champion, InferenceReport
-from qwen3ft.run_metrics import report_metrics
-from qwen3ft.score_text import judge_note, judge_text
+from qwen3ft.records.evaluation import Champion, InferenceReport
+from qwen3ft.records.plan import SavedAdapter, TrainPlan
+from qwen3ft.records.requests import InferenceRequest
+from qwen3ft.tracking.journal import Journal
+from qwen3ft.tracking.run_metrics import report_metrics
 from tasks.names import inference_name, name_of
 
 logger = get_logger("inference")

@@ -7,8 +7,8 @@ from typing import Any
 from prefect import task
 
 from qwen3ft.config import TrainingConfig
-from qwen3ft.lora import plan_adapter
-from qwen3ft.records import AdapterSpec, ModelSnapshot
+from qwen3ft.model.adapter import plan_adapter
+from qwen3ft.records.plan import AdapterSpec, ModelSnapshot
 from tasks.policies import cache_key
 
 

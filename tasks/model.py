@@ -7,12 +7,12 @@ from typing import Any
 
 from prefect import task
 
-from qwen3ft.attempt import RunDir
 from qwen3ft.config import TrainingConfig
-from qwen3ft.hub import resolve_model
-from qwen3ft.model import read_snapshot, snapshot_target
-from qwen3ft.prepare import quantized_model
-from qwen3ft.records import EnvironmentReport, ModelSnapshot, ModelSource
+from qwen3ft.jobs.folders import RunDir
+from qwen3ft.model.hub import resolve_model
+from qwen3ft.model.manager import read_snapshot, snapshot_target
+from qwen3ft.operations.preview import quantized_model
+from qwen3ft.records.plan import EnvironmentReport, ModelSnapshot, ModelSource
 from tasks.policies import RETRY_DELAYS_SECONDS, cache_key, is_transient
 
 

@@ -12,10 +12,10 @@ from typing import Any, cast
 
 from prefect.tasks import TaskRunNameCallbackWithParameters
 
-from qwen3ft.attempt import RunDir
-from qwen3ft.attempt_story import last_failure, words_of
-from qwen3ft.records import AttemptOutcome, Failure, SavedAdapter, TrainPlan
-from qwen3ft.result_records import Champion
+from qwen3ft.jobs.folders import RunDir
+from qwen3ft.records.evaluation import Champion
+from qwen3ft.records.plan import AttemptOutcome, Failure, SavedAdapter, TrainPlan
+from qwen3ft.report.attempts import last_failure, words_of
 
 
 def name_of(tell: Callable[[Mapping[str, Any]], str]) -> TaskRunNameCallbackWithParameters:

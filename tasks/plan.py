@@ -7,9 +7,9 @@ from typing import Any
 from prefect import task
 
 from qwen3ft.config import TrainingConfig
-from qwen3ft.data_records import DatasetManifest
-from qwen3ft.plan import build_plan
-from qwen3ft.records import AdapterSpec, EnvironmentReport, ModelSnapshot, TrainPlan
+from qwen3ft.planning.plan import build_plan
+from qwen3ft.records.data import DatasetManifest
+from qwen3ft.records.plan import AdapterSpec, EnvironmentReport, ModelSnapshot, TrainPlan
 from tasks.policies import cache_key
 
 

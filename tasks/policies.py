@@ -10,9 +10,9 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task
 
 from qwen3ft.errors import FinetuneError, TransientError
-from qwen3ft.storage import sha256_json
+from qwen3ft.files import sha256_json
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 """Raised when results of older versions must not be reused."""
 
 RETRY_DELAYS_SECONDS = [2.0, 10.0, 30.0]

@@ -5,14 +5,14 @@ from __future__ import annotations
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from qwen3ft.attempt import RunDir
 from qwen3ft.config import TrainingConfig
-from qwen3ft.journal import Journal
-from qwen3ft.preflight import measure_first
-from qwen3ft.preflight_records import PreflightReport
-from qwen3ft.preflight_report import to_markdown
-from qwen3ft.records import EnvironmentReport, TrainPlan
-from qwen3ft.run_metrics import preflight_metrics
+from qwen3ft.jobs.folders import RunDir
+from qwen3ft.preflight.report import to_markdown
+from qwen3ft.preflight.stage import measure_first
+from qwen3ft.records.plan import EnvironmentReport, TrainPlan
+from qwen3ft.records.preflight import PreflightReport
+from qwen3ft.tracking.journal import Journal
+from qwen3ft.tracking.run_metrics import preflight_metrics
 from tasks.artifacts import PREFLIGHT, show_markdown
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from qwen3ft.attempt import RunDir
 from qwen3ft.config import TrainingConfig
-from qwen3ft.journal import Journal
-from qwen3ft.records import AttemptOutcome, SavedAdapter, TrainPlan
-from qwen3ft.save import save_adapter
+from qwen3ft.jobs.folders import RunDir
+from qwen3ft.model.save_adapter import save_adapter
+from qwen3ft.records.plan import AttemptOutcome, SavedAdapter, TrainPlan
+from qwen3ft.tracking.journal import Journal
 from tasks.names import name_of, save_name
 
 

@@ -13,15 +13,15 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.exceptions import PrefectException
 
-from qwen3ft import checkpoint
-from qwen3ft.attempt import JobDir, RunDir, read_record, write_record
 from qwen3ft.errors import FinetuneError, PreemptedError
-from qwen3ft.failures import to_failure
-from qwen3ft.journal import Journal
-from qwen3ft.launcher import run_worker
+from qwen3ft.files import read_json_lines
+from qwen3ft.jobs.failures import to_failure
+from qwen3ft.jobs.folders import JobDir, RunDir, read_record, write_record
+from qwen3ft.jobs.launcher import run_worker
 from qwen3ft.logs import get_logger
-from qwen3ft.records import AttemptOutcome, TrainPlan
-from qwen3ft.storage import read_json_lines
+from qwen3ft.records.plan import AttemptOutcome, TrainPlan
+from qwen3ft.tracking.journal import Journal
+from qwen3ft.training import checkpoint
 from tasks.names import name_of, train_name
 
 logger = get_logger("train")

@@ -114,9 +114,9 @@ def make_config(cache_dir: Path) -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def snapshot(make_config: Callable[..., Any]) -> Any:
     """The embedded model, quantised in this process."""
-    from qwen3ft.hub import resolve_model
-    from qwen3ft.model import ModelManager, snapshot_target
-    from qwen3ft.requests import QuantizeRequest
+    from qwen3ft.model.hub import resolve_model
+    from qwen3ft.model.manager import ModelManager, snapshot_target
+    from qwen3ft.records.requests import QuantizeRequest
 
     config = make_config()
     source = resolve_model(config)
@@ -133,7 +133,7 @@ def snapshot(make_config: Callable[..., Any]) -> Any:
 @pytest.fixture(scope="session")
 def manifest(make_config: Callable[..., Any], snapshot: Any) -> Any:
     """The bundled rows, tokenised in this process."""
-    from qwen3ft.data import DataPipeline, dataset_target, fingerprint_sources
+    from qwen3ft.data.pipeline import DataPipeline, dataset_target, fingerprint_sources
 
     config = make_config()
     target = dataset_target(config, snapshot, fingerprint_sources(config))
@@ -190,7 +190,7 @@ def champion(project: Any, finished: Any) -> str:
 @pytest.fixture(scope="session")
 def environment() -> Any:
     """A CPU machine with plenty of memory, so that plans do not depend on where tests run."""
-    from qwen3ft.records import EnvironmentReport
+    from qwen3ft.records.plan import EnvironmentReport
 
     return EnvironmentReport(
         python_version="3.11.7",
@@ -213,8 +213,8 @@ def make_plan(
     manifest: Any,
 ) -> Callable[..., Any]:
     """A plan for the embedded model as attempt 1 of a run in the test's folder."""
-    from qwen3ft.lora import plan_adapter
-    from qwen3ft.plan import build_plan
+    from qwen3ft.model.adapter import plan_adapter
+    from qwen3ft.planning.plan import build_plan
 
     def make(run: str = "run", **changes: Any) -> Any:
         config = make_config()

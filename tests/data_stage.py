@@ -9,13 +9,13 @@ from typing import Any
 
 from datasets import disable_progress_bars
 
-from qwen3ft.chat import END_TOKEN, load_tokenizer
+from qwen3ft.chat.rendering import END_TOKEN, load_tokenizer
 from qwen3ft.config import TrainingConfig
-from qwen3ft.data import DataPipeline
-from qwen3ft.data_records import DatasetManifest
+from qwen3ft.data.pipeline import DataPipeline
+from qwen3ft.data.token_table import load_split
 from qwen3ft.embedded import MODEL_DIR
-from qwen3ft.records import ModelShape, ModelSnapshot, ModelSource
-from qwen3ft.token_table import load_split
+from qwen3ft.records.data import DatasetManifest
+from qwen3ft.records.plan import ModelShape, ModelSnapshot, ModelSource
 
 ROOT = Path(__file__).parents[1]
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qwen3ft.data_records import DatasetManifest, DataSource, LengthSummary
 from qwen3ft.embedded import MODEL_DIR
-from qwen3ft.hub import check_model_folder
-from qwen3ft.records import (
+from qwen3ft.files import write_manifest
+from qwen3ft.model.hub import check_model_folder
+from qwen3ft.model.shapes import count_adapter_parameters
+from qwen3ft.records.data import DatasetManifest, DataSource, LengthSummary
+from qwen3ft.records.plan import (
     PROJECTIONS,
     AdapterSpec,
     AttemptOutcome,
@@ -16,8 +18,6 @@ from qwen3ft.records import (
     ModelSource,
     TrainPlan,
 )
-from qwen3ft.shapes import count_adapter_parameters
-from qwen3ft.storage import write_manifest
 
 RANK = 4
 

@@ -1,4 +1,4 @@
-"""Inputs that the tests of `qwen3ft.fused`'s element-wise functions share."""
+"""Inputs that the tests of `qwen3ft.training.fused`'s element-wise functions share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from qwen3ft.fused.weights import FourBitWeight
+from qwen3ft.training.fused.weights import FourBitWeight
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # The interpreter cuts bits off where a GPU rounds, so there bits are compared in fp32.

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from qwen3ft.batches import IGNORED, PackedCollator
-from qwen3ft.loss import summed_loss
-from qwen3ft.records import PROJECTIONS, ModelShape
+from qwen3ft.records.plan import PROJECTIONS, ModelShape
+from qwen3ft.training.batches import IGNORED, PackedCollator
+from qwen3ft.training.loss import summed_loss
 
 Gradients = dict[str, torch.Tensor]
 
@@ -69,7 +69,7 @@ def build(case: Case, folder: Path, dtype: torch.dtype, device: str = "cpu") -> 
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from qwen3ft.embedded import MODEL_DIR
-    from qwen3ft.model import keep_trainable_after_eval
+    from qwen3ft.model.manager import keep_trainable_after_eval
 
     source = MODEL_DIR if case.shape is None else _write(case.shape, folder)
     base = AutoModelForCausalLM.from_pretrained(

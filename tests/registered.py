@@ -5,13 +5,13 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from qwen3ft.attempt import RunDir
-from qwen3ft.cursor import parent_run_id
-from qwen3ft.journal import Journal
-from qwen3ft.mirror import replay
-from qwen3ft.records import SavedAdapter
-from qwen3ft.registry import Registry
-from qwen3ft.storage import sha256_file, write_json_atomic, write_manifest
+from qwen3ft.files import sha256_file, write_json_atomic, write_manifest
+from qwen3ft.jobs.folders import RunDir
+from qwen3ft.records.plan import SavedAdapter
+from qwen3ft.registry.registry import Registry
+from qwen3ft.tracking.cursor import parent_run_id
+from qwen3ft.tracking.journal import Journal
+from qwen3ft.tracking.mirror import replay
 
 MODEL = "qwen3ft-embedded"
 

@@ -8,14 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen3ft.adjust import POLICIES, GiveUp, Retry, decide
 from qwen3ft.config import TrainingConfig
-from qwen3ft.data_records import DatasetManifest, LengthSummary
 from qwen3ft.errors import FinetuneError, error_kinds
-from qwen3ft.failures import to_error
-from qwen3ft.ladder import next_rungs
-from qwen3ft.plan import build_plan, repredict
-from qwen3ft.records import (
+from qwen3ft.jobs.failures import to_error
+from qwen3ft.model.shapes import count_adapter_parameters, plan_adapter
+from qwen3ft.planning.plan import build_plan, repredict
+from qwen3ft.records.data import DatasetManifest, LengthSummary
+from qwen3ft.records.plan import (
     GIB,
     EnvironmentReport,
     Failure,
@@ -25,8 +24,9 @@ from qwen3ft.records import (
     ModelSource,
     TrainPlan,
 )
-from qwen3ft.shapes import count_adapter_parameters, plan_adapter
-from qwen3ft.story_records import AttemptSummary
+from qwen3ft.records.run_card import AttemptSummary
+from qwen3ft.recovery.adjust import POLICIES, GiveUp, Retry, decide
+from qwen3ft.recovery.ladder import next_rungs
 
 SHAPE = ModelShape(
     hidden_size=2560,

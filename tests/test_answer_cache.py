@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from qwen3ft import answer_cache
-from qwen3ft.answer_cache import AnswerCache, question_key, remember
-from qwen3ft.answer_loss import RowLoss
-from qwen3ft.quality import Generated
+from qwen3ft.evaluation import answer_cache
+from qwen3ft.evaluation.answer_cache import AnswerCache, question_key, remember
+from qwen3ft.evaluation.answer_loss import RowLoss
+from qwen3ft.evaluation.answers import Generated
 
 ANSWER = Generated(text="亚麻 \u2028 linen", stopped=True, tokens=4)
 

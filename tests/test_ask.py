@@ -16,18 +16,18 @@ from registered import MODEL, add_version, copy_database
 from trained_adapter import Trained
 
 from flows import cli
-from qwen3ft.adapters import find_adapter
-from qwen3ft.ask import Speaker
-from qwen3ft.ask_client import Session
-from qwen3ft.ask_records import AskRequest, Piece, pieces_path, stop_path
-from qwen3ft.attempt import JobDir
+from qwen3ft.chat.thinking import ThinkingSplitter
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import ModelNotFoundError, SaveError
-from qwen3ft.inference import InferenceTester
-from qwen3ft.quality import split_thinking
-from qwen3ft.registry import Registry
-from qwen3ft.storage import read_json_lines, write_json_atomic
-from qwen3ft.thinking import ThinkingSplitter
+from qwen3ft.evaluation.answers import split_thinking
+from qwen3ft.evaluation.inference import InferenceTester
+from qwen3ft.files import read_json_lines, write_json_atomic
+from qwen3ft.jobs.folders import JobDir
+from qwen3ft.records.ask_records import AskRequest, Piece, pieces_path, stop_path
+from qwen3ft.registry.lookup import find_adapter
+from qwen3ft.registry.registry import Registry
+from qwen3ft.serving.answering import Speaker
+from qwen3ft.serving.session import Session
 
 ROOT = Path(__file__).parent.parent
 

@@ -23,9 +23,9 @@ from playwright.sync_api import TimeoutError as PlaywrightTimeoutError
 from registered import add_version
 
 from deployments.api import send
-from qwen3ft.attempt import RunDir
 from qwen3ft.config import TrainingConfig
-from qwen3ft.history import Change, Mover
+from qwen3ft.jobs.folders import RunDir
+from qwen3ft.registry.moves import Change, Mover
 from tasks.artifacts import MLFLOW_RUN, RUN_CARD
 
 pytestmark = [

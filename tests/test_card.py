@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from told_run import HOSTILE, SECRET, make_facts, make_report
 
-from qwen3ft.card import RunFacts, beside, build_card
-from qwen3ft.card_html import TEMPLATE, to_html
-from qwen3ft.card_markdown import to_description, to_markdown
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import InsufficientMemoryError
-from qwen3ft.result_records import RunCard, SideBySide
+from qwen3ft.records.evaluation import RunCard, SideBySide
+from qwen3ft.report.build import RunFacts, beside, build_card
+from qwen3ft.report.html import TEMPLATE, to_html
+from qwen3ft.report.markdown import to_description, to_markdown
 
 ROOT = Path(__file__).parents[1]
 

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qwen3ft.chat import (
+from qwen3ft.chat.rendering import (
     END_TOKEN,
     REMOVED,
     Segment,

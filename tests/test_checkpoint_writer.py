@@ -9,10 +9,10 @@ import pytest
 import torch
 from test_training import prepare  # noqa: F401
 
-from qwen3ft import checkpoint
-from qwen3ft.checkpoint_writer import CheckpointWriter
 from qwen3ft.errors import DivergedError
-from qwen3ft.storage import sha256_file
+from qwen3ft.files import sha256_file
+from qwen3ft.training import checkpoint
+from qwen3ft.training.checkpoint_writer import CheckpointWriter
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -20,12 +20,12 @@ from deployments.deploy import CPU_CONFIG, GPU_CONFIG, NO_GPU_LINE
 from flows.cli_project import read_request
 from flows.cli_view import RunView, format_seconds, show_card
 from flows.follow import MetricsTail, StateChange
-from qwen3ft.attempt import RunDir
 from qwen3ft.config import TrainingConfig, load_config
 from qwen3ft.errors import ConfigError
-from qwen3ft.records import MemoryStatus, TrainingMetrics
-from qwen3ft.result_records import RunCard
-from qwen3ft.storage import append_json_line, write_json_atomic
+from qwen3ft.files import append_json_line, write_json_atomic
+from qwen3ft.jobs.folders import RunDir
+from qwen3ft.records.evaluation import RunCard
+from qwen3ft.records.plan import MemoryStatus, TrainingMetrics
 from tasks import policies
 
 ROOT = Path(__file__).parent.parent
@@ -268,7 +268,7 @@ def test_every_verb_of_make_prepares_the_environment_first(verb: str) -> None:
     """A fresh clone needs no step before any of them."""
     done = subprocess.run(["make", "-n", verb], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "-m qwen3ft.environment" in done.stdout
+    assert "-m qwen3ft.machine.environment" in done.stdout
 
 
 def test_ci_runs_the_verbs_of_developers() -> None:

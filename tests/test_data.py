@@ -27,15 +27,15 @@ from data_stage import (
 )
 from datasets import Dataset
 
-from qwen3ft.batches import IGNORED
-from qwen3ft.chat import END_TOKEN, load_tokenizer, prompt_ids
+from qwen3ft.chat.rendering import END_TOKEN, load_tokenizer, prompt_ids
 from qwen3ft.config import TrainingConfig, load_config
-from qwen3ft.data import DataPipeline, dataset_target, fingerprint_sources, read_manifest
+from qwen3ft.data.pipeline import DataPipeline, dataset_target, fingerprint_sources, read_manifest
+from qwen3ft.data.sources import SAMPLE_DATA
+from qwen3ft.data.token_table import load_split
 from qwen3ft.embedded import DATA_DIR, MODEL_DIR
 from qwen3ft.errors import DataLoadingError, TokenizerError
-from qwen3ft.records import ModelSnapshot
-from qwen3ft.sources import SAMPLE_DATA
-from qwen3ft.token_table import load_split
+from qwen3ft.records.plan import ModelSnapshot
+from qwen3ft.training.batches import IGNORED
 
 # --- the four kinds of test data ---
 

@@ -20,14 +20,14 @@ from data_stage import (
     write_jsonl,
 )
 
-from qwen3ft.chat import END_TOKEN, load_tokenizer
+from qwen3ft.chat.rendering import END_TOKEN, load_tokenizer
 from qwen3ft.config import TrainingConfig
-from qwen3ft.data import DataPipeline
+from qwen3ft.data.known_rows import compare_data
+from qwen3ft.data.pipeline import DataPipeline
+from qwen3ft.data.token_table import load_split
 from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.errors import DataLoadingError
-from qwen3ft.known_rows import compare_data
-from qwen3ft.result_records import Champion
-from qwen3ft.token_table import load_split
+from qwen3ft.records.evaluation import Champion
 
 # --- policies ---
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from qwen3ft.environment import EnvironmentManager, uv_settings
 from qwen3ft.errors import EnvironmentNotReadyError
-from qwen3ft.gpus import visible_gpus
+from qwen3ft.machine.environment import EnvironmentManager, uv_settings
+from qwen3ft.machine.gpus import visible_gpus
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,7 +53,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_it_needs_nothing_but_the_standard_library() -> None:
     """A machine with only Python can import it: no installed package is touched."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import qwen3ft.environment"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import qwen3ft.machine.environment"
     subprocess.run([sys.executable, "-I", "-S", "-c", code], check=True)
 
 
@@ -131,7 +131,7 @@ def test_the_report_measures_this_machine() -> None:
 def test_the_report_loads_neither_torch_nor_cuda() -> None:
     """The flow's process may ask for it."""
     code = (
-        "import sys; from qwen3ft.environment import EnvironmentManager; "
+        "import sys; from qwen3ft.machine.environment import EnvironmentManager; "
         "EnvironmentManager().report(); sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -22,14 +22,14 @@ from qwen3ft.errors import (
     RequestError,
     SaveError,
 )
-from qwen3ft.export import export_adapter
-from qwen3ft.export_records import ADAPTER, MERGED, REQUANTISED, ExportRequest, ParityReport
-from qwen3ft.held_out import find_held_out
-from qwen3ft.hub import check_model_folder
-from qwen3ft.memory import MemoryOptimizer
-from qwen3ft.merge import merge_adapter, read_scale
-from qwen3ft.parity import measure_parity
-from qwen3ft.storage import find_damage, read_json_lines, write_json_atomic, write_manifest
+from qwen3ft.files import find_damage, read_json_lines, write_json_atomic, write_manifest
+from qwen3ft.machine.memory import MemoryOptimizer
+from qwen3ft.model.hub import check_model_folder
+from qwen3ft.records.export_records import ADAPTER, MERGED, REQUANTISED, ExportRequest, ParityReport
+from qwen3ft.serving.export import export_adapter
+from qwen3ft.serving.held_out import find_held_out
+from qwen3ft.serving.merge import merge_adapter, read_scale
+from qwen3ft.serving.parity import measure_parity
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ from qwen3ft.errors import (
     WorkerCrashedError,
     error_kinds,
 )
-from qwen3ft.failures import memory_numbers, to_error, to_failure, translate, translate_exit
+from qwen3ft.jobs.failures import memory_numbers, to_error, to_failure, translate, translate_exit
 
 
 @pytest.mark.parametrize("error", GPU_MEMORY_ERRORS, ids=lambda error: str(error)[:50])
@@ -303,6 +303,6 @@ def test_credentials_in_foreign_messages_are_masked() -> None:
 
 def test_importing_this_module_needs_no_torch() -> None:
     """The flow's process may translate without loading what it translates from."""
-    code = "import sys, qwen3ft.failures; assert 'torch' not in sys.modules"
+    code = "import sys, qwen3ft.jobs.failures; assert 'torch' not in sys.modules"
     with warnings.catch_warnings():
         subprocess.run([sys.executable, "-c", code], check=True)

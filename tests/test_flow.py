@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from flow_project import MODEL, FlowProject
 
-from qwen3ft.attempt import RunDir
+from qwen3ft.jobs.folders import RunDir
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,7 +48,7 @@ def mlflow_runs(project: FlowProject, run: RunDir) -> tuple[Any, list[Any]]:
     """The parent run of a run folder, and its children."""
     from mlflow import MlflowClient
 
-    from qwen3ft.cursor import parent_run_id
+    from qwen3ft.tracking.cursor import parent_run_id
 
     client = MlflowClient(project.tracking_uri)
     parent = client.get_run(parent_run_id(run))
@@ -84,8 +84,8 @@ def test_the_card_of_a_run_tells_its_story_on_disk_and_in_mlflow(
     """Data, plan, curves and answers of this run; the same files in both places; few keys."""
     from mlflow import MlflowClient
 
-    from qwen3ft.result_records import RunCard
-    from qwen3ft.run_metrics import METRICS, TAGS
+    from qwen3ft.records.evaluation import RunCard
+    from qwen3ft.tracking.run_metrics import METRICS, TAGS
 
     _, run = finished
     card = RunCard.model_validate_json((run.path / "card.json").read_text())
@@ -163,7 +163,7 @@ def test_a_night_that_failed_is_taken_up_from_its_checkpoint_and_then_done(run_f
 
 def test_a_run_that_is_in_progress_is_not_taken_up_beside_it(run_flow: Any, finished: Any) -> None:
     """Two processes in one run's folder would mix their files."""
-    from qwen3ft.process_lock import held
+    from qwen3ft.locks import held
 
     _, run = finished
     with held(run.lock) as mine:
@@ -256,9 +256,9 @@ def test_a_failed_run_is_continued_from_its_last_checkpoint(
     """
     from test_judge import Handler, prefers, serving
 
-    from qwen3ft import gpu_lock
-    from qwen3ft.hub import resolve_model
-    from qwen3ft.model import read_snapshot, snapshot_target
+    from qwen3ft.machine import gpu_lock
+    from qwen3ft.model.hub import resolve_model
+    from qwen3ft.model.manager import read_snapshot, snapshot_target
 
     config = make_config()
     target = snapshot_target(config, resolve_model(config), "cpu")
@@ -300,8 +300,8 @@ def test_a_run_without_tracking_completes_and_is_sent_later(
     """MLflow refuses connections throughout: training is not touched, nothing is lost."""
     import tasks.promote
     from flows import around, story
-    from qwen3ft.cursor import outstanding
-    from qwen3ft.mirror import replay
+    from qwen3ft.tracking.cursor import outstanding
+    from qwen3ft.tracking.mirror import replay
 
     monkeypatch.setattr(around, "CLOSE_SECONDS", 1.0)
     monkeypatch.setattr(tasks.promote, "OUTAGE_SECONDS", 0.5)
@@ -322,7 +322,7 @@ def test_a_run_on_a_machine_that_another_run_holds_is_refused_before_it_does_any
     run_flow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It says who holds it; on a CPU only if runs there are to go one after another."""
-    from qwen3ft import gpu_lock
+    from qwen3ft.machine import gpu_lock
 
     monkeypatch.setenv(gpu_lock.FOLDER_VARIABLE, str(tmp_path))
     with gpu_lock.hold_card(gpu_lock.CPU, "the-other", when_busy="refuse", wait_seconds=0):

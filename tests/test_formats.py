@@ -20,8 +20,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen3ft import formats
-from qwen3ft.formats import RawRow, UnreadableFileError, read_raw
+from qwen3ft.data.readers import formats
+from qwen3ft.data.readers.formats import RawRow, UnreadableFileError, read_raw
 
 ROWS = [
     {"question": f'第{n}个,"问题"; a\tb|c 😀', "answer": f"line 1\nline {n}\r\nend", "kind": "x"}
@@ -244,7 +244,7 @@ def test_a_large_sound_element_is_read_whatever_came_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also when too much was read in vain for long elements to be tried again."""
-    from qwen3ft import json_stream
+    from qwen3ft.data.readers import json_stream
 
     monkeypatch.setattr(json_stream, "_LEAST_IN_VAIN", -(2**40))
     big = {"q": "big", "r": ["y" * 1000] * 3000}

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from qwen3ft.fused import attention, offload
-from qwen3ft.fused.attention import Segments, attend, attend_backward
-from qwen3ft.fused.offload import HostStash
+from qwen3ft.training.fused import attention, offload
+from qwen3ft.training.fused.attention import Segments, attend, attend_backward
+from qwen3ft.training.fused.offload import HostStash
 
 
 def segments_of(*lengths: int, device: str = "cpu") -> Segments:

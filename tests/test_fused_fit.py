@@ -15,13 +15,13 @@ from test_plan import QWEN3_4B, QWEN3_14B, TINY, environment, manifest, snapshot
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import ConfigError, InsufficientMemoryError
-from qwen3ft.footprint import fused_sizes, predict_memory
-from qwen3ft.fused_footprint import FusedSizes
-from qwen3ft.fused_options import HOST_SHARE, step_seconds, waiting_bytes
-from qwen3ft.lora import plan_adapter
-from qwen3ft.plan import build_plan, workload_of
-from qwen3ft.recompute import ON_DEVICE, Level, offload_evenly
-from qwen3ft.records import GIB, EnvironmentReport, ModelShape, TrainPlan
+from qwen3ft.model.adapter import plan_adapter
+from qwen3ft.planning.footprint import fused_sizes, predict_memory
+from qwen3ft.planning.fused_footprint import FusedSizes
+from qwen3ft.planning.fused_settings import HOST_SHARE, step_seconds, waiting_bytes
+from qwen3ft.planning.plan import build_plan, workload_of
+from qwen3ft.planning.recompute import ON_DEVICE, Level, offload_evenly
+from qwen3ft.records.plan import GIB, EnvironmentReport, ModelShape, TrainPlan
 
 BUDGETS_GB = (4.0, 6.0, 8.0, 13.0, 24.0, 80.0)
 LENGTHS = (256, 2048, 32768)

@@ -29,7 +29,7 @@ from fused_cases import (
     wide,
 )
 
-from qwen3ft.fused import reference
+from qwen3ft.training.fused import reference
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # (tokens, hidden, heads, head_dim, intermediate, rows, vocabulary)
@@ -90,7 +90,7 @@ def same(ours: torch.Tensor, theirs: torch.Tensor, atol: float = 5e-5) -> None:
 
 def twins(name: str, *arguments: Any, atol: float = 5e-5) -> None:
     """Kernel and reference give the same, leave the same behind, and no more."""
-    from qwen3ft.fused import kernels
+    from qwen3ft.training.fused import kernels
 
     def run(function: Callable[..., Any], copies: list[Any]) -> list[torch.Tensor]:
         result = function(*copies)
@@ -274,6 +274,6 @@ def test_offsets_beyond_31_bits(device: str) -> None:
 
 
 def _kernels() -> Any:
-    from qwen3ft.fused import kernels
+    from qwen3ft.training.fused import kernels
 
     return kernels

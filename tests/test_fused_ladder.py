@@ -8,10 +8,10 @@ import pytest
 from test_plan import QWEN3_4B, environment, manifest, snapshot
 
 from qwen3ft.config import TrainingConfig
-from qwen3ft.ladder import next_rungs, without_host_memory
-from qwen3ft.lora import plan_adapter
-from qwen3ft.plan import build_plan, repredict
-from qwen3ft.records import TrainPlan
+from qwen3ft.model.adapter import plan_adapter
+from qwen3ft.planning.plan import build_plan, repredict
+from qwen3ft.records.plan import TrainPlan
+from qwen3ft.recovery.ladder import next_rungs, without_host_memory
 
 
 def fused_plan(sequence_tokens: int = 256, **wanted: Any) -> TrainPlan:

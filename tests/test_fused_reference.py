@@ -14,7 +14,7 @@ from fused_cases import (
     wide,
 )
 
-from qwen3ft.fused import reference
+from qwen3ft.training.fused import reference
 
 
 def double(*tensors: torch.Tensor) -> list[torch.Tensor]:

@@ -23,11 +23,11 @@ from fused_models import (
     shape_of,
 )
 
-from qwen3ft.batches import IGNORED, PackedCollator
-from qwen3ft.fused import attention, reference
-from qwen3ft.fused.kept import Kept
-from qwen3ft.fused.step import FusedStep
-from qwen3ft.recompute import ON_DEVICE, Level, kept_bytes_per_token
+from qwen3ft.planning.recompute import ON_DEVICE, Level, kept_bytes_per_token
+from qwen3ft.training.batches import IGNORED, PackedCollator
+from qwen3ft.training.fused import attention, reference
+from qwen3ft.training.fused.kept import Kept
+from qwen3ft.training.fused.step import FusedStep
 
 TENSORS = (torch.Tensor, torch.nn.Parameter)
 LENGTHS = (7, 30, 12, 51)
@@ -272,7 +272,7 @@ def rounded(
     if device == "cuda":
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
-        from qwen3ft.fused import kernels as ops  # type: ignore[no-redef]
+        from qwen3ft.training.fused import kernels as ops  # type: ignore[no-redef]
     case = CASES["embedded"]
     model = build(case, tmp_path_factory.mktemp("model"), torch.bfloat16, device)
     return model, in_fp32(model, case), ops

@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import gate
 from benchmarks.gate_nights import Night, all_nights, champion_night, clean_rows
-from qwen3ft.ability import ability_rows
 from qwen3ft.config import TrainingConfig
+from qwen3ft.evaluation.ability import ability_rows
 
 NIGHTS = all_nights(gate.GOOD, gate.BAD)
 

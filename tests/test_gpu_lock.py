@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 
-from qwen3ft import gpu_lock
-from qwen3ft.attempt import RunDir
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import EnvironmentNotReadyError
-from qwen3ft.gpu_lock import CPU, hold_card, read_holder
-from qwen3ft.records import GpuInfo
+from qwen3ft.jobs.folders import RunDir
+from qwen3ft.machine import gpu_lock
+from qwen3ft.machine.gpu_lock import CPU, hold_card, read_holder
+from qwen3ft.records.plan import GpuInfo
 
 CARD = "GPU-6a3b0f52-0000-1111-2222-333344445555"
 
@@ -293,6 +293,7 @@ def test_a_thousand_contended_starts(tmp_path: Path) -> None:
 def test_locking_loads_neither_torch_nor_nvml() -> None:
     """The flow's process takes the lock."""
     program = (
-        "import sys, qwen3ft.gpu_lock; sys.exit(bool({'torch', 'pynvml'} & sys.modules.keys()))"
+        "import sys, qwen3ft.machine.gpu_lock;"
+        "sys.exit(bool({'torch', 'pynvml'} & sys.modules.keys()))"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -12,10 +12,17 @@ import psutil
 import pynvml
 import pytest
 
-from qwen3ft import gpus
 from qwen3ft.errors import EnvironmentNotReadyError
-from qwen3ft.gpus import CardProcess, CardUse, card_use, free_bytes, processes_on, visible_gpus
-from qwen3ft.records import GIB
+from qwen3ft.machine import gpus
+from qwen3ft.machine.gpus import (
+    CardProcess,
+    CardUse,
+    card_use,
+    free_bytes,
+    processes_on,
+    visible_gpus,
+)
+from qwen3ft.records.plan import GIB
 
 CARD = "GPU-1"
 
@@ -119,7 +126,7 @@ def test_what_holds_a_card_is_told_in_words() -> None:
 
 def test_looking_at_cards_loads_no_torch() -> None:
     """The flow's process looks before each attempt."""
-    program = "import sys, qwen3ft.shared_card; sys.exit('torch' in sys.modules)"
+    program = "import sys, qwen3ft.recovery.shared_gpu; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 

@@ -21,7 +21,6 @@ from registered import MODEL, add_version, copy_database, stored_adapter
 from test_promote import BASE, GOOD, gain, report, saved
 
 from flows import cli
-from qwen3ft import aliases
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import (
     ChampionChangedError,
@@ -30,7 +29,8 @@ from qwen3ft.errors import (
     SaveError,
     TrackingUnavailableError,
 )
-from qwen3ft.history import (
+from qwen3ft.registry import aliases
+from qwen3ft.registry.moves import (
     Aliases,
     Change,
     Move,
@@ -40,9 +40,9 @@ from qwen3ft.history import (
     this_person,
     to_tag,
 )
-from qwen3ft.promotion_lock import promotion_lock
-from qwen3ft.registry import Registry
-from qwen3ft.tracking import Connection, connect
+from qwen3ft.registry.promotion_lock import promotion_lock
+from qwen3ft.registry.registry import Registry
+from qwen3ft.tracking.tracking import Connection, connect
 from tasks.promote import promote as promote_task
 
 ROOT = Path(__file__).parent.parent

@@ -9,8 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from qwen3ft.host_optimizer import HostAdamW
-from qwen3ft.training_state import load_optimizer_state, read_training_state, write_training_state
+from qwen3ft.training.host_optimizer import HostAdamW
+from qwen3ft.training.training_state import (
+    load_optimizer_state,
+    read_training_state,
+    write_training_state,
+)
 
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -99,8 +103,8 @@ def test_a_training_with_it_ends_like_one_without(tmp_path: Path, make_plan: Any
     """Through the worker's own code, over a checkpoint and an evaluation."""
     from safetensors.torch import load_file
 
-    from qwen3ft import worker
-    from qwen3ft.attempt import RunDir
+    from qwen3ft.jobs.folders import RunDir
+    from qwen3ft.worker import jobs as worker
 
     adapters = []
     for offload in (False, True):

@@ -18,8 +18,7 @@ from finished_run import (
     write_checkpoint,
 )
 
-from qwen3ft.ability import ability_rows
-from qwen3ft.chat import generation_prompt, prompt_ids, tokenize_rows
+from qwen3ft.chat.rendering import generation_prompt, prompt_ids, tokenize_rows
 from qwen3ft.config import TrainingConfig
 from qwen3ft.embedded import DATA_DIR, MODEL_DIR
 from qwen3ft.errors import (
@@ -29,16 +28,22 @@ from qwen3ft.errors import (
     OutOfMemoryError,
     SaveError,
 )
-from qwen3ft.gate_policy import GatePolicy
-from qwen3ft.generation import in_batches
-from qwen3ft.inference import InferenceTester, answer_loss, answer_questions, run_inference
-from qwen3ft.model import ModelManager
-from qwen3ft.promote import decide
-from qwen3ft.records import ModelSnapshot, SavedAdapter
-from qwen3ft.requests import InferenceRequest
-from qwen3ft.result_records import Champion, InferenceReport
-from qwen3ft.save import save_adapter
-from qwen3ft.storage import read_json_lines, read_manifest_facts, write_manifest
+from qwen3ft.evaluation.ability import ability_rows
+from qwen3ft.evaluation.gate import GatePolicy
+from qwen3ft.evaluation.generation import in_batches
+from qwen3ft.evaluation.inference import (
+    InferenceTester,
+    answer_loss,
+    answer_questions,
+    run_inference,
+)
+from qwen3ft.evaluation.promote import decide
+from qwen3ft.files import read_json_lines, read_manifest_facts, write_manifest
+from qwen3ft.model.manager import ModelManager
+from qwen3ft.model.save_adapter import save_adapter
+from qwen3ft.records.evaluation import Champion, InferenceReport
+from qwen3ft.records.plan import ModelSnapshot, SavedAdapter
+from qwen3ft.records.requests import InferenceRequest
 
 CHAMPION_STEPS, CANDIDATE_STEPS = 6, 40
 
@@ -201,7 +206,7 @@ def test_what_a_model_answered_is_not_generated_again(
         assert again.model_copy(update={"label": theirs}) == before
     longer = other.config.model_copy(update={"max_new_tokens": 17})
     changed = other.model_copy(update={"config": longer, "champion": None})
-    monkeypatch.setattr("qwen3ft.inference.ability_rows", lambda _: [])
+    monkeypatch.setattr("qwen3ft.evaluation.inference.ability_rows", lambda _: [])
     report = run_inference(changed, lambda phase, _: phases.add(phase))
     assert report.generated == dict.fromkeys(("base", "candidate"), night.config.inference_rows)
     assert "base answers" in phases

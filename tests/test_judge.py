@@ -18,18 +18,24 @@ from typing import Any
 import pytest
 from told_run import CHAMPION, JUDGE, make_facts, make_report
 
-from qwen3ft.card import build_card
-from qwen3ft.card_html import to_html
-from qwen3ft.card_markdown import to_markdown
 from qwen3ft.config import TrainingConfig, parse_config
 from qwen3ft.errors import ConfigError
-from qwen3ft.inference_report import InferenceReport
-from qwen3ft.judge import INSTRUCTION, choose_pairs, judge_answers, make_messages, read_choice
-from qwen3ft.judge_client import Limits
-from qwen3ft.promote import decide
-from qwen3ft.records import SavedAdapter
-from qwen3ft.result_records import JudgeReport, SideBySide
-from qwen3ft.run_metrics import report_metrics
+from qwen3ft.evaluation.comparison import InferenceReport
+from qwen3ft.evaluation.judge import (
+    INSTRUCTION,
+    choose_pairs,
+    judge_answers,
+    make_messages,
+    read_choice,
+)
+from qwen3ft.evaluation.judge_client import Limits
+from qwen3ft.evaluation.promote import decide
+from qwen3ft.records.evaluation import JudgeReport, SideBySide
+from qwen3ft.records.plan import SavedAdapter
+from qwen3ft.report.build import build_card
+from qwen3ft.report.html import to_html
+from qwen3ft.report.markdown import to_markdown
+from qwen3ft.tracking.run_metrics import report_metrics
 from tasks.inference import with_judge
 
 KEY = "not-a-known-form-of-key-1234"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from qwen3ft.late import LateNumbers, StepNumbers
+from qwen3ft.training.late_metrics import LateNumbers, StepNumbers
 
 
 def put(numbers: LateNumbers, step: int, device: str = "cpu") -> StepNumbers:

@@ -15,15 +15,12 @@ import psutil
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from qwen3ft import checkpoint, faults, leak_watch
-from qwen3ft.adjust import Retry, decide
-from qwen3ft.attempt import RunDir
 from qwen3ft.errors import ConfigError, MemoryLeakError
-from qwen3ft.failures import to_failure
-from qwen3ft.fragmentation import CLEAN_READINGS, WINDOW, FragmentationDetector
-from qwen3ft.launcher import run_worker
-from qwen3ft.leak_watch import LeakWatch
-from qwen3ft.leaks import (
+from qwen3ft.jobs.failures import to_failure
+from qwen3ft.jobs.folders import RunDir
+from qwen3ft.jobs.launcher import run_worker
+from qwen3ft.machine.fragmentation import CLEAN_READINGS, WINDOW, FragmentationDetector
+from qwen3ft.machine.leaks import (
     GROWTH_LIMIT_BYTES,
     MIB,
     Growth,
@@ -33,9 +30,12 @@ from qwen3ft.leaks import (
     must_stop,
     theil_sen,
 )
-from qwen3ft.memory import MemoryOptimizer
-from qwen3ft.memory_reading import MemoryReading, of_allocator, private_bytes
-from qwen3ft.records import GIB, AttemptOutcome
+from qwen3ft.machine.memory import MemoryOptimizer
+from qwen3ft.machine.memory_reading import MemoryReading, of_allocator, private_bytes
+from qwen3ft.records.plan import GIB, AttemptOutcome
+from qwen3ft.recovery.adjust import Retry, decide
+from qwen3ft.training import checkpoint, faults, leak_watch
+from qwen3ft.training.leak_watch import LeakWatch
 
 LEVEL = 600 * MIB
 

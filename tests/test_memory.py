@@ -16,15 +16,15 @@ import psutil
 import pynvml
 import pytest
 
-from qwen3ft import memory as memory_module
-from qwen3ft import process_memory
 from qwen3ft.config import load_config, parse_config
 from qwen3ft.errors import ConfigError, OutOfMemoryError
-from qwen3ft.footprint import CUDA_CONTEXT_BYTES
-from qwen3ft.gpus import visible_gpus
-from qwen3ft.memory import MemoryOptimizer
-from qwen3ft.process_memory import process_bytes
-from qwen3ft.records import GIB, MemoryStatus
+from qwen3ft.machine import memory as memory_module
+from qwen3ft.machine import process_memory
+from qwen3ft.machine.gpus import visible_gpus
+from qwen3ft.machine.memory import MemoryOptimizer
+from qwen3ft.machine.process_memory import process_bytes
+from qwen3ft.planning.footprint import CUDA_CONTEXT_BYTES
+from qwen3ft.records.plan import GIB, MemoryStatus
 
 
 def run_python(program: str) -> str:

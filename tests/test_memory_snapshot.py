@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from qwen3ft.memory_reading import MemoryReading
-from qwen3ft.memory_snapshot import PeakKeeper, write_report, write_segments
-from qwen3ft.resident import Mapping, mapping_class, read_resident, resident_text
-from qwen3ft.segments import (
+from qwen3ft.machine.memory_reading import MemoryReading
+from qwen3ft.machine.memory_report import Mapping, mapping_class, read_resident, resident_text
+from qwen3ft.machine.memory_snapshot import PeakKeeper, write_report, write_segments
+from qwen3ft.machine.segments import (
     IN_USE,
     UNUSED,
     WAITING,
@@ -25,7 +25,7 @@ from qwen3ft.segments import (
     totals,
     where_of,
 )
-from qwen3ft.segments_page import SEGMENTS_DRAWN, segments_page, size_text
+from qwen3ft.machine.segments_page import SEGMENTS_DRAWN, segments_page, size_text
 
 MIB = 2**20
 STEP = {"filename": "/srv/qwen3ft/fused/step.py", "line": 12, "name": "forward"}
@@ -235,7 +235,7 @@ def test_on_a_gpu_the_report_shows_what_is_alive(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    from qwen3ft.memory_snapshot import record_history
+    from qwen3ft.machine.memory_snapshot import record_history
 
     record_history()
     kept = torch.ones(64 * MIB, dtype=torch.uint8, device="cuda")

@@ -16,9 +16,8 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from qwen3ft import hub
-from qwen3ft.chat import load_tokenizer
-from qwen3ft.data import DataPipeline
+from qwen3ft.chat.rendering import load_tokenizer
+from qwen3ft.data.pipeline import DataPipeline
 from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.errors import (
     ConfigError,
@@ -29,9 +28,10 @@ from qwen3ft.errors import (
     QuantizationError,
     TokenizerError,
 )
-from qwen3ft.lora import LoRAAdapter, plan_adapter
-from qwen3ft.model import ModelManager, read_snapshot, snapshot_target
-from qwen3ft.storage import sha256_file
+from qwen3ft.files import sha256_file
+from qwen3ft.model import hub
+from qwen3ft.model.adapter import LoRAAdapter, plan_adapter
+from qwen3ft.model.manager import ModelManager, read_snapshot, snapshot_target
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -303,7 +303,7 @@ def test_settings_that_fail_fall_back_and_mark_the_snapshot(
     tmp_path: Path, make_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If NF4 with double quantisation cannot be had, plain NF4 is used and said to be degraded."""
-    from qwen3ft.requests import QuantizeRequest
+    from qwen3ft.records.requests import QuantizeRequest
 
     config = make_config(cache_dir=str(tmp_path))
     source = hub.resolve_model(config)
@@ -372,7 +372,7 @@ def test_the_shipped_model_is_what_the_snapshot_came_from(snapshot: Any) -> None
 def test_bitsandbytes_does_not_bring_torchs_compiler() -> None:
     """Nor is `torch.compile` another one afterwards."""
     program = (
-        "import sys, torch; compile = torch.compile; import qwen3ft.lean_bitsandbytes;"
+        "import sys, torch; compile = torch.compile; import qwen3ft.model.lean_bitsandbytes;"
         "assert torch.compile is compile and hasattr(sys.modules['bitsandbytes'], 'nn');"
         "print([name for name in sys.modules if name.startswith('torch._inductor.compile_fx')])"
     )

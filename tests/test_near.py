@@ -10,9 +10,9 @@ from random import Random
 import numpy as np
 import pytest
 
+from qwen3ft.data.near_duplicates import BUCKET_ROWS, NearDuplicates, as_text
+from qwen3ft.data.text_features import are_near, features, jaccard
 from qwen3ft.embedded import DATA_DIR
-from qwen3ft.near import BUCKET_ROWS, NearDuplicates, as_text
-from qwen3ft.shingles import are_near, features, jaccard
 
 LATIN = ["".join(Random(i).choices("abcdefghijklmnop", k=3 + i % 6)) for i in range(4000)]
 CHINESE = [chr(0x4E00 + 5 * i) for i in range(2500)]

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from qwen3ft.attempt import RunDir
 from qwen3ft.config import TrainingConfig
-from qwen3ft.night import (
+from qwen3ft.jobs.folders import RunDir
+from qwen3ft.operations.night import (
     DEFERRED,
     REQUEST_TAG,
     SETTINGS_TAG,
@@ -95,7 +95,7 @@ def test_the_request_is_found_without_torch_and_without_a_process(tmp_path: Path
         "def refuse(*a, **k): raise AssertionError('a process was started')\n"
         "subprocess.Popen.__init__ = refuse\n"
         "from qwen3ft.config import TrainingConfig\n"
-        "from qwen3ft.night import describe_request\n"
+        "from qwen3ft.operations.night import describe_request\n"
         f"describe_request(TrainingConfig(model_name='embedded', cache_dir={str(tmp_path)!r}))\n"
         "print(sorted({'torch', 'transformers', 'pynvml'} & set(sys.modules)))"
     )
@@ -171,7 +171,7 @@ def test_a_failed_night_is_no_matter_of_later_nights(tmp_path: Path) -> None:
 def test_a_night_whose_process_was_killed_is_taken_up(tmp_path: Path) -> None:
     """While it lives, a second start is told where it runs; after SIGKILL the lock is free."""
     program = (
-        "import sys, time; from pathlib import Path; from qwen3ft.night import *\n"
+        "import sys, time; from pathlib import Path; from qwen3ft.operations.night import *\n"
         "request = Request(sha256='a' * 64, settings_sha256='c' * 64, files=1)\n"
         "with claim_night(Path(sys.argv[1]), sys.argv[2], request, 'one'):\n"
         "    print('mine', flush=True); time.sleep(60)"

@@ -20,7 +20,7 @@ from flows.nightly import (
 from flows.taking_up import check_resumes
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import FinetuneError
-from qwen3ft.night import Request, claim_night, nights_folder
+from qwen3ft.operations.night import Request, claim_night, nights_folder
 
 REQUEST = Request(sha256="a" * 64, settings_sha256="b" * 64, files=1)
 

@@ -14,7 +14,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen3ft.batches import (
+from qwen3ft.planning.packing import (
+    WorstCase,
+    epoch_batches,
+    epoch_order,
+    pack,
+    row_tokens,
+    rows_at_a_time,
+    worst_case,
+)
+from qwen3ft.training.batches import (
     IGNORED,
     EffectiveBatchOrder,
     PackedCollator,
@@ -24,16 +33,7 @@ from qwen3ft.batches import (
     real_tokens,
     trained_tokens,
 )
-from qwen3ft.loss import summed_loss
-from qwen3ft.packing import (
-    WorstCase,
-    epoch_batches,
-    epoch_order,
-    pack,
-    row_tokens,
-    rows_at_a_time,
-    worst_case,
-)
+from qwen3ft.training.loss import summed_loss
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 
@@ -262,7 +262,7 @@ def model(request: pytest.FixtureRequest) -> Any:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from qwen3ft.embedded import MODEL_DIR
-    from qwen3ft.model import keep_trainable_after_eval
+    from qwen3ft.model.manager import keep_trainable_after_eval
 
     settings: dict[str, Any] = {}
     if request.param == "nf4":
@@ -356,8 +356,8 @@ def test_the_prediction_counts_what_autograd_keeps_of_a_packed_row(model: Any) -
     """Within 2 % for the layers: the mask that SDPA keeps in each is as wide as the whole row."""
     from peft.tuners.lora import LoraLayer
 
-    from qwen3ft.footprint import Workload, layer_bytes_per_token
-    from qwen3ft.records import AdapterSpec, ModelShape
+    from qwen3ft.planning.footprint import Workload, layer_bytes_per_token
+    from qwen3ft.records.plan import AdapterSpec, ModelShape
 
     batch = PackedCollator(0)(make_rows([100, 200, 150, 40]))
     tokens = batch["input_ids"].numel()
@@ -415,9 +415,9 @@ def test_the_plan_packs_on_a_gpu_or_where_asked(
     expected: bool,
 ) -> None:
     """And says why; a packed plan is predicted to take no less than its padded twin."""
-    from qwen3ft.lora import plan_adapter
-    from qwen3ft.plan import build_plan, repredict, workload_of
-    from qwen3ft.records import GpuInfo
+    from qwen3ft.model.adapter import plan_adapter
+    from qwen3ft.planning.plan import build_plan, repredict, workload_of
+    from qwen3ft.records.plan import GpuInfo
 
     card = GpuInfo(
         index=0, name="G", uuid="U", total_bytes=2**34, free_bytes=2**34, driver_version="1"
@@ -440,9 +440,9 @@ def test_long_rows_that_fit_padded_alone_are_not_refused(
 ) -> None:
     """Where the mask of a packed row is what does not fit, 'auto' falls back to padded rows."""
     from qwen3ft.errors import InsufficientMemoryError
-    from qwen3ft.lora import plan_adapter
-    from qwen3ft.plan import build_plan
-    from qwen3ft.records import GpuInfo
+    from qwen3ft.model.adapter import plan_adapter
+    from qwen3ft.planning.plan import build_plan
+    from qwen3ft.records.plan import GpuInfo
 
     card = GpuInfo(
         index=0, name="G", uuid="U", total_bytes=2**34, free_bytes=2**34, driver_version="1"

@@ -213,7 +213,7 @@ def test_a_shape_is_measured_by_its_first_layers(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     from qwen3ft.config import TrainingConfig
-    from qwen3ft.model import ModelManager
+    from qwen3ft.model.manager import ModelManager
 
     torch.manual_seed(0)
     config = Qwen3Config(

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3ft.config import TrainingConfig
-from qwen3ft.data_records import DatasetManifest, LengthSummary
 from qwen3ft.errors import DataLoadingError, InsufficientMemoryError
-from qwen3ft.footprint import Workload, layer_bytes_per_token, predict_memory
-from qwen3ft.lora import plan_adapter
-from qwen3ft.plan import build_plan, largest_micro_batch_below, repredict
-from qwen3ft.records import (
+from qwen3ft.model.adapter import plan_adapter
+from qwen3ft.planning.footprint import Workload, layer_bytes_per_token, predict_memory
+from qwen3ft.planning.plan import build_plan, largest_micro_batch_below, repredict
+from qwen3ft.records.data import DatasetManifest, LengthSummary
+from qwen3ft.records.plan import (
     GIB,
     EnvironmentReport,
     GpuInfo,

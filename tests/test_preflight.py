@@ -10,20 +10,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from qwen3ft import faults, preflight_batches
-from qwen3ft.attempt import RunDir
-from qwen3ft.batches import EffectiveBatchOrder, step_sampler
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import ConfigError, InsufficientMemoryError, OutOfMemoryError
-from qwen3ft.failures import to_failure
-from qwen3ft.lora import plan_adapter
-from qwen3ft.packing import row_tokens
-from qwen3ft.plan import build_plan, repredict
-from qwen3ft.preflight import measure_first, shortened, why_skipped
-from qwen3ft.preflight_batches import find_worst, read_lengths
-from qwen3ft.preflight_cache import keep_report, read_report, report_key, report_path
-from qwen3ft.preflight_policy import corrected_budget_gb, decide, replan, too_little_memory
-from qwen3ft.preflight_records import (
+from qwen3ft.jobs.failures import to_failure
+from qwen3ft.jobs.folders import RunDir
+from qwen3ft.model.adapter import plan_adapter
+from qwen3ft.planning.packing import row_tokens
+from qwen3ft.planning.plan import build_plan, repredict
+from qwen3ft.preflight import worst_batches as preflight_batches
+from qwen3ft.preflight.cache import keep_report, read_report, report_key, report_path
+from qwen3ft.preflight.policy import corrected_budget_gb, decide, replan, too_little_memory
+from qwen3ft.preflight.report import GROUPS, measured_report, out_of_memory_report, to_markdown
+from qwen3ft.preflight.stage import measure_first, shortened, why_skipped
+from qwen3ft.preflight.worst_batches import find_worst, read_lengths
+from qwen3ft.records.plan import GIB, GpuInfo, TrainPlan
+from qwen3ft.records.preflight import (
     Measurement,
     PhaseMemory,
     PreflightReport,
@@ -31,8 +32,8 @@ from qwen3ft.preflight_records import (
     WorstBatch,
     WorstBatches,
 )
-from qwen3ft.preflight_report import GROUPS, measured_report, out_of_memory_report, to_markdown
-from qwen3ft.records import GIB, GpuInfo, TrainPlan
+from qwen3ft.training import faults
+from qwen3ft.training.batches import EffectiveBatchOrder, step_sampler
 
 BATCHES = WorstBatches(
     train=(WorstBatch(chosen_for=("most tokens",), rows=(3, 1), lengths=(9, 7), slots=18),),
@@ -105,8 +106,8 @@ def test_a_second_epoch_can_hold_the_worst_micro_batch(four: Any) -> None:
 
 def test_a_fused_plan_also_runs_the_row_that_keeps_most(four: Any) -> None:
     """Fused rows keep as much as fits: one smaller than the largest may take more."""
-    from qwen3ft.footprint import fused_sizes
-    from qwen3ft.plan import workload_of
+    from qwen3ft.planning.footprint import fused_sizes
+    from qwen3ft.planning.plan import workload_of
 
     plan = four(kernels="fused", packing=True, chunk_tokens=1024, total_steps=40)
     sizes = fused_sizes(plan.model.shape, plan.adapter, workload_of(plan))
@@ -450,8 +451,8 @@ def replanned(
 
 def count_workers(patch: pytest.MonkeyPatch, started: list[str]) -> None:
     """Note the kinds of the workers that a preflight starts; they run all the same."""
-    from qwen3ft import preflight
-    from qwen3ft.launcher import run_worker
+    from qwen3ft.jobs.launcher import run_worker
+    from qwen3ft.preflight import stage as preflight
 
     def counting(kind: str, *arguments: Any, **named: Any) -> Any:
         started.append(kind)

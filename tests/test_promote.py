@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 
-from qwen3ft.gate_policy import GatePolicy
-from qwen3ft.promote import decide
-from qwen3ft.records import SavedAdapter
-from qwen3ft.result_records import (
+from qwen3ft.evaluation.gate import GatePolicy
+from qwen3ft.evaluation.promote import decide
+from qwen3ft.records.evaluation import (
     Champion,
     Comparison,
     InferenceReport,
@@ -18,6 +17,7 @@ from qwen3ft.result_records import (
     ModelScore,
     RivalLabel,
 )
+from qwen3ft.records.plan import SavedAdapter
 
 CHAMPION = Champion(registered_model="qwen3ft-embedded", version="3", source_uri="models:/x/3")
 FORM = {"stops by itself": 1.0, "language of the question": 1.0}

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen3ft.quality import (
+from qwen3ft.evaluation.answers import (
     Question,
     answers_are_sound,
     choose_questions,
@@ -16,7 +16,7 @@ from qwen3ft.quality import (
     normalise,
     split_thinking,
 )
-from qwen3ft.result_records import SideBySide
+from qwen3ft.records.evaluation import SideBySide
 
 
 @pytest.mark.parametrize(

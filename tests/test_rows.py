@@ -16,24 +16,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen3ft import formats
 from qwen3ft.config import ColumnNames, TrainingConfig
-from qwen3ft.errors import DataLoadingError
-from qwen3ft.qa_row import BadRow, QaRow, messages_of
-from qwen3ft.rows import (
+from qwen3ft.data.qa_row import BadRow, QaRow, messages_of
+from qwen3ft.data.readers import formats
+from qwen3ft.data.rows import (
     UNREADABLE_FILE,
     RowRules,
     excerpt,
     read_file,
     split_reasoning,
 )
-from qwen3ft.sources import (
+from qwen3ft.data.sources import (
     EMBEDDED_SPLITS,
     SAMPLE_DATA,
     SourceFile,
     fingerprint_sources,
     resolve_sources,
 )
+from qwen3ft.errors import DataLoadingError
 
 GOOD = {"question": "Which day?", "answer": "Friday"}
 
@@ -523,7 +523,7 @@ def test_the_flows_side_of_the_data_stage_imports_no_heavy_library() -> None:
     """Finding out whether data changed costs neither torch nor transformers nor datasets."""
     code = (
         "import sys; from qwen3ft.config import TrainingConfig;"
-        "from qwen3ft.data import fingerprint_sources, dataset_target, read_manifest;"
+        "from qwen3ft.data.pipeline import fingerprint_sources, dataset_target, read_manifest;"
         "fingerprint_sources(TrainingConfig(model_name='embedded'));"
         "print({'torch', 'transformers', 'datasets', 'prefect', 'mlflow'} & set(sys.modules))"
     )

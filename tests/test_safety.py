@@ -16,8 +16,8 @@ import pytest
 from stdnum import luhn
 from stdnum.cn import ric
 
+from qwen3ft.data.safety import mask, scan
 from qwen3ft.logs import mask_secrets
-from qwen3ft.safety import mask, scan
 
 LETTERS = "abcdefghijkmnopqrstuvwxyzABCDEFGHJKLMNPQRSTUVWXYZ"
 

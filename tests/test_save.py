@@ -20,20 +20,20 @@ from finished_run import (
     write_checkpoint,
 )
 
-from qwen3ft.attempt import write_record
 from qwen3ft.config import TrainingConfig
 from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.errors import CheckpointCorruptError, DivergedError, SaveError
-from qwen3ft.records import ModelSource
-from qwen3ft.save import save_adapter
-from qwen3ft.saved_adapter import (
+from qwen3ft.files import MANIFEST_NAME, find_damage, sha256_file, write_manifest
+from qwen3ft.jobs.folders import write_record
+from qwen3ft.model.save_adapter import save_adapter
+from qwen3ft.model.saved_adapter import (
     ADAPTER_FILE,
     find_non_finite,
     read_header,
     read_run_card,
     was_trained_to_think,
 )
-from qwen3ft.storage import MANIFEST_NAME, find_damage, sha256_file, write_manifest
+from qwen3ft.records.plan import ModelSource
 
 
 @pytest.fixture(scope="module")

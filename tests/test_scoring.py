@@ -10,19 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen3ft.answer_loss import RowLoss
-from qwen3ft.bootstrap import weighted_gain
-from qwen3ft.form_checks import check_form, language_fits, thinking_is_well_formed
-from qwen3ft.metrics import answer_tokens, chrf, token_f1
-from qwen3ft.quality import Generated, Question
-from qwen3ft.result_records import RowScore
-from qwen3ft.scoring import (
+from qwen3ft.evaluation.answer_loss import RowLoss
+from qwen3ft.evaluation.answers import Generated, Question
+from qwen3ft.evaluation.bootstrap import weighted_gain
+from qwen3ft.evaluation.form_checks import check_form, language_fits, thinking_is_well_formed
+from qwen3ft.evaluation.scoring import (
     choose_main_metric,
     compare_models,
     run_checks,
     score_model,
     score_row,
 )
+from qwen3ft.evaluation.text_metrics import answer_tokens, chrf, token_f1
+from qwen3ft.records.evaluation import RowScore
 
 
 def generated(text: str, *, stopped: bool = True) -> Generated:

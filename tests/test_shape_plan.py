@@ -18,21 +18,21 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from flows.cli_plan_view import plan_lines, show_sweep, show_table
-from qwen3ft.cards import require_card
 from qwen3ft.config import TrainingConfig
 from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.errors import ConfigError, InsufficientMemoryError, ModelNotFoundError
-from qwen3ft.figures import write_png
-from qwen3ft.fit import choose, fit_or_none
-from qwen3ft.hub import check_model_folder
-from qwen3ft.lora import plan_adapter
-from qwen3ft.plan import build_plan, workload_of
-from qwen3ft.plan_table import PlanTable, run_table, shape_table
-from qwen3ft.plan_view import plan_figure, plan_markdown
-from qwen3ft.records import GIB
-from qwen3ft.shape_plan import TYPICAL_FILL, described_machine, shape_request
-from qwen3ft.shapes import KNOWN_MODELS, find_shape, known_shape, read_shape
-from qwen3ft.sweep import BUDGETS_GB, Sweep, sweep_model
+from qwen3ft.model.adapter import plan_adapter
+from qwen3ft.model.hub import check_model_folder
+from qwen3ft.model.shapes import KNOWN_MODELS, find_shape, known_shape, read_shape
+from qwen3ft.planning.fit import choose, fit_or_none
+from qwen3ft.planning.gpu_specs import require_card
+from qwen3ft.planning.plan import build_plan, workload_of
+from qwen3ft.planning.sweep import BUDGETS_GB, Sweep, sweep_model
+from qwen3ft.planning.table import PlanTable, run_table, shape_table
+from qwen3ft.planning.what_if import TYPICAL_FILL, described_machine, shape_request
+from qwen3ft.records.plan import GIB
+from qwen3ft.report.figures import write_png
+from qwen3ft.report.plan_section import plan_figure, plan_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 H200 = require_card("h200")

@@ -14,9 +14,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from qwen3ft.config import TrainingConfig
-from qwen3ft.errors import DataLoadingError, DownloadError
-from qwen3ft.formats import read_raw
-from qwen3ft.hub_data import (
+from qwen3ft.data.hub import (
     DatasetAccessError,
     DatasetNotFoundError,
     DatasetUnavailableError,
@@ -25,7 +23,8 @@ from qwen3ft.hub_data import (
     pin_dataset,
     select_files,
 )
-from qwen3ft.sources import (
+from qwen3ft.data.readers.formats import read_raw
+from qwen3ft.data.sources import (
     Fingerprint,
     SourceFile,
     digest_of,
@@ -33,6 +32,7 @@ from qwen3ft.sources import (
     pin_sources,
     resolve_sources,
 )
+from qwen3ft.errors import DataLoadingError, DownloadError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OLDER = "89abcdef0123456789abcdef0123456789abcdef"

@@ -112,7 +112,7 @@ def check_tokens(row: dict[str, Any]) -> None:
 
 
 def test_ours_runs_the_plan_of_the_product(tiny: tuple[dict[str, Any], str]) -> None:
-    from qwen3ft.packing import epoch_order
+    from qwen3ft.planning.packing import epoch_order
 
     row = row_of(tiny[0], "ours")
     lengths = expected_lengths()

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen3ft.sources import Role
-from qwen3ft.splits import (
+from qwen3ft.data.sources import Role
+from qwen3ft.data.splits import (
     DEV,
     DUPLICATE,
     HELD_OUT_ROLES,

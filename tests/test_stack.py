@@ -299,7 +299,7 @@ def test_old_flow_runs_are_counted_by_a_dry_run_and_removed_without_one(
 ) -> None:
     """Those that ended; one that has not ended stays, however old."""
     from flows import cli_clean
-    from qwen3ft.retention import Policy
+    from qwen3ft.operations.retention import Policy
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.chdir(stack.root)

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen3ft import checkpoint
-from qwen3ft.storage import (
+from qwen3ft.files import (
     append_json_line,
     build_folder,
     find_damage,
@@ -19,6 +18,7 @@ from qwen3ft.storage import (
     write_bytes_atomic,
     write_json_atomic,
 )
+from qwen3ft.training import checkpoint
 
 
 def make_folder(path: Path, content: bytes = b"x" * 1000) -> Path:
@@ -55,7 +55,7 @@ def test_writes_are_synced_before_the_rename_and_the_folder_after_it(tmp_path: P
         "    calls.append('rename'); real_replace(a, b)\n"
         "os.fsync, os.replace = fsync, replace\n"
         "from pathlib import Path\n"
-        "from qwen3ft.storage import write_bytes_atomic\n"
+        "from qwen3ft.files import write_bytes_atomic\n"
         "write_bytes_atomic(Path(sys.argv[1]), b'x')\n"
         "print(calls)\n"
     )

@@ -12,16 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from qwen3ft.chat import configure_tokenizer, load_tokenizer
-from qwen3ft.embedded import MODEL_DIR
-from qwen3ft.errors import TokenizerError
-from qwen3ft.templates import (
+from qwen3ft.chat.rendering import configure_tokenizer, load_tokenizer
+from qwen3ft.chat.templates import (
     KNOWN_TEMPLATES,
     ThinkingSupport,
     apply_template,
     identify_template,
     probe_thinking,
 )
+from qwen3ft.embedded import MODEL_DIR
+from qwen3ft.errors import TokenizerError
 
 NAMES = {
     "qwen3": "Qwen3",

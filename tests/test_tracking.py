@@ -19,13 +19,11 @@ from typing import Any
 
 import pytest
 
-from qwen3ft.attempt import JobDir, RunDir
-from qwen3ft.cursor import outstanding, parent_run_id, read_state, state_path
-from qwen3ft.data_records import DatasetManifest, DataSource, LengthSummary
 from qwen3ft.errors import ChampionChangedError, ConfigError, SaveError, TrackingUnavailableError
-from qwen3ft.journal import Journal, journal_path
-from qwen3ft.mirror import Mirror, replay, replay_unsent
-from qwen3ft.records import (
+from qwen3ft.files import append_json_line, sha256_file
+from qwen3ft.jobs.folders import JobDir, RunDir
+from qwen3ft.records.data import DatasetManifest, DataSource, LengthSummary
+from qwen3ft.records.plan import (
     AdapterSpec,
     MemoryPart,
     MemoryStatus,
@@ -36,11 +34,13 @@ from qwen3ft.records import (
     TrainingMetrics,
     TrainPlan,
 )
-from qwen3ft.registry import Registry, registered_model_name
-from qwen3ft.run_files import attempts_memory
-from qwen3ft.storage import append_json_line, sha256_file
-from qwen3ft.tracking import EXPERIMENT_NAME, _make_experiment, connect, is_answering
-from qwen3ft.tracking_uri import database_path, default_tracking_uri, run_url
+from qwen3ft.registry.registry import Registry, registered_model_name
+from qwen3ft.tracking.connection import database_path, default_tracking_uri, run_url
+from qwen3ft.tracking.cursor import outstanding, parent_run_id, read_state, state_path
+from qwen3ft.tracking.journal import Journal, journal_path
+from qwen3ft.tracking.mirror import Mirror, replay, replay_unsent
+from qwen3ft.tracking.points import attempts_memory
+from qwen3ft.tracking.tracking import EXPERIMENT_NAME, _make_experiment, connect, is_answering
 
 START = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 MODEL = "Qwen/Qwen3-4B-Thinking-2507"
@@ -503,7 +503,7 @@ def test_the_end_of_a_run_does_not_wait_for_what_has_long_been_gone(
     mirror = Mirror(run_dir, f"http://127.0.0.1:{free_port()}").start()
     journal_run(run_dir, steps=1)
     wait_until(lambda: "unreachable" in caplog.text, seconds=60)
-    monkeypatch.setattr("qwen3ft.mirror._HOPE_SECONDS", 0.0)
+    monkeypatch.setattr("qwen3ft.tracking.mirror._HOPE_SECONDS", 0.0)
     started = time.monotonic()
     assert not mirror.close(60)
     assert time.monotonic() - started < 10

@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-from qwen3ft.attempt import JobDir
-from qwen3ft.batches import IGNORED, trained_tokens
-from qwen3ft.data import DataPipeline
+from qwen3ft.data.pipeline import DataPipeline
+from qwen3ft.data.token_table import load_split
 from qwen3ft.errors import DivergedError
-from qwen3ft.heartbeat import StopRequest
-from qwen3ft.lora import LoRAAdapter
-from qwen3ft.loss import summed_loss
-from qwen3ft.memory import MemoryOptimizer
-from qwen3ft.model import ModelManager
-from qwen3ft.token_table import load_split
-from qwen3ft.train import TrainingEngine
+from qwen3ft.jobs.folders import JobDir
+from qwen3ft.jobs.heartbeat import StopRequest
+from qwen3ft.machine.memory import MemoryOptimizer
+from qwen3ft.model.adapter import LoRAAdapter
+from qwen3ft.model.manager import ModelManager
+from qwen3ft.training.batches import IGNORED, trained_tokens
+from qwen3ft.training.engine import TrainingEngine
+from qwen3ft.training.loss import summed_loss
 
 FUSED = {
     "kernels": "fused",
@@ -281,7 +281,7 @@ def test_a_resumed_run_reads_no_row_of_the_steps_before(
     prepare: Any, make_plan: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From step 5 of 6 an epoch, the rows fetched are those of the steps that are left."""
-    from qwen3ft.batches import StepRows
+    from qwen3ft.training.batches import StepRows
 
     schedule = {"total_steps": 5, "evaluate_every_steps": 5, "packing": True}
     engine, first = prepare(make_plan("first", **schedule))

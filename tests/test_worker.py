@@ -15,8 +15,6 @@ from typing import Any
 import psutil
 import pytest
 
-from qwen3ft import checkpoint, faults
-from qwen3ft.attempt import JobDir, RunDir
 from qwen3ft.errors import (
     ConfigError,
     DivergedError,
@@ -25,8 +23,10 @@ from qwen3ft.errors import (
     StalledError,
     WorkerCrashedError,
 )
-from qwen3ft.launcher import run_worker
-from qwen3ft.records import AttemptOutcome, TrainPlan
+from qwen3ft.jobs.folders import JobDir, RunDir
+from qwen3ft.jobs.launcher import run_worker
+from qwen3ft.records.plan import AttemptOutcome, TrainPlan
+from qwen3ft.training import checkpoint, faults
 
 SCHEDULE = {"total_steps": 6, "evaluate_every_steps": 2}
 
@@ -86,8 +86,9 @@ def test_a_worker_dies_with_its_parent(tmp_path: Path, make_plan: Any) -> None:
     plan = make_plan(total_steps=10_000, evaluate_every_steps=5_000)
     job = RunDir(Path(plan.run_dir)).attempt(1).create(plan)
     program = (
-        "import sys; from pathlib import Path; from qwen3ft.attempt import JobDir;"
-        "from qwen3ft.launcher import run_worker; from qwen3ft.records import AttemptOutcome;"
+        "import sys; from pathlib import Path; from qwen3ft.jobs.folders import JobDir;"
+        "from qwen3ft.jobs.launcher import run_worker;"
+        "from qwen3ft.records.plan import AttemptOutcome;"
         "run_worker('train', JobDir(Path(sys.argv[1])), AttemptOutcome, stall_seconds=600)"
     )
     parent = subprocess.Popen([sys.executable, "-c", program, str(job.path)])
@@ -108,8 +109,9 @@ def test_ending_the_parent_orderly_ends_the_worker_within_ten_seconds(
     plan = make_plan(total_steps=10_000, evaluate_every_steps=5_000)
     job = RunDir(Path(plan.run_dir)).attempt(1).create(plan)
     program = (
-        "import signal, sys; from pathlib import Path; from qwen3ft.attempt import JobDir;"
-        "from qwen3ft.launcher import run_worker; from qwen3ft.records import AttemptOutcome;"
+        "import signal, sys; from pathlib import Path; from qwen3ft.jobs.folders import JobDir;"
+        "from qwen3ft.jobs.launcher import run_worker;"
+        "from qwen3ft.records.plan import AttemptOutcome;"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143));"
         "run_worker('train', JobDir(Path(sys.argv[1])), AttemptOutcome, stall_seconds=600)"
     )
@@ -137,7 +139,7 @@ def test_a_run_killed_at_a_random_step_ends_bit_identical(
     """
     from random import Random
 
-    from qwen3ft.storage import sha256_file
+    from qwen3ft.files import sha256_file
 
     step = Random(os.urandom(8)).randint(3, 6)
     undisturbed = attempt()

@@ -11,11 +11,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from qwen3ft.attempt import JobDir
 from qwen3ft.errors import FinetuneError
-from qwen3ft.launcher import run_worker
-from qwen3ft.records import AttemptOutcome
-from qwen3ft.worker_process import workers_ahead
+from qwen3ft.jobs.folders import JobDir
+from qwen3ft.jobs.launcher import run_worker
+from qwen3ft.jobs.processes import workers_ahead
+from qwen3ft.records.plan import AttemptOutcome
 
 WAITING = "qwen3ft-wait"
 
@@ -122,7 +122,7 @@ def test_no_worker_waits_where_memory_is_short(
     ask: Callable[..., set[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is left of a small machine belongs to the job."""
-    monkeypatch.setattr("qwen3ft.worker_process.LEAST_FREE_BYTES", 2**60)
+    monkeypatch.setattr("qwen3ft.jobs.processes.LEAST_FREE_BYTES", 2**60)
     with workers_ahead():
         assert len(ask()) == 1
         assert not _children()
@@ -131,7 +131,7 @@ def test_no_worker_waits_where_memory_is_short(
 def test_a_worker_that_waits_dies_with_its_parent() -> None:
     """SIGKILL of the flow's process leaves none behind, though another thread had it started."""
     program = (
-        "import threading, time; from qwen3ft.worker_process import workers_ahead;"
+        "import threading, time; from qwen3ft.jobs.processes import workers_ahead;"
         "ahead = workers_ahead(); t = threading.Thread(target=ahead.__enter__); t.start();"
         "t.join(); print('ready', flush=True); time.sleep(600)"
     )

@@ -8,25 +8,13 @@ from typing import Any
 
 from finished_run import make_outcome, make_plan, make_snapshot
 
-from qwen3ft.attempt_story import summarise
-from qwen3ft.card import RunFacts
 from qwen3ft.config import TrainingConfig
-from qwen3ft.curves import loss_curve, memory_curves
-from qwen3ft.data_records import DataChange
-from qwen3ft.form_checks import FORM_CHECKS
-from qwen3ft.memory_figure import AttemptMemory, MemorySample
-from qwen3ft.plan_table import PlanTable
-from qwen3ft.promote import decide
-from qwen3ft.records import (
-    GIB,
-    Failure,
-    MemoryPart,
-    MemoryStatus,
-    SavedAdapter,
-    TrainingMetrics,
-    TrainPlan,
-)
-from qwen3ft.result_records import (
+from qwen3ft.evaluation.form_checks import FORM_CHECKS
+from qwen3ft.evaluation.promote import decide
+from qwen3ft.evaluation.scoring import METRICS
+from qwen3ft.planning.table import PlanTable
+from qwen3ft.records.data import DataChange
+from qwen3ft.records.evaluation import (
     Champion,
     Comparison,
     InferenceReport,
@@ -37,8 +25,20 @@ from qwen3ft.result_records import (
     SideBySide,
     SplitScore,
 )
-from qwen3ft.scoring import METRICS
-from qwen3ft.story_records import SettingLine
+from qwen3ft.records.plan import (
+    GIB,
+    Failure,
+    MemoryPart,
+    MemoryStatus,
+    SavedAdapter,
+    TrainingMetrics,
+    TrainPlan,
+)
+from qwen3ft.records.run_card import SettingLine
+from qwen3ft.report.attempts import summarise
+from qwen3ft.report.build import RunFacts
+from qwen3ft.report.curves import loss_curve, memory_curves
+from qwen3ft.report.memory_figure import AttemptMemory, MemorySample
 
 CHAMPION = Champion(registered_model="qwen3ft-embedded", version="7", source_uri="models:/x/7")
 START = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)

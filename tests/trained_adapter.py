@@ -10,13 +10,13 @@ from typing import Any
 
 from finished_run import attach_lora, make_outcome, make_plan, write_checkpoint
 
-from qwen3ft.chat import tokenize_rows
+from qwen3ft.chat.rendering import tokenize_rows
 from qwen3ft.config import TrainingConfig
 from qwen3ft.embedded import DATA_DIR, MODEL_DIR
-from qwen3ft.hub import resolve_model
-from qwen3ft.model import ModelManager
-from qwen3ft.requests import QuantizeRequest
-from qwen3ft.save import save_adapter
+from qwen3ft.model.hub import resolve_model
+from qwen3ft.model.manager import ModelManager
+from qwen3ft.model.save_adapter import save_adapter
+from qwen3ft.records.requests import QuantizeRequest
 
 ROWS, STEPS = 16, 40
 

@@ -1,0 +1,231 @@
+"""Conversations through a tokenizer's template: skeletons once for each shape, checked on rows.
+
+Guarantees: of every shape, the first row and then every 1,000th is compared with the template's
+own rendering, character by character, and its prompt with the one that inference would start
+from; a difference is a `TokenizerError`. Memory does not grow with the number of rows.
+Tools and tool calls are slots where the template is a known one (`qwen3ft.chat.templates`). With
+another one, the template itself renders each row that has any, because it may branch on what is in
+them. It imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+from qwen3ft.chat.encoding import Encoder
+from qwen3ft.chat.skeleton import (
+    OUTSIDE,
+    Conversation,
+    Shape,
+    Skeleton,
+    Slot,
+    build_skeleton,
+    sentinel_copy,
+)
+from qwen3ft.chat.templates import (
+    REST_OF_EMPTY_BLOCK,
+    apply_template,
+    identify_template,
+    opens_block,
+    probe_thinking,
+    template_error,
+    template_text,
+)
+from qwen3ft.errors import TokenizerError
+from qwen3ft.logs import mask_secrets
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHECK_EVERY_ROWS = 1000
+MAX_SHAPES = 2048
+"""Skeletons kept; rows of one question and one answer have two shapes."""
+
+SHOWN_CHARACTERS = 60
+TOOL_RESPONSE = "<tool_response>"
+"""Qwen's templates take a user's message that begins with it for a tool's, not for a question."""
+
+
+class Renderer:
+    """What is known of one tokenizer with one template; see `renderer_of`."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.template = template_text(tokenizer)
+        self.thinking = probe_thinking(tokenizer)
+        self.encoder = Encoder(tokenizer)
+        self._is_known = bool(identify_template(tokenizer).name)
+        self._drops_earlier = self._is_known and self.thinking.drops_earlier
+        self._skeletons: dict[Shape, Skeleton] = {}
+        self._protected = re.compile(f"\ue000|{self.encoder.added_tokens.pattern}")
+
+    def row(
+        self, tokenizer: PreTrainedTokenizerBase, conversation: Conversation
+    ) -> tuple[Skeleton, list[str]]:
+        """The skeleton of a whole conversation and the texts for its slots.
+
+        Raises:
+            TokenizerError: the template cannot be used, or this row shows that it renders some
+                rows in another way than others of the same shape.
+        """
+        whole = conversation
+        if self._drops_earlier and len(whole.messages) > 2:
+            conversation = _without_dropped(whole)
+        shape = conversation.shape
+        skeleton = self._skeletons.get(shape)
+        if skeleton is None:
+            skeleton = self._build(tokenizer, conversation, self._copy(conversation))
+            if len(self._skeletons) >= MAX_SHAPES:
+                self._skeletons.clear()
+            self._skeletons[shape] = skeleton
+        seen, skeleton.rows_seen = skeleton.rows_seen, skeleton.rows_seen + 1
+        if self._is_known or not _has_data(shape):
+            texts = conversation.texts()
+            unsure = False
+        else:
+            copy, slots = self._copy(conversation)
+            skeleton = self._build(tokenizer, conversation, (copy, slots))
+            texts = [slot.text for slot in slots]
+            unsure = any(slot.owner == "data" for slot in slots)
+        if unsure or seen % CHECK_EVERY_ROWS == 0:
+            self._check(tokenizer, whole, skeleton, texts)
+        return skeleton, texts
+
+    def prompt(
+        self, tokenizer: PreTrainedTokenizerBase, history: Conversation, thinking: bool
+    ) -> tuple[Skeleton, list[str]]:
+        """The skeleton of what the assistant's next turn follows, and the texts for its slots.
+
+        Raises:
+            TokenizerError: the template cannot be used, or renders these texts in another way than
+                others.
+        """
+        copy, slots = sentinel_copy(history, self._protected)
+        rendered = self._render_prompt(tokenizer, copy, thinking)
+        skeleton = self._cut(rendered, slots, history, is_prompt=True)
+        texts = [slot.text for slot in slots]
+        own = self._render_prompt(tokenizer, history, thinking)
+        _check_equal("".join(skeleton.unit_texts(texts)), own)
+        return skeleton, texts
+
+    def _copy(self, conversation: Conversation) -> tuple[Conversation, list[Slot]]:
+        return sentinel_copy(conversation, None if self._is_known else self._protected)
+
+    def _build(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        conversation: Conversation,
+        marked: tuple[Conversation, list[Slot]],
+    ) -> Skeleton:
+        copy, slots = marked
+        rendered = apply_template(tokenizer, *copy, thinking=_thinks(conversation))
+        return self._cut(rendered, slots, conversation, is_prompt=False)
+
+    def _cut(
+        self, rendered: str, slots: Sequence[Slot], conversation: Conversation, *, is_prompt: bool
+    ) -> Skeleton:
+        turns = sum(message["role"] == "assistant" for message in conversation.messages)
+        split = self.encoder.split_tokens
+        skeleton = build_skeleton(
+            rendered, slots, turns, self.thinking.prefills, split, is_prompt=is_prompt
+        )
+        skeleton.ids = [
+            self.encoder.encode_cached("".join(map(str, unit.parts))) if unit.is_template else None
+            for unit in skeleton.units
+        ]
+        return skeleton
+
+    def _render_prompt(
+        self, tokenizer: PreTrainedTokenizerBase, history: Conversation, thinking: bool
+    ) -> str:
+        rendered = apply_template(tokenizer, *history, prompt=True, thinking=thinking)
+        return rendered + (REST_OF_EMPTY_BLOCK if not thinking and opens_block(rendered) else "")
+
+    def _check(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        conversation: Conversation,
+        skeleton: Skeleton,
+        texts: Sequence[str],
+    ) -> None:
+        """Raise unless the row and its prompt are what the template makes of them."""
+        thinks = _thinks(conversation)
+        pieces = skeleton.unit_texts(texts)
+        own = apply_template(tokenizer, *conversation, thinking=thinks)
+        _check_equal("".join([*pieces, skeleton.tail]), own)
+        last = next(i for i, u in enumerate(skeleton.units) if u.turn == skeleton.turns - 1)
+        given = "".join(pieces[:last])
+        history = conversation.history
+        prompt = self._render_prompt(tokenizer, history, thinks)
+        if given != prompt:
+            raise template_error(
+                "The chat template does not continue its own prompt: inference starts from "
+                f"{_around(prompt, given)}, a training row has {_around(given, prompt)}.",
+                "Training on it would teach another format than the one inference asks for.",
+            )
+
+
+_renderers: WeakKeyDictionary[PreTrainedTokenizerBase, Renderer] = WeakKeyDictionary()
+
+
+def renderer_of(tokenizer: PreTrainedTokenizerBase) -> Renderer:
+    """The renderer of the tokenizer; a new one when its template was changed.
+
+    Raises:
+        TokenizerError: the tokenizer or its template cannot be used.
+    """
+    renderer = _renderers.get(tokenizer)
+    if renderer is None or renderer.template != template_text(tokenizer):
+        renderer = _renderers[tokenizer] = Renderer(tokenizer)
+    return renderer
+
+
+def is_trained(turn: int, turns: int, train_turns: str) -> bool:
+    """Whether a unit of turn `turn`, of so many `turns`, carries loss."""
+    return turn != OUTSIDE and (train_turns == "all" or turn == turns - 1)
+
+
+def _thinks(conversation: Conversation) -> bool:
+    return bool(conversation.messages[-1].get("reasoning"))
+
+
+def _without_dropped(conversation: Conversation) -> Conversation:
+    """The same without reasoning before the last question, so that fewer shapes differ."""
+    messages = conversation.messages
+    asked = max(
+        (
+            index
+            for index, message in enumerate(messages)
+            if message["role"] == "user" and not message["content"].startswith(TOOL_RESPONSE)
+        ),
+        default=0,
+    )
+    if not any(message.get("reasoning") for message in messages[:asked]):
+        return conversation
+    earlier = [{**message, "reasoning": ""} for message in messages[:asked]]
+    return Conversation([*earlier, *messages[asked:]], conversation.tools)
+
+
+def _has_data(shape: Shape) -> bool:
+    tools, messages = shape
+    return bool(tools) or any(calls for *_, calls in messages)
+
+
+def _check_equal(built: str, own: str) -> None:
+    if built != own:
+        raise TokenizerError(
+            "The chat template renders a row in another way than others of its shape: "
+            f"{_around(own, built)} instead of {_around(built, own)}.",
+            why="It branches on what is written in a message.",
+            next_command="qwen3ft plan --set model_name=Qwen/Qwen3-4B-Thinking-2507",
+        )
+
+
+def _around(text: str, other: str) -> str:
+    """`text` around the place where it first differs from `other`, secrets masked."""
+    pairs = enumerate(zip(text, other, strict=False))
+    at = next((i for i, (a, b) in pairs if a != b), min(len(text), len(other)))
+    shown = text[max(0, at - SHOWN_CHARACTERS) : at + SHOWN_CHARACTERS]
+    return repr(mask_secrets(shown))

@@ -1,0 +1,63 @@
+"""Thinking told from answer while a model still writes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from qwen3ft.evaluation.answers import THINK_CLOSE, THINK_OPEN
+
+PieceKind = Literal["thinking", "answer"]
+Part = tuple[PieceKind, str]
+
+
+class ThinkingSplitter:
+    """Takes text as it comes and gives it back as thinking or answer, without the tags.
+
+    A tag may come in pieces: what could still become one is held back, and so is white space that
+    may be the end. All parts together are what `quality.split_thinking` makes of the whole text;
+    only that here the first closing tag ends the thinking, since nobody knows whether another one
+    follows.
+
+    Args:
+        opened: Whether the prompt itself opened the think block.
+    """
+
+    def __init__(self, *, opened: bool) -> None:
+        self._opened = opened
+        self._text = ""
+        self._given: dict[PieceKind, str] = {"thinking": "", "answer": ""}
+
+    def feed(self, text: str) -> list[Part]:
+        """What is new, as far as it can be told yet."""
+        self._text += text
+        return self._news(final=False)
+
+    def close(self) -> list[Part]:
+        """What was held back, now that nothing more comes."""
+        return self._news(final=True)
+
+    def _news(self, *, final: bool) -> list[Part]:
+        text = self._text.lstrip()
+        opened = self._opened or text.startswith(THINK_OPEN)
+        if not (opened or final) and THINK_OPEN.startswith(text):
+            return []
+        thinking, answer = "", text
+        if opened:
+            thinking, closed, answer = text.removeprefix(THINK_OPEN).partition(THINK_CLOSE)
+            if not (closed or final):
+                thinking = _without_partial(thinking, THINK_CLOSE)
+        parts: list[Part] = []
+        wholes: tuple[Part, Part] = ("thinking", thinking.strip()), ("answer", answer.strip())
+        for kind, whole in wholes:
+            if new := whole[len(self._given[kind]) :]:
+                self._given[kind] = whole
+                parts.append((kind, new))
+        return parts
+
+
+def _without_partial(text: str, tag: str) -> str:
+    """`text` without an end that may be the beginning of `tag`."""
+    for length in range(min(len(tag) - 1, len(text)), 0, -1):
+        if text.endswith(tag[:length]):
+            return text[:-length]
+    return text

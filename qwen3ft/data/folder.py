@@ -1,0 +1,259 @@
+"""The folder that the data stage makes, and the record of what is in it.
+
+    train.arrow, dev.arrow   tokenised rows (see `token_table`)
+    known_rows.npy           hashes of the rows that training may use
+    questions.parquet        what those rows ask, by hash (see `row_questions`)
+    test.jsonl               held-out questions with their answers, for the inference test
+    quarantine.jsonl         rows that could not be used, each with its place and reason
+    left_out.jsonl           rows that could but were not: repeated, leaked, too long, over a cap
+    personal_data.jsonl      places where keys or personal data were found, without them
+    manifest.json            sha256 of every file, and the `DatasetManifest`
+
+Guarantees: the folder is complete or absent, and it is used only while every file holds; the
+manifest's counts add up to the rows read.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from qwen3ft.data.known_rows import write_known_rows
+from qwen3ft.data.placement import DUPLICATES, Fate, Placement
+from qwen3ft.data.qa_row import QaRow
+from qwen3ft.data.reading import FINDINGS_NAME, NO_REASONING, Reading
+from qwen3ft.data.row_questions import QUESTIONS_FILE, write_questions
+from qwen3ft.data.row_table import BATCH_ROWS, RowTable
+from qwen3ft.data.rows import UNREADABLE_FILE
+from qwen3ft.data.tokenizing import Tokens
+from qwen3ft.errors import DataLoadingError
+from qwen3ft.files import build_folder, find_damage, read_manifest_facts
+from qwen3ft.records.data import DatasetManifest, LongRow
+
+QUARANTINE, LEFT_OUT, TEST = "quarantine.jsonl", "left_out.jsonl", "test.jsonl"
+SPLIT_FILES = ("train.arrow", "dev.arrow")
+HISTOGRAM_BINS = 24
+LONGEST_ROWS = 5
+
+
+@dataclass
+class Prepared:
+    """Everything the data stage found out and decided."""
+
+    reading: Reading
+    table: RowTable
+    placement: Placement
+    tokens: Tokens
+    max_sequence_length: int
+    known_rows: str | None = None
+    degraded: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def account(prepared: Prepared, target: Path, digest: str) -> DatasetManifest:
+    """The manifest of `prepared`; its counts add up to the rows read, exactly."""
+    reading, placement = prepared.reading, prepared.placement
+    layouts: Counter[str] = Counter()
+    for columns, rows in reading.columns.items():
+        layouts[columns.layout] += rows
+    manifest = DatasetManifest(
+        path=str(target),
+        digest=digest,
+        sources=tuple(reading.sources),
+        rows_read=reading.rows_read,
+        train=prepared.tokens.train,
+        dev=prepared.tokens.dev,
+        test_rows=placement.count(Fate.TEST),
+        quarantined=reading.bad.total() + placement.count(Fate.NO_TRAINED_TOKEN),
+        too_long=placement.count(Fate.TOO_LONG),
+        duplicates=placement.count(*DUPLICATES),
+        not_used=placement.count(Fate.NOT_USED) + reading.without_reasoning_left_out,
+        reasons=_reasons(prepared),
+        quarantine_path=str(target / QUARANTINE),
+        layouts=dict(layouts.most_common()),
+        columns=reading.columns.most_common(1)[0][0].parts(),
+        usable_rows=reading.usable,
+        chinese_rows=reading.chinese,
+        reasoning_rows=reading.with_reasoning,
+        conversations=reading.conversations,
+        near_duplicates=placement.near_duplicates,
+        shortened=prepared.tokens.shortened,
+        personal_data=dict(reading.personal.most_common()),
+        known_rows=prepared.known_rows,
+        new_rows=placement.new_rows,
+        max_sequence_length=prepared.max_sequence_length,
+        length_histogram=histogram(prepared.tokens.lengths[prepared.tokens.lengths > 0]),
+        longest=_longest(prepared),
+        warnings=prepared.warnings,
+        degraded=prepared.degraded,
+    )
+    went_somewhere = (
+        *(manifest.train.rows, manifest.dev.rows, manifest.test_rows, manifest.quarantined),
+        *(manifest.too_long, manifest.duplicates, manifest.not_used),
+    )
+    assert manifest.rows_read == sum(went_somewhere), manifest
+    return manifest
+
+
+def check_not_empty(prepared: Prepared, target: Path) -> None:
+    """Make sure there is something to train on, to stop by, and to test with.
+
+    Raises:
+        DataLoadingError: a split has no row, with the numbers of those lost.
+    """
+    placement = prepared.placement
+    sizes = {
+        name: placement.count(fate)
+        for name, fate in (("train", Fate.TRAIN), ("dev", Fate.DEV), ("test", Fate.TEST))
+    }
+    nothing_new = prepared.known_rows is not None and placement.new_rows == 0
+    if all(sizes.values()) or (nothing_new and sizes["dev"] and sizes["test"]):
+        return
+    reading, too_long = prepared.reading, placement.count(Fate.TOO_LONG)
+    longest = prepared.tokens.lengths.max(initial=0)
+    empty = " and ".join(name for name, size in sizes.items() if not size)
+    raise DataLoadingError(
+        f"No rows are left for {empty}: of {reading.rows_read} read, {reading.bad.total()} are "
+        f"bad, {placement.count(*DUPLICATES)} repeated or held out elsewhere, {too_long} longer "
+        f"than {prepared.max_sequence_length} tokens (the longest {longest}).",
+        why="Each split needs a row; three different questions are the least that can be divided.",
+        next_command=f"head {quarantine_beside(target)}",
+        too_long=too_long,
+        **sizes,
+    )
+
+
+def write_folder(target: Path, manifest: DatasetManifest, prepared: Prepared) -> None:
+    """Write the folder of `manifest`; an older one stays until it is complete.
+
+    The quarantine that was written beside `target` while reading moves into it.
+    """
+    beside, work = quarantine_beside(target), prepared.reading.folder
+
+    def fill(folder: Path) -> None:
+        for name in (*SPLIT_FILES, FINDINGS_NAME):
+            shutil.move(work / name, folder / name)
+        _write_lines(folder / TEST, map(_question, _rows(prepared, Fate.TEST)))
+        _write_lines(folder / LEFT_OUT, _left_out(prepared))
+        shutil.copyfile(beside, folder / QUARANTINE)
+        eligible = np.isin(prepared.placement.fates, (Fate.TRAIN, Fate.NOT_USED))
+        keys = prepared.reading.keys.build()
+        hashes = keys.content[:, 0]
+        write_known_rows(folder, hashes[eligible])
+        asked = prepared.table.questions()
+        write_questions(folder / QUESTIONS_FILE, asked, hashes, keys.source, eligible)
+
+    build_folder(target, fill, manifest.model_dump(mode="json", exclude={"path"}))
+    beside.unlink()
+
+
+@contextmanager
+def work_folder(target: Path) -> Iterator[Path]:
+    """A scratch folder beside `target`; made anew, and gone afterwards."""
+    folder = target.with_name(f".{target.name}.work")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def quarantine_beside(target: Path) -> Path:
+    """Where the quarantine is written until the folder is complete; it stays if that fails."""
+    return target.with_name(f"{target.name}.{QUARANTINE}")
+
+
+def read_manifest(target: Path) -> DatasetManifest | None:
+    """The manifest of a folder made by `write_folder`, if every file of it holds."""
+    if find_damage(target) is not None:
+        return None
+    places = {"path": str(target), "quarantine_path": str(target / QUARANTINE)}
+    try:
+        return DatasetManifest.model_validate({**read_manifest_facts(target), **places})
+    except ValidationError:
+        return None
+
+
+def histogram(lengths: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """(upper edge, rows) of bins of equal width, at most `HISTOGRAM_BINS` of them.
+
+    They reach to the 99.5th percentile; the last one takes everything above.
+    """
+    if not len(lengths):
+        return ()
+    reach = max(int(np.percentile(lengths, 99.5, method="higher")), HISTOGRAM_BINS)
+    width = -(-reach // HISTOGRAM_BINS)
+    counts = np.bincount(np.minimum((lengths - 1) // width, HISTOGRAM_BINS - 1))
+    return tuple((width * (number + 1), int(count)) for number, count in enumerate(counts))
+
+
+def _reasons(prepared: Prepared) -> dict[str, int]:
+    """Why rows are missing, by code, but for what the manifest counts under a name of its own."""
+    placement = prepared.placement
+    told = (Fate.LEAKAGE, Fate.NEAR_LEAKAGE, Fate.NEAR_DUPLICATE, Fate.NO_TRAINED_TOKEN)
+    extra = Counter({fate.name.lower(): placement.count(fate) for fate in told})
+    extra[UNREADABLE_FILE] = prepared.reading.unreadable
+    extra[NO_REASONING] = prepared.reading.without_reasoning_left_out
+    return dict(prepared.reading.bad) | dict(+extra)
+
+
+def _longest(prepared: Prepared) -> tuple[LongRow, ...]:
+    order = np.argsort(-prepared.tokens.lengths, kind="stable")[:LONGEST_ROWS]
+    places = [int(position) for position in order if prepared.tokens.lengths[position] > 0]
+    rows = prepared.table.rows(places)
+    return tuple(
+        LongRow(file=row["file"], line=row["line"], tokens=int(prepared.tokens.lengths[position]))
+        for row, position in zip(rows, places, strict=True)
+    )
+
+
+def _rows(prepared: Prepared, *fates: Fate) -> Iterator[QaRow]:
+    """The rows with one of `fates`, in reading order, a batch at a time."""
+    for row, _ in _rows_with_positions(prepared, *fates):
+        yield row
+
+
+def _rows_with_positions(prepared: Prepared, *fates: Fate) -> Iterator[tuple[QaRow, int]]:
+    wanted = np.isin(prepared.placement.fates, fates)
+    for number, rows in enumerate(prepared.table.batches()):
+        start = number * BATCH_ROWS
+        for index in np.flatnonzero(wanted[start : start + len(rows)]):
+            yield rows[index], start + int(index)
+
+
+def _question(row: QaRow) -> dict[str, Any]:
+    question: dict[str, Any] = {
+        "question": row["question"],
+        "answer": row["answer"],
+        "reasoning": row["reasoning"],
+        "split": row["kind"] or "test",
+    }
+    if row["messages"]:
+        question |= {"messages": row["messages"], "tools": row["tools"]}
+    return question
+
+
+def _left_out(prepared: Prepared) -> Iterable[dict[str, Any]]:
+    fates = tuple(fate for fate in Fate if fate not in (Fate.TRAIN, Fate.DEV, Fate.TEST))
+    for row, position in _rows_with_positions(prepared, *fates):
+        fate = Fate(int(prepared.placement.fates[position]))
+        entry = {"file": row["file"], "line": row["line"], "reason": fate.name.lower()}
+        if prepared.tokens.lengths[position]:
+            entry["tokens"] = int(prepared.tokens.lengths[position])
+        yield entry
+
+
+def _write_lines(path: Path, values: Iterable[dict[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8") as stream:
+        for value in values:
+            stream.write(json.dumps(value, ensure_ascii=False) + "\n")

@@ -1,0 +1,156 @@
+"""Where every usable row goes: trained on, held out, or left out, each for one reason.
+
+Guarantees: every row has exactly one fate; no question is both trained on and held out, nor a
+training row kept that nearly equals a held-out one. Works on arrays of keys; texts are read from
+the row table in batches, once, to find near-duplicates. Tokens are not known here yet: what is too
+long is decided while tokenising.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+
+from qwen3ft.config import TrainingConfig
+from qwen3ft.data.known_rows import Hashes
+from qwen3ft.data.near_duplicates import NearDuplicates, as_text
+from qwen3ft.data.reading import Reading
+from qwen3ft.data.row_table import RowTable
+from qwen3ft.data.splits import (
+    DUPLICATE,
+    HELD_OUT_ROLES,
+    KEPT,
+    LEAKAGE,
+    Keys,
+    cap_sources,
+    find_repeats,
+    hold_out,
+    leaks,
+    sample,
+)
+from qwen3ft.logs import get_logger
+
+logger = get_logger("data")
+
+
+class Fate(IntEnum):
+    """What became of a usable row."""
+
+    TRAIN = 0  # the first three are the codes of `splits.ROLES`
+    DEV = 1
+    TEST = 2
+    DUPLICATE = 3
+    """Same content as an earlier row of its role."""
+    LEAKAGE = 4
+    """Its question is held out."""
+    NEAR_LEAKAGE = 5
+    """Nearly the same as a held-out row."""
+    NEAR_DUPLICATE = 6
+    """Nearly the same as an earlier training row, where the config drops those."""
+    NOT_USED = 7
+    """Over a cap on rows."""
+    TOO_LONG = 8
+    """Over `max_sequence_length`."""
+    NO_TRAINED_TOKEN = 9
+    """Nothing in it would carry loss."""
+
+
+DUPLICATES = (Fate.DUPLICATE, Fate.LEAKAGE, Fate.NEAR_LEAKAGE, Fate.NEAR_DUPLICATE)
+"""Fates counted as duplicates in the manifest."""
+
+
+@dataclass
+class Placement:
+    """The fate of each usable row, in reading order; changed while tokenising."""
+
+    fates: np.ndarray
+    """`Fate` as uint8, shape (rows,)."""
+    new_rows: int = 0
+    """Training rows not among the known ones."""
+    near_duplicates: int = 0
+    """Training rows nearly the same as an earlier one, kept or not."""
+
+    def count(self, *fates: Fate) -> int:
+        """Rows with one of `fates`."""
+        return int(np.isin(self.fates, fates).sum())
+
+    def positions(self, fate: Fate) -> np.ndarray:
+        """Which rows have `fate`, ascending."""
+        return np.flatnonzero(self.fates == fate)
+
+
+def place_rows(
+    reading: Reading,
+    table: RowTable,
+    config: TrainingConfig,
+    known: Hashes | None,
+    progress: Callable[[int], None],
+) -> Placement:
+    """Decide on every usable row, but for its length.
+
+    Args:
+        reading: With the keys of the rows.
+        table: Their texts.
+        config: Caps, held-out share, what to do with near-duplicates and known rows.
+        known: Hashes of the rows seen before, ascending; None if that does not matter.
+        progress: Told the number of rows looked at, batch by batch.
+    """
+    keys = reading.keys.build()
+    repeats = find_repeats(keys)
+    given = {file.role for file in reading.files}
+    missing = [role for role in HELD_OUT_ROLES if role not in given]
+    kept = repeats == KEPT
+    fates = hold_out(keys, kept, config.held_out_fraction, missing)
+    leaked = leaks(keys, fates, kept)
+    fates[repeats == DUPLICATE] = Fate.DUPLICATE
+    fates[leaked | (repeats == LEAKAGE)] = Fate.LEAKAGE
+    placement = Placement(fates)
+    _place_near(placement, table, config, progress)
+    if config.max_rows_per_source is not None:
+        training = fates == Fate.TRAIN
+        capped = cap_sources(keys, training, config.max_rows_per_source)
+        fates[training & ~capped] = Fate.NOT_USED
+    if known is not None:
+        _mix(placement, keys, known, config)
+    return placement
+
+
+def _mix(placement: Placement, keys: Keys, known: Hashes, config: TrainingConfig) -> None:
+    """Keep all new training rows, and of those seen before a sample of the share asked for."""
+    training = placement.fates == Fate.TRAIN
+    old = training & np.isin(keys.content[:, 0], known)
+    placement.new_rows = int((training & ~old).sum())
+    share = config.replay_fraction
+    replayed = sample(keys, old, round(placement.new_rows * share / (1 - share)), config.seed)
+    placement.fates[old & ~replayed] = Fate.NOT_USED
+
+
+def _place_near(
+    placement: Placement,
+    table: RowTable,
+    config: TrainingConfig,
+    progress: Callable[[int], None],
+) -> None:
+    """Take rows out that nearly equal a more protected one or, if asked, an earlier one."""
+    near, done = NearDuplicates(), 0
+    for rows in table.batches():
+        near.add([as_text(row["question"], row["answer"]) for row in rows])
+        done += len(rows)
+        progress(done)
+
+    def text_of(position: int) -> str:
+        [row] = table.rows([position])
+        return as_text(row["question"], row["answer"])
+
+    fates = placement.fates
+    fates[near.find(fates == Fate.DEV, fates == Fate.TEST, text_of)] = Fate.NEAR_LEAKAGE
+    held_out = (fates == Fate.DEV) | (fates == Fate.TEST)
+    fates[near.find(fates == Fate.TRAIN, held_out, text_of)] = Fate.NEAR_LEAKAGE
+    training = fates == Fate.TRAIN
+    copies = near.find(training, training, text_of)
+    placement.near_duplicates = len(copies)
+    if config.near_duplicates == "drop":
+        fates[copies] = Fate.NEAR_DUPLICATE

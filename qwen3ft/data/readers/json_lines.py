@@ -1,0 +1,169 @@
+"""One JSON value: parsed, and refused with a reason code where it is no sound row.
+
+Guarantees: what passes is finite, encodes as UTF-8, holds no NUL and is nested at most `MAX_DEPTH`
+levels, whatever the depth of the caller's own stack. Reason codes: nul, invalid_utf8, too_deep,
+nan_literal, number_out_of_range, lone_surrogate, broken_json, not_an_object, row_too_large.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from qwen3ft.data.readers.raw import RawRow, bad_row
+
+MAX_DEPTH = 64
+"""Levels of lists and objects; the C decoder's own limit depends on the caller's stack."""
+
+_SUSPECT_ESCAPE = re.compile(r"\\u(?:[dD][89a-fA-F]|0000)")
+
+
+class RejectedValueError(ValueError):
+    """A value cannot be used; the message is the reason code."""
+
+
+class JsonParser:
+    """A decoder that notes literals outside of JSON instead of failing on them.
+
+    Failing would lose where the value ends. One parser belongs to one reader: it keeps state.
+    """
+
+    def __init__(self) -> None:
+        self._flaws: list[str] = []
+        self._decoder = json.JSONDecoder(parse_constant=self._constant, parse_float=self._float)
+        self._decode = self._decoder.decode
+        self._raw_decode = self._decoder.raw_decode
+
+    def parse_line(self, line: bytes) -> dict[str, Any]:
+        """The object that `line` holds.
+
+        Raises:
+            RejectedValueError: with the reason code.
+        """
+        try:
+            text = line.decode()
+            value = self._decode(text)
+        except (ValueError, RecursionError) as error:
+            self._take_flaw()
+            raise RejectedValueError("nul" if b"\0" in line else _reason(error)) from None
+        if self._flaws:
+            raise RejectedValueError(self._take_flaw())
+        return checked_object(value, text)
+
+    def raw_decode(self, text: str, start: int) -> tuple[Any, int, str]:
+        """(value, end, reason code or '') of the value that starts at `start`.
+
+        Raises:
+            ValueError, RecursionError: it is broken, or goes on behind the end of `text`.
+        """
+        try:
+            value, end = self._raw_decode(text, start)
+        except (ValueError, RecursionError):
+            self._take_flaw()
+            raise
+        return value, end, self._take_flaw() if self._flaws else ""
+
+    def _take_flaw(self) -> str:
+        """The first literal outside of JSON since the last call."""
+        first = self._flaws[0] if self._flaws else ""
+        self._flaws.clear()
+        return first
+
+    def _constant(self, _name: str) -> None:
+        self._flaws.append("nan_literal")
+
+    def _float(self, text: str) -> float:
+        number = float(text)
+        if math.isinf(number):
+            self._flaws.append("number_out_of_range")
+        return number
+
+
+def _reason(error: Exception) -> str:
+    """The reason code for what the decoders raise."""
+    if isinstance(error, UnicodeDecodeError):
+        return "invalid_utf8"
+    if isinstance(error, RecursionError):
+        return "too_deep"
+    # Python reads no integer of more than 4300 digits.
+    return "broken_json" if isinstance(error, json.JSONDecodeError) else "number_out_of_range"
+
+
+def checked_object(value: Any, text: str) -> dict[str, Any]:
+    """`value`, decoded from `text`, if it is an object fit to be a row.
+
+    Raises:
+        RejectedValueError: with the reason code.
+    """
+    if text.count("{") + text.count("[") > MAX_DEPTH and _is_deep(value):
+        raise RejectedValueError("too_deep")
+    if not isinstance(value, dict):
+        raise RejectedValueError("not_an_object")
+    if "\\u" in text and _SUSPECT_ESCAPE.search(text):
+        for string in _strings(value):
+            if "\0" in string:
+                raise RejectedValueError("nul")
+            try:
+                string.encode()
+            except UnicodeEncodeError:
+                raise RejectedValueError("lone_surrogate") from None
+    return value
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether lists and objects are nested more than `MAX_DEPTH` levels."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        containers = [item for item in level if isinstance(item, (dict, list))]
+        if not containers:
+            return False
+        level = [
+            item
+            for container in containers
+            for item in (container.values() if isinstance(container, dict) else container)
+        ]
+    return True
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every text inside `value`, names of fields included; at most `MAX_DEPTH` levels deep."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from value
+        for item in value.values():
+            yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+
+
+def read_json_lines(stream: io.BufferedReader, offset: int, limit: int) -> Iterator[RawRow]:
+    """One row a line; blank lines are none, and a line over `limit` bytes is never held."""
+    parse, number = JsonParser().parse_line, 0
+    while line := stream.readline(limit):
+        number += 1
+        start, offset = offset, offset + len(line)
+        if len(line) == limit and not line.endswith(b"\n"):
+            offset += skip_line(stream, limit)
+            yield bad_row(number, start, "row_too_large", line)
+            continue
+        try:
+            yield RawRow(number, parse(line), offset=start)
+        except RejectedValueError as error:
+            if line.strip():
+                yield bad_row(number, start, str(error), line)
+
+
+def skip_line(stream: io.BufferedReader, limit: int) -> int:
+    """Read up to the next newline, in pieces; how many bytes that was."""
+    skipped = 0
+    while rest := stream.readline(limit):
+        skipped += len(rest)
+        if rest.endswith(b"\n"):
+            break
+    return skipped

@@ -1,0 +1,253 @@
+"""All input files read: the usable rows, a quarantine file for the bad ones, a circuit breaker.
+
+Guarantees: every row read is in the row table or is one line of the quarantine file; a file that
+changed while it was read, no rows at all, or a larger share of bad ones than the config allows ends
+the stage with the numbers. Of each row only its keys stay in memory.
+A file that cannot be read as a whole is one line (line 0) of the quarantine and one `unreadable`;
+the rows it gave before it broke off count as rows, it does not.
+It imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+from qwen3ft.chat.conversation import texts_of
+from qwen3ft.config import TrainingConfig
+from qwen3ft.data import safety
+from qwen3ft.data.columns import Columns
+from qwen3ft.data.qa_row import BadRow, QaRow, messages_of
+from qwen3ft.data.row_table import RowWriter
+from qwen3ft.data.rows import (
+    UNREADABLE_FILE,
+    excerpt,
+    read_file,
+    rules_of,
+)
+from qwen3ft.data.sources import SourceFile, digest_of
+from qwen3ft.data.splits import KeysBuilder, content_key, question_key
+from qwen3ft.errors import DataLoadingError
+from qwen3ft.logs import get_logger
+from qwen3ft.records.data import DataSource
+
+logger = get_logger("data")
+
+HAN = re.compile("[\u4e00-\u9fff]")
+"""CJK unified ideographs: what makes a row count as Chinese."""
+
+PERSONAL_DATA = "personal_data"
+NO_REASONING = "no_reasoning"
+PROGRESS_ROWS = 20_000
+ROWS_NAME, FINDINGS_NAME = "rows.arrow", "personal_data.jsonl"
+
+
+@dataclass
+class Reading:
+    """What the files held."""
+
+    files: Sequence[SourceFile]
+    folder: Path
+    """Where the row table and the lists of bad rows and findings lie."""
+    keys: KeysBuilder = field(default_factory=KeysBuilder)
+    """Of the usable rows, in reading order."""
+    sources: list[DataSource] = field(default_factory=list)
+    bad: Counter[str] = field(default_factory=Counter)
+    """Bad rows by reason code."""
+    unreadable: int = 0
+    """Files that could not be read, or not to their end."""
+    columns: Counter[Columns] = field(default_factory=Counter)
+    usable: int = 0
+    chinese: int = 0
+    with_reasoning: int = 0
+    conversations: int = 0
+    """Rows of more than one question and its answer."""
+    without_reasoning_left_out: int = 0
+    """Good rows that the config leaves out because they have no reasoning."""
+    personal: Counter[str] = field(default_factory=Counter)
+    """Rows with personal data or secrets, by kind."""
+
+    @property
+    def rows_read(self) -> int:
+        """Good and bad rows of all files."""
+        return self.usable + self.bad.total() + self.without_reasoning_left_out
+
+    @property
+    def rows_path(self) -> Path:
+        """The row table."""
+        return self.folder / ROWS_NAME
+
+
+def read_sources(
+    files: Sequence[SourceFile],
+    config: TrainingConfig,
+    folder: Path,
+    quarantine: Path,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Reading:
+    """Read every file; usable rows go to a table in `folder`, bad ones to the file `quarantine`.
+
+    Args:
+        files: What to read, in order.
+        config: How to map and check rows.
+        folder: An existing work folder.
+        quarantine: Replaced by the list of bad rows, one JSON object a line.
+        progress: Told the number of rows read so far, every `PROGRESS_ROWS` rows.
+
+    Raises:
+        DataLoadingError: no usable row, too many bad ones, or a file changed under the reader.
+    """
+    reading = Reading(files, folder)
+    with (
+        quarantine.open("w", encoding="utf-8") as bad,
+        (folder / FINDINGS_NAME).open("w", encoding="utf-8") as findings,
+        RowWriter(reading.rows_path) as table,
+    ):
+        reader = _Reader(config, reading, table, bad, findings, progress)
+        for number, file in enumerate(files):
+            reading.sources.append(reader.read(number, file))
+    _report(reading)
+    _check(reading, config.max_bad_fraction, quarantine)
+    return reading
+
+
+@dataclass
+class _Reader:
+    """Takes rows apart: usable, bad, and what is said about them."""
+
+    config: TrainingConfig
+    reading: Reading
+    table: RowWriter
+    quarantine: TextIO
+    findings: TextIO
+    progress: Callable[[int], None]
+    started: float = field(default_factory=time.monotonic)
+
+    def read(self, number: int, file: SourceFile) -> DataSource:
+        """Add one file's rows."""
+        reading = self.reading
+        before, digest, rows_before = file.path.stat(), digest_of(file), reading.rows_read
+        for row in read_file(file, rules_of(self.config), reading.columns):
+            if isinstance(row, BadRow):
+                self._refuse(row)
+            elif not row["reasoning"] and self.config.rows_without_reasoning == "leave_out":
+                reading.without_reasoning_left_out += 1
+            elif (problem := self._problem(row)) is not None:
+                self._refuse(problem)
+            else:
+                self._take(row, number)
+            if reading.rows_read % PROGRESS_ROWS == 0:
+                self._tell()
+        after = file.path.stat()
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            raise DataLoadingError(
+                f"{file.label} changed while it was read.",
+                why="Something writes to it; move a finished file into place instead.",
+                next_command=f"ls -l {file.path}",
+                path=file.label,
+            )
+        rows = reading.rows_read - rows_before
+        return DataSource(path=file.label, sha256=digest, rows=rows, role=file.role)
+
+    def _take(self, row: QaRow, source: int) -> None:
+        reading = self.reading
+        reading.usable += 1
+        reading.chinese += HAN.search(row["question"]) is not None
+        reading.with_reasoning += bool(row["reasoning"])
+        reading.conversations += bool(row["messages"])
+        said = (row["question"], row["answer"], row["reasoning"])
+        around = texts_of(row["messages"], row["tools"]) if row["messages"] else ()
+        reading.keys.append(
+            question_key(row["question"]),
+            content_key(*said, *around),
+            row["role"],
+            source,
+            row["group"],
+        )
+        self.table.append(row, source)
+
+    def _problem(self, row: QaRow) -> BadRow | None:
+        """Why a row that could be read is quarantined all the same; findings are written down."""
+        if self.config.personal_data == "off":
+            return None
+        text = "\n".join(message["content"] for message in messages_of(row))
+        found = safety.scan(f"{text}\n{row['reasoning']}")
+        if not found:
+            return None
+        kinds = sorted({finding.kind for finding in found})
+        self.reading.personal.update(kinds)
+        place = {"file": row["file"], "line": row["line"], "kinds": kinds}
+        self.findings.write(json.dumps(place, ensure_ascii=False) + "\n")
+        if self.config.personal_data == "report":
+            return None
+        shown = excerpt(safety.mask(text))
+        return BadRow(row["file"], row["line"], row["offset"], PERSONAL_DATA, shown)
+
+    def _refuse(self, row: BadRow) -> None:
+        self.quarantine.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
+        if row.reason == UNREADABLE_FILE:
+            self.reading.unreadable += 1
+            logger.warning("%s cannot be read: %s", row.file, row.excerpt)
+        else:
+            self.reading.bad[row.reason] += 1
+
+    def _tell(self) -> None:
+        rows = self.reading.rows_read
+        self.progress(rows)
+        seconds = max(time.monotonic() - self.started, 1e-6)
+        logger.info("read %s rows, %s rows/s", f"{rows:,}", f"{rows / seconds:,.0f}")
+
+
+def _report(reading: Reading) -> None:
+    """Log what was read and how it was understood."""
+    logger.info(
+        "read %d rows from %d file(s): %d usable, %d bad, %d file(s) unreadable",
+        *(reading.rows_read, len(reading.sources), reading.usable),
+        *(reading.bad.total(), reading.unreadable),
+    )
+    for columns, count in reading.columns.most_common(3):
+        logger.info("%d rows as %s: %s", count, columns.layout, columns.parts())
+    if reading.bad:
+        logger.warning("quarantined rows by reason: %s", dict(reading.bad.most_common()))
+    if reading.personal:
+        logger.warning("rows with personal data or keys: %s", dict(reading.personal.most_common()))
+    if reading.usable:
+        logger.info(
+            "%.0f %% of questions in Chinese, %.0f %% of rows with reasoning",
+            100 * reading.chinese / reading.usable,
+            100 * reading.with_reasoning / reading.usable,
+        )
+
+
+def _check(reading: Reading, max_bad_fraction: float, quarantine: Path) -> None:
+    """The circuit breaker."""
+    bad, read, files = reading.bad.total(), reading.rows_read, len(reading.sources)
+    numbers = ", ".join(f"{reason} {count}" for reason, count in reading.bad.most_common())
+    facts = {
+        "rows_read": read,
+        "bad": bad,
+        "unreadable_files": reading.unreadable,
+        "reasons": dict(reading.bad),
+        "quarantine_path": str(quarantine),
+    }
+    if bad > max_bad_fraction * read or reading.unreadable > max_bad_fraction * files:
+        raise DataLoadingError(
+            f"{bad} of {read} rows are bad ({numbers or 'none'}) and {reading.unreadable} of "
+            f"{files} file(s) unreadable; max_bad_fraction allows {max_bad_fraction:.0%}.",
+            why=f"Every bad row is listed with file, line and reason in {quarantine}.",
+            next_command=f"head {quarantine}",
+            **facts,
+        )
+    if not reading.usable:
+        raise DataLoadingError(
+            f"No usable row in {files} file(s): {read} rows read, {bad} bad.",
+            why="The files are empty, or all of their rows were quarantined.",
+            next_command=f"head {quarantine}",
+            **facts,
+        )

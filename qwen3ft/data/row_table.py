@@ -1,0 +1,128 @@
+"""Checked rows on disk: written once in order, read in batches or one by one.
+
+An Arrow file of texts, so that a million rows need no memory but that of one batch. Guarantees:
+what is read equals what was written, in order. It does not survive a crash: it lives in a work
+folder that is made anew. It imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from qwen3ft.data.qa_row import QaRow
+from qwen3ft.data.sources import SourceFile
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+BATCH_ROWS = 2000
+"""Rows written, read and tokenised at a time."""
+
+HELD_BATCHES = 32
+"""Batches kept for rows that are asked for one by one."""
+
+_TEXTS = ("question", "answer", "reasoning", "messages", "tools", "kind")
+_NUMBERS = ("source", "line", "offset")
+
+
+class RowWriter:
+    """Appends rows to the file `path`; a context manager, complete when it is left."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+
+        texts = [(name, pa.large_string()) for name in _TEXTS]
+        self._schema = pa.schema([*texts, *((name, pa.int64()) for name in _NUMBERS)])
+        self._writer = pa.ipc.new_file(str(path), self._schema)
+        self._columns: dict[str, list[Any]] = {name: [] for name in self._schema.names}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        self._flush()
+        self._writer.close()
+
+    def append(self, row: QaRow, source: int) -> None:
+        """Write `row`; `source` is the position of its file among the files read."""
+        columns = self._columns
+        columns["question"].append(row["question"])
+        columns["answer"].append(row["answer"])
+        columns["reasoning"].append(row["reasoning"])
+        columns["messages"].append(_to_text(row["messages"]))
+        columns["tools"].append(_to_text(row["tools"]))
+        columns["kind"].append(row["kind"])
+        columns["source"].append(source)
+        columns["line"].append(row["line"])
+        columns["offset"].append(row["offset"])
+        if len(columns["line"]) >= BATCH_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+
+        if self._columns["line"]:
+            self._writer.write_batch(pa.record_batch(self._columns, schema=self._schema))
+            self._columns = {name: [] for name in self._columns}
+
+
+class RowTable:
+    """The rows of the file `path`, which were read from `files`; reads what is asked for alone."""
+
+    def __init__(self, path: Path, files: Sequence[SourceFile]) -> None:
+        import pyarrow as pa
+
+        self._files = files
+        # Read, not mapped: touched pages of a map would count as memory of this process.
+        self._reader = pa.ipc.open_file(pa.OSFile(str(path)))
+        self._batch = lru_cache(HELD_BATCHES)(self._reader.get_batch)
+
+    def batches(self) -> Iterator[list[QaRow]]:
+        """All rows in order, up to `BATCH_ROWS` at a time."""
+        for number in range(self._reader.num_record_batches):
+            yield self._rows(self._reader.get_batch(number))
+
+    def questions(self) -> Iterator[pa.Array]:
+        """The questions of all rows in order, batch by batch, as Arrow's texts."""
+        for number in range(self._reader.num_record_batches):
+            yield self._reader.get_batch(number).column("question")
+
+    def rows(self, positions: Sequence[int]) -> list[QaRow]:
+        """The rows at `positions`; those of one batch together are cheaper."""
+        found = []
+        for position in positions:
+            number, index = divmod(position, BATCH_ROWS)
+            found += self._rows(self._batch(number).slice(index, 1))
+        return found
+
+    def _rows(self, batch: pa.RecordBatch) -> list[QaRow]:
+        columns = {name: batch.column(name).to_pylist() for name in batch.schema.names}
+        return [
+            QaRow(
+                question=question,
+                answer=answer,
+                reasoning=reasoning,
+                messages=json.loads(messages) if messages else [],
+                tools=json.loads(tools) if tools else [],
+                kind=kind,
+                group="",
+                role=self._files[source].role,
+                file=self._files[source].label,
+                line=line,
+                offset=offset,
+            )
+            for question, answer, reasoning, messages, tools, kind, source, line, offset in zip(
+                *(columns[name] for name in (*_TEXTS, *_NUMBERS)), strict=True
+            )
+        ]
+
+
+def _to_text(value: list[Any]) -> str:
+    return json.dumps(value, ensure_ascii=False) if value else ""

@@ -1,0 +1,244 @@
+"""From a file's values to checked rows: question, answer, reasoning, and the conversation around.
+
+Guarantees: every row of a file comes out exactly once, as a `QaRow` or as a `BadRow` with its
+place, a reason code and a short masked excerpt; nothing in a file raises. The same texts give the
+same rows in every format and file type.
+It does not judge content: a wrong or useless answer is a good row here.
+It imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
+
+from qwen3ft.chat.conversation import (
+    THINK_CLOSE,
+    THINK_OPEN,
+    Message,
+    RejectedRowError,
+    assistant,
+    check_order,
+    parse_history,
+    parse_messages,
+    parse_tools,
+    split_think_block,
+    user,
+)
+from qwen3ft.config import ColumnNames, TrainingConfig
+from qwen3ft.data.columns import Columns, find_columns
+from qwen3ft.data.qa_row import BadRow, QaRow, check_content, turn
+from qwen3ft.data.readers.formats import RawRow, UnreadableFileError, read_raw
+from qwen3ft.data.sources import SourceFile
+from qwen3ft.logs import mask_secrets
+
+EXCERPT_CHARACTERS = 200
+
+UNREADABLE_FILE = "unreadable_file"
+
+
+@dataclass(frozen=True)
+class RowRules:
+    """The config's part in reading a row."""
+
+    columns: ColumnNames = field(default_factory=ColumnNames)
+    reasoning_separator: str | None = None
+    escape_special_tokens: bool = False
+
+
+def rules_of(config: TrainingConfig) -> RowRules:
+    """The settings of `config` that decide how a row is read."""
+    return RowRules(
+        config.columns, config.reasoning_separator, config.special_tokens_in_text == "escape"
+    )
+
+
+def read_file(
+    file: SourceFile, rules: RowRules, used: Counter[Columns]
+) -> Iterator[QaRow | BadRow]:
+    """Every row of `file`, in order; a file that breaks off ends with a `BadRow` of line 0.
+
+    Args:
+        file: What to read.
+        rules: The config's part in it.
+        used: Counts the columns that good rows were read from.
+    """
+    try:
+        for raw in read_raw(
+            file.path, lambda names: list(find_columns(names, rules.columns).parts().values())
+        ):
+            yield _checked(raw, file, rules, used)
+    except (UnreadableFileError, OSError) as error:
+        yield BadRow(file.label, 0, -1, UNREADABLE_FILE, excerpt(str(error)))
+
+
+def excerpt(text: str) -> str:
+    """The beginning of `text` with secrets masked, fit for a log and for UTF-8."""
+    head = text[: 5 * EXCERPT_CHARACTERS].encode("utf-8", "replace").decode()
+    return mask_secrets(head)[:EXCERPT_CHARACTERS]
+
+
+def _checked(
+    raw: RawRow, file: SourceFile, rules: RowRules, used: Counter[Columns]
+) -> QaRow | BadRow:
+    if raw.reason:
+        return BadRow(file.label, raw.line, raw.offset, raw.reason, excerpt(raw.text))
+    columns = find_columns(tuple(raw.values), rules.columns)
+    try:
+        row = QaRow(
+            **_texts(raw.values, columns, rules),
+            kind=_optional_text(raw.values, columns.kind, "kind"),
+            group=_label(raw.values, columns.group),
+            role=file.role,
+            file=file.label,
+            line=raw.line,
+            offset=raw.offset,
+        )
+        check_content(row, allow_control_tokens=rules.escape_special_tokens)
+    except (RejectedRowError, RecursionError) as error:
+        reason = str(error) if isinstance(error, RejectedRowError) else "too_deep"
+        names = columns.parts().values()
+        values = {name: raw.values.get(name) for name in names} or raw.values
+        return BadRow(file.label, raw.line, raw.offset, reason, excerpt(_shown(values)))
+    used[columns] += 1
+    return row
+
+
+class _Texts(TypedDict):
+    question: str
+    answer: str
+    reasoning: str
+    messages: list[Message]
+    tools: list[dict[str, Any]]
+
+
+def _texts(values: Mapping[str, Any], columns: Columns, rules: RowRules) -> _Texts:
+    """What is said in a row, whichever way it is laid out."""
+    tools = parse_tools(values.get(columns.tools)) if columns.tools else []
+    if columns.messages is not None:
+        return _from_messages(parse_messages(values.get(columns.messages)), tools, rules)
+    asked = values.get(columns.question) if columns.question else None
+    if isinstance(asked, list):  # a prompt of messages, completed by messages or by text
+        completed = values.get(columns.answer) if columns.answer else None
+        if isinstance(completed, str):
+            completed = [{"role": "assistant", "content": completed}]
+        if not isinstance(completed, list):
+            raise RejectedRowError("missing_answer")
+        return _from_messages(parse_messages([*asked, *completed]), tools, rules)
+    return _from_columns(values, columns, tools, rules)
+
+
+def _from_columns(
+    values: Mapping[str, Any], columns: Columns, tools: list[dict[str, Any]], rules: RowRules
+) -> _Texts:
+    question = _text(values, columns.question, "question")
+    if addition := _optional_text(values, columns.addition, "question"):
+        question = f"{question}\n{addition}"
+    if context := _optional_text(values, columns.context, "context"):
+        question = f"{context}\n\n{question}"
+    block, answer = split_reasoning(_answer(values, columns.answer), rules.reasoning_separator)
+    reasoning = _optional_text(values, columns.reasoning, "reasoning") or block
+    if not answer:
+        raise RejectedRowError("empty_answer")
+    messages: list[Message] = []
+    if system := _optional_text(values, columns.system, "system"):
+        messages.append({"role": "system", "content": system})
+    if columns.history:
+        messages += parse_history(values.get(columns.history))
+    if messages or tools:
+        messages += [user(question), turn(answer, reasoning)]
+        check_order(messages)
+    return _Texts(
+        question=question, answer=answer, reasoning=reasoning, messages=messages, tools=tools
+    )
+
+
+def _from_messages(messages: list[Message], tools: list[dict[str, Any]], rules: RowRules) -> _Texts:
+    last = messages[-1]
+    if rules.reasoning_separator and not last.get("reasoning"):
+        last = assistant(*reversed(split_reasoning(last["content"], rules.reasoning_separator)))
+        messages[-1] = last
+    if not last["content"]:
+        raise RejectedRowError("empty_answer")
+    return _Texts(
+        question=next(m["content"] for m in reversed(messages) if m["role"] == "user"),
+        answer=last["content"],
+        reasoning=last.get("reasoning", ""),
+        messages=messages if len(messages) > 2 or tools else [],
+        tools=tools,
+    )
+
+
+def split_reasoning(answer: str, separator: str | None) -> tuple[str, str]:
+    """(reasoning, answer) of an answer column: a leading think block, else what the separator cuts.
+
+    Of several separators the last one counts.
+
+    Raises:
+        RejectedRowError: a think block is never closed.
+    """
+    if THINK_CLOSE in answer or answer.lstrip().startswith(THINK_OPEN):
+        return split_think_block(answer)
+    before, cut, after = answer.rpartition(separator) if separator else ("", "", answer)
+    return (before.strip(), after.strip()) if cut else ("", answer.strip())
+
+
+def _answer(values: Mapping[str, Any], column: str | None) -> str:
+    """The answer's text; of SQuAD's list of accepted answers the first."""
+    value = values.get(column) if column is not None else None
+    if isinstance(value, Mapping):
+        value = value.get("text")
+    if isinstance(value, list):
+        if not value:
+            raise RejectedRowError("empty_answer")
+        value = value[0].get("text") if isinstance(value[0], Mapping) else value[0]
+    return _required(value, "answer")
+
+
+def _text(values: Mapping[str, Any], column: str | None, part: str) -> str:
+    return _required(values.get(column) if column is not None else None, part)
+
+
+def _required(value: Any, part: str) -> str:
+    if value is None:
+        raise RejectedRowError(f"missing_{part}")
+    if not isinstance(value, str):
+        raise RejectedRowError(f"{part}_not_text")
+    text = value.strip()
+    if not text:
+        raise RejectedRowError(f"empty_{part}")
+    return text
+
+
+def _optional_text(values: Mapping[str, Any], column: str | None, part: str) -> str:
+    value = values.get(column) if column is not None else None
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise RejectedRowError(f"{part}_not_text")
+    return value.strip()
+
+
+def _label(values: Mapping[str, Any], column: str | None) -> str:
+    """A source key: text or a number."""
+    value = values.get(column) if column is not None else None
+    return "" if value is None or isinstance(value, (list, Mapping)) else str(value).strip()
+
+
+def _shown(values: Mapping[str, Any]) -> str:
+    """`values` as JSON-like text, each cut short before it is rendered."""
+    short = 2 * EXCERPT_CHARACTERS
+    try:
+        return json.dumps(
+            {
+                name: value[:short] if isinstance(value, str) else value
+                for name, value in values.items()
+            },
+            ensure_ascii=False,
+            default=repr,
+        )
+    except (RecursionError, ValueError):
+        return "nested too deeply to be shown"

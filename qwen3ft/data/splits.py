@@ -1,0 +1,282 @@
+"""Which row goes where, decided on hashes of the rows: repeats, held-out rows, caps, samples.
+
+Guarantees: every function is pure, and its result depends on the rows and their order alone. Where
+a row goes hangs on its group's hash, so a held-out group stays held out as the data grows (but for
+sets so small that the hash holds out none). What is left in training after `find_repeats`,
+`hold_out` and `leaks` shares no question with a held-out row. A million rows take 45 bytes each
+and, while they are sorted, about 100 bytes more.
+Questions are the same when they differ only in white space, case, Unicode form or punctuation. It
+does not find paraphrases (see `near`), and holds no text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+import unicodedata
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen3ft.data.sources import Role
+
+ROLES: tuple[Role, ...] = ("train", "dev", "test")
+"""A role's code in the arrays is its place here; a later one is the more protected."""
+TRAIN, DEV, TEST = range(3)
+
+HELD_OUT_ROLES: tuple[Role, ...] = ("test", "dev")
+"""Most protected first; of the held-out share, the groups standing lowest go to the first."""
+
+KEPT, DUPLICATE, LEAKAGE = range(3)
+
+KEY_BYTES = 16
+
+Mask = NDArray[np.bool_]
+Codes = NDArray[np.uint8]
+Hashes = NDArray[np.uint64]
+
+# Signs of arithmetic, code and names (C#, 50 %) tell questions apart; other punctuation does not.
+_TELLING = "%&@#*/\\_"
+
+
+def _is_blind(character: str) -> bool:
+    kind = unicodedata.category(character)
+    if unicodedata.normalize("NFKC", character) in _TELLING:
+        return False
+    return kind[0] == "P" or kind == "Cf" or character.isspace() or character in "~`´～"
+
+
+_BLIND_CHARACTERS = [
+    character
+    for character in map(chr, chain(range(0x3100), range(0xFE10, 0xFF70)))
+    if _is_blind(character)
+]
+_BLIND = re.compile(f"[{''.join(map(re.escape, _BLIND_CHARACTERS))}]+")
+_BLIND_ASCII = {ord(character): None for character in _BLIND_CHARACTERS if character.isascii()}
+_DIGIT = re.compile("[0-9０-９]")
+_JOINTS = "-.,:/~－．，：／～"
+_NUMBER = re.compile(f"[-.－．0-9０-９][{_JOINTS}0-9０-９]*")
+
+
+def question_key(text: str) -> bytes:
+    """16 bytes that are the same for texts that ask the same, written another way.
+
+    Blind to white space, case, Unicode form (NFKC) and punctuation, Chinese too. Numbers are
+    hashed once more as they are written, so that 3-5, 3.5 and 35 stay apart. A text of nothing
+    but punctuation is its own key.
+    """
+    is_ascii = text.isascii()
+    # Punctuation goes first: text without full-width forms then passes NFKC's quick check
+    kept = text.translate(_BLIND_ASCII).lower() if is_ascii else _BLIND.sub("", text)
+    numbers = ""
+    if _DIGIT.search(kept):
+        found = (number.rstrip(_JOINTS) for number in _NUMBER.findall(text))
+        numbers = "\n" + " ".join(filter(None, found))
+    if not is_ascii:
+        composed = unicodedata.normalize("NFKC", kept)
+        kept = (composed if composed == kept else _BLIND.sub("", composed)).casefold()
+        numbers = unicodedata.normalize("NFKC", numbers)
+    return _digest(kept + numbers if kept else text)
+
+
+def content_key(*texts: str) -> bytes:
+    """16 bytes of all texts of a row, exactly as they are, each in its place."""
+    return _digest("\0".join(texts) + "\0".join(str(len(text)) for text in texts))
+
+
+def _digest(text: str) -> bytes:
+    # a lone surrogate is no reason to stop here: such rows are left out elsewhere
+    data = text.encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(data, digest_size=KEY_BYTES, usedforsecurity=False).digest()
+
+
+@dataclass(frozen=True, eq=False)
+class Keys:
+    """What is known of each usable row, in reading order: n rows, 45 bytes each."""
+
+    question: Hashes
+    """(n, 2): `question_key`, as little-endian numbers."""
+    content: Hashes
+    """(n, 2): `content_key`."""
+    group: Hashes
+    """(n,): hash of the row's source key; where it has none, the first half of its question key."""
+    role: Codes
+    """(n,): code of the role of the file that the row came from, see `ROLES`."""
+    source: NDArray[np.uint32]
+    """(n,): number of the source that the row came from."""
+
+    def __len__(self) -> int:
+        return len(self.role)
+
+
+class KeysBuilder:
+    """Collects the keys of rows, one `append` a row, without a Python object for any."""
+
+    def __init__(self) -> None:
+        self._question = bytearray()
+        self._content = bytearray()
+        self._group = bytearray()
+        self._role = bytearray()
+        self._source = array("I")
+
+    def __len__(self) -> int:
+        return len(self._role)
+
+    def append(
+        self, question: bytes, content: bytes, role: Role, source: int, group: str = ""
+    ) -> None:
+        """Add the next row in reading order.
+
+        Args:
+            question: Its `question_key`.
+            content: Its `content_key`.
+            role: Role of its file.
+            source: Number of its source, below 2**32.
+            group: Its source key; '' if it has none.
+        """
+        self._question += question
+        self._content += content
+        self._group += _digest(f"source key\0{group}")[:8] if group else question[:8]
+        self._role.append(ROLES.index(role))
+        self._source.append(source)
+
+    def build(self) -> Keys:
+        """The keys of all rows so far, in the builder's own memory: it takes no more rows."""
+        return Keys(
+            question=_numbers(self._question).reshape(-1, 2),
+            content=_numbers(self._content).reshape(-1, 2),
+            group=_numbers(self._group),
+            role=np.frombuffer(self._role, np.uint8),
+            source=np.frombuffer(self._source, np.uint32),
+        )
+
+
+def _numbers(data: bytearray) -> Hashes:
+    """8 bytes a number; the same numbers on every machine."""
+    numbers = np.frombuffer(data, np.uint64)
+    return numbers if sys.byteorder == "little" else numbers.byteswap()
+
+
+def find_repeats(keys: Keys) -> Codes:
+    """Keep each row once, and no question in two roles.
+
+    Returns:
+        (n,) `KEPT`, `DUPLICATE` (the same content came before in the same role) or `LEAKAGE` (the
+        question belongs to a row of a more protected role: test before dev before train).
+    """
+    everything = np.ones(len(keys), np.bool_)
+    reasons = np.zeros(len(keys), np.uint8)
+    # lexsort is stable: of equal contents the first in reading order comes first
+    order = np.lexsort((keys.role, keys.content[:, 1], keys.content[:, 0]))
+    content, role = keys.content[order], keys.role[order]
+    again = (content[1:] == content[:-1]).all(axis=1) & (role[1:] == role[:-1])
+    reasons[order[1:][again]] = DUPLICATE
+    reasons[leaks(keys, keys.role, everything)] = LEAKAGE
+    return reasons
+
+
+def leaks(keys: Keys, roles: Codes, mask: Mask) -> Mask:
+    """The rows whose question belongs to a row of a more protected role.
+
+    To be asked again after `hold_out`: one question may stand in two groups of source keys, of
+    which one was held out.
+
+    Args:
+        keys: Of all rows.
+        roles: (n,) the role of each row, by its code.
+        mask: (n,) the rows that count; the others neither protect nor leak.
+    """
+    rows = np.flatnonzero(mask)
+    question, role = _identities(keys.question[rows]), roles[rows]
+    strictest = np.zeros(len(rows), np.uint8)
+    for code in (DEV, TEST):
+        strictest[question[role == code]] = code
+    result = np.zeros(len(keys), np.bool_)
+    result[rows] = role < strictest[question]
+    return result
+
+
+def hold_out(keys: Keys, kept: Mask, fraction: float, missing: Iterable[Role]) -> Codes:
+    """The role of every row after training rows were held out; ask `leaks` with it next.
+
+    The share `fraction` of the groups goes to the missing roles in equal parts. A role that the
+    hash leaves empty gets the group standing lowest, as long as training keeps one.
+
+    Args:
+        keys: Of all rows.
+        kept: (n,) the rows that count; the others keep their role.
+        fraction: Share of the groups to hold out, 0 to 1.
+        missing: Which of dev and test have no rows of their own; empty to hold out nothing.
+
+    Returns:
+        (n,) codes of `ROLES`.
+    """
+    roles = keys.role.copy()
+    wanted = set(missing)
+    empty = [ROLES.index(role) for role in HELD_OUT_ROLES if role in wanted]
+    if not empty:
+        return roles
+    rows = np.flatnonzero(kept & (keys.role == TRAIN))
+    groups, group_of = np.unique(keys.group[rows], return_inverse=True)
+    position = groups / 2.0**64
+    home = np.full(len(groups), TRAIN, np.uint8)
+    share = fraction / len(empty)
+    for place, code in enumerate(empty):
+        home[(position >= place * share) & (position < (place + 1) * share)] = code
+    for code in empty:
+        trained = np.flatnonzero(home == TRAIN)
+        if len(trained) > 1 and code not in home:
+            home[trained[0]] = code
+    roles[rows] = home[group_of]
+    return roles
+
+
+def cap_sources(keys: Keys, mask: Mask, most_rows: int) -> Mask:
+    """Those of the rows of `mask` that stay when no source may give more than `most_rows`.
+
+    A source over its cap keeps the rows of the lowest content hash: a fixed sample, in which a new
+    row displaces at most one.
+    """
+    rows = np.flatnonzero(mask)
+    low, high = keys.content[rows].T
+    order = np.lexsort((low, high, keys.source[rows]))
+    source = keys.source[rows[order]]
+    rank = np.arange(len(rows)) - np.searchsorted(source, source)
+    result = np.zeros(len(keys), np.bool_)
+    result[rows[order[rank < most_rows]]] = True
+    return result
+
+
+def sample(keys: Keys, mask: Mask, count: int, seed: int) -> Mask:
+    """`count` of the rows of `mask` (all, if there are fewer), chosen by seed and content.
+
+    The same content is chosen again in a grown set unless rows that stand lower displace it, and a
+    larger sample holds every smaller one of the same seed.
+    """
+    rows = np.flatnonzero(mask)
+    salt = int.from_bytes(_digest(f"sample\0{seed}")[:8], "little")
+    order = np.argsort(_mixed(keys.content[rows, 0] ^ np.uint64(salt)), kind="stable")
+    result = np.zeros(len(keys), np.bool_)
+    result[rows[order[:count]]] = True
+    return result
+
+
+def _identities(pairs: Hashes) -> NDArray[np.int32]:
+    """(n,) a small number for each of the (n, 2) pairs, the same for equal ones alone."""
+    order = np.lexsort((pairs[:, 1], pairs[:, 0]))
+    numbers = np.zeros(len(pairs), np.int32)
+    ordered = pairs[order]
+    numbers[order[1:]] = np.cumsum((ordered[1:] != ordered[:-1]).any(axis=1), dtype=np.int32)
+    return numbers
+
+
+def _mixed(values: Hashes) -> Hashes:
+    """The finaliser of splitmix64 (Steele, Lea, Flood 2014): every bit in hangs on every bit."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

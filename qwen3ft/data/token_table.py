@@ -1,0 +1,80 @@
+"""Tokenised rows on disk, written in order while tokenising and mapped for training.
+
+One Arrow stream per split with the columns `input_ids` (int32 tokens), `trained` (int32: start and
+end of each stretch that carries loss, end exclusive) and `length` (int32).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from qwen3ft.records.data import LengthSummary
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from qwen3ft.chat.rendering import TokenizedRow
+
+
+class TokenWriter:
+    """Appends tokenised rows to the file `path`; a context manager, complete when it is left."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+
+        tokens = pa.list_(pa.int32())
+        self._schema = pa.schema(
+            [("input_ids", tokens), ("trained", tokens), ("length", pa.int32())]
+        )
+        self._writer = pa.ipc.new_stream(str(path), self._schema)
+        self._parts: list[np.ndarray] = []
+        self.trained_tokens = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        self._writer.close()
+
+    def write(self, rows: Sequence[TokenizedRow]) -> None:
+        """Append `rows`, in order."""
+        import pyarrow as pa
+
+        if not rows:
+            return
+        lengths = np.array([len(row.input_ids) for row in rows], np.int32)
+        columns: dict[str, Any] = {
+            "input_ids": [row.input_ids for row in rows],
+            "trained": [[edge for span in row.trained for edge in span] for row in rows],
+            "length": lengths,
+        }
+        self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
+        self._parts.append(lengths)
+        self.trained_tokens += sum(end - start for row in rows for start, end in row.trained)
+
+    def summary(self) -> LengthSummary:
+        """Token lengths of what was written; percentiles are lengths that occur."""
+        lengths = np.concatenate([np.zeros(0, np.int32), *self._parts])
+        median, p95 = np.percentile(lengths, (50, 95), method="higher") if len(lengths) else (0, 0)
+        return LengthSummary(
+            rows=len(lengths),
+            tokens=int(lengths.sum()),
+            trained_tokens=self.trained_tokens,
+            longest_tokens=int(lengths.max(initial=0)),
+            median_tokens=int(median),
+            p95_tokens=int(p95),
+        )
+
+
+def load_split(folder: Path, split: str) -> Dataset:
+    """The rows of `split` (train or dev) of a prepared data folder, mapped from disk."""
+    from datasets import Dataset
+
+    return Dataset.from_file(str(folder / f"{split}.arrow"))

@@ -1,0 +1,187 @@
+"""From placed rows to token files: too long ones left out or shortened, the rest written in order.
+
+Guarantees: an answer or an end token is never cut; a row that would train nothing is not written;
+every row that is not written has its reason in the placement. A batch of rows is held at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qwen3ft.chat import rendering as chat
+from qwen3ft.config import TrainingConfig
+from qwen3ft.data.placement import Fate, Placement
+from qwen3ft.data.qa_row import QaRow
+from qwen3ft.data.row_table import BATCH_ROWS, RowTable
+from qwen3ft.data.token_table import TokenWriter
+from qwen3ft.errors import DataLoadingError
+from qwen3ft.records.data import LengthSummary
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+_SPLITS = {Fate.TRAIN: "train", Fate.DEV: "dev"}
+_TOKENIZED = (Fate.TRAIN, Fate.DEV, Fate.TEST)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What tokenising found out."""
+
+    train: LengthSummary
+    dev: LengthSummary
+    lengths: np.ndarray
+    """Tokens of each usable row, 0 where it was not tokenised; int32, shape (rows,)."""
+    shortened: int
+
+
+def tokenize_table(
+    table: RowTable,
+    placement: Placement,
+    tokenizer: PreTrainedTokenizerBase,
+    config: TrainingConfig,
+    folder: Path,
+    progress: Callable[[int], None],
+) -> Tokens:
+    """Write train.arrow and dev.arrow into `folder`; rows left out get their fate in `placement`.
+
+    Rows behind the one that fills `max_rows` are not tokenised.
+
+    Raises:
+        DataLoadingError: rows are too long and the config says to fail then.
+        TokenizerError: the template cannot be used.
+    """
+    with ExitStack() as stack:
+        writers = {
+            fate: stack.enter_context(TokenWriter(folder / f"{split}.arrow"))
+            for fate, split in _SPLITS.items()
+        }
+        work = _Work(placement, tokenizer, config, writers)
+        for number, rows in enumerate(table.batches()):
+            work.batch(number * BATCH_ROWS, rows)
+            progress(number * BATCH_ROWS + len(rows))
+    too_long = placement.count(Fate.TOO_LONG)
+    if too_long and config.too_long == "fail":
+        longest = int(work.lengths.max())
+        raise DataLoadingError(
+            f"{too_long} rows are longer than {config.max_sequence_length} tokens, the longest "
+            f"{longest}.",
+            why="too_long is 'fail'; 'drop' would leave them out.",
+            next_command=f"qwen3ft train --set max_sequence_length={longest}",
+            too_long=too_long,
+            longest_tokens=longest,
+        )
+    train, dev = (writers[fate].summary() for fate in _SPLITS)
+    return Tokens(train, dev, work.lengths, work.shortened)
+
+
+@dataclass
+class _Work:
+    """What goes on from batch to batch."""
+
+    placement: Placement
+    tokenizer: PreTrainedTokenizerBase
+    config: TrainingConfig
+    writers: dict[Fate, TokenWriter]
+    trained_rows: int = 0
+    shortened: int = 0
+    lengths: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.lengths = np.zeros(len(self.placement.fates), np.int32)
+
+    def batch(self, start: int, rows: Sequence[QaRow]) -> None:
+        """Tokenise the rows that are used; `start` is the position of the first one."""
+        fates = self.placement.fates[start : start + len(rows)]
+        if self.trained_rows == self.config.max_rows:
+            fates[fates == Fate.TRAIN] = Fate.NOT_USED
+        used = np.flatnonzero(np.isin(fates, _TOKENIZED)).tolist()
+        tokenized = self._tokenize([rows[index] for index in used])
+        batches: dict[Fate, list[chat.TokenizedRow]] = {fate: [] for fate in self.writers}
+        for index, row in zip(used, tokenized, strict=True):
+            length = len(row.input_ids)
+            self.lengths[start + index] = length
+            if length > self.config.max_sequence_length:
+                shorter = self._shorten(rows[index])
+                if shorter is None:
+                    fates[index] = Fate.TOO_LONG
+                    continue
+                row, self.shortened = shorter, self.shortened + 1
+            if not row.trained:
+                fates[index] = Fate.NO_TRAINED_TOKEN
+                continue
+            if fates[index] == Fate.TRAIN:
+                if self.trained_rows == self.config.max_rows:
+                    fates[index] = Fate.NOT_USED
+                    continue
+                self.trained_rows += 1
+            if (fate := Fate(int(fates[index]))) in batches:
+                batches[fate].append(row)
+        for fate, kept in batches.items():
+            self.writers[fate].write(kept)
+
+    def _tokenize(self, rows: Sequence[QaRow]) -> list[chat.TokenizedRow]:
+        return chat.tokenize_rows(
+            self.tokenizer,
+            rows,
+            train_turns=self.config.train_turns,
+            escape=self.config.special_tokens_in_text == "escape",
+        )
+
+    def _shorten(self, row: QaRow) -> chat.TokenizedRow | None:
+        if self.config.too_long != "shorten_reasoning" or not row["reasoning"]:
+            return None
+        limit = self.config.max_sequence_length
+        escape = self.config.special_tokens_in_text == "escape"
+        shorter = chat.shorten_reasoning(self.tokenizer, row, limit, escape=escape)
+        if shorter is None:
+            return None
+        [tokenized] = self._tokenize([shorter])
+        return tokenized if len(tokenized.input_ids) <= limit else None
+
+
+# --- the same in two steps, for small data ---
+
+
+def format_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[QaRow]) -> Dataset:
+    """Rendered conversations: columns `segments` (texts in order) and `trained` (which of them)."""
+    from datasets import Dataset, Features, List, Value
+
+    rendered = [chat.render_row(tokenizer, row) for row in rows]
+    columns = {
+        "segments": [[segment.text for segment in segments] for segments in rendered],
+        "trained": [[segment.trained for segment in segments] for segments in rendered],
+    }
+    features = Features(segments=List(Value("string")), trained=List(Value("bool")))
+    return Dataset.from_dict(columns, features=features)
+
+
+def tokenize_formatted(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: TrainingConfig
+) -> Dataset:
+    """Token ids and trained ranges of what `format_rows` gave; see `DataPipeline`."""
+    from datasets import Dataset, Features, List, Value
+
+    columns: dict[str, list[Any]] = {"input_ids": [], "trained": [], "length": []}
+    for row in dataset:
+        ids: list[int] = []
+        edges: list[int] = []
+        parts = chat.encode_texts(tokenizer, row["segments"])
+        for part, trained in zip(parts, row["trained"], strict=True):
+            if trained:
+                edges += [len(ids), len(ids) + len(part)]
+            ids += part
+        if edges and len(ids) <= config.max_sequence_length:
+            columns["input_ids"].append(ids)
+            columns["trained"].append(edges)
+            columns["length"].append(len(ids))
+    tokens, count = List(Value("int32")), Value("int32")
+    features = Features(input_ids=tokens, trained=tokens, length=count)
+    return Dataset.from_dict(columns, features=features)

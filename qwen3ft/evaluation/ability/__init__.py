@@ -1,0 +1,51 @@
+"""Rows that show whether fine-tuning cost a model what it could do: the base-ability set.
+
+Only the loss on their answers is measured, against the base model's. They are never trained on.
+
+- `general.jsonl`: 48 rows in English and Chinese, written for this project: facts, explanations,
+  sums, logic, translation, small talk, code. For every Qwen3.
+- `embedded.jsonl`: 48 rows of what the embedded model was pretrained on, which is all it can do.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qwen3ft.config import TrainingConfig
+from qwen3ft.errors import DataLoadingError
+from qwen3ft.files import read_json_lines
+
+GENERAL_PATH = Path(__file__).parent / "general.jsonl"
+EMBEDDED_PATH = Path(__file__).parent / "embedded.jsonl"
+
+
+def ability_rows(config: TrainingConfig) -> list[dict[str, Any]]:
+    """The rows that `config` asks for: question and answer at least.
+
+    Raises:
+        DataLoadingError: the file cannot be read, has no rows, or a row lacks a text.
+    """
+    bundled = EMBEDDED_PATH if config.is_embedded else GENERAL_PATH
+    path = Path(config.ability_path) if config.ability_path else bundled
+    try:
+        rows = read_json_lines(path)[0]
+        complete = bool(rows) and all(
+            isinstance(row.get(name), str) and row[name].strip()
+            for row in rows
+            for name in ("question", "answer")
+        )
+    except (OSError, ValueError, AttributeError) as error:
+        raise _unusable(path, str(error)) from error
+    if not complete:
+        raise _unusable(path, "it has no rows, or one without question or answer")
+    return rows
+
+
+def _unusable(path: Path, problem: str) -> DataLoadingError:
+    return DataLoadingError(
+        f"The ability set {path} cannot be used: {problem}.",
+        why="Without it nothing shows whether the new adapter forgets.",
+        next_command="qwen3ft run --set ability_path=null",
+        path=str(path),
+    )

@@ -1,0 +1,123 @@
+"""What a model answered, kept by model and question, so that no night asks the same twice.
+
+    <cache_dir>/answers/<key of the model>.jsonl      one `CachedAnswer` a line
+
+Guarantees: an answer is only found again for the same weights, question, reference and settings; a
+file is replaced as a whole, so a reader sees the old or the new one. A file that cannot be read, or
+cannot be written, costs time and nothing else.
+Does not cover bit-equality with a new answer: that depends on the other questions of its batch.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from qwen3ft.evaluation.answer_loss import RowLoss
+from qwen3ft.evaluation.answers import Generated
+from qwen3ft.files import sha256_json, write_bytes_atomic
+from qwen3ft.logs import get_logger
+from qwen3ft.records.base import Record
+
+logger = get_logger("answer_cache")
+
+CODE_VERSION = 1
+"""Raised when the same model and question give another answer or loss than before."""
+
+MAX_ANSWERS = 5000
+"""Kept of one model: those used last, and the newest of the others."""
+
+MAX_MODELS = 16
+
+_NOT_PART_OF_THE_QUESTION = ("split", "kind", "group")
+
+
+class CachedAnswer(Record):
+    """One answer and the loss of its reference; no answer where the loss alone was asked for."""
+
+    key: str
+    text: str | None = None
+    stopped: bool = False
+    tokens: int = 0
+    loss_nats: float | None
+    loss_tokens: int
+
+    @property
+    def generated(self) -> Generated:
+        """The answer as it was generated."""
+        return Generated(text=self.text or "", stopped=self.stopped, tokens=self.tokens)
+
+    @property
+    def loss(self) -> RowLoss:
+        """The loss of the reference; not a number where it was not finite."""
+        nats = math.nan if self.loss_nats is None else self.loss_nats
+        return RowLoss(nats, self.loss_tokens)
+
+
+def remember(key: str, generated: Generated | None, loss: RowLoss) -> CachedAnswer:
+    """A new entry."""
+    answer = {} if generated is None else vars(generated)
+    nats = loss.nats if math.isfinite(loss.nats) else None
+    return CachedAnswer(key=key, **answer, loss_nats=nats, loss_tokens=loss.tokens)
+
+
+def question_key(row: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """What the answer to `row` and its loss depend on, besides the model."""
+    asked = {name: row[name] for name in row if name not in _NOT_PART_OF_THE_QUESTION}
+    return sha256_json([asked, settings])
+
+
+class AnswerCache:
+    """The answers of one model; `model_key` has to name its weights, tokenizer and template."""
+
+    def __init__(self, folder: Path, model_key: Sequence[str]) -> None:
+        self.path = folder / f"{sha256_json([CODE_VERSION, *model_key])[:32]}.jsonl"
+        self._entries = self._read()
+        self._used: dict[str, None] = {}
+
+    def get(self, key: str) -> CachedAnswer | None:
+        """The answer kept under `key`."""
+        if (entry := self._entries.get(key)) is not None:
+            self._used[key] = None
+        return entry
+
+    def __getitem__(self, key: str) -> CachedAnswer:
+        return self._entries[key]
+
+    def add(self, entries: Iterable[CachedAnswer]) -> None:
+        """Keep answers, on disk by `save`."""
+        for entry in entries:
+            self._entries[entry.key] = entry
+            self._used[entry.key] = None
+
+    def save(self) -> None:
+        """Write the file; those of models used longest ago are removed."""
+        others = [key for key in self._entries if key not in self._used]
+        kept = [*others[::-1][: max(0, MAX_ANSWERS - len(self._used))][::-1], *self._used]
+        lines = [self._entries[key].model_dump_json() + "\n" for key in kept]
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes_atomic(self.path, "".join(lines).encode())
+            files = sorted(self.path.parent.glob("*.jsonl"), key=lambda p: p.stat().st_mtime_ns)
+            for old in files[:-MAX_MODELS]:
+                old.unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("answers are not kept for the next run: %s", error)
+
+    def _read(self) -> dict[str, CachedAnswer]:
+        try:
+            lines = self.path.read_bytes().splitlines()
+            found = (CachedAnswer.model_validate_json(line) for line in lines)
+            entries = {entry.key: entry for entry in found}
+            os.utime(self.path)  # used now: `save` removes the file of another model
+            return entries
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValidationError) as error:
+            logger.warning("the kept answers in %s cannot be used: %s", self.path, error)
+            return {}

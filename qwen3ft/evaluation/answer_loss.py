@@ -1,0 +1,117 @@
+"""The loss of given answers, row by row: how unlikely a model finds them.
+
+Guarantees: the rows are rendered as for training, results come in their order, and logits exist for
+a bounded number of tokens at a time. Running out of GPU memory halves the batch, as in
+`qwen3ft.evaluation.generation`.
+Does not cover bit-equality between batch sizes: padding changes the order of floating-point sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qwen3ft.chat.rendering import IGNORED_LABEL, TokenizedRow, tokenize_rows
+from qwen3ft.evaluation.generation import Progress, in_batches, no_progress, pad_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+LOSS_CHUNK_TOKENS = 512
+"""Answer tokens whose logits exist at one time: 0.3 GB in fp32 for Qwen3's vocabulary."""
+
+
+@dataclass(frozen=True)
+class RowLoss:
+    """Negative log-likelihood of one answer: summed nats, and the tokens they are summed over."""
+
+    nats: float
+    tokens: int
+
+
+def answer_loss(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, Any]],
+    batch_size: int,
+    progress: Progress = no_progress,
+    *,
+    escape: bool = False,
+) -> float:
+    """Mean negative log-likelihood (nats) per answer token of all rows: see `answer_losses`."""
+    return mean_loss(answer_losses(model, tokenizer, rows, batch_size, progress, escape=escape))
+
+
+def mean_loss(losses: Sequence[RowLoss]) -> float:
+    """Nats per token; every counted token of every row weighs the same. NaN for none."""
+    tokens = sum(loss.tokens for loss in losses)
+    return sum(loss.nats for loss in losses) / tokens if tokens else float("nan")
+
+
+def answer_losses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, Any]],
+    batch_size: int,
+    progress: Progress = no_progress,
+    *,
+    escape: bool = False,
+) -> list[RowLoss]:
+    """Negative log-likelihood of each row's answer, in the order of `rows`.
+
+    The prompt is not counted. The rows are rendered as for training, so the reasoning and the end
+    token count too. Of a conversation the last turn counts, which is the one that
+    `answer_questions` writes.
+
+    Raises:
+        OutOfMemoryError: not even one row fits.
+        TokenizerError: the chat template cannot be used.
+    """
+    encoded = tokenize_rows(tokenizer, rows, train_turns="last", escape=escape)
+    order = sorted(range(len(encoded)), key=lambda index: (-len(encoded[index].input_ids), index))
+    nats: dict[int, float] = {}
+
+    def run(batch: Sequence[int]) -> list[float]:
+        return _summed_losses(model, [encoded[index] for index in batch])
+
+    for batch, losses in in_batches(order, batch_size, run):
+        nats.update(zip(batch, losses, strict=True))
+        progress(len(nats))
+    tokens = [sum(end - start for start, end in row.trained) for row in encoded]
+    return [RowLoss(nats[index], tokens[index]) for index in range(len(encoded))]
+
+
+def _summed_losses(model: PreTrainedModel, rows: Sequence[TokenizedRow]) -> list[float]:
+    """Negative log-likelihood of each row's trained tokens, summed.
+
+    The output head is applied to their positions only, a chunk at a time.
+    """
+    import torch
+
+    width = max(len(row.input_ids) for row in rows)
+    # Padding comes after the tokens, where causal attention cannot see it: its value is free.
+    inputs = pad_rows([row.input_ids for row in rows], width, 0).to(model.device)
+    labels = pad_rows([_labels(row) for row in rows], width, IGNORED_LABEL).to(model.device)
+    # Position t predicts token t + 1.
+    row_index, place = (labels[:, 1:] != IGNORED_LABEL).nonzero(as_tuple=True)
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    totals = torch.zeros(len(rows), dtype=torch.float64)
+    with torch.no_grad():
+        hidden = causal.get_decoder()(input_ids=inputs, use_cache=False)[0]
+        for start in range(0, len(place), LOSS_CHUNK_TOKENS):
+            chunk = slice(start, start + LOSS_CHUNK_TOKENS)
+            states = hidden[row_index[chunk], place[chunk]]
+            logits = causal.get_output_embeddings()(states).float()
+            targets = labels[row_index[chunk], place[chunk] + 1]
+            losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+            totals.index_add_(0, row_index[chunk].cpu(), losses.double().cpu())
+    sums: list[float] = totals.tolist()
+    return sums
+
+
+def _labels(row: TokenizedRow) -> list[int]:
+    labels = [IGNORED_LABEL] * len(row.input_ids)
+    for start, end in row.trained:
+        labels[start:end] = row.input_ids[start:end]
+    return labels

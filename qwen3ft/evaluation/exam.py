@@ -1,0 +1,169 @@
+"""One model on the held-out questions and the ability set: what is known of it, and the rest.
+
+Guarantees: a question whose answer is kept in the cache is not asked again; results come in the
+order of the questions; what was computed is kept before the next model has its turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qwen3ft.evaluation.answer_cache import AnswerCache, question_key, remember
+from qwen3ft.evaluation.answer_loss import RowLoss, answer_losses
+from qwen3ft.evaluation.answers import Generated, Question, choose_questions
+from qwen3ft.evaluation.generation import answer_questions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SAMPLED_QUESTIONS = 100
+"""Answered by sampling too: greedy answers hide what a model would say every third time."""
+
+SAMPLING_SEED = 0
+
+Row = Mapping[str, Any]
+Beat = Callable[[str, int], None]
+
+
+@dataclass(frozen=True)
+class Exam:
+    """What every model is asked, and how."""
+
+    rows: Sequence[Row]
+    """Held-out rows: answered, and their references' loss taken."""
+    ability: Sequence[Row]
+    """General rows: the loss alone."""
+    batch_size: int
+    max_new_tokens: int
+    escape: bool
+
+    @property
+    def questions(self) -> list[Question]:
+        """The held-out rows as they are scored."""
+        return [to_question(row) for row in self.rows]
+
+    @property
+    def thinking(self) -> list[bool]:
+        """Of which held-out rows thinking is asked for: those whose reference has some."""
+        return [bool(row.get("reasoning")) for row in self.rows]
+
+    @property
+    def sampled(self) -> list[int]:
+        """Which held-out rows are answered by sampling too: some of every split."""
+        return choose_questions(self.questions, SAMPLED_QUESTIONS)
+
+    def keys(self) -> tuple[list[str], list[str], list[str]]:
+        """What is kept under: of the held-out rows, those sampled, and the ability set."""
+        answered = {"max_new_tokens": self.max_new_tokens, "escape": self.escape}
+        loss_alone = {"escape": self.escape}
+        drawn = {**answered, "sampling_seed": SAMPLING_SEED}
+        return (
+            [question_key(row, answered) for row in self.rows],
+            [question_key(self.rows[index], drawn) for index in self.sampled],
+            [question_key(row, loss_alone) for row in self.ability],
+        )
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What one model made of an exam, in the order of its rows."""
+
+    answers: list[Generated]
+    losses: list[RowLoss]
+    sampled: list[Generated]
+    """Of the exam's `sampled` rows."""
+    ability: list[RowLoss]
+    generated: int
+    """Answers that were not known before."""
+
+
+class Evaluation:
+    """One model's exam."""
+
+    def __init__(self, exam: Exam, cache: AnswerCache) -> None:
+        self.exam, self.cache = exam, cache
+        self.keys, self.sampled_keys, self.ability_keys = exam.keys()
+        self.missing = self._unknown(self.keys, exam.rows)
+        sampled = [exam.rows[index] for index in exam.sampled]
+        self.missing_sampled = self._unknown(self.sampled_keys, sampled)
+        self.missing_ability = self._unknown(self.ability_keys, exam.ability)
+
+    def _unknown(self, keys: Sequence[str], rows: Sequence[Row]) -> dict[str, Row]:
+        """The rows that have to be computed, each once however often it occurs."""
+        found = dict(zip(keys, rows, strict=True))
+        return {key: row for key, row in found.items() if self.cache.get(key) is None}
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the model need not be loaded."""
+        return not (self.missing or self.missing_sampled or self.missing_ability)
+
+    def compute(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, label: str, beat: Beat
+    ) -> None:
+        """Answer what is missing, and keep it.
+
+        Args:
+            model: In eval mode, as the model that is evaluated.
+            tokenizer: With a padding token.
+            label: Names the phase that `beat` is told.
+            beat: Told the phase and the number of rows done.
+
+        Raises:
+            OutOfMemoryError: not even one question fits.
+            TokenizerError: the chat template cannot be used.
+        """
+        exam = self.exam
+
+        def losses(rows: Sequence[Row], phase: str) -> list[RowLoss]:
+            return answer_losses(
+                model,
+                tokenizer,
+                rows,
+                exam.batch_size,
+                lambda done: beat(f"{label} {phase}", done),
+                escape=exam.escape,
+            )
+
+        def answers(rows: Sequence[Row], phase: str, seed: int | None) -> list[Generated]:
+            return answer_questions(
+                model,
+                tokenizer,
+                rows,
+                batch_size=exam.batch_size,
+                max_new_tokens=exam.max_new_tokens,
+                thinking=[bool(row.get("reasoning")) for row in rows],
+                progress=lambda done: beat(f"{label} {phase}", done),
+                escape=exam.escape,
+                sampling_seed=seed,
+            )
+
+        rows = list(self.missing.values())
+        greedy = answers(rows, "answers", None)
+        answered = zip(self.missing, greedy, losses(rows, "loss"), strict=True)
+        self.cache.add(remember(key, answer, loss) for key, answer, loss in answered)
+        drawn = answers(list(self.missing_sampled.values()), "samples", SAMPLING_SEED)
+        sampled = zip(self.missing_sampled, drawn, strict=True)
+        self.cache.add(remember(key, answer, RowLoss(0.0, 0)) for key, answer in sampled)
+        ability = losses(list(self.missing_ability.values()), "ability")
+        general = zip(self.missing_ability, ability, strict=True)
+        self.cache.add(remember(key, None, loss) for key, loss in general)
+        self.cache.save()
+
+    def results(self) -> Evaluated:
+        """Everything, once nothing is missing."""
+        known = [self.cache[key] for key in self.keys]
+        return Evaluated(
+            answers=[entry.generated for entry in known],
+            losses=[entry.loss for entry in known],
+            sampled=[self.cache[key].generated for key in self.sampled_keys],
+            ability=[self.cache[key].loss for key in self.ability_keys],
+            generated=len(self.missing),
+        )
+
+
+def to_question(row: Row) -> Question:
+    """A held-out row as it is scored."""
+    return Question(row["question"], row["answer"], row.get("split") or row.get("kind") or "test")

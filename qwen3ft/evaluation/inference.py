@@ -1,0 +1,238 @@
+"""What a fine-tuned model answers, beside the base model and the adapter in use.
+
+Guarantees: the 4-bit base is loaded once, and base, candidate and champion answer the same
+questions by the same greedy decoding on it; only adapters whose manifest holds are loaded, from
+safetensors, and every tensor of theirs is attached; a model whose answers are all kept is not asked
+again. How answers are generated and scored is in `qwen3ft.evaluation.generation` and
+`qwen3ft.evaluation.scoring`; what follows from the scores in `qwen3ft.evaluation.promote`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen3ft.errors import (
+    DataLoadingError,
+    ModelNotFoundError,
+    ModelUnavailableError,
+    SaveError,
+)
+from qwen3ft.evaluation.ability import ability_rows
+from qwen3ft.evaluation.answer_cache import AnswerCache
+from qwen3ft.evaluation.answer_loss import answer_loss
+from qwen3ft.evaluation.answers import answers_are_sound, choose_questions
+from qwen3ft.evaluation.comparison import write_report
+from qwen3ft.evaluation.exam import Evaluation, Exam, to_question
+from qwen3ft.evaluation.generation import answer_questions
+from qwen3ft.files import read_json_lines, sha256_file
+from qwen3ft.logs import get_logger
+from qwen3ft.model.saved_adapter import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    check_adapter,
+    find_base,
+    read_header,
+    read_run_card,
+)
+from qwen3ft.records.evaluation import Champion, InferenceReport, ModelLabel
+from qwen3ft.records.plan import ModelSnapshot
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from qwen3ft.config import TrainingConfig
+    from qwen3ft.records.requests import InferenceRequest
+
+__all__ = ["InferenceTester", "answer_loss", "answer_questions", "run_inference"]
+
+logger = get_logger("inference")
+
+
+class InferenceTester:
+    """Loads a saved adapter on its 4-bit base and asks it questions."""
+
+    def __init__(self, config: TrainingConfig) -> None:
+        self.config = config
+
+    def load_finetuned_model(self, model_path: str) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+        """The adapter in the folder `model_path` on the 4-bit base that its run card names.
+
+        Raises:
+            ModelNotFoundError: there is no adapter at `model_path`.
+            SaveError: the folder is damaged.
+            ModelUnavailableError: the 4-bit base is gone, or not the one trained on.
+        """
+        folder = Path(model_path)
+        check_adapter(folder)
+        return _load(self.config, find_base(folder), {"candidate": folder})
+
+    def test_inference(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str
+    ) -> str:
+        """The greedy answer to `prompt`: no special tokens, and the thinking left out.
+
+        '' if the thinking did not end within `config.max_new_tokens`.
+        """
+        [generated] = answer_questions(
+            model,
+            tokenizer,
+            [prompt],
+            batch_size=1,
+            max_new_tokens=self.config.max_new_tokens,
+            thinking=self.config.reasoning_separator is not None,
+        )
+        return generated.answer
+
+    def validate_model_quality(self, responses: list[str]) -> bool:
+        """Whether enough responses are not empty (95 %) and do not loop (95 %)."""
+        return answers_are_sound(responses)
+
+
+def run_inference(request: InferenceRequest, beat: Callable[[str, int], None]) -> InferenceReport:
+    """Answer held-out questions with base, candidate and champion, and compare them.
+
+    Writes every answer to `request.answers_path` and every score beside it (JSON lines). Answers
+    that an earlier run got from the same model are not generated again. A champion that cannot be
+    compared (damaged, or of another base model) is left out of the scores;
+    `qwen3ft.evaluation.promote` then waits.
+
+    Args:
+        request: What to load and to ask.
+        beat: Called with the phase and the number of questions done as progress is made.
+
+    Raises:
+        DataLoadingError: there are no questions.
+        ModelNotFoundError, SaveError: the candidate is missing or damaged.
+        OutOfMemoryError: not even one question fits.
+    """
+    started = time.monotonic()
+    config = request.config
+    exam = Exam(
+        rows=_read_rows(Path(request.questions_path), config.inference_rows),
+        ability=ability_rows(config),
+        batch_size=request.batch_size,
+        max_new_tokens=config.max_new_tokens,
+        escape=config.special_tokens_in_text == "escape",
+    )
+    beat("load", 0)
+    adapters = _choose_adapters(request)
+    labels: list[ModelLabel] = ["base", *adapters]
+    evaluations = {label: _open_evaluation(request, exam, adapters.get(label)) for label in labels}
+    to_load = {
+        label: folder
+        for label, folder in adapters.items()
+        if label == "candidate" or not evaluations[label].is_complete
+    }
+    if not all(evaluation.is_complete for evaluation in evaluations.values()):
+        model, tokenizer = _load(config, request.model.path, to_load)
+        for label, evaluation in evaluations.items():
+            if not evaluation.is_complete:
+                with _active(model, label):
+                    evaluation.compute(model, tokenizer, label, beat)
+    evaluated = {label: evaluation.results() for label, evaluation in evaluations.items()}
+    return write_report(request, exam, evaluated, time.monotonic() - started)
+
+
+def _open_evaluation(request: InferenceRequest, exam: Exam, adapter: Path | None) -> Evaluation:
+    """The exam of the base, or of an adapter on it, with what is known of its answers."""
+    model = request.model
+    files = [adapter / name for name in (ADAPTER_FILE, ADAPTER_CONFIG_FILE)] if adapter else []
+    base = (request.device, model.compute_dtype, model.manifest_sha256, model.chat_template_sha256)
+    key = [*base, *(sha256_file(file) for file in files)]
+    return Evaluation(exam, AnswerCache(Path(request.config.cache_dir) / "answers", key))
+
+
+def _read_rows(path: Path, limit: int) -> list[dict[str, Any]]:
+    """At most `limit` rows of the file, spread over its splits.
+
+    Raises:
+        DataLoadingError: there are none.
+    """
+    rows, _ = read_json_lines(path)
+    if not rows:
+        raise DataLoadingError(
+            f"There are no held-out questions in {path}.",
+            why="Without them nothing shows whether the new adapter is better.",
+            next_command="qwen3ft plan --set held_out_fraction=0.1",
+            path=str(path),
+        )
+    questions = [to_question(row) for row in rows]
+    return [rows[index] for index in choose_questions(questions, limit)]
+
+
+def _choose_adapters(request: InferenceRequest) -> dict[ModelLabel, Path]:
+    """The adapters to compare, verified; the candidate first."""
+    candidate = Path(request.adapter.path)
+    check_adapter(candidate)
+    adapters: dict[ModelLabel, Path] = {"candidate": candidate}
+    if request.champion is not None:
+        try:
+            adapters["champion"] = _check_champion(request.champion, request.model)
+        except (ModelNotFoundError, SaveError, ModelUnavailableError) as error:
+            logger.warning("the champion is not compared: %s", error)
+    return adapters
+
+
+def _check_champion(champion: Champion, model: ModelSnapshot) -> Path:
+    """The champion's folder, if it holds and belongs to the same base model."""
+    folder = Path(champion.adapter_path or "")
+    check_adapter(folder)
+    base = read_run_card(folder)["base"]
+    if (base["model_name"], base["revision"]) != (model.source.model_name, model.source.revision):
+        raise ModelUnavailableError(
+            f"Champion v{champion.version} belongs to {base['model_name']} at revision "
+            f"{base['revision']}, not to {model.source.model_name} at {model.source.revision}.",
+            why="On another base model its answers would say nothing about it.",
+            next_command="qwen3ft status",
+        )
+    return folder
+
+
+def _load(
+    config: TrainingConfig, base: str, adapters: Mapping[ModelLabel, Path]
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """The 4-bit base with the adapters attached under their labels; the first is active."""
+    from peft import PeftModel
+
+    from qwen3ft.model.manager import ModelManager
+
+    model, tokenizer = ModelManager(config).load_model_with_quantization(base)
+    (first, folder), *others = adapters.items()
+    peft_model = PeftModel.from_pretrained(model, str(folder), adapter_name=first)
+    for label, other in others:
+        peft_model.load_adapter(str(other), adapter_name=label)
+    for label, attached in adapters.items():
+        _check_attached(peft_model, label, attached)
+    peft_model.set_adapter(first)
+    return peft_model.eval(), tokenizer
+
+
+def _check_attached(model: PeftModel, label: ModelLabel, folder: Path) -> None:
+    """Raise unless exactly the tensors of the file were attached; PEFT only warns."""
+    from peft import get_peft_model_state_dict
+
+    stored = {tensor.name for tensor in read_header(folder / ADAPTER_FILE)}
+    attached = set(get_peft_model_state_dict(model, adapter_name=label))
+    if stored != attached:
+        different = sorted(stored ^ attached)
+        raise SaveError(
+            f"The adapter in {folder} does not fit its base model: {len(different)} tensor(s) have "
+            f"no counterpart, the first is {different[0]}.",
+            why="It was trained on a model of another architecture or with other target modules.",
+            next_command="qwen3ft status",
+            tensors=different[:20],
+        )
+
+
+def _active(model: PeftModel, label: ModelLabel) -> AbstractContextManager[None]:
+    """Within it, `model` is the model that `label` names."""
+    if label == "base":
+        base: AbstractContextManager[None] = model.disable_adapter()
+        return base
+    model.set_adapter(label)
+    return nullcontext()

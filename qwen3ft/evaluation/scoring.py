@@ -1,0 +1,159 @@
+"""From answers to scores, and from the scores of two models to how much better one is.
+
+Guarantees: pure functions; the same answers always give the same scores and intervals. Every model
+is scored on the same questions, so that the gain of one over another is paired. What follows from
+them is in `qwen3ft.evaluation.promote`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean, median
+from typing import get_args
+
+from qwen3ft.evaluation.answer_loss import RowLoss, mean_loss
+from qwen3ft.evaluation.answers import (
+    MIN_NOT_EMPTY_SHARE,
+    MIN_NOT_LOOPING_SHARE,
+    Generated,
+    Question,
+    exact_match,
+    group_by,
+    share,
+)
+from qwen3ft.evaluation.bootstrap import weighted_gain
+from qwen3ft.evaluation.form_checks import FORM_CHECKS, NO_LOOP, NOT_EMPTY, STOPS, check_form
+from qwen3ft.evaluation.text_metrics import answer_tokens, chrf, token_f1
+from qwen3ft.records.evaluation import (
+    Comparison,
+    MetricName,
+    ModelLabel,
+    ModelScore,
+    RivalLabel,
+    RowScore,
+    SplitScore,
+)
+
+MIN_STOPPED_SHARE = 0.90
+
+LONGEST_SHORT_ANSWER_TOKENS = 8
+"""An answer of so many words, or Chinese characters, is right or wrong; a longer one is near it."""
+
+METRICS: tuple[MetricName, ...] = get_args(MetricName)
+
+
+def score_row(question: Question, answer: Generated, loss: RowLoss, *, thinking: bool) -> RowScore:
+    """What one model made of one question; `thinking`: whether it was asked to think first."""
+    return RowScore(
+        exact_match=exact_match(answer.text, question.reference),
+        token_f1=token_f1(answer.text, question.reference),
+        chrf=chrf(answer.text, question.reference),
+        loss_nats=_finite(loss.nats),
+        loss_tokens=loss.tokens,
+        form=check_form(answer, question, thinking=thinking),
+    )
+
+
+def score_model(
+    label: ModelLabel,
+    splits: Sequence[str],
+    rows: Sequence[RowScore],
+    ability: Sequence[RowLoss] = (),
+    sampled_form: Sequence[Mapping[str, bool]] = (),
+) -> ModelScore:
+    """The scores of one model over `rows`, of which there is one.
+
+    Args:
+        label: Whose they are.
+        splits: The group of each row.
+        rows: What it made of each question.
+        ability: Its losses on the ability set.
+        sampled_form: Checks of form of the answers that it was asked for by sampling.
+    """
+    grouped = group_by(zip(splits, rows, strict=True), lambda pair: pair[0])
+    losses = [
+        RowLoss(math.nan if r.loss_nats is None else r.loss_nats, r.loss_tokens) for r in rows
+    ]
+    return ModelScore(
+        label=label,
+        rows=len(rows),
+        exact_match=share(row.exact_match for row in rows),
+        token_f1=fmean(row.token_f1 for row in rows),
+        chrf=fmean(row.chrf for row in rows),
+        answer_loss=_finite(mean_loss(losses)),
+        ability_loss=_finite(mean_loss(ability)),
+        form={check: share(row.form[check] for row in rows) for check in FORM_CHECKS},
+        sampled_form={check: share(form[check] for form in sampled_form) for check in FORM_CHECKS}
+        if sampled_form
+        else {},
+        by_split={
+            split: SplitScore(rows=len(group), exact_match=share(r.exact_match for _, r in group))
+            for split, group in grouped.items()
+        },
+    )
+
+
+def compare_models(
+    rival: RivalLabel,
+    candidate_rows: Sequence[RowScore],
+    rival_rows: Sequence[RowScore],
+    *,
+    confidence: float,
+) -> list[Comparison]:
+    """The candidate's gain over the rival in every metric; both in the order of the questions.
+
+    A metric without a finite value for every question is left out.
+    """
+    pairs = list(zip(candidate_rows, rival_rows, strict=True))
+    compared = []
+    for metric in METRICS:
+        gains = [_gain(metric, mine, theirs) for mine, theirs in pairs]
+        weights = [float(r.loss_tokens) if metric == "answer_loss" else 1.0 for r in rival_rows]
+        interval = weighted_gain(gains, weights, confidence=confidence)
+        if math.isfinite(interval.estimate):
+            low, high = interval.low, interval.high
+            gain = interval.estimate
+            compared.append(
+                Comparison(
+                    rival=rival, metric=metric, rows=len(pairs), gain=gain, low=low, high=high
+                )
+            )
+    return compared
+
+
+def _gain(metric: MetricName, mine: RowScore, theirs: RowScore) -> float:
+    """By how much `mine` is better: a score's difference, or nats per token of the reference."""
+    if metric != "answer_loss":
+        return float(getattr(mine, metric)) - float(getattr(theirs, metric))
+    if mine.loss_nats is None or theirs.loss_nats is None:
+        return math.nan
+    return (theirs.loss_nats - mine.loss_nats) / max(1, theirs.loss_tokens)
+
+
+def choose_main_metric(asked: str, questions: Sequence[Question]) -> MetricName:
+    """The metric that decides: the one asked for; of 'auto', by the length of the references.
+
+    Exact match where half of them are short, because half right is wrong there; else token F1,
+    because a longer answer is hardly ever the reference word by word.
+    """
+    for metric in METRICS:
+        if asked == metric:
+            return metric
+    lengths = [len(answer_tokens(question.reference)) for question in questions]
+    return "exact_match" if median(lengths) <= LONGEST_SHORT_ANSWER_TOKENS else "token_f1"
+
+
+def run_checks(candidate: ModelScore, *, differs: bool) -> dict[str, bool]:
+    """The checks that a candidate must pass whatever its score: name of the check, passed."""
+    limits = {
+        STOPS: MIN_STOPPED_SHARE,
+        NOT_EMPTY: MIN_NOT_EMPTY_SHARE,
+        NO_LOOP: MIN_NOT_LOOPING_SHARE,
+    }
+    enough = {check: candidate.form[check] >= limit for check, limit in limits.items()}
+    return {**enough, "answers differ from base": differs}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

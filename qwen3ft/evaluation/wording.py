@@ -1,0 +1,70 @@
+"""Scores, losses, intervals and times as people read them."""
+
+from __future__ import annotations
+
+from qwen3ft.records.evaluation import Comparison, JudgeReport, MetricName
+
+METRIC_NAMES: dict[MetricName, str] = {
+    "exact_match": "exact match",
+    "token_f1": "token F1",
+    "chrf": "chrF",
+    "answer_loss": "answer loss",
+}
+
+
+OTHER_SCORES = {
+    "perplexity": "perplexity of the right answers",
+    "ability_loss": "loss on the ability set",
+}
+"""Fields of `ModelScore` that a card shows and no gain is computed of."""
+
+
+def show_score(metric: str, value: float | None) -> str:
+    """A score in per cent, a loss in nats per token, a perplexity."""
+    if value is None:
+        return "not finite"
+    is_share = metric not in ("loss", "answer_loss", *OTHER_SCORES)
+    return f"{value:.1%}" if is_share else f"{value:.4g}"
+
+
+def interval_text(comparison: Comparison) -> str:
+    """`+12.0 (+9.1 to +15.2) points`, or nats."""
+    is_loss = comparison.metric == "answer_loss"
+    scale, digits, unit = (1.0, 3, "nats") if is_loss else (100.0, 1, "points")
+    gain, low, high = (
+        f"{value * scale:+.{digits}f}"
+        for value in (comparison.gain, comparison.low, comparison.high)
+    )
+    return f"{gain} ({low} to {high}) {unit}"
+
+
+def judge_text(judge: JudgeReport) -> str:
+    """`better in 31, worse in 9, tie in 10 of 50 (62%, 48% to 74%)`; '' if nothing was judged."""
+    if not judge.judged:
+        return ""
+    counts = f"better in {judge.wins}, worse in {judge.losses}, tie in {judge.ties}"
+    share = f"({judge.win_share:.0%}, {judge.low:.0%} to {judge.high:.0%})"
+    return f"{counts} of {judge.judged} {share}, against the {judge.rival}"
+
+
+def judge_note(judge: JudgeReport) -> str:
+    """One sentence about the questions that were not judged; '' if all were."""
+    missing = judge.rows - judge.judged - judge.unreadable
+    told = []
+    if judge.unreadable:
+        told.append(f"gave no verdict on {judge.unreadable:,}")
+    if missing:
+        told.append(f"left out {missing:,}: {judge.problem}")
+    of = f"Of {judge.rows:,} questions the judge {judge.model}"
+    return f"{of} {' and '.join(told)}." if told else ""
+
+
+def format_seconds(seconds: float) -> str:
+    """`0.4 s`, `31 s`, `12 min 5 s`, `3 h 20 min`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes == 0:
+        return f"{rest} s"
+    hours, minutes_left = divmod(minutes, 60)
+    return f"{hours} h {minutes_left} min" if hours else f"{minutes} min {rest} s"

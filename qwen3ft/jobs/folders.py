@@ -1,0 +1,130 @@
+"""The folders of a run: the interface between the flow's process and its workers.
+
+    runs/<run_id>/
+      run.jsonl                    log records of the flow's process
+      run.lock                     held by that process while it is at the run
+      jobs/<kind>/                 one folder per worker that is not a training attempt
+      attempts/01/                 one per training attempt
+        plan.json  metrics.jsonl  memory.jsonl  heartbeat  worker.log
+        memory/{peak.json, resident.txt, summary.txt, segments.json.gz, segments.html}
+        checkpoints/step-000200/{..., manifest.json last}
+        failure.json | outcome.json last
+
+A worker is told one folder; it reads its request there and leaves its result there. This module
+knows names and reads and writes records; it starts nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel
+
+from qwen3ft.files import write_json_atomic
+from qwen3ft.records.plan import Failure
+
+RecordT = TypeVar("RecordT", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class JobDir:
+    """One worker's folder."""
+
+    path: Path
+
+    @property
+    def request(self) -> Path:
+        """What the worker is asked to do (JSON)."""
+        return self.path / "plan.json"
+
+    @property
+    def outcome(self) -> Path:
+        """What it achieved; written last."""
+        return self.path / "outcome.json"
+
+    @property
+    def failure(self) -> Path:
+        """Why it ended without an outcome."""
+        return self.path / "failure.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One `TrainingMetrics` per line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def memory(self) -> Path:
+        """One `MemoryStatus` with step and time per line."""
+        return self.path / "memory.jsonl"
+
+    @property
+    def memory_report(self) -> Path:
+        """Folder that tells what memory was full of: see `qwen3ft.machine.memory_snapshot`."""
+        return self.path / "memory"
+
+    @property
+    def heartbeat(self) -> Path:
+        """Touched while the worker makes progress; holds {phase, step}."""
+        return self.path / "heartbeat"
+
+    @property
+    def log(self) -> Path:
+        """Everything the worker printed, log records included."""
+        return self.path / "worker.log"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of `step-000200` folders."""
+        return self.path / "checkpoints"
+
+    def create(self, request: BaseModel) -> JobDir:
+        """Make the folder and put the request into it."""
+        self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_record(self.request, request)
+        return self
+
+    def read_failure(self) -> Failure | None:
+        """The failure the worker recorded, if it did."""
+        return read_record(self.failure, Failure) if self.failure.exists() else None
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """One run's folder."""
+
+    path: Path
+
+    @property
+    def log(self) -> Path:
+        """Log records of the flow's process, one JSON object a line."""
+        return self.path / "run.jsonl"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the flow's process; see `qwen3ft.locks`."""
+        return self.path / "run.lock"
+
+    def job(self, kind: str) -> JobDir:
+        """The folder of the worker `kind` (not a training attempt)."""
+        return JobDir(self.path / "jobs" / kind)
+
+    def attempt(self, number: int) -> JobDir:
+        """The folder of training attempt `number`, from 1."""
+        return JobDir(self.path / "attempts" / f"{number:02d}")
+
+    def attempts(self) -> list[JobDir]:
+        """Folders of all attempts made so far, in order."""
+        return [JobDir(path) for path in sorted((self.path / "attempts").glob("[0-9][0-9]"))]
+
+
+def write_record(path: Path, record: BaseModel) -> None:
+    """Write a record as JSON, atomically and durably."""
+    write_json_atomic(path, record.model_dump(mode="json"))
+
+
+def read_record(path: Path, kind: type[RecordT]) -> RecordT:
+    """Read a record written by `write_record`."""
+    return kind.model_validate(json.loads(path.read_text(encoding="utf-8")))

@@ -1,0 +1,171 @@
+"""Starts worker processes, one of them ahead of need, and ends them.
+
+A worker needs 10 to 20 s to import torch, transformers, bitsandbytes and peft, and a run needs one
+worker for each of its stages and attempts. Within `workers_ahead` the next one is therefore always
+started while its predecessor works: it imports, and waits for its job on stdin. It has no CUDA
+context: of the card it takes 4 MiB.
+
+Guarantees: a worker never sees the environment or the folder of another moment (one that was
+started under others is ended, not used); a worker that died while it waited is replaced without a
+word, so that whatever ended it is met, and told, by the job itself; an unused worker is gone when
+`workers_ahead` is left, or when this process is.
+This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from qwen3ft.jobs.folders import JobDir
+
+GRACE_SECONDS = 7.0
+"""From SIGTERM to SIGKILL; a cancelled run has to be gone within 10 s in all."""
+
+PARENT_VARIABLE = "QWEN3FT_PARENT_PID"
+WAIT = "wait"
+"""In the place of a kind: the job comes later, as a line of JSON on stdin."""
+
+LEAST_FREE_BYTES = 4 * 1024**3
+"""Of host memory; with less no worker waits, as one that has imported takes up to a GiB."""
+
+_Process = subprocess.Popen[bytes]
+
+
+@dataclass(frozen=True)
+class _Surroundings:
+    """What a process takes from the moment that it is started at."""
+
+    environment: dict[str, str]
+    folder: str
+
+    @classmethod
+    def now(cls) -> _Surroundings:
+        # OpenMP's threads wait for each other by spinning: with one core taken by another process,
+        # a team of all cores was fifty times slower, one of a core less hardly at all (see
+        # DECISIONS.md).
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) - 1))}
+        # NVML's order, in which the card was chosen and locked; CUDA's own puts the fastest first.
+        order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+        marks = {PARENT_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
+        return cls({**threads, **order, **os.environ, **marks}, str(Path.cwd()))
+
+
+class _Spare:
+    """The worker that waits for a job, if there is one."""
+
+    def __init__(self) -> None:
+        self.wanted = False
+        self._lock = threading.Lock()
+        self._process: _Process | None = None
+        self._surroundings: _Surroundings | None = None
+
+    def start(self) -> None:
+        """Have a worker wait, unless one does or memory is short."""
+        with self._lock:
+            short = psutil.virtual_memory().available < LEAST_FREE_BYTES
+            if short or (self._process is not None and self._process.poll() is None):
+                return
+            self._surroundings = _Surroundings.now()
+            self._process = _start([WAIT], self._surroundings, subprocess.PIPE, subprocess.DEVNULL)
+
+    def take(self, kind: str, job: JobDir, surroundings: _Surroundings) -> _Process | None:
+        """The waiting worker, now with this job; None if there is none of these surroundings."""
+        with self._lock:
+            process, self._process = self._process, None
+        if process is None:
+            return None
+        if surroundings == self._surroundings and process.poll() is None:
+            assert process.stdin is not None
+            with suppress(BrokenPipeError):
+                with process.stdin as stream:
+                    stream.write(json.dumps([kind, str(job.path)]).encode() + b"\n")
+                return process
+        end_process_tree(process)
+        return None
+
+    def end(self) -> None:
+        """End the worker that waits."""
+        with self._lock:
+            process, self._process = self._process, None
+        if process is not None:
+            process.kill()  # it has nothing to lose
+            end_process_tree(process)
+
+
+_spare = _Spare()
+
+_starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="worker-starter")
+"""Linux ends a worker when the thread that started it ends (see `worker_start.die_with_parent`),
+and a waiting worker outlives the task that it was started in; this thread ends with the process."""
+
+
+@contextmanager
+def workers_ahead() -> Iterator[None]:
+    """Within this, a worker is always waiting for the next job."""
+    _spare.wanted = True
+    _spare.start()
+    try:
+        yield
+    finally:
+        _spare.wanted = False
+        _spare.end()
+
+
+def start_worker(kind: str, job: JobDir, *, last: bool = False) -> _Process:
+    """A worker with this job: the one that waits, or a new one.
+
+    Args:
+        kind: One of `qwen3ft.worker.jobs.KINDS`.
+        job: The folder with the request.
+        last: Whether no other worker follows soon; else, within `workers_ahead`, the next one is
+            started now.
+    """
+    surroundings = _Surroundings.now()
+    process = _spare.take(kind, job, surroundings)
+    if process is None:
+        with job.log.open("ab") as log:
+            process = _start([kind, str(job.path)], surroundings, subprocess.DEVNULL, log.fileno())
+    if _spare.wanted and not last:
+        _spare.start()
+    return process
+
+
+def _start(arguments: list[str], surroundings: _Surroundings, stdin: int, output: int) -> _Process:
+    return _starter.submit(
+        subprocess.Popen,
+        [sys.executable, "-m", "qwen3ft.worker", *arguments],
+        stdin=stdin,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        env=surroundings.environment,
+        cwd=surroundings.folder,
+    ).result()
+
+
+def end_process_tree(process: _Process) -> None:
+    """End `process` and every descendant: SIGTERM, then SIGKILL after `GRACE_SECONDS`."""
+    with suppress(psutil.NoSuchProcess):
+        family = psutil.Process(process.pid).children(recursive=True)
+        if process.poll() is None:
+            process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_SECONDS)
+        for member in family:
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

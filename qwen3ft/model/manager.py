@@ -1,0 +1,280 @@
+"""The base model: quantised to 4 bits once, kept on disk, loaded from there by every worker.
+
+NF4 with double quantisation is that of QLoRA (Dettmers et al. 2023, arXiv:2305.14314), done by
+bitsandbytes. Guarantees: no network while loading, no code from the model's folder, safetensors
+only; weights that were quantised once are byte-identical for every attempt and every night.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen3ft.chat.rendering import load_tokenizer
+from qwen3ft.disk import require_disk
+from qwen3ft.errors import QuantizationError
+from qwen3ft.files import (
+    build_folder,
+    find_damage,
+    read_manifest_facts,
+    sha256_file,
+    sha256_json,
+)
+from qwen3ft.logs import get_logger
+from qwen3ft.model.hub import check_model_folder, fetch_model, resolve_model
+from qwen3ft.records.plan import ModelSnapshot, ModelSource
+from qwen3ft.records.requests import QuantizeRequest
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from qwen3ft.config import TrainingConfig
+
+logger = get_logger("model")
+
+LAYOUT_VERSION = 1
+"""Raised when snapshots of older versions must not be reused."""
+
+
+def snapshot_target(config: TrainingConfig, source: ModelSource, device: str) -> Path:
+    """The folder where the quantised form of `source` belongs, whether or not it is there."""
+    digest = sha256_json(
+        {
+            "layout": LAYOUT_VERSION,
+            "source": source.model_dump(exclude={"local_path"}),
+            "quantization": config.quantization,
+            "device": device,
+        }
+    )
+    slug = "".join(c if c.isalnum() or c in "-." else "-" for c in config.model_name).strip("-.")
+    return Path(config.cache_dir).resolve() / "models" / f"{slug[-60:]}-{digest[:16]}"
+
+
+def read_snapshot(target: Path) -> ModelSnapshot | None:
+    """The snapshot at `target` if every file matches its manifest, else None."""
+    if find_damage(target) is not None:
+        return None
+    return _describe(target, read_manifest_facts(target))
+
+
+class ModelManager:
+    """Fetches, quantises and loads the model that `config` names."""
+
+    def __init__(self, config: TrainingConfig) -> None:
+        self.config = config
+
+    def configure_quantization(
+        self, setting: str = "nf4-double", compute_dtype: str | None = None
+    ) -> BitsAndBytesConfig:
+        """Bitsandbytes' configuration for one of `config.quantization`.
+
+        Args:
+            setting: 'nf4-double' (block constants quantised too), 'nf4' or 'fp4'.
+            compute_dtype: dtype of the products; by default what this device does best.
+        """
+        import torch
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=setting.partition("-")[0],
+            bnb_4bit_use_double_quant=setting.endswith("-double"),
+            bnb_4bit_compute_dtype=getattr(torch, compute_dtype or best_compute_dtype()),
+        )
+
+    def load_model_with_quantization(
+        self, model_name: str
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Load a model in 4 bits, and its tokenizer; frozen, in eval mode.
+
+        Args:
+            model_name: A snapshot's folder (the usual case), or any name `config.model_name` may
+                have, which is then resolved, fetched and quantised in memory.
+
+        Raises:
+            ModelNotFoundError, ModelAccessError, ModelUnavailableError, DownloadError: see
+                `qwen3ft.model.hub`.
+            QuantizationError: bitsandbytes cannot quantise the model here.
+            TokenizerError: the tokenizer cannot be used.
+        """
+        folder = Path(model_name)
+        if not (folder / "config.json").is_file():
+            folder = fetch_model(
+                resolve_model(self.config.model_copy(update={"model_name": model_name}))
+            )
+        stored = read_manifest_facts(folder)
+        dtype = stored.get("compute_dtype") or best_compute_dtype()
+        settings: dict[str, Any] = {}
+        if not stored:
+            settings["quantization_config"] = self.configure_quantization(
+                self.config.quantization[0], dtype
+            )
+        return _load(folder, dtype, settings), load_tokenizer(folder)
+
+    def load_merged(
+        self, folder: Path, budget_bytes: int | None = None
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """An unquantised model in bfloat16, and its tokenizer; frozen, in eval mode.
+
+        Args:
+            folder: As `qwen3ft.serving.merge` writes it.
+            budget_bytes: On a GPU, what its weights may take there; the others wait in host memory
+                and come when they are needed, which is slow.
+        """
+        settings: dict[str, Any] = {}
+        if budget_bytes is not None:
+            import psutil
+
+            host_bytes = psutil.virtual_memory().available // 2
+            settings = {"device_map": "auto", "max_memory": {0: budget_bytes, "cpu": host_bytes}}
+        return _load(folder, "bfloat16", settings), load_tokenizer(folder)
+
+    def prepare_for_training(
+        self, model: PreTrainedModel, *, gradient_checkpointing: bool = True
+    ) -> PreTrainedModel:
+        """Freeze the base and, where activations are recomputed, let gradients enter it.
+
+        Unlike PEFT's `prepare_model_for_kbit_training` nothing is upcast to fp32: the norms compute
+        in fp32 by themselves, and an fp32 embedding of a 4B model would cost 0.8 GB.
+        """
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        model.config.use_cache = False
+        if gradient_checkpointing:
+            # its name before transformers 5.23
+            old_name = model.gradient_checkpointing_enable
+            enable = getattr(model, "activation_checkpointing_enable", old_name)
+            enable({"use_reentrant": False})
+            # Checkpointed blocks need one input that requires a gradient; embeddings are frozen.
+            model.enable_input_require_grads()
+        return model
+
+    def quantize(self, request: QuantizeRequest) -> ModelSnapshot:
+        """Quantise once into `request.target`, trying the configured settings in order.
+
+        Raises:
+            QuantizationError: none of them works; lists each with its reason.
+            EnvironmentNotReadyError: too little disk.
+        """
+        source_path, target = Path(request.source_path), Path(request.target)
+        shape = check_model_folder(source_path)
+        require_disk(
+            target,
+            shape.linear_parameters + 4 * shape.embedding_parameters,
+            "The quantised model",
+            "The disk is too full.",
+        )
+        dtype = best_compute_dtype()
+        problems: dict[str, str] = {}
+        for setting in self.config.quantization:
+            quantized = self._try_setting(source_path, setting, dtype, problems)
+            if quantized is None:
+                continue
+            degraded = (f"quantization {setting}",) if problems else ()
+            facts = {
+                "source": request.source.model_dump(),
+                "quantization": setting,
+                "compute_dtype": dtype,
+                "shape": shape.model_dump(),
+                "degraded": list(degraded),
+            }
+            tokenizer = load_tokenizer(source_path)
+
+            def fill(folder: Path, model: Any = quantized, tokenizer: Any = tokenizer) -> None:
+                model.save_pretrained(folder, max_shard_size="2GB")
+                tokenizer.save_pretrained(folder)
+
+            build_folder(target, fill, facts)
+            return _describe(target, facts)
+        raise QuantizationError(
+            f"{request.source.model_name} could not be quantised: "
+            + "; ".join(f"{setting}: {problem}" for setting, problem in problems.items()),
+            why="bitsandbytes does not support these settings on this machine.",
+            next_command="qwen3ft doctor",
+            problems=problems,
+        )
+
+    def _try_setting(
+        self, source_path: Path, setting: str, dtype: str, problems: dict[str, str]
+    ) -> PreTrainedModel | None:
+        """The model in `setting`, or None with the reason noted in `problems`."""
+        import torch
+
+        try:
+            config = self.configure_quantization(setting, dtype)
+            return _load(source_path, dtype, {"quantization_config": config})
+        except torch.OutOfMemoryError:
+            raise
+        except (
+            RuntimeError,
+            ValueError,
+            NotImplementedError,
+            ImportError,
+            AssertionError,
+        ) as error:
+            problems[setting] = f"{type(error).__name__}: {str(error)[:200]}"
+            logger.warning("quantisation %s failed: %s", setting, problems[setting])
+            gc.collect()
+            return None
+
+
+def best_compute_dtype() -> str:
+    """'bfloat16' on GPUs that have it (Ampere and newer), else 'float32'.
+
+    float16 would need loss scaling. On a CPU bfloat16 products were measured slower than fp32 ones
+    (80 against 57 ms a step on the embedded model), so there is nothing to gain from them.
+    """
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16"
+    return "float32"
+
+
+def keep_trainable_after_eval(model: torch.nn.Module) -> None:
+    """Keep bitsandbytes from repacking the 4-bit weights of `model` for inference.
+
+    bitsandbytes 0.50 repacks a `Linear4bit` in place at the first forward pass in eval mode on CPUs
+    with AVX512_BF16; the kernel it then uses has no backward, and training afterwards runs without
+    most of its gradients and without an error (`test_inference.py` holds this against the bug).
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _load(folder: Path, dtype: str, settings: dict[str, Any]) -> PreTrainedModel:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import qwen3ft.model.lean_bitsandbytes  # noqa: F401  before transformers imports it
+
+    os.environ["HF_HUB_OFFLINE"] = "1"  # everything needed is on disk by now
+    place: Any = {"": 0} if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=getattr(torch, dtype),
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+        **{"device_map": place, **settings},
+    )
+    keep_trainable_after_eval(model)
+    return model.eval()
+
+
+def _describe(target: Path, facts: dict[str, Any]) -> ModelSnapshot:
+    template = target / "chat_template.jinja"
+    return ModelSnapshot(
+        **facts,
+        path=str(target),
+        manifest_sha256=sha256_file(target / "manifest.json"),
+        size_bytes=sum(path.stat().st_size for path in target.rglob("*") if path.is_file()),
+        chat_template_sha256=sha256_file(template) if template.exists() else "",
+    )

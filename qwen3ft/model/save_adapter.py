@@ -1,0 +1,264 @@
+"""The trained adapter as a folder that plain PEFT and vLLM load, and that says what it is.
+
+Guarantees: "saved" means that the folder was read back, every file matches the manifest, and the
+adapter is byte for byte the one of the verified checkpoint, finite and complete. A path that
+cannot be written is passed over for the next one. Imports no torch. What lies in the folder is
+drawn in `qwen3ft.model.saved_adapter`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen3ft.errors import CheckpointCorruptError, DivergedError, SaveError
+from qwen3ft.files import build_folder, find_damage, sha256_file, write_json_atomic
+from qwen3ft.logs import get_logger
+from qwen3ft.model.saved_adapter import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    KNOWN_ROWS_FILE,
+    RUN_CARD_FILE,
+    find_non_finite,
+    read_header,
+)
+from qwen3ft.records.plan import AttemptOutcome, ModelSource, SavedAdapter, TrainPlan
+
+if TYPE_CHECKING:
+    from qwen3ft.config import TrainingConfig
+
+logger = get_logger("save")
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+)
+SPARE_BYTES = 2**20
+"""Kept free beyond the files: room for the manifest, the cards and the file system's own blocks."""
+
+
+def save_adapter(outcome: AttemptOutcome, plan: TrainPlan, config: TrainingConfig) -> SavedAdapter:
+    """Save the best checkpoint's adapter to the first path that takes it.
+
+    `sha256` and `size_bytes` of the result are those of adapter_model.safetensors. Saving again
+    replaces the folder with the same content.
+
+    Raises:
+        CheckpointCorruptError: the checkpoint does not hold what its manifest says.
+        DivergedError: the adapter has values that are not finite.
+        SaveError: the adapter is incomplete, or no path could be written and read back; lists each
+            path and why.
+    """
+    checkpoint = Path(outcome.best_checkpoint)
+    _check_checkpoint(checkpoint, plan)
+    problems: dict[str, str] = {}
+    for parent in (config.output_dir, *config.fallback_output_dirs):
+        target = Path(parent).resolve() / plan.run_id
+        problem = _try_save(target, outcome, plan, config)
+        if problem is None:
+            logger.info("saved the adapter of step %d to %s", outcome.best_step, target)
+            return _describe(target, plan)
+        problems[str(target)] = problem
+        logger.warning("cannot save to %s: %s", target, problem)
+    raise SaveError(
+        f"The adapter could not be saved at any of {len(problems)} path(s): "
+        + "; ".join(f"{path}: {problem}" for path, problem in problems.items()),
+        why=f"Every path failed; the adapter is still in {checkpoint}.",
+        next_command=f"df -h {Path(config.output_dir).resolve().parent}",
+        problems=problems,
+        checkpoint=str(checkpoint),
+    )
+
+
+def all_degradations(plan: TrainPlan) -> tuple[str, ...]:
+    """Everything that makes the run degraded: of the model, the data and the plan, once each."""
+    return tuple(dict.fromkeys((*plan.model.degraded, *plan.dataset.degraded, *plan.degraded)))
+
+
+def _check_checkpoint(checkpoint: Path, plan: TrainPlan) -> None:
+    """Raise unless the checkpoint holds a whole, finite adapter of the plan's size."""
+    if damage := _find_checkpoint_damage(checkpoint):
+        raise CheckpointCorruptError(
+            f"The best checkpoint cannot be used: {damage}.",
+            why="Its files are not those that training wrote.",
+            next_command=f"ls -l {checkpoint}",
+            checkpoint=str(checkpoint),
+        )
+    if broken := list(find_non_finite(checkpoint / ADAPTER_FILE)):
+        raise DivergedError(
+            f"{len(broken)} tensor(s) of the adapter hold values that are not finite, "
+            f"the first is {broken[0]}.",
+            why="Training diverged and the checkpoint was taken afterwards.",
+            next_command=f"qwen3ft train --set learning_rate={plan.learning_rate / 2:g}",
+            tensors=broken[:20],
+        )
+    tensors = read_header(checkpoint / ADAPTER_FILE)
+    parameters = sum(math.prod(tensor.shape) for tensor in tensors)
+    if parameters != plan.adapter.trainable_parameters:
+        raise SaveError(
+            f"The adapter in {checkpoint} has {parameters:,} parameters instead of "
+            f"{plan.adapter.trainable_parameters:,}.",
+            why="Layers are missing from it, or it belongs to another plan.",
+            next_command=f"ls -l {checkpoint}",
+            parameters=parameters,
+        )
+
+
+def _find_checkpoint_damage(checkpoint: Path) -> str | None:
+    """Why the adapter in `checkpoint` cannot be read, or None."""
+    if damage := find_damage(checkpoint):
+        return damage
+    for name in (ADAPTER_FILE, ADAPTER_CONFIG_FILE):
+        if not _is_file(checkpoint, name):
+            return f"{name} is missing"
+    try:
+        read_header(checkpoint / ADAPTER_FILE)
+        json.loads((checkpoint / ADAPTER_CONFIG_FILE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _is_file(folder: Path, name: str) -> bool:
+    return (folder / name).is_file()
+
+
+def _try_save(
+    target: Path, outcome: AttemptOutcome, plan: TrainPlan, config: TrainingConfig
+) -> str | None:
+    """Write the folder and read it back; why that failed, or None."""
+    checkpoint, tokenizer = Path(outcome.best_checkpoint), Path(plan.model.path)
+    rows = Path(plan.dataset.path)
+    copied = [
+        checkpoint / ADAPTER_FILE,
+        *(tokenizer / name for name in TOKENIZER_FILES if _is_file(tokenizer, name)),
+        *(rows / name for name in (KNOWN_ROWS_FILE,) if _is_file(rows, name)),
+    ]
+
+    def fill(folder: Path) -> None:
+        for source in copied:
+            shutil.copyfile(source, folder / source.name)
+        adapter_config = _portable_config(checkpoint / ADAPTER_CONFIG_FILE, plan.model.source)
+        write_json_atomic(folder / ADAPTER_CONFIG_FILE, adapter_config)
+        write_json_atomic(folder / RUN_CARD_FILE, _run_card(outcome, plan, config))
+        (folder / "README.md").write_text(_model_card(outcome, plan), encoding="utf-8")
+
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        needed_bytes = sum(source.stat().st_size for source in copied) + SPARE_BYTES
+        free_bytes = shutil.disk_usage(target.parent).free
+        if free_bytes < needed_bytes:
+            return f"needs {needed_bytes:,} bytes, {free_bytes:,} are free"
+        build_folder(target, fill, {"run_id": plan.run_id, "step": outcome.best_step})
+        # The manifest was made from what was written; only the checkpoint says what was meant.
+        if sha256_file(target / ADAPTER_FILE) != sha256_file(checkpoint / ADAPTER_FILE):
+            return "the adapter read back is not the one of the checkpoint"
+        return find_damage(target)
+    except OSError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _describe(target: Path, plan: TrainPlan) -> SavedAdapter:
+    return SavedAdapter(
+        path=str(target),
+        sha256=sha256_file(target / ADAPTER_FILE),
+        size_bytes=(target / ADAPTER_FILE).stat().st_size,
+        model_name=plan.model.source.model_name,
+        degraded=all_degradations(plan),
+        version=None,
+    )
+
+
+def _portable_config(path: Path, source: ModelSource) -> dict[str, Any]:
+    """PEFT's configuration, naming the original model instead of this machine's 4-bit copy.
+
+    A local model has no revision that the hub knows, so none is given for it.
+    """
+    adapter_config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    adapter_config["base_model_name_or_path"] = source.local_path or source.model_name
+    adapter_config["revision"] = None if source.local_path else source.revision
+    adapter_config["inference_mode"] = True
+    return adapter_config
+
+
+def _run_card(outcome: AttemptOutcome, plan: TrainPlan, config: TrainingConfig) -> dict[str, Any]:
+    """What programs need to load, compare and explain the adapter; `base` names the snapshot."""
+    measured = {"attempt", "attempt_dir", "best_checkpoint"}
+    stages = {"model", "dataset", "predicted", "run_dir", "resume_from", "degraded"}
+    return {
+        "run_id": plan.run_id,
+        "base": {
+            **plan.model.source.model_dump(mode="json"),
+            "snapshot_path": plan.model.path,
+            "snapshot_manifest_sha256": plan.model.manifest_sha256,
+            "quantization": plan.model.quantization,
+            "compute_dtype": plan.model.compute_dtype,
+        },
+        "data": plan.dataset.model_dump(mode="json", include=_DATA_FIELDS),
+        "metrics": _finite_only(outcome.model_dump(mode="json", exclude=measured)),
+        "plan": plan.model_dump(mode="json", exclude=stages),
+        "config": config.model_dump(mode="json"),
+        "degraded": list(all_degradations(plan)),
+    }
+
+
+_DATA_FIELDS = {
+    *("digest", "sources", "train", "dev", "test_rows", "rows_read", "quarantined"),
+    *("usable_rows", "reasoning_rows"),
+}
+
+
+def _finite_only(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` with null for numbers that JSON does not have."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in values.items()
+    }
+
+
+def _model_card(outcome: AttemptOutcome, plan: TrainPlan) -> str:
+    source = plan.model.source
+    base_line = "" if source.local_path else f"base_model: {source.model_name}\n"
+    base = source.local_path or source.model_name
+    degraded = "; ".join(all_degradations(plan)) or "no"
+    return f"""---
+{base_line}library_name: peft
+tags: [lora, qlora, qwen3]
+---
+# {plan.run_id}
+
+A LoRA adapter (r={plan.adapter.r}, alpha={plan.adapter.alpha}) for `{source.model_name}`
+(revision `{source.revision}`), trained on 4-bit weights ({plan.model.quantization}).
+
+| | |
+|---|---|
+| training rows | {plan.dataset.train.rows:,} |
+| data digest | `{plan.dataset.digest}` |
+| steps, epochs | {outcome.best_step:,} of {outcome.last_step:,}, {outcome.epochs:.1f} |
+| held-out loss per token | {outcome.first_held_out_loss:.4f} to {outcome.best_held_out_loss:.4f} |
+| degraded | {degraded} |
+
+Ask it:
+
+```
+qwen3ft chat --adapter .
+```
+
+Load it with plain PEFT:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained({base!r})
+model = PeftModel.from_pretrained(base, ".")
+tokenizer = AutoTokenizer.from_pretrained(".")
+```
+
+`run_card.json` has every setting and number; `manifest.json` the sha256 of every file.
+"""

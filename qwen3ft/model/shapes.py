@@ -1,0 +1,201 @@
+"""The dense Qwen3 models and their shapes: what sizes and speeds are computed from without weights.
+
+Guarantees: numbers are those of each model's config.json on the hub; no network, no weights, no
+torch. Not covered: mixtures of experts, models with eyes or ears, and other families.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from qwen3ft.config import EMBEDDED_MODEL_NAME, TrainingConfig
+from qwen3ft.errors import ConfigError, ModelNotFoundError
+from qwen3ft.records.plan import PROJECTIONS, AdapterSpec, ModelShape
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """One size of Qwen3.
+
+    Attributes:
+        key: Short name, as on the command line.
+        hub_name: The model that the key stands for.
+        shape: Its numbers.
+    """
+
+    key: str
+    hub_name: str
+    shape: ModelShape
+
+
+def _qwen3(
+    key: str,
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    heads: int,
+    *,
+    tied: bool,
+    name: str = "",
+    positions: int = 40960,
+) -> KnownModel:
+    shape = ModelShape(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=151936,
+        tie_word_embeddings=tied,
+        max_position_embeddings=positions,
+    )
+    return KnownModel(key, f"Qwen/{name or 'Qwen3-' + key.upper()}", shape)
+
+
+_LONG_POSITIONS = 262144
+"""Of the models of July 2025, whose names end in 2507."""
+
+_BASE_POSITIONS = 32768
+
+KNOWN_MODELS = (
+    _qwen3("0.6b", 1024, 3072, 28, 16, tied=True),
+    _qwen3("1.7b", 2048, 6144, 28, 16, tied=True),
+    _qwen3(
+        *("4b", 2560, 9728, 36, 32),
+        tied=True,
+        name="Qwen3-4B-Thinking-2507",
+        positions=_LONG_POSITIONS,
+    ),
+    _qwen3("8b", 4096, 12288, 36, 32, tied=False),
+    _qwen3("14b", 5120, 17408, 40, 40, tied=False),
+    _qwen3("32b", 5120, 25600, 64, 64, tied=False),
+)
+"""Every dense size, smallest first."""
+
+_SIZE = re.compile(r"qwen3-(\d+(?:\.\d+)?b)(?![\w.])(?:-(base|.*2507))?", re.IGNORECASE)
+
+
+def known_shape(name: str) -> tuple[str, ModelShape] | None:
+    """(full name, shape) of a known model, by its key or its hub name; None if it is none.
+
+    A name that continues a known one, such as Qwen/Qwen3-4B-Base, has that one's shape.
+    """
+    by_key = {model.key: model for model in KNOWN_MODELS}
+    if (model := by_key.get(name.lower())) is not None:
+        return model.hub_name, model.shape
+    found = _SIZE.search(name)
+    if found is None or (model := by_key.get(found[1].lower())) is None:
+        return None
+    positions = 40960
+    if found[2]:
+        positions = _BASE_POSITIONS if found[2].lower() == "base" else _LONG_POSITIONS
+    return name, model.shape.model_copy(update={"max_position_embeddings": positions})
+
+
+def find_shape(name: str) -> tuple[str, ModelShape]:
+    """(full name, shape) of the model called `name`: a key, a hub name, a folder, or 'embedded'.
+
+    Of a folder only config.json is read.
+
+    Raises:
+        ModelNotFoundError: it is none of these.
+        ConfigError: the folder's config.json is no Qwen3's.
+    """
+    if name == EMBEDDED_MODEL_NAME:
+        from qwen3ft.embedded import MODEL_DIR
+
+        return name, read_shape(MODEL_DIR)
+    if (folder := Path(name).expanduser()).is_dir():
+        return str(folder), read_shape(folder)
+    if (found := known_shape(name)) is not None:
+        return found
+    keys = ", ".join(model.key for model in KNOWN_MODELS)
+    raise ModelNotFoundError(
+        f"No dense Qwen3 model {name!r} is known, and there is no such folder.",
+        why=f"Known are {keys}, their names on the hub, and folders with a config.json; of any "
+        "other model on the hub a run reads the shape itself.",
+        next_command="qwen3ft plan --model 4b",
+        model=name,
+    )
+
+
+def read_shape(folder: Path) -> ModelShape:
+    """The shape in a folder's config.json.
+
+    Raises:
+        ConfigError: it cannot be read, is not a Qwen3's, or lacks a number.
+    """
+    path = folder / "config.json"
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _refused(path, f"it cannot be read ({error})") from error
+    if not isinstance(settings, dict) or settings.get("model_type") != "qwen3":
+        raise _refused(path, "it does not describe a dense Qwen3 (model_type 'qwen3')")
+    settings.setdefault("tie_word_embeddings", False)
+    values = {name: settings.get(name) for name in ModelShape.model_fields}
+    if missing := [name for name, value in values.items() if value is None]:
+        raise _refused(path, f"it lacks {', '.join(missing)}")
+    try:
+        shape = ModelShape.model_validate(values)
+    except ValidationError as error:
+        issue = error.errors(include_url=False)[0]
+        raise _refused(path, f"{issue['loc'][0]}: {issue['msg']}") from error
+    numbers = shape.model_dump(exclude={"tie_word_embeddings"})
+    if bad := [f"{name} is {value}" for name, value in numbers.items() if value < 1]:
+        raise _refused(path, ", ".join(bad))
+    return shape
+
+
+def count_adapter_parameters(shape: ModelShape, r: int) -> int:
+    """Parameters of A (r x in) and B (out x r) for all seven projections of all layers."""
+    per_layer = sum(r * (out + inp) for out, inp in shape.projection_sizes().values())
+    return per_layer * shape.num_hidden_layers
+
+
+def plan_adapter(config: TrainingConfig, shape: ModelShape) -> AdapterSpec:
+    """The adapter that `config` asks for, counted for a model of `shape`.
+
+    Raises:
+        ConfigError: the rank exceeds the smallest dimension of a projection.
+    """
+    smallest = min(min(sizes) for sizes in shape.projection_sizes().values())
+    if config.lora_r > smallest:
+        raise ConfigError(
+            f"lora_r is {config.lora_r}, but the smallest projection has {smallest} features.",
+            why="A rank above the smaller side of a matrix adds parameters without adding freedom.",
+            next_command=f"qwen3ft plan --set lora_r={min(16, smallest)}",
+        )
+    return AdapterSpec(
+        r=config.lora_r,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        target_modules=PROJECTIONS,
+        trainable_parameters=count_adapter_parameters(shape, config.lora_r),
+        total_parameters=shape.total_parameters,
+    )
+
+
+def adapter_for(adapter: AdapterSpec, shape: ModelShape) -> AdapterSpec:
+    """The same adapter on a model of another shape."""
+    return adapter.model_copy(
+        update={
+            "trainable_parameters": count_adapter_parameters(shape, adapter.r),
+            "total_parameters": shape.total_parameters,
+        }
+    )
+
+
+def _refused(path: Path, reason: str) -> ConfigError:
+    return ConfigError(
+        f"The shape of a model cannot be taken from {path}: {reason}.",
+        why="Memory and speed follow from the numbers of a Qwen3 config.json alone.",
+        next_command="qwen3ft plan --model 4b",
+        path=str(path),
+    )

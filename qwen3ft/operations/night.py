@@ -1,0 +1,267 @@
+"""A logical night: what is asked for, and whether a run has done it, is at it, or left it undone.
+
+    <runs_dir>/.nights/2026-11-26-1a2b3c4d5e6f.json    what came of it: `NightRecord`
+                                           ....lock    held by the process that is at it
+
+The key is the date and what decides the result: the content of the data files, the settings and the
+model's revision. So a night that is started twice runs once, and one that was asked for with other
+data is another one. Nothing here reads rows, loads torch or starts a process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from qwen3ft.config import TrainingConfig
+from qwen3ft.data.sources import fingerprint_sources, pin_sources
+from qwen3ft.files import sha256_file, sha256_json
+from qwen3ft.jobs.folders import RunDir, read_record, write_record
+from qwen3ft.locks import held
+from qwen3ft.model.hub import resolve_model
+from qwen3ft.records.base import Record
+
+REQUEST_TAG = "request_sha256"
+"""Tag of a registered version: the request that it answers."""
+
+SETTINGS_TAG = "settings_sha256"
+"""Tag of a registered version: the part of its request that is not data."""
+
+ALREADY_DONE = "AlreadyDone"
+"""Name of the completed state of a run whose night another run has done, or is at."""
+
+DEFERRED = "deferred"
+"""The decision of a run that could not reach the registry: its night is not over."""
+
+SETTINGS_THAT_DO_NOT_DECIDE = frozenset(
+    [
+        # covered by the digests of files and of the model
+        *("model_name", "model_revision", "data_paths", "dev_paths", "test_paths"),
+        # only their product counts, and it is added
+        *("batch_size", "gradient_accumulation_steps"),
+        # how the same result is computed
+        *("max_memory_gb", "kernels", "packing", "gradient_checkpointing", "preflight"),
+        *("keep_checkpoints", "max_attempts", "stall_seconds", "memory_history"),
+        *("when_card_is_busy", "wait_for_card_seconds", "lock_cpu"),
+        # where it goes, and who is told
+        *("output_dir", "fallback_output_dirs", "runs_dir", "cache_dir"),
+        *("notify_blocks", "notify_on", "when_unchanged"),
+        # it informs, and does not decide
+        *("judge_url", "judge_model", "judge_rows", "judge_key_variable"),
+    ]
+)
+"""A setting that is not listed counts: a new one costs a training too many, never one too few."""
+
+
+class Request(Record):
+    """What decides the result of a run, as digests."""
+
+    sha256: str = Field(description="Of data, settings and model.")
+    settings_sha256: str = Field(description="Of settings and model.")
+    files: int = Field(description="Data files that it covers.")
+
+
+class NightRecord(Record):
+    """What came of a night."""
+
+    date: str = Field(description="YYYY-MM-DD in the schedule's time zone.")
+    request_sha256: str
+    run_id: str
+    state: Literal["running", "done", "failed"] = Field(
+        description="'running' with a free lock: the process was killed."
+    )
+    decision: str = Field(
+        "", description="promoted, kept or nothing new, once done; deferred, if it came so far."
+    )
+    champion: str | None = Field(None, description="Version that a candidate was compared with.")
+    updated: datetime = Field(default_factory=lambda: datetime.now(UTC))
+
+
+class Night:
+    """One night's claim.
+
+    Attributes:
+        run_id: The run that has done it, is at it, or shall do it now.
+        taken: Why this process has nothing to do; None if the night is its own.
+        again: Whether an earlier start of the night was left undone.
+    """
+
+    def __init__(self, run_id: str, taken: str | None = None, *, again: bool = False) -> None:
+        self.run_id = run_id
+        self.taken = taken
+        self.again = again
+        self.decision: str | None = None
+        self.champion: str | None = None
+
+    def settle(self, decision: str, champion: str | None = None) -> None:
+        """Say how it ended; unless it was deferred, it counts as done."""
+        self.decision, self.champion = decision, champion
+
+    @property
+    def is_done(self) -> bool:
+        """Whether another start has nothing left to do."""
+        return self.decision not in (None, DEFERRED)
+
+
+def describe_request(config: TrainingConfig) -> Request:
+    """The digest of everything that decides the result of a run.
+
+    Raises:
+        DataLoadingError, DownloadError: as `sources.fingerprint_sources`.
+        RequestError, ConfigError, DownloadError: as `hub.resolve_model`.
+    """
+    model = resolve_model(config)
+    files = fingerprint_sources(pin_sources(config))
+    settings = config.model_dump(mode="json", exclude=set(SETTINGS_THAT_DO_NOT_DECIDE))
+    ability = Path(config.ability_path).expanduser() if config.ability_path else None
+    decided = {
+        "model": [model.model_name, model.revision],
+        "ability": sha256_file(ability) if ability and ability.is_file() else "",
+        "settings": settings | {"effective_batch_size": config.effective_batch_size},
+    }
+    return Request(
+        sha256=sha256_json({"files": [list(file) for file in files], **decided}),
+        settings_sha256=sha256_json(decided),
+        files=len(files),
+    )
+
+
+def write_request(run: RunDir, request: Request) -> None:
+    """Keep the request in the run's folder, for the registry's tag."""
+    write_record(run.path / "request.json", request)
+
+
+def read_request(run: RunDir) -> Request | None:
+    """The request in a run's folder; None if it was not known."""
+    path = run.path / "request.json"
+    return read_record(path, Request) if path.exists() else None
+
+
+def request_tags(run: RunDir) -> dict[str, str]:
+    """The tags that a registered version of this run gets for its request."""
+    request = read_request(run)
+    if request is None:
+        return {}
+    return {REQUEST_TAG: request.sha256, SETTINGS_TAG: request.settings_sha256}
+
+
+def answers(tags: Mapping[str, str], request: Request) -> bool:
+    """Whether a registered version with these tags is the answer to `request`."""
+    return tags.get(REQUEST_TAG) == request.sha256
+
+
+def same_settings(tags: Mapping[str, str], request: Request | None) -> bool:
+    """Whether a version was made by the settings of `request`, as far as that is known."""
+    return request is None or tags.get(SETTINGS_TAG) in (None, request.settings_sha256)
+
+
+@contextmanager
+def claim_night(runs_dir: Path, date: str, request: Request, run_id: str) -> Iterator[Night]:
+    """The night of `date` for this process, unless it is done or another process is at it.
+
+    A night whose run failed or was killed is taken up, with the id of that run; so is an earlier
+    night that asked for the same and was deferred: it is trained, and lacks nothing but a verdict.
+
+    Args:
+        runs_dir: Where the record is kept, below `.nights`.
+        date: YYYY-MM-DD.
+        request: What is asked for.
+        run_id: The run that shall do it if none has begun.
+    """
+    path = _record_path(nights_folder(runs_dir), date, request)
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with held(path.with_suffix(".lock")) as mine:
+        earlier = _read(path)
+        if not mine:
+            yield Night(earlier.run_id if earlier else "", _at_it(earlier))
+        elif earlier is not None and earlier.state == "done":
+            yield Night(earlier.run_id, f"already done by run {earlier.run_id}")
+        else:
+            deferred = _deferred(path.parent, request)
+            undone = earlier or next(iter(deferred), None)
+            night = Night(undone.run_id if undone else run_id, again=undone is not None)
+            with _recorded(path, date, request, night):
+                yield night
+            for record in deferred if night.is_done else ():
+                _write(_record_path(path.parent, record.date, request), record, night)
+
+
+def kept_before(runs_dir: Path, request: Request, champion: str | None) -> NightRecord | None:
+    """The night whose candidate, for the same request, was no better than this champion.
+
+    Args:
+        runs_dir: Where the records are.
+        request: What is asked for.
+        champion: Its version; None: there was none, and there is none.
+    """
+    for path in sorted(nights_folder(runs_dir).glob("*.json"), reverse=True):
+        record = _read(path)
+        if record is None or record.request_sha256 != request.sha256:
+            continue
+        if (record.state, record.decision, record.champion) == ("done", "kept", champion):
+            return record
+    return None
+
+
+def date_of_run(runs_dir: Path, run_id: str) -> str | None:
+    """The night that a run was begun for; None if it was none's.
+
+    A run that is taken up after midnight still does the night that it crashed in.
+    """
+    records = (_read(path) for path in sorted(nights_folder(runs_dir).glob("*.json"), reverse=True))
+    return next((r.date for r in records if r is not None and r.run_id == run_id), None)
+
+
+def nights_folder(runs_dir: Path) -> Path:
+    """Where the records of nights lie."""
+    return runs_dir.expanduser().resolve() / ".nights"
+
+
+@contextmanager
+def _recorded(path: Path, date: str, request: Request, night: Night) -> Iterator[None]:
+    record = NightRecord(
+        date=date, request_sha256=request.sha256, run_id=night.run_id, state="running"
+    )
+    write_record(path, record)
+    try:
+        yield
+    finally:
+        _write(path, record, night)
+
+
+def _write(path: Path, record: NightRecord, night: Night) -> None:
+    """The record with what came of the night."""
+    came_of_it = {
+        "state": "done" if night.is_done else "failed",
+        "decision": night.decision or "",
+        "champion": night.champion,
+        "updated": datetime.now(UTC),
+    }
+    write_record(path, record.model_copy(update=came_of_it))
+
+
+def _record_path(folder: Path, date: str, request: Request) -> Path:
+    return folder / f"{date}-{request.sha256[:12]}.json"
+
+
+def _deferred(folder: Path, request: Request) -> list[NightRecord]:
+    """The nights that asked for the same and were deferred, the newest first."""
+    paths = sorted(folder.glob(f"*-{request.sha256[:12]}.json"), reverse=True)
+    records = filter(None, map(_read, paths))
+    return [record for record in records if record.decision == DEFERRED]
+
+
+def _at_it(record: NightRecord | None) -> str:
+    return f"in progress as run {record.run_id}" if record else "another process is at it"
+
+
+def _read(path: Path) -> NightRecord | None:
+    try:
+        return read_record(path, NightRecord)
+    except (OSError, ValueError, ValidationError):
+        return None

@@ -1,0 +1,270 @@
+"""What may be removed to win disk space back, and why; and its removal.
+
+Never touched: runs whose adapter an alias points at (champion, previous, challenger), running ones,
+those that can be continued or that MLflow lacks something of; the quantised models and tokenised
+rows that any of these were planned on; saved adapters. While a run is in progress nothing that runs
+share is touched.
+
+A removal is a rename and then a deletion, so that whoever looks meanwhile finds all or nothing; a
+run's folder is removed only while no process is at it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from qwen3ft.config import TrainingConfig
+from qwen3ft.errors import RequestError
+from qwen3ft.files import is_left_behind
+from qwen3ft.locks import held
+from qwen3ft.logs import get_logger
+from qwen3ft.model.saved_adapter import RUN_CARD_FILE, read_run_card
+from qwen3ft.operations.run_state import RunState, find_runs
+from qwen3ft.records.base import Record
+from qwen3ft.registry.protected import ProtectedVersion
+
+logger = get_logger("retention")
+
+Kind = Literal[
+    "run", "checkpoints", "quantised model", "tokenised rows", "champion copy", "leftover"
+]
+
+DAY_SECONDS = 86400.0
+LEFTOVER_DAYS = 1.0
+"""A write that took longer than this was killed."""
+
+_GONE = ".gone"
+_SHARED: dict[Kind, str] = {"quantised model": "models", "tokenised rows": "datasets"}
+
+
+class Policy(Record):
+    """How long things are kept."""
+
+    keep_days: float = Field(30.0, ge=0, description="Runs, and what no younger run used.")
+    keep_runs: int = Field(20, ge=0, description="The newest runs are kept whatever their age.")
+    checkpoint_days: float = Field(7.0, ge=0, description="Checkpoints of completed runs.")
+    abandon: tuple[str, ...] = Field((), description="Runs that nobody wants to continue.")
+
+
+class Removal(Record):
+    """One folder to be removed."""
+
+    path: str
+    kind: Kind
+    size_bytes: int
+    why: str
+    lock: str | None = Field(None, description="Of the run; it is held while its files go.")
+
+
+@dataclass(frozen=True)
+class Stock:
+    """What there is.
+
+    Attributes:
+        runs: The newest first.
+        protected: Versions in use.
+        used: Shared folders that something kept still needs; None: not known, so all of them.
+    """
+
+    runs: list[RunState]
+    protected: Sequence[ProtectedVersion]
+    used: frozenset[Path] | None
+
+
+def plan_removals(
+    config: TrainingConfig, protected: Sequence[ProtectedVersion], policy: Policy
+) -> list[Removal]:
+    """What the policy lets go of, and why; nothing is changed.
+
+    Args:
+        config: Where runs, caches and adapters are.
+        protected: As `protected.find_protected` gives them.
+        policy: How long things are kept.
+
+    Raises:
+        RequestError: a run that is to be abandoned is none that could be continued.
+    """
+    cache = _resolved(config.cache_dir)
+    runs = find_runs(_resolved(config.runs_dir))
+    _require_continuable(policy.abandon, runs)
+    stock = Stock(runs, protected, _used(runs, protected, policy, cache, config))
+    removals = [*_runs(stock, policy), *_checkpoints(stock, policy)]
+    if not any(state.state == "running" for state in runs):
+        removals += [*_shared(stock, policy, cache), *_copies(stock, cache)]
+        removals += _leftovers(cache, config)
+    return removals
+
+
+def remove(removals: Iterable[Removal]) -> list[Removal]:
+    """Remove what was planned; what is in use or cannot be removed is logged and left.
+
+    Returns:
+        What is gone.
+    """
+    gone = []
+    for removal in removals:
+        try:
+            with nullcontext(True) if removal.lock is None else held(Path(removal.lock)) as mine:
+                if mine:
+                    _remove(removal)
+                    gone.append(removal)
+                else:
+                    logger.warning("%s stays: its run is in progress", removal.path)
+        except OSError as error:
+            logger.warning("%s stays: %s", removal.path, error)
+    return gone
+
+
+# --- what may go ---
+
+
+def _runs(stock: Stock, policy: Policy) -> Iterator[Removal]:
+    in_use = {version.run_id for version in stock.protected}
+    for rank, state in enumerate(stock.runs):
+        name = state.run.path.name
+        abandoned = name in policy.abandon and state.state == "continuable"
+        old = rank >= policy.keep_runs and state.age_seconds > policy.keep_days * DAY_SECONDS
+        if name in in_use or not (abandoned or (old and state.state in ("completed", "ended"))):
+            continue
+        why = "abandoned" if abandoned else f"{state.state}, {_days(state.age_seconds)} old"
+        yield _removal(state.run.path, "run", why, state.run.lock)
+
+
+def _checkpoints(stock: Stock, policy: Policy) -> Iterator[Removal]:
+    in_use = {version.run_id for version in stock.protected}
+    going = {removal.path for removal in _runs(stock, policy)}
+    for state in stock.runs:
+        old = state.age_seconds > policy.checkpoint_days * DAY_SECONDS
+        kept = state.run.path.name in in_use or str(state.run.path) in going
+        if kept or not old or state.state != "completed":
+            continue
+        for job in state.run.attempts():
+            if job.checkpoints.is_dir():
+                why = f"its run completed {_days(state.age_seconds)} ago"
+                yield _removal(job.checkpoints, "checkpoints", why, state.run.lock)
+
+
+def _shared(stock: Stock, policy: Policy, cache: Path) -> Iterator[Removal]:
+    if stock.used is None:
+        return
+    for kind, folder in _SHARED.items():
+        for path in _folders(cache / folder):
+            age_seconds = time.time() - path.stat().st_mtime
+            if path.resolve() in stock.used or age_seconds <= policy.keep_days * DAY_SECONDS:
+                continue
+            yield _removal(path, kind, f"no run of the last {policy.keep_days:g} days used it")
+
+
+def _copies(stock: Stock, cache: Path) -> Iterator[Removal]:
+    in_use = {(version.registered_model, version.version) for version in stock.protected}
+    for model in _folders(cache / "champions"):
+        for path in _folders(model):
+            if (model.name, path.name) not in in_use and (path / RUN_CARD_FILE).is_file():
+                yield _removal(path, "champion copy", "no longer in use; MLflow has it")
+
+
+def _leftovers(cache: Path, config: TrainingConfig) -> Iterator[Removal]:
+    """What killed writes and removals left; a hidden folder with any other name is not ours."""
+    parents = [cache / folder for folder in _SHARED.values()]
+    parents += [*_folders(cache / "champions"), _resolved(config.output_dir)]
+    found = [path for parent in parents for path in parent.glob(".*") if is_left_behind(path)]
+    runs = _resolved(config.runs_dir)
+    gone = [*runs.glob(f".*{_GONE}"), *runs.glob(f"*/attempts/*/.*{_GONE}")]
+    for path in sorted({*found, *gone, *(p for each in parents for p in each.glob(f".*{_GONE}"))}):
+        if path.is_dir() and time.time() - path.stat().st_mtime > LEFTOVER_DAYS * DAY_SECONDS:
+            yield _removal(path, "leftover", "a write or removal that was killed")
+
+
+# --- what is in use ---
+
+
+def _used(
+    runs: list[RunState],
+    protected: Sequence[ProtectedVersion],
+    policy: Policy,
+    cache: Path,
+    config: TrainingConfig,
+) -> frozenset[Path] | None:
+    """The shared folders that must stay; None if the base of a version in use is not known."""
+    used = {
+        path
+        for state in runs
+        if state.state in ("running", "continuable", "unsent")
+        or state.age_seconds <= policy.keep_days * DAY_SECONDS
+        for path in state.uses
+    }
+    by_run = {state.run.path.name: state.uses for state in runs}
+    for version in protected:
+        needed = by_run.get(version.run_id or "") or _base_of(version, cache, config)
+        if not needed:
+            logger.warning("no base is removed: that of %s is not known", version.describe())
+            return None
+        used |= needed
+    return frozenset(used)
+
+
+def _base_of(
+    version: ProtectedVersion, cache: Path, config: TrainingConfig
+) -> frozenset[Path] | None:
+    """The quantised model that a version's adapter names, in a copy of it on this machine."""
+    copies = [cache / "champions" / version.registered_model / version.version]
+    outputs = (config.output_dir, *config.fallback_output_dirs)
+    copies += [Path(folder).expanduser() / (version.run_id or "") for folder in outputs]
+    for copy in copies:
+        if (copy / RUN_CARD_FILE).is_file():
+            return frozenset([Path(read_run_card(copy)["base"]["snapshot_path"]).resolve()])
+    return None
+
+
+# --- helpers ---
+
+
+def _require_continuable(wanted: Sequence[str], runs: list[RunState]) -> None:
+    states = {state.run.path.name: state.state for state in runs}
+    for name in wanted:
+        if (state := states.get(name)) != "continuable":
+            raise RequestError(
+                f"Run {name} cannot be abandoned: "
+                + ("there is no such run." if state is None else f"it is {state}."),
+                why="Only a failed run that could be continued can be. Nothing was removed.",
+                next_command="qwen3ft clean --dry-run",
+                run_id=name,
+            )
+
+
+def _removal(path: Path, kind: Kind, why: str, lock: Path | None = None) -> Removal:
+    files = (file for file in path.rglob("*") if file.is_file() and not file.is_symlink())
+    size_bytes = sum(file.stat().st_size for file in files)
+    return Removal(
+        path=str(path), kind=kind, size_bytes=size_bytes, why=why, lock=str(lock) if lock else None
+    )
+
+
+def _remove(removal: Removal) -> None:
+    path = Path(removal.path)
+    gone = path.with_name(f".{path.name}{_GONE}")
+    os.rename(path, gone)
+    shutil.rmtree(gone)
+
+
+def _resolved(folder: str) -> Path:
+    return Path(folder).expanduser().resolve()
+
+
+def _folders(parent: Path) -> list[Path]:
+    if not parent.is_dir():
+        return []
+    return [path for path in sorted(parent.iterdir()) if path.is_dir() and path.name[0] != "."]
+
+
+def _days(seconds: float) -> str:
+    return f"{seconds / DAY_SECONDS:.0f} days"

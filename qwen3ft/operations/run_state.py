@@ -1,0 +1,108 @@
+"""What state a run's folder is in, read from the folder alone: no server is asked."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from qwen3ft.jobs.folders import RunDir
+from qwen3ft.locks import held
+from qwen3ft.operations.night import DEFERRED
+from qwen3ft.tracking.cursor import outstanding
+
+State = Literal["running", "completed", "continuable", "unsent", "ended"]
+
+_MARKS = ("config.json", "run.jsonl")
+
+
+@dataclass(frozen=True)
+class RunState:
+    """One run's folder.
+
+    Attributes:
+        run: The folder.
+        state: continuable: not completed, with checkpoints or a trained adapter to go on from;
+            unsent: MLflow lacks some of it; ended: nothing to go on from.
+        age_seconds: Since its files were last written.
+        uses: Folders that its attempts were planned on: quantised models, tokenised rows.
+    """
+
+    run: RunDir
+    state: State
+    age_seconds: float
+    uses: frozenset[Path]
+
+
+def find_runs(runs_dir: Path) -> list[RunState]:
+    """The runs below a folder, the newest first; what is no run's folder is passed over."""
+    now = time.time()
+    found = [_describe(RunDir(path), now) for path in _run_folders(runs_dir)]
+    return sorted(found, key=lambda state: state.age_seconds)
+
+
+def is_running(run: RunDir) -> bool:
+    """Whether a process is at the run."""
+    if not run.lock.exists():
+        return False
+    with held(run.lock) as mine:
+        return not mine
+
+
+def _run_folders(runs_dir: Path) -> Iterator[Path]:
+    if not runs_dir.is_dir():
+        return
+    for path in sorted(runs_dir.iterdir()):
+        named = not path.name.startswith(".") and path.is_dir() and not path.is_symlink()
+        if named and any((path / mark).exists() for mark in _MARKS):
+            yield path
+
+
+def _describe(run: RunDir, now: float) -> RunState:
+    return RunState(run, _state(run), now - _last_written(run), frozenset(_uses(run)))
+
+
+def _state(run: RunDir) -> State:
+    if is_running(run):
+        return "running"
+    card = _read(run.path / "card.json")
+    title = str(card.get("title", "")) if card else ""
+    completed = card is not None and not title.endswith((f": {DEFERRED}", ": failed"))
+    if not completed and _has_progress(run):
+        return "continuable"
+    if outstanding(run) > 0:
+        return "unsent"
+    return "completed" if completed else "ended"
+
+
+def _has_progress(run: RunDir) -> bool:
+    return any(
+        job.outcome.exists() or any(job.checkpoints.glob("step-*/manifest.json"))
+        for job in run.attempts()
+    )
+
+
+def _last_written(run: RunDir) -> float:
+    """Seconds since the epoch; of files only: looking for a lock must not make a run younger."""
+    files = [path for path in run.path.iterdir() if path.is_file() and path != run.lock]
+    files += [job.metrics for job in run.attempts() if job.metrics.exists()]
+    return max((path.stat().st_mtime for path in files), default=run.path.stat().st_mtime)
+
+
+def _uses(run: RunDir) -> Iterator[Path]:
+    for job in run.attempts():
+        plan = _read(job.request) or {}
+        for part in ("model", "dataset"):
+            if path := (plan.get(part) or {}).get("path"):
+                yield Path(path).resolve()
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None

@@ -1,0 +1,307 @@
+"""How much memory training takes, predicted from the model's shape: one number per part.
+
+Guarantees: pure arithmetic on the shape, no model and no torch; every part carries its formula; the
+total never falls when the micro-batch, the sequence, the loss chunk or the rank grows. It is meant
+to err on the large side.
+
+The formulas are those of transformers' Qwen3 with SDPA attention under a padding mask, PEFT's fp32
+adapters on bitsandbytes' 4-bit layers, autocast where the model computes in bf16, and a loss whose
+chunks are recomputed in backward. What autograd keeps per token of one decoder layer (c: bytes of
+the compute type; H, I: hidden and MLP size; Q, K: features of all query / key-value heads;
+S: tokens per row, of a packed row all of them; r: rank; h: query heads):
+
+    2 RMSNorms         2 x (4 + c) H      the input in fp32, and the output as adapters' input
+    q_norm, k_norm     4 Q + 4 K          their inputs in fp32
+    attention          4 c Q + 4 h + c S  q, repeated k and v, output; log-sum-exp; additive mask
+    SwiGLU             4 c I              gate, silu(gate), up, and their product
+    7 adapters         7 c r              A x   (with dropout also its outputs: 3 H + Q + 2 H + I)
+
+Packed rows have one mask of S x S bytes for all layers beside it, made from two more of its size.
+
+`tests/test_plan.py` holds this against what autograd really saves, and against peaks measured on an
+H100 with the 4B shape, from 3.3 to 26 GB: tensors lay within -1 and +6 % of them. Not covered: the
+moment of loading, other programs on the card, and the inference test.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from qwen3ft.planning.fused_footprint import FusedSizes
+from qwen3ft.planning.fused_parts import fixed_parts, row_parts
+from qwen3ft.planning.packing import row_tokens
+from qwen3ft.records.plan import GIB, AdapterSpec, MemoryPart, ModelShape
+
+CUDA_CONTEXT_BYTES = int(0.8 * GIB)
+"""What a process takes on the card beside its tensors: CUDA, cuBLAS, kernels. An H100: 0.80 GB."""
+
+CPU_PROCESS_BYTES = int(0.9 * GIB)
+"""Resident memory of a process that has imported torch, transformers, PEFT and datasets."""
+
+SLACK = {"cuda": (int(0.2 * GIB), 0.07), "cpu": (0, 0.25)}
+"""What the allocator holds beyond what is in use: bytes, and a share of what comes and goes."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained at one time, and the levers that trade time for memory.
+
+    Attributes:
+        device: 'cuda' or 'cpu'.
+        compute_dtype: 'bfloat16', 'float16' or 'float32'.
+        quantization: 'nf4-double', 'nf4' or 'fp4'.
+        micro_batch_size: Sequences per forward pass.
+        sequence_tokens: Length of the longest of them, padding included.
+        gradient_checkpointing: Whether each layer is computed again in backward.
+        loss_chunk_tokens: Tokens whose logits exist at one time.
+        offload_activations: Whether saved activations wait in host memory.
+        offload_optimizer: Whether the optimizer's moments stay there.
+        kernels: 'plain' for transformers and PEFT, 'fused' for `qwen3ft.training.fused`.
+        offload_attention: Fused: whether attention's output waits there too.
+        offloaded_mlp_blocks: Fused: most blocks whose gate and up wait in host memory.
+        activation_bytes: Fused: what a packed row may take.
+        chunk_tokens: Fused: tokens whose wide intermediates exist at one time.
+        head_groups: Fused: parts in which the gradient of attention is computed.
+        packing: Whether a micro-batch is one row of as many tokens, instead of padded rows.
+        varied_rows: Whether sequences, and so packed rows, differ in length.
+        eval_batch_size: Sequences per forward pass of an evaluation.
+        eval_tokens: Length of the longest held-out sequence, padding included.
+    """
+
+    device: str
+    compute_dtype: str
+    quantization: str
+    micro_batch_size: int
+    sequence_tokens: int
+    gradient_checkpointing: bool
+    loss_chunk_tokens: int
+    offload_activations: bool = False
+    offload_optimizer: bool = False
+    kernels: Literal["plain", "fused"] = "plain"
+    offload_attention: bool = False
+    offloaded_mlp_blocks: int = 0
+    activation_bytes: int = 0
+    chunk_tokens: int = 0
+    head_groups: int = 1
+    packing: bool = False
+    varied_rows: bool = True
+    eval_batch_size: int = 1
+    eval_tokens: int = 1
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of one number of the compute type."""
+        return 4 if self.compute_dtype == "float32" else 2
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Most tokens of a packed micro-batch: as many as the padded rows in its place hold."""
+        return self.micro_batch_size * self.sequence_tokens
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one micro-batch, padding included."""
+        return row_tokens(self.capacity_tokens) if self.packing else self.capacity_tokens
+
+    @property
+    def keys_per_query(self) -> int:
+        """Tokens of a row: the width of the attention mask."""
+        return self.tokens if self.packing else self.sequence_tokens
+
+
+def predict_memory(
+    shape: ModelShape, adapter: AdapterSpec, work: Workload
+) -> tuple[MemoryPart, ...]:
+    """The parts of the predicted peak, in bytes; their sum is the prediction.
+
+    On CUDA this is what NVML shows for the process, on a CPU its resident memory.
+    """
+    if work.kernels == "fused":
+        return _fused_parts(shape, adapter, work)
+    saved = _saved_activations(shape, adapter, work)
+    working = _working_memory(shape, adapter, work, saved.bytes)
+    slack_bytes, slack_share = SLACK[work.device]
+    return (
+        *_fixed_parts(shape, adapter, work),
+        saved,
+        *_packed_mask(work),
+        working,
+        MemoryPart(
+            name="allocator slack",
+            bytes=slack_bytes + int(slack_share * (saved.bytes + working.bytes)),
+            formula=f"{slack_bytes / GIB:.2f} GB and {slack_share:.0%} of saved activations and "
+            "working memory",
+        ),
+        _process(work),
+    )
+
+
+def total_bytes(parts: tuple[MemoryPart, ...]) -> int:
+    """The predicted peak."""
+    return sum(part.bytes for part in parts)
+
+
+def fused_sizes(shape: ModelShape, adapter: AdapterSpec, work: Workload) -> FusedSizes:
+    """The settings of `work` that a fused step's memory depends on."""
+    return FusedSizes(
+        shape=shape,
+        rank=adapter.r,
+        compute_bytes=work.compute_bytes,
+        loss_chunk_tokens=work.loss_chunk_tokens,
+        chunk_tokens=work.chunk_tokens,
+        head_groups=work.head_groups,
+        offload=work.offload_activations,
+        offload_attention=work.offload_attention,
+        offloaded_mlp_blocks=work.offloaded_mlp_blocks,
+    )
+
+
+def _fused_parts(shape: ModelShape, adapter: AdapterSpec, work: Workload) -> tuple[MemoryPart, ...]:
+    """The parts where the step is `qwen3ft.training.fused`."""
+    sizes = fused_sizes(shape, adapter, work)
+    beside = fixed_parts(sizes, adapter.trainable_parameters, work.tokens)
+    other = {part.name: part for part in beside}
+    fixed = (other.get(part.name, part) for part in _fixed_parts(shape, adapter, work))
+    of_rows = row_parts(
+        sizes,
+        work.tokens,
+        work.activation_bytes,
+        varied=work.varied_rows,
+        lean=work.offload_optimizer,
+    )
+    longest = row_tokens(work.eval_batch_size * work.eval_tokens)
+    evaluation = sizes.evaluation_bytes(longest) if longest > work.tokens else 0
+    # An evaluation comes after a step: no row is there, and no gradient; slack there is as before.
+    rows = sum(part.bytes for part in of_rows if part.name != "allocator slack")
+    gone = rows + other["gradients"].bytes
+    beyond = MemoryPart(
+        name="evaluation",
+        bytes=max(0, evaluation - gone),
+        formula=f"what {longest:,} held-out tokens take beyond that",
+    )
+    return (*fixed, *of_rows, *([beyond] if beyond.bytes else []), _process(work))
+
+
+def _process(work: Workload) -> MemoryPart:
+    return MemoryPart(
+        name="process",
+        bytes=CUDA_CONTEXT_BYTES if work.device == "cuda" else CPU_PROCESS_BYTES,
+        formula="CUDA context and kernels, measured"
+        if work.device == "cuda"
+        else "interpreter and libraries, measured",
+    )
+
+
+def _fixed_parts(shape: ModelShape, adapter: AdapterSpec, work: Workload) -> tuple[MemoryPart, ...]:
+    """What does not depend on the batch."""
+    c, linear, trained = work.compute_bytes, shape.linear_parameters, adapter.trainable_parameters
+    plain = shape.total_parameters - linear
+    largest = max(out * inp for out, inp in shape.projection_sizes().values())
+    blocks = -(-linear // 64)
+    if work.quantization.endswith("-double"):
+        constants, constants_formula = blocks + 4 * -(-blocks // 256), "1 + 4/256 bytes"
+    else:
+        constants, constants_formula = 4 * blocks, "4 bytes"
+    copies = c if c < 4 else 0
+    return (
+        MemoryPart(name="4-bit weights", bytes=linear // 2, formula=f"{linear:,} x 0.5 bytes"),
+        MemoryPart(
+            name="quantisation constants",
+            bytes=constants,
+            formula=f"{constants_formula} per block of 64 weights",
+        ),
+        MemoryPart(name="embeddings and norms", bytes=plain * c, formula=f"{plain:,} x {c} bytes"),
+        MemoryPart(
+            name="dequantised layer",
+            bytes=largest * c,
+            formula=f"largest projection, {largest:,} x {c} bytes",
+        ),
+        MemoryPart(
+            name="adapter",
+            bytes=trained * (4 + copies),
+            formula=f"{trained:,} x 4 bytes" + (f", and {c} for its cast copy" if copies else ""),
+        ),
+        MemoryPart(name="gradients", bytes=4 * trained, formula=f"{trained:,} x 4 bytes"),
+        MemoryPart(
+            name="AdamW state",
+            bytes=0 if work.offload_optimizer else 8 * trained,
+            formula="in host memory"
+            if work.offload_optimizer
+            else f"{trained:,} x 2 moments x 4 bytes",
+        ),
+    )
+
+
+def layer_bytes_per_token(shape: ModelShape, adapter: AdapterSpec, work: Workload) -> int:
+    """Bytes that autograd keeps per token of one decoder layer (see the module docstring)."""
+    c, hidden, mlp = work.compute_bytes, shape.hidden_size, shape.intermediate_size
+    query = shape.num_attention_heads * shape.head_dim
+    key = shape.num_key_value_heads * shape.head_dim
+    norms = 2 * (4 + c) * hidden + 4 * query + 4 * key
+    attention = 4 * c * query + 4 * shape.num_attention_heads + c * work.keys_per_query
+    dropped = c * (5 * hidden + query + mlp) if adapter.dropout else 0
+    return norms + attention + 4 * c * mlp + 7 * c * adapter.r + dropped
+
+
+def _saved_activations(shape: ModelShape, adapter: AdapterSpec, work: Workload) -> MemoryPart:
+    """What waits for backward when the loss is computed."""
+    c, layers, hidden = work.compute_bytes, shape.num_hidden_layers, shape.hidden_size
+    # The last norm keeps its input in fp32; its output is kept whole and as trained rows.
+    top = (4 + 2 * c) * hidden
+    if work.offload_activations:
+        return MemoryPart(
+            name="saved activations",
+            bytes=work.tokens * (2 * c * hidden + top),
+            formula=f"{work.tokens:,} tokens x two layers' inputs; the rest waits in host memory",
+        )
+    if work.gradient_checkpointing:
+        each, what = c * hidden, "each layer's input"
+    else:
+        each, what = layer_bytes_per_token(shape, adapter, work), "all of each layer"
+    return MemoryPart(
+        name="saved activations",
+        bytes=work.tokens * (layers * each + top),
+        formula=f"{work.tokens:,} tokens x ({layers} layers x {each:,} bytes + {top:,}): {what}",
+    )
+
+
+def _packed_mask(work: Workload) -> tuple[MemoryPart, ...]:
+    """The mask that keeps the sequences of a packed row apart, and what it is made of."""
+    if not work.packing:
+        return ()
+    return (
+        MemoryPart(
+            name="packed attention mask",
+            bytes=3 * work.tokens**2,
+            formula=f"{work.tokens:,} x {work.tokens:,} tokens x 3 x 1 byte",
+        ),
+    )
+
+
+def _working_memory(
+    shape: ModelShape, adapter: AdapterSpec, work: Workload, saved_bytes: int
+) -> MemoryPart:
+    """The largest of what comes and goes: a loss chunk, one layer's backward, an evaluation."""
+    c, hidden, mlp = work.compute_bytes, shape.hidden_size, shape.intermediate_size
+    # Log-softmax output, its gradient, and the logits' gradient; all fp32. On a CPU the product is
+    # float64's: the head's copy, and the logits.
+    exact = 8 if work.device == "cpu" else 0
+    chunk = min(work.loss_chunk_tokens, work.tokens)
+    loss = ((12 + exact) * chunk + exact * hidden) * shape.vocab_size
+    # Gradients of one of the MLP's wide tensors and of the residual stream: of each further one,
+    # what autograd kept is freed first.
+    transient = c * (mlp + hidden)
+    again = layer_bytes_per_token(shape, adapter, work) if work.gradient_checkpointing else 0
+    layer = work.tokens * (transient + again)
+    eval_tokens = work.eval_batch_size * work.eval_tokens
+    forward = eval_tokens * (c * (4 * mlp + 3 * hidden + work.eval_tokens) + 8 * hidden)
+    logits = min(work.loss_chunk_tokens, eval_tokens) * (8 + c) * shape.vocab_size
+    evaluation = max(0, max(forward, logits) - saved_bytes)
+    return MemoryPart(
+        name="working memory",
+        bytes=max(loss, layer, evaluation),
+        formula=f"largest of: loss chunk {loss / GIB:.3f} GB "
+        f"({12 + exact} bytes x tokens x vocabulary), one layer's backward {layer / GIB:.3f}, "
+        f"evaluation beyond the saved activations {evaluation / GIB:.3f}",
+    )

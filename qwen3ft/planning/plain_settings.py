@@ -1,0 +1,151 @@
+"""Candidates of the plain path, transformers and PEFT, and why one was taken.
+
+Guarantees: pure and deterministic; from fast to frugal, so the first that fits is taken.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+
+from qwen3ft.config import TrainingConfig
+from qwen3ft.planning.footprint import Workload, predict_memory, total_bytes
+from qwen3ft.planning.packing import divisors
+from qwen3ft.records.plan import GIB, AdapterSpec, ModelShape
+
+LOSS_CHUNK_TOKENS = 4096
+SMALLEST_LOSS_CHUNK_TOKENS = 256
+LAST_RESORT_LOSS_CHUNK_TOKENS = 128
+"""Taken only where nothing else fits; it leaves recovery no smaller one."""
+
+KEEP_ALL_SHARE = 0.85
+"""Share of the budget up to which nothing is recomputed; what lies above is a reserve."""
+
+CPU_EVAL_BATCH_SIZE = 32
+
+PLAIN_REASONS = dict.fromkeys(
+    (
+        "offload_attention",
+        "offloaded_mlp_blocks",
+        "activation_bytes",
+        "chunk_tokens",
+        "head_groups",
+    ),
+    "A setting of the fused path alone.",
+)
+"""Why the plain path leaves them as they are."""
+
+
+def candidates(config: TrainingConfig, first: Workload) -> Iterator[tuple[Workload, float]]:
+    """Workloads from fast to frugal, each with the share of the budget it may take.
+
+    Recomputation comes before a smaller micro-batch: it costs about a third more compute, while
+    halving the micro-batch pays the dequantisation of all weights and every kernel launch twice.
+    Padded rows come before it too, where it is the wide mask of a packed row that does not fit.
+    """
+    modes = {"auto": (False, True), "on": (True,), "off": (False,)}[config.gradient_checkpointing]
+    packings = (True, False) if first.packing and config.packing == "auto" else (first.packing,)
+    for micro_batch_size in divisors(config.effective_batch_size):
+        if micro_batch_size > config.batch_size:
+            continue
+        for packing, recompute in itertools.product(packings, modes):
+            chunk_tokens = LOSS_CHUNK_TOKENS
+            while chunk_tokens >= SMALLEST_LOSS_CHUNK_TOKENS:
+                work = replace(
+                    first,
+                    micro_batch_size=micro_batch_size,
+                    packing=packing,
+                    gradient_checkpointing=recompute,
+                    loss_chunk_tokens=chunk_tokens,
+                )
+                yield work, (1.0 if recompute or len(modes) == 1 else KEEP_ALL_SHARE)
+                chunk_tokens //= 2
+    yield most_frugal(replace(first, packing=packings[-1])), 1.0
+
+
+def wants_packing(config: TrainingConfig, device: str) -> bool:
+    """On a GPU, where each micro-batch costs; on a CPU it was measured no faster than padding."""
+    return config.packing == "on" or (config.packing == "auto" and device == "cuda")
+
+
+def most_frugal(first: Workload) -> Workload:
+    """One row at a time, and everything else that keeps the result."""
+    return replace(
+        first,
+        loss_chunk_tokens=LAST_RESORT_LOSS_CHUNK_TOKENS,
+        offload_activations=first.device == "cuda" and first.gradient_checkpointing,
+        offload_optimizer=first.device == "cuda",
+    )
+
+
+def with_evaluation(
+    shape: ModelShape, adapter: AdapterSpec, work: Workload, limit_bytes: int
+) -> Workload:
+    """`work` with the largest evaluation batch worth having.
+
+    On a GPU that is one, up to twice the micro-batch, that does not raise the peak; on a CPU, where
+    small batches waste most of the time, one of up to 32 rows that fits.
+    """
+    wanted = 2 * work.micro_batch_size
+    if work.device == "cpu":
+        wanted = max(wanted, CPU_EVAL_BATCH_SIZE)
+    else:
+        limit_bytes = total_bytes(predict_memory(shape, adapter, work))
+    while wanted > 1:
+        larger = replace(work, eval_batch_size=wanted)
+        if total_bytes(predict_memory(shape, adapter, larger)) <= limit_bytes:
+            return larger
+        wanted //= 2
+    return work
+
+
+def offload_optimizer_reason(work: Workload) -> str:
+    """Why its moments are where they are."""
+    if work.offload_optimizer:
+        return "Nothing else fits; gradients go to the host and parameters back at each step."
+    return "Not needed: the card updates faster."
+
+
+def plain_reasons(
+    config: TrainingConfig, work: Workload, peak_bytes: int, budget_gb: float
+) -> dict[str, str]:
+    """Why each derived setting is what it is."""
+    fits = f"the predicted peak is {peak_bytes / GIB:.2f} of {budget_gb:.2f} GB"
+    accumulation = config.effective_batch_size // work.micro_batch_size
+    if work.micro_batch_size == config.batch_size:
+        micro = f"As configured; {fits}."
+    else:
+        micro = f"The largest divisor of {config.effective_batch_size} that fits; {fits}."
+    if config.gradient_checkpointing != "auto":
+        recompute = f"Configured as '{config.gradient_checkpointing}'."
+    elif work.gradient_checkpointing:
+        recompute = f"Keeping all activations would take more than {KEEP_ALL_SHARE:.0%} of budget."
+    else:
+        recompute = f"All activations fit {KEEP_ALL_SHARE:.0%} of the budget, and that is faster."
+    if config.packing != "auto":
+        packing = f"Configured as '{config.packing}'."
+    elif work.packing:
+        packing = (
+            f"Up to {work.capacity_tokens} tokens a micro-batch, as {work.micro_batch_size} padded "
+            "rows would hold; on a GPU each micro-batch costs, and padding is computed for nothing."
+        )
+    elif work.device == "cuda":
+        packing = "The attention mask of packed rows does not fit; padded rows do."
+    else:
+        packing = "On a CPU it was measured no faster: attention is as wide as the packed row."
+    offload = "Nothing else fits." if work.offload_activations else "Not needed: it is slow."
+    return PLAIN_REASONS | {
+        "micro_batch_size": micro,
+        "gradient_accumulation_steps": f"{work.micro_batch_size} x {accumulation} keeps the "
+        f"{config.effective_batch_size} sequences per step that were asked for.",
+        "eval_batch_size": f"{work.eval_batch_size} held-out rows of up to {work.eval_tokens} "
+        "tokens fit where training does, as nothing is kept for gradients.",
+        "gradient_checkpointing": recompute,
+        "loss_chunk_tokens": f"Logits of {min(work.loss_chunk_tokens, work.tokens)} tokens at most "
+        "exist at one time; larger chunks are faster, smaller ones leaner.",
+        "offload_activations": offload,
+        "offload_optimizer": offload_optimizer_reason(work),
+        "packing": packing,
+        "predicted": f"For rows of {work.sequence_tokens} tokens, the longest there are.",
+    }

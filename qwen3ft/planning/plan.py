@@ -1,0 +1,181 @@
+"""From what is asked and what is there to one fully resolved training attempt.
+
+Guarantees: pure and deterministic, no torch; the effective batch is exactly the one asked for; the
+predicted peak of a plan that exists fits its budget; each derived value has its reason in a
+sentence. How memory is predicted is `qwen3ft.planning.footprint`, what fits is
+`qwen3ft.planning.fit`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from qwen3ft.config import TrainingConfig
+from qwen3ft.errors import DataLoadingError
+from qwen3ft.planning.fit import choose_workload, largest_micro_batch_below, padded_length
+from qwen3ft.planning.footprint import Workload, predict_memory
+from qwen3ft.records.data import DatasetManifest
+from qwen3ft.records.plan import AdapterSpec, EnvironmentReport, ModelSnapshot, TrainPlan
+
+__all__ = [
+    "Workload",
+    "build_plan",
+    "largest_micro_batch_below",
+    "predict_memory",
+    "repredict",
+    "workload_of",
+]
+
+LONGEST_EVALUATION_INTERVAL_STEPS = 200
+SHORTEST_EVALUATION_INTERVAL_STEPS = 10
+
+
+@dataclass(frozen=True)
+class _Schedule:
+    """Counts of optimizer steps."""
+
+    total_steps: int
+    warmup_steps: int
+    evaluate_every_steps: int
+    reasons: dict[str, str]
+
+
+def build_plan(
+    config: TrainingConfig,
+    environment: EnvironmentReport,
+    model: ModelSnapshot,
+    adapter: AdapterSpec,
+    dataset: DatasetManifest,
+    *,
+    run_id: str = "",
+    run_dir: str = "",
+) -> TrainPlan:
+    """The first attempt: the fastest settings predicted to fit the budget.
+
+    Args:
+        config: What is asked.
+        environment: Where it runs.
+        model: The quantised base.
+        adapter: What is trained.
+        dataset: Rows and their lengths.
+        run_id: Name of the run; empty for a plan that belongs to none yet.
+        run_dir: The run's folder.
+
+    Raises:
+        InsufficientMemoryError: nothing fits; lists each part, and what would fit.
+        DataLoadingError: there is no row to train on.
+    """
+    if dataset.train.rows == 0:
+        raise DataLoadingError(
+            f"None of the {dataset.rows_read} rows read can be trained on.",
+            why=f"Left out: {dataset.quarantined} bad, {dataset.too_long} too long, "
+            f"{dataset.duplicates} double.",
+            next_command=f"qwen3ft plan --set max_sequence_length={2 * config.max_sequence_length}",
+        )
+    choice = choose_workload(config, environment, model, adapter, dataset)
+    schedule = _schedule(config, dataset.train.rows)
+    work = choice.work
+    return TrainPlan(
+        attempt=1,
+        run_id=run_id,
+        run_dir=run_dir,
+        model=model,
+        adapter=adapter,
+        dataset=dataset,
+        device=environment.device,
+        max_memory_gb=choice.budget_gb,
+        micro_batch_size=work.micro_batch_size,
+        gradient_accumulation_steps=config.effective_batch_size // work.micro_batch_size,
+        eval_batch_size=work.eval_batch_size,
+        max_sequence_length=config.max_sequence_length,
+        gradient_checkpointing=work.gradient_checkpointing,
+        loss_chunk_tokens=work.loss_chunk_tokens,
+        offload_activations=work.offload_activations,
+        offload_optimizer=work.offload_optimizer,
+        kernels=work.kernels,
+        offload_attention=work.offload_attention,
+        offloaded_mlp_blocks=work.offloaded_mlp_blocks,
+        activation_bytes=work.activation_bytes,
+        chunk_tokens=work.chunk_tokens,
+        head_groups=work.head_groups,
+        packing=work.packing,
+        learning_rate=config.learning_rate,
+        lr_scheduler=config.lr_scheduler,
+        warmup_steps=schedule.warmup_steps,
+        total_steps=schedule.total_steps,
+        num_epochs=config.num_epochs,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        evaluate_every_steps=schedule.evaluate_every_steps,
+        early_stopping_patience=config.early_stopping_patience,
+        keep_checkpoints=config.keep_checkpoints,
+        seed=config.seed,
+        stall_seconds=config.stall_seconds,
+        memory_history=config.memory_history,
+        predicted=choice.parts,
+        reasons=choice.reasons | schedule.reasons,
+        degraded=tuple(dict.fromkeys(model.degraded + dataset.degraded)),
+    )
+
+
+def workload_of(plan: TrainPlan) -> Workload:
+    """What `plan` puts on the device at one time."""
+    rows = plan.dataset.train
+    return Workload(
+        device=plan.device,
+        compute_dtype=plan.model.compute_dtype,
+        quantization=plan.model.quantization,
+        micro_batch_size=plan.micro_batch_size,
+        sequence_tokens=padded_length(rows.longest_tokens, plan.max_sequence_length),
+        gradient_checkpointing=plan.gradient_checkpointing,
+        loss_chunk_tokens=plan.loss_chunk_tokens,
+        offload_activations=plan.offload_activations,
+        offload_optimizer=plan.offload_optimizer,
+        kernels=plan.kernels,
+        offload_attention=plan.offload_attention,
+        offloaded_mlp_blocks=plan.offloaded_mlp_blocks,
+        activation_bytes=plan.activation_bytes,
+        chunk_tokens=plan.chunk_tokens,
+        head_groups=plan.head_groups,
+        packing=plan.packing,
+        varied_rows=rows.tokens < rows.rows * rows.longest_tokens,
+        eval_batch_size=plan.eval_batch_size,
+        eval_tokens=padded_length(plan.dataset.dev.longest_tokens, plan.max_sequence_length),
+    )
+
+
+def repredict(plan: TrainPlan) -> TrainPlan:
+    """`plan` with its prediction brought up to date with its settings."""
+    parts = predict_memory(plan.model.shape, plan.adapter, workload_of(plan))
+    return plan.model_copy(update={"predicted": parts})
+
+
+def _schedule(config: TrainingConfig, rows: int) -> _Schedule:
+    effective = config.effective_batch_size
+    per_epoch = -(-rows // effective)
+    total = per_epoch * config.num_epochs
+    total_reason = f"{per_epoch} steps an epoch ({rows} rows / {effective}) x {config.num_epochs}."
+    if config.max_steps is not None and config.max_steps < total:
+        total, total_reason = config.max_steps, f"max_steps; all epochs would be {total}."
+    warmup = min(math.ceil(config.warmup_fraction * total), per_epoch)
+    if config.evaluate_every_steps is not None:
+        every = min(config.evaluate_every_steps, total)
+        every_reason = f"As configured, {config.evaluate_every_steps}, within {total} steps."
+    else:
+        every = min(max(per_epoch, SHORTEST_EVALUATION_INTERVAL_STEPS), total)
+        every = min(every, LONGEST_EVALUATION_INTERVAL_STEPS)
+        every_reason = (
+            f"Once an epoch ({per_epoch} steps), but {SHORTEST_EVALUATION_INTERVAL_STEPS} to "
+            f"{LONGEST_EVALUATION_INTERVAL_STEPS} steps apart; checkpoints are as far apart."
+        )
+    return _Schedule(
+        total,
+        warmup,
+        every,
+        {
+            "total_steps": total_reason,
+            "warmup_steps": f"{config.warmup_fraction:.1%} of {total} steps, one epoch at most.",
+            "evaluate_every_steps": every_reason,
+        },
+    )

@@ -1,0 +1,209 @@
+"""What is said when nothing fits the budget: the least that is needed by part, and what would fit.
+
+Guarantees: pure; whatever is offered does fit, and each offer is a command that shows so from
+shapes alone. Offered are the least budget, the longest rows, and the largest smaller Qwen3.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from dataclasses import dataclass, replace
+
+from qwen3ft.errors import InsufficientMemoryError
+from qwen3ft.model.shapes import KNOWN_MODELS, KnownModel, adapter_for
+from qwen3ft.planning.footprint import Workload, predict_memory, total_bytes
+from qwen3ft.planning.fused_search import most_frugal_fused
+from qwen3ft.planning.plain_settings import most_frugal
+from qwen3ft.planning.workload import FitRequest
+from qwen3ft.records.plan import GIB, MemoryPart
+
+LENGTH_STEP_TOKENS = 8
+LONGEST_TOKENS = 262144
+
+_SETTINGS = ("lora_r", "gradient_checkpointing", "kernels", "packing", "lora_dropout")
+"""Those beside model, budget and length that memory depends on."""
+
+
+@dataclass(frozen=True)
+class _Offer:
+    """Something that would fit."""
+
+    setting: str
+    value: float | int | str
+    words: str
+    command: str
+
+
+def least_workload(request: FitRequest, kernels: str) -> Workload:
+    """The most frugal settings that keep the result.
+
+    Args:
+        request: What has to fit.
+        kernels: 'fused' where that path can run; the plain one is then considered too, unless the
+            config asks for the fused one.
+    """
+    first, config = request.smallest_workload, request.config
+    frugal = []
+    if config.kernels != "fused":
+        frugal.append(most_frugal(replace(first, packing=config.packing == "on")))
+    if kernels == "fused":
+        host_bytes = request.environment.host_total_bytes
+        frugal.append(most_frugal_fused(first, request.shape, request.adapter, host_bytes))
+    return min(frugal, key=lambda work: total_bytes(_parts(request, work)))
+
+
+def longest_that_fits(
+    request: FitRequest, kernels: str, budget_bytes: float, limit_tokens: int = LONGEST_TOKENS
+) -> int | None:
+    """The longest row, a multiple of 8 tokens, that fits the budget; None if none does."""
+    lengths = range(LENGTH_STEP_TOKENS, limit_tokens + 1, LENGTH_STEP_TOKENS)
+
+    def excess_bytes(tokens: int) -> float:
+        held_out = min(tokens, request.held_out_tokens)
+        typical = -(-request.typical_tokens * tokens // request.longest_tokens)
+        shorter = replace(
+            request, longest_tokens=tokens, typical_tokens=typical, held_out_tokens=held_out
+        )
+        return total_bytes(_parts(shorter, least_workload(shorter, kernels))) - budget_bytes
+
+    fitting = bisect.bisect_right(lengths, 0.0, key=excess_bytes)
+    return lengths[fitting - 1] if fitting else None
+
+
+def nothing_fits(request: FitRequest, kernels: str, budget_gb: float) -> InsufficientMemoryError:
+    """The error that says what the most frugal settings need, and what would fit."""
+    parts = _parts(request, least_workload(request, kernels))
+    need_gb = _rounded_up_gb(total_bytes(parts))
+    offers = list(_offers(request, kernels, need_gb, budget_gb))
+    width = max(len(offer.words) for offer in offers)
+    table = "\n".join(f"  {offer.words:<{width}}  {offer.command}" for offer in offers)
+    return InsufficientMemoryError(
+        f"The most frugal settings need {need_gb:.2f} GB, the budget is {budget_gb:.2f} GB:\n"
+        + _need_and_left(parts, need_gb, budget_gb),
+        why=f"{request.longest_tokens:,} tokens a row, one row at a time. What would fit:\n{table}",
+        next_command=_nearest(offers, request, need_gb).command,
+        need_gb=need_gb,
+        have_gb=budget_gb,
+        parts={part.name: part.bytes for part in parts},
+        would_fit={offer.setting: offer.value for offer in offers},
+        commands=[offer.command for offer in offers],
+    )
+
+
+def _parts(request: FitRequest, work: Workload) -> tuple[MemoryPart, ...]:
+    return predict_memory(request.shape, request.adapter, work)
+
+
+def _rounded_up_gb(size_bytes: int) -> float:
+    return math.ceil(size_bytes / GIB * 100) / 100
+
+
+def _need_and_left(parts: tuple[MemoryPart, ...], need_gb: float, budget_gb: float) -> str:
+    """Part by part what is needed and what the budget has left after it."""
+    lines = [f"  {'part':<24}{'need':>11}{'left':>14}"]
+    left_bytes = budget_gb * GIB
+    for part in parts:
+        left_bytes -= part.bytes
+        row = f"  {part.name:<24}{part.bytes / GIB:8.3f} GB{left_bytes / GIB:11.3f} GB"
+        lines.append(row)
+    lines.append(f"  {'in all':<24}{need_gb:8.3f} GB{budget_gb - need_gb:11.3f} GB")
+    return "\n".join(lines)
+
+
+def _offers(request: FitRequest, kernels: str, need_gb: float, budget_gb: float) -> list[_Offer]:
+    offers = [
+        _Offer(
+            "max_memory_gb",
+            need_gb,
+            f"more memory: {need_gb:.2f} GB",
+            _command(request, budget_gb=need_gb),
+        )
+    ]
+    limit = request.longest_tokens - LENGTH_STEP_TOKENS
+    tokens = longest_that_fits(request, kernels, budget_gb * GIB, limit)
+    if tokens is not None:
+        offers.append(
+            _Offer(
+                "max_sequence_length",
+                tokens,
+                f"shorter rows: {tokens:,} tokens",
+                _command(request, budget_gb=budget_gb, tokens=tokens),
+            )
+        )
+    if (smaller := _smaller_model(request, kernels, budget_gb)) is not None:
+        model, its_gb = smaller
+        offers.append(
+            _Offer(
+                "model_name",
+                model.hub_name,
+                f"smaller model: {model.key} needs {its_gb:.2f} GB",
+                _command(request, budget_gb=budget_gb, model_name=model.hub_name),
+            )
+        )
+    if request.config.gradient_checkpointing == "off":
+        auto = replace(
+            request, config=request.config.model_copy(update={"gradient_checkpointing": "auto"})
+        )
+        if total_bytes(_parts(auto, least_workload(auto, kernels))) <= budget_gb * GIB:
+            offers.append(
+                _Offer(
+                    "gradient_checkpointing",
+                    "auto",
+                    "computing again: gradient_checkpointing auto",
+                    _command(auto, budget_gb=budget_gb),
+                )
+            )
+    return offers
+
+
+def _smaller_model(
+    request: FitRequest, kernels: str, budget_gb: float
+) -> tuple[KnownModel, float] | None:
+    """The largest Qwen3 below this model that fits budget and length, and what it needs in GB."""
+    for model in reversed(KNOWN_MODELS):
+        shape = model.shape
+        if (
+            shape.total_parameters >= request.shape.total_parameters
+            or shape.max_position_embeddings < request.longest_tokens
+        ):
+            continue
+        other = replace(request, shape=shape, adapter=adapter_for(request.adapter, shape))
+        need_bytes = total_bytes(_parts(other, least_workload(other, kernels)))
+        if need_bytes <= budget_gb * GIB:
+            return model, _rounded_up_gb(need_bytes)
+    return None
+
+
+def _nearest(offers: list[_Offer], request: FitRequest, need_gb: float) -> _Offer:
+    """The one to try first: more memory only where the device has it."""
+    gpus = request.environment.gpus
+    device_bytes = gpus[0].total_bytes if gpus else request.environment.host_total_bytes
+    if need_gb * GIB > device_bytes and len(offers) > 1:
+        return offers[1]
+    return offers[0]
+
+
+def _command(
+    request: FitRequest,
+    *,
+    budget_gb: float,
+    tokens: int | None = None,
+    model_name: str | None = None,
+) -> str:
+    """`qwen3ft plan` from shapes alone, with all that memory depends on."""
+    name = model_name or request.model_name
+    keys = {model.hub_name: model.key for model in KNOWN_MODELS}
+    words = ["qwen3ft plan --model", keys.get(name, name), f"--budget {budget_gb:g}"]
+    words.append(f"--seq {tokens or request.longest_tokens}")
+    if not request.environment.gpus:
+        words.append("--gpu none")
+    elif not request.environment.gpus[0].uuid:
+        words.append(f"--gpu {request.environment.gpus[0].name.lower().replace(' ', '-')}")
+    defaults, wanted = type(request.config)(), request.config
+    words += [
+        f"--set {setting}={getattr(wanted, setting)}"
+        for setting in _SETTINGS
+        if getattr(wanted, setting) != getattr(defaults, setting)
+    ]
+    return " ".join(words)

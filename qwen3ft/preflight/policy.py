@@ -1,0 +1,139 @@
+"""What follows from a preflight's report: train, plan once more, or leave it to recovery.
+
+    fits                                   train, however far the prediction was off
+    over the budget, or out of memory      one new plan, as if the budget were smaller by what the
+                                           prediction missed; measured again
+    the same with the new plan             train: the ladder of `qwen3ft.recovery.adjust` takes over
+    nothing left to lower, or no room for  InsufficientMemoryError
+    the model alone
+
+Guarantees: pure; at most one new plan; what is planned anew keeps the result and asks for less
+memory than before.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from qwen3ft.config import TrainingConfig
+from qwen3ft.errors import InsufficientMemoryError
+from qwen3ft.planning.plan import build_plan, repredict
+from qwen3ft.records.plan import GIB, EnvironmentReport, TrainPlan
+from qwen3ft.records.preflight import PreflightReport
+from qwen3ft.recovery.ladder import EVALUATION_PHASE, next_rungs, without_host_memory
+
+Decision = Literal["train", "replan", "recover", "stop"]
+
+LOAD_PHASE = "load"
+
+
+def decide(
+    plan: TrainPlan, report: PreflightReport, *, replanned: bool, allow_degraded: bool
+) -> Decision:
+    """What to do with `plan`, of which `report` is.
+
+    Args:
+        plan: What was measured.
+        report: The measurement.
+        replanned: Whether `plan` was made because of an earlier measurement.
+        allow_degraded: Whether recovery may change the result.
+    """
+    if report.fitted:
+        return "train"
+    if _phase(report) == LOAD_PHASE:
+        return "stop"  # no setting that could be lowered has played a part yet
+    if _host_memory_beside_a_gpu(plan, report):
+        return "recover" if replanned or without_host_memory(plan) is None else "replan"
+    if not next_rungs(plan, _phase(report), allow_degraded=replanned and allow_degraded):
+        return "recover" if not replanned and allow_degraded else "stop"
+    return "recover" if replanned else "replan"
+
+
+def corrected_budget_gb(report: PreflightReport) -> float:
+    """The budget less what the prediction missed, so that what is real fits the whole of it."""
+    missed_bytes = report.measured_bytes - report.predicted_bytes
+    return (report.budget_bytes - missed_bytes) / GIB
+
+
+def replan(
+    config: TrainingConfig,
+    environment: EnvironmentReport,
+    plan: TrainPlan,
+    report: PreflightReport,
+) -> TrainPlan:
+    """The plan to take instead of `plan`, within the same budget; `decide` said 'replan'."""
+    lower = _lower(config, environment, plan, report)
+    measured = (
+        f"The preflight of the first plan measured {report.measured_bytes / GIB:.2f} GB"
+        if report.failure is None
+        else "The preflight of the first plan ran out of memory"
+    )
+    why = f"{plan.reasons['max_memory_gb']} {measured} where {report.predicted_bytes / GIB:.2f} "
+    return lower.model_copy(
+        update={
+            "max_memory_gb": plan.max_memory_gb,
+            "reasons": lower.reasons | {"max_memory_gb": why + "GB were predicted."},
+        }
+    )
+
+
+def too_little_memory(report: PreflightReport) -> InsufficientMemoryError:
+    """The error for 'stop'."""
+    measured_gb, budget_gb = report.measured_bytes / GIB, report.budget_bytes / GIB
+    rows = "\n".join(
+        f"  {part.name:<32}{part.predicted_bytes / GIB:8.3f} GB predicted"
+        + (f"{part.measured_bytes / GIB:10.3f} measured" if part.measured_bytes is not None else "")
+        for part in report.parts
+    )
+    what = (
+        f"{measured_gb:.2f} GB were measured"
+        if report.failure is None
+        else f"memory ran out while the model was {_verb(_phase(report))}"
+    )
+    return InsufficientMemoryError(
+        f"In the preflight {what}, the budget is {budget_gb:.2f} GB, and nothing is left to "
+        f"lower:\n{rows}",
+        why=report.failure.what
+        if report.failure
+        else f"{report.predicted_bytes / GIB:.2f} GB were predicted for the most frugal settings.",
+        next_command=f"qwen3ft plan --set max_memory_gb={measured_gb * 1.05:.1f}",
+        need_gb=round(measured_gb, 2),
+        have_gb=round(budget_gb, 2),
+        phase=_phase(report),
+    )
+
+
+def _lower(
+    config: TrainingConfig,
+    environment: EnvironmentReport,
+    plan: TrainPlan,
+    report: PreflightReport,
+) -> TrainPlan:
+    """The planner's answer to the smaller budget; where it has none, all rungs of the ladder."""
+    if _host_memory_beside_a_gpu(plan, report):
+        step = without_host_memory(plan)
+        return repredict(plan.model_copy(update=step.values)) if step else plan
+    rungs = next_rungs(plan, _phase(report), allow_degraded=False)
+    if _phase(report) == EVALUATION_PHASE and "eval_batch_size" in rungs[0].values:
+        return repredict(plan.model_copy(update=rungs[0].values))  # training itself fits
+    if (budget_gb := corrected_budget_gb(report)) > 0:
+        smaller = config.model_copy(update={"max_memory_gb": budget_gb})
+        try:
+            return build_plan(smaller, environment, plan.model, plan.adapter, plan.dataset)
+        except InsufficientMemoryError:
+            pass  # what was measured may fit all the same
+    values = {name: value for rung in rungs for name, value in rung.values.items()}
+    return repredict(plan.model_copy(update=values))
+
+
+def _phase(report: PreflightReport) -> str:
+    return str(report.failure.facts.get("phase", "")) if report.failure else ""
+
+
+def _verb(phase: str) -> str:
+    return {LOAD_PHASE: "loaded", EVALUATION_PHASE: "evaluated"}.get(phase, "trained")
+
+
+def _host_memory_beside_a_gpu(plan: TrainPlan, report: PreflightReport) -> bool:
+    domain = report.failure.facts.get("domain") if report.failure else None
+    return plan.device == "cuda" and domain == "host"

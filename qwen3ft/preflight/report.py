@@ -1,0 +1,229 @@
+"""A preflight's measurement beside its prediction, part by part, and as people read it.
+
+Guarantees: pure functions of records and of the lines that a worker left; no torch. What cannot be
+told apart from outside (on a CPU, whose resident set is one number) is left open, not guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import get_args
+
+from qwen3ft.errors import OutOfMemoryError
+from qwen3ft.files import read_json_lines
+from qwen3ft.jobs.failures import to_failure
+from qwen3ft.jobs.folders import JobDir
+from qwen3ft.records.plan import GIB, TrainPlan
+from qwen3ft.records.preflight import (
+    Measurement,
+    PartComparison,
+    Phase,
+    PhaseMemory,
+    PreflightReport,
+    WorstBatches,
+)
+
+WEIGHTS, STATE, ACTIVATIONS = "weights", "adapter, gradients, optimizer", "activations"
+SLACK, CONTEXT = "allocator slack", "context and libraries"
+
+GROUPS: Mapping[str, str] = {
+    "4-bit weights": WEIGHTS,
+    "quantisation constants": WEIGHTS,
+    "embeddings and norms": WEIGHTS,
+    "adapter": STATE,
+    "gradients": STATE,
+    "AdamW state": STATE,
+    "allocator slack": SLACK,
+    "process": CONTEXT,
+}
+"""Part of a prediction: what is measured; every other part comes and goes, with the activations."""
+
+LEAST_SHORTFALL_SHARE = 0.1
+"""Of the budget: what a plan that ran out of memory is taken to lack at the least."""
+
+
+def measured_report(
+    key: str, plan: TrainPlan, batches: WorstBatches, measurement: Measurement
+) -> PreflightReport:
+    """The report of a worker that came to its end."""
+    measured_bytes = max(phase.process_bytes for phase in measurement.phases)
+    budget_bytes = round(plan.max_memory_gb * GIB)
+    report = PreflightReport(
+        key=key,
+        device=measurement.device,
+        budget_bytes=budget_bytes,
+        predicted_bytes=plan.predicted_peak_bytes,
+        measured_bytes=measured_bytes,
+        fitted=measured_bytes <= budget_bytes,
+        parts=_compare(plan, _measured_parts(plan, measurement)),
+        phases=measurement.phases,
+        batches=batches,
+        seconds=measurement.seconds,
+    )
+    return report.model_copy(update={"notes": _notes(plan, report)})
+
+
+def out_of_memory_report(
+    key: str,
+    plan: TrainPlan,
+    batches: WorstBatches,
+    error: OutOfMemoryError,
+    phases: tuple[PhaseMemory, ...],
+    seconds: float,
+) -> PreflightReport:
+    """The report of a worker that ran out of memory.
+
+    What it would have needed is not known; it is the budget and what was asked for last at least.
+    """
+    budget_bytes = round(plan.max_memory_gb * GIB)
+    tried_bytes = round(float(error.facts.get("tried_gb", 0.0)) * GIB)
+    lacking_bytes = max(tried_bytes, round(LEAST_SHORTFALL_SHARE * budget_bytes))
+    return PreflightReport(
+        key=key,
+        device=plan.device,
+        budget_bytes=budget_bytes,
+        predicted_bytes=plan.predicted_peak_bytes,
+        measured_bytes=budget_bytes + lacking_bytes,
+        fitted=False,
+        parts=_compare(plan, {}),
+        phases=phases,
+        batches=batches,
+        seconds=seconds,
+        failure=to_failure(error),
+        notes=(f"Memory ran out: {error.what}",),
+    )
+
+
+def phases_path(job: JobDir) -> Path:
+    """Where a preflight's phases are written."""
+    return job.path / "phases.jsonl"
+
+
+def completed_phases(job: JobDir) -> tuple[PhaseMemory, ...]:
+    """What has been written of each phase, in their order: highest peaks, all of the time."""
+    lines, _ = read_json_lines(phases_path(job))
+    found = [PhaseMemory.model_validate(line) for line in lines]
+    named = ([each for each in found if each.phase == name] for name in get_args(Phase))
+    return tuple(_together(each) for each in named if each)
+
+
+def _together(phases: Sequence[PhaseMemory]) -> PhaseMemory:
+    return PhaseMemory(
+        phase=phases[0].phase,
+        allocated_bytes=max(phase.allocated_bytes for phase in phases),
+        reserved_bytes=max(phase.reserved_bytes for phase in phases),
+        process_bytes=max(phase.process_bytes for phase in phases),
+        resting_bytes=phases[-1].resting_bytes,
+        seconds=sum(phase.seconds for phase in phases),
+    )
+
+
+def _compare(plan: TrainPlan, measured: Mapping[str, int]) -> tuple[PartComparison, ...]:
+    predicted = dict.fromkeys((WEIGHTS, STATE, ACTIVATIONS, SLACK, CONTEXT), 0)
+    for part in plan.predicted:
+        predicted[GROUPS.get(part.name, ACTIVATIONS)] += part.bytes
+    return tuple(
+        PartComparison(name=name, predicted_bytes=size, measured_bytes=measured.get(name))
+        for name, size in predicted.items()
+    )
+
+
+def _measured_parts(plan: TrainPlan, measurement: Measurement) -> dict[str, int]:
+    """What can be told apart; on a GPU the parts add up to the peak of the process."""
+    weights = measurement.phase("load").resting_bytes - measurement.adapter_bytes
+    if plan.device == "cpu":
+        weights = max(0, weights - measurement.before_bytes)
+        return {WEIGHTS: weights, CONTEXT: measurement.before_bytes}
+    # Gradients are complete when the micro-batches of a step are done, and nothing else is left.
+    state = measurement.phase("forward_backward").resting_bytes - weights
+    allocated = max(phase.allocated_bytes for phase in measurement.phases)
+    reserved = max(phase.reserved_bytes for phase in measurement.phases)
+    process = max(phase.process_bytes for phase in measurement.phases)
+    return {
+        WEIGHTS: weights,
+        STATE: state,
+        ACTIVATIONS: allocated - weights - state,
+        SLACK: reserved - allocated,
+        CONTEXT: process - reserved,
+    }
+
+
+WORTH_A_NOTE_SHARE = 0.05
+"""Difference of prediction and measurement from which it is pointed out."""
+
+UNUSED_SHARE = 0.15
+"""Of the budget: what may stay unused without a word."""
+
+
+def _notes(plan: TrainPlan, report: PreflightReport) -> tuple[str, ...]:
+    notes = []
+    if abs(report.relative_error) > WORTH_A_NOTE_SHARE:
+        notes.append(f"The prediction was off by {report.relative_error:+.1%}.")
+    unused_bytes = report.budget_bytes - report.measured_bytes
+    frugal = plan.gradient_checkpointing or plan.gradient_accumulation_steps > 1
+    if unused_bytes > UNUSED_SHARE * report.budget_bytes and frugal:
+        notes.append(
+            f"{unused_bytes / GIB:.2f} GB of the budget stay unused, while the plan "
+            + ("recomputes" if plan.gradient_checkpointing else "accumulates")
+            + " to save memory: it is kept."
+        )
+    return tuple(notes)
+
+
+def to_markdown(reports: Sequence[PreflightReport]) -> str:
+    """All measurements of a run, the last first, for Prefect's artifact page."""
+    return "\n".join(line for report in reversed(reports) for line in _markdown_of(report))
+
+
+def _markdown_of(report: PreflightReport) -> list[str]:
+    budget_gb = report.budget_bytes / GIB
+    measured = (
+        f"{report.measured_bytes / GIB:.2f} of {budget_gb:.2f} GB measured"
+        if report.failure is None
+        else f"more than the {budget_gb:.2f} GB of the budget are needed"
+    )
+    source = ", by an earlier run" if report.from_cache else ""
+    predicted = f"{report.predicted_bytes / GIB:.2f} GB predicted"
+    where = f"{report.device}, {report.seconds:.0f} s{source}"
+    lines = [
+        f"# Preflight: {'fits' if report.fitted else 'does not fit'}",
+        "",
+        f"**{measured}**, {predicted} ({where}).",
+        "",
+        *(f"> {note}\n" for note in report.notes),
+        "| part | predicted GB | measured GB |",
+        "|---|---|---|",
+    ]
+    lines += [
+        f"| {part.name} | {part.predicted_bytes / GIB:.3f} | {_gb(part.measured_bytes)} |"
+        for part in report.parts
+    ]
+    peak_bytes = None if report.failure else report.measured_bytes
+    lines.append(f"| in all | {report.predicted_bytes / GIB:.3f} | {_gb(peak_bytes)} |")
+    lines += [
+        "",
+        "| phase | tensors GB | allocator GB | process GB | seconds |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {phase.phase.replace('_', ' and ')} | {phase.allocated_bytes / GIB:.3f} "
+        f"| {phase.reserved_bytes / GIB:.3f} | {phase.process_bytes / GIB:.3f} "
+        f"| {phase.seconds:.1f} |"
+        for phase in report.phases
+    ]
+    lines += ["", "| batch | worst in | sequences | tokens | longest |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {kind} | {', '.join(batch.chosen_for)} | {len(batch.rows)} | {batch.slots:,} "
+        f"| {max(batch.lengths):,} |"
+        for kind, batches in (
+            ("micro-batch", report.batches.train),
+            ("evaluation", report.batches.evaluate),
+        )
+        for batch in batches
+    ]
+    return [*lines, ""]
+
+
+def _gb(size: int | None) -> str:
+    return "" if size is None else f"{size / GIB:.3f}"

@@ -1,0 +1,143 @@
+"""The worst batches that a run will put on the device, found by lengths alone.
+
+Guarantees: they are batches that training and its evaluations really run, by the same sampler; no
+row is read for them. Of equals the first is taken. Importing this module imports no torch.
+Not covered: steps beyond `MOST_SEQUENCES` (the first ones of a long run are looked at, and at least
+one), and rows that arrive after a sequence length was shortened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen3ft.planning.footprint import fused_sizes
+from qwen3ft.planning.packing import Lengths, row_tokens
+from qwen3ft.planning.plan import workload_of
+from qwen3ft.records.plan import TrainPlan
+from qwen3ft.records.preflight import WorstBatch, WorstBatches
+from qwen3ft.training.batches import EffectiveBatchOrder, step_sampler
+
+MOST_SEQUENCES = 1_000_000
+"""Sequences whose steps are looked at, some seconds' worth."""
+
+MOST_TOKENS = "most tokens"
+LONGEST_ROW = "longest row"
+MOST_KEPT = "most kept of its blocks"
+
+Rank = Callable[[int, Sequence[int]], tuple[int, ...]]
+"""From the slots of a batch and its lengths to what is compared; the largest is the worst."""
+
+
+def find_worst(plan: TrainPlan, train: Lengths, dev: Lengths) -> WorstBatches:
+    """The worst micro-batches of `plan` and the worst batches of its evaluations.
+
+    Args:
+        plan: The attempt.
+        train: Tokens of each training row.
+        dev: Tokens of each held-out row.
+    """
+    order = EffectiveBatchOrder(train, plan.effective_batch_size, plan.seed)
+    sampler = step_sampler(order, plan)
+    in_time = max(1, MOST_SEQUENCES // plan.effective_batch_size)
+    steps = left = min(plan.total_steps, in_time)
+    search = _Search(order.lengths, _ranks(plan), packed=plan.packing)
+    accumulates = False
+    while left > 0:
+        for step in sampler:
+            accumulates |= len(step) > 1
+            search.look_at(step)
+            left -= 1
+            if left == 0:
+                break
+        order.epoch += 1
+    return WorstBatches(
+        train=search.found(),
+        evaluate=_worst_of_evaluation(plan, np.asarray(dev)),
+        accumulates=accumulates,
+        steps_looked_at=steps,
+    )
+
+
+def read_lengths(plan: TrainPlan) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Tokens of each training row and each held-out row, from the files that a plan names."""
+    folder = Path(plan.dataset.path)
+    return _column(folder / "train.arrow"), _column(folder / "dev.arrow")
+
+
+def _column(path: Path) -> NDArray[np.int32]:
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as reader:
+        parts = [np.zeros(0, np.int32)]  # batch by batch, so that no token is touched
+        parts += [batch.column("length").to_numpy() for batch in reader]
+        return np.concatenate(parts)
+
+
+def _ranks(plan: TrainPlan) -> dict[str, Rank]:
+    """What makes a micro-batch the worst, by name."""
+    ranks: dict[str, Rank] = {
+        MOST_TOKENS: lambda slots, lengths: (slots, max(lengths)),
+        LONGEST_ROW: lambda slots, lengths: (max(lengths), slots),
+    }
+    if plan.kernels == "fused":
+        # A smaller row keeps more of its blocks and may so take more than the largest.
+        sizes = fused_sizes(plan.model.shape, plan.adapter, workload_of(plan))
+
+        @cache
+        def bytes_of(slots: int) -> int:
+            return sizes.row_bytes(slots, sizes.levels(slots, plan.activation_bytes))
+
+        ranks[MOST_KEPT] = lambda slots, _: (bytes_of(slots), slots)
+    return ranks
+
+
+def _worst_of_evaluation(plan: TrainPlan, dev: NDArray[np.integer]) -> tuple[WorstBatch, ...]:
+    """Batches are consecutive rows; a shorter one comes last, as then all are run as they are."""
+    starts = range(0, len(dev), plan.eval_batch_size)
+    search = _Search(dev, _ranks(plan), packed=plan.kernels == "fused")
+    search.look_at(
+        list(range(start, min(start + plan.eval_batch_size, len(dev)))) for start in starts
+    )
+    return tuple(sorted(search.found(), key=lambda batch: -len(batch.rows)))
+
+
+class _Search:
+    """Remembers the worst in each respect of all batches it was shown."""
+
+    def __init__(
+        self, lengths: NDArray[np.integer], ranks: dict[str, Rank], *, packed: bool
+    ) -> None:
+        self.lengths = lengths
+        self.ranks = ranks
+        self.packed = packed
+        self.worst: dict[str, tuple[tuple[int, ...], list[int]]] = {}
+
+    def look_at(self, batches: Iterable[list[int]]) -> None:
+        for rows in batches:
+            tokens = self.lengths[rows].tolist()
+            slots = self._slots(tokens)
+            for name, rank in self.ranks.items():
+                value = rank(slots, tokens)
+                if name not in self.worst or value > self.worst[name][0]:
+                    self.worst[name] = value, rows
+
+    def found(self) -> tuple[WorstBatch, ...]:
+        """Each batch once, with every respect in which it is the worst."""
+        chosen: dict[tuple[int, ...], list[str]] = {}
+        for name, (_, rows) in self.worst.items():
+            chosen.setdefault(tuple(rows), []).append(name)
+        return tuple(self._describe(rows, names) for rows, names in chosen.items())
+
+    def _describe(self, rows: tuple[int, ...], names: list[str]) -> WorstBatch:
+        tokens = self.lengths[list(rows)].tolist()
+        return WorstBatch(
+            chosen_for=tuple(names), rows=rows, lengths=tuple(tokens), slots=self._slots(tokens)
+        )
+
+    def _slots(self, tokens: list[int]) -> int:
+        return row_tokens(sum(tokens)) if self.packed else len(tokens) * max(tokens)

@@ -1,0 +1,102 @@
+"""What the data stage says of the rows: where they came from, where each went, what is new.
+
+Lengths are in tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from qwen3ft.records.base import Record
+
+
+class DataSource(Record):
+    """One input file as it was read."""
+
+    path: str
+    sha256: str
+    rows: int
+    role: Literal["train", "dev", "test"]
+
+
+class LengthSummary(Record):
+    """Token lengths of the rows of one split."""
+
+    rows: int
+    tokens: int
+    trained_tokens: int
+    longest_tokens: int
+    median_tokens: int
+    p95_tokens: int
+
+
+class DataChange(Record):
+    """What is new in the data since the champion was trained."""
+
+    since: str | None = Field(None, description="The champion compared with, if there is one.")
+    new_files: tuple[str, ...] = ()
+    changed_files: tuple[str, ...] = ()
+    gone_files: tuple[str, ...] = ()
+    new_rows: int = Field(
+        0, description="Rows for training (caps aside) that the champion has not seen."
+    )
+    unchanged: bool = Field(False, description="Same rows and settings as the champion's.")
+    new_rows_by_file: dict[str, int] = Field(
+        default_factory=dict, description="File: training rows first read there, not seen before."
+    )
+    examples: tuple[str, ...] = Field((), description="What a few of the new rows ask.")
+
+
+class LongRow(Record):
+    """One of the longest rows."""
+
+    file: str
+    line: int
+    tokens: int
+
+
+class DatasetManifest(Record):
+    """Tokenised rows on disk and where every row that was read went.
+
+    `rows_read == train + dev + test + quarantined + too_long + duplicates + not_used`, always.
+    """
+
+    path: str = Field(description="Folder with train.arrow, dev.arrow (tokenised) and test.jsonl.")
+    digest: str = Field(description="sha256 over the rows used, the template and the settings.")
+    sources: tuple[DataSource, ...]
+    rows_read: int
+    train: LengthSummary
+    dev: LengthSummary
+    test_rows: int
+    quarantined: int
+    too_long: int
+    duplicates: int = Field(description="Exact repeats, leaks, and near-duplicates left out.")
+    not_used: int = Field(0, description="Left out by a setting: caps, rows without reasoning.")
+    reasons: dict[str, int] = Field(default_factory=dict, description="Why rows are missing: rows.")
+    quarantine_path: str | None = None
+    layouts: dict[str, int] = Field(default_factory=dict, description="Layout found: rows.")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="Part: column, as most rows have it."
+    )
+    usable_rows: int = Field(
+        0, description="Neither quarantined nor left out for lack of reasoning; counted below."
+    )
+    chinese_rows: int = Field(0, description="Usable rows whose question has Chinese in it.")
+    reasoning_rows: int = Field(0, description="Usable rows with reasoning.")
+    conversations: int = Field(0, description="Usable rows of more than a question and an answer.")
+    near_duplicates: int = Field(0, description="Training rows nearly the same as another one.")
+    shortened: int = Field(0, description="Rows whose reasoning lost its middle to fit.")
+    personal_data: dict[str, int] = Field(default_factory=dict, description="Kind found: rows.")
+    known_rows: str | None = Field(
+        None, description="File of the rows seen before, where they were told from new ones."
+    )
+    new_rows: int = Field(0, description="Training rows not among the known ones.")
+    max_sequence_length: int = 0
+    length_histogram: tuple[tuple[int, int], ...] = Field(
+        (), description="(upper edge in tokens, rows) of the rows tokenised, too long ones too."
+    )
+    longest: tuple[LongRow, ...] = ()
+    warnings: tuple[str, ...] = Field((), description="What a person should know, and do.")
+    degraded: tuple[str, ...] = ()

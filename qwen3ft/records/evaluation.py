@@ -1,0 +1,246 @@
+"""What came out of a run: answers, scores, the verdict, and the card that shows all of it."""
+
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime
+from typing import Literal
+
+from pydantic import Field
+
+from qwen3ft.records.base import Record
+from qwen3ft.records.run_card import (
+    AnswersBeside,
+    AttemptSummary,
+    DataStory,
+    FailureStory,
+    LossCurve,
+    MemoryCurve,
+    Outcome,
+    PlanStory,
+    Step,
+)
+
+MAX_EXPONENT = 700.0
+"""exp() of more overflows a float."""
+
+
+MetricName = Literal["exact_match", "token_f1", "chrf", "answer_loss"]
+ModelLabel = Literal["base", "candidate", "champion"]
+RivalLabel = Literal["base", "champion"]
+
+MODELS: tuple[ModelLabel, ...] = ("base", "champion", "candidate")
+"""In the order in which they are shown."""
+
+
+class RowScore(Record):
+    """What one model made of one question."""
+
+    exact_match: bool
+    token_f1: float = Field(description="0 to 1, as chrf.")
+    chrf: float
+    loss_nats: float | None = Field(description="Summed over the reference; None: not finite.")
+    loss_tokens: int = Field(description="Tokens of the reference that the loss is summed over.")
+    form: dict[str, bool] = Field(description="Check of form: passed.")
+
+
+class SplitScore(Record):
+    """Scores of one model on one group of held-out questions."""
+
+    rows: int
+    exact_match: float = Field(description="Share of answers equal to the reference, 0 to 1.")
+
+
+class ModelScore(Record):
+    """Scores of one model (base, champion or candidate) on all held-out questions."""
+
+    label: ModelLabel
+    rows: int
+    exact_match: float = Field(description="0 to 1, as all scores but the losses.")
+    token_f1: float = 0.0
+    chrf: float = 0.0
+    answer_loss: float | None = Field(
+        description="Mean negative log-likelihood per answer token; None: not finite."
+    )
+    ability_loss: float | None = Field(
+        None, description="The same on the ability set: see `qwen3ft.evaluation.ability`."
+    )
+    form: dict[str, float] = Field(
+        default_factory=dict, description="Check of form: share of answers that pass."
+    )
+    sampled_form: dict[str, float] = Field(
+        default_factory=dict, description="The same of answers that were sampled, not greedy."
+    )
+    by_split: dict[str, SplitScore] = Field(default_factory=dict)
+
+    @property
+    def perplexity(self) -> float | None:
+        """Of the right answers, per token."""
+        if self.answer_loss is None or self.answer_loss > MAX_EXPONENT:
+            return None
+        return math.exp(self.answer_loss)
+
+
+class Comparison(Record):
+    """By how much the candidate is better than a rival in one metric, with its interval."""
+
+    rival: RivalLabel
+    metric: MetricName
+    rows: int
+    gain: float = Field(description="Above zero is better, for losses (in nats) too.")
+    low: float = Field(description="Lower bound of the interval, on the same questions.")
+    high: float
+
+
+class SideBySide(Record):
+    """One question with every model's answer."""
+
+    question: str
+    reference: str
+    base: str
+    candidate: str
+    champion: str | None = None
+    split: str = "test"
+
+
+class JudgeReport(Record):
+    """How often another model finds the candidate's answers better than a rival's: see `judge`."""
+
+    model: str
+    rival: RivalLabel
+    rows: int = Field(description="Questions chosen; what is in no count was not judged.")
+    wins: int = Field(description="The candidate's answer is better, in both orders.")
+    ties: int = Field(description="Neither is, or the orders do not agree.")
+    losses: int
+    unreadable: int = Field(description="Questions on which the judge said something else.")
+    win_share: float = Field(description="Of wins, ties and losses, 0 to 1.")
+    low: float = Field(description="Wilson's interval of that share.")
+    high: float
+    seconds: float
+    problem: str = Field("", description="Why questions were not judged; '' if all were.")
+
+    @property
+    def judged(self) -> int:
+        """Questions that the judge answered."""
+        return self.wins + self.ties + self.losses
+
+
+class InferenceReport(Record):
+    """What the saved adapter answers, beside the base model and the champion."""
+
+    adapter_path: str
+    questions_sha256: str
+    scores: tuple[ModelScore, ...]
+    main_metric: MetricName = "exact_match"
+    comparisons: tuple[Comparison, ...] = ()
+    samples: tuple[SideBySide, ...]
+    answers_path: str = Field(description="jsonl with every question and answer.")
+    scores_path: str = Field("", description="jsonl with every question's scores by model.")
+    checks: dict[str, bool] = Field(description="Name of a quality check: passed.")
+    champion_version: str | None = None
+    generated: dict[str, int] = Field(
+        default_factory=dict, description="Answers not known before, by model."
+    )
+    seconds: float = 0.0
+    judge: JudgeReport | None = Field(None, description="A second opinion, which decides nothing.")
+
+    def score(self, label: str) -> ModelScore | None:
+        """The scores of `label`, if it was evaluated."""
+        return next((score for score in self.scores if score.label == label), None)
+
+    def comparison(self, rival: str, metric: str) -> Comparison | None:
+        """The candidate against `rival` in `metric`; None if they could not be compared."""
+        found = (c for c in self.comparisons if (c.rival, c.metric) == (rival, metric))
+        return next(found, None)
+
+
+class Verdict(Record):
+    """Whether the new adapter replaces the one in use, with the numbers."""
+
+    decision: Literal["promoted", "kept", "deferred"]
+    reasons: tuple[str, ...]
+    registered_model: str | None = None
+    version: str | None = None
+
+    @property
+    def sentence(self) -> str:
+        """The decision and its first reason; how many others there are against the adapter."""
+        first, *others = self.reasons or ("no reason was given",)
+        more = f" (and {len(others)} more)" if others and self.decision == "kept" else ""
+        return f"{self.decision}: {first}{more}"
+
+
+class Champion(Record):
+    """The registered adapter in use, as MLflow's registry knows it."""
+
+    registered_model: str
+    version: str
+    source_uri: str
+    tags: dict[str, str] = Field(default_factory=dict)
+    adapter_path: str | None = Field(None, description="Verified local copy, once fetched.")
+
+
+class RunCard(Record):
+    """The story of a run: card.json, card.md and card.html in its folder, and in MLflow.
+
+    Every run that got as far as its folder has one. What a run did not get to is empty or None.
+    """
+
+    title: str
+    outcome: Outcome = "kept"
+    verdict: str = Field(description="One sentence.")
+    reasons: tuple[str, ...] = ()
+    run_id: str = ""
+    model: str = ""
+    at: datetime = Field(default_factory=lambda: datetime.now(UTC), description="End of the run.")
+    data: DataStory | None = None
+    plan: PlanStory | None = None
+    attempts: tuple[AttemptSummary, ...] = ()
+    loss: tuple[LossCurve, ...] = ()
+    memory: tuple[MemoryCurve, ...] = ()
+    trained_on: str = ""
+    base_score: float | None = Field(None, description="Exact match of the base model, 0 to 1.")
+    tuned_score: float | None = Field(None, description="With the new adapter, 0 to 1.")
+    scores_by_split: dict[str, tuple[float, float, int]] = Field(
+        default_factory=dict, description="Split: base, tuned, questions."
+    )
+    scores: tuple[ModelScore, ...] = ()
+    exact_match_intervals: dict[ModelLabel, tuple[float, float]] = Field(
+        default_factory=dict, description="Wilson's interval of each model's share."
+    )
+    confidence: float = Field(0.95, description="Of all intervals.")
+    main_metric: MetricName = "exact_match"
+    comparisons: tuple[Comparison, ...] = ()
+    champion_version: str | None = Field(
+        None, description="In use before this run; 'none' if none was, None if that is not known."
+    )
+    version: str | None = Field(None, description="This run's own, once it is registered.")
+    forgetting: str = Field("", description="Loss on the ability set, before and after.")
+    judge: JudgeReport | None = Field(None, description="A second opinion, which decides nothing.")
+    answers: tuple[AnswersBeside, ...] = Field((), description="Where the models differ most.")
+    held_out_loss_before: float | None = None
+    held_out_loss_after: float | None = None
+    peak_memory_gb: float | None = None
+    budget_gb: float | None = None
+    tokens_per_second: float | None = Field(None, description="Of training; no padding counted.")
+    kernels: str = Field("", description="Which path trained, and why that one.")
+    seconds_by_stage: dict[str, float] = Field(default_factory=dict)
+    failure: FailureStory | None = None
+    degraded: tuple[str, ...] = ()
+    adapter_path: str | None = None
+    roll_back: Step = Step(what="Nothing was put into use.")
+    next_steps: tuple[Step, ...] = ()
+    prefect_url: str | None = None
+    mlflow_url: str | None = None
+    notes: tuple[str, ...] = Field((), description="What a reader should know before believing.")
+
+    @property
+    def rival(self) -> RivalLabel:
+        """The model to beat: the champion if it was evaluated, else the base."""
+        return "champion" if any(one.label == "champion" for one in self.scores) else "base"
+
+    @property
+    def gain(self) -> Comparison | None:
+        """The candidate against its rival in the main metric; None if they were not compared."""
+        wanted = (self.rival, self.main_metric)
+        return next((c for c in self.comparisons if (c.rival, c.metric) == wanted), None)

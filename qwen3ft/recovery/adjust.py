@@ -1,0 +1,283 @@
+"""What follows a failed attempt: the next plan, or giving up with a reason.
+
+    OutOfMemoryError         the next rung of the memory ladder, from the newest checkpoint
+    MemoryLeakError          a fresh process, the same plan
+    DivergedError            half the learning rate, at most twice
+    StalledError, PreemptedError, DeviceFaultError, WorkerCrashedError, TrainingFailureError
+                             once more each, the same plan
+    CheckpointCorruptError   the checkpoint before it
+    everything else          give up: trying the same again is useless, or another stage's business
+
+Guarantees: pure; never more than `max_attempts`; the effective batch never changes; what changes
+the result (shorter rows, lower rank) needs consent and marks the plan degraded. An attempt that is
+the last one allowed takes every remaining lever that keeps the result at once, so a long ladder is
+not cut short by the count of attempts. Not covered: after shorter rows the data have to be prepared
+again, which is the caller's to see in `change`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qwen3ft.errors import (
+    AttemptError,
+    CheckpointCorruptError,
+    DeviceFaultError,
+    DivergedError,
+    ExportDriftError,
+    FinetuneError,
+    InsufficientMemoryError,
+    MemoryLeakError,
+    OutOfMemoryError,
+    PreemptedError,
+    QuantizationError,
+    RejectedError,
+    RequestError,
+    SaveError,
+    StalledError,
+    TrainingFailureError,
+    TransientError,
+    WorkerCrashedError,
+    error_kinds,
+)
+from qwen3ft.planning.plan import repredict
+from qwen3ft.records.base import Record
+from qwen3ft.records.plan import Failure, TrainPlan
+from qwen3ft.records.run_card import AttemptSummary
+from qwen3ft.recovery.ladder import Step, next_rungs, without_host_memory
+
+LEARNING_RATE_CUTS = 2
+
+
+class Retry(Record):
+    """Train again with `plan`."""
+
+    plan: TrainPlan
+    reason: str
+    change: dict[str, tuple[Any, Any]]
+    """Setting: (before, after)."""
+
+
+class GiveUp(Record):
+    """Stop. `failure` says why, in the class that describes the whole of the attempts."""
+
+    reason: str
+    failure: Failure
+
+
+@dataclass(frozen=True)
+class _Case:
+    """Everything a policy decides from."""
+
+    plan: TrainPlan
+    failure: Failure
+    earlier: tuple[AttemptSummary, ...]
+    max_attempts: int
+    allow_degraded: bool
+    newest_checkpoint: str | None
+
+    def count(self, kind: str) -> int:
+        """How often an earlier attempt of this run ended in `kind`."""
+        return sum(attempt.outcome == kind for attempt in self.earlier)
+
+
+def decide(
+    plan: TrainPlan,
+    failure: Failure,
+    history: Sequence[AttemptSummary],
+    *,
+    max_attempts: int,
+    allow_degraded: bool,
+    newest_checkpoint: str | None,
+) -> Retry | GiveUp:
+    """What to do after the attempt of `plan` ended in `failure`.
+
+    Args:
+        plan: The attempt that failed.
+        failure: What ended it.
+        history: The attempts of this run so far, with or without the one that failed.
+        max_attempts: Attempts allowed in all.
+        allow_degraded: Whether rows may be shortened and the rank lowered.
+        newest_checkpoint: The newest one that was verified, or None.
+    """
+    earlier = tuple(attempt for attempt in history if attempt.attempt < plan.attempt)
+    case = _Case(plan, failure, earlier, max_attempts, allow_degraded, newest_checkpoint)
+    policy = policy_for(failure.kind)
+    if plan.attempt >= max_attempts and policy is not _stop:
+        kind = "InsufficientMemoryError" if policy is _out_of_memory else failure.kind
+        return _give_up(case, f"All {max_attempts} attempts allowed were made", kind)
+    return policy(case)
+
+
+# --- policies ---
+
+
+def _out_of_memory(case: _Case) -> Retry | GiveUp:
+    """Less memory, the same result; less of the result only with consent."""
+    phase = str(case.failure.facts.get("phase", ""))
+    if phase == "load":
+        return _give_up(
+            case,
+            "The model did not fit while it was loaded, before any setting that could be lowered",
+            "InsufficientMemoryError",
+        )
+    if case.failure.facts.get("domain") == "host" and case.plan.device == "cuda":
+        return _host_memory_beside_a_gpu(case)
+    rungs = next_rungs(case.plan, phase, allow_degraded=case.allow_degraded)
+    if not rungs:
+        consent = "" if case.allow_degraded else "; allow_degraded would permit shorter rows"
+        return _give_up(
+            case, f"Every lever against memory is used{consent}", "InsufficientMemoryError"
+        )
+    chosen = rungs[:1]
+    if case.plan.attempt + 1 == case.max_attempts and rungs[0].keeps_result:
+        chosen = [rung for rung in rungs if rung.keeps_result]
+    return _retry(case, f"Memory ran out: {_last_of_each(chosen)}", chosen)
+
+
+def _host_memory_beside_a_gpu(case: _Case) -> Retry | GiveUp:
+    """The levers of the card do not lower host memory; offloading is what raises it."""
+    if (step := without_host_memory(case.plan)) is not None:
+        return _retry(case, f"Host memory ran out: {step.what}", [step])
+    if case.count(case.failure.kind):
+        return _give_up(case, "Host memory ran out again", "InsufficientMemoryError")
+    return _retry(case, "Host memory ran out: a fresh process, the same settings", [])
+
+
+def _same_plan(case: _Case) -> Retry | GiveUp:
+    return _retry(case, "Memory kept growing: a fresh process, the same settings", [])
+
+
+def _half_learning_rate(case: _Case) -> Retry | GiveUp:
+    if case.count(case.failure.kind) >= LEARNING_RATE_CUTS:
+        return _give_up(
+            case, f"It diverged again after {LEARNING_RATE_CUTS} cuts of the learning rate"
+        )
+    rate = case.plan.learning_rate / 2
+    step = Step({"learning_rate": rate}, f"learning rate lowered to {rate:g}", True)
+    return _retry(case, f"Training diverged: {step.what}", [step])
+
+
+def _once_more(case: _Case) -> Retry | GiveUp:
+    if case.count(case.failure.kind):
+        return _give_up(case, f"{case.failure.kind} came a second time with the same settings")
+    return _retry(case, f"{case.failure.kind}: once more with the same settings", [])
+
+
+def _checkpoint_before(case: _Case) -> Retry | GiveUp:
+    """The newest verified checkpoint, but never the one that just failed."""
+    before = case.newest_checkpoint
+    if before == case.plan.resume_from:
+        before = None
+    plan = _next(case.plan, {}, before)
+    reason = f"A checkpoint is damaged: from {before or 'the start'}"
+    change = {"resume_from": (case.plan.resume_from, before)}
+    return Retry(plan=plan, reason=f"{reason}.", change=change)
+
+
+def _stop(case: _Case) -> GiveUp:
+    return _give_up(case, f"{case.failure.kind} is not cured by another attempt")
+
+
+POLICIES: Mapping[type[FinetuneError], Callable[[_Case], Retry | GiveUp]] = {
+    OutOfMemoryError: _out_of_memory,
+    MemoryLeakError: _same_plan,
+    DivergedError: _half_learning_rate,
+    StalledError: _once_more,
+    PreemptedError: _once_more,
+    DeviceFaultError: _once_more,
+    WorkerCrashedError: _once_more,
+    TrainingFailureError: _once_more,
+    CheckpointCorruptError: _checkpoint_before,
+    AttemptError: _stop,
+    RequestError: _stop,
+    TransientError: _stop,  # retried by the task that called, never here too
+    RejectedError: _stop,
+    QuantizationError: _stop,  # its own ladder is config.quantization
+    SaveError: _stop,
+    ExportDriftError: _stop,  # no training raises it
+}
+"""By class; the nearest class along the hierarchy holds for those without a row of their own."""
+
+
+def policy_for(kind: str) -> Callable[[_Case], Retry | GiveUp]:
+    """The policy for a failure's kind; a kind unknown to the tree is given up."""
+    classes = {error.__name__: error for error in error_kinds()}
+    ancestors = classes.get(kind, FinetuneError).__mro__
+    return next((POLICIES[error] for error in ancestors if error in POLICIES), _stop)
+
+
+# --- what they decide ---
+
+
+def _retry(case: _Case, reason: str, steps: Sequence[Step]) -> Retry:
+    plan, resume_from, degraded = case.plan, case.newest_checkpoint, list(case.plan.degraded)
+    values = {name: value for step in steps for name, value in step.values.items()}
+    change = {name: (getattr(plan, name), value) for name, value in values.items()}
+    if not all(step.keeps_result for step in steps):
+        resume_from = None  # checkpoints of other rows or another rank do not fit
+        degraded += [step.what for step in steps if not step.keeps_result]
+    reasons = plan.reasons | dict.fromkeys(values, f"{reason}.")
+    new = _next(plan, values | {"degraded": tuple(degraded), "reasons": reasons}, resume_from)
+    return Retry(plan=new, reason=f"{reason}.", change=_readable(change))
+
+
+def _next(plan: TrainPlan, values: Mapping[str, Any], resume_from: str | None) -> TrainPlan:
+    update = {**values, "attempt": plan.attempt + 1, "resume_from": resume_from}
+    return repredict(plan.model_copy(update=update))
+
+
+def _readable(change: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
+    """An adapter is told by its rank."""
+    readable = dict(change)
+    if "adapter" in readable:
+        before, after = readable.pop("adapter")
+        readable["lora_r"] = (before.r, after.r)
+        readable["lora_alpha"] = (before.alpha, after.alpha)
+    return readable
+
+
+def _last_of_each(steps: Sequence[Step]) -> str:
+    """What is done, where a later step on the same setting supersedes an earlier one."""
+    return ", ".join({tuple(step.values): step.what for step in steps}.values())
+
+
+def _give_up(case: _Case, reason: str, kind: str = "") -> GiveUp:
+    last, kind = case.failure, kind or case.failure.kind
+    told = f"{reason}. {last.what}\nAttempts:\n{_table(case)}"
+    needs_memory = kind == InsufficientMemoryError.__name__
+    failure = Failure(
+        kind=kind,
+        what=told,
+        why=last.why,
+        next_command="qwen3ft plan --set max_sequence_length="
+        f"{max(16, case.plan.max_sequence_length // 2)}"
+        if needs_memory
+        else last.next_command,
+        facts={**last.facts, "last_failure": last.kind, "attempts": case.plan.attempt},
+        log_tail=last.log_tail,
+    )
+    end = f"\nEnd of the log:\n{last.log_tail}" if last.log_tail else ""
+    return GiveUp(reason=told + end, failure=failure)
+
+
+def _table(case: _Case) -> str:
+    """One line per attempt, the failed one last."""
+    lines = [
+        f"  {row.attempt}. {row.outcome}: micro-batch {row.micro_batch_size} x "
+        f"{row.gradient_accumulation_steps}, recomputation "
+        f"{'on' if row.gradient_checkpointing else 'off'}, learning rate {row.learning_rate:g}, "
+        f"{row.seconds:.0f} s"
+        for row in case.earlier
+    ]
+    plan = case.plan
+    lines.append(
+        f"  {plan.attempt}. {case.failure.kind}: micro-batch {plan.micro_batch_size} x "
+        f"{plan.gradient_accumulation_steps}, recomputation "
+        f"{'on' if plan.gradient_checkpointing else 'off'}, learning rate {plan.learning_rate:g}, "
+        f"loss chunks of {plan.loss_chunk_tokens}, predicted "
+        f"{plan.predicted_peak_bytes / 2**30:.2f} of {plan.max_memory_gb:.2f} GB"
+    )
+    return "\n".join(lines)

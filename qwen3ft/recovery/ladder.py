@@ -1,0 +1,205 @@
+"""The levers against memory, in order: what keeps the result first, what changes it last.
+
+plain: smaller micro-batch with more accumulation - recomputation - smaller loss chunks -
+activations in host memory (GPU only)
+fused: keep less of each row - smaller micro-batch - smaller loss chunks - a block's work in smaller
+parts - activations in host memory
+both: the optimizer's moments in host memory (GPU only)
+either, with consent: half the row length - half the rank
+
+Guarantees: pure; the effective batch is the same on every rung; the ladder ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from qwen3ft.planning.footprint import fused_sizes
+from qwen3ft.planning.plan import largest_micro_batch_below, repredict, workload_of
+from qwen3ft.records.plan import GIB, AdapterSpec, ModelShape, TrainPlan
+
+KEPT_SHARE = 0.75
+"""What a rung leaves of the room for a row's activations."""
+
+SMALLEST_LOSS_CHUNK_TOKENS = 128
+SMALLEST_CHUNK_TOKENS = 1024
+SMALLEST_SEQUENCE_TOKENS = 64
+SMALLEST_RANK = 2
+EVALUATION_PHASE = "evaluate"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One rung: fields of the plan and their new values."""
+
+    values: dict[str, Any]
+    what: str
+    keeps_result: bool
+
+
+def next_rungs(plan: TrainPlan, phase: str, *, allow_degraded: bool) -> list[Step]:
+    """Every rung below `plan`, each applied on top of those before it; empty at the end.
+
+    Args:
+        plan: The attempt that ran out of memory.
+        phase: Where it did. In an evaluation only the evaluation batch shrinks, as long as it can.
+        allow_degraded: Whether rungs that change the result are included.
+    """
+    return list(_descend(plan, phase, allow_degraded=allow_degraded))
+
+
+def _descend(plan: TrainPlan, phase: str, *, allow_degraded: bool) -> Iterator[Step]:
+    levers: list[Callable[[TrainPlan], Step | None]] = [
+        _keep_less,
+        _smaller_micro_batch,
+        _recomputation,
+        _smaller_loss_chunk,
+        _smaller_parts,
+        _offloading,
+        _optimizer_offloading,
+    ]
+    if phase == EVALUATION_PHASE:
+        levers.insert(0, _smaller_eval_batch)
+    if allow_degraded:
+        levers += [_shorter_rows, _lower_rank]
+    for lever in levers:
+        while (step := lever(plan)) is not None:
+            yield step
+            plan = plan.model_copy(update=step.values)
+
+
+def _smaller_eval_batch(plan: TrainPlan) -> Step | None:
+    if plan.eval_batch_size == 1:
+        return None
+    size = plan.eval_batch_size // 2
+    return Step({"eval_batch_size": size}, f"evaluation batch of {size}", True)
+
+
+def _keep_less(plan: TrainPlan) -> Step | None:
+    """Less room for a row; smaller rows alone would fill the same room."""
+    if plan.kernels == "plain":
+        return None
+    size = max(_least_bytes(plan), int(KEPT_SHARE * plan.activation_bytes))
+    if size >= plan.activation_bytes:
+        return None
+    what = f"{size / GIB:.2f} GB for a row's activations"
+    return Step({"activation_bytes": size, "gradient_checkpointing": True}, what, True)
+
+
+def _least_bytes(plan: TrainPlan) -> int:
+    """What the largest row takes at the least."""
+    work = workload_of(plan)
+    sizes = fused_sizes(plan.model.shape, plan.adapter, work)
+    return sizes.row_bytes(work.tokens, sizes.levels(work.tokens, 0))
+
+
+def _smaller_micro_batch(plan: TrainPlan) -> Step | None:
+    effective = plan.effective_batch_size
+    size = largest_micro_batch_below(effective, plan.micro_batch_size)
+    if size is None:
+        return None
+    values = {"micro_batch_size": size, "gradient_accumulation_steps": effective // size}
+    if plan.kernels == "fused":
+        values["activation_bytes"] = _least_bytes(plan.model_copy(update=values))
+    return Step(values, f"micro-batch of {size}, accumulated {effective // size} times", True)
+
+
+def _recomputation(plan: TrainPlan) -> Step | None:
+    if plan.gradient_checkpointing or plan.kernels == "fused":
+        return None
+    return Step({"gradient_checkpointing": True}, "activations are recomputed", True)
+
+
+def _smaller_loss_chunk(plan: TrainPlan) -> Step | None:
+    # A chunk longer than the micro-batch is no longer than the micro-batch.
+    size = min(plan.loss_chunk_tokens, workload_of(plan).tokens) // 2
+    if size < SMALLEST_LOSS_CHUNK_TOKENS:
+        return None
+    return Step({"loss_chunk_tokens": size}, f"loss chunks of {size} tokens", True)
+
+
+def _smaller_parts(plan: TrainPlan) -> Step | None:
+    """The MLP for fewer tokens, attention's gradient for fewer heads at one time."""
+    if plan.kernels == "plain":
+        return None
+    values: dict[str, Any] = {}
+    if (tokens := plan.chunk_tokens // 2) >= SMALLEST_CHUNK_TOKENS:
+        values["chunk_tokens"] = tokens
+    groups = 2 * plan.head_groups
+    if plan.model.shape.num_key_value_heads % groups == 0:
+        values["head_groups"] = groups
+    if not values:
+        return None
+    plan = plan.model_copy(update=values)
+    values["activation_bytes"] = _least_bytes(plan)
+    what = f"blocks in parts of {plan.chunk_tokens} tokens and 1/{plan.head_groups} of the heads"
+    return Step(values, what, True)
+
+
+def _offloading(plan: TrainPlan) -> Step | None:
+    if plan.offload_activations or plan.device != "cuda":
+        return None
+    values: dict[str, Any] = {"offload_activations": True}
+    if plan.kernels == "fused":
+        values["activation_bytes"] = _least_bytes(plan.model_copy(update=values))
+    return Step(values, "activations wait in host memory", True)
+
+
+def _optimizer_offloading(plan: TrainPlan) -> Step | None:
+    if plan.offload_optimizer or plan.device != "cuda":
+        return None
+    return Step({"offload_optimizer": True}, "the optimizer's moments wait in host memory", True)
+
+
+def without_host_memory(plan: TrainPlan) -> Step | None:
+    """Less of the host's memory, more of the card's or of its time; None if there is no way."""
+    if plan.offload_attention:
+        values: dict[str, Any] = {"offload_attention": False}
+        what = "attention is computed again instead of waiting in host memory"
+    elif plan.offloaded_mlp_blocks:
+        values, what = {"offloaded_mlp_blocks": 0}, "no activations wait in host memory"
+    elif plan.offload_activations:
+        values, what = {"offload_activations": False}, "activations stay on the card"
+    else:
+        return None
+    lower = plan.model_copy(update=values)
+    if plan.kernels == "fused" and "offloaded_mlp_blocks" not in values:
+        values["activation_bytes"] = _least_bytes(lower)
+        lower = repredict(lower.model_copy(update=values))
+        if lower.predicted_peak_bytes > plan.max_memory_gb * GIB:
+            return None
+    return Step(values, what, True)
+
+
+def _shorter_rows(plan: TrainPlan) -> Step | None:
+    """Half the length that rows really have; halving a limit above it would change nothing."""
+    longest = min(plan.max_sequence_length, workload_of(plan).sequence_tokens)
+    tokens = longest // 2 // 8 * 8
+    if tokens < SMALLEST_SEQUENCE_TOKENS:
+        return None
+    return Step({"max_sequence_length": tokens}, f"rows of at most {tokens} tokens", False)
+
+
+def _lower_rank(plan: TrainPlan) -> Step | None:
+    """Half the rank; alpha follows, so that the scale alpha / r stays."""
+    rank = plan.adapter.r // 2
+    if rank < SMALLEST_RANK:
+        return None
+    alpha = max(1, round(plan.adapter.alpha * rank / plan.adapter.r))
+    adapter = plan.adapter.model_copy(
+        update={
+            "r": rank,
+            "alpha": alpha,
+            "trainable_parameters": _count_adapter_parameters(plan.model.shape, plan.adapter, rank),
+        }
+    )
+    return Step({"adapter": adapter}, f"adapter of rank {rank}", False)
+
+
+def _count_adapter_parameters(shape: ModelShape, adapter: AdapterSpec, rank: int) -> int:
+    """A (rank x in) and B (out x rank) of each adapted projection of each layer."""
+    sizes = shape.projection_sizes()
+    per_layer = sum(rank * sum(sizes[name]) for name in adapter.target_modules)
+    return per_layer * shape.num_hidden_layers

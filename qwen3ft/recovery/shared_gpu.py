@@ -1,0 +1,137 @@
+"""A card that other programs use too: what is free is looked at before each attempt.
+
+Guarantees: an attempt starts only if what it may take is free at that moment; where less is free
+but something fits, the plan is made again within that, its effective batch and everything else that
+decides the result unchanged; otherwise the run waits or refuses, as `when_card_is_busy` says, and
+names the programs. A budget that was lowered stays so for the rest of the run.
+
+Not covered: what other programs take once the attempt has begun (the driver then refuses memory,
+which recovery answers; the next attempt looks again), and what a measurement or recovery has learnt
+about the prediction: a plan made anew trusts it as the first one did.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+from qwen3ft.config import TrainingConfig
+from qwen3ft.errors import EnvironmentNotReadyError, InsufficientMemoryError
+from qwen3ft.logs import get_logger
+from qwen3ft.machine.gpus import CardUse, card_use
+from qwen3ft.planning.plan import build_plan
+from qwen3ft.records.plan import GIB, EnvironmentReport, TrainPlan
+
+logger = get_logger("card")
+
+MARGIN_BYTES = int(0.25 * GIB)
+"""Left to the others when the budget follows what is free: their use is never quite steady."""
+
+SETTLE_SECONDS = 5.0
+"""How long less than the budget has to be seen: a process that just ended frees its memory late."""
+
+POLL_SECONDS = 1.0
+REPORT_SECONDS = 30.0
+
+KEPT_SETTINGS = (
+    *("attempt", "run_id", "run_dir", "resume_from", "degraded", "learning_rate"),
+    *("total_steps", "warmup_steps", "evaluate_every_steps"),
+)
+"""What a plan that is made anew takes over: its place in the run, and what attempts changed."""
+
+
+def fit_to_card(
+    config: TrainingConfig,
+    environment: EnvironmentReport,
+    plan: TrainPlan,
+    *,
+    probe: Callable[[str], CardUse] = card_use,
+    settle_seconds: float = SETTLE_SECONDS,
+) -> TrainPlan:
+    """`plan`, or one within what is free on its card now; on a CPU `plan` itself.
+
+    Args:
+        config: What the plan was made from, and what to do while nothing fits.
+        environment: With the card.
+        plan: The attempt about to begin.
+        probe: Reads what is free, by UUID.
+        settle_seconds: How long memory may take to come back before it counts as taken.
+
+    Raises:
+        EnvironmentNotReadyError: too little is free, for as long as the run may wait.
+    """
+    if plan.device == "cpu":
+        return plan
+    card = environment.gpus[0].uuid
+    started, told = time.monotonic(), 0
+    use = probe(card)
+    fitted = fit_within(config, environment, plan, use)
+    while True:
+        if fitted is plan:
+            return plan
+        waited = time.monotonic() - started
+        if waited >= settle_seconds:
+            if fitted is not None:
+                logger.warning("less is planned for: %s", fitted.reasons["max_memory_gb"])
+                return fitted
+            left = config.wait_for_card_seconds - waited
+            if config.when_card_is_busy == "refuse" or left <= 0:
+                raise _too_full(config, plan, use, waited)
+            if waited >= told * REPORT_SECONDS:
+                told += 1
+                logger.info("%s; waiting, at most %.0f s more", _shortage(plan, use), left)
+        time.sleep(POLL_SECONDS)
+        before, use = use, probe(card)
+        if use != before:
+            fitted = fit_within(config, environment, plan, use)
+
+
+def fit_within(
+    config: TrainingConfig, environment: EnvironmentReport, plan: TrainPlan, use: CardUse
+) -> TrainPlan | None:
+    """`plan` itself if its budget is free, else one within what is free; None if nothing fits."""
+    if use.free_bytes >= plan.max_memory_gb * GIB:
+        return plan
+    budget_gb = max(0, math.floor((use.free_bytes - MARGIN_BYTES) / GIB * 100)) / 100
+    reason = f"{budget_gb:g} of {plan.max_memory_gb:g} GB: {use.describe()}."
+    if plan.predicted_peak_bytes <= budget_gb * GIB:
+        reasons = plan.reasons | {"max_memory_gb": reason}
+        return plan.model_copy(update={"max_memory_gb": budget_gb, "reasons": reasons})
+    wanted = {"max_memory_gb": budget_gb, "max_sequence_length": plan.max_sequence_length}
+    smaller = config.model_copy(update=wanted)
+    try:
+        again = build_plan(smaller, environment, plan.model, plan.adapter, plan.dataset)
+    except InsufficientMemoryError:
+        return None
+    kept = {name: getattr(plan, name) for name in KEPT_SETTINGS}
+    why = {name: plan.reasons[name] for name in KEPT_SETTINGS if name in plan.reasons}
+    reasons = again.reasons | why | {"max_memory_gb": reason}
+    return again.model_copy(update=kept | {"reasons": reasons})
+
+
+def _shortage(plan: TrainPlan, use: CardUse) -> str:
+    return (
+        f"{use.free_bytes / GIB:.2f} of {use.total_bytes / GIB:.2f} GB are free, in which "
+        f"nothing fits (the plan needs {plan.predicted_peak_bytes / GIB:.2f}): {use.describe()}"
+    )
+
+
+def _too_full(
+    config: TrainingConfig, plan: TrainPlan, use: CardUse, waited: float
+) -> EnvironmentNotReadyError:
+    if config.when_card_is_busy == "refuse":
+        why = "Other programs have the memory, and when_card_is_busy is 'refuse'."
+        command = "qwen3ft run --set when_card_is_busy=wait"
+    else:
+        why = f"They did not free it within {waited:.0f} s; wait_for_card_seconds allows no more."
+        pids = ",".join(str(process.pid) for process in use.processes)
+        command = f"ps -fp {pids}" if pids else "nvidia-smi"
+    return EnvironmentNotReadyError(
+        f"{_shortage(plan, use)}.",
+        why=why,
+        next_command=command,
+        free_bytes=use.free_bytes,
+        needed_bytes=plan.predicted_peak_bytes,
+        processes=[process.model_dump(mode="json") for process in use.processes],
+    )

@@ -1,0 +1,286 @@
+"""Moving the aliases of one registered model: champion, previous, challenger.
+
+The caller holds `qwen3ft.registry.promotion_lock`, so that comparing and setting are one step on
+this machine; MLflow has no compare-and-set, and promoters on two machines may both win in the
+milliseconds between the two (the later one stays). The champion's alias moves last. A move is
+recorded before and after (see `qwen3ft.registry.moves`); `settle` finishes or undoes what a crash
+left between the two, before anything else is moved.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from qwen3ft.errors import (
+    ChampionChangedError,
+    NotInMlflowError,
+    RequestError,
+    RolledBackError,
+)
+from qwen3ft.registry.moves import (
+    Aliases,
+    Change,
+    History,
+    Move,
+    from_tags,
+    made,
+    succession,
+    tag_name,
+    to_tag,
+)
+from qwen3ft.tracking.tracking import Connection
+
+CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
+
+DIGEST_TAG = "adapter_sha256"
+"""Tag of a version: sha256 of its adapter_model.safetensors."""
+
+RUN_TAG = "run"
+"""Tag of a version: the run that trained it."""
+
+VERDICT_TAG = "verdict"
+"""Tag of a version: what its comparison found, in one sentence."""
+
+ROLLED_BACK_TAG = "rolled_back"
+"""Tag of a version that was in use and taken back: why. No flow promotes it or its bytes again."""
+
+
+def read_history(connection: Connection, name: str) -> History:
+    """What is in use, and how it came to be; empty for a model that nobody registered."""
+    try:
+        with connection.calls() as client:
+            model = client.get_registered_model(name)
+    except NotInMlflowError:
+        return History(registered_model=name, aliases=Aliases())
+    aliases = {alias: str(version) for alias, version in model.aliases.items()}
+    named = Aliases(**{name: aliases.get(name) for name in Aliases.model_fields})
+    moves = made(from_tags(model.tags), named.champion)
+    return History(registered_model=name, aliases=named, moves=tuple(moves))
+
+
+def promote(
+    connection: Connection, name: str, version: str, expected: str | None, change: Change
+) -> Move | None:
+    """Make `version` the champion; None if it already is.
+
+    Raises:
+        ChampionChangedError: the champion is not `expected`.
+        RolledBackError: a flow would promote what was rolled back.
+        RequestError: there is no such version.
+    """
+    history = settle(connection, name)
+    champion = history.aliases.champion
+    if champion == version:
+        return None
+    wanted = require_version(connection, name, version)
+    if champion != expected:
+        raise _changed(f"{name} {version} is not promoted", champion, expected)
+    if change.by.kind == "flow":
+        _refuse_rolled_back(connection, name, wanted)
+    if change.verdict:
+        with connection.calls() as client:
+            client.set_model_version_tag(name, version, VERDICT_TAG, change.verdict)
+    move = _described(history, "promotion", wanted, change, previous=champion)
+    return _make(connection, name, move)
+
+
+def rollback(
+    connection: Connection, name: str, target: str, expected: str | None, change: Change
+) -> Move:
+    """Make `target`, the previous version, the champion again.
+
+    What was in use before `target`, if the history knows it, becomes the previous version, so that
+    a second rollback leads further back and never forth again.
+
+    Raises:
+        ChampionChangedError: the champion is not `expected`, or `target` not the previous version.
+    """
+    history = settle(connection, name)
+    champion, previous = history.aliases.champion, history.aliases.previous
+    if champion is None or champion != expected:
+        raise _changed(f"{name} is not rolled back", champion, expected)
+    if previous != target:
+        raise _changed(
+            f"{name} is not rolled back to {target}", previous, target, "previous version"
+        )
+    wanted = require_version(connection, name, target)
+    before = succession(history.moves)
+    # A version may have been in use twice: what came before its last time counts.
+    last = len(before) - 1 - before[::-1].index(target) if target in before else 0
+    earlier = before[:last]
+    move = _described(
+        history, "rollback", wanted, change, previous=earlier[-1] if earlier else None
+    )
+    return _make(connection, name, move)
+
+
+def set_challenger(connection: Connection, name: str, version: str, verdict: str) -> bool:
+    """Give `version`, which was tested and kept, the name challenger; whether it got it.
+
+    The champion does not get it, nor a version that was rolled back.
+    """
+    history = settle(connection, name)
+    wanted = require_version(connection, name, version)
+    with connection.calls() as client:
+        client.set_model_version_tag(name, version, VERDICT_TAG, verdict)
+        if history.aliases.champion == version or ROLLED_BACK_TAG in wanted.tags:
+            return False
+        client.set_registered_model_alias(name, CHALLENGER, version)
+    return True
+
+
+def settle(connection: Connection, name: str) -> History:
+    """Finish or undo the move that a crash left half made; the history as it then is."""
+    try:
+        with connection.calls() as client:
+            tags = client.get_registered_model(name).tags
+    except NotInMlflowError:
+        return History(registered_model=name, aliases=Aliases())
+    for move in from_tags(tags):
+        if move.state == "begun":
+            _settle(connection, name, move, read_history(connection, name).aliases)
+    return read_history(connection, name)
+
+
+def require_version(connection: Connection, name: str, version: str) -> Any:
+    """MLflow's record of a version.
+
+    Raises:
+        RequestError: there is none.
+    """
+    try:
+        with connection.calls() as client:
+            return client.get_model_version(name, version)
+    except NotInMlflowError:
+        raise RequestError(
+            f"There is no version {version} of {name}.",
+            why="It was never registered, or was deleted.",
+            next_command="qwen3ft history",
+        ) from None
+
+
+def nothing_before(name: str, champion: str | None) -> RequestError:
+    """What a rollback raises that leads nowhere."""
+    return RequestError(
+        f"There is no version of {name} to go back to; the champion is {champion or 'none'}.",
+        why="No adapter was in use before it.",
+        next_command="qwen3ft history",
+    )
+
+
+def _described(
+    history: History,
+    action: Literal["promotion", "rollback"],
+    wanted: Any,
+    change: Change,
+    *,
+    previous: str | None,
+) -> Move:
+    """The move to `wanted`, MLflow's record of a version, as it is written down."""
+    return Move(
+        number=1 + max((move.number for move in history.moves), default=0),
+        action=action,
+        version=str(wanted.version),
+        replaced=history.aliases.champion,
+        run=wanted.tags.get(RUN_TAG),
+        mlflow_run_id=wanted.run_id or None,
+        previous=previous,
+        previous_before=history.aliases.previous,
+        by=change.by,
+        verdict=change.verdict or wanted.tags.get(VERDICT_TAG, ""),
+        reason=change.reason,
+    )
+
+
+def _make(connection: Connection, name: str, move: Move) -> Move:
+    """Carry out a move: recorded, prepared, made by the champion's alias alone, recorded again."""
+    _record(connection, name, move)
+    _set_previous(connection, name, move.previous)
+    with connection.calls() as client:
+        if move.action == "rollback":
+            client.set_model_version_tag(
+                name, move.replaced, ROLLED_BACK_TAG, move.reason or "no reason given"
+            )
+        client.set_registered_model_alias(name, CHAMPION, move.version)
+    return _complete(connection, name, move)
+
+
+def _complete(connection: Connection, name: str, move: Move) -> Move:
+    """What follows once the champion's alias is moved."""
+    with connection.calls() as client:
+        challenger = client.get_registered_model(name).aliases.get(CHALLENGER)
+        if str(challenger) == move.version:
+            client.delete_registered_model_alias(name, CHALLENGER)
+    if move.action == "promotion":  # a person put it back, or it was never taken out
+        _forget_rollback(connection, name, move.version)
+    done = move.model_copy(update={"state": "done"})
+    _record(connection, name, done)
+    return done
+
+
+def _settle(connection: Connection, name: str, move: Move, aliases: Aliases) -> None:
+    """Finish a begun move whose version is in use; undo any other."""
+    if aliases.champion == move.version:
+        _complete(connection, name, move)
+        return
+    if aliases.champion == move.replaced:
+        _set_previous(connection, name, move.previous_before)
+    if move.action == "rollback" and move.replaced is not None:
+        _forget_rollback(connection, name, move.replaced)
+    with connection.calls() as client:
+        client.delete_registered_model_tag(name, tag_name(move.number))
+
+
+def _record(connection: Connection, name: str, move: Move) -> None:
+    with connection.calls() as client:
+        client.set_registered_model_tag(name, *to_tag(move))
+
+
+def _set_previous(connection: Connection, name: str, version: str | None) -> None:
+    with connection.calls() as client:
+        if version is not None:
+            client.set_registered_model_alias(name, PREVIOUS, version)
+        elif PREVIOUS in client.get_registered_model(name).aliases:
+            client.delete_registered_model_alias(name, PREVIOUS)
+
+
+def _forget_rollback(connection: Connection, name: str, version: str) -> None:
+    with connection.calls() as client:
+        if ROLLED_BACK_TAG in client.get_model_version(name, version).tags:
+            client.delete_model_version_tag(name, version, ROLLED_BACK_TAG)
+
+
+def _refuse_rolled_back(connection: Connection, name: str, wanted: Any) -> None:
+    """Raise if `wanted`, or a version of the very same bytes, was rolled back."""
+    with connection.calls() as client:
+        taken_back = [
+            version
+            for version in client.search_model_versions(f"name = '{name}'")
+            if ROLLED_BACK_TAG in version.tags
+            and (
+                version.version == wanted.version
+                or version.tags.get(DIGEST_TAG, "") == wanted.tags.get(DIGEST_TAG)
+            )
+        ]
+    if taken_back:
+        [same, *_] = taken_back
+        raise RolledBackError(
+            f"{name} {wanted.version} is not promoted: version {same.version}, the same adapter, "
+            f"was rolled back ({same.tags[ROLLED_BACK_TAG]}).",
+            why="What a person took out of use only a person puts back.",
+            next_command=f"qwen3ft promote {wanted.version}",
+            version=str(wanted.version),
+            rolled_back=str(same.version),
+        )
+
+
+def _changed(
+    what: str, found: str | None, expected: str | None, alias: str = "champion"
+) -> ChampionChangedError:
+    return ChampionChangedError(
+        f"{what}: the {alias} is {found}, not {expected}.",
+        why="Another run or person moved it meanwhile.",
+        next_command="qwen3ft history",
+        champion=found,
+        expected=expected,
+    )

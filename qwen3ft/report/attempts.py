@@ -1,0 +1,180 @@
+"""The attempts of a run as its folder tells them: how each ended, what changed after it, and why.
+
+Read from plans, failures and the journal, so a run that was continued has all of its attempts, and
+one whose process was killed has the last one too. Nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from qwen3ft.jobs.folders import JobDir, RunDir, read_record
+from qwen3ft.logs import get_logger
+from qwen3ft.records.plan import GIB, Failure, TrainingMetrics, TrainPlan
+from qwen3ft.records.run_card import AttemptSummary, LossCurve, SettingChange
+from qwen3ft.report.curves import loss_curve
+from qwen3ft.report.memory_figure import AttemptMemory
+from qwen3ft.tracking.cursor import lines_from
+
+logger = get_logger("story")
+
+INTERRUPTED = "interrupted"
+"""Outcome of an attempt that left neither result nor failure: the run's process was ended."""
+
+CHANGED_NAMES = {
+    "max_memory_gb": "budget",
+    "gradient_checkpointing": "recomputation",
+    "activation_bytes": "kept activations of a row",
+    "loss_chunk_tokens": "tokens of a loss chunk",
+    "chunk_tokens": "tokens of a block's work",
+    "offload_activations": "activations in host memory",
+    "offload_attention": "attention's output in host memory",
+    "offloaded_mlp_blocks": "blocks whose wide activations are in host memory",
+    "offload_optimizer": "optimizer in host memory",
+    "head_groups": "parts of attention's gradient",
+    "eval_batch_size": "evaluation batch",
+    "max_sequence_length": "longest row in tokens",
+    "learning_rate": "learning rate",
+    "kernels": "kernels",
+    "packing": "packing",
+}
+"""Settings of a plan that attempts change, as people call them; batch and rank are told apart."""
+
+
+def summarise(
+    plan: TrainPlan, failure: Failure | None, seconds: float, before: TrainPlan | None = None
+) -> AttemptSummary:
+    """One attempt of the table: the one of `plan`, after that of `before`."""
+    resumed = Path(plan.resume_from).name.removeprefix("step-") if plan.resume_from else None
+    return AttemptSummary(
+        attempt=plan.attempt,
+        outcome=failure.kind if failure else "completed",
+        detail=failure.what if failure else "best checkpoint kept",
+        micro_batch_size=plan.micro_batch_size,
+        gradient_accumulation_steps=plan.gradient_accumulation_steps,
+        gradient_checkpointing=plan.gradient_checkpointing,
+        learning_rate=plan.learning_rate,
+        resumed_from_step=int(resumed) if resumed else None,
+        seconds=seconds,
+        changes=changes(before, plan) if before else (),
+    )
+
+
+def changes(before: TrainPlan, after: TrainPlan) -> tuple[SettingChange, ...]:
+    """Which settings are others than in the attempt before, from what to what, and why."""
+    found = []
+    if _batch(before) != _batch(after):
+        found.append(("batch", _batch(before), _batch(after), "micro_batch_size"))
+    for field, name in CHANGED_NAMES.items():
+        old, new = getattr(before, field), getattr(after, field)
+        if old != new:
+            found.append((name, _readable(field, old), _readable(field, new), field))
+    if before.adapter.r != after.adapter.r:
+        found.append(("rank", str(before.adapter.r), str(after.adapter.r), "adapter"))
+    return tuple(
+        SettingChange(name=name, before=old, after=new, why=after.reasons.get(field, ""))
+        for name, old, new, field in found
+    )
+
+
+def in_words(summary: AttemptSummary, previous: AttemptSummary | None) -> str:
+    """What is different from the attempt before: `batch 16 x 1 -> 8 x 2; from step 40`."""
+    told = [f"{change.name} {change.before} → {change.after}" for change in summary.changes]
+    if previous is not None and not told:
+        told.append("the same settings, a fresh process")
+    if summary.resumed_from_step is not None:
+        told.append(f"from the checkpoint of step {summary.resumed_from_step:,}")
+    elif previous is not None:
+        told.append("from the start")
+    return "; ".join(told) or "as planned"
+
+
+def reasons(summary: AttemptSummary) -> str:
+    """Why the settings changed, each reason once."""
+    return " ".join(dict.fromkeys(change.why for change in summary.changes if change.why))
+
+
+def words_of(kind: str) -> str:
+    """`OutOfMemoryError` as `out of memory`."""
+    return re.sub(r"(?<!^)(?=[A-Z])", " ", kind.removesuffix("Error")).lower()
+
+
+def read_attempts(run: RunDir, memory: Sequence[AttemptMemory]) -> tuple[AttemptSummary, ...]:
+    """Every attempt of the run's folder, in order.
+
+    Args:
+        run: The folder.
+        memory: As `run_files.attempts_memory` gives it: when each began and ended.
+    """
+    told, before = [], None
+    spans = {attempt.number: attempt for attempt in memory}
+    for job in run.attempts():
+        plan = _plan_of(job)
+        if plan is None:
+            continue
+        told.append(summarise(plan, _failure(job), _seconds(spans.get(plan.attempt)), before))
+        before = plan
+    return tuple(told)
+
+
+def read_loss_curves(run: RunDir) -> tuple[LossCurve, ...]:
+    """The losses of every attempt; a torn line costs itself alone."""
+    curves = [loss_curve(int(job.path.name), list(_metrics(job))) for job in run.attempts()]
+    return tuple(curve for curve in curves if curve.training or curve.held_out)
+
+
+def last_failure(run: RunDir, before: int) -> Failure | None:
+    """How the attempt before attempt number `before` ended, if it failed."""
+    if before < 2:
+        return None
+    return run.attempt(before - 1).read_failure()
+
+
+def _metrics(job: JobDir) -> list[TrainingMetrics]:
+    found = []
+    for line in lines_from(job.metrics):
+        try:
+            found.append(TrainingMetrics.model_validate_json(line.content))
+        except ValidationError:
+            logger.warning("an unreadable line of %s is skipped", job.metrics)
+    return found
+
+
+def _plan_of(job: JobDir) -> TrainPlan | None:
+    try:
+        return read_record(job.request, TrainPlan)
+    except (OSError, ValueError):
+        return None
+
+
+def _failure(job: JobDir) -> Failure | None:
+    if job.outcome.exists():
+        return None
+    interrupted = Failure(kind=INTERRUPTED, what="the run's process was ended meanwhile")
+    return job.read_failure() or interrupted
+
+
+def _seconds(span: AttemptMemory | None) -> float:
+    """From the start of an attempt to its end, or to the last sign of life."""
+    if span is None:
+        return 0.0
+    end = max([span.ended or span.started, *(sample.timestamp for sample in span.samples)])
+    return max(0.0, (end - span.started).total_seconds())
+
+
+def _batch(plan: TrainPlan) -> str:
+    return f"{plan.micro_batch_size} x {plan.gradient_accumulation_steps}"
+
+
+def _readable(field: str, value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if field == "activation_bytes" and isinstance(value, int):
+        return f"{value / GIB:.2f} GB"
+    if field == "max_memory_gb":
+        return f"{value:g} GB"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,297 @@
+"""The card of a run: its story as one record. A pure function of what is known of the run.
+
+A run that was kept, that failed, or that had nothing to do has a card too: it is made of whatever
+the run got to. How it is shown is in `card_markdown` and `card_html`.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from qwen3ft.config import EMBEDDED_MODEL_NAME, TrainingConfig
+from qwen3ft.errors import FinetuneError
+from qwen3ft.evaluation.answers import exact_match, split_thinking
+from qwen3ft.evaluation.intervals import wilson_interval
+from qwen3ft.evaluation.wording import judge_note
+from qwen3ft.planning.table import PlanTable
+from qwen3ft.records.data import DataChange, DatasetManifest
+from qwen3ft.records.evaluation import (
+    MODELS,
+    Champion,
+    InferenceReport,
+    ModelScore,
+    RunCard,
+    SideBySide,
+    Verdict,
+)
+from qwen3ft.records.plan import AttemptOutcome, SavedAdapter, TrainPlan
+from qwen3ft.records.run_card import (
+    AnswersBeside,
+    AttemptSummary,
+    FailureStory,
+    LossCurve,
+    MemoryCurve,
+    ModelAnswer,
+    Outcome,
+    PlanStory,
+    Step,
+)
+from qwen3ft.registry.versions import registered_name
+from qwen3ft.report.data_section import data_story
+from qwen3ft.report.safe_text import ANSWER_CHARACTERS, QUESTION_CHARACTERS, shown
+
+EMBEDDED_NOTE = (
+    "The embedded model is for demonstration: 0.8 M weights, pretrained on questions about "
+    "invented products. Fine-tuning adds facts and one date format, not language understanding."
+)
+NOVEL_NOTE = "'novel' is wording that no training ever showed."
+NO_CHAMPION = "none"
+FAILURE_CHARACTERS = 3000
+
+
+@dataclass
+class RunFacts:
+    """What is known of a run; its stages add to it as they end."""
+
+    config: TrainingConfig
+    run_id: str
+    champion: Champion | None = None
+    """In use before the run."""
+    dataset: DatasetManifest | None = None
+    change: DataChange = field(default_factory=DataChange)
+    table: PlanTable | None = None
+    plan: TrainPlan | None = None
+    trained: AttemptOutcome | None = None
+    saved: SavedAdapter | None = None
+    report: InferenceReport | None = None
+    verdict: Verdict | None = None
+    nothing_since: str | None = None
+    """Since when there is nothing new, where that ended the run."""
+    error: BaseException | None = None
+    attempts: Sequence[AttemptSummary] = ()
+    loss: Sequence[LossCurve] = ()
+    memory: Sequence[MemoryCurve] = ()
+    seconds_by_stage: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def registered_model(self) -> str:
+        """The registry's name for this run's adapters."""
+        return registered_name(self.config)
+
+
+def build_card(facts: RunFacts) -> RunCard:
+    """What the run's records amount to."""
+    outcome, sentence = _ending(facts)
+    trained, saved, plan = facts.trained, facts.saved, facts.plan
+    return RunCard(
+        title=f"{facts.config.model_name}: {outcome}",
+        outcome=outcome,
+        verdict=sentence,
+        reasons=facts.verdict.reasons if facts.verdict else (),
+        run_id=facts.run_id,
+        model=facts.config.model_name,
+        data=data_story(facts.dataset, facts.change) if facts.dataset else None,
+        plan=_plan_story(facts.table) if facts.table else None,
+        attempts=tuple(facts.attempts),
+        loss=tuple(facts.loss),
+        memory=tuple(facts.memory),
+        trained_on=_trained_on(facts.dataset) if facts.dataset else "",
+        confidence=facts.config.gate_confidence,
+        champion_version=_champion_version(facts),
+        version=saved.version if saved else None,
+        held_out_loss_before=_finite(trained.first_held_out_loss) if trained else None,
+        held_out_loss_after=_finite(trained.best_held_out_loss) if trained else None,
+        peak_memory_gb=trained.peak_memory_gb if trained else _highest_gb(facts.memory),
+        budget_gb=plan.max_memory_gb if plan else None,
+        tokens_per_second=_finite(trained.tokens_per_second) if trained else None,
+        kernels=f"{plan.kernels}: {plan.reasons.get('kernels', '')}".rstrip(": ") if plan else "",
+        seconds_by_stage=dict(facts.seconds_by_stage),
+        failure=_failure(facts.error) if facts.error else None,
+        degraded=saved.degraded if saved else plan.degraded if plan else (),
+        adapter_path=saved.path if saved else None,
+        roll_back=_roll_back(facts),
+        next_steps=tuple(_next_steps(facts)),
+        notes=tuple(_notes(facts)),
+    ).model_copy(update=_scores(facts))
+
+
+def _ending(facts: RunFacts) -> tuple[Outcome, str]:
+    """What the run came to, and the sentence that says why."""
+    if facts.verdict is not None:
+        return facts.verdict.decision, facts.verdict.sentence
+    if facts.nothing_since is not None:
+        return "nothing new", f"nothing new since {facts.nothing_since}"
+    failure = _failure(facts.error)
+    return "failed", f"failed: {failure.what.splitlines()[0]}"
+
+
+def _champion_version(facts: RunFacts) -> str | None:
+    """In use before the run; 'none' where the registry was asked and had none."""
+    if facts.champion is not None:
+        return facts.champion.version
+    judged = facts.verdict is not None and facts.verdict.decision in ("promoted", "kept")
+    return NO_CHAMPION if judged else None
+
+
+def _failure(error: BaseException | None) -> FailureStory:
+    if isinstance(error, FinetuneError):
+        what = shown(error.what, FAILURE_CHARACTERS)
+        return FailureStory(kind=type(error).__name__, what=what or "?", why=shown(error.why, 1000))
+    kind = type(error).__name__ if error else "unknown"
+    return FailureStory(kind=kind, what=shown(str(error or ""), FAILURE_CHARACTERS) or kind)
+
+
+def _plan_story(table: PlanTable) -> PlanStory:
+    return PlanStory(
+        title=table.title,
+        headline=table.headline,
+        settings=table.settings,
+        predicted_gb=table.peak_gb,
+        budget_gb=table.budget_gb,
+    )
+
+
+def _trained_on(data: DatasetManifest) -> str:
+    return (
+        f"{data.train.rows:,} rows ({data.train.tokens:,} tokens), "
+        f"{data.dev.rows:,} held out for stopping, {data.test_rows:,} for the test"
+    )
+
+
+# --- scores and answers ---
+
+
+def _scores(facts: RunFacts) -> dict[str, object]:
+    """The fields of the card that an inference report fills."""
+    report = facts.report
+    base, tuned = (report.score(label) if report else None for label in ("base", "candidate"))
+    if report is None or base is None or tuned is None:
+        return {}
+    return {
+        "base_score": base.exact_match,
+        "tuned_score": tuned.exact_match,
+        "scores_by_split": {
+            split: (base.by_split[split].exact_match, score.exact_match, score.rows)
+            for split, score in tuned.by_split.items()
+            if split in base.by_split
+        },
+        "scores": report.scores,
+        "exact_match_intervals": {
+            score.label: wilson_interval(
+                score.exact_match, score.rows, facts.config.gate_confidence
+            )
+            for score in report.scores
+        },
+        "main_metric": report.main_metric,
+        "comparisons": tuple(
+            one for one in report.comparisons if all(map(math.isfinite, (one.low, one.high)))
+        ),
+        "forgetting": _forgetting(base, tuned, facts.config.max_ability_loss_rise),
+        "judge": report.judge,
+        "answers": tuple(beside(pair) for pair in report.samples),
+    }
+
+
+def beside(pair: SideBySide) -> AnswersBeside:
+    """A question with its answers as they may be shown; of thinking, only that it never ended."""
+    given = {"base": pair.base, "champion": pair.champion, "candidate": pair.candidate}
+    return AnswersBeside(
+        question=shown(pair.question, QUESTION_CHARACTERS),
+        reference=shown(pair.reference, ANSWER_CHARACTERS),
+        split=pair.split,
+        answers=tuple(
+            ModelAnswer(model=label, text=_answer(text), right=exact_match(text, pair.reference))
+            for label in MODELS
+            if (text := given[label]) is not None
+        ),
+    )
+
+
+def _answer(text: str) -> str:
+    thinking, answer = split_thinking(text)
+    if answer:
+        return shown(answer, ANSWER_CHARACTERS)
+    return "(no answer: its thinking did not end)" if thinking else "(no answer)"
+
+
+def _forgetting(base: ModelScore, tuned: ModelScore, limit: float) -> str:
+    """What became of the loss on what the base could do."""
+    before, after = base.ability_loss, tuned.ability_loss
+    if before is None or after is None:
+        return "not measured"
+    rise = f"{after - before:+.3f} nats per token, limit {limit:+.2f}"
+    return f"loss on the ability set {before:.3f} -> {after:.3f} ({rise})"
+
+
+# --- what a reader may do now ---
+
+
+def _roll_back(facts: RunFacts) -> Step:
+    """The exact command, and what would then be in use."""
+    name, before = facts.registered_model, facts.champion
+    if facts.verdict is None or facts.verdict.decision != "promoted":
+        if before is None:
+            return Step(what="This run changed nothing that is in use.")
+        return Step(what=f"This run changed nothing: {name} v{before.version} stays in use.")
+    mine = f"{name} v{facts.verdict.version}"
+    command = f'qwen3ft rollback --reason "..." {_about(name)}'
+    if before is None:
+        return Step(what=f"Nothing was in use before {mine}, so there is no version to go back to.")
+    again = f"{name} v{before.version}"
+    if again == mine:  # taken up after its own promotion
+        again = "the version before it"
+    what = f"{again} is then in use again, instead of {mine}, which no night promotes again."
+    return Step(what=what, command=command)
+
+
+def _next_steps(facts: RunFacts) -> Iterator[Step]:
+    verdict, saved = facts.verdict, facts.saved
+    decision = verdict.decision if verdict else None
+    if saved is not None and decision is not None:
+        adapter = f"--adapter {shlex.quote(saved.path)}"
+        yield Step(what="Chat with this run's adapter", command=f"qwen3ft chat {adapter}")
+        yield Step(what="Merge it, to be served", command=f"qwen3ft export exported {adapter}")
+    if saved is not None and decision == "kept" and saved.version is not None:
+        consent = " --allow-degraded" if saved.degraded else ""
+        yield Step(
+            what="Put it into use all the same",
+            command=f"qwen3ft promote {saved.version}{consent} {_about(facts.registered_model)}",
+        )
+    if isinstance(facts.error, FinetuneError) and facts.error.next_command:
+        yield Step(what="Next", command=facts.error.next_command)
+    if decision == "deferred" or facts.error is not None:
+        where = "its last checkpoint" if facts.attempts else "the stages that are done"
+        again = f"qwen3ft run --resume {facts.run_id}"
+        yield Step(what=f"Continue the run, from {where}", command=again)
+    yield Step(
+        what="What is in use, and every promotion and rollback",
+        command=f"qwen3ft history {_about(facts.registered_model)}",
+    )
+
+
+def _about(registered_model: str) -> str:
+    """Whatever the deployment's own settings are, the command is about this model."""
+    return f"--set {shlex.quote(f'registered_model={registered_model}')}"
+
+
+def _notes(facts: RunFacts) -> Iterator[str]:
+    tuned = facts.report.score("candidate") if facts.report else None
+    if facts.config.model_name == EMBEDDED_MODEL_NAME and tuned is not None:
+        yield EMBEDDED_NOTE
+    if tuned is not None and "novel" in tuned.by_split:
+        yield NOVEL_NOTE
+    if facts.report and facts.report.judge and (note := judge_note(facts.report.judge)):
+        yield note
+    if facts.saved is not None:
+        yield from (f"Degraded: {reason}." for reason in facts.saved.degraded)
+
+
+def _highest_gb(curves: Sequence[MemoryCurve]) -> float | None:
+    return max((gb for curve in curves for _, gb in curve.process), default=None)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

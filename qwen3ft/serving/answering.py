@@ -1,0 +1,136 @@
+"""The worker's side of asking a model: it waits for questions and writes answers piece by piece.
+
+Answers are greedy, as they were tested. See `qwen3ft.records.ask_records` for the files in between.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from qwen3ft.chat.rendering import generation_prompt, prompt_ids
+from qwen3ft.chat.thinking import Part, ThinkingSplitter
+from qwen3ft.evaluation.answers import THINK_OPEN
+from qwen3ft.evaluation.generation import end_tokens, greedy_settings
+from qwen3ft.evaluation.inference import InferenceTester
+from qwen3ft.files import append_json_line, read_json_lines
+from qwen3ft.jobs.folders import JobDir
+from qwen3ft.records.ask_records import (
+    Asking,
+    AskOutcome,
+    AskRequest,
+    Piece,
+    pieces_path,
+    questions_path,
+    stop_path,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+WAIT_SECONDS = 0.05
+BEAT_SECONDS = 1.0
+
+
+def answer_session(request: AskRequest, job: JobDir, beat: Callable[[str], None]) -> AskOutcome:
+    """Load the adapter, then answer questions until told that there are no more.
+
+    Raises:
+        ModelNotFoundError, SaveError, ModelUnavailableError: as `load_finetuned_model`.
+        TokenizerError: the chat template cannot be used.
+    """
+    model, tokenizer = InferenceTester(request.config).load_finetuned_model(request.adapter)
+    speaker = Speaker(model, tokenizer, request, job, beat)
+    speaker.tell(Piece(kind="ready"))
+    offset = answered = 0
+    while True:
+        lines, offset = read_json_lines(questions_path(job), offset)
+        for line in lines:
+            asking = Asking.model_validate(line)
+            if asking.end or stop_path(job).exists():
+                return AskOutcome(answered=answered)
+            speaker.answer(asking.messages)
+            answered += 1
+        speaker.beat("wait")
+        time.sleep(WAIT_SECONDS)
+
+
+class Speaker:
+    """Answers with one model and tells what it writes."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        request: AskRequest,
+        job: JobDir,
+        beat: Callable[[str], None],
+    ) -> None:
+        self.model, self.tokenizer, self.request, self.job = model, tokenizer, request, job
+        self._beat = beat
+        self._beaten = 0.0
+
+    def tell(self, piece: Piece) -> None:
+        """Give a piece to whoever asked."""
+        append_json_line(pieces_path(self.job), piece.model_dump(mode="json"))
+
+    def beat(self, phase: str) -> None:
+        """Give a sign of life, once a second."""
+        if time.monotonic() - self._beaten >= BEAT_SECONDS:
+            self._beaten = time.monotonic()
+            self._beat(phase)
+
+    def answer(self, messages: tuple[dict[str, Any], ...]) -> None:
+        """Write the assistant's next turn."""
+        import torch
+        from transformers import StoppingCriteriaList
+
+        thinking = self.request.thinking
+        escape = self.request.config.special_tokens_in_text == "escape"
+        ids = prompt_ids(self.tokenizer, messages, thinking, escape=escape)
+        prompt = generation_prompt(self.tokenizer, messages, thinking)
+        splitter = ThinkingSplitter(opened=prompt.rstrip().endswith(THINK_OPEN))
+
+        def told(text: str, end: bool) -> None:
+            self._tell_parts(splitter.feed(text))
+            if end:
+                self._tell_parts(splitter.close())
+
+        inputs = torch.tensor([ids], device=self.model.device)
+        output = self.model.generate(
+            input_ids=inputs,
+            attention_mask=torch.ones_like(inputs),
+            generation_config=greedy_settings(
+                self.model, self.tokenizer, self.request.config.max_new_tokens
+            ),
+            streamer=_streamer(self.tokenizer, told),
+            stopping_criteria=StoppingCriteriaList([self._watch]),
+        )
+        written = output[0, len(ids) :].tolist()
+        stopped = bool(written) and written[-1] in end_tokens(self.model, self.tokenizer)
+        self.tell(Piece(kind="end", tokens=len(written), stopped=stopped))
+
+    def _tell_parts(self, parts: list[Part]) -> None:
+        for kind, text in parts:
+            self.tell(Piece(kind=kind, text=text))
+
+    def _watch(self, tokens: torch.Tensor, _: Any, **__: Any) -> torch.Tensor:
+        """A stopping criterion: whether the answer is not wanted any more."""
+        import torch
+
+        self.beat("answer")
+        unwanted = stop_path(self.job).exists()
+        return torch.full((len(tokens),), unwanted, dtype=torch.bool, device=tokens.device)
+
+
+def _streamer(tokenizer: PreTrainedTokenizerBase, told: Callable[[str, bool], None]) -> Any:
+    """Transformers' streamer, which gives text out where no later token can change it."""
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            told(text, stream_end)
+
+    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

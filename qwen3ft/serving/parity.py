@@ -1,0 +1,168 @@
+"""The three forms of one fine-tuned model on the same held-out rows: are they still the same?
+
+What was tested and promoted is the adapter on 4-bit weights. Merging leaves out what quantising
+those weights cost, rounds to bfloat16, and quantising the result again rounds the adapter with it.
+Guarantees: one form is in memory at a time, within the budget of the caller's process; answers are
+greedy, as in the inference test.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen3ft.errors import DataLoadingError, InsufficientMemoryError
+from qwen3ft.evaluation.answer_loss import answer_loss
+from qwen3ft.evaluation.answers import exact_match
+from qwen3ft.evaluation.generation import answer_questions
+from qwen3ft.evaluation.inference import InferenceTester
+from qwen3ft.files import read_json_lines
+from qwen3ft.logs import get_logger
+from qwen3ft.model.manager import ModelManager
+from qwen3ft.records.export_records import (
+    ADAPTER,
+    MERGED,
+    REQUANTISED,
+    ExportRequest,
+    FormScore,
+    ParityReport,
+)
+from qwen3ft.records.plan import GIB
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from qwen3ft.machine.memory import MemoryOptimizer
+
+logger = get_logger("parity")
+
+LOADED_SHARE = 0.7
+"""Of the budget, for the weights of the merged model; what is left is for asking it."""
+
+Loaded = tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a form made of the rows."""
+
+    answers: list[str]
+    right: list[bool]
+    answer_loss: float
+    seconds: float
+
+
+def measure_parity(
+    request: ExportRequest, memory: MemoryOptimizer, beat: Callable[[str, int], None]
+) -> ParityReport:
+    """Ask the adapter, the merged model and the merged model in 4 bits the same rows.
+
+    Raises:
+        DataLoadingError: there are no rows.
+        InsufficientMemoryError: the merged model does not fit the budget on a CPU.
+        OutOfMemoryError: not even one row fits.
+    """
+    config = request.config
+    rows = _read_rows(Path(request.rows_path), config.export_rows)
+    in_4_bits = ModelManager(config.model_copy(update={"quantization": (request.quantization,)}))
+    loaders: dict[str, Callable[[], Loaded]] = {
+        ADAPTER: partial(InferenceTester(config).load_finetuned_model, request.adapter),
+        MERGED: partial(_load_merged, request, memory),
+        REQUANTISED: partial(in_4_bits.load_model_with_quantization, request.merged),
+    }
+    asked = {}
+    for form, load in loaders.items():
+        beat(f"{form} load", 0)
+        asked[form] = _ask(load(), request, rows, partial(beat, form))
+        gc.collect()
+        memory.cleanup_gpu_memory()
+        memory.enforce_budget()
+        logger.info("%s: answer loss %.4f", form, asked[form].answer_loss)
+    return ParityReport(
+        rows=len(rows),
+        thinking=any(row.get("reasoning") for row in rows),
+        max_loss_drift=config.export_max_loss_drift,
+        max_lost_answers=config.export_max_lost_answers,
+        scores=tuple(_score(form, asked[form], asked[ADAPTER]) for form in loaders),
+    )
+
+
+def _read_rows(path: Path, limit: int) -> list[dict[str, Any]]:
+    """At most `limit` rows, spread over the file."""
+    rows, _ = read_json_lines(path)
+    if not rows:
+        raise DataLoadingError(
+            f"There are no held-out rows in {path}.",
+            why="Without them nothing shows whether the merged model is still the same.",
+            next_command="qwen3ft export --rows FILE",
+            path=str(path),
+        )
+    return (
+        [rows[index * len(rows) // limit] for index in range(limit)] if len(rows) > limit else rows
+    )
+
+
+def _ask(
+    loaded: Loaded, request: ExportRequest, rows: Sequence[Any], progress: Callable[[int], None]
+) -> _Asked:
+    model, tokenizer = loaded
+    config, started = request.config, time.monotonic()
+    escape = config.special_tokens_in_text == "escape"
+    given = answer_questions(
+        model,
+        tokenizer,
+        rows,
+        batch_size=request.batch_size,
+        max_new_tokens=config.max_new_tokens,
+        thinking=[bool(row.get("reasoning")) for row in rows],
+        progress=progress,
+        escape=escape,
+    )
+    loss = answer_loss(model, tokenizer, rows, request.batch_size, progress, escape=escape)
+    answers = [answer.answer for answer in given]
+    right = [exact_match(text, row["answer"]) for text, row in zip(answers, rows, strict=True)]
+    return _Asked(answers, right, loss, time.monotonic() - started)
+
+
+def _load_merged(request: ExportRequest, memory: MemoryOptimizer) -> Loaded:
+    """The merged model; what of it the budget does not hold waits in host memory.
+
+    Raises:
+        InsufficientMemoryError: on a CPU, where there is no other place.
+    """
+    needed_gb = 2 * request.shape.total_parameters / GIB
+    status = memory.status()
+    manager = ModelManager(request.config)
+    if needed_gb <= LOADED_SHARE * status.available_gb:
+        return manager.load_merged(Path(request.merged))
+    if request.device == "cuda":
+        budget_bytes = int(LOADED_SHARE * status.available_gb * GIB)
+        return manager.load_merged(Path(request.merged), budget_bytes)
+    raise InsufficientMemoryError(
+        f"The merged model takes {needed_gb:.1f} GB; of the budget of {status.total_gb:.1f} GB "
+        f"{LOADED_SHARE * status.available_gb:.1f} GB are left for it.",
+        why="Without a GPU it has to be in memory as a whole to be compared with the adapter.",
+        next_command=f"qwen3ft export --set max_memory_gb={2 * needed_gb + 1:.0f}",
+        needed_gb=needed_gb,
+        budget_gb=status.total_gb,
+    )
+
+
+def _score(form: str, asked: _Asked, adapter: _Asked) -> FormScore:
+    rows = len(asked.answers)
+    same = sum(ours == theirs for ours, theirs in zip(asked.answers, adapter.answers, strict=True))
+    lost = sum(was and not now for was, now in zip(adapter.right, asked.right, strict=True))
+    return FormScore(
+        form=form,
+        exact_match=sum(asked.right) / rows,
+        answer_loss=asked.answer_loss,
+        same_answers=same / rows,
+        lost_answers=lost / rows,
+        loss_drift=asked.answer_loss - adapter.answer_loss,
+        seconds=asked.seconds,
+    )

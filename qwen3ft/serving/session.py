@@ -1,0 +1,117 @@
+"""Asking a fine-tuned model: it runs in a worker, within the memory budget, and answers in pieces.
+
+Guarantees: when `Session` is left, however that happens, the worker is gone and so are the files in
+between, with what was asked in them. This process imports no torch.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from qwen3ft.errors import FinetuneError, WorkerCrashedError
+from qwen3ft.files import append_json_line, read_json_lines
+from qwen3ft.jobs.folders import JobDir
+from qwen3ft.jobs.launcher import POLL_SECONDS, run_worker
+from qwen3ft.jobs.processes import GRACE_SECONDS
+from qwen3ft.records.ask_records import (
+    Asking,
+    AskOutcome,
+    AskRequest,
+    Piece,
+    pieces_path,
+    questions_path,
+    stop_path,
+)
+
+TAIL_SECONDS = 0.02
+
+
+class Session:
+    """A worker that answers questions until the session is left.
+
+    Args:
+        request: What to load, and how to ask it.
+    """
+
+    def __init__(self, request: AskRequest) -> None:
+        self._request = request
+        self._offset = 0
+        self._failure: list[Exception] = []
+
+    def __enter__(self) -> Self:
+        config = self._request.config
+        parent = Path(config.cache_dir).resolve() / "sessions"
+        parent.mkdir(parents=True, exist_ok=True)
+        self._job = JobDir(Path(tempfile.mkdtemp(dir=parent))).create(self._request)
+        self._thread = threading.Thread(target=self._run, name="ask", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        stop_path(self._job).touch()
+        append_json_line(questions_path(self._job), Asking(end=True).model_dump(mode="json"))
+        # A worker that is still loading does not look at either; it dies with this process.
+        self._thread.join(GRACE_SECONDS if kind is None else 2 * POLL_SECONDS)
+        shutil.rmtree(self._job.path, ignore_errors=True)
+
+    def wait_until_ready(self) -> None:
+        """Wait until the model is loaded.
+
+        Raises:
+            FinetuneError: what ended the worker.
+        """
+        for piece in self._pieces():
+            if piece.kind == "ready":
+                return
+
+    def ask(self, messages: Sequence[dict[str, Any]]) -> Iterator[Piece]:
+        """Ask for the next turn of the assistant; gives what it writes, an 'end' last.
+
+        Raises:
+            FinetuneError: what ended the worker.
+        """
+        asking = Asking(messages=tuple(messages))
+        append_json_line(questions_path(self._job), asking.model_dump(mode="json"))
+        for piece in self._pieces():
+            if piece.kind == "ready":
+                continue
+            yield piece
+            if piece.kind == "end":
+                return
+
+    def _pieces(self) -> Iterator[Piece]:
+        while True:
+            ended = not self._thread.is_alive()
+            lines, self._offset = read_json_lines(pieces_path(self._job), self._offset)
+            yield from (Piece.model_validate(line) for line in lines)
+            if ended and not lines:
+                raise self._failure[0] if self._failure else _ended_early()
+            time.sleep(TAIL_SECONDS)
+
+    def _run(self) -> None:
+        try:
+            run_worker(
+                "answer", self._job, AskOutcome, stall_seconds=self._request.config.stall_seconds
+            )
+        except (FinetuneError, OSError) as error:
+            self._failure.append(error)
+
+
+def _ended_early() -> WorkerCrashedError:
+    return WorkerCrashedError(
+        "The worker that answers ended before it was told to.",
+        why="It left no reason.",
+        next_command="qwen3ft doctor",
+    )

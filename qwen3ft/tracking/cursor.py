@@ -1,0 +1,118 @@
+"""How much of a run MLflow has: the cursor over its journal and its attempts' files.
+
+The cursor is `runs/<run_id>/tracking.state.json`: ids of the MLflow runs and the offsets, in bytes,
+of what was confirmed. Losing it loses nothing: everything is then sent again. Only complete lines
+count; a last line without its newline is not there yet.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from pydantic import BaseModel, Field, ValidationError
+
+from qwen3ft.jobs.folders import RunDir, write_record
+from qwen3ft.tracking.journal import AnyOperation, AttemptStarted, journal_path, parse_operation
+
+_POLL_SECONDS = 0.05
+
+
+class Line(NamedTuple):
+    """One complete line of a file, and the offset just after it."""
+
+    content: bytes
+    end_offset: int
+
+
+def lines_from(path: Path, offset: int = 0) -> Iterator[Line]:
+    """The complete lines of `path` from byte `offset` on; none if there is no such file."""
+    try:
+        stream = path.open("rb")
+    except FileNotFoundError:
+        return
+    with stream:
+        stream.seek(offset)
+        for content in stream:
+            if not content.endswith(b"\n"):
+                return
+            offset += len(content)
+            yield Line(content, offset)
+
+
+def operations(run_dir: RunDir, offset: int = 0) -> Iterator[AnyOperation]:
+    """Every readable operation from byte `offset` of the journal on."""
+    parsed = (parse_operation(line.content) for line in lines_from(journal_path(run_dir), offset))
+    return (operation for operation in parsed if operation is not None)
+
+
+class AttemptCursor(BaseModel):
+    """A child run, and how much of its attempt's files MLflow has."""
+
+    run_id: str
+    metrics_offset: int = 0
+    memory_offset: int = 0
+
+
+class TrackingState(BaseModel):
+    """What MLflow has of one run."""
+
+    experiment_id: str | None = None
+    parent_run_id: str | None = None
+    journal_offset: int = 0
+    attempts: dict[int, AttemptCursor] = Field(default_factory=dict)
+    tables: list[str] = Field(default_factory=list, description="Artifact paths of the tables.")
+
+
+def state_path(run_dir: RunDir) -> Path:
+    """Where the cursor is."""
+    return run_dir.path / "tracking.state.json"
+
+
+def read_state(run_dir: RunDir) -> TrackingState:
+    """The cursor; an empty one where none (or no readable one) was written."""
+    try:
+        return TrackingState.model_validate_json(state_path(run_dir).read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return TrackingState()
+
+
+def write_state(run_dir: RunDir, state: TrackingState) -> None:
+    """Replace the cursor, durably."""
+    write_record(state_path(run_dir), state)
+
+
+def parent_run_id(run_dir: RunDir) -> str | None:
+    """The MLflow id of the run, once MLflow has it."""
+    return read_state(run_dir).parent_run_id
+
+
+def outstanding(run_dir: RunDir) -> int:
+    """Operations and lines of metrics that MLflow does not have yet."""
+    state = read_state(run_dir)
+    count = sum(1 for _ in lines_from(journal_path(run_dir), state.journal_offset))
+    pending = operations(run_dir, state.journal_offset)
+    started = [operation.number for operation in pending if isinstance(operation, AttemptStarted)]
+    cursors = {number: AttemptCursor(run_id="") for number in started}
+    for number, cursor in (cursors | state.attempts).items():
+        job = run_dir.attempt(number)
+        count += sum(1 for _ in lines_from(job.metrics, cursor.metrics_offset))
+        count += sum(1 for _ in lines_from(job.memory, cursor.memory_offset))
+    return count
+
+
+def wait_until_sent(run_dir: RunDir, timeout_seconds: float) -> bool:
+    """Wait until MLflow has what was journaled before this call; False if that took too long.
+
+    Some other thread or process must be sending it; an operation that was refused counts as sent.
+    """
+    path = journal_path(run_dir)
+    target = path.stat().st_size if path.exists() else 0
+    deadline = time.monotonic() + timeout_seconds
+    while read_state(run_dir).journal_offset < target:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_SECONDS)
+    return True

@@ -1,0 +1,280 @@
+"""The journal of tracking operations: what should be in MLflow, kept as plain files of the run.
+
+One operation per line of `runs/<run_id>/tracking.jsonl`, in order. An attempt's own metrics are not
+in it: they are in the attempt's folder, which the operation "attempt_started" refers to.
+
+Guarantees: appending touches one local file and nothing else, so it neither waits for MLflow nor
+fails because of it; a line written survives a kill of the process, and a line torn by one is
+separated from the next and skipped by readers. Secrets are masked before anything is written. A
+power cut may lose the last lines that were not sent yet.
+
+It does not send anything: `qwen3ft.tracking.mirror` does; `qwen3ft.tracking.cursor` knows how much
+was sent.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from qwen3ft.jobs.folders import RunDir
+from qwen3ft.logs import mask_secrets
+from qwen3ft.records.data import DatasetManifest
+from qwen3ft.records.plan import GIB, TrainPlan
+
+RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
+"""How a run or an attempt ended, in MLflow's words."""
+
+_DIGEST_CHARACTERS = 36  # the longest digest of a dataset that MLflow accepts
+
+
+class Operation(BaseModel):
+    """One line of the journal. Non-finite numbers are kept, as strings."""
+
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
+
+    time_ms: int = Field(default_factory=lambda: time.time_ns() // 1_000_000)
+
+
+class RunStarted(Operation):
+    """The parent run begins, or goes on after a restart."""
+
+    kind: Literal["run_started"] = "run_started"
+    uid: str = Field(default_factory=lambda: uuid.uuid4().hex)
+    name: str
+    params: dict[str, str]
+    tags: dict[str, str]
+
+
+class RunFinished(Operation):
+    """The parent run ended."""
+
+    kind: Literal["run_finished"] = "run_finished"
+    status: RunStatus
+
+
+class AttemptStarted(Operation):
+    """A child run begins; its metrics are read from the attempt's folder."""
+
+    kind: Literal["attempt_started"] = "attempt_started"
+    number: int
+    params: dict[str, str]
+    plan: str
+    budget_gb: float
+    predicted_gb: float
+
+
+class AttemptEnded(Operation):
+    """A child run ended; its figures are drawn now."""
+
+    kind: Literal["attempt_ended"] = "attempt_ended"
+    number: int
+    status: RunStatus
+    tags: dict[str, str]
+
+
+class Metrics(Operation):
+    """Numbers on the parent run."""
+
+    kind: Literal["metrics"] = "metrics"
+    values: dict[str, float]
+    step: int
+
+
+class Tags(Operation):
+    """Tags on the parent run; a later value replaces an earlier one."""
+
+    kind: Literal["tags"] = "tags"
+    values: dict[str, str]
+
+
+class DatasetInput(Operation):
+    """The rows trained on, as MLflow describes a dataset; the four texts are JSON."""
+
+    kind: Literal["dataset"] = "dataset"
+    name: str
+    digest: str
+    source: str
+    column_schema: str
+    profile: str
+
+
+class TextArtifact(Operation):
+    """A small file whose content is in the journal itself."""
+
+    kind: Literal["text"] = "text"
+    path: str
+    content: str
+
+
+class Artifacts(Operation):
+    """A local file or folder, read when it is sent."""
+
+    kind: Literal["artifacts"] = "artifacts"
+    local_path: str
+    artifact_path: str
+
+
+class Table(Operation):
+    """A file of JSON lines, shown as a table."""
+
+    kind: Literal["table"] = "table"
+    local_path: str
+    path: str
+
+
+AnyOperation = Annotated[
+    RunStarted
+    | RunFinished
+    | AttemptStarted
+    | AttemptEnded
+    | Metrics
+    | Tags
+    | DatasetInput
+    | TextArtifact
+    | Artifacts
+    | Table,
+    Field(discriminator="kind"),
+]
+
+_OPERATION: TypeAdapter[AnyOperation] = TypeAdapter(AnyOperation)
+
+
+class Journal:
+    """Appends operations to a run's `tracking.jsonl`; one writer per run, any number of threads.
+
+    Every method raises OSError if the local disk does not take the line, and nothing else.
+    """
+
+    def __init__(self, run_dir: RunDir) -> None:
+        self.path = journal_path(run_dir)
+
+    def run_started(self, name: str, params: Mapping[str, Any], tags: Mapping[str, Any]) -> None:
+        """Begin the parent run, or continue it after a restart."""
+        self._append(RunStarted(name=name, params=_texts(params), tags=_texts(tags)))
+
+    def run_finished(self, status: RunStatus) -> None:
+        """End the parent run."""
+        self._append(RunFinished(status=status))
+
+    def attempt_started(self, plan: TrainPlan) -> None:
+        """Begin the child run `attempt-<n>`; from now on its folder's metrics are followed."""
+        self._append(
+            AttemptStarted(
+                number=plan.attempt,
+                params=_texts(flat_params(plan)),
+                plan=mask_secrets(plan.model_dump_json(indent=2)),
+                budget_gb=plan.max_memory_gb,
+                predicted_gb=plan.predicted_peak_bytes / GIB,
+            )
+        )
+
+    def attempt_ended(
+        self, number: int, status: RunStatus, tags: Mapping[str, Any] | None = None
+    ) -> None:
+        """End a child run, once its worker writes no more."""
+        self._append(AttemptEnded(number=number, status=status, tags=_texts(tags or {})))
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        """Log numbers on the parent run."""
+        named = {_name(key): float(value) for key, value in values.items()}
+        self._append(Metrics(values=named, step=step))
+
+    def tags(self, values: Mapping[str, Any]) -> None:
+        """Set tags on the parent run."""
+        self._append(Tags(values=_texts(values)))
+
+    def dataset(self, manifest: DatasetManifest) -> None:
+        """Log the rows used as a dataset input with its digest."""
+        self._append(describe_dataset(manifest))
+
+    def text(self, path: str, content: str) -> None:
+        """Put `content` at `path` of the parent's artifacts."""
+        self._append(TextArtifact(path=path, content=mask_secrets(content)))
+
+    def json(self, path: str, value: Any) -> None:
+        """Put `value` as indented JSON at `path` of the parent's artifacts."""
+        self.text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+    def artifacts(self, local_path: Path, artifact_path: str) -> None:
+        """Copy a folder's content (or one file) below `artifact_path`; it must stay until sent."""
+        self._append(Artifacts(local_path=str(local_path.resolve()), artifact_path=artifact_path))
+
+    def table(self, answers_path: Path, path: str = "inference/answers.json") -> None:
+        """Show a file of JSON lines (one object a row) as a table; it must stay until sent."""
+        self._append(Table(local_path=str(answers_path.resolve()), path=path))
+
+    def _append(self, operation: Operation) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        line = operation.model_dump_json().encode() + b"\n"
+        with self.path.open("ab+") as stream:
+            if stream.tell() and (stream.seek(-1, 2), stream.read(1))[1] != b"\n":
+                line = b"\n" + line  # a kill tore the last line: keep it apart from this one
+            stream.write(line)
+
+
+def parse_operation(line: bytes) -> AnyOperation | None:
+    """The operation on one line, or None for a torn or unknown one."""
+    try:
+        return _OPERATION.validate_json(line)
+    except ValidationError:
+        return None
+
+
+def journal_path(run_dir: RunDir) -> Path:
+    """Where the run's operations are."""
+    return run_dir.path / "tracking.jsonl"
+
+
+# --- values as MLflow wants them ---
+
+
+def flat_params(plan: TrainPlan) -> dict[str, Any]:
+    """The plan as one level of names: `model.shape.hidden_size`, `predicted_gb.<part>`, ..."""
+    whole = plan.model_dump(
+        mode="json", exclude={"predicted": True, "reasons": True, "dataset": {"sources", "reasons"}}
+    )
+    flat = dict(_flatten("", whole))
+    flat["effective_batch_size"] = plan.effective_batch_size
+    flat["predicted_gb.total"] = round(plan.predicted_peak_bytes / GIB, 4)
+    flat |= {f"predicted_gb.{part.name}": round(part.bytes / GIB, 4) for part in plan.predicted}
+    return flat
+
+
+def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flatten(f"{prefix}.{key}" if prefix else key, inner)
+    else:
+        yield prefix, ", ".join(map(str, value)) if isinstance(value, list) else value
+
+
+def describe_dataset(manifest: DatasetManifest) -> DatasetInput:
+    """The manifest in the terms of an MLflow dataset; the profile holds the whole digest."""
+    columns = [
+        {"type": "string", "name": name, "required": True} for name in manifest.columns.values()
+    ]
+    sources = [source.model_dump(mode="json") for source in manifest.sources]
+    profile = manifest.model_dump(mode="json", exclude={"sources"})
+    return DatasetInput(
+        name="question-answer rows",
+        digest=manifest.digest[:_DIGEST_CHARACTERS],
+        source=json.dumps({"uri": manifest.path, "sources": sources}),
+        column_schema=json.dumps({"mlflow_colspec": columns}),
+        profile=json.dumps(profile),
+    )
+
+
+def _name(text: str) -> str:
+    return re.sub(r"[^\w\-. /]", "_", text)
+
+
+def _texts(values: Mapping[str, Any]) -> dict[str, str]:
+    return {_name(key): mask_secrets(str(value)) for key, value in values.items()}

@@ -1,0 +1,240 @@
+"""Keeps MLflow up to date with a run while it runs, and catches up afterwards.
+
+`Mirror` sends continuously from a daemon thread of the flow's process; `replay` sends what is left
+of one run once, in the foreground; `replay_unsent` does so for every earlier run.
+
+Guarantees: the caller never waits for MLflow beyond the timeout it gives, and never sees its
+errors; an outage is reported once, retried after 1 s, 2 s, ... up to 30 s, and loses nothing (see
+`qwen3ft.tracking.sender`). One process at a time sends a run (a file lock, which the kernel
+releases if the process dies). A thread stuck in a request does not keep the process from exiting.
+
+System metrics are sampled live and not journaled: those of an outage are missing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qwen3ft.errors import TrackingUnavailableError
+from qwen3ft.jobs.folders import RunDir
+from qwen3ft.logs import get_logger, mask_secrets
+from qwen3ft.tracking.cursor import operations, outstanding, wait_until_sent
+from qwen3ft.tracking.journal import (
+    AttemptEnded,
+    AttemptStarted,
+    Journal,
+    RunFinished,
+    RunStarted,
+)
+from qwen3ft.tracking.sender import Sender
+from qwen3ft.tracking.tracking import start_system_metrics
+
+POLL_SECONDS = 1.0
+"""How often the journal and the attempts' files are looked at."""
+
+_FIRST_WAIT_SECONDS = 1.0
+_LONGEST_WAIT_SECONDS = 30.0
+_LAST_WAIT_SECONDS = 0.3
+_HOPE_SECONDS = 60.0
+"""After so long an outage `close` gives MLflow `_LAST_TRY_SECONDS` and no more."""
+_LAST_TRY_SECONDS = 2.0
+
+_log = get_logger("tracking")
+
+
+class Mirror:
+    """Sends a run to MLflow from a thread, from `start` until `close`.
+
+    Args:
+        run_dir: The run; its `Journal` may be written to before, during and after.
+        tracking_uri: Where MLflow is. It need not be reachable.
+    """
+
+    def __init__(self, run_dir: RunDir, tracking_uri: str) -> None:
+        self.run_dir = run_dir
+        self.tracking_uri = tracking_uri
+        self._system_metrics: Any | None = None
+        self._wake = threading.Event()
+        self._closing = threading.Event()
+        self._abandoned = threading.Event()
+        self._out_since: float | None = None
+        self._thread = threading.Thread(target=self._run, name="mlflow-mirror", daemon=True)
+
+    def start(self) -> Mirror:
+        """Begin to send; returns at once.
+
+        Start it before the run is journaled: a run that nobody sends counts as abandoned.
+        """
+        self._thread.start()
+        return self
+
+    def flush(self, timeout_seconds: float) -> bool:
+        """Wait until MLflow has what was journaled before this call; False if it took too long."""
+        self._wake.set()
+        return wait_until_sent(self.run_dir, timeout_seconds)
+
+    def close(self, timeout_seconds: float = 30.0) -> bool:
+        """Send the rest and stop, within `timeout_seconds`; sooner if MLflow has long been gone.
+
+        Returns:
+            Whether MLflow has everything; what it lacks stays in the journal for `replay`.
+        """
+        self._closing.set()
+        self._wake.set()
+        end = time.monotonic() + timeout_seconds
+        if self._out_since is not None and self._thread.is_alive():
+            hope_seconds = _HOPE_SECONDS - (time.monotonic() - self._out_since)
+            self._thread.join(min(timeout_seconds, max(_LAST_TRY_SECONDS, hope_seconds)))
+        if self._out_since is None and self._thread.is_alive():
+            self._thread.join(max(0.0, end - time.monotonic()))
+        self._abandoned.set()
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(_LAST_WAIT_SECONDS)  # unless stuck in a request, it frees the lock
+        return not self._thread.is_alive() and outstanding(self.run_dir) == 0
+
+    def _run(self) -> None:
+        is_done = False
+        while not is_done and not self._abandoned.is_set():
+            with _sole_sender(self.run_dir) as is_sole:
+                if is_sole:
+                    self._send_until_closed()
+            is_done = is_sole or self._closing.wait(POLL_SECONDS)
+
+    def _send_until_closed(self) -> None:
+        sender = Sender(self.run_dir, self.tracking_uri)
+        wait_seconds = _FIRST_WAIT_SECONDS
+        while not self._abandoned.is_set():
+            try:
+                worked = sender.step()
+            except TrackingUnavailableError as error:
+                if self._out_since is None:
+                    self._report_outage(error)
+                    self._out_since = time.monotonic()
+                woken = self._wake.wait(wait_seconds)
+                self._wake.clear()
+                longer_seconds = min(2 * wait_seconds, _LONGEST_WAIT_SECONDS)
+                wait_seconds = _FIRST_WAIT_SECONDS if woken else longer_seconds
+                continue
+            was_out, self._out_since = self._out_since is not None, None
+            if was_out:
+                _log.info("MLflow at %s is back.", mask_secrets(self.tracking_uri))
+            self._sample_system(sender, restart=was_out)
+            wait_seconds = _FIRST_WAIT_SECONDS
+            if not worked:
+                if self._closing.is_set():
+                    break
+                self._wake.wait(POLL_SECONDS)
+                self._wake.clear()
+        self._stop_sampling()
+
+    def _report_outage(self, error: TrackingUnavailableError) -> None:
+        _log.warning(
+            "MLflow at %s is unreachable; everything is kept in %s and will be sent later. (%s)",
+            mask_secrets(self.tracking_uri),
+            self.run_dir.path,
+            error.what,
+        )
+
+    def _sample_system(self, sender: Sender, *, restart: bool) -> None:
+        """See that MLflow's monitor runs; it ends itself in an outage."""
+        run_id, connection = sender.state.parent_run_id, sender.connection
+        if run_id is None or connection is None or self._closing.is_set():
+            return
+        if restart:
+            self._stop_sampling()
+        if self._system_metrics is None:
+            self._system_metrics = start_system_metrics(connection, run_id)
+
+    def _stop_sampling(self) -> None:
+        if self._system_metrics is not None:
+            self._system_metrics.finish()
+            self._system_metrics = None
+
+
+def replay(run_dir: RunDir, tracking_uri: str) -> bool:
+    """Send what MLflow lacks of one run, in the foreground, without retries.
+
+    Returns:
+        Whether MLflow has everything now; False also while another process sends this run.
+    """
+    with _sole_sender(run_dir) as is_sole:
+        return is_sole and _send_all(run_dir, tracking_uri)
+
+
+def replay_unsent(runs_dir: Path, tracking_uri: str, *, current: RunDir | None = None) -> int:
+    """Send what MLflow lacks of every run below `runs_dir` that nothing is sending now.
+
+    `current` is a run that this process is just beginning; it is left alone. A run whose process
+    died is first closed as KILLED. Ends at the first sign of an outage.
+
+    Returns:
+        The number of runs that MLflow does not have completely.
+    """
+    runs = [RunDir(path.parent) for path in sorted(runs_dir.glob("*/tracking.jsonl"))]
+    runs = [run_dir for run_dir in runs if run_dir != current]
+    reachable = True
+    for run_dir in runs:
+        with _sole_sender(run_dir) as is_sole:
+            if not is_sole:
+                continue
+            _close_abandoned(run_dir)
+            if reachable and outstanding(run_dir):
+                reachable = _send_all(run_dir, tracking_uri)
+    return sum(1 for run_dir in runs if outstanding(run_dir))
+
+
+def _send_all(run_dir: RunDir, tracking_uri: str) -> bool:
+    sender = Sender(run_dir, tracking_uri)
+    try:
+        while sender.step():
+            pass
+    except TrackingUnavailableError as error:
+        _log.warning("%s is kept and will be sent later. %s", run_dir.path, error.what)
+        return False
+    return outstanding(run_dir) == 0
+
+
+def _close_abandoned(run_dir: RunDir) -> None:
+    """Journal the end of a run, and of its attempts, that a dead process left open."""
+    is_open, attempts = False, set[int]()
+    for operation in operations(run_dir):
+        match operation:
+            case RunStarted():
+                is_open = True
+            case RunFinished():
+                is_open = False
+            case AttemptStarted():
+                attempts.add(operation.number)
+            case AttemptEnded():
+                attempts.discard(operation.number)
+            case _:
+                pass
+    if is_open:
+        journal = Journal(run_dir)
+        for number in sorted(attempts):
+            journal.attempt_ended(number, "KILLED")
+        journal.run_finished("KILLED")
+
+
+@contextmanager
+def _sole_sender(run_dir: RunDir) -> Iterator[bool]:
+    """Whether this process may send the run; no other may while the block runs."""
+    run_dir.path.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(run_dir.path / "tracking.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)

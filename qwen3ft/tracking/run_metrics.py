@@ -1,0 +1,105 @@
+"""What MLflow knows of a run at a glance: few keys, the same every night, so that a month compares.
+
+`METRICS` and `TAGS` are the whole of it on the parent run, beside what MLflow itself adds
+(`system/...`, `mlflow...`) and the settings as parameters; docs/tracking.md explains each. Curves
+are on the child run of each attempt. Guarantees: pure; a number that is not finite is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from qwen3ft.records.evaluation import MODELS, InferenceReport, RunCard
+from qwen3ft.records.plan import GIB
+from qwen3ft.records.preflight import PreflightReport
+
+SCORES = ("exact_match", "token_f1", "answer_loss", "ability_loss")
+STAGES = (
+    *("environment", "model", "lora", "data", "plan", "preflight", "train", "save"),
+    *("inference", "judge", "promote"),
+)
+
+METRICS = (
+    *(f"{score}/{model}" for score in SCORES for model in MODELS),
+    *("gain", "gain_low", "gain_high"),
+    *("judge/win_share", "judge/rows"),
+    *("held_out_loss/first", "held_out_loss/best"),
+    *("rows/trained", "rows/new", "attempts"),
+    *("memory/peak_gb", "memory/predicted_gb", "memory/preflight_gb", "memory/budget_gb"),
+    *("tokens_per_second", "seconds/total"),
+    *(f"seconds/{stage}" for stage in STAGES),
+)
+"""Every metric that a parent run can have."""
+
+TAGS = (
+    *("verdict", "verdict_sentence", "degraded", "failure"),
+    *("run", "data_digest", "champion_before", "version"),
+    *("prefect.flow_run_id", "prefect.flow_run_url"),
+)
+"""Every tag of ours that a parent run can have, but for `qwen3ft.uid`, by which it is found."""
+
+MOST_TAG_CHARACTERS = 2000
+
+
+def report_metrics(report: InferenceReport) -> dict[str, float]:
+    """The scores of every model that was evaluated, and what the judge made of them."""
+    values = {
+        f"{name}/{score.label}": getattr(score, name) for score in report.scores for name in SCORES
+    }
+    if report.judge is not None and report.judge.judged:
+        values |= {"judge/win_share": report.judge.win_share, "judge/rows": report.judge.judged}
+    return _finite(values)
+
+
+def preflight_metrics(report: PreflightReport) -> dict[str, float]:
+    """Memory predicted and, where the preflight came to its end, measured."""
+    measured = None if report.failure else report.measured_bytes / GIB
+    predicted = report.predicted_bytes / GIB
+    return _finite({"memory/predicted_gb": predicted, "memory/preflight_gb": measured})
+
+
+def card_metrics(card: RunCard) -> dict[str, float]:
+    """What the card says in numbers, but for the scores."""
+    gain = card.gain
+    return _finite(
+        {
+            "gain": gain.gain if gain else None,
+            "gain_low": gain.low if gain else None,
+            "gain_high": gain.high if gain else None,
+            "held_out_loss/first": card.held_out_loss_before,
+            "held_out_loss/best": card.held_out_loss_after,
+            "rows/trained": card.data.went["trained on"] if card.data else None,
+            "rows/new": card.data.new_rows if card.data else None,
+            "attempts": len(card.attempts) if card.attempts else None,
+            "memory/peak_gb": card.peak_memory_gb,
+            "memory/predicted_gb": card.plan.predicted_gb if card.plan else None,
+            "memory/budget_gb": card.budget_gb,
+            "tokens_per_second": card.tokens_per_second,
+            "seconds/total": sum(card.seconds_by_stage.values()) or None,
+            **{f"seconds/{stage}": seconds for stage, seconds in card.seconds_by_stage.items()},
+        }
+    )
+
+
+def card_tags(card: RunCard) -> dict[str, str]:
+    """What one filters and groups by: `tags.verdict = 'promoted'`."""
+    tags = {
+        "verdict": card.outcome,
+        "verdict_sentence": card.verdict[:MOST_TAG_CHARACTERS],
+        "degraded": "; ".join(card.degraded)[:MOST_TAG_CHARACTERS] or "no",
+        "run": card.run_id,
+    }
+    tags |= {"champion_before": card.champion_version} if card.champion_version else {}
+    tags |= {"data_digest": card.data.digest} if card.data else {}
+    tags |= {"version": card.version} if card.version else {}
+    tags |= {"failure": card.failure.kind} if card.failure else {}
+    return tags
+
+
+def _finite(values: Mapping[str, float | None]) -> dict[str, float]:
+    return {
+        name: float(value)
+        for name, value in values.items()
+        if value is not None and math.isfinite(value)
+    }

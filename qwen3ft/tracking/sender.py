@@ -1,0 +1,227 @@
+"""Sends a run's journal and its attempts' metrics to MLflow, one step at a time.
+
+Guarantees: the cursor only moves past what MLflow has confirmed, so nothing is lost, whatever
+MLflow or this process does in between. After a crash the last step may be done twice; runs are
+found again rather than made twice, and points, tags and files land on themselves. A run that MLflow
+has forgotten is sent anew in full. What MLflow refuses for good is logged and skipped.
+
+It neither retries nor waits: `qwen3ft.tracking.mirror` does, and keeps two processes from sending
+one run.
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import tempfile
+from itertools import islice
+from pathlib import Path
+
+from qwen3ft.errors import RejectedError, TrackingUnavailableError
+from qwen3ft.files import fsync_file, sha256_json
+from qwen3ft.jobs.folders import RunDir
+from qwen3ft.logs import get_logger
+from qwen3ft.tracking.cursor import (
+    AttemptCursor,
+    Line,
+    TrackingState,
+    lines_from,
+    read_state,
+    write_state,
+)
+from qwen3ft.tracking.journal import (
+    AnyOperation,
+    Artifacts,
+    AttemptEnded,
+    AttemptStarted,
+    DatasetInput,
+    Metrics,
+    RunFinished,
+    RunStarted,
+    Table,
+    Tags,
+    TextArtifact,
+    journal_path,
+    parse_operation,
+)
+from qwen3ft.tracking.points import (
+    draw_attempt,
+    draw_lengths,
+    draw_memory,
+    memory_points,
+    operation_points,
+    table_json,
+    training_points,
+)
+from qwen3ft.tracking.tracking import Connection, connect
+
+_LINES_PER_BATCH = 200  # of at most five metrics each: MLflow takes 1000 a request
+
+_log = get_logger("tracking")
+
+
+class Sender:
+    """Sends one thing at a time, in order, and moves the cursor past it."""
+
+    def __init__(self, run_dir: RunDir, tracking_uri: str) -> None:
+        self.run_dir = run_dir
+        self.tracking_uri = tracking_uri
+        self.state = read_state(run_dir)
+        self.connection: Connection | None = None
+
+    def step(self) -> bool:
+        """Send the next operation, or a batch of each attempt's lines; False if all is sent.
+
+        Raises:
+            TrackingUnavailableError: nothing was sent; the same call may succeed later.
+        """
+        try:
+            connection = self._connected()
+            line = next(lines_from(journal_path(self.run_dir), self.state.journal_offset), None)
+            if line is not None:
+                self._send_operation(connection, line)
+                return True
+            return any(self._send_lines(connection, number) for number in self.state.attempts)
+        except TrackingUnavailableError:
+            self.connection = None  # look again at what MLflow has, once it is back
+            raise
+        except (OSError, ImportError) as error:  # the run's own disk, or a broken installation
+            raise TrackingUnavailableError(
+                f"Tracking of {self.run_dir.path} is stuck: {type(error).__name__}: {error}",
+                why="The local disk is full or unreadable, or MLflow is not installed completely.",
+                next_command="qwen3ft doctor",
+            ) from error
+
+    def _connected(self) -> Connection:
+        if self.connection is None:
+            connection = connect(self.tracking_uri)
+            known = [cursor.run_id for cursor in self.state.attempts.values()]
+            known += [self.state.parent_run_id] if self.state.parent_run_id else []
+            if not all(connection.has_run(run_id) for run_id in known):
+                _log.warning("MLflow does not know this run any more; it is sent again in full.")
+                self.state = TrackingState()
+            self.state.experiment_id = connection.experiment_id
+            self.connection = connection
+        return self.connection
+
+    def _send_operation(self, connection: Connection, line: Line) -> None:
+        operation = parse_operation(line.content)
+        if operation is None:
+            _log.warning("An unreadable line of %s is skipped.", journal_path(self.run_dir))
+        else:
+            try:
+                self._apply(connection, operation)
+            except (RejectedError, ValueError, TypeError) as error:  # or a figure beyond drawing
+                _log.warning("Tracking of '%s' is skipped. %s", operation.kind, error)
+        fsync_file(journal_path(self.run_dir))  # the cursor must never be ahead of the journal
+        self.state.journal_offset = line.end_offset
+        write_state(self.run_dir, self.state)
+
+    def _apply(self, connection: Connection, operation: AnyOperation) -> None:
+        if isinstance(operation, RunStarted):
+            self._start_run(connection, operation)
+            return
+        parent = self._parent(connection, operation.time_ms)
+        match operation:
+            case AttemptStarted():
+                self._start_attempt(connection, parent, operation)
+            case AttemptEnded():
+                self._end_attempt(connection, parent, operation)
+            case Metrics():
+                connection.log(parent, points=operation_points(operation))
+            case Tags():
+                connection.log(parent, tags=operation.values)
+            case DatasetInput():
+                connection.log_dataset(parent, operation)
+                with tempfile.TemporaryDirectory(prefix="qwen3ft-") as folder:
+                    for path in draw_lengths(operation, Path(folder)):
+                        connection.upload(parent, path, "figures")
+            case TextArtifact():
+                _upload_text(connection, parent, operation.path, operation.content)
+            case Artifacts():
+                connection.upload(parent, Path(operation.local_path), operation.artifact_path)
+            case Table():
+                self._log_table(connection, parent, operation)
+            case RunFinished():
+                connection.set_status(parent, operation.status, operation.time_ms)
+
+    def _start_run(self, connection: Connection, operation: RunStarted) -> None:
+        if self.state.parent_run_id is None:
+            self.state.parent_run_id = connection.find_or_create_run(
+                operation.name, operation.time_ms, {"qwen3ft.uid": operation.uid}, operation.tags
+            )
+        else:
+            connection.set_status(self.state.parent_run_id, "RUNNING")
+            connection.log(self.state.parent_run_id, tags=operation.tags)
+        connection.log(self.state.parent_run_id, params=operation.params)
+
+    def _parent(self, connection: Connection, time_ms: int) -> str:
+        if self.state.parent_run_id is None:  # its start was unreadable or refused
+            identity = {"qwen3ft.uid": sha256_json(str(self.run_dir.path))}
+            self.state.parent_run_id = connection.find_or_create_run(
+                self.run_dir.path.name, time_ms, identity, {}
+            )
+        return self.state.parent_run_id
+
+    def _start_attempt(self, connection: Connection, parent: str, op: AttemptStarted) -> None:
+        cursor = self.state.attempts.get(op.number)
+        if cursor is None:
+            identity = {"mlflow.parentRunId": parent, "qwen3ft.attempt": str(op.number)}
+            run_id = connection.find_or_create_run(f"attempt-{op.number}", op.time_ms, identity, {})
+            cursor = AttemptCursor(run_id=run_id)
+            self.state.attempts[op.number] = cursor
+        connection.set_status(cursor.run_id, "RUNNING")
+        _upload_text(connection, cursor.run_id, "plan.json", op.plan)
+        connection.log(cursor.run_id, params=op.params)
+
+    def _end_attempt(self, connection: Connection, parent: str, op: AttemptEnded) -> None:
+        cursor = self.state.attempts.get(op.number)
+        if cursor is None:
+            raise RejectedError(f"Attempt {op.number} ended but never started.")
+        while self._send_lines(connection, op.number):
+            pass
+        connection.log(cursor.run_id, tags=op.tags)
+        connection.set_status(cursor.run_id, op.status, op.time_ms)
+        with tempfile.TemporaryDirectory(prefix="qwen3ft-") as folder:
+            for path in draw_attempt(self.run_dir, op.number, Path(folder)):
+                connection.upload(cursor.run_id, path, "figures")
+                connection.upload(parent, path, "figures")  # the last attempt's stay there
+            for path in draw_memory(self.run_dir, Path(folder)):  # but memory is of all attempts
+                connection.upload(parent, path, "figures")
+        if (report := self.run_dir.attempt(op.number).memory_report).is_dir():
+            connection.upload(cursor.run_id, report, "memory")
+
+    def _log_table(self, connection: Connection, parent: str, table: Table) -> None:
+        """What MLflow's `log_table` does; but that appends, and so must not be repeated."""
+        _upload_text(connection, parent, table.path, table_json(Path(table.local_path)))
+        self.state.tables = sorted({*self.state.tables, table.path})
+        logged = [{"path": path, "type": "table"} for path in self.state.tables]
+        connection.log(parent, tags={"mlflow.loggedArtifacts": json.dumps(logged)})
+
+    def _send_lines(self, connection: Connection, number: int) -> bool:
+        """Send the next batch of an attempt's metrics and memory; False if there was none."""
+        cursor, job = self.state.attempts[number], self.run_dir.attempt(number)
+        metrics = list(islice(lines_from(job.metrics, cursor.metrics_offset), _LINES_PER_BATCH))
+        memory = list(islice(lines_from(job.memory, cursor.memory_offset), _LINES_PER_BATCH))
+        if not metrics and not memory:
+            return False
+        for points in (
+            [point for line in metrics for point in training_points(line.content)],
+            [point for line in memory for point in memory_points(line.content)],
+        ):
+            try:
+                connection.log(cursor.run_id, points=points)
+            except RejectedError as error:
+                _log.warning("%d points of attempt %d are skipped. %s", len(points), number, error)
+        cursor.metrics_offset = metrics[-1].end_offset if metrics else cursor.metrics_offset
+        cursor.memory_offset = memory[-1].end_offset if memory else cursor.memory_offset
+        write_state(self.run_dir, self.state)
+        return True
+
+
+def _upload_text(connection: Connection, run_id: str, artifact: str, content: str) -> None:
+    parent, name = posixpath.split(artifact)
+    with tempfile.TemporaryDirectory(prefix="qwen3ft-") as folder:
+        local = Path(folder) / name
+        local.write_text(content, encoding="utf-8")
+        connection.upload(run_id, local, parent or None)

@@ -1,0 +1,106 @@
+"""Checkpoints on disk: committed whole, verified before use, pruned only behind a newer good one.
+
+A checkpoint is a folder `step-000200` whose manifest (written last) lists the sha256 of every file
+and the facts that say what it belongs to. This module knows folders and manifests; what is inside
+is written by `qwen3ft.training.checkpoint_writer` and read by `qwen3ft.training.trainer`.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen3ft.files import build_folder, find_damage, read_manifest_facts
+from qwen3ft.logs import get_logger
+from qwen3ft.records.plan import TrainPlan
+
+logger = get_logger("checkpoint")
+
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+@dataclass(frozen=True, order=True)
+class Checkpoint:
+    """One checkpoint folder; orders by step."""
+
+    step: int
+    path: Path
+
+
+def lineage(plan: TrainPlan) -> dict[str, Any]:
+    """What must agree between a checkpoint and the plan that continues from it.
+
+    Micro-batch size, recomputation, loss chunks and the learning rate may change between attempts:
+    they alter neither the order of the data nor the meaning of an optimizer step.
+    """
+    return {
+        "model": plan.model.manifest_sha256,
+        "data": plan.dataset.digest,
+        "r": plan.adapter.r,
+        "alpha": plan.adapter.alpha,
+        "target_modules": list(plan.adapter.target_modules),
+        "effective_batch_size": plan.effective_batch_size,
+        "max_sequence_length": plan.max_sequence_length,
+        "seed": plan.seed,
+    }
+
+
+def commit(
+    folder: Path, step: int, fill: Callable[[Path], None], facts: dict[str, Any]
+) -> Checkpoint:
+    """Write a checkpoint with what `fill` puts into the folder it is given; all or nothing."""
+    path = folder / f"step-{step:06d}"
+    build_folder(path, fill, {"step": step, **facts})
+    return Checkpoint(step, path)
+
+
+def list_checkpoints(folders: Iterable[Path]) -> list[Checkpoint]:
+    """Every checkpoint folder below `folders`, lowest step first, unverified.
+
+    Of two with the same step the one of the later folder comes last.
+    """
+    found = [
+        Checkpoint(int(match[1]), path)
+        for folder in folders
+        if folder.is_dir()
+        for path in sorted(folder.iterdir())
+        if (match := _NAME.fullmatch(path.name))
+    ]
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def newest_verified(
+    folders: Iterable[Path], expected: dict[str, Any] | None = None
+) -> Checkpoint | None:
+    """The checkpoint with the highest step whose every file matches its manifest.
+
+    Args:
+        folders: `checkpoints` folders of all attempts, in order of attempts.
+        expected: `lineage` of the plan that will continue; others are passed over.
+    """
+    for checkpoint in reversed(list_checkpoints(folders)):
+        if damage := find_damage(checkpoint.path):
+            logger.warning("passing over %s: %s", checkpoint.path, damage)
+            continue
+        facts = read_manifest_facts(checkpoint.path)
+        if expected and (different := [k for k, v in expected.items() if facts.get(k) != v]):
+            logger.warning("passing over %s: other %s", checkpoint.path, ", ".join(different))
+            continue
+        return checkpoint
+    return None
+
+
+def prune(folder: Path, *, keep: int, best_step: int | None) -> None:
+    """Delete old checkpoints of `folder`, never the best one nor the `keep` newest.
+
+    Nothing is deleted unless the newest verifies, so a bad disk cannot cost the last good one.
+    """
+    checkpoints = list_checkpoints([folder])
+    old = [checkpoint for checkpoint in checkpoints[:-keep] if checkpoint.step != best_step]
+    if old and find_damage(checkpoints[-1].path) is None:
+        for checkpoint in old:
+            shutil.rmtree(checkpoint.path)

@@ -1,0 +1,238 @@
+"""One training attempt: from a plan and a prepared model to an outcome.
+
+transformers' Trainer runs the loop; what is special is in `qwen3ft.training.trainer` and
+`qwen3ft.training.callbacks`. The plan is final: nothing here decides about sizes or rates.
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainingArguments
+
+from qwen3ft.errors import CheckpointCorruptError, TrainingFailureError
+from qwen3ft.files import find_damage
+from qwen3ft.jobs.folders import JobDir, RunDir
+from qwen3ft.jobs.heartbeat import Heartbeat, StopRequest
+from qwen3ft.logs import get_logger
+from qwen3ft.records.plan import AttemptOutcome, TrainPlan
+from qwen3ft.training import checkpoint
+from qwen3ft.training.callbacks import (
+    EarlyStopping,
+    FaultCallback,
+    ProgressCallback,
+    StopOnRequest,
+)
+from qwen3ft.training.checkpoint_writer import read_adapter_files
+from qwen3ft.training.faults import planted_faults
+from qwen3ft.training.leak_watch import LeakWatch
+from qwen3ft.training.trainer import QATrainer
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+    from peft import PeftModel
+    from transformers import DataCollator
+
+    from qwen3ft.machine.memory import MemoryOptimizer
+
+logger = get_logger("train")
+
+
+class TrainingEngine:
+    """Carries out `plan` in the attempt folder `job`."""
+
+    def __init__(
+        self,
+        plan: TrainPlan,
+        job: JobDir,
+        *,
+        collator: DataCollator,
+        memory: MemoryOptimizer,
+        stop: StopRequest,
+    ) -> None:
+        self.plan = plan
+        self.job = job
+        self.collator = collator
+        self.stop = stop
+        self.memory = memory
+        self.progress = ProgressCallback(job, Heartbeat(job.heartbeat), memory)
+        self.early_stopping = EarlyStopping(plan.early_stopping_patience)
+        self.leak_watch = LeakWatch(memory, job.memory_report)
+        self._started = time.monotonic()
+
+    def create_training_args(self) -> TrainingArguments:
+        """The plan in the Trainer's terms."""
+        plan = self.plan
+        return TrainingArguments(
+            output_dir=str(self.job.path),
+            # One item of the data loader is a whole step; the trainer splits it by itself.
+            per_device_train_batch_size=plan.effective_batch_size,
+            gradient_accumulation_steps=1,
+            per_device_eval_batch_size=plan.eval_batch_size,
+            max_steps=plan.total_steps,
+            learning_rate=plan.learning_rate,
+            lr_scheduler_type=plan.lr_scheduler,
+            warmup_steps=plan.warmup_steps,
+            weight_decay=plan.weight_decay,
+            max_grad_norm=plan.max_grad_norm,
+            optim="adamw_torch_fused" if plan.device == "cuda" else "adamw_torch",
+            use_cpu=plan.device == "cpu",
+            eval_strategy="steps",
+            eval_steps=plan.evaluate_every_steps,
+            eval_on_start=plan.resume_from is None,
+            save_strategy="steps",
+            save_steps=plan.evaluate_every_steps,
+            metric_for_best_model="eval_loss",
+            greater_is_better=False,
+            logging_steps=1,
+            logging_nan_inf_filter=False,  # it would hide a NaN behind the mean of earlier losses
+            seed=plan.seed,
+            remove_unused_columns=False,
+            dataloader_pin_memory=plan.device == "cuda",
+            disable_tqdm=True,
+            report_to=[],
+        )
+
+    def create_trainer(
+        self, model: PeftModel, dataset: DatasetDict, args: TrainingArguments
+    ) -> QATrainer:
+        """The trainer with this project's callbacks.
+
+        Args:
+            model: Base with adapter, ready for training.
+            dataset: Splits 'train' and 'dev' with input_ids, length, and trained or labels.
+            args: From `create_training_args`.
+        """
+        from transformers import PrinterCallback
+
+        faults = [fault for fault in planted_faults() if fault.attempt == self.plan.attempt]
+        callbacks: list[Any] = [
+            self.progress,
+            self.early_stopping,
+            StopOnRequest(self.stop),
+            self.leak_watch,
+        ]
+        trainer = QATrainer(
+            model=model,
+            args=args,
+            train_dataset=_rows(dataset["train"]),
+            eval_dataset=_rows(dataset["dev"]),
+            data_collator=self.collator,
+            callbacks=callbacks + ([FaultCallback(faults)] if faults else []),
+            plan=self.plan,
+            checkpoints=self.job.checkpoints,
+        )
+        trainer.remove_callback(PrinterCallback)
+        self.progress.trainer = trainer
+        return trainer
+
+    def train_model(self, trainer: QATrainer) -> QATrainer:
+        """Train to the end of the plan or to early stopping.
+
+        Raises:
+            PreemptedError: asked to stop; a checkpoint was saved.
+            DivergedError: non-finite gradients, before the weights were touched.
+            OutOfMemoryError: the resident-memory budget on a CPU was exceeded.
+            MemoryLeakError: memory keeps growing and would run out; a checkpoint was saved.
+        """
+        if self.plan.resume_from:
+            logger.info("continuing from %s", self.plan.resume_from)
+        # What is there now stays: the collector need not look at it again at every turn.
+        gc.collect()
+        gc.freeze()
+        try:
+            trainer.train(resume_from_checkpoint=self.plan.resume_from)
+        except BaseException:
+            try:
+                trainer.writer.wait()
+            except OSError as error:  # what ended training decides how it goes on
+                logger.error("the last checkpoint could not be written: %s", error)
+            raise
+        finally:
+            gc.unfreeze()
+        trainer.writer.wait()
+        if self.stop.signal_name is not None and not self._finished(trainer):
+            raise self.stop.error()
+        return trainer
+
+    def save_model(self, trainer: QATrainer, output_dir: str) -> None:
+        """Copy the best checkpoint's adapter into `output_dir` (the last one's if none is better).
+
+        Raises:
+            CheckpointCorruptError: the checkpoint is gone or damaged.
+        """
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        if trainer.state.best_global_step:
+            best = self._checkpoint_of(trainer.state.best_global_step)
+            for name in ("adapter_model.safetensors", "adapter_config.json"):
+                shutil.copy2(best.path / name, folder / name)
+        else:
+            read_adapter_files(trainer.model)(folder)
+
+    def outcome(self, trainer: QATrainer) -> AttemptOutcome:
+        """What was achieved.
+
+        Raises:
+            TrainingFailureError: training ended without a single evaluation.
+        """
+        state = trainer.state
+        held_out = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        if state.best_metric is None or not held_out:
+            raise TrainingFailureError(
+                f"Training ended at step {state.global_step} without an evaluation.",
+                why="The held-out loss is not finite, or there are no held-out rows.",
+                next_command=f"tail -n 50 {self.job.log}",
+            )
+        allocated_gb, reserved_gb, process_gb = self.memory.peak()
+        logger.info(
+            "%d readings for leaks took %.1f ms",
+            self.leak_watch.readings,
+            1000 * self.leak_watch.spent_seconds,
+        )
+        return AttemptOutcome(
+            attempt=self.plan.attempt,
+            attempt_dir=str(self.job.path),
+            best_checkpoint=str(self._checkpoint_of(state.best_global_step).path),
+            best_step=state.best_global_step,
+            best_held_out_loss=state.best_metric,
+            first_held_out_loss=held_out[0],
+            last_step=state.global_step,
+            epochs=state.epoch or 0.0,
+            final_loss=losses[-1] if losses else None,
+            stopped_early=self.early_stopping.stopped,
+            peak_memory_gb=process_gb,
+            peak_allocated_gb=allocated_gb,
+            peak_reserved_gb=reserved_gb,
+            tokens_per_second=self.progress.trained_tokens
+            / max(self.progress.trained_seconds, 1e-9),
+            seconds=time.monotonic() - self._started,
+        )
+
+    def _finished(self, trainer: QATrainer) -> bool:
+        return self.early_stopping.stopped or trainer.state.global_step >= self.plan.total_steps
+
+    def _checkpoint_of(self, step: int) -> checkpoint.Checkpoint:
+        """The verified checkpoint of `step`, of this attempt or an earlier one."""
+        folders = [job.checkpoints for job in RunDir(Path(self.plan.run_dir)).attempts()]
+        candidates = [c for c in checkpoint.list_checkpoints(folders) if c.step == step]
+        for candidate in reversed(candidates):
+            if find_damage(candidate.path) is None:
+                return candidate
+        raise CheckpointCorruptError(
+            f"The best checkpoint, of step {step}, is missing or damaged.",
+            why="Its files do not match their manifest.",
+            next_command=f"ls -l {self.job.checkpoints}",
+            step=step,
+        )
+
+
+def _rows(split: Dataset) -> Dataset:
+    """The columns the trainer reads; `length` is for the order, the collators drop it."""
+    targets = "trained" if "trained" in split.column_names else "labels"
+    return split.select_columns(["input_ids", targets, "length"])

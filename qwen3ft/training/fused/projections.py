@@ -1,0 +1,214 @@
+"""Frozen 4-bit projections with low-rank adapters: products and gradients written out.
+
+y = x W' + s (x A') B' (LoRA, Hu et al. 2021, arXiv:2106.09685; ' transposes, s = alpha / r). W is
+dequantised once for all products of a pass with it. The adapter's products ride along with W's as a
+few more columns or rows of the dequantised matrix, because reading a wide activation a second time
+for them costs more than they do themselves:
+
+- `SharedInput`, projections of one input (q, k, v; gate, up): the input is stored as [x | x A'],
+  the weight as [W | s B], so one product gives y, and dy [W | s B] = [dx of W | d(x A')].
+- `SingleProjection` (o; down), wide in and narrow out: the gradient is stored as [dy | dy s B],
+  the weight as [W ; A] below each other, so one product gives all of dx.
+
+Ranks are padded with zeros to a multiple of 8, so that rows stay aligned for tensor cores.
+Gradients of A and B are summed in fp32; those of B still lack the factor s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from qwen3ft.planning.recompute import padded_rank
+from qwen3ft.training.fused.weights import FourBitWeight
+
+
+class ElementWise(Protocol):
+    """The functions of `qwen3ft.training.fused.reference` and `qwen3ft.training.fused.kernels`."""
+
+    dequantize: Any
+    rms_norm: Any
+    rms_norm_backward: Any
+    norm_rotate: Any
+    norm_rotate_backward: Any
+    silu_mul: Any
+    silu_mul_backward: Any
+    cross_entropy: Any
+
+
+@dataclass
+class AdapterGradient:
+    """Sums over the chunks of tokens: of A, (rank, in), and of B, (out, rank), in fp32."""
+
+    a: torch.Tensor | None = None
+    b: torch.Tensor | None = None
+
+    def add(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Add those of one chunk."""
+        self.a = a if self.a is None else self.a.add_(a)
+        self.b = b if self.b is None else self.b.add_(b)
+
+
+class _Adapted:
+    """The weights and adapters of PEFT's `modules`, which share their input.
+
+    Raises:
+        ValueError: one of them is not plain LoRA on a 4-bit weight.
+    """
+
+    def __init__(self, modules: list[Any], ops: ElementWise) -> None:
+        for module in modules:
+            _require_plain_lora(module)
+        self.ops = ops
+        self.weights = [FourBitWeight.of(module.base_layer.weight) for module in modules]
+        names = [module.active_adapters[0] for module in modules]
+        pairs = list(zip(modules, names, strict=True))
+        self.down = [module.lora_A[name].weight for module, name in pairs]
+        self.up = [module.lora_B[name].weight for module, name in pairs]
+        self.scale, *others = {module.scaling[name] for module, name in pairs}
+        if others:
+            raise ValueError("Projections of one input have adapters of different scales.")
+        self.in_features = self.weights[0].in_features
+        self.out_features = sum(weight.out_features for weight in self.weights)
+        self.rank = padded_rank(sum(len(down) for down in self.down))
+        dtype, device = modules[0].base_layer.compute_dtype, self.down[0].device
+        # A of all, below each other; s B of all, block-diagonal.
+        self.a = torch.zeros(self.rank, self.in_features, dtype=dtype, device=device)
+        self.b = torch.zeros(self.out_features, self.rank, dtype=dtype, device=device)
+
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        """A and B of each projection, in the order of `gradients`."""
+        return [p for pair in zip(self.down, self.up, strict=True) for p in pair]
+
+    @property
+    def copies(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Where A and s B of each projection stand in `a` and `b`."""
+        return self._blocks(self.a, self.b)
+
+    def gradients(self, total: AdapterGradient) -> list[torch.Tensor]:
+        """Gradients of `parameters`; those of B lack the factor `scale`."""
+        assert total.a is not None
+        assert total.b is not None
+        pairs = zip(*self._blocks(total.a, total.b), strict=True)
+        return [part.contiguous() for pair in pairs for part in pair]
+
+    def _blocks(
+        self, a: torch.Tensor, b: torch.Tensor
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Each projection's rows of `a` and block of `b`."""
+        a_blocks, b_blocks, row, column = [], [], 0, 0
+        for down, up in zip(self.down, self.up, strict=True):
+            a_blocks.append(a[column : column + len(down)])
+            b_blocks.append(b[row : row + len(up), column : column + len(down)])
+            row, column = row + len(up), column + len(down)
+        return a_blocks, b_blocks
+
+
+class SharedInput(_Adapted):
+    """Projections of one narrow input to wide outputs beside each other."""
+
+    def new_input(self, tokens: int) -> torch.Tensor:
+        """Room for [x | x A'], (tokens, in + rank), not initialised."""
+        return self.a.new_empty(tokens, self.in_features + self.rank)
+
+    def weight(self) -> torch.Tensor:
+        """[W | s B], (out, in + rank)."""
+        full = self.a.new_empty(self.out_features, self.in_features + self.rank)
+        self.ops.dequantize(self.weights, full, beside=self.b)
+        return full
+
+    def extend(self, extended: torch.Tensor) -> None:
+        """Fill in x A' beside x."""
+        x, low = self._split(extended)
+        torch.mm(x, self.a.t(), out=low)
+
+    def forward(
+        self, extended: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """y, (tokens, out), after `extend`."""
+        return torch.mm(extended, weight.t(), out=out)
+
+    def backward(
+        self,
+        d_out: torch.Tensor,
+        extended: torch.Tensor,
+        weight: torch.Tensor,
+        total: AdapterGradient,
+    ) -> torch.Tensor:
+        """Add the adapters' gradients to `total`; returns dx, (tokens, in), a view."""
+        x, low = self._split(extended)
+        d_x, d_low = self._split(d_out @ weight)
+        total.add(_sum_fp32(d_low.t(), x), _sum_fp32(d_out.t(), low))
+        return d_x.addmm_(d_low, self.a)
+
+    def _split(self, extended: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return extended[:, : self.in_features], extended[:, self.in_features :]
+
+
+class SingleProjection(_Adapted):
+    """One projection back to the residual stream."""
+
+    def weight(self) -> torch.Tensor:
+        """[W ; A], (out + rank, in)."""
+        full = self.a.new_empty(self.out_features + self.rank, self.in_features)
+        self.ops.dequantize(self.weights, full, below=self.a)
+        return full
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        residual: torch.Tensor,
+        out: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual + y, (tokens, out), and x A', (tokens, rank).
+
+        The adapter's part comes first: added to a sum that is rounded already, it would vanish
+        while it is smaller than half of that sum's last place, and with it what was learned.
+        """
+        low = x @ self.a.t()
+        result = torch.mm(low, self.b.t(), out=out)
+        result.addmm_(x, weight[: self.out_features].t())
+        return result.add_(residual), low
+
+    def input_gradient(self, d_extended: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Fill in dy s B beside dy, and return dx, (tokens, in)."""
+        d_out, d_low = self._split(d_extended)
+        torch.mm(d_out, self.b, out=d_low)
+        return d_extended @ weight
+
+    def adapter_gradient(
+        self, d_extended: torch.Tensor, x: torch.Tensor, low: torch.Tensor, total: AdapterGradient
+    ) -> None:
+        """Add to `total`, after `input_gradient`."""
+        d_out, d_low = self._split(d_extended)
+        total.add(_sum_fp32(d_low.t(), x), _sum_fp32(d_out.t(), low))
+
+    def _split(self, d_extended: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return d_extended[:, : self.out_features], d_extended[:, self.out_features :]
+
+
+def _require_plain_lora(module: Any) -> None:
+    """Raise a ValueError if `module` computes anything but W x + s B A x with one adapter."""
+    names = module.active_adapters
+    if len(names) != 1:
+        raise ValueError(f"{len(names)} adapters are active; the fused path takes one.")
+    (name,) = names
+    unlike = {
+        "merged": module.merged,
+        "a variant of LoRA": name in module.lora_variant,
+        "with dropout": not isinstance(module.lora_dropout[name], torch.nn.Identity),
+        "with a bias": module.base_layer.bias is not None or module.lora_B[name].bias is not None,
+    }
+    if wrong := [what for what, is_so in unlike.items() if is_so]:
+        raise ValueError(f"The adapter is {', '.join(wrong)}; the fused path takes plain LoRA.")
+
+
+def _sum_fp32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """A product that sums over many tokens, in fp32."""
+    if left.is_cuda and left.dtype != torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return (left @ right).float()

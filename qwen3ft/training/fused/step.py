@@ -1,0 +1,215 @@
+"""Loss and adapter gradients of one packed row, as one autograd function.
+
+To autograd the whole model is a single operation from the adapters' parameters to a loss: what is
+kept in between, and when it is freed, is decided here and not by the graph. The gradient of the
+head is made with the loss, chunk by chunk, as its logits are there (Liger, Hsu et al. 2024,
+arXiv:2410.10989), so logits exist once and are never kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qwen3ft.planning.recompute import Level
+from qwen3ft.training.fused.attention import Segments
+from qwen3ft.training.fused.block import FusedBlock, Row
+from qwen3ft.training.fused.kept import Kept
+from qwen3ft.training.fused.offload import HostStash
+from qwen3ft.training.fused.projections import ElementWise
+
+ChooseLevels = Callable[[int], tuple[Level, ...]]
+"""From the tokens of a packed row to what each block keeps."""
+
+
+@dataclass
+class _Pass:
+    """What the forward leaves for the backward."""
+
+    row: Row
+    kept: list[Kept]
+    d_extended: torch.Tensor
+
+
+class FusedStep:
+    """The forward and backward of `model`, a PEFT model over a 4-bit `Qwen3ForCausalLM`.
+
+    Its parameters stay the model's own: an optimizer that changes them, or a checkpoint loaded into
+    them, is seen at the next call.
+
+    Args:
+        model: With one active adapter on all seven projections, without dropout or bias.
+        ops: The element-wise functions.
+        choose_levels: What each block keeps of a row.
+        loss_chunk_tokens: Targets whose logits exist at one time.
+        chunk_tokens: Tokens whose wide intermediates exist at one time.
+        head_groups: In how many parts the gradient of attention is computed.
+        offload: Whether what blocks keep waits in host memory.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        ops: ElementWise,
+        choose_levels: ChooseLevels,
+        *,
+        loss_chunk_tokens: int,
+        chunk_tokens: int,
+        head_groups: int = 1,
+        offload: bool = False,
+    ) -> None:
+        base = model.get_base_model()
+        self.ops = ops
+        self.choose_levels = choose_levels
+        self.loss_chunk_tokens = loss_chunk_tokens
+        self.chunk_tokens = chunk_tokens
+        self.head_groups = head_groups
+        self.embedding, self.head = base.model.embed_tokens.weight, base.lm_head.weight
+        self.offload = offload
+        self.stash = HostStash(self.embedding.device)
+        self.norm, self.rotary = base.model.norm, base.model.rotary_emb
+        self.blocks = [FusedBlock(block, ops) for block in base.model.layers]
+        groups = [group for block in self.blocks for group in block.groups]
+        self.parameters = [parameter for group in groups for parameter in group.parameters]
+        self.factors = [
+            factor for group in groups for _ in group.down for factor in (1.0, group.scale)
+        ]
+        # As lists for all blocks: calls for one small tensor each would take longer than the work.
+        self._a, self._b = self.parameters[0::2], self.parameters[1::2]
+        self._a_copies = [a for group in groups for a in group.copies[0]]
+        self._b_copies = [b for group in groups for b in group.copies[1]]
+
+    def __call__(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Negative log-likelihood in nats, summed over targets: fp32, scalar, differentiable.
+
+        Args:
+            batch: As `qwen3ft.training.batches.PackedCollator` makes it, in host memory or on the
+            device.
+        """
+        if not torch.is_grad_enabled():
+            return self._evaluate(batch)
+        loss: torch.Tensor = _Step.apply(self, batch, *self.parameters)  # type: ignore[no-untyped-call]
+        return loss
+
+    def forward(self, batch: dict[str, Any]) -> tuple[torch.Tensor, _Pass]:
+        """The loss, and what `backward` needs."""
+        hidden, row = self._enter(batch)
+        levels = self.choose_levels(len(hidden))
+        kept = [
+            block.reserve(len(hidden), row, level)
+            for block, level in zip(self.blocks, levels, strict=True)
+        ]
+        outputs = [None if self.offload else torch.empty_like(hidden) for _ in self.blocks]
+        for block, level, of_block, output in zip(self.blocks, levels, kept, outputs, strict=True):
+            x, hidden = hidden, torch.empty_like(hidden) if output is None else output
+            if level == Level.OFFLOAD_GATE_UP:
+                self.stash.settle()  # before the next one needs as much room
+                of_block.gate_up = block.reserve_gate_up(row)
+            block.forward(x, row, level, of_block, hidden)
+            if self.offload:
+                of_block.offload(self.stash, ("x", "attended", "log_sum_exp", "x_mid", "qkv"))
+            elif level == Level.OFFLOAD_GATE_UP:
+                of_block.offload(self.stash, ("gate_up",))
+        del outputs
+        d_extended = hidden.new_zeros(len(hidden), hidden.shape[1] + self.blocks[-1].down.rank)
+        loss = self._loss(hidden, batch, d_extended)
+        return loss, _Pass(row, kept, d_extended)
+
+    def backward(self, state: _Pass, factor: torch.Tensor) -> list[torch.Tensor]:
+        """`factor` times the gradients of `parameters`, in fp32."""
+        gradients: list[torch.Tensor] = []
+        self.stash.settle()
+        waiting = [kept for kept in state.kept if kept.offloaded]
+        if waiting:
+            waiting[-1].fetch(self.stash)
+        for block in reversed(self.blocks):
+            kept = state.kept.pop()
+            if kept.offloaded:
+                kept.take_back(self.stash)
+                waiting.pop()
+                if waiting:  # on its way while the blocks up to it run
+                    waiting[-1].fetch(self.stash)
+            gradients[:0] = block.backward(state.d_extended, kept, state.row)
+        torch._foreach_mul_(gradients, self.factors)
+        torch._foreach_mul_(gradients, factor)
+        return gradients
+
+    def _evaluate(self, batch: dict[str, Any]) -> torch.Tensor:
+        hidden, row = self._enter(batch)
+        for block in self.blocks:
+            x, hidden = hidden, torch.empty_like(hidden)
+            block.forward(x, row, Level.RECOMPUTE_ALL, Kept(None), hidden)
+        return self._loss(hidden, batch, None)
+
+    def _enter(self, batch: dict[str, Any]) -> tuple[torch.Tensor, Row]:
+        """The embedded row, (T, hidden), and what all blocks share."""
+        device = self.embedding.device
+        self._read_adapters()
+        positions = batch["position_ids"].to(device, non_blocking=True)
+        half = self.rotary.inv_freq.numel()
+        cos, sin = self.rotary(self.norm.weight.float(), positions)
+        row = Row(
+            segments=Segments(
+                batch["cu_seqlens"].to(device, non_blocking=True),
+                batch["max_length"],
+                tuple(batch["cu_seqlens"].tolist()),
+            ),
+            cos=cos[0, :, :half].contiguous(),
+            sin=sin[0, :, :half].contiguous(),
+            chunk_tokens=self.chunk_tokens,
+            head_groups=self.head_groups,
+        )
+        ids = batch["input_ids"].to(device, non_blocking=True)[0]
+        return torch.nn.functional.embedding(ids, self.embedding), row
+
+    def _read_adapters(self) -> None:
+        """Take over the parameters, rounded to the type of the products; B times its factor."""
+        torch._foreach_copy_(self._a_copies, self._a)
+        torch._foreach_copy_(self._b_copies, torch._foreach_mul(self._b, self.factors[1::2]))
+
+    def _loss(
+        self, hidden: torch.Tensor, batch: dict[str, Any], d_extended: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The summed loss; writes its gradient with respect to `hidden` into `d_extended`."""
+        rows, targets = (
+            batch[name].to(hidden.device, non_blocking=True)
+            for name in ("target_positions", "targets")
+        )
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        norm, eps = self.norm.weight, self.norm.variance_epsilon
+        # For all chunks: one made anew would not fit into the place of the last, in which smaller
+        # tensors lie by then.
+        room = hidden.new_empty(min(len(rows), self.loss_chunk_tokens), len(self.head))
+        for start in range(0, len(rows), self.loss_chunk_tokens):
+            chunk = rows[start : start + self.loss_chunk_tokens]
+            last = hidden[chunk]
+            normed = torch.empty_like(last)
+            self.ops.rms_norm(last, norm, eps, normed)
+            logits = torch.mm(normed, self.head.t(), out=room[: len(chunk)])
+            total += self.ops.cross_entropy(logits, targets[start : start + len(chunk)]).sum()
+            if d_extended is not None:
+                d_last = torch.zeros_like(last)
+                self.ops.rms_norm_backward(logits @ self.head, last, norm, eps, d_last)
+                d_extended[:, : hidden.shape[1]].index_copy_(0, chunk, d_last)
+        return total
+
+
+class _Step(torch.autograd.Function):
+    """`FusedStep` as autograd sees it."""
+
+    @staticmethod
+    def forward(ctx: Any, step: FusedStep, batch: dict[str, Any], *_: torch.Tensor) -> torch.Tensor:
+        """The loss."""
+        loss, state = step.forward(batch)
+        ctx.step, ctx.state = step, state
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *d_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Nothing for step and batch, then one gradient per parameter."""
+        step, state = ctx.step, ctx.state
+        ctx.state = None
+        return None, None, *step.backward(state, d_loss[0])

@@ -1,0 +1,328 @@
+"""transformers' Trainer with the few changes that this project's promises need.
+
+- The loss is the negative log-likelihood summed over trained tokens, divided by the number of
+  trained tokens in the whole effective batch, so every split of it into micro-batches gives the
+  same gradient. Logits exist only for trained positions and only `loss_chunk_tokens` at a time.
+- One item of the data loader is one optimizer step: the list of its micro-batches, packed rows or
+  padded ones (`qwen3ft.planning.packing`, `qwen3ft.training.batches`). To transformers' Trainer it
+  is one batch without accumulation, so its counts of steps, and what it skips on a resume, are
+  exact.
+- The order of sequences depends on seed and epoch alone, never on the micro-batches.
+- Non-finite gradients raise, and never touch the weights. On a GPU that, and every metric, is read
+  one step late, so that the GPU never waits for the host; before an evaluation or a checkpoint
+  everything is read.
+- Forward and backward are transformers' and PEFT's, or those of `qwen3ft.training.fused`, as the
+  plan says.
+- Checkpoints are committed whole (`qwen3ft.training.checkpoint`), without pickle, and restore every
+  bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerControl
+
+from qwen3ft.errors import CheckpointCorruptError, DivergedError
+from qwen3ft.training import checkpoint
+from qwen3ft.training.batches import (
+    EffectiveBatchOrder,
+    MicroBatch,
+    PackedCollator,
+    StepCollator,
+    StepRows,
+    real_tokens,
+    step_sampler,
+    trained_tokens,
+)
+from qwen3ft.training.checkpoint_writer import ADAPTER_NAME, CheckpointWriter
+from qwen3ft.training.fused import fused_step
+from qwen3ft.training.host_optimizer import HostAdamW
+from qwen3ft.training.late_metrics import LateNumbers
+from qwen3ft.training.loss import summed_loss
+from qwen3ft.training.training_state import load_optimizer_state, load_rng_state
+
+if TYPE_CHECKING:
+    from qwen3ft.records.plan import TrainPlan
+    from qwen3ft.training.fused.step import FusedStep
+
+KEPT_ENTRIES = 200
+"""At least so many of the newest entries of the log history are kept, and every evaluation. All of
+10,000 steps would be 3 MiB of memory, and 1.5 of each checkpoint; metrics.jsonl has them."""
+
+
+class QATrainer(Trainer):
+    """The Trainer of one attempt; `plan` says how, `checkpoints` is where."""
+
+    control: TrainerControl
+    data_collator: Any
+    _globalstep_last_logged: int
+
+    def __init__(self, *args: Any, plan: TrainPlan, checkpoints: Path, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.plan = plan
+        self.writer = CheckpointWriter(
+            checkpoints, plan.keep_checkpoints, background=plan.device == "cuda"
+        )
+        self.step_tokens = 0
+        self.late = LateNumbers(lag=1 if plan.device == "cuda" else 0)
+        self.fused: FusedStep | None = None
+        if plan.kernels == "fused":
+            self.fused = fused_step(self.accelerator.unwrap_model(self.model), plan)
+            self.data_collator = PackedCollator(self.data_collator.pad_token_id)
+        self._trained = [p for p in self.model.parameters() if p.requires_grad]
+        self._weights = plan.model.shape.linear_parameters + plan.adapter.trainable_parameters
+        self.model_accepts_loss_kwargs = True  # compute_loss divides by the whole batch's tokens
+        self.order = EffectiveBatchOrder(
+            self.train_dataset.with_format("numpy")["length"][:],
+            plan.effective_batch_size,
+            plan.seed,
+        )
+        self.sampler: Any = step_sampler(self.order, plan)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Torch's fused AdamW, or the one that keeps its moments in host memory."""
+        given: Any = getattr(self, "optimizer", None)
+        if self.plan.offload_optimizer and given is None:
+            self.optimizer: Any = HostAdamW(
+                self._trained,
+                lr=self.args.learning_rate,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                eps=self.args.adam_epsilon,
+                weight_decay=self.args.weight_decay,
+            )
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        return optimizer
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Steps, each the list of its micro-batches, which stay in host memory until they run."""
+        collate: Any = self.data_collator
+        if self.plan.packing:
+            collate = PackedCollator(collate.pad_token_id)
+        loader: DataLoader[Any] = DataLoader(
+            StepRows(self.train_dataset),  # type: ignore[arg-type]
+            batch_sampler=self.sampler,
+            collate_fn=StepCollator(collate),
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        prepared: DataLoader[Any] = self.accelerator.prepare_data_loader(
+            loader, device_placement=False
+        )
+        return prepared
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[list[MicroBatch]], num_batches: int, device: torch.device
+    ) -> tuple[list[list[MicroBatch]], int]:
+        """The next step, and its number of trained tokens: a plain one, as to copy one waits."""
+        steps = list(islice(epoch_iterator, num_batches))
+        batches = [batch for step in steps for batch in step]
+        self.step_tokens = sum(map(real_tokens, batches))
+        return steps, sum(map(trained_tokens, batches))
+
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: list[MicroBatch],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Forward and backward of each micro-batch; their mean loss per trained token."""
+        total = torch.zeros((), device=self.args.device)
+        for index, batch in enumerate(inputs):
+            if index:
+                self.control = self.callback_handler.on_substep_end(
+                    self.args, self.state, self.control
+                )
+            total += self._micro_step(model, batch, num_items_in_batch)
+        return total
+
+    def _micro_step(
+        self, model: torch.nn.Module, batch: MicroBatch, trained: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """Forward and backward of one micro-batch; its share of the step's loss."""
+        if self.fused is None:
+            plain: torch.Tensor = super().training_step(model, batch, trained)
+            return plain
+        # transformers would go through all modules before each, to put them into training mode.
+        loss = self.compute_loss(model, batch, num_items_in_batch=trained)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
+        """Clip; only the adapter has gradients, so only its parameters are gone through."""
+        return torch.nn.utils.clip_grad_norm_(self._trained, self.args.max_grad_norm)
+
+    def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:
+        """To the device, without waiting for what it still computes; the fused step does it."""
+        if self.fused is not None:
+            return inputs
+        return {
+            name: value.to(self.args.device, non_blocking=True)
+            if isinstance(value, torch.Tensor)
+            else value
+            for name, value in inputs.items()
+        }
+
+    def floating_point_ops(self, inputs: list[MicroBatch]) -> int:
+        """6 per token and weight of the blocks (Kaplan et al. 2020, arXiv:2001.08361).
+
+        Counted here because transformers goes through all parameters to count them each time.
+        """
+        tokens: int = sum(batch["input_ids"].numel() for batch in inputs)
+        return 6 * self._weights * tokens
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: MicroBatch,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """This micro-batch's share of the mean loss per trained token of the effective batch."""
+        assert num_items_in_batch is not None
+        return self._summed_loss(inputs) / num_items_in_batch
+
+    def _summed_loss(self, inputs: MicroBatch) -> torch.Tensor:
+        if self.fused is not None:
+            return self.fused(inputs)
+        offload = self.plan.offload_activations and torch.is_grad_enabled()
+        on_host = torch.autograd.graph.save_on_cpu(pin_memory=True) if offload else nullcontext()
+        with self._autocast(), on_host:
+            return summed_loss(
+                self.accelerator.unwrap_model(self.model).get_base_model(),
+                inputs,
+                self.plan.loss_chunk_tokens,
+            )
+
+    def _autocast(self) -> torch.autocast:
+        """bf16 products with the fp32 adapters, where the model computes in bf16."""
+        return torch.autocast(
+            self.args.device.type,
+            dtype=torch.bfloat16,
+            enabled=self.plan.model.compute_dtype == "bfloat16",
+        )
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> torch.Tensor:
+        """The gradient norm; a non-finite one keeps the optimizer from touching the weights.
+
+        Raises:
+            DivergedError: on a CPU, at once; on a GPU it is raised when the norm is read.
+        """
+        norm = torch.as_tensor(super()._get_grad_norm(model, grad_norm=grad_norm))
+        if norm.is_cuda:
+            # torch's fused AdamW skips the update where this is 1, as for loss scaling.
+            _innermost(self.optimizer).found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+        else:
+            self._require_finite(float(norm), self.state.global_step + 1)
+        return norm
+
+    def _require_finite(self, norm: float, step: int) -> None:
+        if not math.isfinite(norm):
+            raise DivergedError(
+                f"The gradient norm at step {step} is {norm}.",
+                why="The learning rate is too high, or a row drives the loss out of range.",
+                next_command=f"qwen3ft train --set learning_rate={self.plan.learning_rate / 2:g}",
+                step=step,
+                learning_rate=self.plan.learning_rate,
+            )
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Log what has arrived; everything, before an evaluation or a checkpoint.
+
+        Raises:
+            DivergedError: a step's gradients were not finite; its update was skipped.
+        """
+        step = self.state.global_step
+        if self.control.should_log and step > self._globalstep_last_logged:
+            rate = kwargs["learning_rate"]
+            self.late.put(step, self.state.epoch or 0.0, rate, tr_loss, grad_norm)
+            tr_loss.zero_()
+            self._globalstep_last_logged = step
+            self.store_flos()
+        self.control.should_log = False
+        due = self.control.should_evaluate or self.control.should_save
+        self._log_late(everything=due or self.control.should_training_stop)
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
+    def _log_late(self, *, everything: bool) -> None:
+        for numbers in self.late.take(everything=everything):
+            self._require_finite(numbers.grad_norm, numbers.step)
+            self._total_loss_scalar += numbers.loss
+            self.log(asdict(numbers))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Keep `logs`, and tell the callbacks; step and epoch are those given, or the present."""
+        output = {"epoch": self.state.epoch, "step": self.state.global_step, **logs}
+        history = self.state.log_history
+        history.append(output)
+        if len(history) % KEPT_ENTRIES == 0:
+            evaluations = [entry for entry in history[:-KEPT_ENTRIES] if "eval_loss" in entry]
+            history[:] = evaluations + history[-KEPT_ENTRIES:]
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, output)
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Mean negative log-likelihood per trained token over the held-out rows."""
+        loss_sum, tokens = 0.0, 0
+        self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        self.model.eval()
+        for inputs in self.get_eval_dataloader(eval_dataset):
+            with torch.no_grad():
+                loss_sum += self._summed_loss(self._prepare_inputs(inputs)).item()
+            tokens += trained_tokens(inputs)
+            self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        self.model.train()
+        metrics = {f"{metric_key_prefix}_loss": loss_sum / max(tokens, 1)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        facts = {**checkpoint.lineage(self.plan), "learning_rate": self.plan.learning_rate}
+        optimizer = _innermost(self.optimizer)
+        self.writer.save(self.model, optimizer, self.lr_scheduler, self.state, facts)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        stored = load_file(Path(resume_from_checkpoint) / ADAPTER_NAME)
+        result = set_peft_model_state_dict(self.model, stored)
+        if result.unexpected_keys:
+            raise CheckpointCorruptError(
+                f"{resume_from_checkpoint} holds {len(result.unexpected_keys)} unknown tensors.",
+                why="It belongs to another model.",
+                next_command="qwen3ft train",
+            )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_optimizer_state(
+                Path(checkpoint),
+                _innermost(self.optimizer),
+                self.lr_scheduler,
+                self.plan.learning_rate,
+            )
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_rng_state(Path(checkpoint))
+
+
+def _innermost(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)  # type: ignore[no-any-return]

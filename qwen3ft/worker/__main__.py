@@ -1,0 +1,85 @@
+"""The child process: `python -m qwen3ft.worker KIND DIR`, or `wait` until a job comes on stdin.
+
+Reads its request from DIR and leaves an outcome or a failure there. It is only ever executed, by
+`qwen3ft.jobs.processes`; a CUDA error, a leak or a native exit ends it and nothing else, and it
+dies with the process that started it. Whatever a library raises becomes a classified failure on
+disk.
+"""
+
+from __future__ import annotations
+
+import gc
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from qwen3ft import logs
+from qwen3ft.errors import MemoryLeakError, OutOfMemoryError, PreemptedError
+from qwen3ft.jobs.failures import to_failure, translate
+from qwen3ft.jobs.folders import write_record
+from qwen3ft.jobs.processes import WAIT
+from qwen3ft.machine.memory_snapshot import write_report
+from qwen3ft.worker.bootstrap import (
+    PREEMPTED_STATUS,
+    die_with_parent,
+    import_libraries,
+    set_process_name,
+    wait_for_job,
+)
+from qwen3ft.worker.jobs import KINDS, Job
+
+logger = logs.get_logger("worker")
+
+
+def main(kind: str, path: Path) -> int:
+    """Run one job; the exit status is 0 only if an outcome was written."""
+    set_process_name(kind)
+    logs.configure(console=True, json_path=path / "log.jsonl")
+    job = Job(path)
+    signal.signal(signal.SIGTERM, job.on_signal)
+    signal.signal(signal.SIGINT, job.on_signal)
+    started = time.monotonic()
+    try:
+        import_libraries(kind)
+        outcome = KINDS[kind](job)
+    except Exception as error:
+        failure = translate(error, job.heartbeat.phase)
+        logger.error("%s failed after %.1f s: %s", kind, time.monotonic() - started, failure)
+        if failure is not error:
+            logger.info("traceback of the cause", exc_info=error)
+        write_record(job.dir.failure, to_failure(failure))
+        if isinstance(failure, (OutOfMemoryError, MemoryLeakError)):
+            write_report(job.dir.memory_report, failure.what)  # while the error still holds it all
+        _free(error)
+        return PREEMPTED_STATUS if isinstance(failure, PreemptedError) else 1
+    write_record(job.dir.outcome, outcome)
+    logger.info("%s done in %.1f s", kind, time.monotonic() - started)
+    return 0
+
+
+def _free(error: BaseException) -> None:
+    """Give back the memory that a failed job's frames still hold."""
+    error.__traceback__ = None
+    gc.collect()
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def run(kind: str, *arguments: str) -> int:
+    """The process's whole life; its exit status."""
+    die_with_parent()
+    if kind == WAIT:
+        set_process_name(WAIT)
+        job = wait_for_job()
+    else:
+        job = kind, Path(*arguments)
+    status = main(*job) if job is not None else 0
+    gc.freeze()  # Python would end with looking for garbage in all that was imported: 2 s
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(run(*sys.argv[1:]))

@@ -1,0 +1,189 @@
+"""The child process: `python -m qwen3ft.worker KIND DIR`, or `wait` until told both.
+
+Composes the stages of one job, reads its request from DIR and leaves an outcome or a failure there.
+It is only ever executed, by `qwen3ft.jobs.processes`; a CUDA error, a leak or a native exit ends it
+and nothing else. It dies with the process that started it. The one broad `except` of the project is
+here: whatever a library raises becomes a classified failure on disk.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel
+
+from qwen3ft.jobs.folders import JobDir, read_record
+from qwen3ft.jobs.heartbeat import Heartbeat, StopRequest
+from qwen3ft.machine.memory_snapshot import record_history, write_report
+from qwen3ft.records.ask_records import AskOutcome, AskRequest
+from qwen3ft.records.data import DatasetManifest
+from qwen3ft.records.evaluation import InferenceReport
+from qwen3ft.records.export_records import ExportRequest, ParityReport
+from qwen3ft.records.plan import AttemptOutcome, ModelSnapshot, TrainPlan
+from qwen3ft.records.preflight import Measurement, PreflightRequest
+from qwen3ft.records.requests import DataRequest, InferenceRequest, QuantizeRequest
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from qwen3ft.training.engine import TrainingEngine
+    from qwen3ft.training.trainer import QATrainer
+
+
+class Job:
+    """What every kind of job shares: its folder, its heartbeat and the request to stop."""
+
+    def __init__(self, path: Path) -> None:
+        self.dir = JobDir(path)
+        self.heartbeat = Heartbeat(self.dir.heartbeat)
+        self.stop = StopRequest()
+
+    def on_signal(self, number: int, _: FrameType | None) -> None:
+        """Training stops at its next step; any other phase has nothing to lose and stops now."""
+        self.stop.signal_name = signal.Signals(number).name
+        if self.heartbeat.phase not in {"train", "evaluate"}:
+            raise self.stop.error()
+
+
+def quantize(job: Job) -> ModelSnapshot:
+    """Quantise the base model once."""
+    from qwen3ft.model.manager import ModelManager
+
+    request = read_record(job.dir.request, QuantizeRequest)
+    job.heartbeat.beat("quantize")
+    return ModelManager(request.config).quantize(request)
+
+
+def data(job: Job) -> DatasetManifest:
+    """Read, check and tokenise the rows."""
+    from qwen3ft.data.pipeline import DataPipeline
+
+    request = read_record(job.dir.request, DataRequest)
+    job.heartbeat.beat("data")
+    return DataPipeline(request.config).prepare(
+        request.model,
+        Path(request.target),
+        progress=lambda _: job.heartbeat.beat("data"),
+        known_rows=request.known_rows,
+    )
+
+
+def train(job: Job) -> AttemptOutcome:
+    """One training attempt."""
+    plan = read_record(job.dir.request, TrainPlan)
+    engine, trainer = _load_for_training(job, plan)
+    job.heartbeat.beat("train")
+    engine.train_model(trainer)
+    if plan.device == "cuda":
+        write_report(job.dir.memory_report, "The end of training.")
+    job.heartbeat.beat("finish")
+    return engine.outcome(trainer)
+
+
+def preflight(job: Job) -> Measurement:
+    """The worst batches of a plan, measured; training follows in a process of its own."""
+    from qwen3ft.machine.memory import MemoryOptimizer
+    from qwen3ft.preflight.measure import PhaseMeter, measure
+
+    request = read_record(job.dir.request, PreflightRequest)
+    plan = request.plan
+    meter = PhaseMeter(job.dir, MemoryOptimizer(plan.max_memory_gb, plan.device))
+    engine, trainer = _load_for_training(job, plan)
+    meter.memory = engine.memory
+    job.heartbeat.beat("train")
+    return measure(engine, trainer, request, meter)
+
+
+def _load_for_training(job: Job, plan: TrainPlan) -> tuple[TrainingEngine, QATrainer]:
+    """The model with its adapter, the rows, and what trains them, as `plan` says."""
+    from datasets import DatasetDict
+    from transformers import set_seed
+
+    from qwen3ft.config import TrainingConfig
+    from qwen3ft.data.pipeline import DataPipeline
+    from qwen3ft.data.token_table import load_split
+    from qwen3ft.machine.memory import MemoryOptimizer
+    from qwen3ft.model.adapter import LoRAAdapter
+    from qwen3ft.model.manager import ModelManager
+    from qwen3ft.training.engine import TrainingEngine
+
+    job.heartbeat.beat("load")
+    memory = MemoryOptimizer(plan.max_memory_gb, plan.device)
+    memory.optimize_for_training(lean=plan.offload_optimizer)
+    if plan.memory_history and plan.device == "cuda":
+        record_history()
+    set_seed(plan.seed)
+    config = TrainingConfig(model_name=plan.model.path)
+    manager = ModelManager(config)
+    model, tokenizer = manager.load_model_with_quantization(plan.model.path)
+    by_torch = plan.gradient_checkpointing and plan.kernels == "plain"
+    model = manager.prepare_for_training(model, gradient_checkpointing=by_torch)
+    adapted = LoRAAdapter(plan.adapter).apply_lora(model)
+    dataset = DatasetDict(
+        {name: load_split(Path(plan.dataset.path), name) for name in ("train", "dev")}
+    )
+    engine = TrainingEngine(
+        plan,
+        job.dir,
+        collator=DataPipeline(config).create_data_collator(tokenizer),
+        memory=memory,
+        stop=job.stop,
+    )
+    engine.progress.heartbeat = job.heartbeat
+    return engine, engine.create_trainer(adapted, dataset, engine.create_training_args())
+
+
+def inference(job: Job) -> InferenceReport:
+    """Compare base, champion and candidate on held-out questions."""
+    from qwen3ft.evaluation.inference import run_inference
+    from qwen3ft.machine.memory import MemoryOptimizer
+
+    request = read_record(job.dir.request, InferenceRequest)
+    job.heartbeat.beat("load")
+    budget_gb = request.budget_gb or request.config.max_memory_gb
+    MemoryOptimizer(budget_gb, request.device).optimize_for_training()
+    return run_inference(request, job.heartbeat.beat)
+
+
+def export(job: Job) -> ParityReport:
+    """Merge an adapter into its base, and compare the result with it."""
+    from qwen3ft.machine.memory import MemoryOptimizer
+    from qwen3ft.serving.merge import merge_adapter
+    from qwen3ft.serving.parity import measure_parity
+
+    request = read_record(job.dir.request, ExportRequest)
+    memory = MemoryOptimizer(request.config.max_memory_gb, request.device)
+    memory.optimize_for_training()
+    merge_adapter(
+        Path(request.base),
+        Path(request.adapter),
+        Path(request.merged),
+        progress=lambda done: job.heartbeat.beat("merge", done),
+    )
+    memory.enforce_budget()
+    return measure_parity(request, memory, job.heartbeat.beat)
+
+
+def answer(job: Job) -> AskOutcome:
+    """Answer questions as they come, until told that there are no more."""
+    from qwen3ft.machine.memory import MemoryOptimizer
+    from qwen3ft.serving.answering import answer_session
+
+    request = read_record(job.dir.request, AskRequest)
+    job.heartbeat.beat("load")
+    MemoryOptimizer(request.config.max_memory_gb, request.device).optimize_for_training()
+    return answer_session(request, job.dir, job.heartbeat.beat)
+
+
+KINDS: dict[str, Callable[[Job], BaseModel]] = {
+    "quantize": quantize,
+    "data": data,
+    "preflight": preflight,
+    "train": train,
+    "inference": inference,
+    "answer": answer,
+    "export": export,
+}
