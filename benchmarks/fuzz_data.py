@@ -27,10 +27,10 @@ from random import Random
 
 from fuzz_files import Made, make
 
-from qwen3ft.data.qa_row import BadRow
-from qwen3ft.data.readers.formats import UnreadableFileError, read_raw
+from qwen3ft.data.readers.open import UnreadableFileError, read_raw
 from qwen3ft.data.rows import UNREADABLE_FILE, RowRules, read_file
 from qwen3ft.data.sources import SourceFile
+from qwen3ft.records.data import BadRow
 
 MOST_SECONDS = 10.0
 NO_REASONS = ("files", "records", "good", "lost", "added", UNREADABLE_FILE)

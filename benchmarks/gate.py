@@ -39,12 +39,12 @@ from benchmarks.gate_nights import (  # noqa: E402
 )
 from benchmarks.speed_device import machine, write_json  # noqa: E402
 from qwen3ft.config import TrainingConfig, load_config  # noqa: E402
-from qwen3ft.evaluation.gate import gate_policy  # noqa: E402
-from qwen3ft.evaluation.promote import decide  # noqa: E402
+from qwen3ft.evaluation.gate import decide, gate_policy  # noqa: E402
 from qwen3ft.jobs.folders import RunDir, read_record, write_record  # noqa: E402
 from qwen3ft.records.base import Record  # noqa: E402
 from qwen3ft.records.evaluation import Champion, InferenceReport, Verdict  # noqa: E402
-from qwen3ft.records.plan import ModelSnapshot, SavedAdapter, TrainPlan  # noqa: E402
+from qwen3ft.records.model import ModelSnapshot, SavedAdapter  # noqa: E402
+from qwen3ft.records.plan import TrainPlan  # noqa: E402
 from qwen3ft.records.requests import InferenceRequest  # noqa: E402
 
 GOOD, BAD = 20, 50

@@ -55,7 +55,7 @@ def measure(work: Path, cache: Path | None = None) -> dict[str, float]:
     from qwen3ft.jobs.folders import RunDir
     from qwen3ft.jobs.launcher import run_worker
     from qwen3ft.operations.preview import preview_plan
-    from qwen3ft.records.plan import AttemptOutcome
+    from qwen3ft.records.training import AttemptOutcome
 
     with _environment(SETTLED):
         config = TrainingConfig(

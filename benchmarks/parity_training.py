@@ -17,7 +17,8 @@ from speed_contestants import Job
 from speed_ours import levers, write_dataset
 
 if TYPE_CHECKING:
-    from qwen3ft.records.plan import ModelSnapshot, TrainPlan
+    from qwen3ft.records.model import ModelSnapshot
+    from qwen3ft.records.plan import TrainPlan
 
 
 def train(values: dict[str, Any]) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def _plan(job: Job, kernels: Any, learning_rate: float, values: dict[str, Any]) 
     from qwen3ft.machine.environment import EnvironmentManager
     from qwen3ft.model.adapter import plan_adapter
     from qwen3ft.planning.plan import build_plan
-    from qwen3ft.records.plan import ModelSnapshot
+    from qwen3ft.records.model import ModelSnapshot
 
     case, steps = job.entry.case, values["total_steps"]
     snapshot = ModelSnapshot.model_validate(job.snapshot)

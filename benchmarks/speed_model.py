@@ -91,7 +91,7 @@ def _roomy(shape: str, work: Path) -> Path:
     """Where the 16-bit weights go: into memory if that has three times their room."""
     import psutil
 
-    from qwen3ft.records.plan import ModelShape
+    from qwen3ft.records.model import ModelShape
 
     needed = 0 if shape == TINY else 2 * ModelShape(**_fields(shape)).total_parameters
     if SHARED_MEMORY.is_dir():

@@ -78,7 +78,7 @@ def make_plan(job: Job, **changes: Any) -> TrainPlan:
     from qwen3ft.machine.environment import EnvironmentManager
     from qwen3ft.model.adapter import plan_adapter
     from qwen3ft.planning.plan import build_plan
-    from qwen3ft.records.plan import ModelSnapshot
+    from qwen3ft.records.model import ModelSnapshot
 
     case, settings = job.entry.case, job.entry.settings
     snapshot = ModelSnapshot.model_validate(job.snapshot)

@@ -24,8 +24,10 @@ from qwen3ft.locks import held
 from qwen3ft.machine.gpu_lock import CPU, hold_card
 from qwen3ft.operations.night import Night, Request, read_request, same_settings, write_request
 from qwen3ft.records.data import DataChange
-from qwen3ft.records.evaluation import Champion, RunCard
-from qwen3ft.records.plan import NOTHING_NEW, EnvironmentReport, TrainPlan
+from qwen3ft.records.evaluation import Champion
+from qwen3ft.records.machine import EnvironmentReport
+from qwen3ft.records.plan import TrainPlan
+from qwen3ft.records.run_card import NOTHING_NEW, RunCard
 from qwen3ft.tracking.connection import default_tracking_uri, run_url
 from qwen3ft.tracking.cursor import read_state
 from qwen3ft.tracking.journal import Journal, RunStatus

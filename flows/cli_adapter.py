@@ -15,8 +15,7 @@ from qwen3ft.config import TrainingConfig
 from qwen3ft.machine.gpu_lock import CPU, hold_card
 from qwen3ft.machine.gpus import visible_gpus
 from qwen3ft.model.saved_adapter import RUN_CARD_FILE, read_run_card, was_trained_to_think
-from qwen3ft.records.ask_records import AskRequest
-from qwen3ft.records.export_records import ParityReport
+from qwen3ft.records.requests import AskRequest, ParityReport
 from qwen3ft.registry.lookup import find_adapter
 from qwen3ft.serving.session import Session
 from qwen3ft.tracking.connection import default_tracking_uri
@@ -87,8 +86,7 @@ def export(
     """Merge the adapter into its base as a folder to serve from."""
     folder = Path(target).resolve()  # before the working folder changes
     chosen = _choose(adapter, path, settings)
-    from qwen3ft.serving.export import export_adapter
-    from qwen3ft.serving.held_out import find_held_out
+    from qwen3ft.serving.export import export_adapter, find_held_out
 
     held_out = rows or find_held_out(chosen.config, chosen.folder)
     with _card_held(chosen):

@@ -12,9 +12,9 @@ from deployments.stack import Stack
 from flows.cli_project import open_project, request_config, use_local_services
 from flows.cli_view import open_console, print_json, say
 from qwen3ft.operations.retention import Policy, Removal, plan_removals, remove
-from qwen3ft.records.plan import GIB
-from qwen3ft.registry.protected import find_protected
+from qwen3ft.registry.versions import find_protected
 from qwen3ft.tracking.connection import default_tracking_uri
+from qwen3ft.units import GIB
 
 
 def clean(

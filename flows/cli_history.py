@@ -6,11 +6,11 @@ from pathlib import Path
 
 from flows.cli_project import open_project, request_config, use_local_services
 from flows.cli_view import open_console, print_json, say
+from qwen3ft.config import registered_name
 from qwen3ft.errors import RequestError
 from qwen3ft.registry.lookup import version_name
 from qwen3ft.registry.moves import Change, History, Move, this_person
 from qwen3ft.registry.registry import Registry
-from qwen3ft.registry.versions import registered_name
 from qwen3ft.tracking.connection import default_tracking_uri
 
 

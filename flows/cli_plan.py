@@ -13,10 +13,9 @@ from qwen3ft.config import TrainingConfig, load_config
 from qwen3ft.model.shapes import KNOWN_MODELS
 from qwen3ft.planning.fit import choose
 from qwen3ft.planning.gpu_specs import Card, find_card, require_card
-from qwen3ft.planning.sweep import sweep_model
 from qwen3ft.planning.table import shape_table
-from qwen3ft.planning.what_if import TYPICAL_FILL, described_machine, shape_request
-from qwen3ft.records.plan import EnvironmentReport
+from qwen3ft.planning.what_if import TYPICAL_FILL, described_machine, shape_request, sweep_model
+from qwen3ft.records.machine import EnvironmentReport
 
 DEFAULT_CARD = "H200"
 """What is planned for where no GPU is visible and none is named; it was measured on."""

@@ -11,9 +11,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from qwen3ft.planning.sweep import POLICIES, Sweep, SweepCell
 from qwen3ft.planning.table import PlanTable
-from qwen3ft.records.plan import GIB
+from qwen3ft.planning.what_if import POLICIES, Sweep, SweepCell
+from qwen3ft.units import GIB
 
 WIDTH = 100
 """Most columns of a table."""

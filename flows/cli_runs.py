@@ -18,8 +18,7 @@ from qwen3ft.errors import FinetuneError
 from qwen3ft.jobs.folders import RunDir, read_record
 from qwen3ft.machine.environment import EnvironmentManager
 from qwen3ft.operations.night import ALREADY_DONE
-from qwen3ft.records.evaluation import RunCard
-from qwen3ft.records.plan import NOTHING_NEW
+from qwen3ft.records.run_card import NOTHING_NEW, RunCard
 
 
 def run(path: Path | None, settings: list[str], resume: str | None, *, as_json: bool) -> None:

@@ -20,8 +20,9 @@ from rich.table import Table
 from rich.text import Text
 
 from qwen3ft.evaluation.wording import METRIC_NAMES, format_seconds, interval_text, judge_text
-from qwen3ft.records.evaluation import RunCard
-from qwen3ft.records.plan import GIB, EnvironmentReport
+from qwen3ft.records.machine import EnvironmentReport
+from qwen3ft.records.run_card import RunCard
+from qwen3ft.units import GIB
 
 if TYPE_CHECKING:
     from deployments.stack import StackStatus

@@ -46,19 +46,17 @@ from flows.story import Story, told
 from flows.taking_up import check_resumes, drop_twins
 from qwen3ft import logs
 from qwen3ft.config import TrainingConfig
-from qwen3ft.data.known_rows import compare_data, find_known_rows
 from qwen3ft.errors import FinetuneError
 from qwen3ft.evaluation.ability import ability_rows
 from qwen3ft.jobs.failures import to_error, to_failure
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.jobs.processes import workers_ahead
+from qwen3ft.operations.new_data import compare_data, find_known_rows
 from qwen3ft.operations.night import Night
-from qwen3ft.records.plan import (
-    AttemptOutcome,
-    EnvironmentReport,
-    TrainPlan,
-)
+from qwen3ft.records.machine import EnvironmentReport
+from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.run_card import AttemptSummary
+from qwen3ft.records.training import AttemptOutcome
 from qwen3ft.recovery.adjust import GiveUp
 from qwen3ft.recovery.shared_gpu import fit_to_card
 from qwen3ft.report.attempts import summarise

@@ -22,7 +22,7 @@ from qwen3ft.errors import EnvironmentNotReadyError
 from qwen3ft.files import read_json_lines
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.machine.environment import EnvironmentManager
-from qwen3ft.records.plan import TrainingMetrics
+from qwen3ft.records.training import TrainingMetrics
 
 FINAL_STATES = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 POLL_SECONDS = 0.7

@@ -29,7 +29,7 @@ from prefect.runtime import deployment, flow_run
 from prefect.states import Completed
 
 from qwen3ft import logs
-from qwen3ft.config import TrainingConfig
+from qwen3ft.config import TrainingConfig, registered_name
 from qwen3ft.errors import FinetuneError, TransientError
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.operations.night import (
@@ -44,7 +44,6 @@ from qwen3ft.operations.night import (
 )
 from qwen3ft.operations.run_state import find_runs, is_running
 from qwen3ft.registry.registry import Registry
-from qwen3ft.registry.versions import registered_name
 from qwen3ft.tracking.connection import default_tracking_uri
 
 logger = logs.get_logger("night")

@@ -18,8 +18,9 @@ from qwen3ft.files import write_bytes_atomic
 from qwen3ft.jobs.folders import RunDir, write_record
 from qwen3ft.planning.table import run_table
 from qwen3ft.records.data import DataChange, DatasetManifest
-from qwen3ft.records.evaluation import RunCard
-from qwen3ft.records.plan import EnvironmentReport, TrainPlan
+from qwen3ft.records.machine import EnvironmentReport
+from qwen3ft.records.plan import TrainPlan
+from qwen3ft.records.run_card import RunCard
 from qwen3ft.report.attempts import in_words, read_attempts, read_loss_curves, reasons
 from qwen3ft.report.build import RunFacts, build_card
 from qwen3ft.report.curves import memory_curves

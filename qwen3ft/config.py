@@ -7,9 +7,12 @@ predicted memory) is derived in `qwen3ft.planning.plan`, each value with its rea
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
@@ -22,7 +25,6 @@ from pydantic import (
 )
 
 from qwen3ft.errors import ConfigError
-from qwen3ft.evaluation.endpoint_url import check_endpoint
 from qwen3ft.logs import mask_secrets
 
 EMBEDDED_MODEL_NAME = "embedded"
@@ -437,3 +439,49 @@ def load_config(
         values.update(loaded)
     values.update(overrides or {})
     return parse_config(values)
+
+
+def registered_model_name(model_name: str) -> str:
+    """A registry name for a model: its last two path parts, without what MLflow forbids."""
+    parts = [part for part in re.split(r"[/\\:]+", model_name) if part not in ("", ".", "..")]
+    return f"qwen3ft-{'--'.join(parts[-2:]) or 'model'}"
+
+
+def registered_name(config: TrainingConfig) -> str:
+    """The registry's name for a run's adapters: as configured, or after the base model."""
+    return config.registered_model or registered_model_name(config.model_name)
+
+
+def check_endpoint(url: str) -> str:
+    """`url` without its last slash, if texts and a key may be sent there.
+
+    Raises:
+        ValueError: no https (or http to this machine or an address of a private network), or there
+            is more in it than scheme, host, port and path.
+    """
+    if not url.isascii() or not url.isprintable() or " " in url:
+        raise ValueError("a URL has no spaces and nothing but ASCII (xn--... for other names)")
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("a base URL is needed, such as http://127.0.0.1:8000/v1")
+    if "@" in parts.netloc or "?" in url or "#" in url:
+        raise ValueError("scheme, host, port and path alone: settings are kept, so no key is in it")
+    _ = parts.port  # ValueError if it is none
+    if parts.scheme == "http" and not _is_in_the_house(parts.hostname):
+        raise ValueError(
+            "http goes to localhost or to an address of a private network (10.0.0.5) alone, "
+            "elsewhere it is https; a name could lead anywhere"
+        )
+    return url.rstrip("/")
+
+
+def _is_in_the_house(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return False
+    return address.is_loopback or (
+        address.is_private and not address.is_link_local and not address.is_unspecified
+    )

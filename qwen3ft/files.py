@@ -15,7 +15,10 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from qwen3ft.errors import EnvironmentNotReadyError
+from qwen3ft.units import GIB
 
 MANIFEST_NAME = "manifest.json"
 
@@ -185,3 +188,50 @@ def build_folder(
         shutil.rmtree(staging, ignore_errors=True)
         raise
     return digest
+
+
+class Line(NamedTuple):
+    """One complete line of a file, and the offset just after it."""
+
+    content: bytes
+    end_offset: int
+
+
+def lines_from(path: Path, offset: int = 0) -> Iterator[Line]:
+    """The complete lines of `path` from byte `offset` on; none if there is no such file."""
+    try:
+        stream = path.open("rb")
+    except FileNotFoundError:
+        return
+    with stream:
+        stream.seek(offset)
+        for content in stream:
+            if not content.endswith(b"\n"):
+                return
+            offset += len(content)
+            yield Line(content, offset)
+
+
+def require_disk(target: Path, needed_bytes: int, what: str, why: str) -> None:
+    """Make the parent of `target` and see that it has `needed_bytes` free.
+
+    Args:
+        target: What will be written.
+        needed_bytes: How much at most.
+        what: Its name, to begin a sentence with.
+        why: What the reader should know beside the numbers.
+
+    Raises:
+        EnvironmentNotReadyError: less is free; its facts have both numbers, in bytes.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free_bytes = shutil.disk_usage(target.parent).free
+    if free_bytes < needed_bytes:
+        raise EnvironmentNotReadyError(
+            f"{what} needs {needed_bytes / GIB:.2f} GB at {target.parent}, "
+            f"{free_bytes / GIB:.2f} GB are free.",
+            why=why,
+            next_command=f"df -h {target.parent}",
+            needed_bytes=needed_bytes,
+            free_bytes=free_bytes,
+        )

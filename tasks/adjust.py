@@ -12,8 +12,9 @@ from prefect.cache_policies import NO_CACHE
 from qwen3ft.config import TrainingConfig
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.logs import get_logger
-from qwen3ft.records.plan import Failure, TrainPlan
+from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.run_card import AttemptSummary
+from qwen3ft.records.training import Failure
 from qwen3ft.recovery.adjust import GiveUp, Retry, decide
 from qwen3ft.training import checkpoint
 from tasks.names import adjust_name, name_of

@@ -10,10 +10,10 @@ from prefect import task
 from qwen3ft.config import TrainingConfig
 from qwen3ft.data.pipeline import dataset_target, fingerprint_sources, read_manifest
 from qwen3ft.data.sources import pin_sources
+from qwen3ft.data.stage import tokenized_data
 from qwen3ft.jobs.folders import RunDir
-from qwen3ft.operations.preview import tokenized_data
 from qwen3ft.records.data import DatasetManifest
-from qwen3ft.records.plan import ModelSnapshot
+from qwen3ft.records.model import ModelSnapshot
 from tasks.policies import cache_key
 
 

@@ -6,7 +6,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from qwen3ft.machine.environment import EnvironmentManager
-from qwen3ft.records.plan import EnvironmentReport
+from qwen3ft.records.machine import EnvironmentReport
 
 
 @task(name="environment", task_run_name="environment", cache_policy=NO_CACHE)

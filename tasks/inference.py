@@ -14,7 +14,8 @@ from qwen3ft.jobs.folders import RunDir
 from qwen3ft.jobs.launcher import run_worker
 from qwen3ft.logs import get_logger
 from qwen3ft.records.evaluation import Champion, InferenceReport
-from qwen3ft.records.plan import SavedAdapter, TrainPlan
+from qwen3ft.records.model import SavedAdapter
+from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.requests import InferenceRequest
 from qwen3ft.tracking.journal import Journal
 from qwen3ft.tracking.run_metrics import report_metrics

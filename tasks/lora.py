@@ -8,7 +8,7 @@ from prefect import task
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.model.adapter import plan_adapter
-from qwen3ft.records.plan import AdapterSpec, ModelSnapshot
+from qwen3ft.records.model import AdapterSpec, ModelSnapshot
 from tasks.policies import cache_key
 
 

@@ -11,8 +11,9 @@ from qwen3ft.config import TrainingConfig
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.model.hub import resolve_model
 from qwen3ft.model.manager import read_snapshot, snapshot_target
-from qwen3ft.operations.preview import quantized_model
-from qwen3ft.records.plan import EnvironmentReport, ModelSnapshot, ModelSource
+from qwen3ft.model.stage import quantized_model
+from qwen3ft.records.machine import EnvironmentReport
+from qwen3ft.records.model import ModelSnapshot, ModelSource
 from tasks.policies import RETRY_DELAYS_SECONDS, cache_key, is_transient
 
 

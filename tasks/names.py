@@ -14,7 +14,9 @@ from prefect.tasks import TaskRunNameCallbackWithParameters
 
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.records.evaluation import Champion
-from qwen3ft.records.plan import AttemptOutcome, Failure, SavedAdapter, TrainPlan
+from qwen3ft.records.model import SavedAdapter
+from qwen3ft.records.plan import TrainPlan
+from qwen3ft.records.training import AttemptOutcome, Failure
 from qwen3ft.report.attempts import last_failure, words_of
 
 

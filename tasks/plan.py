@@ -9,7 +9,9 @@ from prefect import task
 from qwen3ft.config import TrainingConfig
 from qwen3ft.planning.plan import build_plan
 from qwen3ft.records.data import DatasetManifest
-from qwen3ft.records.plan import AdapterSpec, EnvironmentReport, ModelSnapshot, TrainPlan
+from qwen3ft.records.machine import EnvironmentReport
+from qwen3ft.records.model import AdapterSpec, ModelSnapshot
+from qwen3ft.records.plan import TrainPlan
 from tasks.policies import cache_key
 
 

@@ -9,7 +9,8 @@ from qwen3ft.config import TrainingConfig
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.preflight.report import to_markdown
 from qwen3ft.preflight.stage import measure_first
-from qwen3ft.records.plan import EnvironmentReport, TrainPlan
+from qwen3ft.records.machine import EnvironmentReport
+from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.preflight import PreflightReport
 from qwen3ft.tracking.journal import Journal
 from qwen3ft.tracking.run_metrics import preflight_metrics

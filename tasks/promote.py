@@ -11,23 +11,20 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task
 
-from qwen3ft.config import TrainingConfig
+from qwen3ft.config import TrainingConfig, registered_name
 from qwen3ft.errors import RolledBackError, TrackingUnavailableError, TransientError
-from qwen3ft.evaluation.gate import gate_policy
-from qwen3ft.evaluation.promote import decide
+from qwen3ft.evaluation.gate import decide, gate_policy
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.logs import get_logger, mask_secrets
 from qwen3ft.operations.night import request_tags
 from qwen3ft.records.evaluation import Champion, InferenceReport, Verdict
-from qwen3ft.records.plan import SavedAdapter
+from qwen3ft.records.model import SavedAdapter
 from qwen3ft.registry.aliases import VERDICT_TAG
 from qwen3ft.registry.lookup import fetch_version
 from qwen3ft.registry.moves import Change, Mover
 from qwen3ft.registry.registry import Registry
-from qwen3ft.registry.versions import registered_name
-from qwen3ft.tracking.connection import default_tracking_uri
+from qwen3ft.tracking.connection import default_tracking_uri, is_answering
 from qwen3ft.tracking.cursor import parent_run_id, wait_until_sent
-from qwen3ft.tracking.tracking import is_answering
 from tasks.names import name_of, promote_name
 from tasks.policies import is_transient
 

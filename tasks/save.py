@@ -10,7 +10,9 @@ from prefect.cache_policies import NO_CACHE
 from qwen3ft.config import TrainingConfig
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.model.save_adapter import save_adapter
-from qwen3ft.records.plan import AttemptOutcome, SavedAdapter, TrainPlan
+from qwen3ft.records.model import SavedAdapter
+from qwen3ft.records.plan import TrainPlan
+from qwen3ft.records.training import AttemptOutcome
 from qwen3ft.tracking.journal import Journal
 from tasks.names import name_of, save_name
 

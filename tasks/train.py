@@ -19,7 +19,8 @@ from qwen3ft.jobs.failures import to_failure
 from qwen3ft.jobs.folders import JobDir, RunDir, read_record, write_record
 from qwen3ft.jobs.launcher import run_worker
 from qwen3ft.logs import get_logger
-from qwen3ft.records.plan import AttemptOutcome, TrainPlan
+from qwen3ft.records.plan import TrainPlan
+from qwen3ft.records.training import AttemptOutcome
 from qwen3ft.tracking.journal import Journal
 from qwen3ft.training import checkpoint
 from tasks.names import name_of, train_name

@@ -190,7 +190,7 @@ def champion(project: Any, finished: Any) -> str:
 @pytest.fixture(scope="session")
 def environment() -> Any:
     """A CPU machine with plenty of memory, so that plans do not depend on where tests run."""
-    from qwen3ft.records.plan import EnvironmentReport
+    from qwen3ft.records.machine import EnvironmentReport
 
     return EnvironmentReport(
         python_version="3.11.7",

@@ -15,7 +15,7 @@ from qwen3ft.data.pipeline import DataPipeline
 from qwen3ft.data.token_table import load_split
 from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.records.data import DatasetManifest
-from qwen3ft.records.plan import ModelShape, ModelSnapshot, ModelSource
+from qwen3ft.records.model import ModelShape, ModelSnapshot, ModelSource
 
 ROOT = Path(__file__).parents[1]
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"

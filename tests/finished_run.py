@@ -10,14 +10,9 @@ from qwen3ft.files import write_manifest
 from qwen3ft.model.hub import check_model_folder
 from qwen3ft.model.shapes import count_adapter_parameters
 from qwen3ft.records.data import DatasetManifest, DataSource, LengthSummary
-from qwen3ft.records.plan import (
-    PROJECTIONS,
-    AdapterSpec,
-    AttemptOutcome,
-    ModelSnapshot,
-    ModelSource,
-    TrainPlan,
-)
+from qwen3ft.records.model import PROJECTIONS, AdapterSpec, ModelSnapshot, ModelSource
+from qwen3ft.records.plan import TrainPlan
+from qwen3ft.records.training import AttemptOutcome
 
 RANK = 4
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from qwen3ft.records.plan import PROJECTIONS, ModelShape
-from qwen3ft.training.batches import IGNORED, PackedCollator
+from qwen3ft.data.collators import IGNORED_LABEL
+from qwen3ft.records.model import PROJECTIONS, ModelShape
+from qwen3ft.training.batches import PackedCollator
 from qwen3ft.training.loss import summed_loss
 
 Gradients = dict[str, torch.Tensor]
@@ -135,7 +136,7 @@ def make_row(tokens: int, seed: int, vocabulary: int = 290) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(4, vocabulary, (tokens,), generator=generator).tolist()
     prompt = tokens // 3
-    return {"input_ids": ids, "labels": [IGNORED] * prompt + ids[prompt:]}
+    return {"input_ids": ids, "labels": [IGNORED_LABEL] * prompt + ids[prompt:]}
 
 
 def make_batch(*lengths: int, first_seed: int = 0) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qwen3ft.files import sha256_file, write_json_atomic, write_manifest
 from qwen3ft.jobs.folders import RunDir
-from qwen3ft.records.plan import SavedAdapter
+from qwen3ft.records.model import SavedAdapter
 from qwen3ft.registry.registry import Registry
 from qwen3ft.tracking.cursor import parent_run_id
 from qwen3ft.tracking.journal import Journal

@@ -14,19 +14,14 @@ from qwen3ft.jobs.failures import to_error
 from qwen3ft.model.shapes import count_adapter_parameters, plan_adapter
 from qwen3ft.planning.plan import build_plan, repredict
 from qwen3ft.records.data import DatasetManifest, LengthSummary
-from qwen3ft.records.plan import (
-    GIB,
-    EnvironmentReport,
-    Failure,
-    GpuInfo,
-    ModelShape,
-    ModelSnapshot,
-    ModelSource,
-    TrainPlan,
-)
+from qwen3ft.records.machine import EnvironmentReport, GpuInfo
+from qwen3ft.records.model import ModelShape, ModelSnapshot, ModelSource
+from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.run_card import AttemptSummary
+from qwen3ft.records.training import Failure
 from qwen3ft.recovery.adjust import POLICIES, GiveUp, Retry, decide
 from qwen3ft.recovery.ladder import next_rungs
+from qwen3ft.units import GIB
 
 SHAPE = ModelShape(
     hidden_size=2560,

@@ -16,14 +16,13 @@ from registered import MODEL, add_version, copy_database
 from trained_adapter import Trained
 
 from flows import cli
-from qwen3ft.chat.thinking import ThinkingSplitter
+from qwen3ft.chat.thinking import ThinkingSplitter, split_thinking
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import ModelNotFoundError, SaveError
-from qwen3ft.evaluation.answers import split_thinking
 from qwen3ft.evaluation.inference import InferenceTester
 from qwen3ft.files import read_json_lines, write_json_atomic
 from qwen3ft.jobs.folders import JobDir
-from qwen3ft.records.ask_records import AskRequest, Piece, pieces_path, stop_path
+from qwen3ft.records.requests import AskRequest, Piece
 from qwen3ft.registry.lookup import find_adapter
 from qwen3ft.registry.registry import Registry
 from qwen3ft.serving.answering import Speaker
@@ -94,7 +93,7 @@ def request_for(trained: Trained, **changes: Any) -> AskRequest:
 
 
 def pieces(job: JobDir) -> list[Piece]:
-    return [Piece.model_validate(line) for line in read_json_lines(pieces_path(job))[0]]
+    return [Piece.model_validate(line) for line in read_json_lines(job.pieces)[0]]
 
 
 def test_the_pieces_are_the_answer_that_the_inference_test_gives(
@@ -105,7 +104,7 @@ def test_the_pieces_are_the_answer_that_the_inference_test_gives(
     speaker = Speaker(*loaded, request_for(trained), job, lambda _: None)
     most_pieces = 0
     for row in trained.rows:
-        pieces_path(job).unlink(missing_ok=True)
+        job.pieces.unlink(missing_ok=True)
         speaker.answer(({"role": "user", "content": row["question"]},))
         *told, end = pieces(job)
         assert "".join(piece.text for piece in told) == row["answer"]
@@ -119,7 +118,7 @@ def test_an_answer_that_nobody_wants_any_more_stops(
     trained: Trained, loaded: tuple[Any, Any], job: JobDir
 ) -> None:
     """One token after the wish, not at the end of the answer."""
-    stop_path(job).touch()
+    job.stop.touch()
     speaker = Speaker(*loaded, request_for(trained), job, lambda _: None)
     speaker.answer(({"role": "user", "content": trained.rows[0]["question"]},))
     [end] = [piece for piece in pieces(job) if piece.kind == "end"]

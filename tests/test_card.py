@@ -13,7 +13,8 @@ from told_run import HOSTILE, SECRET, make_facts, make_report
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import InsufficientMemoryError
-from qwen3ft.records.evaluation import RunCard, SideBySide
+from qwen3ft.records.evaluation import SideBySide
+from qwen3ft.records.run_card import RunCard
 from qwen3ft.report.build import RunFacts, beside, build_card
 from qwen3ft.report.html import TEMPLATE, to_html
 from qwen3ft.report.markdown import to_description, to_markdown

@@ -24,8 +24,8 @@ from qwen3ft.config import TrainingConfig, load_config
 from qwen3ft.errors import ConfigError
 from qwen3ft.files import append_json_line, write_json_atomic
 from qwen3ft.jobs.folders import RunDir
-from qwen3ft.records.evaluation import RunCard
-from qwen3ft.records.plan import MemoryStatus, TrainingMetrics
+from qwen3ft.records.run_card import RunCard
+from qwen3ft.records.training import MemoryStatus, TrainingMetrics
 from tasks import policies
 
 ROOT = Path(__file__).parent.parent

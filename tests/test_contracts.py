@@ -15,7 +15,7 @@ import qwen3ft
 from qwen3ft import errors, logs
 from qwen3ft.config import TrainingConfig, load_config, parse_config
 from qwen3ft.errors import ConfigError, FinetuneError, error_kinds
-from qwen3ft.records.plan import ModelShape
+from qwen3ft.records.model import ModelShape
 
 
 def test_the_defaults_are_the_specified_ones() -> None:

@@ -29,13 +29,13 @@ from datasets import Dataset
 
 from qwen3ft.chat.rendering import END_TOKEN, load_tokenizer, prompt_ids
 from qwen3ft.config import TrainingConfig, load_config
+from qwen3ft.data.collators import IGNORED_LABEL
 from qwen3ft.data.pipeline import DataPipeline, dataset_target, fingerprint_sources, read_manifest
 from qwen3ft.data.sources import SAMPLE_DATA
 from qwen3ft.data.token_table import load_split
 from qwen3ft.embedded import DATA_DIR, MODEL_DIR
 from qwen3ft.errors import DataLoadingError, TokenizerError
-from qwen3ft.records.plan import ModelSnapshot
-from qwen3ft.training.batches import IGNORED
+from qwen3ft.records.model import ModelSnapshot
 
 # --- the four kinds of test data ---
 
@@ -529,7 +529,7 @@ def test_the_steps_of_the_pipeline_work_one_after_the_other(tmp_path: Path) -> N
     )
     padding = batch["attention_mask"] == 0
     assert padding.any()
-    assert (batch["labels"][padding] == IGNORED).all()
+    assert (batch["labels"][padding] == IGNORED_LABEL).all()
     assert (batch["input_ids"][padding] == tokenizer.pad_token_id).all()
     assert batch["attention_mask"].sum(1).tolist() == list(tokenized["length"])
 

@@ -22,11 +22,11 @@ from data_stage import (
 
 from qwen3ft.chat.rendering import END_TOKEN, load_tokenizer
 from qwen3ft.config import TrainingConfig
-from qwen3ft.data.known_rows import compare_data
 from qwen3ft.data.pipeline import DataPipeline
 from qwen3ft.data.token_table import load_split
 from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.errors import DataLoadingError
+from qwen3ft.operations.new_data import compare_data
 from qwen3ft.records.evaluation import Champion
 
 # --- policies ---

@@ -25,9 +25,8 @@ from qwen3ft.errors import (
 from qwen3ft.files import find_damage, read_json_lines, write_json_atomic, write_manifest
 from qwen3ft.machine.memory import MemoryOptimizer
 from qwen3ft.model.hub import check_model_folder
-from qwen3ft.records.export_records import ADAPTER, MERGED, REQUANTISED, ExportRequest, ParityReport
-from qwen3ft.serving.export import export_adapter
-from qwen3ft.serving.held_out import find_held_out
+from qwen3ft.records.requests import ADAPTER, MERGED, REQUANTISED, ExportRequest, ParityReport
+from qwen3ft.serving.export import export_adapter, find_held_out
 from qwen3ft.serving.merge import merge_adapter, read_scale
 from qwen3ft.serving.parity import measure_parity
 

@@ -84,7 +84,7 @@ def test_the_card_of_a_run_tells_its_story_on_disk_and_in_mlflow(
     """Data, plan, curves and answers of this run; the same files in both places; few keys."""
     from mlflow import MlflowClient
 
-    from qwen3ft.records.evaluation import RunCard
+    from qwen3ft.records.run_card import RunCard
     from qwen3ft.tracking.run_metrics import METRICS, TAGS
 
     _, run = finished

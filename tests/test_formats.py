@@ -20,8 +20,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen3ft.data.readers import formats
-from qwen3ft.data.readers.formats import RawRow, UnreadableFileError, read_raw
+from qwen3ft.data.readers import open as formats
+from qwen3ft.data.readers.open import RawRow, UnreadableFileError, read_raw
 
 ROWS = [
     {"question": f'第{n}个,"问题"; a\tb|c 😀', "answer": f"line 1\nline {n}\r\nend", "kind": "x"}

@@ -21,7 +21,10 @@ from qwen3ft.planning.fused_footprint import FusedSizes
 from qwen3ft.planning.fused_settings import HOST_SHARE, step_seconds, waiting_bytes
 from qwen3ft.planning.plan import build_plan, workload_of
 from qwen3ft.planning.recompute import ON_DEVICE, Level, offload_evenly
-from qwen3ft.records.plan import GIB, EnvironmentReport, ModelShape, TrainPlan
+from qwen3ft.records.machine import EnvironmentReport
+from qwen3ft.records.model import ModelShape
+from qwen3ft.records.plan import TrainPlan
+from qwen3ft.units import GIB
 
 BUDGETS_GB = (4.0, 6.0, 8.0, 13.0, 24.0, 80.0)
 LENGTHS = (256, 2048, 32768)

@@ -23,8 +23,9 @@ from fused_models import (
     shape_of,
 )
 
+from qwen3ft.data.collators import IGNORED_LABEL
 from qwen3ft.planning.recompute import ON_DEVICE, Level, kept_bytes_per_token
-from qwen3ft.training.batches import IGNORED, PackedCollator
+from qwen3ft.training.batches import PackedCollator
 from qwen3ft.training.fused import attention, reference
 from qwen3ft.training.fused.kept import Kept
 from qwen3ft.training.fused.step import FusedStep
@@ -155,7 +156,7 @@ def test_a_changed_adapter_is_seen_at_the_next_call(model: Any) -> None:
 @pytest.mark.parametrize("offload", [False, True])
 def test_a_row_without_a_target_has_no_loss_and_no_gradient(model: Any, offload: bool) -> None:
     """Zeros, not an error and not a NaN."""
-    row = {"input_ids": [5, 6, 7, 8], "labels": [IGNORED] * 4}
+    row = {"input_ids": [5, 6, 7, 8], "labels": [IGNORED_LABEL] * 4}
     loss, result = fused(model, PackedCollator(0)([row]), offload=offload)
     assert loss == 0
     assert all(bool((gradient == 0).all()) for gradient in result.values())

@@ -22,7 +22,7 @@ from qwen3ft.errors import EnvironmentNotReadyError
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.machine import gpu_lock
 from qwen3ft.machine.gpu_lock import CPU, hold_card, read_holder
-from qwen3ft.records.plan import GpuInfo
+from qwen3ft.records.machine import GpuInfo
 
 CARD = "GPU-6a3b0f52-0000-1111-2222-333344445555"
 

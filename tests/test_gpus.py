@@ -14,15 +14,9 @@ import pytest
 
 from qwen3ft.errors import EnvironmentNotReadyError
 from qwen3ft.machine import gpus
-from qwen3ft.machine.gpus import (
-    CardProcess,
-    CardUse,
-    card_use,
-    free_bytes,
-    processes_on,
-    visible_gpus,
-)
-from qwen3ft.records.plan import GIB
+from qwen3ft.machine.gpus import card_use, free_bytes, processes_on, visible_gpus
+from qwen3ft.records.machine import CardProcess, CardUse
+from qwen3ft.units import GIB
 
 CARD = "GPU-1"
 

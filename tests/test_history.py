@@ -40,9 +40,8 @@ from qwen3ft.registry.moves import (
     this_person,
     to_tag,
 )
-from qwen3ft.registry.promotion_lock import promotion_lock
-from qwen3ft.registry.registry import Registry
-from qwen3ft.tracking.tracking import Connection, connect
+from qwen3ft.registry.registry import Registry, promotion_lock
+from qwen3ft.tracking.connection import Connection, connect
 from tasks.promote import promote as promote_task
 
 ROOT = Path(__file__).parent.parent

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from qwen3ft.training.host_optimizer import HostAdamW
-from qwen3ft.training.training_state import (
+from qwen3ft.training.checkpoint_writer import (
     load_optimizer_state,
     read_training_state,
     write_training_state,
 )
+from qwen3ft.training.host_optimizer import HostAdamW
 
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 

@@ -29,7 +29,7 @@ from qwen3ft.errors import (
     SaveError,
 )
 from qwen3ft.evaluation.ability import ability_rows
-from qwen3ft.evaluation.gate import GatePolicy
+from qwen3ft.evaluation.gate import GatePolicy, decide
 from qwen3ft.evaluation.generation import in_batches
 from qwen3ft.evaluation.inference import (
     InferenceTester,
@@ -37,12 +37,11 @@ from qwen3ft.evaluation.inference import (
     answer_questions,
     run_inference,
 )
-from qwen3ft.evaluation.promote import decide
 from qwen3ft.files import read_json_lines, read_manifest_facts, write_manifest
 from qwen3ft.model.manager import ModelManager
 from qwen3ft.model.save_adapter import save_adapter
 from qwen3ft.records.evaluation import Champion, InferenceReport
-from qwen3ft.records.plan import ModelSnapshot, SavedAdapter
+from qwen3ft.records.model import ModelSnapshot, SavedAdapter
 from qwen3ft.records.requests import InferenceRequest
 
 CHAMPION_STEPS, CANDIDATE_STEPS = 6, 40

@@ -21,6 +21,7 @@ from told_run import CHAMPION, JUDGE, make_facts, make_report
 from qwen3ft.config import TrainingConfig, parse_config
 from qwen3ft.errors import ConfigError
 from qwen3ft.evaluation.comparison import InferenceReport
+from qwen3ft.evaluation.gate import decide
 from qwen3ft.evaluation.judge import (
     INSTRUCTION,
     choose_pairs,
@@ -29,9 +30,8 @@ from qwen3ft.evaluation.judge import (
     read_choice,
 )
 from qwen3ft.evaluation.judge_client import Limits
-from qwen3ft.evaluation.promote import decide
 from qwen3ft.records.evaluation import JudgeReport, SideBySide
-from qwen3ft.records.plan import SavedAdapter
+from qwen3ft.records.model import SavedAdapter
 from qwen3ft.report.build import build_card
 from qwen3ft.report.html import to_html
 from qwen3ft.report.markdown import to_markdown

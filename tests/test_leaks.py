@@ -31,11 +31,12 @@ from qwen3ft.machine.leaks import (
     theil_sen,
 )
 from qwen3ft.machine.memory import MemoryOptimizer
-from qwen3ft.machine.memory_reading import MemoryReading, of_allocator, private_bytes
-from qwen3ft.records.plan import GIB, AttemptOutcome
+from qwen3ft.machine.process_memory import MemoryReading, of_allocator, private_bytes
+from qwen3ft.records.training import AttemptOutcome
 from qwen3ft.recovery.adjust import Retry, decide
 from qwen3ft.training import checkpoint, faults, leak_watch
 from qwen3ft.training.leak_watch import LeakWatch
+from qwen3ft.units import GIB
 
 LEVEL = 600 * MIB
 

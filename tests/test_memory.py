@@ -20,11 +20,11 @@ from qwen3ft.config import load_config, parse_config
 from qwen3ft.errors import ConfigError, OutOfMemoryError
 from qwen3ft.machine import memory as memory_module
 from qwen3ft.machine import process_memory
-from qwen3ft.machine.gpus import visible_gpus
+from qwen3ft.machine.gpus import CUDA_CONTEXT_BYTES, visible_gpus
 from qwen3ft.machine.memory import MemoryOptimizer
 from qwen3ft.machine.process_memory import process_bytes
-from qwen3ft.planning.footprint import CUDA_CONTEXT_BYTES
-from qwen3ft.records.plan import GIB, MemoryStatus
+from qwen3ft.records.training import MemoryStatus
+from qwen3ft.units import GIB
 
 
 def run_python(program: str) -> str:

@@ -8,9 +8,15 @@ from typing import Any
 
 import pytest
 
-from qwen3ft.records.plan import GIB, MemoryPart
-from qwen3ft.report.figures import write_png
-from qwen3ft.report.memory_figure import AttemptMemory, MemorySample, attempt_minutes, memory_figure
+from qwen3ft.records.plan import MemoryPart
+from qwen3ft.report.figures import (
+    AttemptMemory,
+    MemorySample,
+    attempt_minutes,
+    memory_figure,
+    write_png,
+)
+from qwen3ft.units import GIB
 
 START = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from qwen3ft.machine.memory_reading import MemoryReading
 from qwen3ft.machine.memory_report import Mapping, mapping_class, read_resident, resident_text
 from qwen3ft.machine.memory_snapshot import PeakKeeper, write_report, write_segments
+from qwen3ft.machine.process_memory import MemoryReading
 from qwen3ft.machine.segments import (
     IN_USE,
     UNUSED,

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qwen3ft.data.collators import IGNORED_LABEL, PaddingCollator, labels_of
 from qwen3ft.planning.packing import (
     WorstCase,
     epoch_batches,
@@ -24,12 +25,9 @@ from qwen3ft.planning.packing import (
     worst_case,
 )
 from qwen3ft.training.batches import (
-    IGNORED,
     EffectiveBatchOrder,
     PackedCollator,
-    PaddingCollator,
     StepSampler,
-    labels_of,
     real_tokens,
     trained_tokens,
 )
@@ -198,7 +196,7 @@ def make_rows(
         trained = [start, length]
         if start > 4:
             trained = [first, 3, *trained]
-        labels = [IGNORED] * length
+        labels = [IGNORED_LABEL] * length
         for low, high in zip(trained[::2], trained[1::2], strict=True):
             labels[low:high] = ids[low:high]
         rows.append({"input_ids": ids, "trained": trained, "labels": labels, "length": length})
@@ -242,11 +240,11 @@ def test_a_packed_row_holds_every_token_once_and_trains_across_no_border(
     for row, start, end in zip(rows, bounds, bounds[1:], strict=False):
         assert batch["input_ids"][0, start:end].tolist() == row["input_ids"]
         assert batch["position_ids"][0, start:end].tolist() == list(range(end - start))
-        assert batch["labels"][0, start:end].tolist() == [IGNORED, *row["labels"][1:]]
+        assert batch["labels"][0, start:end].tolist() == [IGNORED_LABEL, *row["labels"][1:]]
     padding = slice(sum(lengths), slots)
     assert batch["input_ids"][0, padding].tolist() == [7] * (slots - sum(lengths))
     assert batch["position_ids"][0, padding].tolist() == list(range(slots - sum(lengths)))
-    assert bool((batch["labels"][0, padding] == IGNORED).all())
+    assert bool((batch["labels"][0, padding] == IGNORED_LABEL).all())
     padded = PaddingCollator(7)(rows)
     assert trained_tokens(batch) == trained_tokens(padded)
     assert real_tokens(padded) == sum(lengths)
@@ -356,8 +354,9 @@ def test_the_prediction_counts_what_autograd_keeps_of_a_packed_row(model: Any) -
     """Within 2 % for the layers: the mask that SDPA keeps in each is as wide as the whole row."""
     from peft.tuners.lora import LoraLayer
 
-    from qwen3ft.planning.footprint import Workload, layer_bytes_per_token
-    from qwen3ft.records.plan import AdapterSpec, ModelShape
+    from qwen3ft.planning.footprint import layer_bytes_per_token
+    from qwen3ft.planning.workload import Workload
+    from qwen3ft.records.model import AdapterSpec, ModelShape
 
     batch = PackedCollator(0)(make_rows([100, 200, 150, 40]))
     tokens = batch["input_ids"].numel()
@@ -417,7 +416,7 @@ def test_the_plan_packs_on_a_gpu_or_where_asked(
     """And says why; a packed plan is predicted to take no less than its padded twin."""
     from qwen3ft.model.adapter import plan_adapter
     from qwen3ft.planning.plan import build_plan, repredict, workload_of
-    from qwen3ft.records.plan import GpuInfo
+    from qwen3ft.records.machine import GpuInfo
 
     card = GpuInfo(
         index=0, name="G", uuid="U", total_bytes=2**34, free_bytes=2**34, driver_version="1"
@@ -442,7 +441,7 @@ def test_long_rows_that_fit_padded_alone_are_not_refused(
     from qwen3ft.errors import InsufficientMemoryError
     from qwen3ft.model.adapter import plan_adapter
     from qwen3ft.planning.plan import build_plan
-    from qwen3ft.records.plan import GpuInfo
+    from qwen3ft.records.machine import GpuInfo
 
     card = GpuInfo(
         index=0, name="G", uuid="U", total_bytes=2**34, free_bytes=2**34, driver_version="1"

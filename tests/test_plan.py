@@ -14,18 +14,14 @@ from hypothesis import strategies as st
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import DataLoadingError, InsufficientMemoryError
 from qwen3ft.model.adapter import plan_adapter
-from qwen3ft.planning.footprint import Workload, layer_bytes_per_token, predict_memory
+from qwen3ft.planning.footprint import layer_bytes_per_token, predict_memory
 from qwen3ft.planning.plan import build_plan, largest_micro_batch_below, repredict
+from qwen3ft.planning.workload import Workload
 from qwen3ft.records.data import DatasetManifest, LengthSummary
-from qwen3ft.records.plan import (
-    GIB,
-    EnvironmentReport,
-    GpuInfo,
-    ModelShape,
-    ModelSnapshot,
-    ModelSource,
-    TrainPlan,
-)
+from qwen3ft.records.machine import EnvironmentReport, GpuInfo
+from qwen3ft.records.model import ModelShape, ModelSnapshot, ModelSource
+from qwen3ft.records.plan import TrainPlan
+from qwen3ft.units import GIB
 
 QWEN3_4B = ModelShape(
     hidden_size=2560,

@@ -23,7 +23,8 @@ from qwen3ft.preflight.policy import corrected_budget_gb, decide, replan, too_li
 from qwen3ft.preflight.report import GROUPS, measured_report, out_of_memory_report, to_markdown
 from qwen3ft.preflight.stage import measure_first, shortened, why_skipped
 from qwen3ft.preflight.worst_batches import find_worst, read_lengths
-from qwen3ft.records.plan import GIB, GpuInfo, TrainPlan
+from qwen3ft.records.machine import GpuInfo
+from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.preflight import (
     Measurement,
     PhaseMemory,
@@ -34,6 +35,7 @@ from qwen3ft.records.preflight import (
 )
 from qwen3ft.training import faults
 from qwen3ft.training.batches import EffectiveBatchOrder, step_sampler
+from qwen3ft.units import GIB
 
 BATCHES = WorstBatches(
     train=(WorstBatch(chosen_for=("most tokens",), rows=(3, 1), lengths=(9, 7), slots=18),),

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from qwen3ft.evaluation.gate import GatePolicy
-from qwen3ft.evaluation.promote import decide
+from qwen3ft.evaluation.gate import GatePolicy, decide
 from qwen3ft.records.evaluation import (
     Champion,
     Comparison,
@@ -17,7 +16,7 @@ from qwen3ft.records.evaluation import (
     ModelScore,
     RivalLabel,
 )
-from qwen3ft.records.plan import SavedAdapter
+from qwen3ft.records.model import SavedAdapter
 
 CHAMPION = Champion(registered_model="qwen3ft-embedded", version="3", source_uri="models:/x/3")
 FORM = {"stops by itself": 1.0, "language of the question": 1.0}

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qwen3ft.chat.thinking import split_thinking
 from qwen3ft.evaluation.answers import (
     Question,
     answers_are_sound,
@@ -14,7 +15,6 @@ from qwen3ft.evaluation.answers import (
     exact_match,
     is_looping,
     normalise,
-    split_thinking,
 )
 from qwen3ft.records.evaluation import SideBySide
 

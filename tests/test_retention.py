@@ -16,7 +16,7 @@ from qwen3ft.jobs.folders import RunDir
 from qwen3ft.locks import held
 from qwen3ft.operations.retention import DAY_SECONDS, Policy, Removal, plan_removals, remove
 from qwen3ft.operations.run_state import find_runs
-from qwen3ft.registry.protected import ProtectedVersion, find_protected
+from qwen3ft.registry.versions import ProtectedVersion, find_protected
 from qwen3ft.tracking.journal import Journal
 
 OLD_DAYS = 60.0
@@ -231,7 +231,7 @@ def test_copies_of_former_champions_and_leftovers_of_killed_writes_go(project: P
 
 def test_what_has_any_alias_is_protected(tmp_path: Path) -> None:
     """Read from a real registry, with the run that made each version."""
-    from qwen3ft.tracking.tracking import connect, load_client
+    from qwen3ft.tracking.connection import connect, load_client
 
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     connect(uri)

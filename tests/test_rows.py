@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3ft.config import ColumnNames, TrainingConfig
-from qwen3ft.data.qa_row import BadRow, QaRow, messages_of
-from qwen3ft.data.readers import formats
+from qwen3ft.data.readers import open as formats
 from qwen3ft.data.rows import (
     UNREADABLE_FILE,
     RowRules,
     excerpt,
+    messages_of,
     read_file,
     split_reasoning,
 )
@@ -34,6 +34,7 @@ from qwen3ft.data.sources import (
     resolve_sources,
 )
 from qwen3ft.errors import DataLoadingError
+from qwen3ft.records.data import BadRow, QaRow
 
 GOOD = {"question": "Which day?", "answer": "Friday"}
 

@@ -33,7 +33,7 @@ from qwen3ft.model.saved_adapter import (
     read_run_card,
     was_trained_to_think,
 )
-from qwen3ft.records.plan import ModelSource
+from qwen3ft.records.model import ModelSource
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from qwen3ft.evaluation.answer_loss import RowLoss
 from qwen3ft.evaluation.answers import Generated, Question
-from qwen3ft.evaluation.bootstrap import weighted_gain
 from qwen3ft.evaluation.form_checks import check_form, language_fits, thinking_is_well_formed
 from qwen3ft.evaluation.scoring import (
     choose_main_metric,
@@ -20,6 +19,7 @@ from qwen3ft.evaluation.scoring import (
     run_checks,
     score_model,
     score_row,
+    weighted_gain,
 )
 from qwen3ft.evaluation.text_metrics import answer_tokens, chrf, token_f1
 from qwen3ft.records.evaluation import RowScore

@@ -17,7 +17,7 @@ from golden_conversations import CONVERSATIONS, TEMPLATES, assistant, user
 from qwen3ft.chat.rendering import conversation_of, load_tokenizer
 from qwen3ft.chat.templates import KNOWN_TEMPLATES, apply_template, identify_template
 from qwen3ft.embedded import MODEL_DIR
-from qwen3ft.records.export_records import ParityReport
+from qwen3ft.records.requests import ParityReport
 from qwen3ft.serving.instructions import ollama_template, vllm_lora_command, write_serving_files
 
 Case = tuple[str, dict[str, Any], str]

@@ -27,12 +27,18 @@ from qwen3ft.model.shapes import KNOWN_MODELS, find_shape, known_shape, read_sha
 from qwen3ft.planning.fit import choose, fit_or_none
 from qwen3ft.planning.gpu_specs import require_card
 from qwen3ft.planning.plan import build_plan, workload_of
-from qwen3ft.planning.sweep import BUDGETS_GB, Sweep, sweep_model
 from qwen3ft.planning.table import PlanTable, run_table, shape_table
-from qwen3ft.planning.what_if import TYPICAL_FILL, described_machine, shape_request
-from qwen3ft.records.plan import GIB
+from qwen3ft.planning.what_if import (
+    BUDGETS_GB,
+    TYPICAL_FILL,
+    Sweep,
+    described_machine,
+    shape_request,
+    sweep_model,
+)
 from qwen3ft.report.figures import write_png
 from qwen3ft.report.plan_section import plan_figure, plan_markdown
+from qwen3ft.units import GIB
 
 ROOT = Path(__file__).resolve().parent.parent
 H200 = require_card("h200")

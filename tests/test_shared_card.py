@@ -15,9 +15,10 @@ from test_plan import environment, plan_for
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import EnvironmentNotReadyError
-from qwen3ft.machine.gpus import CardProcess, CardUse
-from qwen3ft.records.plan import GIB, TrainPlan
+from qwen3ft.records.machine import CardProcess, CardUse
+from qwen3ft.records.plan import TrainPlan
 from qwen3ft.recovery.shared_gpu import MARGIN_BYTES, fit_to_card, fit_within
+from qwen3ft.units import GIB
 
 CONFIG = TrainingConfig(max_memory_gb=13.0)
 MACHINE = environment(24.0)

@@ -23,7 +23,7 @@ from qwen3ft.data.hub import (
     pin_dataset,
     select_files,
 )
-from qwen3ft.data.readers.formats import read_raw
+from qwen3ft.data.readers.open import read_raw
 from qwen3ft.data.sources import (
     Fingerprint,
     SourceFile,

@@ -13,9 +13,9 @@ from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import ConfigError
 from qwen3ft.model.adapter import plan_adapter
 from qwen3ft.model.shapes import find_shape
-from qwen3ft.planning.footprint import Workload
 from qwen3ft.planning.gpu_specs import CARDS, Card, find_card, require_card
 from qwen3ft.planning.speed import SpeedEstimate, attention_share, estimate_speed
+from qwen3ft.planning.workload import Workload
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 LEVERS = (

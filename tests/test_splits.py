@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen3ft.data.sources import Role
 from qwen3ft.data.splits import (
     DEV,
     DUPLICATE,
@@ -34,6 +33,7 @@ from qwen3ft.data.splits import (
     question_key,
     sample,
 )
+from qwen3ft.records.data import Role
 
 
 class Row(NamedTuple):

@@ -13,17 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from told_run import CHAMPION, HOSTILE, SECRET, make_facts, make_report
 
+from qwen3ft.data.safety import shown
 from qwen3ft.errors import FinetuneError, error_kinds
 from qwen3ft.evaluation.intervals import wilson_interval
 from qwen3ft.jobs.failures import to_failure
 from qwen3ft.jobs.folders import RunDir, write_record
-from qwen3ft.records.plan import GIB, Failure
 from qwen3ft.records.preflight import PreflightReport, WorstBatches
+from qwen3ft.records.training import Failure
 from qwen3ft.report.attempts import changes, in_words, read_attempts, reasons, summarise, words_of
 from qwen3ft.report.build import build_card
 from qwen3ft.report.charts import loss_chart, memory_chart
 from qwen3ft.report.curves import SPARKLINE_CHARACTERS, loss_curve, sparkline, thin
-from qwen3ft.report.safe_text import as_markdown, shown
+from qwen3ft.report.safe_text import as_markdown
 from qwen3ft.tracking.run_metrics import (
     METRICS,
     TAGS,
@@ -32,6 +33,7 @@ from qwen3ft.tracking.run_metrics import (
     preflight_metrics,
     report_metrics,
 )
+from qwen3ft.units import GIB
 from tasks.names import adjust_name, inference_name, promote_name, save_name, train_name
 
 DOCS = Path(__file__).parents[1] / "docs" / "tracking.md"

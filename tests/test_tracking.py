@@ -23,24 +23,23 @@ from qwen3ft.errors import ChampionChangedError, ConfigError, SaveError, Trackin
 from qwen3ft.files import append_json_line, sha256_file
 from qwen3ft.jobs.folders import JobDir, RunDir
 from qwen3ft.records.data import DatasetManifest, DataSource, LengthSummary
-from qwen3ft.records.plan import (
-    AdapterSpec,
-    MemoryPart,
-    MemoryStatus,
-    ModelShape,
-    ModelSnapshot,
-    ModelSource,
-    SavedAdapter,
-    TrainingMetrics,
-    TrainPlan,
-)
+from qwen3ft.records.model import AdapterSpec, ModelShape, ModelSnapshot, ModelSource, SavedAdapter
+from qwen3ft.records.plan import MemoryPart, TrainPlan
+from qwen3ft.records.training import MemoryStatus, TrainingMetrics
 from qwen3ft.registry.registry import Registry, registered_model_name
-from qwen3ft.tracking.connection import database_path, default_tracking_uri, run_url
+from qwen3ft.tracking.connection import (
+    EXPERIMENT_NAME,
+    _make_experiment,
+    connect,
+    database_path,
+    default_tracking_uri,
+    is_answering,
+    run_url,
+)
 from qwen3ft.tracking.cursor import outstanding, parent_run_id, read_state, state_path
 from qwen3ft.tracking.journal import Journal, journal_path
 from qwen3ft.tracking.mirror import Mirror, replay, replay_unsent
 from qwen3ft.tracking.points import attempts_memory
-from qwen3ft.tracking.tracking import EXPERIMENT_NAME, _make_experiment, connect, is_answering
 
 START = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 MODEL = "Qwen/Qwen3-4B-Thinking-2507"

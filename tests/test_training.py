@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from qwen3ft.data.collators import IGNORED_LABEL
 from qwen3ft.data.pipeline import DataPipeline
 from qwen3ft.data.token_table import load_split
 from qwen3ft.errors import DivergedError
@@ -19,7 +20,7 @@ from qwen3ft.jobs.heartbeat import StopRequest
 from qwen3ft.machine.memory import MemoryOptimizer
 from qwen3ft.model.adapter import LoRAAdapter
 from qwen3ft.model.manager import ModelManager
-from qwen3ft.training.batches import IGNORED, trained_tokens
+from qwen3ft.training.batches import trained_tokens
 from qwen3ft.training.engine import TrainingEngine
 from qwen3ft.training.loss import summed_loss
 
@@ -130,8 +131,8 @@ def test_prompt_tokens_carry_no_loss(prepare: Any, make_plan: Any) -> None:
             return float(summed_loss(model, {**batch, "labels": labels}, 64))
 
     labels = batch["labels"]
-    assert bool((labels == IGNORED).any())
-    assert bool((labels[:, 0] == IGNORED).all())
+    assert bool((labels == IGNORED_LABEL).any())
+    assert bool((labels[:, 0] == IGNORED_LABEL).all())
     with torch.no_grad():
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[
             :, :-1
@@ -139,7 +140,7 @@ def test_prompt_tokens_carry_no_loss(prepare: Any, make_plan: Any) -> None:
     expected = torch.nn.functional.cross_entropy(
         logits.reshape(-1, logits.shape[-1]).float(),
         labels[:, 1:].reshape(-1),
-        ignore_index=IGNORED,
+        ignore_index=IGNORED_LABEL,
         reduction="sum",
     )
     assert loss(labels) == pytest.approx(float(expected), rel=1e-5)

@@ -25,7 +25,8 @@ from qwen3ft.errors import (
 )
 from qwen3ft.jobs.folders import JobDir, RunDir
 from qwen3ft.jobs.launcher import run_worker
-from qwen3ft.records.plan import AttemptOutcome, TrainPlan
+from qwen3ft.records.plan import TrainPlan
+from qwen3ft.records.training import AttemptOutcome
 from qwen3ft.training import checkpoint, faults
 
 SCHEDULE = {"total_steps": 6, "evaluate_every_steps": 2}

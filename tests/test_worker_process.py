@@ -15,7 +15,7 @@ from qwen3ft.errors import FinetuneError
 from qwen3ft.jobs.folders import JobDir
 from qwen3ft.jobs.launcher import run_worker
 from qwen3ft.jobs.processes import workers_ahead
-from qwen3ft.records.plan import AttemptOutcome
+from qwen3ft.records.training import AttemptOutcome
 
 WAITING = "qwen3ft-wait"
 

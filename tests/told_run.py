@@ -10,7 +10,7 @@ from finished_run import make_outcome, make_plan, make_snapshot
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.evaluation.form_checks import FORM_CHECKS
-from qwen3ft.evaluation.promote import decide
+from qwen3ft.evaluation.gate import decide
 from qwen3ft.evaluation.scoring import METRICS
 from qwen3ft.planning.table import PlanTable
 from qwen3ft.records.data import DataChange
@@ -25,20 +25,15 @@ from qwen3ft.records.evaluation import (
     SideBySide,
     SplitScore,
 )
-from qwen3ft.records.plan import (
-    GIB,
-    Failure,
-    MemoryPart,
-    MemoryStatus,
-    SavedAdapter,
-    TrainingMetrics,
-    TrainPlan,
-)
+from qwen3ft.records.model import SavedAdapter
+from qwen3ft.records.plan import MemoryPart, TrainPlan
 from qwen3ft.records.run_card import SettingLine
+from qwen3ft.records.training import Failure, MemoryStatus, TrainingMetrics
 from qwen3ft.report.attempts import summarise
 from qwen3ft.report.build import RunFacts
 from qwen3ft.report.curves import loss_curve, memory_curves
-from qwen3ft.report.memory_figure import AttemptMemory, MemorySample
+from qwen3ft.report.figures import AttemptMemory, MemorySample
+from qwen3ft.units import GIB
 
 CHAMPION = Champion(registered_model="qwen3ft-embedded", version="7", source_uri="models:/x/7")
 START = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypedDict
+from typing import Any
 
-THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
-
-MessageRole = Literal["system", "user", "assistant", "tool"]
+from qwen3ft.chat.thinking import split_think_block
+from qwen3ft.records.data import Message, MessageRole, RejectedRowError
 
 _ROLES: dict[str, MessageRole] = {
     **dict.fromkeys(("system", "developer", "系统"), "system"),
@@ -32,20 +31,6 @@ _FOLLOWERS: dict[MessageRole | None, tuple[MessageRole, ...]] = {
     "assistant": ("user", "tool"),
     "tool": ("tool", "assistant"),
 }
-
-
-class Message(TypedDict, total=False):
-    """One turn; `reasoning` and `tool_calls` only of the assistant."""
-
-    role: MessageRole
-    content: str
-    reasoning: str
-    tool_calls: list[dict[str, Any]]
-    """Each {"name": str, "arguments": dict}."""
-
-
-class RejectedRowError(ValueError):
-    """A row cannot be used; the message is the reason code."""
 
 
 def parse_messages(value: Any) -> list[Message]:
@@ -110,22 +95,6 @@ def assistant(content: str, reasoning: str = "") -> Message:
     if reasoning:
         message["reasoning"] = reasoning
     return message
-
-
-def split_think_block(text: str) -> tuple[str, str]:
-    """(reasoning, rest) of what an assistant says: a leading think block and what follows it.
-
-    The opening tag may be missing, as in what a model writes whose prompt held it.
-
-    Raises:
-        RejectedRowError: the block is never closed.
-    """
-    before, closed, after = text.partition(THINK_CLOSE)
-    if closed:
-        return before.strip().removeprefix(THINK_OPEN).strip(), after.strip()
-    if text.lstrip().startswith(THINK_OPEN):
-        raise RejectedRowError("unclosed_think")
-    return "", text.strip()
 
 
 def check_order(messages: Sequence[Message]) -> None:

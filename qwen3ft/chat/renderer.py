@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from qwen3ft.chat.encoding import Encoder
 from qwen3ft.chat.skeleton import (
     OUTSIDE,
     Conversation,
@@ -34,6 +33,7 @@ from qwen3ft.chat.templates import (
     template_error,
     template_text,
 )
+from qwen3ft.chat.tokenizer import Encoder
 from qwen3ft.errors import TokenizerError
 from qwen3ft.logs import mask_secrets
 

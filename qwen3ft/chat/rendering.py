@@ -33,11 +33,10 @@ from qwen3ft.errors import TokenizerError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from qwen3ft.data.qa_row import QaRow
+    from qwen3ft.records.data import QaRow
 
 __all__ = [
     "END_TOKEN",
-    "IGNORED_LABEL",
     "Segment",
     "ThinkingSupport",
     "TokenizedRow",
@@ -52,8 +51,6 @@ __all__ = [
     "tokenize_rows",
 ]
 
-IGNORED_LABEL = -100
-"""The label that cross-entropy in torch and transformers leaves out."""
 
 BLOCK_ROWS = 512
 """Rows tokenised at a time; bounds the text held beside the ids."""

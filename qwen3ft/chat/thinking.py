@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from qwen3ft.evaluation.answers import THINK_CLOSE, THINK_OPEN
+from qwen3ft.records.data import RejectedRowError
+
+THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
 PieceKind = Literal["thinking", "answer"]
 Part = tuple[PieceKind, str]
@@ -61,3 +63,33 @@ def _without_partial(text: str, tag: str) -> str:
         if text.endswith(tag[:length]):
             return text[:-length]
     return text
+
+
+def split_thinking(text: str) -> tuple[str, str]:
+    """(thinking, answer) of what a model wrote, each stripped.
+
+    As in Qwen3's own parser, the last closing tag ends the thinking; an opening tag may be missing
+    because the prompt held it. Thinking that was never closed has the answer ''.
+    """
+    before, closed, after = text.rpartition(THINK_CLOSE)
+    if closed:
+        return before.strip().removeprefix(THINK_OPEN).strip(), after.strip()
+    if text.lstrip().startswith(THINK_OPEN):
+        return text.lstrip().removeprefix(THINK_OPEN).strip(), ""
+    return "", text.strip()
+
+
+def split_think_block(text: str) -> tuple[str, str]:
+    """(reasoning, rest) of what an assistant says: a leading think block and what follows it.
+
+    The opening tag may be missing, as in what a model writes whose prompt held it.
+
+    Raises:
+        RejectedRowError: the block is never closed.
+    """
+    before, closed, after = text.partition(THINK_CLOSE)
+    if closed:
+        return before.strip().removeprefix(THINK_OPEN).strip(), after.strip()
+    if text.lstrip().startswith(THINK_OPEN):
+        raise RejectedRowError("unclosed_think")
+    return "", text.strip()

@@ -29,7 +29,6 @@ from pydantic import ValidationError
 
 from qwen3ft.data.known_rows import write_known_rows
 from qwen3ft.data.placement import DUPLICATES, Fate, Placement
-from qwen3ft.data.qa_row import QaRow
 from qwen3ft.data.reading import FINDINGS_NAME, NO_REASONING, Reading
 from qwen3ft.data.row_questions import QUESTIONS_FILE, write_questions
 from qwen3ft.data.row_table import BATCH_ROWS, RowTable
@@ -37,7 +36,7 @@ from qwen3ft.data.rows import UNREADABLE_FILE
 from qwen3ft.data.tokenizing import Tokens
 from qwen3ft.errors import DataLoadingError
 from qwen3ft.files import build_folder, find_damage, read_manifest_facts
-from qwen3ft.records.data import DatasetManifest, LongRow
+from qwen3ft.records.data import DatasetManifest, LongRow, QaRow
 
 QUARANTINE, LEFT_OUT, TEST = "quarantine.jsonl", "left_out.jsonl", "test.jsonl"
 SPLIT_FILES = ("train.arrow", "dev.arrow")

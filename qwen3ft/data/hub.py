@@ -19,7 +19,7 @@ from urllib.parse import quote, unquote
 
 from huggingface_hub.errors import HTTPError
 
-from qwen3ft.data.readers.formats import SUFFIXES, suffix_of
+from qwen3ft.data.readers.open import SUFFIXES, suffix_of
 from qwen3ft.errors import (
     DatasetAccessError,
     DatasetNotFoundError,

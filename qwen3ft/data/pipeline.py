@@ -31,7 +31,6 @@ from qwen3ft.data.folder import (
 )
 from qwen3ft.data.known_rows import read_known_rows
 from qwen3ft.data.placement import Fate, Placement, place_rows
-from qwen3ft.data.qa_row import QaRow
 from qwen3ft.data.reading import Reading, read_sources
 from qwen3ft.data.row_table import RowTable
 from qwen3ft.data.sources import Fingerprint, fingerprint_sources, resolve_sources
@@ -39,8 +38,8 @@ from qwen3ft.data.tokenizing import tokenize_table
 from qwen3ft.files import sha256_file, sha256_json
 from qwen3ft.logs import get_logger
 from qwen3ft.model.hub import fetch_tokenizer, resolve_model
-from qwen3ft.records.data import DatasetManifest
-from qwen3ft.records.plan import ModelSnapshot
+from qwen3ft.records.data import DatasetManifest, QaRow
+from qwen3ft.records.model import ModelSnapshot
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -168,7 +167,7 @@ class DataPipeline:
         Raises:
             TokenizerError: it has none that differs from the end token.
         """
-        from qwen3ft.training.batches import PaddingCollator
+        from qwen3ft.data.collators import PaddingCollator
 
         chat.configure_tokenizer(tokenizer)
         return PaddingCollator(int(tokenizer.pad_token_id))

@@ -23,11 +23,11 @@ from qwen3ft.chat.conversation import texts_of
 from qwen3ft.config import TrainingConfig
 from qwen3ft.data import safety
 from qwen3ft.data.columns import Columns
-from qwen3ft.data.qa_row import BadRow, QaRow, messages_of
 from qwen3ft.data.row_table import RowWriter
 from qwen3ft.data.rows import (
     UNREADABLE_FILE,
     excerpt,
+    messages_of,
     read_file,
     rules_of,
 )
@@ -35,7 +35,7 @@ from qwen3ft.data.sources import SourceFile, digest_of
 from qwen3ft.data.splits import KeysBuilder, content_key, question_key
 from qwen3ft.errors import DataLoadingError
 from qwen3ft.logs import get_logger
-from qwen3ft.records.data import DataSource
+from qwen3ft.records.data import BadRow, DataSource, QaRow
 
 logger = get_logger("data")
 

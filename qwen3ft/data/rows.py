@@ -16,24 +16,75 @@ from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 from qwen3ft.chat.conversation import (
-    THINK_CLOSE,
-    THINK_OPEN,
-    Message,
-    RejectedRowError,
     assistant,
     check_order,
     parse_history,
     parse_messages,
     parse_tools,
-    split_think_block,
+    texts_of,
     user,
 )
+from qwen3ft.chat.thinking import THINK_CLOSE, THINK_OPEN, split_think_block
 from qwen3ft.config import ColumnNames, TrainingConfig
 from qwen3ft.data.columns import Columns, find_columns
-from qwen3ft.data.qa_row import BadRow, QaRow, check_content, turn
-from qwen3ft.data.readers.formats import RawRow, UnreadableFileError, read_raw
+from qwen3ft.data.readers.open import RawRow, UnreadableFileError, read_raw
 from qwen3ft.data.sources import SourceFile
 from qwen3ft.logs import mask_secrets
+from qwen3ft.records.data import BadRow, Message, QaRow, RejectedRowError
+
+CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+"""Written in a text, they would be read as the borders of a turn."""
+
+TOOL_RESPONSE = "<tool_response>"
+"""At the start of a user's message, Qwen's templates take it for a tool's."""
+
+
+def messages_of(row: QaRow) -> list[Message]:
+    """The row as messages."""
+    return row["messages"] or [user(row["question"]), turn(row["answer"], row["reasoning"])]
+
+
+def turn(answer: str, reasoning: str) -> Message:
+    """What the assistant says; `reasoning` may be empty."""
+    message: Message = {"role": "assistant", "content": answer}
+    if reasoning:
+        message["reasoning"] = reasoning
+    return message
+
+
+def check_content(row: QaRow, *, allow_control_tokens: bool) -> None:
+    """Make sure that the row keeps its turns apart, and can be written as UTF-8.
+
+    Raises:
+        RejectedRowError: it does not.
+    """
+    question, answer, reasoning = row["question"], row["answer"], row["reasoning"]
+    texts = [question, answer, reasoning, row["kind"], row["group"]]
+    if row["messages"]:
+        texts += texts_of(row["messages"], row["tools"])
+    everything = "\n".join(texts)
+    if not everything.isascii():
+        try:
+            everything.encode()
+        except UnicodeEncodeError:
+            raise RejectedRowError("lone_surrogate") from None
+    if "\0" in everything:
+        raise RejectedRowError("nul")
+    if "<" not in everything:
+        return
+    if not allow_control_tokens and any(token in everything for token in CONTROL_TOKENS):
+        raise RejectedRowError("control_token")
+    for message in messages_of(row):
+        said = message["content"]
+        if message["role"] == "user" and said.startswith(TOOL_RESPONSE):
+            raise RejectedRowError("control_token")
+        if message["role"] == "assistant" and any(
+            tag in text
+            for tag in (THINK_OPEN, THINK_CLOSE)
+            for text in (said, message.get("reasoning", ""))
+        ):
+            raise RejectedRowError("broken_think")
+
 
 EXCERPT_CHARACTERS = 200
 

@@ -11,6 +11,7 @@ sk-xxxx, user:password) are not reported.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -245,3 +246,27 @@ _NUMBER_CHECKS: tuple[tuple[str, re.Pattern[str], Check], ...] = (
     ("phone", _AMERICAN_PHONE, lambda match: _is_phone(match, "US")),
     ("email", _EMAIL, _is_email),
 )
+
+
+_LOOK_AHEAD = 4096
+"""Characters behind the cut that are looked at: the longest secrets are private keys."""
+
+_OVERRIDES = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+"""Marks of Unicode's bidirectional algorithm; text in Arabic or Hebrew reads right without them."""
+
+
+def shown(text: str, most_characters: int) -> str:
+    """`text` masked, without controls and direction marks, and cut with a note of how much."""
+    looked_at = text[: most_characters + _LOOK_AHEAD]
+    # Before masking: a control in the middle of a secret would hide it, and be gone afterwards.
+    kept = mask("".join(character for character in looked_at if _is_plain(character))).strip()
+    left_out = len(kept) - most_characters + max(0, len(text) - most_characters - _LOOK_AHEAD)
+    if left_out <= 0:
+        return kept
+    return f"{kept[:most_characters].rstrip()} … ({left_out:,} more characters)"
+
+
+def _is_plain(character: str) -> bool:
+    if character in "\n\t":
+        return True
+    return unicodedata.category(character) not in ("Cc", "Cs") and character not in _OVERRIDES

@@ -15,17 +15,16 @@ import glob
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.data.digests import open_digests
 from qwen3ft.data.hub import HUB_PREFIX, fetch_dataset, parse_hub_name, pin_dataset
-from qwen3ft.data.readers.formats import SUFFIXES, is_readable
+from qwen3ft.data.readers.open import SUFFIXES, is_readable
 from qwen3ft.embedded import DATA_DIR
 from qwen3ft.errors import DataLoadingError
 from qwen3ft.files import sha256_file
-
-Role = Literal["train", "dev", "test"]
+from qwen3ft.records.data import Role
 
 EMBEDDED_PREFIX = "embedded:"
 EMBEDDED_SPLITS = ("train", "dev", "test", "novel")

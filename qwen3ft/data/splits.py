@@ -23,7 +23,7 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen3ft.data.sources import Role
+from qwen3ft.records.data import Role
 
 ROLES: tuple[Role, ...] = ("train", "dev", "test")
 """A role's code in the arrays is its place here; a later one is the more protected."""

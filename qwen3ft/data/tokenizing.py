@@ -17,11 +17,10 @@ import numpy as np
 from qwen3ft.chat import rendering as chat
 from qwen3ft.config import TrainingConfig
 from qwen3ft.data.placement import Fate, Placement
-from qwen3ft.data.qa_row import QaRow
 from qwen3ft.data.row_table import BATCH_ROWS, RowTable
 from qwen3ft.data.token_table import TokenWriter
 from qwen3ft.errors import DataLoadingError
-from qwen3ft.records.data import LengthSummary
+from qwen3ft.records.data import LengthSummary, QaRow
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qwen3ft.chat.rendering import IGNORED_LABEL, TokenizedRow, tokenize_rows
+from qwen3ft.chat.rendering import TokenizedRow, tokenize_rows
+from qwen3ft.data.collators import IGNORED_LABEL
 from qwen3ft.evaluation.generation import Progress, in_batches, no_progress, pad_rows
 
 if TYPE_CHECKING:

@@ -16,9 +16,8 @@ from hashlib import sha256
 from itertools import chain, combinations, zip_longest
 from typing import TypeVar
 
+from qwen3ft.chat.thinking import split_thinking
 from qwen3ft.records.evaluation import ModelLabel, SideBySide
-
-THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
 MIN_NOT_EMPTY_SHARE = 0.95
 MIN_NOT_LOOPING_SHARE = 0.95
@@ -63,20 +62,6 @@ class Generated:
     def answer(self) -> str:
         """The text after the thinking."""
         return split_thinking(self.text)[1]
-
-
-def split_thinking(text: str) -> tuple[str, str]:
-    """(thinking, answer) of what a model wrote, each stripped.
-
-    As in Qwen3's own parser, the last closing tag ends the thinking; an opening tag may be missing
-    because the prompt held it. Thinking that was never closed has the answer ''.
-    """
-    before, closed, after = text.rpartition(THINK_CLOSE)
-    if closed:
-        return before.strip().removeprefix(THINK_OPEN).strip(), after.strip()
-    if text.lstrip().startswith(THINK_OPEN):
-        return text.lstrip().removeprefix(THINK_OPEN).strip(), ""
-    return "", text.strip()
 
 
 def normalise(text: str) -> str:

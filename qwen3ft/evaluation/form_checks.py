@@ -12,14 +12,8 @@ import unicodedata
 from collections import Counter
 from functools import lru_cache
 
-from qwen3ft.evaluation.answers import (
-    THINK_CLOSE,
-    THINK_OPEN,
-    Generated,
-    Question,
-    is_looping,
-    split_thinking,
-)
+from qwen3ft.chat.thinking import THINK_CLOSE, THINK_OPEN, split_thinking
+from qwen3ft.evaluation.answers import Generated, Question, is_looping
 from qwen3ft.evaluation.text_metrics import answer_tokens
 
 STOPS = "stops by itself"

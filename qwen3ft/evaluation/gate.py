@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Literal
+
 from pydantic import Field
 
 from qwen3ft.config import TrainingConfig
+from qwen3ft.evaluation.wording import METRIC_NAMES, interval_text, show_score
 from qwen3ft.records.base import Record
+from qwen3ft.records.evaluation import (
+    Champion,
+    Comparison,
+    InferenceReport,
+    MetricName,
+    ModelScore,
+    Verdict,
+)
+from qwen3ft.records.model import SavedAdapter
 
 
 class GatePolicy(Record):
@@ -37,3 +50,159 @@ def gate_policy(config: TrainingConfig) -> GatePolicy:
         min_rows=config.gate_min_rows,
         max_ability_loss_rise=config.max_ability_loss_rise,
     )
+
+
+def decide(
+    report: InferenceReport,
+    saved: SavedAdapter,
+    *,
+    champion: Champion | None,
+    policy: GatePolicy | None = None,
+) -> Verdict:
+    """The verdict on `saved`, with the reasons in plain English.
+
+    kept: degraded, too few questions, a failed check, worse than a limit, or not surely better than
+    the base and the champion.
+    deferred: there is a champion, but the report does not score it on the same questions.
+    promoted: everything else.
+    """
+    limits = policy or GatePolicy()
+    candidate, base = report.score("candidate"), report.score("base")
+    if candidate is None or base is None:
+        return _verdict(saved, "kept", ["the report does not score both base and candidate"])
+    rivals = [("the base model", base)]
+    in_use = report.score("champion")
+    if champion is not None and in_use is not None:
+        rivals.append((f"champion v{champion.version}", in_use))
+    gains: list[str] = []
+    worse: list[str] = []
+    for name, rival in reversed(rivals):
+        better, sentence = _compare_main(report, limits, rival, name)
+        (gains if better else worse).append(sentence)
+    objections = [
+        *_disqualified(report, saved, candidate, limits),
+        *worse,
+        *(problem for name, rival in rivals for problem in _losses(report, limits, rival, name)),
+        *_forgetting(candidate, base, limits),
+    ]
+    if objections:
+        return _verdict(saved, "kept", objections)
+    if champion is not None and in_use is None:
+        missing = f"champion v{champion.version} was not scored on the same questions"
+        return _verdict(saved, "deferred", [missing, *gains])
+    if champion is None:
+        gains.append("no adapter is in use yet")
+    return _verdict(saved, "promoted", gains)
+
+
+def _verdict(
+    saved: SavedAdapter, decision: Literal["promoted", "kept", "deferred"], reasons: list[str]
+) -> Verdict:
+    return Verdict(
+        decision=decision,
+        reasons=tuple(reasons),
+        registered_model=saved.registered_model,
+        version=saved.version,
+    )
+
+
+def _disqualified(
+    report: InferenceReport, saved: SavedAdapter, candidate: ModelScore, limits: GatePolicy
+) -> Iterator[str]:
+    """What keeps an adapter out however well it scores."""
+    if saved.degraded:
+        why = "; ".join(saved.degraded)
+        yield f"the run is degraded ({why}), which is never promoted on its own"
+    if candidate.rows < limits.min_rows:
+        yield f"only {candidate.rows} held-out questions, {limits.min_rows} are needed"
+    for name, passed in report.checks.items():
+        if not passed:
+            yield f"failed check: {name}"
+
+
+def _compare_main(
+    report: InferenceReport, limits: GatePolicy, rival: ModelScore, name: str
+) -> tuple[bool, str]:
+    """Whether the candidate is surely better than `rival`, and the sentence that says by what."""
+    metric = report.main_metric
+    comparison = report.comparison(rival.label, metric)
+    if comparison is None:
+        return False, f"{METRIC_NAMES[metric]} could not be compared with that of {name}"
+    candidate = report.score("candidate")
+    assert candidate is not None
+    if not candidate.rows == rival.rows == comparison.rows:
+        return False, f"{name} was scored on {rival.rows} questions, not {candidate.rows}"
+    # Written so that a bound that is not a number never wins.
+    better = comparison.low > 0
+    verb = (
+        "better than"
+        if better
+        else "worse than"
+        if comparison.high < 0
+        else "not surely better than"
+        if comparison.gain > 0
+        else "no better than"
+    )
+    return better, f"{verb} {name}: {_numbers(candidate, rival, comparison, limits)}"
+
+
+def _numbers(
+    candidate: ModelScore, rival: ModelScore, comparison: Comparison, limits: GatePolicy
+) -> str:
+    """The two scores, and the gain with its interval; scores in per cent, losses in nats."""
+    metric = comparison.metric
+    mine, theirs = getattr(candidate, metric), getattr(rival, metric)
+    return (
+        f"{METRIC_NAMES[metric]} {show_score(metric, mine)} against {show_score(metric, theirs)} "
+        f"on {comparison.rows} questions, gain {interval_text(comparison)} "
+        f"at {limits.confidence:.0%}"
+    )
+
+
+def _losses(
+    report: InferenceReport, limits: GatePolicy, rival: ModelScore, name: str
+) -> Iterator[str]:
+    """In which other metric, or which form, the candidate is worse than `rival` by too much."""
+    candidate = report.score("candidate")
+    assert candidate is not None
+    scores: tuple[MetricName, ...] = ("exact_match", "token_f1", "chrf")
+    for metric in scores:
+        found, wanted = getattr(candidate, metric), getattr(rival, metric)
+        if metric != report.main_metric and found < wanted - limits.max_score_loss:
+            yield f"{METRIC_NAMES[metric]} {found:.1%}, below the {wanted:.1%} of {name}"
+    loss, theirs_loss = candidate.answer_loss, rival.answer_loss
+    most_loss = None if theirs_loss is None else theirs_loss * (1 + limits.max_answer_loss_rise)
+    if loss is None or (most_loss is not None and loss > most_loss):
+        yield (
+            f"answer loss {show_score('loss', candidate.answer_loss)}, above the "
+            f"{show_score('loss', rival.answer_loss)} of {name} by more than "
+            f"{limits.max_answer_loss_rise:.0%}"
+        )
+    one_answer = 1 / max(1, rival.rows) + 1e-9  # of few answers, a single odd one is no sign
+    most = max(limits.max_form_loss, one_answer)
+    kinds = (
+        ("answers", candidate.form, rival.form, most),
+        (
+            "sampled answers",
+            candidate.sampled_form,
+            rival.sampled_form,
+            limits.max_sampled_form_loss,
+        ),
+    )
+    for kind, mine, theirs, allowed in kinds:
+        for check, share in theirs.items():
+            passed = mine.get(check, 0.0)
+            if passed < share - allowed:
+                yield f"{check}: {passed:.1%} of {kind}, {share:.1%} of those of {name}"
+
+
+def _forgetting(candidate: ModelScore, base: ModelScore, limits: GatePolicy) -> Iterator[str]:
+    """Whether what the base could do costs the candidate much more."""
+    mine, theirs = candidate.ability_loss, base.ability_loss
+    if mine is None or theirs is None:
+        yield "the loss on the ability set is not known or not finite"
+    elif mine - theirs > limits.max_ability_loss_rise:
+        yield (
+            f"it forgets: loss on the ability set {mine:.4g} against {theirs:.4g} of the base "
+            f"model, {mine - theirs:+.2f} nats (limit {limits.max_ability_loss_rise:+.2f})"
+        )

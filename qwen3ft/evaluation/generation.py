@@ -18,8 +18,9 @@ from qwen3ft.chat.rendering import (
     generation_prompt,
     prompt_ids,
 )
+from qwen3ft.chat.thinking import THINK_OPEN
 from qwen3ft.errors import OutOfMemoryError
-from qwen3ft.evaluation.answers import THINK_OPEN, Generated
+from qwen3ft.evaluation.answers import Generated
 from qwen3ft.logs import get_logger
 
 if TYPE_CHECKING:

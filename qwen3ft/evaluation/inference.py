@@ -4,7 +4,7 @@ Guarantees: the 4-bit base is loaded once, and base, candidate and champion answ
 questions by the same greedy decoding on it; only adapters whose manifest holds are loaded, from
 safetensors, and every tensor of theirs is attached; a model whose answers are all kept is not asked
 again. How answers are generated and scored is in `qwen3ft.evaluation.generation` and
-`qwen3ft.evaluation.scoring`; what follows from the scores in `qwen3ft.evaluation.promote`.
+`qwen3ft.evaluation.scoring`; what follows from the scores in `qwen3ft.evaluation.gate`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from qwen3ft.model.saved_adapter import (
     read_run_card,
 )
 from qwen3ft.records.evaluation import Champion, InferenceReport, ModelLabel
-from qwen3ft.records.plan import ModelSnapshot
+from qwen3ft.records.model import ModelSnapshot
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -99,7 +99,7 @@ def run_inference(request: InferenceRequest, beat: Callable[[str, int], None]) -
     Writes every answer to `request.answers_path` and every score beside it (JSON lines). Answers
     that an earlier run got from the same model are not generated again. A champion that cannot be
     compared (damaged, or of another base model) is left out of the scores;
-    `qwen3ft.evaluation.promote` then waits.
+    `qwen3ft.evaluation.gate` then waits.
 
     Args:
         request: What to load and to ask.

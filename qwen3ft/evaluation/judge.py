@@ -23,13 +23,14 @@ from typing import Literal
 
 import httpx
 
+from qwen3ft.chat.thinking import split_thinking
 from qwen3ft.config import TrainingConfig
-from qwen3ft.evaluation.answers import Question, choose_questions, split_thinking
+from qwen3ft.data.safety import shown
+from qwen3ft.evaluation.answers import Question, choose_questions
 from qwen3ft.evaluation.intervals import wilson_interval
 from qwen3ft.evaluation.judge_client import Endpoint, Limits, open_client
 from qwen3ft.files import read_json_lines, sha256_json
 from qwen3ft.records.evaluation import JudgeReport, RivalLabel, SideBySide
-from qwen3ft.report.safe_text import shown
 
 TEXT_CHARACTERS = 4000
 """Of a question or an answer."""

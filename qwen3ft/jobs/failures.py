@@ -24,7 +24,8 @@ from qwen3ft.errors import (
 )
 from qwen3ft.jobs.failure_rules import RULES, Rule, line_types
 from qwen3ft.logs import mask_secrets
-from qwen3ft.records.plan import GIB, Failure
+from qwen3ft.records.training import Failure
+from qwen3ft.units import GIB
 
 QUOTED_CHARACTERS = 600
 """Most of a foreign message that is repeated."""

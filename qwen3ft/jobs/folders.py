@@ -24,7 +24,7 @@ from typing import TypeVar
 from pydantic import BaseModel
 
 from qwen3ft.files import write_json_atomic
-from qwen3ft.records.plan import Failure
+from qwen3ft.records.training import Failure
 
 RecordT = TypeVar("RecordT", bound=BaseModel)
 
@@ -79,6 +79,21 @@ class JobDir:
     def checkpoints(self) -> Path:
         """Folder of `step-000200` folders."""
         return self.path / "checkpoints"
+
+    @property
+    def questions(self) -> Path:
+        """One `Question` per line, appended by the command that asks."""
+        return self.path / "questions.jsonl"
+
+    @property
+    def pieces(self) -> Path:
+        """One `Chunk` per line, appended by the worker that answers."""
+        return self.path / "pieces.jsonl"
+
+    @property
+    def stop(self) -> Path:
+        """Exists once an answer is no longer wanted."""
+        return self.path / "stop"
 
     def create(self, request: BaseModel) -> JobDir:
         """Make the folder and put the request into it."""

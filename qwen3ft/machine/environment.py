@@ -28,7 +28,7 @@ from qwen3ft.errors import EnvironmentNotReadyError
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
-    from qwen3ft.records.plan import EnvironmentReport
+    from qwen3ft.records.machine import EnvironmentReport
 
 OLDEST_PYTHON, FIRST_UNTRIED_PYTHON = (3, 11), (3, 14)
 MINIMUM_FREE_DISK_BYTES = 2 * 2**30
@@ -224,7 +224,7 @@ class EnvironmentManager:
         import psutil
 
         from qwen3ft.machine.gpus import visible_gpus
-        from qwen3ft.records.plan import EnvironmentReport
+        from qwen3ft.records.machine import EnvironmentReport
 
         names = [item.name for item in self._required()] + ["triton"]  # comes with torch for CUDA
         versions = {name: _installed_version(name) for name in names}

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import deque
 
 from qwen3ft.errors import MemoryLeakError
-from qwen3ft.machine.memory_reading import MemoryReading
+from qwen3ft.machine.process_memory import MemoryReading
 
 WINDOW = 32
 CLEAN_READINGS = 256

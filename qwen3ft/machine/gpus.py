@@ -18,40 +18,14 @@ import psutil
 import pynvml
 
 from qwen3ft.errors import EnvironmentNotReadyError
-from qwen3ft.records.base import Record
-from qwen3ft.records.plan import GIB, GpuInfo
+from qwen3ft.records.machine import CardProcess, CardUse, GpuInfo
+from qwen3ft.units import GIB
+
+CUDA_CONTEXT_BYTES = int(0.8 * GIB)
+"""What a process takes on the card beside its tensors: CUDA, cuBLAS, kernels. An H100: 0.80 GB."""
+
 
 NO_DRIVER = (pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
-
-
-class CardProcess(Record):
-    """A process that has memory of a card."""
-
-    pid: int
-    name: str | None
-    used_bytes: int | None
-    """None where NVML does not tell: under Windows and WSL."""
-
-    def describe(self) -> str:
-        """`python (pid 4711) holds 5.1 GB`."""
-        amount = "memory" if self.used_bytes is None else f"{self.used_bytes / GIB:.1f} GB"
-        return f"{self.name or 'a process'} (pid {self.pid}) holds {amount}"
-
-
-class CardUse(Record):
-    """What a card has free at a moment, and who holds the rest."""
-
-    total_bytes: int
-    free_bytes: int
-    processes: tuple[CardProcess, ...]
-    """The largest first."""
-
-    def describe(self) -> str:
-        """`python (pid 4711) holds 5.1 GB, Xorg (pid 12) holds 0.1 GB of the card`."""
-        if not self.processes:
-            used_gb = (self.total_bytes - self.free_bytes) / GIB
-            return f"{used_gb:.1f} GB of the card are taken, and NVML names no process"
-        return ", ".join(process.describe() for process in self.processes) + " of the card"
 
 
 def visible_gpus(environment: Mapping[str, str] = os.environ) -> tuple[GpuInfo, ...]:

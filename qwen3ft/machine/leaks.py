@@ -37,7 +37,7 @@ from statistics import median
 from typing import NamedTuple
 
 from qwen3ft.errors import MemoryLeakError
-from qwen3ft.records.plan import GIB
+from qwen3ft.units import GIB
 
 MIB = 2**20
 

@@ -26,6 +26,7 @@ from typing import Literal
 
 from qwen3ft.errors import OutOfMemoryError
 from qwen3ft.logs import get_logger
+from qwen3ft.machine.gpus import CUDA_CONTEXT_BYTES
 from qwen3ft.machine.process_memory import (
     measure_context,
     peak_resident_bytes,
@@ -34,8 +35,8 @@ from qwen3ft.machine.process_memory import (
     told_by_nvml,
     trim_heap,
 )
-from qwen3ft.planning.footprint import CUDA_CONTEXT_BYTES
-from qwen3ft.records.plan import GIB, MemoryStatus
+from qwen3ft.records.training import MemoryStatus
+from qwen3ft.units import GIB
 
 logger = get_logger("memory")
 

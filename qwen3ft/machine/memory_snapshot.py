@@ -26,8 +26,8 @@ from typing import Any, Literal
 
 from qwen3ft.files import write_bytes_atomic
 from qwen3ft.logs import get_logger, mask_secrets
-from qwen3ft.machine.memory_reading import MemoryReading
 from qwen3ft.machine.memory_report import read_resident
+from qwen3ft.machine.process_memory import MemoryReading
 from qwen3ft.machine.segments import as_json, live_at_peak, read_segments
 from qwen3ft.machine.segments_page import segments_page
 

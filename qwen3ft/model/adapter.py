@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from qwen3ft.errors import ConfigError
 from qwen3ft.model.shapes import plan_adapter
-from qwen3ft.records.plan import AdapterSpec
+from qwen3ft.records.model import AdapterSpec
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel

@@ -27,7 +27,7 @@ from qwen3ft.files import sha256_json
 from qwen3ft.logs import get_logger
 from qwen3ft.model.hub_errors import TIMEOUT_SECONDS, RepoKind, endpoint, hub_error, not_found
 from qwen3ft.model.shapes import read_shape
-from qwen3ft.records.plan import ModelShape, ModelSource
+from qwen3ft.records.model import ModelShape, ModelSource
 
 logger = get_logger("hub")
 

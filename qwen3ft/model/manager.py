@@ -13,18 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen3ft.chat.rendering import load_tokenizer
-from qwen3ft.disk import require_disk
 from qwen3ft.errors import QuantizationError
 from qwen3ft.files import (
     build_folder,
     find_damage,
     read_manifest_facts,
+    require_disk,
     sha256_file,
     sha256_json,
 )
 from qwen3ft.logs import get_logger
 from qwen3ft.model.hub import check_model_folder, fetch_model, resolve_model
-from qwen3ft.records.plan import ModelSnapshot, ModelSource
+from qwen3ft.records.model import ModelSnapshot, ModelSource
 from qwen3ft.records.requests import QuantizeRequest
 
 if TYPE_CHECKING:

@@ -25,7 +25,9 @@ from qwen3ft.model.saved_adapter import (
     find_non_finite,
     read_header,
 )
-from qwen3ft.records.plan import AttemptOutcome, ModelSource, SavedAdapter, TrainPlan
+from qwen3ft.records.model import ModelSource, SavedAdapter
+from qwen3ft.records.plan import TrainPlan
+from qwen3ft.records.training import AttemptOutcome
 
 if TYPE_CHECKING:
     from qwen3ft.config import TrainingConfig

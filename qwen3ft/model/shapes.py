@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from qwen3ft.config import EMBEDDED_MODEL_NAME, TrainingConfig
 from qwen3ft.errors import ConfigError, ModelNotFoundError
-from qwen3ft.records.plan import PROJECTIONS, AdapterSpec, ModelShape
+from qwen3ft.records.model import PROJECTIONS, AdapterSpec, ModelShape
 
 
 @dataclass(frozen=True)

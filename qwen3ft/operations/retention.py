@@ -30,7 +30,7 @@ from qwen3ft.logs import get_logger
 from qwen3ft.model.saved_adapter import RUN_CARD_FILE, read_run_card
 from qwen3ft.operations.run_state import RunState, find_runs
 from qwen3ft.records.base import Record
-from qwen3ft.registry.protected import ProtectedVersion
+from qwen3ft.registry.versions import ProtectedVersion
 
 logger = get_logger("retention")
 

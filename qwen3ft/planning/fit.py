@@ -13,14 +13,17 @@ from typing import Literal
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import ConfigError
-from qwen3ft.planning.footprint import Workload, predict_memory, total_bytes
+from qwen3ft.planning.footprint import predict_memory, total_bytes
 from qwen3ft.planning.fused_search import fastest_fused, fused_or_why_not, fused_reasons
 from qwen3ft.planning.packing import divisors
 from qwen3ft.planning.plain_settings import candidates, plain_reasons, with_evaluation
 from qwen3ft.planning.refusal import nothing_fits
-from qwen3ft.planning.workload import FitRequest, padded_length, request_for
+from qwen3ft.planning.workload import FitRequest, Workload, padded_length, request_for
 from qwen3ft.records.data import DatasetManifest
-from qwen3ft.records.plan import GIB, AdapterSpec, EnvironmentReport, MemoryPart, ModelSnapshot
+from qwen3ft.records.machine import EnvironmentReport
+from qwen3ft.records.model import AdapterSpec, ModelSnapshot
+from qwen3ft.records.plan import MemoryPart
+from qwen3ft.units import GIB
 
 __all__ = [
     "Fit",

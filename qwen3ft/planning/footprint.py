@@ -25,89 +25,19 @@ moment of loading, other programs on the card, and the inference test.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
-from qwen3ft.planning.fused_footprint import FusedSizes
-from qwen3ft.planning.fused_parts import fixed_parts, row_parts
+from qwen3ft.machine.gpus import CUDA_CONTEXT_BYTES
+from qwen3ft.planning.fused_footprint import FusedSizes, fixed_parts, row_parts
 from qwen3ft.planning.packing import row_tokens
-from qwen3ft.records.plan import GIB, AdapterSpec, MemoryPart, ModelShape
-
-CUDA_CONTEXT_BYTES = int(0.8 * GIB)
-"""What a process takes on the card beside its tensors: CUDA, cuBLAS, kernels. An H100: 0.80 GB."""
+from qwen3ft.planning.workload import Workload
+from qwen3ft.records.model import AdapterSpec, ModelShape
+from qwen3ft.records.plan import MemoryPart
+from qwen3ft.units import GIB
 
 CPU_PROCESS_BYTES = int(0.9 * GIB)
 """Resident memory of a process that has imported torch, transformers, PEFT and datasets."""
 
 SLACK = {"cuda": (int(0.2 * GIB), 0.07), "cpu": (0, 0.25)}
 """What the allocator holds beyond what is in use: bytes, and a share of what comes and goes."""
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What is trained at one time, and the levers that trade time for memory.
-
-    Attributes:
-        device: 'cuda' or 'cpu'.
-        compute_dtype: 'bfloat16', 'float16' or 'float32'.
-        quantization: 'nf4-double', 'nf4' or 'fp4'.
-        micro_batch_size: Sequences per forward pass.
-        sequence_tokens: Length of the longest of them, padding included.
-        gradient_checkpointing: Whether each layer is computed again in backward.
-        loss_chunk_tokens: Tokens whose logits exist at one time.
-        offload_activations: Whether saved activations wait in host memory.
-        offload_optimizer: Whether the optimizer's moments stay there.
-        kernels: 'plain' for transformers and PEFT, 'fused' for `qwen3ft.training.fused`.
-        offload_attention: Fused: whether attention's output waits there too.
-        offloaded_mlp_blocks: Fused: most blocks whose gate and up wait in host memory.
-        activation_bytes: Fused: what a packed row may take.
-        chunk_tokens: Fused: tokens whose wide intermediates exist at one time.
-        head_groups: Fused: parts in which the gradient of attention is computed.
-        packing: Whether a micro-batch is one row of as many tokens, instead of padded rows.
-        varied_rows: Whether sequences, and so packed rows, differ in length.
-        eval_batch_size: Sequences per forward pass of an evaluation.
-        eval_tokens: Length of the longest held-out sequence, padding included.
-    """
-
-    device: str
-    compute_dtype: str
-    quantization: str
-    micro_batch_size: int
-    sequence_tokens: int
-    gradient_checkpointing: bool
-    loss_chunk_tokens: int
-    offload_activations: bool = False
-    offload_optimizer: bool = False
-    kernels: Literal["plain", "fused"] = "plain"
-    offload_attention: bool = False
-    offloaded_mlp_blocks: int = 0
-    activation_bytes: int = 0
-    chunk_tokens: int = 0
-    head_groups: int = 1
-    packing: bool = False
-    varied_rows: bool = True
-    eval_batch_size: int = 1
-    eval_tokens: int = 1
-
-    @property
-    def compute_bytes(self) -> int:
-        """Bytes of one number of the compute type."""
-        return 4 if self.compute_dtype == "float32" else 2
-
-    @property
-    def capacity_tokens(self) -> int:
-        """Most tokens of a packed micro-batch: as many as the padded rows in its place hold."""
-        return self.micro_batch_size * self.sequence_tokens
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of one micro-batch, padding included."""
-        return row_tokens(self.capacity_tokens) if self.packing else self.capacity_tokens
-
-    @property
-    def keys_per_query(self) -> int:
-        """Tokens of a row: the width of the attention mask."""
-        return self.tokens if self.packing else self.sequence_tokens
 
 
 def predict_memory(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache
 
-from qwen3ft.planning.footprint import Workload, fused_sizes, predict_memory, total_bytes
+from qwen3ft.planning.footprint import fused_sizes, predict_memory, total_bytes
 from qwen3ft.planning.fused_settings import (
     CHUNK_TOKENS,
     HOST_SHARE,
@@ -23,7 +23,10 @@ from qwen3ft.planning.fused_settings import (
 )
 from qwen3ft.planning.plain_settings import offload_optimizer_reason
 from qwen3ft.planning.recompute import Level
-from qwen3ft.records.plan import GIB, AdapterSpec, EnvironmentReport, ModelShape
+from qwen3ft.planning.workload import Workload
+from qwen3ft.records.machine import EnvironmentReport
+from qwen3ft.records.model import AdapterSpec, ModelShape
+from qwen3ft.units import GIB
 
 OLDEST_CAPABILITY = (8, 0)
 """Ampere: the first with bfloat16, which the kernels are written for."""

@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
-from qwen3ft.planning.footprint import Workload, fused_sizes
+from qwen3ft.planning.footprint import fused_sizes
 from qwen3ft.planning.fused_footprint import linear_parameters
 from qwen3ft.planning.packing import divisors, row_tokens
 from qwen3ft.planning.recompute import Level
-from qwen3ft.records.plan import AdapterSpec, ModelShape
+from qwen3ft.planning.workload import Workload
+from qwen3ft.records.model import AdapterSpec, ModelShape
 
 CHUNK_TOKENS = (16384, 8192, 4096, 2048)
 LOSS_CHUNK_TOKENS = (2048, 1024, 512, 256, 128)

@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from qwen3ft.config import TrainingConfig
-from qwen3ft.planning.footprint import Workload, predict_memory, total_bytes
+from qwen3ft.planning.footprint import predict_memory, total_bytes
 from qwen3ft.planning.packing import divisors
-from qwen3ft.records.plan import GIB, AdapterSpec, ModelShape
+from qwen3ft.planning.workload import SMALLEST_LOSS_CHUNK_TOKENS, Workload
+from qwen3ft.records.model import AdapterSpec, ModelShape
+from qwen3ft.units import GIB
 
 LOSS_CHUNK_TOKENS = 4096
-SMALLEST_LOSS_CHUNK_TOKENS = 256
 LAST_RESORT_LOSS_CHUNK_TOKENS = 128
 """Taken only where nothing else fits; it leaves recovery no smaller one."""
 
@@ -62,11 +63,6 @@ def candidates(config: TrainingConfig, first: Workload) -> Iterator[tuple[Worklo
                 yield work, (1.0 if recompute or len(modes) == 1 else KEEP_ALL_SHARE)
                 chunk_tokens //= 2
     yield most_frugal(replace(first, packing=packings[-1])), 1.0
-
-
-def wants_packing(config: TrainingConfig, device: str) -> bool:
-    """On a GPU, where each micro-batch costs; on a CPU it was measured no faster than padding."""
-    return config.packing == "on" or (config.packing == "auto" and device == "cuda")
 
 
 def most_frugal(first: Workload) -> Workload:

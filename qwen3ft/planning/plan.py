@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import DataLoadingError
 from qwen3ft.planning.fit import choose_workload, largest_micro_batch_below, padded_length
-from qwen3ft.planning.footprint import Workload, predict_memory
+from qwen3ft.planning.footprint import predict_memory
+from qwen3ft.planning.workload import Workload
 from qwen3ft.records.data import DatasetManifest
-from qwen3ft.records.plan import AdapterSpec, EnvironmentReport, ModelSnapshot, TrainPlan
+from qwen3ft.records.machine import EnvironmentReport
+from qwen3ft.records.model import AdapterSpec, ModelSnapshot
+from qwen3ft.records.plan import TrainPlan
 
 __all__ = [
     "Workload",

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-from qwen3ft.records.plan import ModelShape
+from qwen3ft.records.model import ModelShape
 
 RANK_MULTIPLE = 8
 

@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 
 from qwen3ft.errors import InsufficientMemoryError
 from qwen3ft.model.shapes import KNOWN_MODELS, KnownModel, adapter_for
-from qwen3ft.planning.footprint import Workload, predict_memory, total_bytes
+from qwen3ft.planning.footprint import predict_memory, total_bytes
 from qwen3ft.planning.fused_search import most_frugal_fused
 from qwen3ft.planning.plain_settings import most_frugal
-from qwen3ft.planning.workload import FitRequest
-from qwen3ft.records.plan import GIB, MemoryPart
+from qwen3ft.planning.workload import FitRequest, Workload
+from qwen3ft.records.plan import MemoryPart
+from qwen3ft.units import GIB
 
 LENGTH_STEP_TOKENS = 8
 LONGEST_TOKENS = 262144

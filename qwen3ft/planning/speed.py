@@ -25,12 +25,13 @@ from __future__ import annotations
 
 import math
 
-from qwen3ft.planning.footprint import Workload, fused_sizes
+from qwen3ft.planning.footprint import fused_sizes
 from qwen3ft.planning.fused_settings import LAUNCH_SECONDS_PER_BLOCK
 from qwen3ft.planning.gpu_specs import Card
 from qwen3ft.planning.packing import row_tokens
+from qwen3ft.planning.workload import Workload
 from qwen3ft.records.base import Record
-from qwen3ft.records.plan import AdapterSpec, ModelShape
+from qwen3ft.records.model import AdapterSpec, ModelShape
 
 PRODUCT_SHARE = 0.63
 """Of a card's peak, what products reach in the step."""

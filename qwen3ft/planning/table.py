@@ -13,17 +13,19 @@ from dataclasses import replace
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.planning.fit import Fit, kernels_of
-from qwen3ft.planning.footprint import Workload, fused_sizes, predict_memory, total_bytes
+from qwen3ft.planning.footprint import fused_sizes, predict_memory, total_bytes
 from qwen3ft.planning.gpu_specs import Card, find_card
 from qwen3ft.planning.packing import row_tokens
 from qwen3ft.planning.plan import workload_of
 from qwen3ft.planning.recompute import Level
 from qwen3ft.planning.refusal import LONGEST_TOKENS, least_workload, longest_that_fits
 from qwen3ft.planning.speed import SpeedEstimate, estimate_speed
-from qwen3ft.planning.workload import FitRequest, request_for
+from qwen3ft.planning.workload import FitRequest, Workload, request_for
 from qwen3ft.records.base import Record
-from qwen3ft.records.plan import GIB, EnvironmentReport, MemoryPart, TrainPlan
+from qwen3ft.records.machine import EnvironmentReport
+from qwen3ft.records.plan import MemoryPart, TrainPlan
 from qwen3ft.records.run_card import SettingLine
+from qwen3ft.units import GIB
 
 ELSEWHERE = ("H200", "H100", "A100 80GB", "L4", "RTX 5090", "RTX 4090", "RTX 3090", "RTX 3060")
 """Cards that a plan's speed is shown for, where they have the memory."""

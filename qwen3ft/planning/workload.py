@@ -6,10 +6,78 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qwen3ft.config import TrainingConfig
-from qwen3ft.planning.footprint import Workload
-from qwen3ft.planning.plain_settings import SMALLEST_LOSS_CHUNK_TOKENS, wants_packing
+from qwen3ft.planning.packing import row_tokens
 from qwen3ft.records.data import DatasetManifest
-from qwen3ft.records.plan import AdapterSpec, EnvironmentReport, ModelShape, ModelSnapshot
+from qwen3ft.records.machine import EnvironmentReport
+from qwen3ft.records.model import AdapterSpec, ModelShape, ModelSnapshot
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained at one time, and the levers that trade time for memory.
+
+    Attributes:
+        device: 'cuda' or 'cpu'.
+        compute_dtype: 'bfloat16', 'float16' or 'float32'.
+        quantization: 'nf4-double', 'nf4' or 'fp4'.
+        micro_batch_size: Sequences per forward pass.
+        sequence_tokens: Length of the longest of them, padding included.
+        gradient_checkpointing: Whether each layer is computed again in backward.
+        loss_chunk_tokens: Tokens whose logits exist at one time.
+        offload_activations: Whether saved activations wait in host memory.
+        offload_optimizer: Whether the optimizer's moments stay there.
+        kernels: 'plain' for transformers and PEFT, 'fused' for `qwen3ft.training.fused`.
+        offload_attention: Fused: whether attention's output waits there too.
+        offloaded_mlp_blocks: Fused: most blocks whose gate and up wait in host memory.
+        activation_bytes: Fused: what a packed row may take.
+        chunk_tokens: Fused: tokens whose wide intermediates exist at one time.
+        head_groups: Fused: parts in which the gradient of attention is computed.
+        packing: Whether a micro-batch is one row of as many tokens, instead of padded rows.
+        varied_rows: Whether sequences, and so packed rows, differ in length.
+        eval_batch_size: Sequences per forward pass of an evaluation.
+        eval_tokens: Length of the longest held-out sequence, padding included.
+    """
+
+    device: str
+    compute_dtype: str
+    quantization: str
+    micro_batch_size: int
+    sequence_tokens: int
+    gradient_checkpointing: bool
+    loss_chunk_tokens: int
+    offload_activations: bool = False
+    offload_optimizer: bool = False
+    kernels: Literal["plain", "fused"] = "plain"
+    offload_attention: bool = False
+    offloaded_mlp_blocks: int = 0
+    activation_bytes: int = 0
+    chunk_tokens: int = 0
+    head_groups: int = 1
+    packing: bool = False
+    varied_rows: bool = True
+    eval_batch_size: int = 1
+    eval_tokens: int = 1
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of one number of the compute type."""
+        return 4 if self.compute_dtype == "float32" else 2
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Most tokens of a packed micro-batch: as many as the padded rows in its place hold."""
+        return self.micro_batch_size * self.sequence_tokens
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one micro-batch, padding included."""
+        return row_tokens(self.capacity_tokens) if self.packing else self.capacity_tokens
+
+    @property
+    def keys_per_query(self) -> int:
+        """Tokens of a row: the width of the attention mask."""
+        return self.tokens if self.packing else self.sequence_tokens
+
 
 PADDING_MULTIPLE_TOKENS = 8
 
@@ -86,3 +154,11 @@ def padded_length(longest_tokens: int, limit_tokens: int) -> int:
     """Tokens of the longest row as the collator pads it, never 0."""
     length = max(1, min(longest_tokens, limit_tokens))
     return -(-length // PADDING_MULTIPLE_TOKENS) * PADDING_MULTIPLE_TOKENS
+
+
+SMALLEST_LOSS_CHUNK_TOKENS = 256
+
+
+def wants_packing(config: TrainingConfig, device: str) -> bool:
+    """On a GPU, where each micro-batch costs; on a CPU it was measured no faster than padding."""
+    return config.packing == "on" or (config.packing == "auto" and device == "cuda")

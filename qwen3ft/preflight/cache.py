@@ -19,8 +19,10 @@ from qwen3ft.config import TrainingConfig
 from qwen3ft.files import sha256_json
 from qwen3ft.jobs.folders import read_record, write_record
 from qwen3ft.logs import get_logger
-from qwen3ft.records.plan import GIB, EnvironmentReport, TrainPlan
+from qwen3ft.records.machine import EnvironmentReport
+from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.preflight import PreflightReport, WorstBatches
+from qwen3ft.units import GIB
 
 logger = get_logger("preflight")
 

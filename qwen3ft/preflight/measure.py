@@ -20,10 +20,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from qwen3ft.files import append_json_line
 from qwen3ft.jobs.folders import JobDir
 from qwen3ft.preflight.report import completed_phases, phases_path
-from qwen3ft.records.plan import GIB
 from qwen3ft.records.preflight import Measurement, Phase, PhaseMemory, PreflightRequest
 from qwen3ft.training.callbacks import FaultCallback
 from qwen3ft.training.faults import planted_in_preflight
+from qwen3ft.units import GIB
 
 if TYPE_CHECKING:
     from qwen3ft.machine.memory import MemoryOptimizer

@@ -18,9 +18,11 @@ from typing import Literal
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import InsufficientMemoryError
 from qwen3ft.planning.plan import build_plan, repredict
-from qwen3ft.records.plan import GIB, EnvironmentReport, TrainPlan
+from qwen3ft.records.machine import EnvironmentReport
+from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.preflight import PreflightReport
 from qwen3ft.recovery.ladder import EVALUATION_PHASE, next_rungs, without_host_memory
+from qwen3ft.units import GIB
 
 Decision = Literal["train", "replan", "recover", "stop"]
 

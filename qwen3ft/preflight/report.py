@@ -14,7 +14,7 @@ from qwen3ft.errors import OutOfMemoryError
 from qwen3ft.files import read_json_lines
 from qwen3ft.jobs.failures import to_failure
 from qwen3ft.jobs.folders import JobDir
-from qwen3ft.records.plan import GIB, TrainPlan
+from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.preflight import (
     Measurement,
     PartComparison,
@@ -23,6 +23,7 @@ from qwen3ft.records.preflight import (
     PreflightReport,
     WorstBatches,
 )
+from qwen3ft.units import GIB
 
 WEIGHTS, STATE, ACTIVATIONS = "weights", "adapter, gradients, optimizer", "activations"
 SLACK, CONTEXT = "allocator slack", "context and libraries"

@@ -21,7 +21,8 @@ from qwen3ft.preflight.cache import keep_report, read_report, report_key
 from qwen3ft.preflight.policy import decide, replan, too_little_memory
 from qwen3ft.preflight.report import completed_phases, measured_report, out_of_memory_report
 from qwen3ft.preflight.worst_batches import find_worst, read_lengths
-from qwen3ft.records.plan import GIB, EnvironmentReport, TrainPlan
+from qwen3ft.records.machine import EnvironmentReport
+from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.preflight import (
     Measurement,
     PreflightReport,
@@ -31,6 +32,7 @@ from qwen3ft.records.preflight import (
 )
 from qwen3ft.recovery.shared_gpu import fit_to_card
 from qwen3ft.training.faults import planted_in_preflight
+from qwen3ft.units import GIB
 
 logger = get_logger("preflight")
 

@@ -5,11 +5,14 @@ Lengths are in tokens.
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict
 
 from pydantic import Field
 
 from qwen3ft.records.base import Record
+
+Role = Literal["train", "dev", "test"]
 
 
 class DataSource(Record):
@@ -100,3 +103,53 @@ class DatasetManifest(Record):
     longest: tuple[LongRow, ...] = ()
     warnings: tuple[str, ...] = Field((), description="What a person should know, and do.")
     degraded: tuple[str, ...] = ()
+
+
+MessageRole = Literal["system", "user", "assistant", "tool"]
+
+
+class Message(TypedDict, total=False):
+    """One turn; `reasoning` and `tool_calls` only of the assistant."""
+
+    role: MessageRole
+    content: str
+    reasoning: str
+    tool_calls: list[dict[str, Any]]
+    """Each {"name": str, "arguments": dict}."""
+
+
+class QaRow(TypedDict):
+    """One usable row; texts are stripped, and '' where there is none."""
+
+    question: str
+    """The last user message."""
+    answer: str
+    """The last assistant message, without its reasoning."""
+    reasoning: str
+    messages: list[Message]
+    """The whole conversation where it is more than one question and its answer, else []."""
+    tools: list[dict[str, Any]]
+    kind: str
+    """Group of questions to report on."""
+    group: str
+    """Rows of one source key are held out together."""
+    role: Role
+    file: str
+    line: int
+    offset: int
+    """Byte where the row starts in the uncompressed file, -1 where there is no such thing."""
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """One row left out: line is 1-based (the row for parquet), 0 the whole file."""
+
+    file: str
+    line: int
+    offset: int
+    reason: str
+    excerpt: str
+
+
+class RejectedRowError(ValueError):
+    """A row cannot be used; the message is the reason code."""

@@ -10,7 +10,8 @@ from typing import Literal
 from pydantic import Field
 
 from qwen3ft.records.base import Record
-from qwen3ft.records.plan import Failure, TrainPlan
+from qwen3ft.records.plan import TrainPlan
+from qwen3ft.records.training import Failure
 
 Phase = Literal["load", "forward_backward", "optimizer", "evaluate", "save"]
 

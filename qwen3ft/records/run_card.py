@@ -6,11 +6,24 @@ characters that would change how the page around them reads. Numbers are finite,
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Literal
 
 from pydantic import Field
 
 from qwen3ft.records.base import Record
+from qwen3ft.records.evaluation import (
+    Comparison,
+    JudgeReport,
+    MetricName,
+    ModelLabel,
+    ModelScore,
+    RivalLabel,
+)
+
+NOTHING_NEW = "NothingNew"
+"""Name of the completed state of a run that found nothing to train on."""
+
 
 Outcome = Literal["promoted", "kept", "deferred", "failed", "nothing new"]
 """What a run came to, in the words of a night."""
@@ -133,3 +146,69 @@ class Step(Record):
 
     what: str
     command: str = Field("", description="Exactly what to type; empty where nothing can be done.")
+
+
+class RunCard(Record):
+    """The story of a run: card.json, card.md and card.html in its folder, and in MLflow.
+
+    Every run that got as far as its folder has one. What a run did not get to is empty or None.
+    """
+
+    title: str
+    outcome: Outcome = "kept"
+    verdict: str = Field(description="One sentence.")
+    reasons: tuple[str, ...] = ()
+    run_id: str = ""
+    model: str = ""
+    at: datetime = Field(default_factory=lambda: datetime.now(UTC), description="End of the run.")
+    data: DataStory | None = None
+    plan: PlanStory | None = None
+    attempts: tuple[AttemptSummary, ...] = ()
+    loss: tuple[LossCurve, ...] = ()
+    memory: tuple[MemoryCurve, ...] = ()
+    trained_on: str = ""
+    base_score: float | None = Field(None, description="Exact match of the base model, 0 to 1.")
+    tuned_score: float | None = Field(None, description="With the new adapter, 0 to 1.")
+    scores_by_split: dict[str, tuple[float, float, int]] = Field(
+        default_factory=dict, description="Split: base, tuned, questions."
+    )
+    scores: tuple[ModelScore, ...] = ()
+    exact_match_intervals: dict[ModelLabel, tuple[float, float]] = Field(
+        default_factory=dict, description="Wilson's interval of each model's share."
+    )
+    confidence: float = Field(0.95, description="Of all intervals.")
+    main_metric: MetricName = "exact_match"
+    comparisons: tuple[Comparison, ...] = ()
+    champion_version: str | None = Field(
+        None, description="In use before this run; 'none' if none was, None if that is not known."
+    )
+    version: str | None = Field(None, description="This run's own, once it is registered.")
+    forgetting: str = Field("", description="Loss on the ability set, before and after.")
+    judge: JudgeReport | None = Field(None, description="A second opinion, which decides nothing.")
+    answers: tuple[AnswersBeside, ...] = Field((), description="Where the models differ most.")
+    held_out_loss_before: float | None = None
+    held_out_loss_after: float | None = None
+    peak_memory_gb: float | None = None
+    budget_gb: float | None = None
+    tokens_per_second: float | None = Field(None, description="Of training; no padding counted.")
+    kernels: str = Field("", description="Which path trained, and why that one.")
+    seconds_by_stage: dict[str, float] = Field(default_factory=dict)
+    failure: FailureStory | None = None
+    degraded: tuple[str, ...] = ()
+    adapter_path: str | None = None
+    roll_back: Step = Step(what="Nothing was put into use.")
+    next_steps: tuple[Step, ...] = ()
+    prefect_url: str | None = None
+    mlflow_url: str | None = None
+    notes: tuple[str, ...] = Field((), description="What a reader should know before believing.")
+
+    @property
+    def rival(self) -> RivalLabel:
+        """The model to beat: the champion if it was evaluated, else the base."""
+        return "champion" if any(one.label == "champion" for one in self.scores) else "base"
+
+    @property
+    def gain(self) -> Comparison | None:
+        """The candidate against its rival in the main metric; None if they were not compared."""
+        wanted = (self.rival, self.main_metric)
+        return next((c for c in self.comparisons if (c.rival, c.metric) == wanted), None)

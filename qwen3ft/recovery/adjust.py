@@ -44,8 +44,9 @@ from qwen3ft.errors import (
 )
 from qwen3ft.planning.plan import repredict
 from qwen3ft.records.base import Record
-from qwen3ft.records.plan import Failure, TrainPlan
+from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.run_card import AttemptSummary
+from qwen3ft.records.training import Failure
 from qwen3ft.recovery.ladder import Step, next_rungs, without_host_memory
 
 LEARNING_RATE_CUTS = 2

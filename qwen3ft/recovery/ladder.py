@@ -18,7 +18,9 @@ from typing import Any
 
 from qwen3ft.planning.footprint import fused_sizes
 from qwen3ft.planning.plan import largest_micro_batch_below, repredict, workload_of
-from qwen3ft.records.plan import GIB, AdapterSpec, ModelShape, TrainPlan
+from qwen3ft.records.model import AdapterSpec, ModelShape
+from qwen3ft.records.plan import TrainPlan
+from qwen3ft.units import GIB
 
 KEPT_SHARE = 0.75
 """What a rung leaves of the room for a row's activations."""

@@ -19,9 +19,11 @@ from collections.abc import Callable
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import EnvironmentNotReadyError, InsufficientMemoryError
 from qwen3ft.logs import get_logger
-from qwen3ft.machine.gpus import CardUse, card_use
+from qwen3ft.machine.gpus import card_use
 from qwen3ft.planning.plan import build_plan
-from qwen3ft.records.plan import GIB, EnvironmentReport, TrainPlan
+from qwen3ft.records.machine import CardUse, EnvironmentReport
+from qwen3ft.records.plan import TrainPlan
+from qwen3ft.units import GIB
 
 logger = get_logger("card")
 

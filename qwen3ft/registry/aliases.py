@@ -1,6 +1,6 @@
 """Moving the aliases of one registered model: champion, previous, challenger.
 
-The caller holds `qwen3ft.registry.promotion_lock`, so that comparing and setting are one step on
+The caller holds `qwen3ft.registry.registry`, so that comparing and setting are one step on
 this machine; MLflow has no compare-and-set, and promoters on two machines may both win in the
 milliseconds between the two (the later one stays). The champion's alias moves last. A move is
 recorded before and after (see `qwen3ft.registry.moves`); `settle` finishes or undoes what a crash
@@ -28,7 +28,7 @@ from qwen3ft.registry.moves import (
     tag_name,
     to_tag,
 )
-from qwen3ft.tracking.tracking import Connection
+from qwen3ft.tracking.connection import Connection
 
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 

@@ -11,10 +11,10 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwen3ft.config import registered_name
 from qwen3ft.errors import ModelNotFoundError
 from qwen3ft.model.saved_adapter import RUN_CARD_FILE, check_adapter
 from qwen3ft.registry.aliases import CHALLENGER, CHAMPION, PREVIOUS
-from qwen3ft.registry.versions import registered_name
 
 if TYPE_CHECKING:
     from qwen3ft.config import TrainingConfig

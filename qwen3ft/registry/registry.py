@@ -8,14 +8,18 @@ MLflow flavor is used, so nothing is unpickled or executed. Aliases are moved in
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from qwen3ft.config import registered_model_name
 from qwen3ft.errors import (
     FinetuneError,
     NotInMlflowError,
@@ -24,14 +28,14 @@ from qwen3ft.errors import (
     TrackingUnavailableError,
 )
 from qwen3ft.files import build_folder, find_damage, read_manifest_facts, sha256_file
+from qwen3ft.locks import held
 from qwen3ft.logs import mask_secrets
 from qwen3ft.model.saved_adapter import read_degradations
 from qwen3ft.records.evaluation import Champion
-from qwen3ft.records.plan import SavedAdapter
+from qwen3ft.records.model import SavedAdapter
 from qwen3ft.registry import aliases
 from qwen3ft.registry.aliases import CHAMPION, DIGEST_TAG
 from qwen3ft.registry.moves import Change, History, Move, Mover
-from qwen3ft.registry.promotion_lock import promotion_lock
 from qwen3ft.registry.versions import (
     ADAPTER_PATH,
     checked_name,
@@ -39,9 +43,32 @@ from qwen3ft.registry.versions import (
     find_by_run,
     find_version,
     register,
-    registered_model_name,
 )
-from qwen3ft.tracking.tracking import Connection, connect, load_client
+from qwen3ft.tracking.connection import Connection, connect, database_path, load_client
+
+
+@contextmanager
+def promotion_lock(tracking_uri: str, wait_seconds: float) -> Iterator[None]:
+    """One mover of aliases at a time on this machine.
+
+    Raises:
+        TrackingUnavailableError: another one has it for longer than `wait_seconds`.
+    """
+    database = database_path(tracking_uri)
+    if database is not None and database.parent.is_dir():
+        path = database.with_name(f"{database.name}.promote.lock")
+    else:
+        digest = hashlib.sha256(tracking_uri.encode()).hexdigest()[:16]
+        path = Path(tempfile.gettempdir()) / f"qwen3ft-{os.getuid()}-{digest}.promote.lock"
+    with held(path, wait_seconds) as mine:
+        if not mine:
+            raise TrackingUnavailableError(
+                f"Another process has been moving aliases for {wait_seconds:.0f} s.",
+                why=f"It holds {path}; MLflow may be slow to answer it.",
+                next_command="qwen3ft history",
+            )
+        yield
+
 
 ROLLBACK_SECONDS = 50.0
 """How long a rollback may take in all; a minute is promised, start of the command included."""

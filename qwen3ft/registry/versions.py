@@ -5,27 +5,19 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field
+
 from qwen3ft.errors import ConfigError, NotInMlflowError
+from qwen3ft.records.base import Record
 from qwen3ft.records.evaluation import Champion
 from qwen3ft.registry.aliases import DIGEST_TAG, RUN_TAG
-from qwen3ft.tracking.tracking import Connection
+from qwen3ft.tracking.connection import Connection, connect
 
 if TYPE_CHECKING:
-    from qwen3ft.config import TrainingConfig
+    pass
 
 ADAPTER_PATH = "adapter"
 """Where a run's adapter lies among its artifacts."""
-
-
-def registered_model_name(model_name: str) -> str:
-    """A registry name for a model: its last two path parts, without what MLflow forbids."""
-    parts = [part for part in re.split(r"[/\\:]+", model_name) if part not in ("", ".", "..")]
-    return f"qwen3ft-{'--'.join(parts[-2:]) or 'model'}"
-
-
-def registered_name(config: TrainingConfig) -> str:
-    """The registry's name for a run's adapters: as configured, or after the base model."""
-    return config.registered_model or registered_model_name(config.model_name)
 
 
 def checked_name(name: str) -> str:
@@ -88,4 +80,59 @@ def described(name: str, version: Any) -> Champion:
         source_uri=str(version.source),
         tags={str(key): str(value) for key, value in version.tags.items()},
         adapter_path=None,
+    )
+
+
+class ProtectedVersion(Record):
+    """One version in use."""
+
+    registered_model: str
+    version: str
+    aliases: tuple[str, ...]
+    run_id: str | None = Field(description="The run that trained it; None if it is not known.")
+
+    def describe(self) -> str:
+        """Model, version and what it is used as."""
+        return f"{self.registered_model} v{self.version} ({', '.join(self.aliases)})"
+
+
+def find_protected(tracking_uri: str) -> list[ProtectedVersion]:
+    """Every version of every registered model that has an alias.
+
+    Raises:
+        TrackingUnavailableError: MLflow cannot be reached, so nothing may be removed.
+    """
+    connection = connect(tracking_uri)
+    return [
+        _describe(connection, name, version, aliases)
+        for name, versions in _aliases(connection).items()
+        for version, aliases in versions.items()
+    ]
+
+
+def _aliases(connection: Connection) -> dict[str, dict[str, list[str]]]:
+    """Registered model: version: its aliases."""
+    found: dict[str, dict[str, list[str]]] = {}
+    token = None
+    with connection.calls() as client:
+        while True:
+            page = client.search_registered_models(page_token=token)
+            for model in page:
+                for alias, version in client.get_registered_model(model.name).aliases.items():
+                    found.setdefault(model.name, {}).setdefault(str(version), []).append(alias)
+            token = page.token
+            if not token:
+                return found
+
+
+def _describe(
+    connection: Connection, name: str, version: str, aliases: list[str]
+) -> ProtectedVersion:
+    with connection.calls() as client:
+        tags = client.get_model_version(name, version).tags
+    return ProtectedVersion(
+        registered_model=name,
+        version=version,
+        aliases=tuple(sorted(aliases)),
+        run_id=tags.get(RUN_TAG),
     )

@@ -12,13 +12,15 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from qwen3ft.files import lines_from
 from qwen3ft.jobs.folders import JobDir, RunDir, read_record
 from qwen3ft.logs import get_logger
-from qwen3ft.records.plan import GIB, Failure, TrainingMetrics, TrainPlan
+from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.run_card import AttemptSummary, LossCurve, SettingChange
+from qwen3ft.records.training import Failure, TrainingMetrics
 from qwen3ft.report.curves import loss_curve
-from qwen3ft.report.memory_figure import AttemptMemory
-from qwen3ft.tracking.cursor import lines_from
+from qwen3ft.report.figures import AttemptMemory
+from qwen3ft.units import GIB
 
 logger = get_logger("story")
 

@@ -11,9 +11,11 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from qwen3ft.config import EMBEDDED_MODEL_NAME, TrainingConfig
+from qwen3ft.chat.thinking import split_thinking
+from qwen3ft.config import EMBEDDED_MODEL_NAME, TrainingConfig, registered_name
+from qwen3ft.data.safety import shown
 from qwen3ft.errors import FinetuneError
-from qwen3ft.evaluation.answers import exact_match, split_thinking
+from qwen3ft.evaluation.answers import exact_match
 from qwen3ft.evaluation.intervals import wilson_interval
 from qwen3ft.evaluation.wording import judge_note
 from qwen3ft.planning.table import PlanTable
@@ -23,11 +25,11 @@ from qwen3ft.records.evaluation import (
     Champion,
     InferenceReport,
     ModelScore,
-    RunCard,
     SideBySide,
     Verdict,
 )
-from qwen3ft.records.plan import AttemptOutcome, SavedAdapter, TrainPlan
+from qwen3ft.records.model import SavedAdapter
+from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.run_card import (
     AnswersBeside,
     AttemptSummary,
@@ -37,11 +39,12 @@ from qwen3ft.records.run_card import (
     ModelAnswer,
     Outcome,
     PlanStory,
+    RunCard,
     Step,
 )
-from qwen3ft.registry.versions import registered_name
+from qwen3ft.records.training import AttemptOutcome
 from qwen3ft.report.data_section import data_story
-from qwen3ft.report.safe_text import ANSWER_CHARACTERS, QUESTION_CHARACTERS, shown
+from qwen3ft.report.safe_text import ANSWER_CHARACTERS, QUESTION_CHARACTERS
 
 EMBEDDED_NOTE = (
     "The embedded model is for demonstration: 0.8 M weights, pretrained on questions about "

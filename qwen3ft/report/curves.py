@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from qwen3ft.records.plan import TrainingMetrics
 from qwen3ft.records.run_card import LossCurve, MemoryCurve, Point
-from qwen3ft.report.memory_figure import AttemptMemory, attempt_minutes
+from qwen3ft.records.training import TrainingMetrics
+from qwen3ft.report.figures import AttemptMemory, attempt_minutes
 
 MOST_POINTS = 200
 """Of one curve: about two for each pixel that a phone has to draw it."""

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from qwen3ft.data.safety import shown
 from qwen3ft.records.data import DataChange, DatasetManifest
 from qwen3ft.records.run_card import DataStory, FileStory
-from qwen3ft.report.safe_text import EXAMPLE_CHARACTERS, as_markdown, shown
+from qwen3ft.report.safe_text import EXAMPLE_CHARACTERS, as_markdown
 
 MOST_FILES = 40
 """Listed one by one, the new and changed ones first; a folder may hold thousands."""

@@ -7,10 +7,16 @@ comes in as records; reading files is the caller's business.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from qwen3ft.records.plan import TrainingMetrics
+from pydantic import BaseModel
+
+from qwen3ft.records.base import Record
+from qwen3ft.records.plan import MemoryPart
+from qwen3ft.records.training import TrainingMetrics
+from qwen3ft.units import GIB
 
 
 def loss_figure(lines: Sequence[TrainingMetrics]) -> Any:
@@ -71,3 +77,210 @@ def _canvas(title: str, x_label: str, y_label: str) -> tuple[Any, Any]:
     axes.set(title=title, xlabel=x_label, ylabel=y_label)
     axes.grid(visible=True, alpha=0.3)
     return figure, axes
+
+
+LONGEST_PAUSE_SECONDS = 60.0
+"""A longer pause between attempts is drawn as this: a run may be continued days later."""
+
+NAMES_APART_SHARE = 0.04
+"""Of the axis: names of attempts that are closer would hide each other."""
+
+MOST_BARS = 6
+
+PARTS_NAMED = 9
+
+
+class MemorySample(BaseModel):
+    """One line of memory.jsonl: a `MemoryStatus` with its step and time; other keys are ignored."""
+
+    step: int
+    timestamp: datetime
+    allocated_gb: float
+    cached_gb: float
+    available_gb: float
+    beside_gb: float = 0.0
+
+    @property
+    def process_gb(self) -> float:
+        """The whole process: what the allocator holds, and what is beside it."""
+        return self.cached_gb + self.beside_gb
+
+
+class AttemptMemory(Record):
+    """What one attempt adds to the picture."""
+
+    number: int
+    started: datetime
+    ended: datetime | None = None
+    failure: str | None = None
+    budget_gb: float | None = None
+    predicted: tuple[MemoryPart, ...] = ()
+    samples: tuple[MemorySample, ...] = ()
+
+    @property
+    def predicted_gb(self) -> float:
+        """Sum of the predicted parts."""
+        return sum(part.bytes for part in self.predicted) / GIB
+
+
+def memory_figure(attempts: Sequence[AttemptMemory]) -> Any:
+    """The picture of `attempts`, in order; at least one.
+
+    Returns:
+        A `matplotlib.figure.Figure`; `write_png` turns it into a file.
+    """
+    figure = new_figure(12, 6)
+    grid = figure.add_gridspec(1, 2, width_ratios=(3, 1.25))
+    curves = figure.add_subplot(grid[0])
+    bars = figure.add_subplot(grid[1], sharey=curves)
+    top_gb = _highest_gb(attempts)
+    _draw_curves(curves, attempts)
+    _name_attempts(curves, attempts)
+    _draw_bars(bars, attempts)
+    if (budget_gb := _last_budget(attempts)) is not None:
+        for axes in (curves, bars):
+            axes.axhline(budget_gb, color="tab:red", label=f"budget {budget_gb:.2f} GB")
+    curves.set(
+        xlabel="minutes (pauses between attempts cut to 1)",
+        ylabel="GB (2**30 bytes)",
+        ylim=(0, 1.1 * top_gb),
+    )
+    curves.set_xlim(left=0)
+    if curves.get_legend_handles_labels()[0]:
+        curves.legend(loc="lower right", framealpha=0.9)
+    bars.set_title("predicted peak")
+    return figure
+
+
+def attempt_minutes(attempts: Sequence[AttemptMemory]) -> list[tuple[float, float]]:
+    """(start, end) of each attempt on the axis: minutes, with long pauses cut."""
+    spans: list[tuple[float, float]] = []
+    at_seconds, before = 0.0, None
+    for attempt in attempts:
+        end = max([attempt.ended or attempt.started, *(s.timestamp for s in attempt.samples)])
+        if before is not None:
+            pause = (attempt.started - before).total_seconds()
+            at_seconds += min(max(0.0, pause), LONGEST_PAUSE_SECONDS)
+        seconds = max(0.0, (end - attempt.started).total_seconds())
+        spans.append((at_seconds / 60, (at_seconds + seconds) / 60))
+        at_seconds, before = at_seconds + seconds, end
+    return spans
+
+
+def _draw_curves(axes: Any, attempts: Sequence[AttemptMemory]) -> None:
+    named = set()
+    for attempt, (start, end) in zip(attempts, attempt_minutes(attempts), strict=True):
+        minutes = [
+            start + (sample.timestamp - attempt.started).total_seconds() / 60
+            for sample in attempt.samples
+        ]
+        for label, colour, values in (
+            ("whole process", "tab:gray", [s.process_gb for s in attempt.samples]),
+            ("held by the allocator", "tab:blue", [s.cached_gb for s in attempt.samples]),
+            ("in use", "tab:orange", [s.allocated_gb for s in attempt.samples]),
+        ):
+            if values:
+                axes.plot(minutes, values, color=colour, label="" if label in named else label)
+                named.add(label)
+        colour = "tab:red" if attempt.failure else "tab:green"
+        axes.axvspan(start, end, color=colour, alpha=0.06, linewidth=0)
+        axes.axvline(start, color="black", linestyle=":", linewidth=0.8)
+        if attempt.ended is not None:
+            axes.axvline(end, color=colour, linestyle="-.", linewidth=1)
+        if attempt.predicted:
+            label = "" if "predicted" in named else "predicted peak"
+            named.add("predicted")
+            axes.hlines(attempt.predicted_gb, start, end, "black", "dashed", label=label)
+    axes.grid(visible=True, alpha=0.3)
+
+
+def _name_attempts(axes: Any, attempts: Sequence[AttemptMemory]) -> None:
+    """Number and end of each attempt above its middle, moved to the right of the one before."""
+    spans = attempt_minutes(attempts)
+    apart = NAMES_APART_SHARE * max(spans[-1][1], 1e-9)
+    at = -apart
+    for attempt, (start, end) in zip(attempts, spans, strict=True):
+        at = max((start + end) / 2, at + apart)
+        told = attempt.failure or ("completed" if attempt.ended else "running")
+        axes.annotate(
+            f"{attempt.number}: {told}",
+            (at, 1.01),
+            xycoords=("data", "axes fraction"),
+            rotation=30,
+            ha="left",
+            va="bottom",
+            rotation_mode="anchor",
+            fontsize=9,
+            color="tab:red" if attempt.failure else "tab:green",
+            annotation_clip=False,
+        )
+
+
+def _draw_bars(axes: Any, attempts: Sequence[AttemptMemory]) -> None:
+    """One stack per plan whose prediction differs; the last ones, if there are many."""
+    from matplotlib import colormaps
+
+    plans: dict[tuple[MemoryPart, ...], list[int]] = {}
+    for attempt in attempts:
+        if attempt.predicted:
+            plans.setdefault(attempt.predicted, []).append(attempt.number)
+    drawn = list(plans.items())[-MOST_BARS:]
+    order = _parts_by_size([parts for parts, _ in drawn])
+    palette = colormaps["tab20"]
+    bottoms = [0.0] * len(drawn)
+    for index, name in enumerate(
+        order[:PARTS_NAMED] + ["other parts"] * (len(order) > PARTS_NAMED)
+    ):
+        names = order[PARTS_NAMED:] if name == "other parts" else [name]
+        heights = [
+            sum(part.bytes for part in parts if part.name in names) / GIB for parts, _ in drawn
+        ]
+        axes.bar(
+            range(len(drawn)),
+            heights,
+            0.6,
+            bottom=bottoms,
+            label=name,
+            color=palette(2 * index % 20 + (2 * index) // 20),
+        )
+        bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
+    for index, total_gb in enumerate(bottoms):
+        axes.annotate(f"{total_gb:.2f}", (index, total_gb), ha="center", va="bottom", fontsize=9)
+    axes.set_xticks(range(len(drawn)), [_attempt_names(numbers) for _, numbers in drawn])
+    axes.set_xlim(-0.8, max(len(drawn), 1) - 0.2)
+    axes.tick_params(labelleft=False)
+    axes.grid(visible=True, alpha=0.3, axis="y")
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        axes.legend(
+            handles[::-1], labels[::-1], fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0)
+        )
+
+
+def _parts_by_size(plans: Sequence[Sequence[MemoryPart]]) -> list[str]:
+    largest: dict[str, int] = {}
+    for parts in plans:
+        for part in parts:
+            largest[part.name] = max(largest.get(part.name, 0), part.bytes)
+    return sorted((name for name in largest if largest[name] > 0), key=lambda n: -largest[n])
+
+
+def _attempt_names(numbers: Sequence[int]) -> str:
+    told = f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+    return f"attempt\n{told}"
+
+
+def _last_budget(attempts: Sequence[AttemptMemory]) -> float | None:
+    return next((a.budget_gb for a in reversed(attempts) if a.budget_gb is not None), None)
+
+
+def _highest_gb(attempts: Sequence[AttemptMemory]) -> float:
+    budget_gb = _last_budget(attempts)
+    return max(
+        [
+            *(sample.process_gb for attempt in attempts for sample in attempt.samples),
+            *(attempt.predicted_gb for attempt in attempts),
+            *([budget_gb] if budget_gb is not None else []),
+            1e-3,
+        ]
+    )

@@ -18,7 +18,8 @@ from qwen3ft.evaluation.wording import (
     judge_text,
     show_score,
 )
-from qwen3ft.records.evaluation import MODELS, RivalLabel, RunCard
+from qwen3ft.records.evaluation import MODELS, RivalLabel
+from qwen3ft.records.run_card import RunCard
 from qwen3ft.report.attempts import in_words, reasons, words_of
 from qwen3ft.report.charts import (
     BOTTOM,

@@ -15,7 +15,8 @@ from qwen3ft.evaluation.wording import (
     judge_text,
     show_score,
 )
-from qwen3ft.records.evaluation import MODELS, RunCard
+from qwen3ft.records.evaluation import MODELS
+from qwen3ft.records.run_card import RunCard
 from qwen3ft.report.attempts import in_words, reasons
 from qwen3ft.report.curves import sparkline
 from qwen3ft.report.data_section import files_markdown, new_rows_markdown

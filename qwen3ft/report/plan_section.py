@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from qwen3ft.planning.table import PlanTable
-from qwen3ft.records.plan import GIB
 from qwen3ft.report.figures import new_figure
+from qwen3ft.units import GIB
 
 
 def plan_markdown(table: PlanTable) -> str:

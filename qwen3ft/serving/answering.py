@@ -1,6 +1,6 @@
 """The worker's side of asking a model: it waits for questions and writes answers piece by piece.
 
-Answers are greedy, as they were tested. See `qwen3ft.records.ask_records` for the files in between.
+Answers are greedy, as they were tested. See `qwen3ft.records.requests` for the files in between.
 """
 
 from __future__ import annotations
@@ -10,21 +10,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from qwen3ft.chat.rendering import generation_prompt, prompt_ids
-from qwen3ft.chat.thinking import Part, ThinkingSplitter
-from qwen3ft.evaluation.answers import THINK_OPEN
+from qwen3ft.chat.thinking import THINK_OPEN, Part, ThinkingSplitter
 from qwen3ft.evaluation.generation import end_tokens, greedy_settings
 from qwen3ft.evaluation.inference import InferenceTester
 from qwen3ft.files import append_json_line, read_json_lines
 from qwen3ft.jobs.folders import JobDir
-from qwen3ft.records.ask_records import (
-    Asking,
-    AskOutcome,
-    AskRequest,
-    Piece,
-    pieces_path,
-    questions_path,
-    stop_path,
-)
+from qwen3ft.records.requests import Asking, AskOutcome, AskRequest, Piece
 
 if TYPE_CHECKING:
     import torch
@@ -46,10 +37,10 @@ def answer_session(request: AskRequest, job: JobDir, beat: Callable[[str], None]
     speaker.tell(Piece(kind="ready"))
     offset = answered = 0
     while True:
-        lines, offset = read_json_lines(questions_path(job), offset)
+        lines, offset = read_json_lines(job.questions, offset)
         for line in lines:
             asking = Asking.model_validate(line)
-            if asking.end or stop_path(job).exists():
+            if asking.end or job.stop.exists():
                 return AskOutcome(answered=answered)
             speaker.answer(asking.messages)
             answered += 1
@@ -74,7 +65,7 @@ class Speaker:
 
     def tell(self, piece: Piece) -> None:
         """Give a piece to whoever asked."""
-        append_json_line(pieces_path(self.job), piece.model_dump(mode="json"))
+        append_json_line(self.job.pieces, piece.model_dump(mode="json"))
 
     def beat(self, phase: str) -> None:
         """Give a sign of life, once a second."""
@@ -121,7 +112,7 @@ class Speaker:
         import torch
 
         self.beat("answer")
-        unwanted = stop_path(self.job).exists()
+        unwanted = self.job.stop.exists()
         return torch.full((len(tokens),), unwanted, dtype=torch.bool, device=tokens.device)
 
 

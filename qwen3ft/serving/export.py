@@ -14,23 +14,60 @@ looked at first; models are loaded by a worker alone, within the memory budget.
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
 from qwen3ft.config import TrainingConfig
-from qwen3ft.disk import require_disk
-from qwen3ft.errors import ExportDriftError, RequestError
-from qwen3ft.files import build_folder, read_manifest_facts, sha256_file
-from qwen3ft.jobs.folders import JobDir, write_record
+from qwen3ft.errors import DataLoadingError, ExportDriftError, RequestError
+from qwen3ft.files import build_folder, find_damage, read_manifest_facts, require_disk, sha256_file
+from qwen3ft.jobs.folders import JobDir, RunDir, write_record
 from qwen3ft.jobs.launcher import run_worker
 from qwen3ft.logs import get_logger
 from qwen3ft.model.hub import check_model_folder, fetch_model, resolve_model
 from qwen3ft.model.saved_adapter import check_adapter, find_base, read_run_card
-from qwen3ft.records.export_records import ExportRequest, ParityReport
-from qwen3ft.records.plan import ModelSource
+from qwen3ft.records.model import ModelSource
+from qwen3ft.records.requests import ExportRequest, ParityReport
 from qwen3ft.serving.instructions import write_serving_files
+
+ROWS_FILE = "test.jsonl"
+
+
+def find_held_out(config: TrainingConfig, adapter: Path) -> Path:
+    """The file of the rows that no training of this adapter showed.
+
+    That is the one its inference test read; without it, the one among the cached data sets that has
+    the digest of the adapter's run card.
+
+    Raises:
+        DataLoadingError: neither is here.
+    """
+    card = read_run_card(adapter)
+    digest = card["data"]["digest"]
+    for folder in (*_folder_tested(config, card), *_cached_folders(config)):
+        facts = read_manifest_facts(folder)
+        if facts.get("digest") == digest and find_damage(folder) is None:
+            return folder / ROWS_FILE
+    raise DataLoadingError(
+        f"The held-out rows of run {card['run_id']} are not on this machine any more.",
+        why=f"No data set with digest {digest[:16]} is in {Path(config.cache_dir) / 'datasets'}.",
+        next_command=f"qwen3ft export --adapter {adapter} --rows FILE.jsonl",
+        digest=digest,
+    )
+
+
+def _folder_tested(config: TrainingConfig, card: dict[str, Any]) -> list[Path]:
+    request = RunDir(Path(config.runs_dir) / card["run_id"]).job("inference").request
+    if not request.is_file():
+        return []
+    return [Path(json.loads(request.read_text(encoding="utf-8"))["questions_path"]).parent]
+
+
+def _cached_folders(config: TrainingConfig) -> list[Path]:
+    return sorted((Path(config.cache_dir) / "datasets").glob("*"))
+
 
 logger = get_logger("export")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3ft.chat.templates import END_TOKEN, KNOWN_TEMPLATES
-from qwen3ft.records.export_records import ParityReport
+from qwen3ft.records.requests import ParityReport
 
 MODELFILE, SERVING = "Modelfile", "SERVING.md"
 

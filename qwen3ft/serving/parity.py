@@ -24,7 +24,7 @@ from qwen3ft.evaluation.inference import InferenceTester
 from qwen3ft.files import read_json_lines
 from qwen3ft.logs import get_logger
 from qwen3ft.model.manager import ModelManager
-from qwen3ft.records.export_records import (
+from qwen3ft.records.requests import (
     ADAPTER,
     MERGED,
     REQUANTISED,
@@ -32,7 +32,7 @@ from qwen3ft.records.export_records import (
     FormScore,
     ParityReport,
 )
-from qwen3ft.records.plan import GIB
+from qwen3ft.units import GIB
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -20,15 +20,7 @@ from qwen3ft.files import append_json_line, read_json_lines
 from qwen3ft.jobs.folders import JobDir
 from qwen3ft.jobs.launcher import POLL_SECONDS, run_worker
 from qwen3ft.jobs.processes import GRACE_SECONDS
-from qwen3ft.records.ask_records import (
-    Asking,
-    AskOutcome,
-    AskRequest,
-    Piece,
-    pieces_path,
-    questions_path,
-    stop_path,
-)
+from qwen3ft.records.requests import Asking, AskOutcome, AskRequest, Piece
 
 TAIL_SECONDS = 0.02
 
@@ -60,8 +52,8 @@ class Session:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        stop_path(self._job).touch()
-        append_json_line(questions_path(self._job), Asking(end=True).model_dump(mode="json"))
+        self._job.stop.touch()
+        append_json_line(self._job.questions, Asking(end=True).model_dump(mode="json"))
         # A worker that is still loading does not look at either; it dies with this process.
         self._thread.join(GRACE_SECONDS if kind is None else 2 * POLL_SECONDS)
         shutil.rmtree(self._job.path, ignore_errors=True)
@@ -83,7 +75,7 @@ class Session:
             FinetuneError: what ended the worker.
         """
         asking = Asking(messages=tuple(messages))
-        append_json_line(questions_path(self._job), asking.model_dump(mode="json"))
+        append_json_line(self._job.questions, asking.model_dump(mode="json"))
         for piece in self._pieces():
             if piece.kind == "ready":
                 continue
@@ -94,7 +86,7 @@ class Session:
     def _pieces(self) -> Iterator[Piece]:
         while True:
             ended = not self._thread.is_alive()
-            lines, self._offset = read_json_lines(pieces_path(self._job), self._offset)
+            lines, self._offset = read_json_lines(self._job.pieces, self._offset)
             yield from (Piece.model_validate(line) for line in lines)
             if ended and not lines:
                 raise self._failure[0] if self._failure else _ended_early()

@@ -10,36 +10,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from pydantic import BaseModel, Field, ValidationError
 
+from qwen3ft.files import lines_from
 from qwen3ft.jobs.folders import RunDir, write_record
 from qwen3ft.tracking.journal import AnyOperation, AttemptStarted, journal_path, parse_operation
 
 _POLL_SECONDS = 0.05
-
-
-class Line(NamedTuple):
-    """One complete line of a file, and the offset just after it."""
-
-    content: bytes
-    end_offset: int
-
-
-def lines_from(path: Path, offset: int = 0) -> Iterator[Line]:
-    """The complete lines of `path` from byte `offset` on; none if there is no such file."""
-    try:
-        stream = path.open("rb")
-    except FileNotFoundError:
-        return
-    with stream:
-        stream.seek(offset)
-        for content in stream:
-            if not content.endswith(b"\n"):
-                return
-            offset += len(content)
-            yield Line(content, offset)
 
 
 def operations(run_dir: RunDir, offset: int = 0) -> Iterator[AnyOperation]:

@@ -27,7 +27,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.logs import mask_secrets
 from qwen3ft.records.data import DatasetManifest
-from qwen3ft.records.plan import GIB, TrainPlan
+from qwen3ft.records.plan import TrainPlan
+from qwen3ft.units import GIB
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 """How a run or an attempt ended, in MLflow's words."""

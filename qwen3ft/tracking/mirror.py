@@ -25,6 +25,7 @@ from typing import Any
 from qwen3ft.errors import TrackingUnavailableError
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.logs import get_logger, mask_secrets
+from qwen3ft.tracking.connection import start_system_metrics
 from qwen3ft.tracking.cursor import operations, outstanding, wait_until_sent
 from qwen3ft.tracking.journal import (
     AttemptEnded,
@@ -34,7 +35,6 @@ from qwen3ft.tracking.journal import (
     RunStarted,
 )
 from qwen3ft.tracking.sender import Sender
-from qwen3ft.tracking.tracking import start_system_metrics
 
 POLL_SECONDS = 1.0
 """How often the journal and the attempts' files are looked at."""

@@ -14,15 +14,23 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from qwen3ft.errors import RejectedError
+from qwen3ft.files import lines_from
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.logs import get_logger, mask_secrets
 from qwen3ft.records.data import DatasetManifest
-from qwen3ft.records.plan import MemoryPart, TrainingMetrics
-from qwen3ft.report.figures import lengths_figure, loss_figure, write_png
-from qwen3ft.report.memory_figure import AttemptMemory, MemorySample, memory_figure
-from qwen3ft.tracking.cursor import lines_from, operations
+from qwen3ft.records.plan import MemoryPart
+from qwen3ft.records.training import TrainingMetrics
+from qwen3ft.report.figures import (
+    AttemptMemory,
+    MemorySample,
+    lengths_figure,
+    loss_figure,
+    memory_figure,
+    write_png,
+)
+from qwen3ft.tracking.connection import Point
+from qwen3ft.tracking.cursor import operations
 from qwen3ft.tracking.journal import AttemptEnded, AttemptStarted, DatasetInput, Metrics
-from qwen3ft.tracking.tracking import Point
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 

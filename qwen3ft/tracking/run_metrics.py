@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from qwen3ft.records.evaluation import MODELS, InferenceReport, RunCard
-from qwen3ft.records.plan import GIB
+from qwen3ft.records.evaluation import MODELS, InferenceReport
 from qwen3ft.records.preflight import PreflightReport
+from qwen3ft.records.run_card import RunCard
+from qwen3ft.units import GIB
 
 SCORES = ("exact_match", "token_f1", "answer_loss", "ability_loss")
 STAGES = (

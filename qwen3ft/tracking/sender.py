@@ -18,17 +18,11 @@ from itertools import islice
 from pathlib import Path
 
 from qwen3ft.errors import RejectedError, TrackingUnavailableError
-from qwen3ft.files import fsync_file, sha256_json
+from qwen3ft.files import Line, fsync_file, lines_from, sha256_json
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.logs import get_logger
-from qwen3ft.tracking.cursor import (
-    AttemptCursor,
-    Line,
-    TrackingState,
-    lines_from,
-    read_state,
-    write_state,
-)
+from qwen3ft.tracking.connection import Connection, connect
+from qwen3ft.tracking.cursor import AttemptCursor, TrackingState, read_state, write_state
 from qwen3ft.tracking.journal import (
     AnyOperation,
     Artifacts,
@@ -53,7 +47,6 @@ from qwen3ft.tracking.points import (
     table_json,
     training_points,
 )
-from qwen3ft.tracking.tracking import Connection, connect
 
 _LINES_PER_BATCH = 200  # of at most five metrics each: MLflow takes 1000 a request
 

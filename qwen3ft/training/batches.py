@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen3ft.data.collators import IGNORED_LABEL, labels_of
 from qwen3ft.planning.packing import (
     ROW_MULTIPLE_TOKENS,
     Lengths,
@@ -31,55 +32,13 @@ from qwen3ft.planning.packing import (
 from qwen3ft.planning.plan import workload_of
 
 if TYPE_CHECKING:
-    import torch
     from datasets import Dataset
 
     from qwen3ft.records.plan import TrainPlan
 
-IGNORED = -100
-"""The label of a token that carries no loss."""
 
 MicroBatch = dict[str, Any]
 """Tensors by name, as a collator gives them; a packed one has two plain numbers beside them."""
-
-
-def labels_of(row: Mapping[str, Any]) -> NDArray[np.int64]:
-    """The targets of a row, shape (tokens,), int64: its token where trained, else `IGNORED`.
-
-    Args:
-        row: `input_ids`, and either `trained` (flattened half-open ranges of trained tokens: start,
-            end, start, end, ...) or `labels`.
-    """
-    if row.get("trained") is None:
-        return np.asarray(row["labels"], dtype=np.int64)
-    ids = np.asarray(row["input_ids"], dtype=np.int64)
-    labels = np.full(len(ids), IGNORED, dtype=np.int64)
-    for start, end in np.asarray(row["trained"], dtype=np.int64).reshape(-1, 2):
-        labels[start:end] = ids[start:end]
-    return labels
-
-
-@dataclass(frozen=True)
-class PaddingCollator:
-    """Makes a batch of rows: padded on the right, labels with `IGNORED`, and an attention mask."""
-
-    pad_token_id: int
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """`input_ids`, `attention_mask` and `labels`, int64, of the shape (rows, longest row)."""
-        import torch
-
-        shape = (len(rows), max(len(row["input_ids"]) for row in rows))
-        ids = np.full(shape, self.pad_token_id, dtype=np.int64)
-        labels = np.full(shape, IGNORED, dtype=np.int64)
-        mask = np.zeros(shape, dtype=np.int64)
-        for index, row in enumerate(rows):
-            length = len(row["input_ids"])
-            ids[index, :length] = row["input_ids"]
-            labels[index, :length] = labels_of(row)
-            mask[index, :length] = 1
-        arrays = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 @dataclass(frozen=True)
@@ -99,9 +58,9 @@ class PackedCollator:
 
         Returns:
             `input_ids`, `labels` and `position_ids`: int64, shape (1, T). The label of the first
-            token of a sequence is `IGNORED`, whatever was trained.
+            token of a sequence is `IGNORED_LABEL`, whatever was trained.
             `cu_seqlens`: int32, shape (segments + 1,): where each segment starts, and T.
-            `targets`: int64, shape (trained tokens,): the labels that are not `IGNORED`; and
+            `targets`: int64, shape (trained tokens,): the labels that are not `IGNORED_LABEL`; and
             `target_positions`: the slots that predict them, one before their own.
             `max_length`: tokens of the longest segment. `real_tokens`: slots that are no padding.
         """
@@ -113,14 +72,14 @@ class PackedCollator:
         segments = lengths + ([slots - real] if slots > real else [])
         bounds = np.concatenate(([0], np.cumsum(segments))).astype(np.int32)
         ids = np.full(slots, self.pad_token_id, dtype=np.int64)
-        labels = np.full(slots, IGNORED, dtype=np.int64)
+        labels = np.full(slots, IGNORED_LABEL, dtype=np.int64)
         for row, start, length in zip(rows, bounds.tolist(), lengths, strict=False):
             ids[start : start + length] = row["input_ids"]
             labels[start : start + length] = labels_of(row)
-        labels[bounds[:-1]] = IGNORED
+        labels[bounds[:-1]] = IGNORED_LABEL
         positions = np.arange(slots, dtype=np.int64) - np.repeat(bounds[:-1], segments)
         arrays = {"input_ids": ids, "labels": labels, "position_ids": positions}
-        trained = np.flatnonzero(labels != IGNORED)
+        trained = np.flatnonzero(labels != IGNORED_LABEL)
         return {
             **{name: torch.from_numpy(array)[None] for name, array in arrays.items()},
             "cu_seqlens": torch.from_numpy(bounds),
@@ -139,8 +98,8 @@ def real_tokens(batch: Mapping[str, Any]) -> int:
 
 
 def trained_tokens(batch: Mapping[str, Any]) -> int:
-    """Targets of a micro-batch: labels that are not `IGNORED`, the first of a row never one."""
-    return int((batch["labels"][:, 1:] != IGNORED).sum())
+    """Count the targets of a micro-batch: its labels without the first of each row."""
+    return int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
 
 
 class EffectiveBatchOrder:

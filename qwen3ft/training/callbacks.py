@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from qwen3ft.files import append_json_line
 from qwen3ft.logs import get_logger
-from qwen3ft.records.plan import MemoryStatus, TrainingMetrics
+from qwen3ft.records.training import MemoryStatus, TrainingMetrics
 from qwen3ft.training.faults import Fault, strike
 
 if TYPE_CHECKING:

@@ -19,7 +19,8 @@ from qwen3ft.files import find_damage
 from qwen3ft.jobs.folders import JobDir, RunDir
 from qwen3ft.jobs.heartbeat import Heartbeat, StopRequest
 from qwen3ft.logs import get_logger
-from qwen3ft.records.plan import AttemptOutcome, TrainPlan
+from qwen3ft.records.plan import TrainPlan
+from qwen3ft.records.training import AttemptOutcome
 from qwen3ft.training import checkpoint
 from qwen3ft.training.callbacks import (
     EarlyStopping,

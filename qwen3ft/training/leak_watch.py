@@ -23,9 +23,9 @@ from qwen3ft.errors import MemoryLeakError
 from qwen3ft.logs import get_logger
 from qwen3ft.machine.fragmentation import FragmentationDetector
 from qwen3ft.machine.leaks import MIB, Growth, LeakDetector, describe, leak_error, must_stop
-from qwen3ft.machine.memory_reading import MemoryReading, free_host_bytes, read_memory
 from qwen3ft.machine.memory_snapshot import PeakKeeper
-from qwen3ft.records.plan import GIB
+from qwen3ft.machine.process_memory import MemoryReading, free_host_bytes, read_memory
+from qwen3ft.units import GIB
 
 if TYPE_CHECKING:
     from qwen3ft.machine.memory import MemoryOptimizer

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint as recompute
 
-from qwen3ft.training.batches import IGNORED
+from qwen3ft.data.collators import IGNORED_LABEL
 
 
 def summed_loss(model: Any, batch: Mapping[str, torch.Tensor], chunk_tokens: int) -> torch.Tensor:
-    """Negative log-likelihood in nats, summed over all positions whose label is not `IGNORED`.
+    """Sum the negative log-likelihood, in nats, over all labels that are not `IGNORED_LABEL`.
 
     Args:
         model: A `Qwen3ForCausalLM`, adapters injected or not.
@@ -33,7 +33,7 @@ def summed_loss(model: Any, batch: Mapping[str, torch.Tensor], chunk_tokens: int
         position_ids=batch.get("position_ids"),
         use_cache=False,
     ).last_hidden_state
-    trained = labels[:, 1:] != IGNORED
+    trained = labels[:, 1:] != IGNORED_LABEL
     hidden, targets = hidden[:, :-1][trained], labels[:, 1:][trained]
     total: torch.Tensor = hidden.new_zeros((), dtype=torch.float32)
     # The head is bound, not passed: what is passed is saved, and offloading would copy it.

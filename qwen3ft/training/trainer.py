@@ -45,12 +45,16 @@ from qwen3ft.training.batches import (
     step_sampler,
     trained_tokens,
 )
-from qwen3ft.training.checkpoint_writer import ADAPTER_NAME, CheckpointWriter
+from qwen3ft.training.checkpoint_writer import (
+    ADAPTER_NAME,
+    CheckpointWriter,
+    load_optimizer_state,
+    load_rng_state,
+)
 from qwen3ft.training.fused import fused_step
 from qwen3ft.training.host_optimizer import HostAdamW
 from qwen3ft.training.late_metrics import LateNumbers
 from qwen3ft.training.loss import summed_loss
-from qwen3ft.training.training_state import load_optimizer_state, load_rng_state
 
 if TYPE_CHECKING:
     from qwen3ft.records.plan import TrainPlan

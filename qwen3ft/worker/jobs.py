@@ -18,13 +18,21 @@ from pydantic import BaseModel
 from qwen3ft.jobs.folders import JobDir, read_record
 from qwen3ft.jobs.heartbeat import Heartbeat, StopRequest
 from qwen3ft.machine.memory_snapshot import record_history, write_report
-from qwen3ft.records.ask_records import AskOutcome, AskRequest
 from qwen3ft.records.data import DatasetManifest
 from qwen3ft.records.evaluation import InferenceReport
-from qwen3ft.records.export_records import ExportRequest, ParityReport
-from qwen3ft.records.plan import AttemptOutcome, ModelSnapshot, TrainPlan
+from qwen3ft.records.model import ModelSnapshot
+from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.preflight import Measurement, PreflightRequest
-from qwen3ft.records.requests import DataRequest, InferenceRequest, QuantizeRequest
+from qwen3ft.records.requests import (
+    AskOutcome,
+    AskRequest,
+    DataRequest,
+    ExportRequest,
+    InferenceRequest,
+    ParityReport,
+    QuantizeRequest,
+)
+from qwen3ft.records.training import AttemptOutcome
 
 if TYPE_CHECKING:
     from types import FrameType

@@ -1,0 +1,104 @@
+"""A model and its adapter: shape, source, quantised snapshot, LoRA targets, saved folder."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from qwen3ft.records.base import Record
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear layers of a Qwen3 block; all seven get an adapter."""
+
+
+class ModelShape(Record):
+    """The numbers of a Qwen3 config.json that sizes are computed from."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+
+    def projection_sizes(self) -> dict[str, tuple[int, int]]:
+        """(output, input) features of each of the seven projections of one layer."""
+        query = self.num_attention_heads * self.head_dim
+        key_value = self.num_key_value_heads * self.head_dim
+        return {
+            "q_proj": (query, self.hidden_size),
+            "k_proj": (key_value, self.hidden_size),
+            "v_proj": (key_value, self.hidden_size),
+            "o_proj": (self.hidden_size, query),
+            "gate_proj": (self.intermediate_size, self.hidden_size),
+            "up_proj": (self.intermediate_size, self.hidden_size),
+            "down_proj": (self.hidden_size, self.intermediate_size),
+        }
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights of all projections of all layers (those that are quantised)."""
+        per_layer = sum(out * inp for out, inp in self.projection_sizes().values())
+        return per_layer * self.num_hidden_layers
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Weights of the embedding and, if it is separate, the output head."""
+        return self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+
+    @property
+    def total_parameters(self) -> int:
+        """All weights, norms included."""
+        per_layer = 2 * self.hidden_size + 2 * self.head_dim
+        norms = per_layer * self.num_hidden_layers + self.hidden_size
+        return self.linear_parameters + self.embedding_parameters + norms
+
+
+class ModelSource(Record):
+    """Where a model comes from, pinned: what makes two requests for it the same."""
+
+    model_name: str
+    revision: str = Field(description="Hub commit, or sha256 over a local folder's files.")
+    local_path: str | None = Field(None, description="The folder, for a local model.")
+
+
+class ModelSnapshot(Record):
+    """A model quantised once and kept on disk; the manifest in its folder lists every file."""
+
+    source: ModelSource
+    path: str = Field(description="Folder with the 4-bit safetensors, config and tokenizer.")
+    manifest_sha256: str
+    quantization: str = Field(description="Which of config.quantization was used.")
+    compute_dtype: Literal["bfloat16", "float32"]
+    shape: ModelShape
+    size_bytes: int
+    chat_template_sha256: str
+    degraded: tuple[str, ...] = ()
+
+
+class AdapterSpec(Record):
+    """The adapter to train, counted from the model's shape."""
+
+    r: int
+    alpha: int
+    dropout: float
+    target_modules: tuple[str, ...]
+    trainable_parameters: int
+    total_parameters: int
+
+
+class SavedAdapter(Record):
+    """An adapter on disk, read back and verified."""
+
+    path: str
+    sha256: str = Field(description="Of adapter_model.safetensors.")
+    size_bytes: int
+    model_name: str
+    degraded: tuple[str, ...] = ()
+    mlflow_run_id: str | None = None
+    registered_model: str | None = None
+    version: str | None = Field(None, description="Registry version; None while tracking is down.")
