@@ -2,8 +2,9 @@
 
     python benchmarks/classifier.py
 
-The messages are those of `tests/failure_messages.py`; the classifier is `qwen3ft.jobs.failures`,
-which a worker's exceptions, and the log of one that ended without a word, go through. Needs no GPU.
+The messages are those of `tests/support/failure_messages.py`; the classifier is
+`qwen3ft.jobs.failures`, which a worker's exceptions, and the log of one that ended without a word,
+go through. Needs no GPU.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from speed_device import ROOT, machine
 
 sys.path.append(str(ROOT / "tests"))
 
-from failure_messages import (
+from support.failure_messages import (
     GPU_MEMORY_ERRORS,
     HOST_MEMORY_ERRORS,
     MEMORY_LOGS,

@@ -27,8 +27,8 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from browser import WatchedBrowser, open_browser  # noqa: E402
 from PIL import Image  # noqa: E402
+from support.browser import WatchedBrowser, open_browser  # noqa: E402
 
 from benchmarks.gate_nights import PRODUCTS, clean_rows, shuffled, write_rows  # noqa: E402
 from benchmarks.overhead import make_project, run_once  # noqa: E402

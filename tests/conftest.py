@@ -27,13 +27,13 @@ gc.disable()  # while the modules of the tests are imported: there is no garbage
 settings.register_profile("qwen3ft", deadline=None)
 settings.load_profile("qwen3ft")
 
-BROWSER = "tests/test_browser.py"
-TOGETHER = {BROWSER: "tests/test_flow.py"}
+BROWSER = "tests/flows/test_browser.py"
+TOGETHER = {BROWSER: "tests/flows/test_flow.py"}
 """Files that share what is made once for a session and takes long."""
 
 LONGEST = (
     *("test_flow.py", "test_browser.py", "test_worker.py", "test_stack.py", "test_training.py"),
-    *("test_history.py", "test_tracking.py", "test_speed_benchmark.py", "test_export.py"),
+    *("test_moves.py", "test_tracking.py", "test_speed_benchmark.py", "test_export.py"),
     *("test_cli.py", "test_ask.py", "test_preflight.py", "test_nightly.py", "test_inference.py"),
     *("test_memory_baseline.py", "test_judge.py", "test_checkpoint_writer.py"),
 )
@@ -153,7 +153,7 @@ def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """An adapter that knows 16 rows by heart, and the model it stands on: a `Trained`."""
-    from trained_adapter import train_adapter
+    from support.trained_adapter import train_adapter
 
     return train_adapter(tmp_path_factory.mktemp("trained"))
 
@@ -163,7 +163,7 @@ def project(
     tmp_path_factory: pytest.TempPathFactory, make_config: Callable[..., Any], snapshot: Any
 ) -> Iterator[Any]:
     """A project with servers of its own: a `FlowProject`."""
-    from flow_project import FlowProject
+    from support.flow_project import FlowProject
 
     made = FlowProject(tmp_path_factory.mktemp("flow"), make_config)
     try:
@@ -182,7 +182,7 @@ def finished(project: Any) -> Any:
 @pytest.fixture(scope="session")
 def champion(project: Any, finished: Any) -> str:
     """The version in use: that of the undisturbed run."""
-    from flow_project import promote_first
+    from support.flow_project import promote_first
 
     return promote_first(project)
 

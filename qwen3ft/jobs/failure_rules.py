@@ -3,7 +3,8 @@
 Guarantees: types are matched by name, so no library is imported; messages are matched at the
 beginnings of their lines only, and never in exceptions that quote their input (ValueError and its
 kin), so text inside a data row is not taken for a failure. The real messages that the patterns were
-written for are in `tests/test_failures.py`. How the table is applied is `qwen3ft.jobs.failures`.
+written for are in `tests/jobs/test_failures.py`. How the table is applied is
+`qwen3ft.jobs.failures`.
 """
 
 from __future__ import annotations

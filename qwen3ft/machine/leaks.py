@@ -17,8 +17,9 @@ What that gives, by simulation of 30 series of 4,000 readings of each kind: none
 of those that were flat with normal noise of 1 to 64 MiB, also with a correlation of 0.9 from one
 reading to the next, had spikes of 500 MiB in 5 % of readings, teeth of 40 MiB every 10 to 47, or a
 shift of 200 MiB; of random walks with steps of 0.3 MiB, 3 of 30. A leak of 1 MiB a step is told
-within 80 readings and one of 100 KiB within 350, in noise of up to 4 MiB (`tests/test_leaks.py`).
-A reading is a step, unless steps are so short that reading them all would cost too much.
+within 80 readings and one of 100 KiB within 350, in noise of up to 4 MiB
+(`tests/machine/test_leaks.py`). A reading is a step, unless steps are so short that reading them
+all would cost too much.
 
 What is told may end: a first tooth of more than 48 readings, and a level that is approached slowly,
 do grow while they do. That is why `qwen3ft.training.leak_watch` cleans up before it believes, and

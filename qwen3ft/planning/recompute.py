@@ -12,7 +12,7 @@ Q, K: features of all query / key-value heads; h: query heads; r: ranks, padded 
     OFFLOAD_GATE_UP    the same         gate and up wait in host memory; no product runs again
     KEEP_ALL           + 2 c I          gate and up stay on the device
 
-`tests/test_fused_step.py` holds this against what a step really keeps.
+`tests/training/test_fused_step.py` holds this against what a step really keeps.
 """
 
 from __future__ import annotations

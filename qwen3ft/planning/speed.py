@@ -16,7 +16,7 @@ STEP_SECONDS of the trainer's own.
 
 The shares are fitted to the rows in `benchmarks/results/speed-h*.json` (4B, 8B and 14B, 256 to
 131,072 tokens, 6 to 80 GB, H100 and H200): of 25, all lie within 11 % of the estimate and 17 within
-3 %. `tests/test_speed_estimate.py` holds it within 25 % of whatever is kept there. For other cards
+3 %. `tests/planning/test_speed.py` holds it within 25 % of whatever is kept there. For other cards
 the same shares are taken of what their makers publish: computed, not measured. Not covered: the
 plain path, CPUs, evaluation, checkpoints, power limits, and a card that others use.
 """

@@ -1,10 +1,10 @@
 """What stands beside an export: how vLLM and Ollama are started with it.
 
 Guarantees: the Ollama template of each known chat template is tested to render conversations as
-that template does (`tests/test_serving_files.py`: by Go's own engine where there is one). Where the
-chat template is none of them, no Modelfile is written. Neither server is started by any test: their
-options are those of their documentation. Tools are not offered by the Ollama templates: Ollama
-writes schemas in another spacing than the one trained.
+that template does (`tests/serving/test_instructions.py`: by Go's own engine where there is one).
+Where the chat template is none of them, no Modelfile is written. Neither server is started by any
+test: their options are those of their documentation. Tools are not offered by the Ollama templates:
+Ollama writes schemas in another spacing than the one trained.
 """
 
 from __future__ import annotations

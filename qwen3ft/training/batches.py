@@ -6,8 +6,8 @@ the position of a resumed run reads none.
 
 A packed row holds no attention mask: positions that start at 0 again are what tells transformers'
 Qwen3 that a new sequence begins (`masking_utils.find_packed_sequence_indices`), which then makes
-the block-diagonal causal mask, T x T of one byte each, itself. `tests/test_packing.py` holds that
-against each sequence alone. Importing this module imports no torch.
+the block-diagonal causal mask, T x T of one byte each, itself. `tests/planning/test_packing.py`
+holds that against each sequence alone. Importing this module imports no torch.
 """
 
 from __future__ import annotations

@@ -1,0 +1,431 @@
+"""The local stack, for real: servers, worker and deployment in a folder of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from deployments import services
+from deployments.automations import RESUME_AUTOMATION, SILENT_SECONDS, ZOMBIE_AUTOMATION
+from deployments.deploy import (
+    NO_GPU_LINE,
+    PREFECT_FILE,
+    choose_defaults,
+    deploy,
+    read_deployment,
+)
+from deployments.pages import POLICY
+from deployments.processes import MARK, find_marked, free_port, start_detached, stop
+from deployments.schedule import write_schedule
+from deployments.services import SERVICES, Layout
+from deployments.stack import DEPLOYMENT, Stack, StackStatus
+from qwen3ft.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+
+FLOW = '''
+"""A flow with the name and the parameters of the real one, which does nothing."""
+
+from prefect import flow
+
+from qwen3ft.config import TrainingConfig
+
+
+@flow(name="qwen3-finetune")
+def qwen3_finetune(
+    config: TrainingConfig = TrainingConfig(),
+    continue_run: str | None = None,
+    nightly: bool = False,
+    resumed: int = 0,
+):
+    pass
+'''
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A stack that is up, in a project folder with a flow that does nothing."""
+    root = tmp_path_factory.mktemp("a project")  # a path with a space
+    (root / "deployments").mkdir()
+    shutil.copy(ROOT / "deployments" / "prefect.yaml", root / "deployments")
+    shutil.copytree(ROOT / "deployments" / "configs", root / "deployments" / "configs")
+    (root / "flows").mkdir()
+    (root / "flows" / "finetune.py").write_text(FLOW)
+    made = Stack(root, {"prefect": 4700, "mlflow": 5700})
+    try:
+        made.up()
+        yield made
+    finally:
+        made.down()
+
+
+def _pids(status: StackStatus) -> dict[str, int | None]:
+    return {service.name: service.pid for service in status.services}
+
+
+def test_everything_listens_on_loopback_only(stack: Stack) -> None:
+    """All three are healthy, and none of their sockets can be reached from another machine."""
+    status = stack.status()
+    assert status.up
+    addresses = {
+        connection.laddr.ip
+        for process in find_marked(stack.root)
+        for connection in process.net_connections(kind="inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert addresses == {"127.0.0.1"}
+
+
+def test_a_second_up_starts_nothing(stack: Stack) -> None:
+    """What is up stays as it is, and nothing is said."""
+    before, said = _pids(stack.status()), list[str]()
+    assert _pids(stack.up(said.append)) == before
+    assert said == []
+
+
+def test_two_ups_at_once_restart_a_killed_server_once(stack: Stack) -> None:
+    """What its parent's death left behind is cleared away; the others and the port stay."""
+    before = stack.status()
+    os.kill(_pids(before)["mlflow"] or 0, signal.SIGKILL)
+    code = (
+        "import sys; from pathlib import Path; from deployments.stack import Stack; "
+        "print(Stack(Path(sys.argv[1])).up().model_dump_json())"
+    )
+    ups = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(stack.root)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    outputs = [up.communicate(timeout=120)[0] for up in ups]
+    first, second = map(StackStatus.model_validate_json, outputs)
+    assert first.up
+    assert _pids(first) == _pids(second)
+    assert (first.prefect_url, first.mlflow_url) == (before.prefect_url, before.mlflow_url)
+    changed = {name for name in SERVICES if _pids(first)[name] != _pids(before)[name]}
+    assert changed == {"mlflow"}
+
+
+def test_mlflow_refuses_other_host_names(stack: Stack) -> None:
+    """A web page whose name was made to resolve to this machine reads nothing."""
+    url = f"{stack.layout().url('mlflow')}/api/2.0/mlflow/experiments/search?max_results=1"
+    assert services.request_text(url) is not None
+    foreign = urllib.request.Request(url, headers={"Host": "evil.example"})
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.build_opener(urllib.request.ProxyHandler({})).open(foreign)
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_prefects_pages_may_connect_to_this_machine_alone(stack: Stack, version: str) -> None:
+    """Both versions of them, as served; what a browser makes of it: test_browser.py."""
+    path = "/v2/dashboard" if version == "v2" else "/runs"
+    url = stack.layout().url("prefect") + path
+    request = urllib.request.Request(url, headers={"Accept": "text/html"})
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as answer:
+        page = answer.read().decode()
+    assert f'href="{"/v2" if version == "v2" else ""}/ico/' in page
+    assert page.count(POLICY) == 1
+
+
+def test_the_deployment_is_registered_once_and_as_declared(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One run at a time, a nightly schedule that is off, and the model this machine can train."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    said: list[str] = []
+    assert deploy(stack, said.append) is True
+    assert deploy(stack) is False
+    assert NO_GPU_LINE in said
+    found = read_deployment(stack)
+    assert found is not None
+    assert found["parameters"] == {"config": choose_defaults(stack.root).config}
+    assert found["concurrency_options"]["collision_strategy"] == "ENQUEUE"
+    assert found["global_concurrency_limit"]["limit"] == 1
+    [schedule] = found["schedules"]
+    assert (schedule["active"], schedule["schedule"]["cron"]) == (False, "0 2 * * *")
+    assert stack.status().deployment_registered
+
+
+def _wait_for_planned_runs(api: str) -> None:
+    """The server's scheduler really plans the coming nights; it looks every minute at most."""
+    wanted = {"flow_runs": {"tags": {"all_": ["auto-scheduled"]}}}
+    end = time.monotonic() + 90
+    while not (planned := services.request_json(f"{api}/flow_runs/filter", wanted)):
+        assert time.monotonic() < end, "a schedule that is on has planned nothing"
+        time.sleep(0.5)
+    assert {run["expected_start_time"][11:16] for run in planned} == {"02:00"}
+
+
+def test_registering_again_keeps_the_schedule_that_was_switched_on(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An upgrade must not end anybody's nightly runs; nor does it add a second automation."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    deploy(stack)
+    found = read_deployment(stack)
+    assert found is not None
+    api = f"{stack.layout().url('prefect')}/api"
+    address = f"{api}/deployments/{found['id']}/schedules/{found['schedules'][0]['id']}"
+    assert services.request_text(address, {"active": True}, "PATCH") is not None
+    assert deploy(stack, force=True) is True
+    assert stack.status().schedule_active
+    _wait_for_planned_runs(api)
+    names = [item["name"] for item in services.request_json(f"{api}/automations/filter", {})]
+    assert sorted(names) == sorted(["qwen3ft: new data", RESUME_AUTOMATION, ZOMBIE_AUTOMATION])
+
+
+def test_prefect_typed_in_the_folder_talks_to_the_stack(
+    stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """prefect.toml does it, without a profile and without touching the home folder."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    deploy(stack)
+    kept = {name: text for name, text in os.environ.items() if not name.startswith("PREFECT_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "prefect", "deployment", "ls"],
+        cwd=stack.root,
+        env={**kept, "HOME": str(tmp_path), "DO_NOT_TRACK": "1", "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+    )
+    assert DEPLOYMENT in done.stdout, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def _start_at(stack: Stack, address: str, body: dict[str, object]) -> str:
+    """A run that the server takes for running, though nothing executes it."""
+    api = f"{stack.layout().url('prefect')}/api"
+    run = services.request_json(f"{api}/{address}", body)
+    forced = {"state": {"type": "RUNNING"}, "force": True}
+    assert services.request_text(f"{api}/flow_runs/{run['id']}/set_state", forced) is not None
+    return str(run["id"])
+
+
+def _wait_for_resumption(api: str, crashed: str) -> dict[str, Any]:
+    """The run that the server started to continue `crashed`."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        for run in services.request_json(f"{api}/filter", {}):
+            if run["parameters"].get("continue_run") == crashed:
+                found: dict[str, Any] = run
+                return found
+        time.sleep(0.5)
+    raise AssertionError(f"nothing continues {crashed}")
+
+
+def test_a_run_that_was_killed_with_all_else_is_ended_by_the_next_up_and_taken_up(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a power cut. Else it would hold the one slot; one of another origin is left alone.
+
+    What asked for the killed run is asked of the one that takes it up. The slot of a run that lived
+    on would still be its own.
+    """
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    deploy(stack)
+    deployment = read_deployment(stack)
+    assert deployment is not None
+    next_year = (datetime.now(UTC) + timedelta(days=365)).isoformat()
+    later = {"type": "SCHEDULED", "state_details": {"scheduled_time": next_year}}
+    asked = {"state": later, "parameters": {"nightly": True}}
+    killed = _start_at(stack, f"deployments/{deployment['id']}/create_flow_run", asked)
+    other = _start_at(stack, "flow_runs/", {"flow_id": deployment["flow_id"], "state": later})
+    limits = f"{stack.layout().url('prefect')}/api/v2/concurrency_limits"
+    assert services.request_json(f"{limits}/", {"name": "slot", "limit": 1})
+    slot = {"names": ["slot"], "slots": 1, "mode": "concurrency", "lease_duration": 300}
+    lease = services.request_json(f"{limits}/increment-with-lease", slot)["lease_id"]
+    everything = find_marked(stack.root)
+    for process in everything:
+        process.kill()
+    psutil.wait_procs(everything, timeout=30)
+    assert stack.up().up
+    renewal = {"lease_duration": 300}
+    assert services.request_text(f"{limits}/leases/{lease}/renew", renewal, "POST") is not None
+    api = f"{stack.layout().url('prefect')}/api/flow_runs"
+    assert services.request_json(f"{api}/{killed}")["state_type"] == "CRASHED"
+    assert services.request_json(f"{api}/{other}")["state_type"] == "RUNNING"
+    again = _wait_for_resumption(api, killed)
+    assert again["parameters"] == {
+        "config": deployment["parameters"]["config"],
+        "continue_run": killed,
+        "nightly": True,
+        "resumed": 1,
+    }
+
+
+def test_the_schedule_is_changed_in_the_file_registered_and_switched_on_by_one_command(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file keeps its comments; the next `deploy` has nothing left to do."""
+    from flows import cli_servers
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.chdir(stack.root)
+    before = (stack.root / PREFECT_FILE).read_text()
+    cli_servers.schedule("30 1 * * 1-5", "Asia/Shanghai", active=True)
+    assert "30 1 * * 1-5" in capsys.readouterr().out
+    found = read_deployment(stack)
+    assert found is not None
+    [schedule] = found["schedules"]
+    assert schedule["active"]
+    assert schedule["schedule"]["cron"] == "30 1 * * 1-5"
+    assert schedule["schedule"]["timezone"] == "Asia/Shanghai"
+    assert deploy(stack) is False
+    cli_servers.schedule("0 2 * * *", "UTC", active=False)
+    assert (stack.root / PREFECT_FILE).read_text() == before
+    assert not stack.status().schedule_active
+
+
+def test_old_flow_runs_are_counted_by_a_dry_run_and_removed_without_one(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those that ended; one that has not ended stays, however old."""
+    from flows import cli_clean
+    from qwen3ft.operations.retention import Policy
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.chdir(stack.root)
+    deploy(stack)
+    deployment = read_deployment(stack)
+    assert deployment is not None
+    api = f"{stack.layout().url('prefect')}/api/flow_runs"
+    ended = services.request_json(f"{api}/", {"flow_id": deployment["flow_id"]})["id"]
+    for state in ("RUNNING", "COMPLETED"):
+        forced = {"state": {"type": state}, "force": True}
+        assert services.request_text(f"{api}/{ended}/set_state", forced) is not None
+    going = _start_at(stack, "flow_runs/", {"flow_id": deployment["flow_id"]})
+
+    def clean(*, dry_run: bool) -> int:
+        environment = dict(os.environ)  # the command points its own process at the servers
+        cli_clean.clean(Policy(keep_days=0), None, [], dry_run=dry_run, as_json=True)
+        os.environ.clear()
+        os.environ.update(environment)
+        return int(json.loads(capsys.readouterr().out)["flow_runs"])
+
+    counted = clean(dry_run=True)
+    assert counted >= 1
+    assert services.request_json(f"{api}/{ended}") is not None
+    assert clean(dry_run=False) >= counted
+    assert services.request_json(f"{api}/{ended}") is None
+    assert services.request_json(f"{api}/{going}") is not None
+
+
+def test_down_leaves_no_process(stack: Stack) -> None:
+    """Not even one that a run left behind; the ports and all data are kept for the next time."""
+    layout = stack.layout()
+    stray = start_detached(
+        [sys.executable, "-c", "import time; time.sleep(600)"],
+        environment={**os.environ, MARK: str(stack.root)},
+        folder=stack.root,
+        log=stack.root / "stray.log",
+    )
+    assert set(stack.down()) == set(SERVICES)
+    assert find_marked(stack.root) == []
+    assert stray.find() is None
+    assert not (stack.root / "prefect.toml").exists()
+    assert stack.layout() == layout
+    assert stack.down() == ()
+    assert all(layout.log(name).stat().st_size for name in SERVICES)
+
+
+# --- the parts, without servers ---
+
+
+@pytest.mark.parametrize(("cron", "zone"), [("0 2 * *", "UTC"), ("0 2 * * *", "Europe/Nowhere")])
+def test_a_schedule_that_is_none_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cron: str, zone: str
+) -> None:
+    """It is refused before the file is touched and before anything is started."""
+    from flows import cli_servers
+
+    (tmp_path / "deployments").mkdir()
+    shutil.copy(ROOT / PREFECT_FILE, tmp_path / PREFECT_FILE)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="no schedule"):
+        cli_servers.schedule(cron, zone, active=None)
+    assert (tmp_path / PREFECT_FILE).read_text() == (ROOT / PREFECT_FILE).read_text()
+    assert not (tmp_path / ".qwen3ft").exists()
+
+
+def test_a_schedule_written_in_another_way_is_not_edited(tmp_path: Path) -> None:
+    """A second `cron` in the file would be changed with it."""
+    (tmp_path / "deployments").mkdir()
+    text = (ROOT / PREFECT_FILE).read_text()
+    second = '      - slug: weekly\n        cron: "0 3 * * 0"\n        timezone: UTC\n    triggers:'
+    (tmp_path / PREFECT_FILE).write_text(text.replace("    triggers:", second))
+    with pytest.raises(ConfigError, match="cannot be changed by this command"):
+        write_schedule(tmp_path, "30 1 * * *", "UTC")
+
+
+def test_a_killed_run_is_noticed_within_two_minutes() -> None:
+    """What the server waits for, and a heartbeat that was just sent; the rest is its own clock."""
+    assert SILENT_SECONDS + 10 <= 120
+
+
+def test_a_taken_port_is_passed_over() -> None:
+    """Also when the one who holds it listens on all addresses."""
+    with socket.socket() as holder:
+        holder.bind(("0.0.0.0", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        assert free_port(port) > port
+        assert free_port(port, taken=[port + 1]) > port + 1
+
+
+def test_a_process_that_ignores_sigterm_is_killed_with_its_children(tmp_path: Path) -> None:
+    """Stopping takes a bounded time whatever the process thinks of it."""
+    code = (
+        "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
+        "print('ready', flush=True); time.sleep(600)"
+    )
+    log = tmp_path / "log"
+    mark = start_detached(
+        [sys.executable, "-c", code], environment=os.environ, folder=tmp_path, log=log
+    )
+    while "ready" not in log.read_text():
+        time.sleep(0.05)
+    process = mark.find()
+    assert process is not None
+    children = process.children()
+    assert stop([process], seconds=0.5) == 2
+    assert mark.find() is None
+    assert not any(child.is_running() and child.status() != "zombie" for child in children)
+
+
+def test_the_shell_does_not_reach_into_the_stack(tmp_path: Path) -> None:
+    """An exported address of another server or key is dropped; everything else is passed on."""
+    exported = {"PREFECT_API_URL": "https://x", "PREFECT_API_KEY": "k", "HF_HOME": "/hf"}
+    exported["PYTHONDONTWRITEBYTECODE"] = "1"
+    values = services.environment(Layout(tmp_path, 1, 2), exported)
+    assert values["PREFECT_API_URL"] == "http://127.0.0.1:1/api"
+    assert not {"PREFECT_API_KEY", "PYTHONDONTWRITEBYTECODE"} & set(values)
+    assert values["HF_HOME"] == "/hf"
+    assert values["DO_NOT_TRACK"] == "true"
+
+
+def test_a_prefect_toml_of_ones_own_is_left_alone(tmp_path: Path) -> None:
+    """Only the file that `up` wrote is removed by `down`."""
+    own = tmp_path / "prefect.toml"
+    own.write_text("[api]\nurl = 'http://elsewhere'\n")
+    (tmp_path / ".qwen3ft").mkdir()
+    Stack(tmp_path).down()
+    assert own.exists()

@@ -1,0 +1,349 @@
+"""The `qwen3ft` command, the settings that runs start from, and the verbs of make and CI."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+
+from deployments.deploy import CPU_CONFIG, GPU_CONFIG, NO_GPU_LINE
+from flows.cli_project import read_request
+from flows.cli_view import RunView, format_seconds, show_card
+from flows.follow import MetricsTail, StateChange
+from qwen3ft.config import TrainingConfig, load_config
+from qwen3ft.errors import ConfigError
+from qwen3ft.files import append_json_line, write_json_atomic
+from qwen3ft.jobs.folders import RunDir
+from qwen3ft.records.run_card import RunCard
+from qwen3ft.records.training import MemoryStatus, TrainingMetrics
+from tasks import policies
+
+ROOT = Path(__file__).parents[2]
+
+
+def qwen3ft(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run the command as a user does."""
+    return subprocess.run(
+        [sys.executable, "-m", "flows.cli", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A project folder with nothing but what the commands look for."""
+    shutil.copytree(ROOT / "deployments", tmp_path / "deployments")
+    return tmp_path
+
+
+# --- the command ---
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """It answers at once because it loads only what parses the command line."""
+    heavy = {"torch", "transformers", "prefect", "mlflow", "pydantic", "psutil"}
+    code = (
+        "import sys\nfrom flows.cli import main\nsys.argv = ['qwen3ft', '--help']\n"
+        f"try: main()\nexcept SystemExit: sys.exit(str({heavy!r} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.strip() == "set()"
+    for verb in ("run", "train", "plan", "doctor", "up", "down", "status", "deploy", "chat"):
+        assert verb in done.stdout
+
+
+def test_doctor_tells_programs_about_this_machine() -> None:
+    """Its JSON is one object with the report of the machine and of the servers."""
+    done = qwen3ft("doctor", "--json")
+    found = json.loads(done.stdout)
+    assert found["ready"] is True, found["problems"]
+    assert done.returncode == 0
+    assert found["environment"]["gpus"] == []
+    assert {service["name"] for service in found["stack"]["services"]} == {
+        "prefect",
+        "mlflow",
+        "worker",
+    }
+
+
+def test_status_of_a_fresh_folder_is_down(project: Path) -> None:
+    """Looking starts nothing and leaves nothing behind."""
+    found = json.loads(qwen3ft("status", "--json", folder=project).stdout)
+    assert found["up"] is False
+    assert found["deployment_registered"] is False
+    assert sorted(path.name for path in project.iterdir()) == ["deployments"]
+
+
+def test_commands_work_below_the_project_folder(project: Path) -> None:
+    """As with git, any folder inside the project will do."""
+    done = qwen3ft("status", "--json", folder=project / "deployments" / "configs")
+    assert Path(json.loads(done.stdout)["root"]) == project.resolve()
+
+
+def test_errors_are_what_why_next_without_a_traceback(project: Path) -> None:
+    """Every problem is named with the value given, and nothing is started."""
+    done = qwen3ft("run", "--set", "lora_r=0", "--set", "batch_size=x", folder=project)
+    assert done.returncode == 1
+    assert done.stderr.startswith("What:  2 invalid setting(s)")
+    assert "lora_r" in done.stderr
+    assert "batch_size" in done.stderr
+    assert "Next:  qwen3ft plan --help" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (project / ".qwen3ft").exists()
+
+
+def test_debug_shows_the_traceback(project: Path) -> None:
+    """--debug may stand anywhere."""
+    done = qwen3ft("run", "--set", "lora_r=0", "--debug", folder=project)
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+
+
+def test_an_error_is_json_where_json_was_asked_for(tmp_path: Path) -> None:
+    """A program finds the error's kind and next command on standard output."""
+    done = qwen3ft("status", "--json", folder=tmp_path)
+    error = json.loads(done.stdout)["error"]
+    assert error["kind"] == "EnvironmentNotReadyError"
+    assert error["next_command"]
+    assert done.returncode == 1
+
+
+def test_wrong_usage_is_exit_code_two(project: Path) -> None:
+    """As every command line tool does it."""
+    assert qwen3ft("run", "--no-such-option", folder=project).returncode == 2
+    assert qwen3ft("plan", "--set", "lora_r", folder=project).returncode == 2
+
+
+# --- the settings that runs start from ---
+
+
+def test_default_config_is_the_specification() -> None:
+    """Every setting stands in the file with its default value, each with a remark."""
+    text = (ROOT / GPU_CONFIG).read_text(encoding="utf-8")
+    assert load_config(ROOT / GPU_CONFIG) == TrainingConfig()
+    assert set(yaml.safe_load(text)) == set(TrainingConfig.model_fields)
+    settings = [line for line in text.splitlines() if line and not line.startswith("#")]
+    assert all("  # " in line for line in settings)
+
+
+def test_embedded_config_uses_the_shipped_model() -> None:
+    """Without a GPU nothing is downloaded."""
+    assert load_config(ROOT / CPU_CONFIG).is_embedded
+
+
+def test_without_a_gpu_the_embedded_model_is_used_and_said(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never a silent fallback; what is set by hand is laid over it."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    values, notice = read_request(project, None, ["lora_r=8", "learning_rate=1e-3"])
+    assert notice == NO_GPU_LINE
+    assert (values["model_name"], values["lora_r"]) == ("embedded", 8)
+
+
+def test_a_model_named_by_hand_starts_from_the_defaults(project: Path) -> None:
+    """The settings of the embedded model would ruin any other."""
+    values, notice = read_request(project, None, ["model_name=Qwen/Qwen3-0.6B", "data_paths=a,b"])
+    assert values == {"model_name": "Qwen/Qwen3-0.6B", "data_paths": ["a", "b"]}
+    assert notice is None
+
+
+# --- following and showing ---
+
+
+def _metrics(step: int, loss: float | None = 1.0) -> dict[str, object]:
+    memory = MemoryStatus(
+        allocated_gb=1.5, cached_gb=2.0, total_gb=13.0, available_gb=11.0, is_safe=True
+    )
+    metrics = TrainingMetrics(
+        epoch=0.1,
+        step=step,
+        loss=loss,
+        learning_rate=1e-3,
+        memory_usage=memory,
+        timestamp=datetime.now(UTC),
+    )
+    return metrics.model_dump(mode="json")
+
+
+def test_the_tail_follows_attempt_after_attempt(tmp_path: Path) -> None:
+    """Only what is new and complete is given, and a new attempt starts from its beginning."""
+    run = RunDir(tmp_path)
+    tail = MetricsTail(run)
+    assert tail.newest() is None
+    first = run.attempt(1)
+    first.path.mkdir(parents=True)
+    write_json_atomic(first.request, {"total_steps": 40})
+    append_json_line(first.metrics, _metrics(1))
+    append_json_line(first.metrics, _metrics(2))
+    append_json_line(first.metrics, _metrics(2, loss=None))  # an evaluation
+    progress = tail.newest()
+    assert progress is not None
+    assert (progress.attempt, progress.metrics.step, progress.total_steps) == (1, 2, 40)
+    with first.metrics.open("a") as stream:
+        stream.write('{"half a li')
+    assert tail.newest() is None
+    second = run.attempt(2)
+    second.path.mkdir(parents=True)
+    append_json_line(second.metrics, _metrics(3))
+    progress = tail.newest()
+    assert progress is not None
+    assert (progress.attempt, progress.metrics.step, progress.total_steps) == (2, 3, None)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_card_shows_scores_memory_time_and_links(terminal: bool) -> None:
+    """On a terminal and in a file alike, everything that a reader asks for is there."""
+    card = RunCard(
+        title="embedded: promoted",
+        trained_on="1,024 rows",
+        base_score=0.02,
+        tuned_score=0.81,
+        held_out_loss_before=2.1,
+        held_out_loss_after=0.3,
+        peak_memory_gb=0.9,
+        budget_gb=13.0,
+        seconds_by_stage={"model": 4.0, "train": 61.0},
+        attempts=(),
+        verdict="promoted: [no] champion yet",
+        adapter_path="qwen3-finetuned/a",
+        prefect_url="http://127.0.0.1:4200/runs/flow-run/1",
+        mlflow_url="http://127.0.0.1:5000/#/experiments/1/runs/2",
+        notes=("An honest remark.",),
+    )
+    stream = io.StringIO()
+    show_card(Console(file=stream, force_terminal=terminal, width=120, no_color=True), card)
+    shown = stream.getvalue()
+    for fact in (
+        *("1,024 rows", "2.0% -> 81.0%", "0.90 GB of 13 GB", "train 1 min 1 s", "[no] champion"),
+        *(str(card.prefect_url), str(card.mlflow_url), card.adapter_path, card.notes[0]),
+    ):
+        assert fact in shown
+
+
+def test_state_changes_are_plain_lines_without_a_terminal() -> None:
+    """A log file shows each state once, and how long what ended took."""
+    stream = io.StringIO()
+    with RunView(Console(file=stream, width=120)) as view:
+        view.change(StateChange("train-1", "Running", "RUNNING"))
+        view.change(StateChange("train-1", "Completed", "COMPLETED", seconds=31.2))
+        view.change(StateChange("model", "Cached", "COMPLETED", seconds=0.0))
+        view.change(StateChange("train-2", "Failed", "FAILED", message="out of\nmemory", seconds=1))
+    lines = [line.split() for line in stream.getvalue().splitlines()]
+    assert lines == [
+        ["train-1", "Running"],
+        ["train-1", "Completed", "31", "s"],
+        ["model", "Cached"],
+        ["train-2", "Failed", "1.0", "s", "out", "of"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.44, "0.4 s"), (31.2, "31 s"), (725, "12 min 5 s"), (12_000, "3 h 20 min")],
+)
+def test_times_are_written_for_people(seconds: float, text: str) -> None:
+    """Two units at most."""
+    assert format_seconds(seconds) == text
+
+
+# --- the verbs of make and CI ---
+
+
+@pytest.mark.parametrize("verb", ["run", "test", "check", "up", "down", "status", "lock"])
+def test_every_verb_of_make_prepares_the_environment_first(verb: str) -> None:
+    """A fresh clone needs no step before any of them."""
+    done = subprocess.run(["make", "-n", verb], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "-m qwen3ft.machine.environment" in done.stdout
+
+
+def test_ci_runs_the_verbs_of_developers() -> None:
+    """What has to hold before a change lands is what anybody can type."""
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert {"make check", "make test"} <= set(script.read_text(encoding="utf-8").splitlines())
+
+
+def test_the_lock_is_for_every_kind_of_machine() -> None:
+    """No build of torch for one machine, no CUDA packages, and what builds the project itself."""
+    lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    names = {line.partition("==")[0] for line in lines}
+    assert not any("+cpu" in line or "://" in line for line in lines)
+    assert {name for name in names if name.startswith(("nvidia", "triton", "cuda"))} == {
+        "nvidia-ml-py"
+    }
+    assert {"torch", "hatchling", "editables"} <= names
+
+
+def test_prefect_logs_our_errors_without_a_traceback_and_others_with_one(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What explains itself needs no stack; what does not keeps it."""
+    monkeypatch.delenv(policies.DEBUG_VARIABLE, raising=False)
+    policies.hide_known_tracebacks()
+    logger = logging.getLogger("prefect.task_runs")
+    for error in (ConfigError("no such setting"), ValueError("a defect")):
+        try:
+            raise error
+        except (ConfigError, ValueError):
+            logger.exception("Task run failed with exception: %r", error)
+    known, unknown = caplog.records[-2:]
+    assert known.exc_info is None
+    assert known.getMessage() == "ended by ConfigError"
+    assert unknown.exc_info is not None
+
+
+def test_data_check_says_what_would_be_trained_and_whether_a_run_would_start(
+    tmp_path: Path,
+) -> None:
+    """Exit code 0 and all counts for usable rows; 1 and the reason for unusable ones."""
+    good = tmp_path / "qa.jsonl"
+    rows = [{"问题": f"第 {n} 题?", "答案": f"{n} 号"} for n in range(60)]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    good.write_text("\n".join([*lines, "{oops"]), encoding="utf-8")
+    cache = f"cache_dir={tmp_path / 'cache'}"
+    done = qwen3ft("data", "check", str(good), "--set", cache, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["would_start"], found["rows_read"], found["quarantined"]) == (True, 61, 1)
+    assert found["columns"] == {"question": "问题", "answer": "答案"}
+    screen = qwen3ft("data", "check", str(good), "--set", cache).stdout
+    assert "broken_json" in screen
+    assert "question = 问题" in screen
+    assert "号<|im_end|>«" in screen
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{oops\n" * 10)
+    done = qwen3ft("data", "check", str(bad), "--set", cache, "--json")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["error"]["kind"] == "DataLoadingError"
+
+
+def test_a_previewed_row_is_its_text_by_tokens(tmp_path: Path) -> None:
+    """All tokens in order, trained ones marked; a character of several tokens stays whole."""
+    data = tmp_path / "qa.jsonl"
+    rows = [{"question": f"What {n}? 😀", "answer": "Nothing 饕餮."} for n in range(60)]
+    data.write_text("\n".join(json.dumps(row) for row in rows))
+    cache = f"cache_dir={tmp_path / 'cache'}"
+    done = qwen3ft("data", "preview", str(data), "--row", "2", "--set", cache, "--json")
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(done.stdout)["shown"]
+    assert "😀" in "".join(token["text"] for token in shown)
+    trained = "".join(token["text"] for token in shown if token["trained"])
+    assert trained == "Nothing 饕餮.<|im_end|>"
+    done = qwen3ft("data", "preview", str(data), "--row", "1000", "--set", cache)
+    assert done.returncode == 1
+    assert "no training row 1000" in done.stderr

@@ -1,0 +1,342 @@
+"""The whole flow with real Prefect and MLflow servers, on the quantised embedded model."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.flow_project import MODEL, FlowProject
+
+from qwen3ft.jobs.folders import RunDir
+
+
+@pytest.fixture(scope="module", autouse=True)
+def connected(project: FlowProject) -> Iterator[None]:
+    """What tests ask Prefect, they ask the project's server."""
+    with project.connected():
+        yield
+
+
+@pytest.fixture(scope="module")
+def run_flow(project: FlowProject) -> Callable[..., tuple[Any, RunDir]]:
+    """Runs the flow in this process; gives its final state and its folder."""
+    return project.run
+
+
+def task_states(state: Any) -> dict[str, str]:
+    """First word of each task run's name: state name, of a finished flow run."""
+    return {name.partition(" (")[0]: told for name, told in task_names(state).items()}
+
+
+def task_names(state: Any) -> dict[str, str]:
+    """Name of each task run of a finished flow run: state name."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+
+    with get_client(sync_client=True) as client:
+        wanted = FlowRunFilterId(any_=[state.state_details.flow_run_id])
+        runs = client.read_task_runs(flow_run_filter=FlowRunFilter(id=wanted))
+    return {run.name: run.state_name for run in runs}
+
+
+def mlflow_runs(project: FlowProject, run: RunDir) -> tuple[Any, list[Any]]:
+    """The parent run of a run folder, and its children."""
+    from mlflow import MlflowClient
+
+    from qwen3ft.tracking.cursor import parent_run_id
+
+    client = MlflowClient(project.tracking_uri)
+    parent = client.get_run(parent_run_id(run))
+    query = f"tags.mlflow.parentRunId = '{parent.info.run_id}'"
+    return parent, client.search_runs([parent.info.experiment_id], query)
+
+
+def test_a_run_goes_from_rows_to_a_registered_adapter(finished: Any, project: FlowProject) -> None:
+    """Every stage is a task run; card, adapter, registry and MLflow agree with each other."""
+    state, run = finished
+    assert state.is_completed(), state.message
+    names = {"environment", "resolve-model", "model", "lora", "data", "plan", "train-1", "save"}
+    assert names | {"preflight", "register", "champion", "inference", "promote"} <= set(
+        task_states(state)
+    )
+    card = json.loads((run.path / "card.json").read_text())
+    assert card["held_out_loss_after"] < card["held_out_loss_before"]
+    assert Path(card["adapter_path"], "adapter_model.safetensors").is_file()
+    assert set(card["seconds_by_stage"]) >= {"model", "data", "train", "save", "inference"}
+    assert (run.path / "card.md").read_text().startswith("# embedded")
+    parent, children = mlflow_runs(project, run)
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags["version"] == "1"
+    assert parent.data.tags["prefect.flow_run_id"] == run.path.name
+    assert parent.data.metrics["memory/peak_gb"] == pytest.approx(card["peak_memory_gb"])
+    assert [child.data.metrics["train/loss"] > 0 for child in children] == [True]
+    assert children[0].data.params["micro_batch_size"] == "16"
+
+
+def test_the_card_of_a_run_tells_its_story_on_disk_and_in_mlflow(
+    finished: Any, project: FlowProject, tmp_path: Path
+) -> None:
+    """Data, plan, curves and answers of this run; the same files in both places; few keys."""
+    from mlflow import MlflowClient
+
+    from qwen3ft.records.run_card import RunCard
+    from qwen3ft.tracking.run_metrics import METRICS, TAGS
+
+    _, run = finished
+    card = RunCard.model_validate_json((run.path / "card.json").read_text())
+    assert card.data is not None
+    assert card.data.new_rows == sum(file.new_rows for file in card.data.files) > 0
+    assert len(card.data.examples) == 5
+    assert card.plan is not None
+    assert [len(curve.training) for curve in card.loss] == [6]
+    assert [len(curve.held_out) for curve in card.loss] == [4]
+    assert card.memory[0].predicted_gb == pytest.approx(card.plan.predicted_gb)
+    assert len(card.answers) == 20
+    assert {answer.model for one in card.answers for answer in one.answers} == {"base", "candidate"}
+    assert card.run_id == run.path.name
+    parent, _ = mlflow_runs(project, run)
+    client = MlflowClient(project.tracking_uri)
+    fetched = Path(client.download_artifacts(parent.info.run_id, "card", str(tmp_path)))
+    for name in ("card.html", "card.md"):
+        assert (fetched / name).read_bytes() == (run.path / name).read_bytes()
+    assert RunCard.model_validate_json((fetched / "card.json").read_text()) == card
+    ours = {key for key in parent.data.metrics if not key.startswith("system/")}
+    assert ours <= set(METRICS)
+    assert set(METRICS) - ours <= {
+        *(f"{score}/champion" for score in ("exact_match", "token_f1", "answer_loss")),
+        *("ability_loss/champion", "memory/preflight_gb"),
+        *("judge/win_share", "judge/rows", "seconds/judge"),
+    }
+    tags = {key for key in parent.data.tags if not key.startswith(("mlflow.", "qwen3ft."))}
+    assert tags == set(TAGS) - {"failure"}
+    assert re.fullmatch(rf"{card.outcome}: embedded [-0-9]+ [:0-9]+", parent.info.run_name)
+    assert parent.data.tags["data_digest"] == card.data.digest
+
+
+@pytest.mark.parametrize(
+    ("settings", "stages"), [({"when_unchanged": "skip"}, 0), ({"new_data": "mix"}, 6)]
+)
+def test_a_run_with_nothing_new_since_the_champion_ends_before_training(
+    run_flow: Any, project: FlowProject, champion: str, settings: dict[str, str], stages: int
+) -> None:
+    """The same request ends before any stage; other settings without an unseen row, after data."""
+    state, run = run_flow(**settings)
+    assert state.is_completed(), state.message
+    assert (state.name, state.message) == ("NothingNew", f"nothing new since {MODEL} v{champion}")
+    assert len(task_states(state)) == stages
+    assert not (run.path / "jobs").exists() or stages
+    parent, children = mlflow_runs(project, run)
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags["verdict"] == "nothing new"
+    assert parent.data.tags["verdict_sentence"] == state.message
+    assert children == []
+
+
+def test_a_night_without_anything_new_is_done_once(run_flow: Any, champion: str) -> None:
+    """Whatever `when_unchanged` says; a second start names the run that found nothing."""
+    state, run = run_flow(nightly=True)
+    assert (state.name, state.message) == ("NothingNew", f"nothing new since {MODEL} v{champion}")
+    state, _ = run_flow(nightly=True)
+    assert state.is_completed()
+    assert (state.name, state.message) == ("AlreadyDone", f"already done by run {run.path.name}")
+    assert task_states(state) == {}
+
+
+@pytest.mark.slow
+def test_a_night_that_failed_is_taken_up_from_its_checkpoint_and_then_done(run_flow: Any) -> None:
+    """Three starts of one night: failed, continued to its end, and nothing left to do."""
+    night = {"nightly": True, "seed": 61, "max_attempts": 1}
+    state, run = run_flow("kill@step=5", **night)
+    assert state.is_failed()
+    state, _ = run_flow(**night)
+    assert state.is_completed(), state.message
+    attempts = json.loads((run.path / "card.json").read_text())["attempts"]
+    assert [attempt["resumed_from_step"] for attempt in attempts] == [None, 4]
+    state, _ = run_flow(**night)
+    assert (state.name, state.message) == ("AlreadyDone", f"already done by run {run.path.name}")
+
+
+def test_a_run_that_is_in_progress_is_not_taken_up_beside_it(run_flow: Any, finished: Any) -> None:
+    """Two processes in one run's folder would mix their files."""
+    from qwen3ft.locks import held
+
+    _, run = finished
+    with held(run.lock) as mine:
+        assert mine
+        state, _ = run_flow(continue_run=run.path.name)
+    assert state.is_failed()
+    assert "in progress in another process" in state.message
+
+
+def test_the_plan_is_on_both_pages_of_the_run(finished: Any, project: FlowProject) -> None:
+    """The same table as markdown, JSON and picture; its peak is the one that was predicted."""
+    from mlflow import MlflowClient
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+
+    _, run = finished
+    parent, _ = mlflow_runs(project, run)
+    client = MlflowClient(project.tracking_uri)
+    names = {item.path for item in client.list_artifacts(parent.info.run_id)}
+    assert {"plan.md", "plan.json", "plan.png"} <= names
+    with get_client(sync_client=True) as prefect:
+        wanted = ArtifactFilter(key=ArtifactFilterKey(any_=["plan"]))
+        shown = [str(item.data) for item in prefect.read_artifacts(artifact_filter=wanted)]
+        listed = {item.key for item in prefect.read_artifacts(limit=200)}
+    assert {"run-card", "data", "plan", "attempts"} <= listed
+    plan = json.loads(run.attempt(1).request.read_text())
+    peak_gb = sum(part["bytes"] for part in plan["predicted"]) / 2**30
+    assert any(f"**{peak_gb:.3f}**" in markdown for markdown in shown)
+
+
+def test_out_of_memory_is_answered_by_adjust_and_the_next_attempt_completes(
+    run_flow: Any, finished: Any, project: FlowProject
+) -> None:
+    """train-1 Failed, adjust-1, train-2 Completed, from the last checkpoint, same batch.
+
+    Three stages are Cached: those of the run before had the same inputs.
+    """
+    state, run = run_flow("oom@step=4", preflight="on")
+    assert state.is_completed(), state.message
+    states = task_states(state)
+    cached = {name for name, result in states.items() if result == "Cached"}
+    assert cached == {"model", "lora", "data"}
+    assert states["preflight"] == "Completed"
+    assert (states["train-1"], states["adjust-1"], states["train-2"]) == (
+        "Failed",
+        "Completed",
+        "Completed",
+    )
+    first, second = json.loads((run.path / "card.json").read_text())["attempts"]
+    size = f"{second['micro_batch_size']} x {second['gradient_accumulation_steps']}"
+    told = f"train-2 (micro-batch {size} from step 2 after out of memory)"
+    assert {told, "adjust-1 (out of memory)"} <= set(task_names(state))
+    batch = next(change for change in second["changes"] if change["name"] == "batch")
+    assert (batch["before"], batch["after"]) == ("16 x 1", size)
+    assert batch["why"].startswith("Memory ran out")
+    assert first["outcome"] == "OutOfMemoryError"
+    assert second["resumed_from_step"] == 2
+    assert second["micro_batch_size"] < first["micro_batch_size"]
+    products = {a["micro_batch_size"] * a["gradient_accumulation_steps"] for a in (first, second)}
+    assert products == {16}
+    parent, children = mlflow_runs(project, run)
+    assert sorted(child.info.status for child in children) == ["FAILED", "FINISHED"]
+    assert 0 < parent.data.metrics["memory/preflight_gb"] < 4
+    assert parent.data.metrics["memory/predicted_gb"] > 0
+
+
+@pytest.mark.slow
+def test_giving_up_says_what_was_tried(run_flow: Any) -> None:
+    """Every attempt diverges: the run ends Failed after two cuts of the rate, naming them."""
+    fault = ",".join(f"nan@step=1:attempt={n}" for n in (1, 2, 3))
+    state, run = run_flow(fault, seed=31, max_attempts=3)
+    assert state.is_failed()
+    assert "3" in state.message
+    assert "attempt" in state.message.lower()
+    assert task_states(state)["train-3"] == "Failed"
+    assert len(run.attempts()) == 3
+
+
+def test_a_failed_run_is_continued_from_its_last_checkpoint(
+    run_flow: Any,
+    finished: Any,
+    make_config: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With one attempt allowed the run fails; continued by its id, it resumes and completes.
+
+    Its answers are judged, while another run may have the machine. Before all that, a damaged
+    snapshot of the model is noticed, and made anew.
+    """
+    from test_judge import Handler, prefers, serving
+
+    from qwen3ft.machine import gpu_lock
+    from qwen3ft.model.hub import resolve_model
+    from qwen3ft.model.manager import read_snapshot, snapshot_target
+
+    config = make_config()
+    target = snapshot_target(config, resolve_model(config), "cpu")
+    (target / "config.json").write_text("{}")
+    assert read_snapshot(target) is None
+    monkeypatch.setenv(gpu_lock.FOLDER_VARIABLE, str(tmp_path))
+    one = threading.Lock()
+
+    def judge(handler: Handler) -> None:
+        with one, gpu_lock.hold_card(gpu_lock.CPU, "other", when_busy="refuse", wait_seconds=0):
+            prefers("candidate")(handler)
+
+    with serving(judge) as server:
+        settings = {"seed": 41, "max_attempts": 1, "lock_cpu": True}
+        settings |= {"judge_url": server.url, "judge_model": "j", "judge_rows": 4}
+        state, run = run_flow("kill@step=5", **settings)
+        assert state.is_failed()
+        assert task_states(state)["model"] == "Completed"
+        assert read_snapshot(target) is not None
+        failed = json.loads((run.path / "card.json").read_text())
+        assert (failed["outcome"], failed["failure"]["kind"]) == ("failed", "WorkerCrashedError")
+        assert f"qwen3ft run --resume {run.path.name}" in (run.path / "card.md").read_text()
+        state, again = run_flow(continue_run=run.path.name, **settings)
+    assert state.is_completed(), state.message
+    assert task_states(state)["judge"] == "Completed"
+    cached = {name for name, result in task_states(state).items() if result == "Cached"}
+    assert cached == {"model", "lora", "data", "plan"}
+    assert again.path == run.path
+    card = json.loads((run.path / "card.json").read_text())
+    assert [attempt["resumed_from_step"] for attempt in card["attempts"]] == [None, 4]
+    outcomes = [attempt["outcome"] for attempt in card["attempts"]]
+    assert outcomes == ["WorkerCrashedError", "completed"]
+    assert sum(card["judge"][end] for end in ("wins", "losses", "ties")) == 4
+
+
+def test_a_run_without_tracking_completes_and_is_sent_later(
+    run_flow: Any, project: FlowProject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow refuses connections throughout: training is not touched, nothing is lost."""
+    import tasks.promote
+    from flows import around, story
+    from qwen3ft.tracking.cursor import outstanding
+    from qwen3ft.tracking.mirror import replay
+
+    monkeypatch.setattr(around, "CLOSE_SECONDS", 1.0)
+    monkeypatch.setattr(tasks.promote, "OUTAGE_SECONDS", 0.5)
+    for module in (around, story, tasks.promote):
+        monkeypatch.setattr(module, "default_tracking_uri", lambda: "http://127.0.0.1:9")
+    state, run = run_flow(seed=51)
+    assert state.is_completed(), state.message
+    assert "deferred" in state.message
+    assert outstanding(run) > 0
+    assert replay(run, project.tracking_uri)
+    assert outstanding(run) == 0
+    parent, children = mlflow_runs(project, run)
+    assert parent.info.status == "FINISHED"
+    assert len(children) == 1
+
+
+def test_a_run_on_a_machine_that_another_run_holds_is_refused_before_it_does_anything(
+    run_flow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says who holds it; on a CPU only if runs there are to go one after another."""
+    from qwen3ft.machine import gpu_lock
+
+    monkeypatch.setenv(gpu_lock.FOLDER_VARIABLE, str(tmp_path))
+    with gpu_lock.hold_card(gpu_lock.CPU, "the-other", when_busy="refuse", wait_seconds=0):
+        state, _ = run_flow(lock_cpu=True, when_card_is_busy="refuse")
+    assert state.is_failed()
+    assert "run the-other (pid " in state.message
+    assert set(task_states(state)) == {"environment"}
+
+
+def test_the_flow_loads_neither_torch_nor_cuda() -> None:
+    """Importing everything the flow's process needs leaves torch out."""
+    import subprocess
+    import sys
+
+    program = "import sys, flows.finetune; print(sorted({'torch', 'mlflow'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stderr

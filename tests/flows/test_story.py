@@ -1,0 +1,284 @@
+"""What the story is made of: changes in words, curves, texts that may be shown, names and keys."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.finished_run import make_outcome, make_plan, make_snapshot
+from support.reported_run import CHAMPION, HOSTILE, SECRET, make_facts, make_report
+
+from qwen3ft.data.safety import shown
+from qwen3ft.errors import FinetuneError, error_kinds
+from qwen3ft.evaluation.intervals import wilson_interval
+from qwen3ft.jobs.failures import to_failure
+from qwen3ft.jobs.folders import RunDir, write_record
+from qwen3ft.records.preflight import PreflightReport, WorstBatches
+from qwen3ft.records.training import Failure
+from qwen3ft.report.attempts import changes, in_words, read_attempts, reasons, summarise, words_of
+from qwen3ft.report.build import build_card
+from qwen3ft.report.charts import loss_chart, memory_chart
+from qwen3ft.report.curves import SPARKLINE_CHARACTERS, loss_curve, sparkline, thin
+from qwen3ft.report.safe_text import as_markdown
+from qwen3ft.tracking.run_metrics import (
+    METRICS,
+    TAGS,
+    card_metrics,
+    card_tags,
+    preflight_metrics,
+    report_metrics,
+)
+from qwen3ft.units import GIB
+from tasks.names import adjust_name, inference_name, promote_name, save_name, train_name
+
+DOCS = Path(__file__).parents[2] / "docs" / "tracking.md"
+
+
+# --- attempts ---
+
+
+def test_only_what_changed_is_told_with_its_reason() -> None:
+    """Batch as a product, switches as on and off, sizes in GB; a reason for each, told once."""
+    before = make_plan(make_snapshot(), activation_bytes=2 * GIB)
+    why = "Memory ran out: less is kept."
+    after = before.model_copy(
+        update={
+            "micro_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "gradient_checkpointing": True,
+            "activation_bytes": GIB,
+            "reasons": dict.fromkeys(("micro_batch_size", "gradient_checkpointing"), why),
+            "attempt": 2,
+        }
+    )
+    told = [(change.name, change.before, change.after) for change in changes(before, after)]
+    assert told == [
+        ("batch", "4 x 1", "2 x 2"),
+        ("recomputation", "off", "on"),
+        ("kept activations of a row", "2.00 GB", "1.00 GB"),
+    ]
+    assert changes(before, before) == ()
+    assert reasons(summarise(after, None, 1.0, before)) == why
+
+
+def test_an_attempt_with_the_same_settings_is_told_so() -> None:
+    """And from where it went on."""
+    plan = make_plan(make_snapshot())
+    failure = Failure(kind="StalledError", what="silent")
+    first = summarise(plan, failure, 1.0)
+    again = plan.model_copy(update={"attempt": 2, "resume_from": "x/step-000040"})
+    assert in_words(first, None) == "as planned"
+    told = in_words(summarise(again, None, 1.0, plan), first)
+    assert told == "the same settings, a fresh process; from the checkpoint of step 40"
+
+
+def test_attempts_are_read_from_the_folder_with_those_that_nobody_ended(tmp_path: Path) -> None:
+    """Failed, interrupted and completed; a folder without a plan is none."""
+    run = RunDir(tmp_path)
+    plan = make_plan(make_snapshot())
+    for number in (1, 2, 3):
+        run.attempt(number).create(plan.model_copy(update={"attempt": number}))
+    write_record(run.attempt(1).failure, Failure(kind="OutOfMemoryError", what="5 of 4 GB"))
+    write_record(run.attempt(3).outcome, make_outcome(Path("step-10")))
+    run.attempt(4).path.mkdir()
+    found = read_attempts(run, ())
+    assert [(one.attempt, one.outcome) for one in found] == [
+        (1, "OutOfMemoryError"),
+        (2, "interrupted"),
+        (3, "completed"),
+    ]
+
+
+def test_every_kind_of_failure_has_plain_words() -> None:
+    """`OutOfMemoryError` reads `out of memory`."""
+    assert words_of("OutOfMemoryError") == "out of memory"
+    assert words_of("interrupted") == "interrupted"
+    for kind in error_kinds(FinetuneError):
+        assert re.fullmatch("[a-z]+( [a-z]+)*", words_of(kind.__name__))
+
+
+# --- curves ---
+
+
+@given(
+    st.lists(st.floats(width=32), max_size=900),
+    st.integers(1, 100).map(lambda half: 2 * half),
+)
+def test_a_thinned_curve_is_short_finite_in_order_and_keeps_its_extremes(
+    values: list[float], most: int
+) -> None:
+    """Whatever is measured."""
+    points = thin(enumerate(values), most)
+    finite = [float(f"{value:.6g}") for value in values if math.isfinite(value)]
+    assert len(points) <= most
+    assert [x for x, _ in points] == sorted({x for x, _ in points})
+    heights = [y for _, y in points]
+    assert all(map(math.isfinite, heights))
+    if finite:
+        assert (min(heights), max(heights)) == (min(finite), max(finite))
+
+
+@given(st.lists(st.floats(allow_nan=False, allow_infinity=False, width=32), max_size=99))
+def test_a_sparkline_is_short_and_reaches_both_ends(values: list[float]) -> None:
+    """Its first bar is the first value's, its last the last's."""
+    line = sparkline(values)
+    assert len(line) == (0 if len(values) < 2 else min(len(values), SPARKLINE_CHARACTERS))
+    assert set(line) <= set("▁▂▃▄▅▆▇█")
+
+
+def test_sparklines_rise_and_fall() -> None:
+    """Lowest is the lowest bar, equal values are a flat line."""
+    assert sparkline([3, 2, 1]) == "█▅▁"
+    assert sparkline([1, 1]) == "▁▁"
+
+
+def test_charts_stay_within_their_box_and_have_ticks() -> None:
+    """One curve a kind and attempt; a single point, and a curve without height, are drawn too."""
+    facts = make_facts()
+    charts = [loss_chart(facts.loss), memory_chart(facts.memory)]
+    charts.append(loss_chart([loss_curve(1, [])]))
+    assert charts.pop() is None
+    assert memory_chart([]) is None
+    single = loss_chart([facts.loss[0].model_copy(update={"training": ((1, 2.0),)})])
+    for chart in (*charts, single):
+        assert chart is not None
+        assert 2 <= len(chart.x_ticks) <= 8
+        assert 2 <= len(chart.y_ticks) <= 8
+        for line in chart.lines:
+            numbers = [float(n) for n in re.findall(r"[\d.]+", line.path.partition("h")[0])]
+            assert all(0 <= x <= 640 for x in numbers[::2])
+            assert all(0 <= y <= 300 for y in numbers[1::2])
+
+
+# --- texts ---
+
+
+@given(st.text() | st.sampled_from(HOSTILE), st.integers(1, 60))
+def test_shown_text_is_cut_and_has_no_controls(text: str, most: int) -> None:
+    """Line breaks may stay; the note of what is missing is the only thing added."""
+    told = shown(text, most)
+    assert len(told) <= most + 40
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", told)
+
+
+def test_half_a_secret_is_never_shown() -> None:
+    """Wherever the cut is, and even if a control stands in its middle."""
+    text = f"before {SECRET} after"
+    for most in range(1, 60):
+        assert SECRET[:9] not in shown(text, most)
+    assert SECRET[:9] not in shown(f"x {SECRET[:12]}\x00{SECRET[12:]} y", 60)
+
+
+@given(st.text(alphabet="ab 1.)-+*_#<>&|[]()!`~\\\n:/w", max_size=30))
+def test_markdown_shows_a_text_as_it_is(text: str) -> None:
+    """In a paragraph, a list and a table's cell alike (CommonMark with GitHub's tables)."""
+    markdown_it = pytest.importorskip("markdown_it")
+    parser = markdown_it.MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    plain = " ".join(text.split())
+    told = as_markdown(text)
+    for form in (told, f"- {told}", f"| a | b |\n|---|---|\n| {told} | x |"):
+        tokens = parser.parse(form)
+        inline = [token for token in tokens if token.type == "inline"]
+        kinds = {child.type for token in inline for child in token.children}
+        assert kinds <= {"text", "text_special"}
+        shown_texts = ["".join(child.content for child in token.children) for token in inline]
+        assert plain in shown_texts or not plain
+
+
+# --- numbers ---
+
+
+def test_an_interval_of_a_share_is_wilsons() -> None:
+    """Against values of the literature: 0 of 10, 5 of 10, 81 of 263 (Newcombe 1998)."""
+    for share, rows, expected in (
+        (0.0, 10, (0.0, 0.2775)),
+        (0.5, 10, (0.2366, 0.7634)),
+        (81 / 263, 263, (0.2553, 0.3662)),
+    ):
+        assert wilson_interval(share, rows, 0.95) == pytest.approx(expected, abs=1e-4)
+    assert wilson_interval(0.0, 0, 0.95) == (0.0, 1.0)
+
+
+def documented() -> dict[str, set[str]]:
+    """The keys in the tables of docs/tracking.md, by heading."""
+    found: dict[str, set[str]] = {}
+    for line in DOCS.read_text(encoding="utf-8").splitlines():
+        if line.startswith("## "):
+            keys = found.setdefault(line.removeprefix("## "), set())
+        elif line.startswith("| `"):
+            keys.update(re.findall(r"`([^`]+)`", line.split("|")[1]))
+    return found
+
+
+def test_every_key_that_is_logged_is_documented_and_no_other() -> None:
+    """What a run logs is all there: with scores, a preflight, a failure and a version."""
+    facts = make_facts()
+    stages = dict.fromkeys((name.partition("/")[2] for name in METRICS if "seconds/" in name), 1.0)
+    stages.pop("total")
+    card = build_card(make_facts(seconds_by_stage=stages, error=KeyError("x")))
+    report = PreflightReport(
+        key="k",
+        device="cpu",
+        budget_bytes=2,
+        predicted_bytes=1,
+        measured_bytes=1,
+        fitted=True,
+        parts=(),
+        phases=(),
+        batches=WorstBatches(train=(), evaluate=(), accumulates=False, steps_looked_at=1),
+        seconds=1.0,
+    )
+    logged = {**card_metrics(card), **preflight_metrics(report), **report_metrics(make_report())}
+    assert facts.report is not None
+    assert set(logged) == set(METRICS) == documented()["Metrics of a run"]
+    tags = {*card_tags(card), "prefect.flow_run_id", "prefect.flow_run_url"}
+    assert tags == set(TAGS) == documented()["Tags of a run"]
+
+
+def test_numbers_that_are_none_are_not_logged() -> None:
+    """A loss that is not finite, a run that did not train."""
+    report = make_report(None)
+    assert "ability_loss/candidate" not in report_metrics(report)
+    nothing = {"verdict": None, "report": None, "saved": None, "trained": None, "plan": None}
+    card = build_card(make_facts(**nothing, attempts=(), memory=(), error=KeyError("x")))
+    assert all(map(math.isfinite, card_metrics(card).values()))
+    assert not {"gain", "memory/peak_gb", "attempts"} & set(card_metrics(card))
+
+
+def test_tags_are_words_to_filter_by() -> None:
+    """The verdict is one of five, a run that is not degraded says no."""
+    tags = card_tags(build_card(make_facts()))
+    assert (tags["verdict"], tags["degraded"], tags["champion_before"]) == ("promoted", "no", "7")
+    assert tags["verdict_sentence"].startswith("promoted: better than champion v7")
+    assert card_tags(build_card(make_facts(champion=None)))["champion_before"] == "none"
+
+
+# --- names of task runs ---
+
+
+def test_names_of_task_runs_tell_what_is_known_when_they_start(tmp_path: Path) -> None:
+    """The second attempt says how large it is, from where it goes on, and after what."""
+    plan = make_plan(make_snapshot(), run_dir=str(tmp_path))
+    assert train_name({"plan": plan}) == "train-1 (micro-batch 4 x 1)"
+    job = RunDir(tmp_path).attempt(1).create(plan)
+    failure = to_failure(error_kinds()[0]("x")).model_copy(update={"kind": "OutOfMemoryError"})
+    write_record(job.failure, failure)
+    update: dict[str, Any] = {"attempt": 2, "micro_batch_size": 2, "resume_from": "a/step-000040"}
+    second = plan.model_copy(update=update | {"gradient_accumulation_steps": 2})
+    assert train_name({"plan": second}) == (
+        "train-2 (micro-batch 2 x 2 from step 40 after out of memory)"
+    )
+    job.failure.write_text("{")
+    assert train_name({"plan": second}) == "train-2 (micro-batch 2 x 2 from step 40)"
+    assert adjust_name({"plan": plan, "failure": failure}) == "adjust-1 (out of memory)"
+    saved = make_facts().saved
+    assert promote_name({"saved": saved, "champion": CHAMPION}) == "promote (v8 against v7)"
+    assert promote_name({"saved": saved, "champion": None}) == "promote (v8 against the base model)"
+    assert inference_name({"champion": CHAMPION}) == "inference (candidate, base and champion v7)"
+    outcome = make_outcome(Path("step-10"))
+    assert save_name({"outcome": outcome}) == "save (step 10 of attempt 1)"

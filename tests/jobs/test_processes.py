@@ -1,0 +1,151 @@
+"""Workers that wait for their job: used, replaced when they do not fit, and never left behind."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from qwen3ft.errors import FinetuneError
+from qwen3ft.jobs.folders import JobDir
+from qwen3ft.jobs.launcher import run_worker
+from qwen3ft.jobs.processes import workers_ahead
+from qwen3ft.records.training import AttemptOutcome
+
+WAITING = "qwen3ft-wait"
+
+
+@pytest.fixture
+def ask(tmp_path: Path) -> Iterator[Callable[..., set[int]]]:
+    """Gives a worker a job that it refuses as it cannot read it, and tells who had it.
+
+    No job needs fewer imports; a job that succeeds in such a worker is in tests/flows/test_flow.py.
+    """
+    number = iter(range(100))
+
+    def run(*, last: bool = False) -> set[int]:
+        job = JobDir(tmp_path / f"job-{next(number)}")
+        job.path.mkdir()
+        job.request.write_text("{}")
+        seen: set[int] = set()
+
+        def look() -> None:
+            names = {process.pid: _name(process) for process in _children()}
+            waits = (WAITING, "python")  # also one that has not given itself a name yet
+            seen.update(pid for pid, name in names.items() if not name.startswith(waits))
+
+        with pytest.raises(FinetuneError, match="DataRequest"):
+            run_worker("data", job, AttemptOutcome, stall_seconds=60, on_poll=look, last=last)
+        assert "DataRequest" in job.log.read_text()  # whoever had it, its output is in the log
+        return seen
+
+    yield run
+    assert not _children()
+
+
+def _children() -> list[psutil.Process]:
+    found = psutil.Process().children(recursive=True)
+    return [child for child in found if "qwen3ft.worker" in _command(child)]
+
+
+def _waiting() -> psutil.Process:
+    """The one worker that waits, once it says so."""
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        found = [child for child in _children() if _name(child) == WAITING]
+        if found:
+            (process,) = found
+            return process
+        time.sleep(0.05)
+    raise AssertionError("no worker waits")
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.NoSuchProcess:
+        return "python"
+
+
+def test_the_worker_that_waits_gets_the_job_and_another_one_waits(
+    ask: Callable[..., set[int]],
+) -> None:
+    """One start a job, made while the job before it runs; none after the last."""
+    with workers_ahead():
+        first = _waiting()
+        assert ask() == {first.pid}
+        second = _waiting()
+        assert second.pid != first.pid
+        assert ask(last=True) == {second.pid}
+        assert not _children()
+
+
+def test_without_the_context_no_worker_waits(ask: Callable[..., set[int]]) -> None:
+    """A command that needs one worker starts one."""
+    assert len(ask()) == 1
+    assert not _children()
+
+
+def test_a_worker_of_another_environment_is_not_used(
+    ask: Callable[..., set[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job has the environment of its moment, or its card and its planted faults were others'."""
+    with workers_ahead():
+        waiting = _waiting()
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+        assert waiting.pid not in ask(last=True)
+        assert not waiting.is_running()
+
+
+def test_a_worker_that_died_while_it_waited_is_replaced(ask: Callable[..., set[int]]) -> None:
+    """Whatever killed it, the job gets a new one."""
+    with workers_ahead():
+        waiting = _waiting()
+        waiting.kill()
+        waiting.wait(5)
+        assert len(ask(last=True) - {waiting.pid}) == 1
+
+
+def test_no_worker_waits_where_memory_is_short(
+    ask: Callable[..., set[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left of a small machine belongs to the job."""
+    monkeypatch.setattr("qwen3ft.jobs.processes.LEAST_FREE_BYTES", 2**60)
+    with workers_ahead():
+        assert len(ask()) == 1
+        assert not _children()
+
+
+def test_a_worker_that_waits_dies_with_its_parent() -> None:
+    """SIGKILL of the flow's process leaves none behind, though another thread had it started."""
+    program = (
+        "import threading, time; from qwen3ft.jobs.processes import workers_ahead;"
+        "ahead = workers_ahead(); t = threading.Thread(target=ahead.__enter__); t.start();"
+        "t.join(); print('ready', flush=True); time.sleep(600)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    try:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == b"ready\n"
+        (worker,) = psutil.Process(parent.pid).children()
+        time.sleep(1.0)  # the thread that asked for it is gone, and it goes on
+        assert worker.is_running()
+        parent.kill()
+        parent.wait()
+        psutil.wait_procs([worker], timeout=5)
+        assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
+    finally:
+        parent.kill()
+        parent.wait()

@@ -1,0 +1,167 @@
+"""The environment manager: what it makes, refuses and reports, with a real uv and real venvs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwen3ft.errors import EnvironmentNotReadyError
+from qwen3ft.machine.environment import EnvironmentManager, uv_settings
+from qwen3ft.machine.gpus import visible_gpus
+
+ROOT = Path(__file__).parents[2]
+
+BUILD_BACKEND = """
+import zipfile
+
+def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
+    name, info = "tiny-1.0-py3-none-any.whl", "tiny-1.0.dist-info"
+    metadata = ["Metadata-Version: 2.1", "Name: tiny", "Version: 1.0", ""]
+    tags = ["Wheel-Version: 1.0", "Root-Is-Purelib: true", "Tag: py3-none-any", ""]
+    with zipfile.ZipFile(f"{wheel_directory}/{name}", "w") as wheel:
+        wheel.writestr("tiny.py", "")
+        wheel.writestr(f"{info}/METADATA", chr(10).join(metadata))
+        wheel.writestr(f"{info}/WHEEL", chr(10).join(tags))
+        wheel.writestr(f"{info}/RECORD", "")
+    return name
+
+def build_wheel(*arguments, **options):
+    raise SystemExit("only editable installs are expected")
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project without dependencies, and uv on PATH: making its environment needs no network."""
+    places = [ROOT / ".qwen3ft" / "tools" / "bin", Path(sys.executable).parent]
+    monkeypatch.setenv("PATH", os.pathsep.join([os.environ["PATH"], *map(str, places)]))
+    if shutil.which("uv") is None:
+        pytest.skip("uv is installed by `make`, which did not make this environment")
+    (tmp_path / "requirements.lock").touch()
+    (tmp_path / "backend.py").write_text(BUILD_BACKEND)
+    (tmp_path / "pyproject.toml").write_text(
+        '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+        '[project]\nname = "tiny"\nversion = "1.0"\n'
+    )
+    return tmp_path
+
+
+def test_it_needs_nothing_but_the_standard_library() -> None:
+    """A machine with only Python can import it: no installed package is touched."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import qwen3ft.machine.environment"
+    subprocess.run([sys.executable, "-I", "-S", "-c", code], check=True)
+
+
+def test_an_environment_is_made_once(project: Path) -> None:
+    """The first call makes and installs, the second finds nothing to do."""
+    manager = EnvironmentManager(project)
+    assert manager.get_python_executable() == sys.executable
+    assert manager.prepare() is True
+    assert manager.get_python_executable() == str(project / ".venv" / "bin" / "python")
+    subprocess.run([manager.get_python_executable(), "-c", "import tiny"], check=True)
+    assert manager.prepare() is False
+
+
+def test_a_changed_lock_is_installed_again(project: Path) -> None:
+    """What was installed is known by the content of the lock and of pyproject.toml."""
+    manager = EnvironmentManager(project)
+    manager.prepare()
+    (project / "requirements.lock").write_text("# changed\n")
+    assert manager.install_dependencies() is True
+
+
+def test_a_broken_environment_is_made_anew(project: Path) -> None:
+    """A .venv whose interpreter is gone does not stop set-up."""
+    manager = EnvironmentManager(project)
+    manager.setup_uv_environment()
+    (project / ".venv" / "bin" / "python").unlink()
+    assert manager.setup_uv_environment() is True
+    assert manager.setup_uv_environment() is False
+
+
+def test_a_failed_install_gives_the_reason_and_the_command(project: Path) -> None:
+    """Uv's own words reach the user, and the lock that failed is not taken for installed."""
+    (project / "requirements.lock").write_text("this is no requirement ==\n")
+    manager = EnvironmentManager(project)
+    manager.setup_uv_environment()
+    with pytest.raises(EnvironmentNotReadyError, match=r"Installing requirements\.lock") as caught:
+        manager.install_dependencies()
+    assert "this is no requirement" in caught.value.why
+    assert "uv pip install" in caught.value.next_command
+    with pytest.raises(EnvironmentNotReadyError):
+        manager.install_dependencies()
+
+
+def test_a_missing_lock_is_said(tmp_path: Path) -> None:
+    """Outside a project folder nothing is installed."""
+    with pytest.raises(EnvironmentNotReadyError, match=r"requirements\.lock is missing"):
+        EnvironmentManager(tmp_path).install_dependencies()
+
+
+def test_this_environment_is_valid() -> None:
+    """Everything that the project requires is installed where its tests run."""
+    assert EnvironmentManager(ROOT).validate_environment() is True
+
+
+def test_everything_missing_is_named_at_once(tmp_path: Path) -> None:
+    """A missing package and an unfit one are one refusal; what does not apply is left out."""
+    requirements = ["no-such-package>=1", "rich<3", "pydantic>=2", "gone; python_version < '3'"]
+    with pytest.raises(EnvironmentNotReadyError, match="2 thing") as caught:
+        EnvironmentManager(tmp_path, requirements).validate_environment()
+    first, second = caught.value.facts["problems"]
+    assert first == "no-such-package>=1 is not installed"
+    assert second.startswith("rich<3 is needed, ")
+
+
+def test_the_report_measures_this_machine() -> None:
+    """Amounts are those of this machine, and versions are of what is installed."""
+    report = EnvironmentManager(ROOT).report()
+    assert report.python_version == ".".join(map(str, sys.version_info[:3]))
+    assert 0 < report.host_free_bytes <= report.host_total_bytes
+    assert report.disk_free_bytes == pytest.approx(shutil.disk_usage(ROOT).free, rel=0.2)
+    assert {"torch", "prefect", "mlflow"} <= set(report.versions)
+    assert report.device == ("cuda" if report.gpus else "cpu")
+
+
+def test_the_report_loads_neither_torch_nor_cuda() -> None:
+    """The flow's process may ask for it."""
+    code = (
+        "import sys; from qwen3ft.machine.environment import EnvironmentManager; "
+        "EnvironmentManager().report(); sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("value", ["", "-1", " "])
+def test_hidden_devices_are_no_devices(value: str) -> None:
+    """CUDA_VISIBLE_DEVICES is how a person says: not on the GPU."""
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": value}) == ()
+
+
+def test_a_device_that_does_not_exist_is_no_device() -> None:
+    """As in CUDA, the list ends at the first entry that names nothing."""
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "no-such-device"}) == ()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not visible_gpus({}), reason="needs a CUDA device")
+def test_visible_devices_are_those_chosen() -> None:
+    """An index, a UUID and a shortened UUID name the same device."""
+    first = visible_gpus({})[0]
+    for name in ("0", first.uuid, first.uuid[:12]):
+        [found] = visible_gpus({"CUDA_VISIBLE_DEVICES": name})
+        assert found.uuid == first.uuid
+    assert 0 < first.free_bytes <= first.total_bytes
+
+
+def test_a_machine_set_up_for_pip_is_set_up_for_uv() -> None:
+    """What pip was told is passed on, and what uv was told itself wins."""
+    told = uv_settings({"PIP_FIND_LINKS": "/wheels /more", "PIP_CERT": "/ca.pem"})
+    assert told["UV_FIND_LINKS"] == "/wheels,/more"
+    assert told["SSL_CERT_FILE"] == "/ca.pem"
+    assert uv_settings({"PIP_FIND_LINKS": "/a", "UV_FIND_LINKS": "/b"})["UV_FIND_LINKS"] == "/b"

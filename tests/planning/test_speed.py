@@ -1,0 +1,165 @@
+"""Estimated speed against every measurement that is kept, and what it rests on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen3ft.config import TrainingConfig
+from qwen3ft.errors import ConfigError
+from qwen3ft.model.adapter import plan_adapter
+from qwen3ft.model.shapes import find_shape
+from qwen3ft.planning.gpu_specs import CARDS, Card, find_card, require_card
+from qwen3ft.planning.speed import SpeedEstimate, attention_share, estimate_speed
+from qwen3ft.planning.workload import Workload
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+LEVERS = (
+    *("micro_batch_size", "gradient_checkpointing", "loss_chunk_tokens", "offload_activations"),
+    *("offload_attention", "offloaded_mlp_blocks", "activation_bytes", "chunk_tokens"),
+    *("head_groups", "packing", "kernels", "device"),
+)
+
+
+def measured_rows() -> Iterator[Any]:
+    """Every row of ours that trained, but those that were told to keep everything."""
+    for path in sorted(RESULTS.glob("speed-h*.json")):
+        results = json.loads(path.read_text(encoding="utf-8"))
+        for row in results["rows"]:
+            if row["contestant"] == "ours" and row["status"] == "ok" and row["recompute"]:
+                name = f"{path.stem}: {row['case']}, {row['settings']}"
+                case = results["cases"][row["case"]]
+                yield pytest.param(results["machine"]["gpu"], case, row, id=name)
+
+
+def workload(shape: str = "4b", **values: Any) -> Workload:
+    defaults: dict[str, Any] = {
+        "device": "cuda",
+        "compute_dtype": "bfloat16",
+        "quantization": "nf4-double",
+        "micro_batch_size": 64,
+        "sequence_tokens": 256,
+        "gradient_checkpointing": False,
+        "loss_chunk_tokens": 2048,
+        "kernels": "fused",
+        "activation_bytes": 2**40,
+        "chunk_tokens": 16384,
+        "packing": True,
+    }
+    return Workload(**{**defaults, **values})
+
+
+def estimate(card: Card, shape: str, work: Workload, tokens: float = 108) -> SpeedEstimate | None:
+    _, numbers = find_shape(shape)
+    adapter = plan_adapter(TrainingConfig(), numbers)
+    return estimate_speed(
+        card, numbers, adapter, work, sequences_per_step=64, typical_tokens=tokens
+    )
+
+
+@pytest.mark.parametrize(("gpu", "case", "row"), list(measured_rows()))
+def test_estimates_lie_within_a_quarter_of_what_was_measured(
+    gpu: str, case: dict[str, Any], row: dict[str, Any]
+) -> None:
+    """With the settings of the run's plan, for all shapes, budgets and lengths that were run."""
+    levers = {name: row["levers"][name] for name in LEVERS if name in row["levers"]}
+    _, shape = find_shape(case["shape"])
+    found = estimate_speed(
+        require_card(gpu),
+        shape,
+        plan_adapter(TrainingConfig(), shape),
+        workload(**levers, sequence_tokens=case["sequence_tokens"]),
+        sequences_per_step=case["sequences_per_step"],
+        typical_tokens=sum(row["step_tokens"])
+        / len(row["step_tokens"])
+        / case["sequences_per_step"],
+    )
+    assert found is not None
+    assert found.measured_card
+    assert found.tokens_per_second == pytest.approx(row["tokens_per_second"], rel=0.25)
+
+
+def test_there_are_measurements_to_hold_it_against() -> None:
+    """Two kinds of card and three shapes at least."""
+    rows = [case.values for case in measured_rows()]
+    assert len({gpu for gpu, _, _ in rows}) >= 2
+    assert len({case["shape"] for _, case, _ in rows}) >= 3
+
+
+def test_a_faster_card_a_smaller_model_and_less_computed_again_are_faster() -> None:
+    """The estimate follows what it is made of."""
+    everything = workload()
+    again = workload(gradient_checkpointing=True, activation_bytes=0)
+    by_card = [estimate(require_card(name), "4b", everything) for name in ("l4", "4090", "h200")]
+    speeds = [found.tokens_per_second for found in by_card if found is not None]
+    assert speeds == sorted(speeds)
+    assert len(speeds) == 3
+    h200 = require_card("h200")
+    by_shape = [estimate(h200, name, everything) for name in ("32b", "14b", "8b", "4b")]
+    speeds = [found.tokens_per_second for found in by_shape if found is not None]
+    assert speeds == sorted(speeds)
+    kept, recomputed = estimate(h200, "4b", everything), estimate(h200, "4b", again)
+    assert kept is not None
+    assert recomputed is not None
+    assert kept.tokens_per_second > 1.1 * recomputed.tokens_per_second
+
+
+def test_what_was_never_measured_says_so() -> None:
+    """Each estimate is called one; of cards that were not trained on it is computed."""
+    for card in CARDS:
+        found = estimate(card, "4b", workload())
+        assert found is not None
+        assert "estimate" in found.basis
+        assert ("computed, not measured" in found.basis) == (card.name not in ("H100", "H200"))
+
+
+def test_no_estimate_is_made_of_what_the_formula_is_not_about() -> None:
+    """The plain path and CPUs."""
+    assert estimate(CARDS[0], "4b", workload(kernels="plain")) is None
+    assert estimate(CARDS[0], "4b", workload(device="cpu")) is None
+
+
+def test_attention_reaches_a_share_of_the_peak_at_any_length() -> None:
+    """Between nothing and all of it, from one token to the longest a config allows."""
+    assert all(0 < attention_share(tokens) < 0.6 for tokens in (1, 256, 16383, 16384, 262144))
+
+
+@pytest.mark.parametrize(
+    ("said", "card"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA H200", "H200"),
+        ("h200", "H200"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("rtx-4090", "RTX 4090"),
+        ("4090", "RTX 4090"),
+        ("NVIDIA A100-SXM4-80GB", "A100 80GB"),
+        ("NVIDIA A100-SXM4-40GB", "A100 40GB"),
+        ("A100", "A100 80GB"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
+        ("NVIDIA L4", "L4"),
+        ("rtx 4060 ti 16gb", "RTX 4060 Ti 16GB"),
+    ],
+)
+def test_cards_are_found_by_what_people_and_drivers_call_them(said: str, card: str) -> None:
+    """Whatever the case, the maker's name and the form."""
+    assert require_card(said).name == card
+
+
+def test_every_card_is_found_by_its_own_name_and_no_two_are_one() -> None:
+    """Also as commands write it, in small letters with dashes."""
+    for card in CARDS:
+        assert find_card(card.name) is card
+        assert find_card(card.name.lower().replace(" ", "-")) is card
+
+
+def test_an_unknown_card_is_refused_with_those_known() -> None:
+    """And a command that works."""
+    with pytest.raises(ConfigError, match="Voodoo") as caught:
+        require_card("Voodoo 2")
+    assert "RTX 4090" in caught.value.why

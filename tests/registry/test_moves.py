@@ -1,0 +1,450 @@
+"""Which adapter is in use changes by one recorded move at a time, and back within a minute."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.registered import MODEL, add_version, copy_database, stored_adapter
+from support.verdicts import BASE, GOOD, gain, report, saved
+
+from flows import cli
+from qwen3ft.config import TrainingConfig
+from qwen3ft.errors import (
+    ChampionChangedError,
+    RequestError,
+    RolledBackError,
+    SaveError,
+    TrackingUnavailableError,
+)
+from qwen3ft.registry import aliases
+from qwen3ft.registry.moves import (
+    Aliases,
+    Change,
+    Move,
+    Mover,
+    from_tags,
+    succession,
+    this_person,
+    to_tag,
+)
+from qwen3ft.registry.registry import Registry, promotion_lock
+from qwen3ft.tracking.connection import Connection, connect
+from tasks.promote import promote as promote_task
+
+ROOT = Path(__file__).parents[2]
+NIGHT = Change(by=Mover(kind="flow", name="run-x"), verdict="better: 90 % against 10 %")
+PERSON = Change(by=Mover(kind="person", name="ada@host"), reason="wrong dates")
+
+
+@pytest.fixture(scope="module")
+def three_versions(migrated_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with versions 1, 2 and 3, of the runs night-1 to night-3; none is in use."""
+    folder = tmp_path_factory.mktemp("three")
+    uri = copy_database(migrated_database, folder)
+    for night in (1, 2, 3):
+        assert add_version(uri, folder, f"night-{night}") == str(night)
+    return folder
+
+
+@pytest.fixture
+def uri(three_versions: Path, tmp_path: Path) -> str:
+    """A database of one's own with the three versions; their artifacts are shared."""
+    (tmp_path / "mlruns").mkdir()
+    source = three_versions / "mlruns" / "mlflow.db"
+    return f"sqlite:///{shutil.copy(source, tmp_path / 'mlruns' / 'mlflow.db')}"
+
+
+def promoted(uri: str, *versions: str) -> Registry:
+    """A registry in which the versions were promoted one after the other."""
+    registry = Registry(uri)
+    for version, expected in zip(versions, (None, *versions), strict=False):
+        registry.promote(MODEL, version, expected, NIGHT)
+    return registry
+
+
+def named(champion: str | None, previous: str | None, challenger: str | None = None) -> Aliases:
+    return Aliases(champion=champion, previous=previous, challenger=challenger)
+
+
+def test_every_promotion_is_in_the_history(uri: str) -> None:
+    """When, which version, from which run, why and by whom; promoting twice is one entry."""
+    registry = promoted(uri, "1", "2", "2")
+    history = registry.history(MODEL)
+    assert history.aliases == named("2", "1")
+    first, second = history.moves
+    assert (first.number, first.action, first.version, first.replaced) == (
+        1,
+        "promotion",
+        "1",
+        None,
+    )
+    assert (second.number, second.version, second.replaced) == (2, "2", "1")
+    assert (second.run, second.verdict, second.by) == ("night-2", NIGHT.verdict, NIGHT.by)
+    assert first.at < second.at
+    assert second.state == "done"
+    assert registry.history("never-heard-of").moves == ()
+
+
+def test_a_rollback_leads_back_and_is_not_undone_by_the_next(uri: str) -> None:
+    """Twice back is two versions back, never forth; from the first there is nowhere to go."""
+    registry = promoted(uri, "1", "2", "3")
+    move = registry.rollback(MODEL, PERSON)
+    assert (move.action, move.version, move.replaced) == ("rollback", "2", "3")
+    assert (move.reason, move.by.name) == ("wrong dates", "ada@host")
+    assert registry.history(MODEL).aliases == named("2", "1")
+    registry.rollback(MODEL, PERSON)
+    assert registry.history(MODEL).aliases == named("1", None)
+    with pytest.raises(RequestError, match="no version of qwen3ft-embedded to go back to"):
+        registry.rollback(MODEL, PERSON)
+    actions = [move.action for move in registry.history(MODEL).moves]
+    assert actions == ["promotion"] * 3 + ["rollback"] * 2
+
+
+def test_a_rollback_leads_to_what_came_before_the_last_use(uri: str) -> None:
+    """A version that was in use twice has two that came before it."""
+    registry = promoted(uri, "1", "2")
+    registry.promote(MODEL, "1", "2", PERSON)
+    registry.promote(MODEL, "3", "1", PERSON)
+    registry.rollback(MODEL, PERSON)
+    assert registry.history(MODEL).aliases == named("1", "2")
+
+
+def test_what_was_rolled_back_is_promoted_again_by_a_person_only(
+    uri: str, three_versions: Path
+) -> None:
+    """Neither that version nor a later one of the same bytes; a person's promotion ends that."""
+    registry = promoted(uri, "1", "2")
+    registry.rollback(MODEL, PERSON)
+    with pytest.raises(RolledBackError, match="wrong dates"):
+        registry.promote(MODEL, "2", "1", NIGHT)
+    client = connect(uri).client
+    old = client.get_model_version(MODEL, "2")
+    again = client.create_model_version(MODEL, old.source, run_id=old.run_id, tags=dict(old.tags))
+    client.delete_model_version_tag(MODEL, str(again.version), aliases.ROLLED_BACK_TAG)
+    with pytest.raises(RolledBackError, match="version 2, the same adapter"):
+        registry.promote(MODEL, str(again.version), "1", NIGHT)
+    assert not registry.set_challenger(MODEL, "2", "kept")
+    assert registry.history(MODEL).aliases == named("1", None)
+    registry.promote(MODEL, "2", "1", PERSON)
+    assert registry.history(MODEL).aliases == named("2", "1")
+    registry.promote(MODEL, "3", "2", NIGHT)
+    registry.promote(MODEL, "2", "3", NIGHT)
+
+
+def test_a_kept_candidate_is_the_challenger_until_it_is_promoted(uri: str) -> None:
+    """With its verdict, which a later promotion by hand shows; the champion is never challenger."""
+    registry = promoted(uri, "1")
+    assert registry.set_challenger(MODEL, "2", "no better: 80 % against 90 %")
+    assert not registry.set_challenger(MODEL, "1", "kept")
+    assert registry.history(MODEL).aliases == named("1", None, "2")
+    move = registry.promote(MODEL, "2", "1", PERSON)
+    assert move is not None
+    assert (move.verdict, move.reason) == ("no better: 80 % against 90 %", "wrong dates")
+    assert registry.history(MODEL).aliases == named("2", "1")
+
+
+def test_a_rollback_compares_before_it_sets(uri: str) -> None:
+    """An alias moved by somebody else in between is noticed, and nothing moves."""
+    promoted(uri, "1", "2", "3")
+    connection = connect(uri)
+    with pytest.raises(ChampionChangedError, match="champion is 3, not 2"):
+        aliases.rollback(connection, MODEL, "2", "2", PERSON)
+    with pytest.raises(ChampionChangedError, match="not rolled back to 1"):
+        aliases.rollback(connection, MODEL, "1", "3", PERSON)
+    assert Registry(uri).history(MODEL).aliases == named("3", "2")
+
+
+def test_a_previous_adapter_that_is_damaged_is_not_gone_back_to(
+    migrated_database: Path, tmp_path: Path
+) -> None:
+    """One flipped byte in MLflow's files; --unverified is for those who know better."""
+    uri = copy_database(migrated_database, tmp_path)
+    for night in (1, 2):
+        add_version(uri, tmp_path, f"night-{night}")
+    registry = promoted(uri, "1", "2")
+    (stored_adapter(tmp_path, "night-1") / "adapter_model.safetensors").write_bytes(b"night-X")
+    with pytest.raises(SaveError, match="has sha256"):
+        registry.rollback(MODEL, PERSON)
+    assert registry.history(MODEL).aliases == named("2", "1")
+    registry.rollback(MODEL, PERSON, verify=False)
+    assert registry.history(MODEL).aliases == named("1", None)
+
+
+class CutError(Exception):
+    """The crash of the test below."""
+
+
+class CutClient:
+    """An MLflow client whose process dies before its n-th change."""
+
+    def __init__(self, client: Any, changes_left: int) -> None:
+        self.client, self.changes_left = client, changes_left
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self.client, name)
+        if not name.startswith(("set_", "delete_")):
+            return method
+
+        def change(*arguments: Any) -> Any:
+            if self.changes_left == 0:
+                raise CutError("killed")
+            self.changes_left -= 1
+            return method(*arguments)
+
+        return change
+
+
+@dataclass
+class CutConnection(Connection):
+    """A connection with such a client."""
+
+    @contextmanager
+    def calls(self) -> Iterator[Any]:
+        """The client itself: its errors are the test's."""
+        yield self.client
+
+
+Operation = Callable[[Connection], Any]
+OPERATIONS: dict[str, tuple[Operation, Aliases, Aliases]] = {
+    "promotion": (
+        lambda connection: aliases.promote(connection, MODEL, "3", "2", NIGHT),
+        named("2", "1", "3"),
+        named("3", "2"),
+    ),
+    "rollback": (
+        lambda connection: aliases.rollback(connection, MODEL, "1", "2", PERSON),
+        named("2", "1", "3"),
+        named("1", None, "3"),
+    ),
+}
+
+
+@pytest.mark.parametrize("action", OPERATIONS)
+def test_a_crash_at_any_point_leaves_the_move_undone_or_done(
+    three_versions: Path, tmp_path: Path, action: str
+) -> None:
+    """Killed before each of its changes in turn, a move is then wholly there or not at all."""
+    operation, before, after = OPERATIONS[action]
+    outcomes = []
+    for changes in range(20):
+        folder = tmp_path / str(changes)
+        folder.mkdir()
+        uri = f"sqlite:///{shutil.copy(three_versions / 'mlruns' / 'mlflow.db', folder)}"
+        promoted(uri, "1", "2").set_challenger(MODEL, "3", "kept")
+        connection = connect(uri)
+        cut = CutConnection(uri, CutClient(connection.client, changes), connection.experiment_id)
+        try:
+            operation(cut)
+            break
+        except CutError:
+            pass
+        history = aliases.settle(connection, MODEL)
+        made = len(history.moves) == 3
+        assert history.aliases == (after if made else before)
+        tags = connection.client.get_model_version(MODEL, "2").tags
+        assert (aliases.ROLLED_BACK_TAG in tags) == (made and action == "rollback")
+        assert len(from_tags(connection.client.get_registered_model(MODEL).tags)) == 2 + made
+        outcomes.append(made)
+    assert set(outcomes) == {True, False}
+    assert outcomes == sorted(outcomes)
+
+
+def test_a_promoter_that_hangs_is_not_waited_for_forever(uri: str) -> None:
+    """The lock is held by somebody else: told in time, with nothing moved."""
+    registry = promoted(uri, "1", "2")
+    with promotion_lock(uri, 1.0):
+        registry.deadline_seconds = 0.5
+        with pytest.raises(TrackingUnavailableError, match="moving aliases for"):
+            registry.promote(MODEL, "3", "2", NIGHT)
+    assert registry.history(MODEL).aliases == named("2", "1")
+
+
+# --- the commands ---
+
+
+EMBEDDED = ("--set", "model_name=embedded")
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command in this process: exit status, standard output, standard error."""
+
+    def run(uri: str, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", ["qwen3ft", *arguments, *EMBEDDED])
+        status = 0
+        try:
+            status = cli.main()
+        except SystemExit as end:
+            status = int(end.code or 0)
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_a_person_goes_back_within_a_minute(uri: str) -> None:
+    """By the clock, the start of the command and the check of the adapter included."""
+    promoted(uri, "1", "2")
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.cli", "rollback", "--reason", "wrong dates", *EMBEDDED],
+        cwd=ROOT,
+        env={**os.environ, "MLFLOW_TRACKING_URI": uri, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    seconds = time.monotonic() - started
+    assert done.returncode == 0, done.stderr
+    assert seconds < 60
+    assert "1 (run night-1) is the champion now, instead of 2" in done.stderr
+    assert Registry(uri).history(MODEL).aliases == named("1", None)
+
+
+def test_the_history_says_who_moved_what_and_why(
+    uri: str, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    """The newest first for people, the oldest first for programs."""
+    promoted(uri, "1", "2").rollback(MODEL, Change(by=this_person(), reason="wrong dates"))
+    status, out, _ = command(uri, "history")
+    shown = out.splitlines()
+    assert (status, shown[0]) == (0, "qwen3ft-embedded: champion 1")
+    assert "rollback   2 -> 1     of run night-1, by " in shown[1]
+    assert shown[1].endswith(": wrong dates")
+    assert shown[2].endswith("by run run-x: better: 90 % against 10 %")
+    _, out, _ = command(uri, "history", "--json")
+    moves = json.loads(out)["moves"]
+    assert [move["action"] for move in moves] == ["promotion", "promotion", "rollback"]
+    assert moves[2]["by"] == this_person().model_dump()
+
+
+def test_a_version_is_promoted_by_hand_if_intact_and_degraded_only_if_asked_for(
+    migrated_database: Path, tmp_path: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    """What is replaced is said, and what refuses says the way out."""
+    uri = copy_database(migrated_database, tmp_path)
+    add_version(uri, tmp_path, "night-1")
+    add_version(uri, tmp_path, "night-2", degraded=("lower rank",))
+    promoted(uri, "1")
+    status, _, error = command(uri, "promote", "2")
+    assert status == 1
+    assert "qwen3ft-embedded 2 is degraded: lower rank." in error
+    assert "Next:  qwen3ft promote 2 --allow-degraded" in error
+    _, out, _ = command(uri, "promote", "2", "--allow-degraded", "--reason", "a demo", "--json")
+    move = json.loads(out)["move"]
+    assert (move["version"], move["replaced"], move["reason"]) == ("2", "1", "a demo")
+    (stored_adapter(tmp_path, "night-1") / "adapter_model.safetensors").write_bytes(b"night-X")
+    status, _, error = command(uri, "promote", "1")
+    assert status == 1
+    assert "is refused" in error
+    status, _, error = command(uri, "promote", "9")
+    assert "no version '9'" in error
+    assert Registry(uri).history(MODEL).aliases == named("2", "1")
+
+
+# --- a night ---
+
+
+def test_a_night_names_what_it_tested_and_leaves_alone_what_a_person_took_back(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Better: champion, in the run's name; no better: challenger; rolled back before: kept.
+
+    Asked again by a run that was killed after its promotion: the same verdict, and no move.
+    """
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    registry = Registry(uri)
+
+    def decide(version: str, gained: float) -> str:
+        verdict = promote_task.fn(
+            TrainingConfig(model_name="embedded"),
+            saved(version=version, registered_model=MODEL),
+            report(BASE, GOOD, gains=(gain(gained),)),
+            None,
+            f"runs/night-{version}",
+        )
+        return f"{verdict.decision}: {verdict.reasons[0]}"
+
+    assert decide("2", -0.3).startswith("kept: worse than the base model")
+    assert registry.history(MODEL).aliases == named(None, None, "2")
+    assert decide("1", 0.3).startswith("promoted: better than the base model")
+    history = registry.history(MODEL)
+    assert history.aliases == named("1", None, "2")
+    assert history.moves[0].by == Mover(kind="flow", name="night-1")
+    again = promote_task.fn(
+        TrainingConfig(model_name="embedded"),
+        saved(version="1", registered_model=MODEL),
+        report(BASE, GOOD, gains=(gain(-0.3),)),
+        registry.champion(MODEL),
+        "runs/night-1",
+    )
+    assert again.sentence.startswith("promoted: better than the base model")
+    assert registry.history(MODEL) == history
+    assert history.moves[0].verdict.startswith("promoted: better than the base model")
+    registry.promote(MODEL, "3", "1", NIGHT)
+    registry.rollback(MODEL, PERSON)
+    client = connect(uri).client
+    client.delete_registered_model_alias(MODEL, "champion")
+    assert decide("3", 0.3).startswith("kept: qwen3ft-embedded 3 is not promoted: version 3")
+    assert registry.champion(MODEL) is None
+
+
+# --- records alone ---
+
+
+def test_a_move_fits_a_tag_and_comes_back_from_it() -> None:
+    """The longest sentences are cut to what MLflow's database holds, whatever the script."""
+    move = Move(
+        number=7,
+        action="rollback",
+        version="3",
+        by=this_person(),
+        verdict="长" * 9000,
+        reason="y" * 9000,
+    )
+    name, text = to_tag(move)
+    assert len(text) <= 5000
+    [read] = from_tags({name: text, "qwen3ft.move.zzz": "edited by hand", "other": "{}"})
+    assert read.reason.endswith("…")
+    assert read == move.model_copy(update={"verdict": read.verdict, "reason": read.reason})
+
+
+@given(st.lists(st.sampled_from(["promote", "rollback"]), max_size=30))
+def test_succession_is_a_stack(actions: list[str]) -> None:
+    """Promotions push, rollbacks pop: so a chain of rollbacks visits each earlier version once."""
+    stack: list[str] = []
+    moves: list[Move] = []
+    for number, action in enumerate(actions, 1):
+        champion = stack[-1] if stack else None
+        if action == "promote":
+            stack.append(f"v{number}")
+        elif len(stack) > 1:
+            stack.pop()
+        else:
+            continue
+        kind = "promotion" if action == "promote" else "rollback"
+        moves.append(
+            Move(number=number, action=kind, version=stack[-1], replaced=champion, by=NIGHT.by)
+        )
+    assert succession(moves) == stack
+
+
+def test_versions_in_use_before_the_history_began_are_part_of_it() -> None:
+    """The first recorded promotion says what it replaced."""
+    move = Move(number=1, action="promotion", version="9", replaced="8", by=NIGHT.by)
+    assert succession([move]) == ["8", "9"]

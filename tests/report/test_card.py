@@ -1,0 +1,303 @@
+"""The card shows every model's scores, how sure the gain is, and the whole story of the run."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from support.reported_run import HOSTILE, SECRET, make_facts, make_report
+
+from qwen3ft.config import TrainingConfig
+from qwen3ft.errors import InsufficientMemoryError
+from qwen3ft.records.evaluation import SideBySide
+from qwen3ft.records.run_card import RunCard
+from qwen3ft.report.build import RunFacts, beside, build_card
+from qwen3ft.report.html import TEMPLATE, to_html
+from qwen3ft.report.markdown import to_description, to_markdown
+
+ROOT = Path(__file__).parents[2]
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: tags, attributes, and the text that is read."""
+
+    VOID = ("meta", "br", "img", "link", "input", "hr")
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:  # noqa: D102
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:  # noqa: D102
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:  # noqa: D102
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:  # noqa: D102
+        if "style" not in self.open:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        """Everything that is read, its white space as a browser shows it."""
+        return " ".join(" ".join(self.words).split())
+
+
+# --- what it says ---
+
+
+def test_the_scores_of_all_three_stand_side_by_side_with_the_gain() -> None:
+    """The gain is over the champion, with its interval; form and forgetting are there too."""
+    lines = to_markdown(build_card(make_facts())).splitlines()
+    forgotten = "1.500 -> 1.600 (+0.100 nats per token, limit +0.25)"
+    assert lines[0] == "# embedded: promoted"
+    assert lines[2].startswith("**promoted: better than champion v7: exact match 90.0%")
+    for line in (
+        "| score | base | champion | candidate | gain over the champion (interval) |",
+        "| exact match | 10.0% | 50.0% | 90.0% | +40.0 (+38.0 to +42.0) points |",
+        "| its 95% interval | 4.0% to 23.1% | 35.2% to 64.8% | 76.9% to 96.0% | |",
+        "| answer loss | 2 | 1 | 0.5 | +0.400 (+0.380 to +0.420) nats |",
+        "| loss on the ability set | 1.5 | 1.6 | 1.6 | |",
+        "| perplexity of the right answers | 7.389 | 2.718 | 1.649 | |",
+        "| language of the question | 100.0% | 100.0% | 100.0% | |",
+        f"| forgetting | loss on the ability set {forgotten} |",
+        "| fact | 40 | 10.0% | 90.0% |",
+    ):
+        assert line in lines
+
+
+def test_what_was_forgotten_is_the_verdict() -> None:
+    """Better in everything that was asked for, and kept."""
+    lines = to_markdown(build_card(make_facts(4.0))).splitlines()
+    assert lines[0] == "# embedded: kept"
+    assert lines[2].startswith("**kept: it forgets: loss on the ability set 4 against 1.5")
+
+
+def test_a_loss_that_is_not_known_is_said() -> None:
+    """Nothing is shown as a number that is none."""
+    text = to_markdown(build_card(make_facts(None)))
+    assert "| forgetting | not measured |" in text
+    assert "| loss on the ability set | 1.5 | 1.6 | not finite | |" in text
+
+
+def test_the_story_is_told_in_all_three_forms() -> None:
+    """New data, plan with reasons, attempts with changes, peak, times and answers are in each."""
+    card = build_card(make_facts())
+    as_json = json.dumps(card.model_dump(mode="json"), ensure_ascii=False)
+    for form in (to_markdown(card), Page(to_html(card)).text, as_json):
+        for told in ("qwen3ft-embedded v7", "מה השעה?", "Memory ran out: micro-batch of 2."):
+            assert told in form
+    page = Page(to_html(card)).text
+    for told in (
+        "Since qwen3ft-embedded v7: 3 rows that it has not seen.",
+        "All of a step | at once.",
+        "batch 4 x 1 → 2 x 2; from the checkpoint of step 40",
+        "out of memory: 4.10 of 4 GB <b>needed</b> | step 41",
+        "0.50 GB of 4 GB",
+        "12 min 5 s",
+        "At most 1.99 GB in use, predicted 1.25 GB, budget 4 GB.",
+        "training from 4.000 to 0.013",
+        "+40.0 (+38.0 to +42.0) points",
+    ):
+        assert told in page
+
+
+def test_how_to_roll_back_is_the_exact_command_and_what_follows_from_it() -> None:
+    """The command names the model; where nothing was in use before, there is no command."""
+    promoted = build_card(make_facts()).roll_back
+    assert promoted.command == (
+        'qwen3ft rollback --reason "..." --set registered_model=qwen3ft-embedded'
+    )
+    assert promoted.what.startswith("qwen3ft-embedded v7 is then in use again, instead of")
+    first = build_card(make_facts(champion=None)).roll_back
+    assert (first.command, "Nothing was in use before" in first.what) == ("", True)
+    kept = build_card(make_facts(4.0))
+    assert kept.roll_back.what == "This run changed nothing: qwen3ft-embedded v7 stays in use."
+    assert kept.roll_back.command == ""
+
+
+def test_what_to_type_next_follows_from_the_end() -> None:
+    """A kept adapter can be put into use by hand, a deferred or failed run be continued."""
+
+    def commands(card: RunCard) -> list[str]:
+        return [step.command for step in card.next_steps]
+
+    facts = make_facts(4.0)
+    assert "qwen3ft promote 8 --set registered_model=qwen3ft-embedded" in commands(
+        build_card(facts)
+    )
+    assert "qwen3ft chat --adapter '/out/night 1'" in commands(build_card(facts))
+    assert not any("promote" in command for command in commands(build_card(make_facts())))
+    error = InsufficientMemoryError("Nothing fits.", next_command="qwen3ft plan --set x=1")
+    failed = build_card(make_facts(verdict=None, report=None, saved=None, error=error))
+    assert commands(failed)[:2] == ["qwen3ft plan --set x=1", "qwen3ft run --resume night-1"]
+
+
+@pytest.mark.parametrize(
+    "error", [InsufficientMemoryError("4 GB\nare too little | <b>", why="It is."), KeyError("x")]
+)
+def test_a_failed_run_tells_what_it_got_to(error: Exception) -> None:
+    """The error, its reason and the attempts; no scores, and no word of an adapter in use."""
+    nothing = {"verdict": None, "report": None, "saved": None, "trained": None}
+    card = build_card(make_facts(**nothing, error=error))
+    assert (card.outcome, card.title) == ("failed", "embedded: failed")
+    assert card.failure is not None
+    assert card.failure.kind == type(error).__name__
+    assert card.peak_memory_gb == 1.99
+    assert card.roll_back.what == "This run changed nothing: qwen3ft-embedded v7 stays in use."
+    page, markdown = Page(to_html(card)).text, to_markdown(card)
+    for form in (page, markdown):
+        assert "What went wrong" in form
+        assert "Memory ran out: micro-batch of 2." in form
+        assert "Scores" not in form
+
+
+def test_a_run_that_broke_at_its_first_step_and_one_with_nothing_to_do_have_cards() -> None:
+    """Nothing is known but the settings and the end."""
+    config = TrainingConfig(model_name="embedded")
+    for facts, told in (
+        (RunFacts(config, "a", error=OSError("no space left")), "failed: no space left"),
+        (RunFacts(config, "b", nothing_since="m v3"), "nothing new since m v3"),
+    ):
+        card = build_card(facts)
+        assert card.verdict == told
+        assert told in Page(to_html(card)).text
+        assert told in to_markdown(card)
+        # Whether something is in use was not asked.
+        assert card.roll_back.what == "This run changed nothing that is in use."
+        assert card.champion_version is None
+
+
+# --- what it survives ---
+
+
+def test_a_hostile_text_is_never_markup_in_html() -> None:
+    """Only the template's tags and attributes are there, and every text is read as it is."""
+    hostile, tame = (
+        Page(to_html(build_card(make_facts(report=make_report(texts=texts)))))
+        for texts in (HOSTILE, tuple(f"text {number}" for number in range(len(HOSTILE))))
+    )
+    assert [tag for tag, _ in hostile.tags] == [tag for tag, _ in tame.tags]
+    assert hostile.open == tame.open == []
+    assert "<script>alert(1)</script><img src=x onerror=alert(2)>" in hostile.text
+    assert "{{ 7 * 7 }} {% raw %} ${x}" in hostile.text
+    for _, attributes in hostile.tags:
+        assert not any(name.startswith("on") for name in attributes)
+
+
+def test_the_page_needs_nothing_but_itself() -> None:
+    """No script, image, font or style from elsewhere; a policy says so; links are to both pages."""
+    card = build_card(make_facts()).model_copy(
+        update={"prefect_url": "http://127.0.0.1:4200/x", "mlflow_url": "javascript:alert(1)"}
+    )
+    html = to_html(card)
+    page = Page(html)
+    tags = {tag for tag, _ in page.tags}
+    assert not tags & {"script", "img", "link", "iframe", "object", "embed", "form", "base"}
+    assert [given["href"] for tag, given in page.tags if tag == "a"] == ["http://127.0.0.1:4200/x"]
+    assert not re.search(r"url\(|@import|src=", html.partition("</style>")[0])
+    policy = [given for tag, given in page.tags if given.get("http-equiv")]
+    assert policy[0]["content"] == "default-src 'none'; style-src 'unsafe-inline'"
+
+
+def test_the_page_can_be_used_without_seeing_it() -> None:
+    """Language, headings in order, names of pictures, and headers of every table."""
+    page = Page(to_html(build_card(make_facts())))
+    found = [given for tag, given in page.tags if tag == "html"]
+    assert found[0]["lang"] == "en"
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h[1-6]", tag)]
+    assert levels[0] == 1
+    assert all(later - earlier <= 1 for earlier, later in pairwise(levels))
+    pictures = [given for tag, given in page.tags if given.get("role") == "img"]
+    ids = {given["id"] for _, given in page.tags if "id" in given}
+    assert len(pictures) == 2
+    for picture in pictures:
+        assert set((picture["aria-labelledby"] or "").split()) <= ids
+    assert all("scope" in given for tag, given in page.tags if tag == "th")
+    named = {given["aria-labelledby"] for tag, given in page.tags if tag == "section"}
+    assert named <= ids
+
+
+def test_a_hostile_text_stays_in_its_cell_of_markdown() -> None:
+    """Rendered by the parser of GitHub's flavour: no tag, link, picture or table of a user's."""
+    markdown_it = pytest.importorskip("markdown_it")
+    text = to_markdown(build_card(make_facts()))
+    tokens = markdown_it.MarkdownIt("gfm-like", {"linkify": False}).parse(text)
+    inline = [child for token in tokens for child in token.children or ()]
+    kinds = {token.type for token in [*tokens, *inline]}
+    assert not kinds & {"html_block", "html_inline", "link_open", "image", "fence"}
+    headings = [token.tag for token in tokens if token.type == "heading_open"]
+    assert headings == ["h1", *["h2"] * (len(headings) - 1)]
+    assert sum(token.type == "table_open" for token in tokens) == 8
+    shown = " ".join(child.content for child in inline)
+    assert "<script>alert(1)</script><img src=x onerror=alert(2)>" in shown.replace("&lt;", "<")
+
+
+def test_nothing_secret_and_no_control_is_in_any_form() -> None:
+    """Not even half of a key; marks that turn text around are gone."""
+    card = build_card(make_facts())
+    as_json = json.dumps(card.model_dump(mode="json"), ensure_ascii=False, allow_nan=False)
+    for form in (as_json, to_markdown(card), to_html(card)):
+        assert SECRET[:8] not in form
+        assert "use ***" in form or r"use \*\*\*" in form
+        assert not set("\u202e\u202c\x00\x1b") & set(form)
+        assert "more characters)" in form
+
+
+def test_a_card_is_read_back_as_it_was_written() -> None:
+    """Losses that were no numbers are nowhere in it."""
+    card = build_card(make_facts())
+    assert RunCard.model_validate_json(card.model_dump_json()) == card
+    assert all(loss == loss for curve in card.loss for _, loss in curve.training)
+
+
+def test_a_description_is_whole_sections_and_short_enough() -> None:
+    """MLflow refuses a longer tag; the beginning is kept, and no table is torn."""
+    card = build_card(make_facts())
+    whole = to_markdown(card)
+    for most in (2000, 3000, 5000, 10**6):
+        text = to_description(card, most)
+        assert 0 < len(text) <= most
+        assert whole.startswith(text.rstrip("\n"))
+        assert text.endswith("\n")
+    assert to_description(card, 10) == card.verdict[:10]
+
+
+def test_answers_that_never_came_are_said_and_thinking_is_left_out() -> None:
+    """Right is what exact match counts as right."""
+    pair = SideBySide(
+        question="q",
+        reference="Paris.",
+        base="<think>hm",
+        champion="",
+        candidate="<think>hm</think>paris",
+    )
+    told = [(answer.model, answer.text, answer.right) for answer in beside(pair).answers]
+    assert told == [
+        ("base", "(no answer: its thinking did not end)", False),
+        ("champion", "(no answer)", False),
+        ("candidate", "paris", True),
+    ]
+    alone = beside(pair.model_copy(update={"champion": None}))
+    assert [answer.model for answer in alone.answers] == ["base", "candidate"]
+
+
+def test_the_template_is_in_the_wheel() -> None:
+    """Where the package is installed from it, the card is made there too."""
+    wheel = pytest.importorskip("hatchling.builders.wheel")
+    builder = wheel.WheelBuilder(str(ROOT))
+    packed = {file.distribution_path for file in builder.recurse_included_files()}
+    assert f"qwen3ft/{TEMPLATE}" in packed

@@ -1,0 +1,234 @@
+"""A fine-tuned model is found by any of its names and answers piece by piece, from a worker."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.registered import MODEL, add_version, copy_database
+from support.trained_adapter import Trained
+
+from flows import cli
+from qwen3ft.chat.thinking import ThinkingSplitter, split_thinking
+from qwen3ft.config import TrainingConfig
+from qwen3ft.errors import ModelNotFoundError, SaveError
+from qwen3ft.evaluation.inference import InferenceTester
+from qwen3ft.files import read_json_lines, write_json_atomic
+from qwen3ft.jobs.folders import JobDir
+from qwen3ft.records.requests import AskRequest, Piece
+from qwen3ft.registry.lookup import find_adapter
+from qwen3ft.registry.registry import Registry
+from qwen3ft.serving.answering import Speaker
+from qwen3ft.serving.session import Session
+
+ROOT = Path(__file__).parents[2]
+
+
+# --- thinking and answer ---
+
+
+def in_pieces(text: str, cuts: list[int], *, opened: bool = False) -> tuple[str, str]:
+    """What the splitter makes of `text` that comes in pieces, joined by kind."""
+    splitter, borders = ThinkingSplitter(opened=opened), sorted({0, len(text), *cuts})
+    told = {"thinking": "", "answer": ""}
+    for start, end in pairwise(borders):
+        for kind, part in splitter.feed(text[start:end]):
+            assert part
+            told[kind] += part
+    for kind, part in splitter.close():
+        told[kind] += part
+    return told["thinking"], told["answer"]
+
+
+TEXTS = st.lists(
+    st.sampled_from(["<think>", "</think>", "<", "</", "think", ">", "a", " ", "\n", "思"]),
+    max_size=12,
+).map("".join)
+
+
+@given(TEXTS.filter(lambda text: text.count("</think>") <= 1), st.data())
+def test_pieces_add_up_to_what_the_whole_text_says(text: str, data: Any) -> None:
+    """However the text is cut, tags included, nothing is told twice, early or wrongly."""
+    cuts = data.draw(st.lists(st.integers(0, max(0, len(text))), max_size=8))
+    opens = text.lstrip().startswith("<think>")
+    if "</think>" in text and not opens:
+        assert in_pieces(text, cuts, opened=True) == split_thinking(text)
+    else:
+        assert in_pieces(text, cuts) == split_thinking(text)
+
+
+def test_an_answer_is_told_before_its_end() -> None:
+    """What can be told is told at once; a beginning of a tag and white space wait."""
+    splitter = ThinkingSplitter(opened=True)
+    assert splitter.feed("hm ") == [("thinking", "hm")]
+    assert splitter.feed("so</thi") == [("thinking", " so")]
+    assert splitter.feed("nk>\n\nyes\n") == [("answer", "yes")]
+    assert splitter.feed("no") == [("answer", "\nno")]
+
+
+# --- answering ---
+
+
+@pytest.fixture(scope="module")
+def loaded(trained: Trained) -> tuple[Any, Any]:
+    return InferenceTester(trained.config).load_finetuned_model(str(trained.adapter))
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> JobDir:
+    (tmp_path / "job").mkdir()
+    return JobDir(tmp_path / "job")
+
+
+def request_for(trained: Trained, **changes: Any) -> AskRequest:
+    values = {"config": trained.config, "adapter": str(trained.adapter), "device": "cpu"}
+    return AskRequest.model_validate({**values, "thinking": False, **changes})
+
+
+def pieces(job: JobDir) -> list[Piece]:
+    return [Piece.model_validate(line) for line in read_json_lines(job.pieces)[0]]
+
+
+def test_the_pieces_are_the_answer_that_the_inference_test_gives(
+    trained: Trained, loaded: tuple[Any, Any], job: JobDir
+) -> None:
+    """In more than one piece, in Chinese too, with the end told last."""
+    tester = InferenceTester(trained.config)
+    speaker = Speaker(*loaded, request_for(trained), job, lambda _: None)
+    most_pieces = 0
+    for row in trained.rows:
+        job.pieces.unlink(missing_ok=True)
+        speaker.answer(({"role": "user", "content": row["question"]},))
+        *told, end = pieces(job)
+        assert "".join(piece.text for piece in told) == row["answer"]
+        assert tester.test_inference(*loaded, row["question"]) == row["answer"]
+        assert (end.kind, end.stopped) == ("end", True)
+        most_pieces = max(most_pieces, len(told))
+    assert most_pieces > 1
+
+
+def test_an_answer_that_nobody_wants_any_more_stops(
+    trained: Trained, loaded: tuple[Any, Any], job: JobDir
+) -> None:
+    """One token after the wish, not at the end of the answer."""
+    job.stop.touch()
+    speaker = Speaker(*loaded, request_for(trained), job, lambda _: None)
+    speaker.answer(({"role": "user", "content": trained.rows[0]["question"]},))
+    [end] = [piece for piece in pieces(job) if piece.kind == "end"]
+    assert (end.tokens, end.stopped) == (1, False)
+
+
+def test_a_session_answers_and_leaves_nothing_behind(trained: Trained, tmp_path: Path) -> None:
+    """One worker for all questions; afterwards it is gone, and what was asked with it."""
+    config = trained.config.model_copy(update={"cache_dir": str(tmp_path)})
+    rows = trained.rows[:2]
+    with Session(request_for(trained, config=config)) as session:
+        session.wait_until_ready()
+        children = psutil.Process().children()
+        [worker] = [child for child in children if child.cmdline()[-2:-1] == ["answer"]]
+        for row in rows:
+            *told, end = session.ask([{"role": "user", "content": row["question"]}])
+            assert "".join(piece.text for piece in told) == row["answer"]
+            assert end.kind == "end"
+    assert not worker.is_running()
+    assert list((tmp_path / "sessions").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_what_ends_the_worker_is_told_to_whoever_waits(trained: Trained, tmp_path: Path) -> None:
+    """As the error it was, not as silence."""
+    adapter = Path(shutil.copytree(trained.adapter, tmp_path / "adapter"))
+    (adapter / "run_card.json").write_text("{}")
+    config = trained.config.model_copy(update={"cache_dir": str(tmp_path)})
+    request = request_for(trained, config=config, adapter=str(adapter))
+    with Session(request) as session, pytest.raises(SaveError, match="is damaged"):
+        session.wait_until_ready()
+
+
+@pytest.mark.slow
+def test_generate_prints_the_answer_alone(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On standard output, for whoever pipes it."""
+    row = trained.rows[0]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    arguments = ["generate", row["question"], "--adapter", str(trained.adapter)]
+    arguments += ["--set", f"model_name={trained.base}", "--set", "max_memory_gb=4"]
+    arguments += ["--set", f"cache_dir={trained.config.cache_dir}", "--set", "max_new_tokens=16"]
+    monkeypatch.setattr(sys, "argv", ["qwen3ft", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"{row['answer']}\n"
+
+
+# --- which adapter ---
+
+
+@pytest.fixture(scope="module")
+def place(
+    migrated_database: Path, trained: Trained, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TrainingConfig, Registry]:
+    """Two versions in a registry, the second in use; the run night-1 saved an adapter here."""
+    folder = tmp_path_factory.mktemp("place")
+    uri = copy_database(migrated_database, folder)
+    registry = Registry(uri)
+    for run, expected in (("first", None), ("second", "1")):
+        version = add_version(uri, folder, run)
+        registry.promote(MODEL, version, expected)
+    return (
+        trained.config.model_copy(
+            update={"registered_model": MODEL, "cache_dir": str(folder / "cache")}
+        ),
+        registry,
+    )
+
+
+@pytest.mark.parametrize(
+    ("wanted", "content"),
+    [
+        ("champion", b"second"),
+        ("previous", b"first"),
+        ("1", b"first"),
+        ("v2", b"second"),
+        ("first", b"first"),  # a run that saved on another machine: by its version
+    ],
+)
+def test_an_adapter_is_found_by_alias_version_and_run(
+    place: tuple[TrainingConfig, Registry], wanted: str, content: bytes
+) -> None:
+    """Fetched into the cache, byte for byte."""
+    folder = find_adapter(*place, wanted)
+    assert (folder / "adapter_model.safetensors").read_bytes() == content
+
+
+def test_a_run_s_own_folder_is_used_where_it_is(
+    place: tuple[TrainingConfig, Registry], trained: Trained, tmp_path: Path
+) -> None:
+    """By the run's id below output_dir, or wherever its card says; and by its path."""
+    config, registry = place
+    assert find_adapter(config, registry, "night-1") == trained.adapter
+    assert find_adapter(config, registry, str(trained.adapter)) == trained.adapter
+    moved = config.model_copy(update={"output_dir": "/nowhere", "runs_dir": str(tmp_path)})
+    (tmp_path / "night-1").mkdir()
+    card = {"adapter_path": str(trained.adapter)}
+    write_json_atomic(tmp_path / "night-1" / "card.json", card)
+    assert find_adapter(moved, registry, "night-1") == trained.adapter
+
+
+@pytest.mark.parametrize("wanted", ["challenger", "9", "never-ran", "./nowhere"])
+def test_an_adapter_that_is_not_there_is_said_by_its_name(
+    place: tuple[TrainingConfig, Registry], wanted: str
+) -> None:
+    """With what was looked for, and the command that lists what there is."""
+    with pytest.raises(ModelNotFoundError) as raised:
+        find_adapter(*place, wanted)
+    assert wanted.removeprefix("./") in raised.value.what

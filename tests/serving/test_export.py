@@ -1,0 +1,339 @@
+"""A merged model is the adapter's own, computed another way, or it is not exported."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.trained_adapter import Trained
+
+from qwen3ft.config import TrainingConfig
+from qwen3ft.embedded import MODEL_DIR
+from qwen3ft.errors import (
+    DataLoadingError,
+    EnvironmentNotReadyError,
+    ExportDriftError,
+    InsufficientMemoryError,
+    RequestError,
+    SaveError,
+)
+from qwen3ft.files import find_damage, read_json_lines, write_json_atomic, write_manifest
+from qwen3ft.machine.memory import MemoryOptimizer
+from qwen3ft.model.hub import check_model_folder
+from qwen3ft.records.requests import ADAPTER, MERGED, REQUANTISED, ExportRequest, ParityReport
+from qwen3ft.serving.export import export_adapter, find_held_out
+from qwen3ft.serving.merge import merge_adapter, read_scale
+from qwen3ft.serving.parity import measure_parity
+
+
+@pytest.fixture(scope="module")
+def merged(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The merged model in several shards."""
+    folder = tmp_path_factory.mktemp("merged")
+    merge_adapter(trained.base, trained.adapter, folder, shard_bytes=400_000)
+    return folder
+
+
+def request_for(trained: Trained, merged: Path, rows: Path, **limits: Any) -> ExportRequest:
+    return ExportRequest(
+        config=trained.config.model_copy(update=limits),
+        base=str(trained.base),
+        adapter=str(trained.adapter),
+        quantization="nf4-double",
+        shape=check_model_folder(MODEL_DIR),
+        merged=str(merged),
+        rows_path=str(rows),
+        device="cpu",
+    )
+
+
+def measure(request: ExportRequest) -> ParityReport:
+    memory = MemoryOptimizer(request.config.max_memory_gb, "cpu")
+    return measure_parity(request, memory, lambda *_: None)
+
+
+# --- merging ---
+
+
+def test_merging_by_shards_is_what_peft_makes_of_the_whole_model(
+    trained: Trained, merged: Path
+) -> None:
+    """Every weight is PEFT's own merge in fp32, rounded once; what has no adapter is copied."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(trained.base, dtype=torch.float32)
+    expected = PeftModel.from_pretrained(base, str(trained.adapter)).merge_and_unload()
+    ours = AutoModelForCausalLM.from_pretrained(merged)
+    assert ours.dtype == torch.bfloat16
+    theirs = expected.state_dict()
+    assert set(theirs) == set(ours.state_dict())
+    for name, weight in ours.state_dict().items():
+        exact = theirs[name].to(torch.bfloat16)
+        # one unit in the last place of bf16, where fp32 sums in another order round apart
+        assert torch.allclose(weight.float(), exact.float(), rtol=2**-7, atol=1e-9), name
+        assert (weight == exact).float().mean() > 0.99, name
+
+
+def test_shards_are_of_the_size_asked_for_and_all_in_the_index(merged: Path) -> None:
+    """No file is larger than asked, and the index names each tensor once."""
+    files = sorted(merged.glob("*.safetensors"))
+    assert len(files) > 2
+    assert all(file.stat().st_size < 420_000 for file in files)
+    index = json.loads((merged / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {file.name for file in files}
+    shape = check_model_folder(MODEL_DIR)
+    assert index["metadata"]["total_size"] == 2 * shape.total_parameters
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"use_dora": True},
+        {"bias": "all"},
+        {"modules_to_save": ["lm_head"]},
+        {"rank_pattern": {"q_proj": 2}},
+    ],
+)
+def test_what_is_more_than_plain_lora_is_refused(
+    trained: Trained, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    """Merging would leave the rest out without a word."""
+    adapter = Path(shutil.copytree(trained.adapter, tmp_path / "adapter"))
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    write_json_atomic(adapter / "adapter_config.json", {**settings, **change})
+    with pytest.raises(SaveError, match="cannot be merged"):
+        merge_adapter(trained.base, adapter, tmp_path)
+    assert list(tmp_path.glob("*.safetensors")) == []
+
+
+def test_the_scale_is_that_of_the_settings(trained: Trained, tmp_path: Path) -> None:
+    """That is alpha / r, or alpha / sqrt(r) for rsLoRA."""
+    settings = {"peft_type": "LORA", "r": 16, "lora_alpha": 8, "bias": "none"}
+    write_json_atomic(tmp_path / "adapter_config.json", settings)
+    assert read_scale(tmp_path) == 0.5
+    write_json_atomic(tmp_path / "adapter_config.json", {**settings, "use_rslora": True})
+    assert read_scale(tmp_path) == 2.0
+
+
+@pytest.mark.parametrize("harm", ["renamed", "one half", "other shape"])
+def test_an_adapter_that_does_not_fit_the_base_is_refused(
+    trained: Trained, tmp_path: Path, harm: str
+) -> None:
+    """No matrix is passed over in silence."""
+    from safetensors.torch import load_file, save_file
+
+    adapter = Path(shutil.copytree(trained.adapter, tmp_path / "adapter"))
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    name = next(name for name in sorted(tensors) if "lora_B" in name)
+    tensor = tensors.pop(name)
+    if harm == "renamed":
+        tensors[name.replace("layers.0", "layers.99")] = tensor
+        other = name.replace("lora_B", "lora_A")
+        tensors[other.replace("layers.0", "layers.99")] = tensors.pop(other)
+    elif harm == "other shape":
+        tensors[name] = tensor[1:].clone()
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(SaveError, match="does not fit its base model: 1 tensor"):
+        merge_adapter(trained.base, adapter, tmp_path)
+    assert list(tmp_path.glob("*.safetensors")) == []
+
+
+# --- the gate ---
+
+
+def test_the_three_forms_answer_alike_within_the_default_limits(
+    trained: Trained, merged: Path, tmp_path: Path
+) -> None:
+    """The adapter's own row is the measure: no drift, all answers the same."""
+    report = measure(request_for(trained, merged, trained.rows_file(tmp_path)))
+    adapter, in_bf16, in_4_bits = report.scores
+    assert [score.form for score in report.scores] == [ADAPTER, MERGED, REQUANTISED]
+    assert (adapter.loss_drift, adapter.lost_answers, adapter.same_answers) == (0, 0, 1)
+    assert adapter.exact_match >= 0.9
+    assert report.objections == ()
+    assert 0 < abs(in_bf16.loss_drift) < 0.05
+    assert in_4_bits.answer_loss != in_bf16.answer_loss
+
+
+@pytest.fixture
+def changed_base(trained: Trained) -> Iterator[Path]:
+    """Planted drift: a layer of the unquantised base is another one since the training."""
+    from safetensors.torch import load_file, save_file
+
+    weights = trained.base / "model.safetensors"
+    original, tensors = weights.read_bytes(), load_file(weights)
+    name = next(name for name in sorted(tensors) if name.endswith("down_proj.weight"))
+    save_file({**tensors, name: tensors[name] * 0.25}, weights, metadata={"format": "pt"})
+    yield trained.base
+    weights.write_bytes(original)
+
+
+def test_planted_drift_is_found(trained: Trained, changed_base: Path, tmp_path: Path) -> None:
+    """Both the merged form and its 4 bits are past the default limits; the adapter is not."""
+    (tmp_path / "merged").mkdir()
+    merge_adapter(changed_base, trained.adapter, tmp_path / "merged")
+    report = measure(request_for(trained, tmp_path / "merged", trained.rows_file(tmp_path)))
+    assert any(line.startswith("merged: answer loss") for line in report.objections)
+    assert any(line.startswith("merged in 4 bits: answer loss") for line in report.objections)
+    assert not any(line.startswith("adapter") for line in report.objections)
+
+
+def test_what_drifts_past_either_limit_is_named_with_its_numbers() -> None:
+    """A loss that is no number is past every limit."""
+    good = {"exact_match": 1.0, "same_answers": 1.0, "lost_answers": 0.0, "seconds": 0.0}
+    scores = [
+        {**good, "form": "a", "answer_loss": 0.4, "loss_drift": 0.3},
+        {**good, "form": "b", "answer_loss": float("nan"), "loss_drift": float("nan")},
+        {**good, "form": "c", "answer_loss": 0.1, "loss_drift": 0.0, "lost_answers": 0.5},
+        {**good, "form": "d", "answer_loss": 0.0, "loss_drift": -1.0, "lost_answers": 0.1},
+    ]
+    report = ParityReport.model_validate(
+        {
+            "rows": 10,
+            "thinking": False,
+            "max_loss_drift": 0.2,
+            "max_lost_answers": 0.1,
+            "scores": scores,
+        }
+    )
+    first, second, third = report.objections
+    assert first == "a: answer loss 0.4, +0.3 (limit +0.2)"
+    assert second.startswith("b: answer loss nan")
+    assert third == "c: 50.0% of 10 rows are no longer answered right (limit 10.0%)"
+
+
+def test_without_room_for_the_merged_model_a_cpu_says_so(
+    trained: Trained, merged: Path, tmp_path: Path
+) -> None:
+    """With what is needed and what is left, instead of growing beyond the budget."""
+    request = request_for(trained, merged, trained.rows_file(tmp_path))
+    huge = request.shape.model_copy(update={"vocab_size": 10**9})
+    with pytest.raises(InsufficientMemoryError, match=r"takes 238\.4 GB; of the budget of 4\.0 GB"):
+        measure(request.model_copy(update={"shape": huge}))
+
+
+# --- the whole command, with its worker ---
+
+
+@pytest.fixture(scope="module")
+def exported(
+    trained: Trained, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, ParityReport]:
+    folder = tmp_path_factory.mktemp("export")
+    rows = trained.rows_file(folder)
+    report = export_adapter(trained.config, trained.adapter, folder / "model", rows, "cpu")
+    return folder / "model", report
+
+
+def test_an_export_is_a_folder_that_holds(
+    trained: Trained, exported: tuple[Path, ParityReport]
+) -> None:
+    """Model, adapter, commands and the comparison; every file is in the manifest."""
+    folder, report = exported
+    assert find_damage(folder) is None
+    assert find_damage(folder / "adapter") is None
+    assert json.loads((folder / "parity.json").read_text()) == report.model_dump(mode="json")
+    assert {path.name for path in folder.iterdir()} == {
+        *("merged", "adapter", "parity.json", "manifest.json", "SERVING.md", "Modelfile"),
+    }
+    serving = (folder / "SERVING.md").read_text()
+    assert "--max-lora-rank 8 --lora-modules night-1=./adapter" in serving
+    assert all(score.form in serving for score in report.scores)
+
+
+def test_the_exported_model_answers_with_nothing_of_ours(
+    trained: Trained, exported: tuple[Path, ParityReport]
+) -> None:
+    """Plain transformers load it by its folder, and its chat template asks it as trained."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, _ = exported
+    tokenizer = AutoTokenizer.from_pretrained(folder / "merged")
+    model = AutoModelForCausalLM.from_pretrained(folder / "merged")
+    row = trained.rows[0]
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": row["question"]}],
+        add_generation_prompt=True,
+        enable_thinking=False,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    with torch.no_grad():
+        output = model.generate(**asked, max_new_tokens=16, do_sample=False)
+    text = tokenizer.decode(output[0, asked["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert text.strip() == row["answer"]
+
+
+@pytest.mark.slow
+def test_a_base_that_is_another_one_now_is_refused_and_nothing_is_left(
+    trained: Trained, changed_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The drift is found in the worker, and the target does not appear."""
+    rows = trained.rows_file(tmp_path)
+    with pytest.raises(ExportDriftError, match="The export is refused: merged: answer loss"):
+        export_adapter(trained.config, trained.adapter, tmp_path / "model", rows, "cpu")
+    assert [path.name for path in tmp_path.iterdir()] == [rows.name]
+    assert f"{changed_base} changed since the adapter was trained" in caplog.text
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of two megabytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_found_before_a_model_is_loaded(trained: Trained, small_disk: Path) -> None:
+    """Both numbers are said, and nothing is written."""
+    with pytest.raises(EnvironmentNotReadyError, match=r"needs 0\.06 GB at .*, 0\.00 GB are free"):
+        export_adapter(trained.config, trained.adapter, small_disk / "m", trained.base, "cpu")
+    assert list(small_disk.iterdir()) == []
+
+
+def test_only_an_export_is_replaced(trained: Trained, tmp_path: Path) -> None:
+    """A folder with anything else in it is left alone."""
+    (tmp_path / "thesis.txt").write_text("the only copy")
+    with pytest.raises(RequestError, match="no empty folder and no earlier export"):
+        export_adapter(trained.config, trained.adapter, tmp_path, trained.base, "cpu")
+    assert (tmp_path / "thesis.txt").read_text() == "the only copy"
+
+
+# --- the rows ---
+
+
+def test_the_held_out_rows_are_those_of_the_adapter_s_own_data(
+    trained: Trained, tmp_path: Path
+) -> None:
+    """Found by the digest in its run card among all cached data sets; damaged ones do not count."""
+    config = trained.config.model_copy(update={"cache_dir": str(tmp_path)})
+    digest = json.loads((trained.adapter / "run_card.json").read_text())["data"]["digest"]
+    for name, its_digest in (("a", "f" * 64), ("b", digest)):
+        folder = tmp_path / "datasets" / name
+        folder.mkdir(parents=True)
+        (folder / "test.jsonl").write_text('{"question": "q", "answer": "a"}\n')
+        write_manifest(folder, {"digest": its_digest})
+    found = find_held_out(config, trained.adapter)
+    assert found == tmp_path / "datasets" / "b" / "test.jsonl"
+    assert len(read_json_lines(found)[0]) == 1
+    found.write_text("{}\n")
+    with pytest.raises(DataLoadingError, match="held-out rows of run night-1"):
+        find_held_out(config, trained.adapter)
+
+
+def test_the_limits_are_settings() -> None:
+    """With the defaults that DECISIONS.md gives the measurements for."""
+    config = TrainingConfig()
+    assert (config.export_max_loss_drift, config.export_max_lost_answers) == (0.05, 0.03)

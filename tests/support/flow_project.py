@@ -1,0 +1,119 @@
+"""A project with servers of its own, and runs of the real flow that its pages show.
+
+Tests of the flow and of the pages share it: it is one for the session (`tests/conftest.py`), and
+their files go to the same process of pytest-xdist.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deployments import services
+from deployments.deploy import CPU_CONFIG, deploy, read_deployment
+from deployments.stack import Stack
+from qwen3ft.jobs.folders import RunDir
+from qwen3ft.registry.registry import Registry
+from qwen3ft.training import faults
+
+ROOT = Path(__file__).parents[2]
+MODEL = "qwen3ft-embedded"
+"""The registered model of runs of the embedded one."""
+
+
+class FlowProject:
+    """The project folder `root`, whose stack is up.
+
+    Args:
+        root: An empty folder.
+        make_config: Makes the config of a run that a test can wait for.
+    """
+
+    def __init__(self, root: Path, make_config: Callable[..., Any]) -> None:
+        self.root = root
+        self._make_config = make_config
+        shutil.copytree(ROOT / "deployments" / "configs", root / "deployments" / "configs")
+        shutil.copy(ROOT / "deployments" / "prefect.yaml", root / "deployments")
+        (root / "flows").symlink_to(ROOT / "flows")
+        self.stack = Stack(root, {"prefect": 4600, "mlflow": 5600})
+
+    @property
+    def tracking_uri(self) -> str:
+        """The address of the project's MLflow."""
+        return self.stack.layout().url("mlflow")
+
+    @property
+    def registry(self) -> Registry:
+        """The project's registry of adapters."""
+        return Registry(self.tracking_uri)
+
+    def config(self, **changes: Any) -> Any:
+        """The config of a run, in this project's folders."""
+        folders = {"runs_dir": str(self.root / "runs"), "output_dir": str(self.root / "out")}
+        short = {"max_steps": 6, "evaluate_every_steps": 2}
+        return self._make_config(**{**folders, **short, **changes})
+
+    def run(
+        self,
+        fault: str = "",
+        continue_run: str | None = None,
+        nightly: bool = False,
+        **changes: Any,
+    ) -> tuple[Any, RunDir]:
+        """Run the flow in this process; gives its final state and its folder."""
+        from flows.finetune import qwen3_finetune
+
+        with self.connected(), pytest.MonkeyPatch.context() as patch:
+            patch.setenv(faults.VARIABLE, fault)
+            config = self.config(**changes)
+            state = qwen3_finetune(config, continue_run, nightly, return_state=True)
+        run_id = continue_run or str(state.state_details.flow_run_id)
+        return state, RunDir(self.root / "runs" / run_id)
+
+    @contextmanager
+    def connected(self) -> Iterator[None]:
+        """Prefect and MLflow in this process talk to the project's servers."""
+        from prefect.events.worker import EventsWorker
+        from prefect.logging.handlers import APILogWorker
+        from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
+
+        names = ("MLFLOW_TRACKING_URI", "NO_PROXY")
+        values = services.environment(self.stack.layout(), os.environ)
+        addresses = {
+            PREFECT_API_URL: values["PREFECT_API_URL"],
+            PREFECT_UI_URL: values["PREFECT_UI_URL"],
+        }
+        with temporary_settings(addresses), pytest.MonkeyPatch.context() as patch:
+            for name in names:
+                patch.setenv(name, values[name])
+            try:
+                yield
+            finally:  # what they still hold would go to another server, or have one started
+                EventsWorker.drain_all()
+                APILogWorker.drain_all()
+
+    def deploy(self, **changes: Any) -> dict[str, Any]:
+        """Register the deployment; it starts from the config of `run(**changes)`."""
+        config = self.config(**changes).model_dump(mode="json")
+        (self.root / CPU_CONFIG).write_text(yaml.safe_dump(config), encoding="utf-8")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+            deploy(self.stack)
+        found = read_deployment(self.stack)
+        assert found is not None
+        return found
+
+
+def promote_first(project: FlowProject) -> str:
+    """The version in use; that of the first run, if six steps were not enough to beat the base."""
+    found = project.registry.champion(MODEL)
+    if found is None:
+        project.registry.promote(MODEL, "1", None)
+    return found.version if found else "1"
