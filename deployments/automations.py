@@ -3,7 +3,7 @@
 A run that gave no sign of life for `SILENT_SECONDS` is marked as Crashed (its worker, which would
 tell at once, was killed with it). Whatever crashed is started once more from its last checkpoint:
 the new run has the same parameters, the crashed run's id to continue, and `resumed` counted up, by
-which the flow refuses a second time (see `flows.taking_up.check_resumes`).
+which the flow refuses a second time (see `flows.resume.check_resumes`).
 """
 
 from __future__ import annotations

@@ -216,9 +216,9 @@ def clean(
     Stays: what an adapter in use, a run in progress or a run that can be continued needs.
     """
     from flows import cli_clean
-    from qwen3ft.operations.retention import Policy
+    from qwen3ft.operations.retention import RetentionPolicy
 
-    policy = Policy(keep_days=keep_days, keep_runs=keep_runs, abandon=tuple(abandon or ()))
+    policy = RetentionPolicy(keep_days=keep_days, keep_runs=keep_runs, abandon=tuple(abandon or ()))
     cli_clean.clean(policy, config, settings or [], dry_run=dry_run, as_json=as_json)
 
 

@@ -12,12 +12,12 @@ import typer
 from flows.cli_project import open_project, request_config, use_local_services
 from flows.cli_view import open_console, print_json, say
 from qwen3ft.config import TrainingConfig
-from qwen3ft.machine.gpu_lock import CPU, hold_card
+from qwen3ft.machine.gpu_lock import CPU, hold_gpu
 from qwen3ft.machine.gpus import visible_gpus
 from qwen3ft.model.saved_adapter import RUN_CARD_FILE, read_run_card, was_trained_to_think
 from qwen3ft.records.requests import AskRequest, ParityReport
 from qwen3ft.registry.lookup import find_adapter
-from qwen3ft.serving.session import Session
+from qwen3ft.serving.session import ChatSession
 from qwen3ft.tracking.connection import default_tracking_uri
 
 
@@ -53,7 +53,7 @@ def generate(
 ) -> None:
     """Print the answer to one question as it is written."""
     chosen = _choose(adapter, path, settings)
-    with Session(chosen.ask_request(think)) as session:
+    with ChatSession(chosen.ask_request(think)) as session:
         answer = _relay(session, [_user(prompt)], quiet=as_json)
     if as_json:
         print_json({"prompt": prompt, **answer, "adapter": str(chosen.folder)})
@@ -64,7 +64,7 @@ def chat(
 ) -> None:
     """Answer line after line, until an empty one or the end of input."""
     chosen = _choose(adapter, path, settings)
-    with Session(chosen.ask_request(think)) as session:
+    with ChatSession(chosen.ask_request(think)) as session:
         session.wait_until_ready()
         say(f"{chosen.folder}\nAsk; an empty line ends.")
         messages: list[dict[str, Any]] = []
@@ -116,11 +116,11 @@ def _card_held(chosen: Chosen) -> AbstractContextManager[None]:
     config, gpus = chosen.config, visible_gpus()
     if not gpus and not config.lock_cpu:
         return nullcontext()
-    return hold_card(
+    return hold_gpu(
         gpus[0].uuid if gpus else CPU,
         f"export of {chosen.folder.name}",
-        when_busy=config.when_card_is_busy,
-        wait_seconds=config.wait_for_card_seconds,
+        when_busy=config.when_gpu_is_busy,
+        wait_seconds=config.wait_for_gpu_seconds,
     )
 
 
@@ -128,7 +128,7 @@ def _user(text: str) -> dict[str, Any]:
     return {"role": "user", "content": text}
 
 
-def _relay(session: Session, messages: list[dict[str, Any]], *, quiet: bool) -> dict[str, Any]:
+def _relay(session: ChatSession, messages: list[dict[str, Any]], *, quiet: bool) -> dict[str, Any]:
     """Show an answer as it is written, the thinking on standard error; gives all of it."""
     texts = {"thinking": "", "answer": ""}
     stopped = True

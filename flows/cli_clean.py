@@ -11,14 +11,14 @@ from deployments.history import count_old, remove_old
 from deployments.stack import Stack
 from flows.cli_project import open_project, request_config, use_local_services
 from flows.cli_view import open_console, print_json, say
-from qwen3ft.operations.retention import Policy, Removal, plan_removals, remove
+from qwen3ft.operations.retention import Removal, RetentionPolicy, plan_removals, remove
 from qwen3ft.registry.versions import find_protected
 from qwen3ft.tracking.connection import default_tracking_uri
 from qwen3ft.units import GIB
 
 
 def clean(
-    policy: Policy, path: Path | None, settings: list[str], *, dry_run: bool, as_json: bool
+    policy: RetentionPolicy, path: Path | None, settings: list[str], *, dry_run: bool, as_json: bool
 ) -> None:
     """Show what goes and why, and remove it unless it is a dry run.
 

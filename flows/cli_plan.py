@@ -12,7 +12,7 @@ from flows.cli_view import open_console, print_json
 from qwen3ft.config import TrainingConfig, load_config
 from qwen3ft.model.shapes import KNOWN_MODELS
 from qwen3ft.planning.fit import choose
-from qwen3ft.planning.gpu_specs import Card, find_card, require_card
+from qwen3ft.planning.gpu_specs import GpuSpec, find_gpu_spec, require_gpu_spec
 from qwen3ft.planning.table import shape_table
 from qwen3ft.planning.what_if import TYPICAL_FILL, described_machine, shape_request, sweep_model
 from qwen3ft.records.machine import EnvironmentReport
@@ -71,7 +71,7 @@ def answer(question: Question, path: Path | None, settings: list[str], *, as_jso
 def _sweep(
     config: TrainingConfig,
     environment: EnvironmentReport,
-    card: Card | None,
+    card: GpuSpec | None,
     fill: float,
     *,
     as_json: bool,
@@ -89,19 +89,19 @@ def _sweep(
         show_sweep(open_console(), sweep)
 
 
-def _machine(gpu: str | None) -> tuple[EnvironmentReport, Card | None]:
+def _machine(gpu: str | None) -> tuple[EnvironmentReport, GpuSpec | None]:
     """The machine to plan for, and its card if that is a known one."""
     if gpu is not None and gpu.lower() not in ("this", "none"):
-        card = require_card(gpu)
+        card = require_gpu_spec(gpu)
         return described_machine(card), card
     from qwen3ft.machine.environment import EnvironmentManager
     from qwen3ft.machine.gpus import visible_gpus
 
     if gpu is None and not visible_gpus():
-        card = require_card(DEFAULT_CARD)
+        card = require_gpu_spec(DEFAULT_CARD)
         return described_machine(card), card
 
     here = EnvironmentManager().report()
     if gpu is not None and gpu.lower() == "none":
         here = here.model_copy(update={"gpus": ()})
-    return here, find_card(here.gpus[0].name) if here.gpus else None
+    return here, find_gpu_spec(here.gpus[0].name) if here.gpus else None

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qwen3ft.planning.table import PlanTable
-from qwen3ft.planning.what_if import POLICIES, Sweep, SweepCell
+from qwen3ft.planning.what_if import CELL_CODES, Sweep, SweepCell
 from qwen3ft.units import GIB
 
 WIDTH = 100
@@ -141,7 +141,7 @@ def _short(tokens_per_second: float) -> str:
 
 def _legend(sweep: Sweep) -> list[str]:
     used = {cell.policy for cell in sweep.cells if cell.fits}
-    codes = ", ".join(f"{code} {words}" for code, words in POLICIES.items() if code in used)
+    codes = ", ".join(f"{code} {words}" for code, words in CELL_CODES.items() if code in used)
     example = f"64K 25.0k: 64 of {sweep.effective_batch_size} sequences at a time"
     lines = [
         f"{example}, what becomes of activations, tokens/s.",

@@ -21,29 +21,29 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
-from flows.around import (
-    card_held,
-    end_without_training,
-    nothing_new,
-    notice_of,
-    open_run,
-    run_name,
-    tracked,
-    unless_unreachable,
-    warn_of_limits,
-)
 from flows.nightly import (
+    claim_tonight,
     end_as_taken,
     find_request,
     for_night,
     is_nightly,
     seen_before,
-    tonight,
 )
 from flows.notify import tell, tell_failure, works_in
-from flows.output import outlive_reader
-from flows.story import Story, told
-from flows.taking_up import check_resumes, drop_twins
+from flows.reporting import Story, reported
+from flows.resume import cancel_duplicate_resumes, refuse_second_resume
+from flows.run_context import (
+    end_without_training,
+    gpu_lock_for,
+    mirror_to_mlflow,
+    nothing_new,
+    notice_of,
+    open_run,
+    or_if_unreachable,
+    run_name,
+    survive_closed_pipes,
+    warn_of_limits,
+)
 from qwen3ft import logs
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import FinetuneError
@@ -58,7 +58,7 @@ from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.run_card import AttemptSummary
 from qwen3ft.records.training import AttemptOutcome
 from qwen3ft.recovery.adjust import GiveUp
-from qwen3ft.recovery.shared_gpu import fit_to_card
+from qwen3ft.recovery.shared_gpu import fit_to_free_memory
 from qwen3ft.report.attempts import summarise
 from qwen3ft.training import checkpoint
 from tasks.adjust import adjust_parameters
@@ -99,23 +99,23 @@ def qwen3_finetune(
         nightly: Train only on something new, and once a night; a schedule's runs always do.
         resumed: How often the run was taken up by itself after a crash.
     """
-    outlive_reader()
-    check_resumes(continue_run, resumed)
-    drop_twins(continue_run, resumed)
+    survive_closed_pipes()
+    refuse_second_resume(continue_run, resumed)
+    cancel_duplicate_resumes(continue_run, resumed)
     nightly = is_nightly(asked=nightly)
     config = for_night(config, nightly=nightly)
     request = find_request(config)
     with (
         workers_ahead() if continue_run else nullcontext(),  # a worker is its first need
-        tonight(config, request, nightly, continue_run) as night,
+        claim_tonight(config, request, nightly, continue_run) as night,
     ):
         if night.taken is not None:
             return end_as_taken(night)
         works_in(str(flow_run.id), night.run_id)
         with (
             open_run(config, night.run_id, request) as run,
-            tracked(run, config),
-            told(run, config) as story,
+            mirror_to_mlflow(run, config),
+            reported(run, config) as story,
         ):
             if (since := seen_before(config, request)) is not None:
                 return end_without_training(story, since, night)
@@ -128,13 +128,13 @@ def fine_tune(config: TrainingConfig, run: RunDir, story: Story, night: Night) -
     with story.stage("environment"):
         environment = check_environment()
         ability_rows(config)  # an unusable set is told now, not after training
-    with card_held(config, environment, run), workers_ahead():
+    with gpu_lock_for(config, environment, run), workers_ahead():
         with story.stage("model"):
             model = prepare_model(config, environment, run)
         with story.stage("lora"):
             adapter = configure_lora(config, model)
         with story.stage("data"):
-            facts.champion = unless_unreachable(find_champion, None, config)
+            facts.champion = or_if_unreachable(find_champion, None, config)
             dataset = prepare_data(config, model, run, find_known_rows(facts.champion))
             change = compare_data(dataset, facts.champion)
             story.show_data(dataset, change)
@@ -153,8 +153,8 @@ def fine_tune(config: TrainingConfig, run: RunDir, story: Story, night: Night) -
             facts.plan, facts.trained = plan, outcome
         with story.stage("save"):
             saved = facts.saved = save(config, plan, outcome)
-            saved = facts.saved = unless_unreachable(register, saved, config, saved, str(run.path))
-            champion = facts.champion or unless_unreachable(find_champion, None, config)
+            saved = facts.saved = or_if_unreachable(register, saved, config, saved, str(run.path))
+            champion = facts.champion or or_if_unreachable(find_champion, None, config)
             facts.champion = champion
         with story.stage("inference"):
             report = compare_answers(config, plan, saved, champion)
@@ -189,7 +189,7 @@ def train_with_recovery(
     plan = _given(first, run, len(run.attempts()) + 1)
     history: list[AttemptSummary] = []
     while True:
-        plan = fit_to_card(config, environment, plan)
+        plan = fit_to_free_memory(config, environment, plan)
         started = time.monotonic()
         state = train_attempt(plan, return_state=True)
         result = state.result(raise_on_failure=False)

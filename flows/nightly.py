@@ -35,11 +35,11 @@ from qwen3ft.jobs.folders import RunDir
 from qwen3ft.operations.night import (
     ALREADY_DONE,
     Night,
-    Request,
-    answers,
+    NightRequest,
     claim_night,
     date_of_run,
     describe_request,
+    is_answered_by,
     kept_before,
 )
 from qwen3ft.operations.run_state import find_runs, is_running
@@ -65,7 +65,7 @@ def for_night(config: TrainingConfig, *, nightly: bool) -> TrainingConfig:
     return config.model_copy(update={"when_unchanged": "skip"}) if nightly else config
 
 
-def find_request(config: TrainingConfig) -> Request | None:
+def find_request(config: TrainingConfig) -> NightRequest | None:
     """What is asked for, or None where that cannot be told: the stages then say why."""
     try:
         return describe_request(config)
@@ -75,8 +75,8 @@ def find_request(config: TrainingConfig) -> Request | None:
 
 
 @contextmanager
-def tonight(
-    config: TrainingConfig, request: Request | None, nightly: bool, continue_run: str | None
+def claim_tonight(
+    config: TrainingConfig, request: NightRequest | None, nightly: bool, continue_run: str | None
 ) -> Iterator[Night]:
     """The night's claim; a run that is not a night's has one of its own.
 
@@ -130,7 +130,7 @@ def _newest_due(client: SyncPrefectClient) -> datetime | None:
     return runs[0].expected_start_time if runs else None
 
 
-def seen_before(config: TrainingConfig, request: Request | None) -> str | None:
+def seen_before(config: TrainingConfig, request: NightRequest | None) -> str | None:
     """Since when there is nothing new, if the settings say that this is reason not to train."""
     if request is None or (config.when_unchanged == "train" and config.new_data == "all"):
         return None
@@ -144,7 +144,7 @@ def seen_before(config: TrainingConfig, request: Request | None) -> str | None:
         return None  # this very run, taken up: it was killed after its promotion, before its end
     version = champion.version if champion else None
     label = f"{champion.registered_model} v{version}" if champion else "the base model"
-    if champion is not None and answers(champion.tags, request):
+    if champion is not None and is_answered_by(champion.tags, request):
         return label
     lost = kept_before(Path(config.runs_dir), request, version)
     return f"run {lost.run_id}, which was no better than {label}" if lost else None

@@ -290,12 +290,12 @@ class TrainingConfig(BaseModel):
     )
 
     # --- one run per card ---
-    when_card_is_busy: Literal["wait", "refuse"] = Field(
+    when_gpu_is_busy: Literal["wait", "refuse"] = Field(
         "wait",
         description="What to do while another run holds the card, or other programs leave too "
         "little of its memory.",
     )
-    wait_for_card_seconds: float = Field(
+    wait_for_gpu_seconds: float = Field(
         21600.0, ge=0, le=604800, allow_inf_nan=False, description="Longest such wait."
     )
     lock_cpu: bool = Field(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 @contextmanager
-def held(path: Path, wait_seconds: float = 0.0) -> Iterator[bool]:
+def try_lock(path: Path, wait_seconds: float = 0.0) -> Iterator[bool]:
     """Hold the file `path`, made if need be, while the body runs; False if another process does.
 
     Child processes do not hold it: the descriptor is closed on exec.

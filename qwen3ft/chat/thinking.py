@@ -8,8 +8,8 @@ from qwen3ft.records.data import RejectedRowError
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
-PieceKind = Literal["thinking", "answer"]
-Part = tuple[PieceKind, str]
+ChunkKind = Literal["thinking", "answer"]
+Part = tuple[ChunkKind, str]
 
 
 class ThinkingSplitter:
@@ -27,7 +27,7 @@ class ThinkingSplitter:
     def __init__(self, *, opened: bool) -> None:
         self._opened = opened
         self._text = ""
-        self._given: dict[PieceKind, str] = {"thinking": "", "answer": ""}
+        self._given: dict[ChunkKind, str] = {"thinking": "", "answer": ""}
 
     def feed(self, text: str) -> list[Part]:
         """What is new, as far as it can be told yet."""

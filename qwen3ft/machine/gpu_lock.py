@@ -63,7 +63,7 @@ class Holder(Record):
 
 
 @contextmanager
-def hold_card(
+def hold_gpu(
     card: str,
     run_id: str,
     *,
@@ -179,10 +179,10 @@ def _busy(
 ) -> EnvironmentNotReadyError:
     who, holder = _who(path), read_holder(path)
     if when_busy == "refuse":
-        why = "One run has a card at a time, and when_card_is_busy is 'refuse'."
-        command = "qwen3ft run --set when_card_is_busy=wait"
+        why = "One run has a card at a time, and when_gpu_is_busy is 'refuse'."
+        command = "qwen3ft run --set when_gpu_is_busy=wait"
     else:
-        why = f"It did not end within the {waited:.0f} s that wait_for_card_seconds allows."
+        why = f"It did not end within the {waited:.0f} s that wait_for_gpu_seconds allows."
         command = f"ps -fp {holder.pid}" if holder else f"fuser -v {path}"
     return EnvironmentNotReadyError(
         f"{who} holds {_name(card)}.",

@@ -18,7 +18,7 @@ import psutil
 import pynvml
 
 from qwen3ft.errors import EnvironmentNotReadyError
-from qwen3ft.records.machine import CardProcess, CardUse, GpuInfo
+from qwen3ft.records.machine import GpuInfo, GpuProcess, GpuUse
 from qwen3ft.units import GIB
 
 CUDA_CONTEXT_BYTES = int(0.8 * GIB)
@@ -46,7 +46,7 @@ def visible_gpus(environment: Mapping[str, str] = os.environ) -> tuple[GpuInfo, 
         raise _no_answer(error) from error
 
 
-def card_use(uuid: str) -> CardUse:
+def gpu_use(uuid: str) -> GpuUse:
     """What the card (or MIG slice) has free at this moment, and which processes are on it.
 
     Raises:
@@ -56,7 +56,7 @@ def card_use(uuid: str) -> CardUse:
         with _nvml():
             handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
             memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-            return CardUse(
+            return GpuUse(
                 total_bytes=memory.total,
                 free_bytes=memory.free,
                 processes=_processes(handle),
@@ -66,13 +66,13 @@ def card_use(uuid: str) -> CardUse:
 
 
 def free_bytes(uuid: str) -> int:
-    """What the card has free at this moment; raises as `card_use`."""
-    return card_use(uuid).free_bytes
+    """What the card has free at this moment; raises as `gpu_use`."""
+    return gpu_use(uuid).free_bytes
 
 
-def processes_on(uuid: str) -> tuple[CardProcess, ...]:
-    """The processes that have memory of the card, the largest first; raises as `card_use`."""
-    return card_use(uuid).processes
+def processes_on(uuid: str) -> tuple[GpuProcess, ...]:
+    """The processes that have memory of the card, the largest first; raises as `gpu_use`."""
+    return gpu_use(uuid).processes
 
 
 @contextmanager
@@ -93,7 +93,7 @@ def _no_answer(error: pynvml.NVMLError) -> EnvironmentNotReadyError:
     )
 
 
-def _processes(handle: Any) -> tuple[CardProcess, ...]:
+def _processes(handle: Any) -> tuple[GpuProcess, ...]:
     """Those that compute and those that draw; one that does both is listed by NVML twice."""
     used: dict[int, int | None] = {}
     for ask in (
@@ -109,7 +109,7 @@ def _processes(handle: Any) -> tuple[CardProcess, ...]:
             known = [amount for amount in amounts if amount is not None]
             used[process.pid] = max(known, default=None)
     found = (
-        CardProcess(pid=pid, name=_process_name(pid), used_bytes=amount)
+        GpuProcess(pid=pid, name=_process_name(pid), used_bytes=amount)
         for pid, amount in used.items()
     )
     return tuple(sorted(found, key=lambda process: -(process.used_bytes or 0)))

@@ -22,7 +22,7 @@ from qwen3ft.config import TrainingConfig
 from qwen3ft.data.sources import fingerprint_sources, pin_sources
 from qwen3ft.files import sha256_file, sha256_json
 from qwen3ft.jobs.folders import RunDir, read_record, write_record
-from qwen3ft.locks import held
+from qwen3ft.locks import try_lock
 from qwen3ft.model.hub import resolve_model
 from qwen3ft.records.base import Record
 
@@ -47,7 +47,7 @@ SETTINGS_THAT_DO_NOT_DECIDE = frozenset(
         # how the same result is computed
         *("max_memory_gb", "kernels", "packing", "gradient_checkpointing", "preflight"),
         *("keep_checkpoints", "max_attempts", "stall_seconds", "memory_history"),
-        *("when_card_is_busy", "wait_for_card_seconds", "lock_cpu"),
+        *("when_gpu_is_busy", "wait_for_gpu_seconds", "lock_cpu"),
         # where it goes, and who is told
         *("output_dir", "fallback_output_dirs", "runs_dir", "cache_dir"),
         *("notify_blocks", "notify_on", "when_unchanged"),
@@ -58,7 +58,7 @@ SETTINGS_THAT_DO_NOT_DECIDE = frozenset(
 """A setting that is not listed counts: a new one costs a training too many, never one too few."""
 
 
-class Request(Record):
+class NightRequest(Record):
     """What decides the result of a run, as digests."""
 
     sha256: str = Field(description="Of data, settings and model.")
@@ -108,7 +108,7 @@ class Night:
         return self.decision not in (None, DEFERRED)
 
 
-def describe_request(config: TrainingConfig) -> Request:
+def describe_request(config: TrainingConfig) -> NightRequest:
     """The digest of everything that decides the result of a run.
 
     Raises:
@@ -124,22 +124,22 @@ def describe_request(config: TrainingConfig) -> Request:
         "ability": sha256_file(ability) if ability and ability.is_file() else "",
         "settings": settings | {"effective_batch_size": config.effective_batch_size},
     }
-    return Request(
+    return NightRequest(
         sha256=sha256_json({"files": [list(file) for file in files], **decided}),
         settings_sha256=sha256_json(decided),
         files=len(files),
     )
 
 
-def write_request(run: RunDir, request: Request) -> None:
+def write_request(run: RunDir, request: NightRequest) -> None:
     """Keep the request in the run's folder, for the registry's tag."""
     write_record(run.path / "request.json", request)
 
 
-def read_request(run: RunDir) -> Request | None:
+def read_request(run: RunDir) -> NightRequest | None:
     """The request in a run's folder; None if it was not known."""
     path = run.path / "request.json"
-    return read_record(path, Request) if path.exists() else None
+    return read_record(path, NightRequest) if path.exists() else None
 
 
 def request_tags(run: RunDir) -> dict[str, str]:
@@ -150,18 +150,18 @@ def request_tags(run: RunDir) -> dict[str, str]:
     return {REQUEST_TAG: request.sha256, SETTINGS_TAG: request.settings_sha256}
 
 
-def answers(tags: Mapping[str, str], request: Request) -> bool:
+def is_answered_by(tags: Mapping[str, str], request: NightRequest) -> bool:
     """Whether a registered version with these tags is the answer to `request`."""
     return tags.get(REQUEST_TAG) == request.sha256
 
 
-def same_settings(tags: Mapping[str, str], request: Request | None) -> bool:
+def same_settings(tags: Mapping[str, str], request: NightRequest | None) -> bool:
     """Whether a version was made by the settings of `request`, as far as that is known."""
     return request is None or tags.get(SETTINGS_TAG) in (None, request.settings_sha256)
 
 
 @contextmanager
-def claim_night(runs_dir: Path, date: str, request: Request, run_id: str) -> Iterator[Night]:
+def claim_night(runs_dir: Path, date: str, request: NightRequest, run_id: str) -> Iterator[Night]:
     """The night of `date` for this process, unless it is done or another process is at it.
 
     A night whose run failed or was killed is taken up, with the id of that run; so is an earlier
@@ -175,7 +175,7 @@ def claim_night(runs_dir: Path, date: str, request: Request, run_id: str) -> Ite
     """
     path = _record_path(nights_folder(runs_dir), date, request)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with held(path.with_suffix(".lock")) as mine:
+    with try_lock(path.with_suffix(".lock")) as mine:
         earlier = _read(path)
         if not mine:
             yield Night(earlier.run_id if earlier else "", _at_it(earlier))
@@ -191,7 +191,7 @@ def claim_night(runs_dir: Path, date: str, request: Request, run_id: str) -> Ite
                 _write(_record_path(path.parent, record.date, request), record, night)
 
 
-def kept_before(runs_dir: Path, request: Request, champion: str | None) -> NightRecord | None:
+def kept_before(runs_dir: Path, request: NightRequest, champion: str | None) -> NightRecord | None:
     """The night whose candidate, for the same request, was no better than this champion.
 
     Args:
@@ -223,7 +223,7 @@ def nights_folder(runs_dir: Path) -> Path:
 
 
 @contextmanager
-def _recorded(path: Path, date: str, request: Request, night: Night) -> Iterator[None]:
+def _recorded(path: Path, date: str, request: NightRequest, night: Night) -> Iterator[None]:
     record = NightRecord(
         date=date, request_sha256=request.sha256, run_id=night.run_id, state="running"
     )
@@ -245,11 +245,11 @@ def _write(path: Path, record: NightRecord, night: Night) -> None:
     write_record(path, record.model_copy(update=came_of_it))
 
 
-def _record_path(folder: Path, date: str, request: Request) -> Path:
+def _record_path(folder: Path, date: str, request: NightRequest) -> Path:
     return folder / f"{date}-{request.sha256[:12]}.json"
 
 
-def _deferred(folder: Path, request: Request) -> list[NightRecord]:
+def _deferred(folder: Path, request: NightRequest) -> list[NightRecord]:
     """The nights that asked for the same and were deferred, the newest first."""
     paths = sorted(folder.glob(f"*-{request.sha256[:12]}.json"), reverse=True)
     records = filter(None, map(_read, paths))

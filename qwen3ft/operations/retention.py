@@ -25,7 +25,7 @@ from pydantic import Field
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import RequestError
 from qwen3ft.files import is_left_behind
-from qwen3ft.locks import held
+from qwen3ft.locks import try_lock
 from qwen3ft.logs import get_logger
 from qwen3ft.model.saved_adapter import RUN_CARD_FILE, read_run_card
 from qwen3ft.operations.run_state import RunState, find_runs
@@ -46,7 +46,7 @@ _GONE = ".gone"
 _SHARED: dict[Kind, str] = {"quantised model": "models", "tokenised rows": "datasets"}
 
 
-class Policy(Record):
+class RetentionPolicy(Record):
     """How long things are kept."""
 
     keep_days: float = Field(30.0, ge=0, description="Runs, and what no younger run used.")
@@ -81,7 +81,7 @@ class Stock:
 
 
 def plan_removals(
-    config: TrainingConfig, protected: Sequence[ProtectedVersion], policy: Policy
+    config: TrainingConfig, protected: Sequence[ProtectedVersion], policy: RetentionPolicy
 ) -> list[Removal]:
     """What the policy lets go of, and why; nothing is changed.
 
@@ -113,7 +113,9 @@ def remove(removals: Iterable[Removal]) -> list[Removal]:
     gone = []
     for removal in removals:
         try:
-            with nullcontext(True) if removal.lock is None else held(Path(removal.lock)) as mine:
+            with (
+                nullcontext(True) if removal.lock is None else try_lock(Path(removal.lock)) as mine
+            ):
                 if mine:
                     _remove(removal)
                     gone.append(removal)
@@ -127,7 +129,7 @@ def remove(removals: Iterable[Removal]) -> list[Removal]:
 # --- what may go ---
 
 
-def _runs(stock: Stock, policy: Policy) -> Iterator[Removal]:
+def _runs(stock: Stock, policy: RetentionPolicy) -> Iterator[Removal]:
     in_use = {version.run_id for version in stock.protected}
     for rank, state in enumerate(stock.runs):
         name = state.run.path.name
@@ -139,7 +141,7 @@ def _runs(stock: Stock, policy: Policy) -> Iterator[Removal]:
         yield _removal(state.run.path, "run", why, state.run.lock)
 
 
-def _checkpoints(stock: Stock, policy: Policy) -> Iterator[Removal]:
+def _checkpoints(stock: Stock, policy: RetentionPolicy) -> Iterator[Removal]:
     in_use = {version.run_id for version in stock.protected}
     going = {removal.path for removal in _runs(stock, policy)}
     for state in stock.runs:
@@ -153,7 +155,7 @@ def _checkpoints(stock: Stock, policy: Policy) -> Iterator[Removal]:
                 yield _removal(job.checkpoints, "checkpoints", why, state.run.lock)
 
 
-def _shared(stock: Stock, policy: Policy, cache: Path) -> Iterator[Removal]:
+def _shared(stock: Stock, policy: RetentionPolicy, cache: Path) -> Iterator[Removal]:
     if stock.used is None:
         return
     for kind, folder in _SHARED.items():
@@ -190,7 +192,7 @@ def _leftovers(cache: Path, config: TrainingConfig) -> Iterator[Removal]:
 def _used(
     runs: list[RunState],
     protected: Sequence[ProtectedVersion],
-    policy: Policy,
+    policy: RetentionPolicy,
     cache: Path,
     config: TrainingConfig,
 ) -> frozenset[Path] | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qwen3ft.jobs.folders import RunDir
-from qwen3ft.locks import held
+from qwen3ft.locks import try_lock
 from qwen3ft.operations.night import DEFERRED
 from qwen3ft.tracking.cursor import outstanding
 
@@ -48,7 +48,7 @@ def is_running(run: RunDir) -> bool:
     """Whether a process is at the run."""
     if not run.lock.exists():
         return False
-    with held(run.lock) as mine:
+    with try_lock(run.lock) as mine:
         return not mine
 
 

@@ -15,7 +15,7 @@ from qwen3ft.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Card:
+class GpuSpec:
     """One kind of GPU.
 
     Attributes:
@@ -40,24 +40,24 @@ class Card:
 PCIE_3, PCIE_4, PCIE_5 = 11.0, 22.0, 50.0
 """1e9 bytes a second of a pinned transfer over 16 lanes."""
 
-CARDS = (
-    Card("H200", 139.80, 989, 4800, "9.0", PCIE_5, measured=True),
-    Card("H100", 79.65, 989, 3350, "9.0", PCIE_5, measured=True),
-    Card("H100 PCIe", 79.65, 756, 2039, "9.0", PCIE_5),
-    Card("B200", 179.0, 2250, 7700, "10.0", PCIE_5),
-    Card("A100 80GB", 80.0, 312, 2039, "8.0", PCIE_4),
-    Card("A100 40GB", 40.0, 312, 1555, "8.0", PCIE_4),
-    Card("L40S", 44.99, 362, 864, "8.9", PCIE_4),
-    Card("L4", 22.49, 121, 300, "8.9", PCIE_4),
-    Card("A10", 22.49, 125, 600, "8.6", PCIE_4),
-    Card("RTX 6000 Ada", 47.99, 364, 960, "8.9", PCIE_4),
-    Card("RTX A6000", 47.99, 155, 768, "8.6", PCIE_4),
-    Card("RTX 5090", 31.84, 209.5, 1792, "12.0", PCIE_5),
-    Card("RTX 4090", 23.99, 165.2, 1008, "8.9", PCIE_4),
-    Card("RTX 4080", 15.99, 97.5, 717, "8.9", PCIE_4),
-    Card("RTX 4060 Ti 16GB", 15.99, 44.1, 288, "8.9", PCIE_4 / 2),
-    Card("RTX 3090", 24.0, 71, 936, "8.6", PCIE_4),
-    Card("RTX 3060", 12.0, 25.6, 360, "8.6", PCIE_4),
+GPU_SPECS = (
+    GpuSpec("H200", 139.80, 989, 4800, "9.0", PCIE_5, measured=True),
+    GpuSpec("H100", 79.65, 989, 3350, "9.0", PCIE_5, measured=True),
+    GpuSpec("H100 PCIe", 79.65, 756, 2039, "9.0", PCIE_5),
+    GpuSpec("B200", 179.0, 2250, 7700, "10.0", PCIE_5),
+    GpuSpec("A100 80GB", 80.0, 312, 2039, "8.0", PCIE_4),
+    GpuSpec("A100 40GB", 40.0, 312, 1555, "8.0", PCIE_4),
+    GpuSpec("L40S", 44.99, 362, 864, "8.9", PCIE_4),
+    GpuSpec("L4", 22.49, 121, 300, "8.9", PCIE_4),
+    GpuSpec("A10", 22.49, 125, 600, "8.6", PCIE_4),
+    GpuSpec("RTX 6000 Ada", 47.99, 364, 960, "8.9", PCIE_4),
+    GpuSpec("RTX A6000", 47.99, 155, 768, "8.6", PCIE_4),
+    GpuSpec("RTX 5090", 31.84, 209.5, 1792, "12.0", PCIE_5),
+    GpuSpec("RTX 4090", 23.99, 165.2, 1008, "8.9", PCIE_4),
+    GpuSpec("RTX 4080", 15.99, 97.5, 717, "8.9", PCIE_4),
+    GpuSpec("RTX 4060 Ti 16GB", 15.99, 44.1, 288, "8.9", PCIE_4 / 2),
+    GpuSpec("RTX 3090", 24.0, 71, 936, "8.6", PCIE_4),
+    GpuSpec("RTX 3060", 12.0, 25.6, 360, "8.6", PCIE_4),
 )
 """SXM modules where a name has several forms and none is said."""
 
@@ -65,23 +65,23 @@ _NOISE = re.compile(r"nvidia|geforce|tesla|graphics|generation|sxm\d?|hbm\w*|nvl
 _UNCLEAR = {"a100": "A100 80GB", "h10080gb": "H100", "a10080gbpcie": "A100 80GB"}
 
 
-def find_card(text: str) -> Card | None:
+def find_gpu_spec(text: str) -> GpuSpec | None:
     """The card that a person or a driver calls `text`; None if it is none of these."""
     wanted = _NOISE.sub("", text.lower())
     wanted = _NOISE.sub("", _UNCLEAR.get(wanted, text).lower())
-    return next((card for card in CARDS if _NOISE.sub("", card.name.lower()) == wanted), None)
+    return next((card for card in GPU_SPECS if _NOISE.sub("", card.name.lower()) == wanted), None)
 
 
-def require_card(text: str) -> Card:
-    """As `find_card`.
+def require_gpu_spec(text: str) -> GpuSpec:
+    """As `find_gpu_spec`.
 
     Raises:
         ConfigError: it is none of these; they are listed.
     """
-    if (card := find_card(text)) is None:
+    if (card := find_gpu_spec(text)) is None:
         raise ConfigError(
             f"No GPU {text!r} is known.",
-            why="Known are " + ", ".join(card.name for card in CARDS) + ".",
-            next_command=f'qwen3ft plan --gpu "{CARDS[0].name}"',
+            why="Known are " + ", ".join(card.name for card in GPU_SPECS) + ".",
+            next_command=f'qwen3ft plan --gpu "{GPU_SPECS[0].name}"',
         )
     return card

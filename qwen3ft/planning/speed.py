@@ -27,7 +27,7 @@ import math
 
 from qwen3ft.planning.footprint import fused_sizes
 from qwen3ft.planning.fused_settings import LAUNCH_SECONDS_PER_BLOCK
-from qwen3ft.planning.gpu_specs import Card
+from qwen3ft.planning.gpu_specs import GpuSpec
 from qwen3ft.planning.packing import row_tokens
 from qwen3ft.planning.workload import Workload
 from qwen3ft.records.base import Record
@@ -54,12 +54,12 @@ class SpeedEstimate(Record):
     card: str
     tokens_per_second: float
     seconds_per_step: float
-    measured_card: bool
+    measured_gpu: bool
 
     @property
     def basis(self) -> str:
         """How much to trust it, in words."""
-        return self.describe(measured=self.measured_card)
+        return self.describe(measured=self.measured_gpu)
 
     @staticmethod
     def describe(*, measured: bool) -> str:
@@ -77,7 +77,7 @@ def attention_share(sequence_tokens: int) -> float:
 
 
 def estimate_speed(
-    card: Card,
+    card: GpuSpec,
     shape: ModelShape,
     adapter: AdapterSpec,
     work: Workload,
@@ -106,12 +106,12 @@ def estimate_speed(
         card=card.name,
         tokens_per_second=tokens / seconds,
         seconds_per_step=seconds,
-        measured_card=card.measured,
+        measured_gpu=card.measured,
     )
 
 
 def _row_seconds(
-    card: Card, shape: ModelShape, adapter: AdapterSpec, work: Workload, row: int, typical: int
+    card: GpuSpec, shape: ModelShape, adapter: AdapterSpec, work: Workload, row: int, typical: int
 ) -> float:
     """Of one packed row of `row` tokens."""
     sizes = fused_sizes(shape, adapter, work)

@@ -14,7 +14,7 @@ from dataclasses import replace
 from qwen3ft.config import TrainingConfig
 from qwen3ft.planning.fit import Fit, kernels_of
 from qwen3ft.planning.footprint import fused_sizes, predict_memory, total_bytes
-from qwen3ft.planning.gpu_specs import Card, find_card
+from qwen3ft.planning.gpu_specs import GpuSpec, find_gpu_spec
 from qwen3ft.planning.packing import row_tokens
 from qwen3ft.planning.plan import workload_of
 from qwen3ft.planning.recompute import Level
@@ -47,7 +47,7 @@ class PlanTable(Record):
     notes: tuple[str, ...] = ()
 
 
-def shape_table(request: FitRequest, fit: Fit, card: Card | None, fill: float) -> PlanTable:
+def shape_table(request: FitRequest, fit: Fit, card: GpuSpec | None, fill: float) -> PlanTable:
     """The table of a plan from shapes, with what else the budget would do.
 
     Args:
@@ -58,7 +58,7 @@ def shape_table(request: FitRequest, fit: Fit, card: Card | None, fill: float) -
     """
     kernels, _ = kernels_of(request)
     least = predict_memory(request.shape, request.adapter, least_workload(request, kernels))
-    others = [other for name in ELSEWHERE if (other := find_card(name)) and other != card]
+    others = [other for name in ELSEWHERE if (other := find_gpu_spec(name)) and other != card]
     able = [other for other in others if other.memory_gb >= 0.99 * fit.budget_gb]
     speeds = [_speed(request, fit.work, other) for other in able]
     longest_rows = _with_longest_rows(request)
@@ -84,7 +84,7 @@ def run_table(config: TrainingConfig, environment: EnvironmentReport, plan: Trai
     """The table of a run's plan."""
     request = request_for(config, environment, plan.model, plan.adapter, plan.dataset)
     fit = Fit(workload_of(plan), plan.predicted, plan.max_memory_gb, plan.reasons)
-    card = find_card(environment.gpus[0].name) if environment.gpus else None
+    card = find_gpu_spec(environment.gpus[0].name) if environment.gpus else None
     table = _table(request, fit, card)
     return table.model_copy(update={"settings": (*table.settings, *_of_the_run(plan))})
 
@@ -101,7 +101,7 @@ def _with_longest_rows(request: FitRequest) -> FitRequest:
     return replace(request, longest_tokens=LONGEST_TOKENS, held_out_tokens=LONGEST_TOKENS)
 
 
-def _speed(request: FitRequest, work: Workload, card: Card | None) -> SpeedEstimate | None:
+def _speed(request: FitRequest, work: Workload, card: GpuSpec | None) -> SpeedEstimate | None:
     if card is None:
         return None
     return estimate_speed(
@@ -114,7 +114,7 @@ def _speed(request: FitRequest, work: Workload, card: Card | None) -> SpeedEstim
     )
 
 
-def _table(request: FitRequest, fit: Fit, card: Card | None) -> PlanTable:
+def _table(request: FitRequest, fit: Fit, card: GpuSpec | None) -> PlanTable:
     gpus = request.environment.gpus
     where = gpus[0].name if gpus else "the CPU"
     peak_gb = total_bytes(fit.parts) / GIB
@@ -149,7 +149,7 @@ def _settings(request: FitRequest, fit: Fit) -> list[SettingLine]:
         ),
         SettingLine(
             name="computed again",
-            value=_again(request, work),
+            value=_recomputed_text(request, work),
             why=why["gradient_checkpointing"],
         ),
         SettingLine(
@@ -217,7 +217,7 @@ def _of_the_run(plan: TrainPlan) -> Iterator[SettingLine]:
     )
 
 
-def _again(request: FitRequest, work: Workload) -> str:
+def _recomputed_text(request: FitRequest, work: Workload) -> str:
     """What the backward of a typical row computes again, in words."""
     if work.kernels == "plain":
         return "everything" if work.gradient_checkpointing else "nothing"

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from qwen3ft.config import TrainingConfig
 from qwen3ft.model.shapes import find_shape, plan_adapter
 from qwen3ft.planning.fit import Fit, fit_or_none, kernels_of
-from qwen3ft.planning.gpu_specs import Card
+from qwen3ft.planning.gpu_specs import GpuSpec
 from qwen3ft.planning.recompute import Level
 from qwen3ft.planning.refusal import LONGEST_TOKENS, longest_that_fits
 from qwen3ft.planning.speed import SpeedEstimate, estimate_speed
@@ -30,7 +30,7 @@ HOST_GB = 64
 BFLOAT16_CAPABILITY = 8.0
 
 
-def described_machine(card: Card) -> EnvironmentReport:
+def described_machine(card: GpuSpec) -> EnvironmentReport:
     """A machine with one `card` that nobody has looked at: its GPU has no UUID."""
     size_bytes = int(card.memory_gb * GIB)
     gpu = GpuInfo(
@@ -93,7 +93,7 @@ BUDGETS_GB = (6, 8, 12, 13, 16, 24, 48, 80)
 
 LENGTHS_TOKENS = (256, 1024, 2048, 8192, 32768, 131072)
 
-POLICIES = {
+CELL_CODES = {
     "K": "kept",
     "R": "some computed again",
     "A": "all computed again",
@@ -131,7 +131,7 @@ class Sweep(Record):
 def sweep_model(
     config: TrainingConfig,
     environment: EnvironmentReport,
-    card: Card | None,
+    card: GpuSpec | None,
     fill: float,
     budgets_gb: Sequence[float] = BUDGETS_GB,
     lengths_tokens: Sequence[int] = LENGTHS_TOKENS,
@@ -185,7 +185,7 @@ def _request(
     return shape_request(config.model_copy(update=asked), environment, fill)
 
 
-def _cell(request: FitRequest, card: Card | None, budget_gb: float) -> SweepCell:
+def _cell(request: FitRequest, card: GpuSpec | None, budget_gb: float) -> SweepCell:
     tokens = request.longest_tokens
     fit = fit_or_none(request)
     if fit is None:

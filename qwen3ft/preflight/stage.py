@@ -30,7 +30,7 @@ from qwen3ft.records.preflight import (
     PreflightResult,
     WorstBatches,
 )
-from qwen3ft.recovery.shared_gpu import fit_to_card
+from qwen3ft.recovery.shared_gpu import fit_to_free_memory
 from qwen3ft.training.faults import planted_in_preflight
 from qwen3ft.units import GIB
 
@@ -53,7 +53,7 @@ def measure_first(
         logger.info("preflight left out: %s", why)
         return PreflightResult(plan=plan, skipped=why)
     reports: list[PreflightReport] = []
-    plan = fit_to_card(config, environment, plan)
+    plan = fit_to_free_memory(config, environment, plan)
     while (report := _report_of(config, environment, plan, run, len(reports) + 1)) is not None:
         reports.append(report)
         decision = decide(

@@ -39,7 +39,7 @@ class EnvironmentReport(Record):
         return "cuda" if self.gpus else "cpu"
 
 
-class CardProcess(Record):
+class GpuProcess(Record):
     """A process that has memory of a card."""
 
     pid: int
@@ -53,12 +53,12 @@ class CardProcess(Record):
         return f"{self.name or 'a process'} (pid {self.pid}) holds {amount}"
 
 
-class CardUse(Record):
+class GpuUse(Record):
     """What a card has free at a moment, and who holds the rest."""
 
     total_bytes: int
     free_bytes: int
-    processes: tuple[CardProcess, ...]
+    processes: tuple[GpuProcess, ...]
     """The largest first."""
 
     def describe(self) -> str:

@@ -106,7 +106,7 @@ class ParityReport(Record):
 
 
 class AskRequest(Record):
-    """Load an adapter on its 4-bit base and answer what is asked; the outcome is `AskOutcome`."""
+    """Load an adapter on its 4-bit base and answer what is asked; the outcome is `ChatEnded`."""
 
     config: TrainingConfig
     adapter: str
@@ -114,14 +114,14 @@ class AskRequest(Record):
     thinking: bool = Field(description="Whether it is asked to think first.")
 
 
-class Asking(Record):
+class Question(Record):
     """One question, as the messages so far; or the end of asking."""
 
     messages: tuple[dict[str, Any], ...] = ()
     end: bool = False
 
 
-class Piece(Record):
+class Chunk(Record):
     """What the worker tells, as it happens: 'ready' once; pieces of text; 'end' of each answer."""
 
     kind: Literal["ready", "thinking", "answer", "end"]
@@ -130,7 +130,7 @@ class Piece(Record):
     stopped: bool = Field(True, description="With 'end': by the end token, not by the limit.")
 
 
-class AskOutcome(Record):
+class ChatEnded(Record):
     """A worker that was told that nothing more is asked."""
 
     answered: int

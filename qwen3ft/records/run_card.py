@@ -141,7 +141,7 @@ class FailureStory(Record):
     why: str = ""
 
 
-class Step(Record):
+class NextStep(Record):
     """Something that a reader may want to do now."""
 
     what: str
@@ -196,8 +196,8 @@ class RunCard(Record):
     failure: FailureStory | None = None
     degraded: tuple[str, ...] = ()
     adapter_path: str | None = None
-    roll_back: Step = Step(what="Nothing was put into use.")
-    next_steps: tuple[Step, ...] = ()
+    roll_back: NextStep = NextStep(what="Nothing was put into use.")
+    next_steps: tuple[NextStep, ...] = ()
     prefect_url: str | None = None
     mlflow_url: str | None = None
     notes: tuple[str, ...] = Field((), description="What a reader should know before believing.")

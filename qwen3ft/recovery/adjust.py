@@ -47,7 +47,7 @@ from qwen3ft.records.base import Record
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.run_card import AttemptSummary
 from qwen3ft.records.training import Failure
-from qwen3ft.recovery.ladder import Step, next_rungs, without_host_memory
+from qwen3ft.recovery.ladder import Rung, next_rungs, without_host_memory
 
 LEARNING_RATE_CUTS = 2
 
@@ -157,7 +157,7 @@ def _half_learning_rate(case: _Case) -> Retry | GiveUp:
             case, f"It diverged again after {LEARNING_RATE_CUTS} cuts of the learning rate"
         )
     rate = case.plan.learning_rate / 2
-    step = Step({"learning_rate": rate}, f"learning rate lowered to {rate:g}", True)
+    step = Rung({"learning_rate": rate}, f"learning rate lowered to {rate:g}", True)
     return _retry(case, f"Training diverged: {step.what}", [step])
 
 
@@ -213,7 +213,7 @@ def policy_for(kind: str) -> Callable[[_Case], Retry | GiveUp]:
 # --- what they decide ---
 
 
-def _retry(case: _Case, reason: str, steps: Sequence[Step]) -> Retry:
+def _retry(case: _Case, reason: str, steps: Sequence[Rung]) -> Retry:
     plan, resume_from, degraded = case.plan, case.newest_checkpoint, list(case.plan.degraded)
     values = {name: value for step in steps for name, value in step.values.items()}
     change = {name: (getattr(plan, name), value) for name, value in values.items()}
@@ -240,7 +240,7 @@ def _readable(change: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any
     return readable
 
 
-def _last_of_each(steps: Sequence[Step]) -> str:
+def _last_of_each(steps: Sequence[Rung]) -> str:
     """What is done, where a later step on the same setting supersedes an earlier one."""
     return ", ".join({tuple(step.values): step.what for step in steps}.values())
 

@@ -33,7 +33,7 @@ EVALUATION_PHASE = "evaluate"
 
 
 @dataclass(frozen=True)
-class Step:
+class Rung:
     """One rung: fields of the plan and their new values."""
 
     values: dict[str, Any]
@@ -41,7 +41,7 @@ class Step:
     keeps_result: bool
 
 
-def next_rungs(plan: TrainPlan, phase: str, *, allow_degraded: bool) -> list[Step]:
+def next_rungs(plan: TrainPlan, phase: str, *, allow_degraded: bool) -> list[Rung]:
     """Every rung below `plan`, each applied on top of those before it; empty at the end.
 
     Args:
@@ -52,8 +52,8 @@ def next_rungs(plan: TrainPlan, phase: str, *, allow_degraded: bool) -> list[Ste
     return list(_descend(plan, phase, allow_degraded=allow_degraded))
 
 
-def _descend(plan: TrainPlan, phase: str, *, allow_degraded: bool) -> Iterator[Step]:
-    levers: list[Callable[[TrainPlan], Step | None]] = [
+def _descend(plan: TrainPlan, phase: str, *, allow_degraded: bool) -> Iterator[Rung]:
+    levers: list[Callable[[TrainPlan], Rung | None]] = [
         _keep_less,
         _smaller_micro_batch,
         _recomputation,
@@ -72,14 +72,14 @@ def _descend(plan: TrainPlan, phase: str, *, allow_degraded: bool) -> Iterator[S
             plan = plan.model_copy(update=step.values)
 
 
-def _smaller_eval_batch(plan: TrainPlan) -> Step | None:
+def _smaller_eval_batch(plan: TrainPlan) -> Rung | None:
     if plan.eval_batch_size == 1:
         return None
     size = plan.eval_batch_size // 2
-    return Step({"eval_batch_size": size}, f"evaluation batch of {size}", True)
+    return Rung({"eval_batch_size": size}, f"evaluation batch of {size}", True)
 
 
-def _keep_less(plan: TrainPlan) -> Step | None:
+def _keep_less(plan: TrainPlan) -> Rung | None:
     """Less room for a row; smaller rows alone would fill the same room."""
     if plan.kernels == "plain":
         return None
@@ -87,7 +87,7 @@ def _keep_less(plan: TrainPlan) -> Step | None:
     if size >= plan.activation_bytes:
         return None
     what = f"{size / GIB:.2f} GB for a row's activations"
-    return Step({"activation_bytes": size, "gradient_checkpointing": True}, what, True)
+    return Rung({"activation_bytes": size, "gradient_checkpointing": True}, what, True)
 
 
 def _least_bytes(plan: TrainPlan) -> int:
@@ -97,7 +97,7 @@ def _least_bytes(plan: TrainPlan) -> int:
     return sizes.row_bytes(work.tokens, sizes.levels(work.tokens, 0))
 
 
-def _smaller_micro_batch(plan: TrainPlan) -> Step | None:
+def _smaller_micro_batch(plan: TrainPlan) -> Rung | None:
     effective = plan.effective_batch_size
     size = largest_micro_batch_below(effective, plan.micro_batch_size)
     if size is None:
@@ -105,24 +105,24 @@ def _smaller_micro_batch(plan: TrainPlan) -> Step | None:
     values = {"micro_batch_size": size, "gradient_accumulation_steps": effective // size}
     if plan.kernels == "fused":
         values["activation_bytes"] = _least_bytes(plan.model_copy(update=values))
-    return Step(values, f"micro-batch of {size}, accumulated {effective // size} times", True)
+    return Rung(values, f"micro-batch of {size}, accumulated {effective // size} times", True)
 
 
-def _recomputation(plan: TrainPlan) -> Step | None:
+def _recomputation(plan: TrainPlan) -> Rung | None:
     if plan.gradient_checkpointing or plan.kernels == "fused":
         return None
-    return Step({"gradient_checkpointing": True}, "activations are recomputed", True)
+    return Rung({"gradient_checkpointing": True}, "activations are recomputed", True)
 
 
-def _smaller_loss_chunk(plan: TrainPlan) -> Step | None:
+def _smaller_loss_chunk(plan: TrainPlan) -> Rung | None:
     # A chunk longer than the micro-batch is no longer than the micro-batch.
     size = min(plan.loss_chunk_tokens, workload_of(plan).tokens) // 2
     if size < SMALLEST_LOSS_CHUNK_TOKENS:
         return None
-    return Step({"loss_chunk_tokens": size}, f"loss chunks of {size} tokens", True)
+    return Rung({"loss_chunk_tokens": size}, f"loss chunks of {size} tokens", True)
 
 
-def _smaller_parts(plan: TrainPlan) -> Step | None:
+def _smaller_parts(plan: TrainPlan) -> Rung | None:
     """The MLP for fewer tokens, attention's gradient for fewer heads at one time."""
     if plan.kernels == "plain":
         return None
@@ -137,25 +137,25 @@ def _smaller_parts(plan: TrainPlan) -> Step | None:
     plan = plan.model_copy(update=values)
     values["activation_bytes"] = _least_bytes(plan)
     what = f"blocks in parts of {plan.chunk_tokens} tokens and 1/{plan.head_groups} of the heads"
-    return Step(values, what, True)
+    return Rung(values, what, True)
 
 
-def _offloading(plan: TrainPlan) -> Step | None:
+def _offloading(plan: TrainPlan) -> Rung | None:
     if plan.offload_activations or plan.device != "cuda":
         return None
     values: dict[str, Any] = {"offload_activations": True}
     if plan.kernels == "fused":
         values["activation_bytes"] = _least_bytes(plan.model_copy(update=values))
-    return Step(values, "activations wait in host memory", True)
+    return Rung(values, "activations wait in host memory", True)
 
 
-def _optimizer_offloading(plan: TrainPlan) -> Step | None:
+def _optimizer_offloading(plan: TrainPlan) -> Rung | None:
     if plan.offload_optimizer or plan.device != "cuda":
         return None
-    return Step({"offload_optimizer": True}, "the optimizer's moments wait in host memory", True)
+    return Rung({"offload_optimizer": True}, "the optimizer's moments wait in host memory", True)
 
 
-def without_host_memory(plan: TrainPlan) -> Step | None:
+def without_host_memory(plan: TrainPlan) -> Rung | None:
     """Less of the host's memory, more of the card's or of its time; None if there is no way."""
     if plan.offload_attention:
         values: dict[str, Any] = {"offload_attention": False}
@@ -172,19 +172,19 @@ def without_host_memory(plan: TrainPlan) -> Step | None:
         lower = repredict(lower.model_copy(update=values))
         if lower.predicted_peak_bytes > plan.max_memory_gb * GIB:
             return None
-    return Step(values, what, True)
+    return Rung(values, what, True)
 
 
-def _shorter_rows(plan: TrainPlan) -> Step | None:
+def _shorter_rows(plan: TrainPlan) -> Rung | None:
     """Half the length that rows really have; halving a limit above it would change nothing."""
     longest = min(plan.max_sequence_length, workload_of(plan).sequence_tokens)
     tokens = longest // 2 // 8 * 8
     if tokens < SMALLEST_SEQUENCE_TOKENS:
         return None
-    return Step({"max_sequence_length": tokens}, f"rows of at most {tokens} tokens", False)
+    return Rung({"max_sequence_length": tokens}, f"rows of at most {tokens} tokens", False)
 
 
-def _lower_rank(plan: TrainPlan) -> Step | None:
+def _lower_rank(plan: TrainPlan) -> Rung | None:
     """Half the rank; alpha follows, so that the scale alpha / r stays."""
     rank = plan.adapter.r // 2
     if rank < SMALLEST_RANK:
@@ -197,7 +197,7 @@ def _lower_rank(plan: TrainPlan) -> Step | None:
             "trainable_parameters": _count_adapter_parameters(plan.model.shape, plan.adapter, rank),
         }
     )
-    return Step({"adapter": adapter}, f"adapter of rank {rank}", False)
+    return Rung({"adapter": adapter}, f"adapter of rank {rank}", False)
 
 
 def _count_adapter_parameters(shape: ModelShape, adapter: AdapterSpec, rank: int) -> int:

@@ -2,7 +2,7 @@
 
 Guarantees: an attempt starts only if what it may take is free at that moment; where less is free
 but something fits, the plan is made again within that, its effective batch and everything else that
-decides the result unchanged; otherwise the run waits or refuses, as `when_card_is_busy` says, and
+decides the result unchanged; otherwise the run waits or refuses, as `when_gpu_is_busy` says, and
 names the programs. A budget that was lowered stays so for the rest of the run.
 
 Not covered: what other programs take once the attempt has begun (the driver then refuses memory,
@@ -19,9 +19,9 @@ from collections.abc import Callable
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import EnvironmentNotReadyError, InsufficientMemoryError
 from qwen3ft.logs import get_logger
-from qwen3ft.machine.gpus import card_use
+from qwen3ft.machine.gpus import gpu_use
 from qwen3ft.planning.plan import build_plan
-from qwen3ft.records.machine import CardUse, EnvironmentReport
+from qwen3ft.records.machine import EnvironmentReport, GpuUse
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.units import GIB
 
@@ -43,12 +43,12 @@ KEPT_SETTINGS = (
 """What a plan that is made anew takes over: its place in the run, and what attempts changed."""
 
 
-def fit_to_card(
+def fit_to_free_memory(
     config: TrainingConfig,
     environment: EnvironmentReport,
     plan: TrainPlan,
     *,
-    probe: Callable[[str], CardUse] = card_use,
+    probe: Callable[[str], GpuUse] = gpu_use,
     settle_seconds: float = SETTLE_SECONDS,
 ) -> TrainPlan:
     """`plan`, or one within what is free on its card now; on a CPU `plan` itself.
@@ -77,8 +77,8 @@ def fit_to_card(
             if fitted is not None:
                 logger.warning("less is planned for: %s", fitted.reasons["max_memory_gb"])
                 return fitted
-            left = config.wait_for_card_seconds - waited
-            if config.when_card_is_busy == "refuse" or left <= 0:
+            left = config.wait_for_gpu_seconds - waited
+            if config.when_gpu_is_busy == "refuse" or left <= 0:
                 raise _too_full(config, plan, use, waited)
             if waited >= told * REPORT_SECONDS:
                 told += 1
@@ -90,7 +90,7 @@ def fit_to_card(
 
 
 def fit_within(
-    config: TrainingConfig, environment: EnvironmentReport, plan: TrainPlan, use: CardUse
+    config: TrainingConfig, environment: EnvironmentReport, plan: TrainPlan, use: GpuUse
 ) -> TrainPlan | None:
     """`plan` itself if its budget is free, else one within what is free; None if nothing fits."""
     if use.free_bytes >= plan.max_memory_gb * GIB:
@@ -112,7 +112,7 @@ def fit_within(
     return again.model_copy(update=kept | {"reasons": reasons})
 
 
-def _shortage(plan: TrainPlan, use: CardUse) -> str:
+def _shortage(plan: TrainPlan, use: GpuUse) -> str:
     return (
         f"{use.free_bytes / GIB:.2f} of {use.total_bytes / GIB:.2f} GB are free, in which "
         f"nothing fits (the plan needs {plan.predicted_peak_bytes / GIB:.2f}): {use.describe()}"
@@ -120,13 +120,13 @@ def _shortage(plan: TrainPlan, use: CardUse) -> str:
 
 
 def _too_full(
-    config: TrainingConfig, plan: TrainPlan, use: CardUse, waited: float
+    config: TrainingConfig, plan: TrainPlan, use: GpuUse, waited: float
 ) -> EnvironmentNotReadyError:
-    if config.when_card_is_busy == "refuse":
-        why = "Other programs have the memory, and when_card_is_busy is 'refuse'."
-        command = "qwen3ft run --set when_card_is_busy=wait"
+    if config.when_gpu_is_busy == "refuse":
+        why = "Other programs have the memory, and when_gpu_is_busy is 'refuse'."
+        command = "qwen3ft run --set when_gpu_is_busy=wait"
     else:
-        why = f"They did not free it within {waited:.0f} s; wait_for_card_seconds allows no more."
+        why = f"They did not free it within {waited:.0f} s; wait_for_gpu_seconds allows no more."
         pids = ",".join(str(process.pid) for process in use.processes)
         command = f"ps -fp {pids}" if pids else "nvidia-smi"
     return EnvironmentNotReadyError(

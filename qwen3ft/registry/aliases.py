@@ -22,8 +22,8 @@ from qwen3ft.registry.moves import (
     Change,
     History,
     Move,
+    completed_moves,
     from_tags,
-    made,
     succession,
     tag_name,
     to_tag,
@@ -54,7 +54,7 @@ def read_history(connection: Connection, name: str) -> History:
         return History(registered_model=name, aliases=Aliases())
     aliases = {alias: str(version) for alias, version in model.aliases.items()}
     named = Aliases(**{name: aliases.get(name) for name in Aliases.model_fields})
-    moves = made(from_tags(model.tags), named.champion)
+    moves = completed_moves(from_tags(model.tags), named.champion)
     return History(registered_model=name, aliases=named, moves=tuple(moves))
 
 

@@ -116,7 +116,7 @@ def from_tags(tags: Mapping[str, str]) -> list[Move]:
     return moves
 
 
-def made(moves: Sequence[Move], champion: str | None) -> list[Move]:
+def completed_moves(moves: Sequence[Move], champion: str | None) -> list[Move]:
     """The moves that took place: one that only begun did if its version is in use."""
     return [
         move.model_copy(update={"state": "done"})

@@ -28,7 +28,7 @@ from qwen3ft.errors import (
     TrackingUnavailableError,
 )
 from qwen3ft.files import build_folder, find_damage, read_manifest_facts, sha256_file
-from qwen3ft.locks import held
+from qwen3ft.locks import try_lock
 from qwen3ft.logs import mask_secrets
 from qwen3ft.model.saved_adapter import read_degradations
 from qwen3ft.records.evaluation import Champion
@@ -39,10 +39,10 @@ from qwen3ft.registry.moves import Change, History, Move, Mover
 from qwen3ft.registry.versions import (
     ADAPTER_PATH,
     checked_name,
-    described,
     find_by_run,
     find_version,
     register,
+    to_champion,
 )
 from qwen3ft.tracking.connection import Connection, connect, database_path, load_client
 
@@ -60,7 +60,7 @@ def promotion_lock(tracking_uri: str, wait_seconds: float) -> Iterator[None]:
     else:
         digest = hashlib.sha256(tracking_uri.encode()).hexdigest()[:16]
         path = Path(tempfile.gettempdir()) / f"qwen3ft-{os.getuid()}-{digest}.promote.lock"
-    with held(path, wait_seconds) as mine:
+    with try_lock(path, wait_seconds) as mine:
         if not mine:
             raise TrackingUnavailableError(
                 f"Another process has been moving aliases for {wait_seconds:.0f} s.",
@@ -253,7 +253,9 @@ class Registry:
     def _required(self, name: str, version: str, seconds: float) -> Champion:
         return self._within(
             seconds,
-            lambda connection: described(name, aliases.require_version(connection, name, version)),
+            lambda connection: to_champion(
+                name, aliases.require_version(connection, name, version)
+            ),
         )
 
     def _move(self, call: Callable[[Connection], ResultT], seconds: float) -> ResultT:

@@ -57,7 +57,7 @@ def find_version(connection: Connection, name: str, alias_or_number: str) -> Cha
             version = client.get_model_version(name, str(number))
     except NotInMlflowError:
         return None
-    return described(name, version)
+    return to_champion(name, version)
 
 
 def find_by_run(connection: Connection, name: str, run: str) -> Champion | None:
@@ -69,10 +69,10 @@ def find_by_run(connection: Connection, name: str, run: str) -> Champion | None:
             if run in (version.run_id, version.tags.get(RUN_TAG))
         ]
     newest = max(found, key=lambda version: int(version.version), default=None)
-    return None if newest is None else described(name, newest)
+    return None if newest is None else to_champion(name, newest)
 
 
-def described(name: str, version: Any) -> Champion:
+def to_champion(name: str, version: Any) -> Champion:
     """MLflow's record of a version as ours."""
     return Champion(
         registered_model=name,

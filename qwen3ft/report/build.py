@@ -37,10 +37,10 @@ from qwen3ft.records.run_card import (
     LossCurve,
     MemoryCurve,
     ModelAnswer,
+    NextStep,
     Outcome,
     PlanStory,
     RunCard,
-    Step,
 )
 from qwen3ft.records.training import AttemptOutcome
 from qwen3ft.report.data_section import data_story
@@ -194,11 +194,11 @@ def _scores(facts: RunFacts) -> dict[str, object]:
         ),
         "forgetting": _forgetting(base, tuned, facts.config.max_ability_loss_rise),
         "judge": report.judge,
-        "answers": tuple(beside(pair) for pair in report.samples),
+        "answers": tuple(side_by_side_view(pair) for pair in report.samples),
     }
 
 
-def beside(pair: SideBySide) -> AnswersBeside:
+def side_by_side_view(pair: SideBySide) -> AnswersBeside:
     """A question with its answers as they may be shown; of thinking, only that it never ended."""
     given = {"base": pair.base, "champion": pair.champion, "candidate": pair.candidate}
     return AnswersBeside(
@@ -232,44 +232,46 @@ def _forgetting(base: ModelScore, tuned: ModelScore, limit: float) -> str:
 # --- what a reader may do now ---
 
 
-def _roll_back(facts: RunFacts) -> Step:
+def _roll_back(facts: RunFacts) -> NextStep:
     """The exact command, and what would then be in use."""
     name, before = facts.registered_model, facts.champion
     if facts.verdict is None or facts.verdict.decision != "promoted":
         if before is None:
-            return Step(what="This run changed nothing that is in use.")
-        return Step(what=f"This run changed nothing: {name} v{before.version} stays in use.")
+            return NextStep(what="This run changed nothing that is in use.")
+        return NextStep(what=f"This run changed nothing: {name} v{before.version} stays in use.")
     mine = f"{name} v{facts.verdict.version}"
     command = f'qwen3ft rollback --reason "..." {_about(name)}'
     if before is None:
-        return Step(what=f"Nothing was in use before {mine}, so there is no version to go back to.")
+        return NextStep(
+            what=f"Nothing was in use before {mine}, so there is no version to go back to."
+        )
     again = f"{name} v{before.version}"
     if again == mine:  # taken up after its own promotion
         again = "the version before it"
     what = f"{again} is then in use again, instead of {mine}, which no night promotes again."
-    return Step(what=what, command=command)
+    return NextStep(what=what, command=command)
 
 
-def _next_steps(facts: RunFacts) -> Iterator[Step]:
+def _next_steps(facts: RunFacts) -> Iterator[NextStep]:
     verdict, saved = facts.verdict, facts.saved
     decision = verdict.decision if verdict else None
     if saved is not None and decision is not None:
         adapter = f"--adapter {shlex.quote(saved.path)}"
-        yield Step(what="Chat with this run's adapter", command=f"qwen3ft chat {adapter}")
-        yield Step(what="Merge it, to be served", command=f"qwen3ft export exported {adapter}")
+        yield NextStep(what="Chat with this run's adapter", command=f"qwen3ft chat {adapter}")
+        yield NextStep(what="Merge it, to be served", command=f"qwen3ft export exported {adapter}")
     if saved is not None and decision == "kept" and saved.version is not None:
         consent = " --allow-degraded" if saved.degraded else ""
-        yield Step(
+        yield NextStep(
             what="Put it into use all the same",
             command=f"qwen3ft promote {saved.version}{consent} {_about(facts.registered_model)}",
         )
     if isinstance(facts.error, FinetuneError) and facts.error.next_command:
-        yield Step(what="Next", command=facts.error.next_command)
+        yield NextStep(what="Next", command=facts.error.next_command)
     if decision == "deferred" or facts.error is not None:
         where = "its last checkpoint" if facts.attempts else "the stages that are done"
         again = f"qwen3ft run --resume {facts.run_id}"
-        yield Step(what=f"Continue the run, from {where}", command=again)
-    yield Step(
+        yield NextStep(what=f"Continue the run, from {where}", command=again)
+    yield NextStep(
         what="What is in use, and every promotion and rollback",
         command=f"qwen3ft history {_about(facts.registered_model)}",
     )

@@ -15,7 +15,7 @@ from qwen3ft.evaluation.generation import end_tokens, greedy_settings
 from qwen3ft.evaluation.inference import InferenceTester
 from qwen3ft.files import append_json_line, read_json_lines
 from qwen3ft.jobs.folders import JobDir
-from qwen3ft.records.requests import Asking, AskOutcome, AskRequest, Piece
+from qwen3ft.records.requests import AskRequest, ChatEnded, Chunk, Question
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +25,7 @@ WAIT_SECONDS = 0.05
 BEAT_SECONDS = 1.0
 
 
-def answer_session(request: AskRequest, job: JobDir, beat: Callable[[str], None]) -> AskOutcome:
+def answer_session(request: AskRequest, job: JobDir, beat: Callable[[str], None]) -> ChatEnded:
     """Load the adapter, then answer questions until told that there are no more.
 
     Raises:
@@ -33,22 +33,22 @@ def answer_session(request: AskRequest, job: JobDir, beat: Callable[[str], None]
         TokenizerError: the chat template cannot be used.
     """
     model, tokenizer = InferenceTester(request.config).load_finetuned_model(request.adapter)
-    speaker = Speaker(model, tokenizer, request, job, beat)
-    speaker.tell(Piece(kind="ready"))
+    speaker = Responder(model, tokenizer, request, job, beat)
+    speaker.tell(Chunk(kind="ready"))
     offset = answered = 0
     while True:
         lines, offset = read_json_lines(job.questions, offset)
         for line in lines:
-            asking = Asking.model_validate(line)
+            asking = Question.model_validate(line)
             if asking.end or job.stop.exists():
-                return AskOutcome(answered=answered)
+                return ChatEnded(answered=answered)
             speaker.answer(asking.messages)
             answered += 1
         speaker.beat("wait")
         time.sleep(WAIT_SECONDS)
 
 
-class Speaker:
+class Responder:
     """Answers with one model and tells what it writes."""
 
     def __init__(
@@ -63,7 +63,7 @@ class Speaker:
         self._beat = beat
         self._beaten = 0.0
 
-    def tell(self, piece: Piece) -> None:
+    def tell(self, piece: Chunk) -> None:
         """Give a piece to whoever asked."""
         append_json_line(self.job.pieces, piece.model_dump(mode="json"))
 
@@ -101,11 +101,11 @@ class Speaker:
         )
         written = output[0, len(ids) :].tolist()
         stopped = bool(written) and written[-1] in end_tokens(self.model, self.tokenizer)
-        self.tell(Piece(kind="end", tokens=len(written), stopped=stopped))
+        self.tell(Chunk(kind="end", tokens=len(written), stopped=stopped))
 
     def _tell_parts(self, parts: list[Part]) -> None:
         for kind, text in parts:
-            self.tell(Piece(kind=kind, text=text))
+            self.tell(Chunk(kind=kind, text=text))
 
     def _watch(self, tokens: torch.Tensor, _: Any, **__: Any) -> torch.Tensor:
         """A stopping criterion: whether the answer is not wanted any more."""

@@ -1,7 +1,7 @@
 """Asking a fine-tuned model: it runs in a worker, within the memory budget, and answers in pieces.
 
-Guarantees: when `Session` is left, however that happens, the worker is gone and so are the files in
-between, with what was asked in them. This process imports no torch.
+Guarantees: when `ChatSession` is left, however that happens, the worker is gone and so are the
+files in between, with what was asked in them. This process imports no torch.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from qwen3ft.files import append_json_line, read_json_lines
 from qwen3ft.jobs.folders import JobDir
 from qwen3ft.jobs.launcher import POLL_SECONDS, run_worker
 from qwen3ft.jobs.processes import GRACE_SECONDS
-from qwen3ft.records.requests import Asking, AskOutcome, AskRequest, Piece
+from qwen3ft.records.requests import AskRequest, ChatEnded, Chunk, Question
 
 TAIL_SECONDS = 0.02
 
 
-class Session:
+class ChatSession:
     """A worker that answers questions until the session is left.
 
     Args:
@@ -53,7 +53,7 @@ class Session:
         traceback: TracebackType | None,
     ) -> None:
         self._job.stop.touch()
-        append_json_line(self._job.questions, Asking(end=True).model_dump(mode="json"))
+        append_json_line(self._job.questions, Question(end=True).model_dump(mode="json"))
         # A worker that is still loading does not look at either; it dies with this process.
         self._thread.join(GRACE_SECONDS if kind is None else 2 * POLL_SECONDS)
         shutil.rmtree(self._job.path, ignore_errors=True)
@@ -68,13 +68,13 @@ class Session:
             if piece.kind == "ready":
                 return
 
-    def ask(self, messages: Sequence[dict[str, Any]]) -> Iterator[Piece]:
+    def ask(self, messages: Sequence[dict[str, Any]]) -> Iterator[Chunk]:
         """Ask for the next turn of the assistant; gives what it writes, an 'end' last.
 
         Raises:
             FinetuneError: what ended the worker.
         """
-        asking = Asking(messages=tuple(messages))
+        asking = Question(messages=tuple(messages))
         append_json_line(self._job.questions, asking.model_dump(mode="json"))
         for piece in self._pieces():
             if piece.kind == "ready":
@@ -83,11 +83,11 @@ class Session:
             if piece.kind == "end":
                 return
 
-    def _pieces(self) -> Iterator[Piece]:
+    def _pieces(self) -> Iterator[Chunk]:
         while True:
             ended = not self._thread.is_alive()
             lines, self._offset = read_json_lines(self._job.pieces, self._offset)
-            yield from (Piece.model_validate(line) for line in lines)
+            yield from (Chunk.model_validate(line) for line in lines)
             if ended and not lines:
                 raise self._failure[0] if self._failure else _ended_early()
             time.sleep(TAIL_SECONDS)
@@ -95,7 +95,7 @@ class Session:
     def _run(self) -> None:
         try:
             run_worker(
-                "answer", self._job, AskOutcome, stall_seconds=self._request.config.stall_seconds
+                "answer", self._job, ChatEnded, stall_seconds=self._request.config.stall_seconds
             )
         except (FinetuneError, OSError) as error:
             self._failure.append(error)

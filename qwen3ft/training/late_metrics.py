@@ -41,7 +41,7 @@ class _OnItsWay:
     arrived: torch.cuda.Event | None
 
 
-class LateNumbers:
+class DelayedMetrics:
     """Steps whose numbers are on their way, oldest first.
 
     Args:

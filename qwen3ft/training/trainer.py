@@ -53,7 +53,7 @@ from qwen3ft.training.checkpoint_writer import (
 )
 from qwen3ft.training.fused import fused_step
 from qwen3ft.training.host_optimizer import HostAdamW
-from qwen3ft.training.late_metrics import LateNumbers
+from qwen3ft.training.late_metrics import DelayedMetrics
 from qwen3ft.training.loss import summed_loss
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class QATrainer(Trainer):
             checkpoints, plan.keep_checkpoints, background=plan.device == "cuda"
         )
         self.step_tokens = 0
-        self.late = LateNumbers(lag=1 if plan.device == "cuda" else 0)
+        self.late = DelayedMetrics(lag=1 if plan.device == "cuda" else 0)
         self.fused: FusedStep | None = None
         if plan.kernels == "fused":
             self.fused = fused_step(self.accelerator.unwrap_model(self.model), plan)

@@ -24,8 +24,8 @@ from qwen3ft.records.model import ModelSnapshot
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.preflight import Measurement, PreflightRequest
 from qwen3ft.records.requests import (
-    AskOutcome,
     AskRequest,
+    ChatEnded,
     DataRequest,
     ExportRequest,
     InferenceRequest,
@@ -175,7 +175,7 @@ def export(job: Job) -> ParityReport:
     return measure_parity(request, memory, job.heartbeat.beat)
 
 
-def answer(job: Job) -> AskOutcome:
+def answer(job: Job) -> ChatEnded:
     """Answer questions as they come, until told that there are no more."""
     from qwen3ft.machine.memory import MemoryOptimizer
     from qwen3ft.serving.answering import answer_session

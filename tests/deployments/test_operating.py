@@ -43,8 +43,8 @@ from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
 
 from flows.nightly import end_as_taken, is_nightly, tonight
-from flows.output import outlive_reader
-from flows.taking_up import check_resumes, drop_twins
+from flows.run_context import outlive_reader
+from flows.resume import check_resumes, drop_twins
 from qwen3ft.config import TrainingConfig
 from qwen3ft.night import Request
 

@@ -299,7 +299,7 @@ def test_old_flow_runs_are_counted_by_a_dry_run_and_removed_without_one(
 ) -> None:
     """Those that ended; one that has not ended stays, however old."""
     from flows import cli_clean
-    from qwen3ft.operations.retention import Policy
+    from qwen3ft.operations.retention import RetentionPolicy
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.chdir(stack.root)
@@ -315,7 +315,7 @@ def test_old_flow_runs_are_counted_by_a_dry_run_and_removed_without_one(
 
     def clean(*, dry_run: bool) -> int:
         environment = dict(os.environ)  # the command points its own process at the servers
-        cli_clean.clean(Policy(keep_days=0), None, [], dry_run=dry_run, as_json=True)
+        cli_clean.clean(RetentionPolicy(keep_days=0), None, [], dry_run=dry_run, as_json=True)
         os.environ.clear()
         os.environ.update(environment)
         return int(json.loads(capsys.readouterr().out)["flow_runs"])

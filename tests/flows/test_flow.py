@@ -163,10 +163,10 @@ def test_a_night_that_failed_is_taken_up_from_its_checkpoint_and_then_done(run_f
 
 def test_a_run_that_is_in_progress_is_not_taken_up_beside_it(run_flow: Any, finished: Any) -> None:
     """Two processes in one run's folder would mix their files."""
-    from qwen3ft.locks import held
+    from qwen3ft.locks import try_lock
 
     _, run = finished
-    with held(run.lock) as mine:
+    with try_lock(run.lock) as mine:
         assert mine
         state, _ = run_flow(continue_run=run.path.name)
     assert state.is_failed()
@@ -268,7 +268,7 @@ def test_a_failed_run_is_continued_from_its_last_checkpoint(
     one = threading.Lock()
 
     def judge(handler: Handler) -> None:
-        with one, gpu_lock.hold_card(gpu_lock.CPU, "other", when_busy="refuse", wait_seconds=0):
+        with one, gpu_lock.hold_gpu(gpu_lock.CPU, "other", when_busy="refuse", wait_seconds=0):
             prefers("candidate")(handler)
 
     with serving(judge) as server:
@@ -299,7 +299,8 @@ def test_a_run_without_tracking_completes_and_is_sent_later(
 ) -> None:
     """MLflow refuses connections throughout: training is not touched, nothing is lost."""
     import tasks.promote
-    from flows import around, story
+    from flows import reporting as story
+    from flows import run_context as around
     from qwen3ft.tracking.cursor import outstanding
     from qwen3ft.tracking.mirror import replay
 
@@ -325,8 +326,8 @@ def test_a_run_on_a_machine_that_another_run_holds_is_refused_before_it_does_any
     from qwen3ft.machine import gpu_lock
 
     monkeypatch.setenv(gpu_lock.FOLDER_VARIABLE, str(tmp_path))
-    with gpu_lock.hold_card(gpu_lock.CPU, "the-other", when_busy="refuse", wait_seconds=0):
-        state, _ = run_flow(lock_cpu=True, when_card_is_busy="refuse")
+    with gpu_lock.hold_gpu(gpu_lock.CPU, "the-other", when_busy="refuse", wait_seconds=0):
+        state, _ = run_flow(lock_cpu=True, when_gpu_is_busy="refuse")
     assert state.is_failed()
     assert "run the-other (pid " in state.message
     assert set(task_states(state)) == {"environment"}

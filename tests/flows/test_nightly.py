@@ -11,18 +11,18 @@ import pytest
 
 from flows import nightly
 from flows.nightly import (
+    claim_tonight,
     find_request,
     for_night,
     is_nightly,
     seen_before,
-    tonight,
 )
-from flows.taking_up import check_resumes
+from flows.resume import refuse_second_resume
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import FinetuneError
-from qwen3ft.operations.night import Request, claim_night, nights_folder
+from qwen3ft.operations.night import NightRequest, claim_night, nights_folder
 
-REQUEST = Request(sha256="a" * 64, settings_sha256="b" * 64, files=1)
+REQUEST = NightRequest(sha256="a" * 64, settings_sha256="b" * 64, files=1)
 
 
 def config(tmp_path: Path, **changes: str) -> TrainingConfig:
@@ -32,10 +32,10 @@ def config(tmp_path: Path, **changes: str) -> TrainingConfig:
 
 def test_a_crashed_run_is_taken_up_once_and_then_left_to_a_person() -> None:
     """The error names the command that continues it."""
-    check_resumes(None, 0)
-    check_resumes("r1", 1)
+    refuse_second_resume(None, 0)
+    refuse_second_resume("r1", 1)
     with pytest.raises(FinetuneError, match="r1 crashed again") as caught:
-        check_resumes("r1", 2)
+        refuse_second_resume("r1", 2)
     assert caught.value.next_command == "qwen3ft run --resume r1"
 
 
@@ -54,7 +54,7 @@ def test_a_run_that_is_taken_up_after_midnight_does_the_night_that_it_crashed_in
     asked, date = config(tmp_path), "2026-11-20"
     with pytest.raises(ZeroDivisionError), claim_night(tmp_path / "runs", date, REQUEST, "r1"):
         raise ZeroDivisionError
-    with tonight(asked, REQUEST, True, "r1") as night:
+    with claim_tonight(asked, REQUEST, True, "r1") as night:
         assert (night.run_id, night.again, night.taken) == ("r1", True, None)
         night.settle("kept")
     [record] = nights_folder(tmp_path / "runs").glob("*.json")
@@ -74,10 +74,10 @@ def test_a_crash_that_was_answered_twice_is_taken_up_once(
         (run / name).touch()
     (run / "card.json").write_text(json.dumps({"title": title}))
     monkeypatch.setattr(nightly.flow_run, "parameters", {"resumed": 1}, raising=False)
-    with tonight(config(tmp_path), REQUEST, False, "r1") as night:
+    with claim_tonight(config(tmp_path), REQUEST, False, "r1") as night:
         assert night.taken == ("already done by run r1" if taken else None)
     monkeypatch.setattr(nightly.flow_run, "parameters", {}, raising=False)
-    with tonight(config(tmp_path), REQUEST, False, "r1") as night:
+    with claim_tonight(config(tmp_path), REQUEST, False, "r1") as night:
         assert night.taken is None, "a person may continue what has ended"
 
 

@@ -21,7 +21,7 @@ from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import EnvironmentNotReadyError
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.machine import gpu_lock
-from qwen3ft.machine.gpu_lock import CPU, hold_card, read_holder
+from qwen3ft.machine.gpu_lock import CPU, hold_gpu, read_holder
 from qwen3ft.records.machine import GpuInfo
 
 CARD = "GPU-6a3b0f52-0000-1111-2222-333344445555"
@@ -29,9 +29,9 @@ CARD = "GPU-6a3b0f52-0000-1111-2222-333344445555"
 HOLD = """
     import subprocess, sys, time
     from pathlib import Path
-    from qwen3ft.gpu_lock import hold_card
+    from qwen3ft.gpu_lock import hold_gpu
     card, folder, child = sys.argv[1:]
-    with hold_card(card, "run-a", when_busy="refuse", wait_seconds=0, folder=Path(folder)):
+    with hold_gpu(card, "run-a", when_busy="refuse", wait_seconds=0, folder=Path(folder)):
         pid = subprocess.Popen(["sleep", "60"]).pid if child == "child" else 0
         print(pid, flush=True)
         time.sleep(60)
@@ -40,13 +40,13 @@ HOLD = """
 CONTEND = """
     import os, sys, time
     from pathlib import Path
-    from qwen3ft.gpu_lock import hold_card
+    from qwen3ft.gpu_lock import hold_gpu
     folder, processes, times = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     counter, children = folder / "counter", []
     counter.write_text("0")
     def contend():
         for _ in range(times):
-            with hold_card("GPU-0", "run", when_busy="wait", wait_seconds=240, folder=folder):
+            with hold_gpu("GPU-0", "run", when_busy="wait", wait_seconds=240, folder=folder):
                 os.close(os.open(folder / "inside", os.O_CREAT | os.O_EXCL))  # fails for a second
                 seen = int(counter.read_text())
                 time.sleep(0.001)
@@ -98,13 +98,13 @@ def test_a_second_run_is_refused_and_told_who_holds_the_card(start: Start, tmp_p
     first_line(process)
     with (
         pytest.raises(EnvironmentNotReadyError) as caught,
-        hold_card(CARD, "run-b", when_busy="refuse", wait_seconds=60, folder=tmp_path),
+        hold_gpu(CARD, "run-b", when_busy="refuse", wait_seconds=60, folder=tmp_path),
     ):
         pass
     assert f"run run-a (pid {process.pid} on " in caught.value.what
     assert "since 20" in caught.value.what
     assert CARD in caught.value.what
-    assert "when_card_is_busy=wait" in caught.value.next_command
+    assert "when_gpu_is_busy=wait" in caught.value.next_command
     assert caught.value.facts["holder"]["pid"] == process.pid
     json.dumps(caught.value.to_dict())
 
@@ -119,7 +119,7 @@ def test_a_second_run_waits_no_longer_than_it_may(
     with (
         caplog.at_level(logging.INFO, "qwen3ft.lock"),
         pytest.raises(EnvironmentNotReadyError) as caught,
-        hold_card(CARD, "run-b", when_busy="wait", wait_seconds=0.5, folder=tmp_path),
+        hold_gpu(CARD, "run-b", when_busy="wait", wait_seconds=0.5, folder=tmp_path),
     ):
         pass
     assert 0.5 <= time.monotonic() - started < 3
@@ -138,7 +138,7 @@ def test_a_wait_is_reported_again_and_again(
     with (
         caplog.at_level(logging.INFO, "qwen3ft.lock"),
         pytest.raises(EnvironmentNotReadyError),
-        hold_card(CARD, "run-b", when_busy="wait", wait_seconds=1.0, folder=tmp_path),
+        hold_gpu(CARD, "run-b", when_busy="wait", wait_seconds=1.0, folder=tmp_path),
     ):
         pass
     assert 3 <= len(caplog.records) <= 4
@@ -153,7 +153,7 @@ def test_a_killed_holder_frees_the_card_at_once(start: Start, tmp_path: Path) ->
         process.wait()
         os.kill(child, 0)  # it is still there
         started = time.monotonic()
-        with hold_card(CARD, "run-b", when_busy="wait", wait_seconds=30, folder=tmp_path):
+        with hold_gpu(CARD, "run-b", when_busy="wait", wait_seconds=30, folder=tmp_path):
             assert time.monotonic() - started < 1
     finally:
         os.kill(child, signal.SIGKILL)
@@ -165,7 +165,7 @@ def test_who_waits_goes_on_when_the_holder_is_killed(start: Start, tmp_path: Pat
     first_line(process)
     killer = subprocess.Popen(["sh", "-c", f"sleep 1; kill -9 {process.pid}"])
     started = time.monotonic()
-    with hold_card(CARD, "run-b", when_busy="wait", wait_seconds=30, folder=tmp_path):
+    with hold_gpu(CARD, "run-b", when_busy="wait", wait_seconds=30, folder=tmp_path):
         assert 0.8 < time.monotonic() - started < 3
     killer.wait()
 
@@ -175,7 +175,7 @@ def test_the_note_is_there_while_the_card_is_held_and_for_its_owner_alone(tmp_pa
     path = tmp_path / f"{CARD}.lock"
 
     def hold_and_fail() -> None:
-        with hold_card(CARD, "run-a", when_busy="refuse", wait_seconds=0, folder=tmp_path):
+        with hold_gpu(CARD, "run-a", when_busy="refuse", wait_seconds=0, folder=tmp_path):
             assert stat.S_IMODE(path.stat().st_mode) == 0o600
             holder = read_holder(path)
             assert holder is not None
@@ -185,7 +185,7 @@ def test_the_note_is_there_while_the_card_is_held_and_for_its_owner_alone(tmp_pa
     with pytest.raises(ZeroDivisionError):
         hold_and_fail()
     assert path.read_bytes() == b""
-    with hold_card(CARD, "run-b", when_busy="refuse", wait_seconds=0, folder=tmp_path):
+    with hold_gpu(CARD, "run-b", when_busy="refuse", wait_seconds=0, folder=tmp_path):
         pass
 
 
@@ -193,17 +193,17 @@ def test_other_cards_and_the_cpu_are_free(start: Start, tmp_path: Path) -> None:
     """The lock is by card; a MIG slice's old name has slashes and is a file name all the same."""
     first_line(start())
     for card in ("GPU-1", "MIG-GPU-1/2/0", CPU):
-        with hold_card(card, "run-b", when_busy="refuse", wait_seconds=0, folder=tmp_path):
+        with hold_gpu(card, "run-b", when_busy="refuse", wait_seconds=0, folder=tmp_path):
             pass
 
 
 def test_a_lock_file_that_a_cleaner_deletes_is_made_anew(tmp_path: Path) -> None:
     """What is locked is the file at the path, not one that nobody else can see."""
     path = tmp_path / f"{CARD}.lock"
-    with hold_card(CARD, "run-a", when_busy="refuse", wait_seconds=0, folder=tmp_path):
+    with hold_gpu(CARD, "run-a", when_busy="refuse", wait_seconds=0, folder=tmp_path):
         pass
     path.unlink()
-    with hold_card(CARD, "run-b", when_busy="refuse", wait_seconds=0, folder=tmp_path):
+    with hold_gpu(CARD, "run-b", when_busy="refuse", wait_seconds=0, folder=tmp_path):
         holder = read_holder(path)
         assert holder is not None
         assert holder.run_id == "run-b"
@@ -217,7 +217,7 @@ def test_a_path_that_cannot_be_a_folder_is_an_error_with_a_command(
     (tmp_path / "file").touch()
     with (
         pytest.raises(EnvironmentNotReadyError, match="Not a directory") as caught,
-        hold_card(CARD, "run-a", when_busy="refuse", wait_seconds=0),
+        hold_gpu(CARD, "run-a", when_busy="refuse", wait_seconds=0),
     ):
         pass
     assert caught.value.next_command == f"ls -ld {tmp_path / 'file'}"
@@ -231,7 +231,7 @@ def test_a_default_folder_of_someone_else_is_refused(monkeypatch: pytest.MonkeyP
     try:
         with (
             pytest.raises(EnvironmentNotReadyError, match=f"belongs to user {own}"),
-            hold_card(CARD, "run-a", when_busy="refuse", wait_seconds=0),
+            hold_gpu(CARD, "run-a", when_busy="refuse", wait_seconds=0),
         ):
             pass
     finally:
@@ -248,7 +248,7 @@ def test_the_default_folder_is_the_same_whatever_the_session(
     for variable in ("TMPDIR", "XDG_RUNTIME_DIR"):
         monkeypatch.setenv(variable, str(tmp_path))
     try:
-        with hold_card(card, "run-a", when_busy="refuse", wait_seconds=0):
+        with hold_gpu(card, "run-a", when_busy="refuse", wait_seconds=0):
             assert read_holder(path) is not None
             assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     finally:
@@ -259,21 +259,21 @@ def test_a_run_holds_its_gpu_and_on_a_cpu_only_what_it_asked_for(
     environment: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The GPU by its UUID; two demonstrations on CPUs may run side by side unless told not to."""
-    from flows.around import card_held
+    from flows.run_context import gpu_lock_for
 
     monkeypatch.setenv(gpu_lock.FOLDER_VARIABLE, str(tmp_path))
     gpu = GpuInfo(index=0, name="a", uuid=CARD, total_bytes=1, free_bytes=1, driver_version="580")
     with_gpu = environment.model_copy(update={"gpus": (gpu,)})
     first, second = RunDir(tmp_path / "run-1"), RunDir(tmp_path / "run-2")
-    plain = TrainingConfig(when_card_is_busy="refuse")
-    one_by_one = TrainingConfig(when_card_is_busy="refuse", lock_cpu=True)
-    with card_held(plain, environment, first), card_held(plain, environment, second):
+    plain = TrainingConfig(when_gpu_is_busy="refuse")
+    one_by_one = TrainingConfig(when_gpu_is_busy="refuse", lock_cpu=True)
+    with gpu_lock_for(plain, environment, first), gpu_lock_for(plain, environment, second):
         assert list(tmp_path.iterdir()) == []
     for config, machine in ((plain, with_gpu), (one_by_one, environment)):
         with (
-            card_held(config, machine, first),
+            gpu_lock_for(config, machine, first),
             pytest.raises(EnvironmentNotReadyError, match="run run-1 "),
-            card_held(config, machine, second),
+            gpu_lock_for(config, machine, second),
         ):
             pass
     assert {path.name for path in tmp_path.iterdir()} == {f"{CARD}.lock", "cpu.lock"}

@@ -14,8 +14,8 @@ import pytest
 
 from qwen3ft.errors import EnvironmentNotReadyError
 from qwen3ft.machine import gpus
-from qwen3ft.machine.gpus import card_use, free_bytes, processes_on, visible_gpus
-from qwen3ft.records.machine import CardProcess, CardUse
+from qwen3ft.machine.gpus import free_bytes, gpu_use, processes_on, visible_gpus
+from qwen3ft.records.machine import GpuProcess, GpuUse
 from qwen3ft.units import GIB
 
 CARD = "GPU-1"
@@ -67,8 +67,8 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> Card:
 def test_every_process_on_a_card_is_named_with_what_it_holds(nvml: Card) -> None:
     """Those that compute and those that draw, the largest first; NVML is closed again."""
     gone, own = processes_on(CARD)
-    assert own == CardProcess(pid=os.getpid(), name=psutil.Process().name(), used_bytes=GIB)
-    assert gone == CardProcess(pid=2**31 - 2, name=None, used_bytes=3 * GIB)
+    assert own == GpuProcess(pid=os.getpid(), name=psutil.Process().name(), used_bytes=GIB)
+    assert gone == GpuProcess(pid=2**31 - 2, name=None, used_bytes=3 * GIB)
     assert free_bytes(CARD) == 20 * GIB
     assert nvml.open == 0
 
@@ -90,7 +90,7 @@ def test_a_list_that_a_card_does_not_give_is_empty(nvml: Card) -> None:
     """A MIG slice has no graphics processes to ask for, and a container may not ask."""
     nvml.compute = pynvml.NVML_ERROR_NO_PERMISSION
     nvml.graphics = pynvml.NVML_ERROR_NOT_SUPPORTED
-    assert card_use(CARD) == CardUse(total_bytes=24 * GIB, free_bytes=20 * GIB, processes=())
+    assert gpu_use(CARD) == GpuUse(total_bytes=24 * GIB, free_bytes=20 * GIB, processes=())
 
 
 @pytest.mark.parametrize("error", [pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_UNKNOWN])
@@ -101,16 +101,16 @@ def test_a_driver_that_does_not_answer_is_an_error_and_not_an_empty_card(
     nvml.compute = error
     for card in (CARD, "GPU-2"):
         with pytest.raises(EnvironmentNotReadyError) as caught:
-            card_use(card)
+            gpu_use(card)
         assert caught.value.next_command == "nvidia-smi"
     assert nvml.open == 0
 
 
 def test_what_holds_a_card_is_told_in_words() -> None:
     """With names and amounts as far as they are known."""
-    python = CardProcess(pid=4711, name="python", used_bytes=int(5.1 * GIB))
-    unknown = CardProcess(pid=12, name=None, used_bytes=None)
-    use = CardUse(total_bytes=24 * GIB, free_bytes=18 * GIB, processes=(python, unknown))
+    python = GpuProcess(pid=4711, name="python", used_bytes=int(5.1 * GIB))
+    unknown = GpuProcess(pid=12, name=None, used_bytes=None)
+    use = GpuUse(total_bytes=24 * GIB, free_bytes=18 * GIB, processes=(python, unknown))
     assert use.describe() == (
         "python (pid 4711) holds 5.1 GB, a process (pid 12) holds memory of the card"
     )
@@ -129,6 +129,6 @@ def test_looking_at_cards_loads_no_torch() -> None:
 def test_a_real_card_tells_what_it_has_free() -> None:
     """The same totals as when devices are listed."""
     [gpu, *_] = visible_gpus({})
-    use = card_use(gpu.uuid)
+    use = gpu_use(gpu.uuid)
     assert use.total_bytes == gpu.total_bytes
     assert 0 < use.free_bytes <= use.total_bytes

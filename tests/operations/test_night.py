@@ -21,10 +21,10 @@ from qwen3ft.operations.night import (
     REQUEST_TAG,
     SETTINGS_TAG,
     SETTINGS_THAT_DO_NOT_DECIDE,
-    Request,
-    answers,
+    NightRequest,
     claim_night,
     describe_request,
+    is_answered_by,
     kept_before,
     nights_folder,
     request_tags,
@@ -32,8 +32,8 @@ from qwen3ft.operations.night import (
     write_request,
 )
 
-REQUEST = Request(sha256="a" * 64, settings_sha256="c" * 64, files=1)
-OTHER = Request(sha256="b" * 64, settings_sha256="d" * 64, files=1)
+REQUEST = NightRequest(sha256="a" * 64, settings_sha256="c" * 64, files=1)
+OTHER = NightRequest(sha256="b" * 64, settings_sha256="d" * 64, files=1)
 DATE = "2026-11-26"
 
 
@@ -107,14 +107,14 @@ def test_a_version_answers_the_request_it_was_tagged_with(tmp_path: Path) -> Non
     """The tag goes through the run's folder; a run without a request gives no tag."""
     run = RunDir(tmp_path)
     assert request_tags(run) == {}
-    assert not answers({}, REQUEST)
+    assert not is_answered_by({}, REQUEST)
     write_request(run, REQUEST)
     assert request_tags(run) == {REQUEST_TAG: "a" * 64, SETTINGS_TAG: "c" * 64}
-    assert answers(request_tags(run), REQUEST)
+    assert is_answered_by(request_tags(run), REQUEST)
     assert same_settings(request_tags(run), REQUEST)
     assert not same_settings(request_tags(run), OTHER)
     assert same_settings({}, OTHER)  # of a version that is older than the tag nothing is known
-    assert not answers(request_tags(run), OTHER)
+    assert not is_answered_by(request_tags(run), OTHER)
 
 
 # --- whose night it is ---

@@ -13,14 +13,20 @@ import pytest
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import RequestError
 from qwen3ft.jobs.folders import RunDir
-from qwen3ft.locks import held
-from qwen3ft.operations.retention import DAY_SECONDS, Policy, Removal, plan_removals, remove
+from qwen3ft.locks import try_lock
+from qwen3ft.operations.retention import (
+    DAY_SECONDS,
+    Removal,
+    RetentionPolicy,
+    plan_removals,
+    remove,
+)
 from qwen3ft.operations.run_state import find_runs
 from qwen3ft.registry.versions import ProtectedVersion, find_protected
 from qwen3ft.tracking.journal import Journal
 
 OLD_DAYS = 60.0
-POLICY = Policy(keep_runs=0)
+POLICY = RetentionPolicy(keep_runs=0)
 
 
 class Project:
@@ -66,11 +72,11 @@ class Project:
         _aged(run.path, days)
         return run
 
-    def plan(self, *protected: ProtectedVersion, policy: Policy = POLICY) -> list[Removal]:
+    def plan(self, *protected: ProtectedVersion, policy: RetentionPolicy = POLICY) -> list[Removal]:
         """What would be removed."""
         return plan_removals(self.config, protected, policy)
 
-    def names(self, *protected: ProtectedVersion, policy: Policy = POLICY) -> set[str]:
+    def names(self, *protected: ProtectedVersion, policy: RetentionPolicy = POLICY) -> set[str]:
         """The last parts of what would be removed."""
         return {Path(removal.path).name for removal in self.plan(*protected, policy=policy)}
 
@@ -103,7 +109,7 @@ def test_old_runs_go_and_young_ones_stay(project: Project) -> None:
     project.run("older", days=90)
     project.run("young", days=3, card=None, checkpoints=False)
     assert project.names() == {"old", "older"}
-    assert project.names(policy=Policy(keep_runs=2)) == {"older", "checkpoints"}
+    assert project.names(policy=RetentionPolicy(keep_runs=2)) == {"older", "checkpoints"}
     assert len(find_runs(project.root / "runs")) == 3
 
 
@@ -128,7 +134,10 @@ def test_a_run_that_can_be_continued_stays_until_it_is_abandoned(project: Projec
     _aged(project.root / "runs" / "trained", OLD_DAYS)
     project.run("empty", card=None, checkpoints=False)
     assert project.names() == {"empty"}
-    assert project.names(policy=Policy(keep_runs=0, abandon=("failed",))) == {"empty", "failed"}
+    assert project.names(policy=RetentionPolicy(keep_runs=0, abandon=("failed",))) == {
+        "empty",
+        "failed",
+    }
 
 
 @pytest.mark.parametrize("wanted", ["done", "unknown"])
@@ -136,7 +145,7 @@ def test_only_a_run_that_could_be_continued_can_be_abandoned(project: Project, w
     """A typing error is told, and nothing goes."""
     project.run("done", days=1)
     with pytest.raises(RequestError, match=f"Run {wanted} cannot be abandoned"):
-        project.plan(policy=Policy(abandon=(wanted,)))
+        project.plan(policy=RetentionPolicy(abandon=(wanted,)))
 
 
 def test_a_run_that_mlflow_lacks_stays(project: Project) -> None:
@@ -153,7 +162,7 @@ def test_a_running_run_stays_and_so_does_all_that_runs_share(project: Project) -
     running = project.run("running", card=None, checkpoints=False)
     project.run("old")
     assert project.names() == {"unused", "old", "running"}
-    with held(running.lock) as mine:
+    with try_lock(running.lock) as mine:
         assert mine
         assert project.names() == {"old"}
 
@@ -163,7 +172,7 @@ def test_a_run_that_begins_after_the_plan_was_made_is_not_removed(project: Proje
     run = project.run("continued", card=None, checkpoints=False)
     plan = project.plan()
     assert len(plan) == 1
-    with held(run.lock):
+    with try_lock(run.lock):
         assert remove(plan) == []
     assert run.log.exists()
     assert remove(plan) == plan

@@ -13,7 +13,7 @@ from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import ConfigError
 from qwen3ft.model.adapter import plan_adapter
 from qwen3ft.model.shapes import find_shape
-from qwen3ft.planning.gpu_specs import CARDS, Card, find_card, require_card
+from qwen3ft.planning.gpu_specs import GPU_SPECS, GpuSpec, find_gpu_spec, require_gpu_spec
 from qwen3ft.planning.speed import SpeedEstimate, attention_share, estimate_speed
 from qwen3ft.planning.workload import Workload
 
@@ -53,7 +53,9 @@ def workload(shape: str = "4b", **values: Any) -> Workload:
     return Workload(**{**defaults, **values})
 
 
-def estimate(card: Card, shape: str, work: Workload, tokens: float = 108) -> SpeedEstimate | None:
+def estimate(
+    card: GpuSpec, shape: str, work: Workload, tokens: float = 108
+) -> SpeedEstimate | None:
     _, numbers = find_shape(shape)
     adapter = plan_adapter(TrainingConfig(), numbers)
     return estimate_speed(
@@ -69,7 +71,7 @@ def test_estimates_lie_within_a_quarter_of_what_was_measured(
     levers = {name: row["levers"][name] for name in LEVERS if name in row["levers"]}
     _, shape = find_shape(case["shape"])
     found = estimate_speed(
-        require_card(gpu),
+        require_gpu_spec(gpu),
         shape,
         plan_adapter(TrainingConfig(), shape),
         workload(**levers, sequence_tokens=case["sequence_tokens"]),
@@ -79,7 +81,7 @@ def test_estimates_lie_within_a_quarter_of_what_was_measured(
         / case["sequences_per_step"],
     )
     assert found is not None
-    assert found.measured_card
+    assert found.measured_gpu
     assert found.tokens_per_second == pytest.approx(row["tokens_per_second"], rel=0.25)
 
 
@@ -94,11 +96,13 @@ def test_a_faster_card_a_smaller_model_and_less_computed_again_are_faster() -> N
     """The estimate follows what it is made of."""
     everything = workload()
     again = workload(gradient_checkpointing=True, activation_bytes=0)
-    by_card = [estimate(require_card(name), "4b", everything) for name in ("l4", "4090", "h200")]
+    by_card = [
+        estimate(require_gpu_spec(name), "4b", everything) for name in ("l4", "4090", "h200")
+    ]
     speeds = [found.tokens_per_second for found in by_card if found is not None]
     assert speeds == sorted(speeds)
     assert len(speeds) == 3
-    h200 = require_card("h200")
+    h200 = require_gpu_spec("h200")
     by_shape = [estimate(h200, name, everything) for name in ("32b", "14b", "8b", "4b")]
     speeds = [found.tokens_per_second for found in by_shape if found is not None]
     assert speeds == sorted(speeds)
@@ -110,7 +114,7 @@ def test_a_faster_card_a_smaller_model_and_less_computed_again_are_faster() -> N
 
 def test_what_was_never_measured_says_so() -> None:
     """Each estimate is called one; of cards that were not trained on it is computed."""
-    for card in CARDS:
+    for card in GPU_SPECS:
         found = estimate(card, "4b", workload())
         assert found is not None
         assert "estimate" in found.basis
@@ -119,8 +123,8 @@ def test_what_was_never_measured_says_so() -> None:
 
 def test_no_estimate_is_made_of_what_the_formula_is_not_about() -> None:
     """The plain path and CPUs."""
-    assert estimate(CARDS[0], "4b", workload(kernels="plain")) is None
-    assert estimate(CARDS[0], "4b", workload(device="cpu")) is None
+    assert estimate(GPU_SPECS[0], "4b", workload(kernels="plain")) is None
+    assert estimate(GPU_SPECS[0], "4b", workload(device="cpu")) is None
 
 
 def test_attention_reaches_a_share_of_the_peak_at_any_length() -> None:
@@ -148,18 +152,18 @@ def test_attention_reaches_a_share_of_the_peak_at_any_length() -> None:
 )
 def test_cards_are_found_by_what_people_and_drivers_call_them(said: str, card: str) -> None:
     """Whatever the case, the maker's name and the form."""
-    assert require_card(said).name == card
+    assert require_gpu_spec(said).name == card
 
 
 def test_every_card_is_found_by_its_own_name_and_no_two_are_one() -> None:
     """Also as commands write it, in small letters with dashes."""
-    for card in CARDS:
-        assert find_card(card.name) is card
-        assert find_card(card.name.lower().replace(" ", "-")) is card
+    for card in GPU_SPECS:
+        assert find_gpu_spec(card.name) is card
+        assert find_gpu_spec(card.name.lower().replace(" ", "-")) is card
 
 
 def test_an_unknown_card_is_refused_with_those_known() -> None:
     """And a command that works."""
     with pytest.raises(ConfigError, match="Voodoo") as caught:
-        require_card("Voodoo 2")
+        require_gpu_spec("Voodoo 2")
     assert "RTX 4090" in caught.value.why

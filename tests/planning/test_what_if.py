@@ -25,7 +25,7 @@ from qwen3ft.model.adapter import plan_adapter
 from qwen3ft.model.hub import check_model_folder
 from qwen3ft.model.shapes import KNOWN_MODELS, find_shape, known_shape, read_shape
 from qwen3ft.planning.fit import choose, fit_or_none
-from qwen3ft.planning.gpu_specs import require_card
+from qwen3ft.planning.gpu_specs import require_gpu_spec
 from qwen3ft.planning.plan import build_plan, workload_of
 from qwen3ft.planning.table import PlanTable, run_table, shape_table
 from qwen3ft.planning.what_if import (
@@ -41,12 +41,12 @@ from qwen3ft.report.plan_section import plan_figure, plan_markdown
 from qwen3ft.units import GIB
 
 ROOT = Path(__file__).parents[2]
-H200 = require_card("h200")
+H200 = require_gpu_spec("h200")
 SHORT = (256, 2048)
 
 
 def table_for(gpu: str = "h200", **wanted: Any) -> PlanTable:
-    card = require_card(gpu)
+    card = require_gpu_spec(gpu)
     request = shape_request(TrainingConfig(**wanted), described_machine(card))
     return shape_table(request, choose(request), card, TYPICAL_FILL)
 
@@ -261,7 +261,7 @@ def test_the_smaller_model_is_the_largest_that_fits() -> None:
 def test_more_memory_is_the_first_advice_only_where_the_card_has_it() -> None:
     """On a card of 12 GB nobody can have 20."""
     config = TrainingConfig(model_name="14b", max_memory_gb=12.0, max_sequence_length=32768)
-    machines = {name: described_machine(require_card(name)) for name in ("rtx 3060", "h200")}
+    machines = {name: described_machine(require_gpu_spec(name)) for name in ("rtx 3060", "h200")}
     nexts = {}
     for name, machine in machines.items():
         with pytest.raises(InsufficientMemoryError) as caught:
@@ -313,7 +313,7 @@ def test_the_longest_rows_fit_and_longer_ones_do_not(sweep: Sweep, budget_gb: in
 def test_a_whole_sweep_takes_seconds_and_knows_budgets_beyond_the_card() -> None:
     """Two seconds on an idle core; budgets that the card lacks are left out."""
     started = time.process_time()
-    card = require_card("rtx 4090")
+    card = require_gpu_spec("rtx 4090")
     config = TrainingConfig(model_name="8b")
     found = sweep_model(config, described_machine(card), card, TYPICAL_FILL)
     assert time.process_time() - started < 6

@@ -15,25 +15,25 @@ from test_plan import environment, plan_for
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import EnvironmentNotReadyError
-from qwen3ft.records.machine import CardProcess, CardUse
+from qwen3ft.records.machine import GpuProcess, GpuUse
 from qwen3ft.records.plan import TrainPlan
-from qwen3ft.recovery.shared_gpu import MARGIN_BYTES, fit_to_card, fit_within
+from qwen3ft.recovery.shared_gpu import MARGIN_BYTES, fit_to_free_memory, fit_within
 from qwen3ft.units import GIB
 
 CONFIG = TrainingConfig(max_memory_gb=13.0)
 MACHINE = environment(24.0)
-OTHER = CardProcess(pid=4711, name="python", used_bytes=int(13.1 * GIB))
+OTHER = GpuProcess(pid=4711, name="python", used_bytes=int(13.1 * GIB))
 
 
-def use(free_gb: float) -> CardUse:
-    return CardUse(total_bytes=24 * GIB, free_bytes=int(free_gb * GIB), processes=(OTHER,))
+def use(free_gb: float) -> GpuUse:
+    return GpuUse(total_bytes=24 * GIB, free_bytes=int(free_gb * GIB), processes=(OTHER,))
 
 
-def probe(*free_gb: float) -> Callable[[str], CardUse]:
+def probe(*free_gb: float) -> Callable[[str], GpuUse]:
     """Readings one after the other, the last for good."""
     readings = list(free_gb)
 
-    def read(uuid: str) -> CardUse:
+    def read(uuid: str) -> GpuUse:
         assert uuid == "GPU-0"
         return use(readings.pop(0) if len(readings) > 1 else readings[0])
 
@@ -42,7 +42,7 @@ def probe(*free_gb: float) -> Callable[[str], CardUse]:
 
 def fit(plan: TrainPlan, *free_gb: float, **wanted: Any) -> TrainPlan:
     config = CONFIG.model_copy(update=wanted)
-    return fit_to_card(config, MACHINE, plan, probe=probe(*free_gb), settle_seconds=0)
+    return fit_to_free_memory(config, MACHINE, plan, probe=probe(*free_gb), settle_seconds=0)
 
 
 def test_a_plan_whose_budget_is_free_stays_as_it_is() -> None:
@@ -105,10 +105,10 @@ def test_a_plan_never_takes_more_than_is_free(free_gb: float, budget_gb: float) 
 def test_where_nothing_fits_a_run_refuses_and_names_the_process() -> None:
     """With what is free, what is needed, and the command that would wait."""
     with pytest.raises(EnvironmentNotReadyError) as caught:
-        fit(plan_for(), 1.0, when_card_is_busy="refuse")
+        fit(plan_for(), 1.0, when_gpu_is_busy="refuse")
     assert "1.00 of 24.00 GB are free" in caught.value.what
     assert "python (pid 4711) holds 13.1 GB" in caught.value.what
-    assert caught.value.next_command == "qwen3ft run --set when_card_is_busy=wait"
+    assert caught.value.next_command == "qwen3ft run --set when_gpu_is_busy=wait"
     assert caught.value.facts["processes"][0]["pid"] == 4711
     json.dumps(caught.value.to_dict())
 
@@ -129,7 +129,7 @@ def test_a_wait_for_memory_ends_at_its_limit() -> None:
     """The process that has it can be looked at with the command given."""
     started = time.monotonic()
     with pytest.raises(EnvironmentNotReadyError) as caught:
-        fit(plan_for(), 1.0, wait_for_card_seconds=0.5)
+        fit(plan_for(), 1.0, wait_for_gpu_seconds=0.5)
     assert time.monotonic() - started < 5
     assert caught.value.next_command == "ps -fp 4711"
 
@@ -137,7 +137,9 @@ def test_a_wait_for_memory_ends_at_its_limit() -> None:
 def test_memory_that_comes_back_late_is_not_taken_for_another_program() -> None:
     """The attempt before was just killed: within the time to settle its memory is free again."""
     plan = plan_for()
-    assert fit_to_card(CONFIG, MACHINE, plan, probe=probe(5.0, 20.0), settle_seconds=3) is plan
+    assert (
+        fit_to_free_memory(CONFIG, MACHINE, plan, probe=probe(5.0, 20.0), settle_seconds=3) is plan
+    )
 
 
 # --- less than was asked for ---
@@ -162,7 +164,7 @@ def test_where_the_machine_is_less_than_asked_for_the_log_and_the_plan_say_so(
     wanted: dict[str, Any], gpu_gb: float | None, words: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """A budget above the card is lowered; a real model, or fused kernels, without a GPU."""
-    from flows.around import warn_of_limits
+    from flows.run_context import warn_of_limits
 
     plan = plan_for(gpu_gb=gpu_gb, **wanted)
     with caplog.at_level(logging.WARNING, "qwen3ft.flow"):
@@ -178,4 +180,4 @@ def test_on_a_cpu_nobody_is_asked() -> None:
     """The plan itself, without a card to look at."""
     plan = plan_for(gpu_gb=None)
     machine = environment(None)
-    assert fit_to_card(CONFIG, machine, plan, probe=probe(0.0), settle_seconds=0) is plan
+    assert fit_to_free_memory(CONFIG, machine, plan, probe=probe(0.0), settle_seconds=0) is plan

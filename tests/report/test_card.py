@@ -15,7 +15,7 @@ from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import InsufficientMemoryError
 from qwen3ft.records.evaluation import SideBySide
 from qwen3ft.records.run_card import RunCard
-from qwen3ft.report.build import RunFacts, beside, build_card
+from qwen3ft.report.build import RunFacts, build_card, side_by_side_view
 from qwen3ft.report.html import TEMPLATE, to_html
 from qwen3ft.report.markdown import to_description, to_markdown
 
@@ -285,13 +285,13 @@ def test_answers_that_never_came_are_said_and_thinking_is_left_out() -> None:
         champion="",
         candidate="<think>hm</think>paris",
     )
-    told = [(answer.model, answer.text, answer.right) for answer in beside(pair).answers]
+    told = [(answer.model, answer.text, answer.right) for answer in side_by_side_view(pair).answers]
     assert told == [
         ("base", "(no answer: its thinking did not end)", False),
         ("champion", "(no answer)", False),
         ("candidate", "paris", True),
     ]
-    alone = beside(pair.model_copy(update={"champion": None}))
+    alone = side_by_side_view(pair.model_copy(update={"champion": None}))
     assert [answer.model for answer in alone.answers] == ["base", "candidate"]
 
 

@@ -22,11 +22,11 @@ from qwen3ft.errors import ModelNotFoundError, SaveError
 from qwen3ft.evaluation.inference import InferenceTester
 from qwen3ft.files import read_json_lines, write_json_atomic
 from qwen3ft.jobs.folders import JobDir
-from qwen3ft.records.requests import AskRequest, Piece
+from qwen3ft.records.requests import AskRequest, Chunk
 from qwen3ft.registry.lookup import find_adapter
 from qwen3ft.registry.registry import Registry
-from qwen3ft.serving.answering import Speaker
-from qwen3ft.serving.session import Session
+from qwen3ft.serving.answering import Responder
+from qwen3ft.serving.session import ChatSession
 
 ROOT = Path(__file__).parents[2]
 
@@ -92,8 +92,8 @@ def request_for(trained: Trained, **changes: Any) -> AskRequest:
     return AskRequest.model_validate({**values, "thinking": False, **changes})
 
 
-def pieces(job: JobDir) -> list[Piece]:
-    return [Piece.model_validate(line) for line in read_json_lines(job.pieces)[0]]
+def pieces(job: JobDir) -> list[Chunk]:
+    return [Chunk.model_validate(line) for line in read_json_lines(job.pieces)[0]]
 
 
 def test_the_pieces_are_the_answer_that_the_inference_test_gives(
@@ -101,7 +101,7 @@ def test_the_pieces_are_the_answer_that_the_inference_test_gives(
 ) -> None:
     """In more than one piece, in Chinese too, with the end told last."""
     tester = InferenceTester(trained.config)
-    speaker = Speaker(*loaded, request_for(trained), job, lambda _: None)
+    speaker = Responder(*loaded, request_for(trained), job, lambda _: None)
     most_pieces = 0
     for row in trained.rows:
         job.pieces.unlink(missing_ok=True)
@@ -119,7 +119,7 @@ def test_an_answer_that_nobody_wants_any_more_stops(
 ) -> None:
     """One token after the wish, not at the end of the answer."""
     job.stop.touch()
-    speaker = Speaker(*loaded, request_for(trained), job, lambda _: None)
+    speaker = Responder(*loaded, request_for(trained), job, lambda _: None)
     speaker.answer(({"role": "user", "content": trained.rows[0]["question"]},))
     [end] = [piece for piece in pieces(job) if piece.kind == "end"]
     assert (end.tokens, end.stopped) == (1, False)
@@ -129,7 +129,7 @@ def test_a_session_answers_and_leaves_nothing_behind(trained: Trained, tmp_path:
     """One worker for all questions; afterwards it is gone, and what was asked with it."""
     config = trained.config.model_copy(update={"cache_dir": str(tmp_path)})
     rows = trained.rows[:2]
-    with Session(request_for(trained, config=config)) as session:
+    with ChatSession(request_for(trained, config=config)) as session:
         session.wait_until_ready()
         children = psutil.Process().children()
         [worker] = [child for child in children if child.cmdline()[-2:-1] == ["answer"]]
@@ -148,7 +148,7 @@ def test_what_ends_the_worker_is_told_to_whoever_waits(trained: Trained, tmp_pat
     (adapter / "run_card.json").write_text("{}")
     config = trained.config.model_copy(update={"cache_dir": str(tmp_path)})
     request = request_for(trained, config=config, adapter=str(adapter))
-    with Session(request) as session, pytest.raises(SaveError, match="is damaged"):
+    with ChatSession(request) as session, pytest.raises(SaveError, match="is damaged"):
         session.wait_until_ready()
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from qwen3ft.training.late_metrics import LateNumbers, StepNumbers
+from qwen3ft.training.late_metrics import DelayedMetrics, StepNumbers
 
 
-def put(numbers: LateNumbers, step: int, device: str = "cpu") -> StepNumbers:
+def put(numbers: DelayedMetrics, step: int, device: str = "cpu") -> StepNumbers:
     """Put in, and return, what is easy to tell apart."""
     loss = torch.tensor(step + 0.5, device=device, requires_grad=True)
     numbers.put(step, step / 10, step / 100, loss, torch.tensor(step + 0.25, device=device))
@@ -20,7 +20,7 @@ def put(numbers: LateNumbers, step: int, device: str = "cpu") -> StepNumbers:
 @pytest.mark.parametrize("lag", [0, 1, 3])
 def test_all_but_the_newest_are_taken_in_order(lag: int) -> None:
     """Each once; the newest `lag` stay on their way until there are newer ones."""
-    numbers, taken, wanted = LateNumbers(lag), [], []
+    numbers, taken, wanted = DelayedMetrics(lag), [], []
     assert numbers.take() == []
     for step in range(1, 8):
         wanted.append(put(numbers, step))
@@ -34,7 +34,7 @@ def test_all_but_the_newest_are_taken_in_order(lag: int) -> None:
 
 def test_everything_takes_what_has_piled_up() -> None:
     """And the lag holds again afterwards."""
-    numbers = LateNumbers(1)
+    numbers = DelayedMetrics(1)
     wanted = [put(numbers, step) for step in (1, 2, 3)]
     assert numbers.take(everything=True) == wanted
     fourth = put(numbers, 4)
@@ -45,7 +45,7 @@ def test_everything_takes_what_has_piled_up() -> None:
 
 def test_numbers_are_those_of_their_own_step() -> None:
     """Though the trainer zeroes its sum in place, and the norm may be of another type."""
-    numbers = LateNumbers(1)
+    numbers = DelayedMetrics(1)
     loss, norm = torch.tensor(2.5), torch.tensor(1.5, dtype=torch.bfloat16)
     numbers.put(1, 0.1, 1e-3, loss, norm)
     loss.zero_()
@@ -60,7 +60,7 @@ def test_on_a_gpu_numbers_arrive_without_being_waited_for() -> None:
     """`put` returns while the device is still busy; what is taken is right all the same."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    numbers = LateNumbers(1)
+    numbers = DelayedMetrics(1)
     put(numbers, 1, "cuda")
     numbers.take(everything=True)  # CUDA is set up by now
     loss, norm = torch.tensor([2.5, 2.25], device="cuda").unbind()  # made before it is busy

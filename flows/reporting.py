@@ -107,8 +107,8 @@ class Story:
             }
             for before, attempt in zip((None, *attempts), attempts, strict=False)
         ]
-        told = "Every training attempt: what changed before it and why, and what ended it"
-        artifacts.show_table(artifacts.ATTEMPTS, rows, told)
+        reported = "Every training attempt: what changed before it and why, and what ended it"
+        artifacts.show_table(artifacts.ATTEMPTS, rows, reported)
 
     def publish(self) -> RunCard:
         """The card of what is known now: on disk, on the run's page, in MLflow; links both ways."""
@@ -141,7 +141,7 @@ class Story:
 
 
 @contextmanager
-def told(run: RunDir, config: TrainingConfig) -> Iterator[Story]:
+def reported(run: RunDir, config: TrainingConfig) -> Iterator[Story]:
     """The run's story, which ends with a card if the run fails too."""
     story = Story(run, config)
     try:

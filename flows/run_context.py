@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import select
+import stat
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from prefect.client.schemas.objects import State
@@ -15,14 +19,14 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 
 from flows.notify import Event, Notice
-from flows.story import Story, page
+from flows.reporting import Story, page
 from qwen3ft import logs
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import EnvironmentNotReadyError, FinetuneError, TransientError
 from qwen3ft.jobs.folders import RunDir, write_record
-from qwen3ft.locks import held
-from qwen3ft.machine.gpu_lock import CPU, hold_card
-from qwen3ft.operations.night import Night, Request, read_request, same_settings, write_request
+from qwen3ft.locks import try_lock
+from qwen3ft.machine.gpu_lock import CPU, hold_gpu
+from qwen3ft.operations.night import Night, NightRequest, read_request, same_settings, write_request
 from qwen3ft.records.data import DataChange
 from qwen3ft.records.evaluation import Champion
 from qwen3ft.records.machine import EnvironmentReport
@@ -52,7 +56,7 @@ def run_name() -> str:
 
 
 @contextmanager
-def open_run(config: TrainingConfig, run_id: str, request: Request | None) -> Iterator[RunDir]:
+def open_run(config: TrainingConfig, run_id: str, request: NightRequest | None) -> Iterator[RunDir]:
     """The run's folder, ready for logs, for this process alone; readable by its owner alone.
 
     Nothing in it changes before it is had. `qwen3ft clean` leaves such a run alone.
@@ -62,7 +66,7 @@ def open_run(config: TrainingConfig, run_id: str, request: Request | None) -> It
     """
     run = RunDir(Path(config.runs_dir).resolve() / run_id)
     run.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with held(run.lock, LOOK_SECONDS) as mine:
+    with try_lock(run.lock, LOOK_SECONDS) as mine:
         if not mine:
             raise EnvironmentNotReadyError(
                 f"Run {run.path.name} is in progress in another process.",
@@ -78,7 +82,7 @@ def open_run(config: TrainingConfig, run_id: str, request: Request | None) -> It
 
 
 @contextmanager
-def tracked(run: RunDir, config: TrainingConfig) -> Iterator[None]:
+def mirror_to_mlflow(run: RunDir, config: TrainingConfig) -> Iterator[None]:
     """Keep the journal of this run and mirror it into MLflow meanwhile."""
     uri = default_tracking_uri()
     journal = Journal(run)
@@ -105,21 +109,21 @@ def tracked(run: RunDir, config: TrainingConfig) -> Iterator[None]:
             logger.warning("MLflow does not have all of this run yet; later: qwen3ft sync")
 
 
-def card_held(
+def gpu_lock_for(
     config: TrainingConfig, environment: EnvironmentReport, run: RunDir
 ) -> AbstractContextManager[None]:
     """The card for this run alone; on a CPU runs share the machine unless `lock_cpu` is set."""
     if not environment.gpus and not config.lock_cpu:
         return nullcontext()
-    return hold_card(
+    return hold_gpu(
         environment.gpus[0].uuid if environment.gpus else CPU,
         run.path.name,
-        when_busy=config.when_card_is_busy,
-        wait_seconds=config.wait_for_card_seconds,
+        when_busy=config.when_gpu_is_busy,
+        wait_seconds=config.wait_for_gpu_seconds,
     )
 
 
-def unless_unreachable(task: Any, otherwise: Any, *arguments: Any) -> Any:
+def or_if_unreachable(task: Any, otherwise: Any, *arguments: Any) -> Any:
     """The task's result, or `otherwise` when the service it needs stayed out of reach."""
     state = task(*arguments, return_state=True)
     result = state.result(raise_on_failure=False)
@@ -174,3 +178,28 @@ def notice_of(config: TrainingConfig, run: RunDir, decision: Event, card: RunCar
         prefect_url=page(),
         mlflow_url=run_url(default_tracking_uri(), read_state(run)),
     )
+
+
+@cache
+def survive_closed_pipes() -> None:
+    """Have output go nowhere from the moment that its pipe has no reader; once per process."""
+    pipes = set()
+    for descriptor in (1, 2):
+        with suppress(OSError):  # closed
+            if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+                pipes.add(descriptor)
+    if pipes:
+        Thread(target=_watch, args=(pipes,), name="output", daemon=True).start()
+
+
+def _watch(pipes: set[int]) -> None:
+    poll = select.poll()
+    for descriptor in pipes:
+        poll.register(descriptor, 0)  # an error is told unasked, and nothing else is waited for
+    while pipes:
+        for descriptor, _ in poll.poll():
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
+            poll.unregister(descriptor)
+            pipes.remove(descriptor)

@@ -10,7 +10,7 @@ PROGRAM = """
 import sys, time
 from pathlib import Path
 from rich.console import Console
-from flows.output import outlive_reader
+from flows.run_context import outlive_reader
 outlive_reader()
 print("ready", flush=True)
 sys.stdin.readline()

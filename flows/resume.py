@@ -27,7 +27,7 @@ MOST_RESUMES = 1
 """How often a crashed run is taken up without a person; see `deployments.automations`."""
 
 
-def check_resumes(continue_run: str | None, resumed: int) -> None:
+def refuse_second_resume(continue_run: str | None, resumed: int) -> None:
     """Refuse to take up a crashed run again and again.
 
     Raises:
@@ -41,7 +41,7 @@ def check_resumes(continue_run: str | None, resumed: int) -> None:
         )
 
 
-def drop_twins(continue_run: str | None, resumed: int) -> None:
+def cancel_duplicate_resumes(continue_run: str | None, resumed: int) -> None:
     """End the other runs that are to take up the same crash, before they start a process.
 
     A server whose SQLite database is locked evaluates a crash again, up to four times, and asks for
@@ -51,14 +51,16 @@ def drop_twins(continue_run: str | None, resumed: int) -> None:
         return
     try:
         with get_client(sync_client=True) as client:
-            for twin in _twins(client, continue_run, resumed):
+            for twin in _duplicate_resumes(client, continue_run, resumed):
                 told: State[Any] = Completed(name=ALREADY_DONE, message=f"see run {flow_run.id}")
                 client.set_flow_run_state(twin.id, told, force=True)
     except (httpx.HTTPError, PrefectException, OSError) as error:
         logger.warning("other runs that take up %s are not looked for: %s", continue_run, error)
 
 
-def _twins(client: SyncPrefectClient, continue_run: str | None, resumed: int) -> list[FlowRun]:
+def _duplicate_resumes(
+    client: SyncPrefectClient, continue_run: str | None, resumed: int
+) -> list[FlowRun]:
     """Runs of this deployment that wait, with the same crash to take up."""
     waiting = FlowRunFilterStateType(any_=[StateType.SCHEDULED])
     wanted = FlowRunFilter(
