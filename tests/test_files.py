@@ -128,7 +128,7 @@ def test_a_process_killed_while_committing_leaves_the_last_checkpoint(tmp_path: 
         "        return real(*a, **k)\n"
         "    return call\n"
         "os.fsync, os.rename, os.replace = map(counted, (os.fsync, os.rename, os.replace))\n"
-        "from qwen3ft import checkpoint\n"
+        "from qwen3ft.training import checkpoint\n"
         "def fill(folder): (folder / 'w').write_bytes(b'2' * 100)\n"
         "checkpoint.commit(Path(sys.argv[1]), 2, fill, {})\n"
     )

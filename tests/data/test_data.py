@@ -116,8 +116,8 @@ import sys, threading
 from pathlib import Path
 import datasets, psutil
 from qwen3ft.config import TrainingConfig
-from qwen3ft.data import DataPipeline
-from qwen3ft.records import ModelSnapshot
+from qwen3ft.data.pipeline import DataPipeline
+from qwen3ft.records.model import ModelSnapshot
 datasets.disable_progress_bars()
 def prepare(path):
     config = TrainingConfig(model_name="embedded", data_paths=(path,))

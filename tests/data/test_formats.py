@@ -417,7 +417,7 @@ def test_a_damaged_compressed_file_gives_its_rows_up_to_the_damage(
 BOMB = """
 import sys
 from pathlib import Path
-from qwen3ft.formats import read_raw
+from qwen3ft.data.readers.open import read_raw
 import pyarrow, pyarrow.parquet
 def peak():
     [line] = [x for x in Path("/proc/self/status").read_text().split("\\n") if "VmHWM" in x]

@@ -42,11 +42,11 @@ from pathlib import Path
 from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
 
-from flows.nightly import end_as_taken, is_nightly, tonight
-from flows.run_context import outlive_reader
-from flows.resume import check_resumes, drop_twins
+from flows.nightly import end_as_taken, is_nightly, claim_tonight
+from flows.run_context import survive_closed_pipes
+from flows.resume import refuse_second_resume, cancel_duplicate_resumes
 from qwen3ft.config import TrainingConfig
-from qwen3ft.night import Request
+from qwen3ft.operations.night import NightRequest
 
 
 @flow(name="qwen3-finetune")
@@ -56,11 +56,11 @@ def qwen3_finetune(
     nightly: bool = False,
     resumed: int = 0,
 ):
-    outlive_reader()
-    check_resumes(continue_run, resumed)
-    drop_twins(continue_run, resumed)
-    request = Request(sha256=Path("data").read_text(), settings_sha256="", files=1)
-    with tonight(config, request, is_nightly(asked=nightly), continue_run) as night:
+    survive_closed_pipes()
+    refuse_second_resume(continue_run, resumed)
+    cancel_duplicate_resumes(continue_run, resumed)
+    request = NightRequest(sha256=Path("data").read_text(), settings_sha256="", files=1)
+    with claim_tonight(config, request, is_nightly(asked=nightly), continue_run) as night:
         if night.taken is not None:
             return end_as_taken(night)
         with Path("trained.jsonl").open("a") as stream:

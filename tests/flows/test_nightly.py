@@ -105,15 +105,15 @@ import sys
 from pathlib import Path
 from flows.nightly import seen_before
 from qwen3ft.config import TrainingConfig
-from qwen3ft.night import Request, claim_night
-from qwen3ft.process_lock import held
-from qwen3ft.tracking import connect, load_client
+from qwen3ft.operations.night import NightRequest, claim_night
+from qwen3ft.locks import try_lock
+from qwen3ft.tracking.connection import connect, load_client
 uri, runs = sys.argv[1:]
 connect(uri)
 client = load_client()(uri)
 config = TrainingConfig(model_name="embedded", when_unchanged="skip", runs_dir=runs)
 def since(digest):
-    return seen_before(config, Request(sha256=digest, settings_sha256="", files=1))
+    return seen_before(config, NightRequest(sha256=digest, settings_sha256="", files=1))
 print(since("a"))
 client.create_registered_model("qwen3ft-embedded")
 tags = {"request_sha256": "a", "adapter_sha256": "d", "run": "r"}
@@ -121,13 +121,13 @@ client.create_model_version("qwen3ft-embedded", "runs:/r/adapter", tags=tags)
 client.set_registered_model_alias("qwen3ft-embedded", "champion", "1")
 print(since("a"))
 print(since("b"))
-other = Request(sha256="b", settings_sha256="", files=1)
+other = NightRequest(sha256="b", settings_sha256="", files=1)
 with claim_night(Path(runs), "2026-11-26", other, "r2") as night:
     night.settle("kept", "1")
 print(since("b"))
 lock = Path(runs) / "r" / "run.lock"
 lock.parent.mkdir()
-with held(lock):
+with try_lock(lock):
     print(since("a"))
 print("torch" in sys.modules)
 """

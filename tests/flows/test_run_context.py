@@ -10,8 +10,8 @@ PROGRAM = """
 import sys, time
 from pathlib import Path
 from rich.console import Console
-from flows.run_context import outlive_reader
-outlive_reader()
+from flows.run_context import survive_closed_pipes
+survive_closed_pipes()
 print("ready", flush=True)
 sys.stdin.readline()
 time.sleep(0.3)

@@ -29,7 +29,7 @@ CARD = "GPU-6a3b0f52-0000-1111-2222-333344445555"
 HOLD = """
     import subprocess, sys, time
     from pathlib import Path
-    from qwen3ft.gpu_lock import hold_gpu
+    from qwen3ft.machine.gpu_lock import hold_gpu
     card, folder, child = sys.argv[1:]
     with hold_gpu(card, "run-a", when_busy="refuse", wait_seconds=0, folder=Path(folder)):
         pid = subprocess.Popen(["sleep", "60"]).pid if child == "child" else 0
@@ -40,7 +40,7 @@ HOLD = """
 CONTEND = """
     import os, sys, time
     from pathlib import Path
-    from qwen3ft.gpu_lock import hold_gpu
+    from qwen3ft.machine.gpu_lock import hold_gpu
     folder, processes, times = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     counter, children = folder / "counter", []
     counter.write_text("0")

@@ -83,7 +83,7 @@ def test_clean_up_returns_memory_to_the_system() -> None:
         run_python(
             """
             import psutil
-            from qwen3ft.memory import MemoryOptimizer
+            from qwen3ft.machine.memory import MemoryOptimizer
             class Node: pass
             nodes = []
             for _ in range(1500):
@@ -106,7 +106,7 @@ def test_the_peak_is_remembered_after_the_memory_is_gone() -> None:
     ballast[:: 2**12] = b"x" * len(ballast[:: 2**12])
     numbers = run_python(
         """
-        from qwen3ft.memory import MemoryOptimizer
+        from qwen3ft.machine.memory import MemoryOptimizer
         memory = MemoryOptimizer(4.0, "cpu")
         memory.optimize_for_training()
         before = memory.peak()[2]
@@ -127,7 +127,7 @@ def test_watching_a_cpu_loads_no_torch() -> None:
     run_python(
         """
         import sys
-        from qwen3ft.memory import MemoryOptimizer
+        from qwen3ft.machine.memory import MemoryOptimizer
         memory = MemoryOptimizer(4.0, "cpu")
         memory.optimize_for_training(); memory.status(); memory.peak(); memory.enforce_budget()
         memory.cleanup_gpu_memory()
@@ -335,7 +335,7 @@ def test_on_a_gpu_the_budget_holds_for_the_whole_process() -> None:
     numbers = run_python(
         """
         import torch
-        from qwen3ft.memory import MemoryOptimizer
+        from qwen3ft.machine.memory import MemoryOptimizer
         memory = MemoryOptimizer(3.0, "cuda")
         memory.optimize_for_training()
         held = []
@@ -368,8 +368,8 @@ def test_on_a_gpu_memory_that_is_not_torchs_counts_and_ends_the_process() -> Non
         """
         import torch
         from qwen3ft.errors import OutOfMemoryError
-        from qwen3ft.memory import MemoryOptimizer
-        from qwen3ft.process_memory import told_by_nvml
+        from qwen3ft.machine.memory import MemoryOptimizer
+        from qwen3ft.machine.process_memory import told_by_nvml
         memory = MemoryOptimizer(3.0, "cuda")
         memory.optimize_for_training()
         if told_by_nvml() is None:

@@ -201,8 +201,8 @@ from pathlib import Path
 from qwen3ft.attempt import read_record
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import SaveError
-from qwen3ft.records import AttemptOutcome, TrainPlan
-from qwen3ft.save import save_adapter
+from qwen3ft.records.plan import TrainPlan; from qwen3ft.records.training import AttemptOutcome
+from qwen3ft.model.save_adapter import save_adapter
 
 work = Path(sys.argv[1])
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

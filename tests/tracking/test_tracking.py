@@ -526,8 +526,8 @@ def test_a_hanging_mlflow_neither_delays_the_flow_nor_its_exit(
 import time
 from pathlib import Path
 from qwen3ft.attempt import RunDir
-from qwen3ft.journal import Journal
-from qwen3ft.mirror import Mirror
+from qwen3ft.tracking.journal import Journal
+from qwen3ft.tracking.mirror import Mirror
 run_dir = RunDir(Path({str(run_dir.path)!r}))
 mirror = Mirror(run_dir, {hanging_server!r}).start()
 journal = Journal(run_dir)
@@ -609,7 +609,7 @@ def test_a_killed_process_loses_nothing_and_doubles_nothing(database: str, run_d
     script = f"""
 from pathlib import Path
 from qwen3ft.attempt import RunDir
-from qwen3ft.mirror import replay
+from qwen3ft.tracking.mirror import replay
 replay(RunDir(Path({str(run_dir.path)!r})), {database!r})
 """
     process = subprocess.Popen([sys.executable, "-c", script])

@@ -89,7 +89,7 @@ def test_a_worker_dies_with_its_parent(tmp_path: Path, make_plan: Any) -> None:
     program = (
         "import sys; from pathlib import Path; from qwen3ft.jobs.folders import JobDir;"
         "from qwen3ft.jobs.launcher import run_worker;"
-        "from qwen3ft.records.plan import AttemptOutcome;"
+        "from qwen3ft.records.training import AttemptOutcome;"
         "run_worker('train', JobDir(Path(sys.argv[1])), AttemptOutcome, stall_seconds=600)"
     )
     parent = subprocess.Popen([sys.executable, "-c", program, str(job.path)])
@@ -112,7 +112,7 @@ def test_ending_the_parent_orderly_ends_the_worker_within_ten_seconds(
     program = (
         "import signal, sys; from pathlib import Path; from qwen3ft.jobs.folders import JobDir;"
         "from qwen3ft.jobs.launcher import run_worker;"
-        "from qwen3ft.records.plan import AttemptOutcome;"
+        "from qwen3ft.records.training import AttemptOutcome;"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143));"
         "run_worker('train', JobDir(Path(sys.argv[1])), AttemptOutcome, stall_seconds=600)"
     )
