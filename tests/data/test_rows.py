@@ -524,7 +524,9 @@ def test_the_flows_side_of_the_data_stage_imports_no_heavy_library() -> None:
     """Finding out whether data changed costs neither torch nor transformers nor datasets."""
     code = (
         "import sys; from qwen3ft.config import TrainingConfig;"
-        "from qwen3ft.data.folder import read_manifest;from qwen3ft.data.pipeline import dataset_target;from qwen3ft.data.sources import fingerprint_sources;"
+        "from qwen3ft.data.folder import read_manifest;"
+        "from qwen3ft.data.pipeline import dataset_target;"
+        "from qwen3ft.data.sources import fingerprint_sources;"
         "fingerprint_sources(TrainingConfig(model_name='embedded'));"
         "print({'torch', 'transformers', 'datasets', 'prefect', 'mlflow'} & set(sys.modules))"
     )

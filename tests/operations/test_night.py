@@ -172,7 +172,7 @@ def test_a_night_whose_process_was_killed_is_taken_up(tmp_path: Path) -> None:
     """While it lives, a second start is told where it runs; after SIGKILL the lock is free."""
     program = (
         "import sys, time; from pathlib import Path; from qwen3ft.operations.night import *\n"
-        "request = Request(sha256='a' * 64, settings_sha256='c' * 64, files=1)\n"
+        "request = NightRequest(sha256='a' * 64, settings_sha256='c' * 64, files=1)\n"
         "with claim_night(Path(sys.argv[1]), sys.argv[2], request, 'one'):\n"
         "    print('mine', flush=True); time.sleep(60)"
     )
