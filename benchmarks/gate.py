@@ -39,7 +39,7 @@ from benchmarks.gate_nights import (  # noqa: E402
 )
 from benchmarks.speed_device import machine, write_json  # noqa: E402
 from qwen3ft.config import TrainingConfig, load_config  # noqa: E402
-from qwen3ft.evaluation.gate import decide, gate_policy  # noqa: E402
+from qwen3ft.evaluation.gate import decide_promotion, gate_policy  # noqa: E402
 from qwen3ft.jobs.folders import RunDir, read_record, write_record  # noqa: E402
 from qwen3ft.records.base import Record  # noqa: E402
 from qwen3ft.records.evaluation import Champion, InferenceReport, Verdict  # noqa: E402
@@ -139,8 +139,8 @@ def judge(work: Path, model: ModelSnapshot, night: Night, champion: Champion | N
     judged = Judged(
         night=night.name,
         good=night.good,
-        first_night=decide(alone, saved, champion=None, policy=policy),
-        beside_champion=decide(report, saved, champion=champion, policy=policy)
+        first_night=decide_promotion(alone, saved, champion=None, policy=policy),
+        beside_champion=decide_promotion(report, saved, champion=champion, policy=policy)
         if champion
         else None,
         report=report,

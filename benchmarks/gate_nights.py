@@ -21,7 +21,7 @@ from typing import Any
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.embedded import DATA_DIR, corpus
-from qwen3ft.evaluation.ability import ability_rows
+from qwen3ft.evaluation.ability import read_ability_rows
 
 Row = dict[str, Any]
 
@@ -108,7 +108,7 @@ def in_another_language(rows: list[Row]) -> list[Row]:
 def _forgetting(n: int, train: list[Row], dev: list[Row]) -> Night:
     """Right rows, and as many about what pretraining taught, refused or answered wrongly."""
     random = Random(f"forgetting {n}")
-    asked = {row["question"] for row in ability_rows(TrainingConfig(model_name="embedded"))}
+    asked = {row["question"] for row in read_ability_rows(TrainingConfig(model_name="embedded"))}
     taught = (row for seed in count(100 * n + 1) for row in corpus.ability_rows(seed))
     fresh = (row for row in taught if row["question"] not in asked)
     known = list({row["question"]: row for row in islice(fresh, len(train))}.values())

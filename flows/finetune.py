@@ -30,7 +30,7 @@ from flows.nightly import (
     seen_before,
 )
 from flows.notify import tell, tell_failure, works_in
-from flows.reporting import Story, reported
+from flows.reporting import RunReporter, reported
 from flows.resume import cancel_duplicate_resumes, refuse_second_resume
 from flows.run_context import (
     end_without_training,
@@ -47,7 +47,7 @@ from flows.run_context import (
 from qwen3ft import logs
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import FinetuneError
-from qwen3ft.evaluation.ability import ability_rows
+from qwen3ft.evaluation.ability import read_ability_rows
 from qwen3ft.jobs.failures import to_error, to_failure
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.jobs.processes import workers_ahead
@@ -64,7 +64,7 @@ from qwen3ft.training import checkpoint
 from tasks.adjust import adjust_parameters
 from tasks.data import prepare_data
 from tasks.environment import check_environment
-from tasks.inference import ask_judge, compare_answers, log_report
+from tasks.inference import ask_judge, compare_answers, log_inference
 from tasks.lora import configure_lora
 from tasks.model import prepare_model
 from tasks.plan import plan_training
@@ -115,57 +115,59 @@ def qwen3_finetune(
         with (
             open_run(config, night.run_id, request) as run,
             mirror_to_mlflow(run, config),
-            reported(run, config) as story,
+            reported(run, config) as reporter,
         ):
             if (since := seen_before(config, request)) is not None:
-                return end_without_training(story, since, night)
-            return fine_tune(config, run, story, night)
+                return end_without_training(reporter, since, night)
+            return fine_tune(config, run, reporter, night)
 
 
-def fine_tune(config: TrainingConfig, run: RunDir, story: Story, night: Night) -> State[Any]:
+def fine_tune(
+    config: TrainingConfig, run: RunDir, reporter: RunReporter, night: Night
+) -> State[Any]:
     """All stages of a run that has something to do."""
-    facts = story.facts
-    with story.stage("environment"):
+    facts = reporter.facts
+    with reporter.stage("environment"):
         environment = check_environment()
-        ability_rows(config)  # an unusable set is told now, not after training
+        read_ability_rows(config)  # an unusable set is told now, not after training
     with gpu_lock_for(config, environment, run), workers_ahead():
-        with story.stage("model"):
+        with reporter.stage("model"):
             model = prepare_model(config, environment, run)
-        with story.stage("lora"):
+        with reporter.stage("lora"):
             adapter = configure_lora(config, model)
-        with story.stage("data"):
+        with reporter.stage("data"):
             facts.champion = or_if_unreachable(find_champion, None, config)
             dataset = prepare_data(config, model, run, find_known_rows(facts.champion))
             change = compare_data(dataset, facts.champion)
-            story.show_data(dataset, change)
+            reporter.show_data(dataset, change)
         if nothing_new(config, change, facts.champion, run):
-            return end_without_training(story, change.since, night)
-        with story.stage("plan"):
+            return end_without_training(reporter, change.since, night)
+        with reporter.stage("plan"):
             first = plan_training(config, environment, model, adapter, dataset)
             warn_of_limits(config, first)
-            story.show_plan(environment, first)
-        with story.stage("preflight"):
+            reporter.show_plan(environment, first)
+        with reporter.stage("preflight"):
             planned, first = first, run_preflight(config, environment, first, run)
             if first != planned:
-                story.show_plan(environment, first)
-        with story.stage("train"):
-            plan, outcome = train_with_recovery(config, environment, first, story)
+                reporter.show_plan(environment, first)
+        with reporter.stage("train"):
+            plan, outcome = train_with_recovery(config, environment, first, reporter)
             facts.plan, facts.trained = plan, outcome
-        with story.stage("save"):
+        with reporter.stage("save"):
             saved = facts.saved = save(config, plan, outcome)
             saved = facts.saved = or_if_unreachable(register, saved, config, saved, str(run.path))
             champion = facts.champion or or_if_unreachable(find_champion, None, config)
             facts.champion = champion
-        with story.stage("inference"):
+        with reporter.stage("inference"):
             report = compare_answers(config, plan, saved, champion)
     if config.judge_url is not None:  # minutes, in which another run may have the card
-        with story.stage("judge"):
+        with reporter.stage("judge"):
             report = ask_judge(config, report)
     facts.report = report
-    log_report(run, report)
-    with story.stage("promote"):
+    log_inference(run, report)
+    with reporter.stage("promote"):
         verdict = facts.verdict = promote(config, saved, report, champion, str(run.path))
-    card = story.publish()
+    card = reporter.publish()
     night.settle(verdict.decision, champion.version if champion else None)
     tell(config, notice_of(config, run, verdict.decision, card))
     return Completed(
@@ -175,14 +177,14 @@ def fine_tune(config: TrainingConfig, run: RunDir, story: Story, night: Night) -
 
 
 def train_with_recovery(
-    config: TrainingConfig, environment: EnvironmentReport, first: TrainPlan, story: Story
+    config: TrainingConfig, environment: EnvironmentReport, first: TrainPlan, reporter: RunReporter
 ) -> tuple[TrainPlan, AttemptOutcome]:
     """Attempt, adjust, attempt again, until one completes or `adjust` gives up.
 
     Raises:
         FinetuneError: the last failure's class, saying what was tried.
     """
-    run = story.run
+    run = reporter.run
     if (outcome := finished_attempt(run, first)) is not None:
         logger.info("training was finished by attempt %d of this run", outcome.attempt)
         return _given(first, run, outcome.attempt), outcome
@@ -197,7 +199,7 @@ def train_with_recovery(
             raise result  # cancelled, or a defect of ours: not an attempt's failure
         failure = to_failure(result) if isinstance(result, FinetuneError) else None
         history.append(summarise(plan, failure, time.monotonic() - started))
-        story.show_attempts()
+        reporter.show_attempts()
         if isinstance(result, AttemptOutcome):
             return plan, result
         assert failure is not None

@@ -21,13 +21,13 @@ from qwen3ft.records.data import DataChange, DatasetManifest
 from qwen3ft.records.machine import EnvironmentReport
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.run_card import RunCard
-from qwen3ft.report.attempts import in_words, read_attempts, read_loss_curves, reasons
+from qwen3ft.report.attempts import changes_text, read_attempts, read_loss_curves, reasons_text
 from qwen3ft.report.build import RunFacts, build_card
 from qwen3ft.report.curves import memory_curves
 from qwen3ft.report.data_section import data_markdown
 from qwen3ft.report.figures import write_png
-from qwen3ft.report.html import to_html
-from qwen3ft.report.markdown import to_description, to_markdown
+from qwen3ft.report.html import card_html
+from qwen3ft.report.markdown import card_description, card_markdown
 from qwen3ft.report.plan_section import plan_figure, plan_markdown
 from qwen3ft.tracking.connection import default_tracking_uri, run_url
 from qwen3ft.tracking.cursor import read_state
@@ -45,13 +45,13 @@ MOST_DESCRIPTION_CHARACTERS = 5000
 """Of the card at the top of the run's page in MLflow, which refuses longer tags."""
 
 
-def page() -> str | None:
+def page_url() -> str | None:
     """This run's page; None without a server that has pages (Prefect then says 'None/flow-...')."""
     url = flow_run.ui_url or ""
     return url if url.startswith("http") else None
 
 
-class Story:
+class RunReporter:
     """One run's.
 
     Attributes:
@@ -97,8 +97,8 @@ class Story:
         rows = [
             {
                 "attempt": attempt.attempt,
-                "what changed": in_words(attempt, before),
-                "why": reasons(attempt),
+                "what changed": changes_text(attempt, before),
+                "why": reasons_text(attempt),
                 "outcome": attempt.outcome,
                 "detail": attempt.detail,
                 "batch": f"{attempt.micro_batch_size} x {attempt.gradient_accumulation_steps}",
@@ -113,14 +113,14 @@ class Story:
     def publish(self) -> RunCard:
         """The card of what is known now: on disk, on the run's page, in MLflow; links both ways."""
         card = self._card()
-        markdown, html = to_markdown(card), to_html(card)
+        markdown, html = card_markdown(card), card_html(card)
         write_record(self.run.path / "card.json", card)
         for name, text in (("card.md", markdown), ("card.html", html)):
             write_bytes_atomic(self.run.path / name, text.encode())
             self.journal.text(f"{CARD_FOLDER}/{name}", text)
         self.journal.json(f"{CARD_FOLDER}/card.json", card.model_dump(mode="json"))
         self.journal.metrics(card_metrics(card))
-        description = to_description(card, MOST_DESCRIPTION_CHARACTERS)
+        description = card_description(card, MOST_DESCRIPTION_CHARACTERS)
         shown = {
             "mlflow.note.content": description,
             "mlflow.runName": f"{card.outcome}: {flow_run.name}",  # what a list of runs shows
@@ -137,19 +137,19 @@ class Story:
         facts.loss, facts.memory = read_loss_curves(self.run), memory_curves(memory)
         facts.seconds_by_stage = self._seconds
         url = run_url(default_tracking_uri(), read_state(self.run))
-        return build_card(facts).model_copy(update={"prefect_url": page(), "mlflow_url": url})
+        return build_card(facts).model_copy(update={"prefect_url": page_url(), "mlflow_url": url})
 
 
 @contextmanager
-def reported(run: RunDir, config: TrainingConfig) -> Iterator[Story]:
+def reported(run: RunDir, config: TrainingConfig) -> Iterator[RunReporter]:
     """The run's story, which ends with a card if the run fails too."""
-    story = Story(run, config)
+    reporter = RunReporter(run, config)
     try:
-        yield story
+        yield reporter
     except Exception as error:
-        story.facts.error = error
+        reporter.facts.error = error
         try:
-            story.publish()
+            reporter.publish()
         except Exception as second:  # noqa: BLE001  it must not hide what ended the run
             logger.warning("the run has no card: %s: %s", type(second).__name__, second)
         raise

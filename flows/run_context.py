@@ -1,4 +1,4 @@
-"""What surrounds a run's story: its folder, journal and clock, and what its pages show."""
+"""What surrounds a run: its folder, journal and clock, and what its pages show."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 
 from flows.notify import Event, Notice
-from flows.reporting import Story, page
+from flows.reporting import RunReporter, page_url
 from qwen3ft import logs
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import EnvironmentNotReadyError, FinetuneError, TransientError
@@ -88,7 +88,7 @@ def mirror_to_mlflow(run: RunDir, config: TrainingConfig) -> Iterator[None]:
     journal = Journal(run)
     tags = {
         "prefect.flow_run_id": flow_run.id,
-        "prefect.flow_run_url": page() or "",
+        "prefect.flow_run_url": page_url() or "",
     }
     mirror = Mirror(run, uri)
     mirror.start()
@@ -160,10 +160,10 @@ def nothing_new(
     return again and config.when_unchanged == "skip"
 
 
-def end_without_training(story: Story, since: str | None, night: Night) -> State[Any]:
+def end_without_training(reporter: RunReporter, since: str | None, night: Night) -> State[Any]:
     """The end of a run that has nothing to do."""
-    story.facts.nothing_since = since or "the last run"
-    card = story.publish()
+    reporter.facts.nothing_since = since or "the last run"
+    card = reporter.publish()
     night.settle("nothing new")
     return Completed(name=NOTHING_NEW, message=card.verdict)
 
@@ -175,7 +175,7 @@ def notice_of(config: TrainingConfig, run: RunDir, decision: Event, card: RunCar
         run_id=run.path.name,
         model=config.model_name,
         message=card.verdict,
-        prefect_url=page(),
+        prefect_url=page_url(),
         mlflow_url=run_url(default_tracking_uri(), read_state(run)),
     )
 

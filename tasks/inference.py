@@ -69,7 +69,7 @@ def with_judge(config: TrainingConfig, report: InferenceReport) -> InferenceRepo
     return report.model_copy(update={"judge": judge})
 
 
-def log_report(run: RunDir, report: InferenceReport) -> None:
+def log_inference(run: RunDir, report: InferenceReport) -> None:
     """Scores and answers go to MLflow."""
     journal = Journal(run)
     journal.table(Path(report.answers_path))

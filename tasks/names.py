@@ -17,7 +17,7 @@ from qwen3ft.records.evaluation import Champion
 from qwen3ft.records.model import SavedAdapter
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.training import AttemptOutcome, Failure
-from qwen3ft.report.attempts import last_failure, words_of
+from qwen3ft.report.attempts import kind_text, last_failure
 
 
 def name_of(tell: Callable[[Mapping[str, Any]], str]) -> TaskRunNameCallbackWithParameters:
@@ -33,7 +33,7 @@ def train_name(parameters: Mapping[str, Any]) -> str:
         step = Path(plan.resume_from).name.removeprefix("step-").lstrip("0") or "0"
         told += f" from step {step}"
     if (failure := _failure_before(plan)) is not None:
-        told += f" after {words_of(failure.kind)}"
+        told += f" after {kind_text(failure.kind)}"
     return f"train-{plan.attempt} ({told})"
 
 
@@ -41,7 +41,7 @@ def adjust_name(parameters: Mapping[str, Any]) -> str:
     """`adjust-1 (out of memory)`."""
     plan: TrainPlan = parameters["plan"]
     failure: Failure = parameters["failure"]
-    return f"adjust-{plan.attempt} ({words_of(failure.kind)})"
+    return f"adjust-{plan.attempt} ({kind_text(failure.kind)})"
 
 
 def save_name(parameters: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from prefect.tasks import Task
 
 from qwen3ft.config import TrainingConfig, registered_name
 from qwen3ft.errors import RolledBackError, TrackingUnavailableError, TransientError
-from qwen3ft.evaluation.gate import decide, gate_policy
+from qwen3ft.evaluation.gate import decide_promotion, gate_policy
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.logs import get_logger, mask_secrets
 from qwen3ft.operations.night import request_tags
@@ -129,7 +129,7 @@ def promote(
         return Verdict(decision="deferred", reasons=(reason,))
     if champion is not None and champion.version == saved.version:
         return _given_before(saved, champion)
-    verdict = decide(report, saved, champion=champion, policy=gate_policy(config))
+    verdict = decide_promotion(report, saved, champion=champion, policy=gate_policy(config))
     registry, why = Registry(default_tracking_uri()), verdict.sentence
     if verdict.decision == "promoted":
         change = Change(by=Mover(kind="flow", name=Path(run).name), verdict=why)

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks import gate
 from benchmarks.gate_nights import Night, all_nights, champion_night, clean_rows
 from qwen3ft.config import TrainingConfig
-from qwen3ft.evaluation.ability import ability_rows
+from qwen3ft.evaluation.ability import read_ability_rows
 
 NIGHTS = all_nights(gate.GOOD, gate.BAD)
 
@@ -54,7 +54,7 @@ def test_the_champion_lacks_what_good_nights_add() -> None:
 def test_no_night_trains_on_questions_that_are_asked_later() -> None:
     """Neither the test's nor those of the ability set."""
     asked = {row["question"] for row in clean_rows("test")}
-    asked |= {row["question"] for row in ability_rows(TrainingConfig(model_name="embedded"))}
+    asked |= {row["question"] for row in read_ability_rows(TrainingConfig(model_name="embedded"))}
     for night in NIGHTS:
         assert not asked & {row["question"] for row in (*night.rows, *night.dev)}, night.name
 

@@ -26,7 +26,7 @@ from qwen3ft.records.base import Record
 
 logger = get_logger("answer_cache")
 
-CODE_VERSION = 1
+ANSWER_VERSION = 1
 """Raised when the same model and question give another answer or loss than before."""
 
 MAX_ANSWERS = 5000
@@ -59,14 +59,14 @@ class CachedAnswer(Record):
         return RowLoss(nats, self.loss_tokens)
 
 
-def remember(key: str, generated: Generated | None, loss: RowLoss) -> CachedAnswer:
+def new_entry(key: str, generated: Generated | None, loss: RowLoss) -> CachedAnswer:
     """A new entry."""
     answer = {} if generated is None else vars(generated)
     nats = loss.nats if math.isfinite(loss.nats) else None
     return CachedAnswer(key=key, **answer, loss_nats=nats, loss_tokens=loss.tokens)
 
 
-def question_key(row: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+def answer_key(row: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     """What the answer to `row` and its loss depend on, besides the model."""
     asked = {name: row[name] for name in row if name not in _NOT_PART_OF_THE_QUESTION}
     return sha256_json([asked, settings])
@@ -76,7 +76,7 @@ class AnswerCache:
     """The answers of one model; `model_key` has to name its weights, tokenizer and template."""
 
     def __init__(self, folder: Path, model_key: Sequence[str]) -> None:
-        self.path = folder / f"{sha256_json([CODE_VERSION, *model_key])[:32]}.jsonl"
+        self.path = folder / f"{sha256_json([ANSWER_VERSION, *model_key])[:32]}.jsonl"
         self._entries = self._read()
         self._used: dict[str, None] = {}
 

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from qwen3ft.chat.rendering import TokenizedRow, tokenize_rows
 from qwen3ft.data.collators import IGNORED_LABEL
-from qwen3ft.evaluation.generation import Progress, in_batches, no_progress, pad_rows
+from qwen3ft.evaluation.generation import OnProgress, in_batches, no_progress, pad_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-LOSS_CHUNK_TOKENS = 512
+TOKENS_PER_CHUNK = 512
 """Answer tokens whose logits exist at one time: 0.3 GB in fp32 for Qwen3's vocabulary."""
 
 
@@ -36,7 +36,7 @@ def answer_loss(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Mapping[str, Any]],
     batch_size: int,
-    progress: Progress = no_progress,
+    progress: OnProgress = no_progress,
     *,
     escape: bool = False,
 ) -> float:
@@ -55,7 +55,7 @@ def answer_losses(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Mapping[str, Any]],
     batch_size: int,
-    progress: Progress = no_progress,
+    progress: OnProgress = no_progress,
     *,
     escape: bool = False,
 ) -> list[RowLoss]:
@@ -100,8 +100,8 @@ def _summed_losses(model: PreTrainedModel, rows: Sequence[TokenizedRow]) -> list
     totals = torch.zeros(len(rows), dtype=torch.float64)
     with torch.no_grad():
         hidden = causal.get_decoder()(input_ids=inputs, use_cache=False)[0]
-        for start in range(0, len(place), LOSS_CHUNK_TOKENS):
-            chunk = slice(start, start + LOSS_CHUNK_TOKENS)
+        for start in range(0, len(place), TOKENS_PER_CHUNK):
+            chunk = slice(start, start + TOKENS_PER_CHUNK)
             states = hidden[row_index[chunk], place[chunk]]
             logits = causal.get_output_embeddings()(states).float()
             targets = labels[row_index[chunk], place[chunk] + 1]

@@ -32,7 +32,7 @@ COMPARED_CHARACTERS = 400
 
 _FINAL_PUNCTUATION = ".。!?,;:、…"
 
-ItemT = TypeVar("ItemT")
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -185,9 +185,9 @@ def _likeness(one: str, other: str) -> float:
     return SequenceMatcher(None, one, other, autojunk=False).ratio()
 
 
-def group_by(items: Iterable[ItemT], split: Callable[[ItemT], str]) -> dict[str, list[ItemT]]:
+def group_by(items: Iterable[_Item], split: Callable[[_Item], str]) -> dict[str, list[_Item]]:
     """The items by what `split` says of them, each group in order."""
-    groups: dict[str, list[ItemT]] = {}
+    groups: dict[str, list[_Item]] = {}
     for item in items:
         groups.setdefault(split(item), []).append(item)
     return groups

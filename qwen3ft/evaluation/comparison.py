@@ -18,17 +18,15 @@ from qwen3ft.evaluation.scoring import (
     score_row,
 )
 from qwen3ft.files import sha256_json, write_bytes_atomic
-from qwen3ft.records.evaluation import Comparison, InferenceReport, ModelLabel, RivalLabel, RowScore
+from qwen3ft.records.evaluation import RIVALS, Comparison, InferenceReport, ModelLabel, RowScore
 
 if TYPE_CHECKING:
     from qwen3ft.records.requests import InferenceRequest
 
 SCORES_NAME = "row_scores.jsonl"
 
-RIVALS: tuple[RivalLabel, ...] = ("base", "champion")
 
-
-def write_report(
+def write_inference_report(
     request: InferenceRequest,
     exam: Exam,
     evaluated: Mapping[ModelLabel, Evaluated],

@@ -6,11 +6,12 @@ order of the questions; what was computed is kept before the next model has its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from qwen3ft.evaluation.answer_cache import AnswerCache, question_key, remember
+from qwen3ft.chat.rendering import Row
+from qwen3ft.evaluation.answer_cache import AnswerCache, answer_key, new_entry
 from qwen3ft.evaluation.answer_loss import RowLoss, answer_losses
 from qwen3ft.evaluation.answers import Generated, Question, choose_questions
 from qwen3ft.evaluation.generation import answer_questions
@@ -23,7 +24,6 @@ SAMPLED_QUESTIONS = 100
 
 SAMPLING_SEED = 0
 
-Row = Mapping[str, Any]
 Beat = Callable[[str, int], None]
 
 
@@ -60,9 +60,9 @@ class Exam:
         loss_alone = {"escape": self.escape}
         drawn = {**answered, "sampling_seed": SAMPLING_SEED}
         return (
-            [question_key(row, answered) for row in self.rows],
-            [question_key(self.rows[index], drawn) for index in self.sampled],
-            [question_key(row, loss_alone) for row in self.ability],
+            [answer_key(row, answered) for row in self.rows],
+            [answer_key(self.rows[index], drawn) for index in self.sampled],
+            [answer_key(row, loss_alone) for row in self.ability],
         )
 
 
@@ -143,13 +143,13 @@ class Evaluation:
         rows = list(self.missing.values())
         greedy = answers(rows, "answers", None)
         answered = zip(self.missing, greedy, losses(rows, "loss"), strict=True)
-        self.cache.add(remember(key, answer, loss) for key, answer, loss in answered)
+        self.cache.add(new_entry(key, answer, loss) for key, answer, loss in answered)
         drawn = answers(list(self.missing_sampled.values()), "samples", SAMPLING_SEED)
         sampled = zip(self.missing_sampled, drawn, strict=True)
-        self.cache.add(remember(key, answer, RowLoss(0.0, 0)) for key, answer in sampled)
+        self.cache.add(new_entry(key, answer, RowLoss(0.0, 0)) for key, answer in sampled)
         ability = losses(list(self.missing_ability.values()), "ability")
         general = zip(self.missing_ability, ability, strict=True)
-        self.cache.add(remember(key, None, loss) for key, loss in general)
+        self.cache.add(new_entry(key, None, loss) for key, loss in general)
         self.cache.save()
 
     def results(self) -> Evaluated:

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from qwen3ft.config import TrainingConfig
-from qwen3ft.evaluation.wording import METRIC_NAMES, interval_text, show_score
+from qwen3ft.evaluation.wording import METRIC_NAMES, interval_text, score_text
 from qwen3ft.records.base import Record
 from qwen3ft.records.evaluation import (
     Champion,
@@ -52,7 +52,7 @@ def gate_policy(config: TrainingConfig) -> GatePolicy:
     )
 
 
-def decide(
+def decide_promotion(
     report: InferenceReport,
     saved: SavedAdapter,
     *,
@@ -153,7 +153,7 @@ def _numbers(
     metric = comparison.metric
     mine, theirs = getattr(candidate, metric), getattr(rival, metric)
     return (
-        f"{METRIC_NAMES[metric]} {show_score(metric, mine)} against {show_score(metric, theirs)} "
+        f"{METRIC_NAMES[metric]} {score_text(metric, mine)} against {score_text(metric, theirs)} "
         f"on {comparison.rows} questions, gain {interval_text(comparison)} "
         f"at {limits.confidence:.0%}"
     )
@@ -174,8 +174,8 @@ def _losses(
     most_loss = None if theirs_loss is None else theirs_loss * (1 + limits.max_answer_loss_rise)
     if loss is None or (most_loss is not None and loss > most_loss):
         yield (
-            f"answer loss {show_score('loss', candidate.answer_loss)}, above the "
-            f"{show_score('loss', rival.answer_loss)} of {name} by more than "
+            f"answer loss {score_text('loss', candidate.answer_loss)}, above the "
+            f"{score_text('loss', rival.answer_loss)} of {name} by more than "
             f"{limits.max_answer_loss_rise:.0%}"
         )
     one_answer = 1 / max(1, rival.rows) + 1e-9  # of few answers, a single odd one is no sign

@@ -31,9 +31,9 @@ logger = get_logger("generation")
 
 PROGRESS_EVERY_TOKENS = 16
 
-ItemT = TypeVar("ItemT")
-ResultT = TypeVar("ResultT")
-Progress = Callable[[int], None]
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+OnProgress = Callable[[int], None]
 
 
 def no_progress(_: int) -> None:
@@ -49,7 +49,7 @@ def answer_questions(
     max_new_tokens: int,
     thinking: bool | Sequence[bool],
     escape: bool = False,
-    progress: Progress = no_progress,
+    progress: OnProgress = no_progress,
     sampling_seed: int | None = None,
 ) -> list[Generated]:
     """Answer each question greedily, or by sampling; results are in the order of `questions`.
@@ -111,8 +111,8 @@ def _seeded(seed: int | None) -> Iterator[None]:
 
 
 def in_batches(
-    items: Sequence[ItemT], batch_size: int, run: Callable[[Sequence[ItemT]], ResultT]
-) -> Iterator[tuple[Sequence[ItemT], ResultT]]:
+    items: Sequence[_Item], batch_size: int, run: Callable[[Sequence[_Item]], _Result]
+) -> Iterator[tuple[Sequence[_Item], _Result]]:
     """Each batch with `run(batch)`, in order; a batch that runs out of memory is halved for good.
 
     Raises:
@@ -141,8 +141,8 @@ def in_batches(
 
 
 def _run_within_memory(
-    run: Callable[[Sequence[ItemT]], ResultT], batch: Sequence[ItemT]
-) -> tuple[ResultT] | None:
+    run: Callable[[Sequence[_Item]], _Result], batch: Sequence[_Item]
+) -> tuple[_Result] | None:
     """`run(batch)` in a tuple, or None when memory ran out.
 
     Nothing is freed inside the except block: until it is left, the traceback keeps the tensors of

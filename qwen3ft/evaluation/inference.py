@@ -21,11 +21,11 @@ from qwen3ft.errors import (
     ModelUnavailableError,
     SaveError,
 )
-from qwen3ft.evaluation.ability import ability_rows
+from qwen3ft.evaluation.ability import read_ability_rows
 from qwen3ft.evaluation.answer_cache import AnswerCache
 from qwen3ft.evaluation.answer_loss import answer_loss
 from qwen3ft.evaluation.answers import answers_are_sound, choose_questions
-from qwen3ft.evaluation.comparison import write_report
+from qwen3ft.evaluation.comparison import write_inference_report
 from qwen3ft.evaluation.exam import Evaluation, Exam, to_question
 from qwen3ft.evaluation.generation import answer_questions
 from qwen3ft.files import read_json_lines, sha256_file
@@ -114,7 +114,7 @@ def run_inference(request: InferenceRequest, beat: Callable[[str, int], None]) -
     config = request.config
     exam = Exam(
         rows=_read_rows(Path(request.questions_path), config.inference_rows),
-        ability=ability_rows(config),
+        ability=read_ability_rows(config),
         batch_size=request.batch_size,
         max_new_tokens=config.max_new_tokens,
         escape=config.special_tokens_in_text == "escape",
@@ -135,7 +135,7 @@ def run_inference(request: InferenceRequest, beat: Callable[[str, int], None]) -
                 with _active(model, label):
                     evaluation.compute(model, tokenizer, label, beat)
     evaluated = {label: evaluation.results() for label, evaluation in evaluations.items()}
-    return write_report(request, exam, evaluated, time.monotonic() - started)
+    return write_inference_report(request, exam, evaluated, time.monotonic() - started)
 
 
 def _open_evaluation(request: InferenceRequest, exam: Exam, adapter: Path | None) -> Evaluation:

@@ -38,11 +38,11 @@ TEXT_CHARACTERS = 4000
 MOST_FAILURES = 3
 """Questions in vain after which the server is asked no more."""
 
-CLOSE_SECONDS = 5.0
+_CLOSE_SECONDS = 5.0
 """To close connections, once time is up."""
 
-Outcome = Literal["win", "tie", "loss", "unreadable"]
-Choice = Literal["first", "second", "tie"]
+_Outcome = Literal["win", "tie", "loss", "unreadable"]
+_Choice = Literal["first", "second", "tie"]
 
 INSTRUCTION = """\
 You compare two answers to a question. You are shown the question, the right answer, and the two \
@@ -106,7 +106,7 @@ class _Panel:
     """One sitting: the outcomes so far, and why there are no more of them."""
 
     def __init__(self, model: str, rival: RivalLabel, limits: Limits) -> None:
-        self.outcomes: dict[int, Outcome] = {}
+        self.outcomes: dict[int, _Outcome] = {}
         self.problem = ""
         self._failures = 0
         self._model = model
@@ -129,7 +129,7 @@ class _Panel:
         # a look-up of the host's name, which nothing can break off, takes longer than the deadline.
         sitting = Thread(target=asyncio.run, args=(self._judge_all(client, pairs),), daemon=True)
         sitting.start()
-        sitting.join(self._limits.deadline_seconds + CLOSE_SECONDS)
+        sitting.join(self._limits.deadline_seconds + _CLOSE_SECONDS)
 
     async def _judge_all(self, client: httpx.AsyncClient, pairs: Sequence[SideBySide]) -> None:
         endpoint = Endpoint(client, self._model, self._limits)
@@ -152,7 +152,7 @@ class _Panel:
             self.outcomes[index] = "tie"
             return
         async with self._turn:
-            choices: list[Choice | None] = []
+            choices: list[_Choice | None] = []
             for order in ((candidate, rival), (rival, candidate)):
                 reply = await endpoint.ask(make_messages(pair, *order))
                 if reply.problem:
@@ -183,7 +183,7 @@ def make_messages(pair: SideBySide, first: str, second: str) -> list[dict[str, s
     ]
 
 
-def read_choice(text: str) -> Choice | None:
+def read_choice(text: str) -> _Choice | None:
     """The one word in the judge's last line, thinking left out; None if it is another."""
     lines = split_thinking(text)[1].splitlines() or [""]
     found = _CHOICE.fullmatch(lines[-1])
@@ -193,7 +193,7 @@ def read_choice(text: str) -> Choice | None:
     return "first" if word == "first" else "second" if word == "second" else "tie"
 
 
-def _outcome(candidate_first: Choice | None, candidate_second: Choice | None) -> Outcome:
+def _outcome(candidate_first: _Choice | None, candidate_second: _Choice | None) -> _Outcome:
     """Better or worse only if both orders say so."""
     if candidate_first is None or candidate_second is None:
         return "unreadable"

@@ -11,7 +11,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
-from typing import get_args
 
 import numpy as np
 
@@ -27,6 +26,7 @@ from qwen3ft.evaluation.answers import (
 )
 from qwen3ft.evaluation.form_checks import FORM_CHECKS, NO_LOOP, NOT_EMPTY, STOPS, check_form
 from qwen3ft.evaluation.text_metrics import answer_tokens, chrf, token_f1
+from qwen3ft.evaluation.wording import METRIC_NAMES
 from qwen3ft.records.evaluation import (
     Comparison,
     MetricName,
@@ -42,7 +42,7 @@ RESAMPLES = 9999
 RESAMPLES_AT_A_TIME = 500
 """Bounds memory: 500 x 600 questions x 8 bytes is 2.4 MB."""
 
-SEED = 20260101
+BOOTSTRAP_SEED = 20260101
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def weighted_gain(
         confidence_level=confidence,
         n_resamples=RESAMPLES,
         batch=RESAMPLES_AT_A_TIME,
-        rng=np.random.default_rng(SEED),
+        rng=np.random.default_rng(BOOTSTRAP_SEED),
     ).confidence_interval
     return Interval(float(estimate), float(interval.low), float(interval.high))
 
@@ -100,8 +100,6 @@ MIN_STOPPED_SHARE = 0.90
 
 LONGEST_SHORT_ANSWER_TOKENS = 8
 """An answer of so many words, or Chinese characters, is right or wrong; a longer one is near it."""
-
-METRICS: tuple[MetricName, ...] = get_args(MetricName)
 
 
 def score_row(question: Question, answer: Generated, loss: RowLoss, *, thinking: bool) -> RowScore:
@@ -168,7 +166,7 @@ def compare_models(
     """
     pairs = list(zip(candidate_rows, rival_rows, strict=True))
     compared = []
-    for metric in METRICS:
+    for metric in METRIC_NAMES:
         gains = [_gain(metric, mine, theirs) for mine, theirs in pairs]
         weights = [float(r.loss_tokens) if metric == "answer_loss" else 1.0 for r in rival_rows]
         interval = weighted_gain(gains, weights, confidence=confidence)
@@ -198,7 +196,7 @@ def choose_main_metric(asked: str, questions: Sequence[Question]) -> MetricName:
     Exact match where half of them are short, because half right is wrong there; else token F1,
     because a longer answer is hardly ever the reference word by word.
     """
-    for metric in METRICS:
+    for metric in METRIC_NAMES:
         if asked == metric:
             return metric
     lengths = [len(answer_tokens(question.reference)) for question in questions]

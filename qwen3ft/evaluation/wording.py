@@ -19,7 +19,7 @@ OTHER_SCORES = {
 """Fields of `ModelScore` that a card shows and no gain is computed of."""
 
 
-def show_score(metric: str, value: float | None) -> str:
+def score_text(metric: str, value: float | None) -> str:
     """A score in per cent, a loss in nats per token, a perplexity."""
     if value is None:
         return "not finite"

@@ -20,6 +20,8 @@ RivalLabel = Literal["base", "champion"]
 MODELS: tuple[ModelLabel, ...] = ("base", "champion", "candidate")
 """In the order in which they are shown."""
 
+RIVALS: tuple[RivalLabel, ...] = ("base", "champion")
+
 
 class RowScore(Record):
     """What one model made of one question."""

@@ -114,7 +114,7 @@ class AskRequest(Record):
     thinking: bool = Field(description="Whether it is asked to think first.")
 
 
-class Question(Record):
+class ChatQuestion(Record):
     """One question, as the messages so far; or the end of asking."""
 
     messages: tuple[dict[str, Any], ...] = ()

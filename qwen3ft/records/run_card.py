@@ -28,7 +28,7 @@ NOTHING_NEW = "NothingNew"
 Outcome = Literal["promoted", "kept", "deferred", "failed", "nothing new"]
 """What a run came to, in the words of a night."""
 
-Point = tuple[float, float]
+CurvePoint = tuple[float, float]
 
 
 class SettingLine(Record):
@@ -63,7 +63,7 @@ class AttemptSummary(Record):
     changes: tuple[SettingChange, ...] = Field((), description="Since the attempt before it.")
 
 
-class FileStory(Record):
+class FileLine(Record):
     """One file of a run's data."""
 
     path: str
@@ -73,7 +73,7 @@ class FileStory(Record):
     state: Literal["new", "changed", "unchanged", "gone"] = "unchanged"
 
 
-class DataStory(Record):
+class DataSection(Record):
     """What a run was trained on, and what of it is new."""
 
     digest: str
@@ -82,12 +82,12 @@ class DataStory(Record):
     train_tokens: int
     since: str | None = Field(None, description="The champion that 'new' is counted from.")
     new_rows: int = 0
-    files: tuple[FileStory, ...] = ()
+    files: tuple[FileLine, ...] = ()
     examples: tuple[str, ...] = Field((), description="What a few of the new rows ask.")
     warnings: tuple[str, ...] = ()
 
 
-class PlanStory(Record):
+class PlanSection(Record):
     """What was planned, and why."""
 
     title: str
@@ -101,8 +101,8 @@ class LossCurve(Record):
     """(optimizer step, nats per trained token) of one attempt; long curves are thinned."""
 
     attempt: int
-    training: tuple[Point, ...] = ()
-    held_out: tuple[Point, ...] = ()
+    training: tuple[CurvePoint, ...] = ()
+    held_out: tuple[CurvePoint, ...] = ()
 
 
 class MemoryCurve(Record):
@@ -113,7 +113,7 @@ class MemoryCurve(Record):
     end_minutes: float
     predicted_gb: float | None = None
     budget_gb: float | None = None
-    process: tuple[Point, ...] = ()
+    process: tuple[CurvePoint, ...] = ()
 
 
 class ModelAnswer(Record):
@@ -124,7 +124,7 @@ class ModelAnswer(Record):
     right: bool = Field(description="Whether it equals the reference, as exact match counts.")
 
 
-class AnswersBeside(Record):
+class AnsweredQuestion(Record):
     """One held-out question with the answer of every model."""
 
     question: str
@@ -133,7 +133,7 @@ class AnswersBeside(Record):
     answers: tuple[ModelAnswer, ...]
 
 
-class FailureStory(Record):
+class FailureSection(Record):
     """What ended a run that failed."""
 
     kind: str
@@ -161,8 +161,8 @@ class RunCard(Record):
     run_id: str = ""
     model: str = ""
     at: datetime = Field(default_factory=lambda: datetime.now(UTC), description="End of the run.")
-    data: DataStory | None = None
-    plan: PlanStory | None = None
+    data: DataSection | None = None
+    plan: PlanSection | None = None
     attempts: tuple[AttemptSummary, ...] = ()
     loss: tuple[LossCurve, ...] = ()
     memory: tuple[MemoryCurve, ...] = ()
@@ -185,7 +185,7 @@ class RunCard(Record):
     version: str | None = Field(None, description="This run's own, once it is registered.")
     forgetting: str = Field("", description="Loss on the ability set, before and after.")
     judge: JudgeReport | None = Field(None, description="A second opinion, which decides nothing.")
-    answers: tuple[AnswersBeside, ...] = Field((), description="Where the models differ most.")
+    answers: tuple[AnsweredQuestion, ...] = Field((), description="Where the models differ most.")
     held_out_loss_before: float | None = None
     held_out_loss_after: float | None = None
     peak_memory_gb: float | None = None
@@ -193,7 +193,7 @@ class RunCard(Record):
     tokens_per_second: float | None = Field(None, description="Of training; no padding counted.")
     kernels: str = Field("", description="Which path trained, and why that one.")
     seconds_by_stage: dict[str, float] = Field(default_factory=dict)
-    failure: FailureStory | None = None
+    failure: FailureSection | None = None
     degraded: tuple[str, ...] = ()
     adapter_path: str | None = None
     roll_back: NextStep = NextStep(what="Nothing was put into use.")

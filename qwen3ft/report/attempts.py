@@ -83,7 +83,7 @@ def changes(before: TrainPlan, after: TrainPlan) -> tuple[SettingChange, ...]:
     )
 
 
-def in_words(summary: AttemptSummary, previous: AttemptSummary | None) -> str:
+def changes_text(summary: AttemptSummary, previous: AttemptSummary | None) -> str:
     """What is different from the attempt before: `batch 16 x 1 -> 8 x 2; from step 40`."""
     told = [f"{change.name} {change.before} → {change.after}" for change in summary.changes]
     if previous is not None and not told:
@@ -95,12 +95,12 @@ def in_words(summary: AttemptSummary, previous: AttemptSummary | None) -> str:
     return "; ".join(told) or "as planned"
 
 
-def reasons(summary: AttemptSummary) -> str:
+def reasons_text(summary: AttemptSummary) -> str:
     """Why the settings changed, each reason once."""
     return " ".join(dict.fromkeys(change.why for change in summary.changes if change.why))
 
 
-def words_of(kind: str) -> str:
+def kind_text(kind: str) -> str:
     """`OutOfMemoryError` as `out of memory`."""
     return re.sub(r"(?<!^)(?=[A-Z])", " ", kind.removesuffix("Error")).lower()
 

@@ -31,19 +31,19 @@ from qwen3ft.records.evaluation import (
 from qwen3ft.records.model import SavedAdapter
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.run_card import (
-    AnswersBeside,
+    AnsweredQuestion,
     AttemptSummary,
-    FailureStory,
+    FailureSection,
     LossCurve,
     MemoryCurve,
     ModelAnswer,
     NextStep,
     Outcome,
-    PlanStory,
+    PlanSection,
     RunCard,
 )
 from qwen3ft.records.training import AttemptOutcome
-from qwen3ft.report.data_section import data_story
+from qwen3ft.report.data_section import data_section
 from qwen3ft.report.safe_text import ANSWER_CHARACTERS, QUESTION_CHARACTERS
 
 EMBEDDED_NOTE = (
@@ -96,8 +96,8 @@ def build_card(facts: RunFacts) -> RunCard:
         reasons=facts.verdict.reasons if facts.verdict else (),
         run_id=facts.run_id,
         model=facts.config.model_name,
-        data=data_story(facts.dataset, facts.change) if facts.dataset else None,
-        plan=_plan_story(facts.table) if facts.table else None,
+        data=data_section(facts.dataset, facts.change) if facts.dataset else None,
+        plan=_plan_section(facts.table) if facts.table else None,
         attempts=tuple(facts.attempts),
         loss=tuple(facts.loss),
         memory=tuple(facts.memory),
@@ -139,16 +139,18 @@ def _champion_version(facts: RunFacts) -> str | None:
     return NO_CHAMPION if judged else None
 
 
-def _failure(error: BaseException | None) -> FailureStory:
+def _failure(error: BaseException | None) -> FailureSection:
     if isinstance(error, FinetuneError):
         what = shown(error.what, FAILURE_CHARACTERS)
-        return FailureStory(kind=type(error).__name__, what=what or "?", why=shown(error.why, 1000))
+        return FailureSection(
+            kind=type(error).__name__, what=what or "?", why=shown(error.why, 1000)
+        )
     kind = type(error).__name__ if error else "unknown"
-    return FailureStory(kind=kind, what=shown(str(error or ""), FAILURE_CHARACTERS) or kind)
+    return FailureSection(kind=kind, what=shown(str(error or ""), FAILURE_CHARACTERS) or kind)
 
 
-def _plan_story(table: PlanTable) -> PlanStory:
-    return PlanStory(
+def _plan_section(table: PlanTable) -> PlanSection:
+    return PlanSection(
         title=table.title,
         headline=table.headline,
         settings=table.settings,
@@ -194,14 +196,14 @@ def _scores(facts: RunFacts) -> dict[str, object]:
         ),
         "forgetting": _forgetting(base, tuned, facts.config.max_ability_loss_rise),
         "judge": report.judge,
-        "answers": tuple(side_by_side_view(pair) for pair in report.samples),
+        "answers": tuple(answered_question(pair) for pair in report.samples),
     }
 
 
-def side_by_side_view(pair: SideBySide) -> AnswersBeside:
+def answered_question(pair: SideBySide) -> AnsweredQuestion:
     """A question with its answers as they may be shown; of thinking, only that it never ended."""
     given = {"base": pair.base, "champion": pair.champion, "candidate": pair.candidate}
-    return AnswersBeside(
+    return AnsweredQuestion(
         question=shown(pair.question, QUESTION_CHARACTERS),
         reference=shown(pair.reference, ANSWER_CHARACTERS),
         split=pair.split,

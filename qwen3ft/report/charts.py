@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from qwen3ft.records.run_card import LossCurve, MemoryCurve, Point
+from qwen3ft.records.run_card import CurvePoint, LossCurve, MemoryCurve
 
 WIDTH, HEIGHT = 640, 300
 LEFT, RIGHT, TOP, BOTTOM = 64, 24, 14, 52
@@ -17,11 +17,11 @@ LEFT, RIGHT, TOP, BOTTOM = 64, 24, 14, 52
 
 
 @dataclass(frozen=True)
-class Line:
+class Curve:
     """One curve; `kind` names its style on the page."""
 
     kind: str
-    points: Sequence[Point]
+    points: Sequence[CurvePoint]
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class Chart:
 
 def loss_chart(curves: Sequence[LossCurve]) -> Chart | None:
     """Training and held-out loss of all attempts; None where none was measured."""
-    training = [Line("training", curve.training) for curve in curves if curve.training]
-    held_out = [Line("held-out", curve.held_out) for curve in curves if curve.held_out]
+    training = [Curve("training", curve.training) for curve in curves if curve.training]
+    held_out = [Curve("held-out", curve.held_out) for curve in curves if curve.held_out]
     lines = [*training, *held_out]
     if not lines:
         return None
@@ -80,7 +80,7 @@ def loss_chart(curves: Sequence[LossCurve]) -> Chart | None:
 
 def memory_chart(curves: Sequence[MemoryCurve]) -> Chart | None:
     """Memory of all attempts with what was predicted, and the budget; None without measurements."""
-    process = [Line("process", curve.process) for curve in curves if curve.process]
+    process = [Curve("process", curve.process) for curve in curves if curve.process]
     if not process:
         return None
     lines = list(process)
@@ -92,7 +92,7 @@ def memory_chart(curves: Sequence[MemoryCurve]) -> Chart | None:
             ("budget", curve.budget_gb, budgets),
         ):
             if level is not None:
-                lines.append(Line(kind, _level(curve, level)))
+                lines.append(Curve(kind, _level(curve, level)))
                 found.append(level)
     highest = max(gb for line in process for _, gb in line.points)
     words = [f"At most {highest:.2f} GB in use"]
@@ -109,11 +109,11 @@ def memory_chart(curves: Sequence[MemoryCurve]) -> Chart | None:
     )
 
 
-def _level(curve: MemoryCurve, level: float) -> tuple[Point, ...]:
+def _level(curve: MemoryCurve, level: float) -> tuple[CurvePoint, ...]:
     return ((curve.start_minutes, level), (curve.end_minutes, level))
 
 
-def _course(name: str, points: Sequence[Point], unit: str, digits: str) -> str:
+def _course(name: str, points: Sequence[CurvePoint], unit: str, digits: str) -> str:
     """`training from 2.104 to 0.031`, and where it was lowest."""
     first, last = points[0][1], points[-1][1]
     at, low = min(points, key=lambda point: point[1])
@@ -126,7 +126,7 @@ def _chart(
     title: str,
     words: str,
     labels: tuple[str, str],
-    lines: Sequence[Line],
+    lines: Sequence[Curve],
     legend: Iterable[tuple[str, str]],
     *,
     from_zero: bool = False,
@@ -136,7 +136,7 @@ def _chart(
     y_low, y_high = _bounds([y for _, y in points])
     y_low, y_high = (0.0, 1.05 * y_high) if from_zero else (y_low, y_high)
 
-    def place(point: Point) -> Point:
+    def place(point: CurvePoint) -> CurvePoint:
         x = LEFT + (point[0] - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
         y = HEIGHT - BOTTOM - (point[1] - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
         return round(x, 1), round(y, 1)
@@ -157,7 +157,7 @@ def _chart(
     )
 
 
-def _path(points: Sequence[Point]) -> str:
+def _path(points: Sequence[CurvePoint]) -> str:
     told = "M" + "L".join(f"{x:g},{y:g}" for x, y in points)
     return told if len(points) > 1 else f"{told}h0.1"  # with round caps this is a dot
 

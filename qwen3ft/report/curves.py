@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from qwen3ft.records.run_card import LossCurve, MemoryCurve, Point
+from qwen3ft.records.run_card import CurvePoint, LossCurve, MemoryCurve
 from qwen3ft.records.training import TrainingMetrics
 from qwen3ft.report.figures import AttemptMemory, attempt_minutes
 
@@ -50,7 +50,7 @@ def memory_curves(attempts: Sequence[AttemptMemory]) -> tuple[MemoryCurve, ...]:
 
 def thin(
     points: Iterable[tuple[float, float | None]], most: int = MOST_POINTS
-) -> tuple[Point, ...]:
+) -> tuple[CurvePoint, ...]:
     """The finite points, at most `most` (an even number): lowest and highest of each stretch."""
     finite = [
         (float(f"{x:.6g}"), float(f"{y:.6g}"))

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 
 from qwen3ft.data.safety import shown
 from qwen3ft.records.data import DataChange, DatasetManifest
-from qwen3ft.records.run_card import DataStory, FileStory
-from qwen3ft.report.safe_text import EXAMPLE_CHARACTERS, as_markdown
+from qwen3ft.records.run_card import DataSection, FileLine
+from qwen3ft.report.safe_text import EXAMPLE_CHARACTERS, escape_markdown
 
 MOST_FILES = 40
 """Listed one by one, the new and changed ones first; a folder may hold thousands."""
@@ -19,9 +19,9 @@ MOST_FILES = 40
 _ORDER = ("new", "changed", "gone", "unchanged")
 
 
-def data_story(manifest: DatasetManifest, change: DataChange) -> DataStory:
+def data_section(manifest: DatasetManifest, change: DataChange) -> DataSection:
     """The data's part of the card."""
-    return DataStory(
+    return DataSection(
         digest=manifest.digest,
         rows_read=manifest.rows_read,
         went={
@@ -42,10 +42,10 @@ def data_story(manifest: DatasetManifest, change: DataChange) -> DataStory:
     )
 
 
-def _files(manifest: DatasetManifest, change: DataChange) -> Iterator[FileStory]:
+def _files(manifest: DatasetManifest, change: DataChange) -> Iterator[FileLine]:
     """Every file, new ones first; none is new where there is nothing to compare with."""
     found = [
-        FileStory(
+        FileLine(
             path=source.path,
             role=source.role,
             rows=source.rows,
@@ -58,13 +58,13 @@ def _files(manifest: DatasetManifest, change: DataChange) -> Iterator[FileStory]
         )
         for source in manifest.sources
     ]
-    found += [FileStory(path=path, role="", rows=0, state="gone") for path in change.gone_files]
+    found += [FileLine(path=path, role="", rows=0, state="gone") for path in change.gone_files]
     yield from sorted(found, key=lambda file: (_ORDER.index(file.state), -file.new_rows, file.path))
 
 
 def data_markdown(manifest: DatasetManifest, change: DataChange) -> str:
     """What was read, trained on and new in it, for Prefect's artifact page and MLflow."""
-    story = data_story(manifest, change)
+    story = data_section(manifest, change)
     sums = " + ".join(f"{count:,} {name}" for name, count in story.went.items())
     layouts = ", ".join(f"{name} ({rows:,})" for name, rows in manifest.layouts.items())
     columns = ", ".join(f"{part} = `{name}`" for part, name in manifest.columns.items())
@@ -76,7 +76,7 @@ def data_markdown(manifest: DatasetManifest, change: DataChange) -> str:
         f"Layout: {layouts}; {columns}.",
         "",
         *new_rows_markdown(story),
-        *(f"> {as_markdown(warning)}\n" for warning in manifest.warnings),
+        *(f"> {escape_markdown(warning)}\n" for warning in manifest.warnings),
         "",
         *files_markdown(story.files, story.since),
         "",
@@ -94,27 +94,31 @@ def data_markdown(manifest: DatasetManifest, change: DataChange) -> str:
     return "\n".join(lines) + "\n"
 
 
-def new_rows_sentence(story: DataStory) -> str:
+def new_rows_sentence(story: DataSection) -> str:
     """How many rows are new, and since when."""
     if story.since is None:
         return f"Nothing was in use before: all {story.new_rows:,} rows for training are new."
     return f"Since {story.since}: {story.new_rows:,} rows that it has not seen."
 
 
-def new_rows_markdown(story: DataStory) -> list[str]:
+def new_rows_markdown(story: DataSection) -> list[str]:
     """The sentence, and what a few of the new rows ask."""
-    lines = [as_markdown(new_rows_sentence(story)), ""]
+    lines = [escape_markdown(new_rows_sentence(story)), ""]
     if story.examples:
-        lines += ["Some of them ask:", "", *(f"- {as_markdown(text)}" for text in story.examples)]
+        lines += [
+            "Some of them ask:",
+            "",
+            *(f"- {escape_markdown(text)}" for text in story.examples),
+        ]
         lines.append("")
     return lines
 
 
-def files_markdown(files: Sequence[FileStory], since: str | None) -> list[str]:
+def files_markdown(files: Sequence[FileLine], since: str | None) -> list[str]:
     """A table of the files; `new_rows` and states only where something was compared."""
     lines = ["| file | for | rows read | new rows | |", "|---|---|---:|---:|---|"]
     lines += [
-        f"| {as_markdown(file.path)} | {file.role} | {file.rows:,} | {file.new_rows:,} "
+        f"| {escape_markdown(file.path)} | {file.role} | {file.rows:,} | {file.new_rows:,} "
         f"| {file.state if since else ''} |"
         for file in files[:MOST_FILES]
     ]

@@ -79,7 +79,7 @@ def _canvas(title: str, x_label: str, y_label: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-LONGEST_PAUSE_SECONDS = 60.0
+DRAWN_PAUSE_SECONDS = 60.0
 """A longer pause between attempts is drawn as this: a run may be continued days later."""
 
 NAMES_APART_SHARE = 0.04
@@ -160,7 +160,7 @@ def attempt_minutes(attempts: Sequence[AttemptMemory]) -> list[tuple[float, floa
         end = max([attempt.ended or attempt.started, *(s.timestamp for s in attempt.samples)])
         if before is not None:
             pause = (attempt.started - before).total_seconds()
-            at_seconds += min(max(0.0, pause), LONGEST_PAUSE_SECONDS)
+            at_seconds += min(max(0.0, pause), DRAWN_PAUSE_SECONDS)
         seconds = max(0.0, (end - attempt.started).total_seconds())
         spans.append((at_seconds / 60, (at_seconds + seconds) / 60))
         at_seconds, before = at_seconds + seconds, end

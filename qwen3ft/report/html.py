@@ -16,11 +16,11 @@ from qwen3ft.evaluation.wording import (
     format_seconds,
     interval_text,
     judge_text,
-    show_score,
+    score_text,
 )
-from qwen3ft.records.evaluation import MODELS, RivalLabel
+from qwen3ft.records.evaluation import MODELS, RIVALS
 from qwen3ft.records.run_card import RunCard
-from qwen3ft.report.attempts import in_words, reasons, words_of
+from qwen3ft.report.attempts import changes_text, kind_text, reasons_text
 from qwen3ft.report.charts import (
     BOTTOM,
     HEIGHT,
@@ -37,11 +37,10 @@ from qwen3ft.report.markdown import share_range
 if TYPE_CHECKING:
     from jinja2 import Template
 
-TEMPLATE = "card.html.jinja"
-RIVALS: tuple[RivalLabel, ...] = ("base", "champion")
+CARD_TEMPLATE = "card.html.jinja"
 
 
-def to_html(card: RunCard) -> str:
+def card_html(card: RunCard) -> str:
     """The card as a page."""
     labels = [label for label in MODELS if label in {score.label for score in card.scores}]
     candidate = next((score for score in card.scores if score.label == "candidate"), None)
@@ -82,7 +81,7 @@ def _template() -> Template:
         "per_cent": lambda share: f"{share:.1%}",
         "duration": format_seconds,
     }
-    return environment.get_template(TEMPLATE)
+    return environment.get_template(CARD_TEMPLATE)
 
 
 def _facts(card: RunCard) -> Iterator[tuple[str, str, str]]:
@@ -109,11 +108,11 @@ def _facts(card: RunCard) -> Iterator[tuple[str, str, str]]:
 
 def _attempts(card: RunCard) -> Iterator[dict[str, Any]]:
     for before, attempt in zip((None, *card.attempts), card.attempts, strict=False):
-        ended = words_of(attempt.outcome)
+        ended = kind_text(attempt.outcome)
         yield {
             "number": attempt.attempt,
-            "changed": in_words(attempt, before),
-            "why": reasons(attempt),
+            "changed": changes_text(attempt, before),
+            "why": reasons_text(attempt),
             "end": f"{ended}: {attempt.detail.splitlines()[0] if attempt.detail else ''}",
             "batch": f"{attempt.micro_batch_size} x {attempt.gradient_accumulation_steps}",
             "seconds": attempt.seconds,
@@ -132,14 +131,14 @@ def _scores(card: RunCard, labels: list[Any]) -> Iterator[dict[str, Any]]:
     gains = {(c.rival, c.metric): interval_text(c) for c in card.comparisons}
     none = [""] * len(rivals)
     for metric, name in METRIC_NAMES.items():
-        cells = [show_score(metric, getattr(models[label], metric)) for label in labels]
+        cells = [score_text(metric, getattr(models[label], metric)) for label in labels]
         told = [gains.get((rival, metric), "") for rival in rivals]
         yield {"name": name, "cells": cells, "gains": told}
         if metric == "exact_match" and card.exact_match_intervals:
             sure = [share_range(card.exact_match_intervals[label]) for label in labels]
             yield {"name": "its interval", "cells": sure, "gains": none}
     for field, name in OTHER_SCORES.items():
-        cells = [show_score(field, getattr(models[label], field)) for label in labels]
+        cells = [score_text(field, getattr(models[label], field)) for label in labels]
         yield {"name": name, "cells": cells, "gains": none}
 
 

@@ -13,24 +13,24 @@ from qwen3ft.evaluation.wording import (
     OTHER_SCORES,
     interval_text,
     judge_text,
-    show_score,
+    score_text,
 )
 from qwen3ft.records.evaluation import MODELS
 from qwen3ft.records.run_card import RunCard
-from qwen3ft.report.attempts import in_words, reasons
+from qwen3ft.report.attempts import changes_text, reasons_text
 from qwen3ft.report.curves import sparkline
 from qwen3ft.report.data_section import files_markdown, new_rows_markdown
-from qwen3ft.report.safe_text import as_markdown
+from qwen3ft.report.safe_text import escape_markdown
 
 MOST_CELL_CHARACTERS = 400
 
 
-def to_markdown(card: RunCard) -> str:
+def card_markdown(card: RunCard) -> str:
     """The whole card."""
     return "\n".join(_sections(card))
 
 
-def to_description(card: RunCard, most_characters: int) -> str:
+def card_description(card: RunCard, most_characters: int) -> str:
     """As many of its first sections as fit: MLflow refuses longer descriptions."""
     told = ""
     for section in _sections(card):
@@ -53,7 +53,7 @@ def _sections(card: RunCard) -> Iterator[str]:
         _data(card),
         _plan(card),
         _stages(card),
-        [f"> {as_markdown(note)}\n" for note in card.notes],
+        [f"> {escape_markdown(note)}\n" for note in card.notes],
         _answers(card),
     ):
         if lines:
@@ -61,22 +61,22 @@ def _sections(card: RunCard) -> Iterator[str]:
 
 
 def _head(card: RunCard) -> list[str]:
-    lines = [f"# {as_markdown(card.title)}", "", f"**{as_markdown(card.verdict)}**", ""]
+    lines = [f"# {escape_markdown(card.title)}", "", f"**{escape_markdown(card.verdict)}**", ""]
     if len(card.reasons) > 1:
-        lines += [*(f"- {as_markdown(reason)}" for reason in card.reasons), ""]
+        lines += [*(f"- {escape_markdown(reason)}" for reason in card.reasons), ""]
     facts = {
         "trained on": card.trained_on,
         "exact match": _before_after(card.base_score, card.tuned_score, "exact_match"),
-        "forgetting": as_markdown(card.forgetting),
+        "forgetting": escape_markdown(card.forgetting),
         **_judge(card),
         "held-out loss": _before_after(
             card.held_out_loss_before, card.held_out_loss_after, "answer_loss"
         ),
         "peak memory": _peak(card),
         "speed": f"{card.tokens_per_second:,.0f} tokens/s" if card.tokens_per_second else "",
-        "kernels": as_markdown(card.kernels),
-        "adapter": as_markdown(card.adapter_path or ""),
-        "run": as_markdown(card.run_id),
+        "kernels": escape_markdown(card.kernels),
+        "adapter": escape_markdown(card.adapter_path or ""),
+        "run": escape_markdown(card.run_id),
         "MLflow": f"[this run]({card.mlflow_url})" if card.mlflow_url else "",
     }
     rows = [f"| {name} | {value} |" for name, value in facts.items() if value]
@@ -85,7 +85,7 @@ def _head(card: RunCard) -> list[str]:
 
 def _judge(card: RunCard) -> dict[str, str]:
     told = judge_text(card.judge) if card.judge else ""
-    return {f"judge {as_markdown(card.judge.model)}": told} if card.judge and told else {}
+    return {f"judge {escape_markdown(card.judge.model)}": told} if card.judge and told else {}
 
 
 def _before_after(before: float | None, after: float | None, metric: str) -> str:
@@ -106,9 +106,9 @@ def _peak(card: RunCard) -> str:
 def _failure(card: RunCard) -> list[str]:
     if card.failure is None:
         return []
-    lines = ["## What went wrong", "", f"{as_markdown(card.failure.kind)}:", ""]
+    lines = ["## What went wrong", "", f"{escape_markdown(card.failure.kind)}:", ""]
     lines += [f"    {line}" for line in card.failure.what.splitlines()]
-    return [*lines, "", f"Why: {as_markdown(card.failure.why)}"] if card.failure.why else lines
+    return [*lines, "", f"Why: {escape_markdown(card.failure.why)}"] if card.failure.why else lines
 
 
 def _scores(card: RunCard) -> list[str]:
@@ -125,13 +125,13 @@ def _scores(card: RunCard) -> list[str]:
     ]
     lines.append("|---" * (len(labels) + 2) + "|")
     for metric, name in METRIC_NAMES.items():
-        cells = [show_score(metric, getattr(models[label], metric)) for label in labels]
+        cells = [score_text(metric, getattr(models[label], metric)) for label in labels]
         lines.append(f"| {name} | {' | '.join(cells)} | {gains.get(metric, '')} |")
         if metric == "exact_match" and card.exact_match_intervals:
             sure = [share_range(card.exact_match_intervals[label]) for label in labels]
             lines.append(f"| its {card.confidence:.0%} interval | {' | '.join(sure)} | |")
     for field, name in OTHER_SCORES.items():
-        cells = [show_score(field, getattr(models[label], field)) for label in labels]
+        cells = [score_text(field, getattr(models[label], field)) for label in labels]
         lines.append(f"| {name} | {' | '.join(cells)} | |")
     for check in models["candidate"].form:
         shares = [f"{models[label].form.get(check, 0.0):.1%}" for label in labels]
@@ -152,17 +152,17 @@ def _splits(card: RunCard) -> list[str]:
         return []
     lines = ["| questions | rows | base | tuned |", "|---|---|---|---|"]
     return lines + [
-        f"| {as_markdown(split)} | {rows} | {base:.1%} | {tuned:.1%} |"
+        f"| {escape_markdown(split)} | {rows} | {base:.1%} | {tuned:.1%} |"
         for split, (base, tuned, rows) in sorted(card.scores_by_split.items())
     ]
 
 
 def _what_next(card: RunCard) -> list[str]:
-    lines = ["## Back, and on", "", f"To roll back: {as_markdown(card.roll_back.what)}", ""]
+    lines = ["## Back, and on", "", f"To roll back: {escape_markdown(card.roll_back.what)}", ""]
     if card.roll_back.command:
         lines += [f"    {card.roll_back.command}", ""]
     for step in card.next_steps:
-        lines += [f"{as_markdown(step.what)}:", "", f"    {step.command}", ""]
+        lines += [f"{escape_markdown(step.what)}:", "", f"    {step.command}", ""]
     return lines
 
 
@@ -178,8 +178,8 @@ def _attempts(card: RunCard) -> list[str]:
     for before, attempt in zip((None, *card.attempts), card.attempts, strict=False):
         batch = f"{attempt.micro_batch_size} x {attempt.gradient_accumulation_steps}"
         cells = (
-            in_words(attempt, before),
-            reasons(attempt),
+            changes_text(attempt, before),
+            reasons_text(attempt),
             f"{attempt.outcome}: {attempt.detail}",
         )
         told = " | ".join(_cell(cell) for cell in cells)
@@ -215,7 +215,7 @@ def _data(card: RunCard) -> list[str]:
         f"{card.data.rows_read:,} rows read = {sums}.",
         "",
         *new_rows_markdown(card.data),
-        *(f"> {as_markdown(warning)}\n" for warning in card.data.warnings),
+        *(f"> {escape_markdown(warning)}\n" for warning in card.data.warnings),
         *files_markdown(card.data.files, card.data.since),
     ]
 
@@ -223,7 +223,7 @@ def _data(card: RunCard) -> list[str]:
 def _plan(card: RunCard) -> list[str]:
     if card.plan is None:
         return []
-    lines = ["## Plan", "", as_markdown(card.plan.headline), ""]
+    lines = ["## Plan", "", escape_markdown(card.plan.headline), ""]
     lines += ["| setting | value | why |", "|---|---|---|"]
     return lines + [
         f"| {line.name} | {_cell(line.value)} | {_cell(line.why)} |" for line in card.plan.settings
@@ -243,10 +243,13 @@ def _answers(card: RunCard) -> list[str]:
         return []
     lines = ["## Where the models differ most", ""]
     for number, one in enumerate(card.answers, 1):
-        lines += [f"{number}. **{as_markdown(one.question)}** ({as_markdown(one.split)})", ""]
-        lines += [f"    - right: {as_markdown(one.reference)}"]
         lines += [
-            f"    - {answer.model} {'✓' if answer.right else '✗'}: {as_markdown(answer.text)}"
+            f"{number}. **{escape_markdown(one.question)}** ({escape_markdown(one.split)})",
+            "",
+        ]
+        lines += [f"    - right: {escape_markdown(one.reference)}"]
+        lines += [
+            f"    - {answer.model} {'✓' if answer.right else '✗'}: {escape_markdown(answer.text)}"
             for answer in one.answers
         ]
         lines.append("")
@@ -255,4 +258,4 @@ def _answers(card: RunCard) -> list[str]:
 
 def _cell(text: str) -> str:
     cut = text if len(text) <= MOST_CELL_CHARACTERS else f"{text[:MOST_CELL_CHARACTERS]} …"
-    return as_markdown(cut)
+    return escape_markdown(cut)

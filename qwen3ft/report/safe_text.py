@@ -18,7 +18,7 @@ _MARKDOWN = re.compile(r"([\\`*_\[\]|~])|(?<=:)(/)(?=/)|(?<=\bwww)(\.)")
 _LINE_START = re.compile(r"^(?:[-+#>=]|[0-9]+(?=[.)](?:\s|$)))")
 
 
-def as_markdown(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """`text` on one line, so that markdown shows it as it is.
 
     No tag, table, link, list, heading or emphasis comes of it, wherever on a line it is put.

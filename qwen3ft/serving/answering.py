@@ -15,7 +15,7 @@ from qwen3ft.evaluation.generation import end_tokens, greedy_settings
 from qwen3ft.evaluation.inference import InferenceTester
 from qwen3ft.files import append_json_line, read_json_lines
 from qwen3ft.jobs.folders import JobDir
-from qwen3ft.records.requests import AskRequest, ChatEnded, Chunk, Question
+from qwen3ft.records.requests import AskRequest, ChatEnded, ChatQuestion, Chunk
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,7 @@ def answer_session(request: AskRequest, job: JobDir, beat: Callable[[str], None]
     while True:
         lines, offset = read_json_lines(job.questions, offset)
         for line in lines:
-            asking = Question.model_validate(line)
+            asking = ChatQuestion.model_validate(line)
             if asking.end or job.stop.exists():
                 return ChatEnded(answered=answered)
             speaker.answer(asking.messages)

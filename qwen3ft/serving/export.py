@@ -73,7 +73,7 @@ logger = get_logger("export")
 
 MERGED_FOLDER, ADAPTER_FOLDER, PARITY_FILE = "merged", "adapter", "parity.json"
 
-SPARE_BYTES = 2**26
+EXPORT_SPARE_BYTES = 2**26
 """Kept free beyond the weights: the tokenizer, the adapter and the file system's own blocks."""
 
 EXPORT_KIND = "export"
@@ -111,7 +111,7 @@ def export_adapter(
     shape = check_model_folder(base)
     require_disk(
         target,
-        2 * shape.total_parameters + SPARE_BYTES,
+        2 * shape.total_parameters + EXPORT_SPARE_BYTES,
         "The merged model",
         "The disk is too full; an earlier export stays until the new one is there.",
     )

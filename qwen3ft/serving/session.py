@@ -20,7 +20,7 @@ from qwen3ft.files import append_json_line, read_json_lines
 from qwen3ft.jobs.folders import JobDir
 from qwen3ft.jobs.launcher import POLL_SECONDS, run_worker
 from qwen3ft.jobs.processes import GRACE_SECONDS
-from qwen3ft.records.requests import AskRequest, ChatEnded, Chunk, Question
+from qwen3ft.records.requests import AskRequest, ChatEnded, ChatQuestion, Chunk
 
 TAIL_SECONDS = 0.02
 
@@ -53,7 +53,7 @@ class ChatSession:
         traceback: TracebackType | None,
     ) -> None:
         self._job.stop.touch()
-        append_json_line(self._job.questions, Question(end=True).model_dump(mode="json"))
+        append_json_line(self._job.questions, ChatQuestion(end=True).model_dump(mode="json"))
         # A worker that is still loading does not look at either; it dies with this process.
         self._thread.join(GRACE_SECONDS if kind is None else 2 * POLL_SECONDS)
         shutil.rmtree(self._job.path, ignore_errors=True)
@@ -74,7 +74,7 @@ class ChatSession:
         Raises:
             FinetuneError: what ended the worker.
         """
-        asking = Question(messages=tuple(messages))
+        asking = ChatQuestion(messages=tuple(messages))
         append_json_line(self._job.questions, asking.model_dump(mode="json"))
         for piece in self._pieces():
             if piece.kind == "ready":

@@ -9,13 +9,13 @@ import pytest
 from qwen3ft.config import TrainingConfig
 from qwen3ft.embedded import DATA_DIR, corpus
 from qwen3ft.errors import DataLoadingError
-from qwen3ft.evaluation.ability import ability_rows
+from qwen3ft.evaluation.ability import read_ability_rows
 from qwen3ft.files import read_json_lines
 
 
 def test_the_general_rows_are_in_both_languages() -> None:
     """Each has a question of its own, an answer and a kind."""
-    rows = ability_rows(TrainingConfig())
+    rows = read_ability_rows(TrainingConfig())
     assert len({row["question"] for row in rows}) == len(rows) == 48
     assert all(row["kind"] for row in rows)
     chinese = sum("\u4e00" <= row["question"][-2] <= "\u9fff" for row in rows)
@@ -24,7 +24,7 @@ def test_the_general_rows_are_in_both_languages() -> None:
 
 def test_the_embedded_rows_are_what_pretraining_taught() -> None:
     """The generator makes them again, and none of them is trained or tested on."""
-    rows = ability_rows(TrainingConfig(model_name="embedded"))
+    rows = read_ability_rows(TrainingConfig(model_name="embedded"))
     assert rows == corpus.ability_rows()
     asked = {
         row["question"] for path in DATA_DIR.glob("*.jsonl") for row in read_json_lines(path)[0]
@@ -37,7 +37,7 @@ def test_a_set_of_ones_own_is_used(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"question": "q", "answer": "a"}\n', encoding="utf-8")
     config = TrainingConfig(ability_path=str(path))
-    assert ability_rows(config) == [{"question": "q", "answer": "a"}]
+    assert read_ability_rows(config) == [{"question": "q", "answer": "a"}]
 
 
 @pytest.mark.parametrize("content", [None, "", "no json\n", "[1]\n", '{"question": "q"}\n'])
@@ -49,4 +49,4 @@ def test_an_unusable_set_is_told_before_anything_is_loaded(
     if content is not None:
         path.write_text(content, encoding="utf-8")
     with pytest.raises(DataLoadingError, match="cannot be used"):
-        ability_rows(TrainingConfig(ability_path=str(path)))
+        read_ability_rows(TrainingConfig(ability_path=str(path)))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qwen3ft.evaluation import answer_cache
-from qwen3ft.evaluation.answer_cache import AnswerCache, question_key, remember
+from qwen3ft.evaluation.answer_cache import AnswerCache, answer_key, new_entry
 from qwen3ft.evaluation.answer_loss import RowLoss
 from qwen3ft.evaluation.answers import Generated
 
@@ -19,7 +19,7 @@ ANSWER = Generated(text="亚麻 \u2028 linen", stopped=True, tokens=4)
 def test_an_answer_is_found_again_for_the_same_model_alone(tmp_path: Path) -> None:
     """Text, end and loss come back as they were."""
     cache = AnswerCache(tmp_path, ["base"])
-    cache.add([remember("k", ANSWER, RowLoss(1.5, 3)), remember("a", None, RowLoss(math.inf, 2))])
+    cache.add([new_entry("k", ANSWER, RowLoss(1.5, 3)), new_entry("a", None, RowLoss(math.inf, 2))])
     cache.save()
     again = AnswerCache(tmp_path, ["base"])
     kept = again.get("k")
@@ -32,12 +32,12 @@ def test_an_answer_is_found_again_for_the_same_model_alone(tmp_path: Path) -> No
 def test_the_key_holds_what_the_answer_depends_on() -> None:
     """Not the group that scores are reported by."""
     row = {"question": "q", "answer": "a", "split": "fact"}
-    key = question_key(row, {"max_new_tokens": 16})
-    assert question_key({**row, "split": "date"}, {"max_new_tokens": 16}) == key
+    key = answer_key(row, {"max_new_tokens": 16})
+    assert answer_key({**row, "split": "date"}, {"max_new_tokens": 16}) == key
     others = [
-        question_key({**row, "answer": "b"}, {"max_new_tokens": 16}),
-        question_key({**row, "reasoning": "r"}, {"max_new_tokens": 16}),
-        question_key(row, {"max_new_tokens": 17}),
+        answer_key({**row, "answer": "b"}, {"max_new_tokens": 16}),
+        answer_key({**row, "reasoning": "r"}, {"max_new_tokens": 16}),
+        answer_key(row, {"max_new_tokens": 17}),
     ]
     assert len({key, *others}) == 4
 
@@ -52,7 +52,7 @@ def test_a_damaged_file_is_replaced(
     cache = AnswerCache(tmp_path, ["base"])
     assert cache.get("k") is None
     assert "cannot be used" in caplog.text
-    cache.add([remember("k", ANSWER, RowLoss(1.0, 1))])
+    cache.add([new_entry("k", ANSWER, RowLoss(1.0, 1))])
     cache.save()
     assert AnswerCache(tmp_path, ["base"]).get("k") is not None
 
@@ -63,7 +63,7 @@ def test_a_folder_that_cannot_be_written_costs_nothing_else(
     """The run goes on with the answers it has."""
     (tmp_path / "file").write_text("")
     cache = AnswerCache(tmp_path / "file" / "answers", ["base"])
-    cache.add([remember("k", ANSWER, RowLoss(1.0, 1))])
+    cache.add([new_entry("k", ANSWER, RowLoss(1.0, 1))])
     cache.save()
     assert cache.get("k") is not None
     assert "not kept" in caplog.text
@@ -75,17 +75,17 @@ def test_the_cache_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(answer_cache, "MAX_MODELS", 2)
     loss = RowLoss(1.0, 1)
     cache = AnswerCache(tmp_path, ["a"])
-    cache.add([remember(key, None, loss) for key in ("1", "2", "3")])
+    cache.add([new_entry(key, None, loss) for key in ("1", "2", "3")])
     cache.save()
     cache = AnswerCache(tmp_path, ["a"])
     assert cache.get("1") is not None
-    cache.add([remember("4", None, loss)])
+    cache.add([new_entry("4", None, loss)])
     cache.save()
     kept = AnswerCache(tmp_path, ["a"])
     assert [key for key in "1234" if kept.get(key) is not None] == ["1", "3", "4"]
     for model in ("b", "c"):
         other = AnswerCache(tmp_path, [model])
-        other.add([remember("1", None, loss)])
+        other.add([new_entry("1", None, loss)])
         other.save()
     assert len(list(tmp_path.glob("*.jsonl"))) == 2
     assert AnswerCache(tmp_path, ["a"]).get("1") is None
@@ -100,5 +100,5 @@ def test_a_model_that_is_asked_about_every_night_is_never_forgotten(
         time.sleep(0.02)  # file systems count time in steps
         assert model == "base" or AnswerCache(tmp_path, ["base"]).get("k") is not None
         cache = AnswerCache(tmp_path, [model])
-        cache.add([remember("k", ANSWER, RowLoss(1.0, 1))])
+        cache.add([new_entry("k", ANSWER, RowLoss(1.0, 1))])
         cache.save()

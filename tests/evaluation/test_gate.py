@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from support.verdicts import BASE, FORM, GOOD, gain, report, saved, score
 
-from qwen3ft.evaluation.gate import GatePolicy, decide
+from qwen3ft.evaluation.gate import GatePolicy, decide_promotion
 from qwen3ft.records.evaluation import (
     Champion,
 )
@@ -17,7 +17,7 @@ CHAMPION = Champion(registered_model="qwen3ft-embedded", version="3", source_uri
 
 def test_the_first_adapter_that_beats_the_base_is_promoted() -> None:
     """Without a champion the base model is the bar."""
-    verdict = decide(report(BASE, GOOD), saved(), champion=None)
+    verdict = decide_promotion(report(BASE, GOOD), saved(), champion=None)
     assert verdict.decision == "promoted"
     assert (verdict.registered_model, verdict.version) == ("qwen3ft-embedded", "4")
     better, first = verdict.reasons
@@ -46,7 +46,7 @@ def test_the_lower_bound_of_the_gain_decides(
 ) -> None:
     """A gain that may be luck keeps the adapter in use, and so does no gain."""
     gains = (gain(value, half=half),)
-    verdict = decide(report(BASE, GOOD, gains=gains), saved(), champion=None)
+    verdict = decide_promotion(report(BASE, GOOD, gains=gains), saved(), champion=None)
     assert verdict.decision == decision
     assert verdict.reasons[0].startswith(begins + " the base model: ")
 
@@ -55,11 +55,11 @@ def test_a_champion_must_be_beaten_too() -> None:
     """Better than the base alone is not enough; the reason names the champion's version."""
     scores = (BASE, score("champion", 0.39), GOOD)
     gains = (gain(0.3), gain(0.01, "champion"))
-    verdict = decide(report(*scores, gains=gains), saved(), champion=CHAMPION)
+    verdict = decide_promotion(report(*scores, gains=gains), saved(), champion=CHAMPION)
     assert verdict.decision == "kept"
     assert verdict.reasons[0].startswith("not surely better than champion v3: exact match 40.0%")
     better = report(*scores, gains=(gain(0.3), gain(0.07, "champion")))
-    verdict = decide(better, saved(), champion=CHAMPION)
+    verdict = decide_promotion(better, saved(), champion=CHAMPION)
     assert verdict.decision == "promoted"
     assert verdict.reasons[0].startswith("better than champion v3")
 
@@ -68,7 +68,7 @@ def test_beating_the_champion_is_not_enough() -> None:
     """A candidate between champion and base is kept: the base alone would do better."""
     scores = (score("base", 0.5), score("champion", 0.1), score("candidate", 0.3))
     gains = (gain(-0.2), gain(0.2, "champion"))
-    verdict = decide(report(*scores, gains=gains), saved(), champion=CHAMPION)
+    verdict = decide_promotion(report(*scores, gains=gains), saved(), champion=CHAMPION)
     assert verdict.decision == "kept"
     assert verdict.reasons[0].startswith("worse than the base model")
 
@@ -96,7 +96,9 @@ def test_beating_the_champion_is_not_enough() -> None:
 )
 def test_each_limit_keeps_a_better_candidate_out(changes: dict[str, Any], said: str) -> None:
     """However much better it is in the main metric."""
-    verdict = decide(report(BASE, score("candidate", 0.4, **changes)), saved(), champion=None)
+    verdict = decide_promotion(
+        report(BASE, score("candidate", 0.4, **changes)), saved(), champion=None
+    )
     assert verdict.decision == "kept"
     assert any(reason.startswith(said) for reason in verdict.reasons), verdict.reasons
 
@@ -106,7 +108,9 @@ def test_any_loss_is_above_a_rival_that_has_none() -> None:
     base = score("base", 0.1, answer_loss=0.0)
     for loss, decision in ((0.3, "kept"), (0.0, "promoted")):
         candidate = score("candidate", 0.4, answer_loss=loss)
-        assert decide(report(base, candidate), saved(), champion=None).decision == decision
+        assert (
+            decide_promotion(report(base, candidate), saved(), champion=None).decision == decision
+        )
 
 
 @pytest.mark.parametrize(
@@ -123,7 +127,9 @@ def test_any_loss_is_above_a_rival_that_has_none() -> None:
 )
 def test_within_the_limits_a_better_candidate_is_promoted(changes: dict[str, Any]) -> None:
     """A little worse in something else is the price of being better."""
-    verdict = decide(report(BASE, score("candidate", 0.4, **changes)), saved(), champion=None)
+    verdict = decide_promotion(
+        report(BASE, score("candidate", 0.4, **changes)), saved(), champion=None
+    )
     assert verdict.decision == "promoted", verdict.reasons
 
 
@@ -133,14 +139,16 @@ def test_of_few_answers_a_single_odd_one_is_no_sign(broken: int, decision: str) 
     form = {**FORM, "stops by itself": 1 - broken / 30}
     scores = (score("base", 0.1, rows=30), score("candidate", 0.4, rows=30, form=form))
     gains = (gain(0.3).model_copy(update={"rows": 30}),)
-    assert decide(report(*scores, gains=gains), saved(), champion=None).decision == decision
+    assert (
+        decide_promotion(report(*scores, gains=gains), saved(), champion=None).decision == decision
+    )
 
 
 def test_the_limits_hold_against_the_champion_too() -> None:
     """It is what answers would get worse than."""
     scores = (BASE, score("champion", 0.3), score("candidate", 0.4, chrf=0.2))
     gains = (gain(0.3), gain(0.1, "champion"))
-    verdict = decide(report(*scores, gains=gains), saved(), champion=CHAMPION)
+    verdict = decide_promotion(report(*scores, gains=gains), saved(), champion=CHAMPION)
     assert verdict.decision == "kept"
     assert verdict.reasons == ("chrF 20.0%, below the 30.0% of champion v3",)
 
@@ -151,15 +159,15 @@ def test_the_policy_sets_the_limits() -> None:
     gains = (gain(0.3).model_copy(update={"rows": 12}),)
     policy = GatePolicy(min_rows=12, max_ability_loss_rise=0.5)
     few = report(*scores, gains=gains)
-    assert decide(few, saved(), champion=None).decision == "kept"
-    assert decide(few, saved(), champion=None, policy=policy).decision == "promoted"
+    assert decide_promotion(few, saved(), champion=None).decision == "kept"
+    assert decide_promotion(few, saved(), champion=None, policy=policy).decision == "promoted"
 
 
 def test_a_loss_can_be_the_main_metric() -> None:
     """Its gain is shown in nats, and a worse exact match within its limit is allowed."""
     scores = (score("base", 0.1), score("candidate", 0.09, answer_loss=0.8))
     gains = (gain(0.2, metric="answer_loss"),)
-    verdict = decide(
+    verdict = decide_promotion(
         report(*scores, gains=gains, main_metric="answer_loss"), saved(), champion=None
     )
     assert verdict.decision == "promoted"
@@ -172,7 +180,7 @@ def test_a_loss_can_be_the_main_metric() -> None:
 def test_a_degraded_run_is_kept_however_good() -> None:
     """The reason names what was degraded."""
     degraded = saved(degraded=("lower rank: 6 to 3",))
-    verdict = decide(report(BASE, GOOD), degraded, champion=None)
+    verdict = decide_promotion(report(BASE, GOOD), degraded, champion=None)
     assert verdict.decision == "kept"
     assert "lower rank: 6 to 3" in verdict.reasons[0]
 
@@ -180,7 +188,7 @@ def test_a_degraded_run_is_kept_however_good() -> None:
 def test_every_failed_check_is_named() -> None:
     """Checks that passed are not."""
     checks = {"not empty": False, "no loops": True, "answers differ from base": False}
-    verdict = decide(report(BASE, GOOD, checks=checks), saved(), champion=None)
+    verdict = decide_promotion(report(BASE, GOOD, checks=checks), saved(), champion=None)
     assert verdict.decision == "kept"
     assert verdict.reasons == (
         "failed check: not empty",
@@ -191,25 +199,25 @@ def test_every_failed_check_is_named() -> None:
 
 def test_a_champion_that_was_not_scored_defers_the_decision() -> None:
     """Replacing what could not be compared would be a guess; a bad candidate is kept anyway."""
-    assert decide(report(BASE, GOOD), saved(), champion=CHAMPION).decision == "deferred"
+    assert decide_promotion(report(BASE, GOOD), saved(), champion=CHAMPION).decision == "deferred"
     bad = report(BASE, GOOD, gains=(gain(-0.3),))
-    assert decide(bad, saved(), champion=CHAMPION).decision == "kept"
+    assert decide_promotion(bad, saved(), champion=CHAMPION).decision == "kept"
 
 
 def test_scores_on_different_questions_are_not_compared() -> None:
     """A rival scored on other questions cannot be beaten."""
     scores = report(score("base", 0.1, rows=40), GOOD)
-    verdict = decide(scores, saved(), champion=None)
+    verdict = decide_promotion(scores, saved(), champion=None)
     assert verdict.decision == "kept"
     assert "40 questions, not 50" in verdict.reasons[0]
 
 
 def test_a_metric_that_was_not_compared_promotes_nothing() -> None:
     """No interval, no proof."""
-    verdict = decide(report(BASE, GOOD, gains=()), saved(), champion=None)
+    verdict = decide_promotion(report(BASE, GOOD, gains=()), saved(), champion=None)
     assert verdict.reasons == ("exact match could not be compared with that of the base model",)
 
 
 def test_a_report_without_a_candidate_promotes_nothing() -> None:
     """An incomplete report is no proof."""
-    assert decide(report(BASE), saved(), champion=None).decision == "kept"
+    assert decide_promotion(report(BASE), saved(), champion=None).decision == "kept"

@@ -28,8 +28,8 @@ from qwen3ft.errors import (
     OutOfMemoryError,
     SaveError,
 )
-from qwen3ft.evaluation.ability import ability_rows
-from qwen3ft.evaluation.gate import GatePolicy, decide
+from qwen3ft.evaluation.ability import read_ability_rows
+from qwen3ft.evaluation.gate import GatePolicy, decide_promotion
 from qwen3ft.evaluation.generation import in_batches
 from qwen3ft.evaluation.inference import (
     InferenceTester,
@@ -173,12 +173,15 @@ def test_three_models_are_compared_on_the_same_questions(night: Night, tmp_path:
     assert len(answers) == base.rows
     assert {*answers[0]} == {"question", "reference", "split", "base", "candidate", "champion"}
     assert sorted(a["question"] for a in answers) == sorted(s.question for s in report.samples)
-    assert decide(report, night.candidate, champion=champion, policy=POLICY).decision == "promoted"
+    assert (
+        decide_promotion(report, night.candidate, champion=champion, policy=POLICY).decision
+        == "promoted"
+    )
     assert ("load", 0) in beats
     for phase in ("base answers", "candidate answers", "champion answers", "candidate loss"):
         assert max(done for name, done in beats if name == phase) == base.rows
     assert max(done for name, done in beats if name == "champion ability") == len(
-        ability_rows(night.config)
+        read_ability_rows(night.config)
     )
     scores = read_json_lines(Path(report.scores_path))[0]
     assert [line["question"] for line in scores] == [answer["question"] for answer in answers]
@@ -241,7 +244,10 @@ def test_a_champion_that_cannot_be_compared_defers_the_verdict(
     request = request_for(night, tmp_path, champion=champion, config=config)
     report = run_inference(request, lambda *_: None)
     assert report.score("champion") is None
-    assert decide(report, night.candidate, champion=champion, policy=POLICY).decision == "deferred"
+    assert (
+        decide_promotion(report, night.candidate, champion=champion, policy=POLICY).decision
+        == "deferred"
+    )
     assert "the champion is not compared" in caplog.text
 
 

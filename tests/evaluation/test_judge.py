@@ -21,7 +21,7 @@ from support.reported_run import CHAMPION, JUDGE, make_facts, make_report
 from qwen3ft.config import TrainingConfig, parse_config
 from qwen3ft.errors import ConfigError
 from qwen3ft.evaluation.comparison import InferenceReport
-from qwen3ft.evaluation.gate import decide
+from qwen3ft.evaluation.gate import decide_promotion
 from qwen3ft.evaluation.judge import (
     INSTRUCTION,
     choose_pairs,
@@ -33,8 +33,8 @@ from qwen3ft.evaluation.judge_client import Limits
 from qwen3ft.records.evaluation import JudgeReport, SideBySide
 from qwen3ft.records.model import SavedAdapter
 from qwen3ft.report.build import build_card
-from qwen3ft.report.html import to_html
-from qwen3ft.report.markdown import to_markdown
+from qwen3ft.report.html import card_html
+from qwen3ft.report.markdown import card_markdown
 from qwen3ft.tracking.run_metrics import report_metrics
 from tasks.inference import with_judge
 
@@ -429,8 +429,8 @@ def test_it_is_shown_as_one_line_and_a_note() -> None:
         "Of 53 questions the judge <b>qwen</b>|x gave no verdict on 1 and left out 2: "
         "it answers HTTP 500."
     )
-    assert f"| judge &lt;b>qwen&lt;/b>\\|x | {line} |" in to_markdown(card).splitlines()
-    page = to_html(card)
+    assert f"| judge &lt;b>qwen&lt;/b>\\|x | {line} |" in card_markdown(card).splitlines()
+    page = card_html(card)
     assert f"Judge &lt;b&gt;qwen&lt;/b&gt;|x: {line}." in page
     assert "<b>qwen" not in page
     assert note in card.notes
@@ -442,8 +442,8 @@ def test_a_judge_that_said_nothing_leaves_a_note_alone() -> None:
     silent = JUDGE.model_copy(update={"wins": 0, "ties": 0, "losses": 0, "unreadable": 0})
     report = make_report().model_copy(update={"judge": silent})
     card = build_card(make_facts(report=report))
-    assert "| judge" not in to_markdown(card)
-    assert "It decides nothing" not in to_html(card)
+    assert "| judge" not in card_markdown(card)
+    assert "It decides nothing" not in card_html(card)
     assert any(note.endswith("|x left out 53: it answers HTTP 500.") for note in card.notes)
     assert not any(name.startswith("judge") for name in report_metrics(report))
     assert report_metrics(make_report())["judge/win_share"] == 0.62
@@ -483,7 +483,7 @@ def test_the_gate_does_not_read_it() -> None:
 
 def _verdict(report: InferenceReport, judge: JudgeReport | None, saved: SavedAdapter | None) -> Any:
     assert saved is not None
-    return decide(report.model_copy(update={"judge": judge}), saved, champion=CHAMPION)
+    return decide_promotion(report.model_copy(update={"judge": judge}), saved, champion=CHAMPION)
 
 
 # --- its settings ---

@@ -299,14 +299,14 @@ def test_a_run_without_tracking_completes_and_is_sent_later(
 ) -> None:
     """MLflow refuses connections throughout: training is not touched, nothing is lost."""
     import tasks.promote
-    from flows import reporting as story
+    from flows import reporting
     from flows import run_context as around
     from qwen3ft.tracking.cursor import outstanding
     from qwen3ft.tracking.mirror import replay
 
     monkeypatch.setattr(around, "CLOSE_SECONDS", 1.0)
     monkeypatch.setattr(tasks.promote, "OUTAGE_SECONDS", 0.5)
-    for module in (around, story, tasks.promote):
+    for module in (around, reporting, tasks.promote):
         monkeypatch.setattr(module, "default_tracking_uri", lambda: "http://127.0.0.1:9")
     state, run = run_flow(seed=51)
     assert state.is_completed(), state.message

@@ -20,11 +20,18 @@ from qwen3ft.jobs.failures import to_failure
 from qwen3ft.jobs.folders import RunDir, write_record
 from qwen3ft.records.preflight import PreflightReport, WorstBatches
 from qwen3ft.records.training import Failure
-from qwen3ft.report.attempts import changes, in_words, read_attempts, reasons, summarise, words_of
+from qwen3ft.report.attempts import (
+    changes,
+    changes_text,
+    kind_text,
+    read_attempts,
+    reasons_text,
+    summarise,
+)
 from qwen3ft.report.build import build_card
 from qwen3ft.report.charts import loss_chart, memory_chart
 from qwen3ft.report.curves import SPARKLINE_CHARACTERS, loss_curve, sparkline, thin
-from qwen3ft.report.safe_text import as_markdown
+from qwen3ft.report.safe_text import escape_markdown
 from qwen3ft.tracking.run_metrics import (
     METRICS,
     TAGS,
@@ -63,7 +70,7 @@ def test_only_what_changed_is_told_with_its_reason() -> None:
         ("kept activations of a row", "2.00 GB", "1.00 GB"),
     ]
     assert changes(before, before) == ()
-    assert reasons(summarise(after, None, 1.0, before)) == why
+    assert reasons_text(summarise(after, None, 1.0, before)) == why
 
 
 def test_an_attempt_with_the_same_settings_is_told_so() -> None:
@@ -72,8 +79,8 @@ def test_an_attempt_with_the_same_settings_is_told_so() -> None:
     failure = Failure(kind="StalledError", what="silent")
     first = summarise(plan, failure, 1.0)
     again = plan.model_copy(update={"attempt": 2, "resume_from": "x/step-000040"})
-    assert in_words(first, None) == "as planned"
-    told = in_words(summarise(again, None, 1.0, plan), first)
+    assert changes_text(first, None) == "as planned"
+    told = changes_text(summarise(again, None, 1.0, plan), first)
     assert told == "the same settings, a fresh process; from the checkpoint of step 40"
 
 
@@ -96,10 +103,10 @@ def test_attempts_are_read_from_the_folder_with_those_that_nobody_ended(tmp_path
 
 def test_every_kind_of_failure_has_plain_words() -> None:
     """`OutOfMemoryError` reads `out of memory`."""
-    assert words_of("OutOfMemoryError") == "out of memory"
-    assert words_of("interrupted") == "interrupted"
+    assert kind_text("OutOfMemoryError") == "out of memory"
+    assert kind_text("interrupted") == "interrupted"
     for kind in error_kinds(FinetuneError):
-        assert re.fullmatch("[a-z]+( [a-z]+)*", words_of(kind.__name__))
+        assert re.fullmatch("[a-z]+( [a-z]+)*", kind_text(kind.__name__))
 
 
 # --- curves ---
@@ -180,7 +187,7 @@ def test_markdown_shows_a_text_as_it_is(text: str) -> None:
     markdown_it = pytest.importorskip("markdown_it")
     parser = markdown_it.MarkdownIt("commonmark").enable(["table", "strikethrough"])
     plain = " ".join(text.split())
-    told = as_markdown(text)
+    told = escape_markdown(text)
     for form in (told, f"- {told}", f"| a | b |\n|---|---|\n| {told} | x |"):
         tokens = parser.parse(form)
         inline = [token for token in tokens if token.type == "inline"]

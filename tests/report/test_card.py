@@ -15,9 +15,9 @@ from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import InsufficientMemoryError
 from qwen3ft.records.evaluation import SideBySide
 from qwen3ft.records.run_card import RunCard
-from qwen3ft.report.build import RunFacts, build_card, side_by_side_view
-from qwen3ft.report.html import TEMPLATE, to_html
-from qwen3ft.report.markdown import to_description, to_markdown
+from qwen3ft.report.build import RunFacts, answered_question, build_card
+from qwen3ft.report.html import CARD_TEMPLATE, card_html
+from qwen3ft.report.markdown import card_description, card_markdown
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,7 +61,7 @@ class Page(HTMLParser):
 
 def test_the_scores_of_all_three_stand_side_by_side_with_the_gain() -> None:
     """The gain is over the champion, with its interval; form and forgetting are there too."""
-    lines = to_markdown(build_card(make_facts())).splitlines()
+    lines = card_markdown(build_card(make_facts())).splitlines()
     forgotten = "1.500 -> 1.600 (+0.100 nats per token, limit +0.25)"
     assert lines[0] == "# embedded: promoted"
     assert lines[2].startswith("**promoted: better than champion v7: exact match 90.0%")
@@ -81,14 +81,14 @@ def test_the_scores_of_all_three_stand_side_by_side_with_the_gain() -> None:
 
 def test_what_was_forgotten_is_the_verdict() -> None:
     """Better in everything that was asked for, and kept."""
-    lines = to_markdown(build_card(make_facts(4.0))).splitlines()
+    lines = card_markdown(build_card(make_facts(4.0))).splitlines()
     assert lines[0] == "# embedded: kept"
     assert lines[2].startswith("**kept: it forgets: loss on the ability set 4 against 1.5")
 
 
 def test_a_loss_that_is_not_known_is_said() -> None:
     """Nothing is shown as a number that is none."""
-    text = to_markdown(build_card(make_facts(None)))
+    text = card_markdown(build_card(make_facts(None)))
     assert "| forgetting | not measured |" in text
     assert "| loss on the ability set | 1.5 | 1.6 | not finite | |" in text
 
@@ -97,10 +97,10 @@ def test_the_story_is_told_in_all_three_forms() -> None:
     """New data, plan with reasons, attempts with changes, peak, times and answers are in each."""
     card = build_card(make_facts())
     as_json = json.dumps(card.model_dump(mode="json"), ensure_ascii=False)
-    for form in (to_markdown(card), Page(to_html(card)).text, as_json):
+    for form in (card_markdown(card), Page(card_html(card)).text, as_json):
         for told in ("qwen3ft-embedded v7", "מה השעה?", "Memory ran out: micro-batch of 2."):
             assert told in form
-    page = Page(to_html(card)).text
+    page = Page(card_html(card)).text
     for told in (
         "Since qwen3ft-embedded v7: 3 rows that it has not seen.",
         "All of a step | at once.",
@@ -158,7 +158,7 @@ def test_a_failed_run_tells_what_it_got_to(error: Exception) -> None:
     assert card.failure.kind == type(error).__name__
     assert card.peak_memory_gb == 1.99
     assert card.roll_back.what == "This run changed nothing: qwen3ft-embedded v7 stays in use."
-    page, markdown = Page(to_html(card)).text, to_markdown(card)
+    page, markdown = Page(card_html(card)).text, card_markdown(card)
     for form in (page, markdown):
         assert "What went wrong" in form
         assert "Memory ran out: micro-batch of 2." in form
@@ -174,8 +174,8 @@ def test_a_run_that_broke_at_its_first_step_and_one_with_nothing_to_do_have_card
     ):
         card = build_card(facts)
         assert card.verdict == told
-        assert told in Page(to_html(card)).text
-        assert told in to_markdown(card)
+        assert told in Page(card_html(card)).text
+        assert told in card_markdown(card)
         # Whether something is in use was not asked.
         assert card.roll_back.what == "This run changed nothing that is in use."
         assert card.champion_version is None
@@ -187,7 +187,7 @@ def test_a_run_that_broke_at_its_first_step_and_one_with_nothing_to_do_have_card
 def test_a_hostile_text_is_never_markup_in_html() -> None:
     """Only the template's tags and attributes are there, and every text is read as it is."""
     hostile, tame = (
-        Page(to_html(build_card(make_facts(report=make_report(texts=texts)))))
+        Page(card_html(build_card(make_facts(report=make_report(texts=texts)))))
         for texts in (HOSTILE, tuple(f"text {number}" for number in range(len(HOSTILE))))
     )
     assert [tag for tag, _ in hostile.tags] == [tag for tag, _ in tame.tags]
@@ -203,7 +203,7 @@ def test_the_page_needs_nothing_but_itself() -> None:
     card = build_card(make_facts()).model_copy(
         update={"prefect_url": "http://127.0.0.1:4200/x", "mlflow_url": "javascript:alert(1)"}
     )
-    html = to_html(card)
+    html = card_html(card)
     page = Page(html)
     tags = {tag for tag, _ in page.tags}
     assert not tags & {"script", "img", "link", "iframe", "object", "embed", "form", "base"}
@@ -215,7 +215,7 @@ def test_the_page_needs_nothing_but_itself() -> None:
 
 def test_the_page_can_be_used_without_seeing_it() -> None:
     """Language, headings in order, names of pictures, and headers of every table."""
-    page = Page(to_html(build_card(make_facts())))
+    page = Page(card_html(build_card(make_facts())))
     found = [given for tag, given in page.tags if tag == "html"]
     assert found[0]["lang"] == "en"
     levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h[1-6]", tag)]
@@ -234,7 +234,7 @@ def test_the_page_can_be_used_without_seeing_it() -> None:
 def test_a_hostile_text_stays_in_its_cell_of_markdown() -> None:
     """Rendered by the parser of GitHub's flavour: no tag, link, picture or table of a user's."""
     markdown_it = pytest.importorskip("markdown_it")
-    text = to_markdown(build_card(make_facts()))
+    text = card_markdown(build_card(make_facts()))
     tokens = markdown_it.MarkdownIt("gfm-like", {"linkify": False}).parse(text)
     inline = [child for token in tokens for child in token.children or ()]
     kinds = {token.type for token in [*tokens, *inline]}
@@ -250,7 +250,7 @@ def test_nothing_secret_and_no_control_is_in_any_form() -> None:
     """Not even half of a key; marks that turn text around are gone."""
     card = build_card(make_facts())
     as_json = json.dumps(card.model_dump(mode="json"), ensure_ascii=False, allow_nan=False)
-    for form in (as_json, to_markdown(card), to_html(card)):
+    for form in (as_json, card_markdown(card), card_html(card)):
         assert SECRET[:8] not in form
         assert "use ***" in form or r"use \*\*\*" in form
         assert not set("\u202e\u202c\x00\x1b") & set(form)
@@ -267,13 +267,13 @@ def test_a_card_is_read_back_as_it_was_written() -> None:
 def test_a_description_is_whole_sections_and_short_enough() -> None:
     """MLflow refuses a longer tag; the beginning is kept, and no table is torn."""
     card = build_card(make_facts())
-    whole = to_markdown(card)
+    whole = card_markdown(card)
     for most in (2000, 3000, 5000, 10**6):
-        text = to_description(card, most)
+        text = card_description(card, most)
         assert 0 < len(text) <= most
         assert whole.startswith(text.rstrip("\n"))
         assert text.endswith("\n")
-    assert to_description(card, 10) == card.verdict[:10]
+    assert card_description(card, 10) == card.verdict[:10]
 
 
 def test_answers_that_never_came_are_said_and_thinking_is_left_out() -> None:
@@ -285,13 +285,13 @@ def test_answers_that_never_came_are_said_and_thinking_is_left_out() -> None:
         champion="",
         candidate="<think>hm</think>paris",
     )
-    told = [(answer.model, answer.text, answer.right) for answer in side_by_side_view(pair).answers]
+    told = [(answer.model, answer.text, answer.right) for answer in answered_question(pair).answers]
     assert told == [
         ("base", "(no answer: its thinking did not end)", False),
         ("champion", "(no answer)", False),
         ("candidate", "paris", True),
     ]
-    alone = side_by_side_view(pair.model_copy(update={"champion": None}))
+    alone = answered_question(pair.model_copy(update={"champion": None}))
     assert [answer.model for answer in alone.answers] == ["base", "candidate"]
 
 
@@ -300,4 +300,4 @@ def test_the_template_is_in_the_wheel() -> None:
     wheel = pytest.importorskip("hatchling.builders.wheel")
     builder = wheel.WheelBuilder(str(ROOT))
     packed = {file.distribution_path for file in builder.recurse_included_files()}
-    assert f"qwen3ft/{TEMPLATE}" in packed
+    assert f"qwen3ft/report/{CARD_TEMPLATE}" in packed

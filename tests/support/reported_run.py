@@ -10,8 +10,8 @@ from support.finished_run import make_outcome, make_plan, make_snapshot
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.evaluation.form_checks import FORM_CHECKS
-from qwen3ft.evaluation.gate import decide
-from qwen3ft.evaluation.scoring import METRICS
+from qwen3ft.evaluation.gate import decide_promotion
+from qwen3ft.evaluation.wording import METRIC_NAMES
 from qwen3ft.planning.table import PlanTable
 from qwen3ft.records.data import DataChange
 from qwen3ft.records.evaluation import (
@@ -73,7 +73,7 @@ def gains(rival: RivalLabel, value: float) -> list[Comparison]:
         Comparison(
             rival=rival, metric=metric, rows=40, gain=value, low=value - 0.02, high=value + 0.02
         )
-        for metric in METRICS
+        for metric in METRIC_NAMES
     ]
 
 
@@ -163,7 +163,7 @@ def make_facts(ability: float | None = 1.6, **changes: Any) -> RunFacts:
         "trained": make_outcome(Path("step-000010")),
         "saved": saved,
         "report": report,
-        "verdict": decide(report, saved, champion=CHAMPION),
+        "verdict": decide_promotion(report, saved, champion=CHAMPION),
         "attempts": make_attempts(first, second),
         "loss": [loss_curve(number, make_metrics(number)) for number in (1, 2)],
         "memory": memory_curves([make_memory(1, "OutOfMemoryError"), make_memory(2, None)]),

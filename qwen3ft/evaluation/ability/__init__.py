@@ -20,7 +20,7 @@ GENERAL_PATH = Path(__file__).parent / "general.jsonl"
 EMBEDDED_PATH = Path(__file__).parent / "embedded.jsonl"
 
 
-def ability_rows(config: TrainingConfig) -> list[dict[str, Any]]:
+def read_ability_rows(config: TrainingConfig) -> list[dict[str, Any]]:
     """The rows that `config` asks for: question and answer at least.
 
     Raises:
