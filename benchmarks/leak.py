@@ -30,11 +30,11 @@ from qwen3ft.config import TrainingConfig  # noqa: E402
 from qwen3ft.errors import FinetuneError  # noqa: E402
 from qwen3ft.jobs.folders import JobDir, RunDir  # noqa: E402
 from qwen3ft.jobs.launcher import run_worker  # noqa: E402
-from qwen3ft.machine.leaks import MIB, theil_sen  # noqa: E402
+from qwen3ft.machine.leaks import theil_sen  # noqa: E402
 from qwen3ft.records.plan import TrainPlan  # noqa: E402
 from qwen3ft.records.training import AttemptOutcome  # noqa: E402
 from qwen3ft.training import faults  # noqa: E402
-from qwen3ft.units import GIB  # noqa: E402
+from qwen3ft.units import GIB, MIB  # noqa: E402
 
 MOST_MIB_PER_1000_STEPS = 1.0
 WARM_UP_SHARE = 0.1

@@ -2,5 +2,6 @@
 
 from __future__ import annotations
 
+MIB = 2**20
 GIB = 2**30
 """Bytes in one GB as this project counts it."""

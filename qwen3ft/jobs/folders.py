@@ -6,7 +6,7 @@
       jobs/<kind>/                 one folder per worker that is not a training attempt
       attempts/01/                 one per training attempt
         plan.json  metrics.jsonl  memory.jsonl  heartbeat  worker.log
-        memory/{peak.json, resident.txt, summary.txt, segments.json.gz, segments.html}
+        memory/{peak.json, resident.txt, summary.txt, snapshot.pickle}
         checkpoints/step-000200/{..., manifest.json last}
         failure.json | outcome.json last
 
@@ -62,7 +62,7 @@ class JobDir:
 
     @property
     def memory_report(self) -> Path:
-        """Folder that tells what memory was full of: see `qwen3ft.machine.memory_snapshot`."""
+        """Folder that tells what memory was full of: see `qwen3ft.machine.memory_report`."""
         return self.path / "memory"
 
     @property

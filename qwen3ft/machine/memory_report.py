@@ -1,70 +1,94 @@
-"""What this process's resident memory consists of, by class of mapping, as a text for a person.
+"""Files that show what filled the memory of an attempt, for a person and for MLflow.
 
-Read from the kernel's list of mappings (Linux), which takes some 10 ms: for failures, not for
-steps. Elsewhere only the sums are told.
+    memory/peak.json        counters at the step with the highest peak; written as it is reached
+    memory/resident.txt     resident memory of the process, from psutil
+    memory/summary.txt      `torch.cuda.memory_summary()` (GPU)
+    memory/snapshot.pickle  torch's snapshot of its allocator, for pytorch.org/memory_viz (GPU)
+
+Everything but peak.json is written once: when an attempt fails for memory or, on a GPU, ends. A
+process that is killed leaves peak.json alone.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
 
-MIB = 2**20
-LARGEST_TOLD = 30
+from qwen3ft.files import write_bytes_atomic
+from qwen3ft.logs import get_logger, mask_secrets
+from qwen3ft.machine.process_memory import MemoryReading
+from qwen3ft.units import MIB
 
+logger = get_logger("memory")
 
-@dataclass(frozen=True)
-class Mapping:
-    """One mapping of the process, or all of one file."""
+HISTORY_EVENTS = 100_000
+"""Events that `record_history` keeps; recording one with its stack takes about 2 microseconds."""
 
-    path: str
-    resident_bytes: int
-
-
-def resident_text(totals: dict[str, int], mappings: Sequence[Mapping]) -> str:
-    """Sums, then classes, then the largest mappings."""
-    lines = ["Resident memory of the process (MiB = 2**20 bytes)", ""]
-    lines += [f"{name:>10} {size / MIB:10,.1f} MiB" for name, size in totals.items()]
-    by_class: Counter[str] = Counter()
-    for mapping in mappings:
-        by_class[mapping_class(mapping.path)] += mapping.resident_bytes
-    if by_class:
-        lines += ["", "by class of mapping"]
-        lines += [f"{size / MIB:10,.1f} MiB  {name}" for name, size in by_class.most_common()]
-        lines += ["", f"the largest {LARGEST_TOLD} of {len(mappings):,}"]
-        largest = sorted(mappings, key=lambda mapping: mapping.resident_bytes, reverse=True)
-        lines += [f"{m.resident_bytes / MIB:10,.1f} MiB  {m.path}" for m in largest[:LARGEST_TOLD]]
-    return "\n".join(lines) + "\n"
+PEAK_STEP_SHARE = 1.02
+"""Write a new peak when it exceeds the last one written by this factor."""
 
 
-def mapping_class(path: str) -> str:
-    """What kind of memory a mapping is, by its name."""
-    if path in ("", "[anon]") or path.startswith("[anon:"):
-        return "anonymous: tensors, large Python objects, thread heaps"
-    if path == "[heap]":
-        return "heap: small objects"
-    if path.startswith("[stack"):
-        return "stacks"
-    if path.startswith(("/dev/", "anon_inode:")):
-        return "devices and shared memory"
-    if path.endswith(".so") or ".so." in path:
-        return "libraries"
-    return "kernel" if path.startswith("[") else "mapped files: data sets, weights, programs"
+def record_history() -> None:
+    """Have torch's allocator record the Python stack of its last `HISTORY_EVENTS` events."""
+    import torch
+
+    torch.cuda.memory._record_memory_history(
+        "all", context="alloc", stacks="python", max_entries=HISTORY_EVENTS
+    )
 
 
-def read_resident() -> str:
-    """The text for this process at this moment."""
+class PeakRecorder:
+    """Keep the counters of the step with the highest peak in `folder`/peak.json."""
+
+    def __init__(self, folder: Path, device: Literal["cuda", "cpu"]) -> None:
+        self.path = folder / "peak.json"
+        self.device = device
+        self._written_bytes = 0.0
+
+    def add(self, reading: MemoryReading) -> None:
+        """Write `reading` if it is a new peak."""
+        on_gpu = self.device == "cuda"
+        peak_bytes = reading.peak_allocated_bytes if on_gpu else reading.private_bytes
+        if peak_bytes <= PEAK_STEP_SHARE * self._written_bytes:
+            return
+        self._written_bytes = peak_bytes
+        self.path.parent.mkdir(exist_ok=True)
+        # Not atomic: an fsync would stall the step, and the next peak replaces a torn file.
+        self.path.write_text(json.dumps(asdict(reading), indent=2) + "\n", encoding="utf-8")
+
+
+def write_memory_report(folder: Path, why: str) -> None:
+    """Write what fills memory now into `folder` (`JobDir.memory_report`).
+
+    Logs a warning instead of raising, because it runs while another error is being handled.
+
+    Args:
+        folder: Made if it is missing; its parent must exist.
+        why: What happened; the first line of resident.txt.
+    """
+    try:
+        folder.mkdir(exist_ok=True)
+        _write_text(folder / "resident.txt", f"{mask_secrets(why)}\n\n{resident_text()}")
+        torch: Any = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+            _write_text(folder / "summary.txt", torch.cuda.memory_summary())
+            torch.cuda.memory._dump_snapshot(str(folder / "snapshot.pickle"))
+    except (OSError, RuntimeError, MemoryError) as error:
+        logger.warning("no report on memory: %s: %s", type(error).__name__, error)
+
+
+def resident_text() -> str:
+    """Return psutil's totals for this process, one line for each that the system reports."""
     import psutil
 
-    process = psutil.Process()
-    info = process.memory_full_info()
-    totals = {
-        name: int(getattr(info, name))
-        for name in ("rss", "uss", "pss", "shared", "swap")
-        if hasattr(info, name)
-    }
-    mappings: list[Mapping] = []
-    if hasattr(process, "memory_maps"):
-        mappings = [Mapping(entry.path, int(entry.rss)) for entry in process.memory_maps()]
-    return resident_text(totals, mappings)
+    info = psutil.Process().memory_full_info()
+    sizes = {name: getattr(info, name, None) for name in ("rss", "uss", "pss", "shared", "swap")}
+    lines = [f"{n:>10} {size / MIB:10,.1f} MiB" for n, size in sizes.items() if size is not None]
+    return "\n".join(["Resident memory of the process", "", *lines]) + "\n"
+
+
+def _write_text(path: Path, text: str) -> None:
+    write_bytes_atomic(path, text.encode())

@@ -144,11 +144,6 @@ class MemoryReading:
     inactive_bytes: int = 0
     retries: int = 0
 
-    @property
-    def fragmentation_share(self) -> float:
-        """Share of what is held that is in unused parts of segments."""
-        return self.inactive_bytes / self.reserved_bytes if self.reserved_bytes else 0.0
-
 
 def read_memory(step: int, device: Literal["cuda", "cpu"]) -> MemoryReading:
     """Memory at this moment."""

@@ -20,7 +20,7 @@ from qwen3ft.errors import MemoryLeakError, OutOfMemoryError, PreemptedError
 from qwen3ft.jobs.failures import to_failure, translate
 from qwen3ft.jobs.folders import write_record
 from qwen3ft.jobs.processes import WAIT
-from qwen3ft.machine.memory_snapshot import write_report
+from qwen3ft.machine.memory_report import write_memory_report
 from qwen3ft.worker.bootstrap import (
     PREEMPTED_STATUS,
     die_with_parent,
@@ -51,7 +51,9 @@ def main(kind: str, path: Path) -> int:
             logger.info("traceback of the cause", exc_info=error)
         write_record(job.dir.failure, to_failure(failure))
         if isinstance(failure, (OutOfMemoryError, MemoryLeakError)):
-            write_report(job.dir.memory_report, failure.what)  # while the error still holds it all
+            write_memory_report(
+                job.dir.memory_report, failure.what
+            )  # while the error still holds it all
         _free(error)
         return PREEMPTED_STATUS if isinstance(failure, PreemptedError) else 1
     write_record(job.dir.outcome, outcome)

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from qwen3ft.jobs.folders import JobDir, read_record
 from qwen3ft.jobs.heartbeat import Heartbeat, StopRequest
-from qwen3ft.machine.memory_snapshot import record_history, write_report
+from qwen3ft.machine.memory_report import record_history, write_memory_report
 from qwen3ft.records.data import DatasetManifest
 from qwen3ft.records.evaluation import InferenceReport
 from qwen3ft.records.model import ModelSnapshot
@@ -86,7 +86,7 @@ def train(job: Job) -> AttemptOutcome:
     job.heartbeat.beat("train")
     engine.train_model(trainer)
     if plan.device == "cuda":
-        write_report(job.dir.memory_report, "The end of training.")
+        write_memory_report(job.dir.memory_report, "The end of training.")
     job.heartbeat.beat("finish")
     return engine.outcome(trainer)
 

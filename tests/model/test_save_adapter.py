@@ -198,7 +198,7 @@ def test_a_full_disk_is_found_before_writing(checkpoint: Path, tiny_disk: Path) 
 LIMITED = """
 import resource, signal, sys
 from pathlib import Path
-from qwen3ft.attempt import read_record
+from qwen3ft.jobs.folders import read_record
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import SaveError
 from qwen3ft.records.plan import TrainPlan; from qwen3ft.records.training import AttemptOutcome
