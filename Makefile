@@ -11,7 +11,7 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help ready run test check up down status lock clean
+.PHONY: help ready run test test-slow bench-test check up down status lock clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -25,6 +25,12 @@ run: ready  ## start the servers if they are down, fine-tune, show the result
 
 test: ready  ## run the default tests; needs no network and no GPU
 	HF_HUB_OFFLINE=1 $(BIN)/pytest
+
+test-slow: ready  ## run the tests that the default run leaves out; about an hour, best on an idle machine
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -m slow
+
+bench-test: ready  ## run the tests of the benchmarks
+	HF_HUB_OFFLINE=1 $(BIN)/pytest benchmarks/tests
 
 check: ready  ## check format, lint, types and import contracts
 	$(BIN)/ruff format --check .

@@ -27,9 +27,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1", OMP_NUM_THREADS="1")
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 MAPPED_ROWS_PER_SECOND = 20_000
 MOST_RESIDENT_BYTES = 2 * 2**30
 CACHED_SECONDS = 5.0

@@ -25,8 +25,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 os.environ.setdefault("RAYON_NUM_THREADS", "1")  # read once, when rensa starts its threads
 
 CHUNK_ROWS = 2000

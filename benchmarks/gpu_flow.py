@@ -31,8 +31,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from benchmarks.machine import ROOT
 
 QWEN3_4B = {
     "hidden_size": 2560,

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from speed_device import ROOT, one_gpu
+from benchmarks.machine import ROOT, one_gpu
 
 RESULT = "RESULT "
 OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|InsufficientMemoryError|out of memory", re.IGNORECASE)
@@ -32,12 +32,14 @@ class JobFailedError(Exception):
 
 
 def run_job(
-    script: Path, folder: Path, values: dict[str, Any], timeout_seconds: float
+    module: str, folder: Path, values: dict[str, Any], timeout_seconds: float
 ) -> dict[str, Any]:
-    """What `python SCRIPT FOLDER/job.json` prints as its result; the folder is made anew.
+    """Return what `python -m MODULE FOLDER/job.json` prints as its result.
+
+    The folder is made anew.
 
     Args:
-        script: Reads the job as JSON: `values`, and `folder` and `started` (seconds since 1970).
+        module: Reads the job as JSON: `values`, and `folder` and `started` (seconds since 1970).
         folder: Of this job alone.
         values: JSON-compatible.
         timeout_seconds: After which the job is ended.
@@ -53,7 +55,7 @@ def run_job(
     environment = {**os.environ, **one_gpu(), "PYTHONPATH": _python_path()}
     with log.open("wb") as stream:
         process = subprocess.Popen(
-            [sys.executable, str(script), str(job)],
+            [sys.executable, "-m", module, str(job)],
             stdout=stream,
             stderr=subprocess.STDOUT,
             cwd=folder,

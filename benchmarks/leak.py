@@ -22,19 +22,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.speed_device import machine, write_json  # noqa: E402
-from qwen3ft.config import TrainingConfig  # noqa: E402
-from qwen3ft.errors import FinetuneError  # noqa: E402
-from qwen3ft.jobs.folders import JobDir, RunDir  # noqa: E402
-from qwen3ft.jobs.launcher import run_worker  # noqa: E402
-from qwen3ft.machine.leaks import theil_sen  # noqa: E402
-from qwen3ft.records.plan import TrainPlan  # noqa: E402
-from qwen3ft.records.training import AttemptOutcome  # noqa: E402
-from qwen3ft.training import faults  # noqa: E402
-from qwen3ft.units import GIB, MIB  # noqa: E402
+from benchmarks.machine import machine, write_json
+from qwen3ft.config import TrainingConfig
+from qwen3ft.errors import FinetuneError
+from qwen3ft.jobs.folders import JobDir, RunDir
+from qwen3ft.jobs.launcher import run_worker
+from qwen3ft.machine.leaks import theil_sen
+from qwen3ft.records.plan import TrainPlan
+from qwen3ft.records.training import AttemptOutcome
+from qwen3ft.training import faults
+from qwen3ft.units import GIB, MIB
 
 MOST_MIB_PER_1000_STEPS = 1.0
 WARM_UP_SHARE = 0.1

@@ -24,8 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from benchmarks.machine import ROOT
 
 AT_MOST_SECONDS = 15.0
 WORK_STAGES = ("model", "data", "train", "inference", "save")

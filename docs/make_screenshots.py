@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from PIL import Image  # noqa: E402
 from support.browser import WatchedBrowser, open_browser  # noqa: E402
 
-from benchmarks.gate_nights import PRODUCTS, clean_rows, shuffled, write_rows  # noqa: E402
+from benchmarks.gate.nights import PRODUCTS, clean_rows, shuffled, write_rows  # noqa: E402
 from benchmarks.overhead import make_project, run_once  # noqa: E402
 from deployments.api import send  # noqa: E402
 from deployments.deploy import CPU_CONFIG, deploy, read_deployment  # noqa: E402

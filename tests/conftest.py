@@ -33,9 +33,9 @@ TOGETHER = {BROWSER: "tests/flows/test_flow.py"}
 
 LONGEST = (
     *("test_flow.py", "test_browser.py", "test_worker.py", "test_stack.py", "test_training.py"),
-    *("test_moves.py", "test_tracking.py", "test_speed_benchmark.py", "test_export.py"),
+    *("test_moves.py", "test_tracking.py", "test_export.py"),
     *("test_cli.py", "test_ask.py", "test_preflight.py", "test_nightly.py", "test_inference.py"),
-    *("test_memory_baseline.py", "test_judge.py", "test_checkpoint_writer.py"),
+    *("test_judge.py", "test_checkpoint_writer.py"),
 )
 """Files that take longest begin first, or one process is left alone with one of them at the end."""
 

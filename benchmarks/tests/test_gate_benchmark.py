@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from benchmarks import gate
-from benchmarks.gate_nights import Night, all_nights, champion_night, clean_rows
+from benchmarks.gate import campaign as gate
+from benchmarks.gate.nights import Night, all_nights, champion_night, clean_rows
 from qwen3ft.config import TrainingConfig
 from qwen3ft.evaluation.ability import read_ability_rows
 

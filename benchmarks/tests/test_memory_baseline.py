@@ -5,24 +5,19 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "benchmarks"))
-
-from memory_baseline import BASELINE, grown, measure  # noqa: E402
+from benchmarks.memory.baseline import BASELINE, grown, measure
 
 BEFORE = {"imports": 400.0, "load": 420.0, "train": 500.0, "evaluate": 510.0}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RssAnon is Linux's")
 def test_the_embedded_training_needs_no_more_memory_than_the_baseline(
-    tmp_path: Path, cache_dir: Path, snapshot: Any
+    tmp_path: Path,
 ) -> None:
-    assert snapshot.path.startswith(str(cache_dir))
-    now = measure(tmp_path, cache_dir)
+    now = measure(tmp_path)
     assert {"imports", "load", "train", "evaluate"} <= now.keys()
     problem = grown(now, json.loads(BASELINE.read_text(encoding="utf-8"))["mib"])
     assert problem is None, problem

@@ -12,11 +12,9 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "benchmarks"))
-
-from memory_cases import MATRIX_SHAPES, MICRO_BATCHES, matrix  # noqa: E402
-from memory_report import error_of, grown, report, verdicts  # noqa: E402
+from benchmarks.machine import ROOT
+from benchmarks.memory.cases import MATRIX_SHAPES, MICRO_BATCHES, matrix
+from benchmarks.memory.report import error_of, grown, report, verdicts
 
 
 def row(number: int, predicted_gb: float, nvml_gb: float, **more: Any) -> dict[str, Any]:
@@ -105,14 +103,13 @@ def test_the_matrix_is_drawn_by_its_seed() -> None:
 def test_the_benchmark_runs_from_end_to_end_on_the_tiny_model(tmp_path: Path) -> None:
     """On the CPU, where the peak is the process's; two cases in one process."""
     out = tmp_path / "results.json"
-    script = str(ROOT / "benchmarks" / "memory.py")
     where = ["--work", str(tmp_path), "--out", str(out), "--suite", "matrix", "--shapes", "tiny"]
     run = subprocess.run(
-        [sys.executable, script, *where, "--count", "2"],
+        [sys.executable, "-m", "benchmarks.memory.campaign", *where, "--count", "2"],
         capture_output=True,
         text=True,
         timeout=200,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
     )
     found = json.loads(out.read_text(encoding="utf-8"))
     assert found["failed"] == {}, run.stderr

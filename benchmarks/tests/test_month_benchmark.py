@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -11,12 +10,10 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from benchmarks import month
-from benchmarks.gate_nights import clean_rows
-from benchmarks.month_checks import Outcome, Seen, check_night
-from benchmarks.month_nights import (
+from benchmarks.gate.nights import clean_rows
+from benchmarks.month import campaign as month
+from benchmarks.month.checks import Outcome, Seen, check_night
+from benchmarks.month.nights import (
     BAD,
     CRASHES,
     FIRST_PRODUCTS,
@@ -29,7 +26,7 @@ from benchmarks.month_nights import (
     plan_month,
     products_of,
 )
-from benchmarks.month_report import (
+from benchmarks.month.report import (
     NightResult,
     account,
     passed,

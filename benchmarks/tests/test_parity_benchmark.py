@@ -13,11 +13,9 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "benchmarks"))
-
-import parity  # noqa: E402
-from parity_report import (  # noqa: E402
+from benchmarks.machine import ROOT
+from benchmarks.parity import campaign as parity
+from benchmarks.parity.report import (
     CONTROL,
     PATHS,
     compare_gradients,
@@ -25,7 +23,7 @@ from parity_report import (  # noqa: E402
     report,
     verdicts,
 )
-from speed_cases import Case  # noqa: E402
+from benchmarks.speed.cases import Case
 
 STEPS, SEQUENCES = 6, 4
 
@@ -35,12 +33,12 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]
     """The tiny model on the CPU, both parts: results and what was printed."""
     work = tmp_path_factory.mktemp("parity")
     out = work / "results.json"
-    script = str(ROOT / "benchmarks" / "parity.py")
     where = ["--work", str(work), "--out", str(out), "--shape", "tiny", "--learning-rate", "1e-3"]
     run = subprocess.run(
         [
             sys.executable,
-            script,
+            "-m",
+            "benchmarks.parity.campaign",
             *where,
             "--steps",
             str(STEPS),
@@ -52,7 +50,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]
         capture_output=True,
         text=True,
         timeout=200,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
     )
     assert run.returncode == 0, run.stderr
     return json.loads(out.read_text(encoding="utf-8")), run.stdout
@@ -209,9 +207,9 @@ def test_errors_are_those_of_the_norms() -> None:
 def test_a_shape_is_measured_by_its_first_layers(tmp_path: Path) -> None:
     """The way of the large shapes, with a small one: 4-bit files in bf16, two micro-batches."""
     import torch
-    from parity_gradients import measure
     from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+    from benchmarks.parity.gradients import measure
     from qwen3ft.config import TrainingConfig
     from qwen3ft.model.manager import ModelManager
 
@@ -257,13 +255,12 @@ def test_a_job_that_fails_is_named_with_its_log(
 
 
 def test_a_shape_without_a_gpu_says_so(tmp_path: Path) -> None:
-    script = str(ROOT / "benchmarks" / "parity.py")
     where = ["--work", str(tmp_path), "--out", str(tmp_path / "r.json"), "--shape", "0.6b"]
     run = subprocess.run(
-        [sys.executable, script, *where],
+        [sys.executable, "-m", "benchmarks.parity.campaign", *where],
         capture_output=True,
         text=True,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
     )
     assert run.returncode == 2
     assert "needs a GPU" in run.stderr

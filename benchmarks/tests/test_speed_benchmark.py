@@ -16,13 +16,9 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "benchmarks"))
-
-import speed_cases  # noqa: E402
-import speed_history  # noqa: E402
-from jobs import failure_of  # noqa: E402
-from speed_cases import Case, Entry, Settings  # noqa: E402
+from benchmarks.jobs import failure_of
+from benchmarks.speed import cases as speed_cases
+from benchmarks.speed.cases import Case, Entry, Settings
 
 STEPS, WARMUP, PER_STEP, LONGEST = 6, 2, 8, 64
 without_unsloth = pytest.mark.skipif(
@@ -31,9 +27,18 @@ without_unsloth = pytest.mark.skipif(
 
 
 def command(work: Path, out: Path, *more: str) -> list[str]:
-    script = str(ROOT / "benchmarks" / "speed.py")
     steps = ("--steps", str(STEPS), "--warmup", str(WARMUP))
-    return [sys.executable, script, "--work", str(work), "--out", str(out), *steps, *more]
+    return [
+        sys.executable,
+        "-m",
+        "benchmarks.speed.campaign",
+        "--work",
+        str(work),
+        "--out",
+        str(out),
+        *steps,
+        *more,
+    ]
 
 
 def run(work: Path, *more: str) -> tuple[dict[str, Any], str]:
@@ -207,7 +212,7 @@ def test_random_weights_are_quantised_by_the_product(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same way that the large shapes are made, with a small one."""
-    from speed_model import prepare
+    from benchmarks.speed.model import prepare
 
     small = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 2048}
     small |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
@@ -267,12 +272,3 @@ def test_a_case_can_be_typed() -> None:
 def test_a_failure_is_named_by_the_end_of_its_log(status: int, line: str, expected: str) -> None:
     failure = failure_of(status, ["loading", line, ""])
     assert str(failure).startswith(expected)
-
-
-def test_the_page_of_results_is_that_of_the_results() -> None:
-    assert speed_history.PAGE.read_text(encoding="utf-8") == speed_history.history(
-        [
-            json.loads(path.read_text(encoding="utf-8"))
-            for path in sorted(speed_history.FOLDER.glob("results/speed-*.json"))
-        ]
-    )

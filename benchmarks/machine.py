@@ -1,0 +1,101 @@
+"""The card and what is installed, as NVML and package metadata tell: no torch, and so no CUDA."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from qwen3ft.machine.gpus import visible_gpus
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+GIB = 2**30
+PACKAGES = (
+    *("qwen3ft", "torch", "triton", "transformers", "accelerate", "peft", "bitsandbytes"),
+    *("trl", "unsloth", "unsloth_zoo", "liger-kernel"),
+)
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers belong to."""
+    gpus = visible_gpus()
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "gpu": gpus[0].name if gpus else None,
+        "gpu_total_gb": round(gpus[0].total_bytes / GIB, 2) if gpus else None,
+        "driver": gpus[0].driver_version if gpus else None,
+        "cpu": platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def write_json(path: Path, results: dict[str, Any]) -> None:
+    """`results` as indented JSON in `path`, whole or not at all; folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    os.replace(new, path)
+
+
+def one_gpu() -> dict[str, str]:
+    """Environment that leaves a process the first visible GPU alone."""
+    gpus = visible_gpus()
+    return {"CUDA_VISIBLE_DEVICES": gpus[0].uuid} if len(gpus) > 1 else {}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+class DeviceMemory:
+    """Samples what the whole device holds above what it held at first, every few milliseconds.
+
+    NVML's list of processes is often empty in containers, the device's total is not. Other
+    programs on the card would be counted too: run this on one that nobody else uses.
+    """
+
+    def __init__(self, interval_seconds: float = 0.01) -> None:
+        self.peak_bytes: int | None = None
+        self._interval_seconds = interval_seconds
+        self._end = threading.Event()
+        self._read = _reader()
+        if self._read is not None:
+            self._before = self._read()
+            self.peak_bytes = 0
+            self._thread = threading.Thread(target=self._sample, daemon=True)
+            self._thread.start()
+
+    def _sample(self) -> None:
+        assert self._read is not None
+        while not self._end.wait(self._interval_seconds):
+            self.peak_bytes = max(self.peak_bytes or 0, self._read() - self._before)
+
+    def stop(self) -> float | None:
+        """The peak in GB; None without a GPU."""
+        self._end.set()
+        return None if self.peak_bytes is None else self.peak_bytes / GIB
+
+
+def _reader() -> Callable[[], int] | None:
+    """Bytes in use on the first visible device; touches no CUDA."""
+    gpus = visible_gpus()
+    if not gpus:
+        return None
+    import pynvml
+
+    pynvml.nvmlInit()
+    handle = pynvml.nvmlDeviceGetHandleByUUID(gpus[0].uuid)
+    return lambda: int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)

@@ -1,0 +1,248 @@
+"""The month's nights: what the source of the data writes each night, and what strikes; by a seed.
+
+The source writes one file a night into the data folder:
+
+- good: right rows about a product that no night before brought; the first time, about four
+- malformed: the same, and among them lines that are no rows
+- shuffled, garbage, language: all rows so far once more, with answers of other questions, of random
+  words, or in another language
+- truncated: more lines that are no rows than a run may quarantine
+- nothing: no file
+
+A bad file is gone with the next night: whoever writes the data puts that right. Nobody touches
+qwen3ft.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from random import Random
+from typing import Literal
+
+from benchmarks.gate.nights import (
+    Row,
+    clean_rows,
+    garbled,
+    in_another_language,
+    shuffled,
+    write_rows,
+)
+from qwen3ft.embedded.facts import wording
+
+Kind = Literal["good", "malformed", "shuffled", "garbage", "language", "truncated", "nothing"]
+
+GOOD: tuple[Kind, ...] = ("good", "malformed")
+BAD: tuple[Kind, ...] = ("shuffled", "garbage", "language", "truncated")
+TRAINED: tuple[Kind, ...] = (*GOOD, "shuffled", "garbage", "language")
+EVERY: tuple[Kind, ...] = (*TRAINED, "truncated", "nothing")
+
+MOST_NIGHTS = 30
+GOOD_SHARE, BAD_SHARE = 0.3, 0.3
+FIRST_PRODUCTS = 4
+"""With fewer the answers to all the other questions of the test lose too much likelihood."""
+
+CRASHES = ("kill flow", "power cut", "kill at promotion", "kill server")
+"""One of them a night. A run that crashes twice is left to a person, or to the next night; and a
+server that was restarted holds back a crash in the first five minutes of a run for 15 minutes."""
+
+FAULTS_A_NIGHT = 0.5
+HOUR = 2
+"""UTC; when a night is to start."""
+
+MALFORMED = ('{"question": "cut o', "not a row at all", '{"question": "", "answer": "blue"}')
+TRUNCATED_LINES = 1000
+"""Lines that are no rows: more than a run may quarantine of all that a month brings."""
+
+
+MACHINE_OFF, TRACKING_DOWN = "machine off", "tracking down"
+UNDONE = (MACHINE_OFF, TRACKING_DOWN)
+"""Each strikes once a month, a good night, which then is left undone: the next night, which brings
+nothing, has to catch up."""
+
+STRIKES: dict[str, tuple[Kind, ...]] = {
+    "kill training": TRAINED,
+    "kill flow": TRAINED,
+    "full disk": GOOD,
+    "double start": EVERY,
+    "out of memory": TRAINED,
+    "kill server": TRAINED,
+    "kill at promotion": GOOD,
+    "kill worker": TRAINED,
+    "nan": TRAINED,
+    "second start": EVERY,
+    "power cut": TRAINED,
+    "tracking hangs": TRAINED,
+}
+"""The other faults, and the kinds of nights that they strike."""
+
+
+@dataclass(frozen=True)
+class Strike:
+    """One fault: what, and how far into the training (0 to 1)."""
+
+    name: str
+    at: float
+
+
+@dataclass
+class Night:
+    """One night of the month.
+
+    Attributes:
+        number: From 1.
+        hour: When its run is to start.
+        kind: What the source of the data does.
+        undone: The fault, if any, that leaves it undone.
+        catches_up: Whether the night before was left undone.
+        strikes: The other faults.
+    """
+
+    number: int
+    hour: datetime
+    kind: Kind
+    undone: str = ""
+    catches_up: bool = False
+    strikes: list[Strike] = field(default_factory=list)
+
+    @property
+    def date(self) -> str:
+        """YYYY-MM-DD."""
+        return f"{self.hour:%Y-%m-%d}"
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """What strikes."""
+        return (*((self.undone,) if self.undone else ()), *(s.name for s in self.strikes))
+
+
+def plan_month(nights: int, seed: int, today: datetime | None = None) -> list[Night]:
+    """So many nights, the last one today: the first is good, the order of the others is chance."""
+    random = Random(f"month {seed}")
+    blocks = _blocks(nights)
+    first, rest = blocks[0], blocks[1:]
+    random.shuffle(rest)
+    days = [day for block in (first, *rest) for day in block]
+    last = (today or datetime.now(UTC)).replace(hour=HOUR, minute=0, second=0, microsecond=0)
+    planned = [
+        Night(
+            number=number,
+            hour=last - timedelta(days=nights - number),
+            kind=kind,
+            undone=undone,
+            catches_up=number > 1 and bool(days[number - 2][1]),
+        )
+        for number, (kind, undone) in enumerate(days, 1)
+    ]
+    _strike(random, planned)
+    return planned
+
+
+def _blocks(nights: int) -> list[list[tuple[Kind, str]]]:
+    """(kind, what leaves it undone) of nights in a row; the first block is the first night."""
+    good = max(1, round(GOOD_SHARE * nights))
+    bad = round(BAD_SHARE * nights)
+    nothing = nights - good - bad
+    blocks: list[list[tuple[Kind, str]]] = [[("good", "")]]
+    if nights >= 10:  # room for both pairs
+        blocks += [[("good", undone), ("nothing", "")] for undone in UNDONE]
+        good, nothing = good - len(UNDONE), nothing - len(UNDONE)
+    good_kinds = [("malformed" if n % 3 == 2 else "good") for n in range(1, good)]
+    bad_kinds = [BAD[n % len(BAD)] for n in range(bad)]
+    kinds: list[Kind] = [*good_kinds, *bad_kinds, *("nothing" for _ in range(nothing))]  # type: ignore[list-item]
+    return blocks + [[(kind, "")] for kind in kinds]
+
+
+def _strike(random: Random, nights: list[Night]) -> None:
+    """Spread the faults: each in turn, on any night that it can strike, two a night at most."""
+    turn = list(STRIKES)
+    random.shuffle(turn)
+    open_nights = [night for night in nights if not night.undone and not night.catches_up]
+    for number in range(round(FAULTS_A_NIGHT * len(nights))):
+        name = turn[number % len(turn)]
+        able = [night for night in open_nights if night.kind in STRIKES[name]]
+        able = [night for night in able if len(night.strikes) < 2 and name not in night.faults]
+        if name in CRASHES:
+            able = [night for night in able if not set(CRASHES) & set(night.faults)]
+        if able:
+            chosen = random.choice(able)
+            chosen.strikes.append(Strike(name, round(random.uniform(0.3, 0.9), 2)))
+
+
+def products_of(nights: list[Night]) -> list[str]:
+    """The products that the good nights bring, in the order of the nights."""
+    good = sum(night.kind in GOOD for night in nights)
+    products: list[str] = wording()["products"]["tuned"]
+    return products[: FIRST_PRODUCTS - 1 + good]
+
+
+class Source:
+    """Whoever writes the data: a file a night; and how many lines it wrote, for the checks.
+
+    Args:
+        folder: The data folder.
+        dev: File of the rows for stopping: about what the good rows so far are about. With others
+            the loss on them would rise from the start, and the best checkpoint be the first.
+        products: What good nights bring, in order.
+        seed: Of the spoiled answers.
+    """
+
+    def __init__(self, folder: Path, dev: Path, products: list[str], seed: int) -> None:
+        self.folder = folder
+        self.dev = dev
+        self.seed = seed
+        self._coming = list(products)
+        self._known: list[str] = []
+        self._bad: Path | None = None
+        self.lines: dict[str, tuple[int, int]] = {}
+        """Name of each file that is there: lines in it, those of them that are no rows."""
+
+    def write(self, night: Night) -> None:
+        """What the source does before the night."""
+        self.folder.mkdir(exist_ok=True)
+        if self._bad is not None:
+            self._bad.unlink()
+            del self.lines[self._bad.name]
+            self._bad = None
+        if night.kind == "nothing":
+            return
+        random = Random(f"source {self.seed} {night.number}")
+        path = self.folder / f"night-{night.number:02d}.jsonl"
+        rows = self._rows(night.kind, random)
+        broken = {"malformed": 3, "truncated": TRUNCATED_LINES}
+        self._write_file(path, rows, broken.get(night.kind, 0), random)
+        write_rows(self.dev, clean_rows("dev", self._known))
+        if night.kind in BAD:
+            self._bad = path
+
+    def totals(self) -> tuple[int, int]:
+        """Lines in all files that are there, and those of them that are no rows."""
+        counts = self.lines.values()
+        dev_lines = len(self.dev.read_text(encoding="utf-8").splitlines())
+        return dev_lines + sum(lines for lines, _ in counts), sum(broken for _, broken in counts)
+
+    def _rows(self, kind: Kind, random: Random) -> list[Row]:
+        if kind in GOOD:
+            count = 1 if self._known else FIRST_PRODUCTS
+            new, self._coming = self._coming[:count], self._coming[count:]
+            self._known += new
+            return clean_rows("train", new)
+        rows = self._known_rows()
+        if kind == "shuffled":
+            return shuffled(rows, random)
+        if kind == "garbage":
+            return garbled(rows, random)
+        return in_another_language(rows) if kind == "language" else []
+
+    def _known_rows(self) -> list[Row]:
+        return clean_rows("train", self._known) if self._known else []
+
+    def _write_file(self, path: Path, rows: list[Row], broken: int, random: Random) -> None:
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        for number in range(broken):  # each line once: the same line again would be a duplicate
+            line = MALFORMED[number % len(MALFORMED)].replace("cut o", f"cut o{number}")
+            lines.insert(random.randrange(len(lines) + 1), line)
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        self.lines[path.name] = (len(lines), broken)

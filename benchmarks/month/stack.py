@@ -1,0 +1,223 @@
+"""The month's machine: a project folder, what keeps its stack up, and the clock that starts nights.
+
+`Machine` does what a systemd user unit does (the one of `qwen3ft up --write-unit`): it runs
+`qwen3ft up --stay`, starts it again 3 s after it ended by accident, and ends it when the machine
+goes down. `Clock` makes flow runs as Prefect's scheduler does: tagged, with the hour of the night.
+Neither does anything else; what they had to do is counted.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import psutil
+import yaml
+
+from benchmarks.machine import ROOT
+from deployments import services
+from deployments.processes import find_marked, free_port, stop
+from deployments.stack import DEPLOYMENT, Stack
+from deployments.stack_records import StackState
+from qwen3ft.errors import EnvironmentNotReadyError
+from qwen3ft.files import write_json_atomic
+
+PORTS = {"prefect": 4700, "mlflow": 5700}
+RESTART_SECONDS = 3.0
+"""Of the unit: RestartSec."""
+STOP_SECONDS = 120.0
+FIRST_START_SECONDS = 240.0
+ACCEPT_SECONDS = 120.0
+"""How long a request for a run is repeated."""
+ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+SCHEDULED_TAG = "auto-scheduled"
+
+
+def make_project(root: Path, settings: Mapping[str, Any]) -> Stack:
+    """A project folder that runs the code of this checkout with these settings on the CPU."""
+    shutil.copytree(ROOT / "deployments" / "configs", root / "deployments" / "configs")
+    shutil.copy(ROOT / "deployments" / "prefect.yaml", root / "deployments")
+    (root / "flows").symlink_to(ROOT / "flows")
+    config = root / "deployments" / "configs" / "embedded.yaml"
+    merged = {**yaml.safe_load(config.read_text(encoding="utf-8")), **settings}
+    config.write_text(yaml.safe_dump(merged, allow_unicode=True), encoding="utf-8")
+    ports = {f"{name}_port": free_port(port) for name, port in PORTS.items()}
+    (root / ".qwen3ft").mkdir()
+    state = StackState.model_validate(ports)
+    write_json_atomic(root / ".qwen3ft" / "stack.json", state.model_dump(mode="json"))
+    return Stack(root)
+
+
+class Machine:
+    """What a service manager does for the project.
+
+    Attributes:
+        restarts: How often `qwen3ft up --stay` ended by accident and was started again.
+    """
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+        self.restarts = 0
+        self._keeper: subprocess.Popen[bytes] | None = None
+        self._ended: float | None = None
+
+    def boot(self) -> None:
+        """Start the unit; it answers within a while."""
+        with (self.stack.root / "keeper.log").open("ab") as log:
+            self._keeper = subprocess.Popen(
+                [sys.executable, "-m", "flows.cli", "up", "--stay"],
+                cwd=self.stack.root,
+                env=self.environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self._ended = None
+
+    def wait_until_up(self) -> None:
+        """Until all services answer.
+
+        Raises:
+            EnvironmentNotReadyError: they do not within `FIRST_START_SECONDS`.
+        """
+        end = time.monotonic() + FIRST_START_SECONDS
+        while not self.stack.status().up:
+            self.look()
+            if time.monotonic() > end:
+                log = self.stack.root / "keeper.log"
+                raise EnvironmentNotReadyError(
+                    "The stack did not come up.", why=log.read_text()[-800:], next_command=""
+                )
+            time.sleep(0.5)
+
+    def look(self) -> None:
+        """What the service manager does all the time: start again what ended by accident."""
+        if self._keeper is None or self._keeper.poll() in (None, 0):
+            return
+        self._ended = self._ended or time.monotonic()
+        if time.monotonic() - self._ended >= RESTART_SECONDS:
+            self.restarts += 1
+            self.boot()
+
+    def shut_down(self) -> None:
+        """The machine is switched off in order: SIGTERM to the unit, and to the rest after it."""
+        if self._keeper is not None:
+            self._keeper.terminate()
+            try:
+                self._keeper.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._keeper.kill()
+                self._keeper.wait()
+            self._keeper = None
+        stop(find_marked(self.stack.root))
+
+    def lose_power(self) -> None:
+        """Everything ends at once; the unit starts `RESTART_SECONDS` later, with the machine."""
+        processes = find_marked(self.stack.root)
+        if self._keeper is not None:
+            self._keeper.kill()
+            self._keeper.wait()
+        kill(processes)
+        kill(find_marked(self.stack.root))  # what one of them was just starting
+
+    def environment(self) -> dict[str, str]:
+        """Of commands in the project folder; the checkout's code comes first."""
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
+
+    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """`qwen3ft` with these arguments, as typed in the project folder."""
+        return subprocess.run(
+            [sys.executable, "-m", "flows.cli", *arguments],
+            cwd=self.stack.root,
+            env=self.environment(),
+            capture_output=True,
+            text=True,
+        )
+
+
+class Clock:
+    """Prefect's API: starts nights as its scheduler does, and tells what became of them."""
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+
+    def start(self, hour: datetime, environment: Mapping[str, str] | None = None) -> str:
+        """A run of the night of `hour`, by the schedule; its id.
+
+        Args:
+            hour: When it was to start.
+            environment: Of its process: where faults are planted.
+        """
+        body: dict[str, Any] = {
+            "state": {
+                "type": "SCHEDULED",
+                "state_details": {"scheduled_time": hour.isoformat()},
+            },
+            "tags": [SCHEDULED_TAG],
+            "idempotency_key": uuid4().hex,  # asked again, a busy server makes no second run
+        }
+        if environment:
+            body["job_variables"] = {"env": dict(environment)}
+        end = time.monotonic() + ACCEPT_SECONDS
+        while time.monotonic() < end:
+            found = services.request_json(f"{self._api}/deployments/name/{DEPLOYMENT}")
+            address = f"{self._api}/deployments/{(found or {}).get('id')}/create_flow_run"
+            if run := found and services.request_json(address, body):
+                return str(run["id"])
+            time.sleep(1.0)
+        raise EnvironmentNotReadyError(
+            f"The Prefect server takes no run for {ACCEPT_SECONDS:.0f} s.",
+            why="It is down or overloaded.",
+            next_command=f"tail -n 50 {self.stack.layout().log('prefect')}",
+        )
+
+    def runs(self) -> list[dict[str, Any]] | None:
+        """Every flow run that the server knows, the oldest first; None while it does not answer."""
+        body = {"sort": "EXPECTED_START_TIME_ASC", "limit": 200}
+        found = services.request_json(f"{self._api}/flow_runs/filter", body)
+        if found is None:
+            return None
+        return sorted(found, key=lambda run: str(run["created"]))
+
+    def task_runs(self, flow_run: str) -> list[dict[str, Any]]:
+        """The stages of a flow run, as the server saw them begin and end."""
+        body = {"flow_runs": {"id": {"any_": [flow_run]}}, "limit": 200}
+        return services.request_json(f"{self._api}/task_runs/filter", body) or []
+
+    @property
+    def _api(self) -> str:
+        return f"{self.stack.layout().url('prefect')}/api"
+
+
+def kill(processes: list[psutil.Process]) -> int:
+    """SIGKILL; how many there were."""
+    return sum(_send(process, signal.SIGKILL) for process in processes)
+
+
+def pause(processes: list[psutil.Process]) -> int:
+    """SIGSTOP: they are there, and answer nothing."""
+    return sum(_send(process, signal.SIGSTOP) for process in processes)
+
+
+def go_on(processes: list[psutil.Process]) -> int:
+    """SIGCONT."""
+    return sum(_send(process, signal.SIGCONT) for process in processes)
+
+
+def _send(process: psutil.Process, number: int) -> bool:
+    try:
+        process.send_signal(number)
+    except psutil.NoSuchProcess:
+        return False
+    return True

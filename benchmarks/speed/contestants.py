@@ -1,0 +1,269 @@
+"""One job of `speed.py` in a process of its own: `python speed_contestants.py JOB.json`.
+
+A job is a contestant's training, the making of a model, or the floor. The last line of what it
+prints is its result; a job that fails raises, and `speed.py` tells from the end of the log why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from benchmarks.jobs import RESULT
+from benchmarks.machine import DeviceMemory
+from benchmarks.speed.cases import (
+    LEARNING_RATE,
+    LORA_ALPHA,
+    LORA_RANK,
+    OURS,
+    Case,
+    Entry,
+    Settings,
+    rows_needed,
+    workload,
+)
+
+LORA: dict[str, Any] = {
+    "r": LORA_RANK,
+    "lora_alpha": LORA_ALPHA,
+    "lora_dropout": 0.0,
+    "bias": "none",
+    "target_modules": [
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a contestant's process is told."""
+
+    entry: Entry
+    steps: int
+    warmup: int
+    seed: int
+    snapshot: dict[str, Any]
+    folder: Path
+    started: float
+
+    @classmethod
+    def read(cls, values: dict[str, Any]) -> Job:
+        """From JSON."""
+        entry = values["entry"]
+        settings = Settings(*(entry[name] for name in ("micro", "accumulate", "recompute")))
+        return cls(
+            Entry(Case(**values["case"]), entry["contestant"], settings),
+            **{name: values[name] for name in ("steps", "warmup", "seed", "snapshot", "started")},
+            folder=Path(values["folder"]),
+        )
+
+    def rows(self) -> list[list[int]]:
+        """The workload, as long as it is needed."""
+        return workload(self.entry.case, rows_needed(self.entry, self.steps), self.seed)
+
+
+def run_peer(job: Job) -> dict[str, Any]:
+    """Transformers' Trainer with PEFT, TRL or Unsloth."""
+    contestant = job.entry.contestant
+    if contestant == "unsloth":
+        importlib.import_module("unsloth")  # it patches the others, so it comes first
+    import torch
+    from datasets import Dataset
+    from transformers import AutoTokenizer, set_seed
+
+    from benchmarks.speed.probe import Clock, EmbeddedTokens, cap_memory
+
+    cap_memory(job.entry.case.cap_gb)
+    set_seed(job.seed)
+    tokenizer = AutoTokenizer.from_pretrained(job.snapshot["path"], local_files_only=True)
+    rows = Dataset.from_dict({"input_ids": job.rows()})
+    model = _unsloth_model(job) if contestant == "unsloth" else _peer_model(job)
+    make: Callable[..., Any] = _hf_trainer if contestant == "hf" else _sft_trainer
+    trainer = make(job, model, tokenizer, rows)
+    counter = EmbeddedTokens(trainer.model)
+    clock = Clock(job.warmup, job.started, counter.drain)
+    trainer.add_callback(clock)
+    trainer.train()
+    parameters = trainer.model.parameters()
+    return clock.result() | {
+        "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "cuda": torch.cuda.is_available(),
+    }
+
+
+def _peer_model(job: Job) -> Any:
+    """The 4-bit model as transformers loads it; the Trainer's peer gets its adapter here."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        job.snapshot["path"],
+        dtype=getattr(torch, job.snapshot["compute_dtype"]),
+        device_map={"": 0} if torch.cuda.is_available() else "cpu",
+        attn_implementation="sdpa",
+        local_files_only=True,
+    )
+    if job.entry.contestant != "hf":
+        return model  # TRL attaches the adapter itself
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    model = prepare_model_for_kbit_training(
+        model,
+        use_gradient_checkpointing=job.entry.settings.recompute,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+    )
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **LORA))
+    model.config.use_cache = False
+    return model
+
+
+def _unsloth_model(job: Job) -> Any:
+    import torch
+
+    fast: Any = importlib.import_module("unsloth").FastLanguageModel
+    tokens = job.entry.case.sequence_tokens
+    model, _ = fast.from_pretrained(
+        job.snapshot["path"],
+        max_seq_length=tokens,
+        load_in_4bit=True,
+        dtype=torch.bfloat16,
+        local_files_only=True,
+    )
+    return fast.get_peft_model(
+        model,
+        **LORA,
+        use_gradient_checkpointing="unsloth" if job.entry.settings.recompute else False,
+        random_state=job.seed,
+        max_seq_length=tokens,
+    )
+
+
+def _arguments(job: Job, kind: type[Any], **more: Any) -> Any:
+    """Training arguments of `kind`, the same for all peers; what it does not know is left out."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    settings = job.entry.settings
+    values: dict[str, Any] = {
+        "output_dir": str(job.folder / "out"),
+        "per_device_train_batch_size": settings.micro,
+        "gradient_accumulation_steps": settings.accumulate,
+        "max_steps": job.steps,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "optim": "paged_adamw_8bit" if cuda else "adamw_torch",
+        "bf16": cuda,
+        "use_cpu": not cuda,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "seed": job.seed,
+        "dataloader_num_workers": 0,
+        "disable_tqdm": True,
+        **more,
+    }
+    known = {field.name for field in fields(kind)}
+    if "gradient_checkpointing" not in known:  # a name from transformers 5.23 on
+        for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+            if name in values:
+                values[name.replace("gradient", "activation")] = values.pop(name)
+    if left_out := sorted(values.keys() - known):
+        print(f"{kind.__name__} has no {', '.join(left_out)}", flush=True)
+    return kind(**{name: value for name, value in values.items() if name in known})
+
+
+def _hf_trainer(job: Job, model: Any, tokenizer: Any, rows: Any) -> Any:
+    from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+
+    arguments = _arguments(
+        job,
+        TrainingArguments,
+        gradient_checkpointing=job.entry.settings.recompute,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+    )
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    return Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator)
+
+
+def _sft_trainer(job: Job, model: Any, tokenizer: Any, rows: Any) -> Any:
+    trl: Any = importlib.import_module("trl")
+    contestant = job.entry.contestant
+    more: dict[str, Any] = {
+        "max_length": job.entry.case.sequence_tokens,
+        "packing": "pack" in contestant,
+        "dataset_num_proc": 1,
+    }
+    adapter: dict[str, Any] = {}
+    if "liger" in contestant:
+        more["use_liger_kernel"] = True
+    if contestant != "unsloth":
+        from peft import LoraConfig
+
+        adapter["peft_config"] = LoraConfig(task_type="CAUSAL_LM", **LORA)
+        more["gradient_checkpointing"] = job.entry.settings.recompute
+    return trl.SFTTrainer(
+        model=model,
+        args=_arguments(job, trl.SFTConfig, **more),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        **adapter,
+    )
+
+
+def _make_model(values: dict[str, Any], _: DeviceMemory) -> dict[str, Any]:
+    from benchmarks.speed.model import prepare
+
+    return prepare(values["shape"], Path(values["work"]), values["seed"])
+
+
+def _floor(values: dict[str, Any], _: DeviceMemory) -> dict[str, Any]:
+    from benchmarks.speed.floor import measure
+
+    return measure(values["shape"], values["lengths"])
+
+
+def _contestant(values: dict[str, Any], memory: DeviceMemory) -> dict[str, Any]:
+    job = Job.read(values)
+    if job.entry.contestant in OURS:
+        from benchmarks.speed.ours import run_ours
+
+        result = run_ours(job)
+    else:
+        result = run_peer(job)
+    return result | {"nvml_peak_gb": memory.stop()}
+
+
+KINDS = {"model": _make_model, "floor": _floor, "contestant": _contestant}
+
+
+def main(path: Path) -> None:
+    """Do the job that the file describes; the result is the last line printed."""
+    if sys.platform == "linux":  # ends with the one that started it
+        with contextlib.suppress(OSError):
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
+    os.environ |= {
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "UNSLOTH_DISABLE_STATISTICS": "1",
+        "WANDB_DISABLED": "true",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    values = json.loads(path.read_text(encoding="utf-8"))
+    memory = DeviceMemory()  # before anything touches the card
+    result = KINDS[values["kind"]](values, memory)
+    memory.stop()
+    print("\n" + RESULT + json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
