@@ -1,29 +1,28 @@
 """The Python environment of a project folder: made with uv, validated, reported.
 
-`python3 -m qwen3ft.machine.environment` turns a machine with nothing but Python and pip into one
-that can run everything else: `.venv` with the pinned lock and the project itself. Importing this
-module needs the standard library alone. It guarantees that a second call costs a fraction of a
-second when nothing changed, that two calls at once do not disturb each other, and that what is
-missing is said in one message. It installs no GPU driver.
+`python3 -m qwen3ft.machine.environment` makes `.venv` with the pinned lock and the project itself,
+on a machine that has only Python and pip. So importing this module needs the standard library
+alone. A second call takes a fraction of a second if nothing changed. It installs no GPU driver.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import importlib.util
+import math
 import os
 import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen3ft.errors import EnvironmentNotReadyError
+from qwen3ft.locks import try_lock
+from qwen3ft.units import GIB
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -31,22 +30,22 @@ if TYPE_CHECKING:
     from qwen3ft.records.machine import EnvironmentReport
 
 OLDEST_PYTHON, FIRST_UNTRIED_PYTHON = (3, 11), (3, 14)
-MINIMUM_FREE_DISK_BYTES = 2 * 2**30
+MINIMUM_FREE_DISK_BYTES = 2 * GIB
 SETUP_COMMAND = "python3 -m qwen3ft.machine.environment"
 UV_NAMES_OF_PIP_SETTINGS = {
     "PIP_FIND_LINKS": "UV_FIND_LINKS",
     "PIP_INDEX_URL": "UV_DEFAULT_INDEX",
     "PIP_CERT": "SSL_CERT_FILE",
 }
-"""uv does not read pip's settings; a machine set up for pip keeps working through these."""
+"""uv does not read pip's settings; through these it works on a machine that is set up for pip."""
 
 
 class EnvironmentManager:
-    """Makes, checks and describes the environment of one project folder.
+    """The environment of one project folder: make it, check it, describe it.
 
     Args:
-        root: The project folder: holds pyproject.toml and requirements.lock; gets .venv.
-        requirements: What must be installed, as PEP 508 strings; by default the project's own.
+        root: Project folder with pyproject.toml and requirements.lock; .venv is made in it.
+        requirements: Required packages as PEP 508 strings; by default the project's own.
     """
 
     def __init__(self, root: Path | None = None, requirements: Sequence[str] | None = None) -> None:
@@ -57,15 +56,15 @@ class EnvironmentManager:
     # --- making it ---
 
     def get_python_executable(self) -> str:
-        """The interpreter that workers are started with: the project's, else this process's."""
+        """Return the interpreter for workers: the project's, else this process's."""
         python = self.venv / "bin" / "python"
         return str(python) if python.exists() else sys.executable
 
     def setup_uv_environment(self) -> bool:
-        """Make `.venv` with uv unless a working one is there.
+        """Make `.venv` with uv unless a working one exists.
 
         Returns:
-            Whether it had to be made.
+            True if it had to be made.
 
         Raises:
             EnvironmentNotReadyError: this Python is too old or too new, or uv failed.
@@ -75,25 +74,25 @@ class EnvironmentManager:
             return False
         command = [self._uv(), "venv", "--quiet", "--python", sys.executable]
         if self.venv.exists():
-            _say(f"{self.venv} does not work and is made anew.")
+            _say(f"{self.venv} does not work; making it again.")
             command.append("--clear")
         self._run([*command, str(self.venv)], "Making .venv")
         return True
 
     def install_dependencies(self) -> bool:
-        """Install the lock and the project itself, unless exactly these are installed.
+        """Install the pinned packages and the project itself, unless exactly these are installed.
 
         Returns:
-            Whether something was installed.
+            True if something was installed.
 
         Raises:
-            EnvironmentNotReadyError: no lock, or uv failed.
+            EnvironmentNotReadyError: requirements.lock is missing, or uv failed.
         """
         lock = self.root / "requirements.lock"
         if not lock.exists():
             raise EnvironmentNotReadyError(
                 f"{lock} is missing.",
-                why="Packages are installed as pinned there; this may not be the project folder.",
+                why="It pins the packages to install; this may not be the project folder.",
                 next_command=f"ls {self.root}",
             )
         stamp, wanted = self.venv / "qwen3ft-installed", self._fingerprint()
@@ -101,8 +100,8 @@ class EnvironmentManager:
             return False
         _say("Installing the packages pinned in requirements.lock into .venv ...")
         install = [self._uv(), "pip", "install", "--python", self.get_python_executable()]
-        # not `pip sync`: on a GPU machine torch brings its CUDA packages, which no lock made on
-        # every kind of machine can list
+        # Not `pip sync`: it would remove torch's CUDA packages, which a lock file for machines with
+        # and without a GPU cannot list.
         self._run([*install, "-r", str(lock)], "Installing requirements.lock")
         project = ["--no-deps", "--no-build-isolation", "--quiet", "-e", str(self.root)]
         self._run([*install, *project], "Installing the project itself")
@@ -110,30 +109,33 @@ class EnvironmentManager:
         return True
 
     def prepare(self) -> bool:
-        """`setup_uv_environment` and `install_dependencies`, one process at a time.
+        """Run `setup_uv_environment` and `install_dependencies`, one process at a time.
 
         Returns:
-            Whether anything had to be done.
+            True if anything had to be done.
+
+        Raises:
+            EnvironmentNotReadyError: as they do.
         """
-        with self._locked():
+        state = self.root / ".qwen3ft"
+        state.mkdir(exist_ok=True)
+        with try_lock(state / "environment.lock", wait_seconds=math.inf):
             made = self.setup_uv_environment()
             return self.install_dependencies() or made
 
     def _uv(self) -> str:
-        """The path of uv: from PATH or the project's own tools, else fetched there by pip.
-
-        `pip --target` needs no venv module and works where pip refuses to touch the system.
-        """
+        """Return the path of uv: on PATH or in the project's own tools, else installed there."""
         tools = self.root / ".qwen3ft" / "tools"
         uv = shutil.which("uv") or shutil.which("uv", path=str(tools / "bin"))
         if uv is None:
             if importlib.util.find_spec("pip") is None:
                 raise EnvironmentNotReadyError(
                     f"There is neither uv on PATH nor pip in {sys.executable}.",
-                    why="One of the two is needed to install anything.",
+                    why="Installing packages needs one of the two.",
                     next_command="python3 -m ensurepip --user",
                 )
             _say("Fetching uv with pip ...")
+            # `--target` needs no venv module, and works where pip refuses to touch the system.
             pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(tools), "uv"]
             self._run(pip, "Fetching uv with pip")
             uv = str(tools / "bin" / "uv")
@@ -147,7 +149,7 @@ class EnvironmentManager:
             lines = done.stderr.strip().splitlines()[-12:]
             raise EnvironmentNotReadyError(
                 f"{purpose} failed with exit code {done.returncode}.",
-                why="\n".join(lines) or "The command gave no reason.",
+                why="\n".join(lines) or "The command printed no reason.",
                 next_command=" ".join(command),
                 exit_code=done.returncode,
             )
@@ -158,34 +160,26 @@ class EnvironmentManager:
             digest.update((self.root / name).read_bytes())
         return digest.hexdigest()
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        state = self.root / ".qwen3ft"
-        state.mkdir(exist_ok=True)
-        with (state / "environment.lock").open("w") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-            yield
-
     # --- checking it ---
 
     def validate_environment(self) -> bool:
-        """True if runs can start here.
+        """Return True if runs can start here.
 
         Raises:
-            EnvironmentNotReadyError: naming everything missing, too old or too small at once.
+            EnvironmentNotReadyError: it lists everything missing, too old or too small at once.
         """
         _refuse_wrong_python()
         problems = self._package_problems()
         free_bytes = shutil.disk_usage(self.root).free
         if free_bytes < MINIMUM_FREE_DISK_BYTES:
             problems.append(
-                f"{free_bytes / 2**30:.1f} GB of free disk in {self.root}, "
-                f"{MINIMUM_FREE_DISK_BYTES / 2**30:.0f} GB needed"
+                f"{free_bytes / GIB:.1f} GB of free disk in {self.root}, "
+                f"{MINIMUM_FREE_DISK_BYTES / GIB:.0f} GB needed"
             )
         if problems:
             raise EnvironmentNotReadyError(
                 f"{len(problems)} thing(s) missing: " + "; ".join(problems),
-                why="Runs need them all, and nothing was started.",
+                why="Runs need all of them.",
                 next_command=SETUP_COMMAND,
                 problems=problems,
             )
@@ -204,7 +198,7 @@ class EnvironmentManager:
         return problems
 
     def _required(self) -> list[Requirement]:
-        """What this machine must have installed: without extras, and without other platforms'."""
+        """Return the requirements that apply here: no extras, no other platforms."""
         from packaging.requirements import Requirement
 
         if self._requirements is None and _installed_version("qwen3ft") is None:
@@ -220,13 +214,13 @@ class EnvironmentManager:
     # --- describing it ---
 
     def report(self) -> EnvironmentReport:
-        """Versions, devices, and what is free at this moment."""
+        """Return versions, devices, and free memory and disk now."""
         import psutil
 
         from qwen3ft.machine.gpus import visible_gpus
         from qwen3ft.records.machine import EnvironmentReport
 
-        names = [item.name for item in self._required()] + ["triton"]  # comes with torch for CUDA
+        names = [item.name for item in self._required()] + ["triton"]  # installed by torch for CUDA
         versions = {name: _installed_version(name) for name in names}
         memory = psutil.virtual_memory()
         return EnvironmentReport(
@@ -243,11 +237,11 @@ class EnvironmentManager:
 
 
 def uv_settings(environment: Mapping[str, str]) -> dict[str, str]:
-    """`environment` with pip's settings also under the names that uv reads; uv's own win."""
+    """Return `environment` with pip's settings also under uv's names; uv's own take precedence."""
     settings = dict(environment)
     for pip_name, uv_name in UV_NAMES_OF_PIP_SETTINGS.items():
         if environment.get(pip_name):
-            # both accept several find-links: pip parted by spaces, uv by commas
+            # pip separates find-links by spaces, uv by commas.
             value = environment[pip_name]
             links = ",".join(value.split()) if uv_name == "UV_FIND_LINKS" else value
             settings.setdefault(uv_name, links)
@@ -265,13 +259,13 @@ def _refuse_wrong_python() -> None:
     if not OLDEST_PYTHON <= sys.version_info < FIRST_UNTRIED_PYTHON:
         raise EnvironmentNotReadyError(
             f"This is Python {platform.python_version()} ({sys.executable}).",
-            why="3.11, 3.12 or 3.13 is needed: older ones lack features, newer ones are untried.",
+            why="Python 3.11, 3.12 or 3.13 is needed: older lack features, newer are untested.",
             next_command="make run PYTHON=/path/to/python3.11",
         )
 
 
 def _runs(python: Path) -> bool:
-    """Whether a venv's interpreter still works and is one that is supported."""
+    """Return True if a venv's interpreter works and has a supported version."""
     supported = f"{OLDEST_PYTHON} <= sys.version_info < {FIRST_UNTRIED_PYTHON}"
     check = f"import sys; sys.exit(not {supported})"
     return python.exists() and subprocess.run([python, "-c", check]).returncode == 0
@@ -282,8 +276,8 @@ def _say(line: str) -> None:
     sys.stderr.flush()
 
 
-def main() -> int:
-    """Set up the project in the working folder; the exit code says whether it is ready."""
+def _set_up() -> int:
+    """Set up the project in the working folder; return the exit code."""
     try:
         EnvironmentManager().prepare()
     except EnvironmentNotReadyError as error:
@@ -293,4 +287,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(_set_up())

@@ -1,17 +1,9 @@
-"""One run per card: a file lock named after the card, held by the flow's process.
+"""One run per GPU: a file lock named after the GPU's UUID, held by the flow's process.
 
-Guarantees: two runs of one user never hold the same card at one time; the kernel frees the lock
-when its holder ends, however it ended; who waits learns who holds it. Worker processes do not carry
-the lock (its descriptor is closed on exec), so it is gone with the flow.
-
-The files lie in /tmp/qwen3ft-locks-UID, named by the card's UUID: neither TMPDIR nor
-XDG_RUNTIME_DIR is asked, since a login session, a service and a scheduler's job of one user see
-different ones. QWEN3FT_LOCK_DIR names another folder, for services with a /tmp of their own and for
-containers that share a card.
-
-Not covered: other users, and programs that ask for no lock, such as `qwen3ft chat` and
-`qwen3ft plan` (`qwen3ft.recovery.shared_gpu` reads them from NVML); the order among those who wait;
-a holder that forks without exec.
+The kernel frees the lock when its holder ends, however it ends. The lock's descriptor is closed on
+exec, so workers do not hold it. Not covered: other users; commands that take no lock, such as
+`qwen3ft chat` and `qwen3ft plan` (`qwen3ft.recovery.shared_gpu` reads those from NVML); the order
+of those who wait; a holder that forks without exec.
 """
 
 from __future__ import annotations
@@ -37,17 +29,18 @@ from qwen3ft.records.base import Record
 logger = get_logger("lock")
 
 CPU = "cpu"
-"""The name of the lock for runs that train on this machine's CPU."""
+"""Lock name of runs that train on this machine's CPU."""
 
 FOLDER_VARIABLE = "QWEN3FT_LOCK_DIR"
-POLL_SECONDS = 0.2
-REPORT_SECONDS = 30.0
+"""Names another folder: for services with a private /tmp, and containers that share a GPU."""
+
+_POLL_SECONDS = 0.2
 NOTE_SECONDS = 1.0
-"""How long the note of a holder that has just begun is waited for."""
+"""Longest wait for the note of a holder that has only just locked."""
 
 
 class Holder(Record):
-    """Who holds a card, as it says in the lock file."""
+    """The note in a lock file: the run that holds the GPU."""
 
     pid: int
     host: str
@@ -55,7 +48,7 @@ class Holder(Record):
     since: datetime
 
     def describe(self) -> str:
-        """Run, process and since when."""
+        """Return run, process and start time in words."""
         return (
             f"run {self.run_id} (pid {self.pid} on {self.host}, "
             f"since {self.since.astimezone():%Y-%m-%d %H:%M:%S})"
@@ -64,39 +57,41 @@ class Holder(Record):
 
 @contextmanager
 def hold_gpu(
-    card: str,
+    gpu: str,
     run_id: str,
     *,
     when_busy: Literal["wait", "refuse"],
     wait_seconds: float,
+    report_seconds: float = 30.0,
     folder: Path | None = None,
 ) -> Iterator[None]:
-    """Have the card for this process alone while the body runs.
+    """Hold the lock of a GPU while the body runs.
 
     Args:
-        card: UUID of the GPU, or `CPU`.
-        run_id: What others are told.
+        gpu: UUID of the GPU, or `CPU`.
+        run_id: Written into the lock file, for those who wait.
         when_busy: What to do while another run holds it.
         wait_seconds: Longest wait.
-        folder: Where the lock files are; by default see the module's docstring.
+        report_seconds: Time between two log lines while waiting.
+        folder: Folder of the lock files; by default `FOLDER_VARIABLE` or /tmp/qwen3ft-locks-UID.
 
     Raises:
-        EnvironmentNotReadyError: another run holds the card and did not end in time, or there is no
-            folder for lock files.
+        EnvironmentNotReadyError: another run holds the GPU and did not end in time, or the folder
+            of the lock files cannot be used.
     """
-    path = _prepare_folder(folder) / f"{re.sub('[^A-Za-z0-9-]', '_', card)}.lock"
-    descriptor = _acquire(path, card, when_busy, wait_seconds)
+    path = _prepare_folder(folder) / f"{re.sub('[^A-Za-z0-9-]', '_', gpu)}.lock"
+    descriptor = _acquire(path, gpu, when_busy, wait_seconds, report_seconds)
     try:
         _write_note(descriptor, run_id)
         yield
     finally:
-        # Emptied, not deleted: one who has it open and one who makes it anew would both hold it.
+        # Emptied, not deleted: one process could lock the deleted file and another a new one.
         os.ftruncate(descriptor, 0)
         os.close(descriptor)
 
 
 def read_holder(path: Path) -> Holder | None:
-    """What the note in a lock file says; None while there is none."""
+    """Read the note in a lock file; None if there is none."""
     try:
         return Holder.model_validate_json(path.read_bytes())
     except (OSError, ValidationError):
@@ -104,8 +99,10 @@ def read_holder(path: Path) -> Holder | None:
 
 
 def _prepare_folder(folder: Path | None) -> Path:
-    """The folder of the lock files; the default one must be this user's own."""
+    """Make and return the folder of the lock files; the default one must be this user's own."""
     chosen = os.environ.get(FOLDER_VARIABLE)
+    # Not TMPDIR or XDG_RUNTIME_DIR: these differ between one user's login session, services and
+    # cluster jobs, which must see the same lock.
     path = folder or Path(chosen or f"/tmp/qwen3ft-locks-{os.getuid()}")  # noqa: S108  checked below
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -120,34 +117,38 @@ def _prepare_folder(folder: Path | None) -> Path:
 
 
 def _acquire(
-    path: Path, card: str, when_busy: Literal["wait", "refuse"], wait_seconds: float
+    path: Path,
+    gpu: str,
+    when_busy: Literal["wait", "refuse"],
+    wait_seconds: float,
+    report_seconds: float,
 ) -> int:
-    """The locked descriptor, at once or after a wait."""
-    started, told = time.monotonic(), 0
+    """Return the locked descriptor, at once or after a wait."""
+    started, reports = time.monotonic(), 0
     while (descriptor := _try_to_lock(path)) is None:
         waited = time.monotonic() - started
         if when_busy == "refuse" or waited >= wait_seconds:
-            raise _busy(path, card, waited, when_busy)
-        if waited >= told * REPORT_SECONDS:
-            told += 1
+            raise _busy(path, gpu, waited, when_busy)
+        if waited >= reports * report_seconds:
+            reports += 1
             logger.info(
-                "%s holds %s; waiting, at most %.0f s more",
-                _who(path),
-                _name(card),
+                "%s holds %s; waiting for up to %.0f s more",
+                _describe_holder(path),
+                _name(gpu),
                 wait_seconds - waited,
             )
-        time.sleep(min(POLL_SECONDS, wait_seconds - waited))
-    if told:
-        logger.info("%s is free after %.0f s", _name(card), time.monotonic() - started)
+        time.sleep(min(_POLL_SECONDS, wait_seconds - waited))
+    if reports:
+        logger.info("%s is free after %.0f s", _name(gpu), time.monotonic() - started)
     return descriptor
 
 
 def _try_to_lock(path: Path) -> int | None:
-    """A locked descriptor; None while another process has the lock."""
+    """Return a locked descriptor; None while another process has the lock."""
     try:
         descriptor = lock_file(path)
         if descriptor is not None:
-            os.ftruncate(descriptor, 0)  # a killed holder's note
+            os.ftruncate(descriptor, 0)  # a killed holder left its note
     except OSError as error:
         raise _no_folder(path, str(error)) from error
     return descriptor
@@ -160,35 +161,35 @@ def _write_note(descriptor: int, run_id: str) -> None:
     try:
         os.pwrite(descriptor, holder.model_dump_json().encode(), 0)
     except OSError as error:
-        logger.warning("others will not learn who holds the card: %s", error)
+        logger.warning("cannot write who holds the GPU into its lock file: %s", error)
 
 
-def _who(path: Path) -> str:
+def _describe_holder(path: Path) -> str:
     deadline = time.monotonic() + NOTE_SECONDS
     while (holder := read_holder(path)) is None and time.monotonic() < deadline:
         time.sleep(0.05)
     return holder.describe() if holder else "a run that left no note"
 
 
-def _name(card: str) -> str:
-    return "this machine's CPU" if card == CPU else f"the card {card}"
+def _name(gpu: str) -> str:
+    return "this machine's CPU" if gpu == CPU else f"the GPU {gpu}"
 
 
 def _busy(
-    path: Path, card: str, waited: float, when_busy: Literal["wait", "refuse"]
+    path: Path, gpu: str, waited: float, when_busy: Literal["wait", "refuse"]
 ) -> EnvironmentNotReadyError:
-    who, holder = _who(path), read_holder(path)
+    description, holder = _describe_holder(path), read_holder(path)
     if when_busy == "refuse":
-        why = "One run has a card at a time, and when_gpu_is_busy is 'refuse'."
+        why = "A GPU runs one run at a time, and when_gpu_is_busy is 'refuse'."
         command = "qwen3ft run --set when_gpu_is_busy=wait"
     else:
         why = f"It did not end within the {waited:.0f} s that wait_for_gpu_seconds allows."
         command = f"ps -fp {holder.pid}" if holder else f"fuser -v {path}"
     return EnvironmentNotReadyError(
-        f"{who} holds {_name(card)}.",
+        f"{description[0].upper()}{description[1:]} holds {_name(gpu)}.",
         why=why,
         next_command=command,
-        card=card,
+        gpu=gpu,
         holder=holder.model_dump(mode="json") if holder else None,
         waited_seconds=round(waited, 1),
     )
@@ -196,8 +197,8 @@ def _busy(
 
 def _no_folder(path: Path, reason: str) -> EnvironmentNotReadyError:
     return EnvironmentNotReadyError(
-        f"The card cannot be locked by {path}: {reason}.",
-        why=f"One run has a card at a time, by a file there; {FOLDER_VARIABLE} names another "
+        f"The GPU cannot be locked by a file in {path}: {reason}.",
+        why=f"A lock file there keeps two runs off one GPU; set {FOLDER_VARIABLE} to use another "
         "folder.",
         next_command=f"ls -ld {path.parent}",
         path=str(path),

@@ -1,10 +1,8 @@
-"""The CUDA devices of this machine, read through NVML: no torch, and so no CUDA in this process.
+"""CUDA devices of this machine, read through NVML, so that this process needs no CUDA context.
 
-Guarantees: `()` means that there is no NVIDIA driver or that CUDA_VISIBLE_DEVICES hides every
-device; a driver that is there and does not answer is an error, never "no GPU".
-
-Not covered: in a container with process ids of its own NVML may list no process, or one by an id
-that means another process here; free memory is right there too.
+No device means that there is no NVIDIA driver or that CUDA_VISIBLE_DEVICES hides every device; a
+driver that does not answer is an error. Not covered: in a container with its own process ids NVML
+may list no process, or an id that means another process here. Free memory is right there too.
 """
 
 from __future__ import annotations
@@ -22,14 +20,13 @@ from qwen3ft.records.machine import GpuInfo, GpuProcess, GpuUse
 from qwen3ft.units import GIB
 
 CUDA_CONTEXT_BYTES = int(0.8 * GIB)
-"""What a process takes on the card beside its tensors: CUDA, cuBLAS, kernels. An H100: 0.80 GB."""
-
+"""GPU memory of a process besides its tensors: CUDA, cuBLAS, kernels; 0.80 GB on an H100."""
 
 NO_DRIVER = (pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
 
 
 def visible_gpus(environment: Mapping[str, str] = os.environ) -> tuple[GpuInfo, ...]:
-    """The CUDA devices that `CUDA_VISIBLE_DEVICES` leaves, read through NVML.
+    """Return the CUDA devices that `CUDA_VISIBLE_DEVICES` leaves, in its order.
 
     Raises:
         EnvironmentNotReadyError: there is an NVIDIA driver but it does not answer.
@@ -47,10 +44,10 @@ def visible_gpus(environment: Mapping[str, str] = os.environ) -> tuple[GpuInfo, 
 
 
 def gpu_use(uuid: str) -> GpuUse:
-    """What the card (or MIG slice) has free at this moment, and which processes are on it.
+    """Return the free memory of a GPU (or MIG slice) now, and the processes on it.
 
     Raises:
-        EnvironmentNotReadyError: the driver does not answer, or knows no such card any more.
+        EnvironmentNotReadyError: the driver does not answer, or the GPU is gone.
     """
     try:
         with _nvml():
@@ -65,16 +62,6 @@ def gpu_use(uuid: str) -> GpuUse:
         raise _no_answer(error) from error
 
 
-def free_bytes(uuid: str) -> int:
-    """What the card has free at this moment; raises as `gpu_use`."""
-    return gpu_use(uuid).free_bytes
-
-
-def processes_on(uuid: str) -> tuple[GpuProcess, ...]:
-    """The processes that have memory of the card, the largest first; raises as `gpu_use`."""
-    return gpu_use(uuid).processes
-
-
 @contextmanager
 def _nvml() -> Iterator[None]:
     pynvml.nvmlInit()
@@ -87,14 +74,14 @@ def _nvml() -> Iterator[None]:
 def _no_answer(error: pynvml.NVMLError) -> EnvironmentNotReadyError:
     return EnvironmentNotReadyError(
         f"The NVIDIA driver does not answer: {error}",
-        why="A GPU that cannot be asked cannot be trained on; to train on the CPU knowingly, "
-        "set CUDA_VISIBLE_DEVICES to nothing.",
+        why="Training needs a GPU that answers; to train on the CPU instead, set "
+        "CUDA_VISIBLE_DEVICES to an empty value.",
         next_command="nvidia-smi",
     )
 
 
 def _processes(handle: Any) -> tuple[GpuProcess, ...]:
-    """Those that compute and those that draw; one that does both is listed by NVML twice."""
+    """Return the compute and graphics processes, the largest first."""
     used: dict[int, int | None] = {}
     for ask in (
         pynvml.nvmlDeviceGetComputeRunningProcesses,
@@ -103,8 +90,9 @@ def _processes(handle: Any) -> tuple[GpuProcess, ...]:
         try:
             listed = ask(handle)
         except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_NoPermission):
-            continue  # for some cards and slices; free memory is what decides
+            continue  # as on MIG slices; decisions are made by free memory, not by this list
         for process in listed:
+            # A process that computes and draws is in both lists.
             amounts = (used.get(process.pid), process.usedGpuMemory)
             known = [amount for amount in amounts if amount is not None]
             used[process.pid] = max(known, default=None)
@@ -123,7 +111,7 @@ def _process_name(pid: int) -> str | None:
 
 
 def _handles(visible: str | None) -> Iterator[Any]:
-    """Handles in the order of CUDA_VISIBLE_DEVICES, which CUDA reads up to the first bad entry."""
+    """Yield handles in the order of CUDA_VISIBLE_DEVICES; stop at a bad entry, as CUDA does."""
     every = [
         pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())
     ]
@@ -135,7 +123,7 @@ def _handles(visible: str | None) -> Iterator[Any]:
     for entry in visible.split(","):
         name = entry.strip()
         matches = [by_name[name]] if name in by_name else []
-        if name.startswith("GPU-"):  # a UUID may be cut short as long as it stays unique
+        if name.startswith("GPU-"):  # a UUID may be shortened as long as it stays unique
             matches = [handle for uuid, handle in by_name.items() if uuid.startswith(name)]
         elif name.startswith("MIG-"):
             matches = [pynvml.nvmlDeviceGetHandleByUUID(name)]
@@ -145,14 +133,14 @@ def _handles(visible: str | None) -> Iterator[Any]:
 
 
 def _describe_gpu(handle: Any) -> GpuInfo:
-    # a MIG slice has no index or compute capability of its own; its card has
-    card = handle
+    # A MIG slice has no index or compute capability of its own; its parent device has.
+    device = handle
     if pynvml.nvmlDeviceIsMigDeviceHandle(handle):
-        card = pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
+        device = pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
     memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(card)
+    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(device)
     return GpuInfo(
-        index=pynvml.nvmlDeviceGetIndex(card),
+        index=pynvml.nvmlDeviceGetIndex(device),
         name=_text(pynvml.nvmlDeviceGetName(handle)),
         uuid=_text(pynvml.nvmlDeviceGetUUID(handle)),
         total_bytes=memory.total,

@@ -1,19 +1,13 @@
-"""Memory of the device that trains: measured, cleaned up, and kept within the budget.
+"""Memory of the training device: measured, cleaned up, and kept within the budget.
 
-On a GPU the budget is for the whole process as NVML shows it: torch's allocator is capped at the
-budget less what the process holds beside it (the CUDA context, cuBLAS, cuDNN, Triton's kernels), so
-that exceeding it raises an out-of-memory error instead of taking memory from others. What is beside
-it is measured again once a second, and the cap follows: a library that takes memory of its own
-leaves less to tensors. On a CPU the budget is for the resident set; nothing can cap that from
-inside. On both, `enforce_budget` compares after each step and ends a process that exceeds its
-budget and cannot clean up. GB are 2**30 bytes.
+On a GPU the budget covers the whole process as NVML shows it. Torch's allocator is capped at the
+budget less the memory outside it (CUDA context, cuBLAS, cuDNN, Triton's kernels), so exceeding the
+budget raises an out-of-memory error instead of taking memory from others. On a CPU the budget is
+for the resident set, which nothing can cap from inside. On both, `enforce_budget` compares after
+each step and ends a process that exceeds its budget and cannot clean up.
 
-Where NVML does not list this process (in a container with process ids of its own, under WSL) the
-process counts as the allocator's memory and the context measured at the start.
-
-Not covered: what a library takes and returns within one step, host memory beside a GPU (the
-kernel's limit ends such a worker, and `qwen3ft.jobs.failures` tells it), and more than one GPU per
-process.
+Not covered: memory that a library takes and frees within one step; host memory beside a GPU (the
+kernel kills such a worker, and `qwen3ft.jobs.failures` reports it); several GPUs per process.
 """
 
 from __future__ import annotations
@@ -29,10 +23,10 @@ from qwen3ft.logs import get_logger
 from qwen3ft.machine.gpus import CUDA_CONTEXT_BYTES
 from qwen3ft.machine.process_memory import (
     measure_context,
+    nvml_process_bytes,
     peak_resident_bytes,
     process_bytes,
     resident_bytes,
-    told_by_nvml,
     trim_heap,
 )
 from qwen3ft.records.training import MemoryStatus
@@ -41,33 +35,33 @@ from qwen3ft.units import GIB
 logger = get_logger("memory")
 
 SAFE_SHARE = 0.9
-"""Use below this share of the budget counts as safe."""
+"""Memory use is safe below this share of the budget."""
 
 LEAN_CUBLAS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:2:16:8", "CUBLASLT_WORKSPACE_SIZE": "8192"}
-"""8 MiB for each thread that multiplies matrices, in KiB; torch reads it at its first product."""
+"""A cuBLAS workspace of 8 MiB per thread; torch reads the variables at its first matmul."""
 
 CHECK_EVERY_SECONDS = 1.0
-"""Asking NVML at every step would take several per cent of a fast one."""
+"""Asking NVML at every step would cost several per cent of a fast step."""
 
 
 class MemoryOptimizer:
-    """Watches and bounds the memory of this process.
+    """Memory of this process: measure it, and keep it within the budget.
 
     Args:
-        max_memory_gb: The budget; where the device has less, that is the budget.
+        max_memory_gb: The budget in GB; at most the memory of the device.
         device: 'cuda' for torch's current CUDA device, 'cpu' for resident memory.
     """
 
     def __init__(self, max_memory_gb: float, device: Literal["cuda", "cpu"]) -> None:
         self.max_memory_gb = max_memory_gb
         self.device = device
-        self._beside_bytes = CUDA_CONTEXT_BYTES
+        self._outside_bytes = CUDA_CONTEXT_BYTES  # of the process, outside torch's allocator
         self._peak_process_bytes = 0
         self._checked = float("-inf")
-        self._told = False
+        self._warned = False
 
     def monitor_gpu_memory(self) -> tuple[float, float, float]:
-        """(in use by tensors, held by the allocator, budget) in GB.
+        """Return (in use by tensors, held by the allocator, budget) in GB.
 
         On a CPU the first two are the resident set.
         """
@@ -83,7 +77,7 @@ class MemoryOptimizer:
         )
 
     def cleanup_gpu_memory(self) -> None:
-        """Return what nothing refers to any more to the device, or on a CPU to the system."""
+        """Free unreferenced memory, to the device or on a CPU to the system."""
         gc.collect()
         if self.device == "cpu":
             trim_heap()
@@ -94,21 +88,18 @@ class MemoryOptimizer:
         torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]
 
     def check_memory_safety(self, required_gb: float) -> bool:
-        """Whether `required_gb` more would stay below 90 % of the budget and fit the device."""
+        """Return True if `required_gb` more stay below 90 % of the budget and fit the device."""
         status = self.status()
         used_gb = self._used_bytes() / GIB
         safe = used_gb + required_gb < SAFE_SHARE * status.total_gb
         return safe and required_gb <= status.available_gb
 
     def optimize_for_training(self, *, lean: bool = False) -> None:
-        """Hold torch to the budget. Call once, before the first tensor is on the GPU.
-
-        Segments that can grow keep rows of varying length from fragmenting the cache; cuDNN's
-        search for kernels is off, as its trials take memory of their own.
+        """Limit torch to the budget; call once, before the first tensor is on the GPU.
 
         Args:
-            lean: Have cuBLAS do with the workspace that it has on older cards, a quarter of
-                Hopper's; a product that would be split for it may take longer.
+            lean: Give cuBLAS the workspace of GPUs older than Hopper, a quarter of Hopper's; a
+                few matrix products become slower.
         """
         if self.device == "cpu":
             logger.info("budget %.2f GB of resident memory", self._total_gb())
@@ -117,20 +108,21 @@ class MemoryOptimizer:
 
         if lean:
             os.environ.update(LEAN_CUBLAS)
-        # torch reads its environment variable only once, and this process may be past that.
+        # Expandable segments keep rows of varying length from fragmenting the cache. Torch reads
+        # PYTORCH_CUDA_ALLOC_CONF only once, and this process may be past that point.
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
-        torch.backends.cudnn.benchmark = False
-        self._beside_bytes = max(CUDA_CONTEXT_BYTES, measure_context())
+        torch.backends.cudnn.benchmark = False  # its trials take memory of their own
+        self._outside_bytes = max(CUDA_CONTEXT_BYTES, measure_context())
         cap_bytes = self._cap_allocator()
         logger.info(
             "budget %.2f GB: %.2f for tensors, %.2f for the CUDA context and libraries",
             self._total_gb(),
             cap_bytes / GIB,
-            self._beside_bytes / GIB,
+            self._outside_bytes / GIB,
         )
 
     def status(self) -> MemoryStatus:
-        """Memory at this moment."""
+        """Return the memory now."""
         allocated_gb, cached_gb, total_gb = self.monitor_gpu_memory()
         used_gb = self._used_bytes() / GIB
         beside_gb = 0.0 if self.device == "cpu" else max(0.0, used_gb - cached_gb)
@@ -144,10 +136,10 @@ class MemoryOptimizer:
         )
 
     def peak(self) -> tuple[float, float, float]:
-        """Highest so far: (in use by tensors, held by the allocator, whole process) in GB.
+        """Return the highest (in use by tensors, held by the allocator, whole process) in GB.
 
-        On a GPU the last is what NVML showed at most, or the allocator's peak and what the process
-        holds beside it, whichever is larger. On a CPU all three are the peak resident set.
+        On a GPU the last is the larger of NVML's highest number, and the allocator's peak plus the
+        memory outside it. On a CPU all three are the peak resident set.
         """
         if self.device == "cpu":
             peak_gb = peak_resident_bytes() / GIB
@@ -165,9 +157,9 @@ class MemoryOptimizer:
         )
 
     def enforce_budget(self) -> None:
-        """Stop a process that grew beyond its budget and cannot give enough back.
+        """Raise if the process exceeds its budget and a clean-up does not help.
 
-        Call it after each step: on a GPU it looks once a second.
+        Call it after each step; on a GPU it asks NVML once a second.
 
         Raises:
             OutOfMemoryError: of the domain gpu, or on a CPU of the domain host.
@@ -185,41 +177,41 @@ class MemoryOptimizer:
         self.cleanup_gpu_memory()
         left_bytes = self._used_bytes()
         logger.log(
-            logging.DEBUG if self._told else logging.WARNING,
-            "the process took %.2f GB of its %.2f GB, after cleaning up %.2f",
+            logging.DEBUG if self._warned else logging.WARNING,
+            "the process took %.2f GB of its budget of %.2f GB, %.2f GB after a clean-up",
             used_bytes / GIB,
             budget_bytes / GIB,
             left_bytes / GIB,
         )
-        self._told = True
+        self._warned = True
         if left_bytes > budget_bytes:
             raise over_budget(left_bytes, budget_bytes, self.device, self._reserved_bytes())
 
     def _follow_libraries(self, used_bytes: int) -> None:
-        """Leave the allocator less where libraries have taken more; never more again."""
+        """Lower the allocator's cap when libraries take more memory; it is never raised again."""
         beside_bytes = used_bytes - self._reserved_bytes()
-        if beside_bytes <= self._beside_bytes:
+        if beside_bytes <= self._outside_bytes:
             return
-        grown_bytes, self._beside_bytes = beside_bytes - self._beside_bytes, beside_bytes
+        grown_bytes, self._outside_bytes = beside_bytes - self._outside_bytes, beside_bytes
         cap_bytes = self._cap_allocator()
         logger.info(
-            "libraries took %.2f GB more beside the allocator, %.2f in all: %.2f are for tensors",
+            "libraries took %.2f GB more, %.2f GB in all; %.2f GB are left for tensors",
             grown_bytes / GIB,
             beside_bytes / GIB,
             cap_bytes / GIB,
         )
 
     def _cap_allocator(self) -> int:
-        """Hold torch's allocator to what the budget leaves it; the bytes."""
+        """Cap torch's allocator at the budget less the memory outside it; return the bytes."""
         import torch
 
         device_bytes = torch.cuda.get_device_properties().total_memory
-        cap_bytes = max(0, int(self._total_gb() * GIB) - self._beside_bytes)
+        cap_bytes = max(0, int(self._total_gb() * GIB) - self._outside_bytes)
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap_bytes / device_bytes))
         return cap_bytes
 
     def _reserved_bytes(self) -> int:
-        """What torch's allocator holds on the GPU; 0 on a CPU."""
+        """Return the bytes that torch's allocator holds on the GPU; 0 on a CPU."""
         if self.device == "cpu":
             return 0
         import torch
@@ -244,17 +236,19 @@ class MemoryOptimizer:
             return float(psutil.virtual_memory().available / GIB)
         import torch
 
-        # What the allocator holds and does not use is free for this process.
+        # Cached memory that no tensor uses is free for this process.
         cached_bytes = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return float((torch.cuda.mem_get_info()[0] + cached_bytes) / GIB)
 
     def _used_bytes(self) -> int:
-        """Memory of the whole process on its device."""
+        """Return the bytes of the whole process on its device."""
         if self.device == "cpu":
             return resident_bytes()
         import torch
 
-        used_bytes = process_bytes(told_by_nvml(), torch.cuda.memory_reserved(), self._beside_bytes)
+        used_bytes = process_bytes(
+            nvml_process_bytes(), torch.cuda.memory_reserved(), self._outside_bytes
+        )
         self._peak_process_bytes = max(self._peak_process_bytes, used_bytes)
         return used_bytes
 
@@ -262,13 +256,13 @@ class MemoryOptimizer:
 def over_budget(
     used_bytes: int, budget_bytes: int, device: Literal["cuda", "cpu"], reserved_bytes: int = 0
 ) -> OutOfMemoryError:
-    """The error of a process that exceeds its budget, as torch's own would be answered."""
+    """Return the error of a process that exceeds its budget; recovery treats it as torch's own."""
     used_gb, budget_gb = used_bytes / GIB, budget_bytes / GIB
     suggestion = f"qwen3ft plan --set max_memory_gb={used_gb * 1.2:.1f}"
     if device == "cpu":
         return OutOfMemoryError(
-            f"Resident memory is {used_gb:.2f} GB, the budget {budget_gb:.2f} GB.",
-            why="The batch needs more than was predicted, or memory leaks.",
+            f"Resident memory is {used_gb:.2f} GB, the budget is {budget_gb:.2f} GB.",
+            why="A batch needs more than was predicted, or memory leaks.",
             next_command=suggestion,
             domain="host",
             resident_gb=round(used_gb, 4),
@@ -276,9 +270,9 @@ def over_budget(
         )
     beside_gb = (used_bytes - reserved_bytes) / GIB
     return OutOfMemoryError(
-        f"The process has {used_gb:.2f} GB of the GPU, the budget is {budget_gb:.2f} GB.",
-        why=f"{beside_gb:.2f} GB of it are not torch's: the CUDA context and libraries "
-        f"(cuBLAS, cuDNN, Triton); its allocator holds {reserved_bytes / GIB:.2f} GB.",
+        f"The process takes {used_gb:.2f} GB of the GPU, the budget is {budget_gb:.2f} GB.",
+        why=f"{beside_gb:.2f} GB of it belong to the CUDA context and libraries (cuBLAS, cuDNN, "
+        f"Triton); torch's allocator holds {reserved_bytes / GIB:.2f} GB.",
         next_command=suggestion,
         domain="gpu",
         used_gb=round(used_gb, 4),

@@ -41,7 +41,7 @@ def record_history() -> None:
 
 
 class PeakRecorder:
-    """Keep the counters of the step with the highest peak in `folder`/peak.json."""
+    """Recorder of the step with the highest peak, in `folder`/peak.json."""
 
     def __init__(self, folder: Path, device: Literal["cuda", "cpu"]) -> None:
         self.path = folder / "peak.json"

@@ -1,7 +1,6 @@
-"""What this process takes of its GPU and of the host, as NVML, the kernel and the C library tell.
+"""Memory of this process on its GPU and on the host, from NVML, torch, the kernel and glibc.
 
-Guarantees: a number of NVML's that cannot be this process's is not taken for it. Nothing here loads
-torch unless a GPU is asked about. Not covered: more than one GPU per process.
+Torch is loaded only to read a GPU. Not covered: more than one GPU per process.
 """
 
 from __future__ import annotations
@@ -25,14 +24,12 @@ _OWN_STATUS = Path("/proc/self/status")
 
 @cache
 def _nvml_device() -> Any:
-    """NVML's handle of torch's current device; by UUID, as CUDA_VISIBLE_DEVICES renumbers.
-
-    Kept, and NVML open, for as long as the process lives: opening it takes longer than asking.
-    """
+    """Return NVML's handle of torch's current device."""
     import pynvml
     import torch
 
-    pynvml.nvmlInit()
+    pynvml.nvmlInit()  # and left open: opening NVML takes longer than a query
+    # By UUID, because CUDA_VISIBLE_DEVICES renumbers the devices.
     uuid = str(torch.cuda.get_device_properties().uuid)
     try:
         return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
@@ -40,10 +37,10 @@ def _nvml_device() -> Any:
         return pynvml.nvmlDeviceGetHandleByUUID(f"MIG-{uuid}")
 
 
-def told_by_nvml() -> int | None:
-    """What NVML shows for this process; None where it does not tell.
+def nvml_process_bytes() -> int | None:
+    """Return NVML's number for this process; None if it has none.
 
-    It does not under Windows and WSL, and in a container that has process ids of its own.
+    It has none under Windows and WSL, and in a container with its own process ids.
     """
     import pynvml
 
@@ -56,11 +53,7 @@ def told_by_nvml() -> int | None:
 
 
 def measure_context() -> int:
-    """Bytes that CUDA takes on the device for this process beside torch's own; 0 if unknown.
-
-    If NVML does not tell about processes it is the difference on the whole device, in which other
-    processes may have a part.
-    """
+    """Return the bytes that CUDA takes on the device outside torch's allocator; 0 if unknown."""
     import pynvml
     import torch
 
@@ -70,41 +63,39 @@ def measure_context() -> int:
         after = pynvml.nvmlDeviceGetMemoryInfo(_nvml_device()).used
     except pynvml.NVMLError:
         return 0
-    of_process = told_by_nvml()
+    of_process = nvml_process_bytes()
+    # Without a number for the process, the difference on the device may include other processes.
     whole = int(of_process if of_process is not None else after - before)
     return min(max(0, whole - torch.cuda.memory_reserved()), 2 * CUDA_CONTEXT_BYTES)
 
 
-def process_bytes(told_bytes: int | None, reserved_bytes: int, beside_bytes: int) -> int:
-    """What a process has of a GPU: as NVML tells, or the allocator's and what is beside it.
+def process_bytes(nvml_bytes: int | None, reserved_bytes: int, outside_bytes: int) -> int:
+    """Return the GPU memory of a process: NVML's number, or the sum of the two others.
 
     Args:
-        told_bytes: NVML's number; one below the allocator's is of another process, by an id of
-            another container.
-        reserved_bytes: What the allocator holds.
-        beside_bytes: What was measured or assumed beside it.
+        nvml_bytes: Result of `nvml_process_bytes`.
+        reserved_bytes: Memory that torch's allocator holds.
+        outside_bytes: Memory outside the allocator, measured or assumed.
     """
-    if told_bytes is not None and told_bytes >= reserved_bytes:
-        return told_bytes
-    return reserved_bytes + beside_bytes
+    # A number below the allocator's belongs to another container's process with the same id.
+    if nvml_bytes is not None and nvml_bytes >= reserved_bytes:
+        return nvml_bytes
+    return reserved_bytes + outside_bytes
 
 
 # --- resident memory ---
 
 
 def resident_bytes() -> int:
-    """The resident set of this process."""
+    """Return the resident set of this process."""
     import psutil
 
     return int(psutil.Process().memory_info().rss)
 
 
 def peak_resident_bytes() -> int:
-    """The peak resident set of this program.
-
-    Linux's VmHWM starts anew with each program; ru_maxrss would include the parent at the moment
-    of its fork.
-    """
+    """Return the peak resident set of this process."""
+    # VmHWM is reset on exec; ru_maxrss would include the parent's memory at the fork.
     if _OWN_STATUS.exists():
         for line in _OWN_STATUS.read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):
@@ -114,7 +105,7 @@ def peak_resident_bytes() -> int:
 
 
 def trim_heap() -> None:
-    """Have glibc return freed memory to the system; other C libraries do it by themselves."""
+    """Have glibc return freed memory to the system; other C libraries do so themselves."""
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -124,16 +115,16 @@ _OWN_PAGES = Path("/proc/self/statm")
 
 @dataclass(frozen=True)
 class MemoryReading:
-    """One reading; the counters of torch's allocator are 0 on a CPU.
+    """Memory at the end of a step; the counters of torch's allocator are 0 on a CPU.
 
     Attributes:
-        step: The optimizer step that just ended.
+        step: Optimizer step that just ended.
         private_bytes: Resident memory that no file backs.
-        allocated_bytes: In use by tensors on the GPU.
-        peak_allocated_bytes: The highest so far, within steps and evaluations.
-        reserved_bytes: Held by the allocator.
-        inactive_bytes: Held and not in use, in parts of segments: what may be too scattered to use.
-        retries: How often the allocator had to give its cache back before it got memory.
+        allocated_bytes: GPU memory of tensors.
+        peak_allocated_bytes: Highest value so far, within steps and evaluations.
+        reserved_bytes: GPU memory that the allocator holds.
+        inactive_bytes: Unused parts of its segments, which may be too fragmented to use.
+        retries: Number of times the allocator freed its cache to get memory.
     """
 
     step: int
@@ -146,16 +137,16 @@ class MemoryReading:
 
 
 def read_memory(step: int, device: Literal["cuda", "cpu"]) -> MemoryReading:
-    """Memory at this moment."""
+    """Read memory now."""
     if device == "cpu":
         return MemoryReading(step, private_bytes())
     import torch
 
-    return of_allocator(step, private_bytes(), torch.cuda.memory_stats())
+    return reading_of(step, private_bytes(), torch.cuda.memory_stats())
 
 
-def of_allocator(step: int, private: int, statistics: dict[str, Any]) -> MemoryReading:
-    """The reading that `torch.cuda.memory_stats()` gives; what a backend does not count is 0."""
+def reading_of(step: int, private: int, statistics: dict[str, Any]) -> MemoryReading:
+    """Return the reading in `torch.cuda.memory_stats()`; counters that a backend lacks are 0."""
     return MemoryReading(
         step=step,
         private_bytes=private,
@@ -168,7 +159,7 @@ def of_allocator(step: int, private: int, statistics: dict[str, Any]) -> MemoryR
 
 
 def private_bytes() -> int:
-    """Resident memory of this process less pages of files; all of it where the system won't say."""
+    """Return resident memory less pages of files; without /proc, all resident memory."""
     if _OWN_PAGES.exists():
         resident, shared = _OWN_PAGES.read_text(encoding="ascii").split()[1:3]
         return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
@@ -178,7 +169,7 @@ def private_bytes() -> int:
 
 
 def free_host_bytes() -> int:
-    """What the system can still give to processes."""
+    """Return the host memory that is available to processes."""
     import psutil
 
     return int(psutil.virtual_memory().available)

@@ -24,14 +24,14 @@ from qwen3ft.machine import gpu_lock
 from qwen3ft.machine.gpu_lock import CPU, hold_gpu, read_holder
 from qwen3ft.records.machine import GpuInfo
 
-CARD = "GPU-6a3b0f52-0000-1111-2222-333344445555"
+GPU = "GPU-6a3b0f52-0000-1111-2222-333344445555"
 
 HOLD = """
     import subprocess, sys, time
     from pathlib import Path
     from qwen3ft.machine.gpu_lock import hold_gpu
-    card, folder, child = sys.argv[1:]
-    with hold_gpu(card, "run-a", when_busy="refuse", wait_seconds=0, folder=Path(folder)):
+    gpu, folder, child = sys.argv[1:]
+    with hold_gpu(gpu, "run-a", when_busy="refuse", wait_seconds=0, folder=Path(folder)):
         pid = subprocess.Popen(["sleep", "60"]).pid if child == "child" else 0
         print(pid, flush=True)
         time.sleep(60)
@@ -66,11 +66,11 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts a program with the card held; ends what is left of them."""
+    """Start a program that holds the GPU; kill the programs at the end."""
     started: list[subprocess.Popen[str]] = []
 
     def run(child: str = "alone") -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", textwrap.dedent(HOLD), CARD, str(tmp_path), child]
+        command = [sys.executable, "-c", textwrap.dedent(HOLD), GPU, str(tmp_path), child]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         started.append(process)
         return process
@@ -92,18 +92,18 @@ def contend(folder: Path, processes: int, times: int) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def test_a_second_run_is_refused_and_told_who_holds_the_card(start: Start, tmp_path: Path) -> None:
+def test_a_second_run_is_refused_with_the_holder_of_the_gpu(start: Start, tmp_path: Path) -> None:
     """Pid, run and since when; and the command that would wait instead."""
     process = start()
     first_line(process)
     with (
         pytest.raises(EnvironmentNotReadyError) as caught,
-        hold_gpu(CARD, "run-b", when_busy="refuse", wait_seconds=60, folder=tmp_path),
+        hold_gpu(GPU, "run-b", when_busy="refuse", wait_seconds=60, folder=tmp_path),
     ):
         pass
-    assert f"run run-a (pid {process.pid} on " in caught.value.what
+    assert f"Run run-a (pid {process.pid} on " in caught.value.what
     assert "since 20" in caught.value.what
-    assert CARD in caught.value.what
+    assert GPU in caught.value.what
     assert "when_gpu_is_busy=wait" in caught.value.next_command
     assert caught.value.facts["holder"]["pid"] == process.pid
     json.dumps(caught.value.to_dict())
@@ -112,14 +112,14 @@ def test_a_second_run_is_refused_and_told_who_holds_the_card(start: Start, tmp_p
 def test_a_second_run_waits_no_longer_than_it_may(
     start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It says at once who holds the card, then gives up at its limit and names the process."""
+    """It logs the holder at once, gives up at its limit and names the process."""
     process = start()
     first_line(process)
     started = time.monotonic()
     with (
         caplog.at_level(logging.INFO, "qwen3ft.lock"),
         pytest.raises(EnvironmentNotReadyError) as caught,
-        hold_gpu(CARD, "run-b", when_busy="wait", wait_seconds=0.5, folder=tmp_path),
+        hold_gpu(GPU, "run-b", when_busy="wait", wait_seconds=0.5, folder=tmp_path),
     ):
         pass
     assert 0.5 <= time.monotonic() - started < 3
@@ -130,22 +130,23 @@ def test_a_second_run_waits_no_longer_than_it_may(
 
 
 def test_a_wait_is_reported_again_and_again(
-    start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With reports 0.3 s apart a wait of a second has three or four."""
-    monkeypatch.setattr(gpu_lock, "REPORT_SECONDS", 0.3)
     first_line(start())
     with (
         caplog.at_level(logging.INFO, "qwen3ft.lock"),
         pytest.raises(EnvironmentNotReadyError),
-        hold_gpu(CARD, "run-b", when_busy="wait", wait_seconds=1.0, folder=tmp_path),
+        hold_gpu(
+            GPU, "run-b", when_busy="wait", wait_seconds=1, report_seconds=0.3, folder=tmp_path
+        ),
     ):
         pass
     assert 3 <= len(caplog.records) <= 4
 
 
-def test_a_killed_holder_frees_the_card_at_once(start: Start, tmp_path: Path) -> None:
-    """Also while a child of its lives on: workers do not carry the lock."""
+def test_a_killed_holder_frees_the_gpu_at_once(start: Start, tmp_path: Path) -> None:
+    """Also while one of its children lives on: workers do not inherit the lock."""
     process = start("child")
     child = int(first_line(process))
     try:
@@ -153,29 +154,31 @@ def test_a_killed_holder_frees_the_card_at_once(start: Start, tmp_path: Path) ->
         process.wait()
         os.kill(child, 0)  # it is still there
         started = time.monotonic()
-        with hold_gpu(CARD, "run-b", when_busy="wait", wait_seconds=30, folder=tmp_path):
+        with hold_gpu(GPU, "run-b", when_busy="wait", wait_seconds=30, folder=tmp_path):
             assert time.monotonic() - started < 1
     finally:
         os.kill(child, signal.SIGKILL)
 
 
-def test_who_waits_goes_on_when_the_holder_is_killed(start: Start, tmp_path: Path) -> None:
-    """A waiting process gets the card within a second of the kill."""
+def test_a_waiting_run_starts_when_the_holder_is_killed(start: Start, tmp_path: Path) -> None:
+    """A waiting process gets the GPU within a second of the kill."""
     process = start()
     first_line(process)
     killer = subprocess.Popen(["sh", "-c", f"sleep 1; kill -9 {process.pid}"])
     started = time.monotonic()
-    with hold_gpu(CARD, "run-b", when_busy="wait", wait_seconds=30, folder=tmp_path):
+    with hold_gpu(GPU, "run-b", when_busy="wait", wait_seconds=30, folder=tmp_path):
         assert 0.8 < time.monotonic() - started < 3
     killer.wait()
 
 
-def test_the_note_is_there_while_the_card_is_held_and_for_its_owner_alone(tmp_path: Path) -> None:
+def test_the_note_exists_while_the_gpu_is_held_and_only_its_owner_can_read_it(
+    tmp_path: Path,
+) -> None:
     """Mode 0600, and emptied on release, also when the body fails."""
-    path = tmp_path / f"{CARD}.lock"
+    path = tmp_path / f"{GPU}.lock"
 
     def hold_and_fail() -> None:
-        with hold_gpu(CARD, "run-a", when_busy="refuse", wait_seconds=0, folder=tmp_path):
+        with hold_gpu(GPU, "run-a", when_busy="refuse", wait_seconds=0, folder=tmp_path):
             assert stat.S_IMODE(path.stat().st_mode) == 0o600
             holder = read_holder(path)
             assert holder is not None
@@ -185,25 +188,25 @@ def test_the_note_is_there_while_the_card_is_held_and_for_its_owner_alone(tmp_pa
     with pytest.raises(ZeroDivisionError):
         hold_and_fail()
     assert path.read_bytes() == b""
-    with hold_gpu(CARD, "run-b", when_busy="refuse", wait_seconds=0, folder=tmp_path):
+    with hold_gpu(GPU, "run-b", when_busy="refuse", wait_seconds=0, folder=tmp_path):
         pass
 
 
-def test_other_cards_and_the_cpu_are_free(start: Start, tmp_path: Path) -> None:
-    """The lock is by card; a MIG slice's old name has slashes and is a file name all the same."""
+def test_other_gpus_and_the_cpu_are_free(start: Start, tmp_path: Path) -> None:
+    """One lock per GPU; slashes in an old name of a MIG slice do not end up in the file name."""
     first_line(start())
-    for card in ("GPU-1", "MIG-GPU-1/2/0", CPU):
-        with hold_gpu(card, "run-b", when_busy="refuse", wait_seconds=0, folder=tmp_path):
+    for gpu in ("GPU-1", "MIG-GPU-1/2/0", CPU):
+        with hold_gpu(gpu, "run-b", when_busy="refuse", wait_seconds=0, folder=tmp_path):
             pass
 
 
 def test_a_lock_file_that_a_cleaner_deletes_is_made_anew(tmp_path: Path) -> None:
     """What is locked is the file at the path, not one that nobody else can see."""
-    path = tmp_path / f"{CARD}.lock"
-    with hold_gpu(CARD, "run-a", when_busy="refuse", wait_seconds=0, folder=tmp_path):
+    path = tmp_path / f"{GPU}.lock"
+    with hold_gpu(GPU, "run-a", when_busy="refuse", wait_seconds=0, folder=tmp_path):
         pass
     path.unlink()
-    with hold_gpu(CARD, "run-b", when_busy="refuse", wait_seconds=0, folder=tmp_path):
+    with hold_gpu(GPU, "run-b", when_busy="refuse", wait_seconds=0, folder=tmp_path):
         holder = read_holder(path)
         assert holder is not None
         assert holder.run_id == "run-b"
@@ -217,7 +220,7 @@ def test_a_path_that_cannot_be_a_folder_is_an_error_with_a_command(
     (tmp_path / "file").touch()
     with (
         pytest.raises(EnvironmentNotReadyError, match="Not a directory") as caught,
-        hold_gpu(CARD, "run-a", when_busy="refuse", wait_seconds=0),
+        hold_gpu(GPU, "run-a", when_busy="refuse", wait_seconds=0),
     ):
         pass
     assert caught.value.next_command == f"ls -ld {tmp_path / 'file'}"
@@ -231,7 +234,7 @@ def test_a_default_folder_of_someone_else_is_refused(monkeypatch: pytest.MonkeyP
     try:
         with (
             pytest.raises(EnvironmentNotReadyError, match=f"belongs to user {own}"),
-            hold_gpu(CARD, "run-a", when_busy="refuse", wait_seconds=0),
+            hold_gpu(GPU, "run-a", when_busy="refuse", wait_seconds=0),
         ):
             pass
     finally:
@@ -242,13 +245,13 @@ def test_the_default_folder_is_the_same_whatever_the_session(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """TMPDIR and XDG_RUNTIME_DIR differ between a login, a service and a job of one user."""
-    card = f"GPU-test-{os.getpid()}"
-    path = Path(f"/tmp/qwen3ft-locks-{os.getuid()}/{card}.lock")
+    gpu = f"GPU-test-{os.getpid()}"
+    path = Path(f"/tmp/qwen3ft-locks-{os.getuid()}/{gpu}.lock")
     monkeypatch.delenv(gpu_lock.FOLDER_VARIABLE, raising=False)
     for variable in ("TMPDIR", "XDG_RUNTIME_DIR"):
         monkeypatch.setenv(variable, str(tmp_path))
     try:
-        with hold_gpu(card, "run-a", when_busy="refuse", wait_seconds=0):
+        with hold_gpu(gpu, "run-a", when_busy="refuse", wait_seconds=0):
             assert read_holder(path) is not None
             assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     finally:
@@ -262,7 +265,7 @@ def test_a_run_holds_its_gpu_and_on_a_cpu_only_what_it_asked_for(
     from flows.run_context import gpu_lock_for
 
     monkeypatch.setenv(gpu_lock.FOLDER_VARIABLE, str(tmp_path))
-    gpu = GpuInfo(index=0, name="a", uuid=CARD, total_bytes=1, free_bytes=1, driver_version="580")
+    gpu = GpuInfo(index=0, name="a", uuid=GPU, total_bytes=1, free_bytes=1, driver_version="580")
     with_gpu = environment.model_copy(update={"gpus": (gpu,)})
     first, second = RunDir(tmp_path / "run-1"), RunDir(tmp_path / "run-2")
     plain = TrainingConfig(when_gpu_is_busy="refuse")
@@ -272,15 +275,15 @@ def test_a_run_holds_its_gpu_and_on_a_cpu_only_what_it_asked_for(
     for config, machine in ((plain, with_gpu), (one_by_one, environment)):
         with (
             gpu_lock_for(config, machine, first),
-            pytest.raises(EnvironmentNotReadyError, match="run run-1 "),
+            pytest.raises(EnvironmentNotReadyError, match="Run run-1 "),
             gpu_lock_for(config, machine, second),
         ):
             pass
-    assert {path.name for path in tmp_path.iterdir()} == {f"{CARD}.lock", "cpu.lock"}
+    assert {path.name for path in tmp_path.iterdir()} == {f"{GPU}.lock", "cpu.lock"}
 
 
-def test_twenty_processes_never_hold_a_card_together(tmp_path: Path) -> None:
-    """Each adds one to a file, unlocked but for the card: none is lost and nobody meets."""
+def test_twenty_processes_never_hold_a_gpu_together(tmp_path: Path) -> None:
+    """Each increments a number in a file that only the lock guards: no increment is lost."""
     assert contend(tmp_path, processes=20, times=3) == "0 60"
 
 

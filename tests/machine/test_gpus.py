@@ -1,4 +1,4 @@
-"""What NVML says about a card becomes records: who holds how much, and what is free."""
+"""NVML's answers about a GPU become records: free memory, and the processes on it."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ import pytest
 
 from qwen3ft.errors import EnvironmentNotReadyError
 from qwen3ft.machine import gpus
-from qwen3ft.machine.gpus import free_bytes, gpu_use, processes_on, visible_gpus
+from qwen3ft.machine.gpus import gpu_use, visible_gpus
 from qwen3ft.records.machine import GpuProcess, GpuUse
 from qwen3ft.units import GIB
 
-CARD = "GPU-1"
+UUID = "GPU-1"
 
 
-class Card:
-    """What the library's calls say of one card; errors are the library's own."""
+class FakeGpu:
+    """A pynvml that knows one GPU and raises pynvml's own errors."""
 
     def __init__(self, compute: Any, graphics: Any) -> None:
         self.compute, self.graphics = compute, graphics
         self.open = 0
 
     def library(self) -> Any:
-        """The names that are used of pynvml."""
+        """Return the part of pynvml that the module uses."""
         return SimpleNamespace(
             NVMLError=pynvml.NVMLError,
             NVMLError_NotSupported=pynvml.NVMLError_NotSupported,
@@ -46,7 +46,7 @@ class Card:
         self.open += change
 
     def _find(self, uuid: str) -> str:
-        if uuid != CARD:
+        if uuid != UUID:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
         return uuid
 
@@ -57,23 +57,24 @@ class Card:
 
 
 @pytest.fixture
-def nvml(monkeypatch: pytest.MonkeyPatch) -> Card:
-    """A card with this process on it, and one that is gone from the process table."""
-    card = Card(compute=[(os.getpid(), GIB)], graphics=[(2**31 - 2, 3 * GIB)])
-    monkeypatch.setattr(gpus, "pynvml", card.library())
-    return card
+def nvml(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+    """A GPU with this process on it, and one that has left the process table."""
+    gpu = FakeGpu(compute=[(os.getpid(), GIB)], graphics=[(2**31 - 2, 3 * GIB)])
+    monkeypatch.setattr(gpus, "pynvml", gpu.library())
+    return gpu
 
 
-def test_every_process_on_a_card_is_named_with_what_it_holds(nvml: Card) -> None:
-    """Those that compute and those that draw, the largest first; NVML is closed again."""
-    gone, own = processes_on(CARD)
+def test_every_process_on_a_gpu_is_listed_with_its_memory(nvml: FakeGpu) -> None:
+    """Compute and graphics processes, the largest first; NVML is closed again."""
+    use = gpu_use(UUID)
+    gone, own = use.processes
     assert own == GpuProcess(pid=os.getpid(), name=psutil.Process().name(), used_bytes=GIB)
     assert gone == GpuProcess(pid=2**31 - 2, name=None, used_bytes=3 * GIB)
-    assert free_bytes(CARD) == 20 * GIB
+    assert use.free_bytes == 20 * GIB
     assert nvml.open == 0
 
 
-def test_a_process_that_computes_and_draws_is_one(nvml: Card) -> None:
+def test_a_process_that_computes_and_draws_is_one(nvml: FakeGpu) -> None:
     """NVML lists it twice with the same amount, or once without one."""
     for first, second, known in (
         (GIB, GIB, GIB),
@@ -82,31 +83,31 @@ def test_a_process_that_computes_and_draws_is_one(nvml: Card) -> None:
         (None, None, None),
     ):
         nvml.compute, nvml.graphics = [(os.getpid(), first)], [(os.getpid(), second)]
-        [process] = processes_on(CARD)
+        [process] = gpu_use(UUID).processes
         assert process.used_bytes == known
 
 
-def test_a_list_that_a_card_does_not_give_is_empty(nvml: Card) -> None:
-    """A MIG slice has no graphics processes to ask for, and a container may not ask."""
+def test_a_list_that_a_gpu_does_not_support_is_empty(nvml: FakeGpu) -> None:
+    """MIG slices list no graphics processes, and a container may lack the permission."""
     nvml.compute = pynvml.NVML_ERROR_NO_PERMISSION
     nvml.graphics = pynvml.NVML_ERROR_NOT_SUPPORTED
-    assert gpu_use(CARD) == GpuUse(total_bytes=24 * GIB, free_bytes=20 * GIB, processes=())
+    assert gpu_use(UUID) == GpuUse(total_bytes=24 * GIB, free_bytes=20 * GIB, processes=())
 
 
 @pytest.mark.parametrize("error", [pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_UNKNOWN])
-def test_a_driver_that_does_not_answer_is_an_error_and_not_an_empty_card(
-    nvml: Card, error: int
+def test_a_driver_that_does_not_answer_is_an_error_and_not_an_empty_gpu(
+    nvml: FakeGpu, error: int
 ) -> None:
-    """Also a card that is gone; the next command shows what the driver thinks."""
+    """Also a GPU that is gone; the next command shows the driver's view."""
     nvml.compute = error
-    for card in (CARD, "GPU-2"):
+    for uuid in (UUID, "GPU-2"):
         with pytest.raises(EnvironmentNotReadyError) as caught:
-            gpu_use(card)
+            gpu_use(uuid)
         assert caught.value.next_command == "nvidia-smi"
     assert nvml.open == 0
 
 
-def test_what_holds_a_card_is_told_in_words() -> None:
+def test_the_use_of_a_gpu_is_described_in_words() -> None:
     """With names and amounts as far as they are known."""
     python = GpuProcess(pid=4711, name="python", used_bytes=int(5.1 * GIB))
     unknown = GpuProcess(pid=12, name=None, used_bytes=None)
@@ -118,7 +119,7 @@ def test_what_holds_a_card_is_told_in_words() -> None:
     assert nobody.describe() == "6.0 GB of the card are taken, and NVML names no process"
 
 
-def test_looking_at_cards_loads_no_torch() -> None:
+def test_reading_gpus_loads_no_torch() -> None:
     """The flow's process looks before each attempt."""
     program = "import sys, qwen3ft.recovery.shared_gpu; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
@@ -126,7 +127,7 @@ def test_looking_at_cards_loads_no_torch() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not visible_gpus({}), reason="needs a CUDA device")
-def test_a_real_card_tells_what_it_has_free() -> None:
+def test_a_real_gpu_reports_its_free_memory() -> None:
     """The same totals as when devices are listed."""
     [gpu, *_] = visible_gpus({})
     use = gpu_use(gpu.uuid)

@@ -29,7 +29,7 @@ from qwen3ft.machine.leaks import (
     theil_sen,
 )
 from qwen3ft.machine.memory import MemoryOptimizer
-from qwen3ft.machine.process_memory import of_allocator, private_bytes
+from qwen3ft.machine.process_memory import private_bytes, reading_of
 from qwen3ft.records.training import AttemptOutcome
 from qwen3ft.recovery.adjust import Retry, decide
 from qwen3ft.training import checkpoint, faults, leak_watch
@@ -197,7 +197,7 @@ def test_a_reading_takes_torchs_counters_by_their_names() -> None:
     """And 0 for those that a backend does not have."""
     told = {"allocated_bytes.all.current": 5, "reserved_bytes.all.current": 10}
     told |= {"inactive_split_bytes.all.current": 2, "num_alloc_retries": 1}
-    reading = of_allocator(7, 100, told)
+    reading = reading_of(7, 100, told)
     assert (reading.step, reading.private_bytes, reading.allocated_bytes) == (7, 100, 5)
     assert (reading.retries, reading.peak_allocated_bytes) == (1, 0)
 

@@ -369,10 +369,10 @@ def test_on_a_gpu_memory_that_is_not_torchs_counts_and_ends_the_process() -> Non
         import torch
         from qwen3ft.errors import OutOfMemoryError
         from qwen3ft.machine.memory import MemoryOptimizer
-        from qwen3ft.machine.process_memory import told_by_nvml
+        from qwen3ft.machine.process_memory import nvml_process_bytes
         memory = MemoryOptimizer(3.0, "cuda")
         memory.optimize_for_training()
-        if told_by_nvml() is None:
+        if nvml_process_bytes() is None:
             print("unlisted")
             raise SystemExit
         held = torch.ones(2**28, device="cuda")  # 1 GiB
