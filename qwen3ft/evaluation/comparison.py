@@ -1,4 +1,4 @@
-"""The report of the inference test: every model's scores, side by side and on disk."""
+"""Score what the models answered and write the report of the inference test."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def write_inference_report(
     evaluated: Mapping[ModelLabel, Evaluated],
     seconds: float,
 ) -> InferenceReport:
-    """Score what every model made of the exam.
+    """Score every model's exam, compare the candidate with the others, and return the report.
 
-    Writes the answers to `request.answers_path` and each question's scores into the same folder.
+    Writes the answers to `request.answers_path` and the scores of each question beside them.
     """
-    questions = exam.questions
+    questions, confidence = exam.questions, request.config.gate_confidence
     splits = [question.split for question in questions]
     rows = {
         label: [
@@ -49,7 +49,12 @@ def write_inference_report(
     }
     scores = {
         label: score_model(
-            label, splits, rows[label], given.ability, _sampled_form(exam, given.sampled)
+            label,
+            splits,
+            rows[label],
+            given.ability,
+            _sampled_form(exam, given.sampled),
+            confidence=confidence,
         )
         for label, given in evaluated.items()
     }
@@ -65,7 +70,7 @@ def write_inference_report(
         questions_sha256=sha256_json([[q.text, q.reference, q.split] for q in questions]),
         scores=tuple(scores.values()),
         main_metric=choose_main_metric(request.config.gate_metric, questions),
-        comparisons=_compare(rows, request.config.gate_confidence),
+        comparisons=_compare(rows, confidence),
         samples=tuple(choose_samples(pairs)),
         answers_path=request.answers_path,
         scores_path=str(scores_path),
@@ -102,7 +107,7 @@ def _compare(
 def _write_row_scores(
     path: Path, questions: Sequence[Question], rows: Mapping[ModelLabel, Sequence[RowScore]]
 ) -> None:
-    """One line a question: the question, its split, and each model's `RowScore`."""
+    """Write one JSON line per question: its text, its split, and each model's `RowScore`."""
     lines = []
     for index, question in enumerate(questions):
         scores: dict[str, Any] = {

@@ -27,7 +27,6 @@ from qwen3ft.chat.thinking import split_thinking
 from qwen3ft.config import TrainingConfig
 from qwen3ft.data.safety import shown
 from qwen3ft.evaluation.answers import Question, choose_questions
-from qwen3ft.evaluation.intervals import wilson_interval
 from qwen3ft.evaluation.judge_client import Endpoint, Limits, open_client
 from qwen3ft.files import read_json_lines, sha256_json
 from qwen3ft.records.evaluation import JudgeReport, RivalLabel, SideBySide
@@ -76,10 +75,11 @@ def judge_answers(
     panel = _Panel(config.judge_model, rival, limits or Limits())
     panel.judge(config.judge_url, config.judge_key_variable, chosen)
     outcomes = list(panel.outcomes.values())
+    from qwen3ft.evaluation.scoring import wilson_interval  # loads scipy: only where a judge is set
+
     wins, ties, losses = (outcomes.count(outcome) for outcome in ("win", "tie", "loss"))
     judged = wins + ties + losses
-    share = wins / judged if judged else 0.0
-    low, high = wilson_interval(share, judged, config.gate_confidence)
+    low, high = wilson_interval(wins, judged, config.gate_confidence)
     return JudgeReport(
         model=config.judge_model,
         rival=rival,
@@ -88,7 +88,7 @@ def judge_answers(
         ties=ties,
         losses=losses,
         unreadable=outcomes.count("unreadable"),
-        win_share=share,
+        win_share=wins / judged if judged else 0.0,
         low=low,
         high=high,
         seconds=time.monotonic() - started,

@@ -1,8 +1,6 @@
-"""From answers to scores, and from the scores of two models to how much better one is.
+"""Turn answers into scores, and the scores of two models into a gain with its interval.
 
-Guarantees: pure functions; the same answers always give the same scores and intervals. Every model
-is scored on the same questions, so that the gain of one over another is paired. What follows from
-them is in `qwen3ft.evaluation.gate`.
+The same answers always give the same numbers. `qwen3ft.evaluation.gate` decides what follows.
 """
 
 from __future__ import annotations
@@ -40,9 +38,15 @@ from qwen3ft.records.evaluation import (
 RESAMPLES = 9999
 
 RESAMPLES_AT_A_TIME = 500
-"""Bounds memory: 500 x 600 questions x 8 bytes is 2.4 MB."""
+"""Batch of the bootstrap: 500 x 600 questions x 8 bytes is 2.4 MB."""
 
+# fixed: the same answers must not be promoted tonight and kept tomorrow
 BOOTSTRAP_SEED = 20260101
+
+MIN_STOPPED_SHARE = 0.90
+
+LONGEST_SHORT_ANSWER_TOKENS = 8
+"""Longest answer, in words or Chinese characters, that is either right or wrong."""
 
 
 @dataclass(frozen=True)
@@ -57,16 +61,16 @@ class Interval:
 def weighted_gain(
     gains: Sequence[float], weights: Sequence[float], *, confidence: float
 ) -> Interval:
-    """The weighted mean of `gains` and its percentile bootstrap interval (Efron 1979).
+    """Return the weighted mean of `gains` with its percentile bootstrap interval (Efron 1979).
 
     Args:
-        gains: Of each question, by how much the one model is better than the other.
-        weights: Of each question; 1 for a score, tokens for a loss per token.
-        confidence: Between 0 and 1.
+        gains: Difference between the two models on each question.
+        weights: Weight of each question: 1 for a score, its tokens for a loss per token.
+        confidence: Between 0 and 1; the interval is two-sided.
 
     Returns:
-        Bounds equal to the estimate for a single question or gains that are all the same; NaN for
-        no question, no weight or a gain that is not finite.
+        Bounds equal to the estimate for a single question or if all gains are equal; NaN if there
+        is no question, no weight, or a gain that is not finite.
     """
     gain, weight = np.asarray(gains, float), np.asarray(weights, float)
     estimate = _weighted_mean(gain * weight, weight)
@@ -76,6 +80,8 @@ def weighted_gain(
         return Interval(float(estimate), float(estimate), float(estimate))
     from scipy.stats import bootstrap
 
+    # Both models answered the same questions: resampling questions keeps each pair together, and
+    # their common difficulty cancels out of the interval.
     interval = bootstrap(
         (gain * weight, weight),
         _weighted_mean,
@@ -96,14 +102,18 @@ def _weighted_mean(products: np.ndarray, weights: np.ndarray, axis: int = -1) ->
     return mean
 
 
-MIN_STOPPED_SHARE = 0.90
+def wilson_interval(hits: int, rows: int, confidence: float) -> tuple[float, float]:
+    """Return Wilson's score interval of the share `hits / rows` (E. B. Wilson, JASA 22, 1927)."""
+    if rows < 1:
+        return 0.0, 1.0
+    from scipy.stats import binomtest
 
-LONGEST_SHORT_ANSWER_TOKENS = 8
-"""An answer of so many words, or Chinese characters, is right or wrong; a longer one is near it."""
+    interval = binomtest(hits, rows).proportion_ci(confidence, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def score_row(question: Question, answer: Generated, loss: RowLoss, *, thinking: bool) -> RowScore:
-    """What one model made of one question; `thinking`: whether it was asked to think first."""
+    """Score one answer; `thinking` says whether the model was asked to think first."""
     return RowScore(
         exact_match=exact_match(answer.text, question.reference),
         token_f1=token_f1(answer.text, question.reference),
@@ -120,15 +130,18 @@ def score_model(
     rows: Sequence[RowScore],
     ability: Sequence[RowLoss] = (),
     sampled_form: Sequence[Mapping[str, bool]] = (),
+    *,
+    confidence: float = 0.95,
 ) -> ModelScore:
-    """The scores of one model over `rows`, of which there is one.
+    """Score one model; `rows` must not be empty.
 
     Args:
-        label: Whose they are.
+        label: The model's role.
         splits: The group of each row.
-        rows: What it made of each question.
-        ability: Its losses on the ability set.
-        sampled_form: Checks of form of the answers that it was asked for by sampling.
+        rows: The score of each row.
+        ability: Losses on the ability set.
+        sampled_form: Form checks of the answers that were sampled.
+        confidence: Of the interval of the exact-match share.
     """
     grouped = group_by(zip(splits, rows, strict=True), lambda pair: pair[0])
     losses = [
@@ -138,6 +151,9 @@ def score_model(
         label=label,
         rows=len(rows),
         exact_match=share(row.exact_match for row in rows),
+        exact_match_interval=wilson_interval(
+            sum(row.exact_match for row in rows), len(rows), confidence
+        ),
         token_f1=fmean(row.token_f1 for row in rows),
         chrf=fmean(row.chrf for row in rows),
         answer_loss=_finite(mean_loss(losses)),
@@ -160,9 +176,10 @@ def compare_models(
     *,
     confidence: float,
 ) -> list[Comparison]:
-    """The candidate's gain over the rival in every metric; both in the order of the questions.
+    """Return the candidate's gain over the rival in every metric.
 
-    A metric without a finite value for every question is left out.
+    Both sequences are in the order of the questions. A metric that is not finite on some question
+    is left out.
     """
     pairs = list(zip(candidate_rows, rival_rows, strict=True))
     compared = []
@@ -182,7 +199,7 @@ def compare_models(
 
 
 def _gain(metric: MetricName, mine: RowScore, theirs: RowScore) -> float:
-    """By how much `mine` is better: a score's difference, or nats per token of the reference."""
+    """Return how much better `mine` is: a difference of scores, or of nats per reference token."""
     if metric != "answer_loss":
         return float(getattr(mine, metric)) - float(getattr(theirs, metric))
     if mine.loss_nats is None or theirs.loss_nats is None:
@@ -191,10 +208,10 @@ def _gain(metric: MetricName, mine: RowScore, theirs: RowScore) -> float:
 
 
 def choose_main_metric(asked: str, questions: Sequence[Question]) -> MetricName:
-    """The metric that decides: the one asked for; of 'auto', by the length of the references.
+    """Return the metric that the gate decides by; 'auto' chooses by the references' length.
 
-    Exact match where half of them are short, because half right is wrong there; else token F1,
-    because a longer answer is hardly ever the reference word by word.
+    Exact match if at least half of the references are short, because a short answer that is half
+    right is wrong; else token F1, because a long answer is hardly ever the reference word for word.
     """
     for metric in METRIC_NAMES:
         if asked == metric:
@@ -204,7 +221,7 @@ def choose_main_metric(asked: str, questions: Sequence[Question]) -> MetricName:
 
 
 def run_checks(candidate: ModelScore, *, differs: bool) -> dict[str, bool]:
-    """The checks that a candidate must pass whatever its score: name of the check, passed."""
+    """Return the checks that a candidate must pass whatever its scores, as {name: passed}."""
     limits = {
         STOPS: MIN_STOPPED_SHARE,
         NOT_EMPTY: MIN_NOT_EMPTY_SHARE,

@@ -1,4 +1,4 @@
-"""Scores, losses, intervals and times as people read them."""
+"""Format scores, losses, intervals, durations and the judge's counts for people."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ METRIC_NAMES: dict[MetricName, str] = {
     "answer_loss": "answer loss",
 }
 
-
 OTHER_SCORES = {
     "perplexity": "perplexity of the right answers",
     "ability_loss": "loss on the ability set",
 }
-"""Fields of `ModelScore` that a card shows and no gain is computed of."""
+"""Fields of `ModelScore` that the card shows without a gain."""
 
 
 def score_text(metric: str, value: float | None) -> str:
-    """A score in per cent, a loss in nats per token, a perplexity."""
+    """Format a share in per cent, a loss (nats per token) or perplexity with four digits."""
     if value is None:
         return "not finite"
     is_share = metric not in ("loss", "answer_loss", *OTHER_SCORES)
@@ -28,7 +27,7 @@ def score_text(metric: str, value: float | None) -> str:
 
 
 def interval_text(comparison: Comparison) -> str:
-    """`+12.0 (+9.1 to +15.2) points`, or nats."""
+    """Format a gain as `+12.0 (+9.1 to +15.2) points`, or in nats."""
     is_loss = comparison.metric == "answer_loss"
     scale, digits, unit = (1.0, 3, "nats") if is_loss else (100.0, 1, "points")
     gain, low, high = (
@@ -39,7 +38,10 @@ def interval_text(comparison: Comparison) -> str:
 
 
 def judge_text(judge: JudgeReport) -> str:
-    """`better in 31, worse in 9, tie in 10 of 50 (62%, 48% to 74%)`; '' if nothing was judged."""
+    """Format the counts: `better in 31, worse in 9, tie in 10 of 50 (62%, 48% to 74%) ...`.
+
+    Empty if nothing was judged.
+    """
     if not judge.judged:
         return ""
     counts = f"better in {judge.wins}, worse in {judge.losses}, tie in {judge.ties}"
@@ -48,19 +50,19 @@ def judge_text(judge: JudgeReport) -> str:
 
 
 def judge_note(judge: JudgeReport) -> str:
-    """One sentence about the questions that were not judged; '' if all were."""
+    """Return one sentence about the questions without a verdict; '' if there are none."""
     missing = judge.rows - judge.judged - judge.unreadable
-    told = []
+    parts = []
     if judge.unreadable:
-        told.append(f"gave no verdict on {judge.unreadable:,}")
+        parts.append(f"gave no verdict on {judge.unreadable:,}")
     if missing:
-        told.append(f"left out {missing:,}: {judge.problem}")
+        parts.append(f"left out {missing:,}: {judge.problem}")
     of = f"Of {judge.rows:,} questions the judge {judge.model}"
-    return f"{of} {' and '.join(told)}." if told else ""
+    return f"{of} {' and '.join(parts)}." if parts else ""
 
 
 def format_seconds(seconds: float) -> str:
-    """`0.4 s`, `31 s`, `12 min 5 s`, `3 h 20 min`."""
+    """Format a duration: `0.4 s`, `31 s`, `12 min 5 s`, `3 h 20 min`."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,4 +1,4 @@
-"""What came out of a run: answers, scores, the verdict, and the card that shows all of it."""
+"""Results of the inference test, the judge's opinion and the gate's verdict."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ from pydantic import Field
 from qwen3ft.records.base import Record
 
 MAX_EXPONENT = 700.0
-"""exp() of more overflows a float."""
-
+"""Largest argument of exp() that is surely finite as a float."""
 
 MetricName = Literal["exact_match", "token_f1", "chrf", "answer_loss"]
 ModelLabel = Literal["base", "candidate", "champion"]
 RivalLabel = Literal["base", "champion"]
 
 MODELS: tuple[ModelLabel, ...] = ("base", "champion", "candidate")
-"""In the order in which they are shown."""
+"""Every model of a report, in the order in which they are shown."""
 
 RIVALS: tuple[RivalLabel, ...] = ("base", "champion")
 
 
 class RowScore(Record):
-    """What one model made of one question."""
+    """Scores of one model's answer to one question."""
 
     exact_match: bool
-    token_f1: float = Field(description="0 to 1, as chrf.")
+    token_f1: float = Field(description="Between 0 and 1, like chrf.")
     chrf: float
-    loss_nats: float | None = Field(description="Summed over the reference; None: not finite.")
-    loss_tokens: int = Field(description="Tokens of the reference that the loss is summed over.")
-    form: dict[str, bool] = Field(description="Check of form: passed.")
+    loss_nats: float | None = Field(
+        description="Loss summed over the reference; None if it is not finite."
+    )
+    loss_tokens: int = Field(description="Reference tokens that the loss is summed over.")
+    form: dict[str, bool] = Field(description="{form check: passed}.")
 
 
 class SplitScore(Record):
@@ -46,39 +47,42 @@ class ModelScore(Record):
 
     label: ModelLabel
     rows: int
-    exact_match: float = Field(description="0 to 1, as all scores but the losses.")
+    exact_match: float = Field(description="Between 0 and 1, like every score but the losses.")
+    exact_match_interval: tuple[float, float] | None = Field(
+        None, description="Wilson's score interval of that share."
+    )
     token_f1: float = 0.0
     chrf: float = 0.0
     answer_loss: float | None = Field(
-        description="Mean negative log-likelihood per answer token; None: not finite."
+        description="Mean negative log-likelihood (nats) per answer token; None if not finite."
     )
     ability_loss: float | None = Field(
-        None, description="The same on the ability set: see `qwen3ft.evaluation.ability`."
+        None, description="Loss on the ability set: see `qwen3ft.evaluation.ability`."
     )
     form: dict[str, float] = Field(
-        default_factory=dict, description="Check of form: share of answers that pass."
+        default_factory=dict, description="{form check: share of answers that pass}."
     )
     sampled_form: dict[str, float] = Field(
-        default_factory=dict, description="The same of answers that were sampled, not greedy."
+        default_factory=dict, description="`form` of sampled instead of greedy answers."
     )
     by_split: dict[str, SplitScore] = Field(default_factory=dict)
 
     @property
     def perplexity(self) -> float | None:
-        """Of the right answers, per token."""
+        """Perplexity of the references, per token; None if it is not finite."""
         if self.answer_loss is None or self.answer_loss > MAX_EXPONENT:
             return None
         return math.exp(self.answer_loss)
 
 
 class Comparison(Record):
-    """By how much the candidate is better than a rival in one metric, with its interval."""
+    """The candidate's gain over a rival in one metric, with its confidence interval."""
 
     rival: RivalLabel
     metric: MetricName
     rows: int
-    gain: float = Field(description="Above zero is better, for losses (in nats) too.")
-    low: float = Field(description="Lower bound of the interval, on the same questions.")
+    gain: float = Field(description="Above zero is better, also for losses (in nats).")
+    low: float = Field(description="Lower bound of the interval of the paired gain.")
     high: float
 
 
@@ -94,29 +98,29 @@ class SideBySide(Record):
 
 
 class JudgeReport(Record):
-    """How often another model finds the candidate's answers better than a rival's: see `judge`."""
+    """Outcome of the judge, a model that compares the candidate's answers with a rival's."""
 
     model: str
     rival: RivalLabel
-    rows: int = Field(description="Questions chosen; what is in no count was not judged.")
-    wins: int = Field(description="The candidate's answer is better, in both orders.")
-    ties: int = Field(description="Neither is, or the orders do not agree.")
+    rows: int = Field(description="Questions chosen; those in no count below were not judged.")
+    wins: int = Field(description="The candidate's answer is better in both orders.")
+    ties: int = Field(description="Neither is better, or the two orders disagree.")
     losses: int
-    unreadable: int = Field(description="Questions on which the judge said something else.")
-    win_share: float = Field(description="Of wins, ties and losses, 0 to 1.")
+    unreadable: int = Field(description="Questions with a reply that is not a verdict.")
+    win_share: float = Field(description="Wins over all judged questions, 0 to 1.")
     low: float = Field(description="Wilson's interval of that share.")
     high: float
     seconds: float
-    problem: str = Field("", description="Why questions were not judged; '' if all were.")
+    problem: str = Field("", description="Why questions were left out; '' if none were.")
 
     @property
     def judged(self) -> int:
-        """Questions that the judge answered."""
+        """Number of questions with a verdict."""
         return self.wins + self.ties + self.losses
 
 
 class InferenceReport(Record):
-    """What the saved adapter answers, beside the base model and the champion."""
+    """Answers and scores of the candidate beside those of the base model and the champion."""
 
     adapter_path: str
     questions_sha256: str
@@ -124,28 +128,28 @@ class InferenceReport(Record):
     main_metric: MetricName = "exact_match"
     comparisons: tuple[Comparison, ...] = ()
     samples: tuple[SideBySide, ...]
-    answers_path: str = Field(description="jsonl with every question and answer.")
-    scores_path: str = Field("", description="jsonl with every question's scores by model.")
-    checks: dict[str, bool] = Field(description="Name of a quality check: passed.")
+    answers_path: str = Field(description="JSON lines with every question and answer.")
+    scores_path: str = Field("", description="JSON lines with the scores of every question.")
+    checks: dict[str, bool] = Field(description="{quality check: passed}.")
     champion_version: str | None = None
     generated: dict[str, int] = Field(
-        default_factory=dict, description="Answers not known before, by model."
+        default_factory=dict, description="{model: answers that were not in the cache}."
     )
     seconds: float = 0.0
-    judge: JudgeReport | None = Field(None, description="A second opinion, which decides nothing.")
+    judge: JudgeReport | None = Field(None, description="A second opinion; the gate ignores it.")
 
     def score(self, label: str) -> ModelScore | None:
-        """The scores of `label`, if it was evaluated."""
+        """Return the scores of the model `label`, None if it was not evaluated."""
         return next((score for score in self.scores if score.label == label), None)
 
     def comparison(self, rival: str, metric: str) -> Comparison | None:
-        """The candidate against `rival` in `metric`; None if they could not be compared."""
+        """Return the gain over `rival` in `metric`, None if they could not be compared."""
         found = (c for c in self.comparisons if (c.rival, c.metric) == (rival, metric))
         return next(found, None)
 
 
 class Verdict(Record):
-    """Whether the new adapter replaces the one in use, with the numbers."""
+    """The gate's decision about a new adapter, with its reasons in numbers."""
 
     decision: Literal["promoted", "kept", "deferred"]
     reasons: tuple[str, ...]
@@ -154,17 +158,17 @@ class Verdict(Record):
 
     @property
     def sentence(self) -> str:
-        """The decision and its first reason; how many others there are against the adapter."""
+        """The decision and its first reason; for a kept adapter also the number of others."""
         first, *others = self.reasons or ("no reason was given",)
         more = f" (and {len(others)} more)" if others and self.decision == "kept" else ""
         return f"{self.decision}: {first}{more}"
 
 
 class Champion(Record):
-    """The registered adapter in use, as MLflow's registry knows it."""
+    """The adapter in use, as MLflow's registry knows it."""
 
     registered_model: str
     version: str
     source_uri: str
     tags: dict[str, str] = Field(default_factory=dict)
-    adapter_path: str | None = Field(None, description="Verified local copy, once fetched.")
+    adapter_path: str | None = Field(None, description="Verified local copy, once it is fetched.")

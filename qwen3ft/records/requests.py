@@ -1,4 +1,4 @@
-"""What each kind of worker is asked to do, besides training (whose request is the `TrainPlan`)."""
+"""Requests to workers and their results; the request for training is the `TrainPlan`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qwen3ft.records.model import ModelShape, ModelSnapshot, ModelSource, SavedA
 
 
 class QuantizeRequest(Record):
-    """Quantise `source` once and keep it at `target`; the outcome is a `ModelSnapshot`."""
+    """Quantise `source` into the folder `target`; the result is a `ModelSnapshot`."""
 
     config: TrainingConfig
     source: ModelSource
@@ -23,75 +23,79 @@ class QuantizeRequest(Record):
 
 
 class DataRequest(Record):
-    """Read, check and tokenise rows into `target`; the outcome is a `DatasetManifest`."""
+    """Read, check and tokenise rows into `target`; the result is a `DatasetManifest`."""
 
     config: TrainingConfig
     model: ModelSnapshot
     target: str
-    known_rows: str | None = Field(None, description="File of the rows seen before: `known_rows`.")
+    known_rows: str | None = Field(
+        None, description="File with the hashes of rows that were seen before."
+    )
 
 
 class InferenceRequest(Record):
-    """Answer held-out questions with base, champion and candidate; gives an `InferenceReport`."""
+    """Answer held-out questions with every model; the result is an `InferenceReport`."""
 
     config: TrainingConfig
     model: ModelSnapshot
     adapter: SavedAdapter
     champion: Champion | None = None
-    questions_path: str = Field(description="test.jsonl of the dataset: question, answer, split.")
+    questions_path: str = Field(description="test.jsonl of the data set: question, answer, split.")
     answers_path: str
     device: Literal["cuda", "cpu"]
     batch_size: int = Field(ge=1)
-    budget_gb: float | None = Field(None, description="The plan's; else config.max_memory_gb.")
+    budget_gb: float | None = Field(
+        None, description="Budget of the plan; None for config.max_memory_gb."
+    )
 
 
 ADAPTER, MERGED, REQUANTISED = "adapter", "merged", "merged in 4 bits"
-"""The three forms of one fine-tuned model: what was tested and promoted, and what is exported."""
+"""The three forms of a fine-tuned model; the adapter is the one that the gate tested."""
 
 
 class ExportRequest(Record):
-    """Merge an adapter into its base and compare the forms; the outcome is a `ParityReport`."""
+    """Merge an adapter into its base and compare the forms; the result is a `ParityReport`."""
 
-    config: TrainingConfig = Field(description="That of the run, with this machine's limits.")
+    config: TrainingConfig = Field(description="The run's settings, with this machine's limits.")
     base: str = Field(description="Folder with the unquantised safetensors.")
     adapter: str
-    quantization: str = Field(description="4-bit setting that the adapter was trained on.")
+    quantization: str = Field(description="4-bit type that the adapter was trained on.")
     shape: ModelShape
-    merged: str = Field(description="Folder to write the merged model into; exists, and is empty.")
-    rows_path: str = Field(description="Held-out rows (jsonl): question, answer, reasoning.")
+    merged: str = Field(description="Existing empty folder for the merged model.")
+    rows_path: str = Field(description="Held-out rows as JSON lines: question, answer, reasoning.")
     device: Literal["cuda", "cpu"]
     batch_size: int = Field(8, ge=1)
 
 
 class FormScore(Record):
-    """What one form of the model makes of the held-out rows."""
+    """Scores of one form of the model on the held-out rows."""
 
     form: str
     exact_match: float = Field(description="Share of answers equal to the reference, 0 to 1.")
     answer_loss: float = Field(description="Mean negative log-likelihood per answer token (nats).")
-    same_answers: float = Field(description="Share of answers that are the adapter's, by letters.")
+    same_answers: float = Field(description="Share of answers identical to the adapter's, 0 to 1.")
     lost_answers: float = Field(
-        description="Share of rows that the adapter answers right and this form does not."
+        description="Share of rows that the adapter gets right and this form gets wrong."
     )
-    loss_drift: float = Field(description="answer_loss less the adapter's (nats).")
+    loss_drift: float = Field(description="`answer_loss` minus the adapter's (nats).")
     seconds: float
 
 
 class ParityReport(Record):
-    """Whether the merged model, also in 4 bits again, is still the one that was tested."""
+    """Comparison of the merged model, in bfloat16 and in 4 bits, with the tested adapter."""
 
     rows: int
-    thinking: bool = Field(description="Whether any of the rows asks for reasoning first.")
+    thinking: bool = Field(description="True if any row has reasoning before its answer.")
     max_loss_drift: float
     max_lost_answers: float
-    scores: tuple[FormScore, ...] = Field(description="Of the adapter, merged, merged in 4 bits.")
+    scores: tuple[FormScore, ...] = Field(description="One for each form, the adapter first.")
 
     @property
     def objections(self) -> tuple[str, ...]:
-        """What drifted past its limit, with numbers; empty if the export may stand."""
+        """The limits that were exceeded, with numbers; empty if the export is good."""
         found = []
         for score in self.scores:
-            # written so that a loss that is not a number never passes
+            # not `>`: a loss that is NaN must not pass
             if not score.loss_drift <= self.max_loss_drift:
                 found.append(
                     f"{score.form}: answer loss {score.answer_loss:.4g}, {score.loss_drift:+.4g} "
@@ -106,31 +110,33 @@ class ParityReport(Record):
 
 
 class AskRequest(Record):
-    """Load an adapter on its 4-bit base and answer what is asked; the outcome is `ChatEnded`."""
+    """Load an adapter on its 4-bit base and answer questions; the result is a `ChatEnded`."""
 
     config: TrainingConfig
     adapter: str
     device: Literal["cuda", "cpu"]
-    thinking: bool = Field(description="Whether it is asked to think first.")
+    thinking: bool = Field(description="True to let the model think first.")
 
 
 class ChatQuestion(Record):
-    """One question, as the messages so far; or the end of asking."""
+    """One question, as the messages so far; or, with `end`, the end of the chat."""
 
     messages: tuple[dict[str, Any], ...] = ()
     end: bool = False
 
 
 class Chunk(Record):
-    """What the worker tells, as it happens: 'ready' once; pieces of text; 'end' of each answer."""
+    """One event of the worker: 'ready' once, then texts, and 'end' after each answer."""
 
     kind: Literal["ready", "thinking", "answer", "end"]
     text: str = ""
-    tokens: int = Field(0, description="Of the whole answer, with 'end'.")
-    stopped: bool = Field(True, description="With 'end': by the end token, not by the limit.")
+    tokens: int = Field(0, description="With 'end': tokens of the whole answer.")
+    stopped: bool = Field(
+        True, description="With 'end': False if the answer was cut off at the limit."
+    )
 
 
 class ChatEnded(Record):
-    """A worker that was told that nothing more is asked."""
+    """Result of a worker whose chat was ended by the user."""
 
     answered: int

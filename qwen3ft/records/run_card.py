@@ -1,7 +1,6 @@
-"""The parts of a run's card that tell its story: data, plan, attempts, curves, answers, what next.
+"""The run card and its sections: data, plan, attempts, curves, scores, answers, next steps.
 
-Texts that come from users are as `qwen3ft.report.safe_text` leaves them: masked, cut, without
-characters that would change how the page around them reads. Numbers are finite, or None.
+Texts of users are masked, cut and free of control characters. Numbers are finite or None.
 """
 
 from __future__ import annotations
@@ -16,17 +15,15 @@ from qwen3ft.records.evaluation import (
     Comparison,
     JudgeReport,
     MetricName,
-    ModelLabel,
     ModelScore,
     RivalLabel,
 )
 
 NOTHING_NEW = "NothingNew"
-"""Name of the completed state of a run that found nothing to train on."""
-
+"""Name of the completed state of a run that found nothing new to train on."""
 
 Outcome = Literal["promoted", "kept", "deferred", "failed", "nothing new"]
-"""What a run came to, in the words of a night."""
+"""Outcome of a run in one word."""
 
 CurvePoint = tuple[float, float]
 
@@ -40,7 +37,7 @@ class SettingLine(Record):
 
 
 class SettingChange(Record):
-    """One setting of an attempt that is not that of the attempt before it."""
+    """A setting that differs from the attempt before."""
 
     name: str
     before: str
@@ -52,7 +49,7 @@ class AttemptSummary(Record):
     """One row of the table of attempts."""
 
     attempt: int
-    outcome: str = Field(description="'completed' or the failure's kind.")
+    outcome: str = Field(description="'completed' or the kind of the failure.")
     detail: str
     micro_batch_size: int
     gradient_accumulation_steps: int
@@ -60,35 +57,37 @@ class AttemptSummary(Record):
     learning_rate: float
     resumed_from_step: int | None
     seconds: float
-    changes: tuple[SettingChange, ...] = Field((), description="Since the attempt before it.")
+    changes: tuple[SettingChange, ...] = Field(
+        (), description="Differences from the attempt before."
+    )
 
 
 class FileLine(Record):
-    """One file of a run's data."""
+    """One file that a run read."""
 
     path: str
     role: str
-    rows: int = Field(description="Rows read in it.")
-    new_rows: int = Field(0, description="Training rows first read in it, not seen before.")
+    rows: int = Field(description="Rows read from it.")
+    new_rows: int = Field(0, description="Training rows that no earlier run saw.")
     state: Literal["new", "changed", "unchanged", "gone"] = "unchanged"
 
 
 class DataSection(Record):
-    """What a run was trained on, and what of it is new."""
+    """The data that a run was trained on, and the new part of it."""
 
     digest: str
     rows_read: int
-    went: dict[str, int] = Field(description="Where the rows read went; the sum is all of them.")
+    went: dict[str, int] = Field(description="{use: rows}; adds up to `rows_read`.")
     train_tokens: int
-    since: str | None = Field(None, description="The champion that 'new' is counted from.")
+    since: str | None = Field(None, description="The champion that new rows are counted from.")
     new_rows: int = 0
     files: tuple[FileLine, ...] = ()
-    examples: tuple[str, ...] = Field((), description="What a few of the new rows ask.")
+    examples: tuple[str, ...] = Field((), description="Questions of a few new rows.")
     warnings: tuple[str, ...] = ()
 
 
 class PlanSection(Record):
-    """What was planned, and why."""
+    """The plan, setting by setting, with its reasons."""
 
     title: str
     headline: str
@@ -106,7 +105,7 @@ class LossCurve(Record):
 
 
 class MemoryCurve(Record):
-    """(minutes, GB of the whole process) of one attempt, on one axis with those of the others."""
+    """(minutes, GB of the whole process) of one attempt, on a time axis that attempts share."""
 
     attempt: int
     start_minutes: float
@@ -117,15 +116,15 @@ class MemoryCurve(Record):
 
 
 class ModelAnswer(Record):
-    """What one model answered."""
+    """One model's answer."""
 
     model: Literal["base", "champion", "candidate"]
     text: str
-    right: bool = Field(description="Whether it equals the reference, as exact match counts.")
+    right: bool = Field(description="Exact match with the reference.")
 
 
 class AnsweredQuestion(Record):
-    """One held-out question with the answer of every model."""
+    """One held-out question with every model's answer."""
 
     question: str
     reference: str
@@ -134,7 +133,7 @@ class AnsweredQuestion(Record):
 
 
 class FailureSection(Record):
-    """What ended a run that failed."""
+    """The error that ended a run."""
 
     kind: str
     what: str
@@ -142,16 +141,17 @@ class FailureSection(Record):
 
 
 class NextStep(Record):
-    """Something that a reader may want to do now."""
+    """Something that the reader may want to do now."""
 
     what: str
-    command: str = Field("", description="Exactly what to type; empty where nothing can be done.")
+    command: str = Field("", description="The command to type; '' if there is none.")
 
 
 class RunCard(Record):
-    """The story of a run: card.json, card.md and card.html in its folder, and in MLflow.
+    """The report of a run: card.json, card.md and card.html in its folder and in MLflow.
 
-    Every run that got as far as its folder has one. What a run did not get to is empty or None.
+    Every run that has a folder has a card. Fields of stages that the run did not reach are empty
+    or None.
     """
 
     title: str
@@ -168,30 +168,31 @@ class RunCard(Record):
     memory: tuple[MemoryCurve, ...] = ()
     trained_on: str = ""
     base_score: float | None = Field(None, description="Exact match of the base model, 0 to 1.")
-    tuned_score: float | None = Field(None, description="With the new adapter, 0 to 1.")
+    tuned_score: float | None = Field(None, description="Exact match of the candidate, 0 to 1.")
     scores_by_split: dict[str, tuple[float, float, int]] = Field(
-        default_factory=dict, description="Split: base, tuned, questions."
+        default_factory=dict, description="{split: (base, candidate, questions)}."
     )
     scores: tuple[ModelScore, ...] = ()
-    exact_match_intervals: dict[ModelLabel, tuple[float, float]] = Field(
-        default_factory=dict, description="Wilson's interval of each model's share."
-    )
-    confidence: float = Field(0.95, description="Of all intervals.")
+    confidence: float = Field(0.95, description="Confidence of all intervals, 0 to 1.")
     main_metric: MetricName = "exact_match"
     comparisons: tuple[Comparison, ...] = ()
     champion_version: str | None = Field(
-        None, description="In use before this run; 'none' if none was, None if that is not known."
+        None, description="In use before this run; 'none' if there was none, None if unknown."
     )
-    version: str | None = Field(None, description="This run's own, once it is registered.")
-    forgetting: str = Field("", description="Loss on the ability set, before and after.")
-    judge: JudgeReport | None = Field(None, description="A second opinion, which decides nothing.")
-    answers: tuple[AnsweredQuestion, ...] = Field((), description="Where the models differ most.")
+    version: str | None = Field(
+        None, description="Version of this run's adapter, once it is registered."
+    )
+    forgetting: str = Field("", description="Loss on the ability set before and after.")
+    judge: JudgeReport | None = Field(None, description="A second opinion; the gate ignores it.")
+    answers: tuple[AnsweredQuestion, ...] = Field(
+        (), description="Questions where the models differ most."
+    )
     held_out_loss_before: float | None = None
     held_out_loss_after: float | None = None
     peak_memory_gb: float | None = None
     budget_gb: float | None = None
-    tokens_per_second: float | None = Field(None, description="Of training; no padding counted.")
-    kernels: str = Field("", description="Which path trained, and why that one.")
+    tokens_per_second: float | None = Field(None, description="Speed of training, without padding.")
+    kernels: str = Field("", description="Kernels that trained, and why.")
     seconds_by_stage: dict[str, float] = Field(default_factory=dict)
     failure: FailureSection | None = None
     degraded: tuple[str, ...] = ()
@@ -200,15 +201,15 @@ class RunCard(Record):
     next_steps: tuple[NextStep, ...] = ()
     prefect_url: str | None = None
     mlflow_url: str | None = None
-    notes: tuple[str, ...] = Field((), description="What a reader should know before believing.")
+    notes: tuple[str, ...] = Field((), description="Caveats of the numbers above.")
 
     @property
     def rival(self) -> RivalLabel:
-        """The model to beat: the champion if it was evaluated, else the base."""
+        """The model to beat: the champion if it was evaluated, else the base model."""
         return "champion" if any(one.label == "champion" for one in self.scores) else "base"
 
     @property
     def gain(self) -> Comparison | None:
-        """The candidate against its rival in the main metric; None if they were not compared."""
+        """Gain over the rival in the main metric; None if they were not compared."""
         wanted = (self.rival, self.main_metric)
         return next((c for c in self.comparisons if (c.rival, c.metric) == wanted), None)

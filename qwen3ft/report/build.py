@@ -16,7 +16,6 @@ from qwen3ft.config import EMBEDDED_MODEL_NAME, TrainingConfig, registered_name
 from qwen3ft.data.safety import shown
 from qwen3ft.errors import FinetuneError
 from qwen3ft.evaluation.answers import exact_match
-from qwen3ft.evaluation.intervals import wilson_interval
 from qwen3ft.evaluation.wording import judge_note
 from qwen3ft.planning.table import PlanTable
 from qwen3ft.records.data import DataChange, DatasetManifest
@@ -184,12 +183,6 @@ def _scores(facts: RunFacts) -> dict[str, object]:
             if split in base.by_split
         },
         "scores": report.scores,
-        "exact_match_intervals": {
-            score.label: wilson_interval(
-                score.exact_match, score.rows, facts.config.gate_confidence
-            )
-            for score in report.scores
-        },
         "main_metric": report.main_metric,
         "comparisons": tuple(
             one for one in report.comparisons if all(map(math.isfinite, (one.low, one.high)))

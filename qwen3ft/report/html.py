@@ -134,8 +134,8 @@ def _scores(card: RunCard, labels: list[Any]) -> Iterator[dict[str, Any]]:
         cells = [score_text(metric, getattr(models[label], metric)) for label in labels]
         told = [gains.get((rival, metric), "") for rival in rivals]
         yield {"name": name, "cells": cells, "gains": told}
-        if metric == "exact_match" and card.exact_match_intervals:
-            sure = [share_range(card.exact_match_intervals[label]) for label in labels]
+        if metric == "exact_match":
+            sure = [share_range(models[label].exact_match_interval) for label in labels]
             yield {"name": "its interval", "cells": sure, "gains": none}
     for field, name in OTHER_SCORES.items():
         cells = [score_text(field, getattr(models[label], field)) for label in labels]

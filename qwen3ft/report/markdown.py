@@ -127,8 +127,8 @@ def _scores(card: RunCard) -> list[str]:
     for metric, name in METRIC_NAMES.items():
         cells = [score_text(metric, getattr(models[label], metric)) for label in labels]
         lines.append(f"| {name} | {' | '.join(cells)} | {gains.get(metric, '')} |")
-        if metric == "exact_match" and card.exact_match_intervals:
-            sure = [share_range(card.exact_match_intervals[label]) for label in labels]
+        if metric == "exact_match":
+            sure = [share_range(models[label].exact_match_interval) for label in labels]
             lines.append(f"| its {card.confidence:.0%} interval | {' | '.join(sure)} | |")
     for field, name in OTHER_SCORES.items():
         cells = [score_text(field, getattr(models[label], field)) for label in labels]
@@ -142,8 +142,10 @@ def _scores(card: RunCard) -> list[str]:
     return lines
 
 
-def share_range(interval: tuple[float, float]) -> str:
-    """`82.4% to 88.7%`."""
+def share_range(interval: tuple[float, float] | None) -> str:
+    """Format an interval of shares as `82.4% to 88.7%`; '' for None."""
+    if interval is None:
+        return ""
     return f"{interval[0]:.1%} to {interval[1]:.1%}"
 
 

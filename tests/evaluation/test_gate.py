@@ -1,4 +1,4 @@
-"""A new adapter is promoted only for being surely better, and every verdict says its numbers."""
+"""A new adapter is promoted only if it is significantly better, and every verdict has numbers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_the_first_adapter_that_beats_the_base_is_promoted() -> None:
     better, first = verdict.reasons
     assert better == (
         "better than the base model: exact match 40.0% against 10.0% on 50 questions, "
-        "gain +30.0 (+25.0 to +35.0) points at 95%"
+        "gain +30.0 (+25.0 to +35.0) points at 95% confidence"
     )
     assert first == "no adapter is in use yet"
     assert verdict.sentence == f"promoted: {better}"
@@ -33,12 +33,12 @@ def test_the_first_adapter_that_beats_the_base_is_promoted() -> None:
     ("value", "half", "decision", "begins"),
     [
         (0.06, 0.05, "promoted", "better than"),
-        (0.05, 0.05, "kept", "not surely better than"),  # the bound has to be above zero
-        (0.04, 0.05, "kept", "not surely better than"),
+        (0.05, 0.05, "kept", "not significantly better than"),  # the bound has to be above zero
+        (0.04, 0.05, "kept", "not significantly better than"),
         (0.0, 0.0, "kept", "no better than"),
         (-0.01, 0.05, "kept", "no better than"),
         (-0.1, 0.05, "kept", "worse than"),
-        (0.1, float("nan"), "kept", "not surely better than"),
+        (0.1, float("nan"), "kept", "not significantly better than"),
     ],
 )
 def test_the_lower_bound_of_the_gain_decides(
@@ -57,7 +57,9 @@ def test_a_champion_must_be_beaten_too() -> None:
     gains = (gain(0.3), gain(0.01, "champion"))
     verdict = decide_promotion(report(*scores, gains=gains), saved(), champion=CHAMPION)
     assert verdict.decision == "kept"
-    assert verdict.reasons[0].startswith("not surely better than champion v3: exact match 40.0%")
+    assert verdict.reasons[0].startswith(
+        "not significantly better than champion v3: exact match 40.0%"
+    )
     better = report(*scores, gains=(gain(0.3), gain(0.07, "champion")))
     verdict = decide_promotion(better, saved(), champion=CHAMPION)
     assert verdict.decision == "promoted"
@@ -78,24 +80,24 @@ def test_beating_the_champion_is_not_enough() -> None:
     [
         ({"token_f1": 0.079}, "token F1 7.9%, below the 10.0% of the base model"),
         ({"chrf": 0.079}, "chrF 7.9%, below the 10.0% of the base model"),
-        ({"answer_loss": 1.06}, "answer loss 1.06, above the 1 of the base model by more than 5%"),
+        ({"answer_loss": 1.06}, "answer loss 1.06 against 1 of the base model (limit +5%)"),
         ({"answer_loss": None}, "answer loss not finite"),
         (
             {"form": {**FORM, "language of the question": 0.96}},
-            "language of the question: 96.0% of answers, 100.0% of those of the base model",
+            "language of the question: 96.0% of answers against 100.0% for the base model",
         ),
         (
             {"sampled_form": {"stops by itself": 0.89}},
-            "stops by itself: 89.0% of sampled answers, 100.0% of those of the base model",
+            "stops by itself: 89.0% of sampled answers against 100.0% for the base model",
         ),
         ({"form": {"stops by itself": 1.0}}, "language of the question: 0.0% of answers"),
         ({"ability_loss": 2.26}, "it forgets: loss on the ability set 2.26 against 2"),
-        ({"ability_loss": None}, "the loss on the ability set is not known or not finite"),
-        ({"rows": 20}, "only 20 held-out questions, 30 are needed"),
+        ({"ability_loss": None}, "the loss on the ability set is missing or not finite"),
+        ({"rows": 20}, "only 20 held-out questions, at least 30 are needed"),
     ],
 )
 def test_each_limit_keeps_a_better_candidate_out(changes: dict[str, Any], said: str) -> None:
-    """However much better it is in the main metric."""
+    """It does not matter how much better the candidate is in the main metric."""
     verdict = decide_promotion(
         report(BASE, score("candidate", 0.4, **changes)), saved(), champion=None
     )
@@ -104,7 +106,7 @@ def test_each_limit_keeps_a_better_candidate_out(changes: dict[str, Any], said: 
 
 
 def test_any_loss_is_above_a_rival_that_has_none() -> None:
-    """A share of nothing is nothing."""
+    """A relative limit allows nothing above a loss of zero."""
     base = score("base", 0.1, answer_loss=0.0)
     for loss, decision in ((0.3, "kept"), (0.0, "promoted")):
         candidate = score("candidate", 0.4, answer_loss=loss)
@@ -145,7 +147,7 @@ def test_of_few_answers_a_single_odd_one_is_no_sign(broken: int, decision: str) 
 
 
 def test_the_limits_hold_against_the_champion_too() -> None:
-    """It is what answers would get worse than."""
+    """The champion's answers are what users would lose."""
     scores = (BASE, score("champion", 0.3), score("candidate", 0.4, chrf=0.2))
     gains = (gain(0.3), gain(0.1, "champion"))
     verdict = decide_promotion(report(*scores, gains=gains), saved(), champion=CHAMPION)

@@ -20,6 +20,7 @@ from qwen3ft.evaluation.scoring import (
     score_model,
     score_row,
     weighted_gain,
+    wilson_interval,
 )
 from qwen3ft.evaluation.text_metrics import answer_tokens, chrf, token_f1
 from qwen3ft.records.evaluation import RowScore
@@ -215,6 +216,17 @@ def test_short_answers_are_right_or_wrong_and_long_ones_near() -> None:
 # --- intervals ---
 
 
+def test_the_interval_of_a_share_is_wilsons() -> None:
+    """Values from the literature: 0 of 10, 5 of 10, 81 of 263 (Newcombe 1998)."""
+    for hits, rows, expected in (
+        (0, 10, (0.0, 0.2775)),
+        (5, 10, (0.2366, 0.7634)),
+        (81, 263, (0.2553, 0.3662)),
+    ):
+        assert wilson_interval(hits, rows, 0.95) == pytest.approx(expected, abs=1e-4)
+    assert wilson_interval(0, 0, 0.95) == (0.0, 1.0)
+
+
 def test_a_gain_is_positive_for_the_better_model_in_every_metric() -> None:
     """A lower loss is a gain too; its size is that of the scores' difference."""
     questions = [Question(f"q{n}", "linen cloth") for n in range(40)]
@@ -245,13 +257,13 @@ def test_the_interval_is_that_of_the_normal_approximation_for_many_rows() -> Non
 
 
 def test_equal_models_are_hardly_ever_told_apart() -> None:
-    """Of 200 pairs of equal models, about 2.5 % look surely better: an interval's own error."""
-    surely = 0
+    """Of 200 pairs of equal models, about 2.5 % look different: the interval's own error."""
+    significant = 0
     for seed in range(200):
         random = Random(seed)
         gains = [float(random.randint(-1, 1)) for _ in range(100)]
-        surely += weighted_gain(gains, [1.0] * 100, confidence=0.95).low > 0
-    assert surely <= 12  # 5 expected; more than 12 has a chance of 0.2 %
+        significant += weighted_gain(gains, [1.0] * 100, confidence=0.95).low > 0
+    assert significant <= 12  # 5 expected; more than 12 has a chance of 0.2 %
 
 
 def test_weights_count() -> None:

@@ -15,7 +15,6 @@ from support.reported_run import CHAMPION, HOSTILE, SECRET, make_facts, make_rep
 
 from qwen3ft.data.safety import shown
 from qwen3ft.errors import FinetuneError, error_kinds
-from qwen3ft.evaluation.intervals import wilson_interval
 from qwen3ft.jobs.failures import to_failure
 from qwen3ft.jobs.folders import RunDir, write_record
 from qwen3ft.records.preflight import PreflightReport, WorstBatches
@@ -198,17 +197,6 @@ def test_markdown_shows_a_text_as_it_is(text: str) -> None:
 
 
 # --- numbers ---
-
-
-def test_an_interval_of_a_share_is_wilsons() -> None:
-    """Against values of the literature: 0 of 10, 5 of 10, 81 of 263 (Newcombe 1998)."""
-    for share, rows, expected in (
-        (0.0, 10, (0.0, 0.2775)),
-        (0.5, 10, (0.2366, 0.7634)),
-        (81 / 263, 263, (0.2553, 0.3662)),
-    ):
-        assert wilson_interval(share, rows, 0.95) == pytest.approx(expected, abs=1e-4)
-    assert wilson_interval(0.0, 0, 0.95) == (0.0, 1.0)
 
 
 def documented() -> dict[str, set[str]]:

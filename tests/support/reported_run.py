@@ -11,6 +11,7 @@ from support.finished_run import make_outcome, make_plan, make_snapshot
 from qwen3ft.config import TrainingConfig
 from qwen3ft.evaluation.form_checks import FORM_CHECKS
 from qwen3ft.evaluation.gate import decide_promotion
+from qwen3ft.evaluation.scoring import wilson_interval
 from qwen3ft.evaluation.wording import METRIC_NAMES
 from qwen3ft.planning.table import PlanTable
 from qwen3ft.records.data import DataChange
@@ -59,6 +60,7 @@ def score(label: ModelLabel, share: float, loss: float, ability: float | None) -
         label=label,
         rows=40,
         exact_match=share,
+        exact_match_interval=wilson_interval(round(40 * share), 40, 0.95),
         token_f1=share,
         chrf=share,
         answer_loss=loss,
