@@ -14,14 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from deployments import services
 from deployments.api import send
 from deployments.automations import definitions, register_automations
 from deployments.stack import DEPLOYMENT, Stack
-from qwen3ft.config import TrainingConfig, parse_config
-from qwen3ft.errors import ConfigError, EnvironmentNotReadyError
+from qwen3ft.config import TrainingConfig, parse_config, read_settings_file
+from qwen3ft.errors import EnvironmentNotReadyError
 from qwen3ft.files import sha256_json
 from qwen3ft.machine.environment import EnvironmentManager
 from qwen3ft.machine.gpus import visible_gpus
@@ -55,7 +53,7 @@ def choose_defaults(root: Path) -> Defaults:
     """
     gpus = visible_gpus(os.environ)
     path = GPU_CONFIG if gpus else CPU_CONFIG
-    config = read_settings(root / path)
+    config = read_settings_file(root / path)
     parse_config(config)
     files = [_text(root / file) for file in (PREFECT_FILE, FLOW_FILE)]
     return Defaults(
@@ -66,21 +64,6 @@ def choose_defaults(root: Path) -> Defaults:
             :12
         ],
     )
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file of settings, not yet validated.
-
-    Raises:
-        ConfigError: it cannot be read, or holds something else.
-    """
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise _bad_file(path, str(error)) from error
-    if not isinstance(loaded, dict):
-        raise _bad_file(path, f"it holds a {type(loaded).__name__}, not a mapping")
-    return loaded
 
 
 def defaults_step() -> dict[str, Any]:
@@ -163,9 +146,3 @@ def _restore_schedules(stack: Stack, before: dict[str, Any] | None) -> None:
 
 def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
-
-
-def _bad_file(path: Path, why: str) -> ConfigError:
-    return ConfigError(
-        f"The settings in {path} cannot be used.", why=why, next_command=f"cat {path}"
-    )

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from flows.cli_project import open_project, request_config, use_local_services
 from flows.cli_view import open_console, print_json, say
-from qwen3ft.config import registered_name
 from qwen3ft.errors import RequestError
 from qwen3ft.registry.lookup import version_name
 from qwen3ft.registry.moves import Change, History, Move, this_person
@@ -68,7 +67,7 @@ def _open(path: Path | None, settings: list[str]) -> tuple[Registry, str]:
     stack = open_project()
     config = request_config(stack.root, path, settings)
     use_local_services(stack)
-    name = registered_name(config)
+    name = config.registered_name
     return Registry(default_tracking_uri()), name
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from deployments import services
-from deployments.deploy import PREFECT_FILE, choose_defaults, read_settings
+from deployments.deploy import PREFECT_FILE, choose_defaults
 from deployments.stack import Stack
 from flows.cli_settings import read_overrides
 from flows.cli_view import say
-from qwen3ft.config import TrainingConfig, parse_config
+from qwen3ft.config import TrainingConfig, parse_config, read_settings_file
 from qwen3ft.errors import EnvironmentNotReadyError
 
 
@@ -39,7 +39,7 @@ def read_request(
     """
     overrides = read_overrides(settings)
     if path is not None:
-        return read_settings(path) | overrides, None
+        return read_settings_file(path) | overrides, None
     if "model_name" in overrides:
         return overrides, None
     defaults = choose_defaults(root)

@@ -8,7 +8,7 @@ from typing import Any
 import typer
 import yaml
 
-from qwen3ft.config import TrainingConfig
+from qwen3ft.config import TrainingConfig, with_current_names
 
 
 def read_overrides(settings: list[str]) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def read_overrides(settings: list[str]) -> dict[str, Any]:
         if field is not None and isinstance(field.default, tuple) and isinstance(value, str):
             value = value.split(",")  # --set data_paths=a.jsonl,b.jsonl
         values[name] = value
-    return values
+    return with_current_names(values)
 
 
 def read_batch(text: str) -> dict[str, int]:

@@ -29,7 +29,7 @@ from prefect.runtime import deployment, flow_run
 from prefect.states import Completed
 
 from qwen3ft import logs
-from qwen3ft.config import TrainingConfig, registered_name
+from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import FinetuneError, TransientError
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.operations.night import (
@@ -136,7 +136,7 @@ def seen_before(config: TrainingConfig, request: NightRequest | None) -> str | N
         return None
     registry = Registry(default_tracking_uri(), deadline_seconds=REGISTRY_SECONDS)
     try:
-        champion = registry.champion(registered_name(config))
+        champion = registry.champion(config.registered_name)
     except TransientError as error:
         logger.warning("whether anything is new is not known yet: %s", error.what)
         return None

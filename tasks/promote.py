@@ -11,7 +11,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task
 
-from qwen3ft.config import TrainingConfig, registered_name
+from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import RolledBackError, TrackingUnavailableError, TransientError
 from qwen3ft.evaluation.gate import decide_promotion, gate_policy
 from qwen3ft.jobs.folders import RunDir
@@ -68,7 +68,7 @@ def register(config: TrainingConfig, saved: SavedAdapter, run: str) -> SavedAdap
             waited_seconds=waited_seconds,
         )
     named = saved.model_copy(
-        update={"mlflow_run_id": run_id, "registered_model": registered_name(config)}
+        update={"mlflow_run_id": run_id, "registered_model": config.registered_name}
     )
     tags = {"run": Path(run).name, **request_tags(RunDir(Path(run)))}
     version = Registry(default_tracking_uri()).register(run_id, named, tags)
@@ -98,7 +98,7 @@ def wait_for_upload(run: RunDir) -> bool:
 def find_champion(config: TrainingConfig) -> Champion | None:
     """The adapter in use, fetched and verified; None before the first promotion."""
     registry = Registry(default_tracking_uri())
-    champion = registry.champion(registered_name(config))
+    champion = registry.champion(config.registered_name)
     if champion is None:
         return None
     path = fetch_version(config, registry, champion)

@@ -10,9 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from prefect.utilities.callables import parameter_schema
+from prefect.utilities.schema_tools.validation import validate
 
 import qwen3ft
-from qwen3ft import errors, logs
+from flows.cli_settings import read_overrides
+from flows.finetune import qwen3_finetune
+from qwen3ft import config, errors, logs
 from qwen3ft.config import TrainingConfig, load_config, parse_config
 from qwen3ft.errors import ConfigError, FinetuneError, error_kinds
 from qwen3ft.records.model import ModelShape
@@ -20,15 +24,15 @@ from qwen3ft.records.model import ModelShape
 
 def test_the_defaults_are_the_specified_ones() -> None:
     """The ten fields of the specification hold its values."""
-    config = TrainingConfig()
-    assert config.model_name == "Qwen/Qwen3-4B-Thinking-2507"
-    assert config.output_dir == "./qwen3-finetuned"
-    assert config.max_memory_gb == 13.0
-    assert (config.batch_size, config.gradient_accumulation_steps) == (4, 16)
-    assert config.learning_rate == 5e-5
-    assert config.num_epochs == 100
-    assert config.max_sequence_length == 256
-    assert (config.lora_r, config.lora_alpha) == (6, 12)
+    defaults = TrainingConfig()
+    assert defaults.model_name == "Qwen/Qwen3-4B-Thinking-2507"
+    assert defaults.output_dir == "./qwen3-finetuned"
+    assert defaults.max_memory_gb == 13.0
+    assert (defaults.batch_size, defaults.gradient_accumulation_steps) == (4, 16)
+    assert defaults.learning_rate == 5e-5
+    assert defaults.num_epochs == 100
+    assert defaults.max_sequence_length == 256
+    assert (defaults.lora_r, defaults.lora_alpha) == (6, 12)
 
 
 def test_every_setting_says_what_it_is() -> None:
@@ -51,8 +55,60 @@ def test_a_config_file_is_overridden_by_settings(tmp_path: Path) -> None:
     """Order: defaults, then the file, then overrides."""
     path = tmp_path / "config.yaml"
     path.write_text("lora_r: 8\nbatch_size: 2\n")
-    config = load_config(path, {"batch_size": 3})
-    assert (config.lora_r, config.batch_size, config.lora_alpha) == (8, 3, 12)
+    found = load_config(path, {"batch_size": 3})
+    assert (found.lora_r, found.batch_size, found.lora_alpha) == (8, 3, 12)
+
+
+OLD, NEW = {"when_card_is_busy": "refuse"}, {"when_gpu_is_busy": "wait"}
+
+
+def test_the_old_name_of_a_setting_is_accepted_with_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In a file, as an override, and in a flow run's parameters."""
+    path = tmp_path / "config.yaml"
+    path.write_text("when_card_is_busy: refuse\n")
+    for read in (
+        lambda: load_config(path),
+        lambda: load_config(None, OLD),
+        lambda: parse_config(read_overrides(["when_card_is_busy=refuse"])),
+        lambda: qwen3_finetune.validate_parameters({"config": OLD})["config"],
+    ):
+        caplog.clear()
+        assert read().when_gpu_is_busy == "refuse"
+        [message] = [record.getMessage() for record in caplog.records]
+        assert message.startswith("setting when_card_is_busy is now when_gpu_is_busy;")
+
+
+def test_an_override_replaces_an_old_name_in_the_file(tmp_path: Path) -> None:
+    """Whichever of the two names the file and the override use."""
+    path = tmp_path / "config.yaml"
+    for written, override in (("when_card_is_busy", NEW), ("when_gpu_is_busy", OLD)):
+        path.write_text(f"{written}: {'refuse' if override is NEW else 'wait'}\n")
+        expected = next(iter(override.values()))
+        assert load_config(path, override).when_gpu_is_busy == expected
+
+
+def test_a_setting_cannot_be_given_by_both_of_its_names() -> None:
+    """The error names both."""
+    with pytest.raises(ConfigError, match=r"when_card_is_busy.*when_gpu_is_busy"):
+        parse_config(OLD | NEW)
+
+
+def test_a_removed_setting_is_ignored_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The warning names what takes its place."""
+    monkeypatch.setitem(config.REMOVED_SETTINGS, "gone", "it is an option of qwen3ft export")
+    assert parse_config({"gone": 3}) == TrainingConfig()
+    assert "gone is ignored: it is an option of qwen3ft export" in caplog.text
+
+
+def test_prefect_accepts_old_names_and_refuses_unknown_ones() -> None:
+    """Its server checks a run's parameters against the flow's schema, not against the code."""
+    schema = parameter_schema(qwen3_finetune).model_dump_for_openapi()
+    validate({"config": OLD}, schema, raise_on_error=True)
+    assert validate({"config": {"when_card_is_busi": "wait"}}, schema)
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", "a: [", "\x00"])

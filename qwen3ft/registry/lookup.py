@@ -11,7 +11,6 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen3ft.config import registered_name
 from qwen3ft.errors import ModelNotFoundError
 from qwen3ft.model.saved_adapter import RUN_CARD_FILE, check_adapter
 from qwen3ft.registry.aliases import CHALLENGER, CHAMPION, PREVIOUS
@@ -44,7 +43,7 @@ def find_adapter(config: TrainingConfig, registry: Registry, wanted: str) -> Pat
     if "/" in wanted or (folder / RUN_CARD_FILE).is_file():
         check_adapter(folder)
         return folder
-    name = registered_name(config)
+    name = config.registered_name
     if (alias_or_number := version_name(wanted)) is not None:
         version = registry.version(name, alias_or_number)
     elif (saved := _saved_by_run(config, wanted)) is not None:

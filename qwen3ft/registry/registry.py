@@ -81,7 +81,7 @@ BY_A_PROGRAM = Change(by=Mover(kind="flow", name="unnamed"))
 
 _WEIGHTS = "adapter_model.safetensors"
 
-__all__ = ["Registry", "registered_model_name"]
+__all__ = ["Registry"]
 
 ResultT = TypeVar("ResultT")
 

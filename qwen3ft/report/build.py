@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from qwen3ft.chat.thinking import split_thinking
-from qwen3ft.config import EMBEDDED_MODEL_NAME, TrainingConfig, registered_name
+from qwen3ft.config import EMBEDDED_MODEL_NAME, TrainingConfig
 from qwen3ft.data.safety import shown
 from qwen3ft.errors import FinetuneError
 from qwen3ft.evaluation.answers import exact_match
@@ -81,7 +81,7 @@ class RunFacts:
     @property
     def registered_model(self) -> str:
         """The registry's name for this run's adapters."""
-        return registered_name(self.config)
+        return self.config.registered_name
 
 
 def build_card(facts: RunFacts) -> RunCard:

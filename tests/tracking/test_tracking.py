@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from qwen3ft.config import registered_model_name
 from qwen3ft.errors import ChampionChangedError, ConfigError, SaveError, TrackingUnavailableError
 from qwen3ft.files import append_json_line, sha256_file
 from qwen3ft.jobs.folders import JobDir, RunDir
@@ -26,7 +27,7 @@ from qwen3ft.records.data import DatasetManifest, DataSource, LengthSummary
 from qwen3ft.records.model import AdapterSpec, ModelShape, ModelSnapshot, ModelSource, SavedAdapter
 from qwen3ft.records.plan import MemoryPart, TrainPlan
 from qwen3ft.records.training import MemoryStatus, TrainingMetrics
-from qwen3ft.registry.registry import Registry, registered_model_name
+from qwen3ft.registry.registry import Registry
 from qwen3ft.tracking.connection import (
     EXPERIMENT_NAME,
     _make_experiment,
