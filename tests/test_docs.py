@@ -1,29 +1,147 @@
-"""What the documents show and link to is there."""
+"""The documents name only links, commands, settings, targets and files that exist."""
 
 from __future__ import annotations
 
 import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
+import typer
+from hatchling.builders.wheel import WheelBuilder
+
+from flows.cli import app
+from qwen3ft.config import ColumnNames, TrainingConfig
+from qwen3ft.tracking.run_metrics import METRICS, TAGS
 
 ROOT = Path(__file__).parent.parent
-PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")]
+GUIDES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "qwen3ft" / "embedded" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+"""Pages about the code as it is; the others also tell how it was."""
+
+PAGES = [
+    *GUIDES,
+    ROOT / "CHANGELOG.md",
+    ROOT / "DECISIONS.md",
+    *sorted((ROOT / "benchmarks").glob("*.md")),
+]
 MOST_PICTURE_BYTES = 200_000
+MOST_README_LINES = 120
+
+SETTINGS = TrainingConfig.model_fields.keys() | ColumnNames.model_fields.keys()
+NO_SETTINGS = {*METRICS, *TAGS, "max_tokens", "run_worker"}
+"""Code in the guides that is written like a setting, and is none."""
+
+_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+_SPAN = re.compile(r"`([^`\n]+)`")
+_COMMAND = re.compile(r"(?:^|[\s(]|bin/)qwen3ft ([a-z].*)")
+_FILE = re.compile(r"(?:\.ci|benchmarks|deployments|docs|flows|qwen3ft|tasks|tests)/[\w./-]*\w")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def page_name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def read(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def code(page: Path) -> Iterator[str]:
+    """Lines of code blocks, without comments, and code spans."""
+    text = read(page)
+    for _, block in _BLOCK.findall(text):
+        yield from (line.partition("  #")[0].rstrip() for line in block.splitlines())
+    yield from _SPAN.findall(_BLOCK.sub("", text))
+
+
+def anchors(page: Path) -> set[str]:
+    """The names that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", _BLOCK.sub("", read(page)), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
-    """Pages, pictures and folders; addresses elsewhere are not asked."""
-    text = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    links = {link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text)}
-    here = {link for link in links if link and "://" not in link}
-    assert [link for link in here if not (page.parent / link).exists()] == []
+    """Pages, headings, pictures and folders; addresses elsewhere are not requested."""
+    text = _SPAN.sub("", _BLOCK.sub("", read(page)))
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=page_name)
+def test_commands_and_their_options_exist(page: Path) -> None:
+    """Of `qwen3ft` and of make."""
+    root = typer.main.get_command(app)
+    targets = re.findall(r"^([a-z-]+):", read(ROOT / "Makefile"), re.MULTILINE)
+    for line in code(page):
+        if make := re.match(r"make ([a-z-]+)$", line):
+            assert make[1] in targets, line
+        for written in _COMMAND.findall(line):
+            command, words = root, shlex.split(written)
+            while getattr(command, "commands", None):
+                assert words, line
+                assert words[0] in command.commands, line
+                command = command.commands[words.pop(0)]
+            options = {name for option in command.params for name in option.opts}
+            options |= {name for option in command.params for name in option.secondary_opts}
+            wrong = {word for word in words if word.startswith("-")} - options - {"--help"}
+            assert not wrong, line
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=page_name)
+def test_settings_exist(page: Path) -> None:
+    """In YAML, behind --set, and wherever code is written like a setting."""
+    text = read(page)
+    blocks = [block for language, block in _BLOCK.findall(text) if language == "yaml"]
+    named = {key for block in blocks for key in re.findall(r"^(\w+):", block, re.MULTILINE)}
+    for line in code(page):
+        named |= set(re.findall(r"--set '?([a-z_]+)=", line))
+        named |= set(re.findall(r"^([a-z]+(?:_[a-z0-9]+)+)(?:: .*)?$", line))
+    assert named - SETTINGS - NO_SETTINGS == set()
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=page_name)
+def test_files_exist(page: Path) -> None:
+    """Files and folders of the repository that code spans name."""
+    spans = _SPAN.findall(_BLOCK.sub("", read(page)))
+    paths = [path for span in spans if _FILE.fullmatch(path := span.partition("::")[0].strip("/"))]
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_readme_is_short() -> None:
+    """A newcomer reads it to its end."""
+    assert len(read(ROOT / "README.md").splitlines()) <= MOST_README_LINES
 
 
 def test_every_picture_is_shown_and_small() -> None:
     """A repository keeps every picture for ever."""
-    shown = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    shown = "".join(read(page) for page in PAGES)
     for picture in (ROOT / "docs").rglob("*.png"):
         assert picture.name in shown
         assert picture.stat().st_size <= MOST_PICTURE_BYTES
+
+
+def test_wheel_holds_every_file_of_its_packages(tmp_path: Path) -> None:
+    """Models, rows and templates too, and the licence."""
+    [wheel] = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
+    names = set(ZipFile(wheel).namelist())
+    files = {
+        str(path.relative_to(ROOT))
+        for package in ("qwen3ft", "tasks", "flows", "deployments")
+        for path in (ROOT / package).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert files <= names
+    assert {"qwen3ft/py.typed", "qwen3ft/embedded/model/model.safetensors"} <= names
+    assert any(name.endswith("/licenses/LICENSE") for name in names)
