@@ -1,12 +1,12 @@
-"""The pictures of docs/reading.md: three nights of the embedded model in both UIs.
+"""Take the screenshots of docs/reading.md: three nights of the embedded model in both UIs.
 
     python docs/make_screenshots.py [--root /tmp/qwen3ft-demo] [--out docs/screenshots]
 
-Brings up servers and a worker of their own in the folder `--root`, registers the deployment, and
-runs three nights of it: one that is promoted, one that brings new rows and runs out of memory (a
-planted fault) before it is promoted, and one whose answers are shuffled, which is kept out. Then a
-headless Chromium takes the pictures. Rows in Chinese are left out, since not every machine has
-their letters. Needs about ten minutes on two cores; leaves nothing but the pictures.
+Starts servers and a worker of its own in the folder `--root`, registers the deployment, and runs
+three nights: one that is promoted, one with new rows that runs out of memory (a planted fault)
+before it is promoted, and one with shuffled answers, which is kept out. Then a headless Chromium
+takes the screenshots. Rows in Chinese are left out, because not every machine has the fonts. Takes
+about ten minutes on two cores and leaves nothing but the screenshots.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ FIRST = PRODUCTS[:4]
 OUT_OF_MEMORY = {"job_variables": {"env": {faults.VARIABLE: "oom@step=90"}}}
 MOST_BYTES = 200_000
 REDRAWN_MILLISECONDS = 2000
-"""After which MLflow does not draw a page among files anew, and scroll it back."""
+"""Time after which MLflow no longer redraws an HTML artifact and scrolls it back to the top."""
 SETTINGS = {
     "data_paths": ["data"],
     "num_epochs": 40,
@@ -55,12 +55,12 @@ SETTINGS = {
 
 
 def english_rows(split: str, products: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The embedded model's rows about these products, without those in Chinese."""
+    """Return the embedded model's rows about these products, without those in Chinese."""
     return [row for row in clean_rows(split, products) if row["question"].isascii()]
 
 
 def write_project(root: Path) -> None:
-    """A project folder with its settings and its held-out rows; no training data yet."""
+    """Make a project folder with settings and held-out rows, and no training data yet."""
     make_project(root)
     held_out = root / "held-out"
     for folder in (held_out, root / "data"):
@@ -75,7 +75,7 @@ def write_project(root: Path) -> None:
 
 
 def run_nights(stack: Stack) -> dict[str, str]:
-    """The three nights; what is to be seen in each: the id of its run."""
+    """Run the three nights; return run ids by what each night shows."""
     data = stack.root / "data"
     rows = english_rows("train", FIRST)
     write_rows(data / "monday.jsonl", rows)
@@ -91,7 +91,7 @@ def run_nights(stack: Stack) -> dict[str, str]:
 
 
 def take_pictures(stack: Stack, nights: dict[str, str], folder: Path) -> None:
-    """Every picture of docs/reading.md."""
+    """Take every screenshot of docs/reading.md."""
     cards = {name: _read_card(stack, run) for name, run in nights.items()}
     with open_browser(folder) as browser:
         pages = Pages(browser, stack)
@@ -113,14 +113,14 @@ def _read_card(stack: Stack, run: str) -> dict[str, Any]:
 
 
 class Pages:
-    """The pages of one stack, each kept as a picture named by UI, page and night."""
+    """Pages of one stack; each becomes a picture named after UI, page and night."""
 
     def __init__(self, browser: WatchedBrowser, stack: Stack) -> None:
         self._visit = browser.visit
         self._stack, self._layout = stack, stack.layout()
 
     def form(self) -> None:
-        """What a custom run can be asked."""
+        """Show the form of a custom run."""
         deployment = read_deployment(self._stack)
         assert deployment is not None
         url = f"{self._layout.ui_url}/deployments/deployment/{deployment['id']}/run"
@@ -128,13 +128,13 @@ class Pages:
             pass
 
     def run_in_prefect(self, night: str, card: dict[str, Any]) -> None:
-        """Its stages, as bars and as a list."""
+        """Show the stages of a run, as bars and as a list."""
         with self._visit(card["prefect_url"], f"prefect-run-{night}", "Task Runs") as page:
             page.get_by_role("tab", name="Task Runs").click()
             page.get_by_role("link", name="promote").first.wait_for()
 
     def card_in_prefect(self, night: str, card: dict[str, Any]) -> None:
-        """As an artifact of the run."""
+        """Show the run card as an artifact of the run."""
         wanted = {
             "flow_runs": {"id": {"any_": [card["run_id"]]}},
             "artifacts": {"key": {"any_": [RUN_CARD]}},
@@ -145,12 +145,12 @@ class Pages:
             page.get_by_role("table").first.wait_for()
 
     def run_in_mlflow(self, night: str, card: dict[str, Any]) -> None:
-        """Verdict, metrics, tags, and the version that it registered."""
+        """Show verdict, metrics, tags, and the registered version."""
         with self._visit(card["mlflow_url"], f"mlflow-run-{night}", "About this run") as page:
             page.get_by_text(card["title"]).first.wait_for()
 
     def card_in_mlflow(self, night: str, card: dict[str, Any], part: str) -> None:
-        """As a page among the files of the run, at one of its parts."""
+        """Show the run card as an HTML artifact, scrolled to one of its parts."""
         url = card["mlflow_url"].replace("?", "/artifacts?")
         with self._visit(url, f"mlflow-card-{night}", "card") as page:
             page.get_by_text("card", exact=True).click()
@@ -161,7 +161,7 @@ class Pages:
             heading.evaluate("heading => heading.scrollIntoView()")
 
     def all_nights(self, card: dict[str, Any]) -> None:
-        """Side by side: cards, runs, versions."""
+        """Show all nights side by side: cards, runs, versions."""
         url = f"{self._layout.ui_url}/artifacts/key/{RUN_CARD}"
         with self._visit(url, "prefect-history", "Created"):
             pass
@@ -175,7 +175,7 @@ class Pages:
 
 
 def compress(picture: Path) -> int:
-    """Write `picture` anew with a palette, small enough for a repository; gives its bytes."""
+    """Rewrite `picture` with a palette, small enough for a repository; return its size in bytes."""
     image = Image.open(picture).convert("RGB")
     for colours in (256, 128, 64, 32):
         image.quantize(colours).save(picture, optimize=True)
@@ -186,7 +186,7 @@ def compress(picture: Path) -> int:
 
 @contextmanager
 def demo(root: Path) -> Iterator[Stack]:
-    """A stack of its own in the folder `root`, which must not exist, and is removed."""
+    """Run a stack in the new folder `root`, which is removed afterwards."""
     if root.exists():
         sys.exit(f"{root} exists.")
     root.mkdir(parents=True)
@@ -203,7 +203,7 @@ def demo(root: Path) -> Iterator[Stack]:
 
 
 def main() -> None:
-    """Run, look, keep."""
+    """Run the nights and keep the screenshots."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", type=Path, default=Path("/tmp/qwen3ft-demo"))
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "screenshots")

@@ -23,7 +23,7 @@ GUIDES = [
     ROOT / "qwen3ft" / "embedded" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-"""Pages about the code as it is; the others also tell how it was."""
+"""Pages about the code as it is; the other pages also mention how it was."""
 
 PAGES = [
     *GUIDES,
@@ -36,7 +36,7 @@ MOST_README_LINES = 120
 
 SETTINGS = TrainingConfig.model_fields.keys() | ColumnNames.model_fields.keys()
 NO_SETTINGS = {*METRICS, *TAGS, "max_tokens", "run_worker"}
-"""Code in the guides that is written like a setting, and is none."""
+"""Code spans of the guides that look like settings but are not."""
 
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 _SPAN = re.compile(r"`([^`\n]+)`")
@@ -68,7 +68,7 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
-    """Pages, headings, pictures and folders; addresses elsewhere are not requested."""
+    """Links lead to pages, headings, pictures and folders; web addresses are not requested."""
     text = _SPAN.sub("", _BLOCK.sub("", read(page)))
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
         if "://" in link:
@@ -81,7 +81,7 @@ def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", GUIDES, ids=page_name)
 def test_commands_and_their_options_exist(page: Path) -> None:
-    """Of `qwen3ft` and of make."""
+    """Every `qwen3ft` command with its options, and every make target."""
     root = typer.main.get_command(app)
     targets = re.findall(r"^([a-z-]+):", read(ROOT / "Makefile"), re.MULTILINE)
     for line in code(page):
@@ -101,7 +101,7 @@ def test_commands_and_their_options_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", GUIDES, ids=page_name)
 def test_settings_exist(page: Path) -> None:
-    """In YAML, behind --set, and wherever code is written like a setting."""
+    """Settings in YAML, after --set, and in code spans are those of `TrainingConfig`."""
     text = read(page)
     blocks = [block for language, block in _BLOCK.findall(text) if language == "yaml"]
     named = {key for block in blocks for key in re.findall(r"^(\w+):", block, re.MULTILINE)}
@@ -113,19 +113,19 @@ def test_settings_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", GUIDES, ids=page_name)
 def test_files_exist(page: Path) -> None:
-    """Files and folders of the repository that code spans name."""
+    """Code spans name files and folders of the repository that are there."""
     spans = _SPAN.findall(_BLOCK.sub("", read(page)))
     paths = [path for span in spans if _FILE.fullmatch(path := span.partition("::")[0].strip("/"))]
     assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
 def test_readme_is_short() -> None:
-    """A newcomer reads it to its end."""
+    """The README can be read in one go."""
     assert len(read(ROOT / "README.md").splitlines()) <= MOST_README_LINES
 
 
 def test_every_picture_is_shown_and_small() -> None:
-    """A repository keeps every picture for ever."""
+    """Every picture is used, and small, because a repository keeps it for ever."""
     shown = "".join(read(page) for page in PAGES)
     for picture in (ROOT / "docs").rglob("*.png"):
         assert picture.name in shown
@@ -133,7 +133,7 @@ def test_every_picture_is_shown_and_small() -> None:
 
 
 def test_wheel_holds_every_file_of_its_packages(tmp_path: Path) -> None:
-    """Models, rows and templates too, and the licence."""
+    """The wheel has models, rows and templates too, and the licence."""
     [wheel] = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
     names = set(ZipFile(wheel).namelist())
     files = {
