@@ -14,7 +14,7 @@ from flows.cli_view import open_console, print_json, say
 from qwen3ft.operations.retention import Removal, RetentionPolicy, plan_removals, remove
 from qwen3ft.registry.versions import find_protected
 from qwen3ft.tracking.connection import default_tracking_uri
-from qwen3ft.units import GIB
+from qwen3ft.units import gb, size_text
 
 
 def clean(
@@ -45,7 +45,7 @@ def clean(
         )
         return
     _show(gone, stack.root)
-    size = f"{size_bytes / GIB:.2f} GB"
+    size = size_text(size_bytes)
     history = "" if flow_runs is None else f"; {flow_runs} flow run(s) of the server's history"
     verb = "To be removed" if dry_run else "Removed"
     open_console().print(f"{verb}: {len(gone)} folder(s), {size}{history}.")
@@ -69,5 +69,5 @@ def _show(removals: Sequence[Removal], root: Path) -> None:
     for removal in removals:
         path = Path(removal.path)
         where = path.relative_to(root) if path.is_relative_to(root) else path
-        table.add_row(f"{removal.size_bytes / GIB:.2f}", removal.kind, removal.why, str(where))
+        table.add_row(f"{gb(removal.size_bytes):.2f}", removal.kind, removal.why, str(where))
     open_console().print(table)

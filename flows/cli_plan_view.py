@@ -13,7 +13,7 @@ from rich.text import Text
 
 from qwen3ft.planning.table import PlanTable
 from qwen3ft.planning.what_if import CELL_CODES, Sweep, SweepCell
-from qwen3ft.units import GIB
+from qwen3ft.units import gb
 
 WIDTH = 100
 """Most columns of a table."""
@@ -47,7 +47,7 @@ def show_table(console: Console, table: PlanTable) -> None:
     memory.add_column(no_wrap=True, style="dim")
     room = max(0, width - NUMBERS_WIDTH)
     for part in table.parts:
-        size_gb = part.bytes / GIB
+        size_gb = gb(part.bytes)
         memory.add_row(
             part.name, f"{size_gb:.2f} GB", _bar(size_gb, table.budget_gb), _cut(part.formula, room)
         )
@@ -73,7 +73,7 @@ def plan_lines(table: PlanTable) -> list[str]:
         lines += _wrapped(each.name, f"{each.value}: {each.why}")
     lines.append("")
     for part in table.parts:
-        size_gb = part.bytes / GIB
+        size_gb = gb(part.bytes)
         bar = _bar(size_gb, table.budget_gb)
         row = f"  {part.name:24}{size_gb:7.2f} GB  {bar:{BAR}}  {part.formula}"
         lines.append(_cut(row, WIDTH))

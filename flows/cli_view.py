@@ -22,7 +22,7 @@ from rich.text import Text
 from qwen3ft.evaluation.wording import METRIC_NAMES, format_seconds, interval_text, judge_text
 from qwen3ft.records.machine import EnvironmentReport
 from qwen3ft.records.run_card import RunCard
-from qwen3ft.units import GIB
+from qwen3ft.units import size_text
 
 if TYPE_CHECKING:
     from deployments.stack import StackStatus
@@ -196,13 +196,13 @@ def show_report(console: Console, report: EnvironmentReport, problems: Iterable[
         "python": f"{report.python_version}  {report.python_executable}",
         "platform": f"{report.platform}, {report.cpu_count} CPUs",
         "packages": ", ".join(f"{name} {version}" for name, version in report.versions.items()),
-        "memory": f"{report.host_free_bytes / GIB:.1f} GB free "
-        f"of {report.host_total_bytes / GIB:.1f} GB",
-        "disk": f"{report.disk_free_bytes / GIB:.1f} GB free",
+        "memory": f"{size_text(report.host_free_bytes, 1)} free "
+        f"of {size_text(report.host_total_bytes, 1)}",
+        "disk": f"{size_text(report.disk_free_bytes, 1)} free",
     }
     for gpu in report.gpus:
         rows[f"GPU {gpu.index}"] = (
-            f"{gpu.name}, {gpu.free_bytes / GIB:.1f} GB free of {gpu.total_bytes / GIB:.1f} GB, "
+            f"{gpu.name}, {size_text(gpu.free_bytes, 1)} free of {size_text(gpu.total_bytes, 1)}, "
             f"driver {gpu.driver_version}"
         )
     if not report.gpus:

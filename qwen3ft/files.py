@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwen3ft.errors import EnvironmentNotReadyError
-from qwen3ft.units import GIB
+from qwen3ft.units import size_text
 
 MANIFEST_NAME = "manifest.json"
 
@@ -228,8 +228,8 @@ def require_disk(target: Path, needed_bytes: int, what: str, why: str) -> None:
     free_bytes = shutil.disk_usage(target.parent).free
     if free_bytes < needed_bytes:
         raise EnvironmentNotReadyError(
-            f"{what} needs {needed_bytes / GIB:.2f} GB at {target.parent}, "
-            f"{free_bytes / GIB:.2f} GB are free.",
+            f"{what} needs {size_text(needed_bytes)} at {target.parent}, "
+            f"{size_text(free_bytes)} are free.",
             why=why,
             next_command=f"df -h {target.parent}",
             needed_bytes=needed_bytes,

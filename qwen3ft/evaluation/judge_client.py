@@ -18,6 +18,8 @@ from typing import Any
 
 import httpx
 
+from qwen3ft.units import MIB
+
 ANSWER_TOKENS = 1024
 """One word is asked for; a judge that thinks needs room before it."""
 
@@ -36,7 +38,7 @@ class Limits:
     longest_wait_seconds: float = 60.0
     """A server that asks for more is given up on."""
     at_a_time: int = 4
-    answer_bytes: int = 2**20
+    answer_bytes: int = MIB
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from qwen3ft.errors import (
 from qwen3ft.jobs.failure_rules import RULES, Rule, line_types
 from qwen3ft.logs import mask_secrets
 from qwen3ft.records.training import Failure
-from qwen3ft.units import GIB
+from qwen3ft.units import GIB, MIB, gb
 
 QUOTED_CHARACTERS = 600
 """Most of a foreign message that is repeated."""
@@ -38,7 +38,7 @@ _NUMBERS = {
     "allocated_gb": rf"{_SIZE} (?:is allocated by PyTorch|already allocated)",
     "allowed_gb": rf"{_SIZE} (?:max )?allowed",
 }
-_UNITS = {"bytes": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_UNITS = {"bytes": 1, "K": 2**10, "M": MIB, "G": GIB, "T": 2**40}
 
 
 def memory_numbers(message: str) -> dict[str, float]:
@@ -48,7 +48,7 @@ def memory_numbers(message: str) -> dict[str, float]:
         if match := re.search(pattern, message):
             amount, unit = [group for group in match.groups() if group]
             scale = _UNITS.get(unit) or _UNITS[unit[0]]
-            found[name] = round(float(amount) * scale / GIB, 4)
+            found[name] = round(gb(float(amount) * scale), 4)
     return found
 
 

@@ -29,6 +29,7 @@ from pathlib import Path
 import psutil
 
 from qwen3ft.jobs.folders import JobDir
+from qwen3ft.units import GIB
 
 GRACE_SECONDS = 7.0
 """From SIGTERM to SIGKILL; a cancelled run has to be gone within 10 s in all."""
@@ -37,7 +38,7 @@ PARENT_VARIABLE = "QWEN3FT_PARENT_PID"
 WAIT = "wait"
 """In the place of a kind: the job comes later, as a line of JSON on stdin."""
 
-LEAST_FREE_BYTES = 4 * 1024**3
+LEAST_FREE_BYTES = 4 * GIB
 """Of host memory; with less no worker waits, as one that has imported takes up to a GiB."""
 
 _Process = subprocess.Popen[bytes]

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from qwen3ft.errors import EnvironmentNotReadyError
 from qwen3ft.locks import try_lock
-from qwen3ft.units import GIB
+from qwen3ft.units import GIB, size_text
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -173,8 +173,8 @@ class EnvironmentManager:
         free_bytes = shutil.disk_usage(self.root).free
         if free_bytes < MINIMUM_FREE_DISK_BYTES:
             problems.append(
-                f"{free_bytes / GIB:.1f} GB of free disk in {self.root}, "
-                f"{MINIMUM_FREE_DISK_BYTES / GIB:.0f} GB needed"
+                f"{size_text(free_bytes, 1)} of free disk in {self.root}, "
+                f"{size_text(MINIMUM_FREE_DISK_BYTES, 0)} needed"
             )
         if problems:
             raise EnvironmentNotReadyError(

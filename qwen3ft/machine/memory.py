@@ -30,7 +30,7 @@ from qwen3ft.machine.process_memory import (
     trim_heap,
 )
 from qwen3ft.records.training import MemoryStatus
-from qwen3ft.units import GIB
+from qwen3ft.units import GIB, gb, size_text
 
 logger = get_logger("memory")
 
@@ -66,13 +66,13 @@ class MemoryOptimizer:
         On a CPU the first two are the resident set.
         """
         if self.device == "cpu":
-            resident_gb = resident_bytes() / GIB
+            resident_gb = gb(resident_bytes())
             return resident_gb, resident_gb, self._total_gb()
         import torch
 
         return (
-            torch.cuda.memory_allocated() / GIB,
-            torch.cuda.memory_reserved() / GIB,
+            gb(torch.cuda.memory_allocated()),
+            gb(torch.cuda.memory_reserved()),
             self._total_gb(),
         )
 
@@ -90,7 +90,7 @@ class MemoryOptimizer:
     def check_memory_safety(self, required_gb: float) -> bool:
         """Return True if `required_gb` more stay below 90 % of the budget and fit the device."""
         status = self.status()
-        used_gb = self._used_bytes() / GIB
+        used_gb = gb(self._used_bytes())
         safe = used_gb + required_gb < SAFE_SHARE * status.total_gb
         return safe and required_gb <= status.available_gb
 
@@ -117,14 +117,14 @@ class MemoryOptimizer:
         logger.info(
             "budget %.2f GB: %.2f for tensors, %.2f for the CUDA context and libraries",
             self._total_gb(),
-            cap_bytes / GIB,
-            self._outside_bytes / GIB,
+            gb(cap_bytes),
+            gb(self._outside_bytes),
         )
 
     def status(self) -> MemoryStatus:
         """Return the memory now."""
         allocated_gb, cached_gb, total_gb = self.monitor_gpu_memory()
-        used_gb = self._used_bytes() / GIB
+        used_gb = gb(self._used_bytes())
         beside_gb = 0.0 if self.device == "cpu" else max(0.0, used_gb - cached_gb)
         return MemoryStatus(
             allocated_gb=allocated_gb,
@@ -142,7 +142,7 @@ class MemoryOptimizer:
         memory outside it. On a CPU all three are the peak resident set.
         """
         if self.device == "cpu":
-            peak_gb = peak_resident_bytes() / GIB
+            peak_gb = gb(peak_resident_bytes())
             return peak_gb, peak_gb, peak_gb
         import torch
 
@@ -151,9 +151,9 @@ class MemoryOptimizer:
         beside_bytes = used_bytes - torch.cuda.memory_reserved()
         whole_bytes = max(self._peak_process_bytes, reserved_bytes + beside_bytes)
         return (
-            torch.cuda.max_memory_allocated() / GIB,
-            reserved_bytes / GIB,
-            whole_bytes / GIB,
+            gb(torch.cuda.max_memory_allocated()),
+            gb(reserved_bytes),
+            gb(whole_bytes),
         )
 
     def enforce_budget(self) -> None:
@@ -179,9 +179,9 @@ class MemoryOptimizer:
         logger.log(
             logging.DEBUG if self._warned else logging.WARNING,
             "the process took %.2f GB of its budget of %.2f GB, %.2f GB after a clean-up",
-            used_bytes / GIB,
-            budget_bytes / GIB,
-            left_bytes / GIB,
+            gb(used_bytes),
+            gb(budget_bytes),
+            gb(left_bytes),
         )
         self._warned = True
         if left_bytes > budget_bytes:
@@ -196,9 +196,9 @@ class MemoryOptimizer:
         cap_bytes = self._cap_allocator()
         logger.info(
             "libraries took %.2f GB more, %.2f GB in all; %.2f GB are left for tensors",
-            grown_bytes / GIB,
-            beside_bytes / GIB,
-            cap_bytes / GIB,
+            gb(grown_bytes),
+            gb(beside_bytes),
+            gb(cap_bytes),
         )
 
     def _cap_allocator(self) -> int:
@@ -227,18 +227,18 @@ class MemoryOptimizer:
             import torch
 
             device_bytes = torch.cuda.get_device_properties().total_memory
-        return min(self.max_memory_gb, device_bytes / GIB)
+        return min(self.max_memory_gb, gb(device_bytes))
 
     def _free_on_device_gb(self) -> float:
         if self.device == "cpu":
             import psutil
 
-            return float(psutil.virtual_memory().available / GIB)
+            return gb(psutil.virtual_memory().available)
         import torch
 
         # Cached memory that no tensor uses is free for this process.
         cached_bytes = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        return float((torch.cuda.mem_get_info()[0] + cached_bytes) / GIB)
+        return gb(torch.cuda.mem_get_info()[0] + cached_bytes)
 
     def _used_bytes(self) -> int:
         """Return the bytes of the whole process on its device."""
@@ -257,7 +257,7 @@ def over_budget(
     used_bytes: int, budget_bytes: int, device: Literal["cuda", "cpu"], reserved_bytes: int = 0
 ) -> OutOfMemoryError:
     """Return the error of a process that exceeds its budget; recovery treats it as torch's own."""
-    used_gb, budget_gb = used_bytes / GIB, budget_bytes / GIB
+    used_gb, budget_gb = gb(used_bytes), gb(budget_bytes)
     suggestion = f"qwen3ft plan --set max_memory_gb={used_gb * 1.2:.1f}"
     if device == "cpu":
         return OutOfMemoryError(
@@ -268,15 +268,15 @@ def over_budget(
             resident_gb=round(used_gb, 4),
             budget_gb=budget_gb,
         )
-    beside_gb = (used_bytes - reserved_bytes) / GIB
+    beside_gb = gb(used_bytes - reserved_bytes)
     return OutOfMemoryError(
         f"The process takes {used_gb:.2f} GB of the GPU, the budget is {budget_gb:.2f} GB.",
         why=f"{beside_gb:.2f} GB of it belong to the CUDA context and libraries (cuBLAS, cuDNN, "
-        f"Triton); torch's allocator holds {reserved_bytes / GIB:.2f} GB.",
+        f"Triton); torch's allocator holds {size_text(reserved_bytes)}.",
         next_command=suggestion,
         domain="gpu",
         used_gb=round(used_gb, 4),
-        reserved_gb=round(reserved_bytes / GIB, 4),
+        reserved_gb=round(gb(reserved_bytes), 4),
         beside_gb=round(beside_gb, 4),
         budget_gb=budget_gb,
     )

@@ -28,6 +28,7 @@ from qwen3ft.model.saved_adapter import (
 from qwen3ft.records.model import ModelSource, SavedAdapter
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.training import AttemptOutcome
+from qwen3ft.units import MIB
 
 if TYPE_CHECKING:
     from qwen3ft.config import TrainingConfig
@@ -40,7 +41,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "special_tokens_map.json",
 )
-SPARE_BYTES = 2**20
+SPARE_BYTES = MIB
 """Kept free beyond the files: room for the manifest, the cards and the file system's own blocks."""
 
 

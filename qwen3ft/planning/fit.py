@@ -23,7 +23,7 @@ from qwen3ft.records.data import DatasetManifest
 from qwen3ft.records.machine import EnvironmentReport
 from qwen3ft.records.model import AdapterSpec, ModelSnapshot
 from qwen3ft.records.plan import MemoryPart
-from qwen3ft.units import GIB
+from qwen3ft.units import GIB, gb
 
 __all__ = [
     "Fit",
@@ -169,9 +169,9 @@ def _device(request: FitRequest) -> str:
 def _budget(config: TrainingConfig, environment: EnvironmentReport) -> tuple[float, str]:
     """The budget in GB, never above what the device has, and why."""
     if environment.gpus:
-        total_gb, what = environment.gpus[0].total_bytes / GIB, "the card"
+        total_gb, what = gb(environment.gpus[0].total_bytes), "the card"
     else:
-        total_gb, what = environment.host_total_bytes / GIB, "this machine"
+        total_gb, what = gb(environment.host_total_bytes), "this machine"
     if config.max_memory_gb > total_gb:
         return total_gb, (
             f"{config.max_memory_gb:g} GB were allowed, but {what} has {total_gb:.2f} GB in all: "

@@ -31,7 +31,7 @@ from qwen3ft.planning.packing import row_tokens
 from qwen3ft.planning.workload import Workload
 from qwen3ft.records.model import AdapterSpec, ModelShape
 from qwen3ft.records.plan import MemoryPart
-from qwen3ft.units import GIB
+from qwen3ft.units import GIB, gb, size_text
 
 CPU_PROCESS_BYTES = int(0.9 * GIB)
 """Resident memory of a process that has imported torch, transformers, PEFT and datasets."""
@@ -60,7 +60,7 @@ def predict_memory(
         MemoryPart(
             name="allocator slack",
             bytes=slack_bytes + int(slack_share * (saved.bytes + working.bytes)),
-            formula=f"{slack_bytes / GIB:.2f} GB and {slack_share:.0%} of saved activations and "
+            formula=f"{size_text(slack_bytes)} and {slack_share:.0%} of saved activations and "
             "working memory",
         ),
         _process(work),
@@ -231,7 +231,7 @@ def _working_memory(
     return MemoryPart(
         name="working memory",
         bytes=max(loss, layer, evaluation),
-        formula=f"largest of: loss chunk {loss / GIB:.3f} GB "
-        f"({12 + exact} bytes x tokens x vocabulary), one layer's backward {layer / GIB:.3f}, "
-        f"evaluation beyond the saved activations {evaluation / GIB:.3f}",
+        formula=f"largest of: loss chunk {size_text(loss, 3)} "
+        f"({12 + exact} bytes x tokens x vocabulary), one layer's backward {gb(layer):.3f}, "
+        f"evaluation beyond the saved activations {gb(evaluation):.3f}",
     )

@@ -45,7 +45,7 @@ from qwen3ft.planning.recompute import (
 )
 from qwen3ft.records.model import ModelShape
 from qwen3ft.records.plan import MemoryPart
-from qwen3ft.units import GIB
+from qwen3ft.units import GIB, size_text
 
 
 @dataclass(frozen=True)
@@ -374,7 +374,7 @@ def row_parts(
         MemoryPart(
             name="allocator slack",
             bytes=beside + int(share * passing),
-            formula=f"{beside / GIB:.2f} GB with cuBLAS's workspaces"
+            formula=f"{size_text(beside)} with cuBLAS's workspaces"
             + (" and one more gate and up" if sizes.offloaded_mlp_blocks else "")
             + f", and {share:.0%} of the most that comes and goes",
         ),

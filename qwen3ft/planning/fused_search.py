@@ -26,7 +26,7 @@ from qwen3ft.planning.recompute import Level
 from qwen3ft.planning.workload import Workload
 from qwen3ft.records.machine import EnvironmentReport
 from qwen3ft.records.model import AdapterSpec, ModelShape
-from qwen3ft.units import GIB
+from qwen3ft.units import gb
 
 OLDEST_CAPABILITY = (8, 0)
 """Ampere: the first with bfloat16, which the kernels are written for."""
@@ -123,10 +123,10 @@ def fused_reasons(
 ) -> dict[str, str]:
     """Why each derived setting is what it is."""
     accumulation = effective_batch_size // work.micro_batch_size
-    room_gb = work.activation_bytes / GIB
+    room_gb = gb(work.activation_bytes)
     return {
         "micro_batch_size": f"Packed rows of up to {work.capacity_tokens} tokens, estimated to be "
-        f"the fastest split; the predicted peak is {peak_bytes / GIB:.2f} of {budget_gb:.2f} GB.",
+        f"the fastest split; the predicted peak is {gb(peak_bytes):.2f} of {budget_gb:.2f} GB.",
         "gradient_accumulation_steps": f"{work.micro_batch_size} x {accumulation} keeps the "
         f"{effective_batch_size} sequences per step that were asked for.",
         "eval_batch_size": "As many held-out rows as a packed row of training holds.",

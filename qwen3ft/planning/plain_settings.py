@@ -14,7 +14,7 @@ from qwen3ft.planning.footprint import predict_memory, total_bytes
 from qwen3ft.planning.packing import divisors
 from qwen3ft.planning.workload import SMALLEST_LOSS_CHUNK_TOKENS, Workload
 from qwen3ft.records.model import AdapterSpec, ModelShape
-from qwen3ft.units import GIB
+from qwen3ft.units import gb
 
 LOSS_CHUNK_TOKENS = 4096
 LAST_RESORT_LOSS_CHUNK_TOKENS = 128
@@ -107,7 +107,7 @@ def plain_reasons(
     config: TrainingConfig, work: Workload, peak_bytes: int, budget_gb: float
 ) -> dict[str, str]:
     """Why each derived setting is what it is."""
-    fits = f"the predicted peak is {peak_bytes / GIB:.2f} of {budget_gb:.2f} GB"
+    fits = f"the predicted peak is {gb(peak_bytes):.2f} of {budget_gb:.2f} GB"
     accumulation = config.effective_batch_size // work.micro_batch_size
     if work.micro_batch_size == config.batch_size:
         micro = f"As configured; {fits}."

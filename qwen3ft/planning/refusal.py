@@ -17,7 +17,7 @@ from qwen3ft.planning.fused_search import most_frugal_fused
 from qwen3ft.planning.plain_settings import most_frugal
 from qwen3ft.planning.workload import FitRequest, Workload
 from qwen3ft.records.plan import MemoryPart
-from qwen3ft.units import GIB
+from qwen3ft.units import GIB, gb
 
 LENGTH_STEP_TOKENS = 8
 LONGEST_TOKENS = 262144
@@ -97,7 +97,7 @@ def _parts(request: FitRequest, work: Workload) -> tuple[MemoryPart, ...]:
 
 
 def _rounded_up_gb(size_bytes: int) -> float:
-    return math.ceil(size_bytes / GIB * 100) / 100
+    return math.ceil(gb(size_bytes) * 100) / 100
 
 
 def _need_and_left(parts: tuple[MemoryPart, ...], need_gb: float, budget_gb: float) -> str:
@@ -106,7 +106,7 @@ def _need_and_left(parts: tuple[MemoryPart, ...], need_gb: float, budget_gb: flo
     left_bytes = budget_gb * GIB
     for part in parts:
         left_bytes -= part.bytes
-        row = f"  {part.name:<24}{part.bytes / GIB:8.3f} GB{left_bytes / GIB:11.3f} GB"
+        row = f"  {part.name:<24}{gb(part.bytes):8.3f} GB{gb(left_bytes):11.3f} GB"
         lines.append(row)
     lines.append(f"  {'in all':<24}{need_gb:8.3f} GB{budget_gb - need_gb:11.3f} GB")
     return "\n".join(lines)

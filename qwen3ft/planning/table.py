@@ -25,7 +25,7 @@ from qwen3ft.records.base import Record
 from qwen3ft.records.machine import EnvironmentReport
 from qwen3ft.records.plan import MemoryPart, TrainPlan
 from qwen3ft.records.run_card import SettingLine
-from qwen3ft.units import GIB
+from qwen3ft.units import GIB, gb
 
 ELSEWHERE = ("H200", "H100", "A100 80GB", "L4", "RTX 5090", "RTX 4090", "RTX 3090", "RTX 3060")
 """Cards that a plan's speed is shown for, where they have the memory."""
@@ -64,7 +64,7 @@ def shape_table(request: FitRequest, fit: Fit, card: GpuSpec | None, fill: float
     longest_rows = _with_longest_rows(request)
     notes = [f"Rows of {fill:g} x {request.config.max_sequence_length:,} tokens on average."]
     if request.environment.gpus and not request.environment.gpus[0].uuid:
-        host_gb = request.environment.host_total_bytes / GIB
+        host_gb = gb(request.environment.host_total_bytes)
         notes.append(f"A machine with {host_gb:.0f} GB of memory beside the card.")
     if request.longest_tokens > request.shape.max_position_embeddings:
         notes.append(
@@ -73,7 +73,7 @@ def shape_table(request: FitRequest, fit: Fit, card: GpuSpec | None, fill: float
     return _table(request, fit, card).model_copy(
         update={
             "elsewhere": tuple(speed for speed in speeds if speed is not None),
-            "least_gb": total_bytes(least) / GIB,
+            "least_gb": gb(total_bytes(least)),
             "longest_tokens": longest_that_fits(longest_rows, kernels, fit.budget_gb * GIB),
             "notes": tuple(notes),
         }
@@ -117,7 +117,7 @@ def _speed(request: FitRequest, work: Workload, card: GpuSpec | None) -> SpeedEs
 def _table(request: FitRequest, fit: Fit, card: GpuSpec | None) -> PlanTable:
     gpus = request.environment.gpus
     where = gpus[0].name if gpus else "the CPU"
-    peak_gb = total_bytes(fit.parts) / GIB
+    peak_gb = gb(total_bytes(fit.parts))
     speed = _speed(request, fit.work, card)
     name = request.model_name.rstrip("/").rpartition("/")[2]
     headline = f"Fits: up to {peak_gb:.2f} of {fit.budget_gb:g} GB"

@@ -21,7 +21,7 @@ from qwen3ft.planning.table import kept_by_typical_row
 from qwen3ft.planning.workload import FitRequest, padded_length
 from qwen3ft.records.base import Record
 from qwen3ft.records.machine import EnvironmentReport, GpuInfo
-from qwen3ft.units import GIB
+from qwen3ft.units import GIB, gb
 
 TYPICAL_FILL = 0.42
 """Mean over longest row, as of the lengths in benchmarks/speed_cases.py (lognormal, cut)."""
@@ -204,7 +204,7 @@ def _cell(request: FitRequest, card: GpuSpec | None, budget_gb: float) -> SweepC
         fits=True,
         micro_batch_size=fit.work.micro_batch_size,
         policy=_policy(request, fit),
-        peak_gb=sum(part.bytes for part in fit.parts) / GIB,
+        peak_gb=gb(sum(part.bytes for part in fit.parts)),
         tokens_per_second=speed.tokens_per_second if speed else None,
     )
 

@@ -22,7 +22,7 @@ from qwen3ft.records.machine import EnvironmentReport
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.preflight import PreflightReport
 from qwen3ft.recovery.ladder import EVALUATION_PHASE, next_rungs, without_host_memory
-from qwen3ft.units import GIB
+from qwen3ft.units import gb, size_text
 
 Decision = Literal["train", "replan", "recover", "stop"]
 
@@ -54,7 +54,7 @@ def decide(
 def corrected_budget_gb(report: PreflightReport) -> float:
     """The budget less what the prediction missed, so that what is real fits the whole of it."""
     missed_bytes = report.measured_bytes - report.predicted_bytes
-    return (report.budget_bytes - missed_bytes) / GIB
+    return gb(report.budget_bytes - missed_bytes)
 
 
 def replan(
@@ -66,11 +66,11 @@ def replan(
     """The plan to take instead of `plan`, within the same budget; `decide` said 'replan'."""
     lower = _lower(config, environment, plan, report)
     measured = (
-        f"The preflight of the first plan measured {report.measured_bytes / GIB:.2f} GB"
+        f"The preflight of the first plan measured {size_text(report.measured_bytes)}"
         if report.failure is None
         else "The preflight of the first plan ran out of memory"
     )
-    why = f"{plan.reasons['max_memory_gb']} {measured} where {report.predicted_bytes / GIB:.2f} "
+    why = f"{plan.reasons['max_memory_gb']} {measured} where {gb(report.predicted_bytes):.2f} "
     return lower.model_copy(
         update={
             "max_memory_gb": plan.max_memory_gb,
@@ -81,10 +81,10 @@ def replan(
 
 def too_little_memory(report: PreflightReport) -> InsufficientMemoryError:
     """The error for 'stop'."""
-    measured_gb, budget_gb = report.measured_bytes / GIB, report.budget_bytes / GIB
+    measured_gb, budget_gb = gb(report.measured_bytes), gb(report.budget_bytes)
     rows = "\n".join(
-        f"  {part.name:<32}{part.predicted_bytes / GIB:8.3f} GB predicted"
-        + (f"{part.measured_bytes / GIB:10.3f} measured" if part.measured_bytes is not None else "")
+        f"  {part.name:<32}{gb(part.predicted_bytes):8.3f} GB predicted"
+        + (f"{gb(part.measured_bytes):10.3f} measured" if part.measured_bytes is not None else "")
         for part in report.parts
     )
     what = (
@@ -97,7 +97,7 @@ def too_little_memory(report: PreflightReport) -> InsufficientMemoryError:
         f"lower:\n{rows}",
         why=report.failure.what
         if report.failure
-        else f"{report.predicted_bytes / GIB:.2f} GB were predicted for the most frugal settings.",
+        else f"{size_text(report.predicted_bytes)} were predicted for the most frugal settings.",
         next_command=f"qwen3ft plan --set max_memory_gb={measured_gb * 1.05:.1f}",
         need_gb=round(measured_gb, 2),
         have_gb=round(budget_gb, 2),

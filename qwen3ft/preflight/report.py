@@ -23,7 +23,7 @@ from qwen3ft.records.preflight import (
     PreflightReport,
     WorstBatches,
 )
-from qwen3ft.units import GIB
+from qwen3ft.units import GIB, gb, size_text
 
 WEIGHTS, STATE, ACTIVATIONS = "weights", "adapter, gradients, optimizer", "activations"
 SLACK, CONTEXT = "allocator slack", "context and libraries"
@@ -165,7 +165,7 @@ def _notes(plan: TrainPlan, report: PreflightReport) -> tuple[str, ...]:
     frugal = plan.gradient_checkpointing or plan.gradient_accumulation_steps > 1
     if unused_bytes > UNUSED_SHARE * report.budget_bytes and frugal:
         notes.append(
-            f"{unused_bytes / GIB:.2f} GB of the budget stay unused, while the plan "
+            f"{size_text(unused_bytes)} of the budget stay unused, while the plan "
             + ("recomputes" if plan.gradient_checkpointing else "accumulates")
             + " to save memory: it is kept."
         )
@@ -178,14 +178,14 @@ def to_markdown(reports: Sequence[PreflightReport]) -> str:
 
 
 def _markdown_of(report: PreflightReport) -> list[str]:
-    budget_gb = report.budget_bytes / GIB
+    budget_gb = gb(report.budget_bytes)
     measured = (
-        f"{report.measured_bytes / GIB:.2f} of {budget_gb:.2f} GB measured"
+        f"{gb(report.measured_bytes):.2f} of {budget_gb:.2f} GB measured"
         if report.failure is None
         else f"more than the {budget_gb:.2f} GB of the budget are needed"
     )
     source = ", by an earlier run" if report.from_cache else ""
-    predicted = f"{report.predicted_bytes / GIB:.2f} GB predicted"
+    predicted = f"{size_text(report.predicted_bytes)} predicted"
     where = f"{report.device}, {report.seconds:.0f} s{source}"
     lines = [
         f"# Preflight: {'fits' if report.fitted else 'does not fit'}",
@@ -197,19 +197,19 @@ def _markdown_of(report: PreflightReport) -> list[str]:
         "|---|---|---|",
     ]
     lines += [
-        f"| {part.name} | {part.predicted_bytes / GIB:.3f} | {_gb(part.measured_bytes)} |"
+        f"| {part.name} | {gb(part.predicted_bytes):.3f} | {_gb(part.measured_bytes)} |"
         for part in report.parts
     ]
     peak_bytes = None if report.failure else report.measured_bytes
-    lines.append(f"| in all | {report.predicted_bytes / GIB:.3f} | {_gb(peak_bytes)} |")
+    lines.append(f"| in all | {gb(report.predicted_bytes):.3f} | {_gb(peak_bytes)} |")
     lines += [
         "",
         "| phase | tensors GB | allocator GB | process GB | seconds |",
         "|---|---|---|---|---|",
     ]
     lines += [
-        f"| {phase.phase.replace('_', ' and ')} | {phase.allocated_bytes / GIB:.3f} "
-        f"| {phase.reserved_bytes / GIB:.3f} | {phase.process_bytes / GIB:.3f} "
+        f"| {phase.phase.replace('_', ' and ')} | {gb(phase.allocated_bytes):.3f} "
+        f"| {gb(phase.reserved_bytes):.3f} | {gb(phase.process_bytes):.3f} "
         f"| {phase.seconds:.1f} |"
         for phase in report.phases
     ]
@@ -227,4 +227,4 @@ def _markdown_of(report: PreflightReport) -> list[str]:
 
 
 def _gb(size: int | None) -> str:
-    return "" if size is None else f"{size / GIB:.3f}"
+    return "" if size is None else f"{gb(size):.3f}"

@@ -32,7 +32,7 @@ from qwen3ft.records.preflight import (
 )
 from qwen3ft.recovery.shared_gpu import fit_to_free_memory
 from qwen3ft.training.faults import planted_in_preflight
-from qwen3ft.units import GIB
+from qwen3ft.units import gb, size_text
 
 logger = get_logger("preflight")
 
@@ -76,7 +76,7 @@ def why_skipped(config: TrainingConfig, plan: TrainPlan) -> str:
         return "Configured as 'off'."
     if config.preflight == "on" or plan.device == "cuda":
         return ""
-    predicted_gb = plan.predicted_peak_bytes / GIB
+    predicted_gb = gb(plan.predicted_peak_bytes)
     if predicted_gb > CLOSE_SHARE * plan.max_memory_gb:
         return ""
     return (
@@ -136,7 +136,7 @@ def _told(plan: TrainPlan, report: PreflightReport) -> TrainPlan:
 
 
 def _sentence(report: PreflightReport) -> str:
-    predicted = f"{report.predicted_bytes / GIB:.2f} GB predicted"
+    predicted = f"{size_text(report.predicted_bytes)} predicted"
     if report.failure is not None:
         return f"Memory ran out in the preflight, with {predicted}."
-    return f"The preflight measured {report.measured_bytes / GIB:.2f} GB, with {predicted}."
+    return f"The preflight measured {size_text(report.measured_bytes)}, with {predicted}."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from qwen3ft.records.base import Record
-from qwen3ft.units import GIB
+from qwen3ft.units import gb, size_text
 
 
 class GpuInfo(Record):
@@ -49,7 +49,7 @@ class GpuProcess(Record):
 
     def describe(self) -> str:
         """`python (pid 4711) holds 5.1 GB`."""
-        amount = "memory" if self.used_bytes is None else f"{self.used_bytes / GIB:.1f} GB"
+        amount = "memory" if self.used_bytes is None else size_text(self.used_bytes, 1)
         return f"{self.name or 'a process'} (pid {self.pid}) holds {amount}"
 
 
@@ -64,6 +64,6 @@ class GpuUse(Record):
     def describe(self) -> str:
         """`python (pid 4711) holds 5.1 GB, Xorg (pid 12) holds 0.1 GB of the card`."""
         if not self.processes:
-            used_gb = (self.total_bytes - self.free_bytes) / GIB
+            used_gb = gb(self.total_bytes - self.free_bytes)
             return f"{used_gb:.1f} GB of the card are taken, and NVML names no process"
         return ", ".join(process.describe() for process in self.processes) + " of the card"

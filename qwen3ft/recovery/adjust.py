@@ -48,6 +48,7 @@ from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.run_card import AttemptSummary
 from qwen3ft.records.training import Failure
 from qwen3ft.recovery.ladder import Rung, next_rungs, without_host_memory
+from qwen3ft.units import gb
 
 LEARNING_RATE_CUTS = 2
 
@@ -279,6 +280,6 @@ def _table(case: _Case) -> str:
         f"{plan.gradient_accumulation_steps}, recomputation "
         f"{'on' if plan.gradient_checkpointing else 'off'}, learning rate {plan.learning_rate:g}, "
         f"loss chunks of {plan.loss_chunk_tokens}, predicted "
-        f"{plan.predicted_peak_bytes / 2**30:.2f} of {plan.max_memory_gb:.2f} GB"
+        f"{gb(plan.predicted_peak_bytes):.2f} of {plan.max_memory_gb:.2f} GB"
     )
     return "\n".join(lines)

@@ -20,7 +20,7 @@ from qwen3ft.planning.footprint import fused_sizes
 from qwen3ft.planning.plan import largest_micro_batch_below, repredict, workload_of
 from qwen3ft.records.model import AdapterSpec, ModelShape
 from qwen3ft.records.plan import TrainPlan
-from qwen3ft.units import GIB
+from qwen3ft.units import GIB, size_text
 
 KEPT_SHARE = 0.75
 """What a rung leaves of the room for a row's activations."""
@@ -86,7 +86,7 @@ def _keep_less(plan: TrainPlan) -> Rung | None:
     size = max(_least_bytes(plan), int(KEPT_SHARE * plan.activation_bytes))
     if size >= plan.activation_bytes:
         return None
-    what = f"{size / GIB:.2f} GB for a row's activations"
+    what = f"{size_text(size)} for a row's activations"
     return Rung({"activation_bytes": size, "gradient_checkpointing": True}, what, True)
 
 

@@ -23,7 +23,7 @@ from qwen3ft.machine.gpus import gpu_use
 from qwen3ft.planning.plan import build_plan
 from qwen3ft.records.machine import EnvironmentReport, GpuUse
 from qwen3ft.records.plan import TrainPlan
-from qwen3ft.units import GIB
+from qwen3ft.units import GIB, gb, size_text
 
 logger = get_logger("card")
 
@@ -95,7 +95,7 @@ def fit_within(
     """`plan` itself if its budget is free, else one within what is free; None if nothing fits."""
     if use.free_bytes >= plan.max_memory_gb * GIB:
         return plan
-    budget_gb = max(0, math.floor((use.free_bytes - MARGIN_BYTES) / GIB * 100)) / 100
+    budget_gb = max(0, math.floor(gb(use.free_bytes - MARGIN_BYTES) * 100)) / 100
     reason = f"{budget_gb:g} of {plan.max_memory_gb:g} GB: {use.describe()}."
     if plan.predicted_peak_bytes <= budget_gb * GIB:
         reasons = plan.reasons | {"max_memory_gb": reason}
@@ -114,8 +114,8 @@ def fit_within(
 
 def _shortage(plan: TrainPlan, use: GpuUse) -> str:
     return (
-        f"{use.free_bytes / GIB:.2f} of {use.total_bytes / GIB:.2f} GB are free, in which "
-        f"nothing fits (the plan needs {plan.predicted_peak_bytes / GIB:.2f}): {use.describe()}"
+        f"{gb(use.free_bytes):.2f} of {size_text(use.total_bytes)} are free, in which "
+        f"nothing fits (the plan needs {gb(plan.predicted_peak_bytes):.2f}): {use.describe()}"
     )
 
 

@@ -20,7 +20,7 @@ from qwen3ft.records.run_card import AttemptSummary, LossCurve, SettingChange
 from qwen3ft.records.training import Failure, TrainingMetrics
 from qwen3ft.report.curves import loss_curve
 from qwen3ft.report.figures import AttemptMemory
-from qwen3ft.units import GIB
+from qwen3ft.units import size_text
 
 logger = get_logger("story")
 
@@ -176,7 +176,7 @@ def _readable(field: str, value: object) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     if field == "activation_bytes" and isinstance(value, int):
-        return f"{value / GIB:.2f} GB"
+        return size_text(value)
     if field == "max_memory_gb":
         return f"{value:g} GB"
     return f"{value:g}" if isinstance(value, float) else str(value)

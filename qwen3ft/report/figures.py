@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from qwen3ft.records.base import Record
 from qwen3ft.records.plan import MemoryPart
 from qwen3ft.records.training import TrainingMetrics
-from qwen3ft.units import GIB
+from qwen3ft.units import gb
 
 
 def loss_figure(lines: Sequence[TrainingMetrics]) -> Any:
@@ -120,7 +120,7 @@ class AttemptMemory(Record):
     @property
     def predicted_gb(self) -> float:
         """Sum of the predicted parts."""
-        return sum(part.bytes for part in self.predicted) / GIB
+        return gb(sum(part.bytes for part in self.predicted))
 
 
 def memory_figure(attempts: Sequence[AttemptMemory]) -> Any:
@@ -233,7 +233,7 @@ def _draw_bars(axes: Any, attempts: Sequence[AttemptMemory]) -> None:
     ):
         names = order[PARTS_NAMED:] if name == "other parts" else [name]
         heights = [
-            sum(part.bytes for part in parts if part.name in names) / GIB for parts, _ in drawn
+            gb(sum(part.bytes for part in parts if part.name in names)) for parts, _ in drawn
         ]
         axes.bar(
             range(len(drawn)),

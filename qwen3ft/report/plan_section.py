@@ -9,7 +9,7 @@ from typing import Any
 
 from qwen3ft.planning.table import PlanTable
 from qwen3ft.report.figures import new_figure
-from qwen3ft.units import GIB
+from qwen3ft.units import gb
 
 
 def plan_markdown(table: PlanTable) -> str:
@@ -21,7 +21,7 @@ def plan_markdown(table: PlanTable) -> str:
     ]
     lines += ["", "| predicted memory | GB | share of budget | from |", "|---|---:|---:|---|"]
     for part in table.parts:
-        size_gb = part.bytes / GIB
+        size_gb = gb(part.bytes)
         share = size_gb / table.budget_gb
         lines.append(f"| {part.name} | {size_gb:.3f} | {share:.1%} | {_cell(part.formula)} |")
     share = table.peak_gb / table.budget_gb
@@ -46,7 +46,7 @@ def plan_figure(table: PlanTable) -> Any:
     axes.grid(visible=True, axis="x", alpha=0.3)
     left_gb = 0.0
     for place, part in enumerate(table.parts):
-        size_gb = part.bytes / GIB
+        size_gb = gb(part.bytes)
         axes.barh(place, size_gb, left=left_gb, color="tab:blue")
         left_gb += size_gb
         axes.text(left_gb, place, f" {size_gb:.2f}", va="center", fontsize=8)

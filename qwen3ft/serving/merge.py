@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 from qwen3ft.errors import SaveError
 from qwen3ft.files import write_json_atomic
 from qwen3ft.model.saved_adapter import ADAPTER_CONFIG_FILE, ADAPTER_FILE, Tensor, read_header
+from qwen3ft.units import GIB
 
 if TYPE_CHECKING:
     import torch
 
-SHARD_BYTES = 2**30
+SHARD_BYTES = GIB
 """Size of one file of the merged model, and so about the memory that merging takes."""
 
 BYTES_PER_WEIGHT = 2

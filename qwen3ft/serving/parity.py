@@ -32,7 +32,7 @@ from qwen3ft.records.requests import (
     FormScore,
     ParityReport,
 )
-from qwen3ft.units import GIB
+from qwen3ft.units import GIB, gb
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -135,7 +135,7 @@ def _load_merged(request: ExportRequest, memory: MemoryOptimizer) -> Loaded:
     Raises:
         InsufficientMemoryError: on a CPU, where there is no other place.
     """
-    needed_gb = 2 * request.shape.total_parameters / GIB
+    needed_gb = gb(2 * request.shape.total_parameters)
     status = memory.status()
     manager = ModelManager(request.config)
     if needed_gb <= LOADED_SHARE * status.available_gb:

@@ -28,7 +28,7 @@ from qwen3ft.jobs.folders import RunDir
 from qwen3ft.logs import mask_secrets
 from qwen3ft.records.data import DatasetManifest
 from qwen3ft.records.plan import TrainPlan
-from qwen3ft.units import GIB
+from qwen3ft.units import gb
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 """How a run or an attempt ended, in MLflow's words."""
@@ -173,7 +173,7 @@ class Journal:
                 params=_texts(flat_params(plan)),
                 plan=mask_secrets(plan.model_dump_json(indent=2)),
                 budget_gb=plan.max_memory_gb,
-                predicted_gb=plan.predicted_peak_bytes / GIB,
+                predicted_gb=gb(plan.predicted_peak_bytes),
             )
         )
 
@@ -244,8 +244,8 @@ def flat_params(plan: TrainPlan) -> dict[str, Any]:
     )
     flat = dict(_flatten("", whole))
     flat["effective_batch_size"] = plan.effective_batch_size
-    flat["predicted_gb.total"] = round(plan.predicted_peak_bytes / GIB, 4)
-    flat |= {f"predicted_gb.{part.name}": round(part.bytes / GIB, 4) for part in plan.predicted}
+    flat["predicted_gb.total"] = round(gb(plan.predicted_peak_bytes), 4)
+    flat |= {f"predicted_gb.{part.name}": round(gb(part.bytes), 4) for part in plan.predicted}
     return flat
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from qwen3ft.records.evaluation import MODELS, InferenceReport
 from qwen3ft.records.preflight import PreflightReport
 from qwen3ft.records.run_card import RunCard
-from qwen3ft.units import GIB
+from qwen3ft.units import gb
 
 SCORES = ("exact_match", "token_f1", "answer_loss", "ability_loss")
 STAGES = (
@@ -55,8 +55,8 @@ def report_metrics(report: InferenceReport) -> dict[str, float]:
 
 def preflight_metrics(report: PreflightReport) -> dict[str, float]:
     """Memory predicted and, where the preflight came to its end, measured."""
-    measured = None if report.failure else report.measured_bytes / GIB
-    predicted = report.predicted_bytes / GIB
+    measured = None if report.failure else gb(report.measured_bytes)
+    predicted = gb(report.predicted_bytes)
     return _finite({"memory/predicted_gb": predicted, "memory/preflight_gb": measured})
 
 

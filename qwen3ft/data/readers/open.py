@@ -21,6 +21,7 @@ from qwen3ft.data.readers.json_lines import JsonParser, RejectedValueError, read
 from qwen3ft.data.readers.json_stream import ElementReader
 from qwen3ft.data.readers.parquet import ChooseColumns, read_parquet
 from qwen3ft.data.readers.raw import EXCERPT_BYTES, RawRow, UnreadableFileError
+from qwen3ft.units import MIB
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -116,7 +117,7 @@ __all__ = [
     "suffix_of",
 ]
 
-MAX_ROW_BYTES = 16 * 2**20
+MAX_ROW_BYTES = 16 * MIB
 
 _TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
 

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from qwen3ft.data.readers.raw import EXCERPT_BYTES, RawRow, UnreadableFileError
+from qwen3ft.units import MIB
 
 BATCH_ROWS = 1024
-BATCH_BYTES = 32 * 2**20
+BATCH_BYTES = 32 * MIB
 
 ChooseColumns = Callable[[tuple[str, ...]], list[str]]
 """Given the columns of a parquet file, which of them to read."""

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from qwen3ft.errors import OutOfMemoryError
+from qwen3ft.units import MIB, size_text
 
-SLAB_BYTES = 64 * 2**20
+SLAB_BYTES = 64 * MIB
 """Pinned memory is taken in pieces of this: torch rounds requests up to a power of two."""
 
 ALIGNMENT_BYTES = 512
@@ -118,7 +119,7 @@ class HostStash:
             return torch.empty(SLAB_BYTES, dtype=torch.uint8, pin_memory=self._stream is not None)
         except RuntimeError as error:
             raise OutOfMemoryError(
-                f"The host gave {self.pinned_bytes / 2**30:.2f} GB of pinned memory and no more.",
+                f"The host gave {size_text(self.pinned_bytes)} of pinned memory and no more.",
                 why=f"Activations wait there ({str(error)[:200]}).",
                 next_command="qwen3ft plan --set gradient_checkpointing=on",
                 domain="host",
