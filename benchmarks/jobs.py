@@ -1,7 +1,7 @@
-"""Runs one job of a benchmark in a process of its own: a script, a folder, JSON in and JSON out.
+"""Runs one job of a benchmark in a process of its own: a module, a folder, JSON in and JSON out.
 
-Guarantees: the job and all its children are gone when `run_job` returns or raises. What it printed
-stays in the folder as log.txt; its result is the last line that begins with `RESULT`.
+The job and all its children are gone when `run_job` returns or raises. Its output stays in the
+folder as log.txt; its result is the last line that begins with `RESULT`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|InsufficientMemoryError|out of mem
 
 
 class JobFailedError(Exception):
-    """A job ended without a result; `status` is its row's."""
+    """A job ended without a result; `status` goes into the row of the results."""
 
     def __init__(self, status: str, detail: str = "") -> None:
         super().__init__(f"{status}: {detail}" if detail else status)
@@ -34,18 +34,16 @@ class JobFailedError(Exception):
 def run_job(
     module: str, folder: Path, values: dict[str, Any], timeout_seconds: float
 ) -> dict[str, Any]:
-    """Return what `python -m MODULE FOLDER/job.json` prints as its result.
-
-    The folder is made anew.
+    """Run `python -m MODULE FOLDER/job.json` and return the result that it prints.
 
     Args:
-        module: Reads the job as JSON: `values`, and `folder` and `started` (seconds since 1970).
-        folder: Of this job alone.
-        values: JSON-compatible.
-        timeout_seconds: After which the job is ended.
+        module: Reads the job as JSON: `values`, `folder`, and `started` (seconds since 1970).
+        folder: Folder of this job alone; emptied first.
+        values: Description of the job, JSON-compatible.
+        timeout_seconds: Time limit; the job is killed after it.
 
     Raises:
-        JobFailedError: it ended without a result, or took too long.
+        JobFailedError: The job ended without a result, or took too long.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -79,10 +77,10 @@ def run_job(
 
 
 def failure_of(status: int, lines: list[str]) -> JobFailedError:
-    """Why a job ended without a result, from its exit status and the end of its log."""
+    """Explain why a job ended without a result, by its exit status and the end of its log."""
     end = [line.strip() for line in lines[-60:] if line.strip()]
     causes = [line for line in end if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
-    last = (causes or end or ["it said nothing"])[-1][:200]
+    last = (causes or end or ["no output"])[-1][:200]
     if any(OUT_OF_MEMORY.search(line) for line in end):
         return JobFailedError("out of memory", last)
     if status < 0:
@@ -91,7 +89,7 @@ def failure_of(status: int, lines: list[str]) -> JobFailedError:
 
 
 def _python_path() -> str:
-    """What this process imports from, for a child in another folder."""
+    """Return this process's PYTHONPATH with absolute folders, the checkout first."""
     inherited = [
         str(Path(entry).resolve())
         for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep)

@@ -1,4 +1,4 @@
-"""The card and what is installed, as NVML and package metadata tell: no torch, and so no CUDA."""
+"""The machine that results belong to, read without torch, and how results are written."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from qwen3ft.machine.gpus import visible_gpus
+from qwen3ft.units import GIB
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-GIB = 2**30
+ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (
     *("qwen3ft", "torch", "triton", "transformers", "accelerate", "peft", "bitsandbytes"),
     *("trl", "unsloth", "unsloth_zoo", "liger-kernel"),
@@ -25,7 +23,7 @@ PACKAGES = (
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers belong to."""
+    """Return the date, GPU, driver, CPU and package versions that stand in every result."""
     gpus = visible_gpus()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -40,7 +38,7 @@ def machine() -> dict[str, Any]:
 
 
 def write_json(path: Path, results: dict[str, Any]) -> None:
-    """`results` as indented JSON in `path`, whole or not at all; folders are made."""
+    """Write `results` to `path` as indented JSON, atomically; create missing folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + ".new")
     new.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
@@ -48,7 +46,7 @@ def write_json(path: Path, results: dict[str, Any]) -> None:
 
 
 def one_gpu() -> dict[str, str]:
-    """Environment that leaves a process the first visible GPU alone."""
+    """Return the environment that restricts a child process to the first visible GPU."""
     gpus = visible_gpus()
     return {"CUDA_VISIBLE_DEVICES": gpus[0].uuid} if len(gpus) > 1 else {}
 
@@ -61,10 +59,10 @@ def _version(name: str) -> str | None:
 
 
 class DeviceMemory:
-    """Samples what the whole device holds above what it held at first, every few milliseconds.
+    """Samples how much the GPU's memory in use has grown since the start, every few milliseconds.
 
-    NVML's list of processes is often empty in containers, the device's total is not. Other
-    programs on the card would be counted too: run this on one that nobody else uses.
+    Reads the device's total, since NVML's list of processes is often empty in containers. Other
+    programs on the GPU are counted too, so use one that is otherwise idle.
     """
 
     def __init__(self, interval_seconds: float = 0.01) -> None:
@@ -84,13 +82,13 @@ class DeviceMemory:
             self.peak_bytes = max(self.peak_bytes or 0, self._read() - self._before)
 
     def stop(self) -> float | None:
-        """The peak in GB; None without a GPU."""
+        """Stop sampling and return the peak in GB; None without a GPU."""
         self._end.set()
         return None if self.peak_bytes is None else self.peak_bytes / GIB
 
 
 def _reader() -> Callable[[], int] | None:
-    """Bytes in use on the first visible device; touches no CUDA."""
+    """Return a function that reads the bytes in use on the first visible GPU, without CUDA."""
     gpus = visible_gpus()
     if not gpus:
         return None

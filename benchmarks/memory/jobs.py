@@ -13,11 +13,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import GIB, DeviceMemory
+from benchmarks.machine import DeviceMemory
 from benchmarks.memory.cases import MatrixCase
-from benchmarks.speed.cases import Case, Entry, Settings
-from benchmarks.speed.contestants import KINDS, Job, main
+from benchmarks.speed.cases import Case, Entry, Job, Settings
+from benchmarks.speed.contestants import KINDS, main
 from benchmarks.speed.ours import levers, make_plan, run_ours
+from qwen3ft.units import GIB
 
 STEPS = 2
 SPARE_GB = 2.0

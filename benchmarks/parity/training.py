@@ -12,8 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.speed.cases import LORA_ALPHA, LORA_RANK
-from benchmarks.speed.contestants import Job
+from benchmarks.speed.cases import LORA_ALPHA, LORA_RANK, Job
 from benchmarks.speed.ours import levers, write_dataset
 
 if TYPE_CHECKING:

@@ -1,17 +1,17 @@
 """qwen3ft and its peers side by side on the same workload, on one GPU.
 
-    python benchmarks/speed.py --work DIR --out results.json [--suite design --suite capped]
-        [--case 4b:256:13] [--contestants ours,trl-pack] [--steps 8] [--seed 0] [--timeout 240]
-        [--append]
+    python -m benchmarks.speed.campaign --work DIR --out results.json
+        [--suite design --suite capped] [--case 4b:256:13] [--contestants ours,trl-pack]
+        [--steps 8] [--seed 0] [--timeout 240] [--append]
 
 Each contestant trains in a fresh process: the same random-init model of an exact Qwen3 shape,
 quantised once to NF4 with double quantisation, the same rows, LoRA r 6 on the seven projections.
-Tokens/s are of real tokens only, from the synchronised end of step 2 to that of the last one. The
-cap is on torch's allocator; ours has the CUDA context within it, peers have it on top. The floor is
-the time of the indispensable kernels, measured on the same card (`speed_floor.py`).
+Tokens/s count real tokens only, from the synchronised end of step 2 to that of the last step. The
+cap limits torch's allocator; ours has the CUDA context within it, peers have it on top. The floor
+is the time of the indispensable kernels, measured on the same GPU (`floor.py`).
 
-What fails becomes a row that says why. The JSON is written after each contestant, so that a run
-which is broken off keeps what it has. Suites are in `speed_cases.py`; `--suite tiny` needs no GPU.
+A contestant that fails becomes a row that says why. The JSON is written after each contestant, so
+an interrupted run keeps its rows. Suites are in `cases.py`; `--suite tiny` needs no GPU.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ PREPARE_SECONDS = 600.0
 
 
 class Bench:
-    """One run of the benchmark: its folder, its results, and the file they are kept in."""
+    """One run of the benchmark: its folder, its results, and their file."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
@@ -64,23 +64,23 @@ class Bench:
         }
         self._count = 0
         if arguments.append and arguments.out.exists():
-            self._take_over(json.loads(arguments.out.read_text(encoding="utf-8")))
+            self._continue_from(json.loads(arguments.out.read_text(encoding="utf-8")))
 
-    def _take_over(self, earlier: dict[str, Any]) -> None:
-        """Go on from the results of an earlier run.
+    def _continue_from(self, earlier: dict[str, Any]) -> None:
+        """Continue from the results of an earlier run.
 
         Raises:
-            ValueError: they are of another machine, or of another workload.
+            ValueError: Those results belong to another machine or another workload.
         """
         same = [("machine", name) for name in ("gpu", "driver", "versions")]
         same += [("arguments", name) for name in ("seed", "steps", "warmup")]
         for part, name in same:
             if earlier[part][name] != self.results[part][name]:
-                raise ValueError(f"--append: the rows there have another {name}")
+                raise ValueError(f"--append: the rows in {self.arguments.out} have another {name}")
         self.results |= {name: earlier[name] for name in ("models", "cases", "rows")}
 
     def run(self, entries: Iterable[Entry]) -> None:
-        """Each entry in turn; the floor before the first of its case."""
+        """Run each entry in turn; measure the floor before the first entry of a case."""
         for entry in entries:
             if entry.case.name not in self.results["cases"]:
                 self._begin(entry.case)
@@ -102,14 +102,14 @@ class Bench:
             self.write()
 
     def _replace(self, row: dict[str, Any]) -> None:
-        """Put `row` in, in the place of an earlier one of the same."""
+        """Add `row`, in place of an earlier row of the same case, contestant and settings."""
         names = ("case", "contestant", "settings")
         rows = self.results["rows"]
         old = [all(row[name] == other[name] for name in names) for other in rows]
         rows[:] = [other for other, is_old in zip(rows, old, strict=True) if not is_old] + [row]
 
     def write(self) -> None:
-        """All there is so far, whole or not at all."""
+        """Write all results so far, atomically."""
         write_json(self.arguments.out, self.results)
 
     def _begin(self, case: Case) -> None:
@@ -136,7 +136,7 @@ class Bench:
         return self._job("contestant", values, self.arguments.timeout, entry.contestant)
 
     def _snapshot(self, shape: str) -> dict[str, Any]:
-        """The quantised model of `shape`, made at its first use."""
+        """Return the quantised model of `shape`, made on first use."""
         if shape not in self.snapshots:
             values = {"shape": shape, "work": str(self.work), "seed": self.arguments.seed}
             try:
@@ -156,7 +156,7 @@ class Bench:
         """Run one job in a process of its own.
 
         Raises:
-            JobFailedError: it ended without a result, or took too long.
+            JobFailedError: The job ended without a result, or took too long.
         """
         self._count += 1
         folder = self.work / "jobs" / f"{self._count:02d}-{name or kind}"
@@ -168,7 +168,7 @@ def _installed(module: str) -> bool:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -176,7 +176,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="JSON with the results")
     parser.add_argument("--suite", action="append", choices=sorted(SUITES), default=[])
     parser.add_argument("--case", action="append", default=[], help="SHAPE:SEQ:CAP[:full][:MxA]")
-    parser.add_argument("--contestants", help=f"of {', '.join(CONTESTANTS)}; default: all")
+    parser.add_argument("--contestants", help=f"some of {', '.join(CONTESTANTS)}; default: all")
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps")
     parser.add_argument("--warmup", type=int, default=2, help="steps before the clock starts")
     parser.add_argument("--seed", type=int, default=0)
@@ -186,7 +186,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if arguments.contestants:
         arguments.contestants = arguments.contestants.split(",")
         if unknown := set(arguments.contestants) - set(CONTESTANTS):
-            parser.error(f"no such contestant: {', '.join(sorted(unknown))}")
+            parser.error(f"unknown contestant: {', '.join(sorted(unknown))}")
     if not 0 <= arguments.warmup < arguments.steps:
         parser.error("there must be more steps than warm-up steps")
     if not arguments.suite and not arguments.case:
@@ -196,12 +196,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
-    """Run what is asked for; the table comes last, also where the run is broken off."""
+    """Run the requested suites and print the table, also after an interruption."""
     arguments = parse()
     try:
         entries = list(select(arguments.suite, arguments.case, arguments.contestants))
         if not entries:
-            raise ValueError("None of the suites and cases has any of these contestants.")
+            raise ValueError("No suite or case includes any of these contestants.")
         bench = Bench(arguments)
     except ValueError as error:
         print(error, file=sys.stderr)

@@ -1,6 +1,6 @@
-"""What `speed.py` runs: shapes, cases, suites and the workload. Data, and no torch.
+"""Shapes, cases, suites and the workload of the speed benchmark.
 
-To extend it, add a line to `SUITES`; shapes are those of `qwen3ft.model.shapes`.
+To extend it, add a line to `SUITES`. Shapes come from `qwen3ft.model.shapes`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal
 
 from qwen3ft.model.shapes import KNOWN_MODELS
@@ -18,20 +19,20 @@ SHAPES: dict[str, dict[str, Any]] = {
     model.key: {**model.shape.model_dump(), "max_position_embeddings": 262144, "rms_norm_eps": 1e-6}
     for model in KNOWN_MODELS
 }
-"""The exact Qwen3 shapes, all with room for long sequences; 'tiny' is the embedded model, with its
-own weights."""
+"""Exact Qwen3 shapes, all with room for long sequences; `TINY` is the embedded model instead, with
+its own weights."""
 
 TINY = "tiny"
 FIRST_TOKEN, TOKENS = 10, 500
-"""Token ids are drawn from [first, tokens): never padding, and in every vocabulary."""
+"""Bounds of the drawn token ids, [first, tokens): never padding, and in every vocabulary."""
 
 LORA_RANK, LORA_ALPHA, LEARNING_RATE = 6, 12, 5e-5
-"""Of everyone, on all seven projections, without dropout."""
+"""Adapter and rate of every contestant: all seven projections, no dropout."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How one contestant splits an optimizer step; `recompute` is its gradient checkpointing."""
+    """One contestant's split of an optimizer step; `recompute` is gradient checkpointing."""
 
     micro: int
     accumulate: int = 1
@@ -53,21 +54,21 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Unique among cases."""
+        """Name that no other case has."""
         kind = "" if self.lengths == "lognormal" else f" full x {self.sequences_per_step}"
         return f"{self.shape} seq {self.sequence_tokens}{kind}, {self.cap_gb:g} GB"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of a suite: who runs what, and how."""
+    """One line of a suite: a contestant, its case and its settings."""
 
     case: Case
     contestant: str
     settings: Settings
 
     def describe(self) -> dict[str, Any]:
-        """As JSON, with the settings in words."""
+        """Return the entry as JSON values, with the settings in words."""
         return {
             "case": self.case.name,
             "contestant": self.contestant,
@@ -89,12 +90,12 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "trl-liger-pack": ("trl", "liger_kernel"),
     "unsloth": ("unsloth", "unsloth_zoo"),
 }
-"""Modules that a contestant needs beside what the project itself installs."""
+"""Modules that a contestant needs in addition to the project's own dependencies."""
 
 Table = dict[str, tuple[Settings, ...]]
 
 DESIGN: Table = dict.fromkeys(CONTESTANTS, (Settings(4, 16),))
-"""Everyone at batch 4 x accumulation 16; packing peers have rows of sequence_tokens in a batch."""
+"""Batch 4 x accumulation 16 for everyone; packing peers batch rows of `sequence_tokens`."""
 
 _ROWS = 28  # packed rows of 256 that hold about 64 sequences
 BEST: Table = {
@@ -106,7 +107,7 @@ BEST: Table = {
     "trl-liger-pack": (Settings(_ROWS),),
     "unsloth": (Settings(64),),
 }
-"""The best settings found for each under 13 GB; for ours the most that its plan may use."""
+"""Best settings found for each under 13 GB; for ours the most that its plan may use."""
 
 LEAN: Table = {
     **BEST,
@@ -150,16 +151,16 @@ SUITES: dict[str, tuple[tuple[Case, Table], ...]] = {
         (Case(TINY, 64, 4, sequences_per_step=8), dict.fromkeys(CONTESTANTS, (Settings(4, 2),))),
     ),
 }
-"""Name: cases, each with who runs it and how."""
+"""Cases of each suite, with the settings of every contestant that runs them."""
 
 
 def parse_case(text: str) -> tuple[Case, Settings | None]:
-    """`SHAPE:SEQ:CAP[:full][:MxA]`, such as 4b:256:13 or 8b:8192:24:full:1x1.
+    """Parse `SHAPE:SEQ:CAP[:full][:MxA]`, such as 4b:256:13 or 8b:8192:24:full:1x1.
 
     Without MxA the settings are those of `BEST` (one sequence at a time where lengths are full).
 
     Raises:
-        ValueError: it is nothing of the kind.
+        ValueError: The text has another form, or names an unknown shape.
     """
     parts = text.lower().split(":")
     if len(parts) < 3 or parts[0] not in {*SHAPES, TINY}:
@@ -174,7 +175,7 @@ def parse_case(text: str) -> tuple[Case, Settings | None]:
 
 
 def select(suites: list[str], cases: list[str], contestants: list[str] | None) -> Iterator[Entry]:
-    """The entries asked for, case by case."""
+    """Yield the requested entries, case by case."""
     chosen = [pair for suite in suites for pair in SUITES[suite]]
     for text in cases:
         case, settings = parse_case(text)
@@ -186,7 +187,7 @@ def select(suites: list[str], cases: list[str], contestants: list[str] | None) -
 
 
 def rows_needed(entry: Entry, steps: int) -> int:
-    """Rows that `steps` optimizer steps take; of packed ones a tenth more than their slots hold."""
+    """Return how many rows `steps` optimizer steps take; packing peers get a tenth to spare."""
     if entry.contestant not in PACKING:
         return entry.case.sequences_per_step * steps
     mean = entry.case.sequence_tokens * (0.42 if entry.case.lengths == "lognormal" else 1.0)
@@ -195,10 +196,10 @@ def rows_needed(entry: Entry, steps: int) -> int:
 
 
 def workload(case: Case, rows: int, seed: int) -> list[list[int]]:
-    """The first `rows` rows of token ids: the same for everyone, whoever needs more of them.
+    """Return the first `rows` rows of token ids; a contestant that needs more gets the same first.
 
     Lengths are lognormal with median 0.375 x the longest and sigma 0.6, clipped to 16 and the
-    longest; or all the longest. Every token is trained.
+    longest; or all are the longest. Every token is trained.
     """
     return list(islice(_rows(case, random.Random(seed)), rows))
 
@@ -215,9 +216,37 @@ def _rows(case: Case, generator: random.Random) -> Iterator[list[int]]:
 
 
 def typical_step(case: Case, steps: int, seed: int) -> list[int]:
-    """Lengths of that of the workload's steps whose tokens are nearest to the mean."""
+    """Return the lengths of the step whose token count is nearest to the mean."""
     size = case.sequences_per_step
     lengths = [len(row) for row in workload(case, size * steps, seed)]
     groups = [lengths[start : start + size] for start in range(0, len(lengths), size)]
     mean = sum(lengths) / len(groups)
     return min(groups, key=lambda group: abs(sum(group) - mean))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One contestant's training, as its process receives it."""
+
+    entry: Entry
+    steps: int
+    warmup: int
+    seed: int
+    snapshot: dict[str, Any]
+    folder: Path
+    started: float
+
+    @classmethod
+    def read(cls, values: dict[str, Any]) -> Job:
+        """Return the job that JSON values describe."""
+        entry = values["entry"]
+        settings = Settings(*(entry[name] for name in ("micro", "accumulate", "recompute")))
+        return cls(
+            Entry(Case(**values["case"]), entry["contestant"], settings),
+            **{name: values[name] for name in ("steps", "warmup", "seed", "snapshot", "started")},
+            folder=Path(values["folder"]),
+        )
+
+    def rows(self) -> list[list[int]]:
+        """Return as much of the workload as the contestant needs."""
+        return workload(self.entry.case, rows_needed(self.entry, self.steps), self.seed)

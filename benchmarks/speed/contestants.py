@@ -1,7 +1,7 @@
-"""One job of `speed.py` in a process of its own: `python speed_contestants.py JOB.json`.
+"""One job of the speed benchmark: `python -m benchmarks.speed.contestants JOB.json`.
 
-A job is a contestant's training, the making of a model, or the floor. The last line of what it
-prints is its result; a job that fails raises, and `speed.py` tells from the end of the log why.
+A job trains a contestant, makes a model, or measures the floor. Its last line of output is the
+result; a job that fails raises, and the campaign reads the reason from the end of the log.
 """
 
 from __future__ import annotations
@@ -14,23 +14,13 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from benchmarks.jobs import RESULT
 from benchmarks.machine import DeviceMemory
-from benchmarks.speed.cases import (
-    LEARNING_RATE,
-    LORA_ALPHA,
-    LORA_RANK,
-    OURS,
-    Case,
-    Entry,
-    Settings,
-    rows_needed,
-    workload,
-)
+from benchmarks.speed.cases import LEARNING_RATE, LORA_ALPHA, LORA_RANK, OURS, Job
 
 LORA: dict[str, Any] = {
     "r": LORA_RANK,
@@ -44,39 +34,11 @@ LORA: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Job:
-    """What a contestant's process is told."""
-
-    entry: Entry
-    steps: int
-    warmup: int
-    seed: int
-    snapshot: dict[str, Any]
-    folder: Path
-    started: float
-
-    @classmethod
-    def read(cls, values: dict[str, Any]) -> Job:
-        """From JSON."""
-        entry = values["entry"]
-        settings = Settings(*(entry[name] for name in ("micro", "accumulate", "recompute")))
-        return cls(
-            Entry(Case(**values["case"]), entry["contestant"], settings),
-            **{name: values[name] for name in ("steps", "warmup", "seed", "snapshot", "started")},
-            folder=Path(values["folder"]),
-        )
-
-    def rows(self) -> list[list[int]]:
-        """The workload, as long as it is needed."""
-        return workload(self.entry.case, rows_needed(self.entry, self.steps), self.seed)
-
-
 def run_peer(job: Job) -> dict[str, Any]:
-    """Transformers' Trainer with PEFT, TRL or Unsloth."""
+    """Train with Transformers' Trainer and PEFT, with TRL, or with Unsloth."""
     contestant = job.entry.contestant
     if contestant == "unsloth":
-        importlib.import_module("unsloth")  # it patches the others, so it comes first
+        importlib.import_module("unsloth")  # it patches the others, so it must come first
     import torch
     from datasets import Dataset
     from transformers import AutoTokenizer, set_seed
@@ -102,7 +64,7 @@ def run_peer(job: Job) -> dict[str, Any]:
 
 
 def _peer_model(job: Job) -> Any:
-    """The 4-bit model as transformers loads it; the Trainer's peer gets its adapter here."""
+    """Load the 4-bit model with transformers; for the Trainer, with its adapter."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -149,7 +111,7 @@ def _unsloth_model(job: Job) -> Any:
 
 
 def _arguments(job: Job, kind: type[Any], **more: Any) -> Any:
-    """Training arguments of `kind`, the same for all peers; what it does not know is left out."""
+    """Return training arguments of `kind`, equal for all peers, without those it does not know."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -173,7 +135,7 @@ def _arguments(job: Job, kind: type[Any], **more: Any) -> Any:
         **more,
     }
     known = {field.name for field in fields(kind)}
-    if "gradient_checkpointing" not in known:  # a name from transformers 5.23 on
+    if "gradient_checkpointing" not in known:  # renamed in transformers 5.23
         for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
             if name in values:
                 values[name.replace("gradient", "activation")] = values.pop(name)
@@ -247,8 +209,8 @@ KINDS = {"model": _make_model, "floor": _floor, "contestant": _contestant}
 
 
 def main(path: Path) -> None:
-    """Do the job that the file describes; the result is the last line printed."""
-    if sys.platform == "linux":  # ends with the one that started it
+    """Run the job that the file describes and print its result as the last line."""
+    if sys.platform == "linux":  # die with the parent process
         with contextlib.suppress(OSError):
             ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
     os.environ |= {
@@ -259,7 +221,7 @@ def main(path: Path) -> None:
         "TOKENIZERS_PARALLELISM": "false",
     }
     values = json.loads(path.read_text(encoding="utf-8"))
-    memory = DeviceMemory()  # before anything touches the card
+    memory = DeviceMemory()  # before anything touches the GPU
     result = KINDS[values["kind"]](values, memory)
     memory.stop()
     print("\n" + RESULT + json.dumps(result), flush=True)

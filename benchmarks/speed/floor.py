@@ -1,9 +1,9 @@
-"""The least time a step can take on this card: the kernels that nothing can do without.
+"""The least time a step can take on this GPU: its indispensable kernels, each timed alone.
 
-Each is timed alone, on shapes of the model and on the sequences of one step: frozen linear layers,
-dequantisation of the 4-bit weights, attention over sequences of varying length, the output head.
-Adapters, norms, activations, the optimizer and every launch are left out. Kernels are those of the
-libraries (cuBLAS, bitsandbytes, torch's attention), so a single part can be beaten, the sum hardly.
+They run at the model's shapes, on the sequences of one step: frozen linear layers, dequantisation
+of the 4-bit weights, attention over sequences of varying length, the output head. Adapters, norms,
+activations, the optimizer and launches are left out. The kernels are those of the libraries
+(cuBLAS, bitsandbytes, torch's attention), so a single part can be beaten, the sum hardly.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from benchmarks.speed.cases import SHAPES
 
 HEAD_TOKENS = 1024
 LONG_TOKENS = 2048
-"""From here on one call for each sequence may be faster than one for all."""
+"""Length from which one call per sequence may be faster than one call for all."""
 
 _KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 
 def measure(shape: str, lengths: list[int]) -> dict[str, Any]:
-    """Milliseconds of each part for one step, and the tokens/s that follow from them.
+    """Return the milliseconds of each part of one step, and the tokens/s that follow from them.
 
     Args:
         shape: Key of `SHAPES`.
-        lengths: Tokens of each sequence of the step.
+        lengths: Number of tokens of each sequence of the step.
     """
     sizes = SHAPES[shape]
     tokens, layers = sum(lengths), sizes["num_hidden_layers"]
@@ -61,7 +61,7 @@ def measure(shape: str, lengths: list[int]) -> dict[str, Any]:
 
 
 def _projections(sizes: dict[str, Any]) -> list[tuple[int, int]]:
-    """(output, input) features of the seven projections of a layer."""
+    """Return (output, input) features of the seven projections of a layer."""
     hidden, wide = sizes["hidden_size"], sizes["intermediate_size"]
     query = sizes["num_attention_heads"] * sizes["head_dim"]
     key = sizes["num_key_value_heads"] * sizes["head_dim"]
@@ -70,7 +70,7 @@ def _projections(sizes: dict[str, Any]) -> list[tuple[int, int]]:
 
 
 def _linear(out_features: int, in_features: int, tokens: int) -> tuple[float, float, float]:
-    """Forward, input gradient, and dequantisation of one layer's weight, in ms."""
+    """Time the forward pass, input gradient and dequantisation of one weight, in ms."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     weight = _random(out_features, in_features)
@@ -84,7 +84,7 @@ def _linear(out_features: int, in_features: int, tokens: int) -> tuple[float, fl
 
 
 def _attention(sizes: dict[str, Any], lengths: list[int]) -> tuple[tuple[float, float], str]:
-    """Forward and backward of one layer in ms by the fastest way, and which that is."""
+    """Time attention of one layer; return (forward, backward) ms and the fastest way's name."""
     heads, dim = sizes["num_attention_heads"], sizes["head_dim"]
     tokens = sum(lengths)
     query: Any = _random(tokens, heads, dim).requires_grad_()
@@ -103,15 +103,15 @@ def _attention(sizes: dict[str, Any], lengths: list[int]) -> tuple[tuple[float, 
         ways.append((_timed_attention(query, _varlen(lengths, sizes)), "varlen_attn"))
     except (AttributeError, ImportError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {str(error)[:200]}"
-        print(f"no varlen attention, so one sequence after the other: {reason}", flush=True)
+        print(f"no varlen attention, so one call per sequence: {reason}", flush=True)
     if not ways or min(lengths) >= LONG_TOKENS:
         with sdpa_kernel(_KERNELS, set_priority=True):
-            ways.append((_timed_attention(query, each), "sdpa, a sequence at a time"))
+            ways.append((_timed_attention(query, each), "sdpa, one call per sequence"))
     return min(ways, key=lambda way: sum(way[0]))
 
 
 def _varlen(lengths: list[int], sizes: dict[str, Any]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Causal attention of `lengths` as torch has it; its arguments changed between versions."""
+    """Return torch's causal varlen attention; its arguments differ between versions."""
     from torch.nn.attention.varlen import varlen_attn
 
     heads, key_heads = sizes["num_attention_heads"], sizes["num_key_value_heads"]
@@ -122,7 +122,7 @@ def _varlen(lengths: list[int], sizes: dict[str, Any]) -> Callable[[torch.Tensor
     if "enable_gqa" in known:
         more["enable_gqa"] = True
     else:
-        key_heads = heads  # it may refuse fewer, or may not: equal heads always work
+        key_heads = heads  # it may refuse fewer; equal heads always work
     bounds = torch.tensor([0, *lengths], device="cuda").cumsum(0).to(torch.int32)
     key, value = (
         _random(sum(lengths), key_heads, sizes["head_dim"]).requires_grad_() for _ in range(2)
@@ -154,7 +154,7 @@ def _timed_attention(
 
 
 def _head(sizes: dict[str, Any]) -> float:
-    """Forward and input gradient of the output head for `HEAD_TOKENS` tokens, in ms."""
+    """Time forward pass and input gradient of the output head for `HEAD_TOKENS` tokens, in ms."""
     weight = _random(sizes["vocab_size"], sizes["hidden_size"])
     hidden = _random(HEAD_TOKENS, sizes["hidden_size"])
     gradient = _random(HEAD_TOKENS, sizes["vocab_size"])
@@ -166,7 +166,7 @@ def _random(*shape: int) -> torch.Tensor:
 
 
 def _milliseconds(run: Callable[[], Any], repeats: int = 8) -> float:
-    """Mean time of `run` on the device, after it is warm."""
+    """Return the mean time of `run` on the device, after a warm-up."""
     for _ in range(3):
         run()
     begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

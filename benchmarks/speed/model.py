@@ -1,7 +1,6 @@
 """Makes the model of a shape once: random weights, quantised to 4 bits by the product itself.
 
-The 16-bit weights exist only until they are quantised: in memory (/dev/shm) where there is room,
-else in the working folder. All contestants load the same 4-bit files.
+All contestants load the same 4-bit files. The 16-bit weights are deleted after quantisation.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 def prepare(shape: str, work: Path, seed: int) -> dict[str, Any]:
-    """The snapshot of `shape` in `work`, made if it is not there or damaged."""
+    """Return the snapshot of `shape` in `work`; make it if it is missing or damaged."""
     import torch
 
     from qwen3ft.config import TrainingConfig
@@ -33,10 +32,12 @@ def prepare(shape: str, work: Path, seed: int) -> dict[str, Any]:
     snapshot = read_snapshot(target) if target.exists() else None
     made = snapshot is None
     if snapshot is None:
-        with tempfile.TemporaryDirectory(dir=_roomy(shape, work), prefix="speed-") as scratch:
+        with tempfile.TemporaryDirectory(
+            dir=_scratch_parent(shape, work), prefix="speed-"
+        ) as scratch:
             folder = Path(scratch)
             if shape != TINY:
-                _random_model(folder, SHAPES[shape], seed)
+                make_random_model(folder, SHAPES[shape], seed)
             config = TrainingConfig(
                 model_name="embedded" if shape == TINY else str(folder),
                 quantization=("nf4-double",),
@@ -58,8 +59,8 @@ def prepare(shape: str, work: Path, seed: int) -> dict[str, Any]:
     }
 
 
-def _random_model(folder: Path, shape: dict[str, Any], seed: int) -> None:
-    """Random weights in bf16, with the embedded model's tokenizer."""
+def make_random_model(folder: Path, sizes: dict[str, Any], seed: int) -> None:
+    """Save random bf16 weights of these sizes in `folder`, with the embedded model's tokenizer."""
     import torch
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
@@ -67,7 +68,7 @@ def _random_model(folder: Path, shape: dict[str, Any], seed: int) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
     config = Qwen3Config(
-        **shape,
+        **sizes,
         rope_parameters={"rope_type": "default", "rope_theta": 5_000_000.0},
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -87,8 +88,8 @@ def _random_model(folder: Path, shape: dict[str, Any], seed: int) -> None:
         torch.cuda.empty_cache()
 
 
-def _roomy(shape: str, work: Path) -> Path:
-    """Where the 16-bit weights go: into memory if that has three times their room."""
+def _scratch_parent(shape: str, work: Path) -> Path:
+    """Return the folder for 16-bit weights: /dev/shm if they fit three times, else `work`."""
     import psutil
 
     from qwen3ft.records.model import ModelShape

@@ -1,7 +1,6 @@
-"""The product as a contestant of `speed.py`: the plan of a run, carried out as its worker does.
+"""The product as a contestant: it plans as a run does and trains with `qwen3ft.worker.jobs.train`.
 
-`qwen3ft.worker.jobs.train` does everything; a clock is put among the callbacks of the trainer it
-makes.
+The only addition is a clock among the trainer's callbacks.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.speed.cases import LEARNING_RATE, LORA_ALPHA, LORA_RANK, TOKENS
 
 if TYPE_CHECKING:
-    from benchmarks.speed.contestants import Job
+    from benchmarks.speed.cases import Job
     from qwen3ft.records.data import DatasetManifest
     from qwen3ft.records.plan import TrainPlan
 
@@ -20,10 +19,10 @@ HELD_OUT_ROWS = 8
 
 
 def run_ours(job: Job) -> dict[str, Any]:
-    """Plan, then train; the held-out rows are evaluated before the first and after the last step.
+    """Plan and train; held-out rows are evaluated before the first and after the last step.
 
     Raises:
-        InsufficientMemoryError: the plan says that the case does not fit.
+        InsufficientMemoryError: The case does not fit, by the plan.
     """
     plan = make_plan(job)
     from benchmarks.speed.probe import Clock
@@ -56,21 +55,21 @@ def run_ours(job: Job) -> dict[str, Any]:
 
 
 def levers(plan: TrainPlan) -> dict[str, Any]:
-    """Every plain setting of the plan."""
+    """Return the plan's settings that are plain values."""
     values = plan.model_dump(mode="json", exclude={"run_id", "run_dir", "resume_from"})
     plain = (int, float, str, bool, type(None))
     return {name: value for name, value in values.items() if isinstance(value, plain)}
 
 
 def make_plan(job: Job, **changes: Any) -> TrainPlan:
-    """What `build_plan` makes of the case, with the workload as its data.
+    """Return the plan that `build_plan` makes of the job's case, with the workload as its data.
 
     Args:
-        job: Whose case it is.
-        changes: Settings other than those of the speed benchmark.
+        job: The contestant's training.
+        changes: Settings that differ from those of the speed benchmark.
 
     Raises:
-        InsufficientMemoryError: it does not fit.
+        InsufficientMemoryError: The case does not fit.
     """
     from qwen3ft.config import TrainingConfig
     from qwen3ft.machine.environment import EnvironmentManager
@@ -113,7 +112,7 @@ def make_plan(job: Job, **changes: Any) -> TrainPlan:
 
 
 def write_dataset(job: Job, folder: Path) -> DatasetManifest:
-    """The workload as the data stage leaves it: every token trained; a few of its rows held out."""
+    """Write the workload as the data stage does: every token trained, a few rows held out too."""
     from qwen3ft.chat.rendering import TokenizedRow
     from qwen3ft.data.token_table import TokenWriter
     from qwen3ft.records.data import DatasetManifest

@@ -1,6 +1,6 @@
-"""What is read off a contestant while it trains: time, real tokens, losses, allocator's peaks.
+"""Measures a contestant while it trains: time, real tokens, losses and the allocator's peaks.
 
-Imported inside a contestant's process, after the packages that want to come first.
+Imported in a contestant's process, after packages such as Unsloth that must come first.
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ import torch
 from transformers import TrainerCallback
 
 from benchmarks.speed.cases import FIRST_TOKEN, TOKENS
-
-GIB = 2**30
+from qwen3ft.units import GIB
 
 
 class Clock(TrainerCallback):
-    """Times optimizer steps from the synchronised end of step `warmup` to that of the last one.
+    """Times optimizer steps from the synchronised end of step `warmup` to that of the last step.
 
     Args:
         warmup: Steps before the steady state.
         started: Wall-clock time at which the process was started.
-        drain: Gives the real tokens of the step that just ended, as numbers or tensors.
+        drain: Returns the real tokens of the step that just ended, as numbers or tensors.
     """
 
     def __init__(self, warmup: int, started: float, drain: Callable[[], list[Any]]) -> None:
@@ -40,7 +39,7 @@ class Clock(TrainerCallback):
         self._warm_at = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Loading is over; peaks from here on are training's."""
+        """Note the peak of loading; later peaks are training's."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
             self.load_peak = torch.cuda.max_memory_allocated() / GIB
@@ -49,11 +48,11 @@ class Clock(TrainerCallback):
             self._warm_at = time.perf_counter()
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """A micro-batch other than the step's last."""
+        """Count a micro-batch that is not the last of its step."""
         self._micro_batches[-1] += 1
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Only the ends that are measured wait for the device."""
+        """Note the step; wait for the device only where a time is taken."""
         self._tokens.append(self.drain())
         self._micro_batches.append(1)
         step = state.global_step
@@ -75,19 +74,19 @@ class Clock(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
     ) -> None:
-        """Losses, one a step."""
+        """Keep the loss of the step."""
         if logs and "loss" in logs:
             self.losses.append(float(logs["loss"]))
 
     def result(self) -> dict[str, Any]:
-        """What was measured.
+        """Return what was measured.
 
         Raises:
-            RuntimeError: a step without a token: the contestant does not do what it should.
+            RuntimeError: A step had no tokens, or nothing was timed.
         """
         tokens = [int(sum(int(count) for count in step)) for step in self._tokens]
         if not tokens or min(tokens) == 0 or self.seconds <= 0:
-            raise RuntimeError(f"tokens of the steps: {tokens}, timed: {self.seconds} s")
+            raise RuntimeError(f"tokens per step: {tokens}, timed: {self.seconds} s")
         timed = tokens[self.warmup :]
         weights = list(zip(self.losses, tokens, strict=False))
         return {
@@ -108,10 +107,9 @@ class Clock(TrainerCallback):
 
 
 class EmbeddedTokens:
-    """Counts the real tokens that a model's embedding is asked for, whoever calls it.
+    """Counts the real tokens that reach a model's embedding.
 
-    Where batches are padded or packed is a trainer's own affair; what reaches the model is not.
-    Whatever is padded with is none of the workload's token ids.
+    Works alike for trainers that pad and that pack. Padding is never one of the workload's ids.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -122,16 +120,16 @@ class EmbeddedTokens:
     def _count(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         ids = args[0] if args else kwargs["input"]
         real = ids.ge(FIRST_TOKEN) & ids.lt(TOKENS)
-        self._counts.append(real.sum())  # on the device, nothing waits
+        self._counts.append(real.sum())  # stays on the device, so nothing waits
 
     def drain(self) -> list[Any]:
-        """Counts of the micro-batches since the last call."""
+        """Return the counts of the micro-batches since the last call."""
         counts, self._counts = self._counts, []
         return counts
 
 
 def cap_memory(cap_gb: float) -> None:
-    """Hold torch's allocator to `cap_gb`, the CUDA context not counted."""
+    """Limit torch's allocator to `cap_gb`, not counting the CUDA context."""
     if torch.cuda.is_available():
         total_bytes = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap_gb * GIB / total_bytes))

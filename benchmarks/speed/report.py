@@ -1,4 +1,4 @@
-"""The table of `speed.py`, from its results alone: `python speed_report.py results.json ...`."""
+"""Table of speed results: `python -m benchmarks.speed.report results.json ...`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _HEADER = (
 
 
 def report(results: dict[str, Any], ours: Sequence[str]) -> str:
-    """All cases in one table: memory in GB (2**30 bytes), times in seconds, losses in nats."""
+    """Return all cases as a table: memory in GB (2**30 bytes), times in seconds, losses in nats."""
     machine = results["machine"]
     device = f"{machine['gpu']}, driver {machine['driver']}" if machine["gpu"] else "CPU"
     versions = ", ".join(f"{name} {is_ or NONE}" for name, is_ in machine["versions"].items())
@@ -27,7 +27,7 @@ def report(results: dict[str, Any], ours: Sequence[str]) -> str:
         table.extend(_lines(rows, case["floor"], ours))
     whole = [line for line in table if len(line) == len(_HEADER)]
     widths = [max(len(line[column]) for line in whole) for column in range(len(_HEADER))]
-    for column in (0, 1):  # what failed has these two, and then says why
+    for column in (0, 1):  # a failed row has these two, then its reason
         widths[column] = max(len(line[column]) for line in table if len(line) > 1)
     text = [f"\n{machine['date']}  {device}", versions, ""]
     for line in table:
@@ -35,13 +35,13 @@ def report(results: dict[str, Any], ours: Sequence[str]) -> str:
             text += ["", line[0]]
             continue
         left = [f"{cell:<{width}}" for cell, width in zip(line[:2], widths, strict=False)]
-        if len(line) < len(_HEADER):  # it failed, and says how
+        if len(line) < len(_HEADER):  # a failed row
             text.append("  ".join([*left, *line[2:]]))
             continue
         right = [f"{cell:>{width}}" for cell, width in zip(line[2:], widths[2:], strict=False)]
         text.append("  ".join([*left, *right]).rstrip())
     if not results.get("complete", False):
-        text += ["", "broken off: contestants are missing"]
+        text += ["", "interrupted: contestants are missing"]
     return "\n".join(text)
 
 
@@ -56,8 +56,8 @@ def _lines(
     for row in rows:
         head = (row["contestant"], _settings(row))
         if row["status"] != "ok":
-            said = row["status"] if row["status"] != "failed" else f"failed: {row['detail']}"
-            lines.append((*head, said[:110]))
+            reason = row["status"] if row["status"] != "failed" else f"failed: {row['detail']}"
+            lines.append((*head, reason[:110]))
             continue
         speed = row["tokens_per_second"]
         cells = (
@@ -81,7 +81,7 @@ def _lines(
 
 
 def _settings(row: dict[str, Any]) -> str:
-    """As asked for; of ours, what the plan made of it."""
+    """Return the settings in words; for ours, those of the plan."""
     levers = row.get("levers")
     if not levers:
         return str(row["settings"])
