@@ -1,12 +1,12 @@
-"""Whether training on the CPU needs more memory than it did: the embedded model against a baseline.
+"""Memory of a short training on the CPU, phase by phase, compared with a stored baseline.
 
-    python benchmarks/memory_baseline.py [--update]
+    python -m benchmarks.memory.baseline [--update]
 
-One short training of the embedded model in a worker of its own, as a run does it. Measured is the
-memory that is the process's alone (RssAnon; pages of shared libraries depend on the machine) at its
-highest in each phase: the imports, loading the model, training, evaluating, finishing. More than
-5 % above `results/memory-baseline-cpu.json` fails and names the phase that it began in; the tests
-hold it so. `--update` takes over what was measured. Linux only. For a GPU: `memory.py --baseline`.
+Trains the embedded model in a worker process, as a run does, and samples the memory that is the
+process's alone (RssAnon; pages of shared libraries depend on the machine). Fails if the peak is
+more than 5 % above `results/memory-baseline-cpu.json`, and names the phase in which it grew: the
+imports, loading the model, training, evaluating, finishing. `--update` stores the new numbers.
+Linux only. On a GPU use `benchmarks.memory.campaign --baseline`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from benchmarks.machine import ROOT, machine, write_json
+from qwen3ft.units import MIB
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,20 +34,19 @@ if TYPE_CHECKING:
 BASELINE = ROOT / "benchmarks" / "results" / "memory-baseline-cpu.json"
 GROWTH = 0.05
 SAMPLE_SECONDS = 0.005
-MIB = 2**20
 STEPS, EVALUATE_EVERY_STEPS = 12, 6
-SETTLED = {
+FIXED_ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
-    "MALLOC_ARENA_MAX": "2",  # else the number of arenas depends on when threads meet
+    "MALLOC_ARENA_MAX": "2",  # else the number of arenas depends on timing
     "TOKENIZERS_PARALLELISM": "false",
 }
-"""Environment in which two measurements are alike."""
+"""Environment that makes two measurements comparable."""
 
 
 def measure(work: Path) -> dict[str, float]:
-    """MiB at the highest in each phase of a training in `work`.
+    """Return the peak in MiB of each phase of a training.
 
     Args:
         work: Folder of the run.
@@ -57,7 +57,7 @@ def measure(work: Path) -> dict[str, float]:
     from qwen3ft.operations.preview import preview_plan
     from qwen3ft.records.training import AttemptOutcome
 
-    with _environment(SETTLED):
+    with _environment(FIXED_ENVIRONMENT):
         config = TrainingConfig(
             model_name="embedded",
             cache_dir=str(work / "cache"),
@@ -70,7 +70,7 @@ def measure(work: Path) -> dict[str, float]:
             max_steps=STEPS,
             evaluate_every_steps=EVALUATE_EVERY_STEPS,
         )
-        plan = preview_plan(config)  # its own workers leave the bytecode of every import behind
+        plan = preview_plan(config)  # its workers also compile the bytecode of every import
         run = RunDir(work / "run")
         plan = plan.for_run("baseline", str(run.path), attempt=1, resume_from=None)
         job = run.attempt(1).create(plan)
@@ -95,7 +95,7 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 
 class _Sampler(threading.Thread):
-    """Reads the worker's memory and what its heartbeat says it does, until it is gone."""
+    """Samples the worker's memory and its current phase until it ends."""
 
     def __init__(self, job: JobDir) -> None:
         super().__init__(daemon=True)
@@ -103,7 +103,7 @@ class _Sampler(threading.Thread):
         self.peak_bytes: dict[str, int] = {}
 
     def run(self) -> None:
-        """Sample from its start to its end."""
+        """Sample from the worker's start to its end."""
         worker = None
         waited = threading.Event()
         while worker is None:
@@ -133,12 +133,12 @@ class _Sampler(threading.Thread):
 
 
 def grown(now: dict[str, float], before: dict[str, float]) -> str | None:
-    """Which phase grew most, if the peak is more than 5 % above that of `before`; else None."""
+    """Name the phase that grew if the peak is more than 5 % above `before`; else return None."""
     peak, old = max(now.values()), max(before.values())
     if peak <= (1 + GROWTH) * old:
         return None
     growth = {phase: size - before.get(phase, 0.0) for phase, size in now.items()}
-    # A phase holds what those before it took: the first that grew is where it happened.
+    # Later phases hold the memory of earlier ones, so the first that grew is the cause.
     first = next(phase for phase in now if growth[phase] > GROWTH / 2 * old)
     return (
         f"the peak is {peak:.1f} MiB, {peak / old - 1:.1%} above the baseline of {old:.1f}; it "
@@ -147,11 +147,13 @@ def grown(now: dict[str, float], before: dict[str, float]) -> str | None:
 
 
 def main() -> int:
-    """Measure, print, compare; 1 if it grew."""
+    """Measure, print and compare; return 1 if memory grew."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--update", action="store_true", help="keep what is measured as baseline")
+    parser.add_argument(
+        "--update", action="store_true", help="store the measurement as the baseline"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         now = measure(Path(work))
@@ -163,7 +165,7 @@ def main() -> int:
         write_json(BASELINE, {"machine": machine(), "mib": now})
         return 0
     if not before:
-        print("there is no baseline yet: --update makes one")
+        print(f"{BASELINE} does not exist: run again with --update")
         return 2
     problem = grown(now, before)
     print(problem or "no more than 5 % above the baseline")

@@ -1,20 +1,19 @@
-"""Memory predicted and measured, on one GPU: the matrix of shapes, the caps, and the least of all.
+"""Memory predicted and measured, on one GPU: a matrix of shapes, caps, and the least possible.
 
-    python benchmarks/memory.py --work DIR --out results.json [--suite matrix|caps|least]
-        [--shapes 0.6b,1.7b,4b,8b,14b] [--count 6] [--parts] [--peers] [--seed 0] [--timeout 500]
-        [--baseline results/memory-h100.json]
+    python -m benchmarks.memory.campaign --work DIR --out results.json
+        [--suite matrix|caps|least] [--shapes 0.6b,1.7b,4b,8b,14b] [--count 6] [--peers]
+        [--seed 0] [--timeout 500] [--baseline benchmarks/results/memory-h100-...json]
 
-- matrix: of each shape the first `--count` cases, in an order drawn by `--seed`, that fit the card:
-  sequences of 256, 2,048 and 8,192 tokens, all recomputed or nothing, two sizes of micro-batch.
-  What the plan predicts stands beside what NVML shows for the process. `--parts` adds the
-  allocator's peak within each part of the step, in a second training.
-- caps: 4B within 4 to 13 GB and 14B within 12 to 16: 20 steps, or a refusal before any of them.
-- least: 4B, four sequences of up to 256 tokens, under the smallest budget that is accepted; with
-  `--peers` TRL and Unsloth beside it.
+- matrix: for each shape the first `--count` cases that fit the GPU, in an order drawn by `--seed`:
+  sequences of 256, 2,048 and 8,192 tokens, all recomputed or none, two sizes of micro-batch.
+  Compares the plan's prediction with NVML's reading of the process.
+- caps: 4B within 4 to 13 GB and 14B within 12 to 16: 20 steps, or a refusal before the first.
+- least: 4B, four sequences of up to 256 tokens, under the smallest accepted budget; `--peers` adds
+  TRL and Unsloth.
 
-Models are random-init, made once in `--work` by the product (`speed_model.py`). The JSON is written
-after each part; `--suite matrix --shapes tiny` tries it without a GPU. With `--baseline` a case
-that needs 5 % more than it did there fails, and the part that grew is named.
+Models are random-init, made once in `--work` by the product. The JSON is written after each part;
+`--suite matrix --shapes tiny` tries it without a GPU. With `--baseline`, a case that needs 5 % more
+than it did there fails, and the part that grew is named.
 """
 
 from __future__ import annotations
@@ -40,19 +39,19 @@ from benchmarks.memory.cases import (
 from benchmarks.memory.report import grown, report, verdicts
 from benchmarks.speed.cases import TINY, Case, Entry, Settings
 
-CHILD = "benchmarks.memory.jobs"
+CHILD = "benchmarks.memory.cases"
 PREPARE_SECONDS = 600.0
 TINY_BUDGET_GB = 6.0
 SUITES = ("matrix", "caps", "least")
 
 
 class MemoryBench:
-    """One run of the benchmark: its folder, its results, and the file they are kept in."""
+    """One run of the benchmark: its folder, its results, and their file."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
         self.work: Path = arguments.work.resolve()
-        names = ("suite", "shapes", "count", "seed", "parts", "peers")
+        names = ("suite", "shapes", "count", "seed", "peers")
         self.results: dict[str, Any] = {
             "machine": machine(),
             "arguments": {name: getattr(arguments, name) for name in names},
@@ -64,7 +63,7 @@ class MemoryBench:
         self._count = 0
 
     def run(self) -> None:
-        """Every suite asked for, shape by shape."""
+        """Run every requested suite, shape by shape."""
         runs = {"matrix": self._matrix, "caps": self._caps, "least": self._least}
         for suite in self.arguments.suite:
             for row in runs[suite]():
@@ -74,7 +73,7 @@ class MemoryBench:
         self.write()
 
     def write(self) -> None:
-        """All there is so far, whole or not at all."""
+        """Write all results so far, atomically."""
         write_json(self.arguments.out, self.results)
 
     def _matrix(self) -> Iterator[dict[str, Any]]:
@@ -83,8 +82,7 @@ class MemoryBench:
             values = {
                 "cases": [asdict(case) for case in cases],
                 "count": arguments.count,
-                "card_gb": self.results["machine"]["gpu_total_gb"] or TINY_BUDGET_GB,
-                "parts": arguments.parts,
+                "gpu_gb": self.results["machine"]["gpu_total_gb"] or TINY_BUDGET_GB,
             }
             try:
                 yield from self._job("matrix", shape, values)["rows"]
@@ -121,10 +119,10 @@ class MemoryBench:
         return row
 
     def _job(self, kind: str, shape: str, values: dict[str, Any]) -> dict[str, Any]:
-        """Run one job in a process of its own, once the model of `shape` is there.
+        """Run one job in a process of its own; make the model of `shape` first if need be.
 
         Raises:
-            JobFailedError: it ended without a result, or took too long.
+            JobFailedError: The job ended without a result, or took too long.
         """
         if shape not in self.snapshots:
             prepare = {"kind": "model", "shape": shape, "work": str(self.work)}
@@ -146,7 +144,7 @@ class MemoryBench:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -154,34 +152,38 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="JSON with the results")
     parser.add_argument("--suite", action="append", choices=SUITES, default=[])
     parser.add_argument("--shapes", default=",".join(MATRIX_SHAPES))
-    parser.add_argument("--count", type=int, default=6, help="cases of a shape that fit")
-    parser.add_argument("--parts", action="store_true", help="measure each part of the step too")
-    parser.add_argument("--peers", action="store_true", help="TRL and Unsloth beside the least")
-    parser.add_argument("--baseline", type=Path, help="earlier results that nothing may exceed")
+    parser.add_argument("--count", type=int, default=6, help="fitting cases per shape")
+    parser.add_argument(
+        "--peers", action="store_true", help="add TRL and Unsloth to the suite least"
+    )
+    parser.add_argument("--baseline", type=Path, help="earlier results to compare with")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--timeout", type=float, default=500.0, help="seconds a job")
+    parser.add_argument("--timeout", type=float, default=500.0, help="seconds per job")
     arguments = parser.parse_args(argv)
     arguments.shapes = arguments.shapes.split(",")
     if unknown := set(arguments.shapes) - {*MATRIX_SHAPES, TINY}:
-        parser.error(f"no such shape: {', '.join(sorted(unknown))}")
+        parser.error(f"unknown shape: {', '.join(sorted(unknown))}")
     arguments.suite = arguments.suite or list(SUITES)
     arguments.out = arguments.out.resolve()
     return arguments
 
 
 def main() -> int:
-    """Run what is asked for; the table comes last. 1 if a bar is missed or something grew."""
+    """Run the requested suites and print the table; return 1 if a bar is missed or memory grew."""
     arguments = parse()
     bench = MemoryBench(arguments)
     if not bench.results["machine"]["gpu"] and arguments.shapes != [TINY]:
-        print("No GPU is visible, and this measures one.", file=sys.stderr)
+        print(
+            "No GPU is visible. Without one, only --suite matrix --shapes tiny can run.",
+            file=sys.stderr,
+        )
         return 2
     bench.run()
     print(report(bench.results))
     problems = []
     if arguments.baseline:
         problems = grown(bench.results, json.loads(arguments.baseline.read_text(encoding="utf-8")))
-        print("\n".join(problems) or f"nothing needs 5 % more than in {arguments.baseline.name}")
+        print("\n".join(problems) or f"no case needs 5 % more than in {arguments.baseline.name}")
     return 1 if problems or not all(bench.results["verdicts"].values()) else 0
 
 

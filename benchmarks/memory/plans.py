@@ -1,18 +1,16 @@
-"""What recovery from memory leaves alone: gradients of every plan, and the adapter after a shrink.
+"""Checks that recovery from running out of memory does not change the result of a training.
 
-    python benchmarks/memory_plans.py --work DIR --out results.json [--sequences 16] [--seed 0]
+    python -m benchmarks.memory.plans --work DIR --out results.json [--sequences 16] [--seed 0]
 
-On the embedded model, on the CPU in fp32, through the product's own trainer and worker:
+Runs the embedded model on the CPU in fp32 through the product's own trainer and worker:
 
-- gradients: of one effective batch of `--sequences`, for every micro-batch that divides it, padded
-  and packed, recomputed or not, with small and large loss chunks, plain and fused, in fp32, from
-  that of the whole batch at once on the same path; and the plain ones in float64, where what is
-  left is what the plan itself changes. With one thread: with more, the order of fp32's sums
-  depends on how a product of few rows is shared out between them;
-- a shrink: a run whose k-th step runs out of memory, answered by `qwen3ft.recovery.adjust`, ends
-  with the same adapter, bit by bit, as an undisturbed run of the final plan from the same
+- gradients of one effective batch of `--sequences`, for every micro-batch size that divides it,
+  padded and packed, recomputed or not, with small and large loss chunks, plain and fused, compared
+  with the whole batch at once on the same path; plain ones also in float64, without rounding;
+- a shrink: a run whose k-th step runs out of memory, adjusted by `qwen3ft.recovery.adjust`, must
+  end with the same adapter, bit by bit, as an undisturbed run of the final plan from the same
   checkpoint;
-- the end: where every attempt runs out of memory, at most five are made, and the error tells them.
+- giving up: if every attempt runs out of memory, at most five are made, and the error lists them.
 """
 
 from __future__ import annotations
@@ -41,10 +39,10 @@ from qwen3ft.recovery.adjust import GiveUp, decide
 from qwen3ft.training.faults import VARIABLE as FAULTS
 
 EXACT_TOLERANCE = 1e-12
-"""Relative, of gradients in float64."""
+"""Largest relative difference of gradients in float64."""
 
 TOLERANCE = 1e-6
-"""The same in fp32, from the whole batch at once on the same path."""
+"""The same in fp32, compared with the whole batch at once on the same path."""
 
 MOST_ATTEMPTS = 5
 STEPS, CHECKPOINT_EVERY_STEPS = 8, 2
@@ -52,7 +50,7 @@ FAILING_STEPS = (1, 3, 6, 8)
 
 
 def recover(plan: TrainPlan, faults: str) -> tuple[TrainPlan | GiveUp, list[AttemptSummary]]:
-    """The plan that completed, or why it was given up, and all attempts; as the flow does it."""
+    """Recover as the flow does; return the completed plan or the giving up, and all attempts."""
     os.environ[FAULTS] = faults
     history: list[AttemptSummary] = []
     try:
@@ -96,13 +94,13 @@ def _summary(plan: TrainPlan, outcome: str) -> AttemptSummary:
 
 
 def last_adapter(run_dir: str) -> str:
-    """sha256 of the adapter of the last checkpoint."""
+    """Return the sha256 of the last checkpoint's adapter."""
     path = max(Path(run_dir).glob("attempts/*/checkpoints/step-*"), key=lambda each: each.name)
     return sha256_file(path / "adapter_model.safetensors")
 
 
 def measure_shrinks(config: TrainingConfig, work: Path) -> list[dict[str, Any]]:
-    """Of each step that runs out of memory, whether the adapter is the undisturbed one."""
+    """For each failing step, compare the adapter with that of an undisturbed run."""
     rows = []
     schedule = {
         "total_steps": STEPS,
@@ -114,7 +112,7 @@ def measure_shrinks(config: TrainingConfig, work: Path) -> list[dict[str, Any]]:
         plan = make_plan(config, work / f"shrunk-{step}", **schedule)
         final, attempts = recover(plan, f"oom@step={step}")
         if isinstance(final, GiveUp):
-            raise TypeError(f"given up: {final.reason}")
+            raise TypeError(f"recovery gave up: {final.reason}")
         again = work / f"again-{step}"
         train(final.model_copy(update={"run_dir": str(again), "attempt": 1}))
         rows.append(
@@ -133,12 +131,12 @@ def measure_shrinks(config: TrainingConfig, work: Path) -> list[dict[str, Any]]:
 
 
 def measure_end(config: TrainingConfig, work: Path) -> dict[str, Any]:
-    """What comes of a run all of whose attempts run out of memory."""
+    """Return how a run ends if every attempt runs out of memory."""
     plan = make_plan(config, work / "never", total_steps=STEPS)
     every = ",".join(f"oom@step=1:attempt={number}" for number in range(1, 20))
     end, attempts = recover(plan, every)
     if not isinstance(end, GiveUp):
-        raise TypeError("it completed")
+        raise TypeError("the run completed")
     return {
         "attempts": len(attempts),
         "kind": end.failure.kind,
@@ -148,13 +146,15 @@ def measure_end(config: TrainingConfig, work: Path) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Measure all three, print a table, write the JSON; 1 if a bar is missed."""
+    """Measure all three, print a table, write the JSON; return 1 if a bar is missed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--work", type=Path, help="runs and caches; default: temporary")
+    parser.add_argument(
+        "--work", type=Path, help="folder of runs and caches; default: a temporary one"
+    )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--sequences", type=int, default=16, help="of the effective batch")
+    parser.add_argument("--sequences", type=int, default=16, help="size of the effective batch")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -172,6 +172,7 @@ def main() -> int:
             seed=arguments.seed,
         )
         results: dict[str, Any] = {"machine": machine(), "sequences": arguments.sequences}
+        # With more threads, the order of fp32 sums depends on how they share a product of few rows.
         torch.set_num_threads(1)
         results["gradients"] = measure_gradients(config, work)
         results["shrinks"] = measure_shrinks(config, work)
@@ -200,15 +201,15 @@ def main() -> int:
     }
     write_json(arguments.out, results)
     print(f"\n{results['machine']['date']}  torch {torch.__version__}, CPU, fp32\n")
-    print("largest difference of a gradient, as a share of its norm:")
+    print("largest relative difference of a gradient:")
     for name, words in (
         ("exact_from_exact", "in float64, from the whole batch at once"),
         ("from_exact", f"in fp32, from float64 (whole batch: {whole['from_exact']:.2e})"),
         ("from_whole", "in fp32, from the whole batch at once, on the same path"),
     ):
         row = largest[name]
-        how = ", ".join(str(row[key]) for key in ("kernels", "micro_batch_size", "packing"))
-        print(f"  {row[name]:.2e} {words}; {how}")
+        settings = ", ".join(str(row[key]) for key in ("kernels", "micro_batch_size", "packing"))
+        print(f"  {row[name]:.2e} {words}; {settings}")
     for row in results["shrinks"]:
         print(
             f"out of memory at step {row['step']}: micro-batches {row['micro_batches']}, resumed "

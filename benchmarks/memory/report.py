@@ -1,7 +1,4 @@
-"""What `memory.py` concludes, from its results alone: `python memory_report.py results.json ...`.
-
-Pure: peaks in, errors, verdicts and tables out. No torch.
-"""
+"""Errors, verdicts and tables: `python -m benchmarks.memory.report results.json ...`."""
 
 from __future__ import annotations
 
@@ -11,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 TOLERANCE = 0.05
-"""Of the measured peak, what a prediction may be off by ..."""
+"""Relative error of a prediction that counts as right."""
 WITHIN = 0.95
-"""... in this share of the cases, ..."""
+"""Share of the cases whose prediction must be right."""
 UNDERESTIMATE = 0.03
-"""... and by how much any may be too small."""
+"""Largest share of the measured peak by which any prediction may be too small."""
 FEWEST_CASES = 24
 LEAST_RESERVED_GB = 2.95
 GROWTH = 0.05
@@ -23,18 +20,18 @@ NONE = "–"
 
 
 def error_of(row: dict[str, Any]) -> float:
-    """(predicted - measured) / measured; positive where too much was predicted."""
+    """Return (predicted - measured) / measured; positive if too much was predicted."""
     measured = measured_gb(row)
     return float((row["predicted_gb"] - measured) / measured)
 
 
 def measured_gb(row: dict[str, Any]) -> float:
-    """What NVML showed, or the process's own count where it showed nothing."""
+    """Return NVML's peak, or the process's own count if NVML showed none."""
     return float(row["nvml_gb"] or row["process_gb"])
 
 
 def verdicts(results: dict[str, Any]) -> dict[str, bool]:
-    """Every question that the results answer, with its answer."""
+    """Return every criterion that the results can be checked against, and whether it holds."""
     answers: dict[str, bool] = {}
     if cases := [row for row in results["matrix"] if row["status"] == "ok"]:
         errors = [error_of(row) for row in cases]
@@ -64,7 +61,7 @@ def verdicts(results: dict[str, Any]) -> dict[str, bool]:
 
 
 def grown(results: dict[str, Any], baseline: dict[str, Any]) -> list[str]:
-    """Cases of the matrix that need 5 % more than in `baseline`, with the part that grew most."""
+    """Return a line per case that needs 5 % more than in `baseline`, and the part that grew."""
     before = {row["case"]: row for row in baseline["matrix"] if row["status"] == "ok"}
     problems = []
     for row in results["matrix"]:
@@ -81,22 +78,19 @@ def grown(results: dict[str, Any], baseline: dict[str, Any]) -> list[str]:
 
 
 def _largest(row: dict[str, Any], old: dict[str, Any]) -> str:
-    """Which part grew most: of those measured where there are any, else of those predicted."""
-    name = "measured_parts_gb" if "measured_parts_gb" in row.keys() & old.keys() else "parts_gb"
-    growth = {part: size - old[name].get(part, 0.0) for part, size in row[name].items()}
+    """Name the predicted part that grew most."""
+    growth = {part: size - old["parts_gb"].get(part, 0.0) for part, size in row["parts_gb"].items()}
     part = max(growth, key=growth.__getitem__)
-    kind = "measured" if name == "measured_parts_gb" else "predicted"
-    return f"most of it in: {part}, {growth[part]:+.2f} GB {kind}"
+    return f"most of it in: {part}, {growth[part]:+.2f} GB predicted"
 
 
 def report(results: dict[str, Any]) -> str:
-    """All of it as tables: memory in GB (2**30 bytes)."""
+    """Return all results as tables: memory in GB (2**30 bytes)."""
     machine = results["machine"]
     versions = ", ".join(f"{name} {is_}" for name, is_ in machine["versions"].items() if is_)
     text = [f"\n{machine['date']}  {machine['gpu']}, driver {machine['driver']}", versions]
     if results["matrix"]:
         text += ["", *_table(_HEADER, [_matrix_line(row) for row in results["matrix"]])]
-        text += _parts(results["matrix"])
     if rows := [*results["caps"], *results["least"]]:
         text += ["", *_table(_CAPS_HEADER, [_caps_line(row) for row in rows])]
     text += [
@@ -121,19 +115,6 @@ def _matrix_line(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 _MEASURED = ("nvml", "process", "reserved", "allocated")
-
-
-def _parts(rows: list[dict[str, Any]]) -> list[str]:
-    """The allocator's peak within each part, where it was measured."""
-    measured = [row for row in rows if "measured_parts_gb" in row]
-    if not measured:
-        return []
-    names = list(dict.fromkeys(name for row in measured for name in row["measured_parts_gb"]))
-    lines = [
-        (row["case"], *(_number(row["measured_parts_gb"].get(name), ".2f") for name in names))
-        for row in measured
-    ]
-    return ["", *_table(("allocated at most in", *names), lines)]
 
 
 def _caps_line(row: dict[str, Any]) -> tuple[str, ...]:
