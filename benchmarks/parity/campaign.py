@@ -1,21 +1,20 @@
-"""The fused path trains as the plain one does: the same losses, and gradients no less exact.
+"""Compares the fused path with the plain one: losses of a training, and exactness of gradients.
 
-    python benchmarks/parity.py --work DIR --out results.json [--shape 4b|0.6b|tiny] [--steps 100]
-        [--sequences 16] [--rows 1600] [--batch 64] [--layers 8,36] [--learning-rate 3e-4]
-        [--cap 13] [--seed 0] [--only training|gradients]
+    python -m benchmarks.parity.campaign --work DIR --out results.json [--shape 4b|0.6b|tiny]
+        [--steps 100] [--sequences 16] [--rows 1600] [--batch 64] [--layers 8,36]
+        [--learning-rate 3e-4] [--cap 13] [--seed 0] [--only training|gradients]
 
 Training: `--steps` optimizer steps of both paths through the product's own worker, each in a fresh
-process, with the same model, rows, seed and order. The rows are random, but of few kinds of tokens,
-so the loss falls, and falls alike or does not. Read are loss and gradient norm of every step. The
-plain path runs once more with products in fp32 where it has them in bf16, on a GPU: how far either
-is from that is its own rounding.
+process, with the same model, rows, seed and order. The rows are random tokens of few kinds, so the
+loss falls. Loss and gradient norm of every step are compared. On a GPU the plain path runs once
+more with products in fp32 instead of bf16; the distance of either path from that is its rounding.
 
-Gradients: those of one batch of `--batch` sequences, both ways, against an fp32 model with the same
-4-bit weights (see `parity_gradients.py`). For the embedded model, which is trained, on real text;
-and on a GPU for the first `--layers` layers of the random-init shape, on real text and on random
-tokens.
+Gradients: both paths' gradients of one batch of `--batch` sequences, compared with those of an fp32
+model with the same 4-bit weights (see `gradients.py`). Measured on the embedded model, which is
+trained, with real text; and on a GPU on the first `--layers` layers of the random-init shape, with
+real text and with random tokens.
 
-The JSON is written after each part. A part that fails is named in the end, with its log.
+The JSON is written after each part. Failed parts are listed at the end, each with its log.
 `--shape tiny` needs no GPU.
 """
 
@@ -40,14 +39,14 @@ from benchmarks.parity.report import (
 )
 from benchmarks.speed.cases import SHAPES, TINY, Case, Entry, Settings
 
-CHILD = "benchmarks.parity.jobs"
+CHILD = "benchmarks.parity.training"
 PREPARE_SECONDS = 600.0
 SEQUENCE_TOKENS = {TINY: 64}
-"""Longest sequences; of other shapes 256."""
+"""Longest sequence of a shape; 256 for all others."""
 
 
-class Parity:
-    """One run of the benchmark: its folder, its results, and the file they are kept in."""
+class ParityBench:
+    """One run of the benchmark: its folder, its results, and their file."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
@@ -68,7 +67,7 @@ class Parity:
         )
 
     def run(self) -> None:
-        """All parts; what fails leaves the others alone."""
+        """Run all parts; a part that fails does not stop the others."""
         shape = self.arguments.shape
         model = self._part("model", shape, {"shape": shape, "work": str(self.work)})
         if model is not None:
@@ -139,11 +138,11 @@ class Parity:
         self.write()
 
     def write(self) -> None:
-        """All there is so far, whole or not at all."""
+        """Write all results so far, atomically."""
         write_json(self.arguments.out, self.results)
 
     def _part(self, kind: str, name: str, values: dict[str, Any]) -> dict[str, Any] | None:
-        """The result of a job; None if it failed, which is noted then."""
+        """Return the result of a job; note a failure and return None."""
         started = time.monotonic()
         try:
             result = self._job(kind, name, values)
@@ -157,7 +156,7 @@ class Parity:
         """Run one job in a process of its own.
 
         Raises:
-            JobFailedError: it ended without a result, or took too long.
+            JobFailedError: The job ended without a result, or took too long.
         """
         folder = self.work / "parity" / f"{kind}-{name.replace(' ', '-')}"
         limit = PREPARE_SECONDS if kind == "model" else self.arguments.timeout
@@ -169,7 +168,7 @@ class Parity:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -178,36 +177,38 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shape", choices=[*SHAPES, TINY], default="4b")
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps")
     parser.add_argument("--sequences", type=int, default=16, help="per optimizer step")
-    parser.add_argument("--rows", type=int, help="of an epoch; default: each row once")
-    parser.add_argument("--batch", type=int, default=64, help="sequences whose gradients are taken")
-    parser.add_argument("--layers", default="8,36", help="of the shape, for its gradients")
+    parser.add_argument("--rows", type=int, help="rows of an epoch; default: each row once")
+    parser.add_argument(
+        "--batch", type=int, default=64, help="sequences of the batch for gradients"
+    )
+    parser.add_argument("--layers", default="8,36", help="numbers of layers for gradients")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--cap", type=float, default=13.0, help="memory budget of training in GB")
-    parser.add_argument("--only", choices=["training", "gradients"], help="this part alone")
+    parser.add_argument("--only", choices=["training", "gradients"], help="run this part alone")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds a job")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds per job")
     arguments = parser.parse_args(argv)
     if arguments.rows is None:
         arguments.rows = arguments.steps * arguments.sequences
     arguments.layers = [int(count) for count in arguments.layers.split(",")]
     if min(arguments.steps, arguments.sequences, arguments.batch, *arguments.layers) < 1:
-        parser.error("--steps, --sequences, --batch and --layers are 1 or more")
+        parser.error("--steps, --sequences, --batch and --layers must be 1 or more")
     if arguments.rows < 1 or arguments.rows % arguments.sequences:
-        parser.error("--rows is a multiple of --sequences")
+        parser.error("--rows must be a multiple of --sequences")
     arguments.out = arguments.out.resolve()
     return arguments
 
 
 def main() -> int:
-    """Run all parts; the table comes last."""
+    """Run all parts and print the table; return 1 if a part failed."""
     arguments = parse()
-    parity = Parity(arguments)
-    if arguments.shape != TINY and not parity.results["machine"]["gpu"]:
+    bench = ParityBench(arguments)
+    if arguments.shape != TINY and not bench.results["machine"]["gpu"]:
         print(f"--shape {arguments.shape} needs a GPU; --shape {TINY} does not.", file=sys.stderr)
         return 2
-    parity.run()
-    print(report(parity.results))
-    return 1 if parity.results["failed"] else 0
+    bench.run()
+    print(report(bench.results))
+    return 1 if bench.results["failed"] else 0
 
 
 if __name__ == "__main__":

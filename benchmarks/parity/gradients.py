@@ -1,8 +1,8 @@
-"""Gradients of one batch three ways for `parity.py`: fused, plain in bf16, and in fp32 throughout.
+"""Gradients of one batch computed three ways: fused, plain in bf16, and in fp32 throughout.
 
 The third is the reference: the same 4-bit weights, dequantised once, and every product in fp32. It
-is the model of the other two, converted when they are done, so adapters and norms are the same.
-B of the adapters is not zero, as after some training, so that A has gradients too.
+is the model of the other two, converted afterwards, so adapters and norms are the same. B of the
+adapters is random instead of zero, so that A has gradients too.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
 B_STD = 0.02
 MICRO_BATCH_ROWS = 16
-"""Rows of a micro-batch; gradients of a batch are the sum over its micro-batches."""
+"""Rows per micro-batch; the gradient of a batch is the sum over its micro-batches."""
 
 CHUNK_TOKENS = 1024
-"""Of logits and of the fused MLP: less than a row, so that chunks are measured too."""
+"""Chunk of logits and of the fused MLP: shorter than a row, so that chunking is measured too."""
 
 LONGEST_TOKENS = 512
 TEXTS = {
@@ -46,12 +46,12 @@ TEXTS = {
 
 
 def measure(values: dict[str, Any]) -> dict[str, Any]:
-    """Norms of the reference's gradients, and of both paths' differences from them, by tensor.
+    """Return the norms of the reference's gradients and of both paths' differences, by tensor.
 
     Args:
-        values: `case`, `seed`, and `text`: whether the rows are real text or the workload's random
-            tokens. Except for the tiny model, which is quantised here as it is in bf16 on no CPU
-            otherwise, also `model`, the folder of the 4-bit model, and how many `layers` of it.
+        values: `case`, `seed`, and `text`: real text instead of the workload's random tokens. For
+            shapes other than tiny also `model`, the folder of the 4-bit model, and its number of
+            `layers` to use. The tiny model is quantised here, to compute in bf16 on a CPU too.
     """
     from transformers import set_seed
 
@@ -65,7 +65,7 @@ def measure(values: dict[str, Any]) -> dict[str, Any]:
         model.model.layers = model.model.layers[: values["layers"]]
         model.config.num_hidden_layers = len(model.model.layers)
     if values["text"]:
-        text, rows = _real_rows(tokenizer, case.sequences_per_step)
+        text, rows = _text_rows(tokenizer, case.sequences_per_step)
     else:
         text = "random tokens"
         ids = workload(case, case.sequences_per_step, seed)
@@ -104,7 +104,7 @@ def measure(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load(folder: Path, *, quantize: bool) -> Any:
-    """The 4-bit model that computes in bf16, prepared as the worker does for the plain path."""
+    """Load the 4-bit model with products in bf16, prepared as in the worker's plain path."""
     from transformers import AutoModelForCausalLM
 
     manager = ModelManager(TrainingConfig())
@@ -124,7 +124,7 @@ def _load(folder: Path, *, quantize: bool) -> Any:
 
 
 def _adapt(model: Any, seed: int) -> Any:
-    """`model` with an adapter in fp32 whose B is normal; the same on every machine."""
+    """Add an fp32 adapter with a normally distributed B, the same on every machine."""
     from peft import LoraConfig, get_peft_model
 
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **LORA)).train()
@@ -136,8 +136,8 @@ def _adapt(model: Any, seed: int) -> Any:
     return adapted
 
 
-def _real_rows(tokenizer: Any, count: int) -> tuple[str, list[dict[str, Any]]]:
-    """What it is, and the first rows of it that are not too long; answers are trained."""
+def _text_rows(tokenizer: Any, count: int) -> tuple[str, list[dict[str, Any]]]:
+    """Return the name of the text and its first rows that are short enough; answers are trained."""
     found = ((name, path) for name, paths in TEXTS.items() for path in paths if path.exists())
     name, path = next(found)
     with path.open(encoding="utf-8") as lines:
@@ -157,10 +157,10 @@ def _gradients(
     make_loss: Callable[[Any], Callable[[MicroBatch], torch.Tensor]],
     batch: list[MicroBatch],
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """The summed loss of all micro-batches, and its gradient by each tensor of the adapter.
+    """Return the summed loss of all micro-batches and its gradient for each adapter tensor.
 
     Raises:
-        RuntimeError: a tensor has none.
+        RuntimeError: A tensor has no gradient.
     """
     adapted.zero_grad(set_to_none=True)
     loss_of = make_loss(adapted)
@@ -180,7 +180,7 @@ def _gradients(
 
 
 def _fused(adapted: Any) -> Callable[[MicroBatch], torch.Tensor]:
-    """As `QATrainer` does with kernels 'fused'; the blocks take all levels in turn."""
+    """Compute the loss as `QATrainer` does with kernels 'fused'; blocks cycle through levels."""
     ops: Any
     if CUDA:
         from qwen3ft.training.fused import kernels as ops
@@ -198,7 +198,7 @@ def _fused(adapted: Any) -> Callable[[MicroBatch], torch.Tensor]:
 
 
 def _plain(adapted: Any) -> Callable[[MicroBatch], torch.Tensor]:
-    """As `QATrainer` does with kernels 'plain'."""
+    """Compute the loss as `QATrainer` does with kernels 'plain'."""
 
     def loss_of(batch: MicroBatch) -> torch.Tensor:
         with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
@@ -213,7 +213,7 @@ def _reference(adapted: Any) -> Callable[[MicroBatch], torch.Tensor]:
 
 @contextmanager
 def _full_precision(adapted: Any) -> Iterator[None]:
-    """Turn the model into the fp32 reference for good; no TF32 inside."""
+    """Turn the model into the fp32 reference, for good; without TF32 inside the context."""
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
 

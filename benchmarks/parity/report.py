@@ -1,7 +1,4 @@
-"""What `parity.py` concludes, from its results alone: `python parity_report.py results.json ...`.
-
-Pure: losses and norms in, differences and verdicts out. No torch.
-"""
+"""Differences, verdicts and table: `python -m benchmarks.parity.report results.json ...`."""
 
 from __future__ import annotations
 
@@ -16,34 +13,34 @@ from typing import Any
 
 FUSED, PLAIN = PATHS = ("fused", "plain")
 CONTROL = "plain, fp32"
-"""The plain path with products in fp32: what both would do if nothing were rounded."""
+"""The plain path with products in fp32: the training without rounding to bf16."""
 
 LOSS_TOLERANCE = 0.01
-"""Relative difference of the losses at any step."""
+"""Largest relative difference of the losses at any step."""
 MOVED = 0.05
-"""Share of the first loss that training has to take off, else equal losses say nothing."""
+"""Share of the first loss that training must remove; else equal losses prove nothing."""
 GRADIENT_TOLERANCE = 0.01
-"""Relative error of a gradient."""
+"""Largest relative error of a gradient."""
 
 SAME = (
     *("micro_batch_size", "gradient_accumulation_steps", "total_steps", "warmup_steps", "seed"),
     *("learning_rate", "lr_scheduler", "weight_decay", "max_grad_norm", "max_sequence_length"),
 )
-"""Settings of the plan that training follows from; of the first two their product."""
+"""Settings that both plans must share; of the first two only the product."""
 
 NONE = "–"
 _KIND = re.compile(r"(\w+_proj)\.lora_([AB])\b")
 
 
 def compare_training(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """How far the two paths' losses and gradient norms are apart.
+    """Compare losses and gradient norms of the two paths.
 
     Args:
-        runs: Of each of `PATHS`, and of `CONTROL` if it ran: `losses` and `grad_norms`, one a
+        runs: For each of `PATHS`, and for `CONTROL` if it ran: `losses` and `grad_norms`, one per
             step, and `levers`.
 
     Raises:
-        ValueError: they did not do the same steps.
+        ValueError: The paths did not do the same steps.
     """
     fused, plain = (runs[path] for path in PATHS)
     control = runs.get(CONTROL)
@@ -72,14 +69,14 @@ def compare_training(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _settings(levers: dict[str, Any]) -> dict[str, Any]:
-    """What has to be the same in both plans."""
+    """Return the settings that both plans must share."""
     settings = {name: levers[name] for name in SAME}
     sizes = [settings.pop(name) for name in SAME[:2]]
     return {"effective_batch_size": math.prod(sizes), **settings}
 
 
 def _largest(values: Sequence[float], references: Sequence[float]) -> dict[str, Any]:
-    """The largest relative difference and its step, from 1; infinite where one is no number."""
+    """Return the largest relative difference and its step, from 1; infinite for NaN or inf."""
     relative = [
         abs(a - b) / abs(b) if math.isfinite(a) and math.isfinite(b) and b else math.inf
         for a, b in zip(values, references, strict=True)
@@ -89,14 +86,14 @@ def _largest(values: Sequence[float], references: Sequence[float]) -> dict[str, 
 
 
 def compare_gradients(tensors: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Relative errors of both paths' gradients: worst, median, of all together, and by kind.
+    """Return relative errors of both paths' gradients: worst, median, all together, by kind.
 
     Args:
-        tensors: Of each adapter tensor by name: `reference`, the norm of its gradient, and for each
-            of `PATHS` the norm of that path's difference from it.
+        tensors: For each adapter tensor by name: `reference`, the norm of its gradient, and for
+            each of `PATHS` the norm of that path's difference from it.
 
     Raises:
-        ValueError: there is none, or one whose gradient is zero: it would show nothing.
+        ValueError: There are no tensors, or a reference gradient is zero.
     """
     flat = [name for name, norms in tensors.items() if not norms["reference"] > 0]
     if flat or not tensors:
@@ -129,7 +126,7 @@ def _kind(name: str) -> str:
 
 
 def verdicts(results: dict[str, Any]) -> dict[str, bool]:
-    """Every question that the results answer, with its answer."""
+    """Return every criterion that the results can be checked against, and whether it holds."""
     answers = {}
     if training := results.get("training"):
         found = compare_training(training)
@@ -150,7 +147,7 @@ def verdicts(results: dict[str, Any]) -> dict[str, bool]:
 
 
 def report(results: dict[str, Any]) -> str:
-    """All of it as one table."""
+    """Return all results as one table."""
     machine = results["machine"]
     device = f"{machine['gpu']}, driver {machine['driver']}" if machine["gpu"] else "CPU"
     versions = ", ".join(f"{name} {is_}" for name, is_ in machine["versions"].items() if is_)

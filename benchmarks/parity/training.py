@@ -1,6 +1,8 @@
-"""One path's training for `parity.py`: the plan of a run, carried out as its worker does.
+"""Training of one path: `python -m benchmarks.parity.training JOB.json`.
 
-The rows are random tokens of few kinds, each row once, so the loss falls to that of their kinds.
+A job is one of the speed benchmark's kinds, or one of two more: the training of a path, carried out
+as a run's worker does, and the gradients of a model. The rows are random tokens of few kinds, each
+row once, so the loss falls to the entropy of their kinds.
 """
 
 from __future__ import annotations
@@ -8,11 +10,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.machine import DeviceMemory
 from benchmarks.speed.cases import LORA_ALPHA, LORA_RANK, Job
+from benchmarks.speed.contestants import KINDS, main
 from benchmarks.speed.ours import levers, write_dataset
 
 if TYPE_CHECKING:
@@ -21,19 +26,19 @@ if TYPE_CHECKING:
 
 
 def train(values: dict[str, Any]) -> dict[str, Any]:
-    """Losses and gradient norms of every step, as the worker writes them into metrics.jsonl.
+    """Train, and return the losses and gradient norms of every step from metrics.jsonl.
 
     Args:
-        values: A job of `speed_contestants`, whose `steps` are those of one epoch; and `kernels`,
+        values: A job of the speed benchmark whose `steps` are those of one epoch; and `kernels`,
             `learning_rate`, `total_steps`, and the `dtype` of products, None for the model's own.
 
     Raises:
-        RuntimeError: the plan takes the other path, or steps are missing.
-        InsufficientMemoryError: the plan says that it does not fit.
+        RuntimeError: The plan takes the other path, or steps are missing.
+        InsufficientMemoryError: The training does not fit, by the plan.
     """
     plan = _plan(Job.read(values), values["kernels"], values["learning_rate"], values)
     if plan.kernels != values["kernels"]:
-        raise RuntimeError(f"the plan is {plan.kernels}: {plan.reasons['kernels']}")
+        raise RuntimeError(f"the plan chose kernels {plan.kernels}: {plan.reasons['kernels']}")
     from qwen3ft.files import read_json_lines
     from qwen3ft.jobs.folders import RunDir
     from qwen3ft.worker import jobs as worker
@@ -60,7 +65,7 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plan(job: Job, kernels: Any, learning_rate: float, values: dict[str, Any]) -> TrainPlan:
-    """What `build_plan` makes of it."""
+    """Return the plan that `build_plan` makes of the job."""
     from qwen3ft.config import TrainingConfig
     from qwen3ft.machine.environment import EnvironmentManager
     from qwen3ft.model.adapter import plan_adapter
@@ -99,7 +104,7 @@ def _plan(job: Job, kernels: Any, learning_rate: float, values: dict[str, Any]) 
 
 
 def _computing_in(dtype: Any, snapshot: ModelSnapshot, folder: Path) -> ModelSnapshot:
-    """The same 4-bit weights in `folder`, to be loaded with products in `dtype`."""
+    """Link the same 4-bit weights into `folder`, to be loaded with products in `dtype`."""
     shutil.copytree(snapshot.path, folder, copy_function=os.link)
     changed = {
         "config.json": ("quantization_config", "bnb_4bit_compute_dtype"),
@@ -108,6 +113,22 @@ def _computing_in(dtype: Any, snapshot: ModelSnapshot, folder: Path) -> ModelSna
     for name, (part, key) in changed.items():
         values = json.loads((folder / name).read_text(encoding="utf-8"))
         values[part][key] = dtype
-        (folder / name).unlink()  # else the other folder's would change too
+        (folder / name).unlink()  # it is a hard link: writing would change the original
         (folder / name).write_text(json.dumps(values), encoding="utf-8")
     return snapshot.model_copy(update={"path": str(folder), "compute_dtype": dtype})
+
+
+def _training(values: dict[str, Any], memory: DeviceMemory) -> dict[str, Any]:
+    return train(values) | {"nvml_peak_gb": memory.stop()}
+
+
+def _gradients(values: dict[str, Any], memory: DeviceMemory) -> dict[str, Any]:
+    from benchmarks.parity.gradients import measure
+
+    return measure(values) | {"nvml_peak_gb": memory.stop()}
+
+
+KINDS |= {"training": _training, "gradients": _gradients}
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -247,7 +247,7 @@ def test_a_job_that_fails_is_named_with_its_log(
 ) -> None:
     more = ["--shape", "tiny", "--timeout", "0.1"]
     arguments = parity.parse(["--work", str(tmp_path), "--out", str(tmp_path / "r.json"), *more])
-    bench = parity.Parity(arguments)
+    bench = parity.ParityBench(arguments)
     bench._measure("tiny", {"case": {}, "text": True})
     (why,) = bench.results["failed"].values()
     assert "timeout after 0.1 s" in why
