@@ -19,7 +19,7 @@ from rich.progress import Progress as ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from qwen3ft.evaluation.wording import METRIC_NAMES, format_seconds, interval_text, judge_text
+from qwen3ft.evaluation.wording import format_seconds
 from qwen3ft.records.machine import EnvironmentReport
 from qwen3ft.records.run_card import RunCard
 from qwen3ft.units import size_text
@@ -130,50 +130,26 @@ class RunView:
 
 
 def show_card(console: Console, card: RunCard) -> None:
-    """The result of a run on one screen; what the run did not get to is left out."""
-    stages = "  ".join(f"{name} {format_seconds(s)}" for name, s in card.seconds_by_stage.items())
-    rows = {
-        "trained on": card.trained_on,
-        "exact match": _from_to(card.base_score, card.tuned_score, ".1%", " (base -> tuned)"),
-        **{
-            f"  {split}": f"{base:.1%} -> {tuned:.1%} of {count}"
-            for split, (base, tuned, count) in card.scores_by_split.items()
-        },
-        **{
-            f"  gain: {c.rival}": f"{METRIC_NAMES[c.metric]} {interval_text(c)}"
-            for c in card.comparisons
-            if c.metric == card.main_metric
-        },
-        "forgetting": card.forgetting,
-        **({f"judge {card.judge.model}": judge_text(card.judge)} if card.judge else {}),
-        "held-out loss": _from_to(card.held_out_loss_before, card.held_out_loss_after, ".3f"),
-        "peak memory": _peak_of_budget(card),
-        **(
-            {"speed": f"{card.tokens_per_second:,.0f} tokens/s, kernels {card.kernels}"}
-            if card.tokens_per_second is not None
-            else {}
-        ),
-        "time": f"{format_seconds(sum(card.seconds_by_stage.values()))}: {stages}",
-        "attempts": ", ".join(f"{a.attempt} {a.outcome}" for a in card.attempts) or "none needed",
-        "adapter": card.adapter_path or "",
-        "verdict": card.verdict,
-        **{"note" if n == 0 else f"note {n + 1}": note for n, note in enumerate(card.notes)},
-        "Prefect": card.prefect_url or "recorded without a server: no page",
-        "MLflow": card.mlflow_url or "recorded without a server: no page",
-    }
-    show_sections(console, card.title, {"": {name: told for name, told in rows.items() if told}})
+    """Show the result of a run on one screen."""
+    from qwen3ft.report.facts import card_facts
 
-
-def _from_to(before: float | None, after: float | None, digits: str, what: str = "") -> str:
-    if before is None or after is None:
-        return ""
-    return f"{before:{digits}} -> {after:{digits}}{what}"
-
-
-def _peak_of_budget(card: RunCard) -> str:
-    if card.peak_memory_gb is None or card.budget_gb is None:
-        return ""
-    return f"{card.peak_memory_gb:.2f} GB of {card.budget_gb:g} GB"
+    rows = {}
+    for fact in card_facts(card):
+        rows[fact.label] = fact.text
+        if fact.label == "exact match":
+            rows |= {
+                f"  {split}": f"{base:.1%} → {tuned:.1%} of {count}"
+                for split, (base, tuned, count) in card.scores_by_split.items()
+            }
+    stages = card.seconds_by_stage.items()
+    rows["stages"] = "  ".join(f"{name} {format_seconds(s)}" for name, s in stages)
+    rows["verdict"] = card.verdict
+    rows |= {"note" if n == 1 else f"note {n}": note for n, note in enumerate(card.notes, 1)}
+    rows["Prefect"] = card.prefect_url or "recorded without a server: no page"
+    rows["MLflow"] = card.mlflow_url or "recorded without a server: no page"
+    # ASCII arrows: a log file or a remote terminal may not be UTF-8
+    rows = {name: value.replace("→", "->") for name, value in rows.items() if value}
+    show_sections(console, card.title, {"": rows})
 
 
 def show_status(console: Console, status: StackStatus) -> None:

@@ -1,7 +1,6 @@
-"""The story of a run as it is told: to its folder, to its page in Prefect, and to MLflow.
+"""Report a run as it goes: to its folder, its page in Prefect, and MLflow.
 
-Data, plan and attempts are shown as they come; the card at the end, whatever the end is. A run that
-fails has a card of what it got to.
+Data, plan and attempts are shown as they come, the card at the end. A run that fails has one too.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from qwen3ft.records.data import DataChange, DatasetManifest
 from qwen3ft.records.machine import EnvironmentReport
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.run_card import RunCard
-from qwen3ft.report.attempts import changes_text, read_attempts, read_loss_curves, reasons_text
+from qwen3ft.report.attempts import attempt_rows, read_attempts, read_loss_curves
 from qwen3ft.report.build import RunFacts, build_card
 from qwen3ft.report.curves import memory_curves
 from qwen3ft.report.data_section import data_markdown
@@ -39,20 +38,20 @@ from tasks import artifacts
 logger = logs.get_logger("story")
 
 CARD_FOLDER = "card"
-"""Of a run's artifacts in MLflow."""
+"""Folder among a run's artifacts in MLflow."""
 
 MOST_DESCRIPTION_CHARACTERS = 5000
-"""Of the card at the top of the run's page in MLflow, which refuses longer tags."""
+"""Longest card on the run's page in MLflow, which refuses longer tags."""
 
 
 def page_url() -> str | None:
-    """This run's page; None without a server that has pages (Prefect then says 'None/flow-...')."""
+    """Return the URL of this run's page; None without a server."""
     url = flow_run.ui_url or ""
-    return url if url.startswith("http") else None
+    return url if url.startswith("http") else None  # without a server it is "None/flow-..."
 
 
 class RunReporter:
-    """One run's.
+    """Publishes what is known of one run.
 
     Attributes:
         facts: What is known so far; stages add to it.
@@ -66,7 +65,7 @@ class RunReporter:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Measure the body as stage `name`, also when it fails."""
+        """Record how long the body takes as stage `name`, also if it fails."""
         started = time.monotonic()
         try:
             yield
@@ -74,7 +73,7 @@ class RunReporter:
             self._seconds[name] = time.monotonic() - started
 
     def show_data(self, dataset: DatasetManifest, change: DataChange) -> None:
-        """What is trained on and what is new in it."""
+        """Show what is trained on, and what of it is new."""
         self.facts.dataset, self.facts.change = dataset, change
         markdown = data_markdown(dataset, change)
         artifacts.show_markdown(artifacts.DATA, markdown, "What is trained on")
@@ -82,7 +81,7 @@ class RunReporter:
         self.journal.text("data.md", markdown)
 
     def show_plan(self, environment: EnvironmentReport, plan: TrainPlan) -> None:
-        """What will be done, why, and what memory it is predicted to take."""
+        """Show the plan, its reasons and the memory that it is predicted to take."""
         table = run_table(self.facts.config, environment, plan)
         self.facts.plan, self.facts.table = plan, table
         markdown = plan_markdown(table)
@@ -92,26 +91,13 @@ class RunReporter:
         self.journal.artifacts(write_png(plan_figure(table), self.run.path / "plan.png"), "")
 
     def show_attempts(self) -> None:
-        """Every attempt of the run so far, what changed before it and why."""
-        attempts = read_attempts(self.run, attempts_memory(self.run))
-        rows = [
-            {
-                "attempt": attempt.attempt,
-                "what changed": changes_text(attempt, before),
-                "why": reasons_text(attempt),
-                "outcome": attempt.outcome,
-                "detail": attempt.detail,
-                "batch": f"{attempt.micro_batch_size} x {attempt.gradient_accumulation_steps}",
-                "learning rate": attempt.learning_rate,
-                "seconds": round(attempt.seconds, 1),
-            }
-            for before, attempt in zip((None, *attempts), attempts, strict=False)
-        ]
-        reported = "Every training attempt: what changed before it and why, and what ended it"
-        artifacts.show_table(artifacts.ATTEMPTS, rows, reported)
+        """Show every attempt so far, with what changed and why."""
+        rows = attempt_rows(read_attempts(self.run, attempts_memory(self.run)))
+        description = "Every training attempt: what changed before it, why, and what ended it"
+        artifacts.show_table(artifacts.ATTEMPTS, rows, description)
 
     def publish(self) -> RunCard:
-        """The card of what is known now: on disk, on the run's page, in MLflow; links both ways."""
+        """Publish the card of what is known now: on disk, on the run's page and in MLflow."""
         card = self._card()
         markdown, html = card_markdown(card), card_html(card)
         write_record(self.run.path / "card.json", card)
@@ -142,7 +128,7 @@ class RunReporter:
 
 @contextmanager
 def reported(run: RunDir, config: TrainingConfig) -> Iterator[RunReporter]:
-    """The run's story, which ends with a card if the run fails too."""
+    """Yield the run's reporter; if the body fails, publish the card of what is known."""
     reporter = RunReporter(run, config)
     try:
         yield reporter

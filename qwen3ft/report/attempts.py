@@ -1,7 +1,6 @@
-"""The attempts of a run as its folder tells them: how each ended, what changed after it, and why.
+"""The attempts of a run, read from its folder: how each ended, what changed next, and why.
 
-Read from plans, failures and the journal, so a run that was continued has all of its attempts, and
-one whose process was killed has the last one too. Nothing here decides anything.
+The folder knows the attempts of a resumed run from before, and those of a process that was killed.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -25,32 +25,32 @@ from qwen3ft.units import size_text
 logger = get_logger("story")
 
 INTERRUPTED = "interrupted"
-"""Outcome of an attempt that left neither result nor failure: the run's process was ended."""
+"""Outcome of an attempt that left neither a result nor a failure: its process was killed."""
 
 CHANGED_NAMES = {
     "max_memory_gb": "budget",
     "gradient_checkpointing": "recomputation",
-    "activation_bytes": "kept activations of a row",
-    "loss_chunk_tokens": "tokens of a loss chunk",
-    "chunk_tokens": "tokens of a block's work",
+    "activation_bytes": "kept activations per row",
+    "loss_chunk_tokens": "tokens per loss chunk",
+    "chunk_tokens": "tokens per chunk of a block",
     "offload_activations": "activations in host memory",
-    "offload_attention": "attention's output in host memory",
-    "offloaded_mlp_blocks": "blocks whose wide activations are in host memory",
+    "offload_attention": "attention output in host memory",
+    "offloaded_mlp_blocks": "blocks with MLP activations in host memory",
     "offload_optimizer": "optimizer in host memory",
-    "head_groups": "parts of attention's gradient",
+    "head_groups": "head groups of the attention backward pass",
     "eval_batch_size": "evaluation batch",
     "max_sequence_length": "longest row in tokens",
     "learning_rate": "learning rate",
     "kernels": "kernels",
     "packing": "packing",
 }
-"""Settings of a plan that attempts change, as people call them; batch and rank are told apart."""
+"""{plan field: its name for people}; batch and rank are compared separately."""
 
 
 def summarise(
     plan: TrainPlan, failure: Failure | None, seconds: float, before: TrainPlan | None = None
 ) -> AttemptSummary:
-    """One attempt of the table: the one of `plan`, after that of `before`."""
+    """Summarise the attempt of `plan`, which followed the attempt of `before`."""
     resumed = Path(plan.resume_from).name.removeprefix("step-") if plan.resume_from else None
     return AttemptSummary(
         attempt=plan.attempt,
@@ -67,7 +67,7 @@ def summarise(
 
 
 def changes(before: TrainPlan, after: TrainPlan) -> tuple[SettingChange, ...]:
-    """Which settings are others than in the attempt before, from what to what, and why."""
+    """Return the settings in which the plan `after` differs from `before`, with the reasons."""
     found = []
     if _batch(before) != _batch(after):
         found.append(("batch", _batch(before), _batch(after), "micro_batch_size"))
@@ -84,53 +84,71 @@ def changes(before: TrainPlan, after: TrainPlan) -> tuple[SettingChange, ...]:
 
 
 def changes_text(summary: AttemptSummary, previous: AttemptSummary | None) -> str:
-    """What is different from the attempt before: `batch 16 x 1 -> 8 x 2; from step 40`."""
-    told = [f"{change.name} {change.before} → {change.after}" for change in summary.changes]
-    if previous is not None and not told:
-        told.append("the same settings, a fresh process")
+    """Describe the changes: `batch 16 x 1 → 8 x 2; from the checkpoint of step 40`."""
+    parts = [f"{change.name} {change.before} → {change.after}" for change in summary.changes]
+    if previous is not None and not parts:
+        parts.append("the same settings, a fresh process")
     if summary.resumed_from_step is not None:
-        told.append(f"from the checkpoint of step {summary.resumed_from_step:,}")
+        parts.append(f"from the checkpoint of step {summary.resumed_from_step:,}")
     elif previous is not None:
-        told.append("from the start")
-    return "; ".join(told) or "as planned"
+        parts.append("from the start")
+    return "; ".join(parts) or "as planned"
 
 
 def reasons_text(summary: AttemptSummary) -> str:
-    """Why the settings changed, each reason once."""
+    """Return the reasons for the changes, each once."""
     return " ".join(dict.fromkeys(change.why for change in summary.changes if change.why))
 
 
 def kind_text(kind: str) -> str:
-    """`OutOfMemoryError` as `out of memory`."""
+    """Return the name of an error in plain words: `OutOfMemoryError` is `out of memory`."""
     return re.sub(r"(?<!^)(?=[A-Z])", " ", kind.removesuffix("Error")).lower()
 
 
+def attempt_rows(attempts: Sequence[AttemptSummary]) -> list[dict[str, Any]]:
+    """Return the table of attempts, one {column: value} for each."""
+    return [
+        {
+            "attempt": attempt.attempt,
+            "what changed": changes_text(attempt, before),
+            "why": reasons_text(attempt),
+            "outcome": kind_text(attempt.outcome),
+            "detail": attempt.detail,
+            "batch": f"{attempt.micro_batch_size} x {attempt.gradient_accumulation_steps}",
+            "learning rate": attempt.learning_rate,
+            "seconds": round(attempt.seconds, 1),
+        }
+        for before, attempt in zip((None, *attempts), attempts, strict=False)
+    ]
+
+
 def read_attempts(run: RunDir, memory: Sequence[AttemptMemory]) -> tuple[AttemptSummary, ...]:
-    """Every attempt of the run's folder, in order.
+    """Read every attempt of the run's folder, in order.
 
     Args:
         run: The folder.
-        memory: As `run_files.attempts_memory` gives it: when each began and ended.
+        memory: From `attempts_memory`: the times at which each began and ended.
     """
-    told, before = [], None
+    found: list[AttemptSummary] = []
+    before = None
     spans = {attempt.number: attempt for attempt in memory}
     for job in run.attempts():
         plan = _plan_of(job)
         if plan is None:
             continue
-        told.append(summarise(plan, _failure(job), _seconds(spans.get(plan.attempt)), before))
+        found.append(summarise(plan, _failure(job), _seconds(spans.get(plan.attempt)), before))
         before = plan
-    return tuple(told)
+    return tuple(found)
 
 
 def read_loss_curves(run: RunDir) -> tuple[LossCurve, ...]:
-    """The losses of every attempt; a torn line costs itself alone."""
+    """Read the losses of every attempt; an unreadable line costs only itself."""
     curves = [loss_curve(int(job.path.name), list(_metrics(job))) for job in run.attempts()]
     return tuple(curve for curve in curves if curve.training or curve.held_out)
 
 
 def last_failure(run: RunDir, before: int) -> Failure | None:
-    """How the attempt before attempt number `before` ended, if it failed."""
+    """Return the failure of the attempt before number `before`, None if it did not fail."""
     if before < 2:
         return None
     return run.attempt(before - 1).read_failure()
@@ -156,12 +174,12 @@ def _plan_of(job: JobDir) -> TrainPlan | None:
 def _failure(job: JobDir) -> Failure | None:
     if job.outcome.exists():
         return None
-    interrupted = Failure(kind=INTERRUPTED, what="the run's process was ended meanwhile")
+    interrupted = Failure(kind=INTERRUPTED, what="the process of the run was killed")
     return job.read_failure() or interrupted
 
 
 def _seconds(span: AttemptMemory | None) -> float:
-    """From the start of an attempt to its end, or to the last sign of life."""
+    """Return the duration of an attempt, up to its end or its last memory reading."""
     if span is None:
         return 0.0
     end = max([span.ended or span.started, *(sample.timestamp for sample in span.samples)])

@@ -1,7 +1,6 @@
-"""The card of a run: its story as one record. A pure function of what is known of the run.
+"""Build the run card from whatever is known of a run; one that failed has a card too.
 
-A run that was kept, that failed, or that had nothing to do has a card too: it is made of whatever
-the run got to. How it is shown is in `card_markdown` and `card_html`.
+`report.markdown`, `report.html` and `flows.cli_view` show it.
 """
 
 from __future__ import annotations
@@ -49,19 +48,19 @@ EMBEDDED_NOTE = (
     "The embedded model is for demonstration: 0.8 M weights, pretrained on questions about "
     "invented products. Fine-tuning adds facts and one date format, not language understanding."
 )
-NOVEL_NOTE = "'novel' is wording that no training ever showed."
+NOVEL_NOTE = "The questions of 'novel' are worded like none of the training rows."
 NO_CHAMPION = "none"
 FAILURE_CHARACTERS = 3000
 
 
 @dataclass
 class RunFacts:
-    """What is known of a run; its stages add to it as they end."""
+    """Everything that is known of a run; its stages add to it as they end."""
 
     config: TrainingConfig
     run_id: str
     champion: Champion | None = None
-    """In use before the run."""
+    """The adapter in use before the run."""
     dataset: DatasetManifest | None = None
     change: DataChange = field(default_factory=DataChange)
     table: PlanTable | None = None
@@ -71,7 +70,7 @@ class RunFacts:
     report: InferenceReport | None = None
     verdict: Verdict | None = None
     nothing_since: str | None = None
-    """Since when there is nothing new, where that ended the run."""
+    """The version since which there is no new data, if that ended the run."""
     error: BaseException | None = None
     attempts: Sequence[AttemptSummary] = ()
     loss: Sequence[LossCurve] = ()
@@ -80,12 +79,12 @@ class RunFacts:
 
     @property
     def registered_model(self) -> str:
-        """The registry's name for this run's adapters."""
+        """The registered model of this run's adapters."""
         return self.config.registered_name
 
 
 def build_card(facts: RunFacts) -> RunCard:
-    """What the run's records amount to."""
+    """Build the card from the run's records."""
     outcome, sentence = _ending(facts)
     trained, saved, plan = facts.trained, facts.saved, facts.plan
     return RunCard(
@@ -121,7 +120,7 @@ def build_card(facts: RunFacts) -> RunCard:
 
 
 def _ending(facts: RunFacts) -> tuple[Outcome, str]:
-    """What the run came to, and the sentence that says why."""
+    """Return the outcome, and the sentence that says why."""
     if facts.verdict is not None:
         return facts.verdict.decision, facts.verdict.sentence
     if facts.nothing_since is not None:
@@ -131,7 +130,7 @@ def _ending(facts: RunFacts) -> tuple[Outcome, str]:
 
 
 def _champion_version(facts: RunFacts) -> str | None:
-    """In use before the run; 'none' where the registry was asked and had none."""
+    """Return the version before the run; 'none' if the registry was asked and had none."""
     if facts.champion is not None:
         return facts.champion.version
     judged = facts.verdict is not None and facts.verdict.decision in ("promoted", "kept")
@@ -169,7 +168,7 @@ def _trained_on(data: DatasetManifest) -> str:
 
 
 def _scores(facts: RunFacts) -> dict[str, object]:
-    """The fields of the card that an inference report fills."""
+    """Return the fields of the card that come from the inference report."""
     report = facts.report
     base, tuned = (report.score(label) if report else None for label in ("base", "candidate"))
     if report is None or base is None or tuned is None:
@@ -194,7 +193,7 @@ def _scores(facts: RunFacts) -> dict[str, object]:
 
 
 def answered_question(pair: SideBySide) -> AnsweredQuestion:
-    """A question with its answers as they may be shown; of thinking, only that it never ended."""
+    """Return a question with its answers, masked and cut, without their reasoning."""
     given = {"base": pair.base, "champion": pair.champion, "candidate": pair.candidate}
     return AnsweredQuestion(
         question=shown(pair.question, QUESTION_CHARACTERS),
@@ -212,23 +211,23 @@ def _answer(text: str) -> str:
     thinking, answer = split_thinking(text)
     if answer:
         return shown(answer, ANSWER_CHARACTERS)
-    return "(no answer: its thinking did not end)" if thinking else "(no answer)"
+    return "(no answer: the reasoning did not end)" if thinking else "(no answer)"
 
 
 def _forgetting(base: ModelScore, tuned: ModelScore, limit: float) -> str:
-    """What became of the loss on what the base could do."""
+    """Describe the change of the loss on the ability set."""
     before, after = base.ability_loss, tuned.ability_loss
     if before is None or after is None:
         return "not measured"
     rise = f"{after - before:+.3f} nats per token, limit {limit:+.2f}"
-    return f"loss on the ability set {before:.3f} -> {after:.3f} ({rise})"
+    return f"loss on the ability set {before:.3f} → {after:.3f} ({rise})"
 
 
-# --- what a reader may do now ---
+# --- next steps ---
 
 
 def _roll_back(facts: RunFacts) -> NextStep:
-    """The exact command, and what would then be in use."""
+    """Return the command that rolls back, and what would then be in use."""
     name, before = facts.registered_model, facts.champion
     if facts.verdict is None or facts.verdict.decision != "promoted":
         if before is None:
@@ -241,9 +240,9 @@ def _roll_back(facts: RunFacts) -> NextStep:
             what=f"Nothing was in use before {mine}, so there is no version to go back to."
         )
     again = f"{name} v{before.version}"
-    if again == mine:  # taken up after its own promotion
+    if again == mine:  # the run was resumed after it had promoted its own adapter
         again = "the version before it"
-    what = f"{again} is then in use again, instead of {mine}, which no night promotes again."
+    what = f"{again} is then in use again instead of {mine}, which no run will promote again."
     return NextStep(what=what, command=command)
 
 
@@ -253,27 +252,27 @@ def _next_steps(facts: RunFacts) -> Iterator[NextStep]:
     if saved is not None and decision is not None:
         adapter = f"--adapter {shlex.quote(saved.path)}"
         yield NextStep(what="Chat with this run's adapter", command=f"qwen3ft chat {adapter}")
-        yield NextStep(what="Merge it, to be served", command=f"qwen3ft export exported {adapter}")
+        yield NextStep(what="Merge it for serving", command=f"qwen3ft export exported {adapter}")
     if saved is not None and decision == "kept" and saved.version is not None:
         consent = " --allow-degraded" if saved.degraded else ""
         yield NextStep(
-            what="Put it into use all the same",
+            what="Promote it anyway",
             command=f"qwen3ft promote {saved.version}{consent} {_about(facts.registered_model)}",
         )
     if isinstance(facts.error, FinetuneError) and facts.error.next_command:
-        yield NextStep(what="Next", command=facts.error.next_command)
+        yield NextStep(what="Suggested command", command=facts.error.next_command)
     if decision == "deferred" or facts.error is not None:
-        where = "its last checkpoint" if facts.attempts else "the stages that are done"
+        where = "from its last checkpoint" if facts.attempts else "after the stages that are done"
         again = f"qwen3ft run --resume {facts.run_id}"
-        yield NextStep(what=f"Continue the run, from {where}", command=again)
+        yield NextStep(what=f"Resume the run {where}", command=again)
     yield NextStep(
-        what="What is in use, and every promotion and rollback",
+        what="Show what is in use, and every promotion and rollback",
         command=f"qwen3ft history {_about(facts.registered_model)}",
     )
 
 
 def _about(registered_model: str) -> str:
-    """Whatever the deployment's own settings are, the command is about this model."""
+    """Return the option that names this model, whatever the deployment's settings are."""
     return f"--set {shlex.quote(f'registered_model={registered_model}')}"
 
 

@@ -1,7 +1,6 @@
-"""The curves of a card as numbers to draw: paths and ticks in the units of an SVG's view box.
+"""The curves of the run card as SVG paths and ticks, and in words.
 
-Guarantees: pure. Colours and text sizes are the page's business, so a chart is dark where the page
-is. Ticks are matplotlib's.
+The page styles them, so charts follow its theme and text size.
 """
 
 from __future__ import annotations
@@ -11,9 +10,8 @@ from dataclasses import dataclass
 
 from qwen3ft.records.run_card import CurvePoint, LossCurve, MemoryCurve
 
-WIDTH, HEIGHT = 640, 300
-LEFT, RIGHT, TOP, BOTTOM = 64, 24, 14, 52
-"""Margins, in the same units as width and height: about pixels on a phone held upright."""
+SIZE = {"width": 640, "height": 300, "left": 64, "right": 24, "top": 14, "bottom": 52}
+"""Size and margins in view box units: about pixels on a phone held upright."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Drawn:
-    """One curve as an SVG path; a single point is a short stroke."""
+    """One curve as an SVG path."""
 
     kind: str
     path: str
@@ -34,7 +32,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Tick:
-    """A place on an axis, with the number that stands there."""
+    """A place on an axis with its number."""
 
     at: float
     text: str
@@ -42,7 +40,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class Chart:
-    """Everything a page needs to draw a chart, and to say it in words."""
+    """Everything that the page needs to draw a chart and to describe it in words."""
 
     name: str
     title: str
@@ -53,55 +51,63 @@ class Chart:
     y_ticks: tuple[Tick, ...]
     lines: tuple[Drawn, ...]
     legend: tuple[tuple[str, str], ...]
-    """(style, name) of each kind of line."""
+    """(style, name) of each kind of curve."""
+
+
+def loss_words(curves: Sequence[LossCurve]) -> str:
+    """Describe the losses of all attempts in one sentence; '' if none was measured."""
+    series = {
+        "training": [point for curve in curves for point in curve.training],
+        "held out": [point for curve in curves for point in curve.held_out],
+    }
+    courses = [_course(name, points) for name, points in series.items() if points]
+    return f"Loss in nats per trained token: {'; '.join(courses)}." if courses else ""
 
 
 def loss_chart(curves: Sequence[LossCurve]) -> Chart | None:
-    """Training and held-out loss of all attempts; None where none was measured."""
+    """Draw training and held-out loss of all attempts; None if none was measured."""
     training = [Curve("training", curve.training) for curve in curves if curve.training]
     held_out = [Curve("held-out", curve.held_out) for curve in curves if curve.held_out]
     lines = [*training, *held_out]
     if not lines:
         return None
-    words = "; ".join(
-        _course(name, [point for line in group for point in line.points], "step", ".3f")
-        for name, group in (("training", training), ("held out", held_out))
-        if group
-    )
     return _chart(
         "loss",
         "Loss",
-        f"Nats per trained token over optimizer steps: {words}.",
+        loss_words(curves),
         ("optimizer step", "nats per trained token"),
         lines,
         [("training", "training"), ("held-out", "held out")],
     )
 
 
+def memory_words(curves: Sequence[MemoryCurve]) -> str:
+    """Describe the memory of all attempts in one sentence; '' if none was measured."""
+    used = [gb for curve in curves for _, gb in curve.process]
+    if not used:
+        return ""
+    predicted = [curve.predicted_gb for curve in curves if curve.predicted_gb is not None]
+    budgets = [curve.budget_gb for curve in curves if curve.budget_gb is not None]
+    parts = [f"Memory: at most {max(used):.2f} GB in use"]
+    parts += [f"predicted {max(predicted):.2f} GB"] if predicted else []
+    parts += [f"budget {budgets[-1]:g} GB"] if budgets else []
+    return f"{', '.join(parts)}."
+
+
 def memory_chart(curves: Sequence[MemoryCurve]) -> Chart | None:
-    """Memory of all attempts with what was predicted, and the budget; None without measurements."""
-    process = [Curve("process", curve.process) for curve in curves if curve.process]
-    if not process:
+    """Draw memory, prediction and budget of all attempts; None if nothing was measured."""
+    lines = [Curve("process", curve.process) for curve in curves if curve.process]
+    if not lines:
         return None
-    lines = list(process)
-    budgets: list[float] = []
-    predictions: list[float] = []
     for curve in curves:
-        for kind, level, found in (
-            ("predicted", curve.predicted_gb, predictions),
-            ("budget", curve.budget_gb, budgets),
-        ):
+        for kind, level in (("predicted", curve.predicted_gb), ("budget", curve.budget_gb)):
             if level is not None:
-                lines.append(Curve(kind, _level(curve, level)))
-                found.append(level)
-    highest = max(gb for line in process for _, gb in line.points)
-    words = [f"At most {highest:.2f} GB in use"]
-    words += [f"predicted {max(predictions):.2f} GB"] if predictions else []
-    words += [f"budget {budgets[-1]:g} GB"] if budgets else []
+                ends = ((curve.start_minutes, level), (curve.end_minutes, level))
+                lines.append(Curve(kind, ends))
     return _chart(
         "memory",
         "Memory",
-        f"{', '.join(words)}.",
+        memory_words(curves),
         ("minutes (pauses between attempts cut to 1)", "GB (2**30 bytes)"),
         lines,
         [("process", "whole process"), ("predicted", "predicted peak"), ("budget", "budget")],
@@ -109,16 +115,12 @@ def memory_chart(curves: Sequence[MemoryCurve]) -> Chart | None:
     )
 
 
-def _level(curve: MemoryCurve, level: float) -> tuple[CurvePoint, ...]:
-    return ((curve.start_minutes, level), (curve.end_minutes, level))
-
-
-def _course(name: str, points: Sequence[CurvePoint], unit: str, digits: str) -> str:
-    """`training from 2.104 to 0.031`, and where it was lowest."""
+def _course(name: str, points: Sequence[CurvePoint]) -> str:
+    """Return `training from 2.104 to 0.031`, with the lowest value if that is another."""
     first, last = points[0][1], points[-1][1]
-    at, low = min(points, key=lambda point: point[1])
-    told = f"{name} from {first:{digits}} to {last:{digits}}"
-    return told if low == last else f"{told}, lowest {low:{digits}} at {unit} {at:,.0f}"
+    step, low = min(points, key=lambda point: point[1])
+    course = f"{name} from {first:.3f} to {last:.3f}"
+    return course if low == last else f"{course}, lowest {low:.3f} at step {step:,.0f}"
 
 
 def _chart(
@@ -136,9 +138,12 @@ def _chart(
     y_low, y_high = _bounds([y for _, y in points])
     y_low, y_high = (0.0, 1.05 * y_high) if from_zero else (y_low, y_high)
 
+    width = SIZE["width"] - SIZE["left"] - SIZE["right"]
+    height = SIZE["height"] - SIZE["top"] - SIZE["bottom"]
+
     def place(point: CurvePoint) -> CurvePoint:
-        x = LEFT + (point[0] - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
-        y = HEIGHT - BOTTOM - (point[1] - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
+        x = SIZE["left"] + (point[0] - x_low) / (x_high - x_low) * width
+        y = SIZE["top"] + (y_high - point[1]) / (y_high - y_low) * height
         return round(x, 1), round(y, 1)
 
     kinds = {line.kind for line in lines}
@@ -158,12 +163,12 @@ def _chart(
 
 
 def _path(points: Sequence[CurvePoint]) -> str:
-    told = "M" + "L".join(f"{x:g},{y:g}" for x, y in points)
-    return told if len(points) > 1 else f"{told}h0.1"  # with round caps this is a dot
+    path = "M" + "L".join(f"{x:g},{y:g}" for x, y in points)
+    return path if len(points) > 1 else f"{path}h0.1"  # with round caps this is a dot
 
 
 def _bounds(values: Sequence[float]) -> tuple[float, float]:
-    """Lowest and highest, apart from each other."""
+    """Return the lowest and highest value, moved apart if they are equal."""
     low, high = min(values), max(values)
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 

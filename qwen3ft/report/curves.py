@@ -1,8 +1,4 @@
-"""The curves of a run's card: loss over steps, memory over minutes; thinned, and as a line of text.
-
-Guarantees: pure; what is not finite is left out; the highest and lowest points of a curve survive
-thinning, because they are what one looks for.
-"""
+"""The curves of the run card, thinned: loss over steps, memory over minutes."""
 
 from __future__ import annotations
 
@@ -14,21 +10,18 @@ from qwen3ft.records.training import TrainingMetrics
 from qwen3ft.report.figures import AttemptMemory, attempt_minutes
 
 MOST_POINTS = 200
-"""Of one curve: about two for each pixel that a phone has to draw it."""
-
-_BARS = "▁▂▃▄▅▆▇█"
-SPARKLINE_CHARACTERS = 24
+"""Most points of one curve: about one for every two pixels of a phone."""
 
 
 def loss_curve(attempt: int, lines: Sequence[TrainingMetrics]) -> LossCurve:
-    """The losses that an attempt's metrics hold."""
+    """Return the training and held-out losses of an attempt's metrics."""
     training = ((line.step, line.loss) for line in lines)
     held_out = ((line.step, line.held_out_loss) for line in lines)
     return LossCurve(attempt=attempt, training=thin(training), held_out=thin(held_out))
 
 
 def memory_curves(attempts: Sequence[AttemptMemory]) -> tuple[MemoryCurve, ...]:
-    """The memory of each attempt, one after the other; long pauses between them are cut."""
+    """Return the memory of each attempt on a common time axis without long pauses."""
     curves = []
     for attempt, (start, end) in zip(attempts, attempt_minutes(attempts), strict=True):
         process = (
@@ -51,7 +44,7 @@ def memory_curves(attempts: Sequence[AttemptMemory]) -> tuple[MemoryCurve, ...]:
 def thin(
     points: Iterable[tuple[float, float | None]], most: int = MOST_POINTS
 ) -> tuple[CurvePoint, ...]:
-    """The finite points, at most `most` (an even number): lowest and highest of each stretch."""
+    """Return at most `most` (an even number) of the finite points, in order."""
     finite = [
         (float(f"{x:.6g}"), float(f"{y:.6g}"))
         for x, y in points
@@ -59,6 +52,7 @@ def thin(
     ]
     if len(finite) <= most:
         return tuple(finite)
+    # lowest and highest point of each stretch: an average would flatten spikes
     stretches, kept = most // 2, []
     for number in range(stretches):
         start, end = (len(finite) * part // stretches for part in (number, number + 1))
@@ -69,18 +63,3 @@ def thin(
         }
         kept += [finite[index] for index in sorted(extremes)]
     return tuple(kept)
-
-
-def sparkline(values: Sequence[float]) -> str:
-    """`▇▅▃▂▁`: the values as bars between their lowest and highest; '' for fewer than two."""
-    if len(values) < 2:
-        return ""
-    step = max(1.0, (len(values) - 1) / (SPARKLINE_CHARACTERS - 1))
-    count = min(len(values), SPARKLINE_CHARACTERS)
-    chosen = [values[min(len(values) - 1, round(step * index))] for index in range(count)]
-    low, high = min(chosen), max(chosen)
-    if high == low:
-        return _BARS[0] * count
-    return "".join(
-        _BARS[round((value - low) / (high - low) * (len(_BARS) - 1))] for value in chosen
-    )

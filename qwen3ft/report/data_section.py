@@ -1,26 +1,22 @@
-"""What a run was trained on and what of it is new: for its card, and as a page of its own.
-
-Guarantees: pure functions of records; texts of users are shown as `qwen3ft.report.safe_text`
-allows.
-"""
+"""The data of a run and the new part of it: as a section of the card and as a page of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from qwen3ft.data.safety import shown
 from qwen3ft.records.data import DataChange, DatasetManifest
 from qwen3ft.records.run_card import DataSection, FileLine
-from qwen3ft.report.safe_text import EXAMPLE_CHARACTERS, escape_markdown
+from qwen3ft.report.safe_text import EXAMPLE_CHARACTERS, escape_markdown, markdown_table
 
 MOST_FILES = 40
-"""Listed one by one, the new and changed ones first; a folder may hold thousands."""
+"""Most files that are listed; a folder may hold thousands."""
 
 _ORDER = ("new", "changed", "gone", "unchanged")
 
 
 def data_section(manifest: DatasetManifest, change: DataChange) -> DataSection:
-    """The data's part of the card."""
+    """Return the data section of the card."""
     return DataSection(
         digest=manifest.digest,
         rows_read=manifest.rows_read,
@@ -43,7 +39,7 @@ def data_section(manifest: DatasetManifest, change: DataChange) -> DataSection:
 
 
 def _files(manifest: DatasetManifest, change: DataChange) -> Iterator[FileLine]:
-    """Every file, new ones first; none is new where there is nothing to compare with."""
+    """Yield every file, new and changed ones first."""
     found = [
         FileLine(
             path=source.path,
@@ -63,11 +59,22 @@ def _files(manifest: DatasetManifest, change: DataChange) -> Iterator[FileLine]:
 
 
 def data_markdown(manifest: DatasetManifest, change: DataChange) -> str:
-    """What was read, trained on and new in it, for Prefect's artifact page and MLflow."""
-    story = data_section(manifest, change)
-    sums = " + ".join(f"{count:,} {name}" for name, count in story.went.items())
+    """Render the page on the data, for Prefect's artifacts and MLflow."""
+    section = data_section(manifest, change)
+    sums = " + ".join(f"{count:,} {name}" for name, count in section.went.items())
     layouts = ", ".join(f"{name} ({rows:,})" for name, rows in manifest.layouts.items())
     columns = ", ".join(f"{part} = `{name}`" for part, name in manifest.columns.items())
+    splits = [
+        (
+            name,
+            f"{split.tokens:,}",
+            f"{split.trained_tokens:,}",
+            str(split.median_tokens),
+            str(split.p95_tokens),
+            str(split.longest_tokens),
+        )
+        for name, split in (("train", manifest.train), ("dev", manifest.dev))
+    ]
     lines = [
         "# Data",
         "",
@@ -75,53 +82,49 @@ def data_markdown(manifest: DatasetManifest, change: DataChange) -> str:
         "",
         f"Layout: {layouts}; {columns}.",
         "",
-        *new_rows_markdown(story),
+        *new_rows_markdown(section),
         *(f"> {escape_markdown(warning)}\n" for warning in manifest.warnings),
         "",
-        *files_markdown(story.files, story.since),
+        *files_markdown(section),
         "",
-        "| split | tokens | trained | median | 95 % | longest |",
-        "|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {name} | {split.tokens:,} | {split.trained_tokens:,} | {split.median_tokens} "
-        f"| {split.p95_tokens} | {split.longest_tokens} |"
-        for name, split in (("train", manifest.train), ("dev", manifest.dev))
+        *markdown_table(("split", "tokens", "trained", "median", "95 %", "longest"), splits),
     ]
     if manifest.reasons:
-        lines += ["", "| left out because | rows |", "|---|---|"]
-        lines += [f"| {reason} | {rows:,} |" for reason, rows in manifest.reasons.items()]
+        reasons = [(reason, f"{rows:,}") for reason, rows in manifest.reasons.items()]
+        lines += ["", *markdown_table(("reason for leaving out", "rows"), reasons)]
     return "\n".join(lines) + "\n"
 
 
-def new_rows_sentence(story: DataSection) -> str:
-    """How many rows are new, and since when."""
-    if story.since is None:
-        return f"Nothing was in use before: all {story.new_rows:,} rows for training are new."
-    return f"Since {story.since}: {story.new_rows:,} rows that it has not seen."
+def new_rows_sentence(section: DataSection) -> str:
+    """Return the number of new rows, and since when they are counted."""
+    if section.since is None:
+        return f"Nothing was in use before: all {section.new_rows:,} training rows are new."
+    return f"{section.new_rows:,} training rows are new since {section.since}."
 
 
-def new_rows_markdown(story: DataSection) -> list[str]:
-    """The sentence, and what a few of the new rows ask."""
-    lines = [escape_markdown(new_rows_sentence(story)), ""]
-    if story.examples:
-        lines += [
-            "Some of them ask:",
-            "",
-            *(f"- {escape_markdown(text)}" for text in story.examples),
-        ]
-        lines.append("")
+def new_rows_markdown(section: DataSection) -> list[str]:
+    """Render the sentence, and the questions of a few new rows."""
+    lines = [escape_markdown(new_rows_sentence(section)), ""]
+    if section.examples:
+        examples = (f"- {escape_markdown(text)}" for text in section.examples)
+        lines += ["Questions of some new rows:", "", *examples, ""]
     return lines
 
 
-def files_markdown(files: Sequence[FileLine], since: str | None) -> list[str]:
-    """A table of the files; `new_rows` and states only where something was compared."""
-    lines = ["| file | for | rows read | new rows | |", "|---|---|---:|---:|---|"]
-    lines += [
-        f"| {escape_markdown(file.path)} | {file.role} | {file.rows:,} | {file.new_rows:,} "
-        f"| {file.state if since else ''} |"
+def files_markdown(section: DataSection) -> list[str]:
+    """Render the table of files; their states only if there is something to compare with."""
+    files = section.files
+    rows = [
+        (
+            escape_markdown(file.path),
+            file.role,
+            f"{file.rows:,}",
+            f"{file.new_rows:,}",
+            file.state if section.since else "",
+        )
         for file in files[:MOST_FILES]
     ]
     if len(files) > MOST_FILES:
-        lines.append(f"| and {len(files) - MOST_FILES:,} more | | | | |")
-    return lines
+        rows.append((f"and {len(files) - MOST_FILES:,} more", "", "", "", ""))
+    right = ("rows read", "new rows")
+    return markdown_table(("file", "role", *right, ""), rows, right=right)

@@ -1,7 +1,6 @@
-"""The pictures of a run: lengths of its rows, its loss curve.
+"""Figures of a run for MLflow: its loss, the lengths of its rows, its memory by attempt.
 
-Drawn without a display and without pyplot's global state, so it is safe in any thread. What to draw
-comes in as records; reading files is the caller's business.
+They need no display and none of pyplot's global state, so any thread may draw them.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from qwen3ft.units import gb
 
 
 def loss_figure(lines: Sequence[TrainingMetrics]) -> Any:
-    """Training and held-out loss (nats per trained token) over optimizer steps.
+    """Draw training and held-out loss (nats per trained token) over optimizer steps.
 
     Returns:
         A `matplotlib.figure.Figure`; `write_png` turns it into a file.
@@ -40,10 +39,10 @@ def loss_figure(lines: Sequence[TrainingMetrics]) -> Any:
 
 
 def lengths_figure(histogram: Sequence[tuple[int, int]], limit_tokens: int) -> Any:
-    """Rows by length, with the longest length that is trained.
+    """Draw a histogram of row lengths, with the limit.
 
     Args:
-        histogram: (upper edge in tokens, rows) of each bin, at least one.
+        histogram: (upper edge in tokens, rows) of each bin; at least one.
         limit_tokens: `max_sequence_length`.
     """
     figure, axes = _canvas("Lengths of the rows", "tokens", "rows")
@@ -56,13 +55,13 @@ def lengths_figure(histogram: Sequence[tuple[int, int]], limit_tokens: int) -> A
 
 
 def write_png(figure: Any, path: Path) -> Path:
-    """Render `figure` to `path`."""
+    """Render `figure` to `path` and return the path."""
     figure.savefig(path, format="png", dpi=120)
     return path
 
 
 def new_figure(width_inches: float, height_inches: float) -> Any:
-    """An empty figure that can be rendered to a file."""
+    """Return an empty figure that can be rendered to a file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -80,10 +79,10 @@ def _canvas(title: str, x_label: str, y_label: str) -> tuple[Any, Any]:
 
 
 DRAWN_PAUSE_SECONDS = 60.0
-"""A longer pause between attempts is drawn as this: a run may be continued days later."""
+"""Longest pause between attempts that is drawn; a run may be resumed days later."""
 
 NAMES_APART_SHARE = 0.04
-"""Of the axis: names of attempts that are closer would hide each other."""
+"""Smallest distance of two attempts' names, as a share of the axis."""
 
 MOST_BARS = 6
 
@@ -91,7 +90,7 @@ PARTS_NAMED = 9
 
 
 class MemorySample(BaseModel):
-    """One line of memory.jsonl: a `MemoryStatus` with its step and time; other keys are ignored."""
+    """One line of memory.jsonl: a `MemoryStatus` with step and time; other keys are ignored."""
 
     step: int
     timestamp: datetime
@@ -102,12 +101,12 @@ class MemorySample(BaseModel):
 
     @property
     def process_gb(self) -> float:
-        """The whole process: what the allocator holds, and what is beside it."""
+        """Memory of the whole process: the allocator's and the rest."""
         return self.cached_gb + self.beside_gb
 
 
 class AttemptMemory(Record):
-    """What one attempt adds to the picture."""
+    """One attempt in the figure of memory."""
 
     number: int
     started: datetime
@@ -124,7 +123,7 @@ class AttemptMemory(Record):
 
 
 def memory_figure(attempts: Sequence[AttemptMemory]) -> Any:
-    """The picture of `attempts`, in order; at least one.
+    """Draw the memory of `attempts`, in order; at least one.
 
     Returns:
         A `matplotlib.figure.Figure`; `write_png` turns it into a file.
@@ -153,7 +152,7 @@ def memory_figure(attempts: Sequence[AttemptMemory]) -> Any:
 
 
 def attempt_minutes(attempts: Sequence[AttemptMemory]) -> list[tuple[float, float]]:
-    """(start, end) of each attempt on the axis: minutes, with long pauses cut."""
+    """Return (start, end) of each attempt in minutes, with long pauses cut."""
     spans: list[tuple[float, float]] = []
     at_seconds, before = 0.0, None
     for attempt in attempts:
@@ -195,15 +194,15 @@ def _draw_curves(axes: Any, attempts: Sequence[AttemptMemory]) -> None:
 
 
 def _name_attempts(axes: Any, attempts: Sequence[AttemptMemory]) -> None:
-    """Number and end of each attempt above its middle, moved to the right of the one before."""
+    """Write number and outcome above the middle of each attempt, right of the one before."""
     spans = attempt_minutes(attempts)
     apart = NAMES_APART_SHARE * max(spans[-1][1], 1e-9)
     at = -apart
     for attempt, (start, end) in zip(attempts, spans, strict=True):
         at = max((start + end) / 2, at + apart)
-        told = attempt.failure or ("completed" if attempt.ended else "running")
+        outcome = attempt.failure or ("completed" if attempt.ended else "running")
         axes.annotate(
-            f"{attempt.number}: {told}",
+            f"{attempt.number}: {outcome}",
             (at, 1.01),
             xycoords=("data", "axes fraction"),
             rotation=30,
@@ -217,7 +216,7 @@ def _name_attempts(axes: Any, attempts: Sequence[AttemptMemory]) -> None:
 
 
 def _draw_bars(axes: Any, attempts: Sequence[AttemptMemory]) -> None:
-    """One stack per plan whose prediction differs; the last ones, if there are many."""
+    """Draw one stack for each different prediction; the last ones if there are many."""
     from matplotlib import colormaps
 
     plans: dict[tuple[MemoryPart, ...], list[int]] = {}
@@ -266,8 +265,9 @@ def _parts_by_size(plans: Sequence[Sequence[MemoryPart]]) -> list[str]:
 
 
 def _attempt_names(numbers: Sequence[int]) -> str:
-    told = f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
-    return f"attempt\n{told}"
+    return "attempt\n" + (
+        str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+    )
 
 
 def _last_budget(attempts: Sequence[AttemptMemory]) -> float | None:

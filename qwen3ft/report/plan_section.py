@@ -1,7 +1,4 @@
-"""A plan's table as markdown for Prefect and MLflow, and its predicted memory as a picture.
-
-Guarantees: pure functions of `PlanTable`; drawn without a display and without pyplot's state.
-"""
+"""A plan as markdown for Prefect and MLflow, and its predicted memory as a figure."""
 
 from __future__ import annotations
 
@@ -9,33 +6,40 @@ from typing import Any
 
 from qwen3ft.planning.table import PlanTable
 from qwen3ft.report.figures import new_figure
+from qwen3ft.report.safe_text import markdown_table
 from qwen3ft.units import gb
 
 
 def plan_markdown(table: PlanTable) -> str:
-    """Settings with their reasons, then predicted memory by part."""
-    lines = [f"# {table.title}", "", f"**{table.headline}**", ""]
-    lines += ["| setting | value | why |", "|---|---|---|"]
-    lines += [
-        f"| {line.name} | {_cell(line.value)} | {_cell(line.why)} |" for line in table.settings
+    """Render the settings with their reasons, then the predicted memory by part."""
+    settings = [(line.name, _cell(line.value), _cell(line.why)) for line in table.settings]
+    parts = [
+        (
+            part.name,
+            f"{gb(part.bytes):.3f}",
+            f"{gb(part.bytes) / table.budget_gb:.1%}",
+            _cell(part.formula),
+        )
+        for part in table.parts
     ]
-    lines += ["", "| predicted memory | GB | share of budget | from |", "|---|---:|---:|---|"]
-    for part in table.parts:
-        size_gb = gb(part.bytes)
-        share = size_gb / table.budget_gb
-        lines.append(f"| {part.name} | {size_gb:.3f} | {share:.1%} | {_cell(part.formula)} |")
     share = table.peak_gb / table.budget_gb
-    total = f"| **in all** | **{table.peak_gb:.3f}** | **{share:.1%}** "
-    lines.append(f"{total}| of {table.budget_gb:g} GB |")
+    peak, of = (f"**{table.peak_gb:.3f}**", f"**{share:.1%}**"), f"of {table.budget_gb:g} GB"
+    lines = [f"# {table.title}", "", f"**{table.headline}**", ""]
+    lines += [*markdown_table(("setting", "value", "why"), settings), ""]
+    lines += markdown_table(
+        ("predicted memory", "GB", "share of budget", "from"),
+        [*parts, ("**total**", *peak, of)],
+        right=("GB", "share of budget"),
+    )
     if (speed := table.speed) is not None:
-        told = f"{speed.tokens_per_second:,.0f} tokens/s, {speed.seconds_per_step:.2f} s a step"
-        lines += ["", f"Speed on {speed.card}, {speed.basis}: {told}."]
+        rate = f"{speed.tokens_per_second:,.0f} tokens/s, {speed.seconds_per_step:.2f} s per step"
+        lines += ["", f"Speed on {speed.card}, {speed.basis}: {rate}."]
     lines += ["", *(f"> {note}\n" for note in table.notes)] if table.notes else []
     return "\n".join(lines) + "\n"
 
 
 def plan_figure(table: PlanTable) -> Any:
-    """Predicted parts, each from where the one before ends, up to the budget.
+    """Draw the predicted parts as a waterfall up to the budget.
 
     Returns:
         A `matplotlib.figure.Figure`; `qwen3ft.report.figures.write_png` turns it into a file.

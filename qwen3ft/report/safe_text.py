@@ -1,27 +1,22 @@
-"""Texts of users as a page may show them: nothing secret, nothing that rearranges the page.
-
-Guarantees: pure; credentials and personal data are masked before a text is cut, so that half of one
-is never shown; controls and the marks that override the direction of writing are gone, so what is
-read is what is there. Escaping for HTML or markdown is the business of whoever writes those.
-"""
+"""Write users' texts into markdown, and the lengths that the card cuts them to."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Iterable, Sequence
 
 QUESTION_CHARACTERS = 300
 ANSWER_CHARACTERS = 600
 EXAMPLE_CHARACTERS = 160
-
 
 _MARKDOWN = re.compile(r"([\\`*_\[\]|~])|(?<=:)(/)(?=/)|(?<=\bwww)(\.)")
 _LINE_START = re.compile(r"^(?:[-+#>=]|[0-9]+(?=[.)](?:\s|$)))")
 
 
 def escape_markdown(text: str) -> str:
-    """`text` on one line, so that markdown shows it as it is.
+    """Return `text` on one line, escaped so that markdown shows it literally.
 
-    No tag, table, link, list, heading or emphasis comes of it, wherever on a line it is put.
+    It becomes no tag, table, link, list, heading or emphasis, wherever on a line it stands.
     """
     one_line = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
     escaped = _MARKDOWN.sub(r"\\\g<0>", one_line)
@@ -30,3 +25,14 @@ def escape_markdown(text: str) -> str:
         return escaped
     mark = start.group()
     return f"\\{escaped}" if not mark.isdigit() else f"{mark}\\{escaped[len(mark) :]}"
+
+
+def markdown_table(
+    header: Sequence[str], rows: Iterable[Sequence[str]], *, right: Collection[str] = ()
+) -> list[str]:
+    """Return the lines of a table whose cells are escaped; `right` names right-aligned columns."""
+    rule = ["---:" if name in right else "---" for name in header]
+    return [
+        "".join(f"| {cell} " if cell else "| " for cell in cells) + "|"
+        for cells in (header, rule, *rows)
+    ]

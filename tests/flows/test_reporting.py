@@ -1,4 +1,4 @@
-"""What the story is made of: changes in words, curves, texts that may be shown, names and keys."""
+"""The parts of a run's report: changes in words, curves, escaped texts, names and metric keys."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from qwen3ft.report.attempts import (
 )
 from qwen3ft.report.build import build_card
 from qwen3ft.report.charts import loss_chart, memory_chart
-from qwen3ft.report.curves import SPARKLINE_CHARACTERS, loss_curve, sparkline, thin
+from qwen3ft.report.curves import loss_curve, thin
 from qwen3ft.report.safe_text import escape_markdown
 from qwen3ft.tracking.run_metrics import (
     METRICS,
@@ -66,7 +66,7 @@ def test_only_what_changed_is_told_with_its_reason() -> None:
     assert told == [
         ("batch", "4 x 1", "2 x 2"),
         ("recomputation", "off", "on"),
-        ("kept activations of a row", "2.00 GB", "1.00 GB"),
+        ("kept activations per row", "2.00 GB", "1.00 GB"),
     ]
     assert changes(before, before) == ()
     assert reasons_text(summarise(after, None, 1.0, before)) == why
@@ -127,20 +127,6 @@ def test_a_thinned_curve_is_short_finite_in_order_and_keeps_its_extremes(
     assert all(map(math.isfinite, heights))
     if finite:
         assert (min(heights), max(heights)) == (min(finite), max(finite))
-
-
-@given(st.lists(st.floats(allow_nan=False, allow_infinity=False, width=32), max_size=99))
-def test_a_sparkline_is_short_and_reaches_both_ends(values: list[float]) -> None:
-    """Its first bar is the first value's, its last the last's."""
-    line = sparkline(values)
-    assert len(line) == (0 if len(values) < 2 else min(len(values), SPARKLINE_CHARACTERS))
-    assert set(line) <= set("▁▂▃▄▅▆▇█")
-
-
-def test_sparklines_rise_and_fall() -> None:
-    """Lowest is the lowest bar, equal values are a flat line."""
-    assert sparkline([3, 2, 1]) == "█▅▁"
-    assert sparkline([1, 1]) == "▁▁"
 
 
 def test_charts_stay_within_their_box_and_have_ticks() -> None:

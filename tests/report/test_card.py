@@ -1,7 +1,8 @@
-"""The card shows every model's scores, how sure the gain is, and the whole story of the run."""
+"""The card shows every model's scores, the interval of the gain, and what happened in the run."""
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -9,15 +10,19 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from support.reported_run import HOSTILE, SECRET, make_facts, make_report
 
+from flows.cli_view import show_card
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import InsufficientMemoryError
 from qwen3ft.records.evaluation import SideBySide
 from qwen3ft.records.run_card import RunCard
 from qwen3ft.report.build import RunFacts, answered_question, build_card
+from qwen3ft.report.facts import card_facts
 from qwen3ft.report.html import CARD_TEMPLATE, card_html
 from qwen3ft.report.markdown import card_description, card_markdown
+from qwen3ft.report.safe_text import escape_markdown
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,17 +67,19 @@ class Page(HTMLParser):
 def test_the_scores_of_all_three_stand_side_by_side_with_the_gain() -> None:
     """The gain is over the champion, with its interval; form and forgetting are there too."""
     lines = card_markdown(build_card(make_facts())).splitlines()
-    forgotten = "1.500 -> 1.600 (+0.100 nats per token, limit +0.25)"
+    forgotten = "1.500 → 1.600 (+0.100 nats per token, limit +0.25)"
+    points = "+80.0 (+78.0 to +82.0) points | +40.0 (+38.0 to +42.0) points"
+    nats = "+0.800 (+0.780 to +0.820) nats | +0.400 (+0.380 to +0.420) nats"
     assert lines[0] == "# embedded: promoted"
     assert lines[2].startswith("**promoted: better than champion v7: exact match 90.0%")
     for line in (
-        "| score | base | champion | candidate | gain over the champion (interval) |",
-        "| exact match | 10.0% | 50.0% | 90.0% | +40.0 (+38.0 to +42.0) points |",
-        "| its 95% interval | 4.0% to 23.1% | 35.2% to 64.8% | 76.9% to 96.0% | |",
-        "| answer loss | 2 | 1 | 0.5 | +0.400 (+0.380 to +0.420) nats |",
-        "| loss on the ability set | 1.5 | 1.6 | 1.6 | |",
-        "| perplexity of the right answers | 7.389 | 2.718 | 1.649 | |",
-        "| language of the question | 100.0% | 100.0% | 100.0% | |",
+        "| score | base | champion | candidate | gain over base | gain over champion |",
+        f"| exact match | 10.0% | 50.0% | 90.0% | {points} |",
+        "| its 95% interval | 4.0% to 23.1% | 35.2% to 64.8% | 76.9% to 96.0% | | |",
+        f"| answer loss | 2 | 1 | 0.5 | {nats} |",
+        "| loss on the ability set | 1.5 | 1.6 | 1.6 | | |",
+        "| perplexity of the right answers | 7.389 | 2.718 | 1.649 | | |",
+        "| language of the question | 100.0% | 100.0% | 100.0% | | |",
         f"| forgetting | loss on the ability set {forgotten} |",
         "| fact | 40 | 10.0% | 90.0% |",
     ):
@@ -90,29 +97,47 @@ def test_a_loss_that_is_not_known_is_said() -> None:
     """Nothing is shown as a number that is none."""
     text = card_markdown(build_card(make_facts(None)))
     assert "| forgetting | not measured |" in text
-    assert "| loss on the ability set | 1.5 | 1.6 | not finite | |" in text
+    assert "| loss on the ability set | 1.5 | 1.6 | not finite | | |" in text
 
 
-def test_the_story_is_told_in_all_three_forms() -> None:
+def test_all_forms_show_the_same_facts() -> None:
+    """Markdown and the terminal show every fact, the page those that are headlines."""
+    card = build_card(make_facts()).model_copy(update={"judge": None})
+    stream = io.StringIO()
+    show_card(Console(file=stream, width=120), card)
+    markdown, page = card_markdown(card), Page(card_html(card)).text
+    for fact in card_facts(card):
+        assert escape_markdown(fact.value) in markdown
+        assert fact.text.replace("→", "->") in stream.getvalue()
+        if fact.headline:
+            assert f"{fact.label} {fact.text}" in page
+    labels = [fact.label for fact in card_facts(card) if fact.headline]
+    assert labels == [
+        *("exact match", "gain over champion", "held-out loss"),
+        *("peak memory", "speed", "time"),
+    ]
+
+
+def test_the_whole_run_is_in_all_three_forms() -> None:
     """New data, plan with reasons, attempts with changes, peak, times and answers are in each."""
     card = build_card(make_facts())
     as_json = json.dumps(card.model_dump(mode="json"), ensure_ascii=False)
     for form in (card_markdown(card), Page(card_html(card)).text, as_json):
-        for told in ("qwen3ft-embedded v7", "מה השעה?", "Memory ran out: micro-batch of 2."):
-            assert told in form
+        for words in ("qwen3ft-embedded v7", "מה השעה?", "Memory ran out: micro-batch of 2."):
+            assert words in form
     page = Page(card_html(card)).text
-    for told in (
-        "Since qwen3ft-embedded v7: 3 rows that it has not seen.",
+    for words in (
+        "3 training rows are new since qwen3ft-embedded v7.",
         "All of a step | at once.",
         "batch 4 x 1 → 2 x 2; from the checkpoint of step 40",
         "out of memory: 4.10 of 4 GB <b>needed</b> | step 41",
         "0.50 GB of 4 GB",
         "12 min 5 s",
-        "At most 1.99 GB in use, predicted 1.25 GB, budget 4 GB.",
+        "Memory: at most 1.99 GB in use, predicted 1.25 GB, budget 4 GB.",
         "training from 4.000 to 0.013",
         "+40.0 (+38.0 to +42.0) points",
     ):
-        assert told in page
+        assert words in page
 
 
 def test_how_to_roll_back_is_the_exact_command_and_what_follows_from_it() -> None:
@@ -121,7 +146,7 @@ def test_how_to_roll_back_is_the_exact_command_and_what_follows_from_it() -> Non
     assert promoted.command == (
         'qwen3ft rollback --reason "..." --set registered_model=qwen3ft-embedded'
     )
-    assert promoted.what.startswith("qwen3ft-embedded v7 is then in use again, instead of")
+    assert promoted.what.startswith("qwen3ft-embedded v7 is then in use again instead of")
     first = build_card(make_facts(champion=None)).roll_back
     assert (first.command, "Nothing was in use before" in first.what) == ("", True)
     kept = build_card(make_facts(4.0))
@@ -168,14 +193,14 @@ def test_a_failed_run_tells_what_it_got_to(error: Exception) -> None:
 def test_a_run_that_broke_at_its_first_step_and_one_with_nothing_to_do_have_cards() -> None:
     """Nothing is known but the settings and the end."""
     config = TrainingConfig(model_name="embedded")
-    for facts, told in (
+    for facts, words in (
         (RunFacts(config, "a", error=OSError("no space left")), "failed: no space left"),
         (RunFacts(config, "b", nothing_since="m v3"), "nothing new since m v3"),
     ):
         card = build_card(facts)
-        assert card.verdict == told
-        assert told in Page(card_html(card)).text
-        assert told in card_markdown(card)
+        assert card.verdict == words
+        assert words in Page(card_html(card)).text
+        assert words in card_markdown(card)
         # Whether something is in use was not asked.
         assert card.roll_back.what == "This run changed nothing that is in use."
         assert card.champion_version is None
@@ -241,7 +266,7 @@ def test_a_hostile_text_stays_in_its_cell_of_markdown() -> None:
     assert not kinds & {"html_block", "html_inline", "link_open", "image", "fence"}
     headings = [token.tag for token in tokens if token.type == "heading_open"]
     assert headings == ["h1", *["h2"] * (len(headings) - 1)]
-    assert sum(token.type == "table_open" for token in tokens) == 8
+    assert sum(token.type == "table_open" for token in tokens) == 7
     shown = " ".join(child.content for child in inline)
     assert "<script>alert(1)</script><img src=x onerror=alert(2)>" in shown.replace("&lt;", "<")
 
@@ -285,9 +310,11 @@ def test_answers_that_never_came_are_said_and_thinking_is_left_out() -> None:
         champion="",
         candidate="<think>hm</think>paris",
     )
-    told = [(answer.model, answer.text, answer.right) for answer in answered_question(pair).answers]
-    assert told == [
-        ("base", "(no answer: its thinking did not end)", False),
+    words = [
+        (answer.model, answer.text, answer.right) for answer in answered_question(pair).answers
+    ]
+    assert words == [
+        ("base", "(no answer: the reasoning did not end)", False),
         ("champion", "(no answer)", False),
         ("candidate", "paris", True),
     ]

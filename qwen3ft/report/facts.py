@@ -1,0 +1,146 @@
+"""The card's numbers as text, written once for markdown, HTML and the terminal."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from qwen3ft.evaluation.wording import (
+    METRIC_NAMES,
+    OTHER_SCORES,
+    format_seconds,
+    interval_text,
+    judge_text,
+    score_text,
+)
+from qwen3ft.records.evaluation import MODELS, RIVALS, Comparison, ModelLabel, RivalLabel
+from qwen3ft.records.run_card import RunCard
+from qwen3ft.report.attempts import kind_text
+
+
+class Fact(NamedTuple):
+    """One line of the card's head."""
+
+    label: str
+    value: str
+    note: str = ""
+    """Unit or context, worded to follow the value."""
+    headline: bool = False
+    """True for the numbers that readers look for first."""
+
+    @property
+    def text(self) -> str:
+        """Value and note in one line."""
+        return f"{self.value} {self.note}".rstrip()
+
+
+class ScoreLine(NamedTuple):
+    """One line of the table of scores."""
+
+    name: str
+    cells: list[str]
+    """One for each model."""
+    gains: list[str]
+    """One for each rival; empty where no gain is computed."""
+
+
+class ScoreTable(NamedTuple):
+    """Scores and form checks of every model that was evaluated."""
+
+    labels: list[ModelLabel]
+    rivals: list[RivalLabel]
+    scores: list[ScoreLine]
+    forms: list[ScoreLine]
+
+
+def card_facts(card: RunCard) -> list[Fact]:
+    """Return the facts of the card's head; those of stages that were not reached are left out."""
+    loss = _change(card.held_out_loss_before, card.held_out_loss_after, ".3f")
+    attempts = len(card.attempts)
+    facts = [
+        Fact("trained on", card.trained_on),
+        Fact(
+            "exact match",
+            _change(card.base_score, card.tuned_score, ".1%"),
+            "from base to candidate",
+            headline=True,
+        ),
+        *(_gain(card, one) for one in card.comparisons if one.metric == card.main_metric),
+        Fact("forgetting", card.forgetting),
+        *([Fact(f"judge {card.judge.model}", judge_text(card.judge))] if card.judge else []),
+        Fact("held-out loss", loss, "nats per token", headline=True),
+        Fact(
+            "peak memory",
+            _number(card.peak_memory_gb, ".2f", "GB"),
+            "" if card.budget_gb is None else f"of {card.budget_gb:g} GB",
+            headline=True,
+        ),
+        Fact(
+            "speed",
+            _number(card.tokens_per_second, ",.0f", "tokens/s"),
+            f"with {card.kernels.partition(':')[0]} kernels" if card.kernels else "",
+            headline=True,
+        ),
+        Fact("kernels", card.kernels),
+        Fact(
+            "time",
+            format_seconds(sum(card.seconds_by_stage.values())) if card.seconds_by_stage else "",
+            f"in {attempts} attempt{'' if attempts == 1 else 's'}" if attempts else "",
+            headline=True,
+        ),
+        Fact(
+            "attempts",
+            ", ".join(f"{one.attempt}: {kind_text(one.outcome)}" for one in card.attempts),
+        ),
+        Fact("adapter", card.adapter_path or ""),
+        Fact("run", card.run_id),
+    ]
+    return [fact for fact in facts if fact.value]
+
+
+def _gain(card: RunCard, comparison: Comparison) -> Fact:
+    gain, _, rest = interval_text(comparison).partition(" ")
+    note = f"{rest} of {METRIC_NAMES[comparison.metric]}"
+    return Fact(f"gain over {comparison.rival}", gain, note, comparison.rival == card.rival)
+
+
+def _change(before: float | None, after: float | None, digits: str) -> str:
+    return "" if before is None or after is None else f"{before:{digits}} → {after:{digits}}"
+
+
+def _number(value: float | None, digits: str, unit: str) -> str:
+    return f"{value:{digits}} {unit}" if value else ""
+
+
+def score_table(card: RunCard) -> ScoreTable | None:
+    """Return every model's scores with the candidate's gains; None if nothing was evaluated."""
+    models = {score.label: score for score in card.scores}
+    if "candidate" not in models:
+        return None
+    labels = [label for label in MODELS if label in models]
+    rivals = [rival for rival in RIVALS if rival in models]
+    gains = {(one.rival, one.metric): interval_text(one) for one in card.comparisons}
+    none = [""] * len(rivals)
+    lines = []
+    for metric, name in METRIC_NAMES.items():
+        cells = [score_text(metric, getattr(models[label], metric)) for label in labels]
+        lines.append(ScoreLine(name, cells, [gains.get((one, metric), "") for one in rivals]))
+        if metric == "exact_match":
+            ranges = [_range(models[label].exact_match_interval) for label in labels]
+            lines.append(ScoreLine(f"its {card.confidence:.0%} interval", ranges, none))
+    for field, name in OTHER_SCORES.items():
+        cells = [score_text(field, getattr(models[label], field)) for label in labels]
+        lines.append(ScoreLine(name, cells, none))
+    forms = [
+        ScoreLine(
+            f"{check}{mark}",
+            [f"{getattr(models[label], field).get(check, 0.0):.1%}" for label in labels],
+            none,
+        )
+        for field, mark in (("form", ""), ("sampled_form", ", sampled"))
+        for check in getattr(models["candidate"], field)
+    ]
+    return ScoreTable(labels, rivals, lines, forms)
+
+
+def _range(interval: tuple[float, float] | None) -> str:
+    return f"{interval[0]:.1%} to {interval[1]:.1%}" if interval else ""
