@@ -35,7 +35,7 @@ MOST_PICTURE_BYTES = 200_000
 MOST_README_LINES = 120
 
 SETTINGS = TrainingConfig.model_fields.keys() | ColumnNames.model_fields.keys()
-NO_SETTINGS = {*METRICS, *TAGS, "max_tokens", "run_worker"}
+NO_SETTINGS = {*METRICS, *TAGS, "max_tokens", "read_raw", "run_worker"}
 """Code spans of the guides that look like settings but are not."""
 
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
