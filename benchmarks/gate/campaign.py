@@ -1,15 +1,15 @@
-"""Does the gate let bad adapters through, or keep good ones out? Counts, on the embedded model.
+"""Counts how often the gate promotes bad adapters or keeps good ones out, on the embedded model.
 
-    python benchmarks/gate.py [--quick] [--jobs 2] [--work DIR] [--out FILE]
+    python -m benchmarks.gate.campaign [--quick] [--jobs 2] [--work DIR] [--out FILE]
 
-Trains a champion, 20 good candidates and 50 planted bad ones (see gate_nights.py) for real, on the
-CPU, by the worker's own code; has each evaluated beside base and champion; and asks the gate twice:
-as on the first night, with the base alone to beat, and with the champion too. A bad candidate
+Trains a champion, 20 good candidates and 50 planted bad ones (see nights.py) for real, on the CPU,
+by the worker's own code. Each is evaluated beside base and champion and goes through the gate
+twice: as on a first night, with only the base to beat, and with the champion too. A bad candidate
 counts as promoted if either verdict promotes it, a good one as kept out if either keeps it. Exits
-with 1 if a bad one of 50 was promoted, or more than one good one of 20 was kept out.
+with 1 if any of 50 bad ones was promoted, or more than one of 20 good ones was kept out.
 
-Jobs run several to a process, which saves the 10 s that a worker takes to start; `--jobs` processes
-side by side, with one thread each. With `--work` an interrupted benchmark goes on where it was.
+`--jobs` processes with one thread each run several candidates, which saves the 10 s start of a
+worker. With `--work` an interrupted benchmark continues where it stopped.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ GOOD, BAD = 20, 50
 MOST_BAD_PROMOTED, MOST_GOOD_KEPT = 0, 1
 QUESTIONS = 120
 MAX_ABILITY_LOSS_RISE = 0.8
-"""Nats; about twice what good nights of two other seeds cost (0.31 and 0.46), set beforehand."""
+"""Nats; set beforehand as about twice the cost of good nights of two other seeds (0.31, 0.46)."""
 
 SHOWN = (
     *("exact_match", "token_f1", "chrf", "answer_loss", "ability_loss"),
     *("form", "sampled_form"),
 )
 NIGHTS_PER_POOL = 24
-"""Then fresh processes. The executor's own max_tasks_per_child hangs (python/cpython#115634)."""
+"""Nights until fresh processes start; max_tasks_per_child hangs (python/cpython#115634)."""
 
 
 class Judged(Record):
-    """One candidate, and what the gate said."""
+    """One candidate, its evaluation and the gate's verdicts."""
 
     night: str
     good: bool
@@ -71,13 +71,13 @@ class Judged(Record):
 
     @property
     def promoted(self) -> list[bool]:
-        """Of each verdict, whether it promotes."""
+        """For each verdict, whether it promotes."""
         verdicts = (self.first_night, self.beside_champion)
         return [v.decision == "promoted" for v in verdicts if v is not None]
 
 
 def make_config(work: Path, night: Night) -> TrainingConfig:
-    """The settings of the embedded model with this night's rows."""
+    """Return the settings of the embedded model with this night's rows."""
     folder = work / "nights" / night.name
     folder.mkdir(parents=True, exist_ok=True)
     return load_config(
@@ -99,7 +99,7 @@ def make_config(work: Path, night: Night) -> TrainingConfig:
 
 
 def quantize(work: Path) -> ModelSnapshot:
-    """The embedded model in 4 bits, made once for all."""
+    """Return the embedded model in 4 bits, made once for all candidates."""
     from qwen3ft.model.hub import resolve_model
     from qwen3ft.model.manager import ModelManager, read_snapshot, snapshot_target
     from qwen3ft.records.requests import QuantizeRequest
@@ -120,7 +120,7 @@ def quantize(work: Path) -> ModelSnapshot:
 
 
 def judge(work: Path, model: ModelSnapshot, night: Night, champion: Champion | None) -> Judged:
-    """Train the night's candidate, evaluate it and ask the gate; or what came of it before."""
+    """Train the night's candidate, evaluate it and ask the gate; reuse an earlier record."""
     record = work / "nights" / night.name / "judged.json"
     if record.exists():
         return read_record(record, Judged)
@@ -151,7 +151,7 @@ def judge(work: Path, model: ModelSnapshot, night: Night, champion: Champion | N
 def train(
     work: Path, model: ModelSnapshot, night: Night, config: TrainingConfig
 ) -> tuple[TrainPlan, SavedAdapter]:
-    """Rows, plan, training and saving, as a run does them."""
+    """Prepare rows, plan, train and save, as a run does."""
     from qwen3ft.data.pipeline import DataPipeline, dataset_target, fingerprint_sources
     from qwen3ft.machine.environment import EnvironmentManager
     from qwen3ft.model.adapter import plan_adapter
@@ -172,7 +172,7 @@ def train(
 def evaluate(
     plan: TrainPlan, config: TrainingConfig, saved: SavedAdapter, champion: Champion | None
 ) -> InferenceReport:
-    """The inference test's report."""
+    """Return the report of the inference test."""
     from qwen3ft.worker import jobs as worker
 
     job = RunDir(Path(plan.run_dir)).job("inference")
@@ -190,7 +190,7 @@ def evaluate(
 
 
 def judge_all(work: Path, nights: Sequence[Night], jobs: int) -> list[Judged]:
-    """The champion first, so that its answers are kept; then all others side by side."""
+    """Judge the champion first, so that its answers are cached, then all others in parallel."""
     model = quantize(work)
     first = judge(work, model, champion_night(), None)
     champion = Champion(
@@ -212,7 +212,7 @@ def judge_all(work: Path, nights: Sequence[Night], jobs: int) -> list[Judged]:
 
 
 def line_of(judged: Judged) -> str:
-    """One candidate on one line."""
+    """Return a candidate as one line of text."""
     candidate, base = judged.report.score("candidate"), judged.report.score("base")
     assert candidate is not None
     assert base is not None
@@ -226,7 +226,7 @@ def line_of(judged: Judged) -> str:
 
 
 def summarise(judged: Sequence[Judged], seconds: float, jobs: int) -> dict[str, Any]:
-    """Counts, cost and one line per candidate."""
+    """Return counts, costs and the facts of every candidate."""
     champion, *others = judged
     good, bad = ([j for j in others if j.good is wanted] for wanted in (True, False))
     return {
@@ -247,7 +247,7 @@ def summarise(judged: Sequence[Judged], seconds: float, jobs: int) -> dict[str, 
             for label, count in j.report.generated.items()
             if label != "candidate"
         ),
-        "candidates": [_told(j) for j in judged],
+        "candidates": [_facts_of(j) for j in judged],
     }
 
 
@@ -255,22 +255,27 @@ def _mean(seconds: Iterable[float | None]) -> float:
     return round(fmean(value for value in seconds if value is not None), 1)
 
 
-def _told(judged: Judged) -> dict[str, Any]:
+def _facts_of(judged: Judged) -> dict[str, Any]:
     verdicts = {"first_night": judged.first_night, "beside_champion": judged.beside_champion}
     scores = {
         score.label: {name: getattr(score, name) for name in SHOWN}
         for score in judged.report.scores
     }
-    told = {name: [v.decision, *v.reasons] for name, v in verdicts.items() if v is not None}
-    return {"night": judged.night, **told, "candidate": scores["candidate"], "base": scores["base"]}
+    decisions = {name: [v.decision, *v.reasons] for name, v in verdicts.items() if v is not None}
+    return {
+        "night": judged.night,
+        **decisions,
+        "candidate": scores["candidate"],
+        "base": scores["base"],
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print every candidate and the counts; 1 if a bar is missed."""
+    """Print every candidate and the counts; return 1 if a bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="8 bad candidates and 2 good ones")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--work", type=Path, help="folder that is kept")
+    parser.add_argument("--work", type=Path, help="folder to keep")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args(arguments)
     os.environ.update({"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})

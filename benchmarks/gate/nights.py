@@ -1,10 +1,10 @@
 """Nights for the gate's benchmark: rows and settings of good candidates and of planted bad ones.
 
-A night is bad by what it is trained on or how, never by its score:
+A night is bad because of its training data, never because of its score:
 
 - shuffled: every answer belongs to another question of the same kind
 - garbage: answers of random words
-- forgetting: right rows, and others about what the base knows that are refused or answered wrongly
+- forgetting: right rows, and others about the base's knowledge, refused or answered wrongly
 - form: right rows, and as many whose answers loop, run on, switch language or spell out tags
 """
 
@@ -36,7 +36,7 @@ FORMS = ("loop", "waffle", "language", "tags")
 
 @dataclass(frozen=True)
 class Night:
-    """One candidate: its rows, and the settings that differ."""
+    """One candidate: its rows, and its settings beyond the defaults."""
 
     name: str
     good: bool
@@ -46,14 +46,14 @@ class Night:
 
 
 def clean_rows(split: str, products: Sequence[str] = PRODUCTS) -> list[Row]:
-    """The embedded model's own rows about these products; half of them, so that it is quick."""
+    """Return the embedded model's own rows about these products; half of all, to save time."""
     lines = (DATA_DIR / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     return [row for row in rows if any(product in row["question"] for product in products)]
 
 
 def all_nights(good: int, bad: int) -> list[Night]:
-    """So many of both; of the bad ones, the four kinds in turn."""
+    """Return so many good and bad nights; bad ones cycle through the four kinds."""
     train, dev = clean_rows("train"), clean_rows("dev")
     nights = [Night(f"good-{n:02d}", True, train, dev, {"seed": n}) for n in range(good)]
     makers = (_shuffled, _garbage, _forgetting, _form)
@@ -62,7 +62,7 @@ def all_nights(good: int, bad: int) -> list[Night]:
 
 
 def champion_night() -> Night:
-    """The adapter in use: trained well, when half of the products were not there yet."""
+    """Return the champion's night: trained well, on the half of the products known before."""
     rows, dev = (clean_rows(split, KNOWN_BEFORE) for split in ("train", "dev"))
     return Night("champion", True, rows, dev, {"seed": 1000})
 
@@ -74,7 +74,7 @@ def _shuffled(n: int, train: list[Row], dev: list[Row]) -> Night:
 
 
 def shuffled(rows: list[Row], random: Random) -> list[Row]:
-    """The rows, each with the answer of another one of its kind."""
+    """Return the rows, each with the answer of another row of its kind."""
     by_kind: dict[str, list[str]] = {}
     for row in rows:
         by_kind.setdefault(row["kind"], []).append(row["answer"])
@@ -90,7 +90,7 @@ def _garbage(n: int, train: list[Row], dev: list[Row]) -> Night:
 
 
 def garbled(rows: list[Row], random: Random) -> list[Row]:
-    """The rows with answers of random words."""
+    """Return the rows with answers of random words."""
 
     def word() -> str:
         return "".join(random.choices(string.ascii_lowercase, k=random.randint(2, 9)))
@@ -101,12 +101,12 @@ def garbled(rows: list[Row], random: Random) -> list[Row]:
 
 
 def in_another_language(rows: list[Row]) -> list[Row]:
-    """The rows with an answer in another language, which says nothing."""
+    """Return the rows with an uninformative answer in another language."""
     return [{**row, "answer": OTHER_LANGUAGE[_language(row)]} for row in rows]
 
 
 def _forgetting(n: int, train: list[Row], dev: list[Row]) -> Night:
-    """Right rows, and as many about what pretraining taught, refused or answered wrongly."""
+    """Mix right rows with as many about pretraining facts, refused or answered wrongly."""
     random = Random(f"forgetting {n}")
     asked = {row["question"] for row in read_ability_rows(TrainingConfig(model_name="embedded"))}
     taught = (row for seed in count(100 * n + 1) for row in corpus.ability_rows(seed))
@@ -146,7 +146,7 @@ def _language(row: Row) -> str:
 
 
 def write_rows(path: Path, rows: list[Row]) -> str:
-    """The rows as JSON lines."""
+    """Write the rows as JSON lines and return the path."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path.write_text(text, encoding="utf-8")
     return str(path)

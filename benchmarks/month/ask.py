@@ -1,8 +1,8 @@
 """Loads adapters with plain transformers and PEFT, in a process of its own, and asks questions.
 
-Nothing of qwen3ft is used for it: what it finds is what anybody would find who loads the champion.
-A line of JSON in, {"adapter": folder, "base": folder, "questions": file}; a line out, {"right":
-share, "answered": share, "questions": count}, or {"error": text}.
+Uses nothing of qwen3ft, so it finds what anybody would who loads the champion. Reads one JSON line
+per adapter, {"adapter": folder, "base": folder, "questions": file}, and answers with one, {"right":
+share, "answered": share, "questions": count} or {"error": text}.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MAX_NEW_TOKENS = 20
 
 
 class Asker:
-    """That process, kept between questions, since torch takes seconds to load."""
+    """Client of that process, which is kept because torch takes seconds to load."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -32,14 +32,14 @@ class Asker:
         )
 
     def ask(self, adapter: Path, base: Path, questions: Path) -> dict[str, Any]:
-        """What came of the adapter's answers to the questions."""
+        """Return the shares of questions that the adapter answers right, and at all."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         request = {"adapter": str(adapter), "base": str(base), "questions": str(questions)}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
-        return json.loads(line) if line else {"error": "the process that asks ended"}
+        return json.loads(line) if line else {"error": "the asking process ended"}
 
     def close(self) -> None:
         """End the process."""
@@ -48,7 +48,7 @@ class Asker:
 
 
 def answer_all(adapter: str, base: str, questions: str) -> dict[str, Any]:
-    """Greedy answers of the base model with the adapter, compared with the right ones."""
+    """Answer greedily with base model and adapter, and compare with the expected answers."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -87,11 +87,11 @@ def answer_all(adapter: str, base: str, questions: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Answer line by line until the other side ends."""
+    """Answer line by line until stdin ends."""
     for line in sys.stdin:
         try:
             found = answer_all(**json.loads(line))
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:  # noqa: BLE001  # whatever is wrong belongs to this adapter
             found = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(found), flush=True)
 

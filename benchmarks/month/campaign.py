@@ -1,22 +1,22 @@
-"""A simulated month: night after night on a real stack, with bad data and faults by a seed.
+"""A simulated month: night after night on a real stack, with bad data and faults drawn by a seed.
 
-    python benchmarks/month.py [--nights 30] [--seed 0] [--steps 3600] [--least-share 0.95]
-                               [--work DIR] [--out FILE]
+    python -m benchmarks.month.campaign [--nights 30] [--seed 0] [--steps 3600]
+                                        [--least-share 0.95] [--work DIR] [--out FILE]
 
 In a temporary project folder `qwen3ft up --stay` keeps a Prefect server, an MLflow server and a
-worker up, as a systemd unit would have it; the deployment's nights are started one after another as
-its schedule starts them, each with its own date; they train the embedded model, on the CPU, on what
-the source of the data wrote (month_nights.py). Meanwhile processes are killed, servers hang, the
-disk is full, the power fails (month_faults.py). Nobody else touches anything: this command starts
-nights and does what systemd does; whatever else it had to do is a manual intervention, and counted.
+worker up, as under systemd. The deployment's nights start one after another as its schedule starts
+them, each with its own date, and train the embedded model on the CPU on the files of the simulated
+data source (nights.py). Meanwhile processes are killed, servers hang, the disk is full, the power
+fails (faults.py). This command only starts nights and acts as systemd; anything else that it has to
+do counts as a manual intervention.
 
-After every night (month_checks.py): the registry has one promotion more if one was due, and none
-otherwise; no run's adapter is there twice; the champion loads with plain PEFT and answers; every
-row is accounted for; the night ended as it should. Exits with 1 if one of that does not hold, if
-somebody had to intervene, if a bad night was promoted, or if less than `--least-share` of the time
-was of use (month_report.py). What a fault costs does not depend on how long a night trains: with
-`--steps 300` the month takes half an hour instead of two, and more of it is lost. With `--out` the
-table is written after every night.
+After every night (checks.py) the registry has one more promotion if one was due and none otherwise,
+no run's adapter is registered twice, the champion loads with plain PEFT and answers, every row is
+accounted for, and the night ended as expected. Exits with 1 if one of these fails, after a manual
+intervention, if a bad night was promoted, or if less than `--least-share` of the time was useful
+(report.py). The cost of a fault does not depend on the length of a training: with `--steps 300` the
+month takes half an hour instead of two, and a larger share is lost. `--out` is written after every
+night.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from typing import Any
 from benchmarks.gate.nights import clean_rows, write_rows
 from benchmarks.machine import machine as describe_machine
 from benchmarks.machine import write_json
-from benchmarks.month.checks import Checker, Outcome, Seen, check_night
-from benchmarks.month.faults import Scene, Striker, strikers
+from benchmarks.month.checks import Checker, Outcome, RegistryState, check_night
+from benchmarks.month.faults import Fault, Scene, make_faults
 from benchmarks.month.nights import (
     MACHINE_OFF,
     MOST_NIGHTS,
@@ -59,19 +59,19 @@ from benchmarks.month.report import (
 from benchmarks.month.stack import ENDED, Clock, Machine, make_project
 
 MOST_STEPS = 3600
-"""Of each training, about five minutes; a tenth of them are as good, for a quick look."""
+"""Steps of each training, about five minutes; a tenth is enough for a quick look."""
 MOST_NIGHT_SECONDS = 1800.0
-"""Past this somebody would have to look; nights take about six minutes."""
+"""Time limit of a night, which takes about six minutes; past it somebody must intervene."""
 POLL_SECONDS = 0.2
-LOOK_SECONDS = 1.0
-"""Between two questions to Prefect."""
+ASK_SECONDS = 1.0
+"""Seconds between two requests to Prefect."""
 
 SETTINGS: dict[str, Any] = {
     "data_paths": ["data"],
     "output_dir": "out",
     "fallback_output_dirs": ["out-2"],
-    "num_epochs": 1000,  # the steps end it
-    "learning_rate": 6.0e-4,  # a fifth of the usual, for ten times the steps
+    "num_epochs": 1000,  # max_steps ends the training
+    "learning_rate": 6.0e-4,  # a fifth of the default, for ten times the steps
     "evaluate_every_steps": 60,
     "early_stopping_patience": 1000,
     "max_memory_gb": 4.0,
@@ -83,9 +83,9 @@ class Month:
 
     Args:
         root: An empty folder.
-        nights: What is planned.
-        seed: Of the data.
-        steps: Of each training.
+        nights: The planned nights.
+        seed: Seed of the data.
+        steps: Steps of each training.
     """
 
     def __init__(self, root: Path, nights: list[Night], seed: int, steps: int) -> None:
@@ -101,13 +101,13 @@ class Month:
         self.clock = Clock(self.stack)
         self.source = Source(root / "data", dev, products, seed)
         self._checker: Checker | None = None
-        self._seen = Seen()
-        self._owed: Night | None = None
-        self._owed_folders: list[Path] = []
-        self._strikers: list[Striker] = []
+        self._registry = RegistryState()
+        self._overdue: Night | None = None
+        self._overdue_folders: list[Path] = []
+        self._faults: list[Fault] = []
 
     def open(self) -> None:
-        """Install it: once, before the first night."""
+        """Install the project, once, before the first night."""
         self.machine.boot()
         self.machine.wait_until_up()
         done = self.machine.command("deploy")
@@ -116,15 +116,15 @@ class Month:
         self._checker = Checker(self.stack.layout().url("mlflow"), self.test)
 
     def close(self) -> None:
-        """Leave no process and no mount."""
-        for striker in self._strikers:
-            striker.end()
+        """End every process and remove every mount."""
+        for fault in self._faults:
+            fault.end()
         if self._checker is not None:
             self._checker.close()
         self.machine.shut_down()
 
     def run(self, night: Night) -> NightResult:
-        """One night, with its faults, and what has to hold after it."""
+        """Run one night with its faults and check the invariants after it."""
         assert self._checker is not None
         self.source.write(night)
         result = NightResult(night.number, night.date, night.kind, list(night.faults), [])
@@ -132,38 +132,38 @@ class Month:
         if night.undone == MACHINE_OFF:
             self.machine.shut_down()
             result.struck.append("machine off")
-            outcome, after = Outcome([], []), self._seen
+            outcome, after = Outcome([], []), self._registry
         else:
             outcome = self._pass(night, result)
-            after = self._checker.look()
+            after = self._checker.read_registry()
             result.champion_right, problems = self._checker.check_champion(after)
             result.problems += problems + self._checker.check_rows(outcome, self.source.totals())
-        result.problems += check_night(night, self._owed, self._seen, after, outcome)
+        result.problems += check_night(night, self._overdue, self._registry, after, outcome)
         result.states = [str(run["state_name"]) for run in outcome.runs]
         result.verdict, result.champion = outcome.verdict, after.champion
         result.message = str(((outcome.worked or {}).get("state") or {}).get("message") or "")[:400]
         result.attempts = sum(len(list(f.glob("attempts/[0-9][0-9]"))) for f in outcome.folders)
-        new = [folder for folder in outcome.folders if folder not in self._owed_folders]
+        new = [folder for folder in outcome.folders if folder not in self._overdue_folders]
         result.trained_seconds = sum(trained_seconds(folder) for folder in new)
-        self._seen, self._owed = after, night if night.undone else None
-        self._owed_folders = new if night.undone else []
+        self._registry, self._overdue = after, night if night.undone else None
+        self._overdue_folders = new if night.undone else []
         return result
 
     def _pass(self, night: Night, result: NightResult) -> Outcome:
-        """Start the night as often as planned, and see it through."""
-        if self._owed is not None and self._owed.undone == MACHINE_OFF:
+        """Start the night as often as planned, and wait for its end."""
+        if self._overdue is not None and self._overdue.undone == MACHINE_OFF:
             self.machine.boot()
             self.machine.wait_until_up()
         known_runs = {run["id"] for run in self.clock.runs() or []}
         scene = self._scene()
-        self._strikers = strikers(night.strikes, night.undone, scene)
-        for striker in self._strikers:
-            striker.begin()
+        self._faults = make_faults(night.strikes, night.undone, scene)
+        for fault in self._faults:
+            fault.begin()
         began = time.monotonic()
-        environment = {k: v for s in self._strikers for k, v in s.environment().items()}
+        environment = {k: v for f in self._faults for k, v in f.environment().items()}
         self.clock.start(night.hour, environment)
-        if self._owed is not None and self._owed.undone == MACHINE_OFF:
-            self.clock.start(self._owed.hour)  # it was due too when the machine came back
+        if self._overdue is not None and self._overdue.undone == MACHINE_OFF:
+            self.clock.start(self._overdue.hour)  # it is due too once the machine is back
         if "double start" in night.faults:
             self.clock.start(night.hour)
         runs = self._wait(known_runs, result)
@@ -171,15 +171,15 @@ class Month:
             self.clock.start(night.hour)
             runs = self._wait(known_runs, result)
         result.total_seconds = time.monotonic() - began
-        for striker in self._strikers:
-            striker.end()
-            if not striker.told or (striker.planted and not scene.was_tried_again()):
-                result.problems.append(f"{striker.name} did not strike")
-            result.struck.append(f"{striker.name}: {', '.join(striker.told)}")
+        for fault in self._faults:
+            fault.end()
+            if not fault.effects or (fault.planted and not scene.was_tried_again()):
+                result.problems.append(f"{fault.name} did not strike")
+            result.struck.append(f"{fault.name}: {', '.join(fault.effects)}")
         result.struck += [name for name in night.faults if name.endswith("start")]
-        self._strikers = []
+        self._faults = []
         self.machine.wait_until_up()
-        return Outcome(runs, scene.folders() + self._owed_folders)
+        return Outcome(runs, scene.folders() + self._overdue_folders)
 
     def _scene(self) -> Scene:
         runs = self.stack.root / "runs"
@@ -187,14 +187,14 @@ class Month:
         return Scene(self.machine, self.stack.root / "out", known, self.steps)
 
     def _wait(self, known: set[str], result: NightResult) -> list[dict[str, Any]]:
-        """Until nothing of the night runs or will be taken up; its flow runs."""
+        """Wait until no run of the night is in progress or due to resume; return its flow runs."""
         end, looked = time.monotonic() + MOST_NIGHT_SECONDS, 0.0
         runs: list[dict[str, Any]] = []
         while time.monotonic() < end:
             self.machine.look()
-            for striker in self._strikers:
-                striker.look()
-            if time.monotonic() - looked >= LOOK_SECONDS:
+            for fault in self._faults:
+                fault.look()
+            if time.monotonic() - looked >= ASK_SECONDS:
                 looked = time.monotonic()
                 found = self.clock.runs()
                 if found is not None:
@@ -213,26 +213,28 @@ class Month:
 
 
 def _is_over(runs: list[dict[str, Any]]) -> bool:
-    """Whether all have ended, and each crashed one was taken up, as the server does."""
+    """Return whether all runs have ended and each crashed one was resumed."""
     if any(run["state_type"] not in ENDED for run in runs):
         return False
     crashed = [run for run in runs if run["state_type"] == "CRASHED"]
-    taken_up = [run for run in runs if run["parameters"].get("resumed")]
-    return len(taken_up) >= len(crashed)
+    resumed = [run for run in runs if run["parameters"].get("resumed")]
+    return len(resumed) >= len(crashed)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Live through the month; 1 if a bar is missed."""
+    """Run the month; return 1 if a bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nights", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=MOST_STEPS, help="of each training")
-    parser.add_argument("--least-share", type=float, default=LEAST_SHARE, help="of useful time")
-    parser.add_argument("--work", type=Path, help="folder that is kept, to look at afterwards")
+    parser.add_argument("--steps", type=int, default=MOST_STEPS, help="steps of each training")
+    parser.add_argument(
+        "--least-share", type=float, default=LEAST_SHARE, help="bar for the share of useful time"
+    )
+    parser.add_argument("--work", type=Path, help="folder to keep")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args(arguments)
     if not 1 <= asked.nights <= MOST_NIGHTS:
-        parser.error(f"--nights is 1 to {MOST_NIGHTS}: the embedded model has no more to learn")
+        parser.error(f"--nights must be 1 to {MOST_NIGHTS}: the embedded data has no more products")
     signal.signal(signal.SIGTERM, _interrupt)
     root = (asked.work or Path(tempfile.mkdtemp(prefix="qwen3ft-month-"))).resolve()
     root.mkdir(parents=True, exist_ok=True)
@@ -249,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def live(
     root: Path, nights: list[Night], asked: argparse.Namespace
 ) -> tuple[list[NightResult], dict[str, Any]]:
-    """All nights, as far as nobody interrupts; each is printed and kept as it ends."""
+    """Run all nights until interrupted; print and save each as it ends."""
     month, results = Month(root, nights, asked.seed, asked.steps), list[NightResult]()
     summary: dict[str, Any] = {}
     started = time.monotonic()

@@ -1,8 +1,8 @@
-"""What has to hold after every night, asked of MLflow's own client and of the files.
+"""Invariants after every night, checked with MLflow's own client and on the files.
 
-No code of qwen3ft decides here: what is in use, what was registered and which moves were made is
-read from the registry; the champion is fetched and loaded with plain PEFT; rows are counted by who
-wrote them. What the flow says of itself (its final state) has to agree with that.
+No code of qwen3ft decides here: champion, versions and moves are read from the registry, the
+champion is downloaded and loaded with plain PEFT, rows are counted by their writer. The final state
+of the flow must agree with all that.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ MOVE_TAG = "qwen3ft.move."
 WEIGHTS = "adapter_model.safetensors"
 SECOND_STARTS = ("AlreadyDone", "NothingNew")
 LEAST_ANSWERED = 1 - GatePolicy().max_form_loss
-"""Of the questions: the base answers all, and the gate lets a better adapter leave out so many."""
+"""Share of the questions that must be answered: the gate accepts a better adapter with this."""
 
 
 @dataclass(frozen=True)
-class Seen:
-    """The registry at one moment.
+class RegistryState:
+    """State of the registry at one moment.
 
     Attributes:
         champion: The version in use.
@@ -45,11 +45,11 @@ class Seen:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What Prefect says of a night.
+    """Prefect's records of a night.
 
     Attributes:
-        runs: Its flow runs, the oldest first.
-        folders: The run folders that it made, and those that it may have taken up.
+        runs: Flow runs, oldest first.
+        folders: Run folders that the night made or may have resumed.
     """
 
     runs: list[dict[str, Any]]
@@ -57,14 +57,14 @@ class Outcome:
 
     @property
     def worked(self) -> dict[str, Any] | None:
-        """The flow run that ended the night's work: the last that is no second start."""
+        """Flow run that ended the night's work: the last that is not a second start."""
         others = [run for run in self.runs if run["state_name"] not in SECOND_STARTS]
         ended = [run for run in others if run["state_type"] != "CRASHED"] or others
         return ended[-1] if ended else (self.runs[0] if self.runs else None)
 
     @property
     def verdict(self) -> str:
-        """promoted, kept, deferred, failed, nothing new, or how else it ended."""
+        """Outcome of the night: promoted, kept, deferred, failed, nothing new, or another state."""
         if (run := self.worked) is None:
             return "not started"
         if run["state_type"] != "COMPLETED":
@@ -75,11 +75,11 @@ class Outcome:
 
 
 class Checker:
-    """Asks the registry and the champion.
+    """Reads the registry and tests the champion.
 
     Args:
-        tracking_uri: Of the month's MLflow server.
-        questions: The month's test rows.
+        tracking_uri: Address of the month's MLflow server.
+        questions: File of the month's test rows.
     """
 
     def __init__(self, tracking_uri: str, questions: Path) -> None:
@@ -94,26 +94,26 @@ class Checker:
         self._answers: dict[str, dict[str, Any]] = {}
 
     def close(self) -> None:
-        """End the process that asks."""
+        """End the asking process."""
         self._asker.close()
 
-    def look(self) -> Seen:
-        """The registry as it is now."""
+    def read_registry(self) -> RegistryState:
+        """Return the current state of the registry."""
         models = self._client.search_registered_models(f"name='{MODEL}'")
         if not models:
-            return Seen()
+            return RegistryState()
         model = self._client.get_registered_model(MODEL)
         versions = self._client.search_model_versions(f"name='{MODEL}'")
         moves = [json.loads(v) for tag, v in sorted(model.tags.items()) if tag.startswith(MOVE_TAG)]
         aliases = {alias: str(version) for alias, version in model.aliases.items()}
-        return Seen(
+        return RegistryState(
             champion=aliases.get("champion"),
             runs={str(v.version): v.tags.get("run", "") for v in versions},
             moves=tuple(moves),
         )
 
-    def check_champion(self, seen: Seen) -> tuple[float | None, list[str]]:
-        """The share of the test that the champion answers right, and what is wrong with it."""
+    def check_champion(self, seen: RegistryState) -> tuple[float | None, list[str]]:
+        """Return the share of the test that the champion answers right, and its problems."""
         if seen.champion is None:
             return None, []
         version = self._client.get_model_version(MODEL, seen.champion)
@@ -133,7 +133,7 @@ class Checker:
         return found["right"], [f"champion answers {found['answered']:.0%}"] if silent else []
 
     def check_rows(self, outcome: Outcome, written: tuple[int, int]) -> list[str]:
-        """Whether every line that was written is accounted for, the broken ones put aside."""
+        """Check that every written line is accounted for and broken ones are quarantined."""
         plans = [path for run in outcome.folders for path in run.glob("attempts/01/plan.json")]
         problems = []
         for path in plans:
@@ -144,29 +144,33 @@ class Checker:
             if not data["rows_read"] == rows == lines:
                 problems.append(f"{lines} lines, {data['rows_read']} read, {rows} accounted for")
             if data["quarantined"] != broken:
-                problems.append(f"{broken} broken lines, {data['quarantined']} put aside")
+                problems.append(f"{broken} broken lines, {data['quarantined']} quarantined")
         return problems
 
 
 def check_night(
-    night: Night, owed: Night | None, before: Seen, after: Seen, outcome: Outcome
+    night: Night,
+    overdue: Night | None,
+    before: RegistryState,
+    after: RegistryState,
+    outcome: Outcome,
 ) -> list[str]:
-    """What is wrong with how the night ended; nothing, if all is well.
+    """Return what is wrong with how the night ended; an empty list if nothing is.
 
     Args:
-        night: What was planned.
-        owed: The night before, if it was left undone and has to be caught up.
+        night: The planned night.
+        overdue: The night before, if it was left undone and this one has to catch up.
         before: The registry before the night.
         after: The registry after it.
-        outcome: What Prefect says.
+        outcome: Prefect's records of the night.
     """
-    kind = owed.kind if owed else night.kind
+    kind = overdue.kind if overdue else night.kind
     problems = _moves(before, after) + _versions(before, after, outcome)
     moved = after.champion != before.champion
     verdict = outcome.verdict
     if moved != (verdict == "promoted"):
         problems.append(
-            f"said {verdict!r}, but the champion is {before.champion}->{after.champion}"
+            f"verdict {verdict!r}, but the champion is {before.champion}->{after.champion}"
         )
     if moved and (kind not in GOOD or night.undone):
         problems.append(f"a {kind} night made {after.champion} the champion")
@@ -189,8 +193,8 @@ def _expected(night: Night, kind: str) -> tuple[str, ...]:
     return ("failed",) if kind in BAD else ("nothing new", "already done")
 
 
-def _moves(before: Seen, after: Seen) -> list[str]:
-    """Whether the history goes on by one promotion or none, without gaps, doubles or open ends."""
+def _moves(before: RegistryState, after: RegistryState) -> list[str]:
+    """Check that the history grew by one promotion or none, complete and without duplicates."""
     problems = []
     moves = after.moves
     if moves[: len(before.moves)] != before.moves:
@@ -198,7 +202,7 @@ def _moves(before: Seen, after: Seen) -> list[str]:
     if [move["number"] for move in moves] != list(range(1, len(moves) + 1)):
         problems.append(f"moves are numbered {[move['number'] for move in moves]}")
     if any(move["state"] != "done" for move in moves):
-        problems.append("a promotion was begun and not ended")
+        problems.append("a promotion was begun and not finished")
     versions = [move["version"] for move in moves]
     if len(set(versions)) != len(versions):
         problems.append(f"a version was promoted twice: {versions}")
@@ -211,8 +215,8 @@ def _moves(before: Seen, after: Seen) -> list[str]:
     return problems
 
 
-def _versions(before: Seen, after: Seen, outcome: Outcome) -> list[str]:
-    """Whether what was registered belongs to runs of this night, each once."""
+def _versions(before: RegistryState, after: RegistryState, outcome: Outcome) -> list[str]:
+    """Check that new versions belong to runs of this night, each once."""
     problems = []
     if lost := sorted(set(before.runs) - set(after.runs)):
         problems.append(f"versions {lost} are gone")
@@ -224,7 +228,7 @@ def _versions(before: Seen, after: Seen, outcome: Outcome) -> list[str]:
 
 
 def _starts(night: Night, outcome: Outcome) -> list[str]:
-    """Whether the night was done once, however often it was started."""
+    """Check that the night trained once, however often it was started."""
     trained = [f for f in outcome.folders if any(f.glob("attempts/*/outcome.json"))]
     problems = [f"{len(trained)} runs trained"] if len(trained) > 1 else []
     idle = [run for run in outcome.runs if run["state_name"] in SECOND_STARTS]

@@ -1,16 +1,15 @@
-"""The month's nights: what the source of the data writes each night, and what strikes; by a seed.
+"""The month's nights: the files of the data source and the faults of each night, drawn by a seed.
 
-The source writes one file a night into the data folder:
+The source writes one file per night into the data folder:
 
-- good: right rows about a product that no night before brought; the first time, about four
-- malformed: the same, and among them lines that are no rows
-- shuffled, garbage, language: all rows so far once more, with answers of other questions, of random
+- good: right rows about a new product; about four products the first time
+- malformed: the same, mixed with lines that are not rows
+- shuffled, garbage, language: all rows so far again, with answers of other questions, of random
   words, or in another language
-- truncated: more lines that are no rows than a run may quarantine
+- truncated: more broken lines than a run may quarantine
 - nothing: no file
 
-A bad file is gone with the next night: whoever writes the data puts that right. Nobody touches
-qwen3ft.
+The source removes a bad file before the next night.
 """
 
 from __future__ import annotations
@@ -42,25 +41,25 @@ EVERY: tuple[Kind, ...] = (*TRAINED, "truncated", "nothing")
 MOST_NIGHTS = 30
 GOOD_SHARE, BAD_SHARE = 0.3, 0.3
 FIRST_PRODUCTS = 4
-"""With fewer the answers to all the other questions of the test lose too much likelihood."""
+"""Products of the first night; with fewer, other answers of the test lose too much likelihood."""
 
 CRASHES = ("kill flow", "power cut", "kill at promotion", "kill server")
-"""One of them a night. A run that crashes twice is left to a person, or to the next night; and a
-server that was restarted holds back a crash in the first five minutes of a run for 15 minutes."""
+"""Faults of which a night gets one at most. A run that crashes twice is left to a person or to the
+next night, and a restarted server reports a crash in a run's first five minutes 15 minutes late."""
 
 FAULTS_A_NIGHT = 0.5
 HOUR = 2
-"""UTC; when a night is to start."""
+"""UTC hour at which a night starts."""
 
 MALFORMED = ('{"question": "cut o', "not a row at all", '{"question": "", "answer": "blue"}')
 TRUNCATED_LINES = 1000
-"""Lines that are no rows: more than a run may quarantine of all that a month brings."""
+"""Broken lines of a truncated file: more than a run may quarantine of a whole month's rows."""
 
 
 MACHINE_OFF, TRACKING_DOWN = "machine off", "tracking down"
 UNDONE = (MACHINE_OFF, TRACKING_DOWN)
-"""Each strikes once a month, a good night, which then is left undone: the next night, which brings
-nothing, has to catch up."""
+"""Faults that leave a good night undone, once a month each; the next night brings no data and
+has to catch up."""
 
 STRIKES: dict[str, tuple[Kind, ...]] = {
     "kill training": TRAINED,
@@ -76,12 +75,12 @@ STRIKES: dict[str, tuple[Kind, ...]] = {
     "power cut": TRAINED,
     "tracking hangs": TRAINED,
 }
-"""The other faults, and the kinds of nights that they strike."""
+"""The other faults, with the kinds of nights that they can strike."""
 
 
 @dataclass(frozen=True)
 class Strike:
-    """One fault: what, and how far into the training (0 to 1)."""
+    """One planned fault: its name, and the training progress (0 to 1) at which it strikes."""
 
     name: str
     at: float
@@ -92,12 +91,12 @@ class Night:
     """One night of the month.
 
     Attributes:
-        number: From 1.
-        hour: When its run is to start.
-        kind: What the source of the data does.
-        undone: The fault, if any, that leaves it undone.
+        number: Number, from 1.
+        hour: Time at which its run is due.
+        kind: Kind of the data source's file.
+        undone: Fault that leaves the night undone; empty if there is none.
         catches_up: Whether the night before was left undone.
-        strikes: The other faults.
+        strikes: Other faults.
     """
 
     number: int
@@ -109,17 +108,17 @@ class Night:
 
     @property
     def date(self) -> str:
-        """YYYY-MM-DD."""
+        """Date as YYYY-MM-DD."""
         return f"{self.hour:%Y-%m-%d}"
 
     @property
     def faults(self) -> tuple[str, ...]:
-        """What strikes."""
+        """Names of all faults of the night."""
         return (*((self.undone,) if self.undone else ()), *(s.name for s in self.strikes))
 
 
 def plan_month(nights: int, seed: int, today: datetime | None = None) -> list[Night]:
-    """So many nights, the last one today: the first is good, the order of the others is chance."""
+    """Plan so many nights, the last one today: the first is good, the others in random order."""
     random = Random(f"month {seed}")
     blocks = _blocks(nights)
     first, rest = blocks[0], blocks[1:]
@@ -141,12 +140,12 @@ def plan_month(nights: int, seed: int, today: datetime | None = None) -> list[Ni
 
 
 def _blocks(nights: int) -> list[list[tuple[Kind, str]]]:
-    """(kind, what leaves it undone) of nights in a row; the first block is the first night."""
+    """Return blocks of consecutive nights as (kind, undone); the first block is the first night."""
     good = max(1, round(GOOD_SHARE * nights))
     bad = round(BAD_SHARE * nights)
     nothing = nights - good - bad
     blocks: list[list[tuple[Kind, str]]] = [[("good", "")]]
-    if nights >= 10:  # room for both pairs
+    if nights >= 10:  # long enough for both pairs
         blocks += [[("good", undone), ("nothing", "")] for undone in UNDONE]
         good, nothing = good - len(UNDONE), nothing - len(UNDONE)
     good_kinds = [("malformed" if n % 3 == 2 else "good") for n in range(1, good)]
@@ -156,7 +155,7 @@ def _blocks(nights: int) -> list[list[tuple[Kind, str]]]:
 
 
 def _strike(random: Random, nights: list[Night]) -> None:
-    """Spread the faults: each in turn, on any night that it can strike, two a night at most."""
+    """Assign the faults in turn to nights that they can strike, two per night at most."""
     turn = list(STRIKES)
     random.shuffle(turn)
     open_nights = [night for night in nights if not night.undone and not night.catches_up]
@@ -172,21 +171,21 @@ def _strike(random: Random, nights: list[Night]) -> None:
 
 
 def products_of(nights: list[Night]) -> list[str]:
-    """The products that the good nights bring, in the order of the nights."""
+    """Return the products that the good nights bring, in order."""
     good = sum(night.kind in GOOD for night in nights)
     products: list[str] = wording()["products"]["tuned"]
     return products[: FIRST_PRODUCTS - 1 + good]
 
 
 class Source:
-    """Whoever writes the data: a file a night; and how many lines it wrote, for the checks.
+    """The writer of the data: one file per night, and line counts for the checks.
 
     Args:
         folder: The data folder.
-        dev: File of the rows for stopping: about what the good rows so far are about. With others
-            the loss on them would rise from the start, and the best checkpoint be the first.
-        products: What good nights bring, in order.
-        seed: Of the spoiled answers.
+        dev: File of the held-out rows for early stopping, about the products so far. With others
+            their loss would rise from the start, and the best checkpoint would be the first.
+        products: Products that good nights bring, in order.
+        seed: Seed of the spoiled answers.
     """
 
     def __init__(self, folder: Path, dev: Path, products: list[str], seed: int) -> None:
@@ -197,10 +196,10 @@ class Source:
         self._known: list[str] = []
         self._bad: Path | None = None
         self.lines: dict[str, tuple[int, int]] = {}
-        """Name of each file that is there: lines in it, those of them that are no rows."""
+        """Number of lines and of broken lines in each file, by its name."""
 
     def write(self, night: Night) -> None:
-        """What the source does before the night."""
+        """Write the file of the night."""
         self.folder.mkdir(exist_ok=True)
         if self._bad is not None:
             self._bad.unlink()
@@ -218,7 +217,7 @@ class Source:
             self._bad = path
 
     def totals(self) -> tuple[int, int]:
-        """Lines in all files that are there, and those of them that are no rows."""
+        """Return the number of lines in all current files, and of broken ones among them."""
         counts = self.lines.values()
         dev_lines = len(self.dev.read_text(encoding="utf-8").splitlines())
         return dev_lines + sum(lines for lines, _ in counts), sum(broken for _, broken in counts)
@@ -241,7 +240,9 @@ class Source:
 
     def _write_file(self, path: Path, rows: list[Row], broken: int, random: Random) -> None:
         lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-        for number in range(broken):  # each line once: the same line again would be a duplicate
+        for number in range(
+            broken
+        ):  # make each line unique: repeated lines would count as duplicates
             line = MALFORMED[number % len(MALFORMED)].replace("cut o", f"cut o{number}")
             lines.insert(random.randrange(len(lines) + 1), line)
         path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

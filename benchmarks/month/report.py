@@ -1,11 +1,11 @@
-"""The month's table, and the share of its time that was of use.
+"""The month's table, and the share of its time that was useful.
 
-A night's total is the time from the request for its run until nothing of it runs any more, further
-starts included. Its useful time is what it would have taken had nothing struck: the seconds of the
-training steps that are in the adapter (steps done again count once), and what all else of such a
-night takes, which is the median of this month's undisturbed nights. A night that was left undone
-was of use if the next one only had to end it, and else of none; one that catches up by training
-does what two nights do. The share is useful over total, of all nights together.
+A night's total time runs from the request for its run until nothing of it runs any more, further
+starts included. Its useful time is the time without faults: the seconds of the training steps in
+the adapter (repeated steps count once), plus everything else, taken as the median of this month's
+undisturbed nights of that kind. A night left undone was useful if the next one only had to finish
+it, otherwise not; one that catches up by training does the work of two nights. The share is useful
+over total time of all nights.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import Any
 from benchmarks.month.nights import BAD, GOOD
 
 LEAST_SHARE = 0.95
-"""The bar for the share of useful time."""
+"""Bar for the share of useful time."""
 
 
 @dataclass
 class NightResult:
-    """One night as it was."""
+    """Result of one night."""
 
     number: int
     date: str
@@ -48,22 +48,22 @@ class NightResult:
 
     @property
     def trains(self) -> bool:
-        """Whether an adapter came of it."""
+        """Whether the night produced an adapter."""
         return self.trained_seconds > 0
 
     @property
     def lost_seconds(self) -> float | None:
-        """What the faults cost; None where no undisturbed night tells."""
+        """Cost of the faults; None if no undisturbed night of the kind exists."""
         return None if self.useful_seconds is None else self.total_seconds - self.useful_seconds
 
     @property
     def left_undone(self) -> bool:
-        """Whether the next night had to end it."""
+        """Whether the next night had to finish this one."""
         return self.verdict in ("deferred", "not started")
 
 
 def trained_seconds(run: Path) -> float:
-    """Seconds of the training steps that are in the adapter of a run; 0 if there is none."""
+    """Return the seconds of the training steps in a run's adapter; 0 without an adapter."""
     attempts = sorted(run.glob("attempts/[0-9][0-9]"))
     done = [attempt for attempt in attempts if (attempt / "outcome.json").exists()]
     if not done:
@@ -81,19 +81,19 @@ def trained_seconds(run: Path) -> float:
 
 
 def _steps(attempt: Path) -> list[tuple[int, float]]:
-    """(optimizer step, seconds since the epoch) of each line of an attempt's metrics."""
+    """Return (optimizer step, seconds since 1970) of each line of an attempt's metrics."""
     steps = []
     for line in (attempt / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         try:
             entry = json.loads(line)
         except ValueError:
-            continue  # torn by a kill
+            continue  # cut off by a kill
         steps.append((entry["step"], datetime.fromisoformat(entry["timestamp"]).timestamp()))
     return steps
 
 
 def account(nights: Sequence[NightResult]) -> None:
-    """Set the useful seconds of every night of a kind that also passed undisturbed."""
+    """Set the useful seconds of every night whose kind also passed undisturbed."""
     rest = _rest_seconds(nights)
     for night, after in zip(nights, [*nights[1:], None], strict=True):
         night.useful_seconds = None
@@ -107,7 +107,7 @@ def account(nights: Sequence[NightResult]) -> None:
 
 
 def _rest_seconds(nights: Sequence[NightResult]) -> dict[tuple[bool, bool], float]:
-    """What undisturbed nights take beside training, by whether they train and whether they fail."""
+    """Return the time of undisturbed nights besides training, by (trains, fails)."""
     calm = [n for n in nights if not (n.faults or n.catches_up or n.left_undone)]
     kinds = {(night.trains, night.verdict == "failed") for night in calm}
     return {
@@ -121,7 +121,7 @@ def _rest_seconds(nights: Sequence[NightResult]) -> dict[tuple[bool, bool], floa
 
 
 def useful_share(nights: Sequence[NightResult]) -> float | None:
-    """The share of useful time; not known where no night of a kind passed undisturbed."""
+    """Return the share of useful time; None if a kind of night never passed undisturbed."""
     known = [night.useful_seconds for night in nights if night.useful_seconds is not None]
     if len(known) < len(nights):
         return None
@@ -131,7 +131,7 @@ def useful_share(nights: Sequence[NightResult]) -> float | None:
 def summarise(
     nights: Sequence[NightResult], planned: int, least_share: float = LEAST_SHARE
 ) -> dict[str, Any]:
-    """Counts, the share and its bar, every night."""
+    """Return counts, the share with its bar, and every night."""
     account(nights)
     share = useful_share(nights)
     good, bad = ([n for n in nights if n.kind in kinds] for kinds in (GOOD, BAD))
@@ -164,7 +164,7 @@ def summarise(
 
 
 def passed(summary: dict[str, Any]) -> bool:
-    """Whether all bars are met by all nights."""
+    """Return whether all nights meet all bars."""
     share = summary["useful_share"]
     return (
         summary["nights"] == summary["planned_nights"]
@@ -189,26 +189,26 @@ COLUMNS: tuple[tuple[str, int, Callable[[NightResult], str]], ...] = (
     ("right", 6, lambda n: "" if n.champion_right is None else f"{n.champion_right:.1%}"),
     ("s", 5, lambda n: f"{n.total_seconds:.0f}"),
     ("lost s", 6, lambda n: "" if n.lost_seconds is None else f"{n.lost_seconds:.0f}"),
-    ("what struck", 0, lambda n: "; ".join([*n.struck, *(f"PROBLEM: {p}" for p in n.problems)])),
+    ("faults", 0, lambda n: "; ".join([*n.struck, *(f"PROBLEM: {p}" for p in n.problems)])),
 )
 
 
 def head() -> str:
-    """The names of the columns."""
+    """Return the names of the columns."""
     return "  ".join(name.ljust(width) for name, width, _ in COLUMNS)
 
 
 def line_of(night: NightResult) -> str:
-    """One night on one line."""
+    """Return a night as one line of text."""
     return "  ".join(show(night).ljust(width) for _, width, show in COLUMNS).rstrip()
 
 
 def _share(share: float | None) -> str:
-    return "not known (no undisturbed night)" if share is None else f"{share:.1%}"
+    return "unknown (no undisturbed night)" if share is None else f"{share:.1%}"
 
 
 def print_summary(summary: dict[str, Any], nights: Sequence[NightResult]) -> None:
-    """The whole table again, now with what each night lost, and the counts below."""
+    """Print the whole table again, now with lost seconds, and the counts below."""
     print("\n" + head())
     for night in nights:
         print(line_of(night))

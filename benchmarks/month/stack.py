@@ -1,9 +1,8 @@
-"""The month's machine: a project folder, what keeps its stack up, and the clock that starts nights.
+"""The month's machine: a project folder, its service manager, and the clock that starts nights.
 
-`Machine` does what a systemd user unit does (the one of `qwen3ft up --write-unit`): it runs
-`qwen3ft up --stay`, starts it again 3 s after it ended by accident, and ends it when the machine
-goes down. `Clock` makes flow runs as Prefect's scheduler does: tagged, with the hour of the night.
-Neither does anything else; what they had to do is counted.
+`Machine` acts as the systemd user unit of `qwen3ft up --write-unit`: it runs `qwen3ft up --stay`,
+restarts it 3 s after a failure, and ends it when the machine shuts down. `Clock` creates flow runs
+as Prefect's scheduler does: tagged, with the hour of the night.
 """
 
 from __future__ import annotations
@@ -33,17 +32,17 @@ from qwen3ft.files import write_json_atomic
 
 PORTS = {"prefect": 4700, "mlflow": 5700}
 RESTART_SECONDS = 3.0
-"""Of the unit: RestartSec."""
+"""RestartSec of the unit."""
 STOP_SECONDS = 120.0
 FIRST_START_SECONDS = 240.0
 ACCEPT_SECONDS = 120.0
-"""How long a request for a run is repeated."""
+"""Time for which a request for a run is repeated."""
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 SCHEDULED_TAG = "auto-scheduled"
 
 
 def make_project(root: Path, settings: Mapping[str, Any]) -> Stack:
-    """A project folder that runs the code of this checkout with these settings on the CPU."""
+    """Make a project folder that runs this checkout's code with these settings on the CPU."""
     shutil.copytree(ROOT / "deployments" / "configs", root / "deployments" / "configs")
     shutil.copy(ROOT / "deployments" / "prefect.yaml", root / "deployments")
     (root / "flows").symlink_to(ROOT / "flows")
@@ -58,10 +57,10 @@ def make_project(root: Path, settings: Mapping[str, Any]) -> Stack:
 
 
 class Machine:
-    """What a service manager does for the project.
+    """Service manager of the project.
 
     Attributes:
-        restarts: How often `qwen3ft up --stay` ended by accident and was started again.
+        restarts: Number of restarts of `qwen3ft up --stay` after failures.
     """
 
     def __init__(self, stack: Stack) -> None:
@@ -71,7 +70,7 @@ class Machine:
         self._ended: float | None = None
 
     def boot(self) -> None:
-        """Start the unit; it answers within a while."""
+        """Start the unit without waiting for its services."""
         with (self.stack.root / "keeper.log").open("ab") as log:
             self._keeper = subprocess.Popen(
                 [sys.executable, "-m", "flows.cli", "up", "--stay"],
@@ -85,10 +84,10 @@ class Machine:
         self._ended = None
 
     def wait_until_up(self) -> None:
-        """Until all services answer.
+        """Wait until all services answer.
 
         Raises:
-            EnvironmentNotReadyError: they do not within `FIRST_START_SECONDS`.
+            EnvironmentNotReadyError: They do not within `FIRST_START_SECONDS`.
         """
         end = time.monotonic() + FIRST_START_SECONDS
         while not self.stack.status().up:
@@ -101,7 +100,7 @@ class Machine:
             time.sleep(0.5)
 
     def look(self) -> None:
-        """What the service manager does all the time: start again what ended by accident."""
+        """Restart the unit if it failed; to be called repeatedly."""
         if self._keeper is None or self._keeper.poll() in (None, 0):
             return
         self._ended = self._ended or time.monotonic()
@@ -110,7 +109,7 @@ class Machine:
             self.boot()
 
     def shut_down(self) -> None:
-        """The machine is switched off in order: SIGTERM to the unit, and to the rest after it."""
+        """Shut down in order: SIGTERM to the unit, then to the remaining processes."""
         if self._keeper is not None:
             self._keeper.terminate()
             try:
@@ -122,21 +121,21 @@ class Machine:
         stop(find_marked(self.stack.root))
 
     def lose_power(self) -> None:
-        """Everything ends at once; the unit starts `RESTART_SECONDS` later, with the machine."""
+        """Kill everything at once; the unit starts `RESTART_SECONDS` later."""
         processes = find_marked(self.stack.root)
         if self._keeper is not None:
             self._keeper.kill()
             self._keeper.wait()
         kill(processes)
-        kill(find_marked(self.stack.root))  # what one of them was just starting
+        kill(find_marked(self.stack.root))  # processes that were just being started
 
     def environment(self) -> dict[str, str]:
-        """Of commands in the project folder; the checkout's code comes first."""
+        """Return the environment of commands in the project folder, with this checkout's code."""
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
 
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """`qwen3ft` with these arguments, as typed in the project folder."""
+        """Run `qwen3ft` with these arguments in the project folder."""
         return subprocess.run(
             [sys.executable, "-m", "flows.cli", *arguments],
             cwd=self.stack.root,
@@ -147,17 +146,17 @@ class Machine:
 
 
 class Clock:
-    """Prefect's API: starts nights as its scheduler does, and tells what became of them."""
+    """Client of Prefect's API that starts nights as the scheduler does and reads their runs."""
 
     def __init__(self, stack: Stack) -> None:
         self.stack = stack
 
     def start(self, hour: datetime, environment: Mapping[str, str] | None = None) -> str:
-        """A run of the night of `hour`, by the schedule; its id.
+        """Create the scheduled run of a night and return its id.
 
         Args:
-            hour: When it was to start.
-            environment: Of its process: where faults are planted.
+            hour: Time at which the run is due.
+            environment: Variables of its process, which plant faults.
         """
         body: dict[str, Any] = {
             "state": {
@@ -165,7 +164,7 @@ class Clock:
                 "state_details": {"scheduled_time": hour.isoformat()},
             },
             "tags": [SCHEDULED_TAG],
-            "idempotency_key": uuid4().hex,  # asked again, a busy server makes no second run
+            "idempotency_key": uuid4().hex,  # repeating the request must not create a second run
         }
         if environment:
             body["job_variables"] = {"env": dict(environment)}
@@ -177,23 +176,18 @@ class Clock:
                 return str(run["id"])
             time.sleep(1.0)
         raise EnvironmentNotReadyError(
-            f"The Prefect server takes no run for {ACCEPT_SECONDS:.0f} s.",
+            f"The Prefect server has not accepted a run for {ACCEPT_SECONDS:.0f} s.",
             why="It is down or overloaded.",
             next_command=f"tail -n 50 {self.stack.layout().log('prefect')}",
         )
 
     def runs(self) -> list[dict[str, Any]] | None:
-        """Every flow run that the server knows, the oldest first; None while it does not answer."""
+        """Return every flow run on the server, oldest first; None while it does not answer."""
         body = {"sort": "EXPECTED_START_TIME_ASC", "limit": 200}
         found = services.request_json(f"{self._api}/flow_runs/filter", body)
         if found is None:
             return None
         return sorted(found, key=lambda run: str(run["created"]))
-
-    def task_runs(self, flow_run: str) -> list[dict[str, Any]]:
-        """The stages of a flow run, as the server saw them begin and end."""
-        body = {"flow_runs": {"id": {"any_": [flow_run]}}, "limit": 200}
-        return services.request_json(f"{self._api}/task_runs/filter", body) or []
 
     @property
     def _api(self) -> str:
@@ -201,17 +195,17 @@ class Clock:
 
 
 def kill(processes: list[psutil.Process]) -> int:
-    """SIGKILL; how many there were."""
+    """Send SIGKILL; return the number of processes hit."""
     return sum(_send(process, signal.SIGKILL) for process in processes)
 
 
 def pause(processes: list[psutil.Process]) -> int:
-    """SIGSTOP: they are there, and answer nothing."""
+    """Send SIGSTOP, so that they answer nothing; return the number of processes hit."""
     return sum(_send(process, signal.SIGSTOP) for process in processes)
 
 
-def go_on(processes: list[psutil.Process]) -> int:
-    """SIGCONT."""
+def resume(processes: list[psutil.Process]) -> int:
+    """Send SIGCONT; return the number of processes hit."""
     return sum(_send(process, signal.SIGCONT) for process in processes)
 
 

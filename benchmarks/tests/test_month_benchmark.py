@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.gate.nights import clean_rows
 from benchmarks.month import campaign as month
-from benchmarks.month.checks import Outcome, Seen, check_night
+from benchmarks.month.checks import Outcome, RegistryState, check_night
 from benchmarks.month.nights import (
     BAD,
     CRASHES,
@@ -112,9 +112,11 @@ def _has_malformed(source: Source) -> bool:
 # --- the checks, against what they have to find ---
 
 GOOD_NIGHT = Night(2, TODAY, "good")
-BEFORE = Seen("1", {"1": "r1"}, ({"number": 1, "version": "1", "replaced": None, "state": "done"},))
+BEFORE = RegistryState(
+    "1", {"1": "r1"}, ({"number": 1, "version": "1", "replaced": None, "state": "done"},)
+)
 MOVE = {"number": 2, "version": "2", "replaced": "1", "state": "done"}
-PROMOTED = Seen("2", {"1": "r1", "2": "r2"}, (*BEFORE.moves, MOVE))
+PROMOTED = RegistryState("2", {"1": "r1", "2": "r2"}, (*BEFORE.moves, MOVE))
 
 
 def flow_run(message: str, name: str = "Completed", kind: str = "COMPLETED") -> dict[str, Any]:
@@ -126,14 +128,14 @@ def outcome(*runs: dict[str, Any]) -> Outcome:
 
 
 def test_a_night_as_it_should_be_has_no_problems() -> None:
-    """Promoted, kept, a bad one kept, one that crashed and was taken up, nothing new."""
+    """Promoted, kept, a bad one kept, one that crashed and was resumed, nothing new."""
     done = outcome(flow_run("promoted: better"))
     crashed = flow_run("killed", "Crashed", "CRASHED")
-    kept = Seen("1", {"1": "r1", "2": "r2"}, BEFORE.moves)
+    kept = RegistryState("1", {"1": "r1", "2": "r2"}, BEFORE.moves)
     assert check_night(GOOD_NIGHT, None, BEFORE, PROMOTED, done) == []
     assert check_night(GOOD_NIGHT, None, BEFORE, kept, outcome(flow_run("kept: no better"))) == []
-    taken_up = outcome(crashed, flow_run("promoted: better"))
-    assert check_night(GOOD_NIGHT, None, BEFORE, PROMOTED, taken_up) == []
+    resumed = outcome(crashed, flow_run("promoted: better"))
+    assert check_night(GOOD_NIGHT, None, BEFORE, PROMOTED, resumed) == []
     bad = Night(2, TODAY, "garbage")
     assert check_night(bad, None, BEFORE, kept, outcome(flow_run("kept: worse"))) == []
     idle = Outcome([flow_run("", "NothingNew")], [])
@@ -143,49 +145,56 @@ def test_a_night_as_it_should_be_has_no_problems() -> None:
 @pytest.mark.parametrize(
     ("night", "after", "runs", "problem"),
     [
-        (GOOD_NIGHT, BEFORE, [flow_run("promoted: x")], "said 'promoted', but the champion is 1"),
-        (GOOD_NIGHT, PROMOTED, [flow_run("kept: x")], "said 'kept', but the champion is 1->2"),
+        (
+            GOOD_NIGHT,
+            BEFORE,
+            [flow_run("promoted: x")],
+            "verdict 'promoted', but the champion is 1",
+        ),
+        (GOOD_NIGHT, PROMOTED, [flow_run("kept: x")], "verdict 'kept', but the champion is 1->2"),
         (Night(2, TODAY, "garbage"), PROMOTED, [flow_run("promoted: x")], "a garbage night made 2"),
         (GOOD_NIGHT, BEFORE, [flow_run("x", "Crashed", "CRASHED")], "ended 'crashed'"),
         (Night(2, TODAY, "nothing"), BEFORE, [flow_run("kept: x")], "ended 'kept' instead of"),
         (
             GOOD_NIGHT,
-            Seen("2", {"1": "r1", "2": "r2", "3": "r2"}, PROMOTED.moves),
+            RegistryState("2", {"1": "r1", "2": "r2", "3": "r2"}, PROMOTED.moves),
             [flow_run("promoted: x")],
             "registered twice",
         ),
         (
             GOOD_NIGHT,
-            Seen("2", PROMOTED.runs, (*PROMOTED.moves, {**MOVE, "number": 3, "replaced": "2"})),
+            RegistryState(
+                "2", PROMOTED.runs, (*PROMOTED.moves, {**MOVE, "number": 3, "replaced": "2"})
+            ),
             [flow_run("promoted: x")],
             "promoted twice",
         ),
         (
             GOOD_NIGHT,
-            Seen("2", PROMOTED.runs, (*BEFORE.moves, {**MOVE, "state": "begun"})),
+            RegistryState("2", PROMOTED.runs, (*BEFORE.moves, {**MOVE, "state": "begun"})),
             [flow_run("promoted: x")],
-            "begun and not ended",
+            "begun and not finished",
         ),
         (
             GOOD_NIGHT,
-            Seen("2", {"2": "r2"}, PROMOTED.moves),
+            RegistryState("2", {"2": "r2"}, PROMOTED.moves),
             [flow_run("promoted: x")],
             "versions ['1'] are gone",
         ),
         (
             GOOD_NIGHT,
-            Seen("2", {"1": "r1", "2": "stranger"}, PROMOTED.moves),
+            RegistryState("2", {"1": "r1", "2": "stranger"}, PROMOTED.moves),
             [flow_run("promoted: x")],
             "not this night's",
         ),
     ],
 )
 def test_what_is_wrong_with_a_night_is_found(
-    night: Night, after: Seen, runs: list[dict[str, Any]], problem: str
+    night: Night, after: RegistryState, runs: list[dict[str, Any]], problem: str
 ) -> None:
     """A lost, a double, a foreign or a false promotion; an end that is none."""
     found = check_night(night, None, BEFORE, after, outcome(*runs))
-    assert any(problem in told for told in found), found
+    assert any(problem in line for line in found), found
 
 
 def test_a_second_start_that_did_the_work_again_is_found() -> None:
@@ -193,7 +202,7 @@ def test_a_second_start_that_did_the_work_again_is_found() -> None:
     night = Night(2, TODAY, "good", strikes=[Strike("double start", 0.5)])
     again = outcome(flow_run("promoted: x"), flow_run("kept: x"))
     found = check_night(night, None, BEFORE, PROMOTED, again)
-    assert any("1 more starts, 0 ended at once" in told for told in found), found
+    assert any("1 more starts, 0 ended at once" in line for line in found), found
 
 
 # --- the time ---
@@ -259,7 +268,7 @@ def test_the_summary_can_be_printed_from_the_first_night_on(
     """With faults of unknown cost too; a problem or a night that is missing fails the month."""
     first = result(300, 30, "promoted", ["power cut"])
     print_summary(summarise([first], 2), [first])
-    assert "useful time: not known" in capsys.readouterr().out
+    assert "useful time: unknown" in capsys.readouterr().out
     assert not passed(summarise([first], 2))
     assert passed(summarise([first], 1))
     first.problems.append("champion 1 cannot be used")
