@@ -5,52 +5,45 @@ The page styles them, so charts follow its theme and text size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from qwen3ft.records.run_card import CurvePoint, LossCurve, MemoryCurve
 
 SIZE = {"width": 640, "height": 300, "left": 64, "right": 24, "top": 14, "bottom": 52}
 """Size and margins in view box units: about pixels on a phone held upright."""
 
+_NAMES = {
+    "training": "training",
+    "held-out": "held out",
+    "process": "whole process",
+    "predicted": "predicted peak",
+    "budget": "budget",
+}
 
-@dataclass(frozen=True)
-class Curve:
-    """One curve; `kind` names its style on the page."""
-
-    kind: str
-    points: Sequence[CurvePoint]
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """One curve as an SVG path."""
-
-    kind: str
-    path: str
+_Curve = tuple[str, Sequence[CurvePoint]]
+"""(style on the page, points)."""
 
 
-@dataclass(frozen=True)
-class Tick:
+class Tick(NamedTuple):
     """A place on an axis with its number."""
 
     at: float
     text: str
 
 
-@dataclass(frozen=True)
-class Chart:
+class Chart(NamedTuple):
     """Everything that the page needs to draw a chart and to describe it in words."""
 
-    name: str
     title: str
     words: str
     x_label: str
     y_label: str
-    x_ticks: tuple[Tick, ...]
-    y_ticks: tuple[Tick, ...]
-    lines: tuple[Drawn, ...]
-    legend: tuple[tuple[str, str], ...]
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    paths: list[tuple[str, str]]
+    """(style, SVG path) of each curve."""
+    legend: list[tuple[str, str]]
     """(style, name) of each kind of curve."""
 
 
@@ -66,19 +59,10 @@ def loss_words(curves: Sequence[LossCurve]) -> str:
 
 def loss_chart(curves: Sequence[LossCurve]) -> Chart | None:
     """Draw training and held-out loss of all attempts; None if none was measured."""
-    training = [Curve("training", curve.training) for curve in curves if curve.training]
-    held_out = [Curve("held-out", curve.held_out) for curve in curves if curve.held_out]
-    lines = [*training, *held_out]
-    if not lines:
-        return None
-    return _chart(
-        "loss",
-        "Loss",
-        loss_words(curves),
-        ("optimizer step", "nats per trained token"),
-        lines,
-        [("training", "training"), ("held-out", "held out")],
-    )
+    drawn: list[_Curve] = [("training", curve.training) for curve in curves if curve.training]
+    drawn += [("held-out", curve.held_out) for curve in curves if curve.held_out]
+    labels = ("optimizer step", "nats per trained token")
+    return _chart("Loss", loss_words(curves), labels, drawn) if drawn else None
 
 
 def memory_words(curves: Sequence[MemoryCurve]) -> str:
@@ -96,23 +80,15 @@ def memory_words(curves: Sequence[MemoryCurve]) -> str:
 
 def memory_chart(curves: Sequence[MemoryCurve]) -> Chart | None:
     """Draw memory, prediction and budget of all attempts; None if nothing was measured."""
-    lines = [Curve("process", curve.process) for curve in curves if curve.process]
-    if not lines:
+    drawn: list[_Curve] = [("process", curve.process) for curve in curves if curve.process]
+    if not drawn:
         return None
     for curve in curves:
         for kind, level in (("predicted", curve.predicted_gb), ("budget", curve.budget_gb)):
             if level is not None:
-                ends = ((curve.start_minutes, level), (curve.end_minutes, level))
-                lines.append(Curve(kind, ends))
-    return _chart(
-        "memory",
-        "Memory",
-        memory_words(curves),
-        ("minutes (pauses between attempts cut to 1)", "GB (2**30 bytes)"),
-        lines,
-        [("process", "whole process"), ("predicted", "predicted peak"), ("budget", "budget")],
-        from_zero=True,
-    )
+                drawn.append((kind, [(curve.start_minutes, level), (curve.end_minutes, level)]))
+    labels = ("minutes (pauses between attempts cut to 1)", "GB (2**30 bytes)")
+    return _chart("Memory", memory_words(curves), labels, drawn, from_zero=True)
 
 
 def _course(name: str, points: Sequence[CurvePoint]) -> str:
@@ -124,41 +100,34 @@ def _course(name: str, points: Sequence[CurvePoint]) -> str:
 
 
 def _chart(
-    name: str,
     title: str,
     words: str,
     labels: tuple[str, str],
-    lines: Sequence[Curve],
-    legend: Iterable[tuple[str, str]],
+    curves: Sequence[_Curve],
     *,
     from_zero: bool = False,
 ) -> Chart:
-    points = [point for line in lines for point in line.points]
+    points = [point for _, curve in curves for point in curve]
     x_low, x_high = _bounds([x for x, _ in points])
     y_low, y_high = _bounds([y for _, y in points])
     y_low, y_high = (0.0, 1.05 * y_high) if from_zero else (y_low, y_high)
-
     width = SIZE["width"] - SIZE["left"] - SIZE["right"]
     height = SIZE["height"] - SIZE["top"] - SIZE["bottom"]
 
-    def place(point: CurvePoint) -> CurvePoint:
-        x = SIZE["left"] + (point[0] - x_low) / (x_high - x_low) * width
-        y = SIZE["top"] + (y_high - point[1]) / (y_high - y_low) * height
-        return round(x, 1), round(y, 1)
+    def place(x: float, y: float) -> CurvePoint:
+        from_left = SIZE["left"] + (x - x_low) / (x_high - x_low) * width
+        from_top = SIZE["top"] + (y_high - y) / (y_high - y_low) * height
+        return round(from_left, 1), round(from_top, 1)
 
-    kinds = {line.kind for line in lines}
+    kinds = {kind for kind, _ in curves}
     return Chart(
-        name=name,
-        title=title,
-        words=words,
-        x_label=labels[0],
-        y_label=labels[1],
-        x_ticks=tuple(Tick(place((x, y_low))[0], f"{x:g}") for x in _ticks(x_low, x_high)),
-        y_ticks=tuple(Tick(place((x_low, y))[1], f"{y:g}") for y in _ticks(y_low, y_high)),
-        lines=tuple(
-            Drawn(line.kind, _path([place(point) for point in line.points])) for line in lines
-        ),
-        legend=tuple(entry for entry in legend if entry[0] in kinds),
+        title,
+        words,
+        *labels,
+        x_ticks=[Tick(place(x, y_low)[0], f"{x:g}") for x in _ticks(x_low, x_high)],
+        y_ticks=[Tick(place(x_low, y)[1], f"{y:g}") for y in _ticks(y_low, y_high)],
+        paths=[(kind, _path([place(*point) for point in curve])) for kind, curve in curves],
+        legend=[(kind, name) for kind, name in _NAMES.items() if kind in kinds],
     )
 
 

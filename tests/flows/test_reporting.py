@@ -141,8 +141,8 @@ def test_charts_stay_within_their_box_and_have_ticks() -> None:
         assert chart is not None
         assert 2 <= len(chart.x_ticks) <= 8
         assert 2 <= len(chart.y_ticks) <= 8
-        for line in chart.lines:
-            numbers = [float(n) for n in re.findall(r"[\d.]+", line.path.partition("h")[0])]
+        for _, path in chart.paths:
+            numbers = [float(n) for n in re.findall(r"[\d.]+", path.partition("h")[0])]
             assert all(0 <= x <= 640 for x in numbers[::2])
             assert all(0 <= y <= 300 for y in numbers[1::2])
 
