@@ -50,7 +50,7 @@ EMBEDDED_NOTE = (
 )
 NOVEL_NOTE = "The questions of 'novel' are worded like none of the training rows."
 NO_CHAMPION = "none"
-FAILURE_CHARACTERS = 3000
+FAILURE_CHARACTERS, REASON_CHARACTERS = 3000, 1000
 
 
 @dataclass
@@ -76,11 +76,6 @@ class RunFacts:
     loss: Sequence[LossCurve] = ()
     memory: Sequence[MemoryCurve] = ()
     seconds_by_stage: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def registered_model(self) -> str:
-        """The registered model of this run's adapters."""
-        return self.config.registered_name
 
 
 def build_card(facts: RunFacts) -> RunCard:
@@ -138,13 +133,12 @@ def _champion_version(facts: RunFacts) -> str | None:
 
 
 def _failure(error: BaseException | None) -> FailureSection:
-    if isinstance(error, FinetuneError):
-        what = shown(error.what, FAILURE_CHARACTERS)
-        return FailureSection(
-            kind=type(error).__name__, what=what or "?", why=shown(error.why, 1000)
-        )
     kind = type(error).__name__ if error else "unknown"
-    return FailureSection(kind=kind, what=shown(str(error or ""), FAILURE_CHARACTERS) or kind)
+    what, why = str(error or ""), ""
+    if isinstance(error, FinetuneError):
+        what, why = error.what, error.why
+    what = shown(what, FAILURE_CHARACTERS) or kind
+    return FailureSection(kind=kind, what=what, why=shown(why, REASON_CHARACTERS))
 
 
 def _plan_section(table: PlanTable) -> PlanSection:
@@ -228,13 +222,13 @@ def _forgetting(base: ModelScore, tuned: ModelScore, limit: float) -> str:
 
 def _roll_back(facts: RunFacts) -> NextStep:
     """Return the command that rolls back, and what would then be in use."""
-    name, before = facts.registered_model, facts.champion
+    name, before = facts.config.registered_name, facts.champion
     if facts.verdict is None or facts.verdict.decision != "promoted":
         if before is None:
             return NextStep(what="This run changed nothing that is in use.")
         return NextStep(what=f"This run changed nothing: {name} v{before.version} stays in use.")
     mine = f"{name} v{facts.verdict.version}"
-    command = f'qwen3ft rollback --reason "..." {_about(name)}'
+    command = f'qwen3ft rollback --reason "..." {_about(facts)}'
     if before is None:
         return NextStep(
             what=f"Nothing was in use before {mine}, so there is no version to go back to."
@@ -257,7 +251,7 @@ def _next_steps(facts: RunFacts) -> Iterator[NextStep]:
         consent = " --allow-degraded" if saved.degraded else ""
         yield NextStep(
             what="Promote it anyway",
-            command=f"qwen3ft promote {saved.version}{consent} {_about(facts.registered_model)}",
+            command=f"qwen3ft promote {saved.version}{consent} {_about(facts)}",
         )
     if isinstance(facts.error, FinetuneError) and facts.error.next_command:
         yield NextStep(what="Suggested command", command=facts.error.next_command)
@@ -267,13 +261,13 @@ def _next_steps(facts: RunFacts) -> Iterator[NextStep]:
         yield NextStep(what=f"Resume the run {where}", command=again)
     yield NextStep(
         what="Show what is in use, and every promotion and rollback",
-        command=f"qwen3ft history {_about(facts.registered_model)}",
+        command=f"qwen3ft history {_about(facts)}",
     )
 
 
-def _about(registered_model: str) -> str:
+def _about(facts: RunFacts) -> str:
     """Return the option that names this model, whatever the deployment's settings are."""
-    return f"--set {shlex.quote(f'registered_model={registered_model}')}"
+    return f"--set {shlex.quote(f'registered_model={facts.config.registered_name}')}"
 
 
 def _notes(facts: RunFacts) -> Iterator[str]:
