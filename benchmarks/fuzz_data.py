@@ -26,7 +26,8 @@ from pathlib import Path
 from random import Random
 
 from benchmarks.fuzz_files import Made, make
-from qwen3ft.data.readers.open import UnreadableFileError, read_raw
+from qwen3ft.data.readers.open import read_raw
+from qwen3ft.data.readers.raw import UnreadableFileError
 from qwen3ft.data.rows import UNREADABLE_FILE, RowRules, read_file
 from qwen3ft.data.sources import SourceFile
 from qwen3ft.records.data import BadRow

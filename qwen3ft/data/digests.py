@@ -1,11 +1,7 @@
 """The sha256 of files that seldom change, kept from one run to the next.
 
-A kept digest counts while size, modification time, change time and inode of the file are those it
-was computed with. The change time is what tells a file that was rewritten with its old time put
-back (`cp -p`, `rsync -t`): no ordinary call can set it. A file touched less than `SETTLE_SECONDS`
-ago is hashed and not kept, since another write within the same tick of the clock would not show.
-
-Losing or damaging the file of digests costs time and nothing else.
+A kept digest holds as long as the file has the size, times and inode it was computed with. Losing
+or damaging the file of digests costs time and nothing else.
 """
 
 from __future__ import annotations
@@ -21,11 +17,13 @@ from qwen3ft.files import sha256_file, write_json_atomic
 
 DIGESTS_FILE = "digests.json"
 
-SETTLE_SECONDS = 2.0
-"""Coarser than the clock of any file system in use; FAT's is the coarsest."""
+# FAT's clock is the coarsest of the file systems in use.
+_SETTLE_SECONDS = 2.0
 
+# A file may be rewritten and get its old modification time back (`cp -p`, `rsync -t`). No ordinary
+# call sets the change time, which therefore shows it.
 Mark = tuple[int, int, int, int]
-"""Size in bytes, modification and change time in ns, inode."""
+"""Size in bytes, modification and change time in ns, inode of a file."""
 
 
 class DigestCache:
@@ -33,31 +31,33 @@ class DigestCache:
 
     Args:
         path: The JSON file they are kept in; its folder is made when it is first written.
+        settle_seconds: A digest is kept once the file has been left alone for so long: of two
+            writes within one tick of the clock, the second would not show.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, settle_seconds: float = _SETTLE_SECONDS) -> None:
+        self._path, self._settle_seconds = path, settle_seconds
         self._kept = dict(_read(path))
         self._changed = False
 
     def sha256(self, file: Path) -> str:
-        """Hex sha256 of the file's bytes.
+        """Return the hex sha256 of the file's bytes.
 
         Raises:
             OSError: it cannot be read.
         """
-        name, mark = str(file.resolve()), _mark(file)
+        name, mark = str(file.resolve()), mark_of(file)
         kept = self._kept.get(name)
         if kept is not None and kept[0] == mark:
             return kept[1]
         digest = sha256_file(file)
-        if mark == _mark(file) and _is_settled(mark):
+        if mark == mark_of(file) and self._is_settled(mark):
             self._kept[name] = (mark, digest)
             self._changed = True
         return digest
 
     def save(self) -> None:
-        """Keep what was computed; a folder that cannot be written is no reason to fail."""
+        """Write the digests if there are new ones; a folder that cannot be written is ignored."""
         if not self._changed:
             return
         kept = {name: [*mark, digest] for name, (mark, digest) in self._kept.items()}
@@ -68,11 +68,14 @@ class DigestCache:
         except OSError:
             return
 
+    def _is_settled(self, mark: Mark) -> bool:
+        return time.time_ns() - max(mark[1], mark[2]) > self._settle_seconds * 1e9
+
 
 @contextmanager
-def open_digests(cache_dir: Path) -> Iterator[DigestCache]:
-    """The digests of a cache folder; what the body computed is kept when it ends."""
-    cache = DigestCache(cache_dir / DIGESTS_FILE)
+def open_digests(cache_dir: Path, settle_seconds: float = _SETTLE_SECONDS) -> Iterator[DigestCache]:
+    """Yield the digests of a cache folder, and save new ones at the end."""
+    cache = DigestCache(cache_dir / DIGESTS_FILE, settle_seconds)
     try:
         yield cache
     finally:
@@ -91,13 +94,14 @@ def _read(path: Path) -> Iterator[tuple[str, tuple[Mark, str]]]:
                 yield name, ((size, modified, changed, inode), digest)
 
 
-def _mark(file: Path) -> Mark:
+def mark_of(file: Path) -> Mark:
+    """Return what changes with every write to the file.
+
+    Raises:
+        OSError: it is not there.
+    """
     found = file.stat()
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
-
-
-def _is_settled(mark: Mark) -> bool:
-    return time.time_ns() - max(mark[1], mark[2]) > SETTLE_SECONDS * 1e9
 
 
 def _existing(names: Iterable[str]) -> list[str]:

@@ -27,7 +27,8 @@ from qwen3ft.chat.conversation import (
 from qwen3ft.chat.thinking import THINK_CLOSE, THINK_OPEN, split_think_block
 from qwen3ft.config import ColumnNames, TrainingConfig
 from qwen3ft.data.columns import Columns, find_columns
-from qwen3ft.data.readers.open import RawRow, UnreadableFileError, read_raw
+from qwen3ft.data.readers.open import read_raw
+from qwen3ft.data.readers.raw import MAX_ROW_BYTES, RawRow, UnreadableFileError
 from qwen3ft.data.sources import SourceFile
 from qwen3ft.logs import mask_secrets
 from qwen3ft.records.data import BadRow, Message, QaRow, RejectedRowError
@@ -108,19 +109,22 @@ def rules_of(config: TrainingConfig) -> RowRules:
 
 
 def read_file(
-    file: SourceFile, rules: RowRules, used: Counter[Columns]
+    file: SourceFile, rules: RowRules, used: Counter[Columns], limit: int = MAX_ROW_BYTES
 ) -> Iterator[QaRow | BadRow]:
-    """Every row of `file`, in order; a file that breaks off ends with a `BadRow` of line 0.
+    """Yield every row of `file`, in order; a file that breaks off ends with a `BadRow` of line 0.
 
     Args:
-        file: What to read.
-        rules: The config's part in it.
-        used: Counts the columns that good rows were read from.
+        file: The file to read.
+        rules: The settings that decide how a row is read.
+        used: Receives the number of good rows by the columns they were read from.
+        limit: Size of the largest row, in bytes.
     """
+
+    def choose(names: tuple[str, ...]) -> list[str]:
+        return list(find_columns(names, rules.columns).parts().values())
+
     try:
-        for raw in read_raw(
-            file.path, lambda names: list(find_columns(names, rules.columns).parts().values())
-        ):
+        for raw in read_raw(file.path, choose, limit):
             yield _checked(raw, file, rules, used)
     except (UnreadableFileError, OSError) as error:
         yield BadRow(file.label, 0, -1, UNREADABLE_FILE, excerpt(str(error)))

@@ -17,12 +17,6 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-@pytest.fixture
-def settled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files written by the test count as old enough."""
-    monkeypatch.setattr(data_digest, "SETTLE_SECONDS", 0.0)
-
-
 def read_count(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files that are really read from here on."""
     read: list[Path] = []
@@ -36,25 +30,21 @@ def read_count(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return read
 
 
-def test_an_unchanged_file_is_read_once(
-    tmp_path: Path, settled: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unchanged_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also by another process; and its digest is the right one each time."""
     file, read = tmp_path / "rows.jsonl", read_count(monkeypatch)
     file.write_bytes(b"rows")
     for _ in range(3):
-        with open_digests(tmp_path / "cache") as digests:
+        with open_digests(tmp_path / "cache", settle_seconds=0) as digests:
             assert digests.sha256(file) == sha256(b"rows")
     assert read == [file]
 
 
-def test_a_change_that_keeps_size_and_modification_time_is_seen(
-    tmp_path: Path, settled: None
-) -> None:
+def test_a_change_that_keeps_size_and_modification_time_is_seen(tmp_path: Path) -> None:
     """As `cp -p` of another version makes it."""
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b"old.")
-    with open_digests(tmp_path) as digests:
+    with open_digests(tmp_path, settle_seconds=0) as digests:
         digests.sha256(file)
     found = file.stat()
     time.sleep(0.02)  # one tick of the kernel's clock
@@ -77,23 +67,21 @@ def test_a_file_that_was_just_written_is_not_kept(
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"a": 1}', '{"a": [1, 2]}', "\x00", None])
-def test_a_damaged_file_of_digests_costs_time_alone(
-    tmp_path: Path, settled: None, content: str | None
-) -> None:
+def test_a_damaged_file_of_digests_costs_time_alone(tmp_path: Path, content: str | None) -> None:
     """Unreadable, of another shape, or no file at all: everything is hashed anew."""
     file, kept = tmp_path / "rows.jsonl", tmp_path / DIGESTS_FILE
     file.write_bytes(b"rows")
     kept.mkdir() if content is None else kept.write_text(content)
-    with open_digests(tmp_path) as digests:
+    with open_digests(tmp_path, settle_seconds=0) as digests:
         assert digests.sha256(file) == sha256(b"rows")
 
 
-def test_digests_of_files_that_are_gone_are_dropped(tmp_path: Path, settled: None) -> None:
+def test_digests_of_files_that_are_gone_are_dropped(tmp_path: Path) -> None:
     """A data folder with a new file each night does not make the file of digests grow for ever."""
     for number in range(3):
         file = tmp_path / f"{number}.jsonl"
         file.write_text("rows")
-        with open_digests(tmp_path) as digests:
+        with open_digests(tmp_path, settle_seconds=0) as digests:
             digests.sha256(file)
         file.unlink()
     assert (tmp_path / DIGESTS_FILE).read_text().count("jsonl") == 1

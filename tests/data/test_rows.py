@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3ft.config import ColumnNames, TrainingConfig
-from qwen3ft.data.readers import open as formats
 from qwen3ft.data.rows import (
     UNREADABLE_FILE,
     RowRules,
@@ -106,15 +105,13 @@ def test_a_bad_line_does_not_touch_its_neighbours(tmp_path: Path) -> None:
     assert [isinstance(row, BadRow) for row in rows] == [False, True, False]
 
 
-def test_a_line_too_large_is_left_out_without_being_held(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_line_too_large_is_left_out_without_being_held(tmp_path: Path) -> None:
     """Reading goes on behind an oversized line; a line of just the limit is still read."""
     good = json.dumps(GOOD).encode()
-    monkeypatch.setattr(formats, "MAX_ROW_BYTES", len(good) + 1)
     path = tmp_path / "long.jsonl"
     path.write_bytes(b"\n".join([good, b"x" * 1000, good, b"y" * 1000]))
-    outcome = [row.reason if isinstance(row, BadRow) else "good" for row in read(path)]
+    rows = read_file(SourceFile(str(path), path, "train"), RowRules(), Counter(), len(good) + 1)
+    outcome = [row.reason if isinstance(row, BadRow) else "good" for row in rows]
     assert outcome == ["good", "row_too_large", "good", "row_too_large"]
 
 

@@ -1,92 +1,224 @@
-"""SQuAD's nesting (articles of paragraphs of questions) as one row per question.
+"""Rows of a JSON array, of a list inside an object, or of objects one after the other.
 
-The layout is that of https://rajpurkar.github.io/SQuAD-explorer/ (versions 1.1 and 2.0), which
-DRCD, CMRC 2018 and others follow: {"title", "paragraphs": [{"context", "qas": [{"id", "question",
-"answers": [{"text", "answer_start"}], "is_impossible"}]}]}. What an article lacks, a row lacks.
+Memory is bounded by a few times the largest row. A broken element costs itself: reading goes on at
+the next line or bracket that begins an element like it. A SQuAD article gives a row per question.
 """
 
 from __future__ import annotations
 
+import codecs
+import io
+import json
 import re
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
-from qwen3ft.data.readers.json_window import size_bytes
-from qwen3ft.data.readers.raw import RawRow, bad_row
+from qwen3ft.data.readers.json_lines import JsonParser, RejectedValueError, is_json, reason_of
+from qwen3ft.data.readers.raw import EXCERPT_BYTES, RawRow, UnreadableFileError, bad_row
+from qwen3ft.units import MIB
 
-_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]]', re.DOTALL)
-_KEPT = ("id", "question", "answers", "is_impossible")
-_QUESTION_DEPTH = 5
-"""Brackets open at a question: article, paragraphs, paragraph, qas, question."""
-_LISTS = {2: '"paragraphs"', 4: '"qas"'}
+LIST_FIELDS = (
+    *("data", "rows", "examples", "train", "records", "items", "samples", "instances"),
+    *("entries", "results", "dataset", "questions", "数据"),
+)
+"""A list of objects under one of these names is taken as the rows of a file."""
 
-
-def is_squad(value: dict[str, Any]) -> bool:
-    """Whether `value` is an article."""
-    paragraphs = value.get("paragraphs")
-    return (
-        isinstance(paragraphs, list)
-        and bool(paragraphs)
-        and isinstance(paragraphs[0], dict)
-        and "qas" in paragraphs[0]
-    )
-
-
-def squad_rows(article: dict[str, Any], text: str, line: int, offset: int) -> Iterator[RawRow]:
-    """One row per question: values id, question, answers, is_impossible, context, title.
-
-    Args:
-        article: The article, decoded from `text`.
-        text: Its JSON.
-        line: Where `text` starts in the file.
-        offset: Byte where `text` starts in the file.
-    """
-    questions = list(_questions(article))
-    places = _places(text, line, offset)
-    if len(places) != len(questions):  # some question is no object, or a field stands there twice
-        places = [(line, offset)] * len(questions)
-    for (number, start), values in zip(places, questions, strict=True):
-        if values is None:
-            yield bad_row(number, start, "broken_squad", text)
-        else:
-            yield RawRow(number, values, offset=start)
+_CHUNK_BYTES, _KEPT_BEHIND, _CUT_MARGIN, _MOST_FIELDS = MIB, 256, 16, 16
+_SHORT, _MOST_VAIN = 16 * 2**10, 64 * MIB
+_BETWEEN = re.compile(r"[ \t\r\n,]*")
+_AFTER_ELEMENT = re.compile(r"\s*(?:[,\]{]|$)")
+_AFTER_LIST = re.compile(r'\s*(?:\}\s*$|,\s*"[^"\\]*"\s*:|$)')
+_FIRST_FIELD = re.compile(r'\{\s*"([^"\\]{1,128})"\s*:')
+# The list is empty, or has an object near its start: the first elements may be bad ones.
+_LIST = re.compile(
+    rf'("\s*(?:{"|".join(LIST_FIELDS)})\s*")\s*:\s*\['
+    r'(?=\s*[\]{]|(?:[^\[\]{]|\[[^\[\]{]*\]){0,4096}\{\s*["}])',
+    re.IGNORECASE,
+)
+_QUESTION_FIELDS = ("id", "question", "answers", "is_impossible")
 
 
-def _questions(article: dict[str, Any]) -> Iterator[dict[str, Any] | None]:
-    """The values of each question; None for a paragraph or question that is not laid out so."""
+class ArrayReader:
+    """Reads a file from `offset` on as a window of text, which grows as an element needs it."""
+
+    def __init__(self, stream: io.BufferedReader, offset: int, limit: int, jq: str) -> None:
+        self._stream, self._limit, self._jq, self._list_name = stream, limit, jq, "."
+        self._text, self._at, self._line, self._offset = "", 0, 1, offset
+        # Bytes that are not UTF-8 become lone surrogates, so that they cost one element.
+        self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+        self._parser, self._vain, self._first_fields = JsonParser(), 0, set[str]()
+        self._is_list = self._is_object = False
+
+    def enter(self) -> bool:
+        """Step into the array, or the list inside an object, that the file is; False if neither."""
+        sign = self._skip()
+        self._is_object = sign == "{"
+        self._is_list = self._enter_field("") if self._is_object else self._enter_array()
+        return self._is_list
+
+    def rows(self) -> Iterator[RawRow]:
+        """Yield a row for each element from here on.
+
+        Raises:
+            UnreadableFileError: the file breaks off, or no more elements can be found in it.
+        """
+        is_open = self._is_list
+        while sign := self._skip():
+            if sign == "]" and self._is_list:
+                is_open = self._leave_list()
+                continue
+            is_open, line, offset = self._is_list, self._line, self._offset
+            try:
+                row, end, reason = self._decode()
+            except (ValueError, RecursionError) as error:
+                yield self._skip_broken(reason_of(error))
+                continue
+            text = self._move(end)
+            if reason or self._offset - offset > self._limit:
+                yield bad_row(line, offset, reason or "row_too_large", text)
+            elif _is_article(row):
+                yield from _questions(row, line, offset)
+            else:
+                if len(self._first_fields) < _MOST_FIELDS:
+                    self._first_fields.update(islice(row, 1))
+                yield RawRow(line, row, "", "", offset)
+        if is_open:
+            raise UnreadableFileError(f"the file ends in line {self._line}, inside a list")
+
+    def _grow(self, characters: int = 1) -> bool:
+        """Read at least so many characters, unless the file ends; False if none is left."""
+        held, piece = len(self._text) - self._at, b"."
+        while piece and len(self._text) - self._at < held + characters:
+            piece = self._stream.read1(_CHUNK_BYTES)
+            # A little of what was consumed stays, for it shows how far an element is indented.
+            forgotten = max(0, self._at - _KEPT_BEHIND)
+            self._text = self._text[forgotten:] + self._decoder.decode(piece, final=not piece)
+            self._at -= forgotten
+        return len(self._text) - self._at > held
+
+    def _move(self, to: int) -> str:
+        """Consume the text before index `to`, and return it."""
+        passed, self._at = self._text[self._at : to], to
+        self._line += passed.count("\n")
+        is_ascii = passed.isascii()
+        self._offset += len(passed if is_ascii else passed.encode("utf-8", "surrogateescape"))
+        return passed
+
+    def _skip(self) -> str:
+        """Skip white space and commas; return the character behind, '' at the end of the file."""
+        while match := _BETWEEN.match(self._text, self._at):
+            self._move(match.end())
+            if self._at < len(self._text) or not self._grow():
+                break
+        return self._text[self._at : self._at + 1]
+
+    def _decode(self) -> tuple[dict[str, Any], int, str]:
+        """Return (row, end, reason code or '') of the element that starts here.
+
+        Raises:
+            ValueError, RecursionError: it is broken, or larger than a row may be.
+        """
+        while True:
+            # An element whose bracket is never closed reaches to the end of the window. Once that
+            # was decoded in vain for a multiple of the file, only short elements are looked for.
+            is_short = self._vain > _MOST_VAIN + 2 * self._offset
+            text = self._text[: self._at + _SHORT] if is_short else self._text
+            held = len(text) - self._at
+            try:
+                row, end, reason = self._parser.parse_element(text, self._at)
+            except json.JSONDecodeError as error:
+                is_cut = error.pos + _CUT_MARGIN >= len(text) or "Unterminated" in error.msg
+                if is_cut and not is_short and held <= self._limit and self._grow(held):
+                    continue
+                self._vain += held if is_cut else error.pos - self._at
+                raise
+            if not _AFTER_ELEMENT.match(text, end):
+                raise RejectedValueError("broken_json")
+            return row, end, reason
+
+    def _skip_broken(self, reason: str) -> RawRow:
+        """Consume a broken element, up to where another one begins or the list ends.
+
+        Sound JSON escapes the quotes and newlines of texts, so that none can look like a beginning.
+
+        Raises:
+            UnreadableFileError: neither is found.
+        """
+        line, offset, head = self._line, self._offset, self._text[self._at :][:EXCERPT_BYTES]
+        own = _FIRST_FIELD.match(self._text, self._at)
+        names = self._first_fields | ({own[1]} if own else set())
+        name = "|".join(map(re.escape, names)) or r'[^"]+'
+        begins = rf'[,}}\]\n]\s*(?=\{{\s*"(?:{name})"\s*:)'
+        indent = self._text[: self._at].rpartition("\n")[2]
+        pattern = re.compile(begins if indent.strip() else rf"{begins}|\n{indent}(?=\{{)")
+        done = 1
+        while not (found := pattern.search(self._text, self._at + done)):
+            done = max(1, len(self._text) - self._at - _KEPT_BEHIND)
+            if done > self._limit:
+                self._move(self._at + done)
+                done = 0
+            if not self._grow():
+                break
+        end = found.end() if found else len(self._text)
+        if not found and self._is_list:
+            rest = self._text.rstrip()
+            end = rest.rfind("]") if rest.endswith("}" if self._is_object else "]") else -1
+            if end <= self._at:
+                raise UnreadableFileError(
+                    f"broken JSON in line {line}, at byte {offset}, and no element begins behind "
+                    f"it; mend it, then: {self._jq.replace('{}', self._list_name)}"
+                )
+        text = self._move(end)
+        reason = "nul" if reason == "broken_json" and "\0" in text else reason
+        reason = "row_too_large" if self._offset - offset > self._limit else reason
+        return bad_row(line, offset, reason, text if len(text) < len(head) else head)
+
+    def _leave_list(self) -> bool:
+        """Go behind a list's closing bracket, into the next list; False where none is open."""
+        self._move(self._at + 1)
+        if not self._is_object:
+            return self._skip() == "[" and self._enter_array()
+        before = '{"":0'  # makes the rest of the object one of its own
+        if not _AFTER_LIST.match(self._text, self._at) or self._enter_field(before):
+            return True
+        is_whole = is_json(before + self._text[self._at :])
+        self._move(len(self._text) if is_whole else self._at)
+        return not is_whole
+
+    def _enter_array(self) -> bool:
+        is_array = self._text.startswith("[", self._at)
+        self._move(self._at + is_array)
+        return is_array
+
+    def _enter_field(self, before: str) -> bool:
+        """Step into the next list of rows of the object that `before` and the text here begin."""
+        while True:
+            for field in islice(_LIST.finditer(self._text, self._at), _MOST_FIELDS):
+                # Sound fields before it: the list is the object's own, not one nested in it.
+                if is_json(f'{before}{self._text[self._at : field.start()]}"":0}}'):
+                    self._list_name = f".{field[1]}"
+                    return bool(self._move(field.end()))
+            held = len(self._text) - self._at
+            if held > self._limit or not self._grow(held):
+                return False
+
+
+def _is_article(row: dict[str, Any]) -> bool:
+    paragraphs = row.get("paragraphs")
+    first = paragraphs[0] if isinstance(paragraphs, list) and paragraphs else None
+    return isinstance(first, dict) and "qas" in first
+
+
+def _questions(article: dict[str, Any], line: int, offset: int) -> Iterator[RawRow]:
+    """Yield a row per question of a SQuAD article (rajpurkar.github.io/SQuAD-explorer)."""
     about = {"title": article["title"]} if "title" in article else {}
     for paragraph in article["paragraphs"]:
         asked = paragraph.get("qas") if isinstance(paragraph, dict) else None
-        if not isinstance(asked, list):
-            yield None
-            continue
-        around = {"context": paragraph["context"]} if "context" in paragraph else {}
-        for question in asked:
+        around = {"context": paragraph["context"]} if asked and "context" in paragraph else {}
+        for question in asked if isinstance(asked, list) else [None]:
             if isinstance(question, dict):
-                kept = {name: question[name] for name in _KEPT if name in question}
-                yield {**kept, **around, **about}
+                kept = {name: question[name] for name in _QUESTION_FIELDS if name in question}
+                yield RawRow(line, {**kept, **around, **about}, "", "", offset)
             else:
-                yield None
-
-
-def _places(text: str, line: int, offset: int) -> list[tuple[int, int]]:
-    """(line, byte) of each question's opening brace."""
-    places = []
-    depth, at, last = 0, 0, ""
-    inside: dict[int, bool] = {}
-    for match in _TOKEN.finditer(text):
-        sign = match[0]
-        if sign in ("{", "["):
-            depth += 1
-            if sign == "[" and depth in _LISTS:
-                inside[depth] = last == _LISTS[depth]
-            elif sign == "{" and depth == _QUESTION_DEPTH and inside.get(2) and inside.get(4):
-                passed, at = text[at : match.start()], match.start()
-                line, offset = line + passed.count("\n"), offset + size_bytes(passed)
-                places.append((line, offset))
-        elif sign in ("}", "]"):
-            inside[depth] = False
-            depth -= 1
-        else:
-            last = sign
-    return places
+                yield bad_row(line, offset, "broken_squad", str(paragraph))

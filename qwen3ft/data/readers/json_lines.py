@@ -1,6 +1,6 @@
-"""One JSON value: parsed, and refused with a reason code where it is no sound row.
+"""JSON values that are fit to be rows, one a line.
 
-Guarantees: what passes is finite, encodes as UTF-8, holds no NUL and is nested at most `MAX_DEPTH`
+A value that passes is finite, encodes as UTF-8, holds no NUL and is nested at most `MAX_DEPTH`
 levels, whatever the depth of the caller's own stack. Reason codes: nul, invalid_utf8, too_deep,
 nan_literal, number_out_of_range, lone_surrogate, broken_json, not_an_object, row_too_large.
 """
@@ -17,7 +17,7 @@ from typing import Any
 from qwen3ft.data.readers.raw import RawRow, bad_row
 
 MAX_DEPTH = 64
-"""Levels of lists and objects; the C decoder's own limit depends on the caller's stack."""
+"""Most levels of lists and objects; the limit of Python's decoder depends on the caller's stack."""
 
 _SUSPECT_ESCAPE = re.compile(r"\\u(?:[dD][89a-fA-F]|0000)")
 
@@ -27,9 +27,9 @@ class RejectedValueError(ValueError):
 
 
 class JsonParser:
-    """A decoder that notes literals outside of JSON instead of failing on them.
+    """Decodes values and notes literals outside of JSON, such as NaN, instead of failing on them.
 
-    Failing would lose where the value ends. One parser belongs to one reader: it keeps state.
+    Failing would lose where the value ends. A parser keeps state: each reader has its own.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class JsonParser:
         self._raw_decode = self._decoder.raw_decode
 
     def parse_line(self, line: bytes) -> dict[str, Any]:
-        """The object that `line` holds.
+        """Return the object that `line` holds.
 
         Raises:
             RejectedValueError: with the reason code.
@@ -49,13 +49,13 @@ class JsonParser:
             value = self._decode(text)
         except (ValueError, RecursionError) as error:
             self._take_flaw()
-            raise RejectedValueError("nul" if b"\0" in line else _reason(error)) from None
+            raise RejectedValueError("nul" if b"\0" in line else reason_of(error)) from None
         if self._flaws:
             raise RejectedValueError(self._take_flaw())
-        return checked_object(value, text)
+        return _checked_object(value, text)
 
-    def raw_decode(self, text: str, start: int) -> tuple[Any, int, str]:
-        """(value, end, reason code or '') of the value that starts at `start`.
+    def parse_element(self, text: str, start: int) -> tuple[dict[str, Any], int, str]:
+        """Return (object, end, '') of the value at `start`; ({}, end, reason code) if it is unfit.
 
         Raises:
             ValueError, RecursionError: it is broken, or goes on behind the end of `text`.
@@ -65,10 +65,19 @@ class JsonParser:
         except (ValueError, RecursionError):
             self._take_flaw()
             raise
-        return value, end, self._take_flaw() if self._flaws else ""
+        own = text[start:end]
+        try:
+            if not own.isascii():
+                own.encode()
+            if self._flaws:
+                raise RejectedValueError(self._take_flaw())
+            return _checked_object(value, own), end, ""
+        except ValueError as error:
+            self._take_flaw()
+            return {}, end, reason_of(error)
 
     def _take_flaw(self) -> str:
-        """The first literal outside of JSON since the last call."""
+        """Return the first literal outside of JSON since the last call."""
         first = self._flaws[0] if self._flaws else ""
         self._flaws.clear()
         return first
@@ -83,9 +92,11 @@ class JsonParser:
         return number
 
 
-def _reason(error: Exception) -> str:
-    """The reason code for what the decoders raise."""
-    if isinstance(error, UnicodeDecodeError):
+def reason_of(error: Exception) -> str:
+    """Return the reason code for what the decoders raise."""
+    if isinstance(error, RejectedValueError):
+        return str(error)
+    if isinstance(error, UnicodeError):
         return "invalid_utf8"
     if isinstance(error, RecursionError):
         return "too_deep"
@@ -93,8 +104,17 @@ def _reason(error: Exception) -> str:
     return "broken_json" if isinstance(error, json.JSONDecodeError) else "number_out_of_range"
 
 
-def checked_object(value: Any, text: str) -> dict[str, Any]:
-    """`value`, decoded from `text`, if it is an object fit to be a row.
+def is_json(text: str) -> bool:
+    """Return whether `text` is one JSON value."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _checked_object(value: Any, text: str) -> dict[str, Any]:
+    """Return `value`, decoded from `text`, if it is an object fit to be a row.
 
     Raises:
         RejectedValueError: with the reason code.
@@ -115,7 +135,7 @@ def checked_object(value: Any, text: str) -> dict[str, Any]:
 
 
 def _is_deep(value: Any) -> bool:
-    """Whether lists and objects are nested more than `MAX_DEPTH` levels."""
+    """Return whether lists and objects are nested more than `MAX_DEPTH` levels."""
     level = [value]
     for _ in range(MAX_DEPTH + 1):
         containers = [item for item in level if isinstance(item, (dict, list))]
@@ -130,7 +150,7 @@ def _is_deep(value: Any) -> bool:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Every text inside `value`, names of fields included; at most `MAX_DEPTH` levels deep."""
+    """Yield every text inside `value`, at most `MAX_DEPTH` levels deep, and the names of fields."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -142,8 +162,8 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
-def read_json_lines(stream: io.BufferedReader, offset: int, limit: int) -> Iterator[RawRow]:
-    """One row a line; blank lines are none, and a line over `limit` bytes is never held."""
+def read_json_rows(stream: io.BufferedReader, offset: int, limit: int) -> Iterator[RawRow]:
+    """Yield a row for each line that is not blank; never hold a line of more than `limit` bytes."""
     parse, number = JsonParser().parse_line, 0
     while line := stream.readline(limit):
         number += 1
@@ -160,7 +180,7 @@ def read_json_lines(stream: io.BufferedReader, offset: int, limit: int) -> Itera
 
 
 def skip_line(stream: io.BufferedReader, limit: int) -> int:
-    """Read up to the next newline, in pieces; how many bytes that was."""
+    """Read up to the next newline, in pieces, and return how many bytes that was."""
     skipped = 0
     while rest := stream.readline(limit):
         skipped += len(rest)

@@ -1,9 +1,8 @@
-"""Rows of parquet files, column by column from disk, a bounded batch at a time.
+"""Rows of parquet files, read in batches of a bounded size.
 
-Guarantees: text that is no UTF-8, though Arrow's type says so, costs its row alone; a file that is
-damaged or cut short is `UnreadableFileError`, after the rows before; pages are checked against
-their checksums where the file has any. A batch is at most `BATCH_BYTES`, as far as the file's own
-sizes tell. Rows have a number, and no byte where they start.
+Text that is not UTF-8 costs its row alone, although its type in Arrow promises UTF-8. A damaged
+file ends in `UnreadableFileError` after the rows before; pages are checked against their checksums
+where the file has any. Rows have a number, and no byte where they start.
 """
 
 from __future__ import annotations
@@ -15,23 +14,23 @@ from typing import Any
 from qwen3ft.data.readers.raw import EXCERPT_BYTES, RawRow, UnreadableFileError
 from qwen3ft.units import MIB
 
-BATCH_ROWS = 1024
-BATCH_BYTES = 32 * MIB
+_BATCH_ROWS = 1024
+_BATCH_BYTES = 32 * MIB
 
 ChooseColumns = Callable[[tuple[str, ...]], list[str]]
-"""Given the columns of a parquet file, which of them to read."""
+"""Function from all columns of a parquet file to those to read."""
 
 
 class _NotText:
-    """Stands for a value that holds bytes that are no UTF-8."""
+    """Placeholder for a value with bytes that are not UTF-8."""
 
 
 def read_parquet(path: Path, choose: ChooseColumns, limit: int) -> Iterator[RawRow]:
-    """One row a row, of the columns that `choose` takes.
+    """Yield every row, with the columns that `choose` takes.
 
     Args:
         path: The file.
-        choose: Called once with all columns' names.
+        choose: Called once with the names of all columns.
         limit: Most bytes of text in one row.
 
     Raises:
@@ -46,7 +45,7 @@ def read_parquet(path: Path, choose: ChooseColumns, limit: int) -> Iterator[RawR
                 values = next(rows)
             except StopIteration:
                 return
-            except Exception as error:  # a damaged file raises whatever it hits
+            except Exception as error:  # Arrow raises all kinds of errors on a damaged file
                 if isinstance(error, OSError) and error.errno is not None:
                     raise
                 raise UnreadableFileError(f"{type(error).__name__}: {error}") from error
@@ -62,7 +61,7 @@ def _rows(stream: Any, choose: ChooseColumns) -> Iterator[dict[str, Any]]:
         for group in range(table.num_row_groups):
             stated = table.metadata.row_group(group)
             row_bytes = max(1, stated.total_byte_size // max(1, stated.num_rows))
-            batch_rows = max(1, min(BATCH_ROWS, BATCH_BYTES // row_bytes))
+            batch_rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // row_bytes))
             for batch in table.iter_batches(batch_rows, row_groups=[group], columns=columns):
                 parts = [_python_values(batch.column(name)) for name in batch.schema.names]
                 names = batch.schema.names
@@ -73,7 +72,7 @@ def _rows(stream: Any, choose: ChooseColumns) -> Iterator[dict[str, Any]]:
 
 
 def _python_values(column: Any) -> list[Any]:
-    """The column as Python values; text as bytes, for Arrow does not promise that it is UTF-8."""
+    """Return the column as Python values; text as bytes, which need not be UTF-8."""
     import pyarrow as pa
 
     if pa.types.is_dictionary(column.type):
@@ -111,8 +110,8 @@ def _row(number: int, values: dict[str, Any], limit: int) -> RawRow:
         reason = "row_too_large"
     if not reason:
         return RawRow(number, values)
-    shown = {
+    heads = {
         name: value[:EXCERPT_BYTES] if isinstance(value, (str, bytes)) else str(type(value))
         for name, value in values.items()
     }
-    return RawRow(number, reason=reason, text=repr(shown)[:EXCERPT_BYTES])
+    return RawRow(number, reason=reason, text=repr(heads)[:EXCERPT_BYTES])

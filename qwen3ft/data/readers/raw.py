@@ -1,29 +1,31 @@
-"""What every reader of files gives: one raw row at its place, or a reason why there is none.
-
-It knows no format; `formats` chooses the reader, `rows` says what the values mean.
-"""
+"""One row as a reader found it: its values at their place, or the reason why there are none."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
+from qwen3ft.units import MIB
+
+MAX_ROW_BYTES = 16 * MIB
+"""Size of the largest row that is read; memory is bounded by a few times that."""
+
 EXCERPT_BYTES = 1024
-"""How much of a bad row is kept, before it is masked and cut for the quarantine."""
+"""Most of a bad row that is kept, before it is masked and cut for the quarantine."""
 
 
 @dataclass(slots=True)
 class RawRow:
-    """What stands at one place: values by name, or the reason code why there are none."""
+    """The values of one row by name, or the reason code why it has none."""
 
     line: int
-    """1-based: the line of the file where the row starts; of parquet the row."""
+    """Line of the file where the row starts, from 1; for parquet the number of the row."""
     values: dict[str, Any] = field(default_factory=dict)
     reason: str = ""
     text: str = ""
     """The beginning of a bad row."""
     offset: int = -1
-    """Byte of the uncompressed file where the row starts; -1 where there is no such thing."""
+    """Byte of the uncompressed file where the row starts; -1 for parquet."""
 
 
 class UnreadableFileError(Exception):
@@ -31,12 +33,8 @@ class UnreadableFileError(Exception):
 
 
 def bad_row(line: int, offset: int, reason: str, text: bytes | str) -> RawRow:
-    """A row without values; of `text` only the beginning is kept."""
+    """Return a row without values, with the beginning of `text`."""
     head = text[:EXCERPT_BYTES]
-    shown = head.decode("utf-8", "replace") if isinstance(head, bytes) else _printable(head)
-    return RawRow(line, reason=reason, text=shown, offset=offset)
-
-
-def _printable(text: str) -> str:
-    """`text` with the bytes that are no UTF-8, held as lone surrogates, replaced."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    # Bytes that are not UTF-8 are lone surrogates in a str.
+    content = head if isinstance(head, bytes) else head.encode("utf-8", "surrogateescape")
+    return RawRow(line, {}, reason, content.decode("utf-8", "replace"), offset)
