@@ -90,7 +90,8 @@ def command(service: Service, layout: Layout, python: str) -> list[str]:
         return [python, "-m", "prefect", *worker.split()]
     port = layout.port(service)
     if service == "prefect":
-        return [python, "-m", "prefect", *f"server start --host 127.0.0.1 --port {port}".split()]
+        start = f"server start --host 127.0.0.1 --port {port}"
+        return [python, "-m", "deployments.prefect_server", *start.split()]
     return [
         *(python, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)),
         *("--workers", "1", "--serve-artifacts"),
