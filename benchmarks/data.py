@@ -1,20 +1,25 @@
-"""The data stage by the million: rows per second of each pass, and the most memory it ever took.
+"""Speed and memory of the data stage, in one process on one core.
 
-    python benchmarks/data.py [--rows 1000000] [--work DIR] [--out FILE]
+    python -m benchmarks.data stage [--rows 1000000] [--work DIR] [--out FILE]
+    python -m benchmarks.data dedup [--rows 200000] [--out FILE]
+    python -m benchmarks.data tokenise [--rows 20000] [--out FILE]
 
-Generates question-answer rows (seeded, of about 300 bytes, every fourth in Chinese, one in a
-thousand broken or repeated), then measures in this one process, on one core: validating and mapping
-alone, then the whole stage into a folder, then the same again, which finds that folder. Exits with
-1 unless mapping reaches 20,000 rows/s, all of it stays within 2 GB resident, and the second run
-takes at most 5 s.
+- stage: generates rows of about 300 bytes (every fourth in Chinese, one in a thousand broken or
+  repeated); times mapping alone, then the whole stage, then a second run that finds its result.
+- dedup: times keys, repeats and near-duplicates on rows of 60 words. One in fifty is held out, one
+  in twenty repeats an earlier row, and one in twenty is an earlier row with one word exchanged.
+- tokenise: times rendering and tokenising of the embedded questions, numbered so that no two texts
+  are equal, and of GSM8K if `shared/data/gsm8k` exists here or beside the checkout.
+
+Exits with 1 if a bar is missed.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
-import platform
 import random
 import resource
 import sys
@@ -22,23 +27,44 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+# Read once by the libraries, when they start their threads.
 os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1", OMP_NUM_THREADS="1")
+
+from benchmarks.machine import ROOT, machine, write_json
+from qwen3ft.units import GIB, MIB
+
+Result = tuple[dict[str, Any], dict[str, bool]]
+"""Measured numbers, and whether each bar holds."""
+
+DEFAULT_ROWS = {"stage": 1_000_000, "dedup": 200_000, "tokenise": 20_000}
 MAPPED_ROWS_PER_SECOND = 20_000
-MOST_RESIDENT_BYTES = 2 * 2**30
+MOST_RESIDENT_BYTES = 2 * GIB
 CACHED_SECONDS = 5.0
+NEAR_COPIES_FOUND = 0.99
+LOSSES = ("quarantined", "too_long", "duplicates", "near_duplicates")
+TOKENISED_ROWS_PER_SECOND, SHORT_ROW_TOKENS = 5000, 120
+"""Bar for tokenising, and the row length up to which it counts."""
+
+CHUNK_ROWS = 2000
+REPEATS = 3
 WORDS = (  # noqa: SIM905
     "river window garden letter market silver doctor engine paper season travel answer bridge"
     " number copper winter planet music kitchen forest history signal morning weather mountain"
 ).split()
 SIGNS = "天地人水火山木金土日月年春夏秋冬东西南北你我他是有在不了这个大来上国和说们为子到"
+GSM8K = [folder / "shared/data/gsm8k/train.jsonl" for folder in (ROOT, ROOT.parent)]
 
 
-def rows(count: int, seed: int) -> Iterator[str]:
-    """Lines of a jsonl file."""
+def peak_bytes() -> int:
+    """Return the peak of resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def stage_lines(count: int, seed: int) -> Iterator[str]:
+    """Yield lines of a JSON lines file."""
     chance = random.Random(seed)
     for number in range(count):
         if number % 1000 == 999:
@@ -56,85 +82,219 @@ def rows(count: int, seed: int) -> Iterator[str]:
             yield line
 
 
-def peak_bytes() -> int:
-    """The most memory that was resident in this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def measure(path: Path, work: Path, count: int) -> dict[str, Any]:
-    """Seconds and rates of each pass."""
+def measure_stage(rows: int, arguments: argparse.Namespace) -> Result:
+    """Time mapping alone, the whole stage, and a second run."""
     from qwen3ft.config import TrainingConfig
     from qwen3ft.data.pipeline import DataPipeline
     from qwen3ft.data.rows import read_file, rules_of
     from qwen3ft.data.sources import SourceFile
 
-    config = TrainingConfig(
-        model_name="embedded", data_paths=(str(path),), cache_dir=str(work / "cache")
-    )
-    started = time.perf_counter()
-    read = sum(1 for _ in read_file(SourceFile("x", path, "train"), rules_of(config), Counter()))
-    mapping_seconds = time.perf_counter() - started
-    base_bytes = peak_bytes()
-    started = time.perf_counter()
-    manifest = DataPipeline(config).check()
-    stage_seconds = time.perf_counter() - started
-    started = time.perf_counter()
-    again = DataPipeline(config).check()
-    cached_seconds = time.perf_counter() - started
-    assert again == manifest
-    assert manifest.rows_read == read
-    return {
-        "rows": count,
-        "file_bytes": path.stat().st_size,
-        "rows_read": read,
-        "mapped_rows_per_second": round(read / mapping_seconds),
-        "stage_seconds": round(stage_seconds, 1),
-        "stage_rows_per_second": round(read / stage_seconds),
-        "cached_seconds": round(cached_seconds, 2),
-        "tokens": manifest.train.tokens + manifest.dev.tokens,
-        "peak_before_stage_gb": round(base_bytes / 2**30, 3),
-        "peak_resident_gb": round(peak_bytes() / 2**30, 3),
-        "train": manifest.train.rows,
-        "dev": manifest.dev.rows,
-        "test": manifest.test_rows,
-        "quarantined": manifest.quarantined,
-        "too_long": manifest.too_long,
-        "duplicates": manifest.duplicates,
-        "near_duplicates": manifest.near_duplicates,
+    with tempfile.TemporaryDirectory(dir=arguments.work, prefix="qwen3ft-data-") as folder:
+        path = Path(folder) / "rows.jsonl"
+        with path.open("w", encoding="utf-8") as stream:
+            stream.writelines(line + "\n" for line in stage_lines(rows, arguments.seed))
+        config = TrainingConfig(
+            model_name="embedded", data_paths=(str(path),), cache_dir=f"{folder}/cache"
+        )
+        started = time.perf_counter()
+        file = SourceFile("x", path, "train")
+        read = sum(1 for _ in read_file(file, rules_of(config), Counter()))
+        mapping_seconds = time.perf_counter() - started
+        started = time.perf_counter()
+        manifest = DataPipeline(config).check()
+        stage_seconds = time.perf_counter() - started
+        started = time.perf_counter()
+        again = DataPipeline(config).check()
+        cached_seconds = time.perf_counter() - started
+        assert again == manifest, "the second run gives another result"
+        result = {
+            "rows": rows,
+            "file_bytes": path.stat().st_size,
+            "rows_read": read,
+            "mapped_rows_per_second": round(read / mapping_seconds),
+            "stage_seconds": round(stage_seconds, 1),
+            "stage_rows_per_second": round(read / stage_seconds),
+            "cached_seconds": round(cached_seconds, 2),
+            "tokens": manifest.train.tokens + manifest.dev.tokens,
+            "peak_resident_gb": round(peak_bytes() / GIB, 3),
+            "train": manifest.train.rows,
+            "dev": manifest.dev.rows,
+            "test": manifest.test_rows,
+            **{name: getattr(manifest, name) for name in LOSSES},
+        }
+    return result, {
+        f"mapping >= {MAPPED_ROWS_PER_SECOND:,} rows/s": read
+        >= MAPPED_ROWS_PER_SECOND * mapping_seconds,
+        "resident memory <= 2 GB": peak_bytes() <= MOST_RESIDENT_BYTES,
+        f"second run <= {CACHED_SECONDS:g} s": cached_seconds <= CACHED_SECONDS,
     }
+
+
+def dedup_row(number: int, words: list[str]) -> tuple[str, str]:
+    """Return question and answer of a row; a number always gives the same row."""
+    kind, source = number % 20, number
+    if kind in (18, 19):
+        source = number - 10 - kind % 2
+    chosen = random.Random(source).choices(words, k=60)
+    if kind == 19:
+        chosen[10] = "exchanged"
+    return " ".join(chosen[:25]).capitalize() + "?", " ".join(chosen[25:]).capitalize() + "."
+
+
+def measure_dedup(rows: int, _: argparse.Namespace) -> Result:
+    """Time each pass over the rows, and count the planted copies that were found."""
+    from qwen3ft.data import splits
+    from qwen3ft.data.near_duplicates import NearDuplicates, as_text
+
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["".join(random.Random(i).choices(letters, k=2 + i % 8)) for i in range(20_000)]
+    base_bytes = peak_bytes()
+    seconds = dict.fromkeys(("keys", "signatures", "repeats", "pairs"), 0.0)
+    builder, near = splits.KeysBuilder(), NearDuplicates()
+    for start in range(0, rows, CHUNK_ROWS):
+        # Rows are made anew whenever they are needed, so the peak is that of the passes.
+        part = [dedup_row(i, words) for i in range(start, min(start + CHUNK_ROWS, rows))]
+        started = time.perf_counter()
+        for question, answer in part:
+            builder.append(
+                splits.question_key(question), splits.content_key(question, answer), "train", 0
+            )
+        keyed = time.perf_counter()
+        near.add([as_text(*row) for row in part])
+        seconds["keys"] += keyed - started
+        seconds["signatures"] += time.perf_counter() - keyed
+
+    started = time.perf_counter()
+    keys = builder.build()
+    reasons = splits.find_repeats(keys)
+    kept = reasons == splits.KEPT
+    roles = splits.hold_out(keys, kept, 0.02, ["test"])
+    kept &= ~splits.leaks(keys, roles, kept)
+    seconds["repeats"] = time.perf_counter() - started
+
+    making = 0.0
+
+    def text_of(row: int) -> str:
+        nonlocal making
+        began = time.perf_counter()
+        text = as_text(*dedup_row(row, words))
+        making += time.perf_counter() - began
+        return text
+
+    started = time.perf_counter()
+    training = kept & (roles == splits.TRAIN)
+    leaked = near.find(training, kept & (roles != splits.TRAIN), text_of)
+    training[leaked] = False
+    repeated = near.find(training, training, text_of)
+    seconds["pairs"] = time.perf_counter() - started - making
+    found = {
+        "duplicates": int((reasons == splits.DUPLICATE).sum()),
+        "near": len(leaked) + len(repeated),
+    }
+    planted = dict.fromkeys(found, rows // 20)
+    result = {
+        "rows": rows,
+        **{f"{name}_rows_per_second": round(rows / taken) for name, taken in seconds.items()},
+        "all_rows_per_second": round(rows / sum(seconds.values())),
+        "peak_extra_mb": round((peak_bytes() - base_bytes) / 1e6),
+        "planted": planted,
+        "found": found | {"verified": near.verified, "capped_buckets": near.capped_buckets},
+    }
+    return result, {
+        "every planted repeat found": found["duplicates"] >= planted["duplicates"],
+        f"{NEAR_COPIES_FOUND:.0%} of planted near-copies found": (
+            found["near"] >= NEAR_COPIES_FOUND * planted["near"]
+        ),
+    }
+
+
+def read_json_rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a JSON lines file."""
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def embedded_rows(count: int) -> list[dict[str, Any]]:
+    """Return rows of about 100 tokens, each of five embedded questions with their answers."""
+    from qwen3ft.embedded import DATA_DIR
+
+    source = read_json_rows(DATA_DIR / "train.jsonl")
+    rows = []
+    for number in range(count):
+        some = [source[(number * 7 + step) % len(source)] for step in range(5)]
+        texts = {key: "\n".join(row[key] for row in some) for key in ("question", "answer")}
+        rows.append({key: f"{number}: {text}" for key, text in texts.items()})
+    return rows
+
+
+def gsm8k_rows(path: Path, count: int) -> list[dict[str, Any]]:
+    """Return numbered rows of GSM8K, with the text before `####` as reasoning."""
+    source = read_json_rows(path)
+    rows = []
+    for number, row in zip(range(count), itertools.cycle(source), strict=False):
+        reasoning, _, answer = row["answer"].rpartition("####")
+        texts = {"question": row["question"], "reasoning": reasoning}
+        numbered = {key: f"{number}. {text.strip()}" for key, text in texts.items()}
+        rows.append({**numbered, "answer": answer.strip()})
+    return rows
+
+
+def measure_tokenise(rows: int, _: argparse.Namespace) -> Result:
+    """Time each kind of rows, best of three."""
+    from qwen3ft.chat.rendering import load_tokenizer, tokenize_rows
+    from qwen3ft.embedded import MODEL_DIR
+
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    tokenizer = load_tokenizer(MODEL_DIR)
+    kinds = {"embedded": embedded_rows(rows)}
+    if path := next((path for path in GSM8K if path.exists()), None):
+        kinds["GSM8K"] = gsm8k_rows(path, rows)
+    result: dict[str, Any] = {"rows": rows}
+    bars = {}
+    for kind, texts in kinds.items():
+        seconds, tokens = float("inf"), 0
+        for _ in range(REPEATS):
+            started, tokens = time.perf_counter(), 0
+            for start in range(0, rows, CHUNK_ROWS):
+                chunk = tokenize_rows(tokenizer, texts[start : start + CHUNK_ROWS])
+                tokens += sum(len(row.input_ids) for row in chunk)
+            seconds = min(seconds, time.perf_counter() - started)
+        result[kind] = {
+            "rows_per_second": round(rows / seconds),
+            "tokens_per_second": round(tokens / seconds),
+            "tokens_per_row": round(tokens / rows, 1),
+            "peak_mb": round(peak_bytes() / MIB),
+        }
+        if tokens / rows <= SHORT_ROW_TOKENS:
+            bar = f"{kind} >= {TOKENISED_ROWS_PER_SECOND:,} rows/s"
+            bars[bar] = rows / seconds >= TOKENISED_ROWS_PER_SECOND
+    return result, bars
+
+
+MEASURES = {"stage": measure_stage, "dedup": measure_dedup, "tokenise": measure_tokenise}
 
 
 def main() -> int:
-    """Measure, print, and say whether the bars hold."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work", type=Path)
+    """Measure, print and save; return 1 if a bar is missed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", choices=list(MEASURES))
+    parser.add_argument("--rows", type=int, help=f"default: {DEFAULT_ROWS}")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the rows of `stage`")
+    parser.add_argument("--work", type=Path, help="parent of the temporary folder of `stage`")
     parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.work, prefix="qwen3ft-data-") as folder:
-        path = Path(folder) / "rows.jsonl"
-        with path.open("w", encoding="utf-8") as stream:
-            stream.writelines(line + "\n" for line in rows(options.rows, options.seed))
-        result = measure(path, Path(folder), options.rows)
-    result = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs",
-        **result,
-    }
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    arguments = parser.parse_args()
+    rows = arguments.rows or DEFAULT_ROWS[arguments.part]
+    result, bars = MEASURES[arguments.part](rows, arguments)
+    print(f"{machine()['date']}, load average {os.getloadavg()[0]:.1f}")
     for name, value in result.items():
-        print(f"{name:24} {value:,}" if isinstance(value, int) else f"{name:24} {value}")
-    held = {
-        f"mapping >= {MAPPED_ROWS_PER_SECOND:,} rows/s": result["mapped_rows_per_second"]
-        >= MAPPED_ROWS_PER_SECOND,
-        "resident <= 2 GB": result["peak_resident_gb"] * 2**30 <= MOST_RESIDENT_BYTES,
-        f"cached <= {CACHED_SECONDS:g} s": result["cached_seconds"] <= CACHED_SECONDS,
-    }
-    for bar, holds in held.items():
+        print(f"{name:26} {value:,}" if isinstance(value, int) else f"{name:26} {value}")
+    for bar, holds in bars.items():
         print(f"{'held  ' if holds else 'MISSED'} {bar}")
-    return 0 if all(held.values()) else 1
+    if arguments.out:
+        write_json(arguments.out, {"machine": machine(), **result})
+    return 0 if all(bars.values()) else 1
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """The embedded model before and after fine-tuning, through the whole flow, for three seeds.
 
-    python benchmarks/embedded.py [--seeds 0 1 2] [--out FILE]
+    python -m benchmarks.embedded [--seeds 0 1 2] [--out FILE]
 
-Uses deployments/configs/embedded.yaml as it is but for the seed, a temporary Prefect server and an
-MLflow of its own. Prints exact match by group of questions, and seconds by stage; exits with 1
-unless the base stays at or below 20 % and every tuned model reaches 85 % on the test questions.
-Wording that no training ever showed ('novel') is reported and not counted.
+Uses deployments/configs/embedded.yaml with another seed, a temporary Prefect server and a separate
+MLflow. Prints exact match by group of questions, and seconds by stage. Exits with 1 unless the
+base is right on at most 20 % and every tuned model on at least 85 % of the test questions. Wordings
+that no training showed ('novel') are reported but not counted.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NOT_COUNTED = "novel"
 
 
 def run_once(work: Path, seed: int) -> dict[str, Any]:
-    """One run of the flow; its card."""
+    """Run the flow once and return its card."""
     from flows.finetune import run_in_process
     from qwen3ft.config import load_config
 
@@ -46,7 +46,7 @@ def run_once(work: Path, seed: int) -> dict[str, Any]:
 
 
 def overall(card: dict[str, Any]) -> tuple[float, float, int]:
-    """Base and tuned exact match over all counted questions, and their number."""
+    """Return base and tuned exact match over all counted questions, and their number."""
     groups = {k: v for k, v in card["scores_by_split"].items() if k != NOT_COUNTED}
     rows = sum(count for _, _, count in groups.values())
     base = sum(base * count for base, _, count in groups.values()) / rows
@@ -55,7 +55,7 @@ def overall(card: dict[str, Any]) -> tuple[float, float, int]:
 
 
 def main() -> None:
-    """All seeds, a table, a JSON file."""
+    """Run all seeds, print a table, write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path)

@@ -1,11 +1,10 @@
-"""The Triton kernels of the fused step at Qwen3 4B's sizes, beside the speed of memory.
+"""Time and bandwidth of each Triton kernel of the fused step, at the sizes of Qwen3 4B.
 
-    python benchmarks/fused_kernels.py [--tokens 7168] [--out FILE]
+    python -m benchmarks.fused_kernels [--tokens 7168] [--out FILE]
 
-Needs a CUDA device. Each function is called on one set of tensors after the other, together above
-any second-level cache, in a CUDA graph, so that the time of Python is not in that of the device; it
-stands beside it, as the time one call takes to return. Bytes are those that have to move: each
-number once in and once out, logits twice in.
+Needs a CUDA device. Each function runs in a CUDA graph, which keeps Python's time out, over sets of
+tensors that together exceed any L2 cache. The time until one ordinary call returns is listed too.
+Bytes are the necessary ones: each number once in and once out, logits twice in.
 """
 
 from __future__ import annotations
@@ -22,19 +21,19 @@ from typing import Any
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 2560, 9728, 32, 8, 128, 151_936
 RANK = 24
-"""Columns of an adapter behind a row: what the rows of a training step have."""
+"""Adapter columns behind each row, as in a training step."""
 LOSS_ROWS = 1024
 CACHE_BYTES = 400 * 2**20
-"""What one round of the graph touches at least; the largest cache now sold holds a third of it."""
+"""Least memory that one round of the graph touches, three times the largest L2 cache sold."""
 MEASURED_SECONDS = 0.3
 EPS = 1e-6
 
 Case = tuple[str, int, Callable[[], Callable[[], Any]]]
-"""Name, bytes moved by a call, and what makes a call with tensors of its own."""
+"""Name, bytes moved by a call, and a function that returns a call with its own tensors."""
 
 
 def cases(tokens: int) -> list[Case]:
-    """All functions, at the sizes of a block and of a chunk of the loss."""
+    """Return all functions, at the sizes of a block and of a chunk of the loss."""
     import torch
 
     from qwen3ft.training.fused import kernels
@@ -102,7 +101,7 @@ def cases(tokens: int) -> list[Case]:
 
 
 def dequantising() -> list[Case]:
-    """A block's groups of projections with adapters, a call each; by bitsandbytes gate alone."""
+    """Return dequantisation of each group of projections, and of gate by bitsandbytes."""
     import bitsandbytes
     import bitsandbytes.functional as bnb
     import torch
@@ -149,7 +148,7 @@ def dequantising() -> list[Case]:
 
 
 def measure(name: str, moved: int, make: Callable[[], Callable[[], Any]]) -> dict[str, Any]:
-    """Microseconds of the device and of Python, per call."""
+    """Return the microseconds per call on the device and in Python."""
     import torch
 
     calls = [make() for _ in range(max(2, -(-CACHE_BYTES // moved)))]
@@ -194,10 +193,10 @@ def measure(name: str, moved: int, make: Callable[[], Callable[[], Any]]) -> dic
 
 
 def main() -> None:
-    """All functions, a table."""
+    """Measure all functions and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=7168)
-    parser.add_argument("--out", type=Path, help="for the numbers, as JSON")
+    parser.add_argument("--out", type=Path, help="JSON with the results")
     arguments = parser.parse_args()
 
     import torch

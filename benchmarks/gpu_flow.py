@@ -1,13 +1,13 @@
 """The whole flow on one GPU, with random-init weights of the exact Qwen3-4B shape.
 
-    python benchmarks/gpu_flow.py --work /tmp/gpu_flow --out results.json
+    python -m benchmarks.gpu_flow --work /tmp/gpu_flow --out results.json
 
 Weights do not matter for speed and memory, shapes and lengths do. Two runs of the flow
 `qwen3-finetune`, in process, on a temporary Prefect server and MLflow on SQLite:
 
 1. seq 256, batch 4 x 16, budget 13 GB, the spec's other defaults;
-2. the same while another process holds most of the card, so that less than the budget is free: the
-   first attempt runs out of memory, and `adjust` has to answer.
+2. the same while another process holds most of the GPU, so that less than the budget is free, and
+   the run must plan within that or recover from running out of memory.
 
 Prints one table and writes JSON with machine, versions and date. The lengths are lognormal with
 median 0.375 x seq and sigma 0.6, clipped to [48, seq].
@@ -19,32 +19,18 @@ import argparse
 import json
 import math
 import os
-import platform
 import random
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import ROOT
-
-QWEN3_4B = {
-    "hidden_size": 2560,
-    "intermediate_size": 9728,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 262144,
-    "rms_norm_eps": 1e-6,
-}
+from benchmarks.machine import ROOT, machine, write_json
+from benchmarks.speed.cases import SHAPES
+from benchmarks.speed.model import make_random_model
 
 BALLAST = """
 import sys, time, torch
@@ -57,38 +43,15 @@ time.sleep(3600)
 """
 
 
-def make_model(folder: Path, shape: dict[str, Any]) -> None:
-    """Random-init weights in bf16 with the embedded model's tokenizer."""
-    import torch
-    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
-
-    from qwen3ft.embedded import MODEL_DIR
-
-    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
-    config = Qwen3Config(
-        **shape,
-        rope_parameters={"rope_type": "default", "rope_theta": 5_000_000.0},
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = Qwen3ForCausalLM(config)
-    model.save_pretrained(folder, max_shard_size="4GB")
-    tokenizer.save_pretrained(folder)
-
-
 def make_rows(path: Path, rows: int, sequence_tokens: int) -> None:
-    """Question-answer rows whose rendered lengths follow the workload's distribution."""
+    """Write question-answer rows whose rendered lengths follow the workload's distribution."""
     from transformers import AutoTokenizer
 
     from qwen3ft.embedded import MODEL_DIR
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
     generator = random.Random(0)
-    words = sorted({w.decode() if isinstance(w, bytes) else w for w in _words()})
+    words = sorted(set(_words()))
     with path.open("w", encoding="utf-8") as stream:
         for number in range(rows):
             length = generator.lognormvariate(math.log(sequence_tokens * 0.375), 0.6)
@@ -109,7 +72,7 @@ def _words() -> list[str]:
 
 
 def run_flow(config: Any) -> dict[str, Any]:
-    """One run of the flow; what its card says, and the peak that MLflow holds."""
+    """Run the flow once; return the facts of its card and the peak stored in MLflow."""
     from flows.finetune import run_in_process
     from qwen3ft.tracking.connection import default_tracking_uri
 
@@ -133,7 +96,7 @@ def run_flow(config: Any) -> dict[str, Any]:
 
 
 def mlflow_peak(uri: str) -> dict[str, float]:
-    """The metrics about memory of the newest parent run, read back from MLflow."""
+    """Return the memory metrics of the newest parent run from MLflow."""
     from mlflow import MlflowClient
 
     client = MlflowClient(uri)
@@ -147,7 +110,7 @@ def mlflow_peak(uri: str) -> dict[str, float]:
 
 @contextmanager
 def other_tenant(leave_bytes: int) -> Iterator[None]:
-    """Another process that holds all of the card's memory but `leave_bytes`, as others' jobs do."""
+    """Run another process that holds all of the GPU's memory but `leave_bytes`."""
     command = [sys.executable, "-c", BALLAST, str(leave_bytes)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -158,27 +121,14 @@ def other_tenant(leave_bytes: int) -> Iterator[None]:
             process.kill()
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers belong to."""
-    from qwen3ft.machine.gpus import visible_gpus
-
-    names = ("torch", "transformers", "peft", "bitsandbytes", "prefect", "mlflow")
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "gpus": [gpu.name for gpu in visible_gpus()],
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in names},
-    }
-
-
 def main() -> None:
-    """Both runs, a table, a JSON file."""
+    """Make both runs, print a table, write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="scratch folder, 15 GB")
     parser.add_argument("--out", type=Path, required=True, help="JSON with the results")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--leave-gb", type=float, help="free memory left to run 2")
-    parser.add_argument("--tiny", action="store_true", help="a small shape, to try the script")
+    parser.add_argument("--tiny", action="store_true", help="a small shape, to try the benchmark")
     arguments = parser.parse_args()
     work = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
@@ -188,12 +138,12 @@ def main() -> None:
 
     from qwen3ft.config import TrainingConfig
 
-    shape = QWEN3_4B
+    sizes = SHAPES["4b"]
     if arguments.tiny:
         small = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
-        shape = {**QWEN3_4B, **small, "num_attention_heads": 2, "num_key_value_heads": 2}
+        sizes = {**sizes, **small, "num_attention_heads": 2, "num_key_value_heads": 2}
     started = time.monotonic()
-    make_model(work / "qwen3-4b-random", shape)
+    make_random_model(work / "qwen3-4b-random", sizes, seed=0)
     make_rows(work / "rows.jsonl", rows=64 * arguments.steps, sequence_tokens=256)
     print(f"model and rows made in {time.monotonic() - started:.1f} s", flush=True)
     config = TrainingConfig(
@@ -210,20 +160,20 @@ def main() -> None:
     )
     results: dict[str, Any] = {"machine": machine(), "config": config.model_dump(mode="json")}
     results["plain"] = run_flow(config)
-    arguments.out.write_text(json.dumps(results, indent=2), encoding="utf-8")
+    write_json(arguments.out, results)
     peak_gb = results["plain"].get("outcome", {}).get("peak_reserved_gb", 8.0)
-    # Room for the context, the weights and two thirds of what the first run needed beside them.
+    # Room for the context, the weights and two thirds of the first run's other memory.
     leave_gb = arguments.leave_gb or 3.75 + 0.65 * (peak_gb - 3.0)
-    with other_tenant(int(leave_gb * 2**30)) if results["machine"]["gpus"] else nullcontext():
+    with other_tenant(int(leave_gb * 2**30)) if results["machine"]["gpu"] else nullcontext():
         results["squeezed"] = run_flow(config.model_copy(update={"seed": 1}))
     results["squeezed"]["leave_gb"] = leave_gb
-    arguments.out.write_text(json.dumps(results, indent=2), encoding="utf-8")
+    write_json(arguments.out, results)
     report(results)
 
 
 def report(results: dict[str, Any]) -> None:
-    """The table."""
-    print(f"\n{results['machine']['date']}  {', '.join(results['machine']['gpus']) or 'CPU'}")
+    """Print the table."""
+    print(f"\n{results['machine']['date']}  {results['machine']['gpu'] or 'CPU'}")
     print(f"{'run':10} {'state':10} {'seconds':>8} {'peak GB':>8} {'tok/s':>7}  attempts")
     for name in ("plain", "squeezed"):
         result = results[name]

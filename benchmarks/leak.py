@@ -1,12 +1,12 @@
-"""Does memory keep growing while training? 10,000 tiny steps through the product's own worker.
+"""Growth of memory while training: 10,000 tiny steps through the product's own worker.
 
-    python benchmarks/leak.py [--steps 10000] [--out benchmarks/results/leak-cpu.json]
+    python -m benchmarks.leak [--steps 10000] [--out benchmarks/results/leak-cpu.json]
 
-The embedded model, one short row a step, evaluations and checkpoints on the way, on the CPU. The
-slope is that of resident memory after warm-up, at the ends of steps outside evaluations: Theil-Sen
-over the lows of 100 blocks. In a second run a leak of 256 KiB a step is planted, in a budget that
-it would exhaust: it must end with MemoryLeakError. Exits with 1 if the slope is above 1 MiB per
-1,000 steps or the planted leak is not found.
+Trains the embedded model on the CPU, one short row per step, with evaluations and checkpoints. The
+slope is a Theil-Sen estimate over the lows of 100 blocks of resident memory, after warm-up and
+outside evaluations. A second run leaks 256 KiB per step, which would exhaust its budget, and must
+end with MemoryLeakError. Exits with 1 if the slope exceeds 1 MiB per 1,000 steps or the planted
+leak is not found.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ WORDS = ("red", "blue", "green", "gold", "grey", "pink", "teal", "plum")
 
 
 def write_rows(path: Path, rows: int = 400) -> Path:
-    """Short question-answer rows, none like another."""
+    """Write short question-answer rows, all different."""
     lines = (
         {"question": f"{WORDS[i % 8]} {i}?", "answer": f"{WORDS[(i // 8) % 8]} {i * 7 % 1000}"}
         for i in range(rows)
@@ -53,7 +53,7 @@ def write_rows(path: Path, rows: int = 400) -> Path:
 
 
 def make_plan(work: Path, steps: int) -> TrainPlan:
-    """The plan that the flow would make, of one row a step; model and rows are prepared here."""
+    """Prepare model and rows, and return the flow's plan with one row per step."""
     from qwen3ft.data.pipeline import DataPipeline, dataset_target, fingerprint_sources
     from qwen3ft.machine.environment import EnvironmentManager
     from qwen3ft.model.adapter import plan_adapter
@@ -94,7 +94,7 @@ def make_plan(work: Path, steps: int) -> TrainPlan:
 
 
 def train(plan: TrainPlan, run: RunDir, fault: str = "") -> tuple[JobDir, FinetuneError | None]:
-    """One attempt in a worker; its folder, and what ended it early."""
+    """Run one attempt in a worker; return its folder and the error that ended it, if any."""
     plan = plan.for_run(run.path.name, str(run.path), attempt=1, resume_from=None)
     job = run.attempt(1).create(plan)
     os.environ[faults.VARIABLE] = fault
@@ -108,9 +108,9 @@ def train(plan: TrainPlan, run: RunDir, fault: str = "") -> tuple[JobDir, Finetu
 
 
 def resident(job: JobDir) -> list[tuple[int, float]]:
-    """(step, resident MiB) of each step after warm-up, evaluations left out.
+    """Return (step, resident MiB) of each step after warm-up, without evaluations.
 
-    It is measured once a second; steps in between repeat the last measurement.
+    The worker measures once a second; steps in between repeat the last measurement.
     """
     metrics = [json.loads(line) for line in job.metrics.read_text(encoding="utf-8").splitlines()]
     steps = [line for line in metrics if line["held_out_loss"] is None]
@@ -123,7 +123,7 @@ def resident(job: JobDir) -> list[tuple[int, float]]:
 
 
 def slope_mib_per_1000_steps(points: Sequence[tuple[int, float]]) -> float:
-    """Theil-Sen over the lows of `BLOCKS` blocks."""
+    """Return the Theil-Sen slope over the lows of `BLOCKS` blocks."""
     size = max(1, len(points) // BLOCKS)
     blocks = [points[start : start + size] for start in range(0, len(points), size)]
     lows = [min(block, key=lambda point: point[1]) for block in blocks]
@@ -131,26 +131,26 @@ def slope_mib_per_1000_steps(points: Sequence[tuple[int, float]]) -> float:
 
 
 def measure(work: Path, steps: int) -> dict[str, Any]:
-    """Both runs."""
+    """Measure the run without a leak and the one with a planted leak."""
     plan = make_plan(work, steps)
     started = time.monotonic()
     job, error = train(plan, RunDir(work / "clean"))
     if error is not None:
         sys.exit(f"the clean run failed: {error}")
-    clean = tell_clean(job, time.monotonic() - started)
+    clean = clean_facts(job, time.monotonic() - started)
     fault = f"leak@step={PLANTED_FROM_STEP}:kib={PLANTED_KIB}"
     leaking = plan.model_copy(update={"max_memory_gb": PLANTED_BUDGET_GB})
     _, error = train(leaking, RunDir(work / "leaking"), fault)
-    return {"machine": machine(), "clean": clean, "planted": tell_planted(fault, error)}
+    return {"machine": machine(), "clean": clean, "planted": planted_facts(fault, error)}
 
 
-def tell_clean(job: JobDir, seconds: float) -> dict[str, Any]:
-    """What the run without a leak showed."""
+def clean_facts(job: JobDir, seconds: float) -> dict[str, Any]:
+    """Return the numbers of the run without a leak."""
     points = resident(job)
-    told = re.search(
+    readings = re.search(
         r"(\d+) readings for leaks took ([\d.]+) ms", job.log.read_text(encoding="utf-8")
     )
-    assert told is not None
+    assert readings is not None
     return {
         "steps": points[-1][0],
         "seconds": round(seconds, 1),
@@ -160,13 +160,13 @@ def tell_clean(job: JobDir, seconds: float) -> dict[str, Any]:
         "highest_mib": round(max(mib for _, mib in points), 2),
         "mib_per_1000_steps": round(slope_mib_per_1000_steps(points), 4),
         "bar_mib_per_1000_steps": MOST_MIB_PER_1000_STEPS,
-        "readings_of_the_detector": int(told[1]),
-        "share_of_time": round(float(told[2]) / 1000 / seconds, 6),
+        "readings_of_the_detector": int(readings[1]),
+        "share_of_time": round(float(readings[2]) / 1000 / seconds, 6),
     }
 
 
-def tell_planted(fault: str, error: FinetuneError | None) -> dict[str, Any]:
-    """How the run with a leak ended."""
+def planted_facts(fault: str, error: FinetuneError | None) -> dict[str, Any]:
+    """Return how the run with a leak ended."""
     return {
         "fault": fault,
         "budget_gb": PLANTED_BUDGET_GB,
@@ -178,7 +178,7 @@ def tell_planted(fault: str, error: FinetuneError | None) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print both; 1 if a bar is missed."""
+    """Measure and print both runs; return 1 if a bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--out", type=Path)

@@ -18,7 +18,7 @@ from qwen3ft.units import GIB
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (
     *("qwen3ft", "torch", "triton", "transformers", "accelerate", "peft", "bitsandbytes"),
-    *("trl", "unsloth", "unsloth_zoo", "liger-kernel"),
+    *("trl", "unsloth", "unsloth_zoo", "liger-kernel", "prefect", "mlflow"),
 )
 
 

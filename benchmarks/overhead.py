@@ -1,12 +1,11 @@
-"""What orchestration costs: a whole run of the embedded model, and nights that have nothing to do.
+"""Cost of orchestration: a whole run of the embedded model, and nights with nothing to do.
 
-    python benchmarks/overhead.py [--nights 3] [--out FILE]
+    python -m benchmarks.overhead [--nights 3] [--out FILE]
 
-Brings up servers and a worker of their own in a temporary project folder, registers the deployment
-and starts real runs of it, as `prefect deployment run` does. Overhead is the time from the request
-for a run to its end, without what the stages that load, train, evaluate and save took (model, data,
-train, inference, save). Exits with 1 if the overhead of a run or the time of a night without
-anything new is over `AT_MOST_SECONDS`.
+Brings up separate servers and a worker in a temporary project folder, registers the deployment and
+starts real runs of it, as `prefect deployment run` does. Overhead is the time from the request for
+a run to its end, minus the stages model, data, train, inference and save. Exits with 1 if the
+overhead of a run, or the time of a night without anything new, exceeds `AT_MOST_SECONDS`.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ POLL_SECONDS = 0.1
 
 
 def make_project(root: Path) -> Path:
-    """A project folder that runs the code of this checkout."""
+    """Make a project folder that runs the code of this checkout."""
     shutil.copytree(ROOT / "deployments" / "configs", root / "deployments" / "configs")
     shutil.copy(ROOT / "deployments" / "prefect.yaml", root / "deployments")
     (root / "flows").symlink_to(ROOT / "flows")
@@ -41,9 +40,9 @@ def make_project(root: Path) -> Path:
 
 
 def run_once(stack: Any, parameters: dict[str, Any], **request: Any) -> dict[str, Any]:
-    """One run of the deployment, from the request to its end; times in seconds.
+    """Run the deployment once and return the seconds from the request to the end.
 
-    `request` is what else the server is asked for, such as `job_variables`.
+    `request` holds further fields of the request, such as `job_variables`.
     """
     from deployments.api import send
     from deployments.deploy import read_deployment
@@ -69,7 +68,7 @@ def run_once(stack: Any, parameters: dict[str, Any], **request: Any) -> dict[str
 
 
 def whole_run(stack: Any) -> dict[str, Any]:
-    """A run that trains, with its seconds by stage and the overhead."""
+    """Measure a run that trains: its seconds by stage and the overhead."""
     measured = run_once(stack, {"nightly": True})
     card = json.loads((stack.root / "runs" / measured["id"] / "card.json").read_text())
     stages: dict[str, float] = card["seconds_by_stage"]
@@ -81,7 +80,7 @@ def whole_run(stack: Any) -> dict[str, Any]:
 
 
 def measure(stack: Any, nights: int) -> dict[str, Any]:
-    """One whole run, nights without anything new, and second starts of the night."""
+    """Measure one whole run, nights without anything new, and second starts of a night."""
     from deployments.deploy import choose_defaults
 
     config = choose_defaults(stack.root).config
@@ -95,7 +94,7 @@ def measure(stack: Any, nights: int) -> dict[str, Any]:
 
 
 def report(measured: dict[str, Any]) -> bool:
-    """Print the result; whether every bar is met."""
+    """Print the result; return whether every bar is met."""
     first = measured["whole_run"]
     print(f"whole run: {first['total_seconds']:.1f} s, {first['message']}")
     stages = first["seconds_by_stage"].items()
@@ -114,7 +113,7 @@ def report(measured: dict[str, Any]) -> bool:
 
 
 def main() -> None:
-    """Measure, print, keep."""
+    """Measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nights", type=int, default=3)
     parser.add_argument("--out", type=Path)
