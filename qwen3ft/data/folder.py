@@ -2,7 +2,6 @@
 
     train.arrow, dev.arrow   tokenised rows (see `token_table`)
     known_rows.npy           hashes of the rows that training may use
-    questions.parquet        what those rows ask, by hash (see `row_questions`)
     test.jsonl               held-out questions with their answers, for the inference test
     quarantine.jsonl         rows that could not be used, each with its place and reason
     left_out.jsonl           rows that could but were not: repeated, leaked, too long, over a cap
@@ -30,7 +29,6 @@ from pydantic import ValidationError
 from qwen3ft.data.known_rows import write_known_rows
 from qwen3ft.data.placement import DUPLICATES, Fate, Placement
 from qwen3ft.data.reading import FINDINGS_NAME, NO_REASONING, Reading
-from qwen3ft.data.row_questions import QUESTIONS_FILE, write_questions
 from qwen3ft.data.row_table import BATCH_ROWS, RowTable
 from qwen3ft.data.rows import UNREADABLE_FILE
 from qwen3ft.data.tokenizing import Tokens
@@ -145,11 +143,7 @@ def write_folder(target: Path, manifest: DatasetManifest, prepared: Prepared) ->
         _write_lines(folder / LEFT_OUT, _left_out(prepared))
         shutil.copyfile(beside, folder / QUARANTINE)
         eligible = np.isin(prepared.placement.fates, (Fate.TRAIN, Fate.NOT_USED))
-        keys = prepared.reading.keys.build()
-        hashes = keys.content[:, 0]
-        write_known_rows(folder, hashes[eligible])
-        asked = prepared.table.questions()
-        write_questions(folder / QUESTIONS_FILE, asked, hashes, keys.source, eligible)
+        write_known_rows(folder, prepared.reading.keys.build().content[eligible, 0])
 
     build_folder(target, fill, manifest.model_dump(mode="json", exclude={"path"}))
     beside.unlink()

@@ -222,7 +222,8 @@ class DataPipeline:
             reading = read_sources(files, self._config, work, quarantine, progress)
             table = RowTable(reading.rows_path, files)
             placement = place_rows(reading, table, self._config, known, progress)
-            tokens = tokenize_table(table, placement, self.tokenizer, self._config, work, progress)
+            keys, tokenizer = reading.keys.build(), self.tokenizer
+            tokens = tokenize_table(table, keys, placement, tokenizer, self._config, work, progress)
             limit_tokens = self._config.max_sequence_length
             prepared = Prepared(
                 reading, table, placement, tokens, limit_tokens, known_rows, degraded

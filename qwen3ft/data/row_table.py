@@ -89,11 +89,6 @@ class RowTable:
         for number in range(self._reader.num_record_batches):
             yield self._rows(self._reader.get_batch(number))
 
-    def questions(self) -> Iterator[pa.Array]:
-        """The questions of all rows in order, batch by batch, as Arrow's texts."""
-        for number in range(self._reader.num_record_batches):
-            yield self._reader.get_batch(number).column("question")
-
     def rows(self, positions: Sequence[int]) -> list[QaRow]:
         """The rows at `positions`; those of one batch together are cheaper."""
         found = []

@@ -1,7 +1,8 @@
 """Tokenised rows on disk, written in order while tokenising and mapped for training.
 
-One Arrow stream per split with the columns `input_ids` (int32 tokens), `trained` (int32: start and
-end of each stretch that carries loss, end exclusive) and `length` (int32).
+One Arrow stream per split. Training reads the columns `input_ids` (int32 tokens), `trained` (int32:
+start and end of each stretch that carries loss, end exclusive) and `length` (int32). The others say
+where each row came from (`Origin`), so that a run can show which of its rows are new.
 """
 
 from __future__ import annotations
@@ -9,16 +10,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 
 from qwen3ft.records.data import LengthSummary
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
 
     from qwen3ft.chat.rendering import TokenizedRow
+
+_TRAINED_ON = ["input_ids", "trained", "length"]
+
+
+class Origin(NamedTuple):
+    """Where a row came from."""
+
+    hash: int = 0
+    """First half of `splits.Keys.content`, as in the file of known rows."""
+    source: int = 0
+    """Number of its file, in the manifest's order."""
+    question: str = ""
+    """Beginning of its question."""
 
 
 class TokenWriter:
@@ -28,9 +43,9 @@ class TokenWriter:
         import pyarrow as pa
 
         tokens = pa.list_(pa.int32())
-        self._schema = pa.schema(
-            [("input_ids", tokens), ("trained", tokens), ("length", pa.int32())]
-        )
+        columns = [("input_ids", tokens), ("trained", tokens), ("length", pa.int32())]
+        origin = [("hash", pa.uint64()), ("source", pa.uint32()), ("question", pa.large_string())]
+        self._schema = pa.schema([*columns, *origin])
         self._writer = pa.ipc.new_stream(str(path), self._schema)
         self._parts: list[np.ndarray] = []
         self.trained_tokens = 0
@@ -43,24 +58,28 @@ class TokenWriter:
     ) -> None:
         self._writer.close()
 
-    def write(self, rows: Sequence[TokenizedRow]) -> None:
-        """Append `rows`, in order."""
+    def write(self, rows: Sequence[TokenizedRow], origins: Sequence[Origin] = ()) -> None:
+        """Append `rows`, in order, with their origins where they are known."""
         import pyarrow as pa
 
         if not rows:
             return
         lengths = np.array([len(row.input_ids) for row in rows], np.int32)
+        hashes, sources, questions = zip(*(origins or [Origin()] * len(rows)), strict=True)
         columns: dict[str, Any] = {
             "input_ids": [row.input_ids for row in rows],
             "trained": [[edge for span in row.trained for edge in span] for row in rows],
             "length": lengths,
+            "hash": hashes,
+            "source": sources,
+            "question": questions,
         }
         self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
         self._parts.append(lengths)
         self.trained_tokens += sum(end - start for row in rows for start, end in row.trained)
 
     def summary(self) -> LengthSummary:
-        """Token lengths of what was written; percentiles are lengths that occur."""
+        """Return the token lengths of what was written; percentiles are lengths that occur."""
         lengths = np.concatenate([np.zeros(0, np.int32), *self._parts])
         median, p95 = np.percentile(lengths, (50, 95), method="higher") if len(lengths) else (0, 0)
         return LengthSummary(
@@ -74,7 +93,15 @@ class TokenWriter:
 
 
 def load_split(folder: Path, split: str) -> Dataset:
-    """The rows of `split` (train or dev) of a prepared data folder, mapped from disk."""
+    """Map the rows of `split` (train or dev) of a data folder from disk."""
     from datasets import Dataset
 
-    return Dataset.from_file(str(folder / f"{split}.arrow"))
+    return Dataset.from_file(str(folder / f"{split}.arrow")).select_columns(_TRAINED_ON)
+
+
+def read_origins(folder: Path) -> pa.Table | None:
+    """Map the origins of the training rows; None if an earlier version made the folder."""
+    import pyarrow as pa
+
+    table = pa.ipc.open_stream(pa.memory_map(str(folder / "train.arrow"))).read_all()
+    return table.select(Origin._fields) if set(Origin._fields) <= {*table.column_names} else None

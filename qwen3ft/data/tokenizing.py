@@ -18,7 +18,8 @@ from qwen3ft.chat import rendering as chat
 from qwen3ft.config import TrainingConfig
 from qwen3ft.data.placement import Fate, Placement
 from qwen3ft.data.row_table import BATCH_ROWS, RowTable
-from qwen3ft.data.token_table import TokenWriter
+from qwen3ft.data.splits import Keys
+from qwen3ft.data.token_table import Origin, TokenWriter
 from qwen3ft.errors import DataLoadingError
 from qwen3ft.records.data import LengthSummary, QaRow
 
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 _SPLITS = {Fate.TRAIN: "train", Fate.DEV: "dev"}
 _TOKENIZED = (Fate.TRAIN, Fate.DEV, Fate.TEST)
+
+# More than the card shows, so that a secret at the end of what is shown is recognised as one.
+_QUESTION_CHARACTERS = 400
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Tokens:
 
 def tokenize_table(
     table: RowTable,
+    keys: Keys,
     placement: Placement,
     tokenizer: PreTrainedTokenizerBase,
     config: TrainingConfig,
@@ -62,7 +67,7 @@ def tokenize_table(
             fate: stack.enter_context(TokenWriter(folder / f"{split}.arrow"))
             for fate, split in _SPLITS.items()
         }
-        work = _Work(placement, tokenizer, config, writers)
+        work = _Work(keys, placement, tokenizer, config, writers)
         for number, rows in enumerate(table.batches()):
             work.batch(number * BATCH_ROWS, rows)
             progress(number * BATCH_ROWS + len(rows))
@@ -85,6 +90,7 @@ def tokenize_table(
 class _Work:
     """What goes on from batch to batch."""
 
+    keys: Keys
     placement: Placement
     tokenizer: PreTrainedTokenizerBase
     config: TrainingConfig
@@ -103,7 +109,8 @@ class _Work:
             fates[fates == Fate.TRAIN] = Fate.NOT_USED
         used = np.flatnonzero(np.isin(fates, _TOKENIZED)).tolist()
         tokenized = self._tokenize([rows[index] for index in used])
-        batches: dict[Fate, list[chat.TokenizedRow]] = {fate: [] for fate in self.writers}
+        batches: dict[Fate, list[tuple[chat.TokenizedRow, Origin]]]
+        batches = {fate: [] for fate in self.writers}
         for index, row in zip(used, tokenized, strict=True):
             length = len(row.input_ids)
             self.lengths[start + index] = length
@@ -122,9 +129,16 @@ class _Work:
                     continue
                 self.trained_rows += 1
             if (fate := Fate(int(fates[index]))) in batches:
-                batches[fate].append(row)
+                batches[fate].append((row, self._origin(start + index, rows[index])))
         for fate, kept in batches.items():
-            self.writers[fate].write(kept)
+            self.writers[fate].write([row for row, _ in kept], [origin for _, origin in kept])
+
+    def _origin(self, position: int, row: QaRow) -> Origin:
+        return Origin(
+            int(self.keys.content[position, 0]),
+            int(self.keys.source[position]),
+            row["question"][:_QUESTION_CHARACTERS],
+        )
 
     def _tokenize(self, rows: Sequence[QaRow]) -> list[chat.TokenizedRow]:
         return chat.tokenize_rows(

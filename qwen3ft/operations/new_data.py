@@ -1,21 +1,25 @@
-"""What a run's data brings that the champion's run had not seen."""
+"""Comparison of a run's data with that of the champion."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qwen3ft.data.known_rows import read_known_rows
-from qwen3ft.data.row_questions import QUESTIONS_FILE, NewRows, find_new_rows
+from qwen3ft.data.splits import Hashes
+from qwen3ft.data.token_table import read_origins
 from qwen3ft.model.saved_adapter import KNOWN_ROWS_FILE, read_run_card
 from qwen3ft.records.data import DataChange, DatasetManifest
 from qwen3ft.records.evaluation import Champion
 
+_EXAMPLES = 5
+
 
 def find_known_rows(champion: Champion | None) -> str | None:
-    """The file beside the champion's adapter; None where there is no such champion or file."""
+    """Return the file of known rows beside the champion's adapter, if there is one."""
     if champion is None or champion.adapter_path is None:
         return None
     path = Path(champion.adapter_path) / KNOWN_ROWS_FILE
@@ -23,36 +27,53 @@ def find_known_rows(champion: Champion | None) -> str | None:
 
 
 def compare_data(dataset: DatasetManifest, champion: Champion | None) -> DataChange:
-    """What is new, changed and gone since `champion` was trained; without one all rows are new."""
-    known = find_known_rows(champion)
-    if champion is None or champion.adapter_path is None or known is None:
-        every = find_new_rows(Path(dataset.path) / QUESTIONS_FILE, np.empty(0, np.uint64))
-        count = sum(every.counts.values()) or dataset.train.rows
-        return DataChange(new_rows=count, **_told(dataset, every))
+    """Find what is new, changed and gone since `champion`; without one all rows are new."""
+    known_path = find_known_rows(champion)
+    rows = read_known_rows(Path(dataset.path) / KNOWN_ROWS_FILE)
+    known = read_known_rows(Path(known_path)) if known_path else np.empty(0, np.uint64)
+    new_rows = int((~np.isin(rows, known, assume_unique=True)).sum())
+    change = DataChange(new_rows=new_rows, **_new_rows(dataset, known))
+    if champion is None or champion.adapter_path is None or known_path is None:
+        return change
     before = read_run_card(Path(champion.adapter_path))["data"]
     old = {(source["role"], source["path"]): source["sha256"] for source in before["sources"]}
     now = {(source.role, source.path): source.sha256 for source in dataset.sources}
-    rows = read_known_rows(Path(dataset.path) / KNOWN_ROWS_FILE)
-    seen_before = read_known_rows(Path(known))
-    seen = np.isin(rows, seen_before, assume_unique=True)
-    new = find_new_rows(Path(dataset.path) / QUESTIONS_FILE, seen_before)
-    return DataChange(
-        since=f"{champion.registered_model} v{champion.version}",
-        new_files=tuple(sorted(path for role, path in now.keys() - old.keys())),
-        changed_files=tuple(
-            sorted(key[1] for key in now.keys() & old.keys() if now[key] != old[key])
-        ),
-        gone_files=tuple(sorted(path for role, path in old.keys() - now.keys())),
-        new_rows=int((~seen).sum()),
-        unchanged=before["digest"] == dataset.digest,
-        **_told(dataset, new),
+    changed = {key for key in now.keys() & old.keys() if now[key] != old[key]}
+    return change.model_copy(
+        update={
+            "since": f"{champion.registered_model} v{champion.version}",
+            "new_files": _paths(now.keys() - old.keys()),
+            "changed_files": _paths(changed),
+            "gone_files": _paths(old.keys() - now.keys()),
+            "unchanged": before["digest"] == dataset.digest,
+        }
     )
 
 
-def _told(dataset: DatasetManifest, new: NewRows) -> dict[str, Any]:
-    """New rows by file, and what a few of them ask."""
-    names = [source.path for source in dataset.sources]
+def _paths(files: Iterable[tuple[str, str]]) -> tuple[str, ...]:
+    return tuple(sorted(path for _, path in files))
+
+
+def _new_rows(dataset: DatasetManifest, known: Hashes) -> dict[str, Any]:
+    """Return the training rows that are not known, by file, and questions of a few of them.
+
+    The same rows give the same examples, in whatever order they were read: of each file in turn the
+    one with the smallest hash.
+    """
+    origins = read_origins(Path(dataset.path))
+    if origins is None:
+        return {}
+    hashes, sources = (origins.column(name).to_numpy() for name in ("hash", "source"))
+    new = np.flatnonzero(~np.isin(hashes, known))
+    new = new[np.lexsort((hashes[new], sources[new]))]
+    numbers, starts, counts = np.unique(sources[new], return_index=True, return_counts=True)
+    ranks = np.arange(len(new)) - np.repeat(starts, counts)  # of a row within its file
+    chosen = new[np.argsort(ranks, kind="stable")[:_EXAMPLES]]
+    questions = origins.column("question")
     return {
-        "new_rows_by_file": {names[number]: count for number, count in new.counts.items()},
-        "examples": new.examples,
+        "new_rows_by_file": {
+            dataset.sources[number].path: count
+            for number, count in zip(numbers.tolist(), counts.tolist(), strict=True)
+        },
+        "examples": tuple(questions[position].as_py() for position in chosen.tolist()),
     }

@@ -8,6 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from support.data_stage import (
     SNAPSHOT,
@@ -214,3 +215,19 @@ def test_new_rows_are_told_by_file_with_what_a_few_of_them_ask(tmp_path: Path) -
     assert len(numbers) == len(set(numbers)) == 5
     assert {number // 400 for number in numbers} == {1, 2}
     assert compare_data(prepare(tmp_path, str(tmp_path / "in")), champion) == after
+
+
+def test_a_folder_of_an_earlier_version_has_new_rows_and_no_examples(tmp_path: Path) -> None:
+    """Its rows have no origins, and its questions lie in a file of their own."""
+    write_jsonl(tmp_path / "a.jsonl", synthetic(60))
+    manifest = prepare(tmp_path, str(tmp_path / "a.jsonl"))
+    path = Path(manifest.path) / "train.arrow"
+    table = pa.ipc.open_stream(path.read_bytes()).read_all()
+    table = table.select(["input_ids", "trained", "length"])
+    with pa.ipc.new_stream(str(path), table.schema) as stream:
+        stream.write_table(table)
+    (path.parent / "questions.parquet").touch()
+    change = compare_data(manifest, None)
+    assert (change.new_rows, change.new_rows_by_file) == (manifest.train.rows, {})
+    assert change.examples == ()
+    assert load_split(path.parent, "train").column_names == table.column_names
