@@ -15,7 +15,7 @@ from qwen3ft.config import TrainingConfig
 from qwen3ft.machine.gpu_lock import CPU, hold_gpu
 from qwen3ft.machine.gpus import visible_gpus
 from qwen3ft.model.saved_adapter import RUN_CARD_FILE, read_run_card, was_trained_to_think
-from qwen3ft.records.requests import AskRequest, ParityReport
+from qwen3ft.records.requests import AskRequest, ExportLimits, ParityReport
 from qwen3ft.registry.lookup import find_adapter
 from qwen3ft.serving.session import ChatSession
 from qwen3ft.tracking.connection import default_tracking_uri
@@ -78,6 +78,7 @@ def export(
     target: str,
     adapter: str,
     rows: Path | None,
+    limits: dict[str, float | None],
     path: Path | None,
     settings: list[str],
     *,
@@ -90,7 +91,14 @@ def export(
 
     held_out = rows or find_held_out(chosen.config, chosen.folder)
     with _card_held(chosen):
-        report = export_adapter(chosen.config, chosen.folder, folder, held_out, chosen.device)
+        report = export_adapter(
+            chosen.config,
+            chosen.folder,
+            folder,
+            held_out,
+            chosen.device,
+            ExportLimits.model_validate({k: v for k, v in limits.items() if v is not None}),
+        )
     if as_json:
         print_json({"folder": str(folder), "parity": report.model_dump(mode="json")})
     else:

@@ -24,7 +24,10 @@ AdapterOption = Annotated[
 ]
 ThinkOption = Annotated[
     bool | None,
-    typer.Option("--think/--no-think", help="Ask it to think first [as its run was asked]."),
+    typer.Option(
+        "--think/--no-think",
+        help="Let it reason before it answers, or not; by default as its run was trained.",
+    ),
 ]
 ReasonOption = Annotated[
     str, typer.Option("--reason", "-r", metavar="TEXT", help="Why; kept in the history.")
@@ -71,22 +74,50 @@ def export(
         typer.Option(
             "--rows",
             metavar="FILE",
-            help="Held-out rows (jsonl) to compare on [those of the adapter's run].",
+            help="Held-out rows (jsonl) to compare on; by default those of the adapter's run.",
             resolve_path=True,
+        ),
+    ] = None,
+    max_rows: Annotated[
+        int | None,
+        typer.Option("--max-rows", metavar="N", min=1, help="Most rows to compare on [200]."),
+    ] = None,
+    max_loss_drift: Annotated[
+        float | None,
+        typer.Option(
+            "--max-loss-drift",
+            metavar="NATS",
+            min=0,
+            help="Largest rise of the answer loss [0.05].",
+        ),
+    ] = None,
+    max_lost_answers: Annotated[
+        float | None,
+        typer.Option(
+            "--max-lost-answers",
+            metavar="SHARE",
+            min=0,
+            max=1,
+            help="Largest share of rows that only the adapter gets right [0.03].",
         ),
     ] = None,
     config: ConfigOption = None,
     settings: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Merge an adapter into its base model, if the result answers as the adapter does.
+    """Merge an adapter into its base model, if the result answers like the adapter.
 
     Writes bfloat16 safetensors, the adapter, commands for vLLM and a Modelfile
-    for Ollama. Refused, with nothing written, where held-out rows show a drift.
+    for Ollama. If the answers to held-out rows drift too far, nothing is written.
     """
     from flows import cli_adapter
 
-    cli_adapter.export(target, adapter, rows, config, settings or [], as_json=as_json)
+    limits = {
+        "max_rows": max_rows,
+        "max_loss_drift": max_loss_drift,
+        "max_lost_answers": max_lost_answers,
+    }
+    cli_adapter.export(target, adapter, rows, limits, config, settings or [], as_json=as_json)
 
 
 @use_app.command()

@@ -40,7 +40,11 @@ RENAMED_SETTINGS = {
 }
 """Current name by old name; old names are accepted with a warning until `OLD_SETTINGS_END`."""
 
-REMOVED_SETTINGS: dict[str, str] = {}
+REMOVED_SETTINGS: dict[str, str] = {
+    "export_rows": "it is the option --max-rows of qwen3ft export",
+    "export_max_loss_drift": "it is the option --max-loss-drift of qwen3ft export",
+    "export_max_lost_answers": "it is the option --max-lost-answers of qwen3ft export",
+}
 """Replacement by name of a removed setting; they are ignored with a warning until then."""
 
 OLD_SETTINGS_END = "0.2"
@@ -261,14 +265,6 @@ class TrainingConfig(BaseModel):
         "failed",
     )
     """Outcomes to send a notification for."""
-
-    # --- export ---
-    export_rows: int = Field(200, ge=1)
-    """Held-out rows that the merged model is compared with the adapter on."""
-    export_max_loss_drift: float = Field(0.05, ge=0, allow_inf_nan=False)
-    """Most that merging may add to the answer loss (nats per token)."""
-    export_max_lost_answers: float = Field(0.03, ge=0, le=1)
-    """Largest share of rows that the adapter answers right and the export does not."""
 
     # --- folders and names ---
     runs_dir: str = "./runs"

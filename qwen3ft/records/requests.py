@@ -53,6 +53,18 @@ ADAPTER, MERGED, REQUANTISED = "adapter", "merged", "merged in 4 bits"
 """The three forms of a fine-tuned model; the adapter is the one that the gate tested."""
 
 
+class ExportLimits(Record):
+    """Extent and limits of the comparison before an export."""
+
+    max_rows: int = Field(200, ge=1, description="Most held-out rows to compare on.")
+    max_loss_drift: float = Field(
+        0.05, ge=0, allow_inf_nan=False, description="Largest rise of the answer loss (nats)."
+    )
+    max_lost_answers: float = Field(
+        0.03, ge=0, le=1, description="Largest share of rows that only the adapter gets right."
+    )
+
+
 class ExportRequest(Record):
     """Merge an adapter into its base and compare the forms; the result is a `ParityReport`."""
 
@@ -65,6 +77,7 @@ class ExportRequest(Record):
     rows_path: str = Field(description="Held-out rows as JSON lines: question, answer, reasoning.")
     device: Literal["cuda", "cpu"]
     batch_size: int = Field(8, ge=1)
+    limits: ExportLimits = ExportLimits()
 
 
 class FormScore(Record):

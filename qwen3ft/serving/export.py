@@ -29,7 +29,7 @@ from qwen3ft.logs import get_logger
 from qwen3ft.model.hub import check_model_folder, fetch_model, resolve_model
 from qwen3ft.model.saved_adapter import check_adapter, find_base, read_run_card
 from qwen3ft.records.model import ModelSource
-from qwen3ft.records.requests import ExportRequest, ParityReport
+from qwen3ft.records.requests import ExportLimits, ExportRequest, ParityReport
 from qwen3ft.serving.instructions import write_serving_files
 
 ROWS_FILE = "test.jsonl"
@@ -86,6 +86,7 @@ def export_adapter(
     target: Path,
     rows: Path,
     device: Literal["cuda", "cpu"],
+    limits: ExportLimits | None = None,
 ) -> ParityReport:
     """Write `adapter` merged into its base model to the folder `target`.
 
@@ -95,6 +96,7 @@ def export_adapter(
         target: New, empty, or an earlier export, which is replaced.
         rows: Held-out rows (jsonl) to compare on.
         device: Where the worker computes.
+        limits: Extent and limits of the comparison; the defaults if None.
 
     Raises:
         ExportDriftError: the merged model is not close enough; `target` is as it was.
@@ -131,6 +133,7 @@ def export_adapter(
             merged=str(staging / MERGED_FOLDER),
             rows_path=str(rows.resolve()),
             device=device,
+            limits=limits or ExportLimits(),
         )
         job = JobDir(job_folder).create(request)
         report = run_worker("export", job, ParityReport, stall_seconds=config.stall_seconds)

@@ -68,7 +68,7 @@ def measure_parity(
         OutOfMemoryError: not even one row fits.
     """
     config = request.config
-    rows = _read_rows(Path(request.rows_path), config.export_rows)
+    rows = _read_rows(Path(request.rows_path), request.limits.max_rows)
     in_4_bits = ModelManager(config.model_copy(update={"quantization": (request.quantization,)}))
     loaders: dict[str, Callable[[], Loaded]] = {
         ADAPTER: partial(InferenceTester(config).load_finetuned_model, request.adapter),
@@ -86,8 +86,8 @@ def measure_parity(
     return ParityReport(
         rows=len(rows),
         thinking=any(row.get("reasoning") for row in rows),
-        max_loss_drift=config.export_max_loss_drift,
-        max_lost_answers=config.export_max_lost_answers,
+        max_loss_drift=request.limits.max_loss_drift,
+        max_lost_answers=request.limits.max_lost_answers,
         scores=tuple(_score(form, asked[form], asked[ADAPTER]) for form in loaders),
     )
 

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 from support.trained_adapter import Trained
+from typer.main import get_command
 
-from qwen3ft.config import TrainingConfig
+from flows.cli import app
+from qwen3ft.config import TrainingConfig, parse_config
 from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.errors import (
     DataLoadingError,
@@ -25,7 +27,14 @@ from qwen3ft.errors import (
 from qwen3ft.files import find_damage, read_json_lines, write_json_atomic, write_manifest
 from qwen3ft.machine.memory import MemoryOptimizer
 from qwen3ft.model.hub import check_model_folder
-from qwen3ft.records.requests import ADAPTER, MERGED, REQUANTISED, ExportRequest, ParityReport
+from qwen3ft.records.requests import (
+    ADAPTER,
+    MERGED,
+    REQUANTISED,
+    ExportLimits,
+    ExportRequest,
+    ParityReport,
+)
 from qwen3ft.serving.export import export_adapter, find_held_out
 from qwen3ft.serving.merge import merge_adapter, read_scale
 from qwen3ft.serving.parity import measure_parity
@@ -39,9 +48,9 @@ def merged(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def request_for(trained: Trained, merged: Path, rows: Path, **limits: Any) -> ExportRequest:
+def request_for(trained: Trained, merged: Path, rows: Path) -> ExportRequest:
     return ExportRequest(
-        config=trained.config.model_copy(update=limits),
+        config=trained.config,
         base=str(trained.base),
         adapter=str(trained.adapter),
         quantization="nf4-double",
@@ -333,7 +342,21 @@ def test_the_held_out_rows_are_those_of_the_adapter_s_own_data(
         find_held_out(config, trained.adapter)
 
 
-def test_the_limits_are_settings() -> None:
-    """With the defaults that DECISIONS.md gives the measurements for."""
-    config = TrainingConfig()
-    assert (config.export_max_loss_drift, config.export_max_lost_answers) == (0.05, 0.03)
+def test_the_limits_are_those_that_were_measured() -> None:
+    """The defaults are those that DECISIONS.md gives the measurements for."""
+    limits = ExportLimits()
+    assert (limits.max_loss_drift, limits.max_lost_answers) == (0.05, 0.03)
+
+
+def test_former_settings_name_the_options_that_replace_them(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A configuration of the version before still starts a run."""
+    old = {"export_rows": 50, "export_max_loss_drift": 0.1, "export_max_lost_answers": 0.1}
+    assert parse_config(old) == TrainingConfig()
+    command: Any = get_command(app)
+    parameters = command.commands["export"].params
+    options = {option for parameter in parameters for option in parameter.opts}
+    for option in ("--max-rows", "--max-loss-drift", "--max-lost-answers"):
+        assert option in caplog.text
+        assert option in options
