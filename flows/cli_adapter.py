@@ -14,7 +14,7 @@ from flows.cli_view import open_console, print_json, say
 from qwen3ft.config import TrainingConfig
 from qwen3ft.machine.gpu_lock import CPU, hold_gpu
 from qwen3ft.machine.gpus import visible_gpus
-from qwen3ft.model.saved_adapter import RUN_CARD_FILE, read_run_card, was_trained_to_think
+from qwen3ft.model.saved_adapter import has_provenance, read_provenance, was_trained_to_think
 from qwen3ft.records.requests import AskRequest, ExportLimits, ParityReport
 from qwen3ft.registry.lookup import find_adapter
 from qwen3ft.serving.session import ChatSession
@@ -31,7 +31,7 @@ class Chosen:
 
     def ask_request(self, think: bool | None) -> AskRequest:
         """How the model is asked: as its own run was, unless `think` says otherwise."""
-        card = read_run_card(self.folder)
+        card = read_provenance(self.folder)
         theirs = card["config"]
         kept = ("special_tokens_in_text", "reasoning_separator")
         update = {name: theirs[name] for name in kept if name in theirs}
@@ -108,7 +108,7 @@ def export(
 def _choose(adapter: str, path: Path | None, settings: list[str]) -> Chosen:
     """Find and verify the adapter."""
     here = Path(adapter)
-    if here.is_dir() and ("/" in adapter or (here / RUN_CARD_FILE).is_file()):
+    if here.is_dir() and ("/" in adapter or has_provenance(here)):
         adapter = str(here.resolve())  # before the working folder changes
     stack = open_project()
     config = request_config(stack.root, path, settings)

@@ -36,7 +36,7 @@ from qwen3ft.model.saved_adapter import (
     check_adapter,
     find_base,
     read_header,
-    read_run_card,
+    read_provenance,
 )
 from qwen3ft.records.evaluation import Champion, InferenceReport, ModelLabel
 from qwen3ft.records.model import ModelSnapshot
@@ -182,7 +182,7 @@ def _check_champion(champion: Champion, model: ModelSnapshot) -> Path:
     """The champion's folder, if it holds and belongs to the same base model."""
     folder = Path(champion.adapter_path or "")
     check_adapter(folder)
-    base = read_run_card(folder)["base"]
+    base = read_provenance(folder)["base"]
     if (base["model_name"], base["revision"]) != (model.source.model_name, model.source.revision):
         raise ModelUnavailableError(
             f"Champion v{champion.version} belongs to {base['model_name']} at revision "

@@ -1,8 +1,7 @@
-"""The adapter: which layers get one, how many parameters that is, and attaching it.
+"""The LoRA adapter of a model: all seven projections of every block, on a frozen 4-bit base.
 
-All seven projections of every block are adapted; embeddings, norms and the output head stay frozen.
 Low-rank adaptation: Hu et al. 2021, arXiv:2106.09685; on a 4-bit base: Dettmers et al. 2023,
-arXiv:2305.14314.
+arXiv:2305.14314. Embeddings, norms and the output head have no adapter.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ __all__ = ["LoRAAdapter", "plan_adapter"]
 
 
 class LoRAAdapter:
-    """Attaches the adapter of `spec` to a model."""
+    """The adapter of `spec`, to attach to a model."""
 
     def __init__(self, spec: AdapterSpec) -> None:
         self.spec = spec
 
     def create_lora_config(self) -> LoraConfig:
-        """PEFT's configuration: B starts at zero, so training starts from the base model."""
+        """Return PEFT's configuration; B starts at zero, so training starts from the base model."""
         from peft import LoraConfig
 
         return LoraConfig(
@@ -40,10 +39,10 @@ class LoRAAdapter:
         )
 
     def apply_lora(self, model: PreTrainedModel) -> PeftModel:
-        """Attach a fresh adapter; afterwards only its parameters (fp32) require gradients.
+        """Attach a new adapter; afterwards only its parameters (fp32) require gradients.
 
         Raises:
-            ConfigError: the model's layers do not give the number of parameters planned.
+            ConfigError: the adapter does not have the planned number of parameters.
         """
         from peft import get_peft_model
 
@@ -59,9 +58,7 @@ class LoRAAdapter:
         return adapted
 
     def get_trainable_params_info(self, model: PeftModel) -> dict[str, int]:
-        """{'trainable', 'total'}: parameters of the adapter, and of model and adapter together.
-
-        A 4-bit weight stores two parameters a byte; PEFT counts them as the model's own.
-        """
+        """Return {'trainable': parameters of the adapter, 'total': with the model's}."""
+        # PEFT counts the two parameters in each byte of a 4-bit weight.
         trainable, total = model.get_nb_trainable_parameters()
         return {"trainable": trainable, "total": total}

@@ -1,7 +1,7 @@
-"""Where a model comes from: a local folder, the embedded one, or a pinned commit of the hub.
+"""Sources of models: a local folder, the embedded model, or a pinned commit on the hub.
 
-Resolving never loads weights. Only safetensors are accepted, and a config.json that asks for code
-of its own is refused: nothing that comes with a model is ever executed.
+Resolving never loads weights. Nothing that comes with a model is executed: only safetensors are
+accepted, and a config.json that asks for its own code is refused.
 """
 
 from __future__ import annotations
@@ -26,29 +26,17 @@ from qwen3ft.errors import (
 from qwen3ft.files import sha256_json
 from qwen3ft.logs import get_logger
 from qwen3ft.model.hub_errors import TIMEOUT_SECONDS, RepoKind, endpoint, hub_error, not_found
-from qwen3ft.model.shapes import read_shape
+from qwen3ft.model.saved_adapter import TOKENIZER_FILES
+from qwen3ft.model.shapes import KNOWN_MODELS, read_shape
 from qwen3ft.records.model import ModelShape, ModelSource
 
 logger = get_logger("hub")
 
-KNOWN_MODELS = tuple(
-    f"Qwen/Qwen3-{name}"
-    for name in (
-        *("0.6B", "1.7B", "4B", "8B", "14B", "32B"),
-        *("0.6B-Base", "1.7B-Base", "4B-Base", "8B-Base", "14B-Base"),
-        *("4B-Instruct-2507", "4B-Thinking-2507"),
-    )
-)
-"""Dense Qwen3 models on the hub, for suggestions when a name is unknown."""
-
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.txt")
-"""What is fetched of a hub model; never pickled weights, never code."""
+"""Files to download of a hub model; no pickled weights, no code."""
 
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "*.jinja"),
-)
-"""What is fetched to look at data: no config.json, which would pass for a model that is cached."""
+TOKENIZER_PATTERNS = (*TOKENIZER_FILES, "added_tokens.json", "vocab.json", "merges.txt", "*.jinja")
+"""Files to download for reading data; without config.json, which marks a cached model."""
 
 _CODE_KEYS = ("auto_map", "_attn_implementation_internal", "trust_remote_code", "custom_pipelines")
 
@@ -65,14 +53,14 @@ _MODEL = RepoKind(
 
 
 def resolve_model(config: TrainingConfig) -> ModelSource:
-    """Pin down the model that `config` names, without fetching it.
+    """Resolve the model that `config` names to a folder or a commit, without downloading it.
 
     Raises:
-        ModelNotFoundError: no such folder, or no such name on the hub (up to three close names).
+        ModelNotFoundError: no such folder and no such name on the hub; it suggests close names.
         ModelAccessError: the repository is gated and this machine has no access to it.
         ModelUnavailableError: the hub cannot be reached and no complete copy is cached.
         DownloadError: the hub answered with a server error.
-        ConfigError: the folder holds no Qwen3 model, or one that is refused.
+        ConfigError: the folder is refused (see `check_model_folder`).
     """
     if config.is_embedded:
         return _resolve_folder(config.model_name, MODEL_DIR)
@@ -81,16 +69,16 @@ def resolve_model(config: TrainingConfig) -> ModelSource:
         return _resolve_folder(config.model_name, folder.resolve())
     if config.model_name.count("/") != 1 or config.model_name.startswith((".", "~", "/")):
         raise _not_found(
-            config.model_name, "There is no such folder, and hub names are OWNER/NAME."
+            config.model_name, "There is no such folder, and names on the hub are OWNER/NAME."
         )
     return ModelSource(model_name=config.model_name, revision=_resolve_revision(config))
 
 
 def fetch_model(source: ModelSource) -> Path:
-    """The folder with the files of `source`, downloaded if they are not cached yet.
+    """Return the folder with the files of `source`, downloading those that are not cached.
 
     Raises:
-        DownloadError: the download broke off; what arrived is kept and the next call goes on.
+        DownloadError: the download was interrupted; the next call resumes it.
         ConfigError: the model is refused (see `check_model_folder`).
     """
     if source.local_path is not None:
@@ -101,14 +89,14 @@ def fetch_model(source: ModelSource) -> Path:
 
 
 def fetch_tokenizer(source: ModelSource) -> Path:
-    """A folder with the tokenizer of `source`, fetched without the weights.
+    """Return a folder with the tokenizer of `source`, downloading no weights.
 
     Raises:
-        DownloadError: as `fetch_model`.
+        DownloadError: as in `fetch_model`.
     """
     if source.local_path is not None:
         return Path(source.local_path)
-    return _download(source, TOKENIZER_FILES)
+    return _download(source, TOKENIZER_PATTERNS)
 
 
 def _download(source: ModelSource, files: tuple[str, ...]) -> Path:
@@ -127,19 +115,19 @@ def _download(source: ModelSource, files: tuple[str, ...]) -> Path:
 
 
 def check_model_folder(folder: Path) -> ModelShape:
-    """Read a model folder's shape, refusing whatever is not a plain dense Qwen3 in safetensors.
+    """Read the shape of a model folder, which must hold a plain dense Qwen3 in safetensors.
 
     Raises:
-        ConfigError: with the reason.
+        ConfigError: it does not.
     """
     try:
         settings: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise _refused(folder, f"config.json cannot be read ({error})") from error
     if not isinstance(settings, dict):
-        raise _refused(folder, f"config.json holds a {type(settings).__name__}, not settings")
+        raise _refused(folder, f"config.json holds a {type(settings).__name__}, not an object")
     if found := [key for key in _CODE_KEYS if key in settings]:
-        raise _refused(folder, f"config.json asks for code of its own ({', '.join(found)})")
+        raise _refused(folder, f"config.json asks for its own code ({', '.join(found)})")
     if settings.get("model_type") != "qwen3":
         raise _refused(folder, f"model_type is {settings.get('model_type')!r}, not 'qwen3'")
     if not any(folder.glob("*.safetensors")):
@@ -148,20 +136,18 @@ def check_model_folder(folder: Path) -> ModelShape:
 
 
 def close_names(name: str) -> list[str]:
-    """Up to three known models whose names resemble `name`, closest first."""
-    spelling = {known.lower(): known for known in KNOWN_MODELS}
-    spelling.update({known.lower().partition("/")[2]: known for known in KNOWN_MODELS})
+    """Return up to three known models with names like `name`, closest first."""
+    names = [hub_name for model in KNOWN_MODELS for hub_name in model.hub_names]
+    spelling = {known.lower(): known for known in names}
+    spelling.update({known.lower().partition("/")[2]: known for known in names})
     matches = difflib.get_close_matches(name.lower(), spelling, n=6, cutoff=0.6)
     return list(dict.fromkeys(spelling[match] for match in matches))[:3]
 
 
 def _resolve_folder(name: str, folder: Path) -> ModelSource:
-    """A local model's revision covers names, sizes and times of its files, and its config.
-
-    Hashing all weights would read gigabytes at the start of every run; a rewritten file changes its
-    modification time, which is what has to be noticed here.
-    """
+    """Return a local model; its revision covers config.json and names, sizes, times of files."""
     check_model_folder(folder)
+    # Not the content: hashing the weights would read gigabytes at the start of every run.
     stats = [
         (path.name, path.stat().st_size, path.stat().st_mtime_ns)
         for path in sorted(folder.iterdir())
@@ -187,12 +173,12 @@ def _resolve_revision(config: TrainingConfig) -> str:
         cached = _cached_commit(config.model_name, wanted)
         if cached is None or isinstance(translated, ModelNotFoundError):
             raise translated from error
-        logger.warning("the hub cannot be reached; using the cached %s", cached[:12])
+        logger.warning("the hub cannot be reached; using the cached commit %s", cached[:12])
         return cached
     if info.sha is None:
         raise DownloadError(
             f"The hub named no commit for {config.model_name}.",
-            why="Its answer is incomplete.",
+            why="Its response is incomplete.",
             next_command="qwen3ft doctor",
         )
     return str(info.sha)
@@ -205,7 +191,7 @@ def _is_cached(name: str, revision: str) -> bool:
 
 
 def _cached_commit(name: str, revision: str | None) -> str | None:
-    """The commit of a cached copy: its folder is named after it."""
+    """Return the commit of a cached copy, which is the name of its folder."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(name, "config.json", revision=revision or "main")

@@ -1,7 +1,7 @@
-"""What the hub's refusals mean, for models and for data sets: one error for each reason.
+"""Translation of the hub's errors, for models and data sets.
 
-Guarantees: unknown, gated, unreachable and broken are four different members of the tree in
-`errors`, each with the next command; nothing here asks the network.
+Unknown, gated, unreachable and broken become four different members of the tree in `errors`, each
+with the next command.
 """
 
 from __future__ import annotations
@@ -14,43 +14,43 @@ from qwen3ft.errors import FinetuneError
 from qwen3ft.jobs.failures import translate
 
 TIMEOUT_SECONDS = 4.0
-"""How long the hub may take to say what a name stands for."""
+"""Time limit for the hub to resolve a name."""
 
 
 @dataclass(frozen=True)
 class RepoKind:
-    """A kind of repository, and how what goes wrong with it is told."""
+    """A kind of repository: its errors, and the commands that they suggest."""
 
     noun: str
     fact: str
-    """The name of the fact that holds the repository's name."""
+    """Name of the error's fact that holds the repository's name."""
     not_found: type[FinetuneError]
     access: type[FinetuneError]
     unavailable: type[FinetuneError]
     setting: str
-    """The command that names another repository in place of "{}"."""
+    """Command that uses another repository; "{}" is its name."""
     default_revision: str
-    """The command that asks for the default branch; "{}" is the name."""
+    """Command that uses the default branch; "{}" is the name."""
     local: str
-    """The command that does without the hub."""
+    """Command that works without the hub."""
 
 
 def endpoint() -> str | None:
-    """The hub's address, if it is not the usual one."""
+    """Return the hub's address if it is not the default one."""
     return os.environ.get("HF_ENDPOINT")
 
 
 def hub_error(
     error: Exception, kind: RepoKind, name: str, revision: str | None, close: Sequence[str]
 ) -> FinetuneError:
-    """The member of the tree that an error of huggingface_hub is.
+    """Translate an error of huggingface_hub.
 
     Args:
-        error: What was raised.
-        kind: What was asked for.
+        error: The error raised.
+        kind: Kind of the repository.
         name: OWNER/NAME.
-        revision: As it was asked for; None for the default branch.
-        close: Names like it, closest first.
+        revision: Requested revision; None for the default branch.
+        close: Similar names, closest first.
     """
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -64,7 +64,7 @@ def hub_error(
     if isinstance(error, GatedRepoError):
         return kind.access(
             f"{name} is gated and this machine has no access to it.",
-            why=f"Its owner wants each user to accept the terms on the {kind.noun}'s page.",
+            why=f"Its owner requires each user to accept the terms on the {kind.noun}'s page.",
             next_command="hf auth login",
             **facts,
         )
@@ -76,14 +76,14 @@ def hub_error(
             **facts,
         )
     if isinstance(error, (RepositoryNotFoundError, HFValidationError)):
-        return not_found(kind, name, f"The hub knows no {kind.noun} of that name.", close)
+        return not_found(kind, name, f"The hub has no {kind.noun} of that name.", close)
     if isinstance(error, HfHubHTTPError):
         return translate(error, f"resolve the {kind.noun}")
-    hint = f" Known names close to it: {', '.join(close)}." if close and name not in close else ""
+    hint = f" Similar known names: {', '.join(close)}." if close and name not in close else ""
     return kind.unavailable(
         f"{name} is not cached on this machine, and the hub cannot be reached "
         f"({type(error).__name__}).{hint}",
-        why="There is no network, or it does not lead to the hub.",
+        why="There is no network, or the hub is blocked.",
         next_command=kind.local,
         suggestions=list(close),
         **facts,
@@ -91,9 +91,10 @@ def hub_error(
 
 
 def not_found(kind: RepoKind, name: str, why: str, close: Sequence[str]) -> FinetuneError:
-    """The error for a name that stands for nothing."""
+    """Return the error for an unknown name."""
     return kind.not_found(
-        f"No {kind.noun} {name!r}." + (f" Did you mean {' or '.join(close)}?" if close else ""),
+        f"There is no {kind.noun} {name!r}."
+        + (f" Did you mean {' or '.join(close)}?" if close else ""),
         why=why,
         next_command=kind.setting.format(close[0]) if close else kind.local,
         suggestions=list(close),

@@ -1,16 +1,15 @@
-"""Importing this module imports bitsandbytes, and does not load torch's compiler for it.
-
-At its import bitsandbytes (0.50) hands to `torch.compile` what it would compute with where it has
-no kernels; CPUs and CUDA devices have them, so none of it runs, but torch loads Inductor and all of
-Dynamo for it: a seventh of the time that a worker takes to start, and 40 MB. Here these functions
-stay what they are, which is also what bitsandbytes itself falls back to.
-"""
+"""Import bitsandbytes without loading torch's compiler."""
 
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
 import torch
+
+# At import, bitsandbytes 0.50 passes its fallbacks for devices without kernels to `torch.compile`,
+# which loads Inductor and Dynamo. CPUs and CUDA devices have kernels, so none of them ever runs.
+# Left uncompiled, a worker's imports take 11.4 instead of 13.7 s of CPU time (best of five each on
+# a busy machine with two cores) and 40 MB less.
 
 
 def _not_compiled(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:

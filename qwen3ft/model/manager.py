@@ -1,8 +1,8 @@
 """The base model: quantised to 4 bits once, kept on disk, loaded from there by every worker.
 
-NF4 with double quantisation is that of QLoRA (Dettmers et al. 2023, arXiv:2305.14314), done by
-bitsandbytes. Guarantees: no network while loading, no code from the model's folder, safetensors
-only; weights that were quantised once are byte-identical for every attempt and every night.
+bitsandbytes quantises to NF4 with double quantisation, as in QLoRA (Dettmers et al. 2023,
+arXiv:2305.14314). All attempts and nights load the same bytes. Loading uses safetensors only, no
+network and no code from the model's folder.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 logger = get_logger("model")
 
 LAYOUT_VERSION = 1
-"""Raised when snapshots of older versions must not be reused."""
+"""Increment when snapshots of older versions must not be reused."""
 
 
 def snapshot_target(config: TrainingConfig, source: ModelSource, device: str) -> Path:
-    """The folder where the quantised form of `source` belongs, whether or not it is there."""
+    """Return the folder for the quantised form of `source`; it need not exist."""
     digest = sha256_json(
         {
             "layout": LAYOUT_VERSION,
@@ -54,14 +54,14 @@ def snapshot_target(config: TrainingConfig, source: ModelSource, device: str) ->
 
 
 def read_snapshot(target: Path) -> ModelSnapshot | None:
-    """The snapshot at `target` if every file matches its manifest, else None."""
+    """Return the snapshot at `target` if every file matches its manifest, else None."""
     if find_damage(target) is not None:
         return None
     return _describe(target, read_manifest_facts(target))
 
 
 class ModelManager:
-    """Fetches, quantises and loads the model that `config` names."""
+    """The model that `config` names: fetch, quantise and load it."""
 
     def __init__(self, config: TrainingConfig) -> None:
         self.config = config
@@ -69,11 +69,11 @@ class ModelManager:
     def configure_quantization(
         self, setting: str = "nf4-double", compute_dtype: str | None = None
     ) -> BitsAndBytesConfig:
-        """Bitsandbytes' configuration for one of `config.quantization`.
+        """Return bitsandbytes' configuration for one of `config.quantization`.
 
         Args:
             setting: 'nf4-double' (block constants quantised too), 'nf4' or 'fp4'.
-            compute_dtype: dtype of the products; by default what this device does best.
+            compute_dtype: dtype of matrix products; by default the best of this device.
         """
         import torch
         from transformers import BitsAndBytesConfig
@@ -88,14 +88,14 @@ class ModelManager:
     def load_model_with_quantization(
         self, model_name: str
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Load a model in 4 bits, and its tokenizer; frozen, in eval mode.
+        """Load a 4-bit model, frozen and in eval mode, and its tokenizer.
 
         Args:
-            model_name: A snapshot's folder (the usual case), or any name `config.model_name` may
-                have, which is then resolved, fetched and quantised in memory.
+            model_name: Folder of a snapshot, or any value of `config.model_name`, which is then
+                resolved, downloaded and quantised in memory.
 
         Raises:
-            ModelNotFoundError, ModelAccessError, ModelUnavailableError, DownloadError: see
+            ModelNotFoundError, ModelAccessError, ModelUnavailableError, DownloadError: as in
                 `qwen3ft.model.hub`.
             QuantizationError: bitsandbytes cannot quantise the model here.
             TokenizerError: the tokenizer cannot be used.
@@ -117,12 +117,12 @@ class ModelManager:
     def load_merged(
         self, folder: Path, budget_bytes: int | None = None
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """An unquantised model in bfloat16, and its tokenizer; frozen, in eval mode.
+        """Load an unquantised bfloat16 model, frozen and in eval mode, and its tokenizer.
 
         Args:
-            folder: As `qwen3ft.serving.merge` writes it.
-            budget_bytes: On a GPU, what its weights may take there; the others wait in host memory
-                and come when they are needed, which is slow.
+            folder: Folder that `qwen3ft.serving.merge` wrote.
+            budget_bytes: Limit for its weights on a GPU; the rest is offloaded to host memory,
+                which is slow.
         """
         settings: dict[str, Any] = {}
         if budget_bytes is not None:
@@ -135,16 +135,19 @@ class ModelManager:
     def prepare_for_training(
         self, model: PreTrainedModel, *, gradient_checkpointing: bool = True
     ) -> PreTrainedModel:
-        """Freeze the base and, where activations are recomputed, let gradients enter it.
+        """Freeze the base model, and set up the recomputation of activations.
 
-        Unlike PEFT's `prepare_model_for_kbit_training` nothing is upcast to fp32: the norms compute
-        in fp32 by themselves, and an fp32 embedding of a 4B model would cost 0.8 GB.
+        Args:
+            model: The 4-bit base model.
+            gradient_checkpointing: Recompute the activations of each block in the backward pass.
         """
+        # Unlike in PEFT's `prepare_model_for_kbit_training`, nothing is upcast to fp32: norms
+        # compute in fp32 anyway, and an fp32 embedding of the 4B model would cost 0.8 GB.
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         model.config.use_cache = False
         if gradient_checkpointing:
-            # its name before transformers 5.23
+            # The name before transformers 5.23.
             old_name = model.gradient_checkpointing_enable
             enable = getattr(model, "activation_checkpointing_enable", old_name)
             enable({"use_reentrant": False})
@@ -153,11 +156,11 @@ class ModelManager:
         return model
 
     def quantize(self, request: QuantizeRequest) -> ModelSnapshot:
-        """Quantise once into `request.target`, trying the configured settings in order.
+        """Quantise into `request.target` with the first of the configured settings that works.
 
         Raises:
             QuantizationError: none of them works; lists each with its reason.
-            EnvironmentNotReadyError: too little disk.
+            EnvironmentNotReadyError: too little free disk.
         """
         source_path, target = Path(request.source_path), Path(request.target)
         shape = check_model_folder(source_path)
@@ -200,7 +203,7 @@ class ModelManager:
     def _try_setting(
         self, source_path: Path, setting: str, dtype: str, problems: dict[str, str]
     ) -> PreTrainedModel | None:
-        """The model in `setting`, or None with the reason noted in `problems`."""
+        """Return the model quantised by `setting`, or None with the reason in `problems`."""
         import torch
 
         try:
@@ -222,12 +225,11 @@ class ModelManager:
 
 
 def best_compute_dtype() -> str:
-    """'bfloat16' on GPUs that have it (Ampere and newer), else 'float32'.
-
-    float16 would need loss scaling. On a CPU bfloat16 products were measured slower than fp32 ones
-    (80 against 57 ms a step on the embedded model), so there is nothing to gain from them.
-    """
+    """Return 'bfloat16' on GPUs that have it (Ampere and newer), else 'float32'."""
     import torch
+
+    # float16 would need loss scaling. On a CPU, bfloat16 was slower than float32: 80 against 57 ms
+    # a step on the embedded model.
 
     if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
         return "bfloat16"
@@ -235,13 +237,12 @@ def best_compute_dtype() -> str:
 
 
 def keep_trainable_after_eval(model: torch.nn.Module) -> None:
-    """Keep bitsandbytes from repacking the 4-bit weights of `model` for inference.
-
-    bitsandbytes 0.50 repacks a `Linear4bit` in place at the first forward pass in eval mode on CPUs
-    with AVX512_BF16; the kernel it then uses has no backward, and training afterwards runs without
-    most of its gradients and without an error (`test_inference.py` holds this against the bug).
-    """
+    """Keep bitsandbytes from repacking the 4-bit weights of `model` for inference."""
     from bitsandbytes.nn import Linear4bit
+
+    # On CPUs with AVX512_BF16, bitsandbytes 0.50 repacks a `Linear4bit` in place at the first
+    # forward pass in eval mode. The kernel for that layout has no backward, and training afterwards
+    # silently lacks most of its gradients (tests/evaluation/test_inference.py).
 
     for module in model.modules():
         if isinstance(module, Linear4bit):
@@ -254,7 +255,7 @@ def _load(folder: Path, dtype: str, settings: dict[str, Any]) -> PreTrainedModel
 
     import qwen3ft.model.lean_bitsandbytes  # noqa: F401  before transformers imports it
 
-    os.environ["HF_HUB_OFFLINE"] = "1"  # everything needed is on disk by now
+    os.environ["HF_HUB_OFFLINE"] = "1"  # all files are on disk by now
     place: Any = {"": 0} if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(
         folder,

@@ -1,9 +1,8 @@
-"""The trained adapter as a folder that plain PEFT and vLLM load, and that says what it is.
+"""Saving the trained adapter as a folder that plain PEFT and vLLM load.
 
-Guarantees: "saved" means that the folder was read back, every file matches the manifest, and the
-adapter is byte for byte the one of the verified checkpoint, finite and complete. A path that
-cannot be written is passed over for the next one. Imports no torch. What lies in the folder is
-drawn in `qwen3ft.model.saved_adapter`.
+Saved means that the folder was read back, every file matches the manifest, and the adapter is
+complete, finite and byte for byte that of the verified checkpoint. `qwen3ft.model.saved_adapter`
+shows the folder.
 """
 
 from __future__ import annotations
@@ -21,7 +20,8 @@ from qwen3ft.model.saved_adapter import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
     KNOWN_ROWS_FILE,
-    RUN_CARD_FILE,
+    PROVENANCE_FILE,
+    TOKENIZER_FILES,
     find_non_finite,
     read_header,
 )
@@ -35,27 +35,20 @@ if TYPE_CHECKING:
 
 logger = get_logger("save")
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "special_tokens_map.json",
-)
 SPARE_BYTES = MIB
-"""Kept free beyond the files: room for the manifest, the cards and the file system's own blocks."""
+"""Free disk required besides the copied files: for the small files and the file system's blocks."""
 
 
 def save_adapter(outcome: AttemptOutcome, plan: TrainPlan, config: TrainingConfig) -> SavedAdapter:
-    """Save the best checkpoint's adapter to the first path that takes it.
+    """Save the best checkpoint's adapter below the first of the output folders that works.
 
-    `sha256` and `size_bytes` of the result are those of adapter_model.safetensors. Saving again
-    replaces the folder with the same content.
+    Saving again replaces the folder with the same content.
 
     Raises:
-        CheckpointCorruptError: the checkpoint does not hold what its manifest says.
+        CheckpointCorruptError: the checkpoint differs from its manifest.
         DivergedError: the adapter has values that are not finite.
-        SaveError: the adapter is incomplete, or no path could be written and read back; lists each
-            path and why.
+        SaveError: the adapter is incomplete, or no output folder could be written and read back;
+            lists each with its reason.
     """
     checkpoint = Path(outcome.best_checkpoint)
     _check_checkpoint(checkpoint, plan)
@@ -79,7 +72,7 @@ def save_adapter(outcome: AttemptOutcome, plan: TrainPlan, config: TrainingConfi
 
 
 def all_degradations(plan: TrainPlan) -> tuple[str, ...]:
-    """Everything that makes the run degraded: of the model, the data and the plan, once each."""
+    """Return the degradations of model, data and plan, without duplicates."""
     return tuple(dict.fromkeys((*plan.model.degraded, *plan.dataset.degraded, *plan.degraded)))
 
 
@@ -88,7 +81,7 @@ def _check_checkpoint(checkpoint: Path, plan: TrainPlan) -> None:
     if damage := _find_checkpoint_damage(checkpoint):
         raise CheckpointCorruptError(
             f"The best checkpoint cannot be used: {damage}.",
-            why="Its files are not those that training wrote.",
+            why="Its files differ from those that training wrote.",
             next_command=f"ls -l {checkpoint}",
             checkpoint=str(checkpoint),
         )
@@ -113,7 +106,7 @@ def _check_checkpoint(checkpoint: Path, plan: TrainPlan) -> None:
 
 
 def _find_checkpoint_damage(checkpoint: Path) -> str | None:
-    """Why the adapter in `checkpoint` cannot be read, or None."""
+    """Return why the adapter in `checkpoint` cannot be read, or None."""
     if damage := find_damage(checkpoint):
         return damage
     for name in (ADAPTER_FILE, ADAPTER_CONFIG_FILE):
@@ -134,7 +127,7 @@ def _is_file(folder: Path, name: str) -> bool:
 def _try_save(
     target: Path, outcome: AttemptOutcome, plan: TrainPlan, config: TrainingConfig
 ) -> str | None:
-    """Write the folder and read it back; why that failed, or None."""
+    """Write the folder and read it back; return why that failed, or None."""
     checkpoint, tokenizer = Path(outcome.best_checkpoint), Path(plan.model.path)
     rows = Path(plan.dataset.path)
     copied = [
@@ -148,7 +141,7 @@ def _try_save(
             shutil.copyfile(source, folder / source.name)
         adapter_config = _portable_config(checkpoint / ADAPTER_CONFIG_FILE, plan.model.source)
         write_json_atomic(folder / ADAPTER_CONFIG_FILE, adapter_config)
-        write_json_atomic(folder / RUN_CARD_FILE, _run_card(outcome, plan, config))
+        write_json_atomic(folder / PROVENANCE_FILE, _provenance(outcome, plan, config))
         (folder / "README.md").write_text(_model_card(outcome, plan), encoding="utf-8")
 
     try:
@@ -158,9 +151,9 @@ def _try_save(
         if free_bytes < needed_bytes:
             return f"needs {needed_bytes:,} bytes, {free_bytes:,} are free"
         build_folder(target, fill, {"run_id": plan.run_id, "step": outcome.best_step})
-        # The manifest was made from what was written; only the checkpoint says what was meant.
+        # The manifest covers what was written; only the checkpoint shows what should have been.
         if sha256_file(target / ADAPTER_FILE) != sha256_file(checkpoint / ADAPTER_FILE):
-            return "the adapter read back is not the one of the checkpoint"
+            return "the adapter read back differs from that of the checkpoint"
         return find_damage(target)
     except OSError as error:
         return f"{type(error).__name__}: {error}"
@@ -178,19 +171,17 @@ def _describe(target: Path, plan: TrainPlan) -> SavedAdapter:
 
 
 def _portable_config(path: Path, source: ModelSource) -> dict[str, Any]:
-    """PEFT's configuration, naming the original model instead of this machine's 4-bit copy.
-
-    A local model has no revision that the hub knows, so none is given for it.
-    """
+    """Return PEFT's configuration with the original model instead of this machine's 4-bit copy."""
     adapter_config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     adapter_config["base_model_name_or_path"] = source.local_path or source.model_name
+    # The revision of a local model is our own hash, which the hub does not know.
     adapter_config["revision"] = None if source.local_path else source.revision
     adapter_config["inference_mode"] = True
     return adapter_config
 
 
-def _run_card(outcome: AttemptOutcome, plan: TrainPlan, config: TrainingConfig) -> dict[str, Any]:
-    """What programs need to load, compare and explain the adapter; `base` names the snapshot."""
+def _provenance(outcome: AttemptOutcome, plan: TrainPlan, config: TrainingConfig) -> dict[str, Any]:
+    """Return what programs need to load, compare and explain the adapter."""
     measured = {"attempt", "attempt_dir", "best_checkpoint"}
     stages = {"model", "dataset", "predicted", "run_dir", "resume_from", "degraded"}
     return {
@@ -217,7 +208,7 @@ _DATA_FIELDS = {
 
 
 def _finite_only(values: dict[str, Any]) -> dict[str, Any]:
-    """`values` with null for numbers that JSON does not have."""
+    """Return `values` with None for infinities and NaN, which JSON lacks."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in values.items()
@@ -263,5 +254,5 @@ model = PeftModel.from_pretrained(base, ".")
 tokenizer = AutoTokenizer.from_pretrained(".")
 ```
 
-`run_card.json` has every setting and number; `manifest.json` the sha256 of every file.
+`provenance.json` has every setting and number; `manifest.json` the sha256 of every file.
 """

@@ -1,15 +1,14 @@
-"""A saved adapter as it is read back: the names in its folder, and the checks before it is used.
+"""The folder of a saved adapter: its file names, reading it back, and checks before it is used.
 
     <output_dir>/<run_id>/
       adapter_model.safetensors  adapter_config.json   as PEFT writes them
       tokenizer.json  tokenizer_config.json  chat_template.jinja
-      run_card.json                                    what it was trained from, and what came out
-      known_rows.npy                                   hashes of the rows that it has seen
-      README.md                                        the same for people
-      manifest.json                                    last: sha256 of every file
+      provenance.json                                  base, data, settings and results of the run
+      known_rows.npy                                   hashes of the rows that it was trained on
+      README.md                                        the model card
+      manifest.json                                    written last: sha256 of every file
 
-Guarantees: nothing is loaded, executed or changed here, and no torch is imported; safetensors files
-are read by their header and raw bytes. `qwen3ft.model.save_adapter` writes such a folder.
+`qwen3ft.model.save_adapter` writes it. Safetensors files are read by header and raw bytes here.
 """
 
 from __future__ import annotations
@@ -28,18 +27,22 @@ logger = get_logger("saved_adapter")
 
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
-RUN_CARD_FILE = "run_card.json"
+PROVENANCE_FILE = "provenance.json"
+_OLD_PROVENANCE_FILE = "run_card.json"  # in adapters registered earlier; read for one release
 KNOWN_ROWS_FILE = "known_rows.npy"
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"),
+)
 
 _EXPONENTS = {"F64": ("<u8", 0x7FF0 << 48), "F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00)}
 _EXPONENTS["BF16"] = ("<u2", 0x7F80)
-"""IEEE 754: a value is infinite or not a number exactly if all bits of its exponent are set. Works
-on raw bytes, so for bfloat16 too, which numpy does not have."""
+"""Integer type and exponent bits of each dtype: in IEEE 754 a value is infinite or NaN exactly if
+all of these are set. Raw integers work for bfloat16 too, which numpy lacks."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where one tensor lies in a safetensors file; offsets in bytes from the start of the file."""
+    """Place of one tensor in a safetensors file; offsets in bytes from the start of the file."""
 
     name: str
     dtype: str
@@ -49,12 +52,19 @@ class Tensor:
 
 
 def check_adapter(folder: Path) -> None:
-    """Raise unless `folder` is a saved adapter whose files are those that were saved."""
-    names = (ADAPTER_FILE, ADAPTER_CONFIG_FILE, RUN_CARD_FILE)
+    """Raise unless `folder` is a saved adapter whose files are those that were saved.
+
+    Raises:
+        ModelNotFoundError: a file of a saved adapter is missing.
+        SaveError: a file differs from the manifest.
+    """
+    names = (ADAPTER_FILE, ADAPTER_CONFIG_FILE)
     missing = [name for name in names if not (folder / name).is_file()]
+    if not has_provenance(folder):
+        missing.append(PROVENANCE_FILE)
     if missing:
         raise ModelNotFoundError(
-            f"{folder} is no saved adapter: {', '.join(missing)} missing.",
+            f"{folder} is not a saved adapter: {', '.join(missing)} missing.",
             why="A saved adapter is a folder that a run wrote below output_dir.",
             next_command=f"ls {folder.parent}",
             path=str(folder),
@@ -62,49 +72,55 @@ def check_adapter(folder: Path) -> None:
     if damage := find_damage(folder):
         raise SaveError(
             f"The adapter in {folder} is damaged: {damage}.",
-            why="Its files are not those that were saved and verified.",
+            why="Its files differ from those that were saved and verified.",
             next_command="qwen3ft status",
             path=str(folder),
         )
 
 
-def was_trained_to_think(card: dict[str, Any]) -> bool:
-    """Whether most rows of the run that `card` is about had reasoning."""
-    data: dict[str, Any] = card["data"]
-    if "reasoning_rows" not in data:  # a card of an earlier version
-        return card["config"].get("reasoning_separator") is not None
+def has_provenance(folder: Path) -> bool:
+    """Return True if `folder` looks like a saved adapter; `check_adapter` makes sure."""
+    return any((folder / name).is_file() for name in (PROVENANCE_FILE, _OLD_PROVENANCE_FILE))
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """Read what the adapter in `folder` was trained from, with what settings and result."""
+    path = folder / PROVENANCE_FILE
+    if not path.is_file():
+        path = folder / _OLD_PROVENANCE_FILE
+    provenance: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return provenance
+
+
+def was_trained_to_think(provenance: dict[str, Any]) -> bool:
+    """Return True if most training rows had reasoning."""
+    data: dict[str, Any] = provenance["data"]
+    if "reasoning_rows" not in data:  # written by an earlier version
+        return provenance["config"].get("reasoning_separator") is not None
     return 2 * int(data["reasoning_rows"]) > int(data["usable_rows"])
 
 
-def read_run_card(folder: Path) -> dict[str, Any]:
-    """The run card of a checked folder."""
-    card: dict[str, Any] = json.loads((folder / RUN_CARD_FILE).read_text(encoding="utf-8"))
-    return card
-
-
 def read_degradations(folder: Path) -> tuple[str, ...]:
-    """In what the run that saved `folder` fell short of what was asked for; usually nothing."""
-    if not (folder / RUN_CARD_FILE).is_file():
-        return ("its run card is missing",)
-    return tuple(read_run_card(folder).get("degraded", ()))
+    """Return where the run that saved `folder` fell short of its request; usually nothing."""
+    if not has_provenance(folder):
+        return (f"its {PROVENANCE_FILE} is missing",)
+    return tuple(read_provenance(folder).get("degraded", ()))
 
 
 def find_base(folder: Path) -> str:
-    """The 4-bit snapshot that the adapter was trained on.
-
-    One quantised again from the same revision by the same setting counts as the same: other
-    versions of the libraries may write other bytes. That is logged.
+    """Return the folder of the 4-bit snapshot that the adapter was trained on.
 
     Raises:
         ModelUnavailableError: it is gone, or another one lies in its place.
     """
-    base = read_run_card(folder)["base"]
+    base = read_provenance(folder)["base"]
     snapshot = Path(base["snapshot_path"])
     if not (snapshot / MANIFEST_NAME).is_file():
         problem = f"is not at {snapshot}"
     elif not _same_origin(read_manifest_facts(snapshot), base):
-        problem = f"at {snapshot} is another one than the adapter was trained on"
+        problem = f"at {snapshot} is not the one that the adapter was trained on"
     else:
+        # The same revision quantised again is accepted: other library versions write other bytes.
         if sha256_file(snapshot / MANIFEST_NAME) != base["snapshot_manifest_sha256"]:
             logger.warning("%s was quantised again since the adapter was trained", snapshot)
         return str(snapshot)
@@ -120,17 +136,17 @@ def find_base(folder: Path) -> str:
 
 
 def _same_origin(facts: dict[str, Any], base: dict[str, Any]) -> bool:
-    """Whether a snapshot's manifest names the revision and setting that the run card names."""
+    """Return True if a snapshot's manifest has the revision and quantisation of `base`."""
     source = facts.get("source", {})
     found = (source.get("revision"), facts.get("quantization"))
     return found == (base["revision"], base["quantization"])
 
 
 def read_header(path: Path) -> list[Tensor]:
-    """The tensors of a safetensors file (8 bytes length, JSON header, data).
+    """Read the tensors of a safetensors file (8 bytes of length, JSON header, data).
 
     Raises:
-        ValueError: the file is not of that format.
+        ValueError: the file has another format.
     """
     size_bytes = path.stat().st_size
     with path.open("rb") as stream:
@@ -153,7 +169,7 @@ def _tensor(name: str, entry: dict[str, Any], data_start: int, size_bytes: int) 
 
 
 def find_non_finite(path: Path) -> Iterator[str]:
-    """Names of the floating-point tensors in a safetensors file with an infinity or a NaN."""
+    """Yield the names of the tensors in a safetensors file that hold an infinity or a NaN."""
     import numpy as np
 
     content = np.memmap(path, dtype=np.uint8, mode="r")

@@ -1,7 +1,7 @@
-"""The dense Qwen3 models and their shapes: what sizes and speeds are computed from without weights.
+"""The dense Qwen3 models and their shapes, from which memory and speed are computed.
 
-Guarantees: numbers are those of each model's config.json on the hub; no network, no weights, no
-torch. Not covered: mixtures of experts, models with eyes or ears, and other families.
+The numbers are those of each model's config.json on the hub. Not covered: mixtures of experts,
+multimodal models and other families.
 """
 
 from __future__ import annotations
@@ -25,12 +25,20 @@ class KnownModel:
     Attributes:
         key: Short name, as on the command line.
         hub_name: The model that the key stands for.
-        shape: Its numbers.
+        shape: Its dimensions.
+        variants: Suffixes of the other models of this size on the hub.
     """
 
     key: str
     hub_name: str
     shape: ModelShape
+    variants: tuple[str, ...]
+
+    @property
+    def hub_names(self) -> tuple[str, ...]:
+        """All models of this size on the hub."""
+        name = f"Qwen/Qwen3-{self.key.upper()}"
+        return (name, *(f"{name}-{variant}" for variant in self.variants))
 
 
 def _qwen3(
@@ -43,6 +51,7 @@ def _qwen3(
     tied: bool,
     name: str = "",
     positions: int = 40960,
+    variants: tuple[str, ...] = ("Base",),
 ) -> KnownModel:
     shape = ModelShape(
         hidden_size=hidden,
@@ -55,11 +64,11 @@ def _qwen3(
         tie_word_embeddings=tied,
         max_position_embeddings=positions,
     )
-    return KnownModel(key, f"Qwen/{name or 'Qwen3-' + key.upper()}", shape)
+    return KnownModel(key, f"Qwen/{name or 'Qwen3-' + key.upper()}", shape, variants)
 
 
 _LONG_POSITIONS = 262144
-"""Of the models of July 2025, whose names end in 2507."""
+"""Positions of the models of July 2025, whose names end in 2507."""
 
 _BASE_POSITIONS = 32768
 
@@ -71,10 +80,11 @@ KNOWN_MODELS = (
         tied=True,
         name="Qwen3-4B-Thinking-2507",
         positions=_LONG_POSITIONS,
+        variants=("Base", "Instruct-2507", "Thinking-2507"),
     ),
     _qwen3("8b", 4096, 12288, 36, 32, tied=False),
     _qwen3("14b", 5120, 17408, 40, 40, tied=False),
-    _qwen3("32b", 5120, 25600, 64, 64, tied=False),
+    _qwen3("32b", 5120, 25600, 64, 64, tied=False, variants=()),
 )
 """Every dense size, smallest first."""
 
@@ -82,9 +92,9 @@ _SIZE = re.compile(r"qwen3-(\d+(?:\.\d+)?b)(?![\w.])(?:-(base|.*2507))?", re.IGN
 
 
 def known_shape(name: str) -> tuple[str, ModelShape] | None:
-    """(full name, shape) of a known model, by its key or its hub name; None if it is none.
+    """Return (full name, shape) of a known model, by its key or hub name; None if unknown.
 
-    A name that continues a known one, such as Qwen/Qwen3-4B-Base, has that one's shape.
+    A variant of a known model, such as Qwen/Qwen3-4B-Base, has the shape of its size.
     """
     by_key = {model.key: model for model in KNOWN_MODELS}
     if (model := by_key.get(name.lower())) is not None:
@@ -99,13 +109,13 @@ def known_shape(name: str) -> tuple[str, ModelShape] | None:
 
 
 def find_shape(name: str) -> tuple[str, ModelShape]:
-    """(full name, shape) of the model called `name`: a key, a hub name, a folder, or 'embedded'.
+    """Return (full name, shape) of `name`: a key, a hub name, a folder, or 'embedded'.
 
-    Of a folder only config.json is read.
+    Reads config.json of a folder, and no weights.
 
     Raises:
         ModelNotFoundError: it is none of these.
-        ConfigError: the folder's config.json is no Qwen3's.
+        ConfigError: the folder's config.json does not describe a dense Qwen3.
     """
     if name == EMBEDDED_MODEL_NAME:
         from qwen3ft.embedded import MODEL_DIR
@@ -117,19 +127,19 @@ def find_shape(name: str) -> tuple[str, ModelShape]:
         return found
     keys = ", ".join(model.key for model in KNOWN_MODELS)
     raise ModelNotFoundError(
-        f"No dense Qwen3 model {name!r} is known, and there is no such folder.",
-        why=f"Known are {keys}, their names on the hub, and folders with a config.json; of any "
-        "other model on the hub a run reads the shape itself.",
+        f"{name!r} is neither a known dense Qwen3 model nor a folder.",
+        why=f"Known are {keys}, their names on the hub, and folders with a config.json; for any "
+        "other model on the hub, start a run, which reads its shape.",
         next_command="qwen3ft plan --model 4b",
         model=name,
     )
 
 
 def read_shape(folder: Path) -> ModelShape:
-    """The shape in a folder's config.json.
+    """Read the shape in a folder's config.json.
 
     Raises:
-        ConfigError: it cannot be read, is not a Qwen3's, or lacks a number.
+        ConfigError: it cannot be read, does not describe a dense Qwen3, or lacks a number.
     """
     path = folder / "config.json"
     try:
@@ -154,13 +164,13 @@ def read_shape(folder: Path) -> ModelShape:
 
 
 def count_adapter_parameters(shape: ModelShape, r: int) -> int:
-    """Parameters of A (r x in) and B (out x r) for all seven projections of all layers."""
+    """Count the parameters of A (r x in) and B (out x r) for all projections of all layers."""
     per_layer = sum(r * (out + inp) for out, inp in shape.projection_sizes().values())
     return per_layer * shape.num_hidden_layers
 
 
 def plan_adapter(config: TrainingConfig, shape: ModelShape) -> AdapterSpec:
-    """The adapter that `config` asks for, counted for a model of `shape`.
+    """Return the adapter that `config` asks for, with its size on a model of `shape`.
 
     Raises:
         ConfigError: the rank exceeds the smallest dimension of a projection.
@@ -183,7 +193,7 @@ def plan_adapter(config: TrainingConfig, shape: ModelShape) -> AdapterSpec:
 
 
 def adapter_for(adapter: AdapterSpec, shape: ModelShape) -> AdapterSpec:
-    """The same adapter on a model of another shape."""
+    """Return `adapter` with its size on a model of another shape."""
     return adapter.model_copy(
         update={
             "trainable_parameters": count_adapter_parameters(shape, adapter.r),
@@ -194,8 +204,8 @@ def adapter_for(adapter: AdapterSpec, shape: ModelShape) -> AdapterSpec:
 
 def _refused(path: Path, reason: str) -> ConfigError:
     return ConfigError(
-        f"The shape of a model cannot be taken from {path}: {reason}.",
-        why="Memory and speed follow from the numbers of a Qwen3 config.json alone.",
+        f"Cannot read the shape of a model from {path}: {reason}.",
+        why="Memory and speed are computed from the config.json of a dense Qwen3.",
         next_command="qwen3ft plan --model 4b",
         path=str(path),
     )

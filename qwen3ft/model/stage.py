@@ -1,4 +1,4 @@
-"""The model stage: the quantised base, made once and kept."""
+"""The model stage: quantise the base model once, in a worker, and keep the result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qwen3ft.records.requests import QuantizeRequest
 def quantized_model(
     config: TrainingConfig, source: ModelSource, device: str, run: RunDir, target: Path
 ) -> ModelSnapshot:
-    """The 4-bit model at `target`, fetched and quantised if it is not there or does not verify."""
+    """Return the 4-bit model at `target`, made if it is missing or damaged."""
     if (snapshot := read_snapshot(target)) is not None:
         return snapshot
     request = QuantizeRequest(

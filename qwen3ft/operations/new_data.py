@@ -11,7 +11,7 @@ import numpy as np
 from qwen3ft.data.known_rows import read_known_rows
 from qwen3ft.data.splits import Hashes
 from qwen3ft.data.token_table import read_origins
-from qwen3ft.model.saved_adapter import KNOWN_ROWS_FILE, read_run_card
+from qwen3ft.model.saved_adapter import KNOWN_ROWS_FILE, read_provenance
 from qwen3ft.records.data import DataChange, DatasetManifest
 from qwen3ft.records.evaluation import Champion
 
@@ -35,7 +35,7 @@ def compare_data(dataset: DatasetManifest, champion: Champion | None) -> DataCha
     change = DataChange(new_rows=new_rows, **_new_rows(dataset, known))
     if champion is None or champion.adapter_path is None or known_path is None:
         return change
-    before = read_run_card(Path(champion.adapter_path))["data"]
+    before = read_provenance(Path(champion.adapter_path))["data"]
     old = {(source["role"], source["path"]): source["sha256"] for source in before["sources"]}
     now = {(source.role, source.path): source.sha256 for source in dataset.sources}
     changed = {key for key in now.keys() & old.keys() if now[key] != old[key]}

@@ -27,7 +27,7 @@ from qwen3ft.errors import RequestError
 from qwen3ft.files import is_left_behind
 from qwen3ft.locks import try_lock
 from qwen3ft.logs import get_logger
-from qwen3ft.model.saved_adapter import RUN_CARD_FILE, read_run_card
+from qwen3ft.model.saved_adapter import has_provenance, read_provenance
 from qwen3ft.operations.run_state import RunState, find_runs
 from qwen3ft.records.base import Record
 from qwen3ft.registry.versions import ProtectedVersion
@@ -170,7 +170,7 @@ def _copies(stock: Stock, cache: Path) -> Iterator[Removal]:
     in_use = {(version.registered_model, version.version) for version in stock.protected}
     for model in _folders(cache / "champions"):
         for path in _folders(model):
-            if (model.name, path.name) not in in_use and (path / RUN_CARD_FILE).is_file():
+            if (model.name, path.name) not in in_use and has_provenance(path):
                 yield _removal(path, "champion copy", "no longer in use; MLflow has it")
 
 
@@ -222,8 +222,8 @@ def _base_of(
     outputs = (config.output_dir, *config.fallback_output_dirs)
     copies += [Path(folder).expanduser() / (version.run_id or "") for folder in outputs]
     for copy in copies:
-        if (copy / RUN_CARD_FILE).is_file():
-            return frozenset([Path(read_run_card(copy)["base"]["snapshot_path"]).resolve()])
+        if has_provenance(copy):
+            return frozenset([Path(read_provenance(copy)["base"]["snapshot_path"]).resolve()])
     return None
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen3ft.errors import ModelNotFoundError
-from qwen3ft.model.saved_adapter import RUN_CARD_FILE, check_adapter
+from qwen3ft.model.saved_adapter import check_adapter, has_provenance
 from qwen3ft.registry.aliases import CHALLENGER, CHAMPION, PREVIOUS
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def find_adapter(config: TrainingConfig, registry: Registry, wanted: str) -> Pat
         TrackingUnavailableError: MLflow is needed and cannot be reached.
     """
     folder = Path(wanted).expanduser()
-    if "/" in wanted or (folder / RUN_CARD_FILE).is_file():
+    if "/" in wanted or has_provenance(folder):
         check_adapter(folder)
         return folder
     name = config.registered_name
@@ -75,7 +75,7 @@ def _saved_by_run(config: TrainingConfig, run: str) -> Path | None:
     if card.is_file():
         saved = json.loads(card.read_text(encoding="utf-8")).get("adapter_path")
         places += [Path(saved)] if saved else []  # a run that failed may have saved none
-    return next((place for place in places if (place / RUN_CARD_FILE).is_file()), None)
+    return next((place for place in places if has_provenance(place)), None)
 
 
 def _not_found(name: str, wanted: str) -> ModelNotFoundError:

@@ -30,7 +30,7 @@ from qwen3ft.errors import (
 from qwen3ft.files import build_folder, find_damage, read_manifest_facts, sha256_file
 from qwen3ft.locks import try_lock
 from qwen3ft.logs import mask_secrets
-from qwen3ft.model.saved_adapter import read_degradations
+from qwen3ft.model.saved_adapter import ADAPTER_FILE, read_degradations
 from qwen3ft.records.evaluation import Champion
 from qwen3ft.records.model import SavedAdapter
 from qwen3ft.registry import aliases
@@ -78,8 +78,6 @@ TRANSFER_SECONDS = 1800.0
 
 BY_A_PROGRAM = Change(by=Mover(kind="flow", name="unnamed"))
 """Who promotes where the caller does not say."""
-
-_WEIGHTS = "adapter_model.safetensors"
 
 __all__ = ["Registry"]
 
@@ -156,7 +154,7 @@ class Registry:
             SaveError: the version has no digest, or MLflow holds other bytes.
         """
         digest = champion.tags.get(DIGEST_TAG, "")
-        weights = target / _WEIGHTS
+        weights = target / ADAPTER_FILE
         if weights.is_file() and find_damage(target) is None and sha256_file(weights) == digest:
             return target
         with tempfile.TemporaryDirectory(prefix="qwen3ft-") as folder:
@@ -280,7 +278,7 @@ class Registry:
                 max(0.1, deadline - time.monotonic()),
                 lambda connection: connection.download(run_id, ADAPTER_PATH, folder),
             )
-            found = sha256_file(fetched / _WEIGHTS)
+            found = sha256_file(fetched / ADAPTER_FILE)
         except (NotInMlflowError, RejectedError, OSError) as error:
             raise TrackingUnavailableError(
                 f"MLflow run {run_id} holds no adapter (yet).",

@@ -27,7 +27,7 @@ from qwen3ft.jobs.folders import JobDir, RunDir, write_record
 from qwen3ft.jobs.launcher import run_worker
 from qwen3ft.logs import get_logger
 from qwen3ft.model.hub import check_model_folder, fetch_model, resolve_model
-from qwen3ft.model.saved_adapter import check_adapter, find_base, read_run_card
+from qwen3ft.model.saved_adapter import ADAPTER_FILE, check_adapter, find_base, read_provenance
 from qwen3ft.records.model import ModelSource
 from qwen3ft.records.requests import ExportLimits, ExportRequest, ParityReport
 from qwen3ft.serving.instructions import write_serving_files
@@ -44,7 +44,7 @@ def find_held_out(config: TrainingConfig, adapter: Path) -> Path:
     Raises:
         DataLoadingError: neither is here.
     """
-    card = read_run_card(adapter)
+    card = read_provenance(adapter)
     digest = card["data"]["digest"]
     for folder in (*_folder_tested(config, card), *_cached_folders(config)):
         facts = read_manifest_facts(folder)
@@ -106,7 +106,7 @@ def export_adapter(
         RequestError: `target` holds something else.
     """
     check_adapter(adapter)
-    card = read_run_card(adapter)
+    card = read_provenance(adapter)
     find_base(adapter)
     _require_place(target)
     base = _fetch_base(card)
@@ -143,7 +143,7 @@ def export_adapter(
         shutil.copytree(adapter, staging / ADAPTER_FOLDER)
         write_serving_files(staging, card, report)
 
-    weights = sha256_file(adapter / "adapter_model.safetensors")
+    weights = sha256_file(adapter / ADAPTER_FILE)
     build_folder(target, fill, {"kind": EXPORT_KIND, "run_id": card["run_id"], "adapter": weights})
     shutil.rmtree(job_folder, ignore_errors=True)
     logger.info("exported the adapter of run %s to %s", card["run_id"], target)

@@ -20,7 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 from qwen3ft.errors import SaveError
 from qwen3ft.files import write_json_atomic
-from qwen3ft.model.saved_adapter import ADAPTER_CONFIG_FILE, ADAPTER_FILE, Tensor, read_header
+from qwen3ft.model.saved_adapter import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    TOKENIZER_FILES,
+    Tensor,
+    read_header,
+)
 from qwen3ft.units import GIB
 
 if TYPE_CHECKING:
@@ -30,13 +36,6 @@ SHARD_BYTES = GIB
 """Size of one file of the merged model, and so about the memory that merging takes."""
 
 BYTES_PER_WEIGHT = 2
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "special_tokens_map.json",
-)
 
 _PREFIX = "base_model.model."
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"

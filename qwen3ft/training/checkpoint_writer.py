@@ -24,6 +24,7 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
+from qwen3ft.model.saved_adapter import ADAPTER_FILE
 from qwen3ft.training import checkpoint
 
 if TYPE_CHECKING:
@@ -138,7 +139,6 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} cannot be stored in a checkpoint")
 
 
-ADAPTER_NAME = "adapter_model.safetensors"
 STATE_NAME = "trainer_state.json"
 
 
@@ -217,7 +217,7 @@ def read_adapter_files(model: Any) -> Callable[[Path], None]:
     config.inference_mode = True
 
     def write(folder: Path) -> None:
-        save_file(tensors, folder / ADAPTER_NAME, metadata={"format": "pt"})
+        save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
         config.save_pretrained(str(folder))
 
     return write

@@ -19,6 +19,7 @@ from qwen3ft.files import find_damage
 from qwen3ft.jobs.folders import JobDir, RunDir
 from qwen3ft.jobs.heartbeat import Heartbeat, StopRequest
 from qwen3ft.logs import get_logger
+from qwen3ft.model.saved_adapter import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.training import AttemptOutcome
 from qwen3ft.training import checkpoint
@@ -170,7 +171,7 @@ class TrainingEngine:
         folder.mkdir(parents=True, exist_ok=True)
         if trainer.state.best_global_step:
             best = self._checkpoint_of(trainer.state.best_global_step)
-            for name in ("adapter_model.safetensors", "adapter_config.json"):
+            for name in (ADAPTER_FILE, ADAPTER_CONFIG_FILE):
                 shutil.copy2(best.path / name, folder / name)
         else:
             read_adapter_files(trainer.model)(folder)

@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerControl
 
 from qwen3ft.errors import CheckpointCorruptError, DivergedError
+from qwen3ft.model.saved_adapter import ADAPTER_FILE
 from qwen3ft.training import checkpoint
 from qwen3ft.training.batches import (
     EffectiveBatchOrder,
@@ -46,7 +47,6 @@ from qwen3ft.training.batches import (
     trained_tokens,
 )
 from qwen3ft.training.checkpoint_writer import (
-    ADAPTER_NAME,
     CheckpointWriter,
     load_optimizer_state,
     load_rng_state,
@@ -304,7 +304,7 @@ class QATrainer(Trainer):
         self.writer.save(self.model, optimizer, self.lr_scheduler, self.state, facts)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        stored = load_file(Path(resume_from_checkpoint) / ADAPTER_NAME)
+        stored = load_file(Path(resume_from_checkpoint) / ADAPTER_FILE)
         result = set_peft_model_state_dict(self.model, stored)
         if result.unexpected_keys:
             raise CheckpointCorruptError(

@@ -172,7 +172,7 @@ def test_what_changed_since_the_champion_is_told_by_file_and_row(tmp_path: Path)
     before = prepare(tmp_path, str(tmp_path / "in"))
     shutil.copyfile(Path(before.path) / "known_rows.npy", tmp_path / "champion" / "known_rows.npy")
     card = {"data": before.model_dump(mode="json", include={"digest", "sources"})}
-    (tmp_path / "champion" / "run_card.json").write_text(json.dumps(card))
+    (tmp_path / "champion" / "provenance.json").write_text(json.dumps(card))
     champion = Champion(
         registered_model="m", version="3", source_uri="", adapter_path=str(tmp_path / "champion")
     )
@@ -201,7 +201,7 @@ def test_new_rows_are_told_by_file_with_what_a_few_of_them_ask(tmp_path: Path) -
     assert sum(first.new_rows_by_file.values()) == before.train.rows
     shutil.copyfile(Path(before.path) / "known_rows.npy", tmp_path / "champion" / "known_rows.npy")
     card = {"data": before.model_dump(mode="json", include={"digest", "sources"})}
-    (tmp_path / "champion" / "run_card.json").write_text(json.dumps(card))
+    (tmp_path / "champion" / "provenance.json").write_text(json.dumps(card))
     champion = Champion(
         registered_model="m", version="3", source_uri="", adapter_path=str(tmp_path / "champion")
     )

@@ -232,7 +232,7 @@ def test_a_champion_that_cannot_be_compared_defers_the_verdict(
     folder = tmp_path / "champion"
     if harm == "damaged":
         shutil.copytree(night.champion.path, folder)
-        (folder / "run_card.json").write_text("{}")
+        (folder / "provenance.json").write_text("{}")
     elif harm == "other base":
         source = night.snapshot.source.model_copy(update={"revision": "f" * 64})
         plan = make_plan(night.snapshot.model_copy(update={"source": source}), run_id="champion")

@@ -193,8 +193,8 @@ def copy_of_embedded(folder: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"auto_map": {"AutoModel": "evil.Model"}}, "code of its own"),
-        ({"_attn_implementation_internal": "evil/kernel"}, "code of its own"),
+        ({"auto_map": {"AutoModel": "evil.Model"}}, "its own code"),
+        ({"_attn_implementation_internal": "evil/kernel"}, "its own code"),
         ({"model_type": "llama"}, "llama"),
         ({"hidden_size": None}, "lacks hidden_size"),
         ({"hidden_size": None, "head_dim": None}, "lacks hidden_size, head_dim"),

@@ -22,15 +22,23 @@ from support.finished_run import (
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.embedded import MODEL_DIR
-from qwen3ft.errors import CheckpointCorruptError, DivergedError, SaveError
+from qwen3ft.errors import (
+    CheckpointCorruptError,
+    DivergedError,
+    ModelNotFoundError,
+    SaveError,
+)
 from qwen3ft.files import MANIFEST_NAME, find_damage, sha256_file, write_manifest
 from qwen3ft.jobs.folders import write_record
 from qwen3ft.model.save_adapter import save_adapter
 from qwen3ft.model.saved_adapter import (
     ADAPTER_FILE,
+    check_adapter,
     find_non_finite,
+    has_provenance,
+    read_degradations,
     read_header,
-    read_run_card,
+    read_provenance,
     was_trained_to_think,
 )
 from qwen3ft.records.model import ModelSource
@@ -71,7 +79,7 @@ def replace_tensors(checkpoint: Path, change: Any) -> None:
 
 
 def test_the_saved_folder_holds_and_says_where_it_is_from(checkpoint: Path, tmp_path: Path) -> None:
-    """The manifest verifies, and the run card names base, data, numbers and degradations."""
+    """The manifest verifies; provenance.json names base, data, numbers and degradations."""
     plan = make_plan(make_snapshot(degraded=("quantization nf4",)), degraded=("lower rank",))
     saved = save_adapter(make_outcome(checkpoint), plan, config_for(tmp_path / "out"))
     folder = Path(saved.path)
@@ -79,15 +87,33 @@ def test_the_saved_folder_holds_and_says_where_it_is_from(checkpoint: Path, tmp_
     assert find_damage(folder) is None
     assert saved.sha256 == sha256_file(checkpoint / ADAPTER_FILE)
     assert saved.degraded == ("quantization nf4", "lower rank")
-    card = json.loads((folder / "run_card.json").read_text())
-    assert card["base"]["snapshot_path"] == plan.model.path
-    assert card["base"]["revision"] == plan.model.source.revision
-    assert card["data"]["digest"] == plan.dataset.digest
-    assert card["metrics"]["best_held_out_loss"] == 0.5
-    assert TrainingConfig.model_validate(card["config"]) == config_for(tmp_path / "out")
+    provenance = json.loads((folder / "provenance.json").read_text())
+    assert provenance["base"]["snapshot_path"] == plan.model.path
+    assert provenance["base"]["revision"] == plan.model.source.revision
+    assert provenance["data"]["digest"] == plan.dataset.digest
+    assert provenance["metrics"]["best_held_out_loss"] == 0.5
+    assert TrainingConfig.model_validate(provenance["config"]) == config_for(tmp_path / "out")
     readme = (folder / "README.md").read_text()
     assert plan.dataset.digest in readme
     assert "lower rank" in readme
+
+
+def test_an_adapter_with_the_old_name_of_its_provenance_is_read(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """Registered versions have run_card.json."""
+    plan = make_plan(make_snapshot(degraded=("quantization nf4",)))
+    saved = save_adapter(make_outcome(checkpoint), plan, config_for(tmp_path / "out"))
+    old = Path(shutil.copytree(saved.path, tmp_path / "old"))
+    (old / "provenance.json").rename(old / "run_card.json")
+    write_manifest(old)
+    check_adapter(old)
+    assert has_provenance(old)
+    assert read_provenance(old) == read_provenance(Path(saved.path))
+    assert read_degradations(old) == ("quantization nf4",)
+    (old / "run_card.json").unlink()
+    with pytest.raises(ModelNotFoundError, match=r"provenance\.json missing"):
+        check_adapter(old)
 
 
 @pytest.mark.parametrize(("with_reasoning", "thinks"), [(0, False), (50, False), (51, True)])
@@ -99,7 +125,7 @@ def test_it_is_asked_to_think_if_most_of_its_rows_did(
     counts = {"usable_rows": 100, "reasoning_rows": with_reasoning}
     plan = plan.model_copy(update={"dataset": plan.dataset.model_copy(update=counts)})
     saved = save_adapter(make_outcome(checkpoint), plan, config_for(tmp_path / "out"))
-    assert was_trained_to_think(read_run_card(Path(saved.path))) == thinks
+    assert was_trained_to_think(read_provenance(Path(saved.path))) == thinks
 
 
 @pytest.mark.parametrize(

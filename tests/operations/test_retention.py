@@ -201,7 +201,7 @@ def test_a_base_stays_while_something_kept_needs_it(project: Project) -> None:
     project.run("failed", card=None, base=bases["failed"])
     copy = project.shared("champions/qwen3ft-embedded/3")
     card = {"base": {"snapshot_path": str(bases["champion"])}}
-    (copy / "run_card.json").write_text(json.dumps(card))
+    (copy / "provenance.json").write_text(json.dumps(card))
     assert project.names(version("elsewhere")) == {"unused", "unused rows"}
 
 
@@ -220,7 +220,7 @@ def test_copies_of_former_champions_and_leftovers_of_killed_writes_go(project: P
     for number in ("2", "3"):
         copy = project.shared(f"champions/qwen3ft-embedded/{number}")
         card = {"base": {"snapshot_path": str(project.root / "gone")}}
-        (copy / "run_card.json").write_text(json.dumps(card))
+        (copy / "provenance.json").write_text(json.dumps(card))
     project.shared("models/.killed.ab12cd_3")
     project.shared("models/.begun.ab12cd_4", days=0)
     for hidden in (".git", ".cache", ".venv", ".run.old.ab12cd_5"):  # not ours; the only copy

@@ -145,7 +145,7 @@ def test_a_session_answers_and_leaves_nothing_behind(trained: Trained, tmp_path:
 def test_what_ends_the_worker_is_told_to_whoever_waits(trained: Trained, tmp_path: Path) -> None:
     """As the error it was, not as silence."""
     adapter = Path(shutil.copytree(trained.adapter, tmp_path / "adapter"))
-    (adapter / "run_card.json").write_text("{}")
+    (adapter / "provenance.json").write_text("{}")
     config = trained.config.model_copy(update={"cache_dir": str(tmp_path)})
     request = request_for(trained, config=config, adapter=str(adapter))
     with ChatSession(request) as session, pytest.raises(SaveError, match="is damaged"):

@@ -328,7 +328,7 @@ def test_the_held_out_rows_are_those_of_the_adapter_s_own_data(
 ) -> None:
     """Found by the digest in its run card among all cached data sets; damaged ones do not count."""
     config = trained.config.model_copy(update={"cache_dir": str(tmp_path)})
-    digest = json.loads((trained.adapter / "run_card.json").read_text())["data"]["digest"]
+    digest = json.loads((trained.adapter / "provenance.json").read_text())["data"]["digest"]
     for name, its_digest in (("a", "f" * 64), ("b", digest)):
         folder = tmp_path / "datasets" / name
         folder.mkdir(parents=True)

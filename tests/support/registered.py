@@ -30,7 +30,7 @@ def add_version(
     adapter = run_dir.path / "adapter"
     adapter.mkdir(parents=True)
     (adapter / "adapter_model.safetensors").write_bytes(content or run.encode())
-    write_json_atomic(adapter / "run_card.json", {"run_id": run, "degraded": list(degraded)})
+    write_json_atomic(adapter / "provenance.json", {"run_id": run, "degraded": list(degraded)})
     write_manifest(adapter)
     journal = Journal(run_dir)
     journal.run_started(run, {}, {})
