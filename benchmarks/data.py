@@ -48,8 +48,7 @@ LOSSES = ("quarantined", "too_long", "duplicates", "near_duplicates")
 TOKENISED_ROWS_PER_SECOND, SHORT_ROW_TOKENS = 5000, 120
 """Bar for tokenising, and the row length up to which it counts."""
 
-CHUNK_ROWS = 2000
-REPEATS = 3
+CHUNK_ROWS, REPEATS = 2000, 3
 WORDS = (  # noqa: SIM905
     "river window garden letter market silver doctor engine paper season travel answer bridge"
     " number copper winter planet music kitchen forest history signal morning weather mountain"

@@ -1,7 +1,7 @@
-"""Files of sound and broken records, in every format that is read: what `fuzz_data` feeds on.
+"""Random files of sound and broken records, in every supported format and compression.
 
-Each file comes with what is known of it: the sound records as they were made, and how many broken
-ones stand between them. The same generator state gives the same file.
+Each comes with its sound records and the number of its broken ones. The same state of the generator
+makes the same file.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 PIECES = (
+    *("Which day", "weather", "问题", "答案", "été", "😀", "a\nb", "tab\t", 'say "hi"', "{", "}"),
     *(
-        "Which day",
-        "weather",
-        "问题",
-        "答案",
-        "été",
-        "😀",
-        "a\nb",
-        "tab\t",
-        'say "hi"',
-        "{",
-        "}",
         "]",
+        "}, {",
+        '"question": ',
+        ",",
+        ";",
+        "|",
+        "\\",
+        "\\n",
+        "<think>",
+        "<|im_end|>",
+        "#### 4",
+        "NaN",
     ),
-    *("}, {", '"question": ', ",", ";", "|", "\\", "\\n", "<think>", "<|im_end|>", "#### 4", "NaN"),
     *("\u2028", "\x85", "\x0c", "\ufeff", "'", "``", "  ", "0", "\r\n", "[[[", "//"),
 )
 FORMATS = ("jsonl", "json", "pretty.json", "inside.json", "csv", "tsv", "semicolon.csv", "parquet")
@@ -41,26 +41,26 @@ FORMATS = ("jsonl", "json", "pretty.json", "inside.json", "csv", "tsv", "semicol
 
 @dataclass
 class Made:
-    """A file and what is known of its records."""
+    """A file and its known records."""
 
     name: str
     content: bytes
     good: list[dict[str, Any]] = field(default_factory=list)
-    """The sound records in order, as their values."""
+    """Values of the sound records, in order."""
     broken: int = 0
     is_counted: bool = True
-    """Whether it is known what comes out: no damage beyond single records."""
+    """Whether the readers' result is known: nothing but single records is damaged."""
     slack: int = 0
-    """Good rows that the broken ones may cost or add: where their end can only be guessed."""
+    """Good rows that may be lost or added, where the end of a broken one can only be guessed."""
 
 
 def text(random: Random) -> str:
-    """A few words, quotes, brackets and newlines."""
+    """Return a few words, quotes, brackets and newlines."""
     return " ".join(random.choices(PIECES, k=random.randint(1, 6))) + random.choice(("", " ", "."))
 
 
 def record(random: Random) -> dict[str, Any]:
-    """A sound record with the usual columns; all values are text."""
+    """Return a sound record with the usual columns; all values are text."""
     made = {"question": text(random), "answer": text(random)}
     if random.random() < 0.3:
         made["reasoning"] = text(random)
@@ -70,7 +70,7 @@ def record(random: Random) -> dict[str, Any]:
 
 
 def odd_record(random: Random) -> dict[str, Any]:
-    """A record that is sound JSON, whatever `rows` makes of it."""
+    """Return a record that is sound JSON, but perhaps not a valid row."""
     value: Any = random.choice((None, True, 4, 1.5, [], {}, "", "x", [["a"]], {"text": ["a"]}))
     turns = [{"role": random.choice(("user", "assistant", "x")), "content": value} for _ in "ab"]
     kinds: tuple[dict[str, Any], ...] = (
@@ -87,7 +87,7 @@ def odd_record(random: Random) -> dict[str, Any]:
 
 
 def break_json(random: Random, good: bytes) -> bytes:
-    """One way in which a record of JSON goes wrong; never a newline."""
+    """Break a JSON record in a random way, without newlines."""
     if random.random() < 0.0005:
         return good[:-1] + b', "x": "' + b"y" * (17 * 2**20) + b'"}'
     middle = random.randrange(1, len(good))
@@ -119,7 +119,7 @@ def break_json(random: Random, good: bytes) -> bytes:
 
 
 def is_broken_json(line: bytes) -> bool:
-    """Whether it really is; some damage makes another sound record."""
+    """Return whether the line is broken; some damage makes another sound record."""
     if len(line) > 2**24 or any(mark in line for mark in (b"NaN}", b"Infinity}", b"1e999}")):
         return True
     try:
@@ -131,7 +131,7 @@ def is_broken_json(line: bytes) -> bool:
 
 
 def json_items(random: Random, count: int, share: float) -> tuple[list[bytes], Made]:
-    """Records as JSON, some broken."""
+    """Return records as JSON, some of them broken."""
     made, items = Made("", b""), []
     for _ in range(count):
         values = record(random) if random.random() < 0.9 else odd_record(random)
@@ -148,7 +148,7 @@ def json_items(random: Random, count: int, share: float) -> tuple[list[bytes], M
 
 
 def make_json(random: Random, kind: str, count: int) -> Made:
-    """Lines, an array on one line or many, or a list inside an object."""
+    """Make JSON lines, an array on one line or many, or a list inside an object."""
     share = random.choice((0.0, 0.02, 0.3))
     items, made = json_items(random, count, share)
     if kind == "jsonl":
@@ -166,7 +166,7 @@ def make_json(random: Random, kind: str, count: int) -> Made:
 
 
 def make_csv(random: Random, kind: str, count: int) -> Made:
-    """A table; broken lines have a wrong width, a stray quote, no text, or NUL."""
+    """Make a table; broken lines have a wrong width, a stray quote, bad UTF-8, or NUL."""
     delimiter = {"tsv": "\t", "semicolon.csv": ";"}.get(kind, ",")
     share, made = random.choice((0.0, 0.02, 0.2)), Made("", b"")
     names = ["question", "answer", "reasoning"]
@@ -175,7 +175,7 @@ def make_csv(random: Random, kind: str, count: int) -> Made:
         values = {"reasoning": "", **record(random)}
         row = [values[name] for name in names]
         line = io.StringIO()
-        csv.writer(line, delimiter=delimiter).writerow(row)  # quotes what holds \r or \n
+        csv.writer(line, delimiter=delimiter).writerow(row)  # quotes values with \r or \n
         written = line.getvalue().removesuffix("\r\n").encode()
         if random.random() < share:
             mark = delimiter.encode()
@@ -194,7 +194,7 @@ def make_csv(random: Random, kind: str, count: int) -> Made:
 
 
 def make_parquet(random: Random, count: int) -> Made:
-    """A table of texts, or of nested values; bad UTF-8 in some cells."""
+    """Make a table of texts, or of nested values, with bad UTF-8 in some cells."""
     made, sink = Made("", b""), io.BytesIO()
     values = [{"reasoning": None, **record(random)} for _ in range(count)]
     texts = {}
@@ -226,7 +226,7 @@ def make_parquet(random: Random, count: int) -> Made:
 
 
 def damage(random: Random, content: bytes) -> bytes:
-    """The whole file hurt in one of the usual ways."""
+    """Damage a whole file in a random way."""
     at = random.randrange(len(content)) if content else 0
     end = at + random.randint(1, 2000)
     ways: tuple[Callable[[], bytes], ...] = (
@@ -251,7 +251,7 @@ def damage(random: Random, content: bytes) -> bytes:
 
 
 def pack(random: Random, made: Made) -> None:
-    """Compress the file, at times as several members, at times damaged after that."""
+    """Compress some files, some of them as several members, and damage some after that."""
     suffix = random.choice(("", "", ".gz", ".zst"))
     if not suffix:
         return
@@ -264,7 +264,7 @@ def pack(random: Random, made: Made) -> None:
 
 
 def zst(content: bytes) -> bytes:
-    """`content` as one frame."""
+    """Compress `content` as one frame."""
     sink = pa.BufferOutputStream()
     with pa.CompressedOutputStream(sink, "zstd") as stream:
         stream.write(content)
@@ -272,7 +272,7 @@ def zst(content: bytes) -> bytes:
 
 
 def make(random: Random, number: int, count: int) -> Made:
-    """One file."""
+    """Make one file."""
     kind = FORMATS[number % len(FORMATS)]
     if kind == "parquet":
         made = make_parquet(random, count)
