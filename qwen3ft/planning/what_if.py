@@ -24,7 +24,7 @@ from qwen3ft.records.machine import EnvironmentReport, GpuInfo
 from qwen3ft.units import GIB, gb
 
 TYPICAL_FILL = 0.42
-"""Mean over longest row, as of the lengths in benchmarks/speed_cases.py (lognormal, cut)."""
+"""Mean over longest row, as of the lengths in benchmarks/speed/cases.py (lognormal, cut)."""
 
 HOST_GB = 64
 BFLOAT16_CAPABILITY = 8.0

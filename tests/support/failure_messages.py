@@ -1,7 +1,6 @@
 """Real messages of memory that ran out, and messages that only look like it.
 
-Collected from the sources and trackers of the libraries; shared by the tests of the classifier and
-by the command that counts (`benchmarks/classifier.py`).
+Collected from the sources and trackers of the libraries.
 """
 
 from __future__ import annotations

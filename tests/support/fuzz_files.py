@@ -20,21 +20,9 @@ import pyarrow.parquet as pq
 
 PIECES = (
     *("Which day", "weather", "问题", "答案", "été", "😀", "a\nb", "tab\t", 'say "hi"', "{", "}"),
-    *(
-        "]",
-        "}, {",
-        '"question": ',
-        ",",
-        ";",
-        "|",
-        "\\",
-        "\\n",
-        "<think>",
-        "<|im_end|>",
-        "#### 4",
-        "NaN",
-    ),
-    *("\u2028", "\x85", "\x0c", "\ufeff", "'", "``", "  ", "0", "\r\n", "[[[", "//"),
+    *("]", "}, {", '"question": ', ",", ";", "|", "\\", "\\n", "<think>", "<|im_end|>"),
+    *("#### 4", "NaN", "\u2028", "\x85", "\x0c", "\ufeff", "'", "``", "  ", "0", "\r\n", "[[["),
+    "//",
 )
 FORMATS = ("jsonl", "json", "pretty.json", "inside.json", "csv", "tsv", "semicolon.csv", "parquet")
 
