@@ -86,7 +86,7 @@ def measure_stage(rows: int, arguments: argparse.Namespace) -> Result:
     from qwen3ft.config import TrainingConfig
     from qwen3ft.data.pipeline import DataPipeline
     from qwen3ft.data.rows import read_file, rules_of
-    from qwen3ft.data.sources import SourceFile
+    from qwen3ft.records.data import SourceFile
 
     with tempfile.TemporaryDirectory(dir=arguments.work, prefix="qwen3ft-data-") as folder:
         path = Path(folder) / "rows.jsonl"

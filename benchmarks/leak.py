@@ -54,7 +54,8 @@ def write_rows(path: Path, rows: int = 400) -> Path:
 
 def make_plan(work: Path, steps: int) -> TrainPlan:
     """Prepare model and rows, and return the flow's plan with one row per step."""
-    from qwen3ft.data.pipeline import DataPipeline, dataset_target, fingerprint_sources
+    from qwen3ft.data.pipeline import DataPipeline, dataset_target
+    from qwen3ft.data.sources import resolved
     from qwen3ft.machine.environment import EnvironmentManager
     from qwen3ft.model.adapter import plan_adapter
     from qwen3ft.model.hub import resolve_model
@@ -86,7 +87,7 @@ def make_plan(work: Path, steps: int) -> TrainPlan:
         device="cpu",
     )
     snapshot = ModelManager(config).quantize(request)
-    folder = dataset_target(config, snapshot, fingerprint_sources(config))
+    folder = dataset_target(resolved(config), snapshot)
     dataset = DataPipeline(config).prepare(snapshot, folder)
     environment = EnvironmentManager().report()
     adapter = plan_adapter(config, snapshot.shape)

@@ -133,10 +133,11 @@ def snapshot(make_config: Callable[..., Any]) -> Any:
 @pytest.fixture(scope="session")
 def manifest(make_config: Callable[..., Any], snapshot: Any) -> Any:
     """The bundled rows, tokenised in this process."""
-    from qwen3ft.data.pipeline import DataPipeline, dataset_target, fingerprint_sources
+    from qwen3ft.data.pipeline import DataPipeline, dataset_target
+    from qwen3ft.data.sources import resolved
 
     config = make_config()
-    target = dataset_target(config, snapshot, fingerprint_sources(config))
+    target = dataset_target(resolved(config), snapshot)
     return DataPipeline(config).prepare(snapshot, target)
 
 

@@ -152,14 +152,15 @@ def train(
     work: Path, model: ModelSnapshot, night: Night, config: TrainingConfig
 ) -> tuple[TrainPlan, SavedAdapter]:
     """Prepare rows, plan, train and save, as a run does."""
-    from qwen3ft.data.pipeline import DataPipeline, dataset_target, fingerprint_sources
+    from qwen3ft.data.pipeline import DataPipeline, dataset_target
+    from qwen3ft.data.sources import resolved
     from qwen3ft.machine.environment import EnvironmentManager
     from qwen3ft.model.adapter import plan_adapter
     from qwen3ft.model.save_adapter import save_adapter
     from qwen3ft.planning.plan import build_plan
     from qwen3ft.worker import jobs as worker
 
-    folder = dataset_target(config, model, fingerprint_sources(config))
+    folder = dataset_target(resolved(config), model)
     dataset = DataPipeline(config).prepare(model, folder)
     environment = EnvironmentManager().report().model_copy(update={"gpus": ()})
     plan = build_plan(config, environment, model, plan_adapter(config, model.shape), dataset)

@@ -31,11 +31,10 @@ from qwen3ft.data.rows import (
     read_file,
     rules_of,
 )
-from qwen3ft.data.sources import SourceFile, digest_of
 from qwen3ft.data.splits import KeysBuilder, content_key, question_key
 from qwen3ft.errors import DataLoadingError
 from qwen3ft.logs import get_logger
-from qwen3ft.records.data import BadRow, DataSource, QaRow
+from qwen3ft.records.data import BadRow, DataSource, QaRow, SourceFile
 
 logger = get_logger("data")
 
@@ -132,7 +131,8 @@ class _Reader:
     def read(self, number: int, file: SourceFile) -> DataSource:
         """Add one file's rows."""
         reading = self.reading
-        before, digest, rows_before = file.path.stat(), digest_of(file), reading.rows_read
+        _check_unchanged(file)
+        rows_before = reading.rows_read
         for row in read_file(file, rules_of(self.config), reading.columns):
             if isinstance(row, BadRow):
                 self._refuse(row)
@@ -144,16 +144,9 @@ class _Reader:
                 self._take(row, number)
             if reading.rows_read % PROGRESS_ROWS == 0:
                 self._tell()
-        after = file.path.stat()
-        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-            raise DataLoadingError(
-                f"{file.label} changed while it was read.",
-                why="Something writes to it; move a finished file into place instead.",
-                next_command=f"ls -l {file.path}",
-                path=file.label,
-            )
+        _check_unchanged(file)
         rows = reading.rows_read - rows_before
-        return DataSource(path=file.label, sha256=digest, rows=rows, role=file.role)
+        return DataSource(path=file.label, sha256=file.sha256, rows=rows, role=file.role)
 
     def _take(self, row: QaRow, source: int) -> None:
         reading = self.reading
@@ -202,6 +195,22 @@ class _Reader:
         self.progress(rows)
         seconds = max(time.monotonic() - self.started, 1e-6)
         logger.info("read %s rows, %s rows/s", f"{rows:,}", f"{rows / seconds:,.0f}")
+
+
+def _check_unchanged(file: SourceFile) -> None:
+    """Raise DataLoadingError if a file is not the one that was fingerprinted."""
+    try:
+        found = file.path.stat()
+        is_same = (found.st_size, found.st_mtime_ns) == (file.size_bytes, file.modified_ns)
+    except OSError:
+        is_same = False
+    if not is_same:
+        raise DataLoadingError(
+            f"{file.label} changed while the data was being prepared.",
+            why="Something writes to it; move a finished file into place instead.",
+            next_command=f"ls -l {file.path}",
+            path=file.label,
+        )
 
 
 def _report(reading: Reading) -> None:

@@ -14,8 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from qwen3ft.data.sources import SourceFile
-from qwen3ft.records.data import QaRow
+from qwen3ft.records.data import QaRow, SourceFile
 
 if TYPE_CHECKING:
     import pyarrow as pa

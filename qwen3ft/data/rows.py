@@ -29,9 +29,8 @@ from qwen3ft.config import ColumnNames, TrainingConfig
 from qwen3ft.data.columns import Columns, find_columns
 from qwen3ft.data.readers.open import read_raw
 from qwen3ft.data.readers.raw import MAX_ROW_BYTES, RawRow, UnreadableFileError
-from qwen3ft.data.sources import SourceFile
 from qwen3ft.logs import mask_secrets
-from qwen3ft.records.data import BadRow, Message, QaRow, RejectedRowError
+from qwen3ft.records.data import BadRow, Message, QaRow, RejectedRowError, SourceFile
 
 CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 """Written in a text, they would be read as the borders of a turn."""

@@ -1,28 +1,28 @@
-"""The data stage: tokenised rows, made once and kept."""
+"""The data stage as a job of a worker."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from qwen3ft.config import TrainingConfig
-from qwen3ft.data.pipeline import read_manifest
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.jobs.launcher import run_worker
-from qwen3ft.records.data import DatasetManifest
+from qwen3ft.records.data import DatasetManifest, ResolvedSources
 from qwen3ft.records.model import ModelSnapshot
 from qwen3ft.records.requests import DataRequest
 
 
-def tokenized_data(
-    config: TrainingConfig,
+def make_dataset(
+    sources: ResolvedSources,
     model: ModelSnapshot,
     run: RunDir,
     target: Path,
     known_rows: str | None = None,
 ) -> DatasetManifest:
-    """The rows at `target`, read and tokenised if they are not there or do not verify."""
-    if (manifest := read_manifest(target)) is not None:
-        return manifest
-    request = DataRequest(config=config, model=model, target=str(target), known_rows=known_rows)
+    """Read and tokenise the rows into the folder `target`, in a worker.
+
+    Raises:
+        DataLoadingError, TokenizerError: as `DataPipeline.prepare`.
+    """
+    request = DataRequest(sources=sources, model=model, target=str(target), known_rows=known_rows)
     job = run.job("data").create(request)
-    return run_worker("data", job, DatasetManifest, stall_seconds=config.stall_seconds)
+    return run_worker("data", job, DatasetManifest, stall_seconds=sources.config.stall_seconds)

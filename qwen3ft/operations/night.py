@@ -19,7 +19,7 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from qwen3ft.config import TrainingConfig
-from qwen3ft.data.sources import fingerprint_sources, pin_sources
+from qwen3ft.data.sources import resolved
 from qwen3ft.files import sha256_file, sha256_json
 from qwen3ft.jobs.folders import RunDir, read_record, write_record
 from qwen3ft.locks import try_lock
@@ -112,11 +112,11 @@ def describe_request(config: TrainingConfig) -> NightRequest:
     """The digest of everything that decides the result of a run.
 
     Raises:
-        DataLoadingError, DownloadError: as `sources.fingerprint_sources`.
+        DataLoadingError, DownloadError: as `sources.resolved`.
         RequestError, ConfigError, DownloadError: as `hub.resolve_model`.
     """
     model = resolve_model(config)
-    files = fingerprint_sources(pin_sources(config))
+    files = resolved(config).fingerprints
     settings = config.model_dump(mode="json", exclude=set(SETTINGS_THAT_DO_NOT_DECIDE))
     ability = Path(config.ability_path).expanduser() if config.ability_path else None
     decided = {
@@ -125,7 +125,7 @@ def describe_request(config: TrainingConfig) -> NightRequest:
         "settings": settings | {"effective_batch_size": config.effective_batch_size},
     }
     return NightRequest(
-        sha256=sha256_json({"files": [list(file) for file in files], **decided}),
+        sha256=sha256_json({"files": files, **decided}),
         settings_sha256=sha256_json(decided),
         files=len(files),
     )

@@ -1,16 +1,14 @@
-"""What must be on disk before training: a quantised model and tokenised rows, each made once.
-
-Runs in the flow's process; the work itself is done by workers. A folder that verifies is used as it
-is, whoever made it.
-"""
+"""The plan of a run without the run; workers do what has not been done before."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from qwen3ft.config import TrainingConfig
-from qwen3ft.data.pipeline import dataset_target, fingerprint_sources
-from qwen3ft.data.stage import tokenized_data
+from qwen3ft.data.folder import read_manifest
+from qwen3ft.data.pipeline import dataset_target
+from qwen3ft.data.sources import resolved
+from qwen3ft.data.stage import make_dataset
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.machine.environment import EnvironmentManager
 from qwen3ft.model.adapter import plan_adapter
@@ -31,6 +29,7 @@ def preview_plan(config: TrainingConfig) -> TrainPlan:
     source = resolve_model(config)
     target = snapshot_target(config, source, environment.device)
     model = quantized_model(config, source, environment.device, scratch, target)
-    rows = dataset_target(config, model, fingerprint_sources(config))
-    dataset = tokenized_data(config, model, scratch, rows)
+    sources = resolved(config)
+    rows = dataset_target(sources, model)
+    dataset = read_manifest(rows) or make_dataset(sources, model, scratch, rows)
     return build_plan(config, environment, model, plan_adapter(config, model.shape), dataset)

@@ -6,13 +6,42 @@ Lengths are in tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from pydantic import Field
 
+from qwen3ft.config import TrainingConfig
 from qwen3ft.records.base import Record
 
 Role = Literal["train", "dev", "test"]
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One input file, and what it was like when it was fingerprinted."""
+
+    label: str
+    """Name for people: the path as given, embedded:..., or the hub's address with the commit."""
+    path: Path
+    role: Role
+    sha256: str = ""
+    """Digest of the bytes on disk, compressed or not."""
+    size_bytes: int = -1
+    modified_ns: int = -1
+
+
+class ResolvedSources(Record):
+    """The input files of a run, in reading order."""
+
+    config: TrainingConfig = Field(description="The config, with hub data sets pinned.")
+    files: tuple[SourceFile, ...]
+    degraded: tuple[str, ...] = Field((), description="Marks of rows that stand in for others.")
+
+    @property
+    def fingerprints(self) -> list[list[str]]:
+        """Label, sha256 and role of each file: a change of any part means other data."""
+        return [[file.label, file.sha256, file.role] for file in self.files]
 
 
 class DataSource(Record):
@@ -21,7 +50,7 @@ class DataSource(Record):
     path: str
     sha256: str
     rows: int
-    role: Literal["train", "dev", "test"]
+    role: Role
 
 
 class LengthSummary(Record):

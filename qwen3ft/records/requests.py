@@ -8,6 +8,7 @@ from pydantic import Field
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.records.base import Record
+from qwen3ft.records.data import ResolvedSources
 from qwen3ft.records.evaluation import Champion
 from qwen3ft.records.model import ModelShape, ModelSnapshot, ModelSource, SavedAdapter
 
@@ -25,7 +26,7 @@ class QuantizeRequest(Record):
 class DataRequest(Record):
     """Read, check and tokenise rows into `target`; the result is a `DatasetManifest`."""
 
-    config: TrainingConfig
+    sources: ResolvedSources
     model: ModelSnapshot
     target: str
     known_rows: str | None = Field(

@@ -71,11 +71,12 @@ def data(job: Job) -> DatasetManifest:
 
     request = read_record(job.dir.request, DataRequest)
     job.heartbeat.beat("data")
-    return DataPipeline(request.config).prepare(
+    return DataPipeline(request.sources.config).prepare(
         request.model,
         Path(request.target),
         progress=lambda _: job.heartbeat.beat("data"),
         known_rows=request.known_rows,
+        sources=request.sources,
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import random
 import subprocess
 import sys
@@ -30,8 +32,9 @@ from support.data_stage import (
 from qwen3ft.chat.rendering import END_TOKEN, load_tokenizer, prompt_ids
 from qwen3ft.config import TrainingConfig, load_config
 from qwen3ft.data.collators import IGNORED_LABEL
-from qwen3ft.data.pipeline import DataPipeline, dataset_target, fingerprint_sources, read_manifest
-from qwen3ft.data.sources import SAMPLE_DATA
+from qwen3ft.data.folder import read_manifest
+from qwen3ft.data.pipeline import DataPipeline, dataset_target
+from qwen3ft.data.sources import SAMPLE_DATA, resolved
 from qwen3ft.data.token_table import load_split
 from qwen3ft.embedded import DATA_DIR, MODEL_DIR
 from qwen3ft.errors import DataLoadingError, TokenizerError
@@ -483,6 +486,28 @@ def test_a_manifest_is_read_back_only_while_every_file_holds(tmp_path: Path) -> 
     assert read_manifest(tmp_path / "never") is None
 
 
+def test_a_file_that_changes_between_fingerprinting_and_reading_is_noticed(tmp_path: Path) -> None:
+    """Rows read are those whose digest decided on the folder; a file that is gone counts too."""
+    data = Path(write_jsonl(tmp_path / "qa.jsonl", synthetic(50)))
+    config = TrainingConfig(
+        model_name="embedded", data_paths=(str(data),), cache_dir=str(tmp_path / "cache")
+    )
+    sources = resolved(config)
+    pipeline, target = DataPipeline(config), tmp_path / "data"
+    manifest = pipeline.prepare(SNAPSHOT, target, sources=sources)
+    assert manifest.sources[0].sha256 == hashlib.sha256(data.read_bytes()).hexdigest()
+    changes = (
+        lambda: data.write_text(data.read_text() + "\n"),
+        lambda: os.utime(data, ns=(0, sources.files[0].modified_ns + 1)),
+        data.unlink,
+    )
+    for change in changes:
+        change()
+        with pytest.raises(DataLoadingError, match=r"qa\.jsonl changed while"):
+            pipeline.prepare(SNAPSHOT, target, sources=sources)
+        assert read_manifest(target) == manifest
+
+
 def test_the_same_input_gives_the_same_digest_and_another_one_another(tmp_path: Path) -> None:
     """The digest follows the rows used and the settings, not the place or the time."""
     data = write_jsonl(tmp_path / "qa.jsonl", synthetic(50))
@@ -499,7 +524,7 @@ def test_the_folder_is_keyed_by_what_matters_alone(tmp_path: Path) -> None:
 
     def target(snapshot: ModelSnapshot = SNAPSHOT, **values: Any) -> Path:
         config = TrainingConfig(model_name="embedded", data_paths=(data,), **values)
-        return dataset_target(config, snapshot, fingerprint_sources(config))
+        return dataset_target(resolved(config), snapshot)
 
     first = target()
     assert first.parent == Path(".qwen3ft/cache/datasets")

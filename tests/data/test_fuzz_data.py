@@ -14,8 +14,7 @@ from support.fuzz_files import Made, make
 from qwen3ft.data.readers.open import read_raw
 from qwen3ft.data.readers.raw import UnreadableFileError
 from qwen3ft.data.rows import UNREADABLE_FILE, RowRules, read_file
-from qwen3ft.data.sources import SourceFile
-from qwen3ft.records.data import BadRow
+from qwen3ft.records.data import BadRow, SourceFile
 
 ROWS, ROWS_PER_FILE = 25_000, 200
 MOST_SECONDS = 20.0

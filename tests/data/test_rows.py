@@ -28,12 +28,11 @@ from qwen3ft.data.rows import (
 from qwen3ft.data.sources import (
     EMBEDDED_SPLITS,
     SAMPLE_DATA,
-    SourceFile,
-    fingerprint_sources,
     resolve_sources,
+    resolved,
 )
 from qwen3ft.errors import DataLoadingError
-from qwen3ft.records.data import BadRow, QaRow
+from qwen3ft.records.data import BadRow, QaRow, SourceFile
 
 GOOD = {"question": "Which day?", "answer": "Friday"}
 
@@ -470,7 +469,7 @@ def test_a_missing_path_is_named_at_once(tmp_path: Path) -> None:
     missing = str(tmp_path / "nowhere.jsonl")
     started = time.perf_counter()
     with pytest.raises(DataLoadingError, match=r"dev data path .*nowhere\.jsonl") as caught:
-        fingerprint_sources(config(data_paths=("embedded:train",), dev_paths=(missing,)))
+        resolved(config(data_paths=("embedded:train",), dev_paths=(missing,)))
     assert time.perf_counter() - started < 1
     assert caught.value.next_command
     assert caught.value.facts["path"] == missing
@@ -487,7 +486,7 @@ def test_a_path_that_gives_no_rows_is_an_error(tmp_path: Path, path: str) -> Non
 def test_no_data_is_an_error_for_a_real_model() -> None:
     """Only the embedded model brings its own rows."""
     with pytest.raises(DataLoadingError, match="data_paths is empty"):
-        fingerprint_sources(config())
+        resolved(config())
     files, degraded = resolve_sources(config(model_name="embedded"))
     assert [file.label for file in files] == [f"embedded:{name}" for name in EMBEDDED_SPLITS]
     assert degraded == ()
@@ -508,13 +507,13 @@ def test_a_fingerprint_changes_with_the_content_alone(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(GOOD) + "\n")
     asked = config(data_paths=(str(path),))
-    before = fingerprint_sources(asked)
+    before = resolved(asked).fingerprints
     path.touch()
-    assert fingerprint_sources(asked) == before
+    assert resolved(asked).fingerprints == before
     path.write_text(json.dumps(GOOD) * 2)
-    [(name, digest, role)] = fingerprint_sources(asked)
+    [(name, digest, role)] = resolved(asked).fingerprints
     assert (name, role) == (str(path), "train")
-    assert digest != before[0].sha256
+    assert digest != before[0][1]
 
 
 def test_the_flows_side_of_the_data_stage_imports_no_heavy_library() -> None:
@@ -523,8 +522,8 @@ def test_the_flows_side_of_the_data_stage_imports_no_heavy_library() -> None:
         "import sys; from qwen3ft.config import TrainingConfig;"
         "from qwen3ft.data.folder import read_manifest;"
         "from qwen3ft.data.pipeline import dataset_target;"
-        "from qwen3ft.data.sources import fingerprint_sources;"
-        "fingerprint_sources(TrainingConfig(model_name='embedded'));"
+        "from qwen3ft.data.sources import resolved;"
+        "resolved(TrainingConfig(model_name='embedded'));"
         "print({'torch', 'transformers', 'datasets', 'prefect', 'mlflow'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

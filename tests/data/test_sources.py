@@ -25,14 +25,12 @@ from qwen3ft.data.hub import (
 )
 from qwen3ft.data.readers.open import read_raw
 from qwen3ft.data.sources import (
-    Fingerprint,
-    SourceFile,
-    digest_of,
-    fingerprint_sources,
     pin_sources,
     resolve_sources,
+    resolved,
 )
 from qwen3ft.errors import DataLoadingError, DownloadError
+from qwen3ft.records.data import SourceFile
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OLDER = "89abcdef0123456789abcdef0123456789abcdef"
@@ -187,8 +185,8 @@ def test_the_digest_is_over_the_bytes_on_disk(tmp_path: Path) -> None:
 
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(row("x"), mtime=1))
-    digest = digest_of(SourceFile("a", path, "train"))
-    assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    [file] = resolved(TrainingConfig(data_paths=(str(path),), cache_dir=str(tmp_path))).files
+    assert file.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 # --- the hub ---
@@ -291,10 +289,10 @@ def test_fingerprints_hold_label_and_content(fake_hub: list[str], tmp_path: Path
     config = TrainingConfig(
         data_paths=("hf://datasets/owner/weather/data/train*",), cache_dir=str(tmp_path)
     )
-    [first, _] = fingerprint_sources(config)
+    [first, _] = resolved(config).fingerprints
     digest = hashlib.sha256(FILES["data/train-00000.jsonl"]).hexdigest()
     label = f"hf://datasets/owner/weather@{COMMIT}/data/train-00000.jsonl"
-    assert first == Fingerprint(label, digest, "train")
+    assert first == [label, digest, "train"]
 
 
 def test_without_network_the_same_files_are_found_again(
@@ -371,5 +369,5 @@ def test_no_network_and_no_copy_is_an_error_that_names_the_missing_path_too(
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(DatasetUnavailableError, match="Nor is there a path my/rows"):
+    with pytest.raises(DatasetUnavailableError, match="There is no path my/rows"):
         ask("my/rows")
