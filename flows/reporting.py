@@ -51,7 +51,7 @@ def page_url() -> str | None:
 
 
 class RunReporter:
-    """Publishes what is known of one run.
+    """Publisher of what is known of one run.
 
     Attributes:
         facts: What is known so far; stages add to it.

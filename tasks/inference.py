@@ -1,4 +1,4 @@
-"""Stage 9: what the saved adapter answers, beside the base model and the champion."""
+"""Inference stage: compare the saved adapter with the base model and the champion."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ logger = get_logger("inference")
 def compare_answers(
     config: TrainingConfig, plan: TrainPlan, saved: SavedAdapter, champion: Champion | None
 ) -> InferenceReport:
-    """Answer the held-out questions with what is on disk."""
+    """Answer the held-out questions with every model that is on disk."""
     run = RunDir(Path(plan.run_dir))
     job = run.job("inference")
     request = InferenceRequest(
@@ -53,24 +53,24 @@ def compare_answers(
 
 @task(name="judge", task_run_name="judge", cache_policy=NO_CACHE)
 def ask_judge(config: TrainingConfig, report: InferenceReport) -> InferenceReport:
-    """The report with the judge's opinion; it can neither fail the run nor decide it."""
+    """Add the judge's opinion to the report; it can neither fail nor decide the run."""
     return with_judge(config, report)
 
 
 def with_judge(config: TrainingConfig, report: InferenceReport) -> InferenceReport:
-    """The report with the judge's opinion, if one is configured; what it came to is logged."""
+    """Add the opinion of the judge, if one is configured, and log it."""
     judge = judge_answers(config, Path(report.answers_path))
     if judge is None:
         return report
-    if told := judge_text(judge):
-        logger.info("judge %s: %s", judge.model, told)
+    if counts := judge_text(judge):
+        logger.info("judge %s: %s", judge.model, counts)
     if note := judge_note(judge):
         logger.warning("%s", note)
     return report.model_copy(update={"judge": judge})
 
 
 def log_inference(run: RunDir, report: InferenceReport) -> None:
-    """Scores and answers go to MLflow."""
+    """Send scores and answers to MLflow."""
     journal = Journal(run)
     journal.table(Path(report.answers_path))
     journal.json("inference/report.json", report.model_dump(mode="json"))

@@ -1,11 +1,10 @@
-"""What a model answered, kept by model and question, so that no night asks the same twice.
+"""Cache of answers and losses by model and question, so that no run asks the same twice.
 
-    <cache_dir>/answers/<key of the model>.jsonl      one `CachedAnswer` a line
+    <cache_dir>/answers/<key of the model>.jsonl      one `CachedAnswer` per line
 
-Guarantees: an answer is only found again for the same weights, question, reference and settings; a
-file is replaced as a whole, so a reader sees the old or the new one. A file that cannot be read, or
-cannot be written, costs time and nothing else.
-Does not cover bit-equality with a new answer: that depends on the other questions of its batch.
+An answer is found again only for the same weights, question, reference and settings. Files are
+replaced atomically; one that cannot be read or written costs time and nothing else. A new answer
+need not be bit-identical to a cached one, because padding depends on the rest of its batch.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ from qwen3ft.records.base import Record
 logger = get_logger("answer_cache")
 
 ANSWER_VERSION = 1
-"""Raised when the same model and question give another answer or loss than before."""
+"""Part of the key; raise it when the same model and question give another answer or loss."""
 
 MAX_ANSWERS = 5000
-"""Kept of one model: those used last, and the newest of the others."""
+"""Most answers kept for one model: those of this run, then the newest of the others."""
 
 MAX_MODELS = 16
 
@@ -38,7 +37,7 @@ _NOT_PART_OF_THE_QUESTION = ("split", "kind", "group")
 
 
 class CachedAnswer(Record):
-    """One answer and the loss of its reference; no answer where the loss alone was asked for."""
+    """One answer with the loss of its reference; `text` is None if only the loss was asked for."""
 
     key: str
     text: str | None = None
@@ -49,31 +48,31 @@ class CachedAnswer(Record):
 
     @property
     def generated(self) -> Generated:
-        """The answer as it was generated."""
+        """The answer as `answer_questions` returned it."""
         return Generated(text=self.text or "", stopped=self.stopped, tokens=self.tokens)
 
     @property
     def loss(self) -> RowLoss:
-        """The loss of the reference; not a number where it was not finite."""
+        """The loss of the reference; NaN if it was not finite."""
         nats = math.nan if self.loss_nats is None else self.loss_nats
         return RowLoss(nats, self.loss_tokens)
 
 
 def new_entry(key: str, generated: Generated | None, loss: RowLoss) -> CachedAnswer:
-    """A new entry."""
+    """Return the cache entry of an answer and a loss."""
     answer = {} if generated is None else vars(generated)
     nats = loss.nats if math.isfinite(loss.nats) else None
     return CachedAnswer(key=key, **answer, loss_nats=nats, loss_tokens=loss.tokens)
 
 
 def answer_key(row: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    """What the answer to `row` and its loss depend on, besides the model."""
+    """Return the hash of everything but the model that the answer to `row` depends on."""
     asked = {name: row[name] for name in row if name not in _NOT_PART_OF_THE_QUESTION}
     return sha256_json([asked, settings])
 
 
 class AnswerCache:
-    """The answers of one model; `model_key` has to name its weights, tokenizer and template."""
+    """Answers of one model; `model_key` must identify its weights, tokenizer and template."""
 
     def __init__(self, folder: Path, model_key: Sequence[str]) -> None:
         self.path = folder / f"{sha256_json([ANSWER_VERSION, *model_key])[:32]}.jsonl"
@@ -81,7 +80,7 @@ class AnswerCache:
         self._used: dict[str, None] = {}
 
     def get(self, key: str) -> CachedAnswer | None:
-        """The answer kept under `key`."""
+        """Return the answer under `key`, None if there is none."""
         if (entry := self._entries.get(key)) is not None:
             self._used[key] = None
         return entry
@@ -90,13 +89,13 @@ class AnswerCache:
         return self._entries[key]
 
     def add(self, entries: Iterable[CachedAnswer]) -> None:
-        """Keep answers, on disk by `save`."""
+        """Add answers; `save` writes them to disk."""
         for entry in entries:
             self._entries[entry.key] = entry
             self._used[entry.key] = None
 
     def save(self) -> None:
-        """Write the file; those of models used longest ago are removed."""
+        """Write the file and remove those of the models that were used longest ago."""
         others = [key for key in self._entries if key not in self._used]
         kept = [*others[::-1][: max(0, MAX_ANSWERS - len(self._used))][::-1], *self._used]
         lines = [self._entries[key].model_dump_json() + "\n" for key in kept]
@@ -107,17 +106,17 @@ class AnswerCache:
             for old in files[:-MAX_MODELS]:
                 old.unlink(missing_ok=True)
         except OSError as error:
-            logger.warning("answers are not kept for the next run: %s", error)
+            logger.warning("cannot keep the answers for the next run: %s", error)
 
     def _read(self) -> dict[str, CachedAnswer]:
         try:
             lines = self.path.read_bytes().splitlines()
             found = (CachedAnswer.model_validate_json(line) for line in lines)
             entries = {entry.key: entry for entry in found}
-            os.utime(self.path)  # used now: `save` removes the file of another model
+            os.utime(self.path)  # marks the model as used: `save` removes the oldest files
             return entries
         except FileNotFoundError:
             return {}
         except (OSError, ValidationError) as error:
-            logger.warning("the kept answers in %s cannot be used: %s", self.path, error)
+            logger.warning("cannot use the cached answers in %s: %s", self.path, error)
             return {}

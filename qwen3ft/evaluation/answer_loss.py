@@ -1,9 +1,7 @@
-"""The loss of given answers, row by row: how unlikely a model finds them.
+"""Loss of reference answers, row by row, rendered as for training.
 
-Guarantees: the rows are rendered as for training, results come in their order, and logits exist for
-a bounded number of tokens at a time. Running out of GPU memory halves the batch, as in
-`qwen3ft.evaluation.generation`.
-Does not cover bit-equality between batch sizes: padding changes the order of floating-point sums.
+Running out of GPU memory halves the batch, as in `qwen3ft.evaluation.generation`. Results are not
+bit-identical between batch sizes: padding changes the order of floating-point sums.
 """
 
 from __future__ import annotations
@@ -20,12 +18,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TOKENS_PER_CHUNK = 512
-"""Answer tokens whose logits exist at one time: 0.3 GB in fp32 for Qwen3's vocabulary."""
+"""Tokens whose logits exist at one time: 0.3 GB in fp32 for Qwen3's vocabulary of 151,936."""
 
 
 @dataclass(frozen=True)
 class RowLoss:
-    """Negative log-likelihood of one answer: summed nats, and the tokens they are summed over."""
+    """Negative log-likelihood of one answer in nats, and the tokens that it is summed over."""
 
     nats: float
     tokens: int
@@ -40,12 +38,12 @@ def answer_loss(
     *,
     escape: bool = False,
 ) -> float:
-    """Mean negative log-likelihood (nats) per answer token of all rows: see `answer_losses`."""
+    """Return the mean negative log-likelihood (nats) per answer token: see `answer_losses`."""
     return mean_loss(answer_losses(model, tokenizer, rows, batch_size, progress, escape=escape))
 
 
 def mean_loss(losses: Sequence[RowLoss]) -> float:
-    """Nats per token; every counted token of every row weighs the same. NaN for none."""
+    """Return the nats per token, each token weighing the same; NaN if there is none."""
     tokens = sum(loss.tokens for loss in losses)
     return sum(loss.nats for loss in losses) / tokens if tokens else float("nan")
 
@@ -59,11 +57,10 @@ def answer_losses(
     *,
     escape: bool = False,
 ) -> list[RowLoss]:
-    """Negative log-likelihood of each row's answer, in the order of `rows`.
+    """Return the negative log-likelihood of each row's answer, in the order of `rows`.
 
-    The prompt is not counted. The rows are rendered as for training, so the reasoning and the end
-    token count too. Of a conversation the last turn counts, which is the one that
-    `answer_questions` writes.
+    Reasoning and end token count as part of the answer, the prompt does not. In a conversation only
+    the last turn counts: it is the one that `answer_questions` writes.
 
     Raises:
         OutOfMemoryError: not even one row fits.
@@ -84,14 +81,11 @@ def answer_losses(
 
 
 def _summed_losses(model: PreTrainedModel, rows: Sequence[TokenizedRow]) -> list[float]:
-    """Negative log-likelihood of each row's trained tokens, summed.
-
-    The output head is applied to their positions only, a chunk at a time.
-    """
+    """Return the summed negative log-likelihood of each row's trained tokens."""
     import torch
 
     width = max(len(row.input_ids) for row in rows)
-    # Padding comes after the tokens, where causal attention cannot see it: its value is free.
+    # Padding stands after the tokens, where causal attention cannot see it: any value will do.
     inputs = pad_rows([row.input_ids for row in rows], width, 0).to(model.device)
     labels = pad_rows([_labels(row) for row in rows], width, IGNORED_LABEL).to(model.device)
     # Position t predicts token t + 1.
@@ -100,6 +94,7 @@ def _summed_losses(model: PreTrainedModel, rows: Sequence[TokenizedRow]) -> list
     totals = torch.zeros(len(rows), dtype=torch.float64)
     with torch.no_grad():
         hidden = causal.get_decoder()(input_ids=inputs, use_cache=False)[0]
+        # Logits of all positions would take 0.6 MB a token: apply the head to answers, in chunks.
         for start in range(0, len(place), TOKENS_PER_CHUNK):
             chunk = slice(start, start + TOKENS_PER_CHUNK)
             states = hidden[row_index[chunk], place[chunk]]

@@ -1,9 +1,7 @@
-"""What an answer is worth: comparison with a reference, signs of a broken model, what to look at.
+"""Questions and answers: exact match, loops, and the choice of questions and of samples to show.
 
-Guarantees: pure functions of text, for any script; the same answers always give the same judgement,
-the same questions and the same samples. Exact match is strict about content: '1,000' is not '1000'.
-Does not cover meaning (a right answer in other words counts as wrong), nor loops that change on
-every turn, such as a numbered list of the same item.
+Everything is deterministic and works in any script. Exact match sees no meaning: a correct answer
+in other words counts as wrong, and so does '1000' for '1,000'.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ MIN_NOT_LOOPING_SHARE = 0.95
 
 LOOP_MIN_REPEATS = 4
 LOOP_MIN_BYTES = 24
-"""UTF-8 bytes: eight Chinese characters weigh as much as 24 Latin letters, about four words."""
+"""Shortest loop in UTF-8 bytes: 24 Latin letters, or 8 Chinese characters, are about four words."""
 LOOP_MAX_UNIT_CHARACTERS = 2000
 
 MAX_SAMPLES = 20
@@ -37,7 +35,7 @@ _Item = TypeVar("_Item")
 
 @dataclass(frozen=True)
 class Question:
-    """One held-out question with its right answer; `split` groups questions of one kind."""
+    """One held-out question with its reference answer; `split` groups questions of one kind."""
 
     text: str
     reference: str
@@ -46,28 +44,28 @@ class Question:
 
 @dataclass(frozen=True)
 class Generated:
-    """What a model wrote.
+    """A model's output.
 
-    `text` has no special tokens. Where the prompt itself opened the thinking block, it begins with
-    that tag, so that a block which was never closed can be told from an answer.
+    `text` has no special tokens. If the prompt opened the thinking block, it begins with that tag,
+    so that a block that was never closed is not taken for an answer.
     """
 
     text: str
     stopped: bool
-    """Whether it ended with the end token, within the limit."""
+    """True if it ended with the end token, False if it was cut off at the limit."""
     tokens: int
-    """Tokens generated, the end token included."""
+    """Number of tokens generated, including the end token."""
 
     @property
     def answer(self) -> str:
-        """The text after the thinking."""
+        """The text after the reasoning."""
         return split_thinking(self.text)[1]
 
 
 def normalise(text: str) -> str:
-    """The answer in `text`, in the form that is compared.
+    """Return the answer in `text` in the form that is compared.
 
-    Drops the thinking, applies NFKC and casefolding, collapses white space and strips final
+    Drops the reasoning, applies NFKC and casefolding, collapses white space and strips final
     punctuation (unless nothing else is there).
     """
     answer = unicodedata.normalize("NFKC", split_thinking(text)[1])
@@ -76,16 +74,17 @@ def normalise(text: str) -> str:
 
 
 def exact_match(answer: str, reference: str) -> bool:
-    """Whether both are the same text once normalised; an empty answer never matches."""
+    """Return True if both are equal once normalised; an empty answer never matches."""
     normalised = normalise(answer)
     return bool(normalised) and normalised == normalise(reference)
 
 
 def is_looping(text: str) -> bool:
-    """Whether the end of `text` is one piece of text, over and over.
+    """Return True if `text` ends in one piece of text repeated over and over.
 
-    True when a unit of up to 2000 characters fills the tail at least four times and at least 24
-    bytes; the last turn may be cut short. Compares characters, so it works without spaces.
+    A loop is a unit of up to 2,000 characters that fills the tail at least four times and at least
+    24 bytes; its last turn may be cut off. A loop that changes every turn, such as a numbered list
+    of the same item, is not found.
     """
     tail = " ".join(text.split())
     for unit in range(1, min(len(tail) // LOOP_MIN_REPEATS, LOOP_MAX_UNIT_CHARACTERS) + 1):
@@ -97,7 +96,7 @@ def is_looping(text: str) -> bool:
 
 
 def _periodic_tail(text: str, unit: int) -> int:
-    """Length in characters of the longest end of `text` that has the period `unit`."""
+    """Return the length in characters of the longest tail of `text` with period `unit`."""
     start = len(text) - 1
     while start >= unit and text[start] == text[start - unit]:
         start -= 1
@@ -105,7 +104,7 @@ def _periodic_tail(text: str, unit: int) -> int:
 
 
 def answers_are_sound(answers: Sequence[str]) -> bool:
-    """Whether enough answers are not empty (95 %) and do not loop (95 %); False for none."""
+    """Return True if 95 % of the answers are not empty and 95 % do not loop; False for none."""
     return bool(answers) and (
         share(not split_thinking(text)[1] for text in answers) <= 1 - MIN_NOT_EMPTY_SHARE
         and share(is_looping(text) for text in answers) <= 1 - MIN_NOT_LOOPING_SHARE
@@ -113,11 +112,7 @@ def answers_are_sound(answers: Sequence[str]) -> bool:
 
 
 def choose_questions(questions: Sequence[Question], limit: int) -> list[int]:
-    """Indices of at most `limit` questions, ascending, spread over the splits in proportion.
-
-    Within a split the choice follows a hash of the question, so a file that grows changes as few
-    of the chosen questions as possible.
-    """
+    """Return ascending indices of at most `limit` questions, split by split in proportion."""
     if len(questions) <= limit:
         return list(range(len(questions)))
     groups = group_by(range(len(questions)), lambda index: questions[index].split)
@@ -125,6 +120,7 @@ def choose_questions(questions: Sequence[Question], limit: int) -> list[int]:
     ranks = [sha256(question.text.encode()).digest() for question in questions]
     chosen: list[int] = []
     for split, group in groups.items():
+        # By hash, not at random: a file that grows changes as few of the chosen ones as possible.
         chosen += sorted(group, key=lambda index: ranks[index])[: quotas[split]]
     return sorted(chosen)
 
@@ -142,7 +138,7 @@ def _proportional(sizes: Mapping[str, int], limit: int) -> dict[str, int]:
 def side_by_side(
     questions: Sequence[Question], answers: Mapping[ModelLabel, Sequence[Generated]]
 ) -> list[SideBySide]:
-    """What each model wrote, question by question."""
+    """Return every model's text, question by question."""
     by_label = {label: [answer.text for answer in given] for label, given in answers.items()}
     champion: Sequence[str | None] = by_label.get("champion") or [None] * len(questions)
     return [
@@ -159,10 +155,10 @@ def side_by_side(
 
 
 def choose_samples(pairs: Sequence[SideBySide], limit: int = MAX_SAMPLES) -> list[SideBySide]:
-    """Up to `limit` pairs where the models differ most, taken from the splits in turn.
+    """Return up to `limit` pairs where the models differ most, taken from the splits in turn.
 
-    How much they differ is the mean over base, champion and candidate, two at a time; a question
-    that only one of them answers differently comes after one that all answer differently.
+    Their difference is the mean over each two of base, champion and candidate, so a question that
+    all three answer differently comes before one where only one differs.
     """
     groups = group_by(pairs, lambda pair: pair.split)
     ranked = [sorted(groups[split], key=_difference_rank) for split in sorted(groups)]
@@ -171,7 +167,7 @@ def choose_samples(pairs: Sequence[SideBySide], limit: int = MAX_SAMPLES) -> lis
 
 
 def _difference_rank(pair: SideBySide) -> tuple[float, str]:
-    """Sorts the most different answers first; ties by the question."""
+    """Return a sort key: most different answers first, ties by question."""
     given = (pair.base, pair.candidate, pair.champion)
     compared = [normalise(text)[:COMPARED_CHARACTERS] for text in given if text is not None]
     likeness = [_likeness(*two) for two in combinations(compared, 2)]
@@ -179,21 +175,20 @@ def _difference_rank(pair: SideBySide) -> tuple[float, str]:
 
 
 def _likeness(one: str, other: str) -> float:
-    """0 to 1; what is equal costs nothing to compare."""
     if one == other:
-        return 1.0
+        return 1.0  # the common case, and comparing takes quadratic time
     return SequenceMatcher(None, one, other, autojunk=False).ratio()
 
 
-def group_by(items: Iterable[_Item], split: Callable[[_Item], str]) -> dict[str, list[_Item]]:
-    """The items by what `split` says of them, each group in order."""
+def group_by(items: Iterable[_Item], key: Callable[[_Item], str]) -> dict[str, list[_Item]]:
+    """Group the items by `key`, each group in order."""
     groups: dict[str, list[_Item]] = {}
     for item in items:
-        groups.setdefault(split(item), []).append(item)
+        groups.setdefault(key(item), []).append(item)
     return groups
 
 
 def share(values: Iterable[bool]) -> float:
-    """How many of the values are true, 0 to 1; 0 for none."""
+    """Return the share of true values, 0 to 1; 0 if there are none."""
     collected = list(values)
     return sum(collected) / len(collected) if collected else 0.0

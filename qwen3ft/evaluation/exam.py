@@ -1,7 +1,6 @@
-"""One model on the held-out questions and the ability set: what is known of it, and the rest.
+"""One model's exam: held-out questions and the ability set, answered from the cache or anew.
 
-Guarantees: a question whose answer is kept in the cache is not asked again; results come in the
-order of the questions; what was computed is kept before the next model has its turn.
+What was computed is saved before the next model is asked.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SAMPLED_QUESTIONS = 100
-"""Answered by sampling too: greedy answers hide what a model would say every third time."""
+"""Questions that are also answered by sampling: greedy answers hide what a model says often."""
 
 SAMPLING_SEED = 0
 
@@ -29,33 +28,33 @@ Beat = Callable[[str, int], None]
 
 @dataclass(frozen=True)
 class Exam:
-    """What every model is asked, and how."""
+    """The questions for every model, and how they are asked."""
 
     rows: Sequence[Row]
-    """Held-out rows: answered, and their references' loss taken."""
+    """Held-out rows: they are answered, and the loss of their references is measured."""
     ability: Sequence[Row]
-    """General rows: the loss alone."""
+    """General rows: only their loss is measured."""
     batch_size: int
     max_new_tokens: int
     escape: bool
 
     @property
     def questions(self) -> list[Question]:
-        """The held-out rows as they are scored."""
+        """The held-out rows as questions to score."""
         return [to_question(row) for row in self.rows]
 
     @property
     def thinking(self) -> list[bool]:
-        """Of which held-out rows thinking is asked for: those whose reference has some."""
+        """True for each held-out row with reasoning in its reference: the model may think first."""
         return [bool(row.get("reasoning")) for row in self.rows]
 
     @property
     def sampled(self) -> list[int]:
-        """Which held-out rows are answered by sampling too: some of every split."""
+        """Indices of the held-out rows that are also answered by sampling, from every split."""
         return choose_questions(self.questions, SAMPLED_QUESTIONS)
 
     def keys(self) -> tuple[list[str], list[str], list[str]]:
-        """What is kept under: of the held-out rows, those sampled, and the ability set."""
+        """Return the cache keys of the held-out, the sampled and the ability rows."""
         answered = {"max_new_tokens": self.max_new_tokens, "escape": self.escape}
         loss_alone = {"escape": self.escape}
         drawn = {**answered, "sampling_seed": SAMPLING_SEED}
@@ -68,15 +67,15 @@ class Exam:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What one model made of an exam, in the order of its rows."""
+    """One model's results, in the order of the exam's rows."""
 
     answers: list[Generated]
     losses: list[RowLoss]
     sampled: list[Generated]
-    """Of the exam's `sampled` rows."""
+    """Sampled answers to the exam's `sampled` rows."""
     ability: list[RowLoss]
     generated: int
-    """Answers that were not known before."""
+    """Number of answers that were not in the cache."""
 
 
 class Evaluation:
@@ -91,25 +90,25 @@ class Evaluation:
         self.missing_ability = self._unknown(self.ability_keys, exam.ability)
 
     def _unknown(self, keys: Sequence[str], rows: Sequence[Row]) -> dict[str, Row]:
-        """The rows that have to be computed, each once however often it occurs."""
+        """Return the rows to compute by key; a row that occurs twice is computed once."""
         found = dict(zip(keys, rows, strict=True))
         return {key: row for key, row in found.items() if self.cache.get(key) is None}
 
     @property
     def is_complete(self) -> bool:
-        """Whether the model need not be loaded."""
+        """True if everything is in the cache, so the model need not be loaded."""
         return not (self.missing or self.missing_sampled or self.missing_ability)
 
     def compute(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, label: str, beat: Beat
     ) -> None:
-        """Answer what is missing, and keep it.
+        """Compute and cache what is missing.
 
         Args:
-            model: In eval mode, as the model that is evaluated.
-            tokenizer: With a padding token.
-            label: Names the phase that `beat` is told.
-            beat: Told the phase and the number of rows done.
+            model: In eval mode, with the adapter of this exam active.
+            tokenizer: Must have a padding token.
+            label: First word of the phase that is passed to `beat`.
+            beat: Called with the phase and the number of rows done.
 
         Raises:
             OutOfMemoryError: not even one question fits.
@@ -153,7 +152,7 @@ class Evaluation:
         self.cache.save()
 
     def results(self) -> Evaluated:
-        """Everything, once nothing is missing."""
+        """Return all results; call it once `is_complete`."""
         known = [self.cache[key] for key in self.keys]
         return Evaluated(
             answers=[entry.generated for entry in known],
@@ -165,5 +164,5 @@ class Evaluation:
 
 
 def to_question(row: Row) -> Question:
-    """A held-out row as it is scored."""
+    """Return a held-out row as a question to score."""
     return Question(row["question"], row["answer"], row.get("split") or row.get("kind") or "test")

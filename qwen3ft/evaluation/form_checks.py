@@ -1,9 +1,7 @@
-"""The form of an answer, whatever it says: what breaks first in a model that was trained badly.
+"""Checks of an answer's form, which breaks first in a model that was trained badly.
 
-Guarantees: pure functions of text. A check says nothing about content, so a base model passes them
-as well as a tuned one, and only a share that falls is a sign.
-Does not cover languages of one script: English and French look the same here, Chinese and English
-do not.
+They say nothing about content: a base model passes them like a tuned one, and only a share that
+falls is a sign. Languages are told apart by script alone, so English and French look the same.
 """
 
 from __future__ import annotations
@@ -26,16 +24,16 @@ LENGTH = "length within bounds"
 FORM_CHECKS = (STOPS, NOT_EMPTY, NO_LOOP, THINKING, LANGUAGE, LENGTH)
 
 LONGEST_TIMES, LENGTH_SLACK_TOKENS = 4, 16
-"""An answer may have four times the reference's tokens and 16 more, or a quarter less 16."""
+"""Bounds of the length: 4 times the reference plus 16 tokens, or the reverse."""
 
 
 def check_form(answer: Generated, question: Question, *, thinking: bool) -> dict[str, bool]:
-    """Which of `FORM_CHECKS` the answer passes.
+    """Return {check: passed} for each of `FORM_CHECKS`.
 
     Args:
-        answer: What was written.
-        question: With its reference, whose length and language are allowed too.
-        thinking: Whether the model was asked to think first.
+        answer: The model's output.
+        question: Its reference sets the bounds of length and language.
+        thinking: True if the model was asked to think first.
     """
     said = answer.answer
     return {
@@ -49,10 +47,7 @@ def check_form(answer: Generated, question: Question, *, thinking: bool) -> dict
 
 
 def thinking_is_well_formed(text: str, *, asked: bool) -> bool:
-    """Whether `text` begins with one closed block if thinking was asked for, and has none if not.
-
-    A model that cannot think fails where it was asked to, and so does its base.
-    """
+    """Return True if `text` begins with one closed thinking block if asked, else has none."""
     opened, closed = text.count(THINK_OPEN), text.count(THINK_CLOSE)
     if not asked:
         return opened == closed == 0
@@ -61,9 +56,9 @@ def thinking_is_well_formed(text: str, *, asked: bool) -> bool:
 
 
 def language_fits(answer: str, question: Question) -> bool:
-    """Whether the answer is in the script of the question or, as in translations, the reference.
+    """Return True if the answer is in the script of the question or, for translations, reference.
 
-    An answer without letters is in every language, an empty one in none.
+    An answer without letters fits every language, an empty one fits none.
     """
     script = main_script(answer)
     if script is None:
@@ -72,15 +67,12 @@ def language_fits(answer: str, question: Question) -> bool:
 
 
 def main_script(text: str) -> str | None:
-    """The script of most letters ('LATIN', 'CJK', 'CYRILLIC', ...); None without letters.
-
-    One Han character says about as much as a word, so it weighs as much as four letters.
-    """
+    """Return the script of most letters ('LATIN', 'CJK', 'CYRILLIC', ...); None without letters."""
     weights: Counter[str] = Counter()
     for character in text:
         if character.isalpha():
             script = _script(character)
-            weights[script] += 4 if script == "CJK" else 1
+            weights[script] += 4 if script == "CJK" else 1  # one Han character is about a word
     return max(weights, key=lambda script: (weights[script], script)) if weights else None
 
 
@@ -90,7 +82,7 @@ def _script(character: str) -> str:
 
 
 def length_fits(answer: str, reference: str) -> bool:
-    """Whether the answer is not many times longer or shorter than the reference."""
+    """Return True if the answer is not many times longer or shorter than the reference."""
     given, wanted = len(answer_tokens(answer)), len(answer_tokens(reference))
     longest = wanted * LONGEST_TIMES + LENGTH_SLACK_TOKENS
     return wanted <= given * LONGEST_TIMES + LENGTH_SLACK_TOKENS and given <= longest

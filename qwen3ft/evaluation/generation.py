@@ -1,9 +1,8 @@
-"""Batched greedy answers of a model. The loss of given answers is in `answer_loss`.
+"""Answer questions in batches, greedily or by sampling.
 
-Guarantees: results come in the order of the questions, and no answer is longer than asked. Running
-out of GPU memory halves the batch, because here its size does not change what is asked for
-(training never does this: there it is a new attempt).
-Does not cover bit-equality between batch sizes: padding changes the order of floating-point sums.
+Running out of GPU memory halves the batch; in training, where the batch matters, it is a new
+attempt. Answers are not bit-identical between batch sizes: padding changes the order of
+floating-point sums.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ OnProgress = Callable[[int], None]
 
 
 def no_progress(_: int) -> None:
-    """For callers that do not watch."""
+    """Ignore the progress."""
 
 
 def answer_questions(
@@ -52,20 +51,20 @@ def answer_questions(
     progress: OnProgress = no_progress,
     sampling_seed: int | None = None,
 ) -> list[Generated]:
-    """Answer each question greedily, or by sampling; results are in the order of `questions`.
+    """Answer each question; results are in the order of `questions`.
 
     Args:
         model: In eval mode.
-        tokenizer: With a padding token.
-        questions: What a user would type, or rows, of which the last turn of the assistant is to
-            be written; the chat template is applied here.
+        tokenizer: Must have a padding token.
+        questions: Texts that a user would type, or rows whose last assistant turn is to be
+            written; the chat template is applied here.
         batch_size: Questions at a time; halved whenever memory runs out.
-        max_new_tokens: Longest answer, thinking included.
-        thinking: Whether the model is asked to think first: of all questions, or of each.
-        escape: Read control tokens in the texts as plain text, as `chat.tokenize_rows` does.
-        progress: Told the number of questions done, every few tokens.
-        sampling_seed: Draw each token by its probability (temperature 1, nothing cut off); the
-            same seed, model, questions and batches give the same answers. Greedy if None.
+        max_new_tokens: Longest answer, including the reasoning.
+        thinking: True to let the model think first, for all questions or for each.
+        escape: Encode control tokens in the texts as plain text, as in training.
+        progress: Called with the number of questions done, every few tokens.
+        sampling_seed: Sample at temperature 1 without any cut-off; None for greedy decoding. The
+            same seed, model, questions and batches give the same answers.
 
     Raises:
         OutOfMemoryError: not even one question fits.
@@ -99,7 +98,7 @@ def answer_questions(
 
 @contextmanager
 def _seeded(seed: int | None) -> Iterator[None]:
-    """Within it, torch draws from `seed`; afterwards it goes on as if nothing had been drawn."""
+    """Seed torch for the body; afterwards its generators are as they were."""
     import torch
 
     if seed is None:
@@ -113,7 +112,7 @@ def _seeded(seed: int | None) -> Iterator[None]:
 def in_batches(
     items: Sequence[_Item], batch_size: int, run: Callable[[Sequence[_Item]], _Result]
 ) -> Iterator[tuple[Sequence[_Item], _Result]]:
-    """Each batch with `run(batch)`, in order; a batch that runs out of memory is halved for good.
+    """Yield each batch with `run(batch)`; after running out of memory, batches are half as large.
 
     Raises:
         OutOfMemoryError: `run` ran out of memory with a single item.
@@ -137,23 +136,19 @@ def in_batches(
                 batch_size=1,
             )
         batch_size = len(batch) // 2
-        logger.warning("out of memory; going on with batches of %d", batch_size)
+        logger.warning("out of memory; continuing with batches of %d", batch_size)
 
 
 def _run_within_memory(
     run: Callable[[Sequence[_Item]], _Result], batch: Sequence[_Item]
 ) -> tuple[_Result] | None:
-    """`run(batch)` in a tuple, or None when memory ran out.
-
-    Nothing is freed inside the except block: until it is left, the traceback keeps the tensors of
-    the failed call alive.
-    """
+    """Return `run(batch)` in a tuple, or None if memory ran out."""
     import torch
 
     try:
         return (run(batch),)
     except torch.OutOfMemoryError:
-        return None
+        return None  # the caller frees memory: in here the traceback keeps the tensors alive
 
 
 def _release_memory() -> None:
@@ -171,7 +166,7 @@ def _generate(
     settings: GenerationConfig,
     beat: Callable[[], None],
 ) -> list[list[int]]:
-    """The tokens after each prompt, up to and including the end token; padding removed."""
+    """Return the tokens after each prompt, up to and including the end token."""
     import torch
     from transformers import StoppingCriteriaList
 
@@ -197,13 +192,10 @@ def _generate(
 def greedy_settings(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
 ) -> GenerationConfig:
-    """The likeliest token every time, up to an end token.
-
-    Each value is set because `generate` takes those left out from the model's own settings, which
-    for Qwen3 are those of sampling.
-    """
+    """Return settings for greedy decoding up to an end token."""
     from transformers import GenerationConfig
 
+    # `generate` takes what is left out from the model's own settings; Qwen3's are for sampling.
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -219,7 +211,7 @@ def greedy_settings(
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Every token that ends an answer: the tokenizer's, and those the model's settings name."""
+    """Return the ids of the end tokens: the tokenizer's, and those in the model's settings."""
     named = model.generation_config.eos_token_id
     named = [] if named is None else [named] if isinstance(named, int) else named
     return {*named, tokenizer.eos_token_id}
@@ -233,7 +225,7 @@ def _cut_after_end(tokens: list[int], ends: set[int]) -> list[int]:
 def _read(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: list[int]
 ) -> Generated:
-    """The tokens as text, with the thinking tag that the prompt may have opened in front."""
+    """Decode the tokens, after the thinking tag if the prompt ended with one."""
     text = tokenizer.decode(tokens, skip_special_tokens=True)
     if prompt.rstrip().endswith(THINK_OPEN):
         text = f"{THINK_OPEN}\n{text}"
@@ -244,7 +236,7 @@ def _read(
 def pad_rows(
     rows: Sequence[Sequence[int]], width: int, value: int, *, left: bool = False
 ) -> torch.Tensor:
-    """Rows as one tensor of the shape (rows, width), filled up with `value` on one side."""
+    """Return the rows as a tensor of shape (rows, width), padded with `value` on one side."""
     import torch
 
     padding = ([value] * (width - len(row)) for row in rows)

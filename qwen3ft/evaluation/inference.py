@@ -1,10 +1,8 @@
-"""What a fine-tuned model answers, beside the base model and the adapter in use.
+"""The inference test: base, candidate and champion answer the same held-out questions.
 
-Guarantees: the 4-bit base is loaded once, and base, candidate and champion answer the same
-questions by the same greedy decoding on it; only adapters whose manifest holds are loaded, from
-safetensors, and every tensor of theirs is attached; a model whose answers are all kept is not asked
-again. How answers are generated and scored is in `qwen3ft.evaluation.generation` and
-`qwen3ft.evaluation.scoring`; what follows from the scores in `qwen3ft.evaluation.gate`.
+The 4-bit base is loaded once, and all three are asked alike on it. Only adapters with an intact
+manifest are loaded, and every tensor of theirs must be attached. A model whose answers are all
+cached is not asked again. `qwen3ft.evaluation.gate` decides what follows from the scores.
 """
 
 from __future__ import annotations
@@ -54,13 +52,13 @@ logger = get_logger("inference")
 
 
 class InferenceTester:
-    """Loads a saved adapter on its 4-bit base and asks it questions."""
+    """Access to a saved adapter: load it on its 4-bit base, ask it, check its answers."""
 
     def __init__(self, config: TrainingConfig) -> None:
         self.config = config
 
     def load_finetuned_model(self, model_path: str) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-        """The adapter in the folder `model_path` on the 4-bit base that its run card names.
+        """Load the adapter in the folder `model_path` on the 4-bit base that it was trained on.
 
         Raises:
             ModelNotFoundError: there is no adapter at `model_path`.
@@ -74,9 +72,9 @@ class InferenceTester:
     def test_inference(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str
     ) -> str:
-        """The greedy answer to `prompt`: no special tokens, and the thinking left out.
+        """Return the greedy answer to `prompt`, without special tokens and reasoning.
 
-        '' if the thinking did not end within `config.max_new_tokens`.
+        It is '' if the reasoning did not end within `config.max_new_tokens`.
         """
         [generated] = answer_questions(
             model,
@@ -89,21 +87,19 @@ class InferenceTester:
         return generated.answer
 
     def validate_model_quality(self, responses: list[str]) -> bool:
-        """Whether enough responses are not empty (95 %) and do not loop (95 %)."""
+        """Return True if 95 % of the responses are not empty and 95 % do not loop."""
         return answers_are_sound(responses)
 
 
 def run_inference(request: InferenceRequest, beat: Callable[[str, int], None]) -> InferenceReport:
     """Answer held-out questions with base, candidate and champion, and compare them.
 
-    Writes every answer to `request.answers_path` and every score beside it (JSON lines). Answers
-    that an earlier run got from the same model are not generated again. A champion that cannot be
-    compared (damaged, or of another base model) is left out of the scores;
-    `qwen3ft.evaluation.gate` then waits.
+    Writes every answer to `request.answers_path` and every score beside it (JSON lines). A champion
+    that is damaged or belongs to another base model is left out; the gate then defers its decision.
 
     Args:
-        request: What to load and to ask.
-        beat: Called with the phase and the number of questions done as progress is made.
+        request: Models to load and questions to ask.
+        beat: Called with the phase and the number of questions done.
 
     Raises:
         DataLoadingError: there are no questions.
@@ -139,7 +135,7 @@ def run_inference(request: InferenceRequest, beat: Callable[[str, int], None]) -
 
 
 def _open_evaluation(request: InferenceRequest, exam: Exam, adapter: Path | None) -> Evaluation:
-    """The exam of the base, or of an adapter on it, with what is known of its answers."""
+    """Return the exam of the base, or of an adapter on it, with its cached answers."""
     model = request.model
     files = [adapter / name for name in (ADAPTER_FILE, ADAPTER_CONFIG_FILE)] if adapter else []
     base = (request.device, model.compute_dtype, model.manifest_sha256, model.chat_template_sha256)
@@ -148,10 +144,10 @@ def _open_evaluation(request: InferenceRequest, exam: Exam, adapter: Path | None
 
 
 def _read_rows(path: Path, limit: int) -> list[dict[str, Any]]:
-    """At most `limit` rows of the file, spread over its splits.
+    """Read at most `limit` rows of the file, spread over its splits.
 
     Raises:
-        DataLoadingError: there are none.
+        DataLoadingError: the file has no rows.
     """
     rows, _ = read_json_lines(path)
     if not rows:
@@ -166,7 +162,7 @@ def _read_rows(path: Path, limit: int) -> list[dict[str, Any]]:
 
 
 def _choose_adapters(request: InferenceRequest) -> dict[ModelLabel, Path]:
-    """The adapters to compare, verified; the candidate first."""
+    """Return the verified adapters to compare, the candidate first."""
     candidate = Path(request.adapter.path)
     check_adapter(candidate)
     adapters: dict[ModelLabel, Path] = {"candidate": candidate}
@@ -174,12 +170,12 @@ def _choose_adapters(request: InferenceRequest) -> dict[ModelLabel, Path]:
         try:
             adapters["champion"] = _check_champion(request.champion, request.model)
         except (ModelNotFoundError, SaveError, ModelUnavailableError) as error:
-            logger.warning("the champion is not compared: %s", error)
+            logger.warning("the champion is left out of the comparison: %s", error)
     return adapters
 
 
 def _check_champion(champion: Champion, model: ModelSnapshot) -> Path:
-    """The champion's folder, if it holds and belongs to the same base model."""
+    """Return the champion's folder, verified to be intact and on the same base model."""
     folder = Path(champion.adapter_path or "")
     check_adapter(folder)
     base = read_provenance(folder)["base"]
@@ -187,7 +183,7 @@ def _check_champion(champion: Champion, model: ModelSnapshot) -> Path:
         raise ModelUnavailableError(
             f"Champion v{champion.version} belongs to {base['model_name']} at revision "
             f"{base['revision']}, not to {model.source.model_name} at {model.source.revision}.",
-            why="On another base model its answers would say nothing about it.",
+            why="Its answers on another base model would say nothing about it.",
             next_command="qwen3ft status",
         )
     return folder
@@ -196,7 +192,7 @@ def _check_champion(champion: Champion, model: ModelSnapshot) -> Path:
 def _load(
     config: TrainingConfig, base: str, adapters: Mapping[ModelLabel, Path]
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """The 4-bit base with the adapters attached under their labels; the first is active."""
+    """Load the 4-bit base with the adapters attached under their labels; the first is active."""
     from peft import PeftModel
 
     from qwen3ft.model.manager import ModelManager
@@ -213,9 +209,10 @@ def _load(
 
 
 def _check_attached(model: PeftModel, label: ModelLabel, folder: Path) -> None:
-    """Raise unless exactly the tensors of the file were attached; PEFT only warns."""
+    """Raise SaveError unless exactly the tensors of the file were attached."""
     from peft import get_peft_model_state_dict
 
+    # PEFT only warns about tensors that it could not place.
     stored = {tensor.name for tensor in read_header(folder / ADAPTER_FILE)}
     attached = set(get_peft_model_state_dict(model, adapter_name=label))
     if stored != attached:
@@ -230,7 +227,7 @@ def _check_attached(model: PeftModel, label: ModelLabel, folder: Path) -> None:
 
 
 def _active(model: PeftModel, label: ModelLabel) -> AbstractContextManager[None]:
-    """Within it, `model` is the model that `label` names."""
+    """Make `model` the one that `label` names, within the body."""
     if label == "base":
         base: AbstractContextManager[None] = model.disable_adapter()
         return base

@@ -1,13 +1,11 @@
-"""A second opinion on the answers: a model behind an OpenAI-compatible server compares them.
+"""Optional second opinion: a model behind an OpenAI-compatible server compares answers.
 
-Off unless `judge_url` is set; then questions, right answers and answers leave the process, with
-credentials and personal data masked. The gate does not read what comes of it.
+Off unless `judge_url` is set; then questions, references and answers are sent there, with
+credentials and personal data masked. The gate ignores the result.
 
-Guarantees: the candidate is compared with its rival (the champion, else the base) on the same
-questions for the same answers; each pair is shown in both orders, and a win is one in both, since
-judges favour a place (Zheng et al. 2023, "Judging LLM-as-a-Judge with MT-Bench and Chatbot Arena",
-3.4); the right answer is shown, as there in 3.4 for questions that judges get wrong. Whatever the
-server does, a report comes of it, in time; of its words, one is read and none is kept.
+The candidate is compared with its rival, which is the champion or else the base model. Each pair is
+shown in both orders, with the reference, as in Zheng et al. 2023, "Judging LLM-as-a-Judge with
+MT-Bench and Chatbot Arena", section 3.4. Whatever the server does, there is a report in time.
 """
 
 from __future__ import annotations
@@ -32,13 +30,13 @@ from qwen3ft.files import read_json_lines, sha256_json
 from qwen3ft.records.evaluation import JudgeReport, RivalLabel, SideBySide
 
 TEXT_CHARACTERS = 4000
-"""Of a question or an answer."""
+"""Longest question or answer that is sent; the rest is cut off."""
 
 MOST_FAILURES = 3
-"""Questions in vain after which the server is asked no more."""
+"""Failed questions after which the judge gives up on the server."""
 
 _CLOSE_SECONDS = 5.0
-"""To close connections, once time is up."""
+"""Time to close connections after the deadline."""
 
 _Outcome = Literal["win", "tie", "loss", "unreadable"]
 _Choice = Literal["first", "second", "tie"]
@@ -59,12 +57,12 @@ _CHOICE = re.compile(r"\W*(?:the )?(first|second|tie)(?: one| answer)?\W*", re.I
 def judge_answers(
     config: TrainingConfig, answers_path: Path, limits: Limits | None = None
 ) -> JudgeReport | None:
-    """What the configured judge says of the answers; None if it is off.
+    """Let the configured judge compare the answers; None if no judge is configured.
 
     Args:
-        config: Its `judge_...` settings; the key is read from the environment now.
-        answers_path: jsonl of `SideBySide`, as the inference test writes it.
-        limits: How long, how often and how much.
+        config: Its `judge_...` settings name the server; the key is read from the environment.
+        answers_path: JSON lines of `SideBySide`, as the inference test writes them.
+        limits: Limits of time, tries and size.
     """
     if config.judge_url is None or config.judge_model is None:
         return None
@@ -97,13 +95,13 @@ def judge_answers(
 
 
 def choose_pairs(pairs: Sequence[SideBySide], limit: int) -> list[SideBySide]:
-    """At most `limit` of the pairs, spread over the splits; the same for the same questions."""
+    """Return at most `limit` pairs, spread over the splits and always the same."""
     questions = [Question(pair.question, pair.reference, pair.split) for pair in pairs]
     return [pairs[index] for index in choose_questions(questions, limit)]
 
 
 class _Panel:
-    """One sitting: the outcomes so far, and why there are no more of them."""
+    """One session with the judge: its outcomes so far, and why it ended early."""
 
     def __init__(self, model: str, rival: RivalLabel, limits: Limits) -> None:
         self.outcomes: dict[int, _Outcome] = {}
@@ -115,21 +113,21 @@ class _Panel:
         self._turn = asyncio.Semaphore(limits.at_a_time)
 
     def judge(self, url: str, key_variable: str | None, pairs: Sequence[SideBySide]) -> None:
-        """Fill `outcomes`, by place in `pairs`, until all is done or time is up."""
+        """Fill `outcomes`, by index in `pairs`, until all are judged or time is up."""
         key = os.environ.get(key_variable, "") if key_variable else None
         if key is not None and (not key or not key.isascii() or not key.isprintable()):
-            self.problem = f"the environment variable {key_variable} holds no key"
+            self.problem = f"the environment variable {key_variable} holds no valid key"
             return
         try:
             client = open_client(url, key, self._limits)
         except (httpx.InvalidURL, OSError) as error:
-            self.problem = f"no connection can be made ({type(error).__name__})"
+            self.problem = f"no connection is possible ({type(error).__name__})"
             return
-        # A thread of its own: in a notebook this one has a loop already. It is not waited for where
-        # a look-up of the host's name, which nothing can break off, takes longer than the deadline.
-        sitting = Thread(target=asyncio.run, args=(self._judge_all(client, pairs),), daemon=True)
-        sitting.start()
-        sitting.join(self._limits.deadline_seconds + _CLOSE_SECONDS)
+        # A thread of its own, because in a notebook this one already has an event loop; a daemon,
+        # because a DNS lookup cannot be cancelled and may outlast the deadline.
+        thread = Thread(target=asyncio.run, args=(self._judge_all(client, pairs),), daemon=True)
+        thread.start()
+        thread.join(self._limits.deadline_seconds + _CLOSE_SECONDS)
 
     async def _judge_all(self, client: httpx.AsyncClient, pairs: Sequence[SideBySide]) -> None:
         endpoint = Endpoint(client, self._model, self._limits)
@@ -140,8 +138,8 @@ class _Panel:
                     tasks.create_task(self._judge_one(endpoint, clock, index, pair))
         except TimeoutError:
             if self._failures < MOST_FAILURES:
-                self.problem = f"its {seconds:g} s were over"
-        except ExceptionGroup as group:  # a defect of ours; not worth the training before it
+                self.problem = f"its time of {seconds:g} s ran out"
+        except ExceptionGroup as group:  # a bug of ours must not cost the training before it
             self.problem = f"asking it failed ({type(group.exceptions[0]).__name__})"
 
     async def _judge_one(
@@ -153,27 +151,29 @@ class _Panel:
             return
         async with self._turn:
             choices: list[_Choice | None] = []
+            # Both orders, because judges favour one position: only a win in both is a win.
             for order in ((candidate, rival), (rival, candidate)):
                 reply = await endpoint.ask(make_messages(pair, *order))
                 if reply.problem:
                     self._failures += 1
                     self.problem = self.problem or reply.problem
                     if self._failures >= MOST_FAILURES and not clock.expired():
-                        clock.reschedule(0.0)  # time is up, now
+                        clock.reschedule(0.0)  # ends the session now
                     return
                 choices.append(read_choice(reply.text))
         self.outcomes[index] = _outcome(*choices)
 
 
 def make_messages(pair: SideBySide, first: str, second: str) -> list[dict[str, str]]:
-    """What the judge is sent; no text can hold the marks around it, which hang on all of them."""
+    """Return the messages that ask the judge to compare the answers `first` and `second`."""
     texts = {
         "QUESTION": shown(pair.question, TEXT_CHARACTERS),
         "RIGHT ANSWER": shown(pair.reference, TEXT_CHARACTERS),
         "FIRST ANSWER": first or "(empty)",
         "SECOND ANSWER": second or "(empty)",
     }
-    mark = sha256_json(sorted(texts.values()))[:16]  # the same in both orders
+    # A hash of all texts: none of them can contain it, and so end its block early.
+    mark = sha256_json(sorted(texts.values()))[:16]
     parts = [
         f"<<<{name} {mark}>>>\n{text}\n<<<END {name} {mark}>>>" for name, text in texts.items()
     ]
@@ -184,7 +184,7 @@ def make_messages(pair: SideBySide, first: str, second: str) -> list[dict[str, s
 
 
 def read_choice(text: str) -> _Choice | None:
-    """The one word in the judge's last line, thinking left out; None if it is another."""
+    """Return the verdict in the last line after the reasoning, None if there is none."""
     lines = split_thinking(text)[1].splitlines() or [""]
     found = _CHOICE.fullmatch(lines[-1])
     if found is None:
@@ -194,7 +194,7 @@ def read_choice(text: str) -> _Choice | None:
 
 
 def _outcome(candidate_first: _Choice | None, candidate_second: _Choice | None) -> _Outcome:
-    """Better or worse only if both orders say so."""
+    """Combine the verdicts of both orders; a win or a loss needs both."""
     if candidate_first is None or candidate_second is None:
         return "unreadable"
     if (candidate_first, candidate_second) == ("first", "second"):
@@ -203,7 +203,7 @@ def _outcome(candidate_first: _Choice | None, candidate_second: _Choice | None) 
 
 
 def _answer(text: str) -> str:
-    """What is judged of a model's text: after its thinking, masked, cut."""
+    """Return the answer in `text` as it is judged: without reasoning, masked and cut."""
     return shown(split_thinking(text)[1], TEXT_CHARACTERS)
 
 

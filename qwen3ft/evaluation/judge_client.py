@@ -1,9 +1,8 @@
-"""Questions to an OpenAI-compatible server (`POST chat/completions`): bounded, whatever it answers.
+"""Client of an OpenAI-compatible server (`POST chat/completions`) that trusts it with nothing.
 
-Guarantees: a reply is a text or the reason why there is none, never an exception of the network's;
-no redirect is followed, so questions and key go to the configured host alone; an answer is read up
-to a limit; what a server says is in no reason. Busy and broken servers (429, 5xx, no answer) are
-asked again a few times, as their Retry-After says.
+A reply is a text or the reason why there is none, never a network exception, and a reason quotes
+nothing that the server said. Answers are read up to a limit. Busy and broken servers (429, 5xx, no
+answer) are asked again a few times, as their Retry-After says.
 """
 
 from __future__ import annotations
@@ -21,41 +20,41 @@ import httpx
 from qwen3ft.units import MIB
 
 ANSWER_TOKENS = 1024
-"""One word is asked for; a judge that thinks needs room before it."""
+"""Longest reply: one word is asked for, but a model that reasons needs room before it."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How long, how often and how much."""
+    """Limits of time, tries and size."""
 
     deadline_seconds: float = 300.0
-    """For all questions together."""
+    """Time for all questions together."""
     request_seconds: float = 60.0
-    """For one try, from connecting to the last byte."""
+    """Time for one try, from connecting to the last byte."""
     tries: int = 3
     first_wait_seconds: float = 1.0
-    """Before the second try; doubled before each one after."""
+    """Wait before the second try; it doubles before each further one."""
     longest_wait_seconds: float = 60.0
-    """A server that asks for more is given up on."""
+    """Longest wait that a server may ask for."""
     at_a_time: int = 4
     answer_bytes: int = MIB
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What came of one question."""
+    """Reply to one question."""
 
     text: str = ""
     problem: str = ""
-    """Why there is no text: a clause about the server, in our words."""
+    """Reason why there is no text: a clause about the server."""
     again: bool = False
-    """Whether another try may succeed."""
+    """True if another try may succeed."""
     wait_seconds: float = 0.0
-    """What the server asks to wait before it."""
+    """Wait that the server asks for before another try."""
 
 
 class Endpoint:
-    """One model of one server, asked over `client`, whose base URL is the server's."""
+    """One model on the server that is the base URL of `client`."""
 
     def __init__(self, client: httpx.AsyncClient, model: str, limits: Limits) -> None:
         self._client = client
@@ -63,7 +62,7 @@ class Endpoint:
         self._limits = limits
 
     async def ask(self, messages: Sequence[dict[str, str]]) -> Reply:
-        """The model's greedy answer, after a few tries at most."""
+        """Return the model's greedy answer, after several tries if need be."""
         limits = self._limits
         wait_seconds = limits.first_wait_seconds
         for left in reversed(range(limits.tries)):
@@ -98,12 +97,13 @@ class Endpoint:
             return Reply(problem=f"it broke off ({type(error).__name__})", again=True)
         if content is None:
             limit = self._limits.answer_bytes
-            return Reply(problem=f"it answered with more than {limit:,} bytes")
+            return Reply(problem=f"it sent more than {limit:,} bytes")
         return _completion(content)
 
     async def _read(self, response: httpx.Response) -> bytes | None:
-        """The body as it came, None if it is too long; what is compressed could grow."""
+        """Return the body, None if it is too long."""
         content = b""
+        # raw: a compressed body could grow beyond any limit
         async for chunk in response.aiter_raw():
             content += chunk
             if len(content) > self._limits.answer_bytes:
@@ -112,10 +112,10 @@ class Endpoint:
 
 
 def open_client(url: str, key: str | None, limits: Limits) -> httpx.AsyncClient:
-    """A client for the server at the base URL `url`; the key is in its header and nowhere else.
+    """Return a client for the server at `url`; the key is in its headers and nowhere else.
 
     Raises:
-        httpx.InvalidURL, OSError: the URL, or a certificate the environment names, cannot be used.
+        httpx.InvalidURL, OSError: the URL is invalid, or a certificate file cannot be read.
     """
     headers = {"Accept-Encoding": "identity"}
     if key is not None:
@@ -125,23 +125,23 @@ def open_client(url: str, key: str | None, limits: Limits) -> httpx.AsyncClient:
         base_url=url,
         headers=headers,
         timeout=limits.request_seconds,
-        follow_redirects=False,
-        trust_env=is_https,  # a proxy would take what is plain out of the house
-        verify=is_https,  # certificates, which take time to load, are of no use without TLS
+        follow_redirects=False,  # questions and key go to the configured host alone
+        trust_env=is_https,  # plain http must not leave the network through a proxy
+        verify=is_https,  # loading certificates takes time, and http needs none
     )
 
 
 def _refusal(response: httpx.Response) -> Reply:
     status = response.status_code
     if response.is_redirect:
-        return Reply(problem=f"it answers HTTP {status}, a redirect, and none is followed")
+        return Reply(problem=f"it answers HTTP {status}, and redirects are not followed")
     again = status in (httpx.codes.REQUEST_TIMEOUT, httpx.codes.TOO_MANY_REQUESTS) or status >= 500
     wait_seconds = _retry_after_seconds(response.headers.get("Retry-After", ""))
     return Reply(problem=f"it answers HTTP {status}", again=again, wait_seconds=wait_seconds)
 
 
 def _retry_after_seconds(value: str) -> float:
-    """Seconds or a date (RFC 9110, 10.2.3), as seconds from now; 0 for what is neither."""
+    """Return the seconds to wait, given seconds or a date (RFC 9110, 10.2.3); 0 if invalid."""
     if value.isascii() and value.isdigit():
         return float(value[:9])
     try:
@@ -151,10 +151,10 @@ def _retry_after_seconds(value: str) -> float:
 
 
 def _completion(content: bytes) -> Reply:
-    """The text of the first choice; '' where the model wrote none."""
+    """Return the text of the first choice; '' if the model wrote none."""
     try:
         body: Any = json.loads(content)
         text = body["choices"][0]["message"]["content"]
     except (ValueError, TypeError, LookupError, RecursionError):
-        return Reply(problem="what it answers is no chat completion")
+        return Reply(problem="its answer is not a chat completion")
     return Reply(text=text if isinstance(text, str) else "")

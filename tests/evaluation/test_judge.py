@@ -269,7 +269,7 @@ def test_retry_after_is_waited_for(tmp_path: Path) -> None:
         (500, {}, 3, "it answers HTTP 500"),
         (401, {}, 1, "it answers HTTP 401"),
         (429, {"Retry_After": "86400"}, 1, "it answers HTTP 429 and asks to wait 86,400 s"),
-        (200, {}, 1, "what it answers is no chat completion"),
+        (200, {}, 1, "its answer is not a chat completion"),
     ],
 )
 def test_a_server_that_fails_for_ever_is_given_up_on(
@@ -290,7 +290,7 @@ def test_a_redirect_is_not_followed(tmp_path: Path) -> None:
         with serving(lambda handler: handler.answer(307, Location=url)) as server:
             report = judged(tmp_path, server, make_pairs(5))
     assert other.asked == []
-    assert report.problem == "it answers HTTP 307, a redirect, and none is followed"
+    assert report.problem == "it answers HTTP 307, and redirects are not followed"
 
 
 @pytest.mark.parametrize(
@@ -321,8 +321,8 @@ def test_a_server_that_never_comes_to_the_point_is_given_up_on(
         report = judged(tmp_path, server, make_pairs(40), limits)
     assert counts(report) == (0, 0, 0, 0)
     assert report.problem == {
-        "huge": "it answered with more than 1,048,576 bytes",
-        "deep": "what it answers is no chat completion",
+        "huge": "it sent more than 1,048,576 bytes",
+        "deep": "its answer is not a chat completion",
     }.get(kind, "it gave no answer within 0.2 s")
 
 
@@ -345,7 +345,7 @@ def test_what_was_judged_before_the_deadline_counts(tmp_path: Path) -> None:
     limits = Limits(deadline_seconds=1.0, at_a_time=1)
     with serving(play) as server:
         report = judged(tmp_path, server, make_pairs(9), limits)
-    assert (counts(report), report.problem) == ((2, 0, 0, 0), "its 1 s were over")
+    assert (counts(report), report.problem) == ((2, 0, 0, 0), "its time of 1 s ran out")
     assert report.rows == 9
 
 
@@ -387,7 +387,7 @@ def test_without_its_key_the_server_is_not_asked(
     with serving(prefers("candidate")) as server:
         report = judged(tmp_path, server, make_pairs(2), judge_key_variable=VARIABLE)
     assert server.asked == []
-    assert report.problem == f"the environment variable {VARIABLE} holds no key"
+    assert report.problem == f"the environment variable {VARIABLE} holds no valid key"
 
 
 def test_texts_are_data_between_marks_that_they_cannot_hold() -> None:

@@ -1,10 +1,10 @@
-"""Rows that show whether fine-tuning cost a model what it could do: the base-ability set.
+"""The ability set: rows that show whether fine-tuning cost a model what it could do before.
 
-Only the loss on their answers is measured, against the base model's. They are never trained on.
+Only the loss on their answers is measured, against the base model's; they are never trained on.
 
 - `general.jsonl`: 48 rows in English and Chinese, written for this project: facts, explanations,
   sums, logic, translation, small talk, code. For every Qwen3.
-- `embedded.jsonl`: 48 rows of what the embedded model was pretrained on, which is all it can do.
+- `embedded.jsonl`: 48 rows like those that the embedded model was pretrained on.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ EMBEDDED_PATH = Path(__file__).parent / "embedded.jsonl"
 
 
 def read_ability_rows(config: TrainingConfig) -> list[dict[str, Any]]:
-    """The rows that `config` asks for: question and answer at least.
+    """Read the rows that `config` names; each has a question and an answer.
 
     Raises:
         DataLoadingError: the file cannot be read, has no rows, or a row lacks a text.
@@ -38,14 +38,14 @@ def read_ability_rows(config: TrainingConfig) -> list[dict[str, Any]]:
     except (OSError, ValueError, AttributeError) as error:
         raise _unusable(path, str(error)) from error
     if not complete:
-        raise _unusable(path, "it has no rows, or one without question or answer")
+        raise _unusable(path, "it has no rows, or a row without a question or an answer")
     return rows
 
 
 def _unusable(path: Path, problem: str) -> DataLoadingError:
     return DataLoadingError(
         f"The ability set {path} cannot be used: {problem}.",
-        why="Without it nothing shows whether the new adapter forgets.",
+        why="Without it, nothing shows whether the new adapter forgets.",
         next_command="qwen3ft run --set ability_path=null",
         path=str(path),
     )
