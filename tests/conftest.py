@@ -5,12 +5,15 @@ from __future__ import annotations
 import gc
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import settings
+
+from qwen3ft.locks import try_lock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DO_NOT_TRACK", "true")
@@ -30,6 +33,10 @@ settings.load_profile("qwen3ft")
 BROWSER = "tests/flows/test_browser.py"
 TOGETHER = {BROWSER: "tests/flows/test_flow.py"}
 """Files that share what is made once for a session and takes long."""
+
+SLOWEST_SHOWN = 12
+OTHERS_MAKE_IT_SECONDS = 240.0
+"""Wait for another process that is making what both need."""
 
 LONGEST = (
     *("test_flow.py", "test_browser.py", "test_worker.py", "test_stack.py", "test_training.py"),
@@ -67,22 +74,38 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Say where the pages that were seen are; and if none was, that too."""
-
-    def count(outcome: str) -> int:
-        reports = terminalreporter.stats.get(outcome, ())
-        return sum(report.nodeid.startswith(BROWSER) for report in reports)
-
-    if count("passed") or count("failed"):
-        terminalreporter.write_line("What the browser has seen: test-output/browser/*.png")
-    elif count("skipped"):
-        terminalreporter.write_line("NOT TESTED for want of Chromium: both UIs")
+    """Print how many tests ran, which took longest, and where the pages that were seen are."""
+    stats = terminalreporter.stats
+    ran = [report for outcome in ("passed", "failed") for report in stats.get(outcome, ())]
+    seconds: Counter[str] = Counter()
+    for report in [*ran, *stats.get("", ())]:  # set-up and tear-down are reported under ""
+        if hasattr(report, "duration"):
+            seconds[report.nodeid] += report.duration
+    write = terminalreporter.write_line
+    write(f"{len(ran):,} tests ran. The slowest, in seconds with their set-up:")
+    for name, duration in seconds.most_common(SLOWEST_SHOWN):
+        write(f"  {duration:5.1f}  {name}")
+    if any(report.nodeid.startswith(BROWSER) for report in ran):
+        write("Screenshots of both UIs: test-output/browser/*.png")
+    elif any(report.nodeid.startswith(BROWSER) for report in stats.get("skipped", ())):
+        write("NOT TESTED, as there is no Chromium: both UIs")
 
 
 @pytest.fixture(scope="session")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of this session for all processes of pytest-xdist: what one made, the others use."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    shared = folder / "shared"
+    shared.mkdir(exist_ok=True)
+    return shared
+
+
+@pytest.fixture(scope="session")
+def cache_dir(shared_folder: Path) -> Path:
     """Quantised models and tokenised rows, shared by the whole session."""
-    return tmp_path_factory.mktemp("cache")
+    return shared_folder / "cache"
 
 
 @pytest.fixture(scope="session")
@@ -112,22 +135,24 @@ def make_config(cache_dir: Path) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def snapshot(make_config: Callable[..., Any]) -> Any:
-    """The embedded model, quantised in this process."""
+def snapshot(make_config: Callable[..., Any], shared_folder: Path) -> Any:
+    """The embedded model, quantised once."""
     from qwen3ft.model.hub import resolve_model
-    from qwen3ft.model.manager import ModelManager, snapshot_target
+    from qwen3ft.model.manager import ModelManager, read_snapshot, snapshot_target
     from qwen3ft.records.requests import QuantizeRequest
 
     config = make_config()
     source = resolve_model(config)
+    target = snapshot_target(config, source, "cpu")
     request = QuantizeRequest(
         config=config,
         source=source,
         source_path=source.local_path or "",
-        target=str(snapshot_target(config, source, "cpu")),
+        target=str(target),
         device="cpu",
     )
-    return ModelManager(config).quantize(request)
+    with try_lock(shared_folder / "snapshot.lock", OTHERS_MAKE_IT_SECONDS):
+        return read_snapshot(target) or ModelManager(config).quantize(request)
 
 
 @pytest.fixture(scope="session")
@@ -142,12 +167,16 @@ def manifest(make_config: Callable[..., Any], snapshot: Any) -> Any:
 
 
 @pytest.fixture(scope="session")
-def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def migrated_database(shared_folder: Path) -> Path:
     """An MLflow database with its tables, which take seconds to make: to be copied."""
-    path = tmp_path_factory.mktemp("template") / "mlflow.db"
-    from mlflow import MlflowClient
+    path = shared_folder / "mlflow.db"
+    with try_lock(shared_folder / "mlflow.lock", OTHERS_MAKE_IT_SECONDS):
+        if not path.exists():
+            from mlflow import MlflowClient
 
-    MlflowClient(f"sqlite:///{path}").search_experiments()
+            made = path.with_suffix(".new")
+            MlflowClient(f"sqlite:///{made}").search_experiments()
+            made.rename(path)
     return path
 
 
