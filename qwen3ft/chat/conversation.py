@@ -1,10 +1,9 @@
-"""A list of messages in any of the usual shapes, as one checked conversation.
+"""Parsing of messages in the usual formats into one checked conversation.
 
-Understood are OpenAI's messages (role and content, text parts, tool calls, tool results) and
-ShareGPT's (from and value). Guarantees: what comes out alternates as a chat template expects, ends
-with what the assistant says, and holds text and JSON alone; anything else is a `RejectedRowError`
-with a reason code. Nothing is dropped from a conversation.
-It does not judge content. It imports neither torch nor transformers.
+Formats: OpenAI's (role and content, text parts, tool calls, tool results) and ShareGPT's (from and
+value). The result alternates as a chat template expects, ends with the assistant, and holds text
+and JSON alone; anything else raises `RejectedRowError` with a reason code. Nothing is dropped, and
+content is not judged.
 """
 
 from __future__ import annotations
@@ -34,10 +33,10 @@ _FOLLOWERS: dict[MessageRole | None, tuple[MessageRole, ...]] = {
 
 
 def parse_messages(value: Any) -> list[Message]:
-    """The conversation in `value`: a list of messages, or one as JSON text.
+    """Parse a conversation: a list of messages, or its JSON text.
 
     Raises:
-        RejectedRowError: it is none, or its turns are out of order.
+        RejectedRowError: it is not a list of messages, or its turns are out of order.
     """
     items = _parse_json(value, "messages") if isinstance(value, str) else value
     if not isinstance(items, Sequence) or isinstance(items, (str, bytes)):
@@ -50,7 +49,7 @@ def parse_messages(value: Any) -> list[Message]:
 
 
 def parse_tools(value: Any) -> list[dict[str, Any]]:
-    """Function schemas in `value`: a list of objects, or one as JSON text; [] for none.
+    """Parse function schemas: a list of objects, or its JSON text; [] for None.
 
     Raises:
         RejectedRowError: it is something else.
@@ -65,7 +64,7 @@ def parse_tools(value: Any) -> list[dict[str, Any]]:
 
 
 def parse_history(value: Any) -> list[Message]:
-    """Alpaca's history: a list of [question, answer] pairs before the row's own.
+    """Parse Alpaca's history: a list of [question, answer] pairs before the row's own.
 
     Raises:
         RejectedRowError: it is something else.
@@ -83,12 +82,12 @@ def parse_history(value: Any) -> list[Message]:
 
 
 def user(content: str) -> Message:
-    """A user's turn."""
+    """Return a user's message."""
     return {"role": "user", "content": content}
 
 
 def assistant(content: str, reasoning: str = "") -> Message:
-    """An assistant's turn; a think block in `content` becomes its reasoning."""
+    """Return an assistant's message; a think block in `content` becomes its reasoning."""
     block, content = split_think_block(content)
     reasoning = reasoning or block
     message: Message = {"role": "assistant", "content": content}
@@ -98,10 +97,10 @@ def assistant(content: str, reasoning: str = "") -> Message:
 
 
 def check_order(messages: Sequence[Message]) -> None:
-    """Make sure that the turns follow each other as in a chat and end with an answer.
+    """Raise unless turns follow each other as in a chat and end with an answer.
 
     Raises:
-        RejectedRowError: they do not.
+        RejectedRowError: with the reason code.
     """
     before: MessageRole | None = None
     calls = False
@@ -115,7 +114,7 @@ def check_order(messages: Sequence[Message]) -> None:
 
 
 def texts_of(messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> list[str]:
-    """Every text of a conversation, JSON rendered, for checks of content."""
+    """Return every text of a conversation, with tool calls and tools as JSON."""
     texts = []
     for message in messages:
         texts += [message["content"], message.get("reasoning", "")]
@@ -161,7 +160,7 @@ def _parse_message(item: Any) -> Message:
 
 
 def _content(value: Any) -> str:
-    """A message's text; OpenAI's list of text parts is joined."""
+    """Return a message's text; OpenAI's list of text parts is joined."""
     if value is None:
         return ""
     if isinstance(value, list):
@@ -175,7 +174,7 @@ def _content(value: Any) -> str:
 
 
 def _calls(value: Any) -> list[dict[str, Any]]:
-    """Tool calls as name and arguments; OpenAI wraps them and writes arguments as JSON text."""
+    """Return tool calls as name and arguments; OpenAI wraps them, with arguments as JSON text."""
     calls = []
     for item in value if isinstance(value, list) else [None]:
         call = item.get("function", item) if isinstance(item, Mapping) else None

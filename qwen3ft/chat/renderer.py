@@ -1,11 +1,9 @@
-"""Conversations through a tokenizer's template: skeletons once for each shape, checked on rows.
+"""Rendering of conversations by skeletons: one per shape, checked against the template itself.
 
-Guarantees: of every shape, the first row and then every 1,000th is compared with the template's
-own rendering, character by character, and its prompt with the one that inference would start
-from; a difference is a `TokenizerError`. Memory does not grow with the number of rows.
-Tools and tool calls are slots where the template is a known one (`qwen3ft.chat.templates`). With
-another one, the template itself renders each row that has any, because it may branch on what is in
-them. It imports neither torch nor transformers.
+The first and then every 1,000th row of a shape is compared with the template's own rendering, and
+its prompt with that of inference; a difference raises `TokenizerError`. Tools and tool calls are
+slots if the template is a known one (`qwen3ft.chat.templates`). An unknown template may branch on
+their content, so it renders each such row itself. Memory is bounded.
 """
 
 from __future__ import annotations
@@ -26,6 +24,7 @@ from qwen3ft.chat.skeleton import (
 )
 from qwen3ft.chat.templates import (
     REST_OF_EMPTY_BLOCK,
+    TOOL_RESPONSE,
     apply_template,
     identify_template,
     opens_block,
@@ -42,15 +41,13 @@ if TYPE_CHECKING:
 
 CHECK_EVERY_ROWS = 1000
 MAX_SHAPES = 2048
-"""Skeletons kept; rows of one question and one answer have two shapes."""
+"""Cached skeletons; rows of one question and one answer have two shapes."""
 
 SHOWN_CHARACTERS = 60
-TOOL_RESPONSE = "<tool_response>"
-"""Qwen's templates take a user's message that begins with it for a tool's, not for a question."""
 
 
 class Renderer:
-    """What is known of one tokenizer with one template; see `renderer_of`."""
+    """Encoder, template and cached skeletons of one tokenizer; made by `renderer_of`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.template = template_text(tokenizer)
@@ -64,11 +61,11 @@ class Renderer:
     def row(
         self, tokenizer: PreTrainedTokenizerBase, conversation: Conversation
     ) -> tuple[Skeleton, list[str]]:
-        """The skeleton of a whole conversation and the texts for its slots.
+        """Return the skeleton of a whole conversation and the texts for its slots.
 
         Raises:
-            TokenizerError: the template cannot be used, or this row shows that it renders some
-                rows in another way than others of the same shape.
+            TokenizerError: the template cannot be used, or renders this row differently from
+                others of its shape.
         """
         whole = conversation
         if self._drops_earlier and len(whole.messages) > 2:
@@ -96,10 +93,10 @@ class Renderer:
     def prompt(
         self, tokenizer: PreTrainedTokenizerBase, history: Conversation, thinking: bool
     ) -> tuple[Skeleton, list[str]]:
-        """The skeleton of what the assistant's next turn follows, and the texts for its slots.
+        """Return the skeleton of the prompt for the assistant's next turn, and its texts.
 
         Raises:
-            TokenizerError: the template cannot be used, or renders these texts in another way than
+            TokenizerError: the template cannot be used, or renders these texts differently from
                 others.
         """
         copy, slots = sentinel_copy(history, self._protected)
@@ -150,7 +147,7 @@ class Renderer:
         skeleton: Skeleton,
         texts: Sequence[str],
     ) -> None:
-        """Raise unless the row and its prompt are what the template makes of them."""
+        """Raise unless the row and its prompt equal the template's own rendering."""
         thinks = _thinks(conversation)
         pieces = skeleton.unit_texts(texts)
         own = apply_template(tokenizer, *conversation, thinking=thinks)
@@ -163,7 +160,7 @@ class Renderer:
             raise template_error(
                 "The chat template does not continue its own prompt: inference starts from "
                 f"{_around(prompt, given)}, a training row has {_around(given, prompt)}.",
-                "Training on it would teach another format than the one inference asks for.",
+                "Training would teach a format that inference does not use.",
             )
 
 
@@ -171,7 +168,7 @@ _renderers: WeakKeyDictionary[PreTrainedTokenizerBase, Renderer] = WeakKeyDictio
 
 
 def renderer_of(tokenizer: PreTrainedTokenizerBase) -> Renderer:
-    """The renderer of the tokenizer; a new one when its template was changed.
+    """Return the renderer of the tokenizer; a new one if its template has changed.
 
     Raises:
         TokenizerError: the tokenizer or its template cannot be used.
@@ -183,7 +180,7 @@ def renderer_of(tokenizer: PreTrainedTokenizerBase) -> Renderer:
 
 
 def is_trained(turn: int, turns: int, train_turns: str) -> bool:
-    """Whether a unit of turn `turn`, of so many `turns`, carries loss."""
+    """Return True if a unit of turn `turn`, out of `turns`, carries loss."""
     return turn != OUTSIDE and (train_turns == "all" or turn == turns - 1)
 
 
@@ -192,7 +189,7 @@ def _thinks(conversation: Conversation) -> bool:
 
 
 def _without_dropped(conversation: Conversation) -> Conversation:
-    """The same without reasoning before the last question, so that fewer shapes differ."""
+    """Drop reasoning before the last question, so that there are fewer shapes."""
     messages = conversation.messages
     asked = max(
         (
@@ -216,15 +213,15 @@ def _has_data(shape: Shape) -> bool:
 def _check_equal(built: str, own: str) -> None:
     if built != own:
         raise TokenizerError(
-            "The chat template renders a row in another way than others of its shape: "
+            "The chat template renders a row differently from others of its shape: "
             f"{_around(own, built)} instead of {_around(built, own)}.",
-            why="It branches on what is written in a message.",
+            why="It branches on the content of a message.",
             next_command="qwen3ft plan --set model_name=Qwen/Qwen3-4B-Thinking-2507",
         )
 
 
 def _around(text: str, other: str) -> str:
-    """`text` around the place where it first differs from `other`, secrets masked."""
+    """Return `text` around its first difference from `other`, with secrets masked."""
     pairs = enumerate(zip(text, other, strict=False))
     at = next((i for i, (a, b) in pairs if a != b), min(len(text), len(other)))
     shown = text[max(0, at - SHOWN_CHARACTERS) : at + SHOWN_CHARACTERS]

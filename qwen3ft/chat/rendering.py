@@ -1,20 +1,14 @@
-"""Conversations in the model's own chat format: as text, as token ids, and what is trained.
+"""Conversations in the model's chat format: as text, as token ids, and with the loss mask.
 
-Guarantees: a row is what the tokenizer's chat template makes of the conversation, up to and with
-the last end token `<|im_end|>`. Loss is on what the assistant writes alone, its end tokens
-included; what comes before is exactly the prompt that inference starts from. All this holds by
-construction (see `qwen3ft.chat.skeleton`): no border is searched for in anybody's text, and no
-token lies across one.
+A row is the chat template's rendering of the conversation, up to and including the last end token
+`<|im_end|>`. Only what the assistant writes carries loss, end tokens included; what precedes it is
+exactly the prompt of inference. Borders are known by construction (`qwen3ft.chat.skeleton`), never
+searched for in anybody's text, and no token lies across one.
 
-Thinking: a turn with reasoning trains `<think>...</think>` and the answer; a last turn without has
-an empty think block, which is not trained. A template that prefills `<think>` (the Thinking models)
-has the opening tag in the prompt; one that knows no thinking (the Instruct models) leaves reasoning
-out, in training and inference alike; most leave it out of turns before the last question (see
-`probe_thinking`).
-
-Escaped, nothing that somebody wrote becomes a control token or a tag. Not escaped, rows that spell
-them have to be kept out by validation. It does not cover images, or turns that are not ChatML.
-It imports neither torch nor transformers.
+A turn with reasoning trains `<think>...</think>` and the answer; a last turn without reasoning has
+an empty think block that is not trained. Thinking models have the opening tag in the prompt;
+Instruct models omit reasoning, and most models omit it before the last question
+(`probe_thinking`). Not covered: images, and turns that are not ChatML.
 """
 
 from __future__ import annotations
@@ -25,7 +19,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from qwen3ft.chat.renderer import is_trained, renderer_of
-from qwen3ft.chat.skeleton import Conversation, Skeleton, fill
+from qwen3ft.chat.skeleton import Conversation, Skeleton, fill_slots
 from qwen3ft.chat.templates import END_TOKEN, ThinkingSupport, probe_thinking
 from qwen3ft.chat.tokenizer import configure_tokenizer, load_tokenizer
 from qwen3ft.errors import TokenizerError
@@ -53,41 +47,41 @@ __all__ = [
 
 
 BLOCK_ROWS = 512
-"""Rows tokenised at a time; bounds the text held beside the ids."""
+"""Rows tokenised at a time; limits the memory for text."""
 
 REMOVED = " … "
-"""Stands where the middle of a reasoning was."""
+"""Replaces the removed middle of a reasoning."""
 
-Row = Mapping[str, Any]
-"""A `QaRow`, or as much of one as there is: question and answer, or messages."""
+ChatRow = Mapping[str, Any]
+"""A `QaRow`, or part of one: question and answer, or messages."""
 TrainTurns = Literal["all", "last"]
-Asked = str | Row | Sequence[Mapping[str, Any]]
-"""A question, a row (its last turn is to be written), or the messages so far."""
+Asked = str | ChatRow | Sequence[Mapping[str, Any]]
+"""A question, a row whose last turn is to be generated, or the messages so far."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizedRow:
-    """Token ids of one row, and the half-open ranges of them that carry loss, in order."""
+    """Token ids of one row, and the half-open ranges [start, end) that carry loss, in order."""
 
     input_ids: list[int]
     trained: list[tuple[int, int]]
 
 
 class Segment(NamedTuple):
-    """A stretch of a rendered row, and whether it is trained."""
+    """Part of a rendered row that carries loss, or does not."""
 
     text: str
     trained: bool
 
 
 def generation_prompt(tokenizer: PreTrainedTokenizerBase, asked: Asked, thinking: bool) -> str:
-    """The text after which the assistant writes: the one border of training and inference.
+    """Render the text after which the assistant writes.
 
     Args:
-        tokenizer: With a chat template.
-        asked: What was said so far.
-        thinking: Whether the model is to think first; if not, a template with thinking closes an
-            empty think block here.
+        tokenizer: Tokenizer with a chat template.
+        asked: The conversation so far.
+        thinking: Let the model think first; otherwise a template with thinking ends the prompt
+            with an empty think block.
 
     Raises:
         TokenizerError: the template cannot be used.
@@ -99,30 +93,30 @@ def generation_prompt(tokenizer: PreTrainedTokenizerBase, asked: Asked, thinking
 def prompt_ids(
     tokenizer: PreTrainedTokenizerBase, asked: Asked, thinking: bool, *, escape: bool = False
 ) -> list[int]:
-    """The token ids of `generation_prompt`, exactly as in a training row.
+    """Return the token ids of `generation_prompt`, exactly as in a training row.
 
     Args:
-        tokenizer: With a chat template.
-        asked: What was said so far.
-        thinking: Whether the model is to think first.
+        tokenizer: Tokenizer with a chat template.
+        asked: The conversation so far.
+        thinking: As in `generation_prompt`.
         escape: As in `tokenize_rows`.
 
     Raises:
-        TokenizerError: as `generation_prompt`.
+        TokenizerError: the template cannot be used.
     """
     rendered = renderer_of(tokenizer).prompt(tokenizer, _history(asked), thinking)
     return _encode(tokenizer, [rendered], "all", escape)[0].input_ids
 
 
 def render_row(
-    tokenizer: PreTrainedTokenizerBase, row: Row, *, train_turns: TrainTurns = "all"
+    tokenizer: PreTrainedTokenizerBase, row: ChatRow, *, train_turns: TrainTurns = "all"
 ) -> list[Segment]:
-    """A row as text; joined, the segments are the template's own rendering.
+    """Render a row as text; joined, the segments are the template's own rendering.
 
-    What the template writes after the last end token (a line break) is left out.
+    A line break after the last end token is omitted.
 
     Raises:
-        TokenizerError: as `tokenize_rows`.
+        TokenizerError: as in `tokenize_rows`.
     """
     skeleton, texts = renderer_of(tokenizer).row(tokenizer, conversation_of(row))
     pieces = zip(skeleton.units, skeleton.unit_texts(texts), strict=True)
@@ -135,22 +129,23 @@ def render_row(
 
 def tokenize_rows(
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
+    rows: Sequence[ChatRow],
     *,
     train_turns: TrainTurns = "all",
     escape: bool = False,
 ) -> list[TokenizedRow]:
-    """Token ids and trained ranges of each row; nothing is cut.
+    """Return the token ids and trained ranges of each row, without truncation.
 
     Args:
-        tokenizer: With a chat template.
-        rows: Texts stripped; at least one assistant message in each.
-        train_turns: Whether every turn of the assistant carries loss, or the last alone.
-        escape: Read `<|im_end|>`, `<think>` and the like as plain text where somebody wrote them.
+        tokenizer: Tokenizer with a chat template.
+        rows: Rows with stripped texts and at least one assistant message each.
+        train_turns: Turns of the assistant that carry loss.
+        escape: Tokenise `<|im_end|>`, `<think>` and the like in the data as plain text. Otherwise
+            validation must reject rows that contain them.
 
     Raises:
-        TokenizerError: the template would train something else than inference asks for, or
-            changes what was written.
+        TokenizerError: the template's training rows do not continue its own prompts, or it changes
+            the texts.
     """
     renderer = renderer_of(tokenizer)
     tokenized: list[TokenizedRow] = []
@@ -164,23 +159,22 @@ def tokenize_rows(
 def shorten_reasoning(
     tokenizer: PreTrainedTokenizerBase, row: QaRow, max_tokens: int, *, escape: bool = False
 ) -> QaRow | None:
-    """The row with as much of the middle of its last reasoning removed as makes it fit.
+    """Remove the middle of the last reasoning so that the row fits into `max_tokens`.
 
-    The reasoning is cut at borders of tokens, and `REMOVED` stands for what is gone. Where not
-    even two of its tokens fit, it is left out, and the row is one without thinking. The answer and
-    the end token are never touched; a row that fits comes back as it is.
+    The reasoning is cut at token borders, with `REMOVED` in the gap. It is dropped if fewer than
+    two of its tokens fit. The answer and the end token stay.
 
     Args:
-        tokenizer: With a chat template.
-        row: As for `tokenize_rows`.
+        tokenizer: Tokenizer with a chat template.
+        row: As in `tokenize_rows`.
         max_tokens: Longest row allowed.
         escape: As in `tokenize_rows`.
 
     Returns:
-        None if the row does not even fit without reasoning.
+        The row, unchanged if it fits; None if it does not fit even without reasoning.
 
     Raises:
-        TokenizerError: as `tokenize_rows`.
+        TokenizerError: as in `tokenize_rows`.
     """
 
     def excess_tokens(candidate: QaRow) -> int:
@@ -207,15 +201,15 @@ def shorten_reasoning(
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text, with nothing added and nothing cut."""
+    """Return the token ids of each text, without special tokens and without truncation."""
     return renderer_of(tokenizer).encoder.encode(texts) if texts else []
 
 
-def conversation_of(row: Row) -> Conversation:
-    """The row's messages, up to the last of the assistant, and its tools.
+def conversation_of(row: ChatRow) -> Conversation:
+    """Return a row's messages up to the last of the assistant, and its tools.
 
     Raises:
-        TokenizerError: the assistant says nothing in it.
+        TokenizerError: it has no message of the assistant.
     """
     tools = row.get("tools") or ()
     messages = row.get("messages")
@@ -229,7 +223,7 @@ def conversation_of(row: Row) -> Conversation:
     if not end:
         raise TokenizerError(
             f"A conversation of {len(messages)} messages has none of the assistant.",
-            why="There is nothing to train in it.",
+            why="Only messages of the assistant are trained.",
             next_command="qwen3ft plan",
         )
     return Conversation(messages[:end], tools)
@@ -249,14 +243,16 @@ def _encode(
     train_turns: TrainTurns,
     escape: bool,
 ) -> list[TokenizedRow]:
-    """Token ids of filled skeletons; a text that occurs twice is tokenised once."""
+    """Return the token ids of filled skeletons."""
     encoder = renderer_of(tokenizer).encoder
-    places: dict[str, int] = {}
+    places: dict[str, int] = {}  # a text that occurs twice is tokenised once
     plans: list[list[list[int] | int]] = []
     for skeleton, texts in rendered:
         plans.append(
             [
-                places.setdefault(fill(unit.parts, texts), len(places)) if ids is None else ids
+                places.setdefault(fill_slots(unit.parts, texts), len(places))
+                if ids is None
+                else ids
                 for unit, ids in zip(skeleton.units, skeleton.ids, strict=True)
             ]
         )

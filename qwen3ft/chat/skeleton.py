@@ -1,17 +1,15 @@
-"""The text of a conversation as template text with slots, cut where tokens never lie across.
+"""The skeleton of a conversation: template text with slots, split where no token lies across.
 
-A *shape* is all of a conversation that templates branch on: its roles, which contents, reasonings
-and tool calls there are, how many tools are offered. A template is rendered once for each shape,
-with sentinels (private-use characters) in place of all texts; what stands between them is template
-text. Guarantees: turns are found in template text alone, never in what somebody wrote; each text
-is in its place exactly once; what the assistant wrote is inside its turns, all else outside.
+The *shape* of a conversation is what templates branch on: roles, presence of content, reasoning
+and tool calls, number of tools. The template is rendered once per shape with sentinels (private-use
+characters) in place of all texts; what lies between them is template text. So turns are found in
+template text alone. It is checked that each text occurs exactly once, and that the assistant's
+texts, and no others, are inside its turns.
 
-Units are the stretches that are tokenised on their own. They are cut beside added tokens (which
-every tokenizer cuts out first) and after line breaks of the template that something other than
-white space follows (where the pre-tokenizer of Qwen always cuts), so that the ids are those of
-the whole text. It does not cover texts with white space around them, nor content that a template
-branches on: `qwen3ft.chat.rendering` compares with the template's own rendering to notice those.
-It imports neither torch nor transformers.
+A *unit* is tokenised separately. Units are split at added tokens, which every tokenizer cuts out
+first, and after a line break in template text that precedes a non-space, where Qwen's
+pre-tokenizer always splits. So the ids equal those of the whole text. Not covered: texts with
+surrounding white space, and templates that branch on content; `qwen3ft.chat.renderer` detects both.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 from qwen3ft.chat.templates import EMPTY_BLOCK, END_TOKEN, OPEN_BLOCK, TURN_HEADER, template_error
 from qwen3ft.errors import TokenizerError
 
-Part = str | int
+TemplatePart = str | int
 """Template text, or the number of a slot."""
 Owner = Literal["system", "user", "assistant", "tool", "reasoning", "call", "tools", "data"]
 Shape = tuple[int, tuple[tuple[str, bool, bool, int], ...]]
@@ -40,19 +38,19 @@ _BY_ASSISTANT = ("assistant", "reasoning", "call")
 
 
 class Conversation(NamedTuple):
-    """The messages up to the last of the assistant, and the tools offered."""
+    """Messages up to the last of the assistant, and the tools offered."""
 
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Mapping[str, Any]]
 
     @property
     def history(self) -> Conversation:
-        """All before the last message."""
+        """The conversation before the last message."""
         return Conversation(self.messages[:-1], self.tools)
 
     @property
     def shape(self) -> Shape:
-        """What templates branch on."""
+        """The features that templates branch on."""
         return len(self.tools), tuple(
             (
                 message["role"],
@@ -64,7 +62,7 @@ class Conversation(NamedTuple):
         )
 
     def texts(self) -> list[str]:
-        """The text of each slot, in the order of `sentinel_copy`."""
+        """Return the text of each slot, in the order of `sentinel_copy`."""
         texts = [json.dumps(tool, ensure_ascii=False) for tool in self.tools]
         for message in self.messages:
             texts += [text for name in _TEXTS if (text := message.get(name))]
@@ -74,54 +72,54 @@ class Conversation(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """Who wrote what stands in a slot; it was `text` in the conversation that was copied."""
+    """A place for text in a skeleton: who wrote it, and the text in the copied conversation."""
 
     owner: Owner
     text: str
 
 
 class Unit(NamedTuple):
-    """What is tokenised on its own; `turn` counts the assistant's turns, -1 is outside of them."""
+    """Text that is tokenised separately; `turn` numbers the assistant's turns, -1 is outside."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[TemplatePart, ...]
     turn: int
 
     @property
     def is_template(self) -> bool:
-        """Whether it is the same in every conversation of the shape."""
+        """True if it is the same in every conversation of the shape."""
         return not any(isinstance(part, int) for part in self.parts)
 
 
 @dataclass(slots=True)
 class Skeleton:
-    """A shape as units; `tail` is the template text after the last turn, which nobody needs."""
+    """A shape as units; `tail` is the template text after the last turn, which is not used."""
 
     units: list[Unit]
     turns: int
     tail: str = ""
     rows_seen: int = 0
     ids: list[list[int] | None] = field(default_factory=list)
-    """Token ids of the units of template text; None where a slot is."""
+    """Token ids of the units of template text; None for units with slots."""
 
     def unit_texts(self, texts: Sequence[str]) -> list[str]:
-        """The text of each unit with the slots filled."""
-        return [fill(unit.parts, texts) for unit in self.units]
+        """Return the text of each unit with the slots filled."""
+        return [fill_slots(unit.parts, texts) for unit in self.units]
 
 
-def fill(parts: Sequence[Part], texts: Sequence[str]) -> str:
-    """The parts as one text, slots replaced by their texts."""
+def fill_slots(parts: Sequence[TemplatePart], texts: Sequence[str]) -> str:
+    """Join parts to one text, with `texts` in the slots."""
     return "".join(part if isinstance(part, str) else texts[part] for part in parts)
 
 
 def sentinel_copy(
     conversation: Conversation, protected: re.Pattern[str] | None = None
 ) -> tuple[Conversation, list[Slot]]:
-    """A copy with sentinels in place of the texts, and the slots they mark.
+    """Return a copy with sentinels in place of the texts, and the slots that they mark.
 
     Args:
-        conversation: What to copy.
-        protected: None to make a slot of each tool and of the arguments of each tool call. A
-            pattern to keep them as data, with slots for the matches alone.
+        conversation: The conversation to copy.
+        protected: None makes a slot of each tool and of the arguments of each tool call. A pattern
+            keeps them as data, with slots for its matches only.
     """
     slots: list[Slot] = []
 
@@ -169,19 +167,19 @@ def build_skeleton(
     *,
     is_prompt: bool,
 ) -> Skeleton:
-    """Cut the rendering of a `sentinel_copy` into units.
+    """Split the rendering of a `sentinel_copy` into units.
 
     Args:
-        rendered: What the template makes of the copy.
-        slots: Those of the copy.
-        turns: Assistant messages in it.
-        prefills: Whether the opening think tag belongs to the generation prompt.
-        split_tokens: Cuts template text beside added tokens, as `re.split` with a group.
-        is_prompt: Whether the text ends with a generation prompt instead of a whole turn.
+        rendered: The template's rendering of the copy.
+        slots: Slots of the copy.
+        turns: Number of assistant messages in it.
+        prefills: True if the opening think tag belongs to the generation prompt.
+        split_tokens: Splits template text at added tokens, as `re.split` with a group.
+        is_prompt: True if the text ends with a generation prompt instead of a whole turn.
 
     Raises:
-        TokenizerError: the template does not mark turns as Qwen does, changes a text, leaves one
-            out, or has something of the assistant outside its turns.
+        TokenizerError: the template does not mark turns as Qwen does, changes or omits a text, or
+            has a text of the assistant outside its turns.
     """
     marked, is_open = _mark_turns(_split_at_sentinels(rendered, slots), prefills)
     found = len({turn for _, turn in marked} - {OUTSIDE})
@@ -189,7 +187,7 @@ def build_skeleton(
         raise template_error(
             f"The chat template does not continue its own prompt: {turns} messages of the "
             f"assistant are rendered as {found} turns from {TURN_HEADER!r} to {END_TOKEN!r}.",
-            "Training on it would teach another format than the one inference asks for.",
+            "Training would teach a format that inference does not use.",
         )
     tail = ""
     while not is_prompt and isinstance(marked[-1][0], str) and marked[-1][1] == OUTSIDE:
@@ -197,17 +195,17 @@ def build_skeleton(
     for part, turn in marked:
         owner = slots[part].owner if isinstance(part, int) else "data"
         if owner != "data" and (owner in _BY_ASSISTANT) != (turn != OUTSIDE):
-            raise _misplaced(owner, "on the wrong side of the borders of a turn")
+            raise _misplaced(owner, "on the wrong side of a turn's border")
     return Skeleton(_group(marked, split_tokens), turns, tail)
 
 
-def _split_at_sentinels(rendered: str, slots: Sequence[Slot]) -> list[Part]:
+def _split_at_sentinels(rendered: str, slots: Sequence[Slot]) -> list[TemplatePart]:
     for number, slot in enumerate(slots):
         if slot.owner in ("tools", "call"):
             bare = f"{_MARK}slot{number}\ue001"
             rendered = rendered.replace(json.dumps({bare: 0}, ensure_ascii=False), bare)
     pieces = _SENTINEL.split(rendered)
-    parts: list[Part] = [int(x) if i % 2 else x for i, x in enumerate(pieces) if x]
+    parts: list[TemplatePart] = [int(x) if i % 2 else x for i, x in enumerate(pieces) if x]
     for number, slot in enumerate(slots):
         times = parts.count(number)
         if times != 1 and slot.owner != "data" and not (slot.owner == "reasoning" and not times):
@@ -215,14 +213,16 @@ def _split_at_sentinels(rendered: str, slots: Sequence[Slot]) -> list[Part]:
     if any(isinstance(part, str) and _MARK in part for part in parts):
         raise template_error(
             "The chat template changes the texts it is given.",
-            "What is trained would not be what the data say.",
+            "The model would not be trained on the texts of the data.",
         )
     return parts
 
 
-def _mark_turns(parts: Sequence[Part], prefills: bool) -> tuple[list[tuple[Part, int]], bool]:
-    """Each part, cut at the borders of turns, with its turn; whether the last turn is open."""
-    marked: list[tuple[Part, int]] = []
+def _mark_turns(
+    parts: Sequence[TemplatePart], prefills: bool
+) -> tuple[list[tuple[TemplatePart, int]], bool]:
+    """Split parts at turn borders; return (part, turn) pairs, and True if the last turn is open."""
+    marked: list[tuple[TemplatePart, int]] = []
     turn, inside = OUTSIDE, False
     for part in parts:
         if isinstance(part, int):
@@ -243,20 +243,20 @@ def _mark_turns(parts: Sequence[Part], prefills: bool) -> tuple[list[tuple[Part,
 
 
 def _given_in_prompt(turn: str, prefills: bool) -> int:
-    """Characters at the beginning of a turn that the model is given and never writes."""
+    """Count the characters at the start of a turn that are given to the model."""
     if turn.startswith(EMPTY_BLOCK):
         return len(EMPTY_BLOCK)
     return len(OPEN_BLOCK) if prefills and turn.startswith(OPEN_BLOCK) else 0
 
 
 def _group(
-    marked: Sequence[tuple[Part, int]], split_tokens: Callable[[str], list[str]]
+    marked: Sequence[tuple[TemplatePart, int]], split_tokens: Callable[[str], list[str]]
 ) -> list[Unit]:
-    """Parts as units: slots with the template text that may share tokens with them."""
+    """Group parts into units: a slot with the template text that may share tokens with it."""
     units: list[Unit] = []
-    before: Part = "\n"  # a text begins where a line would
+    before: TemplatePart = "\n"  # the start of a text is the start of a line
     for part, turn in marked:
-        atoms: list[Part] = [part]
+        atoms: list[TemplatePart] = [part]
         if isinstance(part, str):
             atoms = [a for cut in split_tokens(part) for a in _AFTER_LINE_BREAK.split(cut) if a]
         for atom in atoms:
@@ -269,8 +269,10 @@ def _group(
     return _merge_template_text(units)
 
 
-def _is_border(before: Part, after: Part, split_tokens: Callable[[str], list[str]]) -> bool:
-    """Whether no token can lie across the border of two neighbouring atoms."""
+def _is_border(
+    before: TemplatePart, after: TemplatePart, split_tokens: Callable[[str], list[str]]
+) -> bool:
+    """Return True if no token can lie across the border of two neighbouring atoms."""
     for atom in (before, after):
         if isinstance(atom, str) and split_tokens(atom) == ["", atom, ""]:
             return True
@@ -279,12 +281,12 @@ def _is_border(before: Part, after: Part, split_tokens: Callable[[str], list[str
 
 
 def _merge_template_text(units: Sequence[Unit]) -> list[Unit]:
-    """Neighbouring units without slots as one: fewer pieces, the same tokens."""
+    """Merge neighbouring units without slots: fewer calls of the tokenizer, the same tokens."""
     merged: list[Unit] = []
     for unit in units:
         last = merged[-1] if merged else None
         if last and last.turn == unit.turn and last.is_template and unit.is_template:
-            merged[-1] = Unit((fill((*last.parts, *unit.parts), ()),), unit.turn)
+            merged[-1] = Unit((fill_slots((*last.parts, *unit.parts), ()),), unit.turn)
         else:
             merged.append(unit)
     return merged
@@ -293,5 +295,5 @@ def _merge_template_text(units: Sequence[Unit]) -> list[Unit]:
 def _misplaced(owner: Owner, how: str) -> TokenizerError:
     return template_error(
         f"The chat template renders the text of a message ({owner}) {how}.",
-        "What is trained would not be what the data say.",
+        "The model would not be trained on the texts of the data.",
     )

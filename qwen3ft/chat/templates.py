@@ -1,11 +1,9 @@
-"""Which chat template a tokenizer has, and what it does with reasoning.
+"""Chat templates: identifying, probing and rendering that of a tokenizer.
 
-Guarantees: a template is identified by the sha256 of its text, never by the name of a model, and
-what it does with reasoning is found by rendering probes. A template that is not in
-`KNOWN_TEMPLATES` is used all the same.
-It does not cover templates for other turn markers than those of Qwen (ChatML), nor tokenizers with
-several templates for different purposes: of those, transformers chooses.
-It imports no torch, and transformers not at all.
+A template is identified by the sha256 of its text, not by the name of a model; its handling of
+reasoning is found by rendering probes. Templates outside `KNOWN_TEMPLATES` are used too. Not
+covered: turn markers other than Qwen's (ChatML). If a tokenizer has several templates, transformers
+chooses.
 """
 
 from __future__ import annotations
@@ -26,24 +24,26 @@ KNOWN_TEMPLATES = {
     "3802169b2a02b81e6adb7ab4f64f91ff02db753c8c3a64a01c35192d3a61d8d7": "Qwen3-Thinking-2507",
     "147bcedb70dcc9d47e25e3e3afcf64885db8f8e5cbeec59ae19ac775cdc08a1f": "qwen3ft embedded",
 }
-"""sha256 of the text -> whose it is; rendering by slots is tested for each of them.
+"""sha256 of the text -> name; rendering by slots is tested for each of them.
 
-The text of the Thinking one is derived from that of Qwen3: no switch for thinking, and a generation
-prompt that always opens the think block.
+The Thinking template differs from Qwen3's in that it cannot switch thinking off: its generation
+prompt always opens the think block.
 """
 
 TURN_HEADER = "<|im_start|>assistant\n"
-END_TOKEN = "<|im_end|>"  # noqa: S105 - a marker, no secret
+END_TOKEN = "<|im_end|>"  # noqa: S105 - a marker, not a secret
 OPEN_BLOCK = "<think>\n"
 REST_OF_EMPTY_BLOCK = "\n</think>\n\n"
 EMPTY_BLOCK = OPEN_BLOCK + REST_OF_EMPTY_BLOCK
+TOOL_RESPONSE = "<tool_response>"
+"""Start of a user's message that Qwen's templates take for a tool's result, not a question."""
 
 JsonDict = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class TemplateInfo:
-    """A template's identity; `name` is '' where the hash is not in `KNOWN_TEMPLATES`."""
+    """A template's identity; `name` is '' if the hash is not in `KNOWN_TEMPLATES`."""
 
     sha256: str
     name: str
@@ -51,18 +51,18 @@ class TemplateInfo:
 
 @dataclass(frozen=True, slots=True)
 class ThinkingSupport:
-    """What a template does with the reasoning of an assistant's turn."""
+    """A template's handling of the reasoning in assistant turns."""
 
     writes: bool
-    """It renders the reasoning of the last turn at all."""
+    """It renders the reasoning of the last turn."""
     prefills: bool
-    """Its generation prompt ends with an opening tag that the model then does not write."""
+    """Its generation prompt ends with the opening tag, so the model does not write it."""
     drops_earlier: bool
-    """It leaves reasoning out of turns before the last question."""
+    """It omits reasoning from turns before the last question."""
 
 
 def template_text(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The template as text; of several, all of them in a fixed order."""
+    """Return the template as text; several are joined in a fixed order."""
     template = tokenizer.chat_template
     if isinstance(template, Mapping):
         return "\n".join(f"{name}\n{template[name]}" for name in sorted(template))
@@ -70,13 +70,13 @@ def template_text(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def identify_template(tokenizer: PreTrainedTokenizerBase) -> TemplateInfo:
-    """The hash of the tokenizer's template (UTF-8), and whose it is."""
+    """Return the sha256 of the tokenizer's template (UTF-8) and its name if known."""
     sha256 = hashlib.sha256(template_text(tokenizer).encode()).hexdigest()
     return TemplateInfo(sha256, KNOWN_TEMPLATES.get(sha256, ""))
 
 
 def probe_thinking(tokenizer: PreTrainedTokenizerBase) -> ThinkingSupport:
-    """Find out what the tokenizer's template does with reasoning, by rendering short probes.
+    """Find out how the tokenizer's template handles reasoning, by rendering short probes.
 
     Raises:
         TokenizerError: the template cannot be rendered.
@@ -93,7 +93,7 @@ def probe_thinking(tokenizer: PreTrainedTokenizerBase) -> ThinkingSupport:
 
 
 def opens_block(prompt: str) -> bool:
-    """Whether a generation prompt leaves a think block open."""
+    """Return True if a generation prompt leaves a think block open."""
     return prompt.endswith(OPEN_BLOCK)
 
 
@@ -105,17 +105,18 @@ def apply_template(
     prompt: bool = False,
     thinking: bool = True,
 ) -> str:
-    """The template's own rendering of a conversation.
+    """Render a conversation with the tokenizer's template.
 
     Args:
-        tokenizer: With a chat template.
-        messages: As in `QaRow`: role, content, and of the assistant reasoning and tool_calls.
+        tokenizer: Tokenizer with a chat template.
+        messages: Messages as in `QaRow`: role, content, and of the assistant also reasoning and
+            tool_calls.
         tools: Function schemas offered.
-        prompt: Append what the assistant's next turn begins with.
-        thinking: Whether that turn is to think first, for templates that can be told.
+        prompt: Append the beginning of the assistant's next turn.
+        thinking: Let that turn think first, if the template has a switch for it.
 
     Raises:
-        TokenizerError: the template refuses the conversation, or is broken.
+        TokenizerError: the template rejects the conversation, or is broken.
     """
     from jinja2 import TemplateError
 
@@ -132,26 +133,26 @@ def apply_template(
         raise template_error(
             f"The chat template cannot render a conversation of {len(messages)} messages "
             f"({roles}) with {len(tools)} tools: {error}",
-            "It does not cover such conversations, or is damaged.",
+            "It does not support such conversations, or is damaged.",
         ) from error
     return str(text)
 
 
 def template_error(what: str, why: str) -> TokenizerError:
-    """A `TokenizerError` about a tokenizer or its template, with the way out."""
+    """Return a `TokenizerError` that suggests a model with a working tokenizer and template."""
     return TokenizerError(
         what, why=why, next_command="qwen3ft plan --set model_name=Qwen/Qwen3-4B-Thinking-2507"
     )
 
 
 def _as_template_reads(message: Mapping[str, Any]) -> JsonDict:
-    """The message under the names that chat templates use."""
+    """Return the message with the field names that chat templates use."""
     if message["role"] != "assistant":
         return {"role": message["role"], "content": message["content"]}
     read: JsonDict = {
         "role": "assistant",
         "content": message.get("content") or "",
-        # Given even where it is empty: a template then does not look for tags inside the answer.
+        # Passed even if empty: otherwise templates look for think tags inside the answer.
         "reasoning_content": message.get("reasoning") or "",
     }
     if calls := message.get("tool_calls"):

@@ -1,4 +1,8 @@
-"""Thinking told from answer while a model still writes."""
+"""Think blocks: `<think>reasoning</think>` before an answer.
+
+`split_thinking` and `ThinkingSplitter` read what a model generates, whole and as it streams, and
+accept anything. `split_think_block` reads what a data set says, and rejects a broken block.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +13,18 @@ from qwen3ft.records.data import RejectedRowError
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
 ChunkKind = Literal["thinking", "answer"]
-Part = tuple[ChunkKind, str]
+ThinkingChunk = tuple[ChunkKind, str]
 
 
 class ThinkingSplitter:
-    """Takes text as it comes and gives it back as thinking or answer, without the tags.
+    """Splitter of streamed text into thinking and answer, without the tags.
 
-    A tag may come in pieces: what could still become one is held back, and so is white space that
-    may be the end. All parts together are what `quality.split_thinking` makes of the whole text;
-    only that here the first closing tag ends the thinking, since nobody knows whether another one
-    follows.
+    Text that may turn out to be part of a tag, or trailing white space, is held back. All chunks
+    together equal `split_thinking` of the whole text, except that the first closing tag ends the
+    thinking: whether another one follows is not known yet.
 
     Args:
-        opened: Whether the prompt itself opened the think block.
+        opened: True if the prompt itself opened the think block.
     """
 
     def __init__(self, *, opened: bool) -> None:
@@ -29,16 +32,16 @@ class ThinkingSplitter:
         self._text = ""
         self._given: dict[ChunkKind, str] = {"thinking": "", "answer": ""}
 
-    def feed(self, text: str) -> list[Part]:
-        """What is new, as far as it can be told yet."""
+    def feed(self, text: str) -> list[ThinkingChunk]:
+        """Add text; return the chunks that are certain by now."""
         self._text += text
         return self._news(final=False)
 
-    def close(self) -> list[Part]:
-        """What was held back, now that nothing more comes."""
+    def close(self) -> list[ThinkingChunk]:
+        """Return the chunks that were held back; the text is complete."""
         return self._news(final=True)
 
-    def _news(self, *, final: bool) -> list[Part]:
+    def _news(self, *, final: bool) -> list[ThinkingChunk]:
         text = self._text.lstrip()
         opened = self._opened or text.startswith(THINK_OPEN)
         if not (opened or final) and THINK_OPEN.startswith(text):
@@ -48,9 +51,9 @@ class ThinkingSplitter:
             thinking, closed, answer = text.removeprefix(THINK_OPEN).partition(THINK_CLOSE)
             if not (closed or final):
                 thinking = _without_partial(thinking, THINK_CLOSE)
-        parts: list[Part] = []
-        wholes: tuple[Part, Part] = ("thinking", thinking.strip()), ("answer", answer.strip())
-        for kind, whole in wholes:
+        parts: list[ThinkingChunk] = []
+        wholes: dict[ChunkKind, str] = {"thinking": thinking.strip(), "answer": answer.strip()}
+        for kind, whole in wholes.items():
             if new := whole[len(self._given[kind]) :]:
                 self._given[kind] = whole
                 parts.append((kind, new))
@@ -58,7 +61,7 @@ class ThinkingSplitter:
 
 
 def _without_partial(text: str, tag: str) -> str:
-    """`text` without an end that may be the beginning of `tag`."""
+    """Return `text` without an end that may be the beginning of `tag`."""
     for length in range(min(len(tag) - 1, len(text)), 0, -1):
         if text.endswith(tag[:length]):
             return text[:-length]
@@ -66,10 +69,10 @@ def _without_partial(text: str, tag: str) -> str:
 
 
 def split_thinking(text: str) -> tuple[str, str]:
-    """(thinking, answer) of what a model wrote, each stripped.
+    """Split generated text into (thinking, answer), each stripped.
 
-    As in Qwen3's own parser, the last closing tag ends the thinking; an opening tag may be missing
-    because the prompt held it. Thinking that was never closed has the answer ''.
+    As in Qwen3's own parser, the last closing tag ends the thinking, and the opening tag may be
+    missing because the prompt had it. Thinking that is never closed has the answer ''.
     """
     before, closed, after = text.rpartition(THINK_CLOSE)
     if closed:
@@ -80,9 +83,10 @@ def split_thinking(text: str) -> tuple[str, str]:
 
 
 def split_think_block(text: str) -> tuple[str, str]:
-    """(reasoning, rest) of what an assistant says: a leading think block and what follows it.
+    """Split an assistant's message in a data set into (reasoning, answer), each stripped.
 
-    The opening tag may be missing, as in what a model writes whose prompt held it.
+    The first closing tag ends the reasoning, so that a tag in the answer stays visible to checks of
+    content. The opening tag may be missing, as in generated text.
 
     Raises:
         RejectedRowError: the block is never closed.

@@ -1,9 +1,7 @@
-"""A tokenizer that training can use: turn markers, a chat template, a padding token.
+"""Loading a Qwen tokenizer for training, and fast encoding of texts.
 
-Guarantees: padding is never the end token, and what is missing is added where it can be told, and
-said in the log. A chat template that is not known by its hash is used, with a warning.
-It does not cover tokenizers of other models than Qwen's.
-It imports transformers only to load a tokenizer, and never torch.
+Training needs turn markers, a chat template, and a padding token that is not the end token. A
+missing template or padding token is added; an unknown template is used with a warning.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ START_TOKEN, PAD_TOKEN = "<|im_start|>", "<|endoftext|>"
 
 
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder` (or a cached hub name), ready for use: see `configure_tokenizer`.
+    """Load the tokenizer in `folder` (or of a cached hub name) and configure it for training.
 
     Raises:
         TokenizerError: it cannot be loaded or configured.
@@ -48,27 +46,27 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
 
 
 def configure_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give `tokenizer` what training needs where it can be told: a chat template, a padding token.
+    """Add a chat template and a padding token to `tokenizer` if they are missing.
 
     Raises:
-        TokenizerError: it does not know the turn markers of Qwen, or has no token to pad with.
+        TokenizerError: it lacks Qwen's turn markers, or any token to pad with.
     """
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in (START_TOKEN, END_TOKEN) if token not in vocabulary]
     if missing:
         raise template_error(
             f"The tokenizer does not have {' and '.join(missing)} as single tokens.",
-            "Turns are marked by them; this is no Qwen chat tokenizer.",
+            "They mark the turns of a chat; this is not a Qwen chat tokenizer.",
         )
     if not tokenizer.chat_template:
         tokenizer.chat_template = (MODEL_DIR / "chat_template.jinja").read_text(encoding="utf-8")
         get_logger("data").warning(
-            "The tokenizer has no chat template; the embedded model's, which is Qwen3's, is used."
+            "The tokenizer has no chat template; using the embedded model's, which is Qwen3's."
         )
     info = identify_template(tokenizer)
     if not info.name:
         get_logger("data").warning(
-            "The chat template (sha256 %s) is none of the known ones; it is used as it behaves.",
+            "The chat template (sha256 %s) is unknown; it is probed and used as it is.",
             info.sha256,
         )
     if tokenizer.pad_token_id in (None, vocabulary[END_TOKEN]):
@@ -81,18 +79,18 @@ def configure_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 MAX_CACHED_CHARACTERS = 1_000_000
-"""Bounds the cache of shared texts: some 40 MB of ids if every character were a token."""
+"""Limit of the cache of shared texts: 40 MB of ids if every character were a token."""
 
 
 class Encoder:
-    """The tokenizer behind transformers' own, which spends most of its time on other things."""
+    """Direct use of the Rust tokenizer: transformers' wrapper takes most of the time of a call."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         backend: Any = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise template_error(
                 f"{type(tokenizer).__name__} is not backed by the tokenizers library.",
-                "Its pieces cannot be tokenised apart without changing tokens.",
+                "Pieces of a text cannot be tokenised separately without changing tokens.",
             )
         self._plain: Tokenizer = backend
         self._escaping: Tokenizer | None = None
@@ -100,23 +98,23 @@ class Encoder:
         self._cached_characters = 0
         added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
         self.added_tokens = re.compile("|".join(map(re.escape, added)) or r"(?!)")
-        """Matches the tokens that are cut out of a text before anything else."""
+        """Pattern of the added tokens, which a tokenizer cuts out of a text first."""
         self._split = re.compile(f"({self.added_tokens.pattern})").split
 
     def split_tokens(self, text: str) -> list[str]:
-        """The text cut beside added tokens: every second piece is one of them."""
+        """Split the text at added tokens; every second piece is one of them."""
         return self._split(text)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text."""
-        # transformers leaves the settings of its last call on the tokenizer they share.
+        """Return the token ids of each text."""
+        # The Rust tokenizer is shared with transformers, whose last call left its settings there.
         self._plain.no_padding()
         self._plain.no_truncation()
         self._plain.encode_special_tokens = False
         return [e.ids for e in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_escaped(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, none of them an added token."""
+        """Return the token ids of each text, with added tokens spelled out as plain text."""
         ids = self.encode(texts)
         spelled = [place for place, text in enumerate(texts) if self.added_tokens.search(text)]
         if spelled:
@@ -127,7 +125,7 @@ class Encoder:
         return ids
 
     def encode_cached(self, text: str) -> list[int]:
-        """Token ids of a text that many rows share, such as those of a template."""
+        """Return the token ids of a text that many rows share, such as template text."""
         ids = self._cache.get(text)
         if ids is None:
             if self._cached_characters > MAX_CACHED_CHARACTERS:
@@ -139,17 +137,17 @@ class Encoder:
         return ids
 
     def borders(self, text: str) -> list[tuple[int, int]]:
-        """Where each token of the text begins and ends, in characters."""
+        """Return (start, end) of each token, in characters."""
         return list(self._plain.encode(text, add_special_tokens=False).offsets)
 
     def _escaper(self) -> Tokenizer:
-        """A copy that reads all added tokens as text; made when first needed, for it is large."""
+        """Return a copy that reads added tokens as text; made on first use, since it is large."""
         if self._escaping is None:
             from tokenizers import Tokenizer
 
             content = json.loads(self._plain.to_str())
             for token in content["added_tokens"]:
-                token["special"] = True  # the only ones that the switch below covers
+                token["special"] = True  # the switch below covers special ones only
             self._escaping = Tokenizer.from_str(json.dumps(content))
             self._escaping.encode_special_tokens = True
         return self._escaping

@@ -24,6 +24,7 @@ from qwen3ft.chat.conversation import (
     texts_of,
     user,
 )
+from qwen3ft.chat.templates import TOOL_RESPONSE
 from qwen3ft.chat.thinking import THINK_CLOSE, THINK_OPEN, split_think_block
 from qwen3ft.config import ColumnNames, TrainingConfig
 from qwen3ft.data.columns import Columns, find_columns
@@ -34,9 +35,6 @@ from qwen3ft.records.data import BadRow, Message, QaRow, RejectedRowError, Sourc
 
 CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 """Written in a text, they would be read as the borders of a turn."""
-
-TOOL_RESPONSE = "<tool_response>"
-"""At the start of a user's message, Qwen's templates take it for a tool's."""
 
 
 def messages_of(row: QaRow) -> list[Message]:

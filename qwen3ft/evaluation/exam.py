@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qwen3ft.chat.rendering import Row
+from qwen3ft.chat.rendering import ChatRow
 from qwen3ft.evaluation.answer_cache import AnswerCache, answer_key, new_entry
 from qwen3ft.evaluation.answer_loss import RowLoss, answer_losses
 from qwen3ft.evaluation.answers import Generated, Question, choose_questions
@@ -30,9 +30,9 @@ Beat = Callable[[str, int], None]
 class Exam:
     """The questions for every model, and how they are asked."""
 
-    rows: Sequence[Row]
+    rows: Sequence[ChatRow]
     """Held-out rows: they are answered, and the loss of their references is measured."""
-    ability: Sequence[Row]
+    ability: Sequence[ChatRow]
     """General rows: only their loss is measured."""
     batch_size: int
     max_new_tokens: int
@@ -89,7 +89,7 @@ class Evaluation:
         self.missing_sampled = self._unknown(self.sampled_keys, sampled)
         self.missing_ability = self._unknown(self.ability_keys, exam.ability)
 
-    def _unknown(self, keys: Sequence[str], rows: Sequence[Row]) -> dict[str, Row]:
+    def _unknown(self, keys: Sequence[str], rows: Sequence[ChatRow]) -> dict[str, ChatRow]:
         """Return the rows to compute by key; a row that occurs twice is computed once."""
         found = dict(zip(keys, rows, strict=True))
         return {key: row for key, row in found.items() if self.cache.get(key) is None}
@@ -116,7 +116,7 @@ class Evaluation:
         """
         exam = self.exam
 
-        def losses(rows: Sequence[Row], phase: str) -> list[RowLoss]:
+        def losses(rows: Sequence[ChatRow], phase: str) -> list[RowLoss]:
             return answer_losses(
                 model,
                 tokenizer,
@@ -126,7 +126,7 @@ class Evaluation:
                 escape=exam.escape,
             )
 
-        def answers(rows: Sequence[Row], phase: str, seed: int | None) -> list[Generated]:
+        def answers(rows: Sequence[ChatRow], phase: str, seed: int | None) -> list[Generated]:
             return answer_questions(
                 model,
                 tokenizer,
@@ -163,6 +163,6 @@ class Evaluation:
         )
 
 
-def to_question(row: Row) -> Question:
+def to_question(row: ChatRow) -> Question:
     """Return a held-out row as a question to score."""
     return Question(row["question"], row["answer"], row.get("split") or row.get("kind") or "test")

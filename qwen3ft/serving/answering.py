@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from qwen3ft.chat.rendering import generation_prompt, prompt_ids
-from qwen3ft.chat.thinking import THINK_OPEN, Part, ThinkingSplitter
+from qwen3ft.chat.thinking import THINK_OPEN, ThinkingChunk, ThinkingSplitter
 from qwen3ft.evaluation.generation import end_tokens, greedy_settings
 from qwen3ft.evaluation.inference import InferenceTester
 from qwen3ft.files import append_json_line, read_json_lines
@@ -103,7 +103,7 @@ class Responder:
         stopped = bool(written) and written[-1] in end_tokens(self.model, self.tokenizer)
         self.tell(Chunk(kind="end", tokens=len(written), stopped=stopped))
 
-    def _tell_parts(self, parts: list[Part]) -> None:
+    def _tell_parts(self, parts: list[ThinkingChunk]) -> None:
         for kind, text in parts:
             self.tell(Chunk(kind=kind, text=text))
 
