@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def answer(question: Question, path: Path | None, settings: list[str], *, as_jso
     fit = choose(request)
     table = shape_table(request, fit, card, fill)
     if as_json:
-        value: dict[str, Any] = {"model": request.model_name, "workload": asdict(fit.work)}
+        value: dict[str, Any] = {"model": request.model_name, "workload": fit.work.to_json()}
         print_json(value | table.model_dump(mode="json"))
     else:
         show_table(open_console(), table)

@@ -139,7 +139,7 @@ def warn_of_limits(config: TrainingConfig, plan: TrainPlan) -> None:
         logger.warning("budget: %s", plan.reasons["max_memory_gb"])
     if plan.device == "cpu" and not config.is_embedded:
         logger.warning("%s %s", config.model_name, plan.reasons["device"])
-    if plan.device == "cpu" and plan.kernels == "fused":
+    if plan.device == "cpu" and plan.memory.kernels == "fused":
         logger.warning("fused kernels: %s", plan.reasons["kernels"])
 
 

@@ -39,7 +39,7 @@ def compare_answers(
         questions_path=str(Path(plan.dataset.path) / "test.jsonl"),
         answers_path=str(job.path / "answers.jsonl"),
         device=plan.device,
-        batch_size=plan.eval_batch_size,
+        batch_size=plan.memory.eval_batch_size,
         budget_gb=plan.max_memory_gb,
     )
     return run_worker(

@@ -28,7 +28,7 @@ def name_of(tell: Callable[[Mapping[str, Any]], str]) -> TaskRunNameCallbackWith
 def train_name(parameters: Mapping[str, Any]) -> str:
     """`train-2 (micro-batch 8 x 8 from step 40 after out of memory)`."""
     plan: TrainPlan = parameters["plan"]
-    told = f"micro-batch {plan.micro_batch_size} x {plan.gradient_accumulation_steps}"
+    told = f"micro-batch {plan.memory.micro_batch_size} x {plan.gradient_accumulation_steps}"
     if plan.resume_from:
         step = Path(plan.resume_from).name.removeprefix("step-").lstrip("0") or "0"
         told += f" from step {step}"

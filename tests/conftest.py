@@ -251,6 +251,6 @@ def make_plan(
         adapter = plan_adapter(config, snapshot.shape)
         plan = build_plan(config, environment, snapshot, adapter, manifest)
         plan = plan.for_run(run, str(tmp_path / run), attempt=1, resume_from=None)
-        return plan.model_copy(update=changes)
+        return plan.with_settings(**changes)
 
     return make

@@ -19,7 +19,7 @@ from flows.finetune import qwen3_finetune
 from qwen3ft import config, errors, logs
 from qwen3ft.config import TrainingConfig, load_config, parse_config
 from qwen3ft.errors import ConfigError, FinetuneError, error_kinds
-from qwen3ft.records.model import ModelShape
+from qwen3ft.model.shapes import find_shape
 
 
 def test_the_defaults_are_the_specified_ones() -> None:
@@ -157,17 +157,7 @@ def test_the_named_errors_of_the_specification_exist() -> None:
 
 def test_parameter_counts_of_known_models() -> None:
     """Counted from the shape, Qwen3-4B has 4.02 B parameters, of which 3.63 B are quantised."""
-    shape = ModelShape(
-        hidden_size=2560,
-        intermediate_size=9728,
-        num_hidden_layers=36,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=151936,
-        tie_word_embeddings=True,
-        max_position_embeddings=262144,
-    )
+    _, shape = find_shape("4b")
     assert shape.total_parameters == 4_022_468_096
     assert shape.linear_parameters == 36 * 100_925_440
 

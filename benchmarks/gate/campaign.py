@@ -185,7 +185,7 @@ def evaluate(
         questions_path=str(Path(plan.dataset.path) / "test.jsonl"),
         answers_path=str(job.path / "answers.jsonl"),
         device="cpu",
-        batch_size=plan.eval_batch_size,
+        batch_size=plan.memory.eval_batch_size,
     )
     return worker.inference(worker.Job(job.create(request).path))
 

@@ -87,8 +87,8 @@ def _matrix(values: dict[str, Any], memory: DeviceMemory) -> dict[str, Any]:
         except InsufficientMemoryError as error:
             row |= {"status": "does not fit", "need_gb": error.facts["need_gb"]}
             continue
-        if plan.micro_batch_size != case.micro_batch_size:
-            row["status"] = f"split into micro-batches of {plan.micro_batch_size}"
+        if plan.memory.micro_batch_size != case.micro_batch_size:
+            row["status"] = f"split into micro-batches of {plan.memory.micro_batch_size}"
             continue
         started = time.monotonic()
         row |= _measure(plan, memory) | {

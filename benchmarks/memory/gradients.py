@@ -32,7 +32,8 @@ class _StepMeasuredError(Exception):
 def make_plan(config: TrainingConfig, run: Path, **changes: Any) -> TrainPlan:
     """Return the plan of `config` as attempt 1 of a run in the folder `run`."""
     plan = preview_plan(config)
-    return plan.for_run(run.name, str(run), attempt=1, resume_from=None).model_copy(update=changes)
+    plan = plan.for_run(run.name, str(run), attempt=1, resume_from=None)
+    return plan.with_settings(**changes)
 
 
 def train(plan: TrainPlan) -> Any:
@@ -50,7 +51,6 @@ def splits(effective: int) -> Iterator[dict[str, Any]]:
         yield {
             "kernels": "plain",
             "micro_batch_size": micro,
-            "gradient_accumulation_steps": effective // micro,
             "packing": packing,
             "gradient_checkpointing": recompute,
             "loss_chunk_tokens": chunk,
@@ -61,7 +61,6 @@ def splits(effective: int) -> Iterator[dict[str, Any]]:
         yield {
             "kernels": "fused",
             "micro_batch_size": micro,
-            "gradient_accumulation_steps": effective // micro,
             "packing": True,
             "gradient_checkpointing": room == 0,
             "activation_bytes": room,
@@ -110,7 +109,7 @@ def measure_gradients(config: TrainingConfig, work: Path) -> list[dict[str, Any]
     float64, for plain splits. The first row is the whole batch itself.
     """
     effective = config.effective_batch_size
-    whole = {"micro_batch_size": effective, "gradient_accumulation_steps": 1, "packing": False}
+    whole = {"micro_batch_size": effective, "packing": False}
     plan = make_plan(config, work / "whole", kernels="plain", **whole)
     reference = {"plain": first_gradient(plan)}
     exact = first_gradient(plan.model_copy(update={"attempt": 2}), exact=True)
@@ -123,12 +122,12 @@ def measure_gradients(config: TrainingConfig, work: Path) -> list[dict[str, Any]
         plan = make_plan(config, work / f"split-{number}", **changes)
         gradient = first_gradient(plan)
         # The first of `splits` on each path is the whole batch.
-        whole_of_path = reference.setdefault(plan.kernels, gradient)
+        whole_of_path = reference.setdefault(plan.memory.kernels, gradient)
         row = {
             "from_whole": _relative_difference(gradient, whole_of_path),
             "from_exact": _relative_difference(gradient, exact),
         }
-        if plan.kernels == "plain":
+        if plan.memory.kernels == "plain":
             again = first_gradient(plan.model_copy(update={"attempt": 2}), exact=True)
             row["exact_from_exact"] = _relative_difference(again, exact)
         rows.append(changes | row)

@@ -37,8 +37,10 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
         InsufficientMemoryError: The training does not fit, by the plan.
     """
     plan = _plan(Job.read(values), values["kernels"], values["learning_rate"], values)
-    if plan.kernels != values["kernels"]:
-        raise RuntimeError(f"the plan chose kernels {plan.kernels}: {plan.reasons['kernels']}")
+    if plan.memory.kernels != values["kernels"]:
+        raise RuntimeError(
+            f"the plan chose kernels {plan.memory.kernels}: {plan.reasons['kernels']}"
+        )
     from qwen3ft.files import read_json_lines
     from qwen3ft.jobs.folders import RunDir
     from qwen3ft.worker import jobs as worker

@@ -57,6 +57,8 @@ def run_ours(job: Job) -> dict[str, Any]:
 def levers(plan: TrainPlan) -> dict[str, Any]:
     """Return the plan's settings that are plain values."""
     values = plan.model_dump(mode="json", exclude={"run_id", "run_dir", "resume_from"})
+    values |= values.pop("memory", {})  # versions before had the levers at the top
+    values["gradient_accumulation_steps"] = plan.gradient_accumulation_steps
     plain = (int, float, str, bool, type(None))
     return {name: value for name, value in values.items() if isinstance(value, plain)}
 

@@ -8,7 +8,7 @@ check and for recovery.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from qwen3ft.config import TrainingConfig
@@ -94,8 +94,6 @@ def _fused_fit(
     effective = request.config.effective_batch_size
     work = fastest_fused(
         first,
-        request.shape,
-        request.adapter,
         int(budget_gb * GIB),
         effective_batch_size=effective,
         typical_tokens=request.typical_tokens,
@@ -105,8 +103,8 @@ def _fused_fit(
     if work is None:
         return None
     eval_rows = max(1, work.capacity_tokens // work.eval_tokens)
-    work = replace(work, eval_batch_size=min(eval_rows, LARGEST_FUSED_EVAL_BATCH))
-    parts = predict_memory(request.shape, request.adapter, work)
+    work = work.with_memory(eval_batch_size=min(eval_rows, LARGEST_FUSED_EVAL_BATCH))
+    parts = predict_memory(work)
     reasons = fused_reasons(effective, work, total_bytes(parts), budget_gb)
     return Fit(work, parts, budget_gb, reasons | given)
 
@@ -114,16 +112,16 @@ def _fused_fit(
 def _plain_fit(
     request: FitRequest, first: Workload, budget_gb: float, given: dict[str, str]
 ) -> Fit | None:
-    config, shape, adapter = request.config, request.shape, request.adapter
+    config = request.config
     every = list(candidates(config, first))
     leanest, share = every[-1]
-    if total_bytes(predict_memory(shape, adapter, leanest)) > int(share * budget_gb * GIB):
+    if total_bytes(predict_memory(leanest)) > int(share * budget_gb * GIB):
         return None
     for work, share in every:
         limit_bytes = int(share * budget_gb * GIB)
-        if total_bytes(predict_memory(shape, adapter, work)) <= limit_bytes:
-            work = with_evaluation(shape, adapter, work, limit_bytes)
-            parts = predict_memory(shape, adapter, work)
+        if total_bytes(predict_memory(work)) <= limit_bytes:
+            work = with_evaluation(work, limit_bytes)
+            parts = predict_memory(work)
             reasons = plain_reasons(config, work, total_bytes(parts), budget_gb)
             return Fit(work, parts, budget_gb, reasons | given)
     return None

@@ -29,7 +29,6 @@ from qwen3ft.machine.gpus import CUDA_CONTEXT_BYTES
 from qwen3ft.planning.fused_footprint import FusedSizes, fixed_parts, row_parts
 from qwen3ft.planning.packing import row_tokens
 from qwen3ft.planning.workload import Workload
-from qwen3ft.records.model import AdapterSpec, ModelShape
 from qwen3ft.records.plan import MemoryPart
 from qwen3ft.units import GIB, gb, size_text
 
@@ -40,20 +39,18 @@ SLACK = {"cuda": (int(0.2 * GIB), 0.07), "cpu": (0, 0.25)}
 """What the allocator holds beyond what is in use: bytes, and a share of what comes and goes."""
 
 
-def predict_memory(
-    shape: ModelShape, adapter: AdapterSpec, work: Workload
-) -> tuple[MemoryPart, ...]:
+def predict_memory(work: Workload) -> tuple[MemoryPart, ...]:
     """The parts of the predicted peak, in bytes; their sum is the prediction.
 
     On CUDA this is what NVML shows for the process, on a CPU its resident memory.
     """
-    if work.kernels == "fused":
-        return _fused_parts(shape, adapter, work)
-    saved = _saved_activations(shape, adapter, work)
-    working = _working_memory(shape, adapter, work, saved.bytes)
+    if work.memory.kernels == "fused":
+        return _fused_parts(work)
+    saved = _saved_activations(work)
+    working = _working_memory(work, saved.bytes)
     slack_bytes, slack_share = SLACK[work.device]
     return (
-        *_fixed_parts(shape, adapter, work),
+        *_fixed_parts(work),
         saved,
         *_packed_mask(work),
         working,
@@ -72,35 +69,14 @@ def total_bytes(parts: tuple[MemoryPart, ...]) -> int:
     return sum(part.bytes for part in parts)
 
 
-def fused_sizes(shape: ModelShape, adapter: AdapterSpec, work: Workload) -> FusedSizes:
-    """The settings of `work` that a fused step's memory depends on."""
-    return FusedSizes(
-        shape=shape,
-        rank=adapter.r,
-        compute_bytes=work.compute_bytes,
-        loss_chunk_tokens=work.loss_chunk_tokens,
-        chunk_tokens=work.chunk_tokens,
-        head_groups=work.head_groups,
-        offload=work.offload_activations,
-        offload_attention=work.offload_attention,
-        offloaded_mlp_blocks=work.offloaded_mlp_blocks,
-    )
-
-
-def _fused_parts(shape: ModelShape, adapter: AdapterSpec, work: Workload) -> tuple[MemoryPart, ...]:
+def _fused_parts(work: Workload) -> tuple[MemoryPart, ...]:
     """The parts where the step is `qwen3ft.training.fused`."""
-    sizes = fused_sizes(shape, adapter, work)
-    beside = fixed_parts(sizes, adapter.trainable_parameters, work.tokens)
+    sizes = FusedSizes(work)
+    beside = fixed_parts(sizes)
     other = {part.name: part for part in beside}
-    fixed = (other.get(part.name, part) for part in _fixed_parts(shape, adapter, work))
-    of_rows = row_parts(
-        sizes,
-        work.tokens,
-        work.activation_bytes,
-        varied=work.varied_rows,
-        lean=work.offload_optimizer,
-    )
-    longest = row_tokens(work.eval_batch_size * work.eval_tokens)
+    fixed = (other.get(part.name, part) for part in _fixed_parts(work))
+    of_rows = row_parts(sizes)
+    longest = row_tokens(work.memory.eval_batch_size * work.eval_tokens)
     evaluation = sizes.evaluation_bytes(longest) if longest > work.tokens else 0
     # An evaluation comes after a step: no row is there, and no gradient; slack there is as before.
     rows = sum(part.bytes for part in of_rows if part.name != "allocator slack")
@@ -123,9 +99,10 @@ def _process(work: Workload) -> MemoryPart:
     )
 
 
-def _fixed_parts(shape: ModelShape, adapter: AdapterSpec, work: Workload) -> tuple[MemoryPart, ...]:
+def _fixed_parts(work: Workload) -> tuple[MemoryPart, ...]:
     """What does not depend on the batch."""
-    c, linear, trained = work.compute_bytes, shape.linear_parameters, adapter.trainable_parameters
+    shape, c = work.shape, work.compute_bytes
+    linear, trained = shape.linear_parameters, work.adapter.trainable_parameters
     plain = shape.total_parameters - linear
     largest = max(out * inp for out, inp in shape.projection_sizes().values())
     blocks = -(-linear // 64)
@@ -155,17 +132,18 @@ def _fixed_parts(shape: ModelShape, adapter: AdapterSpec, work: Workload) -> tup
         MemoryPart(name="gradients", bytes=4 * trained, formula=f"{trained:,} x 4 bytes"),
         MemoryPart(
             name="AdamW state",
-            bytes=0 if work.offload_optimizer else 8 * trained,
+            bytes=0 if work.memory.offload_optimizer else 8 * trained,
             formula="in host memory"
-            if work.offload_optimizer
+            if work.memory.offload_optimizer
             else f"{trained:,} x 2 moments x 4 bytes",
         ),
     )
 
 
-def layer_bytes_per_token(shape: ModelShape, adapter: AdapterSpec, work: Workload) -> int:
+def layer_bytes_per_token(work: Workload) -> int:
     """Bytes that autograd keeps per token of one decoder layer (see the module docstring)."""
-    c, hidden, mlp = work.compute_bytes, shape.hidden_size, shape.intermediate_size
+    shape, adapter, c = work.shape, work.adapter, work.compute_bytes
+    hidden, mlp = shape.hidden_size, shape.intermediate_size
     query = shape.num_attention_heads * shape.head_dim
     key = shape.num_key_value_heads * shape.head_dim
     norms = 2 * (4 + c) * hidden + 4 * query + 4 * key
@@ -174,21 +152,21 @@ def layer_bytes_per_token(shape: ModelShape, adapter: AdapterSpec, work: Workloa
     return norms + attention + 4 * c * mlp + 7 * c * adapter.r + dropped
 
 
-def _saved_activations(shape: ModelShape, adapter: AdapterSpec, work: Workload) -> MemoryPart:
+def _saved_activations(work: Workload) -> MemoryPart:
     """What waits for backward when the loss is computed."""
-    c, layers, hidden = work.compute_bytes, shape.num_hidden_layers, shape.hidden_size
+    c, layers, hidden = work.compute_bytes, work.shape.num_hidden_layers, work.shape.hidden_size
     # The last norm keeps its input in fp32; its output is kept whole and as trained rows.
     top = (4 + 2 * c) * hidden
-    if work.offload_activations:
+    if work.memory.offload_activations:
         return MemoryPart(
             name="saved activations",
             bytes=work.tokens * (2 * c * hidden + top),
             formula=f"{work.tokens:,} tokens x two layers' inputs; the rest waits in host memory",
         )
-    if work.gradient_checkpointing:
+    if work.memory.gradient_checkpointing:
         each, what = c * hidden, "each layer's input"
     else:
-        each, what = layer_bytes_per_token(shape, adapter, work), "all of each layer"
+        each, what = layer_bytes_per_token(work), "all of each layer"
     return MemoryPart(
         name="saved activations",
         bytes=work.tokens * (layers * each + top),
@@ -198,7 +176,7 @@ def _saved_activations(shape: ModelShape, adapter: AdapterSpec, work: Workload) 
 
 def _packed_mask(work: Workload) -> tuple[MemoryPart, ...]:
     """The mask that keeps the sequences of a packed row apart, and what it is made of."""
-    if not work.packing:
+    if not work.memory.packing:
         return ()
     return (
         MemoryPart(
@@ -209,24 +187,23 @@ def _packed_mask(work: Workload) -> tuple[MemoryPart, ...]:
     )
 
 
-def _working_memory(
-    shape: ModelShape, adapter: AdapterSpec, work: Workload, saved_bytes: int
-) -> MemoryPart:
+def _working_memory(work: Workload, saved_bytes: int) -> MemoryPart:
     """The largest of what comes and goes: a loss chunk, one layer's backward, an evaluation."""
-    c, hidden, mlp = work.compute_bytes, shape.hidden_size, shape.intermediate_size
+    shape, c = work.shape, work.compute_bytes
+    hidden, mlp = shape.hidden_size, shape.intermediate_size
     # Log-softmax output, its gradient, and the logits' gradient; all fp32. On a CPU the product is
     # float64's: the head's copy, and the logits.
     exact = 8 if work.device == "cpu" else 0
-    chunk = min(work.loss_chunk_tokens, work.tokens)
+    chunk = min(work.memory.loss_chunk_tokens, work.tokens)
     loss = ((12 + exact) * chunk + exact * hidden) * shape.vocab_size
     # Gradients of one of the MLP's wide tensors and of the residual stream: of each further one,
     # what autograd kept is freed first.
     transient = c * (mlp + hidden)
-    again = layer_bytes_per_token(shape, adapter, work) if work.gradient_checkpointing else 0
+    again = layer_bytes_per_token(work) if work.memory.gradient_checkpointing else 0
     layer = work.tokens * (transient + again)
-    eval_tokens = work.eval_batch_size * work.eval_tokens
+    eval_tokens = work.memory.eval_batch_size * work.eval_tokens
     forward = eval_tokens * (c * (4 * mlp + 3 * hidden + work.eval_tokens) + 8 * hidden)
-    logits = min(work.loss_chunk_tokens, eval_tokens) * (8 + c) * shape.vocab_size
+    logits = min(work.memory.loss_chunk_tokens, eval_tokens) * (8 + c) * shape.vocab_size
     evaluation = max(0, max(forward, logits) - saved_bytes)
     return MemoryPart(
         name="working memory",

@@ -33,7 +33,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from dataclasses import dataclass
 from functools import lru_cache
 
 from qwen3ft.planning.recompute import (
@@ -43,37 +42,18 @@ from qwen3ft.planning.recompute import (
     offload_evenly,
     padded_rank,
 )
+from qwen3ft.planning.workload import Workload
 from qwen3ft.records.model import ModelShape
 from qwen3ft.records.plan import MemoryPart
 from qwen3ft.units import GIB, size_text
 
 
-@dataclass(frozen=True)
 class FusedSizes:
-    """The settings of a fused step that memory depends on.
+    """Bytes and operations of a fused step over packed rows of a workload's model."""
 
-    Attributes:
-        shape: Of the model.
-        rank: Of the adapter.
-        compute_bytes: Bytes of one number of the compute type.
-        loss_chunk_tokens: Targets whose logits exist at one time.
-        chunk_tokens: Tokens whose wide intermediates exist at one time.
-        head_groups: In how many parts the gradient of attention is computed.
-        offload: Whether what is kept waits in host memory.
-        offload_attention: Whether attention's output is among it, instead of being dropped.
-        offloaded_mlp_blocks: Most blocks whose gate and up wait in host memory instead of being
-            computed again.
-    """
-
-    shape: ModelShape
-    rank: int
-    compute_bytes: int
-    loss_chunk_tokens: int
-    chunk_tokens: int
-    head_groups: int
-    offload: bool = False
-    offload_attention: bool = False
-    offloaded_mlp_blocks: int = 0
+    def __init__(self, work: Workload) -> None:
+        self.work, self.shape, self.memory = work, work.shape, work.memory
+        self.rank, self.compute_bytes = work.adapter.r, work.compute_bytes
 
     @property
     def weight_bytes(self) -> int:
@@ -85,7 +65,7 @@ class FusedSizes:
     @property
     def frugal_levels(self) -> tuple[Level, ...]:
         """The levels that keep least."""
-        level = Level.RECOMPUTE_O if self.offload_attention else Level.RECOMPUTE_ALL
+        level = Level.RECOMPUTE_O if self.memory.offload_attention else Level.RECOMPUTE_ALL
         return (level,) * self.shape.num_hidden_layers
 
     @property
@@ -108,8 +88,8 @@ class FusedSizes:
         c, hidden = self.compute_bytes, self.shape.hidden_size
         query, key = _features(self.shape)
         drops = level == Level.RECOMPUTE_ALL
-        attention = hidden + (query + key) // self.head_groups
-        attention += query * (drops + (self.head_groups > 1))
+        attention = hidden + (query + key) // self.memory.head_groups
+        attention += query * (drops + (self.memory.head_groups > 1))
         attention += query + 2 * key if level >= Level.RECOMPUTE_QKV else 0
         mlp = 2 * hidden if level >= Level.RECOMPUTE_O else hidden
         return max(
@@ -121,7 +101,7 @@ class FusedSizes:
         """The most that comes and goes in the loss of a row."""
         c, hidden = self.compute_bytes, self.shape.hidden_size
         stream = 2 * hidden + padded_rank(self.rank) if with_gradient else hidden
-        targets = min(self.loss_chunk_tokens, tokens)
+        targets = min(self.memory.loss_chunk_tokens, tokens)
         chunk = targets * (self.shape.vocab_size + 3 * hidden)
         return c * (tokens * stream + chunk) - self.weight_bytes
 
@@ -133,20 +113,20 @@ class FusedSizes:
         again = query if level == Level.RECOMPUTE_ALL else 0
         of_mlp = again + (query + 2 * key if level == Level.RECOMPUTE_ALL else 0)
         of_mlp += hidden if level >= Level.RECOMPUTE_O else 0
-        chunk = min(tokens, self.chunk_tokens) * (hidden + padded_rank(2 * self.rank))
+        chunk = min(tokens, self.memory.chunk_tokens) * (hidden + padded_rank(2 * self.rank))
         mlp = c * (tokens * (hidden + low + of_mlp) + chunk) + self._wide_bytes(tokens, level)
         of_attention = again + (query + 2 * key if level >= Level.RECOMPUTE_QKV else 0)
         of_attention -= hidden if level < Level.RECOMPUTE_O else 0
         of_attention -= 2 * inner if level == Level.KEEP_ALL else 0
-        per_group = (8 if self.head_groups > 1 else 6) * query + 3 * key
-        of_attention += hidden + low + query + per_group // self.head_groups
+        per_group = (8 if self.memory.head_groups > 1 else 6) * query + 3 * key
+        of_attention += hidden + low + query + per_group // self.memory.head_groups
         attention = c * tokens * of_attention + self._log_sum_exp_bytes(tokens) - self.weight_bytes
         return max(mlp, attention)
 
     def _wide_bytes(self, tokens: int, level: Level) -> int:
         """The MLP's wide tensors of a chunk: activated, and gate and up where they are dropped."""
         wide = 1 if level == Level.KEEP_ALL else 3
-        chunk = min(tokens, self.chunk_tokens)
+        chunk = min(tokens, self.memory.chunk_tokens)
         return self.compute_bytes * chunk * wide * self.shape.intermediate_size
 
     def _log_sum_exp_bytes(self, tokens: int) -> int:
@@ -176,7 +156,7 @@ class FusedSizes:
         freed, before = 0, len(levels)
         for level in dict.fromkeys(reversed(levels)):  # backward begins at the last block
             last = len(levels) - levels[::-1].index(level)
-            if not self.offload:
+            if not self.memory.offload_activations:
                 freed += tokens * sum(per_token[each] for each in levels[last:before])
                 before = last
             peaks.append(kept - freed + self.backward_bytes(tokens, level))
@@ -185,7 +165,7 @@ class FusedSizes:
     def kept_bytes(self, tokens: int, levels: tuple[Level, ...]) -> int:
         """What all blocks keep of a row on the device, once all have run."""
         per_token = self.kept_per_token()
-        if self.offload:
+        if self.memory.offload_activations:
             # One block's tensors on their way out or in, beside those in use.
             kept = 2 * tokens * per_token[max(levels)]
             low = 2 * self.compute_bytes * padded_rank(self.rank)  # narrow ones stay
@@ -195,13 +175,13 @@ class FusedSizes:
 
     def levels(self, tokens: int, budget_bytes: int) -> tuple[Level, ...]:
         """Per block, what keeps most within `budget_bytes`; the most frugal if nothing fits."""
-        if self.offload:
+        if self.memory.offload_activations:
             return self.frugal_levels
         levels = self._filled(tokens, budget_bytes)
-        if not self.offloaded_mlp_blocks or Level.RECOMPUTE_GATE_UP not in levels:
+        if not self.memory.offloaded_mlp_blocks or Level.RECOMPUTE_GATE_UP not in levels:
             return levels
         less = self._filled(tokens, budget_bytes - self._on_its_way(tokens))
-        sent = offload_evenly(less, self.offloaded_mlp_blocks)
+        sent = offload_evenly(less, self.memory.offloaded_mlp_blocks)
         if self.row_bytes(tokens, sent) > budget_bytes:
             return levels
         # What is on its way takes room too; that must be worth it.
@@ -235,7 +215,7 @@ class FusedSizes:
         The latter are in the MLP's own count only where it runs in one chunk.
         """
         gate_up = 2 * self.compute_bytes * self.shape.intermediate_size * tokens
-        return gate_up if tokens <= self.chunk_tokens else 2 * gate_up
+        return gate_up if tokens <= self.memory.chunk_tokens else 2 * gate_up
 
     def operations(self, tokens: int, levels: tuple[Level, ...], sequence_tokens: int) -> float:
         """Floating-point operations of a row's forward and backward, those done again included.
@@ -297,16 +277,12 @@ SLACK_SHARE, VARIED_SLACK_SHARE = 0.08, 0.2
 ones, each of which fits less well into the place of the last."""
 
 
-def fixed_parts(sizes: FusedSizes, trained: int, tokens: int) -> tuple[MemoryPart, ...]:
-    """The parts that no budget changes which differ from the plain path's.
-
-    Args:
-        sizes: The settings of the step.
-        trained: Parameters of the adapter.
-        tokens: Of the largest row.
-    """
+def fixed_parts(sizes: FusedSizes) -> tuple[MemoryPart, ...]:
+    """The parts that no budget changes which differ from the plain path's."""
+    work, trained = sizes.work, sizes.work.adapter.trainable_parameters
     # The gradients of a micro-batch come as what blocks keep goes.
-    going = 0 if sizes.offload else sizes.kept_bytes(tokens, sizes.frugal_levels)
+    offload = work.memory.offload_activations
+    going = 0 if offload else sizes.kept_bytes(work.tokens, sizes.frugal_levels)
     own = max(0, 4 * trained - going)
     return (
         MemoryPart(
@@ -327,31 +303,23 @@ def fixed_parts(sizes: FusedSizes, trained: int, tokens: int) -> tuple[MemoryPar
     )
 
 
-def row_parts(
-    sizes: FusedSizes, tokens: int, budget_bytes: int, *, varied: bool = True, lean: bool = False
-) -> tuple[MemoryPart, ...]:
-    """The parts of the largest row, and what lies beside it.
-
-    Args:
-        sizes: The settings of the step.
-        tokens: Of the largest row.
-        budget_bytes: What any row may take.
-        varied: Whether rows differ in length.
-        lean: Whether cuBLAS has to do with little.
-    """
-    blocks = sizes.shape.num_hidden_layers
+def row_parts(sizes: FusedSizes) -> tuple[MemoryPart, ...]:
+    """The parts of the largest row, and what lies beside it."""
+    work, memory = sizes.work, sizes.work.memory
+    tokens, budget_bytes = work.tokens, memory.activation_bytes
+    blocks = work.shape.num_hidden_layers
     levels = sizes.levels(tokens, budget_bytes)
     row, kept_bytes = sizes.row_bytes(tokens, levels), sizes.kept_bytes(tokens, levels)
     most = sizes.row_bytes(tokens, (Level.KEEP_ALL,) * blocks)
-    rest = 0 if sizes.offload else max(0, min(budget_bytes, most) - row)
+    rest = 0 if memory.offload_activations else max(0, min(budget_bytes, most) - row)
     # Of the most frugal levels for any budget, so that the sum follows the budget.
     frugal = sizes.frugal_levels
     passing = sizes.row_bytes(tokens, frugal) - sizes.kept_bytes(tokens, frugal)
-    beside = SLACK_BYTES + (LEAN_WORKSPACE_BYTES if lean else WORKSPACE_BYTES)
-    if sizes.offloaded_mlp_blocks:  # gate and up come and go between what stays
-        chunk = min(tokens, sizes.chunk_tokens)
-        beside += 2 * sizes.compute_bytes * sizes.shape.intermediate_size * chunk
-    share = VARIED_SLACK_SHARE if varied else SLACK_SHARE
+    beside = SLACK_BYTES + (LEAN_WORKSPACE_BYTES if memory.offload_optimizer else WORKSPACE_BYTES)
+    if memory.offloaded_mlp_blocks:  # gate and up come and go between what stays
+        chunk = min(tokens, memory.chunk_tokens)
+        beside += 2 * work.compute_bytes * work.shape.intermediate_size * chunk
+    share = VARIED_SLACK_SHARE if work.varied_rows else SLACK_SHARE
     again = Counter(level.repeats for level in sorted(levels))
     kept = ", ".join(f"{words} in {count} blocks" for words, count in again.items())
     return (
@@ -359,7 +327,7 @@ def row_parts(
             name="kept activations",
             bytes=kept_bytes,
             formula=f"{tokens:,} tokens; computed again: {kept}"
-            + ("; the rest waits in host memory" if sizes.offload else ""),
+            + ("; the rest waits in host memory" if memory.offload_activations else ""),
         ),
         MemoryPart(
             name="working memory",
@@ -375,7 +343,7 @@ def row_parts(
             name="allocator slack",
             bytes=beside + int(share * passing),
             formula=f"{size_text(beside)} with cuBLAS's workspaces"
-            + (" and one more gate and up" if sizes.offloaded_mlp_blocks else "")
+            + (" and one more gate and up" if memory.offloaded_mlp_blocks else "")
             + f", and {share:.0%} of the most that comes and goes",
         ),
     )

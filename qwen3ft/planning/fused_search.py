@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache
 
-from qwen3ft.planning.footprint import fused_sizes, predict_memory, total_bytes
+from qwen3ft.planning.footprint import predict_memory, total_bytes
+from qwen3ft.planning.fused_footprint import FusedSizes
 from qwen3ft.planning.fused_settings import (
     CHUNK_TOKENS,
     HOST_SHARE,
@@ -25,7 +26,7 @@ from qwen3ft.planning.plain_settings import offload_optimizer_reason
 from qwen3ft.planning.recompute import Level
 from qwen3ft.planning.workload import Workload
 from qwen3ft.records.machine import EnvironmentReport
-from qwen3ft.records.model import AdapterSpec, ModelShape
+from qwen3ft.records.model import AdapterSpec
 from qwen3ft.units import gb
 
 OLDEST_CAPABILITY = (8, 0)
@@ -51,8 +52,6 @@ def fused_or_why_not(
 
 def fastest_fused(
     first: Workload,
-    shape: ModelShape,
-    adapter: AdapterSpec,
     limit_bytes: int,
     *,
     effective_batch_size: int,
@@ -63,36 +62,34 @@ def fastest_fused(
     """The settings estimated to be fastest among those that fit; None if none does.
 
     Args:
-        first: What is given: model, precision, longest rows.
-        shape: Of the model.
-        adapter: Of the run.
+        first: What is given: model, adapter, precision, longest rows.
         limit_bytes: The budget.
         effective_batch_size: Sequences per optimizer step.
         typical_tokens: Mean length of a sequence.
         recompute: `config.gradient_checkpointing`.
         host_bytes: Memory of the host.
     """
-    asked = (effective_batch_size, typical_tokens)
-    options = every_option(first, shape, adapter, *asked, recompute, host_bytes)
+    shape = first.shape
+    options = every_option(first, effective_batch_size, typical_tokens, recompute, host_bytes)
     weights_bytes = shape.linear_parameters // 2 + shape.embedding_parameters * first.compute_bytes
     possible = [each for each in options if weights_bytes + each.least <= limit_bytes]
     possible.sort(key=lambda each: (each.least_seconds, each.place))
-    fastest = _fastest(possible, shape, adapter, limit_bytes)
-    if fastest is None and first.device == "cuda" and not first.offload_optimizer:
-        away = [replace(each, work=replace(each.work, offload_optimizer=True)) for each in possible]
-        fastest = _fastest(away, shape, adapter, limit_bytes)
+    fastest = _fastest(possible, limit_bytes)
+    if fastest is None and first.device == "cuda" and not first.memory.offload_optimizer:
+        away = [
+            replace(each, work=each.work.with_memory(offload_optimizer=True)) for each in possible
+        ]
+        fastest = _fastest(away, limit_bytes)
     return fastest
 
 
-def _fastest(
-    possible: list[Option], shape: ModelShape, adapter: AdapterSpec, limit_bytes: int
-) -> Workload | None:
+def _fastest(possible: list[Option], limit_bytes: int) -> Workload | None:
     """Of options, the fastest at best first, the one that is fastest within the limit."""
     best: tuple[float, int, Workload] | None = None
     for option in possible:
         if best is not None and option.least_seconds > best[0]:
             break
-        fitted = _fill(option, shape, adapter, limit_bytes)
+        fitted = _fill(option, limit_bytes)
         if fitted is None:
             continue
         seconds = step_seconds(fitted, *option.asked)
@@ -101,78 +98,78 @@ def _fastest(
     return best[2] if best else None
 
 
-def most_frugal_fused(
-    first: Workload, shape: ModelShape, adapter: AdapterSpec, host_bytes: int
-) -> Workload:
+def most_frugal_fused(first: Workload, host_bytes: int) -> Workload:
     """One sequence at a time, and everything else as it takes least."""
-    first = replace(first, offload_optimizer=first.device == "cuda")
-    blocks, settings = shape.num_hidden_layers, []
+    first = first.with_memory(offload_optimizer=first.device == "cuda")
+    blocks, settings = first.shape.num_hidden_layers, []
     smallest = CHUNK_TOKENS[-1:], LOSS_CHUNK_TOKENS[-1:]
-    for work in candidates(first, (1,), *smallest, head_groups(shape)):
-        if waiting_bytes(work, shape, adapter) <= HOST_SHARE * host_bytes:
-            sizes = fused_sizes(shape, adapter, work)
+    for work in candidates(first, (1,), *smallest, head_groups(first.shape)):
+        if waiting_bytes(work) <= HOST_SHARE * host_bytes:
+            sizes = FusedSizes(work)
             recomputed = sizes.levels(work.tokens, 0)
-            levels = recomputed if first.gradient_checkpointing else (Level.KEEP_ALL,) * blocks
+            levels = (
+                recomputed if first.memory.gradient_checkpointing else (Level.KEEP_ALL,) * blocks
+            )
             room_bytes = sizes.row_bytes(work.tokens, levels)
-            settings.append(replace(work, activation_bytes=room_bytes))
-    return min(settings, key=lambda work: _total_bytes(shape, adapter, work))
+            settings.append(work.with_memory(activation_bytes=room_bytes))
+    return min(settings, key=_total_bytes)
 
 
 def fused_reasons(
     effective_batch_size: int, work: Workload, peak_bytes: int, budget_gb: float
 ) -> dict[str, str]:
     """Why each derived setting is what it is."""
-    accumulation = effective_batch_size // work.micro_batch_size
-    room_gb = gb(work.activation_bytes)
+    memory = work.memory
+    logits_tokens = min(memory.loss_chunk_tokens, work.tokens)
+    accumulation = effective_batch_size // memory.micro_batch_size
+    room_gb = gb(memory.activation_bytes)
     return {
         "micro_batch_size": f"Packed rows of up to {work.capacity_tokens} tokens, estimated to be "
         f"the fastest split; the predicted peak is {gb(peak_bytes):.2f} of {budget_gb:.2f} GB.",
-        "gradient_accumulation_steps": f"{work.micro_batch_size} x {accumulation} keeps the "
+        "gradient_accumulation_steps": f"{memory.micro_batch_size} x {accumulation} keeps the "
         f"{effective_batch_size} sequences per step that were asked for.",
         "eval_batch_size": "As many held-out rows as a packed row of training holds.",
         "gradient_checkpointing": f"A row may take {room_gb:.2f} GB: what of its blocks does not "
         "fit that is computed again, cheapest parts first."
-        if work.gradient_checkpointing
+        if memory.gradient_checkpointing
         else f"All activations of the largest row fit: {room_gb:.2f} GB.",
-        "loss_chunk_tokens": f"Logits of {min(work.loss_chunk_tokens, work.tokens)} tokens at most "
+        "loss_chunk_tokens": f"Logits of {logits_tokens} tokens at most "
         "exist at one time; larger chunks are faster, smaller ones leaner.",
         "offload_activations": "Nothing faster fits."
-        if work.offload_activations
+        if memory.offload_activations
         else "Not needed.",
-        "offload_optimizer": offload_optimizer_reason(work),
+        "offload_optimizer": offload_optimizer_reason(memory),
         "offload_attention": "Its transfer was estimated to be faster than computing it again."
-        if work.offload_attention
+        if memory.offload_attention
         else "Nothing that waits in host memory includes it.",
         "offloaded_mlp_blocks": "The forward has the time to send gate and up of "
-        f"{work.offloaded_mlp_blocks} blocks to the host, where they would be computed again."
-        if work.offloaded_mlp_blocks
+        f"{memory.offloaded_mlp_blocks} blocks to the host, where they would be computed again."
+        if memory.offloaded_mlp_blocks
         else "Not used.",
         "activation_bytes": "The largest row with as much kept as is of use or the budget leaves.",
         "packing": "The fused path runs packed rows alone.",
-        "chunk_tokens": f"The MLP of {min(work.chunk_tokens, work.tokens)} tokens at one time.",
-        "head_groups": f"The gradient of attention in {work.head_groups} part(s) of the heads.",
+        "chunk_tokens": f"The MLP of {min(memory.chunk_tokens, work.tokens)} tokens at one time.",
+        "head_groups": f"The gradient of attention in {memory.head_groups} part(s) of the heads.",
         "predicted": f"For rows of {work.sequence_tokens} tokens, the longest there are.",
     }
 
 
-def _fill(
-    option: Option, shape: ModelShape, adapter: AdapterSpec, limit_bytes: int
-) -> Workload | None:
+def _fill(option: Option, limit_bytes: int) -> Workload | None:
     """Its work with as much for its rows as the budget leaves, or None if the least is too much."""
     work, least, most = option.work, option.least, option.most
-    total_of_least = _total_bytes(shape, adapter, replace(work, activation_bytes=least))
+    total_of_least = _total_bytes(work.with_memory(activation_bytes=least))
     if total_of_least > limit_bytes:
         return None
-    total_of_most = _total_bytes(shape, adapter, replace(work, activation_bytes=most))
+    total_of_most = _total_bytes(work.with_memory(activation_bytes=most))
     if total_of_most <= limit_bytes:
         room = most
     else:
         # Whatever is not the rows' is the same for both, so the sum is linear in between.
         share = (limit_bytes - total_of_least) / (total_of_most - total_of_least)
         room = least + int(share * (most - least))
-    return replace(work, activation_bytes=room, gradient_checkpointing=room < option.everything)
+    return work.with_memory(activation_bytes=room, gradient_checkpointing=room < option.everything)
 
 
 @lru_cache(maxsize=1 << 15)
-def _total_bytes(shape: ModelShape, adapter: AdapterSpec, work: Workload) -> int:
-    return total_bytes(predict_memory(shape, adapter, work))
+def _total_bytes(work: Workload) -> int:
+    return total_bytes(predict_memory(work))

@@ -11,15 +11,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from qwen3ft.planning.footprint import fused_sizes
-from qwen3ft.planning.fused_footprint import linear_parameters
+from qwen3ft.planning.fused_footprint import FusedSizes, linear_parameters
 from qwen3ft.planning.packing import divisors, row_tokens
 from qwen3ft.planning.recompute import Level
 from qwen3ft.planning.workload import Workload
-from qwen3ft.records.model import AdapterSpec, ModelShape
+from qwen3ft.records.model import ModelShape
 
 CHUNK_TOKENS = (16384, 8192, 4096, 2048)
 LOSS_CHUNK_TOKENS = (2048, 1024, 512, 256, 128)
@@ -57,7 +56,7 @@ class Option:
         least: Bytes of the largest row with as little kept as is allowed.
         most: The same with as much kept as is allowed.
         everything: The same with everything kept.
-        asked: Shape, adapter, effective batch and typical tokens, of all candidates.
+        asked: Effective batch and typical tokens, of all candidates.
     """
 
     place: int
@@ -65,7 +64,7 @@ class Option:
     least: int
     most: int
     everything: int
-    asked: tuple[ModelShape, AdapterSpec, int, int]
+    asked: tuple[int, int]
 
     @cached_property
     def least_seconds(self) -> float:
@@ -76,8 +75,6 @@ class Option:
 @lru_cache(maxsize=8)
 def every_option(
     first: Workload,
-    shape: ModelShape,
-    adapter: AdapterSpec,
     effective: int,
     typical_tokens: int,
     recompute: str,
@@ -88,23 +85,23 @@ def every_option(
     They are the same for all budgets, so a table of those works them out once for each length.
     """
     found = []
-    asked = (shape, adapter, effective, typical_tokens)
-    blocks = shape.num_hidden_layers
+    asked = (effective, typical_tokens)
+    blocks = first.shape.num_hidden_layers
     spread = first.device == "cuda" and recompute == "auto"
-    sizes_of_batch, groups = tuple(divisors(effective)), head_groups(shape)
+    sizes_of_batch, groups = tuple(divisors(effective)), head_groups(first.shape)
 
     def away(work: Workload) -> int:
-        return _blocks_offloaded_in_time(work, shape, HOST_SHARE * host_bytes) if spread else 0
+        return _blocks_offloaded_in_time(work, HOST_SHARE * host_bytes) if spread else 0
 
     for place, work in enumerate(
         candidates(first, sizes_of_batch, CHUNK_TOKENS, LOSS_CHUNK_TOKENS, groups, away)
     ):
-        if waiting_bytes(work, shape, adapter) > HOST_SHARE * host_bytes:
+        if waiting_bytes(work) > HOST_SHARE * host_bytes:
             continue
-        sizes = fused_sizes(shape, adapter, work)
+        sizes = FusedSizes(work)
         least = sizes.row_bytes(work.tokens, sizes.levels(work.tokens, 0))
         most = everything = sizes.row_bytes(work.tokens, (Level.KEEP_ALL,) * blocks)
-        if recompute == "on" or work.offload_activations:
+        if recompute == "on" or work.memory.offload_activations:
             most = least
         elif recompute == "off":
             least = most
@@ -137,19 +134,18 @@ def candidates(
     """
     # (what blocks keep, attention's output too)
     offloads = [(False, False)]
-    if first.device == "cuda" and first.gradient_checkpointing:
+    if first.device == "cuda" and first.memory.gradient_checkpointing:
         offloads += [(True, True), (True, False)]
     for size in sizes:
-        base = replace(first, kernels="fused", packing=True, micro_batch_size=size)
+        base = first.with_memory(kernels="fused", packing=True, micro_batch_size=size)
         # What leaves gate and up of some blocks room takes some itself: without it less fits.
         some = sorted({blocks_away(base), 0}, reverse=True)
         ways = [(*offloads[0], blocks) for blocks in some] + [(*way, 0) for way in offloads[1:]]
-        longest = max(base.tokens, row_tokens(base.eval_batch_size * base.eval_tokens))
+        longest = max(base.tokens, row_tokens(base.memory.eval_batch_size * base.eval_tokens))
         for chunk, loss, group, (offload, attention, blocks) in itertools.product(
             _distinct(chunks, longest), _distinct(loss_chunks, longest), groups, ways
         ):
-            yield replace(
-                base,
+            yield base.with_memory(
                 chunk_tokens=chunk,
                 loss_chunk_tokens=loss,
                 head_groups=group,
@@ -165,58 +161,50 @@ def _distinct(chunks: tuple[int, ...], longest_tokens: int) -> tuple[int, ...]:
     return chunks[:1] + chunks[max(1, whole) :]
 
 
-def _blocks_offloaded_in_time(work: Workload, shape: ModelShape, host_bytes: float) -> int:
+def _blocks_offloaded_in_time(work: Workload, host_bytes: float) -> int:
     """Blocks whose gate and up leave the device while the forward runs, and fit the host."""
-    per_token = 2 * work.compute_bytes * shape.intermediate_size
-    forward_seconds = 2 * linear_parameters(shape) / FLOPS_PER_SECOND  # a token
+    per_token = 2 * work.compute_bytes * work.shape.intermediate_size
+    forward_seconds = 2 * linear_parameters(work.shape) / FLOPS_PER_SECOND  # a token
     in_time = OVERLAPPED_BYTES_PER_SECOND * forward_seconds / per_token
     return int(min(in_time, host_bytes / (per_token * work.tokens)))
 
 
-def waiting_bytes(work: Workload, shape: ModelShape, adapter: AdapterSpec) -> int:
+def waiting_bytes(work: Workload) -> int:
     """Host memory that activations of the largest row take."""
-    if not work.offload_activations:
+    if not work.memory.offload_activations:
         return 0
-    sizes = fused_sizes(shape, adapter, work)
+    sizes = FusedSizes(work)
     per_token = sizes.kept_per_token()
     levels = sizes.levels(work.tokens, 0)
     return work.tokens * sum(levels.count(level) * per_token[level] for level in set(levels))
 
 
-def step_seconds(
-    work: Workload, shape: ModelShape, adapter: AdapterSpec, effective: int, typical_tokens: int
-) -> float:
+def step_seconds(work: Workload, effective: int, typical_tokens: int) -> float:
     """Estimated time of a typical optimizer step on an H200, for comparison alone."""
-    return _seconds(work, shape, adapter, effective, typical_tokens, work.activation_bytes)
+    return _seconds(work, effective, typical_tokens, work.memory.activation_bytes)
 
 
-def _seconds(
-    work: Workload,
-    shape: ModelShape,
-    adapter: AdapterSpec,
-    effective: int,
-    typical_tokens: int,
-    room_bytes: int,
-) -> float:
+def _seconds(work: Workload, effective: int, typical_tokens: int, room_bytes: int) -> float:
     """The same where a row may take `room_bytes`."""
+    shape, memory = work.shape, work.memory
     tokens = effective * typical_tokens
     micro_batches = math.ceil(tokens / work.capacity_tokens)
     row = row_tokens(math.ceil(tokens / micro_batches))
-    sizes = fused_sizes(shape, adapter, work)
+    sizes = FusedSizes(work)
     levels = sizes.levels(row, room_bytes)
     head = shape.vocab_size * shape.hidden_size
-    chunks = math.ceil(row / work.chunk_tokens)
+    chunks = math.ceil(row / memory.chunk_tokens)
     passes = (
         1
         + 0.1 * chunks
-        + 0.5 * head / linear_parameters(shape) * math.ceil(row / work.loss_chunk_tokens)
+        + 0.5 * head / linear_parameters(shape) * math.ceil(row / memory.loss_chunk_tokens)
     )
     operations = sizes.operations(row, levels, typical_tokens)
     operations += 4 * linear_parameters(shape) * WEIGHT_PASS_TOKENS * passes
     # Groups of heads read the same tensors again.
-    seconds = operations * (1 + 0.01 * (work.head_groups - 1)) / FLOPS_PER_SECOND
+    seconds = operations * (1 + 0.01 * (memory.head_groups - 1)) / FLOPS_PER_SECOND
     seconds = max(seconds, LAUNCH_SECONDS_PER_BLOCK * shape.num_hidden_layers)
-    if work.offload_activations:
-        transfer = 2 * waiting_bytes(work, shape, adapter) * row / work.tokens
+    if work.memory.offload_activations:
+        transfer = 2 * waiting_bytes(work) * row / work.tokens
         seconds = 1.1 * max(seconds, transfer / OFFLOAD_BYTES_PER_SECOND)
     return micro_batches * seconds

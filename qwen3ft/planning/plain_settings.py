@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import replace
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.planning.footprint import predict_memory, total_bytes
 from qwen3ft.planning.packing import divisors
 from qwen3ft.planning.workload import SMALLEST_LOSS_CHUNK_TOKENS, Workload
-from qwen3ft.records.model import AdapterSpec, ModelShape
+from qwen3ft.records.plan import MemorySettings
 from qwen3ft.units import gb
 
 LOSS_CHUNK_TOKENS = 4096
@@ -46,15 +45,15 @@ def candidates(config: TrainingConfig, first: Workload) -> Iterator[tuple[Worklo
     Padded rows come before it too, where it is the wide mask of a packed row that does not fit.
     """
     modes = {"auto": (False, True), "on": (True,), "off": (False,)}[config.gradient_checkpointing]
-    packings = (True, False) if first.packing and config.packing == "auto" else (first.packing,)
+    packed = first.memory.packing
+    packings = (True, False) if packed and config.packing == "auto" else (packed,)
     for micro_batch_size in divisors(config.effective_batch_size):
         if micro_batch_size > config.batch_size:
             continue
         for packing, recompute in itertools.product(packings, modes):
             chunk_tokens = LOSS_CHUNK_TOKENS
             while chunk_tokens >= SMALLEST_LOSS_CHUNK_TOKENS:
-                work = replace(
-                    first,
+                work = first.with_memory(
                     micro_batch_size=micro_batch_size,
                     packing=packing,
                     gradient_checkpointing=recompute,
@@ -62,43 +61,40 @@ def candidates(config: TrainingConfig, first: Workload) -> Iterator[tuple[Worklo
                 )
                 yield work, (1.0 if recompute or len(modes) == 1 else KEEP_ALL_SHARE)
                 chunk_tokens //= 2
-    yield most_frugal(replace(first, packing=packings[-1])), 1.0
+    yield most_frugal(first.with_memory(packing=packings[-1])), 1.0
 
 
 def most_frugal(first: Workload) -> Workload:
     """One row at a time, and everything else that keeps the result."""
-    return replace(
-        first,
+    return first.with_memory(
         loss_chunk_tokens=LAST_RESORT_LOSS_CHUNK_TOKENS,
-        offload_activations=first.device == "cuda" and first.gradient_checkpointing,
+        offload_activations=first.device == "cuda" and first.memory.gradient_checkpointing,
         offload_optimizer=first.device == "cuda",
     )
 
 
-def with_evaluation(
-    shape: ModelShape, adapter: AdapterSpec, work: Workload, limit_bytes: int
-) -> Workload:
+def with_evaluation(work: Workload, limit_bytes: int) -> Workload:
     """`work` with the largest evaluation batch worth having.
 
     On a GPU that is one, up to twice the micro-batch, that does not raise the peak; on a CPU, where
     small batches waste most of the time, one of up to 32 rows that fits.
     """
-    wanted = 2 * work.micro_batch_size
+    wanted = 2 * work.memory.micro_batch_size
     if work.device == "cpu":
         wanted = max(wanted, CPU_EVAL_BATCH_SIZE)
     else:
-        limit_bytes = total_bytes(predict_memory(shape, adapter, work))
+        limit_bytes = total_bytes(predict_memory(work))
     while wanted > 1:
-        larger = replace(work, eval_batch_size=wanted)
-        if total_bytes(predict_memory(shape, adapter, larger)) <= limit_bytes:
+        larger = work.with_memory(eval_batch_size=wanted)
+        if total_bytes(predict_memory(larger)) <= limit_bytes:
             return larger
         wanted //= 2
     return work
 
 
-def offload_optimizer_reason(work: Workload) -> str:
+def offload_optimizer_reason(memory: MemorySettings) -> str:
     """Why its moments are where they are."""
-    if work.offload_optimizer:
+    if memory.offload_optimizer:
         return "Nothing else fits; gradients go to the host and parameters back at each step."
     return "Not needed: the card updates faster."
 
@@ -107,41 +103,44 @@ def plain_reasons(
     config: TrainingConfig, work: Workload, peak_bytes: int, budget_gb: float
 ) -> dict[str, str]:
     """Why each derived setting is what it is."""
+    memory = work.memory
+    logits_tokens = min(memory.loss_chunk_tokens, work.tokens)
     fits = f"the predicted peak is {gb(peak_bytes):.2f} of {budget_gb:.2f} GB"
-    accumulation = config.effective_batch_size // work.micro_batch_size
-    if work.micro_batch_size == config.batch_size:
+    accumulation = config.effective_batch_size // memory.micro_batch_size
+    if memory.micro_batch_size == config.batch_size:
         micro = f"As configured; {fits}."
     else:
         micro = f"The largest divisor of {config.effective_batch_size} that fits; {fits}."
     if config.gradient_checkpointing != "auto":
         recompute = f"Configured as '{config.gradient_checkpointing}'."
-    elif work.gradient_checkpointing:
+    elif memory.gradient_checkpointing:
         recompute = f"Keeping all activations would take more than {KEEP_ALL_SHARE:.0%} of budget."
     else:
         recompute = f"All activations fit {KEEP_ALL_SHARE:.0%} of the budget, and that is faster."
     if config.packing != "auto":
         packing = f"Configured as '{config.packing}'."
-    elif work.packing:
+    elif memory.packing:
         packing = (
-            f"Up to {work.capacity_tokens} tokens a micro-batch, as {work.micro_batch_size} padded "
-            "rows would hold; on a GPU each micro-batch costs, and padding is computed for nothing."
+            f"Up to {work.capacity_tokens} tokens a micro-batch, as {memory.micro_batch_size} "
+            "padded rows would hold; on a GPU each micro-batch costs, and padding is computed for "
+            "nothing."
         )
     elif work.device == "cuda":
         packing = "The attention mask of packed rows does not fit; padded rows do."
     else:
         packing = "On a CPU it was measured no faster: attention is as wide as the packed row."
-    offload = "Nothing else fits." if work.offload_activations else "Not needed: it is slow."
+    offload = "Nothing else fits." if memory.offload_activations else "Not needed: it is slow."
     return PLAIN_REASONS | {
         "micro_batch_size": micro,
-        "gradient_accumulation_steps": f"{work.micro_batch_size} x {accumulation} keeps the "
+        "gradient_accumulation_steps": f"{memory.micro_batch_size} x {accumulation} keeps the "
         f"{config.effective_batch_size} sequences per step that were asked for.",
-        "eval_batch_size": f"{work.eval_batch_size} held-out rows of up to {work.eval_tokens} "
+        "eval_batch_size": f"{memory.eval_batch_size} held-out rows of up to {work.eval_tokens} "
         "tokens fit where training does, as nothing is kept for gradients.",
         "gradient_checkpointing": recompute,
-        "loss_chunk_tokens": f"Logits of {min(work.loss_chunk_tokens, work.tokens)} tokens at most "
+        "loss_chunk_tokens": f"Logits of {logits_tokens} tokens at most "
         "exist at one time; larger chunks are faster, smaller ones leaner.",
         "offload_activations": offload,
-        "offload_optimizer": offload_optimizer_reason(work),
+        "offload_optimizer": offload_optimizer_reason(memory),
         "packing": packing,
         "predicted": f"For rows of {work.sequence_tokens} tokens, the longest there are.",
     }

@@ -13,22 +13,13 @@ from dataclasses import dataclass
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import DataLoadingError
-from qwen3ft.planning.fit import choose_workload, largest_micro_batch_below, padded_length
+from qwen3ft.planning.fit import choose_workload
 from qwen3ft.planning.footprint import predict_memory
-from qwen3ft.planning.workload import Workload
+from qwen3ft.planning.workload import workload_of
 from qwen3ft.records.data import DatasetManifest
 from qwen3ft.records.machine import EnvironmentReport
 from qwen3ft.records.model import AdapterSpec, ModelSnapshot
 from qwen3ft.records.plan import TrainPlan
-
-__all__ = [
-    "Workload",
-    "build_plan",
-    "largest_micro_batch_below",
-    "predict_memory",
-    "repredict",
-    "workload_of",
-]
 
 LONGEST_EVALUATION_INTERVAL_STEPS = 200
 SHORTEST_EVALUATION_INTERVAL_STEPS = 10
@@ -78,7 +69,6 @@ def build_plan(
         )
     choice = choose_workload(config, environment, model, adapter, dataset)
     schedule = _schedule(config, dataset.train.rows)
-    work = choice.work
     return TrainPlan(
         attempt=1,
         run_id=run_id,
@@ -88,21 +78,9 @@ def build_plan(
         dataset=dataset,
         device=environment.device,
         max_memory_gb=choice.budget_gb,
-        micro_batch_size=work.micro_batch_size,
-        gradient_accumulation_steps=config.effective_batch_size // work.micro_batch_size,
-        eval_batch_size=work.eval_batch_size,
+        memory=choice.work.memory,
+        effective_batch_size=config.effective_batch_size,
         max_sequence_length=config.max_sequence_length,
-        gradient_checkpointing=work.gradient_checkpointing,
-        loss_chunk_tokens=work.loss_chunk_tokens,
-        offload_activations=work.offload_activations,
-        offload_optimizer=work.offload_optimizer,
-        kernels=work.kernels,
-        offload_attention=work.offload_attention,
-        offloaded_mlp_blocks=work.offloaded_mlp_blocks,
-        activation_bytes=work.activation_bytes,
-        chunk_tokens=work.chunk_tokens,
-        head_groups=work.head_groups,
-        packing=work.packing,
         learning_rate=config.learning_rate,
         lr_scheduler=config.lr_scheduler,
         warmup_steps=schedule.warmup_steps,
@@ -122,36 +100,9 @@ def build_plan(
     )
 
 
-def workload_of(plan: TrainPlan) -> Workload:
-    """What `plan` puts on the device at one time."""
-    rows = plan.dataset.train
-    return Workload(
-        device=plan.device,
-        compute_dtype=plan.model.compute_dtype,
-        quantization=plan.model.quantization,
-        micro_batch_size=plan.micro_batch_size,
-        sequence_tokens=padded_length(rows.longest_tokens, plan.max_sequence_length),
-        gradient_checkpointing=plan.gradient_checkpointing,
-        loss_chunk_tokens=plan.loss_chunk_tokens,
-        offload_activations=plan.offload_activations,
-        offload_optimizer=plan.offload_optimizer,
-        kernels=plan.kernels,
-        offload_attention=plan.offload_attention,
-        offloaded_mlp_blocks=plan.offloaded_mlp_blocks,
-        activation_bytes=plan.activation_bytes,
-        chunk_tokens=plan.chunk_tokens,
-        head_groups=plan.head_groups,
-        packing=plan.packing,
-        varied_rows=rows.tokens < rows.rows * rows.longest_tokens,
-        eval_batch_size=plan.eval_batch_size,
-        eval_tokens=padded_length(plan.dataset.dev.longest_tokens, plan.max_sequence_length),
-    )
-
-
 def repredict(plan: TrainPlan) -> TrainPlan:
     """`plan` with its prediction brought up to date with its settings."""
-    parts = predict_memory(plan.model.shape, plan.adapter, workload_of(plan))
-    return plan.model_copy(update={"predicted": parts})
+    return plan.model_copy(update={"predicted": predict_memory(workload_of(plan))})
 
 
 def _schedule(config: TrainingConfig, rows: int) -> _Schedule:

@@ -47,11 +47,11 @@ def least_workload(request: FitRequest, kernels: str) -> Workload:
     first, config = request.smallest_workload, request.config
     frugal = []
     if config.kernels != "fused":
-        frugal.append(most_frugal(replace(first, packing=config.packing == "on")))
+        frugal.append(most_frugal(first.with_memory(packing=config.packing == "on")))
     if kernels == "fused":
         host_bytes = request.environment.host_total_bytes
-        frugal.append(most_frugal_fused(first, request.shape, request.adapter, host_bytes))
-    return min(frugal, key=lambda work: total_bytes(_parts(request, work)))
+        frugal.append(most_frugal_fused(first, host_bytes))
+    return min(frugal, key=lambda work: total_bytes(predict_memory(work)))
 
 
 def longest_that_fits(
@@ -66,7 +66,7 @@ def longest_that_fits(
         shorter = replace(
             request, longest_tokens=tokens, typical_tokens=typical, held_out_tokens=held_out
         )
-        return total_bytes(_parts(shorter, least_workload(shorter, kernels))) - budget_bytes
+        return total_bytes(predict_memory(least_workload(shorter, kernels))) - budget_bytes
 
     fitting = bisect.bisect_right(lengths, 0.0, key=excess_bytes)
     return lengths[fitting - 1] if fitting else None
@@ -74,7 +74,7 @@ def longest_that_fits(
 
 def nothing_fits(request: FitRequest, kernels: str, budget_gb: float) -> InsufficientMemoryError:
     """The error that says what the most frugal settings need, and what would fit."""
-    parts = _parts(request, least_workload(request, kernels))
+    parts = predict_memory(least_workload(request, kernels))
     need_gb = _rounded_up_gb(total_bytes(parts))
     offers = list(_offers(request, kernels, need_gb, budget_gb))
     width = max(len(offer.words) for offer in offers)
@@ -90,10 +90,6 @@ def nothing_fits(request: FitRequest, kernels: str, budget_gb: float) -> Insuffi
         would_fit={offer.setting: offer.value for offer in offers},
         commands=[offer.command for offer in offers],
     )
-
-
-def _parts(request: FitRequest, work: Workload) -> tuple[MemoryPart, ...]:
-    return predict_memory(request.shape, request.adapter, work)
 
 
 def _rounded_up_gb(size_bytes: int) -> float:
@@ -146,7 +142,7 @@ def _offers(request: FitRequest, kernels: str, need_gb: float, budget_gb: float)
         auto = replace(
             request, config=request.config.model_copy(update={"gradient_checkpointing": "auto"})
         )
-        if total_bytes(_parts(auto, least_workload(auto, kernels))) <= budget_gb * GIB:
+        if total_bytes(predict_memory(least_workload(auto, kernels))) <= budget_gb * GIB:
             offers.append(
                 _Offer(
                     "gradient_checkpointing",
@@ -170,7 +166,7 @@ def _smaller_model(
         ):
             continue
         other = replace(request, shape=shape, adapter=adapter_for(request.adapter, shape))
-        need_bytes = total_bytes(_parts(other, least_workload(other, kernels)))
+        need_bytes = total_bytes(predict_memory(least_workload(other, kernels)))
         if need_bytes <= budget_gb * GIB:
             return model, _rounded_up_gb(need_bytes)
     return None

@@ -25,13 +25,13 @@ from __future__ import annotations
 
 import math
 
-from qwen3ft.planning.footprint import fused_sizes
+from qwen3ft.planning.fused_footprint import FusedSizes
 from qwen3ft.planning.fused_settings import LAUNCH_SECONDS_PER_BLOCK
 from qwen3ft.planning.gpu_specs import GpuSpec
 from qwen3ft.planning.packing import row_tokens
 from qwen3ft.planning.workload import Workload
 from qwen3ft.records.base import Record
-from qwen3ft.records.model import AdapterSpec, ModelShape
+from qwen3ft.records.model import ModelShape
 
 PRODUCT_SHARE = 0.63
 """Of a card's peak, what products reach in the step."""
@@ -78,8 +78,6 @@ def attention_share(sequence_tokens: int) -> float:
 
 def estimate_speed(
     card: GpuSpec,
-    shape: ModelShape,
-    adapter: AdapterSpec,
     work: Workload,
     *,
     sequences_per_step: int,
@@ -89,18 +87,16 @@ def estimate_speed(
 
     Args:
         card: Where.
-        shape: Of the model.
-        adapter: Of the run.
         work: The plan's settings.
         sequences_per_step: The effective batch.
         typical_tokens: Mean length of a sequence.
     """
-    if work.kernels != "fused" or work.device != "cuda":
+    if work.memory.kernels != "fused" or work.device != "cuda":
         return None
     tokens = sequences_per_step * typical_tokens
     rows = math.ceil(tokens / work.capacity_tokens)
     row = row_tokens(math.ceil(tokens / rows))
-    seconds = rows * _row_seconds(card, shape, adapter, work, row, math.ceil(typical_tokens))
+    seconds = rows * _row_seconds(card, work, row, math.ceil(typical_tokens))
     seconds += STEP_SECONDS
     return SpeedEstimate(
         card=card.name,
@@ -110,20 +106,18 @@ def estimate_speed(
     )
 
 
-def _row_seconds(
-    card: GpuSpec, shape: ModelShape, adapter: AdapterSpec, work: Workload, row: int, typical: int
-) -> float:
+def _row_seconds(card: GpuSpec, work: Workload, row: int, typical: int) -> float:
     """Of one packed row of `row` tokens."""
-    sizes = fused_sizes(shape, adapter, work)
-    levels = sizes.levels(row, work.activation_bytes)
+    sizes = FusedSizes(work)
+    levels = sizes.levels(row, work.memory.activation_bytes)
     products = sizes.operations(row, levels, 0)
     attention = sizes.operations(row, levels, typical) - products
     peak, bandwidth = card.bf16_tflops * 1e12, card.bandwidth_gbps * 1e9
     seconds = products / (peak * PRODUCT_SHARE)
     seconds += attention / (peak * attention_share(typical))
-    seconds += _bytes_moved(shape, work.compute_bytes, row) / (bandwidth * BANDWIDTH_SHARE)
-    seconds = max(seconds, LAUNCH_SECONDS_PER_BLOCK * shape.num_hidden_layers)
-    if work.offload_activations:
+    seconds += _bytes_moved(work.shape, work.compute_bytes, row) / (bandwidth * BANDWIDTH_SHARE)
+    seconds = max(seconds, LAUNCH_SECONDS_PER_BLOCK * work.shape.num_hidden_layers)
+    if work.memory.offload_activations:
         per_token = sizes.kept_per_token()
         there_and_back = 2 * row * sum(per_token[level] for level in levels)
         seconds = max(seconds, there_and_back / (card.bus_gbps * 1e9))

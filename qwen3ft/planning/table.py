@@ -13,14 +13,14 @@ from dataclasses import replace
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.planning.fit import Fit, kernels_of
-from qwen3ft.planning.footprint import fused_sizes, predict_memory, total_bytes
+from qwen3ft.planning.footprint import predict_memory, total_bytes
+from qwen3ft.planning.fused_footprint import FusedSizes
 from qwen3ft.planning.gpu_specs import GpuSpec, find_gpu_spec
 from qwen3ft.planning.packing import row_tokens
-from qwen3ft.planning.plan import workload_of
 from qwen3ft.planning.recompute import Level
 from qwen3ft.planning.refusal import LONGEST_TOKENS, least_workload, longest_that_fits
 from qwen3ft.planning.speed import SpeedEstimate, estimate_speed
-from qwen3ft.planning.workload import FitRequest, Workload, request_for
+from qwen3ft.planning.workload import FitRequest, Workload, request_for, workload_of
 from qwen3ft.records.base import Record
 from qwen3ft.records.machine import EnvironmentReport
 from qwen3ft.records.plan import MemoryPart, TrainPlan
@@ -57,7 +57,7 @@ def shape_table(request: FitRequest, fit: Fit, card: GpuSpec | None, fill: float
         fill: Mean length of a row as a share of the longest, which is an assumption.
     """
     kernels, _ = kernels_of(request)
-    least = predict_memory(request.shape, request.adapter, least_workload(request, kernels))
+    least = predict_memory(least_workload(request, kernels))
     others = [other for name in ELSEWHERE if (other := find_gpu_spec(name)) and other != card]
     able = [other for other in others if other.memory_gb >= 0.99 * fit.budget_gb]
     speeds = [_speed(request, fit.work, other) for other in able]
@@ -93,8 +93,8 @@ def kept_by_typical_row(request: FitRequest, work: Workload) -> Sequence[Level]:
     """Per block, what becomes of the activations of a row of typical length (fused path)."""
     tokens = request.config.effective_batch_size * request.typical_tokens
     rows = math.ceil(tokens / work.capacity_tokens)
-    sizes = fused_sizes(request.shape, request.adapter, work)
-    return sizes.levels(row_tokens(math.ceil(tokens / rows)), work.activation_bytes)
+    row = row_tokens(math.ceil(tokens / rows))
+    return FusedSizes(work).levels(row, work.memory.activation_bytes)
 
 
 def _with_longest_rows(request: FitRequest) -> FitRequest:
@@ -106,8 +106,6 @@ def _speed(request: FitRequest, work: Workload, card: GpuSpec | None) -> SpeedEs
         return None
     return estimate_speed(
         card,
-        request.shape,
-        request.adapter,
         work,
         sequences_per_step=request.config.effective_batch_size,
         typical_tokens=request.typical_tokens,
@@ -144,7 +142,7 @@ def _settings(request: FitRequest, fit: Fit) -> list[SettingLine]:
     return [
         SettingLine(
             name="batch",
-            value=f"{work.micro_batch_size} x {effective // work.micro_batch_size}",
+            value=f"{work.memory.micro_batch_size} x {effective // work.memory.micro_batch_size}",
             why=why["micro_batch_size"],
         ),
         SettingLine(
@@ -159,10 +157,10 @@ def _settings(request: FitRequest, fit: Fit) -> list[SettingLine]:
         ),
         SettingLine(
             name="loss",
-            value=f"{min(work.loss_chunk_tokens, work.tokens):,} tokens at a time",
+            value=f"{min(work.memory.loss_chunk_tokens, work.tokens):,} tokens at a time",
             why=why["loss_chunk_tokens"],
         ),
-        SettingLine(name="kernels", value=work.kernels, why=why["kernels"]),
+        SettingLine(name="kernels", value=work.memory.kernels, why=why["kernels"]),
         SettingLine(name="budget", value=f"{fit.budget_gb:g} GB", why=why["max_memory_gb"]),
     ]
 
@@ -170,27 +168,27 @@ def _settings(request: FitRequest, fit: Fit) -> list[SettingLine]:
 def _in_host_memory(request: FitRequest, work: Workload) -> str:
     """What waits there."""
     waiting = []
-    if work.offload_activations:
+    if work.memory.offload_activations:
         waiting.append("activations")
     elif away := _blocks_away(request, work):
         waiting.append(f"gate and up of {away} blocks")
-    if work.offload_optimizer:
+    if work.memory.offload_optimizer:
         waiting.append("AdamW's moments")
     return ", ".join(waiting) or "not used"
 
 
 def _blocks_away(request: FitRequest, work: Workload) -> int:
     """Blocks of a typical row whose gate and up wait there."""
-    if work.kernels == "plain":
+    if work.memory.kernels == "plain":
         return 0
     return list(kept_by_typical_row(request, work)).count(Level.OFFLOAD_GATE_UP)
 
 
 def _host_reason(request: FitRequest, work: Workload) -> str:
     """The setting whose reason says most about it."""
-    if not work.offload_activations and _blocks_away(request, work):
+    if not work.memory.offload_activations and _blocks_away(request, work):
         return "offloaded_mlp_blocks"
-    if work.offload_optimizer and not work.offload_activations:
+    if work.memory.offload_optimizer and not work.memory.offload_activations:
         return "offload_optimizer"
     return "offload_activations"
 
@@ -219,8 +217,8 @@ def _of_the_run(plan: TrainPlan) -> Iterator[SettingLine]:
 
 def _recomputed_text(request: FitRequest, work: Workload) -> str:
     """What the backward of a typical row computes again, in words."""
-    if work.kernels == "plain":
-        return "everything" if work.gradient_checkpointing else "nothing"
+    if work.memory.kernels == "plain":
+        return "everything" if work.memory.gradient_checkpointing else "nothing"
     blocks = Counter(level.repeats for level in kept_by_typical_row(request, work))
     if len(blocks) == 1:
         return next(iter(blocks))

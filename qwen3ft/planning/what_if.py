@@ -192,8 +192,6 @@ def _cell(request: FitRequest, card: GpuSpec | None, budget_gb: float) -> SweepC
         return SweepCell(budget_gb=budget_gb, sequence_tokens=tokens, fits=False)
     speed = card and estimate_speed(
         card,
-        request.shape,
-        request.adapter,
         fit.work,
         sequences_per_step=request.config.effective_batch_size,
         typical_tokens=request.typical_tokens,
@@ -202,7 +200,7 @@ def _cell(request: FitRequest, card: GpuSpec | None, budget_gb: float) -> SweepC
         budget_gb=budget_gb,
         sequence_tokens=tokens,
         fits=True,
-        micro_batch_size=fit.work.micro_batch_size,
+        micro_batch_size=fit.work.memory.micro_batch_size,
         policy=_policy(request, fit),
         peak_gb=gb(sum(part.bytes for part in fit.parts)),
         tokens_per_second=speed.tokens_per_second if speed else None,
@@ -210,9 +208,9 @@ def _cell(request: FitRequest, card: GpuSpec | None, budget_gb: float) -> SweepC
 
 
 def _policy(request: FitRequest, fit: Fit) -> str:
-    if fit.work.kernels == "plain":
+    if fit.work.memory.kernels == "plain":
         return "P"
-    if fit.work.offload_activations:
+    if fit.work.memory.offload_activations:
         return "H"
     levels = set(kept_by_typical_row(request, fit.work))
     if levels == {Level.KEEP_ALL}:

@@ -2,61 +2,56 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.planning.packing import row_tokens
 from qwen3ft.records.data import DatasetManifest
 from qwen3ft.records.machine import EnvironmentReport
 from qwen3ft.records.model import AdapterSpec, ModelShape, ModelSnapshot
+from qwen3ft.records.plan import MemorySettings, TrainPlan
+
+PADDING_MULTIPLE_TOKENS = 8
+
+SMALLEST_LOSS_CHUNK_TOKENS = 256
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained at one time, and the levers that trade time for memory.
+    """What is on the device at one time: everything that memory and speed depend on.
 
     Attributes:
+        shape: Shape of the model.
+        adapter: The adapter that is trained.
         device: 'cuda' or 'cpu'.
         compute_dtype: 'bfloat16', 'float16' or 'float32'.
         quantization: 'nf4-double', 'nf4' or 'fp4'.
-        micro_batch_size: Sequences per forward pass.
-        sequence_tokens: Length of the longest of them, padding included.
-        gradient_checkpointing: Whether each layer is computed again in backward.
-        loss_chunk_tokens: Tokens whose logits exist at one time.
-        offload_activations: Whether saved activations wait in host memory.
-        offload_optimizer: Whether the optimizer's moments stay there.
-        kernels: 'plain' for transformers and PEFT, 'fused' for `qwen3ft.training.fused`.
-        offload_attention: Fused: whether attention's output waits there too.
-        offloaded_mlp_blocks: Fused: most blocks whose gate and up wait in host memory.
-        activation_bytes: Fused: what a packed row may take.
-        chunk_tokens: Fused: tokens whose wide intermediates exist at one time.
-        head_groups: Fused: parts in which the gradient of attention is computed.
-        packing: Whether a micro-batch is one row of as many tokens, instead of padded rows.
+        sequence_tokens: Length of the longest sequence, padding included.
+        memory: The levers that trade time for memory.
         varied_rows: Whether sequences, and so packed rows, differ in length.
-        eval_batch_size: Sequences per forward pass of an evaluation.
         eval_tokens: Length of the longest held-out sequence, padding included.
     """
 
+    shape: ModelShape
+    adapter: AdapterSpec
     device: str
     compute_dtype: str
     quantization: str
-    micro_batch_size: int
     sequence_tokens: int
-    gradient_checkpointing: bool
-    loss_chunk_tokens: int
-    offload_activations: bool = False
-    offload_optimizer: bool = False
-    kernels: Literal["plain", "fused"] = "plain"
-    offload_attention: bool = False
-    offloaded_mlp_blocks: int = 0
-    activation_bytes: int = 0
-    chunk_tokens: int = 0
-    head_groups: int = 1
-    packing: bool = False
+    memory: MemorySettings
     varied_rows: bool = True
-    eval_batch_size: int = 1
     eval_tokens: int = 1
+
+    def with_memory(self, **levers: Any) -> Workload:
+        """Return a copy with other memory levers."""
+        return replace(self, memory=self.memory.model_copy(update=levers))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the levers beside the lengths and types, without model and adapter."""
+        given = {"device", "compute_dtype", "quantization"}
+        given |= {"sequence_tokens", "varied_rows", "eval_tokens"}
+        return self.memory.model_dump() | {name: getattr(self, name) for name in sorted(given)}
 
     @property
     def compute_bytes(self) -> int:
@@ -66,20 +61,33 @@ class Workload:
     @property
     def capacity_tokens(self) -> int:
         """Most tokens of a packed micro-batch: as many as the padded rows in its place hold."""
-        return self.micro_batch_size * self.sequence_tokens
+        return self.memory.micro_batch_size * self.sequence_tokens
 
     @property
     def tokens(self) -> int:
         """Tokens of one micro-batch, padding included."""
-        return row_tokens(self.capacity_tokens) if self.packing else self.capacity_tokens
+        return row_tokens(self.capacity_tokens) if self.memory.packing else self.capacity_tokens
 
     @property
     def keys_per_query(self) -> int:
         """Tokens of a row: the width of the attention mask."""
-        return self.tokens if self.packing else self.sequence_tokens
+        return self.tokens if self.memory.packing else self.sequence_tokens
 
 
-PADDING_MULTIPLE_TOKENS = 8
+def workload_of(plan: TrainPlan) -> Workload:
+    """Return what `plan` puts on the device at one time."""
+    rows = plan.dataset.train
+    return Workload(
+        shape=plan.model.shape,
+        adapter=plan.adapter,
+        device=plan.device,
+        compute_dtype=plan.model.compute_dtype,
+        quantization=plan.model.quantization,
+        sequence_tokens=padded_length(rows.longest_tokens, plan.max_sequence_length),
+        memory=plan.memory,
+        varied_rows=rows.tokens < rows.rows * rows.longest_tokens,
+        eval_tokens=padded_length(plan.dataset.dev.longest_tokens, plan.max_sequence_length),
+    )
 
 
 @dataclass(frozen=True)
@@ -87,16 +95,16 @@ class FitRequest:
     """All that the choice of settings depends on, without weights and rows.
 
     Attributes:
-        config: What is asked.
-        environment: Where it runs; a described card has no UUID.
-        model_name: For people.
-        shape: Of the model.
+        config: The run's settings.
+        environment: The machine; a GPU that is only described has no UUID.
+        model_name: Name of the model, for people.
+        shape: Shape of the model.
         compute_dtype: 'bfloat16' or 'float32'.
-        quantization: Which of the config's is used.
-        adapter: What is trained.
-        longest_tokens: Of the rows trained on, padding included.
-        typical_tokens: Their mean length.
-        held_out_tokens: Longest held-out row, padding included.
+        quantization: The one of the config's that is used.
+        adapter: The adapter that is trained.
+        longest_tokens: Length of the longest training row, padding included.
+        typical_tokens: Mean length of a training row.
+        held_out_tokens: Length of the longest held-out row, padding included.
     """
 
     config: TrainingConfig
@@ -112,16 +120,20 @@ class FitRequest:
 
     @property
     def smallest_workload(self) -> Workload:
-        """One sequence at a time; what the candidates of both paths start from."""
+        """One sequence at a time: where the candidates of both paths start."""
         return Workload(
+            shape=self.shape,
+            adapter=self.adapter,
             device=self.environment.device,
             compute_dtype=self.compute_dtype,
             quantization=self.quantization,
-            micro_batch_size=1,
             sequence_tokens=self.longest_tokens,
-            gradient_checkpointing=self.config.gradient_checkpointing != "off",
-            loss_chunk_tokens=SMALLEST_LOSS_CHUNK_TOKENS,
-            packing=wants_packing(self.config, self.environment.device),
+            memory=MemorySettings(
+                micro_batch_size=1,
+                gradient_checkpointing=self.config.gradient_checkpointing != "off",
+                loss_chunk_tokens=SMALLEST_LOSS_CHUNK_TOKENS,
+                packing=wants_packing(self.config, self.environment.device),
+            ),
             varied_rows=self.typical_tokens < self.longest_tokens,
             eval_tokens=self.held_out_tokens,
         )
@@ -134,7 +146,7 @@ def request_for(
     adapter: AdapterSpec,
     dataset: DatasetManifest,
 ) -> FitRequest:
-    """The request of a run."""
+    """Return the request of a run."""
     limit = config.max_sequence_length
     return FitRequest(
         config=config,
@@ -151,14 +163,12 @@ def request_for(
 
 
 def padded_length(longest_tokens: int, limit_tokens: int) -> int:
-    """Tokens of the longest row as the collator pads it, never 0."""
+    """Return the tokens of the longest row as the collator pads it, never 0."""
     length = max(1, min(longest_tokens, limit_tokens))
     return -(-length // PADDING_MULTIPLE_TOKENS) * PADDING_MULTIPLE_TOKENS
 
 
-SMALLEST_LOSS_CHUNK_TOKENS = 256
-
-
 def wants_packing(config: TrainingConfig, device: str) -> bool:
-    """On a GPU, where each micro-batch costs; on a CPU it was measured no faster than padding."""
+    """Return whether rows are packed where that fits."""
+    # On a GPU each micro-batch costs; on a CPU packing was measured no faster than padding.
     return config.packing == "on" or (config.packing == "auto" and device == "cuda")

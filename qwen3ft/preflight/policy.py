@@ -114,10 +114,10 @@ def _lower(
     """The planner's answer to the smaller budget; where it has none, all rungs of the ladder."""
     if _host_memory_beside_a_gpu(plan, report):
         step = without_host_memory(plan)
-        return repredict(plan.model_copy(update=step.values)) if step else plan
+        return repredict(plan.with_settings(**step.values)) if step else plan
     rungs = next_rungs(plan, _phase(report), allow_degraded=False)
     if _phase(report) == EVALUATION_PHASE and "eval_batch_size" in rungs[0].values:
-        return repredict(plan.model_copy(update=rungs[0].values))  # training itself fits
+        return repredict(plan.with_settings(**rungs[0].values))  # training itself fits
     if (budget_gb := corrected_budget_gb(report)) > 0:
         smaller = config.model_copy(update={"max_memory_gb": budget_gb})
         try:
@@ -125,7 +125,7 @@ def _lower(
         except InsufficientMemoryError:
             pass  # what was measured may fit all the same
     values = {name: value for rung in rungs for name, value in rung.values.items()}
-    return repredict(plan.model_copy(update=values))
+    return repredict(plan.with_settings(**values))
 
 
 def _phase(report: PreflightReport) -> str:

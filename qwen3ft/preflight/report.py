@@ -162,11 +162,11 @@ def _notes(plan: TrainPlan, report: PreflightReport) -> tuple[str, ...]:
     if abs(report.relative_error) > WORTH_A_NOTE_SHARE:
         notes.append(f"The prediction was off by {report.relative_error:+.1%}.")
     unused_bytes = report.budget_bytes - report.measured_bytes
-    frugal = plan.gradient_checkpointing or plan.gradient_accumulation_steps > 1
+    frugal = plan.memory.gradient_checkpointing or plan.gradient_accumulation_steps > 1
     if unused_bytes > UNUSED_SHARE * report.budget_bytes and frugal:
         notes.append(
             f"{size_text(unused_bytes)} of the budget stay unused, while the plan "
-            + ("recomputes" if plan.gradient_checkpointing else "accumulates")
+            + ("recomputes" if plan.memory.gradient_checkpointing else "accumulates")
             + " to save memory: it is kept."
         )
     return tuple(notes)

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen3ft.planning.footprint import fused_sizes
+from qwen3ft.planning.fused_footprint import FusedSizes
 from qwen3ft.planning.packing import Lengths, row_tokens
-from qwen3ft.planning.plan import workload_of
+from qwen3ft.planning.workload import workload_of
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.preflight import WorstBatch, WorstBatches
 from qwen3ft.training.batches import EffectiveBatchOrder, step_sampler
@@ -45,7 +45,7 @@ def find_worst(plan: TrainPlan, train: Lengths, dev: Lengths) -> WorstBatches:
     sampler = step_sampler(order, plan)
     in_time = max(1, MOST_SEQUENCES // plan.effective_batch_size)
     steps = left = min(plan.total_steps, in_time)
-    search = _Search(order.lengths, _ranks(plan), packed=plan.packing)
+    search = _Search(order.lengths, _ranks(plan), packed=plan.memory.packing)
     accumulates = False
     while left > 0:
         for step in sampler:
@@ -84,13 +84,13 @@ def _ranks(plan: TrainPlan) -> dict[str, Rank]:
         MOST_TOKENS: lambda slots, lengths: (slots, max(lengths)),
         LONGEST_ROW: lambda slots, lengths: (max(lengths), slots),
     }
-    if plan.kernels == "fused":
+    if plan.memory.kernels == "fused":
         # A smaller row keeps more of its blocks and may so take more than the largest.
-        sizes = fused_sizes(plan.model.shape, plan.adapter, workload_of(plan))
+        sizes = FusedSizes(workload_of(plan))
 
         @cache
         def bytes_of(slots: int) -> int:
-            return sizes.row_bytes(slots, sizes.levels(slots, plan.activation_bytes))
+            return sizes.row_bytes(slots, sizes.levels(slots, plan.memory.activation_bytes))
 
         ranks[MOST_KEPT] = lambda slots, _: (bytes_of(slots), slots)
     return ranks
@@ -98,10 +98,10 @@ def _ranks(plan: TrainPlan) -> dict[str, Rank]:
 
 def _worst_of_evaluation(plan: TrainPlan, dev: NDArray[np.integer]) -> tuple[WorstBatch, ...]:
     """Batches are consecutive rows; a shorter one comes last, as then all are run as they are."""
-    starts = range(0, len(dev), plan.eval_batch_size)
-    search = _Search(dev, _ranks(plan), packed=plan.kernels == "fused")
+    starts = range(0, len(dev), plan.memory.eval_batch_size)
+    search = _Search(dev, _ranks(plan), packed=plan.memory.kernels == "fused")
     search.look_at(
-        list(range(start, min(start + plan.eval_batch_size, len(dev)))) for start in starts
+        list(range(start, min(start + plan.memory.eval_batch_size, len(dev)))) for start in starts
     )
     return tuple(sorted(search.found(), key=lambda batch: -len(batch.rows)))
 

@@ -1,24 +1,65 @@
-"""What passes between stages and between processes: small frozen records that are JSON.
+"""The plan of one training attempt: settings, memory levers, predicted memory, and reasons.
 
-They hold paths, hashes and numbers, never a live model, tokenizer or dataset. Sizes are in bytes,
-or,
-where the name ends in `_gb`, in units of 2**30 bytes; times are UTC.
+Sizes are in bytes or, where a name ends in `_gb`, in units of 2**30 bytes.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from qwen3ft.records.base import Record
 from qwen3ft.records.data import DatasetManifest
 from qwen3ft.records.model import AdapterSpec, ModelSnapshot
 
-# --- memory and metrics ---
+
+class MemorySettings(Record):
+    """Levers that trade time for memory; none of them changes what is learnt.
+
+    A new lever needs a field here, a term in `qwen3ft.planning.footprint`, a step in the search
+    (`fused_settings` or `plain_settings`), and a rung in `qwen3ft.recovery.ladder`.
+    """
+
+    kernels: Literal["fused", "plain"] = Field(
+        "plain",
+        description="'fused': the step of qwen3ft.training.fused; 'plain': transformers and PEFT.",
+    )
+    micro_batch_size: int = Field(description="Sequences per forward pass.")
+    eval_batch_size: int = Field(1, description="Sequences per forward pass of an evaluation.")
+    packing: bool = Field(
+        False,
+        description="Sequences one after the other in rows of up to micro_batch_size x the longest "
+        "row's tokens, instead of micro_batch_size padded rows.",
+    )
+    gradient_checkpointing: bool = Field(description="Recompute activations in the backward.")
+    loss_chunk_tokens: int = Field(description="Trained tokens whose logits exist at one time.")
+    offload_activations: bool = Field(False, description="Saved activations wait in host memory.")
+    offload_optimizer: bool = Field(
+        False, description="The optimizer's moments stay in host memory."
+    )
+    offload_attention: bool = Field(
+        False,
+        description="Fused: attention's output is offloaded too, instead of being recomputed.",
+    )
+    offloaded_mlp_blocks: int = Field(
+        0, description="Fused: most blocks whose widest activations wait in host memory."
+    )
+    activation_bytes: int = Field(
+        0,
+        description="Fused: bytes a packed row may take, kept activations and working memory; each "
+        "row keeps as much of its blocks as this holds.",
+    )
+    chunk_tokens: int = Field(
+        0, description="Fused: tokens whose wide intermediates exist at one time."
+    )
+    head_groups: int = Field(
+        1, description="Fused: number of parts in which the gradient of attention is computed."
+    )
 
 
-# --- one record per stage ---
+PLAN_FORMAT: Literal[2] = 2
+"""Version of a plan as JSON. In version 1, which had no number, the memory levers lay flat."""
 
 
 class MemoryPart(Record):
@@ -32,6 +73,7 @@ class MemoryPart(Record):
 class TrainPlan(Record):
     """One training attempt, fully resolved. Everything the worker needs, and why it is so."""
 
+    format_version: Literal[2] = PLAN_FORMAT
     attempt: int = Field(ge=1)
     run_id: str = Field("", description="Empty until the plan is given to a run: see `for_run`.")
     run_dir: str = ""
@@ -40,42 +82,9 @@ class TrainPlan(Record):
     dataset: DatasetManifest
     device: Literal["cuda", "cpu"]
     max_memory_gb: float
-    kernels: Literal["fused", "plain"] = Field(
-        "plain",
-        description="'fused': the step of qwen3ft.training.fused; 'plain': transformers and PEFT.",
-    )
-    micro_batch_size: int
-    gradient_accumulation_steps: int
-    eval_batch_size: int
+    memory: MemorySettings
+    effective_batch_size: int = Field(description="Sequences per optimizer step.")
     max_sequence_length: int
-    gradient_checkpointing: bool
-    loss_chunk_tokens: int = Field(description="Trained tokens whose logits exist at one time.")
-    offload_activations: bool = False
-    offload_attention: bool = Field(
-        False, description="Fused: also attention's output, which is not computed again then."
-    )
-    offloaded_mlp_blocks: int = Field(
-        0, description="Fused: most blocks whose widest activations wait in host memory."
-    )
-    activation_bytes: int = Field(
-        0,
-        description="Fused: what a packed row may take, kept activations and working memory; each "
-        "row keeps as much of its blocks as this holds.",
-    )
-    chunk_tokens: int = Field(
-        0, description="Fused: tokens whose wide intermediates exist at one time."
-    )
-    offload_optimizer: bool = Field(
-        False, description="Whether the optimizer's moments stay in host memory."
-    )
-    head_groups: int = Field(
-        1, description="Fused: in how many parts the gradient of attention is computed."
-    )
-    packing: bool = Field(
-        False,
-        description="Sequences one after the other in rows of up to micro_batch_size x the longest "
-        "row's tokens, instead of micro_batch_size padded rows.",
-    )
     learning_rate: float
     lr_scheduler: str
     warmup_steps: int
@@ -96,10 +105,23 @@ class TrainPlan(Record):
     resume_from: str | None = Field(None, description="Verified checkpoint to continue from.")
     degraded: tuple[str, ...] = ()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_format_1(cls, values: Any) -> Any:
+        """Gather the levers of a plan that an older version wrote, so that its run can go on."""
+        if not isinstance(values, dict) or "micro_batch_size" not in values:
+            return values
+        values = dict(values)
+        levers = MemorySettings.model_fields.keys() & values.keys()
+        memory = {name: values.pop(name) for name in levers}
+        accumulation = values.pop("gradient_accumulation_steps")
+        effective = memory["micro_batch_size"] * accumulation
+        return values | {"memory": memory, "effective_batch_size": effective}
+
     @property
-    def effective_batch_size(self) -> int:
-        """Sequences per optimizer step."""
-        return self.micro_batch_size * self.gradient_accumulation_steps
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches per optimizer step; with packing, at most."""
+        return self.effective_batch_size // self.memory.micro_batch_size
 
     @property
     def predicted_peak_bytes(self) -> int:
@@ -112,3 +134,19 @@ class TrainPlan(Record):
         """The same plan as attempt `attempt` of a run, continuing from a checkpoint if given."""
         place = {"run_id": run_id, "run_dir": run_dir}
         return self.model_copy(update={**place, "attempt": attempt, "resume_from": resume_from})
+
+    def setting(self, name: str) -> Any:
+        """Return a setting of the plan or a memory lever by its name."""
+        return getattr(self.memory if name in MemorySettings.model_fields else self, name)
+
+    def with_settings(self, **values: Any) -> TrainPlan:
+        """Return a copy with other settings; memory levers go by their own names.
+
+        Raises:
+            ValueError: a name is neither a field of the plan nor a memory lever.
+        """
+        levers = {name: values.pop(name) for name in MemorySettings.model_fields.keys() & values}
+        if unknown := values.keys() - TrainPlan.model_fields.keys():
+            raise ValueError(f"A plan has no setting {', '.join(sorted(unknown))}.")
+        memory = values.pop("memory", self.memory).model_copy(update=levers)
+        return self.model_copy(update={**values, "memory": memory})

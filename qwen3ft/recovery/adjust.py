@@ -217,7 +217,7 @@ def policy_for(kind: str) -> Callable[[_Case], Retry | GiveUp]:
 def _retry(case: _Case, reason: str, steps: Sequence[Rung]) -> Retry:
     plan, resume_from, degraded = case.plan, case.newest_checkpoint, list(case.plan.degraded)
     values = {name: value for step in steps for name, value in step.values.items()}
-    change = {name: (getattr(plan, name), value) for name, value in values.items()}
+    change = {name: (plan.setting(name), value) for name, value in values.items()}
     if not all(step.keeps_result for step in steps):
         resume_from = None  # checkpoints of other rows or another rank do not fit
         degraded += [step.what for step in steps if not step.keeps_result]
@@ -228,7 +228,7 @@ def _retry(case: _Case, reason: str, steps: Sequence[Rung]) -> Retry:
 
 def _next(plan: TrainPlan, values: Mapping[str, Any], resume_from: str | None) -> TrainPlan:
     update = {**values, "attempt": plan.attempt + 1, "resume_from": resume_from}
-    return repredict(plan.model_copy(update=update))
+    return repredict(plan.with_settings(**update))
 
 
 def _readable(change: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
@@ -276,10 +276,11 @@ def _table(case: _Case) -> str:
     ]
     plan = case.plan
     lines.append(
-        f"  {plan.attempt}. {case.failure.kind}: micro-batch {plan.micro_batch_size} x "
+        f"  {plan.attempt}. {case.failure.kind}: micro-batch {plan.memory.micro_batch_size} x "
         f"{plan.gradient_accumulation_steps}, recomputation "
-        f"{'on' if plan.gradient_checkpointing else 'off'}, learning rate {plan.learning_rate:g}, "
-        f"loss chunks of {plan.loss_chunk_tokens}, predicted "
-        f"{gb(plan.predicted_peak_bytes):.2f} of {plan.max_memory_gb:.2f} GB"
+        f"{'on' if plan.memory.gradient_checkpointing else 'off'}, "
+        f"learning rate {plan.learning_rate:g}, "
+        f"loss chunks of {plan.memory.loss_chunk_tokens}, "
+        f"predicted {gb(plan.predicted_peak_bytes):.2f} of {plan.max_memory_gb:.2f} GB"
     )
     return "\n".join(lines)

@@ -16,9 +16,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from qwen3ft.planning.footprint import fused_sizes
-from qwen3ft.planning.plan import largest_micro_batch_below, repredict, workload_of
-from qwen3ft.records.model import AdapterSpec, ModelShape
+from qwen3ft.model.shapes import count_adapter_parameters
+from qwen3ft.planning.fit import largest_micro_batch_below
+from qwen3ft.planning.fused_footprint import FusedSizes
+from qwen3ft.planning.plan import repredict
+from qwen3ft.planning.workload import workload_of
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.units import GIB, size_text
 
@@ -69,22 +71,22 @@ def _descend(plan: TrainPlan, phase: str, *, allow_degraded: bool) -> Iterator[R
     for lever in levers:
         while (step := lever(plan)) is not None:
             yield step
-            plan = plan.model_copy(update=step.values)
+            plan = plan.with_settings(**step.values)
 
 
 def _smaller_eval_batch(plan: TrainPlan) -> Rung | None:
-    if plan.eval_batch_size == 1:
+    if plan.memory.eval_batch_size == 1:
         return None
-    size = plan.eval_batch_size // 2
+    size = plan.memory.eval_batch_size // 2
     return Rung({"eval_batch_size": size}, f"evaluation batch of {size}", True)
 
 
 def _keep_less(plan: TrainPlan) -> Rung | None:
     """Less room for a row; smaller rows alone would fill the same room."""
-    if plan.kernels == "plain":
+    if plan.memory.kernels == "plain":
         return None
-    size = max(_least_bytes(plan), int(KEPT_SHARE * plan.activation_bytes))
-    if size >= plan.activation_bytes:
+    size = max(_least_bytes(plan), int(KEPT_SHARE * plan.memory.activation_bytes))
+    if size >= plan.memory.activation_bytes:
         return None
     what = f"{size_text(size)} for a row's activations"
     return Rung({"activation_bytes": size, "gradient_checkpointing": True}, what, True)
@@ -93,30 +95,30 @@ def _keep_less(plan: TrainPlan) -> Rung | None:
 def _least_bytes(plan: TrainPlan) -> int:
     """What the largest row takes at the least."""
     work = workload_of(plan)
-    sizes = fused_sizes(plan.model.shape, plan.adapter, work)
+    sizes = FusedSizes(work)
     return sizes.row_bytes(work.tokens, sizes.levels(work.tokens, 0))
 
 
 def _smaller_micro_batch(plan: TrainPlan) -> Rung | None:
     effective = plan.effective_batch_size
-    size = largest_micro_batch_below(effective, plan.micro_batch_size)
+    size = largest_micro_batch_below(effective, plan.memory.micro_batch_size)
     if size is None:
         return None
-    values = {"micro_batch_size": size, "gradient_accumulation_steps": effective // size}
-    if plan.kernels == "fused":
-        values["activation_bytes"] = _least_bytes(plan.model_copy(update=values))
+    values = {"micro_batch_size": size}
+    if plan.memory.kernels == "fused":
+        values["activation_bytes"] = _least_bytes(plan.with_settings(**values))
     return Rung(values, f"micro-batch of {size}, accumulated {effective // size} times", True)
 
 
 def _recomputation(plan: TrainPlan) -> Rung | None:
-    if plan.gradient_checkpointing or plan.kernels == "fused":
+    if plan.memory.gradient_checkpointing or plan.memory.kernels == "fused":
         return None
     return Rung({"gradient_checkpointing": True}, "activations are recomputed", True)
 
 
 def _smaller_loss_chunk(plan: TrainPlan) -> Rung | None:
     # A chunk longer than the micro-batch is no longer than the micro-batch.
-    size = min(plan.loss_chunk_tokens, workload_of(plan).tokens) // 2
+    size = min(plan.memory.loss_chunk_tokens, workload_of(plan).tokens) // 2
     if size < SMALLEST_LOSS_CHUNK_TOKENS:
         return None
     return Rung({"loss_chunk_tokens": size}, f"loss chunks of {size} tokens", True)
@@ -124,52 +126,52 @@ def _smaller_loss_chunk(plan: TrainPlan) -> Rung | None:
 
 def _smaller_parts(plan: TrainPlan) -> Rung | None:
     """The MLP for fewer tokens, attention's gradient for fewer heads at one time."""
-    if plan.kernels == "plain":
+    if plan.memory.kernels == "plain":
         return None
     values: dict[str, Any] = {}
-    if (tokens := plan.chunk_tokens // 2) >= SMALLEST_CHUNK_TOKENS:
+    if (tokens := plan.memory.chunk_tokens // 2) >= SMALLEST_CHUNK_TOKENS:
         values["chunk_tokens"] = tokens
-    groups = 2 * plan.head_groups
+    groups = 2 * plan.memory.head_groups
     if plan.model.shape.num_key_value_heads % groups == 0:
         values["head_groups"] = groups
     if not values:
         return None
-    plan = plan.model_copy(update=values)
-    values["activation_bytes"] = _least_bytes(plan)
-    what = f"blocks in parts of {plan.chunk_tokens} tokens and 1/{plan.head_groups} of the heads"
-    return Rung(values, what, True)
+    lower = plan.with_settings(**values)
+    values["activation_bytes"] = _least_bytes(lower)
+    what = f"blocks in parts of {lower.memory.chunk_tokens} tokens and 1/{lower.memory.head_groups}"
+    return Rung(values, f"{what} of the heads", True)
 
 
 def _offloading(plan: TrainPlan) -> Rung | None:
-    if plan.offload_activations or plan.device != "cuda":
+    if plan.memory.offload_activations or plan.device != "cuda":
         return None
     values: dict[str, Any] = {"offload_activations": True}
-    if plan.kernels == "fused":
-        values["activation_bytes"] = _least_bytes(plan.model_copy(update=values))
+    if plan.memory.kernels == "fused":
+        values["activation_bytes"] = _least_bytes(plan.with_settings(**values))
     return Rung(values, "activations wait in host memory", True)
 
 
 def _optimizer_offloading(plan: TrainPlan) -> Rung | None:
-    if plan.offload_optimizer or plan.device != "cuda":
+    if plan.memory.offload_optimizer or plan.device != "cuda":
         return None
     return Rung({"offload_optimizer": True}, "the optimizer's moments wait in host memory", True)
 
 
 def without_host_memory(plan: TrainPlan) -> Rung | None:
     """Less of the host's memory, more of the card's or of its time; None if there is no way."""
-    if plan.offload_attention:
+    if plan.memory.offload_attention:
         values: dict[str, Any] = {"offload_attention": False}
         what = "attention is computed again instead of waiting in host memory"
-    elif plan.offloaded_mlp_blocks:
+    elif plan.memory.offloaded_mlp_blocks:
         values, what = {"offloaded_mlp_blocks": 0}, "no activations wait in host memory"
-    elif plan.offload_activations:
+    elif plan.memory.offload_activations:
         values, what = {"offload_activations": False}, "activations stay on the card"
     else:
         return None
-    lower = plan.model_copy(update=values)
-    if plan.kernels == "fused" and "offloaded_mlp_blocks" not in values:
+    lower = plan.with_settings(**values)
+    if plan.memory.kernels == "fused" and "offloaded_mlp_blocks" not in values:
         values["activation_bytes"] = _least_bytes(lower)
-        lower = repredict(lower.model_copy(update=values))
+        lower = repredict(lower.with_settings(**values))
         if lower.predicted_peak_bytes > plan.max_memory_gb * GIB:
             return None
     return Rung(values, what, True)
@@ -194,14 +196,7 @@ def _lower_rank(plan: TrainPlan) -> Rung | None:
         update={
             "r": rank,
             "alpha": alpha,
-            "trainable_parameters": _count_adapter_parameters(plan.model.shape, plan.adapter, rank),
+            "trainable_parameters": count_adapter_parameters(plan.model.shape, rank),
         }
     )
     return Rung({"adapter": adapter}, f"adapter of rank {rank}", False)
-
-
-def _count_adapter_parameters(shape: ModelShape, adapter: AdapterSpec, rank: int) -> int:
-    """A (rank x in) and B (out x rank) of each adapted projection of each layer."""
-    sizes = shape.projection_sizes()
-    per_layer = sum(rank * sum(sizes[name]) for name in adapter.target_modules)
-    return per_layer * shape.num_hidden_layers

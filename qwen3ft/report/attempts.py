@@ -56,9 +56,9 @@ def summarise(
         attempt=plan.attempt,
         outcome=failure.kind if failure else "completed",
         detail=failure.what if failure else "best checkpoint kept",
-        micro_batch_size=plan.micro_batch_size,
+        micro_batch_size=plan.memory.micro_batch_size,
         gradient_accumulation_steps=plan.gradient_accumulation_steps,
-        gradient_checkpointing=plan.gradient_checkpointing,
+        gradient_checkpointing=plan.memory.gradient_checkpointing,
         learning_rate=plan.learning_rate,
         resumed_from_step=int(resumed) if resumed else None,
         seconds=seconds,
@@ -72,7 +72,7 @@ def changes(before: TrainPlan, after: TrainPlan) -> tuple[SettingChange, ...]:
     if _batch(before) != _batch(after):
         found.append(("batch", _batch(before), _batch(after), "micro_batch_size"))
     for field, name in CHANGED_NAMES.items():
-        old, new = getattr(before, field), getattr(after, field)
+        old, new = before.setting(field), after.setting(field)
         if old != new:
             found.append((name, _readable(field, old), _readable(field, new), field))
     if before.adapter.r != after.adapter.r:
@@ -187,7 +187,7 @@ def _seconds(span: AttemptMemory | None) -> float:
 
 
 def _batch(plan: TrainPlan) -> str:
-    return f"{plan.micro_batch_size} x {plan.gradient_accumulation_steps}"
+    return f"{plan.memory.micro_batch_size} x {plan.gradient_accumulation_steps}"
 
 
 def _readable(field: str, value: object) -> str:

@@ -103,7 +103,9 @@ def build_card(facts: RunFacts) -> RunCard:
         peak_memory_gb=trained.peak_memory_gb if trained else _highest_gb(facts.memory),
         budget_gb=plan.max_memory_gb if plan else None,
         tokens_per_second=_finite(trained.tokens_per_second) if trained else None,
-        kernels=f"{plan.kernels}: {plan.reasons.get('kernels', '')}".rstrip(": ") if plan else "",
+        kernels=f"{plan.memory.kernels}: {plan.reasons.get('kernels', '')}".rstrip(": ")
+        if plan
+        else "",
         seconds_by_stage=dict(facts.seconds_by_stage),
         failure=_failure(facts.error) if facts.error else None,
         degraded=saved.degraded if saved else plan.degraded if plan else (),

@@ -240,10 +240,17 @@ def journal_path(run_dir: RunDir) -> Path:
 def flat_params(plan: TrainPlan) -> dict[str, Any]:
     """The plan as one level of names: `model.shape.hidden_size`, `predicted_gb.<part>`, ..."""
     whole = plan.model_dump(
-        mode="json", exclude={"predicted": True, "reasons": True, "dataset": {"sources", "reasons"}}
+        mode="json",
+        exclude={
+            "format_version": True,
+            "predicted": True,
+            "reasons": True,
+            "dataset": {"sources", "reasons"},
+        },
     )
+    whole |= whole.pop("memory")  # parameters keep the names that runs have always had
     flat = dict(_flatten("", whole))
-    flat["effective_batch_size"] = plan.effective_batch_size
+    flat["gradient_accumulation_steps"] = plan.gradient_accumulation_steps
     flat["predicted_gb.total"] = round(gb(plan.predicted_peak_bytes), 4)
     flat |= {f"predicted_gb.{part.name}": round(gb(part.bytes), 4) for part in plan.predicted}
     return flat

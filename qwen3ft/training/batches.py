@@ -29,7 +29,7 @@ from qwen3ft.planning.packing import (
     row_tokens,
     rows_at_a_time,
 )
-from qwen3ft.planning.plan import workload_of
+from qwen3ft.planning.workload import workload_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -155,9 +155,11 @@ class StepSampler:
 
 def step_sampler(order: EffectiveBatchOrder, plan: TrainPlan) -> StepSampler:
     """The steps of `order`, split into micro-batches as `plan` says."""
-    if plan.packing:
+    if plan.memory.packing:
         return StepSampler(order, partial(pack, capacity_tokens=workload_of(plan).capacity_tokens))
-    return StepSampler(order, partial(rows_at_a_time, micro_batch_size=plan.micro_batch_size))
+    return StepSampler(
+        order, partial(rows_at_a_time, micro_batch_size=plan.memory.micro_batch_size)
+    )
 
 
 class StepRows:

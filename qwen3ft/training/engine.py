@@ -74,7 +74,7 @@ class TrainingEngine:
             # One item of the data loader is a whole step; the trainer splits it by itself.
             per_device_train_batch_size=plan.effective_batch_size,
             gradient_accumulation_steps=1,
-            per_device_eval_batch_size=plan.eval_batch_size,
+            per_device_eval_batch_size=plan.memory.eval_batch_size,
             max_steps=plan.total_steps,
             learning_rate=plan.learning_rate,
             lr_scheduler_type=plan.lr_scheduler,

@@ -81,7 +81,7 @@ class QATrainer(Trainer):
         self.step_tokens = 0
         self.late = DelayedMetrics(lag=1 if plan.device == "cuda" else 0)
         self.fused: FusedStep | None = None
-        if plan.kernels == "fused":
+        if plan.memory.kernels == "fused":
             self.fused = fused_step(self.accelerator.unwrap_model(self.model), plan)
             self.data_collator = PackedCollator(self.data_collator.pad_token_id)
         self._trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -97,7 +97,7 @@ class QATrainer(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Torch's fused AdamW, or the one that keeps its moments in host memory."""
         given: Any = getattr(self, "optimizer", None)
-        if self.plan.offload_optimizer and given is None:
+        if self.plan.memory.offload_optimizer and given is None:
             self.optimizer: Any = HostAdamW(
                 self._trained,
                 lr=self.args.learning_rate,
@@ -111,7 +111,7 @@ class QATrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Steps, each the list of its micro-batches, which stay in host memory until they run."""
         collate: Any = self.data_collator
-        if self.plan.packing:
+        if self.plan.memory.packing:
             collate = PackedCollator(collate.pad_token_id)
         loader: DataLoader[Any] = DataLoader(
             StepRows(self.train_dataset),  # type: ignore[arg-type]
@@ -198,13 +198,13 @@ class QATrainer(Trainer):
     def _summed_loss(self, inputs: MicroBatch) -> torch.Tensor:
         if self.fused is not None:
             return self.fused(inputs)
-        offload = self.plan.offload_activations and torch.is_grad_enabled()
+        offload = self.plan.memory.offload_activations and torch.is_grad_enabled()
         on_host = torch.autograd.graph.save_on_cpu(pin_memory=True) if offload else nullcontext()
         with self._autocast(), on_host:
             return summed_loss(
                 self.accelerator.unwrap_model(self.model).get_base_model(),
                 inputs,
-                self.plan.loss_chunk_tokens,
+                self.plan.memory.loss_chunk_tokens,
             )
 
     def _autocast(self) -> torch.autocast:

@@ -121,14 +121,14 @@ def _load_for_training(job: Job, plan: TrainPlan) -> tuple[TrainingEngine, QATra
 
     job.heartbeat.beat("load")
     memory = MemoryOptimizer(plan.max_memory_gb, plan.device)
-    memory.optimize_for_training(lean=plan.offload_optimizer)
+    memory.optimize_for_training(lean=plan.memory.offload_optimizer)
     if plan.memory_history and plan.device == "cuda":
         record_history()
     set_seed(plan.seed)
     config = TrainingConfig(model_name=plan.model.path)
     manager = ModelManager(config)
     model, tokenizer = manager.load_model_with_quantization(plan.model.path)
-    by_torch = plan.gradient_checkpointing and plan.kernels == "plain"
+    by_torch = plan.memory.gradient_checkpointing and plan.memory.kernels == "plain"
     model = manager.prepare_for_training(model, gradient_checkpointing=by_torch)
     adapted = LoRAAdapter(plan.adapter).apply_lora(model)
     dataset = DatasetDict(

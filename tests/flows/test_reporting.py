@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -52,15 +51,12 @@ def test_only_what_changed_is_told_with_its_reason() -> None:
     """Batch as a product, switches as on and off, sizes in GB; a reason for each, told once."""
     before = make_plan(make_snapshot(), activation_bytes=2 * GIB)
     why = "Memory ran out: less is kept."
-    after = before.model_copy(
-        update={
-            "micro_batch_size": 2,
-            "gradient_accumulation_steps": 2,
-            "gradient_checkpointing": True,
-            "activation_bytes": GIB,
-            "reasons": dict.fromkeys(("micro_batch_size", "gradient_checkpointing"), why),
-            "attempt": 2,
-        }
+    after = before.with_settings(
+        micro_batch_size=2,
+        gradient_checkpointing=True,
+        activation_bytes=GIB,
+        reasons=dict.fromkeys(("micro_batch_size", "gradient_checkpointing"), why),
+        attempt=2,
     )
     told = [(change.name, change.before, change.after) for change in changes(before, after)]
     assert told == [
@@ -249,8 +245,7 @@ def test_names_of_task_runs_tell_what_is_known_when_they_start(tmp_path: Path) -
     job = RunDir(tmp_path).attempt(1).create(plan)
     failure = to_failure(error_kinds()[0]("x")).model_copy(update={"kind": "OutOfMemoryError"})
     write_record(job.failure, failure)
-    update: dict[str, Any] = {"attempt": 2, "micro_batch_size": 2, "resume_from": "a/step-000040"}
-    second = plan.model_copy(update=update | {"gradient_accumulation_steps": 2})
+    second = plan.with_settings(attempt=2, micro_batch_size=2, resume_from="a/step-000040")
     assert train_name({"plan": second}) == (
         "train-2 (micro-batch 2 x 2 from step 40 after out of memory)"
     )

@@ -311,7 +311,10 @@ def test_a_planted_leak_ends_its_attempt_with_a_checkpoint_and_a_fresh_process_g
 ) -> None:
     """Found before memory runs out; nothing is lost; the next attempt has the same plan."""
     many = {"total_steps": 100_000, "evaluate_every_steps": 50_000, "max_memory_gb": 1.3}
-    many["micro_batch_size"] = 4  # of one step, so that steps are short
+    many |= {
+        "micro_batch_size": 4,
+        "effective_batch_size": 4,
+    }  # of one step, so that steps are short
     with pytest.raises(MemoryLeakError) as caught:
         attempt("leak@step=5:kib=2048", **many)
     facts = caught.value.facts

@@ -11,18 +11,15 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_plan import QWEN3_4B, QWEN3_14B, TINY, environment, manifest, snapshot
+from support.plans import QWEN3_14B, TINY, environment, hopper, plan_on, workload
 
-from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import ConfigError, InsufficientMemoryError
-from qwen3ft.model.adapter import plan_adapter
-from qwen3ft.planning.footprint import fused_sizes, predict_memory
+from qwen3ft.planning.footprint import predict_memory
 from qwen3ft.planning.fused_footprint import FusedSizes
 from qwen3ft.planning.fused_settings import HOST_SHARE, step_seconds, waiting_bytes
-from qwen3ft.planning.plan import build_plan, workload_of
 from qwen3ft.planning.recompute import ON_DEVICE, Level, offload_evenly
+from qwen3ft.planning.workload import workload_of
 from qwen3ft.records.machine import EnvironmentReport
-from qwen3ft.records.model import ModelShape
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.units import GIB
 
@@ -30,52 +27,35 @@ BUDGETS_GB = (4.0, 6.0, 8.0, 13.0, 24.0, 80.0)
 LENGTHS = (256, 2048, 32768)
 
 
-def machine(
-    gpu_gb: float | None = 80.0,
-    host_gb: float = 64.0,
-    capability: str = "9.0",
-    versions: tuple[str, ...] = ("triton",),
-) -> EnvironmentReport:
-    report = environment(gpu_gb)
-    gpus = tuple(gpu.model_copy(update={"compute_capability": capability}) for gpu in report.gpus)
-    values = {"gpus": gpus, "versions": dict.fromkeys(versions, "3.5")}
-    return report.model_copy(update={**values, "host_total_bytes": int(host_gb * GIB)})
-
-
-def plan_on(
-    here: EnvironmentReport, shape: ModelShape = QWEN3_4B, tokens: int = 256, **wanted: Any
-) -> TrainPlan:
-    config = TrainingConfig(**{"max_sequence_length": max(tokens, 256), **wanted})
-    dtype = "bfloat16" if here.gpus else "float32"
-    model, adapter = snapshot(shape, compute_dtype=dtype), plan_adapter(config, shape)
-    return build_plan(config, here, model, adapter, manifest(longest_tokens=tokens))
-
-
 @cache
 def plan_or_none(
     budget_gb: float, tokens: int, recompute: str = "auto", host_gb: float = 64.0
 ) -> TrainPlan | None:
     """For the 4B shape on a large card, of which some is allowed."""
-    here = machine(host_gb=host_gb)
     wanted: Any = {"max_memory_gb": budget_gb, "gradient_checkpointing": recompute}
     try:
-        return plan_on(here, tokens=tokens, **wanted)
+        return long_plan(hopper(host_gb=host_gb), tokens, **wanted)
     except InsufficientMemoryError:
         return None
 
 
+def long_plan(here: EnvironmentReport, tokens: int, **wanted: Any) -> TrainPlan:
+    """Of rows of up to `tokens`, which are allowed."""
+    limit = max(tokens, 256)
+    return plan_on(here, longest_tokens=tokens, max_sequence_length=limit, **wanted)
+
+
 def sizes_of(plan: TrainPlan) -> FusedSizes:
-    return fused_sizes(plan.model.shape, plan.adapter, workload_of(plan))
+    return FusedSizes(workload_of(plan))
 
 
 def levels_of(plan: TrainPlan) -> tuple[Level, ...]:
     """What each block keeps of the largest row."""
-    return sizes_of(plan).levels(workload_of(plan).tokens, plan.activation_bytes)
+    return sizes_of(plan).levels(workload_of(plan).tokens, plan.memory.activation_bytes)
 
 
 def seconds_of(plan: TrainPlan) -> float:
-    work, effective = workload_of(plan), plan.effective_batch_size
-    return step_seconds(work, plan.model.shape, plan.adapter, effective, typical_tokens=100)
+    return step_seconds(workload_of(plan), plan.effective_batch_size, typical_tokens=100)
 
 
 # --- what fits a budget ---
@@ -89,16 +69,20 @@ def test_every_budget_is_kept_and_used(tokens: int) -> None:
     assert plans[-len(found) :] == found
     assert len(found) >= 5
     for plan in found:
-        assert plan.kernels == "fused"
-        assert plan.packing
+        assert plan.memory.kernels == "fused"
+        assert plan.memory.packing
         assert plan.effective_batch_size == 64
         assert plan.predicted_peak_bytes <= plan.max_memory_gb * GIB
-        assert plan.gradient_checkpointing == (set(levels_of(plan)) != {Level.KEEP_ALL})
-        assert plan.eval_batch_size * tokens <= max(tokens, workload_of(plan).capacity_tokens)
+        assert plan.memory.gradient_checkpointing == (set(levels_of(plan)) != {Level.KEEP_ALL})
+        assert plan.memory.eval_batch_size * tokens <= max(
+            tokens, workload_of(plan).capacity_tokens
+        )
     seconds = [seconds_of(plan) for plan in found]
     assert seconds == sorted(seconds, reverse=True)
     assert seconds[-1] < seconds[0]
-    tight = [p for p in found if p.gradient_checkpointing and not p.offload_activations]
+    tight = [
+        p for p in found if p.memory.gradient_checkpointing and not p.memory.offload_activations
+    ]
     assert all(plan.predicted_peak_bytes >= 0.99 * plan.max_memory_gb * GIB for plan in tight)
 
 
@@ -107,14 +91,14 @@ def test_recomputing_as_asked(budget_gb: float, tokens: int) -> None:
     """'on': the least that a row can take; 'off': everything is kept, or it is refused."""
     plan = plan_or_none(budget_gb, tokens, "on")
     assert plan is not None
-    assert plan.gradient_checkpointing
+    assert plan.memory.gradient_checkpointing
     row = workload_of(plan).tokens
     least = sizes_of(plan).row_bytes(row, sizes_of(plan).levels(row, 0))
-    assert plan.activation_bytes == least
+    assert plan.memory.activation_bytes == least
     kept = plan_or_none(budget_gb, tokens, "off")
     assert kept is not None
-    assert not kept.gradient_checkpointing
-    assert not kept.offload_activations
+    assert not kept.memory.gradient_checkpointing
+    assert not kept.memory.offload_activations
     assert set(levels_of(kept)) == {Level.KEEP_ALL}
 
 
@@ -129,13 +113,13 @@ def test_everything_is_kept_or_the_plan_is_refused(budget_gb: float, tokens: int
 def test_host_memory_is_used_within_its_share(host_gb: float) -> None:
     """What waits there fits half of the machine's; where that is little, nothing waits."""
     plans = [plan_or_none(budget, 2048, host_gb=host_gb) for budget in (5.0, 6.0, 8.0)]
-    found = [plan for plan in plans if plan is not None and plan.kernels == "fused"]
+    found = [plan for plan in plans if plan is not None and plan.memory.kernels == "fused"]
     assert found
     for plan in found:
-        waiting = waiting_bytes(workload_of(plan), plan.model.shape, plan.adapter)
-        assert (waiting > 0) == plan.offload_activations
+        waiting = waiting_bytes(workload_of(plan))
+        assert (waiting > 0) == plan.memory.offload_activations
         assert waiting <= HOST_SHARE * host_gb * GIB
-    assert any(plan.offload_activations for plan in found) == (host_gb > 1)
+    assert any(plan.memory.offload_activations for plan in found) == (host_gb > 1)
 
 
 @pytest.mark.parametrize(
@@ -153,30 +137,30 @@ def test_what_would_fit_does(tokens: int, recompute: str, host_gb: float, budget
     started = time.process_time()
     wanted: Any = {"gradient_checkpointing": recompute}
     with pytest.raises(InsufficientMemoryError) as caught:
-        plan_on(machine(host_gb=host_gb), tokens=tokens, max_memory_gb=budget_gb, **wanted)
+        long_plan(hopper(host_gb=host_gb), tokens, max_memory_gb=budget_gb, **wanted)
     assert time.process_time() - started < 5
     facts = caught.value.facts
     assert all(f"  {name}" in caught.value.what for name in facts["parts"])
     assert "in all" in caught.value.what
     need_gb = facts["would_fit"]["max_memory_gb"]
     assert sum(facts["parts"].values()) <= need_gb * GIB
-    large = machine(need_gb + 1, host_gb=host_gb)
-    fitting = plan_on(large, tokens=tokens, max_memory_gb=need_gb, **wanted)
+    large = hopper(need_gb + 1, host_gb)
+    fitting = long_plan(large, tokens, max_memory_gb=need_gb, **wanted)
     assert fitting.predicted_peak_bytes <= need_gb * GIB
     with pytest.raises(InsufficientMemoryError):
-        plan_on(large, tokens=tokens, max_memory_gb=need_gb - 0.02, **wanted)
+        long_plan(large, tokens, max_memory_gb=need_gb - 0.02, **wanted)
     if (shorter := facts["would_fit"].get("max_sequence_length")) is not None:
-        here = machine(host_gb=host_gb)
-        assert plan_on(here, tokens=shorter, max_memory_gb=budget_gb, **wanted)
+        here = hopper(host_gb=host_gb)
+        assert long_plan(here, shorter, max_memory_gb=budget_gb, **wanted)
 
 
 def test_the_same_request_gives_the_same_plan_soon() -> None:
     """Each in less than two seconds; the free memory of the moment does not matter."""
     wanted: Any = {"max_memory_gb": 24.0, "batch_size": 16, "gradient_accumulation_steps": 15}
     started = time.process_time()
-    now = machine()
+    now = hopper()
     later = now.model_copy(update={"host_free_bytes": 5})
-    plans = [plan_on(here, QWEN3_14B, 2048, **wanted) for here in (now, later)]
+    plans = [long_plan(here, 2048, shape=QWEN3_14B, **wanted) for here in (now, later)]
     assert time.process_time() - started < 4
     assert plans[0] == plans[1]
     assert plans[0].effective_batch_size == 240
@@ -188,12 +172,12 @@ def test_the_same_request_gives_the_same_plan_soon() -> None:
 @pytest.mark.parametrize(
     ("here", "wanted", "because"),
     [
-        (machine(None), {}, "No CUDA device"),
-        (machine(capability="7.5"), {}, "has no bfloat16"),
-        (machine(versions=()), {}, "Triton is not installed"),
-        (machine(), {"lora_dropout": 0.1}, "lora_dropout is 0.1"),
-        (machine(), {"packing": "off"}, "packing is 'off'"),
-        (machine(), {"kernels": "plain"}, "Configured as 'plain'"),
+        (hopper(None), {}, "No CUDA device"),
+        (environment(80.0, capability="7.5", versions=("triton",)), {}, "has no bfloat16"),
+        (environment(80.0, capability="9.0"), {}, "Triton is not installed"),
+        (hopper(), {"lora_dropout": 0.1}, "lora_dropout is 0.1"),
+        (hopper(), {"packing": "off"}, "packing is 'off'"),
+        (hopper(), {"kernels": "plain"}, "Configured as 'plain'"),
     ],
 )
 def test_the_plain_path_is_taken_with_its_reason(
@@ -201,9 +185,13 @@ def test_the_plain_path_is_taken_with_its_reason(
 ) -> None:
     """Where the fused one cannot run, or is not wanted; asked for there, it is refused."""
     plan = plan_on(here, TINY, **wanted)
-    assert plan.kernels == "plain"
+    assert plan.memory.kernels == "plain"
     assert because in plan.reasons["kernels"]
-    assert (plan.activation_bytes, plan.chunk_tokens, plan.head_groups) == (0, 0, 1)
+    assert (plan.memory.activation_bytes, plan.memory.chunk_tokens, plan.memory.head_groups) == (
+        0,
+        0,
+        1,
+    )
     if here.gpus and "kernels" not in wanted:
         with pytest.raises(ConfigError, match="cannot run") as caught:
             plan_on(here, TINY, kernels="fused", **wanted)
@@ -213,11 +201,11 @@ def test_the_plain_path_is_taken_with_its_reason(
 
 def test_on_a_cpu_the_fused_path_runs_if_it_is_asked_for() -> None:
     """With packed rows and without dropout; nothing waits in host memory there."""
-    here = machine(None, versions=())
+    here = environment(None)
     plan = plan_on(here, TINY, kernels="fused", max_memory_gb=4.0)
-    assert plan.kernels == "fused"
-    assert plan.packing
-    assert not plan.offload_activations
+    assert plan.memory.kernels == "fused"
+    assert plan.memory.packing
+    assert not plan.memory.offload_activations
     for wanted in ({"lora_dropout": 0.1}, {"packing": "off"}):
         with pytest.raises(ConfigError, match="cannot run"):
             plan_on(here, TINY, kernels="fused", **wanted)
@@ -228,7 +216,7 @@ def test_each_derived_value_of_the_fused_path_has_its_reason(budget_gb: float) -
     """The same ones as on the plain path, each a sentence."""
     plan = plan_or_none(budget_gb, 256)
     assert plan is not None
-    assert plan.reasons.keys() == plan_on(machine(), TINY, kernels="plain").reasons.keys()
+    assert plan.reasons.keys() == plan_on(hopper(), TINY, kernels="plain").reasons.keys()
     assert all(reason.endswith(".") for reason in plan.reasons.values())
 
 
@@ -260,7 +248,7 @@ def test_a_row_takes_no_more_than_it_may(
     tokens: int, budgets: tuple[float, float], groups: int, chunk: int
 ) -> None:
     """If it can at all; no block could keep more, and more room never keeps less."""
-    sizes = FusedSizes(QWEN3_4B, 6, 2, 1024, chunk, groups)
+    sizes = FusedSizes(workload(loss_chunk_tokens=1024, chunk_tokens=chunk, head_groups=groups))
     kept = []
     for budget in sorted(int(gb * GIB) for gb in budgets):
         levels = sizes.levels(tokens, budget)
@@ -281,7 +269,9 @@ def test_nothing_is_computed_again_for_what_is_sent_away() -> None:
     """Room for what is on its way is taken only where that saves more than it costs."""
     for gigabytes in (6.0, 7.95, 9.0, 12.0):
         sizes = {
-            away: FusedSizes(QWEN3_4B, 6, 2, 1024, 16384, 1, offloaded_mlp_blocks=away)
+            away: FusedSizes(
+                workload(loss_chunk_tokens=1024, chunk_tokens=16384, offloaded_mlp_blocks=away)
+            )
             for away in (0, 10)
         }
         levels = {away: each.levels(7008, int(gigabytes * 2**30)) for away, each in sizes.items()}
@@ -293,12 +283,10 @@ def test_nothing_is_computed_again_for_what_is_sent_away() -> None:
 
 def test_held_out_rows_longer_than_any_trained_one_are_counted() -> None:
     """An evaluation of one such row takes more than a training that keeps everything."""
-    plan = plan_on(machine(), max_memory_gb=40.0, batch_size=2, gradient_accumulation_steps=1)
-    work = workload_of(plan)
+    plan = plan_on(hopper(), max_memory_gb=40.0, batch_size=2, gradient_accumulation_steps=1)
+    work = workload_of(plan.with_settings(eval_batch_size=1))
     totals = []
     for tokens in (256, 131072):
-        parts = predict_memory(
-            QWEN3_4B, plan.adapter, replace(work, eval_batch_size=1, eval_tokens=tokens)
-        )
+        parts = predict_memory(replace(work, eval_tokens=tokens))
         totals.append(sum(part.bytes for part in parts))
     assert totals[1] > totals[0] + 3 * GIB

@@ -353,10 +353,10 @@ def test_every_capacity_gives_the_loss_and_gradient_of_padded_rows(model: Any) -
 def test_the_prediction_counts_what_autograd_keeps_of_a_packed_row(model: Any) -> None:
     """Within 2 % for the layers: the mask that SDPA keeps in each is as wide as the whole row."""
     from peft.tuners.lora import LoraLayer
+    from support.plans import workload
 
     from qwen3ft.planning.footprint import layer_bytes_per_token
-    from qwen3ft.planning.workload import Workload
-    from qwen3ft.records.model import AdapterSpec, ModelShape
+    from qwen3ft.records.model import ModelShape
 
     batch = PackedCollator(0)(make_rows([100, 200, 150, 40]))
     tokens = batch["input_ids"].numel()
@@ -378,21 +378,18 @@ def test_the_prediction_counts_what_autograd_keeps_of_a_packed_row(model: Any) -
     shape = ModelShape.model_validate(
         {name: getattr(model.config, name) for name in ModelShape.model_fields}
     )
-    work = Workload(
+    work = workload(
+        shape,
+        rank=4,
         device="cpu",
         compute_dtype="float32",
-        quantization="nf4-double",
         micro_batch_size=1,
         sequence_tokens=tokens,
         gradient_checkpointing=False,
-        loss_chunk_tokens=64,
         packing=True,
     )
-    adapter = AdapterSpec(
-        r=4, alpha=8, dropout=0.0, target_modules=(), trainable_parameters=1, total_parameters=1
-    )
     top = 4 * shape.hidden_size
-    formula = shape.num_hidden_layers * layer_bytes_per_token(shape, adapter, work) + top
+    formula = shape.num_hidden_layers * layer_bytes_per_token(work) + top
     measured = sum(storage.nbytes() for storage in saved.values()) / tokens
     assert measured == pytest.approx(formula, rel=0.02)
 
@@ -415,7 +412,8 @@ def test_the_plan_packs_on_a_gpu_or_where_asked(
 ) -> None:
     """And says why; a packed plan is predicted to take no less than its padded twin."""
     from qwen3ft.model.adapter import plan_adapter
-    from qwen3ft.planning.plan import build_plan, repredict, workload_of
+    from qwen3ft.planning.plan import build_plan, repredict
+    from qwen3ft.planning.workload import workload_of
     from qwen3ft.records.machine import GpuInfo
 
     card = GpuInfo(
@@ -425,12 +423,12 @@ def test_the_plan_packs_on_a_gpu_or_where_asked(
     config = make_config(packing=asked)
     adapter = plan_adapter(config, snapshot.shape)
     plan = build_plan(config, machine, snapshot, adapter, manifest)
-    assert plan.packing is expected
+    assert plan.memory.packing is expected
     assert plan.reasons["packing"]
     work = workload_of(plan)
     assert work.capacity_tokens >= manifest.train.longest_tokens
-    padded = repredict(plan.model_copy(update={"packing": False}))
-    packed = repredict(plan.model_copy(update={"packing": True}))
+    padded = repredict(plan.with_settings(packing=False))
+    packed = repredict(plan.with_settings(packing=True))
     assert packed.predicted_peak_bytes >= padded.predicted_peak_bytes
 
 
@@ -458,5 +456,5 @@ def test_long_rows_that_fit_padded_alone_are_not_refused(
                 build_plan(config, machine, snapshot, adapter, rows)
         else:
             plan = build_plan(config, machine, snapshot, adapter, rows)
-            assert not plan.packing
+            assert not plan.memory.packing
             assert "does not fit" in plan.reasons["packing"]

@@ -8,21 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.plans import workload
 
-from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import ConfigError
-from qwen3ft.model.adapter import plan_adapter
 from qwen3ft.model.shapes import find_shape
 from qwen3ft.planning.gpu_specs import GPU_SPECS, GpuSpec, find_gpu_spec, require_gpu_spec
 from qwen3ft.planning.speed import SpeedEstimate, attention_share, estimate_speed
 from qwen3ft.planning.workload import Workload
+from qwen3ft.records.plan import MemorySettings
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-LEVERS = (
-    *("micro_batch_size", "gradient_checkpointing", "loss_chunk_tokens", "offload_activations"),
-    *("offload_attention", "offloaded_mlp_blocks", "activation_bytes", "chunk_tokens"),
-    *("head_groups", "packing", "kernels", "device"),
-)
+LEVERS = (*MemorySettings.model_fields, "device")
 
 
 def measured_rows() -> Iterator[Any]:
@@ -36,13 +32,9 @@ def measured_rows() -> Iterator[Any]:
                 yield pytest.param(results["machine"]["gpu"], case, row, id=name)
 
 
-def workload(shape: str = "4b", **values: Any) -> Workload:
+def fused(shape: str = "4b", **values: Any) -> Workload:
     defaults: dict[str, Any] = {
-        "device": "cuda",
-        "compute_dtype": "bfloat16",
-        "quantization": "nf4-double",
         "micro_batch_size": 64,
-        "sequence_tokens": 256,
         "gradient_checkpointing": False,
         "loss_chunk_tokens": 2048,
         "kernels": "fused",
@@ -50,17 +42,11 @@ def workload(shape: str = "4b", **values: Any) -> Workload:
         "chunk_tokens": 16384,
         "packing": True,
     }
-    return Workload(**{**defaults, **values})
+    return workload(find_shape(shape)[1], **{**defaults, **values})
 
 
-def estimate(
-    card: GpuSpec, shape: str, work: Workload, tokens: float = 108
-) -> SpeedEstimate | None:
-    _, numbers = find_shape(shape)
-    adapter = plan_adapter(TrainingConfig(), numbers)
-    return estimate_speed(
-        card, numbers, adapter, work, sequences_per_step=64, typical_tokens=tokens
-    )
+def estimate(card: GpuSpec, work: Workload, tokens: float = 108) -> SpeedEstimate | None:
+    return estimate_speed(card, work, sequences_per_step=64, typical_tokens=tokens)
 
 
 @pytest.mark.parametrize(("gpu", "case", "row"), list(measured_rows()))
@@ -69,12 +55,9 @@ def test_estimates_lie_within_a_quarter_of_what_was_measured(
 ) -> None:
     """With the settings of the run's plan, for all shapes, budgets and lengths that were run."""
     levers = {name: row["levers"][name] for name in LEVERS if name in row["levers"]}
-    _, shape = find_shape(case["shape"])
     found = estimate_speed(
         require_gpu_spec(gpu),
-        shape,
-        plan_adapter(TrainingConfig(), shape),
-        workload(**levers, sequence_tokens=case["sequence_tokens"]),
+        fused(case["shape"], **levers, sequence_tokens=case["sequence_tokens"]),
         sequences_per_step=case["sequences_per_step"],
         typical_tokens=sum(row["step_tokens"])
         / len(row["step_tokens"])
@@ -94,19 +77,17 @@ def test_there_are_measurements_to_hold_it_against() -> None:
 
 def test_a_faster_card_a_smaller_model_and_less_computed_again_are_faster() -> None:
     """The estimate follows what it is made of."""
-    everything = workload()
-    again = workload(gradient_checkpointing=True, activation_bytes=0)
-    by_card = [
-        estimate(require_gpu_spec(name), "4b", everything) for name in ("l4", "4090", "h200")
-    ]
+    everything = fused()
+    again = fused(gradient_checkpointing=True, activation_bytes=0)
+    by_card = [estimate(require_gpu_spec(name), everything) for name in ("l4", "4090", "h200")]
     speeds = [found.tokens_per_second for found in by_card if found is not None]
     assert speeds == sorted(speeds)
     assert len(speeds) == 3
     h200 = require_gpu_spec("h200")
-    by_shape = [estimate(h200, name, everything) for name in ("32b", "14b", "8b", "4b")]
+    by_shape = [estimate(h200, fused(name)) for name in ("32b", "14b", "8b", "4b")]
     speeds = [found.tokens_per_second for found in by_shape if found is not None]
     assert speeds == sorted(speeds)
-    kept, recomputed = estimate(h200, "4b", everything), estimate(h200, "4b", again)
+    kept, recomputed = estimate(h200, everything), estimate(h200, again)
     assert kept is not None
     assert recomputed is not None
     assert kept.tokens_per_second > 1.1 * recomputed.tokens_per_second
@@ -115,7 +96,7 @@ def test_a_faster_card_a_smaller_model_and_less_computed_again_are_faster() -> N
 def test_what_was_never_measured_says_so() -> None:
     """Each estimate is called one; of cards that were not trained on it is computed."""
     for card in GPU_SPECS:
-        found = estimate(card, "4b", workload())
+        found = estimate(card, fused())
         assert found is not None
         assert "estimate" in found.basis
         assert ("computed, not measured" in found.basis) == (card.name not in ("H100", "H200"))
@@ -123,8 +104,8 @@ def test_what_was_never_measured_says_so() -> None:
 
 def test_no_estimate_is_made_of_what_the_formula_is_not_about() -> None:
     """The plain path and CPUs."""
-    assert estimate(GPU_SPECS[0], "4b", workload(kernels="plain")) is None
-    assert estimate(GPU_SPECS[0], "4b", workload(device="cpu")) is None
+    assert estimate(GPU_SPECS[0], fused(kernels="plain")) is None
+    assert estimate(GPU_SPECS[0], fused(device="cpu")) is None
 
 
 def test_attention_reaches_a_share_of_the_peak_at_any_length() -> None:

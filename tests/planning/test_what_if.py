@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from test_plan import QWEN3_4B, QWEN3_14B, manifest, plan_for, snapshot
+from support.plans import QWEN3_4B, QWEN3_14B, manifest, plan_for, snapshot
 from typer.testing import CliRunner
 
 from flows.cli import app
@@ -26,7 +26,7 @@ from qwen3ft.model.hub import check_model_folder
 from qwen3ft.model.shapes import KNOWN_MODELS, find_shape, known_shape, read_shape
 from qwen3ft.planning.fit import choose, fit_or_none
 from qwen3ft.planning.gpu_specs import require_gpu_spec
-from qwen3ft.planning.plan import build_plan, workload_of
+from qwen3ft.planning.plan import build_plan
 from qwen3ft.planning.table import PlanTable, run_table, shape_table
 from qwen3ft.planning.what_if import (
     BUDGETS_GB,
@@ -36,6 +36,7 @@ from qwen3ft.planning.what_if import (
     shape_request,
     sweep_model,
 )
+from qwen3ft.planning.workload import workload_of
 from qwen3ft.report.figures import write_png
 from qwen3ft.report.plan_section import plan_figure, plan_markdown
 from qwen3ft.units import GIB

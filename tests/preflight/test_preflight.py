@@ -53,8 +53,8 @@ def four(make_plan: Any) -> Callable[..., TrainPlan]:
         plan = make_plan()
         summary = plan.dataset.train.model_copy(update={"longest_tokens": 100})
         dataset = plan.dataset.model_copy(update={"train": summary})
-        values = {"micro_batch_size": 4, "gradient_accumulation_steps": 4, "dataset": dataset}
-        return plan.model_copy(update={**values, "eval_batch_size": 5, **changes})
+        values = {"micro_batch_size": 4, "dataset": dataset, "eval_batch_size": 5}
+        return plan.with_settings(**{**values, **changes})
 
     return make
 
@@ -108,13 +108,13 @@ def test_a_second_epoch_can_hold_the_worst_micro_batch(four: Any) -> None:
 
 def test_a_fused_plan_also_runs_the_row_that_keeps_most(four: Any) -> None:
     """Fused rows keep as much as fits: one smaller than the largest may take more."""
-    from qwen3ft.planning.footprint import fused_sizes
-    from qwen3ft.planning.plan import workload_of
+    from qwen3ft.planning.fused_footprint import FusedSizes
+    from qwen3ft.planning.workload import workload_of
 
     plan = four(kernels="fused", packing=True, chunk_tokens=1024, total_steps=40)
-    sizes = fused_sizes(plan.model.shape, plan.adapter, workload_of(plan))
+    sizes = FusedSizes(workload_of(plan))
     room = sizes.row_bytes(288, sizes.levels(288, 2**40))  # all of 288 tokens, not of 400
-    plan = plan.model_copy(update={"activation_bytes": room})
+    plan = plan.with_settings(activation_bytes=room)
     lengths = np.random.default_rng(7).integers(40, 101, 150)
     worst = find_worst(plan, lengths, lengths)
     kept = next(batch for batch in worst.train if "most kept of its blocks" in batch.chosen_for)
@@ -201,8 +201,8 @@ def out_of_memory(**facts: Any) -> OutOfMemoryError:
 
 def frugal(plan: TrainPlan) -> TrainPlan:
     """Nothing left to lower."""
-    least = {"micro_batch_size": 1, "gradient_accumulation_steps": 16, "loss_chunk_tokens": 128}
-    return repredict(plan.model_copy(update={**least, "gradient_checkpointing": True}))
+    least = {"micro_batch_size": 1, "loss_chunk_tokens": 128, "gradient_checkpointing": True}
+    return repredict(plan.with_settings(**least))
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_host_memory_beside_a_gpu_is_answered_by_less_offloading(
     plan = make_plan(device="cuda", offload_activations=True)
     report = report_of(plan, failure=out_of_memory(domain="host"))
     assert decide(plan, report, replanned=False, allow_degraded=False) == "replan"
-    assert not replan(make_config(), environment, plan, report).offload_activations
+    assert not replan(make_config(), environment, plan, report).memory.offload_activations
     plan = make_plan(device="cuda")
     report = report_of(plan, failure=out_of_memory(domain="host"))
     assert decide(plan, report, replanned=False, allow_degraded=False) == "recover"
@@ -285,8 +285,8 @@ def test_an_evaluation_that_does_not_fit_costs_training_nothing(
     plan = make_plan(eval_batch_size=8)
     report = report_of(plan, failure=out_of_memory(phase="evaluate"))
     lower = replan(make_config(), environment, plan, report)
-    assert lower.eval_batch_size == 4
-    assert lower.micro_batch_size == plan.micro_batch_size
+    assert lower.memory.eval_batch_size == 4
+    assert lower.memory.micro_batch_size == plan.memory.micro_batch_size
 
 
 def test_too_little_memory_is_told_part_by_part(make_plan: Any) -> None:
@@ -337,7 +337,7 @@ def test_a_report_notes_a_wrong_prediction_and_a_budget_left_unused(make_plan: A
     assert "off by" in off
     assert "2.00 GB of the budget stay unused" in unused
     assert "recomputes" in unused
-    whole = make_plan(gradient_checkpointing=False, gradient_accumulation_steps=1)
+    whole = make_plan(gradient_checkpointing=False, effective_batch_size=16)
     assert len(report_of(whole, 0.5).notes) == 1
 
 
@@ -376,7 +376,7 @@ def test_what_changes_memory_changes_the_key_and_nothing_else_does(
 
     def key(changes: Any = (), batches: Any = BATCHES, **settings: Any) -> str:
         there = environment.model_copy(update={"gpus": (card,), **dict(changes)})
-        return report_key(plan.model_copy(update=settings), there, batches)
+        return report_key(plan.with_settings(**settings), there, batches)
 
     longer = BATCHES.train[0].model_copy(update={"lengths": (9, 8)})
     same = [

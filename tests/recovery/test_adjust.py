@@ -7,92 +7,24 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.plans import QWEN3_4B, plan_for
 
-from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import FinetuneError, error_kinds
 from qwen3ft.jobs.failures import to_error
-from qwen3ft.model.shapes import count_adapter_parameters, plan_adapter
-from qwen3ft.planning.plan import build_plan, repredict
-from qwen3ft.records.data import DatasetManifest, LengthSummary
-from qwen3ft.records.machine import EnvironmentReport, GpuInfo
-from qwen3ft.records.model import ModelShape, ModelSnapshot, ModelSource
+from qwen3ft.model.shapes import count_adapter_parameters
+from qwen3ft.planning.plan import repredict
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.run_card import AttemptSummary
 from qwen3ft.records.training import Failure
 from qwen3ft.recovery.adjust import POLICIES, GiveUp, Retry, decide
 from qwen3ft.recovery.ladder import next_rungs
-from qwen3ft.units import GIB
 
-SHAPE = ModelShape(
-    hidden_size=2560,
-    intermediate_size=9728,
-    num_hidden_layers=36,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    vocab_size=151936,
-    tie_word_embeddings=True,
-    max_position_embeddings=262144,
-)
 CHECKPOINT = "runs/run/attempts/01/checkpoints/step-000200"
 
 
 def make_plan(device: str = "cuda", **changes: Any) -> TrainPlan:
-    gpu = GpuInfo(
-        index=0,
-        name="a GPU",
-        uuid="GPU-0",
-        total_bytes=80 * GIB,
-        free_bytes=80 * GIB,
-        driver_version="580.1",
-    )
-    environment = EnvironmentReport(
-        python_version="3.11",
-        python_executable="python",
-        platform="linux",
-        versions={},
-        cpu_count=2,
-        host_total_bytes=80 * GIB,
-        host_free_bytes=80 * GIB,
-        disk_free_bytes=GIB,
-        gpus=(gpu,) if device == "cuda" else (),
-    )
-    model = ModelSnapshot(
-        source=ModelSource(model_name="Qwen/Qwen3-4B", revision="0" * 40),
-        path="model",
-        manifest_sha256="0" * 64,
-        quantization="nf4-double",
-        compute_dtype="bfloat16",
-        shape=SHAPE,
-        size_bytes=1,
-        chat_template_sha256="0" * 64,
-    )
-    lengths = LengthSummary(
-        rows=7473,
-        tokens=747300,
-        trained_tokens=373650,
-        longest_tokens=256,
-        median_tokens=100,
-        p95_tokens=200,
-    )
-    dataset = DatasetManifest(
-        path="data",
-        digest="0" * 64,
-        sources=(),
-        rows_read=7473,
-        train=lengths,
-        dev=lengths,
-        test_rows=10,
-        quarantined=0,
-        too_long=0,
-        duplicates=0,
-    )
-    config = TrainingConfig(max_memory_gb=70.0)
-    adapter = plan_adapter(config, SHAPE)
-    plan = build_plan(
-        config, environment, model, adapter, dataset, run_id="run", run_dir="runs/run"
-    )
-    return repredict(plan.model_copy(update=changes))
+    plan = plan_for(gpu_gb=80.0 if device == "cuda" else None, max_memory_gb=60.0)
+    return repredict(plan.with_settings(**changes))
 
 
 def fail(kind: str, **facts: Any) -> Failure:
@@ -234,7 +166,7 @@ def test_the_ladder_keeps_the_effective_batch_and_ends(
     """For any pair: same sequences per step on every rung, never 0, always less memory or equal."""
     plan = make_plan(
         micro_batch_size=micro,
-        gradient_accumulation_steps=accumulation,
+        effective_batch_size=micro * accumulation,
         gradient_checkpointing=recompute,
     )
     retries = descend(plan)
@@ -242,16 +174,16 @@ def test_the_ladder_keeps_the_effective_batch_and_ends(
     for decision in retries:
         now = decision.plan
         assert now.effective_batch_size == micro * accumulation
-        assert now.micro_batch_size >= 1
+        assert now.memory.micro_batch_size >= 1
         assert now.predicted_peak_bytes <= before.predicted_peak_bytes
         assert now.attempt == before.attempt + 1
         assert now.resume_from == CHECKPOINT
         assert not now.degraded
         assert decision.change
         before = now
-    assert before.micro_batch_size == 1
-    assert before.gradient_checkpointing
-    assert before.offload_activations
+    assert before.memory.micro_batch_size == 1
+    assert before.memory.gradient_checkpointing
+    assert before.memory.offload_activations
     assert len(retries) <= micro.bit_length() + 14
 
 
@@ -282,7 +214,7 @@ def test_with_consent_rows_are_shortened_and_the_rank_lowered_last() -> None:
     assert all(decision.plan.resume_from is None for decision in changing)
     last = changing[-1].plan
     assert (last.adapter.r, last.adapter.alpha) == (3, 6)
-    assert last.adapter.trainable_parameters == count_adapter_parameters(SHAPE, 3)
+    assert last.adapter.trainable_parameters == count_adapter_parameters(QWEN3_4B, 3)
     assert len(last.degraded) == 3
     assert retries.index(changing[0]) == len(retries) - 3
 
@@ -290,7 +222,7 @@ def test_with_consent_rows_are_shortened_and_the_rank_lowered_last() -> None:
 def test_on_a_cpu_nothing_is_offloaded() -> None:
     """Host memory is what ran out."""
     retries = descend(make_plan("cpu"))
-    assert not any(decision.plan.offload_activations for decision in retries)
+    assert not any(decision.plan.memory.offload_activations for decision in retries)
 
 
 def test_memory_that_ran_out_in_an_evaluation_leaves_training_alone() -> None:
@@ -300,20 +232,20 @@ def test_memory_that_ran_out_in_an_evaluation_leaves_training_alone() -> None:
     failure = fail("OutOfMemoryError", phase="evaluate", domain="gpu")
     while set((decision := retry(plan, failure)).change) == {"eval_batch_size"}:
         plan = decision.plan
-        sizes.append(plan.eval_batch_size)
-        assert plan.micro_batch_size == make_plan().micro_batch_size
+        sizes.append(plan.memory.eval_batch_size)
+        assert plan.memory.micro_batch_size == make_plan().memory.micro_batch_size
     assert sizes == [4, 2, 1]
     assert "micro_batch_size" in decision.change
 
 
 def test_the_last_attempt_allowed_takes_every_lever_that_keeps_the_result() -> None:
     """A long ladder is not cut short by the count of attempts."""
-    plan = make_plan(micro_batch_size=64, gradient_accumulation_steps=1, attempt=4)
+    plan = make_plan(micro_batch_size=64, attempt=4)
     decision = retry(plan, fail("OutOfMemoryError"), max_attempts=5, allow_degraded=True)
-    assert decision.plan.micro_batch_size == 1
+    assert decision.plan.memory.micro_batch_size == 1
     assert decision.plan.gradient_accumulation_steps == 64
-    assert decision.plan.gradient_checkpointing
-    assert decision.plan.offload_activations
+    assert decision.plan.memory.gradient_checkpointing
+    assert decision.plan.memory.offload_activations
     assert decision.plan.max_sequence_length == plan.max_sequence_length
     assert decision.change["micro_batch_size"] == (64, 1)
 
@@ -339,7 +271,7 @@ def test_the_end_of_the_ladder_tells_what_was_tried() -> None:
     """Giving up lists every attempt and names the lever that needs consent."""
     plan = make_plan(attempt=3)
     for step in next_rungs(plan, "train", allow_degraded=False):
-        plan = plan.model_copy(update=step.values)
+        plan = plan.with_settings(**step.values)
     decision = give_up(plan, fail("OutOfMemoryError"), "StalledError", "OutOfMemoryError")
     for line in ("1. StalledError", "2. OutOfMemoryError", "3. OutOfMemoryError"):
         assert line in decision.reason

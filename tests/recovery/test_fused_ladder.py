@@ -5,32 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from test_plan import QWEN3_4B, environment, manifest, snapshot
+from support.plans import QWEN3_4B, hopper, plan_on
 
-from qwen3ft.config import TrainingConfig
-from qwen3ft.model.adapter import plan_adapter
-from qwen3ft.planning.plan import build_plan, repredict
+from qwen3ft.planning.plan import repredict
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.recovery.ladder import next_rungs, without_host_memory
 
 
 def fused_plan(sequence_tokens: int = 256, **wanted: Any) -> TrainPlan:
-    config = TrainingConfig(max_memory_gb=13.0, max_sequence_length=sequence_tokens, **wanted)
-    machine = environment(80.0)
-    gpu = machine.gpus[0].model_copy(update={"compute_capability": "9.0"})
-    machine = machine.model_copy(
-        update={"gpus": (gpu,), "versions": {"triton": "3.6"}, "host_total_bytes": 2**37}
-    )
-    plan = build_plan(
-        config,
-        machine,
-        snapshot(QWEN3_4B),
-        plan_adapter(config, QWEN3_4B),
-        manifest(7473, sequence_tokens),
-        run_id="run",
-        run_dir="runs/run",
-    )
-    assert plan.kernels == "fused"
+    lengths = {"longest_tokens": sequence_tokens, "max_sequence_length": sequence_tokens}
+    plan = plan_on(hopper(host_gb=128.0), max_memory_gb=13.0, **lengths, **wanted)
+    assert plan.memory.kernels == "fused"
     return plan
 
 
@@ -41,13 +26,13 @@ def test_each_rung_takes_less_and_keeps_the_effective_batch(tokens: int) -> None
     before = plan
     for rung in next_rungs(plan, "train", allow_degraded=False):
         assert rung.keeps_result
-        now = repredict(before.model_copy(update=rung.values))
+        now = repredict(before.with_settings(**rung.values))
         assert now.predicted_peak_bytes <= before.predicted_peak_bytes
         assert now.effective_batch_size == plan.effective_batch_size
         before = now
-    assert before.micro_batch_size == 1
-    assert before.offload_activations
-    assert before.head_groups == QWEN3_4B.num_key_value_heads
+    assert before.memory.micro_batch_size == 1
+    assert before.memory.offload_activations
+    assert before.memory.head_groups == QWEN3_4B.num_key_value_heads
     assert before.predicted_peak_bytes < 0.6 * plan.predicted_peak_bytes
 
 
@@ -56,8 +41,8 @@ def test_first_each_row_keeps_less() -> None:
     plan = fused_plan()
     first = next_rungs(plan, "train", allow_degraded=False)[0]
     assert set(first.values) == {"activation_bytes", "gradient_checkpointing"}
-    assert first.values["activation_bytes"] == int(0.75 * plan.activation_bytes)
-    lower = repredict(plan.model_copy(update=first.values))
+    assert first.values["activation_bytes"] == int(0.75 * plan.memory.activation_bytes)
+    lower = repredict(plan.with_settings(**first.values))
     assert lower.predicted_peak_bytes < plan.predicted_peak_bytes - 2**31
 
 
@@ -73,32 +58,32 @@ def test_where_the_host_runs_out_less_waits_there() -> None:
     """Attention's output first, then everything, as far as the card has room; then nothing."""
     plan = fused_plan(32768, batch_size=1, gradient_accumulation_steps=1)
     both = {"offload_activations": True, "offload_attention": True, "offloaded_mlp_blocks": 0}
-    plan = repredict(plan.model_copy(update=both))
+    plan = repredict(plan.with_settings(**both))
     first = without_host_memory(plan)
     assert first is not None
-    lower = repredict(plan.model_copy(update=first.values))
-    assert not lower.offload_attention
-    assert lower.offload_activations
+    lower = repredict(plan.with_settings(**first.values))
+    assert not lower.memory.offload_attention
+    assert lower.memory.offload_activations
     second = without_host_memory(lower)
     assert second is not None
-    last = repredict(lower.model_copy(update=second.values))
-    assert not last.offload_activations
+    last = repredict(lower.with_settings(**second.values))
+    assert not last.memory.offload_activations
     assert last.predicted_peak_bytes <= 13 * 2**30
-    assert without_host_memory(last.model_copy(update={"offloaded_mlp_blocks": 0})) is None
+    assert without_host_memory(last.with_settings(offloaded_mlp_blocks=0)) is None
 
 
 def test_a_sequence_that_needs_the_host_is_not_moved_to_a_card_without_room() -> None:
     """131,072 tokens cannot keep their blocks' inputs within 13 GB."""
     plan = fused_plan(131072, batch_size=1, gradient_accumulation_steps=1)
-    assert plan.offload_activations
-    assert not plan.offload_attention
+    assert plan.memory.offload_activations
+    assert not plan.memory.offload_attention
     assert without_host_memory(plan) is None
 
 
 def test_blocks_sent_away_stay_first() -> None:
     """What would be computed again waits in host memory only as long as the host has room."""
     plan = fused_plan()
-    assert plan.offloaded_mlp_blocks
+    assert plan.memory.offloaded_mlp_blocks
     step = without_host_memory(plan)
     assert step is not None
     assert step.values == {"offloaded_mlp_blocks": 0}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_plan import environment, plan_for
+from support.plans import environment, plan_for
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import EnvironmentNotReadyError
@@ -70,7 +70,10 @@ def test_less_than_the_plan_needs_makes_it_anew_and_says_who_holds_the_rest() ->
     fitted = fit(plan, 5.0)
     assert fitted.predicted_peak_bytes <= fitted.max_memory_gb * GIB <= 5.0 * GIB - MARGIN_BYTES
     assert fitted.effective_batch_size == plan.effective_batch_size
-    assert fitted.micro_batch_size < plan.micro_batch_size or fitted.gradient_checkpointing
+    assert (
+        fitted.memory.micro_batch_size < plan.memory.micro_batch_size
+        or fitted.memory.gradient_checkpointing
+    )
     for name in ("attempt", "run_id", "run_dir", "learning_rate", "resume_from", "total_steps"):
         assert getattr(fitted, name) == getattr(plan, name), name
     assert fitted.reasons["max_memory_gb"] == (

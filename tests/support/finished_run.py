@@ -11,7 +11,7 @@ from qwen3ft.model.hub import check_model_folder
 from qwen3ft.model.shapes import count_adapter_parameters
 from qwen3ft.records.data import DatasetManifest, DataSource, LengthSummary
 from qwen3ft.records.model import PROJECTIONS, AdapterSpec, ModelSnapshot, ModelSource
-from qwen3ft.records.plan import TrainPlan
+from qwen3ft.records.plan import MemorySettings, TrainPlan
 from qwen3ft.records.training import AttemptOutcome
 
 RANK = 4
@@ -76,12 +76,14 @@ def make_plan(model: ModelSnapshot, **changes: Any) -> TrainPlan:
         "dataset": dataset,
         "device": "cpu",
         "max_memory_gb": 4.0,
-        "micro_batch_size": 4,
-        "gradient_accumulation_steps": 1,
-        "eval_batch_size": 4,
+        "memory": MemorySettings(
+            micro_batch_size=4,
+            eval_batch_size=4,
+            gradient_checkpointing=False,
+            loss_chunk_tokens=64,
+        ),
+        "effective_batch_size": 4,
         "max_sequence_length": 64,
-        "gradient_checkpointing": False,
-        "loss_chunk_tokens": 64,
         "learning_rate": 4e-3,
         "lr_scheduler": "linear",
         "warmup_steps": 1,
@@ -97,7 +99,7 @@ def make_plan(model: ModelSnapshot, **changes: Any) -> TrainPlan:
         "predicted": (),
         "reasons": {},
     }
-    return TrainPlan(**{**values, **changes})
+    return TrainPlan(**values).with_settings(**changes)
 
 
 def make_outcome(checkpoint: Path) -> AttemptOutcome:

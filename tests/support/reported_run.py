@@ -129,14 +129,11 @@ def make_facts(ability: float | None = 1.6, **changes: Any) -> RunFacts:
     )
     report = make_report(ability)
     first = make_plan(make_snapshot())
-    second = first.model_copy(
-        update={
-            "attempt": 2,
-            "micro_batch_size": 2,
-            "gradient_accumulation_steps": 2,
-            "resume_from": "attempts/01/checkpoints/step-000040",
-            "reasons": {"micro_batch_size": "Memory ran out: micro-batch of 2."},
-        }
+    second = first.with_settings(
+        attempt=2,
+        micro_batch_size=2,
+        resume_from="attempts/01/checkpoints/step-000040",
+        reasons={"micro_batch_size": "Memory ran out: micro-batch of 2."},
     )
     names = ("data/<b>new</b>.jsonl", "data/old.jsonl")
     files = [first.dataset.sources[0].model_copy(update={"path": name}) for name in names]

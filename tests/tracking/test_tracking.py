@@ -25,7 +25,7 @@ from qwen3ft.files import append_json_line, sha256_file
 from qwen3ft.jobs.folders import JobDir, RunDir
 from qwen3ft.records.data import DatasetManifest, DataSource, LengthSummary
 from qwen3ft.records.model import AdapterSpec, ModelShape, ModelSnapshot, ModelSource, SavedAdapter
-from qwen3ft.records.plan import MemoryPart, TrainPlan
+from qwen3ft.records.plan import MemoryPart, MemorySettings, TrainPlan
 from qwen3ft.records.training import MemoryStatus, TrainingMetrics
 from qwen3ft.registry.registry import Registry
 from qwen3ft.tracking.connection import (
@@ -232,12 +232,14 @@ def make_plan(run_dir: RunDir, attempt: int = 1) -> TrainPlan:
         dataset=make_manifest(),
         device="cpu",
         max_memory_gb=2.0,
-        micro_batch_size=4,
-        gradient_accumulation_steps=16,
-        eval_batch_size=4,
+        memory=MemorySettings(
+            micro_batch_size=4,
+            eval_batch_size=4,
+            gradient_checkpointing=False,
+            loss_chunk_tokens=512,
+        ),
+        effective_batch_size=64,
         max_sequence_length=256,
-        gradient_checkpointing=False,
-        loss_chunk_tokens=512,
         learning_rate=5e-5,
         lr_scheduler="linear",
         warmup_steps=1,

@@ -109,7 +109,7 @@ def test_a_training_with_it_ends_like_one_without(tmp_path: Path, make_plan: Any
     adapters = []
     for offload in (False, True):
         plan = make_plan(f"offload-{offload}", total_steps=4, evaluate_every_steps=2)
-        plan = plan.model_copy(update={"offload_optimizer": offload})
+        plan = plan.with_settings(offload_optimizer=offload)
         worker.train(worker.Job(RunDir(Path(plan.run_dir)).attempt(1).create(plan).path))
         saved = RunDir(Path(plan.run_dir)).attempt(1).checkpoints / "step-000004"
         adapters.append(load_file(saved / "adapter_model.safetensors"))

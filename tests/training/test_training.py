@@ -46,7 +46,7 @@ def prepare(make_config: Callable[..., Any]) -> Callable[..., Any]:
         manager = ModelManager(config)
         model, tokenizer = manager.load_model_with_quantization(plan.model.path)
         model = manager.prepare_for_training(
-            model, gradient_checkpointing=plan.gradient_checkpointing
+            model, gradient_checkpointing=plan.memory.gradient_checkpointing
         )
         adapted = LoRAAdapter(plan.adapter).apply_lora(model)
         splits = {name: load_split(Path(plan.dataset.path), name) for name in ("train", "dev")}
@@ -150,33 +150,32 @@ def test_prompt_tokens_carry_no_loss(prepare: Any, make_plan: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("micro", "accumulation", "recompute", "chunk", "packing"),
+    ("micro", "recompute", "chunk", "packing"),
     [
-        (4, 16, False, 4096, False),
-        (1, 64, False, 4096, False),
-        (16, 4, True, 32, False),
-        (64, 1, False, 4096, True),
-        (16, 4, True, 32, True),
-        (1, 64, False, 4096, True),
+        (4, False, 4096, False),
+        (1, False, 4096, False),
+        (16, True, 32, False),
+        (64, False, 4096, True),
+        (16, True, 32, True),
+        (1, False, 4096, True),
     ],
 )
 def test_every_split_of_the_effective_batch_gives_the_same_gradient(
     prepare: Any,
     make_plan: Any,
     micro: int,
-    accumulation: int,
     recompute: bool,
     chunk: int,
     packing: bool,
 ) -> None:
     """Padded or packed, small or large, recomputed or not: as 64 padded rows at once, in fp32."""
-    _, trainer = prepare(make_plan("whole", micro_batch_size=64, gradient_accumulation_steps=1))
+    _, trainer = prepare(make_plan("whole", micro_batch_size=64, effective_batch_size=64))
     whole = first_step_gradients(trainer)
     _, trainer = prepare(
         make_plan(
             "split",
             micro_batch_size=micro,
-            gradient_accumulation_steps=accumulation,
+            effective_batch_size=64,
             gradient_checkpointing=recompute,
             loss_chunk_tokens=chunk,
             packing=packing,
@@ -237,7 +236,7 @@ def test_a_resumed_run_ends_bit_identical(
     dropout = 0.0 if path == FUSED else 0.1  # the fused path has none
     adapter = make_plan().adapter.model_copy(update={"dropout": dropout})
     schedule = {"total_steps": 8, "evaluate_every_steps": 4, **path}
-    schedule |= {"micro_batch_size": 4, "gradient_accumulation_steps": 4, "adapter": adapter}
+    schedule |= {"micro_batch_size": 4, "adapter": adapter}
     _, undisturbed = prepare(make_plan("undisturbed", **schedule))
     undisturbed.train()
     engine, first = prepare(make_plan("resumed", **schedule))
@@ -267,7 +266,7 @@ def test_a_changed_micro_batch_continues_the_same_steps(
     with pytest.raises(Exception, match="asked to stop"):
         engine.train_model(first)
     checkpoint = engine.job.checkpoints / "step-000004"
-    smaller = {"micro_batch_size": 4, "gradient_accumulation_steps": 4, "attempt": 2}
+    smaller = {"micro_batch_size": 4, "attempt": 2}
     engine, second = prepare(
         make_plan("shrunk", **schedule, **smaller, resume_from=str(checkpoint))
     )
@@ -308,7 +307,6 @@ def test_the_heartbeat_beats_between_micro_batches(prepare: Any, make_plan: Any)
     engine, trainer = prepare(
         make_plan(
             micro_batch_size=1,
-            gradient_accumulation_steps=16,
             total_steps=1,
             evaluate_every_steps=1,
         )
@@ -353,7 +351,7 @@ class _StopAt:
 def test_a_fused_run_learns_what_the_plain_one_does(prepare: Any, make_plan: Any) -> None:
     """Six steps: the loss of each within 1e-4, each tensor of the adapter within 1e-3."""
     schedule = {"total_steps": 6, "evaluate_every_steps": 3, "packing": True}
-    schedule |= {"micro_batch_size": 4, "gradient_accumulation_steps": 4}
+    schedule |= {"micro_batch_size": 4}
     runs, seen = {}, set()
     for name, path in (("plain", {}), ("fused", FUSED)):
         engine, trainer = prepare(make_plan(name, **{**schedule, **path}))

@@ -19,8 +19,8 @@ def fused_step(model: Any, plan: TrainPlan) -> FusedStep:
     Raises:
         ImportError: on a GPU, Triton is missing.
     """
-    from qwen3ft.planning.footprint import fused_sizes
-    from qwen3ft.planning.plan import workload_of
+    from qwen3ft.planning.fused_footprint import FusedSizes
+    from qwen3ft.planning.workload import workload_of
     from qwen3ft.training.fused.step import FusedStep
 
     ops: Any
@@ -28,13 +28,13 @@ def fused_step(model: Any, plan: TrainPlan) -> FusedStep:
         from qwen3ft.training.fused import kernels as ops
     else:
         from qwen3ft.training.fused import reference as ops
-    sizes = fused_sizes(plan.model.shape, plan.adapter, workload_of(plan))
+    sizes = FusedSizes(workload_of(plan))
     return FusedStep(
         model,
         ops,
-        lambda tokens: sizes.levels(tokens, plan.activation_bytes),
-        loss_chunk_tokens=plan.loss_chunk_tokens,
-        chunk_tokens=plan.chunk_tokens,
-        head_groups=plan.head_groups,
-        offload=plan.offload_activations,
+        lambda tokens: sizes.levels(tokens, plan.memory.activation_bytes),
+        loss_chunk_tokens=plan.memory.loss_chunk_tokens,
+        chunk_tokens=plan.memory.chunk_tokens,
+        head_groups=plan.memory.head_groups,
+        offload=plan.memory.offload_activations,
     )
