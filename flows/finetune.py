@@ -12,7 +12,6 @@ whatever computes runs in a worker process.
 from __future__ import annotations
 
 import os
-import time
 from contextlib import nullcontext
 from typing import Any
 
@@ -46,20 +45,16 @@ from flows.run_context import (
 )
 from qwen3ft import logs
 from qwen3ft.config import TrainingConfig
-from qwen3ft.errors import FinetuneError
 from qwen3ft.evaluation.ability import read_ability_rows
-from qwen3ft.jobs.failures import to_error, to_failure
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.jobs.processes import workers_ahead
 from qwen3ft.operations.new_data import compare_data, find_known_rows
 from qwen3ft.operations.night import Night
 from qwen3ft.records.machine import EnvironmentReport
 from qwen3ft.records.plan import TrainPlan
-from qwen3ft.records.run_card import AttemptSummary
-from qwen3ft.records.training import AttemptOutcome
+from qwen3ft.records.training import AttemptOutcome, Failure
 from qwen3ft.recovery.adjust import GiveUp
 from qwen3ft.recovery.shared_gpu import fit_to_free_memory
-from qwen3ft.report.attempts import summarise
 from qwen3ft.training import checkpoint
 from tasks.adjust import adjust_parameters
 from tasks.data import prepare_data
@@ -189,23 +184,22 @@ def train_with_recovery(
         logger.info("training was finished by attempt %d of this run", outcome.attempt)
         return _given(first, run, outcome.attempt), outcome
     plan = _given(first, run, len(run.attempts()) + 1)
-    history: list[AttemptSummary] = []
+    first_attempt = plan.attempt
     while True:
         plan = fit_to_free_memory(config, environment, plan)
-        started = time.monotonic()
         state = train_attempt(plan, return_state=True)
-        result = state.result(raise_on_failure=False)
-        if not isinstance(result, (AttemptOutcome, FinetuneError)):
-            raise result  # cancelled, or a defect of ours: not an attempt's failure
-        failure = to_failure(result) if isinstance(result, FinetuneError) else None
-        history.append(summarise(plan, failure, time.monotonic() - started))
-        reporter.show_attempts()
+        result: object = state.result(raise_on_failure=False)
+        if isinstance(result, BaseException):  # cancelled, or a defect of ours
+            raise result
+        assert isinstance(result, (AttemptOutcome, Failure))
+        attempts = reporter.show_attempts()
         if isinstance(result, AttemptOutcome):
             return plan, result
-        assert failure is not None
-        decision = adjust_parameters(config, plan, failure, history)
+        # A continued run has its full number of attempts again.
+        history = [attempt for attempt in attempts if attempt.attempt >= first_attempt]
+        decision = adjust_parameters(config, plan, result, history)
         if isinstance(decision, GiveUp):
-            raise to_error(decision.failure)
+            raise decision.failure.to_error()
         plan = decision.plan
         if "max_sequence_length" in decision.change:
             shorter = {"max_sequence_length": plan.max_sequence_length}

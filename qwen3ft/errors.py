@@ -229,10 +229,3 @@ class WorkerCrashedError(TrainingFailureError):
 
 class CheckpointCorruptError(TrainingFailureError):
     """No checkpoint could be verified."""
-
-
-def explain(error: BaseException) -> str:
-    """One line per part for a person; for foreign exceptions the type and message."""
-    if isinstance(error, FinetuneError):
-        return str(error)
-    return f"{type(error).__name__}: {error}"

@@ -11,16 +11,17 @@ import httpx
 from prefect import task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
 from prefect.exceptions import PrefectException
+from prefect.states import Failed
 
-from qwen3ft.errors import FinetuneError, PreemptedError
+from qwen3ft.errors import PreemptedError
 from qwen3ft.files import read_json_lines
-from qwen3ft.jobs.failures import to_failure
-from qwen3ft.jobs.folders import JobDir, RunDir, read_record, write_record
-from qwen3ft.jobs.launcher import run_worker
+from qwen3ft.jobs.folders import JobDir, RunDir, read_record
+from qwen3ft.jobs.launcher import try_worker
 from qwen3ft.logs import get_logger
 from qwen3ft.records.plan import TrainPlan
-from qwen3ft.records.training import AttemptOutcome
+from qwen3ft.records.training import AttemptOutcome, Failure
 from qwen3ft.tracking.journal import Journal
 from qwen3ft.training import checkpoint
 from tasks.names import name_of, train_name
@@ -31,24 +32,23 @@ PROGRESS_SECONDS = 2.0
 
 
 @task(name="train", task_run_name=name_of(train_name), cache_policy=NO_CACHE)
-def train_attempt(plan: TrainPlan) -> AttemptOutcome:
-    """Run the attempt; a failure is raised as the classified error that adjust reads."""
+def train_attempt(plan: TrainPlan) -> AttemptOutcome | State[Failure]:
+    """Run the attempt; a `Failure` is the data of the failed state that it returns."""
     run = RunDir(Path(plan.run_dir))
     job = run.attempt(plan.attempt).create(plan)
     journal = Journal(run)
     journal.attempt_started(plan)
     try:
         with ProgressArtifact(plan, job):
-            outcome = run_worker("train", job, AttemptOutcome, stall_seconds=plan.stall_seconds)
-    except FinetuneError as error:
-        write_record(job.failure, to_failure(error))  # a worker that was killed wrote none itself
-        journal.attempt_ended(plan.attempt, "FAILED", {"failure": type(error).__name__})
-        raise
+            result = try_worker("train", job, AttemptOutcome, stall_seconds=plan.stall_seconds)
     except BaseException:
         journal.attempt_ended(plan.attempt, "KILLED", {"failure": PreemptedError.__name__})
         raise
+    if isinstance(result, Failure):
+        journal.attempt_ended(plan.attempt, "FAILED", {"failure": result.kind})
+        return Failed(message=f"{result.kind}: {result.to_error()}", data=result)
     journal.attempt_ended(plan.attempt, "FINISHED")
-    return outcome
+    return result
 
 
 def finished_attempt(run: RunDir, plan: TrainPlan) -> AttemptOutcome | None:

@@ -32,9 +32,10 @@ from benchmarks.memory.gradients import make_plan, measure_gradients, train
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import FinetuneError
 from qwen3ft.files import sha256_file
-from qwen3ft.jobs.failures import to_failure, translate
+from qwen3ft.jobs.failures import translate
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.run_card import AttemptSummary
+from qwen3ft.records.training import Failure
 from qwen3ft.recovery.adjust import GiveUp, decide
 from qwen3ft.training.faults import VARIABLE as FAULTS
 
@@ -59,7 +60,7 @@ def recover(plan: TrainPlan, faults: str) -> tuple[TrainPlan | GiveUp, list[Atte
             try:
                 train(plan)
             except (FinetuneError, RuntimeError) as error:
-                failure = to_failure(translate(error, "train"))
+                failure = Failure.from_error(translate(error, "train"))
             history.append(_summary(plan, failure.kind if failure else "completed"))
             if failure is None:
                 return plan, history

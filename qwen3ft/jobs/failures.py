@@ -9,11 +9,9 @@ those who read them, not here.
 
 from __future__ import annotations
 
-import math
 import re
 import signal
 from collections.abc import Iterator
-from typing import Any
 
 from qwen3ft.errors import (
     FinetuneError,
@@ -24,7 +22,6 @@ from qwen3ft.errors import (
 )
 from qwen3ft.jobs.failure_rules import RULES, Rule, line_types
 from qwen3ft.logs import mask_secrets
-from qwen3ft.records.training import Failure
 from qwen3ft.units import GIB, MIB, gb
 
 QUOTED_CHARACTERS = 600
@@ -116,17 +113,6 @@ def translate_exit(
     return _unexplained(returncode, name, phase)
 
 
-def to_failure(error: FinetuneError, log_tail: str = "") -> Failure:
-    """The error as a record; facts become JSON values (non-finite numbers as text)."""
-    values = error.to_dict() | {"facts": _plain(error.facts)}
-    return Failure(**values, log_tail=log_tail)
-
-
-def to_error(failure: Failure) -> FinetuneError:
-    """The error that a record tells of; the end of the log is not part of it."""
-    return FinetuneError.from_dict(failure.model_dump(exclude={"log_tail"}))
-
-
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     """`error`, what it groups, and what it was raised from, each once."""
     seen: set[int] = set()
@@ -197,14 +183,3 @@ def _during(phase: str) -> str:
 def _quote(type_name: str, message: str) -> str:
     first_line = next((line for line in message.splitlines() if line.strip()), "no message")
     return mask_secrets(f"{type_name}: {first_line[:QUOTED_CHARACTERS]}")
-
-
-def _plain(value: Any) -> Any:
-    """`value` as JSON: non-finite numbers and unknown objects as text."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

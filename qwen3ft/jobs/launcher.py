@@ -1,10 +1,9 @@
-"""Runs one worker process to its end and tells, as a record or as a classified error, how it ended.
+"""Starts a worker, watches it, relays its log, and says why it ended.
 
-Guarantees: the worker is a session of its own, writes to a file, and is gone with all its children
-when `run_worker` returns or raises, whatever the reason (an error, a stall, Ctrl-C, a cancelled
-flow run); and it dies by itself when this process is killed (see `qwen3ft.worker`). Its log
-records are repeated here, so that they reach the console and the flow run's log. This module starts
-no CUDA and imports no torch.
+No worker outlives its caller: it is ended with all its children when `try_worker` returns or raises
+(an error, a stall, Ctrl-C, a cancelled flow run), and dies by itself when this process is killed
+(see `qwen3ft.worker`). Its log records are repeated here, so that they reach the console and the
+flow run's log.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import logging
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,12 +21,11 @@ from pydantic import BaseModel
 
 from qwen3ft.errors import FinetuneError, StalledError
 from qwen3ft.files import read_json_lines
-from qwen3ft.jobs.failures import to_error, translate_exit
-from qwen3ft.jobs.folders import JobDir, read_record
+from qwen3ft.jobs.failures import translate_exit
+from qwen3ft.jobs.folders import JobDir, read_record, write_record
 from qwen3ft.jobs.processes import end_process_tree, start_worker
-from qwen3ft.logs import ROOT, get_logger, mask_secrets
-
-logger = get_logger("launcher")
+from qwen3ft.logs import ROOT, mask_secrets
+from qwen3ft.records.training import Failure
 
 OutcomeT = TypeVar("OutcomeT", bound=BaseModel)
 
@@ -42,32 +41,60 @@ def run_worker(
     on_poll: Callable[[], None] | None = None,
     last: bool = False,
 ) -> OutcomeT:
-    """Have a worker do the job, wait for it, and return its outcome.
+    """Have a worker do the job, as `try_worker` does, and return its outcome.
+
+    Raises:
+        FinetuneError: the failure, by its class.
+    """
+    result = try_worker(
+        kind, job, outcome_type, stall_seconds=stall_seconds, on_poll=on_poll, last=last
+    )
+    if isinstance(result, Failure):
+        raise result.to_error()
+    return result
+
+
+def try_worker(
+    kind: str,
+    job: JobDir,
+    outcome_type: type[OutcomeT],
+    *,
+    stall_seconds: float,
+    on_poll: Callable[[], None] | None = None,
+    last: bool = False,
+) -> OutcomeT | Failure:
+    """Have a worker do the job and wait for it.
 
     Args:
         kind: One of `qwen3ft.worker.jobs.KINDS`.
-        job: The folder with the request; receives log, heartbeat, failure or outcome.
-        outcome_type: The record that a completed worker leaves.
+        job: Folder with the request; receives log, heartbeat, and outcome or failure.
+        outcome_type: Record that a completed worker leaves.
         stall_seconds: Longest silence of the heartbeat before the worker is ended.
         on_poll: Called about five times a second while the worker runs.
-        last: Whether no other worker follows soon (see `qwen3ft.jobs.processes.workers_ahead`).
+        last: True if no other worker follows soon (see `qwen3ft.jobs.processes.workers_ahead`).
 
-    Raises:
-        FinetuneError: the failure the worker recorded, or what its exit status, its log and the
-            kernel's counters say.
-        StalledError: the heartbeat fell silent.
+    Returns:
+        The outcome, or the failure that the folder holds by then: as the worker recorded it, or
+        as its silence, exit status and log and the kernel's counters explain it.
     """
     job.outcome.unlink(missing_ok=True)
     job.failure.unlink(missing_ok=True)
     kills_before = _kernel_oom_kills()
     process = start_worker(kind, job, last=last)
     try:
-        _watch(process, job, stall_seconds, on_poll)
+        stall = _watch(process, job, stall_seconds, on_poll)
     finally:
         end_process_tree(process)
-    if process.returncode == 0 and job.outcome.exists():
+    if stall is None and process.returncode == 0 and job.outcome.exists():
         return read_record(job.outcome, outcome_type)
-    raise _explain_end(process.returncode, job, _kernel_oom_kills() - kills_before)
+    # A stalled worker that obeyed SIGTERM recorded that it was stopped, which is not the cause.
+    failure = None if stall else job.read_failure()
+    if failure is None:
+        oom_kills = _kernel_oom_kills() - kills_before
+        failure = Failure.from_error(stall or _explain_exit(process.returncode, job, oom_kills))
+        with suppress(OSError):  # a full disk must not hide what ended the worker
+            write_record(job.failure, failure)
+    return failure
 
 
 def _watch(
@@ -75,27 +102,25 @@ def _watch(
     job: JobDir,
     stall_seconds: float,
     on_poll: Callable[[], None] | None,
-) -> None:
-    """Wait for the end of `process`; raise StalledError when its heartbeat falls silent.
-
-    Silence is measured by this process's monotonic clock from the last change of the file, so
-    neither a changed clock nor a worker's wrong time can fake or hide a stall.
-    """
+) -> StalledError | None:
+    """Wait for the end of `process`, or until its heartbeat falls silent."""
     records = _RecordRelay(job.path / "log.jsonl")
     last_beat: int | None = None
     last_change = time.monotonic()
     while process.poll() is None:
+        # Silence is timed here, from the last change of the file, so neither a changed clock nor
+        # a wrong time in the worker can fake or hide a stall.
         beat = job.heartbeat.stat().st_mtime_ns if job.heartbeat.exists() else None
         if beat != last_beat:
             last_beat, last_change = beat, time.monotonic()
         silence = time.monotonic() - last_change
         if silence > stall_seconds:
-            raise StalledError(
+            return StalledError(
                 f"The worker gave no sign of life for {silence:.0f} s "
-                f"(limit {stall_seconds:.0f} s); last: {_last_beat(job)}.",
+                f"(limit {stall_seconds:.0f} s); last phase: {_last_phase(job)}.",
                 why="It hangs in a kernel, a lock or a file system.",
                 next_command=f"tail -n 50 {job.log}",
-                phase=_last_beat(job),
+                phase=_last_phase(job),
             )
         records.relay()
         if on_poll is not None:
@@ -104,10 +129,16 @@ def _watch(
     records.relay()
     if on_poll is not None:
         on_poll()
+    return None
 
 
-def log_tail(path: Path, lines: int = 30) -> str:
-    """The last lines of a worker's log, secrets masked."""
+def _explain_exit(returncode: int, job: JobDir, oom_kills: int) -> FinetuneError:
+    tail = _log_tail(job.log)
+    return translate_exit(returncode, tail, oom_kills=oom_kills, phase=_last_phase(job))
+
+
+def _log_tail(path: Path, lines: int = 30) -> str:
+    """Return the last lines of a worker's log, secrets masked."""
     if not path.exists():
         return ""
     with path.open("rb") as stream:
@@ -116,16 +147,8 @@ def log_tail(path: Path, lines: int = 30) -> str:
     return mask_secrets("\n".join(text.splitlines()[-lines:]))
 
 
-def _explain_end(returncode: int, job: JobDir, oom_kills: int) -> FinetuneError:
-    failure = job.read_failure()
-    if failure is not None:
-        return to_error(failure)
-    tail = log_tail(job.log)
-    return translate_exit(returncode, tail, oom_kills=oom_kills, phase=_last_beat(job))
-
-
-def _last_beat(job: JobDir) -> str:
-    """The phase named in the last heartbeat."""
+def _last_phase(job: JobDir) -> str:
+    """Return the phase in the last heartbeat."""
     try:
         return str(json.loads(job.heartbeat.read_text())["phase"])
     except (OSError, ValueError, KeyError):
@@ -133,7 +156,7 @@ def _last_beat(job: JobDir) -> str:
 
 
 def _kernel_oom_kills() -> int:
-    """How often the kernel's OOM killer struck in this control group (cgroup v2; 0 elsewhere)."""
+    """Count the kernel's OOM kills in this control group (cgroup v2; 0 elsewhere)."""
     try:
         group = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2]
         events = Path("/sys/fs/cgroup", group.lstrip("/"), "memory.events").read_text()

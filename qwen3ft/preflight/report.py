@@ -12,7 +12,6 @@ from typing import get_args
 
 from qwen3ft.errors import OutOfMemoryError
 from qwen3ft.files import read_json_lines
-from qwen3ft.jobs.failures import to_failure
 from qwen3ft.jobs.folders import JobDir
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.preflight import (
@@ -23,6 +22,7 @@ from qwen3ft.records.preflight import (
     PreflightReport,
     WorstBatches,
 )
+from qwen3ft.records.training import Failure
 from qwen3ft.units import GIB, gb, size_text
 
 WEIGHTS, STATE, ACTIVATIONS = "weights", "adapter, gradients, optimizer", "activations"
@@ -91,7 +91,7 @@ def out_of_memory_report(
         phases=phases,
         batches=batches,
         seconds=seconds,
-        failure=to_failure(error),
+        failure=Failure.from_error(error),
         notes=(f"Memory ran out: {error.what}",),
     )
 

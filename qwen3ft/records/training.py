@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from datetime import UTC, datetime
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from qwen3ft.errors import FinetuneError
 from qwen3ft.records.base import Record
 
 
@@ -38,14 +40,30 @@ class TrainingMetrics(Record):
 
 
 class Failure(Record):
-    """Why an attempt ended: an error of `qwen3ft.errors` as a value."""
+    """Error of `qwen3ft.errors` as a value: why a worker ended without an outcome."""
 
     kind: str
     what: str
     why: str = ""
     next_command: str = ""
     facts: dict[str, Any] = Field(default_factory=dict)
-    log_tail: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_log_tail(cls, values: Any) -> Any:
+        # records that older versions wrote have this field
+        if isinstance(values, dict):
+            return {name: value for name, value in values.items() if name != "log_tail"}
+        return values
+
+    @classmethod
+    def from_error(cls, error: FinetuneError) -> Failure:
+        """Record `error`; facts become JSON values, non-finite numbers and objects text."""
+        return cls(**error.to_dict() | {"facts": _plain(error.facts)})
+
+    def to_error(self) -> FinetuneError:
+        """Rebuild the error."""
+        return FinetuneError.from_dict(self.model_dump())
 
 
 class AttemptOutcome(Record):
@@ -66,3 +84,13 @@ class AttemptOutcome(Record):
     peak_reserved_gb: float
     tokens_per_second: float
     seconds: float
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

@@ -259,10 +259,8 @@ def _give_up(case: _Case, reason: str, kind: str = "") -> GiveUp:
         if needs_memory
         else last.next_command,
         facts={**last.facts, "last_failure": last.kind, "attempts": case.plan.attempt},
-        log_tail=last.log_tail,
     )
-    end = f"\nEnd of the log:\n{last.log_tail}" if last.log_tail else ""
-    return GiveUp(reason=told + end, failure=failure)
+    return GiveUp(reason=told, failure=failure)
 
 
 def _table(case: _Case) -> str:

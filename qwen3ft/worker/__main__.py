@@ -17,10 +17,11 @@ from typing import Any
 
 from qwen3ft import logs
 from qwen3ft.errors import MemoryLeakError, OutOfMemoryError, PreemptedError
-from qwen3ft.jobs.failures import to_failure, translate
+from qwen3ft.jobs.failures import translate
 from qwen3ft.jobs.folders import write_record
 from qwen3ft.jobs.processes import WAIT
 from qwen3ft.machine.memory_report import write_memory_report
+from qwen3ft.records.training import Failure
 from qwen3ft.worker.bootstrap import (
     PREEMPTED_STATUS,
     die_with_parent,
@@ -49,7 +50,7 @@ def main(kind: str, path: Path) -> int:
         logger.error("%s failed after %.1f s: %s", kind, time.monotonic() - started, failure)
         if failure is not error:
             logger.info("traceback of the cause", exc_info=error)
-        write_record(job.dir.failure, to_failure(failure))
+        write_record(job.dir.failure, Failure.from_error(failure))
         if isinstance(failure, (OutOfMemoryError, MemoryLeakError)):
             write_memory_report(
                 job.dir.memory_report, failure.what

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from support.flow_project import MODEL, FlowProject
+from support.judge_server import Handler, prefers, serving
 
 from qwen3ft.jobs.folders import RunDir
 
@@ -254,8 +255,6 @@ def test_a_failed_run_is_continued_from_its_last_checkpoint(
     Its answers are judged, while another run may have the machine. Before all that, a damaged
     snapshot of the model is noticed, and made anew.
     """
-    from test_judge import Handler, prefers, serving
-
     from qwen3ft.machine import gpu_lock
     from qwen3ft.model.hub import resolve_model
     from qwen3ft.model.manager import read_snapshot, snapshot_target
@@ -329,7 +328,7 @@ def test_a_run_on_a_machine_that_another_run_holds_is_refused_before_it_does_any
     with gpu_lock.hold_gpu(gpu_lock.CPU, "the-other", when_busy="refuse", wait_seconds=0):
         state, _ = run_flow(lock_cpu=True, when_gpu_is_busy="refuse")
     assert state.is_failed()
-    assert "run the-other (pid " in state.message
+    assert "Run the-other (pid " in state.message
     assert set(task_states(state)) == {"environment"}
 
 

@@ -14,7 +14,6 @@ from support.reported_run import CHAMPION, HOSTILE, SECRET, make_facts, make_rep
 
 from qwen3ft.data.safety import shown
 from qwen3ft.errors import FinetuneError, error_kinds
-from qwen3ft.jobs.failures import to_failure
 from qwen3ft.jobs.folders import RunDir, write_record
 from qwen3ft.records.preflight import PreflightReport, WorstBatches
 from qwen3ft.records.training import Failure
@@ -243,7 +242,7 @@ def test_names_of_task_runs_tell_what_is_known_when_they_start(tmp_path: Path) -
     plan = make_plan(make_snapshot(), run_dir=str(tmp_path))
     assert train_name({"plan": plan}) == "train-1 (micro-batch 4 x 1)"
     job = RunDir(tmp_path).attempt(1).create(plan)
-    failure = to_failure(error_kinds()[0]("x")).model_copy(update={"kind": "OutOfMemoryError"})
+    failure = Failure(kind="OutOfMemoryError", what="x")
     write_record(job.failure, failure)
     second = plan.with_settings(attempt=2, micro_batch_size=2, resume_from="a/step-000040")
     assert train_name({"plan": second}) == (

@@ -42,7 +42,8 @@ from qwen3ft.errors import (
     WorkerCrashedError,
     error_kinds,
 )
-from qwen3ft.jobs.failures import memory_numbers, to_error, to_failure, translate, translate_exit
+from qwen3ft.jobs.failures import memory_numbers, translate, translate_exit
+from qwen3ft.records.training import Failure
 
 
 @pytest.mark.parametrize("error", GPU_MEMORY_ERRORS, ids=lambda error: str(error)[:50])
@@ -264,14 +265,20 @@ def test_a_real_worker_that_runs_out_of_address_space_is_classified_from_outside
     assert error.facts["domain"] == "host"
 
 
-def test_every_error_survives_json_and_pickle_with_the_end_of_the_log() -> None:
+def test_a_failure_of_an_older_version_is_still_read() -> None:
+    """It has a field that is gone."""
+    old = {"kind": "DivergedError", "what": "NaN", "facts": {}, "log_tail": "", "why": ""}
+    assert Failure.model_validate(old) == Failure(kind="DivergedError", what="NaN")
+
+
+def test_every_error_survives_json_and_pickle() -> None:
     """Errors, records and JSON hold the same, for every class of the tree."""
     for kind in error_kinds():
         error = kind("what", why="why", next_command="qwen3ft doctor", phase="train", loss=1.5)
-        failure = to_failure(error, log_tail="the end")
+        failure = Failure.from_error(error)
         again = type(failure).model_validate_json(failure.model_dump_json())
         assert again == failure
-        for copy in (to_error(again), pickle.loads(pickle.dumps(error))):
+        for copy in (again.to_error(), pickle.loads(pickle.dumps(error))):
             assert type(copy) is kind
             assert copy.to_dict() == error.to_dict()
 
@@ -279,7 +286,7 @@ def test_every_error_survives_json_and_pickle_with_the_end_of_the_log() -> None:
 def test_facts_that_json_cannot_hold_become_text() -> None:
     """A non-finite loss or a path among the facts does not stop the failure from being written."""
     error = DivergedError("loss", loss=float("nan"), steps=(1, float("inf")), kind_of=object)
-    values = to_failure(error).model_dump(mode="json")
+    values = Failure.from_error(error).model_dump(mode="json")
     assert json.dumps(values, allow_nan=False)
     assert values["facts"]["loss"] == "nan"
     assert values["facts"]["steps"] == [1, "inf"]

@@ -16,7 +16,6 @@ import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from qwen3ft.errors import ConfigError, MemoryLeakError
-from qwen3ft.jobs.failures import to_failure
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.jobs.launcher import run_worker
 from qwen3ft.machine.leaks import (
@@ -30,7 +29,7 @@ from qwen3ft.machine.leaks import (
 )
 from qwen3ft.machine.memory import MemoryOptimizer
 from qwen3ft.machine.process_memory import private_bytes, reading_of
-from qwen3ft.records.training import AttemptOutcome
+from qwen3ft.records.training import AttemptOutcome, Failure
 from qwen3ft.recovery.adjust import Retry, decide
 from qwen3ft.training import checkpoint, faults, leak_watch
 from qwen3ft.training.leak_watch import LeakWatch
@@ -188,7 +187,7 @@ def test_the_error_tells_slope_start_and_what_is_left() -> None:
     error = leak_error(growth_of(0.25), 500 * MIB, 230)
     assert "250.0 MiB per 1,000 steps since step 100" in error.what
     assert "500 MiB of the budget are left, enough for 2,000 steps" in error.what
-    facts = json.loads(to_failure(error).model_dump_json())["facts"]
+    facts = json.loads(Failure.from_error(error).model_dump_json())["facts"]
     assert facts["mib_per_1000_steps"] == 250.0
     assert (facts["since_step"], facts["step"], facts["steps_until_full"]) == (100, 230, 2000)
 
@@ -329,7 +328,7 @@ def test_a_planted_leak_ends_its_attempt_with_a_checkpoint_and_a_fresh_process_g
     assert newest.step == facts["step"]
     decision = decide(
         plan,
-        to_failure(caught.value),
+        Failure.from_error(caught.value),
         [],
         max_attempts=5,
         allow_degraded=False,

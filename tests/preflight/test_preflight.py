@@ -12,7 +12,6 @@ import pytest
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import ConfigError, InsufficientMemoryError, OutOfMemoryError
-from qwen3ft.jobs.failures import to_failure
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.model.adapter import plan_adapter
 from qwen3ft.planning.packing import row_tokens
@@ -33,6 +32,7 @@ from qwen3ft.records.preflight import (
     WorstBatch,
     WorstBatches,
 )
+from qwen3ft.records.training import Failure
 from qwen3ft.training import faults
 from qwen3ft.training.batches import EffectiveBatchOrder, step_sampler
 from qwen3ft.units import GIB
@@ -560,4 +560,4 @@ def test_what_a_preflight_trains_is_a_part_of_the_plan(make_plan: Any) -> None:
         *("total_steps", "evaluate_every_steps", "warmup_steps"),
         *("resume_from", "run_id", "run_dir"),
     }
-    assert to_failure(out_of_memory()).kind == "OutOfMemoryError"
+    assert Failure.from_error(out_of_memory()).kind == "OutOfMemoryError"

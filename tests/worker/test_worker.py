@@ -26,7 +26,7 @@ from qwen3ft.errors import (
 from qwen3ft.jobs.folders import JobDir, RunDir
 from qwen3ft.jobs.launcher import run_worker
 from qwen3ft.records.plan import TrainPlan
-from qwen3ft.records.training import AttemptOutcome
+from qwen3ft.records.training import AttemptOutcome, Failure
 from qwen3ft.training import checkpoint, faults
 
 SCHEDULE = {"total_steps": 6, "evaluate_every_steps": 2}
@@ -67,6 +67,7 @@ def test_a_fault_in_the_worker_becomes_its_classified_error(
     # Recovery tells training from evaluation by this; step 4 comes after an evaluation.
     assert caught.value.facts.get("phase", "train") == "train"
     job = RunDir(tmp_path / "run").attempt(1)
+    assert job.read_failure() == Failure.from_error(caught.value)  # also of one that was killed
     newest = checkpoint.newest_verified([job.checkpoints])
     assert newest is not None
     # SIGTERM saves where it stops; everything else goes back to the last evaluation.
@@ -74,10 +75,13 @@ def test_a_fault_in_the_worker_becomes_its_classified_error(
     assert not job.outcome.exists()
 
 
-def test_a_silent_worker_is_ended_and_named_stalled(attempt: Any) -> None:
+def test_a_silent_worker_is_ended_and_named_stalled(attempt: Any, tmp_path: Path) -> None:
     """A worker that makes no progress is gone within seconds of its limit, with its children."""
     with pytest.raises(StalledError, match="no sign of life"):
         attempt("hang@step=2", stall_seconds=12.0)
+    failure = RunDir(tmp_path / "run").attempt(1).read_failure()
+    assert failure is not None
+    assert failure.kind == "StalledError"
     children = psutil.Process().children(recursive=True)
     assert not [child for child in children if "qwen3ft.worker" in _command(child)]
 
