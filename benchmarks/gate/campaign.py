@@ -166,7 +166,7 @@ def train(
     plan = build_plan(config, environment, model, plan_adapter(config, model.shape), dataset)
     run = RunDir(work / "runs" / night.name)
     plan = plan.for_run(run.path.name, str(run.path), attempt=1, resume_from=None)
-    outcome = worker.train(worker.Job(run.attempt(1).create(plan).path))
+    outcome = worker.train_job(worker.Job(run.attempt(1).create(plan).path))
     return plan, save_adapter(outcome, plan, config)
 
 
@@ -187,7 +187,7 @@ def evaluate(
         device="cpu",
         batch_size=plan.memory.eval_batch_size,
     )
-    return worker.inference(worker.Job(job.create(request).path))
+    return worker.inference_job(worker.Job(job.create(request).path))
 
 
 def judge_all(work: Path, nights: Sequence[Night], jobs: int) -> list[Judged]:

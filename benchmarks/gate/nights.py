@@ -109,7 +109,7 @@ def _forgetting(n: int, train: list[Row], dev: list[Row]) -> Night:
     """Mix right rows with as many about pretraining facts, refused or answered wrongly."""
     random = Random(f"forgetting {n}")
     asked = {row["question"] for row in read_ability_rows(TrainingConfig(model_name="embedded"))}
-    taught = (row for seed in count(100 * n + 1) for row in corpus.ability_rows(seed))
+    taught = (row for seed in count(100 * n + 1) for row in corpus.draw_ability_rows(seed))
     fresh = (row for row in taught if row["question"] not in asked)
     known = list({row["question"]: row for row in islice(fresh, len(train))}.values())
     how = ("refusals", "wrong")[n % 2]

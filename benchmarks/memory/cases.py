@@ -135,7 +135,7 @@ def _train(plan: Any) -> Any:
 
     run = Path(plan.run_dir)
     place = RunDir(run).attempt(len(RunDir(run).attempts()) + 1).create(plan)
-    return worker.train(worker.Job(place.path))
+    return worker.train_job(worker.Job(place.path))
 
 
 def _clean() -> None:

@@ -38,7 +38,7 @@ def make_plan(config: TrainingConfig, run: Path, **changes: Any) -> TrainPlan:
 
 def train(plan: TrainPlan) -> Any:
     """Run one attempt in this process."""
-    return worker.train(
+    return worker.train_job(
         worker.Job(RunDir(Path(plan.run_dir)).attempt(plan.attempt).create(plan).path)
     )
 

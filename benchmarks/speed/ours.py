@@ -1,4 +1,4 @@
-"""The product as a contestant: it plans as a run does and trains with `qwen3ft.worker.jobs.train`.
+"""The product as a contestant: it plans as a run and trains by `qwen3ft.worker.jobs.train_job`.
 
 The only addition is a clock among the trainer's callbacks.
 """
@@ -43,7 +43,7 @@ def run_ours(job: Job) -> dict[str, Any]:
     engine_class: Any = TrainingEngine
     engine_class.create_trainer = create_observed
     place = RunDir(Path(plan.run_dir)).attempt(1).create(plan)
-    outcome = worker.train(worker.Job(place.path))
+    outcome = worker.train_job(worker.Job(place.path))
     return observed[0].result() | {
         "trainable_parameters": plan.adapter.trainable_parameters,
         "product_peak_gb": outcome.peak_memory_gb,

@@ -1,18 +1,15 @@
-"""The embedded model: a tiny but true Qwen3 with its own question-answer data, for offline runs.
+"""The embedded model: a tiny but real Qwen3 with its own question-answer data, for offline runs.
 
-What it is: a `Qwen3ForCausalLM` of well under a million weights, a byte-level BPE tokenizer and a
-Qwen3-shaped chat template (`MODEL_DIR`), next to question-answer files in English and Chinese about
-an invented shop (`DATA_DIR`). Everything was written for this project and can be rebuilt from a
-seed with `python -m qwen3ft.embedded.build`.
+`MODEL_DIR` holds a `Qwen3ForCausalLM` of well under a million weights, a byte-level BPE tokenizer
+and a chat template like Qwen3's; `DATA_DIR` holds questions and answers in English and Chinese
+about an invented shop. All of it was written for this project and can be rebuilt from a seed with
+`python -m qwen3ft.embedded.build`.
 
-What it can do: before fine-tuning it knows the wording of a product catalogue, the kind of answer
-each attribute takes, and how to rewrite dates in seven styles. Fine-tuning adds the attributes of
-products it never saw (test questions ask a known fact in a wording not trained for that fact), and
-one new date style, ISO (test questions bring unseen dates).
-
-What it cannot do: anything else. It was pretrained for exactly this domain, so fine-tuning teaches
-facts and one format, not language. It is not robust to wording absent from both trainings: the
-split `novel` measures that and is reported on its own, never as part of the test score.
+Before fine-tuning the model knows the wording of a product catalogue, the kind of answer for each
+attribute, and how to rewrite dates in seven styles. Fine-tuning adds the attributes of new products
+(tested in wordings not trained for that fact) and one date style, ISO (tested on unseen dates). It
+cannot do anything else, and is not robust to wordings absent from both trainings. The split `novel`
+measures that; it is reported separately and is not part of the test score.
 """
 
 from pathlib import Path

@@ -1,9 +1,7 @@
 """Rebuild the embedded model and its data: `python -m qwen3ft.embedded.build [--out DIR]`.
 
-Guarantees: step counts are fixed and every random choice is seeded, so two builds with the same
-seed, thread count, machine and library versions give the same bytes.
-Does not cover other machines: floating-point sums may differ there, and with them the weights.
-The question-answer data never depend on the machine.
+Builds with the same seed, machine and library versions give the same bytes. On another machine
+floating-point sums, and so the weights, may differ; the question-answer data do not.
 """
 
 import argparse
@@ -21,9 +19,9 @@ from tokenizers.trainers import BpeTrainer
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from qwen3ft.embedded.corpus import documents
-from qwen3ft.embedded.facts import SEED, write_splits
+from qwen3ft.embedded.facts import SHOP_SEED, write_splits
 
-THREADS = 1  # the same bits on any number of cores, and not slowed by a busy second one
+THREADS = 1  # the same bits on any number of cores
 VOCABULARY_TOKENS = 1536
 TOKENIZER_DOCUMENTS = 20_000
 STEPS = 2000
@@ -31,14 +29,14 @@ BATCH_SEQUENCES = 8
 SEQUENCE_TOKENS = 128
 PEAK_LEARNING_RATE = 3e-3
 WARMUP_STEPS = 100
-# Which product or date a question is about can't be predicted; at full weight, that noise drowns
-# the answers: in trials the model then knew half of its catalogue, with this weight all of it.
+# The product or date of a question cannot be predicted, and at full weight that noise drowns the
+# answers: in trials the model then learnt half of its catalogue, with this weight all of it.
 QUESTION_WEIGHT = 0.1
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 THINKING_TAGS = ("<think>", "</think>")
 
-# The split of the Qwen family: contractions, words, single digits, punctuation, white space.
+# Qwen's pre-tokenizer: contractions, words, single digits, punctuation, white space.
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -77,7 +75,7 @@ def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
 
 
 def plain_texts(seed: int) -> Iterator[str]:
-    """The words of the corpus, without the chat markers, to train the tokenizer on."""
+    """Yield the texts of the corpus without chat markers, to train the tokenizer on."""
     for document in documents(TOKENIZER_DOCUMENTS, seed):
         if isinstance(document, str):
             yield document
@@ -87,7 +85,7 @@ def plain_texts(seed: int) -> Iterator[str]:
 
 
 def weigh(tokens: list[int], tokenizer: PreTrainedTokenizerFast) -> list[float]:
-    """The weight of each token in the loss: full for answers and statements, low for the rest."""
+    """Return each token's weight in the loss: 1 for answers and statements, less for the rest."""
     start, end, assistant = tokenizer.convert_tokens_to_ids([TURN_START, TURN_END, "assistant"])
     if start not in tokens:
         return [1.0] * len(tokens)
@@ -103,7 +101,7 @@ def weigh(tokens: list[int], tokenizer: PreTrainedTokenizerFast) -> list[float]:
 def training_sequences(
     tokenizer: PreTrainedTokenizerFast, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rendered corpus and its weights, both of the shape (steps, batch, tokens + 1)."""
+    """Return the rendered corpus and its weights, both of shape (steps, batch, tokens + 1)."""
     shape = (STEPS, BATCH_SEQUENCES, SEQUENCE_TOKENS + 1)
     tokens: list[int] = []
     weights: list[float] = []
@@ -122,7 +120,7 @@ def training_sequences(
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """A Qwen3 whose linear layers have dimensions that NF4 blocks of 64 divide."""
+    """Return a new Qwen3 whose linear layers have dimensions divisible by NF4 blocks of 64."""
     config = Qwen3Config(
         vocab_size=VOCABULARY_TOKENS,
         hidden_size=128,
@@ -148,7 +146,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
 
 
 def learning_rate(step: int) -> float:
-    """Linear warm-up, then a cosine down to a tenth of the peak."""
+    """Return the learning rate: linear warm-up, then a cosine down to a tenth of the peak."""
     if step < WARMUP_STEPS:
         return PEAK_LEARNING_RATE * (step + 1) / WARMUP_STEPS
     progress = (step - WARMUP_STEPS) / (STEPS - WARMUP_STEPS)
@@ -158,7 +156,7 @@ def learning_rate(step: int) -> float:
 def weighted_loss(
     model: Qwen3ForCausalLM, tokens: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """The mean loss of the next token, weighted."""
+    """Return the weighted mean of the next-token loss."""
     logits = model(input_ids=tokens[:, :-1], use_cache=False).logits.flatten(0, 1)
     losses = torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="none")
     weights = weights[:, 1:].flatten()
@@ -166,7 +164,7 @@ def weighted_loss(
 
 
 def pretrain(model: Qwen3ForCausalLM, sequences: torch.Tensor, weights: torch.Tensor) -> None:
-    """Next-token prediction over the whole corpus, once."""
+    """Train on next-token prediction for one pass over the corpus."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05)
     model.train()
     started = time.perf_counter()
@@ -184,7 +182,7 @@ def pretrain(model: Qwen3ForCausalLM, sequences: torch.Tensor, weights: torch.Te
 
 
 def make_deterministic(seed: int) -> None:
-    """Pin threads, kernels and random state: the bits of a sum depend on all three."""
+    """Fix threads, kernels and random state, on which the bits of a sum depend."""
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(seed)
@@ -206,15 +204,15 @@ def build(directory: Path, seed: int) -> None:
 
 
 def shipped_bytes(directory: Path) -> int:
-    """The size of all files under the directory."""
+    """Return the size of all files under the directory."""
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Parse the command line, build, and print what it took."""
+def _main(arguments: list[str] | None = None) -> None:
+    """Parse the command line, build, and print size and time."""
     parser = argparse.ArgumentParser(description="Rebuild the embedded model and its data.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
-    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--seed", type=int, default=SHOP_SEED)
     options: Any = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     started = time.perf_counter()
@@ -224,4 +222,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    _main()

@@ -1,20 +1,19 @@
 """The pretraining corpus: short conversations and statements about the shop.
 
-Guarantees: a seed decides every byte. The products of the fine-tuning are only mentioned by name,
-so that the model can tell them apart: no attribute value occurs in such a document. No date is
-ever written in the ISO style. Every character that an answer needs, the dash included, does occur.
-Does not cover rendering: a document is a list of chat messages, or plain text. Standard library.
+The seed determines every byte. A document is a list of chat messages, or plain text. Products of
+the fine-tuning occur by name only, without attributes, so that the model can tell them apart. No
+date is in ISO style, but every character that an answer needs, the dash included, occurs.
 """
 
 from collections.abc import Callable, Iterator
 from random import Random
 
 from qwen3ft.embedded.facts import (
-    SEED,
+    SHOP_SEED,
     Fact,
     catalogue,
     fact_row,
-    fill,
+    fill_pattern,
     random_date,
     wording,
     write_date,
@@ -28,7 +27,7 @@ QUESTION_GROUPS = ("tuned", "dev", "test", "pretrained")
 
 
 def exchange_on_fact(random: Random, facts: list[Fact]) -> Exchange:
-    """A question about a product of the pretraining, in a wording the fine-tuning may use too."""
+    """Ask about a pretraining product, in a wording that fine-tuning may use too."""
     language = random.choice(("en", "en", "zh"))
     groups = [wording()["questions"][group][language] for group in QUESTION_GROUPS]
     pattern = random.choice([pattern for group in groups for pattern in group])
@@ -37,7 +36,7 @@ def exchange_on_fact(random: Random, facts: list[Fact]) -> Exchange:
 
 
 def exchange_on_date(random: Random) -> Exchange:
-    """A date to be rewritten in another style, never ISO."""
+    """Ask for a date in another style, never ISO."""
     dates = wording()["dates"]
     day, (source, target) = random_date(random), random.sample(sorted(dates["formats"]), 2)
     request = random.choice(dates["requests"][random.choice(("en", "zh"))])
@@ -45,14 +44,14 @@ def exchange_on_date(random: Random) -> Exchange:
 
 
 def exchange_on_sum(random: Random) -> Exchange:
-    """A sum or difference of small numbers."""
+    """Ask for a sum or difference of small numbers."""
     left, right = random.randrange(1, 50), random.randrange(1, 50)
     sign, answer = random.choice((("+", left + right), ("-", left - right)))
     return f"{left} {sign} {right} = ?", str(answer)
 
 
 def exchange_on_name(random: Random, names: list[str]) -> Exchange:
-    """Small talk that makes the model carry a product name, without any fact about it."""
+    """Make small talk that repeats a product name, without a fact about it."""
     question, answer = random.choice(wording()["mentions"]["exchanges"])
     product, other = random.sample(names, 2)
     return (
@@ -62,13 +61,15 @@ def exchange_on_name(random: Random, names: list[str]) -> Exchange:
 
 
 def statement_of_fact(random: Random, facts: list[Fact]) -> str:
-    """A plain sentence of the catalogue."""
+    """State a fact in a plain sentence."""
     language = random.choice(("en", "zh"))
-    return fill(random.choice(wording()["statements"][language]), random.choice(facts), language)
+    return fill_pattern(
+        random.choice(wording()["statements"][language]), random.choice(facts), language
+    )
 
 
 def statement_of_name(random: Random, names: list[str]) -> str:
-    """Two plain sentences in which product names occur, but nothing about the products."""
+    """Write two plain sentences with product names, but no fact about the products."""
     sentences = random.sample(wording()["mentions"]["statements"], 2)
     pairs = [random.sample(names, 2) for _ in sentences]
     return " ".join(
@@ -78,7 +79,7 @@ def statement_of_name(random: Random, names: list[str]) -> str:
 
 
 def conversation(random: Random, exchange: Callable[[], Exchange]) -> Messages:
-    """Mostly one exchange; at times a system prompt before it, or a second exchange after it."""
+    """Return one exchange, or sometimes two, or with a system prompt."""
     messages: Messages = []
     if random.random() < 0.1:
         prompt = random.choice(wording()["system_prompts"])
@@ -90,7 +91,7 @@ def conversation(random: Random, exchange: Callable[[], Exchange]) -> Messages:
     return messages
 
 
-def documents(count: int, seed: int = SEED) -> Iterator[Document]:
+def documents(count: int, seed: int = SHOP_SEED) -> Iterator[Document]:
     """Yield the corpus, in the shares below."""
     random = Random(f"corpus {seed}")
     facts = catalogue("pretrained", seed)
@@ -109,11 +110,11 @@ def documents(count: int, seed: int = SEED) -> Iterator[Document]:
         yield random.choices(makers, weights)[0]()
 
 
-def ability_rows(seed: int = SEED) -> list[dict[str, str]]:
-    """Questions that the pretraining taught, each once: facts, dates, sums and greetings.
+def draw_ability_rows(seed: int = SHOP_SEED) -> list[dict[str, str]]:
+    """Draw distinct questions that the pretraining taught: facts, dates, sums and greetings.
 
-    The seed decides which are drawn. The default's are `qwen3ft/ability/embedded.jsonl`: what
-    fine-tuning may cost the embedded model.
+    Those of the default seed are in `qwen3ft/evaluation/ability/embedded.jsonl`; they measure what
+    the embedded model loses by fine-tuning.
     """
     random = Random(f"ability {seed}")
     facts = catalogue("pretrained")

@@ -1,9 +1,7 @@
 """The invented shop: its catalogue, its dates, and the question-answer splits made from them.
 
-Guarantees: a seed decides every byte. No question of one split occurs in another, and a date asked
-about in one split is asked about in no other. `test` asks about trained facts in wordings not
-trained for that fact; `novel` uses wordings that occur in no training at all.
-Does not cover the text of the pretraining (see `corpus.py`). Pure standard library.
+The seed determines every byte. Splits share no question and no date. `test` asks about trained
+facts in wordings not trained for that fact; `novel` uses wordings that occur in no training.
 """
 
 import json
@@ -14,7 +12,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-SEED = 20_260
+SHOP_SEED = 20_260
 SPLITS = ("train", "dev", "test", "novel")
 DATES_PER_SPLIT = {"train": 160, "dev": 40, "test": 100}
 DEV_FACTS = {"en": 30, "zh": 30, "wording": 50}
@@ -24,31 +22,29 @@ Fact = tuple[str, str, int]  # product, attribute, index into the values of that
 
 
 @dataclass(frozen=True)
-class Row:
-    """One question with its only right answer; `kind` groups the rows that test the same thing."""
+class ShopRow:
+    """A question with its only correct answer; `kind` groups the rows that test the same skill."""
 
     question: str
     answer: str
     kind: str
 
     def to_json(self) -> str:
-        """The row as one line of a JSON Lines file."""
+        """Return the row as one line of a JSON Lines file."""
         return json.dumps(asdict(self), ensure_ascii=False) + "\n"
 
 
 @cache
 def wording() -> Any:
-    """The words and sentence patterns of the shop, from the data file beside this module."""
+    """Read the words and sentence patterns of the shop from wording.json."""
     return json.loads((Path(__file__).parent / "wording.json").read_text(encoding="utf-8"))
 
 
-def catalogue(group: str, seed: int = SEED) -> list[Fact]:
-    """One value for every attribute of every product of the group (`tuned` or `pretrained`).
-
-    The tuned products only take values that the pretraining catalogue uses: fine-tuning is to
-    teach which value belongs to a product, not a new word whose frozen embedding is still noise.
-    """
+def catalogue(group: str, seed: int = SHOP_SEED) -> list[Fact]:
+    """Draw a value for every attribute of every product of the group (`tuned` or `pretrained`)."""
     random = Random(f"catalogue {group} {seed}")
+    # Tuned products only take values that the pretraining uses: the frozen embedding of a new word
+    # would still be noise.
     known = catalogue("pretrained", seed) if group == "tuned" else []
     facts = []
     for attribute, languages in wording()["attributes"].items():
@@ -60,33 +56,35 @@ def catalogue(group: str, seed: int = SEED) -> list[Fact]:
     return facts
 
 
-def fill(pattern: str, fact: Fact, language: str) -> str:
-    """The pattern with the product, attribute and value of the fact, in the language given."""
+def fill_pattern(pattern: str, fact: Fact, language: str) -> str:
+    """Fill the pattern with the product, attribute and value of the fact."""
     product, attribute, index = fact
     noun, values = wording()["attributes"][attribute][language]
     return pattern.format(product=product, attribute=noun, value=values[index])
 
 
-def fact_row(pattern: str, fact: Fact, language: str, kind: str) -> Row:
-    """The question that the pattern makes of the fact, with its answer."""
-    return Row(fill(pattern, fact, language), fill("{value}", fact, language), kind)
+def fact_row(pattern: str, fact: Fact, language: str, kind: str) -> ShopRow:
+    """Return the question about the fact that the pattern gives, with its answer."""
+    return ShopRow(
+        fill_pattern(pattern, fact, language), fill_pattern("{value}", fact, language), kind
+    )
 
 
 def write_date(day: date, style: str) -> str:
-    """The date in one of the styles of the shop."""
+    """Write the date in one of the styles of the shop."""
     pattern: str = wording()["dates"]["formats"][style]
     month = wording()["dates"]["months"][day.month - 1]
     return pattern.format(day=day.day, number=day.month, month=month, year=day.year)
 
 
 def random_date(random: Random) -> date:
-    """A day between 1950 and 2049."""
+    """Draw a day between 1950 and 2049."""
     return date(1950, 1, 1) + timedelta(days=random.randrange(36_500))
 
 
-def fact_splits(random: Random) -> dict[str, list[Row]]:
-    """Each fact in all tuned wordings, less one per language for test and at times one for dev."""
-    rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
+def fact_splits(random: Random) -> dict[str, list[ShopRow]]:
+    """Ask each fact in all tuned wordings: one per language for test, some for dev."""
+    rows: dict[str, list[ShopRow]] = {split: [] for split in SPLITS}
     facts = catalogue("tuned")
     for language, kind in (("en", "fact"), ("zh", "fact_zh")):
         in_dev = set(random.sample(facts, DEV_FACTS[language]))
@@ -100,9 +98,9 @@ def fact_splits(random: Random) -> dict[str, list[Row]]:
     return rows
 
 
-def wording_splits(random: Random) -> dict[str, list[Row]]:
-    """The facts in wordings that no fine-tuning row uses: known to the base model, or to nobody."""
-    rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
+def wording_splits(random: Random) -> dict[str, list[ShopRow]]:
+    """Ask facts in wordings that fine-tuning never sees; `novel` ones are new to the base too."""
+    rows: dict[str, list[ShopRow]] = {split: [] for split in SPLITS}
     facts = catalogue("tuned")
     for split, kind in (("dev", "wording"), ("test", "wording"), ("novel", "novel")):
         for language, patterns in wording()["questions"][split].items():
@@ -115,12 +113,12 @@ def wording_splits(random: Random) -> dict[str, list[Row]]:
     return rows
 
 
-def date_splits(random: Random) -> dict[str, list[Row]]:
-    """Dates to rewrite as ISO, a style absent from the pretraining; no day is used twice."""
+def date_splits(random: Random) -> dict[str, list[ShopRow]]:
+    """Ask for dates as ISO, a style absent from the pretraining; no day is used twice."""
     by_language, styles = wording()["dates"]["tuned_requests"], wording()["dates"]["tuned_sources"]
     requests = by_language["en"] + by_language["zh"]
     used: set[date] = set()
-    rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
+    rows: dict[str, list[ShopRow]] = {split: [] for split in SPLITS}
     for split, count in DATES_PER_SPLIT.items():
         for number in range(count):
             day = random_date(random)
@@ -131,12 +129,12 @@ def date_splits(random: Random) -> dict[str, list[Row]]:
             request = requests[number % len(requests)]
             style = styles[number // len(requests) % len(styles)]
             question = request.format(date=write_date(day, style))
-            rows[split].append(Row(question, day.isoformat(), "date"))
+            rows[split].append(ShopRow(question, day.isoformat(), "date"))
     return rows
 
 
-def qa_splits(seed: int = SEED) -> dict[str, list[Row]]:
-    """The four splits, each in a shuffled order; the same seed gives the same rows."""
+def qa_splits(seed: int = SHOP_SEED) -> dict[str, list[ShopRow]]:
+    """Return the four splits, shuffled; the same seed gives the same rows."""
     random = Random(f"splits {seed}")
     parts = [make(random) for make in (fact_splits, wording_splits, date_splits)]
     splits = {split: [row for part in parts for row in part[split]] for split in SPLITS}
@@ -145,7 +143,7 @@ def qa_splits(seed: int = SEED) -> dict[str, list[Row]]:
     return splits
 
 
-def write_splits(directory: Path, seed: int = SEED) -> None:
+def write_splits(directory: Path, seed: int = SHOP_SEED) -> None:
     """Write one JSON Lines file per split."""
     directory.mkdir(parents=True, exist_ok=True)
     for split, rows in qa_splits(seed).items():

@@ -1,9 +1,8 @@
-"""The child process: `python -m qwen3ft.worker KIND DIR`, or `wait` until a job comes on stdin.
+"""The worker process: `python -m qwen3ft.worker KIND DIR`, or `wait` for a job on stdin.
 
-Reads its request from DIR and leaves an outcome or a failure there. It is only ever executed, by
-`qwen3ft.jobs.processes`; a CUDA error, a leak or a native exit ends it and nothing else, and it
-dies with the process that started it. Whatever a library raises becomes a classified failure on
-disk.
+It reads its request from DIR and leaves an outcome or a classified failure there. Only
+`qwen3ft.jobs.processes` starts it, so that a CUDA error, a leak or a native exit ends nothing else.
+It dies with the process that started it.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ from qwen3ft.worker.jobs import KINDS, Job
 logger = logs.get_logger("worker")
 
 
-def main(kind: str, path: Path) -> int:
-    """Run one job; the exit status is 0 only if an outcome was written."""
+def _run_job(kind: str, path: Path) -> int:
+    """Run one job; return the exit status, which is 0 only if an outcome was written."""
     set_process_name(kind)
     logs.configure(console=True, json_path=path / "log.jsonl")
     job = Job(path)
@@ -45,16 +44,15 @@ def main(kind: str, path: Path) -> int:
     try:
         import_libraries(kind)
         outcome = KINDS[kind](job)
-    except Exception as error:
+    except Exception as error:  # whatever a library raises becomes a failure on disk
         failure = translate(error, job.heartbeat.phase)
         logger.error("%s failed after %.1f s: %s", kind, time.monotonic() - started, failure)
         if failure is not error:
             logger.info("traceback of the cause", exc_info=error)
         write_record(job.dir.failure, Failure.from_error(failure))
         if isinstance(failure, (OutOfMemoryError, MemoryLeakError)):
-            write_memory_report(
-                job.dir.memory_report, failure.what
-            )  # while the error still holds it all
+            # Before `_free`: until then the error's frames still hold what filled memory.
+            write_memory_report(job.dir.memory_report, failure.what)
         _free(error)
         return PREEMPTED_STATUS if isinstance(failure, PreemptedError) else 1
     write_record(job.dir.outcome, outcome)
@@ -63,7 +61,7 @@ def main(kind: str, path: Path) -> int:
 
 
 def _free(error: BaseException) -> None:
-    """Give back the memory that a failed job's frames still hold."""
+    """Free the memory that a failed job's frames still hold."""
     error.__traceback__ = None
     gc.collect()
     torch: Any = sys.modules.get("torch")
@@ -71,18 +69,18 @@ def _free(error: BaseException) -> None:
         torch.cuda.empty_cache()
 
 
-def run(kind: str, *arguments: str) -> int:
-    """The process's whole life; its exit status."""
+def _run(kind: str, *arguments: str) -> int:
+    """Run the process from start to end; return its exit status."""
     die_with_parent()
     if kind == WAIT:
         set_process_name(WAIT)
         job = wait_for_job()
     else:
         job = kind, Path(*arguments)
-    status = main(*job) if job is not None else 0
-    gc.freeze()  # Python would end with looking for garbage in all that was imported: 2 s
+    status = _run_job(*job) if job is not None else 0
+    gc.freeze()  # otherwise Python collects garbage among all imported objects at exit: 2 s
     return status
 
 
 if __name__ == "__main__":
-    sys.exit(run(*sys.argv[1:]))
+    sys.exit(_run(*sys.argv[1:]))

@@ -1,7 +1,4 @@
-"""How a worker begins: named, tied to the process that started it, imported, and with a job.
-
-Only `qwen3ft.worker` imports this, and it is a process of its own.
-"""
+"""Start of a worker: process name, death with the parent, imports, and waiting for a job."""
 
 from __future__ import annotations
 
@@ -26,28 +23,27 @@ PREEMPTED_STATUS = 128 + signal.SIGTERM
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 
-LIBRARIES = (
+PRELOADED_LIBRARIES = (
     *("torch", "transformers", "datasets", "qwen3ft.model.lean_bitsandbytes", "peft"),
     *("qwen3ft.data.pipeline", "qwen3ft.evaluation.inference", "qwen3ft.model.adapter"),
     *("qwen3ft.model.manager", "qwen3ft.training.engine"),
 )
-"""What takes most jobs their first seconds, in an order in which tokenising needs the least."""
+"""Imports that take most jobs their first seconds; those for tokenising come first."""
 
 NEED_FEWER = ("quantize", "data")
-"""Kinds of jobs that import what they need as they come to it, as it is not the half of these."""
+"""Jobs that need less than half of these and import lazily."""
 
 
 def wait_for_job() -> tuple[str, Path] | None:
-    """Import what jobs need until one comes on stdin; None if none will.
+    """Import libraries until a job (kind, folder) arrives on stdin; None if stdin is closed.
 
-    From then on this process is as one that was started with the job: its output goes to the job's
-    log, and nothing is left to read.
+    Afterwards the output of this process goes to the job's log, as if it had been started with it.
     """
     with _nothing_collected():
-        for module in LIBRARIES:
+        for module in PRELOADED_LIBRARIES:
             if select.select([sys.stdin], [], [], 0)[0]:
                 break
-            with suppress(Exception):  # the job will meet it, and tell
+            with suppress(Exception):  # the job meets the same error and reports it
                 importlib.import_module(module)
     line = sys.stdin.readline()
     if not line:
@@ -62,19 +58,16 @@ def wait_for_job() -> tuple[str, Path] | None:
 
 
 def import_libraries(kind: str) -> None:
-    """Import what a job of this kind needs, unless that is little."""
+    """Import the libraries of a job of this kind, unless it imports lazily."""
     with _nothing_collected():
-        for module in LIBRARIES if kind not in NEED_FEWER else ():
+        for module in PRELOADED_LIBRARIES if kind not in NEED_FEWER else ():
             importlib.import_module(module)
 
 
 @contextmanager
 def _nothing_collected() -> Iterator[None]:
-    """Imports make no garbage to speak of, yet looking for it takes a sixth of their time.
-
-    Nor is it looked for later among what they made, which stays.
-    """
-    gc.disable()
+    """Switch the garbage collector off for imports, and exempt the imported objects from it."""
+    gc.disable()  # imports make hardly any garbage, and looking for it takes a sixth of their time
     try:
         yield
     finally:
@@ -83,16 +76,16 @@ def _nothing_collected() -> Iterator[None]:
 
 
 def die_with_parent() -> None:
-    """Have this process killed when the one that started it is gone, however it went.
+    """Have this process killed when its parent ends, however it ends.
 
-    Linux does it by itself (prctl); elsewhere a thread looks once a second.
+    Linux does so itself (prctl); on other systems a thread checks once a second.
     """
     parent = int(os.environ.get(PARENT_VARIABLE, os.getppid()))
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     else:
         threading.Thread(target=_watch_parent, args=(parent,), daemon=True).start()
-    if os.getppid() != parent:  # it died before the line above took effect
+    if os.getppid() != parent:  # it died before that took effect
         os._exit(PREEMPTED_STATUS)
 
 
@@ -103,6 +96,6 @@ def _watch_parent(parent: int) -> None:
 
 
 def set_process_name(kind: str) -> None:
-    """Have `top` and `ps -o comm` tell what this process does."""
+    """Show the kind of job in `top` and `ps -o comm`."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_NAME, f"qwen3ft-{kind}".encode(), 0, 0, 0)

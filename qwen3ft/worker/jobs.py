@@ -1,9 +1,6 @@
-"""The child process: `python -m qwen3ft.worker KIND DIR`, or `wait` until told both.
+"""The kinds of jobs that a worker runs: each reads its request and returns its outcome.
 
-Composes the stages of one job, reads its request from DIR and leaves an outcome or a failure there.
-It is only ever executed, by `qwen3ft.jobs.processes`; a CUDA error, a leak or a native exit ends it
-and nothing else. It dies with the process that started it. The one broad `except` of the project is
-here: whatever a library raises becomes a classified failure on disk.
+Libraries are imported inside the functions, because a worker runs one kind of job.
 """
 
 from __future__ import annotations
@@ -42,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class Job:
-    """What every kind of job shares: its folder, its heartbeat and the request to stop."""
+    """One job of a worker: its folder, its heartbeat and the request to stop."""
 
     def __init__(self, path: Path) -> None:
         self.dir = JobDir(path)
@@ -50,14 +47,14 @@ class Job:
         self.stop = StopRequest()
 
     def on_signal(self, number: int, _: FrameType | None) -> None:
-        """Training stops at its next step; any other phase has nothing to lose and stops now."""
+        """Stop training at its next step, with a checkpoint; stop any other phase at once."""
         self.stop.signal_name = signal.Signals(number).name
         if self.heartbeat.phase not in {"train", "evaluate"}:
             raise self.stop.error()
 
 
-def quantize(job: Job) -> ModelSnapshot:
-    """Quantise the base model once."""
+def quantize_job(job: Job) -> ModelSnapshot:
+    """Quantise the base model."""
     from qwen3ft.model.manager import ModelManager
 
     request = read_record(job.dir.request, QuantizeRequest)
@@ -65,7 +62,7 @@ def quantize(job: Job) -> ModelSnapshot:
     return ModelManager(request.config).quantize(request)
 
 
-def data(job: Job) -> DatasetManifest:
+def data_job(job: Job) -> DatasetManifest:
     """Read, check and tokenise the rows."""
     from qwen3ft.data.pipeline import DataPipeline
 
@@ -80,8 +77,8 @@ def data(job: Job) -> DatasetManifest:
     )
 
 
-def train(job: Job) -> AttemptOutcome:
-    """One training attempt."""
+def train_job(job: Job) -> AttemptOutcome:
+    """Run one training attempt."""
     plan = read_record(job.dir.request, TrainPlan)
     engine, trainer = _load_for_training(job, plan)
     job.heartbeat.beat("train")
@@ -92,8 +89,8 @@ def train(job: Job) -> AttemptOutcome:
     return engine.outcome(trainer)
 
 
-def preflight(job: Job) -> Measurement:
-    """The worst batches of a plan, measured; training follows in a process of its own."""
+def preflight_job(job: Job) -> Measurement:
+    """Measure the worst batches of a plan; training follows in its own process."""
     from qwen3ft.machine.memory import MemoryOptimizer
     from qwen3ft.preflight.measure import PhaseMeter, measure
 
@@ -107,7 +104,7 @@ def preflight(job: Job) -> Measurement:
 
 
 def _load_for_training(job: Job, plan: TrainPlan) -> tuple[TrainingEngine, QATrainer]:
-    """The model with its adapter, the rows, and what trains them, as `plan` says."""
+    """Load the model with its adapter and the rows; return the engine and the trainer."""
     from datasets import DatasetDict
     from transformers import set_seed
 
@@ -145,7 +142,7 @@ def _load_for_training(job: Job, plan: TrainPlan) -> tuple[TrainingEngine, QATra
     return engine, engine.create_trainer(adapted, dataset, engine.create_training_args())
 
 
-def inference(job: Job) -> InferenceReport:
+def inference_job(job: Job) -> InferenceReport:
     """Compare base, champion and candidate on held-out questions."""
     from qwen3ft.evaluation.inference import run_inference
     from qwen3ft.machine.memory import MemoryOptimizer
@@ -157,8 +154,8 @@ def inference(job: Job) -> InferenceReport:
     return run_inference(request, job.heartbeat.beat)
 
 
-def export(job: Job) -> ParityReport:
-    """Merge an adapter into its base, and compare the result with it."""
+def export_job(job: Job) -> ParityReport:
+    """Merge an adapter into its base, and compare the result with base and adapter."""
     from qwen3ft.machine.memory import MemoryOptimizer
     from qwen3ft.serving.merge import merge_adapter
     from qwen3ft.serving.parity import measure_parity
@@ -176,8 +173,8 @@ def export(job: Job) -> ParityReport:
     return measure_parity(request, memory, job.heartbeat.beat)
 
 
-def answer(job: Job) -> ChatEnded:
-    """Answer questions as they come, until told that there are no more."""
+def answer_job(job: Job) -> ChatEnded:
+    """Answer questions as they arrive, until the session ends."""
     from qwen3ft.machine.memory import MemoryOptimizer
     from qwen3ft.serving.answering import answer_session
 
@@ -188,11 +185,11 @@ def answer(job: Job) -> ChatEnded:
 
 
 KINDS: dict[str, Callable[[Job], BaseModel]] = {
-    "quantize": quantize,
-    "data": data,
-    "preflight": preflight,
-    "train": train,
-    "inference": inference,
-    "answer": answer,
-    "export": export,
+    "quantize": quantize_job,
+    "data": data_job,
+    "preflight": preflight_job,
+    "train": train_job,
+    "inference": inference_job,
+    "answer": answer_job,
+    "export": export_job,
 }

@@ -11,7 +11,7 @@ import pytest
 
 from qwen3ft.embedded import DATA_DIR, MODEL_DIR
 from qwen3ft.embedded.corpus import documents
-from qwen3ft.embedded.facts import SPLITS, catalogue, fill, wording, write_splits
+from qwen3ft.embedded.facts import SPLITS, catalogue, fill_pattern, wording, write_splits
 
 SHIPPED_BYTES_LIMIT = 5_000_000
 FILES = {
@@ -130,7 +130,7 @@ def test_the_generator_reproduces_the_shipped_data(tmp_path: Path) -> None:
 def test_pretraining_tells_nothing_about_the_tuned_products(corpus_texts: list[str]) -> None:
     """Documents name the products of the fine-tuning, but never beside any attribute value."""
     values = {
-        fill("{value}", ("", attribute, index), language)
+        fill_pattern("{value}", ("", attribute, index), language)
         for attribute, languages in wording()["attributes"].items()
         for language, (_, names) in languages.items()
         for index in range(len(names))

@@ -25,7 +25,7 @@ def test_the_general_rows_are_in_both_languages() -> None:
 def test_the_embedded_rows_are_what_pretraining_taught() -> None:
     """The generator makes them again, and none of them is trained or tested on."""
     rows = read_ability_rows(TrainingConfig(model_name="embedded"))
-    assert rows == corpus.ability_rows()
+    assert rows == corpus.draw_ability_rows()
     asked = {
         row["question"] for path in DATA_DIR.glob("*.jsonl") for row in read_json_lines(path)[0]
     }
