@@ -143,7 +143,8 @@ def dedup_row(number: int, words: list[str]) -> tuple[str, str]:
 def measure_dedup(rows: int, _: argparse.Namespace) -> Result:
     """Time each pass over the rows, and count the planted copies that were found."""
     from qwen3ft.data import splits
-    from qwen3ft.data.near_duplicates import NearDuplicates, as_text
+    from qwen3ft.data.near_duplicates import NearDuplicates
+    from qwen3ft.data.text_features import as_text
 
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = ["".join(random.Random(i).choices(letters, k=2 + i % 8)) for i in range(20_000)]

@@ -1,8 +1,10 @@
-"""What the data stage tells people: where the rows went, and what they should know about them."""
+"""Warnings about the data, each with its numbers and what to do, and the log of its counts."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from qwen3ft.chat import rendering as chat
 from qwen3ft.config import TrainingConfig
@@ -15,10 +17,10 @@ from qwen3ft.records.data import DatasetManifest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NOTABLE_SHARE = 0.05
-"""Share of rows lost from which on a person is told."""
-FEW_TEST_ROWS = 100
-"""With fewer, one answer more or less moves exact match by a per cent and more."""
+# A smaller share of rows lost is no reason for a warning.
+_NOTABLE_SHARE = 0.05
+# With fewer test rows, one answer moves exact match by more than a percentage point.
+_FEW_TEST_ROWS = 100
 
 logger = get_logger("data")
 
@@ -26,9 +28,9 @@ logger = get_logger("data")
 def warnings_of(
     prepared: Prepared, tokenizer: PreTrainedTokenizerBase, config: TrainingConfig
 ) -> tuple[str, ...]:
-    """What is probably not as it was meant: each sentence with its numbers and what to do."""
-    thinking = _about_reasoning(prepared, tokenizer, config)
-    return (*([thinking] if thinking else []), *_about_losses(prepared, config))
+    """Return a sentence for each thing that was probably not intended."""
+    reasoning = _about_reasoning(prepared, tokenizer, config)
+    return (*([reasoning] if reasoning else []), *_about_losses(prepared, config))
 
 
 def _about_reasoning(
@@ -44,55 +46,52 @@ def _about_reasoning(
         )
     if thinking.drops_earlier and reading.conversations and config.train_turns == "all":
         return (
-            f"{reading.conversations} rows are conversations; this model's template shows earlier "
-            "answers without their thinking, and they are trained so. To train the last answer of "
-            "each alone: train_turns: last."
+            f"{reading.conversations} rows are conversations; this model's template drops the "
+            "reasoning of earlier answers, which are trained without it. To train only the last "
+            "answer of each: train_turns: last."
         )
     if thinking.writes and thinking.prefills and bare:
         return (
             f"{bare} of {reading.usable} rows have no reasoning, and this model always thinks "
-            "first: trained on bare answers it learns to skip that. Leave them out "
-            "(rows_without_reasoning: leave_out), or choose an Instruct model."
+            "first: such rows teach it not to. Leave them out (rows_without_reasoning: leave_out), "
+            "or choose an Instruct model."
         )
     return ""
 
 
 def _about_losses(prepared: Prepared, config: TrainingConfig) -> list[str]:
     placement, reading = prepared.placement, prepared.reading
-    told = []
+    warnings = []
+    lengths = np.sort(prepared.tokens.lengths[prepared.tokens.lengths > 0])
     too_long = placement.count(Fate.TOO_LONG)
-    tokenized = int((prepared.tokens.lengths > 0).sum())
-    if too_long > NOTABLE_SHARE * tokenized:
-        lengths = sorted(prepared.tokens.lengths[prepared.tokens.lengths > 0])
+    if too_long > _NOTABLE_SHARE * len(lengths):
         enough = int(lengths[int(0.99 * (len(lengths) - 1))])
-        told.append(
-            f"{too_long} of {tokenized} rows are longer than {config.max_sequence_length} tokens "
-            f"and left out; max_sequence_length: {enough} would keep 99 %."
+        warnings.append(
+            f"{too_long} of {len(lengths)} rows are longer than {config.max_sequence_length} "
+            f"tokens and left out; max_sequence_length: {enough} would keep 99 %."
         )
-    if prepared.tokens.shortened:
-        told.append(f"{prepared.tokens.shortened} rows lost the middle of their reasoning to fit.")
-    leaked = placement.count(Fate.LEAKAGE, Fate.NEAR_LEAKAGE)
-    if leaked:
-        told.append(
-            f"{leaked} training rows ask what is held out, or nearly so, and were removed; they "
-            f"are listed in {LEFT_OUT}."
+    if shortened := prepared.tokens.shortened:
+        warnings.append(f"{shortened} rows lost the middle of their reasoning to fit.")
+    if leaked := placement.count(Fate.LEAKAGE, Fate.NEAR_LEAKAGE):
+        warnings.append(
+            f"{leaked} training rows have a held-out question, or nearly one, and were removed; "
+            f"they are listed in {LEFT_OUT}."
         )
     repeated = placement.count(*DUPLICATES) - leaked
-    if repeated > NOTABLE_SHARE * reading.usable:
-        told.append(f"{repeated} of {reading.usable} rows repeat others.")
+    if repeated > _NOTABLE_SHARE * reading.usable:
+        warnings.append(f"{repeated} of {reading.usable} rows repeat others.")
     if reading.personal:
         found = ", ".join(f"{kind} {rows}" for kind, rows in reading.personal.most_common())
-        told.append(
+        warnings.append(
             f"Keys or personal data were found ({found}); places are in {FINDINGS_NAME}. Leave "
             "such rows out with personal_data: quarantine."
         )
-    test_rows = placement.count(Fate.TEST)
-    if test_rows < FEW_TEST_ROWS:
-        told.append(
+    if (test_rows := placement.count(Fate.TEST)) < _FEW_TEST_ROWS:
+        warnings.append(
             f"Only {test_rows} questions are held out for the final comparison: its verdict will "
-            "be unsure. Raise held_out_fraction, or name test_paths."
+            "be uncertain. Raise held_out_fraction, or set test_paths."
         )
-    return told
+    return warnings
 
 
 def log_report(manifest: DatasetManifest) -> None:

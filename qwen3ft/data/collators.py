@@ -1,4 +1,4 @@
-"""Batches of padded rows, and the labels of a row: what is not trained has no label."""
+"""Padded batches, and the labels of a row."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
 
 IGNORED_LABEL = -100
-"""Label of a token that carries no loss: cross-entropy in torch and transformers leaves it out."""
+"""Label of a token without loss, which cross-entropy in torch and transformers ignores."""
 
 
 def labels_of(row: Mapping[str, Any]) -> NDArray[np.int64]:
-    """The targets of a row, shape (tokens,), int64: its token where trained, else `IGNORED_LABEL`.
+    """Return the labels of a row, (tokens,) int64: its token where trained, else `IGNORED_LABEL`.
 
     Args:
-        row: `input_ids`, and either `trained` (flattened half-open ranges of trained tokens: start,
-            end, start, end, ...) or `labels`.
+        row: `input_ids`, and either `trained` (start and end of each trained stretch, end
+            exclusive) or `labels`.
     """
     if row.get("trained") is None:
         return np.asarray(row["labels"], dtype=np.int64)
@@ -35,12 +35,12 @@ def labels_of(row: Mapping[str, Any]) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class PaddingCollator:
-    """Pads rows on the right to a batch; padding is labelled `IGNORED_LABEL`."""
+    """Pads rows on the right to a batch."""
 
     pad_token_id: int
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """`input_ids`, `attention_mask` and `labels`, int64, of the shape (rows, longest row)."""
+        """Return `input_ids`, `attention_mask` and `labels`, int64 (rows, longest row)."""
         import torch
 
         shape = (len(rows), max(len(row["input_ids"]) for row in rows))

@@ -1,7 +1,6 @@
-"""Which column of a row is what: by names in common use, English and Chinese, or by the config.
+"""Detection of a row's columns by common names, English and Chinese, or by the config's.
 
-Guarantees: pure functions of the names; a column that the config names is never replaced by a
-guess. It does not look at values.
+A column that the config names is never replaced by a guess.
 """
 
 from __future__ import annotations
@@ -35,15 +34,15 @@ PARTS: dict[str, tuple[str, ...]] = {
     "kind": ("kind", "split"),
     "group": ("group", "group_id", "source_id", "paraphrase_of", "分组"),
 }
-"""Names of each part, the more telling ones first."""
+"""Names of each part, the more specific ones first."""
 
+# Alpaca has a second question column.
 _SECOND_QUESTION = {"instruction": "input", "指令": "输入"}
-"""Alpaca's second question column: appended to the instruction where it is not empty."""
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """The column that plays each part, None where there is none; `layout` names the whole."""
+    """Column of each part, None where there is none; `layout` is the usual name of the whole."""
 
     layout: str
     messages: str | None = None
@@ -61,7 +60,7 @@ class Columns:
     group: str | None = None
 
     def parts(self) -> dict[str, str]:
-        """Part: name, for those that are there."""
+        """Return the columns that are there by part."""
         return {
             part: name
             for part, name in asdict(self).items()
@@ -74,8 +73,8 @@ def find_columns(names: tuple[str, ...], wanted: ColumnNames) -> Columns:
     """Match column names, ignoring case and outer spaces, with the parts of a row.
 
     Args:
-        names: The columns of the row or file.
-        wanted: What the config says; an empty string there means: no such part.
+        names: Columns of the row or file.
+        wanted: Columns set by the config; an empty string disables a part.
     """
     known = {name.strip().lower(): name for name in reversed(names)}
     found: dict[str, str | None] = {}
@@ -86,7 +85,7 @@ def find_columns(names: tuple[str, ...], wanted: ColumnNames) -> Columns:
         else:
             found[part] = asked if asked in names else None
     if wanted.messages is None and (wanted.question is not None or wanted.answer is not None):
-        found["messages"] = None  # the config points at columns beside it
+        found["messages"] = None  # the config names other columns
     question = found["question"]
     addition = None
     if wanted.question is None and question is not None:

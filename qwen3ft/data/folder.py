@@ -1,15 +1,15 @@
-"""The folder that the data stage makes, and the record of what is in it.
+"""The folder of a prepared data set, and the record of what is in it.
 
     train.arrow, dev.arrow   tokenised rows (see `token_table`)
     known_rows.npy           hashes of the rows that training may use
     test.jsonl               held-out questions with their answers, for the inference test
-    quarantine.jsonl         rows that could not be used, each with its place and reason
-    left_out.jsonl           rows that could but were not: repeated, leaked, too long, over a cap
+    quarantine.jsonl         bad rows, each with its place and reason
+    left_out.jsonl           good rows that are not used: repeated, leaked, too long, over a cap
     personal_data.jsonl      places where keys or personal data were found, without them
     manifest.json            sha256 of every file, and the `DatasetManifest`
 
-Guarantees: the folder is complete or absent, and it is used only while every file holds; the
-manifest's counts add up to the rows read.
+The folder is complete or absent, and used only while every file has its sha256. The manifest's
+counts add up to the rows read.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from qwen3ft.errors import DataLoadingError
 from qwen3ft.files import build_folder, find_damage, read_manifest_facts
 from qwen3ft.records.data import DatasetManifest, LongRow, QaRow
 
-QUARANTINE, LEFT_OUT, TEST = "quarantine.jsonl", "left_out.jsonl", "test.jsonl"
-SPLIT_FILES = ("train.arrow", "dev.arrow")
-HISTOGRAM_BINS = 24
-LONGEST_ROWS = 5
+QUARANTINE, LEFT_OUT, _TEST_FILE = "quarantine.jsonl", "left_out.jsonl", "test.jsonl"
+_SPLIT_FILES = ("train.arrow", "dev.arrow")
+_HISTOGRAM_BINS = 24
+_LONGEST_ROWS = 5
 
 
 @dataclass
 class Prepared:
-    """Everything the data stage found out and decided."""
+    """All results of the data stage, from which the folder is written."""
 
     reading: Reading
     table: RowTable
@@ -57,7 +57,7 @@ class Prepared:
 
 
 def account(prepared: Prepared, target: Path, digest: str) -> DatasetManifest:
-    """The manifest of `prepared`; its counts add up to the rows read, exactly."""
+    """Return the manifest of `prepared`; its counts add up to the rows read, exactly."""
     reading, placement = prepared.reading, prepared.placement
     layouts: Counter[str] = Counter()
     for columns, rows in reading.columns.items():
@@ -102,7 +102,7 @@ def account(prepared: Prepared, target: Path, digest: str) -> DatasetManifest:
 
 
 def check_not_empty(prepared: Prepared, target: Path) -> None:
-    """Make sure there is something to train on, to stop by, and to test with.
+    """Make sure that each split has a row; with nothing but known rows, train may be empty.
 
     Raises:
         DataLoadingError: a split has no row, with the numbers of those lost.
@@ -122,7 +122,7 @@ def check_not_empty(prepared: Prepared, target: Path) -> None:
         f"No rows are left for {empty}: of {reading.rows_read} read, {reading.bad.total()} are "
         f"bad, {placement.count(*DUPLICATES)} repeated or held out elsewhere, {too_long} longer "
         f"than {prepared.max_sequence_length} tokens (the longest {longest}).",
-        why="Each split needs a row; three different questions are the least that can be divided.",
+        why="Each split needs a row, so that there must be three different questions or more.",
         next_command=f"head {quarantine_beside(target)}",
         too_long=too_long,
         **sizes,
@@ -137,9 +137,9 @@ def write_folder(target: Path, manifest: DatasetManifest, prepared: Prepared) ->
     beside, work = quarantine_beside(target), prepared.reading.folder
 
     def fill(folder: Path) -> None:
-        for name in (*SPLIT_FILES, FINDINGS_NAME):
+        for name in (*_SPLIT_FILES, FINDINGS_NAME):
             shutil.move(work / name, folder / name)
-        _write_lines(folder / TEST, map(_question, _rows(prepared, Fate.TEST)))
+        _write_lines(folder / _TEST_FILE, (_question(row) for row, _ in _rows(prepared, Fate.TEST)))
         _write_lines(folder / LEFT_OUT, _left_out(prepared))
         shutil.copyfile(beside, folder / QUARANTINE)
         eligible = np.isin(prepared.placement.fates, (Fate.TRAIN, Fate.NOT_USED))
@@ -151,7 +151,7 @@ def write_folder(target: Path, manifest: DatasetManifest, prepared: Prepared) ->
 
 @contextmanager
 def work_folder(target: Path) -> Iterator[Path]:
-    """A scratch folder beside `target`; made anew, and gone afterwards."""
+    """Make an empty scratch folder beside `target`, and remove it afterwards."""
     folder = target.with_name(f".{target.name}.work")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -162,12 +162,12 @@ def work_folder(target: Path) -> Iterator[Path]:
 
 
 def quarantine_beside(target: Path) -> Path:
-    """Where the quarantine is written until the folder is complete; it stays if that fails."""
+    """Return the file of the quarantine until the folder is complete; it stays if that fails."""
     return target.with_name(f"{target.name}.{QUARANTINE}")
 
 
 def read_manifest(target: Path) -> DatasetManifest | None:
-    """The manifest of a folder made by `write_folder`, if every file of it holds."""
+    """Return the manifest of a folder; None if a file is missing or has another sha256."""
     if find_damage(target) is not None:
         return None
     places = {"path": str(target), "quarantine_path": str(target / QUARANTINE)}
@@ -178,30 +178,30 @@ def read_manifest(target: Path) -> DatasetManifest | None:
 
 
 def histogram(lengths: np.ndarray) -> tuple[tuple[int, int], ...]:
-    """(upper edge, rows) of bins of equal width, at most `HISTOGRAM_BINS` of them.
+    """Return (upper edge, rows) of bins of equal width, up to the 99.5th percentile.
 
-    They reach to the 99.5th percentile; the last one takes everything above.
+    The last bin holds everything above.
     """
     if not len(lengths):
         return ()
-    reach = max(int(np.percentile(lengths, 99.5, method="higher")), HISTOGRAM_BINS)
-    width = -(-reach // HISTOGRAM_BINS)
-    counts = np.bincount(np.minimum((lengths - 1) // width, HISTOGRAM_BINS - 1))
+    reach = max(int(np.percentile(lengths, 99.5, method="higher")), _HISTOGRAM_BINS)
+    width = -(-reach // _HISTOGRAM_BINS)
+    counts = np.bincount(np.minimum((lengths - 1) // width, _HISTOGRAM_BINS - 1))
     return tuple((width * (number + 1), int(count)) for number, count in enumerate(counts))
 
 
 def _reasons(prepared: Prepared) -> dict[str, int]:
-    """Why rows are missing, by code, but for what the manifest counts under a name of its own."""
+    """Count missing rows by reason code; the manifest counts the other reasons by name."""
     placement = prepared.placement
-    told = (Fate.LEAKAGE, Fate.NEAR_LEAKAGE, Fate.NEAR_DUPLICATE, Fate.NO_TRAINED_TOKEN)
-    extra = Counter({fate.name.lower(): placement.count(fate) for fate in told})
+    fates = (Fate.LEAKAGE, Fate.NEAR_LEAKAGE, Fate.NEAR_DUPLICATE, Fate.NO_TRAINED_TOKEN)
+    extra = Counter({fate.name.lower(): placement.count(fate) for fate in fates})
     extra[UNREADABLE_FILE] = prepared.reading.unreadable
     extra[NO_REASONING] = prepared.reading.without_reasoning_left_out
     return dict(prepared.reading.bad) | dict(+extra)
 
 
 def _longest(prepared: Prepared) -> tuple[LongRow, ...]:
-    order = np.argsort(-prepared.tokens.lengths, kind="stable")[:LONGEST_ROWS]
+    order = np.argsort(-prepared.tokens.lengths, kind="stable")[:_LONGEST_ROWS]
     places = [int(position) for position in order if prepared.tokens.lengths[position] > 0]
     rows = prepared.table.rows(places)
     return tuple(
@@ -210,13 +210,8 @@ def _longest(prepared: Prepared) -> tuple[LongRow, ...]:
     )
 
 
-def _rows(prepared: Prepared, *fates: Fate) -> Iterator[QaRow]:
-    """The rows with one of `fates`, in reading order, a batch at a time."""
-    for row, _ in _rows_with_positions(prepared, *fates):
-        yield row
-
-
-def _rows_with_positions(prepared: Prepared, *fates: Fate) -> Iterator[tuple[QaRow, int]]:
+def _rows(prepared: Prepared, *fates: Fate) -> Iterator[tuple[QaRow, int]]:
+    """Yield the rows with one of `fates` and their positions, in reading order."""
     wanted = np.isin(prepared.placement.fates, fates)
     for number, rows in enumerate(prepared.table.batches()):
         start = number * BATCH_ROWS
@@ -238,7 +233,7 @@ def _question(row: QaRow) -> dict[str, Any]:
 
 def _left_out(prepared: Prepared) -> Iterable[dict[str, Any]]:
     fates = tuple(fate for fate in Fate if fate not in (Fate.TRAIN, Fate.DEV, Fate.TEST))
-    for row, position in _rows_with_positions(prepared, *fates):
+    for row, position in _rows(prepared, *fates):
         fate = Fate(int(prepared.placement.fates[position]))
         entry = {"file": row["file"], "line": row["line"], "reason": fate.name.lower()}
         if prepared.tokens.lengths[position]:

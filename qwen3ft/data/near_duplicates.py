@@ -1,13 +1,8 @@
-"""Near-duplicates: training rows that are almost a held-out row, found by MinHash and verified.
+"""Near-duplicate rows, found by MinHash and verified by their texts (`text_features.are_near`).
 
-Guarantees: every pair found is nearly the same in the sense of `shingles.are_near`, by the texts
-themselves. The same rows in the same order give the same pairs. 140 bytes a row are held, no text.
-Pairs can be missed: at a similarity of 0.8 one in fifty, at 0.85 one in two thousand, and more in
-buckets over `BUCKET_ROWS`, which are counted. It does not find paraphrases in other words, or
-copies that are a small part of a longer text.
-
-Signatures come from `rensa` rather than `datasketch`: full MinHash of 256 values at several times
-the speed of 128 there, in Rust with wheels for CPython 3.11 to 3.13 and no dependency of its own.
+The same rows in the same order give the same pairs; 140 bytes a row are held. Pairs are missed: at
+a similarity of 0.8 one in fifty, at 0.85 one in two thousand, and more in large buckets, which are
+counted. Paraphrases, and copies that are a small part of a longer text, are not found.
 """
 
 from __future__ import annotations
@@ -21,26 +16,23 @@ import numpy as np
 import rensa
 from numpy.typing import NDArray
 
-from qwen3ft.data.text_features import Features, are_near, as_text, features, sketch
+from qwen3ft.data.splits import Mask
+from qwen3ft.data.text_features import Features, are_near, features, sketch
 
-__all__ = ["NearDuplicates", "as_text"]
-
+# Texts of similarity s agree in a band with probability s^8 (Leskovec et al., Mining of Massive
+# Datasets, 3.4). A candidate agrees in two of 32: probability 0.98 at 0.8, 0.007 at 0.5.
 THRESHOLD = 0.8
-
 BANDS, BAND_VALUES = 32, 8
 AGREEING_BANDS = 2
-"""Texts of similarity s agree in one band with s^8 (Leskovec et al., Mining of Massive Datasets,
-3.4). A candidate agrees in two of 32: with a chance of 0.98 at 0.8, and of 0.007 at 0.5."""
 
 BUCKET_ROWS = 16
 """In a larger bucket of a band, each row is compared with the bucket's first row alone."""
 
-SEED = 20_260
-ROWS_AT_A_TIME = 1000
-PAIRS_AT_A_TIME = 50_000
-CACHED_TEXTS = 4096
+_MINHASH_SEED = 20_260
+_ROWS_AT_A_TIME = 1000
+_PAIRS_AT_A_TIME = 50_000
+_CACHED_TEXTS = 4096
 
-Mask = NDArray[np.bool_]
 Rows = NDArray[np.int64]
 Bits = NDArray[np.uint32]
 
@@ -48,18 +40,15 @@ Bits = NDArray[np.uint32]
 class NearDuplicates:
     """Signatures of rows, and the rows that are nearly the same.
 
+    Args:
+        threshold: Least Jaccard similarity, 0 to 1; under 0.7 many pairs are not found.
+
     Attributes:
         verified: Candidate pairs whose texts were compared so far.
-        capped_buckets: Buckets over `BUCKET_ROWS` so far; where there are many, copies inside them
-            may have been missed.
+        capped_buckets: Buckets over `BUCKET_ROWS` so far: copies inside them may be missed.
     """
 
     def __init__(self, threshold: float = THRESHOLD) -> None:
-        """Start with no rows.
-
-        Args:
-            threshold: Least Jaccard similarity, 0 to 1; under 0.7 many pairs are not found.
-        """
         self._threshold = threshold
         self._chunks: list[Bits] = []
         self._rows = 0
@@ -70,35 +59,31 @@ class NearDuplicates:
         return self._rows
 
     def add(self, texts: Sequence[str]) -> None:
-        """Add the next rows, a few thousand at a time; the first one ever added is row 0.
-
-        Args:
-            texts: `as_text` of each row.
-        """
+        """Add the next rows by their `as_text`, a few thousand at a time; the first is row 0."""
         chunk = np.empty((BANDS, len(texts)), np.uint32)
-        for start in range(0, len(texts), ROWS_AT_A_TIME):
-            part = texts[start : start + ROWS_AT_A_TIME]
+        for start in range(0, len(texts), _ROWS_AT_A_TIME):
+            part = texts[start : start + _ROWS_AT_A_TIME]
             chunk[:, start : start + len(part)] = _band_hashes(part)
         self._chunks.append(chunk)
         self._rows += len(texts)
 
     def find(self, left: Mask, right: Mask, text_of: Callable[[int], str]) -> Rows:
-        """The rows of `left` that are nearly the same as a row of `right`, ascending.
+        """Return the rows of `left` that are nearly the same as a row of `right`, ascending.
 
-        With training rows left and held-out rows right: what must not be trained on. With the same
-        mask on both sides: the rows that nearly repeat an earlier one.
+        With training rows left and held-out rows right, these must not be trained on. With the
+        same mask on both sides, they nearly repeat an earlier row.
 
         Args:
             left: (n,) rows in question.
             right: (n,) rows to compare them with: none of `left`, or the same mask.
-            text_of: Gives the text of a row again; asked for candidates alone.
+            text_of: Returns the text of a row again; called for candidates alone.
         """
         return np.flatnonzero(self.twins(left, right, text_of) >= 0)
 
     def twins(self, left: Mask, right: Mask, text_of: Callable[[int], str]) -> Rows:
-        """As `find`, but (n,): the row that each is nearly the same as, or -1."""
+        """Return (n,) the row that each of `left` is nearly the same as, or -1; see `find`."""
 
-        @lru_cache(CACHED_TEXTS)
+        @lru_cache(_CACHED_TEXTS)
         def read(row: int) -> Features:
             return features(text_of(row))
 
@@ -113,15 +98,9 @@ class NearDuplicates:
         return twin
 
     def pairs(self, left: Mask, right: Mask) -> Iterator[Rows]:
-        """Candidates: rows that agree in `AGREEING_BANDS`, each pair once, in many small arrays.
+        """Yield candidates: (m, 2) rows of `left` and `right` that agree in `AGREEING_BANDS`.
 
-        Args:
-            left: (n,) rows that may stand left.
-            right: (n,) rows that may stand right: none of `left`, or the same mask; then each row
-                is paired with earlier ones.
-
-        Yields:
-            (m, 2) a row of `left` and one of `right`.
+        Each pair comes once. With the same mask on both sides, a row is paired with earlier ones.
         """
         bands = self._bands()
         one_set = bool((left == right).all())
@@ -136,8 +115,8 @@ class NearDuplicates:
             self.capped_buckets += len(np.unique(number))
             with_leaders = [_with_leaders(large, number, leaders)]
             for pairs in chain(with_leaders, _within(order[~in_large], bucket[~in_large])):
-                for start in range(0, len(pairs), PAIRS_AT_A_TIME):
-                    part = pairs[start : start + PAIRS_AT_A_TIME]
+                for start in range(0, len(pairs), _PAIRS_AT_A_TIME):
+                    part = pairs[start : start + _PAIRS_AT_A_TIME]
                     part = _oriented(part, left, right, one_set=one_set)
                     yield part[_is_new(part, bands, band, capped, first)]
             bit = np.uint32(1 << band)
@@ -145,8 +124,8 @@ class NearDuplicates:
             first[leaders[leaders >= 0]] |= bit
 
     def _bands(self) -> Bits:
-        """(bands, n); the chunks are let go one by one, so that they are never held twice."""
-        if len(self._chunks) != 1:
+        """Return the hashes of all rows, (bands, n)."""
+        if len(self._chunks) != 1:  # chunks are released one by one: nothing is held twice
             bands = np.empty((BANDS, self._rows), np.uint32)
             end = self._rows
             while self._chunks:
@@ -159,16 +138,15 @@ class NearDuplicates:
 
 
 def _band_hashes(texts: Sequence[str]) -> Bits:
-    """(bands, rows): equal where the signatures agree in the band, and the telling parts too.
-
-    Rows with other numbers or another short answer are never nearly the same; kept apart here,
-    rows of one template do not fill the same buckets.
-    """
+    """Return (bands, rows) numbers that are equal where band and telling parts agree."""
+    # Rows with other numbers or another short answer are never nearly the same. Kept apart here,
+    # rows of one template do not fill the same buckets.
     sketches = [sketch(text) for text in texts]
     shingles = [one for one, _ in sketches]
     hashes = np.empty((len(texts), BANDS), np.uint64)
     hashes.T[:] = [zlib.crc32(telling.encode("utf-8", "surrogatepass")) for _, telling in sketches]
-    rows = rensa.RMinHash.digests_from_token_sets(shingles, BANDS * BAND_VALUES, SEED)
+    # rensa rather than datasketch: 256 values in a fraction of its time for 128.
+    rows = rensa.RMinHash.digests_from_token_sets(shingles, BANDS * BAND_VALUES, _MINHASH_SEED)
     signatures = np.asarray(rows, np.uint32).reshape(len(texts), BANDS, BAND_VALUES)
     for value in range(BAND_VALUES):
         hashes ^= signatures[:, :, value]
@@ -178,14 +156,14 @@ def _band_hashes(texts: Sequence[str]) -> Bits:
 
 
 def _numbered(values: Bits) -> Rows:
-    """(n,) the number of the run of equal values that each of the sorted `values` is in."""
+    """Return (n,) the number of the run of equal values that each of the sorted `values` is in."""
     starts = np.zeros(len(values), np.int64)
     np.cumsum(values[1:] != values[:-1], out=starts[1:])
     return starts
 
 
 def _leaders(rows: Rows, bucket: Rows, right: Mask) -> Rows:
-    """(buckets,) the first row of `right` in each bucket, by the bucket's number; -1 for none."""
+    """Return (buckets,) the first row of `right` in each bucket, -1 for none."""
     leaders = np.full(int(bucket.max(initial=-1)) + 1, -1, np.int64)
     wanted = np.flatnonzero(right[rows])[::-1]
     leaders[bucket[wanted]] = rows[wanted]  # the last one written is the first of its bucket
@@ -199,7 +177,7 @@ def _with_leaders(rows: Rows, bucket: Rows, leaders: Rows) -> Rows:
 
 
 def _within(rows: Rows, bucket: Rows) -> Iterator[Rows]:
-    """All pairs of rows in the same bucket, by their distance in the order."""
+    """Yield all pairs of rows in the same bucket, by their distance in the order."""
     for distance in range(1, BUCKET_ROWS):
         same = np.flatnonzero(bucket[distance:] == bucket[:-distance])
         if not len(same):
@@ -208,7 +186,7 @@ def _within(rows: Rows, bucket: Rows) -> Iterator[Rows]:
 
 
 def _oriented(pairs: Rows, left: Mask, right: Mask, *, one_set: bool) -> Rows:
-    """The pairs with one row of each side, that of `left` first; of one set, the later first."""
+    """Return the pairs with a row of each side, that of `left` (of one set: the later) first."""
     if one_set:
         return np.sort(pairs, axis=1)[:, ::-1]
     one, other = pairs.T
@@ -217,7 +195,7 @@ def _oriented(pairs: Rows, left: Mask, right: Mask, *, one_set: bool) -> Rows:
 
 
 def _is_new(pairs: Rows, bands: Bits, band: int, capped: Bits, first: Bits) -> Mask:
-    """(m,) pairs that agree in enough bands, and did not come up in an earlier one."""
+    """Return (m,) pairs that agree in enough bands, and did not come up in an earlier one."""
     one, other = pairs.T
     agree = bands[:, one] == bands[:, other]
     bits = (np.uint32(1) << np.arange(BANDS, dtype=np.uint32))[:, None]

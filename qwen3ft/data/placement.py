@@ -1,9 +1,7 @@
-"""Where every usable row goes: trained on, held out, or left out, each for one reason.
+"""Placement of every usable row: trained on, held out, or left out for one reason.
 
-Guarantees: every row has exactly one fate; no question is both trained on and held out, nor a
-training row kept that nearly equals a held-out one. Works on arrays of keys; texts are read from
-the row table in batches, once, to find near-duplicates. Tokens are not known here yet: what is too
-long is decided while tokenising.
+No question is both trained on and held out, nor is a training row kept that nearly equals a
+held-out one. Rows that are too long are found later, while tokenising.
 """
 
 from __future__ import annotations
@@ -15,8 +13,7 @@ from enum import IntEnum
 import numpy as np
 
 from qwen3ft.config import TrainingConfig
-from qwen3ft.data.known_rows import Hashes
-from qwen3ft.data.near_duplicates import NearDuplicates, as_text
+from qwen3ft.data.near_duplicates import NearDuplicates
 from qwen3ft.data.reading import Reading
 from qwen3ft.data.row_table import RowTable
 from qwen3ft.data.splits import (
@@ -24,6 +21,7 @@ from qwen3ft.data.splits import (
     HELD_OUT_ROLES,
     KEPT,
     LEAKAGE,
+    Hashes,
     Keys,
     cap_sources,
     find_repeats,
@@ -31,31 +29,29 @@ from qwen3ft.data.splits import (
     leaks,
     sample,
 )
-from qwen3ft.logs import get_logger
-
-logger = get_logger("data")
+from qwen3ft.data.text_features import as_text
 
 
 class Fate(IntEnum):
-    """What became of a usable row."""
+    """Place of a usable row."""
 
     TRAIN = 0  # the first three are the codes of `splits.ROLES`
     DEV = 1
     TEST = 2
     DUPLICATE = 3
-    """Same content as an earlier row of its role."""
+    """The content is that of an earlier row of its role."""
     LEAKAGE = 4
-    """Its question is held out."""
+    """The question is held out."""
     NEAR_LEAKAGE = 5
-    """Nearly the same as a held-out row."""
+    """The row is nearly a held-out one."""
     NEAR_DUPLICATE = 6
-    """Nearly the same as an earlier training row, where the config drops those."""
+    """The row is nearly an earlier training row, and the config drops those."""
     NOT_USED = 7
-    """Over a cap on rows."""
+    """The row is over a cap."""
     TOO_LONG = 8
-    """Over `max_sequence_length`."""
+    """The row is longer than `max_sequence_length`."""
     NO_TRAINED_TOKEN = 9
-    """Nothing in it would carry loss."""
+    """No token of the row would carry loss."""
 
 
 DUPLICATES = (Fate.DUPLICATE, Fate.LEAKAGE, Fate.NEAR_LEAKAGE, Fate.NEAR_DUPLICATE)
@@ -64,21 +60,21 @@ DUPLICATES = (Fate.DUPLICATE, Fate.LEAKAGE, Fate.NEAR_LEAKAGE, Fate.NEAR_DUPLICA
 
 @dataclass
 class Placement:
-    """The fate of each usable row, in reading order; changed while tokenising."""
+    """Fate of each usable row, in reading order; changed while tokenising."""
 
     fates: np.ndarray
     """`Fate` as uint8, shape (rows,)."""
     new_rows: int = 0
     """Training rows not among the known ones."""
     near_duplicates: int = 0
-    """Training rows nearly the same as an earlier one, kept or not."""
+    """Training rows that are nearly an earlier one, kept or not."""
 
     def count(self, *fates: Fate) -> int:
-        """Rows with one of `fates`."""
+        """Return the number of rows with one of `fates`."""
         return int(np.isin(self.fates, fates).sum())
 
     def positions(self, fate: Fate) -> np.ndarray:
-        """Which rows have `fate`, ascending."""
+        """Return the positions of the rows with `fate`, ascending."""
         return np.flatnonzero(self.fates == fate)
 
 
@@ -89,14 +85,14 @@ def place_rows(
     known: Hashes | None,
     progress: Callable[[int], None],
 ) -> Placement:
-    """Decide on every usable row, but for its length.
+    """Decide on every usable row; its length is checked later.
 
     Args:
-        reading: With the keys of the rows.
-        table: Their texts.
+        reading: Keys of the rows.
+        table: Texts of the rows.
         config: Caps, held-out share, what to do with near-duplicates and known rows.
         known: Hashes of the rows seen before, ascending; None if that does not matter.
-        progress: Told the number of rows looked at, batch by batch.
+        progress: Receives the number of rows looked at, batch by batch.
     """
     keys = reading.keys.build()
     repeats = find_repeats(keys)
@@ -119,7 +115,7 @@ def place_rows(
 
 
 def _mix(placement: Placement, keys: Keys, known: Hashes, config: TrainingConfig) -> None:
-    """Keep all new training rows, and of those seen before a sample of the share asked for."""
+    """Keep all new training rows, and a sample of those seen before."""
     training = placement.fates == Fate.TRAIN
     old = training & np.isin(keys.content[:, 0], known)
     placement.new_rows = int((training & ~old).sum())
@@ -134,7 +130,7 @@ def _place_near(
     config: TrainingConfig,
     progress: Callable[[int], None],
 ) -> None:
-    """Take rows out that nearly equal a more protected one or, if asked, an earlier one."""
+    """Leave out rows that nearly equal a more protected one or, if configured, an earlier one."""
     near, done = NearDuplicates(), 0
     for rows in table.batches():
         near.add([as_text(row["question"], row["answer"]) for row in rows])

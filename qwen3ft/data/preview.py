@@ -1,4 +1,4 @@
-"""A tokenised row as a person can read it: token by token, each trained or given."""
+"""Tokenised rows as text, token by token, each marked as trained or not."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MOST_TOKENS_OF_A_CHARACTER = 4
 
 @dataclass(frozen=True, slots=True)
 class ShownToken:
-    """One token, or the few that make up one character."""
+    """One token, or the few tokens of one character."""
 
     text: str
     trained: bool
@@ -24,10 +24,10 @@ class ShownToken:
 def show_tokens(
     tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], trained: Sequence[int]
 ) -> list[ShownToken]:
-    """The tokens of a row as text, in order; together they are the row's text.
+    """Return the tokens of a row as text, in order.
 
     Args:
-        tokenizer: That of the row.
+        tokenizer: Tokenizer of the row.
         input_ids: Tokens.
         trained: Start and end of each stretch that carries loss, end exclusive.
     """
@@ -48,5 +48,5 @@ def show_tokens(
 
 
 def show_row(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> list[ShownToken]:
-    """`show_tokens` of a row of train.arrow or dev.arrow."""
+    """Return the tokens of a row of train.arrow or dev.arrow; see `show_tokens`."""
     return show_tokens(tokenizer, row["input_ids"], row["trained"])

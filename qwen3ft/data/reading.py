@@ -1,11 +1,8 @@
-"""All input files read: the usable rows, a quarantine file for the bad ones, a circuit breaker.
+"""Reading of all input files: usable rows go to the row table, bad ones to the quarantine file.
 
-Guarantees: every row read is in the row table or is one line of the quarantine file; a file that
-changed while it was read, no rows at all, or a larger share of bad ones than the config allows ends
-the stage with the numbers. Of each row only its keys stay in memory.
-A file that cannot be read as a whole is one line (line 0) of the quarantine and one `unreadable`;
-the rows it gave before it broke off count as rows, it does not.
-It imports neither torch nor transformers.
+Every row read is in one of the two, and only its keys stay in memory. The stage ends with an error
+if a file changed, if there are no usable rows, or if more are bad than the config allows. A file
+that breaks off is one line of the quarantine (line 0); the rows it gave before count.
 """
 
 from __future__ import annotations
@@ -24,13 +21,7 @@ from qwen3ft.config import TrainingConfig
 from qwen3ft.data import safety
 from qwen3ft.data.columns import Columns
 from qwen3ft.data.row_table import RowWriter
-from qwen3ft.data.rows import (
-    UNREADABLE_FILE,
-    excerpt,
-    messages_of,
-    read_file,
-    rules_of,
-)
+from qwen3ft.data.rows import UNREADABLE_FILE, excerpt, messages_of, read_file, rules_of
 from qwen3ft.data.splits import KeysBuilder, content_key, question_key
 from qwen3ft.errors import DataLoadingError
 from qwen3ft.logs import get_logger
@@ -38,24 +29,22 @@ from qwen3ft.records.data import BadRow, DataSource, QaRow, SourceFile
 
 logger = get_logger("data")
 
-HAN = re.compile("[\u4e00-\u9fff]")
-"""CJK unified ideographs: what makes a row count as Chinese."""
-
-PERSONAL_DATA = "personal_data"
 NO_REASONING = "no_reasoning"
-PROGRESS_ROWS = 20_000
-ROWS_NAME, FINDINGS_NAME = "rows.arrow", "personal_data.jsonl"
+FINDINGS_NAME = "personal_data.jsonl"
+_PERSONAL_DATA = "personal_data"
+_PROGRESS_ROWS = 20_000
+_HAN = re.compile("[\u4e00-\u9fff]")
 
 
 @dataclass
 class Reading:
-    """What the files held."""
+    """Content of the files: counts, keys, and the table of usable rows."""
 
     files: Sequence[SourceFile]
     folder: Path
-    """Where the row table and the lists of bad rows and findings lie."""
+    """Work folder with the row table and the list of findings."""
     keys: KeysBuilder = field(default_factory=KeysBuilder)
-    """Of the usable rows, in reading order."""
+    """Keys of the usable rows, in reading order."""
     sources: list[DataSource] = field(default_factory=list)
     bad: Counter[str] = field(default_factory=Counter)
     """Bad rows by reason code."""
@@ -64,6 +53,7 @@ class Reading:
     columns: Counter[Columns] = field(default_factory=Counter)
     usable: int = 0
     chinese: int = 0
+    """Rows with Chinese characters in the question."""
     with_reasoning: int = 0
     conversations: int = 0
     """Rows of more than one question and its answer."""
@@ -74,13 +64,13 @@ class Reading:
 
     @property
     def rows_read(self) -> int:
-        """Good and bad rows of all files."""
+        """Number of good and bad rows of all files."""
         return self.usable + self.bad.total() + self.without_reasoning_left_out
 
     @property
     def rows_path(self) -> Path:
-        """The row table."""
-        return self.folder / ROWS_NAME
+        """File of the row table."""
+        return self.folder / "rows.arrow"
 
 
 def read_sources(
@@ -93,14 +83,14 @@ def read_sources(
     """Read every file; usable rows go to a table in `folder`, bad ones to the file `quarantine`.
 
     Args:
-        files: What to read, in order.
+        files: Fingerprinted files, in order.
         config: How to map and check rows.
         folder: An existing work folder.
         quarantine: Replaced by the list of bad rows, one JSON object a line.
-        progress: Told the number of rows read so far, every `PROGRESS_ROWS` rows.
+        progress: Receives the number of rows read so far, now and then.
 
     Raises:
-        DataLoadingError: no usable row, too many bad ones, or a file changed under the reader.
+        DataLoadingError: no usable row, too many bad ones, or a file has changed.
     """
     reading = Reading(files, folder)
     with (
@@ -118,7 +108,7 @@ def read_sources(
 
 @dataclass
 class _Reader:
-    """Takes rows apart: usable, bad, and what is said about them."""
+    """Sorts rows into usable and bad ones, and counts them."""
 
     config: TrainingConfig
     reading: Reading
@@ -142,8 +132,8 @@ class _Reader:
                 self._refuse(problem)
             else:
                 self._take(row, number)
-            if reading.rows_read % PROGRESS_ROWS == 0:
-                self._tell()
+            if reading.rows_read % _PROGRESS_ROWS == 0:
+                self._report_progress()
         _check_unchanged(file)
         rows = reading.rows_read - rows_before
         return DataSource(path=file.label, sha256=file.sha256, rows=rows, role=file.role)
@@ -151,7 +141,7 @@ class _Reader:
     def _take(self, row: QaRow, source: int) -> None:
         reading = self.reading
         reading.usable += 1
-        reading.chinese += HAN.search(row["question"]) is not None
+        reading.chinese += _HAN.search(row["question"]) is not None
         reading.with_reasoning += bool(row["reasoning"])
         reading.conversations += bool(row["messages"])
         said = (row["question"], row["answer"], row["reasoning"])
@@ -166,7 +156,7 @@ class _Reader:
         self.table.append(row, source)
 
     def _problem(self, row: QaRow) -> BadRow | None:
-        """Why a row that could be read is quarantined all the same; findings are written down."""
+        """Write down personal data in a sound row; return it as a bad row if that is configured."""
         if self.config.personal_data == "off":
             return None
         text = "\n".join(message["content"] for message in messages_of(row))
@@ -179,8 +169,8 @@ class _Reader:
         self.findings.write(json.dumps(place, ensure_ascii=False) + "\n")
         if self.config.personal_data == "report":
             return None
-        shown = excerpt(safety.mask(text))
-        return BadRow(row["file"], row["line"], row["offset"], PERSONAL_DATA, shown)
+        masked = excerpt(safety.mask(text))
+        return BadRow(row["file"], row["line"], row["offset"], _PERSONAL_DATA, masked)
 
     def _refuse(self, row: BadRow) -> None:
         self.quarantine.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
@@ -190,7 +180,7 @@ class _Reader:
         else:
             self.reading.bad[row.reason] += 1
 
-    def _tell(self) -> None:
+    def _report_progress(self) -> None:
         rows = self.reading.rows_read
         self.progress(rows)
         seconds = max(time.monotonic() - self.started, 1e-6)
@@ -214,7 +204,7 @@ def _check_unchanged(file: SourceFile) -> None:
 
 
 def _report(reading: Reading) -> None:
-    """Log what was read and how it was understood."""
+    """Log what was read, and as which columns."""
     logger.info(
         "read %d rows from %d file(s): %d usable, %d bad, %d file(s) unreadable",
         *(reading.rows_read, len(reading.sources), reading.usable),
@@ -235,7 +225,7 @@ def _report(reading: Reading) -> None:
 
 
 def _check(reading: Reading, max_bad_fraction: float, quarantine: Path) -> None:
-    """The circuit breaker."""
+    """Raise DataLoadingError if too many rows are bad or none is usable."""
     bad, read, files = reading.bad.total(), reading.rows_read, len(reading.sources)
     numbers = ", ".join(f"{reason} {count}" for reason, count in reading.bad.most_common())
     facts = {

@@ -1,8 +1,6 @@
-"""Checked rows on disk: written once in order, read in batches or one by one.
+"""Checked rows in an Arrow file of the work folder: written in order, read in batches or singly.
 
-An Arrow file of texts, so that a million rows need no memory but that of one batch. Guarantees:
-what is read equals what was written, in order. It does not survive a crash: it lives in a work
-folder that is made anew. It imports neither torch nor transformers.
+A million rows need no more memory than one batch.
 """
 
 from __future__ import annotations
@@ -22,8 +20,7 @@ if TYPE_CHECKING:
 BATCH_ROWS = 2000
 """Rows written, read and tokenised at a time."""
 
-HELD_BATCHES = 32
-"""Batches kept for rows that are asked for one by one."""
+_CACHED_BATCHES = 32
 
 _TEXTS = ("question", "answer", "reasoning", "messages", "tools", "kind")
 _NUMBERS = ("source", "line", "offset")
@@ -50,7 +47,7 @@ class RowWriter:
         self._writer.close()
 
     def append(self, row: QaRow, source: int) -> None:
-        """Write `row`; `source` is the position of its file among the files read."""
+        """Write `row`; `source` is the number of its file."""
         columns = self._columns
         columns["question"].append(row["question"])
         columns["answer"].append(row["answer"])
@@ -73,7 +70,7 @@ class RowWriter:
 
 
 class RowTable:
-    """The rows of the file `path`, which were read from `files`; reads what is asked for alone."""
+    """The rows of the file `path`, which were read from `files`."""
 
     def __init__(self, path: Path, files: Sequence[SourceFile]) -> None:
         import pyarrow as pa
@@ -81,15 +78,15 @@ class RowTable:
         self._files = files
         # Read, not mapped: touched pages of a map would count as memory of this process.
         self._reader = pa.ipc.open_file(pa.OSFile(str(path)))
-        self._batch = lru_cache(HELD_BATCHES)(self._reader.get_batch)
+        self._batch = lru_cache(_CACHED_BATCHES)(self._reader.get_batch)
 
     def batches(self) -> Iterator[list[QaRow]]:
-        """All rows in order, up to `BATCH_ROWS` at a time."""
+        """Yield all rows in order, up to `BATCH_ROWS` at a time."""
         for number in range(self._reader.num_record_batches):
             yield self._rows(self._reader.get_batch(number))
 
     def rows(self, positions: Sequence[int]) -> list[QaRow]:
-        """The rows at `positions`; those of one batch together are cheaper."""
+        """Return the rows at `positions`; neighbours are cheaper, for they share a batch."""
         found = []
         for position in positions:
             number, index = divmod(position, BATCH_ROWS)

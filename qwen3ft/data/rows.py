@@ -1,10 +1,8 @@
-"""From a file's values to checked rows: question, answer, reasoning, and the conversation around.
+"""Checked rows from a file's values: question, answer, reasoning, and the conversation around.
 
-Guarantees: every row of a file comes out exactly once, as a `QaRow` or as a `BadRow` with its
-place, a reason code and a short masked excerpt; nothing in a file raises. The same texts give the
-same rows in every format and file type.
-It does not judge content: a wrong or useless answer is a good row here.
-It imports neither torch nor transformers.
+Every row of a file comes out exactly once, as a `QaRow` or as a `BadRow` with its place, a reason
+code and a short masked excerpt; no content of a file raises. The same texts give the same rows in
+every format. A wrong or useless answer is a good row here.
 """
 
 from __future__ import annotations
@@ -33,17 +31,20 @@ from qwen3ft.data.readers.raw import MAX_ROW_BYTES, RawRow, UnreadableFileError
 from qwen3ft.logs import mask_secrets
 from qwen3ft.records.data import BadRow, Message, QaRow, RejectedRowError, SourceFile
 
+UNREADABLE_FILE = "unreadable_file"
 CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
-"""Written in a text, they would be read as the borders of a turn."""
+"""Tokens that a tokenizer reads as the borders of a turn wherever they stand."""
+
+_EXCERPT_CHARACTERS = 200
 
 
 def messages_of(row: QaRow) -> list[Message]:
-    """The row as messages."""
+    """Return the row as messages."""
     return row["messages"] or [user(row["question"]), turn(row["answer"], row["reasoning"])]
 
 
 def turn(answer: str, reasoning: str) -> Message:
-    """What the assistant says; `reasoning` may be empty."""
+    """Return the assistant's message; `reasoning` may be empty."""
     message: Message = {"role": "assistant", "content": answer}
     if reasoning:
         message["reasoning"] = reasoning
@@ -51,10 +52,10 @@ def turn(answer: str, reasoning: str) -> Message:
 
 
 def check_content(row: QaRow, *, allow_control_tokens: bool) -> None:
-    """Make sure that the row keeps its turns apart, and can be written as UTF-8.
+    """Make sure that no text looks like the border of a turn, and that all are valid UTF-8.
 
     Raises:
-        RejectedRowError: it does not.
+        RejectedRowError: with the reason code.
     """
     question, answer, reasoning = row["question"], row["answer"], row["reasoning"]
     texts = [question, answer, reasoning, row["kind"], row["group"]]
@@ -73,25 +74,21 @@ def check_content(row: QaRow, *, allow_control_tokens: bool) -> None:
     if not allow_control_tokens and any(token in everything for token in CONTROL_TOKENS):
         raise RejectedRowError("control_token")
     for message in messages_of(row):
-        said = message["content"]
-        if message["role"] == "user" and said.startswith(TOOL_RESPONSE):
+        content = message["content"]
+        # Qwen's templates take such a message of a user for one of a tool.
+        if message["role"] == "user" and content.startswith(TOOL_RESPONSE):
             raise RejectedRowError("control_token")
         if message["role"] == "assistant" and any(
             tag in text
             for tag in (THINK_OPEN, THINK_CLOSE)
-            for text in (said, message.get("reasoning", ""))
+            for text in (content, message.get("reasoning", ""))
         ):
             raise RejectedRowError("broken_think")
 
 
-EXCERPT_CHARACTERS = 200
-
-UNREADABLE_FILE = "unreadable_file"
-
-
 @dataclass(frozen=True)
 class RowRules:
-    """The config's part in reading a row."""
+    """Settings that decide how a row is read."""
 
     columns: ColumnNames = field(default_factory=ColumnNames)
     reasoning_separator: str | None = None
@@ -99,7 +96,7 @@ class RowRules:
 
 
 def rules_of(config: TrainingConfig) -> RowRules:
-    """The settings of `config` that decide how a row is read."""
+    """Return the rules that `config` sets."""
     return RowRules(
         config.columns, config.reasoning_separator, config.special_tokens_in_text == "escape"
     )
@@ -128,9 +125,9 @@ def read_file(
 
 
 def excerpt(text: str) -> str:
-    """The beginning of `text` with secrets masked, fit for a log and for UTF-8."""
-    head = text[: 5 * EXCERPT_CHARACTERS].encode("utf-8", "replace").decode()
-    return mask_secrets(head)[:EXCERPT_CHARACTERS]
+    """Return the beginning of `text` with secrets masked, as valid UTF-8."""
+    head = text[: 5 * _EXCERPT_CHARACTERS].encode("utf-8", "replace").decode()
+    return mask_secrets(head)[:_EXCERPT_CHARACTERS]
 
 
 def _checked(
@@ -154,7 +151,7 @@ def _checked(
         reason = str(error) if isinstance(error, RejectedRowError) else "too_deep"
         names = columns.parts().values()
         values = {name: raw.values.get(name) for name in names} or raw.values
-        return BadRow(file.label, raw.line, raw.offset, reason, excerpt(_shown(values)))
+        return BadRow(file.label, raw.line, raw.offset, reason, excerpt(_as_text(values)))
     used[columns] += 1
     return row
 
@@ -168,12 +165,12 @@ class _Texts(TypedDict):
 
 
 def _texts(values: Mapping[str, Any], columns: Columns, rules: RowRules) -> _Texts:
-    """What is said in a row, whichever way it is laid out."""
+    """Return the texts of a row in any of the known layouts."""
     tools = parse_tools(values.get(columns.tools)) if columns.tools else []
     if columns.messages is not None:
         return _from_messages(parse_messages(values.get(columns.messages)), tools, rules)
     asked = values.get(columns.question) if columns.question else None
-    if isinstance(asked, list):  # a prompt of messages, completed by messages or by text
+    if isinstance(asked, list):  # a prompt of messages, completed by messages or a text
         completed = values.get(columns.answer) if columns.answer else None
         if isinstance(completed, str):
             completed = [{"role": "assistant", "content": completed}]
@@ -225,12 +222,10 @@ def _from_messages(messages: list[Message], tools: list[dict[str, Any]], rules: 
 
 
 def split_reasoning(answer: str, separator: str | None) -> tuple[str, str]:
-    """(reasoning, answer) of an answer column: a leading think block, else what the separator cuts.
-
-    Of several separators the last one counts.
+    """Split an answer into (reasoning, answer) at its think block, or else its last separator.
 
     Raises:
-        RejectedRowError: a think block is never closed.
+        RejectedRowError: the think block is never closed.
     """
     if THINK_CLOSE in answer or answer.lstrip().startswith(THINK_OPEN):
         return split_think_block(answer)
@@ -239,7 +234,7 @@ def split_reasoning(answer: str, separator: str | None) -> tuple[str, str]:
 
 
 def _answer(values: Mapping[str, Any], column: str | None) -> str:
-    """The answer's text; of SQuAD's list of accepted answers the first."""
+    """Return the answer's text; of SQuAD's list of accepted answers the first."""
     value = values.get(column) if column is not None else None
     if isinstance(value, Mapping):
         value = value.get("text")
@@ -275,14 +270,14 @@ def _optional_text(values: Mapping[str, Any], column: str | None, part: str) -> 
 
 
 def _label(values: Mapping[str, Any], column: str | None) -> str:
-    """A source key: text or a number."""
+    """Return a source key, a text or a number, as text."""
     value = values.get(column) if column is not None else None
     return "" if value is None or isinstance(value, (list, Mapping)) else str(value).strip()
 
 
-def _shown(values: Mapping[str, Any]) -> str:
-    """`values` as JSON-like text, each cut short before it is rendered."""
-    short = 2 * EXCERPT_CHARACTERS
+def _as_text(values: Mapping[str, Any]) -> str:
+    """Return `values` as JSON, each cut short first."""
+    short = 2 * _EXCERPT_CHARACTERS
     try:
         return json.dumps(
             {

@@ -1,11 +1,9 @@
-"""What must not be trained on: credentials and personal data in a text, found and masked.
+"""Credentials and personal data in texts, found and masked.
 
-Guarantees: every number reported holds its checksum or numbering plan (by `python-stdnum` and
-`phonenumbers`), so that order numbers, versions and dates pass. A text with no candidate costs one
-regular expression. Findings are places, never texts.
-It does not find names, postal addresses, credentials without a known form (`password: ...`), or
-national phone numbers outside China and North America. Placeholders of manuals (example.com,
-sk-xxxx, user:password) are not reported.
+Numbers must pass their checksum or numbering plan (`python-stdnum`, `phonenumbers`), so that order
+numbers, versions and dates are left alone, as are placeholders of manuals (example.com, sk-xxxx).
+Not found are names, postal addresses, credentials without a known form (`password: ...`), and
+national phone numbers outside China and North America.
 """
 
 from __future__ import annotations
@@ -21,15 +19,15 @@ MASK = "***"
 
 
 class Finding(NamedTuple):
-    """One finding: its kind, and where it stands in the text (`text[start:end]`)."""
+    """A kind of credential or personal data at `text[start:end]`."""
 
     kind: str
     start: int
     end: int
 
 
-# Every branch starts with a character that is rare in prose, so that the search skips quickly;
-# what must stand before that character is looked up behind it.
+# A text without candidates costs one regular expression. Each of its branches starts with a
+# character that is rare in prose, and looks back at what must stand before it.
 _TRIGGER = re.compile(
     r"[0-9][0-9 ().-]{8}"  # numbers
     r"|@"  # addresses, passwords in URLs
@@ -37,7 +35,7 @@ _TRIGGER = re.compile(
     r"|-(?:[A-Za-z0-9_-]{10}|----BEGIN)"  # sk-, glpat-, xoxb-, private keys
     r"|A(?:KIA|SIA|KID|Iza)[A-Za-z0-9]|LTAI[A-Za-z0-9]|J(?<=eyJ)[A-Za-z0-9]"
 )
-_WIDE_TRIGGERS = ("０", "１", "＠")  # no phone or identity number is without both digits
+_WIDE_TRIGGERS = ("０", "１", "＠")  # every phone or identity number has one of these digits
 _FULL_WIDTH = str.maketrans("０１２３４５６７８９＠－＋　（）", "0123456789@-+ ()")
 
 _SECRET = re.compile(
@@ -56,7 +54,7 @@ _CARD = re.compile(
     r"(?<![A-Za-z0-9.-])(?:[0-9]{13,19}|[0-9]{4}([ -])[0-9]{4}(?:\1[0-9]{4}){2}(?:\1[0-9]{3})?"
     r"|3[0-9]{3}([ -])[0-9]{6}\2[0-9]{5})(?![A-Za-z0-9-]|\.[0-9])"
 )
-# Length and leading digits of the networks; a checksum alone holds for every tenth number
+# Length and leading digits of the networks; every tenth number has a valid checksum.
 _NETWORK = re.compile(
     r"4(?:.{12}|.{15}|.{18})|(?:5[1-5]|222[1-9]|22[3-9]|2[3-6]|27[01]|2720|35[2-8]|6011|64[4-9]|65)"
     r".*(?<=^.{16})|3[47].{13}|3(?:0[0-5]|[68]).*(?<=^.{14})|62.{14,17}"
@@ -83,7 +81,7 @@ _EMAIL = re.compile(
     r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9][A-Za-z0-9._%+-]{0,63}@"
     r"(?:[A-Za-z0-9-]{1,63}\.)+[A-Za-z]{2,24}(?![A-Za-z0-9-])"
 )
-# Names that RFC 2606 keeps free, what manuals write, and file names such as icon@2x.png
+# Names reserved by RFC 2606, placeholders of manuals, and file names such as icon@2x.png.
 _NO_DOMAIN = re.compile(
     r"(?:.*\.)?example(?:\.[a-z]+)?\Z|.*\.(?:test|invalid|localhost|local)\Z"
     r"|(?:my|your)?-?(?:domain|company|email|mail|server|host)\.(?:com|org|net|cn)\Z|x+\.com\Z"
@@ -101,7 +99,7 @@ _WORDS_BEFORE = 32
 
 
 def scan(text: str) -> tuple[Finding, ...]:
-    """All findings, in the order of their places; none overlap.
+    """Return all findings in order; none overlap.
 
     Kinds: api_key, private_key, password_url, iban, card_number (payment cards), id_number (Chinese
     resident identity, US social security), phone, email.
@@ -110,7 +108,7 @@ def scan(text: str) -> tuple[Finding, ...]:
     if not is_wide and _TRIGGER.search(text) is None and "earer " not in text:
         return ()
     if is_wide:
-        text = text.translate(_FULL_WIDTH)  # one character each: places stay
+        text = text.translate(_FULL_WIDTH)  # one character for one: indices stay the same
     found: list[Finding] = []
     for finding in _candidates(text):
         if all(finding.end <= one.start or one.end <= finding.start for one in found):
@@ -119,7 +117,7 @@ def scan(text: str) -> tuple[Finding, ...]:
 
 
 def mask(text: str) -> str:
-    """`text` with all findings, and whatever the logs would mask, replaced by ***."""
+    """Return `text` with all findings, and whatever the logs would mask, replaced by ***."""
     parts, end = [], 0
     for finding in scan(text):
         parts += [text[end : finding.start], MASK]
@@ -128,7 +126,7 @@ def mask(text: str) -> str:
 
 
 def _candidates(text: str) -> Iterator[Finding]:
-    """Findings by kind, the surer kinds first."""
+    """Yield findings by kind, the most reliable kinds first."""
     for match in _SECRET.finditer(text):
         kind = (match.lastgroup or "").rpartition("_")[0]
         if _SECRET_CHECKS[kind](match):
@@ -144,7 +142,7 @@ def _candidates(text: str) -> Iterator[Finding]:
 
 
 def _is_key(match: re.Match[str]) -> bool:
-    """Whether it looks drawn at random, not written by hand."""
+    """Return whether a key looks random, not written by hand."""
     key = match.group()
     has_digit = any(character.isdigit() for character in key)
     if match.string[: match.start()].endswith("earer ") and not has_digit:
@@ -164,9 +162,10 @@ def _is_password(match: re.Match[str]) -> bool:
 
 
 def _iban_length(candidate: str) -> int:
-    """Characters of the IBAN that `candidate` starts with, 0 if none; words may follow it."""
+    """Return the length of the IBAN that `candidate` starts with, 0 if none."""
     from stdnum import iban
 
+    # Words in capitals may follow it.
     while len(candidate) >= 15:
         if iban.is_valid(candidate):
             return len(candidate)
@@ -195,7 +194,7 @@ def _is_resident_id(match: re.Match[str]) -> bool:
         ric.get_birth_date(number)
     except ValidationError:
         return False
-    # not `ric.is_valid`: it refuses people older than the county they are registered in
+    # Not `ric.is_valid`, which refuses people older than the county they are registered in.
     return bool(ric.calc_check_digit(number) == number[-1])
 
 
@@ -219,7 +218,7 @@ def _is_phone(match: re.Match[str], region: str | None) -> bool:
 
 
 def _is_labelled_otherwise(match: re.Match[str]) -> bool:
-    """Whether the words before it say that it is another kind of number."""
+    """Return whether the words before a number say that it is of another kind."""
     start = match.start()
     return _OTHER_NUMBER.search(match.string[max(0, start - _WORDS_BEFORE) : start]) is not None
 
@@ -248,17 +247,17 @@ _NUMBER_CHECKS: tuple[tuple[str, re.Pattern[str], Check], ...] = (
 )
 
 
+# A secret may begin before the cut and end behind it; private keys are the longest.
 _LOOK_AHEAD = 4096
-"""Characters behind the cut that are looked at: the longest secrets are private keys."""
 
+# Marks of Unicode's bidirectional algorithm. Arabic and Hebrew read right without them.
 _OVERRIDES = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-"""Marks of Unicode's bidirectional algorithm; text in Arabic or Hebrew reads right without them."""
 
 
-def shown(text: str, most_characters: int) -> str:
-    """`text` masked, without controls and direction marks, and cut with a note of how much."""
+def safe_excerpt(text: str, most_characters: int) -> str:
+    """Return `text` masked, without control characters and direction marks, and cut with a note."""
     looked_at = text[: most_characters + _LOOK_AHEAD]
-    # Before masking: a control in the middle of a secret would hide it, and be gone afterwards.
+    # Control characters go first: one inside a secret would hide it from the mask.
     kept = mask("".join(character for character in looked_at if _is_plain(character))).strip()
     left_out = len(kept) - most_characters + max(0, len(text) - most_characters - _LOOK_AHEAD)
     if left_out <= 0:

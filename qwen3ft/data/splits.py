@@ -1,12 +1,9 @@
-"""Which row goes where, decided on hashes of the rows: repeats, held-out rows, caps, samples.
+"""Splits of rows by their hashes: repeats, held-out rows, caps and samples.
 
-Guarantees: every function is pure, and its result depends on the rows and their order alone. Where
-a row goes hangs on its group's hash, so a held-out group stays held out as the data grows (but for
-sets so small that the hash holds out none). What is left in training after `find_repeats`,
-`hold_out` and `leaks` shares no question with a held-out row. A million rows take 45 bytes each
-and, while they are sorted, about 100 bytes more.
-Questions are the same when they differ only in white space, case, Unicode form or punctuation. It
-does not find paraphrases (see `near`), and holds no text.
+A row's split depends only on the hash of its group, so that a held-out group stays held out as the
+data grows (unless the hash holds out none, in tiny sets). What is left in training after
+`find_repeats`, `hold_out` and `leaks` shares no question with a held-out row. A row takes 45 bytes
+and, while rows are sorted, about 100 more.
 """
 
 from __future__ import annotations
@@ -26,15 +23,15 @@ from numpy.typing import NDArray
 from qwen3ft.records.data import Role
 
 ROLES: tuple[Role, ...] = ("train", "dev", "test")
-"""A role's code in the arrays is its place here; a later one is the more protected."""
+"""Roles by their codes in the arrays; a higher code is the more protected."""
 TRAIN, DEV, TEST = range(3)
 
 HELD_OUT_ROLES: tuple[Role, ...] = ("test", "dev")
-"""Most protected first; of the held-out share, the groups standing lowest go to the first."""
+"""Held-out roles, the most protected first."""
 
 KEPT, DUPLICATE, LEAKAGE = range(3)
 
-KEY_BYTES = 16
+_KEY_BYTES = 16
 
 Mask = NDArray[np.bool_]
 Codes = NDArray[np.uint8]
@@ -64,14 +61,14 @@ _NUMBER = re.compile(f"[-.－．0-9０-９][{_JOINTS}0-9０-９]*")
 
 
 def question_key(text: str) -> bytes:
-    """16 bytes that are the same for texts that ask the same, written another way.
+    """Return 16 bytes that are the same for a question written in another way.
 
-    Blind to white space, case, Unicode form (NFKC) and punctuation, Chinese too. Numbers are
-    hashed once more as they are written, so that 3-5, 3.5 and 35 stay apart. A text of nothing
-    but punctuation is its own key.
+    White space, case, Unicode form (NFKC) and punctuation, Chinese too, do not matter. Numbers are
+    hashed once more as they are written, so that 3-5, 3.5 and 35 stay apart. A text of nothing but
+    punctuation is hashed as it is.
     """
     is_ascii = text.isascii()
-    # Punctuation goes first: text without full-width forms then passes NFKC's quick check
+    # Punctuation goes first: most texts then pass the quick check of NFKC.
     kept = text.translate(_BLIND_ASCII).lower() if is_ascii else _BLIND.sub("", text)
     numbers = ""
     if _DIGIT.search(kept):
@@ -85,19 +82,19 @@ def question_key(text: str) -> bytes:
 
 
 def content_key(*texts: str) -> bytes:
-    """16 bytes of all texts of a row, exactly as they are, each in its place."""
+    """Return 16 bytes that stand for all texts of a row, exactly as they are, each in its place."""
     return _digest("\0".join(texts) + "\0".join(str(len(text)) for text in texts))
 
 
 def _digest(text: str) -> bytes:
-    # a lone surrogate is no reason to stop here: such rows are left out elsewhere
+    # Rows with lone surrogates are left out elsewhere.
     data = text.encode("utf-8", "surrogatepass")
-    return hashlib.blake2b(data, digest_size=KEY_BYTES, usedforsecurity=False).digest()
+    return hashlib.blake2b(data, digest_size=_KEY_BYTES, usedforsecurity=False).digest()
 
 
 @dataclass(frozen=True, eq=False)
 class Keys:
-    """What is known of each usable row, in reading order: n rows, 45 bytes each."""
+    """Keys of all n usable rows, in reading order."""
 
     question: Hashes
     """(n, 2): `question_key`, as little-endian numbers."""
@@ -106,16 +103,16 @@ class Keys:
     group: Hashes
     """(n,): hash of the row's source key; where it has none, the first half of its question key."""
     role: Codes
-    """(n,): code of the role of the file that the row came from, see `ROLES`."""
+    """(n,): code in `ROLES` of the role of the row's file."""
     source: NDArray[np.uint32]
-    """(n,): number of the source that the row came from."""
+    """(n,): number of the row's file."""
 
     def __len__(self) -> int:
         return len(self.role)
 
 
 class KeysBuilder:
-    """Collects the keys of rows, one `append` a row, without a Python object for any."""
+    """Collects the keys of rows without keeping Python objects for them."""
 
     def __init__(self) -> None:
         self._question = bytearray()
@@ -133,11 +130,11 @@ class KeysBuilder:
         """Add the next row in reading order.
 
         Args:
-            question: Its `question_key`.
-            content: Its `content_key`.
-            role: Role of its file.
-            source: Number of its source, below 2**32.
-            group: Its source key; '' if it has none.
+            question: Key of `question_key`.
+            content: Key of `content_key`.
+            role: Role of the row's file.
+            source: Number of the row's file.
+            group: Source key of the row; '' if it has none.
         """
         self._question += question
         self._content += content
@@ -146,7 +143,7 @@ class KeysBuilder:
         self._source.append(source)
 
     def build(self) -> Keys:
-        """The keys of all rows so far, in the builder's own memory: it takes no more rows."""
+        """Return the keys of all rows so far; they share memory, so that no row can be added."""
         return Keys(
             question=_numbers(self._question).reshape(-1, 2),
             content=_numbers(self._content).reshape(-1, 2),
@@ -157,7 +154,7 @@ class KeysBuilder:
 
 
 def _numbers(data: bytearray) -> Hashes:
-    """8 bytes a number; the same numbers on every machine."""
+    """Return 8 bytes a number; the same numbers on every machine."""
     numbers = np.frombuffer(data, np.uint64)
     return numbers if sys.byteorder == "little" else numbers.byteswap()
 
@@ -166,12 +163,12 @@ def find_repeats(keys: Keys) -> Codes:
     """Keep each row once, and no question in two roles.
 
     Returns:
-        (n,) `KEPT`, `DUPLICATE` (the same content came before in the same role) or `LEAKAGE` (the
-        question belongs to a row of a more protected role: test before dev before train).
+        (n,) `KEPT`, `DUPLICATE` (the content came before in the same role) or `LEAKAGE` (a more
+        protected role has the question: test before dev before train).
     """
     everything = np.ones(len(keys), np.bool_)
     reasons = np.zeros(len(keys), np.uint8)
-    # lexsort is stable: of equal contents the first in reading order comes first
+    # lexsort is stable: among equal contents the first in reading order comes first.
     order = np.lexsort((keys.role, keys.content[:, 1], keys.content[:, 0]))
     content, role = keys.content[order], keys.role[order]
     again = (content[1:] == content[:-1]).all(axis=1) & (role[1:] == role[:-1])
@@ -181,15 +178,14 @@ def find_repeats(keys: Keys) -> Codes:
 
 
 def leaks(keys: Keys, roles: Codes, mask: Mask) -> Mask:
-    """The rows whose question belongs to a row of a more protected role.
+    """Return the rows whose question belongs to a row of a more protected role.
 
-    To be asked again after `hold_out`: one question may stand in two groups of source keys, of
-    which one was held out.
+    Needed again after `hold_out`: two groups of source keys may share a question.
 
     Args:
-        keys: Of all rows.
-        roles: (n,) the role of each row, by its code.
-        mask: (n,) the rows that count; the others neither protect nor leak.
+        keys: Keys of all rows.
+        roles: (n,) code of each row's role.
+        mask: (n,) rows that count; the others neither protect nor leak.
     """
     rows = np.flatnonzero(mask)
     question, role = _identities(keys.question[rows]), roles[rows]
@@ -202,19 +198,16 @@ def leaks(keys: Keys, roles: Codes, mask: Mask) -> Mask:
 
 
 def hold_out(keys: Keys, kept: Mask, fraction: float, missing: Iterable[Role]) -> Codes:
-    """The role of every row after training rows were held out; ask `leaks` with it next.
+    """Return (n,) the role of every row after training rows were held out; next comes `leaks`.
 
     The share `fraction` of the groups goes to the missing roles in equal parts. A role that the
-    hash leaves empty gets the group standing lowest, as long as training keeps one.
+    hash leaves empty gets the group with the lowest hash, as long as training keeps one.
 
     Args:
-        keys: Of all rows.
-        kept: (n,) the rows that count; the others keep their role.
+        keys: Keys of all rows.
+        kept: (n,) rows that count; the others keep their role.
         fraction: Share of the groups to hold out, 0 to 1.
-        missing: Which of dev and test have no rows of their own; empty to hold out nothing.
-
-    Returns:
-        (n,) codes of `ROLES`.
+        missing: Roles (dev, test) without rows of their own; empty to hold out nothing.
     """
     roles = keys.role.copy()
     wanted = set(missing)
@@ -237,9 +230,9 @@ def hold_out(keys: Keys, kept: Mask, fraction: float, missing: Iterable[Role]) -
 
 
 def cap_sources(keys: Keys, mask: Mask, most_rows: int) -> Mask:
-    """Those of the rows of `mask` that stay when no source may give more than `most_rows`.
+    """Return the rows of `mask` that stay when no source may give more than `most_rows`.
 
-    A source over its cap keeps the rows of the lowest content hash: a fixed sample, in which a new
+    A source over its cap keeps the rows with the lowest content hashes: a sample in which a new
     row displaces at most one.
     """
     rows = np.flatnonzero(mask)
@@ -253,9 +246,9 @@ def cap_sources(keys: Keys, mask: Mask, most_rows: int) -> Mask:
 
 
 def sample(keys: Keys, mask: Mask, count: int, seed: int) -> Mask:
-    """`count` of the rows of `mask` (all, if there are fewer), chosen by seed and content.
+    """Return `count` of the rows of `mask` (all, if there are fewer), chosen by seed and content.
 
-    The same content is chosen again in a grown set unless rows that stand lower displace it, and a
+    In a grown set the same rows are chosen, unless new ones with lower hashes displace them. A
     larger sample holds every smaller one of the same seed.
     """
     rows = np.flatnonzero(mask)
@@ -267,7 +260,7 @@ def sample(keys: Keys, mask: Mask, count: int, seed: int) -> Mask:
 
 
 def _identities(pairs: Hashes) -> NDArray[np.int32]:
-    """(n,) a small number for each of the (n, 2) pairs, the same for equal ones alone."""
+    """Return (n,) a small number for each of the (n, 2) pairs, the same for equal ones alone."""
     order = np.lexsort((pairs[:, 1], pairs[:, 0]))
     numbers = np.zeros(len(pairs), np.int32)
     ordered = pairs[order]
@@ -276,7 +269,7 @@ def _identities(pairs: Hashes) -> NDArray[np.int32]:
 
 
 def _mixed(values: Hashes) -> Hashes:
-    """The finaliser of splitmix64 (Steele, Lea, Flood 2014): every bit in hangs on every bit."""
+    """Mix with the finaliser of splitmix64 (Steele, Lea, Flood 2014)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

@@ -1,9 +1,8 @@
-"""When two question-answer texts are nearly the same: shingles, numbers, names and answers.
+"""Shingles, numbers, names and answers by which two question-answer texts are compared.
 
-Guarantees: what counts as nearly the same is symmetric, blind to case, punctuation and Unicode
-form, and never blind to a number (in digits, in Chinese or in English words) or to a short answer.
-It knows names by their capitals inside a sentence, by 《》「」, and Latin words in Chinese text as
-such; names written small and other Chinese ones are words like any other. Pure standard library.
+The comparison is symmetric and ignores case, punctuation and Unicode form, but never a number (in
+digits, Chinese or English words) or a short answer. Names are found by capitals inside a sentence,
+by 《》「」, and as Latin words in Chinese text; others are words like any other.
 """
 
 from __future__ import annotations
@@ -12,15 +11,11 @@ import re
 import unicodedata
 from dataclasses import dataclass
 
-SHINGLE_WORDS = 3
-"""Words (Latin) or characters (Chinese) in a row that make a shingle. Of three, one exchanged word
-spoils three: a template with another noun in it stays under 0.8 unless it has 29 words or more."""
-
+# Answers up to this many words must be the same: they are labels and values.
 SHORT_ANSWER_WORDS = 5
-"""Answers up to this many words must be the same: labels and values are what is asked for."""
 
 SEPARATOR = "\0"
-"""Stands between question and answer; rows that hold it are quarantined."""
+"""Mark between question and answer; no row that passed the checks holds it."""
 
 _HAN = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _WORDS = re.compile(rf"[{_HAN}]|[^\W_{_HAN}]+")
@@ -43,12 +38,12 @@ _NUMERALS = frozenset(
 
 
 def as_text(question: str, answer: str) -> str:
-    """The text of a row, as `near` takes it."""
+    """Return the text by which a row is compared."""
     return f"{question}{SEPARATOR}{answer}"
 
 
 def sketch(text: str) -> tuple[list[str], str]:
-    """The shingles of a text (never none), and what another must share to be nearly the same."""
+    """Return the shingles of a text (at least one), and what a near-duplicate of it must share."""
     question, _, answer = text.partition(SEPARATOR)
     asked, answered = _words(question), _words(answer)
     shingles = _shingles(asked) + _shingles(answered) or [SEPARATOR]
@@ -57,7 +52,7 @@ def sketch(text: str) -> tuple[list[str], str]:
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """What a text is compared by."""
+    """Everything that `are_near` compares."""
 
     shingles: frozenset[str]
     answer: frozenset[str]
@@ -67,7 +62,7 @@ class Features:
 
 
 def features(text: str) -> Features:
-    """Everything that `are_near` looks at."""
+    """Return the features of a text of `as_text`."""
     question, _, answer = text.partition(SEPARATOR)
     asked, answered = _words(question), _words(answer)
     of_answer = _shingles(answered)
@@ -81,10 +76,10 @@ def features(text: str) -> Features:
 
 
 def are_near(one: Features, other: Features, threshold: float) -> bool:
-    """Whether both ask and answer the same, but for a few words.
+    """Return whether both ask and answer the same, but for a few words.
 
     Their shingles and those of their answers have a Jaccard similarity of at least `threshold`,
-    their numbers are the same multiset, short answers are equal, and each has the other's names.
+    their numbers and short answers are equal, and each text holds the other's names.
     """
     return (
         one.telling == other.telling
@@ -96,13 +91,13 @@ def are_near(one: Features, other: Features, threshold: float) -> bool:
 
 
 def jaccard(one: frozenset[str], other: frozenset[str]) -> float:
-    """Size of the intersection over that of the union; 0 if both are empty."""
+    """Return the size of the intersection over that of the union; 0 if both are empty."""
     common = len(one & other)
     return common / ((len(one) + len(other) - common) or 1)
 
 
 def _words(text: str) -> list[str]:
-    """Words in lower case, Chinese characters one by one, no punctuation."""
+    """Return words in lower case, Chinese characters one by one, without punctuation."""
     if text.isascii():
         return _ASCII_WORDS.findall(text.lower())  # twice as fast
     # in two steps: joined without punctuation, most texts pass NFKC's quick check
@@ -110,13 +105,15 @@ def _words(text: str) -> list[str]:
     return unicodedata.normalize("NFKC", words).split()
 
 
+# Three words, or Chinese characters, in a row. An exchanged word spoils three of them: a template
+# with another noun in it stays under 0.8 unless it has 29 words or more.
 def _shingles(words: list[str]) -> list[str]:
     triples = map(" ".join, zip(words, words[1:], words[2:], strict=False))
     return list(triples) or ([" ".join(words)] if words else [])
 
 
 def _telling(text: str, words: list[str], answer: list[str]) -> str:
-    """The numbers, sorted, and a short answer."""
+    """Return the numbers, sorted, and a short answer."""
     found: list[str] = []
     if _HAS_DIGIT.search(text):
         found = [word for word in words if _HAS_DIGIT.search(word)]
@@ -128,7 +125,7 @@ def _telling(text: str, words: list[str], answer: list[str]) -> str:
 
 
 def _names(text: str, words: list[str]) -> list[str]:
-    """What the text names, in lower case."""
+    """Return the names in the text, in lower case."""
     latin = _LATIN.findall(text)
     in_chinese = not text.isascii() and 2 * len(latin) < len(words)
     found = latin if in_chinese else _NAME.findall(text)

@@ -1,7 +1,7 @@
-"""From placed rows to token files: too long ones left out or shortened, the rest written in order.
+"""Tokenising of placed rows into files, a batch at a time.
 
-Guarantees: an answer or an end token is never cut; a row that would train nothing is not written;
-every row that is not written has its reason in the placement. A batch of rows is held at a time.
+An answer or an end token is never cut. A row that is too long, or in which nothing carries loss, is
+not written, and its fate says so.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _QUESTION_CHARACTERS = 400
 
 @dataclass(frozen=True)
 class Tokens:
-    """What tokenising found out."""
+    """Lengths of the tokenised rows."""
 
     train: LengthSummary
     dev: LengthSummary
@@ -56,10 +56,8 @@ def tokenize_table(
 ) -> Tokens:
     """Write train.arrow and dev.arrow into `folder`; rows left out get their fate in `placement`.
 
-    Rows behind the one that fills `max_rows` are not tokenised.
-
     Raises:
-        DataLoadingError: rows are too long and the config says to fail then.
+        DataLoadingError: rows are too long, and `too_long` is 'fail'.
         TokenizerError: the template cannot be used.
     """
     with ExitStack() as stack:
@@ -88,7 +86,7 @@ def tokenize_table(
 
 @dataclass
 class _Work:
-    """What goes on from batch to batch."""
+    """State between batches."""
 
     keys: Keys
     placement: Placement
@@ -105,6 +103,7 @@ class _Work:
     def batch(self, start: int, rows: Sequence[QaRow]) -> None:
         """Tokenise the rows that are used; `start` is the position of the first one."""
         fates = self.placement.fates[start : start + len(rows)]
+        # Rows beyond `max_rows` are not even tokenised.
         if self.trained_rows == self.config.max_rows:
             fates[fates == Fate.TRAIN] = Fate.NOT_USED
         used = np.flatnonzero(np.isin(fates, _TOKENIZED)).tolist()
@@ -160,11 +159,8 @@ class _Work:
         return tokenized if len(tokenized.input_ids) <= limit else None
 
 
-# --- the same in two steps, for small data ---
-
-
 def format_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[QaRow]) -> Dataset:
-    """Rendered conversations: columns `segments` (texts in order) and `trained` (which of them)."""
+    """Render rows into the columns of `DataPipeline.format_for_qwen`."""
     from datasets import Dataset, Features, List, Value
 
     rendered = [chat.render_row(tokenizer, row) for row in rows]
@@ -179,7 +175,7 @@ def format_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[QaRow]) -> Da
 def tokenize_formatted(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: TrainingConfig
 ) -> Dataset:
-    """Token ids and trained ranges of what `format_rows` gave; see `DataPipeline`."""
+    """Tokenise the result of `format_rows`; see `DataPipeline.tokenize_dataset`."""
     from datasets import Dataset, Features, List, Value
 
     columns: dict[str, list[Any]] = {"input_ids": [], "trained": [], "length": []}

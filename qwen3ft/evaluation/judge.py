@@ -23,7 +23,7 @@ import httpx
 
 from qwen3ft.chat.thinking import split_thinking
 from qwen3ft.config import TrainingConfig
-from qwen3ft.data.safety import shown
+from qwen3ft.data.safety import safe_excerpt
 from qwen3ft.evaluation.answers import Question, choose_questions
 from qwen3ft.evaluation.judge_client import Endpoint, Limits, open_client
 from qwen3ft.files import read_json_lines, sha256_json
@@ -167,8 +167,8 @@ class _Panel:
 def make_messages(pair: SideBySide, first: str, second: str) -> list[dict[str, str]]:
     """Return the messages that ask the judge to compare the answers `first` and `second`."""
     texts = {
-        "QUESTION": shown(pair.question, TEXT_CHARACTERS),
-        "RIGHT ANSWER": shown(pair.reference, TEXT_CHARACTERS),
+        "QUESTION": safe_excerpt(pair.question, TEXT_CHARACTERS),
+        "RIGHT ANSWER": safe_excerpt(pair.reference, TEXT_CHARACTERS),
         "FIRST ANSWER": first or "(empty)",
         "SECOND ANSWER": second or "(empty)",
     }
@@ -204,7 +204,7 @@ def _outcome(candidate_first: _Choice | None, candidate_second: _Choice | None) 
 
 def _answer(text: str) -> str:
     """Return the answer in `text` as it is judged: without reasoning, masked and cut."""
-    return shown(split_thinking(text)[1], TEXT_CHARACTERS)
+    return safe_excerpt(split_thinking(text)[1], TEXT_CHARACTERS)
 
 
 def _of_rival(pair: SideBySide, rival: RivalLabel) -> str:

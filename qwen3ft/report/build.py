@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from qwen3ft.chat.thinking import split_thinking
 from qwen3ft.config import EMBEDDED_MODEL_NAME, TrainingConfig
-from qwen3ft.data.safety import shown
+from qwen3ft.data.safety import safe_excerpt
 from qwen3ft.errors import FinetuneError
 from qwen3ft.evaluation.answers import exact_match
 from qwen3ft.evaluation.wording import judge_note
@@ -139,8 +139,8 @@ def _failure(error: BaseException | None) -> FailureSection:
     what, why = str(error or ""), ""
     if isinstance(error, FinetuneError):
         what, why = error.what, error.why
-    what = shown(what, FAILURE_CHARACTERS) or kind
-    return FailureSection(kind=kind, what=what, why=shown(why, REASON_CHARACTERS))
+    what = safe_excerpt(what, FAILURE_CHARACTERS) or kind
+    return FailureSection(kind=kind, what=what, why=safe_excerpt(why, REASON_CHARACTERS))
 
 
 def _plan_section(table: PlanTable) -> PlanSection:
@@ -192,8 +192,8 @@ def answered_question(pair: SideBySide) -> AnsweredQuestion:
     """Return a question with its answers, masked and cut, without their reasoning."""
     given = {"base": pair.base, "champion": pair.champion, "candidate": pair.candidate}
     return AnsweredQuestion(
-        question=shown(pair.question, QUESTION_CHARACTERS),
-        reference=shown(pair.reference, ANSWER_CHARACTERS),
+        question=safe_excerpt(pair.question, QUESTION_CHARACTERS),
+        reference=safe_excerpt(pair.reference, ANSWER_CHARACTERS),
         split=pair.split,
         answers=tuple(
             ModelAnswer(model=label, text=_answer(text), right=exact_match(text, pair.reference))
@@ -206,7 +206,7 @@ def answered_question(pair: SideBySide) -> AnsweredQuestion:
 def _answer(text: str) -> str:
     thinking, answer = split_thinking(text)
     if answer:
-        return shown(answer, ANSWER_CHARACTERS)
+        return safe_excerpt(answer, ANSWER_CHARACTERS)
     return "(no answer: the reasoning did not end)" if thinking else "(no answer)"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from qwen3ft.data.safety import shown
+from qwen3ft.data.safety import safe_excerpt
 from qwen3ft.records.data import DataChange, DatasetManifest
 from qwen3ft.records.run_card import DataSection, FileLine
 from qwen3ft.report.safe_text import EXAMPLE_CHARACTERS, escape_markdown, markdown_table
@@ -33,7 +33,7 @@ def data_section(manifest: DatasetManifest, change: DataChange) -> DataSection:
         since=change.since,
         new_rows=change.new_rows,
         files=tuple(_files(manifest, change)),
-        examples=tuple(shown(text, EXAMPLE_CHARACTERS) for text in change.examples),
+        examples=tuple(safe_excerpt(text, EXAMPLE_CHARACTERS) for text in change.examples),
         warnings=manifest.warnings,
     )
 

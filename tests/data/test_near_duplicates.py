@@ -10,8 +10,8 @@ from random import Random
 import numpy as np
 import pytest
 
-from qwen3ft.data.near_duplicates import BUCKET_ROWS, NearDuplicates, as_text
-from qwen3ft.data.text_features import are_near, features, jaccard
+from qwen3ft.data.near_duplicates import BUCKET_ROWS, NearDuplicates
+from qwen3ft.data.text_features import are_near, as_text, features, jaccard
 from qwen3ft.embedded import DATA_DIR
 
 LATIN = ["".join(Random(i).choices("abcdefghijklmnop", k=3 + i % 6)) for i in range(4000)]

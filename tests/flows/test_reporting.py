@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support.finished_run import make_outcome, make_plan, make_snapshot
 from support.reported_run import CHAMPION, HOSTILE, SECRET, make_facts, make_report
 
-from qwen3ft.data.safety import shown
+from qwen3ft.data.safety import safe_excerpt
 from qwen3ft.errors import FinetuneError, error_kinds
 from qwen3ft.jobs.folders import RunDir, write_record
 from qwen3ft.records.preflight import PreflightReport, WorstBatches
@@ -148,7 +148,7 @@ def test_charts_stay_within_their_box_and_have_ticks() -> None:
 @given(st.text() | st.sampled_from(HOSTILE), st.integers(1, 60))
 def test_shown_text_is_cut_and_has_no_controls(text: str, most: int) -> None:
     """Line breaks may stay; the note of what is missing is the only thing added."""
-    told = shown(text, most)
+    told = safe_excerpt(text, most)
     assert len(told) <= most + 40
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", told)
 
@@ -157,8 +157,8 @@ def test_half_a_secret_is_never_shown() -> None:
     """Wherever the cut is, and even if a control stands in its middle."""
     text = f"before {SECRET} after"
     for most in range(1, 60):
-        assert SECRET[:9] not in shown(text, most)
-    assert SECRET[:9] not in shown(f"x {SECRET[:12]}\x00{SECRET[12:]} y", 60)
+        assert SECRET[:9] not in safe_excerpt(text, most)
+    assert SECRET[:9] not in safe_excerpt(f"x {SECRET[:12]}\x00{SECRET[12:]} y", 60)
 
 
 @given(st.text(alphabet="ab 1.)-+*_#<>&|[]()!`~\\\n:/w", max_size=30))
