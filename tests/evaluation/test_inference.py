@@ -208,7 +208,7 @@ def test_what_a_model_answered_is_not_generated_again(
         assert again.model_copy(update={"label": theirs}) == before
     longer = other.config.model_copy(update={"max_new_tokens": 17})
     changed = other.model_copy(update={"config": longer, "champion": None})
-    monkeypatch.setattr("qwen3ft.evaluation.inference.ability_rows", lambda _: [])
+    monkeypatch.setattr("qwen3ft.evaluation.inference.read_ability_rows", lambda _: [])
     report = run_inference(changed, lambda phase, _: phases.add(phase))
     assert report.generated == dict.fromkeys(("base", "candidate"), night.config.inference_rows)
     assert "base answers" in phases
