@@ -118,7 +118,7 @@ class ParityReport(Record):
             if score.lost_answers > self.max_lost_answers:
                 found.append(
                     f"{score.form}: {score.lost_answers:.1%} of {self.rows} rows are no longer "
-                    f"answered right (limit {self.max_lost_answers:.1%})"
+                    f"answered correctly (limit {self.max_lost_answers:.1%})"
                 )
         return tuple(found)
 

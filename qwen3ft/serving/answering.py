@@ -1,6 +1,6 @@
-"""The worker's side of asking a model: it waits for questions and writes answers piece by piece.
+"""The worker's side of a chat: read questions from a file, and stream the answers into another.
 
-Answers are greedy, as they were tested. See `qwen3ft.records.requests` for the files in between.
+Answers are greedy, as they were in the inference test.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ BEAT_SECONDS = 1.0
 
 
 def answer_session(request: AskRequest, job: JobDir, beat: Callable[[str], None]) -> ChatEnded:
-    """Load the adapter, then answer questions until told that there are no more.
+    """Load the adapter, then answer questions until the chat ends.
 
     Raises:
         ModelNotFoundError, SaveError, ModelUnavailableError: as `load_finetuned_model`.
         TokenizerError: the chat template cannot be used.
     """
     model, tokenizer = InferenceTester(request.config).load_finetuned_model(request.adapter)
-    speaker = Responder(model, tokenizer, request, job, beat)
-    speaker.tell(Chunk(kind="ready"))
+    responder = Responder(model, tokenizer, request, job, beat)
+    responder.send(Chunk(kind="ready"))
     offset = answered = 0
     while True:
         lines, offset = read_json_lines(job.questions, offset)
         for line in lines:
-            asking = ChatQuestion.model_validate(line)
-            if asking.end or job.stop.exists():
+            question = ChatQuestion.model_validate(line)
+            if question.end or job.stop.exists():
                 return ChatEnded(answered=answered)
-            speaker.answer(asking.messages)
+            responder.answer(question.messages)
             answered += 1
-        speaker.beat("wait")
+        responder.beat("wait")
         time.sleep(WAIT_SECONDS)
 
 
 class Responder:
-    """Answers with one model and tells what it writes."""
+    """A loaded model that streams its answers."""
 
     def __init__(
         self,
@@ -63,18 +63,18 @@ class Responder:
         self._beat = beat
         self._beaten = 0.0
 
-    def tell(self, piece: Chunk) -> None:
-        """Give a piece to whoever asked."""
-        append_json_line(self.job.pieces, piece.model_dump(mode="json"))
+    def send(self, chunk: Chunk) -> None:
+        """Send a chunk to the process that asked."""
+        append_json_line(self.job.pieces, chunk.model_dump(mode="json"))
 
     def beat(self, phase: str) -> None:
-        """Give a sign of life, once a second."""
+        """Write a heartbeat, at most once a second."""
         if time.monotonic() - self._beaten >= BEAT_SECONDS:
             self._beaten = time.monotonic()
             self._beat(phase)
 
     def answer(self, messages: tuple[dict[str, Any], ...]) -> None:
-        """Write the assistant's next turn."""
+        """Stream the assistant's next turn."""
         import torch
         from transformers import StoppingCriteriaList
 
@@ -84,10 +84,10 @@ class Responder:
         prompt = generation_prompt(self.tokenizer, messages, thinking)
         splitter = ThinkingSplitter(opened=prompt.rstrip().endswith(THINK_OPEN))
 
-        def told(text: str, end: bool) -> None:
-            self._tell_parts(splitter.feed(text))
+        def emit(text: str, end: bool) -> None:
+            self._send_parts(splitter.feed(text))
             if end:
-                self._tell_parts(splitter.close())
+                self._send_parts(splitter.close())
 
         inputs = torch.tensor([ids], device=self.model.device)
         output = self.model.generate(
@@ -96,19 +96,19 @@ class Responder:
             generation_config=greedy_settings(
                 self.model, self.tokenizer, self.request.config.max_new_tokens
             ),
-            streamer=_streamer(self.tokenizer, told),
+            streamer=_streamer(self.tokenizer, emit),
             stopping_criteria=StoppingCriteriaList([self._watch]),
         )
         written = output[0, len(ids) :].tolist()
         stopped = bool(written) and written[-1] in end_tokens(self.model, self.tokenizer)
-        self.tell(Chunk(kind="end", tokens=len(written), stopped=stopped))
+        self.send(Chunk(kind="end", tokens=len(written), stopped=stopped))
 
-    def _tell_parts(self, parts: list[ThinkingChunk]) -> None:
+    def _send_parts(self, parts: list[ThinkingChunk]) -> None:
         for kind, text in parts:
-            self.tell(Chunk(kind=kind, text=text))
+            self.send(Chunk(kind=kind, text=text))
 
     def _watch(self, tokens: torch.Tensor, _: Any, **__: Any) -> torch.Tensor:
-        """A stopping criterion: whether the answer is not wanted any more."""
+        """Stop generating once the chat has been ended (a stopping criterion)."""
         import torch
 
         self.beat("answer")
@@ -116,12 +116,12 @@ class Responder:
         return torch.full((len(tokens),), unwanted, dtype=torch.bool, device=tokens.device)
 
 
-def _streamer(tokenizer: PreTrainedTokenizerBase, told: Callable[[str, bool], None]) -> Any:
-    """Transformers' streamer, which gives text out where no later token can change it."""
+def _streamer(tokenizer: PreTrainedTokenizerBase, emit: Callable[[str, bool], None]) -> Any:
+    """Return Transformers' streamer: it emits text as soon as no later token can change it."""
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            told(text, stream_end)
+            emit(text, stream_end)
 
     return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

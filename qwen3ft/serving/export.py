@@ -1,15 +1,15 @@
-"""An adapter merged into its base, as a folder to serve from, if it still is what was tested.
+"""Export an adapter merged into its base model, if it still answers like the tested adapter.
 
     <target>/
-      merged/         safetensors in bfloat16, config and tokenizer: what transformers and vLLM load
+      merged/         safetensors in bfloat16, config and tokenizer, for transformers and vLLM
       adapter/        the adapter itself, for servers that take adapters
-      Modelfile       for Ollama, where the chat template is a known one
-      SERVING.md      the commands, and what of all this was tested
-      parity.json     what the three forms of the model make of held-out rows
-      manifest.json   last: sha256 of every file
+      Modelfile       for Ollama, if the chat template is a known one
+      SERVING.md      commands to serve it, and the comparison
+      parity.json     scores of the three forms of the model on held-out rows
+      manifest.json   written last: sha256 of every file
 
-Guarantees: all or nothing, and nothing where the merged model drifted past its limits; disk is
-looked at first; models are loaded by a worker alone, within the memory budget.
+The folder is written completely or not at all. Models are loaded by a worker only, within the
+memory budget.
 """
 
 from __future__ import annotations
@@ -36,30 +36,29 @@ ROWS_FILE = "test.jsonl"
 
 
 def find_held_out(config: TrainingConfig, adapter: Path) -> Path:
-    """The file of the rows that no training of this adapter showed.
+    """Return the file of held-out rows that the adapter was tested on.
 
-    That is the one its inference test read; without it, the one among the cached data sets that has
-    the digest of the adapter's run card.
+    That is the file that its inference test read, or else the cached data set with its digest.
 
     Raises:
-        DataLoadingError: neither is here.
+        DataLoadingError: neither exists any more.
     """
-    card = read_provenance(adapter)
-    digest = card["data"]["digest"]
-    for folder in (*_folder_tested(config, card), *_cached_folders(config)):
+    provenance = read_provenance(adapter)
+    digest = provenance["data"]["digest"]
+    for folder in (*_folder_tested(config, provenance), *_cached_folders(config)):
         facts = read_manifest_facts(folder)
         if facts.get("digest") == digest and find_damage(folder) is None:
             return folder / ROWS_FILE
     raise DataLoadingError(
-        f"The held-out rows of run {card['run_id']} are not on this machine any more.",
+        f"The held-out rows of run {provenance['run_id']} are no longer on this machine.",
         why=f"No data set with digest {digest[:16]} is in {Path(config.cache_dir) / 'datasets'}.",
         next_command=f"qwen3ft export --adapter {adapter} --rows FILE.jsonl",
         digest=digest,
     )
 
 
-def _folder_tested(config: TrainingConfig, card: dict[str, Any]) -> list[Path]:
-    request = RunDir(Path(config.runs_dir) / card["run_id"]).job("inference").request
+def _folder_tested(config: TrainingConfig, provenance: dict[str, Any]) -> list[Path]:
+    request = RunDir(Path(config.runs_dir) / provenance["run_id"]).job("inference").request
     if not request.is_file():
         return []
     return [Path(json.loads(request.read_text(encoding="utf-8"))["questions_path"]).parent]
@@ -74,10 +73,10 @@ logger = get_logger("export")
 MERGED_FOLDER, ADAPTER_FOLDER, PARITY_FILE = "merged", "adapter", "parity.json"
 
 EXPORT_SPARE_BYTES = 2**26
-"""Kept free beyond the weights: the tokenizer, the adapter and the file system's own blocks."""
+"""Disk needed beyond the weights: tokenizer, adapter and blocks of the file system."""
 
 EXPORT_KIND = "export"
-"""Fact of an export's manifest: only such a folder is replaced by another export."""
+"""Kind in an export's manifest: only such a folder is replaced by another export."""
 
 
 def export_adapter(
@@ -91,44 +90,44 @@ def export_adapter(
     """Write `adapter` merged into its base model to the folder `target`.
 
     Args:
-        config: Budget, limits and folders of this machine.
+        config: Budget and folders of this machine.
         adapter: A saved adapter.
-        target: New, empty, or an earlier export, which is replaced.
+        target: A new or empty folder, or an earlier export, which is replaced.
         rows: Held-out rows (jsonl) to compare on.
-        device: Where the worker computes.
+        device: Device of the worker.
         limits: Extent and limits of the comparison; the defaults if None.
 
     Raises:
-        ExportDriftError: the merged model is not close enough; `target` is as it was.
+        ExportDriftError: the merged model drifted past a limit; `target` is unchanged.
         ModelNotFoundError, SaveError: the adapter is missing, damaged, or cannot be merged.
         ModelUnavailableError: the 4-bit base that it was trained on is gone.
         EnvironmentNotReadyError: the disk is too full.
         RequestError: `target` holds something else.
     """
     check_adapter(adapter)
-    card = read_provenance(adapter)
+    provenance = read_provenance(adapter)
     find_base(adapter)
     _require_place(target)
-    base = _fetch_base(card)
+    base = _fetch_base(provenance)
     shape = check_model_folder(base)
     require_disk(
         target,
         2 * shape.total_parameters + EXPORT_SPARE_BYTES,
         "The merged model",
-        "The disk is too full; an earlier export stays until the new one is there.",
+        "The disk is too full; an earlier export is only removed once the new one is complete.",
     )
     scratch = Path(config.cache_dir).resolve() / "export"
     scratch.mkdir(parents=True, exist_ok=True)
-    job_folder = Path(tempfile.mkdtemp(dir=scratch))  # its own: two exports may run side by side
+    job_folder = Path(tempfile.mkdtemp(dir=scratch))  # its own: exports may run in parallel
     reports: list[ParityReport] = []
 
     def fill(staging: Path) -> None:
         (staging / MERGED_FOLDER).mkdir()
         request = ExportRequest(
-            config=_asking_like_the_run(config, card),
+            config=_with_settings_of_the_run(config, provenance),
             base=str(base),
             adapter=str(adapter.resolve()),
-            quantization=card["base"]["quantization"],
+            quantization=provenance["base"]["quantization"],
             shape=shape,
             merged=str(staging / MERGED_FOLDER),
             rows_path=str(rows.resolve()),
@@ -141,36 +140,35 @@ def export_adapter(
         reports.append(report)
         write_record(staging / PARITY_FILE, report)
         shutil.copytree(adapter, staging / ADAPTER_FOLDER)
-        write_serving_files(staging, card, report)
+        write_serving_files(staging, provenance, report)
 
     weights = sha256_file(adapter / ADAPTER_FILE)
-    build_folder(target, fill, {"kind": EXPORT_KIND, "run_id": card["run_id"], "adapter": weights})
+    build_folder(
+        target, fill, {"kind": EXPORT_KIND, "run_id": provenance["run_id"], "adapter": weights}
+    )
     shutil.rmtree(job_folder, ignore_errors=True)
-    logger.info("exported the adapter of run %s to %s", card["run_id"], target)
+    logger.info("exported the adapter of run %s to %s", provenance["run_id"], target)
     return reports[0]
 
 
-def _fetch_base(card: dict[str, Any]) -> Path:
-    """The unquantised base model of the run card, downloaded if it is not cached.
-
-    A local folder that changed since is used with a warning: whether that matters is what the
-    comparison is there to find.
-    """
+def _fetch_base(provenance: dict[str, Any]) -> Path:
+    """Return the folder of the unquantised base model, downloaded if it is not cached."""
     source = ModelSource.model_validate(
-        {name: card["base"][name] for name in ModelSource.model_fields}
+        {name: provenance["base"][name] for name in ModelSource.model_fields}
     )
     if source.local_path is not None:
         found = resolve_model(TrainingConfig(model_name=source.model_name))
+        # Only a warning: the comparison will find out whether the change matters.
         if found.revision != source.revision:
-            logger.warning("%s changed since the adapter was trained", found.local_path)
+            logger.warning("%s has changed since the adapter was trained", found.local_path)
         return fetch_model(found)
     return fetch_model(source)
 
 
-def _asking_like_the_run(config: TrainingConfig, card: dict[str, Any]) -> TrainingConfig:
-    """`config` with those settings of the run that say how it is asked."""
+def _with_settings_of_the_run(config: TrainingConfig, provenance: dict[str, Any]) -> TrainingConfig:
+    """Return `config` with the settings of the run that change how the model is asked."""
     asked = ("max_new_tokens", "special_tokens_in_text", "reasoning_separator")
-    theirs = card["config"]
+    theirs = provenance["config"]
     return config.model_copy(update={name: theirs[name] for name in asked if name in theirs})
 
 
@@ -178,8 +176,8 @@ def _require_place(target: Path) -> None:
     is_export = read_manifest_facts(target).get("kind") == EXPORT_KIND
     if target.exists() and not is_export and not (target.is_dir() and not any(target.iterdir())):
         raise RequestError(
-            f"{target} is no empty folder and no earlier export.",
-            why="Only an export is replaced by another one.",
+            f"{target} is neither an empty folder nor an earlier export.",
+            why="An export never replaces other files.",
             next_command=f"ls {target}",
         )
 
@@ -188,7 +186,7 @@ def _require_parity(report: ParityReport, adapter: Path) -> None:
     if objections := report.objections:
         raise ExportDriftError(
             f"The export is refused: {'; '.join(objections)}.",
-            why="Merging, or quantising the result again, changed the model that was tested.",
+            why="Merging, or quantising the result again, changed the tested model too much.",
             next_command=f"qwen3ft chat --adapter {adapter}",
             report=report.model_dump(mode="json"),
         )

@@ -1,10 +1,8 @@
-"""What stands beside an export: how vLLM and Ollama are started with it.
+"""SERVING.md and the Modelfile of an export: how to serve it with vLLM and Ollama.
 
-Guarantees: the Ollama template of each known chat template is tested to render conversations as
-that template does (`tests/serving/test_instructions.py`: by Go's own engine where there is one).
-Where the chat template is none of them, no Modelfile is written. Neither server is started by any
-test: their options are those of their documentation. Tools are not offered by the Ollama templates:
-Ollama writes schemas in another spacing than the one trained.
+Each Ollama template is tested to render conversations like its chat template; for any other chat
+template no Modelfile is written. No test starts either server: the options are those of their
+documentation.
 """
 
 from __future__ import annotations
@@ -20,8 +18,9 @@ from qwen3ft.records.requests import ParityReport
 MODELFILE, SERVING = "Modelfile", "SERVING.md"
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The values that vLLM's --max-lora-rank takes (vllm/config/lora.py)."""
+"""Values that vLLM accepts for --max-lora-rank (vllm/config/lora.py)."""
 
+# Without tools: Ollama writes their schemas in another spacing than the one trained.
 _TURNS = """\
 {{- $asked := -1 }}{{ $last := -1 }}
 {{- range $at, $_ := .Messages }}{{ $last = $at -}}
@@ -51,12 +50,12 @@ _THINK_UNLESS_REFUSED = "{{ if and .IsThinkSet (not .Think) }}" + _EMPTY_BLOCK +
 
 
 def ollama_template(name: str, *, thinking: bool) -> str | None:
-    """Ollama's form (Go) of the chat template `name` of `KNOWN_TEMPLATES`; None for any other.
+    """Return the chat template `name` of `KNOWN_TEMPLATES` in Ollama's language (Go), else None.
 
     Args:
-        name: Whose template it is.
-        thinking: Whether the adapter was trained to think first; if not, thinking is off until it
-            is asked for, as in training.
+        name: Name of the chat template.
+        thinking: True if the adapter was trained to think first; if not, thinking is off unless
+            the user asks for it.
     """
     if name == "Qwen3-Instruct-2507":
         return _TURNS % ""
@@ -67,83 +66,84 @@ def ollama_template(name: str, *, thinking: bool) -> str | None:
     return None
 
 
-def write_serving_files(folder: Path, card: dict[str, Any], report: ParityReport) -> None:
-    """Write SERVING.md, and a Modelfile if there is a template for it, into the export `folder`.
+def write_serving_files(folder: Path, provenance: dict[str, Any], report: ParityReport) -> None:
+    """Write SERVING.md, and a Modelfile if the template is known, into the export `folder`.
 
     Args:
-        folder: With `merged` and `adapter` in it.
-        card: The adapter's run card.
-        report: What comparing the forms gave.
+        folder: Contains `merged` and `adapter`.
+        provenance: The adapter's `provenance.json`.
+        report: Comparison of the forms.
     """
     stored = folder / "merged" / "chat_template.jinja"
     text = stored.read_bytes() if stored.is_file() else b""
     name = KNOWN_TEMPLATES.get(hashlib.sha256(text).hexdigest(), "")
     template = ollama_template(name, thinking=report.thinking)
     if template is not None:
-        modelfile = _modelfile(template, card)
+        modelfile = _modelfile(template, provenance)
         (folder / MODELFILE).write_text(modelfile, encoding="utf-8")
-    serving = _serving(card, report, name if template is not None else "")
+    serving = _serving(provenance, report, name if template is not None else "")
     (folder / SERVING).write_text(serving, encoding="utf-8")
 
 
-def _modelfile(template: str, card: dict[str, Any]) -> str:
+def _modelfile(template: str, provenance: dict[str, Any]) -> str:
     return f'''# ollama create NAME -f Modelfile      (in this folder)
 FROM ./merged
 TEMPLATE """{template}"""
 PARAMETER stop "{END_TOKEN}"
-# as it was tested: greedy, and no longer than that
+# as in the test: greedy, and at most this many tokens
 PARAMETER temperature 0
-PARAMETER num_predict {card["config"]["max_new_tokens"]}
+PARAMETER num_predict {provenance["config"]["max_new_tokens"]}
 '''
 
 
-def vllm_lora_command(card: dict[str, Any], adapter: str) -> str:
-    """The command that serves the base model with the adapter on it."""
-    base = card["base"]
-    rank = card["plan"]["adapter"]["r"]
+def vllm_lora_command(provenance: dict[str, Any], adapter: str) -> str:
+    """Return the command that serves the base model with the adapter on it."""
+    base = provenance["base"]
+    rank = provenance["plan"]["adapter"]["r"]
     allowed = next((limit for limit in VLLM_RANKS if limit >= rank), rank)
     revision = [] if base["local_path"] else ["--revision", base["revision"]]
     words = [
         *("vllm", "serve", base["local_path"] or base["model_name"], *revision),
         *("--enable-lora", "--max-lora-rank", str(allowed)),
-        *("--lora-modules", f"{card['run_id']}={adapter}"),
+        *("--lora-modules", f"{provenance['run_id']}={adapter}"),
         *("--chat-template", f"{adapter}/chat_template.jinja"),
     ]
     return shlex.join(words)
 
 
-def _serving(card: dict[str, Any], report: ParityReport, template_name: str) -> str:
+def _serving(provenance: dict[str, Any], report: ParityReport, template_name: str) -> str:
     rows = "\n".join(
         f"| {score.form} | {score.exact_match:.1%} | {score.answer_loss:.4f} "
         f"| {score.loss_drift:+.4f} | {score.same_answers:.1%} | {score.lost_answers:.1%} |"
         for score in report.scores
     )
-    degraded = "; ".join(card.get("degraded", ())) or "no"
-    return f"""# Run {card["run_id"]}, merged into {card["base"]["model_name"]}
+    degraded = "; ".join(provenance.get("degraded", ())) or "no"
+    return f"""# Run {provenance["run_id"]}, merged into {provenance["base"]["model_name"]}
 
-Compared on {report.rows} held-out rows, greedy, before this folder was made. Limits: answer loss
-{report.max_loss_drift:+g} nats per token, {report.max_lost_answers:.1%} of the rows.
+Compared on {report.rows} held-out rows with greedy decoding, before this folder was written.
+Limits: answer loss {report.max_loss_drift:+g} nats per token, {report.max_lost_answers:.1%} lost
+answers.
 Degraded: {degraded}.
 
 | form | exact match | answer loss | drift | same answers | lost answers |
 |---|---|---|---|---|---|
 {rows}
 
-"adapter" is what was tested and promoted: the adapter on weights in 4 bits
-({card["base"]["quantization"]}).
+"adapter" is the form that was tested and promoted: the adapter on 4-bit weights
+({provenance["base"]["quantization"]}). A lost answer is one that only the adapter gets right.
 
 ## vLLM
 
 The adapter on the base model, which other adapters can share:
 
 ```
-{vllm_lora_command(card, "./adapter")}
+{vllm_lora_command(provenance, "./adapter")}
 ```
 
 The merged model:
 
 ```
-vllm serve ./merged --served-model-name {card["run_id"]}
+vllm serve ./merged --served-model-name {provenance["run_id"]}
 ```
 
 {_ollama(template_name)}
@@ -154,17 +154,18 @@ def _ollama(template_name: str) -> str:
     if not template_name:
         return """## Ollama
 
-There is no Modelfile: the chat template in `merged` is none of those that an Ollama template was
-tested against."""
+There is no Modelfile, because the chat template in `merged` is not one of those that have a tested
+Ollama template."""
     return f"""## Ollama
 
 ```
 ollama create NAME -f Modelfile
 ```
 
-Ollama takes no safetensors adapter for Qwen3, so the Modelfile starts from `merged`. Versions that
-answer "unsupported architecture" need the file that llama.cpp's `convert_hf_to_gguf.py merged`
-makes; put its name after FROM. The template renders as the chat template of {template_name} does:
-system prompt, turns, reasoning, thinking on and off. Not covered: tools, system messages after the
-first turn, and several messages of one role in a row, which Ollama joins.
+Ollama does not load safetensors adapters for Qwen3, so the Modelfile starts from `merged`. If your
+version answers "unsupported architecture", convert the model with llama.cpp's
+`convert_hf_to_gguf.py merged` and put the name of the resulting file after FROM. The template
+renders like the chat template of {template_name}: system prompt, turns, reasoning, thinking on and
+off. Not covered: tools, system messages after the first turn, and several messages of one role in a
+row, which Ollama joins.
 """

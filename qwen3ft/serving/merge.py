@@ -1,12 +1,10 @@
-"""The adapter added into its base model's own weights, tensor by tensor, in bfloat16.
+"""Merge an adapter into its base model's own weights, tensor by tensor, in bfloat16.
 
-W' = W + scale * B A, with scale = alpha / r, or alpha / sqrt(r) where the adapter asks for that
-(rsLoRA, Kalajdzievski 2023, arXiv:2312.03732). Sums are fp32 and rounded once.
+W' = W + scale * B A, with scale = alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023,
+arXiv:2312.03732). Sums are in fp32 and rounded once.
 
-Guarantees: memory for one shard and one tensor beside it, whatever the model's size; every matrix
-of the adapter is added exactly once, or nothing is called merged. PEFT's own merge holds the whole
-model in memory. Runs on the CPU. Adapters with more than plain LoRA (DoRA, biases, whole modules,
-ranks of their own) are refused.
+It runs on the CPU and needs memory for one shard and one tensor; PEFT's own merge holds the whole
+model. Adapters with more than plain LoRA (DoRA, biases, whole modules, ranks by layer) are refused.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ if TYPE_CHECKING:
     import torch
 
 SHARD_BYTES = GIB
-"""Size of one file of the merged model, and so about the memory that merging takes."""
+"""Largest file of the merged model, and so about the memory that merging takes."""
 
 BYTES_PER_WEIGHT = 2
 
@@ -65,15 +63,15 @@ def merge_adapter(
     Args:
         base: Folder with the unquantised safetensors.
         adapter: A saved adapter, verified by the caller.
-        target: Receives what transformers, vLLM and others load.
-        shard_bytes: No file gets larger, unless by a single tensor.
-        progress: Told the number of tensors written.
+        target: Folder for transformers, vLLM and others to load.
+        shard_bytes: Largest file, unless a single tensor is larger.
+        progress: Called with the number of tensors written.
 
     Returns:
         The number of tensors written.
 
     Raises:
-        SaveError: the adapter is no plain LoRA adapter, or is not of this base model.
+        SaveError: the adapter is not plain LoRA, or does not belong to this base model.
     """
     scale = read_scale(adapter)
     pairs = _read_pairs(adapter / ADAPTER_FILE)
@@ -100,10 +98,10 @@ def merge_adapter(
 
 
 def read_scale(adapter: Path) -> float:
-    """What the product of the adapter's matrices is multiplied by.
+    """Return the factor of the product of the adapter's matrices.
 
     Raises:
-        SaveError: it is no plain LoRA adapter.
+        SaveError: the adapter is not plain LoRA.
     """
     settings = json.loads((adapter / ADAPTER_CONFIG_FILE).read_text(encoding="utf-8"))
     other = {
@@ -114,7 +112,7 @@ def read_scale(adapter: Path) -> float:
     if other:
         raise SaveError(
             f"The adapter in {adapter} cannot be merged: it has {other}.",
-            why="Only plain LoRA is added into the weights here.",
+            why="Only plain LoRA can be merged.",
             next_command=f"qwen3ft chat --adapter {adapter}",
             settings=other,
         )
@@ -123,7 +121,7 @@ def read_scale(adapter: Path) -> float:
 
 
 def _read_pairs(path: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """{name of the base's weight: (A, B)}, of the shapes (r, in) and (out, r), in fp32."""
+    """Read {name of the base's weight: (A, B)}, of shapes (r, in) and (out, r), in fp32."""
     from safetensors.torch import load_file
 
     tensors = load_file(path)
@@ -148,7 +146,7 @@ def _check_pairs(
     base: Mapping[str, Tensor],
     adapter: Path,
 ) -> None:
-    """Raise unless every product of the adapter has the shape of a weight of the base."""
+    """Raise SaveError unless every product has the shape of a weight of the base."""
     wrong = [
         name
         for name, (down, up) in pairs.items()
@@ -170,7 +168,7 @@ def _no_counterpart(path: Path, names: Sequence[str]) -> SaveError:
 
 
 def _shards(located: Sequence[Located], shard_bytes: int) -> Iterator[list[Located]]:
-    """The tensors in the base's order, in groups of up to `shard_bytes` once they are bfloat16."""
+    """Yield the tensors in order, in groups of up to `shard_bytes` as bfloat16."""
     group: list[Located] = []
     size_bytes = 0
     for path, tensor in located:
@@ -195,7 +193,7 @@ def _merged(
     pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
     scale: float,
 ) -> torch.Tensor:
-    """One weight of the base in bfloat16, with the adapter's part of it added."""
+    """Return one weight of the base in bfloat16, with the adapter added."""
     import torch
     from safetensors import safe_open
 
@@ -214,7 +212,7 @@ def _write_shard(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def _write_index(target: Path, shards: Mapping[str, Sequence[Located]]) -> None:
-    """The file that says which tensor is in which shard, as transformers writes it."""
+    """Write the index of tensors by shard, as transformers does."""
     places = {tensor.name: name for name, shard in shards.items() for _, tensor in shard}
     weights = sum(math.prod(tensor.shape) for shard in shards.values() for _, tensor in shard)
     index = {"metadata": {"total_size": BYTES_PER_WEIGHT * weights}, "weight_map": places}
@@ -222,7 +220,7 @@ def _write_index(target: Path, shards: Mapping[str, Sequence[Located]]) -> None:
 
 
 def _write_settings(base: Path, adapter: Path, target: Path) -> None:
-    """config.json with the new dtype, settings of generation, and the adapter's tokenizer."""
+    """Write config.json with the new dtype, generation settings, and the adapter's tokenizer."""
     settings: dict[str, Any] = json.loads((base / "config.json").read_text(encoding="utf-8"))
     settings.pop("torch_dtype", None)  # its name before transformers 5
     write_json_atomic(target / "config.json", {**settings, "dtype": "bfloat16"})

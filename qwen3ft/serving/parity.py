@@ -1,9 +1,7 @@
-"""The three forms of one fine-tuned model on the same held-out rows: are they still the same?
+"""Compare the three forms of a fine-tuned model on the same held-out rows.
 
-What was tested and promoted is the adapter on 4-bit weights. Merging leaves out what quantising
-those weights cost, rounds to bfloat16, and quantising the result again rounds the adapter with it.
-Guarantees: one form is in memory at a time, within the budget of the caller's process; answers are
-greedy, as in the inference test.
+The gate tested the adapter on 4-bit weights. The merged model has the exact base weights instead,
+rounded to bfloat16; in 4 bits, its adapter is quantised too. One form is in memory at a time.
 """
 
 from __future__ import annotations
@@ -42,14 +40,14 @@ if TYPE_CHECKING:
 logger = get_logger("parity")
 
 LOADED_SHARE = 0.7
-"""Of the budget, for the weights of the merged model; what is left is for asking it."""
+"""Share of the budget for the merged model's weights; the rest is for asking it."""
 
 Loaded = tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """What a form made of the rows."""
+    """Answers of one form to the rows."""
 
     answers: list[str]
     right: list[bool]
@@ -60,7 +58,7 @@ class _Asked:
 def measure_parity(
     request: ExportRequest, memory: MemoryOptimizer, beat: Callable[[str, int], None]
 ) -> ParityReport:
-    """Ask the adapter, the merged model and the merged model in 4 bits the same rows.
+    """Ask the adapter, the merged model, and the merged model in 4 bits the same rows.
 
     Raises:
         DataLoadingError: there are no rows.
@@ -93,12 +91,12 @@ def measure_parity(
 
 
 def _read_rows(path: Path, limit: int) -> list[dict[str, Any]]:
-    """At most `limit` rows, spread over the file."""
+    """Read at most `limit` rows, spread over the file."""
     rows, _ = read_json_lines(path)
     if not rows:
         raise DataLoadingError(
             f"There are no held-out rows in {path}.",
-            why="Without them nothing shows whether the merged model is still the same.",
+            why="Without them, nothing shows whether the merged model is still the same.",
             next_command="qwen3ft export --rows FILE",
             path=str(path),
         )
@@ -130,10 +128,10 @@ def _ask(
 
 
 def _load_merged(request: ExportRequest, memory: MemoryOptimizer) -> Loaded:
-    """The merged model; what of it the budget does not hold waits in host memory.
+    """Load the merged model; weights beyond the budget of a GPU stay in host memory.
 
     Raises:
-        InsufficientMemoryError: on a CPU, where there is no other place.
+        InsufficientMemoryError: it does not fit the budget of a CPU.
     """
     needed_gb = gb(2 * request.shape.total_parameters)
     status = memory.status()
@@ -144,9 +142,9 @@ def _load_merged(request: ExportRequest, memory: MemoryOptimizer) -> Loaded:
         budget_bytes = int(LOADED_SHARE * status.available_gb * GIB)
         return manager.load_merged(Path(request.merged), budget_bytes)
     raise InsufficientMemoryError(
-        f"The merged model takes {needed_gb:.1f} GB; of the budget of {status.total_gb:.1f} GB "
+        f"The merged model takes {needed_gb:.1f} GB; of the budget of {status.total_gb:.1f} GB, "
         f"{LOADED_SHARE * status.available_gb:.1f} GB are left for it.",
-        why="Without a GPU it has to be in memory as a whole to be compared with the adapter.",
+        why="Without a GPU, all of it must be in memory to be compared with the adapter.",
         next_command=f"qwen3ft export --set max_memory_gb={2 * needed_gb + 1:.0f}",
         needed_gb=needed_gb,
         budget_gb=status.total_gb,

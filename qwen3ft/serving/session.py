@@ -1,7 +1,7 @@
-"""Asking a fine-tuned model: it runs in a worker, within the memory budget, and answers in pieces.
+"""Chat with a fine-tuned model that runs in a worker, within the memory budget.
 
-Guarantees: when `ChatSession` is left, however that happens, the worker is gone and so are the
-files in between, with what was asked in them. This process imports no torch.
+When a `ChatSession` is left, however that happens, the worker is gone, and so are the files with
+what was asked and answered.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class ChatSession:
     """A worker that answers questions until the session is left.
 
     Args:
-        request: What to load, and how to ask it.
+        request: The adapter to load, and how to ask it.
     """
 
     def __init__(self, request: AskRequest) -> None:
@@ -54,7 +54,7 @@ class ChatSession:
     ) -> None:
         self._job.stop.touch()
         append_json_line(self._job.questions, ChatQuestion(end=True).model_dump(mode="json"))
-        # A worker that is still loading does not look at either; it dies with this process.
+        # A worker that is still loading sees neither; it ends when this process ends.
         self._thread.join(GRACE_SECONDS if kind is None else 2 * POLL_SECONDS)
         shutil.rmtree(self._job.path, ignore_errors=True)
 
@@ -62,28 +62,28 @@ class ChatSession:
         """Wait until the model is loaded.
 
         Raises:
-            FinetuneError: what ended the worker.
+            FinetuneError: the worker ended.
         """
-        for piece in self._pieces():
-            if piece.kind == "ready":
+        for chunk in self._chunks():
+            if chunk.kind == "ready":
                 return
 
     def ask(self, messages: Sequence[dict[str, Any]]) -> Iterator[Chunk]:
-        """Ask for the next turn of the assistant; gives what it writes, an 'end' last.
+        """Ask for the assistant's next turn; yield it chunk by chunk, an 'end' last.
 
         Raises:
-            FinetuneError: what ended the worker.
+            FinetuneError: the worker ended.
         """
-        asking = ChatQuestion(messages=tuple(messages))
-        append_json_line(self._job.questions, asking.model_dump(mode="json"))
-        for piece in self._pieces():
-            if piece.kind == "ready":
+        question = ChatQuestion(messages=tuple(messages))
+        append_json_line(self._job.questions, question.model_dump(mode="json"))
+        for chunk in self._chunks():
+            if chunk.kind == "ready":
                 continue
-            yield piece
-            if piece.kind == "end":
+            yield chunk
+            if chunk.kind == "end":
                 return
 
-    def _pieces(self) -> Iterator[Chunk]:
+    def _chunks(self) -> Iterator[Chunk]:
         while True:
             ended = not self._thread.is_alive()
             lines, self._offset = read_json_lines(self._job.pieces, self._offset)
@@ -103,7 +103,7 @@ class ChatSession:
 
 def _ended_early() -> WorkerCrashedError:
     return WorkerCrashedError(
-        "The worker that answers ended before it was told to.",
-        why="It left no reason.",
+        "The worker ended before the chat did.",
+        why="It left neither an error nor a result.",
         next_command="qwen3ft doctor",
     )

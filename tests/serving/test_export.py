@@ -215,7 +215,7 @@ def test_what_drifts_past_either_limit_is_named_with_its_numbers() -> None:
     first, second, third = report.objections
     assert first == "a: answer loss 0.4, +0.3 (limit +0.2)"
     assert second.startswith("b: answer loss nan")
-    assert third == "c: 50.0% of 10 rows are no longer answered right (limit 10.0%)"
+    assert third == "c: 50.0% of 10 rows are no longer answered correctly (limit 10.0%)"
 
 
 def test_without_room_for_the_merged_model_a_cpu_says_so(
@@ -224,7 +224,9 @@ def test_without_room_for_the_merged_model_a_cpu_says_so(
     """With what is needed and what is left, instead of growing beyond the budget."""
     request = request_for(trained, merged, trained.rows_file(tmp_path))
     huge = request.shape.model_copy(update={"vocab_size": 10**9})
-    with pytest.raises(InsufficientMemoryError, match=r"takes 238\.4 GB; of the budget of 4\.0 GB"):
+    with pytest.raises(
+        InsufficientMemoryError, match=r"takes 238\.4 GB; of the budget of 4\.0 GB,"
+    ):
         measure(request.model_copy(update={"shape": huge}))
 
 
@@ -315,7 +317,7 @@ def test_a_full_disk_is_found_before_a_model_is_loaded(trained: Trained, small_d
 def test_only_an_export_is_replaced(trained: Trained, tmp_path: Path) -> None:
     """A folder with anything else in it is left alone."""
     (tmp_path / "thesis.txt").write_text("the only copy")
-    with pytest.raises(RequestError, match="no empty folder and no earlier export"):
+    with pytest.raises(RequestError, match="neither an empty folder nor an earlier export"):
         export_adapter(trained.config, trained.adapter, tmp_path, trained.base, "cpu")
     assert (tmp_path / "thesis.txt").read_text() == "the only copy"
 
@@ -326,7 +328,7 @@ def test_only_an_export_is_replaced(trained: Trained, tmp_path: Path) -> None:
 def test_the_held_out_rows_are_those_of_the_adapter_s_own_data(
     trained: Trained, tmp_path: Path
 ) -> None:
-    """Found by the digest in its run card among all cached data sets; damaged ones do not count."""
+    """They are found by the digest in the provenance; damaged data sets do not count."""
     config = trained.config.model_copy(update={"cache_dir": str(tmp_path)})
     digest = json.loads((trained.adapter / "provenance.json").read_text())["data"]["digest"]
     for name, its_digest in (("a", "f" * 64), ("b", digest)):

@@ -157,7 +157,7 @@ def test_an_unknown_chat_template_gives_no_modelfile_and_says_so(tmp_path: Path)
     """One changed letter is enough."""
     folder = write(tmp_path, TEMPLATES["qwen3"] + " ")
     assert not (folder / "Modelfile").exists()
-    assert "There is no Modelfile" in (folder / "SERVING.md").read_text(encoding="utf-8")
+    assert "There is no Modelfile, because" in (folder / "SERVING.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(("rank", "limit"), [(1, 1), (6, 8), (8, 8), (9, 16), (200, 256)])
