@@ -12,7 +12,6 @@ from qwen3ft.evaluation.wording import METRIC_NAMES, interval_text, score_text
 from qwen3ft.records.base import Record
 from qwen3ft.records.evaluation import (
     Champion,
-    Comparison,
     InferenceReport,
     MetricName,
     ModelScore,
@@ -77,12 +76,16 @@ def decide_promotion(
     gains: list[str] = []
     worse: list[str] = []
     for name, rival in reversed(rivals):
-        better, sentence = _compare_main(report, limits, rival, name)
+        better, sentence = _compare_main(report, candidate, rival, name, limits)
         (gains if better else worse).append(sentence)
     objections = [
         *_disqualified(report, saved, candidate, limits),
         *worse,
-        *(problem for name, rival in rivals for problem in _losses(report, limits, rival, name)),
+        *(
+            loss
+            for name, rival in rivals
+            for loss in _losses(report, candidate, rival, name, limits)
+        ),
         *_forgetting(candidate, base, limits),
     ]
     if objections:
@@ -121,21 +124,19 @@ def _disqualified(
 
 
 def _compare_main(
-    report: InferenceReport, limits: GatePolicy, rival: ModelScore, name: str
+    report: InferenceReport, candidate: ModelScore, rival: ModelScore, name: str, limits: GatePolicy
 ) -> tuple[bool, str]:
     """Return (candidate is significantly better than `rival`, sentence with the numbers)."""
     metric = report.main_metric
     comparison = report.comparison(rival.label, metric)
     if comparison is None:
         return False, f"{METRIC_NAMES[metric]} could not be compared with that of {name}"
-    candidate = report.score("candidate")
-    assert candidate is not None
     if not candidate.rows == rival.rows == comparison.rows:
         return False, f"{name} was scored on {rival.rows} questions, not {candidate.rows}"
     # The lower bound of a two-sided interval: of equal adapters, about one in 40 passes at 95 %.
     # A comparison with NaN is false, so a bound that is not a number never wins.
     better = comparison.low > 0
-    verb = (
+    result = (
         "better than"
         if better
         else "worse than"
@@ -144,28 +145,18 @@ def _compare_main(
         if comparison.gain > 0
         else "no better than"
     )
-    return better, f"{verb} {name}: {_numbers(candidate, rival, comparison, limits)}"
-
-
-def _numbers(
-    candidate: ModelScore, rival: ModelScore, comparison: Comparison, limits: GatePolicy
-) -> str:
-    """Return both scores and the gain with its interval; shares in per cent, losses in nats."""
-    metric = comparison.metric
-    mine, theirs = getattr(candidate, metric), getattr(rival, metric)
-    return (
-        f"{METRIC_NAMES[metric]} {score_text(metric, mine)} against {score_text(metric, theirs)} "
+    mine, theirs = (score_text(metric, getattr(one, metric)) for one in (candidate, rival))
+    return better, (
+        f"{result} {name}: {METRIC_NAMES[metric]} {mine} against {theirs} "
         f"on {comparison.rows} questions, gain {interval_text(comparison)} "
         f"at {limits.confidence:.0%} confidence"
     )
 
 
 def _losses(
-    report: InferenceReport, limits: GatePolicy, rival: ModelScore, name: str
+    report: InferenceReport, candidate: ModelScore, rival: ModelScore, name: str, limits: GatePolicy
 ) -> Iterator[str]:
     """Yield the other metrics and form checks in which the candidate is too much worse."""
-    candidate = report.score("candidate")
-    assert candidate is not None
     scores: tuple[MetricName, ...] = ("exact_match", "token_f1", "chrf")
     for metric in scores:
         found, wanted = getattr(candidate, metric), getattr(rival, metric)
@@ -179,19 +170,12 @@ def _losses(
             f"of {name} (limit {limits.max_answer_loss_rise:+.0%})"
         )
     one_answer = 1 / max(1, rival.rows) + 1e-9  # among few answers a single odd one proves nothing
-    most = max(limits.max_form_loss, one_answer)
-    kinds = (
-        ("answers", candidate.form, rival.form, most),
-        (
-            "sampled answers",
-            candidate.sampled_form,
-            rival.sampled_form,
-            limits.max_sampled_form_loss,
-        ),
-    )
-    for kind, mine, theirs, allowed in kinds:
-        for check, share in theirs.items():
-            passed = mine.get(check, 0.0)
+    for kind, field, allowed in (
+        ("answers", "form", max(limits.max_form_loss, one_answer)),
+        ("sampled answers", "sampled_form", limits.max_sampled_form_loss),
+    ):
+        for check, share in getattr(rival, field).items():
+            passed = getattr(candidate, field).get(check, 0.0)
             if passed < share - allowed:
                 yield f"{check}: {passed:.1%} of {kind} against {share:.1%} for {name}"
 

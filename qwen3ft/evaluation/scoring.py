@@ -147,13 +147,12 @@ def score_model(
     losses = [
         RowLoss(math.nan if r.loss_nats is None else r.loss_nats, r.loss_tokens) for r in rows
     ]
+    hits = sum(row.exact_match for row in rows)
     return ModelScore(
         label=label,
         rows=len(rows),
-        exact_match=share(row.exact_match for row in rows),
-        exact_match_interval=wilson_interval(
-            sum(row.exact_match for row in rows), len(rows), confidence
-        ),
+        exact_match=hits / len(rows),
+        exact_match_interval=wilson_interval(hits, len(rows), confidence),
         token_f1=fmean(row.token_f1 for row in rows),
         chrf=fmean(row.chrf for row in rows),
         answer_loss=_finite(mean_loss(losses)),
@@ -186,15 +185,10 @@ def compare_models(
     for metric in METRIC_NAMES:
         gains = [_gain(metric, mine, theirs) for mine, theirs in pairs]
         weights = [float(r.loss_tokens) if metric == "answer_loss" else 1.0 for r in rival_rows]
-        interval = weighted_gain(gains, weights, confidence=confidence)
-        if math.isfinite(interval.estimate):
-            low, high = interval.low, interval.high
-            gain = interval.estimate
-            compared.append(
-                Comparison(
-                    rival=rival, metric=metric, rows=len(pairs), gain=gain, low=low, high=high
-                )
-            )
+        found = weighted_gain(gains, weights, confidence=confidence)
+        if math.isfinite(found.estimate):
+            interval = {"gain": found.estimate, "low": found.low, "high": found.high}
+            compared.append(Comparison(rival=rival, metric=metric, rows=len(pairs), **interval))
     return compared
 
 

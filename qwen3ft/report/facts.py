@@ -17,7 +17,7 @@ from qwen3ft.records.run_card import RunCard
 from qwen3ft.report.attempts import kind_text
 
 
-class Fact(NamedTuple):
+class CardFact(NamedTuple):
     """One line of the card's head."""
 
     label: str
@@ -52,55 +52,55 @@ class ScoreTable(NamedTuple):
     forms: list[ScoreLine]
 
 
-def card_facts(card: RunCard) -> list[Fact]:
+def card_facts(card: RunCard) -> list[CardFact]:
     """Return the facts of the card's head; those of stages that were not reached are left out."""
     loss = _change(card.held_out_loss_before, card.held_out_loss_after, ".3f")
     attempts = len(card.attempts)
     facts = [
-        Fact("trained on", card.trained_on),
-        Fact(
+        CardFact("trained on", card.trained_on),
+        CardFact(
             "exact match",
             _change(card.base_score, card.tuned_score, ".1%"),
             "from base to candidate",
             headline=True,
         ),
         *(_gain(card, one) for one in card.comparisons if one.metric == card.main_metric),
-        Fact("forgetting", card.forgetting),
-        *([Fact(f"judge {card.judge.model}", judge_text(card.judge))] if card.judge else []),
-        Fact("held-out loss", loss, "nats per token", headline=True),
-        Fact(
+        CardFact("forgetting", card.forgetting),
+        *([CardFact(f"judge {card.judge.model}", judge_text(card.judge))] if card.judge else []),
+        CardFact("held-out loss", loss, "nats per token", headline=True),
+        CardFact(
             "peak memory",
             _number(card.peak_memory_gb, ".2f", "GB"),
             "" if card.budget_gb is None else f"of {card.budget_gb:g} GB",
             headline=True,
         ),
-        Fact(
+        CardFact(
             "speed",
             _number(card.tokens_per_second, ",.0f", "tokens/s"),
             f"with {card.kernels.partition(':')[0]} kernels" if card.kernels else "",
             headline=True,
         ),
-        Fact("kernels", card.kernels),
-        Fact(
+        CardFact("kernels", card.kernels),
+        CardFact(
             "time",
             format_seconds(sum(card.seconds_by_stage.values())) if card.seconds_by_stage else "",
             f"in {attempts} attempt{'' if attempts == 1 else 's'}" if attempts else "",
             headline=True,
         ),
-        Fact(
+        CardFact(
             "attempts",
             ", ".join(f"{one.attempt}: {kind_text(one.outcome)}" for one in card.attempts),
         ),
-        Fact("adapter", card.adapter_path or ""),
-        Fact("run", card.run_id),
+        CardFact("adapter", card.adapter_path or ""),
+        CardFact("run", card.run_id),
     ]
     return [fact for fact in facts if fact.value]
 
 
-def _gain(card: RunCard, comparison: Comparison) -> Fact:
+def _gain(card: RunCard, comparison: Comparison) -> CardFact:
     gain, _, rest = interval_text(comparison).partition(" ")
     note = f"{rest} of {METRIC_NAMES[comparison.metric]}"
-    return Fact(f"gain over {comparison.rival}", gain, note, comparison.rival == card.rival)
+    return CardFact(f"gain over {comparison.rival}", gain, note, comparison.rival == card.rival)
 
 
 def _change(before: float | None, after: float | None, digits: str) -> str:
