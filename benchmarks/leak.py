@@ -54,14 +54,7 @@ def write_rows(path: Path, rows: int = 400) -> Path:
 
 def make_plan(work: Path, steps: int) -> TrainPlan:
     """Prepare model and rows, and return the flow's plan with one row per step."""
-    from qwen3ft.data.pipeline import DataPipeline, dataset_target
-    from qwen3ft.data.sources import resolved
-    from qwen3ft.machine.environment import EnvironmentManager
-    from qwen3ft.model.adapter import plan_adapter
-    from qwen3ft.model.hub import resolve_model
-    from qwen3ft.model.manager import ModelManager, snapshot_target
-    from qwen3ft.planning.plan import build_plan
-    from qwen3ft.records.requests import QuantizeRequest
+    from qwen3ft.operations.preview import preview_plan
 
     config = TrainingConfig(
         model_name="embedded",
@@ -77,21 +70,7 @@ def make_plan(work: Path, steps: int) -> TrainPlan:
         evaluate_every_steps=max(10, steps // 20),
         early_stopping_patience=steps,
     )
-    source = resolve_model(config)
-    target = str(snapshot_target(config, source, "cpu"))
-    request = QuantizeRequest(
-        config=config,
-        source=source,
-        source_path=source.local_path or "",
-        target=target,
-        device="cpu",
-    )
-    snapshot = ModelManager(config).quantize(request)
-    folder = dataset_target(resolved(config), snapshot)
-    dataset = DataPipeline(config).prepare(snapshot, folder)
-    environment = EnvironmentManager().report()
-    adapter = plan_adapter(config, snapshot.shape)
-    return build_plan(config, environment, snapshot, adapter, dataset)
+    return preview_plan(config)
 
 
 def train(plan: TrainPlan, run: RunDir, fault: str = "") -> tuple[JobDir, FinetuneError | None]:
@@ -184,6 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args(arguments)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with tempfile.TemporaryDirectory(prefix="qwen3ft-leak-") as folder:
         results = measure(Path(folder), asked.steps)
     clean, planted = results["clean"], results["planted"]

@@ -38,6 +38,7 @@ from benchmarks.machine import ROOT, machine, write_json
 from qwen3ft.config import TrainingConfig, load_config
 from qwen3ft.evaluation.gate import decide_promotion, gate_policy
 from qwen3ft.jobs.folders import RunDir, read_record, write_record
+from qwen3ft.operations.preview import preview_plan
 from qwen3ft.records.base import Record
 from qwen3ft.records.evaluation import Champion, InferenceReport, Verdict
 from qwen3ft.records.model import ModelSnapshot, SavedAdapter
@@ -96,27 +97,6 @@ def make_config(work: Path, night: Night) -> TrainingConfig:
             **night.settings,
         },
     )
-
-
-def quantize(work: Path) -> ModelSnapshot:
-    """Return the embedded model in 4 bits, made once for all candidates."""
-    from qwen3ft.model.hub import resolve_model
-    from qwen3ft.model.manager import ModelManager, read_snapshot, snapshot_target
-    from qwen3ft.records.requests import QuantizeRequest
-
-    config = make_config(work, champion_night())
-    source = resolve_model(config)
-    target = snapshot_target(config, source, "cpu")
-    if (snapshot := read_snapshot(target)) is not None:
-        return snapshot
-    request = QuantizeRequest(
-        config=config,
-        source=source,
-        source_path=source.local_path or "",
-        target=str(target),
-        device="cpu",
-    )
-    return ModelManager(config).quantize(request)
 
 
 def judge(work: Path, model: ModelSnapshot, night: Night, champion: Champion | None) -> Judged:
@@ -192,7 +172,8 @@ def evaluate(
 
 def judge_all(work: Path, nights: Sequence[Night], jobs: int) -> list[Judged]:
     """Judge the champion first, so that its answers are cached, then all others in parallel."""
-    model = quantize(work)
+    # Quantised once, for all candidates.
+    model = preview_plan(make_config(work, champion_night())).model
     first = judge(work, model, champion_night(), None)
     champion = Champion(
         registered_model="qwen3ft-embedded",

@@ -8,7 +8,6 @@ as Prefect's scheduler does: tagged, with the hour of the night.
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from uuid import uuid4
 import psutil
 import yaml
 
+from benchmarks import overhead
 from benchmarks.machine import ROOT
 from deployments import services
 from deployments.processes import find_marked, free_port, stop
@@ -43,9 +43,7 @@ SCHEDULED_TAG = "auto-scheduled"
 
 def make_project(root: Path, settings: Mapping[str, Any]) -> Stack:
     """Make a project folder that runs this checkout's code with these settings on the CPU."""
-    shutil.copytree(ROOT / "deployments" / "configs", root / "deployments" / "configs")
-    shutil.copy(ROOT / "deployments" / "prefect.yaml", root / "deployments")
-    (root / "flows").symlink_to(ROOT / "flows")
+    overhead.make_project(root)
     config = root / "deployments" / "configs" / "embedded.yaml"
     merged = {**yaml.safe_load(config.read_text(encoding="utf-8")), **settings}
     config.write_text(yaml.safe_dump(merged, allow_unicode=True), encoding="utf-8")
