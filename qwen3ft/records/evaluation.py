@@ -49,7 +49,8 @@ class ModelScore(Record):
     rows: int
     exact_match: float = Field(description="Between 0 and 1, like every score but the losses.")
     exact_match_interval: tuple[float, float] | None = Field(
-        None, description="Wilson's score interval of that share."
+        None,  # reports of earlier versions have none
+        description="Wilson's score interval of that share.",
     )
     token_f1: float = 0.0
     chrf: float = 0.0

@@ -100,6 +100,7 @@ def build_card(facts: RunFacts) -> RunCard:
         version=saved.version if saved else None,
         held_out_loss_before=_finite(trained.first_held_out_loss) if trained else None,
         held_out_loss_after=_finite(trained.best_held_out_loss) if trained else None,
+        # a failed run has no outcome, but it has samples of its memory
         peak_memory_gb=trained.peak_memory_gb if trained else _highest_gb(facts.memory),
         budget_gb=plan.max_memory_gb if plan else None,
         tokens_per_second=_finite(trained.tokens_per_second) if trained else None,
@@ -179,6 +180,7 @@ def _scores(facts: RunFacts) -> dict[str, object]:
         },
         "scores": report.scores,
         "main_metric": report.main_metric,
+        # JSON has no NaN, which is the bound of a gain that could not be resampled
         "comparisons": tuple(
             one for one in report.comparisons if all(map(math.isfinite, (one.low, one.high)))
         ),
@@ -232,9 +234,8 @@ def _roll_back(facts: RunFacts) -> NextStep:
     mine = f"{name} v{facts.verdict.version}"
     command = f'qwen3ft rollback --reason "..." {_about(facts)}'
     if before is None:
-        return NextStep(
-            what=f"Nothing was in use before {mine}, so there is no version to go back to."
-        )
+        what = f"Nothing was in use before {mine}, so there is no version to go back to."
+        return NextStep(what=what)
     again = f"{name} v{before.version}"
     if again == mine:  # the run was resumed after it had promoted its own adapter
         again = "the version before it"
@@ -251,10 +252,8 @@ def _next_steps(facts: RunFacts) -> Iterator[NextStep]:
         yield NextStep(what="Merge it for serving", command=f"qwen3ft export exported {adapter}")
     if saved is not None and decision == "kept" and saved.version is not None:
         consent = " --allow-degraded" if saved.degraded else ""
-        yield NextStep(
-            what="Promote it anyway",
-            command=f"qwen3ft promote {saved.version}{consent} {_about(facts)}",
-        )
+        command = f"qwen3ft promote {saved.version}{consent} {_about(facts)}"
+        yield NextStep(what="Promote it anyway", command=command)
     if isinstance(facts.error, FinetuneError) and facts.error.next_command:
         yield NextStep(what="Suggested command", command=facts.error.next_command)
     if decision == "deferred" or facts.error is not None:

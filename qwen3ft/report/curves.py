@@ -24,10 +24,8 @@ def memory_curves(attempts: Sequence[AttemptMemory]) -> tuple[MemoryCurve, ...]:
     """Return the memory of each attempt on a common time axis without long pauses."""
     curves = []
     for attempt, (start, end) in zip(attempts, attempt_minutes(attempts), strict=True):
-        process = (
-            (start + (sample.timestamp - attempt.started).total_seconds() / 60, sample.process_gb)
-            for sample in attempt.samples
-        )
+        used_gb = (sample.process_gb for sample in attempt.samples)
+        process = zip(attempt.minutes(start), used_gb, strict=True)
         curves.append(
             MemoryCurve(
                 attempt=attempt.number,

@@ -1,12 +1,10 @@
-"""Figures of a run for MLflow: its loss, the lengths of its rows, its memory by attempt.
-
-They need no display and none of pyplot's global state, so any thread may draw them.
-"""
+"""Figures of a run for MLflow: its loss, the lengths of its rows, its memory by attempt."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,14 @@ from qwen3ft.records.base import Record
 from qwen3ft.records.plan import MemoryPart
 from qwen3ft.records.training import TrainingMetrics
 from qwen3ft.units import gb
+
+DRAWN_PAUSE_SECONDS = 60.0
+"""Longest pause between attempts that is drawn; a run may be resumed days later."""
+
+NAMES_APART_SHARE = 0.04
+"""Smallest distance of two attempts' names, as a share of the axis."""
+
+MOST_BARS, PARTS_NAMED = 6, 9
 
 
 def loss_figure(lines: Sequence[TrainingMetrics]) -> Any:
@@ -65,6 +71,7 @@ def new_figure(width_inches: float, height_inches: float) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    # not pyplot: its global state is not thread-safe, and it looks for a display
     figure = Figure(figsize=(width_inches, height_inches), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -76,17 +83,6 @@ def _canvas(title: str, x_label: str, y_label: str) -> tuple[Any, Any]:
     axes.set(title=title, xlabel=x_label, ylabel=y_label)
     axes.grid(visible=True, alpha=0.3)
     return figure, axes
-
-
-DRAWN_PAUSE_SECONDS = 60.0
-"""Longest pause between attempts that is drawn; a run may be resumed days later."""
-
-NAMES_APART_SHARE = 0.04
-"""Smallest distance of two attempts' names, as a share of the axis."""
-
-MOST_BARS = 6
-
-PARTS_NAMED = 9
 
 
 class MemorySample(BaseModel):
@@ -121,6 +117,11 @@ class AttemptMemory(Record):
         """Sum of the predicted parts."""
         return gb(sum(part.bytes for part in self.predicted))
 
+    def minutes(self, start: float) -> list[float]:
+        """Return the times of the samples on an axis where the attempt starts at `start`."""
+        since = [(sample.timestamp - self.started).total_seconds() for sample in self.samples]
+        return [start + seconds / 60 for seconds in since]
+
 
 def memory_figure(attempts: Sequence[AttemptMemory]) -> Any:
     """Draw the memory of `attempts`, in order; at least one.
@@ -132,7 +133,6 @@ def memory_figure(attempts: Sequence[AttemptMemory]) -> Any:
     grid = figure.add_gridspec(1, 2, width_ratios=(3, 1.25))
     curves = figure.add_subplot(grid[0])
     bars = figure.add_subplot(grid[1], sharey=curves)
-    top_gb = _highest_gb(attempts)
     _draw_curves(curves, attempts)
     _name_attempts(curves, attempts)
     _draw_bars(bars, attempts)
@@ -142,11 +142,12 @@ def memory_figure(attempts: Sequence[AttemptMemory]) -> Any:
     curves.set(
         xlabel="minutes (pauses between attempts cut to 1)",
         ylabel="GB (2**30 bytes)",
-        ylim=(0, 1.1 * top_gb),
+        ylim=(0, 1.1 * _highest_gb(attempts)),
     )
     curves.set_xlim(left=0)
-    if curves.get_legend_handles_labels()[0]:
-        curves.legend(loc="lower right", framealpha=0.9)
+    handles, labels = curves.get_legend_handles_labels()
+    if by_label := dict(zip(labels, handles, strict=True)):  # attempts share their labels
+        curves.legend(by_label.values(), by_label, loc="lower right", framealpha=0.9)
     bars.set_title("predicted peak")
     return figure
 
@@ -167,29 +168,23 @@ def attempt_minutes(attempts: Sequence[AttemptMemory]) -> list[tuple[float, floa
 
 
 def _draw_curves(axes: Any, attempts: Sequence[AttemptMemory]) -> None:
-    named = set()
     for attempt, (start, end) in zip(attempts, attempt_minutes(attempts), strict=True):
-        minutes = [
-            start + (sample.timestamp - attempt.started).total_seconds() / 60
-            for sample in attempt.samples
-        ]
+        minutes = attempt.minutes(start)
         for label, colour, values in (
             ("whole process", "tab:gray", [s.process_gb for s in attempt.samples]),
             ("held by the allocator", "tab:blue", [s.cached_gb for s in attempt.samples]),
             ("in use", "tab:orange", [s.allocated_gb for s in attempt.samples]),
         ):
             if values:
-                axes.plot(minutes, values, color=colour, label="" if label in named else label)
-                named.add(label)
+                axes.plot(minutes, values, color=colour, label=label)
         colour = "tab:red" if attempt.failure else "tab:green"
         axes.axvspan(start, end, color=colour, alpha=0.06, linewidth=0)
         axes.axvline(start, color="black", linestyle=":", linewidth=0.8)
         if attempt.ended is not None:
             axes.axvline(end, color=colour, linestyle="-.", linewidth=1)
         if attempt.predicted:
-            label = "" if "predicted" in named else "predicted peak"
-            named.add("predicted")
-            axes.hlines(attempt.predicted_gb, start, end, "black", "dashed", label=label)
+            level = attempt.predicted_gb
+            axes.hlines(level, start, end, "black", "dashed", label="predicted peak")
     axes.grid(visible=True, alpha=0.3)
 
 
@@ -227,21 +222,15 @@ def _draw_bars(axes: Any, attempts: Sequence[AttemptMemory]) -> None:
     order = _parts_by_size([parts for parts, _ in drawn])
     palette = colormaps["tab20"]
     bottoms = [0.0] * len(drawn)
-    for index, name in enumerate(
-        order[:PARTS_NAMED] + ["other parts"] * (len(order) > PARTS_NAMED)
-    ):
-        names = order[PARTS_NAMED:] if name == "other parts" else [name]
+    groups = {name: [name] for name in order[:PARTS_NAMED]}
+    groups |= {"other parts": order[PARTS_NAMED:]} if order[PARTS_NAMED:] else {}
+    for index, (label, names) in enumerate(groups.items()):
         heights = [
             gb(sum(part.bytes for part in parts if part.name in names)) for parts, _ in drawn
         ]
-        axes.bar(
-            range(len(drawn)),
-            heights,
-            0.6,
-            bottom=bottoms,
-            label=name,
-            color=palette(2 * index % 20 + (2 * index) // 20),
-        )
+        # tab20 holds pairs of dark and light: all dark ones first
+        colour = palette(2 * index % 20 + (2 * index) // 20)
+        axes.bar(range(len(drawn)), heights, 0.6, bottom=bottoms, label=label, color=colour)
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     for index, total_gb in enumerate(bottoms):
         axes.annotate(f"{total_gb:.2f}", (index, total_gb), ha="center", va="bottom", fontsize=9)
@@ -258,16 +247,14 @@ def _draw_bars(axes: Any, attempts: Sequence[AttemptMemory]) -> None:
 
 def _parts_by_size(plans: Sequence[Sequence[MemoryPart]]) -> list[str]:
     largest: dict[str, int] = {}
-    for parts in plans:
-        for part in parts:
-            largest[part.name] = max(largest.get(part.name, 0), part.bytes)
+    for part in chain.from_iterable(plans):
+        largest[part.name] = max(largest.get(part.name, 0), part.bytes)
     return sorted((name for name in largest if largest[name] > 0), key=lambda n: -largest[n])
 
 
 def _attempt_names(numbers: Sequence[int]) -> str:
-    return "attempt\n" + (
-        str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
-    )
+    first, *others = numbers
+    return f"attempt\n{first} to {others[-1]}" if others else f"attempt\n{first}"
 
 
 def _last_budget(attempts: Sequence[AttemptMemory]) -> float | None:
@@ -275,12 +262,6 @@ def _last_budget(attempts: Sequence[AttemptMemory]) -> float | None:
 
 
 def _highest_gb(attempts: Sequence[AttemptMemory]) -> float:
-    budget_gb = _last_budget(attempts)
-    return max(
-        [
-            *(sample.process_gb for attempt in attempts for sample in attempt.samples),
-            *(attempt.predicted_gb for attempt in attempts),
-            *([budget_gb] if budget_gb is not None else []),
-            1e-3,
-        ]
-    )
+    used = (sample.process_gb for attempt in attempts for sample in attempt.samples)
+    predicted = (attempt.predicted_gb for attempt in attempts)
+    return max(*used, *predicted, _last_budget(attempts) or 0.0, 1e-3)

@@ -35,6 +35,7 @@ def card_description(card: RunCard, most_characters: int) -> str:
 
 def _sections(card: RunCard) -> Iterator[str]:
     """Yield the sections, the most important first; each ends with a line break."""
+    # The order decides what `card_description` keeps of a long card.
     for lines in (
         _head(card),
         _failure(card),

@@ -9,6 +9,7 @@ QUESTION_CHARACTERS = 300
 ANSWER_CHARACTERS = 600
 EXAMPLE_CHARACTERS = 160
 
+# besides markup: "://" and "www.", which GitHub's flavour turns into links
 _MARKDOWN = re.compile(r"([\\`*_\[\]|~])|(?<=:)(/)(?=/)|(?<=\bwww)(\.)")
 _LINE_START = re.compile(r"^(?:[-+#>=]|[0-9]+(?=[.)](?:\s|$)))")
 

@@ -107,7 +107,7 @@ def export_adapter(
     check_adapter(adapter)
     provenance = read_provenance(adapter)
     find_base(adapter)
-    _require_place(target)
+    _require_place(target)  # cheap refusals before a download of gigabytes
     base = _fetch_base(provenance)
     shape = check_model_folder(base)
     require_disk(

@@ -125,6 +125,7 @@ def _read_pairs(path: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     from safetensors.torch import load_file
 
     tensors = load_file(path)
+    # pops every pair: a tensor that is left over would be missing from the merged model
     pairs = {}
     for name in sorted(tensors):
         if not name.endswith(_DOWN):
@@ -202,6 +203,7 @@ def _merged(
     if name not in pairs:
         return weight.to(torch.bfloat16)
     down, up = pairs[name]
+    # in fp32: bfloat16 has 8 significant bits, so a small update would vanish in the sum
     return torch.addmm(weight.float(), up, down, alpha=scale).to(torch.bfloat16)
 
 

@@ -77,7 +77,7 @@ def measure_parity(
     for form, load in loaders.items():
         beat(f"{form} load", 0)
         asked[form] = _ask(load(), request, rows, partial(beat, form))
-        gc.collect()
+        gc.collect()  # the model is in reference cycles; the next form needs its memory
         memory.cleanup_gpu_memory()
         memory.enforce_budget()
         logger.info("%s: answer loss %.4f", form, asked[form].answer_loss)

@@ -85,7 +85,7 @@ class ChatSession:
 
     def _chunks(self) -> Iterator[Chunk]:
         while True:
-            ended = not self._thread.is_alive()
+            ended = not self._thread.is_alive()  # asked before reading: its last lines still count
             lines, self._offset = read_json_lines(self._job.pieces, self._offset)
             yield from (Chunk.model_validate(line) for line in lines)
             if ended and not lines:
