@@ -25,7 +25,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.machine import ROOT
+
 COMMAND = "import sys; from flows.cli import main; sys.exit(main())"
 CHECKPOINT_EVERY_STEPS = 20
 START_SECONDS = 180.0

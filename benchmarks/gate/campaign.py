@@ -72,7 +72,7 @@ class Judged(Record):
 
     @property
     def promoted(self) -> list[bool]:
-        """For each verdict, whether it promotes."""
+        """Decision of each verdict: True if it promotes."""
         verdicts = (self.first_night, self.beside_champion)
         return [v.decision == "promoted" for v in verdicts if v is not None]
 

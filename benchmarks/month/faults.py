@@ -109,7 +109,7 @@ class Fault:
 
     @property
     def planted(self) -> bool:
-        """Whether the fault is planted: then only a second attempt shows that it struck."""
+        """True if the fault is planted in the process; a second attempt shows that it struck."""
         return type(self) is Fault
 
     def begin(self) -> None:

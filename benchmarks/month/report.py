@@ -48,7 +48,7 @@ class NightResult:
 
     @property
     def trains(self) -> bool:
-        """Whether the night produced an adapter."""
+        """True if the night produced an adapter."""
         return self.trained_seconds > 0
 
     @property
@@ -58,7 +58,7 @@ class NightResult:
 
     @property
     def left_undone(self) -> bool:
-        """Whether the next night had to finish this one."""
+        """True if the next night had to finish this one."""
         return self.verdict in ("deferred", "not started")
 
 

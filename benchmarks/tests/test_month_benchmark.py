@@ -192,7 +192,7 @@ def test_a_night_as_it_should_be_has_no_problems() -> None:
 def test_what_is_wrong_with_a_night_is_found(
     night: Night, after: RegistryState, runs: list[dict[str, Any]], problem: str
 ) -> None:
-    """A lost, a double, a foreign or a false promotion; an end that is none."""
+    """Lost, duplicate, foreign or false promotions, and wrong ends of nights."""
     found = check_night(night, None, BEFORE, after, outcome(*runs))
     assert any(problem in line for line in found), found
 
@@ -209,7 +209,7 @@ def test_a_second_start_that_did_the_work_again_is_found() -> None:
 
 
 def write_attempt(run: Path, number: int, first: int, last: int, resumed: str | None) -> Path:
-    """An attempt whose steps took a second each."""
+    """Write an attempt whose steps took a second each."""
     attempt = run / "attempts" / f"{number:02d}"
     attempt.mkdir(parents=True)
     times = [TODAY + timedelta(seconds=1000 * number + step) for step in range(last + 1)]
@@ -239,9 +239,9 @@ def result(total: float, trained: float, verdict: str, faults: list[str]) -> Nig
 
 
 def test_what_is_lost_is_what_undisturbed_nights_do_not_take() -> None:
-    """What was deferred and trained again is lost whole; without an undisturbed night who knows.
+    """A deferred night that is trained again is lost; the cost is unknown without a calm night.
 
-    A night that ends what the one before left undone makes that one useful; one that trains for it
+    A night that finishes the work of the one before makes that one useful; one that trains for it
     does the work of both.
     """
     calm, struck = result(60, 30, "promoted", []), result(90, 30, "kept", ["nan"])
@@ -265,7 +265,7 @@ def test_what_is_lost_is_what_undisturbed_nights_do_not_take() -> None:
 def test_the_summary_can_be_printed_from_the_first_night_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """With faults of unknown cost too; a problem or a night that is missing fails the month."""
+    """It prints with faults of unknown cost; a problem or a missing night fails the month."""
     first = result(300, 30, "promoted", ["power cut"])
     print_summary(summarise([first], 2), [first])
     assert "useful time: unknown" in capsys.readouterr().out

@@ -30,7 +30,7 @@ STEPS, SEQUENCES = 6, 4
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
-    """The tiny model on the CPU, both parts: results and what was printed."""
+    """Results and output of both parts with the tiny model on the CPU."""
     work = tmp_path_factory.mktemp("parity")
     out = work / "results.json"
     where = ["--work", str(work), "--out", str(out), "--shape", "tiny", "--learning-rate", "1e-3"]
@@ -57,7 +57,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]
 
 
 @pytest.mark.slow
-def test_results_say_what_they_belong_to(done: tuple[dict[str, Any], str]) -> None:
+def test_results_record_machine_and_arguments(done: tuple[dict[str, Any], str]) -> None:
     results, _ = done
     assert results["complete"]
     assert results["failed"] == {}
@@ -128,7 +128,7 @@ def test_one_step_apart_flips_the_verdict(
 
 @pytest.mark.slow
 def test_what_fp32_does_stands_beside_both(done: tuple[dict[str, Any], str]) -> None:
-    """As on a GPU, where it is a third training; it has to have done the same steps."""
+    """The fp32 control, a third training on a GPU, must have done the same steps."""
     results = copy.deepcopy(done[0])
     training = results["training"]
     training[CONTROL] = copy.deepcopy(training["plain"])
@@ -166,7 +166,7 @@ def test_other_steps_are_not_compared(done: tuple[dict[str, Any], str]) -> None:
 
 @pytest.mark.slow
 def test_a_wrong_gradient_flips_the_verdicts(done: tuple[dict[str, Any], str]) -> None:
-    """A small tensor that is off shows in the worst, a large one in all together."""
+    """A wrong small tensor shows in the worst error, a wrong large one in the total."""
     results = copy.deepcopy(done[0])
     tensors = results["gradients"]["tiny"]["tensors"]
     smallest = min(tensors, key=lambda name: tensors[name]["reference"])
@@ -205,7 +205,7 @@ def test_errors_are_those_of_the_norms() -> None:
 
 @pytest.mark.slow
 def test_a_shape_is_measured_by_its_first_layers(tmp_path: Path) -> None:
-    """The way of the large shapes, with a small one: 4-bit files in bf16, two micro-batches."""
+    """A small shape goes the way of the large ones: 4-bit files in bf16, two micro-batches."""
     import torch
     from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 

@@ -61,13 +61,13 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tiny(work: Path) -> tuple[dict[str, Any], str]:
-    """The tiny suite with ours, and a peer that is not there."""
+    """Results and output of the tiny suite with ours and a peer that is not installed."""
     return run(work, "--suite", "tiny", "--contestants", "ours,unsloth")
 
 
 @pytest.fixture(scope="module")
 def peer(work: Path) -> dict[str, Any]:
-    """The row of a peer in the tiny suite."""
+    """Row of a peer in the tiny suite."""
     return row_of(run(work, "--suite", "tiny", "--contestants", "hf")[0], "hf")
 
 
@@ -76,7 +76,7 @@ def row_of(results: dict[str, Any], contestant: str) -> dict[str, Any]:
 
 
 def expected_lengths() -> list[int]:
-    """The workload's lengths, worked out from its description."""
+    """Derive the workload's lengths from its description."""
     generator = random.Random(0)
     lengths = []
     for _ in range(STEPS * PER_STEP):
@@ -87,7 +87,7 @@ def expected_lengths() -> list[int]:
     return lengths
 
 
-def test_results_say_what_they_belong_to(tiny: tuple[dict[str, Any], str]) -> None:
+def test_results_record_machine_and_arguments(tiny: tuple[dict[str, Any], str]) -> None:
     results, _ = tiny
     assert results["complete"]
     assert results["machine"]["date"]
@@ -144,7 +144,9 @@ def test_all_train_the_same_model_on_the_same_rows(
 
 
 @without_unsloth
-def test_a_peer_that_is_not_there_is_a_row_that_says_so(tiny: tuple[dict[str, Any], str]) -> None:
+def test_a_peer_that_is_not_installed_is_a_row_that_says_so(
+    tiny: tuple[dict[str, Any], str],
+) -> None:
     row = row_of(tiny[0], "unsloth")
     assert row["status"] == "not installed"
     assert "unsloth" in row["detail"]
@@ -162,7 +164,7 @@ def test_the_table_has_a_line_for_everyone(tiny: tuple[dict[str, Any], str]) -> 
             assert row["status"] in line
 
 
-def test_what_does_not_fit_is_a_row_that_can_be_added_to_those_of_an_earlier_run(
+def test_a_case_that_does_not_fit_is_a_row_appended_to_an_earlier_run(
     work: Path, tiny: tuple[dict[str, Any], str]
 ) -> None:
     (work / "results.json").write_text(json.dumps(tiny[0]), encoding="utf-8")
@@ -182,7 +184,7 @@ def test_what_does_not_fit_is_a_row_that_can_be_added_to_those_of_an_earlier_run
     assert "another seed" in other.stderr
 
 
-def test_what_takes_too_long_is_ended(work: Path, tiny: tuple[dict[str, Any], str]) -> None:
+def test_a_job_that_takes_too_long_is_killed(work: Path, tiny: tuple[dict[str, Any], str]) -> None:
     results, _ = run(work, "--suite", "tiny", "--contestants", "hf", "--timeout", "0.5")
     (row,) = results["rows"]
     assert (row["status"], row["detail"]) == ("failed", "timeout after 0.5 s")
@@ -190,7 +192,7 @@ def test_what_takes_too_long_is_ended(work: Path, tiny: tuple[dict[str, Any], st
 
 @without_unsloth
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_run_that_is_broken_off_keeps_its_rows(tmp_path: Path, number: signal.Signals) -> None:
+def test_an_interrupted_run_keeps_its_rows(tmp_path: Path, number: signal.Signals) -> None:
     out = tmp_path / "results.json"
     more = ("--suite", "tiny", "--contestants", "unsloth,hf")
     with subprocess.Popen(command(tmp_path, out, *more), stdout=subprocess.DEVNULL) as process:
@@ -211,7 +213,7 @@ def test_a_run_that_is_broken_off_keeps_its_rows(tmp_path: Path, number: signal.
 def test_random_weights_are_quantised_by_the_product(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same way that the large shapes are made, with a small one."""
+    """A small shape is made the same way as the large ones."""
     from benchmarks.speed.model import prepare
 
     small = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 2048}
@@ -228,7 +230,7 @@ def test_random_weights_are_quantised_by_the_product(
     assert again["snapshot"] == first["snapshot"]
 
 
-def test_whoever_needs_more_rows_gets_the_same_first_ones() -> None:
+def test_a_contestant_that_needs_more_rows_gets_the_same_first_ones() -> None:
     case = Case("4b", 256, 13)
     few = speed_cases.workload(case, 64, 0)
     assert speed_cases.workload(case, 200, 0)[:64] == few
