@@ -1,4 +1,4 @@
-"""What must not be forgotten: the bundled rows, or those that the config names."""
+"""The ability set is bundled, or the one that the config names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qwen3ft.files import read_json_lines
 
 
 def test_the_general_rows_are_in_both_languages() -> None:
-    """Each has a question of its own, an answer and a kind."""
+    """Each row has a unique question, an answer and a kind."""
     rows = read_ability_rows(TrainingConfig())
     assert len({row["question"] for row in rows}) == len(rows) == 48
     assert all(row["kind"] for row in rows)
@@ -23,7 +23,7 @@ def test_the_general_rows_are_in_both_languages() -> None:
 
 
 def test_the_embedded_rows_are_what_pretraining_taught() -> None:
-    """The generator makes them again, and none of them is trained or tested on."""
+    """The generator reproduces them, and no run trains or tests on them."""
     rows = read_ability_rows(TrainingConfig(model_name="embedded"))
     assert rows == corpus.draw_ability_rows()
     asked = {
@@ -33,7 +33,7 @@ def test_the_embedded_rows_are_what_pretraining_taught() -> None:
 
 
 def test_a_set_of_ones_own_is_used(tmp_path: Path) -> None:
-    """One JSON object a line."""
+    """A custom set is a file with one JSON object per line."""
     path = tmp_path / "rows.jsonl"
     path.write_text('{"question": "q", "answer": "a"}\n', encoding="utf-8")
     config = TrainingConfig(ability_path=str(path))
@@ -44,7 +44,7 @@ def test_a_set_of_ones_own_is_used(tmp_path: Path) -> None:
 def test_an_unusable_set_is_told_before_anything_is_loaded(
     tmp_path: Path, content: str | None
 ) -> None:
-    """A gate without it would let a model through that forgot everything."""
+    """Without it, the gate would promote a model that forgot everything."""
     path = tmp_path / "rows.jsonl"
     if content is not None:
         path.write_text(content, encoding="utf-8")

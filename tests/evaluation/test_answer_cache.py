@@ -1,4 +1,4 @@
-"""Answers are kept by model and question, and a damaged cache costs time alone."""
+"""Answers are cached by model and question, and a damaged cache costs only time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ANSWER = Generated(text="亚麻 \u2028 linen", stopped=True, tokens=4)
 
 
 def test_an_answer_is_found_again_for_the_same_model_alone(tmp_path: Path) -> None:
-    """Text, end and loss come back as they were."""
+    """Text, end and loss come back unchanged, and no other model finds them."""
     cache = AnswerCache(tmp_path, ["base"])
     cache.add([new_entry("k", ANSWER, RowLoss(1.5, 3)), new_entry("a", None, RowLoss(math.inf, 2))])
     cache.save()
@@ -30,7 +30,7 @@ def test_an_answer_is_found_again_for_the_same_model_alone(tmp_path: Path) -> No
 
 
 def test_the_key_holds_what_the_answer_depends_on() -> None:
-    """Not the group that scores are reported by."""
+    """The group that scores are reported by is not part of it."""
     row = {"question": "q", "answer": "a", "split": "fact"}
     key = answer_key(row, {"max_new_tokens": 16})
     assert answer_key({**row, "split": "date"}, {"max_new_tokens": 16}) == key
@@ -46,7 +46,7 @@ def test_the_key_holds_what_the_answer_depends_on() -> None:
 def test_a_damaged_file_is_replaced(
     tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its answers are asked again, and the log says so."""
+    """Its questions are asked again, and the log says so."""
     cache = AnswerCache(tmp_path, ["base"])
     cache.path.write_bytes(content)
     cache = AnswerCache(tmp_path, ["base"])
@@ -70,7 +70,7 @@ def test_a_folder_that_cannot_be_written_costs_nothing_else(
 
 
 def test_the_cache_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is used stays, then the newest; of models, those used last."""
+    """Used answers stay, then the newest; of models, those used last."""
     monkeypatch.setattr(answer_cache, "MAX_ANSWERS", 3)
     monkeypatch.setattr(answer_cache, "MAX_MODELS", 2)
     loss = RowLoss(1.0, 1)
@@ -94,7 +94,7 @@ def test_the_cache_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_model_that_is_asked_about_every_night_is_never_forgotten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The base's answers are only read, while each night's candidate writes some."""
+    """The base's answers are kept although only candidates write new ones."""
     monkeypatch.setattr(answer_cache, "MAX_MODELS", 2)
     for model in ("base", *"abcde"):
         time.sleep(0.02)  # file systems count time in steps

@@ -90,7 +90,7 @@ def test_thinking_is_split_from_the_answer(text: str, expected: tuple[str, str])
     ],
 )
 def test_a_repeated_end_is_a_loop(text: str) -> None:
-    """Words, characters without spaces and whole sentences, the last turn cut short or not."""
+    """Words, Chinese characters and whole sentences count, even if the last turn is cut off."""
     assert is_looping(text)
 
 
@@ -114,7 +114,7 @@ def test_ordinary_repetition_is_no_loop(text: str) -> None:
 
 @given(st.text(min_size=8, max_size=40).filter(str.split), st.integers(8, 20), st.text())
 def test_any_text_repeated_to_the_end_is_a_loop(unit: str, repeats: int, before: str) -> None:
-    """Whatever stands before it."""
+    """It does not matter what stands before the loop."""
     looped = " ".join((unit + " ").split() * repeats)
     if len(looped) >= 24:
         assert is_looping(before + " " + looped)
@@ -126,7 +126,7 @@ def test_long_texts_are_judged_quickly() -> None:
 
 
 def test_soundness_needs_answers_that_end_and_go_on() -> None:
-    """One empty answer of twenty passes, two do not; no answers at all do not."""
+    """One empty answer in twenty passes; two, or no answers at all, do not."""
     good = [f"answer {number}" for number in range(20)]
     assert answers_are_sound([*good[:19], ""])
     assert not answers_are_sound([*good[:18], "", "<think>\nhm"])
@@ -145,7 +145,7 @@ def test_questions_are_chosen_in_proportion_and_in_order() -> None:
 
 @given(st.lists(st.sampled_from("abc"), max_size=50), st.integers(1, 60))
 def test_the_choice_has_the_size_asked_for(splits: list[str], limit: int) -> None:
-    """However the splits are sized, the limit is met exactly."""
+    """The limit is met exactly, whatever the sizes of the splits."""
     questions = [Question(f"q{i}", "a", split) for i, split in enumerate(splits)]
     assert len(choose_questions(questions, limit)) == min(limit, len(questions))
 

@@ -44,7 +44,7 @@ def test_the_first_adapter_that_beats_the_base_is_promoted() -> None:
 def test_the_lower_bound_of_the_gain_decides(
     value: float, half: float, decision: str, begins: str
 ) -> None:
-    """A gain that may be luck keeps the adapter in use, and so does no gain."""
+    """A gain that may be luck, or no gain, keeps the adapter in use."""
     gains = (gain(value, half=half),)
     verdict = decide_promotion(report(BASE, GOOD, gains=gains), saved(), champion=None)
     assert verdict.decision == decision
@@ -137,7 +137,7 @@ def test_within_the_limits_a_better_candidate_is_promoted(changes: dict[str, Any
 
 @pytest.mark.parametrize(("broken", "decision"), [(1, "promoted"), (2, "kept")])
 def test_of_few_answers_a_single_odd_one_is_no_sign(broken: int, decision: str) -> None:
-    """One of 30 is more than 2 %, and yet one answer."""
+    """One of 30 answers is more than 2 %, and is allowed."""
     form = {**FORM, "stops by itself": 1 - broken / 30}
     scores = (score("base", 0.1, rows=30), score("candidate", 0.4, rows=30, form=form))
     gains = (gain(0.3).model_copy(update={"rows": 30}),)
@@ -156,7 +156,7 @@ def test_the_limits_hold_against_the_champion_too() -> None:
 
 
 def test_the_policy_sets_the_limits() -> None:
-    """Fewer rows or more forgetting pass where the policy says so."""
+    """Fewer rows or more forgetting pass if the policy allows them."""
     scores = (score("base", 0.1, rows=12), score("candidate", 0.4, rows=12, ability_loss=2.4))
     gains = (gain(0.3).model_copy(update={"rows": 12}),)
     policy = GatePolicy(min_rows=12, max_ability_loss_rise=0.5)
@@ -180,7 +180,7 @@ def test_a_loss_can_be_the_main_metric() -> None:
 
 
 def test_a_degraded_run_is_kept_however_good() -> None:
-    """The reason names what was degraded."""
+    """The reason names the degradation."""
     degraded = saved(degraded=("lower rank: 6 to 3",))
     verdict = decide_promotion(report(BASE, GOOD), degraded, champion=None)
     assert verdict.decision == "kept"
@@ -188,7 +188,7 @@ def test_a_degraded_run_is_kept_however_good() -> None:
 
 
 def test_every_failed_check_is_named() -> None:
-    """Checks that passed are not."""
+    """Checks that passed are not named."""
     checks = {"not empty": False, "no loops": True, "answers differ from base": False}
     verdict = decide_promotion(report(BASE, GOOD, checks=checks), saved(), champion=None)
     assert verdict.decision == "kept"
@@ -215,7 +215,7 @@ def test_scores_on_different_questions_are_not_compared() -> None:
 
 
 def test_a_metric_that_was_not_compared_promotes_nothing() -> None:
-    """No interval, no proof."""
+    """Without an interval there is no proof of a gain."""
     verdict = decide_promotion(report(BASE, GOOD, gains=()), saved(), champion=None)
     assert verdict.reasons == ("exact match could not be compared with that of the base model",)
 

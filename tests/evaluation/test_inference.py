@@ -52,7 +52,7 @@ POLICY = GatePolicy(min_rows=2, max_ability_loss_rise=6.0)
 
 @dataclass(frozen=True)
 class Night:
-    """What a night leaves on disk: a 4-bit model, the adapter in use and a better one."""
+    """Files that a night leaves: a 4-bit model, the adapter in use and a better one."""
 
     config: TrainingConfig
     snapshot: ModelSnapshot
@@ -75,7 +75,7 @@ def training_batch(tokenizer: Any, rows: Sequence[dict[str, str]]) -> dict[str, 
 
 @pytest.fixture(scope="module")
 def night(snapshot: ModelSnapshot, tmp_path_factory: pytest.TempPathFactory) -> Night:
-    """Train an adapter on 16 rows, save it early and late."""
+    """Train an adapter on 16 rows and save it early and late."""
     torch.manual_seed(0)
     work = tmp_path_factory.mktemp("night")
     config = TrainingConfig(
@@ -192,7 +192,7 @@ def test_three_models_are_compared_on_the_same_questions(night: Night, tmp_path:
 def test_what_a_model_answered_is_not_generated_again(
     night: Night, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The next night asks the new adapter alone; asked all the same again, no model is loaded."""
+    """The next night asks only the new adapter; if nothing is new, no model is loaded."""
     champion = champion_of(night, night.champion.path)
     first = run_inference(request_for(night, tmp_path, champion=champion), lambda *_: None)
     phases: set[str] = set()
@@ -252,7 +252,7 @@ def test_a_champion_that_cannot_be_compared_defers_the_verdict(
 
 
 def test_no_questions_is_an_error(night: Night, tmp_path: Path) -> None:
-    """A comparison over nothing proves nothing."""
+    """A comparison on no questions proves nothing."""
     request = request_for(night, tmp_path)
     Path(request.questions_path).write_text("")
     with pytest.raises(DataLoadingError, match="no held-out questions"):
@@ -264,8 +264,8 @@ def test_answers_come_back_in_the_order_of_the_questions(
 ) -> None:
     """Sorting by length and padding change neither order nor answers.
 
-    Questions that nothing was trained on are among them: their answers are unsure, so a token of
-    padding that is not masked would change them.
+    Some questions are unlike the training rows: their answers are uncertain, so a single padding
+    token that is not masked would change them.
     """
     questions = [row["question"] for row in night.rows[:6]]
     questions += ["why", "How is it? " * 12, "谁", "Tell me a long story about the shop. " * 6]
@@ -288,7 +288,7 @@ def test_an_answer_ends_at_the_end_token_or_at_the_limit(loaded: tuple[Any, Any]
 
 
 def test_sampled_answers_are_drawn_from_a_seed(loaded: tuple[Any, Any]) -> None:
-    """The same seed draws the same answers, another one others, and nothing else notices."""
+    """The seed alone decides the answers, and torch's own random state stays as it was."""
     questions = ["why", "How is it?", "谁", "Tell me a long story about the shop."]
     torch.manual_seed(1)
     before = torch.rand(3)
@@ -303,7 +303,7 @@ def test_sampled_answers_are_drawn_from_a_seed(loaded: tuple[Any, Any]) -> None:
 def test_progress_is_told_while_answers_are_generated(
     night: Night, loaded: tuple[Any, Any]
 ) -> None:
-    """Every batch, and every few tokens inside a long one."""
+    """Progress comes after every batch, and every few tokens within one."""
     seen: list[int] = []
     ask(loaded, [row["question"] for row in night.rows[:8]], progress=seen.append)
     assert {4, 8} <= set(seen)
@@ -311,7 +311,7 @@ def test_progress_is_told_while_answers_are_generated(
 
 
 def test_the_tester_answers_as_the_spec_asks(night: Night, loaded: tuple[Any, Any]) -> None:
-    """The three methods: load, ask, judge."""
+    """Its three methods load, ask and judge."""
     tester = InferenceTester(night.config)
     row = night.rows[0]
     assert tester.test_inference(*loaded, row["question"]) == row["answer"]
@@ -394,7 +394,7 @@ def test_generation_leaves_the_4_bit_model_trainable(night: Night) -> None:
 def adapter_gradients(
     loaded: tuple[Any, Any], rows: Sequence[dict[str, str]]
 ) -> dict[str, torch.Tensor]:
-    """The gradient of every adapter tensor on one training batch; leaves the model in eval mode."""
+    """Return the gradient of every adapter tensor on one batch; leaves the model in eval mode."""
     model, tokenizer = loaded
     trained = {name: value for name, value in model.named_parameters() if "lora_" in name}
     for parameter in trained.values():
@@ -433,7 +433,7 @@ def test_a_question_that_does_not_fit_alone_is_an_error() -> None:
 
 
 def test_the_tensors_of_a_failed_batch_are_gone_before_the_next() -> None:
-    """Nothing, the traceback included, holds what the failed call had allocated."""
+    """Nothing, not even the traceback, keeps the memory of the failed call."""
     import weakref
 
     held: list[weakref.ref[torch.Tensor]] = []
@@ -451,7 +451,7 @@ def test_the_tensors_of_a_failed_batch_are_gone_before_the_next() -> None:
 
 
 def test_a_damaged_or_missing_adapter_is_refused(night: Night, tmp_path: Path) -> None:
-    """One changed byte is enough, and a folder of anything else is no adapter."""
+    """One changed byte is enough, and any other folder is not an adapter."""
     folder = tmp_path / "adapter"
     shutil.copytree(night.candidate.path, folder)
     weights = folder / "adapter_model.safetensors"
@@ -464,7 +464,7 @@ def test_a_damaged_or_missing_adapter_is_refused(night: Night, tmp_path: Path) -
 
 
 def save_on_copied_base(night: Night, work: Path) -> tuple[SavedAdapter, Path]:
-    """The candidate, saved as trained on a copy of the snapshot; and that copy."""
+    """Save the candidate as trained on a copy of the snapshot, and return both."""
     base = work / "base"
     shutil.copytree(night.snapshot.path, base)
     plan = make_plan(night.snapshot.model_copy(update={"path": str(base)}), run_id="moved")
@@ -492,7 +492,7 @@ def test_an_adapter_without_its_base_says_what_to_do(
 def test_a_base_quantised_again_is_used_and_mentioned(
     night: Night, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An upgrade of a library must not cost the adapters trained before it."""
+    """A library upgrade must not cost the adapters that were trained before it."""
     saved, base = save_on_copied_base(night, tmp_path)
     (base / "note.txt").write_text("written by a newer version")
     write_manifest(base, read_manifest_facts(base))

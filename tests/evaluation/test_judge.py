@@ -1,4 +1,4 @@
-"""The judge: a real server plays an OpenAI-compatible endpoint that may do anything at all."""
+"""The judge talks to a real local server that may misbehave in any way."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def counts(report: JudgeReport) -> tuple[int, int, int, int]:
 def test_an_answer_wins_that_is_better_in_both_places(
     tmp_path: Path, champion: str | None, likes: str, expected: tuple[int, ...], rival: str
 ) -> None:
-    """Against the champion where there is one; each question is asked twice."""
+    """The rival is the champion if there is one; each question is asked twice."""
     with serving(prefers(likes)) as server:
         report = judged(tmp_path, server, make_pairs(6, champion))
     assert (counts(report), report.rival, report.problem) == (expected, rival, "")
@@ -100,14 +100,14 @@ def test_an_answer_wins_that_is_better_in_both_places(
 
 
 def test_a_judge_that_likes_a_place_makes_ties(tmp_path: Path) -> None:
-    """The orders do not agree."""
+    """The two orders disagree."""
     with serving(lambda handler: handler.say("first")) as server:
         report = judged(tmp_path, server, make_pairs(4))
     assert counts(report) == (0, 4, 0, 0)
 
 
 def test_equal_answers_are_a_tie_that_nobody_is_asked_about(tmp_path: Path) -> None:
-    """Thinking is no part of an answer."""
+    """Reasoning is not part of an answer."""
     pairs = [
         pair.model_copy(update={"base": f"candidate {number}"})
         for number, pair in enumerate(make_pairs(3))
@@ -119,14 +119,14 @@ def test_equal_answers_are_a_tie_that_nobody_is_asked_about(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("said", ["As a language model ...", "neither first nor second", "", None])
 def test_what_is_no_verdict_is_counted_apart(tmp_path: Path, said: str | None) -> None:
-    """It is no tie, and no reason to stop."""
+    """It is neither a tie nor a reason to stop."""
     with serving(lambda handler: handler.say(said)) as server:
         report = judged(tmp_path, server, make_pairs(5))
     assert (counts(report), report.problem) == ((0, 0, 0, 5), "")
 
 
 def test_only_the_last_line_is_a_verdict() -> None:
-    """Thinking that was cut off is none."""
+    """Reasoning that was cut off contains no verdict."""
     assert read_choice("They differ.\n\nThe second answer.") == "second"
     assert read_choice("tie") == "tie"
     assert read_choice("<think>first") is None
@@ -134,7 +134,7 @@ def test_only_the_last_line_is_a_verdict() -> None:
 
 
 def test_the_same_questions_are_chosen_in_whatever_order_they_come(tmp_path: Path) -> None:
-    """Some of every group."""
+    """The choice takes some of every group."""
     pairs = [*make_pairs(30), *make_pairs(30, split="date")]
     chosen = choose_pairs(pairs, 10)
     assert [pair.split for pair in chosen].count("date") == 5
@@ -150,7 +150,7 @@ def test_the_same_questions_are_chosen_in_whatever_order_they_come(tmp_path: Pat
 
 @pytest.mark.parametrize("wait", ["0", "date", "soon"])
 def test_a_busy_server_is_asked_again_when_it_says(tmp_path: Path, wait: str) -> None:
-    """Seconds, a date, or nonsense in Retry-After."""
+    """Retry-After may hold seconds, a date, or nonsense."""
     value = formatdate(time.time(), usegmt=True) if wait == "date" else wait
 
     def play(handler: Handler) -> None:
@@ -165,7 +165,7 @@ def test_a_busy_server_is_asked_again_when_it_says(tmp_path: Path, wait: str) ->
 
 
 def test_retry_after_is_waited_for(tmp_path: Path) -> None:
-    """Not the shorter wait of our own."""
+    """It takes precedence over our own shorter wait."""
     times: list[float] = []
 
     def play(handler: Handler) -> None:
@@ -189,7 +189,7 @@ def test_retry_after_is_waited_for(tmp_path: Path) -> None:
 def test_a_server_that_fails_for_ever_is_given_up_on(
     tmp_path: Path, status: int, headers: dict[str, str], requests: int, problem: str
 ) -> None:
-    """After three questions, one at a time; the reason is in our words, not in the server's."""
+    """It is given up after three questions, and the reason quotes nothing of the server's."""
     one = Limits(**{**vars(FAST), "at_a_time": 1})
     with serving(lambda handler: handler.answer(status, b"<b>evil</b>", **headers)) as server:
         report = judged(tmp_path, server, make_pairs(20), one)
@@ -214,7 +214,7 @@ def test_a_redirect_is_not_followed(tmp_path: Path) -> None:
 def test_a_server_that_never_comes_to_the_point_is_given_up_on(
     tmp_path: Path, kind: str, seconds: float
 ) -> None:
-    """Silence, a byte now and then in the headers, a body without end: the run goes on."""
+    """The run goes on after silence, trickling headers or an endless body."""
 
     def play(handler: Handler) -> None:
         if kind == "trickles":
@@ -241,14 +241,14 @@ def test_a_server_that_never_comes_to_the_point_is_given_up_on(
 
 
 def test_a_server_that_is_not_there_is_a_reason(tmp_path: Path) -> None:
-    """Nobody listens on its port."""
+    """Nothing listens on its port."""
     with serving(prefers("candidate")) as server:
         pass
     assert judged(tmp_path, server, make_pairs(9)).problem == "it cannot be reached"
 
 
 def test_what_was_judged_before_the_deadline_counts(tmp_path: Path) -> None:
-    """And what is missing is said with its reason."""
+    """The report gives the reason for the missing questions."""
 
     def play(handler: Handler) -> None:
         if len(handler.server.asked) <= 4:
@@ -264,7 +264,7 @@ def test_what_was_judged_before_the_deadline_counts(tmp_path: Path) -> None:
 
 
 def test_it_works_where_an_event_loop_runs_already(tmp_path: Path) -> None:
-    """As in a notebook."""
+    """A notebook has one, for example."""
 
     async def cell() -> JudgeReport:
         return judged(tmp_path, server, make_pairs(1))
@@ -279,7 +279,7 @@ def test_it_works_where_an_event_loop_runs_already(tmp_path: Path) -> None:
 def test_the_key_is_in_the_header_and_nowhere_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Not in the body, a log or the record."""
+    """It is not in the body, a log or the record."""
     monkeypatch.setenv(VARIABLE, KEY)
     with caplog.at_level(logging.DEBUG), serving(prefers("candidate")) as server:
         report = judged(tmp_path, server, make_pairs(2), judge_key_variable=VARIABLE)
@@ -294,7 +294,7 @@ def test_the_key_is_in_the_header_and_nowhere_else(
 def test_without_its_key_the_server_is_not_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str | None
 ) -> None:
-    """The reason names the variable, not what is in it."""
+    """The reason names the variable, not its content."""
     monkeypatch.delenv(VARIABLE, raising=False)
     if value is not None:
         monkeypatch.setenv(VARIABLE, value)
@@ -305,7 +305,7 @@ def test_without_its_key_the_server_is_not_asked(
 
 
 def test_texts_are_data_between_marks_that_they_cannot_hold() -> None:
-    """A text that closes its mark, or gives orders, stays where it is; secrets are masked."""
+    """A text cannot close its block, orders in it stay data, and secrets are masked."""
     secret = "hf_" + "abcdefghijklmnopqrstuvwx"
     [pair] = make_pairs(1)
     first = make_messages(pair, "x", "y")
@@ -336,7 +336,7 @@ def test_it_is_off_unless_configured(tmp_path: Path) -> None:
 
 
 def test_it_is_shown_as_one_line_and_a_note() -> None:
-    """In markdown, HTML and JSON; the name of the model is never markup."""
+    """Markdown, HTML and JSON show it, and the model's name is never markup."""
     card = build_card(make_facts())
     line = "better in 31, worse in 9, tie in 10 of 50 (62%, 48% to 74%), against the champion"
     note = (
@@ -352,7 +352,7 @@ def test_it_is_shown_as_one_line_and_a_note() -> None:
 
 
 def test_a_judge_that_said_nothing_leaves_a_note_alone() -> None:
-    """No share of nothing, on the card or in MLflow."""
+    """Neither the card nor MLflow shows a share of no questions."""
     silent = JUDGE.model_copy(update={"wins": 0, "ties": 0, "losses": 0, "unreadable": 0})
     report = make_report().model_copy(update={"judge": silent})
     card = build_card(make_facts(report=report))
@@ -387,7 +387,7 @@ def test_the_stage_adds_it_to_its_report_and_says_so(
 
 
 def test_the_gate_does_not_read_it() -> None:
-    """A verdict is the same whatever the judge said."""
+    """The verdict is the same whatever the judge says."""
     facts = make_facts()
     lost = JUDGE.model_copy(update={"wins": 0, "losses": 50, "ties": 0, "win_share": 0.0})
     verdicts = [_verdict(make_report(), judge, facts.saved) for judge in (None, JUDGE, lost)]
@@ -414,7 +414,7 @@ def _verdict(report: InferenceReport, judge: JudgeReport | None, saved: SavedAda
     ],
 )
 def test_where_texts_may_go(url: str) -> None:
-    """Encrypted, or within the house."""
+    """Encrypted, or within the private network."""
     assert TrainingConfig(judge_url=url, judge_model="j").judge_url == url.rstrip("/")
 
 
@@ -437,7 +437,7 @@ def test_where_texts_may_go(url: str) -> None:
     ],
 )
 def test_where_they_may_not(url: str) -> None:
-    """Told before anything is done, and a password in it is not repeated."""
+    """The URL is refused at once, and a password in it is not repeated."""
     with pytest.raises(ConfigError, match="judge_url") as caught:
         parse_config({"judge_url": url, "judge_model": "j"})
     assert "geheim" not in str(caught.value)
@@ -453,7 +453,7 @@ def test_where_they_may_not(url: str) -> None:
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any]) -> None:
-    """A server without a model's name; a key where its variable's name belongs."""
+    """A server needs the model's name, and the key setting is a variable's name, not the key."""
     with pytest.raises(ConfigError, match="judge_") as caught:
         parse_config(settings)
     assert "abcdefghijklmnop" not in str(caught.value)

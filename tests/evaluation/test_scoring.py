@@ -49,7 +49,7 @@ def generated(text: str, *, stopped: bool = True) -> Generated:
 def test_token_f1_counts_words_and_chinese_characters(
     answer: str, reference: str, expected: float
 ) -> None:
-    """As computed by hand."""
+    """The values were computed by hand."""
     assert token_f1(answer, reference) == pytest.approx(expected)
 
 
@@ -66,7 +66,7 @@ def test_chrf_is_that_of_sacrebleu_on_what_is_compared() -> None:
 
 @given(st.text(max_size=30), st.text(max_size=30))
 def test_scores_are_shares_and_full_where_the_answer_is_right(answer: str, reference: str) -> None:
-    """0 to 1 for any two texts, 1 for the same one."""
+    """They are between 0 and 1 for any two texts, and 1 for equal ones."""
     for score in (token_f1, chrf):
         assert 0 <= score(answer, reference) <= 1 + 1e-9
         if answer_tokens(reference):
@@ -92,7 +92,7 @@ QUESTION = Question("What is it made of?", "It is made of linen.")
     ],
 )
 def test_each_sign_of_broken_form_is_told_alone(answer: Generated, broken: set[str]) -> None:
-    """A right form has none of them, whatever it says."""
+    """Each check fails alone, and a well-formed answer passes all of them."""
     checks = check_form(answer, QUESTION, thinking=False)
     assert {name for name, passed in checks.items() if not passed} == broken
 
@@ -113,7 +113,7 @@ def test_each_sign_of_broken_form_is_told_alone(answer: Generated, broken: set[s
 def test_thinking_is_one_closed_block_in_front_where_it_was_asked_for(
     text: str, asked: bool, expected: bool
 ) -> None:
-    """And none where it was not."""
+    """If it was not asked for, there must be none."""
     assert thinking_is_well_formed(text, asked=asked) is expected
 
 
@@ -132,7 +132,7 @@ def test_thinking_is_one_closed_block_in_front_where_it_was_asked_for(
 def test_the_language_is_that_of_the_question_or_the_reference(
     answer: str, question: str, reference: str, fits: bool
 ) -> None:
-    """By scripts: names in Latin letters inside Chinese are Chinese, numbers are any."""
+    """Latin names inside Chinese count as Chinese, and numbers fit any language."""
     assert language_fits(answer, Question(question, reference)) is fits
 
 
@@ -168,7 +168,7 @@ def test_scores_count_by_split() -> None:
 
 
 def test_a_loss_that_is_not_finite_is_no_number() -> None:
-    """It is told apart from every loss, so that nothing is better by it."""
+    """It is None, so that it can never count as a gain."""
     questions = [Question("q1", "a"), Question("q2", "b")]
     broken = rows_of([generated("a")] * 2, questions, [RowLoss(math.nan, 1), RowLoss(1.0, 1)])
     sound = rows_of([generated("a")] * 2, questions, [RowLoss(1.0, 1)] * 2)
@@ -196,7 +196,7 @@ def test_each_check_fails_alone(answers: list[str], differs: bool, failed: str |
 
 
 def test_answers_that_do_not_stop_fail_the_check() -> None:
-    """More than a tenth of them."""
+    """The check fails if more than a tenth do not stop."""
     questions = [Question(f"q{n}", "right") for n in range(10)]
     answers = [generated("right", stopped=n > 1) for n in range(10)]
     rows = rows_of(answers, questions, [RowLoss(1.0, 1)] * 10)
@@ -205,7 +205,7 @@ def test_answers_that_do_not_stop_fail_the_check() -> None:
 
 
 def test_short_answers_are_right_or_wrong_and_long_ones_near() -> None:
-    """What decides follows from the references, unless it is set."""
+    """The main metric follows from the references' length unless it is set."""
     short = [Question("q", "47 crowns"), Question("q", "亚麻"), Question("q", "word " * 50)]
     long = [Question("q", "a sentence of many words, which nobody writes twice the same")] * 3
     assert choose_main_metric("auto", short) == "exact_match"
@@ -286,7 +286,7 @@ def test_weights_count() -> None:
 def test_there_is_an_interval_for_what_has_no_spread(
     gains: list[float], weights: list[float], expected: float
 ) -> None:
-    """Of one question, or the same gain everywhere; none where there is no gain."""
+    """One question or equal gains have one; a gain that is missing has none."""
     interval = weighted_gain(gains, weights, confidence=0.95)
     found = (interval.estimate, interval.low, interval.high)
     assert found == pytest.approx((expected,) * 3, nan_ok=True)

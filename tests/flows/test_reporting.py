@@ -47,7 +47,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "tracking.md"
 
 
 def test_only_what_changed_is_told_with_its_reason() -> None:
-    """Batch as a product, switches as on and off, sizes in GB; a reason for each, told once."""
+    """Switches are on or off, sizes are in GB, and each reason is given once."""
     before = make_plan(make_snapshot(), activation_bytes=2 * GIB)
     why = "Memory ran out: less is kept."
     after = before.with_settings(
@@ -68,7 +68,7 @@ def test_only_what_changed_is_told_with_its_reason() -> None:
 
 
 def test_an_attempt_with_the_same_settings_is_told_so() -> None:
-    """And from where it went on."""
+    """The text also says from which step it resumed."""
     plan = make_plan(make_snapshot())
     failure = Failure(kind="StalledError", what="silent")
     first = summarise(plan, failure, 1.0)
@@ -79,7 +79,7 @@ def test_an_attempt_with_the_same_settings_is_told_so() -> None:
 
 
 def test_attempts_are_read_from_the_folder_with_those_that_nobody_ended(tmp_path: Path) -> None:
-    """Failed, interrupted and completed; a folder without a plan is none."""
+    """They failed, were interrupted or completed; a folder without a plan is skipped."""
     run = RunDir(tmp_path)
     plan = make_plan(make_snapshot())
     for number in (1, 2, 3):
@@ -113,7 +113,7 @@ def test_every_kind_of_failure_has_plain_words() -> None:
 def test_a_thinned_curve_is_short_finite_in_order_and_keeps_its_extremes(
     values: list[float], most: int
 ) -> None:
-    """Whatever is measured."""
+    """This holds for any measurements."""
     points = thin(enumerate(values), most)
     finite = [float(f"{value:.6g}") for value in values if math.isfinite(value)]
     assert len(points) <= most
@@ -125,7 +125,7 @@ def test_a_thinned_curve_is_short_finite_in_order_and_keeps_its_extremes(
 
 
 def test_charts_stay_within_their_box_and_have_ticks() -> None:
-    """One curve a kind and attempt; a single point, and a curve without height, are drawn too."""
+    """A single point and a flat curve are drawn too."""
     facts = make_facts()
     charts = [loss_chart(facts.loss), memory_chart(facts.memory)]
     charts.append(loss_chart([loss_curve(1, [])]))
@@ -147,14 +147,14 @@ def test_charts_stay_within_their_box_and_have_ticks() -> None:
 
 @given(st.text() | st.sampled_from(HOSTILE), st.integers(1, 60))
 def test_shown_text_is_cut_and_has_no_controls(text: str, most: int) -> None:
-    """Line breaks may stay; the note of what is missing is the only thing added."""
+    """Line breaks may stay; only the note of how much is missing is added."""
     told = safe_excerpt(text, most)
     assert len(told) <= most + 40
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", told)
 
 
 def test_half_a_secret_is_never_shown() -> None:
-    """Wherever the cut is, and even if a control stands in its middle."""
+    """It does not matter where the cut is, or if a control character splits the secret."""
     text = f"before {SECRET} after"
     for most in range(1, 60):
         assert SECRET[:9] not in safe_excerpt(text, most)
@@ -163,7 +163,7 @@ def test_half_a_secret_is_never_shown() -> None:
 
 @given(st.text(alphabet="ab 1.)-+*_#<>&|[]()!`~\\\n:/w", max_size=30))
 def test_markdown_shows_a_text_as_it_is(text: str) -> None:
-    """In a paragraph, a list and a table's cell alike (CommonMark with GitHub's tables)."""
+    """This holds in a paragraph, a list and a table cell (CommonMark with GitHub's tables)."""
     markdown_it = pytest.importorskip("markdown_it")
     parser = markdown_it.MarkdownIt("commonmark").enable(["table", "strikethrough"])
     plain = " ".join(text.split())
@@ -181,7 +181,7 @@ def test_markdown_shows_a_text_as_it_is(text: str) -> None:
 
 
 def documented() -> dict[str, set[str]]:
-    """The keys in the tables of docs/tracking.md, by heading."""
+    """Return the keys in the tables of docs/tracking.md, by heading."""
     found: dict[str, set[str]] = {}
     for line in DOCS.read_text(encoding="utf-8").splitlines():
         if line.startswith("## "):
@@ -192,7 +192,7 @@ def documented() -> dict[str, set[str]]:
 
 
 def test_every_key_that_is_logged_is_documented_and_no_other() -> None:
-    """What a run logs is all there: with scores, a preflight, a failure and a version."""
+    """The run logs scores, a preflight, a failure and a version."""
     facts = make_facts()
     stages = dict.fromkeys((name.partition("/")[2] for name in METRICS if "seconds/" in name), 1.0)
     stages.pop("total")
@@ -217,7 +217,7 @@ def test_every_key_that_is_logged_is_documented_and_no_other() -> None:
 
 
 def test_numbers_that_are_none_are_not_logged() -> None:
-    """A loss that is not finite, a run that did not train."""
+    """Examples are a loss that is not finite and a run that did not train."""
     report = make_report(None)
     assert "ability_loss/candidate" not in report_metrics(report)
     nothing = {"verdict": None, "report": None, "saved": None, "trained": None, "plan": None}
@@ -227,7 +227,7 @@ def test_numbers_that_are_none_are_not_logged() -> None:
 
 
 def test_tags_are_words_to_filter_by() -> None:
-    """The verdict is one of five, a run that is not degraded says no."""
+    """The verdict is one of five words; a run that is not degraded says 'no'."""
     tags = card_tags(build_card(make_facts()))
     assert (tags["verdict"], tags["degraded"], tags["champion_before"]) == ("promoted", "no", "7")
     assert tags["verdict_sentence"].startswith("promoted: better than champion v7")
@@ -238,7 +238,7 @@ def test_tags_are_words_to_filter_by() -> None:
 
 
 def test_names_of_task_runs_tell_what_is_known_when_they_start(tmp_path: Path) -> None:
-    """The second attempt says how large it is, from where it goes on, and after what."""
+    """The second attempt's name says its batch, its first step, and the failure before it."""
     plan = make_plan(make_snapshot(), run_dir=str(tmp_path))
     assert train_name({"plan": plan}) == "train-1 (micro-batch 4 x 1)"
     job = RunDir(tmp_path).attempt(1).create(plan)

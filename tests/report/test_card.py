@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Page(HTMLParser):
-    """What a browser would make of a page: tags, attributes, and the text that is read."""
+    """Tags, attributes and visible text of a page."""
 
     VOID = ("meta", "br", "img", "link", "input", "hr")
 
@@ -57,7 +57,7 @@ class Page(HTMLParser):
 
     @property
     def text(self) -> str:
-        """Everything that is read, its white space as a browser shows it."""
+        """The visible text, with white space as a browser shows it."""
         return " ".join(" ".join(self.words).split())
 
 
@@ -65,7 +65,7 @@ class Page(HTMLParser):
 
 
 def test_the_scores_of_all_three_stand_side_by_side_with_the_gain() -> None:
-    """The gain is over the champion, with its interval; form and forgetting are there too."""
+    """Both gains have intervals; form checks and forgetting are there too."""
     lines = card_markdown(build_card(make_facts())).splitlines()
     forgotten = "1.500 → 1.600 (+0.100 nats per token, limit +0.25)"
     points = "+80.0 (+78.0 to +82.0) points | +40.0 (+38.0 to +42.0) points"
@@ -87,14 +87,14 @@ def test_the_scores_of_all_three_stand_side_by_side_with_the_gain() -> None:
 
 
 def test_what_was_forgotten_is_the_verdict() -> None:
-    """Better in everything that was asked for, and kept."""
+    """An adapter that is better in every score is kept if it forgets."""
     lines = card_markdown(build_card(make_facts(4.0))).splitlines()
     assert lines[0] == "# embedded: kept"
     assert lines[2].startswith("**kept: it forgets: loss on the ability set 4 against 1.5")
 
 
 def test_a_loss_that_is_not_known_is_said() -> None:
-    """Nothing is shown as a number that is none."""
+    """A missing loss is named as such, not shown as a number."""
     text = card_markdown(build_card(make_facts(None)))
     assert "| forgetting | not measured |" in text
     assert "| loss on the ability set | 1.5 | 1.6 | not finite | | |" in text
@@ -119,7 +119,7 @@ def test_all_forms_show_the_same_facts() -> None:
 
 
 def test_the_whole_run_is_in_all_three_forms() -> None:
-    """New data, plan with reasons, attempts with changes, peak, times and answers are in each."""
+    """Each has new data, plan, attempts, memory, times and answers."""
     card = build_card(make_facts())
     as_json = json.dumps(card.model_dump(mode="json"), ensure_ascii=False)
     for form in (card_markdown(card), Page(card_html(card)).text, as_json):
@@ -141,7 +141,7 @@ def test_the_whole_run_is_in_all_three_forms() -> None:
 
 
 def test_how_to_roll_back_is_the_exact_command_and_what_follows_from_it() -> None:
-    """The command names the model; where nothing was in use before, there is no command."""
+    """The command names the model; if nothing was in use before, there is none."""
     promoted = build_card(make_facts()).roll_back
     assert promoted.command == (
         'qwen3ft rollback --reason "..." --set registered_model=qwen3ft-embedded'
@@ -155,7 +155,7 @@ def test_how_to_roll_back_is_the_exact_command_and_what_follows_from_it() -> Non
 
 
 def test_what_to_type_next_follows_from_the_end() -> None:
-    """A kept adapter can be put into use by hand, a deferred or failed run be continued."""
+    """A kept adapter can be promoted by hand, a deferred or failed run can be resumed."""
 
     def commands(card: RunCard) -> list[str]:
         return [step.command for step in card.next_steps]
@@ -175,7 +175,7 @@ def test_what_to_type_next_follows_from_the_end() -> None:
     "error", [InsufficientMemoryError("4 GB\nare too little | <b>", why="It is."), KeyError("x")]
 )
 def test_a_failed_run_tells_what_it_got_to(error: Exception) -> None:
-    """The error, its reason and the attempts; no scores, and no word of an adapter in use."""
+    """The card has the error, its reason and the attempts, and no scores."""
     nothing = {"verdict": None, "report": None, "saved": None, "trained": None}
     card = build_card(make_facts(**nothing, error=error))
     assert (card.outcome, card.title) == ("failed", "embedded: failed")
@@ -191,7 +191,7 @@ def test_a_failed_run_tells_what_it_got_to(error: Exception) -> None:
 
 
 def test_a_run_that_broke_at_its_first_step_and_one_with_nothing_to_do_have_cards() -> None:
-    """Nothing is known but the settings and the end."""
+    """Only the settings and the outcome are known."""
     config = TrainingConfig(model_name="embedded")
     for facts, words in (
         (RunFacts(config, "a", error=OSError("no space left")), "failed: no space left"),
@@ -210,7 +210,7 @@ def test_a_run_that_broke_at_its_first_step_and_one_with_nothing_to_do_have_card
 
 
 def test_a_hostile_text_is_never_markup_in_html() -> None:
-    """Only the template's tags and attributes are there, and every text is read as it is."""
+    """Only the template's tags and attributes are there, and every text is shown literally."""
     hostile, tame = (
         Page(card_html(build_card(make_facts(report=make_report(texts=texts)))))
         for texts in (HOSTILE, tuple(f"text {number}" for number in range(len(HOSTILE))))
@@ -224,7 +224,7 @@ def test_a_hostile_text_is_never_markup_in_html() -> None:
 
 
 def test_the_page_needs_nothing_but_itself() -> None:
-    """No script, image, font or style from elsewhere; a policy says so; links are to both pages."""
+    """It loads no script, image, font or style from elsewhere, and its policy forbids that."""
     card = build_card(make_facts()).model_copy(
         update={"prefect_url": "http://127.0.0.1:4200/x", "mlflow_url": "javascript:alert(1)"}
     )
@@ -239,7 +239,7 @@ def test_the_page_needs_nothing_but_itself() -> None:
 
 
 def test_the_page_can_be_used_without_seeing_it() -> None:
-    """Language, headings in order, names of pictures, and headers of every table."""
+    """It has a language, headings in order, names of charts, and headers of every table."""
     page = Page(card_html(build_card(make_facts())))
     found = [given for tag, given in page.tags if tag == "html"]
     assert found[0]["lang"] == "en"
@@ -257,7 +257,7 @@ def test_the_page_can_be_used_without_seeing_it() -> None:
 
 
 def test_a_hostile_text_stays_in_its_cell_of_markdown() -> None:
-    """Rendered by the parser of GitHub's flavour: no tag, link, picture or table of a user's."""
+    """GitHub's flavour of markdown renders no tag, link, image or table from it."""
     markdown_it = pytest.importorskip("markdown_it")
     text = card_markdown(build_card(make_facts()))
     tokens = markdown_it.MarkdownIt("gfm-like", {"linkify": False}).parse(text)
@@ -272,7 +272,7 @@ def test_a_hostile_text_stays_in_its_cell_of_markdown() -> None:
 
 
 def test_nothing_secret_and_no_control_is_in_any_form() -> None:
-    """Not even half of a key; marks that turn text around are gone."""
+    """Not even half of a key appears, nor a mark that reverses text."""
     card = build_card(make_facts())
     as_json = json.dumps(card.model_dump(mode="json"), ensure_ascii=False, allow_nan=False)
     for form in (as_json, card_markdown(card), card_html(card)):
@@ -283,7 +283,7 @@ def test_nothing_secret_and_no_control_is_in_any_form() -> None:
 
 
 def test_a_card_is_read_back_as_it_was_written() -> None:
-    """Losses that were no numbers are nowhere in it."""
+    """Losses that were NaN are not in it."""
     card = build_card(make_facts())
     assert RunCard.model_validate_json(card.model_dump_json()) == card
     assert all(loss == loss for curve in card.loss for _, loss in curve.training)
@@ -302,7 +302,7 @@ def test_a_description_is_whole_sections_and_short_enough() -> None:
 
 
 def test_answers_that_never_came_are_said_and_thinking_is_left_out() -> None:
-    """Right is what exact match counts as right."""
+    """An answer is marked right if it is an exact match."""
     pair = SideBySide(
         question="q",
         reference="Paris.",
@@ -323,7 +323,7 @@ def test_answers_that_never_came_are_said_and_thinking_is_left_out() -> None:
 
 
 def test_the_template_is_in_the_wheel() -> None:
-    """Where the package is installed from it, the card is made there too."""
+    """An installed package can render the page."""
     wheel = pytest.importorskip("hatchling.builders.wheel")
     builder = wheel.WheelBuilder(str(ROOT))
     packed = {file.distribution_path for file in builder.recurse_included_files()}

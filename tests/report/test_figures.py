@@ -1,4 +1,4 @@
-"""The picture of a run's memory: what it says, and that it reaches MLflow."""
+"""The figure of a run's memory shows budget, prediction and measurements."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def texts(axes: Any) -> list[str]:
 
 
 def test_one_picture_shows_budget_prediction_and_reality(tmp_path: Path) -> None:
-    """Three curves, the budget on both sides, a stack for each plan, and how each attempt ended."""
+    """It has three curves, the budget, a stack for each plan, and each attempt's outcome."""
     attempts = [
         make_attempt(1, 0, failure="OutOfMemoryError"),
         make_attempt(2, 110, failure="MemoryLeakError", predicted=make_parts(weights=1.5)),
@@ -98,7 +98,7 @@ def test_a_run_that_is_continued_days_later_stays_readable() -> None:
 
 
 def test_an_attempt_without_measurements_is_drawn_too(tmp_path: Path) -> None:
-    """It failed while it loaded: its prediction and its end are there."""
+    """Its prediction and its outcome are there, even if it failed while loading."""
     attempt = make_attempt(1, 0, samples=(), failure="OutOfMemoryError")
     curves, bars = memory_figure([attempt]).axes
     assert texts(curves) == ["1: OutOfMemoryError"]

@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def in_pieces(text: str, cuts: list[int], *, opened: bool = False) -> tuple[str, str]:
-    """What the splitter makes of `text` that comes in pieces, joined by kind."""
+    """Feed `text` to the splitter piece by piece, and join its parts by kind."""
     splitter, borders = ThinkingSplitter(opened=opened), sorted({0, len(text), *cuts})
     told = {"thinking": "", "answer": ""}
     for start, end in pairwise(borders):
@@ -55,7 +55,7 @@ TEXTS = st.lists(
 
 @given(TEXTS.filter(lambda text: text.count("</think>") <= 1), st.data())
 def test_pieces_add_up_to_what_the_whole_text_says(text: str, data: Any) -> None:
-    """However the text is cut, tags included, nothing is told twice, early or wrongly."""
+    """Wherever the text is cut, nothing comes twice, early or as the wrong kind."""
     cuts = data.draw(st.lists(st.integers(0, max(0, len(text))), max_size=8))
     opens = text.lstrip().startswith("<think>")
     if "</think>" in text and not opens:
@@ -65,7 +65,7 @@ def test_pieces_add_up_to_what_the_whole_text_says(text: str, data: Any) -> None
 
 
 def test_an_answer_is_told_before_its_end() -> None:
-    """What can be told is told at once; a beginning of a tag and white space wait."""
+    """Text is emitted at once; only white space and the beginning of a tag wait."""
     splitter = ThinkingSplitter(opened=True)
     assert splitter.feed("hm ") == [("thinking", "hm")]
     assert splitter.feed("so</thi") == [("thinking", " so")]
@@ -99,7 +99,7 @@ def pieces(job: JobDir) -> list[Chunk]:
 def test_the_pieces_are_the_answer_that_the_inference_test_gives(
     trained: Trained, loaded: tuple[Any, Any], job: JobDir
 ) -> None:
-    """In more than one piece, in Chinese too, with the end told last."""
+    """They come as several chunks, also in Chinese, with the end last."""
     tester = InferenceTester(trained.config)
     speaker = Responder(*loaded, request_for(trained), job, lambda _: None)
     most_pieces = 0
@@ -117,7 +117,7 @@ def test_the_pieces_are_the_answer_that_the_inference_test_gives(
 def test_an_answer_that_nobody_wants_any_more_stops(
     trained: Trained, loaded: tuple[Any, Any], job: JobDir
 ) -> None:
-    """One token after the wish, not at the end of the answer."""
+    """It stops one token after the request, not at the end of the answer."""
     job.stop.touch()
     speaker = Responder(*loaded, request_for(trained), job, lambda _: None)
     speaker.answer(({"role": "user", "content": trained.rows[0]["question"]},))
@@ -126,7 +126,7 @@ def test_an_answer_that_nobody_wants_any_more_stops(
 
 
 def test_a_session_answers_and_leaves_nothing_behind(trained: Trained, tmp_path: Path) -> None:
-    """One worker for all questions; afterwards it is gone, and what was asked with it."""
+    """One worker answers all questions; afterwards it is gone, and so are its files."""
     config = trained.config.model_copy(update={"cache_dir": str(tmp_path)})
     rows = trained.rows[:2]
     with ChatSession(request_for(trained, config=config)) as session:
@@ -143,7 +143,7 @@ def test_a_session_answers_and_leaves_nothing_behind(trained: Trained, tmp_path:
 
 @pytest.mark.slow
 def test_what_ends_the_worker_is_told_to_whoever_waits(trained: Trained, tmp_path: Path) -> None:
-    """As the error it was, not as silence."""
+    """The waiting process gets the same error, not silence."""
     adapter = Path(shutil.copytree(trained.adapter, tmp_path / "adapter"))
     (adapter / "provenance.json").write_text("{}")
     config = trained.config.model_copy(update={"cache_dir": str(tmp_path)})
@@ -156,7 +156,7 @@ def test_what_ends_the_worker_is_told_to_whoever_waits(trained: Trained, tmp_pat
 def test_generate_prints_the_answer_alone(
     trained: Trained, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On standard output, for whoever pipes it."""
+    """Nothing else is on standard output, so it can be piped."""
     row = trained.rows[0]
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -177,7 +177,7 @@ def test_generate_prints_the_answer_alone(
 def place(
     migrated_database: Path, trained: Trained, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[TrainingConfig, Registry]:
-    """Two versions in a registry, the second in use; the run night-1 saved an adapter here."""
+    """Register two versions, the second in use; the run night-1 saved an adapter here."""
     folder = tmp_path_factory.mktemp("place")
     uri = copy_database(migrated_database, folder)
     registry = Registry(uri)
@@ -205,7 +205,7 @@ def place(
 def test_an_adapter_is_found_by_alias_version_and_run(
     place: tuple[TrainingConfig, Registry], wanted: str, content: bytes
 ) -> None:
-    """Fetched into the cache, byte for byte."""
+    """It is fetched into the cache byte for byte."""
     folder = find_adapter(*place, wanted)
     assert (folder / "adapter_model.safetensors").read_bytes() == content
 
@@ -213,7 +213,7 @@ def test_an_adapter_is_found_by_alias_version_and_run(
 def test_a_run_s_own_folder_is_used_where_it_is(
     place: tuple[TrainingConfig, Registry], trained: Trained, tmp_path: Path
 ) -> None:
-    """By the run's id below output_dir, or wherever its card says; and by its path."""
+    """It is found by the run's id below output_dir or in its card, and by its path."""
     config, registry = place
     assert find_adapter(config, registry, "night-1") == trained.adapter
     assert find_adapter(config, registry, str(trained.adapter)) == trained.adapter
@@ -228,7 +228,7 @@ def test_a_run_s_own_folder_is_used_where_it_is(
 def test_an_adapter_that_is_not_there_is_said_by_its_name(
     place: tuple[TrainingConfig, Registry], wanted: str
 ) -> None:
-    """With what was looked for, and the command that lists what there is."""
+    """The error names it, and the command that lists the adapters."""
     with pytest.raises(ModelNotFoundError) as raised:
         find_adapter(*place, wanted)
     assert wanted.removeprefix("./") in raised.value.what

@@ -1,4 +1,4 @@
-"""A merged model is the adapter's own, computed another way, or it is not exported."""
+"""A model is only exported if it answers like the adapter that it was merged from."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def measure(request: ExportRequest) -> ParityReport:
 def test_merging_by_shards_is_what_peft_makes_of_the_whole_model(
     trained: Trained, merged: Path
 ) -> None:
-    """Every weight is PEFT's own merge in fp32, rounded once; what has no adapter is copied."""
+    """Every weight equals PEFT's merge in fp32, rounded once; others are copied."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -91,7 +91,7 @@ def test_merging_by_shards_is_what_peft_makes_of_the_whole_model(
 
 
 def test_shards_are_of_the_size_asked_for_and_all_in_the_index(merged: Path) -> None:
-    """No file is larger than asked, and the index names each tensor once."""
+    """No file is larger than the limit, and the index names each tensor once."""
     files = sorted(merged.glob("*.safetensors"))
     assert len(files) > 2
     assert all(file.stat().st_size < 420_000 for file in files)
@@ -113,7 +113,7 @@ def test_shards_are_of_the_size_asked_for_and_all_in_the_index(merged: Path) -> 
 def test_what_is_more_than_plain_lora_is_refused(
     trained: Trained, tmp_path: Path, change: dict[str, Any]
 ) -> None:
-    """Merging would leave the rest out without a word."""
+    """Merging would silently leave out the rest."""
     adapter = Path(shutil.copytree(trained.adapter, tmp_path / "adapter"))
     settings = json.loads((adapter / "adapter_config.json").read_text())
     write_json_atomic(adapter / "adapter_config.json", {**settings, **change})
@@ -135,7 +135,7 @@ def test_the_scale_is_that_of_the_settings(trained: Trained, tmp_path: Path) -> 
 def test_an_adapter_that_does_not_fit_the_base_is_refused(
     trained: Trained, tmp_path: Path, harm: str
 ) -> None:
-    """No matrix is passed over in silence."""
+    """No matrix is skipped silently."""
     from safetensors.torch import load_file, save_file
 
     adapter = Path(shutil.copytree(trained.adapter, tmp_path / "adapter"))
@@ -173,7 +173,7 @@ def test_the_three_forms_answer_alike_within_the_default_limits(
 
 @pytest.fixture
 def changed_base(trained: Trained) -> Iterator[Path]:
-    """Planted drift: a layer of the unquantised base is another one since the training."""
+    """Plant drift: change a layer of the unquantised base after the training."""
     from safetensors.torch import load_file, save_file
 
     weights = trained.base / "model.safetensors"
@@ -195,7 +195,7 @@ def test_planted_drift_is_found(trained: Trained, changed_base: Path, tmp_path: 
 
 
 def test_what_drifts_past_either_limit_is_named_with_its_numbers() -> None:
-    """A loss that is no number is past every limit."""
+    """A loss that is NaN exceeds every limit."""
     good = {"exact_match": 1.0, "same_answers": 1.0, "lost_answers": 0.0, "seconds": 0.0}
     scores = [
         {**good, "form": "a", "answer_loss": 0.4, "loss_drift": 0.3},
@@ -221,7 +221,7 @@ def test_what_drifts_past_either_limit_is_named_with_its_numbers() -> None:
 def test_without_room_for_the_merged_model_a_cpu_says_so(
     trained: Trained, merged: Path, tmp_path: Path
 ) -> None:
-    """With what is needed and what is left, instead of growing beyond the budget."""
+    """The error says what is needed and what is left, and memory stays within the budget."""
     request = request_for(trained, merged, trained.rows_file(tmp_path))
     huge = request.shape.model_copy(update={"vocab_size": 10**9})
     with pytest.raises(
@@ -246,7 +246,7 @@ def exported(
 def test_an_export_is_a_folder_that_holds(
     trained: Trained, exported: tuple[Path, ParityReport]
 ) -> None:
-    """Model, adapter, commands and the comparison; every file is in the manifest."""
+    """It has model, adapter, commands and the comparison, and every file is in the manifest."""
     folder, report = exported
     assert find_damage(folder) is None
     assert find_damage(folder / "adapter") is None
@@ -262,7 +262,7 @@ def test_an_export_is_a_folder_that_holds(
 def test_the_exported_model_answers_with_nothing_of_ours(
     trained: Trained, exported: tuple[Path, ParityReport]
 ) -> None:
-    """Plain transformers load it by its folder, and its chat template asks it as trained."""
+    """Plain transformers load the folder, and its chat template asks it as in training."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -287,7 +287,7 @@ def test_the_exported_model_answers_with_nothing_of_ours(
 def test_a_base_that_is_another_one_now_is_refused_and_nothing_is_left(
     trained: Trained, changed_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The drift is found in the worker, and the target does not appear."""
+    """The worker finds the drift, and no target folder appears."""
     rows = trained.rows_file(tmp_path)
     with pytest.raises(ExportDriftError, match="The export is refused: merged: answer loss"):
         export_adapter(trained.config, trained.adapter, tmp_path / "model", rows, "cpu")
@@ -297,7 +297,7 @@ def test_a_base_that_is_another_one_now_is_refused_and_nothing_is_left(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of two megabytes."""
+    """Mount a file system of two megabytes."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
@@ -308,7 +308,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_is_found_before_a_model_is_loaded(trained: Trained, small_disk: Path) -> None:
-    """Both numbers are said, and nothing is written."""
+    """The error gives both numbers, and nothing is written."""
     with pytest.raises(EnvironmentNotReadyError, match=r"needs 0\.06 GB at .*, 0\.00 GB are free"):
         export_adapter(trained.config, trained.adapter, small_disk / "m", trained.base, "cpu")
     assert list(small_disk.iterdir()) == []

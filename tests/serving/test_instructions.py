@@ -1,4 +1,4 @@
-"""What stands beside an export says the same to a model as training did."""
+"""The Modelfile and the commands of an export ask the model as training did."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ REPORT = ParityReport(rows=1, thinking=True, max_loss_drift=0.1, max_lost_answer
 
 
 def as_ollama_gives_it(messages: list[dict[str, Any]], think: bool | None) -> dict[str, Any]:
-    """The values of `template.Execute`: system prompts apart, and whether to think if asked."""
+    """Return the values that Ollama passes to `template.Execute`."""
     return {
         "System": "\n\n".join(m["content"] for m in messages if m["role"] == "system"),
         "Messages": [
@@ -52,7 +52,7 @@ def as_ollama_gives_it(messages: list[dict[str, Any]], think: bool | None) -> di
 
 
 def conversations() -> list[list[dict[str, Any]]]:
-    """Those without tools: up to the last question, and with the answer too."""
+    """Return conversations without tools, each with and without its last answer."""
     found = [[user("a"), assistant("b", "c"), user("d"), assistant("e", "f")]]
     for row in CONVERSATIONS.values():
         messages = list(conversation_of(row).messages)
@@ -62,7 +62,7 @@ def conversations() -> list[list[dict[str, Any]]]:
 
 
 def cases(family: str) -> list[Case]:
-    """Every conversation, thinking by default, asked for and refused, by both kinds of adapter."""
+    """Return every conversation, with thinking unset, on and off, for both kinds of adapter."""
     tokenizer = load_tokenizer(MODEL_DIR)
     tokenizer.chat_template = TEMPLATES[family]
     name = identify_template(tokenizer).name
@@ -84,7 +84,7 @@ def cases(family: str) -> list[Case]:
 
 @pytest.mark.parametrize("family", TEMPLATES)
 def test_the_ollama_template_renders_as_the_chat_template(family: str) -> None:
-    """Byte for byte: system prompts, turns, reasoning, and the prompt with thinking on and off."""
+    """System prompts, turns, reasoning and the prompt are equal byte for byte."""
     made = cases(family)
     assert len(made) > 200
     for template, values, expected in made:
@@ -93,7 +93,7 @@ def test_the_ollama_template_renders_as_the_chat_template(family: str) -> None:
 
 @pytest.mark.slow
 def test_go_itself_renders_it_so_too(tmp_path: Path) -> None:
-    """By text/template, the engine that Ollama uses: what the subset above cannot prove."""
+    """Go's text/template is the engine that Ollama uses."""
     go = shutil.which("go")
     if go is None:
         pytest.skip("needs Go")
@@ -143,7 +143,7 @@ def write(folder: Path, template: str) -> Path:
 
 
 def test_the_modelfile_starts_from_the_merged_model(tmp_path: Path) -> None:
-    """With the template in quotes that keep it as it is, the end token, and greedy answers."""
+    """It has the template in quotes, the end token, and greedy settings."""
     text = (write(tmp_path, TEMPLATES["qwen3"]) / "Modelfile").read_text(encoding="utf-8")
     template = ollama_template("Qwen3", thinking=True)
     assert template is not None
@@ -162,7 +162,7 @@ def test_an_unknown_chat_template_gives_no_modelfile_and_says_so(tmp_path: Path)
 
 @pytest.mark.parametrize(("rank", "limit"), [(1, 1), (6, 8), (8, 8), (9, 16), (200, 256)])
 def test_vllm_is_told_a_rank_that_it_takes(rank: int, limit: int) -> None:
-    """The next of the values it allows, the base at its revision, and the adapter by name."""
+    """The command has the next allowed rank, the base's revision, and the adapter's name."""
     card = {**CARD, "plan": {"adapter": {"r": rank}}}
     words = shlex.split(vllm_lora_command(card, "./a folder"))
     assert words[:5] == ["vllm", "serve", "Qwen/Qwen3-4B-Thinking-2507", "--revision", "a" * 40]

@@ -1,7 +1,7 @@
-"""Go's text/template, as much of it as our Ollama templates use, for machines without Go.
+"""The part of Go's text/template that our Ollama templates use, for machines without Go.
 
 Text and trimming, variables, fields, `if`/`else if`/`else`, `range` with index and element, and the
-functions eq, gt, and, or, not. Anything else is an error. `test_serving_files.py` holds it against
+functions eq, gt, and, or, not. Anything else is an error. `test_instructions.py` compares it with
 Go itself where that is installed.
 """
 
@@ -27,7 +27,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 
 def render(template: str, data: dict[str, Any]) -> str:
-    """What Go's engine writes for `template`, given `data`."""
+    """Return what Go's engine writes for `template`, given `data`."""
     tokens = list(_tokens(template))
     nodes, end = _parse(tokens, 0)
     assert end == len(tokens), "an 'end' too many"
@@ -35,7 +35,7 @@ def render(template: str, data: dict[str, Any]) -> str:
 
 
 def _tokens(template: str) -> Iterator[tuple[str, str]]:
-    """('text', ...) and ('action', ...) in turn, white space trimmed where '-' says so."""
+    """Yield ('text', ...) and ('action', ...), with white space trimmed where '-' says so."""
     place, trim = 0, False
     for match in _ACTION.finditer(template):
         text = template[place : match.start()]
@@ -48,7 +48,7 @@ def _tokens(template: str) -> Iterator[tuple[str, str]]:
 
 
 def _parse(tokens: list[tuple[str, str]], at: int) -> tuple[list[Node], int]:
-    """The nodes up to an `end` or `else` that belongs to the caller, and where that is."""
+    """Return the nodes up to the caller's `end` or `else`, and its index."""
     nodes: list[Node] = []
     while at < len(tokens):
         kind, content = tokens[at]
@@ -122,7 +122,7 @@ def _expression(text: str) -> Callable[[Scope, Any], Any]:
 
 
 def _call(words: list[str], at: int) -> tuple[Callable[[Scope, Any], Any], int]:
-    """A value, or a function with its arguments, up to a closing bracket or the end."""
+    """Parse a value, or a function with its arguments, up to a closing bracket or the end."""
     if words[at] not in FUNCTIONS:
         return _operand(words, at)
     function, arguments = FUNCTIONS[words[at]], []

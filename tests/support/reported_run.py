@@ -1,4 +1,4 @@
-"""A run with everything that a card tells: real records, with texts of users as bad as they get."""
+"""A run with everything that a card can show, and with hostile texts of users."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ JUDGE = JudgeReport(
 
 
 def make_report(ability: float | None = 1.6, texts: tuple[str, ...] = HOSTILE) -> InferenceReport:
-    """Of a candidate that is better than base and champion."""
+    """Return the report of a candidate that is better than base and champion."""
     samples = [
         SideBySide(question=text, reference=text, base="no", champion=text, candidate=f"{text}!")
         for text in texts
@@ -118,7 +118,7 @@ def make_report(ability: float | None = 1.6, texts: tuple[str, ...] = HOSTILE) -
 
 
 def make_facts(ability: float | None = 1.6, **changes: Any) -> RunFacts:
-    """A run that ran out of memory once, then beat the champion."""
+    """Return the facts of a run that ran out of memory once and then beat the champion."""
     saved = SavedAdapter(
         path="/out/night 1",
         sha256="1" * 64,
@@ -177,7 +177,7 @@ def make_attempts(first: TrainPlan, second: TrainPlan) -> tuple[Any, ...]:
 
 
 def make_metrics(attempt: int) -> list[TrainingMetrics]:
-    """300 steps with a spike, and losses that are no numbers among them."""
+    """Return the metrics of 300 steps with a spike and a loss that is NaN."""
     status = MemoryStatus(
         allocated_gb=0.5, cached_gb=0.75, total_gb=2.0, available_gb=1.25, is_safe=True
     )

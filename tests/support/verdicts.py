@@ -35,7 +35,7 @@ def score(label: ModelLabel, exact_match: float, **changes: Any) -> ModelScore:
 def gain(
     value: float, rival: RivalLabel = "base", *, half: float = 0.05, metric: str = "exact_match"
 ) -> Comparison:
-    """A gain with an interval of `half` on both sides."""
+    """Return a gain with an interval of `half` on both sides."""
     values: dict[str, Any] = {"rival": rival, "metric": metric, "rows": 50}
     return Comparison(**values, gain=value, low=value - half, high=value + half)
 
