@@ -44,8 +44,8 @@ def run_once(stack: Any, parameters: dict[str, Any], **request: Any) -> dict[str
 
     `request` holds further fields of the request, such as `job_variables`.
     """
-    from deployments.api import send
     from deployments.deploy import read_deployment
+    from deployments.prefect_api import send
 
     deployment = read_deployment(stack)
     assert deployment is not None

@@ -1,9 +1,9 @@
-"""What the Prefect server does by itself about runs whose process is gone.
+"""Automations with which the Prefect server looks after runs whose process is gone.
 
-A run that gave no sign of life for `SILENT_SECONDS` is marked as Crashed (its worker, which would
-tell at once, was killed with it). Whatever crashed is started once more from its last checkpoint:
-the new run has the same parameters, the crashed run's id to continue, and `resumed` counted up, by
-which the flow refuses a second time (see `flows.resume.check_resumes`).
+A run without a heartbeat for `SILENT_SECONDS` is marked as Crashed: its worker, which would report
+the end at once, was killed with it. A crashed run is continued once from its last checkpoint by a
+new run with the same parameters, the id of the crashed run, and `resumed` counted up, which makes
+the flow refuse a second time (see `flows.resume.check_resumes`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from deployments.api import send
+from deployments.prefect_api import send
 from deployments.services import HEARTBEAT_SECONDS, Layout
 from qwen3ft.operations.night import ALREADY_DONE
 from qwen3ft.records.run_card import NOTHING_NEW
@@ -20,14 +20,14 @@ ZOMBIE_AUTOMATION = "qwen3ft: crash flow runs without heartbeats"
 RESUME_AUTOMATION = "qwen3ft: take up a crashed run once"
 
 SILENT_SECONDS = 3 * HEARTBEAT_SECONDS
-"""Two heartbeats may be lost on a busy machine; within two minutes it has to be noticed."""
+"""Time without a heartbeat: a busy machine may lose two; a crash must be noticed in two minutes."""
 
 PROCESS_LOST = "ProcessLost"
-"""Name of the crashed state of a run that `deployments.orphans` has ended and taken up itself."""
+"""Name of the crashed state of a run that `deployments.orphans` has ended and continued itself."""
 
 _ENDS = (
     *("Completed", "Failed", "Cancelled", "Crashed", PROCESS_LOST),
-    *(NOTHING_NEW, ALREADY_DONE),  # an event has the name of the state, not of its type
+    *(NOTHING_NEW, ALREADY_DONE),  # an event has the name of the state, not its type
 )
 _CONTINUED = "{{ flow_run.parameters.get('continue_run') or flow_run.id }}"
 _NIGHTLY = (
@@ -37,17 +37,16 @@ _RESUMED = "{{ (flow_run.parameters.get('resumed') or 0) + 1 }}"
 
 
 def definitions(deployment_id: str) -> list[dict[str, Any]]:
-    """The automations of a deployment, as the server's API takes them."""
+    """Return the automations of a deployment, as the server's API takes them."""
     return [_zombies(deployment_id), _resumption(deployment_id)]
 
 
 def register_automations(layout: Layout, deployment_id: str) -> None:
-    """Put the automations there as they are defined here, in place of those of the same name.
-
-    The new ones come first: whatever interrupts this, a crash is seen, and never taken up twice.
-    """
+    """Register the automations, in place of those with the same names."""
     names = {"name": {"any_": [ZOMBIE_AUTOMATION, RESUME_AUTOMATION]}}
     before = send(layout, "automations/filter", {"automations": names})
+    # add before removing: whatever interrupts this, a crash is noticed (and, as the flow checks
+    # `resumed`, continued only once)
     for automation in definitions(deployment_id):
         send(layout, "automations/", automation)
     for found in before:
@@ -55,7 +54,7 @@ def register_automations(layout: Layout, deployment_id: str) -> None:
 
 
 def resumption_parameters(run: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of the run that takes up `run`, the same as in the automation's templates."""
+    """Return the parameters of a run that continues `run`, as the automation's templates do."""
     given = run["parameters"]
     return {
         "config": given["config"],
@@ -80,7 +79,7 @@ def _zombies(deployment_id: str) -> dict[str, Any]:
     action = {
         "type": "change-flow-run-state",
         "state": "CRASHED",
-        "message": f"No sign of life for {SILENT_SECONDS} s: its process was killed.",
+        "message": f"No heartbeat for {SILENT_SECONDS} s: its process was killed.",
     }
     return {"name": ZOMBIE_AUTOMATION, "trigger": trigger, "actions": [action]}
 

@@ -1,23 +1,22 @@
 """Registers the deployment `qwen3-finetune/default`, as `deployments/prefect.yaml` describes it.
 
-What runs start from is chosen here by one question, whether this machine has a CUDA GPU, and the
-answer is said. A deployment is registered again only if something that it is made of changed: its
-version is a digest of that. Whether its schedule is active is the operator's choice and survives.
-It does not start the servers (`deployments.stack` does) and imports no flow in this process.
+The settings that runs start from depend only on whether this machine has a CUDA GPU. The deployment
+is registered again only if something that it is made of changed; its version is a digest of that.
+The servers must be up (see `deployments.stack`).
 """
 
 from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from deployments import services
-from deployments.api import send
 from deployments.automations import definitions, register_automations
-from deployments.stack import DEPLOYMENT, Stack
+from deployments.prefect_api import send
+from deployments.services import DEPLOYMENT
+from deployments.stack import Say, Stack
 from qwen3ft.config import TrainingConfig, parse_config, read_settings_file
 from qwen3ft.errors import EnvironmentNotReadyError
 from qwen3ft.files import sha256_json
@@ -33,11 +32,10 @@ NO_GPU_LINE = (
     f"No CUDA GPU found: the deployment uses the embedded tiny Qwen3 ({CPU_CONFIG}), "
     "not Qwen/Qwen3-4B-Thinking-2507."
 )
-Say = Callable[[str], None]
 
 
 class Defaults(Record):
-    """What runs of the deployment start from unless told otherwise."""
+    """Settings that runs of the deployment start from, and the version that they make."""
 
     config_path: str
     config: dict[str, Any]
@@ -46,7 +44,7 @@ class Defaults(Record):
 
 
 def choose_defaults(root: Path) -> Defaults:
-    """The settings for this machine: the real model with a GPU, the embedded one without.
+    """Choose the settings for this machine: the real model with a GPU, the embedded one without.
 
     Raises:
         ConfigError: the chosen file is missing or invalid.
@@ -67,20 +65,20 @@ def choose_defaults(root: Path) -> Defaults:
 
 
 def defaults_step() -> dict[str, Any]:
-    """The build step of prefect.yaml, run by `prefect deploy` in the project folder."""
+    """Build step of prefect.yaml; `prefect deploy` calls it in the project folder."""
     return choose_defaults(Path.cwd()).model_dump(mode="json")
 
 
 def deploy(stack: Stack, say: Say = lambda _: None, *, force: bool = False) -> bool:
-    """Register the deployment unless exactly this one is registered.
+    """Register the deployment, unless exactly this version is registered already.
 
     Args:
         stack: A stack that is up.
-        say: Receives one line for each thing that a person should know.
-        force: Register it in any case.
+        say: Receives a line for each thing that the user should know.
+        force: Register it even then.
 
     Returns:
-        Whether it was registered now.
+        True if it was registered now.
 
     Raises:
         EnvironmentNotReadyError: the server does not answer, or `prefect deploy` failed.
@@ -100,7 +98,7 @@ def deploy(stack: Stack, say: Say = lambda _: None, *, force: bool = False) -> b
 
 
 def read_deployment(stack: Stack) -> dict[str, Any] | None:
-    """The deployment as the server knows it, or None."""
+    """Return the deployment as the server knows it, or None."""
     address = f"{stack.layout().url('prefect')}/api/deployments/name/{DEPLOYMENT}"
     found: dict[str, Any] | None = services.request_json(address)
     return found
@@ -132,7 +130,7 @@ def _registered_id(stack: Stack) -> str:
 
 
 def _restore_schedules(stack: Stack, before: dict[str, Any] | None) -> None:
-    """Registering sets every schedule as the file says; an operator's choice is put back."""
+    """Switch schedules on or off as they were; registering resets them to what the file says."""
     after = read_deployment(stack)
     if before is None or after is None:
         return

@@ -1,11 +1,9 @@
-"""Runs that the server takes for running although no process executes them any more.
+"""Runs that the server believes to be running although no process executes them any more.
 
-Prefect's worker reports that a run's process ended; when worker and process end together (a power
-cut, `down`, the kernel's OOM killer) nobody does. Such a run would stay Running, and keep the one
-concurrency slot, so that no later run ever started. `up` and `down` end such runs here at once, and
-ask for the run that takes them up; the automations that `deploy` adds do both while nobody is
-looking. They are not relied on here: a server that has just been started holds back an event for
-15 minutes if it follows one from before its start, and one that is about to end may not get to it.
+Prefect's worker reports that a run's process ended. When both end together (a power cut, `down`,
+the kernel's OOM killer) nobody does: the run would stay Running and keep the one concurrency slot,
+so that no later run could start. `up` and `down` therefore end such runs, and start the run that
+continues each.
 """
 
 from __future__ import annotations
@@ -19,42 +17,44 @@ import psutil
 from deployments import services
 from deployments.automations import PROCESS_LOST, resumption_parameters
 from deployments.processes import find_marked
-from deployments.services import POOL, Layout
-from deployments.stack_records import DEPLOYMENT
+from deployments.services import DEPLOYMENT, POOL, Layout
 
-UNFINISHED = ("PENDING", "RUNNING", "CANCELLING")
+_UNFINISHED = ("PENDING", "RUNNING", "CANCELLING")
 
 
 def end_orphans(layout: Layout) -> int:
-    """Mark as crashed, and take up, every unfinished run of the pool that no process executes.
+    """Mark as crashed, and continue, every unfinished run of the pool that no process executes.
 
-    To be called while no worker is up. Runs of other origin (`qwen3ft train`) have no pool.
+    Call it only while no worker is up. Runs of other origin (`qwen3ft train`) have no pool.
 
     Returns:
         How many there were.
     """
+    # The automations of `deploy` do both as well, but not reliably at this moment: a server that
+    # has just started holds back an event for 15 minutes if it follows one from before the start,
+    # and a server that is about to end may not get to it.
     alive = _executing(layout.root)
     api = f"{layout.url('prefect')}/api"
     wanted = {
         "work_pools": {"name": {"any_": [POOL]}},
-        "flow_runs": {"state": {"type": {"any_": UNFINISHED}}},
+        "flow_runs": {"state": {"type": {"any_": _UNFINISHED}}},
     }
     orphans: list[dict[str, Any]] = [
         run
         for run in services.request_json(f"{api}/flow_runs/filter", wanted) or ()
         if run["id"] not in alive
     ]
-    message = "Its process ended together with the worker. Its checkpoints are kept."
+    message = "Its process and the worker ended together. Its checkpoints are kept."
     for run in orphans:
-        # in this order: killed between the two, the next `up` does both again
-        name = PROCESS_LOST if _take_up(api, run) else "Crashed"
+        # continue first: if this is killed between the two, the next `up` repeats both
+        name = PROCESS_LOST if _continue(api, run) else "Crashed"
         state = {"type": "CRASHED", "name": name, "message": message}
         services.request_text(f"{api}/flow_runs/{run['id']}/set_state", {"state": state})
     return len(orphans)
 
 
-def _take_up(api: str, run: Mapping[str, Any]) -> bool:
-    """Ask for the run that goes on where `run` ended, as the automation does after a crash."""
+def _continue(api: str, run: Mapping[str, Any]) -> bool:
+    """Start a run that continues `run`, as the automation does after a crash."""
     deployment = services.request_json(f"{api}/deployments/name/{DEPLOYMENT}")
     if deployment is None or run["deployment_id"] != deployment["id"]:
         return False
@@ -63,7 +63,7 @@ def _take_up(api: str, run: Mapping[str, Any]) -> bool:
 
 
 def _executing(root: Path) -> set[str]:
-    """Ids of the flow runs that processes of the worker, even of a killed one, execute now."""
+    """Return the ids of the flow runs that processes of a worker, even a killed one, execute."""
     ids = set()
     for process in find_marked(root, "worker"):
         try:

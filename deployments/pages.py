@@ -1,9 +1,8 @@
-"""Prefect's pages, made to stay on this machine.
+"""A content security policy for Prefect's pages, so that they connect to this machine only.
 
-The second version of its UI, the one with bounds in its forms, asks amplitude.com for settings on
-every page, also where the server sends no analytics. The server copies its pages into a folder of
-the project (`PREFECT_SERVER_UI_STATIC_DIRECTORY`); a content security policy in the copies lets a
-browser connect to this machine alone.
+Version 2 of its UI, the one whose forms know bounds, requests settings from amplitude.com on every
+page, even if the server sends no analytics. The server copies its pages into a folder of the
+project (`PREFECT_SERVER_UI_STATIC_DIRECTORY`); the policy is put into the copies.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from qwen3ft.files import write_bytes_atomic
 
-# `data:` and `blob:` leave no machine: the graph of a run loads its fonts so
+# `data:` and `blob:` stay on the machine; the graph of a run loads its fonts that way
 ALLOWED = (
     "'self' http://127.0.0.1:* http://localhost:* ws://127.0.0.1:* ws://localhost:* data: blob:"
 )
@@ -20,7 +19,7 @@ POLICY = f'<meta http-equiv="Content-Security-Policy" content="connect-src {ALLO
 
 
 def keep_local(folder: Path) -> None:
-    """Put the policy into each version's page below `folder`; a page that has it stays as it is."""
+    """Put the policy into the page of each UI version below `folder`, unless it is there."""
     for page in folder.glob("*/index.html"):
         text = page.read_text(encoding="utf-8")
         if POLICY not in text:

@@ -1,9 +1,8 @@
-"""Processes that outlive the command that started them, and how they are found and ended again.
+"""Processes that outlive the command that started them: start, find and end them.
 
-A process belongs to the stack of a project folder if its environment says so (`MARK`): children
-inherit it, so that a flow run, its GPU workers, and what a killed server left behind are all found,
-whatever became of their parents. A recorded pid is trusted only with the start time stored beside
-it, because pids are used again.
+A process belongs to the stack of a project folder if its environment says so (`MARK`). Children
+inherit that, so a flow run, its GPU workers and the remains of a killed server are all found, even
+if their parents are gone.
 """
 
 from __future__ import annotations
@@ -19,22 +18,22 @@ from qwen3ft.records.base import Record
 
 MARK = "QWEN3FT_STACK"
 SERVICE_MARK = "QWEN3FT_SERVICE"
-TERM_SECONDS = 10.0
-START_TIME_TOLERANCE_SECONDS = 2.0
+_TERM_SECONDS = 10.0
+_START_TIME_TOLERANCE_SECONDS = 2.0
 """Linux derives start times from the boot time, which moves a little when the clock is set."""
 
 
 class ProcessMark(Record):
-    """A process, told from a later one with the same pid."""
+    """A pid with the process's start time, because pids are reused."""
 
     pid: int
     create_time: float
 
     def find(self) -> psutil.Process | None:
-        """The process, if it is alive and no zombie."""
+        """Return the process if it is alive and not a zombie."""
         try:
             process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.create_time) < START_TIME_TOLERANCE_SECONDS
+            same = abs(process.create_time() - self.create_time) < _START_TIME_TOLERANCE_SECONDS
             return process if same and process.status() != psutil.STATUS_ZOMBIE else None
         except psutil.NoSuchProcess:
             return None
@@ -43,7 +42,7 @@ class ProcessMark(Record):
 def start_detached(
     command: Sequence[str], *, environment: Mapping[str, str], folder: Path, log: Path
 ) -> ProcessMark:
-    """Start `command` in a session of its own, its output appended to the file `log`."""
+    """Start `command` in a session of its own; append its output to the file `log`."""
     with log.open("ab") as stream:
         process = subprocess.Popen(
             command,
@@ -58,7 +57,7 @@ def start_detached(
 
 
 def find_marked(root: Path, service: str | None = None) -> list[psutil.Process]:
-    """Every living process of the stack of `root`, or of one service of it."""
+    """Return all living processes of the stack of `root`, or of one of its services."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -73,7 +72,7 @@ def find_marked(root: Path, service: str | None = None) -> list[psutil.Process]:
 
 
 def listens(process: psutil.Process, port: int) -> bool:
-    """Whether `process` or a child of it accepts connections on `port`."""
+    """Check whether `process` or a child of it accepts connections on `port`."""
     for member in [process, *process.children(recursive=True)]:
         try:
             connections = member.net_connections(kind="tcp")
@@ -87,8 +86,8 @@ def listens(process: psutil.Process, port: int) -> bool:
     return False
 
 
-def stop(processes: Iterable[psutil.Process], seconds: float = TERM_SECONDS) -> int:
-    """End processes and all their descendants: SIGTERM, `seconds` to comply, SIGKILL.
+def stop(processes: Iterable[psutil.Process], seconds: float = _TERM_SECONDS) -> int:
+    """End processes and all their descendants: SIGTERM, then SIGKILL after `seconds`.
 
     Returns:
         How many there were.
@@ -119,7 +118,7 @@ def _send(process: psutil.Process, *, kill: bool) -> None:
 
 
 def free_port(preferred: int, taken: Iterable[int] = ()) -> int:
-    """The first port from `preferred` on that nothing on this machine answers on or holds."""
+    """Return the first port from `preferred` on that nothing on this machine uses."""
     excluded = set(taken)
     return next(
         port
@@ -129,7 +128,7 @@ def free_port(preferred: int, taken: Iterable[int] = ()) -> int:
 
 
 def _answers(port: int) -> bool:
-    # a listener on all addresses does not keep every system from binding the loopback one
+    # some systems let a socket bind to loopback although another listens on all addresses
     with socket.socket() as client:
         client.settimeout(0.5)
         return client.connect_ex(("127.0.0.1", port)) == 0

@@ -1,7 +1,7 @@
-"""When the nightly run starts: cron and time zone in prefect.yaml, and whether it is switched on.
+"""Schedule of the nightly run: cron and time zone in prefect.yaml, on or off on the server.
 
-The file is the one truth about when; it is edited in place, so that its comments and everything
-else stay. Whether the schedule is on is kept by the Prefect server.
+The file is the single source of the times. It is edited in place, so that its comments and
+everything else stay.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any
 
 import yaml
 
-from deployments.api import send
 from deployments.deploy import PREFECT_FILE, read_deployment
+from deployments.prefect_api import send
 from deployments.stack import Stack
 from qwen3ft.errors import ConfigError, EnvironmentNotReadyError
 from qwen3ft.files import write_bytes_atomic
 from qwen3ft.records.base import Record
 
-SLUG = "nightly"
+_SLUG = "nightly"
 
 _LINES = {
     "cron": re.compile(r'^(\s*cron: )"[^"]*"', re.MULTILINE),
@@ -28,19 +28,38 @@ _LINES = {
 
 
 class Schedule(Record):
-    """When runs of the deployment start."""
+    """Times at which runs of the deployment start."""
 
     cron: str
     timezone: str
 
 
 def read_schedule(root: Path) -> Schedule:
-    """The schedule in the project's prefect.yaml.
+    """Read the schedule in the project's prefect.yaml.
 
     Raises:
-        ConfigError: the file holds no schedule `nightly`.
+        ConfigError: the file has no schedule `nightly`.
     """
     return _parse((root / PREFECT_FILE).read_text(encoding="utf-8"))
+
+
+def check_schedule(cron: str, timezone: str) -> None:
+    """Raise unless Prefect accepts a cron line and a time zone.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    from prefect.client.schemas.schedules import CronSchedule
+    from pydantic import ValidationError
+
+    try:
+        CronSchedule(cron=cron, timezone=timezone)
+    except ValidationError as error:
+        raise ConfigError(
+            f'cron "{cron}" in time zone {timezone} is not a valid schedule.',
+            why="; ".join(issue["msg"] for issue in error.errors(include_url=False)),
+            next_command='qwen3ft schedule --cron "0 2 * * *" --timezone Europe/Berlin',
+        ) from None
 
 
 def write_schedule(root: Path, cron: str, timezone: str) -> None:
@@ -49,10 +68,10 @@ def write_schedule(root: Path, cron: str, timezone: str) -> None:
     Args:
         root: The project folder.
         cron: Five fields, already checked.
-        timezone: Of the IANA, already checked.
+        timezone: IANA name, already checked.
 
     Raises:
-        ConfigError: the file is no longer written in a way that can be edited safely.
+        ConfigError: the file is not laid out in the way that can be edited safely.
     """
     path = root / PREFECT_FILE
     before = path.read_text(encoding="utf-8")
@@ -61,7 +80,7 @@ def write_schedule(root: Path, cron: str, timezone: str) -> None:
     if _parse(after) != Schedule(cron=cron, timezone=timezone) or _rest(after) != _rest(before):
         raise ConfigError(
             f"The schedule in {PREFECT_FILE} cannot be changed by this command.",
-            why="Its lines cron and timezone are written in another way than they were shipped.",
+            why="Its cron and timezone lines are not laid out as they were shipped.",
             next_command=f"${{EDITOR:-vi}} {PREFECT_FILE} && qwen3ft deploy",
         )
     write_bytes_atomic(path, after.encode())
@@ -74,11 +93,11 @@ def set_active(stack: Stack, *, active: bool) -> None:
         EnvironmentNotReadyError: it is not registered, or the server does not answer.
     """
     deployment = read_deployment(stack) or {}
-    found = [item for item in deployment.get("schedules", ()) if item["slug"] == SLUG]
+    found = [item for item in deployment.get("schedules", ()) if item["slug"] == _SLUG]
     if not found:
         raise EnvironmentNotReadyError(
-            f"The schedule {SLUG!r} is not registered.",
-            why="The deployment is missing, or was registered from another file.",
+            f"The schedule {_SLUG!r} is not registered.",
+            why="The deployment is missing, or was registered from a different file.",
             next_command="qwen3ft deploy",
         )
     address = f"deployments/{deployment['id']}/schedules/{found[0]['id']}"
@@ -88,7 +107,7 @@ def set_active(stack: Stack, *, active: bool) -> None:
 def _schedules(text: str) -> list[dict[str, Any]]:
     try:
         [deployment] = yaml.safe_load(text)["deployments"]
-        return [item for item in deployment["schedules"] if item.get("slug") == SLUG]
+        return [item for item in deployment["schedules"] if item.get("slug") == _SLUG]
     except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise _no_schedule(str(error)) from error
 
@@ -102,17 +121,17 @@ def _parse(text: str) -> Schedule:
 
 
 def _rest(text: str) -> Any:
-    """All that the file says but when the schedule starts runs."""
+    """Return the content of the file without the times of the schedule."""
     content = yaml.safe_load(text)
     for item in content["deployments"][0]["schedules"]:
-        if item.get("slug") == SLUG:
+        if item.get("slug") == _SLUG:
             del item["cron"], item["timezone"]
     return content
 
 
 def _no_schedule(reason: str) -> ConfigError:
     return ConfigError(
-        f"{PREFECT_FILE} holds no schedule {SLUG!r}.",
+        f"{PREFECT_FILE} has no schedule {_SLUG!r}.",
         why=f"The file was changed ({reason}).",
         next_command=f"cat {PREFECT_FILE}",
     )

@@ -1,7 +1,7 @@
-"""What the three local services are: their commands, environments, addresses and signs of health.
+"""The three local services: their commands, environments, addresses and health checks.
 
-Functions of the project folder and two ports; nothing is started here. Everything listens on
-127.0.0.1, sends no telemetry, and keeps its data inside the project folder.
+Everything is derived from the project folder and two ports, and nothing is started here. All
+services listen on 127.0.0.1, send no telemetry, and keep their data inside the project folder.
 """
 
 from __future__ import annotations
@@ -21,21 +21,23 @@ Service = Literal["prefect", "mlflow", "worker"]
 
 SERVICES: tuple[Service, ...] = ("prefect", "mlflow", "worker")
 SERVERS: tuple[Service, ...] = ("prefect", "mlflow")
+DEPLOYMENT = "qwen3-finetune/default"
 POOL = "qwen3ft"
 WORKER = "qwen3ft-local"
-HTTP_SECONDS = 15.0
+TOML_HEADER = "# Written by `qwen3ft up`, removed by `qwen3ft down`.\n"
 HEARTBEAT_SECONDS = 30
-"""Between two signs of life of a flow run; Prefect takes no less."""
+"""Time between two heartbeats of a flow run; Prefect's minimum."""
 HISTORY_DAYS = 90
-"""How long the server keeps ended flow runs; MLflow keeps what came of them."""
-LEASE_STORAGE = "prefect.server.concurrency.lease_storage.filesystem"
-BUSY = (429, 503)
-BUSY_DELAYS_SECONDS = (0.2, 0.5, 1.0, 2.0)
+"""Age at which the server removes ended flow runs; MLflow keeps what came of them."""
+_HTTP_SECONDS = 15.0
+_LEASE_STORAGE = "prefect.server.concurrency.lease_storage.filesystem"
+_BUSY = (429, 503)
+_BUSY_DELAYS_SECONDS = (0.2, 0.5, 1.0, 2.0)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the stack of one project folder keeps its things and listens."""
+    """Paths and addresses of one project folder's stack."""
 
     root: Path
     prefect_port: int
@@ -48,43 +50,43 @@ class Layout:
 
     @property
     def prefect_pages(self) -> Path:
-        """The server's copy of its pages, one folder for each version of them."""
+        """The server's copy of its pages, one folder per version of the UI."""
         return self.prefect_home / "pages"
 
     @property
     def mlflow_store(self) -> str:
-        """MLflow's database as SQLAlchemy names it."""
+        """MLflow's database, as a SQLAlchemy URL."""
         return f"sqlite:///{self.root / 'mlruns' / 'mlflow.db'}"
 
     @property
     def artifacts(self) -> Path:
-        """Where the MLflow server keeps artifacts; clients only ever see `mlflow-artifacts:/`."""
+        """Artifacts of the MLflow server; clients only ever see `mlflow-artifacts:/`."""
         return self.root / "mlruns" / "artifacts"
 
     def port(self, server: Service) -> int:
-        """The port of a server."""
+        """Return the port of a server."""
         return self.prefect_port if server == "prefect" else self.mlflow_port
 
     def url(self, server: Service) -> str:
-        """The address of a server's pages."""
+        """Return the address of a server."""
         return f"http://127.0.0.1:{self.port(server)}"
 
     def flow_run_url(self, flow_run_id: str) -> str:
-        """A run's page, in the version of Prefect's UI that `/` leads to as well."""
+        """Return a run's page, in the version of Prefect's UI that `/` leads to as well."""
         return f"{self.ui_url}/runs/flow-run/{flow_run_id}"
 
     @property
     def ui_url(self) -> str:
-        """What links to Prefect's pages begin with; Prefect's own would be to the old version."""
+        """Start of links to Prefect's pages; Prefect's own links would lead to the old version."""
         return f"{self.url('prefect')}/v2"
 
     def log(self, service: Service) -> Path:
-        """The file with everything that `service` printed."""
+        """Return the file with everything that `service` printed."""
         return self.root / ".qwen3ft" / "logs" / f"{service}.log"
 
 
 def command(service: Service, layout: Layout, python: str) -> list[str]:
-    """The argument list that starts `service` with the interpreter `python`."""
+    """Return the argument list that starts `service` with the interpreter `python`."""
     if service == "worker":
         worker = f"worker start --pool {POOL} --type process --limit 1 --name {WORKER}"
         return [python, "-m", "prefect", *worker.split()]
@@ -103,7 +105,7 @@ def command(service: Service, layout: Layout, python: str) -> list[str]:
 
 
 def environment(layout: Layout, inherited: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The environment of every process of the stack and of clients that talk to it.
+    """Return the environment of every process of the stack and of clients that talk to it.
 
     Inherited settings of Prefect and MLflow are dropped: the stack must not depend on what a shell
     happened to export, least of all on the address of another server.
@@ -112,7 +114,7 @@ def environment(layout: Layout, inherited: Mapping[str, str] = os.environ) -> di
         name: value
         for name, value in inherited.items()
         if not name.startswith(("PREFECT_", "MLFLOW_"))
-        # without kept bytecode every process compiles all it imports: MLflow then needs 12 s, not 4
+        # with it every process compiles all it imports: MLflow then takes 12 s to start, not 4
         and name != "PYTHONDONTWRITEBYTECODE"
     }
     no_proxy = [entry for entry in inherited.get("NO_PROXY", "").split(",") if entry]
@@ -126,23 +128,34 @@ def environment(layout: Layout, inherited: Mapping[str, str] = os.environ) -> di
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
         "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
         "PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD": str(HISTORY_DAYS * 86400),
-        # by default in the server's memory: a run that holds the deployment's one slot would be
-        # ended when it renews its lease with a server that was restarted meanwhile
-        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": LEASE_STORAGE,
+        # Prefect keeps leases in the server's memory by default. A run that holds the deployment's
+        # one slot would then be ended when it renews its lease with a restarted server.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": _LEASE_STORAGE,
         "PREFECT_WORKER_QUERY_SECONDS": "2",  # 10 by default: a run would wait that long to start
         "PREFECT_LOGGING_EXTRA_LOGGERS": "qwen3ft",
         "PREFECT_RESULTS_LOCAL_STORAGE_PATH": str(layout.prefect_home / "storage"),
         "DO_NOT_TRACK": "true",  # MLflow knows only this spelling, Prefect also "1"
         "MLFLOW_TRACKING_URI": layout.url("mlflow"),
         "MLFLOW_DISABLE_TELEMETRY": "true",
-        # the job runners cost 14 processes and 1.2 GB, and nothing here uses them
+        # job runners take 14 processes and 1.2 GB, and nothing here uses them
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "NO_PROXY": ",".join([*no_proxy, "127.0.0.1", "localhost"]),
     }
 
 
+def prefect_toml(layout: Layout) -> str:
+    """Return the content of a prefect.toml that points `prefect` at the stack's server."""
+    return (
+        f"{TOML_HEADER}"
+        f"home = {json.dumps(str(layout.prefect_home))}\n"
+        f"profiles_path = {json.dumps(str(layout.prefect_home / 'profiles.toml'))}\n"
+        f"ui_url = {json.dumps(layout.ui_url)}\n"
+        f"\n[api]\nurl = {json.dumps(layout.url('prefect') + '/api')}\n"
+    )
+
+
 def is_healthy(service: Service, layout: Layout, started: float) -> bool:
-    """Whether `service`, started at `started` (seconds since the epoch), does its work."""
+    """Check that `service`, started at `started` (seconds since the epoch), does its work."""
     if service == "prefect":
         return request_json(f"{layout.url('prefect')}/api/health") is True
     if service == "mlflow":
@@ -150,7 +163,7 @@ def is_healthy(service: Service, layout: Layout, started: float) -> bool:
     return any(
         worker["name"] == WORKER
         and worker["status"] == "ONLINE"
-        # the row of a worker that ran before stays in the database
+        # the database still has the row of a worker that ran before
         and datetime.fromisoformat(worker["last_heartbeat_time"]).timestamp() >= started
         for worker in request_json(
             f"{layout.url('prefect')}/api/work_pools/{POOL}/workers/filter", body={}
@@ -162,9 +175,9 @@ def is_healthy(service: Service, layout: Layout, started: float) -> bool:
 def request_text(
     url: str, body: Mapping[str, Any] | None = None, method: str | None = None
 ) -> str | None:
-    """What a local server answers to GET, or to POST (or `method`) with a JSON `body`.
+    """Return a local server's answer to GET, or to POST (or `method`) with a JSON `body`.
 
-    None if there is no answer, or not one of success.
+    None if it does not answer, or not with success.
     """
     request = urllib.request.Request(  # noqa: S310 - addresses are built here, all of them http
         url,
@@ -172,16 +185,16 @@ def request_text(
         headers={"Content-Type": "application/json"},
         method=method,
     )
-    # no proxy, whatever the shell says: these addresses are this machine
+    # no proxy, whatever the shell says: these addresses are on this machine
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    for delay_seconds in (*BUSY_DELAYS_SECONDS, None):
+    for delay_seconds in (*_BUSY_DELAYS_SECONDS, None):
         try:
-            with opener.open(request, timeout=HTTP_SECONDS) as response:
+            with opener.open(request, timeout=_HTTP_SECONDS) as response:
                 text: str = response.read().decode()
                 return text
         except urllib.error.HTTPError as error:
-            # Prefect answers so while its SQLite database is locked; its own client waits too
-            if error.code not in BUSY or delay_seconds is None:
+            # Prefect's own client waits and tries again too
+            if error.code not in _BUSY or delay_seconds is None:
                 return None
             time.sleep(delay_seconds)
         except (OSError, ValueError):
@@ -190,7 +203,7 @@ def request_text(
 
 
 def request_json(url: str, body: Mapping[str, Any] | None = None) -> Any:
-    """`request_text`, parsed; None where there is no answer or it is no JSON."""
+    """Return the parsed answer of `request_text`; None if there is none or it is not JSON."""
     text = request_text(url, body)
     try:
         return None if text is None else json.loads(text)
@@ -199,6 +212,6 @@ def request_json(url: str, body: Mapping[str, Any] | None = None) -> Any:
 
 
 def last_words(output: str) -> str:
-    """What a failed command said at its end, without the frames of a traceback."""
+    """Return the last lines that a failed command printed, without the frames of a traceback."""
     lines = [line for line in output.splitlines() if line.strip() and not line.startswith(" ")]
-    return "\n".join(lines[-4:]) or "It said nothing."
+    return "\n".join(lines[-4:]) or "It printed nothing."

@@ -6,21 +6,20 @@
     mlruns/                  MLflow's database and artifacts
     prefect.toml             points a `prefect` typed by hand in this folder at the server
 
-Guarantees: `up` starts only what is down, and two at once are safe; `down` leaves no process, not
-even those of a flow run. It starts with the machine only where `deployments.unit` was asked to see
-to it, and does not serve other machines.
+`up` starts only what is down, and two at once are safe. `down` leaves no process, not even those of
+a flow run. `deployments.autostart` keeps the stack up.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import psutil
+from pydantic import Field
 
 from deployments import services
 from deployments.orphans import end_orphans
@@ -28,27 +27,65 @@ from deployments.pages import keep_local
 from deployments.processes import (
     MARK,
     SERVICE_MARK,
+    ProcessMark,
     find_marked,
     free_port,
     listens,
     start_detached,
     stop,
 )
-from deployments.services import SERVERS, SERVICES, Layout, Service
-from deployments.stack_records import DEPLOYMENT, ServiceStatus, StackState, StackStatus
+from deployments.services import DEPLOYMENT, SERVERS, SERVICES, TOML_HEADER, Layout, Service
 from qwen3ft.errors import EnvironmentNotReadyError
 from qwen3ft.files import write_json_atomic
+from qwen3ft.locks import try_lock
 from qwen3ft.machine.environment import EnvironmentManager
+from qwen3ft.records.base import Record
 
-PREFERRED_PORTS = {"prefect": 4200, "mlflow": 5000}
-START_SECONDS = 180.0
+_PREFERRED_PORTS = {"prefect": 4200, "mlflow": 5000}
+_START_SECONDS = 180.0
 # the worker first: what it was running is reported to the server as ended
-STOP_ORDER: tuple[Service, ...] = ("worker", "mlflow", "prefect")
-TOML_HEADER = "# Written by `qwen3ft up`, removed by `qwen3ft down`.\n"
+_STOP_ORDER: tuple[Service, ...] = ("worker", "mlflow", "prefect")
 
 Say = Callable[[str], None]
+"""Receiver of one line for the user for each thing done."""
 
-__all__ = ["DEPLOYMENT", "ServiceStatus", "Stack", "StackStatus"]
+
+class StackState(Record):
+    """Content of stack.json; a port is 0 until it was chosen."""
+
+    prefect_port: int = 0
+    mlflow_port: int = 0
+    pids: dict[Service, ProcessMark] = Field(default_factory=dict)
+    started: float = Field(
+        default=0.0, description="Time at which a process was last started, since the epoch."
+    )
+
+    def port(self, server: Service) -> int:
+        """Return the port of a server."""
+        return self.prefect_port if server == "prefect" else self.mlflow_port
+
+
+class ServiceStatus(Record):
+    """One process of the stack."""
+
+    name: Service
+    pid: int | None
+    healthy: bool
+    url: str | None
+    log: str
+
+
+class StackStatus(Record):
+    """The services of the stack, and whether the deployment is registered."""
+
+    root: str
+    up: bool
+    prefect_url: str | None
+    mlflow_url: str | None
+    services: tuple[ServiceStatus, ...]
+    deployment: str = DEPLOYMENT
+    deployment_registered: bool = False
+    schedule_active: bool = False
 
 
 class Stack:
@@ -56,24 +93,22 @@ class Stack:
 
     Args:
         root: The project folder; all state is kept below it.
-        preferred_ports: Where to begin looking for free ports, by server.
+        preferred_ports: First port to try for each server.
     """
 
     def __init__(
-        self, root: Path | None = None, preferred_ports: Mapping[str, int] = PREFERRED_PORTS
+        self, root: Path | None = None, preferred_ports: Mapping[str, int] = _PREFERRED_PORTS
     ) -> None:
         self.root = (root or Path.cwd()).resolve()
         self._folder = self.root / ".qwen3ft"
         self._toml = self.root / "prefect.toml"
+        self._lock = self._folder / "stack.lock"  # of the one `up` or `down` at a time
         self._preferred_ports = preferred_ports
 
     # --- the three verbs ---
 
     def up(self, say: Say = lambda _: None) -> StackStatus:
         """Start what is down and wait until all of it answers.
-
-        Args:
-            say: Receives one line for each thing done.
 
         Raises:
             EnvironmentNotReadyError: a process ended or did not answer in time.
@@ -82,10 +117,7 @@ class Stack:
         return self.status()
 
     def keep_up(self, say: Say) -> bool:
-        """Start what ended by accident; False if `down` ended it.
-
-        Args:
-            say: Receives one line for each thing done.
+        """Start what ended by accident; return False if `down` ended it.
 
         Raises:
             EnvironmentNotReadyError: a process ended or did not answer in time.
@@ -93,16 +125,16 @@ class Stack:
         return self._start_all(say, unless_stopped=True)
 
     def _start_all(self, say: Say, *, unless_stopped: bool) -> bool:
-        """Start what is down; False if `down` ended it and that is to be respected."""
+        """Start what is down; return False, and start nothing, if `down` ended it on purpose."""
         for folder in (self._folder / "logs", self.root / "mlruns" / "artifacts"):
             folder.mkdir(parents=True, exist_ok=True)
-        with self._locked():
+        with try_lock(self._lock, math.inf):
             before = self._read_state()
             if unless_stopped and not before.pids:
                 return False
             down = [name for name in SERVICES if self._find(name, before) is None]
             if unless_stopped and not down:
-                return True  # nothing is asked: a server that hangs must not hold this up
+                return True  # without asking the servers: one that hangs must not block this
             self._start_servers([name for name in SERVERS if name in down], say)
             self._wait("prefect")
             keep_local(self.layout().prefect_pages)
@@ -110,19 +142,15 @@ class Stack:
             for name in SERVICES:
                 self._wait(name)
             self._write_toml()
-        self._tell(down, say)
+        self._announce(down, say)
         return True
 
     def down(self, say: Say = lambda _: None) -> tuple[Service, ...]:
-        """End every process of the stack, runs in progress included.
-
-        Returns:
-            The services that were stopped.
-        """
+        """End every process of the stack, runs in progress included; return what was stopped."""
         if not self._folder.exists():
             return ()
-        with self._locked():
-            stopped = tuple(name for name in STOP_ORDER if self._stop(name))
+        with try_lock(self._lock, math.inf):
+            stopped = tuple(name for name in _STOP_ORDER if self._stop(name))
             strays = stop(find_marked(self.root))
             self._write_state(self._read_state().model_copy(update={"pids": {}}))
             if self._owns_toml():
@@ -134,7 +162,7 @@ class Stack:
         return stopped
 
     def status(self) -> StackStatus:
-        """What is up at this moment; changes nothing."""
+        """Report what is up, without changing anything."""
         state = self._read_state()
         reports = tuple(self._report(name, state) for name in SERVICES)
         urls = {report.name: report.url for report in reports if report.healthy}
@@ -153,30 +181,31 @@ class Stack:
         )
 
     def layout(self) -> Layout:
-        """Where things are; the ports are those last used."""
+        """Return where things are; the ports are those last used."""
         return self._layout(self._read_state())
 
     # --- starting ---
 
     def _start_servers(self, down: list[Service], say: Say) -> None:
         for name in down:  # both at once: each needs seconds before it listens
-            stop(find_marked(self.root, name))  # a killed one's children hold port and database
+            # children of a killed server may still hold its port and database
+            stop(find_marked(self.root, name))
             self._write_state(self._choose_port(name, say))
             self._start(name)
 
     def _start_worker(self, before: StackState) -> None:
         state = self._read_state()
         if self._find("worker", state) is not None:
-            if all(_port(state, name) == _port(before, name) for name in SERVERS):
+            if all(state.port(name) == before.port(name) for name in SERVERS):
                 return
             self._stop("worker")  # it still talks to the old addresses
         end_orphans(self.layout())
         self._start("worker")
 
-    def _tell(self, started: list[Service], say: Say) -> None:
+    def _announce(self, started: list[Service], say: Say) -> None:
         labels = {name: self.layout().url(name) for name in SERVERS}
         for name in started:
-            say(f"{name:8}{labels.get(name, f'waits for runs of pool {services.POOL}')}")
+            say(f"{name:8}{labels.get(name, f'waiting for runs of pool {services.POOL}')}")
 
     def _start(self, name: Service) -> None:
         state, layout = self._read_state(), self.layout()
@@ -189,27 +218,27 @@ class Stack:
             log=layout.log(name),
         )
         pids = {**state.pids, name: process}
-        # at once: an `up` that is killed right here must not lose the process
+        # at once, so that an `up` that is killed right here does not lose the process
         self._write_state(state.model_copy(update={"pids": pids, "started": time.time()}))
 
     def _choose_port(self, name: Service, say: Say) -> StackState:
         state = self._read_state()
-        others = [_port(state, other) for other in SERVERS if other != name]
-        wanted = _port(state, name) or self._preferred_ports[name]
+        others = [state.port(other) for other in SERVERS if other != name]
+        wanted = state.port(name) or self._preferred_ports[name]
         port = free_port(wanted, taken=others)
         if port != wanted:
             say(f"Port {wanted} is taken; {name} uses {port}.")
         return state.model_copy(update={f"{name}_port": port})
 
     def _wait(self, name: Service) -> None:
-        state, end = self._read_state(), time.monotonic() + START_SECONDS
+        state, end = self._read_state(), time.monotonic() + _START_SECONDS
         log = self._layout(state).log(name)
         while not self._report(name, state).healthy:
             ended = self._find(name, state) is None
             if ended or time.monotonic() > end:
                 lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
                 raise EnvironmentNotReadyError(
-                    f"{name} {'ended' if ended else f'gave no sign for {START_SECONDS:.0f} s'}.",
+                    f"{name} {'ended' if ended else f'did not answer for {_START_SECONDS:.0f} s'}.",
                     why="\n".join(lines[-8:]),
                     next_command=f"tail -n 50 {log}",
                 )
@@ -243,7 +272,7 @@ class Stack:
         process = self._find(name, self._read_state())
         members = find_marked(self.root, name) + ([process] if process else [])
         count = stop(members)
-        if name == "worker":  # while the server can still be told
+        if name == "worker":  # while the server still answers
             end_orphans(self.layout())
         return count > 0
 
@@ -264,24 +293,5 @@ class Stack:
         return not self._toml.exists() or self._toml.read_text("utf-8").startswith(TOML_HEADER)
 
     def _write_toml(self) -> None:
-        layout = self.layout()
         if self._owns_toml():
-            self._toml.write_text(
-                f"{TOML_HEADER}"
-                f"home = {json.dumps(str(layout.prefect_home))}\n"
-                f"profiles_path = {json.dumps(str(layout.prefect_home / 'profiles.toml'))}\n"
-                f"ui_url = {json.dumps(layout.ui_url)}\n"
-                f"\n[api]\nurl = {json.dumps(layout.url('prefect') + '/api')}\n",
-                encoding="utf-8",
-            )
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """One `up` or `down` at a time; the lock falls with the process that holds it."""
-        with (self._folder / "stack.lock").open("w") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-            yield
-
-
-def _port(state: StackState, server: Service) -> int:
-    return state.prefect_port if server == "prefect" else state.mlflow_port
+            self._toml.write_text(services.prefect_toml(self.layout()), encoding="utf-8")

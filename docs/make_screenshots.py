@@ -32,8 +32,8 @@ from support.browser import WatchedBrowser, open_browser  # noqa: E402
 
 from benchmarks.gate.nights import PRODUCTS, clean_rows, shuffled, write_rows  # noqa: E402
 from benchmarks.overhead import make_project, run_once  # noqa: E402
-from deployments.api import send  # noqa: E402
 from deployments.deploy import CPU_CONFIG, deploy, read_deployment  # noqa: E402
+from deployments.prefect_api import send  # noqa: E402
 from deployments.stack import Stack  # noqa: E402
 from qwen3ft.training import faults  # noqa: E402
 from tasks.artifacts import RUN_CARD  # noqa: E402

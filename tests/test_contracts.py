@@ -14,7 +14,7 @@ from prefect.utilities.callables import parameter_schema
 from prefect.utilities.schema_tools.validation import validate
 
 import qwen3ft
-from flows.cli_settings import read_overrides
+from flows.cli.options import read_overrides
 from flows.finetune import qwen3_finetune
 from qwen3ft import config, errors, logs
 from qwen3ft.config import TrainingConfig, load_config, parse_config

@@ -25,8 +25,8 @@ from benchmarks import overhead
 from benchmarks.machine import ROOT
 from deployments import services
 from deployments.processes import find_marked, free_port, stop
-from deployments.stack import DEPLOYMENT, Stack
-from deployments.stack_records import StackState
+from deployments.services import DEPLOYMENT
+from deployments.stack import Stack, StackState
 from qwen3ft.errors import EnvironmentNotReadyError
 from qwen3ft.files import write_json_atomic
 

@@ -1,6 +1,6 @@
 """Build the run card from whatever is known of a run; one that failed has a card too.
 
-`report.markdown`, `report.html` and `flows.cli_view` show it.
+`report.markdown`, `report.html` and `flows.cli.views` show it.
 """
 
 from __future__ import annotations

@@ -20,12 +20,12 @@ import psutil
 import pytest
 
 from deployments import services
-from deployments.api import send
 from deployments.automations import SILENT_SECONDS
+from deployments.autostart import unit_name, write_unit
 from deployments.deploy import deploy, read_deployment
+from deployments.prefect_api import send
 from deployments.processes import find_marked
 from deployments.stack import Stack
-from deployments.unit import unit_name, write_unit
 
 ROOT = Path(__file__).parents[2]
 NOTICED_SECONDS = 120.0
@@ -312,7 +312,7 @@ def test_a_stack_that_is_supervised_gets_its_worker_back_until_it_is_told_to_sto
     """As the systemd unit runs it; SIGTERM ends all of it."""
     code = (
         "import sys; from pathlib import Path; from deployments.stack import Stack; "
-        "from deployments.supervise import stay_up; stay_up(Stack(Path(sys.argv[1])), print)"
+        "from deployments.autostart import stay_up; stay_up(Stack(Path(sys.argv[1])), print)"
     )
     keeper = subprocess.Popen([sys.executable, "-c", code, str(project.root)], cwd=ROOT)
     time.sleep(5)

@@ -32,8 +32,8 @@ from deployments.deploy import (
 from deployments.pages import POLICY
 from deployments.processes import MARK, find_marked, free_port, start_detached, stop
 from deployments.schedule import write_schedule
-from deployments.services import SERVICES, Layout
-from deployments.stack import DEPLOYMENT, Stack, StackStatus
+from deployments.services import DEPLOYMENT, SERVICES, Layout
+from deployments.stack import Stack, StackStatus
 from qwen3ft.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -275,12 +275,12 @@ def test_the_schedule_is_changed_in_the_file_registered_and_switched_on_by_one_c
     stack: Stack, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The file keeps its comments; the next `deploy` has nothing left to do."""
-    from flows import cli_servers
+    from flows.cli.servers import schedule_command
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.chdir(stack.root)
     before = (stack.root / PREFECT_FILE).read_text()
-    cli_servers.schedule("30 1 * * 1-5", "Asia/Shanghai", active=True)
+    schedule_command("30 1 * * 1-5", "Asia/Shanghai", active=True)
     assert "30 1 * * 1-5" in capsys.readouterr().out
     found = read_deployment(stack)
     assert found is not None
@@ -289,7 +289,7 @@ def test_the_schedule_is_changed_in_the_file_registered_and_switched_on_by_one_c
     assert schedule["schedule"]["cron"] == "30 1 * * 1-5"
     assert schedule["schedule"]["timezone"] == "Asia/Shanghai"
     assert deploy(stack) is False
-    cli_servers.schedule("0 2 * * *", "UTC", active=False)
+    schedule_command("0 2 * * *", "UTC", active=False)
     assert (stack.root / PREFECT_FILE).read_text() == before
     assert not stack.status().schedule_active
 
@@ -298,8 +298,7 @@ def test_old_flow_runs_are_counted_by_a_dry_run_and_removed_without_one(
     stack: Stack, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Those that ended; one that has not ended stays, however old."""
-    from flows import cli_clean
-    from qwen3ft.operations.retention import RetentionPolicy
+    from flows.cli.clean import clean_command
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.chdir(stack.root)
@@ -315,7 +314,7 @@ def test_old_flow_runs_are_counted_by_a_dry_run_and_removed_without_one(
 
     def clean(*, dry_run: bool) -> int:
         environment = dict(os.environ)  # the command points its own process at the servers
-        cli_clean.clean(RetentionPolicy(keep_days=0), None, [], dry_run=dry_run, as_json=True)
+        clean_command(keep_days=0, dry_run=dry_run, as_json=True)
         os.environ.clear()
         os.environ.update(environment)
         return int(json.loads(capsys.readouterr().out)["flow_runs"])
@@ -350,17 +349,17 @@ def test_down_leaves_no_process(stack: Stack) -> None:
 
 
 @pytest.mark.parametrize(("cron", "zone"), [("0 2 * *", "UTC"), ("0 2 * * *", "Europe/Nowhere")])
-def test_a_schedule_that_is_none_changes_nothing(
+def test_an_invalid_schedule_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cron: str, zone: str
 ) -> None:
     """It is refused before the file is touched and before anything is started."""
-    from flows import cli_servers
+    from flows.cli.servers import schedule_command
 
     (tmp_path / "deployments").mkdir()
     shutil.copy(ROOT / PREFECT_FILE, tmp_path / PREFECT_FILE)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="no schedule"):
-        cli_servers.schedule(cron, zone, active=None)
+    with pytest.raises(ConfigError, match="not a valid schedule"):
+        schedule_command(cron, zone, active=None)
     assert (tmp_path / PREFECT_FILE).read_text() == (ROOT / PREFECT_FILE).read_text()
     assert not (tmp_path / ".qwen3ft").exists()
 

@@ -22,7 +22,7 @@ from support.browser import NOT_INSTALLED, PICTURES, WatchedBrowser, find_chromi
 from support.flow_project import MODEL, FlowProject
 from support.registered import add_version
 
-from deployments.api import send
+from deployments.prefect_api import send
 from qwen3ft.config import TrainingConfig
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.registry.moves import Change, Mover

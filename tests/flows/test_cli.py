@@ -17,9 +17,10 @@ import yaml
 from rich.console import Console
 
 from deployments.deploy import CPU_CONFIG, GPU_CONFIG, NO_GPU_LINE
-from flows.cli_project import read_request
-from flows.cli_view import RunView, format_seconds, show_card
-from flows.follow import MetricsTail, StateChange
+from flows.cli.follow import MetricsTail, StateChange
+from flows.cli.project import requested_settings
+from flows.cli.views.common import format_seconds, show_card
+from flows.cli.views.run import RunView
 from qwen3ft.config import TrainingConfig, load_config
 from qwen3ft.errors import ConfigError
 from qwen3ft.files import append_json_line, write_json_atomic
@@ -149,14 +150,16 @@ def test_without_a_gpu_the_embedded_model_is_used_and_said(
 ) -> None:
     """Never a silent fallback; what is set by hand is laid over it."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    values, notice = read_request(project, None, ["lora_r=8", "learning_rate=1e-3"])
+    values, notice = requested_settings(project, None, ["lora_r=8", "learning_rate=1e-3"])
     assert notice == NO_GPU_LINE
     assert (values["model_name"], values["lora_r"]) == ("embedded", 8)
 
 
 def test_a_model_named_by_hand_starts_from_the_defaults(project: Path) -> None:
     """The settings of the embedded model would ruin any other."""
-    values, notice = read_request(project, None, ["model_name=Qwen/Qwen3-0.6B", "data_paths=a,b"])
+    values, notice = requested_settings(
+        project, None, ["model_name=Qwen/Qwen3-0.6B", "data_paths=a,b"]
+    )
     assert values == {"model_name": "Qwen/Qwen3-0.6B", "data_paths": ["a", "b"]}
     assert notice is None
 

@@ -17,7 +17,7 @@ from support.plans import QWEN3_4B, QWEN3_14B, manifest, plan_for, snapshot
 from typer.testing import CliRunner
 
 from flows.cli import app
-from flows.cli_plan_view import plan_lines, show_sweep, show_table
+from flows.cli.views.plan import plan_lines, show_plan, show_sweep
 from qwen3ft.config import TrainingConfig
 from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.errors import ConfigError, InsufficientMemoryError, ModelNotFoundError
@@ -187,7 +187,7 @@ def test_a_table_fits_a_hundred_columns(terminal: bool) -> None:
     """With every setting, part and number in it, whether on a terminal or in a file."""
     table = table_for(model_name="4b", max_memory_gb=13.0)
     shown = console(terminal=terminal)
-    show_table(shown, table)
+    show_plan(shown, table)
     text = shown.export_text()
     assert max(len(line.rstrip()) for line in text.splitlines()) <= 100
     for name in [line.name for line in table.settings] + [part.name for part in table.parts]:
@@ -339,7 +339,7 @@ def test_a_sweep_fits_a_hundred_columns(full_sweep: Sweep, terminal: bool) -> No
     assert "estimate" in text
     assert "131,072" in text
     assert all(f"{budget:>3}" in text for budget in BUDGETS_GB)
-    assert "° is more than the 40,960" in text
+    assert "° exceeds the 40,960" in text
 
 
 # --- the command ---

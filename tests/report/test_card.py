@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 from support.reported_run import HOSTILE, SECRET, make_facts, make_report
 
-from flows.cli_view import show_card
+from flows.cli.views.common import show_card
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import InsufficientMemoryError
 from qwen3ft.records.evaluation import SideBySide

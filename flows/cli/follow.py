@@ -1,9 +1,7 @@
-"""Starting a run of the deployment, and following it until it ends.
+"""Start a run of the deployment, and follow it until it ends.
 
-A run is started by `prefect deployment run`, exactly as one types it. What happens to it is read
-from two places: the states of the run and its tasks from the Prefect server's REST API (so that
-following needs none of Prefect's process-wide settings), and the progress of training from the
-run's own folder. Following is only looking: ending it ends nothing else.
+The states of the run and of its tasks come from the Prefect server's REST API, and the progress of
+training from the run's own folder. Following only reads: the run goes on when it stops.
 """
 
 from __future__ import annotations
@@ -14,24 +12,31 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import typer
+from rich.console import Console
+
 from deployments import services
-from deployments.stack import DEPLOYMENT, Stack
+from deployments.services import DEPLOYMENT, Layout
+from deployments.stack import Stack
+from flows.cli.output import say
+from flows.cli.views.run import RunView
 from qwen3ft.errors import EnvironmentNotReadyError
 from qwen3ft.files import read_json_lines
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.machine.environment import EnvironmentManager
 from qwen3ft.records.training import TrainingMetrics
 
-FINAL_STATES = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
-POLL_SECONDS = 0.7
-UNREACHABLE_SECONDS = 30.0
+_FINAL_STATES = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+_POLL_SECONDS = 0.7
+_UNREACHABLE_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
 class StateChange:
-    """A run or a task of it entered a state; `seconds` is how long it ran, once it ended."""
+    """A state that a run or a task entered; `seconds` is how long it ran, if it has ended."""
 
     name: str
     state: str
@@ -41,8 +46,8 @@ class StateChange:
 
 
 @dataclass(frozen=True)
-class Progress:
-    """The newest line of a training attempt's metrics."""
+class AttemptProgress:
+    """Newest line of a training attempt's metrics."""
 
     attempt: int
     total_steps: int | None
@@ -58,7 +63,7 @@ class MetricsTail:
     total_steps: int | None = None
     offset: int = 0
 
-    def newest(self) -> Progress | None:
+    def newest(self) -> AttemptProgress | None:
         """The newest training line since the last call, if there is one."""
         jobs = self.run.attempts()
         if not jobs:
@@ -74,17 +79,19 @@ class MetricsTail:
         trained = [line for line in lines if line.get("loss") is not None]
         if not trained:
             return None
-        return Progress(self.attempt, self.total_steps, TrainingMetrics.model_validate(trained[-1]))
+        return AttemptProgress(
+            self.attempt, self.total_steps, TrainingMetrics.model_validate(trained[-1])
+        )
 
 
 @dataclass
 class Follower:
-    """One run that is being looked at.
+    """Reader of one run's states and progress.
 
     Attributes:
-        api: The REST API's address, ending in /api.
-        flow_run_id: The run.
-        tail: Where its training progress is read.
+        api: Address of Prefect's REST API, ending in /api.
+        flow_run_id: The run to follow.
+        tail: Reader of its training progress.
     """
 
     api: str
@@ -92,15 +99,15 @@ class Follower:
     tail: MetricsTail
     _seen: dict[str, str] = field(default_factory=dict)
 
-    def events(self) -> Iterator[StateChange | Progress]:
-        """What happens, as it happens; the last one is the run's final state.
+    def events(self) -> Iterator[StateChange | AttemptProgress]:
+        """Yield what happens, as it happens; the last event is the run's final state.
 
         Raises:
             EnvironmentNotReadyError: the server stopped answering.
         """
         while True:
             run = self._read_run()
-            ended = run["state"]["type"] in FINAL_STATES
+            ended = run["state"]["type"] in _FINAL_STATES
             if not ended:
                 yield from self._change("run", run)
             yield from self._task_changes()
@@ -110,7 +117,7 @@ class Follower:
             if ended:
                 yield from self._change("run", run)
                 return
-            time.sleep(POLL_SECONDS)
+            time.sleep(_POLL_SECONDS)
 
     def _task_changes(self) -> Iterator[StateChange]:
         wanted = {
@@ -123,7 +130,7 @@ class Follower:
                     yield change
 
     def _change(self, name: str, run: Mapping[str, Any]) -> Iterator[StateChange]:
-        """The state of `run` if it is another than at the last look, else nothing."""
+        """Yield the state of `run` if it has changed since the last poll."""
         state = run.get("state")
         if state is None or self._seen.get(run["id"]) == state["name"]:
             return
@@ -133,11 +140,11 @@ class Follower:
             state=state["name"],
             state_type=state["type"],
             message=state.get("message") or "",
-            seconds=run["total_run_time"] if state["type"] in FINAL_STATES else None,
+            seconds=run["total_run_time"] if state["type"] in _FINAL_STATES else None,
         )
 
     def _read_run(self) -> dict[str, Any]:
-        end = time.monotonic() + UNREACHABLE_SECONDS
+        end = time.monotonic() + _UNREACHABLE_SECONDS
         while True:
             run: dict[str, Any] | None = services.request_json(
                 f"{self.api}/flow_runs/{self.flow_run_id}"
@@ -146,15 +153,39 @@ class Follower:
                 return run
             if time.monotonic() > end:
                 raise EnvironmentNotReadyError(
-                    f"The Prefect server gave no answer for {UNREACHABLE_SECONDS:.0f} s.",
-                    why="It was stopped or restarted; the run itself may go on.",
+                    f"The Prefect server did not answer for {_UNREACHABLE_SECONDS:.0f} s.",
+                    why="It was stopped or restarted; the run itself may still be going on.",
                     next_command="qwen3ft status",
                 )
-            time.sleep(POLL_SECONDS)
+            time.sleep(_POLL_SECONDS)
+
+
+def follow_run(layout: Layout, flow_run_id: str, folder: Path, console: Console) -> StateChange:
+    """Show a run on the console until it ends; return its final state.
+
+    Raises:
+        EnvironmentNotReadyError: the server stopped answering.
+        typer.Exit: the user pressed Ctrl-C; the run goes on.
+    """
+    api = f"{layout.url('prefect')}/api"
+    follower = Follower(api, flow_run_id, MetricsTail(RunDir(folder)))
+    last = StateChange(name="run", state="Unknown", state_type="")
+    try:
+        with RunView(console) as view:
+            for event in follower.events():
+                if isinstance(event, StateChange):
+                    last = event
+                    view.change(event)
+                else:
+                    view.progress(event)
+    except KeyboardInterrupt:
+        say(f"The run goes on. To end it: .venv/bin/prefect flow-run cancel {flow_run_id}")
+        raise typer.Exit(130) from None
+    return last
 
 
 def start_run(stack: Stack, parameters: Mapping[str, Any]) -> str:
-    """Run `prefect deployment run qwen3-finetune/default`.
+    """Start a run with `prefect deployment run qwen3-finetune/default`.
 
     Args:
         stack: A stack that is up, with the deployment registered.
@@ -164,7 +195,7 @@ def start_run(stack: Stack, parameters: Mapping[str, Any]) -> str:
         The id of the flow run.
 
     Raises:
-        EnvironmentNotReadyError: Prefect refused; its own words are in the error.
+        EnvironmentNotReadyError: Prefect refused; the error quotes its reason.
     """
     python = EnvironmentManager(stack.root).get_python_executable()
     command = [python, "-m", "prefect", "deployment", "run", DEPLOYMENT]

@@ -1,4 +1,4 @@
-"""What the commands act on: the project folder, the settings asked for, the services to use."""
+"""The project folder that a command acts on, the settings it was given, the servers it uses."""
 
 from __future__ import annotations
 
@@ -7,20 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from deployments import services
-from deployments.deploy import PREFECT_FILE, choose_defaults
+from deployments.deploy import PREFECT_FILE, choose_defaults, read_deployment
 from deployments.stack import Stack
-from flows.cli_settings import read_overrides
-from flows.cli_view import say
+from flows.cli.options import read_overrides
+from flows.cli.output import say
 from qwen3ft.config import TrainingConfig, parse_config, read_settings_file
 from qwen3ft.errors import EnvironmentNotReadyError
 
 
 def open_project() -> Stack:
-    """The stack of the project folder, which becomes the working folder."""
+    """Make the project folder the working folder, and return its stack.
+
+    Raises:
+        EnvironmentNotReadyError: the working folder is not inside a project folder.
+    """
     here = Path.cwd()
     for folder in (here, *here.parents):
         if (folder / PREFECT_FILE).exists():
-            os.chdir(folder)  # relative paths of a config mean the same as in the worker
+            os.chdir(folder)  # so that relative paths of a config mean the same as in the worker
             return Stack(folder)
     raise EnvironmentNotReadyError(
         f"{here} is not inside a project folder.",
@@ -29,56 +33,68 @@ def open_project() -> Stack:
     )
 
 
-def read_request(
-    root: Path, path: Path | None, settings: list[str]
+def requested_settings(
+    root: Path, config: Path | None, settings: list[str] | None
 ) -> tuple[dict[str, Any], str | None]:
-    """The settings asked for, and what a person must be told about them.
+    """Return the settings asked for, not yet validated, and a notice for the user about them.
 
     They start from the file if one is given, else from what the deployment starts from on this
     machine; but a model named by hand starts from the defaults, not from another model's settings.
     """
     overrides = read_overrides(settings)
-    if path is not None:
-        return read_settings_file(path) | overrides, None
+    if config is not None:
+        return read_settings_file(config) | overrides, None
     if "model_name" in overrides:
         return overrides, None
     defaults = choose_defaults(root)
     return defaults.config | overrides, defaults.notice
 
 
-def request_config(root: Path, path: Path | None, settings: list[str]) -> TrainingConfig:
-    """The settings asked for, validated; a choice made for the user is said.
+def request_config(root: Path, config: Path | None, settings: list[str] | None) -> TrainingConfig:
+    """Return the settings asked for, validated; print the notice about them if there is one.
 
     Raises:
         ConfigError: a setting or the file is invalid.
     """
-    values, notice = read_request(root, path, settings)
+    values, notice = requested_settings(root, config, settings)
     if notice:
         say(notice)
     return parse_config(values)
 
 
 def run_parameters(
-    root: Path, path: Path | None, settings: list[str], resume: str | None
+    root: Path, config: Path | None, settings: list[str] | None, resume: str | None
 ) -> dict[str, Any]:
-    """Flow parameters that differ from the deployment's; checked before anything is started."""
+    """Return the flow parameters that replace the deployment's, validated.
+
+    Raises:
+        ConfigError: a setting or the file is invalid.
+    """
     parameters: dict[str, Any] = {"continue_run": resume} if resume else {}
-    if path is not None or settings:
-        values, _ = read_request(root, path, settings)
+    if config is not None or settings:
+        values, _ = requested_settings(root, config, settings)
         parameters["config"] = parse_config(values).model_dump(mode="json")
     return parameters
+
+
+def run_folder(stack: Stack, parameters: dict[str, Any], run_id: str) -> Path:
+    """Return the folder of a run that was started with these flow parameters."""
+    registered = (read_deployment(stack) or {}).get("parameters", {})
+    config = parse_config(parameters.get("config") or registered.get("config") or {})
+    return (stack.root / config.runs_dir / run_id).resolve()
 
 
 def use_local_services(stack: Stack) -> None:
     """Point this process at the stack's servers where they are up, else at their databases.
 
-    What the shell exported is kept: here, unlike in the stack, a person may mean another server.
+    Variables that the shell exported are kept: here, unlike in the stack, the user may mean another
+    server.
     """
     layout, found = stack.layout(), stack.status()
     values = services.environment(layout)
     if found.prefect_url is None:
         del values["PREFECT_API_URL"]
-        # Prefect then serves itself inside this process, and at exit prints what only it minds
+        # Prefect then runs a server inside this process, which prints harmless errors at exit
         values["PREFECT_SERVER_LOGGING_LEVEL"] = "CRITICAL"
     if found.mlflow_url is None:
         values["MLFLOW_TRACKING_URI"] = layout.mlflow_store

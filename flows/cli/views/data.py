@@ -1,30 +1,46 @@
-"""How data looks on a terminal: the one screen of `qwen3ft data check`, and rows by tokens.
-
-Rendering only: nothing here reads files or decides.
-"""
+"""Data on a terminal: the one screen of `qwen3ft data check`, and rows token by token."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+from rich.progress import Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
 from rich.text import Text
 
-from flows.cli_view import show_sections
+from flows.cli.views.common import show_sections
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from qwen3ft.data.preview import ShownToken
     from qwen3ft.records.data import DatasetManifest
 
-BAR_CHARACTERS = 40
-SHOWN_FILES = 8
-GIVEN, TRAINED = ("grey50", "grey62"), ("green", "bold green")
-"""Two shades each, in turn, so that the borders of tokens can be seen."""
+_BAR_CHARACTERS = 40
+_SHOWN_FILES = 8
+_GIVEN, _TRAINED = ("grey50", "grey62"), ("green", "bold green")
+"""Two alternating shades each, so that token boundaries can be seen."""
+
+
+class _RateColumn(ProgressColumn):
+    """Rows per second over the last moments; empty until there is a rate."""
+
+    def render(self, task: Task) -> Text:
+        """Render the rate of a task."""
+        return Text(f"{task.speed:,.0f} rows/s" if task.speed else "")
+
+
+@contextmanager
+def count_rows(console: Console, *, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """Show a line that counts rows while they are read; yield what updates it."""
+    columns = (SpinnerColumn(), TextColumn("{task.completed:,} rows"), _RateColumn())
+    with Progress(*columns, console=console, transient=True, disable=quiet) as bar:
+        task = bar.add_task("rows", total=None)
+        yield lambda rows: bar.update(task, completed=rows)
 
 
 def show_manifest(console: Console, manifest: DatasetManifest) -> None:
-    """Files, how they were understood, where the rows went, lengths, and warnings."""
+    """Print files, how they were understood, where the rows went, lengths, and warnings."""
     show_sections(
         console,
         "Data",
@@ -40,12 +56,12 @@ def show_manifest(console: Console, manifest: DatasetManifest) -> None:
 
 
 def show_preview(console: Console, number: int, token_count: int, tokens: list[ShownToken]) -> None:
-    """A row by tokens: what is trained in green, or between » and « where there are no colours."""
+    """Print a row by tokens: trained ones are green, or between » and « without a terminal."""
     console.print(f"Training row {number}, {token_count} tokens (trained ones in green):")
     text = Text()
     if console.is_terminal:
         for index, token in enumerate(tokens):
-            text.append(token.text, style=(TRAINED if token.trained else GIVEN)[index % 2])
+            text.append(token.text, style=(_TRAINED if token.trained else _GIVEN)[index % 2])
     else:
         for index, token in enumerate(tokens):
             before = tokens[index - 1].trained if index else False
@@ -59,9 +75,9 @@ def show_preview(console: Console, number: int, token_count: int, tokens: list[S
 def _files(manifest: DatasetManifest) -> dict[str, str]:
     shown = {
         source.path: f"{source.rows:,} rows for {source.role}"
-        for source in manifest.sources[:SHOWN_FILES]
+        for source in manifest.sources[:_SHOWN_FILES]
     }
-    if more := len(manifest.sources) - SHOWN_FILES:
+    if more := len(manifest.sources) - _SHOWN_FILES:
         shown |= {"...": f"and {more:,} more files"} if more > 0 else {}
     return shown
 
@@ -113,7 +129,7 @@ def _lengths(manifest: DatasetManifest) -> dict[str, str]:
             below = edge
             continue  # nothing is that short
         marker = f"  <- max_sequence_length {limit}" if below < limit <= edge else ""
-        shown[f"up to {edge}"] = "█" * -(-BAR_CHARACTERS * rows // most) + f" {rows:,}{marker}"
+        shown[f"up to {edge}"] = "█" * -(-_BAR_CHARACTERS * rows // most) + f" {rows:,}{marker}"
         below = edge
     shown |= {
         f"longest {number}": f"{row.tokens} tokens  {row.file}:{row.line}"

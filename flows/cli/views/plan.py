@@ -1,4 +1,4 @@
-"""How plans look: tables and bars on a terminal, aligned lines elsewhere. Rendering only."""
+"""Plans and sweeps: tables and bars on a terminal, aligned lines elsewhere."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from qwen3ft.planning.table import PlanTable
 from qwen3ft.planning.what_if import CELL_CODES, Sweep, SweepCell
 from qwen3ft.units import gb
 
-WIDTH = 100
+_WIDTH = 100
 """Most columns of a table."""
 
-BAR = 16
-"""Columns of the bar that stands for the whole budget."""
+_BAR = 16
+"""Columns of a bar as long as the budget."""
 
-NUMBERS_WIDTH = 4 + (22 + 2) + (9 + 2) + (BAR + 2)
-"""Columns of a line of memory before its formula, with the frame."""
+_NUMBERS_WIDTH = 4 + (22 + 2) + (9 + 2) + (_BAR + 2)
+"""Columns of a line of memory before its formula, frame included."""
 
-NO_FIT = "-"
+_NO_FIT = "-"
 
 
-def show_table(console: Console, table: PlanTable) -> None:
-    """A plan on one screen."""
+def show_plan(console: Console, table: PlanTable) -> None:
+    """Print a plan on one screen."""
     if not console.is_terminal:
         for line in plan_lines(table):
             console.print(line, soft_wrap=True, markup=False)
@@ -39,13 +39,13 @@ def show_table(console: Console, table: PlanTable) -> None:
     settings.add_column(style="dim")
     for each in table.settings:
         settings.add_row(each.name, Text(each.value, style="bold"), Text(each.why))
-    width = min(WIDTH, console.width)
+    width = min(_WIDTH, console.width)
     memory = Table.grid(padding=(0, 2))
     memory.add_column(no_wrap=True, min_width=22, style="dim")
     memory.add_column(no_wrap=True, min_width=9, justify="right")
-    memory.add_column(no_wrap=True, min_width=BAR, style="cyan")
+    memory.add_column(no_wrap=True, min_width=_BAR, style="cyan")
     memory.add_column(no_wrap=True, style="dim")
-    room = max(0, width - NUMBERS_WIDTH)
+    room = max(0, width - _NUMBERS_WIDTH)
     for part in table.parts:
         size_gb = gb(part.bytes)
         memory.add_row(
@@ -67,7 +67,7 @@ def show_table(console: Console, table: PlanTable) -> None:
 
 
 def plan_lines(table: PlanTable) -> list[str]:
-    """The same as plain lines."""
+    """Return a plan as plain lines."""
     lines = [table.title, table.headline, ""]
     for each in table.settings:
         lines += _wrapped(each.name, f"{each.value}: {each.why}")
@@ -75,19 +75,19 @@ def plan_lines(table: PlanTable) -> list[str]:
     for part in table.parts:
         size_gb = gb(part.bytes)
         bar = _bar(size_gb, table.budget_gb)
-        row = f"  {part.name:24}{size_gb:7.2f} GB  {bar:{BAR}}  {part.formula}"
-        lines.append(_cut(row, WIDTH))
+        row = f"  {part.name:24}{size_gb:7.2f} GB  {bar:{_BAR}}  {part.formula}"
+        lines.append(_cut(row, _WIDTH))
     lines.append(f"  {'in all':24}{table.peak_gb:7.2f} GB  {_of_budget(table)}")
     more = [line for name, value in _more(table) for line in _wrapped(name, value)]
     return [*lines, *([""] if more else []), *more]
 
 
 def _wrapped(name: str, text: str) -> list[str]:
-    return textwrap.wrap(f"  {name:16}{text}", WIDTH, subsequent_indent=18 * " ")
+    return textwrap.wrap(f"  {name:16}{text}", _WIDTH, subsequent_indent=18 * " ")
 
 
 def show_sweep(console: Console, sweep: Sweep) -> None:
-    """One model's table of budgets and lengths, and what its codes mean."""
+    """Print a model's table of budgets and lengths, and a legend of its codes."""
     head = ["GB", *(f"{cell.sequence_tokens:,}" for cell in _rows(sweep)[0]), "longest"]
     body = [
         [
@@ -103,7 +103,7 @@ def show_sweep(console: Console, sweep: Sweep) -> None:
         for name in head:
             table.add_column(name, justify="right", no_wrap=True)
         for cells in body:
-            table.add_row(*(Text(cell, style="dim" if cell == NO_FIT else "") for cell in cells))
+            table.add_row(*(Text(cell, style="dim" if cell == _NO_FIT else "") for cell in cells))
         console.print(table)
     else:
         console.print(title, markup=False)
@@ -120,7 +120,7 @@ def _rows(sweep: Sweep) -> list[list[SweepCell]]:
 
 def _code(cell: SweepCell, sweep: Sweep) -> str:
     if not cell.fits:
-        return NO_FIT
+        return _NO_FIT
     beyond = "°" if cell.sequence_tokens > sweep.max_position_embeddings else ""
     speed = "" if cell.tokens_per_second is None else f" {_short(cell.tokens_per_second)}"
     return f"{cell.micro_batch_size}{cell.policy}{speed}{beyond}"
@@ -129,7 +129,7 @@ def _code(cell: SweepCell, sweep: Sweep) -> str:
 def _longest(sweep: Sweep, budget_gb: float) -> str:
     tokens = sweep.longest_tokens[budget_gb]
     if tokens is None:
-        return NO_FIT
+        return _NO_FIT
     return f"{tokens:,}" + ("°" if tokens > sweep.max_position_embeddings else "")
 
 
@@ -144,19 +144,19 @@ def _legend(sweep: Sweep) -> list[str]:
     codes = ", ".join(f"{code} {words}" for code, words in CELL_CODES.items() if code in used)
     example = f"64K 25.0k: 64 of {sweep.effective_batch_size} sequences at a time"
     lines = [
-        f"{example}, what becomes of activations, tokens/s.",
+        f"{example}, what happens to activations, tokens/s.",
         f"Activations: {codes}." if codes else "Nothing fits.",
-        f"Speed: {sweep.speed_basis}; rows of {sweep.fill:g} x the longest on average.",
+        f"Speed: {sweep.speed_basis}; rows average {sweep.fill:g} x the longest.",
     ]
     if any("°" in _code(cell, sweep) for cell in sweep.cells) or any(
         (tokens or 0) > sweep.max_position_embeddings for tokens in sweep.longest_tokens.values()
     ):
-        lines.append(f"° is more than the {sweep.max_position_embeddings:,} it was made for.")
+        lines.append(f"° exceeds the {sweep.max_position_embeddings:,} positions of the model.")
     return lines
 
 
 def _more(table: PlanTable) -> list[tuple[str, str]]:
-    """What else the budget or the model would do."""
+    """Return what else would fit, what other GPUs would do, and what was assumed."""
     rows = []
     if table.least_gb is not None:
         rows.append(("least memory", f"{table.least_gb:.2f} GB for rows as long as these"))
@@ -166,14 +166,16 @@ def _more(table: PlanTable) -> list[tuple[str, str]]:
         )
     label = "elsewhere"
     for basis, speeds in groupby(table.elsewhere, key=lambda speed: speed.basis):
-        told = ", ".join(f"{speed.card} {_short(speed.tokens_per_second)}" for speed in speeds)
-        rows.append((label, f"{told} tokens/s ({basis})"))
+        speeds_text = ", ".join(
+            f"{speed.card} {_short(speed.tokens_per_second)}" for speed in speeds
+        )
+        rows.append((label, f"{speeds_text} tokens/s ({basis})"))
         label = ""
     return [*rows, *(("assumed" if n == 0 else "", note) for n, note in enumerate(table.notes))]
 
 
 def _bar(size_gb: float, budget_gb: float) -> str:
-    return "█" * round(BAR * min(1.0, size_gb / budget_gb))
+    return "█" * round(_BAR * min(1.0, size_gb / budget_gb))
 
 
 def _of_budget(table: PlanTable) -> str:

@@ -1,0 +1,213 @@
+"""The commands that use a fine-tuned model: generate, chat and export. It runs in a worker."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from flows.cli.options import AdapterOption, ConfigOption, JsonOption, SetOption, ThinkOption
+from flows.cli.output import open_console, print_json, say
+
+if TYPE_CHECKING:
+    from qwen3ft.config import TrainingConfig
+    from qwen3ft.serving.session import ChatSession
+
+
+def generate_command(
+    prompt: Annotated[str, typer.Argument(help="The question.")],
+    adapter: AdapterOption = "champion",
+    think: ThinkOption = None,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer one question with a fine-tuned model, printed as it is written."""
+    chosen = _choose(adapter, config, settings)
+    with chosen.open_session(think) as session:
+        answer = _relay(session, [_user(prompt)], quiet=as_json)
+    if as_json:
+        print_json({"prompt": prompt, **answer, "adapter": str(chosen.folder)})
+
+
+def chat_command(
+    adapter: AdapterOption = "champion",
+    think: ThinkOption = None,
+    remember: Annotated[
+        bool, typer.Option("--remember", help="Send the conversation so far with each question.")
+    ] = False,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+) -> None:
+    """Ask a fine-tuned model question after question; each is answered on its own."""
+    chosen = _choose(adapter, config, settings)
+    with chosen.open_session(think) as session:
+        session.wait_until_ready()
+        say(f"{chosen.folder}\nType a question; an empty line ends the chat.")
+        messages: list[dict[str, Any]] = []
+        while question := _read_line():
+            messages = [*messages, _user(question)] if remember else [_user(question)]
+            answer = _relay(session, messages, quiet=False)
+            messages.append({"role": "assistant", "content": answer["answer"]})
+
+
+def export_command(
+    target: Annotated[str, typer.Argument(metavar="DIR", help="New folder, or an earlier export.")],
+    adapter: AdapterOption = "champion",
+    rows: Annotated[
+        Path | None,
+        typer.Option(
+            "--rows",
+            metavar="FILE",
+            help="Held-out rows (jsonl) to compare on; by default those of the adapter's run.",
+            resolve_path=True,
+        ),
+    ] = None,
+    max_rows: Annotated[
+        int | None,
+        typer.Option("--max-rows", metavar="N", min=1, help="Most rows to compare on [200]."),
+    ] = None,
+    max_loss_drift: Annotated[
+        float | None,
+        typer.Option(
+            "--max-loss-drift",
+            metavar="NATS",
+            min=0,
+            help="Largest rise of the answer loss [0.05].",
+        ),
+    ] = None,
+    max_lost_answers: Annotated[
+        float | None,
+        typer.Option(
+            "--max-lost-answers",
+            metavar="SHARE",
+            min=0,
+            max=1,
+            help="Largest share of rows that only the adapter gets right [0.03].",
+        ),
+    ] = None,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Merge an adapter into its base model, if the result answers like the adapter.
+
+    Writes bfloat16 safetensors, the adapter, commands for vLLM and a Modelfile
+    for Ollama. If the answers to held-out rows drift too far, nothing is written.
+    """
+    from flows.cli.views.common import show_export
+    from qwen3ft.records.requests import ExportLimits
+    from qwen3ft.serving.export import export_adapter, find_held_out
+
+    folder = Path(target).resolve()  # before the working folder changes
+    chosen = _choose(adapter, config, settings)
+    given = {
+        "max_rows": max_rows,
+        "max_loss_drift": max_loss_drift,
+        "max_lost_answers": max_lost_answers,
+    }
+    limits = ExportLimits.model_validate({k: v for k, v in given.items() if v is not None})
+    held_out = rows or find_held_out(chosen.config, chosen.folder)
+    with _gpu_lock(chosen):
+        report = export_adapter(
+            chosen.config, chosen.folder, folder, held_out, chosen.device, limits
+        )
+    if as_json:
+        print_json({"folder": str(folder), "parity": report.model_dump(mode="json")})
+    else:
+        show_export(open_console(), folder, report)
+
+
+@dataclass(frozen=True)
+class ChosenAdapter:
+    """An adapter that was found and verified, and the device to run it on."""
+
+    config: TrainingConfig
+    folder: Path
+    device: Literal["cuda", "cpu"]
+
+    def open_session(self, think: bool | None) -> ChatSession:
+        """Load it in a worker, prompted as in its own run; `think` overrides whether it thinks."""
+        from qwen3ft.model.saved_adapter import read_provenance, was_trained_to_think
+        from qwen3ft.records.requests import AskRequest
+        from qwen3ft.serving.session import ChatSession
+
+        provenance = read_provenance(self.folder)
+        trained = provenance["config"]
+        kept = ("special_tokens_in_text", "reasoning_separator")
+        update = {name: trained[name] for name in kept if name in trained}
+        request = AskRequest(
+            config=self.config.model_copy(update=update),
+            adapter=str(self.folder),
+            device=self.device,
+            thinking=was_trained_to_think(provenance) if think is None else think,
+        )
+        return ChatSession(request)
+
+
+def _choose(adapter: str, config: Path | None, settings: list[str] | None) -> ChosenAdapter:
+    from flows.cli.project import open_project, request_config, use_local_services
+    from qwen3ft.machine.gpus import visible_gpus
+    from qwen3ft.model.saved_adapter import has_provenance
+    from qwen3ft.registry.lookup import find_adapter
+    from qwen3ft.registry.registry import Registry
+    from qwen3ft.tracking.connection import default_tracking_uri
+
+    here = Path(adapter)
+    if here.is_dir() and ("/" in adapter or has_provenance(here)):
+        adapter = str(here.resolve())  # before the working folder changes
+    stack = open_project()
+    wanted = request_config(stack.root, config, settings)
+    use_local_services(stack)
+    folder = find_adapter(wanted, Registry(default_tracking_uri()), adapter)
+    return ChosenAdapter(wanted, folder.resolve(), "cuda" if visible_gpus() else "cpu")
+
+
+def _gpu_lock(chosen: ChosenAdapter) -> AbstractContextManager[None]:
+    """Return the lock that an export takes on the GPU, as a run does."""
+    from qwen3ft.machine.gpu_lock import CPU, hold_gpu
+    from qwen3ft.machine.gpus import visible_gpus
+
+    config, gpus = chosen.config, visible_gpus()
+    if not gpus and not config.lock_cpu:
+        return nullcontext()
+    return hold_gpu(
+        gpus[0].uuid if gpus else CPU,
+        f"export of {chosen.folder.name}",
+        when_busy=config.when_gpu_is_busy,
+        wait_seconds=config.wait_for_gpu_seconds,
+    )
+
+
+def _user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def _relay(session: ChatSession, messages: list[dict[str, Any]], *, quiet: bool) -> dict[str, Any]:
+    """Print an answer as it is written, its thinking on standard error; return all of it."""
+    texts = {"thinking": "", "answer": ""}
+    stopped = True
+    for chunk in session.ask(messages):
+        if chunk.kind == "end":
+            stopped = chunk.stopped
+        else:
+            if not quiet and chunk.kind == "answer" and texts["thinking"] and not texts["answer"]:
+                typer.echo(err=True)
+            texts[chunk.kind] += chunk.text
+            if not quiet:
+                typer.echo(chunk.text, nl=False, err=chunk.kind == "thinking")
+    if not quiet:
+        typer.echo()
+        if not stopped:
+            say("(cut off at max_new_tokens)")
+    return {**texts, "stopped": stopped}
+
+
+def _read_line() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""

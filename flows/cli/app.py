@@ -1,0 +1,89 @@
+"""The table of commands, and how errors are shown.
+
+Commands act on the project folder that the working folder lies in. Errors of the project are shown
+as what, why and the next command, with exit code 1; wrong usage is exit code 2. With `--json`,
+standard output holds one JSON object and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from flows.cli import adapters, champion, clean, data, plan, runs, servers
+from flows.cli.output import open_console, print_json
+from qwen3ft.errors import FinetuneError
+
+# `qwen3ft --help` imports all of these modules, so they import the rest inside their functions.
+COMMANDS = {
+    "Train": (runs.run_command, runs.train_command, plan.plan_command),
+    "Use a fine-tuned model": (
+        adapters.generate_command,
+        adapters.chat_command,
+        adapters.export_command,
+        champion.promote_command,
+        champion.rollback_command,
+        champion.history_command,
+    ),
+    "Local servers": (
+        servers.up_command,
+        servers.down_command,
+        servers.status_command,
+        servers.deploy_command,
+        servers.schedule_command,
+    ),
+    "Upkeep": (servers.doctor_command, clean.clean_command, runs.sync_command),
+}
+DATA_COMMANDS = (data.check_command, data.preview_command)
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(no_args_is_help=True, help="Look at data before training on it.")
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    """Fine-tune Qwen3 inside a memory budget, prove that it got better, promote it."""
+    # `main` takes --debug out first, so that it may stand anywhere; here it is only documented
+
+
+for panel, commands in COMMANDS.items():
+    for command in commands:
+        name = command.__name__.removesuffix("_command")
+        app.command(name, rich_help_panel=panel)(command)
+for command in DATA_COMMANDS:
+    data_app.command(command.__name__.removesuffix("_command"))(command)
+app.add_typer(data_app, name="data", rich_help_panel="Train")
+
+
+def main() -> int:
+    """Run the command; show errors of the project without a traceback.
+
+    Returns:
+        The exit code.
+    """
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    if debug:
+        os.environ["QWEN3FT_DEBUG"] = "1"  # for Prefect's log: see tasks.policies
+    try:
+        app(args=arguments)
+    except FinetuneError as error:
+        if debug:
+            raise
+        if "--json" in arguments:
+            print_json({"error": error.to_dict()})
+        else:
+            from flows.cli.views.common import show_error
+
+            show_error(open_console(stderr=True), error)
+        return 1
+    return 0

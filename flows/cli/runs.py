@@ -1,0 +1,126 @@
+"""The commands that start runs, and the one that sends to MLflow what it lacks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from flows.cli.options import ConfigOption, JsonOption, ResumeOption, SetOption
+from flows.cli.output import open_console, print_json, say
+
+if TYPE_CHECKING:
+    from flows.cli.follow import StateChange
+    from qwen3ft.errors import FinetuneError
+
+
+def run_command(
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    resume: ResumeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Start a run on the local servers (started if need be) and follow it to its result."""
+    from deployments.deploy import deploy
+    from deployments.services import DEPLOYMENT
+    from flows.cli.follow import follow_run, start_run
+    from flows.cli.project import open_project, run_folder, run_parameters
+    from qwen3ft.machine.environment import EnvironmentManager
+
+    stack = open_project()
+    parameters = run_parameters(stack.root, config, settings, resume)
+    EnvironmentManager(stack.root).validate_environment()
+    stack.up(say)
+    deploy(stack, say)
+    say(f"$ prefect deployment run {DEPLOYMENT}")
+    flow_run_id = start_run(stack, parameters)
+    say(stack.layout().flow_run_url(flow_run_id))
+    folder = run_folder(stack, parameters, resume or flow_run_id)
+    last = follow_run(stack.layout(), flow_run_id, folder, open_console(stderr=as_json))
+    if last.state_type != "COMPLETED":
+        raise _run_failed(last, folder, stack.layout().log("worker"))
+    _show_end(last.state, last.message, folder, as_json=as_json)
+
+
+def train_command(
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    resume: ResumeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run the same flow in this process, without a server or a worker."""
+    from flows.cli.project import open_project, request_config, use_local_services
+    from qwen3ft.machine.environment import EnvironmentManager
+
+    stack = open_project()
+    wanted = request_config(stack.root, config, settings)
+    EnvironmentManager(stack.root).validate_environment()
+    use_local_services(stack)
+    from flows.finetune import run_in_process  # Prefect reads its settings when it is imported
+
+    state = run_in_process(wanted, resume)
+    result = state.result(raise_on_failure=False)
+    if isinstance(result, BaseException):
+        raise result
+    run_id = resume or str(state.state_details.flow_run_id)
+    folder = Path(wanted.runs_dir) / run_id
+    _show_end(state.name, state.message or "", folder, as_json=as_json)
+
+
+def sync_command(config: ConfigOption = None, settings: SetOption = None) -> None:
+    """Send to MLflow what it could not take when runs ended; exit code 1 if something is left."""
+    from flows.cli.project import open_project, request_config, use_local_services
+    from qwen3ft.tracking.connection import default_tracking_uri
+    from qwen3ft.tracking.mirror import replay_unsent
+
+    stack = open_project()
+    wanted = request_config(stack.root, config, settings)
+    use_local_services(stack)
+    left = replay_unsent(Path(wanted.runs_dir), default_tracking_uri())
+    say("MLflow has every run." if left == 0 else f"{left} run(s) could not be sent completely.")
+    if left:
+        raise typer.Exit(1)
+
+
+def _run_failed(last: StateChange, folder: Path, worker_log: Path) -> FinetuneError:
+    """Make an error of the run's last state message, and say where its log is."""
+    from qwen3ft.errors import FinetuneError
+
+    log = folder / "run.jsonl"
+    if not log.exists():
+        log = worker_log
+    message = last.message.removeprefix("Flow run encountered an exception: ")
+    what, _, rest = message.partition("\nWhy: ")
+    why, _, command = rest.partition("\nNext: ")
+    return FinetuneError(
+        what or f"The run ended as {last.state}.",
+        why=f"{why}\nLog: {log}".strip(),
+        next_command=command or f"qwen3ft run --resume {folder.name}",
+    )
+
+
+def _show_end(state: str | None, message: str, folder: Path, *, as_json: bool) -> None:
+    """Show the run's card, or the message of a run that had nothing to train on."""
+    from flows.cli.views.common import show_card
+    from qwen3ft.errors import FinetuneError
+    from qwen3ft.jobs.folders import read_record
+    from qwen3ft.operations.night import ALREADY_DONE
+    from qwen3ft.records.run_card import NOTHING_NEW, RunCard
+
+    path = folder / "card.json"
+    if state in (NOTHING_NEW, ALREADY_DONE):
+        shown: dict[str, Any] = {"nothing_new": message}
+        print_json(shown) if as_json else open_console().print(message)
+        return
+    if not path.exists():
+        raise FinetuneError(
+            f"The run completed, but {path} is missing.",
+            why="It was removed, or the run belongs to another project folder.",
+            next_command="qwen3ft status",
+        )
+    card = read_record(path, RunCard)
+    if as_json:
+        print_json(card.model_dump(mode="json"))
+    else:
+        show_card(open_console(), card)

@@ -1,0 +1,141 @@
+"""The commands about this machine and its servers: up, down, status, deploy, schedule, doctor."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flows.cli.options import JsonOption
+from flows.cli.output import open_console, print_json, say
+
+if TYPE_CHECKING:
+    from qwen3ft.machine.environment import EnvironmentManager
+
+
+def up_command(
+    stay: Annotated[
+        bool,
+        typer.Option("--stay", help="Restart whatever ends, until Ctrl-C or qwen3ft down."),
+    ] = False,
+    write_unit: Annotated[
+        bool, typer.Option("--write-unit", help="Only write a systemd user unit for this.")
+    ] = False,
+) -> None:
+    """Start the local servers (Prefect, MLflow, one worker) that are not up yet."""
+    from deployments import autostart
+    from flows.cli.project import open_project
+    from flows.cli.views.common import show_status
+
+    stack = open_project()
+    if write_unit:
+        path = autostart.write_unit(stack.root)
+        say(f"Written: {path}")
+        say("To start it now and with the machine, before anybody logs in:")
+        say(f"  systemctl --user enable --now {path.name} && loginctl enable-linger")
+    elif stay:
+        autostart.stay_up(stack, say)
+    else:
+        show_status(open_console(), stack.up(say))
+
+
+def down_command() -> None:
+    """Stop the local servers and whatever runs on them."""
+    from flows.cli.project import open_project
+
+    if not open_project().down(say):
+        say("Nothing was running.")
+
+
+def status_command(as_json: JsonOption = False) -> None:
+    """Show what is up, where, and whether the deployment is registered."""
+    from flows.cli.project import open_project
+    from flows.cli.views.common import show_status
+
+    found = open_project().status()
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+    else:
+        show_status(open_console(), found)
+
+
+def deploy_command() -> None:
+    """Register the deployment qwen3-finetune/default (and start the servers if need be)."""
+    from deployments.deploy import deploy
+    from flows.cli.project import open_project
+
+    stack = open_project()
+    stack.up(say)
+    deploy(stack, say, force=True)
+
+
+def schedule_command(
+    cron: Annotated[
+        str | None, typer.Option("--cron", metavar="FIELDS", help='For example "30 1 * * *".')
+    ] = None,
+    timezone: Annotated[
+        str | None, typer.Option("--timezone", metavar="ZONE", help="For example Europe/Berlin.")
+    ] = None,
+    active: Annotated[
+        bool | None, typer.Option("--on/--off", help="Switch the nightly run on or off.")
+    ] = None,
+) -> None:
+    """Show or change when the nightly run starts (in deployments/prefect.yaml), and register it."""
+    from deployments.deploy import deploy
+    from deployments.schedule import check_schedule, read_schedule, set_active, write_schedule
+    from flows.cli.project import open_project
+
+    stack = open_project()
+    found = read_schedule(stack.root)
+    wanted = (cron or found.cron, timezone or found.timezone)
+    if wanted != (found.cron, found.timezone):
+        check_schedule(*wanted)
+        write_schedule(stack.root, *wanted)
+    if cron or timezone or active is not None:
+        stack.up(say)
+        # even if the file says so already: the last attempt may have failed after writing it
+        deploy(stack, say)
+    if active is not None:
+        set_active(stack, active=active)
+    now = stack.status()
+    state = "on" if now.schedule_active else "off"
+    if now.prefect_url is None:
+        state = "unknown, because the server is down; to see it: qwen3ft up"
+    cron, timezone = wanted
+    open_console().print(f'nightly  cron "{cron}", time zone {timezone}: {state}')
+
+
+def doctor_command(as_json: JsonOption = False) -> None:
+    """Check this machine and show what it has and what is missing; exit code 1 if something is."""
+    from flows.cli.project import open_project
+    from flows.cli.views.common import show_report, show_status
+    from qwen3ft.machine.environment import EnvironmentManager
+
+    stack = open_project()
+    manager = EnvironmentManager(stack.root)
+    problems = _problems(manager)
+    report, found = manager.report(), stack.status()
+    if as_json:
+        print_json(
+            {
+                "ready": not problems,
+                "problems": problems,
+                "environment": report.model_dump(mode="json"),
+                "stack": found.model_dump(mode="json"),
+            }
+        )
+    else:
+        show_report(open_console(), report, problems)
+        show_status(open_console(), found)
+    if problems:
+        raise typer.Exit(1)
+
+
+def _problems(manager: EnvironmentManager) -> list[str]:
+    from qwen3ft.errors import EnvironmentNotReadyError
+
+    try:
+        manager.validate_environment()
+    except EnvironmentNotReadyError as error:
+        return list(error.facts.get("problems", [error.what]))
+    return []

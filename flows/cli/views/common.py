@@ -1,0 +1,159 @@
+"""Results of the `qwen3ft` command: panels and tables on a terminal, plain lines elsewhere.
+
+Views only print what they are given: they read no files, ask no servers and decide nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from qwen3ft.evaluation.wording import format_seconds
+from qwen3ft.records.machine import EnvironmentReport
+from qwen3ft.records.run_card import RunCard
+from qwen3ft.units import gb, size_text
+
+if TYPE_CHECKING:
+    from deployments.stack import StackStatus
+    from qwen3ft.errors import FinetuneError
+    from qwen3ft.operations.retention import Removal
+    from qwen3ft.records.requests import ParityReport
+    from qwen3ft.registry.moves import History
+
+
+def show_card(console: Console, card: RunCard) -> None:
+    """Show the result of a run on one screen."""
+    from qwen3ft.report.facts import card_facts
+
+    rows = {}
+    for fact in card_facts(card):
+        rows[fact.label] = fact.text
+        if fact.label == "exact match":
+            rows |= {
+                f"  {split}": f"{base:.1%} → {tuned:.1%} of {count}"
+                for split, (base, tuned, count) in card.scores_by_split.items()
+            }
+    stages = card.seconds_by_stage.items()
+    rows["stages"] = "  ".join(f"{name} {format_seconds(s)}" for name, s in stages)
+    rows["verdict"] = card.verdict
+    rows |= {"note" if n == 1 else f"note {n}": note for n, note in enumerate(card.notes, 1)}
+    rows["Prefect"] = card.prefect_url or "recorded without a server: no page"
+    rows["MLflow"] = card.mlflow_url or "recorded without a server: no page"
+    # ASCII arrows: a log file or a remote terminal may not be UTF-8
+    rows = {name: value.replace("→", "->") for name, value in rows.items() if value}
+    show_sections(console, card.title, {"": rows})
+
+
+def show_status(console: Console, status: StackStatus) -> None:
+    """Print one line per process, then the deployment."""
+    rows: dict[str, str] = {
+        service.name: f"{'up' if service.healthy else 'down'}"
+        + (f"  pid {service.pid}" if service.pid else "")
+        + (f"  {service.url}" if service.url and service.healthy else f"  {service.log}")
+        for service in status.services
+    }
+    registered = "registered" if status.deployment_registered else "not registered"
+    schedule = "nightly schedule on" if status.schedule_active else "nightly schedule off"
+    rows[status.deployment] = f"{registered}, {schedule}" if status.prefect_url else "unknown"
+    show_sections(console, status.root, {"": rows})
+
+
+def show_report(console: Console, report: EnvironmentReport, problems: Iterable[str]) -> None:
+    """Print what the machine has, and what is missing."""
+    rows = {
+        "python": f"{report.python_version}  {report.python_executable}",
+        "platform": f"{report.platform}, {report.cpu_count} CPUs",
+        "packages": ", ".join(f"{name} {version}" for name, version in report.versions.items()),
+        "memory": f"{size_text(report.host_free_bytes, 1)} free "
+        f"of {size_text(report.host_total_bytes, 1)}",
+        "disk": f"{size_text(report.disk_free_bytes, 1)} free",
+    }
+    for gpu in report.gpus:
+        rows[f"GPU {gpu.index}"] = (
+            f"{gpu.name}, {size_text(gpu.free_bytes, 1)} free of {size_text(gpu.total_bytes, 1)}, "
+            f"driver {gpu.driver_version}"
+        )
+    if not report.gpus:
+        rows["GPU"] = (
+            "none with CUDA: runs train on the CPU, which is meant for the embedded model only"
+        )
+    rows |= {f"problem {n}": problem for n, problem in enumerate(problems, 1)}
+    show_sections(console, "This machine", {"": rows})
+
+
+def show_history(console: Console, history: History) -> None:
+    """Print the versions in use, then one line per move, newest first."""
+    aliases = history.aliases.model_dump().items()
+    in_use = ", ".join(f"{name} {version}" for name, version in aliases if version)
+    console.print(f"{history.registered_model}: {in_use or 'nothing is in use'}", soft_wrap=True)
+    for move in reversed(history.moves):
+        when = f"{move.at.astimezone():%Y-%m-%d %H:%M:%S}"
+        versions = f"{move.replaced or '-'} -> {move.version}"
+        verdict = move.verdict if move.action == "promotion" else ""
+        why = "; ".join(part for part in (move.reason, verdict) if part)
+        line = f"  {when}  {move.action:9}  {versions:9}  of run {move.run or '?'}, by {move.by}"
+        console.print(f"{line}: {why}" if why else line, soft_wrap=True, markup=False)
+
+
+def show_removals(console: Console, removals: Sequence[Removal], root: Path) -> None:
+    """Print a table of what was or would be removed; paths are relative to the project folder."""
+    if not removals:
+        return
+    table = Table(box=None, pad_edge=False)
+    table.add_column("GB", justify="right")
+    for title in ("what", "why", "where"):
+        table.add_column(title, overflow="fold")
+    for removal in removals:
+        path = Path(removal.path)
+        where = path.relative_to(root) if path.is_relative_to(root) else path
+        table.add_row(f"{gb(removal.size_bytes):.2f}", removal.kind, removal.why, str(where))
+    console.print(table)
+
+
+def show_export(console: Console, folder: Path, report: ParityReport) -> None:
+    """Print how each form of an exported model compares with the adapter."""
+    console.print(f"{folder}: compared on {report.rows} held-out rows", soft_wrap=True)
+    for score in report.scores:
+        console.print(
+            f"  {score.form:16}  exact match {score.exact_match:6.1%}  answer loss "
+            f"{score.answer_loss:.4f} ({score.loss_drift:+.4f})  same answers "
+            f"{score.same_answers:.1%}  lost {score.lost_answers:.1%}",
+            soft_wrap=True,
+        )
+    console.print(f"How to serve it: {folder / 'SERVING.md'}", soft_wrap=True)
+
+
+def show_error(console: Console, error: FinetuneError) -> None:
+    """Print what went wrong, why, and the next command."""
+    for label, text, style in (
+        ("What", error.what, "bold red"),
+        ("Why", error.why, ""),
+        ("Next", error.next_command, "bold"),
+    ):
+        if text:
+            console.print(Text(f"{label}:  ".ljust(7)) + Text(text, style=style), soft_wrap=True)
+
+
+def show_sections(console: Console, title: str, sections: Mapping[str, Mapping[str, str]]) -> None:
+    """Print sections of names and values: a panel on a terminal, plain lines elsewhere."""
+    if not console.is_terminal:
+        for heading, rows in sections.items():
+            console.print(heading or title, markup=False)
+            for name, value in rows.items():
+                console.print(f"  {name:14} {value}", soft_wrap=True, markup=False)
+        return
+    parts: list[RenderableType] = []
+    for heading, rows in sections.items():
+        table = Table.grid(padding=(0, 2))
+        table.add_column(no_wrap=True, style="dim")
+        table.add_column(overflow="fold")
+        for name, value in rows.items():
+            table.add_row(Text(name), Text(value))
+        parts += [Text(f"\n{heading}"), table] if heading else [table]
+    console.print(Panel(Group(*parts), title=title, title_align="left", expand=False))

@@ -1,0 +1,101 @@
+"""The states and the progress of a run in progress: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
+from rich.text import Text
+
+from qwen3ft.evaluation.wording import format_seconds
+
+if TYPE_CHECKING:
+    from flows.cli.follow import AttemptProgress, StateChange
+
+_PLAIN_SECONDS = 5.0
+"""Time between two lines of progress where there is no terminal to redraw."""
+
+_WAITING = {
+    "AwaitingConcurrencySlot": "another run is in progress",
+    "Late": "no worker has taken it yet",
+}
+_QUIET_STATES = ("Running", "Completed", "Cached")
+_STYLES = {
+    "Completed": "green",
+    "Cached": "green",
+    "Running": "cyan",
+    "Failed": "red",
+    "Crashed": "red",
+    "TimedOut": "red",
+    "Cancelled": "yellow",
+}
+
+
+class RunView:
+    """Display of a run in progress; a context manager, as it may own the terminal's last line."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._last_plain_seconds = 0.0
+        self._bar = ProgressBar(
+            TextColumn("  {task.description:14}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=None, visible=False, numbers="")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def change(self, change: StateChange) -> None:
+        """Print one line: what entered which state, and how long it took."""
+        line = Text(f"  {change.name:14}  ")
+        line.append(f"{change.state:9}", style=_STYLES.get(change.state, ""))
+        if change.seconds is not None and change.state != "Cached":
+            line.append(f"  {format_seconds(change.seconds):>7}")
+        # the run's own message is shown in full when it is over
+        message = change.message if change.name != "run" else _WAITING.get(change.state, "")
+        if message and change.state not in _QUIET_STATES:
+            line.append(f"  {message.splitlines()[0]}")
+        if change.seconds is not None:
+            self._bar.update(self._task, visible=False)
+        self.console.print(line, soft_wrap=True)
+
+    def progress(self, progress: AttemptProgress) -> None:
+        """Redraw the bar; without a terminal, print a line if the last one is some seconds old."""
+        metrics, name = progress.metrics, f"train-{progress.attempt}"
+        numbers = f"loss {metrics.loss:.3f}" if metrics.loss is not None else ""
+        if metrics.tokens_per_second:
+            numbers += f"  {metrics.tokens_per_second:,.0f} tok/s"
+        numbers += f"  {metrics.memory_usage.allocated_gb:.2f} GB"
+        self._bar.update(
+            self._task,
+            description=name,
+            completed=metrics.step,
+            total=progress.total_steps,
+            numbers=numbers,
+            visible=True,
+        )
+        now = time.monotonic()
+        if not self.console.is_terminal and now - self._last_plain_seconds >= _PLAIN_SECONDS:
+            self._last_plain_seconds = now
+            steps = f"step {metrics.step}/{progress.total_steps or '?'}"
+            self.console.print(f"  {name:14}  {steps}  {numbers}", soft_wrap=True)
