@@ -88,14 +88,16 @@ class ArrayReader:
 
     def _grow(self, characters: int = 1) -> bool:
         """Read at least so many characters, unless the file ends; False if none is left."""
-        held, piece = len(self._text) - self._at, b"."
-        while piece and len(self._text) - self._at < held + characters:
+        size, piece, pieces = 0, b".", list[str]()
+        while piece and size < characters:
             piece = self._stream.read1(_CHUNK_BYTES)
-            # A little of what was consumed stays, for it shows how far an element is indented.
-            forgotten = max(0, self._at - _KEPT_BEHIND)
-            self._text = self._text[forgotten:] + self._decoder.decode(piece, final=not piece)
-            self._at -= forgotten
-        return len(self._text) - self._at > held
+            pieces.append(self._decoder.decode(piece, final=not piece))
+            size += len(pieces[-1])
+        # A little of what was consumed stays, for it shows how far an element is indented.
+        forgotten = max(0, self._at - _KEPT_BEHIND)
+        self._text = "".join((self._text[forgotten:], *pieces))
+        self._at -= forgotten
+        return size > 0
 
     def _move(self, to: int) -> str:
         """Consume the text before index `to`, and return it."""
@@ -150,7 +152,7 @@ class ArrayReader:
         names = self._first_fields | ({own[1]} if own else set())
         name = "|".join(map(re.escape, names)) or r'[^"]+'
         begins = rf'[,}}\]\n]\s*(?=\{{\s*"(?:{name})"\s*:)'
-        indent = self._text[: self._at].rpartition("\n")[2]
+        indent = self._text[self._text.rfind("\n", 0, self._at) + 1 : self._at]
         pattern = re.compile(begins if indent.strip() else rf"{begins}|\n{indent}(?=\{{)")
         done = 1
         while not (found := pattern.search(self._text, self._at + done)):
@@ -158,7 +160,7 @@ class ArrayReader:
             if done > self._limit:
                 self._move(self._at + done)
                 done = 0
-            if not self._grow():
+            if not self._grow(done or 1):
                 break
         end = found.end() if found else len(self._text)
         if not found and self._is_list:
