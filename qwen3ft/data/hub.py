@@ -1,11 +1,9 @@
 """Data sets of the hub: a name resolved to a commit, its data files fetched, nothing executed.
 
 Names are `hf://datasets/OWNER/NAME[@REVISION][/glob]` or a bare `OWNER/NAME[@REVISION]`; a slash in
-a revision is written %2F. Guarantees: the files are those of one commit, which is part of their
-labels; only files of kinds that our own readers know are fetched, never a data set's script. What a
-name stood for is noted below the cache folder, so that a run without network finds the same files,
-and a commit given in full needs no network once its files are cached.
-It imports neither torch nor transformers.
+a revision is written %2F. All files come from one commit, which is part of their labels. Only files
+that our readers know are fetched, never a data set's script. The commit of a name is noted below
+the cache folder, so that a run without network finds the same files.
 """
 
 from __future__ import annotations
@@ -35,7 +33,7 @@ logger = get_logger("data")
 
 HUB_PREFIX = "hf://datasets/"
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-"""Files about a data set that hold no rows."""
+"""Files that describe a data set and hold no rows."""
 
 _REPO = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.%-]+))?(?:/(?P<glob>.+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -44,7 +42,6 @@ _HELD_OUT = {
     "test": re.compile(r"(?:^|[^a-z])test"),
 }
 _SHOWN_FILES = 8
-
 
 _DATASET = RepoKind(
     noun="data set",
@@ -60,27 +57,27 @@ _DATASET = RepoKind(
 
 @dataclass(frozen=True)
 class HubDataset:
-    """What a path of the config names."""
+    """A data set of the hub, as a path of the config names it."""
 
     name: str
     """OWNER/NAME."""
     revision: str | None
     glob: str | None
-    """Which of its files; None to choose by their names."""
+    """Pattern of the files to read; None to choose them by name."""
 
 
 def parse_hub_name(given: str) -> HubDataset | None:
-    """The data set that `given` names, or None if it can only be a local path.
+    """Return the data set that `given` names, or None if it can only be a local path.
 
     Raises:
-        DatasetNotFoundError: it starts as one of the hub, and is none.
+        DatasetNotFoundError: it begins with hf://datasets/ and is not a valid name.
     """
     is_explicit = given.startswith(HUB_PREFIX)
     match = _REPO.fullmatch(given.removeprefix(HUB_PREFIX))
     if match is None and is_explicit:
         raise DatasetNotFoundError(
-            f"{given} names no data set.",
-            why="Those of the hub are written hf://datasets/OWNER/NAME[@REVISION][/glob].",
+            f"{given} is not a valid name of a data set.",
+            why="Names of the hub's data sets are hf://datasets/OWNER/NAME[@REVISION][/glob].",
             next_command=_DATASET.local,
             path=given,
         )
@@ -93,10 +90,10 @@ def parse_hub_name(given: str) -> HubDataset | None:
 
 
 def pin_dataset(given: str, cache: Path) -> str:
-    """`given` with its commit, so that it means the same files from now on.
+    """Return `given` with its commit, so that it means the same files from now on.
 
     Raises:
-        DataLoadingError: as `fetch_dataset`.
+        DataLoadingError, DownloadError: as `fetch_dataset`.
     """
     asked = parse_hub_name(given)
     if asked is None:
@@ -106,12 +103,12 @@ def pin_dataset(given: str, cache: Path) -> str:
 
 
 def fetch_dataset(asked: HubDataset, role: str, cache: Path) -> list[tuple[str, Path]]:
-    """(label, local path) of each data file, sorted by name, downloaded if it is not cached yet.
+    """Return (label, local path) of each data file, sorted by name; download what is not cached.
 
     Args:
-        asked: Which data set, and which of its files.
-        role: train, dev or test: decides which files a name without glob stands for.
-        cache: Folder for the notes of what names stood for; the files go to the hub's own cache.
+        asked: Data set and pattern of its files.
+        role: train, dev or test: decides which files a name without pattern stands for.
+        cache: Folder of the notes about names; the files go to the hub's own cache.
 
     Raises:
         DatasetNotFoundError: no such data set (up to three close names), revision or file.
@@ -135,7 +132,7 @@ def fetch_dataset(asked: HubDataset, role: str, cache: Path) -> list[tuple[str, 
                 repo_type="dataset",
                 revision=commit,
                 endpoint=endpoint(),
-                local_files_only=is_offline,  # else each file is tried five times in vain
+                local_files_only=is_offline,  # otherwise each file is tried five times in vain
             )
         except (OSError, ValueError, HTTPError) as error:
             raise _translate(error, asked) from error
@@ -144,10 +141,10 @@ def fetch_dataset(asked: HubDataset, role: str, cache: Path) -> list[tuple[str, 
 
 
 def select_files(files: list[str], role: str) -> list[str]:
-    """Which files a data set's name alone stands for, told by words in their paths.
+    """Return the files that a name without pattern stands for, by words in their paths.
 
-    Training: those with 'train', else all but those with test, valid, dev or eval; held-out roles:
-    those with their own words.
+    Training reads files with 'train', or else all without test, valid, dev and eval. Held-out
+    roles read files with their own words.
     """
     if role != "train":
         return [file for file in files if _HELD_OUT[role].search(file.lower())]
@@ -158,7 +155,7 @@ def select_files(files: list[str], role: str) -> list[str]:
 
 
 def glob_pattern(glob: str) -> re.Pattern[str]:
-    """A glob with ** as a pattern of paths; one without any * ? [ may also name a folder."""
+    """Return a glob with ** as a regular expression; a glob without * ? [ may name a folder."""
     rules = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     pieces = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", glob.rstrip("/"))
     pattern = ""
@@ -179,9 +176,9 @@ def _choose(asked: HubDataset, role: str, files: list[str]) -> list[str]:
     if not chosen:
         shown = ", ".join(files[:_SHOWN_FILES]) or "none"
         raise DatasetNotFoundError(
-            f"{asked.name} has no file that {asked.glob or f'is for the {role} role'}; its "
+            f"{asked.name} has no data file {asked.glob or f'for the {role} role'}; its "
             f"{len(files)} data files: {shown}{', ...' if len(files) > _SHOWN_FILES else ''}.",
-            why=f"Readable are {', '.join(SUFFIXES)}; scripts of data sets are never run.",
+            why=f"Supported are {', '.join(SUFFIXES)}; scripts of data sets are never run.",
             next_command=_DATASET.setting.format(f"{asked.name}/{files[0] if files else '**'}"),
             dataset=asked.name,
             role=role,
@@ -190,15 +187,14 @@ def _choose(asked: HubDataset, role: str, files: list[str]) -> list[str]:
 
 
 def _resolve(asked: HubDataset, cache: Path) -> tuple[str, list[str], bool]:
-    """The commit, its data files in order, and whether the hub was found unreachable.
+    """Return the commit, its data files in order, and whether the hub is unreachable.
 
-    From the hub, else from the note of an earlier run.
-
-    A commit given in full never changes, so that its note is as good as the hub.
+    They come from the hub, or else from the note of an earlier run.
     """
     from huggingface_hub import HfApi
 
     note = _note(cache, asked.name, asked.revision or "")
+    # A commit given in full never changes, so that its note is as good as the hub.
     is_pinned = asked.revision is not None and _COMMIT.fullmatch(asked.revision) is not None
     if is_pinned and (known := _read_note(note)):
         return *known, False
@@ -216,7 +212,7 @@ def _resolve(asked: HubDataset, cache: Path) -> tuple[str, list[str], bool]:
         return *known, True
     if info.sha is None:
         raise DownloadError(
-            f"The hub named no commit for {asked.name}.",
+            f"The hub did not say which commit of {asked.name} it has.",
             why="Its answer is incomplete.",
             next_command="qwen3ft doctor",
         )
@@ -235,7 +231,7 @@ def _holds_rows(name: str) -> bool:
 
 
 def _note(cache: Path, name: str, revision: str) -> Path:
-    """Where it is noted what a revision of a data set stood for; '' is the default branch."""
+    """Return the file that notes the commit of a revision; '' is the default branch."""
     return cache / "datasets" / f"{quote(name, safe='')}@{quote(revision, safe='')}.json"
 
 
@@ -255,7 +251,7 @@ def _translate(error: Exception, asked: HubDataset) -> FinetuneError:
 
 
 def _close_names(name: str) -> list[str]:
-    """Up to three data sets of the hub whose names resemble `name`, as far as it answers."""
+    """Return up to three data sets of the hub whose names resemble `name`, if it answers."""
     from huggingface_hub import HfApi
 
     owner, _, short = name.partition("/")

@@ -1,7 +1,4 @@
-"""What the data stage says of the rows: where they came from, where each went, what is new.
-
-Lengths are in tokens.
-"""
+"""Records of the data stage: input files, rows, and where each row went. Lengths are in tokens."""
 
 from __future__ import annotations
 
@@ -65,9 +62,9 @@ class LengthSummary(Record):
 
 
 class DataChange(Record):
-    """What is new in the data since the champion was trained."""
+    """Difference between a run's data and that of the champion."""
 
-    since: str | None = Field(None, description="The champion compared with, if there is one.")
+    since: str | None = Field(None, description="Champion compared with, if there is one.")
     new_files: tuple[str, ...] = ()
     changed_files: tuple[str, ...] = ()
     gone_files: tuple[str, ...] = ()
@@ -76,9 +73,9 @@ class DataChange(Record):
     )
     unchanged: bool = Field(False, description="Same rows and settings as the champion's.")
     new_rows_by_file: dict[str, int] = Field(
-        default_factory=dict, description="File: training rows first read there, not seen before."
+        default_factory=dict, description="File: rows trained on that the champion has not seen."
     )
-    examples: tuple[str, ...] = Field((), description="What a few of the new rows ask.")
+    examples: tuple[str, ...] = Field((), description="Questions of a few new rows.")
 
 
 class LongRow(Record):
@@ -90,7 +87,7 @@ class LongRow(Record):
 
 
 class DatasetManifest(Record):
-    """Tokenised rows on disk and where every row that was read went.
+    """Tokenised rows on disk, and the place of every row that was read.
 
     `rows_read == train + dev + test + quarantined + too_long + duplicates + not_used`, always.
     """
@@ -106,14 +103,16 @@ class DatasetManifest(Record):
     too_long: int
     duplicates: int = Field(description="Exact repeats, leaks, and near-duplicates left out.")
     not_used: int = Field(0, description="Left out by a setting: caps, rows without reasoning.")
-    reasons: dict[str, int] = Field(default_factory=dict, description="Why rows are missing: rows.")
+    reasons: dict[str, int] = Field(
+        default_factory=dict, description="Reason code: rows that are missing for it."
+    )
     quarantine_path: str | None = None
     layouts: dict[str, int] = Field(default_factory=dict, description="Layout found: rows.")
     columns: dict[str, str] = Field(
         default_factory=dict, description="Part: column, as most rows have it."
     )
     usable_rows: int = Field(
-        0, description="Neither quarantined nor left out for lack of reasoning; counted below."
+        0, description="Rows neither quarantined nor left out for lack of reasoning."
     )
     chinese_rows: int = Field(0, description="Usable rows whose question has Chinese in it.")
     reasoning_rows: int = Field(0, description="Usable rows with reasoning.")
@@ -130,7 +129,7 @@ class DatasetManifest(Record):
         (), description="(upper edge in tokens, rows) of the rows tokenised, too long ones too."
     )
     longest: tuple[LongRow, ...] = ()
-    warnings: tuple[str, ...] = Field((), description="What a person should know, and do.")
+    warnings: tuple[str, ...] = Field((), description="Problems, each with a setting that helps.")
     degraded: tuple[str, ...] = ()
 
 
@@ -138,7 +137,7 @@ MessageRole = Literal["system", "user", "assistant", "tool"]
 
 
 class Message(TypedDict, total=False):
-    """One turn; `reasoning` and `tool_calls` only of the assistant."""
+    """One turn; only the assistant has `reasoning` and `tool_calls`."""
 
     role: MessageRole
     content: str
@@ -161,17 +160,17 @@ class QaRow(TypedDict):
     kind: str
     """Group of questions to report on."""
     group: str
-    """Rows of one source key are held out together."""
+    """Source key: rows with the same one are held out together."""
     role: Role
     file: str
     line: int
     offset: int
-    """Byte where the row starts in the uncompressed file, -1 where there is no such thing."""
+    """Byte where the row starts in the uncompressed file; -1 for parquet."""
 
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """One row left out: line is 1-based (the row for parquet), 0 the whole file."""
+    """One row that cannot be used; `line` starts at 1 (rows for parquet), 0 is the whole file."""
 
     file: str
     line: int

@@ -220,7 +220,7 @@ def test_which_paths_name_a_data_set(given: str, expected: Any) -> None:
 @pytest.mark.parametrize("given", ["hf://datasets/", "hf://datasets/name", "hf://datasets/a b/c"])
 def test_an_address_that_names_nothing_is_refused(given: str) -> None:
     """Before anything is asked."""
-    with pytest.raises(DatasetNotFoundError, match="names no data set"):
+    with pytest.raises(DatasetNotFoundError, match="not a valid name of a data set"):
         parse_hub_name(given)
 
 
