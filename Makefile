@@ -27,7 +27,7 @@ test: ready  ## run the default tests; needs no network and no GPU
 	HF_HUB_OFFLINE=1 $(BIN)/pytest
 
 test-slow: ready  ## run the tests that the default run leaves out; about an hour, best on an idle machine
-	HF_HUB_OFFLINE=1 $(BIN)/pytest -m slow
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -m slow -n 1
 
 bench-test: ready  ## run the tests of the benchmarks
 	HF_HUB_OFFLINE=1 $(BIN)/pytest benchmarks/tests
