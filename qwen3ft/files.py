@@ -63,21 +63,40 @@ def write_json_atomic(path: Path, value: Any) -> None:
 
 
 def append_json_line(path: Path, value: Any) -> None:
-    """Append one JSON line; a reader ignores a last line without its newline."""
+    """Append `value` as one line of JSON."""
     line = json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n"
     with path.open("ab") as stream:
         stream.write(line)
 
 
-def read_json_lines(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """The complete JSON lines from byte `offset` on, and the offset after the last of them."""
-    if not path.exists():
-        return [], offset
-    with path.open("rb") as stream:
+class Line(NamedTuple):
+    """One complete line of a file, and the offset in bytes just after it."""
+
+    content: bytes
+    end_offset: int
+
+
+def lines_from(path: Path, offset: int = 0) -> Iterator[Line]:
+    """Yield the complete lines of `path` from byte `offset` on; none if there is no such file.
+
+    A last line without its newline is still being written; it comes with a later call.
+    """
+    try:
+        stream = path.open("rb")
+    except FileNotFoundError:
+        return
+    with stream:
         stream.seek(offset)
-        content = stream.read()
-    complete = content[: content.rfind(b"\n") + 1]
-    return [json.loads(line) for line in complete.splitlines() if line], offset + len(complete)
+        for content in stream:
+            if not content.endswith(b"\n"):
+                return
+            offset += len(content)
+            yield Line(content, offset)
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return every complete JSON line of `path`; none if there is no such file."""
+    return [json.loads(line.content) for line in lines_from(path) if line.content.strip()]
 
 
 def sha256_file(path: Path) -> str:
@@ -188,28 +207,6 @@ def build_folder(
         shutil.rmtree(staging, ignore_errors=True)
         raise
     return digest
-
-
-class Line(NamedTuple):
-    """One complete line of a file, and the offset just after it."""
-
-    content: bytes
-    end_offset: int
-
-
-def lines_from(path: Path, offset: int = 0) -> Iterator[Line]:
-    """The complete lines of `path` from byte `offset` on; none if there is no such file."""
-    try:
-        stream = path.open("rb")
-    except FileNotFoundError:
-        return
-    with stream:
-        stream.seek(offset)
-        for content in stream:
-            if not content.endswith(b"\n"):
-                return
-            offset += len(content)
-            yield Line(content, offset)
 
 
 def require_disk(target: Path, needed_bytes: int, what: str, why: str) -> None:

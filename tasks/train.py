@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import json
 import threading
 from pathlib import Path
 from uuid import UUID
@@ -16,7 +17,7 @@ from prefect.exceptions import PrefectException
 from prefect.states import Failed
 
 from qwen3ft.errors import PreemptedError
-from qwen3ft.files import read_json_lines
+from qwen3ft.files import lines_from
 from qwen3ft.jobs.folders import JobDir, RunDir, read_record
 from qwen3ft.jobs.launcher import try_worker
 from qwen3ft.logs import get_logger
@@ -104,8 +105,8 @@ class ProgressArtifact:
         offset, step, told = 0, 0, -1
         while True:
             finished = self._done.wait(PROGRESS_SECONDS)
-            lines, offset = read_json_lines(self.job.metrics, offset)
-            step = max([step, *(line["step"] for line in lines)])
+            for line in lines_from(self.job.metrics, offset):
+                step, offset = max(step, json.loads(line.content)["step"]), line.end_offset
             if finished and self.job.outcome.exists():
                 step = self.plan.total_steps
             if step != told:

@@ -13,6 +13,7 @@ from qwen3ft.files import (
     append_json_line,
     build_folder,
     find_damage,
+    lines_from,
     read_json_lines,
     sha256_json,
     write_bytes_atomic,
@@ -176,15 +177,15 @@ def test_pruning_keeps_the_best_and_the_newest(tmp_path: Path) -> None:
 def test_a_torn_last_line_is_left_for_later(tmp_path: Path) -> None:
     """Readers of a growing file see whole lines only, and go on where they stopped."""
     path = tmp_path / "lines.jsonl"
-    assert read_json_lines(path) == ([], 0)
+    assert read_json_lines(path) == []
     append_json_line(path, {"n": 1})
     with path.open("ab") as stream:
         stream.write(b'{"n": ')
-    lines, offset = read_json_lines(path)
-    assert lines == [{"n": 1}]
+    assert read_json_lines(path) == [{"n": 1}]
+    (first,) = lines_from(path)
     with path.open("ab") as stream:
         stream.write(b"2}\n")
-    assert read_json_lines(path, offset)[0] == [{"n": 2}]
+    assert [line.content for line in lines_from(path, first.end_offset)] == [b'{"n": 2}\n']
 
 
 def test_the_hash_of_a_value_ignores_the_order_of_keys() -> None:

@@ -60,7 +60,7 @@ class Scene:
         for attempt in (a for run in self.folders() for a in run.glob("attempts/[0-9][0-9]")):
             plan, metrics = attempt / "plan.json", attempt / "metrics.jsonl"
             if plan.exists() and metrics.exists():
-                lines, _ = read_json_lines(metrics, 0)
+                lines = read_json_lines(metrics)
                 total = json.loads(plan.read_text(encoding="utf-8"))["total_steps"]
                 share = max(share, max((line["step"] for line in lines), default=0) / total)
         return share

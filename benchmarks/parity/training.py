@@ -48,7 +48,7 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
     place = RunDir(Path(plan.run_dir)).attempt(1).create(plan)
     started = time.monotonic()
     outcome = worker.train_job(worker.Job(place.path))
-    lines = [line for line in read_json_lines(place.metrics)[0] if line["loss"] is not None]
+    lines = [line for line in read_json_lines(place.metrics) if line["loss"] is not None]
     steps = [line["step"] for line in lines]
     if steps != list(range(1, plan.total_steps + 1)):
         raise RuntimeError(f"metrics.jsonl has the steps {steps}")

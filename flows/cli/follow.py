@@ -24,7 +24,7 @@ from deployments.stack import Stack
 from flows.cli.output import say
 from flows.cli.views.run import RunView
 from qwen3ft.errors import EnvironmentNotReadyError
-from qwen3ft.files import read_json_lines
+from qwen3ft.files import lines_from
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.machine.environment import EnvironmentManager
 from qwen3ft.records.training import TrainingMetrics
@@ -75,13 +75,12 @@ class MetricsTail:
         if self.total_steps is None and job.request.exists():
             request = json.loads(job.request.read_text(encoding="utf-8"))
             self.total_steps = request.get("total_steps")
-        lines, self.offset = read_json_lines(job.metrics, self.offset)
-        trained = [line for line in lines if line.get("loss") is not None]
-        if not trained:
-            return None
-        return AttemptProgress(
-            self.attempt, self.total_steps, TrainingMetrics.model_validate(trained[-1])
-        )
+        newest = None
+        for line in lines_from(job.metrics, self.offset):
+            metrics = TrainingMetrics.model_validate_json(line.content)
+            newest = newest if metrics.loss is None else metrics  # None: an evaluation
+            self.offset = line.end_offset
+        return AttemptProgress(self.attempt, self.total_steps, newest) if newest else None
 
 
 @dataclass

@@ -149,7 +149,7 @@ def _read_rows(path: Path, limit: int) -> list[dict[str, Any]]:
     Raises:
         DataLoadingError: the file has no rows.
     """
-    rows, _ = read_json_lines(path)
+    rows = read_json_lines(path)
     if not rows:
         raise DataLoadingError(
             f"There are no held-out questions in {path}.",

@@ -67,7 +67,7 @@ def judge_answers(
     if config.judge_url is None or config.judge_model is None:
         return None
     started = time.monotonic()
-    pairs = [SideBySide.model_validate(line) for line in read_json_lines(answers_path)[0]]
+    pairs = [SideBySide.model_validate(line) for line in read_json_lines(answers_path)]
     chosen = choose_pairs(pairs, config.judge_rows)
     rival: RivalLabel = "champion" if any(p.champion is not None for p in pairs) else "base"
     panel = _Panel(config.judge_model, rival, limits or Limits())

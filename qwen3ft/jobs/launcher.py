@@ -20,7 +20,7 @@ from typing import TypeVar
 from pydantic import BaseModel
 
 from qwen3ft.errors import FinetuneError, StalledError
-from qwen3ft.files import read_json_lines
+from qwen3ft.files import lines_from
 from qwen3ft.jobs.failures import translate_exit
 from qwen3ft.jobs.folders import JobDir, read_record, write_record
 from qwen3ft.jobs.processes import end_process_tree, start_worker
@@ -175,7 +175,7 @@ class _RecordRelay:
 
     def relay(self) -> None:
         """Emit the records that were added since the last call."""
-        entries, self.offset = read_json_lines(self.path, self.offset)
-        for entry in entries:
+        for line in lines_from(self.path, self.offset):
+            entry, self.offset = json.loads(line.content), line.end_offset
             level = logging.getLevelNamesMapping().get(entry["level"], logging.INFO)
             logging.getLogger(entry.get("logger", ROOT)).log(level, "%s", entry["message"])

@@ -103,7 +103,7 @@ def phases_path(job: JobDir) -> Path:
 
 def completed_phases(job: JobDir) -> tuple[PhaseMemory, ...]:
     """What has been written of each phase, in their order: highest peaks, all of the time."""
-    lines, _ = read_json_lines(phases_path(job))
+    lines = read_json_lines(phases_path(job))
     found = [PhaseMemory.model_validate(line) for line in lines]
     named = ([each for each in found if each.phase == name] for name in get_args(Phase))
     return tuple(_together(each) for each in named if each)

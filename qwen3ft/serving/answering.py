@@ -13,7 +13,7 @@ from qwen3ft.chat.rendering import generation_prompt, prompt_ids
 from qwen3ft.chat.thinking import THINK_OPEN, ThinkingChunk, ThinkingSplitter
 from qwen3ft.evaluation.generation import end_tokens, greedy_settings
 from qwen3ft.evaluation.inference import InferenceTester
-from qwen3ft.files import append_json_line, read_json_lines
+from qwen3ft.files import append_json_line, lines_from
 from qwen3ft.jobs.folders import JobDir
 from qwen3ft.records.requests import AskRequest, ChatEnded, ChatQuestion, Chunk
 
@@ -37,9 +37,8 @@ def answer_session(request: AskRequest, job: JobDir, beat: Callable[[str], None]
     responder.send(Chunk(kind="ready"))
     offset = answered = 0
     while True:
-        lines, offset = read_json_lines(job.questions, offset)
-        for line in lines:
-            question = ChatQuestion.model_validate(line)
+        for line in lines_from(job.questions, offset):
+            question, offset = ChatQuestion.model_validate_json(line.content), line.end_offset
             if question.end or job.stop.exists():
                 return ChatEnded(answered=answered)
             responder.answer(question.messages)

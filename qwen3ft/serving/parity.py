@@ -92,7 +92,7 @@ def measure_parity(
 
 def _read_rows(path: Path, limit: int) -> list[dict[str, Any]]:
     """Read at most `limit` rows, spread over the file."""
-    rows, _ = read_json_lines(path)
+    rows = read_json_lines(path)
     if not rows:
         raise DataLoadingError(
             f"There are no held-out rows in {path}.",

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from qwen3ft.errors import FinetuneError, WorkerCrashedError
-from qwen3ft.files import append_json_line, read_json_lines
+from qwen3ft.files import append_json_line, lines_from
 from qwen3ft.jobs.folders import JobDir
 from qwen3ft.jobs.launcher import POLL_SECONDS, run_worker
 from qwen3ft.jobs.processes import GRACE_SECONDS
@@ -86,9 +86,11 @@ class ChatSession:
     def _chunks(self) -> Iterator[Chunk]:
         while True:
             ended = not self._thread.is_alive()  # asked before reading: its last lines still count
-            lines, self._offset = read_json_lines(self._job.pieces, self._offset)
-            yield from (Chunk.model_validate(line) for line in lines)
-            if ended and not lines:
+            offset = self._offset
+            for line in lines_from(self._job.pieces, self._offset):
+                self._offset = line.end_offset
+                yield Chunk.model_validate_json(line.content)
+            if ended and self._offset == offset:
                 raise self._failure[0] if self._failure else _ended_early()
             time.sleep(TAIL_SECONDS)
 

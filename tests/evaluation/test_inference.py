@@ -183,7 +183,7 @@ def test_three_models_are_compared_on_the_same_questions(night: Night, tmp_path:
     assert max(done for name, done in beats if name == "champion ability") == len(
         read_ability_rows(night.config)
     )
-    scores = read_json_lines(Path(report.scores_path))[0]
+    scores = read_json_lines(Path(report.scores_path))
     assert [line["question"] for line in scores] == [answer["question"] for answer in answers]
     hits = [line["candidate"]["exact_match"] for line in scores]
     assert sum(hits) / len(hits) == candidate.exact_match

@@ -93,7 +93,7 @@ def request_for(trained: Trained, **changes: Any) -> AskRequest:
 
 
 def pieces(job: JobDir) -> list[Chunk]:
-    return [Chunk.model_validate(line) for line in read_json_lines(job.pieces)[0]]
+    return [Chunk.model_validate(line) for line in read_json_lines(job.pieces)]
 
 
 def test_the_pieces_are_the_answer_that_the_inference_test_gives(

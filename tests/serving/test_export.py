@@ -338,7 +338,7 @@ def test_the_held_out_rows_are_those_of_the_adapter_s_own_data(
         write_manifest(folder, {"digest": its_digest})
     found = find_held_out(config, trained.adapter)
     assert found == tmp_path / "datasets" / "b" / "test.jsonl"
-    assert len(read_json_lines(found)[0]) == 1
+    assert len(read_json_lines(found)) == 1
     found.write_text("{}\n")
     with pytest.raises(DataLoadingError, match="held-out rows of run night-1"):
         find_held_out(config, trained.adapter)

@@ -29,7 +29,7 @@ def read_ability_rows(config: TrainingConfig) -> list[dict[str, Any]]:
     bundled = EMBEDDED_PATH if config.is_embedded else GENERAL_PATH
     path = Path(config.ability_path) if config.ability_path else bundled
     try:
-        rows = read_json_lines(path)[0]
+        rows = read_json_lines(path)
         complete = bool(rows) and all(
             isinstance(row.get(name), str) and row[name].strip()
             for row in rows
