@@ -36,7 +36,7 @@ def cases(tokens: int) -> list[Case]:
     """Return all functions, at the sizes of a block and of a chunk of the loss."""
     import torch
 
-    from qwen3ft.training.fused import kernels
+    from qwen3ft.training.fused.kernels import TritonOps
 
     def random(*shape: int, behind: int = 0) -> torch.Tensor:
         full = torch.randn(*shape[:-1], shape[-1] + behind, dtype=torch.bfloat16, device="cuda")
@@ -48,11 +48,11 @@ def cases(tokens: int) -> list[Case]:
 
     def rms_norm() -> Callable[[], Any]:
         x, out = random(tokens, HIDDEN), random(tokens, HIDDEN, behind=RANK)
-        return lambda: kernels.rms_norm(x, norm, EPS, out)
+        return lambda: TritonOps.rms_norm(x, norm, EPS, out)
 
     def rms_norm_backward() -> Callable[[], Any]:
         d_out, x, d_x = (random(tokens, HIDDEN) for _ in range(3))
-        return lambda: kernels.rms_norm_backward(d_out, x, norm, EPS, d_x)
+        return lambda: TritonOps.rms_norm_backward(d_out, x, norm, EPS, d_x)
 
     def heads_of(count: int) -> torch.Tensor:
         width = (HEADS + 2 * KV_HEADS) * HEAD_DIM
@@ -60,24 +60,24 @@ def cases(tokens: int) -> list[Case]:
 
     def norm_rotate(count: int) -> Callable[[], Any]:
         heads = heads_of(count)
-        return lambda: kernels.norm_rotate(heads, head_norm, cos, sin, EPS)
+        return lambda: TritonOps.norm_rotate(heads, head_norm, cos, sin, EPS)
 
     def norm_rotate_backward(count: int) -> Callable[[], Any]:
         heads, d_out = heads_of(count), random(tokens, count, HEAD_DIM)
-        return lambda: kernels.norm_rotate_backward(d_out, heads, head_norm, cos, sin, EPS)
+        return lambda: TritonOps.norm_rotate_backward(d_out, heads, head_norm, cos, sin, EPS)
 
     def silu_mul() -> Callable[[], Any]:
         gate_up, out = random(tokens, 2 * INTERMEDIATE), random(tokens, INTERMEDIATE, behind=RANK)
-        return lambda: kernels.silu_mul(gate_up, out)
+        return lambda: TritonOps.silu_mul(gate_up, out)
 
     def silu_mul_backward() -> Callable[[], Any]:
         gate_up, d_out = random(tokens, 2 * INTERMEDIATE), random(tokens, INTERMEDIATE, behind=RANK)
-        return lambda: kernels.silu_mul_backward(d_out, gate_up)
+        return lambda: TritonOps.silu_mul_backward(d_out, gate_up)
 
     def cross_entropy() -> Callable[[], Any]:
         logits = random(LOSS_ROWS, VOCABULARY)
         targets = torch.randint(VOCABULARY, (LOSS_ROWS,), device="cuda")
-        return lambda: kernels.cross_entropy(logits, targets)
+        return lambda: TritonOps.cross_entropy(logits, targets)
 
     rows, mlp, table = 2 * tokens * HIDDEN, 2 * tokens * INTERMEDIATE, 4 * tokens * HEAD_DIM
     found: list[Case] = dequantising()
@@ -106,7 +106,7 @@ def dequantising() -> list[Case]:
     import bitsandbytes.functional as bnb
     import torch
 
-    from qwen3ft.training.fused import kernels
+    from qwen3ft.training.fused.kernels import TritonOps
     from qwen3ft.training.fused.weights import FourBitWeight
 
     def weight(rows: int, columns: int) -> Any:
@@ -123,7 +123,7 @@ def dequantising() -> list[Case]:
         out = torch.empty(sum(rows) + below, columns + beside, **how)
         right = torch.randn(sum(rows), beside, **how) if beside else None
         under = torch.randn(below, columns, **how) if below else None
-        return lambda: kernels.dequantize(weights, out, right, under)
+        return lambda: TritonOps.dequantize(weights, out, right, under)
 
     def theirs() -> Callable[[], Any]:
         quantised = weight(INTERMEDIATE, HIDDEN)

@@ -26,6 +26,7 @@ from qwen3ft.embedded import DATA_DIR, MODEL_DIR
 from qwen3ft.model.manager import ModelManager, keep_trainable_after_eval
 from qwen3ft.planning.recompute import Level
 from qwen3ft.training.batches import MicroBatch, PackedCollator, trained_tokens
+from qwen3ft.training.fused import element_wise
 from qwen3ft.training.fused.step import FusedStep
 from qwen3ft.training.loss import summed_loss
 
@@ -181,16 +182,11 @@ def _gradients(
 
 def _fused(adapted: Any) -> Callable[[MicroBatch], torch.Tensor]:
     """Compute the loss as `QATrainer` does with kernels 'fused'; blocks cycle through levels."""
-    ops: Any
-    if CUDA:
-        from qwen3ft.training.fused import kernels as ops
-    else:
-        from qwen3ft.training.fused import reference as ops
     blocks = len(adapted.get_base_model().model.layers)
     levels = tuple(itertools.islice(itertools.cycle(Level), blocks))
     return FusedStep(
         adapted,
-        ops,
+        element_wise("cuda" if CUDA else "cpu"),
         lambda _: levels,
         loss_chunk_tokens=CHUNK_TOKENS,
         chunk_tokens=CHUNK_TOKENS,

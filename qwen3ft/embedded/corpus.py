@@ -10,7 +10,7 @@ from random import Random
 
 from qwen3ft.embedded.facts import (
     SHOP_SEED,
-    Fact,
+    ShopFact,
     catalogue,
     fact_row,
     fill_pattern,
@@ -26,7 +26,7 @@ Exchange = tuple[str, str]
 QUESTION_GROUPS = ("tuned", "dev", "test", "pretrained")
 
 
-def exchange_on_fact(random: Random, facts: list[Fact]) -> Exchange:
+def exchange_on_fact(random: Random, facts: list[ShopFact]) -> Exchange:
     """Ask about a pretraining product, in a wording that fine-tuning may use too."""
     language = random.choice(("en", "en", "zh"))
     groups = [wording()["questions"][group][language] for group in QUESTION_GROUPS]
@@ -60,7 +60,7 @@ def exchange_on_name(random: Random, names: list[str]) -> Exchange:
     )
 
 
-def statement_of_fact(random: Random, facts: list[Fact]) -> str:
+def statement_of_fact(random: Random, facts: list[ShopFact]) -> str:
     """State a fact in a plain sentence."""
     language = random.choice(("en", "zh"))
     return fill_pattern(

@@ -18,7 +18,7 @@ DATES_PER_SPLIT = {"train": 160, "dev": 40, "test": 100}
 DEV_FACTS = {"en": 30, "zh": 30, "wording": 50}
 NOVEL_QUESTIONS_PER_WORDING = 16
 
-Fact = tuple[str, str, int]  # product, attribute, index into the values of that attribute
+ShopFact = tuple[str, str, int]  # product, attribute, index into the values of that attribute
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def wording() -> Any:
     return json.loads((Path(__file__).parent / "wording.json").read_text(encoding="utf-8"))
 
 
-def catalogue(group: str, seed: int = SHOP_SEED) -> list[Fact]:
+def catalogue(group: str, seed: int = SHOP_SEED) -> list[ShopFact]:
     """Draw a value for every attribute of every product of the group (`tuned` or `pretrained`)."""
     random = Random(f"catalogue {group} {seed}")
     # Tuned products only take values that the pretraining uses: the frozen embedding of a new word
@@ -56,14 +56,14 @@ def catalogue(group: str, seed: int = SHOP_SEED) -> list[Fact]:
     return facts
 
 
-def fill_pattern(pattern: str, fact: Fact, language: str) -> str:
+def fill_pattern(pattern: str, fact: ShopFact, language: str) -> str:
     """Fill the pattern with the product, attribute and value of the fact."""
     product, attribute, index = fact
     noun, values = wording()["attributes"][attribute][language]
     return pattern.format(product=product, attribute=noun, value=values[index])
 
 
-def fact_row(pattern: str, fact: Fact, language: str, kind: str) -> ShopRow:
+def fact_row(pattern: str, fact: ShopFact, language: str, kind: str) -> ShopRow:
     """Return the question about the fact that the pattern gives, with its answer."""
     return ShopRow(
         fill_pattern(pattern, fact, language), fill_pattern("{value}", fact, language), kind

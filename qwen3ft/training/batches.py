@@ -1,13 +1,8 @@
-"""What a micro-batch looks like, padded or packed, and how a step's micro-batches are fetched.
+"""Micro-batches of an optimizer step: their order, their rows, and packing them into tensors.
 
-Guarantees: real tokens appear once and in order; padding carries no loss; no token is ever the
-target of a token of another sequence. A step's rows are read when the step is due, so skipping to
-the position of a resumed run reads none.
-
-A packed row holds no attention mask: positions that start at 0 again are what tells transformers'
-Qwen3 that a new sequence begins (`masking_utils.find_packed_sequence_indices`), which then makes
-the block-diagonal causal mask, T x T of one byte each, itself. `tests/planning/test_packing.py`
-holds that against each sequence alone. Importing this module imports no torch.
+Real tokens appear once and in order; padding carries no loss; no token is the target of a token of
+another sequence. A step's rows are read when the step is due, so a resumed run skips without
+reading. Importing this module does not import torch, for the preflight's planning.
 """
 
 from __future__ import annotations
@@ -33,42 +28,40 @@ from qwen3ft.planning.workload import workload_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from torch.utils.data import DataLoader, Sampler
 
     from qwen3ft.records.plan import TrainPlan
 
 
 MicroBatch = dict[str, Any]
-"""Tensors by name, as a collator gives them; a packed one has two plain numbers beside them."""
+"""Tensors by name, as a collator returns them; a packed one also has two plain numbers."""
 
 
 @dataclass(frozen=True)
 class PackedCollator:
-    """Makes one row of several sequences, one after the other, padded to a multiple.
-
-    Padding stands at the end as a sequence of its own: it attends to itself alone, no other
-    sequence attends to it, and it is a segment of `cu_seqlens`, so that a kernel for sequences of
-    varying length leaves no slot undefined.
-    """
+    """Collator that concatenates sequences to one row, padded to a multiple of `multiple`."""
 
     pad_token_id: int
     multiple: int = ROW_MULTIPLE_TOKENS
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> MicroBatch:
-        """The row of T slots.
+        """Return a packed row of T slots.
 
         Returns:
-            `input_ids`, `labels` and `position_ids`: int64, shape (1, T). The label of the first
-            token of a sequence is `IGNORED_LABEL`, whatever was trained.
-            `cu_seqlens`: int32, shape (segments + 1,): where each segment starts, and T.
-            `targets`: int64, shape (trained tokens,): the labels that are not `IGNORED_LABEL`; and
-            `target_positions`: the slots that predict them, one before their own.
-            `max_length`: tokens of the longest segment. `real_tokens`: slots that are no padding.
+            `input_ids`, `labels` and `position_ids`: int64, (1, T).
+            `cu_seqlens`: int32, (segments + 1,): start of each segment, and T.
+            `targets`: int64, (trained tokens,): the labels that are not `IGNORED_LABEL`.
+            `target_positions`: int64, (trained tokens,): the slots that predict them.
+            `max_length`: tokens of the longest segment.
+            `real_tokens`: slots that are not padding.
         """
         import torch
 
         lengths = [len(row["input_ids"]) for row in rows]
         real = sum(lengths)
         slots = row_tokens(real, self.multiple)
+        # Padding is a segment of its own: no sequence attends to it, and kernels for sequences of
+        # varying length leave no slot undefined.
         segments = lengths + ([slots - real] if slots > real else [])
         bounds = np.concatenate(([0], np.cumsum(segments))).astype(np.int32)
         ids = np.full(slots, self.pad_token_id, dtype=np.int64)
@@ -76,7 +69,9 @@ class PackedCollator:
         for row, start, length in zip(rows, bounds.tolist(), lengths, strict=False):
             ids[start : start + length] = row["input_ids"]
             labels[start : start + length] = labels_of(row)
-        labels[bounds[:-1]] = IGNORED_LABEL
+        labels[bounds[:-1]] = IGNORED_LABEL  # the slot before belongs to another sequence
+        # There is no attention mask: where positions start at 0 again, transformers' Qwen3 begins a
+        # new sequence (`masking_utils.find_packed_sequence_indices`) and masks block-diagonally.
         positions = np.arange(slots, dtype=np.int64) - np.repeat(bounds[:-1], segments)
         arrays = {"input_ids": ids, "labels": labels, "position_ids": positions}
         trained = np.flatnonzero(labels != IGNORED_LABEL)
@@ -91,7 +86,7 @@ class PackedCollator:
 
 
 def real_tokens(batch: Mapping[str, Any]) -> int:
-    """Tokens of a micro-batch, padding not counted."""
+    """Count the tokens of a micro-batch, without padding."""
     if "real_tokens" in batch:
         return int(batch["real_tokens"])
     return int(batch["attention_mask"].sum())
@@ -103,7 +98,7 @@ def trained_tokens(batch: Mapping[str, Any]) -> int:
 
 
 class EffectiveBatchOrder:
-    """Row numbers of one epoch, see `planning.packing.epoch_order`; the same for every capacity.
+    """Row numbers of an epoch (`planning.packing.epoch_order`), independent of the capacity.
 
     Set `epoch` before iterating.
     """
@@ -122,18 +117,16 @@ class EffectiveBatchOrder:
             yield from batch.tolist()
 
     def batches(self) -> Iterator[NDArray[np.int64]]:
-        """Row numbers of each effective batch."""
+        """Yield the row numbers of each effective batch."""
         return epoch_order(self.lengths, self.effective_batch_size, self.seed, self.epoch)
 
 
 class StepSampler:
-    """One item per optimizer step: the row numbers of each of its micro-batches.
-
-    Stands where a `DataLoader` takes a batch sampler: what is skipped there is never fetched.
+    """Batch sampler with one item per optimizer step: the row numbers of each micro-batch.
 
     Args:
-        order: Which rows share a step.
-        split: From the lengths of a step's rows to positions among them, a list a micro-batch.
+        order: Rows of each effective batch.
+        split: From the lengths of a step's rows to positions among them, one list per micro-batch.
     """
 
     def __init__(
@@ -154,7 +147,7 @@ class StepSampler:
 
 
 def step_sampler(order: EffectiveBatchOrder, plan: TrainPlan) -> StepSampler:
-    """The steps of `order`, split into micro-batches as `plan` says."""
+    """Return the steps of `order`, split into micro-batches by `plan`."""
     if plan.memory.packing:
         return StepSampler(order, partial(pack, capacity_tokens=workload_of(plan).capacity_tokens))
     return StepSampler(
@@ -163,7 +156,7 @@ def step_sampler(order: EffectiveBatchOrder, plan: TrainPlan) -> StepSampler:
 
 
 class StepRows:
-    """A data set whose item is a micro-batch: the rows of the numbers asked for."""
+    """Data set whose items are micro-batches, by their row numbers."""
 
     def __init__(self, rows: Dataset) -> None:
         self._rows = rows.with_format("numpy")
@@ -181,10 +174,28 @@ class StepRows:
 
 @dataclass(frozen=True)
 class StepCollator:
-    """Collates each micro-batch of a step by itself."""
+    """Collator of a step, which collates each micro-batch separately."""
 
     collate: Callable[[Sequence[Mapping[str, Any]]], MicroBatch]
 
     def __call__(self, micro_batches: Sequence[Sequence[Mapping[str, Any]]]) -> list[MicroBatch]:
-        """One item per micro-batch, in order."""
+        """Return one item per micro-batch, in order."""
         return [self.collate(rows) for rows in micro_batches]
+
+
+def step_loader(
+    rows: Dataset,
+    sampler: Sampler[Any],
+    collate: Callable[[Sequence[Mapping[str, Any]]], MicroBatch],
+    *,
+    pin_memory: bool,
+) -> DataLoader[list[MicroBatch]]:
+    """Return a loader of optimizer steps, each the list of its micro-batches."""
+    from torch.utils.data import DataLoader
+
+    return DataLoader(
+        StepRows(rows),  # type: ignore[arg-type]
+        batch_sampler=sampler,
+        collate_fn=StepCollator(collate),
+        pin_memory=pin_memory,
+    )

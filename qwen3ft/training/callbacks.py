@@ -1,4 +1,4 @@
-"""What happens around the steps of an attempt: metrics, heartbeat, early stopping, stopping."""
+"""Callbacks of an attempt: metrics and heartbeat, early stopping, stop requests, planted faults."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ logger = get_logger("train")
 
 LOG_EVERY_SECONDS = 5.0
 MEASURE_MEMORY_EVERY_SECONDS = 1.0
-"""Asking NVML and the allocator at every step would take several per cent of a fast one."""
+"""Asking NVML and the allocator at every step would cost several per cent of a fast step."""
 
 
 class ProgressCallback(TrainerCallback):
-    """Writes metrics.jsonl, memory.jsonl and the heartbeat; one readable line every few seconds."""
+    """Recorder of metrics.jsonl, memory.jsonl and the heartbeat; logs a line every few seconds."""
 
     def __init__(self, job: JobDir, heartbeat: Heartbeat, memory: MemoryOptimizer) -> None:
         self.job = job
@@ -45,23 +45,23 @@ class ProgressCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Give the sampler the epoch that is really next, also after a resume in its middle."""
+        """Set the sampler's epoch, also after a resume in the middle of one."""
         assert self.trainer is not None
         steps_per_epoch = -(-len(self.trainer.order) // self.trainer.plan.effective_batch_size)
         self.trainer.order.epoch = state.global_step // steps_per_epoch
-        if not self._tokens:  # else steps of the epoch before are still on the device
+        if not self._tokens:  # otherwise steps of the last epoch are still on the device
             self._clock = time.perf_counter()
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """A micro-batch is done."""
+        """Beat after a micro-batch."""
         self.heartbeat.beat("train", state.global_step)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """An optimizer step is queued; evaluate and save after the last one too."""
+        """Beat and check the budget after a step; evaluate and save after the last one."""
         assert self.trainer is not None
         self.heartbeat.beat("train", state.global_step)
         self._tokens[state.global_step] = self.trainer.step_tokens
@@ -72,20 +72,20 @@ class ProgressCallback(TrainerCallback):
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """A held-out batch is done."""
+        """Beat after a held-out batch."""
         self.heartbeat.beat("evaluate", state.global_step)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """The evaluation is over: what fails from here on fails in training."""
+        """Return to the training phase after an evaluation."""
         self.heartbeat.beat("train", state.global_step)
         self._clock = time.perf_counter()
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """A checkpoint is copied, and on a GPU still being written."""
+        """Exclude the time of a checkpoint from that of a step."""
         self._clock = time.perf_counter()
 
     def on_log(
@@ -96,15 +96,12 @@ class ProgressCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Append what was measured; the summary at the end of training is not a step.
-
-        A step's time is that from the numbers of the step before to its own: they are read in the
-        order of the steps, when each is really done.
-        """
+        """Append the metrics of a step or an evaluation."""
         if not logs or not ({"loss", "eval_loss"} & logs.keys()):
-            return
+            return  # the summary at the end of training
         step, tokens_per_second = int(logs["step"]), None
         if "loss" in logs:
+            # A step's metrics arrive when it is really done, so its time is from the last arrival.
             now = time.perf_counter()
             seconds, tokens = now - self._clock, self._tokens.pop(step, 0)
             self._clock = now
@@ -134,7 +131,7 @@ class ProgressCallback(TrainerCallback):
         self._say(metrics, state, status)
 
     def _memory_status(self) -> MemoryStatus:
-        """Memory at this moment, or not long ago."""
+        """Return the memory now, or up to a second ago."""
         now = time.monotonic()
         if self._memory is None or now - self._measured >= MEASURE_MEMORY_EVERY_SECONDS:
             self._memory, self._measured = self.memory.status(), now
@@ -158,11 +155,7 @@ class ProgressCallback(TrainerCallback):
 
 
 class EarlyStopping(TrainerCallback):
-    """Stops after `patience` evaluations without a lower held-out loss.
-
-    The count follows from the log history, which checkpoints carry, so a resumed run stops where an
-    undisturbed one would.
-    """
+    """Stop after `patience` evaluations without a lower held-out loss."""
 
     def __init__(self, patience: int) -> None:
         self.patience = patience
@@ -176,9 +169,11 @@ class EarlyStopping(TrainerCallback):
         metrics: dict[str, float],
         **_: Any,
     ) -> None:
-        """Decide; the trainer updates the best value only after this."""
+        """Stop if enough evaluations were no better; the best value is updated only after this."""
         if state.best_metric is None or metrics["eval_loss"] < state.best_metric:
             return
+        # Counted from the log history, which checkpoints contain, so that a resumed run stops where
+        # an uninterrupted one would.
         since_best = sum(
             1
             for entry in state.log_history
@@ -189,7 +184,7 @@ class EarlyStopping(TrainerCallback):
 
 
 class StopOnRequest(TrainerCallback):
-    """Turns a stop request into a checkpoint and an orderly end."""
+    """Response to a stop request: save a checkpoint, then end."""
 
     def __init__(self, request: StopRequest) -> None:
         self.request = request
@@ -197,7 +192,7 @@ class StopOnRequest(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Save, then stop."""
+        """Have the trainer save and stop."""
         if self.request.signal_name is not None:
             control.should_evaluate = False
             control.should_save = control.should_training_stop = True
@@ -205,13 +200,13 @@ class StopOnRequest(TrainerCallback):
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Between checkpoints there is nothing to save in an evaluation: stop at once."""
+        """Stop an evaluation at once, since it has nothing to save."""
         if self.request.signal_name is not None:
             raise self.request.error()
 
 
 class FaultCallback(TrainerCallback):
-    """Lets planted faults strike; installed only where the environment asks for them."""
+    """Trigger of planted faults; installed only if the environment asks for them."""
 
     def __init__(self, faults: list[Fault]) -> None:
         self.faults = faults
@@ -219,7 +214,7 @@ class FaultCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Strike before the step that a fault names."""
+        """Trigger the faults that are due before this step."""
         for fault in self.faults:
             if fault.is_due(state.global_step + 1):
                 if fault.step == state.global_step + 1:

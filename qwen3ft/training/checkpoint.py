@@ -1,8 +1,8 @@
-"""Checkpoints on disk: committed whole, verified before use, pruned only behind a newer good one.
+"""Checkpoint folders: committed whole, verified before use, pruned after a newer one verifies.
 
-A checkpoint is a folder `step-000200` whose manifest (written last) lists the sha256 of every file
-and the facts that say what it belongs to. This module knows folders and manifests; what is inside
-is written by `qwen3ft.training.checkpoint_writer` and read by `qwen3ft.training.trainer`.
+A checkpoint is a folder `step-000200` whose manifest, written last, lists the sha256 of every file
+and its `lineage`. `qwen3ft.training.checkpoint_writer` writes the files, and
+`qwen3ft.training.trainer` reads them.
 """
 
 from __future__ import annotations
@@ -25,18 +25,16 @@ _NAME = re.compile(r"step-(\d{6,})")
 
 @dataclass(frozen=True, order=True)
 class Checkpoint:
-    """One checkpoint folder; orders by step."""
+    """A checkpoint folder; ordered by step."""
 
     step: int
     path: Path
 
 
 def lineage(plan: TrainPlan) -> dict[str, Any]:
-    """What must agree between a checkpoint and the plan that continues from it.
-
-    Micro-batch size, recomputation, loss chunks and the learning rate may change between attempts:
-    they alter neither the order of the data nor the meaning of an optimizer step.
-    """
+    """Return the facts that a checkpoint and the plan that resumes from it must share."""
+    # Micro-batch size, recomputation, loss chunks and learning rate may differ: they change neither
+    # the order of the data nor the meaning of an optimizer step.
     return {
         "model": plan.model.manifest_sha256,
         "data": plan.dataset.digest,
@@ -52,17 +50,14 @@ def lineage(plan: TrainPlan) -> dict[str, Any]:
 def commit(
     folder: Path, step: int, fill: Callable[[Path], None], facts: dict[str, Any]
 ) -> Checkpoint:
-    """Write a checkpoint with what `fill` puts into the folder it is given; all or nothing."""
+    """Write a checkpoint, all or nothing; `fill` writes its files into a given folder."""
     path = folder / f"step-{step:06d}"
     build_folder(path, fill, {"step": step, **facts})
     return Checkpoint(step, path)
 
 
 def list_checkpoints(folders: Iterable[Path]) -> list[Checkpoint]:
-    """Every checkpoint folder below `folders`, lowest step first, unverified.
-
-    Of two with the same step the one of the later folder comes last.
-    """
+    """Return the checkpoints in `folders`, unverified, by step and then by order of folders."""
     found = [
         Checkpoint(int(match[1]), path)
         for folder in folders
@@ -76,31 +71,29 @@ def list_checkpoints(folders: Iterable[Path]) -> list[Checkpoint]:
 def newest_verified(
     folders: Iterable[Path], expected: dict[str, Any] | None = None
 ) -> Checkpoint | None:
-    """The checkpoint with the highest step whose every file matches its manifest.
+    """Return the newest checkpoint whose files all match its manifest.
 
     Args:
         folders: `checkpoints` folders of all attempts, in order of attempts.
-        expected: `lineage` of the plan that will continue; others are passed over.
+        expected: `lineage` of the plan that will resume; checkpoints of others are skipped.
     """
     for checkpoint in reversed(list_checkpoints(folders)):
         if damage := find_damage(checkpoint.path):
-            logger.warning("passing over %s: %s", checkpoint.path, damage)
+            logger.warning("skipping %s: %s", checkpoint.path, damage)
             continue
         facts = read_manifest_facts(checkpoint.path)
         if expected and (different := [k for k, v in expected.items() if facts.get(k) != v]):
-            logger.warning("passing over %s: other %s", checkpoint.path, ", ".join(different))
+            logger.warning("skipping %s: different %s", checkpoint.path, ", ".join(different))
             continue
         return checkpoint
     return None
 
 
 def prune(folder: Path, *, keep: int, best_step: int | None) -> None:
-    """Delete old checkpoints of `folder`, never the best one nor the `keep` newest.
-
-    Nothing is deleted unless the newest verifies, so a bad disk cannot cost the last good one.
-    """
+    """Delete old checkpoints of `folder`, except the best one and the `keep` newest."""
     checkpoints = list_checkpoints([folder])
     old = [checkpoint for checkpoint in checkpoints[:-keep] if checkpoint.step != best_step]
+    # Unless the newest verifies, an old one may be the last good one.
     if old and find_damage(checkpoints[-1].path) is None:
         for checkpoint in old:
             shutil.rmtree(checkpoint.path)

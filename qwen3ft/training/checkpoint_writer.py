@@ -1,10 +1,8 @@
-"""Checkpoints of a running training: copied at once, written while training goes on.
+"""Writing of checkpoints: the state is copied at once, and on a GPU written in the background.
 
-On a GPU the copy to host memory takes some tens of milliseconds, and writing, hashing and flushing
-it to disk several times that, so a thread does the latter. Guarantees: what is written is the state
-of one moment; checkpoints are committed in order, whole or not at all
-(`qwen3ft.training.checkpoint`); a write that failed is raised at the next save or wait; `wait`
-returns when everything is on disk.
+The copy to host memory takes some tens of milliseconds; writing, hashing and flushing it take
+several times that, so a thread does so. Checkpoints are committed in order, whole or not at all
+(`qwen3ft.training.checkpoint`). A failed write is raised at the next save or wait.
 """
 
 from __future__ import annotations
@@ -21,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from peft import get_peft_model_state_dict
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
+from qwen3ft.errors import CheckpointCorruptError
 from qwen3ft.model.saved_adapter import ADAPTER_FILE
 from qwen3ft.training import checkpoint
 
@@ -31,13 +30,13 @@ if TYPE_CHECKING:
     from transformers import TrainerState
 
 TENSORS_NAME = "training_state.safetensors"
-
 VALUES_NAME = "training_state.json"
+STATE_NAME = "trainer_state.json"
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Copies of everything, in host memory: tensors by name, and plain values."""
+    """A copy of the state in host memory: tensors by name, and plain values."""
 
     tensors: dict[str, torch.Tensor]
     values: dict[str, Any]
@@ -46,7 +45,7 @@ class TrainingState:
 def read_training_state(
     optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler
 ) -> TrainingState:
-    """The state of `optimizer`, `scheduler` and all generators at this moment."""
+    """Copy the state of `optimizer`, `scheduler` and all random generators."""
     optimizer_state = optimizer.state_dict()
     tensors = {"rng.torch": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -84,16 +83,30 @@ def write_training_state(folder: Path, state: TrainingState) -> None:
     (folder / VALUES_NAME).write_text(text, encoding="utf-8")
 
 
+def load_adapter(folder: Path, model: Any) -> None:
+    """Load the adapter of the checkpoint in `folder` into `model`.
+
+    Raises:
+        CheckpointCorruptError: it has other tensors than the model.
+    """
+    result = set_peft_model_state_dict(model, load_file(folder / ADAPTER_FILE))
+    if result.unexpected_keys:
+        raise CheckpointCorruptError(
+            f"{folder} has {len(result.unexpected_keys)} unknown tensors.",
+            why="It belongs to another model.",
+            next_command="qwen3ft train",
+        )
+
+
 def load_optimizer_state(
     folder: Path,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     learning_rate: float,
 ) -> None:
-    """Restore optimizer and scheduler, at a peak `learning_rate` that may differ from before.
+    """Restore optimizer and scheduler, bit for bit unless the peak `learning_rate` has changed.
 
     After a divergence the plan's rate is half the checkpoint's; the position in the schedule stays.
-    With an unchanged rate every restored value equals the saved one bit for bit.
     """
     tensors, content = load_file(folder / TENSORS_NAME), _read_values(folder)
     state: dict[int, dict[str, Any]] = {}
@@ -133,22 +146,19 @@ def _read_values(folder: Path) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """NumPy and torch scalars that optimizers and schedulers keep among plain numbers."""
+    """Return the number in a NumPy or torch scalar, which optimizers and schedulers may hold."""
     if isinstance(value, (np.generic, torch.Tensor)):
         return value.item()
     raise TypeError(f"{type(value).__name__} cannot be stored in a checkpoint")
 
 
-STATE_NAME = "trainer_state.json"
-
-
 class CheckpointWriter:
-    """Writes into the folder of checkpoints of one attempt.
+    """Writer of the checkpoints of one attempt.
 
     Args:
-        folder: Where they go.
-        keep: Newest ones to keep beside the best.
-        background: Whether training goes on while one is written.
+        folder: Folder of the checkpoints.
+        keep: Number of newest ones to keep besides the best.
+        background: Let training go on while one is written.
     """
 
     def __init__(self, folder: Path, keep: int, *, background: bool) -> None:
@@ -165,10 +175,10 @@ class CheckpointWriter:
         state: TrainerState,
         facts: dict[str, Any],
     ) -> None:
-        """Take the state of this moment, and commit it as the checkpoint of its step.
+        """Copy the present state, and commit it as the checkpoint of its step.
 
         Raises:
-            OSError: this one, or in the background the one before, could not be written.
+            OSError: this checkpoint, or in the background the previous one, could not be written.
         """
         self.wait()
         fill: list[Callable[[Path], None]] = [
@@ -183,10 +193,10 @@ class CheckpointWriter:
             self._pending = self._thread.submit(self._commit, step, best_step, fill, facts)
 
     def wait(self) -> None:
-        """Until nothing is being written.
+        """Wait until everything is on disk.
 
         Raises:
-            OSError: the last one could not be written.
+            OSError: the last checkpoint could not be written.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
@@ -208,7 +218,7 @@ class CheckpointWriter:
 
 
 def read_adapter_files(model: Any) -> Callable[[Path], None]:
-    """Copy the adapter; what is returned writes PEFT's two files of it into a folder."""
+    """Copy the adapter; return a function that writes PEFT's two files into a folder."""
     tensors = {
         name: tensor.detach().to("cpu", copy=True).contiguous()
         for name, tensor in get_peft_model_state_dict(model).items()

@@ -1,7 +1,7 @@
-"""One training attempt: from a plan and a prepared model to an outcome.
+"""One training attempt, from a plan and a prepared model to an outcome.
 
-transformers' Trainer runs the loop; what is special is in `qwen3ft.training.trainer` and
-`qwen3ft.training.callbacks`. The plan is final: nothing here decides about sizes or rates.
+`QATrainer`, a subclass of transformers' Trainer, runs the loop. The plan is final: nothing here
+decides about sizes or rates.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ logger = get_logger("train")
 
 
 class TrainingEngine:
-    """Carries out `plan` in the attempt folder `job`."""
+    """Execution of `plan` in the attempt folder `job`."""
 
     def __init__(
         self,
@@ -67,11 +67,11 @@ class TrainingEngine:
         self._started = time.monotonic()
 
     def create_training_args(self) -> TrainingArguments:
-        """The plan in the Trainer's terms."""
+        """Return the plan as transformers' arguments."""
         plan = self.plan
         return TrainingArguments(
             output_dir=str(self.job.path),
-            # One item of the data loader is a whole step; the trainer splits it by itself.
+            # An item of the data loader is a whole step; the trainer splits it into micro-batches.
             per_device_train_batch_size=plan.effective_batch_size,
             gradient_accumulation_steps=1,
             per_device_eval_batch_size=plan.memory.eval_batch_size,
@@ -91,7 +91,7 @@ class TrainingEngine:
             metric_for_best_model="eval_loss",
             greater_is_better=False,
             logging_steps=1,
-            logging_nan_inf_filter=False,  # it would hide a NaN behind the mean of earlier losses
+            logging_nan_inf_filter=False,  # it would replace a NaN by the mean of earlier losses
             seed=plan.seed,
             remove_unused_columns=False,
             dataloader_pin_memory=plan.device == "cuda",
@@ -102,12 +102,12 @@ class TrainingEngine:
     def create_trainer(
         self, model: PeftModel, dataset: DatasetDict, args: TrainingArguments
     ) -> QATrainer:
-        """The trainer with this project's callbacks.
+        """Create the trainer with this project's callbacks.
 
         Args:
-            model: Base with adapter, ready for training.
+            model: Base model with its adapter, ready for training.
             dataset: Splits 'train' and 'dev' with input_ids, length, and trained or labels.
-            args: From `create_training_args`.
+            args: Result of `create_training_args`.
         """
         from transformers import PrinterCallback
 
@@ -136,14 +136,14 @@ class TrainingEngine:
         """Train to the end of the plan or to early stopping.
 
         Raises:
-            PreemptedError: asked to stop; a checkpoint was saved.
-            DivergedError: non-finite gradients, before the weights were touched.
-            OutOfMemoryError: the resident-memory budget on a CPU was exceeded.
-            MemoryLeakError: memory keeps growing and would run out; a checkpoint was saved.
+            PreemptedError: a signal asked to stop; a checkpoint was saved.
+            DivergedError: gradients were not finite; the weights are unchanged.
+            OutOfMemoryError: the process exceeded its budget.
+            MemoryLeakError: memory kept growing and would have run out; a checkpoint was saved.
         """
         if self.plan.resume_from:
-            logger.info("continuing from %s", self.plan.resume_from)
-        # What is there now stays: the collector need not look at it again at every turn.
+            logger.info("resuming from %s", self.plan.resume_from)
+        # Exempt what exists now, which stays, from each later garbage collection.
         gc.collect()
         gc.freeze()
         try:
@@ -151,7 +151,7 @@ class TrainingEngine:
         except BaseException:
             try:
                 trainer.writer.wait()
-            except OSError as error:  # what ended training decides how it goes on
+            except OSError as error:  # recovery decides by the error that ended training
                 logger.error("the last checkpoint could not be written: %s", error)
             raise
         finally:
@@ -162,10 +162,10 @@ class TrainingEngine:
         return trainer
 
     def save_model(self, trainer: QATrainer, output_dir: str) -> None:
-        """Copy the best checkpoint's adapter into `output_dir` (the last one's if none is better).
+        """Copy the best checkpoint's adapter, or else the present one, into `output_dir`.
 
         Raises:
-            CheckpointCorruptError: the checkpoint is gone or damaged.
+            CheckpointCorruptError: the checkpoint is missing or damaged.
         """
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -177,10 +177,10 @@ class TrainingEngine:
             read_adapter_files(trainer.model)(folder)
 
     def outcome(self, trainer: QATrainer) -> AttemptOutcome:
-        """What was achieved.
+        """Return the result of the attempt.
 
         Raises:
-            TrainingFailureError: training ended without a single evaluation.
+            TrainingFailureError: training ended without an evaluation.
         """
         state = trainer.state
         held_out = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
@@ -188,7 +188,7 @@ class TrainingEngine:
         if state.best_metric is None or not held_out:
             raise TrainingFailureError(
                 f"Training ended at step {state.global_step} without an evaluation.",
-                why="The held-out loss is not finite, or there are no held-out rows.",
+                why="The held-out loss was not finite, or there are no held-out rows.",
                 next_command=f"tail -n 50 {self.job.log}",
             )
         allocated_gb, reserved_gb, process_gb = self.memory.peak()
@@ -220,14 +220,14 @@ class TrainingEngine:
         return self.early_stopping.stopped or trainer.state.global_step >= self.plan.total_steps
 
     def _checkpoint_of(self, step: int) -> checkpoint.Checkpoint:
-        """The verified checkpoint of `step`, of this attempt or an earlier one."""
+        """Return the verified checkpoint of `step`, from this attempt or an earlier one."""
         folders = [job.checkpoints for job in RunDir(Path(self.plan.run_dir)).attempts()]
         candidates = [c for c in checkpoint.list_checkpoints(folders) if c.step == step]
         for candidate in reversed(candidates):
             if find_damage(candidate.path) is None:
                 return candidate
         raise CheckpointCorruptError(
-            f"The best checkpoint, of step {step}, is missing or damaged.",
+            f"The best checkpoint (step {step}) is missing or damaged.",
             why="Its files do not match their manifest.",
             next_command=f"ls -l {self.job.checkpoints}",
             step=step,
@@ -235,6 +235,6 @@ class TrainingEngine:
 
 
 def _rows(split: Dataset) -> Dataset:
-    """The columns the trainer reads; `length` is for the order, the collators drop it."""
+    """Return the columns that the trainer reads; `length` determines the order."""
     targets = "trained" if "trained" in split.column_names else "labels"
     return split.select_columns(["input_ids", targets, "length"])

@@ -1,11 +1,10 @@
-"""Planted faults, for tests and chaos campaigns: off unless the environment asks for them.
+"""Planted faults for tests and chaos campaigns; off unless the environment asks for them.
 
-`QWEN3FT_FAULTS` holds comma-separated `ACTION@step=N` or `ACTION@step=N:attempt=M` (attempt 1 if
-left out), or `...:preflight=M` for the M-th measurement of a preflight. Actions: `oom` raises
+`QWEN3FT_FAULTS` holds comma-separated `ACTION@step=N` or `ACTION@step=N:attempt=M` (by default
+attempt 1), or `...:preflight=M` for the M-th measurement of a preflight. Actions: `oom` raises
 torch's out-of-memory error, `exit` ends the process with status 1 as a native library does, `nan`
-makes one gradient NaN, `kill` and `term` send the signal, `hang` stops making progress, `error`
-raises a ValueError. `leak@step=N:kib=K` keeps K KiB more of the training device's memory at every
-step from N on. A worker that runs with it says so in its log.
+makes one gradient NaN, `kill` and `term` send the signal, `hang` stops progress, `error` raises a
+ValueError. `leak@step=N:kib=K` leaks K KiB of the training device's memory at each step from N on.
 """
 
 from __future__ import annotations
@@ -30,10 +29,14 @@ _LEAKED: list[Any] = []
 
 @dataclass(frozen=True)
 class Fault:
-    """One planted fault: what happens before optimizer step `step` of attempt `attempt`.
+    """A fault before optimizer step `step` of an attempt, or of a preflight's measurement.
 
-    Or, where that is 0, of the measurement `preflight`.
-    `leak_bytes` are kept then and before every later step.
+    Attributes:
+        action: Kind of the fault.
+        step: Step before which it strikes; a leak also strikes before all later ones.
+        attempt: Number of the attempt; 0 for a preflight.
+        leak_bytes: Bytes to leak at each step.
+        preflight: Number of the measurement; 0 for an attempt.
     """
 
     action: str
@@ -43,15 +46,15 @@ class Fault:
     preflight: int = 0
 
     def is_due(self, step: int) -> bool:
-        """Whether it strikes before optimizer step `step`."""
+        """Return True if it strikes before optimizer step `step`."""
         return step >= self.step if self.action == "leak" else step == self.step
 
 
 def planted_faults() -> list[Fault]:
-    """The faults that the environment asks for.
+    """Return the faults that the environment asks for.
 
     Raises:
-        ConfigError: the variable is set but not understood.
+        ConfigError: the variable has another format.
     """
     text = os.environ.get(VARIABLE, "")
     faults = []
@@ -59,7 +62,7 @@ def planted_faults() -> list[Fault]:
         match = _FORM.fullmatch(item.strip())
         if match is None:
             raise ConfigError(
-                f"{VARIABLE} holds {item!r}.",
+                f"{VARIABLE} holds {item!r}, which is not a planted fault.",
                 why=f"The form is {_FORM.pattern}.",
                 next_command=f"unset {VARIABLE}",
             )
@@ -75,12 +78,12 @@ def planted_faults() -> list[Fault]:
 
 
 def planted_in_preflight(number: int) -> list[Fault]:
-    """Those for measurement `number`; raises as `planted_faults`."""
+    """Return the faults for measurement `number` of a preflight."""
     return [fault for fault in planted_faults() if fault.preflight == number]
 
 
 def strike(fault: Fault, model: Any) -> None:
-    """Make `fault` happen to this process; `model` is the one in training."""
+    """Make `fault` happen in this process, which trains `model`."""
     import torch
 
     match fault.action:

@@ -1,26 +1,28 @@
-"""AdamW whose moments stay in host memory: the last of the levers against the card's memory.
+"""AdamW with its moments in host memory, which saves 8 bytes of GPU memory per parameter.
 
-Guarantees: the arithmetic is torch's own fused AdamW on the CPU, in fp32, so nothing of the result
-is given up; on the card it holds nothing between steps. Gradients and parameters travel at each
-step, a few MB each way, and the step waits for them. State dictionaries are AdamW's.
+The arithmetic is torch's own fused AdamW on the CPU in fp32. Each step copies gradients to the host
+and parameters back, a few MB each way, and waits for them. State dictionaries are AdamW's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim.adamw import adamw
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class HostAdamW(torch.optim.AdamW):
-    """Decoupled weight decay (Loshchilov and Hutter 2017, arXiv:1711.05101), on the host.
+    """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) that computes on the host.
 
-    A tensor set as `found_inf` and not zero makes a step leave everything alone, as it does for
-    torch's fused optimizers.
+    Attributes:
+        found_inf: Tensor; if not zero, a step changes nothing, as in torch's fused optimizers.
     """
 
     def __init__(
@@ -35,15 +37,28 @@ class HostAdamW(torch.optim.AdamW):
         super().__init__(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         self.found_inf: torch.Tensor | None = None
 
+    @classmethod
+    def from_arguments(
+        cls, parameters: Iterable[torch.nn.Parameter], arguments: TrainingArguments
+    ) -> HostAdamW:
+        """Create the optimizer with the settings of transformers' `arguments`."""
+        return cls(
+            parameters,
+            lr=arguments.learning_rate,
+            betas=(arguments.adam_beta1, arguments.adam_beta2),
+            eps=arguments.adam_epsilon,
+            weight_decay=arguments.weight_decay,
+        )
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update of all parameters that have a gradient.
+        """Update all parameters that have a gradient.
 
         Raises:
-            ValueError: a closure is given; none is needed for AdamW.
+            ValueError: a closure is given.
         """
         if closure is not None:
-            raise ValueError("This optimizer calls no closure.")
+            raise ValueError("HostAdamW does not support closures.")
         if self.found_inf is not None and self.found_inf.item():
             return
         for group in self.param_groups:
@@ -67,12 +82,12 @@ class HostAdamW(torch.optim.AdamW):
                 maximize=False,
             )
             for parameter, value in zip(updated, values, strict=True):
-                parameter.copy_(value)  # on a CPU it is the same memory
+                parameter.copy_(value)  # the same memory if the parameter is on the CPU
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """AdamW's; what torch moves to the parameters' device goes back to the host."""
+        """Load AdamW's state into host memory."""
         super().load_state_dict(state_dict)
-        for state in self.state.values():
+        for state in self.state.values():  # torch has moved it to the parameters' device
             state.update({name: state[name].cpu() for name in (*MOMENTS, "step")})
 
     def _state_of(self, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:

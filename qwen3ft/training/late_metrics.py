@@ -1,8 +1,8 @@
-"""Numbers of a step read back one step later, so that the GPU never waits for the host.
+"""Metrics read back one step later, so that the GPU never waits for the host.
 
-Reading a loss from a GPU waits until everything before it is done; nothing is queued meanwhile, and
-the GPU idles while the host prepares the next step. Instead each number starts its way to pinned
-host memory with its step and is read when the next step is already queued.
+Reading a loss from a GPU waits for all queued work, and the GPU then idles while the host prepares
+the next step. Instead each step copies its numbers to pinned host memory, and they are read when
+the next step is queued.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import torch
 
 @dataclass(frozen=True)
 class StepNumbers:
-    """What one optimizer step measured.
+    """Metrics of one optimizer step.
 
     Attributes:
-        step: Its number, from 1.
-        epoch: How many epochs were done after it.
-        learning_rate: That it used.
+        step: Number of the step, from 1.
+        epoch: Epochs done after it.
+        learning_rate: Learning rate of the step.
         loss: Mean negative log-likelihood per trained token, in nats.
-        grad_norm: Before clipping.
+        grad_norm: Gradient norm before clipping.
     """
 
     step: int
@@ -33,7 +33,7 @@ class StepNumbers:
 
 
 @dataclass(frozen=True)
-class _OnItsWay:
+class _Pending:
     step: int
     epoch: float
     learning_rate: float
@@ -42,15 +42,15 @@ class _OnItsWay:
 
 
 class DelayedMetrics:
-    """Steps whose numbers are on their way, oldest first.
+    """Queue of steps whose numbers are being copied to the host, oldest first.
 
     Args:
-        lag: Newest steps that `take` leaves on their way.
+        lag: Newest steps that `take` leaves in the queue.
     """
 
     def __init__(self, lag: int) -> None:
         self.lag = lag
-        self._queue: deque[_OnItsWay] = deque()
+        self._queue: deque[_Pending] = deque()
 
     def put(
         self,
@@ -60,17 +60,17 @@ class DelayedMetrics:
         loss: torch.Tensor,
         grad_norm: torch.Tensor,
     ) -> None:
-        """Start the way of a step's numbers, scalars on its device."""
+        """Start copying a step's numbers, which are scalars on the device."""
         numbers = torch.stack((loss.detach().float(), grad_norm.detach().float()))
         arrived = None
         if numbers.is_cuda:
             pinned = torch.empty(2, dtype=torch.float32, pin_memory=True)
             numbers = pinned.copy_(numbers, non_blocking=True)
             arrived = torch.cuda.current_stream().record_event()
-        self._queue.append(_OnItsWay(step, epoch, learning_rate, numbers, arrived))
+        self._queue.append(_Pending(step, epoch, learning_rate, numbers, arrived))
 
     def take(self, *, everything: bool = False) -> list[StepNumbers]:
-        """Those of all steps but the newest `lag`, or of all; waits for them."""
+        """Wait for and return all steps but the newest `lag`, or all."""
         taken = []
         while len(self._queue) > (0 if everything else self.lag):
             item = self._queue.popleft()

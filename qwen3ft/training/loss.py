@@ -1,4 +1,4 @@
-"""The loss of the plain path: transformers' forward, its logits chunk by chunk."""
+"""The loss of the plain path: transformers' forward, with logits chunk by chunk."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ def summed_loss(model: Any, batch: Mapping[str, torch.Tensor], chunk_tokens: int
     """Sum the negative log-likelihood, in nats, over all labels that are not `IGNORED_LABEL`.
 
     Args:
-        model: A `Qwen3ForCausalLM`, adapters injected or not.
-        batch: `input_ids` and `labels` (targets aligned with them), shape (rows, tokens), and
-            either `attention_mask` (1 for real tokens, 0 for padding) or `position_ids` (0 where a
-            sequence of a packed row begins) of the same shape.
-        chunk_tokens: Positions whose logits (chunk, vocabulary) exist at one time; backward
-            computes them again instead of keeping them.
+        model: A `Qwen3ForCausalLM`, with or without adapters.
+        batch: `input_ids` and `labels`, shape (rows, tokens), and either `attention_mask` (1 for
+            real tokens, 0 for padding) or `position_ids` (0 at the start of each sequence of a
+            packed row) of the same shape.
+        chunk_tokens: Positions whose logits, (chunk, vocabulary), exist at a time; the backward
+            recomputes them.
 
     Returns:
-        A scalar in fp32.
+        fp32 scalar.
     """
     labels = batch["labels"]
     hidden = model.model(
@@ -36,7 +36,7 @@ def summed_loss(model: Any, batch: Mapping[str, torch.Tensor], chunk_tokens: int
     trained = labels[:, 1:] != IGNORED_LABEL
     hidden, targets = hidden[:, :-1][trained], labels[:, 1:][trained]
     total: torch.Tensor = hidden.new_zeros((), dtype=torch.float32)
-    # The head is bound, not passed: what is passed is saved, and offloading would copy it.
+    # The head is bound, not passed: recomputation saves arguments, and offloading would copy it.
     chunk_loss = partial(_chunk_loss, model.lm_head)
     for start in range(0, len(targets), chunk_tokens):
         chunk = slice(start, start + chunk_tokens)
@@ -51,12 +51,10 @@ def _chunk_loss(head: torch.nn.Linear, hidden: torch.Tensor, targets: torch.Tens
 
 
 def head_product(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    """Logits, (tokens, vocabulary), of the states `hidden`, (tokens, size), by the head's weight.
-
-    In fp32 on a CPU the sums are float64's. The order of fp32's depends there on the number of
-    tokens and of threads, and softmax magnifies what logits of 20 are off by: with micro-batches of
-    one row, gradients were 2e-6 from those of the whole batch; so they are within 5e-7.
-    """
+    """Return the logits, (tokens, vocabulary), of `hidden`, (tokens, size), by the head."""
+    # On a CPU the order of fp32 sums depends on the number of tokens and threads, and softmax
+    # magnifies the error of large logits: gradients of micro-batches of one row differed by 2e-6
+    # from those of the whole batch. With float64 sums they differ by less than 5e-7.
     if hidden.device.type == "cpu" and hidden.dtype == torch.float32:
         return torch.nn.functional.linear(hidden.double(), head.double()).float()
     return torch.nn.functional.linear(hidden, head)

@@ -1,20 +1,11 @@
-"""transformers' Trainer with the few changes that this project's promises need.
+"""transformers' Trainer, adapted for packed rows, a token-weighted loss and exact resuming.
 
-- The loss is the negative log-likelihood summed over trained tokens, divided by the number of
-  trained tokens in the whole effective batch, so every split of it into micro-batches gives the
-  same gradient. Logits exist only for trained positions and only `loss_chunk_tokens` at a time.
-- One item of the data loader is one optimizer step: the list of its micro-batches, packed rows or
-  padded ones (`qwen3ft.planning.packing`, `qwen3ft.training.batches`). To transformers' Trainer it
-  is one batch without accumulation, so its counts of steps, and what it skips on a resume, are
-  exact.
-- The order of sequences depends on seed and epoch alone, never on the micro-batches.
-- Non-finite gradients raise, and never touch the weights. On a GPU that, and every metric, is read
-  one step late, so that the GPU never waits for the host; before an evaluation or a checkpoint
-  everything is read.
-- Forward and backward are transformers' and PEFT's, or those of `qwen3ft.training.fused`, as the
-  plan says.
-- Checkpoints are committed whole (`qwen3ft.training.checkpoint`), without pickle, and restore every
-  bit.
+- The loss is the summed negative log-likelihood over the number of trained tokens in the effective
+  batch, so its split into micro-batches does not change the gradient.
+- The order of sequences depends only on seed and epoch.
+- Non-finite gradients raise DivergedError before they change the weights.
+- Forward and backward are those of transformers and PEFT, or of `qwen3ft.training.fused`.
+- Checkpoints are committed whole, without pickle, and restore every bit.
 """
 
 from __future__ import annotations
@@ -28,26 +19,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import set_peft_model_state_dict
-from safetensors.torch import load_file
-from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerControl
 
-from qwen3ft.errors import CheckpointCorruptError, DivergedError
-from qwen3ft.model.saved_adapter import ADAPTER_FILE
+from qwen3ft.errors import DivergedError
 from qwen3ft.training import checkpoint
 from qwen3ft.training.batches import (
     EffectiveBatchOrder,
     MicroBatch,
     PackedCollator,
-    StepCollator,
-    StepRows,
     real_tokens,
+    step_loader,
     step_sampler,
     trained_tokens,
 )
 from qwen3ft.training.checkpoint_writer import (
     CheckpointWriter,
+    load_adapter,
     load_optimizer_state,
     load_rng_state,
 )
@@ -57,16 +44,18 @@ from qwen3ft.training.late_metrics import DelayedMetrics
 from qwen3ft.training.loss import summed_loss
 
 if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+
     from qwen3ft.records.plan import TrainPlan
     from qwen3ft.training.fused.step import FusedStep
 
 KEPT_ENTRIES = 200
-"""At least so many of the newest entries of the log history are kept, and every evaluation. All of
-10,000 steps would be 3 MiB of memory, and 1.5 of each checkpoint; metrics.jsonl has them."""
+"""Newest entries of the log history to keep at least, besides all evaluations. The entries of
+10,000 steps would take 3 MiB of memory and 1.5 MB of each checkpoint; metrics.jsonl has them."""
 
 
 class QATrainer(Trainer):
-    """The Trainer of one attempt; `plan` says how, `checkpoints` is where."""
+    """The Trainer of one attempt, by `plan`; it saves into the folder `checkpoints`."""
 
     control: TrainerControl
     data_collator: Any
@@ -79,6 +68,7 @@ class QATrainer(Trainer):
             checkpoints, plan.keep_checkpoints, background=plan.device == "cuda"
         )
         self.step_tokens = 0
+        # On a GPU metrics are read one step late, so that it never waits for the host.
         self.late = DelayedMetrics(lag=1 if plan.device == "cuda" else 0)
         self.fused: FusedStep | None = None
         if plan.memory.kernels == "fused":
@@ -95,42 +85,32 @@ class QATrainer(Trainer):
         self.sampler: Any = step_sampler(self.order, plan)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Torch's fused AdamW, or the one that keeps its moments in host memory."""
+        """Create torch's AdamW, or the one that keeps its moments in host memory."""
         given: Any = getattr(self, "optimizer", None)
         if self.plan.memory.offload_optimizer and given is None:
-            self.optimizer: Any = HostAdamW(
-                self._trained,
-                lr=self.args.learning_rate,
-                betas=(self.args.adam_beta1, self.args.adam_beta2),
-                eps=self.args.adam_epsilon,
-                weight_decay=self.args.weight_decay,
-            )
+            self.optimizer: Any = HostAdamW.from_arguments(self._trained, self.args)
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
         return optimizer
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Steps, each the list of its micro-batches, which stay in host memory until they run."""
+        """Return the loader of steps, each a list of micro-batches in host memory."""
+        # To transformers an item is one batch without accumulation, so its count of steps, and the
+        # steps that it skips on a resume, are exact.
         collate: Any = self.data_collator
         if self.plan.memory.packing:
             collate = PackedCollator(collate.pad_token_id)
-        loader: DataLoader[Any] = DataLoader(
-            StepRows(self.train_dataset),  # type: ignore[arg-type]
-            batch_sampler=self.sampler,
-            collate_fn=StepCollator(collate),
-            pin_memory=self.args.dataloader_pin_memory,
-        )
-        prepared: DataLoader[Any] = self.accelerator.prepare_data_loader(
-            loader, device_placement=False
-        )
-        return prepared
+        pin_memory = self.args.dataloader_pin_memory
+        loader = step_loader(self.train_dataset, self.sampler, collate, pin_memory=pin_memory)
+        return self.accelerator.prepare_data_loader(loader, device_placement=False)  # type: ignore[no-any-return]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[list[MicroBatch]], num_batches: int, device: torch.device
     ) -> tuple[list[list[MicroBatch]], int]:
-        """The next step, and its number of trained tokens: a plain one, as to copy one waits."""
+        """Return the next step and its number of trained tokens."""
         steps = list(islice(epoch_iterator, num_batches))
         batches = [batch for step in steps for batch in step]
         self.step_tokens = sum(map(real_tokens, batches))
+        # The count stays a plain number: copying a tensor to the device would wait for it.
         return steps, sum(map(trained_tokens, batches))
 
     def training_step(
@@ -139,7 +119,7 @@ class QATrainer(Trainer):
         inputs: list[MicroBatch],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Forward and backward of each micro-batch; their mean loss per trained token."""
+        """Run forward and backward of each micro-batch; return the mean loss per trained token."""
         total = torch.zeros((), device=self.args.device)
         for index, batch in enumerate(inputs):
             if index:
@@ -152,23 +132,23 @@ class QATrainer(Trainer):
     def _micro_step(
         self, model: torch.nn.Module, batch: MicroBatch, trained: torch.Tensor | int | None
     ) -> torch.Tensor:
-        """Forward and backward of one micro-batch; its share of the step's loss."""
+        """Run forward and backward of one micro-batch; return its share of the step's loss."""
         if self.fused is None:
             plain: torch.Tensor = super().training_step(model, batch, trained)
             return plain
-        # transformers would go through all modules before each, to put them into training mode.
+        # Not super().training_step, which walks all modules to put them into training mode.
         loss = self.compute_loss(model, batch, num_items_in_batch=trained)
         self.accelerator.backward(loss)
         return loss.detach()
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
-        """Clip; only the adapter has gradients, so only its parameters are gone through."""
+        """Clip only adapter parameters; nothing else has gradients."""
         return torch.nn.utils.clip_grad_norm_(self._trained, self.args.max_grad_norm)
 
     def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:
-        """To the device, without waiting for what it still computes; the fused step does it."""
+        """Copy a micro-batch to the device, without waiting for its queued work."""
         if self.fused is not None:
-            return inputs
+            return inputs  # it copies them itself
         return {
             name: value.to(self.args.device, non_blocking=True)
             if isinstance(value, torch.Tensor)
@@ -177,10 +157,8 @@ class QATrainer(Trainer):
         }
 
     def floating_point_ops(self, inputs: list[MicroBatch]) -> int:
-        """6 per token and weight of the blocks (Kaplan et al. 2020, arXiv:2001.08361).
-
-        Counted here because transformers goes through all parameters to count them each time.
-        """
+        """Return 6 per token and weight of the blocks (Kaplan et al. 2020, arXiv:2001.08361)."""
+        # transformers' own method walks all parameters to count them at each call.
         tokens: int = sum(batch["input_ids"].numel() for batch in inputs)
         return 6 * self._weights * tokens
 
@@ -191,7 +169,7 @@ class QATrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """This micro-batch's share of the mean loss per trained token of the effective batch."""
+        """Return a micro-batch's share of the effective batch's mean loss per trained token."""
         assert num_items_in_batch is not None
         return self._summed_loss(inputs) / num_items_in_batch
 
@@ -208,7 +186,7 @@ class QATrainer(Trainer):
             )
 
     def _autocast(self) -> torch.autocast:
-        """bf16 products with the fp32 adapters, where the model computes in bf16."""
+        """Return autocast to bf16 for products with fp32 adapters, if the model is in bf16."""
         return torch.autocast(
             self.args.device.type,
             dtype=torch.bfloat16,
@@ -216,14 +194,14 @@ class QATrainer(Trainer):
         )
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> torch.Tensor:
-        """The gradient norm; a non-finite one keeps the optimizer from touching the weights.
+        """Return the gradient norm; if it is not finite, the optimizer skips this update.
 
         Raises:
             DivergedError: on a CPU, at once; on a GPU it is raised when the norm is read.
         """
         norm = torch.as_tensor(super()._get_grad_norm(model, grad_norm=grad_norm))
         if norm.is_cuda:
-            # torch's fused AdamW skips the update where this is 1, as for loss scaling.
+            # Torch's fused AdamW skips the update if this is 1, as with loss scaling.
             _innermost(self.optimizer).found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
         else:
             self._require_finite(float(norm), self.state.global_step + 1)
@@ -242,7 +220,7 @@ class QATrainer(Trainer):
     def _maybe_log_save_evaluate(
         self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any
     ) -> None:
-        """Log what has arrived; everything, before an evaluation or a checkpoint.
+        """Log the metrics that have arrived, or all before an evaluation or a checkpoint.
 
         Raises:
             DivergedError: a step's gradients were not finite; its update was skipped.
@@ -266,7 +244,7 @@ class QATrainer(Trainer):
             self.log(asdict(numbers))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Keep `logs`, and tell the callbacks; step and epoch are those given, or the present."""
+        """Record `logs` and call the callbacks; step and epoch default to the present ones."""
         output = {"epoch": self.state.epoch, "step": self.state.global_step, **logs}
         history = self.state.log_history
         history.append(output)
@@ -281,7 +259,7 @@ class QATrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Mean negative log-likelihood per trained token over the held-out rows."""
+        """Return the mean negative log-likelihood per trained token over the held-out rows."""
         loss_sum, tokens = 0.0, 0
         self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         self.model.eval()
@@ -304,23 +282,12 @@ class QATrainer(Trainer):
         self.writer.save(self.model, optimizer, self.lr_scheduler, self.state, facts)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        stored = load_file(Path(resume_from_checkpoint) / ADAPTER_FILE)
-        result = set_peft_model_state_dict(self.model, stored)
-        if result.unexpected_keys:
-            raise CheckpointCorruptError(
-                f"{resume_from_checkpoint} holds {len(result.unexpected_keys)} unknown tensors.",
-                why="It belongs to another model.",
-                next_command="qwen3ft train",
-            )
+        load_adapter(Path(resume_from_checkpoint), self.model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            load_optimizer_state(
-                Path(checkpoint),
-                _innermost(self.optimizer),
-                self.lr_scheduler,
-                self.plan.learning_rate,
-            )
+            optimizer, rate = _innermost(self.optimizer), self.plan.learning_rate
+            load_optimizer_state(Path(checkpoint), optimizer, self.lr_scheduler, rate)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -328,5 +295,5 @@ class QATrainer(Trainer):
 
 
 def _innermost(optimizer: Any) -> torch.optim.Optimizer:
-    """The torch optimizer inside accelerate's wrapper."""
+    """Return the torch optimizer inside accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)  # type: ignore[no-any-return]

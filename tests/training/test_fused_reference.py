@@ -14,7 +14,7 @@ from support.fused_cases import (
     wide,
 )
 
-from qwen3ft.training.fused import reference
+from qwen3ft.training.fused.reference import ReferenceOps
 
 
 def double(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -64,7 +64,7 @@ def test_weights_are_those_of_bitsandbytes(
         below=below,
         behind=behind,
     )
-    reference.dequantize(*case[:4])
+    ReferenceOps.dequantize(*case[:4])
     assert torch.equal(case.out, case.truth)
 
 
@@ -75,13 +75,13 @@ def test_norms_are_those_of_transformers() -> None:
     norm = Qwen3RMSNorm(80, EPS)
     norm.weight.data = torch.randn(80)
     x, out = wide(5, 80, dtype=torch.float32, device="cpu"), torch.empty(5, 80)
-    reference.rms_norm(x, norm.weight.data, EPS, out)
+    ReferenceOps.rms_norm(x, norm.weight.data, EPS, out)
     torch.testing.assert_close(out, norm(x).detach())
 
     norm = Qwen3RMSNorm(32, EPS)
     heads, (cos, sin) = torch.randn(5, 3, 32), rotation(5, 32)
     truth = rotate_by(norm(heads).transpose(0, 1)[None], cos[None], sin[None])[0].transpose(0, 1)
-    result = reference.norm_rotate(heads, norm.weight.data, cos, sin, EPS)
+    result = ReferenceOps.norm_rotate(heads, norm.weight.data, cos, sin, EPS)
     torch.testing.assert_close(result, truth.detach())
 
 
@@ -92,7 +92,7 @@ def test_the_gradients_of_the_norms_are_autograds() -> None:
     [leaf] = double(x)
     rms_norm_by(leaf, weight.double()).backward(d_out.double())
     d_x = before.clone()
-    reference.rms_norm_backward(d_out, x, weight, EPS, d_x)
+    ReferenceOps.rms_norm_backward(d_out, x, weight, EPS, d_x)
     torch.testing.assert_close(d_x, before + leaf.grad.float())
 
     d_out, heads, weight = torch.randn(5, 3, 32), torch.randn(5, 3, 32), torch.randn(32)
@@ -101,7 +101,7 @@ def test_the_gradients_of_the_norms_are_autograds() -> None:
     normed = rms_norm_by(leaf, weight.double()).transpose(0, 1)[None]
     rotated = rotate_by(normed, cos[None].double(), sin[None].double())[0].transpose(0, 1)
     rotated.backward(d_out.double())
-    reference.norm_rotate_backward(d_out, heads, weight, cos, sin, EPS)
+    ReferenceOps.norm_rotate_backward(d_out, heads, weight, cos, sin, EPS)
     torch.testing.assert_close(heads, leaf.grad.float())
 
 
@@ -112,8 +112,8 @@ def test_the_gradient_of_the_activation_is_autograds() -> None:
     gate, up = leaf.chunk(2, dim=-1)
     truth = torch.nn.functional.silu(gate) * up
     truth.backward(d_out.double())
-    reference.silu_mul(gate_up, out)
-    reference.silu_mul_backward(d_out, gate_up)
+    ReferenceOps.silu_mul(gate_up, out)
+    ReferenceOps.silu_mul_backward(d_out, gate_up)
     torch.testing.assert_close(out, truth.detach().float())
     torch.testing.assert_close(d_out, out)
     torch.testing.assert_close(gate_up, leaf.grad.float())
@@ -125,6 +125,6 @@ def test_the_loss_is_torchs() -> None:
     [leaf] = double(logits)
     truth = torch.nn.functional.cross_entropy(leaf, targets, reduction="none")
     truth.sum().backward()
-    losses = reference.cross_entropy(logits, targets)
+    losses = ReferenceOps.cross_entropy(logits, targets)
     torch.testing.assert_close(losses, truth.detach().float())
     torch.testing.assert_close(logits, leaf.grad.float())

@@ -26,13 +26,14 @@ from support.fused_models import (
 from qwen3ft.data.collators import IGNORED_LABEL
 from qwen3ft.planning.recompute import ON_DEVICE, Level, kept_bytes_per_token
 from qwen3ft.training.batches import PackedCollator
-from qwen3ft.training.fused import attention, reference
+from qwen3ft.training.fused import attention, element_wise
 from qwen3ft.training.fused.kept import Kept
 from qwen3ft.training.fused.step import FusedStep
 
 TENSORS = (torch.Tensor, torch.nn.Parameter)
 LENGTHS = (7, 30, 12, 51)
 MIX = (Level.RECOMPUTE_ALL, Level.RECOMPUTE_QKV, Level.KEEP_ALL)
+CPU_OPS = element_wise("cpu")
 # (chunk_tokens, head_groups, offload, loss_chunk_tokens); the row has 128 slots
 SETTINGS = [(10**6, 1, False, 64), (37, 2, True, 29), (37, 1, False, 29), (128, 2, False, 10**6)]
 
@@ -63,7 +64,7 @@ def make_step(
     head_groups: int = 1,
     offload: bool = False,
     loss_chunk_tokens: int = 29,
-    ops: Any = reference,
+    ops: Any = CPU_OPS,
 ) -> FusedStep:
     return FusedStep(
         model,
@@ -269,14 +270,12 @@ def rounded(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Any, Any, Any]:
     """A model in bf16, the same in fp32, and the element-wise functions of the device."""
-    device, ops = request.param, reference
-    if device == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("no CUDA device")
-        from qwen3ft.training.fused import kernels as ops  # type: ignore[no-redef]
+    device = request.param
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
     case = CASES["embedded"]
     model = build(case, tmp_path_factory.mktemp("model"), torch.bfloat16, device)
-    return model, in_fp32(model, case), ops
+    return model, in_fp32(model, case), element_wise(device)
 
 
 @pytest.mark.parametrize("long_tokens", [10**9, 64])

@@ -1,7 +1,7 @@
-"""The fast path of training: a packed Qwen3 step whose forward and backward are written out.
+"""The fused path of training: a packed Qwen3 step with hand-written forward and backward.
 
-The plan (`qwen3ft.planning.fused_search`) decides whether it is taken and how; transformers and
-PEFT are its plain twin, and the model, its adapters and their files are theirs on both paths.
+The plan (`qwen3ft.planning.fused_search`) chooses between it and the plain path, which is that of
+transformers and PEFT. The model, its adapters and their files are theirs on both paths.
 """
 
 from __future__ import annotations
@@ -10,11 +10,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qwen3ft.records.plan import TrainPlan
+    from qwen3ft.training.fused.ops import ElementWise
     from qwen3ft.training.fused.step import FusedStep
 
 
+def element_wise(device: str) -> ElementWise:
+    """Return Triton's kernels for 'cuda', plain torch for 'cpu'.
+
+    Raises:
+        ImportError: on a GPU, Triton is missing.
+    """
+    if device == "cuda":
+        from qwen3ft.training.fused.kernels import TritonOps
+
+        return TritonOps()
+    from qwen3ft.training.fused.reference import ReferenceOps
+
+    return ReferenceOps()
+
+
 def fused_step(model: Any, plan: TrainPlan) -> FusedStep:
-    """The step of `plan` over `model`, a PEFT model; with Triton's kernels on a GPU.
+    """Return the fused step of `plan` over `model`, a PEFT model.
 
     Raises:
         ImportError: on a GPU, Triton is missing.
@@ -23,15 +39,10 @@ def fused_step(model: Any, plan: TrainPlan) -> FusedStep:
     from qwen3ft.planning.workload import workload_of
     from qwen3ft.training.fused.step import FusedStep
 
-    ops: Any
-    if plan.device == "cuda":
-        from qwen3ft.training.fused import kernels as ops
-    else:
-        from qwen3ft.training.fused import reference as ops
     sizes = FusedSizes(workload_of(plan))
     return FusedStep(
         model,
-        ops,
+        element_wise(plan.device),
         lambda tokens: sizes.levels(tokens, plan.memory.activation_bytes),
         loss_chunk_tokens=plan.memory.loss_chunk_tokens,
         chunk_tokens=plan.memory.chunk_tokens,

@@ -1,9 +1,9 @@
 """Causal attention within each sequence of a packed row, and its gradient.
 
-On a GPU these are torch's own kernels: FlashAttention for sequences of varying length (Dao 2023,
-arXiv:2307.08691), the ones `torch.nn.attention.varlen` calls, and cuDNN's for a long sequence that
-has its row for itself, which are much faster on Hopper. Calling them directly gives the backward
-what the step chose to keep. Elsewhere the same is written out, sequence by sequence.
+On a GPU these are torch's kernels, called directly so that the step chooses what to keep:
+FlashAttention for sequences of varying length (Dao 2023, arXiv:2307.08691), as in
+`torch.nn.attention.varlen`, and cuDNN's, which are much faster on Hopper, for long sequences. On a
+CPU they are written out, sequence by sequence.
 """
 
 from __future__ import annotations
@@ -15,18 +15,17 @@ from dataclasses import dataclass
 import torch
 
 LONG_TOKENS = 16384
-"""A sequence of at least this length is worth a call of cuDNN's kernels: they take one at a time
-and are prepared anew for each length, which takes about 0.1 s and is won back in one step from here
-on (`benchmarks/README.md`)."""
+"""Shortest sequence for cuDNN's kernels. They take one sequence at a time and are prepared for each
+length in about 0.1 s, which one step wins back from this length on (`benchmarks/README.md`)."""
 
 
 @dataclass(frozen=True)
 class Segments:
-    """Where the sequences of a packed row lie.
+    """The sequences of a packed row.
 
     Attributes:
-        bounds: int32, (sequences + 1,), on the device: where each begins, and the row's end.
-        longest: Tokens of the longest.
+        bounds: int32, (sequences + 1,), on the device: start of each, and the end of the row.
+        longest: Tokens of the longest sequence.
         host_bounds: `bounds` as plain numbers.
     """
 
@@ -35,11 +34,11 @@ class Segments:
     host_bounds: tuple[int, ...]
 
     def slices(self) -> list[slice]:
-        """The tokens of each sequence."""
+        """Return the tokens of each sequence."""
         return [slice(start, end) for start, end in itertools.pairwise(self.host_bounds)]
 
     def has_long(self) -> bool:
-        """Whether sequences are to be attended to one by one: most tokens are of long ones."""
+        """Return True if most tokens are of long sequences, which are then computed one by one."""
         of_long = sum(
             end - start
             for start, end in itertools.pairwise(self.host_bounds)
@@ -48,9 +47,9 @@ class Segments:
         return 2 * of_long > self.host_bounds[-1]
 
     def part(self, rows: slice) -> Segments:
-        """One of the sequences by itself."""
+        """Return one of the sequences as a row of its own."""
         tokens = rows.stop - rows.start
-        # Made on the device: to copy it there would wait for all that is queued.
+        # Made on the device: copying it there would wait for all queued work.
         bounds = torch.arange(2, dtype=torch.int32, device=self.bounds.device) * tokens
         return Segments(bounds, tokens, (0, tokens))
 
@@ -58,16 +57,17 @@ class Segments:
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal softmax(q k / sqrt(head_dim)) v in each sequence.
+    """Compute causal softmax(q k / sqrt(head_dim)) v in each sequence.
 
     Args:
         q: (T, query heads, head_dim).
-        k: (T, key-value heads, head_dim); each serves as many query heads, one after the other.
-        v: The same.
+        k: (T, key-value heads, head_dim); each serves a group of neighbouring query heads.
+        v: (T, key-value heads, head_dim).
         segments: The sequences.
 
     Returns:
-        The output, like q, dense; and the log-sum-exp of each query's scores, (query heads, T).
+        The output, dense and of q's shape, and the log-sum-exp of each query's scores,
+        (query heads, T).
     """
     if not q.is_cuda:
         return _attend_plainly(q, k, v, segments)
@@ -101,15 +101,15 @@ def attend_backward(
     log_sum_exp: torch.Tensor,
     segments: Segments,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `attend` with respect to q, k and v.
+    """Return the gradients of `attend` with respect to q, k and v.
 
     Args:
-        d_out: Of the output, like it.
-        q: As it was given.
-        k: As it was given.
-        v: As it was given.
-        out: What `attend` returned.
-        log_sum_exp: The same.
+        d_out: Gradient of the output, (T, query heads, head_dim).
+        q: Argument of `attend`.
+        k: Argument of `attend`.
+        v: Argument of `attend`.
+        out: Output of `attend`.
+        log_sum_exp: Output of `attend`.
         segments: The sequences.
     """
     if not q.is_cuda:
@@ -152,13 +152,13 @@ def attend_backward(
 
 
 def _has_cudnn(q: torch.Tensor) -> bool:
-    """Whether cuDNN's kernels for Hopper and newer cards are there."""
+    """Return True if cuDNN's kernels for Hopper and newer GPUs are available."""
     available: bool = torch.backends.cudnn.is_available()  # type: ignore[no-untyped-call]
     return available and torch.cuda.get_device_capability(q.device) >= (9, 0)
 
 
 def _cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`attend` for one sequence."""
+    """Compute `attend` for one sequence."""
     out, log_sum_exp, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
         _heads_first(q), _heads_first(k), _heads_first(v), None, True, 0.0, True, False
     )
@@ -173,7 +173,7 @@ def _cudnn_backward(
     out: torch.Tensor,
     log_sum_exp: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`attend_backward` for one sequence."""
+    """Compute `attend_backward` for one sequence."""
     unused = torch.zeros((), dtype=torch.int64, device=q.device)  # the state of dropout
     gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
         *(_heads_first(t) for t in (d_out, q, k, v, out)),
@@ -193,7 +193,7 @@ def _cudnn_backward(
 
 
 def _heads_first(heads: torch.Tensor) -> torch.Tensor:
-    """(tokens, heads, d) as a view of (1, heads, tokens, d)."""
+    """Return (tokens, heads, d) as a view of (1, heads, tokens, d)."""
     return heads.transpose(0, 1)[None]
 
 
@@ -233,7 +233,7 @@ def _attend_backward_plainly(
 
 
 def _scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """Masked scores of one sequence in fp32, (query heads, tokens, tokens)."""
+    """Return the masked scores of one sequence in fp32, (query heads, tokens, tokens)."""
     keys = _per_query_head(k, q).transpose(1, 2)
     scores = q.float().transpose(0, 1) @ keys / math.sqrt(q.shape[-1])
     later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
@@ -241,13 +241,13 @@ def _scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
 
 
 def _per_query_head(heads: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """(tokens, key-value heads, d) in fp32 as (query heads, tokens, d)."""
+    """Repeat (tokens, key-value heads, d) to fp32 (query heads, tokens, d)."""
     repeated = heads.float().repeat_interleave(q.shape[1] // heads.shape[1], dim=1)
     return repeated.transpose(0, 1)
 
 
 def _per_key_head(gradient: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
-    """(query heads, tokens, d) summed into (tokens, key-value heads, d)."""
+    """Sum (query heads, tokens, d) to (tokens, key-value heads, d)."""
     count = heads.shape[1]
     grouped = gradient.view(count, len(gradient) // count, *gradient.shape[1:])
     return grouped.sum(1).transpose(0, 1)

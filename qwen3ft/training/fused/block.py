@@ -1,12 +1,11 @@
-"""One Qwen3 block of a packed row: what it keeps for its backward, and the backward itself.
+"""Forward and backward of one Qwen3 block over a packed row.
 
     x_mid = x + o(attend(rotate(norm(q)), rotate(norm(k)), v))     q, k, v = qkv(norm(x))
     y = x_mid + down(silu(gate) * up)                              gate, up = gate_up(norm(x_mid))
 
-A level (`qwen3ft.planning.recompute`) says what of this is kept. Norms, rotations and silu(gate) *
-up are always computed again: they cost little and would take more room than all else. Everything
-but attention is done for a chunk of tokens at a time, so the wide intermediates of a long sequence
-never exist whole.
+A level (`qwen3ft.planning.recompute`) determines what is kept. Norms, rotations and silu(gate) * up
+are always recomputed: they are cheap and would take the most memory. All but attention is computed
+for a chunk of tokens at a time, so the wide intermediates of a long row never exist whole.
 """
 
 from __future__ import annotations
@@ -20,25 +19,25 @@ import torch
 from qwen3ft.planning.recompute import Level
 from qwen3ft.training.fused.attention import Segments, attend, attend_backward
 from qwen3ft.training.fused.kept import Kept
+from qwen3ft.training.fused.ops import ElementWise
 from qwen3ft.training.fused.projections import (
     AdapterGradient,
-    ElementWise,
     SharedInput,
     SingleProjection,
 )
 
 
 @dataclass(frozen=True)
-class Row:
-    """What all blocks share about a packed row of T tokens.
+class PackedRow:
+    """A packed row of T tokens, as all blocks see it.
 
     Attributes:
         segments: Its sequences.
         cos: fp32, (T, head_dim / 2).
-        sin: The same.
-        chunk_tokens: Tokens of the wide intermediates that exist at one time.
-        head_groups: In how many parts the gradient of attention is computed; divides the number
-            of key-value heads.
+        sin: fp32, (T, head_dim / 2).
+        chunk_tokens: Tokens whose wide intermediates exist at a time.
+        head_groups: Number of parts in which attention is computed; divides the number of
+            key-value heads.
     """
 
     segments: Segments
@@ -48,14 +47,14 @@ class Row:
     head_groups: int = 1
 
     def chunks(self) -> Iterator[slice]:
-        """Slices of tokens, in order."""
+        """Yield slices of tokens, in order."""
         tokens = len(self.cos)
         for start in range(0, tokens, self.chunk_tokens):
             yield slice(start, min(start + self.chunk_tokens, tokens))
 
 
 class FusedBlock:
-    """The forward and backward of `block`, a `Qwen3DecoderLayer` with PEFT's adapters."""
+    """Forward and backward of `block`, a `Qwen3DecoderLayer` with PEFT's adapters."""
 
     def __init__(self, block: Any, ops: ElementWise) -> None:
         attention, mlp = block.self_attn, block.mlp
@@ -73,15 +72,13 @@ class FusedBlock:
 
     @property
     def groups(self) -> tuple[SharedInput, SingleProjection, SharedInput, SingleProjection]:
-        """The projections, in the order of `backward`'s gradients."""
+        """Projections, in the order of the gradients of `backward`."""
         return self.qkv, self.o, self.gate_up, self.down
 
-    def reserve(self, tokens: int, row: Row, level: Level) -> Kept:
-        """Room for what `level` keeps, not initialised, but for what attention returns.
-
-        Taken for all blocks before the first runs: the allocator then has no holes between kept
-        tensors that a larger one does not fit into.
-        """
+    def reserve(self, tokens: int, row: PackedRow, level: Level) -> Kept:
+        """Allocate, uninitialised, what `level` keeps, except the output of attention."""
+        # For all blocks before the first runs, so that the allocator has no holes between kept
+        # tensors into which a larger one does not fit.
         new = self.qkv.a.new_empty
         kept = Kept(None)
         if level < Level.RECOMPUTE_O:
@@ -92,13 +89,13 @@ class FusedBlock:
             kept.gate_up = self.reserve_gate_up(row)
         return kept
 
-    def reserve_gate_up(self, row: Row) -> list[torch.Tensor]:
-        """Room for gate and up of each chunk."""
+    def reserve_gate_up(self, row: PackedRow) -> list[torch.Tensor]:
+        """Allocate gate and up of each chunk."""
         sizes = (chunk.stop - chunk.start for chunk in row.chunks())
         return [self.gate_up.a.new_empty(size, self.gate_up.out_features) for size in sizes]
 
     def forward(
-        self, x: torch.Tensor, row: Row, level: Level, kept: Kept, out: torch.Tensor
+        self, x: torch.Tensor, row: PackedRow, level: Level, kept: Kept, out: torch.Tensor
     ) -> None:
         """Write the block's output into `out`, (T, hidden), and what `level` keeps into `kept`."""
         kept.x = x
@@ -113,14 +110,14 @@ class FusedBlock:
         del attended
         kept.activated_low = self._mlp(x_mid, row, kept.gate_up, out)
 
-    def backward(self, d_extended: torch.Tensor, kept: Kept, row: Row) -> list[torch.Tensor]:
-        """Gradients of the adapters' parameters, in fp32, those of B without their factor.
+    def backward(self, d_extended: torch.Tensor, kept: Kept, row: PackedRow) -> list[torch.Tensor]:
+        """Return the adapters' gradients in fp32, those of B without the factor s.
 
         Args:
-            d_extended: Gradient of the output, (T, hidden + rank), its last columns being room for
-                products with adapters; overwritten with the gradient of the input.
-            kept: From `forward`; emptied.
-            row: As it was given to `forward`.
+            d_extended: Gradient of the output, (T, hidden + rank), with room for products with the
+                adapters in the last columns; overwritten with the gradient of the input.
+            kept: Tensors that `forward` kept; emptied.
+            row: The packed row.
         """
         assert kept.x is not None
         if kept.attended is None:
@@ -141,8 +138,10 @@ class FusedBlock:
         kept.qkv = None
         return [*self.qkv.gradients(qkv_total), *self.o.gradients(o_total), *mlp_gradients]
 
-    def _project(self, x: torch.Tensor, row: Row, out: torch.Tensor | None = None) -> torch.Tensor:
-        """q, k and v, (T, features of all heads)."""
+    def _project(
+        self, x: torch.Tensor, row: PackedRow, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return q, k and v, (T, features of all heads)."""
         weight = self.qkv.weight()
         qkv = x.new_empty(len(x), self.qkv.out_features) if out is None else out
         for chunk in row.chunks():
@@ -150,7 +149,7 @@ class FusedBlock:
         return qkv
 
     def _normed(self, norm: Any, x: torch.Tensor, group: SharedInput) -> torch.Tensor:
-        """norm(x) as `group` reads it."""
+        """Return norm(x) in the layout that `group` reads."""
         extended = group.new_input(len(x))
         self.ops.rms_norm(x, norm.weight, norm.variance_epsilon, extended[:, : group.in_features])
         group.extend(extended)
@@ -162,8 +161,8 @@ class FusedBlock:
         d_x = d_extended[:, : x.shape[1]]
         self.ops.rms_norm_backward(d_normed, x, norm.weight, norm.variance_epsilon, d_x)
 
-    def _attend(self, qkv: torch.Tensor, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output of attention, (T, query heads, head_dim), and its log-sum-exp, (heads, T)."""
+    def _attend(self, qkv: torch.Tensor, row: PackedRow) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return attention's output, (T, query heads, head_dim), and log-sum-exp, (heads, T)."""
         groups = self._groups(row, *self._heads(qkv))
         parts = [self._attend_heads(q, k, v, row) for q, k, v in groups]
         if len(parts) == 1:
@@ -172,31 +171,28 @@ class FusedBlock:
         return torch.cat(outs, dim=1), torch.cat(log_sum_exps)
 
     def _attend_heads(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, row: Row
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, row: PackedRow
     ) -> tuple[torch.Tensor, torch.Tensor]:
         q, k = self._rotated(self.q_norm, q, row), self._rotated(self.k_norm, k, row)
         return attend(q, k, v, row.segments)
 
-    def _groups(self, row: Row, *heads: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Tensors of (T, heads, head_dim) split by heads into `row.head_groups` parts."""
+    def _groups(self, row: PackedRow, *heads: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Split tensors of (T, heads, head_dim) by heads into `row.head_groups` parts."""
         return zip(*(tensor.chunk(row.head_groups, dim=1) for tensor in heads), strict=True)
 
     def _heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q, k and v as views of (T, heads, head_dim)."""
+        """Return q, k and v as views of (T, heads, head_dim)."""
         heads = qkv.view(len(qkv), -1, self.head_dim)
         keys = self.query_heads + self.key_heads
         return heads[:, : self.query_heads], heads[:, self.query_heads : keys], heads[:, keys:]
 
-    def _rotated(self, norm: Any, heads: torch.Tensor, row: Row) -> torch.Tensor:
-        rotated: torch.Tensor = self.ops.norm_rotate(
-            heads, norm.weight, row.cos, row.sin, norm.variance_epsilon
-        )
-        return rotated
+    def _rotated(self, norm: Any, heads: torch.Tensor, row: PackedRow) -> torch.Tensor:
+        return self.ops.norm_rotate(heads, norm.weight, row.cos, row.sin, norm.variance_epsilon)
 
     def _attention_backward(
-        self, d_extended: torch.Tensor, kept: Kept, row: Row
+        self, d_extended: torch.Tensor, kept: Kept, row: PackedRow
     ) -> AdapterGradient:
-        """Overwrite `kept.qkv` with its gradient; returns those of o's adapter."""
+        """Overwrite `kept.qkv` with its gradient; return that of o's adapter."""
         assert kept.qkv is not None
         assert kept.attended is not None
         assert kept.log_sum_exp is not None
@@ -225,22 +221,26 @@ class FusedBlock:
         return total
 
     def _rotated_backward(
-        self, norm: Any, d_out: torch.Tensor, heads: torch.Tensor, row: Row
+        self, norm: Any, d_out: torch.Tensor, heads: torch.Tensor, row: PackedRow
     ) -> None:
         self.ops.norm_rotate_backward(
             d_out, heads, norm.weight, row.cos, row.sin, norm.variance_epsilon
         )
 
     def _mlp(
-        self, x_mid: torch.Tensor, row: Row, kept: list[torch.Tensor] | None, out: torch.Tensor
+        self,
+        x_mid: torch.Tensor,
+        row: PackedRow,
+        kept: list[torch.Tensor] | None,
+        out: torch.Tensor,
     ) -> torch.Tensor:
-        """Write its output into `out`, and gate and up into `kept`; returns products with down's A.
+        """Compute the MLP; return the products of its inner activation with down's A, (T, rank).
 
         Args:
-            x_mid: Its input, (T, hidden).
+            x_mid: Input, (T, hidden).
             row: The packed row.
-            kept: Room for gate and up of each chunk, or None where they are dropped.
-            out: (T, hidden).
+            kept: Target for gate and up of each chunk; None to drop them.
+            out: Target for the output, (T, hidden).
         """
         wide, narrow = self.gate_up.weight(), self.down.weight()
         lows = []
@@ -252,11 +252,13 @@ class FusedBlock:
             self.ops.silu_mul(gate_up, activated)
             del gate_up
             lows.append(self.down.forward(activated, narrow, x_mid[chunk], out=out[chunk])[1])
-            del activated  # before that of the next chunk is made
+            del activated  # before that of the next chunk is allocated
         return torch.cat(lows)
 
-    def _mlp_backward(self, d_extended: torch.Tensor, kept: Kept, row: Row) -> list[torch.Tensor]:
-        """Gradients of the MLP's adapters; `d_extended` becomes that of `x_mid`."""
+    def _mlp_backward(
+        self, d_extended: torch.Tensor, kept: Kept, row: PackedRow
+    ) -> list[torch.Tensor]:
+        """Return the gradients of the MLP's adapters; turn `d_extended` into that of `x_mid`."""
         assert kept.x_mid is not None
         assert kept.activated_low is not None
         wide, narrow = self.gate_up.weight(), self.down.weight()
@@ -270,7 +272,7 @@ class FusedBlock:
                 gate_up, kept.gate_up[index] = kept.gate_up[index], x_mid[:0]
             d_activated = self.down.input_gradient(d_chunk, narrow)
             self.ops.silu_mul_backward(d_activated, gate_up)
-            activated, d_gate_up = d_activated, gate_up  # what they hold from here on
+            activated, d_gate_up = d_activated, gate_up  # overwritten by these
             self.down.adapter_gradient(d_chunk, activated, kept.activated_low[chunk], narrow_total)
             del activated, d_activated
             d_normed = self.gate_up.backward(d_gate_up, extended, wide, wide_total)

@@ -1,4 +1,4 @@
-"""What a block keeps from its forward for its backward, on the device or in host memory."""
+"""Tensors that a block keeps from forward to backward, on the device or in host memory."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from qwen3ft.training.fused.offload import HostStash, Stashed
 
 @dataclass
 class Kept:
-    """What a block keeps; None is computed again.
+    """Tensors that a block keeps; those that are None are recomputed.
 
     Attributes:
-        x: The block's input, (T, hidden).
-        qkv: Before norms and rotation, (T, (query + 2 key-value heads) x head_dim).
+        x: Input of the block, (T, hidden).
+        qkv: q, k and v before norms and rotation, (T, (query + 2 key-value heads) x head_dim).
         attended: Output of attention, (T, query heads, head_dim).
-        log_sum_exp: Of its scores, (query heads, T).
-        attended_low: Its product with o's A, (T, rank).
-        x_mid: Between attention and MLP, (T, hidden).
-        gate_up: (chunk, 2 x intermediate) of each chunk.
+        log_sum_exp: Log-sum-exp of attention's scores, (query heads, T).
+        attended_low: Product of `attended` with o's A, (T, rank).
+        x_mid: Hidden states between attention and MLP, (T, hidden).
+        gate_up: gate and up of each chunk, (chunk, 2 x intermediate).
         activated_low: Product of the MLP's inner activation with down's A, (T, rank).
-        offloaded: Of these, by name, those that wait in host memory; gate_up chunk by chunk.
+        offloaded: Tensors in host memory, by name; gate_up has one per chunk.
     """
 
     x: torch.Tensor | None
@@ -37,7 +37,7 @@ class Kept:
     offloaded: dict[str, list[Stashed]] = field(default_factory=dict)
 
     def offload(self, stash: HostStash, names: tuple[str, ...]) -> None:
-        """Have those of `names` that are kept wait in host memory."""
+        """Move those of `names` that are kept to host memory."""
         kept = {name: value for name in names if (value := getattr(self, name)) is not None}
         tensors = {name: v if isinstance(v, list) else [v] for name, v in kept.items()}
         stashed = iter(stash.put(list(itertools.chain.from_iterable(tensors.values()))))
@@ -46,12 +46,12 @@ class Kept:
             setattr(self, name, None)
 
     def fetch(self, stash: HostStash) -> None:
-        """Start the way back of what waits in host memory."""
+        """Start copying offloaded tensors back to the device."""
         for stashed in itertools.chain.from_iterable(self.offloaded.values()):
             stash.fetch(stashed)
 
     def take_back(self, stash: HostStash) -> None:
-        """Have everything on the device again."""
+        """Wait for offloaded tensors, and put them in their places."""
         for name, stashed in self.offloaded.items():
             tensors = [stash.take(each) for each in stashed]
             setattr(self, name, tensors if name == "gate_up" else tensors[0])

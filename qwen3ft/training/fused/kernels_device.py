@@ -1,9 +1,7 @@
-"""What runs on the GPU: the Triton programs that `qwen3ft.training.fused.kernels` launches.
+"""Element-wise Triton kernels, launched by `qwen3ft.training.fused.kernels`.
 
-A program is one tile of the grid. Strides and sizes count numbers, not bytes; where there is a
-`unit`, strides count so many numbers. `tl.constexpr` arguments are compiled in: what is the same at
-each step of a training. Of all else nothing is, or a row of other length would be compiled anew;
-but whether a kernel loads 16 bytes at a time hangs on how rows are aligned: hence `unit`.
+A program computes one tile of the grid. Sizes count numbers, not bytes; strides count units of
+`unit` numbers.
 """
 
 # mypy: disable-error-code="untyped-decorator"
@@ -12,9 +10,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# `tl.constexpr` arguments are those that stay the same during a training. Nothing else is
+# specialised, or each new row length would compile again. Only the alignment of rows must be known,
+# for loads of 16 bytes at a time: hence `unit`.
+
 
 @triton.jit(do_not_specialize=["x_stride", "out_stride"])
-def rms_norm(
+def rms_norm_kernel(
     x: tl.tensor,
     weight: tl.tensor,
     out: tl.tensor,
@@ -25,7 +27,7 @@ def rms_norm(
     unit: tl.constexpr,
     tile: tl.constexpr,
 ) -> None:
-    """One row."""
+    """Compute one row."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, tile)
     inside = column < hidden
@@ -37,7 +39,7 @@ def rms_norm(
 
 
 @triton.jit(do_not_specialize=["d_out_stride", "x_stride", "d_x_stride"])
-def rms_norm_backward(
+def rms_norm_backward_kernel(
     d_out: tl.tensor,
     x: tl.tensor,
     weight: tl.tensor,
@@ -50,7 +52,7 @@ def rms_norm_backward(
     unit: tl.constexpr,
     tile: tl.constexpr,
 ) -> None:
-    """One row."""
+    """Compute one row."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, tile)
     inside = column < hidden
@@ -69,7 +71,7 @@ def rms_norm_backward(
 
 
 @triton.jit(do_not_specialize=["token_stride", "head_stride", "cos_stride", "sin_stride", "rows"])
-def norm_rotate(
+def norm_rotate_kernel(
     heads: tl.tensor,
     weight: tl.tensor,
     cos: tl.tensor,
@@ -86,7 +88,7 @@ def norm_rotate(
     half: tl.constexpr,
     tile: tl.constexpr,
 ) -> None:
-    """`tile` of the `rows` heads of all tokens, of which each has `count`; in their two halves."""
+    """Compute `tile` of the `rows` heads of all tokens (`count` each), in their two halves."""
     row = tl.program_id(0) * tile + tl.arange(0, tile)
     column = tl.arange(0, half)[None, :]
     inside = (row < rows)[:, None]
@@ -118,7 +120,7 @@ def norm_rotate(
         "rows",
     ]
 )
-def norm_rotate_backward(
+def norm_rotate_backward_kernel(
     d_out: tl.tensor,
     heads: tl.tensor,
     weight: tl.tensor,
@@ -137,7 +139,7 @@ def norm_rotate_backward(
     half: tl.constexpr,
     tile: tl.constexpr,
 ) -> None:
-    """Tiles as in `norm_rotate`."""
+    """Tiles as in `norm_rotate_kernel`."""
     row = tl.program_id(0) * tile + tl.arange(0, tile)
     column = tl.arange(0, half)[None, :]
     inside = (row < rows)[:, None]
@@ -151,7 +153,7 @@ def norm_rotate_backward(
     cosine = tl.load(cos + (token * (cos_stride * unit))[:, None] + column, mask=inside, other=0)
     sine = tl.load(sin + (token * (sin_stride * unit))[:, None] + column, mask=inside, other=0)
 
-    # The transposed rotation, then the gradient of the norm as in `rms_norm_backward`.
+    # The transposed rotation, then the gradient of the norm as in `rms_norm_backward_kernel`.
     scaled_first = d_first * cosine + d_second * sine
     scaled_second = d_second * cosine - d_first * sine
     scaled_first *= tl.load(weight + column).to(tl.float32)
@@ -167,7 +169,7 @@ def norm_rotate_backward(
 
 
 @triton.jit(do_not_specialize=["stride", "out_stride"])
-def silu_mul(
+def silu_mul_kernel(
     gate_up: tl.tensor,
     out: tl.tensor,
     stride: tl.tensor,
@@ -177,7 +179,7 @@ def silu_mul(
     unit: tl.constexpr,
     tile: tl.constexpr,
 ) -> None:
-    """One of the `tiles` of a row, whose gate is `size` wide."""
+    """Compute one of the `tiles` of a row, whose gate is `size` wide."""
     row = (tl.program_id(0) // tiles).to(tl.int64)
     column = tl.program_id(0) % tiles * tile + tl.arange(0, tile)
     inside = column < size
@@ -189,7 +191,7 @@ def silu_mul(
 
 
 @triton.jit(do_not_specialize=["d_out_stride", "stride"])
-def silu_mul_backward(
+def silu_mul_backward_kernel(
     d_out: tl.tensor,
     gate_up: tl.tensor,
     d_out_stride: tl.tensor,
@@ -199,7 +201,7 @@ def silu_mul_backward(
     unit: tl.constexpr,
     tile: tl.constexpr,
 ) -> None:
-    """Tiles as in `silu_mul`."""
+    """Tiles as in `silu_mul_kernel`."""
     row = (tl.program_id(0) // tiles).to(tl.int64)
     column = tl.program_id(0) % tiles * tile + tl.arange(0, tile)
     inside = column < size
@@ -218,7 +220,7 @@ def silu_mul_backward(
 
 
 @triton.jit(do_not_specialize=["stride"])
-def cross_entropy(
+def cross_entropy_kernel(
     logits: tl.tensor,
     targets: tl.tensor,
     losses: tl.tensor,
@@ -228,15 +230,15 @@ def cross_entropy(
     steps: tl.constexpr,
     tile: tl.constexpr,
 ) -> None:
-    """One row, in `steps` of `tile` times eight numbers."""
+    """Compute one row, in `steps` of `tile` times eight numbers."""
     row = tl.program_id(0).to(tl.int64)
     start = logits + row * (stride * unit)
     target = tl.load(targets + row)
     chosen = tl.load(start + target).to(tl.float32)
     column = tl.arange(0, tile)[:, None] * 8 + tl.arange(0, 8)[None, :]
 
-    # Eight neighbours lie in one thread, so each keeps a maximum and a sum of its own: threads wait
-    # for each other once a row. Finite at first, lest an empty step subtract infinities.
+    # Eight neighbours lie in one thread, which keeps its own maximum and sum: threads synchronise
+    # once a row. The first maximum is finite, so that an empty step does not subtract infinities.
     most = tl.full((tile,), -3.0e38, tl.float32)
     total = tl.zeros((tile,), tl.float32)
     for step in range(steps):
@@ -249,7 +251,7 @@ def cross_entropy(
     mass = tl.sum(total * tl.exp(most - highest), axis=0)
     tl.store(losses + row, (highest - chosen) + tl.log(mass))
 
-    # Backwards: what was read last is still in the cache.
+    # Backwards, because what was read last is still in the cache.
     inverse = 1 / mass
     for back in range(steps):
         at = (steps - 1 - back) * tile * 8 + column

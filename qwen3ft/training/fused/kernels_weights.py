@@ -1,10 +1,6 @@
-"""The Triton program that dequantises a group of 4-bit weights, adapters and all, in one launch.
+"""The Triton kernel that dequantises a group of 4-bit weights and copies their adapters.
 
-A program is one tile of one weight, or copies a part of the adapters. At Qwen3's sizes a launch
-moves few enough bytes to take 3 to 30 us, so what limits it, besides memory, is how many
-instructions a number takes: each is looked up in shared memory (16 values, so the threads of a warp
-never want different words of one bank), not in global memory, whose addresses take longer to make
-than the values; and each block's constant is made once, not by every thread that needs it.
+A program computes one tile of one weight, or copies a part of the adapters.
 """
 
 # mypy: disable-error-code="untyped-decorator"
@@ -13,13 +9,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# At Qwen3's sizes a launch takes 3 to 30 us, limited by memory and by the instructions for each
+# number. So values are looked up in shared memory: computing addresses in global memory would take
+# longer than the values, and 16 values have no bank conflicts. A block's constant is computed once,
+# not by every thread that needs it.
+
 TILE_ROWS = 32
 TILE_WORDS = 64
 WARPS = 8
 
 
 @triton.jit(do_not_specialize=["rows_0", "rows_1", "rows_2", "below_rows", "out_stride"])
-def dequantize(
+def dequantize_kernel(
     packed_0: tl.tensor,
     code_0: tl.tensor,
     absmax_0: tl.tensor,
@@ -55,8 +56,8 @@ def dequantize(
     tile_rows: tl.constexpr,
     tile_words: tl.constexpr,
 ) -> None:
-    """Three weights below each other, the last of which may have no rows; `words`: of a row."""
-    # Which weight this tile of rows is of, and where that begins: in tiles, and in rows of `out`.
+    """Write three weights below each other, the last perhaps with no rows; a row has `words`."""
+    # Find the weight of this tile of rows, and its start: in tiles, and in rows of `out`.
     tile = tl.program_id(1)
     tiles_0, tiles_1 = tl.cdiv(rows_0, tile_rows), tl.cdiv(rows_1, tile_rows)
     tiles_2 = tl.cdiv(rows_2, tile_rows)
@@ -106,7 +107,7 @@ def dequantize(
             target += words * 8
             _copy(beside, end, target, stride, rows - first, 0, end, steps, tile_rows)
     else:
-        # One dimension for rows and words, so that the threads of a warp write along a row.
+        # One dimension for rows and words makes the threads of a warp write along a row.
         flat = tl.arange(0, tile_rows * tile_words)
         row, column = flat // tile_words, tl.program_id(0) * tile_words + flat % tile_words
         inside = (row < rows - first) & (column < words)
@@ -130,7 +131,7 @@ def dequantize(
         constant = tl.broadcast_to(constant[:, None], (blocks, block_words))
         constant = constant.reshape(tile_rows * tile_words)
 
-        # Bytes in the order of memory, of each the high nibble first: 4, 0, 12, 8, ...
+        # Bytes are in memory order, with the high nibble first: shifts of 4, 0, 12, 8, ...
         number = tl.arange(0, 8)
         nibble = (word[:, None] >> (4 * (number ^ 1))[None, :]) & 15
         value = tl.gather(table, nibble.reshape(tile_rows * tile_words * 8), 0)
@@ -153,7 +154,7 @@ def _constants(
     tile_rows: tl.constexpr,
     tile_blocks: tl.constexpr,
 ) -> tl.tensor:
-    """Those of a tile, which begins at the row `first`; a row of the weight has `blocks`."""
+    """Return the constants of a tile that begins at row `first`; a row has `blocks`."""
     flat = tl.arange(0, tile_rows * tile_blocks)
     row, column = flat // tile_blocks, tl.program_id(0) * tile_blocks + flat % tile_blocks
     inside = (row < rows) & (column < blocks)
@@ -178,10 +179,8 @@ def _copy(
     steps: tl.constexpr,
     tile_rows: tl.constexpr,
 ) -> None:
-    """64 columns a step from `begin` on, but none from `end` on.
-
-    More at a time would take registers from the other programs.
-    """
+    """Copy the columns from `begin` to before `end`, 64 a step."""
+    # More at a time would take registers from the other programs.
     row = tl.arange(0, tile_rows)[:, None]
     for step in range(steps):
         column = begin + step * 64 + tl.arange(0, 64)[None, :]

@@ -1,7 +1,7 @@
-"""What blocks keep, waiting in pinned host memory; copies run beside the computation.
+"""Offloading of kept tensors to pinned host memory, with copies that overlap the computation.
 
-A block's tensors leave on a stream of their own while the next block runs, and come back while the
-blocks after their own are in their backward. Nothing here waits on the host.
+A block's tensors are copied out on a separate stream while the next block runs forward, and back
+while later blocks run backward. The host waits for nothing.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from qwen3ft.errors import OutOfMemoryError
 from qwen3ft.units import MIB, size_text
 
 SLAB_BYTES = 64 * MIB
-"""Pinned memory is taken in pieces of this: torch rounds requests up to a power of two."""
+"""Size of one allocation of pinned memory, because torch rounds up to powers of two."""
 
 ALIGNMENT_BYTES = 512
 
 
 @dataclass
 class Stashed:
-    """A tensor in host memory, and on its way back once that was asked for."""
+    """A tensor in host memory, and its copy on the device once it is requested."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -34,10 +34,10 @@ class Stashed:
 
 
 class HostStash:
-    """Host memory for tensors of one device, one behind the other; empty again after each backward.
+    """Stack of tensors in host memory; empty again after each backward.
 
     Args:
-        device: Of the tensors; on a CPU copies are made at once.
+        device: Device of the tensors; on a CPU they are copied at once.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -51,16 +51,16 @@ class HostStash:
 
     @property
     def pinned_bytes(self) -> int:
-        """Host memory taken so far; it stays for later steps."""
+        """Host memory allocated so far; it is reused by later steps."""
         return len(self._slabs) * SLAB_BYTES
 
     def put(self, tensors: Sequence[torch.Tensor]) -> list[Stashed]:
-        """Start the way out of a block's tensors.
+        """Start copying a block's tensors out.
 
-        Those of the block before may still be leaving; what is queued later waits for older ones.
+        Those of the previous block may still be copying; work queued later waits for older ones.
 
         Raises:
-            OutOfMemoryError: of the domain host: no more pinned memory is to be had.
+            OutOfMemoryError: of the domain host: no more pinned memory is available.
         """
         sources = [tensor.reshape(-1).view(torch.uint8) for tensor in tensors]
         stashed = [
@@ -78,11 +78,11 @@ class HostStash:
         return stashed
 
     def settle(self) -> None:
-        """Free what has left: what is queued from here on waits until it has."""
+        """Free the tensors copied out; work queued from now on waits for the copies."""
         self._let_go(0)
 
     def fetch(self, stashed: Stashed) -> None:
-        """Start the way back."""
+        """Start copying a tensor back."""
         self.settle()
         stashed.returned = torch.empty(stashed.shape, dtype=stashed.dtype, device=self._device)
         if self._stream is None:
@@ -94,14 +94,14 @@ class HostStash:
         stashed.arrived = self._stream.record_event()
 
     def take(self, stashed: Stashed) -> torch.Tensor:
-        """The tensor, back on the device."""
+        """Return the tensor on the device."""
         if stashed.returned is None:
             self.fetch(stashed)
         if stashed.arrived is not None:
             torch.cuda.current_stream(self._device).wait_event(stashed.arrived)
         self._waiting -= 1
         if not self._waiting:
-            # The next way out runs on the same stream, so after this copy.
+            # Later copies to this memory run on the same stream, so after this one.
             self._used_bytes = 0
         assert stashed.returned is not None
         return stashed.returned
@@ -119,8 +119,8 @@ class HostStash:
             return torch.empty(SLAB_BYTES, dtype=torch.uint8, pin_memory=self._stream is not None)
         except RuntimeError as error:
             raise OutOfMemoryError(
-                f"The host gave {size_text(self.pinned_bytes)} of pinned memory and no more.",
-                why=f"Activations wait there ({str(error)[:200]}).",
+                f"The host gave {size_text(self.pinned_bytes)} of pinned memory and refused more.",
+                why=f"Offloaded activations need it ({str(error)[:200]}).",
                 next_command="qwen3ft plan --set gradient_checkpointing=on",
                 domain="host",
             ) from error
@@ -137,7 +137,7 @@ class HostStash:
             target[part].copy_(slab, non_blocking=True)
 
     def _parts(self, stashed: Stashed) -> Iterator[tuple[torch.Tensor, slice]]:
-        """Pieces of slabs, and the bytes of the tensor that each holds."""
+        """Yield pieces of slabs, and the bytes of the tensor in each."""
         position = stashed.start
         end = stashed.start + stashed.size_bytes
         while position < end:
@@ -148,7 +148,7 @@ class HostStash:
             position += size
 
     def _let_go(self, most: int) -> None:
-        """Free what left, all but the newest `most` blocks: later work waits until it is out."""
+        """Free the tensors copied out, except those of the newest `most` blocks."""
         while len(self._leaving) > most:
             _, left = self._leaving.popleft()
             torch.cuda.current_stream(self._device).wait_event(left)

@@ -1,58 +1,45 @@
-"""Frozen 4-bit projections with low-rank adapters: products and gradients written out.
+"""Frozen 4-bit projections with low-rank adapters: products and gradients.
 
 y = x W' + s (x A') B' (LoRA, Hu et al. 2021, arXiv:2106.09685; ' transposes, s = alpha / r). W is
-dequantised once for all products of a pass with it. The adapter's products ride along with W's as a
-few more columns or rows of the dequantised matrix, because reading a wide activation a second time
-for them costs more than they do themselves:
+dequantised once per pass. The adapter's products are computed with W's, as a few more columns or
+rows of the dequantised matrix, because reading a wide activation again would cost more:
 
 - `SharedInput`, projections of one input (q, k, v; gate, up): the input is stored as [x | x A'],
   the weight as [W | s B], so one product gives y, and dy [W | s B] = [dx of W | d(x A')].
 - `SingleProjection` (o; down), wide in and narrow out: the gradient is stored as [dy | dy s B],
   the weight as [W ; A] below each other, so one product gives all of dx.
 
-Ranks are padded with zeros to a multiple of 8, so that rows stay aligned for tensor cores.
-Gradients of A and B are summed in fp32; those of B still lack the factor s.
+Ranks are zero-padded to a multiple of 8, so that rows stay aligned for tensor cores. Gradients of A
+and B are summed in fp32; those of B lack the factor s.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from qwen3ft.planning.recompute import padded_rank
+from qwen3ft.training.fused.ops import ElementWise
 from qwen3ft.training.fused.weights import FourBitWeight
-
-
-class ElementWise(Protocol):
-    """The functions of `qwen3ft.training.fused.reference` and `qwen3ft.training.fused.kernels`."""
-
-    dequantize: Any
-    rms_norm: Any
-    rms_norm_backward: Any
-    norm_rotate: Any
-    norm_rotate_backward: Any
-    silu_mul: Any
-    silu_mul_backward: Any
-    cross_entropy: Any
 
 
 @dataclass
 class AdapterGradient:
-    """Sums over the chunks of tokens: of A, (rank, in), and of B, (out, rank), in fp32."""
+    """Gradients of A, (rank, in), and B, (out, rank), summed over chunks of tokens in fp32."""
 
     a: torch.Tensor | None = None
     b: torch.Tensor | None = None
 
     def add(self, a: torch.Tensor, b: torch.Tensor) -> None:
-        """Add those of one chunk."""
+        """Add the gradients of one chunk."""
         self.a = a if self.a is None else self.a.add_(a)
         self.b = b if self.b is None else self.b.add_(b)
 
 
 class _Adapted:
-    """The weights and adapters of PEFT's `modules`, which share their input.
+    """Weights and adapters of PEFT's `modules`, which share their input.
 
     Raises:
         ValueError: one of them is not plain LoRA on a 4-bit weight.
@@ -69,12 +56,12 @@ class _Adapted:
         self.up = [module.lora_B[name].weight for module, name in pairs]
         self.scale, *others = {module.scaling[name] for module, name in pairs}
         if others:
-            raise ValueError("Projections of one input have adapters of different scales.")
+            raise ValueError("The adapters of projections with one input have different scales.")
         self.in_features = self.weights[0].in_features
         self.out_features = sum(weight.out_features for weight in self.weights)
         self.rank = padded_rank(sum(len(down) for down in self.down))
         dtype, device = modules[0].base_layer.compute_dtype, self.down[0].device
-        # A of all, below each other; s B of all, block-diagonal.
+        # A of all modules below each other; s B of all, block-diagonal.
         self.a = torch.zeros(self.rank, self.in_features, dtype=dtype, device=device)
         self.b = torch.zeros(self.out_features, self.rank, dtype=dtype, device=device)
 
@@ -85,11 +72,11 @@ class _Adapted:
 
     @property
     def copies(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Where A and s B of each projection stand in `a` and `b`."""
+        """A and s B of each projection, as views of `a` and `b`."""
         return self._blocks(self.a, self.b)
 
     def gradients(self, total: AdapterGradient) -> list[torch.Tensor]:
-        """Gradients of `parameters`; those of B lack the factor `scale`."""
+        """Return the gradients of `parameters`; those of B lack the factor `scale`."""
         assert total.a is not None
         assert total.b is not None
         pairs = zip(*self._blocks(total.a, total.b), strict=True)
@@ -98,7 +85,7 @@ class _Adapted:
     def _blocks(
         self, a: torch.Tensor, b: torch.Tensor
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Each projection's rows of `a` and block of `b`."""
+        """Return each projection's rows of `a` and block of `b`."""
         a_blocks, b_blocks, row, column = [], [], 0, 0
         for down, up in zip(self.down, self.up, strict=True):
             a_blocks.append(a[column : column + len(down)])
@@ -108,27 +95,27 @@ class _Adapted:
 
 
 class SharedInput(_Adapted):
-    """Projections of one narrow input to wide outputs beside each other."""
+    """Projections of one narrow input to wide outputs: q, k, v, or gate, up."""
 
     def new_input(self, tokens: int) -> torch.Tensor:
-        """Room for [x | x A'], (tokens, in + rank), not initialised."""
+        """Allocate [x | x A'], (tokens, in + rank), uninitialised."""
         return self.a.new_empty(tokens, self.in_features + self.rank)
 
     def weight(self) -> torch.Tensor:
-        """[W | s B], (out, in + rank)."""
+        """Dequantise to [W | s B], (out, in + rank)."""
         full = self.a.new_empty(self.out_features, self.in_features + self.rank)
         self.ops.dequantize(self.weights, full, beside=self.b)
         return full
 
     def extend(self, extended: torch.Tensor) -> None:
-        """Fill in x A' beside x."""
+        """Write x A' to the right of x."""
         x, low = self._split(extended)
         torch.mm(x, self.a.t(), out=low)
 
     def forward(
         self, extended: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """y, (tokens, out), after `extend`."""
+        """Return y, (tokens, out); call `extend` first."""
         return torch.mm(extended, weight.t(), out=out)
 
     def backward(
@@ -138,7 +125,7 @@ class SharedInput(_Adapted):
         weight: torch.Tensor,
         total: AdapterGradient,
     ) -> torch.Tensor:
-        """Add the adapters' gradients to `total`; returns dx, (tokens, in), a view."""
+        """Add the adapters' gradients to `total`; return dx, (tokens, in), a view."""
         x, low = self._split(extended)
         d_x, d_low = self._split(d_out @ weight)
         total.add(_sum_fp32(d_low.t(), x), _sum_fp32(d_out.t(), low))
@@ -149,10 +136,10 @@ class SharedInput(_Adapted):
 
 
 class SingleProjection(_Adapted):
-    """One projection back to the residual stream."""
+    """One projection back to the residual stream: o, or down."""
 
     def weight(self) -> torch.Tensor:
-        """[W ; A], (out + rank, in)."""
+        """Dequantise to [W ; A], (out + rank, in)."""
         full = self.a.new_empty(self.out_features + self.rank, self.in_features)
         self.ops.dequantize(self.weights, full, below=self.a)
         return full
@@ -164,18 +151,16 @@ class SingleProjection(_Adapted):
         residual: torch.Tensor,
         out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The residual + y, (tokens, out), and x A', (tokens, rank).
-
-        The adapter's part comes first: added to a sum that is rounded already, it would vanish
-        while it is smaller than half of that sum's last place, and with it what was learned.
-        """
+        """Return residual + y, (tokens, out), and x A', (tokens, rank)."""
         low = x @ self.a.t()
+        # The adapter's part comes first: added to a rounded sum, it would vanish while it is below
+        # half a unit in the last place of that sum.
         result = torch.mm(low, self.b.t(), out=out)
         result.addmm_(x, weight[: self.out_features].t())
         return result.add_(residual), low
 
     def input_gradient(self, d_extended: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Fill in dy s B beside dy, and return dx, (tokens, in)."""
+        """Write dy s B to the right of dy, and return dx, (tokens, in)."""
         d_out, d_low = self._split(d_extended)
         torch.mm(d_out, self.b, out=d_low)
         return d_extended @ weight
@@ -183,7 +168,7 @@ class SingleProjection(_Adapted):
     def adapter_gradient(
         self, d_extended: torch.Tensor, x: torch.Tensor, low: torch.Tensor, total: AdapterGradient
     ) -> None:
-        """Add to `total`, after `input_gradient`."""
+        """Add the adapter's gradients to `total`; call `input_gradient` first."""
         d_out, d_low = self._split(d_extended)
         total.add(_sum_fp32(d_low.t(), x), _sum_fp32(d_out.t(), low))
 
@@ -192,10 +177,10 @@ class SingleProjection(_Adapted):
 
 
 def _require_plain_lora(module: Any) -> None:
-    """Raise a ValueError if `module` computes anything but W x + s B A x with one adapter."""
+    """Raise ValueError unless `module` computes W x + s B A x with one adapter."""
     names = module.active_adapters
     if len(names) != 1:
-        raise ValueError(f"{len(names)} adapters are active; the fused path takes one.")
+        raise ValueError(f"{len(names)} adapters are active; the fused path supports one.")
     (name,) = names
     unlike = {
         "merged": module.merged,
@@ -204,11 +189,11 @@ def _require_plain_lora(module: Any) -> None:
         "with a bias": module.base_layer.bias is not None or module.lora_B[name].bias is not None,
     }
     if wrong := [what for what, is_so in unlike.items() if is_so]:
-        raise ValueError(f"The adapter is {', '.join(wrong)}; the fused path takes plain LoRA.")
+        raise ValueError(f"The adapter is {', '.join(wrong)}; the fused path supports plain LoRA.")
 
 
 def _sum_fp32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """A product that sums over many tokens, in fp32."""
+    """Multiply with fp32 sums, for products that sum over many tokens."""
     if left.is_cuda and left.dtype != torch.float32:
         return torch.mm(left, right, out_dtype=torch.float32)
     return (left @ right).float()

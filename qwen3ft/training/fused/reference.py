@@ -1,10 +1,4 @@
-"""The element-wise work of a Qwen3 block in plain torch: the twin of `kernels`.
-
-Both modules have the same functions with the same arguments, so a step runs on either: here on any
-device and type, there on a GPU in one pass over memory. T: tokens; all products are in fp32 and
-rounded once, when they are stored. What is named `out` or said to be overwritten is written in
-place. Matrices and heads may be views whose rows are apart; their last dimension is dense.
-"""
+"""`qwen3ft.training.fused.ops` in plain torch."""
 
 from __future__ import annotations
 
@@ -15,138 +9,92 @@ import torch
 from qwen3ft.training.fused.weights import FourBitWeight
 
 
-def dequantize(
-    weights: Sequence[FourBitWeight],
-    out: torch.Tensor,
-    beside: torch.Tensor | None = None,
-    below: torch.Tensor | None = None,
-) -> None:
-    """Write `weights` of one input below each other into `out`: code x constant of the block.
+class ReferenceOps:
+    """`ElementWise` in plain torch, for CPUs and as the truth in tests."""
 
-    Args:
-        weights: Each (out_features, in_features).
-        out: Room for them, and for the two below.
-        beside: What stands to the right of the weights' rows; dense.
-        below: What stands under their columns; dense.
-    """
-    columns, row = weights[0].in_features, 0
-    for weight in weights:
-        _dequantize_one(weight, out[row : row + weight.out_features, :columns])
-        row += weight.out_features
-    if beside is not None:
-        out[:row, columns : columns + beside.shape[1]] = beside
-    if below is not None:
-        out[row : row + len(below), :columns] = below
+    @staticmethod
+    def dequantize(
+        weights: Sequence[FourBitWeight],
+        out: torch.Tensor,
+        beside: torch.Tensor | None = None,
+        below: torch.Tensor | None = None,
+    ) -> None:
+        """Write code x constant of each block (see `FourBitWeight`)."""
+        columns, row = weights[0].in_features, 0
+        for weight in weights:
+            _dequantize_one(weight, out[row : row + weight.out_features, :columns])
+            row += weight.out_features
+        if beside is not None:
+            out[:row, columns : columns + beside.shape[1]] = beside
+        if below is not None:
+            out[row : row + len(below), :columns] = below
 
+    @staticmethod
+    def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
+        """Store weight x / rms(x)."""
+        wide = x.float()
+        out.copy_(wide * _inverse_rms(wide, eps) * weight.float())
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
-    """Store weight x / rms(x), row by row of (T, hidden).
+    @staticmethod
+    def rms_norm_backward(
+        d_out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float, d_x: torch.Tensor
+    ) -> None:
+        """Add the gradient with respect to x to `d_x`."""
+        d_x += _norm_gradient(d_out.float(), x.float(), weight.float(), eps)
 
-    Zhang and Sennrich 2019, arXiv:1910.07467.
-    """
-    wide = x.float()
-    out.copy_(wide * _inverse_rms(wide, eps) * weight.float())
+    @staticmethod
+    def norm_rotate(
+        heads: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        """Return normed and rotated heads."""
+        wide = heads.float()
+        first, second = (wide * _inverse_rms(wide, eps) * weight.float()).chunk(2, dim=-1)
+        cos, sin = cos[:, None], sin[:, None]
+        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        return rotated.to(heads.dtype)
 
+    @staticmethod
+    def norm_rotate_backward(
+        d_out: torch.Tensor,
+        heads: torch.Tensor,
+        weight: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        eps: float,
+    ) -> None:
+        """Overwrite `heads` with its gradient."""
+        first, second = d_out.float().chunk(2, dim=-1)
+        cos, sin = cos[:, None], sin[:, None]
+        d_normed = torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
+        heads.copy_(_norm_gradient(d_normed, heads.float(), weight.float(), eps))
 
-def rms_norm_backward(
-    d_out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float, d_x: torch.Tensor
-) -> None:
-    """Add to `d_x` the gradient of `rms_norm` with respect to x, given that of its output."""
-    d_x += _norm_gradient(d_out.float(), x.float(), weight.float(), eps)
+    @staticmethod
+    def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:
+        """Store silu(gate) x up."""
+        gate, up = gate_up.float().chunk(2, dim=-1)
+        out.copy_(torch.nn.functional.silu(gate) * up)
 
+    @staticmethod
+    def silu_mul_backward(d_out: torch.Tensor, gate_up: torch.Tensor) -> None:
+        """Overwrite `gate_up` with its gradient, and `d_out` with the output."""
+        gate, up = gate_up.float().chunk(2, dim=-1)
+        gradient, sigmoid = d_out.float(), torch.sigmoid(gate)
+        silu = gate * sigmoid
+        d_gate = gradient * up * (sigmoid + silu * (1 - sigmoid))
+        d_gate_up, activated = torch.cat((d_gate, gradient * silu), dim=-1), silu * up
+        d_out.copy_(activated)
+        gate_up.copy_(d_gate_up)
 
-def norm_rotate(
-    heads: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float
-) -> torch.Tensor:
-    """Queries or keys as attention takes them: RMS-normed head by head, then rotated.
-
-    Rotary embedding: Su et al. 2021, arXiv:2104.09864, in the half-split form of transformers.
-
-    Args:
-        heads: (T, heads, head_dim).
-        weight: Of the norm, (head_dim,).
-        cos: fp32, (T, head_dim / 2).
-        sin: The same.
-        eps: Of the norm.
-
-    Returns:
-        (T, heads, head_dim), dense.
-    """
-    wide = heads.float()
-    first, second = (wide * _inverse_rms(wide, eps) * weight.float()).chunk(2, dim=-1)
-    cos, sin = cos[:, None], sin[:, None]
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return rotated.to(heads.dtype)
-
-
-def norm_rotate_backward(
-    d_out: torch.Tensor,
-    heads: torch.Tensor,
-    weight: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    eps: float,
-) -> None:
-    """Overwrite `heads`, the input of `norm_rotate`, with its gradient, given that of the output.
-
-    Args:
-        d_out: (T, heads, head_dim).
-        heads: As it was given to `norm_rotate`.
-        weight: The same.
-        cos: The same.
-        sin: The same.
-        eps: The same.
-    """
-    first, second = d_out.float().chunk(2, dim=-1)
-    cos, sin = cos[:, None], sin[:, None]
-    d_normed = torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
-    heads.copy_(_norm_gradient(d_normed, heads.float(), weight.float(), eps))
-
-
-def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:
-    """Store silu(gate) x up (Shazeer 2020, arXiv:2002.05202).
-
-    Args:
-        gate_up: (T, 2 x intermediate): gate and up beside each other.
-        out: (T, intermediate).
-    """
-    gate, up = gate_up.float().chunk(2, dim=-1)
-    out.copy_(torch.nn.functional.silu(gate) * up)
-
-
-def silu_mul_backward(d_out: torch.Tensor, gate_up: torch.Tensor) -> None:
-    """Overwrite `gate_up` with its gradient, and `d_out` with what `silu_mul` gave.
-
-    Args:
-        d_out: Gradient of the output, (T, intermediate).
-        gate_up: As it was given to `silu_mul`.
-    """
-    gate, up = gate_up.float().chunk(2, dim=-1)
-    gradient, sigmoid = d_out.float(), torch.sigmoid(gate)
-    silu = gate * sigmoid
-    d_gate = gradient * up * (sigmoid + silu * (1 - sigmoid))
-    d_gate_up, activated = torch.cat((d_gate, gradient * silu), dim=-1), silu * up
-    d_out.copy_(activated)
-    gate_up.copy_(d_gate_up)
-
-
-def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood of each row's target; overwrites `logits` with its gradient.
-
-    Args:
-        logits: (rows, vocabulary); afterwards softmax less one at the target.
-        targets: int64, (rows,).
-
-    Returns:
-        fp32, (rows,), in nats.
-    """
-    log_probabilities = torch.log_softmax(logits.float(), dim=-1)
-    chosen = targets[:, None]
-    losses = -log_probabilities.gather(1, chosen).squeeze(1)
-    gradient = log_probabilities.exp_()
-    gradient.scatter_add_(1, chosen, torch.full_like(chosen, -1, dtype=gradient.dtype))
-    logits.copy_(gradient)
-    return losses
+    @staticmethod
+    def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return losses, and overwrite `logits` with its gradient."""
+        log_probabilities = torch.log_softmax(logits.float(), dim=-1)
+        chosen = targets[:, None]
+        losses = -log_probabilities.gather(1, chosen).squeeze(1)
+        gradient = log_probabilities.exp_()
+        gradient.scatter_add_(1, chosen, torch.full_like(chosen, -1, dtype=gradient.dtype))
+        logits.copy_(gradient)
+        return losses
 
 
 def _dequantize_one(weight: FourBitWeight, out: torch.Tensor) -> None:

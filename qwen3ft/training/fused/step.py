@@ -1,9 +1,8 @@
 """Loss and adapter gradients of one packed row, as one autograd function.
 
-To autograd the whole model is a single operation from the adapters' parameters to a loss: what is
-kept in between, and when it is freed, is decided here and not by the graph. The gradient of the
-head is made with the loss, chunk by chunk, as its logits are there (Liger, Hsu et al. 2024,
-arXiv:2410.10989), so logits exist once and are never kept.
+To autograd the whole model is one operation from the adapters' parameters to a loss, so this module
+decides what is kept and when it is freed. The gradient of the head is computed with the loss, chunk
+by chunk (Liger, Hsu et al. 2024, arXiv:2410.10989), so logits are never kept.
 """
 
 from __future__ import annotations
@@ -16,38 +15,37 @@ import torch
 
 from qwen3ft.planning.recompute import Level
 from qwen3ft.training.fused.attention import Segments
-from qwen3ft.training.fused.block import FusedBlock, Row
+from qwen3ft.training.fused.block import FusedBlock, PackedRow
 from qwen3ft.training.fused.kept import Kept
 from qwen3ft.training.fused.offload import HostStash
-from qwen3ft.training.fused.projections import ElementWise
+from qwen3ft.training.fused.ops import ElementWise
 
 ChooseLevels = Callable[[int], tuple[Level, ...]]
-"""From the tokens of a packed row to what each block keeps."""
+"""From the tokens of a packed row to the level of each block."""
 
 
 @dataclass
 class _Pass:
-    """What the forward leaves for the backward."""
+    """State of a forward, for its backward."""
 
-    row: Row
+    row: PackedRow
     kept: list[Kept]
     d_extended: torch.Tensor
 
 
 class FusedStep:
-    """The forward and backward of `model`, a PEFT model over a 4-bit `Qwen3ForCausalLM`.
+    """Forward and backward of `model`, a PEFT model over a 4-bit `Qwen3ForCausalLM`.
 
-    Its parameters stay the model's own: an optimizer that changes them, or a checkpoint loaded into
-    them, is seen at the next call.
+    The parameters remain the model's own, and are read at each call.
 
     Args:
-        model: With one active adapter on all seven projections, without dropout or bias.
-        ops: The element-wise functions.
-        choose_levels: What each block keeps of a row.
-        loss_chunk_tokens: Targets whose logits exist at one time.
-        chunk_tokens: Tokens whose wide intermediates exist at one time.
-        head_groups: In how many parts the gradient of attention is computed.
-        offload: Whether what blocks keep waits in host memory.
+        model: Model with one active adapter on all seven projections, without dropout or bias.
+        ops: Element-wise functions for its device.
+        choose_levels: Levels of all blocks for a row.
+        loss_chunk_tokens: Targets whose logits exist at a time.
+        chunk_tokens: Tokens whose wide intermediates exist at a time.
+        head_groups: Number of parts in which attention is computed.
+        offload: Offload what blocks keep to host memory.
     """
 
     def __init__(
@@ -77,17 +75,16 @@ class FusedStep:
         self.factors = [
             factor for group in groups for _ in group.down for factor in (1.0, group.scale)
         ]
-        # As lists for all blocks: calls for one small tensor each would take longer than the work.
+        # As lists for all blocks: one call per small tensor would take longer than the copies.
         self._a, self._b = self.parameters[0::2], self.parameters[1::2]
         self._a_copies = [a for group in groups for a in group.copies[0]]
         self._b_copies = [b for group in groups for b in group.copies[1]]
 
     def __call__(self, batch: dict[str, Any]) -> torch.Tensor:
-        """Negative log-likelihood in nats, summed over targets: fp32, scalar, differentiable.
+        """Return the summed negative log-likelihood in nats, a differentiable fp32 scalar.
 
         Args:
-            batch: As `qwen3ft.training.batches.PackedCollator` makes it, in host memory or on the
-            device.
+            batch: A batch of `qwen3ft.training.batches.PackedCollator`, on the host or the device.
         """
         if not torch.is_grad_enabled():
             return self._evaluate(batch)
@@ -95,7 +92,7 @@ class FusedStep:
         return loss
 
     def forward(self, batch: dict[str, Any]) -> tuple[torch.Tensor, _Pass]:
-        """The loss, and what `backward` needs."""
+        """Return the loss and the state for `backward`."""
         hidden, row = self._enter(batch)
         levels = self.choose_levels(len(hidden))
         kept = [
@@ -106,7 +103,7 @@ class FusedStep:
         for block, level, of_block, output in zip(self.blocks, levels, kept, outputs, strict=True):
             x, hidden = hidden, torch.empty_like(hidden) if output is None else output
             if level == Level.OFFLOAD_GATE_UP:
-                self.stash.settle()  # before the next one needs as much room
+                self.stash.settle()  # free the last block's before allocating as much again
                 of_block.gate_up = block.reserve_gate_up(row)
             block.forward(x, row, level, of_block, hidden)
             if self.offload:
@@ -119,7 +116,7 @@ class FusedStep:
         return loss, _Pass(row, kept, d_extended)
 
     def backward(self, state: _Pass, factor: torch.Tensor) -> list[torch.Tensor]:
-        """`factor` times the gradients of `parameters`, in fp32."""
+        """Return `factor` times the gradients of `parameters`, in fp32."""
         gradients: list[torch.Tensor] = []
         self.stash.settle()
         waiting = [kept for kept in state.kept if kept.offloaded]
@@ -130,7 +127,7 @@ class FusedStep:
             if kept.offloaded:
                 kept.take_back(self.stash)
                 waiting.pop()
-                if waiting:  # on its way while the blocks up to it run
+                if waiting:  # copied back while the blocks before it run
                     waiting[-1].fetch(self.stash)
             gradients[:0] = block.backward(state.d_extended, kept, state.row)
         torch._foreach_mul_(gradients, self.factors)
@@ -144,14 +141,14 @@ class FusedStep:
             block.forward(x, row, Level.RECOMPUTE_ALL, Kept(None), hidden)
         return self._loss(hidden, batch, None)
 
-    def _enter(self, batch: dict[str, Any]) -> tuple[torch.Tensor, Row]:
-        """The embedded row, (T, hidden), and what all blocks share."""
+    def _enter(self, batch: dict[str, Any]) -> tuple[torch.Tensor, PackedRow]:
+        """Return the embedded tokens, (T, hidden), and the row that all blocks share."""
         device = self.embedding.device
         self._read_adapters()
         positions = batch["position_ids"].to(device, non_blocking=True)
         half = self.rotary.inv_freq.numel()
         cos, sin = self.rotary(self.norm.weight.float(), positions)
-        row = Row(
+        row = PackedRow(
             segments=Segments(
                 batch["cu_seqlens"].to(device, non_blocking=True),
                 batch["max_length"],
@@ -166,22 +163,22 @@ class FusedStep:
         return torch.nn.functional.embedding(ids, self.embedding), row
 
     def _read_adapters(self) -> None:
-        """Take over the parameters, rounded to the type of the products; B times its factor."""
+        """Copy the parameters in the dtype of the products, with B times its factor."""
         torch._foreach_copy_(self._a_copies, self._a)
         torch._foreach_copy_(self._b_copies, torch._foreach_mul(self._b, self.factors[1::2]))
 
     def _loss(
         self, hidden: torch.Tensor, batch: dict[str, Any], d_extended: torch.Tensor | None
     ) -> torch.Tensor:
-        """The summed loss; writes its gradient with respect to `hidden` into `d_extended`."""
+        """Return the summed loss; write its gradient with respect to `hidden` into `d_extended`."""
         rows, targets = (
             batch[name].to(hidden.device, non_blocking=True)
             for name in ("target_positions", "targets")
         )
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         norm, eps = self.norm.weight, self.norm.variance_epsilon
-        # For all chunks: one made anew would not fit into the place of the last, in which smaller
-        # tensors lie by then.
+        # Allocated once for all chunks: a new one would not fit into the place of the last, which
+        # smaller tensors have taken by then.
         room = hidden.new_empty(min(len(rows), self.loss_chunk_tokens), len(self.head))
         for start in range(0, len(rows), self.loss_chunk_tokens):
             chunk = rows[start : start + self.loss_chunk_tokens]
@@ -198,18 +195,18 @@ class FusedStep:
 
 
 class _Step(torch.autograd.Function):
-    """`FusedStep` as autograd sees it."""
+    """`FusedStep` as an autograd function."""
 
     @staticmethod
     def forward(ctx: Any, step: FusedStep, batch: dict[str, Any], *_: torch.Tensor) -> torch.Tensor:
-        """The loss."""
+        """Return the loss."""
         loss, state = step.forward(batch)
         ctx.step, ctx.state = step, state
         return loss
 
     @staticmethod
     def backward(ctx: Any, *d_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Nothing for step and batch, then one gradient per parameter."""
+        """Return None for step and batch, then one gradient per parameter."""
         step, state = ctx.step, ctx.state
         ctx.state = None
         return None, None, *step.backward(state, d_loss[0])

@@ -1,8 +1,8 @@
-"""A frozen 4-bit weight as plain tensors: what a kernel needs to dequantise it.
+"""A frozen 4-bit weight as plain tensors, in bitsandbytes' layout.
 
-Blocks of 64 weights share one constant, the largest magnitude; with double quantisation these
-constants are themselves 8-bit codes, 256 of which share a second constant (QLoRA, Dettmers et al.
-2023, arXiv:2305.14314, section 3). The layout is bitsandbytes'.
+Blocks of 64 weights share a constant, the largest magnitude. With double quantisation these
+constants are 8-bit codes, 256 of which share a second constant (QLoRA, Dettmers et al. 2023,
+arXiv:2305.14314, section 3).
 """
 
 from __future__ import annotations
@@ -15,17 +15,16 @@ import torch
 
 @dataclass(frozen=True)
 class FourBitWeight:
-    """One weight of the shape (out_features, in_features), row by row, two numbers a byte.
+    """A weight of shape (out_features, in_features), row by row, two numbers a byte.
 
     Attributes:
-        packed: uint8, (out_features x in_features / 2,): the high nibble is the even number.
-        code: fp32, (16,): the value of each nibble, in [-1, 1].
-        absmax: Constant of each block: fp32, or uint8 where it is quantised too.
+        packed: uint8, (out_features x in_features / 2,); the high nibble is the even number.
+        code: fp32, (16,): value of each nibble, in [-1, 1].
+        absmax: Constant of each block; fp32, or uint8 with double quantisation.
         block: Weights that share a constant; a power of two.
-        nested_code: fp32, (256,): the value of each 8-bit constant; None without double
-            quantisation.
-        nested_absmax: fp32: the second constant of each `nested_block` constants, or None.
-        nested_offset: fp32 scalar tensor: what is added to every constant, or None.
+        nested_code: fp32, (256,): value of each 8-bit constant; None without double quantisation.
+        nested_absmax: fp32: second constant of each `nested_block` constants, or None.
+        nested_offset: fp32 scalar tensor added to every constant, or None.
         nested_block: Constants that share a second constant.
     """
 
@@ -42,10 +41,10 @@ class FourBitWeight:
 
     @classmethod
     def of(cls, weight: Any) -> FourBitWeight:
-        """The tensors behind `weight`, a bitsandbytes `Params4bit`; shared, not copied.
+        """Return the tensors of `weight`, a bitsandbytes `Params4bit`, without copying them.
 
         Raises:
-            ValueError: it was not quantised yet.
+            ValueError: it is not quantised yet.
         """
         state = weight.quant_state
         if state is None:
