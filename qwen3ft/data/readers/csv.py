@@ -30,7 +30,7 @@ class _Lines(Iterator[str]):
     """The lines of a file for csv.reader; those of a record that failed are read again."""
 
     def __init__(self, stream: io.BufferedReader, offset: int, limit: int) -> None:
-        self._stream, self._offset, self._limit, self._number = stream, offset, limit, 0
+        self._stream, self._limit, self._place = stream, limit, (1, offset)
         self._again: deque[_Line] = deque()
         self._reach, self._size, self._is_cut = limit, 0, False
         self.record: list[_Line] = []
@@ -53,17 +53,13 @@ class _Lines(Iterator[str]):
             return line.content.decode("utf-8", "surrogateescape")
 
     def _read(self) -> _Line | None:
-        content = self._stream.readline(self._limit)
-        self._number, start, self._offset = (
-            self._number + 1,
-            self._offset,
-            self._offset + len(content),
-        )
-        flaw = "nul" if b"\0" in content else ""
-        if len(content) == self._limit and not content.endswith(b"\n"):
-            self._offset += skip_line(self._stream, self._limit)
+        (number, offset), content = self._place, self._stream.readline(self._limit)
+        size, flaw = len(content), "nul" if b"\0" in content else ""
+        if size == self._limit and not content.endswith(b"\n"):
+            size += skip_line(self._stream, self._limit)
             flaw, content = "row_too_large", content[:EXCERPT_BYTES]
-        return _Line(self._number, start, content, flaw) if content else None
+        self._place = number + 1, offset + size
+        return _Line(number, offset, content, flaw) if content else None
 
     def begin(self, kept: int) -> None:
         """Begin a record behind the first `kept` lines of the last one."""
@@ -137,10 +133,7 @@ def _header(lines: _Lines, delimiters: Sequence[str]) -> tuple[list[str], str]:
 
 
 def _hides_rows(record: list[_Line], names: list[str], delimiter: str) -> bool:
-    """Return whether each line inside a record of a wrong width is a row of the right one.
-
-    Then a quote was never meant to reach so far: that of a later line has ended it.
-    """
+    """Return whether the lines inside a record are rows: a quote has been closed by a later one."""
     inside = [line.content.decode("utf-8", "replace") for line in record[1:-1]]
     try:
         rows = list(csv.reader(inside, delimiter=delimiter, strict=True))

@@ -24,8 +24,9 @@ LIST_FIELDS = (
 )
 """A list of objects under one of these names is taken as the rows of a file."""
 
-_CHUNK_BYTES, _KEPT_BEHIND, _CUT_MARGIN, _MOST_FIELDS = MIB, 256, 16, 16
+_CHUNK_BYTES, _KEPT_BEHIND, _MOST_FIELDS = MIB, 256, 16
 _SHORT, _MOST_VAIN = 16 * 2**10, 64 * MIB
+_CUT_MARGIN = 16  # longer than any literal that the end of the window may have cut
 _BETWEEN = re.compile(r"[ \t\r\n,]*")
 _AFTER_ELEMENT = re.compile(r"\s*(?:[,\]{]|$)")
 _AFTER_LIST = re.compile(r'\s*(?:\}\s*$|,\s*"[^"\\]*"\s*:|$)')
@@ -52,8 +53,7 @@ class ArrayReader:
 
     def enter(self) -> bool:
         """Step into the array, or the list inside an object, that the file is; False if neither."""
-        sign = self._skip()
-        self._is_object = sign == "{"
+        self._is_object = self._skip() == "{"
         self._is_list = self._enter_field("") if self._is_object else self._enter_array()
         return self._is_list
 
@@ -147,7 +147,8 @@ class ArrayReader:
         Raises:
             UnreadableFileError: neither is found.
         """
-        line, offset, head = self._line, self._offset, self._text[self._at :][:EXCERPT_BYTES]
+        line, offset = self._line, self._offset
+        head = self._text[self._at : self._at + EXCERPT_BYTES]
         own = _FIRST_FIELD.match(self._text, self._at)
         names = self._first_fields | ({own[1]} if own else set())
         name = "|".join(map(re.escape, names)) or r'[^"]+'
@@ -182,6 +183,8 @@ class ArrayReader:
         if not self._is_object:
             return self._skip() == "[" and self._enter_array()
         before = '{"":0'  # makes the rest of the object one of its own
+        if len(self._text) - self._at < _SHORT:
+            self._grow(_SHORT)
         if not _AFTER_LIST.match(self._text, self._at) or self._enter_field(before):
             return True
         is_whole = is_json(before + self._text[self._at :])
