@@ -11,6 +11,7 @@ from zipfile import ZipFile
 import pytest
 import typer
 from hatchling.builders.wheel import WheelBuilder
+from typer.testing import CliRunner
 
 from flows.cli import app
 from qwen3ft.config import ColumnNames, TrainingConfig
@@ -38,7 +39,8 @@ SETTINGS = TrainingConfig.model_fields.keys() | ColumnNames.model_fields.keys()
 NO_SETTINGS = {*METRICS, *TAGS, "max_tokens", "read_raw", "run_worker"}
 """Code spans of the guides that look like settings but are not."""
 
-_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+_TO_END = re.DOTALL | re.MULTILINE
+_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", _TO_END)
 _SPAN = re.compile(r"`([^`\n]+)`")
 _COMMAND = re.compile(r"(?:^|[\s(]|bin/)qwen3ft ([a-z].*)")
 _FILE = re.compile(r"(?:\.ci|benchmarks|deployments|docs|flows|qwen3ft|tasks|tests)/[\w./-]*\w")
@@ -145,3 +147,13 @@ def test_wheel_holds_every_file_of_its_packages(tmp_path: Path) -> None:
     assert files <= names
     assert {"qwen3ft/py.typed", "qwen3ft/embedded/model/model.safetensors"} <= names
     assert any(name.endswith("/licenses/LICENSE") for name in names)
+
+
+@pytest.mark.slow  # computes 64 plans
+def test_the_sweep_in_the_docs_is_what_the_command_prints() -> None:
+    """Budgets, splits and speeds of docs/planning.md are those of today's prediction."""
+    [block] = re.findall(r"\$ qwen3ft plan (.*?)^```", read(ROOT / "docs" / "planning.md"), _TO_END)
+    arguments, *lines = block.splitlines()
+    command = ["plan", *shlex.split(arguments), "--gpu", "h200"]
+    printed = CliRunner().invoke(app, command).output.splitlines()
+    assert [line for line in lines if re.match(r" +\d", line) and line not in printed] == []
