@@ -74,7 +74,7 @@ def _words() -> list[str]:
 def run_flow(config: Any) -> dict[str, Any]:
     """Run the flow once; return the facts of its card and the peak stored in MLflow."""
     from flows.finetune import run_in_process
-    from qwen3ft.tracking.connection import default_tracking_uri
+    from qwen3ft.tracking.uri import default_tracking_uri
 
     started = time.monotonic()
     state = run_in_process(config)

@@ -44,7 +44,7 @@ from qwen3ft.operations.night import (
 )
 from qwen3ft.operations.run_state import find_runs, is_running
 from qwen3ft.registry.registry import Registry
-from qwen3ft.tracking.connection import default_tracking_uri
+from qwen3ft.tracking.uri import default_tracking_uri
 
 logger = logs.get_logger("night")
 

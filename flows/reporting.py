@@ -28,11 +28,11 @@ from qwen3ft.report.figures import write_png
 from qwen3ft.report.html import card_html
 from qwen3ft.report.markdown import card_description, card_markdown
 from qwen3ft.report.plan_section import plan_figure, plan_markdown
-from qwen3ft.tracking.connection import default_tracking_uri, run_url
 from qwen3ft.tracking.cursor import read_state
 from qwen3ft.tracking.journal import Journal
 from qwen3ft.tracking.points import attempts_memory
 from qwen3ft.tracking.run_metrics import card_metrics, card_tags
+from qwen3ft.tracking.uri import default_tracking_uri, run_url
 from tasks import artifacts
 
 logger = logs.get_logger("story")

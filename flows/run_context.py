@@ -32,10 +32,10 @@ from qwen3ft.records.evaluation import Champion
 from qwen3ft.records.machine import EnvironmentReport
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.run_card import NOTHING_NEW, RunCard
-from qwen3ft.tracking.connection import default_tracking_uri, run_url
 from qwen3ft.tracking.cursor import read_state
 from qwen3ft.tracking.journal import Journal, RunStatus
 from qwen3ft.tracking.mirror import Mirror, replay_unsent
+from qwen3ft.tracking.uri import default_tracking_uri, run_url
 from tasks.policies import hide_known_tracebacks
 
 logger = logs.get_logger("flow")

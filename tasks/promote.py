@@ -23,8 +23,8 @@ from qwen3ft.registry.aliases import VERDICT_TAG
 from qwen3ft.registry.lookup import fetch_version
 from qwen3ft.registry.moves import Change, Mover
 from qwen3ft.registry.registry import Registry
-from qwen3ft.tracking.connection import default_tracking_uri, is_answering
 from qwen3ft.tracking.cursor import parent_run_id, wait_until_sent
+from qwen3ft.tracking.uri import default_tracking_uri, is_answering
 from tasks.names import name_of, promote_name
 from tasks.policies import is_transient
 

@@ -154,7 +154,7 @@ def _choose(adapter: str, config: Path | None, settings: list[str] | None) -> Ch
     from qwen3ft.model.saved_adapter import has_provenance
     from qwen3ft.registry.lookup import find_adapter
     from qwen3ft.registry.registry import Registry
-    from qwen3ft.tracking.connection import default_tracking_uri
+    from qwen3ft.tracking.uri import default_tracking_uri
 
     here = Path(adapter)
     if here.is_dir() and ("/" in adapter or has_provenance(here)):

@@ -93,7 +93,7 @@ def _open_registry(config: Path | None, settings: list[str] | None) -> tuple[Reg
     """Return the registry, and the name of the registered model that the settings are about."""
     from flows.cli.project import open_project, request_config, use_local_services
     from qwen3ft.registry.registry import Registry
-    from qwen3ft.tracking.connection import default_tracking_uri
+    from qwen3ft.tracking.uri import default_tracking_uri
 
     stack = open_project()
     model = request_config(stack.root, config, settings).registered_name

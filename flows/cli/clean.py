@@ -39,7 +39,7 @@ def clean_command(
     from flows.cli.views.common import show_removals
     from qwen3ft.operations.retention import RetentionPolicy, plan_removals, remove
     from qwen3ft.registry.versions import find_protected
-    from qwen3ft.tracking.connection import default_tracking_uri
+    from qwen3ft.tracking.uri import default_tracking_uri
     from qwen3ft.units import size_text
 
     policy = RetentionPolicy(keep_days=keep_days, keep_runs=keep_runs, abandon=tuple(abandon or ()))

@@ -71,8 +71,8 @@ def train_command(
 def sync_command(config: ConfigOption = None, settings: SetOption = None) -> None:
     """Send to MLflow what it could not take when runs ended; exit code 1 if something is left."""
     from flows.cli.project import open_project, request_config, use_local_services
-    from qwen3ft.tracking.connection import default_tracking_uri
     from qwen3ft.tracking.mirror import replay_unsent
+    from qwen3ft.tracking.uri import default_tracking_uri
 
     stack = open_project()
     wanted = request_config(stack.root, config, settings)

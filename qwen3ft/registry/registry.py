@@ -44,7 +44,8 @@ from qwen3ft.registry.versions import (
     register,
     to_champion,
 )
-from qwen3ft.tracking.connection import Connection, connect, database_path, load_client
+from qwen3ft.tracking.connection import Connection, connect, load_client
+from qwen3ft.tracking.uri import database_path
 
 
 @contextmanager

@@ -1,60 +1,31 @@
-"""Where MLflow is: its URI, and what follows from it alone. Nothing is opened or asked here."""
+"""The one module that imports MLflow: its calls, with its exceptions as errors of this project.
+
+Every call raises TrackingUnavailableError (the same call may succeed later) or RejectedError (it
+never will). Nothing is retried here.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from qwen3ft.errors import FinetuneError, NotInMlflowError, RejectedError, TrackingUnavailableError
 from qwen3ft.logs import get_logger, mask_secrets
-from qwen3ft.tracking.cursor import TrackingState
 from qwen3ft.tracking.journal import DatasetInput
-
-_SQLITE = "sqlite:///"
-
-
-def default_tracking_uri() -> str:
-    """MLFLOW_TRACKING_URI, or the database `mlruns/mlflow.db` of the working folder."""
-    default = f"{_SQLITE}{Path.cwd() / 'mlruns' / 'mlflow.db'}"
-    return os.environ.get("MLFLOW_TRACKING_URI") or default
-
-
-def database_path(tracking_uri: str) -> Path | None:
-    """The file of a SQLite tracking URI; None for any other."""
-    if not tracking_uri.startswith(_SQLITE):
-        return None
-    return Path(tracking_uri.removeprefix(_SQLITE).partition("?")[0]).absolute()
-
-
-def artifact_root(database: Path) -> Path:
-    """Where the artifacts of a database lie: beside it, also when a server is in front of it."""
-    return database.parent / "artifacts"
-
-
-def run_url(tracking_uri: str, state: TrackingState) -> str | None:
-    """The page of the parent run; None for a database without a server, or before it was sent."""
-    if not tracking_uri.startswith("http") or state.parent_run_id is None:
-        return None
-    page = f"experiments/{state.experiment_id}/runs/{state.parent_run_id}"
-    # MLflow opens in its view for prompts and traces unless told otherwise
-    return f"{tracking_uri.rstrip('/')}/#/{page}?workflowType=machine_learning"
-
+from qwen3ft.tracking.uri import artifact_root, database_path
 
 EXPERIMENT_NAME = "qwen3-finetune"
-"""The MLflow experiment that holds all runs."""
+"""MLflow experiment that holds all runs."""
 
 REQUEST_SECONDS = 15
-"""How long one HTTP request to MLflow may be silent."""
+"""Longest silence of one HTTP request to MLflow."""
 
 SYSTEM_METRICS_SECONDS = 5
 """Time between two samples of MLflow's system metrics."""
@@ -78,18 +49,13 @@ class Point(NamedTuple):
 
 
 def load_client() -> Any:
-    """Import MLflow's client class with this process's settings; those made by hand stay.
-
-    No telemetry and no progress bars; no retries inside a request, since the callers retry; short
-    silences only; and MLflow's own log kept to warnings, because outages are reported once, by the
-    mirror.
-    """
+    """Import MLflow's client class, configured for this process; variables set by hand stay."""
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     os.environ["DO_NOT_TRACK"] = "true"
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the callers retry
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(REQUEST_SECONDS))
-    for name, level in [
+    for name, level in [  # outages are reported once, by the mirror
         ("mlflow", logging.WARNING),
         ("mlflow.system_metrics", logging.ERROR),
         ("mlflow.store.db.utils", logging.CRITICAL),  # prints a traceback for a locked database
@@ -100,23 +66,9 @@ def load_client() -> Any:
     return MlflowClient
 
 
-def is_answering(tracking_uri: str, timeout_seconds: float = 5.0) -> bool:
-    """Whether a server answers in time, whatever it says; a database always does."""
-    if not tracking_uri.startswith("http"):
-        return True
-    address = f"{tracking_uri.rstrip('/')}/health"
-    try:
-        with urllib.request.urlopen(address, timeout=timeout_seconds):  # noqa: S310 - http
-            return True
-    except urllib.error.HTTPError:
-        return True
-    except (OSError, HTTPException):  # nobody there, or nobody who speaks HTTP
-        return False
-
-
 @contextmanager
 def _translated(tracking_uri: str) -> Iterator[None]:
-    """Turn everything that MLflow and what is below it throws into the two errors."""
+    """Turn whatever MLflow and the libraries below it raise into the two errors."""
     from alembic.util.exc import CommandError
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
@@ -139,7 +91,7 @@ def _translate(tracking_uri: str, error: Any) -> FinetuneError:
     from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 
     code, cause = str(error.error_code), error.__cause__
-    # A damaged database also answers BAD_REQUEST; only data that it cannot take is hopeless.
+    # A damaged database also answers BAD_REQUEST; only data that it cannot store is hopeless.
     hopeless = not isinstance(cause, SQLAlchemyError) or isinstance(
         cause, DataError | IntegrityError
     )
@@ -149,7 +101,7 @@ def _translate(tracking_uri: str, error: Any) -> FinetuneError:
 def _rejected(error: BaseException) -> RejectedError:
     return RejectedError(
         f"MLflow refused the operation: {_brief(error)}",
-        why="Its content is not acceptable to MLflow, so sending it again is useless.",
+        why="MLflow does not accept its content, so sending it again is useless.",
         next_command="qwen3ft status",
     )
 
@@ -170,7 +122,7 @@ def _brief(error: BaseException) -> str:
 
 @dataclass
 class Connection:
-    """One MLflow and the experiment in it. Made by `connect`; usable from any one thread a time."""
+    """One MLflow and its experiment, made by `connect`; for one thread at a time."""
 
     tracking_uri: str
     client: Any
@@ -178,7 +130,7 @@ class Connection:
     _repositories: dict[str, Any] = field(default_factory=dict)
 
     def has_run(self, run_id: str) -> bool:
-        """Whether this MLflow knows the run."""
+        """Return True if this MLflow knows the run."""
         try:
             with self.calls() as client:
                 client.get_run(run_id)
@@ -189,7 +141,7 @@ class Connection:
     def find_or_create_run(
         self, name: str, start_ms: int, identity: Mapping[str, str], tags: Mapping[str, str]
     ) -> str:
-        """The id of the run with the tags `identity`; made if there is none, so never twice."""
+        """Return the id of the run with the tags `identity`, creating it if there is none."""
         wanted = " and ".join(f"tags.`{key}` = '{value}'" for key, value in identity.items())
         with _translated(self.tracking_uri):
             found = self.client.search_runs([self.experiment_id], wanted, max_results=1)
@@ -239,7 +191,7 @@ class Connection:
             self.client.log_inputs(run_id, [entities.DatasetInput(entity, [context])])
 
     def set_status(self, run_id: str, status: str, end_ms: int | None = None) -> None:
-        """RUNNING, or how and when the run ended."""
+        """Set the status: RUNNING, or how and when the run ended."""
         with _translated(self.tracking_uri):
             if status == "RUNNING":
                 self.client.update_run(run_id, status=status)
@@ -256,14 +208,14 @@ class Connection:
                 repository.log_artifact(str(local_path), artifact_path)
 
     def download(self, run_id: str, artifact_path: str, folder: Path) -> Path:
-        """Fetch an artifact into the existing `folder`; gives where it lies."""
+        """Fetch an artifact into the existing `folder` and return its path."""
         with _translated(self.tracking_uri):
             fetched = self._repository(run_id).download_artifacts(artifact_path, str(folder))
         return Path(fetched)
 
     @contextmanager
     def calls(self) -> Iterator[Any]:
-        """The MLflow client, its errors translated."""
+        """Yield the MLflow client, its exceptions translated."""
         with _translated(self.tracking_uri):
             yield self.client
 
@@ -274,19 +226,19 @@ class Connection:
             uri = str(self.client.get_run(run_id).info.artifact_uri)
             database = database_path(self.tracking_uri)
             if database is not None and uri.startswith("mlflow-artifacts:"):
-                # Made through a server on this database, which keeps its files beside it.
+                # made through a server on this database, which keeps its files beside it
                 uri = (artifact_root(database) / urlsplit(uri).path.lstrip("/")).as_uri()
             self._repositories[run_id] = get_artifact_repository(uri, self.tracking_uri)
         return self._repositories[run_id]
 
 
 def connect(tracking_uri: str) -> Connection:
-    """Open `tracking_uri` and find or make the experiment.
+    """Open `tracking_uri` and find or create the experiment.
 
-    A SQLite file is made where there is none (that takes seconds), with the artifacts beside it.
+    A missing SQLite file is created, which takes seconds, with the artifacts beside it.
 
     Raises:
-        TrackingUnavailableError: it cannot be reached, or is no MLflow.
+        TrackingUnavailableError: it cannot be reached, or is not MLflow.
     """
     client_class, database = load_client(), database_path(tracking_uri)
     try:
@@ -295,7 +247,7 @@ def connect(tracking_uri: str) -> Connection:
                 database.parent.mkdir(parents=True, exist_ok=True)
             client = client_class(tracking_uri, registry_uri=tracking_uri)
             return Connection(tracking_uri, client, _experiment_id(client, database))
-    except RejectedError as error:  # what answers there is no MLflow, or an unsuitable one
+    except RejectedError as error:  # not MLflow, or an unsuitable version
         raise _unavailable(tracking_uri, error) from error
 
 
@@ -318,15 +270,15 @@ def _make_experiment(client: Any, database: Path | None) -> str:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-        # another thread or run, which saw none either, was faster
+        # another thread or run created it meanwhile
         return str(client.get_experiment_by_name(EXPERIMENT_NAME).experiment_id)
 
 
 def start_system_metrics(connection: Connection, run_id: str) -> Any | None:
-    """Begin MLflow's own sampling of CPU, disk, network and GPU on `run_id`, in its own thread.
+    """Start MLflow's sampling of CPU, disk, network and GPU for `run_id`, in its own thread.
 
     Returns:
-        The monitor, whose `finish()` ends it; None where it cannot be started.
+        The monitor, whose `finish()` ends it; None if it cannot be started.
     """
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 

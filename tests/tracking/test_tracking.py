@@ -28,19 +28,12 @@ from qwen3ft.records.model import AdapterSpec, ModelShape, ModelSnapshot, ModelS
 from qwen3ft.records.plan import MemoryPart, MemorySettings, TrainPlan
 from qwen3ft.records.training import MemoryStatus, TrainingMetrics
 from qwen3ft.registry.registry import Registry
-from qwen3ft.tracking.connection import (
-    EXPERIMENT_NAME,
-    _make_experiment,
-    connect,
-    database_path,
-    default_tracking_uri,
-    is_answering,
-    run_url,
-)
+from qwen3ft.tracking.connection import EXPERIMENT_NAME, _make_experiment, connect
 from qwen3ft.tracking.cursor import outstanding, parent_run_id, read_state, state_path
 from qwen3ft.tracking.journal import Journal, journal_path
 from qwen3ft.tracking.mirror import Mirror, replay, replay_unsent
 from qwen3ft.tracking.points import attempts_memory
+from qwen3ft.tracking.uri import database_path, default_tracking_uri, is_answering, run_url
 
 START = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 MODEL = "Qwen/Qwen3-4B-Thinking-2507"
