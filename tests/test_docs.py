@@ -149,7 +149,7 @@ def test_wheel_holds_every_file_of_its_packages(tmp_path: Path) -> None:
     assert any(name.endswith("/licenses/LICENSE") for name in names)
 
 
-@pytest.mark.slow  # computes 64 plans
+@pytest.mark.slow  # makes 48 plans
 def test_the_sweep_in_the_docs_is_what_the_command_prints() -> None:
     """Budgets, splits and speeds of docs/planning.md are those of today's prediction."""
     [block] = re.findall(r"\$ qwen3ft plan (.*?)^```", read(ROOT / "docs" / "planning.md"), _TO_END)
