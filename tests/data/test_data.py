@@ -231,7 +231,7 @@ LAYOUTS: dict[str, Callable[[str, str], dict[str, Any]]] = {
 
 
 def write_as(path: Path, values: list[dict[str, Any]]) -> str:
-    """`values` in the file type that the name ends in."""
+    """Write `values` in the file type that the name ends in."""
     suffixes = path.suffixes
     kind = next(suffix for suffix in suffixes if suffix in TYPES)
     if kind == ".parquet":
@@ -263,7 +263,7 @@ FILE_NAMES += [f"qa{kind}{packed}" for kind in TYPES[:4] for packed in (".gz", "
 
 
 def real_pairs(kind: str, most: int) -> list[tuple[str, str]]:
-    """Questions and answers of the bundled rows, Chinese and English, or of GSM8K."""
+    """Return questions and answers of the bundled rows, Chinese and English, or of GSM8K."""
     if kind == "bundled":
         paths = [DATA_DIR / "train.jsonl", DATA_DIR / "test.jsonl"]
     else:
@@ -400,8 +400,8 @@ def test_the_kind_of_a_test_row_is_kept_for_reporting(tmp_path: Path) -> None:
 # --- when things go wrong ---
 
 
-def test_the_circuit_breaker_tells_numbers_and_keeps_the_quarantine(tmp_path: Path) -> None:
-    """Too many bad rows stop the stage; the list of them lies beside the folder not made."""
+def test_the_circuit_breaker_reports_numbers_and_keeps_the_quarantine(tmp_path: Path) -> None:
+    """Too many bad rows stop the stage; their list lies beside the folder that was not made."""
     path = tmp_path / "half.jsonl"
     good = [json.dumps(row).encode() for row in synthetic(30)]
     path.write_bytes(b"\n".join([*good, *[b"{oops"] * 20]))
@@ -464,7 +464,7 @@ def test_a_missing_path_uses_sample_data_only_with_consent(tmp_path: Path) -> No
 
 
 def test_a_snapshot_without_a_tokenizer_is_a_tokenizer_error(tmp_path: Path) -> None:
-    """A damaged snapshot is told from bad data."""
+    """A damaged snapshot is not reported as bad data."""
     config = TrainingConfig(model_name="embedded")
     broken = SNAPSHOT.model_copy(update={"path": str(tmp_path)})
     with pytest.raises(TokenizerError):
@@ -474,7 +474,7 @@ def test_a_snapshot_without_a_tokenizer_is_a_tokenizer_error(tmp_path: Path) -> 
 # --- the folder and its key ---
 
 
-def test_a_manifest_is_read_back_only_while_every_file_holds(tmp_path: Path) -> None:
+def test_a_manifest_is_read_back_only_while_every_file_is_whole(tmp_path: Path) -> None:
     """A prepared folder is reused as long as it is whole, and nothing is left beside it."""
     manifest = prepare(tmp_path, write_jsonl(tmp_path / "qa.jsonl", synthetic(50)))
     target = Path(manifest.path)

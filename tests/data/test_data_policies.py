@@ -1,4 +1,4 @@
-"""What the data stage leaves out, shortens or mixes, as the config says; what is new."""
+"""Rows that the data stage leaves out, shortens or mixes by the config, and new rows."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_a_marker_in_a_text_is_trained_as_text_where_escaped(tmp_path: Path) -> 
 
 
 def test_near_duplicates_in_training_are_counted_and_dropped_where_asked(tmp_path: Path) -> None:
-    """Rows that differ in a word are told; the first of them stays."""
+    """Rows that differ in a word are counted, and the first of them stays."""
     chance = random.Random(1)
     words = [f"w{chr(97 + n)}{chr(97 + m)}" for n in range(12) for m in range(12)]
     texts = [" ".join(chance.sample(words, k=60)) for _ in range(60)]
@@ -153,7 +153,7 @@ def test_new_rows_are_mixed_with_a_sample_of_those_seen_before(tmp_path: Path) -
 
 
 def test_nothing_new_to_mix_is_no_error(tmp_path: Path) -> None:
-    """Unchanged data gives a folder without training rows, which the flow answers by stopping."""
+    """Unchanged data gives a folder without training rows, at which the flow stops."""
     data = write_jsonl(tmp_path / "qa.jsonl", synthetic(100))
     known = str(tmp_path / "known.npy")
     shutil.copyfile(Path(prepare(tmp_path, data).path) / "known_rows.npy", known)
@@ -163,8 +163,8 @@ def test_nothing_new_to_mix_is_no_error(tmp_path: Path) -> None:
     assert manifest.rows_read == accounted(manifest)
 
 
-def test_what_changed_since_the_champion_is_told_by_file_and_row(tmp_path: Path) -> None:
-    """New, changed and gone files and unseen rows; renaming a file is no new row."""
+def test_changes_since_the_champion_are_found_by_file_and_row(tmp_path: Path) -> None:
+    """New, changed and gone files and unseen rows; renaming a file makes no row new."""
     (tmp_path / "in").mkdir()
     (tmp_path / "champion").mkdir()
     for name, start in (("a", 0), ("b", 100), ("c", 200)):
@@ -191,7 +191,7 @@ def test_what_changed_since_the_champion_is_told_by_file_and_row(tmp_path: Path)
     assert compare_data(before, None).since is None
 
 
-def test_new_rows_are_told_by_file_with_what_a_few_of_them_ask(tmp_path: Path) -> None:
+def test_new_rows_are_counted_by_file_with_questions_of_a_few(tmp_path: Path) -> None:
     """A few rows more in one file and a new file: exactly those, and questions of both."""
     (tmp_path / "in").mkdir()
     (tmp_path / "champion").mkdir()

@@ -18,7 +18,7 @@ def sha256(content: bytes) -> str:
 
 
 def read_count(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The files that are really read from here on."""
+    """Return a list that receives the files read from here on."""
     read: list[Path] = []
     real = data_digest.sha256_file
 
@@ -31,7 +31,7 @@ def read_count(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def test_an_unchanged_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also by another process; and its digest is the right one each time."""
+    """By another process too, and its digest is right each time."""
     file, read = tmp_path / "rows.jsonl", read_count(monkeypatch)
     file.write_bytes(b"rows")
     for _ in range(3):
@@ -41,7 +41,7 @@ def test_an_unchanged_file_is_read_once(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_change_that_keeps_size_and_modification_time_is_seen(tmp_path: Path) -> None:
-    """As `cp -p` of another version makes it."""
+    """`cp -p` of another version makes such a change."""
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b"old.")
     with open_digests(tmp_path, settle_seconds=0) as digests:
@@ -67,7 +67,9 @@ def test_a_file_that_was_just_written_is_not_kept(
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"a": 1}', '{"a": [1, 2]}', "\x00", None])
-def test_a_damaged_file_of_digests_costs_time_alone(tmp_path: Path, content: str | None) -> None:
+def test_a_damaged_file_of_digests_costs_nothing_but_time(
+    tmp_path: Path, content: str | None
+) -> None:
     """Unreadable, of another shape, or no file at all: everything is hashed anew."""
     file, kept = tmp_path / "rows.jsonl", tmp_path / DIGESTS_FILE
     file.write_bytes(b"rows")

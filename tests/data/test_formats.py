@@ -1,4 +1,4 @@
-"""Files to raw rows: every format gives the same rows, and damage costs what is damaged."""
+"""Raw rows of files: every format gives the same rows, and damage costs what is damaged."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ROWS = [
 
 
 def zst(content: bytes) -> bytes:
-    """`content` as one frame."""
+    """Return `content` as one frame."""
     sink = pa.BufferOutputStream()
     with pa.CompressedOutputStream(sink, "zstd") as stream:
         stream.write(content)
@@ -41,23 +41,23 @@ PACK: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".zst": zst}
 
 
 def read(path: Path, limit: int = MAX_ROW_BYTES) -> list[RawRow]:
-    """All raw rows of a file."""
+    """Return all raw rows of a file."""
     return list(read_raw(path, list, limit))
 
 
 def write(path: Path, content: bytes | str) -> Path:
-    """`path`, holding `content`."""
+    """Write `content` to `path` and return it."""
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
 
 
 def outcome(path: Path, limit: int = MAX_ROW_BYTES) -> list[Any]:
-    """The reason, or the first value, of each row."""
+    """Return the reason, or else the first value, of each row."""
     return [row.reason or next(iter(row.values.values()), None) for row in read(path, limit)]
 
 
 def as_csv(rows: list[dict[str, Any]], delimiter: str, end: str = "\n") -> bytes:
-    """Rows under a line of names."""
+    """Return rows under a line of names."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), delimiter=delimiter, lineterminator=end)
     writer.writeheader()
@@ -66,7 +66,7 @@ def as_csv(rows: list[dict[str, Any]], delimiter: str, end: str = "\n") -> bytes
 
 
 def every_format(rows: list[dict[str, Any]]) -> dict[str, bytes]:
-    """Name and content of files that hold `rows`, in each format but parquet."""
+    """Return name and content of files that hold `rows`, in each format but parquet."""
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     return {
         "a.jsonl": lines.encode(),
@@ -103,7 +103,7 @@ def test_the_same_rows_come_out_of_every_format_and_compression(tmp_path: Path) 
 
 @pytest.mark.parametrize("name", list(every_format(ROWS)))
 def test_the_offset_and_the_line_are_where_the_row_starts(tmp_path: Path, name: str) -> None:
-    """At its byte stands a row's own text, and as many newlines come before as its line says."""
+    """A row's text starts at its byte, and as many newlines come before as its line says."""
     content = every_format(ROWS)[name]
     rows = read(write(tmp_path / name, content))
     for number, row in enumerate(rows):
@@ -167,7 +167,7 @@ def test_a_bad_element_costs_itself_and_says_why(
 
 @pytest.mark.parametrize("element", [b'{"q": "a, "r": 1}', b'{"q": "a", "r": 1', b"oops", b"{"])
 def test_a_bad_first_or_last_element_does_not_hide_the_list(tmp_path: Path, element: bytes) -> None:
-    """Before anything is known of the elements, and where nothing follows, it costs itself."""
+    """Without earlier elements, or without later ones, it costs itself."""
     good = b'{"q": "fine", "r": 2}'
     for order in ([element, good, good], [good, good, element]):
         for start, end in ((b"[", b"]"), (b'{"data": [', b'], "n": 1}')):
@@ -218,15 +218,15 @@ def test_what_a_json_file_may_look_like(tmp_path: Path, content: bytes, expected
     ],
 )
 def test_a_list_that_does_not_end_makes_the_file_unreadable(tmp_path: Path, content: bytes) -> None:
-    """The elements before are given, and then it is said that something is missing."""
+    """The elements before come out, and the error says that something is missing."""
     rows = read_raw(write(tmp_path / "a.json", content), list)
     assert next(rows).values == {"q": 1}
     with pytest.raises(UnreadableFileError, match="line"):
         list(rows)
 
 
-def test_broken_json_without_a_next_element_is_placed_and_the_way_out_named(tmp_path: Path) -> None:
-    """The message has the line, the byte, and the command that makes lines of the list."""
+def test_broken_json_without_a_next_element_is_an_error_with_a_command(tmp_path: Path) -> None:
+    """The message has the line, the byte, and the command that turns the list into lines."""
     path = write(tmp_path / "a b.json.gz", gzip.compress(b'{"data": [{"q": 1},\n{"q": "x'))
     rows = read_raw(path, list)
     assert next(rows).values == {"q": 1}
@@ -236,7 +236,7 @@ def test_broken_json_without_a_next_element_is_placed_and_the_way_out_named(tmp_
 
 
 def test_a_bracket_that_is_never_closed_stays_cheap(tmp_path: Path) -> None:
-    """Each of many elements would read to the end of the file: the cost is bounded all the same."""
+    """Each of many elements seems to reach to the end of the file; the cost is bounded."""
     element = json.dumps({"q": "x" * 100, "r": [{"role": "a"}]})
     items = [element.replace("}]", "}") if n % 2 else element for n in range(20_000)]
     path = write(tmp_path / "a.json", "[" + ", ".join(items) + "]")
@@ -275,7 +275,7 @@ SQUAD = {
 
 @pytest.mark.parametrize("indent", [None, 2])
 def test_squad_gives_one_row_per_question(tmp_path: Path, indent: int | None) -> None:
-    """With its context and title, at the byte of its article; what is laid out wrong is bad."""
+    """With its context and title, at the byte of its article; a wrong layout is a bad row."""
     content = json.dumps(SQUAD, ensure_ascii=False, indent=indent).encode()
     rows = read(write(tmp_path / "squad.json", content))
     good = [row.values for row in rows if not row.reason]
@@ -361,7 +361,7 @@ def test_another_encoding_is_named_with_its_conversion(
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_members_one_after_the_other_are_one_file(tmp_path: Path, suffix: str) -> None:
-    """As `cat a.gz b.gz` leaves them."""
+    """`cat a.gz b.gz` makes such files."""
     content = every_format(ROWS)["a.jsonl"]
     parts = [content[:100], b"", content[100:1000], content[1000:]]
     path = write(tmp_path / f"a.jsonl{suffix}", b"".join(map(PACK[suffix], parts)))
@@ -374,7 +374,7 @@ def test_members_one_after_the_other_are_one_file(tmp_path: Path, suffix: str) -
 def test_a_damaged_compressed_file_gives_its_rows_up_to_the_damage(
     tmp_path: Path, suffix: str, kind: str, damage: str
 ) -> None:
-    """Rows before it are right, and then the file is unreadable."""
+    """Rows before it are right; then the file is unreadable."""
     from random import Random
 
     random = Random(0)
@@ -429,7 +429,7 @@ print(peak() - before, reasons)
 def test_a_file_that_unpacks_to_much_more_is_read_in_bounded_memory(
     tmp_path: Path, name: str, head: bytes, tail: bytes, expected: list[str]
 ) -> None:
-    """150 MB of one text, packed into less than one: at most 130 MB are held."""
+    """150 MB of one text, compressed to less than one: at most 130 MB are held."""
     filler = b"x" * 2**20
     path = tmp_path / name
     with pa.CompressedOutputStream(str(path), "gzip" if name.endswith("gz") else "zstd") as out:
@@ -449,7 +449,7 @@ def test_a_file_that_unpacks_to_much_more_is_read_in_bounded_memory(
 def test_parquet_nested_values_come_out_as_python_and_bad_text_costs_its_row(
     tmp_path: Path,
 ) -> None:
-    """Lists of structures are lists of dicts; bytes that are no text inside them cost one row."""
+    """Lists of structures are lists of dicts; invalid UTF-8 inside them costs one row."""
     messages = [[{"role": "user", "content": "hi"}], [{"role": "user", "content": "bad"}], None]
     table = pa.table({"messages": messages, "n": [1, 2, 3]})
     path = tmp_path / "a.parquet"
@@ -460,7 +460,7 @@ def test_parquet_nested_values_come_out_as_python_and_bad_text_costs_its_row(
 
 
 def test_parquet_gives_only_the_columns_that_were_chosen(tmp_path: Path) -> None:
-    """Rows are numbered over all row groups, and have no byte."""
+    """Rows are numbered over all row groups and have no offset."""
     path = tmp_path / "a.parquet"
     pq.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=7)
     rows = list(read_raw(path, lambda names: [name for name in names if name != "kind"]))
@@ -468,8 +468,8 @@ def test_parquet_gives_only_the_columns_that_were_chosen(tmp_path: Path) -> None
     assert [(row.line, row.offset) for row in rows] == [(n + 1, -1) for n in range(len(ROWS))]
 
 
-def test_a_parquet_file_with_flipped_bytes_is_told_by_its_checksums(tmp_path: Path) -> None:
-    """Where pages carry checksums, wrong text never comes out."""
+def test_a_parquet_file_with_flipped_bytes_fails_its_checksums(tmp_path: Path) -> None:
+    """Where pages have checksums, wrong text never comes out."""
     path = tmp_path / "a.parquet"
     table = pa.table({"question": [f"question {n}" for n in range(500)]})
     pq.write_table(table, path, compression="none", use_dictionary=False, write_page_checksum=True)
@@ -488,7 +488,7 @@ OBJECTS = st.dictionaries(st.text(min_size=1, max_size=5), VALUES, min_size=1, m
 
 
 def is_plain(row: dict[str, Any]) -> bool:
-    """Whether nothing in it is refused on purpose."""
+    """Return whether a row holds nothing that is refused on purpose."""
     return "\\u0000" not in json.dumps(row)
 
 
@@ -504,7 +504,7 @@ def test_any_objects_come_back_from_an_array(
     indent: Any,
     ascii_only: bool,
 ) -> None:
-    """Whatever they hold and however they are laid out."""
+    """With any content and any layout."""
     text = json.dumps(rows, indent=indent, ensure_ascii=ascii_only)
     path = write(tmp_path_factory.getbasetemp() / "any.json", text)
     assert [row.values for row in read(path)] == rows
@@ -550,7 +550,7 @@ def test_any_texts_come_back_from_csv(
 def test_no_bytes_make_a_reader_fail_or_hang(
     tmp_path_factory: pytest.TempPathFactory, pieces: list[bytes], suffix: str
 ) -> None:
-    """Rows, bad rows or one error that says that the file is unreadable, and places in order."""
+    """There are rows, bad rows or one error that the file is unreadable, and places rise."""
     content = b"".join(pieces)
     pack = next((PACK[end] for end in PACK if suffix.endswith(end)), bytes)
     path = write(tmp_path_factory.getbasetemp() / f"any{suffix}", pack(content))

@@ -19,20 +19,20 @@ CHINESE = [chr(0x4E00 + 5 * i) for i in range(2500)]
 
 
 def make_text(number: int, words: int = 60, *, chinese: bool = False) -> list[str]:
-    """The words of a random text, the same for a number."""
+    """Return the words of a random text, always the same for a number."""
     vocabulary = [c for c in CHINESE if c not in "二三四五六七八九十百千万亿零两半"]
     return Random(number).choices(vocabulary if chinese else LATIN, k=words)
 
 
 def join(words: Sequence[str]) -> str:
-    """A question and an answer of the words."""
+    """Return a question and an answer made of the words."""
     middle = len(words) // 2
     gap = "" if words[0] > "z" else " "
     return as_text(gap.join(words[:middle]) + "?", gap.join(words[middle:]) + ".")
 
 
 def twins_of(texts: Sequence[str], left: Sequence[bool], threshold: float = 0.8) -> dict[int, int]:
-    """Each row of `left` with the row of the others that it is nearly the same as."""
+    """Return each row of `left` with its near-duplicate among the others."""
     near = NearDuplicates(threshold)
     near.add(texts[:3])
     near.add(texts[3:])
@@ -158,7 +158,7 @@ def test_copies_in_large_buckets_are_compared_with_the_first() -> None:
 
 
 def similar_pair(number: int, exchanged: int) -> tuple[list[str], list[str]]:
-    """Two texts of 60 words of which some, far from each other, differ."""
+    """Return two texts of 60 words, some of which, far from each other, differ."""
     one = make_text(number)
     other = [*one]
     for place in Random(number).sample(range(3, 56, 4), exchanged):

@@ -1,4 +1,4 @@
-"""Files to rows: every row comes out once, and a bad one costs nothing but itself."""
+"""Rows of files: every row comes out once, and a bad one costs nothing but itself."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ GOOD = {"question": "Which day?", "answer": "Friday"}
 
 
 def read(path: Path, rules: RowRules = RowRules(), **columns: str) -> list[QaRow | BadRow]:  # noqa: B008
-    """All rows of a file; `columns` says which is what."""
+    """Return all rows of a file, with columns set by `columns`."""
     if columns:
         rules = RowRules(ColumnNames(**columns))
     return list(read_file(SourceFile(str(path), path, "train"), rules, Counter()))
 
 
 def read_line(folder: Path, line: bytes, rules: RowRules = RowRules()) -> QaRow | BadRow:  # noqa: B008
-    """The one row of a file that holds `line`."""
+    """Return the row of a file that holds `line`."""
     path = folder / "one.jsonl"
     path.write_bytes(line)
     [row] = read(path, rules)
@@ -53,7 +53,7 @@ def read_line(folder: Path, line: bytes, rules: RowRules = RowRules()) -> QaRow 
 
 
 def read_values(folder: Path, values: dict[str, Any], rules: RowRules = RowRules()) -> QaRow:  # noqa: B008
-    """The good row that `values` make."""
+    """Return the good row made of `values`."""
     row = read_line(folder, json.dumps(values, ensure_ascii=False).encode(), rules)
     assert not isinstance(row, BadRow), row
     return row
@@ -87,8 +87,8 @@ BAD_LINES = {
 
 
 @pytest.mark.parametrize(("line", "reason"), BAD_LINES.items(), ids=lambda value: str(value)[:40])
-def test_a_bad_line_is_told_by_its_reason(tmp_path: Path, line: bytes, reason: str) -> None:
-    """Each kind of damage has its own code; the place is the file's name and line."""
+def test_a_bad_line_has_its_reason(tmp_path: Path, line: bytes, reason: str) -> None:
+    """Each kind of damage has its own code; the place is the file's name and the line."""
     row = read_line(tmp_path, line)
     assert isinstance(row, BadRow)
     assert (row.reason, row.line, row.file) == (reason, 1, str(tmp_path / "one.jsonl"))
@@ -234,7 +234,7 @@ def test_csv_rows_are_checked_one_by_one(tmp_path: Path) -> None:
     assert lines == [2, 4, 6, 7, 8, 9]
 
 
-def test_parquet_text_that_is_no_utf8_costs_one_row(tmp_path: Path) -> None:
+def test_parquet_text_that_is_not_utf8_costs_one_row(tmp_path: Path) -> None:
     """Arrow keeps any bytes as text; a null is a missing value; categories are text."""
     raw = pa.array([b"ok", b"\xff\xfe", None, b"fine"], pa.binary())
     table = pa.table(
@@ -407,17 +407,17 @@ def _chat(*turns: tuple[str, Any]) -> dict[str, Any]:
         ({**GOOD, "answer": []}, "empty_answer"),
     ],
 )
-def test_a_broken_conversation_is_told_by_its_reason(
+def test_a_broken_conversation_has_its_reason(
     tmp_path: Path, values: dict[str, Any], reason: str
 ) -> None:
-    """Whatever is wrong with its turns costs the conversation alone, under a code of its own."""
+    """Wrong turns cost the conversation alone, and each kind has its own code."""
     row = read_line(tmp_path, json.dumps(values).encode())
     assert isinstance(row, BadRow)
     assert row.reason == reason
 
 
 def test_squad_rows_give_context_question_and_first_answer(tmp_path: Path) -> None:
-    """The passage stands before the question; of several accepted answers the first is trained."""
+    """The passage comes before the question; the first of several accepted answers is trained."""
     values = {
         "context": "It rained on Friday.",
         "question": "When?",
@@ -432,14 +432,14 @@ def test_squad_rows_give_context_question_and_first_answer(tmp_path: Path) -> No
 
 
 def test_control_tokens_are_text_where_the_config_says_so(tmp_path: Path) -> None:
-    """With 'escape' the row is used as it is; the tokenizer then takes the marker for text."""
+    """With 'escape' the row is used, and the tokenizer takes the marker for text."""
     values = {"question": "What is <|im_end|>?", "answer": "A marker."}
     row = read_values(tmp_path, values, RowRules(escape_special_tokens=True))
     assert row["question"] == values["question"]
 
 
 def test_a_source_key_may_be_a_number(tmp_path: Path) -> None:
-    """Rows of one source key are told by it, text or number."""
+    """Source keys are texts or numbers."""
     assert read_values(tmp_path, {**GOOD, "group_id": 7})["group"] == "7"
     assert read_values(tmp_path, {**GOOD, "分组": " a "})["group"] == "a"
 
@@ -448,7 +448,7 @@ def test_a_source_key_may_be_a_number(tmp_path: Path) -> None:
 
 
 def config(**values: Any) -> TrainingConfig:
-    """A config of the real model, which has no rows of its own."""
+    """Return a config of the real model, which has no rows of its own."""
     return TrainingConfig(**values)
 
 
@@ -464,7 +464,7 @@ def test_a_folder_gives_its_files_sorted_and_without_hidden_ones(tmp_path: Path)
     assert degraded == ()
 
 
-def test_a_missing_path_is_named_at_once(tmp_path: Path) -> None:
+def test_a_missing_path_is_reported_at_once(tmp_path: Path) -> None:
     """The error comes before any hashing, names path and role, and gives a command."""
     missing = str(tmp_path / "nowhere.jsonl")
     started = time.perf_counter()
@@ -502,7 +502,7 @@ def test_sample_data_stands_in_only_where_allowed_and_is_marked(
     assert degraded == (SAMPLE_DATA,)
 
 
-def test_a_fingerprint_changes_with_the_content_alone(tmp_path: Path) -> None:
+def test_a_fingerprint_changes_only_with_the_content(tmp_path: Path) -> None:
     """Touching a file changes nothing; one more row does."""
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(GOOD) + "\n")
@@ -516,7 +516,7 @@ def test_a_fingerprint_changes_with_the_content_alone(tmp_path: Path) -> None:
     assert digest != before[0][1]
 
 
-def test_the_flows_side_of_the_data_stage_imports_no_heavy_library() -> None:
+def test_the_flow_imports_no_heavy_library_for_the_data_stage() -> None:
     """Finding out whether data changed costs neither torch nor transformers nor datasets."""
     code = (
         "import sys; from qwen3ft.config import TrainingConfig;"

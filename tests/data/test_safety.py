@@ -1,4 +1,4 @@
-"""Credentials and personal data in rows: planted ones are found, and what looks alike is not.
+"""Credentials and personal data in rows: planted ones are found, and look-alikes are not.
 
 All examples are made up. Key-like strings are put together at run time, so that scanners of this
 repository find none.
@@ -23,17 +23,17 @@ LETTERS = "abcdefghijkmnopqrstuvwxyzABCDEFGHJKLMNPQRSTUVWXYZ"
 
 
 def random_text(seed: int, count: int, alphabet: str = LETTERS + "123456789") -> str:
-    """Characters drawn at random, the same for a seed."""
+    """Return random characters, always the same for a seed."""
     return "".join(Random(seed).choices(alphabet, k=count))
 
 
 def resident_id(first: str) -> str:
-    """Seventeen digits with their check digit."""
+    """Return seventeen digits with their check digit."""
     return first + ric.calc_check_digit(first + "0")
 
 
 def card(first: str, grouping: str = "") -> str:
-    """Digits with their check digit, in groups of four if there is a separator."""
+    """Return digits with their check digit, in groups of four if there is a separator."""
     number = first + luhn.calc_check_digit(first)
     return grouping.join(number[i : i + 4] for i in range(0, len(number), 4))
 
@@ -230,7 +230,7 @@ LOOK_ALIKES = [
 
 
 def results() -> tuple[list[str], list[str], list[str]]:
-    """The canaries missed, the findings beside a canary, and the look-alikes reported."""
+    """Return the canaries missed, the findings beside canaries, and the look-alikes reported."""
     missed, beside = [], []
     for kind, frame, secret in CANARIES:
         text = frame.format(secret)
@@ -248,14 +248,14 @@ def results() -> tuple[list[str], list[str], list[str]]:
 
 
 def test_every_planted_canary_is_found_in_its_place() -> None:
-    """Of each kind, in English and Chinese sentences, and nothing is found beside it."""
+    """Every kind is found in English and Chinese sentences, and nothing beside it."""
     missed, beside, _ = results()
     assert len(CANARIES) >= 60
     assert missed == []
     assert beside == []
 
 
-def test_what_looks_alike_is_not_reported() -> None:
+def test_look_alikes_are_not_reported() -> None:
     """Order numbers, ISBNs, versions, dates, decimals, hashes, code and placeholders of manuals."""
     assert len(LOOK_ALIKES) >= 60
     assert results()[2] == []
@@ -290,14 +290,14 @@ def test_every_credential_found_is_masked_in_logs() -> None:
 
 
 def test_no_key_like_string_stands_in_this_file() -> None:
-    """What is planted here is made at run time."""
+    """The planted keys are made at run time."""
     written = Path(__file__).read_text(encoding="utf-8")
     assert not re.search(r"(hf_|ghp_|sk-)[A-Za-z]*[0-9][A-Za-z0-9]{20}", written)
     assert not re.search("AKIA[A-Z0-9]{16}", written)
 
 
 def clean_texts() -> list[str]:
-    """300 characters each, English and Chinese, with years and small numbers in them."""
+    """Return texts of 300 characters, English and Chinese, with years and small numbers."""
     english = (
         "the committee met in 1998, and (as the minutes say) agreed on 12.5 % for John's "
         "well-kept garden; "

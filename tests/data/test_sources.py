@@ -1,4 +1,4 @@
-"""Which files a path stands for: files, folders, globs, and data sets of the hub."""
+"""Files that a path stands for: files, folders, globs, and data sets of the hub."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OLDER = "89abcdef0123456789abcdef0123456789abcdef"
 
 
 def row(text: str) -> bytes:
-    """One line of a file."""
+    """Return one line of a file."""
     return json.dumps({"question": text, "answer": "a"}).encode() + b"\n"
 
 
@@ -52,22 +52,22 @@ FILES = {
 }
 REPOS = {
     "owner/weather": FILES,
-    "owner/untold": {"rows.jsonl": row("all"), "eval.jsonl": row("dev"), "latest.json": row("x")},
+    "owner/unnamed": {"rows.jsonl": row("all"), "eval.jsonl": row("dev"), "latest.json": row("x")},
     "owner/empty": {"script.py": b""},
 }
 
 
 class FakeHub(BaseHTTPRequestHandler):
-    """Answers for a few data sets as the hub does, and notes what it was asked."""
+    """A hub with a few data sets, which notes every request."""
 
     asked: ClassVar[list[str]] = []
 
     def do_HEAD(self) -> None:
-        """What a file is, before it is fetched."""
+        """Answer what a file is, before it is fetched."""
         self.do_GET()
 
     def do_GET(self) -> None:
-        """Data set info by name, the list of names, and files."""
+        """Answer with the info of a data set, the list of names, or a file."""
         path = unquote(urlsplit(self.path).path)
         self.asked.append(path)
         if path == "/api/datasets":
@@ -83,7 +83,7 @@ class FakeHub(BaseHTTPRequestHandler):
             self.answer(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": commit})
 
     def info(self, name: str, revision: str) -> None:
-        """The commit and the files of a data set, or why not."""
+        """Answer with the commit and the files of a data set, or an error."""
         refusals = {"owner/gated": (403, "GatedRepo"), "owner/broken": (503, "")}
         if name in refusals or name not in REPOS:
             status, code = refusals.get(name, (404, "RepoNotFound"))
@@ -96,7 +96,7 @@ class FakeHub(BaseHTTPRequestHandler):
             self.answer(200, json.dumps({"id": name, "sha": commit, "siblings": files}).encode())
 
     def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-        """Send `body`, which a HEAD request is only told the length of."""
+        """Send `body`, or only its length for a HEAD request."""
         self.send_response(status)
         for key, value in (headers or {}).items():
             self.send_header(key, value)
@@ -111,7 +111,7 @@ class FakeHub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def fake_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]]:
-    """A hub on loopback, and empty caches; gives the list of what was asked of it."""
+    """Start a hub on loopback, with empty caches; return the list of its requests."""
     from huggingface_hub import constants
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
@@ -129,7 +129,7 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[s
 
 @pytest.fixture
 def ask(tmp_path: Path) -> Any:
-    """The files of one training path, with a cache of the test's own."""
+    """Return a function from training paths to their files, with a cache of its own."""
 
     def files(*paths: str, **more: Any) -> list[SourceFile]:
         config = TrainingConfig(data_paths=paths, cache_dir=str(tmp_path / "cache"), **more)
@@ -139,7 +139,7 @@ def ask(tmp_path: Path) -> Any:
 
 
 def labels(files: list[SourceFile]) -> list[str]:
-    """How they are named to people, without the hub's prefix."""
+    """Return the labels of files, without the hub's prefix."""
     return [file.label.removeprefix("hf://datasets/") for file in files]
 
 
@@ -147,7 +147,7 @@ def labels(files: list[SourceFile]) -> list[str]:
 
 
 def test_a_glob_gives_its_readable_files_sorted(tmp_path: Path, ask: Any) -> None:
-    """** is any depth of folders; hidden and foreign files are skipped; none at all is an error."""
+    """** is any depth of folders; hidden and unsupported files are skipped; none is an error."""
     names = ("a.jsonl", "x/b.jsonl.GZ", "x/y/c.csv", "x/y/d.tsv.zst", "x/.h.jsonl", "x/n.txt")
     for name in names:
         path = tmp_path / "rows" / name
@@ -180,7 +180,7 @@ def test_a_path_that_exists_is_never_taken_for_a_glob_or_the_hub(
 
 
 def test_the_digest_is_over_the_bytes_on_disk(tmp_path: Path) -> None:
-    """The same rows packed otherwise are another file."""
+    """The same rows compressed in another way are another file."""
     import gzip
 
     path = tmp_path / "a.jsonl.gz"
@@ -211,15 +211,15 @@ def test_the_digest_is_over_the_bytes_on_disk(tmp_path: Path) -> None:
         ("data/*", None),
     ],
 )
-def test_which_paths_name_a_data_set(given: str, expected: Any) -> None:
-    """Two words with a slash and no readable ending, or whatever starts with the hub's prefix."""
+def test_paths_that_name_a_data_set(given: str, expected: Any) -> None:
+    """Two words with a slash and no known suffix, or anything that starts with the hub's prefix."""
     asked = parse_hub_name(given)
     assert (asked and (asked.name, asked.revision, asked.glob)) == expected
 
 
 @pytest.mark.parametrize("given", ["hf://datasets/", "hf://datasets/name", "hf://datasets/a b/c"])
 def test_an_address_that_names_nothing_is_refused(given: str) -> None:
-    """Before anything is asked."""
+    """The hub is not asked."""
     with pytest.raises(DatasetNotFoundError, match="not a valid name of a data set"):
         parse_hub_name(given)
 
@@ -236,20 +236,20 @@ def test_an_address_that_names_nothing_is_refused(given: str) -> None:
     ],
 )
 def test_a_glob_means_the_same_on_the_hub(glob: str, matching: Any, other: Any) -> None:
-    """One star stays inside a folder, two do not; a folder is all below it."""
+    """One star stays inside a folder, two do not; a folder means all files below it."""
     pattern = glob_pattern(glob)
     assert all(pattern.fullmatch(path) for path in matching)
     assert not any(pattern.fullmatch(path) for path in other)
 
 
 def test_files_are_chosen_by_the_words_in_their_paths() -> None:
-    """Training takes what is called so, else what is not held out; other roles take their own."""
-    told = ["data/train-0.parquet", "data/test-0.parquet", "dev/a.parquet", "trainer/valid.csv"]
-    assert select_files(told, "train") == ["data/train-0.parquet", "trainer/valid.csv"]
-    assert select_files(told, "test") == ["data/test-0.parquet"]
-    assert select_files(told, "dev") == ["dev/a.parquet", "trainer/valid.csv"]
-    untold = ["a.csv", "latest.csv", "devices.csv", "x_eval.csv", "test.csv", "validation/b.csv"]
-    assert select_files(untold, "train") == ["a.csv", "latest.csv"]
+    """Training takes files with 'train', or else all not held out; other roles take their own."""
+    named = ["data/train-0.parquet", "data/test-0.parquet", "dev/a.parquet", "trainer/valid.csv"]
+    assert select_files(named, "train") == ["data/train-0.parquet", "trainer/valid.csv"]
+    assert select_files(named, "test") == ["data/test-0.parquet"]
+    assert select_files(named, "dev") == ["dev/a.parquet", "trainer/valid.csv"]
+    unnamed = ["a.csv", "latest.csv", "devices.csv", "x_eval.csv", "test.csv", "validation/b.csv"]
+    assert select_files(unnamed, "train") == ["a.csv", "latest.csv"]
 
 
 def test_a_data_set_is_read_at_its_commit_and_its_script_never(
@@ -265,7 +265,7 @@ def test_a_data_set_is_read_at_its_commit_and_its_script_never(
 
 def test_each_role_takes_its_own_files(fake_hub: list[str], ask: Any) -> None:
     """The same name under dev and test gives the held-out files."""
-    files = ask("owner/untold", dev_paths=("owner/weather",), test_paths=("owner/weather",))
+    files = ask("owner/unnamed", dev_paths=("owner/weather",), test_paths=("owner/weather",))
     assert [(file.role, file.path.name) for file in files] == [
         ("train", "latest.json"),
         ("train", "rows.jsonl"),
@@ -275,7 +275,7 @@ def test_each_role_takes_its_own_files(fake_hub: list[str], ask: Any) -> None:
 
 
 def test_a_glob_and_a_revision_choose_files(fake_hub: list[str], ask: Any) -> None:
-    """Also a branch with a slash, and a commit in full."""
+    """A branch with a slash and a full commit work too."""
     given = "hf://datasets/owner/weather"
     assert labels(ask(f"{given}@old/*.csv")) == [f"owner/weather@{OLDER}/test.csv"]
     assert labels(ask(f"{given}@refs%2Fpr%2F1/test.csv")) == [f"owner/weather@{COMMIT}/test.csv"]
@@ -298,7 +298,7 @@ def test_fingerprints_hold_label_and_content(fake_hub: list[str], tmp_path: Path
 def test_without_network_the_same_files_are_found_again(
     fake_hub: list[str], ask: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was fetched is read as before; what was not is an error of its own."""
+    """Files fetched before are read; others are an error of their own."""
     before = ask("owner/weather")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert ask("owner/weather") == before
@@ -309,7 +309,7 @@ def test_without_network_the_same_files_are_found_again(
 def test_a_pinned_data_set_asks_nothing_once_it_is_cached(
     fake_hub: list[str], ask: Any, tmp_path: Path
 ) -> None:
-    """A commit in full means the same files for ever."""
+    """A full commit means the same files for ever."""
     pinned = pin_dataset("owner/weather", tmp_path / "cache")
     assert pinned == f"hf://datasets/owner/weather@{COMMIT}"
     assert pin_dataset(pinned, tmp_path / "cache") == pinned
@@ -323,7 +323,7 @@ def test_a_pinned_data_set_asks_nothing_once_it_is_cached(
 def test_a_config_is_pinned_where_it_names_the_hub_alone(
     fake_hub: list[str], tmp_path: Path
 ) -> None:
-    """Local paths, bundled rows and globs stay; an unknown name is left to the sample data."""
+    """Local paths, bundled rows and globs stay; sample data may stand in for an unknown name."""
     local = tmp_path / "rows.jsonl"
     local.write_text("{}")
     config = TrainingConfig(
@@ -340,7 +340,7 @@ def test_a_config_is_pinned_where_it_names_the_hub_alone(
 
 
 @pytest.mark.parametrize(
-    ("given", "expected", "told"),
+    ("given", "expected", "message"),
     [
         ("owner/wether", DatasetNotFoundError, "Did you mean owner/weather"),
         ("owner/weather@v9", DatasetNotFoundError, "no revision 'v9'"),
@@ -351,10 +351,10 @@ def test_a_config_is_pinned_where_it_names_the_hub_alone(
     ],
 )
 def test_each_reason_for_having_no_data_is_its_own_error(
-    fake_hub: list[str], ask: Any, given: str, expected: type[Exception], told: str
+    fake_hub: list[str], ask: Any, given: str, expected: type[Exception], message: str
 ) -> None:
-    """Unknown, gated and broken are told apart, and each names what to do next."""
-    with pytest.raises(expected, match=told) as caught:
+    """Unknown, gated and broken data sets have errors of their own, each with a next command."""
+    with pytest.raises(expected, match=message) as caught:
         ask(given)
     assert type(caught.value) is expected
     assert caught.value.next_command  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""What the tests of the data stage share: rows, a snapshot, and the stage in a call."""
+"""Rows, a snapshot, and the data stage in one call, for its tests."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ disable_progress_bars()
 
 
 def synthetic(count: int, start: int = 0) -> list[dict[str, str]]:
-    """Generated question-answer rows, every third with reasoning, every fourth in Chinese."""
+    """Return question-answer rows, every third with reasoning, every fourth in Chinese."""
     rows = []
     for number in range(start, start + count):
         asked = f"第 {number} 题:{number} 加 1?" if number % 4 == 0 else f"What is {number} + 1?"
@@ -55,7 +55,7 @@ def synthetic(count: int, start: int = 0) -> list[dict[str, str]]:
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> str:
-    """One row a line; gives the path as a config wants it."""
+    """Write one row a line; return the path as the config takes it."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
 
@@ -67,7 +67,7 @@ def prepare(folder: Path, *data_paths: str, **values: Any) -> DatasetManifest:
 
 
 def accounted(manifest: DatasetManifest) -> int:
-    """Rows that the manifest says went somewhere."""
+    """Return the number of rows that the manifest accounts for."""
     return (
         manifest.train.rows
         + manifest.dev.rows
@@ -80,18 +80,18 @@ def accounted(manifest: DatasetManifest) -> int:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """A jsonl file as values."""
+    """Return the values of a jsonl file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def trained_ids(row: dict[str, Any]) -> list[int]:
-    """The tokens of a row that carry loss."""
+    """Return the tokens of a row that carry loss."""
     edges = zip(row["trained"][::2], row["trained"][1::2], strict=True)
     return [token for start, end in edges for token in row["input_ids"][start:end]]
 
 
 def questions(manifest: DatasetManifest, split: str) -> list[str]:
-    """The questions of a split, from the tokens or from test.jsonl."""
+    """Return the questions of a split, from the tokens or from test.jsonl."""
     folder = Path(manifest.path)
     if split == "test":
         return [row["question"] for row in read_lines(folder / "test.jsonl")]
