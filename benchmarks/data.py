@@ -139,7 +139,7 @@ def dedup_row(number: int, words: list[str]) -> tuple[str, str]:
     return " ".join(chosen[:25]).capitalize() + "?", " ".join(chosen[25:]).capitalize() + "."
 
 
-def measure_dedup(rows: int, _: argparse.Namespace) -> Result:
+def measure_dedup(rows: int, _arguments: argparse.Namespace) -> Result:
     """Time each pass over the rows, and count the planted copies that were found."""
     from qwen3ft.data import splits
     from qwen3ft.data.near_duplicates import NearDuplicates
@@ -236,7 +236,7 @@ def gsm8k_rows(path: Path, count: int) -> list[dict[str, Any]]:
     return rows
 
 
-def measure_tokenise(rows: int, _: argparse.Namespace) -> Result:
+def measure_tokenise(rows: int, _arguments: argparse.Namespace) -> Result:
     """Time each kind of rows, best of three."""
     from qwen3ft.chat.rendering import load_tokenizer, tokenize_rows
     from qwen3ft.embedded import MODEL_DIR
