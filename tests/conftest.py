@@ -40,7 +40,7 @@ OTHERS_MAKE_IT_SECONDS = 240.0
 
 LONGEST = (
     *("test_flow.py", "test_browser.py", "test_worker.py", "test_stack.py", "test_training.py"),
-    *("test_moves.py", "test_tracking.py", "test_export.py"),
+    *("test_moves.py", "test_mirror.py", "test_sender.py", "test_export.py"),
     *("test_cli.py", "test_ask.py", "test_preflight.py", "test_nightly.py", "test_inference.py"),
     *("test_judge.py", "test_checkpoint_writer.py"),
 )

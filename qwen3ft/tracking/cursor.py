@@ -1,8 +1,7 @@
-"""How much of a run MLflow has: the cursor over its journal and its attempts' files.
+"""The cursor over a run's journal and its attempts' files: how much of them MLflow has.
 
-The cursor is `runs/<run_id>/tracking.state.json`: ids of the MLflow runs and the offsets, in bytes,
-of what was confirmed. Losing it loses nothing: everything is then sent again. Only complete lines
-count; a last line without its newline is not there yet.
+It is kept in `runs/<run_id>/tracking.state.json`: ids of the MLflow runs, and offsets in bytes of
+what was confirmed. Losing it loses nothing, since everything is then sent again.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ _POLL_SECONDS = 0.05
 
 
 def operations(run_dir: RunDir, offset: int = 0) -> Iterator[AnyOperation]:
-    """Every readable operation from byte `offset` of the journal on."""
+    """Yield every readable operation from byte `offset` of the journal on."""
     parsed = (parse_operation(line.content) for line in lines_from(journal_path(run_dir), offset))
     return (operation for operation in parsed if operation is not None)
 
 
 class AttemptCursor(BaseModel):
-    """A child run, and how much of its attempt's files MLflow has."""
+    """A child run, and how far its attempt's files were sent."""
 
     run_id: str
     metrics_offset: int = 0
@@ -35,7 +34,7 @@ class AttemptCursor(BaseModel):
 
 
 class TrackingState(BaseModel):
-    """What MLflow has of one run."""
+    """The cursor itself."""
 
     experiment_id: str | None = None
     parent_run_id: str | None = None
@@ -45,12 +44,12 @@ class TrackingState(BaseModel):
 
 
 def state_path(run_dir: RunDir) -> Path:
-    """Where the cursor is."""
+    """Return the path of the cursor."""
     return run_dir.path / "tracking.state.json"
 
 
 def read_state(run_dir: RunDir) -> TrackingState:
-    """The cursor; an empty one where none (or no readable one) was written."""
+    """Read the cursor; an empty one if it is missing or unreadable."""
     try:
         return TrackingState.model_validate_json(state_path(run_dir).read_bytes())
     except (FileNotFoundError, ValidationError):
@@ -63,12 +62,12 @@ def write_state(run_dir: RunDir, state: TrackingState) -> None:
 
 
 def parent_run_id(run_dir: RunDir) -> str | None:
-    """The MLflow id of the run, once MLflow has it."""
+    """Return the MLflow id of the run, once MLflow has it."""
     return read_state(run_dir).parent_run_id
 
 
 def outstanding(run_dir: RunDir) -> int:
-    """Operations and lines of metrics that MLflow does not have yet."""
+    """Count the operations and lines of metrics that MLflow does not have yet."""
     state = read_state(run_dir)
     count = sum(1 for _ in lines_from(journal_path(run_dir), state.journal_offset))
     pending = operations(run_dir, state.journal_offset)
@@ -84,7 +83,7 @@ def outstanding(run_dir: RunDir) -> int:
 def wait_until_sent(run_dir: RunDir, timeout_seconds: float) -> bool:
     """Wait until MLflow has what was journaled before this call; False if that took too long.
 
-    Some other thread or process must be sending it; an operation that was refused counts as sent.
+    Another thread or process must be sending it; a refused operation counts as sent.
     """
     path = journal_path(run_dir)
     target = path.stat().st_size if path.exists() else 0

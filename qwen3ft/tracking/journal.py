@@ -1,15 +1,9 @@
 """The journal of tracking operations: what should be in MLflow, kept as plain files of the run.
 
-One operation per line of `runs/<run_id>/tracking.jsonl`, in order. An attempt's own metrics are not
-in it: they are in the attempt's folder, which the operation "attempt_started" refers to.
-
-Guarantees: appending touches one local file and nothing else, so it neither waits for MLflow nor
-fails because of it; a line written survives a kill of the process, and a line torn by one is
-separated from the next and skipped by readers. Secrets are masked before anything is written. A
-power cut may lose the last lines that were not sent yet.
-
-It does not send anything: `qwen3ft.tracking.mirror` does; `qwen3ft.tracking.cursor` knows how much
-was sent.
+One operation per line of `runs/<run_id>/tracking.jsonl`, in order. An attempt's own metrics stay
+in the attempt's folder, which "attempt_started" refers to. Appending touches one local file only,
+so it neither waits for MLflow nor fails because of it. A line survives a kill of the process, though
+a power cut may lose the last ones. Secrets are masked before anything is written.
 """
 
 from __future__ import annotations
@@ -31,9 +25,9 @@ from qwen3ft.records.plan import TrainPlan
 from qwen3ft.units import gb
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
-"""How a run or an attempt ended, in MLflow's words."""
+"""End of a run or an attempt, in MLflow's words."""
 
-_DIGEST_CHARACTERS = 36  # the longest digest of a dataset that MLflow accepts
+_DIGEST_CHARACTERS = 36  # longest digest of a dataset that MLflow accepts
 
 
 class Operation(BaseModel):
@@ -45,7 +39,7 @@ class Operation(BaseModel):
 
 
 class RunStarted(Operation):
-    """The parent run begins, or goes on after a restart."""
+    """The parent run starts, or continues after a restart."""
 
     kind: Literal["run_started"] = "run_started"
     uid: str = Field(default_factory=lambda: uuid.uuid4().hex)
@@ -62,7 +56,7 @@ class RunFinished(Operation):
 
 
 class AttemptStarted(Operation):
-    """A child run begins; its metrics are read from the attempt's folder."""
+    """A child run starts; its metrics are read from the attempt's folder."""
 
     kind: Literal["attempt_started"] = "attempt_started"
     number: int
@@ -97,7 +91,7 @@ class Tags(Operation):
 
 
 class DatasetInput(Operation):
-    """The rows trained on, as MLflow describes a dataset; the four texts are JSON."""
+    """The training rows as MLflow describes a dataset; source, schema and profile are JSON."""
 
     kind: Literal["dataset"] = "dataset"
     name: str
@@ -158,7 +152,7 @@ class Journal:
         self.path = journal_path(run_dir)
 
     def run_started(self, name: str, params: Mapping[str, Any], tags: Mapping[str, Any]) -> None:
-        """Begin the parent run, or continue it after a restart."""
+        """Start the parent run, or continue it after a restart."""
         self._append(RunStarted(name=name, params=_texts(params), tags=_texts(tags)))
 
     def run_finished(self, status: RunStatus) -> None:
@@ -166,7 +160,7 @@ class Journal:
         self._append(RunFinished(status=status))
 
     def attempt_started(self, plan: TrainPlan) -> None:
-        """Begin the child run `attempt-<n>`; from now on its folder's metrics are followed."""
+        """Start the child run `attempt-<n>`; its folder's metrics are followed from now on."""
         self._append(
             AttemptStarted(
                 number=plan.attempt,
@@ -217,12 +211,12 @@ class Journal:
         line = operation.model_dump_json().encode() + b"\n"
         with self.path.open("ab+") as stream:
             if stream.tell() and (stream.seek(-1, 2), stream.read(1))[1] != b"\n":
-                line = b"\n" + line  # a kill tore the last line: keep it apart from this one
+                line = b"\n" + line  # a kill tore the last line: start a new one
             stream.write(line)
 
 
 def parse_operation(line: bytes) -> AnyOperation | None:
-    """The operation on one line, or None for a torn or unknown one."""
+    """Parse one line; None if it is torn or unknown."""
     try:
         return _OPERATION.validate_json(line)
     except ValidationError:
@@ -230,15 +224,15 @@ def parse_operation(line: bytes) -> AnyOperation | None:
 
 
 def journal_path(run_dir: RunDir) -> Path:
-    """Where the run's operations are."""
+    """Return the path of the run's journal."""
     return run_dir.path / "tracking.jsonl"
 
 
-# --- values as MLflow wants them ---
+# --- values in the form that MLflow takes ---
 
 
 def flat_params(plan: TrainPlan) -> dict[str, Any]:
-    """The plan as one level of names: `model.shape.hidden_size`, `predicted_gb.<part>`, ..."""
+    """Flatten the plan: `model.shape.hidden_size`, `predicted_gb.<part>`, ..."""
     whole = plan.model_dump(
         mode="json",
         exclude={
@@ -265,7 +259,7 @@ def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def describe_dataset(manifest: DatasetManifest) -> DatasetInput:
-    """The manifest in the terms of an MLflow dataset; the profile holds the whole digest."""
+    """Describe the manifest as an MLflow dataset; the profile holds the whole digest."""
     columns = [
         {"type": "string", "name": name, "required": True} for name in manifest.columns.values()
     ]

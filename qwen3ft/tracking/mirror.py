@@ -1,29 +1,22 @@
-"""Keeps MLflow up to date with a run while it runs, and catches up afterwards.
+"""Keeps MLflow up to date with a run while it runs, and catches up on earlier runs.
 
-`Mirror` sends continuously from a daemon thread of the flow's process; `replay` sends what is left
-of one run once, in the foreground; `replay_unsent` does so for every earlier run.
-
-Guarantees: the caller never waits for MLflow beyond the timeout it gives, and never sees its
-errors; an outage is reported once, retried after 1 s, 2 s, ... up to 30 s, and loses nothing (see
-`qwen3ft.tracking.sender`). One process at a time sends a run (a file lock, which the kernel
-releases if the process dies). A thread stuck in a request does not keep the process from exiting.
-
-System metrics are sampled live and not journaled: those of an outage are missing.
+The caller never waits for MLflow beyond the timeout it gives, and never sees its errors. An outage
+is reported once, retried after 1 s, 2 s, ... up to 30 s, and loses nothing (see
+`qwen3ft.tracking.sender`), except for system metrics: those are sampled live and not journaled. One
+process at a time sends a run. A thread stuck in a request does not keep the process from exiting.
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from qwen3ft.errors import TrackingUnavailableError
 from qwen3ft.jobs.folders import RunDir
+from qwen3ft.locks import try_lock
 from qwen3ft.logs import get_logger, mask_secrets
 from qwen3ft.tracking.connection import start_system_metrics
 from qwen3ft.tracking.cursor import operations, outstanding, wait_until_sent
@@ -36,14 +29,12 @@ from qwen3ft.tracking.journal import (
 )
 from qwen3ft.tracking.sender import Sender
 
-POLL_SECONDS = 1.0
-"""How often the journal and the attempts' files are looked at."""
+_POLL_SECONDS = 1.0  # between two looks at the journal and the attempts' files
 
 _FIRST_WAIT_SECONDS = 1.0
 _LONGEST_WAIT_SECONDS = 30.0
 _LAST_WAIT_SECONDS = 0.3
-_HOPE_SECONDS = 60.0
-"""After so long an outage `close` gives MLflow `_LAST_TRY_SECONDS` and no more."""
+_HOPE_SECONDS = 60.0  # after an outage this long, `close` waits for one last try only
 _LAST_TRY_SECONDS = 2.0
 
 _log = get_logger("tracking")
@@ -54,7 +45,7 @@ class Mirror:
 
     Args:
         run_dir: The run; its `Journal` may be written to before, during and after.
-        tracking_uri: Where MLflow is. It need not be reachable.
+        tracking_uri: Address of MLflow, which need not be reachable.
     """
 
     def __init__(self, run_dir: RunDir, tracking_uri: str) -> None:
@@ -68,7 +59,7 @@ class Mirror:
         self._thread = threading.Thread(target=self._run, name="mlflow-mirror", daemon=True)
 
     def start(self) -> Mirror:
-        """Begin to send; returns at once.
+        """Begin to send; return at once.
 
         Start it before the run is journaled: a run that nobody sends counts as abandoned.
         """
@@ -84,7 +75,7 @@ class Mirror:
         """Send the rest and stop, within `timeout_seconds`; sooner if MLflow has long been gone.
 
         Returns:
-            Whether MLflow has everything; what it lacks stays in the journal for `replay`.
+            True if MLflow has everything; what it lacks stays in the journal for `replay_unsent`.
         """
         self._closing.set()
         self._wake.set()
@@ -97,7 +88,7 @@ class Mirror:
         self._abandoned.set()
         self._wake.set()
         if self._thread.is_alive():
-            self._thread.join(_LAST_WAIT_SECONDS)  # unless stuck in a request, it frees the lock
+            self._thread.join(_LAST_WAIT_SECONDS)  # releases the lock, unless stuck in a request
         return not self._thread.is_alive() and outstanding(self.run_dir) == 0
 
     def _run(self) -> None:
@@ -106,7 +97,7 @@ class Mirror:
             with _sole_sender(self.run_dir) as is_sole:
                 if is_sole:
                     self._send_until_closed()
-            is_done = is_sole or self._closing.wait(POLL_SECONDS)
+            is_done = is_sole or self._closing.wait(_POLL_SECONDS)
 
     def _send_until_closed(self) -> None:
         sender = Sender(self.run_dir, self.tracking_uri)
@@ -131,7 +122,7 @@ class Mirror:
             if not worked:
                 if self._closing.is_set():
                     break
-                self._wake.wait(POLL_SECONDS)
+                self._wake.wait(_POLL_SECONDS)
                 self._wake.clear()
         self._stop_sampling()
 
@@ -144,7 +135,7 @@ class Mirror:
         )
 
     def _sample_system(self, sender: Sender, *, restart: bool) -> None:
-        """See that MLflow's monitor runs; it ends itself in an outage."""
+        """Keep MLflow's monitor running; it ends by itself in an outage."""
         run_id, connection = sender.state.parent_run_id, sender.connection
         if run_id is None or connection is None or self._closing.is_set():
             return
@@ -159,24 +150,18 @@ class Mirror:
             self._system_metrics = None
 
 
-def replay(run_dir: RunDir, tracking_uri: str) -> bool:
-    """Send what MLflow lacks of one run, in the foreground, without retries.
-
-    Returns:
-        Whether MLflow has everything now; False also while another process sends this run.
-    """
-    with _sole_sender(run_dir) as is_sole:
-        return is_sole and _send_all(run_dir, tracking_uri)
-
-
 def replay_unsent(runs_dir: Path, tracking_uri: str, *, current: RunDir | None = None) -> int:
     """Send what MLflow lacks of every run below `runs_dir` that nothing is sending now.
 
-    `current` is a run that this process is just beginning; it is left alone. A run whose process
-    died is first closed as KILLED. Ends at the first sign of an outage.
+    A run whose process died is first closed as KILLED. Stops at the first sign of an outage.
+
+    Args:
+        runs_dir: Folder with one subfolder per run.
+        tracking_uri: Address of MLflow.
+        current: Run that this process is just starting; it is left alone.
 
     Returns:
-        The number of runs that MLflow does not have completely.
+        Number of runs that MLflow does not have completely.
     """
     runs = [RunDir(path.parent) for path in sorted(runs_dir.glob("*/tracking.jsonl"))]
     runs = [run_dir for run_dir in runs if run_dir != current]
@@ -192,18 +177,17 @@ def replay_unsent(runs_dir: Path, tracking_uri: str, *, current: RunDir | None =
 
 
 def _send_all(run_dir: RunDir, tracking_uri: str) -> bool:
-    sender = Sender(run_dir, tracking_uri)
+    """Send what MLflow lacks of one run; False at the first sign of an outage."""
     try:
-        while sender.step():
-            pass
+        Sender(run_dir, tracking_uri).send_all()
     except TrackingUnavailableError as error:
         _log.warning("%s is kept and will be sent later. %s", run_dir.path, error.what)
         return False
-    return outstanding(run_dir) == 0
+    return True
 
 
 def _close_abandoned(run_dir: RunDir) -> None:
-    """Journal the end of a run, and of its attempts, that a dead process left open."""
+    """Journal the end of a run and its attempts that a dead process left open."""
     is_open, attempts = False, set[int]()
     for operation in operations(run_dir):
         match operation:
@@ -224,17 +208,7 @@ def _close_abandoned(run_dir: RunDir) -> None:
         journal.run_finished("KILLED")
 
 
-@contextmanager
-def _sole_sender(run_dir: RunDir) -> Iterator[bool]:
-    """Whether this process may send the run; no other may while the block runs."""
+def _sole_sender(run_dir: RunDir) -> AbstractContextManager[bool]:
+    """Lock the run for this process to send; False if another process is sending it."""
     run_dir.path.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(run_dir.path / "tracking.lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(descriptor)
+    return try_lock(run_dir.path / "tracking.lock")

@@ -1,7 +1,4 @@
-"""What a run's files give MLflow: points of its metrics, pictures, tables. No connection needed.
-
-Guarantees: a torn or unreadable line costs itself alone.
-"""
+"""Reads points, figures and tables for MLflow from a run's files; an unreadable line is skipped."""
 
 from __future__ import annotations
 
@@ -38,7 +35,7 @@ _log = get_logger("tracking")
 
 
 def operation_points(operation: Metrics) -> list[Point]:
-    """The points of a journaled operation, all at its time and step."""
+    """Return the points of a journaled operation, all at its time and step."""
     return [
         Point(key, value, operation.time_ms, operation.step)
         for key, value in operation.values.items()
@@ -46,7 +43,7 @@ def operation_points(operation: Metrics) -> list[Point]:
 
 
 def training_points(line: bytes) -> list[Point]:
-    """The points of one line of metrics.jsonl; none for a torn line."""
+    """Return the points of one line of metrics.jsonl; none if it is unreadable."""
     measured = _parsed(TrainingMetrics, line)
     if measured is None:
         return []
@@ -61,7 +58,7 @@ def training_points(line: bytes) -> list[Point]:
 
 
 def memory_points(line: bytes) -> list[Point]:
-    """The points of one line of memory.jsonl (units of 2**30 bytes); none for a torn line."""
+    """Return the points of one line of memory.jsonl, in GB; none if it is unreadable."""
     sample = _parsed(MemorySample, line)
     if sample is None:
         return []
@@ -109,7 +106,7 @@ def draw_memory(run_dir: RunDir, folder: Path) -> list[Path]:
 
 
 def attempts_memory(run_dir: RunDir) -> list[AttemptMemory]:
-    """Budget, prediction, measurements and end of each attempt that the journal tells of."""
+    """Read budget, prediction, measurements and end of each attempt in the journal."""
     found: dict[int, AttemptMemory] = {}
     for operation in operations(run_dir):
         if isinstance(operation, AttemptStarted):
@@ -131,7 +128,6 @@ def attempts_memory(run_dir: RunDir) -> list[AttemptMemory]:
 
 
 def _predicted(plan: str) -> tuple[MemoryPart, ...]:
-    """The predicted parts of a journaled plan."""
     try:
         parts = json.loads(plan)["predicted"]
         return tuple(MemoryPart.model_validate(part) for part in parts)
@@ -145,7 +141,7 @@ def _moment(time_ms: int) -> datetime:
 
 
 def draw_lengths(dataset: DatasetInput, folder: Path) -> list[Path]:
-    """Write lengths.png of the rows trained on into `folder`, if their lengths are known."""
+    """Write lengths.png of the training rows into `folder`, if their lengths are known."""
     values = {"sources": (), **json.loads(dataset.profile)}
     manifest = DatasetManifest.model_validate(values)
     if not manifest.length_histogram:
@@ -155,13 +151,17 @@ def draw_lengths(dataset: DatasetInput, folder: Path) -> list[Path]:
 
 
 def table_json(path: Path) -> str:
-    """A file of JSON lines in the form that MLflow shows as a table."""
+    """Return a file of JSON lines in the form that MLflow shows as a table.
+
+    Raises:
+        RejectedError: the file is unreadable or has no rows.
+    """
     try:
         rows = [json.loads(line.content) for line in lines_from(path)]
         columns = list(dict.fromkeys(key for row in rows for key in row))
         data = [[row.get(column) for column in columns] for row in rows]
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise RejectedError(f"{path} is no table: {error}") from error
+        raise RejectedError(f"{path} is not a table: {error}") from error
     if not rows:
         raise RejectedError(f"{path} has no rows.")
     return mask_secrets(json.dumps({"columns": columns, "data": data}, ensure_ascii=False))

@@ -1,8 +1,7 @@
-"""What MLflow knows of a run at a glance: few keys, the same every night, so that a month compares.
+"""The metrics and tags of a parent run: few keys, the same every night, so that a month compares.
 
-`METRICS` and `TAGS` are the whole of it on the parent run, beside what MLflow itself adds
-(`system/...`, `mlflow...`) and the settings as parameters; docs/tracking.md explains each. Curves
-are on the child run of each attempt. Guarantees: pure; a number that is not finite is left out.
+`METRICS` and `TAGS` list all of them, besides what MLflow adds (`system/...`, `mlflow...`) and the
+settings as parameters; docs/tracking.md explains each. Curves are on the child run of each attempt.
 """
 
 from __future__ import annotations
@@ -38,13 +37,13 @@ TAGS = (
     *("run", "data_digest", "champion_before", "version"),
     *("prefect.flow_run_id", "prefect.flow_run_url"),
 )
-"""Every tag of ours that a parent run can have, but for `qwen3ft.uid`, by which it is found."""
+"""Every tag that a parent run can have, except `qwen3ft.uid`, which identifies it."""
 
 MOST_TAG_CHARACTERS = 2000
 
 
 def report_metrics(report: InferenceReport) -> dict[str, float]:
-    """The scores of every model that was evaluated, and what the judge made of them."""
+    """Return the scores of every evaluated model, and the judge's count."""
     values = {
         f"{name}/{score.label}": getattr(score, name) for score in report.scores for name in SCORES
     }
@@ -54,14 +53,14 @@ def report_metrics(report: InferenceReport) -> dict[str, float]:
 
 
 def preflight_metrics(report: PreflightReport) -> dict[str, float]:
-    """Memory predicted and, where the preflight came to its end, measured."""
+    """Return predicted memory and, if the preflight completed, measured memory."""
     measured = None if report.failure else gb(report.measured_bytes)
     predicted = gb(report.predicted_bytes)
     return _finite({"memory/predicted_gb": predicted, "memory/preflight_gb": measured})
 
 
 def card_metrics(card: RunCard) -> dict[str, float]:
-    """What the card says in numbers, but for the scores."""
+    """Return the numbers on the card, except for the scores."""
     gain = card.gain
     return _finite(
         {
@@ -84,7 +83,7 @@ def card_metrics(card: RunCard) -> dict[str, float]:
 
 
 def card_tags(card: RunCard) -> dict[str, str]:
-    """What one filters and groups by: `tags.verdict = 'promoted'`."""
+    """Return tags to filter and group by: `tags.verdict = 'promoted'`."""
     tags = {
         "verdict": card.outcome,
         "verdict_sentence": card.verdict[:MOST_TAG_CHARACTERS],

@@ -1,12 +1,9 @@
-"""Sends a run's journal and its attempts' metrics to MLflow, one step at a time.
+"""Sends a run's journal and its attempts' metrics to MLflow, one step at a time, without retries.
 
-Guarantees: the cursor only moves past what MLflow has confirmed, so nothing is lost, whatever
-MLflow or this process does in between. After a crash the last step may be done twice; runs are
-found again rather than made twice, and points, tags and files land on themselves. A run that MLflow
-has forgotten is sent anew in full. What MLflow refuses for good is logged and skipped.
-
-It neither retries nor waits: `qwen3ft.tracking.mirror` does, and keeps two processes from sending
-one run.
+The cursor only moves past what MLflow has confirmed, so nothing is lost, whatever MLflow or this
+process does in between. After a crash the last step may be repeated: runs are found again rather
+than created twice, and points, tags and files overwrite themselves. A run that MLflow has forgotten
+is sent again in full. Whatever MLflow refuses for good is logged and skipped.
 """
 
 from __future__ import annotations
@@ -54,7 +51,10 @@ _log = get_logger("tracking")
 
 
 class Sender:
-    """Sends one thing at a time, in order, and moves the cursor past it."""
+    """Sends one thing at a time, in order, and moves the cursor past it.
+
+    `qwen3ft.tracking.mirror` keeps two processes from sending one run.
+    """
 
     def __init__(self, run_dir: RunDir, tracking_uri: str) -> None:
         self.run_dir = run_dir
@@ -76,7 +76,7 @@ class Sender:
                 return True
             return any(self._send_lines(connection, number) for number in self.state.attempts)
         except TrackingUnavailableError:
-            self.connection = None  # look again at what MLflow has, once it is back
+            self.connection = None  # once it is back, check again what it has
             raise
         except (OSError, ImportError) as error:  # the run's own disk, or a broken installation
             raise TrackingUnavailableError(
@@ -84,6 +84,15 @@ class Sender:
                 why="The local disk is full or unreadable, or MLflow is not installed completely.",
                 next_command="qwen3ft doctor",
             ) from error
+
+    def send_all(self) -> None:
+        """Send everything that MLflow lacks.
+
+        Raises:
+            TrackingUnavailableError: something was not sent.
+        """
+        while self.step():
+            pass
 
     def _connected(self) -> Connection:
         if self.connection is None:
@@ -104,7 +113,11 @@ class Sender:
         else:
             try:
                 self._apply(connection, operation)
-            except (RejectedError, ValueError, TypeError) as error:  # or a figure beyond drawing
+            except (
+                RejectedError,
+                ValueError,
+                TypeError,
+            ) as error:  # or a figure that cannot be drawn
                 _log.warning("Tracking of '%s' is skipped. %s", operation.kind, error)
         fsync_file(journal_path(self.run_dir))  # the cursor must never be ahead of the journal
         self.state.journal_offset = line.end_offset
@@ -179,13 +192,13 @@ class Sender:
             for path in draw_attempt(self.run_dir, op.number, Path(folder)):
                 connection.upload(cursor.run_id, path, "figures")
                 connection.upload(parent, path, "figures")  # the last attempt's stay there
-            for path in draw_memory(self.run_dir, Path(folder)):  # but memory is of all attempts
+            for path in draw_memory(self.run_dir, Path(folder)):  # memory.png shows all attempts
                 connection.upload(parent, path, "figures")
         if (report := self.run_dir.attempt(op.number).memory_report).is_dir():
             connection.upload(cursor.run_id, report, "memory")
 
     def _log_table(self, connection: Connection, parent: str, table: Table) -> None:
-        """What MLflow's `log_table` does; but that appends, and so must not be repeated."""
+        """Log a table as MLflow's `log_table` would, which appends and so must not be repeated."""
         _upload_text(connection, parent, table.path, table_json(Path(table.local_path)))
         self.state.tables = sorted({*self.state.tables, table.path})
         logged = [{"path": path, "type": "table"} for path in self.state.tables]

@@ -301,7 +301,7 @@ def test_a_run_without_tracking_completes_and_is_sent_later(
     from flows import reporting
     from flows import run_context as around
     from qwen3ft.tracking.cursor import outstanding
-    from qwen3ft.tracking.mirror import replay
+    from qwen3ft.tracking.sender import Sender
 
     monkeypatch.setattr(around, "CLOSE_SECONDS", 1.0)
     monkeypatch.setattr(tasks.promote, "OUTAGE_SECONDS", 0.5)
@@ -311,7 +311,7 @@ def test_a_run_without_tracking_completes_and_is_sent_later(
     assert state.is_completed(), state.message
     assert "deferred" in state.message
     assert outstanding(run) > 0
-    assert replay(run, project.tracking_uri)
+    Sender(run, project.tracking_uri).send_all()
     assert outstanding(run) == 0
     parent, children = mlflow_runs(project, run)
     assert parent.info.status == "FINISHED"

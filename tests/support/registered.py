@@ -11,7 +11,7 @@ from qwen3ft.records.model import SavedAdapter
 from qwen3ft.registry.registry import Registry
 from qwen3ft.tracking.cursor import parent_run_id
 from qwen3ft.tracking.journal import Journal
-from qwen3ft.tracking.mirror import replay
+from qwen3ft.tracking.sender import Sender
 
 MODEL = "qwen3ft-embedded"
 
@@ -35,7 +35,7 @@ def add_version(
     journal = Journal(run_dir)
     journal.run_started(run, {}, {})
     journal.artifacts(adapter, "adapter")
-    assert replay(run_dir, uri)
+    Sender(run_dir, uri).send_all()
     saved = SavedAdapter(
         path=str(adapter),
         sha256=sha256_file(adapter / "adapter_model.safetensors"),

@@ -1,0 +1,50 @@
+"""Where MLflow is, and the experiment in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.mlflow_server import Proxy, free_port
+
+from qwen3ft.tracking.connection import EXPERIMENT_NAME, _make_experiment, connect
+from qwen3ft.tracking.uri import database_path, default_tracking_uri, is_answering
+
+
+def test_one_who_makes_the_experiment_too_late_gets_it(database: str) -> None:
+    """A first run's registry and mirror both see none, and both make it."""
+    connection = connect(database)
+    again = _make_experiment(connection.client, database_path(database))
+    assert again == connection.experiment_id
+
+
+def test_a_new_database_keeps_its_artifacts_beside_it(database: str, tmp_path: Path) -> None:
+    """The experiment's artifacts have an absolute location next to the database."""
+    connection = connect(database)
+    experiment = connection.client.get_experiment_by_name(EXPERIMENT_NAME)
+    assert experiment.artifact_location == (tmp_path / "mlruns" / "artifacts").as_uri()
+
+
+def test_the_default_is_a_database_of_the_working_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """MLFLOW_TRACKING_URI wins; otherwise runs are kept in mlruns/mlflow.db."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert default_tracking_uri() == f"sqlite:///{tmp_path}/mlruns/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    assert default_tracking_uri() == "http://127.0.0.1:5000"
+
+
+def test_a_server_that_says_anything_is_answering(database: str) -> None:
+    """An error is an answer; a cut or refused connection and silence are not."""
+    server = Proxy()
+    server.mode = "500"
+    assert is_answering(server.uri)
+    server.mode = "cut"
+    assert not is_answering(server.uri)
+    server.mode = "hang"
+    assert not is_answering(server.uri, timeout_seconds=0.3)
+    server.close()
+    assert is_answering(database)
+    assert not is_answering(f"http://127.0.0.1:{free_port()}")
