@@ -1,4 +1,4 @@
-"""Templates are told apart by their text, and ours renders as Qwen3's does."""
+"""Templates are identified by their text, and ours renders as Qwen3's."""
 
 from __future__ import annotations
 

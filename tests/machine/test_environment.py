@@ -1,4 +1,4 @@
-"""The environment manager: what it makes, refuses and reports, with a real uv and real venvs."""
+"""The environment manager makes, refuses and reports, with a real uv and real venvs."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_an_environment_is_made_once(project: Path) -> None:
 
 
 def test_a_changed_lock_is_installed_again(project: Path) -> None:
-    """What was installed is known by the content of the lock and of pyproject.toml."""
+    """Changes are detected by the content of the lock and of pyproject.toml."""
     manager = EnvironmentManager(project)
     manager.prepare()
     (project / "requirements.lock").write_text("# changed\n")
@@ -85,7 +85,7 @@ def test_a_broken_environment_is_made_anew(project: Path) -> None:
 
 
 def test_a_failed_install_gives_the_reason_and_the_command(project: Path) -> None:
-    """Uv's own words reach the user, and the lock that failed is not taken for installed."""
+    """Uv's own message reaches the user, and a failed lock does not count as installed."""
     (project / "requirements.lock").write_text("this is no requirement ==\n")
     manager = EnvironmentManager(project)
     manager.setup_uv_environment()
@@ -97,7 +97,7 @@ def test_a_failed_install_gives_the_reason_and_the_command(project: Path) -> Non
         manager.install_dependencies()
 
 
-def test_a_missing_lock_is_said(tmp_path: Path) -> None:
+def test_a_missing_lock_is_reported(tmp_path: Path) -> None:
     """Outside a project folder nothing is installed."""
     with pytest.raises(EnvironmentNotReadyError, match=r"requirements\.lock is missing"):
         EnvironmentManager(tmp_path).install_dependencies()
@@ -109,7 +109,7 @@ def test_this_environment_is_valid() -> None:
 
 
 def test_everything_missing_is_named_at_once(tmp_path: Path) -> None:
-    """A missing package and an unfit one are one refusal; what does not apply is left out."""
+    """A missing and an outdated package are one error; other platforms' are ignored."""
     requirements = ["no-such-package>=1", "rich<3", "pydantic>=2", "gone; python_version < '3'"]
     with pytest.raises(EnvironmentNotReadyError, match="2 thing") as caught:
         EnvironmentManager(tmp_path, requirements).validate_environment()
@@ -119,7 +119,7 @@ def test_everything_missing_is_named_at_once(tmp_path: Path) -> None:
 
 
 def test_the_report_measures_this_machine() -> None:
-    """Amounts are those of this machine, and versions are of what is installed."""
+    """Amounts are those of this machine, and versions those of installed packages."""
     report = EnvironmentManager(ROOT).report()
     assert report.python_version == ".".join(map(str, sys.version_info[:3]))
     assert 0 < report.host_free_bytes <= report.host_total_bytes
@@ -139,7 +139,7 @@ def test_the_report_loads_neither_torch_nor_cuda() -> None:
 
 @pytest.mark.parametrize("value", ["", "-1", " "])
 def test_hidden_devices_are_no_devices(value: str) -> None:
-    """CUDA_VISIBLE_DEVICES is how a person says: not on the GPU."""
+    """CUDA_VISIBLE_DEVICES switches the GPU off."""
     assert visible_gpus({"CUDA_VISIBLE_DEVICES": value}) == ()
 
 
@@ -160,8 +160,8 @@ def test_visible_devices_are_those_chosen() -> None:
 
 
 def test_a_machine_set_up_for_pip_is_set_up_for_uv() -> None:
-    """What pip was told is passed on, and what uv was told itself wins."""
-    told = uv_settings({"PIP_FIND_LINKS": "/wheels /more", "PIP_CERT": "/ca.pem"})
-    assert told["UV_FIND_LINKS"] == "/wheels,/more"
-    assert told["SSL_CERT_FILE"] == "/ca.pem"
+    """Settings of pip are passed on, and those of uv itself take precedence."""
+    settings = uv_settings({"PIP_FIND_LINKS": "/wheels /more", "PIP_CERT": "/ca.pem"})
+    assert settings["UV_FIND_LINKS"] == "/wheels,/more"
+    assert settings["SSL_CERT_FILE"] == "/ca.pem"
     assert uv_settings({"PIP_FIND_LINKS": "/a", "UV_FIND_LINKS": "/b"})["UV_FIND_LINKS"] == "/b"

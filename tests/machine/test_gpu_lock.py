@@ -1,4 +1,4 @@
-"""A card is held by one run at a time: real processes contend, are killed, and wait."""
+"""One run at a time holds a GPU: real processes contend, are killed, and wait."""
 
 from __future__ import annotations
 
@@ -261,7 +261,7 @@ def test_the_default_folder_is_the_same_whatever_the_session(
 def test_a_run_holds_its_gpu_and_on_a_cpu_only_what_it_asked_for(
     environment: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The GPU by its UUID; two demonstrations on CPUs may run side by side unless told not to."""
+    """The GPU by its UUID; two runs on the CPU may overlap unless `lock_cpu` is set."""
     from flows.run_context import gpu_lock_for
 
     monkeypatch.setenv(gpu_lock.FOLDER_VARIABLE, str(tmp_path))

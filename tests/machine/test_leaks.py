@@ -1,4 +1,4 @@
-"""Leaks: what is told as growth and what is not, when an attempt ends, and one that is planted."""
+"""Leaks: detection of growth, the end of an attempt, and a planted leak in a worker."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ from qwen3ft.units import GIB, MIB
 LEVEL = 600 * MIB
 
 
-def first_told(readings: Iterable[float]) -> Growth | None:
-    """What is told first of a reading at each step."""
+def first_growth(readings: Iterable[float]) -> Growth | None:
+    """Return the first growth reported, with a reading at each step."""
     detector = LeakDetector("resident memory")
     for step, used_bytes in enumerate(readings):
         detector.add(step, int(used_bytes))
@@ -52,14 +52,14 @@ def noisy(draw: Random, deviation_mib: float, count: int = 1500) -> list[float]:
     return [LEVEL + draw.gauss(0, deviation_mib * MIB) for _ in range(count)]
 
 
-# --- what is no leak ---
+# --- no leak ---
 
 
 @pytest.mark.parametrize("deviation_mib", [0, 1, 8, 64])
 def test_noise_around_a_level_is_no_growth(deviation_mib: float) -> None:
-    """Whatever its size."""
+    """Noise of any size."""
     for seed in range(4):
-        assert first_told(noisy(Random(seed), deviation_mib)) is None
+        assert first_growth(noisy(Random(seed), deviation_mib)) is None
 
 
 def test_spikes_of_evaluations_are_no_growth() -> None:
@@ -67,24 +67,24 @@ def test_spikes_of_evaluations_are_no_growth() -> None:
     for seed in range(4):
         draw = Random(seed)
         spiky = [used + (500 * MIB if draw.random() < 0.05 else 0) for used in noisy(draw, 2)]
-        assert first_told(spiky) is None
+        assert first_growth(spiky) is None
 
 
 @pytest.mark.parametrize("period", [7, 30, 47])
 def test_teeth_of_a_saw_are_no_growth(period: int) -> None:
     """Garbage of 40 MiB that piles up and is collected."""
     teeth = [used + 40 * MIB * (i % period) / period for i, used in enumerate(noisy(Random(0), 1))]
-    assert first_told(teeth) is None
+    assert first_growth(teeth) is None
 
 
 def test_later_teeth_that_reach_no_new_ground_are_no_growth() -> None:
     """Where teeth are longer than the narrowest view, at most the first one is taken for growth."""
-    detector, told = LeakDetector("resident memory"), []
+    detector, reported = LeakDetector("resident memory"), []
     for step, used in enumerate(noisy(Random(0), 1, 2000)):
         detector.add(step, int(used + 40 * MIB * (step % 200) / 200))
-        told += [step] if detector.growth else []
-    assert told
-    assert max(told) < 400
+        reported += [step] if detector.growth else []
+    assert reported
+    assert max(reported) < 400
 
 
 @pytest.mark.parametrize("at", [40, 333, 900])
@@ -92,17 +92,17 @@ def test_a_level_that_shifts_once_is_no_growth(at: int) -> None:
     """The first evaluation fills caches that stay."""
     for seed in range(4):
         shifted = [u + (200 * MIB if i > at else 0) for i, u in enumerate(noisy(Random(seed), 2))]
-        assert first_told(shifted) is None
+        assert first_growth(shifted) is None
 
 
 def test_a_warm_up_that_is_soon_over_is_no_growth() -> None:
     """300 MiB, with a time constant of 5 readings."""
     settling = [u + 300 * MIB * (1 - math.exp(-i / 5)) for i, u in enumerate(noisy(Random(1), 2))]
-    assert first_told(settling) is None
+    assert first_growth(settling) is None
 
 
-def test_growth_that_has_ended_is_not_told_for_ever() -> None:
-    """300 steps of 1 MiB, then flat: taken back once all views have seen that."""
+def test_growth_that_has_ended_is_not_reported_for_ever() -> None:
+    """300 steps of 1 MiB, then flat: withdrawn once all widths have seen that."""
     detector = LeakDetector("resident memory")
     for step in range(300):
         detector.add(step, LEVEL + step * MIB)
@@ -112,14 +112,14 @@ def test_growth_that_has_ended_is_not_told_for_ever() -> None:
     assert detector.growth is None
 
 
-# --- what is one ---
+# --- leaks ---
 
 
 @pytest.mark.parametrize(
     ("mib_per_step", "noise_mib", "within"),
     [(1.0, 0.0, 60), (1.0, 4.0, 80), (0.1, 1.0, 240), (0.1, 4.0, 350), (0.02, 1.0, 1600)],
 )
-def test_a_leak_is_told_in_time_and_its_slope_is_right(
+def test_a_leak_is_reported_in_time_with_its_slope(
     mib_per_step: float, noise_mib: float, within: int
 ) -> None:
     """1 MiB a step within 80 readings, 100 KiB within 350, in noise of up to 4 MiB."""
@@ -127,26 +127,26 @@ def test_a_leak_is_told_in_time_and_its_slope_is_right(
         readings = [
             u + mib_per_step * MIB * i for i, u in enumerate(noisy(Random(seed), noise_mib, 2000))
         ]
-        growth = first_told(readings)
+        growth = first_growth(readings)
         assert growth is not None
         assert growth.step <= within
         assert growth.mib_per_1000_steps == pytest.approx(1000 * mib_per_step, rel=0.3)
 
 
-def test_a_leak_that_starts_late_is_told_as_soon_and_dated() -> None:
+def test_a_leak_that_starts_late_is_reported_as_soon_with_its_start() -> None:
     """After 1,000 flat readings, 1 MiB a step: within 60 readings, and since then."""
     readings = [u + max(0, i - 1000) * MIB for i, u in enumerate(noisy(Random(0), 0.5))]
-    growth = first_told(readings)
+    growth = first_growth(readings)
     assert growth is not None
     assert 1020 <= growth.step <= 1060
     assert growth.since_step == pytest.approx(1000, abs=12)
     assert growth.grown_bytes == pytest.approx((growth.step - 1000) * MIB, rel=0.1)
 
 
-def test_a_leak_of_each_evaluation_is_told() -> None:
+def test_a_leak_at_each_evaluation_is_reported() -> None:
     """A staircase, 4 MiB every 20 readings."""
     readings = [u + (i // 20) * 4 * MIB for i, u in enumerate(noisy(Random(0), 0.5, 1500))]
-    growth = first_told(readings)
+    growth = first_growth(readings)
     assert growth is not None
     assert growth.mib_per_1000_steps == pytest.approx(200, rel=0.1)
 
@@ -160,15 +160,15 @@ def test_the_slope_is_robust_to_a_quarter_of_outliers() -> None:
     assert theil_sen([(1.0, 5.0)]) == 0.0
 
 
-# --- what follows ---
+# --- consequences ---
 
 
 def growth_of(mib_per_step: float, grown_mib: float = 100) -> Growth:
     return Growth("resident memory", mib_per_step * MIB, 100, 200, int(grown_mib * MIB))
 
 
-def test_an_attempt_ends_only_where_its_budget_would_run_out_first() -> None:
-    """And then only when little is left; or when the absolute limit is passed."""
+def test_an_attempt_ends_only_if_its_budget_would_run_out_first() -> None:
+    """And only when little is left, or the absolute limit is exceeded."""
     fast = growth_of(1.0)
     ask = {"margin_bytes": 64 * MIB, "steps_between": 1}
     assert ends_early(fast, 500 * MIB, steps_to_end=501)
@@ -182,7 +182,7 @@ def test_an_attempt_ends_only_where_its_budget_would_run_out_first() -> None:
     assert must_stop(huge, 100 * GIB, 10_000, **ask)
 
 
-def test_the_error_tells_slope_start_and_what_is_left() -> None:
+def test_the_error_has_slope_start_and_the_rest_of_the_budget() -> None:
     """In words and as facts, and it survives JSON."""
     error = leak_error(growth_of(0.25), 500 * MIB, 230)
     assert "250.0 MiB per 1,000 steps since step 100" in error.what
@@ -193,10 +193,10 @@ def test_the_error_tells_slope_start_and_what_is_left() -> None:
 
 
 def test_a_reading_takes_torchs_counters_by_their_names() -> None:
-    """And 0 for those that a backend does not have."""
-    told = {"allocated_bytes.all.current": 5, "reserved_bytes.all.current": 10}
-    told |= {"inactive_split_bytes.all.current": 2, "num_alloc_retries": 1}
-    reading = reading_of(7, 100, told)
+    """Counters that a backend lacks are 0."""
+    counters = {"allocated_bytes.all.current": 5, "reserved_bytes.all.current": 10}
+    counters |= {"inactive_split_bytes.all.current": 2, "num_alloc_retries": 1}
+    reading = reading_of(7, 100, counters)
     assert (reading.step, reading.private_bytes, reading.allocated_bytes) == (7, 100, 5)
     assert (reading.retries, reading.peak_allocated_bytes) == (1, 0)
 
@@ -224,7 +224,7 @@ def test_private_memory_counts_what_is_written_and_no_mapped_file(tmp_path: Path
 def train_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[LeakWatch, TrainerControl]]:
-    """Ends steps of a run whose budget leaves `left_mib`, calling `work` before each."""
+    """Return a function that ends steps with `left_mib` left, calling `work` before each."""
     monkeypatch.setattr(leak_watch, "MOST_SHARE", 1e6)  # every step, however short, is read
 
     def run(
@@ -249,7 +249,7 @@ def train_steps(
 def test_garbage_that_a_clean_up_takes_is_no_leak(
     train_steps: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Cycles of 1 MiB each, that nobody collects: said, given back, and training goes on."""
+    """Uncollected cycles of 1 MiB each: logged, freed, and training goes on."""
     caplog.set_level(logging.INFO)
 
     def make_cycle() -> None:
@@ -266,7 +266,7 @@ def test_garbage_that_a_clean_up_takes_is_no_leak(
     assert not control.should_save
 
 
-def test_what_stays_is_told_once_and_ends_the_attempt_after_it_saved(
+def test_a_leak_is_warned_of_once_and_ends_the_attempt_after_it_saved(
     train_steps: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     """2 MiB a step with 400 MiB left: a warning on the way, the error from the save."""
@@ -278,7 +278,7 @@ def test_what_stays_is_told_once_and_ends_the_attempt_after_it_saved(
     assert 2 * len(kept) < 400
 
 
-def test_a_leak_that_harms_nobody_is_told_and_no_more(
+def test_a_harmless_leak_is_only_warned_of(
     train_steps: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The budget lasts longer than the run: 1 MiB a step, 150 steps, 180 MiB left."""

@@ -28,13 +28,13 @@ from qwen3ft.units import GIB
 
 
 def run_python(program: str) -> str:
-    """The output of a fresh interpreter, so that peaks are the program's own."""
+    """Return the output of a fresh interpreter, so that peaks are the program's own."""
     command = [sys.executable, "-c", textwrap.dedent(program)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def test_on_a_cpu_memory_is_the_resident_set() -> None:
-    """Allocated and cached are the same number, close to what psutil says."""
+    """Allocated and cached are the same number, close to psutil's."""
     allocated_gb, cached_gb, total_gb = MemoryOptimizer(4.0, "cpu").monitor_gpu_memory()
     assert allocated_gb == cached_gb
     assert allocated_gb == pytest.approx(psutil.Process().memory_info().rss / GIB, rel=0.1)
@@ -42,7 +42,7 @@ def test_on_a_cpu_memory_is_the_resident_set() -> None:
 
 
 def test_a_budget_above_the_machine_is_the_machine() -> None:
-    """The total is never more than there is."""
+    """The total is at most the memory of the machine."""
     total_gb = MemoryOptimizer(10**6, "cpu").monitor_gpu_memory()[2]
     assert total_gb == psutil.virtual_memory().total / GIB
 
@@ -59,7 +59,7 @@ def test_the_status_says_what_is_left_and_whether_it_is_safe() -> None:
 
 
 def test_a_requirement_is_safe_only_if_it_fits_with_a_reserve() -> None:
-    """What would pass 90 % of the budget, or what the machine has not got, is not safe."""
+    """More than 90 % of the budget, or than the machine has, is not safe."""
     resident_gb = psutil.Process().memory_info().rss / GIB
     memory = MemoryOptimizer(resident_gb + 1.0, "cpu")
     assert memory.check_memory_safety(0.1)
@@ -78,7 +78,7 @@ def test_growth_beyond_the_budget_is_stopped_with_the_numbers() -> None:
 
 
 def test_clean_up_returns_memory_to_the_system() -> None:
-    """Freed blocks that the C library keeps are given back, cycles included."""
+    """Freed blocks that the C library keeps are returned, cycles included."""
     freed_mib = float(
         run_python(
             """
@@ -100,7 +100,7 @@ def test_clean_up_returns_memory_to_the_system() -> None:
     assert freed_mib > 50
 
 
-def test_the_peak_is_remembered_after_the_memory_is_gone() -> None:
+def test_the_peak_is_remembered_after_the_memory_is_freed() -> None:
     """A spike of 300 MB counts, and the memory of a large parent does not."""
     ballast = bytearray(400 * 2**20)
     ballast[:: 2**12] = b"x" * len(ballast[:: 2**12])
@@ -139,8 +139,8 @@ def test_watching_a_cpu_loads_no_torch() -> None:
 # --- on a GPU, as torch and NVML would tell ---
 
 
-class Card:
-    """A card of 24 GB: what torch's allocator and NVML say of this process, in GB."""
+class FakeGpu:
+    """A GPU of 24 GB: the numbers of torch's allocator and of NVML for this process, in GB."""
 
     def __init__(self) -> None:
         self.allocated = self.reserved = 0.0
@@ -150,11 +150,11 @@ class Card:
         self.cleaned = self.asked = 0
 
     def cap_gb(self) -> float:
-        """What the allocator may hold."""
+        """Return the cap of the allocator."""
         return 24 * self.fraction
 
     def cuda(self) -> Any:
-        """The names that are used of torch.cuda."""
+        """Return the part of torch.cuda that the module uses."""
         return SimpleNamespace(
             memory_allocated=lambda: int(self.allocated * GIB),
             memory_reserved=lambda: int(self.reserved * GIB),
@@ -166,7 +166,7 @@ class Card:
         )
 
     def nvml(self) -> Any:
-        """The names that are used of pynvml."""
+        """Return the part of pynvml that the module uses."""
         return SimpleNamespace(
             NVMLError=pynvml.NVMLError,
             NVMLError_NotFound=pynvml.NVMLError_NotFound,
@@ -195,50 +195,50 @@ class Card:
 
 
 @pytest.fixture
-def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
-    """Torch and NVML speak of a card that is not there; every step is a second apart."""
-    card = Card()
-    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=card.cuda()))
-    monkeypatch.setitem(sys.modules, "pynvml", card.nvml())
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
+    """Torch and NVML report a GPU that does not exist; steps are a second apart."""
+    gpu = FakeGpu()
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=gpu.cuda()))
+    monkeypatch.setitem(sys.modules, "pynvml", gpu.nvml())
     monkeypatch.setattr(memory_module, "CHECK_EVERY_SECONDS", 0.0)
     process_memory._nvml_device.cache_clear()
-    yield card
+    yield gpu
     process_memory._nvml_device.cache_clear()
 
 
-def test_what_libraries_take_beside_the_allocator_is_taken_from_its_cap(card: Card) -> None:
+def test_memory_that_libraries_take_lowers_the_allocators_cap(gpu: FakeGpu) -> None:
     """Allocator and libraries together never exceed the budget; the cap never rises again."""
     memory = MemoryOptimizer(8.0, "cuda")
-    card.allocated = card.reserved = 4.0
+    gpu.allocated = gpu.reserved = 4.0
     memory.enforce_budget()
-    assert card.fraction == 1.0, "less than was assumed: nothing to do"
+    assert gpu.fraction == 1.0, "less than was assumed: nothing to do"
     for beside, cap in ((2.0, 6.0), (1.0, 6.0), (3.5, 4.5)):
-        card.beside = beside
+        gpu.beside = beside
         memory.enforce_budget()
-        assert card.cap_gb() == pytest.approx(cap)
-    assert card.cleaned == 0
+        assert gpu.cap_gb() == pytest.approx(cap)
+    assert gpu.cleaned == 0
 
 
-def test_a_process_above_its_budget_first_gives_back_what_it_does_not_use(card: Card) -> None:
+def test_a_process_above_its_budget_first_frees_unused_memory(gpu: FakeGpu) -> None:
     """Cached blocks make room for what a library took; training goes on."""
     memory = MemoryOptimizer(8.0, "cuda")
-    card.allocated, card.reserved, card.beside = 4.0, 7.0, 1.5
+    gpu.allocated, gpu.reserved, gpu.beside = 4.0, 7.0, 1.5
     memory.enforce_budget()
-    assert (card.cleaned, card.reserved) == (1, 4.0)
-    assert card.cap_gb() == pytest.approx(6.5)
+    assert (gpu.cleaned, gpu.reserved) == (1, 4.0)
+    assert gpu.cap_gb() == pytest.approx(6.5)
     memory.enforce_budget()
-    assert card.cleaned == 1
+    assert gpu.cleaned == 1
 
 
 def test_a_process_that_stays_above_its_budget_is_stopped_before_others_are_hurt(
-    card: Card,
+    gpu: FakeGpu,
 ) -> None:
-    """Out of memory on the GPU, with what is torch's and what is not."""
+    """Out of memory on the GPU, with the shares of torch and of libraries."""
     memory = MemoryOptimizer(8.0, "cuda")
-    card.allocated, card.reserved, card.beside = 6.0, 6.5, 2.5
+    gpu.allocated, gpu.reserved, gpu.beside = 6.0, 6.5, 2.5
     with pytest.raises(OutOfMemoryError) as caught:
         memory.enforce_budget()
-    assert card.cleaned == 1
+    assert gpu.cleaned == 1
     facts = {"domain": "gpu", "used_gb": 8.5, "reserved_gb": 6.0, "beside_gb": 2.5}
     assert facts.items() <= caught.value.facts.items()
     assert "8.50 GB of the GPU, the budget is 8.00 GB" in caught.value.what
@@ -246,19 +246,19 @@ def test_a_process_that_stays_above_its_budget_is_stopped_before_others_are_hurt
     json.dumps(caught.value.to_dict())
 
 
-def test_nvml_is_asked_at_most_once_a_second(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fast step takes a few milliseconds; asking each time would cost several per cent."""
+def test_nvml_is_asked_at_most_once_a_second(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking at each fast step would cost several per cent of it."""
     monkeypatch.setattr(memory_module, "CHECK_EVERY_SECONDS", 60.0)
     memory = MemoryOptimizer(8.0, "cuda")
     for _ in range(100):
         memory.enforce_budget()
-    assert card.asked == 1
+    assert gpu.asked == 1
 
 
-def test_where_nvml_does_not_list_the_process_its_context_is_added(card: Card) -> None:
-    """In a container: what the allocator holds and what was assumed beside it."""
-    card.listed = False
-    card.allocated = card.reserved = 7.5
+def test_where_nvml_does_not_list_the_process_its_context_is_added(gpu: FakeGpu) -> None:
+    """In a container: the allocator's memory and the assumed context."""
+    gpu.listed = False
+    gpu.allocated = gpu.reserved = 7.5
     status = MemoryOptimizer(10.0, "cuda").status()
     assert status.beside_gb == CUDA_CONTEXT_BYTES / GIB
     assert status.available_gb == pytest.approx(2.5 - status.beside_gb)
@@ -266,24 +266,24 @@ def test_where_nvml_does_not_list_the_process_its_context_is_added(card: Card) -
         MemoryOptimizer(8.0, "cuda").enforce_budget()
 
 
-def test_a_number_below_the_allocators_is_of_another_process() -> None:
+def test_a_number_below_the_allocators_belongs_to_another_process() -> None:
     """The same process id in another container."""
     assert process_bytes(5 * GIB, 4 * GIB, GIB // 2) == 5 * GIB
     assert process_bytes(3 * GIB, 4 * GIB, GIB // 2) == 4 * GIB + GIB // 2
     assert process_bytes(None, 4 * GIB, GIB // 2) == 4 * GIB + GIB // 2
 
 
-def test_the_status_shows_what_is_beside_the_allocator(card: Card) -> None:
-    """And on a CPU there is nothing beside it."""
-    card.allocated, card.reserved, card.beside = 1.0, 2.0, 0.6
+def test_the_status_has_the_memory_outside_the_allocator(gpu: FakeGpu) -> None:
+    """On a CPU it is 0."""
+    gpu.allocated, gpu.reserved, gpu.beside = 1.0, 2.0, 0.6
     status = MemoryOptimizer(8.0, "cuda").status()
     assert status.beside_gb == pytest.approx(0.6)
     assert status.available_gb == pytest.approx(8 - 2.6)
     assert MemoryOptimizer(8.0, "cpu").status().beside_gb == 0.0
 
 
-def test_a_status_written_before_still_reads() -> None:
-    """What is beside the allocator is new in the record."""
+def test_a_status_of_an_older_version_is_read() -> None:
+    """Memory outside the allocator was not recorded."""
     numbers = dict.fromkeys(("allocated_gb", "cached_gb", "total_gb", "available_gb"), 1.0)
     assert MemoryStatus.model_validate({**numbers, "is_safe": True}).beside_gb == 0.0
 
@@ -307,8 +307,8 @@ def test_a_status_written_before_still_reads() -> None:
         (None, "valid number"),
     ],
 )
-def test_a_budget_that_cannot_be_meant_is_refused_in_words(budget: Any, words: str) -> None:
-    """With the value given, what would be accepted, and a command."""
+def test_an_implausible_budget_is_refused_in_words(budget: Any, words: str) -> None:
+    """With the value given, the accepted range, and a command."""
     with pytest.raises(ConfigError) as caught:
         parse_config({"max_memory_gb": budget})
     assert words in caught.value.what
@@ -317,8 +317,8 @@ def test_a_budget_that_cannot_be_meant_is_refused_in_words(budget: Any, words: s
     assert caught.value.next_command
 
 
-def test_budgets_in_a_file_are_held_to_the_same(tmp_path: Path) -> None:
-    """YAML has its own names for what is no number; half a GB and 1 TB are allowed."""
+def test_budgets_in_a_file_are_checked_alike(tmp_path: Path) -> None:
+    """YAML has its own names for infinity and NaN; half a GB and 1 TB are allowed."""
     path = tmp_path / "config.yaml"
     for text in (".nan", ".inf", "-.inf", "-1", "1e9", "yes"):
         path.write_text(f"max_memory_gb: {text}\n")
@@ -362,9 +362,9 @@ def test_on_a_gpu_the_budget_holds_for_the_whole_process() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not visible_gpus({}), reason="needs a CUDA device")
-def test_on_a_gpu_memory_that_is_not_torchs_counts_and_ends_the_process() -> None:
+def test_on_a_gpu_memory_outside_torch_counts_and_ends_the_process() -> None:
     """Taken from CUDA itself, as libraries do: first the cap falls, then the process is stopped."""
-    told = run_python(
+    output = run_python(
         """
         import torch
         from qwen3ft.errors import OutOfMemoryError
@@ -398,7 +398,7 @@ def test_on_a_gpu_memory_that_is_not_torchs_counts_and_ends_the_process() -> Non
             print(error.facts["domain"], error.facts["used_gb"] > 3.0)
         """
     ).split()
-    if told == ["unlisted"]:
+    if output == ["unlisted"]:
         pytest.skip("NVML does not list this process")
-    assert float(told[0]) > 1.0
-    assert told[1:] == ["capped", "gpu", "True"]
+    assert float(output[0]) > 1.0
+    assert output[1:] == ["capped", "gpu", "True"]

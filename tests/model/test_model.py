@@ -138,7 +138,7 @@ def test_a_hub_name_is_pinned_to_its_commit(fake_hub: str, make_config: Any) -> 
 def test_each_reason_for_having_no_model_is_its_own_error(
     fake_hub: str, make_config: Any, name: str, expected: type[Exception]
 ) -> None:
-    """Unknown, gated and broken are told apart, each within five seconds."""
+    """Unknown, gated and broken are distinguished, each within five seconds."""
     started = monotonic()
     with pytest.raises(expected) as caught:
         hub.resolve_model(make_config(model_name=name))
