@@ -17,6 +17,7 @@ from typing import TypeVar
 from qwen3ft.chat.thinking import split_thinking
 from qwen3ft.records.evaluation import ModelLabel, SideBySide
 
+# a sound model has an odd answer now and then; a broken one has many
 MIN_NOT_EMPTY_SHARE = 0.95
 MIN_NOT_LOOPING_SHARE = 0.95
 
@@ -75,6 +76,7 @@ def normalise(text: str) -> str:
 
 def exact_match(answer: str, reference: str) -> bool:
     """Return True if both are equal once normalised; an empty answer never matches."""
+    # Strict on purpose: any tolerance for wording would also forgive wrong numbers and units.
     normalised = normalise(answer)
     return bool(normalised) and normalised == normalise(reference)
 

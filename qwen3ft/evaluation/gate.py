@@ -34,9 +34,11 @@ class GatePolicy(Record):
     max_form_loss: float = Field(
         0.02, description="Largest loss in the share of answers that pass a form check."
     )
+    # Of 100 answers, the difference of two shares of 95 % has a standard error of 3 points.
     max_sampled_form_loss: float = Field(
         0.10, description="The same for sampled answers, which are fewer and vary more."
     )
+    # Absolute, so that it means the same for a base model that finds the answers easy or hard.
     max_ability_loss_rise: float = Field(
         0.25, description="Largest rise of the ability loss, in nats per token."
     )

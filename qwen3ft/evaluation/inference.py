@@ -119,6 +119,7 @@ def run_inference(request: InferenceRequest, beat: Callable[[str, int], None]) -
     adapters = _choose_adapters(request)
     labels: list[ModelLabel] = ["base", *adapters]
     evaluations = {label: _open_evaluation(request, exam, adapters.get(label)) for label in labels}
+    # The candidate is always loaded: without an adapter there is no PEFT model to switch.
     to_load = {
         label: folder
         for label, folder in adapters.items()
