@@ -27,6 +27,9 @@ Outcome = Literal["promoted", "kept", "deferred", "failed", "nothing new"]
 
 CurvePoint = tuple[float, float]
 
+FileState = Literal["new", "changed", "gone", "unchanged"]
+"""Compared with the champion's data, in the order in which files are listed."""
+
 
 class SettingLine(Record):
     """One derived setting."""
@@ -69,7 +72,7 @@ class FileLine(Record):
     role: str
     rows: int = Field(description="Rows read from it.")
     new_rows: int = Field(0, description="Training rows that no earlier run saw.")
-    state: Literal["new", "changed", "unchanged", "gone"] = "unchanged"
+    state: FileState = "unchanged"
 
 
 class DataSection(Record):

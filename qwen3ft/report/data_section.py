@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import get_args
 
 from qwen3ft.data.safety import safe_excerpt
 from qwen3ft.records.data import DataChange, DatasetManifest
-from qwen3ft.records.run_card import DataSection, FileLine
+from qwen3ft.records.run_card import DataSection, FileLine, FileState
 from qwen3ft.report.safe_text import EXAMPLE_CHARACTERS, escape_markdown, markdown_table
 
 MOST_FILES = 40
 """Most files that are listed; a folder may hold thousands."""
 
-_ORDER = ("new", "changed", "gone", "unchanged")
+_ORDER = get_args(FileState)
 
 
 def data_section(manifest: DatasetManifest, change: DataChange) -> DataSection:
@@ -40,17 +41,15 @@ def data_section(manifest: DatasetManifest, change: DataChange) -> DataSection:
 
 def _files(manifest: DatasetManifest, change: DataChange) -> Iterator[FileLine]:
     """Yield every file, new and changed ones first."""
+    states: dict[str, FileState] = dict.fromkeys(change.changed_files, "changed")
+    states |= dict.fromkeys(change.new_files, "new")
     found = [
         FileLine(
             path=source.path,
             role=source.role,
             rows=source.rows,
             new_rows=change.new_rows_by_file.get(source.path, 0),
-            state="new"
-            if source.path in change.new_files
-            else "changed"
-            if source.path in change.changed_files
-            else "unchanged",
+            state=states.get(source.path, "unchanged"),
         )
         for source in manifest.sources
     ]

@@ -32,7 +32,16 @@ from qwen3ft.records.model import ModelSource
 from qwen3ft.records.requests import ExportLimits, ExportRequest, ParityReport
 from qwen3ft.serving.instructions import write_serving_files
 
+logger = get_logger("export")
+
 ROWS_FILE = "test.jsonl"
+MERGED_FOLDER, ADAPTER_FOLDER, PARITY_FILE = "merged", "adapter", "parity.json"
+
+EXPORT_SPARE_BYTES = 2**26
+"""Disk needed beyond the weights: tokenizer, adapter and blocks of the file system."""
+
+EXPORT_KIND = "export"
+"""Kind in an export's manifest: only such a folder is replaced by another export."""
 
 
 def find_held_out(config: TrainingConfig, adapter: Path) -> Path:
@@ -45,7 +54,8 @@ def find_held_out(config: TrainingConfig, adapter: Path) -> Path:
     """
     provenance = read_provenance(adapter)
     digest = provenance["data"]["digest"]
-    for folder in (*_folder_tested(config, provenance), *_cached_folders(config)):
+    cached = sorted((Path(config.cache_dir) / "datasets").glob("*"))
+    for folder in (*_folder_tested(config, provenance), *cached):
         facts = read_manifest_facts(folder)
         if facts.get("digest") == digest and find_damage(folder) is None:
             return folder / ROWS_FILE
@@ -62,21 +72,6 @@ def _folder_tested(config: TrainingConfig, provenance: dict[str, Any]) -> list[P
     if not request.is_file():
         return []
     return [Path(json.loads(request.read_text(encoding="utf-8"))["questions_path"]).parent]
-
-
-def _cached_folders(config: TrainingConfig) -> list[Path]:
-    return sorted((Path(config.cache_dir) / "datasets").glob("*"))
-
-
-logger = get_logger("export")
-
-MERGED_FOLDER, ADAPTER_FOLDER, PARITY_FILE = "merged", "adapter", "parity.json"
-
-EXPORT_SPARE_BYTES = 2**26
-"""Disk needed beyond the weights: tokenizer, adapter and blocks of the file system."""
-
-EXPORT_KIND = "export"
-"""Kind in an export's manifest: only such a folder is replaced by another export."""
 
 
 def export_adapter(
