@@ -12,7 +12,7 @@ from prefect.tasks import Task
 from qwen3ft.errors import FinetuneError, TransientError
 from qwen3ft.files import sha256_json
 
-CACHE_VERSION = 2
+RESULTS_VERSION = 2
 """Raised when results of older versions must not be reused."""
 
 RETRY_DELAYS_SECONDS = [2.0, 10.0, 30.0]
@@ -25,7 +25,7 @@ def cache_key(stage: str, *values: Any) -> str:
     computed before the body runs cannot describe what the body makes. Whether a cached path still
     holds is checked by the caller, who then sets `refresh_cache`.
     """
-    return f"{stage}-{sha256_json([CACHE_VERSION, *values])}"
+    return f"{stage}-{sha256_json([RESULTS_VERSION, *values])}"
 
 
 def is_transient(task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool:  # noqa: ARG001

@@ -29,7 +29,7 @@ from qwen3ft.records.training import Failure
 
 OutcomeT = TypeVar("OutcomeT", bound=BaseModel)
 
-POLL_SECONDS = 0.2
+WATCH_SECONDS = 0.2
 
 
 def run_worker(
@@ -125,7 +125,7 @@ def _watch(
         records.relay()
         if on_poll is not None:
             on_poll()
-        time.sleep(POLL_SECONDS)
+        time.sleep(WATCH_SECONDS)
     records.relay()
     if on_poll is not None:
         on_poll()

@@ -1,10 +1,9 @@
-"""Moving the aliases of one registered model: champion, previous, challenger.
+"""Moves the aliases of one registered model: champion, previous, challenger.
 
-The caller holds `qwen3ft.registry.registry`, so that comparing and setting are one step on
-this machine; MLflow has no compare-and-set, and promoters on two machines may both win in the
-milliseconds between the two (the later one stays). The champion's alias moves last. A move is
-recorded before and after (see `qwen3ft.registry.moves`); `settle` finishes or undoes what a crash
-left between the two, before anything else is moved.
+MLflow has no compare-and-set, so the caller holds a lock (`bounded_calls.move`). It holds on this
+machine only: promoters on two machines may both win within milliseconds, and the later one stays. A
+move is recorded before and after (see `qwen3ft.registry.moves`); `settle` finishes or undoes what a
+crash left in between, before anything else is moved.
 """
 
 from __future__ import annotations
@@ -33,20 +32,20 @@ from qwen3ft.tracking.connection import Connection
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 
 DIGEST_TAG = "adapter_sha256"
-"""Tag of a version: sha256 of its adapter_model.safetensors."""
+"""Version tag: sha256 of its adapter_model.safetensors."""
 
 RUN_TAG = "run"
-"""Tag of a version: the run that trained it."""
+"""Version tag: the run that trained it."""
 
 VERDICT_TAG = "verdict"
-"""Tag of a version: what its comparison found, in one sentence."""
+"""Version tag: result of its comparison, in one sentence."""
 
 ROLLED_BACK_TAG = "rolled_back"
-"""Tag of a version that was in use and taken back: why. No flow promotes it or its bytes again."""
+"""Version tag: reason why it was rolled back. No flow promotes it, or the same bytes, again."""
 
 
 def read_history(connection: Connection, name: str) -> History:
-    """What is in use, and how it came to be; empty for a model that nobody registered."""
+    """Return the versions in use and their history; empty for an unknown model."""
     try:
         with connection.calls() as client:
             model = client.get_registered_model(name)
@@ -58,14 +57,14 @@ def read_history(connection: Connection, name: str) -> History:
     return History(registered_model=name, aliases=named, moves=tuple(moves))
 
 
-def promote(
+def make_champion(
     connection: Connection, name: str, version: str, expected: str | None, change: Change
 ) -> Move | None:
-    """Make `version` the champion; None if it already is.
+    """Make `version` the champion; return None if it already is.
 
     Raises:
         ChampionChangedError: the champion is not `expected`.
-        RolledBackError: a flow would promote what was rolled back.
+        RolledBackError: a flow would promote a version that was rolled back.
         RequestError: there is no such version.
     """
     history = settle(connection, name)
@@ -80,17 +79,17 @@ def promote(
     if change.verdict:
         with connection.calls() as client:
             client.set_model_version_tag(name, version, VERDICT_TAG, change.verdict)
-    move = _described(history, "promotion", wanted, change, previous=champion)
+    move = _new_move(history, "promotion", wanted, change, previous=champion)
     return _make(connection, name, move)
 
 
-def rollback(
+def restore_previous(
     connection: Connection, name: str, target: str, expected: str | None, change: Change
 ) -> Move:
     """Make `target`, the previous version, the champion again.
 
-    What was in use before `target`, if the history knows it, becomes the previous version, so that
-    a second rollback leads further back and never forth again.
+    The version in use before `target`, if known, becomes the previous one, so that a second
+    rollback leads further back and never forward again.
 
     Raises:
         ChampionChangedError: the champion is not `expected`, or `target` not the previous version.
@@ -105,20 +104,15 @@ def rollback(
         )
     wanted = require_version(connection, name, target)
     before = succession(history.moves)
-    # A version may have been in use twice: what came before its last time counts.
+    # a version may have been in use twice: what counts came before the last time
     last = len(before) - 1 - before[::-1].index(target) if target in before else 0
     earlier = before[:last]
-    move = _described(
-        history, "rollback", wanted, change, previous=earlier[-1] if earlier else None
-    )
+    move = _new_move(history, "rollback", wanted, change, previous=earlier[-1] if earlier else None)
     return _make(connection, name, move)
 
 
 def set_challenger(connection: Connection, name: str, version: str, verdict: str) -> bool:
-    """Give `version`, which was tested and kept, the name challenger; whether it got it.
-
-    The champion does not get it, nor a version that was rolled back.
-    """
+    """Make `version` the challenger; False for the champion or a version that was rolled back."""
     history = settle(connection, name)
     wanted = require_version(connection, name, version)
     with connection.calls() as client:
@@ -130,7 +124,7 @@ def set_challenger(connection: Connection, name: str, version: str, verdict: str
 
 
 def settle(connection: Connection, name: str) -> History:
-    """Finish or undo the move that a crash left half made; the history as it then is."""
+    """Finish or undo a move that a crash left half made, and return the history."""
     try:
         with connection.calls() as client:
             tags = client.get_registered_model(name).tags
@@ -143,10 +137,10 @@ def settle(connection: Connection, name: str) -> History:
 
 
 def require_version(connection: Connection, name: str, version: str) -> Any:
-    """MLflow's record of a version.
+    """Return MLflow's record of a version.
 
     Raises:
-        RequestError: there is none.
+        RequestError: there is no such version.
     """
     try:
         with connection.calls() as client:
@@ -160,7 +154,7 @@ def require_version(connection: Connection, name: str, version: str) -> Any:
 
 
 def nothing_before(name: str, champion: str | None) -> RequestError:
-    """What a rollback raises that leads nowhere."""
+    """Return the error for a rollback without a previous version."""
     return RequestError(
         f"There is no version of {name} to go back to; the champion is {champion or 'none'}.",
         why="No adapter was in use before it.",
@@ -168,7 +162,7 @@ def nothing_before(name: str, champion: str | None) -> RequestError:
     )
 
 
-def _described(
+def _new_move(
     history: History,
     action: Literal["promotion", "rollback"],
     wanted: Any,
@@ -176,7 +170,7 @@ def _described(
     *,
     previous: str | None,
 ) -> Move:
-    """The move to `wanted`, MLflow's record of a version, as it is written down."""
+    """Return the record of the move to `wanted`, MLflow's record of a version."""
     return Move(
         number=1 + max((move.number for move in history.moves), default=0),
         action=action,
@@ -193,7 +187,7 @@ def _described(
 
 
 def _make(connection: Connection, name: str, move: Move) -> Move:
-    """Carry out a move: recorded, prepared, made by the champion's alias alone, recorded again."""
+    """Carry out a move; until the champion's alias moves, `settle` can undo it."""
     _record(connection, name, move)
     _set_previous(connection, name, move.previous)
     with connection.calls() as client:
@@ -206,12 +200,12 @@ def _make(connection: Connection, name: str, move: Move) -> Move:
 
 
 def _complete(connection: Connection, name: str, move: Move) -> Move:
-    """What follows once the champion's alias is moved."""
+    """Clean up after the champion's alias has moved, and record the move as done."""
     with connection.calls() as client:
         challenger = client.get_registered_model(name).aliases.get(CHALLENGER)
         if str(challenger) == move.version:
             client.delete_registered_model_alias(name, CHALLENGER)
-    if move.action == "promotion":  # a person put it back, or it was never taken out
+    if move.action == "promotion":  # by a person, if it was rolled back before
         _forget_rollback(connection, name, move.version)
     done = move.model_copy(update={"state": "done"})
     _record(connection, name, done)
@@ -267,7 +261,7 @@ def _refuse_rolled_back(connection: Connection, name: str, wanted: Any) -> None:
         raise RolledBackError(
             f"{name} {wanted.version} is not promoted: version {same.version}, the same adapter, "
             f"was rolled back ({same.tags[ROLLED_BACK_TAG]}).",
-            why="What a person took out of use only a person puts back.",
+            why="An adapter that a person took out of use is only put back by a person.",
             next_command=f"qwen3ft promote {wanted.version}",
             version=str(wanted.version),
             rolled_back=str(same.version),
@@ -279,7 +273,7 @@ def _changed(
 ) -> ChampionChangedError:
     return ChampionChangedError(
         f"{what}: the {alias} is {found}, not {expected}.",
-        why="Another run or person moved it meanwhile.",
+        why="Another run or person moved the alias meanwhile.",
         next_command="qwen3ft history",
         champion=found,
         expected=expected,

@@ -1,7 +1,7 @@
-"""Which adapter a person means: an alias, a version, a run or a folder; verified, as a folder.
+"""Finds the adapter that a person names by alias, version, run or folder, and verifies it.
 
-Guarantees: what is handed out was verified: a folder by its manifest, a version by the sha256 that
-the registry has of it. An adapter of the registry is fetched once and kept in the cache.
+A folder is verified by its manifest, a version by the sha256 in the registry. An adapter of the
+registry is fetched once and kept in the cache.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ _VERSION = re.compile(r"v?([0-9]+)")
 
 
 def find_adapter(config: TrainingConfig, registry: Registry, wanted: str) -> Path:
-    """The folder of the adapter that `wanted` names.
+    """Return the folder of the adapter that `wanted` names.
 
     Args:
-        config: Says where folders are, and which registered model is meant.
-        registry: Asked for aliases, versions, and runs that saved elsewhere.
-        wanted: 'champion', 'challenger', 'previous'; a version ('7' or 'v7'); the id of a run, or
+        config: Names the folders and the registered model.
+        registry: Knows aliases, versions, and runs that saved elsewhere.
+        wanted: 'champion', 'challenger' or 'previous'; a version ('7' or 'v7'); the id of a run or
             of its MLflow run; or a folder.
 
     Raises:
         ModelNotFoundError: there is no such adapter.
-        SaveError: its files are not those that were saved.
+        SaveError: its files differ from what was saved.
         TrackingUnavailableError: MLflow is needed and cannot be reached.
     """
     folder = Path(wanted).expanduser()
@@ -57,19 +57,19 @@ def find_adapter(config: TrainingConfig, registry: Registry, wanted: str) -> Pat
 
 
 def version_name(wanted: str) -> str | None:
-    """An alias, or the number of a version ('7' for 'v7' too); None if `wanted` is neither."""
+    """Return `wanted` as an alias or a version number ('7' for 'v7'); None if it is neither."""
     number = _VERSION.fullmatch(wanted)
     return number[1] if number else wanted if wanted in ALIASES else None
 
 
 def fetch_version(config: TrainingConfig, registry: Registry, version: Champion) -> Path:
-    """The folder of a version's adapter in the cache, fetched if it is not there or damaged."""
+    """Return the folder of a version's adapter in the cache, fetched if missing or damaged."""
     folder = Path(config.cache_dir).resolve() / "champions" / version.registered_model
     return registry.download(version, folder / version.version)
 
 
 def _saved_by_run(config: TrainingConfig, run: str) -> Path | None:
-    """Where the run saved its adapter, if that is still there."""
+    """Return the folder where the run saved its adapter, if it still exists."""
     places = [Path(parent) / run for parent in (config.output_dir, *config.fallback_output_dirs)]
     card = Path(config.runs_dir) / run / "card.json"
     if card.is_file():
@@ -88,7 +88,7 @@ def _not_found(name: str, wanted: str) -> ModelNotFoundError:
         )
     return ModelNotFoundError(
         f"There is no adapter {wanted!r} of {name}.",
-        why="It is no alias or version in the registry, no run that saved an adapter, no folder.",
+        why="No alias, version, run with a saved adapter, or folder has that name.",
         next_command="qwen3ft history",
         registered_model=name,
     )

@@ -1,8 +1,8 @@
-"""Which adapter was in use when: every promotion and rollback, as records. Pure; knows no MLflow.
+"""The history of a registered model: every promotion and rollback, as records.
 
-A move is written down before an alias moves (`begun`) and again afterwards (`done`), so that a
-crash between the two can be told from a move that was made: the champion itself says which it was.
-`qwen3ft.registry.aliases` keeps the records in the registry and does the moving.
+A move is written down before an alias moves (`begun`) and again afterwards (`done`). After a crash
+between the two, the champion itself tells whether the move was made. `qwen3ft.registry.aliases`
+keeps the records in the registry and moves the aliases.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from qwen3ft.logs import get_logger
 from qwen3ft.records.base import Record
 
 MOVE_TAG_PREFIX = "qwen3ft.move."
-"""Tags of a registered model: this and the move's number; the value is the move as JSON."""
+"""Prefix of a model's tags that hold its moves as JSON; the number of the move follows."""
 
 MOST_SENTENCE_CHARACTERS = 1000
-"""Of a verdict and of a reason: MLflow's database holds 5,000 characters in such a tag."""
+"""Longest verdict or reason kept; MLflow's database holds 5,000 characters in such a tag."""
 
 logger = get_logger("history")
 
 
 class Mover(Record):
-    """Who or what moved an alias."""
+    """Run or person that moved an alias."""
 
     kind: Literal["flow", "person"]
-    name: str = Field(description="The run's id, or user@host.")
+    name: str = Field(description="Id of the run, or user@host.")
 
     def __str__(self) -> str:
         return f"run {self.name}" if self.kind == "flow" else self.name
 
 
 class Change(Record):
-    """Why an alias is moved, and by whom."""
+    """Author of a move and the reason for it."""
 
     by: Mover
-    verdict: str = Field("", description="What the comparison found, in one sentence.")
-    reason: str = Field("", description="In a person's own words.")
+    verdict: str = Field("", description="Result of the comparison, in one sentence.")
+    reason: str = Field("", description="Reason in a person's own words.")
 
 
 class Move(Record):
@@ -51,12 +51,12 @@ class Move(Record):
     number: int = Field(ge=1, description="Position in the history, from 1.")
     at: datetime = Field(default_factory=lambda: datetime.now(UTC))
     action: Literal["promotion", "rollback"]
-    version: str = Field(description="In use from then on.")
-    replaced: str | None = Field(None, description="In use until then.")
-    run: str | None = Field(None, description="The run that trained `version`.")
+    version: str = Field(description="Version in use from then on.")
+    replaced: str | None = Field(None, description="Version in use until then.")
+    run: str | None = Field(None, description="Run that trained `version`.")
     mlflow_run_id: str | None = None
-    previous: str | None = Field(None, description="What a rollback leads to from then on.")
-    previous_before: str | None = Field(None, description="What a rollback led to until then.")
+    previous: str | None = Field(None, description="Target of a rollback from then on.")
+    previous_before: str | None = Field(None, description="Target of a rollback until then.")
     by: Mover
     verdict: str = ""
     reason: str = ""
@@ -64,15 +64,17 @@ class Move(Record):
 
 
 class Aliases(Record):
-    """The versions that the registry's three names stand for."""
+    """Versions that the three aliases point at."""
 
-    champion: str | None = Field(None, description="In use.")
-    previous: str | None = Field(None, description="In use before it; where a rollback leads.")
-    challenger: str | None = Field(None, description="The newest that was tested and kept.")
+    champion: str | None = Field(None, description="Version in use.")
+    previous: str | None = Field(None, description="Version in use before; target of a rollback.")
+    challenger: str | None = Field(
+        None, description="Newest version that was tested and not promoted."
+    )
 
 
 class History(Record):
-    """Everything that `qwen3ft history` shows of one registered model."""
+    """Aliases and moves of one registered model, as `qwen3ft history` shows them."""
 
     registered_model: str
     aliases: Aliases
@@ -80,7 +82,7 @@ class History(Record):
 
 
 def this_person() -> Mover:
-    """Whoever runs this process."""
+    """Return the person that runs this process."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # no such user in this container
@@ -89,7 +91,7 @@ def this_person() -> Mover:
 
 
 def to_tag(move: Move) -> tuple[str, str]:
-    """The tag that keeps a move; sentences are cut where MLflow would refuse them."""
+    """Return name and value of the tag for a move; texts that MLflow would refuse are cut."""
     short = {
         field: _shortened(text)
         for field, text in (("verdict", move.verdict), ("reason", move.reason))
@@ -98,26 +100,26 @@ def to_tag(move: Move) -> tuple[str, str]:
 
 
 def tag_name(number: int) -> str:
-    """The name of the tag of move `number`."""
+    """Return the name of the tag for move `number`."""
     return f"{MOVE_TAG_PREFIX}{number:06d}"
 
 
 def from_tags(tags: Mapping[str, str]) -> list[Move]:
-    """The moves that the tags of a registered model hold, oldest first.
+    """Return the moves in the tags of a registered model, oldest first.
 
-    A tag that holds no move (edited by hand) is left out with a warning.
+    A tag that is not a valid move (edited by hand) is skipped with a warning.
     """
     moves = []
     for name in sorted(name for name in tags if name.startswith(MOVE_TAG_PREFIX)):
         try:
             moves.append(Move.model_validate_json(tags[name]))
         except ValidationError as error:
-            logger.warning("the tag %s holds no move: %s", name, error.errors()[0]["msg"])
+            logger.warning("the tag %s is not a valid move: %s", name, error.errors()[0]["msg"])
     return moves
 
 
 def completed_moves(moves: Sequence[Move], champion: str | None) -> list[Move]:
-    """The moves that took place: one that only begun did if its version is in use."""
+    """Return the moves that took place; one that only began did if its version is in use."""
     return [
         move.model_copy(update={"state": "done"})
         for move in moves
@@ -126,9 +128,9 @@ def completed_moves(moves: Sequence[Move], champion: str | None) -> list[Move]:
 
 
 def succession(moves: Sequence[Move]) -> list[str]:
-    """The versions that a chain of rollbacks would lead through, the one in use last.
+    """Return the versions that successive rollbacks would restore, the one in use last.
 
-    A promotion adds its version; a rollback takes away whatever came after the one it leads to.
+    A promotion adds its version; a rollback removes everything after its target.
     """
     versions: list[str] = []
     for move in moves:

@@ -1,9 +1,9 @@
-"""Versions of a registered model: made once for each run's adapter, and found again."""
+"""Versions of a registered model: one for each run's adapter, created once and found again."""
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import Field
 
@@ -13,15 +13,12 @@ from qwen3ft.records.evaluation import Champion
 from qwen3ft.registry.aliases import DIGEST_TAG, RUN_TAG
 from qwen3ft.tracking.connection import Connection, connect
 
-if TYPE_CHECKING:
-    pass
-
 ADAPTER_PATH = "adapter"
-"""Where a run's adapter lies among its artifacts."""
+"""Path of a run's adapter among its artifacts."""
 
 
 def checked_name(name: str) -> str:
-    """`name`; ConfigError if the registry cannot hold it."""
+    """Return `name`; raise ConfigError if the registry cannot hold it."""
     if re.fullmatch(r"[^/:'\"\\]+", name):
         return name
     raise ConfigError(
@@ -31,8 +28,10 @@ def checked_name(name: str) -> str:
     )
 
 
-def register(connection: Connection, name: str, run_id: str, tags: dict[str, str]) -> str:
-    """The version of a run's adapter, made if there is none of the same digest."""
+def find_or_create_version(
+    connection: Connection, name: str, run_id: str, tags: dict[str, str]
+) -> str:
+    """Return the version of a run's adapter, created if there is none with the same digest."""
     with connection.calls() as client:
         if not client.search_registered_models(f"name = '{name}'"):
             client.create_registered_model(name)
@@ -47,7 +46,7 @@ def register(connection: Connection, name: str, run_id: str, tags: dict[str, str
 
 
 def find_version(connection: Connection, name: str, alias_or_number: str) -> Champion | None:
-    """The version of that number or alias, or None."""
+    """Return the version with that number or alias, or None."""
     try:
         with connection.calls() as client:
             aliases = client.get_registered_model(name).aliases
@@ -61,7 +60,7 @@ def find_version(connection: Connection, name: str, alias_or_number: str) -> Cha
 
 
 def find_by_run(connection: Connection, name: str, run: str) -> Champion | None:
-    """The newest version that the run, by its own id or MLflow's, made."""
+    """Return the newest version made by the run, given its own id or MLflow's."""
     with connection.calls() as client:
         found = [
             version
@@ -73,7 +72,7 @@ def find_by_run(connection: Connection, name: str, run: str) -> Champion | None:
 
 
 def to_champion(name: str, version: Any) -> Champion:
-    """MLflow's record of a version as ours."""
+    """Convert MLflow's record of a version."""
     return Champion(
         registered_model=name,
         version=str(version.version),
@@ -84,34 +83,34 @@ def to_champion(name: str, version: Any) -> Champion:
 
 
 class ProtectedVersion(Record):
-    """One version in use."""
+    """A version that an alias points at."""
 
     registered_model: str
     version: str
     aliases: tuple[str, ...]
-    run_id: str | None = Field(description="The run that trained it; None if it is not known.")
+    run_id: str | None = Field(description="Run that trained it; None if unknown.")
 
     def describe(self) -> str:
-        """Model, version and what it is used as."""
+        """Return model, version and aliases as text."""
         return f"{self.registered_model} v{self.version} ({', '.join(self.aliases)})"
 
 
 def find_protected(tracking_uri: str) -> list[ProtectedVersion]:
-    """Every version of every registered model that has an alias.
+    """Return every version of every registered model that has an alias.
 
     Raises:
         TrackingUnavailableError: MLflow cannot be reached, so nothing may be removed.
     """
     connection = connect(tracking_uri)
     return [
-        _describe(connection, name, version, aliases)
+        _protected(connection, name, version, aliases)
         for name, versions in _aliases(connection).items()
         for version, aliases in versions.items()
     ]
 
 
 def _aliases(connection: Connection) -> dict[str, dict[str, list[str]]]:
-    """Registered model: version: its aliases."""
+    """Return the aliases by registered model and version."""
     found: dict[str, dict[str, list[str]]] = {}
     token = None
     with connection.calls() as client:
@@ -125,7 +124,7 @@ def _aliases(connection: Connection) -> dict[str, dict[str, list[str]]]:
                 return found
 
 
-def _describe(
+def _protected(
     connection: Connection, name: str, version: str, aliases: list[str]
 ) -> ProtectedVersion:
     with connection.calls() as client:

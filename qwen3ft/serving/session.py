@@ -18,7 +18,7 @@ from typing import Any, Self
 from qwen3ft.errors import FinetuneError, WorkerCrashedError
 from qwen3ft.files import append_json_line, lines_from
 from qwen3ft.jobs.folders import JobDir
-from qwen3ft.jobs.launcher import POLL_SECONDS, run_worker
+from qwen3ft.jobs.launcher import WATCH_SECONDS, run_worker
 from qwen3ft.jobs.processes import GRACE_SECONDS
 from qwen3ft.records.requests import AskRequest, ChatEnded, ChatQuestion, Chunk
 
@@ -55,7 +55,7 @@ class ChatSession:
         self._job.stop.touch()
         append_json_line(self._job.questions, ChatQuestion(end=True).model_dump(mode="json"))
         # A worker that is still loading sees neither; it ends when this process ends.
-        self._thread.join(GRACE_SECONDS if kind is None else 2 * POLL_SECONDS)
+        self._thread.join(GRACE_SECONDS if kind is None else 2 * WATCH_SECONDS)
         shutil.rmtree(self._job.path, ignore_errors=True)
 
     def wait_until_ready(self) -> None:

@@ -2,8 +2,8 @@
 
 One operation per line of `runs/<run_id>/tracking.jsonl`, in order. An attempt's own metrics stay
 in the attempt's folder, which "attempt_started" refers to. Appending touches one local file only,
-so it neither waits for MLflow nor fails because of it. A line survives a kill of the process, though
-a power cut may lose the last ones. Secrets are masked before anything is written.
+so it neither waits for MLflow nor fails because of it. A line survives a kill of the process; a
+power cut may lose the last ones. Secrets are masked before anything is written.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ from qwen3ft.errors import (
     TrackingUnavailableError,
 )
 from qwen3ft.registry import aliases
+from qwen3ft.registry.bounded_calls import promotion_lock
 from qwen3ft.registry.moves import (
     Aliases,
     Change,
@@ -40,7 +41,7 @@ from qwen3ft.registry.moves import (
     this_person,
     to_tag,
 )
-from qwen3ft.registry.registry import Registry, promotion_lock
+from qwen3ft.registry.registry import Registry
 from qwen3ft.tracking.connection import Connection, connect
 from tasks.promote import promote as promote_task
 
@@ -161,9 +162,9 @@ def test_a_rollback_compares_before_it_sets(uri: str) -> None:
     promoted(uri, "1", "2", "3")
     connection = connect(uri)
     with pytest.raises(ChampionChangedError, match="champion is 3, not 2"):
-        aliases.rollback(connection, MODEL, "2", "2", PERSON)
+        aliases.restore_previous(connection, MODEL, "2", "2", PERSON)
     with pytest.raises(ChampionChangedError, match="not rolled back to 1"):
-        aliases.rollback(connection, MODEL, "1", "3", PERSON)
+        aliases.restore_previous(connection, MODEL, "1", "3", PERSON)
     assert Registry(uri).history(MODEL).aliases == named("3", "2")
 
 
@@ -220,12 +221,12 @@ class CutConnection(Connection):
 Operation = Callable[[Connection], Any]
 OPERATIONS: dict[str, tuple[Operation, Aliases, Aliases]] = {
     "promotion": (
-        lambda connection: aliases.promote(connection, MODEL, "3", "2", NIGHT),
+        lambda connection: aliases.make_champion(connection, MODEL, "3", "2", NIGHT),
         named("2", "1", "3"),
         named("3", "2"),
     ),
     "rollback": (
-        lambda connection: aliases.rollback(connection, MODEL, "1", "2", PERSON),
+        lambda connection: aliases.restore_previous(connection, MODEL, "1", "2", PERSON),
         named("2", "1", "3"),
         named("1", None, "3"),
     ),
