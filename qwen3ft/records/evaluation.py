@@ -10,7 +10,7 @@ from pydantic import Field
 from qwen3ft.records.base import Record
 
 MAX_EXPONENT = 700.0
-"""Largest argument of exp() that is surely finite as a float."""
+"""Largest argument of exp() whose result fits a float."""
 
 MetricName = Literal["exact_match", "token_f1", "chrf", "answer_loss"]
 ModelLabel = Literal["base", "candidate", "champion"]
@@ -71,6 +71,7 @@ class ModelScore(Record):
     @property
     def perplexity(self) -> float | None:
         """Perplexity of the references, per token; None if it is not finite."""
+        # JSON has no infinity
         if self.answer_loss is None or self.answer_loss > MAX_EXPONENT:
             return None
         return math.exp(self.answer_loss)

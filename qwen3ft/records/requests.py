@@ -50,6 +50,7 @@ class InferenceRequest(Record):
     )
 
 
+# shown to users, and keys of parity.json
 ADAPTER, MERGED, REQUANTISED = "adapter", "merged", "merged in 4 bits"
 """The three forms of a fine-tuned model; the adapter is the one that the gate tested."""
 

@@ -202,6 +202,7 @@ class RunCard(Record):
     adapter_path: str | None = None
     roll_back: NextStep = NextStep(what="Nothing was put into use.")
     next_steps: tuple[NextStep, ...] = ()
+    # None without a server: what is recorded locally has no page
     prefect_url: str | None = None
     mlflow_url: str | None = None
     notes: tuple[str, ...] = Field((), description="Caveats of the numbers above.")

@@ -239,7 +239,7 @@ def _roll_back(facts: RunFacts) -> NextStep:
     again = f"{name} v{before.version}"
     if again == mine:  # the run was resumed after it had promoted its own adapter
         again = "the version before it"
-    what = f"{again} is then in use again instead of {mine}, which no run will promote again."
+    what = f"This puts {again} back into use instead of {mine}, which no run will promote again."
     return NextStep(what=what, command=command)
 
 

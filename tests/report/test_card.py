@@ -146,7 +146,7 @@ def test_how_to_roll_back_is_the_exact_command_and_what_follows_from_it() -> Non
     assert promoted.command == (
         'qwen3ft rollback --reason "..." --set registered_model=qwen3ft-embedded'
     )
-    assert promoted.what.startswith("qwen3ft-embedded v7 is then in use again instead of")
+    assert promoted.what.startswith("This puts qwen3ft-embedded v7 back into use instead of")
     first = build_card(make_facts(champion=None)).roll_back
     assert (first.command, "Nothing was in use before" in first.what) == ("", True)
     kept = build_card(make_facts(4.0))
