@@ -23,6 +23,7 @@ _ROLES: dict[str, MessageRole] = {
     ),
     **dict.fromkeys(("tool", "function", "observation", "ipython", "工具"), "tool"),
 }
+# Roles that may follow each role; None is the start.
 _FOLLOWERS: dict[MessageRole | None, tuple[MessageRole, ...]] = {
     None: ("system", "user"),
     "system": ("user",),

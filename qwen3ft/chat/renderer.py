@@ -56,6 +56,7 @@ class Renderer:
         self._is_known = bool(identify_template(tokenizer).name)
         self._drops_earlier = self._is_known and self.thinking.drops_earlier
         self._skeletons: dict[Shape, Skeleton] = {}
+        # Texts in tools that could be taken for sentinels or added tokens become slots.
         self._protected = re.compile(f"\ue000|{self.encoder.added_tokens.pattern}")
 
     def row(
@@ -68,6 +69,7 @@ class Renderer:
                 others of its shape.
         """
         whole = conversation
+        # The template renders both alike, and there are fewer shapes without that reasoning.
         if self._drops_earlier and len(whole.messages) > 2:
             conversation = _without_dropped(whole)
         shape = conversation.shape
@@ -82,6 +84,7 @@ class Renderer:
             texts = conversation.texts()
             unsure = False
         else:
+            # An unknown template may branch on the content of tools: render this row by itself.
             copy, slots = self._copy(conversation)
             skeleton = self._build(tokenizer, conversation, (copy, slots))
             texts = [slot.text for slot in slots]
@@ -189,7 +192,7 @@ def _thinks(conversation: Conversation) -> bool:
 
 
 def _without_dropped(conversation: Conversation) -> Conversation:
-    """Drop reasoning before the last question, so that there are fewer shapes."""
+    """Return the conversation without reasoning before the last question."""
     messages = conversation.messages
     asked = max(
         (

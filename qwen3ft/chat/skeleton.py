@@ -33,6 +33,7 @@ OUTSIDE = -1
 _TEXTS = ("content", "reasoning")
 _MARK = "\ue000"
 _SENTINEL = re.compile("\ue000slot([0-9]+)\ue001")
+# Qwen's pre-tokenizer always splits here.
 _AFTER_LINE_BREAK = re.compile(r"(?<=\n)(?=\S)")
 _BY_ASSISTANT = ("assistant", "reasoning", "call")
 
@@ -138,6 +139,7 @@ def sentinel_copy(
     def data(owner: Owner, value: Any) -> Any:
         if protected is not None:
             return protect(value)
+        # Templates expect an object and render it as JSON; `_split_at_sentinels` unwraps it.
         return {mark(owner, json.dumps(value, ensure_ascii=False)): 0}
 
     tools = [data("tools", tool) for tool in conversation.tools]
@@ -193,6 +195,7 @@ def build_skeleton(
     while not is_prompt and isinstance(marked[-1][0], str) and marked[-1][1] == OUTSIDE:
         tail = str(marked.pop()[0]) + tail
     for part, turn in marked:
+        # A user's text inside a turn would be trained, and the assistant's outside would not.
         owner = slots[part].owner if isinstance(part, int) else "data"
         if owner != "data" and (owner in _BY_ASSISTANT) != (turn != OUTSIDE):
             raise _misplaced(owner, "on the wrong side of a turn's border")
@@ -208,6 +211,7 @@ def _split_at_sentinels(rendered: str, slots: Sequence[Slot]) -> list[TemplatePa
     parts: list[TemplatePart] = [int(x) if i % 2 else x for i, x in enumerate(pieces) if x]
     for number, slot in enumerate(slots):
         times = parts.count(number)
+        # Reasoning may be omitted, and data in a tool may be repeated.
         if times != 1 and slot.owner != "data" and not (slot.owner == "reasoning" and not times):
             raise _misplaced(slot.owner, f"{times} times instead of once")
     if any(isinstance(part, str) and _MARK in part for part in parts):
@@ -244,6 +248,7 @@ def _mark_turns(
 
 def _given_in_prompt(turn: str, prefills: bool) -> int:
     """Count the characters at the start of a turn that are given to the model."""
+    # The generation prompt ends after an empty think block if the model shall not think.
     if turn.startswith(EMPTY_BLOCK):
         return len(EMPTY_BLOCK)
     return len(OPEN_BLOCK) if prefills and turn.startswith(OPEN_BLOCK) else 0

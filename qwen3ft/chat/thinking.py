@@ -44,6 +44,7 @@ class ThinkingSplitter:
     def _news(self, *, final: bool) -> list[ThinkingChunk]:
         text = self._text.lstrip()
         opened = self._opened or text.startswith(THINK_OPEN)
+        # It may still become an opening tag.
         if not (opened or final) and THINK_OPEN.startswith(text):
             return []
         thinking, answer = "", text

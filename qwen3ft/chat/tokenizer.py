@@ -96,6 +96,7 @@ class Encoder:
         self._escaping: Tokenizer | None = None
         self._cache: dict[str, list[int]] = {}
         self._cached_characters = 0
+        # Longest first, because one token may be the beginning of another.
         added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
         self.added_tokens = re.compile("|".join(map(re.escape, added)) or r"(?!)")
         """Pattern of the added tokens, which a tokenizer cuts out of a text first."""

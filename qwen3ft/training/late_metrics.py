@@ -32,13 +32,8 @@ class StepNumbers:
     grad_norm: float
 
 
-@dataclass(frozen=True)
-class _Pending:
-    step: int
-    epoch: float
-    learning_rate: float
-    numbers: torch.Tensor
-    arrived: torch.cuda.Event | None
+_Pending = tuple[int, float, float, torch.Tensor, "torch.cuda.Event | None"]
+"""Step, epoch, learning rate, (loss, gradient norm) and the event of their arrival."""
 
 
 class DelayedMetrics:
@@ -67,15 +62,15 @@ class DelayedMetrics:
             pinned = torch.empty(2, dtype=torch.float32, pin_memory=True)
             numbers = pinned.copy_(numbers, non_blocking=True)
             arrived = torch.cuda.current_stream().record_event()
-        self._queue.append(_Pending(step, epoch, learning_rate, numbers, arrived))
+        self._queue.append((step, epoch, learning_rate, numbers, arrived))
 
     def take(self, *, everything: bool = False) -> list[StepNumbers]:
         """Wait for and return all steps but the newest `lag`, or all."""
         taken = []
         while len(self._queue) > (0 if everything else self.lag):
-            item = self._queue.popleft()
-            if item.arrived is not None:
-                item.arrived.synchronize()
-            loss, grad_norm = item.numbers.tolist()
-            taken.append(StepNumbers(item.step, item.epoch, item.learning_rate, loss, grad_norm))
+            step, epoch, learning_rate, numbers, arrived = self._queue.popleft()
+            if arrived is not None:
+                arrived.synchronize()
+            loss, grad_norm = numbers.tolist()
+            taken.append(StepNumbers(step, epoch, learning_rate, loss, grad_norm))
         return taken

@@ -139,7 +139,7 @@ def norm_rotate_backward_kernel(
     half: tl.constexpr,
     tile: tl.constexpr,
 ) -> None:
-    """Tiles as in `norm_rotate_kernel`."""
+    """Compute tiles as in `norm_rotate_kernel`."""
     row = tl.program_id(0) * tile + tl.arange(0, tile)
     column = tl.arange(0, half)[None, :]
     inside = (row < rows)[:, None]
@@ -201,7 +201,7 @@ def silu_mul_backward_kernel(
     unit: tl.constexpr,
     tile: tl.constexpr,
 ) -> None:
-    """Tiles as in `silu_mul_kernel`."""
+    """Compute tiles as in `silu_mul_kernel`."""
     row = (tl.program_id(0) // tiles).to(tl.int64)
     column = tl.program_id(0) % tiles * tile + tl.arange(0, tile)
     inside = column < size

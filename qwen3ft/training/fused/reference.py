@@ -111,14 +111,14 @@ def _dequantize_one(weight: FourBitWeight, out: torch.Tensor) -> None:
 
 
 def _inverse_rms(wide: torch.Tensor, eps: float) -> torch.Tensor:
-    """1 / sqrt(mean of squares + eps) over the last dimension, which stays as 1."""
+    """Return 1 / sqrt(mean of squares + eps) over the last dimension, which is kept as 1."""
     return torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
 
 
 def _norm_gradient(
     d_out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> torch.Tensor:
-    """With n = x / rms(x) and g = weight x d_out: (g - n mean(n g)) / rms(x)."""
+    """Return (g - n mean(n g)) / rms(x), with n = x / rms(x) and g = weight x d_out."""
     inverse = _inverse_rms(x, eps)
     normed, scaled = x * inverse, weight * d_out
     return inverse * (scaled - normed * (normed * scaled).mean(-1, keepdim=True))
