@@ -1,10 +1,9 @@
-"""The table of foreign failures: which exception types and messages mean which error.
+"""The table of foreign failures: which exception types and messages become which error.
 
-Guarantees: types are matched by name, so no library is imported; messages are matched at the
-beginnings of their lines only, and never in exceptions that quote their input (ValueError and its
-kin), so text inside a data row is not taken for a failure. The real messages that the patterns were
-written for are in `tests/jobs/test_failures.py`. How the table is applied is
-`qwen3ft.jobs.failures`.
+Types are matched by name, so no library is imported. Messages are matched at the start of a line
+only, and never in exceptions that quote their input (ValueError and its kin), so that text in a row
+is not mistaken for a failure. The real messages behind the patterns are in
+`tests/jobs/test_failures.py`.
 """
 
 from __future__ import annotations
@@ -32,16 +31,16 @@ from qwen3ft.errors import (
 
 @dataclass(frozen=True)
 class Rule:
-    """What one kind of foreign failure is. It applies where any of its three conditions holds.
+    """One kind of foreign failure; it applies if any of its three conditions holds.
 
     Attributes:
-        kind: The error it becomes.
+        kind: Error that it becomes.
         what: Headline; the foreign type and message follow it.
-        why: The cause, as far as this kind of failure tells.
-        next_command: What to run next.
-        types: Names of exception types, any class along the hierarchy; enough by themselves.
-        lines: Pattern of the beginning of a line, unless the type is one that quotes its input.
-        typed: Names of types, and a pattern that must stand anywhere in the message.
+        why: Cause, as far as this kind of failure reveals it.
+        next_command: Command to run next.
+        types: Names of exception types or their base classes; sufficient on their own.
+        lines: Pattern for the start of a line, unless the exception type quotes its input.
+        typed: Names of types, and a pattern that must occur anywhere in the message.
         facts: Added to the error's facts.
     """
 
@@ -55,7 +54,7 @@ class Rule:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def applies(self, names: frozenset[str], message: str) -> bool:
-        """Whether an exception of the classes `names` that says `message` is of this kind."""
+        """Return True if an exception of the classes `names` with this message is of this kind."""
         if names & frozenset(self.types.split()):
             return True
         typed_names, pattern = self.typed
@@ -69,7 +68,7 @@ class Rule:
         )
 
 
-# Such exceptions repeat what they were given, so their text proves nothing.
+# their text may come from the data
 _QUOTING_TYPES = frozenset(
     {"ValueError", "TypeError", "LookupError", "KeyError", "IndexError", "AssertionError"}
     | {"AttributeError", "NameError", "SyntaxError", "JSONDecodeError", "UnicodeDecodeError"}
@@ -80,9 +79,9 @@ _LINE = re.compile(rf"\s*(?:\[[^\]\n]*\]:?\s+)*(?:what\(\):\s*)?((?:{_TYPE}: )*)
 
 
 def line_types(line: str) -> tuple[frozenset[str], str]:
-    """Exception types that a line begins with ("[rank0]: a.BError: text"), and what it says."""
+    """Split "[rank0]: a.BError: text" into the names of exception types and the text."""
     match = _LINE.match(line)
-    assert match is not None  # the pattern also matches nothing
+    assert match is not None  # the pattern also matches an empty line
     types, rest = match.groups()
     if re.fullmatch(_TYPE, rest):
         types, rest = f"{types}{rest}: ", ""
@@ -98,7 +97,7 @@ _GPU_MEMORY = (
     r"|Error out of memory at line \d+ in file"  # bitsandbytes, which then calls exit(1)
     r"|[^\n]{0,80}\bCuda failure (?:\d+ )?'out of memory'"  # NCCL
     r"|cudaMalloc\w* failed:? out of memory"
-    # Raised while torch composes its own out-of-memory message and NVML does not answer.
+    # raised while torch composes its out-of-memory message and NVML does not answer
     r"|NVML_SUCCESS == r INTERNAL ASSERT FAILED at [^\n]*CUDACachingAllocator"
 )
 _HOST_MEMORY = (
@@ -158,7 +157,7 @@ RULES = (
     Rule(
         OutOfMemoryError,
         "GPU memory ran out",
-        "More memory was asked for than the card or the budget has left.",
+        "More memory was requested than the GPU or the budget has left.",
         types="OutOfMemoryError",
         lines=_GPU_MEMORY,
         facts={"domain": "gpu"},
@@ -166,7 +165,7 @@ RULES = (
     Rule(
         OutOfMemoryError,
         "Host memory ran out",
-        "More memory was asked for than this machine or its control group has left.",
+        "More memory was requested than this machine or its control group has left.",
         types="MemoryError _ArrayMemoryError ArrowMemoryError",
         lines=_HOST_MEMORY,
         facts={"domain": "host"},
@@ -187,7 +186,7 @@ RULES = (
     Rule(
         DeviceFaultError,
         "The GPU or its driver failed",
-        "After such an error this process cannot use the card any more.",
+        "After such an error this process cannot use the GPU any more.",
         "nvidia-smi",
         types="NVMLError DistBackendError ncclSystemError ncclInternalError ncclRemoteError",
         lines=_DEVICE_FAULT,
@@ -201,14 +200,14 @@ RULES = (
     ),
     Rule(
         EnvironmentNotReadyError,
-        "A file or folder may not be accessed",
-        "Its owner or mode forbids it for this user.",
+        "A file or folder cannot be accessed",
+        "Its owner or mode does not permit it for this user.",
         types="PermissionError",
     ),
     Rule(
         EnvironmentNotReadyError,
         "A package is missing or broken",
-        "It is not installed, or it does not fit the others.",
+        "It is not installed, or is incompatible with the others.",
         types="ImportError ModuleNotFoundError PackageNotFoundError",
     ),
     Rule(
@@ -225,7 +224,7 @@ RULES = (
     ),
     Rule(
         ModelAccessError,
-        "The model may not be downloaded",
+        "The model cannot be downloaded",
         "It is gated, and no token with access was sent.",
         "hf auth login",
         types="GatedRepoError DisabledRepoError",
@@ -234,7 +233,7 @@ RULES = (
     Rule(
         ModelNotFoundError,
         "There is no such model or revision",
-        "No folder here and no repository that this machine may see on the hub has that name.",
+        "No local folder and no accessible repository on the hub has that name.",
         _OTHER_MODEL,
         types="RepositoryNotFoundError RevisionNotFoundError RemoteEntryNotFoundError "
         "HFValidationError",
@@ -242,7 +241,7 @@ RULES = (
     ),
     Rule(
         ModelAccessError,
-        "The model may not be downloaded",
+        "The model cannot be downloaded",
         "The token is missing, invalid or expired.",
         "hf auth login",
         typed=(_HTTP, r"\b401 (?:Client Error|Unauthorized)"),
@@ -267,7 +266,7 @@ RULES = (
     Rule(
         DownloadError,
         "A download failed",
-        "The hub asked to wait, answered with a server error, or the connection broke.",
+        "The hub asked to wait, returned a server error, or the connection broke.",
         types=_NETWORK,
         typed=(_HTTP, r"\b(?:408|425|429|5\d\d) \w"),
     ),

@@ -1,10 +1,8 @@
-"""The one place where foreign exceptions, exit codes and signals become errors of this project.
+"""Turns foreign exceptions, exit codes and signals into errors of this project.
 
-Guarantees: whatever a library raises, and however a worker process ends, the result is a member of
-the tree in `qwen3ft.errors`; memory that ran out is recognised in every wording known of torch,
-cuBLAS, cuDNN, NCCL, Triton, bitsandbytes, numpy, pyarrow, the C++ and Rust runtimes and the kernel.
-It imports no library whose errors it knows. Damaged files (safetensors, JSON) are recognised by
-those who read them, not here.
+Memory that ran out is recognised in every known wording of torch, cuBLAS, cuDNN, NCCL, Triton,
+bitsandbytes, numpy, pyarrow, the C++ and Rust runtimes and the kernel. Damaged files (safetensors,
+JSON) are recognised by their readers, not here.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ from qwen3ft.logs import mask_secrets
 from qwen3ft.units import GIB, MIB, gb
 
 QUOTED_CHARACTERS = 600
-"""Most of a foreign message that is repeated."""
+"""Longest quotation of a foreign message."""
 
 _SIZE = r"([\d.]+) ?([KMGT]i?B|bytes)"
 _NUMBERS = {
@@ -39,7 +37,7 @@ _UNITS = {"bytes": 1, "K": 2**10, "M": MIB, "G": GIB, "T": 2**40}
 
 
 def memory_numbers(message: str) -> dict[str, float]:
-    """Sizes in GB (2**30 bytes) that an out-of-memory message tells, by name."""
+    """Extract the sizes in an out-of-memory message, in GB, by name."""
     found = {}
     for name, pattern in _NUMBERS.items():
         if match := re.search(pattern, message):
@@ -50,14 +48,14 @@ def memory_numbers(message: str) -> dict[str, float]:
 
 
 def translate(error: BaseException, phase: str) -> FinetuneError:
-    """The member of the tree that `error` is.
+    """Return the error of this project that describes `error`.
 
-    Its chain of causes is searched too, the outermost first. An error that is one of ours is
-    returned itself, with `phase` added to its facts.
+    Its chain of causes is searched, the outermost first. An error of this project is returned as it
+    is, with `phase` added to its facts.
 
     Args:
-        error: What was raised.
-        phase: What was being done, as the heartbeat names it.
+        error: The exception.
+        phase: Phase in which it was raised, as the heartbeat names it.
     """
     for link in _chain(error):
         if isinstance(link, FinetuneError):
@@ -80,16 +78,16 @@ def translate(error: BaseException, phase: str) -> FinetuneError:
 def translate_exit(
     returncode: int, log_tail: str, *, oom_kills: int = 0, phase: str = ""
 ) -> FinetuneError:
-    """Why a worker ended that left neither an outcome nor a failure.
+    """Explain why a worker ended that left neither an outcome nor a failure.
 
-    Signals from outside speak for themselves; otherwise the last line of the log that a rule
-    knows decides, because native code may print a reason and call exit().
+    A signal from outside explains itself. Otherwise the last line of the log that a rule knows
+    decides, because native code may print a reason and call exit().
 
     Args:
-        returncode: As `subprocess` gives it; a shell's 128 + n is taken as signal n.
-        log_tail: The end of what the worker printed.
-        oom_kills: How often the kernel ended a process for memory meanwhile.
-        phase: What the worker's last heartbeat named.
+        returncode: As `subprocess` returns it; a shell's 128 + n is read as signal n.
+        log_tail: End of the worker's output.
+        oom_kills: Processes that the kernel killed for memory meanwhile.
+        phase: Phase named in the worker's last heartbeat.
     """
     number = -returncode if returncode < 0 else returncode - 128
     name = signal.Signals(number).name if number in set(signal.Signals) else ""
@@ -114,7 +112,7 @@ def translate_exit(
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """`error`, what it groups, and what it was raised from, each once."""
+    """Yield `error`, the members of its group and its causes, each once."""
     seen: set[int] = set()
     pending = [error]
     while pending:
@@ -130,9 +128,9 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def _build(rule: Rule, type_name: str, message: str, phase: str) -> FinetuneError:
     numbers = memory_numbers(message) if rule.kind is OutOfMemoryError else {}
-    told = ", ".join(f"{name[:-3]} {value:g} GB" for name, value in numbers.items())
+    sizes = ", ".join(f"{name[:-3]} {value:g} GB" for name, value in numbers.items())
     return rule.kind(
-        f"{rule.what}{_during(phase)}: {told or _quote(type_name, message)}",
+        f"{rule.what}{_during(phase)}: {sizes or _quote(type_name, message)}",
         why=rule.why,
         next_command=rule.next_command,
         **rule.facts,

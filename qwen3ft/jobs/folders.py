@@ -2,7 +2,7 @@
 
     runs/<run_id>/
       run.jsonl                    log records of the flow's process
-      run.lock                     held by that process while it is at the run
+      run.lock                     held by that process while the run is in progress
       jobs/<kind>/                 one folder per worker that is not a training attempt
       attempts/01/                 one per training attempt
         plan.json  metrics.jsonl  memory.jsonl  heartbeat  worker.log
@@ -10,8 +10,7 @@
         checkpoints/step-000200/{..., manifest.json last}
         failure.json | outcome.json last
 
-A worker is told one folder; it reads its request there and leaves its result there. This module
-knows names and reads and writes records; it starts nothing.
+A worker is given one folder: it reads its request there and leaves its result there.
 """
 
 from __future__ import annotations
@@ -37,17 +36,17 @@ class JobDir:
 
     @property
     def request(self) -> Path:
-        """What the worker is asked to do (JSON)."""
+        """Request to the worker (JSON)."""
         return self.path / "plan.json"
 
     @property
     def outcome(self) -> Path:
-        """What it achieved; written last."""
+        """Result of a completed job; written last."""
         return self.path / "outcome.json"
 
     @property
     def failure(self) -> Path:
-        """Why it ended without an outcome."""
+        """Reason why it ended without an outcome."""
         return self.path / "failure.json"
 
     @property
@@ -62,7 +61,7 @@ class JobDir:
 
     @property
     def memory_report(self) -> Path:
-        """Folder that tells what memory was full of: see `qwen3ft.machine.memory_report`."""
+        """Folder of the report on memory in use: see `qwen3ft.machine.memory_report`."""
         return self.path / "memory"
 
     @property
@@ -96,13 +95,13 @@ class JobDir:
         return self.path / "stop"
 
     def create(self, request: BaseModel) -> JobDir:
-        """Make the folder and put the request into it."""
+        """Create the folder and write the request into it."""
         self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_record(self.request, request)
         return self
 
     def read_failure(self) -> Failure | None:
-        """The failure the worker recorded, if it did."""
+        """Return the recorded failure, if there is one."""
         return read_record(self.failure, Failure) if self.failure.exists() else None
 
 
@@ -119,19 +118,19 @@ class RunDir:
 
     @property
     def lock(self) -> Path:
-        """Held by the flow's process; see `qwen3ft.locks`."""
+        """Lock file that the flow's process holds; see `qwen3ft.locks`."""
         return self.path / "run.lock"
 
     def job(self, kind: str) -> JobDir:
-        """The folder of the worker `kind` (not a training attempt)."""
+        """Return the folder of the worker `kind` (not a training attempt)."""
         return JobDir(self.path / "jobs" / kind)
 
     def attempt(self, number: int) -> JobDir:
-        """The folder of training attempt `number`, from 1."""
+        """Return the folder of training attempt `number`, from 1."""
         return JobDir(self.path / "attempts" / f"{number:02d}")
 
     def attempts(self) -> list[JobDir]:
-        """Folders of all attempts made so far, in order."""
+        """Return the folders of all attempts made so far, in order."""
         return [JobDir(path) for path in sorted((self.path / "attempts").glob("[0-9][0-9]"))]
 
 

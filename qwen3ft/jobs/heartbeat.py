@@ -1,7 +1,4 @@
-"""What passes between a worker and the process that watches it: signs of life, a request to stop.
-
-This module imports no torch: a worker is ready for signals before it loads anything.
-"""
+"""Signals between a worker and the process that watches it: signs of life, a request to stop."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from qwen3ft.errors import PreemptedError
 
 
 class Heartbeat:
-    """Tells the launcher that this process makes progress, and at what."""
+    """Tells the launcher that this process makes progress, and in which phase."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -34,7 +31,7 @@ class StopRequest:
         self.signal_name: str | None = None
 
     def error(self) -> PreemptedError:
-        """The error that says so."""
+        """Return the error for this request."""
         return PreemptedError(
             f"The worker was asked to stop ({self.signal_name}).",
             why="The run was cancelled or the machine is shutting down.",

@@ -1,15 +1,9 @@
 """Starts worker processes, one of them ahead of need, and ends them.
 
 A worker needs 10 to 20 s to import torch, transformers, bitsandbytes and peft, and a run needs one
-worker for each of its stages and attempts. Within `workers_ahead` the next one is therefore always
-started while its predecessor works: it imports, and waits for its job on stdin. It has no CUDA
-context: of the card it takes 4 MiB.
-
-Guarantees: a worker never sees the environment or the folder of another moment (one that was
-started under others is ended, not used); a worker that died while it waited is replaced without a
-word, so that whatever ended it is met, and told, by the job itself; an unused worker is gone when
-`workers_ahead` is left, or when this process is.
-This module imports no torch.
+worker for each of its stages and attempts. Within `workers_ahead` the next one therefore starts
+while its predecessor works: it imports, and waits for its job on stdin. It has no CUDA context and
+takes 4 MiB of GPU memory.
 """
 
 from __future__ import annotations
@@ -32,62 +26,61 @@ from qwen3ft.jobs.folders import JobDir
 from qwen3ft.units import GIB
 
 GRACE_SECONDS = 7.0
-"""From SIGTERM to SIGKILL; a cancelled run has to be gone within 10 s in all."""
+"""Time from SIGTERM to SIGKILL; a cancelled run has to be gone within 10 s in all."""
 
 PARENT_VARIABLE = "QWEN3FT_PARENT_PID"
 WAIT = "wait"
-"""In the place of a kind: the job comes later, as a line of JSON on stdin."""
+"""Argument in place of a kind: the job comes later, as a line of JSON on stdin."""
 
 LEAST_FREE_BYTES = 4 * GIB
-"""Of host memory; with less no worker waits, as one that has imported takes up to a GiB."""
+"""Free host memory needed for an idle worker, which takes up to a GiB once it has imported."""
 
 _Process = subprocess.Popen[bytes]
 
 
 @dataclass(frozen=True)
-class _Surroundings:
-    """What a process takes from the moment that it is started at."""
+class _Environment:
+    """Environment variables and working directory that a worker inherits."""
 
-    environment: dict[str, str]
+    variables: dict[str, str]
     folder: str
 
     @classmethod
-    def now(cls) -> _Surroundings:
-        # OpenMP's threads wait for each other by spinning: with one core taken by another process,
-        # a team of all cores was fifty times slower, one of a core less hardly at all (see
-        # DECISIONS.md).
+    def now(cls) -> _Environment:
+        # OpenMP threads wait for each other by spinning: with one core taken by another process, a
+        # team of all cores was fifty times slower, one of a core less hardly at all (DECISIONS.md).
         threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) - 1))}
-        # NVML's order, in which the card was chosen and locked; CUDA's own puts the fastest first.
+        # NVML's order, by which the GPU was chosen and locked; CUDA's own puts the fastest first.
         order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
         marks = {PARENT_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
         return cls({**threads, **order, **os.environ, **marks}, str(Path.cwd()))
 
 
 class _Spare:
-    """The worker that waits for a job, if there is one."""
+    """The idle worker that waits for a job, if there is one."""
 
     def __init__(self) -> None:
         self.wanted = False
         self._lock = threading.Lock()
         self._process: _Process | None = None
-        self._surroundings: _Surroundings | None = None
+        self._environment: _Environment | None = None
 
     def start(self) -> None:
-        """Have a worker wait, unless one does or memory is short."""
+        """Start an idle worker, unless there is one or memory is short."""
         with self._lock:
             short = psutil.virtual_memory().available < LEAST_FREE_BYTES
             if short or (self._process is not None and self._process.poll() is None):
                 return
-            self._surroundings = _Surroundings.now()
-            self._process = _start([WAIT], self._surroundings, subprocess.PIPE, subprocess.DEVNULL)
+            self._environment = _Environment.now()
+            self._process = _start([WAIT], self._environment, subprocess.PIPE, subprocess.DEVNULL)
 
-    def take(self, kind: str, job: JobDir, surroundings: _Surroundings) -> _Process | None:
-        """The waiting worker, now with this job; None if there is none of these surroundings."""
+    def take(self, kind: str, job: JobDir, environment: _Environment) -> _Process | None:
+        """Hand the job to the idle worker; None if there is none or its environment differs."""
         with self._lock:
             process, self._process = self._process, None
         if process is None:
             return None
-        if surroundings == self._surroundings and process.poll() is None:
+        if environment == self._environment and process.poll() is None:
             assert process.stdin is not None
             with suppress(BrokenPipeError):
                 with process.stdin as stream:
@@ -97,24 +90,28 @@ class _Spare:
         return None
 
     def end(self) -> None:
-        """End the worker that waits."""
+        """End the idle worker."""
         with self._lock:
             process, self._process = self._process, None
         if process is not None:
-            process.kill()  # it has nothing to lose
+            process.kill()  # it has no work to lose
             end_process_tree(process)
 
 
 _spare = _Spare()
 
 _starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="worker-starter")
-"""Linux ends a worker when the thread that started it ends (see `worker_start.die_with_parent`),
-and a waiting worker outlives the task that it was started in; this thread ends with the process."""
+"""Thread that starts every worker. Linux ends a worker when the thread that started it ends (see
+`worker.bootstrap.die_with_parent`), and an idle worker outlives the task that it was started in."""
 
 
 @contextmanager
 def workers_ahead() -> Iterator[None]:
-    """Within this, a worker is always waiting for the next job."""
+    """Keep an idle worker ready for the next job while the body runs.
+
+    It is gone when the body ends, or when this process does. One that died while it waited is
+    replaced without notice: if its cause persists, the next job meets and reports it.
+    """
     _spare.wanted = True
     _spare.start()
     try:
@@ -125,25 +122,25 @@ def workers_ahead() -> Iterator[None]:
 
 
 def start_worker(kind: str, job: JobDir, *, last: bool = False) -> _Process:
-    """A worker with this job: the one that waits, or a new one.
+    """Start the job in the idle worker, or in a new one.
 
     Args:
         kind: One of `qwen3ft.worker.jobs.KINDS`.
-        job: The folder with the request.
-        last: Whether no other worker follows soon; else, within `workers_ahead`, the next one is
-            started now.
+        job: Folder with the request.
+        last: True if no other worker follows soon; otherwise, within `workers_ahead`, the next
+            one is started now.
     """
-    surroundings = _Surroundings.now()
-    process = _spare.take(kind, job, surroundings)
+    environment = _Environment.now()
+    process = _spare.take(kind, job, environment)
     if process is None:
         with job.log.open("ab") as log:
-            process = _start([kind, str(job.path)], surroundings, subprocess.DEVNULL, log.fileno())
+            process = _start([kind, str(job.path)], environment, subprocess.DEVNULL, log.fileno())
     if _spare.wanted and not last:
         _spare.start()
     return process
 
 
-def _start(arguments: list[str], surroundings: _Surroundings, stdin: int, output: int) -> _Process:
+def _start(arguments: list[str], environment: _Environment, stdin: int, output: int) -> _Process:
     return _starter.submit(
         subprocess.Popen,
         [sys.executable, "-m", "qwen3ft.worker", *arguments],
@@ -151,8 +148,8 @@ def _start(arguments: list[str], surroundings: _Surroundings, stdin: int, output
         stdout=output,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        env=surroundings.environment,
-        cwd=surroundings.folder,
+        env=environment.variables,
+        cwd=environment.folder,
     ).result()
 
 
