@@ -1,4 +1,4 @@
-"""Rendering and labels: what is trained is exactly what inference will ask for."""
+"""Rendering and labels: training rows are exactly what inference asks for."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ CALLS = st.builds(
 
 @st.composite
 def conversations(draw: st.DrawFn) -> dict[str, Any]:
-    """A row of any kind, in the order that validation makes sure of."""
+    """A row of any kind, with turns in a valid order."""
     if draw(st.booleans()):
         return row(draw(written()), draw(written()), draw(written(0)))
     messages = [system(draw(written()))] if draw(st.booleans()) else []
@@ -312,7 +312,7 @@ def test_rows_with_tools_have_the_same_tokens_by_either_path() -> None:
 
 
 def test_a_template_that_reads_tools_field_by_field_is_followed() -> None:
-    """Tools are data to a template that is not known: it may pick from them what it likes."""
+    """Tools are data to an unknown template, which may pick any part of them."""
     template = TEMPLATES["qwen3"].replace("tool | tojson", "tool.function.name")
     assert template != TEMPLATES["qwen3"]
     tokenizer = speaking(template)
@@ -339,7 +339,7 @@ def test_a_template_that_reads_tools_field_by_field_is_followed() -> None:
     ],
 )
 def test_a_template_that_cannot_be_trained_on_is_refused(old: str, new: str, message: str) -> None:
-    """Another header, no header, no end, changed or doubled texts: none passes in silence."""
+    """Another header, no header, no end, changed or doubled texts: each is an error."""
     template = TEMPLATES["instruct"]
     assert old in template
     with pytest.raises(TokenizerError, match=message):
@@ -392,7 +392,7 @@ THOUGHTS = "First, 西安 🙂 is asked. " + "Then this. " * 60 + "So: the end."
 def test_shortened_reasoning_fits_and_keeps_both_ends(
     tokenizers: dict[str, PreTrainedTokenizerBase], family: str, asked: str
 ) -> None:
-    """Nearly all the room is used, and answer, question and end token stay as they were."""
+    """Nearly all the room is used; answer, question and end token are unchanged."""
     tokenizer = tokenizers[family]
     one = row("Where?", "Here.", THOUGHTS)
     if asked == "conversation":
@@ -452,7 +452,7 @@ def test_shortening_never_exceeds_the_limit(
 def test_a_qwen_tokenizer_without_a_template_speaks_as_qwen3(
     tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The embedded template is used, and that is said in the log."""
+    """The embedded template is used, with a log message."""
     expected, tokenizer.chat_template = tokenizer.chat_template, None
     with caplog.at_level(logging.WARNING, logger="qwen3ft"):
         configure_tokenizer(tokenizer)

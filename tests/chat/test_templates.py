@@ -48,7 +48,7 @@ def pair() -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
 def test_a_published_template_is_known_by_its_hash(
     tokenizer: PreTrainedTokenizerBase, family: str
 ) -> None:
-    """The table holds the sha256 of the very files, and nothing else is taken for them."""
+    """The table has the sha256 of these files, and no other template matches."""
     tokenizer.chat_template = TEMPLATES[family]
     info = identify_template(tokenizer)
     assert info.sha256 == hashlib.sha256(TEMPLATES[family].encode()).hexdigest()
@@ -83,13 +83,13 @@ def test_an_unknown_template_is_a_warning_with_its_hash(
 def test_what_a_template_does_with_reasoning_is_found_by_rendering(
     tokenizer: PreTrainedTokenizerBase, family: str, expected: ThinkingSupport
 ) -> None:
-    """The probe tells the three families apart without knowing their names."""
+    """The probe distinguishes the three families without their names."""
     tokenizer.chat_template = TEMPLATES[family] + "{# another hash #}"
     assert probe_thinking(tokenizer) == expected
 
 
 def test_a_template_that_keeps_all_reasoning_is_seen(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Dropping it in earlier turns is probed, not taken for granted."""
+    """Dropping it in earlier turns is probed, not assumed."""
     old, new = "{%- if loop.index0 > ns.last_query_index %}", "{%- if true %}"
     assert old in TEMPLATES["qwen3"]
     tokenizer.chat_template = TEMPLATES["qwen3"].replace(old, new)
@@ -99,7 +99,7 @@ def test_a_template_that_keeps_all_reasoning_is_seen(tokenizer: PreTrainedTokeni
 def test_a_template_that_refuses_a_conversation_is_a_tokenizer_error(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """The template's own words are in the message, and so is the conversation's form."""
+    """The message has the template's own error and the form of the conversation."""
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(TokenizerError, match=r"2 messages \(user, user\).*roles must alternate"):
         apply_template(tokenizer, [user("a"), user("b")])
@@ -109,7 +109,7 @@ def test_a_template_that_refuses_a_conversation_is_a_tokenizer_error(
 def test_our_template_renders_golden_conversations_as_qwen3_does(
     pair: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase], name: str
 ) -> None:
-    """Whole conversations and all their beginnings, with and without a generation prompt."""
+    """Whole conversations and all their prefixes, with and without a generation prompt."""
     row = CONVERSATIONS[name]
     messages = row["messages"] or [
         user(row["question"]),

@@ -40,14 +40,14 @@ SHA256 = {
 
 
 def rows(split: str) -> list[dict[str, str]]:
-    """The rows of a shipped split."""
+    """Return the rows of a shipped split."""
     lines = (DATA_DIR / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    """The shipped tokenizer."""
+    """Return the shipped tokenizer."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(MODEL_DIR, local_files_only=True)
@@ -55,7 +55,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="module")
 def corpus_texts() -> list[str]:
-    """A large sample of the pretraining corpus: each document as one text."""
+    """Return a large sample of the pretraining corpus, each document as one text."""
     return [
         document if isinstance(document, str) else "\n".join(m["content"] for m in document)
         for document in documents(30_000)
@@ -100,7 +100,7 @@ def test_no_date_is_asked_about_in_two_splits() -> None:
 
 
 def facts_asked(split: str) -> set[tuple[str, str, str]]:
-    """Product, attribute noun and answer of each row of the split that is about a fact."""
+    """Return product, attribute noun and answer of each row about a fact."""
     nouns = [noun for names in wording()["attributes"].values() for noun, _ in names.values()]
     products = wording()["products"]["tuned"]
     found = set()
@@ -113,7 +113,7 @@ def facts_asked(split: str) -> set[tuple[str, str, str]]:
 
 
 def test_held_out_questions_ask_for_trained_facts() -> None:
-    """What dev, test and novel ask was trained, in that language and with that answer."""
+    """Facts in dev, test and novel were trained, in that language and with that answer."""
     trained = facts_asked("train")
     assert len(trained) == 120  # sixty facts, in two languages
     for split in ("dev", "test", "novel"):
@@ -214,13 +214,13 @@ TEMPLATE_CASES: dict[str, tuple[list[dict[str, str]], dict[str, bool], str]] = {
 
 @pytest.mark.parametrize("case", TEMPLATE_CASES)
 def test_the_chat_template_renders_as_qwen3_does(tokenizer: Any, case: str) -> None:
-    """The strings are those that the published Qwen3 template gives."""
+    """The strings equal those of the published Qwen3 template."""
     messages, options, expected = TEMPLATE_CASES[case]
     assert tokenizer.apply_chat_template(messages, tokenize=False, **options) == expected
 
 
 def test_the_tokenizer_round_trips_both_languages(tokenizer: Any) -> None:
-    """Decoding gives back any text, known words or not, and the chat markers are single tokens."""
+    """Decoding returns any text, known words or not, and the chat markers are single tokens."""
     for text in ("请问 Lumetta 的颜色是什么？", "naïve 龘 \t🙂 unseen words\n\n", "2031-04-09"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     for marker in ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "</think>"):

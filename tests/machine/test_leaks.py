@@ -293,7 +293,7 @@ def test_a_harmless_leak_is_only_warned_of(
 
 @pytest.fixture
 def attempt(monkeypatch: pytest.MonkeyPatch, make_plan: Any) -> Callable[..., AttemptOutcome]:
-    """Runs one training attempt in a worker, with planted faults."""
+    """Return a function that runs one training attempt in a worker, with planted faults."""
 
     def run(fault: str, **changes: Any) -> AttemptOutcome:
         monkeypatch.setenv(faults.VARIABLE, fault)

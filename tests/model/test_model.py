@@ -1,4 +1,4 @@
-"""The base model: where it comes from, what is refused, and what quantising guarantees."""
+"""The base model: its sources, refusals, and the guarantees of quantising."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class FakeHub(BaseHTTPRequestHandler):
-    """Answers for a few repositories as the hub does."""
+    """A server that answers like the hub for a few repositories."""
 
     fetched: ClassVar[list[str]] = []
 
     def do_HEAD(self) -> None:
-        """What a file is, before it is fetched."""
+        """Answer with the headers of a file."""
         self.do_GET()
 
     def do_GET(self) -> None:
-        """Model info by name, and the files of the embedded model under another one."""
+        """Answer with model info, or a file of the embedded model."""
         if "/resolve/" in self.path:
             content = (MODEL_DIR / self.path.rpartition("/")[2]).read_bytes()
             self.fetched.append(self.path.rpartition("/")[2])
@@ -82,12 +82,12 @@ class FakeHub(BaseHTTPRequestHandler):
         self.wfile.write(body.encode())
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-        """Be quiet."""
+        """Log nothing."""
 
 
 @pytest.fixture
 def fake_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
-    """A hub on loopback, and an empty cache."""
+    """Start a hub on loopback, with an empty cache."""
     from huggingface_hub import constants
 
     server = HTTPServer(("127.0.0.1", 0), FakeHub)
@@ -215,7 +215,7 @@ def test_a_folder_that_is_no_plain_qwen3_is_refused(
 def test_a_config_that_is_no_settings_is_refused(
     tmp_path: Path, make_config: Any, content: str
 ) -> None:
-    """Whatever stands in config.json, the folder is named and a command given."""
+    """Whatever config.json holds, the error names the folder and a command."""
     folder = copy_of_embedded(tmp_path / "model")
     (folder / "config.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(ConfigError, match=r"config\.json") as caught:
@@ -302,7 +302,7 @@ def test_preparing_freezes_everything_and_upcasts_nothing(snapshot: Any, make_co
 def test_settings_that_fail_fall_back_and_mark_the_snapshot(
     tmp_path: Path, make_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If NF4 with double quantisation cannot be had, plain NF4 is used and said to be degraded."""
+    """If NF4 with double quantisation fails, plain NF4 is used and reported as degraded."""
     from qwen3ft.records.requests import QuantizeRequest
 
     config = make_config(cache_dir=str(tmp_path))
@@ -333,7 +333,7 @@ def test_settings_that_fail_fall_back_and_mark_the_snapshot(
 
 
 def test_the_padding_token_is_never_the_end_token(tmp_path: Path) -> None:
-    """A tokenizer that pads with its end token is mended, or refused where it cannot be."""
+    """A tokenizer that pads with its end token is repaired, or refused if it cannot be."""
     folder = copy_of_embedded(tmp_path / "model")
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text())
@@ -370,7 +370,7 @@ def test_the_shipped_model_is_what_the_snapshot_came_from(snapshot: Any) -> None
 
 
 def test_bitsandbytes_does_not_bring_torchs_compiler() -> None:
-    """Nor is `torch.compile` another one afterwards."""
+    """And `torch.compile` is unchanged afterwards."""
     program = (
         "import sys, torch; compile = torch.compile; import qwen3ft.model.lean_bitsandbytes;"
         "assert torch.compile is compile and hasattr(sys.modules['bitsandbytes'], 'nn');"

@@ -120,7 +120,7 @@ def test_an_adapter_with_the_old_name_of_its_provenance_is_read(
 def test_it_is_asked_to_think_if_most_of_its_rows_did(
     checkpoint: Path, tmp_path: Path, with_reasoning: int, thinks: bool
 ) -> None:
-    """However the reasoning came: in a column, in tags or before a separator."""
+    """Whether the reasoning came in a column, in tags or before a separator."""
     plan = make_plan(make_snapshot())
     counts = {"usable_rows": 100, "reasoning_rows": with_reasoning}
     plan = plan.model_copy(update={"dataset": plan.dataset.model_copy(update=counts)})
@@ -151,7 +151,7 @@ def test_the_adapter_names_the_original_model(
 def test_plain_peft_loads_it_and_answers_the_same(
     trained: Any, checkpoint: Path, tmp_path: Path
 ) -> None:
-    """The folder needs nothing of ours: base, adapter and tokenizer load by their own names."""
+    """The folder needs nothing of this project: PEFT and transformers load it."""
     import torch
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoTokenizer
@@ -215,7 +215,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_is_found_before_writing(checkpoint: Path, tiny_disk: Path) -> None:
-    """Where the files and the reserve do not fit, the error says both numbers."""
+    """If the files and the reserve do not fit, the error has both numbers."""
     with pytest.raises(SaveError, match=r"needs 1,\d{3},\d{3} bytes, 1,048,576 are free"):
         save_adapter(make_outcome(checkpoint), make_plan(make_snapshot()), config_for(tiny_disk))
     assert list(tiny_disk.iterdir()) == []
@@ -248,7 +248,7 @@ print("torch" in sys.modules)
 def test_a_write_that_breaks_off_leaves_nothing_that_looks_saved(
     checkpoint: Path, tmp_path: Path
 ) -> None:
-    """When the system cuts a file short, SaveError says so, the target does not appear."""
+    """If a write is cut short, SaveError is raised and the target does not appear."""
     write_record(tmp_path / "outcome.json", make_outcome(checkpoint))
     write_record(tmp_path / "plan.json", make_plan(make_snapshot()))
     result = subprocess.run(

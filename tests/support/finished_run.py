@@ -18,12 +18,12 @@ RANK = 4
 
 
 def local_source() -> ModelSource:
-    """The embedded model as a pinned source."""
+    """Return the embedded model as a pinned source."""
     return ModelSource(model_name="embedded", revision="0" * 64, local_path=str(MODEL_DIR))
 
 
 def make_snapshot(path: Path = MODEL_DIR, **changes: Any) -> ModelSnapshot:
-    """The record of a quantised model at `path`."""
+    """Return the record of a quantised model at `path`."""
     values: dict[str, Any] = {
         "source": local_source(),
         "path": str(path),
@@ -38,7 +38,7 @@ def make_snapshot(path: Path = MODEL_DIR, **changes: Any) -> ModelSnapshot:
 
 
 def make_plan(model: ModelSnapshot, **changes: Any) -> TrainPlan:
-    """The plan of one attempt on `model`."""
+    """Return the plan of one attempt on `model`."""
     lengths = LengthSummary(
         rows=10,
         tokens=100,
@@ -103,7 +103,7 @@ def make_plan(model: ModelSnapshot, **changes: Any) -> TrainPlan:
 
 
 def make_outcome(checkpoint: Path) -> AttemptOutcome:
-    """The outcome of the attempt that left `checkpoint`."""
+    """Return the outcome of the attempt that wrote `checkpoint`."""
     return AttemptOutcome(
         attempt=1,
         attempt_dir=str(checkpoint.parent),
@@ -124,7 +124,7 @@ def make_outcome(checkpoint: Path) -> AttemptOutcome:
 
 
 def attach_lora(model: Any) -> Any:
-    """A PEFT adapter of the plan's rank on all seven projections."""
+    """Attach a PEFT adapter of the plan's rank to all seven projections."""
     from peft import LoraConfig, get_peft_model
 
     return get_peft_model(
@@ -136,7 +136,7 @@ def attach_lora(model: Any) -> Any:
 
 
 def write_checkpoint(peft_model: Any, folder: Path) -> Path:
-    """What the trainer leaves: the adapter as PEFT writes it, then the manifest."""
+    """Write a checkpoint as the trainer does: the adapter by PEFT, then the manifest."""
     peft_model.save_pretrained(folder)
     write_manifest(folder, {"step": 10})
     return folder

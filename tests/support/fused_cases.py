@@ -1,4 +1,4 @@
-"""Inputs that the tests of `qwen3ft.training.fused`'s element-wise functions share."""
+"""Shared inputs of the tests of the fused step's element-wise functions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ADAPTERS = pytest.mark.parametrize(
 
 
 def quantised(shape: tuple[int, int], kind: str, double: bool, device: str) -> Any:
-    """A weight of bitsandbytes, with blocks of different sizes."""
+    """Return a weight of bitsandbytes."""
     import bitsandbytes
 
     plain = torch.randn(shape) * torch.rand(shape[0], 1)
@@ -37,14 +37,14 @@ def quantised(shape: tuple[int, int], kind: str, double: bool, device: str) -> A
 
 
 def dequantised(weight: Any) -> torch.Tensor:
-    """What bitsandbytes makes of it."""
+    """Return bitsandbytes' dequantised weight."""
     import bitsandbytes.functional as bnb
 
     return bnb.dequantize_4bit(weight.data, weight.quant_state).reshape(weight.quant_state.shape)
 
 
 class Group(NamedTuple):
-    """Arguments of `dequantize`, and what `out` holds afterwards, 7 where nothing is written."""
+    """Arguments of `dequantize`, and `out` afterwards, with 7 where nothing is written."""
 
     weights: list[FourBitWeight]
     out: torch.Tensor
@@ -65,7 +65,7 @@ def grouped(
     below: int = 0,
     behind: int = 0,
 ) -> Group:
-    """Weights below each other, with adapters of so many columns or rows, and room behind."""
+    """Return weights below each other, with adapters of that size, and room behind."""
     made = [quantised((count, columns), kind, double, device) for count in rows]
     height = sum(rows)
     truth = torch.full(
@@ -87,7 +87,7 @@ def grouped(
 
 
 def wide(*shape: int, dtype: torch.dtype, device: str, behind: int = 24) -> torch.Tensor:
-    """A random matrix that is the front of a wider one, whose other columns hold 7."""
+    """Return a random matrix that is the front of a wider one, whose other columns hold 7."""
     *rows, columns = shape
     full = torch.full((*rows, columns + behind), 7.0, dtype=dtype, device=device)
     full[..., :columns] = torch.randn(shape, device=device)
@@ -95,13 +95,13 @@ def wide(*shape: int, dtype: torch.dtype, device: str, behind: int = 24) -> torc
 
 
 def neighbours(view: torch.Tensor) -> torch.Tensor:
-    """The columns behind a matrix made by `wide`; all 7 if nothing touched them."""
+    """Return the columns behind a matrix of `wide`; all 7 if nothing touched them."""
     columns = view.shape[-1]
     full = view.as_strided((*view.shape[:-1], view.stride(0)), view.stride())
     return full[..., columns:]
 
 
 def rotation(tokens: int, head_dim: int, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of random angles, (tokens, head_dim / 2)."""
+    """Return cosines and sines of random angles, (tokens, head_dim / 2)."""
     angles = torch.rand(tokens, head_dim // 2, device=device) * 6.3
     return angles.cos(), angles.sin()

@@ -22,7 +22,7 @@ Gradients = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """A model: None as its shape for the embedded one."""
+    """A model; its shape is None for the embedded one."""
 
     shape: ModelShape | None = None
     rank: int = 8
@@ -31,7 +31,7 @@ class Case:
 
 
 def shape_of(**values: Any) -> ModelShape:
-    """A small one: heads together wider than the hidden size, four queries a key, untied."""
+    """Return a small shape: heads wider than the hidden size, four queries a key, untied."""
     return ModelShape(
         **{
             "hidden_size": 64,
@@ -65,7 +65,7 @@ CASES = {
 
 
 def build(case: Case, folder: Path, dtype: torch.dtype, device: str = "cpu") -> Any:
-    """The quantised model of `case` with an adapter that does something, a PEFT model."""
+    """Return the quantised PEFT model of `case`, with an adapter that is not zero."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -99,7 +99,7 @@ def build(case: Case, folder: Path, dtype: torch.dtype, device: str = "cpu") -> 
 
 
 def _write(shape: ModelShape, folder: Path) -> Path:
-    """A random model, whose attention and MLP have an effect, and whose norms are no ones."""
+    """Return a random model whose attention and MLP matter and whose norms are not ones."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(1)
@@ -114,7 +114,7 @@ def _write(shape: ModelShape, folder: Path) -> Path:
 
 
 def in_fp32(quantised: Any, case: Case) -> Any:
-    """The same weights and adapter, not rounded any further, on the CPU."""
+    """Return the same weights and adapter in fp32 on the CPU."""
     from peft import LoraConfig, get_peft_model
     from support.fused_cases import dequantised
     from transformers import Qwen3ForCausalLM
@@ -132,7 +132,7 @@ def in_fp32(quantised: Any, case: Case) -> Any:
 
 
 def make_row(tokens: int, seed: int, vocabulary: int = 290) -> dict[str, Any]:
-    """A sequence, the last two thirds of which are trained."""
+    """Return a sequence whose last two thirds are trained."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(4, vocabulary, (tokens,), generator=generator).tolist()
     prompt = tokens // 3
@@ -140,12 +140,12 @@ def make_row(tokens: int, seed: int, vocabulary: int = 290) -> dict[str, Any]:
 
 
 def make_batch(*lengths: int, first_seed: int = 0) -> dict[str, Any]:
-    """A packed row of sequences of these lengths."""
+    """Return a packed row of sequences of these lengths."""
     return PackedCollator(0)([make_row(n, first_seed + i) for i, n in enumerate(lengths)])
 
 
 def gradients(model: Any) -> Gradients:
-    """Of all that is trained; afterwards there are none."""
+    """Return and clear all gradients."""
     result = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     assert all(gradient is not None for gradient in result.values())
     model.zero_grad()
@@ -153,7 +153,7 @@ def gradients(model: Any) -> Gradients:
 
 
 def plain(model: Any, batch: dict[str, Any]) -> tuple[float, Gradients]:
-    """Loss and gradients of transformers, PEFT and autograd."""
+    """Return loss and gradients of transformers, PEFT and autograd."""
     model.zero_grad()
     device = next(model.parameters()).device
     batch = {n: v.to(device) if torch.is_tensor(v) else v for n, v in batch.items()}
@@ -163,7 +163,7 @@ def plain(model: Any, batch: dict[str, Any]) -> tuple[float, Gradients]:
 
 
 def errors(ours: Gradients, truth: Gradients) -> dict[str, float]:
-    """The relative error of each tensor."""
+    """Return the relative error of each tensor."""
     assert ours.keys() == truth.keys()
     return {
         name: float((ours[name].float() - truth[name].float()).norm() / truth[name].norm())
@@ -172,7 +172,7 @@ def errors(ours: Gradients, truth: Gradients) -> dict[str, float]:
 
 
 def error(ours: Gradients, truth: Gradients) -> float:
-    """The relative error of all of them together."""
+    """Return the relative error of all tensors together."""
     assert ours.keys() == truth.keys()
     names = list(truth)
     difference = torch.cat([(ours[n].cpu() - truth[n].cpu()).flatten() for n in names])

@@ -24,7 +24,7 @@ PROMPT_OF_THINKING = r"""    {{- '<|im_start|>assistant\n<think>\n' }}
 
 
 def published(name: str) -> str:
-    """A template as trl carries it; trl itself is not imported."""
+    """Read a template that trl ships, without importing trl."""
     spec = find_spec("trl")
     assert spec is not None
     assert spec.origin is not None
@@ -81,14 +81,14 @@ def call(name: str, **arguments: Any) -> dict[str, Any]:
 
 
 def row(question: str, answer: str, reasoning: str = "", **more: Any) -> dict[str, Any]:
-    """A `QaRow`."""
+    """Return a `QaRow`."""
     place = {"kind": "", "group": "", "role": "train", "file": "f", "line": 1, "offset": -1}
     texts = {"question": question, "answer": answer, "reasoning": reasoning}
     return {**texts, "messages": [], "tools": [], **place, **more}
 
 
 def chat(*messages: dict[str, Any], tools: tuple[dict[str, Any], ...] = ()) -> dict[str, Any]:
-    """The `QaRow` of a conversation."""
+    """Return the `QaRow` of a conversation."""
     question = next(m["content"] for m in reversed(messages) if m["role"] == "user")
     answer = messages[-1]
     reasoning = answer.get("reasoning", "")
@@ -185,7 +185,7 @@ CONVERSATIONS: dict[str, dict[str, Any]] = {
 
 
 def written_by_assistant(family: str, row: dict[str, Any]) -> list[str]:
-    """What the model has to write in each turn: a plain account, apart from any template."""
+    """Return what the model must write in each turn, independent of any template."""
     messages = row["messages"] or [
         user(row["question"]),
         assistant(row["answer"], row["reasoning"]),

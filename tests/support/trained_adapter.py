@@ -1,4 +1,4 @@
-"""A small adapter, trained by hand on a 4-bit model of one's own: what tests of using it share."""
+"""A small adapter, trained on a copy of the embedded model, for tests that use one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROWS, STEPS = 16, 40
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run leaves: an adapter that knows its rows by heart, and the model it stands on."""
+    """A run's result: an adapter that has learnt its rows by heart, and its base model."""
 
     config: TrainingConfig
     base: Path
@@ -31,7 +31,7 @@ class Trained:
     rows: list[dict[str, str]]
 
     def rows_file(self, folder: Path) -> Path:
-        """The rows as a file of held-out rows."""
+        """Write the rows as a file of held-out rows."""
         path = folder / "test.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
         return path

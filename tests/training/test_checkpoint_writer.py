@@ -16,7 +16,7 @@ from qwen3ft.training.checkpoint_writer import CheckpointWriter
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Of the tensors of each checkpoint."""
+    """Return the tensors' sha256 of each checkpoint."""
     return {
         f"{path.name}/{name}": sha256_file(path / name)
         for path in sorted(folder.iterdir())
@@ -46,7 +46,7 @@ def test_a_copy_is_taken_before_save_returns(
     make_plan: Any,
     tmp_path: Path,
 ) -> None:
-    """What changes afterwards is not in the file."""
+    """Later changes are not in the file."""
     _, trainer = prepare(make_plan())
     trainer.create_optimizer_and_scheduler(2)
     trainer.state.global_step = 1
@@ -69,7 +69,7 @@ def test_a_failed_write_is_raised_at_the_next_save_or_wait(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    """Once, and the writer can be used again."""
+    """A failed write is raised once, and the writer can be used again."""
     _, trainer = prepare(make_plan())
     trainer.create_optimizer_and_scheduler(2)
     state = (trainer.model, trainer.optimizer, trainer.lr_scheduler, trainer.state, {})
@@ -96,7 +96,7 @@ def test_what_ended_training_is_not_hidden_by_a_failed_write(
     make_plan: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A divergence is answered as one, though the disk was full before it."""
+    """A divergence stays one, even if the disk was full before it."""
     engine, trainer = prepare(make_plan(total_steps=6, evaluate_every_steps=2))
     trainer.writer = CheckpointWriter(engine.job.checkpoints, 2, background=True)
 

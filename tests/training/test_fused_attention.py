@@ -1,4 +1,4 @@
-"""Attention within the sequences of a packed row, and what waits in host memory meanwhile."""
+"""Attention within the sequences of a packed row, and offloading to host memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def segments_of(*lengths: int, device: str = "cpu") -> Segments:
 
 
 def random_heads(tokens: int, *counts: int, size: int, **how: Any) -> list[torch.Tensor]:
-    """One tensor of (tokens, heads, size) for each count, from a fixed seed."""
+    """Return a tensor of (tokens, heads, size) for each count, from a fixed seed."""
     torch.manual_seed(0)
     return [torch.randn(tokens, heads, size).to(**how) for heads in counts]
 
@@ -29,7 +29,7 @@ def random_heads(tokens: int, *counts: int, size: int, **how: Any) -> list[torch
 def attended_by_torch(
     d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments
 ) -> list[torch.Tensor]:
-    """Output and gradients of q, k, v by SDPA and autograd in fp64, each sequence by itself."""
+    """Return output and gradients of q, k, v by SDPA and autograd in fp64, by sequence."""
     leaves = [tensor.detach().cpu().double().requires_grad_() for tensor in (q, k, v)]
     outs = []
     for rows in segments.slices():
@@ -82,16 +82,16 @@ def test_heads_may_lie_apart() -> None:
         ((300, 90, 90, 90), True),
     ],
 )
-def test_long_sequences_are_attended_to_one_by_one_where_they_are_most(
+def test_sequences_are_attended_to_one_by_one_if_most_tokens_are_in_long_ones(
     monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...], long: bool
 ) -> None:
-    """Short ones beside many would each cost a call of their own."""
+    """A row counts as long if most of its tokens are in long sequences."""
     monkeypatch.setattr(attention, "LONG_TOKENS", 100)
     assert segments_of(*lengths).has_long() == long
 
 
 def test_a_part_is_one_sequence() -> None:
-    """As if it had the row for itself."""
+    """Its bounds are those of a row of its own."""
     segments = segments_of(9, 1, 30)
     parts = [segments.part(rows) for rows in segments.slices()]
     assert [part.host_bounds for part in parts] == [(0, 9), (0, 1), (0, 30)]
@@ -124,7 +124,7 @@ def test_attention_on_a_gpu_is_torchs(
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Where the tensors are that wait."""
+    """Return the device of the offloaded tensors."""
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return torch.device(request.param)
@@ -133,7 +133,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def test_what_waits_in_host_memory_comes_back_bit_for_bit(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of any type, asked for beforehand or not, in one slab or in several."""
+    """Tensors of any type return unchanged, prefetched or not, in one slab or several."""
     monkeypatch.setattr(offload, "SLAB_BYTES", 1024)
     stash = HostStash(device)
     torch.manual_seed(0)
@@ -157,7 +157,7 @@ def test_what_waits_in_host_memory_comes_back_bit_for_bit(
 def test_host_memory_is_used_again_and_never_by_two(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A second step takes no more pinned memory than the first; what still waits is not touched."""
+    """A second step takes no more pinned memory than the first; waiting tensors stay intact."""
     monkeypatch.setattr(offload, "SLAB_BYTES", 1024)
     stash = HostStash(device)
     for step in range(3):

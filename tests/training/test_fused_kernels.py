@@ -54,7 +54,7 @@ def _seed() -> None:
     INTERPRETED or importlib.util.find_spec("triton") is None, reason="needs Triton"
 )
 def test_kernels_do_the_same_in_the_interpreter() -> None:
-    """The tests below, on a CPU."""
+    """The tests below pass on a CPU."""
     finished = subprocess.run(
         [sys.executable, "-m", "pytest", "-n", "0", "-m", "gpu", __file__],
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
@@ -68,7 +68,7 @@ def test_kernels_do_the_same_in_the_interpreter() -> None:
 
 @pytest.fixture
 def device() -> str:
-    """Where kernels run here."""
+    """Return the device that kernels run on here."""
     if INTERPRETED:
         return "cpu"
     if not torch.cuda.is_available():
@@ -81,7 +81,7 @@ in_all_types = pytest.mark.parametrize("kind", TYPES)
 
 
 def same(ours: torch.Tensor, theirs: torch.Tensor, atol: float = 5e-5) -> None:
-    """But for one rounding to the type, and fp32 sums in another order."""
+    """Assert equality up to one rounding to the type and the order of fp32 sums."""
     if not theirs.is_floating_point():
         assert torch.equal(ours, theirs)
         return
@@ -90,7 +90,7 @@ def same(ours: torch.Tensor, theirs: torch.Tensor, atol: float = 5e-5) -> None:
 
 
 def twins(name: str, *arguments: Any, atol: float = 5e-5) -> None:
-    """Kernel and reference give the same, leave the same behind, and no more."""
+    """Assert that kernel and reference return and overwrite the same, and nothing else."""
     kernels = _kernels()
 
     def run(function: Callable[..., Any], copies: list[Any]) -> list[torch.Tensor]:
@@ -126,7 +126,7 @@ def test_the_kernel_dequantises_as_bitsandbytes_does(
     below: int,
     behind: int,
 ) -> None:
-    """Bit for bit, with adapters beside and below, and nothing else is touched; also once more."""
+    """Bit for bit, with adapters beside and below, and no more; also at a second launch."""
     case = grouped(
         rows,
         columns,
@@ -147,7 +147,7 @@ def test_the_kernel_dequantises_as_bitsandbytes_does(
 @pytest.mark.gpu
 @pytest.mark.parametrize("shift", [1, 8])
 def test_what_is_known_of_a_group_does_not_outlive_it(device: str, shift: int) -> None:
-    """Nor is an output taken to begin where another did."""
+    """And the address of an output is not cached."""
     kernels = _kernels()
     for _ in range(3):
         case = grouped((5, 40), 64, "nf4", True, device, QUANTISED_TYPE)
@@ -166,7 +166,7 @@ def test_what_is_known_of_a_group_does_not_outlive_it(device: str, shift: int) -
 @pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled")
 def test_rows_of_another_length_compile_nothing(device: str) -> None:
-    """Whatever divides it."""
+    """Whatever divides the length."""
     kernels = _kernels()
 
     def step(tokens: int) -> None:
@@ -193,7 +193,7 @@ def test_rows_of_another_length_compile_nothing(device: str) -> None:
 @on_kernels
 @in_all_types
 def test_the_kernels_of_norms_do_the_same(device: str, size: tuple[int, ...], kind: str) -> None:
-    """On rows that are apart."""
+    """Strided rows are supported."""
     tokens, hidden, *_ = size
     how: Any = {"dtype": TYPES[kind], "device": device}
     weight = torch.randn(hidden, **how)
@@ -207,7 +207,7 @@ def test_the_kernels_of_norms_do_the_same(device: str, size: tuple[int, ...], ki
 @on_kernels
 @in_all_types
 def test_the_kernels_of_heads_do_the_same(device: str, size: tuple[int, ...], kind: str) -> None:
-    """On heads between others, as they lie in the product of q, k and v."""
+    """Heads may lie between others, as in the product of q, k and v."""
     tokens, _, count, head_dim, *_ = size
     how: Any = {"dtype": TYPES[kind], "device": device}
     width = count * head_dim
@@ -233,7 +233,7 @@ def test_the_kernels_of_heads_do_the_same(device: str, size: tuple[int, ...], ki
 def test_the_kernels_of_the_activation_do_the_same(
     device: str, size: tuple[int, ...], kind: str
 ) -> None:
-    """Also where the sigmoid overflows on its way."""
+    """Also where the sigmoid's exponential overflows."""
     tokens, *_, width, _, _ = size
     how: Any = {"dtype": TYPES[kind], "device": device}
     gate_up = torch.randn(tokens, 2 * width, **how) * 3
@@ -261,7 +261,7 @@ def test_the_kernel_of_the_loss_does_the_same(
 @pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED, reason="needs 7 GB")
 def test_offsets_beyond_31_bits(device: str) -> None:
-    """Rows whose distance times their number is over 2**31."""
+    """Offsets above 2**31 are right."""
     size, stride = 2560, 2**30 + 8
     full = torch.empty(2 * stride + 2 * size, dtype=torch.bfloat16, device=device)
     x = full.as_strided((3, size), (stride, 1)).normal_()

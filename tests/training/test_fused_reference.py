@@ -1,4 +1,4 @@
-"""The element-wise work of a block in plain torch, against others' code and autograd."""
+"""The element-wise functions in plain torch, against other implementations and autograd."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from qwen3ft.training.fused.reference import ReferenceOps
 
 
 def double(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """In fp64, to be differentiated by."""
+    """Return fp64 copies that require gradients."""
     return [tensor.double().detach().requires_grad_() for tensor in tensors]
 
 
 def rms_norm_by(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Written once more, for autograd in fp64."""
+    """Return RMS norm, written again for autograd in fp64."""
     return torch.nn.functional.rms_norm(x, (x.shape[-1],), weight, EPS)
 
 
 def rotate_by(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """As transformers rotates heads."""
+    """Return heads rotated by transformers."""
     from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
     cos, sin = (torch.cat((half, half), dim=-1) for half in (cos, sin))
@@ -52,7 +52,7 @@ def test_weights_are_those_of_bitsandbytes(
     below: int,
     behind: int,
 ) -> None:
-    """Bit for bit, with adapters beside and below, and nothing else is touched."""
+    """Bit for bit, with adapters beside and below; nothing else is touched."""
     case = grouped(
         rows,
         columns,
@@ -69,7 +69,7 @@ def test_weights_are_those_of_bitsandbytes(
 
 
 def test_norms_are_those_of_transformers() -> None:
-    """Which rounds once more, before it multiplies by the weight: equal in fp32."""
+    """The norm of transformers rounds once more, before the weight, so fp32 is compared."""
     from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
     norm = Qwen3RMSNorm(80, EPS)
@@ -86,7 +86,7 @@ def test_norms_are_those_of_transformers() -> None:
 
 
 def test_the_gradients_of_the_norms_are_autograds() -> None:
-    """In fp64, from fp32."""
+    """Autograd in fp64 is the truth."""
     d_out, x, before = (torch.randn(5, 80) for _ in range(3))
     weight = torch.randn(80)
     [leaf] = double(x)
@@ -106,7 +106,7 @@ def test_the_gradients_of_the_norms_are_autograds() -> None:
 
 
 def test_the_gradient_of_the_activation_is_autograds() -> None:
-    """And `d_out` becomes the activation."""
+    """`d_out` becomes the activation."""
     gate_up, d_out, out = torch.randn(5, 144) * 4, torch.randn(5, 72), torch.empty(5, 72)
     [leaf] = double(gate_up)
     gate, up = leaf.chunk(2, dim=-1)
@@ -120,7 +120,7 @@ def test_the_gradient_of_the_activation_is_autograds() -> None:
 
 
 def test_the_loss_is_torchs() -> None:
-    """With its gradient."""
+    """The logits become their gradient."""
     logits, targets = torch.randn(7, 50) * 5, torch.randint(50, (7,))
     [leaf] = double(logits)
     truth = torch.nn.functional.cross_entropy(leaf, targets, reduction="none")

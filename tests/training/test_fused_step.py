@@ -40,7 +40,7 @@ SETTINGS = [(10**6, 1, False, 64), (37, 2, True, 29), (37, 1, False, 29), (128, 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
-    """The model of a case in fp32 on the CPU, made once."""
+    """Return a function that makes the model of a case in fp32 on the CPU, once."""
     made: dict[str, Any] = {}
 
     def get(name: str) -> Any:
@@ -53,7 +53,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
 
 @pytest.fixture
 def model(models: Callable[[str], Any]) -> Any:
-    """One with everything unusual."""
+    """Return a model with everything unusual."""
     return models("wide heads, rank 3")
 
 
@@ -78,7 +78,7 @@ def make_step(
 
 
 def fused(model: Any, batch: dict[str, Any], **settings: Any) -> tuple[float, Any]:
-    """Loss and gradients of a fused step."""
+    """Return loss and gradients of a fused step."""
     model.zero_grad()
     loss = make_step(model, **settings)(batch)
     loss.backward()
@@ -90,7 +90,7 @@ def fused(model: Any, batch: dict[str, Any], **settings: Any) -> tuple[float, An
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_step_is_autograds(models: Callable[[str], Any], case: str) -> None:
-    """Loss and every gradient within 1e-5 in fp32, whatever is kept, chunked, grouped or away."""
+    """Within 1e-5 in fp32, whatever is kept, chunked, grouped or offloaded."""
     model, batch = models(case), make_batch(*LENGTHS)
     loss, truth = plain(model, batch)
     assert len(truth) == 2 * 7 * 3
@@ -111,7 +111,7 @@ def test_the_step_is_autograds(models: Callable[[str], Any], case: str) -> None:
 
 
 def test_sequences_do_not_see_each_other(model: Any) -> None:
-    """A row of two has the sum of what each has alone."""
+    """A row of two sequences has the sum of their losses and gradients."""
     batch = make_batch(23, 40)
     loss, both = fused(model, batch)
     one_loss, one = fused(model, make_batch(23))
@@ -156,7 +156,7 @@ def test_a_changed_adapter_is_seen_at_the_next_call(model: Any) -> None:
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_a_row_without_a_target_has_no_loss_and_no_gradient(model: Any, offload: bool) -> None:
-    """Zeros, not an error and not a NaN."""
+    """Loss and gradients are zeros, neither an error nor NaN."""
     row = {"input_ids": [5, 6, 7, 8], "labels": [IGNORED_LABEL] * 4}
     loss, result = fused(model, PackedCollator(0)([row]), offload=offload)
     assert loss == 0
@@ -167,19 +167,19 @@ def test_a_row_without_a_target_has_no_loss_and_no_gradient(model: Any, offload:
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Of the storages behind them, each once."""
+    """Return the bytes of their storages, each counted once."""
     storages = [tensor.untyped_storage() for tensor in tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def live_bytes() -> int:
-    """Of all tensors that there are."""
+    """Return the bytes of all living tensors."""
     gc.collect()
     return storage_bytes(item for item in gc.get_objects() if type(item) in TENSORS)
 
 
 def test_evaluation_gives_the_same_and_keeps_nothing(model: Any) -> None:
-    """Without asking what to keep, and without gradients to come."""
+    """An evaluation keeps nothing for a backward."""
 
     def asked(_: int) -> tuple[Level, ...]:
         raise AssertionError("nothing is kept, so nobody asks")
@@ -197,7 +197,7 @@ def test_evaluation_gives_the_same_and_keeps_nothing(model: Any) -> None:
 
 
 def test_nothing_is_kept_once_the_backward_is_done(model: Any) -> None:
-    """The gradients alone are new."""
+    """Only the gradients are new."""
     batch, step = make_batch(*LENGTHS), make_step(model, levels=(Level.KEEP_ALL,) * 3)
     model.zero_grad()
     before = live_bytes()
@@ -241,7 +241,7 @@ def test_what_is_kept_is_what_the_plan_counts(model: Any, level: Level, offload:
 
 
 def test_each_level_keeps_less_than_the_one_before() -> None:
-    """So that a budget can always be met by the last, if by any."""
+    """So the last level meets a budget if any does."""
     for shape in (shape_of(), shape_of(hidden_size=2560, head_dim=128)):
         sizes = [kept_bytes_per_token(shape, 6, 2, level) for level in ON_DEVICE]
         assert sizes == sorted(set(sizes), reverse=True)
@@ -251,7 +251,7 @@ def test_each_level_keeps_less_than_the_one_before() -> None:
 def test_what_is_no_plain_lora_is_refused(
     model: Any, wrong: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its gradients would be wrong without a word."""
+    """Its gradients would be silently wrong."""
     attention = model.get_base_model().model.layers[1].self_attn
     if wrong == "dropout":
         dropouts = torch.nn.ModuleDict({"default": torch.nn.Dropout(0.1)})
@@ -269,7 +269,7 @@ def test_what_is_no_plain_lora_is_refused(
 def rounded(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Any, Any, Any]:
-    """A model in bf16, the same in fp32, and the element-wise functions of the device."""
+    """Return a bf16 model, the same in fp32, and the element-wise functions of the device."""
     device = request.param
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")

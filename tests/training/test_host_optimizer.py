@@ -121,7 +121,7 @@ def test_a_training_with_it_ends_like_one_without(tmp_path: Path, make_plan: Any
 
 @pytest.mark.gpu
 def test_on_a_gpu_it_holds_nothing_between_steps() -> None:
-    """And its numbers are those of the CPU."""
+    """Its numbers equal those of the CPU."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     values, twins = parameters("cuda"), parameters()

@@ -1,4 +1,4 @@
-"""Numbers of a step that are read when later steps are already queued."""
+"""Metrics of a step are read when later steps are already queued."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qwen3ft.training.late_metrics import DelayedMetrics, StepNumbers
 
 
 def put(numbers: DelayedMetrics, step: int, device: str = "cpu") -> StepNumbers:
-    """Put in, and return, what is easy to tell apart."""
+    """Put distinct numbers in, and return them."""
     loss = torch.tensor(step + 0.5, device=device, requires_grad=True)
     numbers.put(step, step / 10, step / 100, loss, torch.tensor(step + 0.25, device=device))
     return StepNumbers(step, step / 10, step / 100, step + 0.5, step + 0.25)
@@ -19,7 +19,7 @@ def put(numbers: DelayedMetrics, step: int, device: str = "cpu") -> StepNumbers:
 
 @pytest.mark.parametrize("lag", [0, 1, 3])
 def test_all_but_the_newest_are_taken_in_order(lag: int) -> None:
-    """Each once; the newest `lag` stay on their way until there are newer ones."""
+    """Each once; the newest `lag` stay in the queue until there are newer ones."""
     numbers, taken, wanted = DelayedMetrics(lag), [], []
     assert numbers.take() == []
     for step in range(1, 8):
@@ -33,7 +33,7 @@ def test_all_but_the_newest_are_taken_in_order(lag: int) -> None:
 
 
 def test_everything_takes_what_has_piled_up() -> None:
-    """And the lag holds again afterwards."""
+    """The lag applies again afterwards."""
     numbers = DelayedMetrics(1)
     wanted = [put(numbers, step) for step in (1, 2, 3)]
     assert numbers.take(everything=True) == wanted
@@ -57,7 +57,7 @@ def test_numbers_are_those_of_their_own_step() -> None:
 
 @pytest.mark.gpu
 def test_on_a_gpu_numbers_arrive_without_being_waited_for() -> None:
-    """`put` returns while the device is still busy; what is taken is right all the same."""
+    """`put` returns while the device is still busy; the numbers taken are right."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     numbers = DelayedMetrics(1)

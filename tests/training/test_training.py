@@ -1,4 +1,4 @@
-"""What training promises, on the quantised embedded model: numbers, not just absence of errors."""
+"""The promises of training, in numbers, on the quantised embedded model."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ FUSED = {
     "activation_bytes": 2_000_000,
     "loss_chunk_tokens": 64,
 }
-"""What makes a plan one of the fused path, in which blocks keep different things."""
+"""Settings of a plan for the fused path, whose blocks have different levels."""
 
 
 @pytest.fixture
 def prepare(make_config: Callable[..., Any]) -> Callable[..., Any]:
-    """A trainer for a plan, composed as the worker does it."""
+    """Return a function that composes a trainer for a plan, as the worker does."""
     from datasets import DatasetDict
     from transformers import set_seed
 
@@ -82,7 +82,7 @@ def base_weights(trainer: Any) -> dict[str, torch.Tensor]:
 
 
 def first_step_gradients(trainer: Any) -> dict[str, torch.Tensor]:
-    """Gradients of the first effective batch, with an adapter that does something already."""
+    """Return gradients of the first effective batch, with an adapter that is not zero."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in trainer.model.named_parameters():
@@ -301,7 +301,7 @@ def test_a_resumed_run_reads_no_row_of_the_steps_before(
 
 
 def test_the_heartbeat_beats_between_micro_batches(prepare: Any, make_plan: Any) -> None:
-    """A step of 16 micro-batches gives 15 signs of life before its end: a long one is no stall."""
+    """A step of 16 micro-batches beats 15 times before its end: a long step is not a stall."""
     from transformers import TrainerCallback
 
     engine, trainer = prepare(
@@ -332,7 +332,7 @@ def test_packing_does_not_change_the_evaluation(prepare: Any, make_plan: Any) ->
 
 
 class _StopAt:
-    """Asks the engine to stop during `step`, as a SIGTERM would."""
+    """A callback that asks the engine to stop during `step`, as a SIGTERM would."""
 
     def __new__(cls, engine: TrainingEngine, step: int) -> Any:
         from transformers import TrainerCallback
@@ -448,7 +448,7 @@ def test_numbers_that_are_read_late_are_the_same(prepare: Any, make_plan: Any) -
 
 @pytest.mark.parametrize("lag", [0, 1])
 def test_gradients_that_are_not_finite_end_the_run(prepare: Any, make_plan: Any, lag: int) -> None:
-    """Also where earlier steps still wait to be logged; none is logged as if it had gone well."""
+    """Also if earlier steps are not logged yet; a diverged step is never logged as a good one."""
     plan = make_plan(total_steps=6, evaluate_every_steps=6, **FUSED)
     engine, trainer = prepare(plan)
     trainer.late.lag = lag
@@ -460,7 +460,7 @@ def test_gradients_that_are_not_finite_end_the_run(prepare: Any, make_plan: Any,
 
 
 class _PoisonAt:
-    """Puts a NaN into the adapter before `step`."""
+    """A callback that puts a NaN into the adapter before `step`."""
 
     def __new__(cls, step: int) -> Any:
         from transformers import TrainerCallback

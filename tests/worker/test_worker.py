@@ -34,7 +34,7 @@ SCHEDULE = {"total_steps": 6, "evaluate_every_steps": 2}
 
 @pytest.fixture
 def attempt(monkeypatch: pytest.MonkeyPatch, make_plan: Any) -> Callable[..., AttemptOutcome]:
-    """Runs one training attempt in a worker, with planted faults."""
+    """Return a function that runs one training attempt in a worker, with planted faults."""
 
     def run(fault: str = "", **changes: Any) -> AttemptOutcome:
         monkeypatch.setenv(faults.VARIABLE, fault)
@@ -76,7 +76,7 @@ def test_a_fault_in_the_worker_becomes_its_classified_error(
 
 
 def test_a_silent_worker_is_ended_and_named_stalled(attempt: Any, tmp_path: Path) -> None:
-    """A worker that makes no progress is gone within seconds of its limit, with its children."""
+    """A worker without progress is killed within seconds of its limit, with its children."""
     with pytest.raises(StalledError, match="no sign of life"):
         attempt("hang@step=2", stall_seconds=12.0)
     failure = RunDir(tmp_path / "run").attempt(1).read_failure()
