@@ -11,7 +11,6 @@ whatever computes runs in a worker process.
 
 from __future__ import annotations
 
-import os
 from contextlib import nullcontext
 from typing import Any
 
@@ -222,6 +221,4 @@ def _given(plan: TrainPlan, run: RunDir, attempt: int) -> TrainPlan:
 
 def run_in_process(config: TrainingConfig, continue_run: str | None = None) -> State[Any]:
     """The same flow in this process; Prefect uses a server if one is configured, else its own."""
-    # A busy machine needs longer than Prefect's 20 s to start its temporary server.
-    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     return qwen3_finetune(config, continue_run, return_state=True)

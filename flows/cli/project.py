@@ -93,9 +93,12 @@ def use_local_services(stack: Stack) -> None:
     layout, found = stack.layout(), stack.status()
     values = services.environment(layout)
     if found.prefect_url is None:
-        del values["PREFECT_API_URL"]
+        del values["PREFECT_API_URL"], values["PREFECT_UI_URL"]
         # Prefect then runs a server inside this process, which prints harmless errors at exit
         values["PREFECT_SERVER_LOGGING_LEVEL"] = "CRITICAL"
+        # a busy machine needs longer than Prefect's 20 s to start it
+        values["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"] = "120"
+        layout.prefect_home.mkdir(parents=True, exist_ok=True)  # Prefect makes no parents
     if found.mlflow_url is None:
         values["MLFLOW_TRACKING_URI"] = layout.mlflow_store
     for name, value in values.items():
