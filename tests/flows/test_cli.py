@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import yaml
 from rich.console import Console
 
 from deployments.deploy import CPU_CONFIG, GPU_CONFIG, NO_GPU_LINE
+from flows.cli import main
 from flows.cli.follow import MetricsTail, StateChange
 from flows.cli.project import requested_settings
 from flows.cli.views.common import format_seconds, show_card
@@ -44,8 +46,27 @@ def qwen3ft(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess
 
 
 @pytest.fixture
+def in_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run a command in this process, which has torch already: exit code, output, errors."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        monkeypatch.setattr(sys, "argv", ["qwen3ft", *arguments])
+        try:
+            status = main()
+        except SystemExit as end:
+            status = int(end.code or 0)
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A project folder with nothing but what the commands look for."""
+    """Make a project folder with nothing but what the commands look for."""
     shutil.copytree(ROOT / "deployments", tmp_path / "deployments")
     return tmp_path
 
@@ -310,43 +331,46 @@ def test_prefect_logs_our_errors_without_a_traceback_and_others_with_one(
     assert unknown.exc_info is not None
 
 
-def test_data_check_says_what_would_be_trained_and_whether_a_run_would_start(
-    tmp_path: Path,
+def test_data_check_shows_what_would_be_trained_on_and_whether_a_run_would_start(
+    tmp_path: Path, in_process: Callable[..., tuple[int, str, str]]
 ) -> None:
-    """Exit code 0 and all counts for usable rows; 1 and the reason for unusable ones."""
+    """The exit code is 0, with all counts, for usable rows; 1, with the reason, for others."""
     good = tmp_path / "qa.jsonl"
     rows = [{"问题": f"第 {n} 题?", "答案": f"{n} 号"} for n in range(60)]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     good.write_text("\n".join([*lines, "{oops"]), encoding="utf-8")
     cache = f"cache_dir={tmp_path / 'cache'}"
-    done = qwen3ft("data", "check", str(good), "--set", cache, "--json")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    status, output, errors = in_process("data", "check", str(good), "--set", cache, "--json")
+    assert status == 0, errors
+    found = json.loads(output)
     assert (found["would_start"], found["rows_read"], found["quarantined"]) == (True, 61, 1)
     assert found["columns"] == {"question": "问题", "answer": "答案"}
-    screen = qwen3ft("data", "check", str(good), "--set", cache).stdout
+    _, screen, _ = in_process("data", "check", str(good), "--set", cache)
     assert "broken_json" in screen
     assert "question = 问题" in screen
     assert "号<|im_end|>«" in screen
     bad = tmp_path / "bad.jsonl"
     bad.write_text("{oops\n" * 10)
-    done = qwen3ft("data", "check", str(bad), "--set", cache, "--json")
-    assert done.returncode == 1
-    assert json.loads(done.stdout)["error"]["kind"] == "DataLoadingError"
+    status, output, _ = in_process("data", "check", str(bad), "--set", cache, "--json")
+    assert status == 1
+    assert json.loads(output)["error"]["kind"] == "DataLoadingError"
 
 
-def test_a_previewed_row_is_its_text_by_tokens(tmp_path: Path) -> None:
-    """All tokens in order, trained ones marked; a character of several tokens stays whole."""
+def test_a_previewed_row_is_its_text_by_tokens(
+    tmp_path: Path, in_process: Callable[..., tuple[int, str, str]]
+) -> None:
+    """Tokens are in order, trained ones marked; a character of several tokens stays whole."""
     data = tmp_path / "qa.jsonl"
     rows = [{"question": f"What {n}? 😀", "answer": "Nothing 饕餮."} for n in range(60)]
     data.write_text("\n".join(json.dumps(row) for row in rows))
     cache = f"cache_dir={tmp_path / 'cache'}"
-    done = qwen3ft("data", "preview", str(data), "--row", "2", "--set", cache, "--json")
-    assert done.returncode == 0, done.stderr
-    shown = json.loads(done.stdout)["shown"]
+    arguments = ("data", "preview", str(data), "--set", cache, "--row")
+    status, output, errors = in_process(*arguments, "2", "--json")
+    assert status == 0, errors
+    shown = json.loads(output)["shown"]
     assert "😀" in "".join(token["text"] for token in shown)
     trained = "".join(token["text"] for token in shown if token["trained"])
     assert trained == "Nothing 饕餮.<|im_end|>"
-    done = qwen3ft("data", "preview", str(data), "--row", "1000", "--set", cache)
-    assert done.returncode == 1
-    assert "no training row 1000" in done.stderr
+    status, _, errors = in_process(*arguments, "1000")
+    assert status == 1
+    assert "no training row 1000" in errors

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from support.databases import place_databases
 
 from deployments import services
 from deployments.deploy import CPU_CONFIG, deploy, read_deployment
@@ -42,6 +43,7 @@ class FlowProject:
         shutil.copytree(ROOT / "deployments" / "configs", root / "deployments" / "configs")
         shutil.copy(ROOT / "deployments" / "prefect.yaml", root / "deployments")
         (root / "flows").symlink_to(ROOT / "flows")
+        place_databases(root)
         self.stack = Stack(root, {"prefect": 4600, "mlflow": 5600})
 
     @property
