@@ -3,10 +3,10 @@
 environment - model - lora - data - plan - preflight - (train - adjust)* - save - inference -
 (judge) - promote
 
-Before them a run finds out whether it is needed at all: `flows.nightly`. Each word is a task of its
-own. A failed training attempt is answered by `adjust`, which makes the next plan; the loop in
-`train_with_recovery` is the only owner of those retries. This process loads neither torch nor CUDA:
-whatever computes runs in a worker process.
+First a run finds out whether it is needed at all (`flows.nightly`). Each word above is a task. A
+failed training attempt is answered by `adjust`, which makes the next plan; the loop in
+`train_with_recovery` alone retries training. This process loads neither torch nor CUDA: worker
+processes do the computing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from flows.nightly import (
     is_nightly,
     seen_before,
 )
-from flows.notify import tell, tell_failure, works_in
+from flows.notify import notify_failure, record_run, send_notice
 from flows.reporting import RunReporter, reported
 from flows.resume import cancel_duplicate_resumes, refuse_second_resume
 from flows.run_context import (
@@ -76,8 +76,8 @@ logger = logs.get_logger("flow")
     name="qwen3-finetune",
     flow_run_name=run_name,
     retries=0,
-    on_failure=[tell_failure],
-    on_crashed=[tell_failure],
+    on_failure=[notify_failure],
+    on_crashed=[notify_failure],
 )
 def qwen3_finetune(
     config: TrainingConfig = TrainingConfig(),  # noqa: B008  frozen, and shown as the run's form
@@ -85,13 +85,13 @@ def qwen3_finetune(
     nightly: bool = False,
     resumed: int = 0,
 ) -> State[Any]:
-    """Fine-tune, prove and promote; what has been done, or needs no doing, ends at once.
+    """Fine-tune, compare and promote; a run with nothing to do ends at once.
 
     Args:
-        config: What to do.
-        continue_run: Id of an earlier run whose folder, checkpoints and results are taken up.
-        nightly: Train only on something new, and once a night; a schedule's runs always do.
-        resumed: How often the run was taken up by itself after a crash.
+        config: Settings of the run.
+        continue_run: Id of an earlier run to resume from its folder and checkpoints.
+        nightly: Train only on something new, and once a night; scheduled runs always do.
+        resumed: Number of automatic resumes after crashes so far.
     """
     survive_closed_pipes()
     refuse_second_resume(continue_run, resumed)
@@ -100,12 +100,12 @@ def qwen3_finetune(
     config = for_night(config, nightly=nightly)
     request = find_request(config)
     with (
-        workers_ahead() if continue_run else nullcontext(),  # a worker is its first need
+        workers_ahead() if continue_run else nullcontext(),  # it needs a worker at once
         claim_tonight(config, request, nightly, continue_run) as night,
     ):
         if night.taken is not None:
             return end_as_taken(night)
-        works_in(str(flow_run.id), night.run_id)
+        record_run(str(flow_run.id), night.run_id)
         with (
             open_run(config, night.run_id, request) as run,
             mirror_to_mlflow(run, config),
@@ -119,11 +119,11 @@ def qwen3_finetune(
 def fine_tune(
     config: TrainingConfig, run: RunDir, reporter: RunReporter, night: Night
 ) -> State[Any]:
-    """All stages of a run that has something to do."""
+    """Run all stages."""
     facts = reporter.facts
     with reporter.stage("environment"):
         environment = check_environment()
-        read_ability_rows(config)  # an unusable set is told now, not after training
+        read_ability_rows(config)  # raises now, not after training, if the rows are unusable
     with gpu_lock_for(config, environment, run), workers_ahead():
         with reporter.stage("model"):
             model = prepare_model(config, environment, run)
@@ -154,7 +154,7 @@ def fine_tune(
             facts.champion = champion
         with reporter.stage("inference"):
             report = compare_answers(config, plan, saved, champion)
-    if config.judge_url is not None:  # minutes, in which another run may have the card
+    if config.judge_url is not None:  # takes minutes, in which another run may use the GPU
         with reporter.stage("judge"):
             report = ask_judge(config, report)
     facts.report = report
@@ -163,7 +163,7 @@ def fine_tune(
         verdict = facts.verdict = promote(config, saved, report, champion, str(run.path))
     card = reporter.publish()
     night.settle(verdict.decision, champion.version if champion else None)
-    tell(config, notice_of(config, run, verdict.decision, card))
+    send_notice(config, notice_of(config, run, verdict.decision, card))
     return Completed(
         message=f"{card.verdict} (exact match {card.base_score:.1%} -> "
         f"{card.tuned_score:.1%}, peak {card.peak_memory_gb:.2f} GB)"
@@ -176,13 +176,13 @@ def train_with_recovery(
     """Attempt, adjust, attempt again, until one completes or `adjust` gives up.
 
     Raises:
-        FinetuneError: the last failure's class, saying what was tried.
+        FinetuneError: of the last failure's class; lists what was tried.
     """
     run = reporter.run
     if (outcome := finished_attempt(run, first)) is not None:
         logger.info("training was finished by attempt %d of this run", outcome.attempt)
-        return _given(first, run, outcome.attempt), outcome
-    plan = _given(first, run, len(run.attempts()) + 1)
+        return _as_attempt(first, run, outcome.attempt), outcome
+    plan = _as_attempt(first, run, len(run.attempts()) + 1)
     first_attempt = plan.attempt
     while True:
         plan = fit_to_free_memory(config, environment, plan)
@@ -208,8 +208,8 @@ def train_with_recovery(
             plan = plan.model_copy(update={"dataset": rows})
 
 
-def _given(plan: TrainPlan, run: RunDir, attempt: int) -> TrainPlan:
-    """The plan as an attempt of this run, from the newest checkpoint that fits it."""
+def _as_attempt(plan: TrainPlan, run: RunDir, attempt: int) -> TrainPlan:
+    """Return the plan as an attempt of this run, from the newest checkpoint that fits it."""
     folders = [job.checkpoints for job in run.attempts()]
     newest = checkpoint.newest_verified(folders, checkpoint.lineage(plan))
     resume_from = str(newest.path) if newest else None
@@ -220,5 +220,5 @@ def _given(plan: TrainPlan, run: RunDir, attempt: int) -> TrainPlan:
 
 
 def run_in_process(config: TrainingConfig, continue_run: str | None = None) -> State[Any]:
-    """The same flow in this process; Prefect uses a server if one is configured, else its own."""
+    """Run the flow in this process; Prefect starts its own server if none is configured."""
     return qwen3_finetune(config, continue_run, return_state=True)

@@ -1,10 +1,9 @@
-"""Where a start of the flow stands in the order of nights: asked before any stage.
+"""Decides, before any stage, whether a start of the flow has to do anything tonight.
 
 A run is a night's if its deployment's schedule starts it, or if the parameter `nightly` says so. It
 trains only on something new, and once a night: a second start of the same night ends at once, a
-failed one is taken up. Nights that were missed while the machine was off are started one after the
-other by Prefect once it is on; all of them count as the newest one that is due, so that they are
-caught up once. Nothing here loads torch or starts a process.
+failed one is resumed. After the machine was off, Prefect starts the missed nights one after the
+other; all of them count as the newest one that is due, so that they are caught up once.
 """
 
 from __future__ import annotations
@@ -49,28 +48,28 @@ from qwen3ft.tracking.uri import default_tracking_uri
 logger = logs.get_logger("night")
 
 REGISTRY_SECONDS = 10.0
-"""How long the champion's tags are waited for; without them the run goes its ordinary way."""
+"""Longest wait for the champion's tags; without them the run proceeds as usual."""
 
 SCHEDULED_TAG = "auto-scheduled"
-"""What Prefect's scheduler tags its runs with."""
+"""Tag that Prefect's scheduler gives its runs."""
 
 
 def is_nightly(*, asked: bool) -> bool:
-    """Whether the run is a night's; Prefect tags what its scheduler starts."""
+    """Return True if the run is a night's: by its parameter, or started by the scheduler."""
     return asked or SCHEDULED_TAG in flow_run.tags
 
 
 def for_night(config: TrainingConfig, *, nightly: bool) -> TrainingConfig:
-    """The settings of a run; at night it is not trained on what the champion was trained on."""
+    """Return the run's settings; a night never trains again on the champion's data."""
     return config.model_copy(update={"when_unchanged": "skip"}) if nightly else config
 
 
 def find_request(config: TrainingConfig) -> NightRequest | None:
-    """What is asked for, or None where that cannot be told: the stages then say why."""
+    """Return the digests of the request, or None if unavailable; a stage then reports why."""
     try:
         return describe_request(config)
     except FinetuneError as error:
-        logger.warning("whether anything is new cannot be told: %s", error.what)
+        logger.warning("cannot tell whether anything is new: %s", error.what)
         return None
 
 
@@ -78,9 +77,9 @@ def find_request(config: TrainingConfig) -> NightRequest | None:
 def claim_tonight(
     config: TrainingConfig, request: NightRequest | None, nightly: bool, continue_run: str | None
 ) -> Iterator[Night]:
-    """The night's claim; a run that is not a night's has one of its own.
+    """Claim the night; a run that is not a night's always gets its claim.
 
-    A crashed run is taken up once, though a busy server may start it more often.
+    A crashed run is resumed once, though a busy server may start it more often.
     """
     run_id = continue_run or str(flow_run.id)
     if continue_run and flow_run.parameters.get("resumed") and _has_ended(config, continue_run):
@@ -93,20 +92,20 @@ def claim_tonight(
     date = began or night_date()
     with claim_night(Path(config.runs_dir), date, request, run_id) as night:
         if night.again:
-            logger.info("the night of %s was left undone by run %s", date, night.run_id)
+            logger.info("the night of %s was left unfinished by run %s", date, night.run_id)
         yield night
 
 
 def _has_ended(config: TrainingConfig, run_id: str) -> bool:
-    """Whether the run has its verdict."""
+    """Return True if the run has its verdict."""
     runs = find_runs(Path(config.runs_dir).resolve())
     return any(run.run.path.name == run_id and run.state == "completed" for run in runs)
 
 
 def night_date() -> str:
-    """YYYY-MM-DD of the newest night that is due: this run's own, or a later one of its schedule.
+    """Return the newest night that is due, as YYYY-MM-DD: this run's, or a later scheduled one.
 
-    In the schedule's time zone; UTC for a run without a deployment, or one without a schedule.
+    The date is in the schedule's time zone; UTC without a deployment or schedule.
     """
     own = flow_run.scheduled_start_time or datetime.now(UTC)
     if deployment.id is None:
@@ -119,7 +118,7 @@ def night_date() -> str:
 
 
 def _newest_due(client: SyncPrefectClient) -> datetime | None:
-    """When the schedule's last run up to now was to start."""
+    """Return the start time of the schedule's last run up to now."""
     wanted = FlowRunFilter(
         deployment_id=FlowRunFilterDeploymentId(any_=[deployment.id]),
         tags=FlowRunFilterTags(all_=[SCHEDULED_TAG]),
@@ -131,17 +130,17 @@ def _newest_due(client: SyncPrefectClient) -> datetime | None:
 
 
 def seen_before(config: TrainingConfig, request: NightRequest | None) -> str | None:
-    """Since when there is nothing new, if the settings say that this is reason not to train."""
+    """Name the version or run since which nothing is new, if that is reason not to train."""
     if request is None or (config.when_unchanged == "train" and config.new_data == "all"):
         return None
     registry = Registry(default_tracking_uri(), deadline_seconds=REGISTRY_SECONDS)
     try:
         champion = registry.champion(config.registered_name)
     except TransientError as error:
-        logger.warning("whether anything is new is not known yet: %s", error.what)
+        logger.warning("cannot tell yet whether anything is new: %s", error.what)
         return None
     if champion is not None and _is_at_work(config, champion.tags.get("run")):
-        return None  # this very run, taken up: it was killed after its promotion, before its end
+        return None  # this very run, resumed: it was killed between its promotion and its end
     version = champion.version if champion else None
     label = f"{champion.registered_model} v{version}" if champion else "the base model"
     if champion is not None and is_answered_by(champion.tags, request):
@@ -155,5 +154,5 @@ def _is_at_work(config: TrainingConfig, run_id: str | None) -> bool:
 
 
 def end_as_taken(night: Night) -> State[Any]:
-    """The end of a second start of the same night."""
+    """Return the final state of a second start of the same night."""
     return Completed(name=ALREADY_DONE, message=night.taken)

@@ -1,8 +1,8 @@
-"""Who is told how a run ended: Prefect blocks that the settings name, in bounded time.
+"""Notifications of how a run ended, through the Prefect blocks that the settings name.
 
-A block is whatever notifies (`slack-webhook/ops`, `e-mail/ops`, ...) or a `webhook/ops`, which gets
+A block is any notifier (`slack-webhook/ops`, `e-mail/ops`, ...) or a `webhook/ops`, which receives
 the notice as JSON. It lives on the Prefect server with its secrets; the settings hold its name
-alone. Whatever a block does, it neither fails a run nor delays it by more than `TELL_SECONDS`.
+alone. A block neither fails a run nor delays it by more than `NOTIFY_SECONDS`.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from qwen3ft.records.base import Record
 
 logger = logs.get_logger("notify")
 
-TELL_SECONDS = 15.0
-"""How long all blocks together are waited for."""
+NOTIFY_SECONDS = 15.0
+"""Longest wait for all blocks together."""
 
 MOST_CHARACTERS = 2000
-"""Of a message; chat services refuse or cut longer ones."""
+"""Longest message; chat services refuse or cut longer ones."""
 
 Event = Literal["promoted", "kept", "deferred", "failed"]
 
-_WORKS_IN: dict[str, str] = {}
-"""Flow runs of this process, and the run whose folder each works in."""
+_RUNS: dict[str, str] = {}
+"""Id of the run that each flow run of this process executes."""
 
 
 class EmailNotification(AppriseNotificationBlock):
@@ -47,7 +47,7 @@ class EmailNotification(AppriseNotificationBlock):
 
 
 class Notice(Record):
-    """What is told; a webhook receives it as it is."""
+    """A notification; a webhook receives it as JSON."""
 
     event: Event
     run_id: str
@@ -58,55 +58,57 @@ class Notice(Record):
 
     @property
     def subject(self) -> str:
-        """One line."""
+        """Subject line."""
         return f"qwen3ft: {self.model} {self.event}"
 
     @property
     def body(self) -> str:
-        """The message and where to look."""
+        """Message and links."""
         lines = (self.message[:MOST_CHARACTERS], self.prefect_url, self.mlflow_url)
         return "\n".join(line for line in lines if line)
 
 
-def tell(config: TrainingConfig, notice: Notice, load: Callable[[str], Any] = Block.load) -> None:
-    """Tell every block of the settings; what goes wrong is logged.
+def send_notice(
+    config: TrainingConfig, notice: Notice, load: Callable[[str], Any] = Block.load
+) -> None:
+    """Send the notice to every block of the settings; errors are logged.
 
     Args:
-        config: Names the blocks, and what they want to be told of.
-        notice: What is told.
-        load: Gives the block of a name.
+        config: Names the blocks and the outcomes to send.
+        notice: The notification.
+        load: Returns the block of a name.
     """
     if notice.event not in config.notify_on:
         return
-    # The copied context holds Prefect's settings, and with them the server's address.
+    # the copied context has Prefect's settings, and with them the server's address
     context = contextvars.copy_context()
     work = threading.Thread(
-        target=context.run, args=(_tell_all, load, config.notify_blocks, notice), daemon=True
+        target=context.run, args=(_send_all, load, config.notify_blocks, notice), daemon=True
     )
     work.start()
-    work.join(TELL_SECONDS)
+    work.join(NOTIFY_SECONDS)
     if work.is_alive():
-        logger.warning("not everybody was told within %.0f s", TELL_SECONDS)
+        logger.warning("not every notification was sent within %.0f s", NOTIFY_SECONDS)
 
 
-def works_in(flow_run_id: str, run_id: str) -> None:
-    """Say which run a flow run does, so that what is told of its failure names that one."""
-    _WORKS_IN[flow_run_id] = run_id
+def record_run(flow_run_id: str, run_id: str) -> None:
+    """Record which run a flow run executes, so that its failure notice names the run."""
+    _RUNS[flow_run_id] = run_id
 
 
-def tell_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:  # noqa: ARG001
-    """Prefect's hook for a run that failed or crashed."""
+def notify_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:  # noqa: ARG001
+    """Notify of a run that failed or crashed (a hook for Prefect)."""
     config = _config_of(flow_run.parameters)
     if config is None:
         return
     message = (state.message or state.name or "").removeprefix(
         "Flow run encountered an exception: "
     )
-    tell(
+    send_notice(
         config,
         Notice(
             event="failed",
-            run_id=_WORKS_IN.get(str(flow_run.id))
+            run_id=_RUNS.get(str(flow_run.id))
             or str(flow_run.parameters.get("continue_run") or flow_run.id),
             model=config.model_name,
             message=message,
@@ -115,7 +117,7 @@ def tell_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> 
 
 
 def _config_of(parameters: Mapping[str, Any]) -> TrainingConfig | None:
-    """The settings among a run's parameters; None if they are what it failed of."""
+    """Return the settings among a run's parameters; None if they are invalid."""
     given = parameters.get("config")
     if given is None or isinstance(given, TrainingConfig):
         return given or TrainingConfig()
@@ -125,15 +127,15 @@ def _config_of(parameters: Mapping[str, Any]) -> TrainingConfig | None:
         return None
 
 
-def _tell_all(load: Callable[[str], Any], names: Sequence[str], notice: Notice) -> None:
-    """One after another: Prefect's webhooks share a connection pool that knows one event loop."""
+def _send_all(load: Callable[[str], Any], names: Sequence[str], notice: Notice) -> None:
+    # one after another: Prefect's webhooks share a connection pool bound to one event loop
     for name in names:
         try:
-            sending = asyncio.wait_for(_send(load(name), notice), TELL_SECONDS / (len(names) + 1))
+            sending = asyncio.wait_for(_send(load(name), notice), NOTIFY_SECONDS / (len(names) + 1))
             asyncio.run(sending)
-        except Exception as error:  # noqa: BLE001  whatever a block of others raises: it fails no run
+        except Exception as error:  # noqa: BLE001  no block may fail a run
             reason = logs.mask_secrets(str(error) or type(error).__name__)
-            logger.warning("%s did not take the notice: %s", name, reason)
+            logger.warning("%s did not accept the notification: %s", name, reason)
 
 
 async def _send(block: Block, notice: Notice) -> None:

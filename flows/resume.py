@@ -1,4 +1,4 @@
-"""Taking up a run that crashed: once, and by one run."""
+"""Resumes a crashed run once, and in one flow run only."""
 
 from __future__ import annotations
 
@@ -24,44 +24,45 @@ from qwen3ft.operations.night import ALREADY_DONE
 logger = logs.get_logger("flow")
 
 MOST_RESUMES = 1
-"""How often a crashed run is taken up without a person; see `deployments.automations`."""
+"""Automatic resumes of a crashed run; see `deployments.automations`."""
 
 
 def refuse_second_resume(continue_run: str | None, resumed: int) -> None:
-    """Refuse to take up a crashed run again and again.
+    """Refuse to resume a crashed run again and again.
 
     Raises:
-        FinetuneError: it crashed once more after it had been taken up.
+        FinetuneError: it crashed again after it had been resumed.
     """
     if resumed > MOST_RESUMES:
         raise FinetuneError(
-            f"Run {continue_run} crashed again after it was taken up {resumed - 1} time(s).",
-            why="What ends its process is no accident; see the end of its log in run.jsonl.",
+            f"Run {continue_run} crashed again after it was resumed {resumed - 1} time(s).",
+            why="Something ends its process every time; see the end of its log, run.jsonl.",
             next_command=f"qwen3ft run --resume {continue_run}",
         )
 
 
 def cancel_duplicate_resumes(continue_run: str | None, resumed: int) -> None:
-    """End the other runs that are to take up the same crash, before they start a process.
+    """End the other flow runs that are to resume the same crash, before they start a process.
 
-    A server whose SQLite database is locked evaluates a crash again, up to four times, and asks for
-    a run each time. Where it does not answer now they find out by themselves.
+    If the server does not answer, each of them finds out by itself.
     """
+    # A server whose SQLite database is locked evaluates a crash up to four times, and asks for a
+    # run each time.
     if not resumed or deployment.id is None:
         return
     try:
         with get_client(sync_client=True) as client:
             for twin in _duplicate_resumes(client, continue_run, resumed):
-                told: State[Any] = Completed(name=ALREADY_DONE, message=f"see run {flow_run.id}")
-                client.set_flow_run_state(twin.id, told, force=True)
+                state: State[Any] = Completed(name=ALREADY_DONE, message=f"see run {flow_run.id}")
+                client.set_flow_run_state(twin.id, state, force=True)
     except (httpx.HTTPError, PrefectException, OSError) as error:
-        logger.warning("other runs that take up %s are not looked for: %s", continue_run, error)
+        logger.warning("cannot look for other flow runs that resume %s: %s", continue_run, error)
 
 
 def _duplicate_resumes(
     client: SyncPrefectClient, continue_run: str | None, resumed: int
 ) -> list[FlowRun]:
-    """Runs of this deployment that wait, with the same crash to take up."""
+    """Return waiting runs of this deployment that are to resume the same crash."""
     waiting = FlowRunFilterStateType(any_=[StateType.SCHEDULED])
     wanted = FlowRunFilter(
         deployment_id=FlowRunFilterDeploymentId(any_=[deployment.id]),

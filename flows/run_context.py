@@ -1,4 +1,4 @@
-"""What surrounds a run: its folder, journal and clock, and what its pages show."""
+"""The context of a run: its folder, journal, GPU lock, and the state it ends in."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ from tasks.policies import hide_known_tracebacks
 logger = logs.get_logger("flow")
 
 LOOK_SECONDS = 2.0
-"""How long one who only looks whether a run is in progress may keep its lock."""
+"""Longest time that a process holds a run's lock merely to see whether it is running."""
 
 CLOSE_SECONDS = 30.0
-"""How long the end of a run waits for MLflow to take what is left."""
+"""Longest wait at the end of a run for MLflow to receive the rest."""
 
 
 def run_name() -> str:
-    """What the Prefect UI lists: the model and when."""
+    """Return the name in Prefect's list of runs: the model and the time."""
     config = flow_run.parameters.get("config") or {}
     values = config if isinstance(config, dict) else config.model_dump()
     model = str(values.get("model_name", TrainingConfig().model_name)).rstrip("/")
@@ -57,12 +57,12 @@ def run_name() -> str:
 
 @contextmanager
 def open_run(config: TrainingConfig, run_id: str, request: NightRequest | None) -> Iterator[RunDir]:
-    """The run's folder, ready for logs, for this process alone; readable by its owner alone.
+    """Lock the run's folder for this process and start its log; `qwen3ft clean` leaves it alone.
 
-    Nothing in it changes before it is had. `qwen3ft clean` leaves such a run alone.
+    Nothing in it changes before it is locked. Only its owner can read it.
 
     Raises:
-        EnvironmentNotReadyError: another process is at this run.
+        EnvironmentNotReadyError: the run is in progress in another process.
     """
     run = RunDir(Path(config.runs_dir).resolve() / run_id)
     run.path.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -70,7 +70,7 @@ def open_run(config: TrainingConfig, run_id: str, request: NightRequest | None) 
         if not mine:
             raise EnvironmentNotReadyError(
                 f"Run {run.path.name} is in progress in another process.",
-                why="A run is continued once it has ended; two at once would mix their files.",
+                why="A run can be continued once it has ended; two at once would mix their files.",
                 next_command="qwen3ft status",
             )
         logs.configure(console=False, json_path=run.log)
@@ -83,7 +83,7 @@ def open_run(config: TrainingConfig, run_id: str, request: NightRequest | None) 
 
 @contextmanager
 def mirror_to_mlflow(run: RunDir, config: TrainingConfig) -> Iterator[None]:
-    """Keep the journal of this run and mirror it into MLflow meanwhile."""
+    """Journal the start and end of the run, and send its journal to MLflow meanwhile."""
     uri = default_tracking_uri()
     journal = Journal(run)
     tags = {
@@ -92,7 +92,7 @@ def mirror_to_mlflow(run: RunDir, config: TrainingConfig) -> Iterator[None]:
     }
     mirror = Mirror(run, uri)
     mirror.start()
-    # What an outage kept from MLflow in earlier runs goes there now, behind this run's back.
+    # in the background, send what an outage kept from MLflow in earlier runs
     backlog = partial(replay_unsent, run.path.parent, uri, current=run)
     threading.Thread(target=backlog, daemon=True).start()
     journal.run_started(flow_run.name or run_name(), config.model_dump(mode="json"), tags)
@@ -106,13 +106,13 @@ def mirror_to_mlflow(run: RunDir, config: TrainingConfig) -> Iterator[None]:
     finally:
         journal.run_finished(status)
         if not mirror.close(CLOSE_SECONDS):
-            logger.warning("MLflow does not have all of this run yet; later: qwen3ft sync")
+            logger.warning("MLflow does not have all of this run yet; send the rest: qwen3ft sync")
 
 
 def gpu_lock_for(
     config: TrainingConfig, environment: EnvironmentReport, run: RunDir
 ) -> AbstractContextManager[None]:
-    """The card for this run alone; on a CPU runs share the machine unless `lock_cpu` is set."""
+    """Hold the GPU for this run; on a CPU runs share the machine unless `lock_cpu` is set."""
     if not environment.gpus and not config.lock_cpu:
         return nullcontext()
     return hold_gpu(
@@ -124,7 +124,7 @@ def gpu_lock_for(
 
 
 def or_if_unreachable(task: Any, otherwise: Any, *arguments: Any) -> Any:
-    """The task's result, or `otherwise` when the service it needs stayed out of reach."""
+    """Return the task's result, or `otherwise` if the service it needs stayed unreachable."""
     state = task(*arguments, return_state=True)
     result = state.result(raise_on_failure=False)
     if isinstance(result, TransientError):
@@ -134,7 +134,7 @@ def or_if_unreachable(task: Any, otherwise: Any, *arguments: Any) -> Any:
 
 
 def warn_of_limits(config: TrainingConfig, plan: TrainPlan) -> None:
-    """Say in the run's log where the machine is less than what was asked for."""
+    """Log where the machine falls short of what the settings ask for."""
     if plan.max_memory_gb < config.max_memory_gb:
         logger.warning("budget: %s", plan.reasons["max_memory_gb"])
     if plan.device == "cpu" and not config.is_embedded:
@@ -146,22 +146,22 @@ def warn_of_limits(config: TrainingConfig, plan: TrainPlan) -> None:
 def nothing_new(
     config: TrainingConfig, change: DataChange, champion: Champion | None, run: RunDir
 ) -> bool:
-    """Whether the champion has seen all rows, and that is reason enough not to train.
+    """Return True if the champion has seen all rows, and that is reason not to train.
 
-    What `flows.nightly.seen_before` cannot tell from files: rows that moved, or came twice.
+    Unlike `flows.nightly.seen_before`, which compares files, this also finds rows that only moved.
     """
     if champion is None or change.since is None:
         return False
     if config.new_data == "mix":
         return change.new_rows == 0
-    if champion.tags.get("run") == run.path.name:  # killed after its promotion, and taken up
+    if champion.tags.get("run") == run.path.name:  # killed after its promotion, and resumed
         return False
     again = change.unchanged and same_settings(champion.tags, read_request(run))
     return again and config.when_unchanged == "skip"
 
 
 def end_without_training(reporter: RunReporter, since: str | None, night: Night) -> State[Any]:
-    """The end of a run that has nothing to do."""
+    """Publish the card of a run with nothing to do and return its final state."""
     reporter.facts.nothing_since = since or "the last run"
     card = reporter.publish()
     night.settle("nothing new")
@@ -169,7 +169,7 @@ def end_without_training(reporter: RunReporter, since: str | None, night: Night)
 
 
 def notice_of(config: TrainingConfig, run: RunDir, decision: Event, card: RunCard) -> Notice:
-    """What those are told who want to know how runs end."""
+    """Return the notification of the run's outcome."""
     return Notice(
         event=decision,
         run_id=run.path.name,
@@ -182,7 +182,7 @@ def notice_of(config: TrainingConfig, run: RunDir, decision: Event, card: RunCar
 
 @cache
 def survive_closed_pipes() -> None:
-    """Have output go nowhere from the moment that its pipe has no reader; once per process."""
+    """Send output to nowhere once its pipe has no reader; set up once per process."""
     pipes = set()
     for descriptor in (1, 2):
         with suppress(OSError):  # closed
@@ -195,7 +195,7 @@ def survive_closed_pipes() -> None:
 def _watch(pipes: set[int]) -> None:
     poll = select.poll()
     for descriptor in pipes:
-        poll.register(descriptor, 0)  # an error is told unasked, and nothing else is waited for
+        poll.register(descriptor, 0)  # errors are reported unasked; nothing else is awaited
     while pipes:
         for descriptor, _ in poll.poll():
             nowhere = os.open(os.devnull, os.O_WRONLY)

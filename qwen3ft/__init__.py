@@ -1,7 +1,7 @@
-"""Fine-tune Qwen3 with QLoRA inside a memory budget: the library, with no Prefect in it.
+"""Fine-tune Qwen3 with QLoRA inside a memory budget: the library, without Prefect.
 
-The public names are imported on first use, so that `python -m qwen3ft.machine.environment` can set
-up a machine that has nothing but Python, and the flow's process never loads torch.
+Public names are imported on first use, so that `python -m qwen3ft.machine.environment` can set up a
+machine that has nothing but Python, and the flow's process never loads torch.
 """
 
 from __future__ import annotations

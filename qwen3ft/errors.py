@@ -1,42 +1,42 @@
-"""Everything that can go wrong, as one tree.
+"""Every error of this project, as one tree.
 
     FinetuneError
-    * RequestError               the request cannot be met; nothing was spent on it
+    * RequestError               the request cannot be met as it stands
       - ConfigError              a setting is invalid
       - EnvironmentNotReadyError a package, tool, disk or device is missing
       - ModelNotFoundError       no such model; close names are suggested
       - ModelAccessError         the model is gated and this machine has no access
       - ModelUnavailableError    no network and no cached copy
       - InsufficientMemoryError  no plan fits the budget
-      - TokenizerError           the tokenizer cannot be used and cannot be mended
+      - TokenizerError           the tokenizer cannot be used or repaired
       - DataLoadingError         no usable rows, or too many bad ones
         + DatasetNotFoundError   the hub has no such data set, revision or file
         + DatasetAccessError     the data set is gated and this machine has no access
         + DatasetUnavailableError no network and no cached copy
       - ChampionChangedError     another run promoted its adapter meanwhile
-      - RolledBackError          the adapter was taken out of use; only a person puts it back
+      - RolledBackError          the adapter was rolled back; only a person promotes it again
     * TransientError             the same call may succeed later
-      - DownloadError            the hub broke off or answered with a server error
+      - DownloadError            a download broke off or the hub failed
       - TrackingUnavailableError MLflow cannot be reached
-        + NotInMlflowError       it answers, but knows no such run or model
-    * RejectedError              MLflow refuses what was sent and always will
+        + NotInMlflowError       it answers, but does not know the run or model
+    * RejectedError              MLflow refused an operation for good
     * QuantizationError          the 4-bit settings cannot be used for this model here
-    * ExportDriftError           the merged model is not the one that was tested
-    * SaveError                  an artifact could not be written and read back
+    * ExportDriftError           the merged model differs too much from the adapter
+    * SaveError                  a file could not be written and read back
     * AttemptError               one training attempt ended early; recovery decides what follows
       - OutOfMemoryError         GPU or host memory ran out
       - MemoryLeakError          memory keeps growing after warm-up
       - TrainingFailureError
         + DivergedError          non-finite loss or gradient, caught before the update
-        + StalledError           the worker stopped giving signs of life
+        + StalledError           the worker gave no more signs of life
         + PreemptedError         the worker was asked to stop (SIGTERM, SIGINT)
-        + DeviceFaultError       the accelerator failed
-        + WorkerCrashedError     the worker ended without saying why
+        + DeviceFaultError       the GPU or its driver failed
+        + WorkerCrashedError     the worker ended without giving a reason
         + CheckpointCorruptError no checkpoint could be verified
 
-Each error says what happened (with numbers), why, and the one next command; it carries its facts as
-a dict and survives JSON and pickle. What recovery does for each is `qwen3ft.recovery.adjust`; how
-foreign exceptions, exit codes and signals become members of this tree is `qwen3ft.jobs.failures`.
+Each error says what happened (with numbers), why, and the one next command. It carries its facts as
+a dict and survives JSON and pickle. `qwen3ft.recovery.adjust` decides what follows each;
+`qwen3ft.jobs.failures` turns foreign exceptions, exit codes and signals into these errors.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class FinetuneError(Exception):
 
     Args:
         what: What happened, with numbers.
-        why: The cause, as far as it is known.
-        next_command: The one command to run next.
+        why: Cause, as far as it is known.
+        next_command: Command to run next.
         facts: JSON-compatible details for programs.
     """
 
@@ -73,7 +73,7 @@ class FinetuneError(Exception):
         return _rebuild, (type(self), self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
-        """The error as JSON-compatible values; `from_dict` restores it."""
+        """Return the error as JSON-compatible values; `from_dict` restores it."""
         return {
             "kind": type(self).__name__,
             "what": self.what,
@@ -99,12 +99,12 @@ def _rebuild(kind: type[FinetuneError], values: dict[str, Any]) -> FinetuneError
 
 
 def error_kinds(root: type[FinetuneError] = FinetuneError) -> list[type[FinetuneError]]:
-    """Every class of the tree, root first."""
+    """Return every class of the tree, root first."""
     return [root, *(kind for child in root.__subclasses__() for kind in error_kinds(child))]
 
 
 class RequestError(FinetuneError):
-    """The request cannot be met as it stands; retrying the same thing is useless."""
+    """The request cannot be met as it stands; repeating it is useless."""
 
 
 class ConfigError(RequestError):
@@ -128,7 +128,7 @@ class ModelUnavailableError(RequestError):
 
 
 class InsufficientMemoryError(RequestError):
-    """No plan fits the memory budget, or every one tried ran out of memory."""
+    """No plan fits the memory budget, or every plan tried ran out of memory."""
 
 
 class TokenizerError(RequestError):
@@ -152,19 +152,19 @@ class DatasetUnavailableError(DataLoadingError):
 
 
 class ChampionChangedError(RequestError):
-    """Another version became champion since the comparison that a promotion rests on."""
+    """Another version became champion after the comparison that a promotion relies on."""
 
 
 class RolledBackError(RequestError):
-    """An adapter that was rolled back would be promoted again by a run."""
+    """A run would promote an adapter that a person rolled back."""
 
 
 class TransientError(FinetuneError):
-    """A network or service hiccup; the task that called retries with back-off."""
+    """A network or service failed temporarily; the calling task retries with back-off."""
 
 
 class DownloadError(TransientError):
-    """A download broke off or the hub answered with a server error."""
+    """A download broke off or the hub returned a server error."""
 
 
 class TrackingUnavailableError(TransientError):
@@ -172,7 +172,7 @@ class TrackingUnavailableError(TransientError):
 
 
 class NotInMlflowError(TrackingUnavailableError):
-    """A run, model or version is unknown to this MLflow, which may be the wrong or a new one."""
+    """This MLflow does not know a run, model or version; it may be the wrong or a new one."""
 
 
 class RejectedError(FinetuneError):
@@ -188,7 +188,7 @@ class ExportDriftError(FinetuneError):
 
 
 class SaveError(FinetuneError):
-    """An artifact could not be written and read back at any of the paths allowed."""
+    """A file could not be written and read back at any of the allowed paths."""
 
 
 class AttemptError(FinetuneError):
@@ -196,7 +196,7 @@ class AttemptError(FinetuneError):
 
 
 class OutOfMemoryError(AttemptError):
-    """GPU or host memory ran out. facts['phase'] says where, facts['domain'] is gpu or host."""
+    """GPU or host memory ran out; facts['phase'] says when, facts['domain'] is gpu or host."""
 
 
 class MemoryLeakError(AttemptError):
@@ -208,7 +208,7 @@ class TrainingFailureError(AttemptError):
 
 
 class DivergedError(TrainingFailureError):
-    """The loss or a gradient was not finite; caught before the weights were touched."""
+    """The loss or a gradient was not finite; caught before the weights changed."""
 
 
 class StalledError(TrainingFailureError):
@@ -216,15 +216,15 @@ class StalledError(TrainingFailureError):
 
 
 class PreemptedError(TrainingFailureError):
-    """The worker was asked to stop and did, after saving a checkpoint where it could."""
+    """The worker was asked to stop, and did after saving a checkpoint if it could."""
 
 
 class DeviceFaultError(TrainingFailureError):
-    """The accelerator or its driver failed."""
+    """The GPU or its driver failed."""
 
 
 class WorkerCrashedError(TrainingFailureError):
-    """The worker ended without leaving a reason."""
+    """The worker ended without giving a reason."""
 
 
 class CheckpointCorruptError(TrainingFailureError):

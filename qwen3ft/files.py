@@ -1,8 +1,8 @@
-"""Files that others rely on: written so that a reader sees the old or the new one, never half.
+"""Files that others rely on: written so that a reader sees the old or the new content, never half.
 
-A write goes to a temporary name in the same folder, is fsynced, renamed, and its folder fsynced, so
-that it survives a kill at any point and a power cut after it returned. A folder counts as complete
-only when its manifest, written last, lists every file with its size and sha256 and all of it holds.
+A write goes to a temporary name in the same folder, is fsynced and renamed, and its folder fsynced,
+so that it survives a kill at any point and a power cut after it returned. A folder is complete only
+if its manifest, written last, lists every file with its size and sha256 and all of them match.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _STAGING = re.compile(r"\.(?P<target>.+?)(?P<retired>\.old)?\.[a-z0-9_]{8}")
 
 
 def fsync_dir(path: Path) -> None:
-    """Make renames inside `path` durable."""
+    """Make renames inside the folder `path` durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -100,19 +100,19 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
+    """Return the hex sha256 of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def sha256_json(value: Any) -> str:
-    """Hex sha256 of a JSON-compatible value, independent of the order of keys."""
+    """Return the hex sha256 of a JSON-compatible value, whatever the order of its keys."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Every regular file below `folder` but the manifest, sorted; links are not followed."""
+    """Yield every regular file below `folder` except the manifest, sorted; links are skipped."""
     for path in sorted(folder.rglob("*")):
         if path.is_file() and not path.is_symlink() and path.name != MANIFEST_NAME:
             yield path
@@ -138,7 +138,7 @@ def write_manifest(folder: Path, facts: dict[str, Any] | None = None) -> str:
 
 
 def read_manifest_facts(folder: Path) -> dict[str, Any]:
-    """The facts stored in a folder's manifest; empty where there is none."""
+    """Return the facts in a folder's manifest; empty if there is none."""
     path = folder / MANIFEST_NAME
     if not path.exists():
         return {}
@@ -147,7 +147,7 @@ def read_manifest_facts(folder: Path) -> dict[str, Any]:
 
 
 def find_damage(folder: Path) -> str | None:
-    """Why `folder` does not hold what its manifest says, or None if it does."""
+    """Say how `folder` differs from its manifest; None if it does not."""
     manifest_path = folder / MANIFEST_NAME
     if not manifest_path.is_file():
         return f"{manifest_path} is missing"
@@ -170,9 +170,9 @@ def find_damage(folder: Path) -> str | None:
 
 
 def is_left_behind(path: Path) -> bool:
-    """Whether the folder `path` is what `build_folder` leaves if it is killed.
+    """Return True if `path` is a folder that a killed `build_folder` left behind.
 
-    One that was retired counts only while its successor is there: else it is the only copy.
+    A replaced folder only counts while its successor exists: otherwise it is the only copy.
     """
     found = _STAGING.fullmatch(path.name)
     if found is None or not path.is_dir():
@@ -183,7 +183,7 @@ def is_left_behind(path: Path) -> bool:
 def build_folder(
     target: Path, fill: Callable[[Path], None], facts: dict[str, Any] | None = None
 ) -> str:
-    """Create the complete folder `target` with what `fill` writes; all or nothing.
+    """Create the folder `target` with the files that `fill` writes, all or nothing.
 
     An older `target` stays in place until the new one is complete.
 
@@ -210,16 +210,16 @@ def build_folder(
 
 
 def require_disk(target: Path, needed_bytes: int, what: str, why: str) -> None:
-    """Make the parent of `target` and see that it has `needed_bytes` free.
+    """Create the parent of `target` and check that it has `needed_bytes` free.
 
     Args:
-        target: What will be written.
-        needed_bytes: How much at most.
-        what: Its name, to begin a sentence with.
-        why: What the reader should know beside the numbers.
+        target: File or folder that will be written.
+        needed_bytes: Largest size of it.
+        what: Its name, to begin the message with.
+        why: Cause, for the message.
 
     Raises:
-        EnvironmentNotReadyError: less is free; its facts have both numbers, in bytes.
+        EnvironmentNotReadyError: less is free; its facts hold both sizes, in bytes.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     free_bytes = shutil.disk_usage(target.parent).free

@@ -1,7 +1,7 @@
-"""A file that at most one process holds: the kernel frees it when its holder ends, however it ends.
+"""Locks on files, held by at most one process; the kernel frees them when the holder ends.
 
-Who holds it, and what for, is kept elsewhere. Nobody deletes it while holding it: one who has it
-open and one who makes it anew would both hold it.
+Nobody deletes a lock file while holding it: a process that has it open and one that creates it anew
+would then both hold the lock.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from pathlib import Path
 
 @contextmanager
 def try_lock(path: Path, wait_seconds: float = 0.0) -> Iterator[bool]:
-    """Hold the file `path`, made if need be, while the body runs; False if another process does.
+    """Lock the file `path` while the body runs; yield False if another process holds it.
 
-    Child processes do not hold it: the descriptor is closed on exec.
+    Child processes do not inherit the lock.
 
     Args:
-        path: The lock file.
-        wait_seconds: How long one who only looked whether it is held is waited for.
+        path: Lock file, created if missing.
+        wait_seconds: Time to wait for a process that only checks whether the lock is held.
 
     Raises:
-        OSError: the file can be neither opened nor made.
+        OSError: the file cannot be opened or created.
     """
     deadline = time.monotonic() + wait_seconds
     while (descriptor := lock_file(path)) is None and time.monotonic() < deadline:
@@ -38,14 +38,15 @@ def try_lock(path: Path, wait_seconds: float = 0.0) -> Iterator[bool]:
 
 
 def lock_file(path: Path) -> int | None:
-    """A descriptor of the file `path`, locked and made if need be; None if another process has it.
+    """Return a descriptor of the locked file `path`; None if another process holds it.
 
-    No child process inherits it. A file that was deleted after it had been opened (by a cleaner of
-    /tmp, or with its folder) is not the one that others come for, so it is opened anew.
+    Child processes do not inherit it. The file is created if missing.
 
     Raises:
-        OSError: the file can be neither opened nor made.
+        OSError: the file cannot be opened or created.
     """
+    # A file that was deleted after it was opened (by a cleaner of /tmp, or with its folder) is not
+    # the one that others lock, so it is opened anew.
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:

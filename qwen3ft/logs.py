@@ -1,8 +1,8 @@
 """One logging set-up for the flow, the tasks and the workers.
 
 Records of the logger `qwen3ft` go to the console for people, and as JSON lines into the run's
-folder for programs; Prefect picks them up for the run's log when told to (see `tasks`). Secrets are
-masked in every handler that `configure` installs. Nothing is configured at import.
+folder for programs; Prefect adds them to the run's log if configured to (see `tasks`). All handlers
+mask secrets. Nothing is configured at import.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = "qwen3ft"
 
-# the lines of the key, their ends real or written as \n, and the end mark where there is one
+# the lines of the key, their ends real or written as \n, and the end mark if there is one
 _PRIVATE_KEY = (
     r"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----(?:[\s\\nr]*[A-Za-z0-9+/=]{20,})*"
     r"(?:[\s\\nr]*[A-Za-z0-9+/=]*[\s\\nr]*-----END [A-Z ]+-----)?"
@@ -41,31 +41,31 @@ SECRET_PATTERNS: tuple[tuple[str, str], ...] = (
     ("password_url", r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"),  # user:password in a URL
     ("api_key", r"(?<=[Bb]earer )[A-Za-z0-9._~+/-]{8,}=*"),
 )
-"""What a credential looks like, by kind: here to be masked, in `safety` to be found in data."""
+"""Patterns of credentials by kind: masked here, and searched for in data by `safety`."""
 
 _SECRETS = re.compile("|".join(pattern for _, pattern in SECRET_PATTERNS))
 
 
 def mask_secrets(text: str) -> str:
-    """`text` with everything that looks like a credential replaced by ***."""
+    """Replace everything in `text` that looks like a credential by ***."""
     return _SECRETS.sub("***", text)
 
 
 class ConsoleFormatter(logging.Formatter):
-    """`12:00:01 INFO    train: step 20 ...`, secrets masked."""
+    """Formats a record as `12:00:01 INFO    train: step 20 ...`, secrets masked."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line, and the traceback where there is one."""
+        """Format the record, with its traceback if it has one."""
         record = logging.makeLogRecord(record.__dict__)
         record.name = record.name.removeprefix(f"{ROOT}.")
         return mask_secrets(super().format(record))
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object per record: time, level, logger, message, and the traceback if any."""
+    """Formats a record as a JSON object: time, level, logger, message, traceback if any."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record as one line of JSON, secrets masked."""
+        """Format the record as one line of JSON, secrets masked."""
         entry = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(),
             "level": record.levelname,
@@ -78,7 +78,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def get_logger(name: str) -> logging.Logger:
-    """The logger `qwen3ft.<name>`."""
+    """Return the logger `qwen3ft.<name>`."""
     return logging.getLogger(f"{ROOT}.{name}")
 
 
@@ -94,7 +94,9 @@ def configure(*, console: bool = True, json_path: Path | None = None) -> None:
     for handler in [handler for handler in logger.handlers if handler.get_name() == ROOT]:
         logger.removeHandler(handler)
         handler.close()
-    handlers: list[logging.Handler] = [logging.NullHandler()]  # or warnings go to standard error
+    handlers: list[logging.Handler] = [
+        logging.NullHandler()
+    ]  # without one, warnings go to standard error
     if console:
         handlers.append(logging.StreamHandler(sys.stderr))
         handlers[-1].setFormatter(
@@ -106,5 +108,5 @@ def configure(*, console: bool = True, json_path: Path | None = None) -> None:
     for handler in handlers:
         handler.set_name(ROOT)
         logger.addHandler(handler)
-    # PEFT asks by the old name of a property; transformers then tells the user to change it
+    # PEFT uses the old name of a property; transformers then warns the user about it
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

@@ -1,7 +1,7 @@
-"""What a run shows on its page in Prefect: artifacts under keys that are the same every night.
+"""Artifacts on a run's page in Prefect, under keys that are the same every night.
 
-So the page of artifacts has one line a key, with every night's version behind it. A server that is
-out of reach costs the artifact and nothing else: all of it is in the run's folder and in MLflow.
+So Prefect's list of artifacts has one line per key, with every night's version behind it. If the
+server cannot be reached the artifact is skipped; all of it is in the run's folder and in MLflow.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ RUN_CARD, DATA, PLAN, PREFLIGHT, ATTEMPTS = "run-card", "data", "plan", "preflig
 MLFLOW_RUN = "mlflow-run"
 
 NOT_SHOWN = (httpx.HTTPError, PrefectException, OSError)
-"""What a server that is down, slow or confused makes Prefect's client raise."""
+"""Exceptions of Prefect's client if its server is down, slow or broken."""
 
 
 def show_markdown(key: str, markdown: str, description: str) -> None:
-    """A page of text."""
+    """Show a page of text."""
     _show(key, lambda: create_markdown_artifact(markdown, key=key, description=description))
 
 
 def show_table(key: str, rows: Sequence[dict[str, Any]], description: str) -> None:
-    """A table; the keys of the first row are its columns."""
+    """Show a table; the keys of the first row are its columns."""
     _show(key, lambda: create_table_artifact(list(rows), key=key, description=description))
 
 
 def show_link(key: str, link: str, text: str) -> None:
-    """A link elsewhere."""
+    """Show a link."""
     _show(key, lambda: create_link_artifact(link, text, key=key))
 
 

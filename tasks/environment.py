@@ -1,4 +1,4 @@
-"""Stage 1: what this machine is, and whether a run can start on it."""
+"""Stage 1: check that a run can start on this machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qwen3ft.records.machine import EnvironmentReport
 
 @task(name="environment", task_run_name="environment", cache_policy=NO_CACHE)
 def check_environment() -> EnvironmentReport:
-    """Refuse at once if something is missing; free memory and disk are measured, never cached."""
+    """Raise at once if something is missing; free memory and disk are measured, never cached."""
     manager = EnvironmentManager()
     manager.validate_environment()
     return manager.report()

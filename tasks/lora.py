@@ -26,5 +26,5 @@ def _key(_: Any, parameters: dict[str, Any]) -> str:
     result_serializer="json",
 )
 def configure_lora(config: TrainingConfig, model: ModelSnapshot) -> AdapterSpec:
-    """Which layers get an adapter and how many parameters that is."""
+    """Choose the layers that get an adapter and count its parameters."""
     return plan_adapter(config, model.shape)

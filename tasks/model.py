@@ -26,7 +26,7 @@ from tasks.policies import RETRY_DELAYS_SECONDS, cache_key, is_transient
     persist_result=False,
 )
 def resolve(config: TrainingConfig) -> ModelSource:
-    """Pin the name down to a commit or to a folder's content; quick, and never cached."""
+    """Resolve the name to a commit or to a folder's content; quick, and never cached."""
     return resolve_model(config)
 
 
@@ -47,14 +47,14 @@ def _key(_: Any, parameters: dict[str, Any]) -> str:
 def quantize(
     config: TrainingConfig, source: ModelSource, device: str, run: str, target: str
 ) -> ModelSnapshot:
-    """Fetch and quantise, unless the folder is already there and verifies."""
+    """Fetch and quantise, unless the folder exists and verifies."""
     return quantized_model(config, source, device, RunDir(Path(run)), Path(target))
 
 
 def prepare_model(
     config: TrainingConfig, environment: EnvironmentReport, run: RunDir
 ) -> ModelSnapshot:
-    """The model stage: a cached result counts only while its folder verifies."""
+    """Run the model stage; a cached result only counts while its folder verifies."""
     source = resolve(config)
     target = snapshot_target(config, source, environment.device)
     gone = read_snapshot(target) is None

@@ -1,7 +1,7 @@
-"""Names of task runs that tell the story of a run, as far as it is known when a task starts.
+"""Names of task runs that say what is known of the task when it starts.
 
-Each takes the parameters of the task's call, as Prefect hands them over. A name begins with the
-stage's own word, by which programs find it. Nothing in a name may fail a task.
+Each function takes the parameters of the task's call. A name begins with the stage's own word, by
+which programs find it. Nothing in a name may fail a task.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from qwen3ft.records.training import AttemptOutcome, Failure
 from qwen3ft.report.attempts import kind_text, last_failure
 
 
-def name_of(tell: Callable[[Mapping[str, Any]], str]) -> TaskRunNameCallbackWithParameters:
-    """`tell` in Prefect's type, which no plain function has; its argument must be `parameters`."""
-    return cast("TaskRunNameCallbackWithParameters", tell)
+def name_of(name: Callable[[Mapping[str, Any]], str]) -> TaskRunNameCallbackWithParameters:
+    """Cast `name` to Prefect's type; its argument must be called `parameters`."""
+    return cast("TaskRunNameCallbackWithParameters", name)
 
 
 def train_name(parameters: Mapping[str, Any]) -> str:
     """`train-2 (micro-batch 8 x 8 from step 40 after out of memory)`."""
     plan: TrainPlan = parameters["plan"]
-    told = f"micro-batch {plan.memory.micro_batch_size} x {plan.gradient_accumulation_steps}"
+    details = f"micro-batch {plan.memory.micro_batch_size} x {plan.gradient_accumulation_steps}"
     if plan.resume_from:
         step = Path(plan.resume_from).name.removeprefix("step-").lstrip("0") or "0"
-        told += f" from step {step}"
+        details += f" from step {step}"
     if (failure := _failure_before(plan)) is not None:
-        told += f" after {kind_text(failure.kind)}"
-    return f"train-{plan.attempt} ({told})"
+        details += f" after {kind_text(failure.kind)}"
+    return f"train-{plan.attempt} ({details})"
 
 
 def adjust_name(parameters: Mapping[str, Any]) -> str:

@@ -33,14 +33,16 @@ logger = get_logger("promote")
 REGISTRY_DELAYS_SECONDS = [2.0, 10.0]
 
 UPLOAD_SECONDS = 180.0
-"""How long the adapter's upload, which runs in the background, may take while MLflow answers."""
+"""Longest wait for the adapter's upload, which runs in the background, while MLflow answers."""
+
 OUTAGE_SECONDS = 20.0
-"""How long MLflow may answer nothing meanwhile: `qwen3ft up --stay` has it back in half of that."""
+"""Longest outage of MLflow meanwhile; `qwen3ft up --stay` restarts it in half of that."""
+
 PROBE_SECONDS = 2.0
 
 
 def may_be_retried(task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool:
-    """Whether registering may succeed if called again; what was waited for is not."""
+    """Return True if registering may succeed when repeated, unless a wait timed out."""
     error = state.result(raise_on_failure=False)
     waited = isinstance(error, TransientError) and "waited_seconds" in error.facts
     return is_transient(task, run, state) and not waited
@@ -76,7 +78,7 @@ def register(config: TrainingConfig, saved: SavedAdapter, run: str) -> SavedAdap
 
 
 def wait_for_upload(run: RunDir) -> bool:
-    """Wait until MLflow has all of the run so far; False if it is too slow, or gone."""
+    """Wait until MLflow has all of the run so far; False if it is too slow or down."""
     answered = started = time.monotonic()
     while not wait_until_sent(run, PROBE_SECONDS):
         now = time.monotonic()
@@ -96,7 +98,7 @@ def wait_for_upload(run: RunDir) -> bool:
     retry_condition_fn=is_transient,
 )
 def find_champion(config: TrainingConfig) -> Champion | None:
-    """The adapter in use, fetched and verified; None before the first promotion."""
+    """Return the adapter in use, fetched and verified; None before the first promotion."""
     registry = Registry(default_tracking_uri())
     champion = registry.champion(config.registered_name)
     if champion is None:
@@ -120,7 +122,7 @@ def promote(
     champion: Champion | None,
     run: str,
 ) -> Verdict:
-    """Decide, and move an alias: a promoted adapter is the champion, a kept one the challenger."""
+    """Decide, and move an alias: champion if promoted, challenger if kept."""
     if saved.registered_model is None or saved.version is None:
         reason = (
             "the registry could not be reached, so the adapter in use is not known; "
@@ -141,16 +143,14 @@ def promote(
     elif verdict.decision == "kept":
         try:
             registry.set_challenger(saved.registered_model, saved.version, why)
-        except TransientError as error:  # a name is not worth the run
+        except TransientError as error:  # an alias is not worth failing the run
             logger.warning("the kept adapter is not named challenger: %s", error.what)
     return verdict
 
 
 def _given_before(saved: SavedAdapter, champion: Champion) -> Verdict:
-    """The verdict of a run that was killed after it had promoted, and is taken up.
-
-    Compared with itself its adapter would be no better, and its card would say so.
-    """
+    """Return the verdict of a run that was killed after its promotion and is now resumed."""
+    # compared with itself, its adapter would not be better, and its card would say so
     sentence = champion.tags.get(VERDICT_TAG, "").removeprefix("promoted: ")
     return Verdict(
         decision="promoted",

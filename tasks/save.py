@@ -19,7 +19,7 @@ from tasks.names import name_of, save_name
 
 @task(name="save", task_run_name=name_of(save_name), cache_policy=NO_CACHE)
 def save(config: TrainingConfig, plan: TrainPlan, outcome: AttemptOutcome) -> SavedAdapter:
-    """Write and verify the adapter folder; its upload is in the journal from here on."""
+    """Write and verify the adapter folder, and journal its upload."""
     saved = save_adapter(outcome, plan, config)
     Journal(RunDir(Path(plan.run_dir))).artifacts(Path(saved.path), "adapter")
     return saved

@@ -53,9 +53,9 @@ def train_attempt(plan: TrainPlan) -> AttemptOutcome | State[Failure]:
 
 
 def finished_attempt(run: RunDir, plan: TrainPlan) -> AttemptOutcome | None:
-    """The outcome of an earlier attempt of this run under an equivalent plan, if it completed.
+    """Return the outcome of a completed attempt of this run under an equivalent plan, if any.
 
-    A run that failed after training (a full disk, say) goes on from here when it is continued.
+    A run that failed after training (on a full disk, say) continues from it.
     """
     for job in reversed(run.attempts()):
         if not (job.outcome.exists() and job.request.exists()):
@@ -66,10 +66,9 @@ def finished_attempt(run: RunDir, plan: TrainPlan) -> AttemptOutcome | None:
 
 
 class ProgressArtifact:
-    """Keeps a progress bar on the flow run's page; training never waits for it.
+    """Progress bar on the flow run's page; training never waits for it.
 
-    The API is called from a thread of its own, so that a slow or dead server costs the bar and
-    nothing else.
+    The API is called from a thread of its own, so that a slow or dead server costs only the bar.
     """
 
     def __init__(self, plan: TrainPlan, job: JobDir) -> None:
@@ -89,7 +88,7 @@ class ProgressArtifact:
             logger.warning("no progress artifact: %s", error)
             return self
         assert isinstance(artifact, UUID)
-        context = contextvars.copy_context()  # else it would talk to another server than the run
+        context = contextvars.copy_context()  # with the run's server settings
         self._thread = threading.Thread(
             target=context.run, args=(self._follow, artifact), daemon=True
         )
@@ -102,20 +101,20 @@ class ProgressArtifact:
             self._thread.join(timeout=PROGRESS_SECONDS)
 
     def _follow(self, artifact: UUID) -> None:
-        offset, step, told = 0, 0, -1
+        offset, step, shown = 0, 0, -1
         while True:
             finished = self._done.wait(PROGRESS_SECONDS)
             for line in lines_from(self.job.metrics, offset):
                 step, offset = max(step, json.loads(line.content)["step"]), line.end_offset
             if finished and self.job.outcome.exists():
                 step = self.plan.total_steps
-            if step != told:
-                self._tell(artifact, 100.0 * step / self.plan.total_steps)
-                told = step
+            if step != shown:
+                self._show(artifact, 100.0 * step / self.plan.total_steps)
+                shown = step
             if finished:
                 return
 
-    def _tell(self, artifact: UUID, percent: float) -> None:
+    def _show(self, artifact: UUID, percent: float) -> None:
         try:
             update_progress_artifact(artifact, progress=min(percent, 100.0))
         except (httpx.HTTPError, PrefectException, OSError, RuntimeError) as error:

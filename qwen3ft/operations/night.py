@@ -1,11 +1,10 @@
-"""A logical night: what is asked for, and whether a run has done it, is at it, or left it undone.
+"""One scheduled night: its request, and whether a run finished, is running or abandoned it.
 
-    <runs_dir>/.nights/2026-11-26-1a2b3c4d5e6f.json    what came of it: `NightRecord`
-                                           ....lock    held by the process that is at it
+    <runs_dir>/.nights/2026-11-26-1a2b3c4d5e6f.json    its result: `NightRecord`
+                                           ....lock    held by the process that runs it
 
-The key is the date and what decides the result: the content of the data files, the settings and the
-model's revision. So a night that is started twice runs once, and one that was asked for with other
-data is another one. Nothing here reads rows, loads torch or starts a process.
+The key is the date and a digest of what decides the result: data files, settings and the model's
+revision. So a night that is started twice runs once, and a request for other data is another night.
 """
 
 from __future__ import annotations
@@ -27,16 +26,16 @@ from qwen3ft.model.hub import resolve_model
 from qwen3ft.records.base import Record
 
 REQUEST_TAG = "request_sha256"
-"""Tag of a registered version: the request that it answers."""
+"""Version tag: digest of the request that the version answers."""
 
 SETTINGS_TAG = "settings_sha256"
-"""Tag of a registered version: the part of its request that is not data."""
+"""Version tag: digest of the part of its request that is not data."""
 
 ALREADY_DONE = "AlreadyDone"
-"""Name of the completed state of a run whose night another run has done, or is at."""
+"""Name of the completed state of a run whose night another run has finished or is running."""
 
 DEFERRED = "deferred"
-"""The decision of a run that could not reach the registry: its night is not over."""
+"""Decision of a run that could not reach the registry; its night is not over."""
 
 SETTINGS_THAT_DO_NOT_DECIDE = frozenset(
     [
@@ -48,26 +47,26 @@ SETTINGS_THAT_DO_NOT_DECIDE = frozenset(
         *("max_memory_gb", "kernels", "packing", "gradient_checkpointing", "preflight"),
         *("keep_checkpoints", "max_attempts", "stall_seconds", "memory_history"),
         *("when_gpu_is_busy", "wait_for_gpu_seconds", "lock_cpu"),
-        # where it goes, and who is told
+        # where results go, and who is notified
         *("output_dir", "fallback_output_dirs", "runs_dir", "cache_dir"),
         *("notify_blocks", "notify_on", "when_unchanged"),
-        # it informs, and does not decide
+        # a second opinion, which does not decide
         *("judge_url", "judge_model", "judge_rows", "judge_key_variable"),
     ]
 )
-"""A setting that is not listed counts: a new one costs a training too many, never one too few."""
+"""Every other setting counts: a new one may cause a needless training, never a missing one."""
 
 
 class NightRequest(Record):
-    """What decides the result of a run, as digests."""
+    """Digests of everything that decides the result of a run."""
 
-    sha256: str = Field(description="Of data, settings and model.")
-    settings_sha256: str = Field(description="Of settings and model.")
-    files: int = Field(description="Data files that it covers.")
+    sha256: str = Field(description="Digest of data, settings and model.")
+    settings_sha256: str = Field(description="Digest of settings and model.")
+    files: int = Field(description="Number of data files covered.")
 
 
 class NightRecord(Record):
-    """What came of a night."""
+    """Result of a night."""
 
     date: str = Field(description="YYYY-MM-DD in the schedule's time zone.")
     request_sha256: str
@@ -76,9 +75,9 @@ class NightRecord(Record):
         description="'running' with a free lock: the process was killed."
     )
     decision: str = Field(
-        "", description="promoted, kept or nothing new, once done; deferred, if it came so far."
+        "", description="promoted, kept or nothing new once done; deferred; else empty."
     )
-    champion: str | None = Field(None, description="Version that a candidate was compared with.")
+    champion: str | None = Field(None, description="Version that the candidate was compared with.")
     updated: datetime = Field(default_factory=lambda: datetime.now(UTC))
 
 
@@ -86,9 +85,9 @@ class Night:
     """One night's claim.
 
     Attributes:
-        run_id: The run that has done it, is at it, or shall do it now.
-        taken: Why this process has nothing to do; None if the night is its own.
-        again: Whether an earlier start of the night was left undone.
+        run_id: Run that has finished it, is running it, or will run it now.
+        taken: Reason why this process has nothing to do; None if the night is its own.
+        again: True if an earlier start of the night was left unfinished.
     """
 
     def __init__(self, run_id: str, taken: str | None = None, *, again: bool = False) -> None:
@@ -99,17 +98,17 @@ class Night:
         self.champion: str | None = None
 
     def settle(self, decision: str, champion: str | None = None) -> None:
-        """Say how it ended; unless it was deferred, it counts as done."""
+        """Record how it ended; unless deferred, it counts as done."""
         self.decision, self.champion = decision, champion
 
     @property
     def is_done(self) -> bool:
-        """Whether another start has nothing left to do."""
+        """True if another start has nothing left to do."""
         return self.decision not in (None, DEFERRED)
 
 
 def describe_request(config: TrainingConfig) -> NightRequest:
-    """The digest of everything that decides the result of a run.
+    """Return the digests of everything that decides the result of a run.
 
     Raises:
         DataLoadingError, DownloadError: as `sources.resolved`.
@@ -132,18 +131,18 @@ def describe_request(config: TrainingConfig) -> NightRequest:
 
 
 def write_request(run: RunDir, request: NightRequest) -> None:
-    """Keep the request in the run's folder, for the registry's tag."""
+    """Store the request in the run's folder, for the registry's tag."""
     write_record(run.path / "request.json", request)
 
 
 def read_request(run: RunDir) -> NightRequest | None:
-    """The request in a run's folder; None if it was not known."""
+    """Return the request in a run's folder; None if it was not known."""
     path = run.path / "request.json"
     return read_record(path, NightRequest) if path.exists() else None
 
 
 def request_tags(run: RunDir) -> dict[str, str]:
-    """The tags that a registered version of this run gets for its request."""
+    """Return the request's tags for a registered version of this run."""
     request = read_request(run)
     if request is None:
         return {}
@@ -151,34 +150,34 @@ def request_tags(run: RunDir) -> dict[str, str]:
 
 
 def is_answered_by(tags: Mapping[str, str], request: NightRequest) -> bool:
-    """Whether a registered version with these tags is the answer to `request`."""
+    """Return True if a version with these tags answers `request`."""
     return tags.get(REQUEST_TAG) == request.sha256
 
 
 def same_settings(tags: Mapping[str, str], request: NightRequest | None) -> bool:
-    """Whether a version was made by the settings of `request`, as far as that is known."""
+    """Return True if a version was made with the settings of `request`, as far as is known."""
     return request is None or tags.get(SETTINGS_TAG) in (None, request.settings_sha256)
 
 
 @contextmanager
 def claim_night(runs_dir: Path, date: str, request: NightRequest, run_id: str) -> Iterator[Night]:
-    """The night of `date` for this process, unless it is done or another process is at it.
+    """Claim the night of `date`, unless it is done or in progress in another process.
 
-    A night whose run failed or was killed is taken up, with the id of that run; so is an earlier
-    night that asked for the same and was deferred: it is trained, and lacks nothing but a verdict.
+    A night whose run failed or was killed is resumed under that run's id. So is an earlier night
+    with the same request that was deferred: it is trained and only lacks a verdict.
 
     Args:
-        runs_dir: Where the record is kept, below `.nights`.
+        runs_dir: Folder with the records, below `.nights`.
         date: YYYY-MM-DD.
-        request: What is asked for.
-        run_id: The run that shall do it if none has begun.
+        request: Digests of data, settings and model.
+        run_id: Run to do it if none has begun.
     """
     path = _record_path(nights_folder(runs_dir), date, request)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with try_lock(path.with_suffix(".lock")) as mine:
         earlier = _read(path)
         if not mine:
-            yield Night(earlier.run_id if earlier else "", _at_it(earlier))
+            yield Night(earlier.run_id if earlier else "", _in_progress(earlier))
         elif earlier is not None and earlier.state == "done":
             yield Night(earlier.run_id, f"already done by run {earlier.run_id}")
         else:
@@ -192,12 +191,12 @@ def claim_night(runs_dir: Path, date: str, request: NightRequest, run_id: str) -
 
 
 def kept_before(runs_dir: Path, request: NightRequest, champion: str | None) -> NightRecord | None:
-    """The night whose candidate, for the same request, was no better than this champion.
+    """Find the night whose candidate, for the same request, lost against this champion.
 
     Args:
-        runs_dir: Where the records are.
-        request: What is asked for.
-        champion: Its version; None: there was none, and there is none.
+        runs_dir: Folder with the records, below `.nights`.
+        request: Digests of data, settings and model.
+        champion: Version of the champion; None: there was none and is none.
     """
     for path in sorted(nights_folder(runs_dir).glob("*.json"), reverse=True):
         record = _read(path)
@@ -209,16 +208,16 @@ def kept_before(runs_dir: Path, request: NightRequest, champion: str | None) -> 
 
 
 def date_of_run(runs_dir: Path, run_id: str) -> str | None:
-    """The night that a run was begun for; None if it was none's.
+    """Return the night that a run was started for, if any.
 
-    A run that is taken up after midnight still does the night that it crashed in.
+    A run that is resumed after midnight still does the night that it crashed in.
     """
     records = (_read(path) for path in sorted(nights_folder(runs_dir).glob("*.json"), reverse=True))
     return next((r.date for r in records if r is not None and r.run_id == run_id), None)
 
 
 def nights_folder(runs_dir: Path) -> Path:
-    """Where the records of nights lie."""
+    """Return the folder with the records of nights."""
     return runs_dir.expanduser().resolve() / ".nights"
 
 
@@ -235,14 +234,13 @@ def _recorded(path: Path, date: str, request: NightRequest, night: Night) -> Ite
 
 
 def _write(path: Path, record: NightRecord, night: Night) -> None:
-    """The record with what came of the night."""
-    came_of_it = {
+    result = {
         "state": "done" if night.is_done else "failed",
         "decision": night.decision or "",
         "champion": night.champion,
         "updated": datetime.now(UTC),
     }
-    write_record(path, record.model_copy(update=came_of_it))
+    write_record(path, record.model_copy(update=result))
 
 
 def _record_path(folder: Path, date: str, request: NightRequest) -> Path:
@@ -250,14 +248,14 @@ def _record_path(folder: Path, date: str, request: NightRequest) -> Path:
 
 
 def _deferred(folder: Path, request: NightRequest) -> list[NightRecord]:
-    """The nights that asked for the same and were deferred, the newest first."""
+    """Return the deferred nights with the same request, the newest first."""
     paths = sorted(folder.glob(f"*-{request.sha256[:12]}.json"), reverse=True)
     records = filter(None, map(_read, paths))
     return [record for record in records if record.decision == DEFERRED]
 
 
-def _at_it(record: NightRecord | None) -> str:
-    return f"in progress as run {record.run_id}" if record else "another process is at it"
+def _in_progress(record: NightRecord | None) -> str:
+    return f"in progress as run {record.run_id}" if record else "in progress in another process"
 
 
 def _read(path: Path) -> NightRecord | None:

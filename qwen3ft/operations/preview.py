@@ -1,4 +1,4 @@
-"""The plan of a run without the run; workers do what has not been done before."""
+"""The plan of a run without training; workers do what no earlier run has done."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qwen3ft.records.plan import TrainPlan
 
 
 def preview_plan(config: TrainingConfig) -> TrainPlan:
-    """The plan of the first attempt, from the same stages as a run's, without training.
+    """Return the plan of a run's first attempt, from the same stages, without training.
 
     Quantises the model and tokenises the rows if no earlier call or run did.
     """

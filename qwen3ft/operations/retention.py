@@ -1,12 +1,8 @@
-"""What may be removed to win disk space back, and why; and its removal.
+"""Decides what may be removed to free disk space, with reasons, and removes it.
 
-Never touched: runs whose adapter an alias points at (champion, previous, challenger), running ones,
-those that can be continued or that MLflow lacks something of; the quantised models and tokenised
-rows that any of these were planned on; saved adapters. While a run is in progress nothing that runs
-share is touched.
-
-A removal is a rename and then a deletion, so that whoever looks meanwhile finds all or nothing; a
-run's folder is removed only while no process is at it.
+Never removed: runs whose adapter an alias points at, running ones, those that can be continued or
+that MLflow lacks something of; the quantised models and tokenised rows that any of these depend on;
+saved adapters. While a run is in progress nothing that runs share is touched.
 """
 
 from __future__ import annotations
@@ -40,19 +36,21 @@ Kind = Literal[
 
 DAY_SECONDS = 86400.0
 LEFTOVER_DAYS = 1.0
-"""A write that took longer than this was killed."""
+"""Age at which an unfinished write counts as killed."""
 
 _GONE = ".gone"
 _SHARED: dict[Kind, str] = {"quantised model": "models", "tokenised rows": "datasets"}
 
 
 class RetentionPolicy(Record):
-    """How long things are kept."""
+    """Age limits, in days, and exceptions to them."""
 
-    keep_days: float = Field(30.0, ge=0, description="Runs, and what no younger run used.")
-    keep_runs: int = Field(20, ge=0, description="The newest runs are kept whatever their age.")
+    keep_days: float = Field(30.0, ge=0, description="Runs, and folders that no younger run used.")
+    keep_runs: int = Field(20, ge=0, description="Newest runs to keep, whatever their age.")
     checkpoint_days: float = Field(7.0, ge=0, description="Checkpoints of completed runs.")
-    abandon: tuple[str, ...] = Field((), description="Runs that nobody wants to continue.")
+    abandon: tuple[str, ...] = Field(
+        (), description="Failed runs that could be continued, but need not."
+    )
 
 
 class Removal(Record):
@@ -62,17 +60,17 @@ class Removal(Record):
     kind: Kind
     size_bytes: int
     why: str
-    lock: str | None = Field(None, description="Of the run; it is held while its files go.")
+    lock: str | None = Field(None, description="Lock of the run, held while its files are removed.")
 
 
 @dataclass(frozen=True)
 class Stock:
-    """What there is.
+    """Runs, versions and folders to decide about.
 
     Attributes:
-        runs: The newest first.
+        runs: All runs, the newest first.
         protected: Versions in use.
-        used: Shared folders that something kept still needs; None: not known, so all of them.
+        used: Shared folders that are still needed; None if unknown, so that all are kept.
     """
 
     runs: list[RunState]
@@ -83,15 +81,15 @@ class Stock:
 def plan_removals(
     config: TrainingConfig, protected: Sequence[ProtectedVersion], policy: RetentionPolicy
 ) -> list[Removal]:
-    """What the policy lets go of, and why; nothing is changed.
+    """Return what the policy removes, and why, without removing anything.
 
     Args:
-        config: Where runs, caches and adapters are.
-        protected: As `protected.find_protected` gives them.
-        policy: How long things are kept.
+        config: Names the folders of runs, caches and adapters.
+        protected: Versions in use, from `registry.versions.find_protected`.
+        policy: Age limits.
 
     Raises:
-        RequestError: a run that is to be abandoned is none that could be continued.
+        RequestError: a run to be abandoned is not one that could be continued.
     """
     cache = _resolved(config.cache_dir)
     runs = find_runs(_resolved(config.runs_dir))
@@ -105,10 +103,10 @@ def plan_removals(
 
 
 def remove(removals: Iterable[Removal]) -> list[Removal]:
-    """Remove what was planned; what is in use or cannot be removed is logged and left.
+    """Remove what was planned; what is in use or cannot be removed is logged and stays.
 
     Returns:
-        What is gone.
+        The removals that were made.
     """
     gone = []
     for removal in removals:
@@ -126,7 +124,7 @@ def remove(removals: Iterable[Removal]) -> list[Removal]:
     return gone
 
 
-# --- what may go ---
+# --- what may be removed ---
 
 
 def _runs(stock: Stock, policy: RetentionPolicy) -> Iterator[Removal]:
@@ -175,7 +173,7 @@ def _copies(stock: Stock, cache: Path) -> Iterator[Removal]:
 
 
 def _leftovers(cache: Path, config: TrainingConfig) -> Iterator[Removal]:
-    """What killed writes and removals left; a hidden folder with any other name is not ours."""
+    """Yield leftovers of killed writes and removals, known by their names."""
     parents = [cache / folder for folder in _SHARED.values()]
     parents += [*_folders(cache / "champions"), _resolved(config.output_dir)]
     found = [path for parent in parents for path in parent.glob(".*") if is_left_behind(path)]
@@ -196,7 +194,7 @@ def _used(
     cache: Path,
     config: TrainingConfig,
 ) -> frozenset[Path] | None:
-    """The shared folders that must stay; None if the base of a version in use is not known."""
+    """Return the shared folders to keep; None if the base of a version in use is unknown."""
     used = {
         path
         for state in runs
@@ -208,7 +206,7 @@ def _used(
     for version in protected:
         needed = by_run.get(version.run_id or "") or _base_of(version, cache, config)
         if not needed:
-            logger.warning("no base is removed: that of %s is not known", version.describe())
+            logger.warning("no base model is removed: that of %s is unknown", version.describe())
             return None
         used |= needed
     return frozenset(used)
@@ -217,7 +215,7 @@ def _used(
 def _base_of(
     version: ProtectedVersion, cache: Path, config: TrainingConfig
 ) -> frozenset[Path] | None:
-    """The quantised model that a version's adapter names, in a copy of it on this machine."""
+    """Return the quantised model named by a local copy of a version's adapter."""
     copies = [cache / "champions" / version.registered_model / version.version]
     outputs = (config.output_dir, *config.fallback_output_dirs)
     copies += [Path(folder).expanduser() / (version.run_id or "") for folder in outputs]
@@ -237,7 +235,7 @@ def _require_continuable(wanted: Sequence[str], runs: list[RunState]) -> None:
             raise RequestError(
                 f"Run {name} cannot be abandoned: "
                 + ("there is no such run." if state is None else f"it is {state}."),
-                why="Only a failed run that could be continued can be. Nothing was removed.",
+                why="Only failed runs that could be continued can be. Nothing was removed.",
                 next_command="qwen3ft clean --dry-run",
                 run_id=name,
             )
@@ -253,6 +251,7 @@ def _removal(path: Path, kind: Kind, why: str, lock: Path | None = None) -> Remo
 
 def _remove(removal: Removal) -> None:
     path = Path(removal.path)
+    # renamed first, so that whoever looks meanwhile finds all of it or nothing
     gone = path.with_name(f".{path.name}{_GONE}")
     os.rename(path, gone)
     shutil.rmtree(gone)

@@ -1,4 +1,4 @@
-"""What state a run's folder is in, read from the folder alone: no server is asked."""
+"""The state of a run, read from its folder alone; no server is asked."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _MARKS = ("config.json", "run.jsonl")
 
 @dataclass(frozen=True)
 class RunState:
-    """One run's folder.
+    """State of one run's folder.
 
     Attributes:
         run: The folder.
-        state: continuable: not completed, with checkpoints or a trained adapter to go on from;
-            unsent: MLflow lacks some of it; ended: nothing to go on from.
-        age_seconds: Since its files were last written.
-        uses: Folders that its attempts were planned on: quantised models, tokenised rows.
+        state: continuable: not completed, with checkpoints or a trained adapter to resume from;
+            unsent: MLflow lacks some of it; ended: nothing to resume from.
+        age_seconds: Time since its files were last written.
+        uses: Folders that its attempts depend on: quantised models, tokenised rows.
     """
 
     run: RunDir
@@ -38,14 +38,14 @@ class RunState:
 
 
 def find_runs(runs_dir: Path) -> list[RunState]:
-    """The runs below a folder, the newest first; what is no run's folder is passed over."""
+    """Return the runs below a folder, the newest first; other folders are skipped."""
     now = time.time()
     found = [_describe(RunDir(path), now) for path in _run_folders(runs_dir)]
     return sorted(found, key=lambda state: state.age_seconds)
 
 
 def is_running(run: RunDir) -> bool:
-    """Whether a process is at the run."""
+    """Return True if the run is in progress in some process."""
     if not run.lock.exists():
         return False
     with try_lock(run.lock) as mine:
@@ -86,7 +86,8 @@ def _has_progress(run: RunDir) -> bool:
 
 
 def _last_written(run: RunDir) -> float:
-    """Seconds since the epoch; of files only: looking for a lock must not make a run younger."""
+    """Return when files of the run were last written, in seconds since the epoch."""
+    # not the lock: looking at it must not make a run younger
     files = [path for path in run.path.iterdir() if path.is_file() and path != run.lock]
     files += [job.metrics for job in run.attempts() if job.metrics.exists()]
     return max((path.stat().st_mtime for path in files), default=run.path.stat().st_mtime)

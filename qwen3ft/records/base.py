@@ -1,4 +1,4 @@
-"""The base of all records: what passes between stages and processes is frozen and is JSON."""
+"""Base class of all records that pass between stages and processes as JSON."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Record(BaseModel):
-    """Base of all records: frozen, and strict about unknown fields."""
+    """Base class of all records: frozen, and strict about unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())

@@ -1,4 +1,4 @@
-"""Results of a training attempt: its metrics, its memory, its outcome or its failure."""
+"""Records of a training attempt: metrics, memory, and outcome or failure."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from qwen3ft.records.base import Record
 
 
 class MemoryStatus(Record):
-    """Memory of the device that trains: the GPU's, or this process's resident memory on a CPU."""
+    """Memory of the training device: GPU memory, or the process's resident memory on a CPU."""
 
     allocated_gb: float = Field(description="In use by tensors (CPU: resident set).")
     cached_gb: float = Field(description="Held by the allocator (CPU: same as allocated).")
     total_gb: float = Field(description="The budget, or the device's total if that is smaller.")
-    available_gb: float = Field(description="What is left of total_gb and free on the device.")
-    is_safe: bool = Field(description="Whether use is below 90 % of total_gb.")
+    available_gb: float = Field(description="Left of total_gb, and free on the device.")
+    is_safe: bool = Field(description="True while less than 90 % of total_gb is in use.")
     beside_gb: float = Field(
-        0.0, description="Of the process but not of the allocator: CUDA context, libraries' own."
+        0.0, description="Used by the process outside the allocator: CUDA context, libraries."
     )
 
 
 class TrainingMetrics(Record):
-    """One line of metrics.jsonl: what one optimizer step (or one evaluation) measured."""
+    """One line of metrics.jsonl: measurements of one optimizer step or evaluation."""
 
     epoch: float
     step: int = Field(description="Optimizer steps done since the start of the run.")
@@ -67,7 +67,7 @@ class Failure(Record):
 
 
 class AttemptOutcome(Record):
-    """A completed attempt: which checkpoint is best, and what was measured."""
+    """Result of a completed attempt: its best checkpoint and its measurements."""
 
     attempt: int
     attempt_dir: str
@@ -79,7 +79,7 @@ class AttemptOutcome(Record):
     epochs: float
     final_loss: float | None
     stopped_early: bool
-    peak_memory_gb: float = Field(description="Highest of any attempt process, as NVML or RSS.")
+    peak_memory_gb: float = Field(description="Peak of the process, from NVML or as RSS.")
     peak_allocated_gb: float
     peak_reserved_gb: float
     tokens_per_second: float

@@ -20,7 +20,7 @@ from prefect.runtime import flow_run
 from prefect.testing.utilities import prefect_test_harness
 
 from flows import notify
-from flows.notify import EmailNotification, Notice, tell
+from flows.notify import EmailNotification, Notice, send_notice
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import ConfigError
 
@@ -94,7 +94,7 @@ def test_a_webhook_a_chat_and_a_mailbox_are_told_at_once(
         "custom-webhook/ops": CustomWebhookNotificationBlock(name="ops", url=url, json_data=text),
         "e-mail/ops": EmailNotification(url=address),
     }
-    tell(config(*blocks), NOTICE, blocks.__getitem__)
+    send_notice(config(*blocks), NOTICE, blocks.__getitem__)
     posted = [received.get(timeout=5) for _ in range(2)]
     assert NOTICE.model_dump(mode="json") in posted
     assert {"text": "qwen3ft: embedded promoted: better: 85.8%"} in posted
@@ -107,7 +107,7 @@ def test_an_end_that_nobody_asked_for_is_not_told(endpoint: tuple[str, Queue[Any
     """`notify_on` chooses."""
     url, received = endpoint
     blocks = {"webhook/ops": Webhook(url=url)}
-    tell(config(*blocks, notify_on=("failed",)), NOTICE, blocks.__getitem__)
+    send_notice(config(*blocks, notify_on=("failed",)), NOTICE, blocks.__getitem__)
     assert received.empty()
 
 
@@ -124,7 +124,7 @@ def test_dead_endpoints_fail_nothing_and_keep_nobody_from_being_told(
     }
     names = ("webhook/dead", "webhook/broken", "webhook/none", "secret/unfit", "webhook/alive")
     with caplog.at_level("WARNING", logger="qwen3ft.notify"):
-        tell(config(*names), NOTICE, blocks.__getitem__)
+        send_notice(config(*names), NOTICE, blocks.__getitem__)
     assert [name for name in names if name in caplog.text] == list(names[:4])
     assert received.get(timeout=5) == received.get(timeout=5) == NOTICE.model_dump(mode="json")
 
@@ -133,14 +133,14 @@ def test_an_endpoint_that_never_answers_is_not_waited_for(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It takes the connection and says nothing; the run ends all the same."""
-    monkeypatch.setattr(notify, "TELL_SECONDS", 1.0)
+    monkeypatch.setattr(notify, "NOTIFY_SECONDS", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         block = Webhook(url=f"http://127.0.0.1:{silent.getsockname()[1]}")
         started = time.monotonic()
         with caplog.at_level("WARNING", logger="qwen3ft.notify"):
-            tell(config("webhook/silent"), NOTICE, {"webhook/silent": block}.__getitem__)
+            send_notice(config("webhook/silent"), NOTICE, {"webhook/silent": block}.__getitem__)
         assert time.monotonic() - started < 3.0
-    assert "webhook/silent did not take the notice: TimeoutError" in caplog.text
+    assert "webhook/silent did not accept the notification: TimeoutError" in caplog.text
 
 
 @pytest.mark.slow
@@ -151,10 +151,10 @@ def test_a_failed_flow_run_is_told_by_prefects_hook(endpoint: tuple[str, Queue[A
     """
     url, received = endpoint
 
-    @flow(on_failure=[notify.tell_failure])
+    @flow(on_failure=[notify.notify_failure])
     def failing(config: TrainingConfig, continue_run: str | None = None) -> None:
         if continue_run is None:
-            notify.works_in(str(flow_run.id), "the night's first")
+            notify.record_run(str(flow_run.id), "the night's first")
         raise ConfigError("3 invalid setting(s)", why="because", next_command="qwen3ft plan")
 
     with prefect_test_harness(server_startup_timeout=120):
