@@ -459,7 +459,7 @@ def test_a_damaged_or_missing_adapter_is_refused(night: Night, tmp_path: Path) -
     tester = InferenceTester(night.config)
     with pytest.raises(SaveError, match="sha256"):
         tester.load_finetuned_model(str(folder))
-    with pytest.raises(ModelNotFoundError, match="no saved adapter"):
+    with pytest.raises(ModelNotFoundError, match="is not a saved adapter"):
         tester.load_finetuned_model(str(MODEL_DIR))
 
 
