@@ -31,10 +31,11 @@ from qwen3ft.data.placement import DUPLICATES, Fate, Placement
 from qwen3ft.data.reading import FINDINGS_NAME, NO_REASONING, Reading
 from qwen3ft.data.row_table import BATCH_ROWS, RowTable
 from qwen3ft.data.rows import UNREADABLE_FILE
+from qwen3ft.data.splits import Mask
 from qwen3ft.data.tokenizing import Tokens
 from qwen3ft.errors import DataLoadingError
 from qwen3ft.files import build_folder, find_damage, read_manifest_facts
-from qwen3ft.records.data import DatasetManifest, LongRow, QaRow
+from qwen3ft.records.data import DatasetManifest, DataSource, LongRow, QaRow
 
 QUARANTINE, LEFT_OUT, _TEST_FILE = "quarantine.jsonl", "left_out.jsonl", "test.jsonl"
 _SPLIT_FILES = ("train.arrow", "dev.arrow")
@@ -65,7 +66,7 @@ def account(prepared: Prepared, target: Path, digest: str) -> DatasetManifest:
     manifest = DatasetManifest(
         path=str(target),
         digest=digest,
-        sources=tuple(reading.sources),
+        sources=_sources(prepared),
         rows_read=reading.rows_read,
         train=prepared.tokens.train,
         dev=prepared.tokens.dev,
@@ -142,8 +143,7 @@ def write_folder(target: Path, manifest: DatasetManifest, prepared: Prepared) ->
         _write_lines(folder / _TEST_FILE, (_question(row) for row, _ in _rows(prepared, Fate.TEST)))
         _write_lines(folder / LEFT_OUT, _left_out(prepared))
         shutil.copyfile(beside, folder / QUARANTINE)
-        eligible = np.isin(prepared.placement.fates, (Fate.TRAIN, Fate.NOT_USED))
-        write_known_rows(folder, prepared.reading.keys.build().content[eligible, 0])
+        write_known_rows(folder, prepared.reading.keys.build(), _for_training(prepared))
 
     build_folder(target, fill, manifest.model_dump(mode="json", exclude={"path"}))
     beside.unlink()
@@ -188,6 +188,21 @@ def histogram(lengths: np.ndarray) -> tuple[tuple[int, int], ...]:
     width = -(-reach // _HISTOGRAM_BINS)
     counts = np.bincount(np.minimum((lengths - 1) // width, _HISTOGRAM_BINS - 1))
     return tuple((width * (number + 1), int(count)) for number, count in enumerate(counts))
+
+
+def _for_training(prepared: Prepared) -> Mask:
+    """Return the rows that training may use, caps aside."""
+    return np.isin(prepared.placement.fates, (Fate.TRAIN, Fate.NOT_USED))
+
+
+def _sources(prepared: Prepared) -> tuple[DataSource, ...]:
+    sources = prepared.reading.sources
+    numbers = prepared.reading.keys.build().source[_for_training(prepared)]
+    counts = np.bincount(numbers, minlength=len(sources)).tolist()
+    return tuple(
+        source.model_copy(update={"for_training": count})
+        for source, count in zip(sources, counts, strict=True)
+    )
 
 
 def _reasons(prepared: Prepared) -> dict[str, int]:

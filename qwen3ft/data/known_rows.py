@@ -10,16 +10,17 @@ from pathlib import Path
 
 import numpy as np
 
-from qwen3ft.data.splits import Hashes
+from qwen3ft.data.splits import Hashes, Keys, Mask
 from qwen3ft.model.saved_adapter import KNOWN_ROWS_FILE
 
 
-def write_known_rows(folder: Path, hashes: Hashes) -> None:
-    """Write the hashes of rows (first half of `splits.Keys.content`) into `folder`."""
-    np.save(folder / KNOWN_ROWS_FILE, np.unique(hashes), allow_pickle=False)
+def write_known_rows(folder: Path, keys: Keys, mask: Mask) -> None:
+    """Write the hashes (first half of `content`) of the rows of `mask`, file by file."""
+    order = np.lexsort((keys.content[mask, 0], keys.source[mask]))
+    np.save(folder / KNOWN_ROWS_FILE, keys.content[mask, 0][order], allow_pickle=False)
 
 
 def read_known_rows(path: Path) -> Hashes:
-    """Return the hashes in a file of `write_known_rows`, ascending."""
+    """Return the hashes in a file of `write_known_rows`."""
     hashes: Hashes = np.load(path, allow_pickle=False)
     return hashes

@@ -48,17 +48,13 @@ class RowWriter:
 
     def append(self, row: QaRow, source: int) -> None:
         """Write `row`; `source` is the number of its file."""
-        columns = self._columns
-        columns["question"].append(row["question"])
-        columns["answer"].append(row["answer"])
-        columns["reasoning"].append(row["reasoning"])
-        columns["messages"].append(_to_text(row["messages"]))
-        columns["tools"].append(_to_text(row["tools"]))
-        columns["kind"].append(row["kind"])
-        columns["source"].append(source)
-        columns["line"].append(row["line"])
-        columns["offset"].append(row["offset"])
-        if len(columns["line"]) >= BATCH_ROWS:
+        texts = (row["question"], row["answer"], row["reasoning"])
+        lists = (_to_text(row["messages"]), _to_text(row["tools"]))
+        numbers = (source, row["line"], row["offset"])
+        values = (*texts, *lists, row["kind"], *numbers)  # in the order of the schema
+        for column, value in zip(self._columns.values(), values, strict=True):
+            column.append(value)
+        if len(self._columns["line"]) >= BATCH_ROWS:
             self._flush()
 
     def _flush(self) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from qwen3ft.data.known_rows import read_known_rows
-from qwen3ft.data.splits import Hashes
+from qwen3ft.data.splits import Hashes, Mask
 from qwen3ft.data.token_table import read_origins
 from qwen3ft.model.saved_adapter import KNOWN_ROWS_FILE, read_provenance
 from qwen3ft.records.data import DataChange, DatasetManifest
@@ -31,8 +30,12 @@ def compare_data(dataset: DatasetManifest, champion: Champion | None) -> DataCha
     known_path = find_known_rows(champion)
     rows = read_known_rows(Path(dataset.path) / KNOWN_ROWS_FILE)
     known = read_known_rows(Path(known_path)) if known_path else np.empty(0, np.uint64)
-    new_rows = int((~np.isin(rows, known, assume_unique=True)).sum())
-    change = DataChange(new_rows=new_rows, **_new_rows(dataset, known))
+    is_new = ~np.isin(rows, known)
+    change = DataChange(
+        new_rows=int(is_new.sum()),
+        new_rows_by_file=_by_file(dataset, is_new),
+        examples=_examples(dataset, known),
+    )
     if champion is None or champion.adapter_path is None or known_path is None:
         return change
     before = read_provenance(Path(champion.adapter_path))["data"]
@@ -54,26 +57,28 @@ def _paths(files: Iterable[tuple[str, str]]) -> tuple[str, ...]:
     return tuple(sorted(path for _, path in files))
 
 
-def _new_rows(dataset: DatasetManifest, known: Hashes) -> dict[str, Any]:
-    """Return the training rows that are not known, by file, and questions of a few of them.
+def _by_file(dataset: DatasetManifest, is_new: Mask) -> dict[str, int]:
+    """Return the number of new rows of each file that has some; rows stand file by file."""
+    ends = np.cumsum([source.for_training for source in dataset.sources])
+    if ends[-1:] != len(is_new):
+        return {}  # a folder of an earlier version
+    parts = zip(dataset.sources, np.split(is_new, ends[:-1]), strict=True)
+    return {source.path: int(part.sum()) for source, part in parts if part.any()}
+
+
+def _examples(dataset: DatasetManifest, known: Hashes) -> tuple[str, ...]:
+    """Return the questions of a few rows trained on that are not known.
 
     The same rows give the same examples, in whatever order they were read: of each file in turn the
     one with the smallest hash.
     """
     origins = read_origins(Path(dataset.path))
     if origins is None:
-        return {}
+        return ()
     hashes, sources = (origins.column(name).to_numpy() for name in ("hash", "source"))
     new = np.flatnonzero(~np.isin(hashes, known))
     new = new[np.lexsort((hashes[new], sources[new]))]
-    numbers, starts, counts = np.unique(sources[new], return_index=True, return_counts=True)
-    ranks = np.arange(len(new)) - np.repeat(starts, counts)  # of a row within its file
+    ranks = np.arange(len(new)) - np.searchsorted(sources[new], sources[new])  # within a file
     chosen = new[np.argsort(ranks, kind="stable")[:_EXAMPLES]]
     questions = origins.column("question")
-    return {
-        "new_rows_by_file": {
-            dataset.sources[number].path: count
-            for number, count in zip(numbers.tolist(), counts.tolist(), strict=True)
-        },
-        "examples": tuple(questions[position].as_py() for position in chosen.tolist()),
-    }
+    return tuple(questions[position].as_py() for position in chosen.tolist())

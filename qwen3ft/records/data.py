@@ -48,6 +48,7 @@ class DataSource(Record):
     sha256: str
     rows: int
     role: Role
+    for_training: int = Field(0, description="Rows that training may use, caps aside.")
 
 
 class LengthSummary(Record):
@@ -73,7 +74,7 @@ class DataChange(Record):
     )
     unchanged: bool = Field(False, description="Same rows and settings as the champion's.")
     new_rows_by_file: dict[str, int] = Field(
-        default_factory=dict, description="File: rows trained on that the champion has not seen."
+        default_factory=dict, description="File: rows of `new_rows` first read there."
     )
     examples: tuple[str, ...] = Field((), description="Questions of a few new rows.")
 

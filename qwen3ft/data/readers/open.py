@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,18 +107,16 @@ def _is_lines(path: Path, limit: int) -> bool:
 
     A single line, whole or not, may also be an object around a list, and is read as that.
     """
-    with open_text_bytes(path) as (stream, _):
+    with open_text_bytes(path) as (stream, _), suppress(UnreadableFileError):
         while (head := stream.peek(1)) and head.isspace():
             stream.read(len(head))
-        if not head or not head.lstrip().startswith(b"{"):
+        if not head.lstrip().startswith(b"{"):
             return not head.lstrip().startswith(b"[")
-        try:
-            first, second = _filled_line(stream, limit), b""
-            if len(first) < limit or first.endswith(b"\n"):
-                second = _filled_line(stream, limit)
-        except UnreadableFileError:  # the file breaks off; what comes before is read all the same
-            return False
-    return bool(second) and any(map(_is_object_line, (first, second)))
+        first = _filled_line(stream, limit)
+        is_whole = len(first) < limit or first.endswith(b"\n")
+        second = _filled_line(stream, limit) if is_whole else b""
+        return bool(second) and any(map(_is_object_line, (first, second)))
+    return False  # the file breaks off; what comes before is read all the same
 
 
 def _is_object_line(line: bytes) -> bool:
