@@ -1,4 +1,4 @@
-"""Parsing of messages in the usual formats into one checked conversation.
+"""A conversation, and parsing of messages in the usual formats into a checked one.
 
 Formats: OpenAI's (role and content, text parts, tool calls, tool results) and ShareGPT's (from and
 value). The result alternates as a chat template expects, ends with the assistant, and holds text
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from qwen3ft.chat.thinking import split_think_block
 from qwen3ft.records.data import Message, MessageRole, RejectedRowError
@@ -31,6 +31,45 @@ _FOLLOWERS: dict[MessageRole | None, tuple[MessageRole, ...]] = {
     "assistant": ("user", "tool"),
     "tool": ("tool", "assistant"),
 }
+
+Shape = tuple[int, tuple[tuple[str, bool, bool, int], ...]]
+"""Number of tools; of each message its role, presence of content and reasoning, tool calls."""
+
+TEXT_FIELDS = ("content", "reasoning")
+
+
+class Conversation(NamedTuple):
+    """Messages up to the last of the assistant, and the tools offered."""
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]]
+
+    @property
+    def history(self) -> Conversation:
+        """The conversation before the last message."""
+        return Conversation(self.messages[:-1], self.tools)
+
+    @property
+    def shape(self) -> Shape:
+        """The features that templates branch on."""
+        return len(self.tools), tuple(
+            (
+                message["role"],
+                bool(message.get("content")),
+                bool(message.get("reasoning")),
+                len(message.get("tool_calls") or ()),
+            )
+            for message in self.messages
+        )
+
+    def texts(self) -> list[str]:
+        """Return the text of each slot, in the order of `sentinel_copy`."""
+        texts = [json.dumps(tool, ensure_ascii=False) for tool in self.tools]
+        for message in self.messages:
+            texts += [text for name in TEXT_FIELDS if (text := message.get(name))]
+            for call in message.get("tool_calls") or ():
+                texts += [call["name"], json.dumps(call["arguments"], ensure_ascii=False)]
+        return texts
 
 
 def parse_messages(value: Any) -> list[Message]:

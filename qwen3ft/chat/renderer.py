@@ -13,15 +13,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from qwen3ft.chat.skeleton import (
-    OUTSIDE,
-    Conversation,
-    Shape,
-    Skeleton,
-    Slot,
-    build_skeleton,
-    sentinel_copy,
-)
+from qwen3ft.chat.conversation import Conversation, Shape
+from qwen3ft.chat.skeleton import OUTSIDE, Skeleton, Slot, build_skeleton, sentinel_copy
 from qwen3ft.chat.templates import (
     REST_OF_EMPTY_BLOCK,
     TOOL_RESPONSE,

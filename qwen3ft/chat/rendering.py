@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from qwen3ft.chat.conversation import Conversation
 from qwen3ft.chat.renderer import is_trained, renderer_of
-from qwen3ft.chat.skeleton import Conversation, Skeleton, fill_slots
+from qwen3ft.chat.skeleton import Skeleton, fill_slots
 from qwen3ft.chat.templates import END_TOKEN, ThinkingSupport, probe_thinking
 from qwen3ft.chat.tokenizer import configure_tokenizer, load_tokenizer
 from qwen3ft.errors import TokenizerError

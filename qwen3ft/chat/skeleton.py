@@ -2,9 +2,8 @@
 
 The *shape* of a conversation is what templates branch on: roles, presence of content, reasoning
 and tool calls, number of tools. The template is rendered once per shape with sentinels (private-use
-characters) in place of all texts; what lies between them is template text. So turns are found in
-template text alone. It is checked that each text occurs exactly once, and that the assistant's
-texts, and no others, are inside its turns.
+characters) in place of all texts, so turns are found in template text alone. Each text must occur
+exactly once, and the assistant's texts, and no others, inside its turns.
 
 A *unit* is tokenised separately. Units are split at added tokens, which every tokenizer cuts out
 first, and after a line break in template text that precedes a non-space, where Qwen's
@@ -20,17 +19,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from qwen3ft.chat.conversation import TEXT_FIELDS, Conversation
 from qwen3ft.chat.templates import EMPTY_BLOCK, END_TOKEN, OPEN_BLOCK, TURN_HEADER, template_error
 from qwen3ft.errors import TokenizerError
 
 TemplatePart = str | int
 """Template text, or the number of a slot."""
 Owner = Literal["system", "user", "assistant", "tool", "reasoning", "call", "tools", "data"]
-Shape = tuple[int, tuple[tuple[str, bool, bool, int], ...]]
 
 OUTSIDE = -1
 
-_TEXTS = ("content", "reasoning")
 _MARK = "\ue000"
 _SENTINEL = re.compile("\ue000slot([0-9]+)\ue001")
 # Qwen's pre-tokenizer always splits here.
@@ -38,42 +36,8 @@ _AFTER_LINE_BREAK = re.compile(r"(?<=\n)(?=\S)")
 _BY_ASSISTANT = ("assistant", "reasoning", "call")
 
 
-class Conversation(NamedTuple):
-    """Messages up to the last of the assistant, and the tools offered."""
-
-    messages: Sequence[Mapping[str, Any]]
-    tools: Sequence[Mapping[str, Any]]
-
-    @property
-    def history(self) -> Conversation:
-        """The conversation before the last message."""
-        return Conversation(self.messages[:-1], self.tools)
-
-    @property
-    def shape(self) -> Shape:
-        """The features that templates branch on."""
-        return len(self.tools), tuple(
-            (
-                message["role"],
-                bool(message.get("content")),
-                bool(message.get("reasoning")),
-                len(message.get("tool_calls") or ()),
-            )
-            for message in self.messages
-        )
-
-    def texts(self) -> list[str]:
-        """Return the text of each slot, in the order of `sentinel_copy`."""
-        texts = [json.dumps(tool, ensure_ascii=False) for tool in self.tools]
-        for message in self.messages:
-            texts += [text for name in _TEXTS if (text := message.get(name))]
-            for call in message.get("tool_calls") or ():
-                texts += [call["name"], json.dumps(call["arguments"], ensure_ascii=False)]
-        return texts
-
-
 class Slot(NamedTuple):
-    """A place for text in a skeleton: who wrote it, and the text in the copied conversation."""
+    """A place for text: who wrote it, and the text in the copied conversation."""
 
     owner: Owner
     text: str
@@ -146,7 +110,7 @@ def sentinel_copy(
     messages = []
     for message in conversation.messages:
         copy = dict(message)
-        for name in _TEXTS:
+        for name in TEXT_FIELDS:
             if copy.get(name):
                 copy[name] = mark("reasoning" if name == "reasoning" else copy["role"], copy[name])
         copy["tool_calls"] = [
@@ -174,7 +138,7 @@ def build_skeleton(
     Args:
         rendered: The template's rendering of the copy.
         slots: Slots of the copy.
-        turns: Number of assistant messages in it.
+        turns: Number of assistant messages.
         prefills: True if the opening think tag belongs to the generation prompt.
         split_tokens: Splits template text at added tokens, as `re.split` with a group.
         is_prompt: True if the text ends with a generation prompt instead of a whole turn.

@@ -54,9 +54,7 @@ def gpu_use(uuid: str) -> GpuUse:
             handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
             memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
             return GpuUse(
-                total_bytes=memory.total,
-                free_bytes=memory.free,
-                processes=_processes(handle),
+                total_bytes=memory.total, free_bytes=memory.free, processes=_processes(handle)
             )
     except pynvml.NVMLError as error:
         raise _no_answer(error) from error

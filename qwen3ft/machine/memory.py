@@ -150,11 +150,7 @@ class MemoryOptimizer:
         reserved_bytes = torch.cuda.max_memory_reserved()
         beside_bytes = used_bytes - torch.cuda.memory_reserved()
         whole_bytes = max(self._peak_process_bytes, reserved_bytes + beside_bytes)
-        return (
-            gb(torch.cuda.max_memory_allocated()),
-            gb(reserved_bytes),
-            gb(whole_bytes),
-        )
+        return (gb(torch.cuda.max_memory_allocated()), gb(reserved_bytes), gb(whole_bytes))
 
     def enforce_budget(self) -> None:
         """Raise if the process exceeds its budget and a clean-up does not help.

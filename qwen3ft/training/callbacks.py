@@ -122,11 +122,7 @@ class ProgressCallback(TrainerCallback):
         append_json_line(self.job.metrics, metrics.model_dump(mode="json"))
         append_json_line(
             self.job.memory,
-            {
-                **status.model_dump(),
-                "step": step,
-                "timestamp": datetime.now(UTC).isoformat(),
-            },
+            {**status.model_dump(), "step": step, "timestamp": datetime.now(UTC).isoformat()},
         )
         self._say(metrics, state, status)
 

@@ -23,12 +23,7 @@ from qwen3ft.model.saved_adapter import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.training import AttemptOutcome
 from qwen3ft.training import checkpoint
-from qwen3ft.training.callbacks import (
-    EarlyStopping,
-    FaultCallback,
-    ProgressCallback,
-    StopOnRequest,
-)
+from qwen3ft.training.callbacks import EarlyStopping, FaultCallback, ProgressCallback, StopOnRequest
 from qwen3ft.training.checkpoint_writer import read_adapter_files
 from qwen3ft.training.faults import planted_faults
 from qwen3ft.training.leak_watch import LeakWatch

@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 LONG_TOKENS = 16384
 """Shortest sequence for cuDNN's kernels. They take one sequence at a time and are prepared for each
@@ -29,7 +30,7 @@ class Segments:
         host_bounds: `bounds` as plain numbers.
     """
 
-    bounds: torch.Tensor
+    bounds: Tensor
     longest: int
     host_bounds: tuple[int, ...]
 
@@ -54,9 +55,7 @@ class Segments:
         return Segments(bounds, tokens, (0, tokens))
 
 
-def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments
-) -> tuple[torch.Tensor, torch.Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
     """Compute causal softmax(q k / sqrt(head_dim)) v in each sequence.
 
     Args:
@@ -93,14 +92,14 @@ def attend(
 
 
 def attend_backward(
-    d_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    log_sum_exp: torch.Tensor,
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    log_sum_exp: Tensor,
     segments: Segments,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of `attend` with respect to q, k and v.
 
     Args:
@@ -151,13 +150,13 @@ def attend_backward(
     return d_q, d_k, d_v
 
 
-def _has_cudnn(q: torch.Tensor) -> bool:
+def _has_cudnn(q: Tensor) -> bool:
     """Return True if cuDNN's kernels for Hopper and newer GPUs are available."""
     available: bool = torch.backends.cudnn.is_available()  # type: ignore[no-untyped-call]
     return available and torch.cuda.get_device_capability(q.device) >= (9, 0)
 
 
-def _cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Compute `attend` for one sequence."""
     out, log_sum_exp, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
         _heads_first(q), _heads_first(k), _heads_first(v), None, True, 0.0, True, False
@@ -166,13 +165,8 @@ def _cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Ten
 
 
 def _cudnn_backward(
-    d_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    log_sum_exp: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_exp: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `attend_backward` for one sequence."""
     unused = torch.zeros((), dtype=torch.int64, device=q.device)  # the state of dropout
     gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
@@ -192,14 +186,12 @@ def _cudnn_backward(
     return d_q, d_k, d_v
 
 
-def _heads_first(heads: torch.Tensor) -> torch.Tensor:
+def _heads_first(heads: Tensor) -> Tensor:
     """Return (tokens, heads, d) as a view of (1, heads, tokens, d)."""
     return heads.transpose(0, 1)[None]
 
 
-def _attend_plainly(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(q)
     log_sum_exp = torch.empty(q.shape[1], len(q), dtype=torch.float32, device=q.device)
     for rows in segments.slices():
@@ -210,14 +202,14 @@ def _attend_plainly(
 
 
 def _attend_backward_plainly(
-    d_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    log_sum_exp: torch.Tensor,
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    log_sum_exp: Tensor,
     segments: Segments,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     d_q, d_k, d_v = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     scale = 1 / math.sqrt(q.shape[-1])
     for rows in segments.slices():
@@ -232,7 +224,7 @@ def _attend_backward_plainly(
     return d_q, d_k, d_v
 
 
-def _scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+def _scores(q: Tensor, k: Tensor) -> Tensor:
     """Return the masked scores of one sequence in fp32, (query heads, tokens, tokens)."""
     keys = _per_query_head(k, q).transpose(1, 2)
     scores = q.float().transpose(0, 1) @ keys / math.sqrt(q.shape[-1])
@@ -240,13 +232,13 @@ def _scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     return scores.masked_fill(later, -math.inf)
 
 
-def _per_query_head(heads: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+def _per_query_head(heads: Tensor, q: Tensor) -> Tensor:
     """Repeat (tokens, key-value heads, d) to fp32 (query heads, tokens, d)."""
     repeated = heads.float().repeat_interleave(q.shape[1] // heads.shape[1], dim=1)
     return repeated.transpose(0, 1)
 
 
-def _per_key_head(gradient: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
+def _per_key_head(gradient: Tensor, heads: Tensor) -> Tensor:
     """Sum (query heads, tokens, d) to (tokens, key-value heads, d)."""
     count = heads.shape[1]
     grouped = gradient.view(count, len(gradient) // count, *gradient.shape[1:])

@@ -15,16 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qwen3ft.planning.recompute import Level
 from qwen3ft.training.fused.attention import Segments, attend, attend_backward
 from qwen3ft.training.fused.kept import Kept
 from qwen3ft.training.fused.ops import ElementWise
-from qwen3ft.training.fused.projections import (
-    AdapterGradient,
-    SharedInput,
-    SingleProjection,
-)
+from qwen3ft.training.fused.projections import AdapterGradient, SharedInput, SingleProjection
 
 
 @dataclass(frozen=True)
@@ -41,8 +38,8 @@ class PackedRow:
     """
 
     segments: Segments
-    cos: torch.Tensor
-    sin: torch.Tensor
+    cos: Tensor
+    sin: Tensor
     chunk_tokens: int
     head_groups: int = 1
 
@@ -89,14 +86,12 @@ class FusedBlock:
             kept.gate_up = self.reserve_gate_up(row)
         return kept
 
-    def reserve_gate_up(self, row: PackedRow) -> list[torch.Tensor]:
+    def reserve_gate_up(self, row: PackedRow) -> list[Tensor]:
         """Allocate gate and up of each chunk."""
         sizes = (chunk.stop - chunk.start for chunk in row.chunks())
         return [self.gate_up.a.new_empty(size, self.gate_up.out_features) for size in sizes]
 
-    def forward(
-        self, x: torch.Tensor, row: PackedRow, level: Level, kept: Kept, out: torch.Tensor
-    ) -> None:
+    def forward(self, x: Tensor, row: PackedRow, level: Level, kept: Kept, out: Tensor) -> None:
         """Write the block's output into `out`, (T, hidden), and what `level` keeps into `kept`."""
         kept.x = x
         qkv = self._project(x, row, out=kept.qkv)
@@ -110,7 +105,7 @@ class FusedBlock:
         del attended
         kept.activated_low = self._mlp(x_mid, row, kept.gate_up, out)
 
-    def backward(self, d_extended: torch.Tensor, kept: Kept, row: PackedRow) -> list[torch.Tensor]:
+    def backward(self, d_extended: Tensor, kept: Kept, row: PackedRow) -> list[Tensor]:
         """Return the adapters' gradients in fp32, those of B without the factor s.
 
         Args:
@@ -138,9 +133,7 @@ class FusedBlock:
         kept.qkv = None
         return [*self.qkv.gradients(qkv_total), *self.o.gradients(o_total), *mlp_gradients]
 
-    def _project(
-        self, x: torch.Tensor, row: PackedRow, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def _project(self, x: Tensor, row: PackedRow, out: Tensor | None = None) -> Tensor:
         """Return q, k and v, (T, features of all heads)."""
         weight = self.qkv.weight()
         qkv = x.new_empty(len(x), self.qkv.out_features) if out is None else out
@@ -148,7 +141,7 @@ class FusedBlock:
             self.qkv.forward(self._normed(self.norm, x[chunk], self.qkv), weight, out=qkv[chunk])
         return qkv
 
-    def _normed(self, norm: Any, x: torch.Tensor, group: SharedInput) -> torch.Tensor:
+    def _normed(self, norm: Any, x: Tensor, group: SharedInput) -> Tensor:
         """Return norm(x) in the layout that `group` reads."""
         extended = group.new_input(len(x))
         self.ops.rms_norm(x, norm.weight, norm.variance_epsilon, extended[:, : group.in_features])
@@ -156,12 +149,12 @@ class FusedBlock:
         return extended
 
     def _add_norm_gradient(
-        self, norm: Any, d_normed: torch.Tensor, x: torch.Tensor, d_extended: torch.Tensor
+        self, norm: Any, d_normed: Tensor, x: Tensor, d_extended: Tensor
     ) -> None:
         d_x = d_extended[:, : x.shape[1]]
         self.ops.rms_norm_backward(d_normed, x, norm.weight, norm.variance_epsilon, d_x)
 
-    def _attend(self, qkv: torch.Tensor, row: PackedRow) -> tuple[torch.Tensor, torch.Tensor]:
+    def _attend(self, qkv: Tensor, row: PackedRow) -> tuple[Tensor, Tensor]:
         """Return attention's output, (T, query heads, head_dim), and log-sum-exp, (heads, T)."""
         groups = self._groups(row, *self._heads(qkv))
         parts = [self._attend_heads(q, k, v, row) for q, k, v in groups]
@@ -171,26 +164,26 @@ class FusedBlock:
         return torch.cat(outs, dim=1), torch.cat(log_sum_exps)
 
     def _attend_heads(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, row: PackedRow
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, q: Tensor, k: Tensor, v: Tensor, row: PackedRow
+    ) -> tuple[Tensor, Tensor]:
         q, k = self._rotated(self.q_norm, q, row), self._rotated(self.k_norm, k, row)
         return attend(q, k, v, row.segments)
 
-    def _groups(self, row: PackedRow, *heads: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    def _groups(self, row: PackedRow, *heads: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Split tensors of (T, heads, head_dim) by heads into `row.head_groups` parts."""
         return zip(*(tensor.chunk(row.head_groups, dim=1) for tensor in heads), strict=True)
 
-    def _heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return q, k and v as views of (T, heads, head_dim)."""
         heads = qkv.view(len(qkv), -1, self.head_dim)
         keys = self.query_heads + self.key_heads
         return heads[:, : self.query_heads], heads[:, self.query_heads : keys], heads[:, keys:]
 
-    def _rotated(self, norm: Any, heads: torch.Tensor, row: PackedRow) -> torch.Tensor:
+    def _rotated(self, norm: Any, heads: Tensor, row: PackedRow) -> Tensor:
         return self.ops.norm_rotate(heads, norm.weight, row.cos, row.sin, norm.variance_epsilon)
 
     def _attention_backward(
-        self, d_extended: torch.Tensor, kept: Kept, row: PackedRow
+        self, d_extended: Tensor, kept: Kept, row: PackedRow
     ) -> AdapterGradient:
         """Overwrite `kept.qkv` with its gradient; return that of o's adapter."""
         assert kept.qkv is not None
@@ -220,20 +213,12 @@ class FusedBlock:
             v.copy_(d_v)
         return total
 
-    def _rotated_backward(
-        self, norm: Any, d_out: torch.Tensor, heads: torch.Tensor, row: PackedRow
-    ) -> None:
+    def _rotated_backward(self, norm: Any, d_out: Tensor, heads: Tensor, row: PackedRow) -> None:
         self.ops.norm_rotate_backward(
             d_out, heads, norm.weight, row.cos, row.sin, norm.variance_epsilon
         )
 
-    def _mlp(
-        self,
-        x_mid: torch.Tensor,
-        row: PackedRow,
-        kept: list[torch.Tensor] | None,
-        out: torch.Tensor,
-    ) -> torch.Tensor:
+    def _mlp(self, x_mid: Tensor, row: PackedRow, kept: list[Tensor] | None, out: Tensor) -> Tensor:
         """Compute the MLP; return the products of its inner activation with down's A, (T, rank).
 
         Args:
@@ -255,9 +240,7 @@ class FusedBlock:
             del activated  # before that of the next chunk is allocated
         return torch.cat(lows)
 
-    def _mlp_backward(
-        self, d_extended: torch.Tensor, kept: Kept, row: PackedRow
-    ) -> list[torch.Tensor]:
+    def _mlp_backward(self, d_extended: Tensor, kept: Kept, row: PackedRow) -> list[Tensor]:
         """Return the gradients of the MLP's adapters; turn `d_extended` into that of `x_mid`."""
         assert kept.x_mid is not None
         assert kept.activated_low is not None

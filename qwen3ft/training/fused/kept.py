@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, field
 
-import torch
+from torch import Tensor
 
 from qwen3ft.training.fused.offload import HostStash, Stashed
 
@@ -26,14 +26,14 @@ class Kept:
         offloaded: Tensors in host memory, by name; gate_up has one per chunk.
     """
 
-    x: torch.Tensor | None
-    qkv: torch.Tensor | None = None
-    attended: torch.Tensor | None = None
-    log_sum_exp: torch.Tensor | None = None
-    attended_low: torch.Tensor | None = None
-    x_mid: torch.Tensor | None = None
-    gate_up: list[torch.Tensor] | None = None
-    activated_low: torch.Tensor | None = None
+    x: Tensor | None
+    qkv: Tensor | None = None
+    attended: Tensor | None = None
+    log_sum_exp: Tensor | None = None
+    attended_low: Tensor | None = None
+    x_mid: Tensor | None = None
+    gate_up: list[Tensor] | None = None
+    activated_low: Tensor | None = None
     offloaded: dict[str, list[Stashed]] = field(default_factory=dict)
 
     def offload(self, stash: HostStash, names: tuple[str, ...]) -> None:

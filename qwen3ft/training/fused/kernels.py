@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 import torch
 import triton
+from torch import Tensor
 
 from qwen3ft.training.fused import kernels_device as device
 from qwen3ft.training.fused import kernels_weights as weight_device
@@ -31,9 +32,9 @@ class TritonOps:
     @staticmethod
     def dequantize(
         weights: Sequence[FourBitWeight],
-        out: torch.Tensor,
-        beside: torch.Tensor | None = None,
-        below: torch.Tensor | None = None,
+        out: Tensor,
+        beside: Tensor | None = None,
+        below: Tensor | None = None,
     ) -> None:
         """Write the weights in one launch, bit for bit as bitsandbytes does."""
         key = tuple(map(id, weights))
@@ -48,7 +49,7 @@ class TritonOps:
             ReferenceOps.dequantize(weights, out, beside, below)
 
     @staticmethod
-    def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
+    def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
         """Store weight x / rms(x), a program a row."""
         tokens, hidden = x.shape
         unit, tile = _unit(x, out), triton.next_power_of_2(hidden)
@@ -63,7 +64,7 @@ class TritonOps:
 
     @staticmethod
     def rms_norm_backward(
-        d_out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float, d_x: torch.Tensor
+        d_out: Tensor, x: Tensor, weight: Tensor, eps: float, d_x: Tensor
     ) -> None:
         """Add the gradient with respect to x to `d_x`, a program a row."""
         tokens, hidden = x.shape
@@ -78,9 +79,7 @@ class TritonOps:
         )
 
     @staticmethod
-    def norm_rotate(
-        heads: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float
-    ) -> torch.Tensor:
+    def norm_rotate(heads: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
         """Return normed and rotated heads; head_dim must be a power of two."""
         tokens, count, head_dim = heads.shape
         out = torch.empty((tokens, count, head_dim), dtype=heads.dtype, device=heads.device)
@@ -98,12 +97,7 @@ class TritonOps:
 
     @staticmethod
     def norm_rotate_backward(
-        d_out: torch.Tensor,
-        heads: torch.Tensor,
-        weight: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        eps: float,
+        d_out: Tensor, heads: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float
     ) -> None:
         """Overwrite `heads` with its gradient; head_dim must be a power of two."""
         tokens, count, head_dim = heads.shape
@@ -119,7 +113,7 @@ class TritonOps:
         )
 
     @staticmethod
-    def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:
+    def silu_mul(gate_up: Tensor, out: Tensor) -> None:
         """Store silu(gate) x up."""
         tokens, size = out.shape
         unit, tiles = _unit(gate_up, out), triton.cdiv(size, 2048)
@@ -133,7 +127,7 @@ class TritonOps:
         )
 
     @staticmethod
-    def silu_mul_backward(d_out: torch.Tensor, gate_up: torch.Tensor) -> None:
+    def silu_mul_backward(d_out: Tensor, gate_up: Tensor) -> None:
         """Overwrite `gate_up` with its gradient, and `d_out` with the output."""
         tokens, size = d_out.shape
         unit, tiles = _unit(d_out, gate_up), triton.cdiv(size, 1024)
@@ -147,7 +141,7 @@ class TritonOps:
         )
 
     @staticmethod
-    def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
         """Return losses, and overwrite `logits` with its gradient.
 
         The softmax takes two passes: the first finds maximum and sum together (Milakov and
@@ -197,9 +191,7 @@ class _Group:
         self.tiles = sum(triton.cdiv(count, TILE_ROWS) for count in rows)
         self.column_tiles = triton.cdiv(self.columns // 8, TILE_WORDS)
 
-    def write(
-        self, out: torch.Tensor, beside: torch.Tensor | None, below: torch.Tensor | None
-    ) -> None:
+    def write(self, out: Tensor, beside: Tensor | None, below: Tensor | None) -> None:
         """Write the weights, and the two matrices beside and below, into `out`."""
         below_rows = 0 if below is None else len(below)
         grid = (
@@ -230,7 +222,7 @@ class _Group:
         )
 
 
-def _tensors(weight: FourBitWeight) -> tuple[torch.Tensor | None, ...]:
+def _tensors(weight: FourBitWeight) -> tuple[Tensor | None, ...]:
     nested = weight.nested_code, weight.nested_absmax, weight.nested_offset
     return weight.packed, weight.code, weight.absmax, *nested
 
@@ -239,7 +231,7 @@ _groups: dict[tuple[int, ...], _Group] = {}
 """Groups by the ids of their weights, while these are alive."""
 
 
-def _strides(*tensors: torch.Tensor) -> tuple[list[int], int]:
+def _strides(*tensors: Tensor) -> tuple[list[int], int]:
     """Return all strides but the last of each tensor, in units, and the unit (see `_unit`)."""
     strides = [stride for tensor in tensors for stride in tensor.stride()[:-1]]
     unit = 1 if any(stride % 8 for stride in strides) else 8
@@ -256,6 +248,6 @@ def _head_tile(head_dim: int) -> int:
     return max(1, 2048 // head_dim)
 
 
-def _unit(*tensors: torch.Tensor) -> int:
+def _unit(*tensors: Tensor) -> int:
     """Return the unit of row strides, which tells the compiler how rows are aligned."""
     return 8 if all(tensor.stride(0) % 8 == 0 for tensor in tensors) else 1

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
+from torch import Tensor
 
 
 class Fixed:
     """Tensors that are the same at each launch, with their addresses and kinds."""
 
-    def __init__(self, tensors: Sequence[torch.Tensor | None]) -> None:
+    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
         self.tensors = tuple(tensors)
         self.addresses = tuple(None if one is None else one.data_ptr() for one in tensors)
         self.kinds = tuple(_kind(tensor) for tensor in tensors)
@@ -24,7 +24,7 @@ _nothing = Fixed(())
 def launch(
     kernel: Any,
     grid: tuple[int, int, int],
-    tensors: tuple[torch.Tensor | None, ...],
+    tensors: tuple[Tensor | None, ...],
     numbers: tuple[float, ...],
     constants: tuple[Any, ...],
     fixed: Fixed = _nothing,
@@ -54,5 +54,5 @@ def launch(
         _compiled[key] = compiled
 
 
-def _kind(tensor: torch.Tensor | None) -> Any:
+def _kind(tensor: Tensor | None) -> Any:
     return None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16 == 0)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from qwen3ft.errors import OutOfMemoryError
 from qwen3ft.units import MIB, size_text
@@ -29,7 +30,7 @@ class Stashed:
     dtype: torch.dtype
     start: int
     size_bytes: int
-    returned: torch.Tensor | None = None
+    returned: Tensor | None = None
     arrived: torch.cuda.Event | None = None
 
 
@@ -44,17 +45,17 @@ class HostStash:
         on_gpu = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
         self._device = device
-        self._slabs: list[torch.Tensor] = []
+        self._slabs: list[Tensor] = []
         self._used_bytes = 0
         self._waiting = 0
-        self._leaving: deque[tuple[list[torch.Tensor], torch.cuda.Event]] = deque()
+        self._leaving: deque[tuple[list[Tensor], torch.cuda.Event]] = deque()
 
     @property
     def pinned_bytes(self) -> int:
         """Host memory allocated so far; it is reused by later steps."""
         return len(self._slabs) * SLAB_BYTES
 
-    def put(self, tensors: Sequence[torch.Tensor]) -> list[Stashed]:
+    def put(self, tensors: Sequence[Tensor]) -> list[Stashed]:
         """Start copying a block's tensors out.
 
         Those of the previous block may still be copying; work queued later waits for older ones.
@@ -93,7 +94,7 @@ class HostStash:
             self._copy_back(stashed)
         stashed.arrived = self._stream.record_event()
 
-    def take(self, stashed: Stashed) -> torch.Tensor:
+    def take(self, stashed: Stashed) -> Tensor:
         """Return the tensor on the device."""
         if stashed.returned is None:
             self.fetch(stashed)
@@ -106,7 +107,7 @@ class HostStash:
         assert stashed.returned is not None
         return stashed.returned
 
-    def _reserve(self, tensor: torch.Tensor, size_bytes: int) -> Stashed:
+    def _reserve(self, tensor: Tensor, size_bytes: int) -> Stashed:
         start, end = self._used_bytes, self._used_bytes + size_bytes
         while self.pinned_bytes < end:
             self._slabs.append(self._new_slab())
@@ -114,7 +115,7 @@ class HostStash:
         self._waiting += 1
         return Stashed(tensor.shape, tensor.dtype, start, size_bytes)
 
-    def _new_slab(self) -> torch.Tensor:
+    def _new_slab(self) -> Tensor:
         try:
             return torch.empty(SLAB_BYTES, dtype=torch.uint8, pin_memory=self._stream is not None)
         except RuntimeError as error:
@@ -125,7 +126,7 @@ class HostStash:
                 domain="host",
             ) from error
 
-    def _copy_out(self, sources: list[torch.Tensor], stashed: list[Stashed]) -> None:
+    def _copy_out(self, sources: list[Tensor], stashed: list[Stashed]) -> None:
         for source, each in zip(sources, stashed, strict=True):
             for slab, part in self._parts(each):
                 slab.copy_(source[part], non_blocking=True)
@@ -136,7 +137,7 @@ class HostStash:
         for slab, part in self._parts(stashed):
             target[part].copy_(slab, non_blocking=True)
 
-    def _parts(self, stashed: Stashed) -> Iterator[tuple[torch.Tensor, slice]]:
+    def _parts(self, stashed: Stashed) -> Iterator[tuple[Tensor, slice]]:
         """Yield pieces of slabs, and the bytes of the tensor in each."""
         position = stashed.start
         end = stashed.start + stashed.size_bytes

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-import torch
+from torch import Tensor
 
 from qwen3ft.training.fused.weights import FourBitWeight
 
@@ -21,9 +21,9 @@ class ElementWise(Protocol):
     def dequantize(
         self,
         weights: Sequence[FourBitWeight],
-        out: torch.Tensor,
-        beside: torch.Tensor | None = None,
-        below: torch.Tensor | None = None,
+        out: Tensor,
+        beside: Tensor | None = None,
+        below: Tensor | None = None,
     ) -> None:
         """Write `weights` of one input below each other into `out`.
 
@@ -34,32 +34,20 @@ class ElementWise(Protocol):
             below: Dense matrix to copy under their columns.
         """
 
-    def rms_norm(
-        self, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor
-    ) -> None:
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
         """Store weight x / rms(x), row by row of (T, hidden).
 
         Zhang and Sennrich 2019, arXiv:1910.07467.
         """
 
     def rms_norm_backward(
-        self,
-        d_out: torch.Tensor,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        eps: float,
-        d_x: torch.Tensor,
+        self, d_out: Tensor, x: Tensor, weight: Tensor, eps: float, d_x: Tensor
     ) -> None:
         """Add to `d_x` the gradient of `rms_norm` with respect to x; `d_out` is its output's."""
 
     def norm_rotate(
-        self,
-        heads: torch.Tensor,
-        weight: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        eps: float,
-    ) -> torch.Tensor:
+        self, heads: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float
+    ) -> Tensor:
         """Return queries or keys for attention: RMS norm of each head, then rotation.
 
         Rotary embedding: Su et al. 2021, arXiv:2104.09864, in the half-split form of transformers.
@@ -76,20 +64,14 @@ class ElementWise(Protocol):
         """
 
     def norm_rotate_backward(
-        self,
-        d_out: torch.Tensor,
-        heads: torch.Tensor,
-        weight: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        eps: float,
+        self, d_out: Tensor, heads: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float
     ) -> None:
         """Overwrite `heads`, the input of `norm_rotate`, with its gradient.
 
         `d_out` is the gradient of the output, (T, heads, head_dim); the others are as before.
         """
 
-    def silu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
+    def silu_mul(self, gate_up: Tensor, out: Tensor) -> None:
         """Store silu(gate) x up (Shazeer 2020, arXiv:2002.05202).
 
         Args:
@@ -97,13 +79,13 @@ class ElementWise(Protocol):
             out: (T, intermediate).
         """
 
-    def silu_mul_backward(self, d_out: torch.Tensor, gate_up: torch.Tensor) -> None:
+    def silu_mul_backward(self, d_out: Tensor, gate_up: Tensor) -> None:
         """Overwrite `gate_up` with its gradient, and `d_out` with the output of `silu_mul`.
 
         `d_out` is the gradient of the output, (T, intermediate).
         """
 
-    def cross_entropy(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return each target's negative log-likelihood; overwrite `logits` with its gradient.
 
         Args:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qwen3ft.planning.recompute import padded_rank
 from qwen3ft.training.fused.ops import ElementWise
@@ -29,10 +30,10 @@ from qwen3ft.training.fused.weights import FourBitWeight
 class AdapterGradient:
     """Gradients of A, (rank, in), and B, (out, rank), summed over chunks of tokens in fp32."""
 
-    a: torch.Tensor | None = None
-    b: torch.Tensor | None = None
+    a: Tensor | None = None
+    b: Tensor | None = None
 
-    def add(self, a: torch.Tensor, b: torch.Tensor) -> None:
+    def add(self, a: Tensor, b: Tensor) -> None:
         """Add the gradients of one chunk."""
         self.a = a if self.a is None else self.a.add_(a)
         self.b = b if self.b is None else self.b.add_(b)
@@ -66,25 +67,23 @@ class _Adapted:
         self.b = torch.zeros(self.out_features, self.rank, dtype=dtype, device=device)
 
     @property
-    def parameters(self) -> list[torch.Tensor]:
+    def parameters(self) -> list[Tensor]:
         """A and B of each projection, in the order of `gradients`."""
         return [p for pair in zip(self.down, self.up, strict=True) for p in pair]
 
     @property
-    def copies(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def copies(self) -> tuple[list[Tensor], list[Tensor]]:
         """A and s B of each projection, as views of `a` and `b`."""
         return self._blocks(self.a, self.b)
 
-    def gradients(self, total: AdapterGradient) -> list[torch.Tensor]:
+    def gradients(self, total: AdapterGradient) -> list[Tensor]:
         """Return the gradients of `parameters`; those of B lack the factor `scale`."""
         assert total.a is not None
         assert total.b is not None
         pairs = zip(*self._blocks(total.a, total.b), strict=True)
         return [part.contiguous() for pair in pairs for part in pair]
 
-    def _blocks(
-        self, a: torch.Tensor, b: torch.Tensor
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def _blocks(self, a: Tensor, b: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Return each projection's rows of `a` and block of `b`."""
         a_blocks, b_blocks, row, column = [], [], 0, 0
         for down, up in zip(self.down, self.up, strict=True):
@@ -97,60 +96,50 @@ class _Adapted:
 class SharedInput(_Adapted):
     """Projections of one narrow input to wide outputs: q, k, v, or gate, up."""
 
-    def new_input(self, tokens: int) -> torch.Tensor:
+    def new_input(self, tokens: int) -> Tensor:
         """Allocate [x | x A'], (tokens, in + rank), uninitialised."""
         return self.a.new_empty(tokens, self.in_features + self.rank)
 
-    def weight(self) -> torch.Tensor:
+    def weight(self) -> Tensor:
         """Dequantise to [W | s B], (out, in + rank)."""
         full = self.a.new_empty(self.out_features, self.in_features + self.rank)
         self.ops.dequantize(self.weights, full, beside=self.b)
         return full
 
-    def extend(self, extended: torch.Tensor) -> None:
+    def extend(self, extended: Tensor) -> None:
         """Write x A' to the right of x."""
         x, low = self._split(extended)
         torch.mm(x, self.a.t(), out=low)
 
-    def forward(
-        self, extended: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, extended: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
         """Return y, (tokens, out); call `extend` first."""
         return torch.mm(extended, weight.t(), out=out)
 
     def backward(
-        self,
-        d_out: torch.Tensor,
-        extended: torch.Tensor,
-        weight: torch.Tensor,
-        total: AdapterGradient,
-    ) -> torch.Tensor:
+        self, d_out: Tensor, extended: Tensor, weight: Tensor, total: AdapterGradient
+    ) -> Tensor:
         """Add the adapters' gradients to `total`; return dx, (tokens, in), a view."""
         x, low = self._split(extended)
         d_x, d_low = self._split(d_out @ weight)
         total.add(_sum_fp32(d_low.t(), x), _sum_fp32(d_out.t(), low))
         return d_x.addmm_(d_low, self.a)
 
-    def _split(self, extended: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _split(self, extended: Tensor) -> tuple[Tensor, Tensor]:
         return extended[:, : self.in_features], extended[:, self.in_features :]
 
 
 class SingleProjection(_Adapted):
     """One projection back to the residual stream: o, or down."""
 
-    def weight(self) -> torch.Tensor:
+    def weight(self) -> Tensor:
         """Dequantise to [W ; A], (out + rank, in)."""
         full = self.a.new_empty(self.out_features + self.rank, self.in_features)
         self.ops.dequantize(self.weights, full, below=self.a)
         return full
 
     def forward(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        residual: torch.Tensor,
-        out: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, x: Tensor, weight: Tensor, residual: Tensor, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return residual + y, (tokens, out), and x A', (tokens, rank)."""
         low = x @ self.a.t()
         # The adapter's part comes first: added to a rounded sum, it would vanish while it is below
@@ -159,20 +148,20 @@ class SingleProjection(_Adapted):
         result.addmm_(x, weight[: self.out_features].t())
         return result.add_(residual), low
 
-    def input_gradient(self, d_extended: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def input_gradient(self, d_extended: Tensor, weight: Tensor) -> Tensor:
         """Write dy s B to the right of dy, and return dx, (tokens, in)."""
         d_out, d_low = self._split(d_extended)
         torch.mm(d_out, self.b, out=d_low)
         return d_extended @ weight
 
     def adapter_gradient(
-        self, d_extended: torch.Tensor, x: torch.Tensor, low: torch.Tensor, total: AdapterGradient
+        self, d_extended: Tensor, x: Tensor, low: Tensor, total: AdapterGradient
     ) -> None:
         """Add the adapter's gradients to `total`; call `input_gradient` first."""
         d_out, d_low = self._split(d_extended)
         total.add(_sum_fp32(d_low.t(), x), _sum_fp32(d_out.t(), low))
 
-    def _split(self, d_extended: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _split(self, d_extended: Tensor) -> tuple[Tensor, Tensor]:
         return d_extended[:, : self.out_features], d_extended[:, self.out_features :]
 
 
@@ -192,7 +181,7 @@ def _require_plain_lora(module: Any) -> None:
         raise ValueError(f"The adapter is {', '.join(wrong)}; the fused path supports plain LoRA.")
 
 
-def _sum_fp32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def _sum_fp32(left: Tensor, right: Tensor) -> Tensor:
     """Multiply with fp32 sums, for products that sum over many tokens."""
     if left.is_cuda and left.dtype != torch.float32:
         return torch.mm(left, right, out_dtype=torch.float32)

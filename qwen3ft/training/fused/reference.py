@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from qwen3ft.training.fused.weights import FourBitWeight
 
@@ -15,9 +16,9 @@ class ReferenceOps:
     @staticmethod
     def dequantize(
         weights: Sequence[FourBitWeight],
-        out: torch.Tensor,
-        beside: torch.Tensor | None = None,
-        below: torch.Tensor | None = None,
+        out: Tensor,
+        beside: Tensor | None = None,
+        below: Tensor | None = None,
     ) -> None:
         """Write code x constant of each block (see `FourBitWeight`)."""
         columns, row = weights[0].in_features, 0
@@ -30,22 +31,20 @@ class ReferenceOps:
             out[row : row + len(below), :columns] = below
 
     @staticmethod
-    def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
+    def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
         """Store weight x / rms(x)."""
         wide = x.float()
         out.copy_(wide * _inverse_rms(wide, eps) * weight.float())
 
     @staticmethod
     def rms_norm_backward(
-        d_out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float, d_x: torch.Tensor
+        d_out: Tensor, x: Tensor, weight: Tensor, eps: float, d_x: Tensor
     ) -> None:
         """Add the gradient with respect to x to `d_x`."""
         d_x += _norm_gradient(d_out.float(), x.float(), weight.float(), eps)
 
     @staticmethod
-    def norm_rotate(
-        heads: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float
-    ) -> torch.Tensor:
+    def norm_rotate(heads: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
         """Return normed and rotated heads."""
         wide = heads.float()
         first, second = (wide * _inverse_rms(wide, eps) * weight.float()).chunk(2, dim=-1)
@@ -55,12 +54,7 @@ class ReferenceOps:
 
     @staticmethod
     def norm_rotate_backward(
-        d_out: torch.Tensor,
-        heads: torch.Tensor,
-        weight: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        eps: float,
+        d_out: Tensor, heads: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float
     ) -> None:
         """Overwrite `heads` with its gradient."""
         first, second = d_out.float().chunk(2, dim=-1)
@@ -69,13 +63,13 @@ class ReferenceOps:
         heads.copy_(_norm_gradient(d_normed, heads.float(), weight.float(), eps))
 
     @staticmethod
-    def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:
+    def silu_mul(gate_up: Tensor, out: Tensor) -> None:
         """Store silu(gate) x up."""
         gate, up = gate_up.float().chunk(2, dim=-1)
         out.copy_(torch.nn.functional.silu(gate) * up)
 
     @staticmethod
-    def silu_mul_backward(d_out: torch.Tensor, gate_up: torch.Tensor) -> None:
+    def silu_mul_backward(d_out: Tensor, gate_up: Tensor) -> None:
         """Overwrite `gate_up` with its gradient, and `d_out` with the output."""
         gate, up = gate_up.float().chunk(2, dim=-1)
         gradient, sigmoid = d_out.float(), torch.sigmoid(gate)
@@ -86,7 +80,7 @@ class ReferenceOps:
         gate_up.copy_(d_gate_up)
 
     @staticmethod
-    def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
         """Return losses, and overwrite `logits` with its gradient."""
         log_probabilities = torch.log_softmax(logits.float(), dim=-1)
         chosen = targets[:, None]
@@ -97,7 +91,7 @@ class ReferenceOps:
         return losses
 
 
-def _dequantize_one(weight: FourBitWeight, out: torch.Tensor) -> None:
+def _dequantize_one(weight: FourBitWeight, out: Tensor) -> None:
     constants = weight.absmax.float()
     if weight.nested_code is not None:
         assert weight.nested_absmax is not None
@@ -110,14 +104,12 @@ def _dequantize_one(weight: FourBitWeight, out: torch.Tensor) -> None:
     out.copy_(values.view(weight.out_features, weight.in_features))
 
 
-def _inverse_rms(wide: torch.Tensor, eps: float) -> torch.Tensor:
+def _inverse_rms(wide: Tensor, eps: float) -> Tensor:
     """Return 1 / sqrt(mean of squares + eps) over the last dimension, which is kept as 1."""
     return torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
 
 
-def _norm_gradient(
-    d_out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
-) -> torch.Tensor:
+def _norm_gradient(d_out: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return (g - n mean(n g)) / rms(x), with n = x / rms(x) and g = weight x d_out."""
     inverse = _inverse_rms(x, eps)
     normed, scaled = x * inverse, weight * d_out

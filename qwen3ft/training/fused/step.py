@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qwen3ft.planning.recompute import Level
 from qwen3ft.training.fused.attention import Segments
@@ -30,7 +31,7 @@ class _Pass:
 
     row: PackedRow
     kept: list[Kept]
-    d_extended: torch.Tensor
+    d_extended: Tensor
 
 
 class FusedStep:
@@ -80,7 +81,7 @@ class FusedStep:
         self._a_copies = [a for group in groups for a in group.copies[0]]
         self._b_copies = [b for group in groups for b in group.copies[1]]
 
-    def __call__(self, batch: dict[str, Any]) -> torch.Tensor:
+    def __call__(self, batch: dict[str, Any]) -> Tensor:
         """Return the summed negative log-likelihood in nats, a differentiable fp32 scalar.
 
         Args:
@@ -88,10 +89,10 @@ class FusedStep:
         """
         if not torch.is_grad_enabled():
             return self._evaluate(batch)
-        loss: torch.Tensor = _Step.apply(self, batch, *self.parameters)  # type: ignore[no-untyped-call]
+        loss: Tensor = _Step.apply(self, batch, *self.parameters)  # type: ignore[no-untyped-call]
         return loss
 
-    def forward(self, batch: dict[str, Any]) -> tuple[torch.Tensor, _Pass]:
+    def forward(self, batch: dict[str, Any]) -> tuple[Tensor, _Pass]:
         """Return the loss and the state for `backward`."""
         hidden, row = self._enter(batch)
         levels = self.choose_levels(len(hidden))
@@ -115,9 +116,9 @@ class FusedStep:
         loss = self._loss(hidden, batch, d_extended)
         return loss, _Pass(row, kept, d_extended)
 
-    def backward(self, state: _Pass, factor: torch.Tensor) -> list[torch.Tensor]:
+    def backward(self, state: _Pass, factor: Tensor) -> list[Tensor]:
         """Return `factor` times the gradients of `parameters`, in fp32."""
-        gradients: list[torch.Tensor] = []
+        gradients: list[Tensor] = []
         self.stash.settle()
         waiting = [kept for kept in state.kept if kept.offloaded]
         if waiting:
@@ -134,14 +135,14 @@ class FusedStep:
         torch._foreach_mul_(gradients, factor)
         return gradients
 
-    def _evaluate(self, batch: dict[str, Any]) -> torch.Tensor:
+    def _evaluate(self, batch: dict[str, Any]) -> Tensor:
         hidden, row = self._enter(batch)
         for block in self.blocks:
             x, hidden = hidden, torch.empty_like(hidden)
             block.forward(x, row, Level.RECOMPUTE_ALL, Kept(None), hidden)
         return self._loss(hidden, batch, None)
 
-    def _enter(self, batch: dict[str, Any]) -> tuple[torch.Tensor, PackedRow]:
+    def _enter(self, batch: dict[str, Any]) -> tuple[Tensor, PackedRow]:
         """Return the embedded tokens, (T, hidden), and the row that all blocks share."""
         device = self.embedding.device
         self._read_adapters()
@@ -167,9 +168,7 @@ class FusedStep:
         torch._foreach_copy_(self._a_copies, self._a)
         torch._foreach_copy_(self._b_copies, torch._foreach_mul(self._b, self.factors[1::2]))
 
-    def _loss(
-        self, hidden: torch.Tensor, batch: dict[str, Any], d_extended: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _loss(self, hidden: Tensor, batch: dict[str, Any], d_extended: Tensor | None) -> Tensor:
         """Return the summed loss; write its gradient with respect to `hidden` into `d_extended`."""
         rows, targets = (
             batch[name].to(hidden.device, non_blocking=True)
@@ -198,14 +197,14 @@ class _Step(torch.autograd.Function):
     """`FusedStep` as an autograd function."""
 
     @staticmethod
-    def forward(ctx: Any, step: FusedStep, batch: dict[str, Any], *_: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, step: FusedStep, batch: dict[str, Any], *_: Tensor) -> Tensor:
         """Return the loss."""
         loss, state = step.forward(batch)
         ctx.step, ctx.state = step, state
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *d_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *d_loss: Tensor) -> tuple[Tensor | None, ...]:
         """Return None for step and batch, then one gradient per parameter."""
         step, state = ctx.step, ctx.state
         ctx.state = None

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -28,15 +29,15 @@ class FourBitWeight:
         nested_block: Constants that share a second constant.
     """
 
-    packed: torch.Tensor
-    code: torch.Tensor
-    absmax: torch.Tensor
+    packed: Tensor
+    code: Tensor
+    absmax: Tensor
     out_features: int
     in_features: int
     block: int
-    nested_code: torch.Tensor | None = None
-    nested_absmax: torch.Tensor | None = None
-    nested_offset: torch.Tensor | None = None
+    nested_code: Tensor | None = None
+    nested_absmax: Tensor | None = None
+    nested_offset: Tensor | None = None
     nested_block: int = 256
 
     @classmethod
