@@ -1,17 +1,21 @@
-"""The contracts: configuration, errors, records, logs."""
+"""The contracts: configuration, errors, records, logs, and how the code is written."""
 
 from __future__ import annotations
 
+import ast
 import json
 import logging
 import pickle
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.schema_tools.validation import validate
+from support.plans import QWEN3_4B
 
 import qwen3ft
 from flows.cli.options import read_overrides
@@ -20,6 +24,8 @@ from qwen3ft import config, errors, logs
 from qwen3ft.config import TrainingConfig, load_config, parse_config
 from qwen3ft.errors import ConfigError, FinetuneError, error_kinds
 from qwen3ft.model.shapes import find_shape
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_the_defaults_are_the_specified_ones() -> None:
@@ -159,7 +165,7 @@ def test_parameter_counts_of_known_models() -> None:
     """Counted from the shape, Qwen3-4B has 4.02 B parameters, of which 3.63 B are quantised."""
     _, shape = find_shape("4b")
     assert shape.total_parameters == 4_022_468_096
-    assert shape.linear_parameters == 36 * 100_925_440
+    assert QWEN3_4B.linear_parameters == 36 * 100_925_440
 
 
 def test_public_names_are_there_and_import_no_torch() -> None:
@@ -202,3 +208,65 @@ def test_a_password_in_an_address_is_masked() -> None:
     """The user and password of a URL go, the host stays."""
     masked = logs.mask_secrets("postgresql://me:secret@db.example/x")
     assert masked == "postgresql://***@db.example/x"
+
+
+# --- how the code is written ---
+
+PRODUCT = ("qwen3ft", "flows", "tasks", "deployments")
+MODULES = {
+    path: ast.parse(path.read_text(encoding="utf-8"))
+    for folder in PRODUCT
+    for path in sorted((ROOT / folder).rglob("*.py"))
+}
+MOST_MODULES = 22
+
+
+def test_no_docstring_opens_with_a_question_word() -> None:
+    """Docstrings begin with a verb or a noun; so do strings under constants, and descriptions."""
+    opening = re.compile(r"\s*(What|Whether|Of|How|Those|Which)\b")
+    found = []
+    for path, tree in MODULES.items():
+        for node in ast.walk(tree):
+            described = isinstance(node, ast.keyword) and node.arg == "description"
+            text = node.value if described or isinstance(node, ast.Expr) else None
+            if not isinstance(text, ast.Constant) or not isinstance(text.value, str):
+                continue
+            if opening.match(text.value):
+                found.append(f"{path.relative_to(ROOT)}:{text.lineno}: {text.value[:60]}")
+    assert not found, "\n".join(found)
+
+
+def test_nothing_is_called_told() -> None:
+    """A name says what the thing is: a message, labels, lines, warnings."""
+    found = []
+    for path, tree in MODULES.items():
+        for node in ast.walk(tree):
+            names = [getattr(node, field, None) for field in ("id", "arg", "name", "attr")]
+            if {"told", "_told"} & {name for name in names if isinstance(name, str)}:
+                found.append(f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', '?')}")
+    assert not found, "\n".join(found)
+
+
+def test_every_public_name_is_defined_in_one_module() -> None:
+    """Top-level names without an underscore; a module's `logger` is its own."""
+    homes: dict[str, set[str]] = {}
+    for path, tree in MODULES.items():
+        for node in tree.body:
+            names: list[str] = []
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                names = [node.name]
+            elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                parts = (part for target in targets for part in ast.walk(target))
+                names = [part.id for part in parts if isinstance(part, ast.Name)]
+            for name in names:
+                if not name.startswith("_") and name != "logger":
+                    homes.setdefault(name, set()).add(str(path.relative_to(ROOT)))
+    twice = {name: sorted(places) for name, places in homes.items() if len(places) > 1}
+    assert not twice
+
+
+def test_no_folder_is_too_full_to_find_anything() -> None:
+    """A package of more modules wants to be two."""
+    counts = Counter(path.parent for path in MODULES if path.name != "__init__.py")
+    assert {folder: n for folder, n in counts.items() if n > MOST_MODULES} == {}
