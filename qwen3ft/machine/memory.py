@@ -50,11 +50,19 @@ class MemoryOptimizer:
     Args:
         max_memory_gb: The budget in GB; at most the memory of the device.
         device: 'cuda' for torch's current CUDA device, 'cpu' for resident memory.
+        check_every_seconds: Shortest time between two checks on a GPU.
     """
 
-    def __init__(self, max_memory_gb: float, device: Literal["cuda", "cpu"]) -> None:
+    def __init__(
+        self,
+        max_memory_gb: float,
+        device: Literal["cuda", "cpu"],
+        *,
+        check_every_seconds: float = CHECK_EVERY_SECONDS,
+    ) -> None:
         self.max_memory_gb = max_memory_gb
         self.device = device
+        self.check_every_seconds = check_every_seconds
         self._outside_bytes = CUDA_CONTEXT_BYTES  # of the process, outside torch's allocator
         self._peak_process_bytes = 0
         self._checked = float("-inf")
@@ -161,7 +169,7 @@ class MemoryOptimizer:
             OutOfMemoryError: of the domain gpu, or on a CPU of the domain host.
         """
         if self.device == "cuda":
-            if time.monotonic() - self._checked < CHECK_EVERY_SECONDS:
+            if time.monotonic() - self._checked < self.check_every_seconds:
                 return
             self._checked = time.monotonic()
         budget_bytes = int(self._total_gb() * GIB)

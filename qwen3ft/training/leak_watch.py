@@ -53,10 +53,14 @@ class LeakWatch(TrainerCallback):
     Args:
         memory: The budget and the present use of it.
         report: Folder for the counters of the step with the highest peak.
+        most_share: Largest share of time to spend on readings.
     """
 
-    def __init__(self, memory: MemoryOptimizer, report: Path) -> None:
+    def __init__(
+        self, memory: MemoryOptimizer, report: Path, *, most_share: float = MOST_SHARE
+    ) -> None:
         self.memory = memory
+        self.most_share = most_share
         self.peak = PeakRecorder(report, memory.device)
         self.spent_seconds = 0.0
         self.readings = 0
@@ -88,7 +92,7 @@ class LeakWatch(TrainerCallback):
         self.readings += 1
         spent_seconds = time.thread_time() - started
         self.spent_seconds += spent_seconds
-        pause_seconds = min(LONGEST_READING_PAUSE_SECONDS, spent_seconds / MOST_SHARE)
+        pause_seconds = min(LONGEST_READING_PAUSE_SECONDS, spent_seconds / self.most_share)
         self._next_reading = time.monotonic() + pause_seconds
 
     def on_evaluate(

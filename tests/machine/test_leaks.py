@@ -31,7 +31,7 @@ from qwen3ft.machine.memory import MemoryOptimizer
 from qwen3ft.machine.process_memory import private_bytes, reading_of
 from qwen3ft.records.training import AttemptOutcome, Failure
 from qwen3ft.recovery.adjust import Retry, decide
-from qwen3ft.training import checkpoint, faults, leak_watch
+from qwen3ft.training import checkpoint, faults
 from qwen3ft.training.leak_watch import LeakWatch
 from qwen3ft.units import GIB, MIB
 
@@ -221,18 +221,17 @@ def test_private_memory_counts_what_is_written_and_no_mapped_file(tmp_path: Path
 
 
 @pytest.fixture
-def train_steps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., tuple[LeakWatch, TrainerControl]]:
+def train_steps(tmp_path: Path) -> Callable[..., tuple[LeakWatch, TrainerControl]]:
     """Return a function that ends steps with `left_mib` left, calling `work` before each."""
-    monkeypatch.setattr(leak_watch, "MOST_SHARE", 1e6)  # every step, however short, is read
 
     def run(
         steps: int, left_mib: float, work: Callable[[], None], *, of_steps: int = 100_000
     ) -> tuple[LeakWatch, TrainerControl]:
         MemoryOptimizer(1.0, "cpu").cleanup_gpu_memory()  # else what is free hides growth
         budget_gb = (psutil.Process().memory_info().rss / MIB + left_mib) / 1024
-        watch = LeakWatch(MemoryOptimizer(budget_gb, "cpu"), tmp_path / "memory")
+        # Every step is read, however short it is.
+        memory = MemoryOptimizer(budget_gb, "cpu")
+        watch = LeakWatch(memory, tmp_path / "memory", most_share=1e6)
         args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, eval_steps=50)
         state, control = TrainerState(max_steps=of_steps), TrainerControl()
         for step in range(1, steps + 1):

@@ -18,7 +18,6 @@ import pytest
 
 from qwen3ft.config import load_config, parse_config
 from qwen3ft.errors import ConfigError, OutOfMemoryError
-from qwen3ft.machine import memory as memory_module
 from qwen3ft.machine import process_memory
 from qwen3ft.machine.gpus import CUDA_CONTEXT_BYTES, visible_gpus
 from qwen3ft.machine.memory import MemoryOptimizer
@@ -196,11 +195,10 @@ class FakeGpu:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
-    """Torch and NVML report a GPU that does not exist; steps are a second apart."""
+    """Torch and NVML report a GPU that does not exist."""
     gpu = FakeGpu()
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=gpu.cuda()))
     monkeypatch.setitem(sys.modules, "pynvml", gpu.nvml())
-    monkeypatch.setattr(memory_module, "CHECK_EVERY_SECONDS", 0.0)
     process_memory._nvml_device.cache_clear()
     yield gpu
     process_memory._nvml_device.cache_clear()
@@ -208,7 +206,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
 
 def test_memory_that_libraries_take_lowers_the_allocators_cap(gpu: FakeGpu) -> None:
     """Allocator and libraries together never exceed the budget; the cap never rises again."""
-    memory = MemoryOptimizer(8.0, "cuda")
+    memory = MemoryOptimizer(8.0, "cuda", check_every_seconds=0)
     gpu.allocated = gpu.reserved = 4.0
     memory.enforce_budget()
     assert gpu.fraction == 1.0, "less than was assumed: nothing to do"
@@ -221,7 +219,7 @@ def test_memory_that_libraries_take_lowers_the_allocators_cap(gpu: FakeGpu) -> N
 
 def test_a_process_above_its_budget_first_frees_unused_memory(gpu: FakeGpu) -> None:
     """Cached blocks make room for what a library took; training goes on."""
-    memory = MemoryOptimizer(8.0, "cuda")
+    memory = MemoryOptimizer(8.0, "cuda", check_every_seconds=0)
     gpu.allocated, gpu.reserved, gpu.beside = 4.0, 7.0, 1.5
     memory.enforce_budget()
     assert (gpu.cleaned, gpu.reserved) == (1, 4.0)
@@ -234,7 +232,7 @@ def test_a_process_that_stays_above_its_budget_is_stopped_before_others_are_hurt
     gpu: FakeGpu,
 ) -> None:
     """Out of memory on the GPU, with the shares of torch and of libraries."""
-    memory = MemoryOptimizer(8.0, "cuda")
+    memory = MemoryOptimizer(8.0, "cuda", check_every_seconds=0)
     gpu.allocated, gpu.reserved, gpu.beside = 6.0, 6.5, 2.5
     with pytest.raises(OutOfMemoryError) as caught:
         memory.enforce_budget()
@@ -246,10 +244,9 @@ def test_a_process_that_stays_above_its_budget_is_stopped_before_others_are_hurt
     json.dumps(caught.value.to_dict())
 
 
-def test_nvml_is_asked_at_most_once_a_second(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nvml_is_asked_at_most_once_a_second(gpu: FakeGpu) -> None:
     """Asking at each fast step would cost several per cent of it."""
-    monkeypatch.setattr(memory_module, "CHECK_EVERY_SECONDS", 60.0)
-    memory = MemoryOptimizer(8.0, "cuda")
+    memory = MemoryOptimizer(8.0, "cuda", check_every_seconds=60)
     for _ in range(100):
         memory.enforce_budget()
     assert gpu.asked == 1

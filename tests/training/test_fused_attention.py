@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from qwen3ft.training.fused import attention, offload
+from qwen3ft.training.fused import attention
 from qwen3ft.training.fused.attention import Segments, attend, attend_backward
 from qwen3ft.training.fused.offload import HostStash
 
@@ -130,12 +130,9 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
-def test_what_waits_in_host_memory_comes_back_bit_for_bit(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_waits_in_host_memory_comes_back_bit_for_bit(device: torch.device) -> None:
     """Tensors of any type return unchanged, prefetched or not, in one slab or several."""
-    monkeypatch.setattr(offload, "SLAB_BYTES", 1024)
-    stash = HostStash(device)
+    stash = HostStash(device, slab_bytes=1024)
     torch.manual_seed(0)
     originals = [
         torch.randn(7, 33, device=device),  # less than a slab
@@ -154,12 +151,9 @@ def test_what_waits_in_host_memory_comes_back_bit_for_bit(
         assert torch.equal(back, original)
 
 
-def test_host_memory_is_used_again_and_never_by_two(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_host_memory_is_used_again_and_never_by_two(device: torch.device) -> None:
     """A second step takes no more pinned memory than the first; waiting tensors stay intact."""
-    monkeypatch.setattr(offload, "SLAB_BYTES", 1024)
-    stash = HostStash(device)
+    stash = HostStash(device, slab_bytes=1024)
     for step in range(3):
         originals = [torch.full((600,), 10.0 * step + i, device=device) for i in range(4)]
         stashed = stash.put([tensor.clone() for tensor in originals])

@@ -17,7 +17,7 @@ from qwen3ft.errors import OutOfMemoryError
 from qwen3ft.units import MIB, size_text
 
 SLAB_BYTES = 64 * MIB
-"""Size of one allocation of pinned memory, because torch rounds up to powers of two."""
+"""A power of two, because torch rounds allocations of pinned memory up to one."""
 
 ALIGNMENT_BYTES = 512
 
@@ -39,12 +39,14 @@ class HostStash:
 
     Args:
         device: Device of the tensors; on a CPU they are copied at once.
+        slab_bytes: Size of one allocation of pinned memory.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, slab_bytes: int = SLAB_BYTES) -> None:
         on_gpu = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
         self._device = device
+        self._slab_bytes = slab_bytes
         self._slabs: list[Tensor] = []
         self._used_bytes = 0
         self._waiting = 0
@@ -53,7 +55,7 @@ class HostStash:
     @property
     def pinned_bytes(self) -> int:
         """Host memory allocated so far; it is reused by later steps."""
-        return len(self._slabs) * SLAB_BYTES
+        return len(self._slabs) * self._slab_bytes
 
     def put(self, tensors: Sequence[Tensor]) -> list[Stashed]:
         """Start copying a block's tensors out.
@@ -117,7 +119,8 @@ class HostStash:
 
     def _new_slab(self) -> Tensor:
         try:
-            return torch.empty(SLAB_BYTES, dtype=torch.uint8, pin_memory=self._stream is not None)
+            pinned = self._stream is not None
+            return torch.empty(self._slab_bytes, dtype=torch.uint8, pin_memory=pinned)
         except RuntimeError as error:
             raise OutOfMemoryError(
                 f"The host gave {size_text(self.pinned_bytes)} of pinned memory and refused more.",
@@ -142,8 +145,8 @@ class HostStash:
         position = stashed.start
         end = stashed.start + stashed.size_bytes
         while position < end:
-            index, offset = divmod(position, SLAB_BYTES)
-            size = min(SLAB_BYTES - offset, end - position)
+            index, offset = divmod(position, self._slab_bytes)
+            size = min(self._slab_bytes - offset, end - position)
             begin = position - stashed.start
             yield self._slabs[index][offset : offset + size], slice(begin, begin + size)
             position += size
