@@ -1,4 +1,4 @@
-"""The answer to a failed attempt: the next plan, or giving up with a reason."""
+"""Answer a failed attempt with the next plan, or give up with a reason."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qwen3ft.logs import get_logger
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.run_card import AttemptSummary
 from qwen3ft.records.training import Failure
-from qwen3ft.recovery.adjust import GiveUp, Retry, decide
+from qwen3ft.recovery.adjust import GiveUp, Retry, decide_retry
 from qwen3ft.training import checkpoint
 from tasks.names import adjust_name, name_of
 
@@ -29,16 +29,14 @@ def adjust_parameters(
     failure: Failure,
     history: Sequence[AttemptSummary],
 ) -> Retry | GiveUp:
-    """Clean up after the failed attempt, then decide.
-
-    Its memory went with its process; what a kill in the middle of a write left behind goes here.
-    """
+    """Clean up after the failed attempt, then decide what follows."""
     run = RunDir(Path(plan.run_dir))
+    # A kill in the middle of a write leaves a hidden folder.
     for leftover in run.attempt(plan.attempt).checkpoints.glob(".*"):
         shutil.rmtree(leftover, ignore_errors=True)
     folders = [job.checkpoints for job in run.attempts()]
     newest = checkpoint.newest_verified(folders, checkpoint.lineage(plan))
-    decision = decide(
+    decision = decide_retry(
         plan,
         failure,
         history,

@@ -1,4 +1,4 @@
-"""Stage 5: every setting of the first attempt, derived, with reasons and predicted memory."""
+"""Stage 5: derive every setting of the first attempt, with reasons and predicted memory."""
 
 from __future__ import annotations
 
@@ -40,5 +40,5 @@ def plan_training(
     adapter: AdapterSpec,
     dataset: DatasetManifest,
 ) -> TrainPlan:
-    """The first attempt's plan, not yet tied to a run."""
+    """Return the first attempt's plan, not yet tied to a run."""
     return build_plan(config, environment, model, adapter, dataset)

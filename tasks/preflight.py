@@ -1,4 +1,4 @@
-"""Stage 6: the plan's worst batches, run and measured before training."""
+"""Stage 6: run the plan's worst batches and measure their memory before training."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from prefect.cache_policies import NO_CACHE
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.jobs.folders import RunDir
-from qwen3ft.preflight.report import to_markdown
+from qwen3ft.preflight.report import preflight_markdown
 from qwen3ft.preflight.stage import measure_first
 from qwen3ft.records.machine import EnvironmentReport
 from qwen3ft.records.plan import TrainPlan
@@ -21,10 +21,8 @@ from tasks.artifacts import PREFLIGHT, show_markdown
 def run_preflight(
     config: TrainingConfig, environment: EnvironmentReport, plan: TrainPlan, run: RunDir
 ) -> TrainPlan:
-    """The plan to train with; what was measured goes to the run's page and to MLflow.
-
-    Its own cache is used instead of Prefect's, as `qwen3ft train` has no server in common with it.
-    """
+    """Return the plan to train with; measurements go to the run's page and to MLflow."""
+    # The preflight's own cache serves runs without a Prefect server too, unlike Prefect's.
     result = measure_first(config, environment, plan, run)
     if result.reports:
         _show(run, result.reports)
@@ -32,7 +30,7 @@ def run_preflight(
 
 
 def _show(run: RunDir, reports: tuple[PreflightReport, ...]) -> None:
-    markdown = to_markdown(reports)
+    markdown = preflight_markdown(reports)
     show_markdown(PREFLIGHT, markdown, "Memory predicted, and measured")
     journal = Journal(run)
     journal.json("preflight.json", [report.model_dump(mode="json") for report in reports])

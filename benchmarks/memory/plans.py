@@ -36,7 +36,7 @@ from qwen3ft.jobs.failures import translate
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.run_card import AttemptSummary
 from qwen3ft.records.training import Failure
-from qwen3ft.recovery.adjust import GiveUp, decide
+from qwen3ft.recovery.adjust import GiveUp, decide_retry
 from qwen3ft.training.faults import VARIABLE as FAULTS
 
 EXACT_TOLERANCE = 1e-12
@@ -65,7 +65,7 @@ def recover(plan: TrainPlan, faults: str) -> tuple[TrainPlan | GiveUp, list[Atte
             if failure is None:
                 return plan, history
             saved = sorted(Path(plan.run_dir).glob("attempts/*/checkpoints/step-*"))
-            decision = decide(
+            decision = decide_retry(
                 plan,
                 failure,
                 history,

@@ -1,9 +1,7 @@
-"""Which settings fit the memory budget: the fastest that is predicted to.
+"""Choose the fastest settings that are predicted to fit the memory budget.
 
-Guarantees: pure and deterministic; what is returned fits, and what is refused is refused with each
-part of the prediction and with what would fit (`qwen3ft.planning.refusal`). Sizes follow the
-device's total, not what is free at the moment: what other programs hold is for the environment
-check and for recovery.
+Pure and deterministic; what is returned fits, and a refusal lists each part of the prediction and
+what would fit (`qwen3ft.planning.refusal`).
 """
 
 from __future__ import annotations
@@ -14,33 +12,22 @@ from typing import Literal
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import ConfigError
 from qwen3ft.planning.footprint import predict_memory, total_bytes
-from qwen3ft.planning.fused_search import fastest_fused, fused_or_why_not, fused_reasons
-from qwen3ft.planning.packing import divisors
-from qwen3ft.planning.plain_settings import candidates, plain_reasons, with_evaluation
+from qwen3ft.planning.fused_search import fastest_fused, fused_reasons, why_not_fused
+from qwen3ft.planning.plain_settings import plain_candidates, plain_reasons, with_evaluation
 from qwen3ft.planning.refusal import nothing_fits
-from qwen3ft.planning.workload import FitRequest, Workload, padded_length, request_for
+from qwen3ft.planning.workload import FitRequest, Workload, request_for
 from qwen3ft.records.data import DatasetManifest
 from qwen3ft.records.machine import EnvironmentReport
 from qwen3ft.records.model import AdapterSpec, ModelSnapshot
 from qwen3ft.records.plan import MemoryPart
 from qwen3ft.units import GIB, gb
 
-__all__ = [
-    "Fit",
-    "choose",
-    "choose_workload",
-    "fit_or_none",
-    "kernels_of",
-    "largest_micro_batch_below",
-    "padded_length",
-]
-
 LARGEST_FUSED_EVAL_BATCH = 64
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A workload that fits, what it takes, and why it was taken."""
+    """A workload that fits, its predicted memory, and a reason for each derived setting."""
 
     work: Workload
     parts: tuple[MemoryPart, ...]
@@ -55,17 +42,17 @@ def choose_workload(
     adapter: AdapterSpec,
     dataset: DatasetManifest,
 ) -> Fit:
-    """The fused settings estimated to be fastest, or the first plain ones that fit.
+    """Return the fused settings estimated to be fastest, or the first plain ones that fit.
 
     Raises:
-        InsufficientMemoryError: nothing fits; lists each part, and what would fit.
-        ConfigError: the fused path was asked for and cannot run.
+        InsufficientMemoryError: Nothing fits; lists each part, and what would fit.
+        ConfigError: The fused path was asked for and cannot run.
     """
     return choose(request_for(config, environment, model, adapter, dataset))
 
 
 def choose(request: FitRequest) -> Fit:
-    """As `choose_workload`, without a model or rows on disk."""
+    """Choose as `choose_workload` does, without a model or rows on disk."""
     fit = fit_or_none(request)
     if fit is None:
         budget_gb, _ = _budget(request.config, request.environment)
@@ -74,7 +61,7 @@ def choose(request: FitRequest) -> Fit:
 
 
 def fit_or_none(request: FitRequest) -> Fit | None:
-    """As `choose`, but None if nothing fits."""
+    """Choose as `choose` does, but return None if nothing fits."""
     config, environment, first = request.config, request.environment, request.smallest_workload
     budget_gb, budget_reason = _budget(config, environment)
     kernels, why = kernels_of(request)
@@ -113,7 +100,7 @@ def _plain_fit(
     request: FitRequest, first: Workload, budget_gb: float, given: dict[str, str]
 ) -> Fit | None:
     config = request.config
-    every = list(candidates(config, first))
+    every = list(plain_candidates(config, first))
     leanest, share = every[-1]
     if total_bytes(predict_memory(leanest)) > int(share * budget_gb * GIB):
         return None
@@ -128,15 +115,15 @@ def _plain_fit(
 
 
 def kernels_of(request: FitRequest) -> tuple[Literal["fused", "plain"], str]:
-    """Which path is tried first, and why.
+    """Return the path that is tried first, and why.
 
     Raises:
-        ConfigError: the fused path was asked for and cannot run.
+        ConfigError: The fused path was asked for and cannot run.
     """
     config, environment, adapter = request.config, request.environment, request.adapter
     if config.kernels == "plain":
         return "plain", "Configured as 'plain'."
-    problem = fused_or_why_not(environment, request.compute_dtype, adapter)
+    problem = why_not_fused(environment, request.compute_dtype, adapter)
     if config.packing == "off":
         problem = "packing is 'off', and the fused path runs packed rows alone."
     if config.kernels == "auto":
@@ -165,9 +152,11 @@ def _device(request: FitRequest) -> str:
 
 
 def _budget(config: TrainingConfig, environment: EnvironmentReport) -> tuple[float, str]:
-    """The budget in GB, never above what the device has, and why."""
+    """Return the budget in GB, never above what the device has, and why."""
+    # The total, not what is free now: a plan should not depend on the moment. What other programs
+    # hold is up to the environment check and `qwen3ft.recovery.shared_gpu`.
     if environment.gpus:
-        total_gb, what = gb(environment.gpus[0].total_bytes), "the card"
+        total_gb, what = gb(environment.gpus[0].total_bytes), "the GPU"
     else:
         total_gb, what = gb(environment.host_total_bytes), "this machine"
     if config.max_memory_gb > total_gb:
@@ -176,8 +165,3 @@ def _budget(config: TrainingConfig, environment: EnvironmentReport) -> tuple[flo
             "lowered to that."
         )
     return config.max_memory_gb, f"As configured; {what} has {total_gb:.2f} GB."
-
-
-def largest_micro_batch_below(effective: int, current: int) -> int | None:
-    """The largest divisor of `effective` that is at most half of `current`; None below 1."""
-    return next((size for size in divisors(effective) if 2 * size <= current), None)

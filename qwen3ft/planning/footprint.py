@@ -1,8 +1,7 @@
-"""How much memory training takes, predicted from the model's shape: one number per part.
+"""Predict the memory of training from the model's shape, part by part.
 
-Guarantees: pure arithmetic on the shape, no model and no torch; every part carries its formula; the
-total never falls when the micro-batch, the sequence, the loss chunk or the rank grows. It is meant
-to err on the large side.
+Every part carries its formula, and the total never falls when the micro-batch, the sequence, the
+loss chunk or the rank grows. It is meant to err on the large side.
 
 The formulas are those of transformers' Qwen3 with SDPA attention under a padding mask, PEFT's fp32
 adapters on bitsandbytes' 4-bit layers, autocast where the model computes in bf16, and a loss whose
@@ -20,13 +19,14 @@ Packed rows have one mask of S x S bytes for all layers beside it, made from two
 
 `tests/planning/test_plan.py` holds this against what autograd really saves, and against peaks
 measured on an H100 with the 4B shape, from 3.3 to 26 GB: tensors lay within -1 and +6 % of them.
-Not covered: the moment of loading, other programs on the card, and the inference test.
+Not covered: the moment of loading, other programs on the GPU, and the inference test.
 """
 
 from __future__ import annotations
 
 from qwen3ft.machine.gpus import CUDA_CONTEXT_BYTES
-from qwen3ft.planning.fused_footprint import FusedSizes, fixed_parts, row_parts
+from qwen3ft.planning.fused_footprint import fixed_parts, row_parts
+from qwen3ft.planning.fused_sizes import FusedSizes
 from qwen3ft.planning.packing import row_tokens
 from qwen3ft.planning.workload import Workload
 from qwen3ft.records.plan import MemoryPart
@@ -35,20 +35,20 @@ from qwen3ft.units import GIB, gb, size_text
 CPU_PROCESS_BYTES = int(0.9 * GIB)
 """Resident memory of a process that has imported torch, transformers, PEFT and datasets."""
 
-SLACK = {"cuda": (int(0.2 * GIB), 0.07), "cpu": (0, 0.25)}
-"""What the allocator holds beyond what is in use: bytes, and a share of what comes and goes."""
+PLAIN_SLACK = {"cuda": (int(0.2 * GIB), 0.07), "cpu": (0, 0.25)}
+"""Memory the allocator holds beyond what is in use: bytes, and a share of what comes and goes."""
 
 
 def predict_memory(work: Workload) -> tuple[MemoryPart, ...]:
-    """The parts of the predicted peak, in bytes; their sum is the prediction.
+    """Return the parts of the predicted peak, in bytes; their sum is the prediction.
 
-    On CUDA this is what NVML shows for the process, on a CPU its resident memory.
+    On CUDA that is the memory NVML shows for the process, on a CPU its resident memory.
     """
     if work.memory.kernels == "fused":
         return _fused_parts(work)
     saved = _saved_activations(work)
     working = _working_memory(work, saved.bytes)
-    slack_bytes, slack_share = SLACK[work.device]
+    slack_bytes, slack_share = PLAIN_SLACK[work.device]
     return (
         *_fixed_parts(work),
         saved,
@@ -65,22 +65,21 @@ def predict_memory(work: Workload) -> tuple[MemoryPart, ...]:
 
 
 def total_bytes(parts: tuple[MemoryPart, ...]) -> int:
-    """The predicted peak."""
+    """Return the predicted peak in bytes."""
     return sum(part.bytes for part in parts)
 
 
 def _fused_parts(work: Workload) -> tuple[MemoryPart, ...]:
-    """The parts where the step is `qwen3ft.training.fused`."""
+    """Return the parts where the step is `qwen3ft.training.fused`."""
     sizes = FusedSizes(work)
-    beside = fixed_parts(sizes)
-    other = {part.name: part for part in beside}
-    fixed = (other.get(part.name, part) for part in _fixed_parts(work))
+    own = {part.name: part for part in fixed_parts(sizes)}
+    fixed = (own.get(part.name, part) for part in _fixed_parts(work))
     of_rows = row_parts(sizes)
     longest = row_tokens(work.memory.eval_batch_size * work.eval_tokens)
     evaluation = sizes.evaluation_bytes(longest) if longest > work.tokens else 0
-    # An evaluation comes after a step: no row is there, and no gradient; slack there is as before.
+    # An evaluation comes after a step, when rows and gradients are gone; slack stays.
     rows = sum(part.bytes for part in of_rows if part.name != "allocator slack")
-    gone = rows + other["gradients"].bytes
+    gone = rows + own["gradients"].bytes
     beyond = MemoryPart(
         name="evaluation",
         bytes=max(0, evaluation - gone),
@@ -100,7 +99,7 @@ def _process(work: Workload) -> MemoryPart:
 
 
 def _fixed_parts(work: Workload) -> tuple[MemoryPart, ...]:
-    """What does not depend on the batch."""
+    """Return the parts that do not depend on the batch."""
     shape, c = work.shape, work.compute_bytes
     linear, trained = shape.linear_parameters, work.adapter.trainable_parameters
     plain = shape.total_parameters - linear
@@ -141,11 +140,10 @@ def _fixed_parts(work: Workload) -> tuple[MemoryPart, ...]:
 
 
 def layer_bytes_per_token(work: Workload) -> int:
-    """Bytes that autograd keeps per token of one decoder layer (see the module docstring)."""
+    """Return the bytes autograd keeps per token of one decoder layer (see the module docstring)."""
     shape, adapter, c = work.shape, work.adapter, work.compute_bytes
     hidden, mlp = shape.hidden_size, shape.intermediate_size
-    query = shape.num_attention_heads * shape.head_dim
-    key = shape.num_key_value_heads * shape.head_dim
+    query, key = shape.query_features, shape.key_features
     norms = 2 * (4 + c) * hidden + 4 * query + 4 * key
     attention = 4 * c * query + 4 * shape.num_attention_heads + c * work.keys_per_query
     dropped = c * (5 * hidden + query + mlp) if adapter.dropout else 0
@@ -153,7 +151,7 @@ def layer_bytes_per_token(work: Workload) -> int:
 
 
 def _saved_activations(work: Workload) -> MemoryPart:
-    """What waits for backward when the loss is computed."""
+    """Return the activations that wait for the backward when the loss is computed."""
     c, layers, hidden = work.compute_bytes, work.shape.num_hidden_layers, work.shape.hidden_size
     # The last norm keeps its input in fp32; its output is kept whole and as trained rows.
     top = (4 + 2 * c) * hidden
@@ -175,7 +173,7 @@ def _saved_activations(work: Workload) -> MemoryPart:
 
 
 def _packed_mask(work: Workload) -> tuple[MemoryPart, ...]:
-    """The mask that keeps the sequences of a packed row apart, and what it is made of."""
+    """Return the mask that keeps the sequences of a packed row apart, and what it is made from."""
     if not work.memory.packing:
         return ()
     return (
@@ -188,7 +186,7 @@ def _packed_mask(work: Workload) -> tuple[MemoryPart, ...]:
 
 
 def _working_memory(work: Workload, saved_bytes: int) -> MemoryPart:
-    """The largest of what comes and goes: a loss chunk, one layer's backward, an evaluation."""
+    """Return the largest of a loss chunk, one layer's backward and an evaluation."""
     shape, c = work.shape, work.compute_bytes
     hidden, mlp = shape.hidden_size, shape.intermediate_size
     # Log-softmax output, its gradient, and the logits' gradient; all fp32. On a CPU the product is

@@ -1,7 +1,7 @@
-"""Which settings of the fused path fit the memory budget, and which of them is fastest.
+"""Find the fused settings that fit the memory budget and are estimated to be fastest.
 
-Guarantees: pure and deterministic; what is returned fits. What there is to choose from, and how
-fast each would be, is `qwen3ft.planning.fused_settings`.
+Pure and deterministic; what is returned fits. The candidates are
+`qwen3ft.planning.fused_settings`.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ from dataclasses import replace
 from functools import lru_cache
 
 from qwen3ft.planning.footprint import predict_memory, total_bytes
-from qwen3ft.planning.fused_footprint import FusedSizes
 from qwen3ft.planning.fused_settings import (
-    CHUNK_TOKENS,
     HOST_SHARE,
-    LOSS_CHUNK_TOKENS,
-    Option,
-    candidates,
-    every_option,
+    LOSS_CHUNKS_TOKENS,
+    MLP_CHUNKS_TOKENS,
+    Candidate,
+    combinations,
+    fused_candidates,
     head_groups,
-    step_seconds,
-    waiting_bytes,
+    host_bytes_needed,
 )
+from qwen3ft.planning.fused_sizes import FusedSizes
 from qwen3ft.planning.plain_settings import offload_optimizer_reason
 from qwen3ft.planning.recompute import Level
+from qwen3ft.planning.speed import ranking_seconds
 from qwen3ft.planning.workload import Workload
 from qwen3ft.records.machine import EnvironmentReport
 from qwen3ft.records.model import AdapterSpec
@@ -33,10 +33,10 @@ OLDEST_CAPABILITY = (8, 0)
 """Ampere: the first with bfloat16, which the kernels are written for."""
 
 
-def fused_or_why_not(
+def why_not_fused(
     environment: EnvironmentReport, compute_dtype: str, adapter: AdapterSpec
 ) -> str | None:
-    """None if the fused path can run here, else what is missing."""
+    """Return what the fused path lacks to run here; None if it can run."""
     if adapter.dropout:
         return f"lora_dropout is {adapter.dropout:g}; the fused path has none."
     if not environment.gpus:
@@ -59,7 +59,7 @@ def fastest_fused(
     recompute: str,
     host_bytes: int,
 ) -> Workload | None:
-    """The settings estimated to be fastest among those that fit; None if none does.
+    """Return the settings estimated to be fastest among those that fit; None if none does.
 
     Args:
         first: What is given: model, adapter, precision, longest rows.
@@ -69,56 +69,78 @@ def fastest_fused(
         recompute: `config.gradient_checkpointing`.
         host_bytes: Memory of the host.
     """
+    every = fused_candidates(first, effective_batch_size, typical_tokens, recompute, host_bytes)
     shape = first.shape
-    options = every_option(first, effective_batch_size, typical_tokens, recompute, host_bytes)
     weights_bytes = shape.linear_parameters // 2 + shape.embedding_parameters * first.compute_bytes
-    possible = [each for each in options if weights_bytes + each.least <= limit_bytes]
+    possible = [each for each in every if weights_bytes + each.least <= limit_bytes]
     possible.sort(key=lambda each: (each.least_seconds, each.place))
     fastest = _fastest(possible, limit_bytes)
     if fastest is None and first.device == "cuda" and not first.memory.offload_optimizer:
-        away = [
+        # Moments in host memory cost time in each step: the last resort.
+        lean = [
             replace(each, work=each.work.with_memory(offload_optimizer=True)) for each in possible
         ]
-        fastest = _fastest(away, limit_bytes)
+        fastest = _fastest(lean, limit_bytes)
     return fastest
 
 
-def _fastest(possible: list[Option], limit_bytes: int) -> Workload | None:
-    """Of options, the fastest at best first, the one that is fastest within the limit."""
+def _fastest(possible: list[Candidate], limit_bytes: int) -> Workload | None:
+    """Return the fastest candidate that fits; `possible` is sorted by best possible time."""
     best: tuple[float, int, Workload] | None = None
-    for option in possible:
-        if best is not None and option.least_seconds > best[0]:
+    for candidate in possible:
+        if best is not None and candidate.least_seconds > best[0]:
             break
-        fitted = _fill(option, limit_bytes)
+        fitted = _fill(candidate, limit_bytes)
         if fitted is None:
             continue
-        seconds = step_seconds(fitted, *option.asked)
-        if best is None or (seconds, option.place) < best[:2]:
-            best = seconds, option.place, fitted
+        seconds = ranking_seconds(fitted, *candidate.batch)
+        if best is None or (seconds, candidate.place) < best[:2]:
+            best = seconds, candidate.place, fitted
     return best[2] if best else None
 
 
+def _fill(candidate: Candidate, limit_bytes: int) -> Workload | None:
+    """Return its settings with as much room for rows as the budget leaves; None if too little."""
+    work, least, most = candidate.work, candidate.least, candidate.most
+    total_of_least = _total_bytes(work.with_memory(activation_bytes=least))
+    if total_of_least > limit_bytes:
+        return None
+    total_of_most = _total_bytes(work.with_memory(activation_bytes=most))
+    if total_of_most <= limit_bytes:
+        room = most
+    else:
+        # Everything but the rows is the same in both, so the total is linear in between.
+        share = (limit_bytes - total_of_least) / (total_of_most - total_of_least)
+        room = least + int(share * (most - least))
+    recompute = room < candidate.everything
+    return work.with_memory(activation_bytes=room, gradient_checkpointing=recompute)
+
+
 def most_frugal_fused(first: Workload, host_bytes: int) -> Workload:
-    """One sequence at a time, and everything else as it takes least."""
+    """Return the settings that take least: one sequence at a time, and every lever pulled."""
     first = first.with_memory(offload_optimizer=first.device == "cuda")
     blocks, settings = first.shape.num_hidden_layers, []
-    smallest = CHUNK_TOKENS[-1:], LOSS_CHUNK_TOKENS[-1:]
-    for work in candidates(first, (1,), *smallest, head_groups(first.shape)):
-        if waiting_bytes(work) <= HOST_SHARE * host_bytes:
+    smallest = MLP_CHUNKS_TOKENS[-1:], LOSS_CHUNKS_TOKENS[-1:]
+    for work in combinations(first, (1,), *smallest, head_groups(first.shape)):
+        if host_bytes_needed(work) <= HOST_SHARE * host_bytes:
             sizes = FusedSizes(work)
             recomputed = sizes.levels(work.tokens, 0)
-            levels = (
-                recomputed if first.memory.gradient_checkpointing else (Level.KEEP_ALL,) * blocks
-            )
+            may_recompute = first.memory.gradient_checkpointing
+            levels = recomputed if may_recompute else (Level.KEEP_ALL,) * blocks
             room_bytes = sizes.row_bytes(work.tokens, levels)
             settings.append(work.with_memory(activation_bytes=room_bytes))
     return min(settings, key=_total_bytes)
 
 
+@lru_cache(maxsize=1 << 15)
+def _total_bytes(work: Workload) -> int:
+    return total_bytes(predict_memory(work))
+
+
 def fused_reasons(
     effective_batch_size: int, work: Workload, peak_bytes: int, budget_gb: float
 ) -> dict[str, str]:
-    """Why each derived setting is what it is."""
+    """Return why each derived setting has its value."""
     memory = work.memory
     logits_tokens = min(memory.loss_chunk_tokens, work.tokens)
     accumulation = effective_batch_size // memory.micro_batch_size
@@ -152,24 +174,3 @@ def fused_reasons(
         "head_groups": f"The gradient of attention in {memory.head_groups} part(s) of the heads.",
         "predicted": f"For rows of {work.sequence_tokens} tokens, the longest there are.",
     }
-
-
-def _fill(option: Option, limit_bytes: int) -> Workload | None:
-    """Its work with as much for its rows as the budget leaves, or None if the least is too much."""
-    work, least, most = option.work, option.least, option.most
-    total_of_least = _total_bytes(work.with_memory(activation_bytes=least))
-    if total_of_least > limit_bytes:
-        return None
-    total_of_most = _total_bytes(work.with_memory(activation_bytes=most))
-    if total_of_most <= limit_bytes:
-        room = most
-    else:
-        # Whatever is not the rows' is the same for both, so the sum is linear in between.
-        share = (limit_bytes - total_of_least) / (total_of_most - total_of_least)
-        room = least + int(share * (most - least))
-    return work.with_memory(activation_bytes=room, gradient_checkpointing=room < option.everything)
-
-
-@lru_cache(maxsize=1 << 15)
-def _total_bytes(work: Workload) -> int:
-    return total_bytes(predict_memory(work))

@@ -1,9 +1,8 @@
-"""GPUs by name: what their makers publish, which speed estimates rest on. Data, and no torch.
+"""GPUs by name, with the figures that speed estimates rest on.
 
-Guarantees: numbers are those of NVIDIA's data sheets and architecture papers (dense bf16 products
-that accumulate in fp32, no sparsity; memory as the driver shows it, in GB of 2**30 bytes). Only
-the cards marked as measured were ever trained on by this project. Not covered: slices (MIG), power
-limits, and cards that have no bfloat16.
+The figures are those of NVIDIA's data sheets and architecture papers: dense bf16 products that
+accumulate in fp32, no sparsity; memory as the driver shows it. Only GPUs marked as measured were
+ever trained on by this project. Not covered: slices (MIG), power limits, and GPUs without bfloat16.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ class GpuSpec:
     """One kind of GPU.
 
     Attributes:
-        name: As people write it.
-        memory_gb: What a driver shows, in units of 2**30 bytes.
-        bf16_tflops: Peak of dense products in bf16, 1e12 operations a second.
-        bandwidth_gbps: Of its memory, 1e9 bytes a second.
+        name: Name as people write it.
+        memory_gb: Memory that the driver shows, in units of 2**30 bytes.
+        bf16_tflops: Peak of dense products in bf16, in 1e12 operations a second.
+        bandwidth_gbps: Bandwidth of its memory, in 1e9 bytes a second.
         capability: CUDA compute capability.
-        bus_gbps: To the host, one way, 1e9 bytes a second that a transfer reaches.
-        measured: Whether speed was measured on it.
+        bus_gbps: Rate that a transfer to the host reaches, one way, in 1e9 bytes a second.
+        measured: Whether this project measured speed on it.
     """
 
     name: str
@@ -38,7 +37,7 @@ class GpuSpec:
 
 
 PCIE_3, PCIE_4, PCIE_5 = 11.0, 22.0, 50.0
-"""1e9 bytes a second of a pinned transfer over 16 lanes."""
+"""Rate of a pinned transfer over 16 lanes, in 1e9 bytes a second."""
 
 GPU_SPECS = (
     GpuSpec("H200", 139.80, 989, 4800, "9.0", PCIE_5, measured=True),
@@ -59,29 +58,29 @@ GPU_SPECS = (
     GpuSpec("RTX 3090", 24.0, 71, 936, "8.6", PCIE_4),
     GpuSpec("RTX 3060", 12.0, 25.6, 360, "8.6", PCIE_4),
 )
-"""SXM modules where a name has several forms and none is said."""
+"""A name that exists in several forms means the SXM module."""
 
 _NOISE = re.compile(r"nvidia|geforce|tesla|graphics|generation|sxm\d?|hbm\w*|nvl|[\s_-]+|rtx")
 _UNCLEAR = {"a100": "A100 80GB", "h10080gb": "H100", "a10080gbpcie": "A100 80GB"}
 
 
 def find_gpu_spec(text: str) -> GpuSpec | None:
-    """The card that a person or a driver calls `text`; None if it is none of these."""
+    """Return the GPU that a person or a driver calls `text`; None if it is unknown."""
     wanted = _NOISE.sub("", text.lower())
     wanted = _NOISE.sub("", _UNCLEAR.get(wanted, text).lower())
-    return next((card for card in GPU_SPECS if _NOISE.sub("", card.name.lower()) == wanted), None)
+    return next((gpu for gpu in GPU_SPECS if _NOISE.sub("", gpu.name.lower()) == wanted), None)
 
 
 def require_gpu_spec(text: str) -> GpuSpec:
-    """As `find_gpu_spec`.
+    """Return the GPU that a person or a driver calls `text`.
 
     Raises:
-        ConfigError: it is none of these; they are listed.
+        ConfigError: It is unknown; the known ones are listed.
     """
-    if (card := find_gpu_spec(text)) is None:
+    if (gpu := find_gpu_spec(text)) is None:
         raise ConfigError(
             f"No GPU {text!r} is known.",
-            why="Known are " + ", ".join(card.name for card in GPU_SPECS) + ".",
+            why="Known are " + ", ".join(gpu.name for gpu in GPU_SPECS) + ".",
             next_command=f'qwen3ft plan --gpu "{GPU_SPECS[0].name}"',
         )
-    return card
+    return gpu

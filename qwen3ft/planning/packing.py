@@ -1,14 +1,9 @@
-"""Which sequences share a micro-batch: the plan of an epoch, from lengths alone.
+"""Pack the sequences of an optimizer step into micro-batches, from their lengths alone.
 
-An effective batch is what one optimizer step sees. Its sequences are packed one after the other
-into rows of at most `capacity_tokens`, so that (nearly) no slot is padding and as few micro-batches
-as possible are run: each one pays for dequantising all weights and for every kernel launch.
-
-Guarantees: pure and deterministic; no sequence is split, left out or repeated; no micro-batch is
-over the capacity. Which sequences share an optimizer step, and their order, depends on seed and
-epoch alone, never on the capacity, so a run that continues with another one sees the same effective
-batches. Fewest possible micro-batches is bin packing, which is NP-hard: there are never more than
-best-fit decreasing needs. Not covered: what a row looks like, which is `qwen3ft.training.batches`.
+The sequences of a step are laid one after the other into rows of at most `capacity_tokens`, with
+nearly no padding. No sequence is split, left out or repeated. Which sequences share a step, and
+their order, depends on seed and epoch alone, never on the capacity, so a run that continues with
+another capacity sees the same steps. `qwen3ft.training.batches` builds the rows.
 """
 
 from __future__ import annotations
@@ -16,37 +11,21 @@ from __future__ import annotations
 import bisect
 import heapq
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 ROW_MULTIPLE_TOKENS = 32
-"""Packed rows are padded to a multiple of this: tensor cores and attention masks want 8 or 16, and
-fewer different shapes are cheaper."""
+"""Multiple of tokens that packed rows are padded to: tensor cores and attention masks need 8 or 16,
+and fewer different shapes are cheaper."""
 
 Lengths = Sequence[int] | NDArray[np.integer]
 """Tokens of each sequence, shape (sequences,)."""
 
 
-class WorstCase(NamedTuple):
-    """The extremes of a plan; what memory has to be there for."""
-
-    micro_batch_tokens: int
-    """Most tokens of any micro-batch, before its row is padded."""
-    row_tokens: int
-    """The same, as it is run: a multiple of `ROW_MULTIPLE_TOKENS`."""
-    sequence_tokens: int
-    """The longest sequence."""
-    micro_batches: int
-    """Micro-batches in all."""
-    micro_batches_per_step: int
-    """Most micro-batches of any optimizer step."""
-
-
 def pack(lengths: Lengths, capacity_tokens: int) -> list[list[int]]:
-    """Group sequences into micro-batches of at most `capacity_tokens`, few and of like size.
+    """Group sequences into few micro-batches of like size, of at most `capacity_tokens`.
 
     For k = ceil(tokens / capacity) micro-batches and upwards: the longest sequence first into the
     least filled one (LPT; Graham 1969, doi:10.1137/0117039), which balances best; where that does
@@ -75,6 +54,8 @@ def pack(lengths: Lengths, capacity_tokens: int) -> list[list[int]]:
         )
     longest_first = sorted(range(len(tokens)), key=lambda index: (-tokens[index], index))
     count = -(-sum(tokens) // capacity_tokens)
+    # Each micro-batch pays for dequantising all weights and for every kernel launch, so fewer are
+    # better. The fewest possible is bin packing, which is NP-hard: count upwards with heuristics.
     while True:
         groups = _least_filled(tokens, longest_first, count, capacity_tokens)
         groups = groups or _multifit(tokens, longest_first, count, capacity_tokens)
@@ -84,7 +65,7 @@ def pack(lengths: Lengths, capacity_tokens: int) -> list[list[int]]:
 
 
 def rows_at_a_time(lengths: Lengths, micro_batch_size: int) -> list[list[int]]:
-    """The plain twin of `pack`: neighbours, `micro_batch_size` sequences each, to be padded."""
+    """Group neighbours, `micro_batch_size` sequences each, to be padded instead of packed."""
     positions = list(range(len(lengths)))
     return [
         positions[start : start + micro_batch_size]
@@ -95,67 +76,37 @@ def rows_at_a_time(lengths: Lengths, micro_batch_size: int) -> list[list[int]]:
 def epoch_order(
     lengths: Lengths, effective_batch_size: int, seed: int, epoch: int
 ) -> Iterator[NDArray[np.int64]]:
-    """The effective batches of an epoch, as row numbers: shuffled by (seed, epoch) alone.
+    """Yield the row numbers of each optimizer step of an epoch, shuffled by (seed, epoch) alone.
 
-    Which rows share an optimizer step is random; within it rows of like length stand together,
-    longest first, so that padded micro-batches carry little padding and memory peaks early. The
-    last batch holds what is left. NumPy's RandomState is used because its stream is frozen (NEP
-    19): a run that continues after an upgrade sees the same order.
+    Rows of a step are sorted by length, longest first. The last step holds what is left.
     """
     tokens = np.asarray(lengths)
+    # The stream of NumPy's RandomState is frozen (NEP 19), so a run that continues after an upgrade
+    # sees the same order.
     bits = np.random.MT19937(np.random.SeedSequence((seed, epoch)))
     order = np.random.RandomState(bits).permutation(len(tokens)).astype(np.int64)
     for start in range(0, len(order), effective_batch_size):
         batch = order[start : start + effective_batch_size]
+        # Rows of like length stand together, so that padded micro-batches carry little padding;
+        # the longest come first, so that memory peaks early.
         yield batch[np.lexsort((batch, -tokens[batch]))]
 
 
-def epoch_batches(
-    lengths: Lengths, effective_batch_size: int, capacity_tokens: int, seed: int, epoch: int
-) -> Iterator[list[list[int]]]:
-    """Each optimizer step of an epoch as its packed micro-batches of row numbers.
-
-    Known before any row is read: `lengths` is all it takes. Made one step at a time.
-
-    Raises:
-        ValueError: as `pack`, at the step that holds the sequence.
-    """
-    tokens = np.asarray(lengths)
-    for batch in epoch_order(tokens, effective_batch_size, seed, epoch):
-        groups = pack(tokens[batch].tolist(), capacity_tokens)
-        yield [[int(batch[position]) for position in group] for group in groups]
-
-
-def worst_case(lengths: Lengths, steps: Iterable[Sequence[Sequence[int]]]) -> WorstCase:
-    """The extremes of `steps`, as `epoch_batches` gives them; all zero where there are none."""
-    most_tokens = longest = most_micro_batches = micro_batches = 0
-    for step in steps:
-        micro_batches += len(step)
-        most_micro_batches = max(most_micro_batches, len(step))
-        for rows in step:
-            tokens = [int(lengths[row]) for row in rows]
-            most_tokens = max(most_tokens, sum(tokens))
-            longest = max(longest, *tokens)
-    return WorstCase(
-        most_tokens, row_tokens(most_tokens), longest, micro_batches, most_micro_batches
-    )
-
-
 def divisors(number: int) -> list[int]:
-    """Divisors, largest first."""
+    """Return the divisors of `number`, largest first."""
     small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
     return sorted({*small, *(number // size for size in small)}, reverse=True)
 
 
 def row_tokens(tokens: int, multiple: int = ROW_MULTIPLE_TOKENS) -> int:
-    """`tokens` rounded up to a multiple of `multiple`: the slots of a packed row."""
+    """Round `tokens` up to a multiple of `multiple`: the slots of a packed row."""
     return -(-tokens // multiple) * multiple
 
 
 def _least_filled(
     tokens: Sequence[int], longest_first: Sequence[int], count: int, capacity_tokens: int
 ) -> list[list[int]] | None:
-    """Longest processing time first into `count` groups; None if one would be over capacity."""
+    """Put the longest first into the least filled of `count` groups; None if one gets too full."""
     groups: list[list[int]] = [[] for _ in range(count)]
     filled = [(0, group) for group in range(count)]
     for index in longest_first:
@@ -171,7 +122,7 @@ def _least_filled(
 def _multifit(
     tokens: Sequence[int], longest_first: Sequence[int], count: int, capacity_tokens: int
 ) -> list[list[int]] | None:
-    """Best-fit decreasing into at most `count` groups, as level as bisection finds them."""
+    """Fill at most `count` groups best-fit decreasing, as evenly as bisection finds; else None."""
     best = _best_fit(tokens, longest_first, capacity_tokens)
     if len(best) > count:
         return None
@@ -190,7 +141,7 @@ def _multifit(
 def _best_fit(
     tokens: Sequence[int], longest_first: Sequence[int], capacity_tokens: int
 ) -> list[list[int]]:
-    """Each sequence into the fullest group that has room for it, else into a new one."""
+    """Put each sequence into the fullest group that has room for it, else into a new one."""
     groups: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (tokens left, group), ascending
     for index in longest_first:

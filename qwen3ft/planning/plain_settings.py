@@ -1,7 +1,4 @@
-"""Candidates of the plain path, transformers and PEFT, and why one was taken.
-
-Guarantees: pure and deterministic; from fast to frugal, so the first that fits is taken.
-"""
+"""Candidates of the plain path (transformers and PEFT), from fast to frugal."""
 
 from __future__ import annotations
 
@@ -11,16 +8,18 @@ from collections.abc import Iterator
 from qwen3ft.config import TrainingConfig
 from qwen3ft.planning.footprint import predict_memory, total_bytes
 from qwen3ft.planning.packing import divisors
-from qwen3ft.planning.workload import SMALLEST_LOSS_CHUNK_TOKENS, Workload
+from qwen3ft.planning.workload import (
+    SMALLEST_LOSS_CHUNK_TOKENS,
+    SMALLEST_PLANNED_LOSS_CHUNK_TOKENS,
+    Workload,
+)
 from qwen3ft.records.plan import MemorySettings
 from qwen3ft.units import gb
 
-LOSS_CHUNK_TOKENS = 4096
-LAST_RESORT_LOSS_CHUNK_TOKENS = 128
-"""Taken only where nothing else fits; it leaves recovery no smaller one."""
+LARGEST_LOSS_CHUNK_TOKENS = 4096
 
 KEEP_ALL_SHARE = 0.85
-"""Share of the budget up to which nothing is recomputed; what lies above is a reserve."""
+"""Share of the budget that a plan without recomputation may take; the rest is a reserve."""
 
 CPU_EVAL_BATCH_SIZE = 32
 
@@ -34,25 +33,23 @@ PLAIN_REASONS = dict.fromkeys(
     ),
     "A setting of the fused path alone.",
 )
-"""Why the plain path leaves them as they are."""
+"""Reasons for the levers that the plain path leaves as they are."""
 
 
-def candidates(config: TrainingConfig, first: Workload) -> Iterator[tuple[Workload, float]]:
-    """Workloads from fast to frugal, each with the share of the budget it may take.
-
-    Recomputation comes before a smaller micro-batch: it costs about a third more compute, while
-    halving the micro-batch pays the dequantisation of all weights and every kernel launch twice.
-    Padded rows come before it too, where it is the wide mask of a packed row that does not fit.
-    """
+def plain_candidates(config: TrainingConfig, first: Workload) -> Iterator[tuple[Workload, float]]:
+    """Yield workloads from fast to frugal, each with the share of the budget it may take."""
     modes = {"auto": (False, True), "on": (True,), "off": (False,)}[config.gradient_checkpointing]
     packed = first.memory.packing
     packings = (True, False) if packed and config.packing == "auto" else (packed,)
     for micro_batch_size in divisors(config.effective_batch_size):
         if micro_batch_size > config.batch_size:
             continue
+        # Recomputation comes before a smaller micro-batch: it costs about a third more compute,
+        # while half the micro-batch pays for all dequantisation and every launch twice. Padded
+        # rows come before it too: it may be the wide mask of a packed row that does not fit.
         for packing, recompute in itertools.product(packings, modes):
-            chunk_tokens = LOSS_CHUNK_TOKENS
-            while chunk_tokens >= SMALLEST_LOSS_CHUNK_TOKENS:
+            chunk_tokens = LARGEST_LOSS_CHUNK_TOKENS
+            while chunk_tokens >= SMALLEST_PLANNED_LOSS_CHUNK_TOKENS:
                 work = first.with_memory(
                     micro_batch_size=micro_batch_size,
                     packing=packing,
@@ -65,22 +62,23 @@ def candidates(config: TrainingConfig, first: Workload) -> Iterator[tuple[Worklo
 
 
 def most_frugal(first: Workload) -> Workload:
-    """One row at a time, and everything else that keeps the result."""
+    """Return the settings that take least: one row at a time, and every lever pulled."""
     return first.with_memory(
-        loss_chunk_tokens=LAST_RESORT_LOSS_CHUNK_TOKENS,
+        loss_chunk_tokens=SMALLEST_LOSS_CHUNK_TOKENS,
         offload_activations=first.device == "cuda" and first.memory.gradient_checkpointing,
         offload_optimizer=first.device == "cuda",
     )
 
 
 def with_evaluation(work: Workload, limit_bytes: int) -> Workload:
-    """`work` with the largest evaluation batch worth having.
+    """Return `work` with the largest evaluation batch worth having.
 
-    On a GPU that is one, up to twice the micro-batch, that does not raise the peak; on a CPU, where
-    small batches waste most of the time, one of up to 32 rows that fits.
+    On a GPU it may not raise the peak, and has at most twice the micro-batch; on a CPU it has to
+    fit, and has up to 32 rows.
     """
     wanted = 2 * work.memory.micro_batch_size
     if work.device == "cpu":
+        # Small batches waste most of a CPU's time.
         wanted = max(wanted, CPU_EVAL_BATCH_SIZE)
     else:
         limit_bytes = total_bytes(predict_memory(work))
@@ -93,16 +91,16 @@ def with_evaluation(work: Workload, limit_bytes: int) -> Workload:
 
 
 def offload_optimizer_reason(memory: MemorySettings) -> str:
-    """Why its moments are where they are."""
+    """Return why the optimizer's moments are where they are."""
     if memory.offload_optimizer:
         return "Nothing else fits; gradients go to the host and parameters back at each step."
-    return "Not needed: the card updates faster."
+    return "Not needed: the GPU updates faster."
 
 
 def plain_reasons(
     config: TrainingConfig, work: Workload, peak_bytes: int, budget_gb: float
 ) -> dict[str, str]:
-    """Why each derived setting is what it is."""
+    """Return why each derived setting has its value."""
     memory = work.memory
     logits_tokens = min(memory.loss_chunk_tokens, work.tokens)
     fits = f"the predicted peak is {gb(peak_bytes):.2f} of {budget_gb:.2f} GB"

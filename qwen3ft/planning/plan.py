@@ -1,9 +1,7 @@
-"""From what is asked and what is there to one fully resolved training attempt.
+"""Resolve a config, a machine, a model and its data into the plan of a training attempt.
 
-Guarantees: pure and deterministic, no torch; the effective batch is exactly the one asked for; the
-predicted peak of a plan that exists fits its budget; each derived value has its reason in a
-sentence. How memory is predicted is `qwen3ft.planning.footprint`, what fits is
-`qwen3ft.planning.fit`.
+Pure and deterministic. The effective batch is exactly the one asked for, the predicted peak fits
+the budget, and each derived value has its reason in a sentence.
 """
 
 from __future__ import annotations
@@ -45,20 +43,20 @@ def build_plan(
     run_id: str = "",
     run_dir: str = "",
 ) -> TrainPlan:
-    """The first attempt: the fastest settings predicted to fit the budget.
+    """Return the plan of the first attempt: the fastest settings predicted to fit the budget.
 
     Args:
-        config: What is asked.
-        environment: Where it runs.
-        model: The quantised base.
-        adapter: What is trained.
-        dataset: Rows and their lengths.
+        config: The run's settings.
+        environment: The machine.
+        model: The quantised base model.
+        adapter: The adapter that is trained.
+        dataset: The rows and their lengths.
         run_id: Name of the run; empty for a plan that belongs to none yet.
         run_dir: The run's folder.
 
     Raises:
-        InsufficientMemoryError: nothing fits; lists each part, and what would fit.
-        DataLoadingError: there is no row to train on.
+        InsufficientMemoryError: Nothing fits; lists each part, and what would fit.
+        DataLoadingError: There is no row to train on.
     """
     if dataset.train.rows == 0:
         raise DataLoadingError(
@@ -101,7 +99,7 @@ def build_plan(
 
 
 def repredict(plan: TrainPlan) -> TrainPlan:
-    """`plan` with its prediction brought up to date with its settings."""
+    """Return `plan` with the memory predicted anew for its settings."""
     return plan.model_copy(update={"predicted": predict_memory(workload_of(plan))})
 
 

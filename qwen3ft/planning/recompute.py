@@ -1,8 +1,8 @@
-"""What a block of the fused path keeps for its backward: levels, their bytes, and which to take.
+"""Levels of recomputation: what a block of the fused path keeps for its backward, in bytes.
 
-Guarantees: pure arithmetic, no torch. Each level keeps less than the one before and computes again
-what it drops. Per token of one block (c: bytes of the compute type; H, I: hidden and MLP size;
-Q, K: features of all query / key-value heads; h: query heads; r: ranks, padded to 8):
+Each level keeps less than the one before and computes again what it drops. Bytes per token of one
+block (c: bytes of the compute type; H, I: hidden and MLP size; Q, K: features of all query /
+key-value heads; h: query heads; r: ranks, padded to 8):
 
     always             c H + 2 c r      the block's input; two products with A
     RECOMPUTE_ALL      -                attention runs again
@@ -25,7 +25,7 @@ RANK_MULTIPLE = 8
 
 
 class Level(IntEnum):
-    """What is computed again in the backward; each includes those before it."""
+    """Amount of recomputation in a block's backward; each level includes those before it."""
 
     KEEP_ALL = 0
     OFFLOAD_GATE_UP = 1
@@ -35,8 +35,8 @@ class Level(IntEnum):
     RECOMPUTE_ALL = 5
 
     @property
-    def repeats(self) -> str:
-        """What the backward computes again, in words."""
+    def recomputed(self) -> str:
+        """Names of what the backward computes again."""
         words = {
             Level.RECOMPUTE_GATE_UP: "gate and up",
             Level.RECOMPUTE_QKV: "gate, up, q, k and v",
@@ -47,19 +47,18 @@ class Level(IntEnum):
 
 
 ON_DEVICE = tuple(level for level in Level if level != Level.OFFLOAD_GATE_UP)
-"""Levels that need no host memory, finest first; each keeps less than the one before."""
+"""Levels that need no host memory, finest first."""
 
 
 def padded_rank(ranks: int) -> int:
-    """Columns that adapters of `ranks` rows in all take."""
+    """Return the columns that adapters with `ranks` rows in all take."""
     return -(-ranks // RANK_MULTIPLE) * RANK_MULTIPLE
 
 
 def kept_bytes_per_token(shape: ModelShape, rank: int, compute_bytes: int, level: Level) -> int:
-    """Bytes that one block keeps per token at `level` (see the module docstring)."""
+    """Return the bytes that one block keeps per token at `level` (see the module docstring)."""
     c, hidden = compute_bytes, shape.hidden_size
-    query = shape.num_attention_heads * shape.head_dim
-    key = shape.num_key_value_heads * shape.head_dim
+    query, key = shape.query_features, shape.key_features
     kept = c * hidden + 2 * c * padded_rank(rank)
     if level < Level.RECOMPUTE_ALL:
         kept += c * query + 4 * shape.num_attention_heads
@@ -73,10 +72,9 @@ def kept_bytes_per_token(shape: ModelShape, rank: int, compute_bytes: int, level
 
 
 def offload_evenly(levels: tuple[Level, ...], count: int) -> tuple[Level, ...]:
-    """`levels` with `count` blocks' gate and up in host memory instead of dropped, evenly spread.
-
-    Spread, because each has as long as the blocks up to the next one take to leave the device.
-    """
+    """Return `levels` with gate and up of `count` blocks in host memory instead of dropped."""
+    # Evenly spread: a block's tensors have as long to leave the device as the blocks up to the
+    # next offloaded one take.
     dropped = [index for index, level in enumerate(levels) if level == Level.RECOMPUTE_GATE_UP]
     count = min(count, len(dropped))
     chosen = {dropped[(2 * number + 1) * len(dropped) // (2 * count)] for number in range(count)}

@@ -1,7 +1,7 @@
-"""What is said when nothing fits the budget: the least that is needed by part, and what would fit.
+"""Explain that nothing fits the budget: the least that is needed, by part, and what would fit.
 
-Guarantees: pure; whatever is offered does fit, and each offer is a command that shows so from
-shapes alone. Offered are the least budget, the longest rows, and the largest smaller Qwen3.
+Offers the least budget, the longest rows and the largest smaller Qwen3. Every offer does fit, and
+comes as a command that shows so from the model's shape alone.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ LENGTH_STEP_TOKENS = 8
 LONGEST_TOKENS = 262144
 
 _SETTINGS = ("lora_r", "gradient_checkpointing", "kernels", "packing", "lora_dropout")
-"""Those beside model, budget and length that memory depends on."""
+"""Settings that memory depends on, beside model, budget and length."""
 
 
 @dataclass(frozen=True)
 class _Offer:
-    """Something that would fit."""
+    """A value of one setting with which the run would fit."""
 
     setting: str
     value: float | int | str
@@ -37,7 +37,7 @@ class _Offer:
 
 
 def least_workload(request: FitRequest, kernels: str) -> Workload:
-    """The most frugal settings that keep the result.
+    """Return the most frugal settings that keep the result.
 
     Args:
         request: What has to fit.
@@ -57,7 +57,7 @@ def least_workload(request: FitRequest, kernels: str) -> Workload:
 def longest_that_fits(
     request: FitRequest, kernels: str, budget_bytes: float, limit_tokens: int = LONGEST_TOKENS
 ) -> int | None:
-    """The longest row, a multiple of 8 tokens, that fits the budget; None if none does."""
+    """Return the longest row, a multiple of 8 tokens, that fits the budget; None if none does."""
     lengths = range(LENGTH_STEP_TOKENS, limit_tokens + 1, LENGTH_STEP_TOKENS)
 
     def excess_bytes(tokens: int) -> float:
@@ -73,7 +73,7 @@ def longest_that_fits(
 
 
 def nothing_fits(request: FitRequest, kernels: str, budget_gb: float) -> InsufficientMemoryError:
-    """The error that says what the most frugal settings need, and what would fit."""
+    """Return the error that says what the most frugal settings need, and what would fit."""
     parts = predict_memory(least_workload(request, kernels))
     need_gb = _rounded_up_gb(total_bytes(parts))
     offers = list(_offers(request, kernels, need_gb, budget_gb))
@@ -97,7 +97,7 @@ def _rounded_up_gb(size_bytes: int) -> float:
 
 
 def _need_and_left(parts: tuple[MemoryPart, ...], need_gb: float, budget_gb: float) -> str:
-    """Part by part what is needed and what the budget has left after it."""
+    """Return a table: for each part what it needs, and what of the budget is left after it."""
     lines = [f"  {'part':<24}{'need':>11}{'left':>14}"]
     left_bytes = budget_gb * GIB
     for part in parts:
@@ -157,7 +157,7 @@ def _offers(request: FitRequest, kernels: str, need_gb: float, budget_gb: float)
 def _smaller_model(
     request: FitRequest, kernels: str, budget_gb: float
 ) -> tuple[KnownModel, float] | None:
-    """The largest Qwen3 below this model that fits budget and length, and what it needs in GB."""
+    """Return the largest smaller Qwen3 that fits budget and length, and what it needs in GB."""
     for model in reversed(KNOWN_MODELS):
         shape = model.shape
         if (
@@ -173,7 +173,7 @@ def _smaller_model(
 
 
 def _nearest(offers: list[_Offer], request: FitRequest, need_gb: float) -> _Offer:
-    """The one to try first: more memory only where the device has it."""
+    """Return the offer to try first: more memory only where the device has it."""
     gpus = request.environment.gpus
     device_bytes = gpus[0].total_bytes if gpus else request.environment.host_total_bytes
     if need_gb * GIB > device_bytes and len(offers) > 1:
@@ -188,7 +188,7 @@ def _command(
     tokens: int | None = None,
     model_name: str | None = None,
 ) -> str:
-    """`qwen3ft plan` from shapes alone, with all that memory depends on."""
+    """Return the `qwen3ft plan` command with all settings that memory depends on."""
     name = model_name or request.model_name
     keys = {model.hub_name: model.key for model in KNOWN_MODELS}
     words = ["qwen3ft plan --model", keys.get(name, name), f"--budget {budget_gb:g}"]

@@ -1,133 +1,204 @@
-"""How fast a plan would train, estimated from operations and bytes: an estimate, never a promise.
+"""Estimate the time of an optimizer step of the fused path, from operations and bytes.
 
-Time of one packed row of T tokens in L blocks (c: bytes of the compute type; H, I, Q, K, V: hidden,
-MLP, query features, key features, vocabulary; S: length of a typical sequence):
+Two estimates share one model of a step: it runs as many packed rows as its tokens need, and a row
+takes as long as the slowest of computing, queueing the launches, and moving offloaded activations
+to the host and back. They differ in how they estimate computing:
 
-    products    operations / (peak x PRODUCT_SHARE)       `FusedSizes.operations` without attention:
-                                                          forward, backward, and what runs again
-    attention   operations / (peak x attention_share(S))
-    bytes       (c T (L (13 I + 20 H + 9 Q + 5 K) + 4 V) + 5 x linear weights)
-                / (bandwidth x BANDWIDTH_SHARE)           norms, rotation, SwiGLU, adapters, logits;
-                                                          4-bit weights read, 16-bit written, twice
+- `ranking_seconds`, for the search: products at the rate of an H200, and passes over the weights.
+- `estimate_speed`, for people: a roofline of the GPU. For a row of T tokens in L blocks (c: bytes
+  of the compute type; H, I, Q, K, V: hidden, MLP, query features, key features, vocabulary;
+  S: length of a typical sequence):
 
-summed, but never less than the time in which the host queues the launches of L blocks, nor than
-what waits in host memory takes to go and come back. A step is as many rows as its tokens need, and
-STEP_SECONDS of the trainer's own.
+      products    operations / (peak x PRODUCT_SHARE)
+      attention   operations / (peak x attention_share(S))
+      the rest    (c T (L (13 I + 20 H + 9 Q + 5 K) + 4 V) + 5 x linear weights)
+                  / (bandwidth x BANDWIDTH_SHARE)
+                  bytes of norms, rotation, SwiGLU, adapters and logits; weights read in 4 bits,
+                  written in 16
 
 The shares are fitted to the rows in `benchmarks/results/speed-h*.json` (4B, 8B and 14B, 256 to
-131,072 tokens, 6 to 80 GB, H100 and H200): of 25, all lie within 11 % of the estimate and 17 within
-3 %. `tests/planning/test_speed.py` holds it within 25 % of whatever is kept there. For other cards
-the same shares are taken of what their makers publish: computed, not measured. Not covered: the
-plain path, CPUs, evaluation, checkpoints, power limits, and a card that others use.
+131,072 tokens, 6 to 80 GB, H100 and H200): all 25 lie within 11 % of the estimate, 17 within 3 %.
+For other GPUs the same shares are applied to the maker's figures: computed, not measured.
+Not covered: the plain path, CPUs, evaluation, checkpoints, power limits, and a shared GPU.
 """
 
 from __future__ import annotations
 
 import math
 
-from qwen3ft.planning.fused_footprint import FusedSizes
-from qwen3ft.planning.fused_settings import LAUNCH_SECONDS_PER_BLOCK
+from qwen3ft.planning.fused_sizes import FusedSizes, linear_parameters
 from qwen3ft.planning.gpu_specs import GpuSpec
 from qwen3ft.planning.packing import row_tokens
+from qwen3ft.planning.recompute import Level
 from qwen3ft.planning.workload import Workload
 from qwen3ft.records.base import Record
 from qwen3ft.records.model import ModelShape
 
+LAUNCH_SECONDS_PER_BLOCK = 4e-3
+"""Time in which the host queues one block's forward and backward, measured: a lower bound of every
+micro-batch."""
+
+FLOPS_PER_SECOND = 600e12
+"""Rate of large bf16 products on an H200, measured in the step."""
+
+WEIGHT_PASS_TOKENS = 200
+"""Tokens whose products take as long as dequantising the weights once: 2.5 bytes a weight at
+4.8 TB/s, against 2 operations a token and weight at 800 TFLOP/s, on an H200. GPUs from the RTX 4090
+on have about that ratio."""
+
+OFFLOAD_BYTES_PER_SECOND = 20e9
+"""Rate between device and host that the search assumes: a modest PCIe 4.0 x 16."""
+
+OFFLOAD_OVERHEAD = 1.1
+"""Factor on the time of a row that offloads its activations."""
+
 PRODUCT_SHARE = 0.63
-"""Of a card's peak, what products reach in the step."""
+"""Share of a GPU's peak that products reach in the step."""
 
 BANDWIDTH_SHARE = 0.65
-"""Of the memory's bandwidth, what everything between products reaches."""
+"""Share of the memory's bandwidth that everything between products reaches."""
 
 STEP_SECONDS = 0.01
+"""Time of a step outside its rows: clipping, the optimizer, logs."""
 
 FLASH_SHARE, FLASH_HALF_TOKENS = 0.30, 600
 """Share of peak that FlashAttention nears for long sequences, and the length with half of it."""
 
 CUDNN_TOKENS, CUDNN_SHARE = 16384, 0.55
-"""From this length on cuDNN's attention is taken, which reaches this share of peak."""
+"""Length from which cuDNN's attention is used, and the share of peak it reaches."""
 
 
 class SpeedEstimate(Record):
-    """What a step would take on a card; always an estimate."""
+    """Estimated speed of training on one GPU."""
 
-    card: str
+    gpu: str
     tokens_per_second: float
     seconds_per_step: float
     measured_gpu: bool
 
     @property
     def basis(self) -> str:
-        """How much to trust it, in words."""
-        return self.describe(measured=self.measured_gpu)
-
-    @staticmethod
-    def describe(*, measured: bool) -> str:
-        """How much to trust an estimate for a card that was, or was not, measured on."""
-        if measured:
-            return "estimate; this kind of card was measured"
-        return "estimate; computed, not measured"
+        """How far to trust the estimate, in words."""
+        return describe_basis(measured=self.measured_gpu)
 
 
-def attention_share(sequence_tokens: int) -> float:
-    """Share of a card's peak that attention over sequences of this length reaches."""
-    if sequence_tokens < CUDNN_TOKENS:
-        return FLASH_SHARE * sequence_tokens / (sequence_tokens + FLASH_HALF_TOKENS)
-    return CUDNN_SHARE
+def describe_basis(*, measured: bool) -> str:
+    """Return how far to trust an estimate for a GPU that was, or was not, measured."""
+    if measured:
+        return "estimate; this kind of GPU was measured"
+    return "estimate; computed, not measured"
+
+
+def typical_rows(work: Workload, sequences: int, typical_tokens: float) -> tuple[int, int]:
+    """Return the number of packed rows of a typical step, and the tokens of each, padded."""
+    tokens = sequences * typical_tokens
+    rows = math.ceil(tokens / work.capacity_tokens)
+    return rows, row_tokens(math.ceil(tokens / rows))
+
+
+def typical_levels(work: Workload, sequences: int, typical_tokens: float) -> tuple[Level, ...]:
+    """Return, per block, what is kept of a row of typical length."""
+    _, row = typical_rows(work, sequences, typical_tokens)
+    return FusedSizes(work).levels(row, work.memory.activation_bytes)
+
+
+def ranking_seconds(
+    work: Workload, sequences: int, typical_tokens: int, room_bytes: int | None = None
+) -> float:
+    """Return the time of a typical step on an H200, to compare settings with each other.
+
+    Args:
+        work: The settings.
+        sequences: Sequences per optimizer step.
+        typical_tokens: Mean length of a sequence.
+        room_bytes: Bytes a row may take; `activation_bytes` of the settings if None.
+    """
+    # The roofline would rank settings by the bandwidth of one GPU. Products alone weigh fewer
+    # micro-batches against less recomputation, which holds on all of them: on slower GPUs launches
+    # count less, so at worst they get too few micro-batches, which costs little.
+    shape, memory = work.shape, work.memory
+    rows, row = typical_rows(work, sequences, typical_tokens)
+    sizes = FusedSizes(work)
+    levels = sizes.levels(row, memory.activation_bytes if room_bytes is None else room_bytes)
+    head = shape.vocab_size * shape.hidden_size
+    passes = (
+        1
+        + 0.1 * math.ceil(row / memory.chunk_tokens)
+        + 0.5 * head / linear_parameters(shape) * math.ceil(row / memory.loss_chunk_tokens)
+    )
+    operations = sizes.operations(row, levels, typical_tokens)
+    operations += 4 * linear_parameters(shape) * WEIGHT_PASS_TOKENS * passes
+    # Each group of heads reads the same tensors again.
+    computing = operations * (1 + 0.01 * (memory.head_groups - 1)) / FLOPS_PER_SECOND
+    seconds = _row_seconds(sizes, row, levels, computing, OFFLOAD_BYTES_PER_SECOND)
+    return rows * (OFFLOAD_OVERHEAD * seconds if memory.offload_activations else seconds)
 
 
 def estimate_speed(
-    card: GpuSpec,
-    work: Workload,
-    *,
-    sequences_per_step: int,
-    typical_tokens: float,
+    gpu: GpuSpec, work: Workload, *, sequences_per_step: int, typical_tokens: float
 ) -> SpeedEstimate | None:
-    """Real tokens a second of training; None for a plan that is not of the fused path on a GPU.
+    """Estimate the real tokens a second of training; None off the fused path or on a CPU.
 
     Args:
-        card: Where.
+        gpu: The GPU to estimate for.
         work: The plan's settings.
         sequences_per_step: The effective batch.
         typical_tokens: Mean length of a sequence.
     """
     if work.memory.kernels != "fused" or work.device != "cuda":
         return None
-    tokens = sequences_per_step * typical_tokens
-    rows = math.ceil(tokens / work.capacity_tokens)
-    row = row_tokens(math.ceil(tokens / rows))
-    seconds = rows * _row_seconds(card, work, row, math.ceil(typical_tokens))
+    rows, row = typical_rows(work, sequences_per_step, typical_tokens)
+    sizes = FusedSizes(work)
+    levels = sizes.levels(row, work.memory.activation_bytes)
+    computing = _roofline_seconds(gpu, sizes, row, levels, math.ceil(typical_tokens))
+    seconds = rows * _row_seconds(sizes, row, levels, computing, gpu.bus_gbps * 1e9)
     seconds += STEP_SECONDS
     return SpeedEstimate(
-        card=card.name,
-        tokens_per_second=tokens / seconds,
+        gpu=gpu.name,
+        tokens_per_second=sequences_per_step * typical_tokens / seconds,
         seconds_per_step=seconds,
-        measured_gpu=card.measured,
+        measured_gpu=gpu.measured,
     )
 
 
-def _row_seconds(card: GpuSpec, work: Workload, row: int, typical: int) -> float:
-    """Of one packed row of `row` tokens."""
-    sizes = FusedSizes(work)
-    levels = sizes.levels(row, work.memory.activation_bytes)
-    products = sizes.operations(row, levels, 0)
-    attention = sizes.operations(row, levels, typical) - products
-    peak, bandwidth = card.bf16_tflops * 1e12, card.bandwidth_gbps * 1e9
-    seconds = products / (peak * PRODUCT_SHARE)
-    seconds += attention / (peak * attention_share(typical))
-    seconds += _bytes_moved(work.shape, work.compute_bytes, row) / (bandwidth * BANDWIDTH_SHARE)
-    seconds = max(seconds, LAUNCH_SECONDS_PER_BLOCK * work.shape.num_hidden_layers)
-    if work.memory.offload_activations:
-        per_token = sizes.kept_per_token()
-        there_and_back = 2 * row * sum(per_token[level] for level in levels)
-        seconds = max(seconds, there_and_back / (card.bus_gbps * 1e9))
+def attention_share(sequence_tokens: int) -> float:
+    """Return the share of a GPU's peak that attention over sequences of this length reaches."""
+    if sequence_tokens < CUDNN_TOKENS:
+        return FLASH_SHARE * sequence_tokens / (sequence_tokens + FLASH_HALF_TOKENS)
+    return CUDNN_SHARE
+
+
+def _row_seconds(
+    sizes: FusedSizes,
+    row: int,
+    levels: tuple[Level, ...],
+    computing_seconds: float,
+    bus_bytes_per_second: float,
+) -> float:
+    """Return the time of one packed row: computing, launches or transfers, whichever is slowest."""
+    seconds = max(computing_seconds, LAUNCH_SECONDS_PER_BLOCK * sizes.shape.num_hidden_layers)
+    if sizes.memory.offload_activations:
+        there_and_back = 2 * sizes.offloaded_bytes(row, levels)
+        seconds = max(seconds, there_and_back / bus_bytes_per_second)
     return seconds
 
 
+def _roofline_seconds(
+    gpu: GpuSpec, sizes: FusedSizes, row: int, levels: tuple[Level, ...], typical_tokens: int
+) -> float:
+    """Return the time that `gpu` computes one row (see the module docstring)."""
+    products = sizes.operations(row, levels, 0)
+    attention = sizes.operations(row, levels, typical_tokens) - products
+    peak, bandwidth = gpu.bf16_tflops * 1e12, gpu.bandwidth_gbps * 1e9
+    seconds = products / (peak * PRODUCT_SHARE)
+    seconds += attention / (peak * attention_share(typical_tokens))
+    moved = _bytes_moved(sizes.shape, sizes.compute_bytes, row)
+    return seconds + moved / (bandwidth * BANDWIDTH_SHARE)
+
+
 def _bytes_moved(shape: ModelShape, compute_bytes: int, row: int) -> float:
-    """Bytes that forward and backward of a row read and write beside the products."""
-    query = shape.num_attention_heads * shape.head_dim
-    key = shape.num_key_value_heads * shape.head_dim
+    """Return the bytes that forward and backward of a row read and write beside the products."""
+    query, key = shape.query_features, shape.key_features
     block = 13 * shape.intermediate_size + 20 * shape.hidden_size + 9 * query + 5 * key
     values = row * (shape.num_hidden_layers * block + 4 * shape.vocab_size)
     return compute_bytes * values + 5 * shape.linear_parameters

@@ -1,25 +1,23 @@
-"""A plan as a table that a person understands in ten seconds: what fits, how fast, and why.
+"""Show a plan as a table: what fits, how fast, and why.
 
-Guarantees: pure; everything in it is taken from the plan, nothing is decided here. It is the same
-table on the terminal, on a run's pages in Prefect and MLflow, and as JSON.
+Decides nothing: everything in it is taken from the plan. The terminal, a run's pages in Prefect and
+MLflow, and the JSON show the same table.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.planning.fit import Fit, kernels_of
 from qwen3ft.planning.footprint import predict_memory, total_bytes
-from qwen3ft.planning.fused_footprint import FusedSizes
 from qwen3ft.planning.gpu_specs import GpuSpec, find_gpu_spec
-from qwen3ft.planning.packing import row_tokens
 from qwen3ft.planning.recompute import Level
 from qwen3ft.planning.refusal import LONGEST_TOKENS, least_workload, longest_that_fits
-from qwen3ft.planning.speed import SpeedEstimate, estimate_speed
+from qwen3ft.planning.speed import SpeedEstimate, estimate_speed, typical_levels
 from qwen3ft.planning.workload import FitRequest, Workload, request_for, workload_of
 from qwen3ft.records.base import Record
 from qwen3ft.records.machine import EnvironmentReport
@@ -28,11 +26,11 @@ from qwen3ft.records.run_card import SettingLine
 from qwen3ft.units import GIB, gb
 
 ELSEWHERE = ("H200", "H100", "A100 80GB", "L4", "RTX 5090", "RTX 4090", "RTX 3090", "RTX 3060")
-"""Cards that a plan's speed is shown for, where they have the memory."""
+"""GPUs that a plan's speed is shown for, where they have the memory."""
 
 
 class PlanTable(Record):
-    """What a plan comes to. Sizes in GB of 2**30 bytes; speeds are estimates."""
+    """Summary of a plan. Sizes are in GB of 2**30 bytes; speeds are estimates."""
 
     title: str
     headline: str
@@ -47,30 +45,30 @@ class PlanTable(Record):
     notes: tuple[str, ...] = ()
 
 
-def shape_table(request: FitRequest, fit: Fit, card: GpuSpec | None, fill: float) -> PlanTable:
-    """The table of a plan from shapes, with what else the budget would do.
+def shape_table(request: FitRequest, fit: Fit, gpu: GpuSpec | None, fill: float) -> PlanTable:
+    """Return the table of a plan from shapes, with what else the budget would allow.
 
     Args:
-        request: What was asked.
-        fit: What was chosen.
-        card: Where it would run, if it is a known one.
-        fill: Mean length of a row as a share of the longest, which is an assumption.
+        request: The request.
+        fit: The settings chosen for it.
+        gpu: The GPU it would run on; None if that is unknown.
+        fill: Assumed mean length of a row as a share of the longest.
     """
     kernels, _ = kernels_of(request)
     least = predict_memory(least_workload(request, kernels))
-    others = [other for name in ELSEWHERE if (other := find_gpu_spec(name)) and other != card]
+    others = [other for name in ELSEWHERE if (other := find_gpu_spec(name)) and other != gpu]
     able = [other for other in others if other.memory_gb >= 0.99 * fit.budget_gb]
-    speeds = [_speed(request, fit.work, other) for other in able]
+    speeds = [speed_of(request, fit.work, other) for other in able]
     longest_rows = _with_longest_rows(request)
     notes = [f"Rows of {fill:g} x {request.config.max_sequence_length:,} tokens on average."]
     if request.environment.gpus and not request.environment.gpus[0].uuid:
         host_gb = gb(request.environment.host_total_bytes)
-        notes.append(f"A machine with {host_gb:.0f} GB of memory beside the card.")
+        notes.append(f"A machine with {host_gb:.0f} GB of memory beside the GPU.")
     if request.longest_tokens > request.shape.max_position_embeddings:
         notes.append(
             f"{request.model_name} was made for {request.shape.max_position_embeddings:,} tokens."
         )
-    return _table(request, fit, card).model_copy(
+    return _table(request, fit, gpu).model_copy(
         update={
             "elsewhere": tuple(speed for speed in speeds if speed is not None),
             "least_gb": gb(total_bytes(least)),
@@ -81,48 +79,46 @@ def shape_table(request: FitRequest, fit: Fit, card: GpuSpec | None, fill: float
 
 
 def run_table(config: TrainingConfig, environment: EnvironmentReport, plan: TrainPlan) -> PlanTable:
-    """The table of a run's plan."""
+    """Return the table of a run's plan."""
     request = request_for(config, environment, plan.model, plan.adapter, plan.dataset)
     fit = Fit(workload_of(plan), plan.predicted, plan.max_memory_gb, plan.reasons)
-    card = find_gpu_spec(environment.gpus[0].name) if environment.gpus else None
-    table = _table(request, fit, card)
-    return table.model_copy(update={"settings": (*table.settings, *_of_the_run(plan))})
+    gpu = find_gpu_spec(environment.gpus[0].name) if environment.gpus else None
+    table = _table(request, fit, gpu)
+    return table.model_copy(update={"settings": (*table.settings, *_run_lines(plan))})
 
 
-def kept_by_typical_row(request: FitRequest, work: Workload) -> Sequence[Level]:
-    """Per block, what becomes of the activations of a row of typical length (fused path)."""
-    tokens = request.config.effective_batch_size * request.typical_tokens
-    rows = math.ceil(tokens / work.capacity_tokens)
-    row = row_tokens(math.ceil(tokens / rows))
-    return FusedSizes(work).levels(row, work.memory.activation_bytes)
+def levels_of_typical_row(request: FitRequest, work: Workload) -> tuple[Level, ...]:
+    """Return the level of each block of a row of typical length (fused path)."""
+    return typical_levels(work, request.config.effective_batch_size, request.typical_tokens)
 
 
 def _with_longest_rows(request: FitRequest) -> FitRequest:
     return replace(request, longest_tokens=LONGEST_TOKENS, held_out_tokens=LONGEST_TOKENS)
 
 
-def _speed(request: FitRequest, work: Workload, card: GpuSpec | None) -> SpeedEstimate | None:
-    if card is None:
+def speed_of(request: FitRequest, work: Workload, gpu: GpuSpec | None) -> SpeedEstimate | None:
+    """Return the estimated speed of a request's workload; None where there is no estimate."""
+    if gpu is None:
         return None
     return estimate_speed(
-        card,
+        gpu,
         work,
         sequences_per_step=request.config.effective_batch_size,
         typical_tokens=request.typical_tokens,
     )
 
 
-def _table(request: FitRequest, fit: Fit, card: GpuSpec | None) -> PlanTable:
+def _table(request: FitRequest, fit: Fit, gpu: GpuSpec | None) -> PlanTable:
     gpus = request.environment.gpus
     where = gpus[0].name if gpus else "the CPU"
     peak_gb = gb(total_bytes(fit.parts))
-    speed = _speed(request, fit.work, card)
+    speed = speed_of(request, fit.work, gpu)
     name = request.model_name.rstrip("/").rpartition("/")[2]
     headline = f"Fits: up to {peak_gb:.2f} of {fit.budget_gb:g} GB"
     if speed is not None:
         headline += f", about {_rounded(speed.tokens_per_second)} tokens/s ({speed.basis})"
     else:
-        headline += "; no estimate of speed for " + ("this card" if gpus else "a CPU")
+        headline += "; no estimate of speed for " + ("this GPU" if gpus else "a CPU")
     return PlanTable(
         title=f"{name} on {where}, {fit.budget_gb:g} GB, rows of up to "
         f"{request.longest_tokens:,} tokens",
@@ -136,7 +132,7 @@ def _table(request: FitRequest, fit: Fit, card: GpuSpec | None) -> PlanTable:
 
 
 def _settings(request: FitRequest, fit: Fit) -> list[SettingLine]:
-    """Those that a person asks about; the others are in the plan itself."""
+    """Return the lines people ask about; every other setting is in the plan itself."""
     work, why = fit.work, fit.reasons
     effective = request.config.effective_batch_size
     return [
@@ -152,7 +148,7 @@ def _settings(request: FitRequest, fit: Fit) -> list[SettingLine]:
         ),
         SettingLine(
             name="host memory",
-            value=_in_host_memory(request, work),
+            value=_offloaded_text(request, work),
             why=why[_host_reason(request, work)],
         ),
         SettingLine(
@@ -165,36 +161,36 @@ def _settings(request: FitRequest, fit: Fit) -> list[SettingLine]:
     ]
 
 
-def _in_host_memory(request: FitRequest, work: Workload) -> str:
-    """What waits there."""
+def _offloaded_text(request: FitRequest, work: Workload) -> str:
+    """Return what waits in host memory, in words."""
     waiting = []
     if work.memory.offload_activations:
         waiting.append("activations")
-    elif away := _blocks_away(request, work):
-        waiting.append(f"gate and up of {away} blocks")
+    elif blocks := _offloaded_blocks(request, work):
+        waiting.append(f"gate and up of {blocks} blocks")
     if work.memory.offload_optimizer:
         waiting.append("AdamW's moments")
     return ", ".join(waiting) or "not used"
 
 
-def _blocks_away(request: FitRequest, work: Workload) -> int:
-    """Blocks of a typical row whose gate and up wait there."""
+def _offloaded_blocks(request: FitRequest, work: Workload) -> int:
+    """Return the blocks of a typical row whose gate and up wait in host memory."""
     if work.memory.kernels == "plain":
         return 0
-    return list(kept_by_typical_row(request, work)).count(Level.OFFLOAD_GATE_UP)
+    return levels_of_typical_row(request, work).count(Level.OFFLOAD_GATE_UP)
 
 
 def _host_reason(request: FitRequest, work: Workload) -> str:
-    """The setting whose reason says most about it."""
-    if not work.memory.offload_activations and _blocks_away(request, work):
+    """Return the setting whose reason says most about host memory."""
+    if not work.memory.offload_activations and _offloaded_blocks(request, work):
         return "offloaded_mlp_blocks"
     if work.memory.offload_optimizer and not work.memory.offload_activations:
         return "offload_optimizer"
     return "offload_activations"
 
 
-def _of_the_run(plan: TrainPlan) -> Iterator[SettingLine]:
-    """What only a plan with rows has."""
+def _run_lines(plan: TrainPlan) -> Iterator[SettingLine]:
+    """Yield the lines that only a plan with rows has."""
     train, why = plan.dataset.train, plan.reasons
     yield SettingLine(
         name="data",
@@ -216,17 +212,17 @@ def _of_the_run(plan: TrainPlan) -> Iterator[SettingLine]:
 
 
 def _recomputed_text(request: FitRequest, work: Workload) -> str:
-    """What the backward of a typical row computes again, in words."""
+    """Return what the backward of a typical row recomputes, in words."""
     if work.memory.kernels == "plain":
         return "everything" if work.memory.gradient_checkpointing else "nothing"
-    blocks = Counter(level.repeats for level in kept_by_typical_row(request, work))
+    blocks = Counter(level.recomputed for level in levels_of_typical_row(request, work))
     if len(blocks) == 1:
         return next(iter(blocks))
-    told = [f"{words} in {count}" for words, count in blocks.items() if words != "nothing"]
-    return "; ".join(told) + f" of {blocks.total()} blocks"
+    counts = [f"{words} in {count}" for words, count in blocks.items() if words != "nothing"]
+    return "; ".join(counts) + f" of {blocks.total()} blocks"
 
 
 def _rounded(tokens_per_second: float) -> str:
-    """Three digits: more would pretend."""
+    """Round to three digits: more would promise too much."""
     digits = max(0, math.floor(math.log10(max(tokens_per_second, 1))) - 2)
     return f"{round(tokens_per_second / 10**digits) * 10**digits:,}"

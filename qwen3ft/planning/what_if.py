@@ -1,8 +1,7 @@
-"""Plans without weights and rows: what fits a budget, from a model's shape and a machine alone.
+"""Plan without weights and rows: what fits a budget, from a model's shape and a machine alone.
 
-Guarantees: pure but for reading a local folder's config.json; the settings are those that a run
-with such rows would take. What is assumed where nothing is known: rows whose mean length is a share
-of the longest (`TYPICAL_FILL`), and `HOST_GB` of host memory beside a card that is only named.
+The settings are those that a run with such rows would take. Assumed: rows whose mean length is
+`TYPICAL_FILL` of the longest, and `HOST_GB` of host memory beside a GPU that is only named.
 """
 
 from __future__ import annotations
@@ -16,31 +15,31 @@ from qwen3ft.planning.fit import Fit, fit_or_none, kernels_of
 from qwen3ft.planning.gpu_specs import GpuSpec
 from qwen3ft.planning.recompute import Level
 from qwen3ft.planning.refusal import LONGEST_TOKENS, longest_that_fits
-from qwen3ft.planning.speed import SpeedEstimate, estimate_speed
-from qwen3ft.planning.table import kept_by_typical_row
+from qwen3ft.planning.speed import describe_basis
+from qwen3ft.planning.table import levels_of_typical_row, speed_of
 from qwen3ft.planning.workload import FitRequest, padded_length
 from qwen3ft.records.base import Record
 from qwen3ft.records.machine import EnvironmentReport, GpuInfo
 from qwen3ft.units import GIB, gb
 
 TYPICAL_FILL = 0.42
-"""Mean over longest row, as of the lengths in benchmarks/speed/cases.py (lognormal, cut)."""
+"""Mean over longest row of the lengths in benchmarks/speed/cases.py (lognormal, cut)."""
 
 HOST_GB = 64
 BFLOAT16_CAPABILITY = 8.0
 
 
-def described_machine(card: GpuSpec) -> EnvironmentReport:
-    """A machine with one `card` that nobody has looked at: its GPU has no UUID."""
-    size_bytes = int(card.memory_gb * GIB)
-    gpu = GpuInfo(
+def described_machine(gpu: GpuSpec) -> EnvironmentReport:
+    """Return a machine with one GPU of this kind; it has no UUID, since it was not looked at."""
+    size_bytes = int(gpu.memory_gb * GIB)
+    device = GpuInfo(
         index=0,
-        name=card.name,
+        name=gpu.name,
         uuid="",
         total_bytes=size_bytes,
         free_bytes=size_bytes,
         driver_version="",
-        compute_capability=card.capability,
+        compute_capability=gpu.capability,
     )
     return EnvironmentReport(
         python_version="",
@@ -51,23 +50,23 @@ def described_machine(card: GpuSpec) -> EnvironmentReport:
         host_total_bytes=HOST_GB * GIB,
         host_free_bytes=HOST_GB * GIB,
         disk_free_bytes=0,
-        gpus=(gpu,),
+        gpus=(device,),
     )
 
 
 def shape_request(
     config: TrainingConfig, environment: EnvironmentReport, fill: float = TYPICAL_FILL
 ) -> FitRequest:
-    """What has to fit when rows are as long as `config` allows.
+    """Return the request of a run whose rows are as long as `config` allows.
 
     Args:
-        config: Its `model_name` may be a key such as '4b'.
-        environment: Real, or of `described_machine`.
+        config: The settings; `model_name` may be a key such as '4b'.
+        environment: A real machine, or one of `described_machine`.
         fill: Mean length of a row as a share of the longest.
 
     Raises:
-        ModelNotFoundError: the model is no known one and no folder.
-        ConfigError: the folder's config.json is no Qwen3's, or the rank is too high.
+        ModelNotFoundError: The model is unknown, and not a folder.
+        ConfigError: The folder's config.json is not a Qwen3's, or the rank is too high.
     """
     name, shape = find_shape(config.model_name)
     adapter = plan_adapter(config, shape)
@@ -100,11 +99,11 @@ CELL_CODES = {
     "H": "in host memory",
     "P": "as the plain path does",
 }
-"""Code of a cell: what becomes of a typical row's activations."""
+"""Codes of a cell: where the activations of a typical row go."""
 
 
 class SweepCell(Record):
-    """One budget and length."""
+    """One budget and one length of rows."""
 
     budget_gb: float
     sequence_tokens: int
@@ -116,10 +115,10 @@ class SweepCell(Record):
 
 
 class Sweep(Record):
-    """The table of one model; speeds are estimates."""
+    """Table of one model, budgets by lengths; speeds are estimates."""
 
     model: str
-    card: str
+    gpu: str
     speed_basis: str
     effective_batch_size: int
     fill: float
@@ -131,41 +130,41 @@ class Sweep(Record):
 def sweep_model(
     config: TrainingConfig,
     environment: EnvironmentReport,
-    card: GpuSpec | None,
+    gpu: GpuSpec | None,
     fill: float,
     budgets_gb: Sequence[float] = BUDGETS_GB,
     lengths_tokens: Sequence[int] = LENGTHS_TOKENS,
 ) -> Sweep:
-    """Every budget that the device has, with every length.
+    """Plan every budget that the device has with every length.
 
     Args:
         config: Model, batch and adapter; its budget and length are not used.
-        environment: Real, or of `described_machine`.
-        card: Where speed is estimated for; None for a device of which nothing is known.
+        environment: A real machine, or one of `described_machine`.
+        gpu: The GPU that speed is estimated for; None for an unknown device.
         fill: Mean length of a row as a share of the longest.
         budgets_gb: Rows of the table.
-        lengths_tokens: Columns.
+        lengths_tokens: Columns of the table.
     """
     device_bytes = (
         environment.gpus[0].total_bytes if environment.gpus else environment.host_total_bytes
     )
-    # A card sold as one of 80 GB has a little less.
+    # A GPU sold as one of 80 GB has a little less.
     there = [budget for budget in budgets_gb if budget * GIB <= 1.05 * device_bytes]
     cells, longest = {}, {}
     for tokens in lengths_tokens:
         for budget in there:
             request = _request(config, environment, fill, budget, tokens)
-            cells[budget, tokens] = _cell(request, card, budget)
+            cells[budget, tokens] = _cell(request, gpu, budget)
     for budget in there:
         request = _request(config, environment, fill, budget, LONGEST_TOKENS)
         budget_bytes = min(budget * GIB, device_bytes)
         longest[float(budget)] = longest_that_fits(request, kernels_of(request)[0], budget_bytes)
     request = _request(config, environment, fill, max(budgets_gb), lengths_tokens[0])
-    measured = card is not None and card.measured
+    measured = gpu is not None and gpu.measured
     return Sweep(
         model=request.model_name,
-        card=environment.gpus[0].name if environment.gpus else "CPU",
-        speed_basis=SpeedEstimate.describe(measured=measured) if card else "no estimate",
+        gpu=environment.gpus[0].name if environment.gpus else "CPU",
+        speed_basis=describe_basis(measured=measured) if gpu else "no estimate",
         effective_batch_size=config.effective_batch_size,
         fill=fill,
         max_position_embeddings=request.shape.max_position_embeddings,
@@ -185,17 +184,12 @@ def _request(
     return shape_request(config.model_copy(update=asked), environment, fill)
 
 
-def _cell(request: FitRequest, card: GpuSpec | None, budget_gb: float) -> SweepCell:
+def _cell(request: FitRequest, gpu: GpuSpec | None, budget_gb: float) -> SweepCell:
     tokens = request.longest_tokens
     fit = fit_or_none(request)
     if fit is None:
         return SweepCell(budget_gb=budget_gb, sequence_tokens=tokens, fits=False)
-    speed = card and estimate_speed(
-        card,
-        fit.work,
-        sequences_per_step=request.config.effective_batch_size,
-        typical_tokens=request.typical_tokens,
-    )
+    speed = speed_of(request, fit.work, gpu)
     return SweepCell(
         budget_gb=budget_gb,
         sequence_tokens=tokens,
@@ -212,7 +206,7 @@ def _policy(request: FitRequest, fit: Fit) -> str:
         return "P"
     if fit.work.memory.offload_activations:
         return "H"
-    levels = set(kept_by_typical_row(request, fit.work))
+    levels = set(levels_of_typical_row(request, fit.work))
     if levels == {Level.KEEP_ALL}:
         return "K"
     return "A" if levels == {Level.RECOMPUTE_ALL} else "R"

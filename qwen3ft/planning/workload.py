@@ -1,4 +1,4 @@
-"""What has to fit: a model, an adapter, rows of some length, and the machine they meet on."""
+"""The workload of a step, and the request that a plan answers: model, adapter, rows, machine."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ from qwen3ft.records.plan import MemorySettings, TrainPlan
 
 PADDING_MULTIPLE_TOKENS = 8
 
-SMALLEST_LOSS_CHUNK_TOKENS = 256
+SMALLEST_LOSS_CHUNK_TOKENS = 128
+"""Smallest loss chunk of a plan where nothing else fits, and of the recovery ladder."""
+
+SMALLEST_PLANNED_LOSS_CHUNK_TOKENS = 256
+"""Smallest loss chunk the planner tries before its last resort; leaves recovery a smaller one."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is on the device at one time: everything that memory and speed depend on.
+    """A micro-batch on the device: everything that memory and speed depend on.
 
     Attributes:
         shape: Shape of the model.
@@ -92,7 +96,7 @@ def workload_of(plan: TrainPlan) -> Workload:
 
 @dataclass(frozen=True)
 class FitRequest:
-    """All that the choice of settings depends on, without weights and rows.
+    """Everything that the choice of settings depends on, without weights and rows.
 
     Attributes:
         config: The run's settings.
@@ -131,7 +135,7 @@ class FitRequest:
             memory=MemorySettings(
                 micro_batch_size=1,
                 gradient_checkpointing=self.config.gradient_checkpointing != "off",
-                loss_chunk_tokens=SMALLEST_LOSS_CHUNK_TOKENS,
+                loss_chunk_tokens=SMALLEST_PLANNED_LOSS_CHUNK_TOKENS,
                 packing=wants_packing(self.config, self.environment.device),
             ),
             varied_rows=self.typical_tokens < self.longest_tokens,

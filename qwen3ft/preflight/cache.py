@@ -1,9 +1,8 @@
-"""Reports of earlier preflights, a JSON file each, found by all that their memory depends on.
+"""Cache of preflight reports, a JSON file each, found by everything their memory depends on.
 
-Guarantees: a report is written whole or not at all; one that cannot be read counts as none. Two
-runs with the same key have the same plan as far as memory goes, the same lengths in their worst
-batches, the same card, driver and libraries. Not in the key: what is in the rows, and how many of
-their tokens are trained, which decides how full the last chunk of the loss is.
+Runs with the same key have the same memory levers, the same lengths in their worst batches, and the
+same GPU, driver and libraries. Not in the key: the text of the rows, and how many of their tokens
+are trained, which only decides how full the last loss chunk is.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ from qwen3ft.units import GIB
 
 logger = get_logger("preflight")
 
-CACHE_VERSION = 1
-"""Raised when reports of older versions must not be reused."""
+REPORT_VERSION = 1
+"""Version of the reports; raised when older ones must not be reused."""
 
-LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "triton", "accelerate")
+MEMORY_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "triton", "accelerate")
 
 WITHOUT_EFFECT = frozenset(
     {
@@ -39,7 +38,7 @@ WITHOUT_EFFECT = frozenset(
         *("keep_checkpoints", "seed", "stall_seconds", "model"),
     }
 )
-"""Fields of a plan that its memory does not depend on, or that stand in the key otherwise."""
+"""Fields of a plan that memory does not depend on, or that the key holds in another form."""
 
 
 def report_key(
@@ -48,27 +47,28 @@ def report_key(
     batches: WorstBatches,
     faults: Iterable[object] = (),
 ) -> str:
-    """The key of a report of `plan`; planted faults are part of it, to stay out of real runs."""
-    card = environment.gpus[0] if environment.gpus else None
-    gpu = card and [card.name, card.uuid, card.total_bytes, card.driver_version]
-    versions = {name: environment.versions.get(name) for name in LIBRARIES}
+    """Return the key of a report of `plan`."""
+    gpu_info = environment.gpus[0] if environment.gpus else None
+    gpu = gpu_info and [gpu_info.name, gpu_info.uuid, gpu_info.total_bytes, gpu_info.driver_version]
+    versions = {name: environment.versions.get(name) for name in MEMORY_LIBRARIES}
     levers = plan.model_dump(mode="json", exclude=set(WITHOUT_EFFECT))
     lengths = [
         [batch.lengths for batch in of_split] for of_split in (batches.train, batches.evaluate)
     ]
     return sha256_json(
         [
-            [CACHE_VERSION, metadata.version("qwen3ft"), versions, environment.python_version],
+            [REPORT_VERSION, metadata.version("qwen3ft"), versions, environment.python_version],
             [gpu, environment.host_total_bytes, environment.cpu_count],
             [plan.model.manifest_sha256, plan.model.quantization, plan.model.compute_dtype],
             [plan.model.shape.model_dump(mode="json"), levers, lengths, batches.accumulates],
+            # Reports of planted faults must not be found by real runs.
             [str(fault) for fault in faults],
         ]
     )
 
 
 def read_report(config: TrainingConfig, key: str) -> PreflightReport | None:
-    """The report kept under `key`, or None."""
+    """Return the report kept under `key`; None if there is none that can be read."""
     path = report_path(config, key)
     if not path.exists():
         return None
@@ -83,10 +83,8 @@ def read_report(config: TrainingConfig, key: str) -> PreflightReport | None:
 def keep_report(
     config: TrainingConfig, environment: EnvironmentReport, report: PreflightReport
 ) -> None:
-    """Keep `report` for later runs, if what it says will hold then too.
-
-    Memory that ran out while other programs held a part of it says nothing about the plan.
-    """
+    """Keep `report` for later runs, if it will hold for them too."""
+    # Memory that ran out while other programs held a part of it says nothing about the plan.
     if not report.fitted and _free_bytes(environment) < report.budget_bytes:
         return
     path = report_path(config, report.key)
@@ -95,12 +93,12 @@ def keep_report(
 
 
 def report_path(config: TrainingConfig, key: str) -> Path:
-    """Where the report of `key` is, or would be."""
+    """Return where the report of `key` is, or would be."""
     return Path(config.cache_dir).resolve() / "preflight" / f"{key}.json"
 
 
 def _free_bytes(environment: EnvironmentReport) -> int:
-    """Before the run took any."""
-    card = environment.gpus[0] if environment.gpus else None
-    # CUDA itself takes some of a card that nobody uses.
-    return card.free_bytes + GIB if card else environment.host_free_bytes
+    """Return what was free on the device before the run took any."""
+    gpu_info = environment.gpus[0] if environment.gpus else None
+    # CUDA itself takes some of a GPU that nobody uses.
+    return gpu_info.free_bytes + GIB if gpu_info else environment.host_free_bytes

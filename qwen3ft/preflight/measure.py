@@ -1,11 +1,11 @@
-"""The measuring inside a preflight worker: the training of a few steps, with a meter beside it.
+"""Measure memory inside a preflight worker: train a few chosen steps, phase by phase.
 
-Guarantees: what runs is the trainer of a training attempt, from its data loader to its checkpoint;
-only which rows share a step is given. The peak of each phase is its own: counters start anew with
-every phase, where the system lets them (torch's always, Linux's of the resident set).
+Everything is that of a training attempt, from its data loader to its checkpoint; only the rows of
+each step are given. Counters of peaks start anew with every phase, where the system allows it:
+torch's always, Linux's for the resident set.
 
-Not covered: what fragments the allocator's cache over many steps of varying length, what a
-checkpoint takes of host memory beside a GPU, and libraries that take memory at a first use later.
+Not covered: fragmentation over many steps of varying length, host memory of a checkpoint beside a
+GPU, and libraries that take memory at a first use later.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ _CLEAR_PEAK = Path("/proc/self/clear_refs")
 def measure(
     engine: TrainingEngine, trainer: QATrainer, request: PreflightRequest, meter: PhaseMeter
 ) -> Measurement:
-    """Train the steps of `request`, evaluate its batches, save a checkpoint; how much it took.
+    """Train the steps of `request`, evaluate its batches, save a checkpoint; return the memory.
 
     Args:
-        engine: Of the plan of `request`.
-        trainer: Of `engine`, not yet trained.
-        request: What is run.
-        meter: Started before the model was loaded.
+        engine: Engine for the plan of `request`.
+        trainer: Trainer of `engine`, not yet trained.
+        request: The plan and the batches to run.
+        meter: Meter that was started before the model was loaded.
 
     Raises:
-        OutOfMemoryError: as training raises it.
+        OutOfMemoryError: Memory ran out, as in training.
     """
     batches = request.batches
     held_out = [row for batch in batches.evaluate for row in batch.rows]
     trainer.sampler = ChosenSteps(batches.steps())
     trainer.eval_dataset = trainer.eval_dataset.select(held_out)
-    trainer.remove_callback(FaultCallback)  # those of attempts
+    trainer.remove_callback(FaultCallback)  # its faults are meant for attempts
     if faults := planted_in_preflight(request.number):
         trainer.add_callback(FaultCallback(faults))
     trainer.add_callback(meter)
@@ -68,7 +68,7 @@ def measure(
 
 
 class ChosenSteps:
-    """Stands where the trainer has its `StepSampler`: these steps and no others."""
+    """Sampler of given steps, in place of the trainer's `StepSampler`."""
 
     def __init__(self, steps: Sequence[Sequence[Sequence[int]]]) -> None:
         self.steps = steps
@@ -84,9 +84,9 @@ class ChosenSteps:
 
 
 class PhaseMeter(TrainerCallback):
-    """Writes the memory of each phase when it ends, as a line of `phases.jsonl`.
+    """Callback that writes the memory of each phase to `phases.jsonl` when the phase ends.
 
-    A worker that ends in the middle leaves the lines of the phases before.
+    A worker that dies leaves the lines of the phases before.
     """
 
     def __init__(self, job: JobDir, memory: MemoryOptimizer) -> None:
@@ -98,12 +98,12 @@ class PhaseMeter(TrainerCallback):
         self._phase: Phase | None = "load"
 
     def enter(self, phase: Phase) -> None:
-        """The phase before ends here, and this one begins."""
+        """End the phase before, and begin this one."""
         self.close()
         self._phase = phase
 
     def close(self) -> None:
-        """Write what the phase took, and count anew."""
+        """Write what the phase took, and reset the counters."""
         if self._phase is None:
             return
         if self.memory.device == "cuda":
@@ -130,32 +130,32 @@ class PhaseMeter(TrainerCallback):
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """The first one comes before the first batch."""
+        """Begin the evaluation; the first prediction step comes before the first batch."""
         if self._phase != "evaluate":
             self.enter("evaluate")
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """After the one at the start comes the first step."""
+        """Begin saving, or the first step after the evaluation at the start."""
         self.enter("save" if control.should_save else "forward_backward")
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """The micro-batches of a step."""
+        """Begin the micro-batches of a step."""
         if self._phase != "forward_backward":
             self.enter("forward_backward")
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Gradients are complete and clipped."""
+        """Begin the optimizer: gradients are complete and clipped."""
         self.enter("optimizer")
 
 
 def _reset_peaks(device: str) -> None:
-    """Let the counters of peaks start from what is in use now."""
+    """Reset the counters of peaks to what is in use now."""
     if device == "cuda":
         import torch
 

@@ -1,4 +1,4 @@
-"""What follows from a preflight's report: train, plan once more, or leave it to recovery.
+"""Decide what follows a preflight: train, plan once more, leave it to recovery, or stop.
 
     fits                                   train, however far the prediction was off
     over the budget, or out of memory      one new plan, as if the budget were smaller by what the
@@ -7,8 +7,7 @@
     nothing left to lower, or no room for  InsufficientMemoryError
     the model alone
 
-Guarantees: pure; at most one new plan; what is planned anew keeps the result and asks for less
-memory than before.
+Pure. There is at most one new plan; it keeps the result and takes less memory than the first.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ Decision = Literal["train", "replan", "recover", "stop"]
 LOAD_PHASE = "load"
 
 
-def decide(
+def decide_preflight(
     plan: TrainPlan, report: PreflightReport, *, replanned: bool, allow_degraded: bool
 ) -> Decision:
-    """What to do with `plan`, of which `report` is.
+    """Return what to do with `plan` after its preflight.
 
     Args:
-        plan: What was measured.
+        plan: The plan that was measured.
         report: The measurement.
         replanned: Whether `plan` was made because of an earlier measurement.
         allow_degraded: Whether recovery may change the result.
@@ -52,7 +51,7 @@ def decide(
 
 
 def corrected_budget_gb(report: PreflightReport) -> float:
-    """The budget less what the prediction missed, so that what is real fits the whole of it."""
+    """Return the budget less what the prediction missed, so that the real peak fits the budget."""
     missed_bytes = report.measured_bytes - report.predicted_bytes
     return gb(report.budget_bytes - missed_bytes)
 
@@ -63,7 +62,7 @@ def replan(
     plan: TrainPlan,
     report: PreflightReport,
 ) -> TrainPlan:
-    """The plan to take instead of `plan`, within the same budget; `decide` said 'replan'."""
+    """Return the plan to take instead of `plan`, within the same budget."""
     lower = _lower(config, environment, plan, report)
     measured = (
         f"The preflight of the first plan measured {size_text(report.measured_bytes)}"
@@ -80,7 +79,7 @@ def replan(
 
 
 def too_little_memory(report: PreflightReport) -> InsufficientMemoryError:
-    """The error for 'stop'."""
+    """Return the error that ends the run where nothing is left to lower."""
     measured_gb, budget_gb = gb(report.measured_bytes), gb(report.budget_bytes)
     rows = "\n".join(
         f"  {part.name:<32}{gb(part.predicted_bytes):8.3f} GB predicted"
@@ -111,10 +110,10 @@ def _lower(
     plan: TrainPlan,
     report: PreflightReport,
 ) -> TrainPlan:
-    """The planner's answer to the smaller budget; where it has none, all rungs of the ladder."""
+    """Return the plan for the corrected budget; where nothing fits it, all rungs of the ladder."""
     if _host_memory_beside_a_gpu(plan, report):
-        step = without_host_memory(plan)
-        return repredict(plan.with_settings(**step.values)) if step else plan
+        rung = without_host_memory(plan)
+        return repredict(plan.with_settings(**rung.values)) if rung else plan
     rungs = next_rungs(plan, _phase(report), allow_degraded=False)
     if _phase(report) == EVALUATION_PHASE and "eval_batch_size" in rungs[0].values:
         return repredict(plan.with_settings(**rungs[0].values))  # training itself fits

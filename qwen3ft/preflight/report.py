@@ -1,7 +1,6 @@
-"""A preflight's measurement beside its prediction, part by part, and as people read it.
+"""Compare a preflight's measurement with its prediction, part by part, and show both.
 
-Guarantees: pure functions of records and of the lines that a worker left; no torch. What cannot be
-told apart from outside (on a CPU, whose resident set is one number) is left open, not guessed.
+Parts that cannot be told apart are left open, not guessed: a CPU's resident set is one number.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from qwen3ft.records.training import Failure
 from qwen3ft.units import GIB, gb, size_text
 
 WEIGHTS, STATE, ACTIVATIONS = "weights", "adapter, gradients, optimizer", "activations"
-SLACK, CONTEXT = "allocator slack", "context and libraries"
+ALLOCATOR, CONTEXT = "allocator slack", "context and libraries"
 
 GROUPS: Mapping[str, str] = {
     "4-bit weights": WEIGHTS,
@@ -35,19 +34,19 @@ GROUPS: Mapping[str, str] = {
     "adapter": STATE,
     "gradients": STATE,
     "AdamW state": STATE,
-    "allocator slack": SLACK,
+    "allocator slack": ALLOCATOR,
     "process": CONTEXT,
 }
-"""Part of a prediction: what is measured; every other part comes and goes, with the activations."""
+"""Measured part that each predicted part belongs to; all others belong to the activations."""
 
 LEAST_SHORTFALL_SHARE = 0.1
-"""Of the budget: what a plan that ran out of memory is taken to lack at the least."""
+"""Share of the budget that a plan that ran out of memory is assumed to lack at least."""
 
 
 def measured_report(
     key: str, plan: TrainPlan, batches: WorstBatches, measurement: Measurement
 ) -> PreflightReport:
-    """The report of a worker that came to its end."""
+    """Return the report of a worker that finished."""
     measured_bytes = max(phase.process_bytes for phase in measurement.phases)
     budget_bytes = round(plan.max_memory_gb * GIB)
     report = PreflightReport(
@@ -73,10 +72,8 @@ def out_of_memory_report(
     phases: tuple[PhaseMemory, ...],
     seconds: float,
 ) -> PreflightReport:
-    """The report of a worker that ran out of memory.
-
-    What it would have needed is not known; it is the budget and what was asked for last at least.
-    """
+    """Return the report of a worker that ran out of memory."""
+    # What it would have needed is unknown: at least the budget and the allocation that failed.
     budget_bytes = round(plan.max_memory_gb * GIB)
     tried_bytes = round(float(error.facts.get("tried_gb", 0.0)) * GIB)
     lacking_bytes = max(tried_bytes, round(LEAST_SHORTFALL_SHARE * budget_bytes))
@@ -97,12 +94,12 @@ def out_of_memory_report(
 
 
 def phases_path(job: JobDir) -> Path:
-    """Where a preflight's phases are written."""
+    """Return where a preflight's phases are written."""
     return job.path / "phases.jsonl"
 
 
 def completed_phases(job: JobDir) -> tuple[PhaseMemory, ...]:
-    """What has been written of each phase, in their order: highest peaks, all of the time."""
+    """Return the phases a worker completed, in order; of repeated ones peaks and total time."""
     lines = read_json_lines(phases_path(job))
     found = [PhaseMemory.model_validate(line) for line in lines]
     named = ([each for each in found if each.phase == name] for name in get_args(Phase))
@@ -121,7 +118,7 @@ def _together(phases: Sequence[PhaseMemory]) -> PhaseMemory:
 
 
 def _compare(plan: TrainPlan, measured: Mapping[str, int]) -> tuple[PartComparison, ...]:
-    predicted = dict.fromkeys((WEIGHTS, STATE, ACTIVATIONS, SLACK, CONTEXT), 0)
+    predicted = dict.fromkeys((WEIGHTS, STATE, ACTIVATIONS, ALLOCATOR, CONTEXT), 0)
     for part in plan.predicted:
         predicted[GROUPS.get(part.name, ACTIVATIONS)] += part.bytes
     return tuple(
@@ -131,12 +128,12 @@ def _compare(plan: TrainPlan, measured: Mapping[str, int]) -> tuple[PartComparis
 
 
 def _measured_parts(plan: TrainPlan, measurement: Measurement) -> dict[str, int]:
-    """What can be told apart; on a GPU the parts add up to the peak of the process."""
+    """Return the parts that can be told apart; on a GPU they add up to the process's peak."""
     weights = measurement.phase("load").resting_bytes - measurement.adapter_bytes
     if plan.device == "cpu":
         weights = max(0, weights - measurement.before_bytes)
         return {WEIGHTS: weights, CONTEXT: measurement.before_bytes}
-    # Gradients are complete when the micro-batches of a step are done, and nothing else is left.
+    # When the micro-batches of a step are done, gradients are complete and activations are gone.
     state = measurement.phase("forward_backward").resting_bytes - weights
     allocated = max(phase.allocated_bytes for phase in measurement.phases)
     reserved = max(phase.reserved_bytes for phase in measurement.phases)
@@ -145,16 +142,16 @@ def _measured_parts(plan: TrainPlan, measurement: Measurement) -> dict[str, int]
         WEIGHTS: weights,
         STATE: state,
         ACTIVATIONS: allocated - weights - state,
-        SLACK: reserved - allocated,
+        ALLOCATOR: reserved - allocated,
         CONTEXT: process - reserved,
     }
 
 
 WORTH_A_NOTE_SHARE = 0.05
-"""Difference of prediction and measurement from which it is pointed out."""
+"""Relative error of a prediction from which the report points it out."""
 
 UNUSED_SHARE = 0.15
-"""Of the budget: what may stay unused without a word."""
+"""Share of the budget that may stay unused without a note."""
 
 
 def _notes(plan: TrainPlan, report: PreflightReport) -> tuple[str, ...]:
@@ -172,8 +169,8 @@ def _notes(plan: TrainPlan, report: PreflightReport) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def to_markdown(reports: Sequence[PreflightReport]) -> str:
-    """All measurements of a run, the last first, for Prefect's artifact page."""
+def preflight_markdown(reports: Sequence[PreflightReport]) -> str:
+    """Return all measurements of a run as Markdown, the last first."""
     return "\n".join(line for report in reversed(reports) for line in _markdown_of(report))
 
 

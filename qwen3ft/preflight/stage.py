@@ -1,10 +1,8 @@
-"""The preflight: a plan's worst batches are run and measured before training, in a worker.
+"""Run and measure a plan's worst batches in a worker, before training.
 
-Runs in the flow's process, which loads no torch. A plan that was measured before, in the same
-circumstances, is not measured again. Guarantees: nothing of it reaches training but the plan; a
-worker that fails for another reason than memory costs its time and nothing else, as recovery of
-training owns what it would meet again. What follows from a measurement is
-`qwen3ft.preflight.policy`, what is run `qwen3ft.preflight.worst_batches`.
+A plan that was measured before under the same conditions is not measured again. Only the plan
+reaches training. A worker that fails for another reason than memory costs its time alone:
+recovery of training deals with the reason, should it come back.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from qwen3ft.jobs.folders import RunDir
 from qwen3ft.jobs.launcher import run_worker
 from qwen3ft.logs import get_logger
 from qwen3ft.preflight.cache import keep_report, read_report, report_key
-from qwen3ft.preflight.policy import decide, replan, too_little_memory
+from qwen3ft.preflight.policy import decide_preflight, replan, too_little_memory
 from qwen3ft.preflight.report import completed_phases, measured_report, out_of_memory_report
 from qwen3ft.preflight.worst_batches import find_worst, read_lengths
 from qwen3ft.records.machine import EnvironmentReport
@@ -37,7 +35,7 @@ from qwen3ft.units import gb, size_text
 logger = get_logger("preflight")
 
 CLOSE_SHARE = 0.5
-"""Of the budget: a smaller prediction is not worth a worker's start on a CPU."""
+"""Share of the budget below which a prediction is not worth a worker's start on a CPU."""
 
 
 def measure_first(
@@ -46,8 +44,8 @@ def measure_first(
     """Measure `plan`, and once more a lower one if it does not fit.
 
     Raises:
-        InsufficientMemoryError: it does not fit, and there is nothing left to lower.
-        RequestError: as the worker's request cannot be met.
+        InsufficientMemoryError: It does not fit, and there is nothing left to lower.
+        RequestError: The worker's request cannot be met.
     """
     if why := why_skipped(config, plan):
         logger.info("preflight left out: %s", why)
@@ -56,14 +54,14 @@ def measure_first(
     plan = fit_to_free_memory(config, environment, plan)
     while (report := _report_of(config, environment, plan, run, len(reports) + 1)) is not None:
         reports.append(report)
-        decision = decide(
+        decision = decide_preflight(
             plan, report, replanned=len(reports) > 1, allow_degraded=config.allow_degraded
         )
         logger.info("%s: %s", decision, _sentence(report))
         if decision == "stop":
             raise too_little_memory(report)
         if decision != "replan":
-            return PreflightResult(plan=_told(plan, report), reports=tuple(reports))
+            return PreflightResult(plan=_with_measurement(plan, report), reports=tuple(reports))
         plan = replan(config, environment, plan, report)
     return PreflightResult(
         plan=plan, reports=tuple(reports), skipped="The worker failed; its log says why."
@@ -71,7 +69,7 @@ def measure_first(
 
 
 def why_skipped(config: TrainingConfig, plan: TrainPlan) -> str:
-    """Why `plan` is not measured; empty if it is."""
+    """Return why `plan` is not measured; empty if it is."""
     if config.preflight == "off":
         return "Configured as 'off'."
     if config.preflight == "on" or plan.device == "cuda":
@@ -92,7 +90,7 @@ def _report_of(
     run: RunDir,
     number: int,
 ) -> PreflightReport | None:
-    """The report of `plan`, kept or measured now; None if the worker failed otherwise."""
+    """Return the report of `plan`, cached or measured now; None if the worker failed otherwise."""
     batches = find_worst(plan, *read_lengths(plan))
     key = report_key(plan, environment, batches, planted_in_preflight(number))
     if (kept := read_report(config, key)) is not None:
@@ -118,7 +116,7 @@ def _report_of(
 
 
 def shortened(plan: TrainPlan, batches: WorstBatches, run: RunDir) -> TrainPlan:
-    """`plan` for the steps of `batches` alone, with an evaluation and a checkpoint at their end."""
+    """Return `plan` for the steps of `batches` alone, with an evaluation and a checkpoint."""
     steps = len(batches.steps())
     schedule = {
         "total_steps": steps,
@@ -129,8 +127,8 @@ def shortened(plan: TrainPlan, batches: WorstBatches, run: RunDir) -> TrainPlan:
     return given.model_copy(update=schedule)
 
 
-def _told(plan: TrainPlan, report: PreflightReport) -> TrainPlan:
-    """`plan` with what was measured among its reasons."""
+def _with_measurement(plan: TrainPlan, report: PreflightReport) -> TrainPlan:
+    """Return `plan` with the measurement among its reasons."""
     reason = f"{plan.reasons['predicted']} {_sentence(report)}"
     return plan.model_copy(update={"reasons": plan.reasons | {"predicted": reason}})
 

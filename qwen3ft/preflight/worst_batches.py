@@ -1,9 +1,8 @@
-"""The worst batches that a run will put on the device, found by lengths alone.
+"""Find the worst batches that a run will put on the device, from lengths alone.
 
-Guarantees: they are batches that training and its evaluations really run, by the same sampler; no
-row is read for them. Of equals the first is taken. Importing this module imports no torch.
-Not covered: steps beyond `MOST_SEQUENCES` (the first ones of a long run are looked at, and at least
-one), and rows that arrive after a sequence length was shortened.
+They are batches that training and its evaluations really run, by the same sampler; of equals the
+first is taken. Not covered: steps beyond `MOST_SEQUENCES`, and rows that were prepared again after
+recovery shortened them.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen3ft.planning.fused_footprint import FusedSizes
+from qwen3ft.planning.fused_sizes import FusedSizes
 from qwen3ft.planning.packing import Lengths, row_tokens
 from qwen3ft.planning.workload import workload_of
 from qwen3ft.records.plan import TrainPlan
@@ -23,21 +22,21 @@ from qwen3ft.records.preflight import WorstBatch, WorstBatches
 from qwen3ft.training.batches import EffectiveBatchOrder, step_sampler
 
 MOST_SEQUENCES = 1_000_000
-"""Sequences whose steps are looked at, some seconds' worth."""
+"""Number of sequences whose steps are looked at, which takes some seconds."""
 
 MOST_TOKENS = "most tokens"
 LONGEST_ROW = "longest row"
 MOST_KEPT = "most kept of its blocks"
 
 Rank = Callable[[int, Sequence[int]], tuple[int, ...]]
-"""From the slots of a batch and its lengths to what is compared; the largest is the worst."""
+"""Maps the slots of a batch and its lengths to what is compared; the largest is the worst."""
 
 
 def find_worst(plan: TrainPlan, train: Lengths, dev: Lengths) -> WorstBatches:
-    """The worst micro-batches of `plan` and the worst batches of its evaluations.
+    """Return the worst micro-batches of `plan` and the worst batches of its evaluations.
 
     Args:
-        plan: The attempt.
+        plan: The plan of the attempt.
         train: Tokens of each training row.
         dev: Tokens of each held-out row.
     """
@@ -64,7 +63,7 @@ def find_worst(plan: TrainPlan, train: Lengths, dev: Lengths) -> WorstBatches:
 
 
 def read_lengths(plan: TrainPlan) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Tokens of each training row and each held-out row, from the files that a plan names."""
+    """Return the tokens of each training row and each held-out row, from the plan's data."""
     folder = Path(plan.dataset.path)
     return _column(folder / "train.arrow"), _column(folder / "dev.arrow")
 
@@ -79,13 +78,13 @@ def _column(path: Path) -> NDArray[np.int32]:
 
 
 def _ranks(plan: TrainPlan) -> dict[str, Rank]:
-    """What makes a micro-batch the worst, by name."""
+    """Return the measures by which a micro-batch can be the worst, by name."""
     ranks: dict[str, Rank] = {
         MOST_TOKENS: lambda slots, lengths: (slots, max(lengths)),
         LONGEST_ROW: lambda slots, lengths: (max(lengths), slots),
     }
     if plan.memory.kernels == "fused":
-        # A smaller row keeps more of its blocks and may so take more than the largest.
+        # A smaller row keeps more of its blocks, so it may take more than the largest one.
         sizes = FusedSizes(workload_of(plan))
 
         @cache
@@ -97,17 +96,18 @@ def _ranks(plan: TrainPlan) -> dict[str, Rank]:
 
 
 def _worst_of_evaluation(plan: TrainPlan, dev: NDArray[np.integer]) -> tuple[WorstBatch, ...]:
-    """Batches are consecutive rows; a shorter one comes last, as then all are run as they are."""
+    """Return the worst evaluation batches, full ones first."""
     starts = range(0, len(dev), plan.memory.eval_batch_size)
     search = _Search(dev, _ranks(plan), packed=plan.memory.kernels == "fused")
     search.look_at(
         list(range(start, min(start + plan.memory.eval_batch_size, len(dev)))) for start in starts
     )
+    # The evaluation splits the chosen rows into full batches again, so a shorter one comes last.
     return tuple(sorted(search.found(), key=lambda batch: -len(batch.rows)))
 
 
 class _Search:
-    """Remembers the worst in each respect of all batches it was shown."""
+    """Worst batch in each respect of all batches looked at."""
 
     def __init__(
         self, lengths: NDArray[np.integer], ranks: dict[str, Rank], *, packed: bool
@@ -127,7 +127,7 @@ class _Search:
                     self.worst[name] = value, rows
 
     def found(self) -> tuple[WorstBatch, ...]:
-        """Each batch once, with every respect in which it is the worst."""
+        """Return each batch once, with every respect in which it is the worst."""
         chosen: dict[tuple[int, ...], list[str]] = {}
         for name, (_, rows) in self.worst.items():
             chosen.setdefault(tuple(rows), []).append(name)

@@ -1,4 +1,4 @@
-"""The computer as a run found it: its GPUs, who uses them, memory, versions."""
+"""The computer as a run found it: GPUs and who uses them, memory, versions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qwen3ft.units import gb, size_text
 
 
 class GpuInfo(Record):
-    """One CUDA device as NVML reports it."""
+    """CUDA device as NVML reports it."""
 
     index: int
     name: str
@@ -21,7 +21,7 @@ class GpuInfo(Record):
 
 
 class EnvironmentReport(Record):
-    """What this machine is and has free; free amounts are those of the moment."""
+    """Versions, sizes and free memory of this machine; free amounts are those of the moment."""
 
     python_version: str
     python_executable: str
@@ -35,35 +35,35 @@ class EnvironmentReport(Record):
 
     @property
     def device(self) -> Literal["cuda", "cpu"]:
-        """Where workers train."""
+        """Device that workers train on."""
         return "cuda" if self.gpus else "cpu"
 
 
 class GpuProcess(Record):
-    """A process that has memory of a card."""
+    """Process that holds memory of a GPU."""
 
     pid: int
     name: str | None
     used_bytes: int | None
-    """None where NVML does not tell: under Windows and WSL."""
+    """None where NVML does not report it: under Windows and WSL."""
 
     def describe(self) -> str:
-        """`python (pid 4711) holds 5.1 GB`."""
+        """Return `python (pid 4711) holds 5.1 GB`."""
         amount = "memory" if self.used_bytes is None else size_text(self.used_bytes, 1)
         return f"{self.name or 'a process'} (pid {self.pid}) holds {amount}"
 
 
 class GpuUse(Record):
-    """What a card has free at a moment, and who holds the rest."""
+    """Free memory of a GPU at a moment, and the processes that hold the rest."""
 
     total_bytes: int
     free_bytes: int
     processes: tuple[GpuProcess, ...]
-    """The largest first."""
+    """Largest first."""
 
     def describe(self) -> str:
-        """`python (pid 4711) holds 5.1 GB, Xorg (pid 12) holds 0.1 GB of the card`."""
+        """Return `python (pid 4711) holds 5.1 GB, Xorg (pid 12) holds 0.1 GB of the GPU`."""
         if not self.processes:
             used_gb = gb(self.total_bytes - self.free_bytes)
-            return f"{used_gb:.1f} GB of the card are taken, and NVML names no process"
-        return ", ".join(process.describe() for process in self.processes) + " of the card"
+            return f"{used_gb:.1f} GB of the GPU are taken, and NVML names no process"
+        return ", ".join(process.describe() for process in self.processes) + " of the GPU"

@@ -9,11 +9,11 @@ from pydantic import Field
 from qwen3ft.records.base import Record
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The linear layers of a Qwen3 block; all seven get an adapter."""
+"""Linear layers of a Qwen3 block; all seven get an adapter."""
 
 
 class ModelShape(Record):
-    """The numbers of a Qwen3 config.json that sizes are computed from."""
+    """Numbers of a Qwen3 config.json that sizes are computed from."""
 
     hidden_size: int
     intermediate_size: int
@@ -25,10 +25,19 @@ class ModelShape(Record):
     tie_word_embeddings: bool
     max_position_embeddings: int
 
+    @property
+    def query_features(self) -> int:
+        """Features of all query heads."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_features(self) -> int:
+        """Features of all key heads, and of all value heads."""
+        return self.num_key_value_heads * self.head_dim
+
     def projection_sizes(self) -> dict[str, tuple[int, int]]:
-        """(output, input) features of each of the seven projections of one layer."""
-        query = self.num_attention_heads * self.head_dim
-        key_value = self.num_key_value_heads * self.head_dim
+        """Return (output, input) features of each of the seven projections of one layer."""
+        query, key_value = self.query_features, self.key_features
         return {
             "q_proj": (query, self.hidden_size),
             "k_proj": (key_value, self.hidden_size),
@@ -59,7 +68,7 @@ class ModelShape(Record):
 
 
 class ModelSource(Record):
-    """Where a model comes from, pinned: what makes two requests for it the same."""
+    """Pinned origin of a model; two requests with the same one get the same model."""
 
     model_name: str
     revision: str = Field(description="Hub commit, or sha256 over a local folder's files.")
@@ -67,12 +76,12 @@ class ModelSource(Record):
 
 
 class ModelSnapshot(Record):
-    """A model quantised once and kept on disk; the manifest in its folder lists every file."""
+    """Quantised model on disk; the manifest in its folder lists every file."""
 
     source: ModelSource
     path: str = Field(description="Folder with the 4-bit safetensors, config and tokenizer.")
     manifest_sha256: str
-    quantization: str = Field(description="Which of config.quantization was used.")
+    quantization: str = Field(description="The one of config.quantization that was used.")
     compute_dtype: Literal["bfloat16", "float32"]
     shape: ModelShape
     size_bytes: int
@@ -81,7 +90,7 @@ class ModelSnapshot(Record):
 
 
 class AdapterSpec(Record):
-    """The adapter to train, counted from the model's shape."""
+    """Adapter to train, with parameters counted from the model's shape."""
 
     r: int
     alpha: int
@@ -92,10 +101,10 @@ class AdapterSpec(Record):
 
 
 class SavedAdapter(Record):
-    """An adapter on disk, read back and verified."""
+    """Adapter on disk, read back and verified."""
 
     path: str
-    sha256: str = Field(description="Of adapter_model.safetensors.")
+    sha256: str = Field(description="sha256 of adapter_model.safetensors.")
     size_bytes: int
     model_name: str
     degraded: tuple[str, ...] = ()

@@ -63,7 +63,7 @@ PLAN_FORMAT: Literal[2] = 2
 
 
 class MemoryPart(Record):
-    """One term of the predicted peak."""
+    """Term of the predicted peak, with the formula it was computed by."""
 
     name: str
     bytes: int
@@ -71,7 +71,7 @@ class MemoryPart(Record):
 
 
 class TrainPlan(Record):
-    """One training attempt, fully resolved. Everything the worker needs, and why it is so."""
+    """Plan of one training attempt: everything the worker needs, and a reason for each value."""
 
     format_version: Literal[2] = PLAN_FORMAT
     attempt: int = Field(ge=1)
@@ -98,10 +98,10 @@ class TrainPlan(Record):
     seed: int
     stall_seconds: float
     memory_history: bool = Field(
-        False, description="On a GPU: the allocator notes which line of code each block is from."
+        False, description="On a GPU: the allocator records the line of code each block comes from."
     )
     predicted: tuple[MemoryPart, ...]
-    reasons: dict[str, str] = Field(description="Derived value: why it is what it is.")
+    reasons: dict[str, str] = Field(description="Reason for each derived value.")
     resume_from: str | None = Field(None, description="Verified checkpoint to continue from.")
     degraded: tuple[str, ...] = ()
 
@@ -131,7 +131,7 @@ class TrainPlan(Record):
     def for_run(
         self, run_id: str, run_dir: str, *, attempt: int, resume_from: str | None
     ) -> TrainPlan:
-        """The same plan as attempt `attempt` of a run, continuing from a checkpoint if given."""
+        """Return the plan as attempt `attempt` of a run, continuing from a checkpoint if given."""
         place = {"run_id": run_id, "run_dir": run_dir}
         return self.model_copy(update={**place, "attempt": attempt, "resume_from": resume_from})
 

@@ -1,6 +1,6 @@
-"""What a preflight says: the worst batches of a run, and their memory, predicted and measured.
+"""Preflight: the worst batches of a run, and their memory, predicted and measured.
 
-Bytes of the device that trains; on a CPU all three kinds are the resident set.
+Memory is that of the device that trains; on a CPU all three kinds are the resident set.
 """
 
 from __future__ import annotations
@@ -17,28 +17,26 @@ Phase = Literal["load", "forward_backward", "optimizer", "evaluate", "save"]
 
 
 class WorstBatch(Record):
-    """One real micro-batch, or batch of an evaluation, that asks for more than the others."""
+    """Real micro-batch, or batch of an evaluation, that takes more memory than the others."""
 
-    chosen_for: tuple[str, ...] = Field(description="In which respect it is the worst.")
-    rows: tuple[int, ...] = Field(description="Row numbers of its split, in order.")
-    lengths: tuple[int, ...] = Field(description="Tokens of each.")
+    chosen_for: tuple[str, ...] = Field(description="Respects in which it is the worst.")
+    rows: tuple[int, ...] = Field(description="Row numbers in its split, in order.")
+    lengths: tuple[int, ...] = Field(description="Tokens of each row.")
     slots: int = Field(description="Tokens as it is run, padding included.")
 
 
 class WorstBatches(Record):
-    """The worst of everything that a plan will put on the device."""
+    """Worst batches of everything that a plan will put on the device."""
 
     train: tuple[WorstBatch, ...]
     evaluate: tuple[WorstBatch, ...] = Field(description="Whole batches before a shorter last one.")
-    accumulates: bool = Field(description="Whether any step has more than one micro-batch.")
+    accumulates: bool = Field(description="True if any step has more than one micro-batch.")
     steps_looked_at: int
 
     def steps(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        """Optimizer steps, each its micro-batches' rows, in which every one has its worst moment.
-
-        From the second step on the optimizer has its state; from the second micro-batch of a step
-        on there are gradients.
-        """
+        """Return optimizer steps in which every batch has its worst moment: micro-batches' rows."""
+        # The optimizer has its state from the second step on, and gradients exist from the second
+        # micro-batch of a step on.
         batches = tuple(batch.rows for batch in self.train)
         if not self.accumulates:
             return tuple((rows,) for rows in batches) * 2
@@ -46,7 +44,7 @@ class WorstBatches(Record):
 
 
 class PreflightRequest(Record):
-    """What a preflight worker is asked to do."""
+    """Request to a preflight worker."""
 
     plan: TrainPlan
     batches: WorstBatches
@@ -54,27 +52,27 @@ class PreflightRequest(Record):
 
 
 class PhaseMemory(Record):
-    """Memory in one phase: peaks, and what was in use at its end."""
+    """Memory in one phase: peaks, and the use at its end."""
 
     phase: Phase
-    allocated_bytes: int = Field(description="In use by tensors, at most.")
-    reserved_bytes: int = Field(description="Held by the allocator, at most.")
-    process_bytes: int = Field(description="Of the whole process since its start, at most.")
+    allocated_bytes: int = Field(description="Peak in use by tensors.")
+    reserved_bytes: int = Field(description="Peak held by the allocator.")
+    process_bytes: int = Field(description="Peak of the whole process since its start.")
     resting_bytes: int = Field(description="In use by tensors when the phase ended last.")
     seconds: float
 
 
 class Measurement(Record):
-    """What a preflight worker measured."""
+    """Measurement of a preflight worker."""
 
-    device: str = Field(description="Name of the card, or 'cpu'.")
+    device: str = Field(description="Name of the GPU, or 'cpu'.")
     before_bytes: int = Field(description="In use before the model was loaded.")
-    adapter_bytes: int = Field(description="The parameters that are trained.")
+    adapter_bytes: int = Field(description="Bytes of the parameters that are trained.")
     phases: tuple[PhaseMemory, ...]
     seconds: float
 
     def phase(self, name: Phase) -> PhaseMemory:
-        """The phase of that name; KeyError if it did not take place."""
+        """Return the phase of that name; KeyError if it did not take place."""
         for phase in self.phases:
             if phase.phase == name:
                 return phase
@@ -82,7 +80,7 @@ class Measurement(Record):
 
 
 class PartComparison(Record):
-    """One part of the peak."""
+    """Part of the peak, predicted and measured."""
 
     name: str
     predicted_bytes: int
@@ -90,9 +88,9 @@ class PartComparison(Record):
 
 
 class PreflightReport(Record):
-    """One measurement beside its prediction."""
+    """Measurement beside its prediction."""
 
-    key: str = Field(description="Of everything that its memory depends on.")
+    key: str = Field(description="Hash of everything that the memory depends on.")
     device: str
     budget_bytes: int
     predicted_bytes: int
@@ -101,10 +99,10 @@ class PreflightReport(Record):
     )
     fitted: bool
     parts: tuple[PartComparison, ...]
-    phases: tuple[PhaseMemory, ...] = Field(description="Those that were completed.")
+    phases: tuple[PhaseMemory, ...] = Field(description="Phases that were completed.")
     batches: WorstBatches
     seconds: float
-    failure: Failure | None = Field(None, description="How memory ran out, if it did.")
+    failure: Failure | None = Field(None, description="Set where memory ran out.")
     notes: tuple[str, ...] = ()
     from_cache: bool = False
 
@@ -115,8 +113,8 @@ class PreflightReport(Record):
 
 
 class PreflightResult(Record):
-    """The plan to train with, and what was measured on the way to it."""
+    """Plan to train with, and the measurements that led to it."""
 
     plan: TrainPlan
     reports: tuple[PreflightReport, ...] = ()
-    skipped: str = Field("", description="Why nothing was measured, where nothing was.")
+    skipped: str = Field("", description="Reason that nothing was measured, if so.")

@@ -1,4 +1,4 @@
-"""What follows a failed attempt: the next plan, or giving up with a reason.
+"""Decide what follows a failed attempt: the next plan, or giving up with a reason.
 
     OutOfMemoryError         the next rung of the memory ladder, from the newest checkpoint
     MemoryLeakError          a fresh process, the same plan
@@ -8,11 +8,9 @@
     CheckpointCorruptError   the checkpoint before it
     everything else          give up: trying the same again is useless, or another stage's business
 
-Guarantees: pure; never more than `max_attempts`; the effective batch never changes; what changes
-the result (shorter rows, lower rank) needs consent and marks the plan degraded. An attempt that is
-the last one allowed takes every remaining lever that keeps the result at once, so a long ladder is
-not cut short by the count of attempts. Not covered: after shorter rows the data have to be prepared
-again, which is the caller's to see in `change`.
+Pure. There are never more than `max_attempts`, and the effective batch never changes. Rungs that
+change the result (shorter rows, lower rank) need consent and mark the plan degraded. After shorter
+rows the caller has to prepare the data again; `change` tells it.
 """
 
 from __future__ import annotations
@@ -54,16 +52,16 @@ LEARNING_RATE_CUTS = 2
 
 
 class Retry(Record):
-    """Train again with `plan`."""
+    """Decision to train again with `plan`."""
 
     plan: TrainPlan
     reason: str
     change: dict[str, tuple[Any, Any]]
-    """Setting: (before, after)."""
+    """Value of each changed setting: (before, after)."""
 
 
 class GiveUp(Record):
-    """Stop. `failure` says why, in the class that describes the whole of the attempts."""
+    """Decision to stop; `failure` describes all attempts together."""
 
     reason: str
     failure: Failure
@@ -71,7 +69,7 @@ class GiveUp(Record):
 
 @dataclass(frozen=True)
 class _Case:
-    """Everything a policy decides from."""
+    """The failed attempt, and everything else a policy decides from."""
 
     plan: TrainPlan
     failure: Failure
@@ -81,11 +79,11 @@ class _Case:
     newest_checkpoint: str | None
 
     def count(self, kind: str) -> int:
-        """How often an earlier attempt of this run ended in `kind`."""
+        """Return how often an earlier attempt of this run ended in `kind`."""
         return sum(attempt.outcome == kind for attempt in self.earlier)
 
 
-def decide(
+def decide_retry(
     plan: TrainPlan,
     failure: Failure,
     history: Sequence[AttemptSummary],
@@ -94,15 +92,15 @@ def decide(
     allow_degraded: bool,
     newest_checkpoint: str | None,
 ) -> Retry | GiveUp:
-    """What to do after the attempt of `plan` ended in `failure`.
+    """Return what to do after the attempt of `plan` ended in `failure`.
 
     Args:
         plan: The attempt that failed.
-        failure: What ended it.
+        failure: The failure that ended it.
         history: The attempts of this run so far, with or without the one that failed.
         max_attempts: Attempts allowed in all.
         allow_degraded: Whether rows may be shortened and the rank lowered.
-        newest_checkpoint: The newest one that was verified, or None.
+        newest_checkpoint: The newest verified checkpoint, or None.
     """
     earlier = tuple(attempt for attempt in history if attempt.attempt < plan.attempt)
     case = _Case(plan, failure, earlier, max_attempts, allow_degraded, newest_checkpoint)
@@ -117,7 +115,7 @@ def decide(
 
 
 def _out_of_memory(case: _Case) -> Retry | GiveUp:
-    """Less memory, the same result; less of the result only with consent."""
+    """Lower memory by the next rung; rungs that change the result need consent."""
     phase = str(case.failure.facts.get("phase", ""))
     if phase == "load":
         return _give_up(
@@ -134,15 +132,17 @@ def _out_of_memory(case: _Case) -> Retry | GiveUp:
             case, f"Every lever against memory is used{consent}", "InsufficientMemoryError"
         )
     chosen = rungs[:1]
+    # The last attempt allowed pulls every lever that keeps the result at once, so that a long
+    # ladder is not cut short by the number of attempts.
     if case.plan.attempt + 1 == case.max_attempts and rungs[0].keeps_result:
         chosen = [rung for rung in rungs if rung.keeps_result]
     return _retry(case, f"Memory ran out: {_last_of_each(chosen)}", chosen)
 
 
 def _host_memory_beside_a_gpu(case: _Case) -> Retry | GiveUp:
-    """The levers of the card do not lower host memory; offloading is what raises it."""
-    if (step := without_host_memory(case.plan)) is not None:
-        return _retry(case, f"Host memory ran out: {step.what}", [step])
+    """Offload less: the levers against GPU memory do not lower host memory."""
+    if (rung := without_host_memory(case.plan)) is not None:
+        return _retry(case, f"Host memory ran out: {rung.what}", [rung])
     if case.count(case.failure.kind):
         return _give_up(case, "Host memory ran out again", "InsufficientMemoryError")
     return _retry(case, "Host memory ran out: a fresh process, the same settings", [])
@@ -158,8 +158,8 @@ def _half_learning_rate(case: _Case) -> Retry | GiveUp:
             case, f"It diverged again after {LEARNING_RATE_CUTS} cuts of the learning rate"
         )
     rate = case.plan.learning_rate / 2
-    step = Rung({"learning_rate": rate}, f"learning rate lowered to {rate:g}", True)
-    return _retry(case, f"Training diverged: {step.what}", [step])
+    rung = Rung({"learning_rate": rate}, f"learning rate lowered to {rate:g}")
+    return _retry(case, f"Training diverged: {rung.what}", [rung])
 
 
 def _once_more(case: _Case) -> Retry | GiveUp:
@@ -169,7 +169,7 @@ def _once_more(case: _Case) -> Retry | GiveUp:
 
 
 def _checkpoint_before(case: _Case) -> Retry | GiveUp:
-    """The newest verified checkpoint, but never the one that just failed."""
+    """Continue from the newest verified checkpoint, but never from the one that just failed."""
     before = case.newest_checkpoint
     if before == case.plan.resume_from:
         before = None
@@ -201,26 +201,26 @@ POLICIES: Mapping[type[FinetuneError], Callable[[_Case], Retry | GiveUp]] = {
     SaveError: _stop,
     ExportDriftError: _stop,  # no training raises it
 }
-"""By class; the nearest class along the hierarchy holds for those without a row of their own."""
+"""Policy of each class of failure; other classes have that of their nearest ancestor here."""
 
 
 def policy_for(kind: str) -> Callable[[_Case], Retry | GiveUp]:
-    """The policy for a failure's kind; a kind unknown to the tree is given up."""
+    """Return the policy for a kind of failure; an unknown kind is given up."""
     classes = {error.__name__: error for error in error_kinds()}
     ancestors = classes.get(kind, FinetuneError).__mro__
     return next((POLICIES[error] for error in ancestors if error in POLICIES), _stop)
 
 
-# --- what they decide ---
+# --- decisions ---
 
 
-def _retry(case: _Case, reason: str, steps: Sequence[Rung]) -> Retry:
+def _retry(case: _Case, reason: str, rungs: Sequence[Rung]) -> Retry:
     plan, resume_from, degraded = case.plan, case.newest_checkpoint, list(case.plan.degraded)
-    values = {name: value for step in steps for name, value in step.values.items()}
+    values = {name: value for rung in rungs for name, value in rung.values.items()}
     change = {name: (plan.setting(name), value) for name, value in values.items()}
-    if not all(step.keeps_result for step in steps):
+    if not all(rung.keeps_result for rung in rungs):
         resume_from = None  # checkpoints of other rows or another rank do not fit
-        degraded += [step.what for step in steps if not step.keeps_result]
+        degraded += [rung.what for rung in rungs if not rung.keeps_result]
     reasons = plan.reasons | dict.fromkeys(values, f"{reason}.")
     new = _next(plan, values | {"degraded": tuple(degraded), "reasons": reasons}, resume_from)
     return Retry(plan=new, reason=f"{reason}.", change=_readable(change))
@@ -232,7 +232,7 @@ def _next(plan: TrainPlan, values: Mapping[str, Any], resume_from: str | None) -
 
 
 def _readable(change: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
-    """An adapter is told by its rank."""
+    """Replace an adapter by its rank and alpha."""
     readable = dict(change)
     if "adapter" in readable:
         before, after = readable.pop("adapter")
@@ -241,18 +241,18 @@ def _readable(change: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any
     return readable
 
 
-def _last_of_each(steps: Sequence[Rung]) -> str:
-    """What is done, where a later step on the same setting supersedes an earlier one."""
-    return ", ".join({tuple(step.values): step.what for step in steps}.values())
+def _last_of_each(rungs: Sequence[Rung]) -> str:
+    """Describe rungs; a later one on the same settings supersedes an earlier one."""
+    return ", ".join({tuple(rung.values): rung.what for rung in rungs}.values())
 
 
 def _give_up(case: _Case, reason: str, kind: str = "") -> GiveUp:
     last, kind = case.failure, kind or case.failure.kind
-    told = f"{reason}. {last.what}\nAttempts:\n{_table(case)}"
+    message = f"{reason}. {last.what}\nAttempts:\n{_table(case)}"
     needs_memory = kind == InsufficientMemoryError.__name__
     failure = Failure(
         kind=kind,
-        what=told,
+        what=message,
         why=last.why,
         next_command="qwen3ft plan --set max_sequence_length="
         f"{max(16, case.plan.max_sequence_length // 2)}"
@@ -260,11 +260,11 @@ def _give_up(case: _Case, reason: str, kind: str = "") -> GiveUp:
         else last.next_command,
         facts={**last.facts, "last_failure": last.kind, "attempts": case.plan.attempt},
     )
-    return GiveUp(reason=told, failure=failure)
+    return GiveUp(reason=message, failure=failure)
 
 
 def _table(case: _Case) -> str:
-    """One line per attempt, the failed one last."""
+    """Return one line per attempt, the failed one last."""
     lines = [
         f"  {row.attempt}. {row.outcome}: micro-batch {row.micro_batch_size} x "
         f"{row.gradient_accumulation_steps}, recomputation "

@@ -1,13 +1,11 @@
-"""A card that other programs use too: what is free is looked at before each attempt.
+"""Fit each attempt to the memory that other programs leave free on the GPU.
 
-Guarantees: an attempt starts only if what it may take is free at that moment; where less is free
-but something fits, the plan is made again within that, its effective batch and everything else that
-decides the result unchanged; otherwise the run waits or refuses, as `when_gpu_is_busy` says, and
-names the programs. A budget that was lowered stays so for the rest of the run.
+Where less than the budget is free but something fits, the attempt is planned again within that,
+with the same effective batch and the same result. Where nothing fits, the run waits or refuses, as
+`when_gpu_is_busy` says, and names the programs. A budget once lowered stays so for the run.
 
-Not covered: what other programs take once the attempt has begun (the driver then refuses memory,
-which recovery answers; the next attempt looks again), and what a measurement or recovery has learnt
-about the prediction: a plan made anew trusts it as the first one did.
+Not covered: memory that other programs take once the attempt runs, which ends it with an error that
+recovery answers; and corrections by a preflight or by recovery, which a plan made anew forgets.
 """
 
 from __future__ import annotations
@@ -28,19 +26,19 @@ from qwen3ft.units import GIB, gb, size_text
 logger = get_logger("card")
 
 MARGIN_BYTES = int(0.25 * GIB)
-"""Left to the others when the budget follows what is free: their use is never quite steady."""
+"""Free memory left to other programs, whose use is never quite steady."""
 
 SETTLE_SECONDS = 5.0
-"""How long less than the budget has to be seen: a process that just ended frees its memory late."""
+"""Time that memory may take to come back: a process that just ended frees it late."""
 
-POLL_SECONDS = 1.0
-REPORT_SECONDS = 30.0
+_POLL_SECONDS = 1.0
+_REPORT_SECONDS = 30.0
 
 KEPT_SETTINGS = (
     *("attempt", "run_id", "run_dir", "resume_from", "degraded", "learning_rate"),
     *("total_steps", "warmup_steps", "evaluate_every_steps"),
 )
-"""What a plan that is made anew takes over: its place in the run, and what attempts changed."""
+"""Settings that a plan made anew takes over: its place in the run, and what attempts changed."""
 
 
 def fit_to_free_memory(
@@ -51,23 +49,23 @@ def fit_to_free_memory(
     probe: Callable[[str], GpuUse] = gpu_use,
     settle_seconds: float = SETTLE_SECONDS,
 ) -> TrainPlan:
-    """`plan`, or one within what is free on its card now; on a CPU `plan` itself.
+    """Return `plan` if its budget is free on the GPU, else a plan within what is free.
 
     Args:
-        config: What the plan was made from, and what to do while nothing fits.
-        environment: With the card.
+        config: The settings the plan was made from, and what to do while nothing fits.
+        environment: The machine with its GPU; on a CPU `plan` is returned as it is.
         plan: The attempt about to begin.
-        probe: Reads what is free, by UUID.
-        settle_seconds: How long memory may take to come back before it counts as taken.
+        probe: Reads the use of the GPU with a UUID.
+        settle_seconds: Time that memory may take to come back before it counts as taken.
 
     Raises:
-        EnvironmentNotReadyError: too little is free, for as long as the run may wait.
+        EnvironmentNotReadyError: Too little is free, for as long as the run may wait.
     """
     if plan.device == "cpu":
         return plan
-    card = environment.gpus[0].uuid
-    started, told = time.monotonic(), 0
-    use = probe(card)
+    uuid = environment.gpus[0].uuid
+    started, reports = time.monotonic(), 0
+    use = probe(uuid)
     fitted = fit_within(config, environment, plan, use)
     while True:
         if fitted is plan:
@@ -80,11 +78,11 @@ def fit_to_free_memory(
             left = config.wait_for_gpu_seconds - waited
             if config.when_gpu_is_busy == "refuse" or left <= 0:
                 raise _too_full(config, plan, use, waited)
-            if waited >= told * REPORT_SECONDS:
-                told += 1
+            if waited >= reports * _REPORT_SECONDS:
+                reports += 1
                 logger.info("%s; waiting, at most %.0f s more", _shortage(plan, use), left)
-        time.sleep(POLL_SECONDS)
-        before, use = use, probe(card)
+        time.sleep(_POLL_SECONDS)
+        before, use = use, probe(uuid)
         if use != before:
             fitted = fit_within(config, environment, plan, use)
 
@@ -92,7 +90,7 @@ def fit_to_free_memory(
 def fit_within(
     config: TrainingConfig, environment: EnvironmentReport, plan: TrainPlan, use: GpuUse
 ) -> TrainPlan | None:
-    """`plan` itself if its budget is free, else one within what is free; None if nothing fits."""
+    """Return `plan` if its budget is free, else one within what is free; None if nothing fits."""
     if use.free_bytes >= plan.max_memory_gb * GIB:
         return plan
     budget_gb = max(0, math.floor(gb(use.free_bytes - MARGIN_BYTES) * 100)) / 100

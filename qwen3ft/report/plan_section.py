@@ -33,7 +33,7 @@ def plan_markdown(table: PlanTable) -> str:
     )
     if (speed := table.speed) is not None:
         rate = f"{speed.tokens_per_second:,.0f} tokens/s, {speed.seconds_per_step:.2f} s per step"
-        lines += ["", f"Speed on {speed.card}, {speed.basis}: {rate}."]
+        lines += ["", f"Speed on {speed.gpu}, {speed.basis}: {rate}."]
     lines += ["", *(f"> {note}\n" for note in table.notes)] if table.notes else []
     return "\n".join(lines) + "\n"
 

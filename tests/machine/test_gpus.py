@@ -113,10 +113,10 @@ def test_the_use_of_a_gpu_is_described_in_words() -> None:
     unknown = GpuProcess(pid=12, name=None, used_bytes=None)
     use = GpuUse(total_bytes=24 * GIB, free_bytes=18 * GIB, processes=(python, unknown))
     assert use.describe() == (
-        "python (pid 4711) holds 5.1 GB, a process (pid 12) holds memory of the card"
+        "python (pid 4711) holds 5.1 GB, a process (pid 12) holds memory of the GPU"
     )
     nobody = use.model_copy(update={"processes": ()})
-    assert nobody.describe() == "6.0 GB of the card are taken, and NVML names no process"
+    assert nobody.describe() == "6.0 GB of the GPU are taken, and NVML names no process"
 
 
 def test_reading_gpus_loads_no_torch() -> None:

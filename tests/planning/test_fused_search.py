@@ -15,9 +15,10 @@ from support.plans import QWEN3_14B, TINY, environment, hopper, plan_on, workloa
 
 from qwen3ft.errors import ConfigError, InsufficientMemoryError
 from qwen3ft.planning.footprint import predict_memory
-from qwen3ft.planning.fused_footprint import FusedSizes
-from qwen3ft.planning.fused_settings import HOST_SHARE, step_seconds, waiting_bytes
+from qwen3ft.planning.fused_settings import HOST_SHARE, host_bytes_needed
+from qwen3ft.planning.fused_sizes import FusedSizes
 from qwen3ft.planning.recompute import ON_DEVICE, Level, offload_evenly
+from qwen3ft.planning.speed import ranking_seconds
 from qwen3ft.planning.workload import workload_of
 from qwen3ft.records.machine import EnvironmentReport
 from qwen3ft.records.plan import TrainPlan
@@ -31,7 +32,7 @@ LENGTHS = (256, 2048, 32768)
 def plan_or_none(
     budget_gb: float, tokens: int, recompute: str = "auto", host_gb: float = 64.0
 ) -> TrainPlan | None:
-    """For the 4B shape on a large card, of which some is allowed."""
+    """For the 4B shape on a large GPU, of which some is allowed."""
     wanted: Any = {"max_memory_gb": budget_gb, "gradient_checkpointing": recompute}
     try:
         return long_plan(hopper(host_gb=host_gb), tokens, **wanted)
@@ -55,7 +56,7 @@ def levels_of(plan: TrainPlan) -> tuple[Level, ...]:
 
 
 def seconds_of(plan: TrainPlan) -> float:
-    return step_seconds(workload_of(plan), plan.effective_batch_size, typical_tokens=100)
+    return ranking_seconds(workload_of(plan), plan.effective_batch_size, typical_tokens=100)
 
 
 # --- what fits a budget ---
@@ -116,7 +117,7 @@ def test_host_memory_is_used_within_its_share(host_gb: float) -> None:
     found = [plan for plan in plans if plan is not None and plan.memory.kernels == "fused"]
     assert found
     for plan in found:
-        waiting = waiting_bytes(workload_of(plan))
+        waiting = host_bytes_needed(workload_of(plan))
         assert (waiting > 0) == plan.memory.offload_activations
         assert waiting <= HOST_SHARE * host_gb * GIB
     assert any(plan.memory.offload_activations for plan in found) == (host_gb > 1)

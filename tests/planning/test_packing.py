@@ -16,13 +16,10 @@ from hypothesis import strategies as st
 
 from qwen3ft.data.collators import IGNORED_LABEL, PaddingCollator, labels_of
 from qwen3ft.planning.packing import (
-    WorstCase,
-    epoch_batches,
     epoch_order,
     pack,
     row_tokens,
     rows_at_a_time,
-    worst_case,
 )
 from qwen3ft.training.batches import (
     EffectiveBatchOrder,
@@ -34,6 +31,15 @@ from qwen3ft.training.batches import (
 from qwen3ft.training.loss import summed_loss
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40)
+
+
+def epoch_batches(
+    lengths: list[int], effective: int, capacity: int, seed: int, epoch: int
+) -> Iterator[list[list[int]]]:
+    """Each optimizer step as its packed micro-batches of row numbers."""
+    for batch in epoch_order(lengths, effective, seed, epoch):
+        groups = pack([lengths[row] for row in batch], capacity)
+        yield [[int(batch[position]) for position in group] for group in groups]
 
 
 def workload_lengths(count: int, seed: int = 0) -> list[int]:
@@ -148,7 +154,7 @@ PINNED = [9, 1, 0, 5, 4, 7, 2, 8, 3, 6]
 
 
 def test_the_sampler_gives_what_the_plan_said() -> None:
-    """Steps of the data loader are those of `epoch_batches`; padded ones hold neighbours."""
+    """Packed micro-batches of each effective batch; padded ones hold neighbours."""
     lengths = workload_lengths(200)
     order = EffectiveBatchOrder(lengths, 64, seed=5)
     order.epoch = 2
@@ -160,25 +166,11 @@ def test_the_sampler_gives_what_the_plan_said() -> None:
     assert list(itertools.chain(*itertools.chain(*padded))) == list(order)
 
 
-@given(lengths=LENGTHS, effective=st.integers(1, 16), capacity=st.integers(60, 300))
-def test_the_worst_case_is_that_of_the_plan(
-    lengths: list[int], effective: int, capacity: int
-) -> None:
-    """Its numbers are reached by some micro-batch and exceeded by none."""
-    steps = list(epoch_batches(lengths, effective, capacity, seed=1, epoch=0))
-    tokens = [[sum(lengths[row] for row in rows) for rows in step] for step in steps]
-    most = max(itertools.chain(*tokens))
-    worst = worst_case(lengths, steps)
-    assert worst == WorstCase(
-        micro_batch_tokens=most,
-        row_tokens=row_tokens(most),
-        sequence_tokens=max(lengths),
-        micro_batches=sum(map(len, steps)),
-        micro_batches_per_step=max(map(len, steps)),
-    )
-    assert worst.row_tokens % 32 == 0
-    assert most <= worst.row_tokens < most + 32
-    assert worst_case([], []) == WorstCase(0, 0, 0, 0, 0)
+def test_a_row_is_padded_to_a_multiple_and_by_less_than_one() -> None:
+    """Tensor cores and masks want that."""
+    for tokens in (1, 31, 32, 33, 4095):
+        assert row_tokens(tokens) % 32 == 0
+        assert tokens <= row_tokens(tokens) < tokens + 32
 
 
 # --- what the row looks like ---

@@ -25,7 +25,6 @@ from support.plans import (
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import DataLoadingError, InsufficientMemoryError
 from qwen3ft.model.shapes import plan_adapter
-from qwen3ft.planning.fit import largest_micro_batch_below
 from qwen3ft.planning.footprint import layer_bytes_per_token, predict_memory
 from qwen3ft.planning.plan import build_plan, repredict
 from qwen3ft.planning.workload import Workload
@@ -374,11 +373,3 @@ def test_each_derived_value_has_its_reason(gpu_gb: float | None) -> None:
     assert undecided | set(MemorySettings.model_fields) <= derived
     assert set(plan.reasons) == derived
     assert all(reason.endswith(".") for reason in plan.reasons.values())
-
-
-@given(effective=st.integers(1, 5000), data=st.data())
-def test_the_next_micro_batch_is_the_largest_divisor_up_to_half(effective: int, data: Any) -> None:
-    """Against the definition, by trying every number."""
-    current = data.draw(st.integers(1, effective))
-    smaller = [size for size in range(1, current // 2 + 1) if effective % size == 0]
-    assert largest_micro_batch_below(effective, current) == (max(smaller) if smaller else None)

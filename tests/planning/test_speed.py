@@ -69,7 +69,7 @@ def test_estimates_lie_within_a_quarter_of_what_was_measured(
 
 
 def test_there_are_measurements_to_hold_it_against() -> None:
-    """Two kinds of card and three shapes at least."""
+    """Two kinds of GPU and three shapes at least."""
     rows = [case.values for case in measured_rows()]
     assert len({gpu for gpu, _, _ in rows}) >= 2
     assert len({case["shape"] for _, case, _ in rows}) >= 3

@@ -153,7 +153,7 @@ def test_the_table_says_what_fits_how_fast_and_why() -> None:
     assert sum(part.bytes for part in table.parts) / GIB == pytest.approx(table.peak_gb)
     assert table.least_gb is not None
     assert table.least_gb < table.peak_gb <= table.budget_gb
-    assert {speed.card for speed in table.elsewhere} >= {"H100", "RTX 4090"}
+    assert {speed.gpu for speed in table.elsewhere} >= {"H100", "RTX 4090"}
     assert any("0.42 x 256" in note for note in table.notes)
 
 
@@ -260,7 +260,7 @@ def test_the_smaller_model_is_the_largest_that_fits() -> None:
 
 
 def test_more_memory_is_the_first_advice_only_where_the_card_has_it() -> None:
-    """On a card of 12 GB nobody can have 20."""
+    """On a GPU of 12 GB nobody can have 20."""
     config = TrainingConfig(model_name="14b", max_memory_gb=12.0, max_sequence_length=32768)
     machines = {name: described_machine(require_gpu_spec(name)) for name in ("rtx 3060", "h200")}
     nexts = {}
@@ -312,7 +312,7 @@ def test_the_longest_rows_fit_and_longer_ones_do_not(sweep: Sweep, budget_gb: in
 
 
 def test_a_whole_sweep_takes_seconds_and_knows_budgets_beyond_the_card() -> None:
-    """Two seconds on an idle core; budgets that the card lacks are left out."""
+    """Two seconds on an idle core; budgets that the GPU lacks are left out."""
     started = time.process_time()
     card = require_gpu_spec("rtx 4090")
     config = TrainingConfig(model_name="8b")
@@ -324,7 +324,7 @@ def test_a_whole_sweep_takes_seconds_and_knows_budgets_beyond_the_card() -> None
 
 @pytest.fixture(scope="module")
 def full_sweep() -> Sweep:
-    """All budgets of a small model on a large card."""
+    """All budgets of a small model on a large GPU."""
     config = TrainingConfig(model_name="0.6b")
     return sweep_model(config, described_machine(H200), H200, TYPICAL_FILL)
 

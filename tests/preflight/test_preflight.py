@@ -18,8 +18,18 @@ from qwen3ft.planning.packing import row_tokens
 from qwen3ft.planning.plan import build_plan, repredict
 from qwen3ft.preflight import worst_batches as preflight_batches
 from qwen3ft.preflight.cache import keep_report, read_report, report_key, report_path
-from qwen3ft.preflight.policy import corrected_budget_gb, decide, replan, too_little_memory
-from qwen3ft.preflight.report import GROUPS, measured_report, out_of_memory_report, to_markdown
+from qwen3ft.preflight.policy import (
+    corrected_budget_gb,
+    decide_preflight,
+    replan,
+    too_little_memory,
+)
+from qwen3ft.preflight.report import (
+    GROUPS,
+    measured_report,
+    out_of_memory_report,
+    preflight_markdown,
+)
 from qwen3ft.preflight.stage import measure_first, shortened, why_skipped
 from qwen3ft.preflight.worst_batches import find_worst, read_lengths
 from qwen3ft.records.machine import GpuInfo
@@ -108,7 +118,7 @@ def test_a_second_epoch_can_hold_the_worst_micro_batch(four: Any) -> None:
 
 def test_a_fused_plan_also_runs_the_row_that_keeps_most(four: Any) -> None:
     """Fused rows keep as much as fits: one smaller than the largest may take more."""
-    from qwen3ft.planning.fused_footprint import FusedSizes
+    from qwen3ft.planning.fused_sizes import FusedSizes
     from qwen3ft.planning.workload import workload_of
 
     plan = four(kernels="fused", packing=True, chunk_tokens=1024, total_steps=40)
@@ -232,7 +242,7 @@ def test_what_fits_is_trained_and_what_does_not_is_planned_once_more(
     error = None if failure is None else out_of_memory(**failure)
     report = report_of(plan, measured_share, error)
     decisions = [
-        decide(plan, report, replanned=replanned, allow_degraded=False)
+        decide_preflight(plan, report, replanned=replanned, allow_degraded=False)
         for replanned in (False, True)
     ]
     assert decisions == [first, second]
@@ -243,20 +253,20 @@ def test_recovery_may_still_change_the_result_where_that_is_allowed(make_plan: A
     plan = frugal(make_plan(eval_batch_size=1))
     report = report_of(plan, failure=out_of_memory())
     for replanned in (False, True):
-        assert decide(plan, report, replanned=replanned, allow_degraded=True) == "recover"
+        assert decide_preflight(plan, report, replanned=replanned, allow_degraded=True) == "recover"
 
 
 def test_host_memory_beside_a_gpu_is_answered_by_less_offloading(
     make_plan: Any, make_config: Any, environment: Any
 ) -> None:
-    """A smaller budget on the card would send more to the host; with nothing there: recovery."""
+    """A smaller budget on the GPU would send more to the host; with nothing there: recovery."""
     plan = make_plan(device="cuda", offload_activations=True)
     report = report_of(plan, failure=out_of_memory(domain="host"))
-    assert decide(plan, report, replanned=False, allow_degraded=False) == "replan"
+    assert decide_preflight(plan, report, replanned=False, allow_degraded=False) == "replan"
     assert not replan(make_config(), environment, plan, report).memory.offload_activations
     plan = make_plan(device="cuda")
     report = report_of(plan, failure=out_of_memory(domain="host"))
-    assert decide(plan, report, replanned=False, allow_degraded=False) == "recover"
+    assert decide_preflight(plan, report, replanned=False, allow_degraded=False) == "recover"
 
 
 @pytest.mark.parametrize("tried_gb", [0.0, 1.5])
@@ -344,7 +354,7 @@ def test_a_report_notes_a_wrong_prediction_and_a_budget_left_unused(make_plan: A
 def test_the_page_shows_predicted_beside_measured(make_plan: Any) -> None:
     """The last measurement stands first."""
     plan = make_plan()
-    text = to_markdown([report_of(plan, failure=out_of_memory()), report_of(plan, 0.5)])
+    text = preflight_markdown([report_of(plan, failure=out_of_memory()), report_of(plan, 0.5)])
     fits, fails = text.index("# Preflight: fits"), text.index("# Preflight: does not fit")
     assert fits < fails
     assert "2.00 of 4.00 GB measured" in text

@@ -15,8 +15,8 @@ from qwen3ft.planning.plan import repredict
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.run_card import AttemptSummary
 from qwen3ft.records.training import Failure
-from qwen3ft.recovery.adjust import POLICIES, GiveUp, Retry, decide
-from qwen3ft.recovery.ladder import next_rungs
+from qwen3ft.recovery.adjust import POLICIES, GiveUp, Retry, decide_retry
+from qwen3ft.recovery.ladder import largest_micro_batch_below, next_rungs
 
 CHECKPOINT = "runs/run/attempts/01/checkpoints/step-000200"
 
@@ -48,7 +48,7 @@ def ask(plan: TrainPlan, failure: Failure, *earlier: str, **limits: Any) -> Retr
     history = [summary(number, kind) for number, kind in enumerate(earlier, start=1)]
     history.append(summary(plan.attempt, failure.kind))
     choices = {"max_attempts": 20, "allow_degraded": False, "newest_checkpoint": CHECKPOINT}
-    return decide(plan, failure, history, **{**choices, **limits})
+    return decide_retry(plan, failure, history, **{**choices, **limits})
 
 
 def retry(*arguments: Any, **limits: Any) -> Retry:
@@ -154,6 +154,14 @@ def test_a_damaged_checkpoint_is_never_the_next_one_again() -> None:
 
 
 # --- the memory ladder ---
+
+
+@given(effective=st.integers(1, 5000), data=st.data())
+def test_the_next_micro_batch_is_the_largest_divisor_up_to_half(effective: int, data: Any) -> None:
+    """Against the definition, by trying every number."""
+    current = data.draw(st.integers(1, effective))
+    smaller = [size for size in range(1, current // 2 + 1) if effective % size == 0]
+    assert largest_micro_batch_below(effective, current) == (max(smaller) if smaller else None)
 
 
 @given(micro=st.integers(1, 512), accumulation=st.integers(1, 64), recompute=st.booleans())

@@ -55,7 +55,7 @@ def test_with_consent_rows_are_shortened_at_last() -> None:
 
 
 def test_where_the_host_runs_out_less_waits_there() -> None:
-    """Attention's output first, then everything, as far as the card has room; then nothing."""
+    """Attention's output first, then everything, as far as the GPU has room; then nothing."""
     plan = fused_plan(32768, batch_size=1, gradient_accumulation_steps=1)
     both = {"offload_activations": True, "offload_attention": True, "offloaded_mlp_blocks": 0}
     plan = repredict(plan.with_settings(**both))
@@ -72,7 +72,7 @@ def test_where_the_host_runs_out_less_waits_there() -> None:
     assert without_host_memory(last.with_settings(offloaded_mlp_blocks=0)) is None
 
 
-def test_a_sequence_that_needs_the_host_is_not_moved_to_a_card_without_room() -> None:
+def test_a_sequence_that_needs_the_host_is_not_moved_to_a_gpu_without_room() -> None:
     """131,072 tokens cannot keep their blocks' inputs within 13 GB."""
     plan = fused_plan(131072, batch_size=1, gradient_accumulation_steps=1)
     assert plan.memory.offload_activations

@@ -1,4 +1,4 @@
-"""Before each attempt the plan is held against what other programs leave free of the card."""
+"""Before each attempt the plan is held against what other programs leave free of the GPU."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def fit(plan: TrainPlan, *free_gb: float, **wanted: Any) -> TrainPlan:
 
 
 def test_a_plan_whose_budget_is_free_stays_as_it_is() -> None:
-    """Whatever else is on the card."""
+    """Whatever else is on the GPU."""
     plan = plan_for()
     assert fit(plan, 13.0) is plan
 
@@ -77,7 +77,7 @@ def test_less_than_the_plan_needs_makes_it_anew_and_says_who_holds_the_rest() ->
     for name in ("attempt", "run_id", "run_dir", "learning_rate", "resume_from", "total_steps"):
         assert getattr(fitted, name) == getattr(plan, name), name
     assert fitted.reasons["max_memory_gb"] == (
-        "4.75 of 13 GB: python (pid 4711) holds 13.1 GB of the card."
+        "4.75 of 13 GB: python (pid 4711) holds 13.1 GB of the GPU."
     )
 
 
@@ -151,7 +151,7 @@ def test_memory_that_comes_back_late_is_not_taken_for_another_program() -> None:
 @pytest.mark.parametrize(
     ("wanted", "gpu_gb", "words"),
     [
-        ({"max_memory_gb": 80.0}, 24.0, ["80 GB were allowed, but the card has 24.00 GB in all"]),
+        ({"max_memory_gb": 80.0}, 24.0, ["80 GB were allowed, but the GPU has 24.00 GB in all"]),
         ({"max_memory_gb": 80.0}, None, ["this machine has 64.00 GB in all", "on the CPU"]),
         ({"max_memory_gb": 60.0}, None, ["Qwen/Qwen3-4B-Thinking-2507 No CUDA device is visible"]),
         (
@@ -166,7 +166,7 @@ def test_memory_that_comes_back_late_is_not_taken_for_another_program() -> None:
 def test_where_the_machine_is_less_than_asked_for_the_log_and_the_plan_say_so(
     wanted: dict[str, Any], gpu_gb: float | None, words: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A budget above the card is lowered; a real model, or fused kernels, without a GPU."""
+    """A budget above the GPU's memory is lowered; a real model, or fused kernels, without a GPU."""
     from flows.run_context import warn_of_limits
 
     plan = plan_for(gpu_gb=gpu_gb, **wanted)
@@ -180,7 +180,7 @@ def test_where_the_machine_is_less_than_asked_for_the_log_and_the_plan_say_so(
 
 
 def test_on_a_cpu_nobody_is_asked() -> None:
-    """The plan itself, without a card to look at."""
+    """The plan itself, without a GPU to look at."""
     plan = plan_for(gpu_gb=None)
     machine = environment(None)
     assert fit_to_free_memory(CONFIG, machine, plan, probe=probe(0.0), settle_seconds=0) is plan

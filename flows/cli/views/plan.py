@@ -97,7 +97,7 @@ def show_sweep(console: Console, sweep: Sweep) -> None:
         ]
         for row in _rows(sweep)
     ]
-    title = f"{sweep.model} on {sweep.card}: rows of up to ... tokens"
+    title = f"{sweep.model} on {sweep.gpu}: rows of up to ... tokens"
     if console.is_terminal:
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         for name in head:
@@ -167,7 +167,7 @@ def _more(table: PlanTable) -> list[tuple[str, str]]:
     label = "elsewhere"
     for basis, speeds in groupby(table.elsewhere, key=lambda speed: speed.basis):
         speeds_text = ", ".join(
-            f"{speed.card} {_short(speed.tokens_per_second)}" for speed in speeds
+            f"{speed.gpu} {_short(speed.tokens_per_second)}" for speed in speeds
         )
         rows.append((label, f"{speeds_text} tokens/s ({basis})"))
         label = ""

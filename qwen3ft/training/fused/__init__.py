@@ -35,7 +35,7 @@ def fused_step(model: Any, plan: TrainPlan) -> FusedStep:
     Raises:
         ImportError: on a GPU, Triton is missing.
     """
-    from qwen3ft.planning.fused_footprint import FusedSizes
+    from qwen3ft.planning.fused_sizes import FusedSizes
     from qwen3ft.planning.workload import workload_of
     from qwen3ft.training.fused.step import FusedStep
 
