@@ -96,11 +96,7 @@ def prompt_ids(
 ) -> list[int]:
     """Return the token ids of `generation_prompt`, exactly as in a training row.
 
-    Args:
-        tokenizer: Tokenizer with a chat template.
-        asked: The conversation so far.
-        thinking: As in `generation_prompt`.
-        escape: As in `tokenize_rows`.
+    `escape` is as in `tokenize_rows`.
 
     Raises:
         TokenizerError: the template cannot be used.
@@ -164,12 +160,6 @@ def shorten_reasoning(
 
     The reasoning is cut at token borders, with `REMOVED` in the gap. It is dropped if fewer than
     two of its tokens fit. The answer and the end token stay.
-
-    Args:
-        tokenizer: Tokenizer with a chat template.
-        row: As in `tokenize_rows`.
-        max_tokens: Longest row allowed.
-        escape: As in `tokenize_rows`.
 
     Returns:
         The row, unchanged if it fits; None if it does not fit even without reasoning.

@@ -102,14 +102,8 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of `attend` with respect to q, k and v.
 
-    Args:
-        d_out: Gradient of the output, (T, query heads, head_dim).
-        q: Argument of `attend`.
-        k: Argument of `attend`.
-        v: Argument of `attend`.
-        out: Output of `attend`.
-        log_sum_exp: Output of `attend`.
-        segments: The sequences.
+    `d_out` is the gradient of the output, (T, query heads, head_dim); the others are the arguments
+    and outputs of `attend`.
     """
     if not q.is_cuda:
         return _attend_backward_plainly(d_out, q, k, v, out, log_sum_exp, segments)
