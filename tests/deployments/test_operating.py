@@ -1,4 +1,4 @@
-"""Nights, crashes and restarts on real servers with a real worker; only training is left out."""
+"""Nights, crashes and restarts on real servers with a real worker, but without training."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NOTICED_SECONDS = 120.0
 pytestmark = pytest.mark.timeout(600)
 
 FLOW = '''
-"""The real flow's order of nights, around a training that is a line in a file."""
+"""The nightly logic of the real flow, around a training that is a line in a file."""
 
 import json
 import time
@@ -85,15 +85,15 @@ class Project:
         self.data("a" * 64)
 
     def data(self, content: str) -> None:
-        """What there is to train on."""
+        """Replace the data to train on."""
         (self.root / "data").write_text(content)
 
     def start(self, **parameters: Any) -> str:
-        """A run of the deployment; its id."""
+        """Start a run of the deployment; return its id."""
         return self._create({"parameters": parameters})
 
     def start_scheduled(self, at: datetime) -> str:
-        """A run as Prefect's scheduler makes it."""
+        """Make a run as Prefect's scheduler does; return its id."""
         state = {"type": "SCHEDULED", "state_details": {"scheduled_time": at.isoformat()}}
         return self._create({"state": state, "tags": ["auto-scheduled"]})
 
@@ -104,29 +104,29 @@ class Project:
         return str(send(self.stack.layout(), address, body)["id"])
 
     def read(self, run: str) -> dict[str, Any]:
-        """The server's record of a run."""
+        """Return the server's record of a run."""
         found: dict[str, Any] = send(self.stack.layout(), f"flow_runs/{run}", method="GET")
         return found
 
     def runs(self) -> list[dict[str, Any]]:
-        """Every run that the server knows."""
+        """Return every run that the server knows."""
         found: list[dict[str, Any]] = send(self.stack.layout(), "flow_runs/filter", {})
         return found
 
     def trained(self) -> list[list[Any]]:
-        """(run folder, flow run, times resumed) of each training that began."""
+        """Return (run folder, flow run, times resumed) of each training that began."""
         path = self.root / "trained.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def pid(self, service: str) -> int:
-        """The process of a service."""
+        """Return the pid of a service."""
         (found,) = [item for item in self.stack.status().services if item.name == service]
         assert found.pid is not None
         return found.pid
 
 
 def wait_for(condition: Callable[[], Any], seconds: float) -> Any:
-    """What `condition` gives once it is true; how long that took is for the caller to measure."""
+    """Return what `condition` returns once that is true."""
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, f"not within {seconds:.0f} s"
@@ -136,7 +136,7 @@ def wait_for(condition: Callable[[], Any], seconds: float) -> Any:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
-    """One stack for the module."""
+    """Start one stack for the module."""
     made = Project(tmp_path_factory.mktemp("operating"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -149,7 +149,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
 
 
 def ended(project: Project, run: str) -> dict[str, Any]:
-    """The run's record once it has ended."""
+    """Wait for a run's end; return its record."""
 
     def record() -> dict[str, Any] | None:
         found = project.read(run)
@@ -173,7 +173,7 @@ def _trainings(project: Project, run: str, resumed: int) -> list[list[Any]]:
 
 @pytest.mark.slow
 def test_three_missed_nights_are_caught_up_once(project: Project) -> None:
-    """The worker finds all three late; whichever it starts first does the newest night."""
+    """The worker finds all three late; the run that it starts first does the newest night."""
     before, now = len(project.trained()), datetime.now(UTC)
     nights = [project.start_scheduled(now - timedelta(days=days)) for days in (3, 2, 1)]
     names = sorted(ended(project, run)["state_name"] for run in nights)
@@ -185,7 +185,7 @@ def test_three_missed_nights_are_caught_up_once(project: Project) -> None:
 
 @pytest.mark.slow
 def test_new_data_starts_a_night_by_an_event(project: Project) -> None:
-    """Emitted as the docs say; the same event without new data does nothing again."""
+    """The event is emitted as the docs say; without new data, a second one starts no training."""
     project.data("b" * 64)
     command = [sys.executable, "-m", "prefect", "event", "emit", "qwen3ft.data.arrived"]
     before = len(project.trained())
@@ -205,7 +205,7 @@ def test_new_data_starts_a_night_by_an_event(project: Project) -> None:
 
 @pytest.fixture
 def hang(project: Project) -> Iterator[Path]:
-    """While this file is there, a training does not end."""
+    """Make the file that keeps a training from ending."""
     path = project.root / "hang"
     path.touch()
     yield path
@@ -218,7 +218,7 @@ def test_two_runs_never_overlap(project: Project, hang: Path) -> None:
     project.data("c" * 64)
     first, second = project.start(), project.start()
     wait_for(lambda: len(_trainings_of(project, {first, second})) == 1, 180)
-    time.sleep(10)  # five looks of the worker
+    time.sleep(10)  # the worker polls five times
     assert len(_trainings_of(project, {first, second})) == 1
     hang.unlink()
     records = [ended(project, run) for run in (first, second)]
@@ -227,14 +227,14 @@ def test_two_runs_never_overlap(project: Project, hang: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_killed_with_its_worker_is_noticed_and_taken_up_once(
+def test_a_run_killed_with_its_worker_is_noticed_and_continued_once(
     project: Project, hang: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    """Nobody calls `up` until the server itself has noticed; then the worker finds the new run."""
+    """The server notices without `up`; the next worker finds the run that continues it."""
     project.data("d" * 64)
     run = project.start(nightly=True)
     wait_for(lambda: _trainings_of(project, {run}), 180)
-    time.sleep(services.HEARTBEAT_SECONDS / 2)  # as far into a beat as on average
+    time.sleep(services.HEARTBEAT_SECONDS / 2)  # on average a crash is half a beat after one
     killed = time.monotonic()
     for process in find_marked(project.root, "worker"):
         process.kill()
@@ -251,14 +251,14 @@ def test_a_run_killed_with_its_worker_is_noticed_and_taken_up_once(
 
 @pytest.mark.slow
 def test_a_run_outlives_prefects_worker(project: Project, hang: Path) -> None:
-    """Killed in mid-run, the worker takes nothing with it; the next one leaves the run alone."""
+    """A run goes on when its worker is killed, and the next worker leaves it alone."""
     project.data("f" * 64)
     run = project.start()
     wait_for(lambda: _trainings_of(project, {run}), 180)
     psutil.Process(project.pid("worker")).kill()
-    time.sleep(2)  # ten lines that nobody reads
+    time.sleep(2)  # it logs ten lines that nobody reads
     assert project.stack.up().up
-    time.sleep(5)  # and two looks of the new worker
+    time.sleep(5)  # the new worker polls twice
     assert project.read(run)["state_type"] == "RUNNING"
     hang.unlink()
     assert ended(project, run)["state_name"] == "Completed"
@@ -266,8 +266,8 @@ def test_a_run_outlives_prefects_worker(project: Project, hang: Path) -> None:
 
 
 @pytest.mark.slow
-def test_of_several_runs_that_take_up_a_crash_one_starts(project: Project) -> None:
-    """As a server asks for that evaluated the crash more than once."""
+def test_of_several_runs_that_continue_a_crash_one_starts(project: Project) -> None:
+    """A server that evaluates a crash more than once starts several."""
     project.data("0" * 64)
     twins = [project.start(continue_run=str(uuid4()), resumed=1)]
     parameters = project.read(twins[0])["parameters"]
@@ -281,7 +281,7 @@ def test_of_several_runs_that_take_up_a_crash_one_starts(project: Project) -> No
 
 @pytest.mark.slow
 def test_a_run_that_crashes_again_is_left_to_a_person(project: Project, hang: Path) -> None:
-    """Killed, taken up, killed: the third start fails with the command that continues it."""
+    """Killed, continued, killed: the third start fails with the command that continues it."""
     project.data("e" * 64)
     run = project.start()
     for resumed in (0, 1):
@@ -306,10 +306,10 @@ def _executes(process: psutil.Process, flow_run: str) -> bool:
 
 
 @pytest.mark.slow
-def test_a_stack_that_is_supervised_gets_its_worker_back_until_it_is_told_to_stop(
+def test_a_supervised_stack_gets_its_worker_back_until_it_is_stopped(
     project: Project,
 ) -> None:
-    """As the systemd unit runs it; SIGTERM ends all of it."""
+    """It runs as under the systemd unit; SIGTERM ends all of it."""
     code = (
         "import sys; from pathlib import Path; from deployments.stack import Stack; "
         "from deployments.autostart import stay_up; stay_up(Stack(Path(sys.argv[1])), print)"
@@ -328,7 +328,7 @@ def test_a_stack_that_is_supervised_gets_its_worker_back_until_it_is_told_to_sto
 def test_the_unit_is_one_that_systemd_accepts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also for a folder with a space and a percent sign; nothing is started."""
+    """That holds for a folder with a space and a percent sign; nothing is started."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     root = tmp_path / "my 100% project"
     (root / ".venv" / "bin").mkdir(parents=True)

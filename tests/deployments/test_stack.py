@@ -1,4 +1,4 @@
-"""The local stack, for real: servers, worker and deployment in a folder of their own."""
+"""The local stack with real servers, worker and deployment, in a folder of its own."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def qwen3_finetune(
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """A stack that is up, in a project folder with a flow that does nothing."""
+    """Start a stack in a project folder with a flow that does nothing."""
     root = tmp_path_factory.mktemp("a project")  # a path with a space
     (root / "deployments").mkdir()
     shutil.copy(ROOT / "deployments" / "prefect.yaml", root / "deployments")
@@ -81,7 +81,7 @@ def _pids(status: StackStatus) -> dict[str, int | None]:
 
 
 def test_everything_listens_on_loopback_only(stack: Stack) -> None:
-    """All three are healthy, and none of their sockets can be reached from another machine."""
+    """All three are healthy, and no other machine can reach their sockets."""
     status = stack.status()
     assert status.up
     addresses = {
@@ -94,7 +94,7 @@ def test_everything_listens_on_loopback_only(stack: Stack) -> None:
 
 
 def test_a_second_up_starts_nothing(stack: Stack) -> None:
-    """What is up stays as it is, and nothing is said."""
+    """Services that are up stay as they are, and nothing is printed."""
     before, said = _pids(stack.status()), list[str]()
     assert _pids(stack.up(said.append)) == before
     assert said == []
@@ -102,7 +102,7 @@ def test_a_second_up_starts_nothing(stack: Stack) -> None:
 
 @pytest.mark.slow
 def test_two_ups_at_once_restart_a_killed_server_once(stack: Stack) -> None:
-    """What its parent's death left behind is cleared away; the others and the port stay."""
+    """The orphans of the killed server are removed; the other services and the port stay."""
     before = stack.status()
     os.kill(_pids(before)["mlflow"] or 0, signal.SIGKILL)
     code = (
@@ -128,7 +128,7 @@ def test_two_ups_at_once_restart_a_killed_server_once(stack: Stack) -> None:
 
 
 def test_mlflow_refuses_other_host_names(stack: Stack) -> None:
-    """A web page whose name was made to resolve to this machine reads nothing."""
+    """A web page whose name was made to resolve to this machine can read nothing."""
     url = f"{stack.layout().url('mlflow')}/api/2.0/mlflow/experiments/search?max_results=1"
     assert services.request_text(url) is not None
     foreign = urllib.request.Request(url, headers={"Host": "evil.example"})
@@ -137,8 +137,8 @@ def test_mlflow_refuses_other_host_names(stack: Stack) -> None:
 
 
 @pytest.mark.parametrize("version", ["v1", "v2"])
-def test_prefects_pages_may_connect_to_this_machine_alone(stack: Stack, version: str) -> None:
-    """Both versions of them, as served; what a browser makes of it: test_browser.py."""
+def test_prefects_pages_may_connect_to_this_machine_only(stack: Stack, version: str) -> None:
+    """Both versions are served with the policy; test_browser.py checks that a browser obeys it."""
     path = "/v2/dashboard" if version == "v2" else "/runs"
     url = stack.layout().url("prefect") + path
     request = urllib.request.Request(url, headers={"Accept": "text/html"})
@@ -151,7 +151,7 @@ def test_prefects_pages_may_connect_to_this_machine_alone(stack: Stack, version:
 def test_the_deployment_is_registered_once_and_as_declared(
     stack: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One run at a time, a nightly schedule that is off, and the model this machine can train."""
+    """It has one run at a time, a nightly schedule that is off, and a model for this machine."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     said: list[str] = []
     assert deploy(stack, said.append) is True
@@ -168,7 +168,7 @@ def test_the_deployment_is_registered_once_and_as_declared(
 
 
 def _wait_for_planned_runs(api: str) -> None:
-    """The server's scheduler really plans the coming nights; it looks every minute at most."""
+    """Wait until the server's scheduler has planned the coming nights, within a minute or so."""
     wanted = {"flow_runs": {"tags": {"all_": ["auto-scheduled"]}}}
     end = time.monotonic() + 90
     while not (planned := services.request_json(f"{api}/flow_runs/filter", wanted)):
@@ -180,7 +180,7 @@ def _wait_for_planned_runs(api: str) -> None:
 def test_registering_again_keeps_the_schedule_that_was_switched_on(
     stack: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An upgrade must not end anybody's nightly runs; nor does it add a second automation."""
+    """An upgrade must neither end anybody's nightly runs nor add a second automation."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     deploy(stack)
     found = read_deployment(stack)
@@ -198,7 +198,7 @@ def test_registering_again_keeps_the_schedule_that_was_switched_on(
 def test_prefect_typed_in_the_folder_talks_to_the_stack(
     stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """prefect.toml does it, without a profile and without touching the home folder."""
+    """That works through prefect.toml, without a profile and without touching the home folder."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     deploy(stack)
     kept = {name: text for name, text in os.environ.items() if not name.startswith("PREFECT_")}
@@ -214,7 +214,7 @@ def test_prefect_typed_in_the_folder_talks_to_the_stack(
 
 
 def _start_at(stack: Stack, address: str, body: dict[str, object]) -> str:
-    """A run that the server takes for running, though nothing executes it."""
+    """Make a run that the server believes to be running; return its id."""
     api = f"{stack.layout().url('prefect')}/api"
     run = services.request_json(f"{api}/{address}", body)
     forced = {"state": {"type": "RUNNING"}, "force": True}
@@ -223,7 +223,7 @@ def _start_at(stack: Stack, address: str, body: dict[str, object]) -> str:
 
 
 def _wait_for_resumption(api: str, crashed: str) -> dict[str, Any]:
-    """The run that the server started to continue `crashed`."""
+    """Return the run that was started to continue `crashed`."""
     end = time.monotonic() + 60
     while time.monotonic() < end:
         for run in services.request_json(f"{api}/filter", {}):
@@ -234,13 +234,13 @@ def _wait_for_resumption(api: str, crashed: str) -> dict[str, Any]:
     raise AssertionError(f"nothing continues {crashed}")
 
 
-def test_a_run_that_was_killed_with_all_else_is_ended_by_the_next_up_and_taken_up(
+def test_a_run_that_was_killed_with_everything_else_is_ended_and_continued_by_the_next_up(
     stack: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As after a power cut. Else it would hold the one slot; one of another origin is left alone.
+    """Otherwise, after a power cut, it would hold the one slot for ever.
 
-    What asked for the killed run is asked of the one that takes it up. The slot of a run that lived
-    on would still be its own.
+    The run that continues it has its parameters. Runs of other origin are left alone, and a run
+    that lived on would keep its slot.
     """
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     deploy(stack)
@@ -301,7 +301,7 @@ def test_the_schedule_is_changed_in_the_file_registered_and_switched_on_by_one_c
 def test_old_flow_runs_are_counted_by_a_dry_run_and_removed_without_one(
     stack: Stack, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Those that ended; one that has not ended stays, however old."""
+    """A run that has not ended stays, however old it is."""
     from flows.cli.clean import clean_command
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -332,7 +332,7 @@ def test_old_flow_runs_are_counted_by_a_dry_run_and_removed_without_one(
 
 
 def test_down_leaves_no_process(stack: Stack) -> None:
-    """Not even one that a run left behind; the ports and all data are kept for the next time."""
+    """Even one that a run left behind is gone; ports and data are kept for the next `up`."""
     layout = stack.layout()
     stray = start_detached(
         [sys.executable, "-c", "import time; time.sleep(600)"],
@@ -356,7 +356,7 @@ def test_down_leaves_no_process(stack: Stack) -> None:
 def test_an_invalid_schedule_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cron: str, zone: str
 ) -> None:
-    """It is refused before the file is touched and before anything is started."""
+    """It is refused before the file is changed and before anything is started."""
     from flows.cli.servers import schedule_command
 
     (tmp_path / "deployments").mkdir()
@@ -368,8 +368,8 @@ def test_an_invalid_schedule_changes_nothing(
     assert not (tmp_path / ".qwen3ft").exists()
 
 
-def test_a_schedule_written_in_another_way_is_not_edited(tmp_path: Path) -> None:
-    """A second `cron` in the file would be changed with it."""
+def test_a_schedule_with_another_layout_is_not_edited(tmp_path: Path) -> None:
+    """A second `cron` in the file would be changed as well."""
     (tmp_path / "deployments").mkdir()
     text = (ROOT / PREFECT_FILE).read_text()
     second = '      - slug: weekly\n        cron: "0 3 * * 0"\n        timezone: UTC\n    triggers:'
@@ -379,12 +379,12 @@ def test_a_schedule_written_in_another_way_is_not_edited(tmp_path: Path) -> None
 
 
 def test_a_killed_run_is_noticed_within_two_minutes() -> None:
-    """What the server waits for, and a heartbeat that was just sent; the rest is its own clock."""
+    """The silence that the server waits for, and 10 s for its own polling, are less than that."""
     assert SILENT_SECONDS + 10 <= 120
 
 
-def test_a_taken_port_is_passed_over() -> None:
-    """Also when the one who holds it listens on all addresses."""
+def test_a_port_in_use_is_skipped() -> None:
+    """That holds also if its owner listens on all addresses."""
     with socket.socket() as holder:
         holder.bind(("0.0.0.0", 0))
         holder.listen()
@@ -394,7 +394,7 @@ def test_a_taken_port_is_passed_over() -> None:
 
 
 def test_a_process_that_ignores_sigterm_is_killed_with_its_children(tmp_path: Path) -> None:
-    """Stopping takes a bounded time whatever the process thinks of it."""
+    """Stopping takes a bounded time."""
     code = (
         "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
         "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
@@ -414,8 +414,8 @@ def test_a_process_that_ignores_sigterm_is_killed_with_its_children(tmp_path: Pa
     assert not any(child.is_running() and child.status() != "zombie" for child in children)
 
 
-def test_the_shell_does_not_reach_into_the_stack(tmp_path: Path) -> None:
-    """An exported address of another server or key is dropped; everything else is passed on."""
+def test_variables_of_the_shell_do_not_affect_the_stack(tmp_path: Path) -> None:
+    """An exported address or key of another server is dropped; everything else is passed on."""
     exported = {"PREFECT_API_URL": "https://x", "PREFECT_API_KEY": "k", "HF_HOME": "/hf"}
     exported["PYTHONDONTWRITEBYTECODE"] = "1"
     values = services.environment(Layout(tmp_path, 1, 2), exported)
@@ -425,8 +425,8 @@ def test_the_shell_does_not_reach_into_the_stack(tmp_path: Path) -> None:
     assert values["DO_NOT_TRACK"] == "true"
 
 
-def test_a_prefect_toml_of_ones_own_is_left_alone(tmp_path: Path) -> None:
-    """Only the file that `up` wrote is removed by `down`."""
+def test_the_users_own_prefect_toml_is_left_alone(tmp_path: Path) -> None:
+    """`down` removes only the file that `up` wrote."""
     own = tmp_path / "prefect.toml"
     own.write_text("[api]\nurl = 'http://elsewhere'\n")
     (tmp_path / ".qwen3ft").mkdir()

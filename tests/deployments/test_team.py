@@ -1,7 +1,7 @@
-"""The set-up for a team of docs/operating.md: PostgreSQL, and passwords on both servers.
+"""The set-up for a team in docs/operating.md: PostgreSQL, and passwords on both servers.
 
-A real PostgreSQL of this machine (Debian: apt install postgresql) under a real Prefect server and a
-real MLflow; a worker that has nothing but addresses and passwords carries out a whole run.
+PostgreSQL (Debian: apt install postgresql), Prefect and MLflow are real; a worker that has only
+addresses and passwords carries out a whole run.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ class Team:
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def database(self, name: str, driver: str) -> str:
-        """The address of a database."""
+        """Return the address of a database."""
         return f"postgresql+{driver}://{USER}:{PASSWORD}@127.0.0.1:{self.ports['postgres']}/{name}"
 
     def url(self, server: str) -> str:
-        """The address of a server."""
+        """Return the address of a server."""
         return f"http://127.0.0.1:{self.ports[server]}"
 
     def start(self, *command: str, **options: Any) -> None:
-        """A process that ends with the test."""
+        """Start a process that ends with the test."""
         log = (self.root / f"{len(self.processes)}.log").open("wb")
         process = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, **options
@@ -70,7 +70,7 @@ class Team:
         self.processes.append(process)
 
     def run(self, *arguments: str) -> str:
-        """A command of Prefect, typed on the machine that trains."""
+        """Run a `prefect` command as on the machine that trains; return its output."""
         done = subprocess.run(
             [sys.executable, "-m", "prefect", "--no-prompt", *arguments],
             cwd=self.root / "project",
@@ -82,7 +82,7 @@ class Team:
         return done.stdout
 
     def get(self, server: str, path: str, *, password: str | None = PASSWORD) -> Any:
-        """What a server answers, asked with a password or without."""
+        """Return a server's answer to a request with or without a password."""
         request = urllib.request.Request(f"{self.url(server)}{path}")
         if password is not None:
             token = base64.b64encode(f"{USER}:{password}".encode()).decode()
@@ -125,7 +125,7 @@ def _connect(team: Team, database: str = "postgres") -> Any:
 
 
 def _start_servers(team: Team) -> None:
-    """As the docs say, word for word but for addresses."""
+    """Start both as the docs say, except for the addresses."""
     inherited = {
         name: value
         for name, value in os.environ.items()
@@ -185,7 +185,7 @@ def _wait_for(team: Team, server: str, path: str) -> None:
 
 @pytest.fixture(scope="module")
 def team() -> Iterator[Team]:
-    """Both servers on one PostgreSQL, each with a password."""
+    """Start both servers on one PostgreSQL, each with a password."""
     from deployments.processes import stop
 
     root = Path(tempfile.mkdtemp(prefix="qwen3ft-team-"))
@@ -227,13 +227,13 @@ def team() -> Iterator[Team]:
 def test_neither_server_answers_without_the_password(
     team: Team, server: str, path: str, password: str | None
 ) -> None:
-    """401 for everything but Prefect's health."""
+    """Everything but Prefect's health check answers 401."""
     with pytest.raises(urllib.error.HTTPError, match="401"):
         team.get(server, path, password=password)
 
 
 def test_a_machine_of_the_team_carries_out_a_whole_run(team: Team) -> None:
-    """Pool, deployment, worker, run; every record is in PostgreSQL, the adapter in MLflow."""
+    """Every record of it is in PostgreSQL, and its adapter in MLflow."""
     team.run("work-pool", "create", "qwen3ft", "--type", "process")
     team.run("deploy", "--prefect-file", "deployments/prefect.yaml", "--all")
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "qwen3ft"]

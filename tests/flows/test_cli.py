@@ -1,4 +1,4 @@
-"""The `qwen3ft` command, the settings that runs start from, and the verbs of make and CI."""
+"""The `qwen3ft` command, the settings that runs start from, and the targets of make and CI."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def project(tmp_path: Path) -> Path:
 
 
 def test_help_imports_nothing_heavy() -> None:
-    """It answers at once because it loads only what parses the command line."""
+    """Help is immediate because it loads only what parses the command line."""
     heavy = {"torch", "transformers", "prefect", "mlflow", "pydantic", "psutil"}
     code = (
         "import sys\nfrom flows.cli import main\nsys.argv = ['qwen3ft', '--help']\n"
@@ -116,7 +116,7 @@ def test_commands_work_below_the_project_folder(project: Path) -> None:
 
 
 def test_errors_are_what_why_next_without_a_traceback(project: Path) -> None:
-    """Every problem is named with the value given, and nothing is started."""
+    """Every invalid setting is named, and nothing is started."""
     done = qwen3ft("run", "--set", "lora_r=0", "--set", "batch_size=x", folder=project)
     assert done.returncode == 1
     assert done.stderr.startswith("What:  2 invalid setting(s)")
@@ -144,7 +144,7 @@ def test_an_error_is_json_where_json_was_asked_for(tmp_path: Path) -> None:
 
 
 def test_wrong_usage_is_exit_code_two(project: Path) -> None:
-    """As every command line tool does it."""
+    """Exit code 2 means wrong usage, as with other command line tools."""
     assert qwen3ft("run", "--no-such-option", folder=project).returncode == 2
     assert qwen3ft("plan", "--set", "lora_r", folder=project).returncode == 2
 
@@ -153,7 +153,7 @@ def test_wrong_usage_is_exit_code_two(project: Path) -> None:
 
 
 def test_default_config_is_the_specification() -> None:
-    """Every setting stands in the file with its default value, each with a remark."""
+    """Every setting is in the file with its default value and a comment."""
     text = (ROOT / GPU_CONFIG).read_text(encoding="utf-8")
     assert load_config(ROOT / GPU_CONFIG) == TrainingConfig()
     assert set(yaml.safe_load(text)) == set(TrainingConfig.model_fields)
@@ -166,10 +166,10 @@ def test_embedded_config_uses_the_shipped_model() -> None:
     assert load_config(ROOT / CPU_CONFIG).is_embedded
 
 
-def test_without_a_gpu_the_embedded_model_is_used_and_said(
+def test_without_a_gpu_the_embedded_model_is_used_and_the_user_notified(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Never a silent fallback; what is set by hand is laid over it."""
+    """The fallback is never silent, and settings given by hand override it."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     values, notice = requested_settings(project, None, ["lora_r=8", "learning_rate=1e-3"])
     assert notice == NO_GPU_LINE
@@ -204,7 +204,7 @@ def _metrics(step: int, loss: float | None = 1.0) -> dict[str, object]:
 
 
 def test_the_tail_follows_attempt_after_attempt(tmp_path: Path) -> None:
-    """Only what is new and complete is given, and a new attempt starts from its beginning."""
+    """Only new, complete lines are returned, and a new attempt is read from its beginning."""
     run = RunDir(tmp_path)
     tail = MetricsTail(run)
     assert tail.newest() is None
@@ -230,7 +230,7 @@ def test_the_tail_follows_attempt_after_attempt(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_the_card_shows_scores_memory_time_and_links(terminal: bool) -> None:
-    """On a terminal and in a file alike, everything that a reader asks for is there."""
+    """All of it is shown both on a terminal and in a file."""
     card = RunCard(
         title="embedded: promoted",
         trained_on="1,024 rows",
@@ -259,7 +259,7 @@ def test_the_card_shows_scores_memory_time_and_links(terminal: bool) -> None:
 
 
 def test_state_changes_are_plain_lines_without_a_terminal() -> None:
-    """A log file shows each state once, and how long what ended took."""
+    """A log file shows each state once, with the time that it took."""
     stream = io.StringIO()
     with RunView(Console(file=stream, width=120)) as view:
         view.change(StateChange("train-1", "Running", "RUNNING"))
@@ -280,30 +280,30 @@ def test_state_changes_are_plain_lines_without_a_terminal() -> None:
     [(0.44, "0.4 s"), (31.2, "31 s"), (725, "12 min 5 s"), (12_000, "3 h 20 min")],
 )
 def test_times_are_written_for_people(seconds: float, text: str) -> None:
-    """Two units at most."""
+    """A time has two units at most."""
     assert format_seconds(seconds) == text
 
 
-# --- the verbs of make and CI ---
+# --- the targets of make and CI ---
 
 
-@pytest.mark.parametrize("verb", ["run", "test", "check", "up", "down", "status", "lock"])
-def test_every_verb_of_make_prepares_the_environment_first(verb: str) -> None:
+@pytest.mark.parametrize("target", ["run", "test", "check", "up", "down", "status", "lock"])
+def test_every_target_of_make_prepares_the_environment_first(target: str) -> None:
     """A fresh clone needs no step before any of them."""
-    done = subprocess.run(["make", "-n", verb], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "-m qwen3ft.machine.environment" in done.stdout
 
 
-def test_ci_runs_the_verbs_of_developers() -> None:
-    """What has to hold before a change lands is what anybody can type."""
+def test_ci_runs_what_developers_run() -> None:
+    """CI checks what anybody can check by hand."""
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     assert {"make check", "make test"} <= set(script.read_text(encoding="utf-8").splitlines())
 
 
 def test_the_lock_is_for_every_kind_of_machine() -> None:
-    """No build of torch for one machine, no CUDA packages, and what builds the project itself."""
+    """It names neither a special build of torch nor CUDA packages; it can build the project."""
     lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
     names = {line.partition("==")[0] for line in lines}
     assert not any("+cpu" in line or "://" in line for line in lines)
@@ -316,7 +316,7 @@ def test_the_lock_is_for_every_kind_of_machine() -> None:
 def test_prefect_logs_our_errors_without_a_traceback_and_others_with_one(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What explains itself needs no stack; what does not keeps it."""
+    """An error that explains itself needs no traceback; any other keeps it."""
     monkeypatch.delenv(policies.DEBUG_VARIABLE, raising=False)
     policies.hide_known_tracebacks()
     logger = logging.getLogger("prefect.task_runs")

@@ -1,4 +1,4 @@
-"""A headless Chromium whose pages are watched: what they ask for, and what they complain about."""
+"""A headless Chromium whose requests and console errors are watched."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ FLAGS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
-    # what a page asks of another machine is noticed, and does not get there
+    # requests to other machines are noticed, and do not get there
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost",
 )
 LOOPBACK = ("127.0.0.1", "localhost")
 
 THEIR_OWN = re.compile(
     r"/mlflow/users/current$"  # answered only by a server with passwords
-    r"|/favicon[^/]*$|/[a-z]+\.svg$"  # looked for where Prefect does not have them
+    r"|/favicon[^/]*$|/[a-z]+\.svg$"  # requested where Prefect does not have them
     r"|/api/task_runs/filter$"  # with no id, for an artifact of a flow run
-    r"|Content Security Policy"  # what `deployments.pages` keeps Prefect from asking
+    r"|Content Security Policy"  # requests that `deployments.pages` blocks
     r"|ResizeObserver loop"
 )
-"""Complaints that MLflow and Prefect cause themselves, by text and address."""
+"""Errors that MLflow and Prefect cause themselves, by text and address."""
 WIDTH, HEIGHT = 1400, 1000
 
 PICTURES = Path(__file__).parents[2] / "test-output" / "browser"
-"""What tests have seen; ignored by git."""
+"""Screenshots of the tests; ignored by git."""
 
-# MLflow opens a chat about its traces on the first visit; pages inside pages have no storage
+# MLflow opens a chat about its traces on the first visit; frames have no storage
 FIRST_VISIT_IS_OVER = """if (window === window.top) {
     localStorage.setItem("mlflow.assistant.fab.autoOpenedOnFirstLoad_v1", "true");
     localStorage.setItem("mlflow.assistant.panelOpen_v1", "false");
@@ -49,13 +49,13 @@ FIRST_VISIT_IS_OVER = """if (window === window.top) {
 
 
 def find_chromium() -> str | None:
-    """The browser that is installed, if any."""
+    """Return the installed browser, if any."""
     asked = os.environ.get(VARIABLE)
     return asked or next(filter(None, map(shutil.which, NAMES)), None)
 
 
 class WatchedBrowser:
-    """One browser; each visit is a page of its own, kept as a picture in `folder`."""
+    """One browser; each visit is a new page, and leaves a screenshot in `folder`."""
 
     def __init__(self, browser: Browser, folder: Path) -> None:
         self._context = browser.new_context(
@@ -68,13 +68,13 @@ class WatchedBrowser:
 
     @contextmanager
     def visit(self, url: str, name: str, wait_for: str) -> Iterator[Page]:
-        """The page at `url`, once the text `wait_for` is there; at the end it becomes `name`.png.
+        """Open `url` and wait for the text `wait_for`; at the end save a screenshot, `name`.png.
 
         Raises:
-            AssertionError: it asked another machine for something, or complained.
+            AssertionError: the page made a request to another machine, or logged an error.
         """
         page = self._context.new_page()
-        asked, complaints = _watch(page)
+        foreign, errors = _watch(page)
         try:
             page.goto(url)
             page.get_by_text(wait_for).first.wait_for()
@@ -82,40 +82,40 @@ class WatchedBrowser:
         finally:
             self.keep(page, name)
             page.close()
-        assert not asked, f"{name} asks other machines: {asked}"
-        assert not complaints, f"{name} complains: {complaints}"
+        assert not foreign, f"{name} makes requests to other machines: {foreign}"
+        assert not errors, f"{name} logs errors: {errors}"
 
     def keep(self, page: Page, name: str) -> Path:
-        """A picture of what is seen now."""
+        """Save a screenshot."""
         path = self._folder / f"{name}.png"
         page.screenshot(path=path, animations="disabled")
         return path
 
 
 def _watch(page: Page) -> tuple[list[str], list[str]]:
-    """What `page` asks other machines for, and what it complains about, as it happens."""
-    asked: list[str] = []
-    complaints: list[str] = []
+    """Return a page's requests to other machines and its errors; both lists grow as they occur."""
+    foreign: list[str] = []
+    errors: list[str] = []
 
     def requested(request: Request) -> None:
         parts = urlsplit(request.url)
         if parts.scheme not in {"data", "blob"} and parts.hostname not in LOOPBACK:
-            asked.append(request.url)
+            foreign.append(request.url)
 
-    def said(message: ConsoleMessage) -> None:
-        told = f"{message.text} {message.location['url']}"
-        if message.type == "error" and not THEIR_OWN.search(told):
-            complaints.append(told)
+    def logged(message: ConsoleMessage) -> None:
+        text = f"{message.text} {message.location['url']}"
+        if message.type == "error" and not THEIR_OWN.search(text):
+            errors.append(text)
 
     page.on("request", requested)
-    page.on("console", said)
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    return asked, complaints
+    page.on("console", logged)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    return foreign, errors
 
 
 @contextmanager
 def open_browser(folder: Path) -> Iterator[WatchedBrowser]:
-    """A headless browser that keeps its pictures in `folder`."""
+    """Open a headless browser that keeps its screenshots in `folder`."""
     options: dict[str, Any] = {"executable_path": find_chromium(), "args": list(FLAGS)}
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(**options)

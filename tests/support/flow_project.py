@@ -1,7 +1,7 @@
 """A project with servers of its own, and runs of the real flow that its pages show.
 
-Tests of the flow and of the pages share it: it is one for the session (`tests/conftest.py`), and
-their files go to the same process of pytest-xdist.
+Tests of the flow and of the pages share one per session (see `tests/conftest.py`); their files go
+to the same process of pytest-xdist.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from qwen3ft.training import faults
 
 ROOT = Path(__file__).parents[2]
 MODEL = "qwen3ft-embedded"
-"""The registered model of runs of the embedded one."""
+"""Registered model of runs with the embedded model."""
 
 
 class FlowProject:
-    """The project folder `root`, whose stack is up.
+    """A project folder; its stack is for the caller to start.
 
     Args:
         root: An empty folder.
-        make_config: Makes the config of a run that a test can wait for.
+        make_config: Makes the config of a run short enough for a test.
     """
 
     def __init__(self, root: Path, make_config: Callable[..., Any]) -> None:
@@ -48,16 +48,16 @@ class FlowProject:
 
     @property
     def tracking_uri(self) -> str:
-        """The address of the project's MLflow."""
+        """Address of the project's MLflow."""
         return self.stack.layout().url("mlflow")
 
     @property
     def registry(self) -> Registry:
-        """The project's registry of adapters."""
+        """Registry of the project's adapters."""
         return Registry(self.tracking_uri)
 
     def config(self, **changes: Any) -> Any:
-        """The config of a run, in this project's folders."""
+        """Return the config of a run in this project's folders."""
         folders = {"runs_dir": str(self.root / "runs"), "output_dir": str(self.root / "out")}
         short = {"max_steps": 6, "evaluate_every_steps": 2}
         return self._make_config(**{**folders, **short, **changes})
@@ -69,7 +69,7 @@ class FlowProject:
         nightly: bool = False,
         **changes: Any,
     ) -> tuple[Any, RunDir]:
-        """Run the flow in this process; gives its final state and its folder."""
+        """Run the flow in this process; return its final state and its folder."""
         from flows.finetune import qwen3_finetune
 
         with self.connected(), pytest.MonkeyPatch.context() as patch:
@@ -81,7 +81,7 @@ class FlowProject:
 
     @contextmanager
     def connected(self) -> Iterator[None]:
-        """Prefect and MLflow in this process talk to the project's servers."""
+        """Let Prefect and MLflow in this process talk to the project's servers."""
         from prefect.events.worker import EventsWorker
         from prefect.logging.handlers import APILogWorker
         from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
@@ -97,12 +97,12 @@ class FlowProject:
                 patch.setenv(name, values[name])
             try:
                 yield
-            finally:  # what they still hold would go to another server, or have one started
+            finally:  # or what they still hold goes to another server, or starts one
                 EventsWorker.drain_all()
                 APILogWorker.drain_all()
 
     def deploy(self, **changes: Any) -> dict[str, Any]:
-        """Register the deployment; it starts from the config of `run(**changes)`."""
+        """Register a deployment whose runs have the config of `run(**changes)`; return it."""
         config = self.config(**changes).model_dump(mode="json")
         (self.root / CPU_CONFIG).write_text(yaml.safe_dump(config), encoding="utf-8")
         with pytest.MonkeyPatch.context() as patch:
@@ -114,7 +114,7 @@ class FlowProject:
 
 
 def promote_first(project: FlowProject) -> str:
-    """The version in use; that of the first run, if six steps were not enough to beat the base."""
+    """Return the version in use; promote the first if six steps were too few to beat the base."""
     found = project.registry.champion(MODEL)
     if found is None:
         project.registry.promote(MODEL, "1", None)

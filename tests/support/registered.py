@@ -1,4 +1,4 @@
-"""A registry with versions in it, made of real MLflow databases: what tests of promotions share."""
+"""A registry with versions in it, in real MLflow databases, for tests of promotions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MODEL = "qwen3ft-embedded"
 
 
 def copy_database(template: Path, folder: Path) -> str:
-    """The tracking URI of a fresh copy below `folder`/mlruns."""
+    """Copy a database to `folder`/mlruns; return its tracking URI."""
     (folder / "mlruns").mkdir(parents=True)
     return f"sqlite:///{shutil.copy(template, folder / 'mlruns' / 'mlflow.db')}"
 
@@ -25,7 +25,7 @@ def copy_database(template: Path, folder: Path) -> str:
 def add_version(
     uri: str, folder: Path, run: str, content: bytes = b"", degraded: tuple[str, ...] = ()
 ) -> str:
-    """Register what run `run` saved, as a flow does; gives the version."""
+    """Register what run `run` saved, as the flow does; return the version."""
     run_dir = RunDir(folder / "runs" / run)
     adapter = run_dir.path / "adapter"
     adapter.mkdir(parents=True)
@@ -48,6 +48,6 @@ def add_version(
 
 
 def stored_adapter(folder: Path, run: str) -> Path:
-    """Where MLflow keeps the adapter of `run`."""
+    """Return the folder in which MLflow keeps the adapter of `run`."""
     run_id = parent_run_id(RunDir(folder / "runs" / run))
     return folder / "mlruns" / "artifacts" / str(run_id) / "artifacts" / "adapter"

@@ -60,7 +60,8 @@ def show_status(console: Console, status: StackStatus) -> None:
     }
     registered = "registered" if status.deployment_registered else "not registered"
     schedule = "nightly schedule on" if status.schedule_active else "nightly schedule off"
-    rows[status.deployment] = f"{registered}, {schedule}" if status.prefect_url else "unknown"
+    known = f"{registered}, {schedule}" if status.prefect_url else "unknown: the server is down"
+    rows["deployment"] = f"{status.deployment}  {known}"
     show_sections(console, status.root, {"": rows})
 
 
