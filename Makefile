@@ -26,8 +26,8 @@ run: ready  ## start the servers if they are down, fine-tune, show the result
 test: ready  ## run the default tests; needs no network and no GPU
 	HF_HUB_OFFLINE=1 $(BIN)/pytest
 
-test-slow: ready  ## run the tests that the default run leaves out; about an hour, best on an idle machine
-	HF_HUB_OFFLINE=1 $(BIN)/pytest -m slow -n 1
+test-slow: ready  ## run what the default run leaves out, and 300 examples of each property; about an hour
+	HF_HUB_OFFLINE=1 QWEN3FT_EXAMPLES=300 $(BIN)/pytest -m "slow or hypothesis" -n 1
 
 bench-test: ready  ## run the tests of the benchmarks
 	HF_HUB_OFFLINE=1 $(BIN)/pytest benchmarks/tests

@@ -27,7 +27,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 gc.disable()  # while the modules of the tests are imported: there is no garbage among them
 
 # How long one example takes says how busy the machine is, and nothing of the property.
-settings.register_profile("qwen3ft", deadline=None)
+EXAMPLES = int(os.environ.get("QWEN3FT_EXAMPLES", "25"))  # `make test-slow` asks for more
+settings.register_profile("qwen3ft", deadline=None, max_examples=EXAMPLES)
 settings.load_profile("qwen3ft")
 
 BROWSER = "tests/flows/test_browser.py"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.golden_conversations import (
     CONVERSATIONS,
@@ -218,7 +218,6 @@ def conversations(draw: st.DrawFn) -> dict[str, Any]:
     return chat(*messages, tools=tuple(draw(st.lists(st.just(WEATHER), max_size=2))))
 
 
-@settings(max_examples=100)
 @given(rows=st.lists(conversations(), min_size=1, max_size=3), family=st.sampled_from(FAMILIES))
 def test_any_conversation_is_what_the_template_makes_of_it(
     tokenizers: dict[str, PreTrainedTokenizerBase], rows: list[dict[str, Any]], family: str
@@ -435,7 +434,6 @@ def test_shortening_ends_with_no_reasoning_and_then_with_no_row(
     assert shorten_reasoning(tokenizer, bare, least - 1) is None
 
 
-@settings(max_examples=60)
 @given(thoughts=written(), room=st.integers(-5, 30))
 def test_shortening_never_exceeds_the_limit(
     tokenizers: dict[str, PreTrainedTokenizerBase], thoughts: str, room: int

@@ -7,7 +7,7 @@ import logging
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.golden_conversations import CONVERSATIONS, TEMPLATES, WEATHER, user
 from transformers import PreTrainedTokenizerBase
@@ -139,7 +139,6 @@ MESSAGES = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=400, deadline=None)
 @given(
     messages=st.lists(MESSAGES, min_size=1, max_size=6),
     tools=st.sampled_from([None, [WEATHER], [WEATHER, {}]]),

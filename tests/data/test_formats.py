@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen3ft.data.readers.open import read_raw
@@ -492,7 +492,6 @@ def is_plain(row: dict[str, Any]) -> bool:
     return "\\u0000" not in json.dumps(row)
 
 
-@settings(max_examples=60)
 @given(
     rows=st.lists(OBJECTS.filter(is_plain), max_size=8),
     indent=st.sampled_from([None, 0, 1, "\t"]),
@@ -510,7 +509,6 @@ def test_any_objects_come_back_from_an_array(
     assert [row.values for row in read(path)] == rows
 
 
-@settings(max_examples=60)
 @given(
     rows=st.lists(
         st.lists(
@@ -533,7 +531,6 @@ def test_any_texts_come_back_from_csv(
     assert [row.values for row in read(path)][1:] == table
 
 
-@settings(max_examples=150)
 @given(
     pieces=st.lists(
         st.sampled_from(

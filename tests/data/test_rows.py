@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen3ft.config import ColumnNames, TrainingConfig
@@ -125,7 +125,6 @@ def test_an_excerpt_is_short_and_shows_no_secret(tmp_path: Path) -> None:
     assert excerpt("\ud800").encode()
 
 
-@settings(max_examples=60, deadline=None)
 @given(content=st.binary(max_size=300), suffix=st.sampled_from([".jsonl", ".json", ".csv"]))
 def test_no_bytes_make_the_reader_raise(
     tmp_path_factory: pytest.TempPathFactory, content: bytes, suffix: str
@@ -142,7 +141,6 @@ TEXT = st.text(max_size=20)
 VALUES = st.recursive(st.none() | st.booleans() | st.floats() | TEXT, st.lists, max_leaves=5)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     values=st.lists(
         st.dictionaries(st.sampled_from(["question", "answer", "reasoning", "x"]), VALUES)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import time
 import unicodedata
 from collections.abc import Sequence
-from random import Random
 from typing import NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen3ft.data.splits import (
@@ -117,19 +115,6 @@ def test_contents_differ_when_a_text_moves() -> None:
     assert len({content_key(*text) for text in texts}) == len(texts)
 
 
-def test_keys_are_quick() -> None:
-    """An idle core makes well over 150,000 a second; the bar leaves room for a busy one."""
-    words = ["the", "quick", "brown", "狐狸", "jumped", "over", "12.5", "lazy", "dogs,", "then?"]
-    texts = [" ".join(Random(i).choices(words, k=18)) for i in range(5000)]
-    best = 1.0
-    for _ in range(5):
-        started = time.process_time()
-        for text in texts:
-            question_key(text)
-        best = min(best, time.process_time() - started)
-    assert len(texts) / best > 50_000
-
-
 # --- repeats ---
 
 
@@ -153,7 +138,6 @@ def test_a_held_out_question_is_kept_out_of_less_protected_roles() -> None:
     assert find_repeats(keys_of(rows)).tolist() == expected
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     st.lists(
         st.tuples(st.sampled_from("abcde"), st.sampled_from("12"), st.sampled_from(ROLES)),
@@ -180,7 +164,6 @@ names = st.lists(st.integers(0, 10**9).map(str), min_size=1, max_size=60, unique
 fractions = st.floats(0, 0.5)
 
 
-@settings(max_examples=60, deadline=None)
 @given(names, names, fractions)
 def test_a_held_out_group_stays_so_as_the_data_grows(
     old: list[str], new: list[str], fraction: float
@@ -194,7 +177,6 @@ def test_a_held_out_group_stays_so_as_the_data_grows(
     assert roles_of(after, fraction, missing)[len(new) :] == roles_of(before, fraction, missing)
 
 
-@settings(max_examples=60, deadline=None)
 @given(names, fractions, st.lists(st.sampled_from(HELD_OUT_ROLES), unique=True))
 def test_a_role_without_rows_of_its_own_gets_one(
     texts: list[str], fraction: float, missing: list[Role]

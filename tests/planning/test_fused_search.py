@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.plans import QWEN3_14B, TINY, environment, hopper, plan_on, workload
 
@@ -238,7 +238,6 @@ def test_blocks_sent_away_are_dropped_ones_evenly_spread(levels: list[Level], co
     assert len(gaps) <= 1 or max(gaps) - min(gaps) == 1
 
 
-@settings(max_examples=60)
 @given(
     tokens=st.integers(1, 40_000),
     budgets=st.tuples(st.floats(0, 60), st.floats(0, 60)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.plans import QWEN3_4B, plan_for
 
@@ -165,7 +165,6 @@ def test_the_next_micro_batch_is_the_largest_divisor_up_to_half(effective: int, 
 
 
 @given(micro=st.integers(1, 512), accumulation=st.integers(1, 64), recompute=st.booleans())
-@settings(max_examples=80)
 def test_the_ladder_keeps_the_effective_batch_and_ends(
     micro: int, accumulation: int, recompute: bool
 ) -> None:

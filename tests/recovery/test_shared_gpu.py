@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.plans import environment, plan_for
 
@@ -92,7 +92,6 @@ def test_what_recovery_changed_is_not_undone() -> None:
 
 
 @given(free_gb=st.floats(0.0, 24.0), budget_gb=st.floats(4.0, 24.0))
-@settings(max_examples=40, deadline=None)
 def test_a_plan_never_takes_more_than_is_free(free_gb: float, budget_gb: float) -> None:
     """None where nothing fits; never a raised budget."""
     config = TrainingConfig(max_memory_gb=budget_gb)
