@@ -12,7 +12,6 @@ import json
 import logging
 import subprocess
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -38,7 +37,6 @@ def run_worker(
     outcome_type: type[OutcomeT],
     *,
     stall_seconds: float,
-    on_poll: Callable[[], None] | None = None,
     last: bool = False,
 ) -> OutcomeT:
     """Have a worker do the job, as `try_worker` does, and return its outcome.
@@ -46,9 +44,7 @@ def run_worker(
     Raises:
         FinetuneError: the failure, by its class.
     """
-    result = try_worker(
-        kind, job, outcome_type, stall_seconds=stall_seconds, on_poll=on_poll, last=last
-    )
+    result = try_worker(kind, job, outcome_type, stall_seconds=stall_seconds, last=last)
     if isinstance(result, Failure):
         raise result.to_error()
     return result
@@ -60,7 +56,6 @@ def try_worker(
     outcome_type: type[OutcomeT],
     *,
     stall_seconds: float,
-    on_poll: Callable[[], None] | None = None,
     last: bool = False,
 ) -> OutcomeT | Failure:
     """Have a worker do the job and wait for it.
@@ -70,7 +65,6 @@ def try_worker(
         job: Folder with the request; receives log, heartbeat, and outcome or failure.
         outcome_type: Record that a completed worker leaves.
         stall_seconds: Longest silence of the heartbeat before the worker is ended.
-        on_poll: Called about five times a second while the worker runs.
         last: True if no other worker follows soon (see `qwen3ft.jobs.processes.workers_ahead`).
 
     Returns:
@@ -82,7 +76,7 @@ def try_worker(
     kills_before = _kernel_oom_kills()
     process = start_worker(kind, job, last=last)
     try:
-        stall = _watch(process, job, stall_seconds, on_poll)
+        stall = _watch(process, job, stall_seconds)
     finally:
         end_process_tree(process)
     if stall is None and process.returncode == 0 and job.outcome.exists():
@@ -98,10 +92,7 @@ def try_worker(
 
 
 def _watch(
-    process: subprocess.Popen[bytes],
-    job: JobDir,
-    stall_seconds: float,
-    on_poll: Callable[[], None] | None,
+    process: subprocess.Popen[bytes], job: JobDir, stall_seconds: float
 ) -> StalledError | None:
     """Wait for the end of `process`, or until its heartbeat falls silent."""
     records = _RecordRelay(job.path / "log.jsonl")
@@ -123,12 +114,8 @@ def _watch(
                 phase=_last_phase(job),
             )
         records.relay()
-        if on_poll is not None:
-            on_poll()
         time.sleep(WATCH_SECONDS)
     records.relay()
-    if on_poll is not None:
-        on_poll()
     return None
 
 

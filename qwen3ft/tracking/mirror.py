@@ -19,7 +19,7 @@ from qwen3ft.jobs.folders import RunDir
 from qwen3ft.locks import try_lock
 from qwen3ft.logs import get_logger, mask_secrets
 from qwen3ft.tracking.connection import start_system_metrics
-from qwen3ft.tracking.cursor import operations, outstanding, wait_until_sent
+from qwen3ft.tracking.cursor import operations, outstanding
 from qwen3ft.tracking.journal import (
     AttemptEnded,
     AttemptStarted,
@@ -65,11 +65,6 @@ class Mirror:
         """
         self._thread.start()
         return self
-
-    def flush(self, timeout_seconds: float) -> bool:
-        """Wait until MLflow has what was journaled before this call; False if it took too long."""
-        self._wake.set()
-        return wait_until_sent(self.run_dir, timeout_seconds)
 
     def close(self, timeout_seconds: float = 30.0) -> bool:
         """Send the rest and stop, within `timeout_seconds`; sooner if MLflow has long been gone.

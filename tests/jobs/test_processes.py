@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -39,13 +41,31 @@ def ask(tmp_path: Path) -> Iterator[Callable[..., set[int]]]:
             waits = (WAITING, "python")  # also one that has not given itself a name yet
             seen.update(pid for pid, name in names.items() if not name.startswith(waits))
 
-        with pytest.raises(FinetuneError, match="DataRequest"):
-            run_worker("data", job, AttemptOutcome, stall_seconds=60, on_poll=look, last=last)
+        with looking(look), pytest.raises(FinetuneError, match="DataRequest"):
+            run_worker("data", job, AttemptOutcome, stall_seconds=60, last=last)
         assert "DataRequest" in job.log.read_text()  # whoever had it, its output is in the log
         return seen
 
     yield run
     assert not _children()
+
+
+@contextmanager
+def looking(look: Callable[[], None]) -> Iterator[None]:
+    """Call `look` again and again while the body runs."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.05):
+            look()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _children() -> list[psutil.Process]:

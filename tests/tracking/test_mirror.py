@@ -21,7 +21,7 @@ from support.tracked_run import (
 
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.tracking.connection import connect
-from qwen3ft.tracking.cursor import outstanding, parent_run_id, read_state
+from qwen3ft.tracking.cursor import outstanding, parent_run_id, read_state, wait_until_sent
 from qwen3ft.tracking.journal import Journal
 from qwen3ft.tracking.mirror import Mirror, replay_unsent
 from qwen3ft.tracking.uri import run_url
@@ -37,7 +37,7 @@ def test_a_live_mirror_follows_the_worker_and_samples_the_system(
     journal.run_started("run-1", {}, {})
     journal.attempt_started(make_plan(run_dir))
     write_steps(run_dir.attempt(1), range(1, 6))
-    assert mirror.flush(60)
+    assert wait_until_sent(run_dir, 60)
     wait_until(lambda: steps_of(database, run_dir) == [1, 2, 3, 4, 5], seconds=60)
     client, parent = connect(database).client, parent_run_id(run_dir)
     wait_until(
@@ -129,11 +129,11 @@ def test_a_run_survives_an_outage_in_its_middle(
     journal.run_started(f"run-{fault}", {}, {})
     journal.attempt_started(make_plan(run_dir))
     write_steps(run_dir.attempt(1), range(1, 11))
-    assert mirror.flush(60)
+    assert wait_until_sent(run_dir, 60)
     proxy.mode = fault
     write_steps(run_dir.attempt(1), range(11, 31))
     journal.metrics({"peak_memory_gb": 1.0})
-    assert not mirror.flush(1.5)
+    assert not wait_until_sent(run_dir, 1.5)
     proxy.mode = "pass"
     journal.attempt_ended(1, "FINISHED")
     journal.run_finished("FINISHED")
@@ -170,7 +170,7 @@ def test_a_locked_database_delays_but_loses_nothing(
     holder = sqlite3.connect(database.removeprefix("sqlite:///"), isolation_level=None)
     holder.execute("BEGIN EXCLUSIVE")
     mirror = Mirror(run_dir, database).start()
-    assert not mirror.flush(1)
+    assert not wait_until_sent(run_dir, 1)
     holder.execute("ROLLBACK")
     holder.close()
     assert mirror.close(60)
