@@ -1,4 +1,4 @@
-"""Keeping the stack up: whatever ends by accident is started again, by a terminal or by systemd.
+"""A stack that stays up: whatever ends by accident is started again, in a terminal or by systemd.
 
 A run that was in progress when the machine went down is continued: its record is in Prefect's
 database, `up` marks it as Crashed and starts the run that continues it.

@@ -1,4 +1,4 @@
-"""Registers the deployment `qwen3-finetune/default`, as `deployments/prefect.yaml` describes it.
+"""Registration of the deployment `qwen3-finetune/default` of `deployments/prefect.yaml`.
 
 The settings that runs start from depend only on whether this machine has a CUDA GPU. The deployment
 is registered again only if something that it is made of changed; its version is a digest of that.

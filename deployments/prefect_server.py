@@ -1,4 +1,4 @@
-"""Prefect's command line with a server that does not answer 503 when two of its writers meet.
+"""Prefect's command line, with a server whose concurrent transactions wait instead of failing.
 
 `python -m deployments.prefect_server server start` takes the same arguments as `prefect`.
 

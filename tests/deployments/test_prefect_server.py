@@ -1,4 +1,4 @@
-"""The Prefect server takes every request while others write; none is refused with 503."""
+"""The stack's Prefect server accepts every request while others write; none gets a 503."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def read_then_write_while_another_writes(config: AioSqliteConfiguration) -> int:
 
 
 def test_a_transaction_that_reads_first_can_write_while_another_waits(tmp_path: Path) -> None:
-    """The second begins after the first is committed; none of the two fails."""
+    """The second begins when the first is committed; neither fails."""
     config = ImmediateSqlite(f"sqlite+aiosqlite:///{tmp_path / 'prefect.db'}")
     assert read_then_write_while_another_writes(config) == 2
 
 
 def test_prefects_own_transactions_still_fail_there(tmp_path: Path) -> None:
-    """Once they do not, `deployments.prefect_server` has done its work and can go."""
+    """Once this fails, Prefect waits by itself and `deployments.prefect_server` can go."""
     config = AioSqliteConfiguration(f"sqlite+aiosqlite:///{tmp_path / 'prefect.db'}")
     with pytest.raises(OperationalError, match="database is locked"):
         read_then_write_while_another_writes(config)
@@ -100,10 +100,10 @@ def server(root: Path, module: str) -> Iterator[str]:
 
 
 class Load:
-    """What the server is busy with while people click: the states, logs and events of runs.
+    """Load on a server while people click: states, logs and events of runs.
 
-    Every request has a connection of its own, for the server closes one on which it answered 503,
-    and none is sent a second time.
+    Every request has a connection of its own, because the server closes one after a 503. None is
+    sent twice.
     """
 
     def __init__(self, api: str) -> None:
@@ -115,7 +115,7 @@ class Load:
         return httpx.post(f"{self.api}/{path}", json=body, timeout=120, trust_env=False)
 
     def insist(self, path: str, body: Any) -> Any:
-        """Repeat a request until it is taken, as Prefect's clients do."""
+        """Repeat a request until it succeeds, as Prefect's clients do."""
         for _ in range(50):
             if (answer := self.post(path, body)).is_success:
                 return answer.json()
@@ -130,7 +130,7 @@ class Load:
         return str(self.insist("deployments/", body)["id"])
 
     def runs(self) -> None:
-        """Let runs begin and end."""
+        """Begin and end runs."""
         while not self.ended.wait(0.03):
             made = self.post("flow_runs/", {"flow_id": self.flow_id, "state": {"type": "PENDING"}})
             if not made.is_success:
@@ -144,7 +144,7 @@ class Load:
             self.post("logs/", [line | {"timestamp": datetime.now(UTC).isoformat()}])
 
     def events(self) -> None:
-        """Let things happen."""
+        """Emit events."""
         while not self.ended.wait(0.03):
             event = {"event": "a.b", "resource": {"prefect.resource.id": "c"}, "payload": {}}
             now = datetime.now(UTC).isoformat()
@@ -176,7 +176,7 @@ def click_under_load(api: str) -> Counter[int]:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("module", ["prefect", "deployments.prefect_server"])
 def test_no_click_is_lost_on_a_busy_server(tmp_path: Path, module: str) -> None:
-    """Prefect's own server refuses nearly all of them; the one of the stack none."""
+    """Prefect's own server refuses nearly all of them, the stack's server none."""
     with server(tmp_path, module) as api:
         answers = click_under_load(api)
     print(f"\n{module}: {answers[503]} of {CLICKS} answered 503")  # noqa: T201

@@ -1,4 +1,4 @@
-"""The states and the progress of a run in progress: a bar on a terminal, plain lines elsewhere."""
+"""States and progress of a run while it goes on: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
