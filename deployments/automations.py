@@ -13,8 +13,7 @@ from typing import Any
 
 from deployments.prefect_api import send
 from deployments.services import HEARTBEAT_SECONDS, Layout
-from qwen3ft.operations.night import ALREADY_DONE
-from qwen3ft.records.run_card import NOTHING_NEW
+from qwen3ft.records.run_card import ALREADY_DONE, NOTHING_NEW
 
 ZOMBIE_AUTOMATION = "qwen3ft: crash flow runs without heartbeats"
 RESUME_AUTOMATION = "qwen3ft: take up a crashed run once"

@@ -32,7 +32,6 @@ from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import FinetuneError, TransientError
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.operations.night import (
-    ALREADY_DONE,
     Night,
     NightRequest,
     claim_night,
@@ -42,6 +41,7 @@ from qwen3ft.operations.night import (
     kept_before,
 )
 from qwen3ft.operations.run_state import find_runs, is_running
+from qwen3ft.records.run_card import ALREADY_DONE
 from qwen3ft.registry.registry import Registry
 from qwen3ft.tracking.uri import default_tracking_uri
 

@@ -19,7 +19,7 @@ from prefect.states import Completed
 
 from qwen3ft import logs
 from qwen3ft.errors import FinetuneError
-from qwen3ft.operations.night import ALREADY_DONE
+from qwen3ft.records.run_card import ALREADY_DONE
 
 logger = logs.get_logger("flow")
 

@@ -105,8 +105,7 @@ def _show_end(state: str | None, message: str, folder: Path, *, as_json: bool) -
     from flows.cli.views.common import show_card
     from qwen3ft.errors import FinetuneError
     from qwen3ft.jobs.folders import read_record
-    from qwen3ft.operations.night import ALREADY_DONE
-    from qwen3ft.records.run_card import NOTHING_NEW, RunCard
+    from qwen3ft.records.run_card import ALREADY_DONE, NOTHING_NEW, RunCard
 
     path = folder / "card.json"
     if state in (NOTHING_NEW, ALREADY_DONE):

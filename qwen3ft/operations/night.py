@@ -31,9 +31,6 @@ REQUEST_TAG = "request_sha256"
 SETTINGS_TAG = "settings_sha256"
 """Version tag: digest of the part of its request that is not data."""
 
-ALREADY_DONE = "AlreadyDone"
-"""Name of the completed state of a run whose night another run has finished or is running."""
-
 DEFERRED = "deferred"
 """Decision of a run that could not reach the registry; its night is not over."""
 

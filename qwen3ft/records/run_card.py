@@ -22,6 +22,9 @@ from qwen3ft.records.evaluation import (
 NOTHING_NEW = "NothingNew"
 """Name of the completed state of a run that found nothing new to train on."""
 
+ALREADY_DONE = "AlreadyDone"
+"""Name of the completed state of a run whose night another run has finished or is running."""
+
 Outcome = Literal["promoted", "kept", "deferred", "failed", "nothing new"]
 """Outcome of a run in one word."""
 
