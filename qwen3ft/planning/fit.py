@@ -12,13 +12,12 @@ from typing import Literal
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import ConfigError
 from qwen3ft.planning.footprint import predict_memory, total_bytes
-from qwen3ft.planning.fused_search import fastest_fused, fused_reasons, why_not_fused
-from qwen3ft.planning.plain_settings import plain_candidates, plain_reasons, with_evaluation
+from qwen3ft.planning.fused_search import fastest_fused, why_not_fused
+from qwen3ft.planning.plain_settings import plain_candidates, with_evaluation
+from qwen3ft.planning.reasons import fused_reasons, plain_reasons
 from qwen3ft.planning.refusal import nothing_fits
-from qwen3ft.planning.workload import FitRequest, Workload, request_for
-from qwen3ft.records.data import DatasetManifest
+from qwen3ft.planning.workload import FitRequest, Workload
 from qwen3ft.records.machine import EnvironmentReport
-from qwen3ft.records.model import AdapterSpec, ModelSnapshot
 from qwen3ft.records.plan import MemoryPart
 from qwen3ft.units import GIB, gb
 
@@ -35,24 +34,13 @@ class Fit:
     reasons: dict[str, str]
 
 
-def choose_workload(
-    config: TrainingConfig,
-    environment: EnvironmentReport,
-    model: ModelSnapshot,
-    adapter: AdapterSpec,
-    dataset: DatasetManifest,
-) -> Fit:
+def choose(request: FitRequest) -> Fit:
     """Return the fused settings estimated to be fastest, or the first plain ones that fit.
 
     Raises:
         InsufficientMemoryError: Nothing fits; lists each part, and what would fit.
         ConfigError: The fused path was asked for and cannot run.
     """
-    return choose(request_for(config, environment, model, adapter, dataset))
-
-
-def choose(request: FitRequest) -> Fit:
-    """Choose as `choose_workload` does, without a model or rows on disk."""
     fit = fit_or_none(request)
     if fit is None:
         budget_gb, _ = _budget(request.config, request.environment)

@@ -21,13 +21,11 @@ from qwen3ft.planning.fused_settings import (
     host_bytes_needed,
 )
 from qwen3ft.planning.fused_sizes import FusedSizes
-from qwen3ft.planning.plain_settings import offload_optimizer_reason
 from qwen3ft.planning.recompute import Level
 from qwen3ft.planning.speed import ranking_seconds
 from qwen3ft.planning.workload import Workload
 from qwen3ft.records.machine import EnvironmentReport
 from qwen3ft.records.model import AdapterSpec
-from qwen3ft.units import gb
 
 OLDEST_CAPABILITY = (8, 0)
 """Ampere: the first with bfloat16, which the kernels are written for."""
@@ -135,42 +133,3 @@ def most_frugal_fused(first: Workload, host_bytes: int) -> Workload:
 @lru_cache(maxsize=1 << 15)
 def _total_bytes(work: Workload) -> int:
     return total_bytes(predict_memory(work))
-
-
-def fused_reasons(
-    effective_batch_size: int, work: Workload, peak_bytes: int, budget_gb: float
-) -> dict[str, str]:
-    """Return why each derived setting has its value."""
-    memory = work.memory
-    logits_tokens = min(memory.loss_chunk_tokens, work.tokens)
-    accumulation = effective_batch_size // memory.micro_batch_size
-    room_gb = gb(memory.activation_bytes)
-    return {
-        "micro_batch_size": f"Packed rows of up to {work.capacity_tokens} tokens, estimated to be "
-        f"the fastest split; the predicted peak is {gb(peak_bytes):.2f} of {budget_gb:.2f} GB.",
-        "gradient_accumulation_steps": f"{memory.micro_batch_size} x {accumulation} keeps the "
-        f"{effective_batch_size} sequences per step that were asked for.",
-        "eval_batch_size": "As many held-out rows as a packed row of training holds.",
-        "gradient_checkpointing": f"A row may take {room_gb:.2f} GB: what of its blocks does not "
-        "fit that is computed again, cheapest parts first."
-        if memory.gradient_checkpointing
-        else f"All activations of the largest row fit: {room_gb:.2f} GB.",
-        "loss_chunk_tokens": f"Logits of {logits_tokens} tokens at most "
-        "exist at one time; larger chunks are faster, smaller ones leaner.",
-        "offload_activations": "Nothing faster fits."
-        if memory.offload_activations
-        else "Not needed.",
-        "offload_optimizer": offload_optimizer_reason(memory),
-        "offload_attention": "Its transfer was estimated to be faster than computing it again."
-        if memory.offload_attention
-        else "Nothing that waits in host memory includes it.",
-        "offloaded_mlp_blocks": "The forward has the time to send gate and up of "
-        f"{memory.offloaded_mlp_blocks} blocks to the host, where they would be computed again."
-        if memory.offloaded_mlp_blocks
-        else "Not used.",
-        "activation_bytes": "The largest row with as much kept as is of use or the budget leaves.",
-        "packing": "The fused path runs packed rows alone.",
-        "chunk_tokens": f"The MLP of {min(memory.chunk_tokens, work.tokens)} tokens at one time.",
-        "head_groups": f"The gradient of attention in {memory.head_groups} part(s) of the heads.",
-        "predicted": f"For rows of {work.sequence_tokens} tokens, the longest there are.",
-    }

@@ -7,13 +7,12 @@ the budget, and each derived value has its reason in a sentence.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import DataLoadingError
-from qwen3ft.planning.fit import choose_workload
+from qwen3ft.planning.fit import choose
 from qwen3ft.planning.footprint import predict_memory
-from qwen3ft.planning.workload import workload_of
+from qwen3ft.planning.workload import request_for, workload_of
 from qwen3ft.records.data import DatasetManifest
 from qwen3ft.records.machine import EnvironmentReport
 from qwen3ft.records.model import AdapterSpec, ModelSnapshot
@@ -21,16 +20,6 @@ from qwen3ft.records.plan import TrainPlan
 
 LONGEST_EVALUATION_INTERVAL_STEPS = 200
 SHORTEST_EVALUATION_INTERVAL_STEPS = 10
-
-
-@dataclass(frozen=True)
-class _Schedule:
-    """Counts of optimizer steps."""
-
-    total_steps: int
-    warmup_steps: int
-    evaluate_every_steps: int
-    reasons: dict[str, str]
 
 
 def build_plan(
@@ -65,8 +54,8 @@ def build_plan(
             f"{dataset.duplicates} double.",
             next_command=f"qwen3ft plan --set max_sequence_length={2 * config.max_sequence_length}",
         )
-    choice = choose_workload(config, environment, model, adapter, dataset)
-    schedule = _schedule(config, dataset.train.rows)
+    choice = choose(request_for(config, environment, model, adapter, dataset))
+    schedule, schedule_reasons = _schedule(config, dataset.train.rows)
     return TrainPlan(
         attempt=1,
         run_id=run_id,
@@ -81,20 +70,18 @@ def build_plan(
         max_sequence_length=config.max_sequence_length,
         learning_rate=config.learning_rate,
         lr_scheduler=config.lr_scheduler,
-        warmup_steps=schedule.warmup_steps,
-        total_steps=schedule.total_steps,
         num_epochs=config.num_epochs,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        evaluate_every_steps=schedule.evaluate_every_steps,
         early_stopping_patience=config.early_stopping_patience,
         keep_checkpoints=config.keep_checkpoints,
         seed=config.seed,
         stall_seconds=config.stall_seconds,
         memory_history=config.memory_history,
         predicted=choice.parts,
-        reasons=choice.reasons | schedule.reasons,
+        reasons=choice.reasons | schedule_reasons,
         degraded=tuple(dict.fromkeys(model.degraded + dataset.degraded)),
+        **schedule,
     )
 
 
@@ -103,7 +90,8 @@ def repredict(plan: TrainPlan) -> TrainPlan:
     return plan.model_copy(update={"predicted": predict_memory(workload_of(plan))})
 
 
-def _schedule(config: TrainingConfig, rows: int) -> _Schedule:
+def _schedule(config: TrainingConfig, rows: int) -> tuple[dict[str, int], dict[str, str]]:
+    """Return the counts of optimizer steps, and why they are so."""
     effective = config.effective_batch_size
     per_epoch = -(-rows // effective)
     total = per_epoch * config.num_epochs
@@ -121,13 +109,6 @@ def _schedule(config: TrainingConfig, rows: int) -> _Schedule:
             f"Once an epoch ({per_epoch} steps), but {SHORTEST_EVALUATION_INTERVAL_STEPS} to "
             f"{LONGEST_EVALUATION_INTERVAL_STEPS} steps apart; checkpoints are as far apart."
         )
-    return _Schedule(
-        total,
-        warmup,
-        every,
-        {
-            "total_steps": total_reason,
-            "warmup_steps": f"{config.warmup_fraction:.1%} of {total} steps, one epoch at most.",
-            "evaluate_every_steps": every_reason,
-        },
-    )
+    counts = {"total_steps": total, "warmup_steps": warmup, "evaluate_every_steps": every}
+    warmup_reason = f"{config.warmup_fraction:.1%} of {total} steps, one epoch at most."
+    return counts, dict(zip(counts, (total_reason, warmup_reason, every_reason), strict=True))

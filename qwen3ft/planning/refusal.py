@@ -109,48 +109,25 @@ def _need_and_left(parts: tuple[MemoryPart, ...], need_gb: float, budget_gb: flo
 
 
 def _offers(request: FitRequest, kernels: str, need_gb: float, budget_gb: float) -> list[_Offer]:
-    offers = [
-        _Offer(
-            "max_memory_gb",
-            need_gb,
-            f"more memory: {need_gb:.2f} GB",
-            _command(request, budget_gb=need_gb),
-        )
-    ]
+    command = _command(request, budget_gb=need_gb)
+    offers = [_Offer("max_memory_gb", need_gb, f"more memory: {need_gb:.2f} GB", command)]
     limit = request.longest_tokens - LENGTH_STEP_TOKENS
-    tokens = longest_that_fits(request, kernels, budget_gb * GIB, limit)
-    if tokens is not None:
-        offers.append(
-            _Offer(
-                "max_sequence_length",
-                tokens,
-                f"shorter rows: {tokens:,} tokens",
-                _command(request, budget_gb=budget_gb, tokens=tokens),
-            )
-        )
+    if tokens := longest_that_fits(request, kernels, budget_gb * GIB, limit):
+        words = f"shorter rows: {tokens:,} tokens"
+        command = _command(request, budget_gb=budget_gb, tokens=tokens)
+        offers.append(_Offer("max_sequence_length", tokens, words, command))
     if (smaller := _smaller_model(request, kernels, budget_gb)) is not None:
         model, its_gb = smaller
-        offers.append(
-            _Offer(
-                "model_name",
-                model.hub_name,
-                f"smaller model: {model.key} needs {its_gb:.2f} GB",
-                _command(request, budget_gb=budget_gb, model_name=model.hub_name),
-            )
-        )
+        words = f"smaller model: {model.key} needs {its_gb:.2f} GB"
+        command = _command(request, budget_gb=budget_gb, model_name=model.hub_name)
+        offers.append(_Offer("model_name", model.hub_name, words, command))
     if request.config.gradient_checkpointing == "off":
-        auto = replace(
-            request, config=request.config.model_copy(update={"gradient_checkpointing": "auto"})
-        )
-        if total_bytes(predict_memory(least_workload(auto, kernels))) <= budget_gb * GIB:
-            offers.append(
-                _Offer(
-                    "gradient_checkpointing",
-                    "auto",
-                    "computing again: gradient_checkpointing auto",
-                    _command(auto, budget_gb=budget_gb),
-                )
-            )
+        auto = request.config.model_copy(update={"gradient_checkpointing": "auto"})
+        other = replace(request, config=auto)
+        if total_bytes(predict_memory(least_workload(other, kernels))) <= budget_gb * GIB:
+            words = "computing again: gradient_checkpointing auto"
+            command = _command(other, budget_gb=budget_gb)
+            offers.append(_Offer("gradient_checkpointing", "auto", words, command))
     return offers
 
 

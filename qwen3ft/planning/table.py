@@ -59,7 +59,7 @@ def shape_table(request: FitRequest, fit: Fit, gpu: GpuSpec | None, fill: float)
     others = [other for name in ELSEWHERE if (other := find_gpu_spec(name)) and other != gpu]
     able = [other for other in others if other.memory_gb >= 0.99 * fit.budget_gb]
     speeds = [speed_of(request, fit.work, other) for other in able]
-    longest_rows = _with_longest_rows(request)
+    longest = replace(request, longest_tokens=LONGEST_TOKENS, held_out_tokens=LONGEST_TOKENS)
     notes = [f"Rows of {fill:g} x {request.config.max_sequence_length:,} tokens on average."]
     if request.environment.gpus and not request.environment.gpus[0].uuid:
         host_gb = gb(request.environment.host_total_bytes)
@@ -72,7 +72,7 @@ def shape_table(request: FitRequest, fit: Fit, gpu: GpuSpec | None, fill: float)
         update={
             "elsewhere": tuple(speed for speed in speeds if speed is not None),
             "least_gb": gb(total_bytes(least)),
-            "longest_tokens": longest_that_fits(longest_rows, kernels, fit.budget_gb * GIB),
+            "longest_tokens": longest_that_fits(longest, kernels, fit.budget_gb * GIB),
             "notes": tuple(notes),
         }
     )
@@ -90,10 +90,6 @@ def run_table(config: TrainingConfig, environment: EnvironmentReport, plan: Trai
 def levels_of_typical_row(request: FitRequest, work: Workload) -> tuple[Level, ...]:
     """Return the level of each block of a row of typical length (fused path)."""
     return typical_levels(work, request.config.effective_batch_size, request.typical_tokens)
-
-
-def _with_longest_rows(request: FitRequest) -> FitRequest:
-    return replace(request, longest_tokens=LONGEST_TOKENS, held_out_tokens=LONGEST_TOKENS)
 
 
 def speed_of(request: FitRequest, work: Workload, gpu: GpuSpec | None) -> SpeedEstimate | None:
@@ -131,34 +127,20 @@ def _table(request: FitRequest, fit: Fit, gpu: GpuSpec | None) -> PlanTable:
     )
 
 
-def _settings(request: FitRequest, fit: Fit) -> list[SettingLine]:
-    """Return the lines people ask about; every other setting is in the plan itself."""
-    work, why = fit.work, fit.reasons
-    effective = request.config.effective_batch_size
-    return [
-        SettingLine(
-            name="batch",
-            value=f"{work.memory.micro_batch_size} x {effective // work.memory.micro_batch_size}",
-            why=why["micro_batch_size"],
-        ),
-        SettingLine(
-            name="computed again",
-            value=_recomputed_text(request, work),
-            why=why["gradient_checkpointing"],
-        ),
-        SettingLine(
-            name="host memory",
-            value=_offloaded_text(request, work),
-            why=why[_host_reason(request, work)],
-        ),
-        SettingLine(
-            name="loss",
-            value=f"{min(work.memory.loss_chunk_tokens, work.tokens):,} tokens at a time",
-            why=why["loss_chunk_tokens"],
-        ),
-        SettingLine(name="kernels", value=work.memory.kernels, why=why["kernels"]),
-        SettingLine(name="budget", value=f"{fit.budget_gb:g} GB", why=why["max_memory_gb"]),
-    ]
+def _settings(request: FitRequest, fit: Fit) -> Iterator[SettingLine]:
+    """Yield the lines people ask about; every other setting is in the plan itself."""
+    work, memory = fit.work, fit.work.memory
+    accumulation = request.config.effective_batch_size // memory.micro_batch_size
+    logits_tokens = min(memory.loss_chunk_tokens, work.tokens)
+    for name, value, setting in (
+        ("batch", f"{memory.micro_batch_size} x {accumulation}", "micro_batch_size"),
+        ("computed again", _recomputed_text(request, work), "gradient_checkpointing"),
+        ("host memory", _offloaded_text(request, work), _host_reason(request, work)),
+        ("loss", f"{logits_tokens:,} tokens at a time", "loss_chunk_tokens"),
+        ("kernels", memory.kernels, "kernels"),
+        ("budget", f"{fit.budget_gb:g} GB", "max_memory_gb"),
+    ):
+        yield SettingLine(name=name, value=value, why=fit.reasons[setting])
 
 
 def _offloaded_text(request: FitRequest, work: Workload) -> str:

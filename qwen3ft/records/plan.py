@@ -18,7 +18,7 @@ class MemorySettings(Record):
     """Levers that trade time for memory; none of them changes what is learnt.
 
     A new lever needs a field here, a term in `qwen3ft.planning.footprint`, a step in the search
-    (`fused_settings` or `plain_settings`), and a rung in `qwen3ft.recovery.ladder`.
+    (`fused_settings` or `plain_settings`) with its reason, and a rung in `recovery.ladder`.
     """
 
     kernels: Literal["fused", "plain"] = Field(
