@@ -101,7 +101,7 @@ def test_a_manifest_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
 
 
 def test_a_failed_build_keeps_the_old_folder(tmp_path: Path) -> None:
-    """Building is all or nothing: an error leaves what was there, and no scraps."""
+    """Building is all or nothing: an error leaves the old folder and no leftovers."""
     folder = make_folder(tmp_path / "folder", b"old")
 
     def fail(path: Path) -> None:
@@ -163,7 +163,7 @@ def test_newest_verified_passes_over_damage_and_other_lineages(tmp_path: Path) -
 
 
 def test_pruning_keeps_the_best_and_the_newest(tmp_path: Path) -> None:
-    """Old checkpoints go, the best one and the newest two stay; none go behind a bad newest."""
+    """Old checkpoints go; the best and the newest two stay, all of them if the newest is bad."""
     for step in range(1, 7):
         checkpoint.commit(tmp_path, step, lambda folder: _write(folder / "w", b"w"), {})
     (tmp_path / "step-000006" / "w").write_bytes(b"bad")

@@ -18,7 +18,7 @@ from qwen3ft.jobs.folders import RunDir
 
 @pytest.fixture(scope="module", autouse=True)
 def connected(project: FlowProject) -> Iterator[None]:
-    """What tests ask Prefect, they ask the project's server."""
+    """Tests query the Prefect server of the project."""
     with project.connected():
         yield
 
@@ -139,7 +139,7 @@ def test_a_run_with_nothing_new_since_the_champion_ends_before_training(
 
 
 def test_a_night_without_anything_new_is_done_once(run_flow: Any, champion: str) -> None:
-    """Whatever `when_unchanged` says; a second start names the run that found nothing."""
+    """That holds for any `when_unchanged`; a second start names the run that found nothing."""
     state, run = run_flow(nightly=True)
     assert (state.name, state.message) == ("NothingNew", f"nothing new since {MODEL} v{champion}")
     state, _ = run_flow(nightly=True)
@@ -321,7 +321,7 @@ def test_a_run_without_tracking_completes_and_is_sent_later(
 def test_a_run_on_a_machine_that_another_run_holds_is_refused_before_it_does_anything(
     run_flow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It says who holds it; on a CPU only if runs there are to go one after another."""
+    """The error names the holder; on a CPU this needs `lock_cpu`."""
     from qwen3ft.machine import gpu_lock
 
     monkeypatch.setenv(gpu_lock.FOLDER_VARIABLE, str(tmp_path))

@@ -1,4 +1,4 @@
-"""What a start of the flow finds out before any stage, without a Prefect server."""
+"""Decisions of a start of the flow before any stage, without a Prefect server."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_night_skips_what_is_unchanged_and_other_runs_keep_their_setting(tmp_p
 def test_a_run_that_is_taken_up_after_midnight_does_the_night_that_it_crashed_in(
     tmp_path: Path,
 ) -> None:
-    """Else the night that it began would stay undone, and the next one count as done."""
+    """Otherwise its night would stay unfinished and the next one count as done."""
     asked, date = config(tmp_path), "2026-11-20"
     with pytest.raises(ZeroDivisionError), claim_night(tmp_path / "runs", date, REQUEST, "r1"):
         raise ZeroDivisionError
@@ -67,7 +67,7 @@ def test_a_run_that_is_taken_up_after_midnight_does_the_night_that_it_crashed_in
 def test_a_crash_that_was_answered_twice_is_taken_up_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, title: str, taken: bool
 ) -> None:
-    """A server that is busy may start more than one run for it; they come one after the other."""
+    """A busy server may start several runs for it, one after the other."""
     run = tmp_path / "runs" / "r1"
     run.mkdir(parents=True)
     for name in ("config.json", "run.jsonl"):
@@ -82,7 +82,7 @@ def test_a_crash_that_was_answered_twice_is_taken_up_once(
 
 
 def test_data_that_cannot_be_read_is_for_the_stages_to_report(tmp_path: Path) -> None:
-    """Nothing is known of the request, so the run goes its ordinary way."""
+    """The request is unknown, so the run proceeds as usual."""
     missing = TrainingConfig(
         model_name="embedded", data_paths=(str(tmp_path / "none"),), cache_dir=str(tmp_path)
     )
@@ -93,13 +93,13 @@ def test_data_that_cannot_be_read_is_for_the_stages_to_report(tmp_path: Path) ->
 def test_a_registry_that_cannot_be_asked_is_no_reason_not_to_train(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Connections are refused; whether anything is new stays open."""
+    """Connections are refused, so the run proceeds as usual."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     assert seen_before(config(tmp_path, when_unchanged="skip"), REQUEST) is None
 
 
 def test_the_answer_comes_from_the_champions_tags_without_torch(tmp_path: Path) -> None:
-    """A real registry: the same request is old news, another one is not; no torch is loaded."""
+    """With a real registry the same request is old, another one is not; no torch is loaded."""
     program = """
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Who is told of a run's end: real blocks, a real HTTP and a real SMTP server on loopback."""
+"""Notifications through real blocks to real HTTP and SMTP servers on loopback."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_dead_endpoints_fail_nothing_and_keep_nobody_from_being_told(
 def test_an_endpoint_that_never_answers_is_not_waited_for(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It takes the connection and says nothing; the run ends all the same."""
+    """It accepts the connection and never answers; the run ends all the same."""
     monkeypatch.setattr(notify, "NOTIFY_SECONDS", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         block = Webhook(url=f"http://127.0.0.1:{silent.getsockname()[1]}")
@@ -145,9 +145,9 @@ def test_an_endpoint_that_never_answers_is_not_waited_for(
 
 @pytest.mark.slow
 def test_a_failed_flow_run_is_told_by_prefects_hook(endpoint: tuple[str, Queue[Any]]) -> None:
-    """Through a block on a server: with the words of the error, and the id to continue it by.
+    """The notice has the error's message and the id to continue with.
 
-    A night that was left undone is taken up by another flow run, in the folder of the first.
+    An unfinished night is resumed by another flow run, in the folder of the first.
     """
     url, received = endpoint
 

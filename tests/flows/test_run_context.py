@@ -1,4 +1,4 @@
-"""What a run prints may have lost its reader."""
+"""A run survives the loss of the reader of its output."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Path(sys.argv[1]).write_text("alive")
 
 
 def test_a_process_outlives_the_reader_of_its_output(tmp_path: Path) -> None:
-    """Rich alone would end it; both streams are looked after."""
+    """Rich would end it; both streams are watched."""
     said = tmp_path / "said"
     command = [sys.executable, "-c", PROGRAM, str(said)]
     pipe = subprocess.PIPE

@@ -70,7 +70,7 @@ def test_memory_that_ran_out_is_recognised_in_the_log_of_a_native_exit(log: str)
 
 
 def test_there_are_enough_real_messages_on_both_sides() -> None:
-    """At least 30 messages that are memory and 30 that only look like it."""
+    """At least 30 messages are about memory and 30 only look like it."""
     assert len(GPU_MEMORY_ERRORS) + len(HOST_MEMORY_ERRORS) + len(MEMORY_LOGS) >= 30
     assert len(NOT_MEMORY_ERRORS) + len(NOT_MEMORY_LOGS) >= 30
 
@@ -88,7 +88,7 @@ def test_log_lines_that_quote_memory_errors_are_not_taken_for_one(log: str) -> N
 
 
 def test_a_real_torch_exception_and_a_real_cpu_allocation_failure_are_recognised() -> None:
-    """The texts are not only remembered: this machine's torch produces them now."""
+    """Torch on this machine still produces the messages."""
     import torch
 
     with pytest.raises(RuntimeError) as caught:
@@ -242,7 +242,7 @@ def test_the_numbers_of_a_message_become_facts() -> None:
 def test_exit_codes_and_signals_are_explained_by_the_log_and_the_kernel(
     returncode: int, log: str, oom_kills: int, kind: type[FinetuneError] | None
 ) -> None:
-    """What a worker without a failure ended of: signals from outside first, then its log."""
+    """Signals from outside explain an end first, then the log."""
     error = translate_exit(returncode, log, oom_kills=oom_kills, phase="train")
     assert type(error) is (kind or DeviceFaultError)
     assert error.facts["phase"] == "train"
@@ -266,7 +266,7 @@ def test_a_real_worker_that_runs_out_of_address_space_is_classified_from_outside
 
 
 def test_a_failure_of_an_older_version_is_still_read() -> None:
-    """It has a field that is gone."""
+    """Its additional field is ignored."""
     old = {"kind": "DivergedError", "what": "NaN", "facts": {}, "log_tail": "", "why": ""}
     assert Failure.model_validate(old) == Failure(kind="DivergedError", what="NaN")
 

@@ -1,4 +1,4 @@
-"""Workers that wait for their job: used, replaced when they do not fit, and never left behind."""
+"""Idle workers are used, replaced if their environment differs, and never left behind."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WAITING = "qwen3ft-wait"
 
 @pytest.fixture
 def ask(tmp_path: Path) -> Iterator[Callable[..., set[int]]]:
-    """Gives a worker a job that it refuses as it cannot read it, and tells who had it.
+    """Give a worker a job with an unreadable request; return the ids of the workers that had it.
 
     No job needs fewer imports; a job that succeeds in such a worker is in tests/flows/test_flow.py.
     """
@@ -74,7 +74,7 @@ def _children() -> list[psutil.Process]:
 
 
 def _waiting() -> psutil.Process:
-    """The one worker that waits, once it says so."""
+    """The idle worker, once it has named itself."""
     end = time.monotonic() + 30
     while time.monotonic() < end:
         found = [child for child in _children() if _name(child) == WAITING]
@@ -102,7 +102,7 @@ def _name(process: psutil.Process) -> str:
 def test_the_worker_that_waits_gets_the_job_and_another_one_waits(
     ask: Callable[..., set[int]],
 ) -> None:
-    """One start a job, made while the job before it runs; none after the last."""
+    """Each job starts the next worker while it runs; the last job starts none."""
     with workers_ahead():
         first = _waiting()
         assert ask() == {first.pid}
@@ -121,7 +121,7 @@ def test_without_the_context_no_worker_waits(ask: Callable[..., set[int]]) -> No
 def test_a_worker_of_another_environment_is_not_used(
     ask: Callable[..., set[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A job has the environment of its moment, or its card and its planted faults were others'."""
+    """A job runs in the environment of its start, with its GPU and its planted faults."""
     with workers_ahead():
         waiting = _waiting()
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
@@ -141,7 +141,7 @@ def test_a_worker_that_died_while_it_waited_is_replaced(ask: Callable[..., set[i
 def test_no_worker_waits_where_memory_is_short(
     ask: Callable[..., set[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is left of a small machine belongs to the job."""
+    """The memory of a small machine belongs to the job."""
     monkeypatch.setattr("qwen3ft.jobs.processes.LEAST_FREE_BYTES", 2**60)
     with workers_ahead():
         assert len(ask()) == 1
@@ -149,7 +149,7 @@ def test_no_worker_waits_where_memory_is_short(
 
 
 def test_a_worker_that_waits_dies_with_its_parent() -> None:
-    """SIGKILL of the flow's process leaves none behind, though another thread had it started."""
+    """SIGKILL of the flow's process ends it too, although another thread started it."""
     program = (
         "import threading, time; from qwen3ft.jobs.processes import workers_ahead;"
         "ahead = workers_ahead(); t = threading.Thread(target=ahead.__enter__); t.start();"

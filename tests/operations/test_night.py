@@ -1,4 +1,4 @@
-"""A logical night is done once, whoever starts it and however often; what is left undone is not."""
+"""A night is done once, however often it is started; an unfinished one is resumed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def config(tmp_path: Path, **changes: Any) -> TrainingConfig:
 
 
 def test_settings_that_do_not_decide_are_settings() -> None:
-    """A misspelt name would silently count."""
+    """A misspelt name would be ignored silently."""
     assert set(TrainingConfig.model_fields) >= SETTINGS_THAT_DO_NOT_DECIDE
 
 
@@ -89,7 +89,7 @@ def test_the_content_of_the_data_folder_decides_and_its_times_do_not(tmp_path: P
 
 
 def test_the_request_is_found_without_torch_and_without_a_process(tmp_path: Path) -> None:
-    """Digests and settings are all that is looked at."""
+    """Only digests and settings are compared."""
     program = (
         "import subprocess, sys\n"
         "def refuse(*a, **k): raise AssertionError('a process was started')\n"
@@ -134,7 +134,7 @@ def test_a_night_that_is_done_is_not_done_again(tmp_path: Path) -> None:
 
 
 def test_a_failed_night_is_taken_up_by_the_next_start(tmp_path: Path) -> None:
-    """With the failed run's id, so that its checkpoints are found."""
+    """It gets the failed run's id, so that its checkpoints are found."""
     with pytest.raises(ValueError), claim_night(tmp_path, DATE, REQUEST, "one"):
         raise ValueError
     with claim_night(tmp_path, DATE, REQUEST, "two") as night:
@@ -144,7 +144,7 @@ def test_a_failed_night_is_taken_up_by_the_next_start(tmp_path: Path) -> None:
 def test_a_deferred_night_is_taken_up_by_the_next_one_that_asks_for_the_same(
     tmp_path: Path,
 ) -> None:
-    """Its adapter is trained; once it has its verdict, no later night goes back to it."""
+    """Its adapter is trained; once it has a verdict, no later night returns to it."""
     with claim_night(tmp_path, DATE, REQUEST, "one") as night:
         night.settle(DEFERRED)
     with claim_night(tmp_path, "2026-11-27", OTHER, "two") as night:
@@ -161,7 +161,7 @@ def test_a_deferred_night_is_taken_up_by_the_next_one_that_asks_for_the_same(
 
 
 def test_a_failed_night_is_no_matter_of_later_nights(tmp_path: Path) -> None:
-    """What it failed of may be in its folder; another night starts afresh."""
+    """The cause may be in its folder, so another night starts afresh."""
     with pytest.raises(ValueError), claim_night(tmp_path, DATE, REQUEST, "one"):
         raise ValueError
     with claim_night(tmp_path, "2026-11-27", REQUEST, "two") as night:
@@ -169,7 +169,7 @@ def test_a_failed_night_is_no_matter_of_later_nights(tmp_path: Path) -> None:
 
 
 def test_a_night_whose_process_was_killed_is_taken_up(tmp_path: Path) -> None:
-    """While it lives, a second start is told where it runs; after SIGKILL the lock is free."""
+    """While it runs, a second start learns its id; after SIGKILL the lock is free."""
     program = (
         "import sys, time; from pathlib import Path; from qwen3ft.operations.night import *\n"
         "request = NightRequest(sha256='a' * 64, settings_sha256='c' * 64, files=1)\n"
@@ -198,7 +198,7 @@ def _start(folder: Path, number: int, barrier: Any, done: Any) -> None:
 
 
 def test_starts_at_the_same_moment_do_the_night_once(tmp_path: Path) -> None:
-    """Eight processes, one of which has the night; the others end at once."""
+    """Of eight processes one gets the night; the others end at once."""
     fork = multiprocessing.get_context("fork")
     barrier, done = fork.Barrier(8), fork.Queue()
     starts = [
@@ -215,7 +215,7 @@ def test_starts_at_the_same_moment_do_the_night_once(tmp_path: Path) -> None:
 
 
 def test_a_damaged_record_is_a_night_that_was_left_undone(tmp_path: Path) -> None:
-    """Half a file, or one of another version, costs a run and never a night."""
+    """Half a file, or one of another version, costs a run but never a night."""
     with claim_night(tmp_path, DATE, REQUEST, "one") as night:
         night.settle("promoted")
     [record] = nights_folder(tmp_path).glob("*.json")
@@ -239,7 +239,7 @@ def test_a_candidate_that_lost_is_remembered_while_the_champion_stays(tmp_path: 
 def test_a_candidate_that_lost_to_the_base_is_remembered_while_nothing_is_in_use(
     tmp_path: Path,
 ) -> None:
-    """Else a first candidate that fails would be trained again every night."""
+    """Otherwise a first candidate that fails would be trained again every night."""
     with claim_night(tmp_path, DATE, REQUEST, "one") as night:
         night.settle("kept", None)
     assert kept_before(tmp_path, REQUEST, None) is not None

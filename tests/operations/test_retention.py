@@ -1,4 +1,4 @@
-"""What cleaning removes and, above all, what it never does; on real folders, locks and registry."""
+"""Cleaning removes what is old and never what is in use, on real folders, locks and a registry."""
 
 from __future__ import annotations
 
@@ -73,11 +73,11 @@ class Project:
         return run
 
     def plan(self, *protected: ProtectedVersion, policy: RetentionPolicy = POLICY) -> list[Removal]:
-        """What would be removed."""
+        """The planned removals."""
         return plan_removals(self.config, protected, policy)
 
     def names(self, *protected: ProtectedVersion, policy: RetentionPolicy = POLICY) -> set[str]:
-        """The last parts of what would be removed."""
+        """Names of the folders to be removed."""
         return {Path(removal.path).name for removal in self.plan(*protected, policy=policy)}
 
 
@@ -104,7 +104,7 @@ def version(run_id: str | None, **changes: Any) -> ProtectedVersion:
 
 
 def test_old_runs_go_and_young_ones_stay(project: Project) -> None:
-    """By age, unless among the newest; planning alone changes nothing."""
+    """Runs go by age, unless among the newest; planning alone changes nothing."""
     project.run("old")
     project.run("older", days=90)
     project.run("young", days=3, card=None, checkpoints=False)
@@ -114,7 +114,7 @@ def test_old_runs_go_and_young_ones_stay(project: Project) -> None:
 
 
 def test_a_run_in_use_stays_whole(project: Project) -> None:
-    """Champion, previous and challenger, whatever their age; its checkpoints too."""
+    """Champion, previous and challenger stay with their checkpoints, whatever their age."""
     for name in ("champion", "previous", "challenger", "other"):
         project.run(name, base=project.shared(f"models/{name}"))
     in_use = [
@@ -127,7 +127,7 @@ def test_a_run_in_use_stays_whole(project: Project) -> None:
 
 
 def test_a_run_that_can_be_continued_stays_until_it_is_abandoned(project: Project) -> None:
-    """Failed with checkpoints, trained and not saved, or deferred; one without anything goes."""
+    """Runs with checkpoints, unsaved or deferred ones stay; one without anything goes."""
     project.run("failed", card=None)
     project.run("deferred", card="embedded: deferred")
     project.run("trained", card=None, checkpoints=False).attempt(1).outcome.write_text("{}")
@@ -142,14 +142,14 @@ def test_a_run_that_can_be_continued_stays_until_it_is_abandoned(project: Projec
 
 @pytest.mark.parametrize("wanted", ["done", "unknown"])
 def test_only_a_run_that_could_be_continued_can_be_abandoned(project: Project, wanted: str) -> None:
-    """A typing error is told, and nothing goes."""
+    """A typing error is an error, and nothing is removed."""
     project.run("done", days=1)
     with pytest.raises(RequestError, match=f"Run {wanted} cannot be abandoned"):
         project.plan(policy=RetentionPolicy(abandon=(wanted,)))
 
 
 def test_a_run_that_mlflow_lacks_stays(project: Project) -> None:
-    """Its journal is the only copy of what was measured."""
+    """Its journal is the only copy of its measurements."""
     run = project.run("unsent")
     Journal(run).tags({"verdict": "kept"})
     _aged(run.path, OLD_DAYS)
@@ -157,7 +157,7 @@ def test_a_run_that_mlflow_lacks_stays(project: Project) -> None:
 
 
 def test_a_running_run_stays_and_so_does_all_that_runs_share(project: Project) -> None:
-    """It has just begun, and has not said yet which model it will load."""
+    """It has just begun, and its folder does not show yet which model it will load."""
     project.shared("models/unused")
     running = project.run("running", card=None, checkpoints=False)
     project.run("old")
@@ -168,7 +168,7 @@ def test_a_running_run_stays_and_so_does_all_that_runs_share(project: Project) -
 
 
 def test_a_run_that_begins_after_the_plan_was_made_is_not_removed(project: Project) -> None:
-    """The lock is asked for again at the moment of removal."""
+    """The lock is checked again at the moment of removal."""
     run = project.run("continued", card=None, checkpoints=False)
     plan = project.plan()
     assert len(plan) == 1
@@ -181,7 +181,7 @@ def test_a_run_that_begins_after_the_plan_was_made_is_not_removed(project: Proje
 
 
 def test_checkpoints_of_completed_runs_go_before_the_runs(project: Project) -> None:
-    """After a week; the card, the metrics and the log stay."""
+    """They go after a week; the card, the metrics and the log stay."""
     run = project.run("done", days=8)
     project.run("recent", days=6)
     [removal] = project.plan()
@@ -192,7 +192,7 @@ def test_checkpoints_of_completed_runs_go_before_the_runs(project: Project) -> N
 
 
 def test_a_base_stays_while_something_kept_needs_it(project: Project) -> None:
-    """A young run, one to be continued, the champion on another machine; else it goes."""
+    """A base needed by a young run, one to continue, or a champion stays; others go."""
     bases = {name: project.shared(f"models/{name}") for name in ("young", "failed", "champion")}
     project.shared("models/unused")
     project.shared("datasets/unused rows")
@@ -208,7 +208,7 @@ def test_a_base_stays_while_something_kept_needs_it(project: Project) -> None:
 def test_no_base_goes_while_that_of_the_champion_is_not_known(
     project: Project, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its run is gone and no copy is here: any of them may be the one."""
+    """Its run is gone and there is no local copy, so any base may be the one."""
     project.shared("models/unused")
     with caplog.at_level("WARNING", logger="qwen3ft.retention"):
         assert project.plan(version(None)) == []
@@ -216,7 +216,7 @@ def test_no_base_goes_while_that_of_the_champion_is_not_known(
 
 
 def test_copies_of_former_champions_and_leftovers_of_killed_writes_go(project: Project) -> None:
-    """The copy in use stays, as do saved adapters and what was begun today."""
+    """The copy in use, saved adapters and writes begun today stay."""
     for number in ("2", "3"):
         copy = project.shared(f"champions/qwen3ft-embedded/{number}")
         card = {"base": {"snapshot_path": str(project.root / "gone")}}

@@ -1,4 +1,4 @@
-"""Which adapter is in use changes by one recorded move at a time, and back within a minute."""
+"""The adapter in use changes by one recorded move at a time, and back within a minute."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def three_versions(migrated_database: Path, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def uri(three_versions: Path, tmp_path: Path) -> str:
-    """A database of one's own with the three versions; their artifacts are shared."""
+    """A fresh database with the three versions; their artifacts are shared."""
     (tmp_path / "mlruns").mkdir()
     source = three_versions / "mlruns" / "mlflow.db"
     return f"sqlite:///{shutil.copy(source, tmp_path / 'mlruns' / 'mlflow.db')}"
@@ -100,7 +100,7 @@ def test_every_promotion_is_in_the_history(uri: str) -> None:
 
 
 def test_a_rollback_leads_back_and_is_not_undone_by_the_next(uri: str) -> None:
-    """Twice back is two versions back, never forth; from the first there is nowhere to go."""
+    """Two rollbacks lead two versions back; from the first version there is no way back."""
     registry = promoted(uri, "1", "2", "3")
     move = registry.rollback(MODEL, PERSON)
     assert (move.action, move.version, move.replaced) == ("rollback", "2", "3")
@@ -158,7 +158,7 @@ def test_a_kept_candidate_is_the_challenger_until_it_is_promoted(uri: str) -> No
 
 
 def test_a_rollback_compares_before_it_sets(uri: str) -> None:
-    """An alias moved by somebody else in between is noticed, and nothing moves."""
+    """An alias that somebody else moved meanwhile is noticed, and nothing moves."""
     promoted(uri, "1", "2", "3")
     connection = connect(uri)
     with pytest.raises(ChampionChangedError, match="champion is 3, not 2"):
@@ -171,7 +171,7 @@ def test_a_rollback_compares_before_it_sets(uri: str) -> None:
 def test_a_previous_adapter_that_is_damaged_is_not_gone_back_to(
     migrated_database: Path, tmp_path: Path
 ) -> None:
-    """One flipped byte in MLflow's files; --unverified is for those who know better."""
+    """One flipped byte in MLflow's files stops a rollback, unless --unverified is given."""
     uri = copy_database(migrated_database, tmp_path)
     for night in (1, 2):
         add_version(uri, tmp_path, f"night-{night}")
@@ -214,7 +214,7 @@ class CutConnection(Connection):
 
     @contextmanager
     def calls(self) -> Iterator[Any]:
-        """The client itself: its errors are the test's."""
+        """The client itself, so that its errors reach the test."""
         yield self.client
 
 
@@ -264,7 +264,7 @@ def test_a_crash_at_any_point_leaves_the_move_undone_or_done(
 
 
 def test_a_promoter_that_hangs_is_not_waited_for_forever(uri: str) -> None:
-    """The lock is held by somebody else: told in time, with nothing moved."""
+    """While another process holds the lock, the error comes in time and nothing moves."""
     registry = promoted(uri, "1", "2")
     with promotion_lock(uri, 1.0):
         registry.deadline_seconds = 0.5
@@ -300,7 +300,7 @@ def command(
 
 
 def test_a_person_goes_back_within_a_minute(uri: str) -> None:
-    """By the clock, the start of the command and the check of the adapter included."""
+    """A minute covers the start of the command and the check of the adapter."""
     promoted(uri, "1", "2")
     started = time.monotonic()
     done = subprocess.run(
@@ -337,7 +337,7 @@ def test_the_history_says_who_moved_what_and_why(
 def test_a_version_is_promoted_by_hand_if_intact_and_degraded_only_if_asked_for(
     migrated_database: Path, tmp_path: Path, command: Callable[..., tuple[int, str, str]]
 ) -> None:
-    """What is replaced is said, and what refuses says the way out."""
+    """The output names what is replaced; a refusal names the way out."""
     uri = copy_database(migrated_database, tmp_path)
     add_version(uri, tmp_path, "night-1")
     add_version(uri, tmp_path, "night-2", degraded=("lower rank",))
@@ -427,7 +427,7 @@ def test_a_move_fits_a_tag_and_comes_back_from_it() -> None:
 
 @given(st.lists(st.sampled_from(["promote", "rollback"]), max_size=30))
 def test_succession_is_a_stack(actions: list[str]) -> None:
-    """Promotions push, rollbacks pop: so a chain of rollbacks visits each earlier version once."""
+    """Promotions push and rollbacks pop, so repeated rollbacks visit each version once."""
     stack: list[str] = []
     moves: list[Move] = []
     for number, action in enumerate(actions, 1):
@@ -446,6 +446,6 @@ def test_succession_is_a_stack(actions: list[str]) -> None:
 
 
 def test_versions_in_use_before_the_history_began_are_part_of_it() -> None:
-    """The first recorded promotion says what it replaced."""
+    """The first recorded promotion names the version it replaced."""
     move = Move(number=1, action="promotion", version="9", replaced="8", by=NIGHT.by)
     assert succession([move]) == ["8", "9"]

@@ -90,7 +90,7 @@ def test_an_adapter_that_never_arrived_is_not_registered(database: str, run_dir:
 def test_promotion_compares_before_it_sets(
     registered: tuple[Registry, SavedAdapter, str], database: str, tmp_path: Path
 ) -> None:
-    """A promotion that rests on an outdated champion is refused; the old one stays reachable."""
+    """A promotion based on an outdated champion is refused; the old one stays reachable."""
     registry, _, first = registered
     name = registered_model_name(MODEL)
     other = RunDir(tmp_path / "runs" / "run-2")
@@ -112,7 +112,7 @@ def test_promotion_compares_before_it_sets(
 def test_of_many_promoters_at_once_exactly_one_wins(
     registered: tuple[Registry, SavedAdapter, str], database: str, run_dir: RunDir
 ) -> None:
-    """Eight threads that saw no champion promote eight versions: one succeeds, seven are told."""
+    """Eight threads that saw no champion promote eight versions: one succeeds, seven fail."""
     assert registered[0].champion(registered_model_name(MODEL)) is None
     client, name = connect(database).client, registered_model_name(MODEL)
     run_id = str(parent_run_id(run_dir))
