@@ -91,7 +91,7 @@ def place_rows(
         reading: Keys of the rows.
         table: Texts of the rows.
         config: Caps, held-out share, what to do with near-duplicates and known rows.
-        known: Hashes of the rows seen before; None if that does not matter.
+        known: Hashes of the rows seen before; None to train on all rows alike.
         progress: Receives the number of rows looked at, batch by batch.
     """
     keys = reading.keys.build()

@@ -24,13 +24,7 @@ class ShownToken:
 def show_tokens(
     tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], trained: Sequence[int]
 ) -> list[ShownToken]:
-    """Return the tokens of a row as text, in order.
-
-    Args:
-        tokenizer: Tokenizer of the row.
-        input_ids: Tokens.
-        trained: Start and end of each stretch that carries loss, end exclusive.
-    """
+    """Return the tokens of a row as text; `trained` has the edges of stretches that carry loss."""
     loss = [False] * len(input_ids)
     for start, end in zip(trained[::2], trained[1::2], strict=True):
         loss[start:end] = [True] * (end - start)

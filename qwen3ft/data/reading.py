@@ -228,25 +228,24 @@ def _check(reading: Reading, max_bad_fraction: float, quarantine: Path) -> None:
     """Raise DataLoadingError if too many rows are bad or none is usable."""
     bad, read, files = reading.bad.total(), reading.rows_read, len(reading.sources)
     numbers = ", ".join(f"{reason} {count}" for reason, count in reading.bad.most_common())
-    facts = {
-        "rows_read": read,
-        "bad": bad,
-        "unreadable_files": reading.unreadable,
-        "reasons": dict(reading.bad),
-        "quarantine_path": str(quarantine),
-    }
     if bad > max_bad_fraction * read or reading.unreadable > max_bad_fraction * files:
-        raise DataLoadingError(
+        what = (
             f"{bad} of {read} rows are bad ({numbers or 'none'}) and {reading.unreadable} of "
-            f"{files} file(s) unreadable; max_bad_fraction allows {max_bad_fraction:.0%}.",
-            why=f"Every bad row is listed with file, line and reason in {quarantine}.",
-            next_command=f"head {quarantine}",
-            **facts,
+            f"{files} file(s) unreadable; max_bad_fraction allows {max_bad_fraction:.0%}."
         )
-    if not reading.usable:
-        raise DataLoadingError(
-            f"No usable row in {files} file(s): {read} rows read, {bad} bad.",
-            why="The files are empty, or all of their rows were quarantined.",
-            next_command=f"head {quarantine}",
-            **facts,
-        )
+        why = f"Every bad row is listed with file, line and reason in {quarantine}."
+    elif not reading.usable:
+        what = f"No usable row in {files} file(s): {read} rows read, {bad} bad."
+        why = "The files are empty, or all of their rows were quarantined."
+    else:
+        return
+    raise DataLoadingError(
+        what,
+        why=why,
+        next_command=f"head {quarantine}",
+        rows_read=read,
+        bad=bad,
+        unreadable_files=reading.unreadable,
+        reasons=dict(reading.bad),
+        quarantine_path=str(quarantine),
+    )

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from qwen3ft.records.data import QaRow, SourceFile
 
@@ -26,7 +26,7 @@ _TEXTS = ("question", "answer", "reasoning", "messages", "tools", "kind")
 _NUMBERS = ("source", "line", "offset")
 
 
-class RowWriter:
+class RowWriter(AbstractContextManager["RowWriter"]):
     """Appends rows to the file `path`; a context manager, complete when it is left."""
 
     def __init__(self, path: Path) -> None:
@@ -37,12 +37,7 @@ class RowWriter:
         self._writer = pa.ipc.new_file(str(path), self._schema)
         self._columns: dict[str, list[Any]] = {name: [] for name in self._schema.names}
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._flush()
         self._writer.close()
 

@@ -127,15 +127,7 @@ class KeysBuilder:
     def append(
         self, question: bytes, content: bytes, role: Role, source: int, group: str = ""
     ) -> None:
-        """Add the next row in reading order.
-
-        Args:
-            question: Key of `question_key`.
-            content: Key of `content_key`.
-            role: Role of the row's file.
-            source: Number of the row's file.
-            group: Source key of the row; '' if it has none.
-        """
+        """Add the next row by its keys; `source` is the number of its file, `group` may be ''."""
         self._question += question
         self._content += content
         self._group += _digest(f"source key\0{group}")[:8] if group else question[:8]
@@ -180,12 +172,8 @@ def find_repeats(keys: Keys) -> Codes:
 def leaks(keys: Keys, roles: Codes, mask: Mask) -> Mask:
     """Return the rows whose question belongs to a row of a more protected role.
 
-    Needed again after `hold_out`: two groups of source keys may share a question.
-
-    Args:
-        keys: Keys of all rows.
-        roles: (n,) code of each row's role.
-        mask: (n,) rows that count; the others neither protect nor leak.
+    Only rows of `mask` protect or leak. Needed again after `hold_out`: two groups of source keys
+    may share a question.
     """
     rows = np.flatnonzero(mask)
     question, role = _identities(keys.question[rows]), roles[rows]

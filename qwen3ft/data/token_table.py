@@ -8,9 +8,9 @@ where each row came from (`Origin`), so that a run can show which of its rows ar
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -36,7 +36,7 @@ class Origin(NamedTuple):
     """Beginning of its question."""
 
 
-class TokenWriter:
+class TokenWriter(AbstractContextManager["TokenWriter"]):
     """Appends tokenised rows to the file `path`; a context manager, complete when it is left."""
 
     def __init__(self, path: Path) -> None:
@@ -50,12 +50,7 @@ class TokenWriter:
         self._parts: list[np.ndarray] = []
         self.trained_tokens = 0
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._writer.close()
 
     def write(self, rows: Sequence[TokenizedRow], origins: Sequence[Origin] = ()) -> None:

@@ -74,13 +74,7 @@ class _Lines(Iterator[str]):
 def read_csv(
     stream: io.BufferedReader, offset: int, limit: int, delimiters: Sequence[str] = DELIMITERS
 ) -> Iterator[RawRow]:
-    """Yield a row for each record that is not blank.
-
-    Args:
-        stream: The file, behind its byte order mark.
-        offset: Byte of the file that the stream starts at.
-        limit: Size of the largest record, in bytes.
-        delimiters: The one that cuts the line of names into most parts is taken.
+    """Yield a row for each record that is not blank; the line of names decides on the delimiter.
 
     Raises:
         UnreadableFileError: the line of names cannot be read.

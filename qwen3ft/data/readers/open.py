@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen3ft.data.readers.csv import DELIMITERS, read_csv
 from qwen3ft.data.readers.json_array import ArrayReader
-from qwen3ft.data.readers.json_lines import JsonParser, RejectedValueError, read_json_rows
+from qwen3ft.data.readers.json_lines import read_json_rows
 from qwen3ft.data.readers.parquet import ChooseColumns, read_parquet
 from qwen3ft.data.readers.raw import MAX_ROW_BYTES, RawRow, UnreadableFileError
 
@@ -115,18 +115,9 @@ def _is_lines(path: Path, limit: int) -> bool:
         first = _filled_line(stream, limit)
         is_whole = len(first) < limit or first.endswith(b"\n")
         second = _filled_line(stream, limit) if is_whole else b""
-        return bool(second) and any(map(_is_object_line, (first, second)))
+        lines = (first.strip(), second.strip()) if second else ()
+        return any(line.startswith(b"{") and line.endswith(b"}") for line in lines)
     return False  # the file breaks off; what comes before is read all the same
-
-
-def _is_object_line(line: bytes) -> bool:
-    """Return whether `line` is a JSON object, or one that is refused for its content."""
-    try:
-        JsonParser().parse_line(line)
-    except RejectedValueError as error:
-        is_part = line.rstrip().endswith((b"{", b"[", b","))
-        return str(error) != "broken_json" and not is_part
-    return True
 
 
 def _filled_line(stream: io.BufferedReader, limit: int) -> bytes:

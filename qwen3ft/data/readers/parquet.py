@@ -26,31 +26,20 @@ class _NotText:
 
 
 def read_parquet(path: Path, choose: ChooseColumns, limit: int) -> Iterator[RawRow]:
-    """Yield every row, with the columns that `choose` takes.
-
-    Args:
-        path: The file.
-        choose: Called once with the names of all columns.
-        limit: Most bytes of text in one row.
+    """Yield every row, with the columns that `choose` takes and at most `limit` bytes of text.
 
     Raises:
         UnreadableFileError: the file is damaged.
         OSError: it cannot be opened.
     """
     with path.open("rb") as stream:
-        rows = _rows(stream, choose)
-        number = 0
-        while True:
-            try:
-                values = next(rows)
-            except StopIteration:
-                return
-            except Exception as error:  # Arrow raises all kinds of errors on a damaged file
-                if isinstance(error, OSError) and error.errno is not None:
-                    raise
-                raise UnreadableFileError(f"{type(error).__name__}: {error}") from error
-            number += 1
-            yield _row(number, values, limit)
+        try:
+            for number, values in enumerate(_rows(stream, choose), 1):
+                yield _row(number, values, limit)
+        except Exception as error:  # Arrow raises all kinds of errors on a damaged file
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise UnreadableFileError(f"{type(error).__name__}: {error}") from error
 
 
 def _rows(stream: Any, choose: ChooseColumns) -> Iterator[dict[str, Any]]:
@@ -63,9 +52,9 @@ def _rows(stream: Any, choose: ChooseColumns) -> Iterator[dict[str, Any]]:
             row_bytes = max(1, stated.total_byte_size // max(1, stated.num_rows))
             batch_rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // row_bytes))
             for batch in table.iter_batches(batch_rows, row_groups=[group], columns=columns):
-                parts = [_python_values(batch.column(name)) for name in batch.schema.names]
                 names = batch.schema.names
-                if not names:
+                parts = [_python_values(batch.column(name)) for name in names]
+                if not names:  # rows without a known column are counted all the same
                     yield from ({} for _ in range(batch.num_rows))
                 for values in zip(*parts, strict=True):
                     yield dict(zip(names, values, strict=True))
