@@ -11,6 +11,7 @@ import io
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
@@ -54,7 +55,10 @@ class ArrayReader:
     def enter(self) -> bool:
         """Step into the array, or the list inside an object, that the file is; False if neither."""
         self._is_object = self._skip() == "{"
-        self._is_list = self._enter_field("") if self._is_object else self._enter_array()
+        if self._is_object:
+            self._is_list = self._enter_field("", self._limit)
+        else:
+            self._is_list = self._enter_array()
         return self._is_list
 
     def rows(self) -> Iterator[RawRow]:
@@ -182,30 +186,40 @@ class ArrayReader:
         self._move(self._at + 1)
         if not self._is_object:
             return self._skip() == "[" and self._enter_array()
-        before = '{"":0'  # makes the rest of the object one of its own
         if len(self._text) - self._at < _SHORT:
             self._grow(_SHORT)
-        if not _AFTER_LIST.match(self._text, self._at) or self._enter_field(before):
+        before = '{"":0'  # makes the rest of the object one of its own
+        if not _AFTER_LIST.match(self._text, self._at) or self._is_nested(before):
+            return True
+        if self._enter_field(before, _CHUNK_BYTES):
             return True
         is_whole = is_json(before + self._text[self._at :])
         self._move(len(self._text) if is_whole else self._at)
         return not is_whole
+
+    def _is_nested(self, before: str) -> bool:
+        """Return whether the file goes on behind the object: it was part of a broken element."""
+        rest = before + self._text[self._at : self._at + _SHORT]
+        with suppress(ValueError, RecursionError):
+            return bool(rest[self._parser.parse_element(rest, 0)[1] :].strip())
+        return False
 
     def _enter_array(self) -> bool:
         is_array = self._text.startswith("[", self._at)
         self._move(self._at + is_array)
         return is_array
 
-    def _enter_field(self, before: str) -> bool:
+    def _enter_field(self, before: str, reach: int) -> bool:
         """Step into the next list of rows of the object that `before` and the text here begin."""
         while True:
-            for field in islice(_LIST.finditer(self._text, self._at), _MOST_FIELDS):
+            fields = _LIST.finditer(self._text, self._at, self._at + reach)
+            for field in islice(fields, _MOST_FIELDS):
                 # Sound fields before it: the list is the object's own, not one nested in it.
                 if is_json(f'{before}{self._text[self._at : field.start()]}"":0}}'):
                     self._list_name = f".{field[1]}"
                     return bool(self._move(field.end()))
             held = len(self._text) - self._at
-            if held > self._limit or not self._grow(held):
+            if held > reach or not self._grow(held):
                 return False
 
 
