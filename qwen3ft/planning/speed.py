@@ -78,7 +78,7 @@ class SpeedEstimate(Record):
 
     @property
     def basis(self) -> str:
-        """How far to trust the estimate, in words."""
+        """Words that say how far to trust the estimate."""
         return describe_basis(measured=self.measured_gpu)
 
 

@@ -32,17 +32,20 @@ Rank = Callable[[int, Sequence[int]], tuple[int, ...]]
 """Maps the slots of a batch and its lengths to what is compared; the largest is the worst."""
 
 
-def find_worst(plan: TrainPlan, train: Lengths, dev: Lengths) -> WorstBatches:
+def find_worst(
+    plan: TrainPlan, train: Lengths, dev: Lengths, *, most_sequences: int = MOST_SEQUENCES
+) -> WorstBatches:
     """Return the worst micro-batches of `plan` and the worst batches of its evaluations.
 
     Args:
         plan: The plan of the attempt.
         train: Tokens of each training row.
         dev: Tokens of each held-out row.
+        most_sequences: Sequences whose steps are looked at; at least one step is.
     """
     order = EffectiveBatchOrder(train, plan.effective_batch_size, plan.seed)
     sampler = step_sampler(order, plan)
-    in_time = max(1, MOST_SEQUENCES // plan.effective_batch_size)
+    in_time = max(1, most_sequences // plan.effective_batch_size)
     steps = left = min(plan.total_steps, in_time)
     search = _Search(order.lengths, _ranks(plan), packed=plan.memory.packing)
     accumulates = False

@@ -1,9 +1,8 @@
-"""What `qwen3ft plan` knows without weights and data: shapes, settings, tables, refusals."""
+"""What `qwen3ft plan` knows without weights and data: settings, tables, budgets by lengths."""
 
 from __future__ import annotations
 
 import json
-import shlex
 import subprocess
 import sys
 import time
@@ -13,17 +12,15 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from support.plans import QWEN3_4B, QWEN3_14B, manifest, plan_for, snapshot
+from support.plans import manifest, plan_for, snapshot
 from typer.testing import CliRunner
 
 from flows.cli import app
 from flows.cli.views.plan import plan_lines, show_plan, show_sweep
 from qwen3ft.config import TrainingConfig
-from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.errors import ConfigError, InsufficientMemoryError, ModelNotFoundError
 from qwen3ft.model.adapter import plan_adapter
-from qwen3ft.model.hub import check_model_folder
-from qwen3ft.model.shapes import KNOWN_MODELS, find_shape, known_shape, read_shape
+from qwen3ft.model.shapes import KNOWN_MODELS
 from qwen3ft.planning.fit import choose, fit_or_none
 from qwen3ft.planning.gpu_specs import require_gpu_spec
 from qwen3ft.planning.plan import build_plan
@@ -61,67 +58,6 @@ def sweep() -> Sweep:
 
 def console(*, terminal: bool) -> Console:
     return Console(force_terminal=terminal, width=100, record=True, no_color=True)
-
-
-# --- shapes ---
-
-
-@pytest.mark.parametrize(
-    ("key", "billions", "without_embedding"),
-    [
-        ("0.6b", 0.6, 0.44),
-        ("1.7b", 1.7, 1.4),
-        ("4b", 4.0, 3.6),
-        ("8b", 8.2, 6.95),
-        ("14b", 14.8, 13.2),
-        ("32b", 32.8, 31.2),
-    ],
-)
-def test_shapes_have_the_parameters_that_their_models_are_published_with(
-    key: str, billions: float, without_embedding: float
-) -> None:
-    """The counts of the model cards, with and without embeddings, to their last digit."""
-    _, shape = find_shape(key)
-    rest = shape.total_parameters - shape.embedding_parameters
-    assert shape.total_parameters / 1e9 == pytest.approx(billions, abs=0.05)
-    assert rest / 1e9 == pytest.approx(without_embedding, abs=0.05)
-
-
-def test_models_are_found_by_key_hub_name_and_folder(tmp_path: Path) -> None:
-    """Longer names of a known size too; others are none, and a folder needs no weights."""
-    assert find_shape("4b") == ("Qwen/Qwen3-4B-Thinking-2507", QWEN3_4B)
-    assert find_shape("Qwen/Qwen3-14B")[1].hidden_size == QWEN3_14B.hidden_size
-    assert find_shape("Qwen/Qwen3-4B")[1].max_position_embeddings == 40960
-    assert find_shape("Qwen/Qwen3-8B-Base")[1].max_position_embeddings == 32768
-    assert find_shape("me/qwen3-0.6b-mine")[1].num_hidden_layers == 28
-    for other in ("Qwen/Qwen3-30B-A3B", "Qwen/Qwen3-VL-4B", "Qwen/Qwen3.5-4B", "Qwen/Qwen3-4Bx"):
-        assert known_shape(other) is None
-    values = QWEN3_14B.model_dump() | {"model_type": "qwen3", "rope_theta": 1e6}
-    (tmp_path / "config.json").write_text(json.dumps(values))
-    assert find_shape(str(tmp_path)) == (str(tmp_path), QWEN3_14B)
-    assert find_shape("embedded")[1] == check_model_folder(MODEL_DIR)
-    with pytest.raises(ModelNotFoundError, match="5b") as caught:
-        find_shape("5b")
-    assert "0.6b, 1.7b, 4b, 8b, 14b, 32b" in caught.value.why
-
-
-@pytest.mark.parametrize(
-    ("changed", "said"),
-    [
-        ({"model_type": "llama"}, "dense Qwen3"),
-        ({"head_dim": None, "hidden_size": None}, "lacks hidden_size, head_dim"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
-        ({"vocab_size": "many"}, "vocab_size"),
-    ],
-)
-def test_a_config_without_usable_numbers_is_refused(
-    tmp_path: Path, changed: dict[str, Any], said: str
-) -> None:
-    """What is missing or wrong is named."""
-    values = QWEN3_4B.model_dump() | {"model_type": "qwen3"} | changed
-    (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ConfigError, match=said):
-        read_shape(tmp_path)
 
 
 # --- plans ---
@@ -211,66 +147,6 @@ def test_markdown_and_picture_have_every_part(tmp_path: Path) -> None:
     widths = [bar.get_width() for bar in axes.patches]
     assert sum(widths) == pytest.approx(table.peak_gb)
     assert write_png(figure, tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
-
-
-# --- refusals ---
-
-
-@pytest.mark.parametrize(
-    ("wanted", "offers"),
-    [
-        ({"model_name": "14b", "max_sequence_length": 2048, "max_memory_gb": 9.0}, 2),
-        ({"model_name": "4b", "max_sequence_length": 32768, "max_memory_gb": 4.5}, 3),
-        ({"model_name": "8b", "max_memory_gb": 6.0, "lora_r": 64}, 2),
-    ],
-)
-def test_each_command_of_a_refusal_fits(wanted: dict[str, Any], offers: int) -> None:
-    """More memory, shorter rows, a smaller model: all within five seconds, and all true."""
-    request = shape_request(TrainingConfig(**wanted), described_machine(H200))
-    started = time.process_time()
-    with pytest.raises(InsufficientMemoryError) as caught:
-        choose(request)
-    assert time.process_time() - started < 5
-    error = caught.value
-    assert "part" in error.what
-    assert "need" in error.what
-    assert "left" in error.what
-    assert error.next_command in error.facts["commands"]
-    assert len(error.facts["commands"]) >= offers
-    for command in error.facts["commands"]:
-        assert command in error.why
-        done = CliRunner().invoke(app, [*shlex.split(command)[1:], "--json"])
-        assert done.exception is None, command
-        found = json.loads(done.stdout)
-        assert found["peak_gb"] <= found["budget_gb"]
-
-
-def test_the_smaller_model_is_the_largest_that_fits() -> None:
-    """The next one up does not; none is offered that was not made for such rows."""
-    config = TrainingConfig(model_name="32b", max_memory_gb=8.0)
-    with pytest.raises(InsufficientMemoryError) as caught:
-        choose(shape_request(config, described_machine(H200)))
-    assert caught.value.facts["would_fit"]["model_name"] == "Qwen/Qwen3-8B"
-    larger = config.model_copy(update={"model_name": "14b"})
-    assert fit_or_none(shape_request(larger, described_machine(H200))) is None
-    far = config.model_copy(update={"max_sequence_length": 131072, "max_memory_gb": 3.0})
-    with pytest.raises(InsufficientMemoryError) as caught:
-        choose(shape_request(far, described_machine(H200)))
-    assert "model_name" not in caught.value.facts["would_fit"]
-
-
-def test_more_memory_is_the_first_advice_only_where_the_card_has_it() -> None:
-    """On a GPU of 12 GB nobody can have 20."""
-    config = TrainingConfig(model_name="14b", max_memory_gb=12.0, max_sequence_length=32768)
-    machines = {name: described_machine(require_gpu_spec(name)) for name in ("rtx 3060", "h200")}
-    nexts = {}
-    for name, machine in machines.items():
-        with pytest.raises(InsufficientMemoryError) as caught:
-            choose(shape_request(config, machine))
-        nexts[name] = caught.value.next_command
-    assert "--budget 12 " in nexts["rtx 3060"]
-    assert "--gpu rtx-3060" in nexts["rtx 3060"]
-    assert "--budget 12 " not in nexts["h200"]
 
 
 # --- budgets against lengths ---

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from typing import Any
 
 from qwen3ft.config import TrainingConfig
@@ -148,3 +150,12 @@ def workload(shape: ModelShape = QWEN3_4B, rank: int = 6, **values: Any) -> Work
     adapter = plan_adapter(TrainingConfig(lora_r=rank), shape)
     memory = MemorySettings(**levers)
     return Workload(shape=shape, adapter=adapter, memory=memory, **{**defaults, **values})
+
+
+def workload_lengths(count: int, seed: int = 0) -> list[int]:
+    """Lengths as in the measured workload of the peers, at most 256 tokens."""
+    draw = random.Random(seed)
+    return [
+        int(min(256, max(16, draw.lognormvariate(math.log(256 * 0.375), 0.6))))
+        for _ in range(count)
+    ]

@@ -1,0 +1,236 @@
+"""A packed row: its layout, and that no sequence of it sees another, by numbers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.plans import workload, workload_lengths
+
+from qwen3ft.data.collators import IGNORED_LABEL, PaddingCollator, labels_of
+from qwen3ft.planning.packing import (
+    pack,
+)
+from qwen3ft.training.batches import (
+    PackedCollator,
+    real_tokens,
+    trained_tokens,
+)
+from qwen3ft.training.loss import summed_loss
+
+# --- what the row looks like ---
+
+
+def make_rows(
+    lengths: list[int], seed: int = 0, vocabulary: int = 1000, first: int = 1
+) -> list[dict[str, Any]]:
+    """Rows with two trained ranges each, where they are long enough, the last token always in."""
+    draw = random.Random(seed)
+    rows = []
+    for length in lengths:
+        ids = [draw.randrange(4, vocabulary) for _ in range(length)]
+        start = min(length - 1, max(first, length // 2))
+        trained = [start, length]
+        if start > 4:
+            trained = [first, 3, *trained]
+        labels = [IGNORED_LABEL] * length
+        for low, high in zip(trained[::2], trained[1::2], strict=True):
+            labels[low:high] = ids[low:high]
+        rows.append({"input_ids": ids, "trained": trained, "labels": labels, "length": length})
+    return rows
+
+
+def without(rows: list[dict[str, Any]], column: str) -> list[dict[str, Any]]:
+    return [{name: value for name, value in row.items() if name != column} for row in rows]
+
+
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12), first=st.integers(0, 1))
+def test_both_collators_take_ranges_or_labels(lengths: list[int], first: int) -> None:
+    """`trained` ranges and `labels` give the same tensors, padded and packed."""
+    rows = make_rows(lengths, first=first)
+    for collate in (PaddingCollator(0), PackedCollator(0)):
+        ranges, labels = collate(without(rows, "labels")), collate(without(rows, "trained"))
+        assert ranges.keys() == labels.keys()
+        assert all(bool(torch.as_tensor(ranges[n] == labels[n]).all()) for n in ranges)
+    assert all(labels_of(row).tolist() == row["labels"] for row in without(rows, "nothing"))
+
+
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12), multiple=st.integers(1, 64))
+def test_a_packed_row_holds_every_token_once_and_trains_across_no_border(
+    lengths: list[int], multiple: int
+) -> None:
+    """Ids, positions and targets are those of each row alone; padding carries none."""
+    rows = make_rows(lengths, first=0)
+    batch = PackedCollator(7, multiple=multiple)(rows)
+    slots = batch["input_ids"].shape[1]
+    assert slots % multiple == 0
+    assert sum(lengths) <= slots < sum(lengths) + multiple
+    assert {n: tuple(batch[n].shape) for n in ("input_ids", "labels", "position_ids")} == (
+        dict.fromkeys(("input_ids", "labels", "position_ids"), (1, slots))
+    )
+    assert batch["cu_seqlens"].dtype == torch.int32
+    bounds = batch["cu_seqlens"].tolist()
+    assert (bounds[0], bounds[-1]) == (0, slots)
+    assert bounds == sorted(set(bounds))
+    assert batch["max_length"] == max(np.diff(bounds))
+    assert real_tokens(batch) == sum(lengths)
+    for row, start, end in zip(rows, bounds, bounds[1:], strict=False):
+        assert batch["input_ids"][0, start:end].tolist() == row["input_ids"]
+        assert batch["position_ids"][0, start:end].tolist() == list(range(end - start))
+        assert batch["labels"][0, start:end].tolist() == [IGNORED_LABEL, *row["labels"][1:]]
+    padding = slice(sum(lengths), slots)
+    assert batch["input_ids"][0, padding].tolist() == [7] * (slots - sum(lengths))
+    assert batch["position_ids"][0, padding].tolist() == list(range(slots - sum(lengths)))
+    assert bool((batch["labels"][0, padding] == IGNORED_LABEL).all())
+    padded = PaddingCollator(7)(rows)
+    assert trained_tokens(batch) == trained_tokens(padded)
+    assert real_tokens(padded) == sum(lengths)
+
+
+# --- that nothing leaks, by numbers ---
+
+
+@pytest.fixture(scope="module", params=["fp32", "nf4"])
+def model(request: pytest.FixtureRequest) -> Any:
+    """The embedded model with an adapter that does something, unquantised and in NF4."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from qwen3ft.embedded import MODEL_DIR
+    from qwen3ft.model.manager import keep_trainable_after_eval
+
+    settings: dict[str, Any] = {}
+    if request.param == "nf4":
+        settings["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        )
+    base = AutoModelForCausalLM.from_pretrained(
+        MODEL_DIR, dtype=torch.float32, attn_implementation="sdpa", **settings
+    )
+    keep_trainable_after_eval(base)
+    torch.manual_seed(0)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    adapted = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=targets))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    return adapted.get_base_model().train()
+
+
+def mean_loss_and_gradients(
+    model: Any, batches: Iterator[Any] | list[Any]
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Over all micro-batches, divided by all their trained tokens."""
+    model.zero_grad()
+    batches = list(batches)
+    trained = sum(map(trained_tokens, batches))
+    total = 0.0
+    for batch in batches:
+        loss = summed_loss(model, batch, 64) / trained
+        loss.backward()
+        total += loss.item()
+    return total, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def relative_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    difference = sum(float((one[n] - other[n]).norm() ** 2) for n in one) ** 0.5
+    return difference / sum(float(one[n].norm() ** 2) for n in one) ** 0.5
+
+
+def test_a_packed_sequence_is_computed_as_if_it_were_alone(model: Any) -> None:
+    """Hidden states of each packed sequence equal its own in fp32; its neighbours do not matter."""
+    rows = make_rows([1, 37, 5, 64, 2, 20], seed=3)
+    batch = PackedCollator(0)(rows)
+
+    def hidden(ids: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+        with torch.no_grad():
+            return model.model(
+                input_ids=ids, position_ids=positions, use_cache=False
+            ).last_hidden_state
+
+    packed = hidden(batch["input_ids"], batch["position_ids"])
+    bounds = batch["cu_seqlens"].tolist()
+    for row, start, end in zip(rows, bounds, bounds[1:], strict=False):
+        alone = hidden(torch.tensor([row["input_ids"]]), None)
+        assert torch.allclose(packed[:, start:end], alone, rtol=1e-5, atol=1e-5)
+    leaking = hidden(batch["input_ids"], None)
+    assert not torch.allclose(packed[:, bounds[1] :], leaking[:, bounds[1] :], rtol=1e-2, atol=1e-2)
+    changed = batch["input_ids"].clone()
+    changed[0, bounds[3] : bounds[4]] = 9
+    changed[0, bounds[-2] :] = 9
+    other = hidden(changed, batch["position_ids"])
+    kept = torch.ones(changed.shape[1], dtype=torch.bool)
+    kept[bounds[3] : bounds[4]] = kept[bounds[-2] :] = False
+    assert torch.allclose(other[:, kept], packed[:, kept], rtol=1e-6, atol=1e-6)
+    assert not torch.equal(other, packed)
+
+
+def test_every_capacity_gives_the_loss_and_gradient_of_padded_rows(model: Any) -> None:
+    """Within 1e-5 in fp32, from one row a micro-batch to all in one."""
+    rows = make_rows(workload_lengths(12, seed=2), seed=2)
+    lengths = [row["length"] for row in rows]
+    wanted_loss, wanted = mean_loss_and_gradients(model, [PaddingCollator(0)(rows)])
+    assert sum(float(gradient.norm()) for gradient in wanted.values()) > 0
+    counts = set()
+    for capacity in (max(lengths), 300, 500, sum(lengths)):
+        groups = pack(lengths, capacity)
+        counts.add(len(groups))
+        batches = [PackedCollator(0)([rows[index] for index in group]) for group in groups]
+        loss, gradients = mean_loss_and_gradients(model, batches)
+        assert loss == pytest.approx(wanted_loss, rel=1e-5)
+        assert relative_difference(wanted, gradients) <= 1e-5
+    assert len(counts) >= 3
+
+
+def test_the_prediction_counts_what_autograd_keeps_of_a_packed_row(model: Any) -> None:
+    """Within 2 % for the layers: the mask that SDPA keeps in each is as wide as the whole row."""
+    from peft.tuners.lora import LoraLayer
+
+    from qwen3ft.planning.footprint import layer_bytes_per_token
+    from qwen3ft.records.model import ModelShape
+
+    batch = PackedCollator(0)(make_rows([100, 200, 150, 40]))
+    tokens = batch["input_ids"].numel()
+    own = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = model.model(
+            input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
+        )
+    assert hidden.last_hidden_state.requires_grad
+    assert sum(isinstance(module, LoraLayer) for module in model.modules()) == 7 * 3
+    shape = ModelShape.model_validate(
+        {name: getattr(model.config, name) for name in ModelShape.model_fields}
+    )
+    work = workload(
+        shape,
+        rank=4,
+        device="cpu",
+        compute_dtype="float32",
+        micro_batch_size=1,
+        sequence_tokens=tokens,
+        gradient_checkpointing=False,
+        packing=True,
+    )
+    top = 4 * shape.hidden_size
+    formula = shape.num_hidden_layers * layer_bytes_per_token(work) + top
+    measured = sum(storage.nbytes() for storage in saved.values()) / tokens
+    assert measured == pytest.approx(formula, rel=0.02)
