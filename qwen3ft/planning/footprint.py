@@ -17,7 +17,7 @@ S: tokens per row, of a packed row all of them; r: rank; h: query heads):
 
 Packed rows have one mask of S x S bytes for all layers beside it, made from two more of its size.
 
-`tests/planning/test_plan.py` holds this against what autograd really saves, and against peaks
+`tests/planning/test_footprint.py` holds this against what autograd really saves, and against peaks
 measured on an H100 with the 4B shape, from 3.3 to 26 GB: tensors lay within -1 and +6 % of them.
 Not covered: the moment of loading, other programs on the GPU, and the inference test.
 """

@@ -75,7 +75,9 @@ def read_report(config: TrainingConfig, key: str) -> PreflightReport | None:
     try:
         report = read_record(path, PreflightReport)
     except (OSError, ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        logger.warning("%s cannot be read and is measured anew: %s", path, type(error).__name__)
+        logger.warning(
+            "%s cannot be read, so the plan is measured again: %s", path, type(error).__name__
+        )
         return None
     return report.model_copy(update={"from_cache": True})
 

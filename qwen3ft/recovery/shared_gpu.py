@@ -5,7 +5,7 @@ with the same effective batch and the same result. Where nothing fits, the run w
 `when_gpu_is_busy` says, and names the programs. A budget once lowered stays so for the run.
 
 Not covered: memory that other programs take once the attempt runs, which ends it with an error that
-recovery answers; and corrections by a preflight or by recovery, which a plan made anew forgets.
+recovery answers; and corrections by a preflight or by recovery, which a new plan forgets.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ KEPT_SETTINGS = (
     *("attempt", "run_id", "run_dir", "resume_from", "degraded", "learning_rate"),
     *("total_steps", "warmup_steps", "evaluate_every_steps"),
 )
-"""Settings that a plan made anew takes over: its place in the run, and what attempts changed."""
+"""Settings that a new plan takes over: its place in the run, and what attempts changed."""
 
 
 def fit_to_free_memory(

@@ -179,10 +179,10 @@ def test_the_plan_packs_on_a_gpu_or_where_asked(
     from qwen3ft.planning.workload import workload_of
     from qwen3ft.records.machine import GpuInfo
 
-    card = GpuInfo(
+    device = GpuInfo(
         index=0, name="G", uuid="U", total_bytes=2**34, free_bytes=2**34, driver_version="1"
     )
-    machine = environment.model_copy(update={"gpus": (card,) if gpu else ()})
+    machine = environment.model_copy(update={"gpus": (device,) if gpu else ()})
     config = make_config(packing=asked)
     adapter = plan_adapter(config, snapshot.shape)
     plan = build_plan(config, machine, snapshot, adapter, manifest)
@@ -204,10 +204,10 @@ def test_long_rows_that_fit_padded_alone_are_not_refused(
     from qwen3ft.planning.plan import build_plan
     from qwen3ft.records.machine import GpuInfo
 
-    card = GpuInfo(
+    device = GpuInfo(
         index=0, name="G", uuid="U", total_bytes=2**34, free_bytes=2**34, driver_version="1"
     )
-    machine = environment.model_copy(update={"gpus": (card,)})
+    machine = environment.model_copy(update={"gpus": (device,)})
     long = manifest.train.model_copy(update={"longest_tokens": 16384})
     rows = manifest.model_copy(update={"train": long})
     settings = {"max_sequence_length": 16384, "max_memory_gb": 2.34}

@@ -115,7 +115,7 @@ def test_the_longest_real_row_counts_not_the_limit() -> None:
 
 
 def test_a_budget_above_the_device_is_lowered_and_says_so() -> None:
-    """The card's total bounds the plan."""
+    """The GPU's total bounds the plan."""
     plan = plan_for(max_memory_gb=1000.0, gpu_gb=24.0)
     assert plan.max_memory_gb == 24.0
     assert "1000 GB were allowed" in plan.reasons["max_memory_gb"]

@@ -66,7 +66,7 @@ def test_the_smaller_model_is_the_largest_that_fits() -> None:
     assert "model_name" not in caught.value.facts["would_fit"]
 
 
-def test_more_memory_is_the_first_advice_only_where_the_card_has_it() -> None:
+def test_more_memory_is_the_first_advice_only_where_the_gpu_has_it() -> None:
     """On a GPU of 12 GB nobody can have 20."""
     config = TrainingConfig(model_name="14b", max_memory_gb=12.0, max_sequence_length=32768)
     machines = {name: described_machine(require_gpu_spec(name)) for name in ("rtx 3060", "h200")}

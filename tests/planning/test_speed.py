@@ -45,8 +45,8 @@ def fused(shape: str = "4b", **values: Any) -> Workload:
     return workload(find_shape(shape)[1], **{**defaults, **values})
 
 
-def estimate(card: GpuSpec, work: Workload, tokens: float = 108) -> SpeedEstimate | None:
-    return estimate_speed(card, work, sequences_per_step=64, typical_tokens=tokens)
+def estimate(gpu: GpuSpec, work: Workload, tokens: float = 108) -> SpeedEstimate | None:
+    return estimate_speed(gpu, work, sequences_per_step=64, typical_tokens=tokens)
 
 
 @pytest.mark.parametrize(("gpu", "case", "row"), list(measured_rows()))
@@ -75,12 +75,12 @@ def test_there_are_measurements_to_hold_it_against() -> None:
     assert len({case["shape"] for _, case, _ in rows}) >= 3
 
 
-def test_a_faster_card_a_smaller_model_and_less_computed_again_are_faster() -> None:
+def test_a_faster_gpu_a_smaller_model_and_less_computed_again_are_faster() -> None:
     """The estimate follows what it is made of."""
     everything = fused()
     again = fused(gradient_checkpointing=True, activation_bytes=0)
-    by_card = [estimate(require_gpu_spec(name), everything) for name in ("l4", "4090", "h200")]
-    speeds = [found.tokens_per_second for found in by_card if found is not None]
+    by_gpu = [estimate(require_gpu_spec(name), everything) for name in ("l4", "4090", "h200")]
+    speeds = [found.tokens_per_second for found in by_gpu if found is not None]
     assert speeds == sorted(speeds)
     assert len(speeds) == 3
     h200 = require_gpu_spec("h200")
@@ -94,12 +94,12 @@ def test_a_faster_card_a_smaller_model_and_less_computed_again_are_faster() -> N
 
 
 def test_what_was_never_measured_says_so() -> None:
-    """Each estimate is called one; of cards that were not trained on it is computed."""
-    for card in GPU_SPECS:
-        found = estimate(card, fused())
+    """Each estimate is called one; of GPUs that were not trained on it is computed."""
+    for gpu in GPU_SPECS:
+        found = estimate(gpu, fused())
         assert found is not None
         assert "estimate" in found.basis
-        assert ("computed, not measured" in found.basis) == (card.name not in ("H100", "H200"))
+        assert ("computed, not measured" in found.basis) == (gpu.name not in ("H100", "H200"))
 
 
 def test_no_estimate_is_made_of_what_the_formula_is_not_about() -> None:
@@ -114,7 +114,7 @@ def test_attention_reaches_a_share_of_the_peak_at_any_length() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "card"),
+    ("said", "name"),
     [
         ("NVIDIA H100 80GB HBM3", "H100"),
         ("NVIDIA H100 PCIe", "H100 PCIe"),
@@ -131,19 +131,19 @@ def test_attention_reaches_a_share_of_the_peak_at_any_length() -> None:
         ("rtx 4060 ti 16gb", "RTX 4060 Ti 16GB"),
     ],
 )
-def test_cards_are_found_by_what_people_and_drivers_call_them(said: str, card: str) -> None:
+def test_gpus_are_found_by_what_people_and_drivers_call_them(said: str, name: str) -> None:
     """Whatever the case, the maker's name and the form."""
-    assert require_gpu_spec(said).name == card
+    assert require_gpu_spec(said).name == name
 
 
-def test_every_card_is_found_by_its_own_name_and_no_two_are_one() -> None:
+def test_every_gpu_is_found_by_its_own_name_and_no_two_are_one() -> None:
     """Also as commands write it, in small letters with dashes."""
-    for card in GPU_SPECS:
-        assert find_gpu_spec(card.name) is card
-        assert find_gpu_spec(card.name.lower().replace(" ", "-")) is card
+    for gpu in GPU_SPECS:
+        assert find_gpu_spec(gpu.name) is gpu
+        assert find_gpu_spec(gpu.name.lower().replace(" ", "-")) is gpu
 
 
-def test_an_unknown_card_is_refused_with_those_known() -> None:
+def test_an_unknown_gpu_is_refused_with_those_known() -> None:
     """And a command that works."""
     with pytest.raises(ConfigError, match="Voodoo") as caught:
         require_gpu_spec("Voodoo 2")

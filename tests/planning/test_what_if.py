@@ -44,9 +44,9 @@ SHORT = (256, 2048)
 
 
 def table_for(gpu: str = "h200", **wanted: Any) -> PlanTable:
-    card = require_gpu_spec(gpu)
-    request = shape_request(TrainingConfig(**wanted), described_machine(card))
-    return shape_table(request, choose(request), card, TYPICAL_FILL)
+    spec = require_gpu_spec(gpu)
+    request = shape_request(TrainingConfig(**wanted), described_machine(spec))
+    return shape_table(request, choose(request), spec, TYPICAL_FILL)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_the_table_says_what_fits_how_fast_and_why() -> None:
     assert any("0.42 x 256" in note for note in table.notes)
 
 
-def test_a_card_that_was_never_measured_says_computed() -> None:
+def test_a_gpu_that_was_never_measured_says_computed() -> None:
     """In the first line."""
     assert "computed, not measured" in table_for("rtx 4090", model_name="0.6b").headline
     assert "was measured" in table_for("h100", model_name="0.6b").headline
@@ -187,12 +187,12 @@ def test_the_longest_rows_fit_and_longer_ones_do_not(sweep: Sweep, budget_gb: in
         assert (fit_or_none(request) is not None) == fits
 
 
-def test_a_whole_sweep_takes_seconds_and_knows_budgets_beyond_the_card() -> None:
+def test_a_whole_sweep_takes_seconds_and_knows_budgets_beyond_the_gpu() -> None:
     """Two seconds on an idle core; budgets that the GPU lacks are left out."""
     started = time.process_time()
-    card = require_gpu_spec("rtx 4090")
+    gpu = require_gpu_spec("rtx 4090")
     config = TrainingConfig(model_name="8b")
-    found = sweep_model(config, described_machine(card), card, TYPICAL_FILL)
+    found = sweep_model(config, described_machine(gpu), gpu, TYPICAL_FILL)
     assert time.process_time() - started < 6
     assert {cell.budget_gb for cell in found.cells} == {6, 8, 12, 13, 16, 24}
     assert any(not cell.fits for cell in found.cells)

@@ -197,20 +197,20 @@ def test_on_a_cpu_only_a_plan_near_its_budget_is_measured(make_plan: Any, make_c
 def test_what_changes_memory_changes_the_key_and_nothing_else_does(
     make_plan: Any, environment: Any
 ) -> None:
-    """Levers, lengths, card, driver and libraries count; the learning rate and the run do not."""
+    """Levers, lengths, GPU, driver and libraries count; the learning rate and the run do not."""
     plan = make_plan()
-    gpu = {"index": 0, "name": "card", "uuid": "GPU-1", "total_bytes": 9, "free_bytes": 5}
-    card = GpuInfo(**gpu, driver_version="1")
+    values = {"index": 0, "name": "a GPU", "uuid": "GPU-1", "total_bytes": 9, "free_bytes": 5}
+    gpu = GpuInfo(**values, driver_version="1")
 
     def key(changes: Any = (), batches: Any = BATCHES, **settings: Any) -> str:
-        there = environment.model_copy(update={"gpus": (card,), **dict(changes)})
+        there = environment.model_copy(update={"gpus": (gpu,), **dict(changes)})
         return report_key(plan.with_settings(**settings), there, batches)
 
     longer = BATCHES.train[0].model_copy(update={"lengths": (9, 8)})
     same = [
         key(),
         key(learning_rate=1.0, run_id="other", reasons={}),
-        key({"gpus": (card.model_copy(update={"free_bytes": 4}),)}),
+        key({"gpus": (gpu.model_copy(update={"free_bytes": 4}),)}),
     ]
     others = [
         key(micro_batch_size=1),
@@ -218,7 +218,7 @@ def test_what_changes_memory_changes_the_key_and_nothing_else_does(
         key(activation_bytes=7),
         key(predicted=plan.predicted[1:]),
         key(adapter=plan.adapter.model_copy(update={"r": 4})),
-        key({"gpus": (card.model_copy(update={"driver_version": "2"}),)}),
+        key({"gpus": (gpu.model_copy(update={"driver_version": "2"}),)}),
         key({"versions": {"torch": "3"}}),
         key(batches=BATCHES.model_copy(update={"train": (longer,)})),
     ]
