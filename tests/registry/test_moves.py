@@ -1,16 +1,14 @@
-"""The adapter in use changes by one recorded move at a time, and back within a minute."""
+"""Which adapter is in use changes by one recorded move at a time, and back within a minute."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from qwen3ft.errors import (
     SaveError,
     TrackingUnavailableError,
 )
+from qwen3ft.records.evaluation import Champion
 from qwen3ft.registry import aliases
 from qwen3ft.registry.bounded_calls import promotion_lock
 from qwen3ft.registry.moves import (
@@ -51,21 +50,43 @@ PERSON = Change(by=Mover(kind="person", name="ada@host"), reason="wrong dates")
 
 
 @pytest.fixture(scope="module")
-def three_versions(migrated_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with versions 1, 2 and 3, of the runs night-1 to night-3; none is in use."""
-    folder = tmp_path_factory.mktemp("three")
+def versions(migrated_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with versions 1 to 4 of the runs night-1 to night-4; the last one is degraded."""
+    folder = tmp_path_factory.mktemp("versions")
     uri = copy_database(migrated_database, folder)
     for night in (1, 2, 3):
         assert add_version(uri, folder, f"night-{night}") == str(night)
+    assert add_version(uri, folder, "night-4", degraded=("lower rank",)) == "4"
     return folder
 
 
+@pytest.fixture(scope="module")
+def used(versions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database in which version 1 was promoted and then version 2."""
+    uri = copy_database(versions / "mlruns" / "mlflow.db", tmp_path_factory.mktemp("used"))
+    promoted(uri, "1", "2")
+    return Path(uri.removeprefix("sqlite:///"))
+
+
 @pytest.fixture
-def uri(three_versions: Path, tmp_path: Path) -> str:
-    """A fresh database with the three versions; their artifacts are shared."""
-    (tmp_path / "mlruns").mkdir()
-    source = three_versions / "mlruns" / "mlflow.db"
-    return f"sqlite:///{shutil.copy(source, tmp_path / 'mlruns' / 'mlflow.db')}"
+def uri(versions: Path, tmp_path: Path) -> str:
+    """A fresh database with the versions, none of them in use; their artifacts are shared."""
+    return copy_database(versions / "mlruns" / "mlflow.db", tmp_path)
+
+
+@pytest.fixture
+def in_use(used: Path, tmp_path: Path) -> str:
+    """A fresh database in which version 2 replaced version 1."""
+    return copy_database(used, tmp_path)
+
+
+@pytest.fixture
+def damaged(versions: Path) -> Iterator[None]:
+    """Change a byte of version 1 in MLflow's files."""
+    weights = stored_adapter(versions, "night-1") / "adapter_model.safetensors"
+    weights.write_bytes(b"night-X")
+    yield
+    weights.write_bytes(b"night-1")
 
 
 def promoted(uri: str, *versions: str) -> Registry:
@@ -81,17 +102,13 @@ def named(champion: str | None, previous: str | None, challenger: str | None = N
 
 
 def test_every_promotion_is_in_the_history(uri: str) -> None:
-    """When, which version, from which run, why and by whom; promoting twice is one entry."""
+    """An entry says when, which version, why and by whom; promoting twice is one entry."""
     registry = promoted(uri, "1", "2", "2")
     history = registry.history(MODEL)
     assert history.aliases == named("2", "1")
     first, second = history.moves
-    assert (first.number, first.action, first.version, first.replaced) == (
-        1,
-        "promotion",
-        "1",
-        None,
-    )
+    assert (first.number, first.action) == (1, "promotion")
+    assert (first.version, first.replaced) == ("1", None)
     assert (second.number, second.version, second.replaced) == (2, "2", "1")
     assert (second.run, second.verdict, second.by) == ("night-2", NIGHT.verdict, NIGHT.by)
     assert first.at < second.at
@@ -99,9 +116,10 @@ def test_every_promotion_is_in_the_history(uri: str) -> None:
     assert registry.history("never-heard-of").moves == ()
 
 
-def test_a_rollback_leads_back_and_is_not_undone_by_the_next(uri: str) -> None:
+def test_a_rollback_leads_back_and_is_not_undone_by_the_next(in_use: str) -> None:
     """Two rollbacks lead two versions back; from the first version there is no way back."""
-    registry = promoted(uri, "1", "2", "3")
+    registry = Registry(in_use)
+    registry.promote(MODEL, "3", "2", NIGHT)
     move = registry.rollback(MODEL, PERSON)
     assert (move.action, move.version, move.replaced) == ("rollback", "2", "3")
     assert (move.reason, move.by.name) == ("wrong dates", "ada@host")
@@ -114,24 +132,22 @@ def test_a_rollback_leads_back_and_is_not_undone_by_the_next(uri: str) -> None:
     assert actions == ["promotion"] * 3 + ["rollback"] * 2
 
 
-def test_a_rollback_leads_to_what_came_before_the_last_use(uri: str) -> None:
+def test_a_rollback_leads_to_what_came_before_the_last_use(in_use: str) -> None:
     """A version that was in use twice has two that came before it."""
-    registry = promoted(uri, "1", "2")
+    registry = Registry(in_use)
     registry.promote(MODEL, "1", "2", PERSON)
     registry.promote(MODEL, "3", "1", PERSON)
     registry.rollback(MODEL, PERSON)
     assert registry.history(MODEL).aliases == named("1", "2")
 
 
-def test_what_was_rolled_back_is_promoted_again_by_a_person_only(
-    uri: str, three_versions: Path
-) -> None:
-    """Neither that version nor a later one of the same bytes; a person's promotion ends that."""
-    registry = promoted(uri, "1", "2")
+def test_what_was_rolled_back_is_promoted_again_by_a_person_only(in_use: str) -> None:
+    """That holds for later versions of the same bytes, until a person promotes it."""
+    registry = Registry(in_use)
     registry.rollback(MODEL, PERSON)
     with pytest.raises(RolledBackError, match="wrong dates"):
         registry.promote(MODEL, "2", "1", NIGHT)
-    client = connect(uri).client
+    client = connect(in_use).client
     old = client.get_model_version(MODEL, "2")
     again = client.create_model_version(MODEL, old.source, run_id=old.run_id, tags=dict(old.tags))
     client.delete_model_version_tag(MODEL, str(again.version), aliases.ROLLED_BACK_TAG)
@@ -146,37 +162,30 @@ def test_what_was_rolled_back_is_promoted_again_by_a_person_only(
 
 
 def test_a_kept_candidate_is_the_challenger_until_it_is_promoted(uri: str) -> None:
-    """With its verdict, which a later promotion by hand shows; the champion is never challenger."""
+    """A later promotion by hand shows its verdict; the champion is never challenger."""
     registry = promoted(uri, "1")
     assert registry.set_challenger(MODEL, "2", "no better: 80 % against 90 %")
     assert not registry.set_challenger(MODEL, "1", "kept")
     assert registry.history(MODEL).aliases == named("1", None, "2")
     move = registry.promote(MODEL, "2", "1", PERSON)
-    assert move is not None
     assert (move.verdict, move.reason) == ("no better: 80 % against 90 %", "wrong dates")
     assert registry.history(MODEL).aliases == named("2", "1")
 
 
-def test_a_rollback_compares_before_it_sets(uri: str) -> None:
+def test_a_rollback_compares_before_it_sets(in_use: str) -> None:
     """An alias that somebody else moved meanwhile is noticed, and nothing moves."""
-    promoted(uri, "1", "2", "3")
-    connection = connect(uri)
-    with pytest.raises(ChampionChangedError, match="champion is 3, not 2"):
-        aliases.restore_previous(connection, MODEL, "2", "2", PERSON)
-    with pytest.raises(ChampionChangedError, match="not rolled back to 1"):
-        aliases.restore_previous(connection, MODEL, "1", "3", PERSON)
-    assert Registry(uri).history(MODEL).aliases == named("3", "2")
+    connection = connect(in_use)
+    with pytest.raises(ChampionChangedError, match="champion is 2, not 1"):
+        aliases.restore_previous(connection, MODEL, "1", "1", PERSON)
+    with pytest.raises(ChampionChangedError, match="not rolled back to 3"):
+        aliases.restore_previous(connection, MODEL, "3", "2", PERSON)
+    assert Registry(in_use).history(MODEL).aliases == named("2", "1")
 
 
-def test_a_previous_adapter_that_is_damaged_is_not_gone_back_to(
-    migrated_database: Path, tmp_path: Path
-) -> None:
-    """One flipped byte in MLflow's files stops a rollback, unless --unverified is given."""
-    uri = copy_database(migrated_database, tmp_path)
-    for night in (1, 2):
-        add_version(uri, tmp_path, f"night-{night}")
-    registry = promoted(uri, "1", "2")
-    (stored_adapter(tmp_path, "night-1") / "adapter_model.safetensors").write_bytes(b"night-X")
+@pytest.mark.usefixtures("damaged")
+def test_a_previous_adapter_that_is_damaged_is_not_gone_back_to(in_use: str) -> None:
+    """One changed byte is enough, unless the check is left out on purpose."""
+    registry = Registry(in_use)
     with pytest.raises(SaveError, match="has sha256"):
         registry.rollback(MODEL, PERSON)
     assert registry.history(MODEL).aliases == named("2", "1")
@@ -185,7 +194,7 @@ def test_a_previous_adapter_that_is_damaged_is_not_gone_back_to(
 
 
 class CutError(Exception):
-    """The crash of the test below."""
+    """A planned crash."""
 
 
 class CutClient:
@@ -208,16 +217,6 @@ class CutClient:
         return change
 
 
-@dataclass
-class CutConnection(Connection):
-    """A connection with such a client."""
-
-    @contextmanager
-    def calls(self) -> Iterator[Any]:
-        """The client itself, so that its errors reach the test."""
-        yield self.client
-
-
 Operation = Callable[[Connection], Any]
 OPERATIONS: dict[str, tuple[Operation, Aliases, Aliases]] = {
     "promotion": (
@@ -235,20 +234,18 @@ OPERATIONS: dict[str, tuple[Operation, Aliases, Aliases]] = {
 
 @pytest.mark.parametrize("action", OPERATIONS)
 def test_a_crash_at_any_point_leaves_the_move_undone_or_done(
-    three_versions: Path, tmp_path: Path, action: str
+    in_use: str, tmp_path: Path, action: str
 ) -> None:
     """Killed before each of its changes in turn, a move is then wholly there or not at all."""
     operation, before, after = OPERATIONS[action]
+    Registry(in_use).set_challenger(MODEL, "3", "kept")
     outcomes = []
     for changes in range(20):
-        folder = tmp_path / str(changes)
-        folder.mkdir()
-        uri = f"sqlite:///{shutil.copy(three_versions / 'mlruns' / 'mlflow.db', folder)}"
-        promoted(uri, "1", "2").set_challenger(MODEL, "3", "kept")
+        uri = copy_database(Path(in_use.removeprefix("sqlite:///")), tmp_path / str(changes))
         connection = connect(uri)
-        cut = CutConnection(uri, CutClient(connection.client, changes), connection.experiment_id)
+        client = CutClient(connection.client, changes)
         try:
-            operation(cut)
+            operation(replace(connection, client=client))
             break
         except CutError:
             pass
@@ -263,14 +260,16 @@ def test_a_crash_at_any_point_leaves_the_move_undone_or_done(
     assert outcomes == sorted(outcomes)
 
 
-def test_a_promoter_that_hangs_is_not_waited_for_forever(uri: str) -> None:
-    """While another process holds the lock, the error comes in time and nothing moves."""
-    registry = promoted(uri, "1", "2")
-    with promotion_lock(uri, 1.0):
+def test_a_promoter_that_hangs_is_not_waited_for_forever(in_use: str) -> None:
+    """While another process holds the lock, the call ends in time and moves nothing."""
+    registry = Registry(in_use)
+    before = registry.history(MODEL)  # the connection is open: only the lock is waited for
+    with promotion_lock(in_use, 1.0):
         registry.deadline_seconds = 0.5
         with pytest.raises(TrackingUnavailableError, match="moving aliases for"):
             registry.promote(MODEL, "3", "2", NIGHT)
-    assert registry.history(MODEL).aliases == named("2", "1")
+    registry.deadline_seconds = 30.0
+    assert registry.history(MODEL) == before
 
 
 # --- the commands ---
@@ -283,13 +282,12 @@ EMBEDDED = ("--set", "model_name=embedded")
 def command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
-    """Runs a command in this process: exit status, standard output, standard error."""
+    """Run a command in this process; it returns exit status, standard output and error."""
 
     def run(uri: str, *arguments: str) -> tuple[int, str, str]:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         monkeypatch.chdir(ROOT)
         monkeypatch.setattr(sys, "argv", ["qwen3ft", *arguments, *EMBEDDED])
-        status = 0
         try:
             status = cli.main()
         except SystemExit as end:
@@ -299,14 +297,13 @@ def command(
     return run
 
 
-def test_a_person_goes_back_within_a_minute(uri: str) -> None:
-    """A minute covers the start of the command and the check of the adapter."""
-    promoted(uri, "1", "2")
+def test_a_person_goes_back_within_a_minute(in_use: str) -> None:
+    """The start of the command and the check of the adapter are included."""
     started = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "flows.cli", "rollback", "--reason", "wrong dates", *EMBEDDED],
         cwd=ROOT,
-        env={**os.environ, "MLFLOW_TRACKING_URI": uri, "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "MLFLOW_TRACKING_URI": in_use, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
     )
@@ -314,48 +311,44 @@ def test_a_person_goes_back_within_a_minute(uri: str) -> None:
     assert done.returncode == 0, done.stderr
     assert seconds < 60
     assert "1 (run night-1) is the champion now, instead of 2" in done.stderr
-    assert Registry(uri).history(MODEL).aliases == named("1", None)
+    assert Registry(in_use).history(MODEL).aliases == named("1", None)
 
 
 def test_the_history_says_who_moved_what_and_why(
-    uri: str, command: Callable[..., tuple[int, str, str]]
+    in_use: str, command: Callable[..., tuple[int, str, str]]
 ) -> None:
-    """The newest first for people, the oldest first for programs."""
-    promoted(uri, "1", "2").rollback(MODEL, Change(by=this_person(), reason="wrong dates"))
-    status, out, _ = command(uri, "history")
+    """People see the newest move first, programs the oldest."""
+    Registry(in_use).rollback(MODEL, Change(by=this_person(), reason="wrong dates"))
+    status, out, _ = command(in_use, "history")
     shown = out.splitlines()
     assert (status, shown[0]) == (0, "qwen3ft-embedded: champion 1")
     assert "rollback   2 -> 1     of run night-1, by " in shown[1]
     assert shown[1].endswith(": wrong dates")
     assert shown[2].endswith("by run run-x: better: 90 % against 10 %")
-    _, out, _ = command(uri, "history", "--json")
+    _, out, _ = command(in_use, "history", "--json")
     moves = json.loads(out)["moves"]
     assert [move["action"] for move in moves] == ["promotion", "promotion", "rollback"]
     assert moves[2]["by"] == this_person().model_dump()
 
 
+@pytest.mark.usefixtures("damaged")
 def test_a_version_is_promoted_by_hand_if_intact_and_degraded_only_if_asked_for(
-    migrated_database: Path, tmp_path: Path, command: Callable[..., tuple[int, str, str]]
+    in_use: str, command: Callable[..., tuple[int, str, str]]
 ) -> None:
-    """The output names what is replaced; a refusal names the way out."""
-    uri = copy_database(migrated_database, tmp_path)
-    add_version(uri, tmp_path, "night-1")
-    add_version(uri, tmp_path, "night-2", degraded=("lower rank",))
-    promoted(uri, "1")
-    status, _, error = command(uri, "promote", "2")
+    """The output names what is replaced, and a refusal names the way out."""
+    status, _, error = command(in_use, "promote", "4")
     assert status == 1
-    assert "qwen3ft-embedded 2 is degraded: lower rank." in error
-    assert "Next:  qwen3ft promote 2 --allow-degraded" in error
-    _, out, _ = command(uri, "promote", "2", "--allow-degraded", "--reason", "a demo", "--json")
+    assert "qwen3ft-embedded 4 is degraded: lower rank." in error
+    assert "Next:  qwen3ft promote 4 --allow-degraded" in error
+    _, out, _ = command(in_use, "promote", "4", "--allow-degraded", "--reason", "a demo", "--json")
     move = json.loads(out)["move"]
-    assert (move["version"], move["replaced"], move["reason"]) == ("2", "1", "a demo")
-    (stored_adapter(tmp_path, "night-1") / "adapter_model.safetensors").write_bytes(b"night-X")
-    status, _, error = command(uri, "promote", "1")
+    assert (move["version"], move["replaced"], move["reason"]) == ("4", "2", "a demo")
+    status, _, error = command(in_use, "promote", "1")
     assert status == 1
     assert "is refused" in error
-    status, _, error = command(uri, "promote", "9")
+    status, _, error = command(in_use, "promote", "9")
     assert "no version '9'" in error
-    assert Registry(uri).history(MODEL).aliases == named("2", "1")
+    assert Registry(in_use).history(MODEL).aliases == named("4", "2")
 
 
 # --- a night ---
@@ -364,22 +357,19 @@ def test_a_version_is_promoted_by_hand_if_intact_and_degraded_only_if_asked_for(
 def test_a_night_names_what_it_tested_and_leaves_alone_what_a_person_took_back(
     uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Better: champion, in the run's name; no better: challenger; rolled back before: kept.
-
-    Asked again by a run that was killed after its promotion: the same verdict, and no move.
-    """
+    """A run that was killed after its promotion finds the same verdict, and moves nothing."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     registry = Registry(uri)
 
-    def decide(version: str, gained: float) -> str:
+    def decide(version: str, gained: float, champion: Champion | None = None) -> str:
         verdict = promote_task.fn(
             TrainingConfig(model_name="embedded"),
             saved(version=version, registered_model=MODEL),
             report(BASE, GOOD, gains=(gain(gained),)),
-            None,
+            champion,
             f"runs/night-{version}",
         )
-        return f"{verdict.decision}: {verdict.reasons[0]}"
+        return str(verdict.sentence)
 
     assert decide("2", -0.3).startswith("kept: worse than the base model")
     assert registry.history(MODEL).aliases == named(None, None, "2")
@@ -387,14 +377,8 @@ def test_a_night_names_what_it_tested_and_leaves_alone_what_a_person_took_back(
     history = registry.history(MODEL)
     assert history.aliases == named("1", None, "2")
     assert history.moves[0].by == Mover(kind="flow", name="night-1")
-    again = promote_task.fn(
-        TrainingConfig(model_name="embedded"),
-        saved(version="1", registered_model=MODEL),
-        report(BASE, GOOD, gains=(gain(-0.3),)),
-        registry.champion(MODEL),
-        "runs/night-1",
-    )
-    assert again.sentence.startswith("promoted: better than the base model")
+    again = decide("1", -0.3, registry.champion(MODEL))
+    assert again.startswith("promoted: better than the base model")
     assert registry.history(MODEL) == history
     assert history.moves[0].verdict.startswith("promoted: better than the base model")
     registry.promote(MODEL, "3", "1", NIGHT)
@@ -410,14 +394,8 @@ def test_a_night_names_what_it_tested_and_leaves_alone_what_a_person_took_back(
 
 def test_a_move_fits_a_tag_and_comes_back_from_it() -> None:
     """The longest sentences are cut to what MLflow's database holds, whatever the script."""
-    move = Move(
-        number=7,
-        action="rollback",
-        version="3",
-        by=this_person(),
-        verdict="长" * 9000,
-        reason="y" * 9000,
-    )
+    long = {"verdict": "长" * 9000, "reason": "y" * 9000}
+    move = Move(number=7, action="rollback", version="3", by=this_person(), **long)
     name, text = to_tag(move)
     assert len(text) <= 5000
     [read] = from_tags({name: text, "qwen3ft.move.zzz": "edited by hand", "other": "{}"})
@@ -425,23 +403,21 @@ def test_a_move_fits_a_tag_and_comes_back_from_it() -> None:
     assert read == move.model_copy(update={"verdict": read.verdict, "reason": read.reason})
 
 
-@given(st.lists(st.sampled_from(["promote", "rollback"]), max_size=30))
+@given(st.lists(st.sampled_from(["promotion", "rollback"]), max_size=30))
 def test_succession_is_a_stack(actions: list[str]) -> None:
-    """Promotions push and rollbacks pop, so repeated rollbacks visit each version once."""
+    """Promotions push and rollbacks pop, so rollbacks visit each earlier version once."""
     stack: list[str] = []
     moves: list[Move] = []
     for number, action in enumerate(actions, 1):
-        champion = stack[-1] if stack else None
-        if action == "promote":
+        replaced = stack[-1] if stack else None
+        if action == "promotion":
             stack.append(f"v{number}")
         elif len(stack) > 1:
             stack.pop()
         else:
             continue
-        kind = "promotion" if action == "promote" else "rollback"
-        moves.append(
-            Move(number=number, action=kind, version=stack[-1], replaced=champion, by=NIGHT.by)
-        )
+        move = {"number": number, "action": action, "version": stack[-1], "replaced": replaced}
+        moves.append(Move(**move, by=NIGHT.by))
     assert succession(moves) == stack
 
 

@@ -9,12 +9,7 @@ from typing import Any
 
 import pytest
 from support.mlflow_server import free_port
-from support.tracked_run import (
-    MODEL,
-    journal_adapter,
-    send_all,
-    write_adapter,
-)
+from support.tracked_run import MODEL, journal_adapter, send_all, write_adapter
 
 from qwen3ft.config import registered_model_name
 from qwen3ft.errors import ChampionChangedError, ConfigError, SaveError, TrackingUnavailableError
@@ -36,27 +31,19 @@ def registered(database: str, run_dir: RunDir) -> tuple[Registry, SavedAdapter, 
 
 
 def test_a_registered_adapter_can_be_promoted_and_fetched(
-    registered: tuple[Registry, SavedAdapter, str], tmp_path: Path
+    registered: tuple[Registry, SavedAdapter, str], run_dir: RunDir, tmp_path: Path
 ) -> None:
-    """What is downloaded from the champion is, byte for byte, what was saved."""
-    registry, _, version = registered
+    """Registering twice gives one version, and its champion is downloaded as it was saved."""
+    registry, saved, version = registered
     name = registered_model_name(MODEL)
+    assert registry.register(str(parent_run_id(run_dir)), saved, {}) == version
     assert registry.champion(name) is None
     registry.promote(name, version, expected=None)
     champion = registry.champion(name)
-    assert champion is not None
     assert (champion.version, champion.tags["loss"]) == (version, "1.2")
     path = registry.download(champion, tmp_path / "fetched")
     assert (path / "adapter_model.safetensors").read_bytes() == b"weights"
     assert registry.download(champion, path) == path
-
-
-def test_registering_twice_gives_one_version(
-    registered: tuple[Registry, SavedAdapter, str], run_dir: RunDir
-) -> None:
-    """A repeated registration after a crash finds the version made before it."""
-    registry, saved, version = registered
-    assert registry.register(str(parent_run_id(run_dir)), saved, {}) == version
 
 
 def test_an_adapter_changed_in_mlflow_is_neither_registered_nor_fetched(
@@ -67,7 +54,6 @@ def test_an_adapter_changed_in_mlflow_is_neither_registered_nor_fetched(
     name, run_id = registered_model_name(MODEL), str(parent_run_id(run_dir))
     registry.promote(name, version, expected=None)
     champion = registry.champion(name)
-    assert champion is not None
     stored = tmp_path / "mlruns" / "artifacts" / run_id / "artifacts" / "adapter"
     (stored / "adapter_model.safetensors").write_bytes(b"weightz")
     with pytest.raises(SaveError, match="has sha256"):
@@ -79,7 +65,7 @@ def test_an_adapter_changed_in_mlflow_is_neither_registered_nor_fetched(
 
 
 def test_an_adapter_that_never_arrived_is_not_registered(database: str, run_dir: RunDir) -> None:
-    """Without the artifact in MLflow there is no version, however good the local file is."""
+    """Without the artifact in MLflow there is no version, even if the local file is intact."""
     saved = write_adapter(run_dir.path / "adapter")
     Journal(run_dir).run_started("run-1", {}, {})
     send_all(run_dir, database)
@@ -90,7 +76,7 @@ def test_an_adapter_that_never_arrived_is_not_registered(database: str, run_dir:
 def test_promotion_compares_before_it_sets(
     registered: tuple[Registry, SavedAdapter, str], database: str, tmp_path: Path
 ) -> None:
-    """A promotion based on an outdated champion is refused; the old one stays reachable."""
+    """An outdated champion is refused, and the version in use before stays reachable."""
     registry, _, first = registered
     name = registered_model_name(MODEL)
     other = RunDir(tmp_path / "runs" / "run-2")
@@ -102,18 +88,14 @@ def test_promotion_compares_before_it_sets(
         registry.promote(name, second, expected=None)
     registry.promote(name, second, expected=first)
     registry.promote(name, second, expected=first)
-    aliases = connect(database).client.get_registered_model(name).aliases
-    assert {key: str(value) for key, value in aliases.items()} == {
-        "champion": second,
-        "previous": first,
-    }
+    aliases = registry.history(name).aliases
+    assert (aliases.champion, aliases.previous) == (second, first)
 
 
 def test_of_many_promoters_at_once_exactly_one_wins(
     registered: tuple[Registry, SavedAdapter, str], database: str, run_dir: RunDir
 ) -> None:
-    """Eight threads that saw no champion promote eight versions: one succeeds, seven fail."""
-    assert registered[0].champion(registered_model_name(MODEL)) is None
+    """Of eight threads that saw no champion, one promotes its version and seven are refused."""
     client, name = connect(database).client, registered_model_name(MODEL)
     run_id = str(parent_run_id(run_dir))
     versions = [
@@ -135,14 +117,12 @@ def test_of_many_promoters_at_once_exactly_one_wins(
     for thread in threads:
         thread.join()
     winners = [outcome for outcome in outcomes if outcome is not None]
-    champion = Registry(database).champion(name)
-    assert champion is not None
-    assert winners == [champion.version]
+    assert winners == [Registry(database).champion(name).version]
     assert len(outcomes) == 8
 
 
 def test_an_unreachable_registry_says_so_in_time(hanging_server: str) -> None:
-    """Against a server that never answers, the registry gives up at its deadline."""
+    """It gives up at its deadline, whether a server hangs or there is none."""
     for uri in (hanging_server, f"http://127.0.0.1:{free_port()}"):
         start = time.monotonic()
         with pytest.raises(TrackingUnavailableError):
