@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,14 +27,7 @@ from qwen3ft.errors import (
 from qwen3ft.files import find_damage, read_json_lines, write_json_atomic, write_manifest
 from qwen3ft.machine.memory import MemoryOptimizer
 from qwen3ft.model.hub import check_model_folder
-from qwen3ft.records.requests import (
-    ADAPTER,
-    MERGED,
-    REQUANTISED,
-    ExportLimits,
-    ExportRequest,
-    ParityReport,
-)
+from qwen3ft.records.requests import ADAPTER, MERGED, REQUANTISED, ExportRequest, ParityReport
 from qwen3ft.serving.export import export_adapter, find_held_out
 from qwen3ft.serving.merge import merge_adapter, read_scale
 from qwen3ft.serving.parity import measure_parity
@@ -48,21 +41,35 @@ def merged(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def request_for(trained: Trained, merged: Path, rows: Path) -> ExportRequest:
-    return ExportRequest(
+@pytest.fixture
+def adapter(trained: Trained, tmp_path: Path) -> Path:
+    """A copy of the adapter, which a test may change."""
+    return Path(shutil.copytree(trained.adapter, tmp_path / "adapter"))
+
+
+@pytest.fixture(scope="module")
+def exported(
+    trained: Trained, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, ParityReport]:
+    """An export by the whole command, with its worker."""
+    folder = tmp_path_factory.mktemp("export")
+    rows = trained.rows_file(folder)
+    report = export_adapter(trained.config, trained.adapter, folder / "model", rows, "cpu")
+    return folder / "model", report
+
+
+def measure(trained: Trained, merged: Path, rows: Path, **changes: Any) -> ParityReport:
+    request = ExportRequest(
         config=trained.config,
         base=str(trained.base),
         adapter=str(trained.adapter),
         quantization="nf4-double",
-        shape=check_model_folder(MODEL_DIR),
+        shape=check_model_folder(MODEL_DIR).model_copy(update=changes),
         merged=str(merged),
         rows_path=str(rows),
         device="cpu",
     )
-
-
-def measure(request: ExportRequest) -> ParityReport:
-    memory = MemoryOptimizer(request.config.max_memory_gb, "cpu")
+    memory = MemoryOptimizer(trained.config.max_memory_gb, "cpu")
     return measure_parity(request, memory, lambda *_: None)
 
 
@@ -85,7 +92,7 @@ def test_merging_by_shards_is_what_peft_makes_of_the_whole_model(
     assert set(theirs) == set(ours.state_dict())
     for name, weight in ours.state_dict().items():
         exact = theirs[name].to(torch.bfloat16)
-        # one unit in the last place of bf16, where fp32 sums in another order round apart
+        # Sums of fp32 in another order may round to the next number of bf16.
         assert torch.allclose(weight.float(), exact.float(), rtol=2**-7, atol=1e-9), name
         assert (weight == exact).float().mean() > 0.99, name
 
@@ -111,10 +118,9 @@ def test_shards_are_of_the_size_asked_for_and_all_in_the_index(merged: Path) -> 
     ],
 )
 def test_what_is_more_than_plain_lora_is_refused(
-    trained: Trained, tmp_path: Path, change: dict[str, Any]
+    trained: Trained, adapter: Path, tmp_path: Path, change: dict[str, Any]
 ) -> None:
     """Merging would silently leave out the rest."""
-    adapter = Path(shutil.copytree(trained.adapter, tmp_path / "adapter"))
     settings = json.loads((adapter / "adapter_config.json").read_text())
     write_json_atomic(adapter / "adapter_config.json", {**settings, **change})
     with pytest.raises(SaveError, match="cannot be merged"):
@@ -122,8 +128,8 @@ def test_what_is_more_than_plain_lora_is_refused(
     assert list(tmp_path.glob("*.safetensors")) == []
 
 
-def test_the_scale_is_that_of_the_settings(trained: Trained, tmp_path: Path) -> None:
-    """That is alpha / r, or alpha / sqrt(r) for rsLoRA."""
+def test_the_scale_is_that_of_the_settings(tmp_path: Path) -> None:
+    """LoRA scales by alpha / r, rsLoRA by alpha / sqrt(r)."""
     settings = {"peft_type": "LORA", "r": 16, "lora_alpha": 8, "bias": "none"}
     write_json_atomic(tmp_path / "adapter_config.json", settings)
     assert read_scale(tmp_path) == 0.5
@@ -133,12 +139,11 @@ def test_the_scale_is_that_of_the_settings(trained: Trained, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("harm", ["renamed", "one half", "other shape"])
 def test_an_adapter_that_does_not_fit_the_base_is_refused(
-    trained: Trained, tmp_path: Path, harm: str
+    trained: Trained, adapter: Path, tmp_path: Path, harm: str
 ) -> None:
     """No matrix is skipped silently."""
     from safetensors.torch import load_file, save_file
 
-    adapter = Path(shutil.copytree(trained.adapter, tmp_path / "adapter"))
     tensors = load_file(adapter / "adapter_model.safetensors")
     name = next(name for name in sorted(tensors) if "lora_B" in name)
     tensor = tensors.pop(name)
@@ -158,10 +163,10 @@ def test_an_adapter_that_does_not_fit_the_base_is_refused(
 
 
 def test_the_three_forms_answer_alike_within_the_default_limits(
-    trained: Trained, merged: Path, tmp_path: Path
+    exported: tuple[Path, ParityReport],
 ) -> None:
-    """The adapter's own row is the measure: no drift, all answers the same."""
-    report = measure(request_for(trained, merged, trained.rows_file(tmp_path)))
+    """Drift is measured from the adapter: it has none, and all its answers are the same."""
+    report = exported[1]
     adapter, in_bf16, in_4_bits = report.scores
     assert [score.form for score in report.scores] == [ADAPTER, MERGED, REQUANTISED]
     assert (adapter.loss_drift, adapter.lost_answers, adapter.same_answers) == (0, 0, 1)
@@ -188,7 +193,7 @@ def test_planted_drift_is_found(trained: Trained, changed_base: Path, tmp_path: 
     """Both the merged form and its 4 bits are past the default limits; the adapter is not."""
     (tmp_path / "merged").mkdir()
     merge_adapter(changed_base, trained.adapter, tmp_path / "merged")
-    report = measure(request_for(trained, tmp_path / "merged", trained.rows_file(tmp_path)))
+    report = measure(trained, tmp_path / "merged", trained.rows_file(tmp_path, 4))
     assert any(line.startswith("merged: answer loss") for line in report.objections)
     assert any(line.startswith("merged in 4 bits: answer loss") for line in report.objections)
     assert not any(line.startswith("adapter") for line in report.objections)
@@ -197,22 +202,15 @@ def test_planted_drift_is_found(trained: Trained, changed_base: Path, tmp_path: 
 def test_what_drifts_past_either_limit_is_named_with_its_numbers() -> None:
     """A loss that is NaN exceeds every limit."""
     good = {"exact_match": 1.0, "same_answers": 1.0, "lost_answers": 0.0, "seconds": 0.0}
-    scores = [
+    scores = (
         {**good, "form": "a", "answer_loss": 0.4, "loss_drift": 0.3},
         {**good, "form": "b", "answer_loss": float("nan"), "loss_drift": float("nan")},
         {**good, "form": "c", "answer_loss": 0.1, "loss_drift": 0.0, "lost_answers": 0.5},
         {**good, "form": "d", "answer_loss": 0.0, "loss_drift": -1.0, "lost_answers": 0.1},
-    ]
-    report = ParityReport.model_validate(
-        {
-            "rows": 10,
-            "thinking": False,
-            "max_loss_drift": 0.2,
-            "max_lost_answers": 0.1,
-            "scores": scores,
-        }
     )
-    first, second, third = report.objections
+    limits = {"max_loss_drift": 0.2, "max_lost_answers": 0.1}
+    report = {"rows": 10, "thinking": False, **limits, "scores": scores}
+    first, second, third = ParityReport.model_validate(report).objections
     assert first == "a: answer loss 0.4, +0.3 (limit +0.2)"
     assert second.startswith("b: answer loss nan")
     assert third == "c: 50.0% of 10 rows are no longer answered correctly (limit 10.0%)"
@@ -222,30 +220,15 @@ def test_without_room_for_the_merged_model_a_cpu_says_so(
     trained: Trained, merged: Path, tmp_path: Path
 ) -> None:
     """The error says what is needed and what is left, and memory stays within the budget."""
-    request = request_for(trained, merged, trained.rows_file(tmp_path))
-    huge = request.shape.model_copy(update={"vocab_size": 10**9})
-    with pytest.raises(
-        InsufficientMemoryError, match=r"takes 238\.4 GB; of the budget of 4\.0 GB,"
-    ):
-        measure(request.model_copy(update={"shape": huge}))
+    needs = r"takes 238\.4 GB; of the budget of 4\.0 GB,"
+    with pytest.raises(InsufficientMemoryError, match=needs):
+        measure(trained, merged, trained.rows_file(tmp_path, 1), vocab_size=10**9)
 
 
 # --- the whole command, with its worker ---
 
 
-@pytest.fixture(scope="module")
-def exported(
-    trained: Trained, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, ParityReport]:
-    folder = tmp_path_factory.mktemp("export")
-    rows = trained.rows_file(folder)
-    report = export_adapter(trained.config, trained.adapter, folder / "model", rows, "cpu")
-    return folder / "model", report
-
-
-def test_an_export_is_a_folder_that_holds(
-    trained: Trained, exported: tuple[Path, ParityReport]
-) -> None:
+def test_an_export_is_a_complete_folder(exported: tuple[Path, ParityReport]) -> None:
     """It has model, adapter, commands and the comparison, and every file is in the manifest."""
     folder, report = exported
     assert find_damage(folder) is None
@@ -266,9 +249,9 @@ def test_the_exported_model_answers_with_nothing_of_ours(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder, _ = exported
-    tokenizer = AutoTokenizer.from_pretrained(folder / "merged")
-    model = AutoModelForCausalLM.from_pretrained(folder / "merged")
+    folder = exported[0] / "merged"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
     row = trained.rows[0]
     asked = tokenizer.apply_chat_template(
         [{"role": "user", "content": row["question"]}],
@@ -295,23 +278,14 @@ def test_a_base_that_is_another_one_now_is_refused_and_nothing_is_left(
     assert f"{changed_base} changed since the adapter was trained" in caplog.text
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Mount a file system of two megabytes."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_a_full_disk_is_found_before_a_model_is_loaded(trained: Trained, small_disk: Path) -> None:
+def test_a_full_disk_is_found_before_a_model_is_loaded(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The error gives both numbers, and nothing is written."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**21))
     with pytest.raises(EnvironmentNotReadyError, match=r"needs 0\.06 GB at .*, 0\.00 GB are free"):
-        export_adapter(trained.config, trained.adapter, small_disk / "m", trained.base, "cpu")
-    assert list(small_disk.iterdir()) == []
+        export_adapter(trained.config, trained.adapter, tmp_path / "m", trained.base, "cpu")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_only_an_export_is_replaced(trained: Trained, tmp_path: Path) -> None:
@@ -342,12 +316,6 @@ def test_the_held_out_rows_are_those_of_the_adapter_s_own_data(
     found.write_text("{}\n")
     with pytest.raises(DataLoadingError, match="held-out rows of run night-1"):
         find_held_out(config, trained.adapter)
-
-
-def test_the_limits_are_those_that_were_measured() -> None:
-    """The defaults are those that DECISIONS.md gives the measurements for."""
-    limits = ExportLimits()
-    assert (limits.max_loss_drift, limits.max_lost_answers) == (0.05, 0.03)
 
 
 def test_former_settings_name_the_options_that_replace_them(

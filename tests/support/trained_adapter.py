@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,24 +17,37 @@ from qwen3ft.embedded import DATA_DIR, MODEL_DIR
 from qwen3ft.model.hub import resolve_model
 from qwen3ft.model.manager import ModelManager
 from qwen3ft.model.save_adapter import save_adapter
+from qwen3ft.records.model import ModelSnapshot, SavedAdapter
 from qwen3ft.records.requests import QuantizeRequest
 
 ROWS, STEPS = 16, 40
+EARLY_STEP = 6
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A run's result: an adapter that has learnt its rows by heart, and its base model."""
+    """A run's result: an adapter that has learnt its rows by heart, an early one, and their base.
+
+    The adapter's checkpoint is `checkpoint`; the early one's is beside it.
+    """
 
     config: TrainingConfig
     base: Path
-    adapter: Path
+    snapshot: ModelSnapshot
     rows: list[dict[str, str]]
+    early: SavedAdapter
+    saved: SavedAdapter
+    checkpoint: Path
 
-    def rows_file(self, folder: Path) -> Path:
-        """Write the rows as a file of held-out rows."""
-        path = folder / "test.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+    @property
+    def adapter(self) -> Path:
+        """Folder of the adapter."""
+        return Path(self.saved.path)
+
+    def rows_file(self, folder: Path, most: int = ROWS) -> Path:
+        """Write the first rows as a file of held-out rows."""
+        path, rows = folder / "test.jsonl", self.rows[:most]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         return path
 
 
@@ -67,17 +81,21 @@ def train_adapter(folder: Path) -> Trained:
     rows = [json.loads(line) for line in lines]
     peft_model = attach_lora(model).train()
     optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=1e-2)
-    batch = _batch(tokenizer, rows)
-    for _ in range(STEPS):
+    batch = training_batch(tokenizer, rows)
+    saved = []
+    for step in range(1, STEPS + 1):
         peft_model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    checkpoint = write_checkpoint(peft_model, folder / f"step-{STEPS:06d}")
-    saved = save_adapter(make_outcome(checkpoint), make_plan(snapshot, run_id="night-1"), config)
-    return Trained(config, base, Path(saved.path), rows)
+        if step in (EARLY_STEP, STEPS):
+            checkpoint = write_checkpoint(peft_model, folder / f"step-{step:06d}")
+            plan = make_plan(snapshot, run_id=f"night-{len(saved)}")
+            saved.append(save_adapter(make_outcome(checkpoint), plan, config))
+    return Trained(config, base, snapshot, rows, *saved, checkpoint)
 
 
-def _batch(tokenizer: Any, rows: list[dict[str, str]]) -> dict[str, Any]:
+def training_batch(tokenizer: Any, rows: Sequence[Any]) -> dict[str, Any]:
+    """Return the padded batch that training makes of the rows: ids and labels."""
     import torch
 
     encoded = tokenize_rows(tokenizer, rows)
