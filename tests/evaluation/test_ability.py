@@ -30,8 +30,8 @@ def test_the_embedded_rows_are_what_pretraining_taught() -> None:
     assert not asked & {row["question"] for row in rows}
 
 
-def test_a_set_of_ones_own_is_used(tmp_path: Path) -> None:
-    """A custom set is a file with one JSON object per line."""
+def test_a_custom_set_is_used(tmp_path: Path) -> None:
+    """It is a file with one JSON object per line."""
     path = tmp_path / "rows.jsonl"
     path.write_text('{"question": "q", "answer": "a"}\n', encoding="utf-8")
     config = TrainingConfig(ability_path=str(path))
@@ -39,7 +39,7 @@ def test_a_set_of_ones_own_is_used(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, "", "no json\n", "[1]\n", '{"question": "q"}\n'])
-def test_an_unusable_set_is_told_before_anything_is_loaded(
+def test_an_unusable_set_is_refused_before_anything_is_loaded(
     tmp_path: Path, content: str | None
 ) -> None:
     """Without it, the gate would promote a model that forgot everything."""

@@ -16,6 +16,14 @@ from qwen3ft.evaluation.answers import Generated
 ANSWER = Generated(text="亚麻 \u2028 linen", stopped=True, tokens=4)
 
 
+def fill(folder: Path, model: str, *keys: str) -> AnswerCache:
+    """Add an answer under each key to the cache of `model`, and save it."""
+    cache = AnswerCache(folder, [model])
+    cache.add([new_entry(key, ANSWER, RowLoss(1.0, 1)) for key in keys])
+    cache.save()
+    return cache
+
+
 def test_an_answer_is_found_again_for_the_same_model_alone(tmp_path: Path) -> None:
     """Text, end and loss come back unchanged, and no other model finds them."""
     cache = AnswerCache(tmp_path, ["base"])
@@ -52,8 +60,7 @@ def test_a_damaged_file_is_replaced(
     cache = AnswerCache(tmp_path, ["base"])
     assert cache.get("k") is None
     assert "cannot use the cached answers" in caplog.text
-    cache.add([new_entry("k", ANSWER, RowLoss(1.0, 1))])
-    cache.save()
+    assert fill(tmp_path, "base", "k").get("k") is not None
     assert AnswerCache(tmp_path, ["base"]).get("k") is not None
 
 
@@ -62,10 +69,7 @@ def test_a_folder_that_cannot_be_written_costs_nothing_else(
 ) -> None:
     """The run goes on with the answers it has."""
     (tmp_path / "file").write_text("")
-    cache = AnswerCache(tmp_path / "file" / "answers", ["base"])
-    cache.add([new_entry("k", ANSWER, RowLoss(1.0, 1))])
-    cache.save()
-    assert cache.get("k") is not None
+    assert fill(tmp_path / "file" / "answers", "base", "k").get("k") is not None
     assert "cannot keep the answers" in caplog.text
 
 
@@ -73,20 +77,15 @@ def test_the_cache_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """Used answers stay, then the newest; of models, those used last."""
     monkeypatch.setattr(answer_cache, "MAX_ANSWERS", 3)
     monkeypatch.setattr(answer_cache, "MAX_MODELS", 2)
-    loss = RowLoss(1.0, 1)
-    cache = AnswerCache(tmp_path, ["a"])
-    cache.add([new_entry(key, None, loss) for key in ("1", "2", "3")])
-    cache.save()
+    fill(tmp_path, "a", "1", "2", "3")
     cache = AnswerCache(tmp_path, ["a"])
     assert cache.get("1") is not None
-    cache.add([new_entry("4", None, loss)])
+    cache.add([new_entry("4", None, RowLoss(1.0, 1))])
     cache.save()
     kept = AnswerCache(tmp_path, ["a"])
     assert [key for key in "1234" if kept.get(key) is not None] == ["1", "3", "4"]
     for model in ("b", "c"):
-        other = AnswerCache(tmp_path, [model])
-        other.add([new_entry("1", None, loss)])
-        other.save()
+        fill(tmp_path, model, "1")
     assert len(list(tmp_path.glob("*.jsonl"))) == 2
     assert AnswerCache(tmp_path, ["a"]).get("1") is None
 
@@ -99,6 +98,4 @@ def test_a_model_that_is_asked_about_every_night_is_never_forgotten(
     for model in ("base", *"abcde"):
         time.sleep(0.02)  # file systems count time in steps
         assert model == "base" or AnswerCache(tmp_path, ["base"]).get("k") is not None
-        cache = AnswerCache(tmp_path, [model])
-        cache.add([new_entry("k", ANSWER, RowLoss(1.0, 1))])
-        cache.save()
+        fill(tmp_path, model, "k")

@@ -18,40 +18,30 @@ from qwen3ft.evaluation.answers import (
 )
 from qwen3ft.records.evaluation import SideBySide
 
-
-@pytest.mark.parametrize(
-    ("answer", "reference"),
-    [
-        ("  Forty-seven  crowns.\n", "forty-seven crowns"),
-        ("亚麻。", "亚麻"),
-        ("１２３", "123"),
-        ("Straße", "STRASSE"),
-        ("<think>\nlinen? no, clay\n</think>\n\nClay!", "clay"),
-        ("it was in the prompt</think>clay", "clay"),
-        ("e\u0301", "é"),
-    ],
+MATCHES = (
+    ("  Forty-seven  crowns.\n", "forty-seven crowns"),
+    ("亚麻。", "亚麻"),
+    ("１２３", "123"),
+    ("Straße", "STRASSE"),
+    ("<think>\nlinen? no, clay\n</think>\n\nClay!", "clay"),
+    ("it was in the prompt</think>clay", "clay"),
+    ("e\u0301", "é"),
 )
-def test_answers_that_differ_only_in_form_match(answer: str, reference: str) -> None:
-    """Case, width, white space, final punctuation and thinking do not count."""
-    assert exact_match(answer, reference)
+OTHERS = (
+    *(("47 crown", "47 crowns"), ("4.7", "47"), ("50", "50%"), ("-5", "5"), ("", ""), ("?", "!")),
+    *(("<think>\nclay", "clay"), ("the answer is clay", "clay")),
+)
 
 
 @pytest.mark.parametrize(
-    ("answer", "reference"),
-    [
-        ("47 crown", "47 crowns"),
-        ("4.7", "47"),
-        ("50", "50%"),
-        ("-5", "5"),
-        ("", ""),
-        ("<think>\nclay", "clay"),
-        ("?", "!"),
-        ("the answer is clay", "clay"),
-    ],
+    ("answer", "reference", "matches"),
+    [*((*pair, True) for pair in MATCHES), *((*pair, False) for pair in OTHERS)],
 )
-def test_answers_that_differ_in_content_do_not_match(answer: str, reference: str) -> None:
-    """Signs, units and words count; an empty or unfinished answer matches nothing."""
-    assert not exact_match(answer, reference)
+def test_answers_match_if_they_differ_in_form_alone(
+    answer: str, reference: str, matches: bool
+) -> None:
+    """Case, width, space, final punctuation and thinking do not count; signs and units do."""
+    assert exact_match(answer, reference) is matches
 
 
 @given(st.text())
@@ -79,37 +69,28 @@ def test_thinking_is_split_from_the_answer(text: str, expected: tuple[str, str])
     assert split_thinking(text) == expected
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "The colour is red red red red red red red red",
-        "答案是红色红色红色红色红色红色",
-        "!" * 40,
-        "I see.\nI see.\nI see.\nI see.\nI s",
-        "Well: " + "a rather long sentence that comes again and again. " * 5,
-    ],
+LOOPS = (
+    "The colour is red red red red red red red red",
+    "答案是红色红色红色红色红色红色",
+    "!" * 40,
+    "I see.\nI see.\nI see.\nI see.\nI s",
+    "Well: " + "a rather long sentence that comes again and again. " * 5,
 )
-def test_a_repeated_end_is_a_loop(text: str) -> None:
-    """Words, Chinese characters and whole sentences count, even if the last turn is cut off."""
-    assert is_looping(text)
+NO_LOOPS = (
+    *("", "47 crowns", "ha ha ha", "1000000000000", "红红的苹果", "-" * 12),
+    "I see. I see. And then the answer came to me after all.",
+    "1. red\n2. blue\n3. red\n4. blue",
+    # A long answer that nearly repeats, which has to be judged quickly too.
+    ("ab" * 500 + "c") * 3 + "".join(chr(0x4E00 + i) for i in range(30_000)),
+)
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "47 crowns",
-        "ha ha ha",
-        "1000000000000",
-        "红红的苹果",
-        "I see. I see. And then the answer came to me after all.",
-        "1. red\n2. blue\n3. red\n4. blue",
-        "-" * 12,
-    ],
+    ("text", "loops"), [*((text, True) for text in LOOPS), *((text, False) for text in NO_LOOPS)]
 )
-def test_ordinary_repetition_is_no_loop(text: str) -> None:
+def test_a_loop_is_a_repeated_end(text: str, loops: bool) -> None:
     """Short runs, and repetition that the text recovers from, are normal language."""
-    assert not is_looping(text)
+    assert is_looping(text) is loops
 
 
 @given(st.text(min_size=8, max_size=40).filter(str.split), st.integers(8, 20), st.text())
@@ -118,11 +99,6 @@ def test_any_text_repeated_to_the_end_is_a_loop(unit: str, repeats: int, before:
     looped = " ".join((unit + " ").split() * repeats)
     if len(looped) >= 24:
         assert is_looping(before + " " + looped)
-
-
-def test_long_texts_are_judged_quickly() -> None:
-    """A long answer that nearly repeats costs no more than a second."""
-    assert not is_looping(("ab" * 500 + "c") * 3 + "".join(chr(0x4E00 + i) for i in range(30_000)))
 
 
 def test_soundness_needs_answers_that_end_and_go_on() -> None:

@@ -10,18 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qwen3ft.evaluation import scoring
 from qwen3ft.evaluation.answer_loss import RowLoss
 from qwen3ft.evaluation.answers import Generated, Question
 from qwen3ft.evaluation.form_checks import check_form, language_fits, thinking_is_well_formed
-from qwen3ft.evaluation.scoring import (
-    choose_main_metric,
-    compare_models,
-    run_checks,
-    score_model,
-    score_row,
-    weighted_gain,
-    wilson_interval,
-)
 from qwen3ft.evaluation.text_metrics import answer_tokens, chrf, token_f1
 from qwen3ft.records.evaluation import RowScore
 
@@ -91,7 +83,7 @@ QUESTION = Question("What is it made of?", "It is made of linen.")
         (generated("<think>hm</think>It is clay."), {"well-formed thinking"}),
     ],
 )
-def test_each_sign_of_broken_form_is_told_alone(answer: Generated, broken: set[str]) -> None:
+def test_each_sign_of_broken_form_is_reported_alone(answer: Generated, broken: set[str]) -> None:
     """Each check fails alone, and a well-formed answer passes all of them."""
     checks = check_form(answer, QUESTION, thinking=False)
     assert {name for name, passed in checks.items() if not passed} == broken
@@ -143,7 +135,7 @@ def rows_of(
     answers: Sequence[Generated], questions: Sequence[Question], losses: Sequence[RowLoss]
 ) -> list[RowScore]:
     return [
-        score_row(question, answer, loss, thinking=False)
+        scoring.score_row(question, answer, loss, thinking=False)
         for question, answer, loss in zip(questions, answers, losses, strict=True)
     ]
 
@@ -155,12 +147,10 @@ def test_scores_count_by_split() -> None:
     losses = [RowLoss(3.0, 1), RowLoss(1.0, 3), RowLoss(0.0, 4)]
     ability = [RowLoss(2.0, 1), RowLoss(2.0, 3)]
     rows = rows_of(answers, questions, losses)
-    score = score_model("candidate", [q.split for q in questions], rows, ability)
+    score = scoring.score_model("candidate", [q.split for q in questions], rows, ability)
     assert score.exact_match == pytest.approx(1 / 3)
-    assert {split: (s.rows, s.exact_match) for split, s in score.by_split.items()} == {
-        "x": (2, 0.5),
-        "y": (1, 0.0),
-    }
+    by_split = {split: (s.rows, s.exact_match) for split, s in score.by_split.items()}
+    assert by_split == {"x": (2, 0.5), "y": (1, 0.0)}
     assert score.form["stops by itself"] == pytest.approx(2 / 3)
     assert score.form["not empty"] == pytest.approx(2 / 3)
     assert (score.answer_loss, score.ability_loss) == (0.5, 1.0)
@@ -172,45 +162,39 @@ def test_a_loss_that_is_not_finite_is_no_number() -> None:
     questions = [Question("q1", "a"), Question("q2", "b")]
     broken = rows_of([generated("a")] * 2, questions, [RowLoss(math.nan, 1), RowLoss(1.0, 1)])
     sound = rows_of([generated("a")] * 2, questions, [RowLoss(1.0, 1)] * 2)
-    score = score_model("candidate", ["x", "x"], broken)
+    score = scoring.score_model("candidate", ["x", "x"], broken)
     assert (score.answer_loss, score.ability_loss, score.perplexity) == (None, None, None)
-    compared = compare_models("base", broken, sound, confidence=0.95)
+    compared = scoring.compare_models("base", broken, sound, confidence=0.95)
     assert {c.metric for c in compared} == {"exact_match", "token_f1", "chrf"}
 
 
 @pytest.mark.parametrize(
-    ("answers", "differs", "failed"),
+    ("odd", "differs", "failed"),
     [
-        (["right"] * 20, True, None),
-        (["right"] * 20, False, "answers differ from base"),
-        ([""] * 2 + ["right"] * 18, True, "not empty"),
-        (["no " * 30] * 2 + ["right"] * 18, True, "no loops"),
+        ([], True, []),
+        ([], False, ["answers differ from base"]),
+        ([generated("")] * 2, True, ["not empty"]),
+        ([generated("no " * 30)] * 2, True, ["no loops"]),
+        ([generated("right", stopped=False)] * 2, True, []),  # a tenth is allowed
+        ([generated("right", stopped=False)] * 3, True, ["stops by itself"]),
     ],
 )
-def test_each_check_fails_alone(answers: list[str], differs: bool, failed: str | None) -> None:
-    """A check names the one thing that is wrong."""
+def test_each_check_fails_alone(odd: list[Generated], differs: bool, failed: list[str]) -> None:
+    """A check names the one thing that is wrong with some of 20 answers."""
     questions = [Question(f"q{n}", "right") for n in range(20)]
-    rows = rows_of([generated(a) for a in answers], questions, [RowLoss(1.0, 1)] * 20)
-    checks = run_checks(score_model("candidate", ["x"] * 20, rows), differs=differs)
-    assert [name for name, passed in checks.items() if not passed] == ([failed] if failed else [])
-
-
-def test_answers_that_do_not_stop_fail_the_check() -> None:
-    """The check fails if more than a tenth do not stop."""
-    questions = [Question(f"q{n}", "right") for n in range(10)]
-    answers = [generated("right", stopped=n > 1) for n in range(10)]
-    rows = rows_of(answers, questions, [RowLoss(1.0, 1)] * 10)
-    checks = run_checks(score_model("candidate", ["x"] * 10, rows), differs=True)
-    assert [name for name, passed in checks.items() if not passed] == ["stops by itself"]
+    answers = [*odd, *[generated("right")] * (20 - len(odd))]
+    rows = rows_of(answers, questions, [RowLoss(1.0, 1)] * 20)
+    checks = scoring.run_checks(scoring.score_model("candidate", ["x"] * 20, rows), differs=differs)
+    assert [name for name, passed in checks.items() if not passed] == failed
 
 
 def test_short_answers_are_right_or_wrong_and_long_ones_near() -> None:
     """The main metric follows from the references' length unless it is set."""
     short = [Question("q", "47 crowns"), Question("q", "亚麻"), Question("q", "word " * 50)]
     long = [Question("q", "a sentence of many words, which nobody writes twice the same")] * 3
-    assert choose_main_metric("auto", short) == "exact_match"
-    assert choose_main_metric("auto", long) == "token_f1"
-    assert choose_main_metric("chrf", short) == "chrf"
+    assert scoring.choose_main_metric("auto", short) == "exact_match"
+    assert scoring.choose_main_metric("auto", long) == "token_f1"
+    assert scoring.choose_main_metric("chrf", short) == "chrf"
 
 
 # --- intervals ---
@@ -218,13 +202,10 @@ def test_short_answers_are_right_or_wrong_and_long_ones_near() -> None:
 
 def test_the_interval_of_a_share_is_wilsons() -> None:
     """Values from the literature: 0 of 10, 5 of 10, 81 of 263 (Newcombe 1998)."""
-    for hits, rows, expected in (
-        (0, 10, (0.0, 0.2775)),
-        (5, 10, (0.2366, 0.7634)),
-        (81, 263, (0.2553, 0.3662)),
-    ):
-        assert wilson_interval(hits, rows, 0.95) == pytest.approx(expected, abs=1e-4)
-    assert wilson_interval(0, 0, 0.95) == (0.0, 1.0)
+    assert scoring.wilson_interval(0, 10, 0.95) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert scoring.wilson_interval(5, 10, 0.95) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert scoring.wilson_interval(81, 263, 0.95) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert scoring.wilson_interval(0, 0, 0.95) == (0.0, 1.0)
 
 
 def test_a_gain_is_positive_for_the_better_model_in_every_metric() -> None:
@@ -232,11 +213,11 @@ def test_a_gain_is_positive_for_the_better_model_in_every_metric() -> None:
     questions = [Question(f"q{n}", "linen cloth") for n in range(40)]
     good = rows_of([generated("linen cloth")] * 40, questions, [RowLoss(1.0, 2)] * 40)
     poor = rows_of([generated("clay cloth")] * 40, questions, [RowLoss(3.0, 2)] * 40)
-    gains = {c.metric: c for c in compare_models("base", good, poor, confidence=0.95)}
+    gains = {c.metric: c for c in scoring.compare_models("base", good, poor, confidence=0.95)}
     assert gains["exact_match"].gain == 1.0
     assert gains["token_f1"].gain == pytest.approx(0.5)
     assert gains["answer_loss"].gain == pytest.approx(1.0)
-    worse = {c.metric: c for c in compare_models("base", poor, good, confidence=0.95)}
+    worse = {c.metric: c for c in scoring.compare_models("base", poor, good, confidence=0.95)}
     assert all(worse[metric].high < 0 for metric in gains)
 
 
@@ -244,31 +225,31 @@ def test_the_interval_is_that_of_the_normal_approximation_for_many_rows() -> Non
     """For 400 independent gains the bootstrap's bounds are mean +- 1.96 standard errors."""
     random = Random(0)
     gains = [random.choice((-1.0, 0.0, 0.0, 1.0, 1.0)) for _ in range(400)]
-    interval = weighted_gain(gains, [1.0] * 400, confidence=0.95)
+    interval = scoring.weighted_gain(gains, [1.0] * 400, confidence=0.95)
     mean = sum(gains) / 400
     error = math.sqrt(sum((g - mean) ** 2 for g in gains) / 399 / 400)
     assert interval.estimate == pytest.approx(mean)
     assert interval.low == pytest.approx(mean - 1.96 * error, abs=0.01)
     assert interval.high == pytest.approx(mean + 1.96 * error, abs=0.01)
-    assert weighted_gain(gains, [1.0] * 400, confidence=0.95) == interval
-    wider = weighted_gain(gains, [1.0] * 400, confidence=0.99)
+    assert scoring.weighted_gain(gains, [1.0] * 400, confidence=0.95) == interval
+    wider = scoring.weighted_gain(gains, [1.0] * 400, confidence=0.99)
     assert wider.low < interval.low
     assert wider.high > interval.high
 
 
-def test_equal_models_are_hardly_ever_told_apart() -> None:
-    """Of 200 pairs of equal models, about 2.5 % look different: the interval's own error."""
+def test_equal_models_hardly_ever_look_different() -> None:
+    """Of 100 pairs of equal models about 2.5 % look different, the interval's own error."""
     significant = 0
-    for seed in range(200):
+    for seed in range(100):
         random = Random(seed)
         gains = [float(random.randint(-1, 1)) for _ in range(100)]
-        significant += weighted_gain(gains, [1.0] * 100, confidence=0.95).low > 0
-    assert significant <= 12  # 5 expected; more than 12 has a chance of 0.2 %
+        significant += scoring.weighted_gain(gains, [1.0] * 100, confidence=0.95).low > 0
+    assert significant <= 8  # 2.5 expected; more than 8 has a chance of 0.1 %
 
 
 def test_weights_count() -> None:
     """A question of many tokens weighs as much as it has, in the bounds too."""
-    interval = weighted_gain([1.0, 0.0] * 20, [3.0, 1.0] * 20, confidence=0.95)
+    interval = scoring.weighted_gain([1.0, 0.0] * 20, [3.0, 1.0] * 20, confidence=0.95)
     assert interval.estimate == pytest.approx(0.75)
     assert interval.low < 0.75 < interval.high
 
@@ -287,6 +268,6 @@ def test_there_is_an_interval_for_what_has_no_spread(
     gains: list[float], weights: list[float], expected: float
 ) -> None:
     """One question or equal gains have one; a gain that is missing has none."""
-    interval = weighted_gain(gains, weights, confidence=0.95)
+    interval = scoring.weighted_gain(gains, weights, confidence=0.95)
     found = (interval.estimate, interval.low, interval.high)
     assert found == pytest.approx((expected,) * 3, nan_ok=True)

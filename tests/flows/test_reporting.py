@@ -17,26 +17,12 @@ from qwen3ft.errors import FinetuneError, error_kinds
 from qwen3ft.jobs.folders import RunDir, write_record
 from qwen3ft.records.preflight import PreflightReport, WorstBatches
 from qwen3ft.records.training import Failure
-from qwen3ft.report.attempts import (
-    changes,
-    changes_text,
-    kind_text,
-    read_attempts,
-    reasons_text,
-    summarise,
-)
+from qwen3ft.report import attempts
 from qwen3ft.report.build import build_card
 from qwen3ft.report.charts import loss_chart, memory_chart
 from qwen3ft.report.curves import loss_curve, thin
 from qwen3ft.report.safe_text import escape_markdown
-from qwen3ft.tracking.run_metrics import (
-    METRICS,
-    TAGS,
-    card_metrics,
-    card_tags,
-    preflight_metrics,
-    report_metrics,
-)
+from qwen3ft.tracking import run_metrics
 from qwen3ft.units import GIB
 from tasks.names import adjust_name, inference_name, promote_name, save_name, train_name
 
@@ -46,39 +32,36 @@ DOCS = Path(__file__).parents[2] / "docs" / "tracking.md"
 # --- attempts ---
 
 
-def test_only_what_changed_is_told_with_its_reason() -> None:
+def test_only_what_changed_is_shown_with_its_reason() -> None:
     """Switches are on or off, sizes are in GB, and each reason is given once."""
     before = make_plan(make_snapshot(), activation_bytes=2 * GIB)
     why = "Memory ran out: less is kept."
+    changed = {"micro_batch_size": 2, "gradient_checkpointing": True}
     after = before.with_settings(
-        micro_batch_size=2,
-        gradient_checkpointing=True,
-        activation_bytes=GIB,
-        reasons=dict.fromkeys(("micro_batch_size", "gradient_checkpointing"), why),
-        attempt=2,
+        **changed, activation_bytes=GIB, reasons=dict.fromkeys(changed, why), attempt=2
     )
-    told = [(change.name, change.before, change.after) for change in changes(before, after)]
-    assert told == [
+    shown = attempts.changes(before, after)
+    assert [(change.name, change.before, change.after) for change in shown] == [
         ("batch", "4 x 1", "2 x 2"),
         ("recomputation", "off", "on"),
         ("kept activations per row", "2.00 GB", "1.00 GB"),
     ]
-    assert changes(before, before) == ()
-    assert reasons_text(summarise(after, None, 1.0, before)) == why
+    assert attempts.changes(before, before) == ()
+    assert attempts.reasons_text(attempts.summarise(after, None, 1.0, before)) == why
 
 
-def test_an_attempt_with_the_same_settings_is_told_so() -> None:
+def test_an_attempt_with_the_same_settings_says_so() -> None:
     """The text also says from which step it resumed."""
     plan = make_plan(make_snapshot())
     failure = Failure(kind="StalledError", what="silent")
-    first = summarise(plan, failure, 1.0)
+    first = attempts.summarise(plan, failure, 1.0)
     again = plan.model_copy(update={"attempt": 2, "resume_from": "x/step-000040"})
-    assert changes_text(first, None) == "as planned"
-    told = changes_text(summarise(again, None, 1.0, plan), first)
-    assert told == "the same settings, a fresh process; from the checkpoint of step 40"
+    assert attempts.changes_text(first, None) == "as planned"
+    text = attempts.changes_text(attempts.summarise(again, None, 1.0, plan), first)
+    assert text == "the same settings, a fresh process; from the checkpoint of step 40"
 
 
-def test_attempts_are_read_from_the_folder_with_those_that_nobody_ended(tmp_path: Path) -> None:
+def test_attempts_are_read_from_the_folder_even_if_they_never_ended(tmp_path: Path) -> None:
     """They failed, were interrupted or completed; a folder without a plan is skipped."""
     run = RunDir(tmp_path)
     plan = make_plan(make_snapshot())
@@ -87,29 +70,22 @@ def test_attempts_are_read_from_the_folder_with_those_that_nobody_ended(tmp_path
     write_record(run.attempt(1).failure, Failure(kind="OutOfMemoryError", what="5 of 4 GB"))
     write_record(run.attempt(3).outcome, make_outcome(Path("step-10")))
     run.attempt(4).path.mkdir()
-    found = read_attempts(run, ())
-    assert [(one.attempt, one.outcome) for one in found] == [
-        (1, "OutOfMemoryError"),
-        (2, "interrupted"),
-        (3, "completed"),
-    ]
+    found = [(one.attempt, one.outcome) for one in attempts.read_attempts(run, ())]
+    assert found == [(1, "OutOfMemoryError"), (2, "interrupted"), (3, "completed")]
 
 
 def test_every_kind_of_failure_has_plain_words() -> None:
     """`OutOfMemoryError` reads `out of memory`."""
-    assert kind_text("OutOfMemoryError") == "out of memory"
-    assert kind_text("interrupted") == "interrupted"
+    assert attempts.kind_text("OutOfMemoryError") == "out of memory"
+    assert attempts.kind_text("interrupted") == "interrupted"
     for kind in error_kinds(FinetuneError):
-        assert re.fullmatch("[a-z]+( [a-z]+)*", kind_text(kind.__name__))
+        assert re.fullmatch("[a-z]+( [a-z]+)*", attempts.kind_text(kind.__name__))
 
 
 # --- curves ---
 
 
-@given(
-    st.lists(st.floats(width=32), max_size=900),
-    st.integers(1, 100).map(lambda half: 2 * half),
-)
+@given(st.lists(st.floats(width=32), max_size=900), st.integers(1, 100).map(lambda half: 2 * half))
 def test_a_thinned_curve_is_short_finite_in_order_and_keeps_its_extremes(
     values: list[float], most: int
 ) -> None:
@@ -127,13 +103,10 @@ def test_a_thinned_curve_is_short_finite_in_order_and_keeps_its_extremes(
 def test_charts_stay_within_their_box_and_have_ticks() -> None:
     """A single point and a flat curve are drawn too."""
     facts = make_facts()
-    charts = [loss_chart(facts.loss), memory_chart(facts.memory)]
-    charts.append(loss_chart([loss_curve(1, [])]))
-    assert charts.pop() is None
+    assert loss_chart([loss_curve(1, [])]) is None
     assert memory_chart([]) is None
     single = loss_chart([facts.loss[0].model_copy(update={"training": ((1, 2.0),)})])
-    for chart in (*charts, single):
-        assert chart is not None
+    for chart in (loss_chart(facts.loss), memory_chart(facts.memory), single):
         assert 2 <= len(chart.x_ticks) <= 8
         assert 2 <= len(chart.y_ticks) <= 8
         for _, path in chart.paths:
@@ -148,9 +121,9 @@ def test_charts_stay_within_their_box_and_have_ticks() -> None:
 @given(st.text() | st.sampled_from(HOSTILE), st.integers(1, 60))
 def test_shown_text_is_cut_and_has_no_controls(text: str, most: int) -> None:
     """Line breaks may stay; only the note of how much is missing is added."""
-    told = safe_excerpt(text, most)
-    assert len(told) <= most + 40
-    assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", told)
+    shown = safe_excerpt(text, most)
+    assert len(shown) <= most + 40
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", shown)
 
 
 def test_half_a_secret_is_never_shown() -> None:
@@ -167,8 +140,8 @@ def test_markdown_shows_a_text_as_it_is(text: str) -> None:
     markdown_it = pytest.importorskip("markdown_it")
     parser = markdown_it.MarkdownIt("commonmark").enable(["table", "strikethrough"])
     plain = " ".join(text.split())
-    told = escape_markdown(text)
-    for form in (told, f"- {told}", f"| a | b |\n|---|---|\n| {told} | x |"):
+    escaped = escape_markdown(text)
+    for form in (escaped, f"- {escaped}", f"| a | b |\n|---|---|\n| {escaped} | x |"):
         tokens = parser.parse(form)
         inline = [token for token in tokens if token.type == "inline"]
         kinds = {child.type for token in inline for child in token.children}
@@ -193,51 +166,52 @@ def documented() -> dict[str, set[str]]:
 
 def test_every_key_that_is_logged_is_documented_and_no_other() -> None:
     """The run logs scores, a preflight, a failure and a version."""
-    facts = make_facts()
-    stages = dict.fromkeys((name.partition("/")[2] for name in METRICS if "seconds/" in name), 1.0)
+    stages = dict.fromkeys(
+        (name.partition("/")[2] for name in run_metrics.METRICS if "seconds/" in name), 1.0
+    )
     stages.pop("total")
     card = build_card(make_facts(seconds_by_stage=stages, error=KeyError("x")))
     report = PreflightReport(
         key="k",
         device="cpu",
+        parts=(),
+        phases=(),
+        fitted=True,
         budget_bytes=2,
         predicted_bytes=1,
         measured_bytes=1,
-        fitted=True,
-        parts=(),
-        phases=(),
-        batches=WorstBatches(train=(), evaluate=(), accumulates=False, steps_looked_at=1),
         seconds=1.0,
+        batches=WorstBatches(train=(), evaluate=(), accumulates=False, steps_looked_at=1),
     )
-    logged = {**card_metrics(card), **preflight_metrics(report), **report_metrics(make_report())}
-    assert facts.report is not None
-    assert set(logged) == set(METRICS) == documented()["Metrics of a run"]
-    tags = {*card_tags(card), "prefect.flow_run_id", "prefect.flow_run_url"}
-    assert tags == set(TAGS) == documented()["Tags of a run"]
+    logged = run_metrics.card_metrics(card) | run_metrics.preflight_metrics(report)
+    logged |= run_metrics.report_metrics(make_report())
+    assert set(logged) == set(run_metrics.METRICS) == documented()["Metrics of a run"]
+    tags = {*run_metrics.card_tags(card), "prefect.flow_run_id", "prefect.flow_run_url"}
+    assert tags == set(run_metrics.TAGS) == documented()["Tags of a run"]
 
 
 def test_numbers_that_are_none_are_not_logged() -> None:
     """Examples are a loss that is not finite and a run that did not train."""
     report = make_report(None)
-    assert "ability_loss/candidate" not in report_metrics(report)
+    assert "ability_loss/candidate" not in run_metrics.report_metrics(report)
     nothing = {"verdict": None, "report": None, "saved": None, "trained": None, "plan": None}
     card = build_card(make_facts(**nothing, attempts=(), memory=(), error=KeyError("x")))
-    assert all(map(math.isfinite, card_metrics(card).values()))
-    assert not {"gain", "memory/peak_gb", "attempts"} & set(card_metrics(card))
+    assert all(map(math.isfinite, run_metrics.card_metrics(card).values()))
+    assert not {"gain", "memory/peak_gb", "attempts"} & set(run_metrics.card_metrics(card))
 
 
 def test_tags_are_words_to_filter_by() -> None:
     """The verdict is one of five words; a run that is not degraded says 'no'."""
-    tags = card_tags(build_card(make_facts()))
+    tags = run_metrics.card_tags(build_card(make_facts()))
     assert (tags["verdict"], tags["degraded"], tags["champion_before"]) == ("promoted", "no", "7")
     assert tags["verdict_sentence"].startswith("promoted: better than champion v7")
-    assert card_tags(build_card(make_facts(champion=None)))["champion_before"] == "none"
+    assert run_metrics.card_tags(build_card(make_facts(champion=None)))["champion_before"] == "none"
 
 
 # --- names of task runs ---
 
 
-def test_names_of_task_runs_tell_what_is_known_when_they_start(tmp_path: Path) -> None:
+def test_names_of_task_runs_say_what_is_known_when_they_start(tmp_path: Path) -> None:
     """The second attempt's name says its batch, its first step, and the failure before it."""
     plan = make_plan(make_snapshot(), run_dir=str(tmp_path))
     assert train_name({"plan": plan}) == "train-1 (micro-batch 4 x 1)"
@@ -245,11 +219,10 @@ def test_names_of_task_runs_tell_what_is_known_when_they_start(tmp_path: Path) -
     failure = Failure(kind="OutOfMemoryError", what="x")
     write_record(job.failure, failure)
     second = plan.with_settings(attempt=2, micro_batch_size=2, resume_from="a/step-000040")
-    assert train_name({"plan": second}) == (
-        "train-2 (micro-batch 2 x 2 from step 40 after out of memory)"
-    )
+    name = "train-2 (micro-batch 2 x 2 from step 40"
+    assert train_name({"plan": second}) == f"{name} after out of memory)"
     job.failure.write_text("{")
-    assert train_name({"plan": second}) == "train-2 (micro-batch 2 x 2 from step 40)"
+    assert train_name({"plan": second}) == f"{name})"
     assert adjust_name({"plan": plan, "failure": failure}) == "adjust-1 (out of memory)"
     saved = make_facts().saved
     assert promote_name({"saved": saved, "champion": CHAMPION}) == "promote (v8 against v7)"

@@ -8,6 +8,7 @@ import re
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -87,14 +88,10 @@ def test_the_scores_of_all_three_stand_side_by_side_with_the_gain() -> None:
 
 
 def test_what_was_forgotten_is_the_verdict() -> None:
-    """An adapter that is better in every score is kept if it forgets."""
+    """A better adapter is kept if it forgets; a missing loss is not shown as a number."""
     lines = card_markdown(build_card(make_facts(4.0))).splitlines()
     assert lines[0] == "# embedded: kept"
     assert lines[2].startswith("**kept: it forgets: loss on the ability set 4 against 1.5")
-
-
-def test_a_loss_that_is_not_known_is_said() -> None:
-    """A missing loss is named as such, not shown as a number."""
     text = card_markdown(build_card(make_facts(None)))
     assert "| forgetting | not measured |" in text
     assert "| loss on the ability set | 1.5 | 1.6 | not finite | | |" in text
@@ -111,11 +108,8 @@ def test_all_forms_show_the_same_facts() -> None:
         assert fact.text.replace("→", "->") in stream.getvalue()
         if fact.headline:
             assert f"{fact.label} {fact.text}" in page
-    labels = [fact.label for fact in card_facts(card) if fact.headline]
-    assert labels == [
-        *("exact match", "gain over champion", "held-out loss"),
-        *("peak memory", "speed", "time"),
-    ]
+    labels = ", ".join(fact.label for fact in card_facts(card) if fact.headline)
+    assert labels == "exact match, gain over champion, held-out loss, peak memory, speed, time"
 
 
 def test_the_whole_run_is_in_all_three_forms() -> None:
@@ -143,9 +137,8 @@ def test_the_whole_run_is_in_all_three_forms() -> None:
 def test_how_to_roll_back_is_the_exact_command_and_what_follows_from_it() -> None:
     """The command names the model; if nothing was in use before, there is none."""
     promoted = build_card(make_facts()).roll_back
-    assert promoted.command == (
-        'qwen3ft rollback --reason "..." --set registered_model=qwen3ft-embedded'
-    )
+    command = 'qwen3ft rollback --reason "..." --set registered_model=qwen3ft-embedded'
+    assert promoted.command == command
     assert promoted.what.startswith("This puts qwen3ft-embedded v7 back into use instead of")
     first = build_card(make_facts(champion=None)).roll_back
     assert (first.command, "Nothing was in use before" in first.what) == ("", True)
@@ -157,29 +150,25 @@ def test_how_to_roll_back_is_the_exact_command_and_what_follows_from_it() -> Non
 def test_what_to_type_next_follows_from_the_end() -> None:
     """A kept adapter can be promoted by hand, a deferred or failed run can be resumed."""
 
-    def commands(card: RunCard) -> list[str]:
-        return [step.command for step in card.next_steps]
+    def commands(*arguments: Any, **changes: Any) -> list[str]:
+        return [step.command for step in build_card(make_facts(*arguments, **changes)).next_steps]
 
-    facts = make_facts(4.0)
-    assert "qwen3ft promote 8 --set registered_model=qwen3ft-embedded" in commands(
-        build_card(facts)
-    )
-    assert "qwen3ft chat --adapter '/out/night 1'" in commands(build_card(facts))
-    assert not any("promote" in command for command in commands(build_card(make_facts())))
+    assert "qwen3ft promote 8 --set registered_model=qwen3ft-embedded" in commands(4.0)
+    assert "qwen3ft chat --adapter '/out/night 1'" in commands(4.0)
+    assert not any("promote" in command for command in commands())
     error = InsufficientMemoryError("Nothing fits.", next_command="qwen3ft plan --set x=1")
-    failed = build_card(make_facts(verdict=None, report=None, saved=None, error=error))
-    assert commands(failed)[:2] == ["qwen3ft plan --set x=1", "qwen3ft run --resume night-1"]
+    failed = commands(verdict=None, report=None, saved=None, error=error)
+    assert failed[:2] == ["qwen3ft plan --set x=1", "qwen3ft run --resume night-1"]
 
 
 @pytest.mark.parametrize(
     "error", [InsufficientMemoryError("4 GB\nare too little | <b>", why="It is."), KeyError("x")]
 )
-def test_a_failed_run_tells_what_it_got_to(error: Exception) -> None:
+def test_a_failed_run_shows_what_it_got_to(error: Exception) -> None:
     """The card has the error, its reason and the attempts, and no scores."""
     nothing = {"verdict": None, "report": None, "saved": None, "trained": None}
     card = build_card(make_facts(**nothing, error=error))
     assert (card.outcome, card.title) == ("failed", "embedded: failed")
-    assert card.failure is not None
     assert card.failure.kind == type(error).__name__
     assert card.peak_memory_gb == 1.99
     assert card.roll_back.what == "This run changed nothing: qwen3ft-embedded v7 stays in use."
@@ -193,11 +182,11 @@ def test_a_failed_run_tells_what_it_got_to(error: Exception) -> None:
 def test_a_run_that_broke_at_its_first_step_and_one_with_nothing_to_do_have_cards() -> None:
     """Only the settings and the outcome are known."""
     config = TrainingConfig(model_name="embedded")
-    for facts, words in (
-        (RunFacts(config, "a", error=OSError("no space left")), "failed: no space left"),
-        (RunFacts(config, "b", nothing_since="m v3"), "nothing new since m v3"),
+    for known, words in (
+        ({"error": OSError("no space left")}, "failed: no space left"),
+        ({"nothing_since": "m v3"}, "nothing new since m v3"),
     ):
-        card = build_card(facts)
+        card = build_card(RunFacts(config, "a", **known))
         assert card.verdict == words
         assert words in Page(card_html(card)).text
         assert words in card_markdown(card)
@@ -303,17 +292,10 @@ def test_a_description_is_whole_sections_and_short_enough() -> None:
 
 def test_answers_that_never_came_are_said_and_thinking_is_left_out() -> None:
     """An answer is marked right if it is an exact match."""
-    pair = SideBySide(
-        question="q",
-        reference="Paris.",
-        base="<think>hm",
-        champion="",
-        candidate="<think>hm</think>paris",
-    )
-    words = [
-        (answer.model, answer.text, answer.right) for answer in answered_question(pair).answers
-    ]
-    assert words == [
+    answers = {"base": "<think>hm", "champion": "", "candidate": "<think>hm</think>paris"}
+    pair = SideBySide(question="q", reference="Paris.", **answers)
+    shown = answered_question(pair).answers
+    assert [(answer.model, answer.text, answer.right) for answer in shown] == [
         ("base", "(no answer: the reasoning did not end)", False),
         ("champion", "(no answer)", False),
         ("candidate", "paris", True),

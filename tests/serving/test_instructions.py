@@ -68,16 +68,11 @@ def cases(family: str) -> list[Case]:
     name = identify_template(tokenizer).name
     made: list[Case] = []
     for thinking in (True, False):
-        template = ollama_template(name, thinking=thinking)
-        assert template is not None
+        template = str(ollama_template(name, thinking=thinking))
         for messages in conversations():
             for think in (None, True, False):
-                expected = apply_template(
-                    tokenizer,
-                    messages,
-                    prompt=True,
-                    thinking=thinking if think is None else think,
-                )
+                wanted = thinking if think is None else think
+                expected = apply_template(tokenizer, messages, prompt=True, thinking=wanted)
                 made.append((template, as_ollama_gives_it(messages, think), expected))
     return made
 
@@ -92,7 +87,7 @@ def test_the_ollama_template_renders_as_the_chat_template(family: str) -> None:
 
 
 @pytest.mark.slow
-def test_go_itself_renders_it_so_too(tmp_path: Path) -> None:
+def test_go_itself_renders_the_same(tmp_path: Path) -> None:
     """Go's text/template is the engine that Ollama uses."""
     go = shutil.which("go")
     if go is None:
@@ -145,8 +140,7 @@ def write(folder: Path, template: str) -> Path:
 def test_the_modelfile_starts_from_the_merged_model(tmp_path: Path) -> None:
     """It has the template in quotes, the end token, and greedy settings."""
     text = (write(tmp_path, TEMPLATES["qwen3"]) / "Modelfile").read_text(encoding="utf-8")
-    template = ollama_template("Qwen3", thinking=True)
-    assert template is not None
+    template = str(ollama_template("Qwen3", thinking=True))
     assert '"""' not in template
     assert f'FROM ./merged\nTEMPLATE """{template}"""\n' in text
     assert 'PARAMETER stop "<|im_end|>"\n' in text
@@ -161,7 +155,7 @@ def test_an_unknown_chat_template_gives_no_modelfile_and_says_so(tmp_path: Path)
 
 
 @pytest.mark.parametrize(("rank", "limit"), [(1, 1), (6, 8), (8, 8), (9, 16), (200, 256)])
-def test_vllm_is_told_a_rank_that_it_takes(rank: int, limit: int) -> None:
+def test_vllm_gets_a_rank_that_it_takes(rank: int, limit: int) -> None:
     """The command has the next allowed rank, the base's revision, and the adapter's name."""
     card = {**CARD, "plan": {"adapter": {"r": rank}}}
     words = shlex.split(vllm_lora_command(card, "./a folder"))

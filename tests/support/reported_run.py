@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from support.finished_run import make_outcome, make_plan, make_snapshot
+from support.verdicts import gain, report, saved, score
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.evaluation.form_checks import FORM_CHECKS
@@ -17,17 +18,14 @@ from qwen3ft.planning.table import PlanTable
 from qwen3ft.records.data import DataChange
 from qwen3ft.records.evaluation import (
     Champion,
-    Comparison,
     InferenceReport,
     JudgeReport,
     ModelLabel,
     ModelScore,
-    RivalLabel,
     SideBySide,
     SplitScore,
 )
-from qwen3ft.records.model import SavedAdapter
-from qwen3ft.records.plan import MemoryPart, TrainPlan
+from qwen3ft.records.plan import MemoryPart
 from qwen3ft.records.run_card import SettingLine
 from qwen3ft.records.training import Failure, MemoryStatus, TrainingMetrics
 from qwen3ft.report.attempts import summarise
@@ -39,6 +37,7 @@ from qwen3ft.units import GIB
 CHAMPION = Champion(registered_model="qwen3ft-embedded", version="7", source_uri="models:/x/7")
 START = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
+TOO_MUCH = "4.10 of 4 GB <b>needed</b> | step 41"
 SECRET = "hf_" + "abcdefghijklmnopqrstuvwx"
 HOSTILE = (
     "<script>alert(1)</script><img src=x onerror=alert(2)>",
@@ -55,34 +54,11 @@ HOSTILE = (
 """Questions and answers that pages must survive."""
 
 
-def score(label: ModelLabel, share: float, loss: float, ability: float | None) -> ModelScore:
-    return ModelScore(
-        label=label,
-        rows=40,
-        exact_match=share,
-        exact_match_interval=wilson_interval(round(40 * share), 40, 0.95),
-        token_f1=share,
-        chrf=share,
-        answer_loss=loss,
-        ability_loss=ability,
-        form=dict.fromkeys(FORM_CHECKS, 1.0),
-        by_split={"fact": SplitScore(rows=40, exact_match=share)},
-    )
-
-
-def gains(rival: RivalLabel, value: float) -> list[Comparison]:
-    return [
-        Comparison(
-            rival=rival, metric=metric, rows=40, gain=value, low=value - 0.02, high=value + 0.02
-        )
-        for metric in METRIC_NAMES
-    ]
-
-
 JUDGE = JudgeReport(
     model="<b>qwen</b>|x",
     rival="champion",
     rows=53,
+    seconds=7.0,
     wins=31,
     ties=10,
     losses=9,
@@ -90,7 +66,6 @@ JUDGE = JudgeReport(
     win_share=0.62,
     low=0.48,
     high=0.74,
-    seconds=7.0,
     problem="it answers HTTP 500",
 )
 
@@ -101,33 +76,35 @@ def make_report(ability: float | None = 1.6, texts: tuple[str, ...] = HOSTILE) -
         SideBySide(question=text, reference=text, base="no", champion=text, candidate=f"{text}!")
         for text in texts
     ]
-    return InferenceReport(
-        adapter_path="adapter",
-        questions_sha256="0" * 64,
-        scores=(
-            score("base", 0.1, 2.0, 1.5),
-            score("champion", 0.5, 1.0, 1.6),
-            score("candidate", 0.9, 0.5, ability),
-        ),
-        comparisons=(*gains("base", 0.8), *gains("champion", 0.4)),
-        samples=tuple(samples),
-        answers_path="answers.jsonl",
-        checks={},
-        judge=JUDGE,
+    scores = (
+        _score("base", 0.1, 2.0, 1.5),
+        _score("champion", 0.5, 1.0, 1.6),
+        _score("candidate", 0.9, 0.5, ability),
+    )
+    gains = tuple(
+        gain(value, rival, half=0.02, metric=metric, rows=40)
+        for rival, value in (("base", 0.8), ("champion", 0.4))
+        for metric in METRIC_NAMES
+    )
+    made = report(*scores, gains=gains)
+    return made.model_copy(update={"samples": tuple(samples), "judge": JUDGE})
+
+
+def _score(label: ModelLabel, share: float, loss: float, ability: float | None) -> ModelScore:
+    changes = {"rows": 40, "answer_loss": loss, "ability_loss": ability, "sampled_form": {}}
+    return score(
+        label,
+        share,
+        **changes,
+        exact_match_interval=wilson_interval(round(40 * share), 40, 0.95),
+        form=dict.fromkeys(FORM_CHECKS, 1.0),
+        by_split={"fact": SplitScore(rows=40, exact_match=share)},
     )
 
 
 def make_facts(ability: float | None = 1.6, **changes: Any) -> RunFacts:
     """Return the facts of a run that ran out of memory once and then beat the champion."""
-    saved = SavedAdapter(
-        path="/out/night 1",
-        sha256="1" * 64,
-        size_bytes=1,
-        model_name="embedded",
-        registered_model="qwen3ft-embedded",
-        version="8",
-    )
-    report = make_report(ability)
+    adapter, compared = saved(path="/out/night 1", version="8"), make_report(ability)
     first = make_plan(make_snapshot())
     second = first.with_settings(
         attempt=2,
@@ -160,20 +137,20 @@ def make_facts(ability: float | None = 1.6, **changes: Any) -> RunFacts:
         ),
         "plan": second,
         "trained": make_outcome(Path("step-000010")),
-        "saved": saved,
-        "report": report,
-        "verdict": decide_promotion(report, saved, champion=CHAMPION),
-        "attempts": make_attempts(first, second),
+        "saved": adapter,
+        "report": compared,
+        "verdict": decide_promotion(compared, adapter, champion=CHAMPION),
+        "attempts": (
+            summarise(first, Failure(kind="OutOfMemoryError", what=TOO_MUCH), 61.0),
+            summarise(second, None, 664.0, first),
+        ),
         "loss": [loss_curve(number, make_metrics(number)) for number in (1, 2)],
-        "memory": memory_curves([make_memory(1, "OutOfMemoryError"), make_memory(2, None)]),
+        "memory": memory_curves(
+            [make_memory(1, 300, failure="OutOfMemoryError"), make_memory(2, 600)]
+        ),
         "seconds_by_stage": {"model": 4.0, "train": 725.0},
     }
     return RunFacts(**{**values, **changes})
-
-
-def make_attempts(first: TrainPlan, second: TrainPlan) -> tuple[Any, ...]:
-    failure = Failure(kind="OutOfMemoryError", what="4.10 of 4 GB <b>needed</b> | step 41")
-    return summarise(first, failure, 61.0), summarise(second, None, 664.0, first)
 
 
 def make_metrics(attempt: int) -> list[TrainingMetrics]:
@@ -191,24 +168,34 @@ def make_metrics(attempt: int) -> list[TrainingMetrics]:
     return lines
 
 
-def make_memory(number: int, failure: str | None) -> AttemptMemory:
-    started = START + timedelta(minutes=5 * number)
+def make_memory(
+    number: int, after_seconds: float, *, beside_gb: float = 0.0, **changes: Any
+) -> AttemptMemory:
+    """Return the memory of an attempt of 100 s, so many seconds after the run's start."""
+    started = START + timedelta(seconds=after_seconds)
+    sizes = {"allocated_gb": 1.0, "available_gb": 1.0, "beside_gb": beside_gb}
     samples = tuple(
         MemorySample(
             step=step,
             timestamp=started + timedelta(seconds=step),
-            allocated_gb=1.0,
             cached_gb=1.0 + step / 100,
-            available_gb=1.0,
+            **sizes,
         )
         for step in range(1, 100)
     )
-    return AttemptMemory(
-        number=number,
-        started=started,
-        ended=started + timedelta(seconds=100),
-        failure=failure,
-        budget_gb=4.0,
-        predicted=(MemoryPart(name="weights", bytes=round(1.25 * GIB), formula="n"),),
-        samples=samples,
+    values: dict[str, Any] = {
+        "started": started,
+        "ended": started + timedelta(seconds=100),
+        "budget_gb": 4.0,
+        "predicted": make_parts(weights=1.25),
+        "samples": samples,
+    }
+    return AttemptMemory(number=number, **{**values, **changes})
+
+
+def make_parts(**sizes_gb: float) -> tuple[MemoryPart, ...]:
+    """Return parts of a prediction, in GB by name."""
+    return tuple(
+        MemoryPart(name=name, bytes=int(size_gb * GIB), formula="n")
+        for name, size_gb in sizes_gb.items()
     )

@@ -33,10 +33,10 @@ def score(label: ModelLabel, exact_match: float, **changes: Any) -> ModelScore:
 
 
 def gain(
-    value: float, rival: RivalLabel = "base", *, half: float = 0.05, metric: str = "exact_match"
+    value: float, rival: RivalLabel = "base", *, half: float = 0.05, **changes: Any
 ) -> Comparison:
     """Return a gain with an interval of `half` on both sides."""
-    values: dict[str, Any] = {"rival": rival, "metric": metric, "rows": 50}
+    values = {"rival": rival, "metric": "exact_match", "rows": 50, **changes}
     return Comparison(**values, gain=value, low=value - half, high=value + half)
 
 
