@@ -107,6 +107,10 @@ def check_out(commit: str, folder: Path) -> Path:
     packed.write_bytes(archive)
     with tarfile.open(packed) as tar:
         tar.extractall(folder, filter="data")
+    # A local model is known by the times of its files too: one copy serves both versions.
+    model = Path("qwen3ft", "embedded", "model")
+    shutil.rmtree(folder / model)
+    (folder / model).symlink_to(ROOT / model)
     return folder
 
 
