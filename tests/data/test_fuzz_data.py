@@ -17,8 +17,8 @@ from qwen3ft.data.rows import UNREADABLE_FILE, RowRules, read_file
 from qwen3ft.records.data import BadRow, SourceFile
 
 ROWS, ROWS_PER_FILE = 25_000, 200
-MOST_SECONDS = 20.0
-"""Time limit of a file, which is read twice."""
+MOST_SECONDS = 10.0
+"""CPU time allowed for a file, which is read twice."""
 
 
 def check_raw(path: Path, made: Made) -> tuple[list[str], Counter[str]]:
@@ -78,10 +78,10 @@ def test_no_row_is_lost_from_broken_files(tmp_path: Path, seed: int) -> None:
         made = make(random, number, count)
         path = tmp_path / made.name
         path.write_bytes(made.content)
-        started = time.perf_counter()
+        started = time.process_time()
         problems, reasons = check_raw(path, made)
         problems += check_rows(path, reasons)
-        if (seconds := time.perf_counter() - started) > MOST_SECONDS:
+        if (seconds := time.process_time() - started) > MOST_SECONDS:
             problems.append(f"took {seconds:.1f} s")
         violations += [f"{made.name}: {problem}" for problem in problems]
         if not problems:

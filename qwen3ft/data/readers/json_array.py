@@ -157,7 +157,8 @@ class ArrayReader:
         names = self._first_fields | ({own[1]} if own else set())
         name = "|".join(map(re.escape, names)) or r'[^"]+'
         begins = rf'[,}}\]\n]\s*(?=\{{\s*"(?:{name})"\s*:)'
-        indent = self._text[self._text.rfind("\n", 0, self._at) + 1 : self._at]
+        behind = self._text[max(0, self._at - _KEPT_BEHIND) : self._at]
+        indent = behind[behind.rfind("\n") + 1 :]
         pattern = re.compile(begins if indent.strip() else rf"{begins}|\n{indent}(?=\{{)")
         done = 1
         while not (found := pattern.search(self._text, self._at + done)):
