@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_training import prepare  # noqa: F401
 
 from qwen3ft.errors import DivergedError
 from qwen3ft.files import sha256_file
@@ -25,14 +24,12 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def test_in_the_background_the_same_is_written(
-    prepare: Any,  # noqa: F811
-    make_plan: Any,
+    compose: Any,
 ) -> None:
     """Training goes on and changes adapter and optimizer; the files hold the step they name."""
     found = []
     for attempt, background in ((1, False), (2, True)):
-        plan = make_plan(total_steps=6, evaluate_every_steps=2, attempt=attempt)
-        engine, trainer = prepare(plan)
+        engine, trainer = compose(total_steps=3, evaluate_every_steps=1, attempt=attempt)
         folder = engine.job.checkpoints
         trainer.writer = CheckpointWriter(folder, 5, background=background)
         engine.train_model(trainer)
@@ -42,12 +39,11 @@ def test_in_the_background_the_same_is_written(
 
 
 def test_a_copy_is_taken_before_save_returns(
-    prepare: Any,  # noqa: F811
-    make_plan: Any,
+    compose: Any,
     tmp_path: Path,
 ) -> None:
     """Later changes are not in the file."""
-    _, trainer = prepare(make_plan())
+    _, trainer = compose()
     trainer.create_optimizer_and_scheduler(2)
     trainer.state.global_step = 1
     writer = CheckpointWriter(tmp_path / "checkpoints", 2, background=True)
@@ -64,13 +60,12 @@ def test_a_copy_is_taken_before_save_returns(
 
 
 def test_a_failed_write_is_raised_at_the_next_save_or_wait(
-    prepare: Any,  # noqa: F811
-    make_plan: Any,
+    compose: Any,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
     """A failed write is raised once, and the writer can be used again."""
-    _, trainer = prepare(make_plan())
+    _, trainer = compose()
     trainer.create_optimizer_and_scheduler(2)
     state = (trainer.model, trainer.optimizer, trainer.lr_scheduler, trainer.state, {})
     writer = CheckpointWriter(tmp_path / "checkpoints", 2, background=True)
@@ -92,12 +87,11 @@ def test_a_failed_write_is_raised_at_the_next_save_or_wait(
 
 
 def test_what_ended_training_is_not_hidden_by_a_failed_write(
-    prepare: Any,  # noqa: F811
-    make_plan: Any,
+    compose: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A divergence stays one, even if the disk was full before it."""
-    engine, trainer = prepare(make_plan(total_steps=6, evaluate_every_steps=2))
+    engine, trainer = compose(total_steps=6, evaluate_every_steps=2)
     trainer.writer = CheckpointWriter(engine.job.checkpoints, 2, background=True)
 
     def no_space(*_: Any) -> None:
