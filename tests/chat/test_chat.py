@@ -493,9 +493,7 @@ def test_a_folder_without_a_tokenizer_is_a_tokenizer_error(tmp_path: Path) -> No
         load_tokenizer(tmp_path)
 
 
-def test_texts_are_encoded_without_cutting_or_adding(
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
+def test_texts_are_encoded_without_cutting_or_adding(tokenizer: PreTrainedTokenizerBase) -> None:
     """A text longer than the model's own limit comes back whole."""
     text = "word " * 3000
     assert tokenizer.decode(encode_texts(tokenizer, [text])[0]) == text

@@ -221,10 +221,7 @@ LAYOUTS: dict[str, Callable[[str, str], dict[str, Any]]] = {
         "conversations": [{"from": "human", "value": asked}, {"from": "gpt", "value": said}]
     },
     "messages": lambda asked, said: {
-        "messages": [
-            {"role": "user", "content": asked},
-            {"role": "assistant", "content": said},
-        ]
+        "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
     },
     "squad": lambda asked, said: {"context": "", "question": asked, "answers": {"text": [said]}},
 }

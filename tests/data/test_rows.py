@@ -25,12 +25,7 @@ from qwen3ft.data.rows import (
     read_file,
     split_reasoning,
 )
-from qwen3ft.data.sources import (
-    EMBEDDED_SPLITS,
-    SAMPLE_DATA,
-    resolve_sources,
-    resolved,
-)
+from qwen3ft.data.sources import EMBEDDED_SPLITS, SAMPLE_DATA, resolve_sources, resolved
 from qwen3ft.errors import DataLoadingError
 from qwen3ft.records.data import BadRow, QaRow, SourceFile
 

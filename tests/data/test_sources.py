@@ -24,11 +24,7 @@ from qwen3ft.data.hub import (
     select_files,
 )
 from qwen3ft.data.readers.open import read_raw
-from qwen3ft.data.sources import (
-    pin_sources,
-    resolve_sources,
-    resolved,
-)
+from qwen3ft.data.sources import pin_sources, resolve_sources, resolved
 from qwen3ft.errors import DataLoadingError, DownloadError
 from qwen3ft.records.data import SourceFile
 

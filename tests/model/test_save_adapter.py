@@ -22,12 +22,7 @@ from support.finished_run import (
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.embedded import MODEL_DIR
-from qwen3ft.errors import (
-    CheckpointCorruptError,
-    DivergedError,
-    ModelNotFoundError,
-    SaveError,
-)
+from qwen3ft.errors import CheckpointCorruptError, DivergedError, ModelNotFoundError, SaveError
 from qwen3ft.files import MANIFEST_NAME, find_damage, sha256_file, write_manifest
 from qwen3ft.jobs.folders import write_record
 from qwen3ft.model.save_adapter import save_adapter

@@ -8,12 +8,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.plans import (
-    QWEN3_4B,
-    QWEN3_14B,
-    TINY,
-    workload,
-)
+from support.plans import QWEN3_4B, QWEN3_14B, TINY, workload
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.model.shapes import plan_adapter

@@ -14,14 +14,8 @@ from hypothesis import strategies as st
 from support.plans import workload, workload_lengths
 
 from qwen3ft.data.collators import IGNORED_LABEL, PaddingCollator, labels_of
-from qwen3ft.planning.packing import (
-    pack,
-)
-from qwen3ft.training.batches import (
-    PackedCollator,
-    real_tokens,
-    trained_tokens,
-)
+from qwen3ft.planning.packing import pack
+from qwen3ft.training.batches import PackedCollator, real_tokens, trained_tokens
 from qwen3ft.training.loss import summed_loss
 
 # --- what the row looks like ---

@@ -12,16 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.plans import workload_lengths
 
-from qwen3ft.planning.packing import (
-    epoch_order,
-    pack,
-    row_tokens,
-    rows_at_a_time,
-)
-from qwen3ft.training.batches import (
-    EffectiveBatchOrder,
-    StepSampler,
-)
+from qwen3ft.planning.packing import epoch_order, pack, row_tokens, rows_at_a_time
+from qwen3ft.training.batches import EffectiveBatchOrder, StepSampler
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 

@@ -7,15 +7,7 @@ import time
 from typing import Any
 
 import pytest
-from support.plans import (
-    QWEN3_4B,
-    QWEN3_14B,
-    TINY,
-    environment,
-    manifest,
-    plan_for,
-    snapshot,
-)
+from support.plans import QWEN3_4B, QWEN3_14B, TINY, environment, manifest, plan_for, snapshot
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import DataLoadingError, InsufficientMemoryError

@@ -15,10 +15,7 @@ from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import InsufficientMemoryError
 from qwen3ft.planning.fit import choose, fit_or_none
 from qwen3ft.planning.gpu_specs import require_gpu_spec
-from qwen3ft.planning.what_if import (
-    described_machine,
-    shape_request,
-)
+from qwen3ft.planning.what_if import described_machine, shape_request
 
 H200 = require_gpu_spec("h200")
 

@@ -23,9 +23,7 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
-def test_in_the_background_the_same_is_written(
-    compose: Any,
-) -> None:
+def test_in_the_background_the_same_is_written(compose: Any) -> None:
     """Training goes on and changes adapter and optimizer; the files hold the step they name."""
     found = []
     for attempt, background in ((1, False), (2, True)):
@@ -38,10 +36,7 @@ def test_in_the_background_the_same_is_written(
     assert len(found[0]) == 3 * 2
 
 
-def test_a_copy_is_taken_before_save_returns(
-    compose: Any,
-    tmp_path: Path,
-) -> None:
+def test_a_copy_is_taken_before_save_returns(compose: Any, tmp_path: Path) -> None:
     """Later changes are not in the file."""
     _, trainer = compose()
     trainer.create_optimizer_and_scheduler(2)
@@ -60,9 +55,7 @@ def test_a_copy_is_taken_before_save_returns(
 
 
 def test_a_failed_write_is_raised_at_the_next_save_or_wait(
-    compose: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    compose: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A failed write is raised once, and the writer can be used again."""
     _, trainer = compose()
@@ -87,8 +80,7 @@ def test_a_failed_write_is_raised_at_the_next_save_or_wait(
 
 
 def test_what_ended_training_is_not_hidden_by_a_failed_write(
-    compose: Any,
-    monkeypatch: pytest.MonkeyPatch,
+    compose: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A divergence stays one, even if the disk was full before it."""
     engine, trainer = compose(total_steps=6, evaluate_every_steps=2)

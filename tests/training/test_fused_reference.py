@@ -4,15 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.fused_cases import (
-    ADAPTERS,
-    EPS,
-    QUANTISED,
-    QUANTISED_TYPE,
-    grouped,
-    rotation,
-    wide,
-)
+from support.fused_cases import ADAPTERS, EPS, QUANTISED, QUANTISED_TYPE, grouped, rotation, wide
 
 from qwen3ft.training.fused.reference import ReferenceOps
 
