@@ -2,131 +2,123 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.preflights import BATCHES, out_of_memory, report_of
 
-from qwen3ft.errors import InsufficientMemoryError
 from qwen3ft.planning.plan import repredict
+from qwen3ft.preflight import policy
 from qwen3ft.preflight.cache import keep_report, read_report, report_key, report_path
-from qwen3ft.preflight.policy import (
-    corrected_budget_gb,
-    decide_preflight,
-    replan,
-    too_little_memory,
-)
-from qwen3ft.preflight.report import (
-    GROUPS,
-    preflight_markdown,
-)
+from qwen3ft.preflight.report import GROUPS, preflight_markdown
 from qwen3ft.preflight.stage import why_skipped
 from qwen3ft.records.machine import GpuInfo
 from qwen3ft.records.plan import TrainPlan
+from qwen3ft.records.preflight import PreflightReport
 from qwen3ft.units import GIB
 
 
+@pytest.fixture
+def lower(make_config: Any, environment: Any) -> Callable[[TrainPlan, PreflightReport], TrainPlan]:
+    """Plan anew after a report, within the plan's budget."""
+
+    def make(plan: TrainPlan, report: PreflightReport) -> TrainPlan:
+        return policy.replan(
+            make_config(max_memory_gb=plan.max_memory_gb), environment, plan, report
+        )
+
+    return make
+
+
 def frugal(plan: TrainPlan) -> TrainPlan:
-    """Nothing left to lower."""
+    """Return the plan with nothing left to lower."""
     least = {"micro_batch_size": 1, "loss_chunk_tokens": 128, "gradient_checkpointing": True}
     return repredict(plan.with_settings(**least))
 
 
 @pytest.mark.parametrize(
-    ("measured_share", "failure", "lowest", "first", "second"),
+    ("measured_share", "failure", "settings", "first", "second"),
     [
-        (0.90, None, False, "train", "train"),
-        (0.20, None, True, "train", "train"),
-        (1.00, None, False, "train", "train"),
-        (1.05, None, False, "replan", "recover"),
-        (1.05, None, True, "stop", "stop"),
-        (0.0, {"tried_gb": 0.5}, False, "replan", "recover"),
-        (0.0, {"phase": "evaluate"}, False, "replan", "recover"),
-        (0.0, {}, True, "stop", "stop"),
-        (0.0, {"phase": "load"}, False, "stop", "stop"),
+        (0.90, None, "", "train", "train"),
+        (0.20, None, "lowest", "train", "train"),
+        (1.00, None, "", "train", "train"),
+        (1.05, None, "", "replan", "recover"),
+        (1.05, None, "lowest", "stop", "stop"),
+        (0.0, {"tried_gb": 0.5}, "", "replan", "recover"),
+        (0.0, {"phase": "evaluate"}, "", "replan", "recover"),
+        (0.0, {}, "lowest", "stop", "stop"),
+        # With consent, the ladder of recovery has rungs that change the result.
+        (0.0, {}, "lowest, degraded allowed", "recover", "recover"),
+        (0.0, {"phase": "load"}, "", "stop", "stop"),
     ],
 )
 def test_what_fits_is_trained_and_what_does_not_is_planned_once_more(
     make_plan: Any,
     measured_share: float,
     failure: dict[str, Any] | None,
-    lowest: bool,
+    settings: str,
     first: str,
     second: str,
 ) -> None:
-    """The table of the policy, before and after a new plan was made."""
-    plan = frugal(make_plan(eval_batch_size=1)) if lowest else make_plan()
+    """A decision follows from the measurement, and from whether a new plan was made before."""
+    plan = frugal(make_plan(eval_batch_size=1)) if "lowest" in settings else make_plan()
     error = None if failure is None else out_of_memory(**failure)
-    report = report_of(plan, measured_share, error)
-    decisions = [
-        decide_preflight(plan, report, replanned=replanned, allow_degraded=False)
-        for replanned in (False, True)
-    ]
-    assert decisions == [first, second]
-
-
-def test_recovery_may_still_change_the_result_where_that_is_allowed(make_plan: Any) -> None:
-    """With consent the ladder has rungs beyond those that keep the result: it is left to it."""
-    plan = frugal(make_plan(eval_batch_size=1))
-    report = report_of(plan, failure=out_of_memory())
-    for replanned in (False, True):
-        assert decide_preflight(plan, report, replanned=replanned, allow_degraded=True) == "recover"
+    report, allowed = report_of(plan, measured_share, error), "allowed" in settings
+    assert policy.decide_preflight(plan, report, replanned=False, allow_degraded=allowed) == first
+    assert policy.decide_preflight(plan, report, replanned=True, allow_degraded=allowed) == second
 
 
 def test_host_memory_beside_a_gpu_is_answered_by_less_offloading(
-    make_plan: Any, make_config: Any, environment: Any
+    make_plan: Any, lower: Any
 ) -> None:
-    """A smaller budget on the GPU would send more to the host; with nothing there: recovery."""
+    """A smaller budget on the GPU would send more to the host; without offloading, it recovers."""
     plan = make_plan(device="cuda", offload_activations=True)
     report = report_of(plan, failure=out_of_memory(domain="host"))
-    assert decide_preflight(plan, report, replanned=False, allow_degraded=False) == "replan"
-    assert not replan(make_config(), environment, plan, report).memory.offload_activations
+    assert policy.decide_preflight(plan, report, replanned=False, allow_degraded=False) == "replan"
+    assert not lower(plan, report).memory.offload_activations
     plan = make_plan(device="cuda")
     report = report_of(plan, failure=out_of_memory(domain="host"))
-    assert decide_preflight(plan, report, replanned=False, allow_degraded=False) == "recover"
+    assert policy.decide_preflight(plan, report, replanned=False, allow_degraded=False) == "recover"
 
 
 @pytest.mark.parametrize("tried_gb", [0.0, 1.5])
 def test_the_new_plan_asks_for_less_by_what_the_prediction_missed(
-    make_plan: Any, make_config: Any, environment: Any, tried_gb: float
+    make_plan: Any, lower: Any, tried_gb: float
 ) -> None:
-    """Within the same budget and with the same effective batch; its reason tells of the first."""
+    """Budget and effective batch stay, and its reason names the first plan's failure."""
     budget_gb = make_plan().predicted_peak_bytes / GIB * 1.001
     plan = make_plan(max_memory_gb=budget_gb)
     report = report_of(plan, failure=out_of_memory(tried_gb=tried_gb))
-    corrected = corrected_budget_gb(report)
+    corrected = policy.corrected_budget_gb(report)
     missed_gb = max(tried_gb, 0.1 * budget_gb)
     assert corrected == pytest.approx(plan.predicted_peak_bytes / GIB - missed_gb, abs=1e-6)
-    lower = replan(make_config(max_memory_gb=budget_gb), environment, plan, report)
-    assert lower.max_memory_gb == budget_gb
-    assert lower.predicted_peak_bytes < plan.predicted_peak_bytes
-    assert lower.effective_batch_size == plan.effective_batch_size
-    assert "ran out of memory" in lower.reasons["max_memory_gb"]
-    assert all(reason.endswith(".") for reason in lower.reasons.values())
+    made = lower(plan, report)
+    assert made.max_memory_gb == budget_gb
+    assert made.predicted_peak_bytes < plan.predicted_peak_bytes
+    assert made.effective_batch_size == plan.effective_batch_size
+    assert "ran out of memory" in made.reasons["max_memory_gb"]
+    assert all(reason.endswith(".") for reason in made.reasons.values())
 
 
-def test_an_evaluation_that_does_not_fit_costs_training_nothing(
-    make_plan: Any, make_config: Any, environment: Any
-) -> None:
+def test_an_evaluation_that_does_not_fit_costs_training_nothing(make_plan: Any, lower: Any) -> None:
     """Only its batch is halved."""
     plan = make_plan(eval_batch_size=8)
-    report = report_of(plan, failure=out_of_memory(phase="evaluate"))
-    lower = replan(make_config(), environment, plan, report)
-    assert lower.memory.eval_batch_size == 4
-    assert lower.memory.micro_batch_size == plan.memory.micro_batch_size
+    made = lower(plan, report_of(plan, failure=out_of_memory(phase="evaluate")))
+    assert made.memory.eval_batch_size == 4
+    assert made.memory.micro_batch_size == plan.memory.micro_batch_size
 
 
-def test_too_little_memory_is_told_part_by_part(make_plan: Any) -> None:
+def test_too_little_memory_is_reported_part_by_part(make_plan: Any) -> None:
     """The error has both numbers, the parts, and one next command."""
     plan = frugal(make_plan(device="cuda"))
-    error = too_little_memory(report_of(plan, 1.2))
-    assert isinstance(error, InsufficientMemoryError)
+    error = policy.too_little_memory(report_of(plan, 1.2))
     assert "4.80 GB were measured, the budget is 4.00 GB" in error.what
     assert "weights" in error.what
     assert error.next_command == "qwen3ft plan --set max_memory_gb=5.0"
     load = report_of(plan, failure=out_of_memory(phase="load"))
-    assert "while the model was loaded" in too_little_memory(load).what
+    assert "while the model was loaded" in policy.too_little_memory(load).what
 
 
 # --- the report ---
@@ -144,7 +136,7 @@ def test_parts_measured_on_a_gpu_add_up_to_the_peak(make_plan: Any) -> None:
 
 
 def test_parts_of_resident_memory_that_cannot_be_told_apart_are_left_open(make_plan: Any) -> None:
-    """On a CPU: the libraries, the weights, and no guess of the rest."""
+    """On a CPU, libraries and weights are known, and the rest is not guessed."""
     report = report_of(make_plan(), 0.5)
     known = {part.name for part in report.parts if part.measured_bytes is not None}
     assert known == {"weights", "context and libraries"}
@@ -159,7 +151,7 @@ def test_every_named_part_of_a_prediction_is_grouped(make_plan: Any, kernels: st
 
 
 def test_a_report_notes_a_wrong_prediction_and_a_budget_left_unused(make_plan: Any) -> None:
-    """Notes only: what fits is trained as it was planned."""
+    """What fits is trained as it was planned all the same."""
     plan = make_plan(gradient_checkpointing=True)
     (off, unused) = report_of(plan, 0.5).notes
     assert "off by" in off
@@ -238,7 +230,6 @@ def test_a_report_is_kept_unless_others_held_the_memory(
     report = report_of(plan, 0.5)
     keep_report(config, crowded, report)
     kept = read_report(config, "key")
-    assert kept is not None
     assert kept.from_cache
     assert kept.model_copy(update={"from_cache": False}) == report
     report_path(config, "key").write_text('{"device": "card"')

@@ -30,13 +30,14 @@ def four(make_plan: Any) -> Callable[..., TrainPlan]:
 
 
 @pytest.mark.parametrize("packing", [False, True])
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 2, 7])
 def test_the_worst_micro_batch_is_the_worst_of_every_step_of_two_epochs(
     four: Any, packing: bool, seed: int
 ) -> None:
-    """By brute force over what the sampler hands to the trainer."""
-    lengths = np.random.default_rng(seed).integers(3, 101, 150)
-    plan = four(packing=packing, seed=seed, total_steps=20)  # 10 steps an epoch
+    """Brute force over what the sampler hands to the trainer finds none that is worse."""
+    lengths = np.random.default_rng(seed).integers(3, 60, 150)
+    # 10 steps an epoch: packed, with seeds 2 and 7, the second epoch has the worst micro-batch.
+    plan = four(packing=packing, seed=seed, total_steps=20)
     order = EffectiveBatchOrder(lengths, plan.effective_batch_size, plan.seed)
     every: list[list[int]] = []
     for epoch in (0, 1):
@@ -44,33 +45,13 @@ def test_the_worst_micro_batch_is_the_worst_of_every_step_of_two_epochs(
         every += [rows for step in step_sampler(order, plan) for rows in step]
     worst = find_worst(plan, lengths, lengths[:12])
     assert worst.steps_looked_at == 20
-    slots = [_slots(lengths[rows], packing) for rows in every]
     by_name = {name: batch for batch in worst.train for name in batch.chosen_for}
     most, longest = by_name["most tokens"], by_name["longest row"]
-    assert most.slots == max(slots)
-    assert list(most.rows) in every
-    assert max(longest.lengths) == lengths.max()
-    with_longest = [
-        size
-        for size, rows in zip(slots, every, strict=True)
-        if lengths[rows].max() == lengths.max()
-    ]
-    assert longest.slots == max(with_longest)
+    assert most.slots == max(_slots(lengths[rows], packing) for rows in every)
+    with_longest = [rows for rows in every if lengths[rows].max() == lengths.max()]
+    assert list(longest.rows) in with_longest
+    assert longest.slots == max(_slots(lengths[rows], packing) for rows in with_longest)
     assert all(list(batch.rows) in every for batch in worst.train)
-
-
-def test_a_second_epoch_can_hold_the_worst_micro_batch(four: Any) -> None:
-    """The order differs from epoch to epoch, so looking at the first alone would miss it."""
-    later = 0
-    for seed in range(12):
-        lengths = np.random.default_rng(seed).integers(3, 60, 150)
-        one, two = (
-            find_worst(four(packing=True, total_steps=steps, seed=seed), lengths, lengths)
-            for steps in (10, 20)
-        )
-        assert one.train[0].slots <= two.train[0].slots
-        later += one.train[0].slots < two.train[0].slots
-    assert later > 0
 
 
 def test_a_fused_plan_also_runs_the_row_that_keeps_most(four: Any) -> None:
@@ -84,18 +65,14 @@ def test_a_fused_plan_also_runs_the_row_that_keeps_most(four: Any) -> None:
     plan = plan.with_settings(activation_bytes=room)
     lengths = np.random.default_rng(7).integers(40, 101, 150)
     worst = find_worst(plan, lengths, lengths)
-    kept = next(batch for batch in worst.train if "most kept of its blocks" in batch.chosen_for)
-    most = next(batch for batch in worst.train if "most tokens" in batch.chosen_for)
-    assert kept.slots < most.slots
-    of = {
-        batch: sizes.row_bytes(batch.slots, sizes.levels(batch.slots, room))
-        for batch in worst.train
-    }
-    assert of[kept] == max(of.values())
+    slots = {name: batch.slots for batch in worst.train for name in batch.chosen_for}
+    kept = {size: sizes.row_bytes(size, sizes.levels(size, room)) for size in slots.values()}
+    assert slots["most kept of its blocks"] < slots["most tokens"]
+    assert kept[slots["most kept of its blocks"]] == max(kept.values())
 
 
 def test_the_worst_evaluation_batch_is_one_of_consecutive_rows(four: Any) -> None:
-    """Padded to its longest row, and a shorter last batch stands last."""
+    """Its rows are padded to the longest one, and a shorter last batch stands last."""
     dev = np.array([9, 9, 9, 9, 9, 2, 2, 2, 2, 2, 60, 3])
     worst = find_worst(four(eval_batch_size=5), np.array([5] * 16), dev)
     most = {name: batch for batch in worst.evaluate for name in batch.chosen_for}
@@ -124,7 +101,7 @@ def test_long_runs_are_looked_at_up_to_a_limit(four: Any) -> None:
 
 
 def test_lengths_are_read_without_the_rows(make_plan: Any, manifest: Any) -> None:
-    """As many as there are rows, and their sum is the manifest's number of tokens."""
+    """There are as many as rows, and their sum is the manifest's number of tokens."""
     train, dev = read_lengths(make_plan())
     assert (len(train), int(train.sum())) == (manifest.train.rows, manifest.train.tokens)
     assert (len(dev), int(dev.sum())) == (manifest.dev.rows, manifest.dev.tokens)

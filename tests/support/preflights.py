@@ -30,23 +30,17 @@ BATCHES = WorstBatches(
 def report_of(
     plan: TrainPlan, measured_share: float = 0.9, failure: OutOfMemoryError | None = None
 ) -> PreflightReport:
-    """A report in which the process took a share of the budget, or ran out of memory."""
+    """Return a report of a process that took a share of the budget, or ran out of memory."""
     if failure is not None:
         return out_of_memory_report("key", plan, BATCHES, failure, (), 3.0)
     peak = round(measured_share * plan.max_memory_gb * GIB)
+    peaks = {"allocated_bytes": peak - 900, "reserved_bytes": peak - 500, "process_bytes": peak}
     phases = tuple(
-        PhaseMemory(
-            phase=name,
-            allocated_bytes=peak - 900,
-            reserved_bytes=peak - 500,
-            process_bytes=peak,
-            resting_bytes=resting,
-            seconds=1.0,
-        )
+        PhaseMemory(phase=name, resting_bytes=resting, seconds=1.0, **peaks)
         for name, resting in (("load", 1_100), ("forward_backward", 1_400))
     )
     measurement = Measurement(
-        device="card", before_bytes=10, adapter_bytes=100, phases=phases, seconds=2.0
+        device="a GPU", before_bytes=10, adapter_bytes=100, phases=phases, seconds=2.0
     )
     return measured_report("key", plan, BATCHES, measurement)
 
