@@ -88,6 +88,7 @@ def _plain_fit(
     request: FitRequest, first: Workload, budget_gb: float, given: dict[str, str]
 ) -> Fit | None:
     config = request.config
+    # The leanest comes last: if it does not fit, a refusal need not try the others.
     every = list(plain_candidates(config, first))
     leanest, share = every[-1]
     if total_bytes(predict_memory(leanest)) > int(share * budget_gb * GIB):

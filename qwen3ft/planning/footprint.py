@@ -104,12 +104,14 @@ def _fixed_parts(work: Workload) -> tuple[MemoryPart, ...]:
     linear, trained = shape.linear_parameters, work.adapter.trainable_parameters
     plain = shape.total_parameters - linear
     largest = max(out * inp for out, inp in shape.projection_sizes().values())
+    # bitsandbytes scales each block of 64 weights by a constant. Double quantisation stores those
+    # in 1 byte, and one in fp32 per 256 of them (Dettmers et al. 2023, arXiv:2305.14314).
     blocks = -(-linear // 64)
     if work.quantization.endswith("-double"):
         constants, constants_formula = blocks + 4 * -(-blocks // 256), "1 + 4/256 bytes"
     else:
         constants, constants_formula = 4 * blocks, "4 bytes"
-    copies = c if c < 4 else 0
+    copies = c if c < 4 else 0  # autocast keeps a copy of the fp32 adapter
     return (
         MemoryPart(name="4-bit weights", bytes=linear // 2, formula=f"{linear:,} x 0.5 bytes"),
         MemoryPart(

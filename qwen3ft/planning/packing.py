@@ -126,6 +126,7 @@ def _multifit(
     best = _best_fit(tokens, longest_first, capacity_tokens)
     if len(best) > count:
         return None
+    # No group can be smaller than the longest sequence or than an equal share.
     low = max(tokens[longest_first[0]], -(-sum(tokens) // count))
     high = capacity_tokens
     while low < high:

@@ -62,12 +62,14 @@ def longest_that_fits(
 
     def excess_bytes(tokens: int) -> float:
         held_out = min(tokens, request.held_out_tokens)
+        # Rows keep their proportion of typical to longest.
         typical = -(-request.typical_tokens * tokens // request.longest_tokens)
         shorter = replace(
             request, longest_tokens=tokens, typical_tokens=typical, held_out_tokens=held_out
         )
         return total_bytes(predict_memory(least_workload(shorter, kernels))) - budget_bytes
 
+    # Memory never falls with the length, so the longest that fits is found by bisection.
     fitting = bisect.bisect_right(lengths, 0.0, key=excess_bytes)
     return lengths[fitting - 1] if fitting else None
 

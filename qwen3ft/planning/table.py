@@ -57,6 +57,7 @@ def shape_table(request: FitRequest, fit: Fit, gpu: GpuSpec | None, fill: float)
     kernels, _ = kernels_of(request)
     least = predict_memory(least_workload(request, kernels))
     others = [other for name in ELSEWHERE if (other := find_gpu_spec(name)) and other != gpu]
+    # A budget of 80 GB is meant for a GPU sold as one of 80 GB, which has a little less.
     able = [other for other in others if other.memory_gb >= 0.99 * fit.budget_gb]
     speeds = [speed_of(request, fit.work, other) for other in able]
     longest = replace(request, longest_tokens=LONGEST_TOKENS, held_out_tokens=LONGEST_TOKENS)

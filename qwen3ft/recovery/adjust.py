@@ -19,27 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qwen3ft.errors import (
-    AttemptError,
-    CheckpointCorruptError,
-    DeviceFaultError,
-    DivergedError,
-    ExportDriftError,
-    FinetuneError,
-    InsufficientMemoryError,
-    MemoryLeakError,
-    OutOfMemoryError,
-    PreemptedError,
-    QuantizationError,
-    RejectedError,
-    RequestError,
-    SaveError,
-    StalledError,
-    TrainingFailureError,
-    TransientError,
-    WorkerCrashedError,
-    error_kinds,
-)
+from qwen3ft import errors
 from qwen3ft.planning.plan import repredict
 from qwen3ft.records.base import Record
 from qwen3ft.records.plan import TrainPlan
@@ -183,31 +163,31 @@ def _stop(case: _Case) -> GiveUp:
     return _give_up(case, f"{case.failure.kind} is not cured by another attempt")
 
 
-POLICIES: Mapping[type[FinetuneError], Callable[[_Case], Retry | GiveUp]] = {
-    OutOfMemoryError: _out_of_memory,
-    MemoryLeakError: _same_plan,
-    DivergedError: _half_learning_rate,
-    StalledError: _once_more,
-    PreemptedError: _once_more,
-    DeviceFaultError: _once_more,
-    WorkerCrashedError: _once_more,
-    TrainingFailureError: _once_more,
-    CheckpointCorruptError: _checkpoint_before,
-    AttemptError: _stop,
-    RequestError: _stop,
-    TransientError: _stop,  # retried by the task that called, never here too
-    RejectedError: _stop,
-    QuantizationError: _stop,  # its own ladder is config.quantization
-    SaveError: _stop,
-    ExportDriftError: _stop,  # no training raises it
+POLICIES: Mapping[type[errors.FinetuneError], Callable[[_Case], Retry | GiveUp]] = {
+    errors.OutOfMemoryError: _out_of_memory,
+    errors.MemoryLeakError: _same_plan,
+    errors.DivergedError: _half_learning_rate,
+    errors.StalledError: _once_more,
+    errors.PreemptedError: _once_more,
+    errors.DeviceFaultError: _once_more,
+    errors.WorkerCrashedError: _once_more,
+    errors.TrainingFailureError: _once_more,
+    errors.CheckpointCorruptError: _checkpoint_before,
+    errors.AttemptError: _stop,
+    errors.RequestError: _stop,
+    errors.TransientError: _stop,  # retried by the task that called, never here too
+    errors.RejectedError: _stop,
+    errors.QuantizationError: _stop,  # its own ladder is config.quantization
+    errors.SaveError: _stop,
+    errors.ExportDriftError: _stop,  # no training raises it
 }
 """Policy of each class of failure; other classes have that of their nearest ancestor here."""
 
 
 def policy_for(kind: str) -> Callable[[_Case], Retry | GiveUp]:
     """Return the policy for a kind of failure; an unknown kind is given up."""
-    classes = {error.__name__: error for error in error_kinds()}
-    ancestors = classes.get(kind, FinetuneError).__mro__
+    classes = {error.__name__: error for error in errors.error_kinds()}
+    ancestors = classes.get(kind, errors.FinetuneError).__mro__
     return next((POLICIES[error] for error in ancestors if error in POLICIES), _stop)
 
 
@@ -249,7 +229,7 @@ def _last_of_each(rungs: Sequence[Rung]) -> str:
 def _give_up(case: _Case, reason: str, kind: str = "") -> GiveUp:
     last, kind = case.failure, kind or case.failure.kind
     message = f"{reason}. {last.what}\nAttempts:\n{_table(case)}"
-    needs_memory = kind == InsufficientMemoryError.__name__
+    needs_memory = kind == errors.InsufficientMemoryError.__name__
     failure = Failure(
         kind=kind,
         what=message,
