@@ -275,7 +275,7 @@ def test_a_base_that_is_another_one_now_is_refused_and_nothing_is_left(
     with pytest.raises(ExportDriftError, match="The export is refused: merged: answer loss"):
         export_adapter(trained.config, trained.adapter, tmp_path / "model", rows, "cpu")
     assert [path.name for path in tmp_path.iterdir()] == [rows.name]
-    assert f"{changed_base} changed since the adapter was trained" in caplog.text
+    assert f"{changed_base} has changed since the adapter was trained" in caplog.text
 
 
 def test_a_full_disk_is_found_before_a_model_is_loaded(
