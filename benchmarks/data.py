@@ -238,7 +238,8 @@ def gsm8k_rows(path: Path, count: int) -> list[dict[str, Any]]:
 
 def measure_tokenise(rows: int, _arguments: argparse.Namespace) -> Result:
     """Time each kind of rows, best of three."""
-    from qwen3ft.chat.rendering import load_tokenizer, tokenize_rows
+    from qwen3ft.chat.rendering import tokenize_rows
+    from qwen3ft.chat.tokenizer import load_tokenizer
     from qwen3ft.embedded import MODEL_DIR
 
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})

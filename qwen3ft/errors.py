@@ -1,38 +1,22 @@
 """Every error of this project, as one tree.
 
     FinetuneError
-    * RequestError               the request cannot be met as it stands
-      - ConfigError              a setting is invalid
-      - EnvironmentNotReadyError a package, tool, disk or device is missing
-      - ModelNotFoundError       no such model; close names are suggested
-      - ModelAccessError         the model is gated and this machine has no access
-      - ModelUnavailableError    no network and no cached copy
-      - InsufficientMemoryError  no plan fits the budget
-      - TokenizerError           the tokenizer cannot be used or repaired
-      - DataLoadingError         no usable rows, or too many bad ones
-        + DatasetNotFoundError   the hub has no such data set, revision or file
-        + DatasetAccessError     the data set is gated and this machine has no access
-        + DatasetUnavailableError no network and no cached copy
-      - ChampionChangedError     another run promoted its adapter meanwhile
-      - RolledBackError          the adapter was rolled back; only a person promotes it again
-    * TransientError             the same call may succeed later
-      - DownloadError            a download broke off or the hub failed
-      - TrackingUnavailableError MLflow cannot be reached
-        + NotInMlflowError       it answers, but does not know the run or model
-    * RejectedError              MLflow refused an operation for good
-    * QuantizationError          the 4-bit settings cannot be used for this model here
-    * ExportDriftError           the merged model differs too much from the adapter
-    * SaveError                  a file could not be written and read back
-    * AttemptError               one training attempt ended early; recovery decides what follows
-      - OutOfMemoryError         GPU or host memory ran out
-      - MemoryLeakError          memory keeps growing after warm-up
-      - TrainingFailureError
-        + DivergedError          non-finite loss or gradient, caught before the update
-        + StalledError           the worker gave no more signs of life
-        + PreemptedError         the worker was asked to stop (SIGTERM, SIGINT)
-        + DeviceFaultError       the GPU or its driver failed
-        + WorkerCrashedError     the worker ended without giving a reason
-        + CheckpointCorruptError no checkpoint could be verified
+      RequestError
+        ConfigError  EnvironmentNotReadyError  InsufficientMemoryError  TokenizerError
+        ModelNotFoundError  ModelAccessError  ModelUnavailableError
+        DataLoadingError
+          DatasetNotFoundError  DatasetAccessError  DatasetUnavailableError
+        ChampionChangedError  RolledBackError
+      TransientError
+        DownloadError
+        TrackingUnavailableError
+          NotInMlflowError
+      RejectedError  QuantizationError  ExportDriftError  SaveError
+      AttemptError
+        OutOfMemoryError  MemoryLeakError
+        TrainingFailureError
+          DivergedError  StalledError  PreemptedError
+          DeviceFaultError  WorkerCrashedError  CheckpointCorruptError
 
 Each error says what happened (with numbers), why, and the one next command. It carries its facts as
 a dict and survives JSON and pickle. `qwen3ft.recovery.adjust` decides what follows each;

@@ -94,9 +94,8 @@ def configure(*, console: bool = True, json_path: Path | None = None) -> None:
     for handler in [handler for handler in logger.handlers if handler.get_name() == ROOT]:
         logger.removeHandler(handler)
         handler.close()
-    handlers: list[logging.Handler] = [
-        logging.NullHandler()
-    ]  # without one, warnings go to standard error
+    # without any handler, warnings go to standard error
+    handlers: list[logging.Handler] = [logging.NullHandler()]
     if console:
         handlers.append(logging.StreamHandler(sys.stderr))
         handlers[-1].setFormatter(

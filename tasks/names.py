@@ -17,7 +17,7 @@ from qwen3ft.records.evaluation import Champion
 from qwen3ft.records.model import SavedAdapter
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.training import AttemptOutcome, Failure
-from qwen3ft.report.attempts import kind_text, last_failure
+from qwen3ft.report.attempts import kind_text
 
 
 def name_of(name: Callable[[Mapping[str, Any]], str]) -> TaskRunNameCallbackWithParameters:
@@ -67,6 +67,6 @@ def promote_name(parameters: Mapping[str, Any]) -> str:
 
 def _failure_before(plan: TrainPlan) -> Failure | None:
     try:
-        return last_failure(RunDir(Path(plan.run_dir)), plan.attempt)
+        return RunDir(Path(plan.run_dir)).attempt(plan.attempt - 1).read_failure()
     except (OSError, ValueError):
         return None

@@ -20,7 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.machine import ROOT
 from benchmarks.speed.cases import TINY, Case, workload
 from benchmarks.speed.contestants import LORA
-from qwen3ft.chat.rendering import load_tokenizer, tokenize_rows
+from qwen3ft.chat.rendering import tokenize_rows
+from qwen3ft.chat.tokenizer import load_tokenizer
 from qwen3ft.config import TrainingConfig
 from qwen3ft.embedded import DATA_DIR, MODEL_DIR
 from qwen3ft.model.manager import ModelManager, keep_trainable_after_eval

@@ -26,7 +26,6 @@ from qwen3ft.chat.templates import (
     template_text,
 )
 from qwen3ft.chat.tokenizer import Encoder
-from qwen3ft.errors import TokenizerError
 from qwen3ft.logs import mask_secrets
 
 if TYPE_CHECKING:
@@ -208,11 +207,10 @@ def _has_data(shape: Shape) -> bool:
 
 def _check_equal(built: str, own: str) -> None:
     if built != own:
-        raise TokenizerError(
+        raise template_error(
             "The chat template renders a row differently from others of its shape: "
             f"{_around(own, built)} instead of {_around(built, own)}.",
-            why="It branches on the content of a message.",
-            next_command="qwen3ft plan --set model_name=Qwen/Qwen3-4B-Thinking-2507",
+            "It branches on the content of a message.",
         )
 
 

@@ -21,31 +21,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from qwen3ft.chat.conversation import Conversation
 from qwen3ft.chat.renderer import is_trained, renderer_of
 from qwen3ft.chat.skeleton import Skeleton, fill_slots
-from qwen3ft.chat.templates import END_TOKEN, ThinkingSupport, probe_thinking
-from qwen3ft.chat.tokenizer import configure_tokenizer, load_tokenizer
 from qwen3ft.errors import TokenizerError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from qwen3ft.records.data import QaRow
-
-__all__ = [
-    "END_TOKEN",
-    "Segment",
-    "ThinkingSupport",
-    "TokenizedRow",
-    "configure_tokenizer",
-    "encode_texts",
-    "generation_prompt",
-    "load_tokenizer",
-    "probe_thinking",
-    "prompt_ids",
-    "render_row",
-    "shorten_reasoning",
-    "tokenize_rows",
-]
-
 
 BLOCK_ROWS = 512
 """Rows tokenised at a time; limits the memory for text."""

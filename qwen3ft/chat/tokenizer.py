@@ -66,8 +66,7 @@ def configure_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     info = identify_template(tokenizer)
     if not info.name:
         get_logger("data").warning(
-            "The chat template (sha256 %s) is unknown; it is probed and used as it is.",
-            info.sha256,
+            "The chat template (sha256 %s) is unknown; it is probed and used as it is.", info.sha256
         )
     if tokenizer.pad_token_id in (None, vocabulary[END_TOKEN]):
         if PAD_TOKEN not in vocabulary:

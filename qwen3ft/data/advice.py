@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qwen3ft.chat import rendering as chat
+from qwen3ft.chat.templates import probe_thinking
 from qwen3ft.config import TrainingConfig
 from qwen3ft.data.folder import LEFT_OUT, Prepared
 from qwen3ft.data.placement import DUPLICATES, Fate
@@ -36,7 +36,7 @@ def warnings_of(
 def _about_reasoning(
     prepared: Prepared, tokenizer: PreTrainedTokenizerBase, config: TrainingConfig
 ) -> str:
-    reading, thinking = prepared.reading, chat.probe_thinking(tokenizer)
+    reading, thinking = prepared.reading, probe_thinking(tokenizer)
     bare = reading.usable - reading.with_reasoning
     if not thinking.writes and reading.with_reasoning:
         return (

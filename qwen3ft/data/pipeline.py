@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen3ft.chat import rendering as chat
+from qwen3ft.chat.tokenizer import configure_tokenizer, load_tokenizer
 from qwen3ft.config import TrainingConfig
 from qwen3ft.data.advice import log_report, warnings_of
 from qwen3ft.data.folder import (
@@ -49,15 +49,9 @@ _CODE_VERSION = 3
 SETTINGS_THAT_MATTER = (
     *("data_paths", "dev_paths", "test_paths", "columns", "reasoning_separator", "train_turns"),
     *("rows_without_reasoning", "special_tokens_in_text", "personal_data", "too_long"),
-    *(
-        "near_duplicates",
-        "new_data",
-        "replay_fraction",
-        "max_rows",
-        "max_rows_per_source",
-        "held_out_fraction",
-    ),
-    *("max_bad_fraction", "allow_sample_data", "max_sequence_length", "is_embedded"),
+    *("near_duplicates", "new_data", "replay_fraction", "max_rows", "max_rows_per_source"),
+    *("held_out_fraction", "max_bad_fraction", "allow_sample_data", "max_sequence_length"),
+    "is_embedded",
 )
 
 
@@ -104,7 +98,7 @@ class DataPipeline:
         """
         if self._tokenizer is None:
             source = resolve_model(self._config)
-            self._tokenizer = chat.load_tokenizer(fetch_tokenizer(source))
+            self._tokenizer = load_tokenizer(fetch_tokenizer(source))
         return self._tokenizer
 
     def load_qa_data_from_files(self) -> list[QaRow]:
@@ -158,7 +152,7 @@ class DataPipeline:
         """
         from qwen3ft.data.collators import PaddingCollator
 
-        chat.configure_tokenizer(tokenizer)
+        configure_tokenizer(tokenizer)
         return PaddingCollator(int(tokenizer.pad_token_id))
 
     def prepare(
@@ -184,7 +178,7 @@ class DataPipeline:
                 `<name>.quarantine.jsonl`.
             TokenizerError: the tokenizer or its template cannot be used.
         """
-        self._tokenizer = chat.load_tokenizer(snapshot.path)
+        self._tokenizer = load_tokenizer(snapshot.path)
         return self._build(sources or resolved(self._config), target, progress, known_rows)
 
     def check(self, progress: Callable[[int], None] = lambda _: None) -> DatasetManifest:

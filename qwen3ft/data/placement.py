@@ -125,10 +125,7 @@ def _mix(placement: Placement, keys: Keys, known: Hashes, config: TrainingConfig
 
 
 def _place_near(
-    placement: Placement,
-    table: RowTable,
-    config: TrainingConfig,
-    progress: Callable[[int], None],
+    placement: Placement, table: RowTable, config: TrainingConfig, progress: Callable[[int], None]
 ) -> None:
     """Leave out rows that nearly equal a more protected one or, if configured, an earlier one."""
     near, done = NearDuplicates(), 0

@@ -181,16 +181,11 @@ def pretrain(model: Qwen3ForCausalLM, sequences: torch.Tensor, weights: torch.Te
             print(f"step {step:5d}  loss {loss.item():.4f}  {seconds:6.1f} s", flush=True)
 
 
-def make_deterministic(seed: int) -> None:
-    """Fix threads, kernels and random state, on which the bits of a sum depend."""
+def build(directory: Path, seed: int) -> None:
+    """Write `model/` and `data/` into the directory."""
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(seed)
-
-
-def build(directory: Path, seed: int) -> None:
-    """Write `model/` and `data/` into the directory."""
-    make_deterministic(seed)
     write_splits(directory / "data", seed)
     tokenizer = train_tokenizer(plain_texts(seed))
     sequences, weights = training_sequences(tokenizer, seed)
@@ -203,11 +198,6 @@ def build(directory: Path, seed: int) -> None:
     tokenizer.save_pretrained(target)
 
 
-def shipped_bytes(directory: Path) -> int:
-    """Return the size of all files under the directory."""
-    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
-
-
 def _main(arguments: list[str] | None = None) -> None:
     """Parse the command line, build, and print size and time."""
     parser = argparse.ArgumentParser(description="Rebuild the embedded model and its data.")
@@ -217,7 +207,8 @@ def _main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     started = time.perf_counter()
     build(options.out, options.seed)
-    size = sum(shipped_bytes(options.out / part) for part in ("model", "data"))
+    written = [path for part in ("model", "data") for path in (options.out / part).iterdir()]
+    size = sum(path.stat().st_size for path in written)
     print(f"wrote {size:,} bytes to {options.out} in {time.perf_counter() - started:.0f} s")
 
 

@@ -29,21 +29,8 @@ class RowLoss:
     tokens: int
 
 
-def answer_loss(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Mapping[str, Any]],
-    batch_size: int,
-    progress: OnProgress = no_progress,
-    *,
-    escape: bool = False,
-) -> float:
-    """Return the mean negative log-likelihood (nats) per answer token: see `answer_losses`."""
-    return mean_loss(answer_losses(model, tokenizer, rows, batch_size, progress, escape=escape))
-
-
 def mean_loss(losses: Sequence[RowLoss]) -> float:
-    """Return the nats per token, each token weighing the same; NaN if there is none."""
+    """Return the mean loss (nats) per answer token; NaN if there is no token."""
     tokens = sum(loss.tokens for loss in losses)
     return sum(loss.nats for loss in losses) / tokens if tokens else float("nan")
 

@@ -27,10 +27,7 @@ SCORES_NAME = "row_scores.jsonl"
 
 
 def write_inference_report(
-    request: InferenceRequest,
-    exam: Exam,
-    evaluated: Mapping[ModelLabel, Evaluated],
-    seconds: float,
+    request: InferenceRequest, exam: Exam, evaluated: Mapping[ModelLabel, Evaluated], seconds: float
 ) -> InferenceReport:
     """Score every model's exam, compare the candidate with the others, and return the report.
 

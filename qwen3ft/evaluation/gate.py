@@ -5,43 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import Field
-
 from qwen3ft.config import TrainingConfig
 from qwen3ft.evaluation.wording import METRIC_NAMES, interval_text, score_text
 from qwen3ft.records.base import Record
-from qwen3ft.records.evaluation import (
-    Champion,
-    InferenceReport,
-    MetricName,
-    ModelScore,
-    Verdict,
-)
+from qwen3ft.records.evaluation import Champion, InferenceReport, MetricName, ModelScore, Verdict
 from qwen3ft.records.model import SavedAdapter
 
 
 class GatePolicy(Record):
     """Limits of the gate; shares are between 0 and 1."""
 
-    confidence: float = Field(
-        0.95, description="Confidence of the interval that has to be above zero."
-    )
-    min_rows: int = Field(30, description="Fewest held-out questions that can prove a gain.")
-    max_score_loss: float = Field(0.02, description="Largest loss in any score but the main one.")
-    max_answer_loss_rise: float = Field(
-        0.05, description="Largest rise of the answer loss, as a share of the rival's."
-    )
-    max_form_loss: float = Field(
-        0.02, description="Largest loss in the share of answers that pass a form check."
-    )
+    confidence: float = 0.95
+    """Confidence of the interval that has to be above zero."""
+    min_rows: int = 30
+    """Fewest held-out questions that can prove a gain."""
+    max_score_loss: float = 0.02
+    """Largest loss in any score but the main one."""
+    max_answer_loss_rise: float = 0.05
+    """Largest rise of the answer loss, as a share of the rival's."""
+    max_form_loss: float = 0.02
+    """Largest loss in the share of answers that pass a form check."""
     # Of 100 answers, the difference of two shares of 95 % has a standard error of 3 points.
-    max_sampled_form_loss: float = Field(
-        0.10, description="The same for sampled answers, which are fewer and vary more."
-    )
+    max_sampled_form_loss: float = 0.10
+    """The same for sampled answers, which are fewer and vary more."""
     # Absolute, so that it means the same for a base model that finds the answers easy or hard.
-    max_ability_loss_rise: float = Field(
-        0.25, description="Largest rise of the ability loss, in nats per token."
-    )
+    max_ability_loss_rise: float = 0.25
+    """Largest rise of the ability loss, in nats per token."""
 
 
 def gate_policy(config: TrainingConfig) -> GatePolicy:

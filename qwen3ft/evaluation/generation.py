@@ -12,11 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qwen3ft.chat.rendering import (
-    Asked,
-    generation_prompt,
-    prompt_ids,
-)
+from qwen3ft.chat.rendering import Asked, generation_prompt, prompt_ids
 from qwen3ft.chat.thinking import THINK_OPEN
 from qwen3ft.errors import OutOfMemoryError
 from qwen3ft.evaluation.answers import Generated

@@ -13,15 +13,9 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen3ft.errors import (
-    DataLoadingError,
-    ModelNotFoundError,
-    ModelUnavailableError,
-    SaveError,
-)
+from qwen3ft.errors import DataLoadingError, ModelNotFoundError, ModelUnavailableError, SaveError
 from qwen3ft.evaluation.ability import read_ability_rows
 from qwen3ft.evaluation.answer_cache import AnswerCache
-from qwen3ft.evaluation.answer_loss import answer_loss
 from qwen3ft.evaluation.answers import answers_are_sound, choose_questions
 from qwen3ft.evaluation.comparison import write_inference_report
 from qwen3ft.evaluation.exam import Evaluation, Exam, to_question
@@ -45,8 +39,6 @@ if TYPE_CHECKING:
 
     from qwen3ft.config import TrainingConfig
     from qwen3ft.records.requests import InferenceRequest
-
-__all__ = ["InferenceTester", "answer_loss", "answer_questions", "run_inference"]
 
 logger = get_logger("inference")
 

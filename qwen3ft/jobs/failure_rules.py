@@ -31,26 +31,20 @@ from qwen3ft.errors import (
 
 @dataclass(frozen=True)
 class Rule:
-    """One kind of foreign failure; it applies if any of its three conditions holds.
-
-    Attributes:
-        kind: Error that it becomes.
-        what: Headline; the foreign type and message follow it.
-        why: Cause, as far as this kind of failure reveals it.
-        next_command: Command to run next.
-        types: Names of exception types or their base classes; sufficient on their own.
-        lines: Pattern for the start of a line, unless the exception type quotes its input.
-        typed: Names of types, and a pattern that must occur anywhere in the message.
-        facts: Added to the error's facts.
-    """
+    """One kind of foreign failure; it applies if any of its three conditions holds."""
 
     kind: type[FinetuneError]
     what: str
+    """Headline; the foreign type and message follow it."""
     why: str
+    """Cause, as far as this kind of failure reveals it."""
     next_command: str = "qwen3ft doctor"
     types: str = ""
+    """Names of exception types or their base classes; sufficient on their own."""
     lines: str = ""
+    """Pattern for the start of a line, unless the exception type quotes its input."""
     typed: tuple[str, str] = ("", "")
+    """Names of types, and a pattern that must occur anywhere in the message."""
     facts: dict[str, Any] = field(default_factory=dict)
 
     def applies(self, names: frozenset[str], message: str) -> bool:

@@ -20,10 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
-from qwen3ft.files import write_json_atomic
+from qwen3ft.files import lines_from, write_json_atomic
+from qwen3ft.logs import get_logger
 from qwen3ft.records.training import Failure
+
+logger = get_logger("jobs")
 
 RecordT = TypeVar("RecordT", bound=BaseModel)
 
@@ -142,3 +145,18 @@ def write_record(path: Path, record: BaseModel) -> None:
 def read_record(path: Path, kind: type[RecordT]) -> RecordT:
     """Read a record written by `write_record`."""
     return kind.model_validate(json.loads(path.read_text(encoding="utf-8")))
+
+
+def parse_record(line: bytes, kind: type[RecordT]) -> RecordT | None:
+    """Parse one line of JSON; None, with a warning, if it is not a record of that kind."""
+    try:
+        return kind.model_validate_json(line)
+    except ValidationError:
+        logger.warning("an unreadable line of %s is skipped", kind.__name__)
+        return None
+
+
+def read_records(path: Path, kind: type[RecordT]) -> list[RecordT]:
+    """Read a file with one record a line; unreadable lines are skipped."""
+    parsed = (parse_record(line.content, kind) for line in lines_from(path))
+    return [record for record in parsed if record is not None]

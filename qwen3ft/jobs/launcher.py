@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel
 
-from qwen3ft.errors import FinetuneError, StalledError
+from qwen3ft.errors import StalledError
 from qwen3ft.files import lines_from
 from qwen3ft.jobs.failures import translate_exit
 from qwen3ft.jobs.folders import JobDir, read_record, write_record
@@ -85,7 +85,10 @@ def try_worker(
     failure = None if stall else job.read_failure()
     if failure is None:
         oom_kills = _kernel_oom_kills() - kills_before
-        failure = Failure.from_error(stall or _explain_exit(process.returncode, job, oom_kills))
+        error = stall or translate_exit(
+            process.returncode, _log_tail(job.log), oom_kills=oom_kills, phase=_last_phase(job)
+        )
+        failure = Failure.from_error(error)
         with suppress(OSError):  # a full disk must not hide what ended the worker
             write_record(job.failure, failure)
     return failure
@@ -117,11 +120,6 @@ def _watch(
         time.sleep(WATCH_SECONDS)
     records.relay()
     return None
-
-
-def _explain_exit(returncode: int, job: JobDir, oom_kills: int) -> FinetuneError:
-    tail = _log_tail(job.log)
-    return translate_exit(returncode, tail, oom_kills=oom_kills, phase=_last_phase(job))
 
 
 def _log_tail(path: Path, lines: int = 30) -> str:

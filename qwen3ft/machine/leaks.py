@@ -53,18 +53,12 @@ class Low(NamedTuple):
 
 @dataclass(frozen=True)
 class Growth:
-    """Memory that keeps growing.
-
-    Attributes:
-        series: The series that grows, in words.
-        bytes_per_step: Present slope.
-        since_step: First step of the growth.
-        step: Newest step of it.
-        grown_bytes: Increase from `since_step` to `step`.
-    """
+    """Memory that keeps growing, from `since_step` to `step`."""
 
     series: str
+    """The series that grows, in words."""
     bytes_per_step: float
+    """Present slope."""
     since_step: int
     step: int
     grown_bytes: int

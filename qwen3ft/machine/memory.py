@@ -22,6 +22,7 @@ from qwen3ft.errors import OutOfMemoryError
 from qwen3ft.logs import get_logger
 from qwen3ft.machine.gpus import CUDA_CONTEXT_BYTES
 from qwen3ft.machine.process_memory import (
+    free_host_bytes,
     measure_context,
     nvml_process_bytes,
     peak_resident_bytes,
@@ -235,9 +236,7 @@ class MemoryOptimizer:
 
     def _free_on_device_gb(self) -> float:
         if self.device == "cpu":
-            import psutil
-
-            return gb(psutil.virtual_memory().available)
+            return gb(free_host_bytes())
         import torch
 
         # Cached memory that no tensor uses is free for this process.

@@ -71,10 +71,11 @@ def write_memory_report(folder: Path, why: str) -> None:
     """
     try:
         folder.mkdir(exist_ok=True)
-        _write_text(folder / "resident.txt", f"{mask_secrets(why)}\n\n{resident_text()}")
+        resident = f"{mask_secrets(why)}\n\n{resident_text()}"
+        write_bytes_atomic(folder / "resident.txt", resident.encode())
         torch: Any = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-            _write_text(folder / "summary.txt", torch.cuda.memory_summary())
+            write_bytes_atomic(folder / "summary.txt", torch.cuda.memory_summary().encode())
             torch.cuda.memory._dump_snapshot(str(folder / "snapshot.pickle"))
     except (OSError, RuntimeError, MemoryError) as error:
         logger.warning("no report on memory: %s: %s", type(error).__name__, error)
@@ -88,7 +89,3 @@ def resident_text() -> str:
     sizes = {name: getattr(info, name, None) for name in ("rss", "uss", "pss", "shared", "swap")}
     lines = [f"{n:>10} {size / MIB:10,.1f} MiB" for n, size in sizes.items() if size is not None]
     return "\n".join(["Resident memory of the process", "", *lines]) + "\n"
-
-
-def _write_text(path: Path, text: str) -> None:
-    write_bytes_atomic(path, text.encode())

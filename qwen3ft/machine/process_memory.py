@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from qwen3ft.machine.gpus import CUDA_CONTEXT_BYTES
 
-_OWN_STATUS = Path("/proc/self/status")
+_OWN_STATUS, _OWN_PAGES = Path("/proc/self/status"), Path("/proc/self/statm")
 
 
 # --- NVML ---
@@ -110,30 +110,23 @@ def trim_heap() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-_OWN_PAGES = Path("/proc/self/statm")
-
-
 @dataclass(frozen=True)
 class MemoryReading:
-    """Memory at the end of a step; the counters of torch's allocator are 0 on a CPU.
-
-    Attributes:
-        step: Optimizer step that just ended.
-        private_bytes: Resident memory that no file backs.
-        allocated_bytes: GPU memory of tensors.
-        peak_allocated_bytes: Highest value so far, within steps and evaluations.
-        reserved_bytes: GPU memory that the allocator holds.
-        inactive_bytes: Unused parts of its segments, which may be too fragmented to use.
-        retries: Number of times the allocator freed its cache to get memory.
-    """
+    """Memory at the end of a step; the counters of torch's allocator are 0 on a CPU."""
 
     step: int
     private_bytes: int
+    """Resident memory that no file backs."""
     allocated_bytes: int = 0
+    """GPU memory of tensors."""
     peak_allocated_bytes: int = 0
+    """Highest value so far, within steps and evaluations."""
     reserved_bytes: int = 0
+    """GPU memory that the allocator holds."""
     inactive_bytes: int = 0
+    """Unused parts of its segments, which may be too fragmented to use."""
     retries: int = 0
+    """Number of times the allocator freed its cache to get memory."""
 
 
 def read_memory(step: int, device: Literal["cuda", "cpu"]) -> MemoryReading:
@@ -163,9 +156,7 @@ def private_bytes() -> int:
     if _OWN_PAGES.exists():
         resident, shared = _OWN_PAGES.read_text(encoding="ascii").split()[1:3]
         return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)
+    return resident_bytes()
 
 
 def free_host_bytes() -> int:

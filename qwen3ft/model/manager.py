@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen3ft.chat.rendering import load_tokenizer
+from qwen3ft.chat.tokenizer import load_tokenizer
 from qwen3ft.errors import QuantizationError
 from qwen3ft.files import (
     build_folder,

@@ -110,7 +110,7 @@ def _find_checkpoint_damage(checkpoint: Path) -> str | None:
     if damage := find_damage(checkpoint):
         return damage
     for name in (ADAPTER_FILE, ADAPTER_CONFIG_FILE):
-        if not _is_file(checkpoint, name):
+        if not (checkpoint / name).is_file():
             return f"{name} is missing"
     try:
         read_header(checkpoint / ADAPTER_FILE)
@@ -120,21 +120,14 @@ def _find_checkpoint_damage(checkpoint: Path) -> str | None:
     return None
 
 
-def _is_file(folder: Path, name: str) -> bool:
-    return (folder / name).is_file()
-
-
 def _try_save(
     target: Path, outcome: AttemptOutcome, plan: TrainPlan, config: TrainingConfig
 ) -> str | None:
     """Write the folder and read it back; return why that failed, or None."""
-    checkpoint, tokenizer = Path(outcome.best_checkpoint), Path(plan.model.path)
-    rows = Path(plan.dataset.path)
-    copied = [
-        checkpoint / ADAPTER_FILE,
-        *(tokenizer / name for name in TOKENIZER_FILES if _is_file(tokenizer, name)),
-        *(rows / name for name in (KNOWN_ROWS_FILE,) if _is_file(rows, name)),
-    ]
+    checkpoint = Path(outcome.best_checkpoint)
+    optional = [Path(plan.model.path) / name for name in TOKENIZER_FILES]
+    optional.append(Path(plan.dataset.path) / KNOWN_ROWS_FILE)
+    copied = [checkpoint / ADAPTER_FILE, *(path for path in optional if path.is_file())]
 
     def fill(folder: Path) -> None:
         for source in copied:

@@ -20,19 +20,15 @@ from qwen3ft.records.model import PROJECTIONS, AdapterSpec, ModelShape
 
 @dataclass(frozen=True)
 class KnownModel:
-    """One size of Qwen3.
-
-    Attributes:
-        key: Short name, as on the command line.
-        hub_name: The model that the key stands for.
-        shape: Its dimensions.
-        variants: Suffixes of the other models of this size on the hub.
-    """
+    """One size of Qwen3."""
 
     key: str
+    """Short name, as on the command line."""
     hub_name: str
+    """The model that the key stands for."""
     shape: ModelShape
     variants: tuple[str, ...]
+    """Suffixes of the other models of this size on the hub."""
 
     @property
     def hub_names(self) -> tuple[str, ...]:
@@ -146,8 +142,9 @@ def read_shape(folder: Path) -> ModelShape:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise _refused(path, f"it cannot be read ({error})") from error
-    if not isinstance(settings, dict) or settings.get("model_type") != "qwen3":
-        raise _refused(path, "it does not describe a dense Qwen3 (model_type 'qwen3')")
+    model_type = settings.get("model_type") if isinstance(settings, dict) else None
+    if model_type != "qwen3":
+        raise _refused(path, f"model_type is {model_type!r}, not 'qwen3'")
     settings.setdefault("tie_word_embeddings", False)
     values = {name: settings.get(name) for name in ModelShape.model_fields}
     if missing := [name for name, value in values.items() if value is None]:

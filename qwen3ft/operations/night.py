@@ -68,12 +68,10 @@ class NightRecord(Record):
     date: str = Field(description="YYYY-MM-DD in the schedule's time zone.")
     request_sha256: str
     run_id: str
-    state: Literal["running", "done", "failed"] = Field(
-        description="'running' with a free lock: the process was killed."
-    )
-    decision: str = Field(
-        "", description="promoted, kept or nothing new once done; deferred; else empty."
-    )
+    state: Literal["running", "done", "failed"]
+    """'running' with a free lock: the process was killed."""
+    decision: str = ""
+    """promoted, kept or nothing new once done; deferred; else empty."""
     champion: str | None = Field(None, description="Version that the candidate was compared with.")
     updated: datetime = Field(default_factory=lambda: datetime.now(UTC))
 

@@ -48,9 +48,7 @@ class RetentionPolicy(Record):
     keep_days: float = Field(30.0, ge=0, description="Runs, and folders that no younger run used.")
     keep_runs: int = Field(20, ge=0, description="Newest runs to keep, whatever their age.")
     checkpoint_days: float = Field(7.0, ge=0, description="Checkpoints of completed runs.")
-    abandon: tuple[str, ...] = Field(
-        (), description="Failed runs that could be continued, but need not."
-    )
+    abandon: tuple[str, ...] = Field((), description="Failed runs that need not be continued.")
 
 
 class Removal(Record):
@@ -65,17 +63,14 @@ class Removal(Record):
 
 @dataclass(frozen=True)
 class Stock:
-    """Runs, versions and folders to decide about.
-
-    Attributes:
-        runs: All runs, the newest first.
-        protected: Versions in use.
-        used: Shared folders that are still needed; None if unknown, so that all are kept.
-    """
+    """Runs, versions and folders to decide about."""
 
     runs: list[RunState]
+    """All runs, the newest first."""
     protected: Sequence[ProtectedVersion]
+    """Versions in use."""
     used: frozenset[Path] | None
+    """Shared folders that are still needed; None if unknown, so that all are kept."""
 
 
 def plan_removals(

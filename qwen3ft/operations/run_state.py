@@ -21,20 +21,16 @@ _MARKS = ("config.json", "run.jsonl")
 
 @dataclass(frozen=True)
 class RunState:
-    """State of one run's folder.
-
-    Attributes:
-        run: The folder.
-        state: continuable: not completed, with checkpoints or a trained adapter to resume from;
-            unsent: MLflow lacks some of it; ended: nothing to resume from.
-        age_seconds: Time since its files were last written.
-        uses: Folders that its attempts depend on: quantised models, tokenised rows.
-    """
+    """State of one run's folder."""
 
     run: RunDir
     state: State
+    """continuable: not completed, with checkpoints or a trained adapter to resume from; unsent:
+    MLflow lacks some of it; ended: nothing to resume from."""
     age_seconds: float
+    """Time since its files were last written."""
     uses: frozenset[Path]
+    """Folders that its attempts depend on: quantised models, tokenised rows."""
 
 
 def find_runs(runs_dir: Path) -> list[RunState]:

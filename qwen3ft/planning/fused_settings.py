@@ -31,23 +31,20 @@ HOST_SHARE = 0.5
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A combination of levers, and what of it no budget changes.
-
-    Attributes:
-        place: Position among all candidates, which decides between equally fast ones.
-        work: Its settings, without `activation_bytes`.
-        least: Bytes of the largest row with as little kept as is allowed.
-        most: Bytes of the largest row with as much kept as is allowed.
-        everything: Bytes of the largest row with everything kept.
-        batch: Sequences per optimizer step, and their mean length in tokens.
-    """
+    """A combination of levers, and what of it no budget changes."""
 
     place: int
+    """Position among all candidates, which decides between equally fast ones."""
     work: Workload
+    """Its settings, without `activation_bytes`."""
     least: int
+    """Bytes of the largest row with as little kept as is allowed."""
     most: int
+    """Bytes of the largest row with as much kept as is allowed."""
     everything: int
+    """Bytes of the largest row with everything kept."""
     batch: tuple[int, int]
+    """Sequences per optimizer step, and their mean length in tokens."""
 
     @cached_property
     def least_seconds(self) -> float:

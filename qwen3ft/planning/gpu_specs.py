@@ -15,25 +15,21 @@ from qwen3ft.errors import ConfigError
 
 @dataclass(frozen=True)
 class GpuSpec:
-    """One kind of GPU.
-
-    Attributes:
-        name: Name as people write it.
-        memory_gb: Memory that the driver shows, in units of 2**30 bytes.
-        bf16_tflops: Peak of dense products in bf16, in 1e12 operations a second.
-        bandwidth_gbps: Bandwidth of its memory, in 1e9 bytes a second.
-        capability: CUDA compute capability.
-        bus_gbps: Rate that a transfer to the host reaches, one way, in 1e9 bytes a second.
-        measured: Whether this project measured speed on it.
-    """
+    """One kind of GPU."""
 
     name: str
     memory_gb: float
+    """Memory that the driver shows, in units of 2**30 bytes."""
     bf16_tflops: float
+    """Peak of dense products in bf16, in 1e12 operations a second."""
     bandwidth_gbps: float
+    """Bandwidth of its memory, in 1e9 bytes a second."""
     capability: str
+    """CUDA compute capability."""
     bus_gbps: float
+    """Rate that a transfer to the host reaches, one way, in 1e9 bytes a second."""
     measured: bool = False
+    """True if this project measured speed on it."""
 
 
 PCIE_3, PCIE_4, PCIE_5 = 11.0, 22.0, 50.0

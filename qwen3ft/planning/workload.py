@@ -23,29 +23,23 @@ SMALLEST_PLANNED_LOSS_CHUNK_TOKENS = 256
 
 @dataclass(frozen=True)
 class Workload:
-    """A micro-batch on the device: everything that memory and speed depend on.
-
-    Attributes:
-        shape: Shape of the model.
-        adapter: The adapter that is trained.
-        device: 'cuda' or 'cpu'.
-        compute_dtype: 'bfloat16', 'float16' or 'float32'.
-        quantization: 'nf4-double', 'nf4' or 'fp4'.
-        sequence_tokens: Length of the longest sequence, padding included.
-        memory: The levers that trade time for memory.
-        varied_rows: Whether sequences, and so packed rows, differ in length.
-        eval_tokens: Length of the longest held-out sequence, padding included.
-    """
+    """A micro-batch on the device: everything that memory and speed depend on."""
 
     shape: ModelShape
     adapter: AdapterSpec
     device: str
+    """'cuda' or 'cpu'."""
     compute_dtype: str
+    """'bfloat16', 'float16' or 'float32'."""
     quantization: str
+    """'nf4-double', 'nf4' or 'fp4'."""
     sequence_tokens: int
+    """Length of the longest sequence, padding included."""
     memory: MemorySettings
     varied_rows: bool = True
+    """True if sequences, and so packed rows, differ in length."""
     eval_tokens: int = 1
+    """Length of the longest held-out sequence, padding included."""
 
     def with_memory(self, **levers: Any) -> Workload:
         """Return a copy with other memory levers."""
@@ -96,31 +90,23 @@ def workload_of(plan: TrainPlan) -> Workload:
 
 @dataclass(frozen=True)
 class FitRequest:
-    """Everything that the choice of settings depends on, without weights and rows.
-
-    Attributes:
-        config: The run's settings.
-        environment: The machine; a GPU that is only described has no UUID.
-        model_name: Name of the model, for people.
-        shape: Shape of the model.
-        compute_dtype: 'bfloat16' or 'float32'.
-        quantization: The one of the config's that is used.
-        adapter: The adapter that is trained.
-        longest_tokens: Length of the longest training row, padding included.
-        typical_tokens: Mean length of a training row.
-        held_out_tokens: Length of the longest held-out row, padding included.
-    """
+    """Everything that the choice of settings depends on, without weights and rows."""
 
     config: TrainingConfig
     environment: EnvironmentReport
+    """The machine; a GPU that is only described has no UUID."""
     model_name: str
     shape: ModelShape
     compute_dtype: Literal["bfloat16", "float32"]
     quantization: str
+    """The one of the config's that is used."""
     adapter: AdapterSpec
     longest_tokens: int
+    """Length of the longest training row, padding included."""
     typical_tokens: int
+    """Mean length of a training row."""
     held_out_tokens: int
+    """Length of the longest held-out row, padding included."""
 
     @property
     def smallest_workload(self) -> Workload:

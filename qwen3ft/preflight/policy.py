@@ -57,10 +57,7 @@ def corrected_budget_gb(report: PreflightReport) -> float:
 
 
 def replan(
-    config: TrainingConfig,
-    environment: EnvironmentReport,
-    plan: TrainPlan,
-    report: PreflightReport,
+    config: TrainingConfig, environment: EnvironmentReport, plan: TrainPlan, report: PreflightReport
 ) -> TrainPlan:
     """Return the plan to take instead of `plan`, within the same budget."""
     lower = _lower(config, environment, plan, report)
@@ -105,10 +102,7 @@ def too_little_memory(report: PreflightReport) -> InsufficientMemoryError:
 
 
 def _lower(
-    config: TrainingConfig,
-    environment: EnvironmentReport,
-    plan: TrainPlan,
-    report: PreflightReport,
+    config: TrainingConfig, environment: EnvironmentReport, plan: TrainPlan, report: PreflightReport
 ) -> TrainPlan:
     """Return the plan for the corrected budget; where nothing fits it, all rungs of the ladder."""
     if _host_memory_beside_a_gpu(plan, report):

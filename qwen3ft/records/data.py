@@ -69,13 +69,9 @@ class DataChange(Record):
     new_files: tuple[str, ...] = ()
     changed_files: tuple[str, ...] = ()
     gone_files: tuple[str, ...] = ()
-    new_rows: int = Field(
-        0, description="Rows for training (caps aside) that the champion has not seen."
-    )
+    new_rows: int = Field(0, description="Rows for training, caps aside, that are new to it.")
     unchanged: bool = Field(False, description="Same rows and settings as the champion's.")
-    new_rows_by_file: dict[str, int] = Field(
-        default_factory=dict, description="File: rows of `new_rows` first read there."
-    )
+    new_rows_by_file: dict[str, int] = Field(default_factory=dict)
     examples: tuple[str, ...] = Field((), description="Questions of a few new rows.")
 
 
@@ -104,31 +100,22 @@ class DatasetManifest(Record):
     too_long: int
     duplicates: int = Field(description="Exact repeats, leaks, and near-duplicates left out.")
     not_used: int = Field(0, description="Left out by a setting: caps, rows without reasoning.")
-    reasons: dict[str, int] = Field(
-        default_factory=dict, description="Reason code: rows that are missing for it."
-    )
+    reasons: dict[str, int] = Field({}, description="Rows left out, by reason code.")
     quarantine_path: str | None = None
-    layouts: dict[str, int] = Field(default_factory=dict, description="Layout found: rows.")
-    columns: dict[str, str] = Field(
-        default_factory=dict, description="Part: column, as most rows have it."
-    )
-    usable_rows: int = Field(
-        0, description="Rows neither quarantined nor left out for lack of reasoning."
-    )
+    layouts: dict[str, int] = Field({}, description="Rows by layout.")
+    columns: dict[str, str] = Field({}, description="Column by part, as most rows have it.")
+    usable_rows: int = Field(0, description="Not quarantined, and not left out without reasoning.")
     chinese_rows: int = Field(0, description="Usable rows whose question has Chinese in it.")
     reasoning_rows: int = Field(0, description="Usable rows with reasoning.")
     conversations: int = Field(0, description="Usable rows of more than a question and an answer.")
     near_duplicates: int = Field(0, description="Training rows nearly the same as another one.")
     shortened: int = Field(0, description="Rows whose reasoning lost its middle to fit.")
-    personal_data: dict[str, int] = Field(default_factory=dict, description="Kind found: rows.")
-    known_rows: str | None = Field(
-        None, description="File of the rows seen before, where they were told from new ones."
-    )
+    personal_data: dict[str, int] = Field({}, description="Rows by kind found.")
+    known_rows: str | None = Field(None, description="File of the rows seen before, if compared.")
     new_rows: int = Field(0, description="Training rows not among the known ones.")
     max_sequence_length: int = 0
-    length_histogram: tuple[tuple[int, int], ...] = Field(
-        (), description="(upper edge in tokens, rows) of the rows tokenised, too long ones too."
-    )
+    length_histogram: tuple[tuple[int, int], ...] = ()
+    """(upper edge in tokens, rows) of all tokenised rows, too long ones included."""
     longest: tuple[LongRow, ...] = ()
     warnings: tuple[str, ...] = Field((), description="Problems, each with a setting that helps.")
     degraded: tuple[str, ...] = ()

@@ -28,9 +28,7 @@ class RowScore(Record):
     exact_match: bool
     token_f1: float = Field(description="Between 0 and 1, like chrf.")
     chrf: float
-    loss_nats: float | None = Field(
-        description="Loss summed over the reference; None if it is not finite."
-    )
+    loss_nats: float | None = Field(description="Summed over the reference; None if not finite.")
     loss_tokens: int = Field(description="Reference tokens that the loss is summed over.")
     form: dict[str, bool] = Field(description="{form check: passed}.")
 
@@ -48,24 +46,15 @@ class ModelScore(Record):
     label: ModelLabel
     rows: int
     exact_match: float = Field(description="Between 0 and 1, like every score but the losses.")
-    exact_match_interval: tuple[float, float] | None = Field(
-        None,  # reports of earlier versions have none
-        description="Wilson's score interval of that share.",
-    )
+    exact_match_interval: tuple[float, float] | None = None
+    """Wilson's score interval of that share; None in reports of earlier versions."""
     token_f1: float = 0.0
     chrf: float = 0.0
-    answer_loss: float | None = Field(
-        description="Mean negative log-likelihood (nats) per answer token; None if not finite."
-    )
-    ability_loss: float | None = Field(
-        None, description="Loss on the ability set: see `qwen3ft.evaluation.ability`."
-    )
-    form: dict[str, float] = Field(
-        default_factory=dict, description="{form check: share of answers that pass}."
-    )
-    sampled_form: dict[str, float] = Field(
-        default_factory=dict, description="`form` of sampled instead of greedy answers."
-    )
+    answer_loss: float | None
+    """Mean negative log-likelihood (nats) per answer token; None if not finite."""
+    ability_loss: float | None = Field(None, description="The same on the ability set.")
+    form: dict[str, float] = Field({}, description="{form check: share of answers that pass}.")
+    sampled_form: dict[str, float] = Field({}, description="`form` of the sampled answers.")
     by_split: dict[str, SplitScore] = Field(default_factory=dict)
 
     @property
@@ -134,9 +123,7 @@ class InferenceReport(Record):
     scores_path: str = Field("", description="JSON lines with the scores of every question.")
     checks: dict[str, bool] = Field(description="{quality check: passed}.")
     champion_version: str | None = None
-    generated: dict[str, int] = Field(
-        default_factory=dict, description="{model: answers that were not in the cache}."
-    )
+    generated: dict[str, int] = Field({}, description="{model: answers not found in the cache}.")
     seconds: float = 0.0
     judge: JudgeReport | None = Field(None, description="A second opinion; the gate ignores it.")
 

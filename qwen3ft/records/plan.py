@@ -21,41 +21,26 @@ class MemorySettings(Record):
     (`fused_settings` or `plain_settings`) with its reason, and a rung in `recovery.ladder`.
     """
 
-    kernels: Literal["fused", "plain"] = Field(
-        "plain",
-        description="'fused': the step of qwen3ft.training.fused; 'plain': transformers and PEFT.",
-    )
+    kernels: Literal["fused", "plain"] = "plain"
+    """'fused': the step of qwen3ft.training.fused; 'plain': transformers and PEFT."""
     micro_batch_size: int = Field(description="Sequences per forward pass.")
     eval_batch_size: int = Field(1, description="Sequences per forward pass of an evaluation.")
-    packing: bool = Field(
-        False,
-        description="Sequences one after the other in rows of up to micro_batch_size x the longest "
-        "row's tokens, instead of micro_batch_size padded rows.",
-    )
+    packing: bool = False
+    """Sequences one after the other in rows of up to micro_batch_size x the longest row's tokens,
+    instead of micro_batch_size padded rows."""
     gradient_checkpointing: bool = Field(description="Recompute activations in the backward.")
     loss_chunk_tokens: int = Field(description="Trained tokens whose logits exist at one time.")
     offload_activations: bool = Field(False, description="Saved activations wait in host memory.")
-    offload_optimizer: bool = Field(
-        False, description="The optimizer's moments stay in host memory."
-    )
-    offload_attention: bool = Field(
-        False,
-        description="Fused: attention's output is offloaded too, instead of being recomputed.",
-    )
-    offloaded_mlp_blocks: int = Field(
-        0, description="Fused: most blocks whose widest activations wait in host memory."
-    )
-    activation_bytes: int = Field(
-        0,
-        description="Fused: bytes a packed row may take, kept activations and working memory; each "
-        "row keeps as much of its blocks as this holds.",
-    )
-    chunk_tokens: int = Field(
-        0, description="Fused: tokens whose wide intermediates exist at one time."
-    )
-    head_groups: int = Field(
-        1, description="Fused: number of parts in which the gradient of attention is computed."
-    )
+    offload_optimizer: bool = Field(False, description="The moments stay in host memory.")
+    offload_attention: bool = False
+    """Fused: attention's output is offloaded too, instead of being recomputed."""
+    offloaded_mlp_blocks: int = 0
+    """Fused: most blocks whose widest activations wait in host memory."""
+    activation_bytes: int = 0
+    """Fused: bytes a packed row may take, kept activations and working memory; each row keeps as
+    much of its blocks as this holds."""
+    chunk_tokens: int = Field(0, description="Fused: tokens with wide intermediates at one time.")
+    head_groups: int = Field(1, description="Fused: parts of the gradient of attention.")
 
 
 PLAN_FORMAT: Literal[2] = 2
@@ -97,9 +82,8 @@ class TrainPlan(Record):
     keep_checkpoints: int
     seed: int
     stall_seconds: float
-    memory_history: bool = Field(
-        False, description="On a GPU: the allocator records the line of code each block comes from."
-    )
+    memory_history: bool = False
+    """On a GPU: the allocator records the line of code each block comes from."""
     predicted: tuple[MemoryPart, ...]
     reasons: dict[str, str] = Field(description="Reason for each derived value.")
     resume_from: str | None = Field(None, description="Verified checkpoint to continue from.")

@@ -94,9 +94,8 @@ class PreflightReport(Record):
     device: str
     budget_bytes: int
     predicted_bytes: int
-    measured_bytes: int = Field(
-        description="Peak of the process; where memory ran out, the least it would have been."
-    )
+    measured_bytes: int
+    """Peak of the process; where memory ran out, the least it would have been."""
     fitted: bool
     parts: tuple[PartComparison, ...]
     phases: tuple[PhaseMemory, ...] = Field(description="Phases that were completed.")

@@ -29,9 +29,7 @@ class DataRequest(Record):
     sources: ResolvedSources
     model: ModelSnapshot
     target: str
-    known_rows: str | None = Field(
-        None, description="File with the hashes of rows that were seen before."
-    )
+    known_rows: str | None = Field(None, description="File with the hashes of rows seen before.")
 
 
 class InferenceRequest(Record):
@@ -45,9 +43,7 @@ class InferenceRequest(Record):
     answers_path: str
     device: Literal["cuda", "cpu"]
     batch_size: int = Field(ge=1)
-    budget_gb: float | None = Field(
-        None, description="Budget of the plan; None for config.max_memory_gb."
-    )
+    budget_gb: float | None = Field(None, description="None for config.max_memory_gb.")
 
 
 # shown to users, and keys of parity.json
@@ -59,12 +55,10 @@ class ExportLimits(Record):
     """Extent and limits of the comparison before an export."""
 
     max_rows: int = Field(200, ge=1, description="Most held-out rows to compare on.")
-    max_loss_drift: float = Field(
-        0.05, ge=0, allow_inf_nan=False, description="Largest rise of the answer loss (nats)."
-    )
-    max_lost_answers: float = Field(
-        0.03, ge=0, le=1, description="Largest share of rows that only the adapter gets right."
-    )
+    max_loss_drift: float = Field(0.05, ge=0, allow_inf_nan=False)
+    """Largest rise of the answer loss (nats)."""
+    max_lost_answers: float = Field(0.03, ge=0, le=1)
+    """Largest share of rows that only the adapter gets right."""
 
 
 class ExportRequest(Record):
@@ -89,9 +83,7 @@ class FormScore(Record):
     exact_match: float = Field(description="Share of answers equal to the reference, 0 to 1.")
     answer_loss: float = Field(description="Mean negative log-likelihood per answer token (nats).")
     same_answers: float = Field(description="Share of answers identical to the adapter's, 0 to 1.")
-    lost_answers: float = Field(
-        description="Share of rows that the adapter gets right and this form gets wrong."
-    )
+    lost_answers: float = Field(description="Share of rows that only the adapter gets right.")
     loss_drift: float = Field(description="`answer_loss` minus the adapter's (nats).")
     seconds: float
 
@@ -146,9 +138,7 @@ class Chunk(Record):
     kind: Literal["ready", "thinking", "answer", "end"]
     text: str = ""
     tokens: int = Field(0, description="With 'end': tokens of the whole answer.")
-    stopped: bool = Field(
-        True, description="With 'end': False if the answer was cut off at the limit."
-    )
+    stopped: bool = Field(True, description="With 'end': False if cut off at the limit.")
 
 
 class ChatEnded(Record):

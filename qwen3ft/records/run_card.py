@@ -11,13 +11,7 @@ from typing import Literal
 from pydantic import Field
 
 from qwen3ft.records.base import Record
-from qwen3ft.records.evaluation import (
-    Comparison,
-    JudgeReport,
-    MetricName,
-    ModelScore,
-    RivalLabel,
-)
+from qwen3ft.records.evaluation import Comparison, JudgeReport, MetricName, ModelScore, RivalLabel
 
 NOTHING_NEW = "NothingNew"
 """Name of the completed state of a run that found nothing new to train on."""
@@ -63,9 +57,7 @@ class AttemptSummary(Record):
     learning_rate: float
     resumed_from_step: int | None
     seconds: float
-    changes: tuple[SettingChange, ...] = Field(
-        (), description="Differences from the attempt before."
-    )
+    changes: tuple[SettingChange, ...] = Field((), description="Since the attempt before.")
 
 
 class FileLine(Record):
@@ -175,24 +167,18 @@ class RunCard(Record):
     trained_on: str = ""
     base_score: float | None = Field(None, description="Exact match of the base model, 0 to 1.")
     tuned_score: float | None = Field(None, description="Exact match of the candidate, 0 to 1.")
-    scores_by_split: dict[str, tuple[float, float, int]] = Field(
-        default_factory=dict, description="{split: (base, candidate, questions)}."
-    )
+    scores_by_split: dict[str, tuple[float, float, int]] = Field(default_factory=dict)
+    """{split: (base, candidate, questions)}."""
     scores: tuple[ModelScore, ...] = ()
     confidence: float = Field(0.95, description="Confidence of all intervals, 0 to 1.")
     main_metric: MetricName = "exact_match"
     comparisons: tuple[Comparison, ...] = ()
-    champion_version: str | None = Field(
-        None, description="In use before this run; 'none' if there was none, None if unknown."
-    )
-    version: str | None = Field(
-        None, description="Version of this run's adapter, once it is registered."
-    )
+    champion_version: str | None = None
+    """In use before this run; 'none' if there was none, None if unknown."""
+    version: str | None = Field(None, description="This run's, once it is registered.")
     forgetting: str = Field("", description="Loss on the ability set before and after.")
     judge: JudgeReport | None = Field(None, description="A second opinion; the gate ignores it.")
-    answers: tuple[AnsweredQuestion, ...] = Field(
-        (), description="Questions where the models differ most."
-    )
+    answers: tuple[AnsweredQuestion, ...] = Field((), description="Where the models differ most.")
     held_out_loss_before: float | None = None
     held_out_loss_after: float | None = None
     peak_memory_gb: float | None = None

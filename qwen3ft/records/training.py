@@ -20,9 +20,7 @@ class MemoryStatus(Record):
     total_gb: float = Field(description="The budget, or the device's total if that is smaller.")
     available_gb: float = Field(description="Left of total_gb, and free on the device.")
     is_safe: bool = Field(description="True while less than 90 % of total_gb is in use.")
-    beside_gb: float = Field(
-        0.0, description="Used by the process outside the allocator: CUDA context, libraries."
-    )
+    beside_gb: float = Field(0.0, description="CUDA context and libraries, beside the allocator.")
 
 
 class TrainingMetrics(Record):

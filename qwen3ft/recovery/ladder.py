@@ -35,17 +35,14 @@ EVALUATION_PHASE = "evaluate"
 
 @dataclass(frozen=True)
 class Rung:
-    """One step down the ladder.
-
-    Attributes:
-        values: New values of settings and memory levers, for `TrainPlan.with_settings`.
-        what: Description for people.
-        keeps_result: Whether training ends with the same adapter, but for rounding.
-    """
+    """One step down the ladder."""
 
     values: dict[str, Any]
+    """New values of settings and memory levers, for `TrainPlan.with_settings`."""
     what: str
+    """Description for people."""
     keeps_result: bool = True
+    """True if training ends with the same adapter, but for rounding."""
 
 
 def next_rungs(plan: TrainPlan, phase: str, *, allow_degraded: bool) -> list[Rung]:

@@ -10,12 +10,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from qwen3ft.errors import (
-    ChampionChangedError,
-    NotInMlflowError,
-    RequestError,
-    RolledBackError,
-)
+from qwen3ft.errors import ChampionChangedError, NotInMlflowError, RequestError, RolledBackError
 from qwen3ft.registry.moves import (
     Aliases,
     Change,

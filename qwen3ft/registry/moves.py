@@ -68,9 +68,7 @@ class Aliases(Record):
 
     champion: str | None = Field(None, description="Version in use.")
     previous: str | None = Field(None, description="Version in use before; target of a rollback.")
-    challenger: str | None = Field(
-        None, description="Newest version that was tested and not promoted."
-    )
+    challenger: str | None = Field(None, description="Newest version tested and not promoted.")
 
 
 class History(Record):
@@ -92,10 +90,7 @@ def this_person() -> Mover:
 
 def to_tag(move: Move) -> tuple[str, str]:
     """Return name and value of the tag for a move; texts that MLflow would refuse are cut."""
-    short = {
-        field: _shortened(text)
-        for field, text in (("verdict", move.verdict), ("reason", move.reason))
-    }
+    short = {"verdict": _shortened(move.verdict), "reason": _shortened(move.reason)}
     return tag_name(move.number), move.model_copy(update=short).model_dump_json()
 
 

@@ -15,12 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from qwen3ft.config import registered_model_name
-from qwen3ft.errors import (
-    NotInMlflowError,
-    RejectedError,
-    SaveError,
-    TrackingUnavailableError,
-)
+from qwen3ft.errors import NotInMlflowError, RejectedError, SaveError, TrackingUnavailableError
 from qwen3ft.files import build_folder, find_damage, read_manifest_facts, sha256_file
 from qwen3ft.model.saved_adapter import ADAPTER_FILE, read_degradations
 from qwen3ft.records.evaluation import Champion

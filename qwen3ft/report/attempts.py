@@ -10,19 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from qwen3ft.files import lines_from
-from qwen3ft.jobs.folders import JobDir, RunDir, read_record
-from qwen3ft.logs import get_logger
+from qwen3ft.jobs.folders import JobDir, RunDir, read_record, read_records
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.run_card import AttemptSummary, LossCurve, SettingChange
 from qwen3ft.records.training import Failure, TrainingMetrics
 from qwen3ft.report.curves import loss_curve
 from qwen3ft.report.figures import AttemptMemory
 from qwen3ft.units import size_text
-
-logger = get_logger("story")
 
 INTERRUPTED = "interrupted"
 """Outcome of an attempt that left neither a result nor a failure: its process was killed."""
@@ -136,32 +130,19 @@ def read_attempts(run: RunDir, memory: Sequence[AttemptMemory]) -> tuple[Attempt
         plan = _plan_of(job)
         if plan is None:
             continue
-        found.append(summarise(plan, _failure(job), _seconds(spans.get(plan.attempt)), before))
+        span = spans.get(plan.attempt)
+        found.append(summarise(plan, _failure(job), span.seconds if span else 0.0, before))
         before = plan
     return tuple(found)
 
 
 def read_loss_curves(run: RunDir) -> tuple[LossCurve, ...]:
     """Read the losses of every attempt; an unreadable line costs only itself."""
-    curves = [loss_curve(int(job.path.name), list(_metrics(job))) for job in run.attempts()]
+    curves = [
+        loss_curve(int(job.path.name), read_records(job.metrics, TrainingMetrics))
+        for job in run.attempts()
+    ]
     return tuple(curve for curve in curves if curve.training or curve.held_out)
-
-
-def last_failure(run: RunDir, before: int) -> Failure | None:
-    """Return the failure of the attempt before number `before`, None if it did not fail."""
-    if before < 2:
-        return None
-    return run.attempt(before - 1).read_failure()
-
-
-def _metrics(job: JobDir) -> list[TrainingMetrics]:
-    found = []
-    for line in lines_from(job.metrics):
-        try:
-            found.append(TrainingMetrics.model_validate_json(line.content))
-        except ValidationError:
-            logger.warning("an unreadable line of %s is skipped", job.metrics)
-    return found
 
 
 def _plan_of(job: JobDir) -> TrainPlan | None:
@@ -176,14 +157,6 @@ def _failure(job: JobDir) -> Failure | None:
         return None
     interrupted = Failure(kind=INTERRUPTED, what="the process of the run was killed")
     return job.read_failure() or interrupted
-
-
-def _seconds(span: AttemptMemory | None) -> float:
-    """Return the duration of an attempt, up to its end or its last memory reading."""
-    if span is None:
-        return 0.0
-    end = max([span.ended or span.started, *(sample.timestamp for sample in span.samples)])
-    return max(0.0, (end - span.started).total_seconds())
 
 
 def _batch(plan: TrainPlan) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,12 @@ class AttemptMemory(Record):
         """Sum of the predicted parts."""
         return gb(sum(part.bytes for part in self.predicted))
 
+    @property
+    def seconds(self) -> float:
+        """Duration up to the attempt's end or its last memory reading."""
+        end = max([self.ended or self.started, *(sample.timestamp for sample in self.samples)])
+        return max(0.0, (end - self.started).total_seconds())
+
     def minutes(self, start: float) -> list[float]:
         """Return the times of the samples on an axis where the attempt starts at `start`."""
         since = [(sample.timestamp - self.started).total_seconds() for sample in self.samples]
@@ -157,13 +163,12 @@ def attempt_minutes(attempts: Sequence[AttemptMemory]) -> list[tuple[float, floa
     spans: list[tuple[float, float]] = []
     at_seconds, before = 0.0, None
     for attempt in attempts:
-        end = max([attempt.ended or attempt.started, *(s.timestamp for s in attempt.samples)])
         if before is not None:
             pause = (attempt.started - before).total_seconds()
             at_seconds += min(max(0.0, pause), DRAWN_PAUSE_SECONDS)
-        seconds = max(0.0, (end - attempt.started).total_seconds())
-        spans.append((at_seconds / 60, (at_seconds + seconds) / 60))
-        at_seconds, before = at_seconds + seconds, end
+        spans.append((at_seconds / 60, (at_seconds + attempt.seconds) / 60))
+        at_seconds += attempt.seconds
+        before = attempt.started + timedelta(seconds=attempt.seconds)
     return spans
 
 

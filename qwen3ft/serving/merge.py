@@ -189,10 +189,7 @@ def _shard_names(count: int) -> list[str]:
 
 
 def _merged(
-    path: Path,
-    name: str,
-    pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
-    scale: float,
+    path: Path, name: str, pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]], scale: float
 ) -> torch.Tensor:
     """Return one weight of the base in bfloat16, with the adapter added."""
     import torch

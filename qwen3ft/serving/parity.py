@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen3ft.errors import DataLoadingError, InsufficientMemoryError
-from qwen3ft.evaluation.answer_loss import answer_loss
+from qwen3ft.evaluation.answer_loss import answer_losses, mean_loss
 from qwen3ft.evaluation.answers import exact_match
 from qwen3ft.evaluation.generation import answer_questions
 from qwen3ft.evaluation.inference import InferenceTester
@@ -100,9 +100,8 @@ def _read_rows(path: Path, limit: int) -> list[dict[str, Any]]:
             next_command="qwen3ft export --rows FILE",
             path=str(path),
         )
-    return (
-        [rows[index * len(rows) // limit] for index in range(limit)] if len(rows) > limit else rows
-    )
+    kept = min(limit, len(rows))
+    return [rows[index * len(rows) // kept] for index in range(kept)]
 
 
 def _ask(
@@ -121,10 +120,10 @@ def _ask(
         progress=progress,
         escape=escape,
     )
-    loss = answer_loss(model, tokenizer, rows, request.batch_size, progress, escape=escape)
+    losses = answer_losses(model, tokenizer, rows, request.batch_size, progress, escape=escape)
     answers = [answer.answer for answer in given]
     right = [exact_match(text, row["answer"]) for text, row in zip(answers, rows, strict=True)]
-    return _Asked(answers, right, loss, time.monotonic() - started)
+    return _Asked(answers, right, mean_loss(losses), time.monotonic() - started)
 
 
 def _load_merged(request: ExportRequest, memory: MemoryOptimizer) -> Loaded:

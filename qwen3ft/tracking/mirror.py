@@ -20,13 +20,7 @@ from qwen3ft.locks import try_lock
 from qwen3ft.logs import get_logger, mask_secrets
 from qwen3ft.tracking.connection import start_system_metrics
 from qwen3ft.tracking.cursor import operations, outstanding
-from qwen3ft.tracking.journal import (
-    AttemptEnded,
-    AttemptStarted,
-    Journal,
-    RunFinished,
-    RunStarted,
-)
+from qwen3ft.tracking.journal import AttemptEnded, AttemptStarted, Journal, RunFinished, RunStarted
 from qwen3ft.tracking.sender import Sender
 
 _POLL_SECONDS = 1.0  # between two looks at the journal and the attempts' files

@@ -6,13 +6,10 @@ import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeVar
-
-from pydantic import BaseModel, ValidationError
 
 from qwen3ft.errors import RejectedError
 from qwen3ft.files import lines_from
-from qwen3ft.jobs.folders import RunDir
+from qwen3ft.jobs.folders import RunDir, parse_record, read_records
 from qwen3ft.logs import get_logger, mask_secrets
 from qwen3ft.records.data import DatasetManifest
 from qwen3ft.records.plan import MemoryPart
@@ -29,8 +26,6 @@ from qwen3ft.tracking.connection import Point
 from qwen3ft.tracking.cursor import operations
 from qwen3ft.tracking.journal import AttemptEnded, AttemptStarted, DatasetInput, Metrics
 
-ModelT = TypeVar("ModelT", bound=BaseModel)
-
 _log = get_logger("tracking")
 
 
@@ -44,7 +39,7 @@ def operation_points(operation: Metrics) -> list[Point]:
 
 def training_points(line: bytes) -> list[Point]:
     """Return the points of one line of metrics.jsonl; none if it is unreadable."""
-    measured = _parsed(TrainingMetrics, line)
+    measured = parse_record(line, TrainingMetrics)
     if measured is None:
         return []
     values = {
@@ -59,7 +54,7 @@ def training_points(line: bytes) -> list[Point]:
 
 def memory_points(line: bytes) -> list[Point]:
     """Return the points of one line of memory.jsonl, in GB; none if it is unreadable."""
-    sample = _parsed(MemorySample, line)
+    sample = parse_record(line, MemorySample)
     if sample is None:
         return []
     values = {
@@ -76,23 +71,10 @@ def _points(values: Mapping[str, float | None], time: datetime, step: int) -> li
     return [Point(key, value, time_ms, step) for key, value in values.items() if value is not None]
 
 
-def _parsed(kind: type[ModelT], line: bytes) -> ModelT | None:
-    try:
-        return kind.model_validate_json(line)
-    except ValidationError:
-        _log.warning("An unreadable line of %s is skipped.", kind.__name__)
-        return None
-
-
-def _records(kind: type[ModelT], path: Path) -> list[ModelT]:
-    parsed = (_parsed(kind, line.content) for line in lines_from(path))
-    return [record for record in parsed if record is not None]
-
-
 def draw_attempt(run_dir: RunDir, number: int, folder: Path) -> list[Path]:
     """Write loss.png and memory.png of an attempt into `folder`, each if there is data for it."""
     drawn = []
-    if metrics := _records(TrainingMetrics, run_dir.attempt(number).metrics):
+    if metrics := read_records(run_dir.attempt(number).metrics, TrainingMetrics):
         drawn.append(write_png(loss_figure(metrics), folder / "loss.png"))
     if memory := [attempt for attempt in attempts_memory(run_dir) if attempt.number == number]:
         drawn.append(write_png(memory_figure(memory), folder / "memory.png"))
@@ -115,7 +97,7 @@ def attempts_memory(run_dir: RunDir) -> list[AttemptMemory]:
                 started=_moment(operation.time_ms),
                 budget_gb=operation.budget_gb,
                 predicted=_predicted(operation.plan),
-                samples=tuple(_records(MemorySample, run_dir.attempt(operation.number).memory)),
+                samples=tuple(read_records(run_dir.attempt(operation.number).memory, MemorySample)),
             )
         elif isinstance(operation, AttemptEnded) and operation.number in found:
             failed = None if operation.status == "FINISHED" else operation.status

@@ -113,11 +113,8 @@ class Sender:
         else:
             try:
                 self._apply(connection, operation)
-            except (
-                RejectedError,
-                ValueError,
-                TypeError,
-            ) as error:  # or a figure that cannot be drawn
+            # a figure that cannot be drawn raises the latter two
+            except (RejectedError, ValueError, TypeError) as error:
                 _log.warning("Tracking of '%s' is skipped. %s", operation.kind, error)
         fsync_file(journal_path(self.run_dir))  # the cursor must never be ahead of the journal
         self.state.journal_offset = line.end_offset

@@ -29,21 +29,17 @@ _LEAKED: list[Any] = []
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault before optimizer step `step` of an attempt, or of a preflight's measurement.
-
-    Attributes:
-        action: Kind of the fault.
-        step: Step before which it strikes; a leak also strikes before all later ones.
-        attempt: Number of the attempt; 0 for a preflight.
-        leak_bytes: Bytes to leak at each step.
-        preflight: Number of the measurement; 0 for an attempt.
-    """
+    """A fault before optimizer step `step` of an attempt, or of a preflight's measurement."""
 
     action: str
     step: int
+    """Step before which it strikes; a leak also strikes before all later ones."""
     attempt: int = 1
+    """Number of the attempt; 0 for a preflight."""
     leak_bytes: int = 0
+    """Bytes to leak at each step."""
     preflight: int = 0
+    """Number of the measurement; 0 for an attempt."""
 
     def is_due(self, step: int) -> bool:
         """Return True if it strikes before optimizer step `step`."""

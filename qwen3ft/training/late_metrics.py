@@ -15,21 +15,17 @@ import torch
 
 @dataclass(frozen=True)
 class StepNumbers:
-    """Metrics of one optimizer step.
-
-    Attributes:
-        step: Number of the step, from 1.
-        epoch: Epochs done after it.
-        learning_rate: Learning rate of the step.
-        loss: Mean negative log-likelihood per trained token, in nats.
-        grad_norm: Gradient norm before clipping.
-    """
+    """Metrics of one optimizer step."""
 
     step: int
+    """Number of the step, from 1."""
     epoch: float
+    """Epochs done after it."""
     learning_rate: float
     loss: float
+    """Mean negative log-likelihood per trained token, in nats."""
     grad_norm: float
+    """Gradient norm before clipping."""
 
 
 _Pending = tuple[int, float, float, torch.Tensor, "torch.cuda.Event | None"]

@@ -26,18 +26,17 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qwen3ft.chat.rendering import (
-    END_TOKEN,
     REMOVED,
     Segment,
-    configure_tokenizer,
     encode_texts,
     generation_prompt,
-    load_tokenizer,
     prompt_ids,
     render_row,
     shorten_reasoning,
     tokenize_rows,
 )
+from qwen3ft.chat.templates import END_TOKEN
+from qwen3ft.chat.tokenizer import configure_tokenizer, load_tokenizer
 from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.errors import TokenizerError
 

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from support.golden_conversations import CONVERSATIONS, TEMPLATES, WEATHER, user
 from transformers import PreTrainedTokenizerBase
 
-from qwen3ft.chat.rendering import configure_tokenizer, load_tokenizer
 from qwen3ft.chat.templates import (
     KNOWN_TEMPLATES,
     ThinkingSupport,
@@ -20,6 +19,7 @@ from qwen3ft.chat.templates import (
     identify_template,
     probe_thinking,
 )
+from qwen3ft.chat.tokenizer import configure_tokenizer, load_tokenizer
 from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.errors import TokenizerError
 

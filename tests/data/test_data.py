@@ -29,7 +29,9 @@ from support.data_stage import (
     write_jsonl,
 )
 
-from qwen3ft.chat.rendering import END_TOKEN, load_tokenizer, prompt_ids
+from qwen3ft.chat.rendering import prompt_ids
+from qwen3ft.chat.templates import END_TOKEN
+from qwen3ft.chat.tokenizer import load_tokenizer
 from qwen3ft.config import TrainingConfig, load_config
 from qwen3ft.data.collators import IGNORED_LABEL
 from qwen3ft.data.folder import read_manifest

@@ -24,14 +24,10 @@ from qwen3ft.errors import (
     OutOfMemoryError,
     SaveError,
 )
+from qwen3ft.evaluation.answer_loss import answer_losses, mean_loss
 from qwen3ft.evaluation.gate import GatePolicy, decide_promotion
-from qwen3ft.evaluation.generation import in_batches
-from qwen3ft.evaluation.inference import (
-    InferenceTester,
-    answer_loss,
-    answer_questions,
-    run_inference,
-)
+from qwen3ft.evaluation.generation import answer_questions, in_batches
+from qwen3ft.evaluation.inference import InferenceTester, run_inference
 from qwen3ft.files import read_json_lines, read_manifest_facts, write_manifest
 from qwen3ft.model.manager import ModelManager
 from qwen3ft.model.save_adapter import save_adapter
@@ -305,7 +301,7 @@ def test_the_loss_is_the_mean_over_answer_tokens(trained: Trained, loaded: tuple
     with torch.no_grad():
         expected = model(**batch).loss.item()
     for batch_size in (1, 5, 16):
-        found = answer_loss(model, tokenizer, trained.rows, batch_size)
+        found = mean_loss(answer_losses(model, tokenizer, trained.rows, batch_size))
         assert found == pytest.approx(expected, rel=1e-4)
 
 
@@ -329,7 +325,8 @@ def test_a_conversation_is_continued_and_its_last_answer_is_scored(
     ids = torch.tensor([tokens.input_ids])
     with torch.no_grad():
         expected = model(input_ids=ids, labels=ids.masked_fill(torch.arange(end) < start, -100))
-    assert answer_loss(model, tokenizer, [row], 1) == pytest.approx(expected.loss.item(), rel=1e-4)
+    found = mean_loss(answer_losses(model, tokenizer, [row], 1))
+    assert found == pytest.approx(expected.loss.item(), rel=1e-4)
     assert prompt_ids(tokenizer, row, False) == tokens.input_ids[:start]
 
 
@@ -338,7 +335,7 @@ def test_generation_leaves_the_4_bit_model_trainable(trained: Trained) -> None:
     loaded = InferenceTester(trained.config).load_finetuned_model(str(trained.adapter))
     before = adapter_gradients(loaded, trained.rows[:4])
     ask(loaded, [row["question"] for row in trained.rows[:4]])
-    answer_loss(*loaded, trained.rows[:4], 2)
+    answer_losses(*loaded, trained.rows[:4], 2)
     after = adapter_gradients(loaded, trained.rows[:4])
     assert len(before) == 2 * 7 * trained.snapshot.shape.num_hidden_layers
     for name, gradient in before.items():

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from qwen3ft.chat.rendering import load_tokenizer
+from qwen3ft.chat.tokenizer import load_tokenizer
 from qwen3ft.data.pipeline import DataPipeline
 from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.errors import (

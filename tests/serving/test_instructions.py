@@ -14,8 +14,9 @@ import pytest
 from support.go_template import render
 from support.golden_conversations import CONVERSATIONS, TEMPLATES, assistant, user
 
-from qwen3ft.chat.rendering import conversation_of, load_tokenizer
+from qwen3ft.chat.rendering import conversation_of
 from qwen3ft.chat.templates import KNOWN_TEMPLATES, apply_template, identify_template
+from qwen3ft.chat.tokenizer import load_tokenizer
 from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.records.requests import ParityReport
 from qwen3ft.serving.instructions import ollama_template, vllm_lora_command, write_serving_files

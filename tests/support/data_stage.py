@@ -9,7 +9,8 @@ from typing import Any
 
 from datasets import disable_progress_bars
 
-from qwen3ft.chat.rendering import END_TOKEN, load_tokenizer
+from qwen3ft.chat.templates import END_TOKEN
+from qwen3ft.chat.tokenizer import load_tokenizer
 from qwen3ft.config import TrainingConfig
 from qwen3ft.data.pipeline import DataPipeline
 from qwen3ft.data.token_table import load_split

@@ -26,22 +26,15 @@ from qwen3ft.training.fused.projections import AdapterGradient, SharedInput, Sin
 
 @dataclass(frozen=True)
 class PackedRow:
-    """A packed row of T tokens, as all blocks see it.
-
-    Attributes:
-        segments: Its sequences.
-        cos: fp32, (T, head_dim / 2).
-        sin: fp32, (T, head_dim / 2).
-        chunk_tokens: Tokens whose wide intermediates exist at a time.
-        head_groups: Number of parts in which attention is computed; divides the number of
-            key-value heads.
-    """
+    """A packed row of T tokens, as all blocks see it; cos and sin are fp32, (T, head_dim / 2)."""
 
     segments: Segments
     cos: Tensor
     sin: Tensor
     chunk_tokens: int
+    """Tokens whose wide intermediates exist at a time."""
     head_groups: int = 1
+    """Parts in which attention is computed; divides the number of key-value heads."""
 
     def chunks(self) -> Iterator[slice]:
         """Yield slices of tokens, in order."""

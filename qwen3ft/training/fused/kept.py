@@ -12,29 +12,26 @@ from qwen3ft.training.fused.offload import HostStash, Stashed
 
 @dataclass
 class Kept:
-    """Tensors that a block keeps; those that are None are recomputed.
-
-    Attributes:
-        x: Input of the block, (T, hidden).
-        qkv: q, k and v before norms and rotation, (T, (query + 2 key-value heads) x head_dim).
-        attended: Output of attention, (T, query heads, head_dim).
-        log_sum_exp: Log-sum-exp of attention's scores, (query heads, T).
-        attended_low: Product of `attended` with o's A, (T, rank).
-        x_mid: Hidden states between attention and MLP, (T, hidden).
-        gate_up: gate and up of each chunk, (chunk, 2 x intermediate).
-        activated_low: Product of the MLP's inner activation with down's A, (T, rank).
-        offloaded: Tensors in host memory, by name; gate_up has one per chunk.
-    """
+    """Tensors that a block keeps; those that are None are recomputed."""
 
     x: Tensor | None
+    """Input of the block, (T, hidden)."""
     qkv: Tensor | None = None
+    """q, k and v before norms and rotation, (T, (query + 2 key-value heads) x head_dim)."""
     attended: Tensor | None = None
+    """Output of attention, (T, query heads, head_dim)."""
     log_sum_exp: Tensor | None = None
+    """Log-sum-exp of attention's scores, (query heads, T)."""
     attended_low: Tensor | None = None
+    """Product of `attended` with o's A, (T, rank)."""
     x_mid: Tensor | None = None
+    """Hidden states between attention and MLP, (T, hidden)."""
     gate_up: list[Tensor] | None = None
+    """gate and up of each chunk, (chunk, 2 x intermediate)."""
     activated_low: Tensor | None = None
+    """Product of the MLP's inner activation with down's A, (T, rank)."""
     offloaded: dict[str, list[Stashed]] = field(default_factory=dict)
+    """Tensors in host memory, by name; gate_up has one per chunk."""
 
     def offload(self, stash: HostStash, names: tuple[str, ...]) -> None:
         """Move those of `names` that are kept to host memory."""

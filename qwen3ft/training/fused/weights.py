@@ -16,28 +16,24 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class FourBitWeight:
-    """A weight of shape (out_features, in_features), row by row, two numbers a byte.
-
-    Attributes:
-        packed: uint8, (out_features x in_features / 2,); the high nibble is the even number.
-        code: fp32, (16,): value of each nibble, in [-1, 1].
-        absmax: Constant of each block; fp32, or uint8 with double quantisation.
-        block: Weights that share a constant; a power of two.
-        nested_code: fp32, (256,): value of each 8-bit constant; None without double quantisation.
-        nested_absmax: fp32: second constant of each `nested_block` constants, or None.
-        nested_offset: fp32 scalar tensor added to every constant, or None.
-        nested_block: Constants that share a second constant.
-    """
+    """A weight of shape (out_features, in_features), row by row, two numbers a byte."""
 
     packed: Tensor
+    """uint8, (out_features x in_features / 2,); the high nibble is the even number."""
     code: Tensor
+    """fp32, (16,): value of each nibble, in [-1, 1]."""
     absmax: Tensor
+    """Constant of each block; fp32, or uint8 with double quantisation."""
     out_features: int
     in_features: int
     block: int
+    """Weights that share a constant; a power of two."""
     nested_code: Tensor | None = None
+    """fp32, (256,): value of each 8-bit constant; None without double quantisation."""
     nested_absmax: Tensor | None = None
+    """fp32: second constant of each `nested_block` constants, or None."""
     nested_offset: Tensor | None = None
+    """fp32 scalar tensor added to every constant, or None."""
     nested_block: int = 256
 
     @classmethod
