@@ -3,6 +3,7 @@
     python -m benchmarks.data stage [--rows 1000000] [--work DIR] [--out FILE]
     python -m benchmarks.data dedup [--rows 200000] [--out FILE]
     python -m benchmarks.data tokenise [--rows 20000] [--out FILE]
+    python -m benchmarks.data scan [--rows 20000] [--out FILE]
 
 - stage: generates rows of about 300 bytes (every fourth in Chinese, one in a thousand broken or
   repeated); times mapping alone, then the whole stage, then a second run that finds its result.
@@ -10,6 +11,8 @@
   in twenty repeats an earlier row, and one in twenty is an earlier row with one word exchanged.
 - tokenise: times rendering and tokenising of the embedded questions, numbered so that no two texts
   are equal, and of GSM8K if `shared/data/gsm8k` exists here or beside the checkout.
+- scan: times the search for credentials and personal data in clean texts of 300 characters, English
+  and Chinese, with years and small numbers.
 
 Exits with 1 if a bar is missed.
 """
@@ -39,7 +42,7 @@ from qwen3ft.units import GIB, MIB
 Result = tuple[dict[str, Any], dict[str, bool]]
 """Measured numbers, and whether each bar holds."""
 
-DEFAULT_ROWS = {"stage": 1_000_000, "dedup": 200_000, "tokenise": 20_000}
+DEFAULT_ROWS = {"stage": 1_000_000, "dedup": 200_000, "tokenise": 20_000, "scan": 20_000}
 MAPPED_ROWS_PER_SECOND = 20_000
 MOST_RESIDENT_BYTES = 2 * GIB
 CACHED_SECONDS = 5.0
@@ -52,6 +55,11 @@ WORDS = (  # noqa: SIM905
     "river window garden letter market silver doctor engine paper season travel answer bridge"
     " number copper winter planet music kitchen forest history signal morning weather mountain"
 ).split()
+CLEAN = (
+    "the committee met in 1998, and (as the minutes say) agreed on 12.5 % for his well-kept lawn; ",
+    "会议于2019年召开，大家同意把价格提高12.5%，并在3月之前完成全部工作；参加的人有四十七位，",
+)
+SCANNED_ROWS_PER_SECOND = 60_000
 SIGNS = "天地人水火山木金土日月年春夏秋冬东西南北你我他是有在不了这个大来上国和说们为子到"
 GSM8K = [folder / "shared/data/gsm8k/train.jsonl" for folder in (ROOT, ROOT.parent)]
 
@@ -269,7 +277,28 @@ def measure_tokenise(rows: int, _arguments: argparse.Namespace) -> Result:
     return result, bars
 
 
-MEASURES = {"stage": measure_stage, "dedup": measure_dedup, "tokenise": measure_tokenise}
+def measure_scan(rows: int, _arguments: argparse.Namespace) -> Result:
+    """Time the scan, best of three, by CPU time."""
+    from qwen3ft.data.safety import scan
+
+    texts = [(text * 8)[start : start + 300] for text in CLEAN for start in range(0, 60, 3)]
+    seconds = float("inf")
+    for _ in range(REPEATS):
+        started = time.process_time()
+        found = [scan(text) for text, _ in zip(itertools.cycle(texts), range(rows), strict=False)]
+        seconds = min(seconds, time.process_time() - started)
+    assert not any(found), "the texts are clean"
+    return {"rows": rows, "scanned_rows_per_second": round(rows / seconds)}, {
+        f"scanning >= {SCANNED_ROWS_PER_SECOND:,} rows/s": rows >= SCANNED_ROWS_PER_SECOND * seconds
+    }
+
+
+MEASURES = {
+    "stage": measure_stage,
+    "dedup": measure_dedup,
+    "tokenise": measure_tokenise,
+    "scan": measure_scan,
+}
 
 
 def main() -> int:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.golden_conversations import CONVERSATIONS, TEMPLATES, WEATHER, user
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qwen3ft.chat.templates import (
     KNOWN_TEMPLATES,
@@ -23,6 +23,7 @@ from qwen3ft.chat.tokenizer import configure_tokenizer, load_tokenizer
 from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.errors import TokenizerError
 
+Pair = tuple[Tokenizer, Tokenizer]
 NAMES = {
     "qwen3": "Qwen3",
     "instruct": "Qwen3-Instruct-2507",
@@ -32,12 +33,12 @@ NAMES = {
 
 
 @pytest.fixture
-def tokenizer() -> PreTrainedTokenizerBase:
+def tokenizer() -> Tokenizer:
     return load_tokenizer(MODEL_DIR)
 
 
 @pytest.fixture(scope="module")
-def pair() -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
+def pair() -> Pair:
     """A tokenizer with the published template of Qwen3, and one with ours."""
     theirs, ours = load_tokenizer(MODEL_DIR), load_tokenizer(MODEL_DIR)
     theirs.chat_template = TEMPLATES["qwen3"]
@@ -45,9 +46,7 @@ def pair() -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
 
 
 @pytest.mark.parametrize("family", TEMPLATES)
-def test_a_published_template_is_known_by_its_hash(
-    tokenizer: PreTrainedTokenizerBase, family: str
-) -> None:
+def test_a_published_template_is_known_by_its_hash(tokenizer: Tokenizer, family: str) -> None:
     """The table has the sha256 of these files, and no other template matches."""
     tokenizer.chat_template = TEMPLATES[family]
     info = identify_template(tokenizer)
@@ -59,7 +58,7 @@ def test_a_published_template_is_known_by_its_hash(
 
 
 def test_an_unknown_template_is_a_warning_with_its_hash(
-    tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is used as it is; a known one is not mentioned."""
     with caplog.at_level(logging.WARNING, logger="qwen3ft"):
@@ -81,14 +80,14 @@ def test_an_unknown_template_is_a_warning_with_its_hash(
     ],
 )
 def test_what_a_template_does_with_reasoning_is_found_by_rendering(
-    tokenizer: PreTrainedTokenizerBase, family: str, expected: ThinkingSupport
+    tokenizer: Tokenizer, family: str, expected: ThinkingSupport
 ) -> None:
     """The probe distinguishes the three families without their names."""
     tokenizer.chat_template = TEMPLATES[family] + "{# another hash #}"
     assert probe_thinking(tokenizer) == expected
 
 
-def test_a_template_that_keeps_all_reasoning_is_seen(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_template_that_keeps_all_reasoning_is_seen(tokenizer: Tokenizer) -> None:
     """Dropping it in earlier turns is probed, not assumed."""
     old, new = "{%- if loop.index0 > ns.last_query_index %}", "{%- if true %}"
     assert old in TEMPLATES["qwen3"]
@@ -96,9 +95,7 @@ def test_a_template_that_keeps_all_reasoning_is_seen(tokenizer: PreTrainedTokeni
     assert not probe_thinking(tokenizer).drops_earlier
 
 
-def test_a_template_that_refuses_a_conversation_is_a_tokenizer_error(
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
+def test_a_template_that_refuses_a_conversation_is_a_tokenizer_error(tokenizer: Tokenizer) -> None:
     """The message has the template's own error and the form of the conversation."""
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(TokenizerError, match=r"2 messages \(user, user\).*roles must alternate"):
@@ -106,9 +103,7 @@ def test_a_template_that_refuses_a_conversation_is_a_tokenizer_error(
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_our_template_renders_golden_conversations_as_qwen3_does(
-    pair: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase], name: str
-) -> None:
+def test_our_template_renders_golden_conversations_as_qwen3_does(pair: Pair, name: str) -> None:
     """Whole conversations and all their prefixes, with and without a generation prompt."""
     row = CONVERSATIONS[name]
     messages = row["messages"] or [
@@ -146,7 +141,7 @@ MESSAGES = st.fixed_dictionaries(
     prompt=st.booleans(),
 )
 def test_our_template_renders_any_messages_as_qwen3_does(
-    pair: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],
+    pair: Pair,
     messages: list[dict[str, Any]],
     tools: list[dict[str, Any]] | None,
     options: dict[str, bool],

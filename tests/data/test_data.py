@@ -8,12 +8,9 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 from support.data_stage import (
@@ -39,7 +36,7 @@ from qwen3ft.data.pipeline import DataPipeline, dataset_target
 from qwen3ft.data.sources import SAMPLE_DATA, resolved
 from qwen3ft.data.token_table import load_split
 from qwen3ft.embedded import DATA_DIR, MODEL_DIR
-from qwen3ft.errors import DataLoadingError, TokenizerError
+from qwen3ft.errors import DataLoadingError
 from qwen3ft.records.model import ModelSnapshot
 
 # --- the four kinds of test data ---
@@ -143,7 +140,7 @@ print(manifest.rows_read, manifest.train.tokens, max(resident) - resident[0])
 """
 
 
-@pytest.mark.parametrize("count", [10_000, pytest.param(50_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [4000, pytest.param(50_000, marks=pytest.mark.slow)])
 def test_a_large_file_takes_memory_in_proportion_to_its_rows(tmp_path: Path, count: int) -> None:
     """The peak grows by less than 32 MB and 2.5 kB a row of 120 bytes; every row is read."""
     words = random.Random(0)
@@ -171,33 +168,24 @@ def test_a_large_file_takes_memory_in_proportion_to_its_rows(tmp_path: Path, cou
 
 
 def test_the_prompt_carries_no_loss_and_the_end_token_does(tmp_path: Path) -> None:
-    """Labels repeat the ids after the prompt, the end token included, and nothing before."""
+    """Labels repeat the ids after the prompt; only a think block with reasoning is trained."""
     tokenizer = load_tokenizer(MODEL_DIR)
     rows = synthetic(60)
     manifest = prepare(tmp_path, write_jsonl(tmp_path / "qa.jsonl", rows))
     reasoning = {row["question"]: row["reasoning"] for row in rows}
-    trained = 0
-    for row, question in zip(
-        load_split(tmp_path / "data", "train"), questions(manifest, "train"), strict=True
-    ):
+    asked, trained = questions(manifest, "train"), 0
+    for row, question in zip(load_split(tmp_path / "data", "train"), asked, strict=True):
         prompt = prompt_ids(tokenizer, question, bool(reasoning[question]))
         assert row["input_ids"][: len(prompt)] == prompt
         assert row["trained"] == [len(prompt), row["length"]]
         assert tokenizer.decode(trained_ids(row)[-1:]) == END_TOKEN
         assert row["length"] == len(row["input_ids"])
         trained += len(trained_ids(row))
-    assert trained == manifest.train.trained_tokens
-
-
-def test_an_empty_think_block_is_given_and_not_trained(tmp_path: Path) -> None:
-    """Rows without reasoning train the bare answer; rows with it train the block as well."""
-    prepare(tmp_path, write_jsonl(tmp_path / "qa.jsonl", synthetic(60)))
-    tokenizer = load_tokenizer(MODEL_DIR)
-    for row in load_split(tmp_path / "data", "train"):
-        trained = tokenizer.decode(trained_ids(row))
         whole = tokenizer.decode(row["input_ids"])
         assert whole.count("<think>") == 1
-        assert ("<think>\n\n</think>" in whole) == ("think>" not in trained)
+        thinks = "think>" in tokenizer.decode(trained_ids(row))
+        assert thinks == bool(reasoning[question]) == ("<think>\n\n</think>" not in whole)
+    assert trained == manifest.train.trained_tokens
 
 
 def test_a_row_is_never_cut(tmp_path: Path) -> None:
@@ -214,96 +202,10 @@ def test_a_row_is_never_cut(tmp_path: Path) -> None:
         assert row["input_ids"][-1] == load_tokenizer(MODEL_DIR).convert_tokens_to_ids(END_TOKEN)
 
 
-LAYOUTS: dict[str, Callable[[str, str], dict[str, Any]]] = {
-    "question": lambda asked, said: {"question": asked, "answer": said},
-    "alpaca": lambda asked, said: {"instruction": asked, "input": "", "output": said},
-    "prompt": lambda asked, said: {"prompt": asked, "completion": said},
-    "chinese": lambda asked, said: {"问题": asked, "答案": said},
-    "sharegpt": lambda asked, said: {
-        "conversations": [{"from": "human", "value": asked}, {"from": "gpt", "value": said}]
-    },
-    "messages": lambda asked, said: {
-        "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
-    },
-    "squad": lambda asked, said: {"context": "", "question": asked, "answers": {"text": [said]}},
-}
-
-
-def write_as(path: Path, values: list[dict[str, Any]]) -> str:
-    """Write `values` in the file type that the name ends in."""
-    suffixes = path.suffixes
-    kind = next(suffix for suffix in suffixes if suffix in TYPES)
-    if kind == ".parquet":
-        pq.write_table(pa.Table.from_pylist(values), path)
-        return str(path)
-    if kind in (".csv", ".tsv"):
-        flat = [
-            {
-                k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)
-                for k, v in r.items()
-            }
-            for r in values
-        ]
-        separator = "," if kind == ".csv" else "\t"
-        text = pa.Table.from_pylist(flat).to_pandas().to_csv(index=False, sep=separator)
-    elif kind == ".json":
-        text = json.dumps(values, ensure_ascii=False, indent=1)
-    else:
-        text = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
-    codec = {".gz": "gzip", ".zst": "zstd"}.get(suffixes[-1])
-    with pa.output_stream(str(path), compression=codec) as stream:
-        stream.write(text.encode())
-    return str(path)
-
-
-TYPES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-FILE_NAMES = [f"qa{kind}" for kind in TYPES]
-FILE_NAMES += [f"qa{kind}{packed}" for kind in TYPES[:4] for packed in (".gz", ".zst")]
-
-
-def real_pairs(kind: str, most: int) -> list[tuple[str, str]]:
-    """Return questions and answers of the bundled rows, Chinese and English, or of GSM8K."""
-    if kind == "bundled":
-        paths = [DATA_DIR / "train.jsonl", DATA_DIR / "test.jsonl"]
-    else:
-        paths = [GSM8K, GSM8K.with_name("test.jsonl")]
-    rows = [row for path in paths for row in read_lines(path)[: most // len(paths)]]
-    return [(row["question"], row["answer"]) for row in rows]
-
-
-@pytest.mark.parametrize("kind", ["bundled", "gsm8k"])
-@pytest.mark.parametrize("most", [120, pytest.param(10**6, marks=pytest.mark.slow)])
-def test_every_type_and_layout_gives_identical_training_rows(
-    tmp_path: Path, kind: str, most: int
-) -> None:
-    """13 file types by 7 layouts: the same token ids, the same loss, in the same order."""
-    if kind == "gsm8k" and not GSM8K.exists():
-        pytest.skip("the GSM8K sample is not on this machine")
-    pairs = real_pairs(kind, most)
-    settings = {"reasoning_separator": "####"} if kind == "gsm8k" else {}
-    expected = None
-    layouts, names = list(LAYOUTS), FILE_NAMES
-    combinations = [(names[0], layout) for layout in layouts] + [(n, layouts[0]) for n in names]
-    combinations += [("qa.parquet", layout) for layout in layouts] + [("qa.csv", "messages")]
-    for name, layout in combinations:
-        values = [LAYOUTS[layout](asked, said) for asked, said in pairs]
-        path = write_as(tmp_path / name, values)
-        manifest = prepare(tmp_path, path, max_sequence_length=512, **settings)
-        assert manifest.rows_read == accounted(manifest) == len(pairs)
-        found = (
-            load_split(tmp_path / "data", "train").to_list(),
-            load_split(tmp_path / "data", "dev").to_list(),
-            questions(manifest, "test"),
-        )
-        expected = expected or found
-        assert found == expected, f"{name} as {layout}"
-        Path(path).unlink()
-
-
 def test_a_question_leaked_on_purpose_is_found(tmp_path: Path) -> None:
     """Held-out questions planted in training, verbatim and slightly reworded, are removed."""
-    pairs = real_pairs("bundled", 10**6)
-    test = write_as(tmp_path / "test.jsonl", [{"question": q, "answer": a} for q, a in pairs[:50]])
+    asked = read_lines(DATA_DIR / "train.jsonl")[:50]
+    test = write_jsonl(tmp_path / "test.jsonl", asked)
     words = random.Random(0)
     near = [
         " ".join(words.choices(["red", "boat", "river", "noon", "bridge", "cold", "wide"], k=60))
@@ -311,16 +213,16 @@ def test_a_question_leaked_on_purpose_is_found(tmp_path: Path) -> None:
         for _ in range(10)
     ]
     held_out = [{"question": question, "answer": "the red one"} for question in near]
-    test_near = write_as(tmp_path / "near.jsonl", held_out)
+    test_near = write_jsonl(tmp_path / "near.jsonl", held_out)
     planted = [
-        *({"question": f" {q.upper()} ", "answer": a} for q, a in pairs[:50]),
+        *({**row, "question": f" {row['question'].upper()} "} for row in asked),
         *(
             {"question": q.replace("old clock", "tower clock"), "answer": "the red one"}
             for q in near
         ),
     ]
     clean = synthetic(200)
-    train = write_as(tmp_path / "train.jsonl", [*clean, *planted])
+    train = write_jsonl(tmp_path / "train.jsonl", [*clean, *planted])
     manifest = prepare(tmp_path, train, test_paths=(test, test_near), max_sequence_length=512)
     assert manifest.rows_read == accounted(manifest)
     assert manifest.reasons == {"leakage": 50, "near_leakage": 10}
@@ -329,15 +231,6 @@ def test_a_question_leaked_on_purpose_is_found(tmp_path: Path) -> None:
 
 
 # --- what is held out ---
-
-
-def test_a_split_is_stable_when_rows_are_appended(tmp_path: Path) -> None:
-    """New rows join a split; no old row changes its own."""
-    small = prepare(tmp_path, write_jsonl(tmp_path / "qa.jsonl", synthetic(200)))
-    before = {split: set(questions(small, split)) for split in ("train", "dev", "test")}
-    large = prepare(tmp_path, write_jsonl(tmp_path / "qa.jsonl", synthetic(500)))
-    for split, old in before.items():
-        assert old < set(questions(large, split))
 
 
 def test_a_training_row_asked_in_dev_or_test_is_removed(tmp_path: Path) -> None:
@@ -363,15 +256,6 @@ def test_rows_that_share_a_question_share_a_split(tmp_path: Path) -> None:
     assert manifest.duplicates == 0
     splits = [set(questions(manifest, split)) for split in ("train", "dev", "test")]
     assert sum(map(len, splits)) == len(set.union(*splits)) == 100
-
-
-def test_only_the_missing_role_is_held_out(tmp_path: Path) -> None:
-    """With dev rows given, the whole held-out share goes to test."""
-    dev = write_jsonl(tmp_path / "dev.jsonl", synthetic(7, start=1000))
-    data = write_jsonl(tmp_path / "qa.jsonl", synthetic(400))
-    manifest = prepare(tmp_path, data, dev_paths=(dev,), held_out_fraction=0.2)
-    assert manifest.dev.rows == 7
-    assert 50 <= manifest.test_rows <= 110
 
 
 def test_max_rows_limits_training_rows_alone_and_takes_the_first(tmp_path: Path) -> None:
@@ -460,14 +344,6 @@ def test_a_missing_path_uses_sample_data_only_with_consent(tmp_path: Path) -> No
     manifest = prepare(tmp_path, missing, allow_sample_data=True)
     assert manifest.degraded == (SAMPLE_DATA,)
     assert manifest.sources[0].path == "embedded:train"
-
-
-def test_a_snapshot_without_a_tokenizer_is_a_tokenizer_error(tmp_path: Path) -> None:
-    """A damaged snapshot is not reported as bad data."""
-    config = TrainingConfig(model_name="embedded")
-    broken = SNAPSHOT.model_copy(update={"path": str(tmp_path)})
-    with pytest.raises(TokenizerError):
-        DataPipeline(config).prepare(broken, tmp_path / "data")
 
 
 # --- the folder and its key ---

@@ -29,9 +29,8 @@ from qwen3ft.data.token_table import load_split
 from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.errors import DataLoadingError
 from qwen3ft.operations.new_data import compare_data
+from qwen3ft.records.data import DatasetManifest
 from qwen3ft.records.evaluation import Champion
-
-# --- policies ---
 
 
 def test_rows_without_reasoning_are_left_out_where_asked(tmp_path: Path) -> None:
@@ -130,7 +129,14 @@ def test_near_duplicates_in_training_are_counted_and_dropped_where_asked(tmp_pat
     assert dropped.rows_read == accounted(dropped) == 120
 
 
-# --- what is new ---
+def champion_of(folder: Path, manifest: DatasetManifest) -> Champion:
+    """Return a version in use that was trained on the rows of `manifest`."""
+    adapter = folder / "champion"
+    adapter.mkdir()
+    shutil.copyfile(Path(manifest.path) / "known_rows.npy", adapter / "known_rows.npy")
+    card = {"data": manifest.model_dump(mode="json", include={"digest", "sources"})}
+    (adapter / "provenance.json").write_text(json.dumps(card))
+    return Champion(registered_model="m", version="3", source_uri="", adapter_path=str(adapter))
 
 
 def test_new_rows_are_mixed_with_a_sample_of_those_seen_before(tmp_path: Path) -> None:
@@ -167,16 +173,10 @@ def test_nothing_new_to_mix_is_no_error(tmp_path: Path) -> None:
 def test_changes_since_the_champion_are_found_by_file_and_row(tmp_path: Path) -> None:
     """New, changed and gone files and unseen rows; renaming a file makes no row new."""
     (tmp_path / "in").mkdir()
-    (tmp_path / "champion").mkdir()
     for name, start in (("a", 0), ("b", 100), ("c", 200)):
         write_jsonl(tmp_path / "in" / f"{name}.jsonl", synthetic(100, start))
     before = prepare(tmp_path, str(tmp_path / "in"))
-    shutil.copyfile(Path(before.path) / "known_rows.npy", tmp_path / "champion" / "known_rows.npy")
-    card = {"data": before.model_dump(mode="json", include={"digest", "sources"})}
-    (tmp_path / "champion" / "provenance.json").write_text(json.dumps(card))
-    champion = Champion(
-        registered_model="m", version="3", source_uri="", adapter_path=str(tmp_path / "champion")
-    )
+    champion = champion_of(tmp_path, before)
     same = compare_data(before, champion)
     assert same.unchanged
     assert (same.since, same.new_rows, same.new_files) == ("m v3", 0, ())
@@ -195,17 +195,11 @@ def test_changes_since_the_champion_are_found_by_file_and_row(tmp_path: Path) ->
 def test_new_rows_are_counted_by_file_with_questions_of_a_few(tmp_path: Path) -> None:
     """A few rows more in one file and a new file: exactly those, and questions of both."""
     (tmp_path / "in").mkdir()
-    (tmp_path / "champion").mkdir()
     write_jsonl(tmp_path / "in" / "a.jsonl", synthetic(100))
     before = prepare(tmp_path, str(tmp_path / "in"))
     first = compare_data(before, None)
     assert sum(first.new_rows_by_file.values()) == before.train.rows
-    shutil.copyfile(Path(before.path) / "known_rows.npy", tmp_path / "champion" / "known_rows.npy")
-    card = {"data": before.model_dump(mode="json", include={"digest", "sources"})}
-    (tmp_path / "champion" / "provenance.json").write_text(json.dumps(card))
-    champion = Champion(
-        registered_model="m", version="3", source_uri="", adapter_path=str(tmp_path / "champion")
-    )
+    champion = champion_of(tmp_path, before)
     write_jsonl(tmp_path / "in" / "a.jsonl", [*synthetic(100), *synthetic(40, 500)])
     write_jsonl(tmp_path / "in" / "b.jsonl", synthetic(60, 900))
     manifest = prepare(tmp_path, str(tmp_path / "in"))

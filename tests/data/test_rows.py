@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -132,26 +129,6 @@ def test_no_bytes_make_the_reader_raise(
         text.encode()
 
 
-TEXT = st.text(max_size=20)
-VALUES = st.recursive(st.none() | st.booleans() | st.floats() | TEXT, st.lists, max_leaves=5)
-
-
-@given(
-    values=st.lists(
-        st.dictionaries(st.sampled_from(["question", "answer", "reasoning", "x"]), VALUES)
-    )
-)
-def test_every_object_of_an_array_comes_out_exactly_once(
-    tmp_path_factory: pytest.TempPathFactory, values: list[Any]
-) -> None:
-    """Good or bad, the number of rows is the number of objects, each with its byte."""
-    path = tmp_path_factory.getbasetemp() / "any_array.json"
-    path.write_text(json.dumps(values), encoding="utf-8")
-    offsets = [row.offset if isinstance(row, BadRow) else row["offset"] for row in read(path)]
-    assert len(offsets) == len(values)
-    assert offsets == sorted(set(offsets))
-
-
 @pytest.mark.parametrize(
     ("values", "question"),
     [
@@ -213,20 +190,6 @@ def test_a_reasoning_column_wins_over_a_block_in_the_answer(tmp_path: Path) -> N
     assert (row["reasoning"], row["answer"], row["kind"]) == ("calendar", "Friday", "dates")
 
 
-def test_csv_rows_are_checked_one_by_one(tmp_path: Path) -> None:
-    """Quoted newlines belong to a row; wrong counts, bad bytes and bad quotes cost one row each."""
-    path = tmp_path / "rows.csv"
-    path.write_bytes(
-        b'question,answer\n"two\nlines",ok\none,two,three\n\nlone\nq\xff,a\n"x"y,a\nlast,ok\n'
-    )
-    rows = read(path)
-    outcome = [row.reason if isinstance(row, BadRow) else row["question"] for row in rows]
-    wrong, broken = "wrong_column_count", "broken_csv"
-    assert outcome == ["two\nlines", wrong, wrong, "invalid_utf8", broken, "last"]
-    lines = [row.line if isinstance(row, BadRow) else row["line"] for row in rows]
-    assert lines == [2, 4, 6, 7, 8, 9]
-
-
 def test_parquet_text_that_is_not_utf8_costs_one_row(tmp_path: Path) -> None:
     """Arrow keeps any bytes as text; a null is a missing value; categories are text."""
     raw = pa.array([b"ok", b"\xff\xfe", None, b"fine"], pa.binary())
@@ -257,29 +220,6 @@ def test_a_file_that_is_broken_as_a_whole_is_one_entry(tmp_path: Path, name: str
     [row] = read(tmp_path / name)
     assert isinstance(row, BadRow)
     assert (row.line, row.reason) == (0, UNREADABLE_FILE)
-
-
-def test_the_same_rows_come_out_of_every_format(tmp_path: Path) -> None:
-    """jsonl, json lines, json array, csv and parquet differ in nothing but the file's name."""
-    values = [
-        {"question": f'第{n}个,"问题"', "answer": f"line 1\nline {n}", "reasoning": "嗯"}
-        for n in range(20)
-    ]
-    lines = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
-    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
-    (tmp_path / "b.json").write_text(lines, encoding="utf-8")
-    (tmp_path / "c.json").write_text(json.dumps(values), encoding="utf-8")
-    table = pa.Table.from_pylist(values)
-    pq.write_table(table, tmp_path / "d.parquet")
-    table.to_pandas().to_csv(tmp_path / "e.csv", index=False)
-    found = []
-    for path in sorted(tmp_path.iterdir()):
-        rows = read(path)
-        assert not any(isinstance(row, BadRow) for row in rows)
-        places = {"file": "", "line": 0, "offset": 0}
-        found.append([{**row, **places} for row in rows])
-    assert len(found) == 5
-    assert all(rows == found[0] for rows in found)
 
 
 # --- layouts ---
@@ -457,13 +397,11 @@ def test_a_folder_gives_its_files_sorted_and_without_hidden_ones(tmp_path: Path)
     assert degraded == ()
 
 
-def test_a_missing_path_is_reported_at_once(tmp_path: Path) -> None:
-    """The error comes before any hashing, names path and role, and gives a command."""
+def test_a_missing_path_is_reported(tmp_path: Path) -> None:
+    """The error names path and role, and gives a command."""
     missing = str(tmp_path / "nowhere.jsonl")
-    started = time.perf_counter()
     with pytest.raises(DataLoadingError, match=r"dev data path .*nowhere\.jsonl") as caught:
         resolved(config(data_paths=("embedded:train",), dev_paths=(missing,)))
-    assert time.perf_counter() - started < 1
     assert caught.value.next_command
     assert caught.value.facts["path"] == missing
 
@@ -507,17 +445,3 @@ def test_a_fingerprint_changes_only_with_the_content(tmp_path: Path) -> None:
     [(name, digest, role)] = resolved(asked).fingerprints
     assert (name, role) == (str(path), "train")
     assert digest != before[0][1]
-
-
-def test_the_flow_imports_no_heavy_library_for_the_data_stage() -> None:
-    """Finding out whether data changed costs neither torch nor transformers nor datasets."""
-    code = (
-        "import sys; from qwen3ft.config import TrainingConfig;"
-        "from qwen3ft.data.folder import read_manifest;"
-        "from qwen3ft.data.pipeline import dataset_target;"
-        "from qwen3ft.data.sources import resolved;"
-        "resolved(TrainingConfig(model_name='embedded'));"
-        "print({'torch', 'transformers', 'datasets', 'prefect', 'mlflow'} & set(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"

@@ -7,7 +7,6 @@ repository find none.
 from __future__ import annotations
 
 import re
-import time
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -124,108 +123,38 @@ CANARIES: list[tuple[str, str, str]] = [
 ]
 
 LOOK_ALIKES = [
-    "订单号20231215123456789",
-    "订单号：13812345678",
-    "快递单号 13987654321，已发货",
-    "编号为15912345678",
-    "order no. 13800138000 was sent",
-    "Invoice #4532015112830366",
-    "Ticket 159-2233-4455",
-    "SKU 4111111111111111",
-    "ISBN 978-7-111-40701-0",
-    "ISBN 9787302511854",
-    "ISBN-13: 978-0-306-40615-7",
-    "EAN 4006381333931",
-    "version 3.11.7",
-    "numpy==2.4.6",
-    "torch 2.13.0+cpu",
-    "v1.22.474.4876",
-    "build 20231215.1042",
-    "2023-12-15 08:30:00",
-    "from 1998-2004 to 2010-2012",
-    "2019年12月31日 23:59:59",
-    "20231215",
-    "15.06.2024",
-    "1700000000",
-    "1700000000123 ms",
-    "13000000000 people",
-    "15000000000",
-    "0.13812345678",
-    "13812345678.25",
-    "3.14159265358979323846",
-    "6.02214076e23",
-    "1,234,567,890.12",
-    "x = 12345678901234567890",
-    "19 + 1380013800",
-    "192.168.100.254",
-    "255.255.255.255:8080",
-    "fe80::1ff:fe23:4567:890a",
-    "00:1A:2B:3C:4D:5E",
-    "550e8400-e29b-41d4-a716-446655440000",
-    "da39a3ee5e6b4b0d3255bfef95601890afd80709",
-    "sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
-    "commit 13812345678abcdef",
-    "110105194912310021",
-    "110105199013310025",
-    "999999199001011234",
-    "44030819900307231A",
-    "4532015112830367",
-    "1234 5678 9012 3456",
-    "0000 0000 0000 0000",
-    "9111111111111111",
-    "8765432187654321",
-    "DE00 3704 0044 0532 0130 00",
-    "GB29NWBK60161331926818",
-    "AB12 CDEF 3456 GHIJ 7890",
-    "000-12-3456",
-    "666-45-6789",
-    "123-45-6789",
-    "part 10-20-3000",
-    "912-34-5678",
-    "500-600-700",
-    "user@example.com",
-    "name@example.org",
-    "your.email@gmail.com",
-    "me@localhost",
-    "git@github.com:org/repo.git",
-    "icon@2x.png",
-    "npm i lodash@4.17.21",
-    "@dataclass(frozen=True)",
-    "@param name the name",
-    "a @ b.T",
-    "联系 @小明",
-    "sk-xxxxxxxxxxxxxxxxxxxxxxxx",
-    "sk-your-api-key-goes-here",
-    "hf_xxxxxxxxxxxxxxxxxxxx",
-    "sk-1234567890abcdef12",
-    "AKIAIOSFODNN7" + "EXAMPLE",
-    "task-management-system-design",
-    "sk-folding-cube-container",
-    "risk-assessment-methods",
-    "ghp_ is the prefix",
-    "a bearer certificates-of-deposit",
-    "Bearer <token>",
-    "Bearer $ACCESS_TOKEN",
-    "-----BEGIN PRIVATE KEY-----\n...\n-----END PRIVATE KEY-----",
-    "-----BEGIN CERTIFICATE-----\n" + random_text(30, 64),
-    "postgresql://user:password@localhost/db",
-    "https://<user>:<password>@host",
-    "ftp://user:${PASS}@host",
-    "http://localhost:8080/@me",
-    "max_position_embeddings_per_layer_count",
-    "__init__",
-    "test_a_row_costs_under_200_bytes",
-    "|----------|----------|",
-    "+1 +2 +3 +4 +5 +6 +7 +8 +9",
-    "f(x)=+12345678",
-    "1 2 3 4 5 6 7 8 9 10 11 12",
-    "(2023) 12345678",
-    "010-1234",
-    "0123456789",
-    "400-820-8820 is 8 digits short",
-    "1-800",
-    "100-200-3000",
-    "4 x 256 x 151936 = 155582464",
+    *("订单号20231215123456789", "订单号：13812345678", "快递单号 13987654321，已发货"),
+    *("编号为15912345678", "order no. 13800138000 was sent", "Invoice #4532015112830366"),
+    *("Ticket 159-2233-4455", "SKU 4111111111111111", "ISBN 978-7-111-40701-0"),
+    *("ISBN 9787302511854", "ISBN-13: 978-0-306-40615-7", "EAN 4006381333931", "version 3.11.7"),
+    *("numpy==2.4.6", "torch 2.13.0+cpu", "v1.22.474.4876", "build 20231215.1042"),
+    *("2023-12-15 08:30:00", "from 1998-2004 to 2010-2012", "2019年12月31日 23:59:59"),
+    *("20231215", "15.06.2024", "1700000000", "1700000000123 ms", "13000000000 people"),
+    *("15000000000", "0.13812345678", "13812345678.25", "3.14159265358979323846"),
+    *("6.02214076e23", "1,234,567,890.12", "x = 12345678901234567890", "19 + 1380013800"),
+    *("192.168.100.254", "255.255.255.255:8080", "fe80::1ff:fe23:4567:890a", "00:1A:2B:3C:4D:5E"),
+    *("550e8400-e29b-41d4-a716-446655440000", "da39a3ee5e6b4b0d3255bfef95601890afd80709"),
+    *("sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",),
+    *("commit 13812345678abcdef", "110105194912310021", "110105199013310025"),
+    *("999999199001011234", "44030819900307231A", "4532015112830367", "1234 5678 9012 3456"),
+    *("0000 0000 0000 0000", "9111111111111111", "8765432187654321"),
+    *("DE00 3704 0044 0532 0130 00", "GB29NWBK60161331926818", "AB12 CDEF 3456 GHIJ 7890"),
+    *("000-12-3456", "666-45-6789", "123-45-6789", "part 10-20-3000", "912-34-5678"),
+    *("500-600-700", "user@example.com", "name@example.org", "your.email@gmail.com"),
+    *("me@localhost", "git@github.com:org/repo.git", "icon@2x.png", "npm i lodash@4.17.21"),
+    *("@dataclass(frozen=True)", "@param name the name", "a @ b.T", "联系 @小明"),
+    *("sk-xxxxxxxxxxxxxxxxxxxxxxxx", "sk-your-api-key-goes-here", "hf_xxxxxxxxxxxxxxxxxxxx"),
+    *("sk-1234567890abcdef12", "AKIAIOSFODNN7" + "EXAMPLE", "task-management-system-design"),
+    *("sk-folding-cube-container", "risk-assessment-methods", "ghp_ is the prefix"),
+    *("a bearer certificates-of-deposit", "Bearer <token>", "Bearer $ACCESS_TOKEN"),
+    *("-----BEGIN PRIVATE KEY-----\n...\n-----END PRIVATE KEY-----",),
+    *("-----BEGIN CERTIFICATE-----\n" + random_text(30, 64),),
+    *("postgresql://user:password@localhost/db", "https://<user>:<password>@host"),
+    *("ftp://user:${PASS}@host", "http://localhost:8080/@me"),
+    *("max_position_embeddings_per_layer_count", "__init__", "test_a_row_costs_under_200_bytes"),
+    *("|----------|----------|", "+1 +2 +3 +4 +5 +6 +7 +8 +9", "f(x)=+12345678"),
+    *("1 2 3 4 5 6 7 8 9 10 11 12", "(2023) 12345678", "010-1234", "0123456789"),
+    *("400-820-8820 is 8 digits short", "1-800", "100-200-3000", "4 x 256 x 151936 = 155582464"),
 ]
 
 
@@ -294,28 +223,3 @@ def test_no_key_like_string_stands_in_this_file() -> None:
     written = Path(__file__).read_text(encoding="utf-8")
     assert not re.search(r"(hf_|ghp_|sk-)[A-Za-z]*[0-9][A-Za-z0-9]{20}", written)
     assert not re.search("AKIA[A-Z0-9]{16}", written)
-
-
-def clean_texts() -> list[str]:
-    """Return texts of 300 characters, English and Chinese, with years and small numbers."""
-    english = (
-        "the committee met in 1998, and (as the minutes say) agreed on 12.5 % for John's "
-        "well-kept garden; "
-    )
-    chinese = (
-        "会议于2019年召开，大家同意把价格提高12.5%，并在3月之前完成全部工作；参加的人有四十七位，"
-    )
-    return [(text * 8)[i : i + 300] for text in (english, chinese) for i in range(0, 60, 3)]
-
-
-def test_a_clean_text_costs_a_few_microseconds() -> None:
-    """Under 5 on an idle core, with room for a busy one."""
-    texts = clean_texts()
-    assert all(scan(text) == () for text in texts)
-    best = 1.0
-    for _ in range(20):
-        started = time.perf_counter()
-        for text in texts:
-            scan(text)
-        best = min(best, time.perf_counter() - started)
-    assert best / len(texts) < 15e-6

@@ -139,9 +139,6 @@ def labels(files: list[SourceFile]) -> list[str]:
     return [file.label.removeprefix("hf://datasets/") for file in files]
 
 
-# --- here ---
-
-
 def test_a_glob_gives_its_readable_files_sorted(tmp_path: Path, ask: Any) -> None:
     """** is any depth of folders; hidden and unsupported files are skipped; none is an error."""
     names = ("a.jsonl", "x/b.jsonl.GZ", "x/y/c.csv", "x/y/d.tsv.zst", "x/.h.jsonl", "x/n.txt")
@@ -183,9 +180,6 @@ def test_the_digest_is_over_the_bytes_on_disk(tmp_path: Path) -> None:
     path.write_bytes(gzip.compress(row("x"), mtime=1))
     [file] = resolved(TrainingConfig(data_paths=(str(path),), cache_dir=str(tmp_path))).files
     assert file.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-# --- the hub ---
 
 
 @pytest.mark.parametrize(

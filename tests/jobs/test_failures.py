@@ -6,7 +6,6 @@ import json
 import pickle
 import subprocess
 import sys
-import warnings
 
 import pytest
 from support.failure_messages import (
@@ -46,21 +45,16 @@ from qwen3ft.jobs.failures import memory_numbers, translate, translate_exit
 from qwen3ft.records.training import Failure
 
 
-@pytest.mark.parametrize("error", GPU_MEMORY_ERRORS, ids=lambda error: str(error)[:50])
-def test_gpu_memory_that_ran_out_is_recognised_in_every_wording(error: Exception) -> None:
-    """Each real message of a GPU library becomes OutOfMemoryError of the domain gpu."""
+@pytest.mark.parametrize(
+    ("domain", "error"),
+    [("gpu", e) for e in GPU_MEMORY_ERRORS] + [("host", e) for e in HOST_MEMORY_ERRORS],
+    ids=lambda value: str(value)[:50],
+)
+def test_memory_that_ran_out_is_recognised_in_every_wording(domain: str, error: Exception) -> None:
+    """Each real message about a GPU's or main memory becomes OutOfMemoryError of its domain."""
     found = translate(error, "train")
     assert type(found) is OutOfMemoryError, found
-    assert found.facts["domain"] == "gpu"
-    assert found.facts["phase"] == "train"
-
-
-@pytest.mark.parametrize("error", HOST_MEMORY_ERRORS, ids=lambda error: str(error)[:50])
-def test_host_memory_that_ran_out_is_recognised_in_every_wording(error: Exception) -> None:
-    """Each real message about main memory becomes OutOfMemoryError of the domain host."""
-    found = translate(error, "load")
-    assert type(found) is OutOfMemoryError, found
-    assert found.facts["domain"] == "host"
+    assert (found.facts["domain"], found.facts["phase"]) == (domain, "train")
 
 
 @pytest.mark.parametrize("log", MEMORY_LOGS)
@@ -123,28 +117,19 @@ OTHERS = [
     (PermissionError(13, "Permission denied", "/x"), EnvironmentNotReadyError),
     (ModuleNotFoundError("No module named 'bitsandbytes'"), EnvironmentNotReadyError),
     (ValueError("Blockwise 4bit quantization only supports 16/32-bit floats"), QuantizationError),
-    (
-        NotImplementedError("4-bit quantization data type nf5 is not implemented."),
-        QuantizationError,
-    ),
+    (NotImplementedError("4-bit quantization data type x is not implemented."), QuantizationError),
     (R("\"addmm_impl_cpu_\" not implemented for 'Half'"), QuantizationError),
     (ValueError("Some modules are dispatched on the CPU or the disk."), InsufficientMemoryError),
     (FloatingPointError("overflow encountered in exp"), DivergedError),
-    (
-        foreign("GatedRepoError", "403 Client Error. Cannot access gated repo for url x", OSError),
-        ModelAccessError,
-    ),
+    (foreign("GatedRepoError", "403 Client Error. Cannot access gated", OSError), ModelAccessError),
     (OSError("You are trying to access a gated repo.\nMake sure to have access"), ModelAccessError),
     (foreign("HfHubHTTPError", "401 Client Error: Unauthorized", OSError), ModelAccessError),
     (foreign("HTTPStatusError", "Client error '403 Forbidden' for url 'x'"), ModelAccessError),
     (
-        foreign("RepositoryNotFoundError", "401 Client Error. Repository Not Found", OSError),
+        foreign("RepositoryNotFoundError", "401 Client Error. Not Found", OSError),
         ModelNotFoundError,
     ),
-    (
-        OSError("Qwen/Qwen9 is not a local folder and is not a valid model identifier listed on"),
-        ModelNotFoundError,
-    ),
+    (OSError("x is not a local folder and is not a valid model identifier"), ModelNotFoundError),
     (foreign("HTTPStatusError", "Client error '404 Not Found' for url 'x'"), ModelNotFoundError),
     (foreign("HfHubHTTPError", "429 Client Error: Too Many Requests", OSError), DownloadError),
     (foreign("HTTPStatusError", "Server error '503 Service Unavailable' for url"), DownloadError),
@@ -154,10 +139,7 @@ OTHERS = [
     (ConnectionResetError(104, "Connection reset by peer"), DownloadError),
     (foreign("ReadTimeout", "The read operation timed out"), DownloadError),
     (foreign("ChunkedEncodingError", "Connection broken: IncompleteRead"), DownloadError),
-    (
-        foreign("MlflowException", "API request to http://127.0.0.1:5000 failed: refused"),
-        TrackingUnavailableError,
-    ),
+    (foreign("MlflowException", "API request to http://x failed"), TrackingUnavailableError),
     (KeyboardInterrupt(), PreemptedError),
     (ZeroDivisionError("division by zero"), WorkerCrashedError),
     (RuntimeError("some bug"), WorkerCrashedError),
@@ -306,10 +288,3 @@ def test_credentials_in_foreign_messages_are_masked() -> None:
     """A URL with a password is not repeated."""
     error = translate(RuntimeError("no answer from https://me:hunter2@host/x"), "load")
     assert "hunter2" not in str(error) + json.dumps(error.facts)
-
-
-def test_importing_this_module_needs_no_torch() -> None:
-    """The flow's process may translate without loading what it translates from."""
-    code = "import sys, qwen3ft.jobs.failures; assert 'torch' not in sys.modules"
-    with warnings.catch_warnings():
-        subprocess.run([sys.executable, "-c", code], check=True)

@@ -33,17 +33,13 @@ def run_python(program: str) -> str:
 
 
 def test_on_a_cpu_memory_is_the_resident_set() -> None:
-    """Allocated and cached are the same number, close to psutil's."""
+    """Allocated and cached are close to psutil's number; the total is at most the machine's."""
     allocated_gb, cached_gb, total_gb = MemoryOptimizer(4.0, "cpu").monitor_gpu_memory()
     assert allocated_gb == cached_gb
     assert allocated_gb == pytest.approx(psutil.Process().memory_info().rss / GIB, rel=0.1)
-    assert total_gb == min(4.0, psutil.virtual_memory().total / GIB)
-
-
-def test_a_budget_above_the_machine_is_the_machine() -> None:
-    """The total is at most the memory of the machine."""
-    total_gb = MemoryOptimizer(10**6, "cpu").monitor_gpu_memory()[2]
-    assert total_gb == psutil.virtual_memory().total / GIB
+    machine_gb = psutil.virtual_memory().total / GIB
+    assert total_gb == min(4.0, machine_gb)
+    assert MemoryOptimizer(10**6, "cpu").monitor_gpu_memory()[2] == machine_gb
 
 
 def test_the_status_says_what_is_left_and_whether_it_is_safe() -> None:
@@ -119,23 +115,6 @@ def test_the_peak_is_remembered_after_the_memory_is_freed() -> None:
     assert before_gb < 0.3
     assert peak_gb - before_gb == pytest.approx(300 / 1024, rel=0.1)
     assert now_gb < peak_gb - 0.2
-
-
-def test_watching_a_cpu_loads_no_torch() -> None:
-    """The import and every method on a CPU stay light."""
-    run_python(
-        """
-        import sys
-        from qwen3ft.machine.memory import MemoryOptimizer
-        memory = MemoryOptimizer(4.0, "cpu")
-        memory.optimize_for_training(); memory.status(); memory.peak(); memory.enforce_budget()
-        memory.cleanup_gpu_memory()
-        assert "torch" not in sys.modules
-        """
-    )
-
-
-# --- on a GPU, as torch and NVML would tell ---
 
 
 class FakeGpu:
@@ -283,9 +262,6 @@ def test_a_status_of_an_older_version_is_read() -> None:
     """Memory outside the allocator was not recorded."""
     numbers = dict.fromkeys(("allocated_gb", "cached_gb", "total_gb", "available_gb"), 1.0)
     assert MemoryStatus.model_validate({**numbers, "is_safe": True}).beside_gb == 0.0
-
-
-# --- budgets that cannot be meant ---
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ from qwen3ft.model.saved_adapter import (
     read_provenance,
     was_trained_to_think,
 )
-from qwen3ft.records.model import ModelSource
+from qwen3ft.records.model import ModelSource, SavedAdapter
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,12 @@ def checkpoint(trained: Any, tmp_path: Path) -> Path:
 
 def config_for(folder: Path, **changes: Any) -> TrainingConfig:
     return TrainingConfig(model_name="embedded", output_dir=str(folder), **changes)
+
+
+def save(checkpoint: Path, out: Path, **changes: Any) -> SavedAdapter:
+    """Save the checkpoint of a plan whose model is changed by `changes`."""
+    plan = make_plan(make_snapshot(**changes))
+    return save_adapter(make_outcome(checkpoint), plan, config_for(out))
 
 
 def replace_tensors(checkpoint: Path, change: Any) -> None:
@@ -97,8 +103,7 @@ def test_an_adapter_with_the_old_name_of_its_provenance_is_read(
     checkpoint: Path, tmp_path: Path
 ) -> None:
     """Registered versions have run_card.json."""
-    plan = make_plan(make_snapshot(degraded=("quantization nf4",)))
-    saved = save_adapter(make_outcome(checkpoint), plan, config_for(tmp_path / "out"))
+    saved = save(checkpoint, tmp_path / "out", degraded=("quantization nf4",))
     old = Path(shutil.copytree(saved.path, tmp_path / "old"))
     (old / "provenance.json").rename(old / "run_card.json")
     write_manifest(old)
@@ -134,8 +139,7 @@ def test_the_adapter_names_the_original_model(
     checkpoint: Path, tmp_path: Path, source: ModelSource, name: str, revision: str | None
 ) -> None:
     """Other tools load it without our 4-bit copy; only a hub model has a revision."""
-    plan = make_plan(make_snapshot(source=source))
-    saved = save_adapter(make_outcome(checkpoint), plan, config_for(tmp_path / "out"))
+    saved = save(checkpoint, tmp_path / "out", source=source)
     adapter_config = json.loads((Path(saved.path) / "adapter_config.json").read_text())
     assert (adapter_config["base_model_name_or_path"], adapter_config["revision"]) == (
         name,
@@ -151,9 +155,7 @@ def test_plain_peft_loads_it_and_answers_the_same(
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoTokenizer
 
-    saved = save_adapter(
-        make_outcome(checkpoint), make_plan(make_snapshot()), config_for(tmp_path / "out")
-    )
+    saved = save(checkpoint, tmp_path / "out")
     loaded = AutoPeftModelForCausalLM.from_pretrained(saved.path, dtype=torch.float32).eval()
     tokens = AutoTokenizer.from_pretrained(saved.path)("Tell me the price.", return_tensors="pt")
     with torch.no_grad(), trained.disable_adapter():
@@ -166,9 +168,8 @@ def test_plain_peft_loads_it_and_answers_the_same(
 
 def test_saving_again_gives_the_same_adapter(checkpoint: Path, tmp_path: Path) -> None:
     """A repeated task replaces the folder and leaves nothing else behind."""
-    plan, config = make_plan(make_snapshot()), config_for(tmp_path / "out")
-    first = save_adapter(make_outcome(checkpoint), plan, config)
-    assert save_adapter(make_outcome(checkpoint), plan, config) == first
+    first = save(checkpoint, tmp_path / "out")
+    assert save(checkpoint, tmp_path / "out") == first
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["bright-otter"]
 
 
@@ -212,7 +213,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_is_found_before_writing(checkpoint: Path, tiny_disk: Path) -> None:
     """If the files and the reserve do not fit, the error has both numbers."""
     with pytest.raises(SaveError, match=r"needs 1,\d{3},\d{3} bytes, 1,048,576 are free"):
-        save_adapter(make_outcome(checkpoint), make_plan(make_snapshot()), config_for(tiny_disk))
+        save(checkpoint, tiny_disk)
     assert list(tiny_disk.iterdir()) == []
 
 
@@ -261,15 +262,11 @@ def test_a_tampered_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> N
     content[-1] ^= 1
     adapter.write_bytes(content)
     with pytest.raises(CheckpointCorruptError, match="sha256"):
-        save_adapter(
-            make_outcome(checkpoint), make_plan(make_snapshot()), config_for(tmp_path / "out")
-        )
+        save(checkpoint, tmp_path / "out")
     adapter.unlink()
     write_manifest(checkpoint)
     with pytest.raises(CheckpointCorruptError, match=ADAPTER_FILE):
-        save_adapter(
-            make_outcome(checkpoint), make_plan(make_snapshot()), config_for(tmp_path / "out")
-        )
+        save(checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -291,9 +288,7 @@ def test_an_adapter_that_is_not_finite_is_refused(
 
     replace_tensors(checkpoint, spoil)
     with pytest.raises(DivergedError) as raised:
-        save_adapter(
-            make_outcome(checkpoint), make_plan(make_snapshot()), config_for(tmp_path / "out")
-        )
+        save(checkpoint, tmp_path / "out")
     assert raised.value.facts["tensors"] == broken
 
 
@@ -320,9 +315,7 @@ def test_an_adapter_with_missing_layers_is_refused(checkpoint: Path, tmp_path: P
 
     replace_tensors(checkpoint, drop_one)
     with pytest.raises(SaveError, match="parameters instead of"):
-        save_adapter(
-            make_outcome(checkpoint), make_plan(make_snapshot()), config_for(tmp_path / "out")
-        )
+        save(checkpoint, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -335,7 +328,5 @@ def test_a_file_that_is_no_safetensors_file_is_refused(
     (checkpoint / ADAPTER_FILE).write_bytes(content)
     write_manifest(checkpoint)
     with pytest.raises(CheckpointCorruptError):
-        save_adapter(
-            make_outcome(checkpoint), make_plan(make_snapshot()), config_for(tmp_path / "out")
-        )
+        save(checkpoint, tmp_path / "out")
     assert not (tmp_path / "out" / MANIFEST_NAME).exists()

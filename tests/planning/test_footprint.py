@@ -26,6 +26,7 @@ def test_saved_activations_are_what_autograd_really_saves(longest: int) -> None:
     """The formula for one layer agrees within 2 % with the storages that a real Qwen3 keeps."""
     import torch
     from peft import LoraConfig, get_peft_model
+    from support.fused_models import saved_bytes
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     shape = TINY.model_dump(exclude={"max_position_embeddings"})
@@ -33,21 +34,11 @@ def test_saved_activations_are_what_autograd_really_saves(longest: int) -> None:
         Qwen3ForCausalLM(Qwen3Config(**shape, attn_implementation="sdpa")),
         LoraConfig(r=6, target_modules=list(TINY.projection_sizes())),
     ).train()
-    own = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
-    saved: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage
-        return tensor
-
     ids = torch.randint(0, 512, (4, longest))
     mask = torch.ones_like(ids)
     mask[1, longest // 2 :] = 0
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.get_base_model().model(input_ids=ids, attention_mask=mask, use_cache=False)
-    measured = sum(storage.nbytes() for storage in saved.values()) / ids.numel()
+    saved = saved_bytes(model.get_base_model().model, input_ids=ids, attention_mask=mask)
+    measured = saved / ids.numel()
     work = workload(TINY, device="cpu", compute_dtype="float32", sequence_tokens=longest)
     top = 4 * TINY.hidden_size  # the last norm's input
     formula = TINY.num_hidden_layers * layer_bytes_per_token(work) + top

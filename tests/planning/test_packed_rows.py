@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,14 +12,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.fused_models import CASES, build, error, in_fp32, saved_bytes
 from support.plans import workload, workload_lengths
 
 from qwen3ft.data.collators import IGNORED_LABEL, PaddingCollator, labels_of
 from qwen3ft.planning.packing import pack
 from qwen3ft.training.batches import PackedCollator, real_tokens, trained_tokens
 from qwen3ft.training.loss import summed_loss
-
-# --- what the row looks like ---
 
 
 def make_rows(
@@ -87,38 +87,12 @@ def test_a_packed_row_holds_every_token_once_and_trains_across_no_border(
     assert real_tokens(padded) == sum(lengths)
 
 
-# --- that nothing leaks, by numbers ---
-
-
 @pytest.fixture(scope="module", params=["fp32", "nf4"])
 def model(request: pytest.FixtureRequest) -> Any:
     """The embedded model with an adapter that does something, unquantised and in NF4."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    from qwen3ft.embedded import MODEL_DIR
-    from qwen3ft.model.manager import keep_trainable_after_eval
-
-    settings: dict[str, Any] = {}
-    if request.param == "nf4":
-        settings["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32,
-        )
-    base = AutoModelForCausalLM.from_pretrained(
-        MODEL_DIR, dtype=torch.float32, attn_implementation="sdpa", **settings
-    )
-    keep_trainable_after_eval(base)
-    torch.manual_seed(0)
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    adapted = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=targets))
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.05)
-    return adapted.get_base_model().train()
+    case = CASES["embedded"]
+    adapted = build(case, Path(), torch.float32)
+    return (adapted if request.param == "nf4" else in_fp32(adapted, case)).get_base_model()
 
 
 def mean_loss_and_gradients(
@@ -134,12 +108,6 @@ def mean_loss_and_gradients(
         loss.backward()
         total += loss.item()
     return total, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def relative_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    assert one.keys() == other.keys()
-    difference = sum(float((one[n] - other[n]).norm() ** 2) for n in one) ** 0.5
-    return difference / sum(float(one[n].norm() ** 2) for n in one) ** 0.5
 
 
 def test_a_packed_sequence_is_computed_as_if_it_were_alone(model: Any) -> None:
@@ -183,7 +151,7 @@ def test_every_capacity_gives_the_loss_and_gradient_of_padded_rows(model: Any) -
         batches = [PackedCollator(0)([rows[index] for index in group]) for group in groups]
         loss, gradients = mean_loss_and_gradients(model, batches)
         assert loss == pytest.approx(wanted_loss, rel=1e-5)
-        assert relative_difference(wanted, gradients) <= 1e-5
+        assert error(gradients, wanted) <= 1e-5
     assert len(counts) >= 3
 
 
@@ -196,27 +164,15 @@ def test_the_prediction_counts_what_autograd_keeps_of_a_packed_row(model: Any) -
 
     batch = PackedCollator(0)(make_rows([100, 200, 150, 40]))
     tokens = batch["input_ids"].numel()
-    own = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
-    saved: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden = model.model(
-            input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
-        )
-    assert hidden.last_hidden_state.requires_grad
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+    measured = saved_bytes(model.model, **inputs) / tokens
     assert sum(isinstance(module, LoraLayer) for module in model.modules()) == 7 * 3
     shape = ModelShape.model_validate(
         {name: getattr(model.config, name) for name in ModelShape.model_fields}
     )
     work = workload(
         shape,
-        rank=4,
+        rank=8,
         device="cpu",
         compute_dtype="float32",
         micro_batch_size=1,
@@ -226,5 +182,4 @@ def test_the_prediction_counts_what_autograd_keeps_of_a_packed_row(model: Any) -
     )
     top = 4 * shape.hidden_size
     formula = shape.num_hidden_layers * layer_bytes_per_token(work) + top
-    measured = sum(storage.nbytes() for storage in saved.values()) / tokens
     assert measured == pytest.approx(formula, rel=0.02)

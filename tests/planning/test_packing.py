@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.plans import workload_lengths
+from support.plans import TINY, plan_for, workload_lengths
 
+from qwen3ft.errors import InsufficientMemoryError
 from qwen3ft.planning.packing import epoch_order, pack, row_tokens, rows_at_a_time
+from qwen3ft.planning.plan import repredict
+from qwen3ft.planning.workload import workload_of
 from qwen3ft.training.batches import EffectiveBatchOrder, StepSampler
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40)
@@ -37,9 +40,6 @@ def fewest(lengths: list[int], capacity: int) -> int:
             if max(totals) <= capacity:
                 return count
     raise AssertionError
-
-
-# --- which sequences share a micro-batch ---
 
 
 @given(lengths=LENGTHS, spare=st.integers(0, 200))
@@ -149,67 +149,28 @@ def test_a_row_is_padded_to_a_multiple_and_by_less_than_one() -> None:
         assert tokens <= row_tokens(tokens) < tokens + 32
 
 
-# --- whether to pack ---
-
-
 @pytest.mark.parametrize(
-    ("asked", "gpu", "expected"),
-    [("auto", True, True), ("auto", False, False), ("on", False, True), ("off", True, False)],
+    ("asked", "gpu_gb", "expected"),
+    [("auto", 16.0, True), ("auto", None, False), ("on", None, True), ("off", 16.0, False)],
 )
 def test_the_plan_packs_on_a_gpu_or_where_asked(
-    make_config: Any,
-    environment: Any,
-    snapshot: Any,
-    manifest: Any,
-    asked: str,
-    gpu: bool,
-    expected: bool,
+    asked: str, gpu_gb: float | None, expected: bool
 ) -> None:
     """And says why; a packed plan is predicted to take no less than its padded twin."""
-    from qwen3ft.model.adapter import plan_adapter
-    from qwen3ft.planning.plan import build_plan, repredict
-    from qwen3ft.planning.workload import workload_of
-    from qwen3ft.records.machine import GpuInfo
-
-    device = GpuInfo(
-        index=0, name="G", uuid="U", total_bytes=2**34, free_bytes=2**34, driver_version="1"
-    )
-    machine = environment.model_copy(update={"gpus": (device,) if gpu else ()})
-    config = make_config(packing=asked)
-    adapter = plan_adapter(config, snapshot.shape)
-    plan = build_plan(config, machine, snapshot, adapter, manifest)
+    plan = plan_for(TINY, gpu_gb=gpu_gb, packing=asked)
     assert plan.memory.packing is expected
     assert plan.reasons["packing"]
-    work = workload_of(plan)
-    assert work.capacity_tokens >= manifest.train.longest_tokens
+    assert workload_of(plan).capacity_tokens >= plan.dataset.train.longest_tokens
     padded = repredict(plan.with_settings(packing=False))
     packed = repredict(plan.with_settings(packing=True))
     assert packed.predicted_peak_bytes >= padded.predicted_peak_bytes
 
 
-def test_long_rows_that_fit_padded_alone_are_not_refused(
-    make_config: Any, environment: Any, snapshot: Any, manifest: Any
-) -> None:
+def test_long_rows_that_fit_padded_alone_are_not_refused() -> None:
     """Where the mask of a packed row is what does not fit, 'auto' falls back to padded rows."""
-    from qwen3ft.errors import InsufficientMemoryError
-    from qwen3ft.model.adapter import plan_adapter
-    from qwen3ft.planning.plan import build_plan
-    from qwen3ft.records.machine import GpuInfo
-
-    device = GpuInfo(
-        index=0, name="G", uuid="U", total_bytes=2**34, free_bytes=2**34, driver_version="1"
-    )
-    machine = environment.model_copy(update={"gpus": (device,)})
-    long = manifest.train.model_copy(update={"longest_tokens": 16384})
-    rows = manifest.model_copy(update={"train": long})
-    settings = {"max_sequence_length": 16384, "max_memory_gb": 2.34}
-    for asked in ("auto", "on"):
-        config = make_config(packing=asked, **settings)
-        adapter = plan_adapter(config, snapshot.shape)
-        if asked == "on":
-            with pytest.raises(InsufficientMemoryError, match="packed attention mask"):
-                build_plan(config, machine, snapshot, adapter, rows)
-        else:
-            plan = build_plan(config, machine, snapshot, adapter, rows)
-            assert not plan.memory.packing
-            assert "does not fit" in plan.reasons["packing"]
+    long: Any = {"longest_tokens": 16384, "max_sequence_length": 16384, "max_memory_gb": 8.1}
+    plan = plan_for(**long)
+    assert not plan.memory.packing
+    assert "does not fit" in plan.reasons["packing"]
+    with pytest.raises(InsufficientMemoryError, match="packed attention mask"):
+        plan_for(**long, packing="on")

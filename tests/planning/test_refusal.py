@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import time
 from typing import Any
 
 import pytest
@@ -29,12 +28,10 @@ H200 = require_gpu_spec("h200")
     ],
 )
 def test_each_command_of_a_refusal_fits(wanted: dict[str, Any], offers: int) -> None:
-    """More memory, shorter rows, a smaller model: all within five seconds, and all true."""
+    """More memory, shorter rows, a smaller model: all true."""
     request = shape_request(TrainingConfig(**wanted), described_machine(H200))
-    started = time.process_time()
     with pytest.raises(InsufficientMemoryError) as caught:
         choose(request)
-    assert time.process_time() - started < 5
     error = caught.value
     assert "part" in error.what
     assert "need" in error.what

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -58,9 +57,6 @@ def sweep() -> Sweep:
 
 def console(*, terminal: bool) -> Console:
     return Console(force_terminal=terminal, width=100, record=True, no_color=True)
-
-
-# --- plans ---
 
 
 @pytest.mark.parametrize(("key", "budget_gb"), [("4b", 13.0), ("14b", 16.0)])
@@ -149,9 +145,6 @@ def test_markdown_and_picture_have_every_part(tmp_path: Path) -> None:
     assert write_png(figure, tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
-# --- budgets against lengths ---
-
-
 def test_each_cell_is_the_planners_own_answer(sweep: Sweep) -> None:
     """A sample of them, against a plan made for it alone."""
     cells = {(cell.budget_gb, cell.sequence_tokens): cell for cell in sweep.cells}
@@ -187,13 +180,11 @@ def test_the_longest_rows_fit_and_longer_ones_do_not(sweep: Sweep, budget_gb: in
         assert (fit_or_none(request) is not None) == fits
 
 
-def test_a_whole_sweep_takes_seconds_and_knows_budgets_beyond_the_gpu() -> None:
-    """Two seconds on an idle core; budgets that the GPU lacks are left out."""
-    started = time.process_time()
+def test_a_sweep_leaves_out_budgets_beyond_the_gpu() -> None:
+    """An RTX 4090 has 24 GB."""
     gpu = require_gpu_spec("rtx 4090")
-    config = TrainingConfig(model_name="8b")
-    found = sweep_model(config, described_machine(gpu), gpu, TYPICAL_FILL)
-    assert time.process_time() - started < 6
+    config = TrainingConfig(model_name="14b")
+    found = sweep_model(config, described_machine(gpu), gpu, TYPICAL_FILL, lengths_tokens=(2048,))
     assert {cell.budget_gb for cell in found.cells} == {6, 8, 12, 13, 16, 24}
     assert any(not cell.fits for cell in found.cells)
 
@@ -216,9 +207,6 @@ def test_a_sweep_fits_a_hundred_columns(full_sweep: Sweep, terminal: bool) -> No
     assert "131,072" in text
     assert all(f"{budget:>3}" in text for budget in BUDGETS_GB)
     assert "° exceeds the 40,960" in text
-
-
-# --- the command ---
 
 
 def test_the_command_answers_without_torch_weights_or_a_project(tmp_path: Path) -> None:

@@ -75,9 +75,6 @@ def descend(plan: TrainPlan, **limits: Any) -> list[Retry]:
     return retries
 
 
-# --- every error ---
-
-
 def test_every_class_of_the_tree_has_a_policy() -> None:
     """No error falls through to the default: a row of its own or of an ancestor in the tree."""
     for kind in error_kinds():
@@ -93,21 +90,14 @@ def test_every_failure_is_answered_and_never_beyond_the_attempts_allowed(kind: s
     assert decision.failure.to_error().what
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "ConfigError",
-        "InsufficientMemoryError",
-        "DataLoadingError",
-        "ModelNotFoundError",
-        "TokenizerError",
-        "DownloadError",
-        "TrackingUnavailableError",
-        "QuantizationError",
-        "SaveError",
-        "UnknownError",
-    ],
-)
+NOT_CURED = [
+    *("ConfigError", "InsufficientMemoryError", "DataLoadingError", "ModelNotFoundError"),
+    *("TokenizerError", "DownloadError", "TrackingUnavailableError", "QuantizationError"),
+    *("SaveError", "UnknownError"),
+]
+
+
+@pytest.mark.parametrize("kind", NOT_CURED)
 def test_what_another_attempt_cannot_cure_is_given_up_at_once(kind: str) -> None:
     """Requests that cannot be met, and errors that another stage answers."""
     assert give_up(make_plan(), fail(kind)).failure.kind == kind
@@ -153,9 +143,6 @@ def test_a_damaged_checkpoint_is_never_the_next_one_again() -> None:
     assert retry(plan, failure, newest_checkpoint=CHECKPOINT).plan.resume_from is None
 
 
-# --- the memory ladder ---
-
-
 @given(effective=st.integers(1, 5000), data=st.data())
 def test_the_next_micro_batch_is_the_largest_divisor_up_to_half(effective: int, data: Any) -> None:
     """Against the definition, by trying every number."""
@@ -196,14 +183,9 @@ def test_the_rungs_come_in_order() -> None:
     """Micro-batch, recomputation, loss chunks, offloading; then consent is needed."""
     plan = make_plan(gradient_checkpointing=False, loss_chunk_tokens=4096)
     names = [next(iter(decision.change)) for decision in descend(plan)]
-    assert names == [
-        "micro_batch_size",
-        "micro_batch_size",
-        "gradient_checkpointing",
-        "loss_chunk_tokens",
-        "offload_activations",
-        "offload_optimizer",
-    ]
+    assert names[:2] == ["micro_batch_size", "micro_batch_size"]
+    assert names[2:4] == ["gradient_checkpointing", "loss_chunk_tokens"]
+    assert names[4:] == ["offload_activations", "offload_optimizer"]
 
 
 def test_with_consent_rows_are_shortened_and_the_rank_lowered_last() -> None:

@@ -13,11 +13,11 @@ from qwen3ft.training.fused.weights import FourBitWeight
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # The interpreter cuts bits off where a GPU rounds, so there bits are compared in fp32.
 QUANTISED_TYPE = torch.float32 if INTERPRETED else torch.bfloat16
-QUANTISED = pytest.mark.parametrize(("kind", "double"), [("nf4", True), ("nf4", False), ("fp4", 1)])
+QUANTISED = pytest.mark.parametrize("form", [("nf4", True), ("nf4", False), ("fp4", True)])
 EPS = 1e-6
 # (columns beside, rows below, columns behind): also such that no row begins at 16 bytes.
 ADAPTERS = pytest.mark.parametrize(
-    ("beside", "below", "behind"),
+    "adapter",
     [(0, 0, 0), (0, 0, 5), (24, 0, 0), (72, 0, 8), (0, 40, 0), (8, 16, 3), (3, 5, 0)],
 )
 
@@ -56,17 +56,13 @@ class Group(NamedTuple):
 def grouped(
     rows: tuple[int, ...],
     columns: int,
-    kind: str,
-    double: bool,
+    form: tuple[str, bool],
     device: str,
-    dtype: torch.dtype,
-    *,
-    beside: int = 0,
-    below: int = 0,
-    behind: int = 0,
+    adapter: tuple[int, int, int] = (0, 0, 0),
 ) -> Group:
     """Return weights below each other, with adapters of that size, and room behind."""
-    made = [quantised((count, columns), kind, double, device) for count in rows]
+    dtype, (beside, below, behind) = QUANTISED_TYPE, adapter
+    made = [quantised((count, columns), *form, device) for count in rows]
     height = sum(rows)
     truth = torch.full(
         (height + below + 2, columns + beside + behind), 7.0, dtype=dtype, device=device

@@ -131,6 +131,22 @@ def in_fp32(quantised: Any, case: Case) -> Any:
     return model
 
 
+def saved_bytes(model: Any, **inputs: Any) -> int:
+    """Return the bytes of the storages, other than parameters, that a forward saves."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(**inputs, use_cache=False)
+    return sum(storage.nbytes() for storage in saved.values())
+
+
 def make_row(tokens: int, seed: int, vocabulary: int = 290) -> dict[str, Any]:
     """Return a sequence whose last two thirds are trained."""
     generator = torch.Generator().manual_seed(seed)

@@ -23,6 +23,11 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
+def no_space(*_: Any) -> None:
+    """Stand in for writing a folder to a full disk."""
+    raise OSError(28, "No space left on device")
+
+
 def test_in_the_background_the_same_is_written(compose: Any) -> None:
     """Training goes on and changes adapter and optimizer; the files hold the step they name."""
     found = []
@@ -63,9 +68,6 @@ def test_a_failed_write_is_raised_at_the_next_save_or_wait(
     state = (trainer.model, trainer.optimizer, trainer.lr_scheduler, trainer.state, {})
     writer = CheckpointWriter(tmp_path / "checkpoints", 2, background=True)
 
-    def no_space(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
     with monkeypatch.context() as full:
         full.setattr(checkpoint, "build_folder", no_space)
         writer.save(*state)
@@ -85,9 +87,6 @@ def test_what_ended_training_is_not_hidden_by_a_failed_write(
     """A divergence stays one, even if the disk was full before it."""
     engine, trainer = compose(total_steps=6, evaluate_every_steps=2)
     trainer.writer = CheckpointWriter(engine.job.checkpoints, 2, background=True)
-
-    def no_space(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
 
     def diverge(norm: float, step: int) -> None:
         if step == 3:

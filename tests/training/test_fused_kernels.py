@@ -117,27 +117,10 @@ def twins(name: str, *arguments: Any, atol: float = 5e-5) -> None:
 @ADAPTERS
 @pytest.mark.parametrize(("rows", "columns"), GROUPS)
 def test_the_kernel_dequantises_as_bitsandbytes_does(
-    device: str,
-    rows: tuple[int, ...],
-    columns: int,
-    kind: str,
-    double: bool,
-    beside: int,
-    below: int,
-    behind: int,
+    device: str, rows: Any, columns: int, form: Any, adapter: Any
 ) -> None:
     """Bit for bit, with adapters beside and below, and no more; also at a second launch."""
-    case = grouped(
-        rows,
-        columns,
-        kind,
-        double,
-        device,
-        QUANTISED_TYPE,
-        beside=beside,
-        below=below,
-        behind=behind,
-    )
+    case = grouped(rows, columns, form, device, adapter)
     for _ in range(2):  # how the kernel is found differs
         case.out.fill_(7)
         _kernels().dequantize(*case[:4])
@@ -150,7 +133,7 @@ def test_what_is_known_of_a_group_does_not_outlive_it(device: str, shift: int) -
     """And the address of an output is not cached."""
     kernels = _kernels()
     for _ in range(3):
-        case = grouped((5, 40), 64, "nf4", True, device, QUANTISED_TYPE)
+        case = grouped((5, 40), 64, ("nf4", True), device)
         full = torch.full((case.out.numel() + shift,), 7.0, dtype=QUANTISED_TYPE, device=device)
         for start in (0, shift):
             out = full[start : start + case.out.numel()].view_as(case.out).fill_(7)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from support.fused_cases import ADAPTERS, EPS, QUANTISED, QUANTISED_TYPE, grouped, rotation, wide
+from support.fused_cases import ADAPTERS, EPS, QUANTISED, grouped, rotation, wide
 
 from qwen3ft.training.fused.reference import ReferenceOps
 
@@ -36,26 +38,10 @@ def _seed() -> None:
 @ADAPTERS
 @pytest.mark.parametrize(("rows", "columns"), [((9,), 576), ((4, 5), 72), ((3, 1, 2), 66)])
 def test_weights_are_those_of_bitsandbytes(
-    rows: tuple[int, ...],
-    columns: int,
-    kind: str,
-    double: bool,
-    beside: int,
-    below: int,
-    behind: int,
+    rows: Any, columns: int, form: Any, adapter: Any
 ) -> None:
     """Bit for bit, with adapters beside and below; nothing else is touched."""
-    case = grouped(
-        rows,
-        columns,
-        kind,
-        double,
-        "cpu",
-        QUANTISED_TYPE,
-        beside=beside,
-        below=below,
-        behind=behind,
-    )
+    case = grouped(rows, columns, form, "cpu", adapter)
     ReferenceOps.dequantize(*case[:4])
     assert torch.equal(case.out, case.truth)
 

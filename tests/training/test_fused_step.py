@@ -85,9 +85,6 @@ def fused(model: Any, batch: dict[str, Any], **settings: Any) -> tuple[float, An
     return loss.item(), gradients(model)
 
 
-# --- against autograd ---
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_the_step_is_autograds(models: Callable[[str], Any], case: str) -> None:
     """Within 1e-5 in fp32, whatever is kept, chunked, grouped or offloaded."""
@@ -163,19 +160,25 @@ def test_a_row_without_a_target_has_no_loss_and_no_gradient(model: Any, offload:
     assert all(bool((gradient == 0).all()) for gradient in result.values())
 
 
-# --- what is kept ---
-
-
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Return the bytes of their storages, each counted once."""
     storages = [tensor.untyped_storage() for tensor in tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def live_bytes() -> int:
-    """Return the bytes of all living tensors."""
-    gc.collect()
-    return storage_bytes(item for item in gc.get_objects() if type(item) in TENSORS)
+def count_from_here() -> Callable[[], int]:
+    """Return a function that gives the bytes of tensors that are made from here on and live."""
+    gc.unfreeze()
+    tensors = [item for item in gc.get_objects() if type(item) in TENSORS]
+    known = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    gc.freeze()  # collecting and looking are quick where only what is new is looked at
+
+    def count() -> int:
+        gc.collect()
+        new = (item for item in gc.get_objects() if type(item) in TENSORS)
+        return storage_bytes(t for t in new if t.untyped_storage().data_ptr() not in known)
+
+    return count
 
 
 def test_evaluation_gives_the_same_and_keeps_nothing(model: Any) -> None:
@@ -188,25 +191,25 @@ def test_evaluation_gives_the_same_and_keeps_nothing(model: Any) -> None:
     loss, _ = plain(model, batch)
     step = make_step(model, offload=True)
     step.choose_levels = asked
-    before = live_bytes()
+    live_bytes = count_from_here()
     with torch.no_grad():
         ours = step(batch)
     assert not ours.requires_grad
     assert ours.item() == pytest.approx(loss, rel=1e-5)
-    assert live_bytes() == before + ours.nbytes
+    assert live_bytes() == ours.nbytes
 
 
 def test_nothing_is_kept_once_the_backward_is_done(model: Any) -> None:
     """Only the gradients are new."""
     batch, step = make_batch(*LENGTHS), make_step(model, levels=(Level.KEEP_ALL,) * 3)
     model.zero_grad()
-    before = live_bytes()
+    live_bytes = count_from_here()
     loss = step(batch)
-    kept = live_bytes() - before
+    kept = live_bytes()
     loss.backward()
     new = storage_bytes(p.grad for p in model.parameters() if p.grad is not None)
     assert kept > 128 * 3 * kept_bytes_per_token(shape_of(), 3, 4, Level.KEEP_ALL)
-    assert live_bytes() - before == new + loss.nbytes
+    assert live_bytes() == new + loss.nbytes
     model.zero_grad()
 
 
@@ -260,9 +263,6 @@ def test_what_is_no_plain_lora_is_refused(
         monkeypatch.setitem(attention.k_proj.scaling, "default", 0.125)
     with pytest.raises(ValueError, match=wrong):
         make_step(model)
-
-
-# --- in bf16, as on a GPU ---
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

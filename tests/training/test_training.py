@@ -289,9 +289,6 @@ def test_packing_does_not_change_the_evaluation(undisturbed: Any, fresh: Any) ->
     assert fresh.evaluate()["eval_loss"] == losses(undisturbed("plain")[1], "eval_loss")[0]
 
 
-# --- the fused path ---
-
-
 def test_a_fused_run_learns_what_the_plain_one_does(undisturbed: Any) -> None:
     """The loss of each step within 1e-4, each tensor of the adapter within 1e-3."""
     (_, plain), (_, fused) = undisturbed("plain"), undisturbed("fused")
@@ -327,9 +324,6 @@ def test_an_adapter_of_the_fused_path_is_pefts(
     assert outcome.best_held_out_loss < outcome.first_held_out_loss
     mean = loss / sum(map(trained_tokens, batches))
     assert mean == pytest.approx(outcome.best_held_out_loss, rel=1e-5)
-
-
-# --- numbers read late ---
 
 
 def test_numbers_that_are_read_late_are_the_same(undisturbed: Any, compose: Any) -> None:
