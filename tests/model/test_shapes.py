@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from support.plans import QWEN3_4B, QWEN3_14B
 
 from qwen3ft.embedded import MODEL_DIR
-from qwen3ft.errors import ConfigError, ModelNotFoundError
+from qwen3ft.errors import ModelNotFoundError
 from qwen3ft.model.hub import check_model_folder
-from qwen3ft.model.shapes import find_shape, known_shape, read_shape
+from qwen3ft.model.shapes import find_shape, known_shape
 
 
 @pytest.mark.parametrize(
@@ -52,22 +51,3 @@ def test_models_are_found_by_key_hub_name_and_folder(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError, match="5b") as caught:
         find_shape("5b")
     assert "0.6b, 1.7b, 4b, 8b, 14b, 32b" in caught.value.why
-
-
-@pytest.mark.parametrize(
-    ("changed", "said"),
-    [
-        ({"model_type": "llama"}, "dense Qwen3"),
-        ({"head_dim": None, "hidden_size": None}, "lacks hidden_size, head_dim"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
-        ({"vocab_size": "many"}, "vocab_size"),
-    ],
-)
-def test_a_config_without_usable_numbers_is_refused(
-    tmp_path: Path, changed: dict[str, Any], said: str
-) -> None:
-    """What is missing or wrong is named."""
-    values = QWEN3_4B.model_dump() | {"model_type": "qwen3"} | changed
-    (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ConfigError, match=said):
-        read_shape(tmp_path)
