@@ -22,14 +22,17 @@ length in about 0.1 s, which one step wins back from this length on (`benchmarks
 
 @dataclass(frozen=True)
 class Segments:
-    """The sequences of a packed row."""
+    """The sequences of a packed row.
+
+    Attributes:
+        bounds: int32, (sequences + 1,), on the device: start of each, and the end of the row.
+        longest: Tokens of the longest sequence.
+        host_bounds: `bounds` as plain numbers.
+    """
 
     bounds: Tensor
-    """int32, (sequences + 1,), on the device: start of each, and the end of the row."""
     longest: int
-    """Tokens of the longest sequence."""
     host_bounds: tuple[int, ...]
-    """`bounds` as plain numbers."""
 
     def slices(self) -> list[slice]:
         """Return the tokens of each sequence."""
@@ -73,9 +76,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor,
         parts = [attend(q[rows], k[rows], v[rows], segments.part(rows)) for rows in slices]
         outs, log_sum_exps = zip(*parts, strict=True)
         return torch.cat(outs), torch.cat(log_sum_exps, dim=1)
-    lengths = (segments.bounds, segments.bounds, segments.longest, segments.longest)
     out, log_sum_exp, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, *lengths, 0.0, True, False
+        q,
+        k,
+        v,
+        segments.bounds,
+        segments.bounds,
+        segments.longest,
+        segments.longest,
+        0.0,
+        True,
+        False,
     )
     return out, log_sum_exp
 
@@ -114,9 +125,21 @@ def attend_backward(
         d_q, d_k, d_v = (torch.cat(gradients) for gradients in zip(*parts, strict=True))
         return d_q, d_k, d_v
     unused = torch.empty(0, dtype=torch.uint64, device=q.device)  # the state of dropout
-    lengths = (segments.bounds, segments.bounds, segments.longest, segments.longest)
     d_q, d_k, d_v = torch.ops.aten._flash_attention_backward(
-        d_out, q, k, v, out, log_sum_exp, *lengths, 0.0, True, unused, unused
+        d_out,
+        q,
+        k,
+        v,
+        out,
+        log_sum_exp,
+        segments.bounds,
+        segments.bounds,
+        segments.longest,
+        segments.longest,
+        0.0,
+        True,
+        unused,
+        unused,
     )
     return d_q, d_k, d_v
 
@@ -143,8 +166,15 @@ def _cudnn_backward(
     gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
         *(_heads_first(t) for t in (d_out, q, k, v, out)),
         log_sum_exp[None, :, :, None],
-        *(unused, unused, None, None, None),
-        *(len(q), len(k), 0.0, True),
+        unused,
+        unused,
+        None,
+        None,
+        None,
+        len(q),
+        len(k),
+        0.0,
+        True,
     )
     d_q, d_k, d_v = (gradient[0].transpose(0, 1) for gradient in gradients)
     return d_q, d_k, d_v

@@ -67,8 +67,11 @@ def dequantize_kernel(
     if tile >= tiles_0 + tiles_1:
         packed, code, absmax = packed_2, code_2, absmax_2
         if nested:
-            nested_code, nested_absmax = nested_code_2, nested_absmax_2
-            nested_offset = nested_offset_2
+            nested_code, nested_absmax, nested_offset = (
+                nested_code_2,
+                nested_absmax_2,
+                nested_offset_2,
+            )
         start, rows = rows_0 + rows_1, rows_2
         tile -= tiles_0 + tiles_1
         if tile >= tiles_2:
@@ -77,8 +80,11 @@ def dequantize_kernel(
     elif tile >= tiles_0:
         packed, code, absmax = packed_1, code_1, absmax_1
         if nested:
-            nested_code, nested_absmax = nested_code_1, nested_absmax_1
-            nested_offset = nested_offset_1
+            nested_code, nested_absmax, nested_offset = (
+                nested_code_1,
+                nested_absmax_1,
+                nested_offset_1,
+            )
         start, rows = rows_0, rows_1
         tile -= tiles_0
 
