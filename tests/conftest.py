@@ -94,7 +94,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of this session for all processes of pytest-xdist: what one made, the others use."""
+    """Folder of the test run for all processes of pytest-xdist: one makes a thing, all use it."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
