@@ -137,7 +137,7 @@ def steps(project: Project) -> Sequence[tuple[str, Callable[[], str]]]:
         return f"{second['outcome']}, {card['outcome']}"
 
     def answer() -> str:
-        return project.run(ROOT, "generate", "--adapter", "1", QUESTION).strip()
+        return project.run(ROOT, "generate", "--adapter", "1", QUESTION).strip().splitlines()[-1]
 
     def compare() -> str:
         card = project.train(ROOT, *config, "--set", "seed=2")
