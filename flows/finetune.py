@@ -52,7 +52,7 @@ from qwen3ft.operations.night import Night
 from qwen3ft.records.machine import EnvironmentReport
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.training import AttemptOutcome, Failure
-from qwen3ft.recovery.adjust import GiveUp
+from qwen3ft.recovery.adjust import FailedAttempt, GiveUp
 from qwen3ft.recovery.shared_gpu import fit_to_free_memory
 from qwen3ft.training import checkpoint
 from tasks.adjust import adjust_parameters
@@ -183,7 +183,7 @@ def train_with_recovery(
         logger.info("training was finished by attempt %d of this run", outcome.attempt)
         return _as_attempt(first, run, outcome.attempt), outcome
     plan = _as_attempt(first, run, len(run.attempts()) + 1)
-    first_attempt = plan.attempt
+    failed: list[FailedAttempt] = []
     while True:
         plan = fit_to_free_memory(config, environment, plan)
         state = train_attempt(plan, return_state=True)
@@ -191,12 +191,11 @@ def train_with_recovery(
         if isinstance(result, BaseException):  # cancelled, or a defect of ours
             raise result
         assert isinstance(result, (AttemptOutcome, Failure))
-        attempts = reporter.show_attempts()
+        reporter.show_attempts()
         if isinstance(result, AttemptOutcome):
             return plan, result
-        # A continued run has its full number of attempts again.
-        history = [attempt for attempt in attempts if attempt.attempt >= first_attempt]
-        decision = adjust_parameters(config, plan, result, history)
+        failed.append(FailedAttempt(plan, result))
+        decision = adjust_parameters(config, failed)
         if isinstance(decision, GiveUp):
             raise decision.failure.to_error()
         plan = decision.plan

@@ -19,7 +19,7 @@ from qwen3ft.planning.table import run_table
 from qwen3ft.records.data import DataChange, DatasetManifest
 from qwen3ft.records.machine import EnvironmentReport
 from qwen3ft.records.plan import TrainPlan
-from qwen3ft.records.run_card import AttemptSummary, RunCard
+from qwen3ft.records.run_card import RunCard
 from qwen3ft.report.attempts import attempt_rows, read_attempts, read_loss_curves
 from qwen3ft.report.build import RunFacts, build_card
 from qwen3ft.report.curves import memory_curves
@@ -90,12 +90,11 @@ class RunReporter:
         self.journal.text("plan.json", table.model_dump_json(indent=2))
         self.journal.artifacts(write_png(plan_figure(table), self.run.path / "plan.png"), "")
 
-    def show_attempts(self) -> tuple[AttemptSummary, ...]:
-        """Show and return every attempt so far, with what changed and why."""
+    def show_attempts(self) -> None:
+        """Show every attempt so far, with what changed and why."""
         attempts = read_attempts(self.run, attempts_memory(self.run))
         description = "Every training attempt: what changed before it, why, and what ended it"
         artifacts.show_table(artifacts.ATTEMPTS, attempt_rows(attempts), description)
-        return attempts
 
     def publish(self) -> RunCard:
         """Publish the card of what is known now: on disk, on the run's page and in MLflow."""

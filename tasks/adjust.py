@@ -12,10 +12,7 @@ from prefect.cache_policies import NO_CACHE
 from qwen3ft.config import TrainingConfig
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.logs import get_logger
-from qwen3ft.records.plan import TrainPlan
-from qwen3ft.records.run_card import AttemptSummary
-from qwen3ft.records.training import Failure
-from qwen3ft.recovery.adjust import GiveUp, Retry, decide_retry
+from qwen3ft.recovery.adjust import FailedAttempt, GiveUp, Retry, decide_retry
 from qwen3ft.training import checkpoint
 from tasks.names import adjust_name, name_of
 
@@ -23,13 +20,9 @@ logger = get_logger("adjust")
 
 
 @task(name="adjust", task_run_name=name_of(adjust_name), cache_policy=NO_CACHE)
-def adjust_parameters(
-    config: TrainingConfig,
-    plan: TrainPlan,
-    failure: Failure,
-    history: Sequence[AttemptSummary],
-) -> Retry | GiveUp:
-    """Clean up after the failed attempt, then decide what follows."""
+def adjust_parameters(config: TrainingConfig, failed: Sequence[FailedAttempt]) -> Retry | GiveUp:
+    """Clean up after the last attempt of `failed`, then decide what follows."""
+    plan, failure = failed[-1]
     run = RunDir(Path(plan.run_dir))
     # A kill in the middle of a write leaves a hidden folder.
     for leftover in run.attempt(plan.attempt).checkpoints.glob(".*"):
@@ -37,10 +30,9 @@ def adjust_parameters(
     folders = [job.checkpoints for job in run.attempts()]
     newest = checkpoint.newest_verified(folders, checkpoint.lineage(plan))
     decision = decide_retry(
-        plan,
-        failure,
-        history,
-        max_attempts=config.max_attempts + history[0].attempt - 1,  # a continued run starts anew
+        failed,
+        # A continued run has its full number of attempts again.
+        max_attempts=config.max_attempts + failed[0].plan.attempt - 1,
         allow_degraded=config.allow_degraded,
         newest_checkpoint=str(newest.path) if newest else None,
     )

@@ -6,7 +6,7 @@ which programs find it. Nothing in a name may fail a task.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from qwen3ft.records.evaluation import Champion
 from qwen3ft.records.model import SavedAdapter
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.training import AttemptOutcome, Failure
+from qwen3ft.recovery.adjust import FailedAttempt
 from qwen3ft.report.attempts import kind_text
 
 
@@ -39,8 +40,8 @@ def train_name(parameters: Mapping[str, Any]) -> str:
 
 def adjust_name(parameters: Mapping[str, Any]) -> str:
     """`adjust-1 (out of memory)`."""
-    plan: TrainPlan = parameters["plan"]
-    failure: Failure = parameters["failure"]
+    failed: Sequence[FailedAttempt] = parameters["failed"]
+    plan, failure = failed[-1]
     return f"adjust-{plan.attempt} ({kind_text(failure.kind)})"
 
 

@@ -34,9 +34,8 @@ from qwen3ft.errors import FinetuneError
 from qwen3ft.files import sha256_file
 from qwen3ft.jobs.failures import translate
 from qwen3ft.records.plan import TrainPlan
-from qwen3ft.records.run_card import AttemptSummary
 from qwen3ft.records.training import Failure
-from qwen3ft.recovery.adjust import GiveUp, decide_retry
+from qwen3ft.recovery.adjust import FailedAttempt, GiveUp, decide_retry
 from qwen3ft.training.faults import VARIABLE as FAULTS
 
 EXACT_TOLERANCE = 1e-12
@@ -50,48 +49,31 @@ STEPS, CHECKPOINT_EVERY_STEPS = 8, 2
 FAILING_STEPS = (1, 3, 6, 8)
 
 
-def recover(plan: TrainPlan, faults: str) -> tuple[TrainPlan | GiveUp, list[AttemptSummary]]:
-    """Recover as the flow does; return the completed plan or the giving up, and all attempts."""
+def recover(plan: TrainPlan, faults: str) -> tuple[TrainPlan | GiveUp, list[FailedAttempt]]:
+    """Recover as the flow does; return the completed plan or the giving up, and what failed."""
     os.environ[FAULTS] = faults
-    history: list[AttemptSummary] = []
+    failed: list[FailedAttempt] = []
     try:
         while True:
-            failure = None
             try:
                 train(plan)
             except (FinetuneError, RuntimeError) as error:
                 failure = Failure.from_error(translate(error, "train"))
-            history.append(_summary(plan, failure.kind if failure else "completed"))
-            if failure is None:
-                return plan, history
+            else:
+                return plan, failed
+            failed.append(FailedAttempt(plan, failure))
             saved = sorted(Path(plan.run_dir).glob("attempts/*/checkpoints/step-*"))
             decision = decide_retry(
-                plan,
-                failure,
-                history,
+                failed,
                 max_attempts=MOST_ATTEMPTS,
                 allow_degraded=False,
                 newest_checkpoint=str(saved[-1]) if saved else None,
             )
             if isinstance(decision, GiveUp):
-                return decision, history
+                return decision, failed
             plan = decision.plan
     finally:
         del os.environ[FAULTS]
-
-
-def _summary(plan: TrainPlan, outcome: str) -> AttemptSummary:
-    return AttemptSummary(
-        attempt=plan.attempt,
-        outcome=outcome,
-        detail="",
-        micro_batch_size=plan.memory.micro_batch_size,
-        gradient_accumulation_steps=plan.gradient_accumulation_steps,
-        gradient_checkpointing=plan.memory.gradient_checkpointing,
-        learning_rate=plan.learning_rate,
-        resumed_from_step=None,
-        seconds=0.0,
-    )
 
 
 def last_adapter(run_dir: str) -> str:
@@ -111,20 +93,19 @@ def measure_shrinks(config: TrainingConfig, work: Path) -> list[dict[str, Any]]:
     }
     for step in FAILING_STEPS:
         plan = make_plan(config, work / f"shrunk-{step}", **schedule)
-        final, attempts = recover(plan, f"oom@step={step}")
+        final, failed = recover(plan, f"oom@step={step}")
         if isinstance(final, GiveUp):
             raise TypeError(f"recovery gave up: {final.reason}")
+        plans = [*(each.plan for each in failed), final]
         again = work / f"again-{step}"
         train(final.model_copy(update={"run_dir": str(again), "attempt": 1}))
         rows.append(
             {
                 "step": step,
-                "attempts": [each.outcome for each in attempts],
+                "attempts": [*(each.failure.kind for each in failed), "completed"],
                 "resumed_from": final.resume_from and Path(final.resume_from).name,
-                "micro_batches": [each.micro_batch_size for each in attempts],
-                "effective_batch_sizes": sorted(
-                    {each.micro_batch_size * each.gradient_accumulation_steps for each in attempts}
-                ),
+                "micro_batches": [each.memory.micro_batch_size for each in plans],
+                "effective_batch_sizes": sorted({each.effective_batch_size for each in plans}),
                 "same_adapter": last_adapter(final.run_dir) == last_adapter(str(again)),
             }
         )

@@ -11,7 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any
 
 from qwen3ft.chat.conversation import (
     assistant,
@@ -137,15 +137,7 @@ def _checked(
         return BadRow(file.label, raw.line, raw.offset, raw.reason, excerpt(raw.text))
     columns = find_columns(tuple(raw.values), rules.columns)
     try:
-        row = QaRow(
-            **_texts(raw.values, columns, rules),
-            kind=_optional_text(raw.values, columns.kind, "kind"),
-            group=_label(raw.values, columns.group),
-            role=file.role,
-            file=file.label,
-            line=raw.line,
-            offset=raw.offset,
-        )
+        row = _row(raw, columns, file, rules)
         check_content(row, allow_control_tokens=rules.escape_special_tokens)
     except (RejectedRowError, RecursionError) as error:
         reason = str(error) if isinstance(error, RejectedRowError) else "too_deep"
@@ -156,33 +148,42 @@ def _checked(
     return row
 
 
-class _Texts(TypedDict):
-    question: str
-    answer: str
-    reasoning: str
-    messages: list[Message]
-    tools: list[dict[str, Any]]
-
-
-def _texts(values: Mapping[str, Any], columns: Columns, rules: RowRules) -> _Texts:
-    """Return the texts of a row in any of the known layouts."""
-    tools = parse_tools(values.get(columns.tools)) if columns.tools else []
-    if columns.messages is not None:
-        return _from_messages(parse_messages(values.get(columns.messages)), tools, rules)
+def _row(raw: RawRow, columns: Columns, file: SourceFile, rules: RowRules) -> QaRow:
+    """Return the row, whichever of the known layouts it has."""
+    values = raw.values
+    row = QaRow(
+        question="",
+        answer="",
+        reasoning="",
+        messages=[],
+        tools=parse_tools(values.get(columns.tools)) if columns.tools else [],
+        kind="",
+        group="",
+        role=file.role,
+        file=file.label,
+        line=raw.line,
+        offset=raw.offset,
+    )
     asked = values.get(columns.question) if columns.question else None
-    if isinstance(asked, list):  # a prompt of messages, completed by messages or a text
+    if columns.messages is not None:
+        _fill_from_messages(row, parse_messages(values.get(columns.messages)), rules)
+    elif isinstance(asked, list):  # a prompt of messages, completed by messages or a text
         completed = values.get(columns.answer) if columns.answer else None
         if isinstance(completed, str):
             completed = [{"role": "assistant", "content": completed}]
         if not isinstance(completed, list):
             raise RejectedRowError("missing_answer")
-        return _from_messages(parse_messages([*asked, *completed]), tools, rules)
-    return _from_columns(values, columns, tools, rules)
+        _fill_from_messages(row, parse_messages([*asked, *completed]), rules)
+    else:
+        _fill_from_columns(row, values, columns, rules)
+    row["kind"] = _optional_text(values, columns.kind, "kind")
+    row["group"] = _label(values, columns.group)
+    return row
 
 
-def _from_columns(
-    values: Mapping[str, Any], columns: Columns, tools: list[dict[str, Any]], rules: RowRules
-) -> _Texts:
+def _fill_from_columns(
+    row: QaRow, values: Mapping[str, Any], columns: Columns, rules: RowRules
+) -> None:
     question = _text(values, columns.question, "question")
     if addition := _optional_text(values, columns.addition, "question"):
         question = f"{question}\n{addition}"
@@ -192,33 +193,29 @@ def _from_columns(
     reasoning = _optional_text(values, columns.reasoning, "reasoning") or block
     if not answer:
         raise RejectedRowError("empty_answer")
+    row["question"], row["answer"], row["reasoning"] = question, answer, reasoning
     messages: list[Message] = []
     if system := _optional_text(values, columns.system, "system"):
         messages.append({"role": "system", "content": system})
     if columns.history:
         messages += parse_history(values.get(columns.history))
-    if messages or tools:
-        messages += [user(question), turn(answer, reasoning)]
-        check_order(messages)
-    return _Texts(
-        question=question, answer=answer, reasoning=reasoning, messages=messages, tools=tools
-    )
+    if messages or row["tools"]:
+        row["messages"] = [*messages, user(question), turn(answer, reasoning)]
+        check_order(row["messages"])
 
 
-def _from_messages(messages: list[Message], tools: list[dict[str, Any]], rules: RowRules) -> _Texts:
+def _fill_from_messages(row: QaRow, messages: list[Message], rules: RowRules) -> None:
     last = messages[-1]
     if rules.reasoning_separator and not last.get("reasoning"):
         last = assistant(*reversed(split_reasoning(last["content"], rules.reasoning_separator)))
         messages[-1] = last
     if not last["content"]:
         raise RejectedRowError("empty_answer")
-    return _Texts(
-        question=next(m["content"] for m in reversed(messages) if m["role"] == "user"),
-        answer=last["content"],
-        reasoning=last.get("reasoning", ""),
-        messages=messages if len(messages) > 2 or tools else [],
-        tools=tools,
-    )
+    row["question"] = next(m["content"] for m in reversed(messages) if m["role"] == "user")
+    row["answer"], row["reasoning"] = last["content"], last.get("reasoning", "")
+    # A question and its answer alone are stored once, not again as messages.
+    if len(messages) > 2 or row["tools"]:
+        row["messages"] = messages
 
 
 def split_reasoning(answer: str, separator: str | None) -> tuple[str, str]:

@@ -17,13 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from qwen3ft import errors
 from qwen3ft.planning.plan import repredict
 from qwen3ft.records.base import Record
 from qwen3ft.records.plan import TrainPlan
-from qwen3ft.records.run_card import AttemptSummary
 from qwen3ft.records.training import Failure
 from qwen3ft.recovery.ladder import Rung, next_rungs, without_host_memory
 from qwen3ft.units import gb
@@ -47,46 +46,56 @@ class GiveUp(Record):
     failure: Failure
 
 
-@dataclass(frozen=True)
-class _Case:
-    """The failed attempt, and everything else a policy decides from."""
+class FailedAttempt(NamedTuple):
+    """An attempt, and the failure that ended it."""
 
     plan: TrainPlan
     failure: Failure
-    earlier: tuple[AttemptSummary, ...]
+
+
+@dataclass(frozen=True)
+class _Case:
+    """The failed attempts, and everything else a policy decides from."""
+
+    failed: Sequence[FailedAttempt]
     max_attempts: int
     allow_degraded: bool
     newest_checkpoint: str | None
 
+    @property
+    def plan(self) -> TrainPlan:
+        """The attempt that failed last."""
+        return self.failed[-1].plan
+
+    @property
+    def failure(self) -> Failure:
+        """The failure that ended it."""
+        return self.failed[-1].failure
+
     def count(self, kind: str) -> int:
-        """Return how often an earlier attempt of this run ended in `kind`."""
-        return sum(attempt.outcome == kind for attempt in self.earlier)
+        """Return how often an earlier attempt ended in `kind`."""
+        return sum(attempt.failure.kind == kind for attempt in self.failed[:-1])
 
 
 def decide_retry(
-    plan: TrainPlan,
-    failure: Failure,
-    history: Sequence[AttemptSummary],
+    failed: Sequence[FailedAttempt],
     *,
     max_attempts: int,
     allow_degraded: bool,
     newest_checkpoint: str | None,
 ) -> Retry | GiveUp:
-    """Return what to do after the attempt of `plan` ended in `failure`.
+    """Return what to do after the last attempt of `failed`.
 
     Args:
-        plan: The attempt that failed.
-        failure: The failure that ended it.
-        history: The attempts of this run so far, with or without the one that failed.
+        failed: Every attempt so far since the run was started or continued, in order.
         max_attempts: Attempts allowed in all.
         allow_degraded: Whether rows may be shortened and the rank lowered.
         newest_checkpoint: The newest verified checkpoint, or None.
     """
-    earlier = tuple(attempt for attempt in history if attempt.attempt < plan.attempt)
-    case = _Case(plan, failure, earlier, max_attempts, allow_degraded, newest_checkpoint)
-    policy = policy_for(failure.kind)
-    if plan.attempt >= max_attempts and policy is not _stop:
-        kind = "InsufficientMemoryError" if policy is _out_of_memory else failure.kind
+    case = _Case(failed, max_attempts, allow_degraded, newest_checkpoint)
+    policy = policy_for(case.failure.kind)
+    if case.plan.attempt >= max_attempts and policy is not _stop:
+        kind = "InsufficientMemoryError" if policy is _out_of_memory else case.failure.kind
         return _give_up(case, f"All {max_attempts} attempts allowed were made", kind)
     return policy(case)
 
@@ -245,20 +254,12 @@ def _give_up(case: _Case, reason: str, kind: str = "") -> GiveUp:
 
 def _table(case: _Case) -> str:
     """Return one line per attempt, the failed one last."""
-    lines = [
-        f"  {row.attempt}. {row.outcome}: micro-batch {row.micro_batch_size} x "
-        f"{row.gradient_accumulation_steps}, recomputation "
-        f"{'on' if row.gradient_checkpointing else 'off'}, learning rate {row.learning_rate:g}, "
-        f"{row.seconds:.0f} s"
-        for row in case.earlier
-    ]
-    plan = case.plan
-    lines.append(
-        f"  {plan.attempt}. {case.failure.kind}: micro-batch {plan.memory.micro_batch_size} x "
+    return "\n".join(
+        f"  {plan.attempt}. {failure.kind}: micro-batch {plan.memory.micro_batch_size} x "
         f"{plan.gradient_accumulation_steps}, recomputation "
         f"{'on' if plan.memory.gradient_checkpointing else 'off'}, "
         f"learning rate {plan.learning_rate:g}, "
         f"loss chunks of {plan.memory.loss_chunk_tokens}, "
         f"predicted {gb(plan.predicted_peak_bytes):.2f} of {plan.max_memory_gb:.2f} GB"
+        for plan, failure in case.failed
     )
-    return "\n".join(lines)

@@ -30,7 +30,7 @@ from qwen3ft.machine.leaks import (
 from qwen3ft.machine.memory import MemoryOptimizer
 from qwen3ft.machine.process_memory import private_bytes, reading_of
 from qwen3ft.records.training import AttemptOutcome, Failure
-from qwen3ft.recovery.adjust import Retry, decide_retry
+from qwen3ft.recovery.adjust import FailedAttempt, Retry, decide_retry
 from qwen3ft.training import checkpoint, faults
 from qwen3ft.training.leak_watch import LeakWatch
 from qwen3ft.units import GIB, MIB
@@ -318,9 +318,7 @@ def test_a_planted_leak_ends_its_attempt_with_a_checkpoint_and_a_fresh_process_g
     assert newest is not None
     assert newest.step == facts["step"]
     decision = decide_retry(
-        plan,
-        Failure.from_error(caught.value),
-        [],
+        [FailedAttempt(plan, Failure.from_error(caught.value))],
         max_attempts=5,
         allow_degraded=False,
         newest_checkpoint=str(newest.path),

@@ -13,9 +13,8 @@ from qwen3ft.errors import FinetuneError, error_kinds
 from qwen3ft.model.shapes import count_adapter_parameters
 from qwen3ft.planning.plan import repredict
 from qwen3ft.records.plan import TrainPlan
-from qwen3ft.records.run_card import AttemptSummary
 from qwen3ft.records.training import Failure
-from qwen3ft.recovery.adjust import POLICIES, GiveUp, Retry, decide_retry
+from qwen3ft.recovery.adjust import POLICIES, FailedAttempt, GiveUp, Retry, decide_retry
 from qwen3ft.recovery.ladder import largest_micro_batch_below, next_rungs
 
 CHECKPOINT = "runs/run/attempts/01/checkpoints/step-000200"
@@ -30,25 +29,14 @@ def fail(kind: str, **facts: Any) -> Failure:
     return Failure(kind=kind, what=f"{kind} happened", facts=facts)
 
 
-def summary(attempt: int, kind: str) -> AttemptSummary:
-    return AttemptSummary(
-        attempt=attempt,
-        outcome=kind,
-        detail="",
-        micro_batch_size=4,
-        gradient_accumulation_steps=16,
-        gradient_checkpointing=False,
-        learning_rate=5e-5,
-        resumed_from_step=None,
-        seconds=1.0,
-    )
-
-
 def ask(plan: TrainPlan, failure: Failure, *earlier: str, **limits: Any) -> Retry | GiveUp:
-    history = [summary(number, kind) for number, kind in enumerate(earlier, start=1)]
-    history.append(summary(plan.attempt, failure.kind))
+    failed = [
+        FailedAttempt(plan.with_settings(attempt=number), fail(kind))
+        for number, kind in enumerate(earlier, start=1)
+    ]
+    failed.append(FailedAttempt(plan, failure))
     choices = {"max_attempts": 20, "allow_degraded": False, "newest_checkpoint": CHECKPOINT}
-    return decide_retry(plan, failure, history, **{**choices, **limits})
+    return decide_retry(failed, **{**choices, **limits})
 
 
 def retry(*arguments: Any, **limits: Any) -> Retry:
