@@ -17,6 +17,7 @@ from qwen3ft.errors import FinetuneError, error_kinds
 from qwen3ft.jobs.folders import RunDir, write_record
 from qwen3ft.records.preflight import PreflightReport, WorstBatches
 from qwen3ft.records.training import Failure
+from qwen3ft.recovery.adjust import FailedAttempt
 from qwen3ft.report import attempts
 from qwen3ft.report.build import build_card
 from qwen3ft.report.charts import loss_chart, memory_chart
@@ -223,7 +224,8 @@ def test_names_of_task_runs_say_what_is_known_when_they_start(tmp_path: Path) ->
     assert train_name({"plan": second}) == f"{name} after out of memory)"
     job.failure.write_text("{")
     assert train_name({"plan": second}) == f"{name})"
-    assert adjust_name({"plan": plan, "failure": failure}) == "adjust-1 (out of memory)"
+    failed = [FailedAttempt(plan, failure)]
+    assert adjust_name({"failed": failed}) == "adjust-1 (out of memory)"
     saved = make_facts().saved
     assert promote_name({"saved": saved, "champion": CHAMPION}) == "promote (v8 against v7)"
     assert promote_name({"saved": saved, "champion": None}) == "promote (v8 against the base model)"
