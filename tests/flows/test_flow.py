@@ -31,7 +31,7 @@ def run_flow(project: FlowProject) -> Callable[..., tuple[Any, RunDir]]:
 
 def task_states(state: Any) -> dict[str, str]:
     """First word of each task run's name: state name, of a finished flow run."""
-    return {name.partition(" (")[0]: told for name, told in task_names(state).items()}
+    return {name.partition(" (")[0]: kind for name, kind in task_names(state).items()}
 
 
 def task_names(state: Any) -> dict[str, str]:
@@ -215,8 +215,8 @@ def test_out_of_memory_is_answered_by_adjust_and_the_next_attempt_completes(
     )
     first, second = json.loads((run.path / "card.json").read_text())["attempts"]
     size = f"{second['micro_batch_size']} x {second['gradient_accumulation_steps']}"
-    told = f"train-2 (micro-batch {size} from step 2 after out of memory)"
-    assert {told, "adjust-1 (out of memory)"} <= set(task_names(state))
+    retry = f"train-2 (micro-batch {size} from step 2 after out of memory)"
+    assert {retry, "adjust-1 (out of memory)"} <= set(task_names(state))
     batch = next(change for change in second["changes"] if change["name"] == "batch")
     assert (batch["before"], batch["after"]) == ("16 x 1", size)
     assert batch["why"].startswith("Memory ran out")
