@@ -44,6 +44,7 @@ class PaddingCollator:
         import torch
 
         shape = (len(rows), max(len(row["input_ids"]) for row in rows))
+        # On the right: transformers counts positions from the first slot, padding or not.
         ids = np.full(shape, self.pad_token_id, dtype=np.int64)
         labels = np.full(shape, IGNORED_LABEL, dtype=np.int64)
         mask = np.zeros(shape, dtype=np.int64)

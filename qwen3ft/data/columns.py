@@ -68,7 +68,7 @@ class Columns:
         }
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=1024)  # asked for each row, and the rows of a file have few sets of columns
 def find_columns(names: tuple[str, ...], wanted: ColumnNames) -> Columns:
     """Match column names, ignoring case and outer spaces, with the parts of a row.
 
@@ -76,6 +76,7 @@ def find_columns(names: tuple[str, ...], wanted: ColumnNames) -> Columns:
         names: Columns of the row or file.
         wanted: Columns set by the config; an empty string disables a part.
     """
+    # Reversed, so that the first one counts of names that differ in case alone.
     known = {name.strip().lower(): name for name in reversed(names)}
     found: dict[str, str | None] = {}
     for part, usual in PARTS.items():

@@ -1,7 +1,6 @@
 """The sha256 of files that seldom change, kept from one run to the next.
 
-A kept digest holds as long as the file has the size, times and inode it was computed with. Losing
-or damaging the file of digests costs time and nothing else.
+A kept digest holds as long as the file has the size, times and inode it was computed with.
 """
 
 from __future__ import annotations
@@ -31,8 +30,7 @@ class DigestCache:
 
     Args:
         path: The JSON file they are kept in; its folder is made when it is first written.
-        settle_seconds: A digest is kept once the file has been left alone for so long: of two
-            writes within one tick of the clock, the second would not show.
+        settle_seconds: A digest is kept once the file has been left alone for so long.
     """
 
     def __init__(self, path: Path, settle_seconds: float = _SETTLE_SECONDS) -> None:
@@ -69,6 +67,7 @@ class DigestCache:
             return
 
     def _is_settled(self, mark: Mark) -> bool:
+        # Of two writes within one tick of the clock, the second would not show.
         return time.time_ns() - max(mark[1], mark[2]) > self._settle_seconds * 1e9
 
 
@@ -87,7 +86,7 @@ def _read(path: Path) -> Iterator[tuple[str, tuple[Mark, str]]]:
         content = json.loads(path.read_text(encoding="utf-8"))
         entries = [(str(name), values) for name, values in content.items()]
     except (OSError, ValueError, AttributeError):
-        return
+        return  # without the digests of earlier runs files are hashed again, which costs only time
     for name, values in entries:
         match values:
             case [int(size), int(modified), int(changed), int(inode), str(digest)]:

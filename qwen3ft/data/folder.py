@@ -98,6 +98,7 @@ def account(prepared: Prepared, target: Path, digest: str) -> DatasetManifest:
         *(manifest.train.rows, manifest.dev.rows, manifest.test_rows, manifest.quarantined),
         *(manifest.too_long, manifest.duplicates, manifest.not_used),
     )
+    # An assertion, not an error: no data can break this, only a fault of this code.
     assert manifest.rows_read == sum(went_somewhere), manifest
     return manifest
 
@@ -113,6 +114,7 @@ def check_not_empty(prepared: Prepared, target: Path) -> None:
         name: placement.count(fate)
         for name, fate in (("train", Fate.TRAIN), ("dev", Fate.DEV), ("test", Fate.TEST))
     }
+    # Then the run ends before it trains (`flows.run_context.nothing_new`).
     nothing_new = prepared.known_rows is not None and placement.new_rows == 0
     if all(sizes.values()) or (nothing_new and sizes["dev"] and sizes["test"]):
         return
@@ -142,6 +144,7 @@ def write_folder(target: Path, manifest: DatasetManifest, prepared: Prepared) ->
             shutil.move(work / name, folder / name)
         _write_lines(folder / _TEST_FILE, (_question(row) for row, _ in _rows(prepared, Fate.TEST)))
         _write_lines(folder / LEFT_OUT, _left_out(prepared))
+        # Copied, and removed at the end: if this fails, the list of bad rows is what helps.
         shutil.copyfile(beside, folder / QUARANTINE)
         write_known_rows(folder, prepared.reading.keys.build(), _for_training(prepared))
 
@@ -153,6 +156,7 @@ def write_folder(target: Path, manifest: DatasetManifest, prepared: Prepared) ->
 def work_folder(target: Path) -> Iterator[Path]:
     """Make an empty scratch folder beside `target`, and remove it afterwards."""
     folder = target.with_name(f".{target.name}.work")
+    # A worker that was killed leaves its own.
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
@@ -170,10 +174,11 @@ def read_manifest(target: Path) -> DatasetManifest | None:
     """Return the manifest of a folder; None if a file is missing or has another sha256."""
     if find_damage(target) is not None:
         return None
+    # Paths are those of today: the cache may have been moved since.
     places = {"path": str(target), "quarantine_path": str(target / QUARANTINE)}
     try:
         return DatasetManifest.model_validate({**read_manifest_facts(target), **places})
-    except ValidationError:
+    except ValidationError:  # written by a version with other fields
         return None
 
 
@@ -184,6 +189,7 @@ def histogram(lengths: np.ndarray) -> tuple[tuple[int, int], ...]:
     """
     if not len(lengths):
         return ()
+    # One very long row would otherwise squeeze all others into the first bin.
     reach = max(int(np.percentile(lengths, 99.5, method="higher")), _HISTOGRAM_BINS)
     width = -(-reach // _HISTOGRAM_BINS)
     counts = np.bincount(np.minimum((lengths - 1) // width, _HISTOGRAM_BINS - 1))
@@ -192,6 +198,7 @@ def histogram(lengths: np.ndarray) -> tuple[tuple[int, int], ...]:
 
 def _for_training(prepared: Prepared) -> Mask:
     """Return the rows that training may use, caps aside."""
+    # With rows over a cap: they could have been trained on, and must not look new the next time.
     return np.isin(prepared.placement.fates, (Fate.TRAIN, Fate.NOT_USED))
 
 

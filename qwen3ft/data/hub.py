@@ -37,6 +37,7 @@ DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", 
 
 _REPO = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.%-]+))?(?:/(?P<glob>.+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+# At the start of a word: "latest" is no test, and "retrieval" no eval.
 _HELD_OUT = {
     "dev": re.compile(r"(?:^|[^a-z])(?:valid|dev|eval)"),
     "test": re.compile(r"(?:^|[^a-z])test"),
@@ -81,6 +82,7 @@ def parse_hub_name(given: str) -> HubDataset | None:
             next_command=_DATASET.local,
             path=given,
         )
+    # A bare name with a path, a suffix or a leading dot is a file that is missing, not a data set.
     if match is None or (
         not is_explicit and (match["glob"] or suffix_of(given) or given[0] == ".")
     ):
@@ -156,6 +158,7 @@ def select_files(files: list[str], role: str) -> list[str]:
 
 def glob_pattern(glob: str) -> re.Pattern[str]:
     """Return a glob with ** as a regular expression; a glob without * ? [ may name a folder."""
+    # Not fnmatch, whose * matches slashes too; Python has glob.translate from 3.13 on.
     rules = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     pieces = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", glob.rstrip("/"))
     pattern = ""
@@ -218,6 +221,7 @@ def _resolve(asked: HubDataset, cache: Path) -> tuple[str, list[str], bool]:
         )
     names = [sibling.rfilename for sibling in info.siblings or []]
     commit, files = str(info.sha), sorted(name for name in names if _holds_rows(name))
+    # Under its commit too, which is how a pinned config names it.
     for path in {note, _note(cache, asked.name, commit)}:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomic(path, {"commit": commit, "files": files})
@@ -256,7 +260,7 @@ def _close_names(name: str) -> list[str]:
 
     owner, _, short = name.partition("/")
     api, known = HfApi(endpoint=endpoint()), set()
-    for asked in ({"author": owner}, {"search": short}):
+    for asked in ({"author": owner}, {"search": short}):  # either half may be what was misspelt
         try:
             known |= {info.id for info in api.list_datasets(limit=200, **asked)}
         except (OSError, ValueError, HTTPError):

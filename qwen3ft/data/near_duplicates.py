@@ -25,6 +25,7 @@ THRESHOLD = 0.8
 BANDS, BAND_VALUES = 32, 8
 AGREEING_BANDS = 2
 
+# All pairs of a bucket of n rows would be n^2 / 2, and a template may have a million rows.
 BUCKET_ROWS = 16
 """In a larger bucket of a band, each row is compared with the bucket's first row alone."""
 
@@ -107,6 +108,7 @@ class NearDuplicates:
         rows = np.flatnonzero(left | right)
         capped, first = np.zeros((2, self._rows), np.uint32)
         for band in range(BANDS):
+            # Stable: rows of a bucket stay in reading order, so that its leader is the earliest.
             order = rows[np.argsort(bands[band, rows], kind="stable")]
             bucket = _numbered(bands[band, order])
             in_large = np.bincount(bucket)[bucket] > BUCKET_ROWS
@@ -148,6 +150,8 @@ def _band_hashes(texts: Sequence[str]) -> Bits:
     # rensa rather than datasketch: 256 values in a fraction of its time for 128.
     rows = rensa.RMinHash.digests_from_token_sets(shingles, BANDS * BAND_VALUES, _MINHASH_SEED)
     signatures = np.asarray(rows, np.uint32).reshape(len(texts), BANDS, BAND_VALUES)
+    # Multiplied by 2^64 / golden ratio (Knuth, The Art of Computer Programming 3, 6.4), whose high
+    # bits depend on all of the input; the shift brings them down for the next product.
     for value in range(BAND_VALUES):
         hashes ^= signatures[:, :, value]
         hashes *= np.uint64(0x9E3779B97F4A7C15)
@@ -200,6 +204,8 @@ def _is_new(pairs: Rows, bands: Bits, band: int, capped: Bits, first: Bits) -> M
     agree = bands[:, one] == bands[:, other]
     bits = (np.uint32(1) << np.arange(BANDS, dtype=np.uint32))[:, None]
     agreeing = np.bitwise_or.reduce(agree * bits, axis=0)
+    # In a large bucket a pair comes up only if one of the two is the leader: agreement in such a
+    # band does not mean that the pair came up there.
     passed_over = capped[one] & ~(first[one] | first[other])
     earlier = agreeing & ~passed_over & np.uint32((1 << band) - 1)
     enough: Mask = agree.sum(axis=0) >= AGREEING_BANDS

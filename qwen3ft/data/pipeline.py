@@ -78,6 +78,7 @@ def dataset_target(
 
 def _settings(config: TrainingConfig) -> dict[str, Any]:
     values = config.model_dump(mode="json")
+    # `is_embedded` is a property, which model_dump leaves out.
     return {name: values.get(name, getattr(config, name)) for name in SETTINGS_THAT_MATTER}
 
 
@@ -190,6 +191,7 @@ class DataPipeline:
             DataLoadingError, TokenizerError: as `prepare`.
         """
         sources = resolved(self._config)
+        # Not by a snapshot, as in `dataset_target`: a look at data should not wait for quantising.
         key = {
             "code": _CODE_VERSION,
             "sources": sources.fingerprints,
@@ -226,6 +228,7 @@ class DataPipeline:
 
     def _digest(self, reading: Reading, placement: Placement) -> str:
         """Return the sha256 over the rows used, the chat template and the settings that matter."""
+        # Over rows, not files: a checkpoint may go on with the same rows from other files.
         keys = reading.keys.build()
         digest = hashlib.sha256()
         for fate in (Fate.TRAIN, Fate.DEV, Fate.TEST):

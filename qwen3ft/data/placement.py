@@ -96,6 +96,7 @@ def place_rows(
     """
     keys = reading.keys.build()
     repeats = find_repeats(keys)
+    # By files, not by rows: an empty dev file is an error, no reason to hold out training rows.
     given = {file.role for file in reading.files}
     missing = [role for role in HELD_OUT_ROLES if role not in given]
     kept = repeats == KEPT
@@ -105,6 +106,7 @@ def place_rows(
     fates[leaked | (repeats == LEAKAGE)] = Fate.LEAKAGE
     placement = Placement(fates)
     _place_near(placement, table, config, progress)
+    # The cap comes last, or it would be filled with rows that are left out all the same.
     if config.max_rows_per_source is not None:
         training = fates == Fate.TRAIN
         capped = cap_sources(keys, training, config.max_rows_per_source)
@@ -120,6 +122,7 @@ def _mix(placement: Placement, keys: Keys, known: Hashes, config: TrainingConfig
     old = training & np.isin(keys.content[:, 0], known)
     placement.new_rows = int((training & ~old).sum())
     share = config.replay_fraction
+    # So that replayed / (replayed + new) is the share.
     replayed = sample(keys, old, round(placement.new_rows * share / (1 - share)), config.seed)
     placement.fates[old & ~replayed] = Fate.NOT_USED
 
@@ -139,6 +142,7 @@ def _place_near(
         return as_text(row["question"], row["answer"])
 
     fates = placement.fates
+    # Dev first: a row that leaves dev protects no training row any more.
     fates[near.find(fates == Fate.DEV, fates == Fate.TEST, text_of)] = Fate.NEAR_LEAKAGE
     held_out = (fates == Fate.DEV) | (fates == Fate.TEST)
     fates[near.find(fates == Fate.TRAIN, held_out, text_of)] = Fate.NEAR_LEAKAGE

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _INCOMPLETE = "\ufffd"
+# UTF-8 has 4 bytes at most. Waiting for more would be in vain if the text itself has U+FFFD.
 _MOST_TOKENS_OF_A_CHARACTER = 4
 
 

@@ -121,6 +121,7 @@ class _Reader:
     def read(self, number: int, file: SourceFile) -> DataSource:
         """Add one file's rows."""
         reading = self.reading
+        # Before and after: the rows must be those of the sha256 that names the folder.
         _check_unchanged(file)
         rows_before = reading.rows_read
         for row in read_file(file, rules_of(self.config), reading.columns):
@@ -145,6 +146,7 @@ class _Reader:
         reading.with_reasoning += bool(row["reasoning"])
         reading.conversations += bool(row["messages"])
         said = (row["question"], row["answer"], row["reasoning"])
+        # Conversations that differ in an earlier turn or in a tool are no repeats.
         around = texts_of(row["messages"], row["tools"]) if row["messages"] else ()
         reading.keys.append(
             question_key(row["question"]),
@@ -169,6 +171,7 @@ class _Reader:
         self.findings.write(json.dumps(place, ensure_ascii=False) + "\n")
         if self.config.personal_data == "report":
             return None
+        # Masked before it is cut: no pattern finds half a key.
         masked = excerpt(safety.mask(text))
         return BadRow(row["file"], row["line"], row["offset"], _PERSONAL_DATA, masked)
 
@@ -228,6 +231,7 @@ def _check(reading: Reading, max_bad_fraction: float, quarantine: Path) -> None:
     """Raise DataLoadingError if too many rows are bad or none is usable."""
     bad, read, files = reading.bad.total(), reading.rows_read, len(reading.sources)
     numbers = ", ".join(f"{reason} {count}" for reason, count in reading.bad.most_common())
+    # Files have a share of their own: nobody knows how many rows an unreadable one holds.
     if bad > max_bad_fraction * read or reading.unreadable > max_bad_fraction * files:
         what = (
             f"{bad} of {read} rows are bad ({numbers or 'none'}) and {reading.unreadable} of "

@@ -32,8 +32,10 @@ class RowWriter(AbstractContextManager["RowWriter"]):
     def __init__(self, path: Path) -> None:
         import pyarrow as pa
 
+        # Large: the offsets of a string are 32-bit, and a batch of large rows exceeds 2 GiB.
         texts = [(name, pa.large_string()) for name in _TEXTS]
         self._schema = pa.schema([*texts, *((name, pa.int64()) for name in _NUMBERS)])
+        # A file, not a stream, for reading single batches.
         self._writer = pa.ipc.new_file(str(path), self._schema)
         self._columns: dict[str, list[Any]] = {name: [] for name in self._schema.names}
 
@@ -94,7 +96,7 @@ class RowTable:
                 messages=json.loads(messages) if messages else [],
                 tools=json.loads(tools) if tools else [],
                 kind=kind,
-                group="",
+                group="",  # its hash is in the keys
                 role=self._files[source].role,
                 file=self._files[source].label,
                 line=line,
@@ -107,4 +109,5 @@ class RowTable:
 
 
 def _to_text(value: list[Any]) -> str:
+    # As text: Arrow has one set of fields for a column, and messages of rows differ in theirs.
     return json.dumps(value, ensure_ascii=False) if value else ""

@@ -201,6 +201,7 @@ def _is_resident_id(match: re.Match[str]) -> bool:
 def _is_ssn(match: re.Match[str]) -> bool:
     from stdnum.us import ssn
 
+    # stdnum knows the numbers that were printed in adverts, but not the example of every manual.
     return match.group() != "123-45-6789" and bool(ssn.is_valid(match.group()))
 
 

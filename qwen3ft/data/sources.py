@@ -95,6 +95,7 @@ def resolve_sources(config: TrainingConfig) -> tuple[list[SourceFile], tuple[str
         if not config.allow_sample_data:
             raise
         return _bundled_files(), (SAMPLE_DATA,)
+    # Reversed, so that a file that is named twice keeps its first place.
     unique = {(_identity(file), file.role): file for file in reversed(files)}
     return [file for file in files if unique[(_identity(file), file.role)] is file], ()
 

@@ -46,6 +46,7 @@ class TokenWriter(AbstractContextManager["TokenWriter"]):
         columns = [("input_ids", tokens), ("trained", tokens), ("length", pa.int32())]
         origin = [("hash", pa.uint64()), ("source", pa.uint32()), ("question", pa.large_string())]
         self._schema = pa.schema([*columns, *origin])
+        # A stream, since `Dataset.from_file` maps streams alone.
         self._writer = pa.ipc.new_stream(str(path), self._schema)
         self._parts: list[np.ndarray] = []
         self.trained_tokens = 0

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SPLITS = {Fate.TRAIN: "train", Fate.DEV: "dev"}
+# Test rows are asked as texts, but those that are too long are left out like all others.
 _TOKENIZED = (Fate.TRAIN, Fate.DEV, Fate.TEST)
 
 # More than the card shows, so that a secret at the end of what is shown is recognised as one.
@@ -69,6 +70,7 @@ def tokenize_table(
         for number, rows in enumerate(table.batches()):
             work.batch(number * BATCH_ROWS, rows)
             progress(number * BATCH_ROWS + len(rows))
+    # Only after all rows, so that the error can name their number and the longest.
     too_long = placement.count(Fate.TOO_LONG)
     if too_long and config.too_long == "fail":
         longest = int(work.lengths.max())

@@ -41,6 +41,7 @@ class _Lines(Iterator[str]):
         line = None if is_far else self._again.popleft() if self._again else self._read()
         if line is None:
             self._is_cut = True
+            # To csv.reader the file ends here, and with it the record; the next call goes on.
             raise StopIteration
         self.record.append(line)
         self._size += len(line.content)
@@ -49,7 +50,7 @@ class _Lines(Iterator[str]):
         try:
             return line.content.decode()
         except UnicodeDecodeError:
-            self.is_utf8 = False
+            self.is_utf8 = False  # decoded all the same, to find where the record ends
             return line.content.decode("utf-8", "surrogateescape")
 
     def _read(self) -> _Line | None:
@@ -79,9 +80,11 @@ def read_csv(
     Raises:
         UnreadableFileError: the line of names cannot be read.
     """
+    # Python refuses fields of more than 131,072 characters. The limit is global: never lowered.
     csv.field_size_limit(max(limit, csv.field_size_limit()))
     lines = _Lines(stream, offset, limit)
     names, delimiter = _header(lines, delimiters)
+    # Strict: otherwise an unclosed quote makes one field of the rest of the file.
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     while names:
         try:

@@ -68,7 +68,7 @@ class JsonParser:
         own = text[start:end]
         try:
             if not own.isascii():
-                own.encode()
+                own.encode()  # fails on the lone surrogates of bytes that were not UTF-8
             if self._flaws:
                 raise RejectedValueError(self._take_flaw())
             return _checked_object(value, own), end, ""
@@ -87,7 +87,7 @@ class JsonParser:
 
     def _float(self, text: str) -> float:
         number = float(text)
-        if math.isinf(number):
+        if math.isinf(number):  # 1e999 is JSON, but no number of Python
             self._flaws.append("number_out_of_range")
         return number
 
@@ -123,6 +123,7 @@ def _checked_object(value: Any, text: str) -> dict[str, Any]:
         raise RejectedValueError("too_deep")
     if not isinstance(value, dict):
         raise RejectedValueError("not_an_object")
+    # The decoder refuses a raw NUL or surrogate: only an escape can bring one in.
     if "\\u" in text and _SUSPECT_ESCAPE.search(text):
         for string in _strings(value):
             if "\0" in string:

@@ -23,6 +23,7 @@ from qwen3ft.data.readers.raw import MAX_ROW_BYTES, RawRow, UnreadableFileError
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
+# Small: what was decompressed together with damaged data is lost.
 STEP_BYTES = 64 * 2**10
 """Most bytes decompressed at once."""
 _BUFFER_BYTES = 256 * 2**10
@@ -39,6 +40,7 @@ SUFFIXES = (
 """Ends of the names of files that can be read, in lower case."""
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# UTF-32 first: its little-endian mark begins with that of UTF-16.
 _OTHER_MARKS = {
     b"\xff\xfe\0\0": "UTF-32",
     b"\0\0\xfe\xff": "UTF-32",

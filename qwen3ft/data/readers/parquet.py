@@ -45,9 +45,11 @@ def read_parquet(path: Path, choose: ChooseColumns, limit: int) -> Iterator[RawR
 def _rows(stream: Any, choose: ChooseColumns) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet as pq
 
+    # pre_buffer takes memory to hide the latency of object stores; these are local files.
     with pq.ParquetFile(stream, page_checksum_verification=True, pre_buffer=False) as table:
         columns = choose(tuple(table.schema_arrow.names))
         for group in range(table.num_row_groups):
+            # By the size of its rows, uncompressed: 1,024 long documents would be too much.
             stated = table.metadata.row_group(group)
             row_bytes = max(1, stated.total_byte_size // max(1, stated.num_rows))
             batch_rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // row_bytes))
