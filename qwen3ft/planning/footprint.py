@@ -203,6 +203,7 @@ def _working_memory(work: Workload, saved_bytes: int) -> MemoryPart:
     layer = work.tokens * (transient + again)
     eval_tokens = work.memory.eval_batch_size * work.eval_tokens
     forward = eval_tokens * (c * (4 * mlp + 3 * hidden + work.eval_tokens) + 8 * hidden)
+    # Logits in the compute type, the same in fp32, and their log-softmax.
     logits = min(work.memory.loss_chunk_tokens, eval_tokens) * (8 + c) * shape.vocab_size
     evaluation = max(0, max(forward, logits) - saved_bytes)
     return MemoryPart(

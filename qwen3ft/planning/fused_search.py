@@ -69,6 +69,7 @@ def fastest_fused(
     """
     every = fused_candidates(first, effective_batch_size, typical_tokens, recompute, host_bytes)
     shape = first.shape
+    # A lower bound, cheap to compute: most candidates need no prediction part by part.
     weights_bytes = shape.linear_parameters // 2 + shape.embedding_parameters * first.compute_bytes
     possible = [each for each in every if weights_bytes + each.least <= limit_bytes]
     possible.sort(key=lambda each: (each.least_seconds, each.place))
@@ -86,6 +87,7 @@ def _fastest(possible: list[Candidate], limit_bytes: int) -> Workload | None:
     """Return the fastest candidate that fits; `possible` is sorted by best possible time."""
     best: tuple[float, int, Workload] | None = None
     for candidate in possible:
+        # In order of their best possible time, so none of the others can be faster.
         if best is not None and candidate.least_seconds > best[0]:
             break
         fitted = _fill(candidate, limit_bytes)
@@ -116,6 +118,7 @@ def _fill(candidate: Candidate, limit_bytes: int) -> Workload | None:
 
 def most_frugal_fused(first: Workload, host_bytes: int) -> Workload:
     """Return the settings that take least: one sequence at a time, and every lever pulled."""
+    # On a CPU the moments are in host memory as it is.
     first = first.with_memory(offload_optimizer=first.device == "cuda")
     blocks, settings = first.shape.num_hidden_layers, []
     smallest = MLP_CHUNKS_TOKENS[-1:], LOSS_CHUNKS_TOKENS[-1:]

@@ -69,6 +69,7 @@ def fused_candidates(
     """
     found = []
     blocks = first.shape.num_hidden_layers
+    # With 'on' or 'off' the config says what blocks keep, and none sends gate and up to the host.
     spread = first.device == "cuda" and recompute == "auto"
 
     def offloadable(work: Workload) -> int:

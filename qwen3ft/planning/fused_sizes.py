@@ -241,6 +241,7 @@ class FusedSizes:
             Level.RECOMPUTE_ALL: attention,
         }
         linear = 2 * linear_parameters(shape) // shape.num_hidden_layers
+        # FlashAttention's backward has five products where its forward has two: 1 + 2.5.
         blocks = len(levels) * (2 * linear + 3.5 * attention)
         for level in set(levels):
             repeated = sum(cost for at, cost in again.items() if level >= at)

@@ -50,13 +50,14 @@ GPU_SPECS = (
     GpuSpec("RTX 5090", 31.84, 209.5, 1792, "12.0", PCIE_5),
     GpuSpec("RTX 4090", 23.99, 165.2, 1008, "8.9", PCIE_4),
     GpuSpec("RTX 4080", 15.99, 97.5, 717, "8.9", PCIE_4),
-    GpuSpec("RTX 4060 Ti 16GB", 15.99, 44.1, 288, "8.9", PCIE_4 / 2),
+    GpuSpec("RTX 4060 Ti 16GB", 15.99, 44.1, 288, "8.9", PCIE_4 / 2),  # 8 lanes
     GpuSpec("RTX 3090", 24.0, 71, 936, "8.6", PCIE_4),
     GpuSpec("RTX 3060", 12.0, 25.6, 360, "8.6", PCIE_4),
 )
 """A name that exists in several forms means the SXM module."""
 
 _NOISE = re.compile(r"nvidia|geforce|tesla|graphics|generation|sxm\d?|hbm\w*|nvl|[\s_-]+|rtx")
+# Drivers say "NVIDIA H100 80GB HBM3" and "NVIDIA A100 80GB PCIe", with the size in the name.
 _UNCLEAR = {"a100": "A100 80GB", "h10080gb": "H100", "a10080gbpcie": "A100 80GB"}
 
 

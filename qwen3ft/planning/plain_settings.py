@@ -44,6 +44,7 @@ def plain_candidates(config: TrainingConfig, first: Workload) -> Iterator[tuple[
                 )
                 yield work, (1.0 if recompute or len(modes) == 1 else KEEP_ALL_SHARE)
                 chunk_tokens //= 2
+    # Padded if that is allowed: a packed row needs a mask of its length squared.
     yield most_frugal(first.with_memory(packing=packings[-1])), 1.0
 
 

@@ -18,6 +18,8 @@ from qwen3ft.records.machine import EnvironmentReport
 from qwen3ft.records.model import AdapterSpec, ModelSnapshot
 from qwen3ft.records.plan import TrainPlan
 
+# Checkpoints are as far apart, so a crash costs at most the longest interval. The shortest keeps
+# tiny data sets from being evaluated more than trained on.
 LONGEST_EVALUATION_INTERVAL_STEPS = 200
 SHORTEST_EVALUATION_INTERVAL_STEPS = 10
 

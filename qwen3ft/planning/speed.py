@@ -64,6 +64,7 @@ STEP_SECONDS = 0.01
 FLASH_SHARE, FLASH_HALF_TOKENS = 0.30, 600
 """Share of peak that FlashAttention nears for long sequences, and the length with half of it."""
 
+# As `training.fused.attention.LONG_TOKENS`, whose module imports torch; plans are made without.
 CUDNN_TOKENS, CUDNN_SHARE = 16384, 0.55
 """Length from which cuDNN's attention is used, and the share of peak it reaches."""
 
@@ -176,6 +177,7 @@ def _row_seconds(
     bus_bytes_per_second: float,
 ) -> float:
     """Return the time of one packed row: computing, launches or transfers, whichever is slowest."""
+    # The slowest, not the sum: the host queues ahead, and copies run on a stream of their own.
     seconds = max(computing_seconds, LAUNCH_SECONDS_PER_BLOCK * sizes.shape.num_hidden_layers)
     if sizes.memory.offload_activations:
         there_and_back = 2 * sizes.offloaded_bytes(row, levels)

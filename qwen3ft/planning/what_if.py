@@ -45,7 +45,7 @@ def described_machine(gpu: GpuSpec) -> EnvironmentReport:
         python_version="",
         python_executable="",
         platform="",
-        versions={"triton": ""},
+        versions={"triton": ""},  # torch's wheels for Linux bring it
         cpu_count=1,
         host_total_bytes=HOST_GB * GIB,
         host_free_bytes=HOST_GB * GIB,
