@@ -102,7 +102,8 @@ def _prepare_folder(folder: Path | None) -> Path:
     """Make and return the folder of the lock files; the default one must be this user's own."""
     chosen = os.environ.get(FOLDER_VARIABLE)
     # Not TMPDIR or XDG_RUNTIME_DIR: these differ between one user's login session, services and
-    # cluster jobs, which must see the same lock.
+    # cluster jobs, which must see the same lock. Not the home folder, which may be on NFS, where
+    # locks depend on the server, nor /dev/shm, which systemd empties at logout.
     path = folder or Path(chosen or f"/tmp/qwen3ft-locks-{os.getuid()}")  # noqa: S108  checked below
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)

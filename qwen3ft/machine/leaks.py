@@ -33,7 +33,7 @@ READINGS_PER_BLOCK = 4
 BLOCKS = 12
 SMALLEST_GROWTH_BYTES = 16 * MIB
 LEAST_SIGNAL_TO_NOISE = 8.0
-LEAST_SHARE_OF_A_HALF = 0.4
+LEAST_SHARE_OF_A_HALF = 0.4  # steady growth has 0.5 in each half, one shift 0 in one of them
 LEAST_NEW_GROUND = 0.5
 _DEVIATIONS_PER_MAD = 1.4826  # standard deviation of a normal distribution over its MAD
 
