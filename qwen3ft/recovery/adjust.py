@@ -94,6 +94,7 @@ def decide_retry(
     """
     case = _Case(failed, max_attempts, allow_degraded, newest_checkpoint)
     policy = policy_for(case.failure.kind)
+    # What no attempt cures is not blamed on the number of attempts.
     if case.plan.attempt >= max_attempts and policy is not _stop:
         kind = "InsufficientMemoryError" if policy is _out_of_memory else case.failure.kind
         return _give_up(case, f"All {max_attempts} attempts allowed were made", kind)

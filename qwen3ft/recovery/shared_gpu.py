@@ -83,7 +83,7 @@ def fit_to_free_memory(
                 logger.info("%s; waiting, at most %.0f s more", _shortage(plan, use), left)
         time.sleep(_POLL_SECONDS)
         before, use = use, probe(uuid)
-        if use != before:
+        if use != before:  # planning again takes longer than a look at the GPU
             fitted = fit_within(config, environment, plan, use)
 
 
@@ -93,11 +93,13 @@ def fit_within(
     """Return `plan` if its budget is free, else one within what is free; None if nothing fits."""
     if use.free_bytes >= plan.max_memory_gb * GIB:
         return plan
+    # Rounded down: the next hundredth of a GB may not be free.
     budget_gb = max(0, math.floor(gb(use.free_bytes - MARGIN_BYTES) * 100)) / 100
     reason = f"{budget_gb:g} of {plan.max_memory_gb:g} GB: {use.describe()}."
     if plan.predicted_peak_bytes <= budget_gb * GIB:
         reasons = plan.reasons | {"max_memory_gb": reason}
         return plan.model_copy(update={"max_memory_gb": budget_gb, "reasons": reasons})
+    # Rows may be shorter than configured: recovery does that, with consent.
     wanted = {"max_memory_gb": budget_gb, "max_sequence_length": plan.max_sequence_length}
     smaller = config.model_copy(update=wanted)
     try:
