@@ -1,8 +1,7 @@
 """Micro-batches of an optimizer step: their order, their rows, and packing them into tensors.
 
 Real tokens appear once and in order; padding carries no loss; no token is the target of a token of
-another sequence. A step's rows are read when the step is due, so a resumed run skips without
-reading. Importing this module does not import torch, for the preflight's planning.
+another sequence. Importing this module does not import torch, for the preflight's planning.
 """
 
 from __future__ import annotations
@@ -134,6 +133,7 @@ class StepSampler:
     ) -> None:
         self.order = order
         self.split = split
+        # accelerate expects these two of a batch sampler.
         self.batch_size = order.effective_batch_size
         self.drop_last = False
 
@@ -143,6 +143,7 @@ class StepSampler:
     def __iter__(self) -> Iterator[list[list[int]]]:
         for batch in self.order.batches():
             groups = self.split(self.order.lengths[batch].tolist())
+            # Numbers, not rows: accelerate skips steps here on a resume, before they are read.
             yield [batch[group].tolist() for group in groups]
 
 

@@ -66,6 +66,7 @@ class ProgressCallback(TrainerCallback):
         self.heartbeat.beat("train", state.global_step)
         self._tokens[state.global_step] = self.trainer.step_tokens
         self.memory.enforce_budget()
+        # The last step is seldom a multiple of the interval, and may be the best one.
         if state.global_step >= state.max_steps:
             control.should_evaluate = control.should_save = True
 
@@ -79,6 +80,8 @@ class ProgressCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Return to the training phase after an evaluation."""
+        # Recovery goes by the phase: if memory ran out in the next step, and this still said
+        # "evaluate", it would shrink evaluation batches in vain.
         self.heartbeat.beat("train", state.global_step)
         self._clock = time.perf_counter()
 
@@ -190,6 +193,7 @@ class StopOnRequest(TrainerCallback):
     ) -> None:
         """Have the trainer save and stop."""
         if self.request.signal_name is not None:
+            # Who asks to stop kills after a while: only the checkpoint is worth that time.
             control.should_evaluate = False
             control.should_save = control.should_training_stop = True
 

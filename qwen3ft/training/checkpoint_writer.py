@@ -1,8 +1,7 @@
 """Writing of checkpoints: the state is copied at once, and on a GPU written in the background.
 
-The copy to host memory takes some tens of milliseconds; writing, hashing and flushing it take
-several times that, so a thread does so. Checkpoints are committed in order, whole or not at all
-(`qwen3ft.training.checkpoint`). A failed write is raised at the next save or wait.
+Checkpoints are committed in order, whole or not at all (`qwen3ft.training.checkpoint`). A failed
+write is raised at the next save or wait.
 """
 
 from __future__ import annotations
@@ -54,6 +53,7 @@ def read_training_state(
     for index, entries in optimizer_state["state"].items():
         for name, value in entries.items():
             if isinstance(value, torch.Tensor):
+                # A copy also of what is on the host, such as moments: training goes on changing it.
                 copied = value.detach().to("cpu", copy=True).contiguous()
                 tensors[f"optimizer.{index}.{name}"] = copied
             else:
@@ -89,6 +89,7 @@ def load_adapter(folder: Path, model: Any) -> None:
     Raises:
         CheckpointCorruptError: it has other tensors than the model.
     """
+    # Keys that are missing are no damage: PEFT counts those of the base model among them.
     result = set_peft_model_state_dict(model, load_file(folder / ADAPTER_FILE))
     if result.unexpected_keys:
         raise CheckpointCorruptError(
@@ -124,6 +125,7 @@ def load_optimizer_state(
     for group in optimizer.param_groups:
         group["initial_lr"] = learning_rate
         group["lr"] *= factor
+    # LambdaLR computes each rate from these, not from the group.
     scheduler.base_lrs = [learning_rate for _ in scheduler.base_lrs]
 
 
@@ -131,7 +133,7 @@ def load_rng_state(folder: Path) -> None:
     """Restore the generators of Python, NumPy, torch and the current CUDA device."""
     tensors, content = load_file(folder / TENSORS_NAME), _read_values(folder)
     version, words, gauss = content["rng_python"]
-    random.setstate((version, tuple(words), gauss))
+    random.setstate((version, tuple(words), gauss))  # JSON made a list of the tuple
     numpy_state = content["rng_numpy"]
     numpy_state["state"]["key"] = np.array(numpy_state["state"]["key"], dtype=np.uint32)
     np.random.set_state(numpy_state)
@@ -164,6 +166,8 @@ class CheckpointWriter:
     def __init__(self, folder: Path, keep: int, *, background: bool) -> None:
         self.folder = folder
         self.keep = keep
+        # The copy to host memory takes some tens of milliseconds; writing, hashing and flushing it
+        # take several times that.
         self._thread = ThreadPoolExecutor(1, "checkpoints") if background else None
         self._pending: Future[None] | None = None
 
@@ -224,7 +228,7 @@ def read_adapter_files(model: Any) -> Callable[[Path], None]:
         for name, tensor in get_peft_model_state_dict(model).items()
     }
     config = deepcopy(model.peft_config[model.active_adapter])
-    config.inference_mode = True
+    config.inference_mode = True  # as PEFT's save_pretrained does
 
     def write(folder: Path) -> None:
         save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})

@@ -59,6 +59,7 @@ class HostAdamW(torch.optim.AdamW):
         """
         if closure is not None:
             raise ValueError("HostAdamW does not support closures.")
+        # Waits for the GPU, as the copies of the gradients would.
         if self.found_inf is not None and self.found_inf.item():
             return
         for group in self.param_groups:
@@ -94,6 +95,6 @@ class HostAdamW(torch.optim.AdamW):
         state: dict[str, torch.Tensor] = self.state[parameter]
         if not state:
             like: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
-            state["step"] = torch.zeros((), **like)
+            state["step"] = torch.zeros((), **like)  # the fused update takes tensors only
             state.update({name: torch.zeros(parameter.shape, **like) for name in MOMENTS})
         return state

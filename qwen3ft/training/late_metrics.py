@@ -1,8 +1,6 @@
 """Metrics read back one step later, so that the GPU never waits for the host.
 
-Reading a loss from a GPU waits for all queued work, and the GPU then idles while the host prepares
-the next step. Instead each step copies its numbers to pinned host memory, and they are read when
-the next step is queued.
+Each step copies its numbers to pinned host memory, and they are read when the next one is queued.
 """
 
 from __future__ import annotations
@@ -55,6 +53,8 @@ class DelayedMetrics:
         numbers = torch.stack((loss.detach().float(), grad_norm.detach().float()))
         arrived = None
         if numbers.is_cuda:
+            # Reading them here would wait for all queued work, and the GPU then idles while the
+            # host prepares the next step. Only copies to pinned memory return at once.
             pinned = torch.empty(2, dtype=torch.float32, pin_memory=True)
             numbers = pinned.copy_(numbers, non_blocking=True)
             arrived = torch.cuda.current_stream().record_event()

@@ -78,6 +78,7 @@ class LeakWatch(TrainerCallback):
     ) -> None:
         """Read memory if a reading is due, and have the attempt save and end on a leak."""
         step = state.global_step
+        # With an evaluation at each step there would never be a reading.
         settling = min(SETTLING_STEPS, int(args.eval_steps or SETTLING_STEPS))
         if time.monotonic() < self._next_reading or step - self._disturbed_at < settling:
             return

@@ -101,6 +101,7 @@ class QATrainer(Trainer):
             collate = PackedCollator(collate.pad_token_id)
         pin_memory = self.args.dataloader_pin_memory
         loader = step_loader(self.train_dataset, self.sampler, collate, pin_memory=pin_memory)
+        # Not placed: the step as a whole would go to the device, not a micro-batch at a time.
         return self.accelerator.prepare_data_loader(loader, device_placement=False)  # type: ignore[no-any-return]
 
     def get_batch_samples(
@@ -232,7 +233,7 @@ class QATrainer(Trainer):
             tr_loss.zero_()
             self._globalstep_last_logged = step
             self.store_flos()
-        self.control.should_log = False
+        self.control.should_log = False  # super() would read the loss, and wait for it
         due = self.control.should_evaluate or self.control.should_save
         self._log_late(everything=due or self.control.should_training_stop)
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
@@ -261,6 +262,7 @@ class QATrainer(Trainer):
     ) -> dict[str, float]:
         """Return the mean negative log-likelihood per trained token over the held-out rows."""
         loss_sum, tokens = 0.0, 0
+        # The phase is named before the first batch can run out of memory.
         self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         self.model.eval()
         for inputs in self.get_eval_dataloader(eval_dataset):

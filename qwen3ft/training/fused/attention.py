@@ -152,6 +152,7 @@ def _has_cudnn(q: Tensor) -> bool:
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Compute `attend` for one sequence."""
+    # No bias; with log-sum-exp; no dropout; causal; no debug mask.
     out, log_sum_exp, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
         _heads_first(q), _heads_first(k), _heads_first(v), None, True, 0.0, True, False
     )
@@ -210,6 +211,7 @@ def _attend_backward_plainly(
         wide = d_out[rows].float().transpose(0, 1)
         weights = torch.exp(_scores(q[rows], k[rows]) - log_sum_exp[:, rows, None])
         d_weights = wide @ _per_query_head(v[rows], q).transpose(1, 2)
+        # Row sums of d_out x out are those of d_weights x weights (Dao 2023, algorithm 2).
         delta = (wide * out[rows].float().transpose(0, 1)).sum(-1, keepdim=True)
         d_scores = weights * (d_weights - delta) * scale
         d_q[rows] = (d_scores @ _per_query_head(k[rows], q)).transpose(0, 1)

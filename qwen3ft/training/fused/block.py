@@ -89,7 +89,7 @@ class FusedBlock:
         kept.x = x
         qkv = self._project(x, row, out=kept.qkv)
         attended, log_sum_exp = self._attend(qkv, row)
-        del qkv
+        del qkv  # unless it is kept, before o's product is allocated
         x_mid, kept.attended_low = self.o.forward(
             attended.flatten(1), self.o.weight(), x, out=kept.x_mid
         )
@@ -114,7 +114,7 @@ class FusedBlock:
         if kept.x_mid is None:
             kept.x_mid, _ = self.o.forward(kept.attended.flatten(1), self.o.weight(), kept.x)
         mlp_gradients = self._mlp_backward(d_extended, kept, row)
-        kept.x_mid = None
+        kept.x_mid = None  # `FusedSizes.backward_bytes` counts on its room
         if kept.qkv is None:
             kept.qkv = self._project(kept.x, row)
         o_total = self._attention_backward(d_extended, kept, row)
@@ -245,6 +245,7 @@ class FusedBlock:
             if kept.gate_up is None:
                 gate_up = self.gate_up.forward(extended, wide)
             else:
+                # The list lets go of this chunk, so that it is freed before the next one.
                 gate_up, kept.gate_up[index] = kept.gate_up[index], x_mid[:0]
             d_activated = self.down.input_gradient(d_chunk, narrow)
             self.ops.silu_mul_backward(d_activated, gate_up)

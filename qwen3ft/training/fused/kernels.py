@@ -42,6 +42,7 @@ class TritonOps:
         if group is None:
             group = _groups[key] = _Group(weights)
             for weight in weights:
+                # CPython gives the ids of what is gone to new objects.
                 weakref.finalize(weight, _groups.pop, key, None)
         if group.fits:
             group.write(out, beside, below)

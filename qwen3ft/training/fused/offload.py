@@ -76,6 +76,7 @@ class HostStash:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             self._copy_out(sources, stashed)
+        # Held until they have left: the allocator would give their memory to the next tensor.
         self._leaving.append((sources, self._stream.record_event()))
         self._let_go(1)
         return stashed
@@ -91,6 +92,7 @@ class HostStash:
         if self._stream is None:
             self._copy_back(stashed)
             return
+        # Work queued on the current stream may still use the memory that the new tensor got.
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             self._copy_back(stashed)

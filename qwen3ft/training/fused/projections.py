@@ -9,8 +9,8 @@ rows of the dequantised matrix, because reading a wide activation again would co
 - `SingleProjection` (o; down), wide in and narrow out: the gradient is stored as [dy | dy s B],
   the weight as [W ; A] below each other, so one product gives all of dx.
 
-Ranks are zero-padded to a multiple of 8, so that rows stay aligned for tensor cores. Gradients of A
-and B are summed in fp32; those of B lack the factor s.
+Ranks are zero-padded (`padded_rank`). Gradients of A and B are summed in fp32; those of B lack the
+factor s.
 """
 
 from __future__ import annotations
@@ -184,5 +184,5 @@ def _require_plain_lora(module: Any) -> None:
 def _sum_fp32(left: Tensor, right: Tensor) -> Tensor:
     """Multiply with fp32 sums, for products that sum over many tokens."""
     if left.is_cuda and left.dtype != torch.float32:
-        return torch.mm(left, right, out_dtype=torch.float32)
+        return torch.mm(left, right, out_dtype=torch.float32)  # CUDA alone has out_dtype
     return (left @ right).float()

@@ -75,6 +75,7 @@ class ReferenceOps:
         gradient, sigmoid = d_out.float(), torch.sigmoid(gate)
         silu = gate * sigmoid
         d_gate = gradient * up * (sigmoid + silu * (1 - sigmoid))
+        # Both before either is stored: in fp32 these are views of what is overwritten.
         d_gate_up, activated = torch.cat((d_gate, gradient * silu), dim=-1), silu * up
         d_out.copy_(activated)
         gate_up.copy_(d_gate_up)

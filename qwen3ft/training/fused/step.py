@@ -100,6 +100,7 @@ class FusedStep:
             block.reserve(len(hidden), row, level)
             for block, level in zip(self.blocks, levels, strict=True)
         ]
+        # All at once, for the reason given in `FusedBlock.reserve`.
         outputs = [None if self.offload else torch.empty_like(hidden) for _ in self.blocks]
         for block, level, of_block, output in zip(self.blocks, levels, kept, outputs, strict=True):
             x, hidden = hidden, torch.empty_like(hidden) if output is None else output
@@ -148,6 +149,7 @@ class FusedStep:
         self._read_adapters()
         positions = batch["position_ids"].to(device, non_blocking=True)
         half = self.rotary.inv_freq.numel()
+        # transformers takes only device and dtype of the first argument; both halves are the same.
         cos, sin = self.rotary(self.norm.weight.float(), positions)
         row = PackedRow(
             segments=Segments(

@@ -49,7 +49,7 @@ class FourBitWeight:
         rows, columns = state.shape
         nested = state.state2 if state.nested else None
         return cls(
-            packed=weight.data.view(torch.uint8).reshape(-1),
+            packed=weight.data.view(torch.uint8).reshape(-1),  # stored as any type (quant_storage)
             code=state.code,
             absmax=state.absmax,
             out_features=rows,
