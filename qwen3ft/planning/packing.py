@@ -146,8 +146,7 @@ def _best_fit(
     groups: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (tokens left, group), ascending
     for index in longest_first:
-        # -1 comes before every group, so that one with exactly this room is found.
-        place = bisect.bisect_left(room, (tokens[index], -1))
+        place = bisect.bisect_left(room, (tokens[index], -1))  # -1 is before every group's number
         if place == len(room):
             left, group = capacity_tokens, len(groups)
             groups.append([])

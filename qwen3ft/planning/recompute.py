@@ -21,8 +21,7 @@ from enum import IntEnum
 
 from qwen3ft.records.model import ModelShape
 
-# 8 numbers of bf16 are 16 bytes, the alignment of rows that tensor cores want.
-RANK_MULTIPLE = 8
+RANK_MULTIPLE = 8  # in bf16 16 bytes, the alignment of rows that tensor cores want
 
 
 class Level(IntEnum):

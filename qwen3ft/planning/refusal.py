@@ -95,8 +95,7 @@ def nothing_fits(request: FitRequest, kernels: str, budget_gb: float) -> Insuffi
 
 
 def _rounded_up_gb(size_bytes: int) -> float:
-    # Up, because the number is offered as a budget that fits.
-    return math.ceil(gb(size_bytes) * 100) / 100
+    return math.ceil(gb(size_bytes) * 100) / 100  # up: it is offered as a budget that fits
 
 
 def _need_and_left(parts: tuple[MemoryPart, ...], need_gb: float, budget_gb: float) -> str:
