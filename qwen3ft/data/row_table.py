@@ -35,8 +35,7 @@ class RowWriter(AbstractContextManager["RowWriter"]):
         # Large: the offsets of a string are 32-bit, and a batch of large rows exceeds 2 GiB.
         texts = [(name, pa.large_string()) for name in _TEXTS]
         self._schema = pa.schema([*texts, *((name, pa.int64()) for name in _NUMBERS)])
-        # A file, not a stream, for reading single batches.
-        self._writer = pa.ipc.new_file(str(path), self._schema)
+        self._writer = pa.ipc.new_file(str(path), self._schema)  # a stream has no single batches
         self._columns: dict[str, list[Any]] = {name: [] for name in self._schema.names}
 
     def __exit__(self, *_: object) -> None:
