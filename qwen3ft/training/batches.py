@@ -133,8 +133,7 @@ class StepSampler:
     ) -> None:
         self.order = order
         self.split = split
-        # accelerate expects these two of a batch sampler.
-        self.batch_size = order.effective_batch_size
+        self.batch_size = order.effective_batch_size  # accelerate expects this and the next
         self.drop_last = False
 
     def __len__(self) -> int:
