@@ -9,11 +9,11 @@ national phone numbers outside China and North America.
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from qwen3ft.logs import SECRET_PATTERNS, mask_secrets
+from qwen3ft.plain_text import without_steering
 
 MASK = "***"
 
@@ -251,22 +251,13 @@ _NUMBER_CHECKS: tuple[tuple[str, re.Pattern[str], Check], ...] = (
 # A secret may begin before the cut and end behind it; private keys are the longest.
 _LOOK_AHEAD = 4096
 
-# Marks of Unicode's bidirectional algorithm. Arabic and Hebrew read right without them.
-_OVERRIDES = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-
 
 def safe_excerpt(text: str, most_characters: int) -> str:
     """Return `text` masked, without control characters and direction marks, and cut with a note."""
     looked_at = text[: most_characters + _LOOK_AHEAD]
     # Control characters go first: one inside a secret would hide it from the mask.
-    kept = mask("".join(character for character in looked_at if _is_plain(character))).strip()
+    kept = mask(without_steering(looked_at)).strip()
     left_out = len(kept) - most_characters + max(0, len(text) - most_characters - _LOOK_AHEAD)
     if left_out <= 0:
         return kept
     return f"{kept[:most_characters].rstrip()} … ({left_out:,} more characters)"
-
-
-def _is_plain(character: str) -> bool:
-    if character in "\n\t":
-        return True
-    return unicodedata.category(character) not in ("Cc", "Cs") and character not in _OVERRIDES
