@@ -17,10 +17,14 @@ from pathlib import Path
 
 ROOT = "qwen3ft"
 
-# the lines of the key, their ends real or written as \n, and the end mark if there is one
+# Masking reads every line of a log and every row, so its time may grow no faster than the text,
+# whatever that holds: nothing may be read again from each of many starts, or be divided in many
+# ways. Hence the possessive quantifiers (*+), and the bound on a part that a dot must end.
+_LINE_ENDS = r"(?:\s|\\+[nr]?)*+"  # real, or written as \n
+# the lines of the key, and the end mark if there is one
 _PRIVATE_KEY = (
-    r"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----(?:[\s\\nr]*[A-Za-z0-9+/=]{20,})*"
-    r"(?:[\s\\nr]*[A-Za-z0-9+/=]*[\s\\nr]*-----END [A-Z ]+-----)?"
+    rf"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----(?:{_LINE_ENDS}[A-Za-z0-9+/=]{{20,}}+)*+"
+    rf"(?:{_LINE_ENDS}[A-Za-z0-9+/=]*+{_LINE_ENDS}-----END [A-Z ]+-----)?"
 )
 
 SECRET_PATTERNS: tuple[tuple[str, str], ...] = (
@@ -37,7 +41,10 @@ SECRET_PATTERNS: tuple[tuple[str, str], ...] = (
     ("api_key", r"[sr]k_(?:live|test)_[A-Za-z0-9]{16,}"),  # Stripe
     ("api_key", r"npm_[A-Za-z0-9]{36}|pypi-AgE[A-Za-z0-9_-]{40,}"),  # package registries
     # JSON web tokens
-    ("api_key", r"eyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}"),
+    (
+        "api_key",
+        r"(?<![A-Za-z0-9])eyJ[A-Za-z0-9_-]{8,4096}+\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}",
+    ),
     ("password_url", r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"),  # user:password in a URL
     ("api_key", r"(?<=[Bb]earer )[A-Za-z0-9._~+/-]{8,}=*"),
 )

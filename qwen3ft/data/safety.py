@@ -110,8 +110,10 @@ def scan(text: str) -> tuple[Finding, ...]:
     if is_wide:
         text = text.translate(_FULL_WIDTH)  # one character for one: indices stay the same
     found: list[Finding] = []
+    taken = bytearray(len(text))  # to compare each finding with all others would take too long
     for finding in _candidates(text):
-        if all(finding.end <= one.start or one.end <= finding.start for one in found):
+        if taken.find(1, finding.start, finding.end) < 0:
+            taken[finding.start : finding.end] = b"\1" * (finding.end - finding.start)
             found.append(finding)
     return tuple(sorted(found, key=lambda finding: finding.start))
 
@@ -145,7 +147,7 @@ def _is_key(match: re.Match[str]) -> bool:
     """Return whether a key looks random, not written by hand."""
     key = match.group()
     has_digit = any(character.isdigit() for character in key)
-    if match.string[: match.start()].endswith("earer ") and not has_digit:
+    if match.string.endswith("earer ", 0, match.start()) and not has_digit:
         return False
     is_mixed = "-" not in key and key.upper() != key != key.lower()
     is_random = has_digit or is_mixed or key.isupper()
