@@ -35,6 +35,11 @@ def escaped_line(text: str) -> str:
     return _STEERS_OR_BREAKS.sub(lambda found: ascii(found.group())[1:-1], text)
 
 
+def escaped_in_json(text: str) -> str:
+    r"""Return JSON with every character that steers written as \u001b, which means the same."""
+    return _STEERS.sub(lambda found: f"\\u{ord(found.group()):04x}", text)
+
+
 def without_steering(text: str) -> str:
     """Return `text` without the characters that `escaped` escapes."""
     return _STEERS.sub("", text)

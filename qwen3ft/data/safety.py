@@ -12,10 +12,8 @@ import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from qwen3ft.logs import SECRET_PATTERNS, mask_secrets
+from qwen3ft.logs import MASK, SECRET_PATTERNS, mask_secrets
 from qwen3ft.plain_text import without_steering
-
-MASK = "***"
 
 
 class Finding(NamedTuple):
@@ -125,6 +123,16 @@ def mask(text: str) -> str:
         parts += [text[end : finding.start], MASK]
         end = finding.end
     return mask_secrets("".join(parts) + text[end:])
+
+
+def mask_keys(text: str) -> str:
+    """Return `text` with credentials alone replaced by ***; what only looks like one stays."""
+    parts, end = [], 0
+    for finding in scan(text):
+        if finding.kind in _SECRET_CHECKS:
+            parts += [text[end : finding.start], MASK]
+            end = finding.end
+    return "".join(parts) + text[end:]
 
 
 def _candidates(text: str) -> Iterator[Finding]:

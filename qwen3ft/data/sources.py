@@ -9,6 +9,8 @@ before any file is read, unless the config allows sample rows to stand in.
 from __future__ import annotations
 
 import glob
+import hashlib
+import shlex
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +19,10 @@ from qwen3ft.config import TrainingConfig
 from qwen3ft.data.digests import DigestCache, mark_of, open_digests
 from qwen3ft.data.hub import HUB_PREFIX, fetch_dataset, parse_hub_name, pin_dataset
 from qwen3ft.data.readers.open import SUFFIXES, is_readable
+from qwen3ft.data.safety import mask_keys
 from qwen3ft.embedded import DATA_DIR
 from qwen3ft.errors import DataLoadingError
+from qwen3ft.plain_text import escaped_line
 from qwen3ft.records.data import ResolvedSources, Role, SourceFile
 
 EMBEDDED_PREFIX = "embedded:"
@@ -160,7 +164,7 @@ def _files(given: str, role: Role, cache: Path) -> list[SourceFile]:
             if not given.startswith(HUB_PREFIX):
                 error.why += f" There is no path {given} in {Path.cwd()} either."
             raise
-        return [SourceFile(label, path, role) for label, path in found]
+        return [_source(path, role, label) for label, path in found]
     if not path.exists() and glob.has_magic(given):
         return _glob_files(path, role)
     if not path.is_file():
@@ -177,7 +181,7 @@ def _files(given: str, role: Role, cache: Path) -> list[SourceFile]:
             next_command=f"ls -l {path}",
             path=given,
         )
-    return [SourceFile(str(path), path, role)]
+    return [_source(path, role)]
 
 
 def _folder_files(folder: Path, role: Role) -> list[SourceFile]:
@@ -217,10 +221,28 @@ def _glob_files(pattern: Path, role: Role) -> list[SourceFile]:
 
 def _readable_files(paths: Iterable[Path], role: Role) -> list[SourceFile]:
     return [
-        SourceFile(str(path), path, role)
-        for path in sorted(set(paths))
-        if is_readable(path) and path.is_file()
+        _source(path, role) for path in sorted(set(paths)) if is_readable(path) and path.is_file()
     ]
+
+
+def _source(path: Path, role: Role, name: str | None = None) -> SourceFile:
+    """Return a file under a name that may be shown wherever the file is spoken of.
+
+    Raises:
+        DataLoadingError: its path is not UTF-8, so that no worker could be told of it.
+    """
+    name = name or str(path)
+    shown = escaped_line(mask_keys(name))
+    if any("\ud800" <= character <= "\udfff" for character in str(path)):
+        raise DataLoadingError(
+            f"The name of the {role} data file {shown} is not UTF-8.",
+            why="It was written in another encoding, and cannot be passed on as it is.",
+            next_command=f"ls -lb {shlex.quote(escaped_line(str(path.parent)))}",
+            path=shown,
+        )
+    if shown != name:  # two names that differ in what is not shown stay apart
+        shown = f"{shown} ({hashlib.sha256(name.encode()).hexdigest()[:8]})"
+    return SourceFile(shown, path, role)
 
 
 def _embedded_file(given: str) -> Path:
