@@ -196,12 +196,17 @@ def project(
     """A project with servers of its own: a `FlowProject`."""
     from support.flow_project import FlowProject
 
+    from deployments import services
+
     made = FlowProject(tmp_path_factory.mktemp("flow"), make_config)
-    try:
-        made.stack.up()
-        yield made
-    finally:
-        made.stack.down()
+    with pytest.MonkeyPatch.context() as patch:
+        try:
+            made.stack.up()
+            for name, value in services.access(made.stack.layout()).items():
+                patch.setenv(name, value)  # for clients of its MLflow in this process
+            yield made
+        finally:
+            made.stack.down()
 
 
 @pytest.fixture(scope="session")

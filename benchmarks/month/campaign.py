@@ -160,8 +160,8 @@ class Month:
         for fault in self._faults:
             fault.begin()
         began = time.monotonic()
-        environment = {k: v for f in self._faults for k, v in f.environment().items()}
-        self.clock.start(night.hour, environment)
+        planted = ",".join(filter(None, (fault.plan() for fault in self._faults)))
+        self.clock.start(night.hour, planted)
         if self._overdue is not None and self._overdue.undone == MACHINE_OFF:
             self.clock.start(self._overdue.hour)  # it is due too once the machine is back
         if "double start" in night.faults:

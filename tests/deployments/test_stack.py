@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -33,6 +32,7 @@ from deployments.deploy import (
 from deployments.pages import POLICY
 from deployments.processes import MARK, find_marked, free_port, start_detached, stop
 from deployments.schedule import write_schedule
+from deployments.secret import authorization
 from deployments.services import DEPLOYMENT, SERVICES, Layout
 from deployments.stack import Stack, StackStatus
 from qwen3ft.errors import ConfigError
@@ -74,6 +74,16 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         yield made
     finally:
         made.down()
+
+
+def text_of(stack: Stack, url: str, *request: Any) -> str | None:
+    """Return what a server of the stack answers."""
+    return services.request_text(stack.layout().secret, url, *request)
+
+
+def json_of(stack: Stack, url: str, *request: Any) -> Any:
+    """Return what a server of the stack answers, parsed."""
+    return services.request_json(stack.layout().secret, url, *request)
 
 
 def _pids(status: StackStatus) -> dict[str, int | None]:
@@ -127,21 +137,13 @@ def test_two_ups_at_once_restart_a_killed_server_once(stack: Stack) -> None:
     assert changed == {"mlflow"}
 
 
-def test_mlflow_refuses_other_host_names(stack: Stack) -> None:
-    """A web page whose name was made to resolve to this machine can read nothing."""
-    url = f"{stack.layout().url('mlflow')}/api/2.0/mlflow/experiments/search?max_results=1"
-    assert services.request_text(url) is not None
-    foreign = urllib.request.Request(url, headers={"Host": "evil.example"})
-    with pytest.raises(urllib.error.HTTPError, match="403"):
-        urllib.request.build_opener(urllib.request.ProxyHandler({})).open(foreign)
-
-
 @pytest.mark.parametrize("version", ["v1", "v2"])
 def test_prefects_pages_may_connect_to_this_machine_only(stack: Stack, version: str) -> None:
     """Both versions are served with the policy; test_browser.py checks that a browser obeys it."""
     path = "/v2/dashboard" if version == "v2" else "/runs"
     url = stack.layout().url("prefect") + path
-    request = urllib.request.Request(url, headers={"Accept": "text/html"})
+    signed_in = {"Accept": "text/html", "Authorization": authorization(stack.layout().secret)}
+    request = urllib.request.Request(url, headers=signed_in)
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as answer:
         page = answer.read().decode()
     assert f'href="{"/v2" if version == "v2" else ""}/ico/' in page
@@ -167,11 +169,11 @@ def test_the_deployment_is_registered_once_and_as_declared(
     assert stack.status().deployment_registered
 
 
-def _wait_for_planned_runs(api: str) -> None:
+def _wait_for_planned_runs(stack: Stack, api: str) -> None:
     """Wait until the server's scheduler has planned the coming nights, within a minute or so."""
     wanted = {"flow_runs": {"tags": {"all_": ["auto-scheduled"]}}}
     end = time.monotonic() + 90
-    while not (planned := services.request_json(f"{api}/flow_runs/filter", wanted)):
+    while not (planned := json_of(stack, f"{api}/flow_runs/filter", wanted)):
         assert time.monotonic() < end, "a schedule that is on has planned nothing"
         time.sleep(0.5)
     assert {run["expected_start_time"][11:16] for run in planned} == {"02:00"}
@@ -187,11 +189,11 @@ def test_registering_again_keeps_the_schedule_that_was_switched_on(
     assert found is not None
     api = f"{stack.layout().url('prefect')}/api"
     address = f"{api}/deployments/{found['id']}/schedules/{found['schedules'][0]['id']}"
-    assert services.request_text(address, {"active": True}, "PATCH") is not None
+    assert text_of(stack, address, {"active": True}, "PATCH") is not None
     assert deploy(stack, force=True) is True
     assert stack.status().schedule_active
-    _wait_for_planned_runs(api)
-    names = [item["name"] for item in services.request_json(f"{api}/automations/filter", {})]
+    _wait_for_planned_runs(stack, api)
+    names = [item["name"] for item in json_of(stack, f"{api}/automations/filter", {})]
     assert sorted(names) == sorted(["qwen3ft: new data", RESUME_AUTOMATION, ZOMBIE_AUTOMATION])
 
 
@@ -216,17 +218,17 @@ def test_prefect_typed_in_the_folder_talks_to_the_stack(
 def _start_at(stack: Stack, address: str, body: dict[str, object]) -> str:
     """Make a run that the server believes to be running; return its id."""
     api = f"{stack.layout().url('prefect')}/api"
-    run = services.request_json(f"{api}/{address}", body)
+    run = json_of(stack, f"{api}/{address}", body)
     forced = {"state": {"type": "RUNNING"}, "force": True}
-    assert services.request_text(f"{api}/flow_runs/{run['id']}/set_state", forced) is not None
+    assert text_of(stack, f"{api}/flow_runs/{run['id']}/set_state", forced) is not None
     return str(run["id"])
 
 
-def _wait_for_resumption(api: str, crashed: str) -> dict[str, Any]:
+def _wait_for_resumption(stack: Stack, api: str, crashed: str) -> dict[str, Any]:
     """Return the run that was started to continue `crashed`."""
     end = time.monotonic() + 60
     while time.monotonic() < end:
-        for run in services.request_json(f"{api}/filter", {}):
+        for run in json_of(stack, f"{api}/filter", {}):
             if run["parameters"].get("continue_run") == crashed:
                 found: dict[str, Any] = run
                 return found
@@ -252,20 +254,20 @@ def test_a_run_that_was_killed_with_everything_else_is_ended_and_continued_by_th
     killed = _start_at(stack, f"deployments/{deployment['id']}/create_flow_run", asked)
     other = _start_at(stack, "flow_runs/", {"flow_id": deployment["flow_id"], "state": later})
     limits = f"{stack.layout().url('prefect')}/api/v2/concurrency_limits"
-    assert services.request_json(f"{limits}/", {"name": "slot", "limit": 1})
+    assert json_of(stack, f"{limits}/", {"name": "slot", "limit": 1})
     slot = {"names": ["slot"], "slots": 1, "mode": "concurrency", "lease_duration": 300}
-    lease = services.request_json(f"{limits}/increment-with-lease", slot)["lease_id"]
+    lease = json_of(stack, f"{limits}/increment-with-lease", slot)["lease_id"]
     everything = find_marked(stack.root)
     for process in everything:
         process.kill()
     psutil.wait_procs(everything, timeout=30)
     assert stack.up().up
     renewal = {"lease_duration": 300}
-    assert services.request_text(f"{limits}/leases/{lease}/renew", renewal, "POST") is not None
+    assert text_of(stack, f"{limits}/leases/{lease}/renew", renewal, "POST") is not None
     api = f"{stack.layout().url('prefect')}/api/flow_runs"
-    assert services.request_json(f"{api}/{killed}")["state_type"] == "CRASHED"
-    assert services.request_json(f"{api}/{other}")["state_type"] == "RUNNING"
-    again = _wait_for_resumption(api, killed)
+    assert json_of(stack, f"{api}/{killed}")["state_type"] == "CRASHED"
+    assert json_of(stack, f"{api}/{other}")["state_type"] == "RUNNING"
+    again = _wait_for_resumption(stack, api, killed)
     assert again["parameters"] == {
         "config": deployment["parameters"]["config"],
         "continue_run": killed,
@@ -310,10 +312,10 @@ def test_old_flow_runs_are_counted_by_a_dry_run_and_removed_without_one(
     deployment = read_deployment(stack)
     assert deployment is not None
     api = f"{stack.layout().url('prefect')}/api/flow_runs"
-    ended = services.request_json(f"{api}/", {"flow_id": deployment["flow_id"]})["id"]
+    ended = json_of(stack, f"{api}/", {"flow_id": deployment["flow_id"]})["id"]
     for state in ("RUNNING", "COMPLETED"):
         forced = {"state": {"type": state}, "force": True}
-        assert services.request_text(f"{api}/{ended}/set_state", forced) is not None
+        assert text_of(stack, f"{api}/{ended}/set_state", forced) is not None
     going = _start_at(stack, "flow_runs/", {"flow_id": deployment["flow_id"]})
 
     def clean(*, dry_run: bool) -> int:
@@ -325,10 +327,10 @@ def test_old_flow_runs_are_counted_by_a_dry_run_and_removed_without_one(
 
     counted = clean(dry_run=True)
     assert counted >= 1
-    assert services.request_json(f"{api}/{ended}") is not None
+    assert json_of(stack, f"{api}/{ended}") is not None
     assert clean(dry_run=False) >= counted
-    assert services.request_json(f"{api}/{ended}") is None
-    assert services.request_json(f"{api}/{going}") is not None
+    assert json_of(stack, f"{api}/{ended}") is None
+    assert json_of(stack, f"{api}/{going}") is not None
 
 
 def test_down_leaves_no_process(stack: Stack) -> None:

@@ -13,6 +13,8 @@ from urllib.parse import urlsplit
 
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_playwright
 
+from deployments.services import Layout
+
 VARIABLE = "QWEN3FT_CHROMIUM"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 NOT_INSTALLED = f"no Chromium: apt install chromium, or {VARIABLE}=/path/to/chrome"
@@ -65,6 +67,12 @@ class WatchedBrowser:
         self._context.set_default_timeout(20_000)
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+
+    def sign_in(self, layout: Layout) -> None:
+        """Open the link that the terminal shows once; after that both servers know the browser."""
+        page = self._context.new_page()
+        page.goto(layout.sign_in_link(layout.ui_url))
+        page.close()
 
     @contextmanager
     def visit(self, url: str, name: str, wait_for: str) -> Iterator[Page]:

@@ -84,14 +84,17 @@ class FlowProject:
         """Let Prefect and MLflow in this process talk to the project's servers."""
         from prefect.events.worker import EventsWorker
         from prefect.logging.handlers import APILogWorker
-        from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
+        from prefect.settings import (
+            PREFECT_API_AUTH_STRING,
+            PREFECT_API_URL,
+            PREFECT_UI_URL,
+            temporary_settings,
+        )
 
         names = ("MLFLOW_TRACKING_URI", "NO_PROXY")
         values = services.environment(self.stack.layout(), os.environ)
-        addresses = {
-            PREFECT_API_URL: values["PREFECT_API_URL"],
-            PREFECT_UI_URL: values["PREFECT_UI_URL"],
-        }
+        settings = (PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_UI_URL)
+        addresses = {setting: values[setting.name] for setting in settings}
         with temporary_settings(addresses), pytest.MonkeyPatch.context() as patch:
             for name in names:
                 patch.setenv(name, values[name])
