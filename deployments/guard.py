@@ -48,7 +48,7 @@ _RELOAD = '<!doctype html><meta http-equiv="refresh" content="0">'
 
 @dataclass(frozen=True)
 class Answer:
-    """What the guard answers in place of the server."""
+    """Answer that the guard gives in place of the server."""
 
     status: int
     body: str = ""
@@ -141,7 +141,7 @@ class Guard:
 
 
 class _Request:
-    """What the guard looks at; absent headers are None."""
+    """The parts of a request that decide; absent headers are None."""
 
     def __init__(self, scope: Scope) -> None:
         self._scope = scope
@@ -178,24 +178,24 @@ class _Request:
 
     @property
     def is_foreign(self) -> bool:
-        """Whether a page of another origin is behind it, as far as the browser says."""
+        """True if a page of another origin is behind it, as far as the browser says."""
         if self.origin not in (None, f"http://{self.host}"):
             return True
         return self.header("sec-fetch-site") not in (None, "same-origin", "none")
 
     @property
     def opens_a_page(self) -> bool:
-        """Whether a browser asks for it to show it in a tab of its own."""
+        """True if a browser asks for it to show it in a tab of its own."""
         if self.is_socket or self.method not in ("GET", "HEAD"):
             return False
-        told = self.header("sec-fetch-mode"), self.header("sec-fetch-dest")
-        return told == ("navigate", "document") or (
-            told == (None, None) and "text/html" in (self.header("accept") or "")
-        )
+        purpose = self.header("sec-fetch-mode"), self.header("sec-fetch-dest")
+        if purpose == (None, None):  # an older browser
+            return "text/html" in (self.header("accept") or "")
+        return purpose == ("navigate", "document")
 
     @property
     def writes(self) -> bool:
-        """Whether it has a content, or names a type of one, and does more than read."""
+        """True if it has a content, or names a type of one, and does more than read."""
         if self.is_socket or self.method in _READS:
             return False
         length = self.header("content-length")

@@ -9,7 +9,7 @@ continues each.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,25 @@ def find_orphans(layout: Layout) -> list[dict[str, Any]]:
     }
     found = services.request_json(layout.secret, f"{_api(layout)}/flow_runs/filter", wanted)
     return [run for run in found or () if run["id"] not in alive]
+
+
+class OrphanSweep:
+    """A search, repeated while a worker is up, for runs that nobody executes any more."""
+
+    def __init__(self) -> None:
+        self._suspects: dict[str, str] = {}
+
+    def repeat(self, layout: Layout, starting: Container[str]) -> None:
+        """End the runs found now and the time before in the same state.
+
+        The first time a run is found, its process may just be ending or starting; the worker names
+        in `starting` those that it is about to start.
+        """
+        found = [run for run in find_orphans(layout) if run["id"] not in starting]
+        for run in found:
+            if self._suspects.get(run["id"]) == run["state_id"]:
+                end_run(layout, run, "Its process ended without reporting how.")
+        self._suspects = {run["id"]: run["state_id"] for run in found}
 
 
 def end_run(layout: Layout, run: Mapping[str, Any], message: str) -> None:

@@ -19,7 +19,7 @@ from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.actions import WorkPoolUpdate
 from prefect.workers.process import ProcessJobConfiguration, ProcessWorker
 
-from deployments.orphans import end_run, find_orphans
+from deployments.orphans import OrphanSweep
 from deployments.stack import Stack
 from qwen3ft.errors import ConfigError
 
@@ -31,7 +31,7 @@ TEMPLATE: dict[str, Any] = {
 
 
 class FixedJob(ProcessJobConfiguration):
-    """How a run is started: always the same way."""
+    """Start of a run: always the same way."""
 
     @classmethod
     async def from_template_and_values(
@@ -62,7 +62,7 @@ with warnings.catch_warnings():
 
         type = "process"
         job_configuration = FixedJob
-        _suspects: dict[str, str] = {}  # noqa: RUF012  replaced, never changed
+        _sweep = OrphanSweep()
 
         @classmethod
         def get_default_base_job_template(cls) -> dict[str, Any]:
@@ -76,16 +76,8 @@ with warnings.catch_warnings():
                 update = WorkPoolUpdate(base_job_template=TEMPLATE)
                 await self.client.update_work_pool(self.work_pool.name, update)
             starting = {str(run_id) for run_id in self._submitting_flow_run_ids}
-            await anyio.to_thread.run_sync(self._end_orphans, starting)
-
-        def _end_orphans(self, starting: set[str]) -> None:
             layout = Stack(Path.cwd()).layout()
-            found = [run for run in find_orphans(layout) if run["id"] not in starting]
-            for run in found:
-                # seen twice in the same state: the first time its process may have been starting
-                if self._suspects.get(run["id"]) == run["state_id"]:
-                    end_run(layout, run, "Its process ended without reporting how.")
-            self._suspects = {run["id"]: run["state_id"] for run in found}
+            await anyio.to_thread.run_sync(self._sweep.repeat, layout, starting)
 
 
 if __name__ == "__main__":

@@ -133,8 +133,6 @@ class Stack:
         """Start what is down; return False, and start nothing, if `down` ended it on purpose."""
         for folder in (self._folder / "logs", self.root / "mlruns" / "artifacts"):
             folder.mkdir(parents=True, exist_ok=True)
-        for folder in (self._folder, self.root / "mlruns"):
-            make_private(folder)
         with try_lock(self._lock, math.inf):
             before, secret = self._read_state(), digest(make_secret(self.root))
             if unless_stopped and not before.pids:
@@ -149,6 +147,8 @@ class Stack:
             self._start_servers([name for name in SERVERS if name in down], say)
             self._wait("prefect")
             keep_local(self.layout().prefect_pages)
+            for folder in (self._folder, self.root / "mlruns"):
+                make_private(folder)  # Prefect copies its pages, and older versions wrote openly
             self._start_worker(before)  # while MLflow, which it does not need yet, still starts
             for name in SERVICES:
                 self._wait(name)

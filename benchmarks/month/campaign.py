@@ -57,6 +57,7 @@ from benchmarks.month.report import (
     trained_seconds,
 )
 from benchmarks.month.stack import ENDED, Clock, Machine, make_project
+from deployments import services
 
 MOST_STEPS = 3600
 """Steps of each training, about five minutes; a tenth is enough for a quick look."""
@@ -113,6 +114,7 @@ class Month:
         done = self.machine.command("deploy")
         if done.returncode:
             sys.exit(done.stdout + done.stderr)
+        os.environ.update(services.access(self.stack.layout()))  # for the checker's client
         self._checker = Checker(self.stack.layout().url("mlflow"), self.test)
 
     def close(self) -> None:

@@ -29,7 +29,9 @@ from deployments.deploy import (
     deploy,
     read_deployment,
 )
+from deployments.orphans import OrphanSweep
 from deployments.pages import POLICY
+from deployments.prefect_api import send
 from deployments.processes import MARK, find_marked, free_port, start_detached, stop
 from deployments.schedule import write_schedule
 from deployments.secret import authorization
@@ -38,6 +40,7 @@ from deployments.stack import Stack, StackStatus
 from qwen3ft.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
+RUNS = "flow_runs/filter"
 
 FLOW = '''
 """A flow with the name and the parameters of the real one, which does nothing."""
@@ -276,6 +279,80 @@ def test_a_run_that_was_killed_with_everything_else_is_ended_and_continued_by_th
     }
 
 
+def _stuck_run(stack: Stack, state: str) -> str:
+    """Make a run of the deployment that the server believes to be in `state`; return its id."""
+    deployment = read_deployment(stack)
+    assert deployment is not None
+    later = {"scheduled_time": (datetime.now(UTC) + timedelta(days=365)).isoformat()}
+    asked = {"state": {"type": "SCHEDULED", "state_details": later}}
+    run = _start_at(stack, f"deployments/{deployment['id']}/create_flow_run", asked)
+    if state != "RUNNING":
+        forced = {"state": {"type": state}, "force": True}
+        send(stack.layout(), f"flow_runs/{run}/set_state", forced)
+    return run
+
+
+def _state_of(stack: Stack, run: str) -> str:
+    return str(send(stack.layout(), f"flow_runs/{run}", method="GET")["state_type"])
+
+
+def test_a_run_whose_process_ended_without_reporting_is_found_by_the_second_look(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is continued once; one that was being cancelled is cancelled. Others are left alone."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    deploy(stack)
+    layout, sweep = stack.layout(), OrphanSweep()
+    runs = {state: _stuck_run(stack, state) for state in ("RUNNING", "PENDING", "CANCELLING")}
+    starting = _stuck_run(stack, "PENDING")
+    sweep.repeat(layout, {starting})
+    assert {state: _state_of(stack, run) for state, run in runs.items()} == {s: s for s in runs}
+    sweep.repeat(layout, {starting})
+    assert [_state_of(stack, run) for run in runs.values()] == ["CRASHED", "CRASHED", "CANCELLED"]
+    assert _state_of(stack, starting) == "PENDING"
+    continued = [run["parameters"].get("continue_run") for run in send(layout, RUNS, {})]
+    assert sorted(filter(None, continued)) == sorted([runs["RUNNING"], runs["PENDING"]])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_slot_that_a_lost_run_holds_is_free_within_two_minutes(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stack's worker finds the run by itself; the next run waits for nothing else."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    stack.up()
+    deploy(stack)
+    _stuck_run(stack, "PENDING")
+    deployment = read_deployment(stack)
+    assert deployment is not None
+    created = f"deployments/{deployment['id']}/create_flow_run"
+    following = send(stack.layout(), created, {})["id"]
+    end = time.monotonic() + 120
+    while _state_of(stack, following) != "COMPLETED":
+        assert time.monotonic() < end, "the slot is still held"
+        time.sleep(1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_servers_from_before_the_secret_or_with_an_older_one_are_started_anew(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run in progress on them is taken up; `up` alone does all of it."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    stack.up()
+    deploy(stack)
+    running, before, old = _stuck_run(stack, "RUNNING"), _pids(stack.status()), stack.layout()
+    (stack.root / ".qwen3ft" / "secret").unlink()
+    assert stack.up().up
+    after = _pids(stack.status())
+    assert all(after[name] != before[name] for name in SERVICES)
+    assert stack.layout().secret not in ("", old.secret)
+    assert _state_of(stack, running) == "CRASHED"
+    _wait_for_resumption(stack, f"{stack.layout().url('prefect')}/api/flow_runs", running)
+
+
 def test_the_schedule_is_changed_in_the_file_registered_and_switched_on_by_one_command(
     stack: Stack, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -348,7 +425,7 @@ def test_down_leaves_no_process(stack: Stack) -> None:
     assert not (stack.root / "prefect.toml").exists()
     assert stack.layout() == layout
     assert stack.down() == ()
-    assert all(layout.log(name).stat().st_size for name in SERVICES)
+    assert all(layout.log(name).exists() for name in SERVICES)
 
 
 # --- the parts, without servers ---

@@ -20,6 +20,7 @@ from support.databases import place_databases
 from deployments import services
 from deployments.deploy import CPU_CONFIG, deploy, read_deployment
 from deployments.stack import Stack
+from qwen3ft.files import private_files
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.registry.registry import Registry
 from qwen3ft.training import faults
@@ -72,7 +73,7 @@ class FlowProject:
         """Run the flow in this process; return its final state and its folder."""
         from flows.finetune import qwen3_finetune
 
-        with self.connected(), pytest.MonkeyPatch.context() as patch:
+        with self.connected(), private_files(), pytest.MonkeyPatch.context() as patch:
             patch.setenv(faults.VARIABLE, fault)
             config = self.config(**changes)
             state = qwen3_finetune(config, continue_run, nightly, return_state=True)
