@@ -134,7 +134,6 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{work}/mlruns/mlflow.db")
     os.environ.setdefault("PREFECT_HOME", str(work / "prefect"))
-    os.environ["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"] = "180"  # on a busy machine
     (work / "mlruns").mkdir(exist_ok=True)
 
     from qwen3ft.config import TrainingConfig

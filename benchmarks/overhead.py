@@ -39,11 +39,8 @@ def make_project(root: Path) -> Path:
     return root
 
 
-def run_once(stack: Any, parameters: dict[str, Any], **request: Any) -> dict[str, Any]:
-    """Run the deployment once and return the seconds from the request to the end.
-
-    `request` holds further fields of the request, such as `job_variables`.
-    """
+def run_once(stack: Any, parameters: dict[str, Any]) -> dict[str, Any]:
+    """Run the deployment once and return the seconds from the request to the end."""
     from deployments.deploy import read_deployment
     from deployments.prefect_api import send
 
@@ -52,7 +49,7 @@ def run_once(stack: Any, parameters: dict[str, Any], **request: Any) -> dict[str
     layout = stack.layout()
     started = time.monotonic()
     address = f"deployments/{deployment['id']}/create_flow_run"
-    run = send(layout, address, {"parameters": parameters, **request})
+    run = send(layout, address, {"parameters": parameters})
     while run["state_type"] not in FINAL_STATES:
         time.sleep(POLL_SECONDS)
         run = send(layout, f"flow_runs/{run['id']}", method="GET")

@@ -2,13 +2,14 @@
 
 Prefect's worker reports that a run's process ended. When both end together (a power cut, `down`,
 the kernel's OOM killer) nobody does: the run would stay Running and keep the one concurrency slot,
-so that no later run could start. `up` and `down` therefore end such runs, and start the run that
+so that no later run could start. So does a run whose process ends with status 0 and reports
+nothing. `up`, `down` and, every 30 s, the worker therefore end such runs, and start the run that
 continues each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,44 +23,77 @@ from deployments.services import DEPLOYMENT, POOL, Layout
 _UNFINISHED = ("PENDING", "RUNNING", "CANCELLING")
 
 
-def end_orphans(layout: Layout) -> int:
-    """Mark as crashed, and continue, every unfinished run of the pool that no process executes.
-
-    Call it only while no worker is up. Runs of other origin (`qwen3ft train`) have no pool.
-
-    Returns:
-        How many there were.
-    """
+def end_orphans(layout: Layout) -> None:
+    """End every run that no process executes; call it only while no worker is up."""
     # The automations of `deploy` do both as well, but not reliably at this moment: a server that
     # has just started holds back an event for 15 minutes if it follows one from before the start,
     # and a server that is about to end may not get to it.
+    for run in find_orphans(layout):
+        end_run(layout, run, "Its process and the worker ended together.")
+
+
+def find_orphans(layout: Layout) -> list[dict[str, Any]]:
+    """Return the unfinished runs of the pool that no process executes.
+
+    Runs of other origin (`qwen3ft train`) have no pool. A run that a worker is about to start is
+    among them.
+    """
     alive = _executing(layout.root)
-    api = f"{layout.url('prefect')}/api"
     wanted = {
         "work_pools": {"name": {"any_": [POOL]}},
         "flow_runs": {"state": {"type": {"any_": _UNFINISHED}}},
     }
-    orphans: list[dict[str, Any]] = [
-        run
-        for run in services.request_json(f"{api}/flow_runs/filter", wanted) or ()
-        if run["id"] not in alive
-    ]
-    message = "Its process and the worker ended together. Its checkpoints are kept."
-    for run in orphans:
+    found = services.request_json(layout.secret, f"{_api(layout)}/flow_runs/filter", wanted)
+    return [run for run in found or () if run["id"] not in alive]
+
+
+class OrphanSweep:
+    """A search, repeated while a worker is up, for runs that nobody executes any more."""
+
+    def __init__(self) -> None:
+        self._suspects: dict[str, str] = {}
+
+    def repeat(self, layout: Layout, starting: Container[str]) -> None:
+        """End the runs found now and the time before in the same state.
+
+        The first time a run is found, its process may just be ending or starting; the worker names
+        in `starting` those that it is about to start.
+        """
+        found = [run for run in find_orphans(layout) if run["id"] not in starting]
+        for run in found:
+            if self._suspects.get(run["id"]) == run["state_id"]:
+                end_run(layout, run, "Its process ended without reporting how.")
+        self._suspects = {run["id"]: run["state_id"] for run in found}
+
+
+def end_run(layout: Layout, run: Mapping[str, Any], message: str) -> None:
+    """Mark a run as crashed, and continue it; one that was being cancelled is cancelled."""
+    if run["state_type"] == "CANCELLING":
+        state = {"type": "CANCELLED", "message": message}
+    else:
         # continue first: if this is killed between the two, the next `up` repeats both
-        name = PROCESS_LOST if _continue(api, run) else "Crashed"
+        name = PROCESS_LOST if _continue(layout, run) else "Crashed"
+        message = f"{message} Its checkpoints are kept."
         state = {"type": "CRASHED", "name": name, "message": message}
-        services.request_text(f"{api}/flow_runs/{run['id']}/set_state", {"state": state})
-    return len(orphans)
+    address = f"{_api(layout)}/flow_runs/{run['id']}/set_state"
+    services.request_text(layout.secret, address, {"state": state})
 
 
-def _continue(api: str, run: Mapping[str, Any]) -> bool:
+def _continue(layout: Layout, run: Mapping[str, Any]) -> bool:
     """Start a run that continues `run`, as the automation does after a crash."""
-    deployment = services.request_json(f"{api}/deployments/name/{DEPLOYMENT}")
+    if (run["parameters"].get("resumed") or 0) > 1:
+        return False  # the flow would have refused to go on, and did not even begin
+    address = f"{_api(layout)}/deployments"
+    deployment = services.request_json(layout.secret, f"{address}/name/{DEPLOYMENT}")
     if deployment is None or run["deployment_id"] != deployment["id"]:
         return False
-    address = f"{api}/deployments/{deployment['id']}/create_flow_run"
-    return services.request_json(address, {"parameters": resumption_parameters(run)}) is not None
+    asked = {"parameters": resumption_parameters(run)}
+    created = f"{address}/{deployment['id']}/create_flow_run"
+    return services.request_json(layout.secret, created, asked) is not None
+
+
+def _api(layout: Layout) -> str:
+    return f"{layout.url('prefect')}/api"
 
 
 def _executing(root: Path) -> set[str]:

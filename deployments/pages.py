@@ -1,4 +1,4 @@
-"""A content security policy for Prefect's pages, so that they connect to this machine only.
+"""A content security policy for Prefect's pages, so that they connect to their own server only.
 
 Version 2 of its UI, the one whose forms know bounds, requests settings from amplitude.com on every
 page, even if the server sends no analytics. The server copies its pages into a folder of the
@@ -12,9 +12,7 @@ from pathlib import Path
 from qwen3ft.files import write_bytes_atomic
 
 # `data:` and `blob:` stay on the machine; the graph of a run loads its fonts that way
-ALLOWED = (
-    "'self' http://127.0.0.1:* http://localhost:* ws://127.0.0.1:* ws://localhost:* data: blob:"
-)
+ALLOWED = "'self' data: blob:"
 POLICY = f'<meta http-equiv="Content-Security-Policy" content="connect-src {ALLOWED}">'
 
 

@@ -33,7 +33,9 @@ def send(
     Raises:
         EnvironmentNotReadyError: the server does not answer, or refuses.
     """
-    text = services.request_text(f"{layout.url('prefect')}/api/{address}", body, method)
+    text = services.request_text(
+        layout.secret, f"{layout.url('prefect')}/api/{address}", body, method
+    )
     if text is None:
         raise EnvironmentNotReadyError(
             f"The Prefect server refused {method} /api/{address} or does not answer.",

@@ -1,6 +1,7 @@
-"""Prefect's command line, with a server whose concurrent transactions wait instead of failing.
+"""Prefect's server behind the guard, with transactions that wait for each other instead of failing.
 
-`python -m deployments.prefect_server server start` takes the same arguments as `prefect`.
+`python -m deployments.prefect_server PORT` starts it on loopback, as `prefect server start` does;
+with `--until-stdin-ends` it does not outlive whoever started it.
 
 Prefect begins most SQLite transactions as DEFERRED. Such a transaction reads first and asks for the
 write lock later, and SQLite refuses that at once, whatever the busy timeout, if another connection
@@ -11,14 +12,23 @@ for its turn before it reads. Prefect does so itself where a caller passes `with
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import threading
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
-from prefect.cli import app
+import uvicorn
+from prefect.server.api import server
 from prefect.server.database.configurations import SQLITE_BEGIN_MODE, AioSqliteConfiguration
 from prefect.server.database.dependencies import MODELS_DEPENDENCIES
+from prefect.server.schemas.ui import UISettings
 from prefect.settings import get_current_settings
+from pydantic import field_validator
 from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
+
+from deployments.guard import Guard
 
 
 class ImmediateSqlite(AioSqliteConfiguration):
@@ -48,6 +58,47 @@ def use_immediate_transactions() -> None:
         MODELS_DEPENDENCIES["database_config"] = ImmediateSqlite(url.get_secret_value())
 
 
-if __name__ == "__main__":
+class WithoutLogin(UISettings):
+    """Settings of Prefect's pages by which they ask for no password: the guard has signed in."""
+
+    @field_validator("auth", mode="before")
+    @classmethod
+    def _none(cls, _: object) -> None:
+        return None
+
+
+def run(port: int) -> None:
+    """Serve on loopback until SIGTERM."""
     use_immediate_transactions()
-    app()
+    server.UISettings = WithoutLogin  # type: ignore[attr-defined]
+    settings = get_current_settings().server
+    assert settings.api.auth_string is not None  # see `services.access`
+    guard = Guard(
+        server.create_app(final=True),
+        settings.api.auth_string.get_secret_value().partition(":")[2],
+        is_page=lambda path: not path.startswith("/api"),
+        sockets_sign_in=True,
+    )
+    uvicorn.run(
+        guard,
+        host="127.0.0.1",
+        port=port,
+        timeout_keep_alive=settings.api.keepalive_timeout,
+        log_level=settings.logging_level.lower(),
+    )
+
+
+def end_with_stdin() -> None:
+    """End this process in order when its standard input ends."""
+
+    def wait() -> None:
+        sys.stdin.read()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+if __name__ == "__main__":
+    if "--until-stdin-ends" in sys.argv:
+        end_with_stdin()
+    run(int(sys.argv[1]))

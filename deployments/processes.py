@@ -7,6 +7,7 @@ if their parents are gone.
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import psutil
 
+from qwen3ft.files import PRIVATE_UMASK
 from qwen3ft.records.base import Record
 
 MARK = "QWEN3FT_STACK"
@@ -42,8 +44,12 @@ class ProcessMark(Record):
 def start_detached(
     command: Sequence[str], *, environment: Mapping[str, str], folder: Path, log: Path
 ) -> ProcessMark:
-    """Start `command` in a session of its own; append its output to the file `log`."""
-    with log.open("ab") as stream:
+    """Start `command` in a session of its own; append its output to the file `log`.
+
+    What it and its children write, only this user can read.
+    """
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    with os.fdopen(descriptor, "ab") as stream:
         process = subprocess.Popen(
             command,
             cwd=folder,
@@ -52,6 +58,7 @@ def start_detached(
             stdout=stream,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            umask=PRIVATE_UMASK,
         )
     return ProcessMark(pid=process.pid, create_time=psutil.Process(process.pid).create_time())
 

@@ -17,11 +17,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from deployments.secret import USER, auth_string, authorization, read_secret, sign_in_link
+
 Service = Literal["prefect", "mlflow", "worker"]
 
 SERVICES: tuple[Service, ...] = ("prefect", "mlflow", "worker")
 SERVERS: tuple[Service, ...] = ("prefect", "mlflow")
 DEPLOYMENT = "qwen3-finetune/default"
+HOSTS = ("127.0.0.1", "localhost")
+"""Names by which the servers answer to requests; they listen on the first."""
 POOL = "qwen3ft"
 WORKER = "qwen3ft-local"
 TOML_HEADER = "# Written by `qwen3ft up`, removed by `qwen3ft down`.\n"
@@ -63,6 +67,11 @@ class Layout:
         """Artifacts of the MLflow server; clients only ever see `mlflow-artifacts:/`."""
         return self.root / "mlruns" / "artifacts"
 
+    @property
+    def secret(self) -> str:
+        """The secret of the servers; empty before the first `up`."""
+        return read_secret(self.root)
+
     def port(self, server: Service) -> int:
         """Return the port of a server."""
         return self.prefect_port if server == "prefect" else self.mlflow_port
@@ -80,6 +89,10 @@ class Layout:
         """Start of links to Prefect's pages; Prefect's own links would lead to the old version."""
         return f"{self.url('prefect')}/v2"
 
+    def sign_in_link(self, url: str) -> str:
+        """Return the address of a page of the stack as it is printed on a terminal."""
+        return sign_in_link(url, self.secret)
+
     def log(self, service: Service) -> Path:
         """Return the file with everything that `service` printed."""
         return self.root / ".qwen3ft" / "logs" / f"{service}.log"
@@ -89,17 +102,15 @@ def command(service: Service, layout: Layout, python: str) -> list[str]:
     """Return the argument list that starts `service` with the interpreter `python`."""
     if service == "worker":
         worker = f"worker start --pool {POOL} --type process --limit 1 --name {WORKER}"
-        return [python, "-m", "prefect", *worker.split()]
+        return [python, "-m", "deployments.prefect_worker", *worker.split()]
     port = layout.port(service)
     if service == "prefect":
-        start = f"server start --host 127.0.0.1 --port {port}"
-        return [python, "-m", "deployments.prefect_server", *start.split()]
+        return [python, "-m", "deployments.prefect_server", str(port)]
     return [
         *(python, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)),
-        *("--workers", "1", "--serve-artifacts"),
+        *("--app-name", "qwen3ft", "--workers", "1", "--serve-artifacts"),
         *("--backend-store-uri", layout.mlflow_store),
         *("--artifacts-destination", str(layout.artifacts)),
-        # an exact list: a web page whose name resolves to 127.0.0.1 must not reach the server
         *("--allowed-hosts", f"127.0.0.1:{port},localhost:{port}"),
     ]
 
@@ -118,10 +129,14 @@ def environment(layout: Layout, inherited: Mapping[str, str] = os.environ) -> di
         and name != "PYTHONDONTWRITEBYTECODE"
     }
     no_proxy = [entry for entry in inherited.get("NO_PROXY", "").split(",") if entry]
+    kept.update(access(layout))
+    origins = [f"http://{host}:{layout.prefect_port}" for host in HOSTS]
     return kept | {
         "PREFECT_HOME": str(layout.prefect_home),
         "PREFECT_API_URL": f"{layout.url('prefect')}/api",
         "PREFECT_UI_URL": layout.ui_url,
+        "PREFECT_UI_API_URL": "/api",  # of the server that the page is from, by whatever name
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": ",".join(origins),
         "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(layout.prefect_pages),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
@@ -143,6 +158,29 @@ def environment(layout: Layout, inherited: Mapping[str, str] = os.environ) -> di
     }
 
 
+def access(layout: Layout) -> dict[str, str]:
+    """Return the variables with which clients of both servers, and the servers, know the secret."""
+    secret = layout.secret
+    if not secret:
+        return {}
+    return {
+        "PREFECT_API_AUTH_STRING": auth_string(secret),
+        "PREFECT_SERVER_API_AUTH_STRING": auth_string(secret),
+        "MLFLOW_TRACKING_USERNAME": USER,
+        "MLFLOW_TRACKING_PASSWORD": secret,
+    }
+
+
+def client_variables(layout: Layout) -> dict[str, str]:
+    """Return the variables that programs outside the stack need to use its servers."""
+    values = environment(layout, {})
+    names = (
+        *("PREFECT_API_URL", "PREFECT_API_AUTH_STRING"),
+        *("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"),
+    )
+    return {name: values[name] for name in names if name in values}
+
+
 def prefect_toml(layout: Layout) -> str:
     """Return the content of a prefect.toml that points `prefect` at the stack's server."""
     return (
@@ -151,38 +189,42 @@ def prefect_toml(layout: Layout) -> str:
         f"profiles_path = {json.dumps(str(layout.prefect_home / 'profiles.toml'))}\n"
         f"ui_url = {json.dumps(layout.ui_url)}\n"
         f"\n[api]\nurl = {json.dumps(layout.url('prefect') + '/api')}\n"
+        f"auth_string = {json.dumps(auth_string(layout.secret))}\n"
     )
 
 
 def is_healthy(service: Service, layout: Layout, started: float) -> bool:
     """Check that `service`, started at `started` (seconds since the epoch), does its work."""
     if service == "prefect":
-        return request_json(f"{layout.url('prefect')}/api/health") is True
+        return request_json(layout.secret, f"{layout.url('prefect')}/api/health") is True
     if service == "mlflow":
-        return request_text(f"{layout.url('mlflow')}/health") == "OK"
+        return request_text(layout.secret, f"{layout.url('mlflow')}/health") == "OK"
     return any(
         worker["name"] == WORKER
         and worker["status"] == "ONLINE"
         # the database still has the row of a worker that ran before
         and datetime.fromisoformat(worker["last_heartbeat_time"]).timestamp() >= started
         for worker in request_json(
-            f"{layout.url('prefect')}/api/work_pools/{POOL}/workers/filter", body={}
+            layout.secret, f"{layout.url('prefect')}/api/work_pools/{POOL}/workers/filter", body={}
         )
         or ()
     )
 
 
 def request_text(
-    url: str, body: Mapping[str, Any] | None = None, method: str | None = None
+    secret: str, url: str, body: Mapping[str, Any] | None = None, method: str | None = None
 ) -> str | None:
-    """Return a local server's answer to GET, or to POST (or `method`) with a JSON `body`.
+    """Return a server's answer to GET, or to POST (or `method`) with a JSON `body`.
 
-    None if it does not answer, or not with success.
+    None if it does not answer, or not with success. `secret` is that of the server's stack.
     """
     request = urllib.request.Request(  # noqa: S310 - addresses are built here, all of them http
         url,
         data=None if body is None else json.dumps(body).encode(),
-        headers={"Content-Type": "application/json"},
+        headers={
+            "Content-Type": "application/json",
+            "Authorization": authorization(secret),
+        },
         method=method,
     )
     # no proxy, whatever the shell says: these addresses are on this machine
@@ -202,9 +244,9 @@ def request_text(
     return None
 
 
-def request_json(url: str, body: Mapping[str, Any] | None = None) -> Any:
+def request_json(secret: str, url: str, body: Mapping[str, Any] | None = None) -> Any:
     """Return the parsed answer of `request_text`; None if there is none or it is not JSON."""
-    text = request_text(url, body)
+    text = request_text(secret, url, body)
     try:
         return None if text is None else json.loads(text)
     except ValueError:

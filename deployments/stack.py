@@ -1,5 +1,6 @@
 """The local stack: a Prefect server, an MLflow server and one process worker, all on loopback.
 
+    .qwen3ft/secret          what makes requests to the servers the owner's (`deployments.secret`)
     .qwen3ft/stack.json      ports, and the pid and start time of each process
     .qwen3ft/logs/*.log      what they print, appended
     .qwen3ft/prefect/        Prefect's database and cached results
@@ -34,9 +35,10 @@ from deployments.processes import (
     start_detached,
     stop,
 )
+from deployments.secret import digest, make_secret, read_secret
 from deployments.services import DEPLOYMENT, SERVERS, SERVICES, TOML_HEADER, Layout, Service
 from qwen3ft.errors import EnvironmentNotReadyError
-from qwen3ft.files import write_json_atomic
+from qwen3ft.files import make_private, write_bytes_atomic, write_json_atomic
 from qwen3ft.locks import try_lock
 from qwen3ft.machine.environment import EnvironmentManager
 from qwen3ft.records.base import Record
@@ -58,6 +60,9 @@ class StackState(Record):
     pids: dict[Service, ProcessMark] = Field(default_factory=dict)
     started: float = Field(
         default=0.0, description="Time at which a process was last started, since the epoch."
+    )
+    secret: str = Field(
+        default="", description="Digest of the secret that the processes were started with."
     )
 
     def port(self, server: Service) -> int:
@@ -129,15 +134,21 @@ class Stack:
         for folder in (self._folder / "logs", self.root / "mlruns" / "artifacts"):
             folder.mkdir(parents=True, exist_ok=True)
         with try_lock(self._lock, math.inf):
-            before = self._read_state()
+            before, secret = self._read_state(), digest(make_secret(self.root))
             if unless_stopped and not before.pids:
                 return False
+            if before.pids and before.secret != secret:
+                say("Everything is started anew, with a new secret; runs in progress are taken up.")
+                for name in _STOP_ORDER:
+                    self._stop(name)
             down = [name for name in SERVICES if self._find(name, before) is None]
             if unless_stopped and not down:
                 return True  # without asking the servers: one that hangs must not block this
             self._start_servers([name for name in SERVERS if name in down], say)
             self._wait("prefect")
             keep_local(self.layout().prefect_pages)
+            for folder in (self._folder, self.root / "mlruns"):
+                make_private(folder)  # Prefect copies its pages, and older versions wrote openly
             self._start_worker(before)  # while MLflow, which it does not need yet, still starts
             for name in SERVICES:
                 self._wait(name)
@@ -167,7 +178,8 @@ class Stack:
         reports = tuple(self._report(name, state) for name in SERVICES)
         urls = {report.name: report.url for report in reports if report.healthy}
         address = f"{urls.get('prefect')}/api/deployments/name/{DEPLOYMENT}"
-        deployment = services.request_json(address) if "prefect" in urls else None
+        known = "prefect" in urls
+        deployment = services.request_json(self._layout(state).secret, address) if known else None
         return StackStatus(
             root=str(self.root),
             up=all(report.healthy for report in reports),
@@ -203,9 +215,10 @@ class Stack:
         self._start("worker")
 
     def _announce(self, started: list[Service], say: Say) -> None:
-        labels = {name: self.layout().url(name) for name in SERVERS}
+        # no addresses: what `up --stay` says may go to a log, and they open with the secret only
         for name in started:
-            say(f"{name:8}{labels.get(name, f'waiting for runs of pool {services.POOL}')}")
+            waits = name == "worker"
+            say(f"{name:8}{f'waiting for runs of pool {services.POOL}' if waits else 'started'}")
 
     def _start(self, name: Service) -> None:
         state, layout = self._read_state(), self.layout()
@@ -217,9 +230,13 @@ class Stack:
             folder=self.root,
             log=layout.log(name),
         )
-        pids = {**state.pids, name: process}
+        update = {
+            "pids": {**state.pids, name: process},
+            "started": time.time(),
+            "secret": digest(read_secret(self.root)),
+        }
         # at once, so that an `up` that is killed right here does not lose the process
-        self._write_state(state.model_copy(update={"pids": pids, "started": time.time()}))
+        self._write_state(state.model_copy(update=update))
 
     def _choose_port(self, name: Service, say: Say) -> StackState:
         state = self._read_state()
@@ -252,12 +269,12 @@ class Stack:
 
     def _report(self, name: Service, state: StackState) -> ServiceStatus:
         layout, process = self._layout(state), self._find(name, state)
-        healthy = process is not None and services.is_healthy(
-            name, layout, state.pids[name].create_time
+        # another server may be on the port while ours failed to get it: it is not sent the secret
+        healthy = (
+            process is not None
+            and (name not in SERVERS or listens(process, layout.port(name)))
+            and services.is_healthy(name, layout, state.pids[name].create_time)
         )
-        if healthy and process is not None and name in SERVERS:
-            # another project's server may answer on the port while ours failed to get it
-            healthy = listens(process, layout.port(name))
         return ServiceStatus(
             name=name,
             pid=process.pid if process else None,
@@ -294,4 +311,4 @@ class Stack:
 
     def _write_toml(self) -> None:
         if self._owns_toml():
-            self._toml.write_text(services.prefect_toml(self.layout()), encoding="utf-8")
+            write_bytes_atomic(self._toml, services.prefect_toml(self.layout()).encode())

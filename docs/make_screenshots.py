@@ -40,7 +40,8 @@ from tasks.artifacts import RUN_CARD  # noqa: E402
 
 MODEL = "qwen3ft-embedded"
 FIRST = PRODUCTS[:4]
-OUT_OF_MEMORY = {"job_variables": {"env": {faults.VARIABLE: "oom@step=90"}}}
+OUT_OF_MEMORY = "oom@step=90"
+FAULTS = "faults.txt"
 MOST_BYTES = 200_000
 REDRAWN_MILLISECONDS = 2000
 """Time after which MLflow no longer redraws an HTML artifact and scrolls it back to the top."""
@@ -81,7 +82,10 @@ def run_nights(stack: Stack) -> dict[str, str]:
     write_rows(data / "monday.jsonl", rows)
     promoted = run_once(stack, {"nightly": True})
     write_rows(data / "tuesday.jsonl", english_rows("train", PRODUCTS[len(FIRST) :]))
-    recovered = run_once(stack, {"nightly": True}, **OUT_OF_MEMORY)
+    planted = stack.root / FAULTS
+    planted.write_text(OUT_OF_MEMORY, encoding="utf-8")
+    recovered = run_once(stack, {"nightly": True})
+    planted.write_text("", encoding="utf-8")
     write_rows(data / "wednesday.jsonl", shuffled(rows, Random("wednesday")))
     kept = run_once(stack, {"nightly": True})
     for night, verdict in ((promoted, "promoted"), (recovered, "promoted"), (kept, "kept")):
@@ -94,6 +98,7 @@ def take_pictures(stack: Stack, nights: dict[str, str], folder: Path) -> None:
     """Take every screenshot of docs/reading.md."""
     cards = {name: _read_card(stack, run) for name, run in nights.items()}
     with open_browser(folder) as browser:
+        browser.sign_in(stack.layout())
         pages = Pages(browser, stack)
         pages.form()
         pages.run_in_prefect("promoted", cards["promoted"])
@@ -192,6 +197,8 @@ def demo(root: Path) -> Iterator[Stack]:
     root.mkdir(parents=True)
     stack = Stack(root, {"prefect": 4200, "mlflow": 5000})
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ[faults.VARIABLE] = f"@{root / FAULTS}"  # for the worker, and with it for runs
+    (root / FAULTS).touch()
     try:
         write_project(root)
         stack.up(print)

@@ -42,9 +42,11 @@ from flows.run_context import (
     survive_closed_pipes,
     warn_of_limits,
 )
+from flows.temporary_server import temporary_server
 from qwen3ft import logs
 from qwen3ft.config import TrainingConfig
 from qwen3ft.evaluation.ability import read_ability_rows
+from qwen3ft.files import private_files
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.jobs.processes import workers_ahead
 from qwen3ft.names import checked_name
@@ -222,5 +224,10 @@ def _as_attempt(plan: TrainPlan, run: RunDir, attempt: int) -> TrainPlan:
 
 
 def run_in_process(config: TrainingConfig, continue_run: str | None = None) -> State[Any]:
-    """Run the flow in this process; Prefect starts its own server if none is configured."""
-    return qwen3_finetune(config, continue_run, return_state=True)
+    """Run the flow in this process, with a temporary server if none is configured.
+
+    Raises:
+        EnvironmentNotReadyError: that server did not start.
+    """
+    with private_files(), temporary_server():
+        return qwen3_finetune(config, continue_run, return_state=True)

@@ -12,8 +12,10 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +24,31 @@ from qwen3ft.units import size_text
 
 MANIFEST_NAME = "manifest.json"
 
+PRIVATE_UMASK = 0o077
+"""Umask of every process of the project: other users of the machine can read nothing it writes."""
+
 _STAGING = re.compile(r"\.(?P<target>.+?)(?P<retired>\.old)?\.[a-z0-9_]{8}")
 """Names that `tempfile.mkdtemp` makes in `build_folder`."""
+
+
+@contextmanager
+def private_files() -> Iterator[None]:
+    """Let only this user read what the process and its children write in the body."""
+    before = os.umask(PRIVATE_UMASK)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def make_private(folder: Path) -> None:
+    """Take from other users all rights to `folder` and what is in it; links are not followed."""
+    for parent, folders, files in os.walk(folder):
+        for path in (Path(parent), *(Path(parent, name) for name in (*folders, *files))):
+            with suppress(FileNotFoundError):  # a temporary file of a running server
+                mode = stat.S_IMODE(path.lstat().st_mode)
+                if mode & PRIVATE_UMASK and not path.is_symlink():
+                    path.chmod(mode & ~PRIVATE_UMASK)
 
 
 def fsync_dir(path: Path) -> None:

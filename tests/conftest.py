@@ -32,7 +32,7 @@ settings.register_profile("qwen3ft", deadline=None, max_examples=EXAMPLES)
 settings.load_profile("qwen3ft")
 
 BROWSER = "tests/flows/test_browser.py"
-TOGETHER = {BROWSER: "tests/flows/test_flow.py"}
+TOGETHER = dict.fromkeys((BROWSER, "tests/flows/test_attacks.py"), "tests/flows/test_flow.py")
 """Files that share what is made once for a session and takes long."""
 
 SLOWEST_SHOWN = 12
@@ -40,7 +40,14 @@ OTHERS_MAKE_IT_SECONDS = 240.0
 """Wait for another process that is making what both need."""
 
 LONGEST = (
-    *("test_flow.py", "test_browser.py", "test_worker.py", "test_stack.py", "test_training.py"),
+    *(
+        "test_flow.py",
+        "test_browser.py",
+        "test_attacks.py",
+        "test_worker.py",
+        "test_stack.py",
+        "test_training.py",
+    ),
     *("test_moves.py", "test_mirror.py", "test_sender.py", "test_export.py"),
     *("test_cli.py", "test_ask.py", "test_preflight.py", "test_nightly.py", "test_inference.py"),
     *("test_judge.py", "test_checkpoint_writer.py"),
@@ -196,12 +203,17 @@ def project(
     """A project with servers of its own: a `FlowProject`."""
     from support.flow_project import FlowProject
 
+    from deployments import services
+
     made = FlowProject(tmp_path_factory.mktemp("flow"), make_config)
-    try:
-        made.stack.up()
-        yield made
-    finally:
-        made.stack.down()
+    with pytest.MonkeyPatch.context() as patch:
+        try:
+            made.stack.up()
+            for name, value in services.access(made.stack.layout()).items():
+                patch.setenv(name, value)  # for clients of its MLflow in this process
+            yield made
+        finally:
+            made.stack.down()
 
 
 @pytest.fixture(scope="session")

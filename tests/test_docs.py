@@ -42,7 +42,7 @@ NO_SETTINGS = {*METRICS, *TAGS, "max_tokens", "read_raw", "run_worker"}
 _TO_END = re.DOTALL | re.MULTILINE
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", _TO_END)
 _SPAN = re.compile(r"`([^`\n]+)`")
-_COMMAND = re.compile(r"(?:^|[\s(]|bin/)qwen3ft ([a-z].*)")
+_COMMAND = re.compile(r"(?:^|[\s(]|bin/)qwen3ft ([a-z][^)\n]*)")
 _FILE = re.compile(r"(?:\.ci|benchmarks|deployments|docs|flows|qwen3ft|tasks|tests)/[\w./-]*\w")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from qwen3ft.files import (
     build_folder,
     find_damage,
     lines_from,
+    make_private,
+    private_files,
     read_json_lines,
     sha256_json,
     write_bytes_atomic,
@@ -205,3 +208,37 @@ def test_an_unwritable_folder_is_an_error_not_a_loss(tmp_path: Path) -> None:
 
 def _write(path: Path, content: bytes) -> None:
     path.write_bytes(content)
+
+
+def test_what_others_could_read_becomes_private(tmp_path: Path) -> None:
+    """Programs stay executable; links, which have no rights of their own, lead to what they did."""
+    outside = tmp_path / "outside"
+    outside.write_text("shared")
+    outside.chmod(0o644)
+    folder = tmp_path / "folder"
+    (folder / "inner").mkdir(parents=True)
+    for name, mode in (("inner/data", 0o644), ("program", 0o755), ("private", 0o400)):
+        (folder / name).touch()
+        (folder / name).chmod(mode)
+    (folder / "link").symlink_to(outside)
+    (folder / "dangling").symlink_to(tmp_path / "nowhere")
+    folder.chmod(0o777)
+    make_private(folder)
+    modes = {name: (folder / name).stat().st_mode & 0o777 for name in (".", "inner", "program")}
+    assert modes == {".": 0o700, "inner": 0o700, "program": 0o700}
+    assert (folder / "inner" / "data").stat().st_mode & 0o777 == 0o600
+    assert (folder / "private").stat().st_mode & 0o777 == 0o400
+    assert outside.stat().st_mode & 0o777 == 0o644
+
+
+def test_what_a_process_writes_is_private_while_it_asks_for_that(tmp_path: Path) -> None:
+    """So is what its children write."""
+    before = os.umask(0o022)
+    try:
+        with private_files():
+            subprocess.run(["sh", "-c", "mkdir a; touch a/b"], cwd=tmp_path, check=True)
+        (tmp_path / "c").touch()
+    finally:
+        os.umask(before)
+    modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("a", "a/b", "c")]
+    assert modes == [0o700, 0o600, 0o644]

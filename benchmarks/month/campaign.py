@@ -57,6 +57,7 @@ from benchmarks.month.report import (
     trained_seconds,
 )
 from benchmarks.month.stack import ENDED, Clock, Machine, make_project
+from deployments import services
 
 MOST_STEPS = 3600
 """Steps of each training, about five minutes; a tenth is enough for a quick look."""
@@ -113,6 +114,7 @@ class Month:
         done = self.machine.command("deploy")
         if done.returncode:
             sys.exit(done.stdout + done.stderr)
+        os.environ.update(services.access(self.stack.layout()))  # for the checker's client
         self._checker = Checker(self.stack.layout().url("mlflow"), self.test)
 
     def close(self) -> None:
@@ -160,8 +162,8 @@ class Month:
         for fault in self._faults:
             fault.begin()
         began = time.monotonic()
-        environment = {k: v for f in self._faults for k, v in f.environment().items()}
-        self.clock.start(night.hour, environment)
+        planted = ",".join(filter(None, (fault.plan() for fault in self._faults)))
+        self.clock.start(night.hour, planted)
         if self._overdue is not None and self._overdue.undone == MACHINE_OFF:
             self.clock.start(self._overdue.hour)  # it is due too once the machine is back
         if "double start" in night.faults:

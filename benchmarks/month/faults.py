@@ -21,7 +21,6 @@ from benchmarks.month.nights import TRACKING_DOWN, Strike
 from benchmarks.month.stack import Machine, kill, pause, resume
 from deployments.processes import find_marked
 from qwen3ft.files import read_json_lines
-from qwen3ft.training.faults import VARIABLE
 
 TRACKING_HANGS_SECONDS = 40.0
 FLOW_VARIABLE = "PREFECT__FLOW_RUN_ID"
@@ -98,14 +97,14 @@ class Fault:
     effects: list[str] = field(default_factory=list)
     """Actions taken, with the number of processes hit."""
 
-    def environment(self) -> dict[str, str]:
-        """Return the environment that plants the fault in the run's process."""
-        planted = {"nan": "nan", "out of memory": "oom"}
-        if self.name not in planted:
-            return {}
+    def plan(self) -> str:
+        """Return what plants the fault in the run's process; empty for a fault from outside."""
+        actions = {"nan": "nan", "out of memory": "oom"}
+        if self.name not in actions:
+            return ""
         step = max(1, round(self.at * self.scene.most_steps))
         self.effects.append(f"planted at step {step}")
-        return {VARIABLE: f"{planted[self.name]}@step={step}"}
+        return f"{actions[self.name]}@step={step}"
 
     @property
     def planted(self) -> bool:

@@ -29,6 +29,7 @@ from deployments.services import DEPLOYMENT
 from deployments.stack import Stack, StackState
 from qwen3ft.errors import EnvironmentNotReadyError
 from qwen3ft.files import write_json_atomic
+from qwen3ft.training import faults
 
 PORTS = {"prefect": 4700, "mlflow": 5700}
 RESTART_SECONDS = 3.0
@@ -38,6 +39,8 @@ FIRST_START_SECONDS = 240.0
 ACCEPT_SECONDS = 120.0
 """Time for which a request for a run is repeated."""
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+FAULTS = "faults.txt"
+"""File in the project folder with the faults that the run in progress plants in itself."""
 SCHEDULED_TAG = "auto-scheduled"
 
 
@@ -130,7 +133,14 @@ class Machine:
     def environment(self) -> dict[str, str]:
         """Return the environment of commands in the project folder, with this checkout's code."""
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
+        planted = self.stack.root / FAULTS
+        planted.touch()
+        return {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(paths),
+            "CUDA_VISIBLE_DEVICES": "",
+            faults.VARIABLE: f"@{planted}",
+        }
 
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run `qwen3ft` with these arguments in the project folder."""
@@ -149,12 +159,12 @@ class Clock:
     def __init__(self, stack: Stack) -> None:
         self.stack = stack
 
-    def start(self, hour: datetime, environment: Mapping[str, str] | None = None) -> str:
+    def start(self, hour: datetime, planted: str | None = None) -> str:
         """Create the scheduled run of a night and return its id.
 
         Args:
             hour: Time at which the run is due.
-            environment: Variables of its process, which plant faults.
+            planted: Faults in its process; None leaves those of the run in progress.
         """
         body: dict[str, Any] = {
             "state": {
@@ -164,13 +174,13 @@ class Clock:
             "tags": [SCHEDULED_TAG],
             "idempotency_key": uuid4().hex,  # repeating the request must not create a second run
         }
-        if environment:
-            body["job_variables"] = {"env": dict(environment)}
+        if planted is not None:
+            (self.stack.root / FAULTS).write_text(planted, encoding="utf-8")
         end = time.monotonic() + ACCEPT_SECONDS
         while time.monotonic() < end:
-            found = services.request_json(f"{self._api}/deployments/name/{DEPLOYMENT}")
-            address = f"{self._api}/deployments/{(found or {}).get('id')}/create_flow_run"
-            if run := found and services.request_json(address, body):
+            found = self._ask(f"deployments/name/{DEPLOYMENT}")
+            address = f"deployments/{(found or {}).get('id')}/create_flow_run"
+            if run := found and self._ask(address, body):
                 return str(run["id"])
             time.sleep(1.0)
         raise EnvironmentNotReadyError(
@@ -182,14 +192,15 @@ class Clock:
     def runs(self) -> list[dict[str, Any]] | None:
         """Return every flow run on the server, oldest first; None while it does not answer."""
         body = {"sort": "EXPECTED_START_TIME_ASC", "limit": 200}
-        found = services.request_json(f"{self._api}/flow_runs/filter", body)
+        found = self._ask("flow_runs/filter", body)
         if found is None:
             return None
         return sorted(found, key=lambda run: str(run["created"]))
 
-    @property
-    def _api(self) -> str:
-        return f"{self.stack.layout().url('prefect')}/api"
+    def _ask(self, address: str, body: Mapping[str, Any] | None = None) -> Any:
+        layout = self.stack.layout()
+        url = f"{layout.url('prefect')}/api/{address}"
+        return services.request_json(layout.secret, url, body)
 
 
 def kill(processes: list[psutil.Process]) -> int:

@@ -16,6 +16,7 @@ import typer
 from flows.cli import adapters, champion, clean, data, plan, runs, servers
 from flows.cli.output import open_console, print_json
 from qwen3ft.errors import FinetuneError
+from qwen3ft.files import PRIVATE_UMASK
 
 # `qwen3ft --help` imports all of these modules, so they import the rest inside their functions.
 COMMANDS = {
@@ -32,6 +33,7 @@ COMMANDS = {
         servers.up_command,
         servers.down_command,
         servers.status_command,
+        servers.env_command,
         servers.deploy_command,
         servers.schedule_command,
     ),
@@ -70,6 +72,7 @@ def main() -> int:
     Returns:
         The exit code.
     """
+    os.umask(PRIVATE_UMASK)
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     if debug:

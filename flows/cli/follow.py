@@ -88,12 +88,12 @@ class Follower:
     """Reader of one run's states and progress.
 
     Attributes:
-        api: Address of Prefect's REST API, ending in /api.
+        layout: Where the Prefect server is.
         flow_run_id: The run to follow.
         tail: Reader of its training progress.
     """
 
-    api: str
+    layout: Layout
     flow_run_id: str
     tail: MetricsTail
     _seen: dict[str, str] = field(default_factory=dict)
@@ -123,7 +123,7 @@ class Follower:
             "flow_runs": {"id": {"any_": [self.flow_run_id]}},
             "sort": "EXPECTED_START_TIME_ASC",
         }
-        for task_run in services.request_json(f"{self.api}/task_runs/filter", wanted) or ():
+        for task_run in self._ask("task_runs/filter", wanted) or ():
             for change in self._change(task_run["name"], task_run):
                 if change.state not in ("Pending", "Scheduled"):
                     yield change
@@ -142,12 +142,14 @@ class Follower:
             seconds=run["total_run_time"] if state["type"] in _FINAL_STATES else None,
         )
 
+    def _ask(self, address: str, body: Mapping[str, Any] | None = None) -> Any:
+        url = f"{self.layout.url('prefect')}/api/{address}"
+        return services.request_json(self.layout.secret, url, body)
+
     def _read_run(self) -> dict[str, Any]:
         end = time.monotonic() + _UNREACHABLE_SECONDS
         while True:
-            run: dict[str, Any] | None = services.request_json(
-                f"{self.api}/flow_runs/{self.flow_run_id}"
-            )
+            run: dict[str, Any] | None = self._ask(f"flow_runs/{self.flow_run_id}")
             if run is not None and run.get("state") is not None:
                 return run
             if time.monotonic() > end:
@@ -166,8 +168,7 @@ def follow_run(layout: Layout, flow_run_id: str, folder: Path, console: Console)
         EnvironmentNotReadyError: the server stopped answering.
         typer.Exit: the user pressed Ctrl-C; the run goes on.
     """
-    api = f"{layout.url('prefect')}/api"
-    follower = Follower(api, flow_run_id, MetricsTail(RunDir(folder)))
+    follower = Follower(layout, flow_run_id, MetricsTail(RunDir(folder)))
     last = StateChange(name="run", state="Unknown", state_type="")
     try:
         with RunView(console) as view:

@@ -96,13 +96,15 @@ def use_local_services(stack: Stack) -> None:
     layout, found = stack.layout(), stack.status()
     values = services.environment(layout)
     if found.prefect_url is None:
-        del values["PREFECT_API_URL"], values["PREFECT_UI_URL"]
-        # Prefect then runs a server inside this process, which prints harmless errors at exit
-        values["PREFECT_SERVER_LOGGING_LEVEL"] = "CRITICAL"
-        # a busy machine needs longer than Prefect's 20 s to start it
-        values["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"] = "120"
-        layout.prefect_home.mkdir(parents=True, exist_ok=True)  # Prefect makes no parents
+        # empty, not absent: prefect.toml of a stack that did not end in order names it still
+        values |= {"PREFECT_API_URL": "", "PREFECT_UI_URL": ""}
     if found.mlflow_url is None:
         values["MLFLOW_TRACKING_URI"] = layout.mlflow_store
+    for address in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
+        if os.environ.get(address, values[address]) != values[address]:
+            # another server, which must not be sent the secret of this one
+            for name in services.access(layout):
+                if name.startswith(address.partition("_")[0]):
+                    values.pop(name, None)
     for name, value in values.items():
         os.environ.setdefault(name, value)

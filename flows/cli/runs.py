@@ -11,6 +11,7 @@ from flows.cli.options import ConfigOption, JsonOption, ResumeOption, SetOption
 from flows.cli.output import open_console, print_json, say
 
 if TYPE_CHECKING:
+    from deployments.services import Layout
     from flows.cli.follow import StateChange
     from qwen3ft.errors import FinetuneError
 
@@ -35,12 +36,13 @@ def run_command(
     deploy(stack, say)
     say(f"$ prefect deployment run {DEPLOYMENT}")
     flow_run_id = start_run(stack, parameters)
-    say(stack.layout().flow_run_url(flow_run_id))
+    layout = stack.layout()
+    say(layout.sign_in_link(layout.flow_run_url(flow_run_id)))
     folder = run_folder(stack, parameters, resume or flow_run_id)
-    last = follow_run(stack.layout(), flow_run_id, folder, open_console(stderr=as_json))
+    last = follow_run(layout, flow_run_id, folder, open_console(stderr=as_json))
     if last.state_type != "COMPLETED":
-        raise _run_failed(last, folder, stack.layout().log("worker"))
-    _show_end(last.state, last.message, folder, as_json=as_json)
+        raise _run_failed(last, folder, layout.log("worker"))
+    _show_end(layout, last.state, last.message, folder, as_json=as_json)
 
 
 def train_command(
@@ -65,7 +67,7 @@ def train_command(
         raise result
     run_id = resume or str(state.state_details.flow_run_id)
     folder = Path(wanted.runs_dir) / run_id
-    _show_end(state.name, state.message or "", folder, as_json=as_json)
+    _show_end(stack.layout(), state.name, state.message or "", folder, as_json=as_json)
 
 
 def sync_command(config: ConfigOption = None, settings: SetOption = None) -> None:
@@ -100,7 +102,9 @@ def _run_failed(last: StateChange, folder: Path, worker_log: Path) -> FinetuneEr
     )
 
 
-def _show_end(state: str | None, message: str, folder: Path, *, as_json: bool) -> None:
+def _show_end(
+    layout: Layout, state: str | None, message: str, folder: Path, *, as_json: bool
+) -> None:
     """Show the run's card, or the message of a run that had nothing to train on."""
     from flows.cli.views.common import show_card
     from qwen3ft.errors import FinetuneError
@@ -122,4 +126,4 @@ def _show_end(state: str | None, message: str, folder: Path, *, as_json: bool) -
     if as_json:
         print_json(card.model_dump(mode="json"))
     else:
-        show_card(open_console(), card)
+        show_card(open_console(), card, layout.sign_in_link)

@@ -36,7 +36,7 @@ def up_command(
     elif stay:
         autostart.stay_up(stack, say)
     else:
-        show_status(open_console(), stack.up(say))
+        show_status(open_console(), stack.up(say), stack.layout().sign_in_link)
 
 
 def down_command() -> None:
@@ -52,11 +52,34 @@ def status_command(as_json: JsonOption = False) -> None:
     from flows.cli.project import open_project
     from flows.cli.views.common import show_status
 
-    found = open_project().status()
+    stack = open_project()
+    found = stack.status()
     if as_json:
         print_json(found.model_dump(mode="json"))
     else:
-        show_status(open_console(), found)
+        show_status(open_console(), found, stack.layout().sign_in_link)
+
+
+def env_command() -> None:
+    """Print what programs outside the project folder need: eval "$(qwen3ft env)".
+
+    It contains the secret of the servers.
+    """
+    import shlex
+
+    from deployments.services import client_variables
+    from flows.cli.project import open_project
+    from qwen3ft.errors import EnvironmentNotReadyError
+
+    layout = open_project().layout()
+    if not layout.secret:
+        raise EnvironmentNotReadyError(
+            "There are no servers to use yet.",
+            why="They get their ports and their secret when they are first started.",
+            next_command="qwen3ft up",
+        )
+    for name, value in client_variables(layout).items():
+        typer.echo(f"export {name}={shlex.quote(value)}")
 
 
 def deploy_command() -> None:
@@ -126,7 +149,7 @@ def doctor_command(as_json: JsonOption = False) -> None:
         )
     else:
         show_report(open_console(), report, problems)
-        show_status(open_console(), found)
+        show_status(open_console(), found, stack.layout().sign_in_link)
     if problems:
         raise typer.Exit(1)
 

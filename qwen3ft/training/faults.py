@@ -5,6 +5,7 @@ attempt 1), or `...:preflight=M` for the M-th measurement of a preflight. Action
 torch's out-of-memory error, `exit` ends the process with status 1 as a native library does, `nan`
 makes one gradient NaN, `kill` and `term` send the signal, `hang` stops progress, `error` raises a
 ValueError. `leak@step=N:kib=K` leaks K KiB of the training device's memory at each step from N on.
+`@FILE` stands for what the file holds then.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import re
 import signal
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from qwen3ft.errors import ConfigError
@@ -51,8 +53,11 @@ def planted_faults() -> list[Fault]:
 
     Raises:
         ConfigError: the variable has another format.
+        OSError: its file cannot be read.
     """
     text = os.environ.get(VARIABLE, "")
+    if text.startswith("@"):
+        text = Path(text[1:]).read_text(encoding="utf-8").strip()
     faults = []
     for item in filter(None, text.split(",")):
         match = _FORM.fullmatch(item.strip())

@@ -25,6 +25,7 @@ from sqlalchemy.exc import OperationalError
 from deployments import services
 from deployments.prefect_server import ImmediateSqlite
 from deployments.processes import free_port
+from deployments.secret import authorization, make_secret
 from deployments.services import Layout
 
 CLICKS, THREADS = 120, 6
@@ -76,12 +77,15 @@ def test_prefects_own_transactions_still_fail_there(tmp_path: Path) -> None:
 
 
 @contextmanager
-def server(root: Path, module: str) -> Iterator[str]:
-    """Start a Prefect server by `module`; yield the address of its API."""
+def server(root: Path, module: str) -> Iterator[tuple[str, str]]:
+    """Start a Prefect server by `module`; yield the address of its API, and its secret."""
     layout = Layout(root, free_port(4600), 0)
     layout.prefect_home.mkdir(parents=True)
+    make_secret(root)
     command = services.command("prefect", layout, sys.executable)
-    command[2] = module
+    if module == "prefect":
+        start = f"server start --host 127.0.0.1 --port {layout.prefect_port}"
+        command[2:] = ["prefect", *start.split()]
     api = f"{layout.url('prefect')}/api"
     with (root / "server.log").open("w") as log:
         process = subprocess.Popen(
@@ -89,11 +93,11 @@ def server(root: Path, module: str) -> Iterator[str]:
         )
         try:
             end = time.monotonic() + START_SECONDS
-            while services.request_json(f"{api}/health") is not True:
+            while services.request_json(layout.secret, f"{api}/health") is not True:
                 assert process.poll() is None, (root / "server.log").read_text()
                 assert time.monotonic() < end
                 time.sleep(0.2)
-            yield api
+            yield api, layout.secret
         finally:
             process.terminate()
             process.wait()
@@ -106,13 +110,15 @@ class Load:
     sent twice.
     """
 
-    def __init__(self, api: str) -> None:
+    def __init__(self, api: str, secret: str) -> None:
         self.api, self.flow_id = api, ""
+        self.headers = {"Authorization": authorization(secret)}
         self.ended = threading.Event()
 
     def post(self, path: str, body: Any) -> httpx.Response:
         """Send one request, once."""
-        return httpx.post(f"{self.api}/{path}", json=body, timeout=120, trust_env=False)
+        url = f"{self.api}/{path}"
+        return httpx.post(url, json=body, headers=self.headers, timeout=120, trust_env=False)
 
     def insist(self, path: str, body: Any) -> Any:
         """Repeat a request until it succeeds, as Prefect's clients do."""
@@ -151,9 +157,9 @@ class Load:
             self.post("events", [event | {"id": str(uuid.uuid4()), "occurred": now}])
 
 
-def click_under_load(api: str) -> Counter[int]:
+def click_under_load(api: str, secret: str) -> Counter[int]:
     """Start runs of a deployment from several threads under load; count the status codes."""
-    load = Load(api)
+    load = Load(api, secret)
     deployment = load.deployment()
     work: tuple[Callable[[], None], ...] = (load.runs, load.runs, load.events)
     background = [threading.Thread(target=target) for target in work]
@@ -177,8 +183,8 @@ def click_under_load(api: str) -> Counter[int]:
 @pytest.mark.parametrize("module", ["prefect", "deployments.prefect_server"])
 def test_no_click_is_lost_on_a_busy_server(tmp_path: Path, module: str) -> None:
     """Prefect's own server refuses nearly all of them, the stack's server none."""
-    with server(tmp_path, module) as api:
-        answers = click_under_load(api)
+    with server(tmp_path, module) as (api, secret):
+        answers = click_under_load(api, secret)
     print(f"\n{module}: {answers[503]} of {CLICKS} answered 503")  # noqa: T201
     if module == "prefect":
         assert answers[503] > 0, "the load is too small to show anything"

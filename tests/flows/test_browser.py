@@ -21,6 +21,7 @@ from support.flow_project import MODEL, FlowProject
 from support.registered import add_version
 
 from deployments.prefect_api import send
+from deployments.secret import authorization
 from qwen3ft.config import TrainingConfig
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.registry.moves import Change, Mover
@@ -61,9 +62,10 @@ def card(run: RunDir) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def browser(deployment: Any, champion: str) -> Iterator[WatchedBrowser]:
+def browser(project: FlowProject, deployment: Any, champion: str) -> Iterator[WatchedBrowser]:
     """Open one browser for the module, once everything that it will show is there."""
     with open_browser(PICTURES) as opened:
+        opened.sign_in(project.stack.layout())
         yield opened
 
 
@@ -228,13 +230,18 @@ def test_the_card_is_read_in_prefect_and_leads_to_the_run_in_mlflow(
         assert page.get_by_text(run.path.name).count()
 
 
-def test_every_link_of_the_card_answers(run: RunDir, card: dict[str, Any]) -> None:
+def test_every_link_of_the_card_answers(
+    project: FlowProject, run: RunDir, card: dict[str, Any]
+) -> None:
     """That holds for the markdown, which both UIs show, and for the HTML page."""
+    signed_in = {"Authorization": authorization(project.stack.layout().secret)}
     text = html.unescape((run.path / "card.md").read_text() + (run.path / "card.html").read_text())
     links = set(re.findall(r"""(?:\]\(|href=["'])(https?://[^)"']+)""", text))
     assert {card["prefect_url"], card["mlflow_url"]} <= links
     for link in links:
-        with urllib.request.urlopen(Request(link, headers={"Accept": "text/html"})) as answer:
+        with urllib.request.urlopen(
+            Request(link, headers={"Accept": "text/html", **signed_in})
+        ) as answer:
             assert answer.status == 200
 
 

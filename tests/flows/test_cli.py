@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,14 +17,17 @@ import pytest
 import yaml
 from rich.console import Console
 
-from deployments.deploy import CPU_CONFIG, GPU_CONFIG, NO_GPU_LINE
+from deployments.deploy import CPU_CONFIG, GPU_CONFIG, NO_GPU_LINE, PREFECT_FILE
+from deployments.secret import make_secret
+from deployments.stack import Stack
 from flows.cli import main
 from flows.cli.follow import MetricsTail, StateChange
-from flows.cli.project import requested_settings
+from flows.cli.project import requested_settings, use_local_services
+from flows.cli.servers import env_command
 from flows.cli.views.common import format_seconds, show_card
 from flows.cli.views.run import RunView
 from qwen3ft.config import TrainingConfig, load_config
-from qwen3ft.errors import ConfigError
+from qwen3ft.errors import ConfigError, EnvironmentNotReadyError
 from qwen3ft.files import append_json_line, write_json_atomic
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.records.run_card import RunCard
@@ -43,6 +46,65 @@ def qwen3ft(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess
         capture_output=True,
         text=True,
     )
+
+
+@pytest.fixture
+def own_environment() -> Iterator[None]:
+    """Put back the variables that a command sets for its process."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.mark.parametrize(
+    ("address", "secret"),
+    [
+        ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING"),
+        ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_PASSWORD"),
+    ],
+)
+def test_the_secret_of_the_stack_goes_to_no_other_server(
+    tmp_path: Path, own_environment: None, address: str, secret: str
+) -> None:
+    """A shell that exports the address of another server means that one, with its own password."""
+    for name in (address, secret):
+        os.environ.pop(name, None)
+    make_secret(tmp_path)
+    os.environ[address] = "https://elsewhere.example"
+    use_local_services(Stack(tmp_path))
+    assert os.environ[address] == "https://elsewhere.example"
+    assert secret not in os.environ
+
+
+def test_the_address_of_a_server_that_is_down_is_not_used(
+    tmp_path: Path, own_environment: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stack that was killed leaves its address behind, in prefect.toml."""
+    for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
+        os.environ.pop(name, None)
+    use_local_services(Stack(tmp_path))
+    assert os.environ["PREFECT_API_URL"] == ""
+    assert os.environ["MLFLOW_TRACKING_URI"].startswith("sqlite:///")
+
+
+def test_the_servers_are_used_from_elsewhere_with_what_env_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the first `up` there is nothing to print."""
+    (tmp_path / "deployments").mkdir()
+    (tmp_path / PREFECT_FILE).touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(EnvironmentNotReadyError, match="no servers to use yet"):
+        env_command()
+    secret = make_secret(tmp_path)
+    env_command()
+    done = subprocess.run(
+        ["sh", "-c", f"{capsys.readouterr().out}\nenv"], capture_output=True, text=True, check=True
+    )
+    shell = dict(line.partition("=")[::2] for line in done.stdout.splitlines())
+    assert shell["MLFLOW_TRACKING_PASSWORD"] == secret
+    assert shell["PREFECT_API_AUTH_STRING"] == f"{shell['MLFLOW_TRACKING_USERNAME']}:{secret}"
 
 
 @pytest.fixture

@@ -344,3 +344,14 @@ def test_a_leak_is_planted_only_with_its_amount(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv(faults.VARIABLE, "leak@step=3")
     with pytest.raises(ConfigError, match="leak@step=3"):
         faults.planted_faults()
+
+
+def test_faults_are_read_from_a_file_that_changes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """So each of several runs of one worker has its own."""
+    file = tmp_path / "faults"
+    monkeypatch.setenv(faults.VARIABLE, f"@{file}")
+    for text, actions in (("oom@step=4\n", ["oom"]), ("", [])):
+        file.write_text(text)
+        assert [fault.action for fault in faults.planted_faults()] == actions

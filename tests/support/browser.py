@@ -13,18 +13,24 @@ from urllib.parse import urlsplit
 
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_playwright
 
+from deployments.services import Layout
+
 VARIABLE = "QWEN3FT_CHROMIUM"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 NOT_INSTALLED = f"no Chromium: apt install chromium, or {VARIABLE}=/path/to/chrome"
 
+RESOLVED = (
+    "MAP rebound.example 127.0.0.1",
+    *("MAP * ~NOTFOUND", "EXCLUDE 127.0.0.1", "EXCLUDE localhost"),
+)
 FLAGS = (
     "--no-sandbox",  # needs rights that a container lacks; the pages are our own
     "--disable-gpu",
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
-    # requests to other machines are noticed, and do not get there
-    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost",
+    # requests to other machines are noticed, and do not get there; one name leads back here
+    f"--host-resolver-rules={', '.join(RESOLVED)}",
 )
 LOOPBACK = ("127.0.0.1", "localhost")
 
@@ -66,6 +72,12 @@ class WatchedBrowser:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
+    def sign_in(self, layout: Layout) -> None:
+        """Open the link that the terminal shows once; after that both servers know the browser."""
+        page = self._context.new_page()
+        page.goto(layout.sign_in_link(layout.ui_url))
+        page.close()
+
     @contextmanager
     def visit(self, url: str, name: str, wait_for: str) -> Iterator[Page]:
         """Open `url` and wait for the text `wait_for`; at the end save a screenshot, `name`.png.
@@ -84,6 +96,10 @@ class WatchedBrowser:
             page.close()
         assert not foreign, f"{name} makes requests to other machines: {foreign}"
         assert not errors, f"{name} logs errors: {errors}"
+
+    def new_page(self) -> Page:
+        """Open a page whose errors and requests do not matter."""
+        return self._context.new_page()
 
     def keep(self, page: Page, name: str) -> Path:
         """Save a screenshot."""

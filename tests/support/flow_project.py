@@ -20,6 +20,7 @@ from support.databases import place_databases
 from deployments import services
 from deployments.deploy import CPU_CONFIG, deploy, read_deployment
 from deployments.stack import Stack
+from qwen3ft.files import private_files
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.registry.registry import Registry
 from qwen3ft.training import faults
@@ -72,7 +73,7 @@ class FlowProject:
         """Run the flow in this process; return its final state and its folder."""
         from flows.finetune import qwen3_finetune
 
-        with self.connected(), pytest.MonkeyPatch.context() as patch:
+        with self.connected(), private_files(), pytest.MonkeyPatch.context() as patch:
             patch.setenv(faults.VARIABLE, fault)
             config = self.config(**changes)
             state = qwen3_finetune(config, continue_run, nightly, return_state=True)
@@ -84,14 +85,17 @@ class FlowProject:
         """Let Prefect and MLflow in this process talk to the project's servers."""
         from prefect.events.worker import EventsWorker
         from prefect.logging.handlers import APILogWorker
-        from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
+        from prefect.settings import (
+            PREFECT_API_AUTH_STRING,
+            PREFECT_API_URL,
+            PREFECT_UI_URL,
+            temporary_settings,
+        )
 
         names = ("MLFLOW_TRACKING_URI", "NO_PROXY")
         values = services.environment(self.stack.layout(), os.environ)
-        addresses = {
-            PREFECT_API_URL: values["PREFECT_API_URL"],
-            PREFECT_UI_URL: values["PREFECT_UI_URL"],
-        }
+        settings = (PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_UI_URL)
+        addresses = {setting: values[setting.name] for setting in settings}
         with temporary_settings(addresses), pytest.MonkeyPatch.context() as patch:
             for name in names:
                 patch.setenv(name, values[name])

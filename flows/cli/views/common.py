@@ -5,7 +5,7 @@ Views only print what they are given: they read no files, ask no servers and dec
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from qwen3ft.registry.moves import History
 
 
-def show_card(console: Console, card: RunCard) -> None:
-    """Show the result of a run on one screen."""
+def show_card(console: Console, card: RunCard, link: Callable[[str], str] = str) -> None:
+    """Show the result of a run on one screen; `link` makes addresses that open with one click."""
     from qwen3ft.report.facts import card_facts
 
     rows = {}
@@ -44,19 +44,19 @@ def show_card(console: Console, card: RunCard) -> None:
     rows["stages"] = "  ".join(f"{name} {format_seconds(s)}" for name, s in stages)
     rows["verdict"] = card.verdict
     rows |= {"note" if n == 1 else f"note {n}": note for n, note in enumerate(card.notes, 1)}
-    rows["Prefect"] = card.prefect_url or "recorded without a server: no page"
-    rows["MLflow"] = card.mlflow_url or "recorded without a server: no page"
+    for name, url in (("Prefect", card.prefect_url), ("MLflow", card.mlflow_url)):
+        rows[name] = link(url) if url else "recorded without a server: no page"
     # ASCII arrows: a log file or a remote terminal may not be UTF-8
     rows = {name: value.replace("→", "->") for name, value in rows.items() if value}
     show_sections(console, card.title, {"": rows})
 
 
-def show_status(console: Console, status: StackStatus) -> None:
-    """Print one line per process, then the deployment."""
+def show_status(console: Console, status: StackStatus, link: Callable[[str], str] = str) -> None:
+    """Print one line per process, then the deployment; `link` as in `show_card`."""
     rows: dict[str, str] = {
         service.name: f"{'up' if service.healthy else 'down'}"
         + (f"  pid {service.pid}" if service.pid else "")
-        + (f"  {service.url}" if service.url and service.healthy else f"  {service.log}")
+        + (f"  {link(service.url)}" if service.url and service.healthy else f"  {service.log}")
         for service in status.services
     }
     registered = "registered" if status.deployment_registered else "not registered"

@@ -1,0 +1,25 @@
+"""MLflow's application behind the guard; `mlflow server --app-name qwen3ft` finds it by its name.
+
+The name is declared in pyproject.toml, as MLflow asks of applications that wrap its own.
+"""
+
+from __future__ import annotations
+
+import os
+
+from starlette.types import ASGIApp
+
+from deployments.guard import Guard
+
+_UPLOADS = (
+    "/api/2.0/mlflow-artifacts/",  # files of artifacts, from the client
+    "/v1/",  # traces and metrics as OpenTelemetry sends them
+)
+
+
+def create_app() -> ASGIApp:
+    """Make the application; uvicorn calls this in the server's process."""
+    from mlflow.server.fastapi_app import app  # the command line that starts uvicorn needs none
+
+    secret = os.environ["MLFLOW_TRACKING_PASSWORD"]
+    return Guard(app, secret, is_page=lambda path: path == "/", uploads=_UPLOADS)
