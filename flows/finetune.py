@@ -210,7 +210,7 @@ def train_with_recovery(
 def _as_attempt(plan: TrainPlan, run: RunDir, attempt: int) -> TrainPlan:
     """Return the plan as an attempt of this run, from the newest checkpoint that fits it."""
     folders = [job.checkpoints for job in run.attempts()]
-    newest = checkpoint.newest_verified(folders, checkpoint.lineage(plan))
+    newest = checkpoint.newest_to_resume(folders, plan)
     resume_from = str(newest.path) if newest else None
     return plan.for_run(run.path.name, str(run.path), attempt=attempt, resume_from=resume_from)
 

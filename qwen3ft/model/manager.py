@@ -23,13 +23,19 @@ from qwen3ft.files import (
     sha256_json,
 )
 from qwen3ft.logs import get_logger
-from qwen3ft.model.hub import check_model_folder, fetch_model, resolve_model
+from qwen3ft.model.hub import fetch_model, resolve_model
+from qwen3ft.model.source_folder import check_model_folder, read_settings
 from qwen3ft.records.model import ModelSnapshot, ModelSource
 from qwen3ft.records.requests import QuantizeRequest
 
 if TYPE_CHECKING:
     import torch
-    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import (
+        BitsAndBytesConfig,
+        PretrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
 
     from qwen3ft.config import TrainingConfig
 
@@ -109,9 +115,8 @@ class ModelManager:
         dtype = stored.get("compute_dtype") or best_compute_dtype()
         settings: dict[str, Any] = {}
         if not stored:
-            settings["quantization_config"] = self.configure_quantization(
-                self.config.quantization[0], dtype
-            )
+            quantization = self.configure_quantization(self.config.quantization[0], dtype)
+            settings = {"quantization_config": quantization, "config": _plain_config(folder)}
         return _load(folder, dtype, settings), load_tokenizer(folder)
 
     def load_merged(
@@ -208,7 +213,8 @@ class ModelManager:
 
         try:
             config = self.configure_quantization(setting, dtype)
-            return _load(source_path, dtype, {"quantization_config": config})
+            settings = {"quantization_config": config, "config": _plain_config(source_path)}
+            return _load(source_path, dtype, settings)
         except torch.OutOfMemoryError:
             raise
         except (
@@ -247,6 +253,13 @@ def keep_trainable_after_eval(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def _plain_config(folder: Path) -> PretrainedConfig:
+    """Return the settings of a model from elsewhere that are known, for transformers."""
+    from transformers import Qwen3Config
+
+    return Qwen3Config.from_dict(read_settings(folder))
 
 
 def _load(folder: Path, dtype: str, settings: dict[str, Any]) -> PreTrainedModel:
