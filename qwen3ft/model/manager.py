@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen3ft.chat.templates import template_error
 from qwen3ft.chat.tokenizer import load_tokenizer
 from qwen3ft.errors import QuantizationError
 from qwen3ft.files import (
@@ -25,7 +26,7 @@ from qwen3ft.files import (
 from qwen3ft.logs import get_logger
 from qwen3ft.model.hub import fetch_model, resolve_model
 from qwen3ft.model.source_folder import check_model_folder, read_settings
-from qwen3ft.records.model import ModelSnapshot, ModelSource
+from qwen3ft.records.model import ModelShape, ModelSnapshot, ModelSource
 from qwen3ft.records.requests import QuantizeRequest
 
 if TYPE_CHECKING:
@@ -165,10 +166,13 @@ class ModelManager:
 
         Raises:
             QuantizationError: none of them works; lists each with its reason.
+            ConfigError, TokenizerError: the model or its tokenizer is refused.
             EnvironmentNotReadyError: too little free disk.
         """
         source_path, target = Path(request.source_path), Path(request.target)
         shape = check_model_folder(source_path)
+        tokenizer = load_tokenizer(source_path)
+        _require_embeddings(tokenizer, shape)
         require_disk(
             target,
             shape.linear_parameters + 4 * shape.embedding_parameters,
@@ -189,7 +193,6 @@ class ModelManager:
                 "shape": shape.model_dump(),
                 "degraded": list(degraded),
             }
-            tokenizer = load_tokenizer(source_path)
 
             def fill(folder: Path, model: Any = quantized, tokenizer: Any = tokenizer) -> None:
                 model.save_pretrained(folder, max_shard_size="2GB")
@@ -228,6 +231,17 @@ class ModelManager:
             logger.warning("quantisation %s failed: %s", setting, problems[setting])
             gc.collect()
             return None
+
+
+def _require_embeddings(tokenizer: PreTrainedTokenizerBase, shape: ModelShape) -> None:
+    """Raise TokenizerError if a token has no row in the model's embedding."""
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= shape.vocab_size:
+        raise template_error(
+            f"The tokenizer has a token with id {largest:,}, and the model {shape.vocab_size:,} "
+            "embeddings.",
+            "The tokenizer belongs to another model, or tokens were added to it alone.",
+        )
 
 
 def best_compute_dtype() -> str:

@@ -37,6 +37,7 @@ from qwen3ft.model.adapter_checks import ADAPTER_FILE
 from qwen3ft.model.hub import fetch_model, resolve_model
 from qwen3ft.model.saved_adapter import copy_adapter, find_base, open_adapter, require_fit
 from qwen3ft.model.source_folder import check_model_folder
+from qwen3ft.model.tokenizer_trial import try_tokenizer
 from qwen3ft.records.model import ModelSource
 from qwen3ft.records.requests import ExportLimits, ExportRequest, ParityReport
 from qwen3ft.serving.instructions import write_serving_files
@@ -111,6 +112,7 @@ def export_adapter(
     opened = open_adapter(adapter)
     provenance = opened.provenance
     find_base(opened)
+    try_tokenizer(config, adapter)  # it becomes that of the merged model
     _require_place(target)  # cheap refusals before a download of gigabytes
     base = _fetch_base(provenance)
     shape = check_model_folder(base)
