@@ -19,6 +19,11 @@ from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.errors import TokenizerError
 
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+TIMES = "{% for i in range(60) %}"
+SQUARES = f"{{% set s = namespace(n=9) %}}{TIMES}{{% set s.n = s.n * s.n %}}{{% endfor %}}"
+DOUBLED = f"{{% set s = namespace(t='aa') %}}{TIMES}{{% set s.t = s.t + s.t %}}{{% endfor %}}"
+BODY = "{% if n %}{{ twice(n - 1) }}{{ twice(n - 1) }}{% endif %}"
+TWICE = f"{{% macro twice(n) %}}{BODY}{{% endmacro %}}{{{{ twice(60) }}}}"
 HUGE = "{% set n = 10 ** 10 %}"
 TEMPLATE = (MODEL_DIR / "chat_template.jinja").read_text(encoding="utf-8")
 
@@ -53,14 +58,11 @@ def tokenizer(shared: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Tokenizer:
         "{{ '%01000000000d' % 1 }}",
         "{{ '{:1000000000}'.format(1) }}",
         "{{ 9 ** (9 ** (9 ** 9)) }}",
-        "{% set ns = namespace(n=9) %}{% for i in range(60) %}{% set ns.n = ns.n * ns.n %}"
-        "{% endfor %}{{ ns.n }}",
-        "{% set ns = namespace(t='aa') %}{% for i in range(60) %}{% set ns.t = ns.t + ns.t %}"
-        "{% endfor %}{{ ns.t }}",
+        SQUARES + "{{ s.n }}",
+        DOUBLED + "{{ s.t }}",
         "{% for i in range(10 ** 9) %}{% endfor %}",
         "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
-        "{% macro twice(n) %}{% if n %}{{ twice(n - 1) }}{{ twice(n - 1) }}{% endif %}{% endmacro %}"
-        "{{ twice(60) }}",
+        TWICE,
         "{% for i in range(90000) %}aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa{% endfor %}",
         "{{ ('a' * 30 * 10 ** 6) | list | length }}",
         "{{ lipsum(n=10 ** 8) }}",
@@ -92,7 +94,6 @@ def test_a_template_that_runs_away_is_stopped(tokenizer: Tokenizer, template: st
         "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
         "{% include '/etc/passwd' %}",
         "{% import 'os' as os %}",
-        "{{ '\ud800' }}",
         "{{ messages.append(1) }}",
         "{{ raise_exception('\x1b[2J') }}",
     ],
@@ -102,14 +103,11 @@ def test_whatever_a_template_raises_is_a_tokenizer_error(
 ) -> None:
     """Arithmetic, missing values, the sandbox, syntax, nesting, other files."""
     tokenizer.chat_template = template
-    try:
-        text = apply_template(tokenizer, [user("a")])
-    except TokenizerError as error:
-        assert error.why
-        assert error.next_command
-        assert str(error).replace("\n", "").isprintable()
-    else:
-        assert "root:" not in text
+    with pytest.raises(TokenizerError) as raised:
+        apply_template(tokenizer, [user("a")])
+    assert raised.value.why
+    assert raised.value.next_command
+    assert str(raised.value).replace("\n", "").isprintable()
 
 
 @pytest.mark.parametrize(
