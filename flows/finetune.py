@@ -33,6 +33,7 @@ from flows.resume import cancel_duplicate_resumes, refuse_second_resume
 from flows.run_context import (
     end_without_training,
     gpu_lock_for,
+    make_folders,
     mirror_to_mlflow,
     nothing_new,
     notice_of,
@@ -98,6 +99,7 @@ def qwen3_finetune(
     cancel_duplicate_resumes(continue_run, resumed)
     nightly = is_nightly(asked=nightly)
     config = for_night(config, nightly=nightly)
+    make_folders(config)
     request = find_request(config)
     with (
         workers_ahead() if continue_run else nullcontext(),  # it needs a worker at once

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen3ft.chat.rendering import generation_prompt, prompt_ids, tokenize_rows
+from qwen3ft.chat.rendering import encode_texts, generation_prompt, prompt_ids, tokenize_rows
 from qwen3ft.chat.templates import RUNS_AWAY
 from qwen3ft.chat.tokenizer import load_tokenizer
 from qwen3ft.errors import TokenizerError
@@ -43,8 +43,7 @@ def probe_tokenizer(folder: Path) -> int:
         TokenizerError: it cannot be loaded or used, or one of the conversations runs away.
     """
     tokenizer = load_tokenizer(folder)
-    for unit in _REPEATED:
-        tokenizer(unit * LONG + "!", add_special_tokens=False)
+    encode_texts(tokenizer, [unit * LONG + "!" for unit in _REPEATED])
     tokenize_rows(tokenizer, _needed())
     tokenize_rows(tokenizer, _needed(), escape=True)
     rendered = 2 * len(_needed())

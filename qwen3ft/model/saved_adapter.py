@@ -34,7 +34,7 @@ from qwen3ft.model.adapter_checks import (
     verify_adapter,
 )
 from qwen3ft.records.model import AdapterSpec, ModelShape
-from qwen3ft.records.provenance import MOST_CHARACTERS, Provenance
+from qwen3ft.records.provenance import MOST_TEXT_CHARACTERS, Provenance
 from qwen3ft.units import GIB
 
 logger = get_logger("saved_adapter")
@@ -98,7 +98,7 @@ def _require_files(folder: Path) -> None:
         missing.append(PROVENANCE_FILE)
     if missing:
         raise ModelNotFoundError(
-            f"{ascii(str(folder))[1:-1][:MOST_CHARACTERS]} is not a saved adapter: "
+            f"{ascii(str(folder))[1:-1][:MOST_TEXT_CHARACTERS]} is not a saved adapter: "
             f"{', '.join(missing)} missing.",
             why="A saved adapter is a folder that a run wrote below output_dir.",
             next_command="qwen3ft history",

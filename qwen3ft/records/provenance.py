@@ -13,12 +13,12 @@ from pydantic import AfterValidator, BaseModel, Field, model_validator
 from qwen3ft.config import TrainingConfig
 from qwen3ft.records.model import PROJECTIONS, AdapterSpec
 
-MOST_CHARACTERS = 4096
+MOST_TEXT_CHARACTERS = 4096
 
 
 def _printable(text: str) -> str:
-    if not text.isprintable() or len(text) > MOST_CHARACTERS:
-        raise ValueError(f"up to {MOST_CHARACTERS:,} printable characters are needed")
+    if not text.isprintable() or len(text) > MOST_TEXT_CHARACTERS:
+        raise ValueError(f"up to {MOST_TEXT_CHARACTERS:,} printable characters are needed")
     return text
 
 

@@ -1,4 +1,4 @@
-"""A model from elsewhere is a plain Qwen3 within its folder, or refused before anything loads it."""
+"""A model from elsewhere is a plain Qwen3 within its folder, or refused before it is loaded."""
 
 from __future__ import annotations
 
