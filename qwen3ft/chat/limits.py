@@ -19,7 +19,7 @@ from types import FrameType
 
 from qwen3ft.units import MIB
 
-RENDER_CPU_SECONDS = 5.0
+RENDER_CPU_SECONDS = 3.0
 """CPU time of one rendering; Qwen3's template takes milliseconds for a long conversation."""
 
 RENDER_BYTES = 512 * MIB

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from support.golden_conversations import user
+from support.hostile_tokenizers import BROKEN_TEMPLATES, LOOP, RUNAWAY_TEMPLATES
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from qwen3ft.chat import limits
@@ -18,13 +19,6 @@ from qwen3ft.chat.tokenizer import load_tokenizer
 from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.errors import TokenizerError
 
-LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-TIMES = "{% for i in range(60) %}"
-SQUARES = f"{{% set s = namespace(n=9) %}}{TIMES}{{% set s.n = s.n * s.n %}}{{% endfor %}}"
-DOUBLED = f"{{% set s = namespace(t='aa') %}}{TIMES}{{% set s.t = s.t + s.t %}}{{% endfor %}}"
-BODY = "{% if n %}{{ twice(n - 1) }}{{ twice(n - 1) }}{% endif %}"
-TWICE = f"{{% macro twice(n) %}}{BODY}{{% endmacro %}}{{{{ twice(60) }}}}"
-HUGE = "{% set n = 10 ** 10 %}"
 TEMPLATE = (MODEL_DIR / "chat_template.jinja").read_text(encoding="utf-8")
 
 
@@ -42,36 +36,10 @@ def tokenizer(shared: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Tokenizer:
     return shared
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        LOOP,
-        "{{ 'a' * 10 ** 10 }}",
-        HUGE + "{{ 'a' * n }}",
-        HUGE + "{{ ['a'] * n }}",
-        HUGE + "{{ 'a'.center(n) }}",
-        HUGE + "{{ 'a'.ljust(n) }}",
-        HUGE + "{{ 'a'.zfill(n) }}",
-        HUGE + "{{ 'a' | center(n) }}",
-        HUGE + "{{ 'a' | indent(n) }}",
-        "{{ messages | tojson(indent=10 ** 9) }}",
-        "{{ '%01000000000d' % 1 }}",
-        "{{ '{:1000000000}'.format(1) }}",
-        "{{ 9 ** (9 ** (9 ** 9)) }}",
-        SQUARES + "{{ s.n }}",
-        DOUBLED + "{{ s.t }}",
-        "{% for i in range(10 ** 9) %}{% endfor %}",
-        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
-        TWICE,
-        "{% for i in range(90000) %}aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa{% endfor %}",
-        "{{ ('a' * 30 * 10 ** 6) | list | length }}",
-        "{{ lipsum(n=10 ** 8) }}",
-        "{{ messages | map('tojson', indent=10 ** 9) | list }}",
-    ],
-)
-def test_a_template_that_runs_away_is_stopped(tokenizer: Tokenizer, template: str) -> None:
+@pytest.mark.parametrize("name", RUNAWAY_TEMPLATES)
+def test_a_template_that_runs_away_is_stopped(tokenizer: Tokenizer, name: str) -> None:
     """Loops, repeated texts, wide fields, powers, doublings, recursion, endless output."""
-    tokenizer.chat_template = template
+    tokenizer.chat_template = RUNAWAY_TEMPLATES[name]
     with pytest.raises(TokenizerError) as raised:
         apply_template(tokenizer, [user("a")])
     assert raised.value.facts[RUNS_AWAY]
@@ -79,30 +47,10 @@ def test_a_template_that_runs_away_is_stopped(tokenizer: Tokenizer, template: st
     assert raised.value.next_command
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ 1 / 0 }}",
-        "{{ messages[10 ** 30] }}{{ messages[5].x.y }}",
-        "{{ none.x.y }}",
-        "{{ ''.__class__.__mro__ }}{{ cycler.__init__.__globals__.os.system('true') }}",
-        "{% for x in 5 %}{% endfor %}",
-        "{{ 'a' + 1 }}",
-        "{{ messages | no_such_filter }}",
-        "{% if %}",
-        "{{ " * 1000,
-        "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
-        "{% include '/etc/passwd' %}",
-        "{% import 'os' as os %}",
-        "{{ messages.append(1) }}",
-        "{{ raise_exception('\x1b[2J') }}",
-    ],
-)
-def test_whatever_a_template_raises_is_a_tokenizer_error(
-    tokenizer: Tokenizer, template: str
-) -> None:
+@pytest.mark.parametrize("name", BROKEN_TEMPLATES)
+def test_whatever_a_template_raises_is_a_tokenizer_error(tokenizer: Tokenizer, name: str) -> None:
     """Arithmetic, missing values, the sandbox, syntax, nesting, other files."""
-    tokenizer.chat_template = template
+    tokenizer.chat_template = BROKEN_TEMPLATES[name]
     with pytest.raises(TokenizerError) as raised:
         apply_template(tokenizer, [user("a")])
     assert raised.value.why

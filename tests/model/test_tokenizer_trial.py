@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.golden_conversations import TEMPLATES
+from support.hostile_tokenizers import (
+    CHANGED_TOKENIZERS,
+    TRIGGERS,
+    UNREADABLE_TOKENIZERS,
+    change_tokenizer,
+    runs_away_on,
+    with_template,
+)
 
 from qwen3ft.chat.probes import probe_tokenizer
 from qwen3ft.config import TrainingConfig
@@ -17,9 +24,6 @@ from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.errors import TokenizerError
 from qwen3ft.model import tokenizer_trial
 from qwen3ft.model.tokenizer_trial import try_tokenizer
-
-LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-CATASTROPHIC = r"^(a|a|b?)*$"
 
 
 @pytest.fixture
@@ -30,19 +34,6 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def config(tmp_path: Path) -> TrainingConfig:
     return TrainingConfig(model_name="x/y", cache_dir=str(tmp_path / "cache"), stall_seconds=120)
-
-
-def with_template(folder: Path, text: str) -> Path:
-    (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
-    return folder
-
-
-def change_tokenizer(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
-    path = folder / "tokenizer.json"
-    content = json.loads(path.read_text(encoding="utf-8"))
-    change(content)
-    path.write_text(json.dumps(content), encoding="utf-8")
-    return folder
 
 
 @pytest.mark.parametrize("family", TEMPLATES)
@@ -58,10 +49,7 @@ def test_a_template_may_refuse_what_no_row_needs(folder: Path) -> None:
     assert 10 < probe_tokenizer(with_template(folder, refuses + TEMPLATES["qwen3"])) < everything
 
 
-@pytest.mark.parametrize(
-    "trigger",
-    ["tools", "messages | length > 20", "messages | selectattr('tool_calls', 'defined') | list"],
-)
+@pytest.mark.parametrize("trigger", TRIGGERS)
 def test_a_template_that_runs_away_on_some_conversations_is_found(
     folder: Path, trigger: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,36 +57,21 @@ def test_a_template_that_runs_away_on_some_conversations_is_found(
     from qwen3ft.chat import limits
 
     monkeypatch.setattr(limits, "RENDER_CPU_SECONDS", 0.2)
-    start = "{% if " + trigger + " %}" + LOOP + "{% endif %}"
     with pytest.raises(TokenizerError, match="was stopped"):
-        probe_tokenizer(with_template(folder, start + TEMPLATES["qwen3"]))
+        probe_tokenizer(with_template(folder, runs_away_on(trigger)))
 
 
-@pytest.mark.parametrize(
-    "content", ["", "{", "[]", "null", '{"version": "1.0"}', "[" * 100_000, '"' + "x" * 100_000]
-)
-def test_a_tokenizer_that_cannot_be_read_is_a_tokenizer_error(folder: Path, content: str) -> None:
+@pytest.mark.parametrize("name", UNREADABLE_TOKENIZERS)
+def test_a_tokenizer_that_cannot_be_read_is_a_tokenizer_error(folder: Path, name: str) -> None:
     """Whatever type of exception the library has for it."""
-    (folder / "tokenizer.json").write_text(content)
+    (folder / "tokenizer.json").write_text(UNREADABLE_TOKENIZERS[name])
     with pytest.raises(TokenizerError, match="cannot be loaded"):
         probe_tokenizer(folder)
 
 
-def _split(pattern: str) -> Callable[[dict[str, Any]], None]:
-    def change(content: dict[str, Any]) -> None:
-        split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
-        rest = content["pre_tokenizer"]
-        content["pre_tokenizer"] = {
-            "type": "Sequence",
-            "pretokenizers": [{**split, "invert": False}, rest],
-        }
-
-    return change
-
-
 def test_native_code_without_end_is_ended(folder: Path, config: TrainingConfig) -> None:
     """A regular expression in the tokenizers library cannot be interrupted: the worker ends."""
-    change_tokenizer(folder, _split(CATASTROPHIC))
+    change_tokenizer(folder, CHANGED_TOKENIZERS["alternatives without end"])
     with pytest.raises(TokenizerError) as raised:
         try_tokenizer(config, folder)
     assert raised.value.next_command
