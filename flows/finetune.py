@@ -33,6 +33,7 @@ from flows.resume import cancel_duplicate_resumes, refuse_second_resume
 from flows.run_context import (
     end_without_training,
     gpu_lock_for,
+    make_folders,
     mirror_to_mlflow,
     nothing_new,
     notice_of,
@@ -103,6 +104,7 @@ def qwen3_finetune(
     cancel_duplicate_resumes(continue_run, resumed)
     nightly = is_nightly(asked=nightly)
     config = for_night(config, nightly=nightly)
+    make_folders(config)
     request = find_request(config)
     with (
         workers_ahead() if continue_run else nullcontext(),  # it needs a worker at once
@@ -215,7 +217,7 @@ def train_with_recovery(
 def _as_attempt(plan: TrainPlan, run: RunDir, attempt: int) -> TrainPlan:
     """Return the plan as an attempt of this run, from the newest checkpoint that fits it."""
     folders = [job.checkpoints for job in run.attempts()]
-    newest = checkpoint.newest_verified(folders, checkpoint.lineage(plan))
+    newest = checkpoint.newest_to_resume(folders, plan)
     resume_from = str(newest.path) if newest else None
     return plan.for_run(run.path.name, str(run.path), attempt=attempt, resume_from=resume_from)
 

@@ -83,6 +83,26 @@ def open_run(config: TrainingConfig, run_id: str, request: NightRequest | None) 
         yield run
 
 
+def make_folders(config: TrainingConfig) -> None:
+    """Make the folders that a run cannot do without.
+
+    Raises:
+        EnvironmentNotReadyError: one of them cannot be made.
+    """
+    for setting in ("runs_dir", "cache_dir"):
+        folder = getattr(config, setting)
+        try:
+            Path(folder).resolve().mkdir(parents=True, exist_ok=True, mode=0o700)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else type(error).__name__
+            raise EnvironmentNotReadyError(
+                f"The folder {folder[:200]!a} cannot be made ({reason}).",
+                why=f"It is the setting {setting}; its parent is missing, read-only or no folder.",
+                next_command=f"qwen3ft plan --set {setting}=./{setting.removesuffix('_dir')}",
+                setting=setting,
+            ) from error
+
+
 @contextmanager
 def mirror_to_mlflow(run: RunDir, config: TrainingConfig) -> Iterator[None]:
     """Journal the start and end of the run, and send its journal to MLflow meanwhile."""

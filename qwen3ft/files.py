@@ -14,18 +14,21 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwen3ft.errors import EnvironmentNotReadyError
-from qwen3ft.units import size_text
+from qwen3ft.units import MIB, size_text
 
 MANIFEST_NAME = "manifest.json"
 
 PRIVATE_UMASK = 0o077
 """Umask of every process of the project: other users of the machine can read nothing it writes."""
+
+MOST_JSON_BYTES = 16 * MIB
+"""Largest JSON file that is read whole; parsed, it takes up to 25 times as much memory."""
 
 _STAGING = re.compile(r"\.(?P<target>.+?)(?P<retired>\.old)?\.[a-z0-9_]{8}")
 """Names that `tempfile.mkdtemp` makes in `build_folder`."""
@@ -124,6 +127,42 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line.content) for line in lines_from(path) if line.content.strip()]
 
 
+def open_regular(path: Path) -> int:
+    """Open a file that somebody else may have made; return its descriptor.
+
+    Raises:
+        ValueError: there is none, or it is a folder, a pipe or a device, which may never end.
+    """
+    try:
+        # Without O_NONBLOCK, opening a pipe waits for its writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise ValueError(f"{path.name!a} cannot be read ({error.strerror})") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{path.name!a} is not a regular file")
+    return descriptor
+
+
+def read_foreign_json(path: Path, most_bytes: int = MOST_JSON_BYTES) -> Any:
+    """Read a JSON file that somebody else may have made.
+
+    Raises:
+        ValueError: it is not a regular file of at most `most_bytes`, or not JSON in UTF-8.
+    """
+    with os.fdopen(open_regular(path), "rb") as stream:
+        content = stream.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise ValueError(f"{path.name!a} has more than {most_bytes // MIB} MiB")
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError(f"{path.name!a} is nested too deeply") from None
+    except ValueError as error:  # the text of a UnicodeDecodeError quotes the whole file
+        reason = str(error) if isinstance(error, json.JSONDecodeError) else type(error).__name__
+        raise ValueError(f"{path.name!a} is not JSON ({reason[:200]})") from None
+
+
 def sha256_file(path: Path) -> str:
     """Return the hex sha256 of a file."""
     with path.open("rb") as stream:
@@ -163,34 +202,55 @@ def write_manifest(folder: Path, facts: dict[str, Any] | None = None) -> str:
 
 
 def read_manifest_facts(folder: Path) -> dict[str, Any]:
-    """Return the facts in a folder's manifest; empty if there is none."""
-    path = folder / MANIFEST_NAME
-    if not path.exists():
+    """Return the facts in a folder's manifest; empty if there is none that can be read."""
+    try:
+        manifest = read_foreign_json(folder / MANIFEST_NAME)
+    except ValueError:
         return {}
-    facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")).get("facts", {})
-    return facts
+    facts = manifest.get("facts") if isinstance(manifest, dict) else None
+    return facts if isinstance(facts, dict) else {}
 
 
-def find_damage(folder: Path) -> str | None:
-    """Say how `folder` differs from its manifest; None if it does not."""
+def find_damage(folder: Path, required: Iterable[str] = ()) -> str | None:
+    """Say how `folder` differs from its manifest; None if it does not.
+
+    Args:
+        folder: Folder that `write_manifest` completed.
+        required: Files that will be read, so the manifest has to list them.
+    """
     manifest_path = folder / MANIFEST_NAME
     if not manifest_path.is_file():
         return f"{manifest_path} is missing"
     try:
-        files = json.loads(manifest_path.read_text(encoding="utf-8"))["files"]
+        files = read_foreign_json(manifest_path)["files"]
         expected = {name: (entry["size_bytes"], entry["sha256"]) for name, entry in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{manifest_path} is unreadable ({type(error).__name__})"
-    for name, (size_bytes, digest) in expected.items():
-        path = folder / name
-        if not path.resolve().is_relative_to(folder.resolve()):
-            return f"{name} leads out of {folder}"
-        if not path.is_file():
-            return f"{path} is missing"
-        if path.stat().st_size != size_bytes:
-            return f"{path} has {path.stat().st_size} bytes instead of {size_bytes}"
-        if sha256_file(path) != digest:
-            return f"{path} does not match its sha256"
+    if not expected:
+        return f"{manifest_path} lists no file"
+    if unlisted := sorted(set(required) - expected.keys()):
+        return f"{manifest_path} does not list {', '.join(unlisted)}"
+    try:
+        for name, (size_bytes, _) in expected.items():
+            if damage := _misplaced(folder, name, size_bytes):
+                return damage
+        for name, (_, digest) in expected.items():
+            if sha256_file(folder / name) != digest:
+                return f"{folder / name} does not match its sha256"
+    except (OSError, ValueError) as error:  # a name that no file can have
+        return f"{manifest_path} lists a file that cannot be read ({error})"
+    return None
+
+
+def _misplaced(folder: Path, name: str, size_bytes: int) -> str | None:
+    """Say why `name` cannot be the file of that size in `folder`; None if it can."""
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        return f"{name!a} leads out of {folder}"
+    if not path.is_file():
+        return f"{name!a} is missing in {folder}"
+    if path.stat().st_size != size_bytes:
+        return f"{path} has {path.stat().st_size} bytes instead of {size_bytes}"
     return None
 
 

@@ -28,7 +28,7 @@ def adjust_parameters(config: TrainingConfig, failed: Sequence[FailedAttempt]) -
     for leftover in run.attempt(plan.attempt).checkpoints.glob(".*"):
         shutil.rmtree(leftover, ignore_errors=True)
     folders = [job.checkpoints for job in run.attempts()]
-    newest = checkpoint.newest_verified(folders, checkpoint.lineage(plan))
+    newest = checkpoint.newest_to_resume(folders, plan)
     decision = decide_retry(
         failed,
         # A continued run has its full number of attempts again.

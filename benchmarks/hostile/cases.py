@@ -6,7 +6,7 @@ import importlib
 
 from benchmarks.hostile.case import Case
 
-MODULES = ("data_files", "configs", "ids")
+MODULES = ("data_files", "configs", "ids", "adapters", "models", "tokenizers")
 """Modules of this package with a tuple `CASES`."""
 
 

@@ -15,8 +15,12 @@ import typer
 
 from flows.cli import adapters, champion, clean, data, plan, runs, servers
 from flows.cli.output import open_console, print_json
-from qwen3ft.errors import FinetuneError
+from qwen3ft.errors import EnvironmentNotReadyError, FinetuneError, WorkerCrashedError
 from qwen3ft.files import PRIVATE_UMASK
+from qwen3ft.jobs.failures import translate
+
+MOST_SHOWN = 400
+"""Characters of a library's message that are shown."""
 
 # `qwen3ft --help` imports all of these modules, so they import the rest inside their functions.
 COMMANDS = {
@@ -66,6 +70,20 @@ for command in DATA_COMMANDS:
 app.add_typer(data_app, name="data", rich_help_panel="Train")
 
 
+def _explained(error: FinetuneError | OSError) -> FinetuneError:
+    """Return the error of this project for a file or folder that cannot be used."""
+    if isinstance(error, FinetuneError):
+        return error
+    known = translate(error, "command")
+    if not isinstance(known, WorkerCrashedError):
+        return known
+    return EnvironmentNotReadyError(
+        f"A file or folder cannot be used: {str(error)[:MOST_SHOWN]!a}.",
+        why="Its path does not exist, is too long, or leads through something that is no folder.",
+        next_command="qwen3ft doctor",
+    )
+
+
 def main() -> int:
     """Run the command; show errors of the project without a traceback.
 
@@ -79,9 +97,10 @@ def main() -> int:
         os.environ["QWEN3FT_DEBUG"] = "1"  # for Prefect's log: see tasks.policies
     try:
         app(args=arguments)
-    except FinetuneError as error:
+    except (FinetuneError, OSError) as raised:
         if debug:
             raise
+        error = _explained(raised)
         if "--json" in arguments:
             print_json({"error": error.to_dict()})
         else:

@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qwen3ft.chat.limits import RENDER_BYTES, RENDER_CPU_SECONDS, LimitReachedError, limited
 from qwen3ft.errors import TokenizerError
+from qwen3ft.units import MIB
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,6 +37,18 @@ END_TOKEN = "<|im_end|>"  # noqa: S105 - a marker, not a secret
 OPEN_BLOCK = "<think>\n"
 REST_OF_EMPTY_BLOCK = "\n</think>\n\n"
 EMPTY_BLOCK = OPEN_BLOCK + REST_OF_EMPTY_BLOCK
+MOST_REASON_CHARACTERS = 300
+MOST_ROLES_SHOWN = 8
+
+RUNS_AWAY = "runs_away"
+"""Fact of a `TokenizerError`: True if the template would have taken all time or memory."""
+
+MOST_ADDED_CHARACTERS = 2**20
+"""Longest text of a template itself; Qwen3's has 5,000 characters."""
+
+MOST_TIMES_GIVEN = 16
+"""Largest rendering, beside that, as a multiple of the conversation: JSON escapes take 6 for 1."""
+
 TOOL_RESPONSE = "<tool_response>"
 """Start of a user's message that Qwen's templates take for a tool's result, not a question."""
 
@@ -116,33 +130,57 @@ def apply_template(
         thinking: Let that turn think first, if the template has a switch for it.
 
     Raises:
-        TokenizerError: the template rejects the conversation, or is broken.
+        TokenizerError: the template rejects the conversation, is broken, or takes more than the
+            limits in `qwen3ft.chat.limits`.
     """
-    from jinja2 import TemplateError
-
+    given = [_as_template_reads(message) for message in messages]
     try:
-        text: Any = tokenizer.apply_chat_template(
-            [_as_template_reads(message) for message in messages],
-            tools=list(tools) or None,
-            tokenize=False,
-            add_generation_prompt=prompt,
-            enable_thinking=thinking,
-        )
-    except (TemplateError, TypeError, KeyError, ValueError) as error:
-        roles = ", ".join(str(message["role"]) for message in messages)
+        with limited():
+            text: Any = tokenizer.apply_chat_template(
+                given,
+                tools=list(tools) or None,
+                tokenize=False,
+                add_generation_prompt=prompt,
+                enable_thinking=thinking,
+            )
+    except (LimitReachedError, MemoryError, RecursionError, OverflowError) as error:
+        reason = f"{RENDER_CPU_SECONDS:g} s of CPU time and {RENDER_BYTES // MIB} MiB do not do"
+        if isinstance(error, (RecursionError, OverflowError)):
+            reason = f"{type(error).__name__}: {str(error)[:MOST_REASON_CHARACTERS]!a}"
+        raise _runaway(messages, tools, reason) from error
+    except Exception as error:  # a template can raise anything that Python has
+        reason = f"{type(error).__name__}: {str(error)[:MOST_REASON_CHARACTERS]!a}"
         raise template_error(
-            f"The chat template cannot render a conversation of {len(messages)} messages "
-            f"({roles}) with {len(tools)} tools: {error}",
+            f"The chat template cannot render {_described(messages, tools)}: {reason}",
             "It does not support such conversations, or is damaged.",
         ) from error
+    allowed = MOST_ADDED_CHARACTERS + MOST_TIMES_GIVEN * len(str(given) + str(tools))
+    if len(text) > allowed:
+        reason = f"it writes {len(text):,} characters, and {allowed:,} are plenty"
+        raise _runaway(messages, tools, reason)
     return str(text)
 
 
-def template_error(what: str, why: str) -> TokenizerError:
-    """Return a `TokenizerError` that suggests a model with a working tokenizer and template."""
-    return TokenizerError(
-        what, why=why, next_command="qwen3ft plan --set model_name=Qwen/Qwen3-4B-Thinking-2507"
+def _described(messages: Sequence[Mapping[str, Any]], tools: Sequence[Any]) -> str:
+    roles = [str(message["role"]) for message in messages]
+    shown = ", ".join(roles[:MOST_ROLES_SHOWN]) + (", ..." if roles[MOST_ROLES_SHOWN:] else "")
+    return f"a conversation of {len(messages)} messages ({shown}) with {len(tools)} tools"
+
+
+def _runaway(
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Any], reason: str
+) -> TokenizerError:
+    return template_error(
+        f"The chat template was stopped while it rendered {_described(messages, tools)}: {reason}.",
+        "It loops, recurses or builds texts without end.",
+        **{RUNS_AWAY: True},
     )
+
+
+def template_error(what: str, why: str, **facts: Any) -> TokenizerError:
+    """Return a `TokenizerError` that suggests a model with a working tokenizer and template."""
+    next_command = "qwen3ft plan --set model_name=Qwen/Qwen3-4B-Thinking-2507"
+    return TokenizerError(what, why=why, next_command=next_command, **facts)
 
 
 def _as_template_reads(message: Mapping[str, Any]) -> JsonDict:

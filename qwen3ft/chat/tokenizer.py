@@ -12,7 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen3ft.chat.templates import END_TOKEN, identify_template, template_error
+from qwen3ft.chat.templates import (
+    END_TOKEN,
+    MOST_REASON_CHARACTERS,
+    identify_template,
+    template_error,
+)
 from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.errors import TokenizerError
 from qwen3ft.logs import get_logger
@@ -33,10 +38,13 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # tokenizers raises plain exceptions, transformers all kinds
         raise TokenizerError(
-            f"The tokenizer in {folder} cannot be loaded: {error}",
+            f"The tokenizer in {folder} cannot be loaded: {type(error).__name__}: "
+            f"{str(error)[:MOST_REASON_CHARACTERS]!a}",
             why="tokenizer.json or tokenizer_config.json is missing or damaged.",
             next_command=f"ls -l {folder}",
             folder=str(folder),

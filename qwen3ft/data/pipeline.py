@@ -34,6 +34,7 @@ from qwen3ft.data.tokenizing import tokenize_table
 from qwen3ft.files import sha256_file, sha256_json
 from qwen3ft.logs import get_logger
 from qwen3ft.model.hub import fetch_tokenizer, resolve_model
+from qwen3ft.model.tokenizer_trial import try_tokenizer
 from qwen3ft.records.data import DatasetManifest, QaRow, ResolvedSources
 from qwen3ft.records.model import ModelSnapshot
 
@@ -99,7 +100,9 @@ class DataPipeline:
         """
         if self._tokenizer is None:
             source = resolve_model(self._config)
-            self._tokenizer = load_tokenizer(fetch_tokenizer(source))
+            folder = fetch_tokenizer(source)
+            try_tokenizer(self._config, folder)
+            self._tokenizer = load_tokenizer(folder)
         return self._tokenizer
 
     def load_qa_data_from_files(self) -> list[QaRow]:

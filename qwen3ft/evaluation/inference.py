@@ -22,14 +22,9 @@ from qwen3ft.evaluation.exam import Evaluation, Exam, to_question
 from qwen3ft.evaluation.generation import answer_questions
 from qwen3ft.files import read_json_lines, sha256_file
 from qwen3ft.logs import get_logger
-from qwen3ft.model.saved_adapter import (
-    ADAPTER_CONFIG_FILE,
-    ADAPTER_FILE,
-    check_adapter,
-    find_base,
-    read_header,
-    read_provenance,
-)
+from qwen3ft.model.adapter_checks import ADAPTER_CONFIG_FILE, ADAPTER_FILE
+from qwen3ft.model.saved_adapter import find_base, open_adapter, require_fit
+from qwen3ft.model.tensor_files import read_header
 from qwen3ft.records.evaluation import Champion, InferenceReport, ModelLabel
 from qwen3ft.records.model import ModelSnapshot
 
@@ -58,8 +53,7 @@ class InferenceTester:
             ModelUnavailableError: the 4-bit base is gone, or not the one trained on.
         """
         folder = Path(model_path)
-        check_adapter(folder)
-        return _load(self.config, find_base(folder), {"candidate": folder})
+        return _load(self.config, find_base(open_adapter(folder)), {"candidate": folder})
 
     def test_inference(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str
@@ -157,7 +151,7 @@ def _read_rows(path: Path, limit: int) -> list[dict[str, Any]]:
 def _choose_adapters(request: InferenceRequest) -> dict[ModelLabel, Path]:
     """Return the verified adapters to compare, the candidate first."""
     candidate = Path(request.adapter.path)
-    check_adapter(candidate)
+    require_fit(open_adapter(candidate), request.model.shape)
     adapters: dict[ModelLabel, Path] = {"candidate": candidate}
     if request.champion is not None:
         try:
@@ -170,8 +164,8 @@ def _choose_adapters(request: InferenceRequest) -> dict[ModelLabel, Path]:
 def _check_champion(champion: Champion, model: ModelSnapshot) -> Path:
     """Return the champion's folder, verified to be intact and on the same base model."""
     folder = Path(champion.adapter_path or "")
-    check_adapter(folder)
-    base = read_provenance(folder)["base"]
+    opened = open_adapter(folder)
+    base = opened.provenance["base"]
     if (base["model_name"], base["revision"]) != (model.source.model_name, model.source.revision):
         raise ModelUnavailableError(
             f"Champion v{champion.version} belongs to {base['model_name']} at revision "
@@ -179,6 +173,7 @@ def _check_champion(champion: Champion, model: ModelSnapshot) -> Path:
             why="Its answers on another base model would say nothing about it.",
             next_command="qwen3ft status",
         )
+    require_fit(opened, model.shape)
     return folder
 
 

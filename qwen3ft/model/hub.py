@@ -7,7 +7,7 @@ accepted, and a config.json that asks for its own code is refused.
 from __future__ import annotations
 
 import difflib
-import json
+import os
 from pathlib import Path
 
 from huggingface_hub.errors import HTTPError
@@ -15,7 +15,6 @@ from huggingface_hub.errors import HTTPError
 from qwen3ft.config import TrainingConfig
 from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.errors import (
-    ConfigError,
     DownloadError,
     FinetuneError,
     ModelAccessError,
@@ -26,8 +25,9 @@ from qwen3ft.files import sha256_json
 from qwen3ft.logs import get_logger
 from qwen3ft.model.hub_errors import TIMEOUT_SECONDS, RepoKind, endpoint, hub_error, not_found
 from qwen3ft.model.saved_adapter import TOKENIZER_FILES
-from qwen3ft.model.shapes import KNOWN_MODELS, read_shape
-from qwen3ft.records.model import ModelShape, ModelSource
+from qwen3ft.model.shapes import KNOWN_MODELS
+from qwen3ft.model.source_folder import check_model_folder, check_tokenizer_files
+from qwen3ft.records.model import ModelSource
 
 logger = get_logger("hub")
 
@@ -36,8 +36,6 @@ MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.txt")
 
 TOKENIZER_PATTERNS = (*TOKENIZER_FILES, "added_tokens.json", "vocab.json", "merges.txt", "*.jinja")
 """Files to download for reading data; without config.json, which marks a cached model."""
-
-_CODE_KEYS = ("auto_map", "_attn_implementation_internal", "trust_remote_code", "custom_pipelines")
 
 _MODEL = RepoKind(
     noun="model",
@@ -63,9 +61,9 @@ def resolve_model(config: TrainingConfig) -> ModelSource:
     """
     if config.is_embedded:
         return _resolve_folder(config.model_name, MODEL_DIR)
-    folder = Path(config.model_name).expanduser()
-    if folder.is_dir():
-        return _resolve_folder(config.model_name, folder.resolve())
+    folder = os.path.expanduser(config.model_name)  # noqa: PTH111  these never raise
+    if os.path.isdir(folder):  # noqa: PTH112
+        return _resolve_folder(config.model_name, Path(folder).resolve())
     if config.model_name.count("/") != 1 or config.model_name.startswith((".", "~", "/")):
         why = "There is no such folder, and names on the hub are OWNER/NAME."
         raise not_found(_MODEL, config.model_name, why, close_names(config.model_name))
@@ -91,10 +89,13 @@ def fetch_tokenizer(source: ModelSource) -> Path:
 
     Raises:
         DownloadError: as in `fetch_model`.
+        TokenizerError: it is refused (see `check_tokenizer_files`).
     """
     if source.local_path is not None:
         return Path(source.local_path)
-    return _download(source, TOKENIZER_PATTERNS)
+    folder = _download(source, TOKENIZER_PATTERNS)
+    check_tokenizer_files(folder)
+    return folder
 
 
 def _download(source: ModelSource, files: tuple[str, ...]) -> Path:
@@ -110,21 +111,6 @@ def _download(source: ModelSource, files: tuple[str, ...]) -> Path:
     except (OSError, ValueError, HTTPError) as error:
         raise _translate_hub_error(error, source.model_name, source.revision) from error
     return Path(folder)
-
-
-def check_model_folder(folder: Path) -> ModelShape:
-    """Read the shape of a model folder, which must hold a plain dense Qwen3 in safetensors.
-
-    Raises:
-        ConfigError: it does not.
-    """
-    shape = read_shape(folder)
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if found := [key for key in _CODE_KEYS if key in settings]:
-        raise _refused(folder, f"config.json asks for its own code ({', '.join(found)})")
-    if not any(folder.glob("*.safetensors")):
-        raise _refused(folder, "it has no .safetensors file, and pickled weights are never loaded")
-    return shape
 
 
 def close_names(name: str) -> list[str]:
@@ -186,12 +172,3 @@ def _cached_commit(name: str, revision: str | None) -> str | None:
 
 def _translate_hub_error(error: Exception, name: str, revision: str | None) -> FinetuneError:
     return hub_error(error, _MODEL, name, revision, close_names(name))
-
-
-def _refused(folder: Path, reason: str) -> ConfigError:
-    return ConfigError(
-        f"{folder} cannot be fine-tuned: {reason}.",
-        why="qwen3ft trains dense Qwen3 models from safetensors and never runs a model's own code.",
-        next_command="qwen3ft plan --set model_name=Qwen/Qwen3-4B-Thinking-2507",
-        folder=str(folder),
-    )

@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen3ft.chat.templates import template_error
 from qwen3ft.chat.tokenizer import load_tokenizer
 from qwen3ft.errors import QuantizationError
 from qwen3ft.files import (
@@ -23,13 +24,19 @@ from qwen3ft.files import (
     sha256_json,
 )
 from qwen3ft.logs import get_logger
-from qwen3ft.model.hub import check_model_folder, fetch_model, resolve_model
-from qwen3ft.records.model import ModelSnapshot, ModelSource
+from qwen3ft.model.hub import fetch_model, resolve_model
+from qwen3ft.model.source_folder import check_model_folder, read_settings
+from qwen3ft.records.model import ModelShape, ModelSnapshot, ModelSource
 from qwen3ft.records.requests import QuantizeRequest
 
 if TYPE_CHECKING:
     import torch
-    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import (
+        BitsAndBytesConfig,
+        PretrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
 
     from qwen3ft.config import TrainingConfig
 
@@ -109,9 +116,8 @@ class ModelManager:
         dtype = stored.get("compute_dtype") or best_compute_dtype()
         settings: dict[str, Any] = {}
         if not stored:
-            settings["quantization_config"] = self.configure_quantization(
-                self.config.quantization[0], dtype
-            )
+            quantization = self.configure_quantization(self.config.quantization[0], dtype)
+            settings = {"quantization_config": quantization, "config": _plain_config(folder)}
         return _load(folder, dtype, settings), load_tokenizer(folder)
 
     def load_merged(
@@ -160,10 +166,13 @@ class ModelManager:
 
         Raises:
             QuantizationError: none of them works; lists each with its reason.
+            ConfigError, TokenizerError: the model or its tokenizer is refused.
             EnvironmentNotReadyError: too little free disk.
         """
         source_path, target = Path(request.source_path), Path(request.target)
         shape = check_model_folder(source_path)
+        tokenizer = load_tokenizer(source_path)
+        _require_embeddings(tokenizer, shape)
         require_disk(
             target,
             shape.linear_parameters + 4 * shape.embedding_parameters,
@@ -184,7 +193,6 @@ class ModelManager:
                 "shape": shape.model_dump(),
                 "degraded": list(degraded),
             }
-            tokenizer = load_tokenizer(source_path)
 
             def fill(folder: Path, model: Any = quantized, tokenizer: Any = tokenizer) -> None:
                 model.save_pretrained(folder, max_shard_size="2GB")
@@ -208,7 +216,8 @@ class ModelManager:
 
         try:
             config = self.configure_quantization(setting, dtype)
-            return _load(source_path, dtype, {"quantization_config": config})
+            settings = {"quantization_config": config, "config": _plain_config(source_path)}
+            return _load(source_path, dtype, settings)
         except torch.OutOfMemoryError:
             raise
         except (
@@ -222,6 +231,17 @@ class ModelManager:
             logger.warning("quantisation %s failed: %s", setting, problems[setting])
             gc.collect()
             return None
+
+
+def _require_embeddings(tokenizer: PreTrainedTokenizerBase, shape: ModelShape) -> None:
+    """Raise TokenizerError if a token has no row in the model's embedding."""
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= shape.vocab_size:
+        raise template_error(
+            f"The tokenizer has a token with id {largest:,}, and the model {shape.vocab_size:,} "
+            "embeddings.",
+            "The tokenizer belongs to another model, or tokens were added to it alone.",
+        )
 
 
 def best_compute_dtype() -> str:
@@ -247,6 +267,13 @@ def keep_trainable_after_eval(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def _plain_config(folder: Path) -> PretrainedConfig:
+    """Return the settings of a model from elsewhere that are known, for transformers."""
+    from transformers import Qwen3Config
+
+    return Qwen3Config.from_dict(read_settings(folder))
 
 
 def _load(folder: Path, dtype: str, settings: dict[str, Any]) -> PreTrainedModel:

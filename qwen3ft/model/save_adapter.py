@@ -13,17 +13,21 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen3ft.errors import CheckpointCorruptError, DivergedError, SaveError
-from qwen3ft.files import build_folder, find_damage, sha256_file, write_json_atomic
+from qwen3ft.errors import CheckpointCorruptError, DivergedError, ModelNotFoundError, SaveError
+from qwen3ft.files import build_folder, sha256_file, write_json_atomic
 from qwen3ft.logs import get_logger
-from qwen3ft.model.saved_adapter import (
+from qwen3ft.model.adapter_checks import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
+    AdapterError,
+    verify_adapter,
+)
+from qwen3ft.model.saved_adapter import (
     KNOWN_ROWS_FILE,
     PROVENANCE_FILE,
     TOKENIZER_FILES,
-    find_non_finite,
-    read_header,
+    open_adapter,
+    portable_base,
 )
 from qwen3ft.records.model import ModelSource, SavedAdapter
 from qwen3ft.records.plan import TrainPlan
@@ -45,10 +49,10 @@ def save_adapter(outcome: AttemptOutcome, plan: TrainPlan, config: TrainingConfi
     Saving again replaces the folder with the same content.
 
     Raises:
-        CheckpointCorruptError: the checkpoint differs from its manifest.
-        DivergedError: the adapter has values that are not finite.
-        SaveError: the adapter is incomplete, or no output folder could be written and read back;
-            lists each with its reason.
+        CheckpointCorruptError: the checkpoint differs from its manifest, or its adapter from the
+            plan.
+        DivergedError: the adapter has values that are not finite, or absurd.
+        SaveError: no output folder could be written and read back; lists each with its reason.
     """
     checkpoint = Path(outcome.best_checkpoint)
     _check_checkpoint(checkpoint, plan)
@@ -78,46 +82,22 @@ def all_degradations(plan: TrainPlan) -> tuple[str, ...]:
 
 def _check_checkpoint(checkpoint: Path, plan: TrainPlan) -> None:
     """Raise unless the checkpoint holds a whole, finite adapter of the plan's size."""
-    if damage := _find_checkpoint_damage(checkpoint):
+    try:
+        verify_adapter(checkpoint, plan.adapter).require_fit(plan.model.shape)
+    except AdapterError as fault:
+        if fault.wild:
+            raise DivergedError(
+                f"The adapter in {checkpoint} cannot be used: {fault}.",
+                why="Training diverged and the checkpoint was taken afterwards.",
+                next_command=f"qwen3ft train --set learning_rate={plan.learning_rate / 2:g}",
+                tensors=list(fault.wild[:20]),
+            ) from fault
         raise CheckpointCorruptError(
-            f"The best checkpoint cannot be used: {damage}.",
+            f"The best checkpoint cannot be used: {fault}.",
             why="Its files differ from those that training wrote.",
             next_command=f"ls -l {checkpoint}",
             checkpoint=str(checkpoint),
-        )
-    if broken := list(find_non_finite(checkpoint / ADAPTER_FILE)):
-        raise DivergedError(
-            f"{len(broken)} tensor(s) of the adapter hold values that are not finite, "
-            f"the first is {broken[0]}.",
-            why="Training diverged and the checkpoint was taken afterwards.",
-            next_command=f"qwen3ft train --set learning_rate={plan.learning_rate / 2:g}",
-            tensors=broken[:20],
-        )
-    tensors = read_header(checkpoint / ADAPTER_FILE)
-    parameters = sum(math.prod(tensor.shape) for tensor in tensors)
-    if parameters != plan.adapter.trainable_parameters:
-        raise SaveError(
-            f"The adapter in {checkpoint} has {parameters:,} parameters instead of "
-            f"{plan.adapter.trainable_parameters:,}.",
-            why="Layers are missing from it, or it belongs to another plan.",
-            next_command=f"ls -l {checkpoint}",
-            parameters=parameters,
-        )
-
-
-def _find_checkpoint_damage(checkpoint: Path) -> str | None:
-    """Return why the adapter in `checkpoint` cannot be read, or None."""
-    if damage := find_damage(checkpoint):
-        return damage
-    for name in (ADAPTER_FILE, ADAPTER_CONFIG_FILE):
-        if not (checkpoint / name).is_file():
-            return f"{name} is missing"
-    try:
-        read_header(checkpoint / ADAPTER_FILE)
-        json.loads((checkpoint / ADAPTER_CONFIG_FILE).read_text(encoding="utf-8"))
-    except ValueError as error:
-        return str(error)
-    return None
+        ) from fault
 
 
 def _try_save(
@@ -147,9 +127,12 @@ def _try_save(
         # The manifest covers what was written; only the checkpoint shows what should have been.
         if sha256_file(target / ADAPTER_FILE) != sha256_file(checkpoint / ADAPTER_FILE):
             return "the adapter read back differs from that of the checkpoint"
-        return find_damage(target)
+        open_adapter(target)
+    except (SaveError, ModelNotFoundError) as error:
+        return error.what
     except OSError as error:
         return f"{type(error).__name__}: {error}"
+    return None
 
 
 def _describe(target: Path, plan: TrainPlan) -> SavedAdapter:
@@ -166,9 +149,8 @@ def _describe(target: Path, plan: TrainPlan) -> SavedAdapter:
 def _portable_config(path: Path, source: ModelSource) -> dict[str, Any]:
     """Return PEFT's configuration with the original model instead of this machine's 4-bit copy."""
     adapter_config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    adapter_config["base_model_name_or_path"] = source.local_path or source.model_name
-    # The revision of a local model is our own hash, which the hub does not know.
-    adapter_config["revision"] = None if source.local_path else source.revision
+    name, revision = portable_base(source.model_name, source.revision, source.local_path)
+    adapter_config["base_model_name_or_path"], adapter_config["revision"] = name, revision
     adapter_config["inference_mode"] = True
     return adapter_config
 

@@ -8,25 +8,37 @@
       README.md                                        the model card
       manifest.json                                    written last: sha256 of every file
 
-`qwen3ft.model.save_adapter` writes it. Safetensors files are read by header and raw bytes here.
+`qwen3ft.model.save_adapter` writes it. `open_adapter` is the one way in: whoever loads, promotes,
+fetches or exports an adapter gets it from there, checked (`qwen3ft.model.adapter_checks`).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import os
+import shlex
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from qwen3ft.errors import ModelNotFoundError, ModelUnavailableError, SaveError
-from qwen3ft.files import MANIFEST_NAME, find_damage, read_manifest_facts, sha256_file
+from qwen3ft.files import MANIFEST_NAME, read_foreign_json, read_manifest_facts, sha256_file
 from qwen3ft.logs import get_logger
+from qwen3ft.model.adapter_checks import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    AdapterError,
+    AdapterLayout,
+    verify_adapter,
+)
+from qwen3ft.records.model import AdapterSpec, ModelShape
+from qwen3ft.records.provenance import MOST_TEXT_CHARACTERS, Provenance
+from qwen3ft.units import GIB
 
 logger = get_logger("saved_adapter")
 
-ADAPTER_FILE = "adapter_model.safetensors"
-ADAPTER_CONFIG_FILE = "adapter_config.json"
 PROVENANCE_FILE = "provenance.json"
 _OLD_PROVENANCE_FILE = "run_card.json"  # in adapters registered earlier; read for one release
 KNOWN_ROWS_FILE = "known_rows.npy"
@@ -34,61 +46,136 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"),
 )
 
-_EXPONENTS = {"F64": ("<u8", 0x7FF0 << 48), "F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00)}
-_EXPONENTS["BF16"] = ("<u2", 0x7F80)
-"""Integer type and exponent bits of each dtype: in IEEE 754 a value is infinite or NaN exactly if
-all of these are set. Raw integers work for bfloat16 too, which numpy lacks."""
+MOST_OTHER_BYTES = GIB
+"""Limit for all files but the weights: known rows take 8 bytes each, a tokenizer 11 MB."""
 
 
 @dataclass(frozen=True)
-class Tensor:
-    """Place of one tensor in a safetensors file; offsets in bytes from the start of the file."""
+class OpenedAdapter:
+    """A saved adapter that was checked: whole, its own in every file, plain LoRA, finite."""
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
+    folder: Path
+    provenance: dict[str, Any]
+    """Base, data, settings and results of its run; the fields of `Provenance` are there."""
+    spec: AdapterSpec
+    layout: AdapterLayout
 
 
-def check_adapter(folder: Path) -> None:
-    """Raise unless `folder` is a saved adapter whose files are those that were saved.
+def open_adapter(folder: Path) -> OpenedAdapter:
+    """Check the saved adapter in `folder`; nothing of it is used before.
 
     Raises:
         ModelNotFoundError: a file of a saved adapter is missing.
-        SaveError: a file differs from the manifest.
+        SaveError: a file is not in the manifest or differs from it; or the adapter is not plain
+            LoRA, does not match its provenance, or has values that are not finite.
     """
+    _require_files(folder)
+    try:
+        _require_modest_size(folder)
+        provenance = read_provenance(folder)
+        spec = _parse_provenance(provenance)
+        layout = verify_adapter(folder, spec, _files_read(folder))
+        _require_base(read_foreign_json(folder / ADAPTER_CONFIG_FILE), provenance["base"])
+    except (ValueError, OSError) as error:
+        raise refused_adapter(folder, str(error)) from error
+    return OpenedAdapter(folder, provenance, spec, layout)
+
+
+def refused_adapter(folder: Path, reason: str) -> SaveError:
+    """Return the error for an adapter that must not be used."""
+    return SaveError(
+        f"The adapter in {folder} is damaged: {reason}.",
+        why="Its files differ from those that a run saves and verifies.",
+        next_command="qwen3ft history",
+        path=str(folder),
+    )
+
+
+def _require_files(folder: Path) -> None:
     names = (ADAPTER_FILE, ADAPTER_CONFIG_FILE)
-    missing = [name for name in names if not (folder / name).is_file()]
+    missing = [name for name in names if not os.path.isfile(folder / name)]  # noqa: PTH113
     if not has_provenance(folder):
         missing.append(PROVENANCE_FILE)
     if missing:
         raise ModelNotFoundError(
-            f"{folder} is not a saved adapter: {', '.join(missing)} missing.",
+            f"{ascii(str(folder))[1:-1][:MOST_TEXT_CHARACTERS]} is not a saved adapter: "
+            f"{', '.join(missing)} missing.",
             why="A saved adapter is a folder that a run wrote below output_dir.",
-            next_command=f"ls {folder.parent}",
+            next_command="qwen3ft history",
             path=str(folder),
         )
-    if damage := find_damage(folder):
-        raise SaveError(
-            f"The adapter in {folder} is damaged: {damage}.",
-            why="Its files differ from those that were saved and verified.",
-            next_command="qwen3ft status",
-            path=str(folder),
+
+
+def _files_read(folder: Path) -> tuple[str, ...]:
+    """Return the files that are read of the adapter, besides settings and weights."""
+    optional = (_OLD_PROVENANCE_FILE, PROVENANCE_FILE, KNOWN_ROWS_FILE, *TOKENIZER_FILES)
+    return tuple(name for name in optional if (folder / name).exists())
+
+
+def _require_modest_size(folder: Path) -> None:
+    others = [path for path in folder.iterdir() if path.name != ADAPTER_FILE]
+    if sum(path.stat().st_size for path in others if path.is_file()) > MOST_OTHER_BYTES:
+        raise AdapterError(
+            f"its files besides the weights have more than {MOST_OTHER_BYTES:,} bytes"
         )
+
+
+def copy_adapter(adapter: OpenedAdapter, target: Path) -> None:
+    """Copy the files of the adapter's manifest, and no others, into the folder `target`."""
+    for name in read_foreign_json(adapter.folder / MANIFEST_NAME)["files"]:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(adapter.folder / name, target / name)
+
+
+# --- provenance ---
+
+
+def _parse_provenance(provenance: dict[str, Any]) -> AdapterSpec:
+    """Return the adapter that was trained.
+
+    Raises:
+        AdapterError: a field that is used is missing, or is not what a run writes.
+    """
+    try:
+        return Provenance.model_validate(provenance).plan.adapter
+    except ValidationError as error:
+        issue = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        place = ".".join(map(str, issue["loc"])) or "config"
+        raise AdapterError(f"{PROVENANCE_FILE}: {place[:200]!a}: {issue['msg'][:200]!a}") from error
+
+
+def _require_base(settings: dict[str, Any], base: dict[str, Any]) -> None:
+    """Raise AdapterError unless PEFT's settings name the base model of the provenance."""
+    named = (settings.get("base_model_name_or_path"), settings.get("revision"))
+    if named != portable_base(base["model_name"], base["revision"], base["local_path"]):
+        raise AdapterError(f"{ADAPTER_CONFIG_FILE} names another base model than {PROVENANCE_FILE}")
+
+
+def portable_base(model_name: str, revision: str, local_path: str | None) -> tuple[str, str | None]:
+    """Return base_model_name_or_path and revision by which other tools find the base model."""
+    # The revision of a local model is our own hash, which the hub does not know.
+    return local_path or model_name, None if local_path else revision
 
 
 def has_provenance(folder: Path) -> bool:
-    """Return True if `folder` looks like a saved adapter; `check_adapter` makes sure."""
-    return any((folder / name).is_file() for name in (PROVENANCE_FILE, _OLD_PROVENANCE_FILE))
+    """Return True if `folder` looks like a saved adapter; `open_adapter` makes sure."""
+    names = (PROVENANCE_FILE, _OLD_PROVENANCE_FILE)
+    # Unlike pathlib's, it returns False for a name that no file can have.
+    return any(os.path.isfile(folder / name) for name in names)  # noqa: PTH113
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
-    """Read what the adapter in `folder` was trained from, with what settings and result."""
+    """Read what an adapter was trained from; `open_adapter` also checks that it is all there.
+
+    Raises:
+        ValueError: the file is not a JSON object.
+    """
     path = folder / PROVENANCE_FILE
     if not path.is_file():
         path = folder / _OLD_PROVENANCE_FILE
-    provenance: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    provenance = read_foreign_json(path)
+    if not isinstance(provenance, dict):
+        raise ValueError(f"{path.name} holds no object")
     return provenance
 
 
@@ -100,22 +187,16 @@ def was_trained_to_think(provenance: dict[str, Any]) -> bool:
     return 2 * int(data["reasoning_rows"]) > int(data["usable_rows"])
 
 
-def read_degradations(folder: Path) -> tuple[str, ...]:
-    """Return where the run that saved `folder` fell short of its request; usually nothing."""
-    if not has_provenance(folder):
-        return (f"its {PROVENANCE_FILE} is missing",)
-    return tuple(read_provenance(folder).get("degraded", ()))
-
-
-def find_base(folder: Path) -> str:
+def find_base(adapter: OpenedAdapter) -> str:
     """Return the folder of the 4-bit snapshot that the adapter was trained on.
 
     Raises:
         ModelUnavailableError: it is gone, or another one lies in its place.
+        SaveError: the adapter does not fit it.
     """
-    base = read_provenance(folder)["base"]
+    base = adapter.provenance["base"]
     snapshot = Path(base["snapshot_path"])
-    if not (snapshot / MANIFEST_NAME).is_file():
+    if not os.path.isfile(snapshot / MANIFEST_NAME):  # noqa: PTH113  never raises
         problem = f"is not at {snapshot}"
     elif not _same_origin(read_manifest_facts(snapshot), base):
         problem = f"at {snapshot} is not the one that the adapter was trained on"
@@ -123,10 +204,11 @@ def find_base(folder: Path) -> str:
         # The same revision quantised again is accepted: other library versions write other bytes.
         if sha256_file(snapshot / MANIFEST_NAME) != base["snapshot_manifest_sha256"]:
             logger.warning("%s was quantised again since the adapter was trained", snapshot)
+        require_fit(adapter, _shape_of(snapshot))
         return str(snapshot)
-    setting = f"--set model_name={base['model_name']}"
+    setting = f"--set {shlex.quote('model_name=' + base['model_name'])}"
     if base["local_path"] is None:
-        setting += f" --set model_revision={base['revision']}"
+        setting += f" --set {shlex.quote('model_revision=' + base['revision'])}"
     raise ModelUnavailableError(
         f"The 4-bit {base['model_name']} {problem}.",
         why="The cache was cleaned, rebuilt or is on another machine.",
@@ -135,48 +217,32 @@ def find_base(folder: Path) -> str:
     )
 
 
+def require_fit(adapter: OpenedAdapter, shape: ModelShape) -> None:
+    """Raise SaveError unless the adapter is for a model of this shape."""
+    try:
+        adapter.layout.require_fit(shape)
+    except AdapterError as fault:
+        raise refused_adapter(adapter.folder, str(fault)) from fault
+
+
+def _shape_of(snapshot: Path) -> ModelShape:
+    """Return the shape in a snapshot's manifest.
+
+    Raises:
+        ModelUnavailableError: it has none.
+    """
+    try:
+        return ModelShape.model_validate(read_manifest_facts(snapshot).get("shape"))
+    except ValidationError as error:
+        raise ModelUnavailableError(
+            f"The 4-bit model at {snapshot} does not say what shape it has.",
+            why="Its manifest was changed.",
+            next_command="qwen3ft clean --dry-run",
+        ) from error
+
+
 def _same_origin(facts: dict[str, Any], base: dict[str, Any]) -> bool:
     """Return True if a snapshot's manifest has the revision and quantisation of `base`."""
     source = facts.get("source", {})
     found = (source.get("revision"), facts.get("quantization"))
     return found == (base["revision"], base["quantization"])
-
-
-def read_header(path: Path) -> list[Tensor]:
-    """Read the tensors of a safetensors file (8 bytes of length, JSON header, data).
-
-    Raises:
-        ValueError: the file has another format.
-    """
-    size_bytes = path.stat().st_size
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if not 2 <= length <= size_bytes - 8:
-            raise ValueError(f"{path} has {size_bytes} bytes, but a header of {length}")
-        header = json.loads(stream.read(length))
-    try:
-        header.pop("__metadata__", None)
-        return [_tensor(name, entry, 8 + length, size_bytes) for name, entry in header.items()]
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} has no header of tensors: {error!r}") from error
-
-
-def _tensor(name: str, entry: dict[str, Any], data_start: int, size_bytes: int) -> Tensor:
-    start, end = (data_start + offset for offset in entry["data_offsets"])
-    if not data_start <= start <= end <= size_bytes:
-        raise ValueError(f"{name} lies at {start} to {end} of {size_bytes} bytes")
-    return Tensor(name, entry["dtype"], tuple(entry["shape"]), start, end)
-
-
-def find_non_finite(path: Path) -> Iterator[str]:
-    """Yield the names of the tensors in a safetensors file that hold an infinity or a NaN."""
-    import numpy as np
-
-    content = np.memmap(path, dtype=np.uint8, mode="r")
-    for tensor in read_header(path):
-        if tensor.dtype in _EXPONENTS:
-            integers, mask = _EXPONENTS[tensor.dtype]
-            values = content[tensor.start : tensor.end].view(integers)
-            exponent = np.asarray(mask, dtype=integers)
-            if bool(np.any((values & exponent) == exponent)):
-                yield tensor.name

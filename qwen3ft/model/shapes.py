@@ -6,7 +6,6 @@ multimodal models and other families.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from pydantic import ValidationError
 
 from qwen3ft.config import EMBEDDED_MODEL_NAME, TrainingConfig
 from qwen3ft.errors import ConfigError, ModelNotFoundError
+from qwen3ft.files import read_foreign_json
 from qwen3ft.records.model import PROJECTIONS, AdapterSpec, ModelShape
 
 
@@ -84,6 +84,18 @@ KNOWN_MODELS = (
 )
 """Every dense size, smallest first."""
 
+_LARGEST = {
+    "hidden_size": 2**17,
+    "intermediate_size": 2**20,
+    "num_hidden_layers": 1024,
+    "num_attention_heads": 1024,
+    "num_key_value_heads": 1024,
+    "head_dim": 1024,
+    "vocab_size": 2**22,
+    "max_position_embeddings": 2**28,
+}
+"""Far beyond any Qwen3; tensors and lists of these sizes are never made for larger numbers."""
+
 _SIZE = re.compile(r"qwen3-(\d+(?:\.\d+)?b)(?![\w.])(?:-(base|.*2507))?", re.IGNORECASE)
 
 
@@ -139,24 +151,30 @@ def read_shape(folder: Path) -> ModelShape:
     """
     path = folder / "config.json"
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        settings = read_foreign_json(path)
+    except ValueError as error:
         raise _refused(path, f"it cannot be read ({error})") from error
     model_type = settings.get("model_type") if isinstance(settings, dict) else None
     if model_type != "qwen3":
-        raise _refused(path, f"model_type is {model_type!r}, not 'qwen3'")
+        raise _refused(path, f"model_type is {str(model_type)[:80]!a}, not 'qwen3'")
     settings.setdefault("tie_word_embeddings", False)
     values = {name: settings.get(name) for name in ModelShape.model_fields}
     if missing := [name for name, value in values.items() if value is None]:
         raise _refused(path, f"it lacks {', '.join(missing)}")
     try:
-        shape = ModelShape.model_validate(values)
+        shape = ModelShape.model_validate(values, strict=True)
     except ValidationError as error:
         issue = error.errors(include_url=False)[0]
         raise _refused(path, f"{issue['loc'][0]}: {issue['msg']}") from error
     numbers = shape.model_dump(exclude={"tie_word_embeddings"})
-    if bad := [f"{name} is {value}" for name, value in numbers.items() if value < 1]:
-        raise _refused(path, ", ".join(bad))
+    if bad := [
+        f"{name} is {str(value)[:40]}, not 1 to {_LARGEST[name]}"
+        for name, value in numbers.items()
+        if not 1 <= value <= _LARGEST[name]
+    ]:
+        raise _refused(path, "; ".join(bad))
+    if shape.num_attention_heads % shape.num_key_value_heads or shape.head_dim % 2:
+        raise _refused(path, "its key heads do not divide its query heads, or a head is odd")
     return shape
 
 

@@ -8,8 +8,9 @@ from typing import Literal, cast
 from qwen3ft.config import TrainingConfig
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.jobs.launcher import run_worker
-from qwen3ft.model.hub import fetch_model
+from qwen3ft.model.hub import fetch_model, fetch_tokenizer
 from qwen3ft.model.manager import read_snapshot
+from qwen3ft.model.tokenizer_trial import try_tokenizer
 from qwen3ft.records.model import ModelSnapshot, ModelSource
 from qwen3ft.records.requests import QuantizeRequest
 
@@ -20,6 +21,7 @@ def quantized_model(
     """Return the 4-bit model at `target`, made if it is missing or damaged."""
     if (snapshot := read_snapshot(target)) is not None:
         return snapshot
+    try_tokenizer(config, fetch_tokenizer(source))
     request = QuantizeRequest(
         config=config,
         source=source,

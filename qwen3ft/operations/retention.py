@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -219,7 +219,8 @@ def _base_of(
     copies += [Path(folder).expanduser() / (version.run_id or "") for folder in outputs]
     for copy in copies:
         if has_provenance(copy):
-            return frozenset([Path(read_provenance(copy)["base"]["snapshot_path"]).resolve()])
+            with suppress(ValueError, KeyError, TypeError):  # not written by a run
+                return frozenset([Path(read_provenance(copy)["base"]["snapshot_path"]).resolve()])
     return None
 
 

@@ -8,8 +8,31 @@ from pydantic import Field
 
 from qwen3ft.records.base import Record
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+PROJECTIONS = (*ATTENTION_PROJECTIONS, "gate_proj", "up_proj", "down_proj")
 """Linear layers of a Qwen3 block; all seven get an adapter."""
+
+
+def projection_sizes(
+    hidden: int, intermediate: int, query: int, key: int
+) -> dict[str, tuple[int, int]]:
+    """Return (output, input) features of each of the seven projections of one layer.
+
+    Args:
+        hidden: Features of the residual stream.
+        intermediate: Features within the MLP.
+        query: Features of all query heads.
+        key: Features of all key heads, and of all value heads.
+    """
+    return {
+        "q_proj": (query, hidden),
+        "k_proj": (key, hidden),
+        "v_proj": (key, hidden),
+        "o_proj": (hidden, query),
+        "gate_proj": (intermediate, hidden),
+        "up_proj": (intermediate, hidden),
+        "down_proj": (hidden, intermediate),
+    }
 
 
 class ModelShape(Record):
@@ -37,16 +60,9 @@ class ModelShape(Record):
 
     def projection_sizes(self) -> dict[str, tuple[int, int]]:
         """Return (output, input) features of each of the seven projections of one layer."""
-        query, key_value = self.query_features, self.key_features
-        return {
-            "q_proj": (query, self.hidden_size),
-            "k_proj": (key_value, self.hidden_size),
-            "v_proj": (key_value, self.hidden_size),
-            "o_proj": (self.hidden_size, query),
-            "gate_proj": (self.intermediate_size, self.hidden_size),
-            "up_proj": (self.intermediate_size, self.hidden_size),
-            "down_proj": (self.hidden_size, self.intermediate_size),
-        }
+        return projection_sizes(
+            self.hidden_size, self.intermediate_size, self.query_features, self.key_features
+        )
 
     @property
     def linear_parameters(self) -> int:

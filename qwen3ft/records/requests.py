@@ -23,6 +23,18 @@ class QuantizeRequest(Record):
     device: Literal["cuda", "cpu"]
 
 
+class TokenizerRequest(Record):
+    """Try the tokenizer and chat template in a folder; the result is a `TokenizerReport`."""
+
+    folder: str
+
+
+class TokenizerReport(Record):
+    """A tokenizer that was tried within limits of time and memory."""
+
+    rendered: int = Field(description="Conversations rendered.")
+
+
 class DataRequest(Record):
     """Read, check and tokenise rows into `target`; the result is a `DatasetManifest`."""
 

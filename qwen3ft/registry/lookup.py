@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen3ft.errors import ModelNotFoundError
-from qwen3ft.model.saved_adapter import check_adapter, has_provenance
+from qwen3ft.model.saved_adapter import has_provenance, open_adapter
 from qwen3ft.names import checked_name
 from qwen3ft.registry.aliases import CHALLENGER, CHAMPION, PREVIOUS
 
@@ -43,16 +43,14 @@ def find_adapter(config: TrainingConfig, registry: Registry, wanted: str) -> Pat
     """
     folder = Path(wanted).expanduser()
     if "/" in wanted or has_provenance(folder):
-        check_adapter(folder)
-        return folder
+        return open_adapter(folder).folder
     name = config.registered_name
     if (alias_or_number := version_name(wanted)) is not None:
         version = registry.version(name, alias_or_number)
     elif (
         saved := _saved_by_run(config, checked_name(wanted, "run", "qwen3ft history"))
     ) is not None:
-        check_adapter(saved)
-        return saved
+        return open_adapter(saved).folder
     else:
         version = registry.version_of_run(name, wanted)
     if version is None:

@@ -7,17 +7,24 @@ so nothing is unpickled or executed.
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from qwen3ft.config import registered_model_name
-from qwen3ft.errors import NotInMlflowError, RejectedError, SaveError, TrackingUnavailableError
-from qwen3ft.files import build_folder, find_damage, read_manifest_facts, sha256_file
-from qwen3ft.model.saved_adapter import ADAPTER_FILE, read_degradations
+from qwen3ft.errors import (
+    ModelNotFoundError,
+    NotInMlflowError,
+    RejectedError,
+    SaveError,
+    TrackingUnavailableError,
+)
+from qwen3ft.files import build_folder, read_manifest_facts, sha256_file
+from qwen3ft.model.adapter_checks import ADAPTER_FILE
+from qwen3ft.model.saved_adapter import OpenedAdapter, copy_adapter, open_adapter
 from qwen3ft.names import checked_name
 from qwen3ft.records.evaluation import Champion
 from qwen3ft.records.model import SavedAdapter
@@ -108,14 +115,14 @@ class Registry:
         """
         digest = champion.tags.get(DIGEST_TAG, "")
         weights = target / ADAPTER_FILE
-        if weights.is_file() and find_damage(target) is None and sha256_file(weights) == digest:
-            return target
+        with suppress(ModelNotFoundError, SaveError):  # then it is fetched again
+            open_adapter(target)
+            if sha256_file(weights) == digest:
+                return target
         with tempfile.TemporaryDirectory(prefix="qwen3ft-") as folder:
             fetched = self._fetch(_run_id(champion), digest, Path(folder))
             build_folder(
-                target,
-                partial(shutil.copytree, fetched, dirs_exist_ok=True),
-                read_manifest_facts(fetched),
+                target, partial(copy_adapter, fetched), read_manifest_facts(fetched.folder)
             )
         return target
 
@@ -196,12 +203,12 @@ class Registry:
         digest = version.tags.get(DIGEST_TAG, "")
         with tempfile.TemporaryDirectory(prefix="qwen3ft-") as folder:
             fetched = self._fetch(_run_id(version), digest, Path(folder), seconds)
-            return read_degradations(fetched)
+            return tuple(fetched.provenance["degraded"])
 
     def _fetch(
         self, run_id: str, digest: str, folder: Path, seconds: float = TRANSFER_SECONDS
-    ) -> Path:
-        """Download a run's adapter and compare its sha256 with `digest`."""
+    ) -> OpenedAdapter:
+        """Download a run's adapter, compare its sha256 with `digest`, and open it."""
         deadline = time.monotonic() + seconds
         first = min(self.deadline_seconds, seconds)
         self._calls.within(first, Connection.has_run, run_id)
@@ -219,9 +226,11 @@ class Registry:
             ) from error
         if found != digest:
             raise _not_as_saved(run_id, f"the adapter in MLflow has sha256 {found[:16]}", digest)
-        if (fetched / "manifest.json").exists() and (damage := find_damage(fetched)):
-            raise _not_as_saved(run_id, damage.replace(str(fetched), ADAPTER_PATH), digest)
-        return fetched
+        try:
+            return open_adapter(fetched)
+        except (ModelNotFoundError, SaveError) as error:
+            problem = error.what.replace(str(fetched), ADAPTER_PATH).rstrip(".")
+            raise _not_as_saved(run_id, problem, digest) from error
 
 
 def _run_id(version: Champion) -> str:

@@ -22,12 +22,22 @@ from typing import Any, Literal
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import DataLoadingError, ExportDriftError, RequestError
-from qwen3ft.files import build_folder, find_damage, read_manifest_facts, require_disk, sha256_file
+from qwen3ft.files import (
+    build_folder,
+    find_damage,
+    read_manifest_facts,
+    require_disk,
+    sha256_file,
+    write_manifest,
+)
 from qwen3ft.jobs.folders import JobDir, RunDir, write_record
 from qwen3ft.jobs.launcher import run_worker
 from qwen3ft.logs import get_logger
-from qwen3ft.model.hub import check_model_folder, fetch_model, resolve_model
-from qwen3ft.model.saved_adapter import ADAPTER_FILE, check_adapter, find_base, read_provenance
+from qwen3ft.model.adapter_checks import ADAPTER_FILE
+from qwen3ft.model.hub import fetch_model, resolve_model
+from qwen3ft.model.saved_adapter import copy_adapter, find_base, open_adapter, require_fit
+from qwen3ft.model.source_folder import check_model_folder
+from qwen3ft.model.tokenizer_trial import try_tokenizer
 from qwen3ft.names import flaw_of_name
 from qwen3ft.records.model import ModelSource
 from qwen3ft.records.requests import ExportLimits, ExportRequest, ParityReport
@@ -53,7 +63,7 @@ def find_held_out(config: TrainingConfig, adapter: Path) -> Path:
     Raises:
         DataLoadingError: neither exists any more.
     """
-    provenance = read_provenance(adapter)
+    provenance = open_adapter(adapter).provenance
     digest = provenance["data"]["digest"]
     cached = sorted((Path(config.cache_dir) / "datasets").glob("*"))
     for folder in (*_folder_tested(config, provenance), *cached):
@@ -101,12 +111,14 @@ def export_adapter(
         EnvironmentNotReadyError: the disk is too full.
         RequestError: `target` holds something else.
     """
-    check_adapter(adapter)
-    provenance = read_provenance(adapter)
-    find_base(adapter)
+    opened = open_adapter(adapter)
+    provenance = opened.provenance
+    find_base(opened)
+    try_tokenizer(config, adapter)  # it becomes that of the merged model
     _require_place(target)  # cheap refusals before a download of gigabytes
     base = _fetch_base(provenance)
     shape = check_model_folder(base)
+    require_fit(opened, shape)
     require_disk(
         target,
         2 * shape.total_parameters + EXPORT_SPARE_BYTES,
@@ -136,7 +148,8 @@ def export_adapter(
         _require_parity(report, adapter)
         reports.append(report)
         write_record(staging / PARITY_FILE, report)
-        shutil.copytree(adapter, staging / ADAPTER_FOLDER)
+        copy_adapter(opened, staging / ADAPTER_FOLDER)
+        write_manifest(staging / ADAPTER_FOLDER, read_manifest_facts(adapter))
         write_serving_files(staging, provenance, report)
 
     weights = sha256_file(adapter / ADAPTER_FILE)

@@ -1,30 +1,26 @@
 """Merge an adapter into its base model's own weights, tensor by tensor, in bfloat16.
 
-W' = W + scale * B A, with scale = alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023,
-arXiv:2312.03732). Sums are in fp32 and rounded once.
+W' = W + alpha / r * B A. Sums are in fp32 and rounded once.
 
 It runs on the CPU and needs memory for one shard and one tensor; PEFT's own merge holds the whole
-model. Adapters with more than plain LoRA (DoRA, biases, whole modules, ranks by layer) are refused.
+model. Adapters with more than plain LoRA (DoRA, biases, whole modules, ranks by layer) are refused
+when they are opened.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from qwen3ft.errors import SaveError
 from qwen3ft.files import write_json_atomic
-from qwen3ft.model.saved_adapter import (
-    ADAPTER_CONFIG_FILE,
-    ADAPTER_FILE,
-    TOKENIZER_FILES,
-    Tensor,
-    read_header,
-)
+from qwen3ft.model.adapter_checks import ADAPTER_FILE
+from qwen3ft.model.saved_adapter import TOKENIZER_FILES, open_adapter, require_fit
+from qwen3ft.model.shapes import read_shape
+from qwen3ft.model.source_folder import read_settings, weight_files
+from qwen3ft.model.tensor_files import Tensor, read_header
 from qwen3ft.units import GIB
 
 if TYPE_CHECKING:
@@ -37,16 +33,6 @@ BYTES_PER_WEIGHT = 2
 
 _PREFIX = "base_model.model."
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
-_PLAIN_LORA = {
-    "peft_type": "LORA",
-    "bias": "none",
-    "use_dora": False,
-    "fan_in_fan_out": False,
-    "modules_to_save": None,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-}
-
 Located = tuple[Path, Tensor]
 
 
@@ -62,7 +48,7 @@ def merge_adapter(
 
     Args:
         base: Folder with the unquantised safetensors.
-        adapter: A saved adapter, verified by the caller.
+        adapter: A saved adapter.
         target: Folder for transformers, vLLM and others to load.
         shard_bytes: Largest file, unless a single tensor is larger.
         progress: Called with the number of tensors written.
@@ -71,16 +57,13 @@ def merge_adapter(
         The number of tensors written.
 
     Raises:
-        SaveError: the adapter is not plain LoRA, or does not belong to this base model.
+        SaveError: the adapter is refused, or does not belong to this base model.
     """
-    scale = read_scale(adapter)
+    opened = open_adapter(adapter)
+    require_fit(opened, read_shape(base))
+    scale = opened.spec.alpha / opened.spec.r
     pairs = _read_pairs(adapter / ADAPTER_FILE)
-    located = [
-        (path, tensor)
-        for path in sorted(base.glob("*.safetensors"))
-        for tensor in read_header(path)
-    ]
-    _check_pairs(pairs, {tensor.name: tensor for _, tensor in located}, adapter)
+    located = [(path, tensor) for path in weight_files(base) for tensor in read_header(path)]
     shards = list(_shards(located, shard_bytes))
     names = _shard_names(len(shards))
     done = 0
@@ -97,75 +80,19 @@ def merge_adapter(
     return done
 
 
-def read_scale(adapter: Path) -> float:
-    """Return the factor of the product of the adapter's matrices.
-
-    Raises:
-        SaveError: the adapter is not plain LoRA.
-    """
-    settings = json.loads((adapter / ADAPTER_CONFIG_FILE).read_text(encoding="utf-8"))
-    other = {
-        name: settings[name]
-        for name, plain in _PLAIN_LORA.items()
-        if settings.get(name, plain) not in (plain, None)
-    }
-    if other:
-        raise SaveError(
-            f"The adapter in {adapter} cannot be merged: it has {other}.",
-            why="Only plain LoRA can be merged.",
-            next_command=f"qwen3ft chat --adapter {adapter}",
-            settings=other,
-        )
-    rank = settings["r"]
-    return float(settings["lora_alpha"] / (math.sqrt(rank) if settings.get("use_rslora") else rank))
-
-
 def _read_pairs(path: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Read {name of the base's weight: (A, B)}, of shapes (r, in) and (out, r), in fp32."""
     from safetensors.torch import load_file
 
     tensors = load_file(path)
-    # pops every pair: a tensor that is left over would be missing from the merged model
-    pairs = {}
-    for name in sorted(tensors):
-        if not name.endswith(_DOWN):
-            continue
-        module = name.removesuffix(_DOWN)
-        up = tensors.pop(module + _UP, None)
-        if up is not None:
-            pairs[f"{module.removeprefix(_PREFIX)}.weight"] = (
-                tensors.pop(name).float(),
-                up.float(),
-            )
-    if tensors or not pairs:
-        raise _no_counterpart(path, sorted(tensors))
-    return pairs
-
-
-def _check_pairs(
-    pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
-    base: Mapping[str, Tensor],
-    adapter: Path,
-) -> None:
-    """Raise SaveError unless every product has the shape of a weight of the base."""
-    wrong = [
-        name
-        for name, (down, up) in pairs.items()
-        if name not in base or base[name].shape != (up.shape[0], down.shape[1])
-    ]
-    if wrong:
-        raise _no_counterpart(adapter, wrong)
-
-
-def _no_counterpart(path: Path, names: Sequence[str]) -> SaveError:
-    first = f", the first is {names[0]}" if names else ""
-    return SaveError(
-        f"The adapter in {path} does not fit its base model: {len(names)} tensor(s) have no "
-        f"counterpart{first}.",
-        why="It was trained on a model of another architecture or with other target modules.",
-        next_command="qwen3ft history",
-        tensors=list(names[:20]),
-    )
+    return {
+        name.removeprefix(_PREFIX).replace(_DOWN, ".weight"): (
+            down,
+            tensors[name.replace(_DOWN, _UP)],
+        )
+        for name, down in tensors.items()
+        if name.endswith(_DOWN)
+    }
 
 
 def _shards(located: Sequence[Located], shard_bytes: int) -> Iterator[list[Located]]:
@@ -220,9 +147,7 @@ def _write_index(target: Path, shards: Mapping[str, Sequence[Located]]) -> None:
 
 def _write_settings(base: Path, adapter: Path, target: Path) -> None:
     """Write config.json with the new dtype, generation settings, and the adapter's tokenizer."""
-    settings: dict[str, Any] = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    settings.pop("torch_dtype", None)  # its name before transformers 5
-    write_json_atomic(target / "config.json", {**settings, "dtype": "bfloat16"})
+    write_json_atomic(target / "config.json", {**read_settings(base), "dtype": "bfloat16"})
     copied = [base / "generation_config.json", *(adapter / name for name in TOKENIZER_FILES)]
     for source in copied:
         if source.is_file():

@@ -16,9 +16,14 @@ from typing import Any
 
 from qwen3ft.files import build_folder, find_damage, read_manifest_facts
 from qwen3ft.logs import get_logger
+from qwen3ft.model.adapter_checks import AdapterError, verify_adapter
 from qwen3ft.records.plan import TrainPlan
 
 logger = get_logger("checkpoint")
+
+TENSORS_NAME = "training_state.safetensors"
+VALUES_NAME = "training_state.json"
+STATE_NAME = "trainer_state.json"
 
 _NAME = re.compile(r"step-(\d{6,})")
 
@@ -68,17 +73,34 @@ def list_checkpoints(folders: Iterable[Path]) -> list[Checkpoint]:
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
+def newest_to_resume(folders: Iterable[Path], plan: TrainPlan) -> Checkpoint | None:
+    """Return the newest checkpoint that `plan` can resume from: verified, and its own adapter."""
+
+    def find_fault(checkpoint: Path) -> str | None:
+        try:
+            required = (TENSORS_NAME, VALUES_NAME, STATE_NAME)
+            verify_adapter(checkpoint, plan.adapter, required).require_fit(plan.model.shape)
+        except AdapterError as fault:
+            return str(fault)
+        return None
+
+    return newest_verified(folders, lineage(plan), find_fault)
+
+
 def newest_verified(
-    folders: Iterable[Path], expected: dict[str, Any] | None = None
+    folders: Iterable[Path],
+    expected: dict[str, Any] | None = None,
+    find_fault: Callable[[Path], str | None] = find_damage,
 ) -> Checkpoint | None:
     """Return the newest checkpoint whose files all match its manifest.
 
     Args:
         folders: `checkpoints` folders of all attempts, in order of attempts.
         expected: `lineage` of the plan that will resume; checkpoints of others are skipped.
+        find_fault: Says what is wrong with a checkpoint; None if nothing is.
     """
     for checkpoint in reversed(list_checkpoints(folders)):
-        if damage := find_damage(checkpoint.path):
+        if damage := find_fault(checkpoint.path):
             logger.warning("skipping %s: %s", checkpoint.path, damage)
             continue
         facts = read_manifest_facts(checkpoint.path)

@@ -22,15 +22,12 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from qwen3ft.errors import CheckpointCorruptError
-from qwen3ft.model.saved_adapter import ADAPTER_FILE
+from qwen3ft.model.adapter_checks import ADAPTER_FILE
 from qwen3ft.training import checkpoint
+from qwen3ft.training.checkpoint import STATE_NAME, TENSORS_NAME, VALUES_NAME
 
 if TYPE_CHECKING:
     from transformers import TrainerState
-
-TENSORS_NAME = "training_state.safetensors"
-VALUES_NAME = "training_state.json"
-STATE_NAME = "trainer_state.json"
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ PRELOADED_LIBRARIES = (
 )
 """Imports that take most jobs their first seconds; those for tokenising come first."""
 
-NEED_FEWER = ("quantize", "data")
+NEED_FEWER = ("tokenizer", "quantize", "data")
 """Jobs that need less than half of these and import lazily."""
 
 

@@ -28,6 +28,8 @@ from qwen3ft.records.requests import (
     InferenceRequest,
     ParityReport,
     QuantizeRequest,
+    TokenizerReport,
+    TokenizerRequest,
 )
 from qwen3ft.records.training import AttemptOutcome
 
@@ -60,6 +62,19 @@ def quantize_job(job: Job) -> ModelSnapshot:
     request = read_record(job.dir.request, QuantizeRequest)
     job.heartbeat.beat("quantize")
     return ModelManager(request.config).quantize(request)
+
+
+def tokenizer_job(job: Job) -> TokenizerReport:
+    """Try a tokenizer from elsewhere; this process ends if that takes too much."""
+    import transformers  # noqa: F401  before the limits, since it takes more than they allow
+
+    from qwen3ft.chat.limits import RENDER_BYTES, limit_process
+    from qwen3ft.chat.probes import PROBE_CPU_SECONDS, probe_tokenizer
+
+    request = read_record(job.dir.request, TokenizerRequest)
+    job.heartbeat.beat("tokenizer")
+    limit_process(PROBE_CPU_SECONDS, RENDER_BYTES)
+    return TokenizerReport(rendered=probe_tokenizer(Path(request.folder)))
 
 
 def data_job(job: Job) -> DatasetManifest:
@@ -185,6 +200,7 @@ def answer_job(job: Job) -> ChatEnded:
 
 
 KINDS: dict[str, Callable[[Job], BaseModel]] = {
+    "tokenizer": tokenizer_job,
     "quantize": quantize_job,
     "data": data_job,
     "preflight": preflight_job,

@@ -205,6 +205,19 @@ def test_an_error_is_json_where_json_was_asked_for(tmp_path: Path) -> None:
     assert done.returncode == 1
 
 
+@pytest.mark.parametrize("folder", ["/proc/x", "/dev/null/x", "x" * 300])
+def test_a_folder_that_cannot_be_made_is_explained(
+    in_process: Callable[..., tuple[int, str, str]], folder: str
+) -> None:
+    """No traceback: what cannot be used, why, and a command."""
+    status, shown, _ = in_process("data", "check", "--json", "--set", f"cache_dir={folder}")
+    assert status == 1
+    error = json.loads(shown)["error"]
+    assert error["kind"] in ("EnvironmentNotReadyError", "ConfigError")
+    assert error["why"]
+    assert error["next_command"]
+
+
 def test_wrong_usage_is_exit_code_two(project: Path) -> None:
     """Exit code 2 means wrong usage, as with other command line tools."""
     assert qwen3ft("run", "--no-such-option", folder=project).returncode == 2

@@ -1,10 +1,16 @@
-"""A run survives the loss of the reader of its output."""
+"""A run makes its folders first, and survives the loss of the reader of its output."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from flows.run_context import make_folders
+from qwen3ft.config import TrainingConfig
+from qwen3ft.errors import EnvironmentNotReadyError
 
 PROGRAM = """
 import sys, time
@@ -36,3 +42,18 @@ def test_a_process_outlives_the_reader_of_its_output(tmp_path: Path) -> None:
     process.stdin.close()
     assert process.wait(30) == 0
     assert said.read_text() == "alive"
+
+
+@pytest.mark.parametrize("setting", ["runs_dir", "cache_dir"])
+@pytest.mark.parametrize("folder", ["/proc/x", "/dev/null/x", "x" * 300, "file/x", "loop/x"])
+def test_a_folder_that_cannot_be_made_ends_a_run_before_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, folder: str
+) -> None:
+    """In a place without folders, below a file, of too long a name, in a circle of links."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    folders = {"runs_dir": "runs", "cache_dir": "cache", setting: folder}
+    with pytest.raises(EnvironmentNotReadyError, match=setting) as raised:
+        make_folders(TrainingConfig(**folders))
+    assert raised.value.next_command

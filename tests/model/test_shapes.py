@@ -10,8 +10,8 @@ from support.plans import QWEN3_4B, QWEN3_14B
 
 from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.errors import ModelNotFoundError
-from qwen3ft.model.hub import check_model_folder
 from qwen3ft.model.shapes import find_shape, known_shape
+from qwen3ft.model.source_folder import check_model_folder
 
 
 @pytest.mark.parametrize(

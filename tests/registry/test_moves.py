@@ -84,9 +84,10 @@ def in_use(used: Path, tmp_path: Path) -> str:
 def damaged(versions: Path) -> Iterator[None]:
     """Change a byte of version 1 in MLflow's files."""
     weights = stored_adapter(versions, "night-1") / "adapter_model.safetensors"
-    weights.write_bytes(b"night-X")
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     yield
-    weights.write_bytes(b"night-1")
+    weights.write_bytes(whole)
 
 
 def promoted(uri: str, *versions: str) -> Registry:

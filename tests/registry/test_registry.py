@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 from support.mlflow_server import free_port
-from support.tracked_run import MODEL, journal_adapter, send_all, write_adapter
+from support.small_adapter import write_small_adapter
+from support.tracked_run import MODEL, journal_adapter, send_all
 
 from qwen3ft.config import registered_model_name
 from qwen3ft.errors import ChampionChangedError, ConfigError, SaveError, TrackingUnavailableError
+from qwen3ft.files import sha256_file
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.records.model import SavedAdapter
 from qwen3ft.registry.registry import Registry
@@ -42,7 +44,7 @@ def test_a_registered_adapter_can_be_promoted_and_fetched(
     champion = registry.champion(name)
     assert (champion.version, champion.tags["loss"]) == (version, "1.2")
     path = registry.download(champion, tmp_path / "fetched")
-    assert (path / "adapter_model.safetensors").read_bytes() == b"weights"
+    assert sha256_file(path / "adapter_model.safetensors") == saved.sha256
     assert registry.download(champion, path) == path
 
 
@@ -55,7 +57,7 @@ def test_an_adapter_changed_in_mlflow_is_neither_registered_nor_fetched(
     registry.promote(name, version, expected=None)
     champion = registry.champion(name)
     stored = tmp_path / "mlruns" / "artifacts" / run_id / "artifacts" / "adapter"
-    (stored / "adapter_model.safetensors").write_bytes(b"weightz")
+    (stored / "adapter_model.safetensors").write_bytes(b"weights")
     with pytest.raises(SaveError, match="has sha256"):
         registry.register(run_id, saved.model_copy(update={"registered_model": "other"}), {})
     assert registry.champion("other") is None
@@ -66,7 +68,7 @@ def test_an_adapter_changed_in_mlflow_is_neither_registered_nor_fetched(
 
 def test_an_adapter_that_never_arrived_is_not_registered(database: str, run_dir: RunDir) -> None:
     """Without the artifact in MLflow there is no version, even if the local file is intact."""
-    saved = write_adapter(run_dir.path / "adapter")
+    saved = write_small_adapter(run_dir.path / "adapter")
     Journal(run_dir).run_started("run-1", {}, {})
     send_all(run_dir, database)
     with pytest.raises(TrackingUnavailableError, match="holds no adapter"):
@@ -80,7 +82,7 @@ def test_promotion_compares_before_it_sets(
     registry, _, first = registered
     name = registered_model_name(MODEL)
     other = RunDir(tmp_path / "runs" / "run-2")
-    saved = journal_adapter(other, b"other weights")
+    saved = journal_adapter(other)
     send_all(other, database)
     second = registry.register(str(parent_run_id(other)), saved, {})
     registry.promote(name, first, expected=None)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from qwen3ft.files import sha256_file, write_json_atomic, write_manifest
+from support.small_adapter import write_small_adapter
+
 from qwen3ft.jobs.folders import RunDir
-from qwen3ft.records.model import SavedAdapter
 from qwen3ft.registry.registry import Registry
 from qwen3ft.tracking.cursor import parent_run_id
 from qwen3ft.tracking.journal import Journal
@@ -22,29 +22,17 @@ def copy_database(template: Path, folder: Path) -> str:
     return f"sqlite:///{shutil.copy(template, folder / 'mlruns' / 'mlflow.db')}"
 
 
-def add_version(
-    uri: str, folder: Path, run: str, content: bytes = b"", degraded: tuple[str, ...] = ()
-) -> str:
+def add_version(uri: str, folder: Path, run: str, degraded: tuple[str, ...] = ()) -> str:
     """Register what run `run` saved, as the flow does; return the version."""
     run_dir = RunDir(folder / "runs" / run)
     adapter = run_dir.path / "adapter"
-    adapter.mkdir(parents=True)
-    (adapter / "adapter_model.safetensors").write_bytes(content or run.encode())
-    write_json_atomic(adapter / "provenance.json", {"run_id": run, "degraded": list(degraded)})
-    write_manifest(adapter)
+    saved = write_small_adapter(adapter, run, degraded)
     journal = Journal(run_dir)
     journal.run_started(run, {}, {})
     journal.artifacts(adapter, "adapter")
     Sender(run_dir, uri).send_all()
-    saved = SavedAdapter(
-        path=str(adapter),
-        sha256=sha256_file(adapter / "adapter_model.safetensors"),
-        size_bytes=1,
-        model_name="embedded",
-        degraded=degraded,
-        registered_model=MODEL,
-    )
-    return Registry(uri).register(str(parent_run_id(run_dir)), saved, {"run": run})
+    named = saved.model_copy(update={"registered_model": MODEL})
+    return Registry(uri).register(str(parent_run_id(run_dir)), named, {"run": run})
 
 
 def stored_adapter(folder: Path, run: str) -> Path:

@@ -6,8 +6,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from support.plans import TINY, manifest, plan_for
+from support.small_adapter import write_small_adapter
 
-from qwen3ft.files import append_json_line, sha256_file
+from qwen3ft.files import append_json_line
 from qwen3ft.jobs.folders import JobDir, RunDir
 from qwen3ft.records.data import DatasetManifest, DataSource
 from qwen3ft.records.model import SavedAdapter
@@ -67,22 +68,6 @@ def write_steps(job: JobDir, steps: range) -> None:
             append_json_line(job.metrics, evaluation.model_dump(mode="json"))
 
 
-def write_adapter(folder: Path, content: bytes = b"weights") -> SavedAdapter:
-    """What a run saves."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "adapter_model.safetensors").write_bytes(content)
-    (folder / "adapter_config.json").write_text("{}")
-    return SavedAdapter(
-        path=str(folder),
-        sha256=sha256_file(folder / "adapter_model.safetensors"),
-        size_bytes=len(content),
-        model_name=MODEL,
-        mlflow_run_id=None,
-        registered_model=None,
-        version=None,
-    )
-
-
 def journal_run(run_dir: RunDir, steps: int = 20) -> Journal:
     """A whole run with one attempt, as a flow journals it."""
     journal = Journal(run_dir)
@@ -96,11 +81,11 @@ def journal_run(run_dir: RunDir, steps: int = 20) -> Journal:
     return journal
 
 
-def journal_adapter(run_dir: RunDir, content: bytes = b"weights") -> SavedAdapter:
+def journal_adapter(run_dir: RunDir) -> SavedAdapter:
     """A run that saved an adapter."""
     journal = Journal(run_dir)
     journal.run_started(run_dir.path.name, {}, {})
-    saved = write_adapter(run_dir.path / "adapter", content)
+    saved = write_small_adapter(run_dir.path / "adapter", run_dir.path.name, model_name=MODEL)
     journal.artifacts(Path(saved.path), "adapter")
     return saved
 

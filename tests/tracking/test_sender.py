@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from support.mlflow_server import wait_until
+from support.small_adapter import write_small_adapter
 from support.tracked_run import (
     START,
     artifact_names,
@@ -19,7 +20,6 @@ from support.tracked_run import (
     make_plan,
     send_all,
     steps_of,
-    write_adapter,
     write_steps,
 )
 
@@ -40,7 +40,7 @@ def test_a_full_journal_is_found_in_mlflow(
     journal.table(answers)
     journal.json("report.json", {"exact_match": 0.5})
     journal.tags({"verdict": "promoted", "token": "hf_" + "x" * 20})
-    write_adapter(tmp_path / "adapter")
+    write_small_adapter(tmp_path / "adapter")
     journal.artifacts(tmp_path / "adapter", "adapter")
 
     assert outstanding(run_dir) == 8 + 20 + 2 + 20 + 2
