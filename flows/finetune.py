@@ -182,7 +182,7 @@ def train_with_recovery(
     if (outcome := finished_attempt(run, first)) is not None:
         logger.info("training was finished by attempt %d of this run", outcome.attempt)
         return _as_attempt(first, run, outcome.attempt), outcome
-    plan = _as_attempt(first, run, len(run.attempts()) + 1)
+    plan = _as_attempt(first, run, run.next_attempt())
     failed: list[FailedAttempt] = []
     while True:
         plan = fit_to_free_memory(config, environment, plan)

@@ -23,6 +23,7 @@ from flows.reporting import RunReporter, page_url
 from qwen3ft import logs
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import EnvironmentNotReadyError, FinetuneError, TransientError
+from qwen3ft.files import make_folder
 from qwen3ft.jobs.folders import RunDir, write_record
 from qwen3ft.locks import try_lock
 from qwen3ft.machine.gpu_lock import CPU, hold_gpu
@@ -65,7 +66,7 @@ def open_run(config: TrainingConfig, run_id: str, request: NightRequest | None) 
         EnvironmentNotReadyError: the run is in progress in another process.
     """
     run = RunDir(Path(config.runs_dir).resolve() / run_id)
-    run.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_folder(run.path, 0o700)
     with try_lock(run.lock, LOOK_SECONDS) as mine:
         if not mine:
             raise EnvironmentNotReadyError(

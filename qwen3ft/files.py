@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwen3ft.errors import EnvironmentNotReadyError
+from qwen3ft.faults import reach
 from qwen3ft.units import size_text
 
 MANIFEST_NAME = "manifest.json"
@@ -35,6 +36,19 @@ def fsync_dir(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(path: Path, mode: int = 0o777) -> None:
+    """Create the folder `path` and its parents durably, as far as they are missing.
+
+    Args:
+        path: The folder; what it holds can only be as durable as its own name.
+        mode: Permissions of the last folder, less the umask.
+    """
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(mode=mode, parents=True, exist_ok=True)
+    for folder in missing:
+        fsync_dir(folder.parent)
+
+
 def fsync_file(path: Path) -> None:
     """Make the content of a file written by a library durable."""
     with path.open("rb+") as stream:
@@ -48,11 +62,14 @@ def write_bytes_atomic(path: Path, content: bytes) -> None:
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(content)
             stream.flush()
+            reach("file.written")
             os.fsync(stream.fileno())
+        reach("file.synced")
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+    reach("file.renamed")
     fsync_dir(path.parent)
 
 
@@ -190,18 +207,22 @@ def build_folder(
     Returns:
         The sha256 of the new manifest.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
         fill(staging)
+        reach("folder.filled")
         digest = write_manifest(staging, facts)
+        reach("folder.listed")
         if target.exists():
             retired = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
             os.rename(target, retired / "folder")
+            reach("folder.retired")
             os.rename(staging, target)
             shutil.rmtree(retired, ignore_errors=True)
         else:
             os.rename(staging, target)
+        reach("folder.renamed")
         fsync_dir(target.parent)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)

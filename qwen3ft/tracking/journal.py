@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from qwen3ft.faults import reach
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.logs import mask_secrets
 from qwen3ft.records.data import DatasetManifest
@@ -213,6 +214,7 @@ class Journal:
             if stream.tell() and (stream.seek(-1, 2), stream.read(1))[1] != b"\n":
                 line = b"\n" + line  # a kill tore the last line: start a new one
             stream.write(line)
+        reach("journal.appended")
 
 
 def parse_operation(line: bytes) -> AnyOperation | None:

@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 from qwen3ft.errors import RejectedError, TrackingUnavailableError
+from qwen3ft.faults import reach
 from qwen3ft.files import Line, fsync_file, lines_from, sha256_json
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.logs import get_logger
@@ -116,6 +117,7 @@ class Sender:
             # a figure that cannot be drawn raises the latter two
             except (RejectedError, ValueError, TypeError) as error:
                 _log.warning("Tracking of '%s' is skipped. %s", operation.kind, error)
+        reach("cursor.sent")
         fsync_file(journal_path(self.run_dir))  # the cursor must never be ahead of the journal
         self.state.journal_offset = line.end_offset
         write_state(self.run_dir, self.state)

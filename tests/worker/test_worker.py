@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from qwen3ft import faults
 from qwen3ft.errors import (
     ConfigError,
     DivergedError,
@@ -27,7 +28,7 @@ from qwen3ft.jobs.folders import JobDir, RunDir
 from qwen3ft.jobs.launcher import run_worker
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.training import AttemptOutcome, Failure
-from qwen3ft.training import checkpoint, faults
+from qwen3ft.training import checkpoint
 
 SCHEDULE = {"total_steps": 6, "evaluate_every_steps": 2}
 
