@@ -14,12 +14,16 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from io import BufferedRandom
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwen3ft.errors import EnvironmentNotReadyError
 from qwen3ft.faults import reach
+from qwen3ft.logs import get_logger
 from qwen3ft.units import size_text
+
+logger = get_logger("files")
 
 MANIFEST_NAME = "manifest.json"
 
@@ -81,22 +85,45 @@ def write_json_atomic(path: Path, value: Any) -> None:
 
 def append_json_line(path: Path, value: Any) -> None:
     """Append `value` as one line of JSON."""
-    line = json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-    with path.open("ab") as stream:
-        stream.write(line)
+    append_line(path, json.dumps(value, ensure_ascii=False, allow_nan=False).encode())
+
+
+def append_line(path: Path, line: bytes) -> None:
+    """Append `line` and a newline; if the last line has none, it costs only itself."""
+    with path.open("ab+") as stream:
+        stream.write((b"" if _ends_a_line(stream) else b"\n") + line + b"\n")
+
+
+def end_last_line(path: Path) -> None:
+    """Add the newline that the last line of `path` lacks if its writer was killed."""
+    with path.open("ab+") as stream:
+        if not _ends_a_line(stream):
+            stream.write(b"\n")
+
+
+def _ends_a_line(stream: BufferedRandom) -> bool:
+    """Return whether what is appended to `stream` begins a line."""
+    if not stream.tell():
+        return True
+    stream.seek(-1, os.SEEK_END)
+    return stream.read(1) == b"\n"
 
 
 class Line(NamedTuple):
-    """One complete line of a file, and the offset in bytes just after it."""
+    """One line of a file, and the offset in bytes just after it."""
 
     content: bytes
     end_offset: int
 
 
-def lines_from(path: Path, offset: int = 0) -> Iterator[Line]:
-    """Yield the complete lines of `path` from byte `offset` on; none if there is no such file.
+def lines_from(path: Path, offset: int = 0, *, ended: bool = False) -> Iterator[Line]:
+    """Yield the lines of `path` from byte `offset` on; none if there is no such file.
 
-    A last line without its newline is still being written; it comes with a later call.
+    Args:
+        path: The file.
+        offset: End of the lines that were read before.
+        ended: Whether nobody writes it any more. Otherwise a last line without its newline is left
+            for a later call, as it may not be complete.
     """
     try:
         stream = path.open("rb")
@@ -105,15 +132,29 @@ def lines_from(path: Path, offset: int = 0) -> Iterator[Line]:
     with stream:
         stream.seek(offset)
         for content in stream:
-            if not content.endswith(b"\n"):
+            if not ended and not content.endswith(b"\n"):
                 return
             offset += len(content)
             yield Line(content, offset)
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return every complete JSON line of `path`; none if there is no such file."""
-    return [json.loads(line.content) for line in lines_from(path) if line.content.strip()]
+    """Return every JSON line of `path`; none if there is no such file.
+
+    A last line that is cut off is skipped with a warning.
+
+    Raises:
+        ValueError: another line is not JSON.
+    """
+    values = []
+    for line in lines_from(path, ended=True):
+        try:
+            values += [json.loads(line.content)] if line.content.strip() else []
+        except ValueError:
+            if line.content.endswith(b"\n"):
+                raise
+            logger.warning("the last line of %s is cut off and skipped", path)
+    return values
 
 
 def sha256_file(path: Path) -> str:

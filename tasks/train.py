@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextvars
-import json
 import threading
 from pathlib import Path
 from uuid import UUID
@@ -18,11 +17,11 @@ from prefect.states import Failed
 
 from qwen3ft.errors import PreemptedError
 from qwen3ft.files import lines_from
-from qwen3ft.jobs.folders import JobDir, RunDir, read_record
+from qwen3ft.jobs.folders import JobDir, RunDir, parse_record, read_record
 from qwen3ft.jobs.launcher import try_worker
 from qwen3ft.logs import get_logger
 from qwen3ft.records.plan import TrainPlan
-from qwen3ft.records.training import AttemptOutcome, Failure
+from qwen3ft.records.training import AttemptOutcome, Failure, TrainingMetrics
 from qwen3ft.tracking.journal import Journal
 from qwen3ft.training import checkpoint
 from tasks.names import name_of, train_name
@@ -105,7 +104,9 @@ class ProgressArtifact:
         while True:
             finished = self._done.wait(PROGRESS_SECONDS)
             for line in lines_from(self.job.metrics, offset):
-                step, offset = max(step, json.loads(line.content)["step"]), line.end_offset
+                offset = line.end_offset
+                if (metrics := parse_record(line.content, TrainingMetrics)) is not None:
+                    step = max(step, metrics.step)
             if finished and self.job.outcome.exists():
                 step = self.plan.total_steps
             if step != shown:

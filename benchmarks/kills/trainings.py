@@ -45,7 +45,7 @@ PATHS: dict[str, dict[str, Any]] = {
     "packed, dropout": {"lora_dropout": 0.1, "packing": True},
     "fused": FUSED,
     "fused, offloaded": {**FUSED, "offload_optimizer": True, "offload_activations": True},
-    "stopped early": {"packing": True, "learning_rate": 0.2, "early_stopping_patience": 2},
+    "stopped early": {"packing": True, "learning_rate": 0.03, "early_stopping_patience": 1},
 }
 """Settings of the plans; the fused path runs as its plain twin on a CPU."""
 

@@ -170,5 +170,5 @@ def parse_record(line: bytes, kind: type[RecordT]) -> RecordT | None:
 
 def read_records(path: Path, kind: type[RecordT]) -> list[RecordT]:
     """Read a file with one record a line; unreadable lines are skipped."""
-    parsed = (parse_record(line.content, kind) for line in lines_from(path))
+    parsed = (parse_record(line.content, kind) for line in lines_from(path, ended=True))
     return [record for record in parsed if record is not None]

@@ -161,6 +161,10 @@ class _RecordRelay:
     def relay(self) -> None:
         """Emit the records that were added since the last call."""
         for line in lines_from(self.path, self.offset):
-            entry, self.offset = json.loads(line.content), line.end_offset
+            self.offset = line.end_offset
+            try:
+                entry = json.loads(line.content)
+            except ValueError:
+                continue  # cut off by a kill or a full disk
             level = logging.getLevelNamesMapping().get(entry["level"], logging.INFO)
             logging.getLogger(entry.get("logger", ROOT)).log(level, "%s", entry["message"])

@@ -3,7 +3,8 @@
 One operation per line of `runs/<run_id>/tracking.jsonl`, in order. An attempt's own metrics stay
 in the attempt's folder, which "attempt_started" refers to. Appending touches one local file only,
 so it neither waits for MLflow nor fails because of it. A line survives a kill of the process; a
-power cut may lose the last ones. Secrets are masked before anything is written.
+power cut may lose the last ones. Each has a checksum, so that a changed one is found and skipped
+(`qwen3ft.tracking.checksums`). Secrets are masked before anything is written.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from qwen3ft.faults import reach
+from qwen3ft.files import append_line
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.logs import mask_secrets
 from qwen3ft.records.data import DatasetManifest
 from qwen3ft.records.plan import TrainPlan
+from qwen3ft.tracking.checksums import add_checksum, find_change
 from qwen3ft.units import gb
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
@@ -209,20 +212,26 @@ class Journal:
 
     def _append(self, operation: Operation) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        line = operation.model_dump_json().encode() + b"\n"
-        with self.path.open("ab+") as stream:
-            if stream.tell() and (stream.seek(-1, 2), stream.read(1))[1] != b"\n":
-                line = b"\n" + line  # a kill tore the last line: start a new one
-            stream.write(line)
+        append_line(self.path, add_checksum(operation.model_dump_json().encode()))
         reach("journal.appended")
 
 
-def parse_operation(line: bytes) -> AnyOperation | None:
-    """Parse one line; None if it is torn or unknown."""
+def parse_operation(line: bytes, *, sealed: bool) -> AnyOperation:
+    """Parse one line.
+
+    Args:
+        line: With or without its newline.
+        sealed: Whether every line of its journal has a checksum.
+
+    Raises:
+        ValueError: it is cut off, was changed, or is of a kind that this version does not know.
+    """
+    if change := find_change(line, expected=sealed):
+        raise ValueError(change)
     try:
         return _OPERATION.validate_json(line)
-    except ValidationError:
-        return None
+    except ValidationError as error:
+        raise ValueError(f"it cannot be read: {error.errors()[0]['msg']}") from None
 
 
 def journal_path(run_dir: RunDir) -> Path:

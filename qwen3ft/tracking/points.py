@@ -139,7 +139,7 @@ def table_json(path: Path) -> str:
         RejectedError: the file is unreadable or has no rows.
     """
     try:
-        rows = [json.loads(line.content) for line in lines_from(path)]
+        rows = [json.loads(line.content) for line in lines_from(path, ended=True)]
         columns = list(dict.fromkeys(key for row in rows for key in row))
         data = [[row.get(column) for column in columns] for row in rows]
     except (OSError, ValueError, TypeError, AttributeError) as error:
