@@ -24,6 +24,7 @@ from qwen3ft import logs
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import EnvironmentNotReadyError, FinetuneError, TransientError
 from qwen3ft.files import make_folder
+from qwen3ft.jobs.failures import folder_gone
 from qwen3ft.jobs.folders import RunDir, write_record
 from qwen3ft.locks import try_lock
 from qwen3ft.machine.gpu_lock import CPU, hold_gpu
@@ -64,6 +65,7 @@ def open_run(config: TrainingConfig, run_id: str, request: NightRequest | None) 
 
     Raises:
         EnvironmentNotReadyError: the run is in progress in another process.
+        SaveError: the body failed, and the folder is gone.
     """
     run = RunDir(Path(config.runs_dir).resolve() / run_id)
     make_folder(run.path, 0o700)
@@ -79,7 +81,12 @@ def open_run(config: TrainingConfig, run_id: str, request: NightRequest | None) 
         write_record(run.path / "config.json", config)
         if request is not None:
             write_request(run, request)
-        yield run
+        try:
+            yield run
+        except Exception as error:
+            if run.lock.exists() or isinstance(error, FinetuneError):
+                raise
+            raise folder_gone(run.path) from error  # its errors are many: whatever was not found
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import threading
+import time
 from pathlib import Path
 from uuid import UUID
 
@@ -38,6 +39,7 @@ def train_attempt(plan: TrainPlan) -> AttemptOutcome | State[Failure]:
     job = run.attempt(plan.attempt).create(plan)
     journal = Journal(run)
     journal.attempt_started(plan)
+    started = time.monotonic()
     try:
         with ProgressArtifact(plan, job):
             result = try_worker("train", job, AttemptOutcome, stall_seconds=plan.stall_seconds)
@@ -45,9 +47,10 @@ def train_attempt(plan: TrainPlan) -> AttemptOutcome | State[Failure]:
         journal.attempt_ended(plan.attempt, "KILLED", {"failure": PreemptedError.__name__})
         raise
     if isinstance(result, Failure):
-        journal.attempt_ended(plan.attempt, "FAILED", {"failure": result.kind})
+        tags, seconds = {"failure": result.kind}, time.monotonic() - started
+        journal.attempt_ended(plan.attempt, "FAILED", tags, seconds)
         return Failed(message=f"{result.kind}: {result.to_error()}", data=result)
-    journal.attempt_ended(plan.attempt, "FINISHED")
+    journal.attempt_ended(plan.attempt, "FINISHED", seconds=time.monotonic() - started)
     return result
 
 

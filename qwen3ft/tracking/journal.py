@@ -77,6 +77,7 @@ class AttemptEnded(Operation):
     number: int
     status: RunStatus
     tags: dict[str, str]
+    seconds: float | None = None  # by a clock that nobody sets; None if the run's process died
 
 
 class Metrics(Operation):
@@ -176,10 +177,15 @@ class Journal:
         )
 
     def attempt_ended(
-        self, number: int, status: RunStatus, tags: Mapping[str, Any] | None = None
+        self,
+        number: int,
+        status: RunStatus,
+        tags: Mapping[str, Any] | None = None,
+        seconds: float | None = None,
     ) -> None:
-        """End a child run, once its worker writes no more."""
-        self._append(AttemptEnded(number=number, status=status, tags=_texts(tags or {})))
+        """End a child run, once its worker writes no more; it took `seconds`, if that is known."""
+        ended = AttemptEnded(number=number, status=status, tags=_texts(tags or {}), seconds=seconds)
+        self._append(ended)
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Log numbers on the parent run."""

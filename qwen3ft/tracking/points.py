@@ -103,6 +103,7 @@ def attempts_memory(run_dir: RunDir) -> list[AttemptMemory]:
             failed = None if operation.status == "FINISHED" else operation.status
             end = {
                 "ended": _moment(operation.time_ms),
+                "measured_seconds": operation.seconds,
                 "failure": operation.tags.get("failure", failed),
             }
             found[operation.number] = found[operation.number].model_copy(update=end)

@@ -1,10 +1,18 @@
-"""A run survives the loss of the reader of its output."""
+"""A run survives the loss of the reader of its output, and says so if its folder is gone."""
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.run_context import open_run
+from qwen3ft.errors import DivergedError, SaveError
+from qwen3ft.tracking.journal import Journal
 
 PROGRAM = """
 import sys, time
@@ -36,3 +44,34 @@ def test_a_process_outlives_the_reader_of_its_output(tmp_path: Path) -> None:
     process.stdin.close()
     assert process.wait(30) == 0
     assert said.read_text() == "alive"
+
+
+def fail(config: Any, error: Exception, *, folder_is_gone: bool) -> None:
+    """Open the run `run-1` and fail in it."""
+    with open_run(config, "run-1", None) as run:
+        if folder_is_gone:
+            shutil.rmtree(run.path)
+            Journal(run).tags({"a": 1})  # makes the folder anew
+        raise error
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError("no such file"), IndexError("no attempt"), KeyError("x")]
+)
+def test_a_run_whose_folder_was_deleted_says_so(
+    make_config: Any, tmp_path: Path, error: Exception
+) -> None:
+    """Whatever was not found: also if something has made the folder anew meanwhile."""
+    with pytest.raises(SaveError, match="run-1 was deleted or unmounted") as caught:
+        fail(make_config(runs_dir=str(tmp_path)), error, folder_is_gone=True)
+    assert caught.value.next_command == f"ls -ld {tmp_path}"
+    assert caught.value.__cause__ is error
+
+
+def test_a_failure_keeps_its_class(make_config: Any, tmp_path: Path) -> None:
+    """A divergence stays one, and an error of ours with the folder in place stays what it is."""
+    config = make_config(runs_dir=str(tmp_path))
+    with pytest.raises(DivergedError):
+        fail(config, DivergedError("no", why="no", next_command="no"), folder_is_gone=True)
+    with pytest.raises(KeyError):
+        fail(config, KeyError("x"), folder_is_gone=False)

@@ -35,10 +35,7 @@ def tags_of(run_dir: RunDir) -> list[str]:
 
 
 def test_a_change_of_any_byte_is_found(written: RunDir) -> None:
-    """Each byte of the second line in turn, replaced by one that leaves the JSON readable or not.
-
-    Only a change that leaves the operation as it was (white space at its end) may go unnoticed.
-    """
+    """Each byte of the second line in turn, whether the JSON stays readable or not."""
     path = journal_path(written)
     content = path.read_bytes()
     first, second, *_ = content.splitlines(keepends=True)
