@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 def lacks_evaluation(state: TrainerState) -> bool:
     """Return True if an evaluation is due at the present step and was not made."""
     step, every = state.global_step, int(state.eval_steps)
+    # The last step is seldom a multiple of the interval, and may be the best one.
     is_due = step % every == 0 or step >= state.max_steps
     return is_due and step not in _evaluated_steps(state)
 

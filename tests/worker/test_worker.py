@@ -33,7 +33,7 @@ from qwen3ft.jobs.folders import JobDir, RunDir
 from qwen3ft.jobs.launcher import run_worker
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.training import AttemptOutcome, Failure
-from qwen3ft.recovery.adjust import GiveUp
+from qwen3ft.recovery.adjust import FailedAttempt, GiveUp
 from qwen3ft.training import checkpoint
 from tasks.adjust import adjust_parameters
 
@@ -111,7 +111,7 @@ def test_a_run_folder_that_is_deleted_ends_the_attempt_at_once(
         attempt(total_steps=10_000, evaluate_every_steps=5_000)
     thread.join()
     failure = Failure.from_error(folder_gone(run))
-    decision = adjust_parameters.fn(TrainingConfig(), make_plan(), failure, ())
+    decision = adjust_parameters.fn(TrainingConfig(), [FailedAttempt(make_plan(), failure)])
     assert isinstance(decision, GiveUp)
 
 
