@@ -1,14 +1,15 @@
 """Interrupts trainings at random and aimed moments, and compares every end with an undisturbed one.
 
-    python -m benchmarks.kills.campaign [--interruptions 1000] [--minutes 60] [--seed 0]
-                                        [--work DIR] [--out FILE]
+    python -m benchmarks.kills.campaign [--interruptions 1000] [--stack 50] [--minutes 120]
+                                        [--seed 0] [--work DIR] [--out FILE]
 
 Trainings of the embedded model on the CPU, padded, packed, fused and with offloading, are killed,
 asked to stop once and twice, stopped and left stopped until they count as stalled, run into a full
 disk, lose their power (what was not synced is gone), and are interrupted at each point of the code
 at which something is committed. Each is resumed as the flow resumes it, up to a dozen times. In the
 end the adapter, the optimizer's and the generators' state, the best step and its loss and all
-metrics by step must be those of an undisturbed training, bit by bit.
+metrics by step must be those of an undisturbed training, bit by bit. `--stack` of the interruptions
+strike whole runs of the flow with their servers (stack.py).
 
 Exits with 1 if one is not, if a worker is stuck, if a committed checkpoint is lost, if the end of
 one is not classified, or if there were fewer interruptions than asked for.
@@ -30,6 +31,7 @@ from random import Random
 from types import FrameType
 from typing import Any
 
+from benchmarks.kills.stack import StackCampaign
 from benchmarks.kills.strikes import KINDS, Blow, draw, suffer
 from benchmarks.kills.trainings import (
     PATHS,
@@ -164,25 +166,35 @@ def run_campaign(
     return campaign
 
 
-def summarise(campaign: Campaign, wanted: int, seconds: float) -> dict[str, Any]:
+def summarise(
+    campaign: Campaign, stack: StackCampaign | None, wanted: int, seconds: float
+) -> dict[str, Any]:
     """Return the result as JSON values."""
+    on_stack = {
+        "interruptions": len(stack.struck) if stack else 0,
+        "runs": stack.runs if stack else 0,
+        "identical": stack.identical if stack else 0,
+        "by_kind": dict(Counter(stack.struck).most_common()) if stack else {},
+    }
+    problems = campaign.problems + (stack.problems if stack else [])
+    interruptions = campaign.interruptions + on_stack["interruptions"]
+    runs, identical = campaign.runs + on_stack["runs"], campaign.identical + on_stack["identical"]
     return {
         "machine": describe_machine(),
         "seed": campaign.seed,
         "schedule": SCHEDULE,
         "seconds": round(seconds, 1),
-        "interruptions": campaign.interruptions,
+        "interruptions": interruptions,
         "wanted_interruptions": wanted,
-        "runs": campaign.runs,
-        "identical": campaign.identical,
+        "runs": runs,
+        "identical": identical,
         "by_kind": {kind: campaign.struck[kind] for kind in KINDS},
         "by_phase": dict(campaign.phases.most_common()),
         "by_path": {path: campaign.by_path[path] for path in PATHS},
         "ended_as": dict(campaign.endings.most_common()),
-        "problems": campaign.problems,
-        "passed": not campaign.problems
-        and campaign.identical == campaign.runs
-        and campaign.interruptions >= wanted,
+        "on_a_stack": on_stack,
+        "problems": problems,
+        "passed": not problems and identical == runs and interruptions >= wanted,
     }
 
 
@@ -196,6 +208,9 @@ def print_summary(summary: dict[str, Any]) -> None:
         print(f"\n{title.replace('_', ' ')}")
         for name, count in summary[title].items():
             print(f"  {count:5d}  {name}")
+    print("\non a stack")
+    for name, count in summary["on_a_stack"]["by_kind"].items():
+        print(f"  {count:5d}  {name}")
     for problem in summary["problems"]:
         print(f"PROBLEM  {problem}")
 
@@ -204,6 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the campaign; return 1 if anything was not as it must be."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--interruptions", type=int, default=1000)
+    parser.add_argument("--stack", type=int, default=50, help="interruptions of whole runs")
     parser.add_argument("--minutes", type=float, default=120.0, help="end after this time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, help="folder to keep")
@@ -213,8 +229,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logs.configure(console=False)
     work = (asked.work or Path(tempfile.mkdtemp(prefix="qwen3ft-kills-"))).resolve()
     started = time.monotonic()
-    campaign = run_campaign(work, asked.interruptions, 60 * asked.minutes, asked.seed)
-    summary = summarise(campaign, asked.interruptions, time.monotonic() - started)
+    alone, end = asked.interruptions - asked.stack, started + 60 * asked.minutes
+    campaign = run_campaign(work, alone, end - time.monotonic(), asked.seed)
+    stack = StackCampaign(work / "stack", asked.seed) if asked.stack else None
+    if stack is not None:
+        stack.run(asked.stack, end)
+    summary = summarise(campaign, stack, asked.interruptions, time.monotonic() - started)
     print_summary(summary)
     if asked.out:
         write_json(asked.out, summary)
