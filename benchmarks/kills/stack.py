@@ -45,7 +45,7 @@ RESUMED_WITHIN_SECONDS = 45.0
 POLL_SECONDS = 0.5
 SETTINGS: dict[str, Any] = {
     "lora_dropout": 0.1,
-    "packing": True,
+    "packing": "on",
     "batch_size": 16,
     "gradient_accumulation_steps": 1,
     "max_rows": 96,
