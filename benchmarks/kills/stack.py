@@ -92,6 +92,7 @@ class StackCampaign:
         stack = make_project(self.root, SETTINGS)
         self.machine, self.clock = Machine(stack), Clock(stack)
         self._random = Random(self.seed)
+        self._whole_seconds = MOST_SECONDS  # the shortest run so far
 
     def run(self, interruptions: int, until: float) -> None:
         """Strike runs until there were enough interruptions or the time `until` has come."""
@@ -101,13 +102,11 @@ class StackCampaign:
             done = self.machine.command("deploy")
             if done.returncode:
                 sys.exit(done.stdout + done.stderr)
-            started = time.monotonic()
             undisturbed = self._live(0)
-            whole_seconds = time.monotonic() - started
             assert undisturbed is not None, self.problems
             while len(self.struck) < interruptions and time.monotonic() < until:
                 most = min(self._random.randint(1, 4), interruptions - len(self.struck))
-                found = self._live(most, whole_seconds)
+                found = self._live(most)
                 self.runs += 1
                 if found is None:
                     continue
@@ -118,23 +117,24 @@ class StackCampaign:
         finally:
             self.machine.shut_down()
 
-    def _live(self, strikes: int, whole_seconds: float = 0.0) -> StackRun | None:
+    def _live(self, strikes: int) -> StackRun | None:
         """Run the flow to its end with `strikes` interruptions; None if it is stuck."""
         known = frozenset(path.name for path in (self.root / "runs").glob("*"))
         scene = Scene(self.machine, self.root / "out", known, SETTINGS["max_steps"])
         name = f"kills-{self.runs}-{len(self.struck)}"  # no champion: every run is compared alike
         settings = {**self._settings(), "registered_model": name}
         run_id = self.clock.run({"config": settings})
-        end = time.monotonic() + MOST_SECONDS
-        due = self._next_moment(whole_seconds)
+        started = time.monotonic()
+        due, end = self._next_moment(), started + MOST_SECONDS
         silent_since: float | None = None
         while time.monotonic() < end:
             self.machine.look()
             if strikes and time.monotonic() >= due:
                 strikes -= self._strike(scene)
-                due = self._next_moment(whole_seconds)
+                due = self._next_moment()
             runs = self._runs_of(run_id)
             if runs and any(run["state_type"] == "COMPLETED" for run in runs):
+                self._whole_seconds = min(self._whole_seconds, time.monotonic() - started)
                 return self._result(run_id)
             ended = bool(runs) and all(run["state_type"] in ENDED for run in runs)
             silent_since = (silent_since or time.monotonic()) if ended else None
@@ -151,8 +151,8 @@ class StackCampaign:
         found: dict[str, Any] = yaml.safe_load(config.read_text(encoding="utf-8"))
         return found
 
-    def _next_moment(self, whole_seconds: float) -> float:
-        return time.monotonic() + self._random.uniform(0.0, whole_seconds)
+    def _next_moment(self) -> float:
+        return time.monotonic() + self._random.uniform(0.0, self._whole_seconds)
 
     def _strike(self, scene: Scene) -> bool:
         """Strike one victim; False if there is none at the moment."""
