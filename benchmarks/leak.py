@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine, write_json
+from qwen3ft import faults
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import FinetuneError
 from qwen3ft.jobs.folders import JobDir, RunDir
@@ -30,7 +31,6 @@ from qwen3ft.jobs.launcher import run_worker
 from qwen3ft.machine.leaks import theil_sen
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.training import AttemptOutcome
-from qwen3ft.training import faults
 from qwen3ft.units import GIB, MIB
 
 MOST_MIB_PER_1000_STEPS = 1.0

@@ -30,15 +30,45 @@ class ProcessMark(Record):
 
     pid: int
     create_time: float
+    """Seconds since the epoch."""
+    boot_seconds: float | None = None
+    """Seconds since the boot, which stay the same when the clock is set; None in older files."""
+    boot_id: str = ""
 
     def find(self) -> psutil.Process | None:
         """Return the process if it is alive and not a zombie."""
         try:
             process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.create_time) < _START_TIME_TOLERANCE_SECONDS
-            return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+            return process if self._is(process) and process.status() != "zombie" else None
         except psutil.NoSuchProcess:
             return None
+
+    def _is(self, process: psutil.Process) -> bool:
+        if self.boot_seconds is None:
+            apart = process.create_time() - self.create_time
+        else:
+            apart = _boot_seconds(process) - self.boot_seconds
+        return abs(apart) < _START_TIME_TOLERANCE_SECONDS and self.boot_id in ("", _boot_id())
+
+
+def _mark(process: psutil.Process) -> ProcessMark:
+    """Return the mark by which the process is found again."""
+    return ProcessMark(
+        pid=process.pid,
+        create_time=process.create_time(),
+        boot_seconds=_boot_seconds(process),
+        boot_id=_boot_id(),
+    )
+
+
+def _boot_seconds(process: psutil.Process) -> float:
+    return process.create_time() - psutil.boot_time()
+
+
+def _boot_id() -> str:
+    """Return what differs after every boot; '' where the system does not tell."""
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text().strip() if path.exists() else ""
 
 
 def start_detached(
@@ -60,7 +90,7 @@ def start_detached(
             start_new_session=True,
             umask=PRIVATE_UMASK,
         )
-    return ProcessMark(pid=process.pid, create_time=psutil.Process(process.pid).create_time())
+    return _mark(psutil.Process(process.pid))
 
 
 def find_marked(root: Path, service: str | None = None) -> list[psutil.Process]:

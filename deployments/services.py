@@ -30,6 +30,8 @@ POOL = "qwen3ft"
 WORKER = "qwen3ft-local"
 TOML_HEADER = "# Written by `qwen3ft up`, removed by `qwen3ft down`.\n"
 HEARTBEAT_SECONDS = 30
+LATE_HEARTBEAT_SECONDS = 3.0 * HEARTBEAT_SECONDS
+"""Age of a heartbeat past which its worker is gone."""
 """Time between two heartbeats of a flow run; Prefect's minimum."""
 HISTORY_DAYS = 90
 """Age at which the server removes ended flow runs; MLflow keeps what came of them."""
@@ -195,6 +197,9 @@ def prefect_toml(layout: Layout) -> str:
 
 def is_healthy(service: Service, layout: Layout, started: float) -> bool:
     """Check that `service`, started at `started` (seconds since the epoch), does its work."""
+    now = time.time()
+    if started > now:  # the clock was set back since
+        started = now - LATE_HEARTBEAT_SECONDS
     if service == "prefect":
         return request_json(layout.secret, f"{layout.url('prefect')}/api/health") is True
     if service == "mlflow":

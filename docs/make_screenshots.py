@@ -35,7 +35,7 @@ from benchmarks.overhead import make_project, run_once  # noqa: E402
 from deployments.deploy import CPU_CONFIG, deploy, read_deployment  # noqa: E402
 from deployments.prefect_api import send  # noqa: E402
 from deployments.stack import Stack  # noqa: E402
-from qwen3ft.training import faults  # noqa: E402
+from qwen3ft import faults  # noqa: E402
 from tasks.artifacts import RUN_CARD  # noqa: E402
 
 MODEL = "qwen3ft-embedded"

@@ -45,12 +45,11 @@ from flows.run_context import (
 )
 from flows.temporary_server import temporary_server
 from qwen3ft import logs
-from qwen3ft.config import TrainingConfig
+from qwen3ft.config import TrainingConfig, checked_name
 from qwen3ft.evaluation.ability import read_ability_rows
 from qwen3ft.files import private_files
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.jobs.processes import workers_ahead
-from qwen3ft.names import checked_name
 from qwen3ft.operations.new_data import compare_data, find_known_rows
 from qwen3ft.operations.night import Night
 from qwen3ft.records.machine import EnvironmentReport
@@ -189,7 +188,7 @@ def train_with_recovery(
     if (outcome := finished_attempt(run, first)) is not None:
         logger.info("training was finished by attempt %d of this run", outcome.attempt)
         return _as_attempt(first, run, outcome.attempt), outcome
-    plan = _as_attempt(first, run, len(run.attempts()) + 1)
+    plan = _as_attempt(first, run, run.next_attempt())
     failed: list[FailedAttempt] = []
     while True:
         plan = fit_to_free_memory(config, environment, plan)

@@ -31,7 +31,6 @@ from qwen3ft import logs
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import FinetuneError, TransientError
 from qwen3ft.jobs.folders import RunDir
-from qwen3ft.names import flaw_of_name
 from qwen3ft.operations.night import (
     Night,
     NightRequest,
@@ -44,6 +43,7 @@ from qwen3ft.operations.night import (
 from qwen3ft.operations.run_state import find_runs, is_running
 from qwen3ft.records.run_card import ALREADY_DONE
 from qwen3ft.registry.registry import Registry
+from qwen3ft.text.names import flaw_of_name
 from qwen3ft.tracking.uri import default_tracking_uri
 
 logger = logs.get_logger("night")

@@ -23,8 +23,8 @@ from prefect.flows import Flow
 from qwen3ft import logs
 from qwen3ft.config import TrainingConfig, parse_config
 from qwen3ft.errors import ConfigError
-from qwen3ft.plain_text import escaped
 from qwen3ft.records.base import Record
+from qwen3ft.text.plain import escaped
 
 logger = logs.get_logger("notify")
 

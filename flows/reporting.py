@@ -28,7 +28,7 @@ from qwen3ft.report.figures import write_png
 from qwen3ft.report.html import card_html
 from qwen3ft.report.markdown import card_description, card_markdown
 from qwen3ft.report.plan_section import plan_figure, plan_markdown
-from qwen3ft.tracking.cursor import read_state
+from qwen3ft.tracking.cursor import find_damaged_lines, read_state
 from qwen3ft.tracking.journal import Journal
 from qwen3ft.tracking.points import attempts_memory
 from qwen3ft.tracking.run_metrics import card_metrics, card_tags
@@ -122,6 +122,7 @@ class RunReporter:
         facts.attempts = read_attempts(self.run, memory)
         facts.loss, facts.memory = read_loss_curves(self.run), memory_curves(memory)
         facts.seconds_by_stage = self._seconds
+        facts.damaged_lines = find_damaged_lines(self.run)
         url = run_url(default_tracking_uri(), read_state(self.run))
         return build_card(facts).model_copy(update={"prefect_url": page_url(), "mlflow_url": url})
 

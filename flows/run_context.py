@@ -21,12 +21,13 @@ from prefect.states import Completed
 from flows.notify import Event, Notice
 from flows.reporting import RunReporter, page_url
 from qwen3ft import logs
-from qwen3ft.config import TrainingConfig
+from qwen3ft.config import TrainingConfig, checked_name
 from qwen3ft.errors import EnvironmentNotReadyError, FinetuneError, TransientError
+from qwen3ft.files import make_folder
+from qwen3ft.jobs.failures import folder_gone
 from qwen3ft.jobs.folders import RunDir, write_record
 from qwen3ft.locks import try_lock
 from qwen3ft.machine.gpu_lock import CPU, hold_gpu
-from qwen3ft.names import checked_name
 from qwen3ft.operations.night import Night, NightRequest, read_request, same_settings, write_request
 from qwen3ft.records.data import DataChange
 from qwen3ft.records.evaluation import Champion
@@ -64,10 +65,11 @@ def open_run(config: TrainingConfig, run_id: str, request: NightRequest | None) 
 
     Raises:
         EnvironmentNotReadyError: the run is in progress in another process.
+        SaveError: the body failed, and the folder is gone.
         ConfigError: `run_id` cannot be the name of a folder.
     """
     run = RunDir(Path(config.runs_dir).resolve() / checked_name(run_id, "run", "qwen3ft status"))
-    run.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_folder(run.path, 0o700)
     with try_lock(run.lock, LOOK_SECONDS) as mine:
         if not mine:
             raise EnvironmentNotReadyError(
@@ -80,7 +82,12 @@ def open_run(config: TrainingConfig, run_id: str, request: NightRequest | None) 
         write_record(run.path / "config.json", config)
         if request is not None:
             write_request(run, request)
-        yield run
+        try:
+            yield run
+        except Exception as error:
+            if run.lock.exists() or isinstance(error, FinetuneError):
+                raise
+            raise folder_gone(run.path) from error  # its errors are many: whatever was not found
 
 
 def make_folders(config: TrainingConfig) -> None:

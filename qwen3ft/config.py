@@ -26,9 +26,9 @@ from pydantic import (
 
 from qwen3ft.errors import ConfigError
 from qwen3ft.logs import get_logger, mask_secrets
-from qwen3ft.names import flaw_of_name
-from qwen3ft.plain_text import escaped, is_plain
-from qwen3ft.yaml_text import LONGEST_TEXT, UnreadableYamlError, load_yaml
+from qwen3ft.text.names import flaw_of_name
+from qwen3ft.text.plain import escaped, is_plain
+from qwen3ft.text.yaml import LONGEST_TEXT, UnreadableYamlError, load_yaml
 
 EMBEDDED_MODEL_NAME = "embedded"
 """Model name that stands for the tiny Qwen3 shipped inside the package."""
@@ -496,3 +496,24 @@ def _is_private(host: str) -> bool:
     return address.is_loopback or (
         address.is_private and not address.is_link_local and not address.is_unspecified
     )
+
+
+def checked_name(name: str, of: str, next_command: str) -> str:
+    """Return `name` if it can be the name of one folder and of a model in MLflow.
+
+    Args:
+        name: Id or name from outside: typed, a parameter of a run, or read from a file or server.
+        of: Its meaning, for the message: 'run', 'registered model' ...
+        next_command: Command that shows the names that exist.
+
+    Raises:
+        ConfigError: it could lead out of its folder, or change a query.
+    """
+    if flaw := flaw_of_name(name):
+        shown = ascii(name[:60]) + ("..." if len(name) > 60 else "")
+        raise ConfigError(
+            f"{shown} cannot be the name of a {of}: {flaw}.",
+            why="Names stand for one folder and are part of queries, so that nothing may lead out.",
+            next_command=next_command,
+        )
+    return name

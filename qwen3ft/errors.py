@@ -28,7 +28,7 @@ from __future__ import annotations
 from typing import Any
 
 from qwen3ft.logs import mask_secrets, mask_values
-from qwen3ft.plain_text import escaped
+from qwen3ft.text.plain import escaped
 
 
 class FinetuneError(Exception):

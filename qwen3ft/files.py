@@ -16,11 +16,16 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedRandom
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwen3ft.errors import EnvironmentNotReadyError
+from qwen3ft.faults import reach
+from qwen3ft.logs import get_logger
 from qwen3ft.units import MIB, size_text
+
+logger = get_logger("files")
 
 MANIFEST_NAME = "manifest.json"
 
@@ -63,6 +68,19 @@ def fsync_dir(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(path: Path, mode: int = 0o777) -> None:
+    """Create the folder `path` and its parents durably, as far as they are missing.
+
+    Args:
+        path: The folder; what it holds can only be as durable as its own name.
+        mode: Permissions of the last folder, less the umask.
+    """
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(mode=mode, parents=True, exist_ok=True)
+    for folder in missing:
+        fsync_dir(folder.parent)
+
+
 def fsync_file(path: Path) -> None:
     """Make the content of a file written by a library durable."""
     with path.open("rb+") as stream:
@@ -76,11 +94,14 @@ def write_bytes_atomic(path: Path, content: bytes) -> None:
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(content)
             stream.flush()
+            reach("file.written")
             os.fsync(stream.fileno())
+        reach("file.synced")
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+    reach("file.renamed")
     fsync_dir(path.parent)
 
 
@@ -92,22 +113,45 @@ def write_json_atomic(path: Path, value: Any) -> None:
 
 def append_json_line(path: Path, value: Any) -> None:
     """Append `value` as one line of JSON."""
-    line = json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-    with path.open("ab") as stream:
-        stream.write(line)
+    append_line(path, json.dumps(value, ensure_ascii=False, allow_nan=False).encode())
+
+
+def append_line(path: Path, line: bytes) -> None:
+    """Append `line` and a newline; if the last line has none, it costs only itself."""
+    with path.open("ab+") as stream:
+        stream.write((b"" if _ends_a_line(stream) else b"\n") + line + b"\n")
+
+
+def end_last_line(path: Path) -> None:
+    """Add the newline that the last line of `path` lacks if its writer was killed."""
+    with path.open("ab+") as stream:
+        if not _ends_a_line(stream):
+            stream.write(b"\n")
+
+
+def _ends_a_line(stream: BufferedRandom) -> bool:
+    """Return whether what is appended to `stream` begins a line."""
+    if not stream.tell():
+        return True
+    stream.seek(-1, os.SEEK_END)
+    return stream.read(1) == b"\n"
 
 
 class Line(NamedTuple):
-    """One complete line of a file, and the offset in bytes just after it."""
+    """One line of a file, and the offset in bytes just after it."""
 
     content: bytes
     end_offset: int
 
 
-def lines_from(path: Path, offset: int = 0) -> Iterator[Line]:
-    """Yield the complete lines of `path` from byte `offset` on; none if there is no such file.
+def lines_from(path: Path, offset: int = 0, *, ended: bool = False) -> Iterator[Line]:
+    """Yield the lines of `path` from byte `offset` on; none if there is no such file.
 
-    A last line without its newline is still being written; it comes with a later call.
+    Args:
+        path: The file.
+        offset: End of the lines that were read before.
+        ended: Whether nobody writes it any more. Otherwise a last line without its newline is left
+            for a later call, as it may not be complete.
     """
     try:
         stream = path.open("rb")
@@ -116,15 +160,29 @@ def lines_from(path: Path, offset: int = 0) -> Iterator[Line]:
     with stream:
         stream.seek(offset)
         for content in stream:
-            if not content.endswith(b"\n"):
+            if not ended and not content.endswith(b"\n"):
                 return
             offset += len(content)
             yield Line(content, offset)
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return every complete JSON line of `path`; none if there is no such file."""
-    return [json.loads(line.content) for line in lines_from(path) if line.content.strip()]
+    """Return every JSON line of `path`; none if there is no such file.
+
+    A last line that is cut off is skipped with a warning.
+
+    Raises:
+        ValueError: another line is not JSON.
+    """
+    values = []
+    for line in lines_from(path, ended=True):
+        try:
+            values += [json.loads(line.content)] if line.content.strip() else []
+        except ValueError:
+            if line.content.endswith(b"\n"):
+                raise
+            logger.warning("the last line of %s is cut off and skipped", path)
+    return values
 
 
 def open_regular(path: Path) -> int:
@@ -275,18 +333,22 @@ def build_folder(
     Returns:
         The sha256 of the new manifest.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
         fill(staging)
+        reach("folder.filled")
         digest = write_manifest(staging, facts)
+        reach("folder.listed")
         if target.exists():
             retired = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
             os.rename(target, retired / "folder")
+            reach("folder.retired")
             os.rename(staging, target)
             shutil.rmtree(retired, ignore_errors=True)
         else:
             os.rename(staging, target)
+        reach("folder.renamed")
         fsync_dir(target.parent)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)

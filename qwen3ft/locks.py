@@ -1,5 +1,9 @@
 """Locks on files, held by at most one process; the kernel frees them when the holder ends.
 
+So no lock is ever stale: what a process of a dead machine left is a file without a lock. On NFS the
+server frees the locks of a machine that is gone once its lease is over, after about 90 s. A note in
+a lock file names its holder for people, and decides nothing.
+
 Nobody deletes a lock file while holding it: a process that has it open and one that creates it anew
 would then both hold the lock.
 """

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from qwen3ft.plain_text import escaped
+from qwen3ft.text.plain import escaped
 
 ROOT = "qwen3ft"
 

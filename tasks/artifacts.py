@@ -18,7 +18,7 @@ from prefect.artifacts import (
 from prefect.exceptions import PrefectException
 
 from qwen3ft.logs import get_logger, mask_secrets
-from qwen3ft.plain_text import escaped
+from qwen3ft.text.plain import escaped
 
 logger = get_logger("artifacts")
 

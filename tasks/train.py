@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextvars
-import json
 import threading
+import time
 from pathlib import Path
 from uuid import UUID
 
@@ -18,11 +18,11 @@ from prefect.states import Failed
 
 from qwen3ft.errors import PreemptedError
 from qwen3ft.files import lines_from
-from qwen3ft.jobs.folders import JobDir, RunDir, read_record
+from qwen3ft.jobs.folders import JobDir, RunDir, parse_record, read_record
 from qwen3ft.jobs.launcher import try_worker
 from qwen3ft.logs import get_logger
 from qwen3ft.records.plan import TrainPlan
-from qwen3ft.records.training import AttemptOutcome, Failure
+from qwen3ft.records.training import AttemptOutcome, Failure, TrainingMetrics
 from qwen3ft.tracking.journal import Journal
 from qwen3ft.training import checkpoint
 from tasks.names import name_of, train_name
@@ -39,6 +39,7 @@ def train_attempt(plan: TrainPlan) -> AttemptOutcome | State[Failure]:
     job = run.attempt(plan.attempt).create(plan)
     journal = Journal(run)
     journal.attempt_started(plan)
+    started = time.monotonic()
     try:
         with ProgressArtifact(plan, job):
             result = try_worker("train", job, AttemptOutcome, stall_seconds=plan.stall_seconds)
@@ -46,9 +47,10 @@ def train_attempt(plan: TrainPlan) -> AttemptOutcome | State[Failure]:
         journal.attempt_ended(plan.attempt, "KILLED", {"failure": PreemptedError.__name__})
         raise
     if isinstance(result, Failure):
-        journal.attempt_ended(plan.attempt, "FAILED", {"failure": result.kind})
+        tags, seconds = {"failure": result.kind}, time.monotonic() - started
+        journal.attempt_ended(plan.attempt, "FAILED", tags, seconds)
         return Failed(message=f"{result.kind}: {result.to_error()}", data=result)
-    journal.attempt_ended(plan.attempt, "FINISHED")
+    journal.attempt_ended(plan.attempt, "FINISHED", seconds=time.monotonic() - started)
     return result
 
 
@@ -105,7 +107,9 @@ class ProgressArtifact:
         while True:
             finished = self._done.wait(PROGRESS_SECONDS)
             for line in lines_from(self.job.metrics, offset):
-                step, offset = max(step, json.loads(line.content)["step"]), line.end_offset
+                offset = line.end_offset
+                if (metrics := parse_record(line.content, TrainingMetrics)) is not None:
+                    step = max(step, metrics.step)
             if finished and self.job.outcome.exists():
                 step = self.plan.total_steps
             if step != shown:

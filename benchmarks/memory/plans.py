@@ -31,12 +31,12 @@ import torch
 from benchmarks.memory.gradients import make_plan, measure_gradients, train
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import FinetuneError
+from qwen3ft.faults import VARIABLE as FAULTS
 from qwen3ft.files import sha256_file
 from qwen3ft.jobs.failures import translate
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.training import Failure
 from qwen3ft.recovery.adjust import FailedAttempt, GiveUp, decide_retry
-from qwen3ft.training.faults import VARIABLE as FAULTS
 
 EXACT_TOLERANCE = 1e-12
 """Largest relative difference of gradients in float64."""

@@ -58,6 +58,7 @@ from benchmarks.month.report import (
 )
 from benchmarks.month.stack import ENDED, Clock, Machine, make_project
 from deployments import services
+from qwen3ft.jobs.folders import RunDir
 
 MOST_STEPS = 3600
 """Steps of each training, about five minutes; a tenth is enough for a quick look."""
@@ -144,7 +145,7 @@ class Month:
         result.states = [str(run["state_name"]) for run in outcome.runs]
         result.verdict, result.champion = outcome.verdict, after.champion
         result.message = str(((outcome.worked or {}).get("state") or {}).get("message") or "")[:400]
-        result.attempts = sum(len(list(f.glob("attempts/[0-9][0-9]"))) for f in outcome.folders)
+        result.attempts = sum(len(RunDir(folder).attempts()) for folder in outcome.folders)
         new = [folder for folder in outcome.folders if folder not in self._overdue_folders]
         result.trained_seconds = sum(trained_seconds(folder) for folder in new)
         self._registry, self._overdue = after, night if night.undone else None

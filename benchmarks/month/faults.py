@@ -1,7 +1,7 @@
 """Causes the month's faults from outside, by signals and mounts.
 
 Two faults, NaN and out of memory, can only arise inside the process: the run's environment plants
-them through `qwen3ft.training.faults`. All others strike processes while the night runs.
+them through `qwen3ft.faults`. All others strike processes while the night runs.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from benchmarks.month.nights import TRACKING_DOWN, Strike
 from benchmarks.month.stack import Machine, kill, pause, resume
 from deployments.processes import find_marked
 from qwen3ft.files import read_json_lines
+from qwen3ft.jobs.folders import RunDir
 
 TRACKING_HANGS_SECONDS = 40.0
 FLOW_VARIABLE = "PREFECT__FLOW_RUN_ID"
@@ -56,7 +57,7 @@ class Scene:
     def trained_share(self) -> float:
         """Return the progress of the night's training, 0 to 1; 0 before its first step."""
         share = 0.0
-        for attempt in (a for run in self.folders() for a in run.glob("attempts/[0-9][0-9]")):
+        for attempt in (job.path for run in self.folders() for job in RunDir(run).attempts()):
             plan, metrics = attempt / "plan.json", attempt / "metrics.jsonl"
             if plan.exists() and metrics.exists():
                 lines = read_json_lines(metrics)

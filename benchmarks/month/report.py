@@ -19,6 +19,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.month.nights import BAD, GOOD
+from qwen3ft.jobs.folders import RunDir
 
 LEAST_SHARE = 0.95
 """Bar for the share of useful time."""
@@ -64,7 +65,7 @@ class NightResult:
 
 def trained_seconds(run: Path) -> float:
     """Return the seconds of the training steps in a run's adapter; 0 without an adapter."""
-    attempts = sorted(run.glob("attempts/[0-9][0-9]"))
+    attempts = [job.path for job in RunDir(run).attempts()]
     done = [attempt for attempt in attempts if (attempt / "outcome.json").exists()]
     if not done:
         return 0.0

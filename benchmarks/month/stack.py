@@ -27,9 +27,9 @@ from deployments import services
 from deployments.processes import find_marked, free_port, stop
 from deployments.services import DEPLOYMENT
 from deployments.stack import Stack, StackState
+from qwen3ft import faults
 from qwen3ft.errors import EnvironmentNotReadyError
 from qwen3ft.files import write_json_atomic
-from qwen3ft.training import faults
 
 PORTS = {"prefect": 4700, "mlflow": 5700}
 RESTART_SECONDS = 3.0
@@ -176,6 +176,13 @@ class Clock:
         }
         if planted is not None:
             (self.stack.root / FAULTS).write_text(planted, encoding="utf-8")
+        return self._create(body)
+
+    def run(self, parameters: Mapping[str, Any]) -> str:
+        """Create a run that is due now, as a person does, and return its id."""
+        return self._create({"parameters": parameters, "idempotency_key": uuid4().hex})
+
+    def _create(self, body: Mapping[str, Any]) -> str:
         end = time.monotonic() + ACCEPT_SECONDS
         while time.monotonic() < end:
             found = self._ask(f"deployments/name/{DEPLOYMENT}")

@@ -25,7 +25,7 @@ from flows.cli.output import say
 from flows.cli.views.run import RunView
 from qwen3ft.errors import EnvironmentNotReadyError
 from qwen3ft.files import lines_from
-from qwen3ft.jobs.folders import RunDir
+from qwen3ft.jobs.folders import RunDir, parse_record
 from qwen3ft.machine.environment import EnvironmentManager
 from qwen3ft.records.training import TrainingMetrics
 
@@ -77,9 +77,10 @@ class MetricsTail:
             self.total_steps = request.get("total_steps")
         newest = None
         for line in lines_from(job.metrics, self.offset):
-            metrics = TrainingMetrics.model_validate_json(line.content)
-            newest = newest if metrics.loss is None else metrics  # None: an evaluation
             self.offset = line.end_offset
+            metrics = parse_record(line.content, TrainingMetrics)
+            if metrics is not None and metrics.loss is not None:  # None: an evaluation
+                newest = metrics
         return AttemptProgress(self.attempt, self.total_steps, newest) if newest else None
 
 

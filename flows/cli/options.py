@@ -42,7 +42,7 @@ def read_overrides(settings: list[str] | None) -> dict[str, Any]:
     """
     from qwen3ft.config import TrainingConfig, with_current_names
     from qwen3ft.errors import ConfigError
-    from qwen3ft.yaml_text import UnreadableYamlError, load_yaml
+    from qwen3ft.text.yaml import UnreadableYamlError, load_yaml
 
     values: dict[str, Any] = {}
     for setting in settings or ():

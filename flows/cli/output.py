@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from qwen3ft.logs import mask_secrets, mask_values
-from qwen3ft.plain_text import escaped, escaped_in_json
+from qwen3ft.text.plain import escaped, escaped_in_json
 
 if TYPE_CHECKING:
     from rich.console import Console

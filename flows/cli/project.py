@@ -11,9 +11,8 @@ from deployments.deploy import PREFECT_FILE, choose_defaults, read_deployment
 from deployments.stack import Stack
 from flows.cli.options import read_overrides
 from flows.cli.output import say
-from qwen3ft.config import TrainingConfig, parse_config, read_settings_file
+from qwen3ft.config import TrainingConfig, checked_name, parse_config, read_settings_file
 from qwen3ft.errors import EnvironmentNotReadyError
-from qwen3ft.names import checked_name
 
 
 def open_project() -> Stack:

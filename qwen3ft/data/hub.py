@@ -28,7 +28,7 @@ from qwen3ft.errors import (
 from qwen3ft.files import write_json_atomic
 from qwen3ft.logs import get_logger
 from qwen3ft.model.hub_errors import TIMEOUT_SECONDS, RepoKind, endpoint, hub_error
-from qwen3ft.names import flaw_of_name
+from qwen3ft.text.names import flaw_of_name
 
 logger = get_logger("data")
 

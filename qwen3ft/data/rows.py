@@ -29,8 +29,8 @@ from qwen3ft.data.columns import Columns, find_columns
 from qwen3ft.data.readers.open import read_raw
 from qwen3ft.data.readers.raw import MAX_ROW_BYTES, RawRow, UnreadableFileError
 from qwen3ft.logs import mask_secrets
-from qwen3ft.plain_text import escaped_line
 from qwen3ft.records.data import BadRow, Message, QaRow, RejectedRowError, SourceFile
+from qwen3ft.text.plain import escaped_line
 
 UNREADABLE_FILE = "unreadable_file"
 CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from qwen3ft.logs import MASK, SECRET_PATTERNS, mask_secrets
-from qwen3ft.plain_text import without_steering
+from qwen3ft.text.plain import without_steering
 
 
 class Finding(NamedTuple):

@@ -22,8 +22,8 @@ from qwen3ft.data.readers.open import SUFFIXES, is_readable
 from qwen3ft.data.safety import mask_keys
 from qwen3ft.embedded import DATA_DIR
 from qwen3ft.errors import DataLoadingError
-from qwen3ft.plain_text import escaped_line
 from qwen3ft.records.data import ResolvedSources, Role, SourceFile
+from qwen3ft.text.plain import escaped_line
 
 EMBEDDED_PREFIX = "embedded:"
 EMBEDDED_SPLITS = ("train", "dev", "test", "novel")

@@ -20,8 +20,8 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen3ft.plain_text import normalized
 from qwen3ft.records.data import Role
+from qwen3ft.text.plain import normalized
 
 ROLES: tuple[Role, ...] = ("train", "dev", "test")
 """Roles by their codes in the arrays; a higher code is the more protected."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from qwen3ft.plain_text import normalized
+from qwen3ft.text.plain import normalized
 
 # Answers up to this many words must be the same: they are labels and values.
 SHORT_ANSWER_WORDS = 5

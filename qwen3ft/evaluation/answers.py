@@ -14,8 +14,8 @@ from itertools import chain, combinations, zip_longest
 from typing import TypeVar
 
 from qwen3ft.chat.thinking import split_thinking
-from qwen3ft.plain_text import normalized
 from qwen3ft.records.evaluation import ModelLabel, SideBySide
+from qwen3ft.text.plain import normalized
 
 # a sound model has an odd answer now and then; a broken one has many
 MIN_NOT_EMPTY_SHARE = 0.95

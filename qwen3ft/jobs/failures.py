@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 from qwen3ft.errors import (
     FinetuneError,
@@ -109,6 +110,16 @@ def translate_exit(
             error.facts["returncode"] = returncode
             return error
     return _unexplained(returncode, name, phase)
+
+
+def folder_gone(path: Path) -> SaveError:
+    """Return the error for work whose folder was deleted meanwhile."""
+    return SaveError(
+        f"{path} was deleted or unmounted while it was in use.",
+        why="Someone removed it, or its file system went away; the work in it is lost.",
+        next_command=f"ls -ld {path.parent}",
+        path=str(path),
+    )
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

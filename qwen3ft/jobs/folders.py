@@ -16,19 +16,22 @@ A worker is given one folder: it reads its request there and leaves its result t
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from qwen3ft.files import lines_from, write_json_atomic
+from qwen3ft.files import lines_from, make_folder, write_json_atomic
 from qwen3ft.logs import get_logger
 from qwen3ft.records.training import Failure
 
 logger = get_logger("jobs")
 
 RecordT = TypeVar("RecordT", bound=BaseModel)
+
+_ATTEMPT = re.compile(r"[0-9]{2}|[1-9][0-9]{2,}")
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class JobDir:
 
     def create(self, request: BaseModel) -> JobDir:
         """Create the folder and write the request into it."""
-        self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_folder(self.path, 0o700)
         write_record(self.request, request)
         return self
 
@@ -134,7 +137,16 @@ class RunDir:
 
     def attempts(self) -> list[JobDir]:
         """Return the folders of all attempts made so far, in order."""
-        return [JobDir(path) for path in sorted((self.path / "attempts").glob("[0-9][0-9]"))]
+        return [self.attempt(number) for number in self._numbers()]
+
+    def next_attempt(self) -> int:
+        """Return the number of the attempt after all made so far."""
+        return max(self._numbers(), default=0) + 1
+
+    def _numbers(self) -> list[int]:
+        folder = self.path / "attempts"
+        names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
+        return sorted(int(name) for name in names if _ATTEMPT.fullmatch(name))
 
 
 def write_record(path: Path, record: BaseModel) -> None:
@@ -158,5 +170,5 @@ def parse_record(line: bytes, kind: type[RecordT]) -> RecordT | None:
 
 def read_records(path: Path, kind: type[RecordT]) -> list[RecordT]:
     """Read a file with one record a line; unreadable lines are skipped."""
-    parsed = (parse_record(line.content, kind) for line in lines_from(path))
+    parsed = (parse_record(line.content, kind) for line in lines_from(path, ended=True))
     return [record for record in parsed if record is not None]

@@ -20,7 +20,7 @@ from pydantic import BaseModel
 
 from qwen3ft.errors import StalledError
 from qwen3ft.files import lines_from
-from qwen3ft.jobs.failures import translate_exit
+from qwen3ft.jobs.failures import folder_gone, translate_exit
 from qwen3ft.jobs.folders import JobDir, read_record, write_record
 from qwen3ft.jobs.processes import end_process_tree, start_worker
 from qwen3ft.logs import ROOT, mask_secrets
@@ -88,6 +88,8 @@ def try_worker(
         error = stall or translate_exit(
             process.returncode, _log_tail(job.log), oom_kills=oom_kills, phase=_last_phase(job)
         )
+        if not job.request.exists():
+            error = folder_gone(job.path)
         failure = Failure.from_error(error)
         with suppress(OSError):  # a full disk must not hide what ended the worker
             write_record(job.failure, failure)
@@ -161,6 +163,10 @@ class _RecordRelay:
     def relay(self) -> None:
         """Emit the records that were added since the last call."""
         for line in lines_from(self.path, self.offset):
-            entry, self.offset = json.loads(line.content), line.end_offset
+            self.offset = line.end_offset
+            try:
+                entry = json.loads(line.content)
+            except ValueError:
+                continue  # cut off by a kill or a full disk
             level = logging.getLevelNamesMapping().get(entry["level"], logging.INFO)
             logging.getLogger(entry.get("logger", ROOT)).log(level, "%s", entry["message"])

@@ -24,10 +24,10 @@ from qwen3ft.files import is_left_behind
 from qwen3ft.locks import try_lock
 from qwen3ft.logs import get_logger
 from qwen3ft.model.saved_adapter import has_provenance, read_provenance
-from qwen3ft.names import flaw_of_name
 from qwen3ft.operations.run_state import RunState, find_runs
 from qwen3ft.records.base import Record
 from qwen3ft.registry.versions import ProtectedVersion
+from qwen3ft.text.names import flaw_of_name
 
 logger = get_logger("retention")
 

@@ -12,6 +12,7 @@ import time
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import FinetuneError, OutOfMemoryError, RequestError
+from qwen3ft.faults import planted_in_preflight
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.jobs.launcher import run_worker
 from qwen3ft.logs import get_logger
@@ -29,7 +30,6 @@ from qwen3ft.records.preflight import (
     WorstBatches,
 )
 from qwen3ft.recovery.shared_gpu import fit_to_free_memory
-from qwen3ft.training.faults import planted_in_preflight
 from qwen3ft.units import gb, size_text
 
 logger = get_logger("preflight")

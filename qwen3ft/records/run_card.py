@@ -188,6 +188,7 @@ class RunCard(Record):
     seconds_by_stage: dict[str, float] = Field(default_factory=dict)
     failure: FailureSection | None = None
     degraded: tuple[str, ...] = ()
+    damaged_lines: tuple[int, ...] = Field((), description="Lines of the journal not in MLflow.")
     adapter_path: str | None = None
     roll_back: NextStep = NextStep(what="Nothing was put into use.")
     next_steps: tuple[NextStep, ...] = ()

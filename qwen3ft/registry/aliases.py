@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from qwen3ft.errors import ChampionChangedError, NotInMlflowError, RequestError, RolledBackError
+from qwen3ft.faults import reach
 from qwen3ft.registry.moves import (
     Aliases,
     Change,
@@ -184,13 +185,16 @@ def _new_move(
 def _make(connection: Connection, name: str, move: Move) -> Move:
     """Carry out a move; until the champion's alias moves, `settle` can undo it."""
     _record(connection, name, move)
+    reach("move.begun")
     _set_previous(connection, name, move.previous)
+    reach("move.prepared")
     with connection.calls() as client:
         if move.action == "rollback":
             client.set_model_version_tag(
                 name, move.replaced, ROLLED_BACK_TAG, move.reason or "no reason given"
             )
         client.set_registered_model_alias(name, CHAMPION, move.version)
+    reach("move.made")
     return _complete(connection, name, move)
 
 

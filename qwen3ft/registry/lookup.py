@@ -11,9 +11,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwen3ft.config import checked_name
 from qwen3ft.errors import ModelNotFoundError
 from qwen3ft.model.saved_adapter import has_provenance, open_adapter
-from qwen3ft.names import checked_name
 from qwen3ft.registry.aliases import CHALLENGER, CHAMPION, PREVIOUS
 
 if TYPE_CHECKING:

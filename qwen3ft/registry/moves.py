@@ -105,12 +105,12 @@ def from_tags(tags: Mapping[str, str]) -> list[Move]:
     A tag that is not a valid move (edited by hand) is skipped with a warning.
     """
     moves = []
-    for name in sorted(name for name in tags if name.startswith(MOVE_TAG_PREFIX)):
+    for name in (name for name in tags if name.startswith(MOVE_TAG_PREFIX)):
         try:
             moves.append(Move.model_validate_json(tags[name]))
         except ValidationError as error:
             logger.warning("the tag %s is not a valid move: %s", name, error.errors()[0]["msg"])
-    return moves
+    return sorted(moves, key=lambda move: move.number)
 
 
 def completed_moves(moves: Sequence[Move], champion: str | None) -> list[Move]:

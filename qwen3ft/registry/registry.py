@@ -14,7 +14,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from qwen3ft.config import registered_model_name
+from qwen3ft.config import checked_name, registered_model_name
 from qwen3ft.errors import (
     ModelNotFoundError,
     NotInMlflowError,
@@ -25,7 +25,6 @@ from qwen3ft.errors import (
 from qwen3ft.files import build_folder, read_manifest_facts, sha256_file
 from qwen3ft.model.adapter_checks import ADAPTER_FILE
 from qwen3ft.model.saved_adapter import OpenedAdapter, copy_adapter, open_adapter
-from qwen3ft.names import checked_name
 from qwen3ft.records.evaluation import Champion
 from qwen3ft.records.model import SavedAdapter
 from qwen3ft.registry import aliases

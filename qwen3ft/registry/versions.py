@@ -6,8 +6,9 @@ from typing import Any
 
 from pydantic import Field
 
+from qwen3ft.config import checked_name
 from qwen3ft.errors import NotInMlflowError
-from qwen3ft.names import checked_name
+from qwen3ft.faults import reach
 from qwen3ft.records.base import Record
 from qwen3ft.records.evaluation import Champion
 from qwen3ft.registry.aliases import DIGEST_TAG, RUN_TAG
@@ -36,6 +37,7 @@ def find_or_create_version(
         made = client.create_model_version(
             name, source, run_id=run_id, tags=tags, await_creation_for=0
         )
+    reach("version.created")
     return str(made.version)
 
 

@@ -5,6 +5,7 @@ The folder knows the attempts of a resumed run from before, and those of a proce
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,7 +46,6 @@ def summarise(
     plan: TrainPlan, failure: Failure | None, seconds: float, before: TrainPlan | None = None
 ) -> AttemptSummary:
     """Summarise the attempt of `plan`, which followed the attempt of `before`."""
-    resumed = Path(plan.resume_from).name.removeprefix("step-") if plan.resume_from else None
     return AttemptSummary(
         attempt=plan.attempt,
         outcome=failure.kind if failure else "completed",
@@ -54,10 +54,15 @@ def summarise(
         gradient_accumulation_steps=plan.gradient_accumulation_steps,
         gradient_checkpointing=plan.memory.gradient_checkpointing,
         learning_rate=plan.learning_rate,
-        resumed_from_step=int(resumed) if resumed else None,
+        resumed_from_step=resumed_step(plan),
         seconds=seconds,
         changes=changes(before, plan) if before else (),
     )
+
+
+def resumed_step(plan: TrainPlan) -> int | None:
+    """Return the step of the checkpoint that the plan resumes from; None without one."""
+    return int(Path(plan.resume_from).name.removeprefix("step-")) if plan.resume_from else None
 
 
 def changes(before: TrainPlan, after: TrainPlan) -> tuple[SettingChange, ...]:
@@ -137,12 +142,34 @@ def read_attempts(run: RunDir, memory: Sequence[AttemptMemory]) -> tuple[Attempt
 
 
 def read_loss_curves(run: RunDir) -> tuple[LossCurve, ...]:
-    """Read the losses of every attempt; an unreadable line costs only itself."""
-    curves = [
-        loss_curve(int(job.path.name), read_records(job.metrics, TrainingMetrics))
-        for job in run.attempts()
-    ]
+    """Read the losses of every attempt; a step that was repeated is in the last one's only."""
+    curves = [loss_curve(number, lines) for number, lines in read_run_metrics(run).items()]
     return tuple(curve for curve in curves if curve.training or curve.held_out)
+
+
+def read_run_metrics(run: RunDir) -> dict[int, list[TrainingMetrics]]:
+    """Read the metrics of each attempt up to where a later one resumed; {attempt: its lines}.
+
+    So each step of the run is there once. An unreadable line costs only itself.
+    """
+    kept: dict[int, list[TrainingMetrics]] = {}
+    until, evaluated = math.inf, False
+    for job in reversed(run.attempts()):
+        plan = _plan_of(job)
+        lines = read_records(job.metrics, TrainingMetrics)
+        kept[int(job.path.name)] = [
+            line
+            for line in lines
+            if line.step < until
+            or (line.step == until and not (evaluated and line.held_out_loss is not None))
+        ]
+        if plan is None or not lines:
+            continue  # it never got to its first step
+        start = resumed_step(plan) or 0
+        if start < until:
+            until, evaluated = start, False
+        evaluated |= any(line.step == until and line.held_out_loss is not None for line in lines)
+    return dict(reversed(kept.items()))
 
 
 def _plan_of(job: JobDir) -> TrainPlan | None:

@@ -76,6 +76,8 @@ class RunFacts:
     loss: Sequence[LossCurve] = ()
     memory: Sequence[MemoryCurve] = ()
     seconds_by_stage: Mapping[str, float] = field(default_factory=dict)
+    damaged_lines: tuple[int, ...] = ()
+    """Lines of the journal that were skipped."""
 
 
 def build_card(facts: RunFacts) -> RunCard:
@@ -110,6 +112,7 @@ def build_card(facts: RunFacts) -> RunCard:
         seconds_by_stage=dict(facts.seconds_by_stage),
         failure=_failure(facts.error) if facts.error else None,
         degraded=saved.degraded if saved else plan.degraded if plan else (),
+        damaged_lines=facts.damaged_lines,
         adapter_path=saved.path if saved else None,
         roll_back=_roll_back(facts),
         next_steps=tuple(_next_steps(facts)),

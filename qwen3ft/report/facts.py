@@ -16,6 +16,9 @@ from qwen3ft.records.evaluation import MODELS, RIVALS, Comparison, ModelLabel, R
 from qwen3ft.records.run_card import RunCard
 from qwen3ft.report.attempts import kind_text
 
+MOST_LINES = 10
+"""Most damaged lines of the journal that are named."""
+
 
 class CardFact(NamedTuple):
     """One line of the card's head."""
@@ -91,10 +94,18 @@ def card_facts(card: RunCard) -> list[CardFact]:
             "attempts",
             ", ".join(f"{one.attempt}: {kind_text(one.outcome)}" for one in card.attempts),
         ),
+        CardFact("journal", _damaged(card.damaged_lines), "so MLflow lacks what they held"),
         CardFact("adapter", card.adapter_path or ""),
         CardFact("run", card.run_id),
     ]
     return [fact for fact in facts if fact.value]
+
+
+def _damaged(lines: tuple[int, ...]) -> str:
+    if not lines:
+        return ""
+    named = ", ".join(map(str, lines[:MOST_LINES])) + (", ..." if lines[MOST_LINES:] else "")
+    return f"{len(lines)} damaged line{'s' if lines[1:] else ''} of tracking.jsonl skipped: {named}"
 
 
 def _gain(card: RunCard, comparison: Comparison) -> CardFact:

@@ -107,6 +107,8 @@ class AttemptMemory(Record):
     number: int
     started: datetime
     ended: datetime | None = None
+    measured_seconds: float | None = None
+    """Duration by a clock that nobody sets; None if unknown."""
     failure: str | None = None
     budget_gb: float | None = None
     predicted: tuple[MemoryPart, ...] = ()
@@ -120,13 +122,16 @@ class AttemptMemory(Record):
     @property
     def seconds(self) -> float:
         """Duration up to the attempt's end or its last memory reading."""
+        if self.measured_seconds is not None:
+            return self.measured_seconds
         end = max([self.ended or self.started, *(sample.timestamp for sample in self.samples)])
         return max(0.0, (end - self.started).total_seconds())
 
     def minutes(self, start: float) -> list[float]:
         """Return the times of the samples on an axis where the attempt starts at `start`."""
         since = [(sample.timestamp - self.started).total_seconds() for sample in self.samples]
-        return [start + seconds / 60 for seconds in since]
+        # the clock may have been set meanwhile
+        return [start + min(max(0.0, seconds), self.seconds) / 60 for seconds in since]
 
 
 def memory_figure(attempts: Sequence[AttemptMemory]) -> Any:

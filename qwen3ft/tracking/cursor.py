@@ -8,21 +8,38 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import BaseModel, Field, ValidationError
 
 from qwen3ft.files import lines_from
 from qwen3ft.jobs.folders import RunDir, write_record
+from qwen3ft.tracking.checksums import has_checksums
 from qwen3ft.tracking.journal import AnyOperation, AttemptStarted, journal_path, parse_operation
 
 _POLL_SECONDS = 0.05
 
 
 def operations(run_dir: RunDir, offset: int = 0) -> Iterator[AnyOperation]:
-    """Yield every readable operation from byte `offset` of the journal on."""
-    parsed = (parse_operation(line.content) for line in lines_from(journal_path(run_dir), offset))
-    return (operation for operation in parsed if operation is not None)
+    """Yield every undamaged operation from byte `offset` of the journal on."""
+    path = journal_path(run_dir)
+    sealed = has_checksums(path)
+    for line in lines_from(path, offset):
+        with suppress(ValueError):  # `find_damaged_lines` names them
+            yield parse_operation(line.content, sealed=sealed)
+
+
+def find_damaged_lines(run_dir: RunDir) -> tuple[int, ...]:
+    """Return the numbers, from 1, of the journal's lines that are cut off or were changed."""
+    path, found = journal_path(run_dir), []
+    sealed = has_checksums(path)
+    for number, line in enumerate(lines_from(path), 1):
+        try:
+            parse_operation(line.content, sealed=sealed)
+        except ValueError:
+            found.append(number)
+    return tuple(found)
 
 
 class AttemptCursor(BaseModel):

@@ -3,8 +3,9 @@
 One operation per line of `runs/<run_id>/tracking.jsonl`, in order. An attempt's own metrics stay
 in the attempt's folder, which "attempt_started" refers to. Appending touches one local file only,
 so it neither waits for MLflow nor fails because of it. A line survives a kill of the process; a
-power cut may lose the last ones. Secrets are masked before anything is written; files that it
-refers to are sent as they are.
+power cut may lose the last ones. Each has a checksum, so that a changed one is found and skipped
+(`qwen3ft.tracking.checksums`). Secrets are masked before anything is written; files that it refers
+to are sent as they are.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from qwen3ft.faults import reach
+from qwen3ft.files import append_line
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.logs import mask_secrets, mask_values
 from qwen3ft.records.data import DatasetManifest
 from qwen3ft.records.plan import TrainPlan
+from qwen3ft.tracking.checksums import add_checksum, find_change
 from qwen3ft.units import gb
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
@@ -74,6 +78,7 @@ class AttemptEnded(Operation):
     number: int
     status: RunStatus
     tags: dict[str, str]
+    seconds: float | None = None  # by a clock that nobody sets; None if the run's process died
 
 
 class Metrics(Operation):
@@ -173,10 +178,15 @@ class Journal:
         )
 
     def attempt_ended(
-        self, number: int, status: RunStatus, tags: Mapping[str, Any] | None = None
+        self,
+        number: int,
+        status: RunStatus,
+        tags: Mapping[str, Any] | None = None,
+        seconds: float | None = None,
     ) -> None:
-        """End a child run, once its worker writes no more."""
-        self._append(AttemptEnded(number=number, status=status, tags=_texts(tags or {})))
+        """End a child run, once its worker writes no more; it took `seconds`, if that is known."""
+        ended = AttemptEnded(number=number, status=status, tags=_texts(tags or {}), seconds=seconds)
+        self._append(ended)
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Log numbers on the parent run."""
@@ -214,19 +224,27 @@ class Journal:
             name: value if name == "local_path" else mask_values(value)  # a file that is sent
             for name, value in values.items()
         }
-        line = operation.model_validate(masked).model_dump_json().encode() + b"\n"
-        with self.path.open("ab+") as stream:
-            if stream.tell() and (stream.seek(-1, 2), stream.read(1))[1] != b"\n":
-                line = b"\n" + line  # a kill tore the last line: start a new one
-            stream.write(line)
+        line = operation.model_validate(masked).model_dump_json().encode()
+        append_line(self.path, add_checksum(line))
+        reach("journal.appended")
 
 
-def parse_operation(line: bytes) -> AnyOperation | None:
-    """Parse one line; None if it is torn or unknown."""
+def parse_operation(line: bytes, *, sealed: bool) -> AnyOperation:
+    """Parse one line.
+
+    Args:
+        line: With or without its newline.
+        sealed: Whether every line of its journal has a checksum.
+
+    Raises:
+        ValueError: it is cut off, was changed, or is of a kind that this version does not know.
+    """
+    if change := find_change(line, expected=sealed):
+        raise ValueError(change)
     try:
         return _OPERATION.validate_json(line)
-    except ValidationError:
-        return None
+    except ValidationError as error:
+        raise ValueError(f"it cannot be read: {error.errors()[0]['msg']}") from None
 
 
 def journal_path(run_dir: RunDir) -> Path:

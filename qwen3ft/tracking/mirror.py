@@ -15,12 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from qwen3ft.errors import TrackingUnavailableError
+from qwen3ft.files import end_last_line
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.locks import try_lock
 from qwen3ft.logs import get_logger, mask_secrets
 from qwen3ft.tracking.connection import start_system_metrics
 from qwen3ft.tracking.cursor import operations, outstanding
-from qwen3ft.tracking.journal import AttemptEnded, AttemptStarted, Journal, RunFinished, RunStarted
+from qwen3ft.tracking.journal import (
+    AttemptEnded,
+    AttemptStarted,
+    Journal,
+    RunFinished,
+    RunStarted,
+    journal_path,
+)
 from qwen3ft.tracking.sender import Sender
 
 _POLL_SECONDS = 1.0  # between two looks at the journal and the attempts' files
@@ -178,6 +186,7 @@ def _send_all(run_dir: RunDir, tracking_uri: str) -> bool:
 def _close_abandoned(run_dir: RunDir) -> None:
     """Journal the end of a run and its attempts that a dead process left open."""
     is_open, attempts = False, set[int]()
+    end_last_line(journal_path(run_dir))  # its writer is gone
     for operation in operations(run_dir):
         match operation:
             case RunStarted():

@@ -103,6 +103,7 @@ def attempts_memory(run_dir: RunDir) -> list[AttemptMemory]:
             failed = None if operation.status == "FINISHED" else operation.status
             end = {
                 "ended": _moment(operation.time_ms),
+                "measured_seconds": operation.seconds,
                 "failure": operation.tags.get("failure", failed),
             }
             found[operation.number] = found[operation.number].model_copy(update=end)
@@ -139,7 +140,7 @@ def table_json(path: Path) -> str:
         RejectedError: the file is unreadable or has no rows.
     """
     try:
-        rows = [json.loads(line.content) for line in lines_from(path)]
+        rows = [json.loads(line.content) for line in lines_from(path, ended=True)]
         columns = list(dict.fromkeys(key for row in rows for key in row))
         data = [[row.get(column) for column in columns] for row in rows]
     except (OSError, ValueError, TypeError, AttributeError) as error:

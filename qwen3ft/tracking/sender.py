@@ -15,9 +15,11 @@ from itertools import islice
 from pathlib import Path
 
 from qwen3ft.errors import RejectedError, TrackingUnavailableError
+from qwen3ft.faults import reach
 from qwen3ft.files import Line, fsync_file, lines_from, sha256_json
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.logs import get_logger
+from qwen3ft.tracking.checksums import has_checksums
 from qwen3ft.tracking.connection import Connection, connect
 from qwen3ft.tracking.cursor import AttemptCursor, TrackingState, read_state, write_state
 from qwen3ft.tracking.journal import (
@@ -107,18 +109,26 @@ class Sender:
         return self.connection
 
     def _send_operation(self, connection: Connection, line: Line) -> None:
-        operation = parse_operation(line.content)
-        if operation is None:
-            _log.warning("An unreadable line of %s is skipped.", journal_path(self.run_dir))
+        path = journal_path(self.run_dir)
+        try:
+            operation = parse_operation(line.content, sealed=has_checksums(path))
+        except ValueError as error:
+            start = line.end_offset - len(line.content)
+            number = 1 + path.read_bytes()[:start].count(b"\n")
+            _log.warning("Line %d of %s (byte %d) is skipped: %s.", number, path, start, error)
         else:
-            try:
-                self._apply(connection, operation)
-            # a figure that cannot be drawn raises the latter two
-            except (RejectedError, ValueError, TypeError) as error:
-                _log.warning("Tracking of '%s' is skipped. %s", operation.kind, error)
-        fsync_file(journal_path(self.run_dir))  # the cursor must never be ahead of the journal
+            self._apply_or_skip(connection, operation)
+        reach("cursor.sent")
+        fsync_file(path)  # the cursor must never be ahead of the journal
         self.state.journal_offset = line.end_offset
         write_state(self.run_dir, self.state)
+
+    def _apply_or_skip(self, connection: Connection, operation: AnyOperation) -> None:
+        try:
+            self._apply(connection, operation)
+        # a figure that cannot be drawn raises the latter two
+        except (RejectedError, ValueError, TypeError) as error:
+            _log.warning("Tracking of '%s' is skipped. %s", operation.kind, error)
 
     def _apply(self, connection: Connection, operation: AnyOperation) -> None:
         if isinstance(operation, RunStarted):
@@ -181,7 +191,7 @@ class Sender:
         cursor = self.state.attempts.get(op.number)
         if cursor is None:
             raise RejectedError(f"Attempt {op.number} ended but never started.")
-        while self._send_lines(connection, op.number):
+        while self._send_lines(connection, op.number, ended=True):
             pass
         connection.log(cursor.run_id, tags=op.tags)
         connection.set_status(cursor.run_id, op.status, op.time_ms)
@@ -201,11 +211,16 @@ class Sender:
         logged = [{"path": path, "type": "table"} for path in self.state.tables]
         connection.log(parent, tags={"mlflow.loggedArtifacts": json.dumps(logged)})
 
-    def _send_lines(self, connection: Connection, number: int) -> bool:
+    def _send_lines(self, connection: Connection, number: int, *, ended: bool = False) -> bool:
         """Send the next batch of an attempt's metrics and memory; False if there was none."""
         cursor, job = self.state.attempts[number], self.run_dir.attempt(number)
-        metrics = list(islice(lines_from(job.metrics, cursor.metrics_offset), _LINES_PER_BATCH))
-        memory = list(islice(lines_from(job.memory, cursor.memory_offset), _LINES_PER_BATCH))
+        metrics, memory = (
+            list(islice(lines_from(path, offset, ended=ended), _LINES_PER_BATCH))
+            for path, offset in (
+                (job.metrics, cursor.metrics_offset),
+                (job.memory, cursor.memory_offset),
+            )
+        )
         if not metrics and not memory:
             return False
         for points in (

@@ -1,4 +1,4 @@
-"""Callbacks of an attempt: metrics and heartbeat, early stopping, stop requests, planted faults."""
+"""Callbacks of an attempt: metrics and heartbeat, and stop requests."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from qwen3ft.faults import reach
 from qwen3ft.files import append_json_line
 from qwen3ft.logs import get_logger
 from qwen3ft.records.training import MemoryStatus, TrainingMetrics
-from qwen3ft.training.faults import Fault, strike
 
 if TYPE_CHECKING:
     from qwen3ft.jobs.folders import JobDir
@@ -42,6 +42,14 @@ class ProgressCallback(TrainerCallback):
         self._memory: MemoryStatus | None = None
         self._measured = 0.0
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Have a resumed trainer finish the step that it resumes from."""
+        assert self.trainer is not None
+        if self.trainer.plan.resume_from is not None:
+            self.trainer.finish_step()
+
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
@@ -61,20 +69,19 @@ class ProgressCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Beat and check the budget after a step; evaluate and save after the last one."""
+        """Beat and check the budget after a step."""
         assert self.trainer is not None
+        reach("step.done")
         self.heartbeat.beat("train", state.global_step)
         self._tokens[state.global_step] = self.trainer.step_tokens
         self.memory.enforce_budget()
-        # The last step is seldom a multiple of the interval, and may be the best one.
-        if state.global_step >= state.max_steps:
-            control.should_evaluate = control.should_save = True
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Beat after a held-out batch."""
         self.heartbeat.beat("evaluate", state.global_step)
+        reach("evaluation.begun")
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -153,35 +160,6 @@ class ProgressCallback(TrainerCallback):
             )
 
 
-class EarlyStopping(TrainerCallback):
-    """Stop after `patience` evaluations without a lower held-out loss."""
-
-    def __init__(self, patience: int) -> None:
-        self.patience = patience
-        self.stopped = False
-
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float],
-        **_: Any,
-    ) -> None:
-        """Stop if enough evaluations were no better; the best value is updated only after this."""
-        if state.best_metric is None or metrics["eval_loss"] < state.best_metric:
-            return
-        # Counted from the log history, which checkpoints contain, so that a resumed run stops where
-        # an uninterrupted one would.
-        since_best = sum(
-            1
-            for entry in state.log_history
-            if "eval_loss" in entry and entry["step"] > (state.best_global_step or 0)
-        )
-        if since_best >= self.patience:
-            self.stopped = control.should_training_stop = True
-
-
 class StopOnRequest(TrainerCallback):
     """Response to a stop request: save a checkpoint, then end."""
 
@@ -191,7 +169,7 @@ class StopOnRequest(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Have the trainer save and stop."""
+        """Have the trainer save and stop; an evaluation that is due comes first after a resume."""
         if self.request.signal_name is not None:
             # Who asks to stop kills after a while: only the checkpoint is worth that time.
             control.should_evaluate = False
@@ -200,23 +178,6 @@ class StopOnRequest(TrainerCallback):
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Stop an evaluation at once, since it has nothing to save."""
+        """Break an evaluation off, for the trainer to save and stop."""
         if self.request.signal_name is not None:
             raise self.request.error()
-
-
-class FaultCallback(TrainerCallback):
-    """Trigger of planted faults; installed only if the environment asks for them."""
-
-    def __init__(self, faults: list[Fault]) -> None:
-        self.faults = faults
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Trigger the faults that are due before this step."""
-        for fault in self.faults:
-            if fault.is_due(state.global_step + 1):
-                if fault.step == state.global_step + 1:
-                    logger.warning("planted fault %s strikes at step %d", fault.action, fault.step)
-                strike(fault, kwargs["model"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass
@@ -22,6 +22,8 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from qwen3ft.errors import CheckpointCorruptError
+from qwen3ft.faults import reach
+from qwen3ft.files import fsync_dir, fsync_file
 from qwen3ft.model.adapter_checks import ADAPTER_FILE
 from qwen3ft.training import checkpoint
 from qwen3ft.training.checkpoint import STATE_NAME, TENSORS_NAME, VALUES_NAME
@@ -158,11 +160,16 @@ class CheckpointWriter:
         folder: Folder of the checkpoints.
         keep: Number of newest ones to keep besides the best.
         background: Let training go on while one is written.
+        logs: Files that must be as durable as the checkpoint, if they exist: lines that were
+            written before it will not be written again.
     """
 
-    def __init__(self, folder: Path, keep: int, *, background: bool) -> None:
+    def __init__(
+        self, folder: Path, keep: int, *, background: bool, logs: Sequence[Path] = ()
+    ) -> None:
         self.folder = folder
         self.keep = keep
+        self.logs = logs
         # The copy to host memory takes some tens of milliseconds; writing, hashing and flushing it
         # take several times that.
         self._thread = ThreadPoolExecutor(1, "checkpoints") if background else None
@@ -214,8 +221,14 @@ class CheckpointWriter:
             for write in fill:
                 write(folder)
 
+        for log in self.logs:
+            if log.exists():
+                fsync_file(log)
+                fsync_dir(log.parent)
         checkpoint.commit(self.folder, step, fill_all, facts)
+        reach("checkpoint.committed")
         checkpoint.prune(self.folder, keep=self.keep, best_step=best_step)
+        reach("checkpoint.pruned")
 
 
 def read_adapter_files(model: Any) -> Callable[[Path], None]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainingArguments
 
 from qwen3ft.errors import CheckpointCorruptError, TrainingFailureError
+from qwen3ft.faults import planted_faults, reach
 from qwen3ft.files import find_damage
 from qwen3ft.jobs.folders import JobDir, RunDir
 from qwen3ft.jobs.heartbeat import Heartbeat, StopRequest
@@ -23,10 +24,11 @@ from qwen3ft.model.adapter_checks import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.training import AttemptOutcome
 from qwen3ft.training import checkpoint
-from qwen3ft.training.callbacks import EarlyStopping, FaultCallback, ProgressCallback, StopOnRequest
+from qwen3ft.training.callbacks import ProgressCallback, StopOnRequest
 from qwen3ft.training.checkpoint_writer import read_adapter_files
-from qwen3ft.training.faults import planted_faults
 from qwen3ft.training.leak_watch import LeakWatch
+from qwen3ft.training.planted import FaultCallback
+from qwen3ft.training.progress import is_over, is_patience_spent
 from qwen3ft.training.trainer import QATrainer
 
 if TYPE_CHECKING:
@@ -57,7 +59,6 @@ class TrainingEngine:
         self.stop = stop
         self.memory = memory
         self.progress = ProgressCallback(job, Heartbeat(job.heartbeat), memory)
-        self.early_stopping = EarlyStopping(plan.early_stopping_patience)
         self.leak_watch = LeakWatch(memory, job.memory_report)
         self._started = time.monotonic()
 
@@ -111,7 +112,6 @@ class TrainingEngine:
         faults = [fault for fault in planted_faults() if fault.attempt == self.plan.attempt]
         callbacks: list[Any] = [
             self.progress,
-            self.early_stopping,
             StopOnRequest(self.stop),
             self.leak_watch,
         ]
@@ -123,7 +123,7 @@ class TrainingEngine:
             data_collator=self.collator,
             callbacks=callbacks + ([FaultCallback(faults)] if faults else []),
             plan=self.plan,
-            checkpoints=self.job.checkpoints,
+            job=self.job,
         )
         trainer.remove_callback(PrinterCallback)  # it prints the numbers of every step
         self.progress.trainer = trainer
@@ -154,7 +154,9 @@ class TrainingEngine:
         finally:
             gc.unfreeze()
         trainer.writer.wait()
-        if self.stop.signal_name is not None and not self._finished(trainer):
+        reach("training.over")
+        is_finished = is_over(trainer.state, self.plan.early_stopping_patience)
+        if self.stop.signal_name is not None and not is_finished:
             raise self.stop.error()
         return trainer
 
@@ -204,7 +206,7 @@ class TrainingEngine:
             last_step=state.global_step,
             epochs=state.epoch or 0.0,
             final_loss=losses[-1] if losses else None,
-            stopped_early=self.early_stopping.stopped,
+            stopped_early=is_patience_spent(state, self.plan.early_stopping_patience),
             peak_memory_gb=process_gb,
             peak_allocated_gb=allocated_gb,
             peak_reserved_gb=reserved_gb,
@@ -212,9 +214,6 @@ class TrainingEngine:
             / max(self.progress.trained_seconds, 1e-9),
             seconds=time.monotonic() - self._started,
         )
-
-    def _finished(self, trainer: QATrainer) -> bool:
-        return self.early_stopping.stopped or trainer.state.global_step >= self.plan.total_steps
 
     def _checkpoint_of(self, step: int) -> checkpoint.Checkpoint:
         """Return the verified checkpoint of `step`, from this attempt or an earlier one."""

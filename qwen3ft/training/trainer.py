@@ -5,7 +5,9 @@
 - The order of sequences depends only on seed and epoch.
 - Non-finite gradients raise DivergedError before they change the weights.
 - Forward and backward are those of transformers and PEFT, or of `qwen3ft.training.fused`.
-- Checkpoints are committed whole, without pickle, and restore every bit.
+- Checkpoints are committed whole, without pickle, and restore every bit. A step that was
+  interrupted before its evaluation or its end is finished first, so that a resumed run ends as an
+  undisturbed one does, wherever it was interrupted.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import Trainer, TrainerControl
 
-from qwen3ft.errors import DivergedError
+from qwen3ft.errors import DivergedError, PreemptedError
+from qwen3ft.faults import reach
 from qwen3ft.training import checkpoint
 from qwen3ft.training.batches import (
     EffectiveBatchOrder,
@@ -42,10 +45,12 @@ from qwen3ft.training.fused import fused_step
 from qwen3ft.training.host_optimizer import HostAdamW
 from qwen3ft.training.late_metrics import DelayedMetrics
 from qwen3ft.training.loss import summed_loss
+from qwen3ft.training.progress import is_over, lacks_evaluation
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
+    from qwen3ft.jobs.folders import JobDir
     from qwen3ft.records.plan import TrainPlan
     from qwen3ft.training.fused.step import FusedStep
 
@@ -55,17 +60,20 @@ KEPT_ENTRIES = 200
 
 
 class QATrainer(Trainer):
-    """The Trainer of one attempt, by `plan`; it saves into the folder `checkpoints`."""
+    """The Trainer of one attempt, by `plan`, in the folder `job`."""
 
     control: TrainerControl
     data_collator: Any
     _globalstep_last_logged: int
 
-    def __init__(self, *args: Any, plan: TrainPlan, checkpoints: Path, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, plan: TrainPlan, job: JobDir, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.plan = plan
         self.writer = CheckpointWriter(
-            checkpoints, plan.keep_checkpoints, background=plan.device == "cuda"
+            job.checkpoints,
+            plan.keep_checkpoints,
+            background=plan.device == "cuda",
+            logs=(job.metrics, job.memory),
         )
         self.step_tokens = 0
         # On a GPU metrics are read one step late, so that it never waits for the host.
@@ -223,8 +231,11 @@ class QATrainer(Trainer):
     ) -> None:
         """Log the metrics that have arrived, or all before an evaluation or a checkpoint.
 
+        Then evaluate, save and stop, as far as the callbacks ask for it.
+
         Raises:
             DivergedError: a step's gradients were not finite; its update was skipped.
+            PreemptedError: an evaluation was broken off by a stop request; a checkpoint was saved.
         """
         step = self.state.global_step
         if self.control.should_log and step > self._globalstep_last_logged:
@@ -236,7 +247,36 @@ class QATrainer(Trainer):
         self.control.should_log = False  # super() would read the loss, and wait for it
         due = self.control.should_evaluate or self.control.should_save
         self._log_late(everything=due or self.control.should_training_stop)
-        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+        self._evaluate_and_save()
+
+    def finish_step(self) -> None:
+        """Do what is left of the step whose checkpoint was loaded."""
+        assert self.plan.resume_from is not None
+        load_rng_state(Path(self.plan.resume_from))  # a checkpoint that is saved now has it again
+        self.control.should_evaluate = lacks_evaluation(self.state)
+        self._evaluate_and_save()
+
+    def _evaluate_and_save(self) -> None:
+        if self.control.should_evaluate:
+            try:
+                metrics = self._evaluate(None, None)
+            except PreemptedError:
+                self._save_checkpoint(self.model, None)
+                raise
+            reach("evaluation.logged")
+            self._determine_best_metric(metrics, None)
+            reach("evaluation.marked")
+            self.control.should_save = True
+        if self.control.should_save:
+            self._save_checkpoint(self.model, None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        if is_over(self.state, self.plan.early_stopping_patience):
+            self.control.should_training_stop = True
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Train an epoch, unless a resumed training was over; transformers would go on."""
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
 
     def _log_late(self, *, everything: bool) -> None:
         for numbers in self.late.take(everything=everything):
@@ -265,11 +305,12 @@ class QATrainer(Trainer):
         # The phase is named before the first batch can run out of memory.
         self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         self.model.eval()
-        for inputs in self.get_eval_dataloader(eval_dataset):
-            with torch.no_grad():
+        # A data loader draws a seed. What follows must not depend on when an evaluation was made.
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            for inputs in self.get_eval_dataloader(eval_dataset):
                 loss_sum += self._summed_loss(self._prepare_inputs(inputs)).item()
-            tokens += trained_tokens(inputs)
-            self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+                tokens += trained_tokens(inputs)
+                self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         self.model.train()
         metrics = {f"{metric_key_prefix}_loss": loss_sum / max(tokens, 1)}
         self.log(metrics)

@@ -1,16 +1,19 @@
-"""A run makes its folders first, and survives the loss of the reader of its output."""
+"""A run makes its folders first, outlives the reader of its output, and misses its own folder."""
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from flows.run_context import make_folders
+from flows.run_context import make_folders, open_run
 from qwen3ft.config import TrainingConfig
-from qwen3ft.errors import EnvironmentNotReadyError
+from qwen3ft.errors import DivergedError, EnvironmentNotReadyError, SaveError
+from qwen3ft.tracking.journal import Journal
 
 PROGRAM = """
 import sys, time
@@ -57,3 +60,34 @@ def test_a_folder_that_cannot_be_made_ends_a_run_before_it_starts(
     with pytest.raises(EnvironmentNotReadyError, match=setting) as raised:
         make_folders(TrainingConfig(**folders))
     assert raised.value.next_command
+
+
+def fail(config: Any, error: Exception, *, folder_is_gone: bool) -> None:
+    """Open the run `run-1` and fail in it."""
+    with open_run(config, "run-1", None) as run:
+        if folder_is_gone:
+            shutil.rmtree(run.path)
+            Journal(run).tags({"a": 1})  # makes the folder anew
+        raise error
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError("no such file"), IndexError("no attempt"), KeyError("x")]
+)
+def test_a_run_whose_folder_was_deleted_says_so(
+    make_config: Any, tmp_path: Path, error: Exception
+) -> None:
+    """Whatever was not found: also if something has made the folder anew meanwhile."""
+    with pytest.raises(SaveError, match="run-1 was deleted or unmounted") as caught:
+        fail(make_config(runs_dir=str(tmp_path)), error, folder_is_gone=True)
+    assert caught.value.next_command == f"ls -ld {tmp_path}"
+    assert caught.value.__cause__ is error
+
+
+def test_a_failure_keeps_its_class(make_config: Any, tmp_path: Path) -> None:
+    """A divergence stays one, and an error of ours with the folder in place stays what it is."""
+    config = make_config(runs_dir=str(tmp_path))
+    with pytest.raises(DivergedError):
+        fail(config, DivergedError("no", why="no", next_command="no"), folder_is_gone=True)
+    with pytest.raises(KeyError):
+        fail(config, KeyError("x"), folder_is_gone=False)

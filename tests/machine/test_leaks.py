@@ -15,6 +15,7 @@ import psutil
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from qwen3ft import faults
 from qwen3ft.errors import ConfigError, MemoryLeakError
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.jobs.launcher import run_worker
@@ -31,7 +32,7 @@ from qwen3ft.machine.memory import MemoryOptimizer
 from qwen3ft.machine.process_memory import private_bytes, reading_of
 from qwen3ft.records.training import AttemptOutcome, Failure
 from qwen3ft.recovery.adjust import FailedAttempt, Retry, decide_retry
-from qwen3ft.training import checkpoint, faults
+from qwen3ft.training import checkpoint
 from qwen3ft.training.leak_watch import LeakWatch
 from qwen3ft.units import GIB, MIB
 

@@ -10,6 +10,7 @@ from unittest.mock import Mock
 import pytest
 from support.preflights import BATCHES, out_of_memory, report_of
 
+from qwen3ft import faults
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import ConfigError, InsufficientMemoryError, WorkerCrashedError
 from qwen3ft.jobs.folders import RunDir
@@ -22,7 +23,6 @@ from qwen3ft.preflight.stage import measure_first, shortened
 from qwen3ft.preflight.worst_batches import find_worst, read_lengths
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.preflight import PreflightResult
-from qwen3ft.training import faults
 from qwen3ft.units import GIB
 
 

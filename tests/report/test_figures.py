@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +72,27 @@ def test_many_small_parts_are_drawn_as_one() -> None:
     assert names[0] == "other parts"
     assert len(names) == 10
     assert sum(patch.get_height() for patch in bars.patches) == pytest.approx(21.0)
+
+
+@pytest.mark.parametrize("jump_seconds", [3600, -3600])
+def test_a_clock_that_is_set_moves_no_attempt(tmp_path: Path, jump_seconds: int) -> None:
+    """The measured duration counts; readings stay within their attempt, and the picture is made."""
+    jump = timedelta(seconds=jump_seconds)
+    attempt = make_attempt(1, 0)
+    moved = [
+        sample.model_copy(update={"timestamp": sample.timestamp + jump})
+        for sample in attempt.samples[1:]
+    ]
+    changed = attempt.model_copy(
+        update={
+            "samples": (attempt.samples[0], *moved),
+            "ended": attempt.started + jump + timedelta(seconds=100),
+            "measured_seconds": 100.0,
+        }
+    )
+    assert changed.seconds == 100.0
+    minutes = changed.minutes(2.0)
+    assert len(minutes) == len(attempt.samples)
+    assert all(2.0 <= minute <= 2.0 + 100 / 60 for minute in minutes)
+    assert attempt_minutes([changed, make_attempt(2, 110)])[0] == (0.0, 100 / 60)
+    assert write_png(memory_figure([changed]), tmp_path / "memory.png").stat().st_size > 0

@@ -20,10 +20,10 @@ from support.databases import place_databases
 from deployments import services
 from deployments.deploy import CPU_CONFIG, deploy, read_deployment
 from deployments.stack import Stack
+from qwen3ft import faults
 from qwen3ft.files import private_files
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.registry.registry import Registry
-from qwen3ft.training import faults
 
 ROOT = Path(__file__).parents[2]
 MODEL = "qwen3ft-embedded"

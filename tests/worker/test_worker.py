@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,19 +17,25 @@ from typing import Any
 import psutil
 import pytest
 
+from qwen3ft import faults
+from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import (
     ConfigError,
     DivergedError,
     OutOfMemoryError,
     PreemptedError,
+    SaveError,
     StalledError,
     WorkerCrashedError,
 )
+from qwen3ft.jobs.failures import folder_gone
 from qwen3ft.jobs.folders import JobDir, RunDir
 from qwen3ft.jobs.launcher import run_worker
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.training import AttemptOutcome, Failure
-from qwen3ft.training import checkpoint, faults
+from qwen3ft.recovery.adjust import FailedAttempt, GiveUp
+from qwen3ft.training import checkpoint
+from tasks.adjust import adjust_parameters
 
 SCHEDULE = {"total_steps": 6, "evaluate_every_steps": 2}
 
@@ -84,6 +92,27 @@ def test_a_silent_worker_is_ended_and_named_stalled(attempt: Any, tmp_path: Path
     assert failure.kind == "StalledError"
     children = psutil.Process().children(recursive=True)
     assert not [child for child in children if "qwen3ft.worker" in _command(child)]
+
+
+def test_a_run_folder_that_is_deleted_ends_the_attempt_at_once(
+    attempt: Any, make_plan: Any, tmp_path: Path
+) -> None:
+    """The error names the folder and no attempt is made again: nothing could be resumed."""
+    run = tmp_path / "run"
+
+    def delete_in_training() -> None:
+        _wait_for(lambda: (run / "attempts/01/metrics.jsonl").exists(), 120)
+        while run.exists():
+            shutil.rmtree(run, ignore_errors=True)  # the worker is writing into it
+
+    thread = threading.Thread(target=delete_in_training)
+    thread.start()
+    with pytest.raises(SaveError, match="attempts/01 was deleted or unmounted"):
+        attempt(total_steps=10_000, evaluate_every_steps=5_000)
+    thread.join()
+    failure = Failure.from_error(folder_gone(run))
+    decision = adjust_parameters.fn(TrainingConfig(), [FailedAttempt(make_plan(), failure)])
+    assert isinstance(decision, GiveUp)
 
 
 def test_a_worker_dies_with_its_parent(tmp_path: Path, make_plan: Any) -> None:

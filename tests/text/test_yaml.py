@@ -11,7 +11,7 @@ import pytest
 from flows.cli.options import read_overrides
 from qwen3ft.config import load_config
 from qwen3ft.errors import ConfigError
-from qwen3ft.yaml_text import LONGEST_TEXT, load_yaml
+from qwen3ft.text.yaml import LONGEST_TEXT, load_yaml
 
 
 def alias_bomb() -> str:

@@ -10,10 +10,9 @@ import pytest
 from flows.cli.project import run_parameters
 from flows.finetune import qwen3_finetune
 from flows.run_context import open_run
-from qwen3ft.config import TrainingConfig, parse_config
+from qwen3ft.config import TrainingConfig, checked_name, parse_config
 from qwen3ft.data.hub import parse_hub_name
 from qwen3ft.errors import ConfigError, DatasetNotFoundError
-from qwen3ft.names import checked_name
 from qwen3ft.records.evaluation import Champion
 from qwen3ft.registry.lookup import fetch_version, find_adapter
 from qwen3ft.registry.registry import Registry

@@ -8,7 +8,7 @@ import pytest
 
 from qwen3ft.data.splits import question_key
 from qwen3ft.data.text_features import features
-from qwen3ft.plain_text import escaped, escaped_line, is_plain, normalized, without_steering
+from qwen3ft.text.plain import escaped, escaped_line, is_plain, normalized, without_steering
 
 STEERING = {
     "\x1b[2J": "\\x1b[2J",
