@@ -60,7 +60,8 @@ _FORM = re.compile(
     r"|(?P<at_point>exit|kill|term|stop|hang|full|error)@point=(?P<point>[a-z.]+)"
     r"(?::hit=(?P<hit>\d+))?"
 )
-_reached: Counter[str] = Counter()
+_reached: Counter[tuple[str, str]] = Counter()
+"""Visits by what was planted then and the point."""
 
 
 @dataclass(frozen=True)
@@ -106,11 +107,11 @@ def planted_in_preflight(number: int) -> list[Fault]:
 
 def reach(point: str) -> None:
     """Strike if the environment plants a fault at this point of the code, one of `POINTS`."""
-    if not os.environ.get(VARIABLE):
+    if not (planted := os.environ.get(VARIABLE)):
         return
-    _reached[point] += 1
+    _reached[planted, point] += 1
     for fault in planted_faults():
-        if (fault.point, fault.hit) == (point, _reached[point]):
+        if (fault.point, fault.hit) == (point, _reached[planted, point]):
             strike_process(fault)
 
 

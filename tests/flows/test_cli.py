@@ -324,7 +324,8 @@ def test_the_card_shows_scores_memory_time_and_links(terminal: bool) -> None:
         notes=("An honest remark.",),
     )
     stream = io.StringIO()
-    show_card(Console(file=stream, force_terminal=terminal, width=120, no_color=True), card)
+    console = Console(file=stream, force_terminal=terminal, width=120, no_color=True, markup=False)
+    show_card(console, card)
     shown = stream.getvalue()
     for fact in (
         *("1,024 rows", "2.0% -> 81.0%", "0.90 GB of 13 GB", "train 1 min 1 s", "[no] champion"),

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from support.finished_run import make_outcome
 
-from flows.finetune import _as_attempt
 from qwen3ft.files import append_json_line, read_json_lines
 from qwen3ft.jobs.folders import RunDir, read_records, write_record
 from qwen3ft.records.training import MemoryStatus, TrainingMetrics
@@ -49,9 +48,11 @@ def test_a_run_of_more_than_99_attempts_goes_on_and_ends(make_plan: Any, tmp_pat
         job = run.attempt(number).create(plan)
         write = lambda folder: (folder / "w").write_bytes(b"w")  # noqa: E731
         checkpoint.commit(job.checkpoints, number, write, checkpoint.lineage(plan))
-    again = _as_attempt(plan, run, run.next_attempt())
-    assert again.attempt == 124
-    assert again.resume_from == str(run.attempt(123).checkpoints / "step-000123")
+    assert run.next_attempt() == 124
+    folders = [job.checkpoints for job in run.attempts()]
+    newest = checkpoint.newest_verified(folders, checkpoint.lineage(plan))
+    assert newest is not None
+    assert newest.path == run.attempt(123).checkpoints / "step-000123"
     assert finished_attempt(run, plan) is None
     outcome = make_outcome(run.attempt(123).checkpoints / "step-000123")
     write_record(run.attempt(123).outcome, outcome)

@@ -6,6 +6,7 @@ import gc
 import json
 import logging
 import math
+import mmap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from random import Random
@@ -260,7 +261,10 @@ def test_garbage_that_a_clean_up_takes_is_no_leak(
     caplog.set_level(logging.INFO)
 
     def make_cycle() -> None:
-        cycle: list[Any] = [b"x" * MIB]
+        # Not on the heap, which may keep what is freed.
+        block = mmap.mmap(-1, MIB)
+        block.write(b"x" * MIB)
+        cycle: list[Any] = [block]
         cycle.append(cycle)
 
     gc.disable()

@@ -30,7 +30,7 @@ class ColumnSizes:
 
     dictionary_bytes: int = 0
     page_bytes: int = 0
-    """Of the largest page, unpacked, and as it is stored."""
+    """Size of the largest page, unpacked and as it is stored."""
     values: int = 0
 
 
