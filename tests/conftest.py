@@ -32,7 +32,8 @@ settings.register_profile("qwen3ft", deadline=None, max_examples=EXAMPLES)
 settings.load_profile("qwen3ft")
 
 BROWSER = "tests/flows/test_browser.py"
-TOGETHER = dict.fromkeys((BROWSER, "tests/flows/test_attacks.py"), "tests/flows/test_flow.py")
+_WITH_FLOW = (BROWSER, "tests/flows/test_attacks.py", "tests/flows/test_secrets.py")
+TOGETHER = dict.fromkeys(_WITH_FLOW, "tests/flows/test_flow.py")
 """Files that share what is made once for a session and takes long."""
 
 SLOWEST_SHOWN = 12

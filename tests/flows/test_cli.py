@@ -22,6 +22,7 @@ from deployments.secret import make_secret
 from deployments.stack import Stack
 from flows.cli import main
 from flows.cli.follow import MetricsTail, StateChange
+from flows.cli.output import open_console
 from flows.cli.project import requested_settings, use_local_services
 from flows.cli.servers import env_command
 from flows.cli.views.common import format_seconds, show_card
@@ -324,7 +325,7 @@ def test_the_card_shows_scores_memory_time_and_links(terminal: bool) -> None:
         notes=("An honest remark.",),
     )
     stream = io.StringIO()
-    console = Console(file=stream, force_terminal=terminal, width=120, no_color=True, markup=False)
+    console = open_console(file=stream, force_terminal=terminal, width=120, no_color=True)
     show_card(console, card)
     shown = stream.getvalue()
     for fact in (
