@@ -6,6 +6,7 @@ the rest a template may refuse any, but none may run away.
 
 from __future__ import annotations
 
+import string
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,8 @@ _TOOL = {
         "parameters": {"type": "object", "properties": {"name": {"type": "string"}}},
     },
 }
-# Regular expressions that match a text in many ways need the more time the longer it is.
+# A regular expression that matches a text in many ways tries them all if what follows does not
+# match; libraries skip texts without the characters that it needs, so all follow.
 _REPEATED = ("a", " ", "1", "!", "\n", "é", "中", "a ", "aA1 ", "\t\r\n", "<|", "'s")
 
 
@@ -43,7 +45,7 @@ def probe_tokenizer(folder: Path) -> int:
         TokenizerError: it cannot be loaded or used, or one of the conversations runs away.
     """
     tokenizer = load_tokenizer(folder)
-    encode_texts(tokenizer, [unit * LONG + "!" for unit in _REPEATED])
+    encode_texts(tokenizer, [unit * LONG + "!" + string.printable for unit in _REPEATED])
     tokenize_rows(tokenizer, _needed())
     tokenize_rows(tokenizer, _needed(), escape=True)
     rendered = 2 * len(_needed())

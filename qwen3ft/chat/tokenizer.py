@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 START_TOKEN, PAD_TOKEN = "<|im_start|>", "<|endoftext|>"
+_VOCABULARIES = ("tokenizer.json", "vocab.json")
 
 
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
@@ -35,11 +36,17 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     Raises:
         TokenizerError: it cannot be loaded or configured.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, Qwen3Config
 
     try:
+        # transformers makes an empty tokenizer of a folder without one.
+        if Path(folder).is_dir() and not any(Path(folder, name).exists() for name in _VOCABULARIES):
+            raise FileNotFoundError(f"there is neither {' nor '.join(_VOCABULARIES)}")
         tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
+            folder,
+            config=Qwen3Config(),  # otherwise it reads config.json, of which it needs the type only
+            local_files_only=True,
+            trust_remote_code=False,
         )
     except Exception as error:  # tokenizers raises plain exceptions, transformers all kinds
         raise TokenizerError(
@@ -60,7 +67,9 @@ def configure_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
         TokenizerError: it lacks Qwen's turn markers, or any token to pad with.
     """
     vocabulary = tokenizer.get_vocab()
-    missing = [token for token in (START_TOKEN, END_TOKEN) if token not in vocabulary]
+    # Among the added ones, or a text with it would be split into other tokens.
+    whole = tokenizer.get_added_vocab()
+    missing = [token for token in (START_TOKEN, END_TOKEN) if token not in whole]
     if missing:
         raise template_error(
             f"The tokenizer does not have {' and '.join(missing)} as single tokens.",

@@ -14,6 +14,7 @@ from typing import Any
 
 from qwen3ft.errors import ConfigError, TokenizerError
 from qwen3ft.files import read_foreign_json
+from qwen3ft.model.adapter_checks import ADAPTER_CONFIG_FILE
 from qwen3ft.model.shapes import read_shape
 from qwen3ft.model.tensor_files import Tensor, read_header
 from qwen3ft.records.model import ATTENTION_PROJECTIONS, ModelShape
@@ -78,6 +79,9 @@ def check_model_folder(folder: Path) -> ModelShape:
     try:
         for path in _files_read(folder):
             _require_inside(path, folder)
+        # transformers would load the base model that it names instead, and the adapter.
+        if (folder / ADAPTER_CONFIG_FILE).exists():
+            raise ValueError(f"it has an {ADAPTER_CONFIG_FILE}, so it is an adapter and no model")
         read_settings(folder)
         _check_generation(folder, shape)
         _check_weights(folder, shape)

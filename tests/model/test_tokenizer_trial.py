@@ -69,6 +69,17 @@ def test_a_tokenizer_that_cannot_be_read_is_a_tokenizer_error(folder: Path, name
         probe_tokenizer(folder)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["no turn markers", "merges of no tokens", "a model of another type"],
+)
+def test_a_tokenizer_that_is_not_qwen_s_is_a_tokenizer_error(folder: Path, name: str) -> None:
+    """Turn markers that are no added tokens would be split into others in every row."""
+    change_tokenizer(folder, CHANGED_TOKENIZERS[name])
+    with pytest.raises(TokenizerError):
+        probe_tokenizer(folder)
+
+
 def test_native_code_without_end_is_ended(folder: Path, config: TrainingConfig) -> None:
     """A regular expression in the tokenizers library cannot be interrupted: the worker ends."""
     change_tokenizer(folder, CHANGED_TOKENIZERS["alternatives without end"])

@@ -263,6 +263,9 @@ FILES: dict[str, Harm] = {
     "shards without index": lambda folder: (
         split(folder, "model-1.safetensors") and (folder / INDEX).unlink()
     ),
+    "adapter of another model": _written(
+        "adapter_config.json", '{"peft_type": "LORA", "base_model_name_or_path": "../other"}'
+    ),
     "pickled weights alone": lambda folder: (folder / WEIGHTS).rename(folder / "pytorch_model.bin"),
 }
 
