@@ -184,7 +184,7 @@ class TrainingEngine:
         state = trainer.state
         held_out = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        if state.best_metric is None or not held_out:
+        if state.best_global_step is None or not held_out:
             raise TrainingFailureError(
                 f"Training ended at step {state.global_step} without an evaluation.",
                 why="The held-out loss was not finite, or there are no held-out rows.",
