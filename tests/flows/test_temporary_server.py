@@ -53,7 +53,7 @@ def work():
 with temporary_server():
     print(f"server: {PREFECT_API_URL.value()}")
     print(work())
-print(f"then: {PREFECT_API_URL.value()}")
+print(f"then: {PREFECT_API_URL.value() or None}")
 """
 
 

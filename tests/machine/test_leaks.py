@@ -262,7 +262,7 @@ def test_garbage_that_a_clean_up_takes_is_no_leak(
 
     def make_cycle() -> None:
         # Not on the heap, which may keep what is freed.
-        block = mmap.mmap(-1, MIB)
+        block = mmap.mmap(-1, MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         block.write(b"x" * MIB)
         cycle: list[Any] = [block]
         cycle.append(cycle)
