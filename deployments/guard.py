@@ -97,8 +97,9 @@ class Guard:
         request = _Request(scope)
         answer = self._answer(request)
         if answer is None:
-            await self._app(self._signed(scope), receive, send)
-        elif scope["type"] == "websocket":
+            asks_itself = request.is_socket and self._sockets_sign_in
+            await self._app(scope if asks_itself else self._signed(scope), receive, send)
+        elif request.is_socket:
             await send({"type": "websocket.close", "code": 1008})
         else:
             await _send(send, answer)
@@ -118,7 +119,7 @@ class Guard:
             return Answer.refusal(415, "What is written has to be application/json.")
         if request.token is not None and self._is_page(request.path):
             return self._sign_in(request)
-        if in_header or _same(request.cookie(self._cookie), self._secret):
+        if in_header or self._is_secret(request.cookie(self._cookie)):
             return None
         if request.is_socket and self._sockets_sign_in:
             return None
@@ -129,11 +130,14 @@ class Guard:
     def _sign_in(self, request: _Request) -> Answer:
         """Give the browser its cookie, and send it to the address without the secret."""
         address = request.forget_token()
-        if self._secret not in (request.token, request.cookie(self._cookie)):
+        if not (self._is_secret(request.token) or self._is_secret(request.cookie(self._cookie))):
             return Answer(401, _SIGN_IN_PAGE)
         cookie = f"{self._cookie}={self._secret}; Path=/; HttpOnly; SameSite=Strict"
         cookie = f"{cookie}; Max-Age={COOKIE_SECONDS}"
         return Answer(303, headers=(("Location", address), ("Set-Cookie", cookie)))
+
+    def _is_secret(self, given: str | None) -> bool:
+        return _same(given, self._secret)
 
     def _signed(self, scope: Scope) -> Scope:
         kept = [header for header in scope["headers"] if header[0] != b"authorization"]

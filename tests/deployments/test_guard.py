@@ -284,6 +284,9 @@ def test_a_web_socket_of_a_foreign_page_is_closed(signs_in: bool) -> None:
     assert server.reached == []
     unsigned = server.ask(target="/api/events/in", kind="websocket")
     assert (unsigned[0], len(server.reached)) == ((0, 1) if signs_in else (1008, 0))
+    assert b"authorization" not in [
+        name for scope in server.reached for name, _ in scope["headers"]
+    ]
     server.ask(target="/api/events/in", headers=TOLD, kind="websocket")
     assert server.reached
 

@@ -158,6 +158,7 @@ def test_reading_with_side_effects_needs_to_come_from_the_server_itself(
     for server, path in (
         ("prefect", "/api/csrf-token?client=planted"),
         ("mlflow", "/get-artifact?path=a&run_uuid=b"),
+        ("mlflow", "/ajax-api/3.0/mlflow/assistant/sessions/a/stream"),  # lets an agent go on
         ("mlflow", "/ajax-api/2.0/mlflow/experiments/search?max_results=1"),
     ):
         for headers in (foreign, {**foreign, **opened}, {}):

@@ -174,7 +174,7 @@ def test_a_value_out_of_bounds_is_refused_by_the_form_and_what_is_in_bounds_star
         page.get_by_text("At 02:00 AM").wait_for()  # the deployment's page
     [started] = started_runs(project, deployment) - before
     # The id of a run is only in its logs, which a page that opens after its end may not have yet.
-    with browser.visit(layout.flow_run_url(started), "prefect-nothing-new", "Task Runs") as page:
+    with browser.visit(layout.flow_run_url(started), "prefect-nothing-new", "Work Queue") as page:
         page.get_by_text("NothingNew").first.wait_for(timeout=120_000)
 
 

@@ -44,11 +44,14 @@ def show_card(console: Console, card: RunCard, link: Callable[[str], str] = str)
     rows["stages"] = "  ".join(f"{name} {format_seconds(s)}" for name, s in stages)
     rows["verdict"] = card.verdict
     rows |= {"note" if n == 1 else f"note {n}": note for n, note in enumerate(card.notes, 1)}
-    for name, url in (("Prefect", card.prefect_url), ("MLflow", card.mlflow_url)):
-        rows[name] = link(url) if url else "recorded without a server: no page"
+    urls = {"Prefect": card.prefect_url, "MLflow": card.mlflow_url}
+    for name, url in urls.items():
+        if url is None:
+            rows[name] = "recorded without a server: no page"
     # ASCII arrows: a log file or a remote terminal may not be UTF-8
     rows = {name: value.replace("→", "->") for name, value in rows.items() if value}
     show_sections(console, card.title, {"": rows})
+    _show_links(console, {name: link(url) for name, url in urls.items() if url})
 
 
 def show_status(console: Console, status: StackStatus, link: Callable[[str], str] = str) -> None:
@@ -56,7 +59,7 @@ def show_status(console: Console, status: StackStatus, link: Callable[[str], str
     rows: dict[str, str] = {
         service.name: f"{'up' if service.healthy else 'down'}"
         + (f"  pid {service.pid}" if service.pid else "")
-        + (f"  {link(service.url)}" if service.url and service.healthy else f"  {service.log}")
+        + (f"  {service.log}" if service.url is None or not service.healthy else "")
         for service in status.services
     }
     registered = "registered" if status.deployment_registered else "not registered"
@@ -64,6 +67,8 @@ def show_status(console: Console, status: StackStatus, link: Callable[[str], str
     known = f"{registered}, {schedule}" if status.prefect_url else "unknown: the server is down"
     rows["deployment"] = f"{status.deployment}  {known}"
     show_sections(console, status.root, {"": rows})
+    urls = {"Prefect": status.prefect_url, "MLflow": status.mlflow_url}
+    _show_links(console, {name: link(url) for name, url in urls.items() if url})
 
 
 def show_report(console: Console, report: EnvironmentReport, problems: Iterable[str]) -> None:
@@ -141,6 +146,12 @@ def show_error(console: Console, error: FinetuneError) -> None:
     ):
         if text:
             console.print(Text(f"{label}:  ".ljust(7)) + Text(text, style=style), soft_wrap=True)
+
+
+def _show_links(console: Console, links: Mapping[str, str]) -> None:
+    """Print links whole and outside of any frame, so that a terminal can open them."""
+    for name, url in links.items():
+        console.print(f"  {name:14} {url}", soft_wrap=True, markup=False)
 
 
 def show_sections(console: Console, title: str, sections: Mapping[str, Mapping[str, str]]) -> None:
