@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -171,8 +170,6 @@ def test_a_run_killed_at_a_random_step_ends_bit_identical(
 
     That one left every step and evaluation as a line, and a checkpoint that verifies.
     """
-    from random import Random
-
     from qwen3ft.files import sha256_file
 
     step = 4
