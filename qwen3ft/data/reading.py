@@ -19,10 +19,18 @@ from typing import TextIO
 from qwen3ft.chat.conversation import texts_of
 from qwen3ft.config import TrainingConfig
 from qwen3ft.data import safety
-from qwen3ft.data.columns import Columns
 from qwen3ft.data.row_table import RowWriter
-from qwen3ft.data.rows import UNREADABLE_FILE, excerpt, messages_of, read_file, rules_of
-from qwen3ft.data.splits import KeysBuilder, content_key, question_key
+from qwen3ft.data.rows import (
+    NOT_AN_EXAMPLE,
+    UNREADABLE_FILE,
+    RowCounts,
+    asked_by,
+    excerpt,
+    messages_of,
+    read_file,
+    rules_of,
+)
+from qwen3ft.data.splits import KeysBuilder, asked_keys, content_key
 from qwen3ft.errors import DataLoadingError
 from qwen3ft.logs import get_logger
 from qwen3ft.records.data import BadRow, DataSource, QaRow, SourceFile
@@ -50,7 +58,7 @@ class Reading:
     """Bad rows by reason code."""
     unreadable: int = 0
     """Files that could not be read, or not to their end."""
-    columns: Counter[Columns] = field(default_factory=Counter)
+    counts: RowCounts = field(default_factory=RowCounts)
     usable: int = 0
     chinese: int = 0
     """Rows with Chinese characters in the question."""
@@ -59,13 +67,16 @@ class Reading:
     """Rows of more than one question and its answer."""
     without_reasoning_left_out: int = 0
     """Good rows that the config leaves out because they have no reasoning."""
+    marked_left_out: int = 0
+    """Rows that the data itself marks as bad examples."""
     personal: Counter[str] = field(default_factory=Counter)
     """Rows with personal data or secrets, by kind."""
 
     @property
     def rows_read(self) -> int:
         """Number of good and bad rows of all files."""
-        return self.usable + self.bad.total() + self.without_reasoning_left_out
+        left_out = self.without_reasoning_left_out + self.marked_left_out
+        return self.usable + self.bad.total() + left_out
 
     @property
     def rows_path(self) -> Path:
@@ -124,7 +135,7 @@ class _Reader:
         # Before and after: the rows must be those of the sha256 that names the folder.
         _check_unchanged(file)
         rows_before = reading.rows_read
-        for row in read_file(file, rules_of(self.config), reading.columns):
+        for row in read_file(file, rules_of(self.config), reading.counts):
             if isinstance(row, BadRow):
                 self._refuse(row)
             elif not row["reasoning"] and self.config.rows_without_reasoning == "leave_out":
@@ -145,15 +156,17 @@ class _Reader:
         reading.chinese += _HAN.search(row["question"]) is not None
         reading.with_reasoning += bool(row["reasoning"])
         reading.conversations += bool(row["messages"])
+        asked, earlier = asked_keys(asked_by(row))
         said = (row["question"], row["answer"], row["reasoning"])
         # Conversations that differ in an earlier turn or in a tool are no repeats.
         around = texts_of(row["messages"], row["tools"]) if row["messages"] else ()
         reading.keys.append(
-            question_key(row["question"]),
+            asked,
             content_key(*said, *around),
             row["role"],
             source,
             row["group"],
+            earlier,
         )
         self.table.append(row, source)
 
@@ -177,7 +190,9 @@ class _Reader:
 
     def _refuse(self, row: BadRow) -> None:
         self.quarantine.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
-        if row.reason == UNREADABLE_FILE:
+        if row.reason == NOT_AN_EXAMPLE:
+            self.reading.marked_left_out += 1
+        elif row.reason == UNREADABLE_FILE:
             self.reading.unreadable += 1
             logger.warning("%s cannot be read: %s", row.file, row.excerpt)
         else:
@@ -213,8 +228,10 @@ def _report(reading: Reading) -> None:
         *(reading.rows_read, len(reading.sources), reading.usable),
         *(reading.bad.total(), reading.unreadable),
     )
-    for columns, count in reading.columns.most_common(3):
+    for columns, count in reading.counts.columns.most_common(3):
         logger.info("%d rows as %s: %s", count, columns.layout, columns.parts())
+    if reading.counts.unused:
+        logger.warning("not used, by rows: %s", dict(reading.counts.unused.most_common()))
     if reading.bad:
         logger.warning("quarantined rows by reason: %s", dict(reading.bad.most_common()))
     if reading.personal:
@@ -225,6 +242,19 @@ def _report(reading: Reading) -> None:
             100 * reading.chinese / reading.usable,
             100 * reading.with_reasoning / reading.usable,
         )
+
+
+def _reason_for_none(reading: Reading) -> str:
+    if reading.without_reasoning_left_out:
+        return (
+            f"{reading.without_reasoning_left_out} good rows have no reasoning, and "
+            "rows_without_reasoning is 'leave_out'."
+        )
+    if reading.marked_left_out:
+        return (
+            f"The data marks {reading.marked_left_out} rows as bad examples, and no other is good."
+        )
+    return "All of their rows were quarantined." if reading.bad else "The files are empty."
 
 
 def _check(reading: Reading, max_bad_fraction: float, quarantine: Path) -> None:
@@ -240,9 +270,16 @@ def _check(reading: Reading, max_bad_fraction: float, quarantine: Path) -> None:
         why = f"Every bad row is listed with file, line and reason in {quarantine}."
     elif not reading.usable:
         what = f"No usable row in {files} file(s): {read} rows read, {bad} bad."
-        why = "The files are empty, or all of their rows were quarantined."
+        why = _reason_for_none(reading)
     else:
         return
+    if reading.counts.incomplete:
+        [(names, rows)] = reading.counts.incomplete.most_common(1)
+        why += (
+            f" {rows} of them have no column that is known to hold a question or an answer; they "
+            f"have {', '.join(map(repr, names)) or 'none'}. Name it: --set columns.question=NAME "
+            "--set columns.answer=NAME."
+        )
     raise DataLoadingError(
         what,
         why=why,

@@ -22,7 +22,7 @@ BATCH_ROWS = 2000
 
 _CACHED_BATCHES = 32
 
-_TEXTS = ("question", "answer", "reasoning", "messages", "tools", "kind")
+_TEXTS = ("question", "answer", "reasoning", "messages", "tools", "kind", "role")
 _NUMBERS = ("source", "line", "offset")
 
 
@@ -47,7 +47,7 @@ class RowWriter(AbstractContextManager["RowWriter"]):
         texts = (row["question"], row["answer"], row["reasoning"])
         lists = (_to_text(row["messages"]), _to_text(row["tools"]))
         numbers = (source, row["line"], row["offset"])
-        values = (*texts, *lists, row["kind"], *numbers)  # in the order of the schema
+        values = (*texts, *lists, row["kind"], row["role"], *numbers)  # in the order of the schema
         for column, value in zip(self._columns.values(), values, strict=True):
             column.append(value)
         if len(self._columns["line"]) >= BATCH_ROWS:
@@ -87,6 +87,7 @@ class RowTable:
 
     def _rows(self, batch: pa.RecordBatch) -> list[QaRow]:
         columns = {name: batch.column(name).to_pylist() for name in batch.schema.names}
+        numbers = zip(*(columns[name] for name in _NUMBERS), strict=True)
         return [
             QaRow(
                 question=question,
@@ -96,13 +97,13 @@ class RowTable:
                 tools=json.loads(tools) if tools else [],
                 kind=kind,
                 group="",  # its hash is in the keys
-                role=self._files[source].role,
-                file=self._files[source].label,
-                line=line,
-                offset=offset,
+                role=role,
+                file=self._files[number[0]].label,
+                line=number[1],
+                offset=number[2],
             )
-            for question, answer, reasoning, messages, tools, kind, source, line, offset in zip(
-                *(columns[name] for name in (*_TEXTS, *_NUMBERS)), strict=True
+            for question, answer, reasoning, messages, tools, kind, role, number in zip(
+                *(columns[name] for name in _TEXTS), numbers, strict=True
             )
         ]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.rows import read, read_line, read_values
 
-from qwen3ft.config import ColumnNames, TrainingConfig
+from qwen3ft.config import TrainingConfig
 from qwen3ft.data.rows import (
     UNREADABLE_FILE,
+    RowCounts,
     RowRules,
     excerpt,
     messages_of,
@@ -24,31 +25,9 @@ from qwen3ft.data.rows import (
 )
 from qwen3ft.data.sources import EMBEDDED_SPLITS, SAMPLE_DATA, resolve_sources, resolved
 from qwen3ft.errors import DataLoadingError
-from qwen3ft.records.data import BadRow, QaRow, SourceFile
+from qwen3ft.records.data import BadRow, SourceFile
 
 GOOD = {"question": "Which day?", "answer": "Friday"}
-
-
-def read(path: Path, rules: RowRules = RowRules(), **columns: str) -> list[QaRow | BadRow]:  # noqa: B008
-    """Return all rows of a file, with columns set by `columns`."""
-    if columns:
-        rules = RowRules(ColumnNames(**columns))
-    return list(read_file(SourceFile(str(path), path, "train"), rules, Counter()))
-
-
-def read_line(folder: Path, line: bytes, rules: RowRules = RowRules()) -> QaRow | BadRow:  # noqa: B008
-    """Return the row of a file that holds `line`."""
-    path = folder / "one.jsonl"
-    path.write_bytes(line)
-    [row] = read(path, rules)
-    return row
-
-
-def read_values(folder: Path, values: dict[str, Any], rules: RowRules = RowRules()) -> QaRow:  # noqa: B008
-    """Return the good row made of `values`."""
-    row = read_line(folder, json.dumps(values, ensure_ascii=False).encode(), rules)
-    assert not isinstance(row, BadRow), row
-    return row
 
 
 BAD_LINES = {
@@ -101,7 +80,7 @@ def test_a_line_too_large_is_left_out_without_being_held(tmp_path: Path) -> None
     good = json.dumps(GOOD).encode()
     path = tmp_path / "long.jsonl"
     path.write_bytes(b"\n".join([good, b"x" * 1000, good, b"y" * 1000]))
-    rows = read_file(SourceFile(str(path), path, "train"), RowRules(), Counter(), len(good) + 1)
+    rows = read_file(SourceFile(str(path), path, "train"), RowRules(), RowCounts(), len(good) + 1)
     outcome = [row.reason if isinstance(row, BadRow) else "good" for row in rows]
     assert outcome == ["good", "row_too_large", "good", "row_too_large"]
 

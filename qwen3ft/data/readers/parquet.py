@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from qwen3ft.data.readers.raw import EXCERPT_BYTES, RawRow, UnreadableFileError
+from qwen3ft.data.readers.raw import EXCERPT_BYTES, RawRow, UnreadableFileError, refuse_repeated
 from qwen3ft.units import MIB
 
 _BATCH_ROWS = 1024
@@ -47,6 +47,7 @@ def _rows(stream: Any, choose: ChooseColumns) -> Iterator[dict[str, Any]]:
 
     # pre_buffer takes memory to hide the latency of object stores; these are local files.
     with pq.ParquetFile(stream, page_checksum_verification=True, pre_buffer=False) as table:
+        refuse_repeated(table.schema_arrow.names)
         columns = choose(tuple(table.schema_arrow.names))
         for group in range(table.num_row_groups):
             # By the size of its rows, uncompressed: 1,024 long documents would be too much.
@@ -74,7 +75,18 @@ def _python_values(column: Any) -> list[Any]:
         values: list[Any] = column.to_pylist()
     except UnicodeDecodeError:  # text inside lists or structures
         values = [_python_value(value) for value in column]
-    return values
+    return [_without_padding(value) for value in values] if column.type.num_fields else values
+
+
+def _without_padding(value: Any) -> Any:
+    """Return `value` without the fields that are null in a structure.
+
+    Arrow gives all structures of a column the same fields: what one row lacks is null there, and a
+    function call would be trained with arguments that nobody wrote.
+    """
+    if isinstance(value, dict):
+        return {k: _without_padding(item) for k, item in value.items() if item is not None}
+    return [_without_padding(item) for item in value] if isinstance(value, list) else value
 
 
 def _python_value(scalar: Any) -> Any:

@@ -1,0 +1,398 @@
+"""Parsing of messages in the usual formats into a checked conversation.
+
+Formats: OpenAI's (role and content, text parts, tool calls and the older function call, tool
+results), Anthropic's parts, ShareGPT's (from and value), LLaMA-Factory's parts, and Firefly's pairs
+of human and assistant. The result alternates as a chat template expects, ends with the assistant,
+and holds text and JSON alone; anything else raises `RejectedRowError` with a reason code. A key
+that holds something and is not used is noted, and content is not judged.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from qwen3ft.chat.conversation import assistant, check_order, user
+from qwen3ft.chat.thinking import clean_text
+from qwen3ft.records.data import Message, MessageRole, RejectedRowError
+
+_CALL_ROLES = ("function_call", "function_calls", "tool_call", "tool_calls")
+_ROLES: dict[str, MessageRole] = {
+    **dict.fromkeys(("system", "developer", "系统"), "system"),
+    **dict.fromkeys(("user", "human", "prompter", "用户", "人类"), "user"),
+    **dict.fromkeys(
+        ("assistant", "gpt", "chatgpt", "bot", "model", "助手", *_CALL_ROLES), "assistant"
+    ),
+    **dict.fromkeys(
+        ("tool", "function", "observation", "ipython", "tool_response", "tool_result"), "tool"
+    ),
+    **dict.fromkeys(("function_response", "工具"), "tool"),
+}
+_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought")
+_FLAG_KEYS = ("weight", "loss_weight", "train", "training", "trainable", "loss")
+"""Names under which data sets say if an answer carries loss."""
+MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
+
+JOINED_USER_TURNS = "turns of the user in a row joined"
+JOINED_CALLS = "function calls joined to the turn before"
+CALLS_FROM_JSON = "answers of JSON read as function calls"
+WRAPPED_TOOLS = "tools wrapped as OpenAI's servers send them"
+
+
+@dataclass
+class RowNotes:
+    """Remarks on the reading of one row, for the counts that the user is shown."""
+
+    unused: set[str] = field(default_factory=set)
+    """Columns and keys with something in them that is not used, such as `messages[].name`."""
+    changed: set[str] = field(default_factory=set)
+    """Changes of form that were made."""
+
+
+@dataclass
+class _Content:
+    """What a message's content holds, by kind."""
+
+    text: str = ""
+    reasoning: list[str] = field(default_factory=list)
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    results: list[str] = field(default_factory=list)
+    """Results of tools, which Anthropic puts into the user's message."""
+
+
+def parse_messages(
+    value: Any, column: str, tool_names: Sequence[str], notes: RowNotes
+) -> list[Message]:
+    """Parse a conversation: a list of messages, or its JSON text.
+
+    Args:
+        value: The content of the column.
+        column: Its name, for the notes.
+        tool_names: Names of the functions on offer.
+        notes: Receives what is not used, and what was changed.
+
+    Raises:
+        RejectedRowError: it is not a list of messages, or its turns are out of order.
+    """
+    items = parse_json(value, "messages") if isinstance(value, str) else value
+    if not isinstance(items, Sequence) or isinstance(items, (str, bytes)):
+        raise RejectedRowError("messages_not_a_list")
+    if not items:
+        raise RejectedRowError("empty_messages")
+    messages: list[Message] = []
+    for item in items:
+        for message in _parse_message(item, f"{column}[]", notes):
+            _append(messages, message, notes)
+    for message, following in zip(messages, [*messages[1:], None], strict=True):
+        may_call = message["role"] == "assistant" and "tool_calls" not in message
+        # Elsewhere the row would have a call without its result.
+        if not may_call or (following is not None and following["role"] != "tool"):
+            continue
+        if calls := calls_in(message["content"], tool_names, notes):
+            message["content"], message["tool_calls"] = "", calls
+    check_order(messages)
+    return messages
+
+
+def parse_history(value: Any) -> list[Message]:
+    """Parse Alpaca's history: a list of [question, answer] pairs before the row's own.
+
+    Raises:
+        RejectedRowError: it is something else.
+    """
+    pairs = parse_json(value, "history") if isinstance(value, str) and value.strip() else value
+    messages: list[Message] = []
+    for pair in pairs or []:
+        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+            raise RejectedRowError("history_not_pairs")
+        question, answer = (clean_text(part) if isinstance(part, str) else "" for part in pair)
+        if not question or not answer:
+            raise RejectedRowError("history_not_pairs")
+        messages += [user(question), assistant(answer)]
+    return messages
+
+
+def parse_tools(value: Any, notes: RowNotes) -> list[dict[str, Any]]:
+    """Parse function schemas: a list of objects, or its JSON text; [] for None.
+
+    Each comes out as `{"type": "function", "function": ...}`, as servers hand them to a template.
+
+    Raises:
+        RejectedRowError: it is something else.
+    """
+    if isinstance(value, str):
+        value = parse_json(value, "tools") if value.strip() else None
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise RejectedRowError("tools_not_a_list")
+    tools = [_wrapped(tool) for tool in value]
+    if tools != value:
+        notes.changed.add(WRAPPED_TOOLS)
+    return tools
+
+
+def parse_calls(value: Any, path: str, notes: RowNotes) -> list[dict[str, Any]]:
+    """Parse function calls, one or a list, or their JSON text, into names and arguments.
+
+    OpenAI wraps each call, with its arguments as JSON text; Anthropic calls them input.
+
+    Raises:
+        RejectedRowError: it is something else.
+    """
+    if isinstance(value, str):
+        value = parse_json(value, "calls")
+    calls = []
+    for item in value if isinstance(value, list) else [value]:
+        wrapper = item if isinstance(item, Mapping) else {}
+        call = wrapper.get("function", wrapper)
+        if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
+            raise RejectedRowError("bad_tool_call")
+        key = next((k for k in ("arguments", "parameters", "input") if k in call), "arguments")
+        arguments = call.get(key)
+        if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
+            arguments = {}
+        elif isinstance(arguments, str):
+            arguments = parse_json(arguments, "calls")
+        if not isinstance(arguments, dict):
+            raise RejectedRowError("bad_tool_call")
+        calls.append({"name": call["name"], "arguments": arguments})
+        _note_unused(call, ("name", key, "type", "function"), path, notes)
+        if call is not wrapper:
+            _note_unused(wrapper, ("type", "function"), path, notes)
+    return calls
+
+
+def calls_in(value: Any, tool_names: Sequence[str], notes: RowNotes) -> list[dict[str, Any]]:
+    """Return the function calls that an answer states as bare JSON, as xLAM's do; [] if it is none.
+
+    A server's template writes calls in another form, which the model would otherwise not learn.
+    """
+    if not tool_names:
+        return []
+    if isinstance(value, str):
+        if not value.lstrip().startswith(("[", "{")):
+            return []
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return []
+    items = value if isinstance(value, list) else [value]
+    if not items or not all(
+        isinstance(item, Mapping)
+        and item.get("name") in tool_names
+        and isinstance(item.get("arguments"), (Mapping, str))
+        for item in items
+    ):
+        return []
+    notes.changed.add(CALLS_FROM_JSON)
+    return parse_calls(items, "answer", notes)
+
+
+def parse_json(text: str, part: str) -> Any:
+    """Parse the JSON text of a row's `part`.
+
+    Raises:
+        RejectedRowError: it is not JSON.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise RejectedRowError(f"{part}_not_a_list") from None
+
+
+def is_filled(value: Any) -> bool:
+    """Return True unless `value` is None or empty; False and 0 say something."""
+    return value is not None and value not in ("", [], {})
+
+
+def _append(messages: list[Message], message: Message, notes: RowNotes) -> None:
+    """Add a message, or join it to the one before where a template has one turn for both."""
+    before = messages[-1] if messages else None
+    if before is None or before["role"] != message["role"]:
+        messages.append(message)
+    elif message["role"] == "user":
+        before["content"] += f"\n\n{message['content']}"
+        notes.changed.add(JOINED_USER_TURNS)
+    elif message["role"] == "assistant" and message.get("tool_calls") and not message["content"]:
+        before["tool_calls"] = [*before.get("tool_calls", ()), *message["tool_calls"]]
+        if not message.get("trained", True):
+            before["trained"] = False
+        notes.changed.add(JOINED_CALLS)
+    else:
+        messages.append(message)
+
+
+def _parse_message(item: Any, path: str, notes: RowNotes) -> list[Message]:
+    """Return the messages that one item of a list stands for."""
+    if not isinstance(item, Mapping):
+        raise RejectedRowError("message_not_an_object")
+    if item.get("human") is not None and item.get("assistant") is not None:
+        return _parse_pair(item, path, notes)
+    if any(is_filled(item.get(key)) for key in MEDIA_KEYS):
+        raise RejectedRowError("has_media")
+    name_key = "role" if item.get("role") is not None else "from"
+    name = item.get(name_key)
+    name = name.strip().lower() if isinstance(name, str) else ""
+    role = _ROLES.get(name)
+    if role is None:
+        raise RejectedRowError("unknown_role")
+    text_key = "content" if item.get("content") is not None else "value"
+    is_call = name in _CALL_ROLES
+    content = _Content() if is_call else _parse_content(item.get(text_key), path, notes)
+    used = [name_key, text_key, "content", "value", *_FLAG_KEYS]
+    if role == "assistant":
+        used += ["tool_calls", "function_call", *_REASONING_KEYS]
+        if is_call:
+            content.calls += parse_calls(item.get(text_key), path, notes)
+        messages = [_parse_assistant(item, content, path, notes)]
+    else:
+        if content.calls or content.reasoning:
+            raise RejectedRowError("message_not_text")
+        messages = [{"role": "tool", "content": result} for result in content.results]
+        if content.text or not content.results:
+            # A prompt or a result may be empty, and is rendered as such.
+            if role == "user" and not content.text:
+                raise RejectedRowError("empty_message")
+            messages.append({"role": role, "content": content.text})
+        if any(flag_of(item.get(key)) for key in _FLAG_KEYS):
+            notes.unused.add(f"{path}.weight of the {role}")
+    _note_unused(item, used, path, notes)
+    return messages
+
+
+def _parse_pair(item: Mapping[str, Any], path: str, notes: RowNotes) -> list[Message]:
+    """Return Firefly's pair of question and answer as two messages."""
+    asked = _parse_content(item["human"], path, notes).text
+    answered = assistant(_parse_content(item["assistant"], path, notes).text)
+    if not asked:
+        raise RejectedRowError("empty_message")
+    if not answered["content"]:
+        raise RejectedRowError("empty_answer")
+    _note_unused(item, ("human", "assistant"), path, notes)
+    return [user(asked), answered]
+
+
+def _parse_assistant(
+    item: Mapping[str, Any], content: _Content, path: str, notes: RowNotes
+) -> Message:
+    if content.results:
+        raise RejectedRowError("message_not_text")
+    said = [item[key] for key in _REASONING_KEYS if is_filled(item.get(key))]
+    if not all(isinstance(text, str) for text in said):
+        raise RejectedRowError("reasoning_not_text")
+    reasoning = one_reasoning([*said, *content.reasoning])
+    message = assistant(content.text, reasoning)
+    for key in ("tool_calls", "function_call"):
+        if is_filled(item.get(key)):
+            content.calls += parse_calls(item[key], f"{path}.{key}", notes)
+    if content.calls:
+        message["tool_calls"] = content.calls
+    elif not message["content"]:
+        raise RejectedRowError("empty_answer")
+    if any(flag_of(item.get(key)) is False for key in _FLAG_KEYS):
+        message["trained"] = False
+    return message
+
+
+def one_reasoning(texts: Sequence[str]) -> str:
+    """Return the one reasoning that all of `texts` hold, '' if they are empty.
+
+    Raises:
+        RejectedRowError: they differ, so that one of them would be lost.
+    """
+    different = dict.fromkeys(text for each in texts if (text := each.strip()))
+    if len(different) > 1:
+        raise RejectedRowError("two_reasonings")
+    return next(iter(different), "")
+
+
+def flag_of(value: Any) -> bool | None:
+    """Return a loss flag, True or False, 1 or 0; None where there is none.
+
+    Raises:
+        RejectedRowError: it is something else, such as a weight between 0 and 1.
+    """
+    if value is None or value == "":
+        return None
+    if isinstance(value, (bool, int, float)) and value in (0, 1):
+        return bool(value)
+    raise RejectedRowError("loss_weight_not_0_or_1")
+
+
+def _parse_content(value: Any, path: str, notes: RowNotes) -> _Content:
+    """Return a message's content by kind; parts of text are joined."""
+    if value is None:
+        return _Content()
+    if isinstance(value, str):
+        return _Content(clean_text(value))
+    if not isinstance(value, list):
+        raise RejectedRowError("message_not_text")
+    found = _Content()
+    texts: list[str] = []
+    for part in value:
+        if isinstance(part, str):
+            texts.append(part)
+        elif isinstance(part, Mapping):
+            texts += _parse_part(part, f"{path}.content[]", found, notes)
+        else:
+            raise RejectedRowError("message_not_text")
+    found.text = clean_text("".join(texts))
+    return found
+
+
+def _parse_part(part: Mapping[str, Any], path: str, found: _Content, notes: RowNotes) -> list[str]:
+    """Return the texts of a part of a message; what is not text goes to `found`."""
+    kind = str(part.get("type") or "text")
+    if any(word in kind for word in ("image", "audio", "video", "file", "document")):
+        raise RejectedRowError("has_media")
+    texts: list[str] = []
+    used: tuple[str, ...]
+    if kind in ("text", "input_text", "output_text"):
+        used = ("type", "text", "value")
+        texts.append(_text_of(part, "text", "value"))
+    elif kind in ("thinking", "reasoning"):
+        used = ("type", "thinking", "reasoning", "value", "text", "signature")
+        found.reasoning.append(_text_of(part, "thinking", "reasoning", "value", "text"))
+    elif kind in ("tool_use", "tool_call"):
+        used = ("type", "name", "input", "arguments", "value", "function")
+        found.calls += parse_calls(part.get("value", part), path, notes)
+    elif kind == "tool_result":
+        used = ("type", "content")
+        inner = _parse_content(part.get("content"), path, notes)
+        if inner.calls or inner.results or inner.reasoning:
+            raise RejectedRowError("message_not_text")
+        found.results.append(inner.text)
+    else:
+        raise RejectedRowError("message_not_text")
+    _note_unused(part, used, path, notes)
+    return texts
+
+
+def _text_of(part: Mapping[str, Any], *keys: str) -> str:
+    value = next((part[key] for key in keys if part.get(key) is not None), None)
+    if not isinstance(value, str):
+        raise RejectedRowError("message_not_text")
+    return value
+
+
+def _wrapped(tool: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(tool.get("function"), dict):
+        return {"type": "function", **tool}
+    # OpenAI's newer interface has the name beside the type, Anthropic another word for parameters.
+    function = {
+        "parameters" if key == "input_schema" else key: value
+        for key, value in tool.items()
+        if key != "type"
+    }
+    if not isinstance(function.get("name"), str):
+        raise RejectedRowError("bad_tool")
+    return {"type": "function", "function": function}
+
+
+def _note_unused(item: Mapping[str, Any], used: Sequence[str], path: str, notes: RowNotes) -> None:
+    for key, value in item.items():
+        if key not in used and is_filled(value):
+            notes.unused.add(f"{path}.{key}")
