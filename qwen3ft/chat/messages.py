@@ -53,7 +53,7 @@ class RowNotes:
 
 @dataclass
 class _Content:
-    """What a message's content holds, by kind."""
+    """Content of a message, by kind."""
 
     text: str = ""
     reasoning: list[str] = field(default_factory=list)

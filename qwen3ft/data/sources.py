@@ -54,13 +54,10 @@ def resolved(config: TrainingConfig) -> ResolvedSources:
     """
     # Pinned first: otherwise a data set may change between two looks at it.
     pinned = pin_sources(config)
-    skipped: list[str] = []
-    files, degraded = resolve_sources(pinned, skipped)
+    files, degraded, skipped = resolve_sources(pinned)
     with open_digests(Path(config.cache_dir).expanduser()) as digests:
         fingerprinted = tuple(_fingerprinted(file, digests) for file in files)
-    return ResolvedSources(
-        config=pinned, files=fingerprinted, degraded=degraded, skipped=tuple(skipped)
-    )
+    return ResolvedSources(config=pinned, files=fingerprinted, degraded=degraded, skipped=skipped)
 
 
 def pin_sources(config: TrainingConfig) -> TrainingConfig:
@@ -87,21 +84,19 @@ def pin_sources(config: TrainingConfig) -> TrainingConfig:
 
 
 def resolve_sources(
-    config: TrainingConfig, skipped: list[str] | None = None
-) -> tuple[list[SourceFile], tuple[str, ...]]:
-    """Return the files to read, in order, and the marks of degradation (sample data).
+    config: TrainingConfig,
+) -> tuple[list[SourceFile], tuple[str, ...], tuple[str, ...]]:
+    """Return the files to read, in order, marks of degradation, and the files that are not read.
 
-    Roles without any file (`dev`, `test`) are to be held out from the training rows.
-
-    Args:
-        config: The paths.
-        skipped: Receives the files of folders and globs that are not read, with the reason.
+    Roles without any file (`dev`, `test`) are to be held out from the training rows. The mark is
+    that of sample data. A file that is not read is one of a folder or glob, and named with why.
 
     Raises:
         DataLoadingError: no data given, a path is missing, or a folder holds no readable file; for
             the hub's data sets see `hub.fetch_dataset`.
         DownloadError: the hub answered with a server error, or a download broke off.
     """
+    skipped: list[str] = []
     try:
         chosen = _chosen_paths(config)
         cache = Path(config.cache_dir).expanduser()
@@ -109,15 +104,16 @@ def resolve_sources(
             file
             for role, paths in chosen.items()
             for path in paths
-            for file in _files(path, role, cache, [] if skipped is None else skipped)
+            for file in _files(path, role, cache, skipped)
         ]
     except DataLoadingError:
         if not config.allow_sample_data:
             raise
-        return _bundled_files(), (SAMPLE_DATA,)
+        return _bundled_files(), (SAMPLE_DATA,), ()
     # Reversed, so that a file that is named twice keeps its first place.
     unique = {(_identity(file), file.role): file for file in reversed(files)}
-    return [file for file in files if unique[(_identity(file), file.role)] is file], ()
+    files = [file for file in files if unique[(_identity(file), file.role)] is file]
+    return files, (), tuple(skipped)
 
 
 def _fingerprinted(file: SourceFile, digests: DigestCache) -> SourceFile:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.rows import read, read_line, read_values
 
-from qwen3ft.config import TrainingConfig
+from qwen3ft.config import ColumnNames, TrainingConfig
 from qwen3ft.data.rows import (
     UNREADABLE_FILE,
     RowCounts,
@@ -161,12 +161,14 @@ def test_reasoning_is_found_inside_the_answer(
     assert split_reasoning(answer, separator) == expected
 
 
-def test_a_reasoning_column_wins_over_a_block_in_the_answer(tmp_path: Path) -> None:
-    """An explicit column is taken as it is, and the answer is still freed of its block."""
-    values = {**GOOD, "answer": "<think>x</think>Friday", "思考": "calendar", "kind": "dates"}
-    row = read_line(tmp_path, json.dumps(values).encode())
-    assert not isinstance(row, BadRow)
+def test_a_reasoning_column_may_repeat_the_block_in_the_answer(tmp_path: Path) -> None:
+    """The answer is freed of its block; a column that says something else would be lost."""
+    values = {**GOOD, "answer": "<think>calendar</think>Friday", "思考": "calendar"}
+    row = read_values(tmp_path, {**values, "kind": "dates"})
     assert (row["reasoning"], row["answer"], row["kind"]) == ("calendar", "Friday", "dates")
+    other = read_line(tmp_path, json.dumps({**values, "思考": "a guess"}).encode())
+    assert isinstance(other, BadRow)
+    assert other.reason == "two_reasonings"
 
 
 def test_parquet_text_that_is_not_utf8_costs_one_row(tmp_path: Path) -> None:
@@ -304,11 +306,12 @@ def _chat(*turns: tuple[str, Any]) -> dict[str, Any]:
         (_chat(("narrator", "x")), "unknown_role"),
         (_chat(("user", "")), "empty_message"),
         (_chat(("user", {"a": 1})), "message_not_text"),
-        (_chat(("user", [{"type": "image_url"}])), "message_not_text"),
+        (_chat(("user", [{"type": "image_url"}])), "has_media"),
+        (_chat(("user", [{"type": "poem", "text": "a"}])), "message_not_text"),
         (_chat(("user", "a")), "ends_without_answer"),
         (_chat(("user", "a"), ("assistant", "b"), ("user", "c")), "ends_without_answer"),
         (_chat(("assistant", "a")), "bad_turn_order"),
-        (_chat(("user", "a"), ("user", "b"), ("assistant", "c")), "bad_turn_order"),
+        (_chat(("user", "a"), ("assistant", "b"), ("assistant", "c")), "bad_turn_order"),
         (_chat(("user", "a"), ("assistant", "b"), ("tool", "c")), "bad_turn_order"),
         (_chat(("user", "a"), ("assistant", "<think>b")), "unclosed_think"),
         (_chat(("user", "a"), ("assistant", "<think>b</think>")), "empty_answer"),
@@ -371,7 +374,7 @@ def test_a_folder_gives_its_files_sorted_and_without_hidden_ones(tmp_path: Path)
         path.parent.mkdir(exist_ok=True)
         path.write_text("{}")
     paths = (str(tmp_path), str(tmp_path / "b.csv"))
-    files, degraded = resolve_sources(config(data_paths=paths))
+    files, degraded, _ = resolve_sources(config(data_paths=paths))
     assert [file.path.relative_to(tmp_path).as_posix() for file in files] == ["a/z.JSONL", "b.csv"]
     assert degraded == ()
 
@@ -397,7 +400,7 @@ def test_no_data_is_an_error_for_a_real_model() -> None:
     """Only the embedded model brings its own rows."""
     with pytest.raises(DataLoadingError, match="data_paths is empty"):
         resolved(config())
-    files, degraded = resolve_sources(config(model_name="embedded"))
+    files, degraded, _ = resolve_sources(config(model_name="embedded"))
     assert [file.label for file in files] == [f"embedded:{name}" for name in EMBEDDED_SPLITS]
     assert degraded == ()
 
@@ -407,7 +410,7 @@ def test_sample_data_stands_in_only_where_allowed_and_is_marked(
     data_paths: tuple[str, ...],
 ) -> None:
     """With consent the bundled rows replace missing ones, and the run is degraded."""
-    files, degraded = resolve_sources(config(data_paths=data_paths, allow_sample_data=True))
+    files, degraded, _ = resolve_sources(config(data_paths=data_paths, allow_sample_data=True))
     assert [file.role for file in files] == ["train", "dev", "test", "test"]
     assert degraded == (SAMPLE_DATA,)
 
