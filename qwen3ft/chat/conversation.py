@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from qwen3ft.chat.thinking import split_think_block
 from qwen3ft.records.data import Message, MessageRole, RejectedRowError
 
 # Roles that may follow each role; None is the start. A prompt of the system may come anywhere.
@@ -64,9 +63,7 @@ def user(content: str) -> Message:
 
 
 def assistant(content: str, reasoning: str = "") -> Message:
-    """Return an assistant's message; a think block in `content` becomes its reasoning."""
-    block, content = split_think_block(content)
-    reasoning = reasoning or block
+    """Return an assistant's message; `reasoning` may be empty."""
     message: Message = {"role": "assistant", "content": content}
     if reasoning:
         message["reasoning"] = reasoning

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwen3ft.chat.conversation import assistant, check_order, user
-from qwen3ft.chat.thinking import clean_text
+from qwen3ft.chat.thinking import clean_text, split_think_block
 from qwen3ft.records.data import Message, MessageRole, RejectedRowError
 
 _CALL_ROLES = ("function_call", "function_calls", "tool_call", "tool_calls")
@@ -108,9 +108,10 @@ def parse_history(value: Any) -> list[Message]:
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
             raise RejectedRowError("history_not_pairs")
         question, answer = (clean_text(part) if isinstance(part, str) else "" for part in pair)
+        block, answer = split_think_block(answer)
         if not question or not answer:
             raise RejectedRowError("history_not_pairs")
-        messages += [user(question), assistant(answer)]
+        messages += [user(question), assistant(answer, block)]
     return messages
 
 
@@ -266,11 +267,9 @@ def _parse_message(item: Any, path: str, notes: RowNotes) -> list[Message]:
 def _parse_pair(item: Mapping[str, Any], path: str, notes: RowNotes) -> list[Message]:
     """Return Firefly's pair of question and answer as two messages."""
     asked = _parse_content(item["human"], path, notes).text
-    answered = assistant(_parse_content(item["assistant"], path, notes).text)
     if not asked:
         raise RejectedRowError("empty_message")
-    if not answered["content"]:
-        raise RejectedRowError("empty_answer")
+    answered = _parse_assistant({}, _parse_content(item["assistant"], path, notes), path, notes)
     _note_unused(item, ("human", "assistant"), path, notes)
     return [user(asked), answered]
 
@@ -283,8 +282,8 @@ def _parse_assistant(
     said = [item[key] for key in _REASONING_KEYS if is_filled(item.get(key))]
     if not all(isinstance(text, str) for text in said):
         raise RejectedRowError("reasoning_not_text")
-    reasoning = one_reasoning([*said, *content.reasoning])
-    message = assistant(content.text, reasoning)
+    block, text = split_think_block(content.text)
+    message = assistant(text, one_reasoning([*said, *content.reasoning, block]))
     for key in ("tool_calls", "function_call"):
         if is_filled(item.get(key)):
             content.calls += parse_calls(item[key], f"{path}.{key}", notes)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from qwen3ft.chat.conversation import answer_text, check_order, texts_of, user
+from qwen3ft.chat.conversation import answer_text, assistant, check_order, texts_of, user
 from qwen3ft.chat.messages import (
     MEDIA_KEYS,
     RowNotes,
@@ -67,15 +67,7 @@ def asked_by(row: QaRow) -> list[str]:
 
 def messages_of(row: QaRow) -> list[Message]:
     """Return the row as messages."""
-    return row["messages"] or [user(row["question"]), turn(row["answer"], row["reasoning"])]
-
-
-def turn(answer: str, reasoning: str) -> Message:
-    """Return the assistant's message; `reasoning` may be empty."""
-    message: Message = {"role": "assistant", "content": answer}
-    if reasoning:
-        message["reasoning"] = reasoning
-    return message
+    return row["messages"] or [user(row["question"]), assistant(row["answer"], row["reasoning"])]
 
 
 def check_content(row: QaRow, *, allow_control_tokens: bool) -> None:
@@ -280,13 +272,13 @@ def _fill_from_columns(
     answered = values[columns.answer] if columns.answer else None
     stated = _optional_text(values, columns.reasoning, "reasoning")
     if calls := calls_in(answered, names, notes):
-        answer = turn("", stated)
+        answer = assistant("", stated)
         answer["tool_calls"] = calls
     else:
         block, text = split_reasoning(_answer(answered), rules.reasoning_separator)
         if not text:
             raise RejectedRowError("empty_answer")
-        answer = turn(text, one_reasoning([stated, block]))
+        answer = assistant(text, one_reasoning([stated, block]))
     _fill(row, [*messages, user(question), answer])
 
 

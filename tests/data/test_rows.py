@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.rows import read, read_line, read_values
+from support.rows import GOOD, read, read_line, read_values
 
 from qwen3ft.config import ColumnNames, TrainingConfig
 from qwen3ft.data.rows import (
@@ -26,9 +26,6 @@ from qwen3ft.data.rows import (
 from qwen3ft.data.sources import EMBEDDED_SPLITS, SAMPLE_DATA, resolve_sources, resolved
 from qwen3ft.errors import DataLoadingError
 from qwen3ft.records.data import BadRow, SourceFile
-
-GOOD = {"question": "Which day?", "answer": "Friday"}
-
 
 BAD_LINES = {
     b'{"question": "a", "answer": "b"': "broken_json",
