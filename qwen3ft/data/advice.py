@@ -44,8 +44,8 @@ def _about_unused(prepared: Prepared) -> Iterator[str]:
         shown = ", ".join(f"{name} ({rows:,})" for name, rows in unused.most_common(_MOST_NAMES))
         more = f" and {len(unused) - _MOST_NAMES} more" if len(unused) > _MOST_NAMES else ""
         yield (
-            f"Not used, with the number of rows: {shown}{more}. If one of them is part of a row, "
-            "say which: --set columns.context=NAME, or another of the columns settings."
+            f"Not used, with the number of rows: {shown}{more}. A column that is part of a row is "
+            "named by a setting, as in: columns: {context: NAME}."
         )
 
 
@@ -60,11 +60,11 @@ def _about_reasoning(
             "chat template does not write: only their answers are trained. Choose a Thinking model "
             "to train it."
         )
-    if thinking.drops_earlier and reading.conversations and config.train_turns == "all":
+    if thinking.drops_earlier and reading.earlier_reasoning and config.train_turns == "all":
         yield (
-            f"{reading.conversations} rows are conversations; this model's template drops the "
-            "reasoning of earlier answers, which are trained without it. To train only the last "
-            "answer of each: train_turns: last."
+            f"{reading.earlier_reasoning} rows are conversations with reasoning before the last "
+            "question, which this model's template drops: those answers are trained without it. To "
+            "train only the last answer of each: train_turns: last."
         )
     if thinking.writes and thinking.prefills and bare:
         yield (

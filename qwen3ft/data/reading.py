@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import TextIO
 
 from qwen3ft.chat.conversation import texts_of
-from qwen3ft.config import TrainingConfig
+from qwen3ft.config import ColumnNames, TrainingConfig
 from qwen3ft.data import safety
+from qwen3ft.data.columns import PARTS, find_columns
 from qwen3ft.data.row_table import RowWriter
 from qwen3ft.data.rows import (
     NOT_AN_EXAMPLE,
@@ -41,6 +44,7 @@ NO_REASONING = "no_reasoning"
 FINDINGS_NAME = "personal_data.jsonl"
 _PERSONAL_DATA = "personal_data"
 _PROGRESS_ROWS = 20_000
+_MOST_NAMES = 20
 _HAN = re.compile("[\u4e00-\u9fff]")
 
 
@@ -65,6 +69,8 @@ class Reading:
     with_reasoning: int = 0
     conversations: int = 0
     """Rows of more than one question and its answer."""
+    earlier_reasoning: int = 0
+    """Rows with reasoning in an answer before the last one."""
     without_reasoning_left_out: int = 0
     """Good rows that the config leaves out because they have no reasoning."""
     marked_left_out: int = 0
@@ -113,7 +119,7 @@ def read_sources(
         for number, file in enumerate(files):
             reading.sources.append(reader.read(number, file))
     _report(reading)
-    _check(reading, config.max_bad_fraction, quarantine)
+    _check(reading, config, quarantine)
     return reading
 
 
@@ -156,6 +162,8 @@ class _Reader:
         reading.chinese += _HAN.search(row["question"]) is not None
         reading.with_reasoning += bool(row["reasoning"])
         reading.conversations += bool(row["messages"])
+        earlier_turns = row["messages"][:-1]
+        reading.earlier_reasoning += any(message.get("reasoning") for message in earlier_turns)
         asked, earlier = asked_keys(asked_by(row))
         said = (row["question"], row["answer"], row["reasoning"])
         # Conversations that differ in an earlier turn or in a tool are no repeats.
@@ -257,9 +265,20 @@ def _reason_for_none(reading: Reading) -> str:
     return "All of their rows were quarantined." if reading.bad else "The files are empty."
 
 
-def _check(reading: Reading, max_bad_fraction: float, quarantine: Path) -> None:
+def _likely_column(part: str, names: Sequence[str], wanted: ColumnNames) -> str:
+    """Return the column that may hold `part`: one with a similar name, that is no other part."""
+    free = find_columns(tuple(names), wanted).unused or tuple(names)
+    similarity = {
+        name: max(SequenceMatcher(None, name.lower(), usual).ratio() for usual in PARTS[part])
+        for name in free[:_MOST_NAMES]
+    }
+    return max(similarity, key=similarity.__getitem__)
+
+
+def _check(reading: Reading, config: TrainingConfig, quarantine: Path) -> None:
     """Raise DataLoadingError if too many rows are bad or none is usable."""
     bad, read, files = reading.bad.total(), reading.rows_read, len(reading.sources)
+    max_bad_fraction = config.max_bad_fraction
     numbers = ", ".join(f"{reason} {count}" for reason, count in reading.bad.most_common())
     # Files have a share of their own: nobody knows how many rows an unreadable one holds.
     if bad > max_bad_fraction * read or reading.unreadable > max_bad_fraction * files:
@@ -273,17 +292,21 @@ def _check(reading: Reading, max_bad_fraction: float, quarantine: Path) -> None:
         why = _reason_for_none(reading)
     else:
         return
+    next_command = f"head {shlex.quote(str(quarantine))}"
     if reading.counts.incomplete:
-        [(names, rows)] = reading.counts.incomplete.most_common(1)
+        [((part, names), rows)] = reading.counts.incomplete.most_common(1)
         why += (
-            f" {rows} of them have no column that is known to hold a question or an answer; they "
-            f"have {', '.join(map(repr, names)) or 'none'}. Name it: --set columns.question=NAME "
-            "--set columns.answer=NAME."
+            f" {rows} of them have no column that is known to hold the {part}; their columns are "
+            f"{', '.join(map(repr, names[:_MOST_NAMES]))}. The setting `columns` names it."
         )
+        if names:
+            column = _likely_column(part, names, config.columns)
+            setting = shlex.quote(f"columns={{{part}: {json.dumps(column, ensure_ascii=False)}}}")
+            next_command = f"qwen3ft data check --set {setting}"
     raise DataLoadingError(
         what,
         why=why,
-        next_command=f"head {quarantine}",
+        next_command=next_command,
         rows_read=read,
         bad=bad,
         unreadable_files=reading.unreadable,

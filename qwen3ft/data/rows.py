@@ -131,8 +131,8 @@ class RowCounts:
     """Good rows by what of them is not used: columns, keys of messages, flags."""
     changed: Counter[str] = field(default_factory=Counter)
     """Good rows by changes of form."""
-    incomplete: Counter[tuple[str, ...]] = field(default_factory=Counter)
-    """Rows without a known question or answer, by the columns they have."""
+    incomplete: Counter[tuple[str, tuple[str, ...]]] = field(default_factory=Counter)
+    """Rows by the part that they lack, question or answer, and the columns that they have."""
 
 
 def read_file(
@@ -181,7 +181,7 @@ def _checked(
     except (RejectedRowError, RecursionError) as error:
         reason = str(error) if isinstance(error, RejectedRowError) else "too_deep"
         if reason in ("missing_question", "missing_answer"):
-            counts.incomplete[names] += 1
+            counts.incomplete[reason.removeprefix("missing_"), names] += 1
         values = {name: raw.values[name] for name in columns.parts().values()} or raw.values
         return BadRow(file.label, raw.line, raw.offset, reason, excerpt(_as_text(values)))
     counts.columns[columns] += 1

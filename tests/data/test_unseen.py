@@ -5,13 +5,16 @@ from __future__ import annotations
 import csv
 import json
 import random
+import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.data_stage import prepare, read_lines, write_jsonl
+import yaml
+from support.data_stage import SNAPSHOT, prepare, read_lines, write_jsonl
 from support.rows import GOOD, read, read_counted, read_line, read_values
 
 from qwen3ft.chat.messages import (
@@ -23,8 +26,11 @@ from qwen3ft.chat.messages import (
 from qwen3ft.chat.rendering import render_row
 from qwen3ft.chat.templates import apply_template
 from qwen3ft.chat.tokenizer import load_tokenizer
+from qwen3ft.config import TrainingConfig
+from qwen3ft.data.pipeline import DataPipeline
 from qwen3ft.data.rows import CONTROL_TOKENS, NOT_AN_EXAMPLE
 from qwen3ft.embedded import MODEL_DIR
+from qwen3ft.errors import DataLoadingError
 from qwen3ft.records.data import BadRow, QaRow
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -501,3 +507,42 @@ def test_more_layouts_are_understood(tmp_path: Path) -> None:
     row, counts = read_counted(tmp_path, {"messages": [USER, USER, ANSWER]})
     assert row["question"] == "q\n\nq"
     assert counts.changed == {JOINED_USER_TURNS: 1}
+
+
+def test_a_column_that_is_not_known_is_asked_for_by_a_command_that_works(tmp_path: Path) -> None:
+    """It lists the columns there are, and names the most similar one."""
+    rows = [{"class": "x", "question": f"q{n}", "std_answer": f"a{n}"} for n in range(20)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(DataLoadingError) as caught:
+        prepare(tmp_path, path)
+    assert "'class', 'question', 'std_answer'" in caught.value.why
+    setting = shlex.split(caught.value.next_command)[-1]
+    columns = yaml.safe_load(setting.removeprefix("columns="))
+    assert columns == {"answer": "std_answer"}
+    assert prepare(tmp_path, path, columns=columns).usable_rows == 20
+
+
+def test_rows_left_out_by_a_setting_are_the_reason_that_is_given(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [GOOD, {**GOOD, "question": "When?"}])
+    with pytest.raises(DataLoadingError) as caught:
+        prepare(tmp_path, path, rows_without_reasoning="leave_out")
+    assert "2 good rows have no reasoning" in caught.value.why
+
+
+def test_one_warning_does_not_hide_another(tmp_path: Path) -> None:
+    """A conversation with reasoning, beside rows without any for a model that always thinks."""
+    model = shutil.copytree(MODEL_DIR, tmp_path / "model")
+    template = model / "chat_template.jinja"
+    always = template.read_text(encoding="utf-8").replace(
+        "    {{- '<|im_start|>assistant\\n' }}\n",
+        "    {{- '<|im_start|>assistant\\n<think>\\n' }}\n",
+    )
+    template.write_text(always.replace("enable_thinking is defined and", "false and"))
+    rows = [{"question": f"q{n}", "answer": f"a{n}"} for n in range(20)]
+    thought = {**ANSWER, "reasoning": "r"}
+    path = write_jsonl(tmp_path / "rows.jsonl", [*rows, {"messages": [USER, thought] * 2}])
+    config = TrainingConfig(model_name="embedded", data_paths=(path,))
+    snapshot = SNAPSHOT.model_copy(update={"path": str(model)})
+    warnings = " ".join(DataPipeline(config).prepare(snapshot, tmp_path / "data").warnings)
+    assert "20 of 21 rows have no reasoning, and this model always thinks" in warnings
+    assert "1 rows are conversations with reasoning before the last" in warnings
