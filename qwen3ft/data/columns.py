@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 
 from qwen3ft.chat.messages import MEDIA_KEYS
 from qwen3ft.config import ColumnNames
@@ -67,6 +66,8 @@ class Columns:
     split: str | None = None
     label: str | None = None
     """False where the answer is a bad one."""
+    media: tuple[str, ...] = ()
+    """Columns of images and the like."""
     unused: tuple[str, ...] = ()
     """Columns that are no part of a row."""
 
@@ -75,11 +76,10 @@ class Columns:
         return {
             part: name
             for part, name in asdict(self).items()
-            if name is not None and part not in ("layout", "unused")
+            if name is not None and part not in ("layout", "media", "unused")
         }
 
 
-@lru_cache(maxsize=1024)  # asked for each row, and the rows of a file have few sets of columns
 def find_columns(names: tuple[str, ...], wanted: ColumnNames) -> Columns:
     """Match column names, ignoring case and outer spaces, with the parts of a row.
 
@@ -110,8 +110,10 @@ def find_columns(names: tuple[str, ...], wanted: ColumnNames) -> Columns:
         if name is not None and times[_folded(name)] > 1 and getattr(wanted, part) is None:
             raise RejectedRowError("two_columns_of_one_name")
     taken = {*found.values(), addition}
-    unused = tuple(name for name in names if name not in taken)
-    return Columns(layout=_layout(found, addition), addition=addition, unused=unused, **found)
+    media = tuple(name for name in names if _folded(name) in MEDIA_KEYS)
+    unused = tuple(name for name in names if name not in taken and name not in media)
+    layout = _layout(found, addition)
+    return Columns(layout=layout, addition=addition, media=media, unused=unused, **found)
 
 
 def may_be_used(names: tuple[str, ...], wanted: ColumnNames) -> list[str]:

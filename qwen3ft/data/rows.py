@@ -16,7 +16,6 @@ from typing import Any
 
 from qwen3ft.chat.conversation import answer_text, assistant, check_order, texts_of, user
 from qwen3ft.chat.messages import (
-    MEDIA_KEYS,
     RowNotes,
     calls_in,
     is_filled,
@@ -58,6 +57,7 @@ CONTROL_TOKENS = (
 _CONTROL = re.compile("|".join(map(re.escape, CONTROL_TOKENS)))
 
 _EXCERPT_CHARACTERS = 200
+_MOST_COLUMN_SETS = 1024
 
 
 def asked_by(row: QaRow) -> list[str]:
@@ -153,9 +153,10 @@ def read_file(
         unread.extend(name for name in names if name not in chosen)
         return chosen
 
+    reader = _RowReader(file, rules, counts, unread)
     try:
         for raw in read_raw(file.path, choose, limit):
-            yield _checked(raw, file, rules, counts, unread)
+            yield reader.row(raw)
     except (UnreadableFileError, OSError) as error:
         yield BadRow(file.label, 0, -1, UNREADABLE_FILE, excerpt(str(error)))
 
@@ -166,30 +167,47 @@ def excerpt(text: str) -> str:
     return mask_secrets(head)[:_EXCERPT_CHARACTERS]
 
 
-def _checked(
-    raw: RawRow, file: SourceFile, rules: RowRules, counts: RowCounts, unread: Sequence[str]
-) -> QaRow | BadRow:
-    if raw.reason:
-        return BadRow(file.label, raw.line, raw.offset, raw.reason, excerpt(raw.text))
-    # A column without a value is absent: files that unite several layouts have empty ones.
-    names = tuple(name for name, value in raw.values.items() if value is not None)
-    columns, notes = Columns(""), RowNotes()
-    try:
-        columns = find_columns(names, rules.columns)
-        row = _row(raw, columns, file, rules, notes)
-        check_content(row, allow_control_tokens=rules.escape_special_tokens)
-    except (RejectedRowError, RecursionError) as error:
-        reason = str(error) if isinstance(error, RejectedRowError) else "too_deep"
-        if reason in ("missing_question", "missing_answer"):
-            counts.incomplete[reason.removeprefix("missing_"), names] += 1
-        values = {name: raw.values[name] for name in columns.parts().values()} or raw.values
-        return BadRow(file.label, raw.line, raw.offset, reason, excerpt(_as_text(values)))
-    counts.columns[columns] += 1
-    notes.unused.update(name for name in columns.unused if is_filled(raw.values[name]))
-    counts.unused.update(name.strip() or "(a column without a name)" for name in notes.unused)
-    counts.unused.update(unread)
-    counts.changed.update(notes.changed)
-    return row
+@dataclass
+class _RowReader:
+    """Reader of the rows of one file, with what is the same for many of them."""
+
+    file: SourceFile
+    rules: RowRules
+    counts: RowCounts
+    unread: Sequence[str]
+    """Columns of the file that are not even read."""
+    columns: dict[tuple[str, ...], Columns] = field(default_factory=dict)
+    """Columns by the names of those that hold something: the rows of a file have few such sets."""
+
+    def row(self, raw: RawRow) -> QaRow | BadRow:
+        """Return the checked row."""
+        label, counts = self.file.label, self.counts
+        if raw.reason:
+            return BadRow(label, raw.line, raw.offset, raw.reason, excerpt(raw.text))
+        # A column without a value is absent: files that unite several layouts have empty ones.
+        names = tuple([name for name, value in raw.values.items() if value is not None])
+        columns, notes = self.columns.get(names), RowNotes()
+        try:
+            if columns is None:
+                columns = find_columns(names, self.rules.columns)
+                if len(self.columns) < _MOST_COLUMN_SETS:
+                    self.columns[names] = columns
+            row = _row(raw, columns, self.file, self.rules, notes)
+            check_content(row, allow_control_tokens=self.rules.escape_special_tokens)
+        except (RejectedRowError, RecursionError) as error:
+            reason = str(error) if isinstance(error, RejectedRowError) else "too_deep"
+            if reason in ("missing_question", "missing_answer"):
+                counts.incomplete[reason.removeprefix("missing_"), names] += 1
+            parts = columns.parts().values() if columns else ()
+            values = {name: raw.values[name] for name in parts} or raw.values
+            return BadRow(label, raw.line, raw.offset, reason, excerpt(_as_text(values)))
+        counts.columns[columns] += 1
+        unused = {*notes.unused, *(name for name in columns.unused if is_filled(raw.values[name]))}
+        for name in (*unused, *self.unread):
+            counts.unused[name.strip() or "(a column without a name)"] += 1
+        for change in notes.changed:
+            counts.changed[change] += 1
+        return row
 
 
 def _row(
@@ -197,7 +215,7 @@ def _row(
 ) -> QaRow:
     """Return the row, whichever of the known layouts it has."""
     values = raw.values
-    if any(is_filled(values[name]) for name in values if name.lower() in MEDIA_KEYS):
+    if any(is_filled(values[name]) for name in columns.media):
         raise RejectedRowError("has_media")
     row = QaRow(
         question="",
@@ -260,26 +278,30 @@ def _fill_from_columns(
     row: QaRow, values: Mapping[str, Any], columns: Columns, rules: RowRules, notes: RowNotes
 ) -> None:
     question = _optional_text(values, columns.question, "question")
-    addition = _optional_text(values, columns.addition, "question")
-    # Alpaca's instruction may be empty where the input says it all.
-    question = "\n".join(filter(None, (question, addition)))
+    if addition := _optional_text(values, columns.addition, "question"):
+        # Alpaca's instruction may be empty where the input says it all.
+        question = f"{question}\n{addition}" if question else addition
     if not question:
         question = _required(values[columns.question] if columns.question else None, "question")
     if context := _optional_text(values, columns.context, "context"):
         question = f"{context}\n\n{question}"
-    messages = _messages_before(values, columns)
-    names = [tool["function"]["name"] for tool in row["tools"]]
     answered = values[columns.answer] if columns.answer else None
-    stated = _optional_text(values, columns.reasoning, "reasoning")
-    if calls := calls_in(answered, names, notes):
-        answer = assistant("", stated)
-        answer["tool_calls"] = calls
-    else:
+    reasoning = _optional_text(values, columns.reasoning, "reasoning")
+    names = [tool["function"]["name"] for tool in row["tools"]]
+    text = ""
+    if not (calls := calls_in(answered, names, notes)):
         block, text = split_reasoning(_answer(answered), rules.reasoning_separator)
         if not text:
             raise RejectedRowError("empty_answer")
-        answer = assistant(text, one_reasoning([stated, block]))
-    _fill(row, [*messages, user(question), answer])
+        if block:
+            reasoning = one_reasoning([reasoning, block])
+    if not (columns.system or columns.history or row["tools"]):
+        row["question"], row["answer"], row["reasoning"] = question, text, reasoning
+        return
+    answer = assistant(text, reasoning)
+    if calls:
+        answer["tool_calls"] = calls
+    _fill(row, [*_messages_before(values, columns), user(question), answer])
 
 
 def _fill_from_messages(
