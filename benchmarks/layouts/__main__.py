@@ -1,6 +1,6 @@
 """Rows in the layouts that publishers document, compared with a reference by transformers alone.
 
-    python -m benchmarks.layouts [--rows 40] [--only WORD] [--out benchmarks/results/layouts-cpu.json]
+    python -m benchmarks.layouts [--rows 40] [--only WORD] [--out FILE]
 
 Writes rows of its own in each layout, reads and tokenises them as a run does, and compares token
 ids and loss mask with a plain parser of the layout and `apply_chat_template`, for three families of

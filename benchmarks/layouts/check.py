@@ -15,7 +15,20 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.layouts import published, servers, trainers
+from benchmarks.layouts import (
+    axolotl,
+    calls,
+    chats,
+    chinese,
+    llama_factory,
+    openai,
+    preferences,
+    reasoning,
+    servers,
+    swift,
+    tables,
+    trl,
+)
 from benchmarks.layouts.layout import Layout
 from benchmarks.layouts.reference import Tokens, reference_tokens
 from benchmarks.layouts.talks import JsonDict, Talk
@@ -24,9 +37,15 @@ from qwen3ft.config import ColumnNames
 from qwen3ft.data.rows import RowCounts, RowRules, read_file
 from qwen3ft.records.data import BadRow, QaRow, SourceFile
 
-LAYOUTS = [*trainers.LAYOUTS, *servers.LAYOUTS, *published.LAYOUTS]
+_PUBLISHERS = (
+    *(llama_factory, swift, axolotl, trl, openai, servers, calls),
+    *(chinese, reasoning, chats, preferences, tables),
+)
+LAYOUTS = [layout for publisher in _PUBLISHERS for layout in publisher.LAYOUTS]
 
-_FORM = re.compile("role|from|type|kind|group|split|label|kto_tag|weight|loss_weight|loss|train|training")
+_FORM = re.compile(
+    "role|from|type|kind|group|split|label|kto_tag|weight|loss_weight|loss|train|training"
+)
 """Keys whose values say what a text is, and whether it is trained."""
 _MARKS = re.compile("</?think>|</?tool_call>|</?tool_response>|####")
 
@@ -142,13 +161,16 @@ def _unseen(
     good: list[tuple[int, QaRow, Talk]], written: list[JsonDict], counts: RowCounts
 ) -> Iterator[str]:
     """Yield the keys that have something in a good row that is neither trained nor named."""
-    named = Counter({name.split(".")[-1]: rows for name, rows in counts.unused.items()})
+    named: Counter[str] = Counter()
+    for name, rows in counts.unused.items():
+        key = name.split(".")[-1].removesuffix("[1:]")
+        named["" if key.startswith("(") else key] += rows  # "(column 1)" has no name
     lost: Counter[str] = Counter()
     for n, _, talk in good:
         everything = json.dumps([talk.messages, talk.tools], ensure_ascii=False)
         lost.update({keys for keys, text in _leaves(written[n]) if text not in everything})
     for path, rows in lost.items():
-        keys = [key.strip() or "(a column without a name)" for key in path.split("\0")]
+        keys = path.split("\0")
         if rows > max(named[key] for key in keys):
             yield f"{'.'.join(keys)} is lost in {rows} rows, and not named"
 

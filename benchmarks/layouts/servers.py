@@ -1,16 +1,12 @@
-"""Layouts of servers' interfaces, and of data sets of function calls."""
+"""Layouts of other servers' interfaces: Anthropic, Bedrock, Cohere, Gemini."""
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 from benchmarks.layouts import talks as t
+from benchmarks.layouts.forms import bare, plain_messages, wrapped
 from benchmarks.layouts.layout import (
     Layout,
     answer_of,
-    assistant,
-    block,
     filled,
     question_of,
     refused,
@@ -19,135 +15,6 @@ from benchmarks.layouts.layout import (
     turns,
 )
 from benchmarks.layouts.talks import JsonDict, Talk, said
-from benchmarks.layouts.trainers import (
-    CHATML,
-    bad,
-    compact,
-    plain_messages,
-    read_flags,
-    read_function_turns,
-    read_openai_tools,
-    write_flags,
-    write_function_turns,
-    write_openai_tools,
-)
-
-
-def bare(talk: Talk) -> list[JsonDict]:
-    """Return the functions without OpenAI's wrapper."""
-    return [tool["function"] for tool in talk.tools]
-
-
-def wrapped(functions: list[JsonDict]) -> list[JsonDict]:
-    """Return functions with OpenAI's wrapper."""
-    return [{"type": "function", "function": function} for function in functions]
-
-
-# --- OpenAI ---
-
-
-def write_legacy(talk: Talk, n: int) -> JsonDict:
-    """Write the older function_call and functions."""
-    items = []
-    for message in talk.messages:
-        item: JsonDict = {"role": message["role"], "content": message["content"]}
-        if calls := message.get("calls"):
-            call = {"name": calls[0]["name"], "arguments": compact(calls[0]["arguments"])}
-            item = {**item, "content": message["content"] or None, "function_call": call}
-        if message["role"] == "tool":
-            item = {"role": "function", "name": "get_weather", "content": message["content"]}
-        items.append(item)
-    return {"messages": items, "functions": bare(talk)}
-
-
-def read_legacy(row: JsonDict) -> Talk:
-    """OpenAI: one call a message, its arguments as text; results have the role function."""
-    messages = []
-    for item in row["messages"]:
-        calls = []
-        if call := item.get("function_call"):
-            calls = [{"name": call["name"], "arguments": json.loads(call["arguments"])}]
-        role = "tool" if item["role"] == "function" else item["role"]
-        messages.append(said(role, tidy(item["content"] or ""), calls=calls))
-    return Talk(messages, wrapped(row["functions"]))
-
-
-def write_parts(talk: Talk, n: int) -> JsonDict:
-    """Write content as parts of text, two of them in questions."""
-    items = []
-    for message in talk.messages:
-        text = message["content"]
-        half = len(text) // 2 if message["role"] == "user" else len(text)
-        parts = [{"type": "text", "text": part} for part in (text[:half], text[half:]) if part]
-        items.append({"role": message["role"], "content": parts})
-    return {"messages": items}
-
-
-def read_parts(items: list[JsonDict]) -> list[JsonDict]:
-    """OpenAI: texts of the parts follow each other."""
-    return [
-        said(x["role"], tidy("".join(part["text"] for part in x["content"]))) for x in items
-    ]
-
-
-def written_in_two(n: int) -> Talk:
-    """A question in two parts."""
-    talk = t.plain(n)
-    talk.messages[0]["content"] += f"\n\n{t.followed(n)}"
-    return talk
-
-
-OPENAI = [
-    Layout("OpenAI: chat", t.ruled_chat, lambda talk, n: {"messages": plain_messages(talk)},
-           lambda row: Talk(turns(row["messages"], CHATML))),
-    Layout("OpenAI: weight", t.ruled_flagged,
-           lambda talk, n: write_flags(talk, "weight", 1, 0, ("assistant",)),
-           lambda row: read_flags(row, "weight")),
-    Layout("OpenAI: names of speakers", t.ruled_chat, lambda talk, n: {
-        "messages": [{**x, "name": f"speaker_{n}"} for x in plain_messages(talk)],
-    }, lambda row: Talk(turns(row["messages"], CHATML))),
-    Layout("OpenAI: tools", t.called_often, lambda talk, n: {
-        "messages": write_openai_tools(talk, as_text=True, ids=True),
-        "parallel_tool_calls": False,
-        "tools": talk.tools,
-    }, lambda row: read_openai_tools(row["messages"], row["tools"])),
-    Layout("OpenAI: tools, ends with calls", t.ends_with_calls, lambda talk, n: {
-        "messages": write_openai_tools(talk, as_text=True, ids=True), "tools": talk.tools,
-    }, lambda row: read_openai_tools(row["messages"], row["tools"])),
-    Layout("OpenAI: tools of Responses", t.called_with_text, lambda talk, n: {
-        "messages": write_openai_tools(talk, as_text=True, ids=True),
-        "tools": [{"type": "function", **function} for function in bare(talk)],
-    }, lambda row: read_openai_tools(row["messages"], wrapped(
-        [{k: v for k, v in tool.items() if k != "type"} for tool in row["tools"]]))),
-    Layout("OpenAI: function_call", t.called_with_text, write_legacy, read_legacy),
-    Layout("OpenAI: content parts", t.ruled_chat, write_parts,
-           lambda row: Talk(read_parts(row["messages"]))),
-    Layout("OpenAI: two messages of the user in a row", written_in_two, lambda talk, n: {
-        "messages": [{"role": "user", "content": t.asked(n)},
-                     {"role": "user", "content": t.followed(n)}, *plain_messages(talk)[1:]],
-    }, lambda row: Talk([
-        said("user", "\n\n".join(tidy(x["content"]) for x in row["messages"][:-1])),
-        assistant(row["messages"][-1]["content"]),
-    ])),
-    refused("OpenAI: preference", "missing_answer", t.plain, lambda talk, n: {
-        "input": {"messages": plain_messages(talk)[:1], "tools": [], "parallel_tool_calls": True},
-        "preferred_output": plain_messages(talk)[1:],
-        "non_preferred_output": [{"role": "assistant", "content": bad(n)}],
-    }),
-    refused("OpenAI: refusals", "empty_answer", t.plain, lambda talk, n: {
-        "messages": [*plain_messages(talk)[:1],
-                     {"role": "assistant", "content": None, "refusal": bad(n)}],
-    }),
-    refused("OpenAI: images", "has_media", t.plain, lambda talk, n: {
-        "messages": [{"role": "user", "content": [
-            {"type": "text", "text": question_of(talk)},
-            {"type": "image_url", "image_url": {"url": f"https://example.org/{n}.png"}},
-        ]}, *plain_messages(talk)[1:]],
-    }),
-]  # fmt: skip
-
-
-# --- Anthropic and others ---
 
 
 def write_anthropic(talk: Talk, n: int) -> JsonDict:
@@ -215,7 +82,7 @@ def read_anthropic(row: JsonDict) -> Talk:
     return Talk(messages, tools)
 
 
-OTHER_SERVERS = [
+LAYOUTS = [
     Layout("Anthropic: messages", t.ruled_chat, lambda talk, n: filled({
         "system": rule_of(talk),
         "messages": [x for x in plain_messages(talk) if x["role"] != "system"],
@@ -260,105 +127,3 @@ OTHER_SERVERS = [
                      {"role": "model", "parts": [{"text": answer_of(talk)}]}],
     }),
 ]  # fmt: skip
-
-
-# --- data sets of function calls ---
-
-
-def write_hermes(talk: Talk, n: int) -> JsonDict:
-    """Write calls and results as text in tags, under a prompt that has the tools as well."""
-    items = [{"from": "system", "value": rule_of(talk) or "You are a function calling AI."}]
-    for message in talk.messages:
-        value = message["content"]
-        if message["role"] == "assistant":
-            calls = [f"<tool_call>\n{compact(c)}\n</tool_call>" for c in message.get("calls", ())]
-            value = "\n".join([*([value] if value else []), *calls])
-        elif message["role"] == "tool":
-            value = f"<tool_response>\n{value}\n</tool_response>"
-        if message["role"] != "system":
-            name = {"user": "human", "assistant": "gpt", "tool": "tool"}[message["role"]]
-            items.append({"from": name, "value": value})
-    return {
-        "id": f"7cf5{n}", "conversations": items, "tools": compact(talk.tools),
-        "category": "Information Extraction", "task": f"Weather {n}",
-    }  # fmt: skip
-
-
-def read_hermes(row: JsonDict) -> Talk:
-    """Hermes: a call is JSON in tool_call tags, a result is in tool_response tags."""
-    messages = []
-    for item in row["conversations"]:
-        value = item["value"]
-        if item["from"] == "tool":
-            inner = value.removeprefix("<tool_response>").removesuffix("</tool_response>")
-            messages.append(said("tool", tidy(inner)))
-        elif item["from"] == "gpt":
-            text, *rest = value.split("<tool_call>")
-            calls = [json.loads(part.replace("</tool_call>", "")) for part in rest]
-            messages.append(said("assistant", tidy(text), calls=calls))
-        else:
-            role = {"system": "system", "human": "user"}[item["from"]]
-            messages.append(said(role, tidy(value)))
-    return Talk(messages, json.loads(row["tools"]))
-
-
-def hermes(n: int) -> Talk:
-    """A talk with a prompt of the system in every row."""
-    talk = t.called_with_text(n)
-    rest = [message for message in talk.messages if message["role"] != "system"]
-    rules = t.rule(n) if n % 3 else "You are a function calling AI."
-    return Talk([said("system", rules), *rest], talk.tools)
-
-
-def read_xlam(row: JsonDict) -> Talk:
-    """xLAM: the answers are the calls; tools and answers are texts of JSON."""
-    answers, tools = (
-        json.loads(row[key]) if isinstance(row[key], str) else row[key]
-        for key in ("answers", "tools")
-    )
-    messages = [said("user", tidy(row["query"])), said("assistant", "", calls=answers)]
-    return Talk(messages, wrapped(tools))
-
-
-def write_xlam(talk: Talk, n: int, dump: Any = compact) -> JsonDict:
-    """Write query, answers and tools."""
-    return {
-        "id": 41000 + n,
-        "query": question_of(talk),
-        "answers": dump(talk.messages[-1]["calls"]),
-        "tools": dump(bare(talk)),
-    }
-
-
-FUNCTIONS = [
-    Layout("xLAM", t.ends_with_calls, write_xlam, read_xlam, ".json"),
-    Layout("xLAM as values", t.ends_with_calls,
-           lambda talk, n: write_xlam(talk, n, lambda value: value), read_xlam),
-    Layout("xLAM as messages", t.ends_with_calls, lambda talk, n: {
-        "messages": [*plain_messages(talk)[:1],
-                     {"role": "assistant", "content": compact(talk.messages[-1]["calls"])}],
-        "tools": bare(talk),
-    }, lambda row: Talk([
-        said("user", tidy(row["messages"][0]["content"])),
-        said("assistant", "", calls=json.loads(row["messages"][1]["content"])),
-    ], wrapped(row["tools"]))),
-    Layout("Glaive, as LLaMA-Factory publishes it", t.without_rules(t.called_often),
-           write_function_turns, read_function_turns, ".json"),
-    refused("Glaive: transcripts", "messages_not_a_list", t.called, lambda talk, n: {
-        "system": f"SYSTEM: You are a helpful assistant.\n{compact(bare(talk))}",
-        "chat": f"USER: {question_of(talk)}\n\n\nASSISTANT: {answer_of(talk)} <|endoftext|>",
-    }),
-    Layout("Hermes: function calling", hermes, write_hermes, read_hermes, ".json"),
-    Layout("APIGen-MT", t.called_often, write_function_turns, read_function_turns, ".json"),
-    refused("ToolACE: calls as Python", "bad_turn_order", t.called, lambda talk, n: {
-        "system": rule_of(talk),
-        "conversations": [
-            {"from": "user", "value": question_of(talk)},
-            {"from": "assistant", "value": f"[get_weather(city='Rome', days={n})]"},
-            {"from": "tool", "value": compact({"t": n})},
-            {"from": "assistant", "value": block(talk.messages[-1])},
-        ],
-    }),
-]  # fmt: skip
-
-LAYOUTS = [*OPENAI, *OTHER_SERVERS, *FUNCTIONS]

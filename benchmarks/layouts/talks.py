@@ -80,7 +80,10 @@ def thought(n: int) -> str:
 
 def rule(n: int) -> str:
     """Return a prompt of the system."""
-    return (f"You are the guide of {_PLACES[n % 8]}. Be brief.", f"你是第{n}号助手。\n请如实回答。")[n % 2]
+    return (
+        f"You are the guide of {_PLACES[n % 8]}. Be brief.",
+        f"你是第{n}号助手。\n请如实回答。",
+    )[n % 2]
 
 
 def followed(n: int) -> str:

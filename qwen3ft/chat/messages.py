@@ -9,12 +9,21 @@ that holds something and is not used is noted, and content is not judged.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from qwen3ft.chat.conversation import assistant, check_order, user
+from qwen3ft.chat.functions import (
+    RowNotes,
+    calls_in,
+    is_filled,
+    note_unused,
+    parse_calls,
+    parse_json,
+    tagged_calls,
+    tagged_results,
+)
 from qwen3ft.chat.thinking import clean_text, split_think_block
 from qwen3ft.records.data import Message, MessageRole, RejectedRowError
 
@@ -23,13 +32,16 @@ _ROLES: dict[str, MessageRole] = {
     **dict.fromkeys(("system", "developer", "系统"), "system"),
     **dict.fromkeys(("user", "human", "prompter", "用户", "人类"), "user"),
     **dict.fromkeys(
-        ("assistant", "gpt", "chatgpt", "bot", "model", "助手", *_CALL_ROLES), "assistant"
+        ("assistant", "gpt", "chatgpt", "chatbot", "bot", "model", "助手", *_CALL_ROLES),
+        "assistant",
     ),
     **dict.fromkeys(
         ("tool", "function", "observation", "ipython", "tool_response", "tool_result"), "tool"
     ),
     **dict.fromkeys(("function_response", "工具"), "tool"),
 }
+_PAIRS = (("human", "assistant"), ("input", "output"))
+"""Keys of items that are a question and its answer, as Firefly and Capybara have them."""
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought")
 _FLAG_KEYS = ("weight", "loss_weight", "train", "training", "trainable", "loss")
 """Names under which data sets say if an answer carries loss."""
@@ -37,18 +49,6 @@ MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
 
 JOINED_USER_TURNS = "turns of the user in a row joined"
 JOINED_CALLS = "function calls joined to the turn before"
-CALLS_FROM_JSON = "answers of JSON read as function calls"
-WRAPPED_TOOLS = "tools wrapped as OpenAI's servers send them"
-
-
-@dataclass
-class RowNotes:
-    """Remarks on the reading of one row, for the counts that the user is shown."""
-
-    unused: set[str] = field(default_factory=set)
-    """Columns and keys with something in them that is not used, such as `messages[].name`."""
-    changed: set[str] = field(default_factory=set)
-    """Changes of form that were made."""
 
 
 @dataclass
@@ -90,10 +90,40 @@ def parse_messages(
         # Elsewhere the row would have a call without its result.
         if not may_call or (following is not None and following["role"] != "tool"):
             continue
-        if calls := calls_in(message["content"], tool_names, notes):
-            message["content"], message["tool_calls"] = "", calls
+        text, calls = "", calls_in(message["content"], tool_names, notes)
+        if not calls:
+            text, calls = tagged_calls(message["content"], notes)
+        if calls:
+            message["content"], message["tool_calls"] = text, calls
     check_order(messages)
     return messages
+
+
+def is_open(value: Any) -> bool:
+    """Return True for a list of messages of which the last is the user's, or a tool's result."""
+    if not isinstance(value, list) or not value or not isinstance(value[-1], Mapping):
+        return False
+    name = value[-1].get("role") or value[-1].get("from")
+    return isinstance(name, str) and _ROLES.get(name.strip().lower()) in ("user", "tool")
+
+
+def as_messages(answer: Any) -> list[Any]:
+    """Return an answer beside messages as messages: a text, one message, or a list of them."""
+    if isinstance(answer, str):
+        return [{"role": "assistant", "content": answer}]
+    return answer if isinstance(answer, list) else [answer]
+
+
+def parse_text(value: Any, column: str, notes: RowNotes) -> str:
+    """Parse a text that may be a list of parts, as in Anthropic's system prompts.
+
+    Raises:
+        RejectedRowError: it is neither, or a part is not text.
+    """
+    content = _parse_content(value, column, notes)
+    if content.calls or content.results or content.reasoning:
+        raise RejectedRowError("message_not_text")
+    return content.text
 
 
 def parse_history(value: Any) -> list[Message]:
@@ -113,100 +143,6 @@ def parse_history(value: Any) -> list[Message]:
             raise RejectedRowError("history_not_pairs")
         messages += [user(question), assistant(answer, block)]
     return messages
-
-
-def parse_tools(value: Any, notes: RowNotes) -> list[dict[str, Any]]:
-    """Parse function schemas: a list of objects, or its JSON text; [] for None.
-
-    Each comes out as `{"type": "function", "function": ...}`, as servers hand them to a template.
-
-    Raises:
-        RejectedRowError: it is something else.
-    """
-    if isinstance(value, str):
-        value = parse_json(value, "tools") if value.strip() else None
-    if value is None:
-        return []
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise RejectedRowError("tools_not_a_list")
-    tools = [_wrapped(tool) for tool in value]
-    if tools != value:
-        notes.changed.add(WRAPPED_TOOLS)
-    return tools
-
-
-def parse_calls(value: Any, path: str, notes: RowNotes) -> list[dict[str, Any]]:
-    """Parse function calls, one or a list, or their JSON text, into names and arguments.
-
-    OpenAI wraps each call, with its arguments as JSON text; Anthropic calls them input.
-
-    Raises:
-        RejectedRowError: it is something else.
-    """
-    if isinstance(value, str):
-        value = parse_json(value, "calls")
-    calls = []
-    for item in value if isinstance(value, list) else [value]:
-        wrapper = item if isinstance(item, Mapping) else {}
-        call = wrapper.get("function", wrapper)
-        if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
-            raise RejectedRowError("bad_tool_call")
-        key = next((k for k in ("arguments", "parameters", "input") if k in call), "arguments")
-        arguments = call.get(key)
-        if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
-            arguments = {}
-        elif isinstance(arguments, str):
-            arguments = parse_json(arguments, "calls")
-        if not isinstance(arguments, dict):
-            raise RejectedRowError("bad_tool_call")
-        calls.append({"name": call["name"], "arguments": arguments})
-        _note_unused(call, ("name", key, "type", "function"), path, notes)
-        if call is not wrapper:
-            _note_unused(wrapper, ("type", "function"), path, notes)
-    return calls
-
-
-def calls_in(value: Any, tool_names: Sequence[str], notes: RowNotes) -> list[dict[str, Any]]:
-    """Return the function calls that an answer states as bare JSON, as xLAM's do; [] if it is none.
-
-    A server's template writes calls in another form, which the model would otherwise not learn.
-    """
-    if not tool_names:
-        return []
-    if isinstance(value, str):
-        if not value.lstrip().startswith(("[", "{")):
-            return []
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return []
-    items = value if isinstance(value, list) else [value]
-    if not items or not all(
-        isinstance(item, Mapping)
-        and item.get("name") in tool_names
-        and isinstance(item.get("arguments"), (Mapping, str))
-        for item in items
-    ):
-        return []
-    notes.changed.add(CALLS_FROM_JSON)
-    return parse_calls(items, "answer", notes)
-
-
-def parse_json(text: str, part: str) -> Any:
-    """Parse the JSON text of a row's `part`.
-
-    Raises:
-        RejectedRowError: it is not JSON.
-    """
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        raise RejectedRowError(f"{part}_not_a_list") from None
-
-
-def is_filled(value: Any) -> bool:
-    """Return True unless `value` is None or empty; False and 0 say something."""
-    return value is not None and value not in ("", [], {})
 
 
 def _append(messages: list[Message], message: Message, notes: RowNotes) -> None:
@@ -230,10 +166,13 @@ def _parse_message(item: Any, path: str, notes: RowNotes) -> list[Message]:
     """Return the messages that one item of a list stands for."""
     if not isinstance(item, Mapping):
         raise RejectedRowError("message_not_an_object")
-    if item.get("human") is not None and item.get("assistant") is not None:
-        return _parse_pair(item, path, notes)
+    for asked, answered in _PAIRS:
+        if item.get(asked) is not None and item.get(answered) is not None:
+            return _parse_pair(item, asked, answered, path, notes)
     if any(is_filled(item.get(key)) for key in MEDIA_KEYS):
         raise RejectedRowError("has_media")
+    if is_filled(item.get("train_detail")):
+        raise RejectedRowError("loss_of_parts")  # Axolotl's flags of pieces of a text
     name_key = "role" if item.get("role") is not None else "from"
     name = item.get(name_key)
     name = name.strip().lower() if isinstance(name, str) else ""
@@ -257,21 +196,24 @@ def _parse_message(item: Any, path: str, notes: RowNotes) -> list[Message]:
             # A prompt or a result may be empty, and is rendered as such.
             if role == "user" and not content.text:
                 raise RejectedRowError("empty_message")
-            messages.append({"role": role, "content": content.text})
+            texts = tagged_results(content.text, notes) if role == "tool" else [content.text]
+            messages += [{"role": role, "content": text} for text in texts]
         if any(flag_of(item.get(key)) for key in _FLAG_KEYS):
             notes.unused.add(f"{path}.weight of the {role}")
-    _note_unused(item, used, path, notes)
+    note_unused(item, used, path, notes)
     return messages
 
 
-def _parse_pair(item: Mapping[str, Any], path: str, notes: RowNotes) -> list[Message]:
-    """Return Firefly's pair of question and answer as two messages."""
-    asked = _parse_content(item["human"], path, notes).text
-    if not asked:
+def _parse_pair(
+    item: Mapping[str, Any], asked: str, answered: str, path: str, notes: RowNotes
+) -> list[Message]:
+    """Return a pair of question and answer, under these two keys, as two messages."""
+    question = _parse_content(item[asked], path, notes).text
+    if not question:
         raise RejectedRowError("empty_message")
-    answered = _parse_assistant({}, _parse_content(item["assistant"], path, notes), path, notes)
-    _note_unused(item, ("human", "assistant"), path, notes)
-    return [user(asked), answered]
+    answer = _parse_assistant({}, _parse_content(item[answered], path, notes), path, notes)
+    note_unused(item, (asked, answered), path, notes)
+    return [user(question), answer]
 
 
 def _parse_assistant(
@@ -353,7 +295,7 @@ def _parse_part(part: Mapping[str, Any], path: str, found: _Content, notes: RowN
         used = ("type", "text", "value")
         texts.append(_text_of(part, "text", "value"))
     elif kind in ("thinking", "reasoning"):
-        used = ("type", "thinking", "reasoning", "value", "text", "signature")
+        used = ("type", "thinking", "reasoning", "value", "text")
         found.reasoning.append(_text_of(part, "thinking", "reasoning", "value", "text"))
     elif kind in ("tool_use", "tool_call"):
         used = ("type", "name", "input", "arguments", "value", "function")
@@ -366,7 +308,7 @@ def _parse_part(part: Mapping[str, Any], path: str, found: _Content, notes: RowN
         found.results.append(inner.text)
     else:
         raise RejectedRowError("message_not_text")
-    _note_unused(part, used, path, notes)
+    note_unused(part, used, path, notes)
     return texts
 
 
@@ -375,23 +317,3 @@ def _text_of(part: Mapping[str, Any], *keys: str) -> str:
     if not isinstance(value, str):
         raise RejectedRowError("message_not_text")
     return value
-
-
-def _wrapped(tool: dict[str, Any]) -> dict[str, Any]:
-    if isinstance(tool.get("function"), dict):
-        return {"type": "function", **tool}
-    # OpenAI's newer interface has the name beside the type, Anthropic another word for parameters.
-    function = {
-        "parameters" if key == "input_schema" else key: value
-        for key, value in tool.items()
-        if key != "type"
-    }
-    if not isinstance(function.get("name"), str):
-        raise RejectedRowError("bad_tool")
-    return {"type": "function", "function": function}
-
-
-def _note_unused(item: Mapping[str, Any], used: Sequence[str], path: str, notes: RowNotes) -> None:
-    for key, value in item.items():
-        if key not in used and is_filled(value):
-            notes.unused.add(f"{path}.{key}")

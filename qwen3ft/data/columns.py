@@ -16,7 +16,7 @@ from qwen3ft.records.data import RejectedRowError
 PARTS: dict[str, tuple[str, ...]] = {
     "messages": (
         *("messages", "conversations", "conversation", "dialogue", "dialog", "chat"),
-        *("对话", "会话", "消息"),
+        *("对话", "会话", "消息", "chosen_messages"),
     ),
     "question": (
         *("question", "instruction", "prompt", "query", "problem", "user", "human", "input"),
@@ -24,20 +24,32 @@ PARTS: dict[str, tuple[str, ...]] = {
     ),
     "answer": (
         *("answer", "answers", "output", "completion", "response", "solution", "reply", "target"),
-        *("assistant", "chosen", "答案", "回答", "回复", "输出", "解答", "助手", "答"),
+        *(
+            "assistant",
+            "chosen",
+            "generation",
+            "content",
+            "答案",
+            "回答",
+            "回复",
+            "输出",
+            "解答",
+            "助手",
+            "答",
+        ),
     ),
     "reasoning": (
         *("reasoning", "reasoning_content", "thinking", "thought", "cot", "chain_of_thought"),
         *("complex_cot", "rationale", "思考", "推理", "思维链", "推理过程"),
     ),
-    "context": ("context", "passage", "document", "上下文", "背景", "材料", "原文"),
+    "context": ("context", "passage", "document", "article", "上下文", "背景", "材料", "原文"),
     "system": ("system", "system_prompt", "系统", "系统提示"),
     "history": ("history", "历史"),
     "tools": ("tools", "functions", "工具"),
     "kind": ("kind",),
     "group": ("group", "group_id", "source_id", "paraphrase_of", "分组"),
     "split": ("split",),
-    "label": ("label",),
+    "label": ("label", "kto_tag"),
 }
 """Names of each part, the more specific ones first."""
 
@@ -122,6 +134,11 @@ def may_be_used(names: tuple[str, ...], wanted: ColumnNames) -> list[str]:
     usual |= {*_SECOND_QUESTION.values(), *MEDIA_KEYS}
     asked = set(wanted.model_dump().values())
     return [name for name in names if name in asked or _folded(name) in usual]
+
+
+def is_chosen(column: str | None) -> bool:
+    """Return True for the column of the better answer in preference data."""
+    return column is not None and _folded(column) == "chosen"
 
 
 def _folded(name: str) -> str:

@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwen3ft.chat.conversation import answer_text, assistant, check_order, texts_of, user
+from qwen3ft.chat.functions import RowNotes, calls_in, is_filled, note_unused, parse_tools
 from qwen3ft.chat.messages import (
-    RowNotes,
-    calls_in,
-    is_filled,
+    as_messages,
+    is_open,
     one_reasoning,
     parse_history,
     parse_messages,
-    parse_tools,
+    parse_text,
 )
 from qwen3ft.chat.templates import TOOL_RESPONSE
 from qwen3ft.chat.thinking import (
@@ -33,7 +33,7 @@ from qwen3ft.chat.thinking import (
     text_behind,
 )
 from qwen3ft.config import ColumnNames, TrainingConfig
-from qwen3ft.data.columns import Columns, find_columns, may_be_used
+from qwen3ft.data.columns import Columns, find_columns, is_chosen, may_be_used
 from qwen3ft.data.readers.open import read_raw
 from qwen3ft.data.readers.raw import MAX_ROW_BYTES, RawRow, UnreadableFileError
 from qwen3ft.logs import mask_secrets
@@ -231,7 +231,7 @@ def _row(
         offset=raw.offset,
     )
     if messages := _given_messages(values, columns, row["tools"], notes):
-        _fill_from_messages(row, messages, values, columns, rules)
+        _fill_from_messages(row, messages, values, columns, rules, notes)
     else:
         _fill_from_columns(row, values, columns, rules, notes)
     row["kind"] = _optional_text(values, columns.kind, "kind")
@@ -251,15 +251,18 @@ def _given_messages(
     asked = values[columns.question] if columns.question else None
     answered = values[columns.answer] if columns.answer else None
     if columns.messages is not None:
-        beside = (columns.question, columns.addition, columns.answer)
+        given, beside = values[columns.messages], [columns.question, columns.addition]
+        if is_filled(answered) and is_chosen(columns.answer) and is_open(given):
+            given = [*given, *as_messages(answered)]  # preference data with a prompt of messages
+        else:
+            beside.append(columns.answer)
         notes.unused.update(name for name in beside if name and is_filled(values[name]))
-        return parse_messages(values[columns.messages], columns.messages, names, notes)
+        return parse_messages(given, columns.messages, names, notes)
     if isinstance(asked, list):  # a prompt of messages, completed by messages or a text
-        if isinstance(answered, str):
-            answered = [{"role": "assistant", "content": answered}]
-        if not isinstance(answered, list):
+        if answered is None:
             raise RejectedRowError("missing_answer")
-        return parse_messages([*asked, *answered], str(columns.question), names, notes)
+        completed = [*asked, *as_messages(answered)]
+        return parse_messages(completed, str(columns.question), names, notes)
     if isinstance(answered, list) and answered and _is_message(answered[0]):
         # Preference data: the chosen answer as messages, with the prompt or without.
         if len(answered) == 1:
@@ -286,11 +289,12 @@ def _fill_from_columns(
     if context := _optional_text(values, columns.context, "context"):
         question = f"{context}\n\n{question}"
     answered = values[columns.answer] if columns.answer else None
-    reasoning = _optional_text(values, columns.reasoning, "reasoning")
+    reasoning = _stated_reasoning(values, columns.reasoning, notes)
     names = [tool["function"]["name"] for tool in row["tools"]]
     text = ""
     if not (calls := calls_in(answered, names, notes)):
-        block, text = split_reasoning(_answer(answered), rules.reasoning_separator)
+        answered = _answer(answered, str(columns.answer), notes)
+        block, text = split_reasoning(answered, rules.reasoning_separator)
         if not text:
             raise RejectedRowError("empty_answer")
         if block:
@@ -301,7 +305,7 @@ def _fill_from_columns(
     answer = assistant(text, reasoning)
     if calls:
         answer["tool_calls"] = calls
-    _fill(row, [*_messages_before(values, columns), user(question), answer])
+    _fill(row, [*_messages_before(values, columns, notes), user(question), answer])
 
 
 def _fill_from_messages(
@@ -310,9 +314,10 @@ def _fill_from_messages(
     values: Mapping[str, Any],
     columns: Columns,
     rules: RowRules,
+    notes: RowNotes,
 ) -> None:
     """Fill `row` from its messages, and from the columns beside them."""
-    before = _messages_before(values, columns)
+    before = _messages_before(values, columns, notes)
     if messages[0]["role"] == "system":
         if before and before[0]["role"] == "system":
             if before[0] != messages[0]:
@@ -327,7 +332,7 @@ def _fill_from_messages(
         block, last["content"] = split_reasoning(last["content"], rules.reasoning_separator)
         if block:
             last["reasoning"] = block
-    stated = _optional_text(values, columns.reasoning, "reasoning")
+    stated = _stated_reasoning(values, columns.reasoning, notes)
     if reasoning := one_reasoning([stated, last.get("reasoning", "")]):
         last["reasoning"] = reasoning
     if not last["content"] and not last.get("tool_calls"):
@@ -335,10 +340,10 @@ def _fill_from_messages(
     _fill(row, [*before, *messages])
 
 
-def _messages_before(values: Mapping[str, Any], columns: Columns) -> list[Message]:
+def _messages_before(values: Mapping[str, Any], columns: Columns, notes: RowNotes) -> list[Message]:
     """Return the messages that columns of their own hold: the system's, and earlier turns."""
     messages: list[Message] = []
-    if system := _optional_text(values, columns.system, "system"):
+    if columns.system and (system := parse_text(values[columns.system], columns.system, notes)):
         messages.append({"role": "system", "content": system})
     if columns.history:
         messages += parse_history(values[columns.history])
@@ -400,15 +405,29 @@ def split_reasoning(answer: str, separator: str | None) -> tuple[str, str]:
     return (before.strip(), text_behind(after)) if cut else ("", clean_text(answer))
 
 
-def _answer(value: Any) -> str:
+def _answer(value: Any, column: str, notes: RowNotes) -> str:
     """Return the answer's text; of SQuAD's list of accepted answers the first."""
-    if isinstance(value, Mapping):
-        value = value.get("text")
     if isinstance(value, list):
         if not value:
             raise RejectedRowError("empty_answer")
-        value = value[0].get("text") if isinstance(value[0], Mapping) else value[0]
+        if len(value) > 1:
+            notes.unused.add(f"{column}[1:]")
+        return _answer(value[0], column, notes)
+    if isinstance(value, Mapping):
+        note_unused(value, ("text",), column, notes)
+        return _answer(value.get("text"), column, notes)
     return _required(value, "answer")
+
+
+def _stated_reasoning(values: Mapping[str, Any], column: str | None, notes: RowNotes) -> str:
+    """Return the reasoning in a column of its own: a text, or a list of one."""
+    value = values.get(column) if column is not None else None
+    if isinstance(value, list) and len(value) == 1:
+        [value] = value
+    if isinstance(value, bool) or value in ("on", "off"):
+        notes.unused.add(str(column))  # it says whether there is reasoning
+        return ""
+    return _optional_text({"reasoning": value}, "reasoning", "reasoning")
 
 
 def _required(value: Any, part: str) -> str:

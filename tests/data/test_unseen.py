@@ -17,12 +17,8 @@ import yaml
 from support.data_stage import SNAPSHOT, prepare, read_lines, write_jsonl
 from support.rows import GOOD, read, read_counted, read_line, read_values
 
-from qwen3ft.chat.messages import (
-    CALLS_FROM_JSON,
-    JOINED_CALLS,
-    JOINED_USER_TURNS,
-    WRAPPED_TOOLS,
-)
+from qwen3ft.chat.functions import CALLS_FROM_JSON, WRAPPED_TOOLS
+from qwen3ft.chat.messages import JOINED_CALLS, JOINED_USER_TURNS
 from qwen3ft.chat.rendering import render_row
 from qwen3ft.chat.templates import apply_template
 from qwen3ft.chat.tokenizer import load_tokenizer
