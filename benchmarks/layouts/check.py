@@ -102,7 +102,7 @@ def check(
         else:
             assert isinstance(talk, Talk)
             good.append((n, row, talk))
-    verdict.differences += _unseen(good, written, counts)
+    verdict.differences += unseen(good, written, counts)
     differ = {n for n, *_ in good if verdict.differences}
     for name, (ours, theirs) in tokenizers.items():
         differ |= _compare(name, good, ours, theirs, verdict)
@@ -157,7 +157,7 @@ def _shown(tokenizer: Any, tokens: Tokens) -> str:
     return repr(text)
 
 
-def _unseen(
+def unseen(
     good: list[tuple[int, QaRow, Talk]], written: list[JsonDict], counts: RowCounts
 ) -> Iterator[str]:
     """Yield the keys that have something in a good row that is neither trained nor named."""

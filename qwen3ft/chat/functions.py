@@ -78,7 +78,7 @@ def parse_calls(value: Any, path: str, notes: RowNotes) -> list[dict[str, Any]]:
         if not isinstance(arguments, dict):
             raise RejectedRowError("bad_tool_call")
         calls.append({"name": call["name"], "arguments": arguments})
-        note_unused(call, ("name", key, "type", "function"), path, notes)
+        note_unused(call, ("name", key, "type"), path, notes)
         if call is not wrapper:
             note_unused(wrapper, ("type", "function"), path, notes)
     return calls
@@ -161,7 +161,7 @@ def note_unused(item: Mapping[str, Any], used: Sequence[str], path: str, notes: 
     """Note the keys of `item` that hold something and are not in `used`."""
     for key, value in item.items():
         if key not in used and is_filled(value):
-            notes.unused.add(f"{path}.{key}")
+            notes.unused.add(f"{path}.{key.strip() or '(a key without a name)'}")
 
 
 def _wrapped(tool: dict[str, Any]) -> dict[str, Any]:

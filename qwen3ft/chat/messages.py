@@ -182,7 +182,7 @@ def _parse_message(item: Any, path: str, notes: RowNotes) -> list[Message]:
     text_key = "content" if item.get("content") is not None else "value"
     is_call = name in _CALL_ROLES
     content = _Content() if is_call else _parse_content(item.get(text_key), path, notes)
-    used = [name_key, text_key, "content", "value", *_FLAG_KEYS]
+    used = [name_key, text_key, *_FLAG_KEYS]
     if role == "assistant":
         used += ["tool_calls", "function_call", *_REASONING_KEYS]
         if is_call:
@@ -290,30 +290,32 @@ def _parse_part(part: Mapping[str, Any], path: str, found: _Content, notes: RowN
     if any(word in kind for word in ("image", "audio", "video", "file", "document")):
         raise RejectedRowError("has_media")
     texts: list[str] = []
-    used: tuple[str, ...]
     if kind in ("text", "input_text", "output_text"):
-        used = ("type", "text", "value")
-        texts.append(_text_of(part, "text", "value"))
+        key, text = _text_of(part, "text", "value")
+        texts.append(text)
     elif kind in ("thinking", "reasoning"):
-        used = ("type", "thinking", "reasoning", "value", "text")
-        found.reasoning.append(_text_of(part, "thinking", "reasoning", "value", "text"))
+        key, text = _text_of(part, "thinking", "reasoning", "value", "text")
+        found.reasoning.append(text)
     elif kind in ("tool_use", "tool_call"):
-        used = ("type", "name", "input", "arguments", "value", "function")
-        found.calls += parse_calls(part.get("value", part), path, notes)
+        key = "value"
+        found.calls += parse_calls(part.get(key, part), path, notes)
+        if key not in part:
+            return []
     elif kind == "tool_result":
-        used = ("type", "content")
+        key = "content"
         inner = _parse_content(part.get("content"), path, notes)
         if inner.calls or inner.results or inner.reasoning:
             raise RejectedRowError("message_not_text")
         found.results.append(inner.text)
     else:
         raise RejectedRowError("message_not_text")
-    note_unused(part, used, path, notes)
+    note_unused(part, ("type", key), path, notes)
     return texts
 
 
-def _text_of(part: Mapping[str, Any], *keys: str) -> str:
-    value = next((part[key] for key in keys if part.get(key) is not None), None)
-    if not isinstance(value, str):
+def _text_of(part: Mapping[str, Any], *keys: str) -> tuple[str, str]:
+    """Return the first of `keys` that holds something, and its text."""
+    key = next((key for key in keys if part.get(key) is not None), keys[0])
+    if not isinstance(part.get(key), str):
         raise RejectedRowError("message_not_text")
-    return value
+    return key, part[key]

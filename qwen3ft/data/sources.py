@@ -198,10 +198,16 @@ def _files(given: str, role: Role, cache: Path, skipped: list[str]) -> list[Sour
 
 def _folder_files(folder: Path, role: Role, skipped: list[str]) -> list[SourceFile]:
     """Return the readable files below `folder` that are not hidden, sorted by name."""
-    visible = (
-        path
-        for path in folder.rglob("*")
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    visible: list[Path] = []
+    hidden: list[Path] = []
+    for path in folder.rglob("*"):
+        is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        (hidden if is_hidden else visible).append(path)
+    # Notebooks and version control leave hidden files of all kinds; only rows are missed.
+    skipped.extend(
+        f"{path}: hidden files are not read"
+        for path in sorted(hidden)
+        if is_readable(path) and path.is_file()
     )
     files = [
         replace(file, role=_role_in(file.path.relative_to(folder), role))

@@ -542,3 +542,55 @@ def test_one_warning_does_not_hide_another(tmp_path: Path) -> None:
     warnings = " ".join(DataPipeline(config).prepare(snapshot, tmp_path / "data").warnings)
     assert "20 of 21 rows have no reasoning, and this model always thinks" in warnings
     assert "1 rows are conversations with reasoning before the last" in warnings
+
+
+# --- marks and answers beside a conversation ---
+
+
+@pytest.mark.parametrize("chosen", ["a", ANSWER, [ANSWER], {"from": "gpt", "value": "a"}])
+def test_the_chosen_answer_ends_a_conversation_that_lacks_one(tmp_path: Path, chosen: Any) -> None:
+    """Preference data with a prompt of messages; beside a whole conversation it is named."""
+    values = {"conversations": [USER], "chosen": chosen, "rejected": "b"}
+    row, counts = read_counted(tmp_path, values)
+    assert (row["question"], row["answer"]) == ("q", "a")
+    assert counts.unused == {"rejected": 1}
+    row, counts = read_counted(tmp_path, {"messages": [USER, ANSWER], "chosen": chosen})
+    assert counts.unused == {"chosen": 1}
+    for other in ("solution", "output", "response"):  # what a reward looks at, perhaps
+        assert reason_of(tmp_path, {"messages": [USER], other: "a"}) == "ends_without_answer"
+
+
+@pytest.mark.parametrize("mark", ["label", "kto_tag", "KTO_tag"])
+def test_a_false_mark_leaves_a_row_out_under_each_name(tmp_path: Path, mark: str) -> None:
+    assert reason_of(tmp_path, {**GOOD, mark: False}) == NOT_AN_EXAMPLE
+    assert read_values(tmp_path, {**GOOD, mark: True})["answer"] == "Friday"
+
+
+def test_loss_on_pieces_of_an_answer_is_refused(tmp_path: Path) -> None:
+    """Axolotl's train_detail: the whole answer would be trained."""
+    pieces = [{"begin_offset": 0, "end_offset": 1, "train": False}]
+    values = {"messages": [USER, {**ANSWER, "train_detail": pieces}]}
+    assert reason_of(tmp_path, values) == "loss_of_parts"
+
+
+@pytest.mark.parametrize("switch", ["on", "off", True, False])
+def test_a_switch_of_reasoning_is_no_reasoning(tmp_path: Path, switch: Any) -> None:
+    row, counts = read_counted(tmp_path, {**GOOD, "answer": "x", "reasoning": switch})
+    assert (row["reasoning"], counts.unused) == ("", {"reasoning": 1})
+
+
+def test_what_is_left_of_several_answers_is_named(tmp_path: Path) -> None:
+    for answers in (["a", "b"], {"text": ["a", "b"], "answer_start": [1, 2]}, [{"text": "a"}, "b"]):
+        row, counts = read_counted(tmp_path, {"question": "q", "answers": answers})
+        assert row["answer"] == "a"
+        assert any(name.endswith("[1:]") for name in counts.unused)
+        assert ("answers.answer_start" in counts.unused) == (type(answers) is dict)
+
+
+def test_a_prompt_of_the_system_may_be_parts_of_text(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "s", "cache_control": {"type": "ephemeral"}}, {"text": "t"}]
+    row, counts = read_counted(tmp_path, {"messages": [USER, ANSWER], "system": parts})
+    assert row["messages"][0] == {"role": "system", "content": "st"}
+    assert counts.unused == {"system.content[].cache_control": 1}
+    image = [{"type": "image", "source": "x"}]
+    assert reason_of(tmp_path, {**GOOD, "system": image}) == "has_media"
