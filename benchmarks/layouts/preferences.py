@@ -34,6 +34,10 @@ LAYOUTS = [
         "label": n % 2 == 0, "dataset": "capybara", "rating": 5.5,
     }, lambda row: Talk(turns([*row["prompt"], *row["completion"]], CHATML))
        if row["label"] else NO_EXAMPLE, ".parquet"),
+    Layout("KTO as a table", t.plain, lambda talk, n: {
+        "prompt": question_of(talk), "completion": bad(n) if n % 2 else answer_of(talk),
+        "label": n % 2 == 0,
+    }, lambda row: pair(row["prompt"], row["completion"]) if row["label"] else NO_EXAMPLE, ".csv"),
     Layout("Orca DPO pairs", t.ruled, lambda talk, n: {
         "system": rule_of(talk), "question": question_of(talk), "chosen": answer_of(talk),
         "rejected": bad(n),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.layouts import talks as t
-from benchmarks.layouts.forms import bare, plain_messages, wrapped
+from benchmarks.layouts.forms import bare, conversations, plain_messages, wrapped
 from benchmarks.layouts.layout import (
     Layout,
     answer_of,
@@ -36,6 +36,8 @@ def write_anthropic(talk: Talk, n: int) -> JsonDict:
         if message.get("reasoning"):
             signed = {"thinking": message["reasoning"], "signature": f"EqQBCgIYAh{n}"}
             parts.append({"type": "thinking", **signed})
+        if message["role"] == "user" and items and items[-1]["role"] == "user":
+            parts = items.pop()["content"]
         if message["content"]:
             parts.append({"type": "text", "text": message["content"]})
         parts += [
@@ -92,6 +94,7 @@ LAYOUTS = [
         "messages": [x for x in plain_messages(talk) if x["role"] != "system"],
     }), read_anthropic),
     Layout("Anthropic: tools", t.called_often, write_anthropic, read_anthropic),
+    Layout("Anthropic: text beside results", t.called_and_asked, write_anthropic, read_anthropic),
     Layout("Anthropic: thinking", t.called_with_thought, write_anthropic, read_anthropic),
     refused("Anthropic: images", "has_media", t.plain, lambda talk, n: {
         "messages": [{"role": "user", "content": [
@@ -114,6 +117,8 @@ LAYOUTS = [
         *(said("system", tidy(part["text"])) for part in row.get("system", ())),
         *(said(x["role"], tidy(x["content"][0]["text"])) for x in row["messages"]),
     ])),
+    Layout("LangChain: human and ai", t.ruled_chat, *conversations(
+        roles={"system": "system", "human": "user", "ai": "assistant"})),
     Layout("Cohere: chat", t.ruled_chat, lambda talk, n: {
         "messages": [
             {"role": {"assistant": "Chatbot"}.get(x["role"], x["role"].title()),

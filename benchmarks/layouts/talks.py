@@ -220,6 +220,14 @@ def called_often(n: int) -> Talk:
     return talk
 
 
+def called_and_asked(n: int) -> Talk:
+    """A call and its result, beside which the user asks for more in every other row."""
+    talk = called(n)
+    if n % 2:
+        talk.messages.insert(-1, said("user", followed(n)))
+    return talk
+
+
 def ends_with_calls(n: int) -> Talk:
     """A question, and one or two calls that answer it."""
     calls = [call(n), call(n + 2)] if n % 2 else [call(n)]

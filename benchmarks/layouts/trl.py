@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 from benchmarks.layouts import talks as t
 from benchmarks.layouts.forms import (
     CHATML,
     NO_EXAMPLE,
     bad,
+    compact,
     plain_messages,
     read_openai_tools,
     write_openai_tools,
@@ -31,6 +34,11 @@ LAYOUTS = [
         ],
         "tools": talk.tools,
     }, lambda row: read_openai_tools(row["messages"], row["tools"])),
+    Layout("TRL: messages with tools as texts", t.called_often, lambda talk, n: {
+        "messages": write_openai_tools(talk, as_text=False, ids=False),
+        "tools": [compact(tool) for tool in talk.tools],
+    }, lambda row: read_openai_tools(row["messages"], [json.loads(x) for x in row["tools"]]),
+       ".parquet"),
     Layout("TRL: prompt and completion with tools", t.called_with_thought, lambda talk, n: {
         "prompt": write_openai_tools(talk, as_text=False, ids=False)[:-3],
         "completion": write_openai_tools(talk, as_text=False, ids=False)[-3:],

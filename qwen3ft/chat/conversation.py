@@ -13,7 +13,7 @@ _FOLLOWERS: dict[MessageRole | None, tuple[MessageRole, ...]] = {
     None: ("user",),
     "user": ("assistant",),
     "assistant": ("user", "tool"),
-    "tool": ("tool", "assistant"),
+    "tool": ("tool", "assistant", "user"),
 }
 Shape = tuple[int, tuple[tuple[str, int, bool, int], ...]]
 """Number of tools; of each message its role, content (0 none, 1 text, 2 indented text), presence of

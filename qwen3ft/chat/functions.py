@@ -45,10 +45,13 @@ def parse_tools(value: Any, notes: RowNotes) -> list[dict[str, Any]]:
         value = parse_json(value, "tools") if value.strip() else None
     if value is None:
         return []
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+    if not isinstance(value, list):
         raise RejectedRowError("tools_not_a_list")
-    tools = [_wrapped(tool) for tool in value]
-    if tools != value:
+    given = [parse_json(tool, "tools") if isinstance(tool, str) else tool for tool in value]
+    if not all(isinstance(tool, dict) for tool in given):
+        raise RejectedRowError("tools_not_a_list")
+    tools = [_wrapped(tool) for tool in given]
+    if tools != given:
         notes.changed.add(WRAPPED_TOOLS)
     return tools
 
@@ -64,7 +67,8 @@ def parse_calls(value: Any, path: str, notes: RowNotes) -> list[dict[str, Any]]:
     if isinstance(value, str):
         value = parse_json(value, "calls")
     calls = []
-    for item in value if isinstance(value, list) else [value]:
+    for given in value if isinstance(value, list) else [value]:
+        item = parse_json(given, "calls") if isinstance(given, str) else given
         wrapper = item if isinstance(item, Mapping) else {}
         call = wrapper.get("function", wrapper)
         if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):

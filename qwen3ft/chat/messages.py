@@ -32,7 +32,7 @@ _ROLES: dict[str, MessageRole] = {
     **dict.fromkeys(("system", "developer", "系统"), "system"),
     **dict.fromkeys(("user", "human", "prompter", "用户", "人类"), "user"),
     **dict.fromkeys(
-        ("assistant", "gpt", "chatgpt", "chatbot", "bot", "model", "助手", *_CALL_ROLES),
+        ("assistant", "gpt", "chatgpt", "chatbot", "bot", "ai", "model", "助手", *_CALL_ROLES),
         "assistant",
     ),
     **dict.fromkeys(

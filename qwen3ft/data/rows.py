@@ -47,6 +47,8 @@ _SPLITS: dict[str, Role] = {
     **dict.fromkeys(("dev", "val", "valid", "validation", "eval"), "dev"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
+_LABELS = {"true": True, "false": False}
+"""Marks of good and bad examples; a number may be a class."""
 _PLAIN_KEYS = {"role", "content", "reasoning"}
 CONTROL_TOKENS = (
     *("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|object_ref_start|>", "<|object_ref_end|>"),
@@ -374,9 +376,10 @@ def _apply_marks(row: QaRow, values: Mapping[str, Any], columns: Columns, notes:
         else:
             row["role"] = role
     if columns.label:
-        if not isinstance(values[columns.label], bool):
+        mark = _LABELS.get(str(values[columns.label]).strip().lower())
+        if mark is None:
             notes.unused.add(columns.label)
-        elif not values[columns.label]:
+        elif not mark:
             raise RejectedRowError(NOT_AN_EXAMPLE)
     messages = list(row["messages"])
     if not messages or messages[-1].get("trained", True):

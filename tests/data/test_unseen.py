@@ -562,8 +562,11 @@ def test_the_chosen_answer_ends_a_conversation_that_lacks_one(tmp_path: Path, ch
 
 @pytest.mark.parametrize("mark", ["label", "kto_tag", "KTO_tag"])
 def test_a_false_mark_leaves_a_row_out_under_each_name(tmp_path: Path, mark: str) -> None:
-    assert reason_of(tmp_path, {**GOOD, mark: False}) == NOT_AN_EXAMPLE
-    assert read_values(tmp_path, {**GOOD, mark: True})["answer"] == "Friday"
+    for false in (False, "False", "false "):  # a table has texts
+        assert reason_of(tmp_path, {**GOOD, mark: false}) == NOT_AN_EXAMPLE
+    for true in (True, "True"):
+        _, counts = read_counted(tmp_path, {**GOOD, mark: true})
+        assert not counts.unused
 
 
 def test_loss_on_pieces_of_an_answer_is_refused(tmp_path: Path) -> None:
