@@ -19,6 +19,7 @@ from benchmarks.layouts.layout import Layout, pair, question_of
 from benchmarks.layouts.reference import reference_tokens
 from benchmarks.layouts.talks import Talk
 from qwen3ft.chat.rendering import tokenize_rows
+from qwen3ft.data.columns import PARTS
 from qwen3ft.data.rows import RowCounts
 
 Tokenizers = dict[str, tuple[Any, Any]]
@@ -112,6 +113,15 @@ def test_the_check_sees_what_is_lost_and_not_named(tmp_path: Path) -> None:
     counts = RowCounts(unused=Counter({"(column 1)": 1, "note": 1, "messages[].mood": 1}))
     [content] = unseen([(0, {}, talk)], [row], counts)  # type: ignore[typeddict-item]
     assert content.startswith("messages.content is lost in 1 rows")
+
+
+def test_the_page_lists_the_columns_and_counts_the_layouts() -> None:
+    """Those of the code, in its order."""
+    page = (FOLDER.parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    for part, names in PARTS.items():
+        assert f"| {part} | {', '.join(f'`{name}`' for name in names)} |" in page
+    table = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+    assert all(f"rows in {len(LAYOUTS)} published layouts" in text for text in (page, table))
 
 
 def test_the_reference_knows_nothing_of_the_product() -> None:
