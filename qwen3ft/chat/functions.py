@@ -99,7 +99,7 @@ def calls_in(value: Any, tool_names: Sequence[str], notes: RowNotes) -> list[dic
         if not value.lstrip().startswith(("[", "{")):
             return []
         try:
-            value = json.loads(value)
+            value = _loads(value)
         except (ValueError, RecursionError):
             return []
     items = value if isinstance(value, list) else [value]
@@ -124,9 +124,9 @@ def tagged_calls(text: str, notes: RowNotes) -> tuple[str, list[dict[str, Any]]]
         return text, []
     rest, noted = text[len(before) :], RowNotes()
     try:
-        values = [json.loads(inner) for inner in _CALL.findall(rest)]
+        values = [_loads(inner) for inner in _CALL.findall(rest)]
         calls = parse_calls(values, "answer", noted)
-    except (ValueError, RecursionError, RejectedRowError):
+    except (ValueError, RecursionError):
         return text, []
     if not calls or _CALL.sub("", rest).strip():
         return text, []
@@ -148,12 +148,25 @@ def parse_json(text: str, part: str) -> Any:
     """Parse the JSON text of a row's `part`.
 
     Raises:
-        RejectedRowError: it is not JSON.
+        RejectedRowError: it is not JSON, or an object in it has two keys of one name.
     """
     try:
-        return json.loads(text)
+        return _loads(text)
+    except RejectedRowError:
+        raise
     except (ValueError, RecursionError):
         raise RejectedRowError(f"{part}_not_a_list") from None
+
+
+def _loads(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):  # the last one would win
+        raise RejectedRowError("duplicate_key")
+    return value
 
 
 def is_filled(value: Any) -> bool:

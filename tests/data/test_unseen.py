@@ -373,6 +373,25 @@ def test_a_repeated_name_is_refused_in_every_format(tmp_path: Path) -> None:
         assert row.reason == "duplicate_key"
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {**GOOD, "tools": '[{"name": "f", "name": "g"}]'},
+        {"messages": f'[{json.dumps(USER)}, {{"role": "assistant", "content": 1, "content": 2}}]'},
+        {"messages": [USER, {"role": "assistant", "function_call": {"name": "f",
+         "arguments": '{"x": 1, "x": 2}'}}]},
+    ],
+)  # fmt: skip
+def test_a_repeated_key_is_refused_in_json_within_a_row(
+    tmp_path: Path, values: dict[str, Any]
+) -> None:
+    """An answer that is such JSON is a text, and all of it is trained."""
+    assert reason_of(tmp_path, values) == "duplicate_key"
+    text = '[{"name": "f", "arguments": {"x": 1, "x": 2}}]'
+    row = read_values(tmp_path, {**GOOD, "answer": text, "tools": [TOOL]})
+    assert row["answer"] == text
+
+
 # --- texts ---
 
 
