@@ -28,7 +28,6 @@ import resource
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -92,7 +91,7 @@ def measure_stage(rows: int, arguments: argparse.Namespace) -> Result:
     """Time mapping alone, the whole stage, and a second run."""
     from qwen3ft.config import TrainingConfig
     from qwen3ft.data.pipeline import DataPipeline
-    from qwen3ft.data.rows import read_file, rules_of
+    from qwen3ft.data.rows import RowCounts, read_file, rules_of
     from qwen3ft.records.data import SourceFile
 
     with tempfile.TemporaryDirectory(dir=arguments.work, prefix="qwen3ft-data-") as folder:
@@ -104,7 +103,7 @@ def measure_stage(rows: int, arguments: argparse.Namespace) -> Result:
         )
         started = time.perf_counter()
         file = SourceFile("x", path, "train")
-        read = sum(1 for _ in read_file(file, rules_of(config), Counter()))
+        read = sum(1 for _ in read_file(file, rules_of(config), RowCounts()))
         mapping_seconds = time.perf_counter() - started
         started = time.perf_counter()
         manifest = DataPipeline(config).check()

@@ -83,6 +83,10 @@ class ColumnNames(BaseModel):
     """Kind of question; scores are reported for each kind."""
     group: str | None = None
     """Source of the row; rows of one source are held out together."""
+    split: str | None = None
+    """The row's own split: train, validation or test."""
+    label: str | None = None
+    """True or false; rows with a false one are bad examples and left out."""
 
 
 class TrainingConfig(BaseModel):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from qwen3ft.chat.conversation import Conversation, Shape
-from qwen3ft.chat.skeleton import OUTSIDE, Skeleton, Slot, build_skeleton, sentinel_copy
+from qwen3ft.chat.skeleton import Skeleton, Slot, build_skeleton, sentinel_copy
 from qwen3ft.chat.templates import (
     REST_OF_EMPTY_BLOCK,
     TOOL_RESPONSE,
@@ -172,11 +172,6 @@ def renderer_of(tokenizer: PreTrainedTokenizerBase) -> Renderer:
     if renderer is None or renderer.template != template_text(tokenizer):
         renderer = _renderers[tokenizer] = Renderer(tokenizer)
     return renderer
-
-
-def is_trained(turn: int, turns: int, train_turns: str) -> bool:
-    """Return True if a unit of turn `turn`, out of `turns`, carries loss."""
-    return turn != OUTSIDE and (train_turns == "all" or turn == turns - 1)
 
 
 def _thinks(conversation: Conversation) -> bool:

@@ -19,7 +19,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from qwen3ft.chat.conversation import Conversation
-from qwen3ft.chat.renderer import is_trained, renderer_of
+from qwen3ft.chat.renderer import renderer_of
 from qwen3ft.chat.skeleton import Skeleton, fill_slots
 from qwen3ft.errors import TokenizerError
 
@@ -83,7 +83,7 @@ def prompt_ids(
         TokenizerError: the template cannot be used.
     """
     rendered = renderer_of(tokenizer).prompt(tokenizer, _history(asked), thinking)
-    return _encode(tokenizer, [rendered], "all", escape)[0].input_ids
+    return _encode(tokenizer, [rendered], [frozenset()], escape)[0].input_ids
 
 
 def render_row(
@@ -96,9 +96,11 @@ def render_row(
     Raises:
         TokenizerError: as in `tokenize_rows`.
     """
-    skeleton, texts = renderer_of(tokenizer).row(tokenizer, conversation_of(row))
+    conversation = conversation_of(row)
+    skeleton, texts = renderer_of(tokenizer).row(tokenizer, conversation)
     pieces = zip(skeleton.units, skeleton.unit_texts(texts), strict=True)
-    marked = [(is_trained(unit.turn, skeleton.turns, train_turns), text) for unit, text in pieces]
+    trained = trained_turns(conversation, train_turns)
+    marked = [(unit.turn in trained, text) for unit, text in pieces]
     return [
         Segment("".join(text for _, text in group), trained)
         for trained, group in groupby(marked, key=lambda piece: piece[0])
@@ -129,8 +131,10 @@ def tokenize_rows(
     tokenized: list[TokenizedRow] = []
     for start in range(0, len(rows), BLOCK_ROWS):
         block = rows[start : start + BLOCK_ROWS]
-        rendered = [renderer.row(tokenizer, conversation_of(row)) for row in block]
-        tokenized += _encode(tokenizer, rendered, train_turns, escape)
+        conversations = [conversation_of(row) for row in block]
+        rendered = [renderer.row(tokenizer, conversation) for conversation in conversations]
+        trained = [trained_turns(conversation, train_turns) for conversation in conversations]
+        tokenized += _encode(tokenizer, rendered, trained, escape)
     return tokenized
 
 
@@ -201,6 +205,15 @@ def conversation_of(row: ChatRow) -> Conversation:
     return Conversation(messages[:end], tools)
 
 
+def trained_turns(conversation: Conversation, train_turns: TrainTurns) -> frozenset[int]:
+    """Return the numbers of the assistant's turns that carry loss, from 0."""
+    turns = [message for message in conversation.messages if message["role"] == "assistant"]
+    first = len(turns) - 1 if train_turns == "last" else 0
+    return frozenset(
+        number for number, turn in enumerate(turns) if number >= first and turn.get("trained", True)
+    )
+
+
 def _history(asked: Asked) -> Conversation:
     if isinstance(asked, str):
         return Conversation(({"role": "user", "content": asked},), ())
@@ -212,10 +225,10 @@ def _history(asked: Asked) -> Conversation:
 def _encode(
     tokenizer: PreTrainedTokenizerBase,
     rendered: Sequence[tuple[Skeleton, list[str]]],
-    train_turns: TrainTurns,
+    trained_turns: Sequence[frozenset[int]],
     escape: bool,
 ) -> list[TokenizedRow]:
-    """Return the token ids of filled skeletons."""
+    """Return the token ids of filled skeletons, each with its own turns that carry loss."""
     encoder = renderer_of(tokenizer).encoder
     places: dict[str, int] = {}  # a text that occurs twice is tokenised once
     plans: list[list[list[int] | int]] = []
@@ -231,13 +244,13 @@ def _encode(
     encode = encoder.encode_escaped if escape else encoder.encode
     encoded = encode(list(places))
     rows = []
-    for (skeleton, _), plan in zip(rendered, plans, strict=True):
+    for (skeleton, _), plan, turns in zip(rendered, plans, trained_turns, strict=True):
         ids: list[int] = []
         trained: list[tuple[int, int]] = []
         for unit, piece in zip(skeleton.units, plan, strict=True):
             start = len(ids)
             ids += encoded[piece] if isinstance(piece, int) else piece
-            if not is_trained(unit.turn, skeleton.turns, train_turns):
+            if unit.turn not in turns:
                 continue
             if trained and trained[-1][1] == start:
                 start = trained.pop()[0]

@@ -6,11 +6,15 @@ accept anything. `split_think_block` reads what a data set says, and rejects a b
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from qwen3ft.records.data import RejectedRowError
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+
+# Templates strip line breaks before a text, and a tokenizer would join them to their own.
+_LEADING_BREAKS = re.compile(r"\A\s*[\r\n]")
 
 ChunkKind = Literal["thinking", "answer"]
 ThinkingChunk = tuple[ChunkKind, str]
@@ -84,17 +88,33 @@ def split_thinking(text: str) -> tuple[str, str]:
 
 
 def split_think_block(text: str) -> tuple[str, str]:
-    """Split an assistant's message in a data set into (reasoning, answer), each stripped.
+    """Split an assistant's message in a data set into (reasoning, answer), each cleaned.
 
     The first closing tag ends the reasoning, so that a tag in the answer stays visible to checks of
-    content. The opening tag may be missing, as in generated text.
+    content. The opening tag may be missing, as in generated text, if the closing one begins or ends
+    a line; inside a line it is prose about the tag.
 
     Raises:
         RejectedRowError: the block is never closed.
     """
     before, closed, after = text.partition(THINK_CLOSE)
-    if closed:
-        return before.strip().removeprefix(THINK_OPEN).strip(), after.strip()
-    if text.lstrip().startswith(THINK_OPEN):
+    opened = text.lstrip().startswith(THINK_OPEN)
+    if closed and (opened or _is_line_end(before, after)):
+        return before.strip().removeprefix(THINK_OPEN).strip(), text_behind(after)
+    if opened:
         raise RejectedRowError("unclosed_think")
-    return "", text.strip()
+    return "", clean_text(text)
+
+
+def clean_text(text: str) -> str:
+    """Return `text` without blank lines before it and white space behind; indentation stays."""
+    return _LEADING_BREAKS.sub("", text).rstrip()
+
+
+def text_behind(rest: str) -> str:
+    """Clean what follows a marker; spaces on the marker's own line are no indentation."""
+    return clean_text(rest.lstrip(" \t"))
+
+
+def _is_line_end(before: str, after: str) -> bool:
+    return before.endswith("\n") or not after or after.startswith(("\n", "\r"))

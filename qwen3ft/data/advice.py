@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _NOTABLE_SHARE = 0.05
 # With fewer test rows, one answer moves exact match by more than a percentage point.
 _FEW_TEST_ROWS = 100
+_MOST_NAMES = 12
 
 logger = get_logger("data")
 
@@ -29,34 +31,47 @@ def warnings_of(
     prepared: Prepared, tokenizer: PreTrainedTokenizerBase, config: TrainingConfig
 ) -> tuple[str, ...]:
     """Return a sentence for each thing that was probably not intended."""
-    reasoning = _about_reasoning(prepared, tokenizer, config)
-    return (*([reasoning] if reasoning else []), *_about_losses(prepared, config))
+    return (
+        *_about_reasoning(prepared, tokenizer, config),
+        *_about_unused(prepared),
+        *_about_losses(prepared, config),
+    )
+
+
+def _about_unused(prepared: Prepared) -> Iterator[str]:
+    unused = prepared.reading.counts.unused
+    if unused:
+        shown = ", ".join(f"{name} ({rows:,})" for name, rows in unused.most_common(_MOST_NAMES))
+        more = f" and {len(unused) - _MOST_NAMES} more" if len(unused) > _MOST_NAMES else ""
+        yield (
+            f"Not used, with the number of rows: {shown}{more}. A column that is part of a row is "
+            "named by a setting, as in: columns: {context: NAME}."
+        )
 
 
 def _about_reasoning(
     prepared: Prepared, tokenizer: PreTrainedTokenizerBase, config: TrainingConfig
-) -> str:
+) -> Iterator[str]:
     reading, thinking = prepared.reading, probe_thinking(tokenizer)
     bare = reading.usable - reading.with_reasoning
     if not thinking.writes and reading.with_reasoning:
-        return (
+        yield (
             f"{reading.with_reasoning} of {reading.usable} rows have reasoning, which this model's "
             "chat template does not write: only their answers are trained. Choose a Thinking model "
             "to train it."
         )
-    if thinking.drops_earlier and reading.conversations and config.train_turns == "all":
-        return (
-            f"{reading.conversations} rows are conversations; this model's template drops the "
-            "reasoning of earlier answers, which are trained without it. To train only the last "
-            "answer of each: train_turns: last."
+    if thinking.drops_earlier and reading.earlier_reasoning and config.train_turns == "all":
+        yield (
+            f"{reading.earlier_reasoning} rows are conversations with reasoning before the last "
+            "question, which this model's template drops: those answers are trained without it. To "
+            "train only the last answer of each: train_turns: last."
         )
     if thinking.writes and thinking.prefills and bare:
-        return (
+        yield (
             f"{bare} of {reading.usable} rows have no reasoning, and this model always thinks "
             "first: such rows teach it not to. Leave them out (rows_without_reasoning: leave_out), "
             "or choose an Instruct model."
         )
-    return ""
 
 
 def _about_losses(prepared: Prepared, config: TrainingConfig) -> list[str]:

@@ -1,19 +1,22 @@
 """Detection of a row's columns by common names, English and Chinese, or by the config's.
 
-A column that the config names is never replaced by a guess.
+A column that the config names is never replaced by a guess, and a guess between two columns whose
+names differ in case alone is refused.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 
+from qwen3ft.chat.messages import MEDIA_KEYS
 from qwen3ft.config import ColumnNames
+from qwen3ft.records.data import RejectedRowError
 
 PARTS: dict[str, tuple[str, ...]] = {
     "messages": (
         *("messages", "conversations", "conversation", "dialogue", "dialog", "chat"),
-        *("对话", "会话", "消息"),
+        *("对话", "会话", "消息", "chosen_messages"),
     ),
     "question": (
         *("question", "instruction", "prompt", "query", "problem", "user", "human", "input"),
@@ -21,18 +24,32 @@ PARTS: dict[str, tuple[str, ...]] = {
     ),
     "answer": (
         *("answer", "answers", "output", "completion", "response", "solution", "reply", "target"),
-        *("assistant", "答案", "回答", "回复", "输出", "解答", "助手", "答"),
+        *(
+            "assistant",
+            "chosen",
+            "generation",
+            "content",
+            "答案",
+            "回答",
+            "回复",
+            "输出",
+            "解答",
+            "助手",
+            "答",
+        ),
     ),
     "reasoning": (
         *("reasoning", "reasoning_content", "thinking", "thought", "cot", "chain_of_thought"),
         *("complex_cot", "rationale", "思考", "推理", "思维链", "推理过程"),
     ),
-    "context": ("context", "passage", "document", "上下文", "背景", "材料", "原文"),
+    "context": ("context", "passage", "document", "article", "上下文", "背景", "材料", "原文"),
     "system": ("system", "system_prompt", "系统", "系统提示"),
     "history": ("history", "历史"),
     "tools": ("tools", "functions", "工具"),
-    "kind": ("kind", "split"),
+    "kind": ("kind",),
     "group": ("group", "group_id", "source_id", "paraphrase_of", "分组"),
+    "split": ("split",),
+    "label": ("label", "kto_tag"),
 }
 """Names of each part, the more specific ones first."""
 
@@ -58,26 +75,34 @@ class Columns:
     tools: str | None = None
     kind: str | None = None
     group: str | None = None
+    split: str | None = None
+    label: str | None = None
+    """False where the answer is a bad one."""
+    media: tuple[str, ...] = ()
+    """Columns of images and the like."""
+    unused: tuple[str, ...] = ()
+    """Columns that are no part of a row."""
 
     def parts(self) -> dict[str, str]:
         """Return the columns that are there by part."""
         return {
             part: name
             for part, name in asdict(self).items()
-            if name is not None and part != "layout"
+            if name is not None and part not in ("layout", "media", "unused")
         }
 
 
-@lru_cache(maxsize=1024)  # asked for each row, and the rows of a file have few sets of columns
 def find_columns(names: tuple[str, ...], wanted: ColumnNames) -> Columns:
     """Match column names, ignoring case and outer spaces, with the parts of a row.
 
     Args:
         names: Columns of the row or file.
         wanted: Columns set by the config; an empty string disables a part.
+
+    Raises:
+        RejectedRowError: the names of two columns differ in case or outer spaces alone.
     """
-    # Reversed, so that the first one counts of names that differ in case alone.
-    known = {name.strip().lower(): name for name in reversed(names)}
+    known = {_folded(name): name for name in names}
     found: dict[str, str | None] = {}
     for part, usual in PARTS.items():
         asked = getattr(wanted, part)
@@ -90,8 +115,34 @@ def find_columns(names: tuple[str, ...], wanted: ColumnNames) -> Columns:
     question = found["question"]
     addition = None
     if wanted.question is None and question is not None:
-        addition = known.get(_SECOND_QUESTION.get(question.strip().lower(), ""))
-    return Columns(layout=_layout(found, addition), addition=addition, **found)
+        second = _SECOND_QUESTION.get(_folded(question))
+        addition = known.get(second) if second else None
+    times = Counter(_folded(name) for name in names)
+    for part, name in found.items():
+        if name is not None and times[_folded(name)] > 1 and getattr(wanted, part) is None:
+            raise RejectedRowError("two_columns_of_one_name")
+    taken = {*found.values(), addition}
+    media = tuple(name for name in names if _folded(name) in MEDIA_KEYS)
+    unused = tuple(name for name in names if name not in taken and name not in media)
+    layout = _layout(found, addition)
+    return Columns(layout=layout, addition=addition, media=media, unused=unused, **found)
+
+
+def may_be_used(names: tuple[str, ...], wanted: ColumnNames) -> list[str]:
+    """Return the columns that some row may use: which, depends on those that are empty in it."""
+    usual = {name for part in PARTS.values() for name in part}
+    usual |= {*_SECOND_QUESTION.values(), *MEDIA_KEYS}
+    asked = set(wanted.model_dump().values())
+    return [name for name in names if name in asked or _folded(name) in usual]
+
+
+def is_chosen(column: str | None) -> bool:
+    """Return True for the column of the better answer in preference data."""
+    return column is not None and _folded(column) == "chosen"
+
+
+def _folded(name: str) -> str:
+    return name.strip().lower()
 
 
 def _layout(found: dict[str, str | None], addition: str | None) -> str:

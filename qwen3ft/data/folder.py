@@ -30,7 +30,7 @@ from qwen3ft.data.known_rows import write_known_rows
 from qwen3ft.data.placement import DUPLICATES, Fate, Placement
 from qwen3ft.data.reading import FINDINGS_NAME, NO_REASONING, Reading
 from qwen3ft.data.row_table import RowTable
-from qwen3ft.data.rows import UNREADABLE_FILE
+from qwen3ft.data.rows import NOT_AN_EXAMPLE, UNREADABLE_FILE
 from qwen3ft.data.splits import Mask
 from qwen3ft.data.tokenizing import Tokens
 from qwen3ft.errors import DataLoadingError
@@ -54,6 +54,7 @@ class Prepared:
     max_sequence_length: int
     known_rows: str | None = None
     degraded: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
@@ -61,7 +62,7 @@ def account(prepared: Prepared, target: Path, digest: str) -> DatasetManifest:
     """Return the manifest of `prepared`; its counts add up to the rows read, exactly."""
     reading, placement = prepared.reading, prepared.placement
     layouts: Counter[str] = Counter()
-    for columns, rows in reading.columns.items():
+    for columns, rows in reading.counts.columns.items():
         layouts[columns.layout] += rows
     manifest = DatasetManifest(
         path=str(target),
@@ -74,11 +75,15 @@ def account(prepared: Prepared, target: Path, digest: str) -> DatasetManifest:
         quarantined=reading.bad.total() + placement.count(Fate.NO_TRAINED_TOKEN),
         too_long=placement.count(Fate.TOO_LONG),
         duplicates=placement.count(*DUPLICATES),
-        not_used=placement.count(Fate.NOT_USED) + reading.without_reasoning_left_out,
+        not_used=placement.count(Fate.NOT_USED)
+        + reading.without_reasoning_left_out
+        + reading.marked_left_out,
         reasons=_reasons(prepared),
         quarantine_path=str(target / QUARANTINE),
         layouts=dict(layouts.most_common()),
-        columns=reading.columns.most_common(1)[0][0].parts(),
+        columns=reading.counts.columns.most_common(1)[0][0].parts(),
+        unused=dict(reading.counts.unused.most_common()),
+        changed=dict(reading.counts.changed.most_common()),
         usable_rows=reading.usable,
         chinese_rows=reading.chinese,
         reasoning_rows=reading.with_reasoning,
@@ -93,6 +98,7 @@ def account(prepared: Prepared, target: Path, digest: str) -> DatasetManifest:
         longest=_longest(prepared),
         warnings=prepared.warnings,
         degraded=prepared.degraded,
+        skipped=prepared.skipped,
     )
     went_somewhere = (
         *(manifest.train.rows, manifest.dev.rows, manifest.test_rows, manifest.quarantined),
@@ -219,6 +225,7 @@ def _reasons(prepared: Prepared) -> dict[str, int]:
     extra = Counter({fate.name.lower(): placement.count(fate) for fate in fates})
     extra[UNREADABLE_FILE] = prepared.reading.unreadable
     extra[NO_REASONING] = prepared.reading.without_reasoning_left_out
+    extra[NOT_AN_EXAMPLE] = prepared.reading.marked_left_out
     return dict(prepared.reading.bad) | dict(+extra)
 
 

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 logger = get_logger("data")
 
 # Raised when the same files and settings give other rows than before: old folders are then stale.
-_CODE_VERSION = 3
+_CODE_VERSION = 4
 
 SETTINGS_THAT_MATTER = (
     *("data_paths", "dev_paths", "test_paths", "columns", "reasoning_separator", "train_turns"),
@@ -72,6 +72,7 @@ def dataset_target(
         "template": snapshot.chat_template_sha256,
         "model": snapshot.manifest_sha256,
         "known": sha256_file(Path(known_rows)) if known_rows else None,
+        "replay_seed": sources.config.seed if known_rows else None,
         "settings": _settings(sources.config),
     }
     return Path(sources.config.cache_dir) / "datasets" / sha256_json(key)[:16]
@@ -220,7 +221,8 @@ class DataPipeline:
             tokens = tokenize_table(table, keys, placement, tokenizer, config, work, progress)
             limit_tokens = config.max_sequence_length
             prepared = Prepared(
-                reading, table, placement, tokens, limit_tokens, known_rows, sources.degraded
+                *(reading, table, placement, tokens, limit_tokens, known_rows),
+                *(sources.degraded, sources.skipped),
             )
             check_not_empty(prepared, target)
             prepared.warnings = warnings_of(prepared, tokenizer, config)

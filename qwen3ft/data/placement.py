@@ -16,11 +16,13 @@ from qwen3ft.config import TrainingConfig
 from qwen3ft.data.near_duplicates import NearDuplicates
 from qwen3ft.data.reading import Reading
 from qwen3ft.data.row_table import RowTable
+from qwen3ft.data.rows import asked_by
 from qwen3ft.data.splits import (
     DUPLICATE,
     HELD_OUT_ROLES,
     KEPT,
     LEAKAGE,
+    ROLES,
     Hashes,
     Keys,
     cap_sources,
@@ -30,6 +32,7 @@ from qwen3ft.data.splits import (
     sample,
 )
 from qwen3ft.data.text_features import as_text
+from qwen3ft.records.data import QaRow
 
 
 class Fate(IntEnum):
@@ -97,7 +100,7 @@ def place_rows(
     keys = reading.keys.build()
     repeats = find_repeats(keys)
     # By files, not by rows: an empty dev file is an error, no reason to hold out training rows.
-    given = {file.role for file in reading.files}
+    given = {ROLES[code] for code in np.unique(keys.role)} | {file.role for file in reading.files}
     missing = [role for role in HELD_OUT_ROLES if role not in given]
     kept = repeats == KEPT
     fates = hold_out(keys, kept, config.held_out_fraction, missing)
@@ -133,13 +136,13 @@ def _place_near(
     """Leave out rows that nearly equal a more protected one or, if configured, an earlier one."""
     near, done = NearDuplicates(), 0
     for _, rows in table.batches():
-        near.add([as_text(row["question"], row["answer"]) for row in rows])
+        near.add([_text_of(row) for row in rows])
         done += len(rows)
         progress(done)
 
     def text_of(position: int) -> str:
         [row] = table.rows([position])
-        return as_text(row["question"], row["answer"])
+        return _text_of(row)
 
     fates = placement.fates
     # Dev first: a row that leaves dev protects no training row any more.
@@ -151,3 +154,7 @@ def _place_near(
     placement.near_duplicates = len(copies)
     if config.near_duplicates == "drop":
         fates[copies] = Fate.NEAR_DUPLICATE
+
+
+def _text_of(row: QaRow) -> str:
+    return as_text("\n".join(asked_by(row)), row["answer"])

@@ -9,20 +9,31 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import TextIO
 
 from qwen3ft.chat.conversation import texts_of
-from qwen3ft.config import TrainingConfig
+from qwen3ft.config import ColumnNames, TrainingConfig
 from qwen3ft.data import safety
-from qwen3ft.data.columns import Columns
+from qwen3ft.data.columns import PARTS, find_columns
 from qwen3ft.data.row_table import RowWriter
-from qwen3ft.data.rows import UNREADABLE_FILE, excerpt, messages_of, read_file, rules_of
-from qwen3ft.data.splits import KeysBuilder, content_key, question_key
+from qwen3ft.data.rows import (
+    NOT_AN_EXAMPLE,
+    UNREADABLE_FILE,
+    RowCounts,
+    asked_by,
+    excerpt,
+    messages_of,
+    read_file,
+    rules_of,
+)
+from qwen3ft.data.splits import KeysBuilder, asked_keys, content_key
 from qwen3ft.errors import DataLoadingError
 from qwen3ft.logs import get_logger
 from qwen3ft.records.data import BadRow, DataSource, QaRow, SourceFile
@@ -33,6 +44,7 @@ NO_REASONING = "no_reasoning"
 FINDINGS_NAME = "personal_data.jsonl"
 _PERSONAL_DATA = "personal_data"
 _PROGRESS_ROWS = 20_000
+_MOST_NAMES = 20
 _HAN = re.compile("[\u4e00-\u9fff]")
 
 
@@ -50,22 +62,27 @@ class Reading:
     """Bad rows by reason code."""
     unreadable: int = 0
     """Files that could not be read, or not to their end."""
-    columns: Counter[Columns] = field(default_factory=Counter)
+    counts: RowCounts = field(default_factory=RowCounts)
     usable: int = 0
     chinese: int = 0
     """Rows with Chinese characters in the question."""
     with_reasoning: int = 0
     conversations: int = 0
     """Rows of more than one question and its answer."""
+    earlier_reasoning: int = 0
+    """Rows with reasoning in an answer before the last one."""
     without_reasoning_left_out: int = 0
     """Good rows that the config leaves out because they have no reasoning."""
+    marked_left_out: int = 0
+    """Rows that the data itself marks as bad examples."""
     personal: Counter[str] = field(default_factory=Counter)
     """Rows with personal data or secrets, by kind."""
 
     @property
     def rows_read(self) -> int:
         """Number of good and bad rows of all files."""
-        return self.usable + self.bad.total() + self.without_reasoning_left_out
+        left_out = self.without_reasoning_left_out + self.marked_left_out
+        return self.usable + self.bad.total() + left_out
 
     @property
     def rows_path(self) -> Path:
@@ -102,7 +119,7 @@ def read_sources(
         for number, file in enumerate(files):
             reading.sources.append(reader.read(number, file))
     _report(reading)
-    _check(reading, config.max_bad_fraction, quarantine)
+    _check(reading, config, quarantine)
     return reading
 
 
@@ -124,7 +141,7 @@ class _Reader:
         # Before and after: the rows must be those of the sha256 that names the folder.
         _check_unchanged(file)
         rows_before = reading.rows_read
-        for row in read_file(file, rules_of(self.config), reading.columns):
+        for row in read_file(file, rules_of(self.config), reading.counts):
             if isinstance(row, BadRow):
                 self._refuse(row)
             elif not row["reasoning"] and self.config.rows_without_reasoning == "leave_out":
@@ -145,15 +162,19 @@ class _Reader:
         reading.chinese += _HAN.search(row["question"]) is not None
         reading.with_reasoning += bool(row["reasoning"])
         reading.conversations += bool(row["messages"])
+        earlier_turns = row["messages"][:-1]
+        reading.earlier_reasoning += any(message.get("reasoning") for message in earlier_turns)
+        asked, earlier = asked_keys(asked_by(row))
         said = (row["question"], row["answer"], row["reasoning"])
         # Conversations that differ in an earlier turn or in a tool are no repeats.
         around = texts_of(row["messages"], row["tools"]) if row["messages"] else ()
         reading.keys.append(
-            question_key(row["question"]),
+            asked,
             content_key(*said, *around),
             row["role"],
             source,
             row["group"],
+            earlier,
         )
         self.table.append(row, source)
 
@@ -177,7 +198,9 @@ class _Reader:
 
     def _refuse(self, row: BadRow) -> None:
         self.quarantine.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
-        if row.reason == UNREADABLE_FILE:
+        if row.reason == NOT_AN_EXAMPLE:
+            self.reading.marked_left_out += 1
+        elif row.reason == UNREADABLE_FILE:
             self.reading.unreadable += 1
             logger.warning("%s cannot be read: %s", row.file, row.excerpt)
         else:
@@ -213,8 +236,10 @@ def _report(reading: Reading) -> None:
         *(reading.rows_read, len(reading.sources), reading.usable),
         *(reading.bad.total(), reading.unreadable),
     )
-    for columns, count in reading.columns.most_common(3):
+    for columns, count in reading.counts.columns.most_common(3):
         logger.info("%d rows as %s: %s", count, columns.layout, columns.parts())
+    if reading.counts.unused:
+        logger.warning("not used, by rows: %s", dict(reading.counts.unused.most_common()))
     if reading.bad:
         logger.warning("quarantined rows by reason: %s", dict(reading.bad.most_common()))
     if reading.personal:
@@ -227,9 +252,33 @@ def _report(reading: Reading) -> None:
         )
 
 
-def _check(reading: Reading, max_bad_fraction: float, quarantine: Path) -> None:
+def _reason_for_none(reading: Reading) -> str:
+    if reading.without_reasoning_left_out:
+        return (
+            f"{reading.without_reasoning_left_out} good rows have no reasoning, and "
+            "rows_without_reasoning is 'leave_out'."
+        )
+    if reading.marked_left_out:
+        return (
+            f"The data marks {reading.marked_left_out} rows as bad examples, and no other is good."
+        )
+    return "All of their rows were quarantined." if reading.bad else "The files are empty."
+
+
+def _likely_column(part: str, names: Sequence[str], wanted: ColumnNames) -> str:
+    """Return the column that may hold `part`: one with a similar name, that is no other part."""
+    free = find_columns(tuple(names), wanted).unused or tuple(names)
+    similarity = {
+        name: max(SequenceMatcher(None, name.lower(), usual).ratio() for usual in PARTS[part])
+        for name in free[:_MOST_NAMES]
+    }
+    return max(similarity, key=similarity.__getitem__)
+
+
+def _check(reading: Reading, config: TrainingConfig, quarantine: Path) -> None:
     """Raise DataLoadingError if too many rows are bad or none is usable."""
     bad, read, files = reading.bad.total(), reading.rows_read, len(reading.sources)
+    max_bad_fraction = config.max_bad_fraction
     numbers = ", ".join(f"{reason} {count}" for reason, count in reading.bad.most_common())
     # Files have a share of their own: nobody knows how many rows an unreadable one holds.
     if bad > max_bad_fraction * read or reading.unreadable > max_bad_fraction * files:
@@ -240,13 +289,24 @@ def _check(reading: Reading, max_bad_fraction: float, quarantine: Path) -> None:
         why = f"Every bad row is listed with file, line and reason in {quarantine}."
     elif not reading.usable:
         what = f"No usable row in {files} file(s): {read} rows read, {bad} bad."
-        why = "The files are empty, or all of their rows were quarantined."
+        why = _reason_for_none(reading)
     else:
         return
+    next_command = f"head {shlex.quote(str(quarantine))}"
+    if reading.counts.incomplete:
+        [((part, names), rows)] = reading.counts.incomplete.most_common(1)
+        why += (
+            f" {rows} of them have no column that is known to hold the {part}; their columns are "
+            f"{', '.join(map(repr, names[:_MOST_NAMES]))}. The setting `columns` names it."
+        )
+        if names:
+            column = _likely_column(part, names, config.columns)
+            setting = shlex.quote(f"columns={{{part}: {json.dumps(column, ensure_ascii=False)}}}")
+            next_command = f"qwen3ft data check --set {setting}"
     raise DataLoadingError(
         what,
         why=why,
-        next_command=f"head {quarantine}",
+        next_command=next_command,
         rows_read=read,
         bad=bad,
         unreadable_files=reading.unreadable,

@@ -24,7 +24,7 @@ BATCH_ROWS = 2000
 
 _BATCH_CHARACTERS, _CACHED_BATCHES = 8 * 2**20, 16
 
-_TEXTS = ("question", "answer", "reasoning", "messages", "tools", "kind")
+_TEXTS = ("question", "answer", "reasoning", "messages", "tools", "kind", "role")
 _NUMBERS = ("source", "line", "offset")
 
 
@@ -50,7 +50,7 @@ class RowWriter(AbstractContextManager["RowWriter"]):
         texts = (row["question"], row["answer"], row["reasoning"])
         lists = (_to_text(row["messages"]), _to_text(row["tools"]))
         numbers = (source, row["line"], row["offset"])
-        values = (*texts, *lists, row["kind"], *numbers)  # in the order of the schema
+        values = (*texts, *lists, row["kind"], row["role"], *numbers)  # in the order of the schema
         for column, value in zip(self._columns.values(), values, strict=True):
             column.append(value)
         self._characters += sum(map(len, (*texts, *lists)))
@@ -98,6 +98,7 @@ class RowTable:
 
     def _rows(self, batch: pa.RecordBatch) -> list[QaRow]:
         columns = {name: batch.column(name).to_pylist() for name in batch.schema.names}
+        numbers = zip(*(columns[name] for name in _NUMBERS), strict=True)
         return [
             QaRow(
                 question=question,
@@ -107,13 +108,13 @@ class RowTable:
                 tools=json.loads(tools) if tools else [],
                 kind=kind,
                 group="",  # its hash is in the keys
-                role=self._files[source].role,
-                file=self._files[source].label,
-                line=line,
-                offset=offset,
+                role=role,
+                file=self._files[number[0]].label,
+                line=number[1],
+                offset=number[2],
             )
-            for question, answer, reasoning, messages, tools, kind, source, line, offset in zip(
-                *(columns[name] for name in (*_TEXTS, *_NUMBERS)), strict=True
+            for question, answer, reasoning, messages, tools, kind, role, number in zip(
+                *(columns[name] for name in _TEXTS), numbers, strict=True
             )
         ]
 

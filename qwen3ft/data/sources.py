@@ -2,14 +2,17 @@
 
 A path is a file, a folder (searched recursively), a glob (`data/**/*.jsonl`), a data set of the hub
 or one of the bundled files; what exists on disk goes before the hub. The same config and folder
-contents give the same files in the same order. A path that does not exist is an error, raised
-before any file is read, unless the config allows sample rows to stand in.
+contents give the same files in the same order. In a folder of training data, files that are named
+as a data set's validation or test split are held out, and files that are not read are named. A path
+that does not exist is an error, raised before any file is read, unless the config allows sample
+rows to stand in.
 """
 
 from __future__ import annotations
 
 import glob
 import hashlib
+import re
 import shlex
 from collections.abc import Iterable
 from dataclasses import replace
@@ -18,7 +21,7 @@ from pathlib import Path
 from qwen3ft.config import TrainingConfig
 from qwen3ft.data.digests import DigestCache, mark_of, open_digests
 from qwen3ft.data.hub import HUB_PREFIX, fetch_dataset, parse_hub_name, pin_dataset
-from qwen3ft.data.readers.open import SUFFIXES, is_readable
+from qwen3ft.data.readers.open import SUFFIXES, is_readable, suffix_of
 from qwen3ft.data.safety import mask_keys
 from qwen3ft.embedded import DATA_DIR
 from qwen3ft.errors import DataLoadingError
@@ -32,6 +35,14 @@ BUNDLED: dict[Role, tuple[str, ...]] = {
     "dev": ("embedded:dev",),
     "test": ("embedded:test", "embedded:novel"),
 }
+_SPLIT_NAMES: dict[str, Role] = {
+    **dict.fromkeys(("dev", "val", "valid", "validation", "eval"), "dev"),
+    "test": "test",
+}
+# test.jsonl, test-00000-of-00002.parquet, gsm8k_test.jsonl, my.test.csv, test/0.parquet
+_SPLIT_NAME = re.compile(rf"(?:^|.*[-_./])({'|'.join(_SPLIT_NAMES)})(?:[-_][0-9]+.*)?$")
+_DESCRIPTIONS = ("dataset_info", "dataset_infos", "dataset_dict", "state")
+"""Files of the datasets library about a data set, without its rows."""
 SAMPLE_DATA = "sample data"
 """Mark of a run that trained on the bundled rows in place of its own."""
 
@@ -47,10 +58,10 @@ def resolved(config: TrainingConfig) -> ResolvedSources:
     """
     # Pinned first: otherwise a data set may change between two looks at it.
     pinned = pin_sources(config)
-    files, degraded = resolve_sources(pinned)
+    files, degraded, skipped = resolve_sources(pinned)
     with open_digests(Path(config.cache_dir).expanduser()) as digests:
         fingerprinted = tuple(_fingerprinted(file, digests) for file in files)
-    return ResolvedSources(config=pinned, files=fingerprinted, degraded=degraded)
+    return ResolvedSources(config=pinned, files=fingerprinted, degraded=degraded, skipped=skipped)
 
 
 def pin_sources(config: TrainingConfig) -> TrainingConfig:
@@ -76,16 +87,20 @@ def pin_sources(config: TrainingConfig) -> TrainingConfig:
     return config.model_copy(update=pinned)
 
 
-def resolve_sources(config: TrainingConfig) -> tuple[list[SourceFile], tuple[str, ...]]:
-    """Return the files to read, in order, and the marks of degradation (sample data).
+def resolve_sources(
+    config: TrainingConfig,
+) -> tuple[list[SourceFile], tuple[str, ...], tuple[str, ...]]:
+    """Return the files to read, in order, marks of degradation, and the files that are not read.
 
-    Roles without any file (`dev`, `test`) are to be held out from the training rows.
+    Roles without any file (`dev`, `test`) are to be held out from the training rows. The mark is
+    that of sample data. A file that is not read is one of a folder or glob, and named with why.
 
     Raises:
         DataLoadingError: no data given, a path is missing, or a folder holds no readable file; for
             the hub's data sets see `hub.fetch_dataset`.
         DownloadError: the hub answered with a server error, or a download broke off.
     """
+    skipped: list[str] = []
     try:
         chosen = _chosen_paths(config)
         cache = Path(config.cache_dir).expanduser()
@@ -93,15 +108,16 @@ def resolve_sources(config: TrainingConfig) -> tuple[list[SourceFile], tuple[str
             file
             for role, paths in chosen.items()
             for path in paths
-            for file in _files(path, role, cache)
+            for file in _files(path, role, cache, skipped)
         ]
     except DataLoadingError:
         if not config.allow_sample_data:
             raise
-        return _bundled_files(), (SAMPLE_DATA,)
+        return _bundled_files(), (SAMPLE_DATA,), ()
     # Reversed, so that a file that is named twice keeps its first place.
     unique = {(_identity(file), file.role): file for file in reversed(files)}
-    return [file for file in files if unique[(_identity(file), file.role)] is file], ()
+    files = [file for file in files if unique[(_identity(file), file.role)] is file]
+    return files, (), tuple(skipped)
 
 
 def _fingerprinted(file: SourceFile, digests: DigestCache) -> SourceFile:
@@ -150,13 +166,13 @@ def _identity(file: SourceFile) -> str:
     return file.label if file.label.startswith(HUB_PREFIX) else str(file.path.resolve())
 
 
-def _files(given: str, role: Role, cache: Path) -> list[SourceFile]:
+def _files(given: str, role: Role, cache: Path, skipped: list[str]) -> list[SourceFile]:
     """Return the files that one path of the config stands for."""
     if given.startswith(EMBEDDED_PREFIX):
         return [SourceFile(given, _embedded_file(given), role)]
     path = Path(given).expanduser()
     if path.is_dir():
-        return _folder_files(path, role)
+        return _folder_files(path, role, skipped)
     if not path.exists() and (asked := parse_hub_name(given)):
         try:
             found = fetch_dataset(asked, role, cache)
@@ -166,7 +182,7 @@ def _files(given: str, role: Role, cache: Path) -> list[SourceFile]:
             raise
         return [_source(path, role, label) for label, path in found]
     if not path.exists() and glob.has_magic(given):
-        return _glob_files(path, role)
+        return _glob_files(path, role, skipped)
     if not path.is_file():
         raise DataLoadingError(
             f"The {role} data path {given} does not exist (looked in {Path.cwd()}).",
@@ -184,14 +200,23 @@ def _files(given: str, role: Role, cache: Path) -> list[SourceFile]:
     return [_source(path, role)]
 
 
-def _folder_files(folder: Path, role: Role) -> list[SourceFile]:
+def _folder_files(folder: Path, role: Role, skipped: list[str]) -> list[SourceFile]:
     """Return the readable files below `folder` that are not hidden, sorted by name."""
-    visible = (
-        path
-        for path in folder.rglob("*")
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    visible: list[Path] = []
+    hidden: list[Path] = []
+    for path in folder.rglob("*"):
+        is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        (hidden if is_hidden else visible).append(path)
+    # Notebooks and version control leave hidden files of all kinds; only rows are missed.
+    skipped.extend(
+        f"{_shown(path)}: hidden files are not read"
+        for path in sorted(hidden)
+        if is_readable(path) and path.is_file()
     )
-    files = _readable_files(visible, role)
+    files = [
+        replace(file, role=_role_in(file.path.relative_to(folder), role))
+        for file in _readable_files(visible, role, skipped)
+    ]
     if not files:
         raise DataLoadingError(
             f"The {role} data folder {folder} has no {', '.join(SUFFIXES)} file.",
@@ -202,11 +227,22 @@ def _folder_files(folder: Path, role: Role) -> list[SourceFile]:
     return files
 
 
-def _glob_files(pattern: Path, role: Role) -> list[SourceFile]:
+def _role_in(path: Path, role: Role) -> Role:
+    """Return the role of a file of a folder: its own split, by its name or a folder's."""
+    if role != "train":
+        return role
+    stem = path.name[: -len(suffix_of(path.name))].lower()
+    for name in (stem, *(folder.lower() for folder in path.parts[:-1])):
+        if match := _SPLIT_NAME.match(name):
+            return _SPLIT_NAMES[match[1]]
+    return role
+
+
+def _glob_files(pattern: Path, role: Role, skipped: list[str]) -> list[SourceFile]:
     """Return the readable files that `pattern` matches, sorted by name; ** is any depth."""
     # Path.glob would match hidden files.
     found = (Path(path) for path in glob.iglob(str(pattern), recursive=True))  # noqa: PTH207
-    files = _readable_files(found, role)
+    files = _readable_files(found, role, skipped)
     if not files:
         start = next(parent for parent in pattern.parents if not glob.has_magic(str(parent)))
         raise DataLoadingError(
@@ -219,10 +255,29 @@ def _glob_files(pattern: Path, role: Role) -> list[SourceFile]:
     return files
 
 
-def _readable_files(paths: Iterable[Path], role: Role) -> list[SourceFile]:
-    return [
-        _source(path, role) for path in sorted(set(paths)) if is_readable(path) and path.is_file()
-    ]
+def _readable_files(paths: Iterable[Path], role: Role, skipped: list[str]) -> list[SourceFile]:
+    files = []
+    for path in sorted(set(paths)):
+        if not path.is_file():
+            continue
+        if not is_readable(path):
+            skipped.append(f"{_shown(path)}: {_why_skipped(path)}")
+        elif path.stem.lower() in _DESCRIPTIONS:
+            skipped.append(f"{_shown(path)}: it describes a data set and has no rows")
+        else:
+            files.append(_source(path, role))
+    return files
+
+
+def _why_skipped(path: Path) -> str:
+    kind = path.suffix.lower() or "files without an ending"
+    if path.suffix.lower() in (".txt", ".md", ".docx", ".pdf", ".html"):
+        return f"{kind} has no rows; write its questions and answers as csv or jsonl"
+    return f"{kind} cannot be read; convert it to csv, jsonl or parquet"
+
+
+def _shown(path: Path) -> str:
+    return escaped_line(mask_keys(str(path)))
 
 
 def _source(path: Path, role: Role, name: str | None = None) -> SourceFile:

@@ -13,7 +13,7 @@ import re
 import sys
 import unicodedata
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -83,16 +83,37 @@ def question_key(text: str) -> bytes:
     return _digest(kept + numbers if kept else text)
 
 
+def asked_keys(questions: Sequence[str]) -> tuple[bytes, list[bytes]]:
+    """Return the key of everything that a conversation asks, and those of what it asks earlier.
+
+    A conversation is known by all of its questions, for its last one may be "Please continue." It
+    gives away the answers of conversations that it begins with, and of each single question in it.
+    """
+    keys = [question_key(question) for question in questions]
+    whole = [_joined(keys[: end + 1]) for end in range(len(keys))]
+    return whole[-1], [*whole[:-1], *keys[1:]] if len(keys) > 1 else []
+
+
+def _joined(keys: Sequence[bytes]) -> bytes:
+    """Return the key of questions in a row; that of a single one is its own."""
+    if len(keys) == 1:
+        return keys[0]
+    return _digest_bytes(b"".join(keys))
+
+
 def content_key(*texts: str) -> bytes:
     """Return 16 bytes that stand for all texts of a row, exactly as they are, each in its place."""
     # With the lengths, because a text may hold the separator.
     return _digest("\0".join(texts) + "\0".join(str(len(text)) for text in texts))
 
 
+def _digest_bytes(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=_KEY_BYTES, usedforsecurity=False).digest()
+
+
 def _digest(text: str) -> bytes:
     # Rows with lone surrogates are left out elsewhere.
-    data = text.encode("utf-8", "surrogatepass")
-    return hashlib.blake2b(data, digest_size=_KEY_BYTES, usedforsecurity=False).digest()
+    return _digest_bytes(text.encode("utf-8", "surrogatepass"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +130,10 @@ class Keys:
     """(n,): code in `ROLES` of the role of the row's file."""
     source: NDArray[np.uint32]
     """(n,): number of the row's file."""
+    earlier: Hashes
+    """(m, 2): keys of what conversations ask before their last question; see `asked_keys`."""
+    earlier_row: NDArray[np.uint32]
+    """(m,): number of the conversation."""
 
     def __len__(self) -> int:
         return len(self.role)
@@ -123,14 +148,25 @@ class KeysBuilder:
         self._group = bytearray()
         self._role = bytearray()
         self._source = array("I")
+        self._earlier = bytearray()
+        self._earlier_row = array("I")
 
     def __len__(self) -> int:
         return len(self._role)
 
     def append(
-        self, question: bytes, content: bytes, role: Role, source: int, group: str = ""
+        self,
+        question: bytes,
+        content: bytes,
+        role: Role,
+        source: int,
+        group: str = "",
+        earlier: Sequence[bytes] = (),
     ) -> None:
         """Add the next row by its keys; `source` is the number of its file, `group` may be ''."""
+        for key in earlier:
+            self._earlier += key
+            self._earlier_row.append(len(self._role))
         self._question += question
         self._content += content
         # The prefix keeps a source key apart from a question of the same text.
@@ -146,6 +182,8 @@ class KeysBuilder:
             group=_numbers(self._group),
             role=np.frombuffer(self._role, np.uint8),
             source=np.frombuffer(self._source, np.uint32),
+            earlier=_numbers(self._earlier).reshape(-1, 2),
+            earlier_row=np.frombuffer(self._earlier_row, np.uint32),
         )
 
 
@@ -174,7 +212,7 @@ def find_repeats(keys: Keys) -> Codes:
 
 
 def leaks(keys: Keys, roles: Codes, mask: Mask) -> Mask:
-    """Return the rows whose question belongs to a row of a more protected role.
+    """Return the rows with a question, also an earlier one, of a row of a more protected role.
 
     Only rows of `mask` protect or leak. Needed again after `hold_out`: two groups of source keys
     may share a question.
@@ -186,6 +224,10 @@ def leaks(keys: Keys, roles: Codes, mask: Mask) -> Mask:
         strictest[question[role == code]] = code
     result = np.zeros(len(keys), np.bool_)
     result[rows] = role < strictest[question]
+    for code in (DEV, TEST):
+        held_out = keys.question[mask & (roles == code), 0]
+        asking = keys.earlier_row[np.isin(keys.earlier[:, 0], held_out)]
+        result[asking[mask[asking] & (roles[asking] < code)]] = True
     return result
 
 

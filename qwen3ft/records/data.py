@@ -34,6 +34,7 @@ class ResolvedSources(Record):
     config: TrainingConfig = Field(description="The config, with hub data sets pinned.")
     files: tuple[SourceFile, ...]
     degraded: tuple[str, ...] = Field((), description="Marks of rows that stand in for others.")
+    skipped: tuple[str, ...] = Field((), description="Files that are not read, with the reasons.")
 
     @property
     def fingerprints(self) -> list[list[str]]:
@@ -104,6 +105,11 @@ class DatasetManifest(Record):
     quarantine_path: str | None = None
     layouts: dict[str, int] = Field({}, description="Rows by layout.")
     columns: dict[str, str] = Field({}, description="Column by part, as most rows have it.")
+    unused: dict[str, int] = Field(
+        {}, description="Columns, keys of messages and flags that are not used, with their rows."
+    )
+    skipped: tuple[str, ...] = Field((), description="Files that are not read, with the reasons.")
+    changed: dict[str, int] = Field({}, description="Rows by changes of form while reading.")
     usable_rows: int = Field(0, description="Not quarantined, and not left out without reasoning.")
     chinese_rows: int = Field(0, description="Usable rows whose question has Chinese in it.")
     reasoning_rows: int = Field(0, description="Usable rows with reasoning.")
@@ -132,10 +138,12 @@ class Message(TypedDict, total=False):
     reasoning: str
     tool_calls: list[dict[str, Any]]
     """Each {"name": str, "arguments": dict}."""
+    trained: bool
+    """False if the data says that this answer carries no loss."""
 
 
 class QaRow(TypedDict):
-    """One usable row; texts are stripped, and '' where there is none."""
+    """One usable row; texts have no blank line before and nothing white behind; '' for none."""
 
     question: str
     """The last user message."""

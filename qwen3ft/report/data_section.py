@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import get_args
 
 from qwen3ft.data.safety import safe_excerpt
@@ -81,6 +81,10 @@ def data_markdown(manifest: DatasetManifest, change: DataChange) -> str:
         "",
         f"Layout: {layouts}; {columns}.",
         "",
+        *_counted_markdown("Not used", manifest.unused),
+        *(f"- not read: {escape_markdown(line)}" for line in manifest.skipped[:MOST_FILES]),
+        "",
+        *_counted_markdown("Changed while reading", manifest.changed),
         *new_rows_markdown(section),
         *(f"> {escape_markdown(warning)}\n" for warning in manifest.warnings),
         "",
@@ -92,6 +96,11 @@ def data_markdown(manifest: DatasetManifest, change: DataChange) -> str:
         reasons = [(reason, f"{rows:,}") for reason, rows in manifest.reasons.items()]
         lines += ["", *markdown_table(("reason for leaving out", "rows"), reasons)]
     return "\n".join(lines) + "\n"
+
+
+def _counted_markdown(title: str, rows_by_name: Mapping[str, int]) -> list[str]:
+    named = (f"{escape_markdown(name)} ({rows:,})" for name, rows in rows_by_name.items())
+    return [f"{title}: {', '.join(named)}.", ""] if rows_by_name else []
 
 
 def new_rows_sentence(section: DataSection) -> str:

@@ -13,7 +13,7 @@ from support.fuzz_files import Made, make
 
 from qwen3ft.data.readers.open import read_raw
 from qwen3ft.data.readers.raw import UnreadableFileError
-from qwen3ft.data.rows import UNREADABLE_FILE, RowRules, read_file
+from qwen3ft.data.rows import UNREADABLE_FILE, RowCounts, RowRules, read_file
 from qwen3ft.records.data import BadRow, SourceFile
 
 ROWS, ROWS_PER_FILE = 25_000, 200
@@ -55,7 +55,7 @@ def check_raw(path: Path, made: Made) -> tuple[list[str], Counter[str]]:
 def check_rows(path: Path, raw: Counter[str]) -> list[str]:
     """Return where `read_file` disagrees with the file's reader."""
     found: Counter[str] = Counter()
-    for row in read_file(SourceFile(str(path), path, "train"), RowRules(), Counter()):
+    for row in read_file(SourceFile(str(path), path, "train"), RowRules(), RowCounts()):
         is_bad = isinstance(row, BadRow)
         (row.reason + row.excerpt if is_bad else str(row)).encode()
         found[row.reason if is_bad else "good"] += 1

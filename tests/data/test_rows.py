@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.rows import GOOD, read, read_line, read_values
 
 from qwen3ft.config import ColumnNames, TrainingConfig
 from qwen3ft.data.rows import (
     UNREADABLE_FILE,
+    RowCounts,
     RowRules,
     excerpt,
     messages_of,
@@ -24,32 +25,7 @@ from qwen3ft.data.rows import (
 )
 from qwen3ft.data.sources import EMBEDDED_SPLITS, SAMPLE_DATA, resolve_sources, resolved
 from qwen3ft.errors import DataLoadingError
-from qwen3ft.records.data import BadRow, QaRow, SourceFile
-
-GOOD = {"question": "Which day?", "answer": "Friday"}
-
-
-def read(path: Path, rules: RowRules = RowRules(), **columns: str) -> list[QaRow | BadRow]:  # noqa: B008
-    """Return all rows of a file, with columns set by `columns`."""
-    if columns:
-        rules = RowRules(ColumnNames(**columns))
-    return list(read_file(SourceFile(str(path), path, "train"), rules, Counter()))
-
-
-def read_line(folder: Path, line: bytes, rules: RowRules = RowRules()) -> QaRow | BadRow:  # noqa: B008
-    """Return the row of a file that holds `line`."""
-    path = folder / "one.jsonl"
-    path.write_bytes(line)
-    [row] = read(path, rules)
-    return row
-
-
-def read_values(folder: Path, values: dict[str, Any], rules: RowRules = RowRules()) -> QaRow:  # noqa: B008
-    """Return the good row made of `values`."""
-    row = read_line(folder, json.dumps(values, ensure_ascii=False).encode(), rules)
-    assert not isinstance(row, BadRow), row
-    return row
-
+from qwen3ft.records.data import BadRow, SourceFile
 
 BAD_LINES = {
     b'{"question": "a", "answer": "b"': "broken_json",
@@ -101,7 +77,7 @@ def test_a_line_too_large_is_left_out_without_being_held(tmp_path: Path) -> None
     good = json.dumps(GOOD).encode()
     path = tmp_path / "long.jsonl"
     path.write_bytes(b"\n".join([good, b"x" * 1000, good, b"y" * 1000]))
-    rows = read_file(SourceFile(str(path), path, "train"), RowRules(), Counter(), len(good) + 1)
+    rows = read_file(SourceFile(str(path), path, "train"), RowRules(), RowCounts(), len(good) + 1)
     outcome = [row.reason if isinstance(row, BadRow) else "good" for row in rows]
     assert outcome == ["good", "row_too_large", "good", "row_too_large"]
 
@@ -182,12 +158,14 @@ def test_reasoning_is_found_inside_the_answer(
     assert split_reasoning(answer, separator) == expected
 
 
-def test_a_reasoning_column_wins_over_a_block_in_the_answer(tmp_path: Path) -> None:
-    """An explicit column is taken as it is, and the answer is still freed of its block."""
-    values = {**GOOD, "answer": "<think>x</think>Friday", "思考": "calendar", "kind": "dates"}
-    row = read_line(tmp_path, json.dumps(values).encode())
-    assert not isinstance(row, BadRow)
+def test_a_reasoning_column_may_repeat_the_block_in_the_answer(tmp_path: Path) -> None:
+    """The answer is freed of its block; a column that says something else would be lost."""
+    values = {**GOOD, "answer": "<think>calendar</think>Friday", "思考": "calendar"}
+    row = read_values(tmp_path, {**values, "kind": "dates"})
     assert (row["reasoning"], row["answer"], row["kind"]) == ("calendar", "Friday", "dates")
+    other = read_line(tmp_path, json.dumps({**values, "思考": "a guess"}).encode())
+    assert isinstance(other, BadRow)
+    assert other.reason == "two_reasonings"
 
 
 def test_parquet_text_that_is_not_utf8_costs_one_row(tmp_path: Path) -> None:
@@ -325,11 +303,12 @@ def _chat(*turns: tuple[str, Any]) -> dict[str, Any]:
         (_chat(("narrator", "x")), "unknown_role"),
         (_chat(("user", "")), "empty_message"),
         (_chat(("user", {"a": 1})), "message_not_text"),
-        (_chat(("user", [{"type": "image_url"}])), "message_not_text"),
+        (_chat(("user", [{"type": "image_url"}])), "has_media"),
+        (_chat(("user", [{"type": "poem", "text": "a"}])), "message_not_text"),
         (_chat(("user", "a")), "ends_without_answer"),
         (_chat(("user", "a"), ("assistant", "b"), ("user", "c")), "ends_without_answer"),
         (_chat(("assistant", "a")), "bad_turn_order"),
-        (_chat(("user", "a"), ("user", "b"), ("assistant", "c")), "bad_turn_order"),
+        (_chat(("user", "a"), ("assistant", "b"), ("assistant", "c")), "bad_turn_order"),
         (_chat(("user", "a"), ("assistant", "b"), ("tool", "c")), "bad_turn_order"),
         (_chat(("user", "a"), ("assistant", "<think>b")), "unclosed_think"),
         (_chat(("user", "a"), ("assistant", "<think>b</think>")), "empty_answer"),
@@ -392,7 +371,7 @@ def test_a_folder_gives_its_files_sorted_and_without_hidden_ones(tmp_path: Path)
         path.parent.mkdir(exist_ok=True)
         path.write_text("{}")
     paths = (str(tmp_path), str(tmp_path / "b.csv"))
-    files, degraded = resolve_sources(config(data_paths=paths))
+    files, degraded, _ = resolve_sources(config(data_paths=paths))
     assert [file.path.relative_to(tmp_path).as_posix() for file in files] == ["a/z.JSONL", "b.csv"]
     assert degraded == ()
 
@@ -418,7 +397,7 @@ def test_no_data_is_an_error_for_a_real_model() -> None:
     """Only the embedded model brings its own rows."""
     with pytest.raises(DataLoadingError, match="data_paths is empty"):
         resolved(config())
-    files, degraded = resolve_sources(config(model_name="embedded"))
+    files, degraded, _ = resolve_sources(config(model_name="embedded"))
     assert [file.label for file in files] == [f"embedded:{name}" for name in EMBEDDED_SPLITS]
     assert degraded == ()
 
@@ -428,7 +407,7 @@ def test_sample_data_stands_in_only_where_allowed_and_is_marked(
     data_paths: tuple[str, ...],
 ) -> None:
     """With consent the bundled rows replace missing ones, and the run is degraded."""
-    files, degraded = resolve_sources(config(data_paths=data_paths, allow_sample_data=True))
+    files, degraded, _ = resolve_sources(config(data_paths=data_paths, allow_sample_data=True))
     assert [file.role for file in files] == ["train", "dev", "test", "test"]
     assert degraded == (SAMPLE_DATA,)
 

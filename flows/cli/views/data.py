@@ -79,6 +79,10 @@ def _files(manifest: DatasetManifest) -> dict[str, str]:
     }
     if more := len(manifest.sources) - _SHOWN_FILES:
         shown |= {"...": f"and {more:,} more files"} if more > 0 else {}
+    skipped = (line.partition(": ") for line in manifest.skipped[:_SHOWN_FILES])
+    shown |= {path: f"not read: {why}" for path, _, why in skipped}
+    if (more := len(manifest.skipped) - _SHOWN_FILES) > 0:
+        shown |= {"... not read": f"and {more:,} more files"}
     return shown
 
 
@@ -87,10 +91,16 @@ def _understood(manifest: DatasetManifest) -> dict[str, str]:
     return {
         "layout": ", ".join(f"{name} ({rows:,})" for name, rows in manifest.layouts.items()),
         "columns": ", ".join(f"{part} = {name}" for part, name in manifest.columns.items()),
+        **({"not used": _counted(manifest.unused)} if manifest.unused else {}),
+        **({"changed": _counted(manifest.changed)} if manifest.changed else {}),
         "language": f"{share * manifest.chinese_rows:.0f} % of questions with Chinese",
         "reasoning": f"{share * manifest.reasoning_rows:.0f} % of rows",
         "conversations": f"{manifest.conversations:,} of several turns, or with tools or system",
     }
+
+
+def _counted(rows_by_name: dict[str, int]) -> str:
+    return ", ".join(f"{name} ({rows:,})" for name, rows in rows_by_name.items())
 
 
 def _rows(manifest: DatasetManifest) -> dict[str, str]:

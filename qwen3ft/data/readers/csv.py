@@ -13,7 +13,13 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from qwen3ft.data.readers.json_lines import skip_blank_lines, skip_line
-from qwen3ft.data.readers.raw import EXCERPT_BYTES, RawRow, UnreadableFileError, bad_row
+from qwen3ft.data.readers.raw import (
+    EXCERPT_BYTES,
+    RawRow,
+    UnreadableFileError,
+    bad_row,
+    refuse_repeated,
+)
 
 DELIMITERS = (",", ";", "\t", "|")
 _LEAST_REACH_BYTES = 1024
@@ -128,8 +134,11 @@ def _header(lines: _Lines, delimiters: Sequence[str]) -> tuple[list[str], str]:
         lines.begin(0)
     if problem and not best:
         raise UnreadableFileError(f"the line of column names cannot be read: {problem}")
-    names = next(filter(None, csv.reader(lines, delimiter=taken, strict=True)), [])
+    found = next(filter(None, csv.reader(lines, delimiter=taken, strict=True)), [])
     lines.begin(len(lines.record))
+    # pandas and R write the numbers of rows into a column without a name.
+    names = [name if name.strip() else f"(column {at})" for at, name in enumerate(found, 1)]
+    refuse_repeated(names)
     return names, taken
 
 

@@ -2,7 +2,8 @@
 
 A value that passes is finite, encodes as UTF-8, holds no NUL and is nested at most `MAX_DEPTH`
 levels, whatever the depth of the caller's own stack. Reason codes: nul, invalid_utf8, too_deep,
-nan_literal, number_out_of_range, lone_surrogate, broken_json, not_an_object, row_too_large.
+nan_literal, number_out_of_range, duplicate_key, lone_surrogate, broken_json, not_an_object,
+row_too_large.
 """
 
 from __future__ import annotations
@@ -34,7 +35,11 @@ class JsonParser:
 
     def __init__(self) -> None:
         self._flaws: list[str] = []
-        self._decoder = json.JSONDecoder(parse_constant=self._constant, parse_float=self._float)
+        self._decoder = json.JSONDecoder(
+            parse_constant=self._constant,
+            parse_float=self._float,
+            object_pairs_hook=self._object,
+        )
         self._decode = self._decoder.decode
         self._raw_decode = self._decoder.raw_decode
 
@@ -81,6 +86,12 @@ class JsonParser:
         first = self._flaws[0] if self._flaws else ""
         self._flaws.clear()
         return first
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) != len(pairs):  # the last one would win
+            self._flaws.append("duplicate_key")
+        return value
 
     def _constant(self, _name: str) -> None:
         self._flaws.append("nan_literal")

@@ -25,7 +25,7 @@ from qwen3ft.data.readers.parquet_bounds import (
     check_footer,
     column_sizes,
 )
-from qwen3ft.data.readers.raw import EXCERPT_BYTES, RawRow, UnreadableFileError
+from qwen3ft.data.readers.raw import EXCERPT_BYTES, RawRow, UnreadableFileError, refuse_repeated
 from qwen3ft.units import MIB
 
 _BATCH_ROWS = 1024
@@ -78,6 +78,7 @@ def _batches(
 ) -> Iterator[Any]:
     """Yield Arrow's batches, none of which takes much memory."""
     table = _open(stream, ())
+    refuse_repeated(table.schema_arrow.names)
     columns, kept = choose(tuple(table.schema_arrow.names)), frozenset[str]()
     for group in range(table.num_row_groups):
         batch_rows, needed = _plan_group(stream, headers, table, group, columns)
@@ -229,7 +230,18 @@ def _python_values(column: Any) -> list[Any]:
         values: list[Any] = column.to_pylist()
     except UnicodeDecodeError:  # text inside lists or structures
         values = [_python_value(value) for value in column]
-    return values
+    return [_without_padding(value) for value in values] if column.type.num_fields else values
+
+
+def _without_padding(value: Any) -> Any:
+    """Return `value` without the fields that are null in a structure.
+
+    Arrow gives all structures of a column the same fields: what one row lacks is null there, and a
+    function call would be trained with arguments that nobody wrote.
+    """
+    if isinstance(value, dict):
+        return {k: _without_padding(item) for k, item in value.items() if item is not None}
+    return [_without_padding(item) for item in value] if isinstance(value, list) else value
 
 
 def _python_value(scalar: Any) -> Any:

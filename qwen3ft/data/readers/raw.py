@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +32,20 @@ class RawRow:
 
 class UnreadableFileError(Exception):
     """The file as a whole, or the rest of it, cannot be read."""
+
+
+def refuse_repeated(names: Sequence[str]) -> None:
+    """Make sure that no two columns of a file have the same name.
+
+    Raises:
+        UnreadableFileError: some do; a row could hold the value of one of them only.
+    """
+    for name, times in Counter(names).items():
+        if times > 1:
+            places = [str(at) for at, other in enumerate(names, 1) if other == name]
+            raise UnreadableFileError(
+                f"columns {' and '.join(places)} are both called {name!r}; rename one of them"
+            )
 
 
 def bad_row(line: int, offset: int, reason: str, text: bytes | str) -> RawRow:
