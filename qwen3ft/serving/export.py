@@ -38,7 +38,6 @@ from qwen3ft.model.hub import fetch_model, resolve_model
 from qwen3ft.model.saved_adapter import copy_adapter, find_base, open_adapter, require_fit
 from qwen3ft.model.source_folder import check_model_folder
 from qwen3ft.model.tokenizer_trial import try_tokenizer
-from qwen3ft.names import flaw_of_name
 from qwen3ft.records.model import ModelSource
 from qwen3ft.records.requests import ExportLimits, ExportRequest, ParityReport
 from qwen3ft.serving.instructions import write_serving_files
