@@ -175,6 +175,7 @@ def count_from_here() -> Callable[[], int]:
 
     def count() -> int:
         gc.collect()
+        assert len(known) <= len(tensors)  # held: else a new tensor may have the address of one
         new = (item for item in gc.get_objects() if type(item) in TENSORS)
         return storage_bytes(t for t in new if t.untyped_storage().data_ptr() not in known)
 
