@@ -22,7 +22,7 @@ from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.run_card import RunCard
 from qwen3ft.report.attempts import attempt_rows, read_attempts, read_loss_curves
 from qwen3ft.report.build import RunFacts, build_card
-from qwen3ft.report.curves import memory_curves
+from qwen3ft.report.charts import memory_curves
 from qwen3ft.report.data_section import data_markdown
 from qwen3ft.report.figures import write_png
 from qwen3ft.report.html import card_html

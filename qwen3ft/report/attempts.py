@@ -15,7 +15,7 @@ from qwen3ft.jobs.folders import JobDir, RunDir, read_record, read_records
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.run_card import AttemptSummary, LossCurve, SettingChange
 from qwen3ft.records.training import Failure, TrainingMetrics
-from qwen3ft.report.curves import loss_curve
+from qwen3ft.report.charts import loss_curve
 from qwen3ft.report.figures import AttemptMemory
 from qwen3ft.units import size_text
 

@@ -20,8 +20,7 @@ from qwen3ft.records.training import Failure
 from qwen3ft.recovery.adjust import FailedAttempt
 from qwen3ft.report import attempts
 from qwen3ft.report.build import build_card
-from qwen3ft.report.charts import loss_chart, memory_chart
-from qwen3ft.report.curves import loss_curve, thin
+from qwen3ft.report.charts import loss_chart, loss_curve, memory_chart, thin
 from qwen3ft.report.safe_text import escape_markdown
 from qwen3ft.tracking import run_metrics
 from qwen3ft.units import GIB

@@ -30,7 +30,7 @@ from qwen3ft.records.run_card import SettingLine
 from qwen3ft.records.training import Failure, MemoryStatus, TrainingMetrics
 from qwen3ft.report.attempts import summarise
 from qwen3ft.report.build import RunFacts
-from qwen3ft.report.curves import loss_curve, memory_curves
+from qwen3ft.report.charts import loss_curve, memory_curves
 from qwen3ft.report.figures import AttemptMemory, MemorySample
 from qwen3ft.units import GIB
 
