@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -247,6 +248,7 @@ def test_a_failed_run_is_continued_from_its_last_checkpoint(
     run_flow: Any,
     finished: Any,
     make_config: Any,
+    snapshot: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -259,8 +261,10 @@ def test_a_failed_run_is_continued_from_its_last_checkpoint(
     from qwen3ft.model.hub import resolve_model
     from qwen3ft.model.manager import read_snapshot, snapshot_target
 
-    config = make_config()
+    # A cache of its own: other processes of the test run load the shared snapshot meanwhile.
+    config = make_config(cache_dir=str(tmp_path / "cache"))
     target = snapshot_target(config, resolve_model(config), "cpu")
+    shutil.copytree(snapshot.path, target)
     (target / "config.json").write_text("{}")
     assert read_snapshot(target) is None
     monkeypatch.setenv(gpu_lock.FOLDER_VARIABLE, str(tmp_path))
@@ -271,7 +275,7 @@ def test_a_failed_run_is_continued_from_its_last_checkpoint(
             prefers("candidate")(handler)
 
     with serving(judge) as server:
-        settings = {"seed": 41, "max_attempts": 1, "lock_cpu": True}
+        settings = {"seed": 41, "max_attempts": 1, "lock_cpu": True, "cache_dir": config.cache_dir}
         settings |= {"judge_url": server.url, "judge_model": "j", "judge_rows": 4}
         state, run = run_flow("kill@step=5", **settings)
         assert state.is_failed()
