@@ -80,6 +80,7 @@ def servers(folder: Path) -> list[psutil.Process]:
     ]
 
 
+@pytest.mark.slow
 def test_a_server_that_answers_late_is_waited_for(tmp_path: Path) -> None:
     """It has no page to name in records, answers nobody else, and is gone when the flow ended."""
     (tmp_path / "sitecustomize.py").write_text(textwrap.dedent(SLOW))

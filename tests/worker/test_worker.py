@@ -83,6 +83,7 @@ def test_a_fault_in_the_worker_becomes_its_classified_error(
     assert not job.outcome.exists()
 
 
+@pytest.mark.slow
 def test_a_silent_worker_is_ended_and_named_stalled(attempt: Any, tmp_path: Path) -> None:
     """A worker without progress is killed within seconds of its limit, with its children."""
     with pytest.raises(StalledError, match="no sign of life"):
@@ -164,6 +165,7 @@ def test_ending_the_parent_orderly_ends_the_worker_within_ten_seconds(
     assert checkpoint.newest_verified([job.checkpoints]) is not None
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_a_random_step_ends_bit_identical(
     attempt: Any, make_plan: Any, tmp_path: Path
 ) -> None:
