@@ -47,6 +47,7 @@ from qwen3ft.config import TrainingConfig
 from qwen3ft.evaluation.ability import read_ability_rows
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.jobs.processes import workers_ahead
+from qwen3ft.names import checked_name
 from qwen3ft.operations.new_data import compare_data, find_known_rows
 from qwen3ft.operations.night import Night
 from qwen3ft.records.machine import EnvironmentReport
@@ -94,6 +95,8 @@ def qwen3_finetune(
         resumed: Number of automatic resumes after crashes so far.
     """
     survive_closed_pipes()
+    if continue_run is not None:
+        checked_name(continue_run, "run", "qwen3ft status")
     refuse_second_resume(continue_run, resumed)
     cancel_duplicate_resumes(continue_run, resumed)
     nightly = is_nightly(asked=nightly)

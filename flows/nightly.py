@@ -31,6 +31,7 @@ from qwen3ft import logs
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import FinetuneError, TransientError
 from qwen3ft.jobs.folders import RunDir
+from qwen3ft.names import flaw_of_name
 from qwen3ft.operations.night import (
     Night,
     NightRequest,
@@ -150,7 +151,9 @@ def seen_before(config: TrainingConfig, request: NightRequest | None) -> str | N
 
 
 def _is_at_work(config: TrainingConfig, run_id: str | None) -> bool:
-    return bool(run_id) and is_running(RunDir(Path(config.runs_dir).resolve() / str(run_id)))
+    if run_id is None or flaw_of_name(run_id):  # a tag of the registry
+        return False
+    return is_running(RunDir(Path(config.runs_dir).resolve() / run_id))
 
 
 def end_as_taken(night: Night) -> State[Any]:

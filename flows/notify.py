@@ -23,6 +23,7 @@ from prefect.flows import Flow
 from qwen3ft import logs
 from qwen3ft.config import TrainingConfig, parse_config
 from qwen3ft.errors import ConfigError
+from qwen3ft.plain_text import escaped
 from qwen3ft.records.base import Record
 
 logger = logs.get_logger("notify")
@@ -111,7 +112,7 @@ def notify_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -
             run_id=_RUNS.get(str(flow_run.id))
             or str(flow_run.parameters.get("continue_run") or flow_run.id),
             model=config.model_name,
-            message=message,
+            message=escaped(logs.mask_secrets(message)),  # of any exception
         ),
     )
 

@@ -87,7 +87,7 @@ class RunReporter:
         markdown = plan_markdown(table)
         artifacts.show_markdown(artifacts.PLAN, markdown, table.headline)
         self.journal.text("plan.md", markdown)
-        self.journal.text("plan.json", table.model_dump_json(indent=2))
+        self.journal.json("plan.json", table.model_dump(mode="json"))
         self.journal.artifacts(write_png(plan_figure(table), self.run.path / "plan.png"), "")
 
     def show_attempts(self) -> None:

@@ -26,6 +26,7 @@ from qwen3ft.errors import EnvironmentNotReadyError, FinetuneError, TransientErr
 from qwen3ft.jobs.folders import RunDir, write_record
 from qwen3ft.locks import try_lock
 from qwen3ft.machine.gpu_lock import CPU, hold_gpu
+from qwen3ft.names import checked_name
 from qwen3ft.operations.night import Night, NightRequest, read_request, same_settings, write_request
 from qwen3ft.records.data import DataChange
 from qwen3ft.records.evaluation import Champion
@@ -63,8 +64,9 @@ def open_run(config: TrainingConfig, run_id: str, request: NightRequest | None) 
 
     Raises:
         EnvironmentNotReadyError: the run is in progress in another process.
+        ConfigError: `run_id` cannot be the name of a folder.
     """
-    run = RunDir(Path(config.runs_dir).resolve() / run_id)
+    run = RunDir(Path(config.runs_dir).resolve() / checked_name(run_id, "run", "qwen3ft status"))
     run.path.mkdir(parents=True, exist_ok=True, mode=0o700)
     with try_lock(run.lock, LOOK_SECONDS) as mine:
         if not mine:

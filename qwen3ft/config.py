@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -27,6 +26,9 @@ from pydantic import (
 
 from qwen3ft.errors import ConfigError
 from qwen3ft.logs import get_logger, mask_secrets
+from qwen3ft.names import flaw_of_name
+from qwen3ft.plain_text import escaped, is_plain
+from qwen3ft.yaml_text import LONGEST_TEXT, UnreadableYamlError, load_yaml
 
 EMBEDDED_MODEL_NAME = "embedded"
 """Model name that stands for the tiny Qwen3 shipped inside the package."""
@@ -49,6 +51,9 @@ REMOVED_SETTINGS: dict[str, str] = {
 
 OLD_SETTINGS_END = "0.2"
 """Version that refuses old and removed names."""
+
+_MOST_PROBLEMS, _MOST_SHOWN = 50, 400
+"""Problems that one error lists, and characters shown of a value."""
 
 _log = get_logger("config")
 
@@ -306,6 +311,34 @@ class TrainingConfig(BaseModel):
             )
         return value
 
+    @field_validator("*")
+    @classmethod
+    def _check_texts(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse what no path or name can hold, and what a terminal would obey."""
+        for text in value if isinstance(value, tuple) else (value,):
+            is_line = info.field_name != "reasoning_separator"
+            if isinstance(text, str) and not (is_plain(text) if is_line else text == escaped(text)):
+                raise ValueError("a text without control characters is needed")
+        return value
+
+    @field_validator("model_revision")
+    @classmethod
+    def _check_revision(cls, value: str | None) -> str | None:
+        for part in (value or "main").split("/"):  # refs/pr/1
+            if flaw := flaw_of_name(part):
+                raise ValueError(f"not the name of a branch or commit: {flaw}")
+        return value
+
+    @model_validator(mode="after")
+    def _check_registered_name(self) -> TrainingConfig:
+        # else it would be refused after hours of training
+        if flaw := flaw_of_name(self.registered_name):
+            raise ValueError(
+                f"MLflow cannot register a model as {self.registered_name[:60]!r}: {flaw}; set "
+                "registered_model"
+            )
+        return self
+
     @field_validator("judge_url")
     @classmethod
     def _check_judge_url(cls, value: str | None) -> str | None:
@@ -345,11 +378,13 @@ def parse_config(values: Mapping[str, Any]) -> TrainingConfig:
         return TrainingConfig.model_validate(dict(values))
     except ValidationError as error:
         problems = [_problem(dict(issue)) for issue in error.errors(include_url=False)]
+        shown = "; ".join(problems[:_MOST_PROBLEMS])
         raise ConfigError(
-            f"{len(problems)} invalid setting(s): " + "; ".join(problems),
+            f"{len(problems)} invalid setting(s): {shown}"
+            + (" ..." if len(problems) > _MOST_PROBLEMS else ""),
             why="The settings do not describe a run that could be started.",
             next_command="qwen3ft plan --help",
-            problems=problems,
+            problems=problems[:_MOST_PROBLEMS],
         ) from None
 
 
@@ -374,11 +409,14 @@ def read_settings_file(path: Path) -> dict[str, Any]:
         ConfigError: the file cannot be read or is not a mapping.
     """
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        if path.exists() and not path.is_file():
+            raise UnreadableYamlError("it is not a regular file")
+        with path.open(encoding="utf-8") as stream:
+            loaded = load_yaml(stream.read(LONGEST_TEXT + 1))
+    except (OSError, ValueError) as error:  # a path with NUL is a ValueError too
         raise ConfigError(
             f"Cannot read the settings in {path}: {error}",
-            why="The file is missing, unreadable or not YAML.",
+            why="The file is missing, unreadable, or not YAML of plain settings.",
             next_command=f"ls -l {path}",
             path=str(path),
         ) from error
@@ -422,8 +460,10 @@ def registered_model_name(model_name: str) -> str:
 
 def _problem(issue: dict[str, Any]) -> str:
     place = ".".join(str(part) for part in issue["loc"]) or "config"
-    given = "" if issue["type"] == "missing" else f" (given: {mask_secrets(repr(issue['input']))})"
-    return f"{place}: {issue['msg']}{given}"
+    given = mask_secrets(repr(issue["input"]))
+    if len(given) > _MOST_SHOWN:
+        given = f"{given[:_MOST_SHOWN]}..."
+    return f"{place}: {issue['msg']}" + ("" if issue["type"] == "missing" else f" (given: {given})")
 
 
 def _checked_endpoint(url: str) -> str:

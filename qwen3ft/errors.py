@@ -27,6 +27,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from qwen3ft.logs import mask_secrets, mask_values
+from qwen3ft.plain_text import escaped
+
 
 class FinetuneError(Exception):
     """Root of the tree.
@@ -39,11 +42,16 @@ class FinetuneError(Exception):
     """
 
     def __init__(self, what: str, *, why: str = "", next_command: str = "", **facts: Any) -> None:
+        # Errors are logged, shown, and sent to Prefect and MLflow; what they quote may come from
+        # rows, names of files and libraries.
+        what, why, next_command = (
+            escaped(mask_secrets(text)) for text in (what, why, next_command)
+        )
         super().__init__(what)
         self.what = what
         self.why = why
         self.next_command = next_command
-        self.facts = facts
+        self.facts = mask_values(facts)
 
     def __str__(self) -> str:
         parts = [self.what]

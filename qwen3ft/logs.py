@@ -1,8 +1,9 @@
 """One logging set-up for the flow, the tasks and the workers.
 
 Records of the logger `qwen3ft` go to the console for people, and as JSON lines into the run's
-folder for programs; Prefect adds them to the run's log if configured to (see `tasks`). All handlers
-mask secrets. Nothing is configured at import.
+folder for programs; Prefect adds them to the run's log if configured to (see `tasks`). Secrets are
+masked, and control characters escaped, before any handler has a record. Nothing is configured at
+import.
 """
 
 from __future__ import annotations
@@ -12,15 +13,23 @@ import logging
 import re
 import sys
 import warnings
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
+
+from qwen3ft.plain_text import escaped
 
 ROOT = "qwen3ft"
 
-# the lines of the key, their ends real or written as \n, and the end mark if there is one
+# Masking reads every line of a log and every row, so its time may grow no faster than the text,
+# whatever that holds: nothing may be read again from each of many starts, or be divided in many
+# ways. Hence the possessive quantifiers (*+), and the bound on a part that a dot must end.
+_LINE_ENDS = r"(?:\s|\\+[nr]?)*+"  # real, or written as \n
+# the lines of the key, and the end mark if there is one
 _PRIVATE_KEY = (
-    r"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----(?:[\s\\nr]*[A-Za-z0-9+/=]{20,})*"
-    r"(?:[\s\\nr]*[A-Za-z0-9+/=]*[\s\\nr]*-----END [A-Z ]+-----)?"
+    rf"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----(?:{_LINE_ENDS}[A-Za-z0-9+/=]{{20,}}+)*+"
+    rf"(?:{_LINE_ENDS}[A-Za-z0-9+/=]*+{_LINE_ENDS}-----END [A-Z ]+-----)?"
 )
 
 SECRET_PATTERNS: tuple[tuple[str, str], ...] = (
@@ -37,7 +46,10 @@ SECRET_PATTERNS: tuple[tuple[str, str], ...] = (
     ("api_key", r"[sr]k_(?:live|test)_[A-Za-z0-9]{16,}"),  # Stripe
     ("api_key", r"npm_[A-Za-z0-9]{36}|pypi-AgE[A-Za-z0-9_-]{40,}"),  # package registries
     # JSON web tokens
-    ("api_key", r"eyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}"),
+    (
+        "api_key",
+        r"(?<![A-Za-z0-9])eyJ[A-Za-z0-9_-]{8,4096}+\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}",
+    ),
     ("password_url", r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"),  # user:password in a URL
     ("api_key", r"(?<=[Bb]earer )[A-Za-z0-9._~+/-]{8,}=*"),
 )
@@ -46,40 +58,70 @@ SECRET_PATTERNS: tuple[tuple[str, str], ...] = (
 _SECRETS = re.compile("|".join(pattern for _, pattern in SECRET_PATTERNS))
 
 
+MASK = "***"
+
+
 def mask_secrets(text: str) -> str:
     """Replace everything in `text` that looks like a credential by ***."""
-    return _SECRETS.sub("***", text)
+    return _SECRETS.sub(MASK, text)
+
+
+def secret_spans(text: str) -> list[tuple[int, int]]:
+    """Return start and end of everything in `text` that looks like a credential."""
+    return [found.span() for found in _SECRETS.finditer(text)]
+
+
+def mask_values(value: Any) -> Any:
+    """Return JSON-compatible values with every text in them masked, names of fields included."""
+    if isinstance(value, str):
+        return mask_secrets(value)
+    if isinstance(value, Mapping):
+        return {mask_secrets(str(name)): mask_values(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [mask_values(inner) for inner in value]
+    return value
 
 
 class ConsoleFormatter(logging.Formatter):
-    """Formats a record as `12:00:01 INFO    train: step 20 ...`, secrets masked."""
+    """Formats a record as `12:00:01 INFO    train: step 20 ...`."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Format the record, with its traceback if it has one."""
         record = logging.makeLogRecord(record.__dict__)
         record.name = record.name.removeprefix(f"{ROOT}.")
-        return mask_secrets(super().format(record))
+        return super().format(record)
 
 
 class JsonFormatter(logging.Formatter):
     """Formats a record as a JSON object: time, level, logger, message, traceback if any."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Format the record as one line of JSON, secrets masked."""
+        """Format the record as one line of JSON."""
         entry = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(),
             "level": record.levelname,
             "logger": record.name,
-            "message": mask_secrets(record.getMessage()),
+            "message": record.getMessage(),
         }
-        if record.exc_info:
-            entry["traceback"] = mask_secrets(self.formatException(record.exc_info))
+        if record.exc_text:
+            entry["traceback"] = record.exc_text
         return json.dumps(entry, ensure_ascii=False)
 
 
 def get_logger(name: str) -> logging.Logger:
-    """Return the logger `qwen3ft.<name>`."""
-    return logging.getLogger(f"{ROOT}.{name}")
+    """Return the logger `qwen3ft.<name>`; whatever it logs is masked and fit to be shown."""
+    logger = logging.getLogger(f"{ROOT}.{name}")
+    logger.addFilter(_make_plain)  # no effect the second time
+    return logger
+
+
+def _make_plain(record: logging.LogRecord) -> bool:
+    """Mask a record before any handler sees it; Prefect's handlers do not mask."""
+    record.msg, record.args = escaped(mask_secrets(record.getMessage())), None
+    if record.exc_info:
+        traceback = logging.Formatter().formatException(record.exc_info)
+        record.exc_text = escaped(mask_secrets(traceback))  # formatters use it if it is there
+    return True
 
 
 def configure(*, console: bool = True, json_path: Path | None = None) -> None:

@@ -17,7 +17,8 @@ from prefect.artifacts import (
 )
 from prefect.exceptions import PrefectException
 
-from qwen3ft.logs import get_logger
+from qwen3ft.logs import get_logger, mask_secrets
+from qwen3ft.plain_text import escaped
 
 logger = get_logger("artifacts")
 
@@ -30,17 +31,29 @@ NOT_SHOWN = (httpx.HTTPError, PrefectException, OSError)
 
 def show_markdown(key: str, markdown: str, description: str) -> None:
     """Show a page of text."""
+    markdown, description = _plain(markdown), _plain(description)
     _show(key, lambda: create_markdown_artifact(markdown, key=key, description=description))
 
 
 def show_table(key: str, rows: Sequence[dict[str, Any]], description: str) -> None:
     """Show a table; the keys of the first row are its columns."""
-    _show(key, lambda: create_table_artifact(list(rows), key=key, description=description))
+    plain = [{name: _plain_value(value) for name, value in row.items()} for row in rows]
+    description = _plain(description)
+    _show(key, lambda: create_table_artifact(plain, key=key, description=description))
 
 
 def show_link(key: str, link: str, text: str) -> None:
     """Show a link."""
     _show(key, lambda: create_link_artifact(link, text, key=key))
+
+
+def _plain(text: str) -> str:
+    """Return `text` masked and fit to be shown."""
+    return escaped(mask_secrets(text))
+
+
+def _plain_value(value: Any) -> Any:
+    return _plain(value) if isinstance(value, str) else value
 
 
 def _show(key: str, create: Callable[[], object]) -> None:

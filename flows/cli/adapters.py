@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from flows.cli.options import AdapterOption, ConfigOption, JsonOption, SetOption, ThinkOption
-from flows.cli.output import open_console, print_json, say
+from flows.cli.output import open_console, print_json, print_piece, say
 
 if TYPE_CHECKING:
     from qwen3ft.config import TrainingConfig
@@ -198,7 +198,7 @@ def _relay(session: ChatSession, messages: list[dict[str, Any]], *, quiet: bool)
                 typer.echo(err=True)
             texts[chunk.kind] += chunk.text
             if not quiet:
-                typer.echo(chunk.text, nl=False, err=chunk.kind == "thinking")
+                print_piece(chunk.text, err=chunk.kind == "thinking")
     if not quiet:
         typer.echo()
         if not stopped:

@@ -38,17 +38,25 @@ def read_overrides(settings: list[str] | None) -> dict[str, Any]:
 
     Raises:
         typer.BadParameter: one of them is not KEY=VALUE.
+        ConfigError: a value is not YAML, or more than a setting may be.
     """
-    import yaml
-
     from qwen3ft.config import TrainingConfig, with_current_names
+    from qwen3ft.errors import ConfigError
+    from qwen3ft.yaml_text import UnreadableYamlError, load_yaml
 
     values: dict[str, Any] = {}
     for setting in settings or ():
         name, equals, text = setting.partition("=")
         if not equals:
             raise typer.BadParameter(f"{setting!r} is not KEY=VALUE", param_hint="--set")
-        value = yaml.safe_load(text)
+        try:
+            value = load_yaml(text)
+        except UnreadableYamlError as error:
+            raise ConfigError(
+                f"Cannot read the value of --set {name[:100]}=: {error}",
+                why="A value is YAML: a number, a text, true, false, null or a [list].",
+                next_command="qwen3ft plan --help",
+            ) from error
         field = TrainingConfig.model_fields.get(name)
         if field is not None and isinstance(value, bool) and not isinstance(field.default, bool):
             value = text.strip()  # YAML reads packing=on as true

@@ -13,6 +13,7 @@ from flows.cli.options import read_overrides
 from flows.cli.output import say
 from qwen3ft.config import TrainingConfig, parse_config, read_settings_file
 from qwen3ft.errors import EnvironmentNotReadyError
+from qwen3ft.names import checked_name
 
 
 def open_project() -> Stack:
@@ -68,9 +69,11 @@ def run_parameters(
     """Return the flow parameters that replace the deployment's, validated.
 
     Raises:
-        ConfigError: a setting or the file is invalid.
+        ConfigError: a setting, the file or the id of the run is invalid.
     """
-    parameters: dict[str, Any] = {"continue_run": resume} if resume else {}
+    parameters: dict[str, Any] = {}
+    if resume is not None:
+        parameters["continue_run"] = checked_name(resume, "run", "qwen3ft status")
     if config is not None or settings:
         values, _ = requested_settings(root, config, settings)
         parameters["config"] = parse_config(values).model_dump(mode="json")

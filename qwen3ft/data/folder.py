@@ -29,7 +29,7 @@ from pydantic import ValidationError
 from qwen3ft.data.known_rows import write_known_rows
 from qwen3ft.data.placement import DUPLICATES, Fate, Placement
 from qwen3ft.data.reading import FINDINGS_NAME, NO_REASONING, Reading
-from qwen3ft.data.row_table import BATCH_ROWS, RowTable
+from qwen3ft.data.row_table import RowTable
 from qwen3ft.data.rows import NOT_AN_EXAMPLE, UNREADABLE_FILE
 from qwen3ft.data.splits import Mask
 from qwen3ft.data.tokenizing import Tokens
@@ -242,8 +242,7 @@ def _longest(prepared: Prepared) -> tuple[LongRow, ...]:
 def _rows(prepared: Prepared, *fates: Fate) -> Iterator[tuple[QaRow, int]]:
     """Yield the rows with one of `fates` and their positions, in reading order."""
     wanted = np.isin(prepared.placement.fates, fates)
-    for number, rows in enumerate(prepared.table.batches()):
-        start = number * BATCH_ROWS
+    for start, rows in prepared.table.batches():
         for index in np.flatnonzero(wanted[start : start + len(rows)]):
             yield rows[index], start + int(index)
 

@@ -28,6 +28,7 @@ from qwen3ft.errors import (
 from qwen3ft.files import write_json_atomic
 from qwen3ft.logs import get_logger
 from qwen3ft.model.hub_errors import TIMEOUT_SECONDS, RepoKind, endpoint, hub_error
+from qwen3ft.names import flaw_of_name
 
 logger = get_logger("data")
 
@@ -75,7 +76,8 @@ def parse_hub_name(given: str) -> HubDataset | None:
     """
     is_explicit = given.startswith(HUB_PREFIX)
     match = _REPO.fullmatch(given.removeprefix(HUB_PREFIX))
-    if match is None and is_explicit:
+    revision = unquote(match["revision"]) if match and match["revision"] else None
+    if is_explicit and (match is None or any(map(flaw_of_name, (revision or "x").split("/")))):
         raise DatasetNotFoundError(
             f"{given} is not a valid name of a data set.",
             why="Names of the hub's data sets are hf://datasets/OWNER/NAME[@REVISION][/glob].",
@@ -87,7 +89,6 @@ def parse_hub_name(given: str) -> HubDataset | None:
         not is_explicit and (match["glob"] or suffix_of(given) or given[0] == ".")
     ):
         return None
-    revision = unquote(match["revision"]) if match["revision"] else None
     return HubDataset(match["name"], revision, match["glob"])
 
 

@@ -115,7 +115,7 @@ class DataPipeline:
         datasets = Path(self._config.cache_dir) / "datasets"
         with work_folder(datasets / "rows") as work:
             reading = read_sources(files, self._config, work, datasets / QUARANTINE)
-            return [row for rows in RowTable(reading.rows_path, files).batches() for row in rows]
+            return [row for _, rows in RowTable(reading.rows_path, files).batches() for row in rows]
 
     def format_for_qwen(self, data: Sequence[QaRow]) -> Dataset:
         """Render rows with the chat template.

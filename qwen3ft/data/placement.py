@@ -135,7 +135,7 @@ def _place_near(
 ) -> None:
     """Leave out rows that nearly equal a more protected one or, if configured, an earlier one."""
     near, done = NearDuplicates(), 0
-    for rows in table.batches():
+    for _, rows in table.batches():
         near.add([_text_of(row) for row in rows])
         done += len(rows)
         progress(done)

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qwen3ft.logs import MASK, mask_secrets, secret_spans
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -25,7 +27,10 @@ class ShownToken:
 def show_tokens(
     tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], trained: Sequence[int]
 ) -> list[ShownToken]:
-    """Return the tokens of a row as text; `trained` has the edges of stretches that carry loss."""
+    """Return the tokens of a row as text; `trained` has the edges of stretches that carry loss.
+
+    A key is shown as ***, whichever tokens it is made of.
+    """
     loss = [False] * len(input_ids)
     for start, end in zip(trained[::2], trained[1::2], strict=True):
         loss[start:end] = [True] * (end - start)
@@ -39,6 +44,25 @@ def show_tokens(
             continue
         shown.append(ShownToken(text, loss[position]))
         start = position + 1
+    return _masked(shown)
+
+
+def _masked(tokens: list[ShownToken]) -> list[ShownToken]:
+    """Return the tokens, those of a key replaced by *** in the first of them."""
+    text = "".join(token.text for token in tokens)
+    if mask_secrets(text) == text:
+        return tokens
+    spans = iter(secret_spans(text))
+    span, start, shown = next(spans, None), 0, []
+    for token in tokens:
+        end = start + len(token.text)
+        while span is not None and span[1] <= start:
+            span = next(spans, None)
+        if span is None or end <= span[0]:
+            shown.append(token)
+        elif start <= span[0]:
+            shown.append(ShownToken(MASK, token.trained))
+        start = end
     return shown
 
 

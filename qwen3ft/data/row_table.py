@@ -1,14 +1,16 @@
 """Checked rows in an Arrow file of the work folder: written in order, read in batches or singly.
 
-A million rows need no more memory than one batch.
+A million rows need no more memory than one batch, which is bounded in rows and in text.
 """
 
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +20,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 BATCH_ROWS = 2000
-"""Rows written, read and tokenised at a time."""
+"""Most rows written, read and tokenised at a time."""
 
-_CACHED_BATCHES = 32
+_BATCH_CHARACTERS, _CACHED_BATCHES = 8 * 2**20, 16
 
 _TEXTS = ("question", "answer", "reasoning", "messages", "tools", "kind", "role")
 _NUMBERS = ("source", "line", "offset")
@@ -37,6 +39,7 @@ class RowWriter(AbstractContextManager["RowWriter"]):
         self._schema = pa.schema([*texts, *((name, pa.int64()) for name in _NUMBERS)])
         self._writer = pa.ipc.new_file(str(path), self._schema)  # a stream has no single batches
         self._columns: dict[str, list[Any]] = {name: [] for name in self._schema.names}
+        self._characters = 0
 
     def __exit__(self, *_: object) -> None:
         self._flush()
@@ -50,7 +53,8 @@ class RowWriter(AbstractContextManager["RowWriter"]):
         values = (*texts, *lists, row["kind"], row["role"], *numbers)  # in the order of the schema
         for column, value in zip(self._columns.values(), values, strict=True):
             column.append(value)
-        if len(self._columns["line"]) >= BATCH_ROWS:
+        self._characters += sum(map(len, (*texts, *lists)))
+        if len(self._columns["line"]) >= BATCH_ROWS or self._characters >= _BATCH_CHARACTERS:
             self._flush()
 
     def _flush(self) -> None:
@@ -59,6 +63,7 @@ class RowWriter(AbstractContextManager["RowWriter"]):
         if self._columns["line"]:
             self._writer.write_batch(pa.record_batch(self._columns, schema=self._schema))
             self._columns = {name: [] for name in self._columns}
+            self._characters = 0
 
 
 class RowTable:
@@ -68,20 +73,26 @@ class RowTable:
         import pyarrow as pa
 
         self._files = files
+        with pa.memory_map(str(path)) as mapped:  # to count rows, no text is touched
+            counted = pa.ipc.open_file(mapped)
+            batches = range(counted.num_record_batches)
+            rows = [counted.get_batch(number).num_rows for number in batches]
+        self._starts = list(accumulate(rows, initial=0))
         # Read, not mapped: touched pages of a map would count as memory of this process.
         self._reader = pa.ipc.open_file(pa.OSFile(str(path)))
         self._batch = lru_cache(_CACHED_BATCHES)(self._reader.get_batch)
 
-    def batches(self) -> Iterator[list[QaRow]]:
-        """Yield all rows in order, up to `BATCH_ROWS` at a time."""
-        for number in range(self._reader.num_record_batches):
-            yield self._rows(self._reader.get_batch(number))
+    def batches(self) -> Iterator[tuple[int, list[QaRow]]]:
+        """Yield (position of the first row, rows) of each batch, in order."""
+        for number, start in enumerate(self._starts[:-1]):
+            yield start, self._rows(self._reader.get_batch(number))
 
     def rows(self, positions: Sequence[int]) -> list[QaRow]:
         """Return the rows at `positions`; neighbours are cheaper, for they share a batch."""
         found = []
         for position in positions:
-            number, index = divmod(position, BATCH_ROWS)
+            number = bisect_right(self._starts, position) - 1
+            index = position - self._starts[number]
             found += self._rows(self._batch(number).slice(index, 1))
         return found
 

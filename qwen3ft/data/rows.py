@@ -37,6 +37,7 @@ from qwen3ft.data.columns import Columns, find_columns, may_be_used
 from qwen3ft.data.readers.open import read_raw
 from qwen3ft.data.readers.raw import MAX_ROW_BYTES, RawRow, UnreadableFileError
 from qwen3ft.logs import mask_secrets
+from qwen3ft.plain_text import escaped_line
 from qwen3ft.records.data import BadRow, Message, QaRow, RejectedRowError, Role, SourceFile
 
 UNREADABLE_FILE = "unreadable_file"
@@ -234,7 +235,8 @@ def _row(
         _fill_from_messages(row, messages, values, columns, rules)
     else:
         _fill_from_columns(row, values, columns, rules, notes)
-    row["kind"] = _optional_text(values, columns.kind, "kind")
+    # The name of a score, shown on every page.
+    row["kind"] = escaped_line(mask_secrets(_optional_text(values, columns.kind, "kind")))
     row["group"] = _label(values, columns.group)
     _apply_marks(row, values, columns, notes)
     return row

@@ -9,13 +9,11 @@ national phone numbers outside China and North America.
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from qwen3ft.logs import SECRET_PATTERNS, mask_secrets
-
-MASK = "***"
+from qwen3ft.logs import MASK, SECRET_PATTERNS, mask_secrets
+from qwen3ft.plain_text import without_steering
 
 
 class Finding(NamedTuple):
@@ -110,8 +108,10 @@ def scan(text: str) -> tuple[Finding, ...]:
     if is_wide:
         text = text.translate(_FULL_WIDTH)  # one character for one: indices stay the same
     found: list[Finding] = []
+    taken = bytearray(len(text))  # to compare each finding with all others would take too long
     for finding in _candidates(text):
-        if all(finding.end <= one.start or one.end <= finding.start for one in found):
+        if taken.find(1, finding.start, finding.end) < 0:
+            taken[finding.start : finding.end] = b"\1" * (finding.end - finding.start)
             found.append(finding)
     return tuple(sorted(found, key=lambda finding: finding.start))
 
@@ -123,6 +123,16 @@ def mask(text: str) -> str:
         parts += [text[end : finding.start], MASK]
         end = finding.end
     return mask_secrets("".join(parts) + text[end:])
+
+
+def mask_keys(text: str) -> str:
+    """Return `text` with credentials alone replaced by ***; what only looks like one stays."""
+    parts, end = [], 0
+    for finding in scan(text):
+        if finding.kind in _SECRET_CHECKS:
+            parts += [text[end : finding.start], MASK]
+            end = finding.end
+    return "".join(parts) + text[end:]
 
 
 def _candidates(text: str) -> Iterator[Finding]:
@@ -145,7 +155,7 @@ def _is_key(match: re.Match[str]) -> bool:
     """Return whether a key looks random, not written by hand."""
     key = match.group()
     has_digit = any(character.isdigit() for character in key)
-    if match.string[: match.start()].endswith("earer ") and not has_digit:
+    if match.string.endswith("earer ", 0, match.start()) and not has_digit:
         return False
     is_mixed = "-" not in key and key.upper() != key != key.lower()
     is_random = has_digit or is_mixed or key.isupper()
@@ -251,22 +261,13 @@ _NUMBER_CHECKS: tuple[tuple[str, re.Pattern[str], Check], ...] = (
 # A secret may begin before the cut and end behind it; private keys are the longest.
 _LOOK_AHEAD = 4096
 
-# Marks of Unicode's bidirectional algorithm. Arabic and Hebrew read right without them.
-_OVERRIDES = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-
 
 def safe_excerpt(text: str, most_characters: int) -> str:
     """Return `text` masked, without control characters and direction marks, and cut with a note."""
     looked_at = text[: most_characters + _LOOK_AHEAD]
     # Control characters go first: one inside a secret would hide it from the mask.
-    kept = mask("".join(character for character in looked_at if _is_plain(character))).strip()
+    kept = mask(without_steering(looked_at)).strip()
     left_out = len(kept) - most_characters + max(0, len(text) - most_characters - _LOOK_AHEAD)
     if left_out <= 0:
         return kept
     return f"{kept[:most_characters].rstrip()} … ({left_out:,} more characters)"
-
-
-def _is_plain(character: str) -> bool:
-    if character in "\n\t":
-        return True
-    return unicodedata.category(character) not in ("Cc", "Cs") and character not in _OVERRIDES

@@ -11,7 +11,9 @@ rows to stand in.
 from __future__ import annotations
 
 import glob
+import hashlib
 import re
+import shlex
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +22,10 @@ from qwen3ft.config import TrainingConfig
 from qwen3ft.data.digests import DigestCache, mark_of, open_digests
 from qwen3ft.data.hub import HUB_PREFIX, fetch_dataset, parse_hub_name, pin_dataset
 from qwen3ft.data.readers.open import SUFFIXES, is_readable, suffix_of
+from qwen3ft.data.safety import mask_keys
 from qwen3ft.embedded import DATA_DIR
 from qwen3ft.errors import DataLoadingError
+from qwen3ft.plain_text import escaped_line
 from qwen3ft.records.data import ResolvedSources, Role, SourceFile
 
 EMBEDDED_PREFIX = "embedded:"
@@ -176,7 +180,7 @@ def _files(given: str, role: Role, cache: Path, skipped: list[str]) -> list[Sour
             if not given.startswith(HUB_PREFIX):
                 error.why += f" There is no path {given} in {Path.cwd()} either."
             raise
-        return [SourceFile(label, path, role) for label, path in found]
+        return [_source(path, role, label) for label, path in found]
     if not path.exists() and glob.has_magic(given):
         return _glob_files(path, role, skipped)
     if not path.is_file():
@@ -193,7 +197,7 @@ def _files(given: str, role: Role, cache: Path, skipped: list[str]) -> list[Sour
             next_command=f"ls -l {path}",
             path=given,
         )
-    return [SourceFile(str(path), path, role)]
+    return [_source(path, role)]
 
 
 def _folder_files(folder: Path, role: Role, skipped: list[str]) -> list[SourceFile]:
@@ -251,11 +255,11 @@ def _readable_files(paths: Iterable[Path], role: Role, skipped: list[str]) -> li
         if not path.is_file():
             continue
         if not is_readable(path):
-            skipped.append(f"{path}: {_why_skipped(path)}")
+            skipped.append(f"{_shown(path)}: {_why_skipped(path)}")
         elif path.stem.lower() in _DESCRIPTIONS:
-            skipped.append(f"{path}: it describes a data set and has no rows")
+            skipped.append(f"{_shown(path)}: it describes a data set and has no rows")
         else:
-            files.append(SourceFile(str(path), path, role))
+            files.append(_source(path, role))
     return files
 
 
@@ -264,6 +268,30 @@ def _why_skipped(path: Path) -> str:
     if path.suffix.lower() in (".txt", ".md", ".docx", ".pdf", ".html"):
         return f"{kind} has no rows; write its questions and answers as csv or jsonl"
     return f"{kind} cannot be read; convert it to csv, jsonl or parquet"
+
+
+def _source(path: Path, role: Role, name: str | None = None) -> SourceFile:
+    """Return a file under a name that may be shown wherever the file is spoken of.
+
+    Raises:
+        DataLoadingError: its path is not UTF-8, so that no worker could be told of it.
+    """
+    name = name or str(path)
+    shown = _shown(name)
+    if any("\ud800" <= character <= "\udfff" for character in str(path)):
+        raise DataLoadingError(
+            f"The name of the {role} data file {shown} is not UTF-8.",
+            why="It was written in another encoding, and cannot be passed on as it is.",
+            next_command=f"ls -lb {shlex.quote(escaped_line(str(path.parent)))}",
+            path=shown,
+        )
+    if shown != name:  # two names that differ in what is not shown stay apart
+        shown = f"{shown} ({hashlib.sha256(name.encode()).hexdigest()[:8]})"
+    return SourceFile(shown, path, role)
+
+
+def _shown(name: str | Path) -> str:
+    return escaped_line(mask_keys(str(name)))
 
 
 def _embedded_file(given: str) -> Path:

@@ -20,6 +20,7 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen3ft.plain_text import normalized
 from qwen3ft.records.data import Role
 
 ROLES: tuple[Role, ...] = ("train", "dev", "test")
@@ -76,9 +77,9 @@ def question_key(text: str) -> bytes:
         found = (number.rstrip(_JOINTS) for number in _NUMBER.findall(text))
         numbers = "\n" + " ".join(filter(None, found))
     if not is_ascii:
-        composed = unicodedata.normalize("NFKC", kept)
+        composed = normalized("NFKC", kept)
         kept = (composed if composed == kept else _BLIND.sub("", composed)).casefold()
-        numbers = unicodedata.normalize("NFKC", numbers)
+        numbers = normalized("NFKC", numbers)
     return _digest(kept + numbers if kept else text)
 
 

@@ -8,8 +8,9 @@ by 《》「」, and as Latin words in Chinese text; others are words like any o
 from __future__ import annotations
 
 import re
-import unicodedata
 from dataclasses import dataclass
+
+from qwen3ft.plain_text import normalized
 
 # Answers up to this many words must be the same: they are labels and values.
 SHORT_ANSWER_WORDS = 5
@@ -22,8 +23,12 @@ _WORDS = re.compile(rf"[{_HAN}]|[^\W_{_HAN}]+")
 _ASCII_WORDS = re.compile("[a-z0-9]+")
 _HAS_DIGIT = re.compile("[0-9０-９]")
 _LATIN = re.compile("[A-Za-z][A-Za-z0-9]*")
-# a capital that does not follow the end of a sentence, a colon, a quote or a list mark
-_NAME = re.compile(r"(?<=[^\s.!?:;\"'*#>|•。！？：；“”…-])[ \t/(-]+([A-Z][A-Za-z0-9]*)")
+# A capital that follows no end of a sentence, colon, quote or list mark. Separators in
+# a row are read once, from where they begin, or from one of the last few that is / or (.
+_NAME = re.compile(
+    r"(?:(?<=[^\s./(!?:;\"'*#>|•。！？：；“”…-])[ \t/(-]++|(?<=[/(])[ \t/(-]{1,16}+)"
+    "([A-Z][A-Za-z0-9]*)"
+)
 _TITLE = re.compile("[《「『]([^》」』]{1,40})[》」』]")
 # not 一 and "one", which are often no numbers
 _NUMERALS = frozenset(
@@ -101,8 +106,8 @@ def _words(text: str) -> list[str]:
     if text.isascii():
         return _ASCII_WORDS.findall(text.lower())  # twice as fast
     # in two steps: joined without punctuation, most texts pass NFKC's quick check
-    words = " ".join(_WORDS.findall(unicodedata.normalize("NFC", text).lower()))
-    return unicodedata.normalize("NFKC", words).split()
+    words = " ".join(_WORDS.findall(normalized("NFC", text).lower()))
+    return normalized("NFKC", words).split()
 
 
 # Three words, or Chinese characters, in a row. An exchanged word spoils three of them: a template

@@ -17,7 +17,7 @@ import numpy as np
 from qwen3ft.chat import rendering as chat
 from qwen3ft.config import TrainingConfig
 from qwen3ft.data.placement import Fate, Placement
-from qwen3ft.data.row_table import BATCH_ROWS, RowTable
+from qwen3ft.data.row_table import RowTable
 from qwen3ft.data.splits import Keys
 from qwen3ft.data.token_table import Origin, TokenWriter
 from qwen3ft.errors import DataLoadingError
@@ -67,9 +67,9 @@ def tokenize_table(
             for fate, split in _SPLITS.items()
         }
         work = _Work(keys, placement, tokenizer, config, writers)
-        for number, rows in enumerate(table.batches()):
-            work.batch(number * BATCH_ROWS, rows)
-            progress(number * BATCH_ROWS + len(rows))
+        for start, rows in table.batches():
+            work.batch(start, rows)
+            progress(start + len(rows))
     # Only after all rows, so that the error can name their number and the longest.
     too_long = placement.count(Fate.TOO_LONG)
     if too_long and config.too_long == "fail":

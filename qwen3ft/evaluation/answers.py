@@ -6,7 +6,6 @@ in other words counts as wrong, and so does '1000' for '1,000'.
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -15,6 +14,7 @@ from itertools import chain, combinations, zip_longest
 from typing import TypeVar
 
 from qwen3ft.chat.thinking import split_thinking
+from qwen3ft.plain_text import normalized
 from qwen3ft.records.evaluation import ModelLabel, SideBySide
 
 # a sound model has an odd answer now and then; a broken one has many
@@ -69,8 +69,8 @@ def normalise(text: str) -> str:
     Drops the reasoning, applies NFKC and casefolding, collapses white space and strips final
     punctuation (unless nothing else is there).
     """
-    answer = unicodedata.normalize("NFKC", split_thinking(text)[1])
-    folded = " ".join(unicodedata.normalize("NFKC", answer.casefold()).split())
+    answer = normalized("NFKC", split_thinking(text)[1])
+    folded = " ".join(normalized("NFKC", answer.casefold()).split())
     return folded.rstrip(_FINAL_PUNCTUATION + " ") or folded
 
 

@@ -18,6 +18,7 @@ from qwen3ft.evaluation.scoring import (
     score_row,
 )
 from qwen3ft.files import sha256_json, write_bytes_atomic
+from qwen3ft.logs import mask_values
 from qwen3ft.records.evaluation import RIVALS, Comparison, InferenceReport, ModelLabel, RowScore
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ def _write_row_scores(
         scores: dict[str, Any] = {
             label: given[index].model_dump(mode="json") for label, given in rows.items()
         }
-        line = {"question": question.text, "split": question.split, **scores}
+        # sent to MLflow as it is
+        line = mask_values({"question": question.text, "split": question.split, **scores})
         lines.append(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
     write_bytes_atomic(path, "".join(lines).encode())

@@ -65,7 +65,9 @@ class NightRequest(Record):
 class NightRecord(Record):
     """Result of a night."""
 
-    date: str = Field(description="YYYY-MM-DD in the schedule's time zone.")
+    date: str = Field(
+        pattern=r"^\d{4}-\d\d-\d\d$", description="YYYY-MM-DD in the schedule's time zone."
+    )
     request_sha256: str
     run_id: str
     state: Literal["running", "done", "failed"]

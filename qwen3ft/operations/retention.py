@@ -24,6 +24,7 @@ from qwen3ft.files import is_left_behind
 from qwen3ft.locks import try_lock
 from qwen3ft.logs import get_logger
 from qwen3ft.model.saved_adapter import has_provenance, read_provenance
+from qwen3ft.names import flaw_of_name
 from qwen3ft.operations.run_state import RunState, find_runs
 from qwen3ft.records.base import Record
 from qwen3ft.registry.versions import ProtectedVersion
@@ -211,6 +212,8 @@ def _base_of(
     version: ProtectedVersion, cache: Path, config: TrainingConfig
 ) -> frozenset[Path] | None:
     """Return the quantised model named by a local copy of a version's adapter."""
+    if any(map(flaw_of_name, filter(None, (version.registered_model, version.run_id)))):
+        return None  # another program's model, in a registry that is shared with it
     copies = [cache / "champions" / version.registered_model / version.version]
     outputs = (config.output_dir, *config.fallback_output_dirs)
     copies += [Path(folder).expanduser() / (version.run_id or "") for folder in outputs]

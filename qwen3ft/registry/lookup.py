@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from qwen3ft.errors import ModelNotFoundError
 from qwen3ft.model.saved_adapter import check_adapter, has_provenance
+from qwen3ft.names import checked_name
 from qwen3ft.registry.aliases import CHALLENGER, CHAMPION, PREVIOUS
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def find_adapter(config: TrainingConfig, registry: Registry, wanted: str) -> Pat
 
     Raises:
         ModelNotFoundError: there is no such adapter.
+        ConfigError: `wanted` can be neither a version, a run nor a folder.
         SaveError: its files differ from what was saved.
         TrackingUnavailableError: MLflow is needed and cannot be reached.
     """
@@ -46,7 +48,9 @@ def find_adapter(config: TrainingConfig, registry: Registry, wanted: str) -> Pat
     name = config.registered_name
     if (alias_or_number := version_name(wanted)) is not None:
         version = registry.version(name, alias_or_number)
-    elif (saved := _saved_by_run(config, wanted)) is not None:
+    elif (
+        saved := _saved_by_run(config, checked_name(wanted, "run", "qwen3ft history"))
+    ) is not None:
         check_adapter(saved)
         return saved
     else:
@@ -64,8 +68,13 @@ def version_name(wanted: str) -> str | None:
 
 def fetch_version(config: TrainingConfig, registry: Registry, version: Champion) -> Path:
     """Return the folder of a version's adapter in the cache, fetched if missing or damaged."""
-    folder = Path(config.cache_dir).resolve() / "champions" / version.registered_model
-    return registry.download(version, folder / version.version)
+    parts = [
+        checked_name(name, "version of a model", "qwen3ft history")
+        for name in (version.registered_model, version.version)
+    ]
+    return registry.download(
+        version, Path(config.cache_dir).resolve().joinpath("champions", *parts)
+    )
 
 
 def _saved_by_run(config: TrainingConfig, run: str) -> Path | None:

@@ -18,6 +18,7 @@ from qwen3ft.config import registered_model_name
 from qwen3ft.errors import NotInMlflowError, RejectedError, SaveError, TrackingUnavailableError
 from qwen3ft.files import build_folder, find_damage, read_manifest_facts, sha256_file
 from qwen3ft.model.saved_adapter import ADAPTER_FILE, read_degradations
+from qwen3ft.names import checked_name
 from qwen3ft.records.evaluation import Champion
 from qwen3ft.records.model import SavedAdapter
 from qwen3ft.registry import aliases
@@ -26,7 +27,7 @@ from qwen3ft.registry.bounded_calls import BoundedCalls
 from qwen3ft.registry.moves import Change, History, Move, Mover
 from qwen3ft.registry.versions import (
     ADAPTER_PATH,
-    checked_name,
+    checked_model,
     find_by_run,
     find_or_create_version,
     find_version,
@@ -70,7 +71,7 @@ class Registry:
             TrackingUnavailableError: also if the adapter is not there (yet); see
                 `qwen3ft.tracking.cursor.wait_until_sent`.
         """
-        name = checked_name(saved.registered_model or registered_model_name(saved.model_name))
+        name = checked_model(saved.registered_model or registered_model_name(saved.model_name))
         with tempfile.TemporaryDirectory(prefix="qwen3ft-") as folder:
             self._fetch(run_id, saved.sha256, Path(folder))
         all_tags = {**tags, DIGEST_TAG: saved.sha256}
@@ -84,17 +85,17 @@ class Registry:
 
     def version(self, registered_model: str, alias_or_number: str) -> Champion | None:
         """Return the version with that number or alias, or None."""
-        name = checked_name(registered_model)
+        name = checked_model(registered_model)
         return self._calls.within(self.deadline_seconds, find_version, name, alias_or_number)
 
     def version_of_run(self, registered_model: str, run: str) -> Champion | None:
         """Return the newest version made by a run, given its folder's id or its MLflow id."""
-        name = checked_name(registered_model)
+        name = checked_model(registered_model)
         return self._calls.within(self.deadline_seconds, find_by_run, name, run)
 
     def history(self, registered_model: str) -> History:
         """Return the versions in use, and every promotion and rollback so far."""
-        name = checked_name(registered_model)
+        name = checked_model(registered_model)
         return self._calls.within(self.deadline_seconds, aliases.read_history, name)
 
     def download(self, champion: Champion, target: Path) -> Path:
@@ -135,7 +136,7 @@ class Registry:
             RolledBackError: a flow would promote an adapter that was rolled back.
             RequestError: there is no such version.
         """
-        name = checked_name(registered_model)
+        name = checked_model(registered_model)
         return self._calls.move(
             self.deadline_seconds, aliases.make_champion, name, version, expected, change
         )
@@ -146,7 +147,7 @@ class Registry:
         Returns:
             False for the champion and for a version that was rolled back, which do not get it.
         """
-        name = checked_name(registered_model)
+        name = checked_model(registered_model)
         return self._calls.move(
             self.deadline_seconds, aliases.set_challenger, name, version, verdict
         )
@@ -166,7 +167,7 @@ class Registry:
             SaveError: the previous version's adapter differs from what was saved.
             ChampionChangedError: an alias was moved meanwhile.
         """
-        name = checked_name(registered_model)
+        name = checked_model(registered_model)
         deadline = time.monotonic() + ROLLBACK_SECONDS
 
         def left_seconds() -> float:
@@ -224,7 +225,8 @@ class Registry:
 
 
 def _run_id(version: Champion) -> str:
-    return version.source_uri.removeprefix("runs:/").partition("/")[0]
+    run_id = version.source_uri.removeprefix("runs:/").partition("/")[0]
+    return checked_name(run_id, "run of MLflow", "qwen3ft history")
 
 
 def _not_as_saved(run_id: str, problem: str, digest: str) -> SaveError:

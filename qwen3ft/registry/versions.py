@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from pydantic import Field
 
-from qwen3ft.errors import ConfigError, NotInMlflowError
+from qwen3ft.errors import NotInMlflowError
+from qwen3ft.names import checked_name
 from qwen3ft.records.base import Record
 from qwen3ft.records.evaluation import Champion
 from qwen3ft.registry.aliases import DIGEST_TAG, RUN_TAG
@@ -17,15 +17,9 @@ ADAPTER_PATH = "adapter"
 """Path of a run's adapter among its artifacts."""
 
 
-def checked_name(name: str) -> str:
-    """Return `name`; raise ConfigError if the registry cannot hold it."""
-    if re.fullmatch(r"[^/:'\"\\]+", name):
-        return name
-    raise ConfigError(
-        f"{name!r} cannot be the name of a registered model.",
-        why="MLflow's registry takes no '/', ':' or quotes in a name.",
-        next_command="qwen3ft plan --help",
-    )
+def checked_model(name: str) -> str:
+    """Return `name`; raise ConfigError if it cannot be that of a registered model."""
+    return checked_name(name, "registered model", "qwen3ft history")
 
 
 def find_or_create_version(

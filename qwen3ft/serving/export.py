@@ -28,6 +28,7 @@ from qwen3ft.jobs.launcher import run_worker
 from qwen3ft.logs import get_logger
 from qwen3ft.model.hub import check_model_folder, fetch_model, resolve_model
 from qwen3ft.model.saved_adapter import ADAPTER_FILE, check_adapter, find_base, read_provenance
+from qwen3ft.names import flaw_of_name
 from qwen3ft.records.model import ModelSource
 from qwen3ft.records.requests import ExportLimits, ExportRequest, ParityReport
 from qwen3ft.serving.instructions import write_serving_files
@@ -68,8 +69,9 @@ def find_held_out(config: TrainingConfig, adapter: Path) -> Path:
 
 
 def _folder_tested(config: TrainingConfig, provenance: dict[str, Any]) -> list[Path]:
-    request = RunDir(Path(config.runs_dir) / provenance["run_id"]).job("inference").request
-    if not request.is_file():
+    run_id = str(provenance["run_id"])  # an adapter may come from anywhere
+    request = RunDir(Path(config.runs_dir) / run_id).job("inference").request
+    if flaw_of_name(run_id) or not request.is_file():
         return []
     return [Path(json.loads(request.read_text(encoding="utf-8"))["questions_path"]).parent]
 

@@ -3,7 +3,8 @@
 One operation per line of `runs/<run_id>/tracking.jsonl`, in order. An attempt's own metrics stay
 in the attempt's folder, which "attempt_started" refers to. Appending touches one local file only,
 so it neither waits for MLflow nor fails because of it. A line survives a kill of the process; a
-power cut may lose the last ones. Secrets are masked before anything is written.
+power cut may lose the last ones. Secrets are masked before anything is written; files that it
+refers to are sent as they are.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from qwen3ft.jobs.folders import RunDir
-from qwen3ft.logs import mask_secrets
+from qwen3ft.logs import mask_secrets, mask_values
 from qwen3ft.records.data import DatasetManifest
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.units import gb
@@ -165,7 +166,7 @@ class Journal:
             AttemptStarted(
                 number=plan.attempt,
                 params=_texts(flat_params(plan)),
-                plan=mask_secrets(plan.model_dump_json(indent=2)),
+                plan=_json(plan.model_dump(mode="json")),
                 budget_gb=plan.max_memory_gb,
                 predicted_gb=gb(plan.predicted_peak_bytes),
             )
@@ -192,11 +193,11 @@ class Journal:
 
     def text(self, path: str, content: str) -> None:
         """Put `content` at `path` of the parent's artifacts."""
-        self._append(TextArtifact(path=path, content=mask_secrets(content)))
+        self._append(TextArtifact(path=path, content=content))
 
     def json(self, path: str, value: Any) -> None:
         """Put `value` as indented JSON at `path` of the parent's artifacts."""
-        self.text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str))
+        self.text(path, _json(value))
 
     def artifacts(self, local_path: Path, artifact_path: str) -> None:
         """Copy a folder's content (or one file) below `artifact_path`; it must stay until sent."""
@@ -208,7 +209,12 @@ class Journal:
 
     def _append(self, operation: Operation) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        line = operation.model_dump_json().encode() + b"\n"
+        values = operation.model_dump(mode="json")
+        masked = {
+            name: value if name == "local_path" else mask_values(value)  # a file that is sent
+            for name, value in values.items()
+        }
+        line = operation.model_validate(masked).model_dump_json().encode() + b"\n"
         with self.path.open("ab+") as stream:
             if stream.tell() and (stream.seek(-1, 2), stream.read(1))[1] != b"\n":
                 line = b"\n" + line  # a kill tore the last line: start a new one
@@ -268,10 +274,15 @@ def describe_dataset(manifest: DatasetManifest) -> DatasetInput:
     return DatasetInput(
         name="question-answer rows",
         digest=manifest.digest[:_DIGEST_CHARACTERS],
-        source=json.dumps({"uri": manifest.path, "sources": sources}),
-        column_schema=json.dumps({"mlflow_colspec": columns}),
-        profile=json.dumps(profile),
+        source=json.dumps(mask_values({"uri": manifest.path, "sources": sources})),
+        column_schema=json.dumps(mask_values({"mlflow_colspec": columns})),
+        profile=json.dumps(mask_values(profile)),
     )
+
+
+def _json(value: Any) -> str:
+    """Return masked values as JSON; to mask the JSON could take its quotes for a part of a key."""
+    return json.dumps(mask_values(value), indent=2, ensure_ascii=False, default=str)
 
 
 def _name(text: str) -> str:
@@ -279,4 +290,4 @@ def _name(text: str) -> str:
 
 
 def _texts(values: Mapping[str, Any]) -> dict[str, str]:
-    return {_name(key): mask_secrets(str(value)) for key, value in values.items()}
+    return {_name(mask_secrets(key)): str(value) for key, value in values.items()}

@@ -10,7 +10,7 @@ from pathlib import Path
 from qwen3ft.errors import RejectedError
 from qwen3ft.files import lines_from
 from qwen3ft.jobs.folders import RunDir, parse_record, read_records
-from qwen3ft.logs import get_logger, mask_secrets
+from qwen3ft.logs import get_logger, mask_values
 from qwen3ft.records.data import DatasetManifest
 from qwen3ft.records.plan import MemoryPart
 from qwen3ft.records.training import TrainingMetrics
@@ -146,4 +146,4 @@ def table_json(path: Path) -> str:
         raise RejectedError(f"{path} is not a table: {error}") from error
     if not rows:
         raise RejectedError(f"{path} has no rows.")
-    return mask_secrets(json.dumps({"columns": columns, "data": data}, ensure_ascii=False))
+    return json.dumps(mask_values({"columns": columns, "data": data}), ensure_ascii=False)

@@ -243,6 +243,81 @@ def test_a_bracket_that_is_never_closed_stays_cheap(tmp_path: Path) -> None:
     assert (found.count("broken_json"), found.count("x" * 100)) == (10_000, 10_000)
 
 
+def objects(count: int) -> str:
+    """Return nested objects, all closed."""
+    return '{"a":' * count + "1" + "}" * count
+
+
+# Rows with one element in them that nests so many levels, and what comes out of them.
+DEEP: dict[str, tuple[Callable[[int], str], list[str]]] = {
+    "objects": (lambda n: f'[{{"q": 1}}, {objects(n)}, {{"q": 2}}]', ["", "too_deep", ""]),
+    "objects on lines": (
+        lambda n: '[{"q": 1},\n' + '{"q":\n' * n + "1" + "}\n" * n + ', {"q": 2}]',
+        ["", "too_deep", ""],
+    ),
+    "arrays": (lambda n: f'[{{"q": 1}}, {"[" * n}{"]" * n}, {{"q": 2}}]', ["", "too_deep", ""]),
+    "both": (
+        lambda n: '[{"q": 1}, ' + '[{"q": 1}, {"q":' * n + "0" + "}]" * n + ', {"q": 2}]',
+        ["", "too_deep", ""],
+    ),
+    "in a field": (lambda n: f'[{{"q": {objects(n)}}}, {{"q": 2}}]', ["too_deep", ""]),
+    "in a list of an object": (
+        lambda n: f'{{"data": [{{"q": 1}}, {objects(n)}, {{"q": 2}}], "n": 1}}',
+        ["", "too_deep", ""],
+    ),
+    "brackets in texts": (
+        lambda n: '[{"q": 1}, ' + r'{"}\"]":' * n + '"]"' + "}" * n + ', {"q": 2}]',
+        ["", "too_deep", ""],
+    ),
+    "one after the other": (lambda n: f"{objects(n)}\n{objects(n)}\n", ["too_deep"] * 2),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+@pytest.mark.parametrize("levels", [70, 2_000, 100_000])
+@pytest.mark.timeout(120)
+def test_an_element_that_nests_too_deeply_costs_itself(
+    tmp_path: Path, name: str, levels: int
+) -> None:
+    """However deep it is, as in a file of JSON lines; its neighbours come out whole."""
+    make, expected = DEEP[name]
+    rows = read(write(tmp_path / "a.json", make(levels)))
+    assert [row.reason for row in rows] == expected
+    lines = read(write(tmp_path / "a.jsonl", f'{{"q": 1}}\n{objects(levels)}\n{{"q": 2}}\n'))
+    assert [row.reason for row in lines] == ["", "too_deep", ""]
+
+
+# Files of many starts, each of which seems to reach to the end.
+ENDLESS: dict[str, Callable[[int], str]] = {
+    "objects": lambda n: '[{"q": 1},' + '{"q":' * n,
+    "objects on lines": lambda n: '[{"q": 1},\n' + '{"q":\n' * n,
+    "objects behind commas": lambda n: '[{"q": 1},' + '{"q": 1,' * n,
+    "arrays": lambda n: '[{"q": 1},' + "[\n" * n,
+    "lists of rows": lambda n: '{"data": [{"q": 1}, ' + '{"data": [{"data": [{"q": 1}]}, ' * n,
+    "lists of another name": lambda n: '{"data": [{"q": 1}]' + ', "x": [{"q": 1}]' * n + ', "y": ',
+    "brackets closed twice": lambda n: '[{"q": 1}' + ', {"q": 1]' * n,
+    "quotes": lambda n: '[{"q": 1}' + ', {"q": "\n{"q"' * n,
+    "escaped quotes": lambda n: '[{"q": 1}, ' + "[" * 2_000 + '"' + r"\"" * n,
+    "white space": lambda n: '[{"q": 1}, {"q": x' + "\n" * (10 * n) + '{"r"',
+    "names": lambda n: '[{"q": 1}' + "".join(f',\n{{"q{i}": x' for i in range(n)),
+    "backslashes": lambda n: '[{"q": 1}, {"q": "' + "\\" * (10 * n + 1),
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+@pytest.mark.timeout(120)
+def test_a_file_of_elements_without_an_end_takes_no_longer_than_it_grows(
+    tmp_path: Path, name: str
+) -> None:
+    """20,000 of each: where time grew with their square, this would take minutes."""
+    found = []
+    rows = read_raw(write(tmp_path / "a.json", ENDLESS[name](20_000)), list)
+    with suppress(UnreadableFileError):
+        for row in rows:
+            found.append(row)  # noqa: PERF402  # those before the error are wanted
+    assert found[0].values == {"q": 1}
+
+
 RAIN = {
     "context": 'It rains. {"qas": [{}]}',
     "qas": [

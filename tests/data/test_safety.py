@@ -223,3 +223,69 @@ def test_no_key_like_string_stands_in_this_file() -> None:
     written = Path(__file__).read_text(encoding="utf-8")
     assert not re.search(r"(hf_|ghp_|sk-)[A-Za-z]*[0-9][A-Za-z0-9]{20}", written)
     assert not re.search("AKIA[A-Z0-9]{16}", written)
+
+
+HEADER = KEY_BLOCK.format("BEGIN").partition("\n")[0]
+
+# Texts that grow with their number: of each of many starts, or with many ways to be divided.
+GROWING = {
+    "contacts": lambda n: "".join(f"Li, li.{i}@huaxing{i}.com.cn\n" for i in range(n)),
+    "tokens": lambda n: " ".join("hf" + "_" + random_text(i, 34) for i in range(n)),
+    "passwords": lambda n: "://u:secret1@" * n,
+    "a key of empty lines": lambda n: HEADER + "\n" * (30 * n),
+    "a key of escaped empty lines": lambda n: HEADER + "\\n" * (15 * n),
+    "a key of short lines": lambda n: HEADER + "\nrn" * (10 * n),
+    "a key without an end": lambda n: HEADER + ("\n" + random_text(1, 64)) * n,
+    "keys without lines": lambda n: (HEADER + "\n") * n,
+    "ends of keys": lambda n: HEADER + "\n-----END " * n,
+    "web tokens without a dot": lambda n: "-eyJ" * (5 * n),
+    "web tokens without an end": lambda n: "eyJaaaaaaaaaa." * n,
+    "digits": lambda n: "3141592653" * n,
+    "dots": lambda n: "." * (20 * n),
+    "labels of a domain": lambda n: "x@" + "a." * (10 * n),
+    "at signs": lambda n: "a@" * (10 * n),
+    "base64": lambda n: random_text(1, 20 * n),
+    "hyphens": lambda n: "-" * (20 * n),
+    "groups of digits": lambda n: "4532 0151 1283 0366 " * n,
+    "letters of IBANs": lambda n: "DE89 3704 0044 0532 0130 00 " * n,
+    "words before a number": lambda n: ("order no. is: " * 3 + "13812345678 ") * n,
+    "full width": lambda n: "１３９１２３４５６７８ " * n,
+}
+
+
+@pytest.mark.parametrize("name", GROWING)
+@pytest.mark.timeout(120)
+def test_the_scan_takes_no_longer_than_the_text_grows(name: str) -> None:
+    """20,000 of each: where time grew with their square, this would take many minutes.
+
+    Twice the text has twice the findings, or two for one, so that nothing is left out of a long
+    text.
+    """
+    few, many = (scan(GROWING[name](count)) for count in (500, 1000))
+    assert 2 * len(few) - 1 <= len(many) <= 2 * len(few) + 1
+    text = GROWING[name](20_000)
+    assert len(text) >= 200_000
+    assert len(scan(text)) >= len(many)
+    assert len(mask_secrets(text)) <= len(text)
+
+
+KEY_ENDS = [
+    "\n{}\n-----END PRIVATE KEY-----",
+    "\r\n{}\r\n-----END PRIVATE KEY-----\r\n",
+    "\\n{}\\n-----END PRIVATE KEY-----\\n",
+    "\\\\r\\\\n{}\\\\r\\\\n-----END PRIVATE KEY-----",
+    "\n\n  {}\n  nr==\n-----END RSA PRIVATE KEY-----",
+    "{}-----END PRIVATE KEY-----",
+]
+
+
+@pytest.mark.parametrize("frame", KEY_ENDS)
+def test_a_private_key_is_masked_to_its_end(frame: str) -> None:
+    """Its lines end as in a file, or as in JSON or a log, and may begin with n and r."""
+    body = "nr" + random_text(31, 62)
+    text = f"before {HEADER}{frame.format(body)} after"
+    masked = mask_secrets(text)
+    assert masked.startswith("before ***")
+    assert masked.endswith(" after")
+    assert body not in masked
+    assert "END" not in masked

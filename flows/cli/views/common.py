@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qwen3ft.evaluation.wording import format_seconds
+from qwen3ft.logs import mask_secrets, mask_values
 from qwen3ft.records.machine import EnvironmentReport
 from qwen3ft.records.run_card import RunCard
 from qwen3ft.units import gb, size_text
@@ -99,7 +100,7 @@ def show_history(console: Console, history: History) -> None:
         verdict = move.verdict if move.action == "promotion" else ""
         why = "; ".join(part for part in (move.reason, verdict) if part)
         line = f"  {when}  {move.action:9}  {versions:9}  of run {move.run or '?'}, by {move.by}"
-        console.print(f"{line}: {why}" if why else line, soft_wrap=True, markup=False)
+        console.print(f"{line}: {why}" if why else line, soft_wrap=True)
 
 
 def show_removals(console: Console, removals: Sequence[Removal], root: Path) -> None:
@@ -113,7 +114,8 @@ def show_removals(console: Console, removals: Sequence[Removal], root: Path) -> 
     for removal in removals:
         path = Path(removal.path)
         where = path.relative_to(root) if path.is_relative_to(root) else path
-        table.add_row(f"{gb(removal.size_bytes):.2f}", removal.kind, removal.why, str(where))
+        texts = map(mask_secrets, (removal.why, str(where)))
+        table.add_row(f"{gb(removal.size_bytes):.2f}", removal.kind, *texts)
     console.print(table)
 
 
@@ -143,11 +145,12 @@ def show_error(console: Console, error: FinetuneError) -> None:
 
 def show_sections(console: Console, title: str, sections: Mapping[str, Mapping[str, str]]) -> None:
     """Print sections of names and values: a panel on a terminal, plain lines elsewhere."""
+    title, sections = mask_secrets(title), mask_values(sections)
     if not console.is_terminal:
         for heading, rows in sections.items():
-            console.print(heading or title, markup=False)
+            console.print(heading or title)
             for name, value in rows.items():
-                console.print(f"  {name:14} {value}", soft_wrap=True, markup=False)
+                console.print(f"  {name:14} {value}", soft_wrap=True)
         return
     parts: list[RenderableType] = []
     for heading, rows in sections.items():
@@ -157,4 +160,4 @@ def show_sections(console: Console, title: str, sections: Mapping[str, Mapping[s
         for name, value in rows.items():
             table.add_row(Text(name), Text(value))
         parts += [Text(f"\n{heading}"), table] if heading else [table]
-    console.print(Panel(Group(*parts), title=title, title_align="left", expand=False))
+    console.print(Panel(Group(*parts), title=Text(title), title_align="left", expand=False))

@@ -31,7 +31,7 @@ def show_plan(console: Console, table: PlanTable) -> None:
     """Print a plan on one screen."""
     if not console.is_terminal:
         for line in plan_lines(table):
-            console.print(line, soft_wrap=True, markup=False)
+            console.print(line, soft_wrap=True)
         return
     settings = Table.grid(padding=(0, 2))
     settings.add_column(no_wrap=True, style="dim")
@@ -63,7 +63,7 @@ def show_plan(console: Console, table: PlanTable) -> None:
         *(Text(""), settings, Text(""), memory),
         *((Text(""), more) if _more(table) else ()),
     ]
-    console.print(Panel(Group(*parts), title=table.title, title_align="left", width=width))
+    console.print(Panel(Group(*parts), title=Text(table.title), title_align="left", width=width))
 
 
 def plan_lines(table: PlanTable) -> list[str]:
@@ -106,12 +106,12 @@ def show_sweep(console: Console, sweep: Sweep) -> None:
             table.add_row(*(Text(cell, style="dim" if cell == _NO_FIT else "") for cell in cells))
         console.print(table)
     else:
-        console.print(title, markup=False)
+        console.print(title)
         for cells in [head, *body]:
             line = f"{cells[0]:>4}" + "".join(f"{cell:>12}" for cell in cells[1:])
-            console.print(line, soft_wrap=True, markup=False)
+            console.print(line, soft_wrap=True)
     for line in _legend(sweep):
-        console.print(line, soft_wrap=True, markup=False, style="dim")
+        console.print(line, soft_wrap=True, style="dim")
 
 
 def _rows(sweep: Sweep) -> list[list[SweepCell]]:

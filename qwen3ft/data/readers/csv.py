@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from qwen3ft.data.readers.json_lines import skip_line
+from qwen3ft.data.readers.json_lines import skip_blank_lines, skip_line
 from qwen3ft.data.readers.raw import (
     EXCERPT_BYTES,
     RawRow,
@@ -60,7 +60,11 @@ class _Lines(Iterator[str]):
             return line.content.decode("utf-8", "surrogateescape")
 
     def _read(self) -> _Line | None:
-        (number, offset), content = self._place, self._stream.readline(self._limit)
+        content = self._stream.readline(self._limit)
+        if content == b"\n" and not self.record:  # blank lines between records are no records
+            blank = skip_blank_lines(self._stream)
+            self._place = self._place[0] + blank, self._place[1] + blank
+        (number, offset) = self._place
         size, flaw = len(content), "nul" if b"\0" in content else ""
         if size == self._limit and not content.endswith(b"\n"):
             size += skip_line(self._stream, self._limit)

@@ -17,6 +17,7 @@ from typing import Any
 
 from qwen3ft.data.readers.json_lines import JsonParser, RejectedValueError, is_json, reason_of
 from qwen3ft.data.readers.raw import EXCERPT_BYTES, RawRow, UnreadableFileError, bad_row
+from qwen3ft.data.readers.squad import is_article, questions_of
 from qwen3ft.units import MIB
 
 LIST_FIELDS = (
@@ -26,19 +27,22 @@ LIST_FIELDS = (
 """A list of objects under one of these names is taken as the rows of a file."""
 
 _CHUNK_BYTES, _KEPT_BEHIND, _MOST_FIELDS = MIB, 256, 16
-_SHORT, _MOST_VAIN = 16 * 2**10, 64 * MIB
+_SHORT, _LEAST_REACH, _MOST_VAIN = 4 * 2**10, 2**9, 32 * MIB
+_NEAR = 16 * 2**10  # looked at behind a list
 _CUT_MARGIN = 16  # longer than any literal that the end of the window may have cut
 _BETWEEN = re.compile(r"[ \t\r\n,]*")
 _AFTER_ELEMENT = re.compile(r"\s*(?:[,\]{]|$)")
 _AFTER_LIST = re.compile(r'\s*(?:\}\s*$|,\s*"[^"\\]*"\s*:|$)')
 _FIRST_FIELD = re.compile(r'\{\s*"([^"\\]{1,128})"\s*:')
+_BEGINS = re.compile(rf"{_FIRST_FIELD.pattern}|\n([^\S\n]*+)(?=\{{)")
+# A text may end at the end of what is there.
+_TEXT_OR_BRACKET = re.compile(r'"(?:[^"\\]++|\\.?)*+"?|[\[\]{}]', re.DOTALL)
 # The list is empty, or has an object near its start: the first elements may be bad ones.
 _LIST = re.compile(
     rf'("\s*(?:{"|".join(LIST_FIELDS)})\s*")\s*:\s*\['
     r'(?=\s*[\]{]|(?:[^\[\]{]|\[[^\[\]{]*\]){0,4096}\{\s*["}])',
     re.IGNORECASE,
 )
-_QUESTION_FIELDS = ("id", "question", "answers", "is_impossible")
 
 
 class ArrayReader:
@@ -49,7 +53,8 @@ class ArrayReader:
         self._text, self._at, self._line, self._offset = "", 0, 1, offset
         # Bytes that are not UTF-8 become lone surrogates, so that they cost one element.
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-        self._parser, self._vain, self._first_fields = JsonParser(), 0, set[str]()
+        self._parser, self._first_fields = JsonParser(), set[str]()
+        self._vain, self._reach, self._element_size = 0, limit, 0
         self._is_list = self._is_object = False
 
     def enter(self) -> bool:
@@ -75,14 +80,14 @@ class ArrayReader:
             is_open, line, offset = self._is_list, self._line, self._offset
             try:
                 row, end, reason = self._decode()
-            except (ValueError, RecursionError) as error:
+            except ValueError as error:
                 yield self._skip_broken(reason_of(error))
                 continue
             text = self._move(end)
             if reason or self._offset - offset > self._limit:
                 yield bad_row(line, offset, reason or "row_too_large", text)
-            elif _is_article(row):
-                yield from _questions(row, line, offset)
+            elif is_article(row):
+                yield from questions_of(row, line, offset)
             else:
                 if len(self._first_fields) < _MOST_FIELDS:
                     self._first_fields.update(islice(row, 1))
@@ -123,25 +128,60 @@ class ArrayReader:
         """Return (row, end, reason code or '') of the element that starts here.
 
         Raises:
-            ValueError, RecursionError: it is broken, or larger than a row may be.
+            ValueError: it is broken, or larger than a row may be.
         """
+        # An element whose bracket is never closed reaches to the end of the file. Once a multiple
+        # of the file was read in vain, elements are followed less and less far.
+        reach = self._reach if self._is_spent else self._limit
+        size = min(max(_SHORT, 2 * self._element_size), reach)
         while True:
-            # An element whose bracket is never closed reaches to the end of the window. Once that
-            # was decoded in vain for a multiple of the file, only short elements are looked for.
-            is_short = self._vain > _MOST_VAIN + 2 * self._offset
-            text = self._text[: self._at + _SHORT] if is_short else self._text
-            held = len(text) - self._at
-            try:
-                row, end, reason = self._parser.parse_element(text, self._at)
-            except json.JSONDecodeError as error:
-                is_cut = error.pos + _CUT_MARGIN >= len(text) or "Unterminated" in error.msg
-                if is_cut and not is_short and held <= self._limit and self._grow(held):
-                    continue
-                self._vain += held if is_cut else error.pos - self._at
-                raise
-            if not _AFTER_ELEMENT.match(text, end):
+            # What fails costs time in proportion to all of the text, so that it gets no more.
+            is_all = self._at + size >= len(self._text)
+            start = self._at if is_all else 0
+            text = self._text if is_all else self._text[self._at : self._at + size]
+            row, end, problem = self._parse(text, start)
+            # Only a bracket shows by itself that the element ends here.
+            is_cut = not end or (end == len(text) and text[-1] not in "}]")
+            size = len(text) - start
+            if is_cut and size <= reach and (not is_all or self._grow(size)):
+                size = len(self._text) if is_all else 2 * size
+            elif not end:
+                self._pay(size)
+                raise RejectedValueError(problem)
+            elif not _AFTER_ELEMENT.match(self._text, self._at + end - start):
                 raise RejectedValueError("broken_json")
-            return row, end, reason
+            else:
+                self._element_size, self._reach = end - start, min(self._limit, 2 * self._reach)
+                return row, self._at + end - start, problem
+
+    def _parse(self, text: str, start: int) -> tuple[dict[str, Any], int, str]:
+        """Return (row, end, reason code or '') of the element at `start`.
+
+        The end is 0 if it goes on behind `text`.
+
+        Raises:
+            ValueError: it is broken.
+        """
+        try:
+            return self._parser.parse_element(text, start)
+        except RecursionError:
+            self._vain += 16 * (len(text) - start)  # to count brackets takes so much longer
+            return {}, _end_of_brackets(text, start), "too_deep"
+        except json.JSONDecodeError as error:
+            if error.pos + _CUT_MARGIN < len(text) and "Unterminated" not in error.msg:
+                self._vain += error.pos - start
+                raise
+            return {}, 0, reason_of(error)
+
+    def _pay(self, size: int) -> None:
+        """Count `size` characters that were read in vain."""
+        self._vain += size
+        if self._is_spent:
+            self._reach = max(_LEAST_REACH, min(self._reach, size) // 2)
+
+    @property
+    def _is_spent(self) -> bool:
+        return self._vain > _MOST_VAIN + 2 * self._offset
 
     def _skip_broken(self, reason: str) -> RawRow:
         """Consume a broken element, up to where another one begins or the list ends.
@@ -155,21 +195,18 @@ class ArrayReader:
         head = self._text[self._at : self._at + EXCERPT_BYTES]
         own = _FIRST_FIELD.match(self._text, self._at)
         names = self._first_fields | ({own[1]} if own else set())
-        name = "|".join(map(re.escape, names)) or r'[^"]+'
-        begins = rf'[,}}\]\n]\s*(?=\{{\s*"(?:{name})"\s*:)'
         behind = self._text[max(0, self._at - _KEPT_BEHIND) : self._at]
         indent = behind[behind.rfind("\n") + 1 :]
-        pattern = re.compile(begins if indent.strip() else rf"{begins}|\n{indent}(?=\{{)")
         done = 1
-        while not (found := pattern.search(self._text, self._at + done)):
+        while (found := self._next_element(self._at + done, names, indent)) is None:
             done = max(1, len(self._text) - self._at - _KEPT_BEHIND)
             if done > self._limit:
                 self._move(self._at + done)
                 done = 0
             if not self._grow(done or 1):
                 break
-        end = found.end() if found else len(self._text)
-        if not found and self._is_list:
+        end = len(self._text) if found is None else found
+        if found is None and self._is_list:
             rest = self._text.rstrip()
             end = rest.rfind("]") if rest.endswith("}" if self._is_object else "]") else -1
             if end <= self._at:
@@ -182,25 +219,50 @@ class ArrayReader:
         reason = "row_too_large" if self._offset - offset > self._limit else reason
         return bad_row(line, offset, reason, text if len(text) < len(head) else head)
 
+    def _next_element(self, start: int, names: set[str], indent: str) -> int | None:
+        """Return the index behind `start` where an element seems to begin; None if there is none.
+
+        That is a bracket with one of `names` as its first field, behind a comma, bracket or line
+        break; or any behind a line break and `indent`.
+        """
+        for found in _BEGINS.finditer(self._text, start):
+            name, white = found.groups()
+            if white is not None:
+                if white == indent:
+                    return found.end()
+            elif (name in names or not names) and self._is_separated(found.start(), start):
+                return found.start()
+        return None
+
+    def _is_separated(self, index: int, start: int) -> bool:
+        while index > start:
+            index -= 1
+            character = self._text[index]
+            if character in ",}]\n" or not character.isspace():
+                return character in ",}]\n"
+        return False
+
     def _leave_list(self) -> bool:
         """Go behind a list's closing bracket, into the next list; False where none is open."""
         self._move(self._at + 1)
         if not self._is_object:
             return self._skip() == "[" and self._enter_array()
-        if len(self._text) - self._at < _SHORT:
-            self._grow(_SHORT)
+        if len(self._text) - self._at < _NEAR:
+            self._grow(_NEAR)
         before = '{"":0'  # makes the rest of the object one of its own
-        if not _AFTER_LIST.match(self._text, self._at) or self._is_nested(before):
+        if self._is_spent or not _AFTER_LIST.match(self._text, self._at) or self._is_nested(before):
             return True
         if self._enter_field(before, _CHUNK_BYTES):
             return True
+        self._vain += len(self._text) - self._at
         is_whole = is_json(before + self._text[self._at :])
         self._move(len(self._text) if is_whole else self._at)
         return not is_whole
 
     def _is_nested(self, before: str) -> bool:
         """Return whether the file goes on behind the object: it was part of a broken element."""
-        rest = before + self._text[self._at : self._at + _SHORT]
+        rest = before + self._text[self._at : self._at + _NEAR]
+        self._vain += len(rest)
         with suppress(ValueError, RecursionError):
             return bool(rest[self._parser.parse_element(rest, 0)[1] :].strip())
         return False
@@ -215,30 +277,24 @@ class ArrayReader:
         while True:
             fields = _LIST.finditer(self._text, self._at, self._at + reach)
             for field in islice(fields, _MOST_FIELDS):
+                self._vain += field.start() - self._at
                 # Sound fields before it: the list is the object's own, not one nested in it.
                 if is_json(f'{before}{self._text[self._at : field.start()]}"":0}}'):
                     self._list_name = f".{field[1]}"
                     return bool(self._move(field.end()))
             held = len(self._text) - self._at
+            self._vain += min(held, reach)
             if held > reach or not self._grow(held):
                 return False
 
 
-def _is_article(row: dict[str, Any]) -> bool:
-    paragraphs = row.get("paragraphs")
-    first = paragraphs[0] if isinstance(paragraphs, list) and paragraphs else None
-    return isinstance(first, dict) and "qas" in first
-
-
-def _questions(article: dict[str, Any], line: int, offset: int) -> Iterator[RawRow]:
-    """Yield a row per question of a SQuAD article (rajpurkar.github.io/SQuAD-explorer)."""
-    about = {"title": article["title"]} if "title" in article else {}
-    for paragraph in article["paragraphs"]:
-        asked = paragraph.get("qas") if isinstance(paragraph, dict) else None
-        around = {"context": paragraph["context"]} if asked and "context" in paragraph else {}
-        for question in asked if isinstance(asked, list) else [None]:
-            if isinstance(question, dict):
-                kept = {name: question[name] for name in _QUESTION_FIELDS if name in question}
-                yield RawRow(line, {**kept, **around, **about}, "", "", offset)
-            else:
-                yield bad_row(line, offset, "broken_squad", str(paragraph))
+def _end_of_brackets(text: str, start: int) -> int:
+    """Return the index behind the bracket that closes the one at `start`; 0 if none does."""
+    depth = 0
+    for found in _TEXT_OR_BRACKET.finditer(text, start):
+        sign = text[found.start()]
+        if sign != '"':
+            depth += 1 if sign in "[{" else -1
+            if depth == 0:
+                return found.end()
+    return 0

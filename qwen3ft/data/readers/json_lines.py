@@ -180,6 +180,10 @@ def read_json_rows(stream: io.BufferedReader, offset: int, limit: int) -> Iterat
     while line := stream.readline(limit):
         number += 1
         start, offset = offset, offset + len(line)
+        if line == b"\n":
+            blank = skip_blank_lines(stream)
+            number, offset = number + blank, offset + blank
+            continue
         if len(line) == limit and not line.endswith(b"\n"):
             offset += skip_line(stream, limit)
             yield bad_row(number, start, "row_too_large", line)
@@ -189,6 +193,12 @@ def read_json_rows(stream: io.BufferedReader, offset: int, limit: int) -> Iterat
         except RejectedValueError as error:
             if line.strip():
                 yield bad_row(number, start, str(error), line)
+
+
+def skip_blank_lines(stream: io.BufferedReader) -> int:
+    """Read the newlines that come next in the buffer, all at once, and return how many."""
+    head = stream.peek()
+    return len(stream.read(len(head) - len(head.lstrip(b"\n"))))
 
 
 def skip_line(stream: io.BufferedReader, limit: int) -> int:

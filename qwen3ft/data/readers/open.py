@@ -1,6 +1,7 @@
 """Raw rows of a file by the format and the compression that its name ends in.
 
-Memory does not depend on the size of the file, compressed or not. A file that breaks off, or whose
+Memory does not depend on the size of the file, compressed or not, and time and what comes out of a
+compressed file are bounded (`budget`). A file that breaks off, or whose
 checksum is wrong, ends in `UnreadableFileError`, after the rows before have been given (less at
 most `STEP_BYTES` of a compressed file).
 """
@@ -14,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen3ft.data.readers.budget import UnpackedBytes, bounded
 from qwen3ft.data.readers.csv import DELIMITERS, read_csv
 from qwen3ft.data.readers.json_array import ArrayReader
 from qwen3ft.data.readers.json_lines import read_json_rows
@@ -72,6 +74,11 @@ def read_raw(path: Path, choose: ChooseColumns, limit: int = MAX_ROW_BYTES) -> I
         UnreadableFileError: the file breaks off here; rows before it have been given.
         OSError: it cannot be opened or read.
     """
+    is_packed = path.suffix.lower() in (*_CODECS, ".parquet")
+    return bounded(_rows(path, choose, limit), path, is_packed=is_packed)
+
+
+def _rows(path: Path, choose: ChooseColumns, limit: int) -> Iterator[RawRow]:
     kind = suffix_of(path.name).split(".")[1]
     if kind == "parquet":
         yield from read_parquet(path, choose, limit)
@@ -155,16 +162,17 @@ def _open_bytes(path: Path) -> Iterator[io.BufferedReader[Any]]:
         return
     import pyarrow as pa
 
+    unpacked_bytes = UnpackedBytes(path.stat().st_size)
     with path.open("rb") as packed, pa.CompressedInputStream(packed, codec) as unpacked:
-        yield io.BufferedReader(_Unpacked(unpacked), STEP_BYTES)
+        yield io.BufferedReader(_Unpacked(unpacked, unpacked_bytes), STEP_BYTES)
 
 
 class _Unpacked(io.RawIOBase):
     """Arrow's stream as one of Python's."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: Any, unpacked_bytes: UnpackedBytes) -> None:
         super().__init__()
-        self._stream = stream
+        self._stream, self._unpacked_bytes = stream, unpacked_bytes
 
     def readable(self) -> bool:
         """It is."""
@@ -179,6 +187,7 @@ class _Unpacked(io.RawIOBase):
             if error.errno is not None:  # the disk's, not the decompressor's
                 raise
             raise UnreadableFileError(f"{error}; the file is cut short or damaged") from error
+        self._unpacked_bytes.add(len(data))
         view[: len(data)] = data
         return len(data)
 
