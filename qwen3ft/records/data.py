@@ -50,6 +50,7 @@ class DataSource(Record):
     rows: int
     role: Role
     for_training: int = Field(0, description="Rows that training may use, caps aside.")
+    notes: tuple[str, ...] = Field((), description="How it is read: its encoding, its sheet.")
 
 
 class LengthSummary(Record):
@@ -161,12 +162,12 @@ class QaRow(TypedDict):
     file: str
     line: int
     offset: int
-    """Byte where the row starts in the uncompressed file; -1 for parquet."""
+    """Byte where the row starts in the uncompressed file; -1 for parquet and sheets."""
 
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """One row that cannot be used; `line` starts at 1 (rows for parquet), 0 is the whole file."""
+    """One row that cannot be used; `line` starts at 1 (rows for parquet and sheets), 0 is the whole file."""
 
     file: str
     line: int
