@@ -167,7 +167,10 @@ class QaRow(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """One row that cannot be used; `line` starts at 1 (rows for parquet and sheets), 0 is the whole file."""
+    """One row that cannot be used; `line` starts at 1, and 0 is the whole file.
+
+    Of parquet and sheets it is the number of the row.
+    """
 
     file: str
     line: int

@@ -90,30 +90,32 @@ def _rows(path: Path, choose: ChooseColumns, limit: int, note: Note) -> Iterator
     elif kind == "json":
         yield from _read_json(path, limit, note)
     else:
-        with open_text_bytes(path, note) as (stream, offset):
+        with open_text_bytes(path, note) as (stream, text):
             if kind == "jsonl":
-                rows = read_json_rows(stream, offset, limit)
+                rows = read_json_rows(stream, text.start_bytes, limit)
             else:
-                rows = read_csv(stream, offset, limit, ("\t",) if kind == "tsv" else DELIMITERS)
-            yield from stream.raw.placed(rows)
+                rows = read_csv(
+                    stream, text.start_bytes, limit, ("\t",) if kind == "tsv" else DELIMITERS
+                )
+            yield from text.placed(rows)
 
 
 def _read_json(path: Path, limit: int, note: Note) -> Iterator[RawRow]:
     """Yield rows of an array, of one object a line, a list inside an object, or of objects."""
     if _is_lines(path, limit, note):
-        with open_text_bytes(path, note) as (stream, offset):
-            yield from stream.raw.placed(read_json_rows(stream, offset, limit))
+        with open_text_bytes(path, note) as (stream, text):
+            yield from text.placed(read_json_rows(stream, text.start_bytes, limit))
         return
     is_packed = path.suffix.lower() in _CODECS
     source = f"<({_shown_by(path)})" if is_packed else shlex.quote(str(path))
     jq = f"jq -c '{{}}[]' {source} > {shlex.quote(_unpacked_name(path) + 'l')}"
-    with open_text_bytes(path, note) as (stream, offset):
-        reader = ArrayReader(stream, offset, limit, jq)
+    with open_text_bytes(path, note) as (stream, text):
+        reader = ArrayReader(stream, text.start_bytes, limit, jq)
         if reader.enter():
-            yield from stream.raw.placed(reader.rows())
+            yield from text.placed(reader.rows())
             return
-    with open_text_bytes(path, note) as (stream, offset):
-        yield from stream.raw.placed(ArrayReader(stream, offset, limit, jq).rows())
+    with open_text_bytes(path, note) as (stream, text):
+        yield from text.placed(ArrayReader(stream, text.start_bytes, limit, jq).rows())
 
 
 def _is_lines(path: Path, limit: int, note: Note) -> bool:
@@ -142,8 +144,8 @@ def _filled_line(stream: io.BufferedReader, limit: int) -> bytes:
 
 
 @contextmanager
-def open_text_bytes(path: Path, note: Note) -> Iterator[tuple[io.BufferedReader[TextFile], int]]:
-    """Open the decompressed bytes of `path`, as UTF-8, behind a mark; yield them and their offset.
+def open_text_bytes(path: Path, note: Note) -> Iterator[tuple[io.BufferedReader[Any], TextFile]]:
+    """Open the decompressed bytes of `path` as UTF-8; yield their buffer and the stream below.
 
     Raises:
         UnreadableFileError: its encoding cannot be told; when reading: the file breaks off.
@@ -158,7 +160,7 @@ def open_text_bytes(path: Path, note: Note) -> Iterator[tuple[io.BufferedReader[
         text = TextFile(source, chunk_bytes, command, note)
         with io.BufferedReader(text, chunk_bytes) as stream:
             stream.peek(1)
-            yield stream, text.start_bytes
+            yield stream, text
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from contextlib import suppress
 from datetime import date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 if TYPE_CHECKING:
     from python_calamine import CalamineSheet, CalamineWorkbook
@@ -32,7 +32,7 @@ _CHUNK_BYTES, _LONGEST_TAG, _MOST_NAMES = 2**20, 4096, 8
 _NOTES = {
     "hidden_rows": "hidden rows ({}) are read like the others",
     "hidden_columns": "hidden columns ({}) are read like the others",
-    "no_result": "formulas without a stored result ({}) are empty; open the file in Excel and save it",
+    "no_result": "formulas without a stored result ({}) are empty; save the file in Excel",
     "error": "cells with an error such as #N/A ({}) are empty",
 }
 _XLSX = re.compile(
@@ -145,9 +145,9 @@ def _flaws(archive: zipfile.ZipFile, sheet: str) -> Counter[str]:
 
 def _member(archive: zipfile.ZipFile, sheet: str) -> str:
     """Return the file of a sheet inside of xlsx."""
-    links = ElementTree.fromstring(archive.read("xl/_rels/workbook.xml.rels"))  # noqa: S314
+    links = ET.fromstring(archive.read("xl/_rels/workbook.xml.rels"))  # noqa: S314
     targets = {link.get("Id"): link.get("Target", "") for link in links}
-    for element in ElementTree.fromstring(archive.read("xl/workbook.xml")).iter():  # noqa: S314
+    for element in ET.fromstring(archive.read("xl/workbook.xml")).iter():  # noqa: S314
         if element.tag.endswith("}sheet") and element.get("name") == sheet:
             key = next(value for name, value in element.items() if name.endswith("}id"))
             target = targets[key]

@@ -14,7 +14,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
 
-from qwen3ft.data.readers.raw import RawRow, UnreadableFileError, bad_row, refuse_repeated, usable_names
+from qwen3ft.data.readers.raw import (
+    RawRow,
+    UnreadableFileError,
+    bad_row,
+    refuse_repeated,
+    usable_names,
+)
 from qwen3ft.data.readers.sheet_process import MOST_BYTES, MOST_SECONDS
 from qwen3ft.units import gb
 

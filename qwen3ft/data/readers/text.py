@@ -71,7 +71,9 @@ class TextFile(io.RawIOBase):
         """Size of the mark, which is known once something was read."""
         # What was converted, from where the last placed row starts on.
         self._ahead, self._ahead_bytes = deque[_Piece](), 0
-        self._offset = self._own_offset = 0  # where its first piece starts, as UTF-8 and in the file
+        self._offset = self._own_offset = (
+            0  # where its first piece starts, as UTF-8 and in the file
+        )
         self._passed = self._own_passed = 0  # bytes of that piece before the row
 
     def readable(self) -> bool:
@@ -190,10 +192,8 @@ class TextFile(io.RawIOBase):
         return self._own_offset + self._own_passed
 
 
-def _sample(
-    data: bytes, chunks: Iterator[bytes]
-) -> tuple[bytes, UnreadableFileError | None]:
-    """Return `data` with what follows, `SAMPLE_BYTES` in all, and why there is no more, if known."""
+def _sample(data: bytes, chunks: Iterator[bytes]) -> tuple[bytes, UnreadableFileError | None]:
+    """Return `data` with what follows, `SAMPLE_BYTES` in all, and the error that ended it."""
     pieces, size = [data], len(data)
     try:
         while size < SAMPLE_BYTES and (chunk := next(chunks, b"")):
