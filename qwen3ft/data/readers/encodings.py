@@ -86,7 +86,12 @@ def unmarked_utf16(head: bytes) -> str:
 
 def recognise(sample: bytes) -> str:
     """Return the codec of the file that `sample` is from; '' if it is none that can be told."""
-    text = codecs.getincrementaldecoder(UTF8)("surrogateescape").decode(sample)
+    try:
+        codecs.getincrementaldecoder(UTF8)().decode(sample)
+    except UnicodeDecodeError:
+        text = codecs.getincrementaldecoder(UTF8)("surrogateescape").decode(sample)
+    else:
+        return UTF8
     counts = Counter(text)
     beyond = sum(count for character, count in counts.items() if not character.isascii())
     flaws = sum(count for character, count in counts.items() if "\udc80" <= character <= "\udcff")

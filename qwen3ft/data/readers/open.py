@@ -22,7 +22,7 @@ from qwen3ft.data.readers.json_lines import read_json_rows
 from qwen3ft.data.readers.parquet import ChooseColumns, read_parquet
 from qwen3ft.data.readers.raw import MAX_ROW_BYTES, RawRow, UnreadableFileError
 from qwen3ft.data.readers.sheets import SHEET_SUFFIXES, read_sheet
-from qwen3ft.data.readers.text import TextFile
+from qwen3ft.data.readers.text import Conversion, TextFile
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -44,9 +44,6 @@ SUFFIXES = (
 )
 """Ends of the names of files that can be read, in lower case."""
 
-Note = Callable[[str], None]
-"""Receives a sentence on how a file is read, where that is not plain; it may repeat itself."""
-
 
 def suffix_of(name: str) -> str:
     """Return the one of `SUFFIXES` that a file's name ends in; '' if it ends in none."""
@@ -54,16 +51,11 @@ def suffix_of(name: str) -> str:
     return next((suffix for suffix in SUFFIXES if lower.endswith(suffix)), "")
 
 
-def is_readable(path: Path) -> bool:
-    """Return whether there is a reader for files of this name."""
-    return bool(suffix_of(path.name))
-
-
 def read_raw(
     path: Path,
     choose: ChooseColumns,
     limit: int = MAX_ROW_BYTES,
-    note: Note = lambda _: None,
+    note: Callable[[str], None] = lambda _: None,
 ) -> Iterator[RawRow]:
     """Yield every row of `path`, in order.
 
@@ -71,59 +63,63 @@ def read_raw(
         path: A file whose name ends in one of `SUFFIXES`.
         choose: Which columns of a parquet file to read; other formats give all of theirs.
         limit: Size of the largest row, in bytes.
-        note: Receives how the file is read.
+        note: Receives how the file is read, where that is not plain; maybe more than once.
 
     Raises:
         UnreadableFileError: the file breaks off here; rows before it have been given.
         OSError: it cannot be opened or read.
     """
     is_packed = path.suffix.lower() in (*_CODECS, ".parquet", *SHEET_SUFFIXES)
-    return bounded(_rows(path, choose, limit, note), path, is_packed=is_packed)
+    conversion = Conversion(note)
+    rows = _rows(path, choose, limit, conversion)
+    return bounded(rows, path, conversion, is_packed=is_packed)
 
 
-def _rows(path: Path, choose: ChooseColumns, limit: int, note: Note) -> Iterator[RawRow]:
+def _rows(
+    path: Path, choose: ChooseColumns, limit: int, conversion: Conversion
+) -> Iterator[RawRow]:
     kind = suffix_of(path.name).split(".")[1]
     if kind == "parquet":
         yield from read_parquet(path, choose, limit)
     elif f".{kind}" in SHEET_SUFFIXES:
-        yield from read_sheet(path, limit, note)
+        yield from read_sheet(path, limit, conversion.note)
     elif kind == "json":
-        yield from _read_json(path, limit, note)
+        yield from _read_json(path, limit, conversion)
     else:
-        with open_text_bytes(path, note) as (stream, text):
+        with open_text_bytes(path, conversion) as (stream, text):
             if kind == "jsonl":
                 rows = read_json_rows(stream, text.start_bytes, limit)
             else:
                 rows = read_csv(
                     stream, text.start_bytes, limit, ("\t",) if kind == "tsv" else DELIMITERS
                 )
-            yield from text.placed(rows)
+            yield from rows
 
 
-def _read_json(path: Path, limit: int, note: Note) -> Iterator[RawRow]:
+def _read_json(path: Path, limit: int, conversion: Conversion) -> Iterator[RawRow]:
     """Yield rows of an array, of one object a line, a list inside an object, or of objects."""
-    if _is_lines(path, limit, note):
-        with open_text_bytes(path, note) as (stream, text):
-            yield from text.placed(read_json_rows(stream, text.start_bytes, limit))
+    if _is_lines(path, limit, conversion):
+        with open_text_bytes(path, conversion) as (stream, text):
+            yield from read_json_rows(stream, text.start_bytes, limit)
         return
     is_packed = path.suffix.lower() in _CODECS
     source = f"<({_shown_by(path)})" if is_packed else shlex.quote(str(path))
     jq = f"jq -c '{{}}[]' {source} > {shlex.quote(_unpacked_name(path) + 'l')}"
-    with open_text_bytes(path, note) as (stream, text):
+    with open_text_bytes(path, conversion) as (stream, text):
         reader = ArrayReader(stream, text.start_bytes, limit, jq)
         if reader.enter():
-            yield from text.placed(reader.rows())
+            yield from reader.rows()
             return
-    with open_text_bytes(path, note) as (stream, text):
-        yield from text.placed(ArrayReader(stream, text.start_bytes, limit, jq).rows())
+    with open_text_bytes(path, conversion) as (stream, text):
+        yield from ArrayReader(stream, text.start_bytes, limit, jq).rows()
 
 
-def _is_lines(path: Path, limit: int, note: Note) -> bool:
+def _is_lines(path: Path, limit: int, conversion: Conversion) -> bool:
     """Return whether a .json file holds one object a line: one of its first two lines is an object.
 
     A single line, whole or not, may also be an object around a list, and is read as that.
     """
-    with open_text_bytes(path, note) as (stream, _), suppress(UnreadableFileError):
+    with open_text_bytes(path, conversion) as (stream, _), suppress(UnreadableFileError):
         while (head := stream.peek(1)) and head.isspace():
             stream.read(len(head))
         if not head.lstrip().startswith(b"{"):
@@ -144,7 +140,9 @@ def _filled_line(stream: io.BufferedReader, limit: int) -> bytes:
 
 
 @contextmanager
-def open_text_bytes(path: Path, note: Note) -> Iterator[tuple[io.BufferedReader[Any], TextFile]]:
+def open_text_bytes(
+    path: Path, conversion: Conversion
+) -> Iterator[tuple[io.BufferedReader[Any], TextFile]]:
     """Open the decompressed bytes of `path` as UTF-8; yield their buffer and the stream below.
 
     Raises:
@@ -156,8 +154,9 @@ def open_text_bytes(path: Path, note: Note) -> Iterator[tuple[io.BufferedReader[
         converted = shlex.quote("utf8-" + _unpacked_name(path))
         return f"{_shown_by(path)} | iconv -f {encoding} -t UTF-8 > {converted}"
 
+    conversion.text = None
     with _open_bytes(path) as (source, chunk_bytes):
-        text = TextFile(source, chunk_bytes, command, note)
+        text = TextFile(source, chunk_bytes, command, conversion)
         with io.BufferedReader(text, chunk_bytes) as stream:
             stream.peek(1)
             yield stream, text

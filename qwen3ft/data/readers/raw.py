@@ -21,7 +21,7 @@ class RawRow:
     """The values of one row by name, or the reason code why it has none."""
 
     line: int
-    """Line of the file where the row starts, from 1; for parquet and sheets the number of the row."""
+    """Line of the file where the row starts, from 1; in parquet and sheets that of the row."""
     values: dict[str, Any] = field(default_factory=dict)
     reason: str = ""
     text: str = ""

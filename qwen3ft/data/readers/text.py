@@ -11,6 +11,7 @@ import io
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -33,8 +34,13 @@ if TYPE_CHECKING:
 
 _INVALID_UTF8 = "invalid_utf8"
 _MOST_AHEAD_BYTES = 2 * MAX_ROW_BYTES
-# Three of its hanzi in a row are no text in any other encoding.
-_UTF8_RUN = re.compile(rb"(?:[\xe3-\xe9\xef][\x80-\xbf]{2}){3,}")
+# Three of its hanzi in a row are no text in any other encoding. They are found by the kinds of
+# bytes: first ones, following ones, others.
+_UTF8_RUN = re.compile(b"100100100(?:100)*")
+_KINDS = bytes(
+    ord("0" if byte in range(0x80, 0xC0) else "1" if byte in (*range(0xE3, 0xEA), 0xEF) else "x")
+    for byte in range(256)
+)
 # Python's Shift-JIS gives these for bytes that are nothing.
 _NOTHING = dict.fromkeys(range(0xF8F0, 0xF8F4), FLAW)
 
@@ -47,6 +53,16 @@ class _Piece(NamedTuple):
     own_size: int
 
 
+@dataclass
+class Conversion:
+    """How a file is read, for those that take its rows."""
+
+    note: Callable[[str], None]
+    """Receives a sentence, where that is not plain; it may be the same one again."""
+    text: TextFile | None = None
+    """The stream that the rows are from, once it is not UTF-8; it gives them their places."""
+
+
 class TextFile(io.RawIOBase):
     """Stream of a file's bytes as UTF-8, without its byte order mark.
 
@@ -54,7 +70,7 @@ class TextFile(io.RawIOBase):
         source: The bytes of the file, decompressed.
         chunk_bytes: How many to read at once.
         command: Function from an encoding to the command that converts the file.
-        note: Receives how the file is read, if it is not UTF-8.
+        conversion: Receives how the file is read.
     """
 
     def __init__(
@@ -62,19 +78,18 @@ class TextFile(io.RawIOBase):
         source: io.RawIOBase,
         chunk_bytes: int,
         command: Callable[[str], str],
-        note: Callable[[str], None],
+        conversion: Conversion,
     ) -> None:
         super().__init__()
         self._source, self._chunk_bytes, self._command = source, chunk_bytes, command
-        self._note, self._codec, self._pieces, self._ready = note, UTF8, self._read(), b""
+        self._conversion, self._codec, self._is_direct = conversion, UTF8, False
+        self._pieces, self._ready = self._read(), memoryview(b"")
         self.start_bytes = 0
         """Size of the mark, which is known once something was read."""
-        # What was converted, from where the last placed row starts on.
+        # What was converted, from the piece on that the last placed row starts in.
         self._ahead, self._ahead_bytes = deque[_Piece](), 0
-        self._offset = self._own_offset = (
-            0  # where its first piece starts, as UTF-8 and in the file
-        )
-        self._passed = self._own_passed = 0  # bytes of that piece before the row
+        # Where that piece starts as UTF-8, and in the file; how much of it is before the row.
+        self._offset = self._own_offset = self._passed = self._own_passed = 0
 
     def readable(self) -> bool:
         """It is."""
@@ -83,23 +98,22 @@ class TextFile(io.RawIOBase):
     def readinto(self, buffer: WriteableBuffer) -> int:
         """Fill a part of `buffer`; 0 at the end."""
         view = memoryview(buffer).cast("B")
-        piece = self._ready or next(filter(None, self._pieces), b"")
+        if self._is_direct and not self._ready:
+            return self._source.readinto(view) or 0
+        piece = self._ready or memoryview(next(self._pieces, b""))
         size = min(len(piece), len(view))
         view[:size] = piece[:size]
         self._ready = piece[size:]
         return size
 
-    def placed(self, rows: Iterator[RawRow]) -> Iterator[RawRow]:
-        """Yield `rows` of this stream with offsets in the file, and reasons by its encoding."""
-        for row in rows:
-            if self._codec != UTF8:
-                row.offset = self._place(row.offset)
-                if row.reason == _INVALID_UTF8:
-                    row.reason = f"invalid_{NAMES[self._codec].lower().replace('-', '_')}"
-            yield row
+    def place(self, row: RawRow) -> None:
+        """Give a row of this stream its offset in the file, and a reason by its encoding."""
+        row.offset = self._place(row.offset)
+        if row.reason == _INVALID_UTF8:
+            row.reason = f"invalid_{NAMES[self._codec].lower().replace('-', '_')}"
 
-    def _read(self) -> Iterator[bytes]:
-        """Yield the file as UTF-8."""
+    def _read(self) -> Iterator[bytes | bytearray]:
+        """Yield the file as UTF-8, up to where it is known to be."""
         chunks = iter(lambda: self._source.read(self._chunk_bytes) or b"", b"")
         data = next(chunks, b"")
         codec, self.start_bytes = marked_encoding(data)
@@ -107,21 +121,25 @@ class TextFile(io.RawIOBase):
         codec = codec or unmarked_utf16(data)
         failure = None
         if not codec:
-            while data and data.isascii():  # as UTF-8 and as any other encoding
+            # Into the same memory: to make each piece anew would take longer than to look at it.
+            held = bytearray(self._chunk_bytes)
+            while data and data.isascii():  # the same as UTF-8 and as any other encoding
                 yield data
                 start += len(data)
-                data = next(chunks, b"")
-            data, failure = _sample(data, chunks)
+                size = self._source.readinto(held) or 0
+                is_full = size == len(held) and held.isascii()
+                data = held if is_full else bytes(held[:size])
+            data, failure = _sample(bytes(data), chunks)
             codec = self._decide(data)
         self._codec = codec
         if codec == UTF8:
+            self._is_direct = failure is None
             yield data
         else:
-            self._note(f"read as {NAMES[codec]}")
+            self._conversion.note(f"read as {NAMES[codec]}")
+            self._conversion.text = self
             self._offset = self._own_offset = start
-        if failure:
-            chunks = iter(())
-        yield from chunks if codec == UTF8 else self._converted(chain([data], chunks))
+            yield from self._converted(chain([data], () if failure else chunks))
         if failure:
             raise failure
 
@@ -139,7 +157,9 @@ class TextFile(io.RawIOBase):
             raise UnreadableFileError(
                 f"it is not UTF-8, and its encoding cannot be told for sure; convert it: {command}"
             )
-        self._note(f"read as UTF-8, which not all of it is; if it is another encoding: {command}")
+        self._conversion.note(
+            f"read as UTF-8, which not all of it is; if it is another encoding: {command}"
+        )
         return UTF8
 
     def _converted(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
@@ -152,7 +172,7 @@ class TextFile(io.RawIOBase):
             block, held = block[:cut], block[cut:]
             before, text, at = len(decoder.getstate()[0]), "", 0
             # A few lines of UTF-8 among others would be read as something else.
-            for run in _UTF8_RUN.finditer(block) if has_lines else ():
+            for run in _UTF8_RUN.finditer(block.translate(_KINDS)) if has_lines else ():
                 text += decoder.decode(block[at : run.start()], True) + FLAW * len(run[0])
                 at = run.end()
             text += decoder.decode(block[at:], not chunk)
@@ -161,7 +181,8 @@ class TextFile(io.RawIOBase):
             utf8 = text.encode("utf-8", "surrogateescape")
             own_size = before + len(block) - len(decoder.getstate()[0])
             self._remember(_Piece(utf8, len(utf8), own_size))
-            yield utf8
+            if utf8:  # nothing would be the end of the file
+                yield utf8
 
     def _remember(self, piece: _Piece) -> None:
         if self._ahead and self._ahead_bytes > _MOST_AHEAD_BYTES:
