@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode
 
-LONGEST_TEXT = 256 * 2**10
-"""Settings are a few hundred lines; PyYAML reads about 100,000 characters a second."""
+LONGEST_TEXT = 128 * 2**10
+"""Settings are a few hundred lines; PyYAML reads about 50,000 characters a second."""
 MAX_LEVELS = 20
 _MOST_DIGITS = 40
 _MOST_SHOWN = 400

@@ -32,7 +32,7 @@ settings.register_profile("qwen3ft", deadline=None, max_examples=EXAMPLES)
 settings.load_profile("qwen3ft")
 
 BROWSER = "tests/flows/test_browser.py"
-TOGETHER = {BROWSER: "tests/flows/test_flow.py"}
+TOGETHER = dict.fromkeys((BROWSER, "tests/flows/test_secrets.py"), "tests/flows/test_flow.py")
 """Files that share what is made once for a session and takes long."""
 
 SLOWEST_SHOWN = 12

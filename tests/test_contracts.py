@@ -201,6 +201,7 @@ def test_secrets_never_reach_a_log(tmp_path: Path, secret: str) -> None:
     assert "***" in entry["message"]
     assert "***" in entry["traceback"]
     record = logging.LogRecord("qwen3ft.x", logging.INFO, "", 0, f"x {secret}", None, None)
+    assert logs.get_logger("x").filter(record)
     assert secret not in logs.ConsoleFormatter("%(name)s %(message)s").format(record)
 
 

@@ -6,7 +6,7 @@ Each case (`case.py`) is built, then opened in a process of its own, and ends as
 
     executed      code of the artifact ran, a file appeared outside of its folder, or a control
                   sequence reached the terminal
-    hung          10 s of CPU time were used, or 60 s passed
+    hung          10 s of CPU time were used, or 120 s passed
     memory        the process and its children held more than 1 GB
     unclassified  a traceback, a crash, or an error without what, why and next command
     accepted      taken as it is, without a word
@@ -45,7 +45,7 @@ from benchmarks.hostile.child import READY, RESULT
 from benchmarks.machine import ROOT, machine, write_json
 from qwen3ft.units import GIB, MIB
 
-MOST_CPU_SECONDS, MOST_SECONDS, MOST_BYTES = 10.0, 60.0, GIB
+MOST_CPU_SECONDS, MOST_SECONDS, MOST_BYTES = 10.0, 120.0, GIB
 START_SECONDS = 120.0
 """Longest start of a process: imports only."""
 GOOD = ("refused", "harmless")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,7 +158,8 @@ def _choose(adapter: str, config: Path | None, settings: list[str] | None) -> Ch
     from qwen3ft.tracking.uri import default_tracking_uri
 
     here = Path(adapter)
-    if here.is_dir() and ("/" in adapter or has_provenance(here)):
+    is_folder = os.path.isdir(here)  # noqa: PTH112  False for a name that is no path
+    if is_folder and ("/" in adapter or has_provenance(here)):
         adapter = str(here.resolve())  # before the working folder changes
     stack = open_project()
     wanted = request_config(stack.root, config, settings)

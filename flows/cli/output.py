@@ -20,9 +20,14 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def open_console(*, stderr: bool = False) -> Console:
-    """Open a console for results, or for what accompanies JSON and for errors."""
-    return _console_class()(stderr=stderr, highlight=False, emoji=False, markup=False)
+def open_console(*, stderr: bool = False, **options: Any) -> Console:
+    """Open a console for results, or for what accompanies JSON and for errors.
+
+    Args:
+        stderr: Write to standard error.
+        options: As for rich's console.
+    """
+    return _console_class()(stderr=stderr, highlight=False, emoji=False, markup=False, **options)
 
 
 @cache

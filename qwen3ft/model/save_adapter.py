@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen3ft.errors import CheckpointCorruptError, DivergedError, SaveError
 from qwen3ft.files import build_folder, find_damage, sha256_file, write_json_atomic
-from qwen3ft.logs import get_logger
+from qwen3ft.logs import get_logger, mask_values
 from qwen3ft.model.saved_adapter import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -189,7 +189,7 @@ def _provenance(outcome: AttemptOutcome, plan: TrainPlan, config: TrainingConfig
         "data": plan.dataset.model_dump(mode="json", include=_DATA_FIELDS),
         "metrics": _finite_only(outcome.model_dump(mode="json", exclude=measured)),
         "plan": plan.model_dump(mode="json", exclude=stages),
-        "config": config.model_dump(mode="json"),
+        "config": mask_values(config.model_dump(mode="json")),  # it goes wherever the adapter goes
         "degraded": list(all_degradations(plan)),
     }
 

@@ -41,6 +41,8 @@ def find_adapter(config: TrainingConfig, registry: Registry, wanted: str) -> Pat
         SaveError: its files differ from what was saved.
         TrackingUnavailableError: MLflow is needed and cannot be reached.
     """
+    if "/" not in wanted:
+        checked_name(wanted, "run", "qwen3ft history")
     folder = Path(wanted).expanduser()
     if "/" in wanted or has_provenance(folder):
         check_adapter(folder)
@@ -48,9 +50,7 @@ def find_adapter(config: TrainingConfig, registry: Registry, wanted: str) -> Pat
     name = config.registered_name
     if (alias_or_number := version_name(wanted)) is not None:
         version = registry.version(name, alias_or_number)
-    elif (
-        saved := _saved_by_run(config, checked_name(wanted, "run", "qwen3ft history"))
-    ) is not None:
+    elif (saved := _saved_by_run(config, wanted)) is not None:
         check_adapter(saved)
         return saved
     else:

@@ -20,6 +20,7 @@ from rich.console import Console
 from deployments.deploy import CPU_CONFIG, GPU_CONFIG, NO_GPU_LINE
 from flows.cli import main
 from flows.cli.follow import MetricsTail, StateChange
+from flows.cli.output import open_console
 from flows.cli.project import requested_settings
 from flows.cli.views.common import format_seconds, show_card
 from flows.cli.views.run import RunView
@@ -249,7 +250,8 @@ def test_the_card_shows_scores_memory_time_and_links(terminal: bool) -> None:
         notes=("An honest remark.",),
     )
     stream = io.StringIO()
-    show_card(Console(file=stream, force_terminal=terminal, width=120, no_color=True), card)
+    console = open_console(file=stream, force_terminal=terminal, width=120, no_color=True)
+    show_card(console, card)
     shown = stream.getvalue()
     for fact in (
         *("1,024 rows", "2.0% -> 81.0%", "0.90 GB of 13 GB", "train 1 min 1 s", "[no] champion"),

@@ -133,11 +133,9 @@ VIEWS: dict[str, Callable[..., None]] = {
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_every_view_shows_hostile_texts_harmlessly(name: str, is_terminal: bool) -> None:
     """Errors, what is in use, what is removed, a card: also where they look like rich's markup."""
-    console = open_console()
-    console.file, console.width = io.StringIO(), 200
-    console._force_terminal = is_terminal
-    VIEWS[name](console)
-    assert_plain(console.file.getvalue())
+    stream = io.StringIO()
+    VIEWS[name](open_console(file=stream, width=200, force_terminal=is_terminal))
+    assert_plain(stream.getvalue())
 
 
 def test_remarks_pieces_and_json_are_harmless(capsys: pytest.CaptureFixture[str]) -> None:

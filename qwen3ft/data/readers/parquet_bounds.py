@@ -30,7 +30,7 @@ class ColumnSizes:
 
     dictionary_bytes: int = 0
     page_bytes: int = 0
-    """Of the largest page, unpacked, and as it is stored."""
+    """Largest page, as it is stored and unpacked, together."""
     values: int = 0
 
 
