@@ -135,7 +135,7 @@ class RowCounts:
     incomplete: Counter[tuple[str, tuple[str, ...]]] = field(default_factory=Counter)
     """Rows by the part that they lack, question or answer, and the columns that they have."""
     notes: dict[str, list[str]] = field(default_factory=dict)
-    """How a file is read, where that is not plain: its encoding, its sheet."""
+    """Notes on a file's reading, where that is not plain: its encoding, its sheet."""
 
 
 def read_file(

@@ -50,7 +50,7 @@ class DataSource(Record):
     rows: int
     role: Role
     for_training: int = Field(0, description="Rows that training may use, caps aside.")
-    notes: tuple[str, ...] = Field((), description="How it is read: its encoding, its sheet.")
+    notes: tuple[str, ...] = Field((), description="Its encoding, its sheet: as it was read.")
 
 
 class LengthSummary(Record):

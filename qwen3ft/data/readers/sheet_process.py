@@ -56,7 +56,7 @@ class _RefusedError(Exception):
     """The file is not read; the message says why."""
 
 
-def main(path: Path, limit: int) -> None:
+def write_sheet(path: Path, limit: int) -> None:
     """Write the rows of `path`; rows of more than `limit` characters are cut."""
     with suppress(ValueError, OSError):  # macOS does not bound memory
         resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
@@ -188,4 +188,4 @@ def _text(cell: Any) -> str:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    write_sheet(Path(sys.argv[1]), int(sys.argv[2]))

@@ -55,7 +55,7 @@ class _Piece(NamedTuple):
 
 @dataclass
 class Conversion:
-    """How a file is read, for those that take its rows."""
+    """Facts about a file while it is read, for those that take its rows."""
 
     note: Callable[[str], None]
     """Receives a sentence, where that is not plain; it may be the same one again."""
