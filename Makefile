@@ -50,7 +50,7 @@ status: ready  ## show what is up, and where
 # torch is pinned by hand; hatchling and editables build the project itself. The lock names no index, no
 # build of torch for one kind of machine, and none of the CUDA packages that torch depends on.
 lock: ready  ## resolve pyproject.toml again, keeping the versions in requirements.lock
-	printf 'torch==2.13.0\nhatchling\neditables\n' | $(UV) pip compile pyproject.toml - --extra dev --extra team \
+	printf 'torch==2.13.0\nhatchling\neditables\n' | $(UV) pip compile pyproject.toml - --extra dev --extra sheets --extra team \
 		--python-version 3.11 --no-header --no-annotate --quiet -o requirements.lock
 	grep -vE '^(triton|cuda-|nvidia-[^m])' requirements.lock | sed 's/+cpu//' > requirements.lock.new
 	mv requirements.lock.new requirements.lock

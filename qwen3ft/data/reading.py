@@ -154,7 +154,12 @@ class _Reader:
                 self._report_progress()
         _check_unchanged(file)
         rows = reading.rows_read - rows_before
-        return DataSource(path=file.label, sha256=file.sha256, rows=rows, role=file.role)
+        notes = tuple(reading.counts.notes.get(file.label, ()))
+        for note in notes:
+            logger.info("%s: %s", file.label, note)
+        return DataSource(
+            path=file.label, sha256=file.sha256, rows=rows, role=file.role, notes=notes
+        )
 
     def _take(self, row: QaRow, source: int) -> None:
         reading = self.reading

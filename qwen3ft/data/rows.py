@@ -137,6 +137,8 @@ class RowCounts:
     """Good rows by changes of form."""
     incomplete: Counter[tuple[str, tuple[str, ...]]] = field(default_factory=Counter)
     """Rows by the part that they lack, question or answer, and the columns that they have."""
+    notes: dict[str, list[str]] = field(default_factory=dict)
+    """Notes on a file's reading, where that is not plain: its encoding, its sheet."""
 
 
 def read_file(
@@ -157,9 +159,14 @@ def read_file(
         unread.extend(name for name in names if name not in chosen)
         return chosen
 
+    def note(text: str) -> None:
+        notes = counts.notes.setdefault(file.label, [])
+        if text not in notes:
+            notes.append(text)
+
     reader = _RowReader(file, rules, counts, unread)
     try:
-        for raw in read_raw(file.path, choose, limit):
+        for raw in read_raw(file.path, choose, limit, note):
             yield reader.row(raw)
     except (UnreadableFileError, OSError) as error:
         yield BadRow(file.label, 0, -1, UNREADABLE_FILE, excerpt(str(error)))

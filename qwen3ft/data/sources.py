@@ -21,7 +21,8 @@ from pathlib import Path
 from qwen3ft.config import TrainingConfig
 from qwen3ft.data.digests import DigestCache, mark_of, open_digests
 from qwen3ft.data.hub import HUB_PREFIX, fetch_dataset, parse_hub_name, pin_dataset
-from qwen3ft.data.readers.open import SUFFIXES, is_readable, suffix_of
+from qwen3ft.data.readers.open import SUFFIXES, suffix_of
+from qwen3ft.data.readers.unread import next_command_for, why_unread
 from qwen3ft.data.safety import mask_keys
 from qwen3ft.embedded import DATA_DIR
 from qwen3ft.errors import DataLoadingError
@@ -43,6 +44,7 @@ _SPLIT_NAMES: dict[str, Role] = {
 _SPLIT_NAME = re.compile(rf"(?:^|.*[-_./])({'|'.join(_SPLIT_NAMES)})(?:[-_][0-9]+.*)?$")
 _DESCRIPTIONS = ("dataset_info", "dataset_infos", "dataset_dict", "state")
 """Files of the datasets library about a data set, without its rows."""
+_SHOWN_SKIPPED = 3
 SAMPLE_DATA = "sample data"
 """Mark of a run that trained on the bundled rows in place of its own."""
 
@@ -190,11 +192,11 @@ def _files(given: str, role: Role, cache: Path, skipped: list[str]) -> list[Sour
             next_command=f"ls -l {path.parent}",
             path=given,
         )
-    if not is_readable(path):
+    if why := why_unread(path):
         raise DataLoadingError(
-            f"The {role} data file {given} has an unsupported file type.",
+            f"The {role} data file {given} has an unsupported file type: {why}.",
             why=f"The end of its name must be one of {', '.join(SUFFIXES)}.",
-            next_command=f"ls -l {path}",
+            next_command=next_command_for(path),
             path=given,
         )
     return [_source(path, role)]
@@ -211,7 +213,7 @@ def _folder_files(folder: Path, role: Role, skipped: list[str]) -> list[SourceFi
     skipped.extend(
         f"{_shown(path)}: hidden files are not read"
         for path in sorted(hidden)
-        if is_readable(path) and path.is_file()
+        if path.is_file() and not why_unread(path)
     )
     files = [
         replace(file, role=_role_in(file.path.relative_to(folder), role))
@@ -220,7 +222,7 @@ def _folder_files(folder: Path, role: Role, skipped: list[str]) -> list[SourceFi
     if not files:
         raise DataLoadingError(
             f"The {role} data folder {folder} has no {', '.join(SUFFIXES)} file.",
-            why="Folders are searched recursively; hidden files are skipped.",
+            why="Folders are searched recursively; hidden files are skipped." + _foreign(skipped),
             next_command=f"ls -lR {folder}",
             path=str(folder),
         )
@@ -248,7 +250,8 @@ def _glob_files(pattern: Path, role: Role, skipped: list[str]) -> list[SourceFil
         raise DataLoadingError(
             f"The {role} data path {pattern} matches no file of a supported type "
             f"(looked in {Path.cwd()}).",
-            why=f"Supported are {', '.join(SUFFIXES)}; hidden files are skipped.",
+            why=f"Supported are {', '.join(SUFFIXES)}; hidden files are skipped."
+            + _foreign(skipped),
             next_command=f"ls -lR {start}",
             path=str(pattern),
         )
@@ -260,8 +263,8 @@ def _readable_files(paths: Iterable[Path], role: Role, skipped: list[str]) -> li
     for path in sorted(set(paths)):
         if not path.is_file():
             continue
-        if not is_readable(path):
-            skipped.append(f"{_shown(path)}: {_why_skipped(path)}")
+        if why := why_unread(path):
+            skipped.append(f"{_shown(path)}: {why}")
         elif path.stem.lower() in _DESCRIPTIONS:
             skipped.append(f"{_shown(path)}: it describes a data set and has no rows")
         else:
@@ -269,15 +272,9 @@ def _readable_files(paths: Iterable[Path], role: Role, skipped: list[str]) -> li
     return files
 
 
-def _why_skipped(path: Path) -> str:
-    kind = path.suffix.lower() or "files without an ending"
-    if path.suffix.lower() in (".txt", ".md", ".docx", ".pdf", ".html"):
-        return f"{kind} has no rows; write its questions and answers as csv or jsonl"
-    return f"{kind} cannot be read; convert it to csv, jsonl or parquet"
-
-
-def _shown(path: Path) -> str:
-    return escaped_line(mask_keys(str(path)))
+def _foreign(skipped: list[str]) -> str:
+    """Return a sentence on the first files that were not read."""
+    return f" Not read: {'; '.join(skipped[:_SHOWN_SKIPPED])}." if skipped else ""
 
 
 def _source(path: Path, role: Role, name: str | None = None) -> SourceFile:
@@ -287,7 +284,7 @@ def _source(path: Path, role: Role, name: str | None = None) -> SourceFile:
         DataLoadingError: its path is not UTF-8, so that no worker could be told of it.
     """
     name = name or str(path)
-    shown = escaped_line(mask_keys(name))
+    shown = _shown(name)
     if any("\ud800" <= character <= "\udfff" for character in str(path)):
         raise DataLoadingError(
             f"The name of the {role} data file {shown} is not UTF-8.",
@@ -298,6 +295,10 @@ def _source(path: Path, role: Role, name: str | None = None) -> SourceFile:
     if shown != name:  # two names that differ in what is not shown stay apart
         shown = f"{shown} ({hashlib.sha256(name.encode()).hexdigest()[:8]})"
     return SourceFile(shown, path, role)
+
+
+def _shown(name: str | Path) -> str:
+    return escaped_line(mask_keys(str(name)))
 
 
 def _embedded_file(given: str) -> Path:

@@ -50,6 +50,7 @@ class DataSource(Record):
     rows: int
     role: Role
     for_training: int = Field(0, description="Rows that training may use, caps aside.")
+    notes: tuple[str, ...] = Field((), description="Its encoding, its sheet: as it was read.")
 
 
 class LengthSummary(Record):
@@ -161,12 +162,15 @@ class QaRow(TypedDict):
     file: str
     line: int
     offset: int
-    """Byte where the row starts in the uncompressed file; -1 for parquet."""
+    """Byte where the row starts in the uncompressed file; -1 for parquet and sheets."""
 
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """One row that cannot be used; `line` starts at 1 (rows for parquet), 0 is the whole file."""
+    """One row that cannot be used; `line` starts at 1, and 0 is the whole file.
+
+    Of parquet and sheets it is the number of the row.
+    """
 
     file: str
     line: int

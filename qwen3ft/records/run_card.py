@@ -68,6 +68,7 @@ class FileLine(Record):
     rows: int = Field(description="Rows read from it.")
     new_rows: int = Field(0, description="Training rows that no earlier run saw.")
     state: FileState = "unchanged"
+    notes: tuple[str, ...] = Field((), description="Its encoding, its sheet: as it was read.")
 
 
 class DataSection(Record):

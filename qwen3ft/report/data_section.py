@@ -50,6 +50,7 @@ def _files(manifest: DatasetManifest, change: DataChange) -> Iterator[FileLine]:
             rows=source.rows,
             new_rows=change.new_rows_by_file.get(source.path, 0),
             state=states.get(source.path, "unchanged"),
+            notes=source.notes,
         )
         for source in manifest.sources
     ]
@@ -124,7 +125,7 @@ def files_markdown(section: DataSection) -> list[str]:
     files = section.files
     rows = [
         (
-            escape_markdown(file.path),
+            escape_markdown("; ".join((file.path, *file.notes))),
             file.role,
             f"{file.rows:,}",
             f"{file.new_rows:,}",

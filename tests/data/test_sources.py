@@ -361,3 +361,38 @@ def test_no_network_and_no_copy_is_an_error_that_names_the_missing_path_too(
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(DatasetUnavailableError, match="There is no path my/rows"):
         ask("my/rows")
+
+
+UNREAD = {
+    "notes.txt": ("name it .tsv or .csv", "head {}"),
+    "README.md": ("write its questions and answers", "ls -l {}"),
+    "report.docx": ("write its questions and answers", "ls -l {}"),
+    "paper.PDF": ("write its questions and answers", "ls -l {}"),
+    "old.xls": ("save it as xlsx or csv", "libreoffice --headless --convert-to xlsx {}"),
+    "rows.ndjson": ("name it .jsonl", "mv {} {folder}/rows.jsonl"),
+    "all.zip": ("unpack it", "unzip {}"),
+    "rows.csv.bz2": ("unpack it", "bunzip2 -k {}"),
+    "set.tar.gz": ("unpack it", "tar -xf {}"),
+    "load.py": ("never run", "ls -l {}"),
+    "table.feather": ("convert it to csv, jsonl or parquet", "ls -l {}"),
+    "LICENSE": ("no ending", "ls -l {}"),
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_a_file_that_no_reader_takes_is_named_with_what_to_do(tmp_path: Path, name: str) -> None:
+    """In a folder and by a glob beside others, and alone as an error with the command."""
+    why, command = UNREAD[name]
+    path = tmp_path / name
+    path.write_text("x")
+    for given in (str(tmp_path), str(tmp_path / "*"), str(path)):
+        with pytest.raises(DataLoadingError) as caught:
+            resolve_sources(TrainingConfig(data_paths=(given,)))
+        assert why in f"{caught.value.what} {caught.value.why}"
+    assert caught.value.next_command == command.format(path, folder=tmp_path)
+    (tmp_path / "good.jsonl").write_bytes(row("q"))
+    for given in (str(tmp_path), str(tmp_path / "*")):
+        files, _, [skipped] = resolve_sources(TrainingConfig(data_paths=(given,)))
+        assert [file.path.name for file in files] == ["good.jsonl"]
+        assert skipped.startswith(f"{path}: ")
+        assert why in skipped

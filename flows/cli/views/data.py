@@ -74,7 +74,7 @@ def show_preview(console: Console, number: int, token_count: int, tokens: list[S
 
 def _files(manifest: DatasetManifest) -> dict[str, str]:
     shown = {
-        source.path: f"{source.rows:,} rows for {source.role}"
+        source.path: "; ".join((f"{source.rows:,} rows for {source.role}", *source.notes))
         for source in manifest.sources[:_SHOWN_FILES]
     }
     if more := len(manifest.sources) - _SHOWN_FILES:

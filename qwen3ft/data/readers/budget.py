@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qwen3ft.data.readers.raw import RawRow, UnreadableFileError
+from qwen3ft.data.readers.text import Conversion
 from qwen3ft.units import MIB
 
 FREE_BYTES, BYTES_PER_PACKED_BYTE = 64 * MIB, 200
@@ -40,8 +41,12 @@ class UnpackedBytes:
             raise _given_too_much(self._packed_bytes, f"{most // MIB:,} MiB")
 
 
-def bounded(rows: Iterator[RawRow], path: Path, *, is_packed: bool) -> Iterator[RawRow]:
+def bounded(
+    rows: Iterator[RawRow], path: Path, conversion: Conversion, *, is_packed: bool
+) -> Iterator[RawRow]:
     """Yield `rows`, which are read from `path`, until they are too many or took too long.
+
+    Those of a converted file get their places on the way: another step would take its time.
 
     Raises:
         UnreadableFileError: they are, or did.
@@ -53,6 +58,8 @@ def bounded(rows: Iterator[RawRow], path: Path, *, is_packed: bool) -> Iterator[
     for number, row in enumerate(rows, 1):
         if is_packed and number > most_rows:
             raise _given_too_much(size_bytes, f"{most_rows:,} rows")
+        if conversion.text is not None:
+            conversion.text.place(row)
         yield row
         if number % _LOOK_ROWS == 0 and time.thread_time() > end:
             raise UnreadableFileError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -19,10 +20,13 @@ from qwen3ft.data.readers.raw import (
     UnreadableFileError,
     bad_row,
     refuse_repeated,
+    usable_names,
 )
 
 DELIMITERS = (",", ";", "\t", "|")
 _LEAST_REACH_BYTES = 1024
+# Programs that know nothing of it put quotes around the line, and delimiters behind.
+_STATED_DELIMITER = re.compile(r'"?sep=(\\t|[^\w"\r\n])"?[,;\t| ]*\r?\n?', re.IGNORECASE)
 
 
 class _Line(NamedTuple):
@@ -85,7 +89,10 @@ class _Lines(Iterator[str]):
 def read_csv(
     stream: io.BufferedReader, offset: int, limit: int, delimiters: Sequence[str] = DELIMITERS
 ) -> Iterator[RawRow]:
-    """Yield a row for each record that is not blank; the line of names decides on the delimiter.
+    """Yield a row for each record that is not blank.
+
+    The delimiter is that of a first line sep=; (Excel's), or else the one that cuts the line of
+    names into most.
 
     Raises:
         UnreadableFileError: the line of names cannot be read.
@@ -120,7 +127,10 @@ def read_csv(
 
 
 def _header(lines: _Lines, delimiters: Sequence[str]) -> tuple[list[str], str]:
-    """Consume the line of names; return them and the delimiter that cuts it into most."""
+    """Consume the line of names; return them and the delimiter."""
+    if stated := _STATED_DELIMITER.fullmatch(next(lines, "")):
+        delimiters = ["\t" if stated[1].lower() == "\\t" else stated[1]]
+    lines.begin(1 if stated else 0)
     best, taken, problem = 0, delimiters[0], ""
     for delimiter in delimiters:
         try:
@@ -136,8 +146,7 @@ def _header(lines: _Lines, delimiters: Sequence[str]) -> tuple[list[str], str]:
         raise UnreadableFileError(f"the line of column names cannot be read: {problem}")
     found = next(filter(None, csv.reader(lines, delimiter=taken, strict=True)), [])
     lines.begin(len(lines.record))
-    # pandas and R write the numbers of rows into a column without a name.
-    names = [name if name.strip() else f"(column {at})" for at, name in enumerate(found, 1)]
+    names = usable_names(found)
     refuse_repeated(names)
     return names, taken
 

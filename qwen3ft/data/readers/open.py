@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,8 @@ from qwen3ft.data.readers.json_array import ArrayReader
 from qwen3ft.data.readers.json_lines import read_json_rows
 from qwen3ft.data.readers.parquet import ChooseColumns, read_parquet
 from qwen3ft.data.readers.raw import MAX_ROW_BYTES, RawRow, UnreadableFileError
+from qwen3ft.data.readers.sheets import SHEET_SUFFIXES, read_sheet
+from qwen3ft.data.readers.text import Conversion, TextFile
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -37,18 +39,10 @@ _TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
 SUFFIXES = (
     *_TEXT_SUFFIXES,
     ".parquet",
+    *SHEET_SUFFIXES,
     *(text + codec for codec in _CODECS for text in _TEXT_SUFFIXES),
 )
 """Ends of the names of files that can be read, in lower case."""
-
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-# UTF-32 first: its little-endian mark begins with that of UTF-16.
-_OTHER_MARKS = {
-    b"\xff\xfe\0\0": "UTF-32",
-    b"\0\0\xfe\xff": "UTF-32",
-    b"\xff\xfe": "UTF-16",
-    b"\xfe\xff": "UTF-16",
-}
 
 
 def suffix_of(name: str) -> str:
@@ -57,66 +51,75 @@ def suffix_of(name: str) -> str:
     return next((suffix for suffix in SUFFIXES if lower.endswith(suffix)), "")
 
 
-def is_readable(path: Path) -> bool:
-    """Return whether there is a reader for files of this name."""
-    return bool(suffix_of(path.name))
-
-
-def read_raw(path: Path, choose: ChooseColumns, limit: int = MAX_ROW_BYTES) -> Iterator[RawRow]:
+def read_raw(
+    path: Path,
+    choose: ChooseColumns,
+    limit: int = MAX_ROW_BYTES,
+    note: Callable[[str], None] = lambda _: None,
+) -> Iterator[RawRow]:
     """Yield every row of `path`, in order.
 
     Args:
         path: A file whose name ends in one of `SUFFIXES`.
         choose: Which columns of a parquet file to read; other formats give all of theirs.
         limit: Size of the largest row, in bytes.
+        note: Receives how the file is read, where that is not plain; maybe more than once.
 
     Raises:
         UnreadableFileError: the file breaks off here; rows before it have been given.
         OSError: it cannot be opened or read.
     """
-    is_packed = path.suffix.lower() in (*_CODECS, ".parquet")
-    return bounded(_rows(path, choose, limit), path, is_packed=is_packed)
+    is_packed = path.suffix.lower() in (*_CODECS, ".parquet", *SHEET_SUFFIXES)
+    conversion = Conversion(note)
+    rows = _rows(path, choose, limit, conversion)
+    return bounded(rows, path, conversion, is_packed=is_packed)
 
 
-def _rows(path: Path, choose: ChooseColumns, limit: int) -> Iterator[RawRow]:
+def _rows(
+    path: Path, choose: ChooseColumns, limit: int, conversion: Conversion
+) -> Iterator[RawRow]:
     kind = suffix_of(path.name).split(".")[1]
     if kind == "parquet":
         yield from read_parquet(path, choose, limit)
+    elif f".{kind}" in SHEET_SUFFIXES:
+        yield from read_sheet(path, limit, conversion.note)
     elif kind == "json":
-        yield from _read_json(path, limit)
+        yield from _read_json(path, limit, conversion)
     else:
-        with open_text_bytes(path) as (stream, offset):
+        with open_text_bytes(path, conversion) as (stream, text):
             if kind == "jsonl":
-                yield from read_json_rows(stream, offset, limit)
+                rows = read_json_rows(stream, text.start_bytes, limit)
             else:
-                delimiters = ("\t",) if kind == "tsv" else DELIMITERS
-                yield from read_csv(stream, offset, limit, delimiters)
+                rows = read_csv(
+                    stream, text.start_bytes, limit, ("\t",) if kind == "tsv" else DELIMITERS
+                )
+            yield from rows
 
 
-def _read_json(path: Path, limit: int) -> Iterator[RawRow]:
+def _read_json(path: Path, limit: int, conversion: Conversion) -> Iterator[RawRow]:
     """Yield rows of an array, of one object a line, a list inside an object, or of objects."""
-    if _is_lines(path, limit):
-        with open_text_bytes(path) as (stream, offset):
-            yield from read_json_rows(stream, offset, limit)
+    if _is_lines(path, limit, conversion):
+        with open_text_bytes(path, conversion) as (stream, text):
+            yield from read_json_rows(stream, text.start_bytes, limit)
         return
     is_packed = path.suffix.lower() in _CODECS
     source = f"<({_shown_by(path)})" if is_packed else shlex.quote(str(path))
     jq = f"jq -c '{{}}[]' {source} > {shlex.quote(_unpacked_name(path) + 'l')}"
-    with open_text_bytes(path) as (stream, offset):
-        reader = ArrayReader(stream, offset, limit, jq)
+    with open_text_bytes(path, conversion) as (stream, text):
+        reader = ArrayReader(stream, text.start_bytes, limit, jq)
         if reader.enter():
             yield from reader.rows()
             return
-    with open_text_bytes(path) as (stream, offset):
-        yield from ArrayReader(stream, offset, limit, jq).rows()
+    with open_text_bytes(path, conversion) as (stream, text):
+        yield from ArrayReader(stream, text.start_bytes, limit, jq).rows()
 
 
-def _is_lines(path: Path, limit: int) -> bool:
+def _is_lines(path: Path, limit: int, conversion: Conversion) -> bool:
     """Return whether a .json file holds one object a line: one of its first two lines is an object.
 
     A single line, whole or not, may also be an object around a list, and is read as that.
     """
-    with open_text_bytes(path) as (stream, _), suppress(UnreadableFileError):
+    with open_text_bytes(path, conversion) as (stream, _), suppress(UnreadableFileError):
         while (head := stream.peek(1)) and head.isspace():
             stream.read(len(head))
         if not head.lstrip().startswith(b"{"):
@@ -137,34 +140,41 @@ def _filled_line(stream: io.BufferedReader, limit: int) -> bytes:
 
 
 @contextmanager
-def open_text_bytes(path: Path) -> Iterator[tuple[io.BufferedReader[Any], int]]:
-    """Open the decompressed bytes of `path` behind a UTF-8 mark; yield them and their offset.
+def open_text_bytes(
+    path: Path, conversion: Conversion
+) -> Iterator[tuple[io.BufferedReader[Any], TextFile]]:
+    """Open the decompressed bytes of `path` as UTF-8; yield their buffer and the stream below.
 
     Raises:
-        UnreadableFileError: the byte order mark is that of UTF-16 or UTF-32; when reading: the file
-            breaks off.
+        UnreadableFileError: its encoding cannot be told; when reading: the file breaks off.
         OSError: it cannot be opened or read.
     """
-    with _open_bytes(path) as stream:
-        head = stream.peek(4)[:4]
-        for mark, encoding in _OTHER_MARKS.items():
-            if head.startswith(mark):
-                raise UnreadableFileError(_other_encoding(path, encoding))
-        yield stream, len(stream.read(3)) if head.startswith(_BYTE_ORDER_MARK) else 0
+
+    def command(encoding: str) -> str:
+        converted = shlex.quote("utf8-" + _unpacked_name(path))
+        return f"{_shown_by(path)} | iconv -f {encoding} -t UTF-8 > {converted}"
+
+    conversion.text = None
+    with _open_bytes(path) as (source, chunk_bytes):
+        text = TextFile(source, chunk_bytes, command, conversion)
+        with io.BufferedReader(text, chunk_bytes) as stream:
+            stream.peek(1)
+            yield stream, text
 
 
 @contextmanager
-def _open_bytes(path: Path) -> Iterator[io.BufferedReader[Any]]:
+def _open_bytes(path: Path) -> Iterator[tuple[io.RawIOBase, int]]:
+    """Yield the decompressed bytes, and how many to read at once."""
     codec = _CODECS.get(path.suffix.lower())
     if codec is None:
-        with io.BufferedReader(io.FileIO(path), _BUFFER_BYTES) as stream:
-            yield stream
+        with io.FileIO(path) as file:
+            yield file, _BUFFER_BYTES
         return
     import pyarrow as pa
 
     unpacked_bytes = UnpackedBytes(path.stat().st_size)
     with path.open("rb") as packed, pa.CompressedInputStream(packed, codec) as unpacked:
-        yield io.BufferedReader(_Unpacked(unpacked, unpacked_bytes), STEP_BYTES)
+        yield _Unpacked(unpacked, unpacked_bytes), STEP_BYTES
 
 
 class _Unpacked(io.RawIOBase):
@@ -190,14 +200,6 @@ class _Unpacked(io.RawIOBase):
         self._unpacked_bytes.add(len(data))
         view[: len(data)] = data
         return len(data)
-
-
-def _other_encoding(path: Path, encoding: str) -> str:
-    """Say why the file is not read, and how to convert it."""
-    return (
-        f"it is {encoding}, not UTF-8; convert it: {_shown_by(path)} | "
-        f"iconv -f {encoding} -t UTF-8 > {shlex.quote('utf8-' + _unpacked_name(path))}"
-    )
 
 
 def _shown_by(path: Path) -> str:

@@ -21,17 +21,25 @@ class RawRow:
     """The values of one row by name, or the reason code why it has none."""
 
     line: int
-    """Line of the file where the row starts, from 1; for parquet the number of the row."""
+    """Line of the file where the row starts, from 1; in parquet and sheets that of the row."""
     values: dict[str, Any] = field(default_factory=dict)
     reason: str = ""
     text: str = ""
     """The beginning of a bad row."""
     offset: int = -1
-    """Byte of the uncompressed file where the row starts; -1 for parquet."""
+    """Byte of the uncompressed file where the row starts; -1 for parquet and sheets."""
 
 
 class UnreadableFileError(Exception):
     """The file as a whole, or the rest of it, cannot be read."""
+
+
+def usable_names(names: Sequence[str]) -> list[str]:
+    """Return names of columns, with their places where there are none.
+
+    pandas and R write the numbers of rows into a column without a name.
+    """
+    return [name if name.strip() else f"(column {at})" for at, name in enumerate(names, 1)]
 
 
 def refuse_repeated(names: Sequence[str]) -> None:
