@@ -30,9 +30,9 @@ POOL = "qwen3ft"
 WORKER = "qwen3ft-local"
 TOML_HEADER = "# Written by `qwen3ft up`, removed by `qwen3ft down`.\n"
 HEARTBEAT_SECONDS = 30
+"""Time between two heartbeats of a flow run; Prefect's minimum."""
 LATE_HEARTBEAT_SECONDS = 3.0 * HEARTBEAT_SECONDS
 """Age of a heartbeat past which its worker is gone."""
-"""Time between two heartbeats of a flow run; Prefect's minimum."""
 HISTORY_DAYS = 90
 """Age at which the server removes ended flow runs; MLflow keeps what came of them."""
 _HTTP_SECONDS = 15.0
