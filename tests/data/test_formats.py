@@ -508,7 +508,7 @@ def test_a_file_that_unpacks_to_much_more_is_read_in_bounded_memory(
         [sys.executable, "-c", BOMB, str(path)], capture_output=True, text=True, check=True
     )
     held, _, reasons = done.stdout.partition(" ")
-    assert int(held) < 35
+    assert int(held) < 40
     assert reasons.strip() == str(expected)
 
 
