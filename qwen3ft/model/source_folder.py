@@ -238,7 +238,9 @@ def _check_generation(folder: Path, shape: ModelShape) -> None:
     settings = read_foreign_json(path)
     if not isinstance(settings, dict):
         raise ValueError(f"{_GENERATION} holds no settings")
-    if unknown := sorted(settings.keys() - set(_GENERATION_KEYS)):
+    # transformers writes switches that are off, such as output_attentions; those ask for nothing
+    asked = {name for name, value in settings.items() if value is not None and value is not False}
+    if unknown := sorted(asked - set(_GENERATION_KEYS)):
         raise ValueError(f"{_GENERATION} asks for {unknown[0][:80]!a}")
     _require_numbers({k: v for k, v in settings.items() if v is not None}, _SAMPLING)
     _require_ids(settings, shape.vocab_size)

@@ -65,6 +65,12 @@ def test_what_is_not_known_in_a_config_is_not_passed_on(folder: Path) -> None:
     assert kept["hidden_size"] == 128
 
 
+def test_switches_that_are_off_ask_for_nothing(folder: Path) -> None:
+    """Such as transformers writes for a model that it saves without settings of its own."""
+    change_json(folder / "generation_config.json", output_attentions=False, output_scores=None)
+    check_model_folder(folder)
+
+
 # --- links ---
 
 
