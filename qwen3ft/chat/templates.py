@@ -52,6 +52,10 @@ MOST_TIMES_GIVEN = 16
 TOOL_RESPONSE = "<tool_response>"
 """Start of a user's message that Qwen's templates take for a tool's result, not a question."""
 
+_THINKING_DEFAULT = (
+    "{%%- if enable_thinking is not defined %%}{%%- set enable_thinking = %s %%}{%%- endif %%}"
+)
+
 JsonDict = dict[str, Any]
 
 
@@ -75,6 +79,24 @@ class ThinkingSupport:
     """It omits reasoning from turns before the last question."""
 
 
+def with_thinking_default(template: str, thinking: bool) -> str:
+    """Return the template so that it thinks, or does not, where a request leaves that open.
+
+    Requests may still set `enable_thinking`. A template without that switch is returned unchanged.
+    """
+    template = without_thinking_default(template)
+    if "enable_thinking" not in template:
+        return template
+    return _THINKING_DEFAULT % ("true" if thinking else "false") + template
+
+
+def without_thinking_default(template: str) -> str:
+    """Return the template as it was before `with_thinking_default`."""
+    for value in ("true", "false"):
+        template = template.removeprefix(_THINKING_DEFAULT % value)
+    return template
+
+
 def template_text(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the template as text; several are joined in a fixed order."""
     template = tokenizer.chat_template
@@ -84,8 +106,13 @@ def template_text(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def identify_template(tokenizer: PreTrainedTokenizerBase) -> TemplateInfo:
-    """Return the sha256 of the tokenizer's template (UTF-8) and its name if known."""
-    sha256 = hashlib.sha256(template_text(tokenizer).encode()).hexdigest()
+    """Return the identity of the tokenizer's template."""
+    return identify_text(template_text(tokenizer))
+
+
+def identify_text(template: str) -> TemplateInfo:
+    """Return the sha256 of a template (UTF-8), without a default for thinking, and its name."""
+    sha256 = hashlib.sha256(without_thinking_default(template).encode()).hexdigest()
     return TemplateInfo(sha256, KNOWN_TEMPLATES.get(sha256, ""))
 
 

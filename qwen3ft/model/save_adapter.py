@@ -22,6 +22,7 @@ from qwen3ft.model.adapter_checks import (
     AdapterError,
     verify_adapter,
 )
+from qwen3ft.model.request_defaults import write_request_defaults
 from qwen3ft.model.saved_adapter import (
     KNOWN_ROWS_FILE,
     PROVENANCE_FILE,
@@ -114,7 +115,9 @@ def _try_save(
             shutil.copyfile(source, folder / source.name)
         adapter_config = _portable_config(checkpoint / ADAPTER_CONFIG_FILE, plan.model.source)
         write_json_atomic(folder / ADAPTER_CONFIG_FILE, adapter_config)
-        write_json_atomic(folder / PROVENANCE_FILE, _provenance(outcome, plan, config))
+        provenance = _provenance(outcome, plan, config)
+        write_json_atomic(folder / PROVENANCE_FILE, provenance)
+        write_request_defaults(folder, Path(plan.model.path), provenance)
         (folder / "README.md").write_text(_model_card(outcome, plan), encoding="utf-8")
 
     try:

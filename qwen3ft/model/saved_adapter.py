@@ -2,7 +2,9 @@
 
     <output_dir>/<run_id>/
       adapter_model.safetensors  adapter_config.json   as PEFT writes them
-      tokenizer.json  tokenizer_config.json  chat_template.jinja
+      tokenizer.json  tokenizer_config.json
+      chat_template.jinja                              thinks by default if the rows did
+      generation_config.json                           decoding as in the test
       provenance.json                                  base, data, settings and results of the run
       known_rows.npy                                   hashes of the rows that it was trained on
       README.md                                        the model card
@@ -45,6 +47,7 @@ KNOWN_ROWS_FILE = "known_rows.npy"
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"),
 )
+TEMPLATE_FILE, GENERATION_FILE = "chat_template.jinja", "generation_config.json"
 
 MOST_OTHER_BYTES = GIB
 """Limit for all files but the weights: known rows take 8 bytes each, a tokenizer 11 MB."""
@@ -108,7 +111,8 @@ def _require_files(folder: Path) -> None:
 
 def _files_read(folder: Path) -> tuple[str, ...]:
     """Return the files that are read of the adapter, besides settings and weights."""
-    optional = (_OLD_PROVENANCE_FILE, PROVENANCE_FILE, KNOWN_ROWS_FILE, *TOKENIZER_FILES)
+    records = (_OLD_PROVENANCE_FILE, PROVENANCE_FILE, KNOWN_ROWS_FILE)
+    optional = (*records, GENERATION_FILE, *TOKENIZER_FILES)
     return tuple(name for name in optional if (folder / name).exists())
 
 

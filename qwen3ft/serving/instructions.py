@@ -7,12 +7,12 @@ documentation.
 
 from __future__ import annotations
 
-import hashlib
 import shlex
 from pathlib import Path
 from typing import Any
 
-from qwen3ft.chat.templates import END_TOKEN, KNOWN_TEMPLATES
+from qwen3ft.chat.templates import END_TOKEN, KNOWN_TEMPLATES, identify_text
+from qwen3ft.model.saved_adapter import was_trained_to_think
 from qwen3ft.records.requests import ParityReport
 
 MODELFILE, SERVING = "Modelfile", "SERVING.md"
@@ -75,8 +75,8 @@ def write_serving_files(folder: Path, provenance: dict[str, Any], report: Parity
         report: Comparison of the forms.
     """
     stored = folder / "merged" / "chat_template.jinja"
-    text = stored.read_bytes() if stored.is_file() else b""
-    name = KNOWN_TEMPLATES.get(hashlib.sha256(text).hexdigest(), "")
+    text = stored.read_text(encoding="utf-8") if stored.is_file() else ""
+    name = identify_text(text).name
     template = ollama_template(name, thinking=report.thinking)
     if template is not None:
         modelfile = _modelfile(template, provenance)
@@ -107,6 +107,7 @@ def vllm_lora_command(provenance: dict[str, Any], adapter: str) -> str:
         *("--enable-lora", "--max-lora-rank", str(allowed)),
         *("--lora-modules", f"{provenance['run_id']}={adapter}"),
         *("--chat-template", f"{adapter}/chat_template.jinja"),
+        *("--generation-config", adapter),
     ]
     return shlex.join(words)
 
@@ -132,6 +133,11 @@ Degraded: {degraded}.
 "adapter" is the form that was tested and promoted: the adapter on 4-bit weights
 ({provenance["base"]["quantization"]}). A lost answer is one that only the adapter gets right.
 
+A request that sets nothing is prompted as the adapter was trained ({_prompting(provenance)}) and
+decoded as in the test, greedily: the chat template and `generation_config.json` beside the weights
+say so. A request may set `temperature`, or switch thinking by `chat_template_kwargs`:
+`{{"enable_thinking": true}}`.
+
 ## vLLM
 
 The adapter on the base model, which other adapters can share:
@@ -148,6 +154,10 @@ vllm serve ./merged --served-model-name {provenance["run_id"]}
 
 {_ollama(template_name)}
 """
+
+
+def _prompting(provenance: dict[str, Any]) -> str:
+    return "thinking first" if was_trained_to_think(provenance) else "without thinking"
 
 
 def _ollama(template_name: str) -> str:

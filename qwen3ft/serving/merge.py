@@ -13,11 +13,12 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qwen3ft.files import write_json_atomic
 from qwen3ft.model.adapter_checks import ADAPTER_FILE
-from qwen3ft.model.saved_adapter import TOKENIZER_FILES, open_adapter, require_fit
+from qwen3ft.model.request_defaults import write_request_defaults
+from qwen3ft.model.saved_adapter import GENERATION_FILE, TOKENIZER_FILES, open_adapter, require_fit
 from qwen3ft.model.shapes import read_shape
 from qwen3ft.model.source_folder import read_settings, weight_files
 from qwen3ft.model.tensor_files import Tensor, read_header
@@ -76,7 +77,7 @@ def merge_adapter(
         _write_shard(tensors, target / name)
     if len(names) > 1:
         _write_index(target, dict(zip(names, shards, strict=True)))
-    _write_settings(base, adapter, target)
+    _write_settings(base, adapter, target, opened.provenance)
     return done
 
 
@@ -145,10 +146,12 @@ def _write_index(target: Path, shards: Mapping[str, Sequence[Located]]) -> None:
     write_json_atomic(target / "model.safetensors.index.json", index)
 
 
-def _write_settings(base: Path, adapter: Path, target: Path) -> None:
-    """Write config.json with the new dtype, generation settings, and the adapter's tokenizer."""
+def _write_settings(base: Path, adapter: Path, target: Path, provenance: dict[str, Any]) -> None:
+    """Write config.json with the new dtype, the adapter's tokenizer, and requests' defaults."""
     write_json_atomic(target / "config.json", {**read_settings(base), "dtype": "bfloat16"})
-    copied = [base / "generation_config.json", *(adapter / name for name in TOKENIZER_FILES)]
-    for source in copied:
+    for source in (adapter / name for name in TOKENIZER_FILES):
         if source.is_file():
             shutil.copyfile(source, target / source.name)
+    # An adapter saved by an earlier version has no defaults of its own.
+    tokens_from = adapter if (adapter / GENERATION_FILE).is_file() else base
+    write_request_defaults(target, tokens_from, provenance)

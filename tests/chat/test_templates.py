@@ -18,6 +18,7 @@ from qwen3ft.chat.templates import (
     apply_template,
     identify_template,
     probe_thinking,
+    with_thinking_default,
 )
 from qwen3ft.chat.tokenizer import configure_tokenizer, load_tokenizer
 from qwen3ft.embedded import MODEL_DIR
@@ -55,6 +56,38 @@ def test_a_published_template_is_known_by_its_hash(tokenizer: Tokenizer, family:
     tokenizer.chat_template += " "
     assert identify_template(tokenizer).name == ""
     assert set(KNOWN_TEMPLATES.values()) == set(NAMES.values())
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize("family", TEMPLATES)
+def test_a_default_for_thinking_holds_where_a_request_leaves_it_open(
+    tokenizer: Tokenizer, family: str, thinking: bool
+) -> None:
+    """A request that sets it gets what it asks for; with tools and earlier turns too."""
+
+    def rendered(template: str, conversation: Any, **asked: bool) -> str:
+        messages, tools = conversation
+        text = tokenizer.apply_chat_template(
+            messages,
+            tools,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=True,
+            **asked,
+        )
+        return str(text)
+
+    stored = TEMPLATES[family]
+    template = with_thinking_default(with_thinking_default(stored, not thinking), thinking)
+    later = [user("a"), {"role": "assistant", "content": "b"}, user("c")]
+    for asked in (([user("a")], None), (later, [WEATHER])):
+        trained = rendered(stored, asked, enable_thinking=thinking)
+        assert rendered(template, asked) == trained
+        for value in (True, False):
+            wanted = rendered(stored, asked, enable_thinking=value)
+            assert rendered(template, asked, enable_thinking=value) == wanted
+    tokenizer.chat_template = template
+    assert identify_template(tokenizer).name == NAMES[family]
 
 
 def test_an_unknown_template_is_a_warning_with_its_hash(

@@ -20,6 +20,7 @@ from support.finished_run import (
     write_checkpoint,
 )
 
+from qwen3ft.chat.templates import EMPTY_BLOCK
 from qwen3ft.config import TrainingConfig
 from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.errors import CheckpointCorruptError, DivergedError, ModelNotFoundError, SaveError
@@ -122,6 +123,34 @@ def test_it_is_asked_to_think_if_most_of_its_rows_did(
     plan = plan.model_copy(update={"dataset": plan.dataset.model_copy(update=counts)})
     saved = save_adapter(make_outcome(checkpoint), plan, config_for(tmp_path / "out"))
     assert was_trained_to_think(read_provenance(Path(saved.path))) == thinks
+    written = prompt_by_others(Path(saved.path))
+    assert written.endswith("<|im_start|>assistant\n" + ("" if thinks else EMPTY_BLOCK))
+
+
+def prompt_by_others(folder: Path, **asked: bool) -> str:
+    """Return the prompt that a server makes of a request with one question."""
+    from transformers import AutoTokenizer
+
+    question = [{"role": "user", "content": "Tell me the price."}]
+    return str(
+        AutoTokenizer.from_pretrained(folder).apply_chat_template(
+            question, tokenize=False, add_generation_prompt=True, **asked
+        )
+    )
+
+
+def test_a_request_that_sets_nothing_gets_the_decoding_of_the_test(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """Greedy, up to the length that was tested, ended by the tokens that end the base's answers."""
+    from transformers import GenerationConfig
+
+    saved = save(checkpoint, tmp_path / "out")
+    asked = GenerationConfig.from_pretrained(saved.path)
+    assert (asked.do_sample, asked.temperature) == (False, 0.0)
+    assert asked.max_new_tokens == config_for(tmp_path).max_new_tokens
+    base = GenerationConfig.from_pretrained(MODEL_DIR)
+    assert (asked.eos_token_id, asked.pad_token_id) == (base.eos_token_id, base.pad_token_id)
 
 
 @pytest.mark.parametrize(

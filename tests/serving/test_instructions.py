@@ -32,6 +32,7 @@ CARD = {
         "local_path": None,
         "quantization": "nf4-double",
     },
+    "data": {"usable_rows": 10, "reasoning_rows": 0},
     "plan": {"adapter": {"r": 6}},
     "config": {"max_new_tokens": 256},
     "degraded": [],
