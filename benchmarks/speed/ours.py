@@ -116,11 +116,12 @@ def make_plan(job: Job, **changes: Any) -> TrainPlan:
 def write_dataset(job: Job, folder: Path) -> DatasetManifest:
     """Write the workload as the data stage does: every token trained, a few rows held out too."""
     from qwen3ft.chat.rendering import TokenizedRow
+    from qwen3ft.chat.words import packed
     from qwen3ft.data.token_table import TokenWriter
     from qwen3ft.records.data import DatasetManifest
 
     folder.mkdir(parents=True)
-    rows = [TokenizedRow(row, [(0, len(row))]) for row in job.rows()]
+    rows = [TokenizedRow(packed(row), [(0, len(row))]) for row in job.rows()]
     held_out = min(HELD_OUT_ROWS, job.entry.case.sequences_per_step)
     splits = {"train": rows, "dev": rows[:held_out]}
     summaries = {}

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from qwen3ft.chat.conversation import Conversation
 from qwen3ft.chat.renderer import renderer_of
 from qwen3ft.chat.skeleton import Skeleton, fill_slots
+from qwen3ft.chat.words import TOKEN_BYTES, unpacked
 from qwen3ft.errors import TokenizerError
 
 if TYPE_CHECKING:
@@ -45,8 +46,17 @@ Asked = str | ChatRow | Sequence[Mapping[str, Any]]
 class TokenizedRow:
     """Token ids of one row, and the half-open ranges [start, end) that carry loss, in order."""
 
-    input_ids: list[int]
+    packed: bytes
+    """Token ids as int32."""
     trained: list[tuple[int, int]]
+
+    def __len__(self) -> int:
+        return len(self.packed) // TOKEN_BYTES
+
+    @property
+    def input_ids(self) -> list[int]:
+        """Token ids as numbers."""
+        return unpacked(self.packed)
 
 
 class Segment(NamedTuple):
@@ -155,7 +165,7 @@ def shorten_reasoning(
 
     def excess_tokens(candidate: QaRow) -> int:
         [tokenized] = tokenize_rows(tokenizer, [candidate], escape=escape)
-        return len(tokenized.input_ids) - max_tokens
+        return len(tokenized) - max_tokens
 
     if excess_tokens(row) <= 0:
         return row
@@ -178,7 +188,7 @@ def shorten_reasoning(
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Return the token ids of each text, without special tokens and without truncation."""
-    return renderer_of(tokenizer).encoder.encode(texts) if texts else []
+    return list(map(unpacked, renderer_of(tokenizer).encoder.encode(texts))) if texts else []
 
 
 def conversation_of(row: ChatRow) -> Conversation:
@@ -230,32 +240,30 @@ def _encode(
 ) -> list[TokenizedRow]:
     """Return the token ids of filled skeletons, each with its own turns that carry loss."""
     encoder = renderer_of(tokenizer).encoder
-    places: dict[str, int] = {}  # a text that occurs twice is tokenised once
-    plans: list[list[list[int] | int]] = []
-    for skeleton, texts in rendered:
-        plans.append(
-            [
-                places.setdefault(fill_slots(unit.parts, texts), len(places))
-                if ids is None
-                else ids
-                for unit, ids in zip(skeleton.units, skeleton.ids, strict=True)
-            ]
-        )
+    plans = [
+        [
+            fill_slots(unit.parts, texts) if ids is None else ids
+            for unit, ids in zip(skeleton.units, skeleton.ids, strict=True)
+        ]
+        for skeleton, texts in rendered
+    ]
+    # A text that occurs twice is tokenised once.
+    texts = list({piece: None for plan in plans for piece in plan if isinstance(piece, str)})
     encode = encoder.encode_escaped if escape else encoder.encode
-    encoded = encode(list(places))
+    encoded = dict(zip(texts, encode(texts), strict=True))
     rows = []
     for (skeleton, _), plan, turns in zip(rendered, plans, trained_turns, strict=True):
-        ids: list[int] = []
+        pieces = [encoded[piece] if isinstance(piece, str) else piece for piece in plan]
         trained: list[tuple[int, int]] = []
-        for unit, piece in zip(skeleton.units, plan, strict=True):
-            start = len(ids)
-            ids += encoded[piece] if isinstance(piece, int) else piece
+        end = 0
+        for unit, piece in zip(skeleton.units, pieces, strict=True):
+            start, end = end, end + len(piece) // TOKEN_BYTES
             if unit.turn not in turns:
                 continue
             if trained and trained[-1][1] == start:
                 start = trained.pop()[0]
-            trained.append((start, len(ids)))
-        rows.append(TokenizedRow(ids, trained))
+            trained.append((start, end))
+        rows.append(TokenizedRow(b"".join(pieces), trained))
     return rows
 
 

@@ -63,8 +63,8 @@ class Skeleton:
     turns: int
     tail: str = ""
     rows_seen: int = 0
-    ids: list[list[int] | None] = field(default_factory=list)
-    """Token ids of the units of template text; None for units with slots."""
+    ids: list[bytes | None] = field(default_factory=list)
+    """Token ids of the units of template text, as int32; None for units with slots."""
 
     def unit_texts(self, texts: Sequence[str]) -> list[str]:
         """Return the text of each unit with the slots filled."""

@@ -18,6 +18,7 @@ from qwen3ft.chat.templates import (
     identify_template,
     template_error,
 )
+from qwen3ft.chat.words import WordEncoder, is_separable, packed
 from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.errors import TokenizerError
 from qwen3ft.logs import get_logger
@@ -95,7 +96,7 @@ def configure_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 MAX_CACHED_CHARACTERS = 1_000_000
-"""Limit of the cache of shared texts: 40 MB of ids if every character were a token."""
+"""Limit of the cache of shared texts: 4 MB of ids if every character were a token."""
 
 
 class Encoder:
@@ -110,39 +111,47 @@ class Encoder:
             )
         self._plain: Tokenizer = backend
         self._escaping: Tokenizer | None = None
-        self._cache: dict[str, list[int]] = {}
+        self._cache: dict[str, bytes] = {}
         self._cached_characters = 0
         # Longest first, because one token may be the beginning of another.
         added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
         self.added_tokens = re.compile("|".join(map(re.escape, added)) or r"(?!)")
         """Pattern of the added tokens, which a tokenizer cuts out of a text first."""
         self._split = re.compile(f"({self.added_tokens.pattern})").split
+        self._by_words: WordEncoder | None = None
+        if is_separable(backend):
+            self._by_words = WordEncoder(self._encode_whole, self.added_tokens)
 
     def split_tokens(self, text: str) -> list[str]:
         """Split the text at added tokens; every second piece is one of them."""
         return self._split(text)
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text."""
+    def encode(self, texts: Sequence[str]) -> list[bytes]:
+        """Return the token ids of each text, `packed`."""
+        if self._by_words is not None:
+            return self._by_words.encode(texts)
+        return list(map(packed, self._encode_whole(list(texts))))
+
+    def _encode_whole(self, texts: list[str]) -> list[list[int]]:
         # The Rust tokenizer is shared with transformers, whose last call left its settings there.
         self._plain.no_padding()
         self._plain.no_truncation()
         self._plain.encode_special_tokens = False
-        return [e.ids for e in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [e.ids for e in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def encode_escaped(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text, with added tokens spelled out as plain text."""
+    def encode_escaped(self, texts: Sequence[str]) -> list[bytes]:
+        """Return the token ids of each text, `packed`, with added tokens spelled as plain text."""
         ids = self.encode(texts)
         spelled = [place for place, text in enumerate(texts) if self.added_tokens.search(text)]
         if spelled:
             plain_text = [texts[place] for place in spelled]
             found = self._escaper().encode_batch_fast(plain_text, add_special_tokens=False)
             for place, encoding in zip(spelled, found, strict=True):
-                ids[place] = encoding.ids
+                ids[place] = packed(encoding.ids)
         return ids
 
-    def encode_cached(self, text: str) -> list[int]:
-        """Return the token ids of a text that many rows share, such as template text."""
+    def encode_cached(self, text: str) -> bytes:
+        """Return the `packed` token ids of a text that many rows share, such as template text."""
         ids = self._cache.get(text)
         if ids is None:
             if self._cached_characters > MAX_CACHED_CHARACTERS:

@@ -60,11 +60,13 @@ class TokenWriter(AbstractContextManager["TokenWriter"]):
 
         if not rows:
             return
-        lengths = np.array([len(row.input_ids) for row in rows], np.int32)
+        lengths = np.array([len(row) for row in rows], np.int32)
+        ids = np.frombuffer(b"".join(row.packed for row in rows), np.int32)
+        spans = [np.array(row.trained, np.int32).ravel() for row in rows]
         hashes, sources, questions = zip(*(origins or [Origin()] * len(rows)), strict=True)
         columns: dict[str, Any] = {
-            "input_ids": [row.input_ids for row in rows],
-            "trained": [[edge for span in row.trained for edge in span] for row in rows],
+            "input_ids": _lists(ids, lengths),
+            "trained": _lists(np.concatenate(spans), [len(span) for span in spans]),
             "length": lengths,
             "hash": hashes,
             "source": sources,
@@ -86,6 +88,14 @@ class TokenWriter(AbstractContextManager["TokenWriter"]):
             median_tokens=int(median),
             p95_tokens=int(p95),
         )
+
+
+def _lists(values: np.ndarray, lengths: Sequence[int] | np.ndarray) -> pa.ListArray:
+    """Return an Arrow array of lists: `values`, cut into pieces of `lengths`."""
+    import pyarrow as pa
+
+    ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(ends), pa.array(values))
 
 
 def load_split(folder: Path, split: str) -> Dataset:

@@ -113,7 +113,7 @@ class _Work:
         batches: dict[Fate, list[tuple[chat.TokenizedRow, Origin]]]
         batches = {fate: [] for fate in self.writers}
         for index, row in zip(used, tokenized, strict=True):
-            length = len(row.input_ids)
+            length = len(row)
             self.lengths[start + index] = length
             if length > self.config.max_sequence_length:
                 shorter = self._shorten(rows[index])
@@ -158,7 +158,7 @@ class _Work:
         if shorter is None:
             return None
         [tokenized] = self._tokenize([shorter])
-        return tokenized if len(tokenized.input_ids) <= limit else None
+        return tokenized if len(tokenized) <= limit else None
 
 
 def format_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[QaRow]) -> Dataset:
