@@ -18,19 +18,21 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from qwen3ft.chat.conversation import Conversation
+from qwen3ft.chat.conversation import TEXT_FIELDS, Conversation
 from qwen3ft.chat.renderer import renderer_of
 from qwen3ft.chat.skeleton import Skeleton, fill_slots
 from qwen3ft.chat.words import TOKEN_BYTES, unpacked
 from qwen3ft.errors import TokenizerError
+from qwen3ft.text.spans import spans
+from qwen3ft.units import MIB
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from qwen3ft.records.data import QaRow
 
-BLOCK_ROWS = 512
-"""Rows tokenised at a time; limits the memory for text."""
+BLOCK_ROWS, BLOCK_CHARACTERS = 512, MIB
+"""Rows, and characters of more than one, tokenised at a time: a token takes a hundred bytes."""
 
 REMOVED = " … "
 """Replaces the removed middle of a reasoning."""
@@ -139,13 +141,34 @@ def tokenize_rows(
     """
     renderer = renderer_of(tokenizer)
     tokenized: list[TokenizedRow] = []
-    for start in range(0, len(rows), BLOCK_ROWS):
-        block = rows[start : start + BLOCK_ROWS]
-        conversations = [conversation_of(row) for row in block]
+    whole = [conversation_of(row) for row in rows]
+    for start, end in spans([_characters(one) for one in whole], BLOCK_ROWS, BLOCK_CHARACTERS):
+        conversations = whole[start:end]
         rendered = [renderer.row(tokenizer, conversation) for conversation in conversations]
         trained = [trained_turns(conversation, train_turns) for conversation in conversations]
         tokenized += _encode(tokenizer, rendered, trained, escape)
     return tokenized
+
+
+def tokens_over(tokenizer: PreTrainedTokenizerBase, row: QaRow, limit_tokens: int) -> int:
+    """Return a number of tokens above the limit that a giant row surely has, by its bytes.
+
+    Returns:
+        0 if it may fit, or is small enough to be tokenised.
+
+    Raises:
+        TokenizerError: the template cannot be used.
+    """
+    texts = [row["question"], row["answer"]]
+    if row["messages"]:
+        texts = [message["content"] for message in conversation_of(row).messages]
+    if sum(map(len, texts)) + len(row["reasoning"]) <= BLOCK_CHARACTERS:
+        return 0  # soon tokenised, and then its length is known
+    renderer = renderer_of(tokenizer)
+    if renderer.thinking.writes:
+        texts.append(row["reasoning"])
+    fewest = renderer.encoder.bound.fewest_tokens(texts)
+    return fewest if fewest > limit_tokens else 0
 
 
 def shorten_reasoning(
@@ -167,12 +190,15 @@ def shorten_reasoning(
         [tokenized] = tokenize_rows(tokenizer, [candidate], escape=escape)
         return len(tokenized) - max_tokens
 
-    if excess_tokens(row) <= 0:
-        return row
     without = _with_reasoning(row, "")
+    if tokens_over(tokenizer, row, max_tokens):
+        if tokens_over(tokenizer, without, max_tokens):
+            return None
+    elif excess_tokens(row) <= 0:
+        return row
     if excess_tokens(without) > 0:
         return None
-    reasoning = row["reasoning"]
+    reasoning = renderer_of(tokenizer).encoder.bound.ends(row["reasoning"], max_tokens)
     borders = renderer_of(tokenizer).encoder.borders(reasoning)
     kept = min(len(borders) - 1, -excess_tokens(_with_reasoning(row, REMOVED.strip())))
     while kept >= 2:
@@ -222,6 +248,12 @@ def trained_turns(conversation: Conversation, train_turns: TrainTurns) -> frozen
     return frozenset(
         number for number, turn in enumerate(turns) if number >= first and turn.get("trained", True)
     )
+
+
+def _characters(conversation: Conversation) -> int:
+    """Return the length of what the messages say."""
+    messages = conversation.messages
+    return sum(len(message.get(name) or "") for message in messages for name in TEXT_FIELDS)
 
 
 def _history(asked: Asked) -> Conversation:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen3ft.chat.length_bound import LengthBound
 from qwen3ft.chat.templates import (
     END_TOKEN,
     MOST_REASON_CHARACTERS,
@@ -121,6 +123,11 @@ class Encoder:
         self._by_words: WordEncoder | None = None
         if is_separable(backend):
             self._by_words = WordEncoder(self._encode_whole, self.added_tokens)
+
+    @cached_property
+    def bound(self) -> LengthBound:
+        """Bound on the tokens of a text; made on first use, as it reads the whole vocabulary."""
+        return LengthBound(self._plain)
 
     def split_tokens(self, text: str) -> list[str]:
         """Split the text at added tokens; every second piece is one of them."""

@@ -10,10 +10,11 @@ import numpy as np
 from qwen3ft.chat.templates import probe_thinking
 from qwen3ft.config import TrainingConfig
 from qwen3ft.data.folder import LEFT_OUT, Prepared
-from qwen3ft.data.placement import DUPLICATES, Fate
+from qwen3ft.data.placement import DUPLICATES, MOST_COMPARED_BYTES, Fate
 from qwen3ft.data.reading import FINDINGS_NAME
 from qwen3ft.logs import get_logger
 from qwen3ft.records.data import DatasetManifest
+from qwen3ft.units import MIB
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,13 +78,26 @@ def _about_reasoning(
 def _about_losses(prepared: Prepared, config: TrainingConfig) -> list[str]:
     placement, reading = prepared.placement, prepared.reading
     warnings = []
-    lengths = np.sort(prepared.tokens.lengths[prepared.tokens.lengths > 0])
-    too_long = placement.count(Fate.TOO_LONG)
+    tokens, too_long = prepared.tokens, placement.count(Fate.TOO_LONG)
+    endless = np.iinfo(np.int32).max
+    lengths = np.where(tokens.bounded, endless, tokens.lengths)
+    lengths = np.sort(lengths[lengths > 0])
     if too_long > _NOTABLE_SHARE * len(lengths):
         enough = int(lengths[int(0.99 * (len(lengths) - 1))])
+        advice = f"; max_sequence_length: {enough} would keep 99 %" if enough < endless else ""
         warnings.append(
             f"{too_long} of {len(lengths)} rows are longer than {config.max_sequence_length} "
-            f"tokens and left out; max_sequence_length: {enough} would keep 99 %."
+            f"tokens and left out{advice}."
+        )
+    if bounded := int(tokens.bounded.sum()):
+        warnings.append(
+            f"{bounded} rows are too long by their bytes alone and were not tokenised: the lengths "
+            "stated for them are the least that they can have."
+        )
+    if not_compared := placement.not_compared:
+        warnings.append(
+            f"{not_compared} rows are larger than {MOST_COMPARED_BYTES // MIB} MiB, and were not "
+            "compared with others: near-duplicates of them are not found, exact ones are."
         )
     if shortened := prepared.tokens.shortened:
         warnings.append(f"{shortened} rows lost the middle of their reasoning to fit.")

@@ -7,7 +7,7 @@ names differ in case alone is refused.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 
 from qwen3ft.chat.messages import MEDIA_KEYS
 from qwen3ft.config import ColumnNames
@@ -85,11 +85,14 @@ class Columns:
 
     def parts(self) -> dict[str, str]:
         """Return the columns that are there by part."""
-        return {
-            part: name
-            for part, name in asdict(self).items()
-            if name is not None and part not in ("layout", "media", "unused")
-        }
+        # Not asdict, which copies all values: every bad row asks for this.
+        named = {name: getattr(self, name) for name in _PART_NAMES}
+        return {part: name for part, name in named.items() if name is not None}
+
+
+_PART_NAMES = tuple(
+    one.name for one in fields(Columns) if one.name not in ("layout", "media", "unused")
+)
 
 
 def find_columns(names: tuple[str, ...], wanted: ColumnNames) -> Columns:

@@ -90,6 +90,7 @@ def account(prepared: Prepared, target: Path, digest: str) -> DatasetManifest:
         conversations=reading.conversations,
         near_duplicates=placement.near_duplicates,
         shortened=prepared.tokens.shortened,
+        not_compared=placement.not_compared,
         personal_data=dict(reading.personal.most_common()),
         known_rows=prepared.known_rows,
         new_rows=placement.new_rows,
@@ -232,10 +233,16 @@ def _reasons(prepared: Prepared) -> dict[str, int]:
 def _longest(prepared: Prepared) -> tuple[LongRow, ...]:
     order = np.argsort(-prepared.tokens.lengths, kind="stable")[:_LONGEST_ROWS]
     places = [int(position) for position in order if prepared.tokens.lengths[position] > 0]
-    rows = prepared.table.rows(places)
-    return tuple(
-        LongRow(file=row["file"], line=row["line"], tokens=int(prepared.tokens.lengths[position]))
-        for row, position in zip(rows, places, strict=True)
+    return tuple(_long_row(prepared, position) for position in places)
+
+
+def _long_row(prepared: Prepared, position: int) -> LongRow:
+    [row] = prepared.table.rows([position])
+    return LongRow(
+        file=row["file"],
+        line=row["line"],
+        tokens=int(prepared.tokens.lengths[position]),
+        at_least=bool(prepared.tokens.bounded[position]),
     )
 
 
@@ -265,7 +272,8 @@ def _left_out(prepared: Prepared) -> Iterable[dict[str, Any]]:
         fate = Fate(int(prepared.placement.fates[position]))
         entry = {"file": row["file"], "line": row["line"], "reason": fate.name.lower()}
         if prepared.tokens.lengths[position]:
-            entry["tokens"] = int(prepared.tokens.lengths[position])
+            name = "tokens_at_least" if prepared.tokens.bounded[position] else "tokens"
+            entry[name] = int(prepared.tokens.lengths[position])
         yield entry
 
 

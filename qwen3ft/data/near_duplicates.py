@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
 from itertools import chain
 
 import numpy as np
@@ -18,6 +17,8 @@ from numpy.typing import NDArray
 
 from qwen3ft.data.splits import Mask
 from qwen3ft.data.text_features import Features, are_near, features, sketch
+from qwen3ft.text.spans import spans
+from qwen3ft.units import MIB
 
 # Texts of similarity s agree in a band with probability s^8 (Leskovec et al., Mining of Massive
 # Datasets, 3.4). A candidate agrees in two of 32: probability 0.98 at 0.8, 0.007 at 0.5.
@@ -30,9 +31,9 @@ BUCKET_ROWS = 16
 """In a larger bucket of a band, each row is compared with the bucket's first row alone."""
 
 _MINHASH_SEED = 20_260
-_ROWS_AT_A_TIME = 1000
+_ROWS_AT_A_TIME, _CHARACTERS_AT_A_TIME = 1000, MIB
 _PAIRS_AT_A_TIME = 50_000
-_CACHED_TEXTS = 4096
+_CACHED_CHARACTERS = 2 * MIB
 
 Rows = NDArray[np.int64]
 Bits = NDArray[np.uint32]
@@ -59,12 +60,17 @@ class NearDuplicates:
     def __len__(self) -> int:
         return self._rows
 
-    def add(self, texts: Sequence[str]) -> None:
-        """Add the next rows by their `as_text`, a few thousand at a time; the first is row 0."""
-        chunk = np.empty((BANDS, len(texts)), np.uint32)
-        for start in range(0, len(texts), _ROWS_AT_A_TIME):
-            part = texts[start : start + _ROWS_AT_A_TIME]
-            chunk[:, start : start + len(part)] = _band_hashes(part)
+    def add(self, texts: Sequence[str | None]) -> None:
+        """Add the next rows by their `as_text`, a few thousand at a time; the first is row 0.
+
+        None stands for a row that is compared with none: no mask of `find` may have it.
+        """
+        chunk = np.zeros((BANDS, len(texts)), np.uint32)
+        given = [(place, text) for place, text in enumerate(texts) if text is not None]
+        sizes = [len(text) for _, text in given]
+        for start, end in spans(sizes, _ROWS_AT_A_TIME, _CHARACTERS_AT_A_TIME):
+            places, part = zip(*given[start:end], strict=True)
+            chunk[:, places] = _band_hashes(part)
         self._chunks.append(chunk)
         self._rows += len(texts)
 
@@ -83,10 +89,18 @@ class NearDuplicates:
 
     def twins(self, left: Mask, right: Mask, text_of: Callable[[int], str]) -> Rows:
         """Return (n,) the row that each of `left` is nearly the same as, or -1; see `find`."""
+        cached: dict[int, Features] = {}
+        characters = 0
 
-        @lru_cache(_CACHED_TEXTS)
         def read(row: int) -> Features:
-            return features(text_of(row))
+            nonlocal characters
+            if row not in cached:
+                text = text_of(row)
+                if (characters := characters + len(text)) > _CACHED_CHARACTERS:
+                    cached.clear()
+                    characters = len(text)
+                cached[row] = features(text)
+            return cached[row]
 
         twin = np.full(self._rows, -1, np.int64)
         for pairs in self.pairs(left, right):

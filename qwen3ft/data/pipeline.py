@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 logger = get_logger("data")
 
 # Raised when the same files and settings give other rows than before: old folders are then stale.
-_CODE_VERSION = 4
+_CODE_VERSION = 5
 
 SETTINGS_THAT_MATTER = (
     *("data_paths", "dev_paths", "test_paths", "columns", "reasoning_separator", "train_turns"),

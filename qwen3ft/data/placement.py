@@ -25,6 +25,7 @@ from qwen3ft.data.splits import (
     ROLES,
     Hashes,
     Keys,
+    Mask,
     cap_sources,
     find_repeats,
     hold_out,
@@ -33,6 +34,10 @@ from qwen3ft.data.splits import (
 )
 from qwen3ft.data.text_features import as_text
 from qwen3ft.records.data import QaRow
+from qwen3ft.units import MIB
+
+MOST_COMPARED_BYTES = MIB
+"""Size of the largest row that is compared with others: its words take a hundred times as much."""
 
 
 class Fate(IntEnum):
@@ -71,6 +76,8 @@ class Placement:
     """Training rows not among the known ones."""
     near_duplicates: int = 0
     """Training rows that are nearly an earlier one, kept or not."""
+    not_compared: int = 0
+    """Rows over `MOST_COMPARED_BYTES`."""
 
     def count(self, *fates: Fate) -> int:
         """Return the number of rows with one of `fates`."""
@@ -134,26 +141,40 @@ def _place_near(
     placement: Placement, table: RowTable, config: TrainingConfig, progress: Callable[[int], None]
 ) -> None:
     """Leave out rows that nearly equal a more protected one or, if configured, an earlier one."""
-    near, done = NearDuplicates(), 0
-    for _, rows in table.batches():
-        near.add([_text_of(row) for row in rows])
-        done += len(rows)
-        progress(done)
+    near, fates = NearDuplicates(), placement.fates
+    compared = np.isin(fates, (Fate.TRAIN, Fate.DEV, Fate.TEST))
+    for start, rows in table.batches():
+        texts: list[str | None] = [None] * len(rows)
+        for index in np.flatnonzero(compared[start : start + len(rows)]).tolist():
+            if _is_giant(text := _text_of(rows[index])):
+                compared[start + index] = False
+                placement.not_compared += 1
+            else:
+                texts[index] = text
+        near.add(texts)
+        progress(start + len(rows))
 
     def text_of(position: int) -> str:
         [row] = table.rows([position])
         return _text_of(row)
 
-    fates = placement.fates
+    def have(*wanted: Fate) -> Mask:
+        return np.isin(fates, wanted) & compared
+
     # Dev first: a row that leaves dev protects no training row any more.
-    fates[near.find(fates == Fate.DEV, fates == Fate.TEST, text_of)] = Fate.NEAR_LEAKAGE
-    held_out = (fates == Fate.DEV) | (fates == Fate.TEST)
-    fates[near.find(fates == Fate.TRAIN, held_out, text_of)] = Fate.NEAR_LEAKAGE
-    training = fates == Fate.TRAIN
+    fates[near.find(have(Fate.DEV), have(Fate.TEST), text_of)] = Fate.NEAR_LEAKAGE
+    held_out = have(Fate.DEV, Fate.TEST)
+    fates[near.find(have(Fate.TRAIN), held_out, text_of)] = Fate.NEAR_LEAKAGE
+    training = have(Fate.TRAIN)
     copies = near.find(training, training, text_of)
     placement.near_duplicates = len(copies)
     if config.near_duplicates == "drop":
         fates[copies] = Fate.NEAR_DUPLICATE
+
+
+def _is_giant(text: str) -> bool:
+    """Return whether a text is over `MOST_COMPARED_BYTES`."""
+    return len(text) > MOST_COMPARED_BYTES // 4 and len(text.encode()) > MOST_COMPARED_BYTES
 
 
 def _text_of(row: QaRow) -> str:

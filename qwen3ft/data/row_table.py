@@ -1,6 +1,7 @@
 """Checked rows in an Arrow file of the work folder: written in order, read in batches or singly.
 
-A million rows need no more memory than one batch, which is bounded in rows and in text.
+A million rows need no more memory than one batch, which is bounded in rows and in text; a row that
+exceeds the bound has its own.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen3ft.records.data import QaRow, SourceFile
+from qwen3ft.units import MIB
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 BATCH_ROWS = 2000
 """Most rows written, read and tokenised at a time."""
 
-_BATCH_CHARACTERS, _CACHED_BATCHES = 8 * 2**20, 16
+_BATCH_CHARACTERS, _CACHED_BATCHES = 2 * MIB, 16
 
 _TEXTS = ("question", "answer", "reasoning", "messages", "tools", "kind", "role")
 _NUMBERS = ("source", "line", "offset")
@@ -51,11 +53,13 @@ class RowWriter(AbstractContextManager["RowWriter"]):
         lists = (_to_text(row["messages"]), _to_text(row["tools"]))
         numbers = (source, row["line"], row["offset"])
         values = (*texts, *lists, row["kind"], row["role"], *numbers)  # in the order of the schema
+        characters = sum(map(len, (*texts, *lists)))
+        is_full = self._characters + characters > _BATCH_CHARACTERS
+        if is_full or len(self._columns["line"]) == BATCH_ROWS:  # a giant row has its own batch
+            self._flush()
+        self._characters += characters
         for column, value in zip(self._columns.values(), values, strict=True):
             column.append(value)
-        self._characters += sum(map(len, (*texts, *lists)))
-        if len(self._columns["line"]) >= BATCH_ROWS or self._characters >= _BATCH_CHARACTERS:
-            self._flush()
 
     def _flush(self) -> None:
         import pyarrow as pa

@@ -43,6 +43,9 @@ class Tokens:
     dev: LengthSummary
     lengths: np.ndarray
     """Tokens of each usable row, 0 where it was not tokenised; int32, shape (rows,)."""
+    bounded: np.ndarray
+    """Rows that are too long by their bytes alone: their length is the least that it can be. Bool,
+    shape (rows,)."""
     shortened: int
 
 
@@ -73,17 +76,18 @@ def tokenize_table(
     # Only after all rows, so that the error can name their number and the longest.
     too_long = placement.count(Fate.TOO_LONG)
     if too_long and config.too_long == "fail":
-        longest = int(work.lengths.max())
+        longest, is_bound = int(work.lengths.max()), bool(work.bounded.any())
+        setting = "too_long=drop" if is_bound else f"max_sequence_length={longest}"
         raise DataLoadingError(
             f"{too_long} rows are longer than {config.max_sequence_length} tokens, the longest "
-            f"{longest}.",
+            f"{'at least ' * is_bound}{longest}.",
             why="too_long is 'fail'; 'drop' would leave them out.",
-            next_command=f"qwen3ft train --set max_sequence_length={longest}",
+            next_command=f"qwen3ft train --set {setting}",
             too_long=too_long,
             longest_tokens=longest,
         )
     train, dev = (writers[fate].summary() for fate in _SPLITS)
-    return Tokens(train, dev, work.lengths, work.shortened)
+    return Tokens(train, dev, work.lengths, work.bounded, work.shortened)
 
 
 @dataclass
@@ -98,9 +102,11 @@ class _Work:
     trained_rows: int = 0
     shortened: int = 0
     lengths: np.ndarray = field(init=False)
+    bounded: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
         self.lengths = np.zeros(len(self.placement.fates), np.int32)
+        self.bounded = np.zeros(len(self.placement.fates), bool)
 
     def batch(self, start: int, rows: Sequence[QaRow]) -> None:
         """Tokenise the rows that are used; `start` is the position of the first one."""
@@ -109,18 +115,22 @@ class _Work:
         if self.trained_rows == self.config.max_rows:
             fates[fates == Fate.TRAIN] = Fate.NOT_USED
         used = np.flatnonzero(np.isin(fates, _TOKENIZED)).tolist()
-        tokenized = self._tokenize([rows[index] for index in used])
+        limit = self.config.max_sequence_length
+        over = {index: chat.tokens_over(self.tokenizer, rows[index], limit) for index in used}
+        fitting = iter(self._tokenize([rows[index] for index in used if not over[index]]))
         batches: dict[Fate, list[tuple[chat.TokenizedRow, Origin]]]
         batches = {fate: [] for fate in self.writers}
-        for index, row in zip(used, tokenized, strict=True):
-            length = len(row)
+        for index in used:
+            row = None if over[index] else next(fitting)
+            length = over[index] if row is None else len(row)
             self.lengths[start + index] = length
-            if length > self.config.max_sequence_length:
-                shorter = self._shorten(rows[index])
-                if shorter is None:
+            self.bounded[start + index] = row is None
+            if row is None or length > limit:
+                row = self._shorten(rows[index])
+                if row is None:
                     fates[index] = Fate.TOO_LONG
                     continue
-                row, self.shortened = shorter, self.shortened + 1
+                self.shortened += 1
             if not row.trained:
                 fates[index] = Fate.NO_TRAINED_TOKEN
                 continue

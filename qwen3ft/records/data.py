@@ -83,6 +83,7 @@ class LongRow(Record):
     file: str
     line: int
     tokens: int
+    at_least: bool = Field(False, description="It was not tokenised: its bytes say that much.")
 
 
 class DatasetManifest(Record):
@@ -116,6 +117,7 @@ class DatasetManifest(Record):
     reasoning_rows: int = Field(0, description="Usable rows with reasoning.")
     conversations: int = Field(0, description="Usable rows of more than a question and an answer.")
     near_duplicates: int = Field(0, description="Training rows nearly the same as another one.")
+    not_compared: int = Field(0, description="Rows too large to look for near-duplicates of them.")
     shortened: int = Field(0, description="Rows whose reasoning lost its middle to fit.")
     personal_data: dict[str, int] = Field({}, description="Rows by kind found.")
     known_rows: str | None = Field(None, description="File of the rows seen before, if compared.")

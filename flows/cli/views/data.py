@@ -142,7 +142,9 @@ def _lengths(manifest: DatasetManifest) -> dict[str, str]:
         shown[f"up to {edge}"] = "█" * -(-_BAR_CHARACTERS * rows // most) + f" {rows:,}{marker}"
         below = edge
     shown |= {
-        f"longest {number}": f"{row.tokens} tokens  {row.file}:{row.line}"
+        f"longest {number}": (
+            f"{'at least ' * row.at_least}{row.tokens} tokens  {row.file}:{row.line}"
+        )
         for number, row in enumerate(manifest.longest[:3], 1)
     }
     return shown
