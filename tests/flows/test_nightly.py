@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.registered import copy_database
 
 from flows import nightly
 from flows.nightly import (
@@ -98,7 +99,9 @@ def test_a_registry_that_cannot_be_asked_is_no_reason_not_to_train(
     assert seen_before(config(tmp_path, when_unchanged="skip"), REQUEST) is None
 
 
-def test_the_answer_comes_from_the_champions_tags_without_torch(tmp_path: Path) -> None:
+def test_the_answer_comes_from_the_champions_tags_without_torch(
+    migrated_database: Path, tmp_path: Path
+) -> None:
     """With a real registry the same request is old, another one is not; no torch is loaded."""
     program = """
 import sys
@@ -131,7 +134,7 @@ with try_lock(lock):
     print(since("a"))
 print("torch" in sys.modules)
 """
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    uri = copy_database(migrated_database, tmp_path)
     done = subprocess.run(
         [sys.executable, "-c", program, uri, str(tmp_path / "runs")],
         capture_output=True,

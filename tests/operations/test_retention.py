@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.registered import copy_database
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import RequestError
@@ -238,11 +239,11 @@ def test_copies_of_former_champions_and_leftovers_of_killed_writes_go(project: P
     assert project.names(version(None)) == went
 
 
-def test_what_has_any_alias_is_protected(tmp_path: Path) -> None:
+def test_what_has_any_alias_is_protected(migrated_database: Path, tmp_path: Path) -> None:
     """Read from a real registry, with the run that made each version."""
     from qwen3ft.tracking.connection import connect, load_client
 
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    uri = copy_database(migrated_database, tmp_path)
     connect(uri)
     client = load_client()(uri)
     client.create_registered_model("m")
