@@ -51,7 +51,7 @@ LONGEST = (
     ),
     *("test_moves.py", "test_mirror.py", "test_sender.py", "test_export.py"),
     *("test_cli.py", "test_ask.py", "test_preflight.py", "test_nightly.py", "test_inference.py"),
-    *("test_judge.py", "test_checkpoint_writer.py"),
+    *("test_interruptions.py", "test_judge.py", "test_checkpoint_writer.py"),
 )
 """Files that take longest begin first, or one process is left alone with one of them at the end."""
 
@@ -176,17 +176,11 @@ def manifest(make_config: Callable[..., Any], snapshot: Any) -> Any:
 
 
 @pytest.fixture(scope="session")
-def migrated_database(shared_folder: Path) -> Path:
+def migrated_database() -> Path:
     """An MLflow database with its tables, which take seconds to make: to be copied."""
-    path = shared_folder / "mlflow.db"
-    with try_lock(shared_folder / "mlflow.lock", OTHERS_MAKE_IT_SECONDS):
-        if not path.exists():
-            from mlflow import MlflowClient
+    from support.databases import migrated
 
-            made = path.with_suffix(".new")
-            MlflowClient(f"sqlite:///{made}").search_experiments()
-            made.rename(path)
-    return path
+    return migrated("mlflow")
 
 
 @pytest.fixture(scope="session")
@@ -229,6 +223,16 @@ def champion(project: Any, finished: Any) -> str:
     from support.flow_project import promote_first
 
     return promote_first(project)
+
+
+@pytest.fixture(scope="session")
+def resumed(
+    project: Any, champion: str, snapshot: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Any:
+    """A run that failed and was continued, on inputs full of keys: a `Resumed`."""
+    from support.resumed_run import fail_and_resume
+
+    return fail_and_resume(project, snapshot, tmp_path_factory.mktemp("resumed"))
 
 
 @pytest.fixture(scope="session")

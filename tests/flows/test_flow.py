@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from support.flow_project import MODEL, FlowProject
-from support.judge_server import Handler, prefers, serving
+from support.resumed_run import Resumed
 
 from qwen3ft.jobs.folders import RunDir
 
@@ -196,14 +194,43 @@ def test_the_plan_is_on_both_pages_of_the_run(finished: Any, project: FlowProjec
     assert any(f"**{peak_gb:.3f}**" in markdown for markdown in shown)
 
 
+class Untracked(NamedTuple):
+    """A run during which MLflow refuses connections, and whose memory runs out once."""
+
+    state: Any
+    run: RunDir
+    outstanding: int
+    """Entries of the journal that MLflow lacked at its end; afterwards all were sent."""
+
+
+@pytest.fixture(scope="module")
+def untracked(run_flow: Any, finished: Any, project: FlowProject) -> Untracked:
+    """Run the flow without MLflow, and then send what it lacks."""
+    import tasks.promote
+    from flows import reporting
+    from flows import run_context as around
+    from qwen3ft.tracking.cursor import outstanding
+    from qwen3ft.tracking.sender import Sender
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(around, "CLOSE_SECONDS", 1.0)
+        patch.setattr(tasks.promote, "OUTAGE_SECONDS", 0.5)
+        for module in (around, reporting, tasks.promote):
+            patch.setattr(module, "default_tracking_uri", lambda: "http://127.0.0.1:9")
+        state, run = run_flow("oom@step=4", preflight="on")
+    lacked = outstanding(run)
+    Sender(run, project.tracking_uri).send_all()
+    return Untracked(state, run, lacked)
+
+
 def test_out_of_memory_is_answered_by_adjust_and_the_next_attempt_completes(
-    run_flow: Any, finished: Any, project: FlowProject
+    untracked: Untracked, project: FlowProject
 ) -> None:
     """train-1 Failed, adjust-1, train-2 Completed, from the last checkpoint, same batch.
 
     Three stages are Cached: those of the run before had the same inputs.
     """
-    state, run = run_flow("oom@step=4", preflight="on")
+    state, run, _ = untracked
     assert state.is_completed(), state.message
     states = task_states(state)
     cached = {name for name, result in states.items() if result == "Cached"}
@@ -244,52 +271,24 @@ def test_giving_up_says_what_was_tried(run_flow: Any) -> None:
     assert len(run.attempts()) == 3
 
 
-def test_a_failed_run_is_continued_from_its_last_checkpoint(
-    run_flow: Any,
-    finished: Any,
-    make_config: Any,
-    snapshot: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_failed_run_is_continued_from_its_last_checkpoint(resumed: Resumed) -> None:
     """With one attempt allowed the run fails; continued by its id, it resumes and completes.
 
     Its answers are judged, while another run may have the machine. Before all that, a damaged
     snapshot of the model is noticed, and made anew.
     """
-    from qwen3ft.machine import gpu_lock
-    from qwen3ft.model.hub import resolve_model
-    from qwen3ft.model.manager import read_snapshot, snapshot_target
-
-    # A cache of its own: other processes of the test run load the shared snapshot meanwhile.
-    config = make_config(cache_dir=str(tmp_path / "cache"))
-    target = snapshot_target(config, resolve_model(config), "cpu")
-    shutil.copytree(snapshot.path, target)
-    (target / "config.json").write_text("{}")
-    assert read_snapshot(target) is None
-    monkeypatch.setenv(gpu_lock.FOLDER_VARIABLE, str(tmp_path))
-    one = threading.Lock()
-
-    def judge(handler: Handler) -> None:
-        with one, gpu_lock.hold_gpu(gpu_lock.CPU, "other", when_busy="refuse", wait_seconds=0):
-            prefers("candidate")(handler)
-
-    with serving(judge) as server:
-        settings = {"seed": 41, "max_attempts": 1, "lock_cpu": True, "cache_dir": config.cache_dir}
-        settings |= {"judge_url": server.url, "judge_model": "j", "judge_rows": 4}
-        state, run = run_flow("kill@step=5", **settings)
-        assert state.is_failed()
-        assert task_states(state)["model"] == "Completed"
-        assert read_snapshot(target) is not None
-        failed = json.loads((run.path / "card.json").read_text())
-        assert (failed["outcome"], failed["failure"]["kind"]) == ("failed", "WorkerCrashedError")
-        assert f"qwen3ft run --resume {run.path.name}" in (run.path / "card.md").read_text()
-        state, again = run_flow(continue_run=run.path.name, **settings)
-    assert state.is_completed(), state.message
-    assert task_states(state)["judge"] == "Completed"
-    cached = {name for name, result in task_states(state).items() if result == "Cached"}
+    failed, run = resumed.failed_card, resumed.run
+    assert resumed.failed.is_failed()
+    assert task_states(resumed.failed)["model"] == "Completed"
+    assert resumed.snapshot_after_failure is not None
+    assert (failed["outcome"], failed["failure"]["kind"]) == ("failed", "WorkerCrashedError")
+    assert f"qwen3ft run --resume {run.path.name}" in resumed.failed_page
+    assert resumed.ended.is_completed(), resumed.ended.message
+    states = task_states(resumed.ended)
+    assert states["judge"] == "Completed"
+    cached = {name for name, result in states.items() if result == "Cached"}
     assert cached == {"model", "lora", "data", "plan"}
-    assert again.path == run.path
+    assert resumed.run_of_second_start.path == run.path
     card = json.loads((run.path / "card.json").read_text())
     assert [attempt["resumed_from_step"] for attempt in card["attempts"]] == [None, 4]
     outcomes = [attempt["outcome"] for attempt in card["attempts"]]
@@ -298,28 +297,19 @@ def test_a_failed_run_is_continued_from_its_last_checkpoint(
 
 
 def test_a_run_without_tracking_completes_and_is_sent_later(
-    run_flow: Any, project: FlowProject, monkeypatch: pytest.MonkeyPatch
+    untracked: Untracked, project: FlowProject
 ) -> None:
     """MLflow refuses connections throughout: training is not touched, nothing is lost."""
-    import tasks.promote
-    from flows import reporting
-    from flows import run_context as around
     from qwen3ft.tracking.cursor import outstanding
-    from qwen3ft.tracking.sender import Sender
 
-    monkeypatch.setattr(around, "CLOSE_SECONDS", 1.0)
-    monkeypatch.setattr(tasks.promote, "OUTAGE_SECONDS", 0.5)
-    for module in (around, reporting, tasks.promote):
-        monkeypatch.setattr(module, "default_tracking_uri", lambda: "http://127.0.0.1:9")
-    state, run = run_flow(seed=51)
+    state, run, lacked = untracked
     assert state.is_completed(), state.message
     assert "deferred" in state.message
-    assert outstanding(run) > 0
-    Sender(run, project.tracking_uri).send_all()
+    assert lacked > 0
     assert outstanding(run) == 0
     parent, children = mlflow_runs(project, run)
     assert parent.info.status == "FINISHED"
-    assert len(children) == 1
+    assert len(children) == 2
 
 
 def test_a_run_on_a_machine_that_another_run_holds_is_refused_before_it_does_anything(
