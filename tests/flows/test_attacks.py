@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from support.browser import NOT_INSTALLED, PICTURES, find_chromium, open_browser
+from support.browser import NOT_INSTALLED, PICTURES, WatchedBrowser, find_chromium, open_browser
 from support.flow_project import FlowProject
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
@@ -309,11 +309,20 @@ def foreign_pages() -> Iterator[int]:
     server.shutdown()
 
 
+@pytest.fixture(scope="module")
+def browser(project: FlowProject, deployment: Any) -> Iterator[WatchedBrowser]:
+    """Open one browser for the module, which is signed in."""
+    with open_browser(PICTURES) as opened:
+        opened.sign_in(project.stack.layout())
+        yield opened
+
+
 @pytest.mark.skipif(find_chromium() is None, reason=NOT_INSTALLED)
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "rebound.example"])
 def test_no_page_of_another_origin_gets_through_from_a_signed_in_browser(
     project: FlowProject,
     writes: dict[Service, tuple[str, str]],
+    browser: WatchedBrowser,
     foreign_pages: int,
     host: str,
 ) -> None:
@@ -321,13 +330,12 @@ def test_no_page_of_another_origin_gets_through_from_a_signed_in_browser(
     layout = project.stack.layout()
     create, body = writes["prefect"]
     mlflow = layout.url("mlflow") + writes["mlflow"][0]
-    with open_browser(PICTURES) as browser:
-        browser.sign_in(layout)
-        page = browser.new_page()
-        answers: dict[str, set[int]] = {}
-        page.on("response", lambda found: answers.setdefault(found.url, set()).add(found.status))
-        page.goto(f"http://{host}:{foreign_pages}/")
-        tried = page.evaluate(ATTACK, [layout.url("prefect"), mlflow, create, body])
+    page = browser.new_page()
+    answers: dict[str, set[int]] = {}
+    page.on("response", lambda found: answers.setdefault(found.url, set()).add(found.status))
+    page.goto(f"http://{host}:{foreign_pages}/")
+    tried = page.evaluate(ATTACK, [layout.url("prefect"), mlflow, create, body])
+    page.close()
     blind = (" text", " bytes", " beacon")  # sent without asking; the answer cannot be read
     opaque = {name: tried.pop(name) for name in list(tried) if name.endswith(blind)}
     assert set(opaque.values()) <= {"opaque", "sent", "refused"}, "the page read an answer"
@@ -338,20 +346,24 @@ def test_no_page_of_another_origin_gets_through_from_a_signed_in_browser(
 
 
 @pytest.mark.skipif(find_chromium() is None, reason=NOT_INSTALLED)
-def test_a_name_that_was_made_to_lead_here_opens_nothing(project: FlowProject) -> None:
+def test_a_name_that_was_made_to_lead_here_opens_nothing(
+    project: FlowProject, browser: WatchedBrowser
+) -> None:
     """Then a foreign page would be of the server's own origin, as far as the browser knows."""
-    layout = project.stack.layout()
-    with open_browser(PICTURES) as browser:
-        page = browser.new_page()
-        for server in SERVERS:
-            answer = page.goto(f"http://rebound.example:{layout.port(server)}/")
-            assert answer is not None
-            assert answer.status == 403
+    layout, page = project.stack.layout(), browser.new_page()
+    for server in SERVERS:
+        answer = page.goto(f"http://rebound.example:{layout.port(server)}/")
+        assert answer is not None
+        assert answer.status == 403
+    page.close()
 
 
 @pytest.mark.skipif(find_chromium() is None, reason=NOT_INSTALLED)
 def test_the_printed_link_opens_both_servers_with_one_click(
-    project: FlowProject, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    project: FlowProject,
+    browser: WatchedBrowser,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It leaves no secret in the address; a link from another site works too, once signed in."""
     from flows.cli.servers import status_command
@@ -361,22 +373,22 @@ def test_the_printed_link_opens_both_servers_with_one_click(
     status_command()
     links = [word for word in capsys.readouterr().out.split() if f"{TOKEN}=" in word]
     assert [link.partition("/?")[0] for link in links] == [layout.url(name) for name in SERVERS]
-    with open_browser(PICTURES) as browser:
-        page = browser.new_page()
-        before = page.goto(layout.ui_url)
-        assert before is not None
-        assert before.status == 401
-        browser.keep(page, "not-signed-in")
-        page.goto(links[0])
-        page.get_by_text("Dashboard").first.wait_for()
-        assert layout.secret not in page.url
-        page.goto(f"{layout.url('mlflow')}/#/experiments?workflowType=machine_learning")
-        page.get_by_text("qwen3-finetune").first.wait_for()
-        page.goto("about:blank")
-        page.set_content(f'<a href="{layout.ui_url}/deployments">a notice</a>')
-        page.get_by_text("a notice").click()
-        page.get_by_text("qwen3-finetune").first.wait_for()
-        browser.keep(page, "signed-in-by-a-notice")
+    stranger = browser.stranger()
+    page = stranger.new_page()
+    before = page.goto(layout.ui_url)
+    assert before is not None
+    assert before.status == 401
+    stranger.keep(page, "not-signed-in")
+    page.goto(links[0])
+    page.get_by_text("Dashboard").first.wait_for()
+    assert layout.secret not in page.url
+    page.goto(f"{layout.url('mlflow')}/#/experiments?workflowType=machine_learning")
+    page.get_by_text("qwen3-finetune").first.wait_for()
+    page.goto("about:blank")
+    page.set_content(f'<a href="{layout.ui_url}/deployments">a notice</a>')
+    page.get_by_text("a notice").click()
+    page.get_by_text("qwen3-finetune").first.wait_for()
+    stranger.keep(page, "signed-in-by-a-notice")
 
 
 # --- without knowing any of this ---

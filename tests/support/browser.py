@@ -64,6 +64,7 @@ class WatchedBrowser:
     """One browser; each visit is a new page, and leaves a screenshot in `folder`."""
 
     def __init__(self, browser: Browser, folder: Path) -> None:
+        self._browser = browser
         self._context = browser.new_context(
             viewport={"width": WIDTH, "height": HEIGHT}, timezone_id="UTC", locale="en-GB"
         )
@@ -71,6 +72,10 @@ class WatchedBrowser:
         self._context.set_default_timeout(20_000)
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+
+    def stranger(self) -> WatchedBrowser:
+        """Return one without cookies in the same Chromium, which takes seconds to start."""
+        return WatchedBrowser(self._browser, self._folder)
 
     def sign_in(self, layout: Layout) -> None:
         """Open the link that the terminal shows once; after that both servers know the browser."""
