@@ -56,8 +56,9 @@ def attempt(monkeypatch: pytest.MonkeyPatch, make_plan: Any) -> Callable[..., At
 @pytest.mark.parametrize(
     ("fault", "expected"),
     [
-        ("exit@step=4", OutOfMemoryError),
-        # out of memory and a kill are in tests/flows/test_flow.py too
+        # Out of memory and a kill are in tests/flows/test_flow.py too; what an exit means is read
+        # from the log, by rules that tests/jobs/test_failures.py tests.
+        pytest.param("exit@step=4", OutOfMemoryError, marks=pytest.mark.slow),
         pytest.param("oom@step=4", OutOfMemoryError, marks=pytest.mark.slow),
         pytest.param("kill@step=4", WorkerCrashedError, marks=pytest.mark.slow),
         pytest.param("nan@step=4", DivergedError, marks=pytest.mark.slow),
@@ -116,6 +117,7 @@ def test_a_run_folder_that_is_deleted_ends_the_attempt_at_once(
     assert isinstance(decision, GiveUp)
 
 
+@pytest.mark.slow  # of a worker that waits: in tests/jobs/test_job_processes.py
 def test_a_worker_dies_with_its_parent(tmp_path: Path, make_plan: Any) -> None:
     """SIGKILL of the launching process leaves no worker behind, whatever it is doing."""
     plan = make_plan(total_steps=10_000, evaluate_every_steps=5_000)
