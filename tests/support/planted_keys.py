@@ -30,7 +30,8 @@ KEYS = {place: key(place) for place in PLACES}
 
 def rows_of(role: str, start: int) -> list[dict[str, Any]]:
     """Return rows of which each field has its key in one of them."""
-    rows: list[dict[str, Any]] = [*synthetic(40, start)]
+    others = 40 if role == "train" else 12
+    rows: list[dict[str, Any]] = [*synthetic(others, start)]
     for number, field in enumerate(TEXTS):
         planted = KEYS[f"{role} {field}"]
         text = f"{start + number} is {planted} here"
