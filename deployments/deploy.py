@@ -27,6 +27,8 @@ from qwen3ft.records.base import Record
 PREFECT_FILE = Path("deployments/prefect.yaml")
 GPU_CONFIG = Path("deployments/configs/default.yaml")
 CPU_CONFIG = Path("deployments/configs/embedded.yaml")
+NIGHTLY = "nightly"
+"""Name of the schedule of nightly runs."""
 FLOW_FILE = Path("flows/finetune.py")
 NO_GPU_LINE = (
     f"No CUDA GPU found: the deployment uses the embedded tiny Qwen3 ({CPU_CONFIG}), "
@@ -51,8 +53,9 @@ def choose_defaults(root: Path) -> Defaults:
     """
     gpus = visible_gpus(os.environ)
     path = GPU_CONFIG if gpus else CPU_CONFIG
-    config = read_settings_file(root / path)
-    parse_config(config)
+    config = parse_config(read_settings_file(root / path)).model_dump(
+        mode="json", exclude_unset=True
+    )
     files = [_text(root / file) for file in (PREFECT_FILE, FLOW_FILE)]
     return Defaults(
         config_path=str(path),
@@ -130,16 +133,17 @@ def _registered_id(stack: Stack) -> str:
 
 
 def _restore_schedules(stack: Stack, before: dict[str, Any] | None) -> None:
-    """Switch schedules on or off as they were; registering resets them to what the file says."""
+    """Set schedules as they were; registering resets them to what the file says."""
     after = read_deployment(stack)
     if before is None or after is None:
         return
-    chosen = {schedule["slug"]: schedule["active"] for schedule in before["schedules"]}
+    chosen = {schedule["slug"]: schedule for schedule in before["schedules"]}
     for schedule in after["schedules"]:
-        active = chosen.get(schedule["slug"], schedule["active"])
-        if active != schedule["active"]:
+        kept = chosen.get(schedule["slug"], schedule)
+        wanted = {name: kept[name] for name in ("active", "schedule")}
+        if any(schedule[name] != value for name, value in wanted.items()):
             address = f"deployments/{after['id']}/schedules/{schedule['id']}"
-            send(stack.layout(), address, {"active": active}, method="PATCH")
+            send(stack.layout(), address, wanted, method="PATCH")
 
 
 def _text(path: Path) -> str:

@@ -1,46 +1,37 @@
-"""Schedule of the nightly run: cron and time zone in prefect.yaml, on or off on the server.
+"""Schedule of the nightly run: cron, time zone, and on or off, all of it on the server.
 
-The file is the single source of the times. It is edited in place, so that its comments and
-everything else stay.
+prefect.yaml only says what the schedule is at first. Registering the deployment again leaves it as
+it is on the server (see `deployments.deploy`), so no tracked file has to be edited.
 """
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Any
 
-import yaml
-
-from deployments.deploy import PREFECT_FILE, read_deployment
+from deployments.deploy import NIGHTLY, read_deployment
 from deployments.prefect_api import send
 from deployments.stack import Stack
 from qwen3ft.errors import ConfigError, EnvironmentNotReadyError
-from qwen3ft.files import write_bytes_atomic
 from qwen3ft.records.base import Record
-
-_SLUG = "nightly"
-
-_LINES = {
-    "cron": re.compile(r'^(\s*cron: )"[^"]*"', re.MULTILINE),
-    "timezone": re.compile(r"^(\s*timezone: )\S+", re.MULTILINE),
-}
 
 
 class Schedule(Record):
-    """Times at which runs of the deployment start."""
+    """Times at which runs of the deployment start, and whether they do."""
 
     cron: str
     timezone: str
+    active: bool
 
 
-def read_schedule(root: Path) -> Schedule:
-    """Read the schedule in the project's prefect.yaml.
+def read_schedule(stack: Stack) -> Schedule:
+    """Read the schedule from the server.
 
     Raises:
-        ConfigError: the file has no schedule `nightly`.
+        EnvironmentNotReadyError: it is not registered, or the server does not answer.
     """
-    return _parse((root / PREFECT_FILE).read_text(encoding="utf-8"))
+    _, found = _registered(stack)
+    times = found["schedule"]
+    return Schedule(cron=times["cron"], timezone=times["timezone"] or "UTC", active=found["active"])
 
 
 def check_schedule(cron: str, timezone: str) -> None:
@@ -62,76 +53,32 @@ def check_schedule(cron: str, timezone: str) -> None:
         ) from None
 
 
-def write_schedule(root: Path, cron: str, timezone: str) -> None:
-    """Change cron and time zone in prefect.yaml, and nothing else.
-
-    Args:
-        root: The project folder.
-        cron: Five fields, already checked.
-        timezone: IANA name, already checked.
-
-    Raises:
-        ConfigError: the file is not laid out in the way that can be edited safely.
-    """
-    path = root / PREFECT_FILE
-    before = path.read_text(encoding="utf-8")
-    after = _LINES["cron"].sub(rf'\g<1>"{cron}"', before)
-    after = _LINES["timezone"].sub(rf"\g<1>{timezone}", after)
-    if _parse(after) != Schedule(cron=cron, timezone=timezone) or _rest(after) != _rest(before):
-        raise ConfigError(
-            f"The schedule in {PREFECT_FILE} cannot be changed by this command.",
-            why="Its cron and timezone lines are not laid out as they were shipped.",
-            next_command=f"${{EDITOR:-vi}} {PREFECT_FILE} && qwen3ft deploy",
-        )
-    write_bytes_atomic(path, after.encode())
-
-
-def set_active(stack: Stack, *, active: bool) -> None:
-    """Switch the registered schedule on or off.
+def change_schedule(stack: Stack, **changes: Any) -> Schedule:
+    """Change cron, timezone or active on the server, and return what it has then.
 
     Raises:
         EnvironmentNotReadyError: it is not registered, or the server does not answer.
     """
+    deployment_id, found = _registered(stack)
+    wanted = read_schedule(stack).model_copy(update=changes)
+    times = {"cron": wanted.cron, "timezone": wanted.timezone}
+    send(
+        stack.layout(),
+        f"deployments/{deployment_id}/schedules/{found['id']}",
+        {"active": wanted.active, "schedule": found["schedule"] | times},
+        "PATCH",
+    )
+    return read_schedule(stack)
+
+
+def _registered(stack: Stack) -> tuple[str, dict[str, Any]]:
+    """Return the id of the deployment, and its schedule as the server has it."""
     deployment = read_deployment(stack) or {}
-    found = [item for item in deployment.get("schedules", ()) if item["slug"] == _SLUG]
-    if not found:
-        raise EnvironmentNotReadyError(
-            f"The schedule {_SLUG!r} is not registered.",
-            why="The deployment is missing, or was registered from a different file.",
-            next_command="qwen3ft deploy",
-        )
-    address = f"deployments/{deployment['id']}/schedules/{found[0]['id']}"
-    send(stack.layout(), address, {"active": active}, "PATCH")
-
-
-def _schedules(text: str) -> list[dict[str, Any]]:
-    try:
-        [deployment] = yaml.safe_load(text)["deployments"]
-        return [item for item in deployment["schedules"] if item.get("slug") == _SLUG]
-    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        raise _no_schedule(str(error)) from error
-
-
-def _parse(text: str) -> Schedule:
-    try:
-        [found] = _schedules(text)
-        return Schedule(cron=found["cron"], timezone=found["timezone"])
-    except (KeyError, ValueError) as error:
-        raise _no_schedule(str(error)) from error
-
-
-def _rest(text: str) -> Any:
-    """Return the content of the file without the times of the schedule."""
-    content = yaml.safe_load(text)
-    for item in content["deployments"][0]["schedules"]:
-        if item.get("slug") == _SLUG:
-            del item["cron"], item["timezone"]
-    return content
-
-
-def _no_schedule(reason: str) -> ConfigError:
-    return ConfigError(
-        f"{PREFECT_FILE} has no schedule {_SLUG!r}.",
-        why=f"The file was changed ({reason}).",
-        next_command=f"cat {PREFECT_FILE}",
+    for item in deployment.get("schedules", ()):
+        if item["slug"] == NIGHTLY and "cron" in item["schedule"]:
+            return str(deployment["id"]), item
+    raise EnvironmentNotReadyError(
+        f"The schedule {NIGHTLY!r} is not registered.",
+        why="The server is down, or its deployment was registered from a different file.",
+        next_command="qwen3ft deploy",
     )

@@ -199,10 +199,12 @@ class Stack:
     # --- starting ---
 
     def _start_servers(self, down: list[Service], say: Say) -> None:
-        for name in down:  # both at once: each needs seconds before it listens
-            # children of a killed server may still hold its port and database
+        for name in down:  # children of a killed server may still hold its port and database
             stop(find_marked(self.root, name))
-            self._write_state(self._choose_port(name, say))
+        # whatever is left of the stack, a run in progress too, knows the old addresses
+        may_move = not find_marked(self.root)
+        for name in down:  # both at once: each needs seconds before it listens
+            self._write_state(self._choose_port(name, say, may_move=may_move))
             self._start(name)
 
     def _start_worker(self, before: StackState) -> None:
@@ -238,13 +240,23 @@ class Stack:
         # at once, so that an `up` that is killed right here does not lose the process
         self._write_state(state.model_copy(update=update))
 
-    def _choose_port(self, name: Service, say: Say) -> StackState:
+    def _choose_port(self, name: Service, say: Say, *, may_move: bool) -> StackState:
+        """Choose a port: the preferred one where it is free, else the last one used, else the next.
+
+        A stack that is not down altogether keeps its ports.
+        """
         state = self._read_state()
         others = [state.port(other) for other in SERVERS if other != name]
-        wanted = state.port(name) or self._preferred_ports[name]
+        preferred = self._preferred_ports[name]
+        last = state.port(name) or preferred
+        wanted = preferred if may_move else last
         port = free_port(wanted, taken=others)
+        if port != wanted and last != wanted:
+            port = free_port(last, taken=others)
         if port != wanted:
             say(f"Port {wanted} is taken; {name} uses {port}.")
+        elif port != last:
+            say(f"Port {port} is free again; {name} uses it instead of {last}.")
         return state.model_copy(update={f"{name}_port": port})
 
     def _wait(self, name: Service) -> None:

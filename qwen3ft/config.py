@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,7 +27,7 @@ from pydantic import (
 
 from qwen3ft.errors import ConfigError
 from qwen3ft.logs import get_logger, mask_secrets
-from qwen3ft.text.names import flaw_of_name
+from qwen3ft.text.names import closest_name, flaw_of_name
 from qwen3ft.text.plain import escaped, is_plain
 from qwen3ft.text.yaml import LONGEST_TEXT, UnreadableYamlError, load_yaml
 
@@ -299,6 +300,9 @@ class TrainingConfig(BaseModel):
         """Explain an absurd number in words; the bounds of the field would only name the limit."""
         if isinstance(value, bool):
             raise ValueError("a number of GB is needed, not true or false")
+        if isinstance(value, str):  # of a settings file or --set
+            with suppress(ValueError):
+                value = float(value)
         if not isinstance(value, (int, float)):
             return value
         if not value >= SMALLEST_BUDGET_GB:  # NaN too
@@ -377,14 +381,14 @@ def parse_config(values: Mapping[str, Any]) -> TrainingConfig:
     try:
         return TrainingConfig.model_validate(dict(values))
     except ValidationError as error:
-        problems = [_problem(dict(issue)) for issue in error.errors(include_url=False)]
-        shown = "; ".join(problems[:_MOST_PROBLEMS])
+        issues = [dict(issue) for issue in error.errors(include_url=False)]
+        problems = [_problem(issue) for issue in issues[:_MOST_PROBLEMS]]
         raise ConfigError(
-            f"{len(problems)} invalid setting(s): {shown}"
-            + (" ..." if len(problems) > _MOST_PROBLEMS else ""),
+            f"{len(issues)} invalid setting(s): {'; '.join(problems)}"
+            + (" ..." if len(issues) > _MOST_PROBLEMS else ""),
             why="The settings do not describe a run that could be started.",
-            next_command="qwen3ft plan --help",
-            problems=problems[:_MOST_PROBLEMS],
+            next_command=f"qwen3ft settings {_word_to_look_up(issues[0])}".strip(),
+            problems=problems,
         ) from None
 
 
@@ -405,6 +409,8 @@ def load_config(
 def read_settings_file(path: Path) -> dict[str, Any]:
     """Read the mapping in a YAML file of settings, without validating it.
 
+    Values are texts as they were written, or None for null (see `qwen3ft.text.yaml`).
+
     Raises:
         ConfigError: the file cannot be read or is not a mapping.
     """
@@ -421,10 +427,15 @@ def read_settings_file(path: Path) -> dict[str, Any]:
             path=str(path),
         ) from error
     if not isinstance(loaded, dict):
+        held = (
+            "no settings"
+            if loaded is None
+            else f"a {'list' if isinstance(loaded, list) else 'text'}"
+        )
         raise ConfigError(
-            f"{path} holds a {type(loaded).__name__}, not a mapping of settings.",
+            f"{path} holds {held}, not a mapping of settings.",
             why="Settings are a YAML mapping such as 'learning_rate: 5.0e-5'.",
-            next_command="cat deployments/configs/embedded.yaml",
+            next_command="qwen3ft settings",
             path=str(path),
         )
     return with_current_names(loaded)
@@ -458,12 +469,42 @@ def registered_model_name(model_name: str) -> str:
     return f"qwen3ft-{'--'.join(parts[-2:]) or 'model'}"
 
 
+def merge_settings(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` with what is `given` in its place; columns are merged one by one.
+
+    Another model starts from the defaults: the settings of `base` were chosen for its own.
+    """
+    base, given = with_current_names(base), with_current_names(given)
+    if given.get("model_name", base.get("model_name")) != base.get("model_name"):
+        return given
+    merged = base | given
+    before, after = base.get("columns"), given.get("columns")
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        merged["columns"] = {**before, **after}
+    return merged
+
+
 def _problem(issue: dict[str, Any]) -> str:
     place = ".".join(str(part) for part in issue["loc"]) or "config"
+    if issue["type"] == "extra_forbidden":
+        meant = _meant(issue)
+        return f"{place}: there is no such setting" + (f", did you mean {meant}?" if meant else "")
     given = mask_secrets(repr(issue["input"]))
     if len(given) > _MOST_SHOWN:
         given = f"{given[:_MOST_SHOWN]}..."
     return f"{place}: {issue['msg']}" + ("" if issue["type"] == "missing" else f" (given: {given})")
+
+
+def _meant(issue: dict[str, Any]) -> str:
+    """Return the setting that an unknown name was probably meant to be, or ''."""
+    *within, name = issue["loc"]
+    return closest_name(str(name), (ColumnNames if within else TrainingConfig).model_fields)
+
+
+def _word_to_look_up(issue: dict[str, Any]) -> str:
+    if issue["type"] == "extra_forbidden" and len(issue["loc"]) == 1:
+        return _meant(issue)
+    return str(issue["loc"][0]) if issue["loc"] else ""
 
 
 def _checked_endpoint(url: str) -> str:

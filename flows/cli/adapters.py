@@ -37,20 +37,25 @@ def generate_command(
 def chat_command(
     adapter: AdapterOption = "champion",
     think: ThinkOption = None,
-    remember: Annotated[
-        bool, typer.Option("--remember", help="Send the conversation so far with each question.")
+    forget: Annotated[
+        bool, typer.Option("--forget", help="Answer each question on its own.")
     ] = False,
     config: ConfigOption = None,
     settings: SetOption = None,
 ) -> None:
-    """Ask a fine-tuned model question after question; each is answered on its own."""
+    """Talk with a fine-tuned model, which remembers the conversation."""
     chosen = _choose(adapter, config, settings)
     with chosen.open_session(think) as session:
         session.wait_until_ready()
         say(f"{chosen.folder}\nType a question; an empty line ends the chat.")
+        if not forget:
+            say("It remembers the conversation; /new begins another one.")
         messages: list[dict[str, Any]] = []
         while question := _read_line():
-            messages = [*messages, _user(question)] if remember else [_user(question)]
+            if question == "/new":
+                messages = []
+                continue
+            messages = [_user(question)] if forget else [*messages, _user(question)]
             answer = _relay(session, messages, quiet=False)
             messages.append({"role": "assistant", "content": answer["answer"]})
 

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli import adapters, champion, clean, data, plan, runs, servers
+from flows.cli import adapters, champion, clean, data, plan, runs, servers, settings
 from flows.cli.output import open_console, print_json
 from qwen3ft.errors import EnvironmentNotReadyError, FinetuneError, WorkerCrashedError
 from qwen3ft.files import PRIVATE_UMASK
@@ -24,7 +24,13 @@ MOST_SHOWN = 400
 
 # `qwen3ft --help` imports all of these modules, so they import the rest inside their functions.
 COMMANDS = {
-    "Train": (runs.run_command, runs.train_command, plan.plan_command),
+    "Train": (
+        runs.run_command,
+        runs.train_command,
+        runs.follow_command,
+        plan.plan_command,
+        settings.settings_command,
+    ),
     "Use a fine-tuned model": (
         adapters.generate_command,
         adapters.chat_command,
@@ -47,15 +53,27 @@ DATA_COMMANDS = (data.check_command, data.preview_command)
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 data_app = typer.Typer(no_args_is_help=True, help="Look at data before training on it.")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"qwen3ft {version('qwen3ft')}")
+        raise typer.Exit
 
 
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
 ) -> None:
     """Fine-tune Qwen3 inside a memory budget, prove that it got better, promote it."""
     # `main` takes --debug out first, so that it may stand anywhere; here it is only documented
@@ -96,7 +114,7 @@ def main() -> int:
     if debug:
         os.environ["QWEN3FT_DEBUG"] = "1"  # for Prefect's log: see tasks.policies
     try:
-        app(args=arguments)
+        app(args=arguments, prog_name="qwen3ft")
     except (FinetuneError, OSError) as raised:
         if debug:
             raise

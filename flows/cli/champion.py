@@ -9,6 +9,7 @@ import typer
 
 from flows.cli.options import ConfigOption, JsonOption, SetOption
 from flows.cli.output import open_console, print_json, say
+from qwen3ft.text.commands import runnable
 
 if TYPE_CHECKING:
     from qwen3ft.errors import RequestError
@@ -120,4 +121,4 @@ def _show_move(model: str, move: Move | None, *, as_json: bool) -> None:
         of_run = f" (run {move.run})" if move.run else ""
         say(f"{model} {move.version}{of_run} is the champion now, {instead}.")
         if move.action == "promotion" and move.previous:
-            say('To go back: qwen3ft rollback --reason "..."')
+            say(f'To go back: {runnable("qwen3ft rollback")} --reason "..."')

@@ -8,6 +8,7 @@ import typer
 
 from flows.cli.options import ConfigOption, JsonOption, SetOption
 from flows.cli.output import open_console, print_json, say
+from qwen3ft.text.commands import runnable
 
 if TYPE_CHECKING:
     from deployments.stack import Stack
@@ -73,6 +74,7 @@ def _clean_history(stack: Stack, keep_days: float, *, dry_run: bool) -> int | No
     from deployments.prefect_api import count_old, remove_old
 
     if stack.status().prefect_url is None:
-        say("The Prefect server is down; its history stays. To clean it too: qwen3ft up")
+        up = runnable("qwen3ft up")
+        say(f"The Prefect server is down; its history stays. To clean it too: {up}")
         return None
     return (count_old if dry_run else remove_old)(stack.layout(), keep_days)

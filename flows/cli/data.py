@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows.cli.options import ConfigOption, JsonOption, SetOption
-from flows.cli.output import open_console, print_json, say
+from flows.cli.output import open_console, print_json
 
 if TYPE_CHECKING:
     from qwen3ft.config import TrainingConfig
@@ -79,9 +79,7 @@ def _data_config(
     from qwen3ft.config import parse_config
 
     here = Path.cwd()
-    values, notice = requested_settings(open_project().root, config, settings)
-    if notice:
-        say(notice)
+    values, _ = requested_settings(open_project().root, config, settings)
     if paths:  # relative to where they were typed, unlike those of a settings file
         values["data_paths"] = [str(here / p) if (here / p).exists() else p for p in paths]
     return parse_config(values)

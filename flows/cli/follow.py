@@ -10,8 +10,9 @@ import json
 import re
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,19 @@ from deployments.services import DEPLOYMENT, Layout
 from deployments.stack import Stack
 from flows.cli.output import say
 from flows.cli.views.run import RunView
-from qwen3ft.errors import EnvironmentNotReadyError
+from qwen3ft.errors import EnvironmentNotReadyError, RequestError
 from qwen3ft.files import lines_from
 from qwen3ft.jobs.folders import RunDir, parse_record
 from qwen3ft.machine.environment import EnvironmentManager
 from qwen3ft.records.training import TrainingMetrics
+from qwen3ft.text.commands import runnable
 
 _FINAL_STATES = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+WAITING_STATES = ("AwaitingConcurrencySlot", "Late")
 _POLL_SECONDS = 0.7
 _UNREACHABLE_SECONDS = 30.0
+_LOCK_LOGGER = b'"qwen3ft.lock"'
+_RUN_ID = re.compile(r"[0-9a-f-]{36}")
 
 
 @dataclass(frozen=True)
@@ -46,11 +51,20 @@ class StateChange:
 
 
 @dataclass(frozen=True)
+class Remark:
+    """A line about the run: whom it waits for."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class AttemptProgress:
-    """Newest line of a training attempt's metrics."""
+    """Newest line of a training attempt's metrics, and what is left at most."""
 
     attempt: int
     total_steps: int | None
+    num_epochs: int | None
+    seconds_left: float | None
     metrics: TrainingMetrics
 
 
@@ -61,7 +75,9 @@ class MetricsTail:
     run: RunDir
     attempt: int = 0
     total_steps: int | None = None
+    num_epochs: int | None = None
     offset: int = 0
+    _first: TrainingMetrics | None = None
 
     def newest(self) -> AttemptProgress | None:
         """The newest training line since the last call, if there is one."""
@@ -71,17 +87,48 @@ class MetricsTail:
         job = jobs[-1]
         if int(job.path.name) != self.attempt:
             self.attempt, self.offset = int(job.path.name), 0
-            self.total_steps = None
+            self.total_steps = self.num_epochs = self._first = None
         if self.total_steps is None and job.request.exists():
             request = json.loads(job.request.read_text(encoding="utf-8"))
-            self.total_steps = request.get("total_steps")
+            self.total_steps, self.num_epochs = (
+                request.get("total_steps"),
+                request.get("num_epochs"),
+            )
         newest = None
         for line in lines_from(job.metrics, self.offset):
             self.offset = line.end_offset
             metrics = parse_record(line.content, TrainingMetrics)
             if metrics is not None and metrics.loss is not None:  # None: an evaluation
+                self._first = self._first or metrics
                 newest = metrics
-        return AttemptProgress(self.attempt, self.total_steps, newest) if newest else None
+        if newest is None:
+            return None
+        return AttemptProgress(
+            self.attempt, self.total_steps, self.num_epochs, self._seconds_left(newest), newest
+        )
+
+    def _seconds_left(self, newest: TrainingMetrics) -> float | None:
+        """Return how long the rest of the schedule takes at the attempt's speed so far."""
+        first = self._first
+        if first is None or self.total_steps is None or newest.step <= first.step:
+            return None
+        seconds = (newest.timestamp - first.timestamp).total_seconds()
+        return seconds / (newest.step - first.step) * max(0, self.total_steps - newest.step)
+
+
+@dataclass
+class LockTail:
+    """Reads what was appended to a run's log about its wait for the GPU."""
+
+    run: RunDir
+    offset: int = 0
+
+    def remarks(self) -> Iterator[Remark]:
+        """Yield who holds the GPU, since the last call."""
+        for line in lines_from(self.run.log, self.offset):
+            self.offset = line.end_offset
+            if _LOCK_LOGGER in line.content:
+                yield Remark(str(json.loads(line.content)["message"]))
 
 
 @dataclass
@@ -97,9 +144,10 @@ class Follower:
     layout: Layout
     flow_run_id: str
     tail: MetricsTail
+    waits: LockTail
     _seen: dict[str, str] = field(default_factory=dict)
 
-    def events(self) -> Iterator[StateChange | AttemptProgress]:
+    def events(self) -> Iterator[StateChange | Remark | AttemptProgress]:
         """Yield what happens, as it happens; the last event is the run's final state.
 
         Raises:
@@ -111,6 +159,7 @@ class Follower:
             if not ended:
                 yield from self._change("run", run)
             yield from self._task_changes()
+            yield from self.waits.remarks()
             progress = self.tail.newest()
             if progress is not None and not ended:
                 yield progress
@@ -135,13 +184,21 @@ class Follower:
         if state is None or self._seen.get(run["id"]) == state["name"]:
             return
         self._seen[run["id"]] = state["name"]
+        waits = name == "run" and state["name"] in WAITING_STATES
         yield StateChange(
             name=name,
             state=state["name"],
             state_type=state["type"],
-            message=state.get("message") or "",
+            message=self._reason_to_wait(run) if waits else state.get("message") or "",
             seconds=run["total_run_time"] if state["type"] in _FINAL_STATES else None,
         )
+
+    def _reason_to_wait(self, run: Mapping[str, Any]) -> str:
+        """Return which run has the deployment's one slot, or that no worker is there."""
+        for other in active_runs(self._ask, run.get("deployment_id")):
+            if other["id"] != run["id"] and other["state"]["type"] in ("RUNNING", "PENDING"):
+                return f"waits for run {other['id']} ({other['name']}), which is in progress"
+        return "no worker has taken it yet"
 
     def _ask(self, address: str, body: Mapping[str, Any] | None = None) -> Any:
         url = f"{self.layout.url('prefect')}/api/{address}"
@@ -162,6 +219,60 @@ class Follower:
             time.sleep(_POLL_SECONDS)
 
 
+def active_runs(
+    ask: Callable[[str, Mapping[str, Any]], Any], deployment_id: str | None
+) -> list[dict[str, Any]]:
+    """Return the runs of a deployment that were started and have not ended, the oldest first."""
+    found: list[dict[str, Any]] | None = ask(
+        "flow_runs/filter",
+        {
+            "deployments": {"id": {"any_": [deployment_id]}},
+            "flow_runs": {
+                "state": {"type": {"any_": ["RUNNING", "PENDING", "SCHEDULED"]}},
+                "expected_start_time": {"before_": datetime.now(UTC).isoformat()},
+            },
+            "sort": "EXPECTED_START_TIME_ASC",
+        },
+    )
+    return found or []
+
+
+def find_run(layout: Layout, wanted: str | None) -> dict[str, Any]:
+    """Return the flow run of an id, or the one in progress.
+
+    A run that was resumed is found by its own id: the newest flow run that continues it.
+
+    Raises:
+        RequestError: there is no such run, or none is in progress.
+    """
+
+    def ask(address: str, body: Mapping[str, Any] | None = None) -> Any:
+        url = f"{layout.url('prefect')}/api/{address}"
+        return services.request_json(layout.secret, url, body)
+
+    deployment = ask(f"deployments/name/{DEPLOYMENT}") or {}
+    active = active_runs(ask, deployment.get("id")) if deployment else []
+    if wanted is None:
+        if not active:
+            raise RequestError(
+                "No run of the deployment is in progress.",
+                why="Runs end by themselves; their cards are in the folder of runs.",
+                next_command="qwen3ft run",
+            )
+        return next((run for run in active if run["state"]["type"] == "RUNNING"), active[0])
+    resumed = [run for run in active if run["parameters"].get("continue_run") == wanted]
+    found: dict[str, Any] | None = resumed[-1] if resumed else None
+    if found is None and _RUN_ID.fullmatch(wanted):
+        found = ask(f"flow_runs/{wanted}")
+    if found is None:
+        raise RequestError(
+            f"The Prefect server knows no run {wanted[:60]!r}.",
+            why="It may be of another folder, of `qwen3ft train`, or removed from the history.",
+            next_command="qwen3ft follow",
+        )
+    return found
+
+
 def follow_run(layout: Layout, flow_run_id: str, folder: Path, console: Console) -> StateChange:
     """Show a run on the console until it ends; return its final state.
 
@@ -169,7 +280,8 @@ def follow_run(layout: Layout, flow_run_id: str, folder: Path, console: Console)
         EnvironmentNotReadyError: the server stopped answering.
         typer.Exit: the user pressed Ctrl-C; the run goes on.
     """
-    follower = Follower(layout, flow_run_id, MetricsTail(RunDir(folder)))
+    run = RunDir(folder)
+    follower = Follower(layout, flow_run_id, MetricsTail(run), LockTail(run))
     last = StateChange(name="run", state="Unknown", state_type="")
     try:
         with RunView(console) as view:
@@ -177,10 +289,13 @@ def follow_run(layout: Layout, flow_run_id: str, folder: Path, console: Console)
                 if isinstance(event, StateChange):
                     last = event
                     view.change(event)
+                elif isinstance(event, Remark):
+                    view.remark(event.text)
                 else:
                     view.progress(event)
     except KeyboardInterrupt:
-        say(f"The run goes on. To end it: .venv/bin/prefect flow-run cancel {flow_run_id}")
+        say(f"The run goes on. To watch it again: {runnable('qwen3ft follow')} {flow_run_id}")
+        say(f"To end it: {runnable('prefect flow-run cancel')} {flow_run_id}")
         raise typer.Exit(130) from None
     return last
 

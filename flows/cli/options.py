@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from flows.cli.output import say
+
 ConfigOption = Annotated[
     Path | None,
     typer.Option("--config", "-c", metavar="FILE", help="Settings file (YAML).", resolve_path=True),
@@ -34,33 +36,32 @@ ThinkOption = Annotated[
 
 
 def read_overrides(settings: list[str] | None) -> dict[str, Any]:
-    """Return the values of `--set`, read as YAML, under the current names of the settings.
+    """Return the values of `--set`, not yet validated, under the current names of the settings.
 
     Raises:
         typer.BadParameter: one of them is not KEY=VALUE.
-        ConfigError: a value is not YAML, or more than a setting may be.
+        ConfigError: a value is empty or not closed, or a setting is given twice.
     """
-    from qwen3ft.config import TrainingConfig, with_current_names
+    from qwen3ft.config import with_current_names
     from qwen3ft.errors import ConfigError
-    from qwen3ft.text.yaml import UnreadableYamlError, load_yaml
+    from qwen3ft.settings import is_read_otherwise, read_setting
+    from qwen3ft.text.yaml import UnreadableYamlError
 
     values: dict[str, Any] = {}
     for setting in settings or ():
-        name, equals, text = setting.partition("=")
-        if not equals:
+        name, equals, text = (part.strip() for part in setting.partition("="))
+        if not equals or not name:
             raise typer.BadParameter(f"{setting!r} is not KEY=VALUE", param_hint="--set")
         try:
-            value = load_yaml(text)
+            if name in values:
+                raise UnreadableYamlError("it is given twice")
+            values[name] = read_setting(name, text)
         except UnreadableYamlError as error:
             raise ConfigError(
-                f"Cannot read the value of --set {name[:100]}=: {error}",
-                why="A value is YAML: a number, a text, true, false, null or a [list].",
-                next_command="qwen3ft plan --help",
+                f"Cannot read the value of --set {name[:100]}=: {error}.",
+                why="A value is a number, a text, true, false, null, or a [list] with brackets.",
+                next_command="qwen3ft settings",
             ) from error
-        field = TrainingConfig.model_fields.get(name)
-        if field is not None and isinstance(value, bool) and not isinstance(field.default, bool):
-            value = text.strip()  # YAML reads packing=on as true
-        if field is not None and isinstance(field.default, tuple) and isinstance(value, str):
-            value = value.split(",")  # --set data_paths=a.jsonl,b.jsonl
-        values[name] = value
+        if is_read_otherwise(name, text):
+            say(f"{name} is the text {values[name]!r}")
     return with_current_names(values)

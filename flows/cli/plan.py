@@ -99,7 +99,7 @@ def _plan_run(config: Path | None, settings: list[str] | None, *, as_json: bool)
     from qwen3ft.planning.table import run_table
 
     stack = open_project()
-    wanted = request_config(stack.root, config, settings)
+    wanted = request_config(stack.root, config, settings, notify=True)
     planned = preview_plan(wanted)
     table = run_table(wanted, EnvironmentManager(stack.root).report(), planned)
     if as_json:

@@ -11,7 +11,13 @@ from deployments.deploy import PREFECT_FILE, choose_defaults, read_deployment
 from deployments.stack import Stack
 from flows.cli.options import read_overrides
 from flows.cli.output import say
-from qwen3ft.config import TrainingConfig, checked_name, parse_config, read_settings_file
+from qwen3ft.config import (
+    TrainingConfig,
+    checked_name,
+    merge_settings,
+    parse_config,
+    read_settings_file,
+)
 from qwen3ft.errors import EnvironmentNotReadyError
 
 
@@ -44,22 +50,31 @@ def requested_settings(
     overrides = read_overrides(settings)
     if config is not None:
         return read_settings_file(config) | overrides, None
-    if "model_name" in overrides:
-        return overrides, None
     defaults = choose_defaults(root)
-    return defaults.config | overrides, defaults.notice
+    values = merge_settings(defaults.config, overrides)
+    is_other_model = values.get("model_name") != defaults.config.get("model_name")
+    return values, None if is_other_model else defaults.notice
 
 
-def request_config(root: Path, config: Path | None, settings: list[str] | None) -> TrainingConfig:
-    """Return the settings asked for, validated; print the notice about them if there is one.
+def request_config(
+    root: Path, config: Path | None, settings: list[str] | None, *, notify: bool = False
+) -> TrainingConfig:
+    """Return the settings asked for, validated.
+
+    Args:
+        root: The project folder.
+        config: Settings file.
+        settings: What was typed after --set.
+        notify: Print the notice about them if there is one: where the model matters.
 
     Raises:
         ConfigError: a setting or the file is invalid.
     """
     values, notice = requested_settings(root, config, settings)
-    if notice:
+    wanted = parse_config(values)
+    if notice and notify:
         say(notice)
-    return parse_config(values)
+    return wanted
 
 
 def run_parameters(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,7 +25,7 @@ def run_command(
     """Start a run on the local servers (started if need be) and follow it to its result."""
     from deployments.deploy import deploy
     from deployments.services import DEPLOYMENT
-    from flows.cli.follow import follow_run, start_run
+    from flows.cli.follow import start_run
     from flows.cli.project import open_project, run_folder, run_parameters
     from qwen3ft.machine.environment import EnvironmentManager
 
@@ -39,10 +39,28 @@ def run_command(
     layout = stack.layout()
     say(layout.sign_in_link(layout.flow_run_url(flow_run_id)))
     folder = run_folder(stack, parameters, resume or flow_run_id)
-    last = follow_run(layout, flow_run_id, folder, open_console(stderr=as_json))
-    if last.state_type != "COMPLETED":
-        raise _run_failed(last, folder, layout.log("worker"))
-    _show_end(layout, last.state, last.message, folder, as_json=as_json)
+    _follow_to_end(layout, flow_run_id, folder, as_json=as_json)
+
+
+def follow_command(
+    run: Annotated[
+        str | None,
+        typer.Argument(metavar="RUN_ID", help="By default the run that is in progress."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Follow a run of the local servers to its result; Ctrl-C ends the following, not the run."""
+    from flows.cli.follow import find_run
+    from flows.cli.project import open_project, run_folder
+
+    stack = open_project()
+    if stack.status().prefect_url is None:
+        raise _no_server()
+    found = find_run(stack.layout(), run)
+    run_id = found["parameters"].get("continue_run") or found["id"]
+    say(f"run {found['id']} ({found['name']})")
+    folder = run_folder(stack, found["parameters"], run_id)
+    _follow_to_end(stack.layout(), found["id"], folder, as_json=as_json)
 
 
 def train_command(
@@ -56,7 +74,7 @@ def train_command(
     from qwen3ft.machine.environment import EnvironmentManager
 
     stack = open_project()
-    wanted = request_config(stack.root, config, settings)
+    wanted = request_config(stack.root, config, settings, notify=True)
     EnvironmentManager(stack.root).validate_environment()
     use_local_services(stack)
     from flows.finetune import run_in_process  # Prefect reads its settings when it is imported
@@ -83,6 +101,30 @@ def sync_command(config: ConfigOption = None, settings: SetOption = None) -> Non
     say("MLflow has every run." if left == 0 else f"{left} run(s) could not be sent completely.")
     if left:
         raise typer.Exit(1)
+
+
+def _follow_to_end(layout: Layout, flow_run_id: str, folder: Path, *, as_json: bool) -> None:
+    """Show a run until it ends, then its result.
+
+    Raises:
+        FinetuneError: it did not complete.
+    """
+    from flows.cli.follow import follow_run
+
+    last = follow_run(layout, flow_run_id, folder, open_console(stderr=as_json))
+    if last.state_type != "COMPLETED":
+        raise _run_failed(last, folder, layout.log("worker"))
+    _show_end(layout, last.state, last.message, folder, as_json=as_json)
+
+
+def _no_server() -> FinetuneError:
+    from qwen3ft.errors import EnvironmentNotReadyError
+
+    return EnvironmentNotReadyError(
+        "The Prefect server is down.",
+        why="Runs are followed on it; those that were in progress are taken up when it is back.",
+        next_command="qwen3ft up",
+    )
 
 
 def _run_failed(last: StateChange, folder: Path, worker_log: Path) -> FinetuneError:

@@ -8,6 +8,7 @@ import typer
 
 from flows.cli.options import JsonOption
 from flows.cli.output import open_console, print_json, say
+from qwen3ft.text.commands import runnable
 
 if TYPE_CHECKING:
     from qwen3ft.machine.environment import EnvironmentManager
@@ -48,7 +49,7 @@ def down_command() -> None:
 
 
 def status_command(as_json: JsonOption = False) -> None:
-    """Show what is up, where, and whether the deployment is registered."""
+    """Show what is up, where, and whether the deployment is registered; exit code 1 if down."""
     from flows.cli.project import open_project
     from flows.cli.views.common import show_status
 
@@ -58,6 +59,8 @@ def status_command(as_json: JsonOption = False) -> None:
         print_json(found.model_dump(mode="json"))
     else:
         show_status(open_console(), found, stack.layout().sign_in_link)
+    if not found.up:
+        raise typer.Exit(1)
 
 
 def env_command() -> None:
@@ -103,29 +106,25 @@ def schedule_command(
         bool | None, typer.Option("--on/--off", help="Switch the nightly run on or off.")
     ] = None,
 ) -> None:
-    """Show or change when the nightly run starts (in deployments/prefect.yaml), and register it."""
+    """Show or change when the nightly run starts, and switch it on or off, on the server."""
     from deployments.deploy import deploy
-    from deployments.schedule import check_schedule, read_schedule, set_active, write_schedule
+    from deployments.schedule import change_schedule, check_schedule, read_schedule
     from flows.cli.project import open_project
 
     stack = open_project()
-    found = read_schedule(stack.root)
-    wanted = (cron or found.cron, timezone or found.timezone)
-    if wanted != (found.cron, found.timezone):
-        check_schedule(*wanted)
-        write_schedule(stack.root, *wanted)
-    if cron or timezone or active is not None:
+    given = {"cron": cron, "timezone": timezone, "active": active}
+    changes = {name: value for name, value in given.items() if value is not None}
+    if not changes and stack.status().prefect_url is None:
+        up = runnable("qwen3ft up")
+        open_console().print(f"nightly  unknown, because the server is down; to see it: {up}")
+        return
+    if changes:
+        check_schedule(cron or "0 2 * * *", timezone or "UTC")  # before anything is started
         stack.up(say)
-        # even if the file says so already: the last attempt may have failed after writing it
         deploy(stack, say)
-    if active is not None:
-        set_active(stack, active=active)
-    now = stack.status()
-    state = "on" if now.schedule_active else "off"
-    if now.prefect_url is None:
-        state = "unknown, because the server is down; to see it: qwen3ft up"
-    cron, timezone = wanted
-    open_console().print(f'nightly  cron "{cron}", time zone {timezone}: {state}')
+    now = change_schedule(stack, **changes) if changes else read_schedule(stack)
+    state = "on" if now.active else "off"
+    open_console().print(f'nightly  cron "{now.cron}", time zone {now.timezone}: {state}')
 
 
 def doctor_command(as_json: JsonOption = False) -> None:

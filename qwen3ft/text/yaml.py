@@ -1,7 +1,11 @@
 """YAML of settings, read within bounds: what a settings file needs, and nothing that explodes.
 
-Refused are aliases (nine lines of them stand for a billion values), more than `MAX_LEVELS` levels,
-names given twice, whole numbers of more than `_MOST_DIGITS` digits, and long texts.
+A plain value is the text that was written, and null alone is none: the type of a setting decides
+what `no`, `010` or `1e3` mean, not YAML, which would make False, 8 and 'a text' of them. An empty
+value is refused, because it is mostly a text that begins with # and so became a comment.
+
+Refused as well are aliases (nine lines of them stand for a billion values), more than `MAX_LEVELS`
+levels, names given twice, tags, and long texts.
 """
 
 from __future__ import annotations
@@ -15,7 +19,8 @@ from yaml.nodes import MappingNode, Node, ScalarNode
 LONGEST_TEXT = 128 * 2**10
 """Settings are a few hundred lines; PyYAML reads about 50,000 characters a second."""
 MAX_LEVELS = 20
-_MOST_DIGITS = 40
+NULL = "null"
+"""Word that unsets a setting."""
 _MOST_SHOWN = 400
 """Characters of a message of PyYAML, which may quote all of the text."""
 
@@ -24,26 +29,38 @@ class UnreadableYamlError(ValueError):
     """The text is not YAML, or more than settings may be; the message says where and why."""
 
 
-class _Loader(yaml.SafeLoader):
-    """Loads plain values, lists and mappings."""
+class _Loader(yaml.BaseLoader):
+    """Loads texts, lists and mappings."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._level = 0
 
     def compose_node(self, parent: Node | None, index: int) -> Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        tag = getattr(event, "tag", None)
         flaw = ""
-        if self.check_event(yaml.AliasEvent):
+        if isinstance(event, yaml.AliasEvent):
             flaw = "an alias (*), and settings may have none"
+        elif tag is not None:
+            flaw = f"a tag (!), and settings may have none: {tag[:_MOST_SHOWN]}"
         elif self._level > MAX_LEVELS:
             flaw = f"more than {MAX_LEVELS} levels of lists and names"
         if flaw:
-            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise UnreadableYamlError(f"{_place(mark)}: {flaw}")
+            raise UnreadableYamlError(f"{_place(event.start_mark)}: {flaw}")
         self._level += 1
         node = super().compose_node(parent, index)
         self._level -= 1
         return node
+
+    def construct_scalar(self, node: ScalarNode) -> Any:
+        is_plain = node.style is None
+        if is_plain and node.value in ("", "~"):
+            raise UnreadableYamlError(
+                f"{_place(node.start_mark)}: {'an empty value' if not node.value else '~'}; {NULL} "
+                "unsets a setting, and a text such as '####' or '~' needs quotes"
+            )
+        return None if is_plain and node.value == NULL else super().construct_scalar(node)
 
     def construct_mapping(self, node: MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Hashable] = set()
@@ -56,20 +73,9 @@ class _Loader(yaml.SafeLoader):
             seen.add(name)
         return super().construct_mapping(node, deep)
 
-    def construct_number(self, node: ScalarNode) -> float:
-        if len(node.value) > _MOST_DIGITS:
-            digits = len(node.value)
-            raise UnreadableYamlError(f"{_place(node.start_mark)}: a number of {digits} characters")
-        is_whole = node.tag.endswith(":int")
-        return self.construct_yaml_int(node) if is_whole else self.construct_yaml_float(node)
-
-
-for _tag in ("int", "float"):
-    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.construct_number)
-
 
 def load_yaml(text: str) -> Any:
-    """Return the value that `text` holds.
+    """Return the texts, lists and mappings that `text` holds; None for null and an empty text.
 
     Raises:
         UnreadableYamlError: it is not YAML, or holds what settings may not.
@@ -77,10 +83,9 @@ def load_yaml(text: str) -> Any:
     if len(text) > LONGEST_TEXT:
         raise UnreadableYamlError(f"it has more than {LONGEST_TEXT:,} characters")
     try:
-        return yaml.load(text, _Loader)  # noqa: S506  a safe loader
+        return yaml.load(text, _Loader)  # noqa: S506  it constructs no objects
     except UnreadableYamlError:
         raise
-    # Its constructors trip over values such as 2024-99-99 and 0b_.
     except (yaml.YAMLError, ValueError, TypeError, LookupError, RecursionError) as error:
         raise UnreadableYamlError(str(error)[:_MOST_SHOWN] or type(error).__name__) from error
 

@@ -33,7 +33,6 @@ from deployments.orphans import OrphanSweep
 from deployments.pages import POLICY
 from deployments.prefect_api import send
 from deployments.processes import MARK, find_marked, free_port, start_detached, stop
-from deployments.schedule import write_schedule
 from deployments.secret import authorization
 from deployments.services import DEPLOYMENT, SERVICES, Layout
 from deployments.stack import Stack, StackStatus
@@ -358,17 +357,21 @@ def test_servers_from_before_the_secret_or_with_an_older_one_are_started_anew(
     _wait_for_resumption(stack, f"{stack.layout().url('prefect')}/api/flow_runs", running)
 
 
-def test_the_schedule_is_changed_in_the_file_registered_and_switched_on_by_one_command(
+def test_the_schedule_is_changed_on_the_server_and_stays_when_registered_again(
     stack: Stack, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The file keeps its comments; the next `deploy` has nothing left to do."""
+    """No tracked file is edited; the command says what the server has."""
     from flows.cli.servers import schedule_command
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.chdir(stack.root)
     before = (stack.root / PREFECT_FILE).read_text()
     schedule_command("30 1 * * 1-5", "Asia/Shanghai", active=True)
-    assert "30 1 * * 1-5" in capsys.readouterr().out
+    shown = 'nightly  cron "30 1 * * 1-5", time zone Asia/Shanghai: on\n'
+    assert capsys.readouterr().out == shown
+    deploy(stack, force=True)
+    schedule_command(None, None, active=None)
+    assert capsys.readouterr().out == shown
     found = read_deployment(stack)
     assert found is not None
     [schedule] = found["schedules"]
@@ -376,9 +379,9 @@ def test_the_schedule_is_changed_in_the_file_registered_and_switched_on_by_one_c
     assert schedule["schedule"]["cron"] == "30 1 * * 1-5"
     assert schedule["schedule"]["timezone"] == "Asia/Shanghai"
     assert deploy(stack) is False
-    after = (stack.root / PREFECT_FILE).read_text()
-    assert after.replace("30 1 * * 1-5", "0 2 * * *").replace("Asia/Shanghai", "UTC") == before
-    schedule_command(active=False)  # nothing to register, so nothing that takes long
+    assert (stack.root / PREFECT_FILE).read_text() == before
+    schedule_command(active=False)
+    assert capsys.readouterr().out == shown.replace(": on", ": off")
     assert not stack.status().schedule_active
 
 
@@ -452,16 +455,6 @@ def test_an_invalid_schedule_changes_nothing(
     assert not (tmp_path / ".qwen3ft").exists()
 
 
-def test_a_schedule_with_another_layout_is_not_edited(tmp_path: Path) -> None:
-    """A second `cron` in the file would be changed as well."""
-    (tmp_path / "deployments").mkdir()
-    text = (ROOT / PREFECT_FILE).read_text()
-    second = '      - slug: weekly\n        cron: "0 3 * * 0"\n        timezone: UTC\n    triggers:'
-    (tmp_path / PREFECT_FILE).write_text(text.replace("    triggers:", second))
-    with pytest.raises(ConfigError, match="cannot be changed by this command"):
-        write_schedule(tmp_path, "30 1 * * *", "UTC")
-
-
 def test_a_killed_run_is_noticed_within_two_minutes() -> None:
     """The silence that the server waits for, and 10 s for its own polling, are less than that."""
     assert SILENT_SECONDS + 10 <= 120
@@ -475,6 +468,25 @@ def test_a_port_in_use_is_skipped() -> None:
         port = holder.getsockname()[1]
         assert free_port(port) > port
         assert free_port(port, taken=[port + 1]) > port + 1
+
+
+def test_a_stack_that_is_down_goes_back_to_its_ports_once_they_are_free(tmp_path: Path) -> None:
+    """One that is partly up keeps those that its runs know; both are said where a port changes."""
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        wanted = holder.getsockname()[1]
+        stack, said = Stack(tmp_path, {"prefect": wanted, "mlflow": wanted + 500}), []
+        (tmp_path / ".qwen3ft").mkdir()
+        taken = stack._choose_port("prefect", said.append, may_move=True)
+        assert taken.prefect_port > wanted
+        assert said.pop() == f"Port {wanted} is taken; prefect uses {taken.prefect_port}."
+        stack._write_state(taken)
+    kept = stack._choose_port("prefect", said.append, may_move=False)
+    assert (kept.prefect_port, said) == (taken.prefect_port, [])
+    assert stack._choose_port("prefect", said.append, may_move=True).prefect_port == wanted
+    [line] = said
+    assert line == f"Port {wanted} is free again; prefect uses it instead of {taken.prefect_port}."
 
 
 def test_a_process_that_ignores_sigterm_is_killed_with_its_children(tmp_path: Path) -> None:

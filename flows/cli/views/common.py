@@ -18,6 +18,7 @@ from qwen3ft.evaluation.wording import format_seconds
 from qwen3ft.logs import mask_secrets, mask_values
 from qwen3ft.records.machine import EnvironmentReport
 from qwen3ft.records.run_card import RunCard
+from qwen3ft.text.commands import runnable
 from qwen3ft.units import gb, size_text
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def show_error(console: Console, error: FinetuneError) -> None:
     for label, text, style in (
         ("What", error.what, "bold red"),
         ("Why", error.why, ""),
-        ("Next", error.next_command, "bold"),
+        ("Next", runnable(error.next_command), "bold"),
     ):
         if text:
             console.print(Text(f"{label}:  ".ljust(7)) + Text(text, style=style), soft_wrap=True)

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as ProgressBar
 from rich.text import Text
 
@@ -16,13 +16,9 @@ from qwen3ft.evaluation.wording import format_seconds
 if TYPE_CHECKING:
     from flows.cli.follow import AttemptProgress, StateChange
 
-_PLAIN_SECONDS = 5.0
+_PLAIN_SECONDS = 10.0
 """Time between two lines of progress where there is no terminal to redraw."""
 
-_WAITING = {
-    "AwaitingConcurrencySlot": "another run is in progress",
-    "Late": "no worker has taken it yet",
-}
 _QUIET_STATES = ("Running", "Completed", "Cached")
 _STYLES = {
     "Completed": "green",
@@ -40,13 +36,12 @@ class RunView:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._last_plain_seconds = 0.0
+        self._last_plain_seconds: float | None = None
         self._bar = ProgressBar(
             TextColumn("  {task.description:14}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(),
             console=console,
             transient=True,
             disable=not console.is_terminal,
@@ -72,20 +67,30 @@ class RunView:
         if change.seconds is not None and change.state != "Cached":
             line.append(f"  {format_seconds(change.seconds):>7}")
         # the run's own message is shown in full when it is over
-        message = change.message if change.name != "run" else _WAITING.get(change.state, "")
-        if message and change.state not in _QUIET_STATES:
+        is_end = change.name == "run" and change.seconds is not None
+        message = "" if is_end or change.state in _QUIET_STATES else change.message
+        if message:
             line.append(f"  {message.splitlines()[0]}")
         if change.seconds is not None:
             self._bar.update(self._task, visible=False)
         self.console.print(line, soft_wrap=True)
 
+    def remark(self, text: str) -> None:
+        """Print a line about the run."""
+        self.console.print(f"  {'run':14}  {text}", soft_wrap=True)
+
     def progress(self, progress: AttemptProgress) -> None:
         """Redraw the bar; without a terminal, print a line if the last one is some seconds old."""
         metrics, name = progress.metrics, f"train-{progress.attempt}"
-        numbers = f"loss {metrics.loss:.3f}" if metrics.loss is not None else ""
+        parts = [f"epoch {metrics.epoch:.1f}/{progress.num_epochs or '?'}"]
+        if metrics.loss is not None:
+            parts.append(f"loss {metrics.loss:.3f}")
         if metrics.tokens_per_second:
-            numbers += f"  {metrics.tokens_per_second:,.0f} tok/s"
-        numbers += f"  {metrics.memory_usage.allocated_gb:.2f} GB"
+            parts.append(f"{metrics.tokens_per_second:,.0f} tok/s")
+        parts.append(f"{metrics.memory_usage.allocated_gb:.2f} GB")
+        if progress.seconds_left is not None:  # early stopping may end it sooner
+            parts.append(f"at most {format_seconds(progress.seconds_left)} left")
+        numbers = "  ".join(parts)
         self._bar.update(
             self._task,
             description=name,
@@ -95,7 +100,9 @@ class RunView:
             visible=True,
         )
         now = time.monotonic()
-        if not self.console.is_terminal and now - self._last_plain_seconds >= _PLAIN_SECONDS:
+        if self.console.is_terminal:
+            return
+        if self._last_plain_seconds is None or now - self._last_plain_seconds >= _PLAIN_SECONDS:
             self._last_plain_seconds = now
             steps = f"step {metrics.step}/{progress.total_steps or '?'}"
             self.console.print(f"  {name:14}  {steps}  {numbers}", soft_wrap=True)

@@ -1,0 +1,37 @@
+"""Commands that are printed for a person: they work as they stand, in the shell that shows them."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+_OURS = re.compile(r"^(qwen3ft|prefect)(?= |$)")
+
+
+def runnable(command: str) -> str:
+    """Return `command` with the program as this shell finds it.
+
+    The name alone if that is this installation's program on PATH, else its path: relative where
+    the command was typed in a folder above it.
+    """
+    found = _OURS.match(command)
+    if found is None:
+        return command
+    name = found[1]
+    own = Path(sys.prefix) / "bin" / name
+    if not own.exists():
+        return command
+    on_path = shutil.which(name)
+    if on_path is not None and Path(on_path).parent.resolve() == own.parent.resolve():
+        return command
+    return f"{shlex.quote(_from_here(own))}{command[found.end() :]}"
+
+
+def _from_here(path: Path) -> str:
+    # PWD: commands change to the project folder, the shell that shows their output does not
+    here = Path(os.environ.get("PWD", "") or Path.cwd())
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
