@@ -13,22 +13,30 @@ for its turn before it reads. Prefect does so itself where a caller passes `with
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import threading
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import uvicorn
-from prefect.server.api import server
+from prefect.server.api import deployments, server
 from prefect.server.database.configurations import SQLITE_BEGIN_MODE, AioSqliteConfiguration
 from prefect.server.database.dependencies import MODELS_DEPENDENCIES
 from prefect.server.schemas.ui import UISettings
 from prefect.settings import get_current_settings
+from prefect.utilities.schema_tools.validation import ValidationError
 from pydantic import field_validator
 from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
 
 from deployments.guard import Guard
+from deployments.services import DEPLOYMENT
+from qwen3ft.config import ColumnNames, TrainingConfig
+from qwen3ft.text.names import closest_name
+
+_UNKNOWN = re.compile(r"\('(\w+)'.* unexpected\)|'(\w+)' does not match any of the regexes: .*")
 
 
 class ImmediateSqlite(AioSqliteConfiguration):
@@ -58,6 +66,38 @@ def use_immediate_transactions() -> None:
         MODELS_DEPENDENCIES["database_config"] = ImmediateSqlite(url.get_secret_value())
 
 
+def suggest_settings() -> None:
+    """Make refusals of unknown parameters say which setting was meant, and how it is given."""
+    check = deployments.validate  # type: ignore[attr-defined]
+
+    def validate(*arguments: Any, **options: Any) -> Any:
+        try:
+            return check(*arguments, **options)
+        except ValidationError as error:
+            raise ValidationError(in_words(str(error))) from error
+
+    deployments.validate = validate  # type: ignore[attr-defined]
+
+
+def in_words(refusal: str) -> str:
+    """Return the refusal of an unknown parameter with what was meant; others as they are."""
+    found = _UNKNOWN.search(refusal)
+    if found is None:
+        return refusal
+    name = found[1] or found[2]
+    within_columns = "columns" in refusal.partition("Failure reason")[0]
+    known = ColumnNames.model_fields if within_columns else TrainingConfig.model_fields
+    meant = name if name in known else closest_name(name, known)
+    text = f"{refusal[: found.start()].removesuffix('Additional properties are not allowed ')}"
+    text += f"{name!r} is not known there"
+    if meant and meant != name:
+        text += f"; did you mean {meant}?"
+    given = f"--param 'config={{\"{meant or 'NAME'}\": ...}}'"
+    if within_columns:
+        return text
+    return f"{text}. A setting is given like this: prefect deployment run {DEPLOYMENT} {given}"
+
+
 class WithoutLogin(UISettings):
     """Settings of Prefect's pages by which they ask for no password: the guard has signed in."""
 
@@ -70,6 +110,7 @@ class WithoutLogin(UISettings):
 def run(port: int) -> None:
     """Serve on loopback until SIGTERM."""
     use_immediate_transactions()
+    suggest_settings()
     server.UISettings = WithoutLogin  # type: ignore[attr-defined]
     settings = get_current_settings().server
     assert settings.api.auth_string is not None  # see `services.access`

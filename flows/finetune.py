@@ -28,6 +28,7 @@ from flows.nightly import (
     seen_before,
 )
 from flows.notify import notify_failure, record_run, send_notice
+from flows.parameters import over_deployment
 from flows.reporting import RunReporter, reported
 from flows.resume import cancel_duplicate_resumes, refuse_second_resume
 from flows.run_context import (
@@ -91,12 +92,13 @@ def qwen3_finetune(
     """Fine-tune, compare and promote; a run with nothing to do ends at once.
 
     Args:
-        config: Settings of the run.
+        config: Settings of the run; those of the deployment hold where none is given.
         continue_run: Id of an earlier run to resume from its folder and checkpoints.
         nightly: Train only on something new, and once a night; scheduled runs always do.
         resumed: Number of automatic resumes after crashes so far.
     """
     survive_closed_pipes()
+    config = over_deployment(config)
     if continue_run is not None:
         checked_name(continue_run, "run", "qwen3ft status")
     refuse_second_resume(continue_run, resumed)

@@ -10,18 +10,21 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import httpx
 from prefect.blocks.abstract import NotificationBlock
 from prefect.blocks.core import Block
 from prefect.blocks.notifications import AppriseNotificationBlock
 from prefect.blocks.webhook import Webhook
 from prefect.client.schemas.objects import FlowRun, State
+from prefect.exceptions import PrefectException
 from prefect.flows import Flow
 
+from flows.parameters import over_deployment
 from qwen3ft import logs
-from qwen3ft.config import TrainingConfig, parse_config
+from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import ConfigError
 from qwen3ft.records.base import Record
 from qwen3ft.text.plain import escaped
@@ -99,7 +102,7 @@ def record_run(flow_run_id: str, run_id: str) -> None:
 
 def notify_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:  # noqa: ARG001
     """Notify of a run that failed or crashed (a hook for Prefect)."""
-    config = _config_of(flow_run.parameters)
+    config = _config_of(flow_run)
     if config is None:
         return
     message = (state.message or state.name or "").removeprefix(
@@ -117,14 +120,12 @@ def notify_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -
     )
 
 
-def _config_of(parameters: Mapping[str, Any]) -> TrainingConfig | None:
-    """Return the settings among a run's parameters; None if they are invalid."""
-    given = parameters.get("config")
-    if given is None or isinstance(given, TrainingConfig):
-        return given or TrainingConfig()
+def _config_of(flow_run: FlowRun) -> TrainingConfig | None:
+    """Return the settings of a run; None if they are invalid or the server does not answer."""
     try:
-        return parse_config(given)
-    except ConfigError:
+        return over_deployment(flow_run.parameters.get("config"), flow_run.deployment_id)
+    except (ConfigError, httpx.HTTPError, PrefectException, OSError) as error:
+        logger.warning("nobody is notified: %s", error)
         return None
 
 

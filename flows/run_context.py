@@ -19,6 +19,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 
 from flows.notify import Event, Notice
+from flows.parameters import over_deployment
 from flows.reporting import RunReporter, page_url
 from qwen3ft import logs
 from qwen3ft.config import TrainingConfig, checked_name
@@ -51,9 +52,7 @@ CLOSE_SECONDS = 30.0
 
 def run_name() -> str:
     """Return the name in Prefect's list of runs: the model and the time."""
-    config = flow_run.parameters.get("config") or {}
-    values = config if isinstance(config, dict) else config.model_dump()
-    model = str(values.get("model_name", TrainingConfig().model_name)).rstrip("/")
+    model = over_deployment(flow_run.parameters.get("config")).model_name.rstrip("/")
     return f"{model.rpartition('/')[2]} {datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
 
 

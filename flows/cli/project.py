@@ -97,7 +97,9 @@ def run_parameters(
 def run_folder(stack: Stack, parameters: dict[str, Any], run_id: str) -> Path:
     """Return the folder of a run that was started with these flow parameters."""
     registered = (read_deployment(stack) or {}).get("parameters", {})
-    config = parse_config(parameters.get("config") or registered.get("config") or {})
+    config = parse_config(
+        merge_settings(registered.get("config") or {}, parameters.get("config") or {})
+    )
     return (stack.root / config.runs_dir / run_id).resolve()
 
 

@@ -18,15 +18,19 @@ from typing import Any
 
 import httpx
 import pytest
+from prefect.server.api import deployments as deployments_api
 from prefect.server.database.configurations import AioSqliteConfiguration
+from prefect.utilities.callables import parameter_schema
+from prefect.utilities.schema_tools.validation import ValidationError
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
 from deployments import services
-from deployments.prefect_server import ImmediateSqlite
+from deployments.prefect_server import ImmediateSqlite, suggest_settings
 from deployments.processes import free_port
 from deployments.secret import authorization, make_secret
 from deployments.services import Layout
+from flows.finetune import qwen3_finetune
 
 CLICKS, THREADS = 120, 6
 START_SECONDS = 180.0
@@ -190,3 +194,30 @@ def test_no_click_is_lost_on_a_busy_server(tmp_path: Path, module: str) -> None:
         assert answers[503] > 0, "the load is too small to show anything"
     else:
         assert answers == {201: CLICKS}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({"config": {"lorar": 3}}, "did you mean lora_r?"),
+        ({"config": {"lorar": 3}}, "--param 'config={\"lora_r\": ...}'"),
+        ({"config": {"columns": {"questoin": "q"}}}, "did you mean question?"),
+        ({"num_epochs": 2}, "--param 'config={\"num_epochs\": ...}'"),
+    ],
+)
+def test_the_refusal_of_an_unknown_parameter_says_which_setting_was_meant(
+    parameters: dict[str, object], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever starts a run: the form, the command line, the API."""
+    schema = parameter_schema(qwen3_finetune).model_dump_for_openapi() | {
+        "additionalProperties": False
+    }
+    monkeypatch.setattr(deployments_api, "validate", deployments_api.validate)
+    suggest_settings()
+    with pytest.raises(ValidationError) as caught:
+        deployments_api.validate(parameters, schema, raise_on_error=True)
+    assert words in str(caught.value)
+    deployments_api.validate({"config": {"num_epochs": 2}}, schema, raise_on_error=True)
+    with pytest.raises(ValidationError) as caught:
+        deployments_api.validate({"config": {"lora_r": 0}}, schema, raise_on_error=True)
+    assert "did you mean" not in str(caught.value)
