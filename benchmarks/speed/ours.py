@@ -117,7 +117,7 @@ def write_dataset(job: Job, folder: Path) -> DatasetManifest:
     """Write the workload as the data stage does: every token trained, a few rows held out too."""
     from qwen3ft.chat.rendering import TokenizedRow
     from qwen3ft.chat.words import packed
-    from qwen3ft.data.token_table import TokenWriter
+    from qwen3ft.data.token_table import TokenWriter, token_batch
     from qwen3ft.records.data import DatasetManifest
 
     folder.mkdir(parents=True)
@@ -127,7 +127,7 @@ def write_dataset(job: Job, folder: Path) -> DatasetManifest:
     summaries = {}
     for name, split in splits.items():
         with TokenWriter(folder / f"{name}.arrow") as writer:
-            writer.write(split)
+            writer.write(token_batch(split))
         summaries[name] = writer.summary()
     return DatasetManifest(
         path=str(folder),

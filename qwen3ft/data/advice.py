@@ -10,8 +10,9 @@ import numpy as np
 from qwen3ft.chat.templates import probe_thinking
 from qwen3ft.config import TrainingConfig
 from qwen3ft.data.folder import LEFT_OUT, Prepared
-from qwen3ft.data.placement import DUPLICATES, MOST_COMPARED_BYTES, Fate
+from qwen3ft.data.placement import DUPLICATES, Fate
 from qwen3ft.data.reading import FINDINGS_NAME
+from qwen3ft.data.row_features import MOST_COMPARED_BYTES
 from qwen3ft.logs import get_logger
 from qwen3ft.records.data import DatasetManifest
 from qwen3ft.units import MIB

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,7 @@ from qwen3ft.data.splits import Mask
 from qwen3ft.data.tokenizing import Tokens
 from qwen3ft.errors import DataLoadingError
 from qwen3ft.files import build_folder, find_damage, read_manifest_facts
+from qwen3ft.locks import try_lock
 from qwen3ft.records.data import DatasetManifest, DataSource, LongRow, QaRow
 
 QUARANTINE, LEFT_OUT, _TEST_FILE = "quarantine.jsonl", "left_out.jsonl", "test.jsonl"
@@ -149,7 +150,7 @@ def write_folder(target: Path, manifest: DatasetManifest, prepared: Prepared) ->
     def fill(folder: Path) -> None:
         for name in (*_SPLIT_FILES, FINDINGS_NAME):
             shutil.move(work / name, folder / name)
-        _write_lines(folder / _TEST_FILE, (_question(row) for row, _ in _rows(prepared, Fate.TEST)))
+        _write_lines(folder / _TEST_FILE, (_question(row) for _, row in _rows(prepared, Fate.TEST)))
         _write_lines(folder / LEFT_OUT, _left_out(prepared))
         # Copied, and removed at the end: if this fails, the list of bad rows is what helps.
         shutil.copyfile(beside, folder / QUARANTINE)
@@ -170,6 +171,25 @@ def work_folder(target: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def only_builder(target: Path, waiting: Callable[[], None]) -> Iterator[bool]:
+    """Let no other process build `target` meanwhile; yield whether one just did.
+
+    Args:
+        target: Folder to be built.
+        waiting: Called once a second while another process builds it.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    waited = False
+    while True:
+        with try_lock(target.with_name(f".{target.name}.lock"), wait_seconds=1.0) as is_held:
+            if is_held:
+                yield waited
+                return
+        waited = True
+        waiting()
 
 
 def quarantine_beside(target: Path) -> Path:
@@ -246,12 +266,9 @@ def _long_row(prepared: Prepared, position: int) -> LongRow:
     )
 
 
-def _rows(prepared: Prepared, *fates: Fate) -> Iterator[tuple[QaRow, int]]:
+def _rows(prepared: Prepared, *fates: Fate) -> Iterator[tuple[int, QaRow]]:
     """Yield the rows with one of `fates` and their positions, in reading order."""
-    wanted = np.isin(prepared.placement.fates, fates)
-    for start, rows in prepared.table.batches():
-        for index in np.flatnonzero(wanted[start : start + len(rows)]):
-            yield rows[index], start + int(index)
+    return prepared.table.rows_where(np.isin(prepared.placement.fates, fates))
 
 
 def _question(row: QaRow) -> dict[str, Any]:
@@ -268,7 +285,7 @@ def _question(row: QaRow) -> dict[str, Any]:
 
 def _left_out(prepared: Prepared) -> Iterable[dict[str, Any]]:
     fates = tuple(fate for fate in Fate if fate not in (Fate.TRAIN, Fate.DEV, Fate.TEST))
-    for row, position in _rows(prepared, *fates):
+    for position, row in _rows(prepared, *fates):
         fate = Fate(int(prepared.placement.fates[position]))
         entry = {"file": row["file"], "line": row["line"], "reason": fate.name.lower()}
         if prepared.tokens.lengths[position]:

@@ -60,19 +60,10 @@ class NearDuplicates:
     def __len__(self) -> int:
         return self._rows
 
-    def add(self, texts: Sequence[str | None]) -> None:
-        """Add the next rows by their `as_text`, a few thousand at a time; the first is row 0.
-
-        None stands for a row that is compared with none: no mask of `find` may have it.
-        """
-        chunk = np.zeros((BANDS, len(texts)), np.uint32)
-        given = [(place, text) for place, text in enumerate(texts) if text is not None]
-        sizes = [len(text) for _, text in given]
-        for start, end in spans(sizes, _ROWS_AT_A_TIME, _CHARACTERS_AT_A_TIME):
-            places, part = zip(*given[start:end], strict=True)
-            chunk[:, places] = _band_hashes(part)
-        self._chunks.append(chunk)
-        self._rows += len(texts)
+    def add(self, bands: Bits) -> None:
+        """Add the next rows, a few thousand, by their `band_hashes`; the first is row 0."""
+        self._chunks.append(bands)
+        self._rows += bands.shape[1]
 
     def find(self, left: Mask, right: Mask, text_of: Callable[[int], str]) -> Rows:
         """Return the rows of `left` that are nearly the same as a row of `right`, ascending.
@@ -153,8 +144,22 @@ class NearDuplicates:
         return self._chunks[0]
 
 
-def _band_hashes(texts: Sequence[str]) -> Bits:
-    """Return (bands, rows) numbers that are equal where band and telling parts agree."""
+def band_hashes(texts: Sequence[str | None]) -> Bits:
+    """Return the signatures of rows by their `as_text`: (bands, rows) numbers.
+
+    They are equal where the texts agree in a band, in their numbers and in a short answer. None
+    stands for a row that is compared with none: no mask of `NearDuplicates.find` may have it.
+    """
+    bands = np.zeros((BANDS, len(texts)), np.uint32)
+    given = [(place, text) for place, text in enumerate(texts) if text is not None]
+    sizes = [len(text) for _, text in given]
+    for start, end in spans(sizes, _ROWS_AT_A_TIME, _CHARACTERS_AT_A_TIME):
+        places, part = zip(*given[start:end], strict=True)
+        bands[:, places] = _hashed(part)
+    return bands
+
+
+def _hashed(texts: Sequence[str]) -> Bits:
     # Rows with other numbers or another short answer are never nearly the same. Kept apart here,
     # rows of one template do not fill the same buckets.
     sketches = [sketch(text) for text in texts]

@@ -8,18 +8,23 @@ Memory grows by about 250 bytes a row: texts and tokens go through files (see `d
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen3ft.chat.templates import identify_template
 from qwen3ft.chat.tokenizer import configure_tokenizer, load_tokenizer
 from qwen3ft.config import TrainingConfig
 from qwen3ft.data.advice import log_report, warnings_of
+from qwen3ft.data.batch_work import BatchWork
 from qwen3ft.data.folder import (
     QUARANTINE,
     Prepared,
     account,
     check_not_empty,
+    only_builder,
     quarantine_beside,
     read_manifest,
     work_folder,
@@ -27,16 +32,19 @@ from qwen3ft.data.folder import (
 )
 from qwen3ft.data.known_rows import read_known_rows
 from qwen3ft.data.placement import Fate, Placement, place_rows
-from qwen3ft.data.reading import Reading, read_sources
-from qwen3ft.data.row_table import RowTable
+from qwen3ft.data.reading import Reading, read_sources, rows_path
+from qwen3ft.data.row_features import RowFeatures
+from qwen3ft.data.row_table import BatchPlace, BatchReader, RowTable
 from qwen3ft.data.sources import resolved
 from qwen3ft.data.tokenizing import tokenize_table
 from qwen3ft.files import sha256_file, sha256_json
+from qwen3ft.jobs.helpers import start_helpers
 from qwen3ft.logs import get_logger
 from qwen3ft.model.hub import fetch_tokenizer, resolve_model
 from qwen3ft.model.tokenizer_trial import try_tokenizer
 from qwen3ft.records.data import DatasetManifest, QaRow, ResolvedSources
-from qwen3ft.records.model import ModelSnapshot
+from qwen3ft.records.model import ModelSnapshot, ModelSource
+from qwen3ft.units import MIB
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -46,6 +54,9 @@ logger = get_logger("data")
 
 # Raised when the same files and settings give other rows than before: old folders are then stale.
 _CODE_VERSION = 5
+
+LEAST_BYTES_FOR_HELPERS = 4 * MIB
+"""Size of the files, some ten thousand rows, from which on more than one process works on them."""
 
 SETTINGS_THAT_MATTER = (
     *("data_paths", "dev_paths", "test_paths", "columns", "reasoning_separator", "train_turns"),
@@ -63,14 +74,21 @@ def dataset_target(
 
     Args:
         sources: Files and config; settings such as the learning rate do not matter.
-        snapshot: Its files, and with them the tokenizer and chat template, are part of the key.
+        snapshot: Its model, which brings the tokenizer, and its template are part of the key.
         known_rows: File of the rows seen before, where new ones are to be told from them.
     """
+    return _target(sources, snapshot.source, snapshot.chat_template_sha256, known_rows)
+
+
+def _target(
+    sources: ResolvedSources, model: ModelSource, template_sha256: str, known_rows: str | None
+) -> Path:
     key = {
         "code": _CODE_VERSION,
         "sources": sources.fingerprints,
-        "template": snapshot.chat_template_sha256,
-        "model": snapshot.manifest_sha256,
+        # Not by the files of a snapshot: a look at data should not wait for quantising.
+        "model": [model.model_name, model.revision],
+        "template": template_sha256,
         "known": sha256_file(Path(known_rows)) if known_rows else None,
         "replay_seed": sources.config.seed if known_rows else None,
         "settings": _settings(sources.config),
@@ -82,6 +100,11 @@ def _settings(config: TrainingConfig) -> dict[str, Any]:
     values = config.model_dump(mode="json")
     # `is_embedded` is a property, which model_dump leaves out.
     return {name: values.get(name, getattr(config, name)) for name in SETTINGS_THAT_MATTER}
+
+
+def _no_features(places: Iterable[BatchPlace]) -> Iterator[RowFeatures]:
+    for _ in places:
+        yield from ()
 
 
 class DataPipeline:
@@ -100,11 +123,14 @@ class DataPipeline:
             RequestError, DownloadError: as `hub.resolve_model`.
         """
         if self._tokenizer is None:
-            source = resolve_model(self._config)
-            folder = fetch_tokenizer(source)
+            folder = fetch_tokenizer(self._source)
             try_tokenizer(self._config, folder)
             self._tokenizer = load_tokenizer(folder)
         return self._tokenizer
+
+    @cached_property
+    def _source(self) -> ModelSource:
+        return resolve_model(self._config)
 
     def load_qa_data_from_files(self) -> list[QaRow]:
         """Return the usable rows of all files, before repeats are dropped and rows are held out.
@@ -117,8 +143,9 @@ class DataPipeline:
         files = resolved(self._config).files
         datasets = Path(self._config.cache_dir) / "datasets"
         with work_folder(datasets / "rows") as work:
-            reading = read_sources(files, self._config, work, datasets / QUARANTINE)
-            return [row for _, rows in RowTable(reading.rows_path, files).batches() for row in rows]
+            reading = read_sources(files, self._config, work, datasets / QUARANTINE, _no_features)
+            table = RowTable(BatchReader(rows_path(work), files), reading.places)
+            return [row for _, rows in table.batches() for row in rows]
 
     def format_for_qwen(self, data: Sequence[QaRow]) -> Dataset:
         """Render rows with the chat template.
@@ -187,22 +214,17 @@ class DataPipeline:
         return self._build(sources or resolved(self._config), target, progress, known_rows)
 
     def check(self, progress: Callable[[int], None] = lambda _: None) -> DatasetManifest:
-        """Return what `prepare` would make, by the tokenizer of the config's model alone.
+        """Return what `prepare` makes, by the tokenizer of the config's model alone.
 
-        The folder is kept below `cache_dir`, so that a second look at unchanged data takes no time.
+        A second look at unchanged data, or a run on it, finds the folder and takes no time.
 
         Raises:
             DataLoadingError, TokenizerError: as `prepare`.
         """
         sources = resolved(self._config)
-        # Not by a snapshot, as in `dataset_target`: a look at data should not wait for quantising.
-        key = {
-            "code": _CODE_VERSION,
-            "sources": sources.fingerprints,
-            "tokenizer": [self.tokenizer.name_or_path, str(self.tokenizer.chat_template)],
-            "settings": _settings(self._config),
-        }
-        target = Path(self._config.cache_dir) / "checks" / sha256_json(key)[:16]
+        tokenizer = self.tokenizer
+        template = identify_template(tokenizer).sha256
+        target = _target(sources, self._source, template, None)
         return read_manifest(target) or self._build(sources, target, progress)
 
     def _build(
@@ -214,11 +236,25 @@ class DataPipeline:
     ) -> DatasetManifest:
         files, config, tokenizer = sources.files, self._config, self.tokenizer
         known = read_known_rows(Path(known_rows)) if known_rows else None
-        with work_folder(target) as work:
-            reading = read_sources(files, config, work, quarantine_beside(target), progress)
-            table, keys = RowTable(reading.rows_path, files), reading.keys.build()
-            placement = place_rows(reading, table, config, known, progress)
-            tokens = tokenize_table(table, keys, placement, tokenizer, config, work, progress)
+        with ExitStack() as stack:
+            waited = stack.enter_context(only_builder(target, lambda: progress(0)))
+            if waited and (made := read_manifest(target)):
+                return made
+            folder = stack.enter_context(work_folder(target))
+            work = BatchWork(rows_path(folder), files, tokenizer, config)
+            size_bytes = sum(file.size_bytes for file in files)
+            helpers = stack.enter_context(
+                start_helpers(work, wanted=size_bytes >= LEAST_BYTES_FOR_HELPERS, phase="data")
+            )
+            features_of = partial(helpers.map, work.features)
+            reading = read_sources(
+                files, config, folder, quarantine_beside(target), features_of, progress
+            )
+            table, keys = RowTable(work.reader, reading.places), reading.keys.build()
+            placement = place_rows(reading, table, config, known)
+            tokens_of = partial(helpers.map, work.tokens)
+            tokens = tokenize_table(table, keys, placement, tokens_of, config, folder, progress)
+            helpers.end()
             limit_tokens = config.max_sequence_length
             prepared = Prepared(
                 *(reading, table, placement, tokens, limit_tokens, known_rows),

@@ -6,17 +6,15 @@ held-out one. Rows that are too long are found later, while tokenising.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
 
 from qwen3ft.config import TrainingConfig
-from qwen3ft.data.near_duplicates import NearDuplicates
 from qwen3ft.data.reading import Reading
+from qwen3ft.data.row_features import compared_text
 from qwen3ft.data.row_table import RowTable
-from qwen3ft.data.rows import asked_by
 from qwen3ft.data.splits import (
     DUPLICATE,
     HELD_OUT_ROLES,
@@ -32,12 +30,6 @@ from qwen3ft.data.splits import (
     leaks,
     sample,
 )
-from qwen3ft.data.text_features import as_text
-from qwen3ft.records.data import QaRow
-from qwen3ft.units import MIB
-
-MOST_COMPARED_BYTES = MIB
-"""Size of the largest row that is compared with others: its words take a hundred times as much."""
 
 
 class Fate(IntEnum):
@@ -77,7 +69,7 @@ class Placement:
     near_duplicates: int = 0
     """Training rows that are nearly an earlier one, kept or not."""
     not_compared: int = 0
-    """Rows over `MOST_COMPARED_BYTES`."""
+    """Rows over `row_features.MOST_COMPARED_BYTES`."""
 
     def count(self, *fates: Fate) -> int:
         """Return the number of rows with one of `fates`."""
@@ -93,16 +85,14 @@ def place_rows(
     table: RowTable,
     config: TrainingConfig,
     known: Hashes | None,
-    progress: Callable[[int], None],
 ) -> Placement:
     """Decide on every usable row; its length is checked later.
 
     Args:
-        reading: Keys of the rows.
+        reading: Keys and signatures of the rows.
         table: Texts of the rows.
         config: Caps, held-out share, what to do with near-duplicates and known rows.
         known: Hashes of the rows seen before; None to train on all rows alike.
-        progress: Receives the number of rows looked at, batch by batch.
     """
     keys = reading.keys.build()
     repeats = find_repeats(keys)
@@ -115,7 +105,7 @@ def place_rows(
     fates[repeats == DUPLICATE] = Fate.DUPLICATE
     fates[leaked | (repeats == LEAKAGE)] = Fate.LEAKAGE
     placement = Placement(fates)
-    _place_near(placement, table, config, progress)
+    _place_near(placement, reading, table, config)
     # The cap comes last, or it would be filled with rows that are left out all the same.
     if config.max_rows_per_source is not None:
         training = fates == Fate.TRAIN
@@ -138,25 +128,19 @@ def _mix(placement: Placement, keys: Keys, known: Hashes, config: TrainingConfig
 
 
 def _place_near(
-    placement: Placement, table: RowTable, config: TrainingConfig, progress: Callable[[int], None]
+    placement: Placement, reading: Reading, table: RowTable, config: TrainingConfig
 ) -> None:
     """Leave out rows that nearly equal a more protected one or, if configured, an earlier one."""
-    near, fates = NearDuplicates(), placement.fates
-    compared = np.isin(fates, (Fate.TRAIN, Fate.DEV, Fate.TEST))
-    for start, rows in table.batches():
-        texts: list[str | None] = [None] * len(rows)
-        for index in np.flatnonzero(compared[start : start + len(rows)]).tolist():
-            if _is_giant(text := _text_of(rows[index])):
-                compared[start + index] = False
-                placement.not_compared += 1
-            else:
-                texts[index] = text
-        near.add(texts)
-        progress(start + len(rows))
+    near, fates = reading.near, placement.fates
+    used = np.isin(fates, (Fate.TRAIN, Fate.DEV, Fate.TEST))
+    giant = np.zeros(len(fates), np.bool_)
+    giant[reading.not_compared] = True
+    placement.not_compared = int((used & giant).sum())
+    compared = used & ~giant
 
     def text_of(position: int) -> str:
         [row] = table.rows([position])
-        return _text_of(row)
+        return compared_text(row)
 
     def have(*wanted: Fate) -> Mask:
         return np.isin(fates, wanted) & compared
@@ -170,12 +154,3 @@ def _place_near(
     placement.near_duplicates = len(copies)
     if config.near_duplicates == "drop":
         fates[copies] = Fate.NEAR_DUPLICATE
-
-
-def _is_giant(text: str) -> bool:
-    """Return whether a text is over `MOST_COMPARED_BYTES`."""
-    return len(text) > MOST_COMPARED_BYTES // 4 and len(text.encode()) > MOST_COMPARED_BYTES
-
-
-def _text_of(row: QaRow) -> str:
-    return as_text("\n".join(asked_by(row)), row["answer"])

@@ -12,28 +12,28 @@ import re
 import shlex
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import TextIO
 
-from qwen3ft.chat.conversation import texts_of
 from qwen3ft.config import ColumnNames, TrainingConfig
 from qwen3ft.data import safety
 from qwen3ft.data.columns import PARTS, find_columns
-from qwen3ft.data.row_table import RowWriter
+from qwen3ft.data.near_duplicates import NearDuplicates
+from qwen3ft.data.row_features import RowFeatures
+from qwen3ft.data.row_table import BatchPlace, RowWriter
 from qwen3ft.data.rows import (
     NOT_AN_EXAMPLE,
     UNREADABLE_FILE,
     RowCounts,
-    asked_by,
     excerpt,
     messages_of,
     read_file,
     rules_of,
 )
-from qwen3ft.data.splits import KeysBuilder, asked_keys, content_key
+from qwen3ft.data.splits import KeysBuilder
 from qwen3ft.errors import DataLoadingError
 from qwen3ft.logs import get_logger
 from qwen3ft.records.data import BadRow, DataSource, QaRow, SourceFile
@@ -45,6 +45,9 @@ FINDINGS_NAME = "personal_data.jsonl"
 _PERSONAL_DATA = "personal_data"
 _PROGRESS_ROWS = 20_000
 _MOST_NAMES = 20
+FeaturesOf = Callable[[Iterable[BatchPlace]], Iterator[RowFeatures]]
+"""Returns the features of each batch of the row table, in order."""
+
 _HAN = re.compile("[\u4e00-\u9fff]")
 
 
@@ -55,8 +58,14 @@ class Reading:
     files: Sequence[SourceFile]
     folder: Path
     """Work folder with the row table and the list of findings."""
+    places: list[BatchPlace] = field(default_factory=list)
+    """Batches of the row table."""
     keys: KeysBuilder = field(default_factory=KeysBuilder)
     """Keys of the usable rows, in reading order."""
+    near: NearDuplicates = field(default_factory=NearDuplicates)
+    """Signatures of the usable rows, likewise."""
+    not_compared: list[int] = field(default_factory=list)
+    """Usable rows without a signature, since they are too large."""
     sources: list[DataSource] = field(default_factory=list)
     bad: Counter[str] = field(default_factory=Counter)
     """Bad rows by reason code."""
@@ -87,7 +96,12 @@ class Reading:
     @property
     def rows_path(self) -> Path:
         """File of the row table."""
-        return self.folder / "rows.arrow"
+        return rows_path(self.folder)
+
+
+def rows_path(folder: Path) -> Path:
+    """Return the file of the row table in a work folder."""
+    return folder / "rows.arrow"
 
 
 def read_sources(
@@ -95,6 +109,7 @@ def read_sources(
     config: TrainingConfig,
     folder: Path,
     quarantine: Path,
+    features_of: FeaturesOf,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Reading:
     """Read every file; usable rows go to a table in `folder`, bad ones to the file `quarantine`.
@@ -104,6 +119,7 @@ def read_sources(
         config: How to map and check rows.
         folder: An existing work folder.
         quarantine: Replaced by the list of bad rows, one JSON object a line.
+        features_of: Called once with all batches of the table, each as soon as it is written.
         progress: Receives the number of rows read so far, now and then.
 
     Raises:
@@ -116,8 +132,10 @@ def read_sources(
         RowWriter(reading.rows_path) as table,
     ):
         reader = _Reader(config, reading, table, bad, findings, progress)
-        for number, file in enumerate(files):
-            reading.sources.append(reader.read(number, file))
+        for features in features_of(reader.batches()):
+            reading.not_compared += [len(reading.keys) + row for row in features.not_compared]
+            reading.keys.extend(features.keys)
+            reading.near.add(features.bands)
     _report(reading)
     _check(reading, config, quarantine)
     return reading
@@ -135,8 +153,21 @@ class _Reader:
     progress: Callable[[int], None]
     started: float = field(default_factory=time.monotonic)
 
-    def read(self, number: int, file: SourceFile) -> DataSource:
-        """Add one file's rows."""
+    def batches(self) -> Iterator[BatchPlace]:
+        """Read all files; yield each batch of usable rows once it is in the table."""
+        for number, file in enumerate(self.reading.files):
+            for _ in self._read(number, file):
+                yield from self._written()
+        self.table.flush()
+        yield from self._written()
+
+    def _written(self) -> list[BatchPlace]:
+        written = self.table.take_written()
+        self.reading.places += written
+        return written
+
+    def _read(self, number: int, file: SourceFile) -> Iterator[None]:
+        """Add one file's rows; pause after each usable one."""
         reading = self.reading
         # Before and after: the rows must be those of the sha256 that names the folder.
         _check_unchanged(file)
@@ -150,6 +181,7 @@ class _Reader:
                 self._refuse(problem)
             else:
                 self._take(row, number)
+                yield
             if reading.rows_read % _PROGRESS_ROWS == 0:
                 self._report_progress()
         _check_unchanged(file)
@@ -157,8 +189,8 @@ class _Reader:
         notes = tuple(reading.counts.notes.get(file.label, ()))
         for note in notes:
             logger.info("%s: %s", file.label, note)
-        return DataSource(
-            path=file.label, sha256=file.sha256, rows=rows, role=file.role, notes=notes
+        reading.sources.append(
+            DataSource(path=file.label, sha256=file.sha256, rows=rows, role=file.role, notes=notes)
         )
 
     def _take(self, row: QaRow, source: int) -> None:
@@ -169,18 +201,6 @@ class _Reader:
         reading.conversations += bool(row["messages"])
         earlier_turns = row["messages"][:-1]
         reading.earlier_reasoning += any(message.get("reasoning") for message in earlier_turns)
-        asked, earlier = asked_keys(asked_by(row))
-        said = (row["question"], row["answer"], row["reasoning"])
-        # Conversations that differ in an earlier turn or in a tool are no repeats.
-        around = texts_of(row["messages"], row["tools"]) if row["messages"] else ()
-        reading.keys.append(
-            asked,
-            content_key(*said, *around),
-            row["role"],
-            source,
-            row["group"],
-            earlier,
-        )
         self.table.append(row, source)
 
     def _problem(self, row: QaRow) -> BadRow | None:

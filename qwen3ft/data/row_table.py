@@ -1,7 +1,7 @@
-"""Checked rows in an Arrow file of the work folder: written in order, read in batches or singly.
+"""Checked rows in a file of the work folder: written in order, read in batches or singly.
 
 A million rows need no more memory than one batch, which is bounded in rows and in text; a row that
-exceeds the bound has its own.
+exceeds the bound has its own. A batch can be read once it is written, by another process too.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from functools import lru_cache
-from itertools import accumulate
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from qwen3ft.records.data import QaRow, SourceFile
 from qwen3ft.units import MIB
@@ -21,13 +22,32 @@ from qwen3ft.units import MIB
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from qwen3ft.data.splits import Mask
+
 BATCH_ROWS = 2000
 """Most rows written, read and tokenised at a time."""
 
 _BATCH_CHARACTERS, _CACHED_BATCHES = 2 * MIB, 16
 
-_TEXTS = ("question", "answer", "reasoning", "messages", "tools", "kind", "role")
+_TEXTS = ("question", "answer", "reasoning", "messages", "tools", "kind", "group", "role")
 _NUMBERS = ("source", "line", "offset")
+
+
+class BatchPlace(NamedTuple):
+    """Where a batch is: its first row's position and number of rows, and its bytes in the file."""
+
+    start: int
+    rows: int
+    offset: int
+    size_bytes: int
+
+
+def _schema() -> pa.Schema:
+    import pyarrow as pa
+
+    # Large: the offsets of a string are 32-bit, and a batch of large rows exceeds 2 GiB.
+    texts = [(name, pa.large_string()) for name in _TEXTS]
+    return pa.schema([*texts, *((name, pa.int64()) for name in _NUMBERS)])
 
 
 class RowWriter(AbstractContextManager["RowWriter"]):
@@ -36,71 +56,75 @@ class RowWriter(AbstractContextManager["RowWriter"]):
     def __init__(self, path: Path) -> None:
         import pyarrow as pa
 
-        # Large: the offsets of a string are 32-bit, and a batch of large rows exceeds 2 GiB.
-        texts = [(name, pa.large_string()) for name in _TEXTS]
-        self._schema = pa.schema([*texts, *((name, pa.int64()) for name in _NUMBERS)])
-        self._writer = pa.ipc.new_file(str(path), self._schema)  # a stream has no single batches
+        self._file = pa.OSFile(str(path), "wb")
+        self._schema = _schema()
         self._columns: dict[str, list[Any]] = {name: [] for name in self._schema.names}
-        self._characters = 0
+        self._characters = self._rows = 0
+        self._written: list[BatchPlace] = []
 
     def __exit__(self, *_: object) -> None:
-        self._flush()
-        self._writer.close()
+        self._file.close()
 
     def append(self, row: QaRow, source: int) -> None:
         """Write `row`; `source` is the number of its file."""
         texts = (row["question"], row["answer"], row["reasoning"])
         lists = (_to_text(row["messages"]), _to_text(row["tools"]))
+        labels = (row["kind"], row["group"], row["role"])
         numbers = (source, row["line"], row["offset"])
-        values = (*texts, *lists, row["kind"], row["role"], *numbers)  # in the order of the schema
+        values = (*texts, *lists, *labels, *numbers)  # in the order of the schema
         characters = sum(map(len, (*texts, *lists)))
         is_full = self._characters + characters > _BATCH_CHARACTERS
         if is_full or len(self._columns["line"]) == BATCH_ROWS:  # a giant row has its own batch
-            self._flush()
+            self.flush()
         self._characters += characters
         for column, value in zip(self._columns.values(), values, strict=True):
             column.append(value)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Write the rows appended since the last batch as one."""
         import pyarrow as pa
 
-        if self._columns["line"]:
-            self._writer.write_batch(pa.record_batch(self._columns, schema=self._schema))
+        if rows := len(self._columns["line"]):
+            content = pa.record_batch(self._columns, schema=self._schema).serialize()
+            place = BatchPlace(self._rows, rows, self._file.tell(), content.size)
+            self._file.write(content)
+            self._written.append(place)
+            self._rows += rows
             self._columns = {name: [] for name in self._columns}
             self._characters = 0
 
+    def take_written(self) -> list[BatchPlace]:
+        """Return the batches written since the last call."""
+        written, self._written = self._written, []
+        return written
 
-class RowTable:
-    """The rows of the file `path`, which were read from `files`."""
+
+class BatchReader:
+    """Reads batches of the file `path`, whose rows come from `files`."""
 
     def __init__(self, path: Path, files: Sequence[SourceFile]) -> None:
+        self._path, self._files = path, files
+
+    @cached_property
+    def _file(self) -> pa.NativeFile:
         import pyarrow as pa
 
-        self._files = files
-        with pa.memory_map(str(path)) as mapped:  # to count rows, no text is touched
-            counted = pa.ipc.open_file(mapped)
-            batches = range(counted.num_record_batches)
-            rows = [counted.get_batch(number).num_rows for number in batches]
-        self._starts = list(accumulate(rows, initial=0))
         # Read, not mapped: touched pages of a map would count as memory of this process.
-        self._reader = pa.ipc.open_file(pa.OSFile(str(path)))
-        self._batch = lru_cache(_CACHED_BATCHES)(self._reader.get_batch)
+        return pa.OSFile(str(self._path))
 
-    def batches(self) -> Iterator[tuple[int, list[QaRow]]]:
-        """Yield (position of the first row, rows) of each batch, in order."""
-        for number, start in enumerate(self._starts[:-1]):
-            yield start, self._rows(self._reader.get_batch(number))
+    def batch(self, place: BatchPlace) -> pa.RecordBatch:
+        """Return the batch at `place` as Arrow's columns."""
+        import pyarrow as pa
 
-    def rows(self, positions: Sequence[int]) -> list[QaRow]:
-        """Return the rows at `positions`; neighbours are cheaper, for they share a batch."""
-        found = []
-        for position in positions:
-            number = bisect_right(self._starts, position) - 1
-            index = position - self._starts[number]
-            found += self._rows(self._batch(number).slice(index, 1))
-        return found
+        content = pa.py_buffer(self._file.read_at(place.size_bytes, place.offset))
+        return pa.ipc.read_record_batch(content, _schema())
 
-    def _rows(self, batch: pa.RecordBatch) -> list[QaRow]:
+    def rows(self, place: BatchPlace) -> list[QaRow]:
+        """Return the rows of the batch at `place`."""
+        return self.as_rows(self.batch(place))
+
+    def as_rows(self, batch: pa.RecordBatch) -> list[QaRow]:
+        """Return the rows of a batch, or of a part of it."""
         columns = {name: batch.column(name).to_pylist() for name in batch.schema.names}
         numbers = zip(*(columns[name] for name in _NUMBERS), strict=True)
         return [
@@ -111,16 +135,52 @@ class RowTable:
                 messages=json.loads(messages) if messages else [],
                 tools=json.loads(tools) if tools else [],
                 kind=kind,
-                group="",  # its hash is in the keys
+                group=group,
                 role=role,
                 file=self._files[number[0]].label,
                 line=number[1],
                 offset=number[2],
             )
-            for question, answer, reasoning, messages, tools, kind, role, number in zip(
+            for question, answer, reasoning, messages, tools, kind, group, role, number in zip(
                 *(columns[name] for name in _TEXTS), numbers, strict=True
             )
         ]
+
+
+class RowTable:
+    """All rows of a file that is complete.
+
+    Args:
+        reader: Reader of the file.
+        places: Its batches, in order.
+    """
+
+    def __init__(self, reader: BatchReader, places: Sequence[BatchPlace]) -> None:
+        self._reader, self.places = reader, places
+        self._starts = [place.start for place in places]
+        self._batch = lru_cache(_CACHED_BATCHES)(reader.batch)
+
+    def batches(self) -> Iterator[tuple[int, list[QaRow]]]:
+        """Yield (position of the first row, rows) of each batch, in order."""
+        for place in self.places:
+            yield place.start, self._reader.rows(place)
+
+    def rows(self, positions: Sequence[int]) -> list[QaRow]:
+        """Return the rows at `positions`; neighbours are cheaper, for they share a batch."""
+        found = []
+        for position in positions:
+            place = self.places[bisect_right(self._starts, position) - 1]
+            one = self._batch(place).slice(position - place.start, 1)
+            found += self._reader.as_rows(one)
+        return found
+
+    def rows_where(self, wanted: Mask) -> Iterator[tuple[int, QaRow]]:
+        """Yield (position, row) of the rows of the mask, in order."""
+        for place in self.places:
+            inside = np.flatnonzero(wanted[place.start : place.start + place.rows])
+            if len(inside):
+                rows = self._reader.as_rows(self._reader.batch(place).take(inside))
+                yield from zip((place.start + inside).tolist(), rows, strict=True)
 
 
 def _to_text(value: list[Any]) -> str:

@@ -174,6 +174,17 @@ class KeysBuilder:
         self._role.append(ROLES.index(role))
         self._source.append(source)
 
+    def extend(self, other: KeysBuilder) -> None:
+        """Add the rows of `other` behind those that are here."""
+        rows = len(self)
+        self._earlier_row.extend(rows + row for row in other._earlier_row)
+        self._question += other._question
+        self._content += other._content
+        self._group += other._group
+        self._role += other._role
+        self._source += other._source
+        self._earlier += other._earlier
+
     def build(self) -> Keys:
         """Return the keys of all rows so far; they share memory, so that no row can be added."""
         return Keys(

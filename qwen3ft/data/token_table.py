@@ -36,45 +36,63 @@ class Origin(NamedTuple):
     """Beginning of its question."""
 
 
+def _schema() -> pa.Schema:
+    import pyarrow as pa
+
+    tokens = pa.list_(pa.int32())
+    columns = [("input_ids", tokens), ("trained", tokens), ("length", pa.int32())]
+    origin = [("hash", pa.uint64()), ("source", pa.uint32()), ("question", pa.large_string())]
+    return pa.schema([*columns, *origin])
+
+
+def token_batch(rows: Sequence[TokenizedRow], origins: Sequence[Origin] = ()) -> pa.RecordBatch:
+    """Return at least one row as Arrow's columns, with their origins where they are known."""
+    import pyarrow as pa
+
+    lengths = np.array([len(row) for row in rows], np.int32)
+    ids = np.frombuffer(b"".join(row.packed for row in rows), np.int32)
+    spans = [np.array(row.trained, np.int32).ravel() for row in rows]
+    hashes, sources, questions = zip(*(origins or [Origin()] * len(rows)), strict=True)
+    columns: dict[str, Any] = {
+        "input_ids": _lists(ids, lengths),
+        "trained": _lists(np.concatenate(spans), [len(span) for span in spans]),
+        "length": lengths,
+        "hash": hashes,
+        "source": sources,
+        "question": questions,
+    }
+    return pa.record_batch(columns, schema=_schema())
+
+
+def _lists(values: np.ndarray, lengths: Sequence[int] | np.ndarray) -> pa.ListArray:
+    """Return an Arrow array of lists: `values`, cut into pieces of `lengths`."""
+    import pyarrow as pa
+
+    ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(ends), pa.array(values))
+
+
 class TokenWriter(AbstractContextManager["TokenWriter"]):
     """Appends tokenised rows to the file `path`; a context manager, complete when it is left."""
 
     def __init__(self, path: Path) -> None:
         import pyarrow as pa
 
-        tokens = pa.list_(pa.int32())
-        columns = [("input_ids", tokens), ("trained", tokens), ("length", pa.int32())]
-        origin = [("hash", pa.uint64()), ("source", pa.uint32()), ("question", pa.large_string())]
-        self._schema = pa.schema([*columns, *origin])
         # A stream, since `Dataset.from_file` maps streams alone.
-        self._writer = pa.ipc.new_stream(str(path), self._schema)
+        self._writer = pa.ipc.new_stream(str(path), _schema())
         self._parts: list[np.ndarray] = []
         self.trained_tokens = 0
 
     def __exit__(self, *_: object) -> None:
         self._writer.close()
 
-    def write(self, rows: Sequence[TokenizedRow], origins: Sequence[Origin] = ()) -> None:
-        """Append `rows`, in order, with their origins where they are known."""
-        import pyarrow as pa
-
-        if not rows:
-            return
-        lengths = np.array([len(row) for row in rows], np.int32)
-        ids = np.frombuffer(b"".join(row.packed for row in rows), np.int32)
-        spans = [np.array(row.trained, np.int32).ravel() for row in rows]
-        hashes, sources, questions = zip(*(origins or [Origin()] * len(rows)), strict=True)
-        columns: dict[str, Any] = {
-            "input_ids": _lists(ids, lengths),
-            "trained": _lists(np.concatenate(spans), [len(span) for span in spans]),
-            "length": lengths,
-            "hash": hashes,
-            "source": sources,
-            "question": questions,
-        }
-        self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
-        self._parts.append(lengths)
-        self.trained_tokens += sum(end - start for row in rows for start, end in row.trained)
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Append the rows of a `token_batch`, or of a part of it."""
+        self._writer.write_batch(batch)
+        # Copied: a view would keep the whole batch in memory.
+        self._parts.append(batch.column("length").to_numpy().copy())
+        edges = batch.column("trained").flatten().to_numpy().reshape(-1, 2)
+        self.trained_tokens += int((edges[:, 1] - edges[:, 0]).sum())
 
     def summary(self) -> LengthSummary:
         """Return the token lengths of what was written; percentiles are lengths that occur."""
@@ -88,14 +106,6 @@ class TokenWriter(AbstractContextManager["TokenWriter"]):
             median_tokens=int(median),
             p95_tokens=int(p95),
         )
-
-
-def _lists(values: np.ndarray, lengths: Sequence[int] | np.ndarray) -> pa.ListArray:
-    """Return an Arrow array of lists: `values`, cut into pieces of `lengths`."""
-    import pyarrow as pa
-
-    ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(ends), pa.array(values))
 
 
 def load_split(folder: Path, split: str) -> Dataset:

@@ -6,28 +6,31 @@ not written, and its fate says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qwen3ft.chat import rendering as chat
 from qwen3ft.config import TrainingConfig
 from qwen3ft.data.placement import Fate, Placement
-from qwen3ft.data.row_table import RowTable
-from qwen3ft.data.splits import Keys
-from qwen3ft.data.token_table import Origin, TokenWriter
+from qwen3ft.data.row_table import BatchPlace, BatchReader, RowTable
+from qwen3ft.data.splits import Codes, Hashes, Keys, Mask
+from qwen3ft.data.token_table import Origin, TokenWriter, token_batch
 from qwen3ft.errors import DataLoadingError
 from qwen3ft.records.data import LengthSummary, QaRow
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-_SPLITS = {Fate.TRAIN: "train", Fate.DEV: "dev"}
+SPLITS = {Fate.TRAIN: "train", Fate.DEV: "dev"}
+"""Splits whose token ids are stored."""
 # Test rows are asked as texts, but those that are too long are left out like all others.
 _TOKENIZED = (Fate.TRAIN, Fate.DEV, Fate.TEST)
 
@@ -49,11 +52,39 @@ class Tokens:
     shortened: int
 
 
+class BatchTask(NamedTuple):
+    """A batch of the row table to be tokenised."""
+
+    place: BatchPlace
+    fates: Codes
+    """`Fate` of each row; those that are used get tokens."""
+    hashes: Hashes
+    """`Origin.hash` of each row."""
+
+
+class TokenizedBatch(NamedTuple):
+    """Token ids of a batch, and what became of its rows; all arrays have one entry a row."""
+
+    fates: Codes
+    """As in the task, but for rows that are too long or would not be trained."""
+    lengths: NDArray[np.int32]
+    """Tokens before anything was shortened; 0 where the row was not tokenised."""
+    bounded: Mask
+    """As `Tokens.bounded`."""
+    shortened: Mask
+    splits: dict[str, pa.RecordBatch]
+    """Rows of each split of `SPLITS` that has any, by its name, as of `token_batch`."""
+
+
+TokensOf = Callable[[Iterable[BatchTask]], Iterator[TokenizedBatch]]
+"""Returns each batch tokenised, in order."""
+
+
 def tokenize_table(
     table: RowTable,
     keys: Keys,
     placement: Placement,
-    tokenizer: PreTrainedTokenizerBase,
+    tokens_of: TokensOf,
     config: TrainingConfig,
     folder: Path,
     progress: Callable[[int], None],
@@ -66,13 +97,13 @@ def tokenize_table(
     """
     with ExitStack() as stack:
         writers = {
-            fate: stack.enter_context(TokenWriter(folder / f"{split}.arrow"))
-            for fate, split in _SPLITS.items()
+            split: stack.enter_context(TokenWriter(folder / f"{split}.arrow"))
+            for split in SPLITS.values()
         }
-        work = _Work(keys, placement, tokenizer, config, writers)
-        for start, rows in table.batches():
-            work.batch(start, rows)
-            progress(start + len(rows))
+        work = _Work(table, keys, placement, config.max_rows, writers)
+        for place, batch in zip(table.places, tokens_of(work.tasks()), strict=True):
+            work.take(place, batch)
+            progress(place.start + place.rows)
     # Only after all rows, so that the error can name their number and the longest.
     too_long = placement.count(Fate.TOO_LONG)
     if too_long and config.too_long == "fail":
@@ -86,7 +117,7 @@ def tokenize_table(
             too_long=too_long,
             longest_tokens=longest,
         )
-    train, dev = (writers[fate].summary() for fate in _SPLITS)
+    train, dev = (writers[split].summary() for split in SPLITS.values())
     return Tokens(train, dev, work.lengths, work.bounded, work.shortened)
 
 
@@ -94,11 +125,11 @@ def tokenize_table(
 class _Work:
     """State between batches."""
 
+    table: RowTable
     keys: Keys
     placement: Placement
-    tokenizer: PreTrainedTokenizerBase
-    config: TrainingConfig
-    writers: dict[Fate, TokenWriter]
+    most_rows: int | None
+    writers: dict[str, TokenWriter]
     trained_rows: int = 0
     shortened: int = 0
     lengths: np.ndarray = field(init=False)
@@ -106,65 +137,113 @@ class _Work:
 
     def __post_init__(self) -> None:
         self.lengths = np.zeros(len(self.placement.fates), np.int32)
-        self.bounded = np.zeros(len(self.placement.fates), bool)
+        self.bounded = np.zeros(len(self.placement.fates), np.bool_)
 
-    def batch(self, start: int, rows: Sequence[QaRow]) -> None:
-        """Tokenise the rows that are used; `start` is the position of the first one."""
-        fates = self.placement.fates[start : start + len(rows)]
+    def tasks(self) -> Iterator[BatchTask]:
+        """Yield all batches to be tokenised."""
+        for place in self.table.places:
+            rows = slice(place.start, place.start + place.rows)
+            self._cap(rows)
+            yield BatchTask(place, self.placement.fates[rows], self.keys.content[rows, 0])
+
+    def _cap(self, rows: slice) -> None:
         # Rows beyond `max_rows` are not even tokenised.
-        if self.trained_rows == self.config.max_rows:
+        fates = self.placement.fates[rows]
+        if self.trained_rows == self.most_rows:
             fates[fates == Fate.TRAIN] = Fate.NOT_USED
-        used = np.flatnonzero(np.isin(fates, _TOKENIZED)).tolist()
-        limit = self.config.max_sequence_length
-        over = {index: chat.tokens_over(self.tokenizer, rows[index], limit) for index in used}
-        fitting = iter(self._tokenize([rows[index] for index in used if not over[index]]))
-        batches: dict[Fate, list[tuple[chat.TokenizedRow, Origin]]]
-        batches = {fate: [] for fate in self.writers}
-        for index in used:
-            row = None if over[index] else next(fitting)
-            length = over[index] if row is None else len(row)
-            self.lengths[start + index] = length
-            self.bounded[start + index] = row is None
-            if row is None or length > limit:
-                row = self._shorten(rows[index])
-                if row is None:
+
+    def take(self, place: BatchPlace, batch: TokenizedBatch) -> None:
+        """Write the tokens of a batch."""
+        rows = slice(place.start, place.start + place.rows)
+        self._cap(rows)  # again: batches are tokenised ahead
+        fates, train = self.placement.fates[rows], SPLITS[Fate.TRAIN]
+        used = np.isin(fates, _TOKENIZED)
+        self.lengths[rows] = np.where(used, batch.lengths, 0)
+        self.bounded[rows] = used & batch.bounded
+        self.shortened += int(batch.shortened[used].sum())
+        is_full = self.trained_rows == self.most_rows
+        fates[used] = batch.fates[used]
+        trained = np.flatnonzero(fates == Fate.TRAIN)
+        if self.most_rows is not None:
+            fates[trained[self.most_rows - self.trained_rows :]] = Fate.NOT_USED
+            trained = trained[: self.most_rows - self.trained_rows]
+        self.trained_rows += len(trained)
+        for split, content in batch.splits.items():
+            kept = content.slice(0, len(trained)) if split == train else content
+            if kept.num_rows and not (split == train and is_full):
+                self.writers[split].write(kept)
+
+
+class BatchTokenizer:
+    """Tokenises batches of the row table.
+
+    Args:
+        reader: Reader of the table.
+        tokenizer: Tokenizer with a chat template.
+        config: What is trained, how long a row may be, and what happens to longer ones.
+    """
+
+    def __init__(
+        self, reader: BatchReader, tokenizer: PreTrainedTokenizerBase, config: TrainingConfig
+    ) -> None:
+        self._reader, self._tokenizer, self._config = reader, tokenizer, config
+
+    def tokens(self, task: BatchTask) -> TokenizedBatch:
+        """Tokenise the rows of a batch that are used.
+
+        Raises:
+            TokenizerError: the template cannot be used.
+        """
+        fates, count = task.fates.copy(), len(task.fates)
+        lengths, (bounded, shortened) = np.zeros(count, np.int32), np.zeros((2, count), np.bool_)
+        used = np.flatnonzero(np.isin(fates, _TOKENIZED))
+        batch = self._reader.batch(task.place)
+        sources = batch.column("source").to_numpy()
+        rows = self._reader.as_rows(batch if len(used) == count else batch.take(used))
+        kept: dict[str, list[tuple[chat.TokenizedRow, Origin]]]
+        kept = {split: [] for split in SPLITS.values()}
+        limit = self._config.max_sequence_length
+        over = [chat.tokens_over(self._tokenizer, row, limit) for row in rows]
+        fitting = iter(
+            self._tokenize([row for row, is_over in zip(rows, over, strict=True) if not is_over])
+        )
+        for index, row, least_tokens in zip(used.tolist(), rows, over, strict=True):
+            tokenized = None if least_tokens else next(fitting)
+            lengths[index] = length = least_tokens if tokenized is None else len(tokenized)
+            bounded[index] = tokenized is None
+            if tokenized is None or length > limit:
+                tokenized = self._shorten(row)
+                if tokenized is None:
                     fates[index] = Fate.TOO_LONG
                     continue
-                self.shortened += 1
-            if not row.trained:
+                shortened[index] = True
+            if not tokenized.trained:
                 fates[index] = Fate.NO_TRAINED_TOKEN
-                continue
-            if fates[index] == Fate.TRAIN:
-                if self.trained_rows == self.config.max_rows:
-                    fates[index] = Fate.NOT_USED
-                    continue
-                self.trained_rows += 1
-            if (fate := Fate(int(fates[index]))) in batches:
-                batches[fate].append((row, self._origin(start + index, rows[index])))
-        for fate, kept in batches.items():
-            self.writers[fate].write([row for row, _ in kept], [origin for _, origin in kept])
-
-    def _origin(self, position: int, row: QaRow) -> Origin:
-        return Origin(
-            int(self.keys.content[position, 0]),
-            int(self.keys.source[position]),
-            row["question"][:_QUESTION_CHARACTERS],
-        )
+            elif split := SPLITS.get(Fate(fates[index])):
+                question = row["question"][:_QUESTION_CHARACTERS]
+                origin = Origin(int(task.hashes[index]), int(sources[index]), question)
+                kept[split].append((tokenized, origin))
+        splits = {
+            split: token_batch([row for row, _ in pairs], [origin for _, origin in pairs])
+            for split, pairs in kept.items()
+            if pairs
+        }
+        return TokenizedBatch(fates, lengths, bounded, shortened, splits)
 
     def _tokenize(self, rows: Sequence[QaRow]) -> list[chat.TokenizedRow]:
         return chat.tokenize_rows(
-            self.tokenizer,
+            self._tokenizer,
             rows,
-            train_turns=self.config.train_turns,
-            escape=self.config.special_tokens_in_text == "escape",
+            train_turns=self._config.train_turns,
+            escape=self._config.special_tokens_in_text == "escape",
         )
 
     def _shorten(self, row: QaRow) -> chat.TokenizedRow | None:
-        if self.config.too_long != "shorten_reasoning" or not row["reasoning"]:
+        if self._config.too_long != "shorten_reasoning" or not row["reasoning"]:
             return None
-        limit = self.config.max_sequence_length
-        escape = self.config.special_tokens_in_text == "escape"
-        shorter = chat.shorten_reasoning(self.tokenizer, row, limit, escape=escape)
+        limit = self._config.max_sequence_length
+        escape = self._config.special_tokens_in_text == "escape"
+        shorter = chat.shorten_reasoning(self._tokenizer, row, limit, escape=escape)
         if shorter is None:
             return None
         [tokenized] = self._tokenize([shorter])

@@ -73,7 +73,7 @@ def try_worker(
     """
     job.outcome.unlink(missing_ok=True)
     job.failure.unlink(missing_ok=True)
-    kills_before = _kernel_oom_kills()
+    kills_before = kernel_oom_kills()
     process = start_worker(kind, job, last=last)
     try:
         stall = _watch(process, job, stall_seconds)
@@ -84,7 +84,7 @@ def try_worker(
     # A stalled worker that obeyed SIGTERM recorded that it was stopped, which is not the cause.
     failure = None if stall else job.read_failure()
     if failure is None:
-        oom_kills = _kernel_oom_kills() - kills_before
+        oom_kills = kernel_oom_kills() - kills_before
         error = stall or translate_exit(
             process.returncode, _log_tail(job.log), oom_kills=oom_kills, phase=_last_phase(job)
         )
@@ -142,7 +142,7 @@ def _last_phase(job: JobDir) -> str:
         return "start"
 
 
-def _kernel_oom_kills() -> int:
+def kernel_oom_kills() -> int:
     """Count the kernel's OOM kills in this control group (cgroup v2; 0 elsewhere)."""
     try:
         group = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2]

@@ -8,6 +8,7 @@ takes 4 MiB of GPU memory.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -31,6 +32,9 @@ GRACE_SECONDS = 7.0
 PARENT_VARIABLE = "QWEN3FT_PARENT_PID"
 WAIT = "wait"
 """Argument in place of a kind: the job comes later, as a line of JSON on stdin."""
+
+PREEMPTED_STATUS = 128 + signal.SIGTERM
+_PR_SET_PDEATHSIG = 1
 
 LEAST_FREE_BYTES = 4 * GIB
 """Free host memory needed for an idle worker, which takes up to a GiB once it has imported."""
@@ -100,7 +104,9 @@ class _Spare:
 
 _spare = _Spare()
 
-_starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="worker-starter")
+STARTER_NAME = "worker-starter"
+
+_starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix=STARTER_NAME)
 """Thread that starts every worker. Linux ends a worker when the thread that started it ends (see
 `worker.bootstrap.die_with_parent`), and an idle worker outlives the task that it was started in."""
 
@@ -151,6 +157,14 @@ def _start(arguments: list[str], environment: _Environment, stdin: int, output: 
         env=environment.variables,
         cwd=environment.folder,
     ).result()
+
+
+def end_with_parent(parent: int) -> None:
+    """Have this process killed when the thread of `parent` that started it ends (on Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it died before that took effect
+        os._exit(PREEMPTED_STATUS)
 
 
 def end_process_tree(process: _Process) -> None:

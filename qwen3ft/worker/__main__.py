@@ -18,11 +18,10 @@ from qwen3ft import logs
 from qwen3ft.errors import MemoryLeakError, OutOfMemoryError, PreemptedError
 from qwen3ft.jobs.failures import translate
 from qwen3ft.jobs.folders import write_record
-from qwen3ft.jobs.processes import WAIT
+from qwen3ft.jobs.processes import PREEMPTED_STATUS, WAIT
 from qwen3ft.machine.memory_report import write_memory_report
 from qwen3ft.records.training import Failure
 from qwen3ft.worker.bootstrap import (
-    PREEMPTED_STATUS,
     die_with_parent,
     import_libraries,
     set_process_name,

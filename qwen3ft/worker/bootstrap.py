@@ -8,7 +8,6 @@ import importlib
 import json
 import os
 import select
-import signal
 import sys
 import threading
 import time
@@ -17,10 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qwen3ft.jobs.folders import JobDir
-from qwen3ft.jobs.processes import PARENT_VARIABLE
+from qwen3ft.jobs.processes import PARENT_VARIABLE, PREEMPTED_STATUS, end_with_parent
 
-PREEMPTED_STATUS = 128 + signal.SIGTERM
-_PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 
 PRELOADED_LIBRARIES = (
@@ -81,12 +78,9 @@ def die_with_parent() -> None:
     Linux does so itself (prctl); on other systems a thread checks once a second.
     """
     parent = int(os.environ.get(PARENT_VARIABLE, os.getppid()))
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    else:
+    if sys.platform != "linux":
         threading.Thread(target=_watch_parent, args=(parent,), daemon=True).start()
-    if os.getppid() != parent:  # it died before that took effect
-        os._exit(PREEMPTED_STATUS)
+    end_with_parent(parent)
 
 
 def _watch_parent(parent: int) -> None:

@@ -406,7 +406,10 @@ def test_the_folder_is_keyed_by_what_matters_alone(tmp_path: Path) -> None:
     assert len(first.name) == 16
     assert target(learning_rate=0.5) == first
     assert target(max_sequence_length=64) != first
-    assert target(SNAPSHOT.model_copy(update={"manifest_sha256": "9" * 64})) != first
+    assert target(SNAPSHOT.model_copy(update={"manifest_sha256": "9" * 64})) == first
+    other = SNAPSHOT.source.model_copy(update={"revision": "9" * 40})
+    assert target(SNAPSHOT.model_copy(update={"source": other})) != first
+    assert target(SNAPSHOT.model_copy(update={"chat_template_sha256": "9" * 64})) != first
     write_jsonl(tmp_path / "qa.jsonl", synthetic(21))
     assert target() != first
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from qwen3ft.chat import rendering
 from qwen3ft.chat.tokenizer import Encoder, load_tokenizer
 from qwen3ft.chat.words import TOKEN_BYTES
-from qwen3ft.data.row_table import RowTable, RowWriter
+from qwen3ft.data.row_table import BatchReader, RowTable, RowWriter
 from qwen3ft.data.rows import RowCounts, RowRules, read_file
 from qwen3ft.errors import DataLoadingError
 from qwen3ft.records.data import BadRow, SourceFile
@@ -120,7 +120,9 @@ def test_a_batch_of_rows_is_bounded_in_text(tmp_path: Path) -> None:
         for row in read_file(source, RowRules(), RowCounts()):
             if not isinstance(row, BadRow):
                 table.append(row, 0)
-    batches = list(RowTable(tmp_path / "rows.arrow", [source]).batches())
+        table.flush()
+        places = table.take_written()
+    batches = list(RowTable(BatchReader(tmp_path / "rows.arrow", [source]), places).batches())
     assert max(sum(len(row["answer"]) for row in rows) for _, rows in batches) == 3 * MIB + 1
     found = [row["question"] for _, rows in batches for row in rows]
     assert found == [f"q{n}" for n in range(12)]
