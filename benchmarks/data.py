@@ -1,12 +1,9 @@
-"""Speed and memory of the data stage, in one process on one core.
+"""Speed of parts of the data stage, in one process on one core.
 
-    python -m benchmarks.data stage [--rows 1000000] [--work DIR] [--out FILE]
     python -m benchmarks.data dedup [--rows 200000] [--out FILE]
     python -m benchmarks.data tokenise [--rows 20000] [--out FILE]
     python -m benchmarks.data scan [--rows 20000] [--out FILE]
 
-- stage: generates rows of about 300 bytes (every fourth in Chinese, one in a thousand broken or
-  repeated); times mapping alone, then the whole stage, then a second run that finds its result.
 - dedup: times keys, repeats and near-duplicates on rows of 60 words. One in fifty is held out, one
   in twenty repeats an earlier row, and one in twenty is an earlier row with one word exchanged.
 - tokenise: times rendering and tokenising of the embedded questions, numbered so that no two texts
@@ -26,9 +23,7 @@ import os
 import random
 import resource
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,103 +31,27 @@ from typing import Any
 os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1", OMP_NUM_THREADS="1")
 
 from benchmarks.machine import ROOT, machine, write_json
-from qwen3ft.units import GIB, MIB
+from qwen3ft.units import MIB
 
 Result = tuple[dict[str, Any], dict[str, bool]]
 """Measured numbers, and whether each bar holds."""
 
-DEFAULT_ROWS = {"stage": 1_000_000, "dedup": 200_000, "tokenise": 20_000, "scan": 20_000}
-MAPPED_ROWS_PER_SECOND = 20_000
-MOST_RESIDENT_BYTES = 2 * GIB
-CACHED_SECONDS = 5.0
-LOSSES = ("quarantined", "too_long", "duplicates", "near_duplicates")
+DEFAULT_ROWS = {"dedup": 200_000, "tokenise": 20_000, "scan": 20_000}
 TOKENISED_ROWS_PER_SECOND, SHORT_ROW_TOKENS = 5000, 120
 """Bar for tokenising, and the row length up to which it counts."""
 
 CHUNK_ROWS, REPEATS = 2000, 3
-WORDS = (  # noqa: SIM905
-    "river window garden letter market silver doctor engine paper season travel answer bridge"
-    " number copper winter planet music kitchen forest history signal morning weather mountain"
-).split()
 CLEAN = (
     "the committee met in 1998, and (as the minutes say) agreed on 12.5 % for his well-kept lawn; ",
     "会议于2019年召开，大家同意把价格提高12.5%，并在3月之前完成全部工作；参加的人有四十七位，",
 )
 SCANNED_ROWS_PER_SECOND = 60_000
-SIGNS = "天地人水火山木金土日月年春夏秋冬东西南北你我他是有在不了这个大来上国和说们为子到"
 GSM8K = [folder / "shared/data/gsm8k/train.jsonl" for folder in (ROOT, ROOT.parent)]
 
 
 def peak_bytes() -> int:
     """Return the peak of resident memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def stage_lines(count: int, seed: int) -> Iterator[str]:
-    """Yield lines of a JSON lines file."""
-    chance = random.Random(seed)
-    for number in range(count):
-        if number % 1000 == 999:
-            yield '{"question": "broken'
-            continue
-        if number % 4 == 0:
-            question = f"{number} 号:" + "".join(chance.choices(SIGNS, k=40)) + "?"
-            answer = "".join(chance.choices(SIGNS, k=60))
-        else:
-            question = f"{number}: " + " ".join(chance.choices(WORDS, k=18)) + "?"
-            answer = " ".join(chance.choices(WORDS, k=22))
-        line = json.dumps({"question": question, "answer": answer}, ensure_ascii=False)
-        yield line
-        if number % 1000 == 500:
-            yield line
-
-
-def measure_stage(rows: int, arguments: argparse.Namespace) -> Result:
-    """Time mapping alone, the whole stage, and a second run."""
-    from qwen3ft.config import TrainingConfig
-    from qwen3ft.data.pipeline import DataPipeline
-    from qwen3ft.data.rows import RowCounts, read_file, rules_of
-    from qwen3ft.records.data import SourceFile
-
-    with tempfile.TemporaryDirectory(dir=arguments.work, prefix="qwen3ft-data-") as folder:
-        path = Path(folder) / "rows.jsonl"
-        with path.open("w", encoding="utf-8") as stream:
-            stream.writelines(line + "\n" for line in stage_lines(rows, arguments.seed))
-        config = TrainingConfig(
-            model_name="embedded", data_paths=(str(path),), cache_dir=f"{folder}/cache"
-        )
-        started = time.perf_counter()
-        file = SourceFile("x", path, "train")
-        read = sum(1 for _ in read_file(file, rules_of(config), RowCounts()))
-        mapping_seconds = time.perf_counter() - started
-        started = time.perf_counter()
-        manifest = DataPipeline(config).check()
-        stage_seconds = time.perf_counter() - started
-        started = time.perf_counter()
-        again = DataPipeline(config).check()
-        cached_seconds = time.perf_counter() - started
-        assert again == manifest, "the second run gives another result"
-        result = {
-            "rows": rows,
-            "file_bytes": path.stat().st_size,
-            "rows_read": read,
-            "mapped_rows_per_second": round(read / mapping_seconds),
-            "stage_seconds": round(stage_seconds, 1),
-            "stage_rows_per_second": round(read / stage_seconds),
-            "cached_seconds": round(cached_seconds, 2),
-            "tokens": manifest.train.tokens + manifest.dev.tokens,
-            "peak_resident_gb": round(peak_bytes() / GIB, 3),
-            "train": manifest.train.rows,
-            "dev": manifest.dev.rows,
-            "test": manifest.test_rows,
-            **{name: getattr(manifest, name) for name in LOSSES},
-        }
-    return result, {
-        f"mapping >= {MAPPED_ROWS_PER_SECOND:,} rows/s": read
-        >= MAPPED_ROWS_PER_SECOND * mapping_seconds,
-        "resident memory <= 2 GB": peak_bytes() <= MOST_RESIDENT_BYTES,
-        f"second run <= {CACHED_SECONDS:g} s": cached_seconds <= CACHED_SECONDS,
-    }
 
 
 def dedup_row(number: int, words: list[str]) -> tuple[str, str]:
@@ -149,7 +68,7 @@ def dedup_row(number: int, words: list[str]) -> tuple[str, str]:
 def measure_dedup(rows: int, _arguments: argparse.Namespace) -> Result:
     """Time each pass over the rows, and count the planted copies that were found."""
     from qwen3ft.data import splits
-    from qwen3ft.data.near_duplicates import NearDuplicates
+    from qwen3ft.data.near_duplicates import NearDuplicates, band_hashes
     from qwen3ft.data.text_features import as_text
 
     letters = "abcdefghijklmnopqrstuvwxyz"
@@ -166,7 +85,7 @@ def measure_dedup(rows: int, _arguments: argparse.Namespace) -> Result:
                 splits.question_key(question), splits.content_key(question, answer), "train", 0
             )
         keyed = time.perf_counter()
-        near.add([as_text(*row) for row in part])
+        near.add(band_hashes([as_text(*row) for row in part]))
         seconds["keys"] += keyed - started
         seconds["signatures"] += time.perf_counter() - keyed
 
@@ -293,7 +212,6 @@ def measure_scan(rows: int, _arguments: argparse.Namespace) -> Result:
 
 
 MEASURES = {
-    "stage": measure_stage,
     "dedup": measure_dedup,
     "tokenise": measure_tokenise,
     "scan": measure_scan,
@@ -307,8 +225,6 @@ def main() -> int:
     )
     parser.add_argument("part", choices=list(MEASURES))
     parser.add_argument("--rows", type=int, help=f"default: {DEFAULT_ROWS}")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the rows of `stage`")
-    parser.add_argument("--work", type=Path, help="parent of the temporary folder of `stage`")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     rows = arguments.rows or DEFAULT_ROWS[arguments.part]

@@ -65,6 +65,11 @@ class NearDuplicates:
         self._chunks.append(bands)
         self._rows += bands.shape[1]
 
+    def clear(self) -> None:
+        """Forget all rows."""
+        self._chunks.clear()
+        self._rows = 0
+
     def find(self, left: Mask, right: Mask, text_of: Callable[[int], str]) -> Rows:
         """Return the rows of `left` that are nearly the same as a row of `right`, ascending.
 

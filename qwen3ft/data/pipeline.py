@@ -18,7 +18,6 @@ from qwen3ft.chat.templates import identify_template
 from qwen3ft.chat.tokenizer import configure_tokenizer, load_tokenizer
 from qwen3ft.config import TrainingConfig
 from qwen3ft.data.advice import log_report, warnings_of
-from qwen3ft.data.batch_work import BatchWork
 from qwen3ft.data.folder import (
     QUARANTINE,
     Prepared,
@@ -36,7 +35,7 @@ from qwen3ft.data.reading import Reading, read_sources, rows_path
 from qwen3ft.data.row_features import RowFeatures
 from qwen3ft.data.row_table import BatchPlace, BatchReader, RowTable
 from qwen3ft.data.sources import resolved
-from qwen3ft.data.tokenizing import tokenize_table
+from qwen3ft.data.tokenizing import BatchWork, tokenize_table
 from qwen3ft.files import sha256_file, sha256_json
 from qwen3ft.jobs.helpers import start_helpers
 from qwen3ft.logs import get_logger
@@ -252,6 +251,7 @@ class DataPipeline:
             )
             table, keys = RowTable(work.reader, reading.places), reading.keys.build()
             placement = place_rows(reading, table, config, known)
+            reading.near.clear()
             tokens_of = partial(helpers.map, work.tokens)
             tokens = tokenize_table(table, keys, placement, tokens_of, config, folder, progress)
             helpers.end()

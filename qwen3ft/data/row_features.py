@@ -18,7 +18,7 @@ MOST_COMPARED_BYTES = MIB
 
 
 class RowFeatures(NamedTuple):
-    """What is kept of each row in memory."""
+    """Features of a batch of rows, all of them that stay in memory."""
 
     keys: KeysBuilder
     bands: Bits

@@ -18,18 +18,19 @@ from numpy.typing import NDArray
 from qwen3ft.chat import rendering as chat
 from qwen3ft.config import TrainingConfig
 from qwen3ft.data.placement import Fate, Placement
+from qwen3ft.data.row_features import RowFeatures, features_of
 from qwen3ft.data.row_table import BatchPlace, BatchReader, RowTable
 from qwen3ft.data.splits import Codes, Hashes, Keys, Mask
 from qwen3ft.data.token_table import Origin, TokenWriter, token_batch
 from qwen3ft.errors import DataLoadingError
-from qwen3ft.records.data import LengthSummary, QaRow
+from qwen3ft.records.data import LengthSummary, QaRow, SourceFile
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-SPLITS = {Fate.TRAIN: "train", Fate.DEV: "dev"}
+TOKEN_SPLITS = {Fate.TRAIN: "train", Fate.DEV: "dev"}
 """Splits whose token ids are stored."""
 # Test rows are asked as texts, but those that are too long are left out like all others.
 _TOKENIZED = (Fate.TRAIN, Fate.DEV, Fate.TEST)
@@ -73,7 +74,7 @@ class TokenizedBatch(NamedTuple):
     """As `Tokens.bounded`."""
     shortened: Mask
     splits: dict[str, pa.RecordBatch]
-    """Rows of each split of `SPLITS` that has any, by its name, as of `token_batch`."""
+    """Rows of each split of `TOKEN_SPLITS` that has any, by its name, as of `token_batch`."""
 
 
 TokensOf = Callable[[Iterable[BatchTask]], Iterator[TokenizedBatch]]
@@ -98,7 +99,7 @@ def tokenize_table(
     with ExitStack() as stack:
         writers = {
             split: stack.enter_context(TokenWriter(folder / f"{split}.arrow"))
-            for split in SPLITS.values()
+            for split in TOKEN_SPLITS.values()
         }
         work = _Work(table, keys, placement, config.max_rows, writers)
         for place, batch in zip(table.places, tokens_of(work.tasks()), strict=True):
@@ -117,7 +118,7 @@ def tokenize_table(
             too_long=too_long,
             longest_tokens=longest,
         )
-    train, dev = (writers[split].summary() for split in SPLITS.values())
+    train, dev = (writers[split].summary() for split in TOKEN_SPLITS.values())
     return Tokens(train, dev, work.lengths, work.bounded, work.shortened)
 
 
@@ -156,7 +157,7 @@ class _Work:
         """Write the tokens of a batch."""
         rows = slice(place.start, place.start + place.rows)
         self._cap(rows)  # again: batches are tokenised ahead
-        fates, train = self.placement.fates[rows], SPLITS[Fate.TRAIN]
+        fates, train = self.placement.fates[rows], TOKEN_SPLITS[Fate.TRAIN]
         used = np.isin(fates, _TOKENIZED)
         self.lengths[rows] = np.where(used, batch.lengths, 0)
         self.bounded[rows] = used & batch.bounded
@@ -174,19 +175,30 @@ class _Work:
                 self.writers[split].write(kept)
 
 
-class BatchTokenizer:
-    """Tokenises batches of the row table.
+class BatchWork:
+    """Work on batches of the row table, which helpers share: features, then token ids.
 
     Args:
-        reader: Reader of the table.
+        path: File of the table; it may still grow.
+        files: Files that its rows come from.
         tokenizer: Tokenizer with a chat template.
         config: What is trained, how long a row may be, and what happens to longer ones.
     """
 
     def __init__(
-        self, reader: BatchReader, tokenizer: PreTrainedTokenizerBase, config: TrainingConfig
+        self,
+        path: Path,
+        files: Sequence[SourceFile],
+        tokenizer: PreTrainedTokenizerBase,
+        config: TrainingConfig,
     ) -> None:
-        self._reader, self._tokenizer, self._config = reader, tokenizer, config
+        self.reader = BatchReader(path, files)
+        self._tokenizer, self._config = tokenizer, config
+
+    def features(self, place: BatchPlace) -> RowFeatures:
+        """Return keys and signatures of the rows of a batch."""
+        batch = self.reader.batch(place)
+        return features_of(self.reader.as_rows(batch), batch.column("source").to_pylist())
 
     def tokens(self, task: BatchTask) -> TokenizedBatch:
         """Tokenise the rows of a batch that are used.
@@ -197,11 +209,11 @@ class BatchTokenizer:
         fates, count = task.fates.copy(), len(task.fates)
         lengths, (bounded, shortened) = np.zeros(count, np.int32), np.zeros((2, count), np.bool_)
         used = np.flatnonzero(np.isin(fates, _TOKENIZED))
-        batch = self._reader.batch(task.place)
+        batch = self.reader.batch(task.place)
         sources = batch.column("source").to_numpy()
-        rows = self._reader.as_rows(batch if len(used) == count else batch.take(used))
+        rows = self.reader.as_rows(batch if len(used) == count else batch.take(used))
         kept: dict[str, list[tuple[chat.TokenizedRow, Origin]]]
-        kept = {split: [] for split in SPLITS.values()}
+        kept = {split: [] for split in TOKEN_SPLITS.values()}
         limit = self._config.max_sequence_length
         over = [chat.tokens_over(self._tokenizer, row, limit) for row in rows]
         fitting = iter(
@@ -219,7 +231,7 @@ class BatchTokenizer:
                 shortened[index] = True
             if not tokenized.trained:
                 fates[index] = Fate.NO_TRAINED_TOKEN
-            elif split := SPLITS.get(Fate(fates[index])):
+            elif split := TOKEN_SPLITS.get(Fate(fates[index])):
                 question = row["question"][:_QUESTION_CHARACTERS]
                 origin = Origin(int(task.hashes[index]), int(sources[index]), question)
                 kept[split].append((tokenized, origin))

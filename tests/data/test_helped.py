@@ -16,9 +16,9 @@ from support.data_stage import SNAPSHOT, accounted, write_jsonl
 from qwen3ft.config import TrainingConfig
 from qwen3ft.data import pipeline as pipeline_module
 from qwen3ft.data import row_table
-from qwen3ft.data.batch_work import BatchWork
 from qwen3ft.data.folder import read_manifest
 from qwen3ft.data.pipeline import DataPipeline
+from qwen3ft.data.tokenizing import BatchWork
 from qwen3ft.errors import WorkerCrashedError
 from qwen3ft.files import read_manifest_facts
 from qwen3ft.jobs import helpers as helpers_module

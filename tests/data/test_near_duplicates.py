@@ -10,7 +10,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from qwen3ft.data.near_duplicates import BUCKET_ROWS, NearDuplicates
+from qwen3ft.data.near_duplicates import BUCKET_ROWS, NearDuplicates, band_hashes
 from qwen3ft.data.text_features import are_near, as_text, features, jaccard
 from qwen3ft.embedded import DATA_DIR
 
@@ -34,8 +34,8 @@ def join(words: Sequence[str]) -> str:
 def twins_of(texts: Sequence[str], left: Sequence[bool], threshold: float = 0.8) -> dict[int, int]:
     """Return each row of `left` with its near-duplicate among the others."""
     near = NearDuplicates(threshold)
-    near.add(texts[:3])
-    near.add(texts[3:])
+    near.add(band_hashes(texts[:3]))
+    near.add(band_hashes(texts[3:]))
     mask = np.array(left)
     twins = near.twins(mask, ~mask, texts.__getitem__)
     assert near.find(mask, ~mask, texts.__getitem__).tolist() == np.flatnonzero(twins >= 0).tolist()
@@ -127,7 +127,7 @@ def test_long_templates_do_not_collapse() -> None:
     names = [word.capitalize() for word in dict.fromkeys(LATIN)][:200]
     texts = [as_text(f"{PLAIN}: the {name}", f"{i % 7} kg") for i, name in enumerate(names)]
     near = NearDuplicates()
-    near.add(texts)
+    near.add(band_hashes(texts))
     everything = np.ones(200, bool)
     assert near.find(everything, everything, texts.__getitem__).tolist() == []
     assert near.capped_buckets > 0
@@ -138,7 +138,7 @@ def test_within_a_set_the_later_row_is_the_repeat() -> None:
     words = make_text(1)
     texts = [join(words), join(make_text(2)), join([*words[:-1], "x"]), join([*words[:-1], "y"])]
     near = NearDuplicates()
-    near.add(texts)
+    near.add(band_hashes(texts))
     mask = np.ones(4, bool)
     assert near.find(mask, mask, texts.__getitem__).tolist() == [2, 3]
     mask[0] = False
@@ -149,7 +149,7 @@ def test_copies_in_large_buckets_are_compared_with_the_first() -> None:
     """A hundred copies of one text cost one comparison each, and all are found."""
     texts = [join([*make_text(1)[:-1], LATIN[i]]) for i in range(5 * BUCKET_ROWS)]
     near = NearDuplicates()
-    near.add(texts)
+    near.add(band_hashes(texts))
     everything = np.ones(len(texts), bool)
     found = near.find(everything, everything, texts.__getitem__)
     assert found.tolist() == list(range(1, len(texts)))
@@ -175,7 +175,7 @@ def test_candidates_are_found_as_often_as_the_formula_says() -> None:
     ]
     assert 0.75 < min(similar) <= max(similar) < 0.87
     near = NearDuplicates()
-    near.add(texts)
+    near.add(band_hashes(texts))
     left = np.arange(800) < 400
     found = [tuple(pair) for pairs in near.pairs(left, ~left) for pair in pairs.tolist()]
     assert len(found) == len(set(found))
@@ -195,10 +195,10 @@ def test_a_row_costs_under_200_bytes() -> None:
     """Signatures and the search together, on top of what one batch takes."""
     texts = [join(make_text(i, 8)) for i in range(5000)]
     near = NearDuplicates()
-    near.add(texts[:1000])
+    near.add(band_hashes(texts[:1000]))
     tracemalloc.start()
     for start in range(1000, 5000, 1000):
-        near.add(texts[start : start + 1000])
+        near.add(band_hashes(texts[start : start + 1000]))
     held = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert held < 200 * 4000
