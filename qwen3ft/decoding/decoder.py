@@ -1,0 +1,201 @@
+"""The decoder: reads prompts packed, writes one token a step in each slot, refills the slots.
+
+On a GPU one step is captured as a CUDA graph. The number of slots never changes while a decoder
+lives, and a prompt's products always have the same number of rows: so every product is the same
+kernel each time, and an answer is the same bit by bit, whoever is asked beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen3ft.decoding.attention import PlainAttention, SlotAttention
+from qwen3ft.decoding.block import DecoderBlock, PackedTexts
+from qwen3ft.decoding.cache import PagedCache
+from qwen3ft.decoding.projections import BASE, Room, Switch
+from qwen3ft.decoding.reading import Reading
+from qwen3ft.decoding.slots import SlotTable
+from qwen3ft.decoding.writing import Marks
+from qwen3ft.planning.decoder_sizes import DecoderSizes
+from qwen3ft.training.fused import element_wise
+from qwen3ft.training.fused.attention import Segments
+
+
+def slot_attention(device: str) -> SlotAttention:
+    """Return Triton's kernels for 'cuda', plain torch for 'cpu'."""
+    if device == "cuda":
+        from qwen3ft.decoding.kernels import TritonAttention
+
+        return TritonAttention()
+    return PlainAttention(element_wise(device))
+
+
+class Decoder:
+    """Weights, cache and slots of `model`, and the computations on them.
+
+    Args:
+        model: A 4-bit `Qwen3ForCausalLM`, or a PEFT model over one.
+        names: Adapters between which questions choose, by their number.
+        sizes: Extent of cache and slots.
+        marks: Token ids that steer the writing.
+        most_draws: Most tokens of a drawn answer, 0 if none is drawn.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        names: Sequence[str],
+        sizes: DecoderSizes,
+        marks: Marks,
+        most_draws: int = 0,
+    ) -> None:
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.sizes = sizes
+        self.embedding, self.head = base.model.embed_tokens.weight, base.lm_head.weight
+        self.norm = base.model.norm
+        device = self.embedding.device
+        self.device = device
+        self.ops, attention = element_wise(device.type), slot_attention(device.type)
+        room = Room()
+        self.blocks = [
+            DecoderBlock(block, names, self.ops, attention, room) for block in base.model.layers
+        ]
+        for block in self.blocks[: sizes.resident_blocks]:
+            for projection in block.projections:
+                projection.keep_resident()
+        self.switch = Switch([each for block in self.blocks for each in block.projections])
+        first = self.blocks[0]
+        with torch.no_grad():
+            self.cache = PagedCache(
+                len(self.blocks), sizes.pages, first.key_heads, first.head_dim, self.embedding
+            )
+            self.table = SlotTable(
+                sizes.slots,
+                sizes.most_tokens,
+                marks,
+                most_draws,
+                self._rotation(base.model.rotary_emb, max(sizes.most_tokens, sizes.chunk_tokens)),
+            )
+        self._hidden: Tensor | None = None
+        self._logits: Tensor | None = None
+        self._reading = Reading.of([[0]], [BASE], None, sizes.chunk_tokens).to(device)
+        self._read: Callable[[], None] | None = None
+        self._step: Callable[[], None] = self._compute_logits
+        self._choices: dict[bool, Callable[[], None]] = {}
+
+    def _rotation(self, rotary: Any, tokens: int) -> tuple[Tensor, Tensor]:
+        """Return cos and sin of each position, fp32, (tokens, head_dim / 2) each."""
+        positions = torch.arange(tokens, device=self.device)[None]
+        half = rotary.inv_freq.numel()
+        # transformers takes only device and dtype of the first argument; both halves are the same
+        cos, sin = rotary(self.norm.weight.float(), positions)
+        return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+
+    @torch.no_grad()
+    def hidden(
+        self,
+        texts: Sequence[Sequence[int]],
+        models: Sequence[int],
+        places: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """Return the last hidden states of packed texts, before the norm, (tokens, hidden).
+
+        They are valid until the next call. All texts together should fill a chunk, or be one.
+
+        Args:
+            texts: Token ids; at most `READ_TEXTS`.
+            models: Number of each text's adapter.
+            places: Where the cache keeps each text's tokens; None to keep nothing.
+        """
+        reading = Reading.of(texts, models, places, self.sizes.chunk_tokens)
+        if self._read is not None and len(reading.ids) == self.sizes.chunk_tokens:
+            self._reading.copy_(reading)
+            self._read()
+        else:
+            self._compute_hidden(reading.to(self.device))
+        assert self._hidden is not None
+        return self._hidden[: sum(map(len, texts))]
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the fp32 logits of hidden states, (rows, vocabulary)."""
+        normed = torch.empty_like(hidden)
+        self.ops.rms_norm(hidden, self.norm.weight, self.norm.variance_epsilon, normed)
+        if normed.is_cuda and normed.dtype != torch.float32:
+            wide: Tensor = torch.mm(normed, self.head.t(), out_dtype=torch.float32)
+            return wide
+        return torch.mm(normed, self.head.t()).float()
+
+    @torch.no_grad()
+    def step(self, *, draw: bool) -> None:
+        """Write one token in every slot; the tokens are in `table.token`."""
+        self._step()
+        choose = self._choices.get(draw)
+        if choose is None:
+            self._choose(draw)
+        else:
+            choose()
+
+    @torch.no_grad()
+    def capture(self, *, draw: bool) -> None:
+        """Capture reading and the step as CUDA graphs; call it while all slots are idle."""
+        if self.device.type != "cuda":
+            return
+        # once as they are: that compiles kernels and makes the workspaces
+        self.step(draw=draw)
+        self._compute_hidden(self._reading)
+        pool = torch.cuda.graph_pool_handle()
+        self._read = _captured(lambda: self._compute_hidden(self._reading), pool)
+        self._step = _captured(self._compute_logits, pool)
+        for drawn in {False, draw}:
+            self._choices[drawn] = _captured(partial(self._choose, drawn), pool)
+
+    def _compute_hidden(self, reading: Reading) -> None:
+        chunk = self.sizes.chunk_tokens
+        cos, sin = (table[reading.positions] for table in self.table.rotation)
+        texts = PackedTexts(
+            # The length of the longest only sizes the launch; no kernel may depend on it.
+            Segments(reading.bounds, len(reading.ids), reading.host_bounds),
+            cos,
+            sin,
+            [
+                self.switch.masks(models)
+                for models in torch.chunk(reading.models, len(reading.ids) // chunk)
+            ],
+            chunk,
+            reading.places,
+        )
+        x = torch.nn.functional.embedding(reading.ids, self.embedding)
+        for index, block in enumerate(self.blocks):
+            block.packed(x, texts, self.cache, index)
+        self._hidden = x
+
+    def _compute_logits(self) -> None:
+        table = self.table
+        slots, foreign = table.now(), self.switch.masks(table.model)
+        x = torch.nn.functional.embedding(table.token, self.embedding)
+        for index, block in enumerate(self.blocks):
+            keys, values = self.cache.keys[index], self.cache.values[index]
+            block.step(x, slots, foreign, keys, values)
+        self._logits = self.logits(x)
+
+    def _choose(self, draw: bool) -> None:
+        assert self._logits is not None
+        table = self.table
+        token = table.writing.choose(self._logits, draw=draw)
+        table.token.copy_(token)
+        table.position += (~table.writing.state["ended"]).int()
+
+
+def _captured(compute: Callable[[], None], pool: Any) -> Callable[[], None]:
+    """Return a replay of `compute`, whose tensors stay where they were while it was captured."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        compute()
+    replay: Callable[[], None] = graph.replay
+    return replay

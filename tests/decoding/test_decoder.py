@@ -1,0 +1,119 @@
+"""The decoder against transformers' `generate`, and an answer's independence of those beside it."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.answering import (
+    MODELS,
+    NEW_TOKENS,
+    ask,
+    embedded_prompts,
+    generated,
+    make_decoder,
+    marks,
+    two_adapters,
+)
+
+from qwen3ft.decoding.decoder import Decoder
+from qwen3ft.decoding.slots import Query
+from qwen3ft.decoding.writer import AnswerWriter
+from qwen3ft.decoding.writing import Limits
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return two_adapters(tmp_path_factory.mktemp("model"), torch.float32, "cpu")
+
+
+@pytest.fixture(scope="module")
+def decoder(model: Any) -> Decoder:
+    return make_decoder(model, draws=NEW_TOKENS)
+
+
+def test_answers_are_those_of_generate(model: Any, decoder: Decoder) -> None:
+    """In fp32, with base and two adapters in one batch."""
+    prompts = embedded_prompts()[::80]
+    asked = [(index, number) for number in MODELS for index in range(len(prompts))]
+    ours = ask(decoder, prompts, asked)
+    assert {key: written.tokens for key, written in ours.items()} == generated(model, prompts)
+
+
+def test_an_answer_does_not_depend_on_those_beside_it(model: Any, decoder: Decoder) -> None:
+    """In any order, in part, and with so few pages that answers wait in host memory."""
+    prompts = embedded_prompts()[:8]
+    asked = [(index, number) for number in MODELS for index in range(len(prompts))]
+    truth = ask(decoder, prompts, asked)
+    scarce = make_decoder(model, pages=6)
+    for seed, (one, count) in enumerate([(decoder, 7), (scarce, len(asked))]):
+        order = random.Random(seed).sample(asked, count)
+        assert ask(one, prompts, order) == {key: truth[key] for key in order}
+
+
+def test_drawn_answers_depend_on_their_seed_alone(decoder: Decoder) -> None:
+    """The same seed gives the same answer in any company; another gives another."""
+    prompts = embedded_prompts()[:3]
+    drawn = [Query(prompts[0], Limits(NEW_TOKENS, seed=seed)) for seed in (1, 2, 3, 4)]
+    greedy = [Query(prompt, Limits(NEW_TOKENS)) for prompt in prompts]
+    together = dict(AnswerWriter(decoder, [*greedy, *drawn]).run())
+    alone = dict(AnswerWriter(decoder, [drawn[2]]).run())
+    assert alone[0] == together[5]
+    assert len({tuple(together[place].tokens) for place in range(3, 7)}) > 1
+    assert together[0] == dict(AnswerWriter(decoder, greedy).run())[0]
+
+
+def test_thinking_ends_with_its_budget(decoder: Decoder) -> None:
+    """After the budget comes the end of the block, then an answer within its own limit."""
+    prompt = embedded_prompts()[5]
+    for opened in (True, False):
+        limits = Limits(answer_tokens=6, thinking_tokens=2, opened=opened)
+        [(_, written)] = AnswerWriter(decoder, [Query(prompt, limits)]).run()
+        closing = list(marks().closing)
+        if not opened:  # this model opens no block by itself
+            assert not written.thought
+            assert len(written.tokens) <= 6
+            continue
+        assert written.thought
+        assert not written.closed_itself
+        assert written.tokens[2 : 2 + len(closing)] == closing
+        assert 0 < len(written.tokens) - 2 - len(closing) <= 6
+
+
+def test_a_page_is_given_back(decoder: Decoder) -> None:
+    """After all answers, every slot and page is free."""
+    ask(decoder, embedded_prompts()[:5], [(index, 0) for index in range(5)])
+    assert decoder.cache.free_pages == decoder.cache.pages
+    assert len(decoder.table.free) == decoder.sizes.slots
+
+
+@pytest.mark.slow
+def test_all_questions_and_twenty_orders(model: Any) -> None:
+    """All 480 questions of the embedded model, for base and two adapters."""
+    prompts = embedded_prompts()
+    decoder = make_decoder(model, slots=64, pages=300)
+    asked = [(index, number) for number in MODELS for index in range(len(prompts))]
+    truth = ask(decoder, prompts, asked)
+    assert {key: written.tokens for key, written in truth.items()} == generated(model, prompts)
+    for seed in range(20):
+        order = random.Random(seed).sample(asked, 300)
+        assert ask(decoder, prompts, order) == {key: truth[key] for key in order}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_gpu_answers_alike(tmp_path: Path) -> None:
+    """In bf16 at least 96 % are those of `generate`; all are the same in 20 orders."""
+    model = two_adapters(tmp_path, torch.bfloat16, "cuda")
+    prompts = embedded_prompts()
+    decoder = make_decoder(model, slots=64, pages=300)
+    asked = [(index, number) for number in MODELS for index in range(len(prompts))]
+    truth = ask(decoder, prompts, asked)
+    plain = generated(model, prompts)
+    assert sum(plain[key] == truth[key].tokens for key in asked) >= 0.96 * len(asked)
+    for seed in range(20):
+        order = random.Random(seed).sample(asked, 500)
+        assert ask(decoder, prompts, order) == {key: truth[key] for key in order}
