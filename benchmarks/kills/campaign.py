@@ -1,15 +1,16 @@
 """Interrupts trainings at random and aimed moments, and compares every end with an undisturbed one.
 
     python -m benchmarks.kills.campaign [--interruptions 1000] [--stack 50] [--minutes 120]
-                                        [--seed 0] [--work DIR] [--out FILE]
+                                        [--jobs 1] [--seed 0] [--work DIR] [--out FILE]
 
 Trainings of the embedded model on the CPU, padded, packed, fused and with offloading, are killed,
 asked to stop once and twice, stopped and left stopped until they count as stalled, run into a full
 disk, lose their power (what was not synced is gone), and are interrupted at each point of the code
 at which something is committed. Each is resumed as the flow resumes it, up to a dozen times. In the
 end the adapter, the optimizer's and the generators' state, the best step and its loss and all
-metrics by step must be those of an undisturbed training, bit by bit. `--stack` of the interruptions
-strike whole runs of the flow with their servers (stack.py).
+metrics by step must be those of an undisturbed training, bit by bit. `--jobs` processes share the
+trainings, each with a seed of its own. `--stack` of the interruptions strike whole runs of the flow
+with their servers (stack.py).
 
 Exits with 1 if one is not, if a worker is stuck, if a committed checkpoint is lost, if the end of
 one is not classified, or if there were fewer interruptions than asked for.
@@ -25,14 +26,15 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from random import Random
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.kills.stack import StackCampaign
-from benchmarks.kills.strikes import KINDS, Blow, draw, suffer
+from benchmarks.kills.strikes import KINDS, MOST_SECONDS, Blow, draw, suffer
 from benchmarks.kills.trainings import (
     PATHS,
     SCHEDULE,
@@ -49,6 +51,9 @@ from benchmarks.machine import write_json
 from qwen3ft import logs
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.records.plan import TrainPlan
+
+if TYPE_CHECKING:
+    from benchmarks.kills.stack import StackCampaign
 
 MOST_IN_ONE_RUN = 12
 """Most interruptions of one training."""
@@ -88,6 +93,18 @@ class Campaign:
         """Number of interruptions so far."""
         return self.struck.total()
 
+    def add(self, other: Campaign) -> None:
+        """Add the counts of a campaign with another seed."""
+        self.runs, self.identical = self.runs + other.runs, self.identical + other.identical
+        for mine, theirs in (
+            (self.struck, other.struck),
+            (self.phases, other.phases),
+            (self.endings, other.endings),
+            (self.by_path, other.by_path),
+        ):
+            mine.update(theirs)
+        self.problems += [f"seed {other.seed}, {problem}" for problem in other.problems]
+
     def count(self, path: str, blow: Blow) -> None:
         """Add one attempt."""
         self.problems += [f"{path}: {problem} ({blow.strike})" for problem in blow.problems]
@@ -125,7 +142,7 @@ def interrupt(
             remaining -= blow.struck
         else:
             nursery.start(run.attempt(plan.attempt).path)
-            status = nursery.wait(600)
+            status = nursery.wait(MOST_SECONDS)
             blow = None
             if status != 0:
                 campaign.problems.append(f"{path}: undisturbed attempt ended with {status}")
@@ -146,7 +163,7 @@ def run_campaign(
     """Interrupt trainings until there were enough interruptions or the time is over."""
     campaign, end = Campaign(seed), time.monotonic() + seconds
     with Nursery() as nursery:
-        references = {}
+        references: dict[str, Reference] = {}
         for path in paths:
             plan = make_plan(work, path)
             run = RunDir(work / "runs" / f"undisturbed-{len(references)}")
@@ -159,10 +176,26 @@ def run_campaign(
             interrupt(nursery, campaign, path, run, references[path], most)
             if campaign.problems or campaign.runs % 10 == 0:
                 report(
-                    f"{campaign.interruptions:5d} interruptions, {campaign.identical} of "
+                    f"seed {seed}: {campaign.interruptions} interruptions, {campaign.identical} of "
                     f"{campaign.runs} runs identical, {len(campaign.problems)} problems",
                     flush=True,
                 )
+    return campaign
+
+
+def run_campaigns(work: Path, interruptions: int, seconds: float, seed: int, jobs: int) -> Campaign:
+    """Share the interruptions among `jobs` processes; their seeds follow `seed`."""
+    if jobs == 1:
+        return run_campaign(work, interruptions, seconds, seed)
+    campaign, share = Campaign(seed), -(-interruptions // jobs)
+    # Spawned: torch's threads do not survive a fork.
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        running = [
+            pool.submit(run_campaign, work / f"seed-{own}", share, seconds, own)
+            for own in range(seed, seed + jobs)
+        ]
+        for one in running:
+            campaign.add(one.result())
     return campaign
 
 
@@ -221,6 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--interruptions", type=int, default=1000)
     parser.add_argument("--stack", type=int, default=50, help="interruptions of whole runs")
     parser.add_argument("--minutes", type=float, default=120.0, help="end after this time")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings interrupted at once")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, help="folder to keep")
     parser.add_argument("--out", type=Path)
@@ -230,9 +264,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     work = (asked.work or Path(tempfile.mkdtemp(prefix="qwen3ft-kills-"))).resolve()
     started = time.monotonic()
     alone, end = asked.interruptions - asked.stack, started + 60 * asked.minutes
-    campaign = run_campaign(work, alone, end - time.monotonic(), asked.seed)
-    stack = StackCampaign(work / "stack", asked.seed) if asked.stack else None
-    if stack is not None:
+    campaign = run_campaigns(work, alone, end - time.monotonic(), asked.seed, asked.jobs)
+    stack = None
+    if asked.stack:
+        from benchmarks.kills.stack import StackCampaign  # needs what servers need
+
+        stack = StackCampaign(work / "stack", asked.seed)
         stack.run(asked.stack, end)
     summary = summarise(campaign, stack, asked.interruptions, time.monotonic() - started)
     print_summary(summary)

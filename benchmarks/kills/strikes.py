@@ -38,8 +38,8 @@ MOST_HITS = 6
 STALL_SECONDS = 2.0
 """Silence after which a worker counts as stalled; a run's default is minutes."""
 
-MOST_SECONDS = 120.0
-"""Longest life of an attempt; past it the worker is stuck."""
+MOST_SECONDS = 900.0
+"""Longest life of an attempt, of some seconds on a quiet machine; past it the worker is stuck."""
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ PATHS: dict[str, dict[str, Any]] = {
 SCHEDULE = {"total_steps": 10, "evaluate_every_steps": 3, "micro_batch_size": 4}
 """The last step is neither the end of an epoch nor a multiple of an evaluation's."""
 
-FIRST_START_SECONDS = 300.0
+FIRST_START_SECONDS = 900.0
 IDENTICAL = ("best_step", "best_held_out_loss", "first_held_out_loss", "last_step", "epochs")
 IDENTICAL_TOO = ("final_loss", "stopped_early")
 
