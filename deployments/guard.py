@@ -70,6 +70,7 @@ class Guard:
         is_page: Tells by its path what links from elsewhere may lead to; nothing there may have
             side effects.
         uploads: Beginnings of paths that take other content than JSON.
+        closed: Parts of paths that lead to nothing here, whoever asks.
         sockets_sign_in: The application itself asks for the secret on each web socket.
     """
 
@@ -80,13 +81,14 @@ class Guard:
         *,
         is_page: Callable[[str], bool],
         uploads: Sequence[str] = (),
+        closed: Sequence[str] = (),
         sockets_sign_in: bool = False,
     ) -> None:
         if not secret:
             raise ValueError("a server without a secret would be open to everybody")
         self._app, self._secret = app, secret
         self._authorization, self._cookie = authorization(secret), f"qwen3ft-{digest(secret)}"
-        self._is_page, self._uploads = is_page, tuple(uploads)
+        self._is_page, self._uploads, self._closed = is_page, tuple(uploads), tuple(closed)
         self._sockets_sign_in = sockets_sign_in
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -120,7 +122,8 @@ class Guard:
         if request.token is not None and self._is_page(request.path):
             return self._sign_in(request)
         if in_header or self._is_secret(request.cookie(self._cookie)):
-            return None
+            is_closed = any(part in request.path.lower() for part in self._closed)
+            return Answer.refusal(404, "That is switched off here.") if is_closed else None
         if request.is_socket and self._sockets_sign_in:
             return None
         if opened and request.is_foreign:

@@ -15,6 +15,8 @@ _UPLOADS = (
     "/api/2.0/mlflow-artifacts/",  # files of artifacts, from the client
     "/v1/",  # traces and metrics as OpenTelemetry sends them
 )
+CLOSED = ("/mlflow/assistant",)
+"""Parts of paths of what would run commands on this machine; MLflow has no setting to end it."""
 
 
 def create_app() -> ASGIApp:
@@ -22,4 +24,4 @@ def create_app() -> ASGIApp:
     from mlflow.server.fastapi_app import app  # the command line that starts uvicorn needs none
 
     secret = os.environ["MLFLOW_TRACKING_PASSWORD"]
-    return Guard(app, secret, is_page=lambda path: path == "/", uploads=_UPLOADS)
+    return Guard(app, secret, is_page=lambda path: path == "/", uploads=_UPLOADS, closed=CLOSED)

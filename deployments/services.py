@@ -28,7 +28,8 @@ HOSTS = ("127.0.0.1", "localhost")
 """Names by which the servers answer to requests; they listen on the first."""
 POOL = "qwen3ft"
 WORKER = "qwen3ft-local"
-TOML_HEADER = "# Written by `qwen3ft up`, removed by `qwen3ft down`.\n"
+TOML_HEADER = "# Written by `qwen3ft up`"
+"""Beginning of a prefect.toml that may be replaced."""
 HEARTBEAT_SECONDS = 30
 """Time between two heartbeats of a flow run; Prefect's minimum."""
 LATE_HEARTBEAT_SECONDS = 3.0 * HEARTBEAT_SECONDS
@@ -183,15 +184,26 @@ def client_variables(layout: Layout) -> dict[str, str]:
     return {name: values[name] for name in names if name in values}
 
 
-def prefect_toml(layout: Layout) -> str:
-    """Return the content of a prefect.toml that points `prefect` at the stack's server."""
+def prefect_toml(layout: Layout, *, is_up: bool) -> str:
+    """Return the content of a prefect.toml: what a `prefect` typed by hand is to do.
+
+    While the stack is up, it uses its server. While it is down, it uses none: its own temporary one
+    would be open to everybody, and who listens at the stack's address might not be the stack.
+    """
+    no_server = (
+        f"{TOML_HEADER} and `qwen3ft down`: `prefect` starts no server of its own.\n"
+        "# Next: qwen3ft up\n\n[server.ephemeral]\nenabled = false\n"
+    )
+    if not is_up:
+        return no_server
     return (
-        f"{TOML_HEADER}"
+        f"{TOML_HEADER}.\n"
         f"home = {json.dumps(str(layout.prefect_home))}\n"
         f"profiles_path = {json.dumps(str(layout.prefect_home / 'profiles.toml'))}\n"
         f"ui_url = {json.dumps(layout.ui_url)}\n"
         f"\n[api]\nurl = {json.dumps(layout.url('prefect') + '/api')}\n"
         f"auth_string = {json.dumps(auth_string(layout.secret))}\n"
+        "\n[server.ephemeral]\nenabled = false\n"
     )
 
 

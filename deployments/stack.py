@@ -5,7 +5,7 @@
     .qwen3ft/logs/*.log      what they print, appended
     .qwen3ft/prefect/        Prefect's database and cached results
     mlruns/                  MLflow's database and artifacts
-    prefect.toml             points a `prefect` typed by hand in this folder at the server
+    prefect.toml             points a `prefect` typed by hand in this folder at the server, if any
 
 `up` starts only what is down, and two at once are safe. `down` leaves no process, not even those of
 a flow run. `deployments.autostart` keeps the stack up.
@@ -152,7 +152,7 @@ class Stack:
             self._start_worker(before)  # while MLflow, which it does not need yet, still starts
             for name in SERVICES:
                 self._wait(name)
-            self._write_toml()
+            self._write_toml(is_up=True)
         self._announce(down, say)
         return True
 
@@ -164,8 +164,7 @@ class Stack:
             stopped = tuple(name for name in _STOP_ORDER if self._stop(name))
             strays = stop(find_marked(self.root))
             self._write_state(self._read_state().model_copy(update={"pids": {}}))
-            if self._owns_toml():
-                self._toml.unlink(missing_ok=True)
+            self._write_toml(is_up=False)
         for name in stopped:
             say(f"{name} stopped")
         if strays:
@@ -321,6 +320,7 @@ class Stack:
     def _owns_toml(self) -> bool:
         return not self._toml.exists() or self._toml.read_text("utf-8").startswith(TOML_HEADER)
 
-    def _write_toml(self) -> None:
+    def _write_toml(self, *, is_up: bool) -> None:
         if self._owns_toml():
-            write_bytes_atomic(self._toml, services.prefect_toml(self.layout()).encode())
+            content = services.prefect_toml(self.layout(), is_up=is_up)
+            write_bytes_atomic(self._toml, content.encode())

@@ -98,6 +98,8 @@ def qwen3_finetune(
         resumed: Number of automatic resumes after crashes so far.
     """
     survive_closed_pipes()
+    for name in ("prefect.flow_runs", "prefect.task_runs"):  # they log errors with their causes
+        logs.mask_logger(name)
     config = over_deployment(config)
     if continue_run is not None:
         checked_name(continue_run, "run", "qwen3ft status")
@@ -108,6 +110,7 @@ def qwen3_finetune(
     make_folders(config)
     request = find_request(config)
     with (
+        logs.without_secrets(),
         workers_ahead() if continue_run else nullcontext(),  # it needs a worker at once
         claim_tonight(config, request, nightly, continue_run) as night,
     ):

@@ -35,6 +35,7 @@ POINTS = {
     "file.renamed": "the file has its name, which is not durable",
     "folder.filled": "a folder's files are written, and its manifest is not",
     "folder.listed": "the manifest is written, and the folder does not have its name",
+    "folder.exchanged": "the new folder has the name, the older one that of the unfinished",
     "folder.retired": "an older folder of the name is out of the way, the new one not in its place",
     "folder.renamed": "the folder has its name, which is not durable",
     "step.done": "an optimizer step is done, and nothing of it is recorded",

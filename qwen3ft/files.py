@@ -7,6 +7,8 @@ if its manifest, written last, lists every file with its size and sha256 and all
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -34,6 +36,9 @@ PRIVATE_UMASK = 0o077
 
 MOST_JSON_BYTES = 16 * MIB
 """Largest JSON file that is read whole; parsed, it takes up to 25 times as much memory."""
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+"""Constants of the kernel (fcntl.h, fs.h): paths as they are; both names stay, exchanged."""
 
 _STAGING = re.compile(r"\.(?P<target>.+?)(?P<retired>\.old)?\.[a-z0-9_]{8}")
 """Names that `tempfile.mkdtemp` makes in `build_folder`."""
@@ -328,7 +333,8 @@ def build_folder(
 ) -> str:
     """Create the folder `target` with the files that `fill` writes, all or nothing.
 
-    An older `target` stays in place until the new one is complete.
+    An older `target` stays in place until the new one is complete, and is exchanged with it in one
+    step; only on a file system that cannot do that is there a moment with neither.
 
     Returns:
         The sha256 of the new manifest.
@@ -340,20 +346,38 @@ def build_folder(
         reach("folder.filled")
         digest = write_manifest(staging, facts)
         reach("folder.listed")
-        if target.exists():
+        if not target.exists():
+            os.rename(staging, target)
+        elif _exchange(staging, target):
+            reach("folder.exchanged")
+            shutil.rmtree(staging, ignore_errors=True)
+        else:
             retired = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
             os.rename(target, retired / "folder")
             reach("folder.retired")
             os.rename(staging, target)
             shutil.rmtree(retired, ignore_errors=True)
-        else:
-            os.rename(staging, target)
         reach("folder.renamed")
         fsync_dir(target.parent)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
     return digest
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two folders in one step; return whether the system can (renameat2, Linux 3.15)."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:  # another C library
+        return False
+    here = _AT_FDCWD
+    if renameat2(here, os.fsencode(one), here, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number), str(one), None, str(other))
 
 
 def require_disk(target: Path, needed_bytes: int, what: str, why: str) -> None:

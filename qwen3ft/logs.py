@@ -13,7 +13,8 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,27 @@ def _make_plain(record: logging.LogRecord) -> bool:
         traceback = logging.Formatter().formatException(record.exc_info)
         record.exc_text = escaped(mask_secrets(traceback))  # formatters use it if it is there
     return True
+
+
+def mask_logger(name: str) -> None:
+    """Mask what a logger of a library is given, such as Prefect's, before its handlers send it."""
+    logging.getLogger(name).addFilter(_make_plain)
+
+
+@contextmanager
+def without_secrets() -> Iterator[None]:
+    """Let errors leave the body, or a function that this decorates, only with secrets masked.
+
+    Prefect shows and stores what they say. One that quotes a secret, or what steers a terminal,
+    becomes a RuntimeError with its name and the masked text.
+    """
+    try:
+        yield
+    except Exception as error:
+        shown = escaped(mask_secrets(str(error)))
+        if shown == str(error):
+            raise
+        raise RuntimeError(f"{type(error).__name__}: {shown}") from None
 
 
 def configure(*, console: bool = True, json_path: Path | None = None) -> None:

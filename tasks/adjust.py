@@ -11,7 +11,7 @@ from prefect.cache_policies import NO_CACHE
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.jobs.folders import RunDir
-from qwen3ft.logs import get_logger
+from qwen3ft.logs import get_logger, without_secrets
 from qwen3ft.recovery.adjust import FailedAttempt, GiveUp, Retry, decide_retry
 from qwen3ft.training import checkpoint
 from tasks.names import adjust_name, name_of
@@ -20,6 +20,7 @@ logger = get_logger("adjust")
 
 
 @task(name="adjust", task_run_name=name_of(adjust_name), cache_policy=NO_CACHE)
+@without_secrets()
 def adjust_parameters(config: TrainingConfig, failed: Sequence[FailedAttempt]) -> Retry | GiveUp:
     """Clean up after the last attempt of `failed`, then decide what follows."""
     plan, failure = failed[-1]

@@ -13,6 +13,7 @@ from qwen3ft.data.pipeline import dataset_target
 from qwen3ft.data.sources import resolved
 from qwen3ft.data.stage import make_dataset
 from qwen3ft.jobs.folders import RunDir
+from qwen3ft.logs import without_secrets
 from qwen3ft.records.data import DatasetManifest, ResolvedSources
 from qwen3ft.records.model import ModelSnapshot
 from tasks.policies import cache_key
@@ -29,6 +30,7 @@ def _key(_: Any, parameters: dict[str, Any]) -> str:
     persist_result=True,
     result_serializer="json",
 )
+@without_secrets()
 def tokenize(
     sources: ResolvedSources,
     model: ModelSnapshot,

@@ -12,7 +12,7 @@ from qwen3ft.evaluation.judge import judge_answers
 from qwen3ft.evaluation.wording import judge_note, judge_text
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.jobs.launcher import run_worker
-from qwen3ft.logs import get_logger
+from qwen3ft.logs import get_logger, without_secrets
 from qwen3ft.records.evaluation import Champion, InferenceReport
 from qwen3ft.records.model import SavedAdapter
 from qwen3ft.records.plan import TrainPlan
@@ -25,6 +25,7 @@ logger = get_logger("inference")
 
 
 @task(name="inference", task_run_name=name_of(inference_name), cache_policy=NO_CACHE)
+@without_secrets()
 def compare_answers(
     config: TrainingConfig, plan: TrainPlan, saved: SavedAdapter, champion: Champion | None
 ) -> InferenceReport:
@@ -52,6 +53,7 @@ def compare_answers(
 
 
 @task(name="judge", task_run_name="judge", cache_policy=NO_CACHE)
+@without_secrets()
 def ask_judge(config: TrainingConfig, report: InferenceReport) -> InferenceReport:
     """Add the judge's opinion to the report; it can neither fail nor decide the run."""
     return with_judge(config, report)

@@ -7,6 +7,7 @@ from typing import Any
 from prefect import task
 
 from qwen3ft.config import TrainingConfig
+from qwen3ft.logs import without_secrets
 from qwen3ft.model.adapter import plan_adapter
 from qwen3ft.records.model import AdapterSpec, ModelSnapshot
 from tasks.policies import cache_key
@@ -25,6 +26,7 @@ def _key(_: Any, parameters: dict[str, Any]) -> str:
     persist_result=True,
     result_serializer="json",
 )
+@without_secrets()
 def configure_lora(config: TrainingConfig, model: ModelSnapshot) -> AdapterSpec:
     """Choose the layers that get an adapter and count its parameters."""
     return plan_adapter(config, model.shape)

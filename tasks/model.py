@@ -9,6 +9,7 @@ from prefect import task
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.jobs.folders import RunDir
+from qwen3ft.logs import without_secrets
 from qwen3ft.model.hub import resolve_model
 from qwen3ft.model.manager import read_snapshot, snapshot_target
 from qwen3ft.model.stage import quantized_model
@@ -25,6 +26,7 @@ from tasks.policies import RETRY_DELAYS_SECONDS, cache_key, is_transient
     retry_condition_fn=is_transient,
     persist_result=False,
 )
+@without_secrets()
 def resolve(config: TrainingConfig) -> ModelSource:
     """Resolve the name to a commit or to a folder's content; quick, and never cached."""
     return resolve_model(config)
@@ -44,6 +46,7 @@ def _key(_: Any, parameters: dict[str, Any]) -> str:
     retry_delay_seconds=RETRY_DELAYS_SECONDS,
     retry_condition_fn=is_transient,
 )
+@without_secrets()
 def quantize(
     config: TrainingConfig, source: ModelSource, device: str, run: str, target: str
 ) -> ModelSnapshot:

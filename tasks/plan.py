@@ -7,6 +7,7 @@ from typing import Any
 from prefect import task
 
 from qwen3ft.config import TrainingConfig
+from qwen3ft.logs import without_secrets
 from qwen3ft.planning.plan import build_plan
 from qwen3ft.records.data import DatasetManifest
 from qwen3ft.records.machine import EnvironmentReport
@@ -33,6 +34,7 @@ def _key(_: Any, parameters: dict[str, Any]) -> str:
     persist_result=True,
     result_serializer="json",
 )
+@without_secrets()
 def plan_training(
     config: TrainingConfig,
     environment: EnvironmentReport,

@@ -7,6 +7,7 @@ from prefect.cache_policies import NO_CACHE
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.jobs.folders import RunDir
+from qwen3ft.logs import without_secrets
 from qwen3ft.preflight.report import preflight_markdown
 from qwen3ft.preflight.stage import measure_first
 from qwen3ft.records.machine import EnvironmentReport
@@ -18,6 +19,7 @@ from tasks.artifacts import PREFLIGHT, show_markdown
 
 
 @task(name="preflight", task_run_name="preflight", cache_policy=NO_CACHE)
+@without_secrets()
 def run_preflight(
     config: TrainingConfig, environment: EnvironmentReport, plan: TrainPlan, run: RunDir
 ) -> TrainPlan:

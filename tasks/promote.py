@@ -15,7 +15,7 @@ from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import RolledBackError, TrackingUnavailableError, TransientError
 from qwen3ft.evaluation.gate import decide_promotion, gate_policy
 from qwen3ft.jobs.folders import RunDir
-from qwen3ft.logs import get_logger, mask_secrets
+from qwen3ft.logs import get_logger, mask_secrets, without_secrets
 from qwen3ft.operations.night import request_tags
 from qwen3ft.records.evaluation import Champion, InferenceReport, Verdict
 from qwen3ft.records.model import SavedAdapter
@@ -56,6 +56,7 @@ def may_be_retried(task: Task[Any, Any], run: TaskRun, state: State[Any]) -> boo
     retry_delay_seconds=REGISTRY_DELAYS_SECONDS,
     retry_condition_fn=may_be_retried,
 )
+@without_secrets()
 def register(config: TrainingConfig, saved: SavedAdapter, run: str) -> SavedAdapter:
     """Make the uploaded adapter a version of the registered model."""
     started = time.monotonic()
@@ -97,6 +98,7 @@ def wait_for_upload(run: RunDir) -> bool:
     retry_delay_seconds=2.0,
     retry_condition_fn=is_transient,
 )
+@without_secrets()
 def find_champion(config: TrainingConfig) -> Champion | None:
     """Return the adapter in use, fetched and verified; None before the first promotion."""
     registry = Registry(default_tracking_uri())
@@ -115,6 +117,7 @@ def find_champion(config: TrainingConfig) -> Champion | None:
     retry_delay_seconds=[2.0, 10.0],
     retry_condition_fn=is_transient,
 )
+@without_secrets()
 def promote(
     config: TrainingConfig,
     saved: SavedAdapter,

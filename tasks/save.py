@@ -9,6 +9,7 @@ from prefect.cache_policies import NO_CACHE
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.jobs.folders import RunDir
+from qwen3ft.logs import without_secrets
 from qwen3ft.model.save_adapter import save_adapter
 from qwen3ft.records.model import SavedAdapter
 from qwen3ft.records.plan import TrainPlan
@@ -18,6 +19,7 @@ from tasks.names import name_of, save_name
 
 
 @task(name="save", task_run_name=name_of(save_name), cache_policy=NO_CACHE)
+@without_secrets()
 def save(config: TrainingConfig, plan: TrainPlan, outcome: AttemptOutcome) -> SavedAdapter:
     """Write and verify the adapter folder, and journal its upload."""
     saved = save_adapter(outcome, plan, config)

@@ -20,7 +20,7 @@ from qwen3ft.errors import PreemptedError
 from qwen3ft.files import lines_from
 from qwen3ft.jobs.folders import JobDir, RunDir, parse_record, read_record
 from qwen3ft.jobs.launcher import try_worker
-from qwen3ft.logs import get_logger
+from qwen3ft.logs import get_logger, without_secrets
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.training import AttemptOutcome, Failure, TrainingMetrics
 from qwen3ft.tracking.journal import Journal
@@ -33,6 +33,7 @@ PROGRESS_SECONDS = 2.0
 
 
 @task(name="train", task_run_name=name_of(train_name), cache_policy=NO_CACHE)
+@without_secrets()
 def train_attempt(plan: TrainPlan) -> AttemptOutcome | State[Failure]:
     """Run the attempt; a `Failure` is the data of the failed state that it returns."""
     run = RunDir(Path(plan.run_dir))

@@ -15,9 +15,9 @@ from support.registered import MODEL, add_version, copy_database
 from test_contracts import MODULES
 
 from benchmarks.kills.strikes import POINTS as TRAINING_POINTS
-from qwen3ft import faults
+from qwen3ft import faults, files
 from qwen3ft.errors import ConfigError
-from qwen3ft.files import build_folder, find_damage, write_json_atomic
+from qwen3ft.files import build_folder, find_damage, is_left_behind, write_json_atomic
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.registry import aliases
 from qwen3ft.registry.moves import Aliases, Change, Mover
@@ -32,9 +32,10 @@ FILE_POINTS = {"file.written": "old", "file.synced": "old", "file.renamed": "new
 FOLDER_POINTS = {
     "folder.filled": "old",
     "folder.listed": "old",
-    "folder.retired": None,  # neither has the name
+    "folder.exchanged": "new",
     "folder.renamed": "new",
 }
+RETIRED = "folder.retired"
 MOVE_POINTS = {"move.begun": "1", "move.prepared": "1", "move.made": "2"}
 """Point: the champion after the crash is settled."""
 
@@ -54,7 +55,7 @@ def test_every_point_is_in_the_code_once_and_in_a_test() -> None:
                 assert isinstance(node.args[0], ast.Constant), path
                 called[node.args[0].value] += 1
     assert called == Counter(faults.POINTS.keys())
-    struck = {*TRAINING_POINTS, *FILE_POINTS, *FOLDER_POINTS, *MOVE_POINTS, *OTHERS}
+    struck = {*TRAINING_POINTS, *FILE_POINTS, *FOLDER_POINTS, *MOVE_POINTS, *OTHERS, RETIRED}
     assert struck == set(faults.POINTS)
 
 
@@ -83,9 +84,9 @@ def test_a_process_killed_at_a_point_of_a_file_leaves_the_old_or_the_new(
 
 @pytest.mark.parametrize(("point", "left"), FOLDER_POINTS.items())
 def test_a_process_killed_at_a_point_of_a_folder_leaves_the_old_or_the_new(
-    tmp_path: Path, point: str, left: str | None
+    tmp_path: Path, point: str, left: str
 ) -> None:
-    """Only between two renames is there neither; whoever needs the folder then makes it again."""
+    """One of them has the name at any time."""
     target = tmp_path / "folder"
 
     def build(content: str) -> None:
@@ -93,9 +94,29 @@ def test_a_process_killed_at_a_point_of_a_folder_leaves_the_old_or_the_new(
 
     build("old")
     killed(lambda: build("new"), point)
-    assert (find_damage(target) is None) == (left is not None)
-    if left is not None:
-        assert (target / "value.json").read_text(encoding="utf-8") == f'"{left}"\n'
+    assert find_damage(target) is None
+    assert (target / "value.json").read_text(encoding="utf-8") == f'"{left}"\n'
+    assert all(is_left_behind(path) for path in tmp_path.glob(".folder.*"))
+    build("newer")
+    assert (target / "value.json").read_text(encoding="utf-8") == '"newer"\n'
+
+
+def test_where_folders_cannot_be_exchanged_the_older_one_is_kept_until_the_new_one_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the two renames, neither has the name; the older one is not thrown away."""
+    monkeypatch.setattr(files, "_exchange", lambda _one, _other: False)
+    target = tmp_path / "folder"
+
+    def build(content: str) -> None:
+        build_folder(target, lambda folder: write_json_atomic(folder / "value.json", content))
+
+    build("old")
+    killed(lambda: build("new"), RETIRED)
+    assert not target.exists()
+    [retired] = tmp_path.glob(".folder.old.*")
+    assert not is_left_behind(retired)
+    assert find_damage(retired / "folder") is None
     build("newer")
     assert (target / "value.json").read_text(encoding="utf-8") == '"newer"\n'
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from flows.cli.options import AdapterOption, ConfigOption, JsonOption, SetOption, ThinkOption
-from flows.cli.output import open_console, print_json, print_piece, say
+from flows.cli.output import AnswerPrinter, open_console, print_json, say
 
 if TYPE_CHECKING:
     from qwen3ft.config import TrainingConfig
@@ -195,18 +195,20 @@ def _user(text: str) -> dict[str, Any]:
 
 def _relay(session: ChatSession, messages: list[dict[str, Any]], *, quiet: bool) -> dict[str, Any]:
     """Print an answer as it is written, its thinking on standard error; return all of it."""
-    texts = {"thinking": "", "answer": ""}
+    texts, printer = {"thinking": "", "answer": ""}, AnswerPrinter()
     stopped = True
     for chunk in session.ask(messages):
         if chunk.kind == "end":
             stopped = chunk.stopped
         else:
             if not quiet and chunk.kind == "answer" and texts["thinking"] and not texts["answer"]:
+                printer.end()
                 typer.echo(err=True)
             texts[chunk.kind] += chunk.text
             if not quiet:
-                print_piece(chunk.text, err=chunk.kind == "thinking")
+                printer.add(chunk.text, err=chunk.kind == "thinking")
     if not quiet:
+        printer.end()
         typer.echo()
         if not stopped:
             say("(cut off at max_new_tokens)")

@@ -1,23 +1,34 @@
 """The two streams of a command: results on standard output, remarks on standard error.
 
 All that a command prints goes through here: nothing in it steers the terminal, and secrets are
-masked, except in what a model answers to the person who asks it.
+masked, also in what a model answers.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from qwen3ft.logs import mask_secrets, mask_values
+from qwen3ft.logs import MASK, mask_secrets, mask_values, secret_spans
 from qwen3ft.text.plain import escaped, escaped_in_json
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+# The end of a text that may be part of a secret, by what the patterns of `logs` consist of: a key
+# is a run of such characters, a password may have others, and a private key has several lines.
+_MAY_GO_ON = re.compile(
+    r"-----BEGIN [A-Z ]*(?:-{0,5}\Z|PRIVATE KEY(?: BLOCK)?-----(?:(?!-----END [A-Z ]+-----).)*+\Z)"
+    r"|[A-Za-z0-9+.-]*+://[^/\s]*+\Z"
+    r"|[Bb]earer(?: [A-Za-z0-9._~+/-]*+=*+)?\Z"
+    r"|[A-Za-z0-9._~+/=:@-]++\Z",
+    re.DOTALL,
+)
 
 
 def open_console(*, stderr: bool = False, **options: Any) -> Console:
@@ -57,9 +68,34 @@ def say(line: str) -> None:
     typer.echo(escaped(mask_secrets(line)), err=True)
 
 
-def print_piece(text: str, *, err: bool) -> None:
-    """Print a piece of an answer as it comes."""
-    typer.echo(escaped(text), nl=False, err=err)
+class AnswerPrinter:
+    """Prints an answer as it comes, except the end of it that may be part of a secret."""
+
+    def __init__(self) -> None:
+        self._held, self._err = "", False
+
+    def add(self, text: str, *, err: bool) -> None:
+        """Print what is sure by now."""
+        if err != self._err:
+            self.end()
+        self._err, self._held = err, self._held + text
+        may_go_on = _MAY_GO_ON.search(self._held)
+        self._print(may_go_on.start() if may_go_on else len(self._held))
+
+    def end(self) -> None:
+        """Print the rest."""
+        self._print(len(self._held))
+
+    def _print(self, size: int) -> None:
+        """Print so many characters of what is held, and the rest of a secret that is cut there."""
+        shown, printed = "", 0
+        for start, end in secret_spans(self._held):  # found with what stands around them
+            if start < size:
+                shown += self._held[printed:start] + MASK
+                printed, size = end, max(size, end)
+        shown += self._held[printed:size]
+        self._held = self._held[size:]
+        typer.echo(escaped(shown), nl=False, err=self._err)
 
 
 def print_json(value: Any) -> None:

@@ -11,7 +11,7 @@ from qwen3ft.chat.templates import probe_thinking
 from qwen3ft.config import TrainingConfig
 from qwen3ft.data.folder import LEFT_OUT, Prepared
 from qwen3ft.data.placement import DUPLICATES, Fate
-from qwen3ft.data.reading import FINDINGS_NAME
+from qwen3ft.data.reading import FINDINGS_NAME, MOST_LISTED_BYTES
 from qwen3ft.data.row_features import MOST_COMPARED_BYTES
 from qwen3ft.logs import get_logger
 from qwen3ft.records.data import DatasetManifest
@@ -89,6 +89,11 @@ def _about_losses(prepared: Prepared, config: TrainingConfig) -> list[str]:
         warnings.append(
             f"{too_long} of {len(lengths)} rows are longer than {config.max_sequence_length} "
             f"tokens and left out{advice}."
+        )
+    if reading.not_listed:
+        warnings.append(
+            f"{reading.not_listed} bad rows are counted and not listed: the quarantine file ends "
+            f"at {MOST_LISTED_BYTES // MIB} MiB."
         )
     if bounded := int(tokens.bounded.sum()):
         warnings.append(

@@ -81,6 +81,7 @@ def account(prepared: Prepared, target: Path, digest: str) -> DatasetManifest:
         + reading.marked_left_out,
         reasons=_reasons(prepared),
         quarantine_path=str(target / QUARANTINE),
+        not_listed=reading.not_listed,
         layouts=dict(layouts.most_common()),
         columns=reading.counts.columns.most_common(1)[0][0].parts(),
         unused=dict(reading.counts.unused.most_common()),

@@ -13,7 +13,7 @@ import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import TextIO
@@ -37,11 +37,17 @@ from qwen3ft.data.splits import KeysBuilder
 from qwen3ft.errors import DataLoadingError
 from qwen3ft.logs import get_logger
 from qwen3ft.records.data import BadRow, DataSource, QaRow, SourceFile
+from qwen3ft.units import MIB
 
 logger = get_logger("data")
 
 NO_REASONING = "no_reasoning"
+NOT_LISTED = "not_listed"
+"""Reason in the last line of a quarantine that does not list all rows."""
 FINDINGS_NAME = "personal_data.jsonl"
+MOST_LISTED_BYTES = 64 * MIB
+"""Size of a quarantine file past which rows are only counted."""
+_BAD_ROW_NAMES = tuple(one.name for one in fields(BadRow))
 _PERSONAL_DATA = "personal_data"
 _PROGRESS_ROWS = 20_000
 _MOST_NAMES = 20
@@ -84,6 +90,8 @@ class Reading:
     """Good rows that the config leaves out because they have no reasoning."""
     marked_left_out: int = 0
     """Rows that the data itself marks as bad examples."""
+    not_listed: int = 0
+    """Rows left out that the quarantine file has no room for; they are counted all the same."""
     personal: Counter[str] = field(default_factory=Counter)
     """Rows with personal data or secrets, by kind."""
 
@@ -118,7 +126,8 @@ def read_sources(
         files: Fingerprinted files, in order.
         config: How to map and check rows.
         folder: An existing work folder.
-        quarantine: Replaced by the list of bad rows, one JSON object a line.
+        quarantine: Replaced by the list of bad rows, one JSON object a line; past
+            `MOST_LISTED_BYTES` its last line says how many more there are.
         features_of: Called once with all batches of the table, each as soon as it is written.
         progress: Receives the number of rows read so far, now and then.
 
@@ -136,6 +145,7 @@ def read_sources(
             reading.not_compared += [len(reading.keys) + row for row in features.not_compared]
             reading.keys.extend(features.keys)
             reading.near.add(features.bands)
+        reader.end()
     _report(reading)
     _check(reading, config, quarantine)
     return reading
@@ -152,6 +162,7 @@ class _Reader:
     findings: TextIO
     progress: Callable[[int], None]
     started: float = field(default_factory=time.monotonic)
+    listed_bytes: int = 0
 
     def batches(self) -> Iterator[BatchPlace]:
         """Read all files; yield each batch of usable rows once it is in the table."""
@@ -221,8 +232,23 @@ class _Reader:
         masked = excerpt(safety.mask(text))
         return BadRow(row["file"], row["line"], row["offset"], _PERSONAL_DATA, masked)
 
+    def end(self) -> None:
+        """Say in the quarantine how many rows are not listed, if any."""
+        if count := self.reading.not_listed:
+            self._list(BadRow("", 0, -1, NOT_LISTED, f"{count:,} more rows"))
+
+    def _list(self, row: BadRow) -> None:
+        entry = {name: getattr(row, name) for name in _BAD_ROW_NAMES}  # asdict is slow
+        line = json.dumps(entry, ensure_ascii=False) + "\n"
+        self.listed_bytes += len(line.encode("utf-8", "surrogatepass"))
+        self.quarantine.write(line)
+
     def _refuse(self, row: BadRow) -> None:
-        self.quarantine.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
+        # Of unreadable files there are few, and each may stand for many rows.
+        if self.listed_bytes < MOST_LISTED_BYTES or row.reason == UNREADABLE_FILE:
+            self._list(row)
+        else:
+            self.reading.not_listed += 1
         if row.reason == NOT_AN_EXAMPLE:
             self.reading.marked_left_out += 1
         elif row.reason == UNREADABLE_FILE:
@@ -311,7 +337,8 @@ def _check(reading: Reading, config: TrainingConfig, quarantine: Path) -> None:
             f"{bad} of {read} rows are bad ({numbers or 'none'}) and {reading.unreadable} of "
             f"{files} file(s) unreadable; max_bad_fraction allows {max_bad_fraction:.0%}."
         )
-        why = f"Every bad row is listed with file, line and reason in {quarantine}."
+        listed = f"All but {reading.not_listed:,}" if reading.not_listed else "All"
+        why = f"{listed} bad rows are listed with file, line and reason in {quarantine}."
     elif not reading.usable:
         what = f"No usable row in {files} file(s): {read} rows read, {bad} bad."
         why = _reason_for_none(reading)

@@ -105,6 +105,7 @@ class DatasetManifest(Record):
     not_used: int = Field(0, description="Left out by a setting: caps, rows without reasoning.")
     reasons: dict[str, int] = Field({}, description="Rows left out, by reason code.")
     quarantine_path: str | None = None
+    not_listed: int = Field(0, description="Rows left out that the quarantine has no room for.")
     layouts: dict[str, int] = Field({}, description="Rows by layout.")
     columns: dict[str, str] = Field({}, description="Column by part, as most rows have it.")
     unused: dict[str, int] = Field(

@@ -227,7 +227,7 @@ class Connection:
             database = database_path(self.tracking_uri)
             if database is not None and uri.startswith("mlflow-artifacts:"):
                 # made through a server on this database, which keeps its files beside it
-                uri = (artifact_root(database) / urlsplit(uri).path.lstrip("/")).as_uri()
+                uri = _folder_of(uri, artifact_root(database)).as_uri()
             self._repositories[run_id] = get_artifact_repository(uri, self.tracking_uri)
         return self._repositories[run_id]
 
@@ -272,6 +272,18 @@ def _make_experiment(client: Any, database: Path | None) -> str:
             raise
         # another thread or run created it meanwhile
         return str(client.get_experiment_by_name(EXPERIMENT_NAME).experiment_id)
+
+
+def _folder_of(uri: str, root: Path) -> Path:
+    """Return the folder below `root` of an artifact URI that a server gave out."""
+    folder = Path(root, urlsplit(uri).path.lstrip("/"))
+    if "\0" in uri or not folder.resolve().is_relative_to(root.resolve()):
+        raise RejectedError(
+            f"The artifacts {uri[:200]!a} of a run lead out of {root}.",
+            why="The database was changed by hand, or is from somebody else.",
+            next_command="qwen3ft history",
+        )
+    return folder
 
 
 def start_system_metrics(connection: Connection, run_id: str) -> Any | None:

@@ -24,6 +24,7 @@ from support.data_stage import (
 from qwen3ft.chat.templates import END_TOKEN
 from qwen3ft.chat.tokenizer import load_tokenizer
 from qwen3ft.config import TrainingConfig
+from qwen3ft.data import reading
 from qwen3ft.data.pipeline import DataPipeline
 from qwen3ft.data.token_table import load_split
 from qwen3ft.embedded import MODEL_DIR
@@ -227,3 +228,24 @@ def test_a_folder_of_an_earlier_version_has_new_rows_and_no_examples(tmp_path: P
     assert (change.new_rows, change.new_rows_by_file) == (manifest.train.rows, {})
     assert change.examples == ()
     assert load_split(path.parent, "train").column_names == table.column_names
+
+
+def test_a_quarantine_ends_at_its_limit_and_says_how_many_rows_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The counts stay exact, and unreadable files are listed all the same."""
+    monkeypatch.setattr(reading, "MOST_LISTED_BYTES", 2000)
+    data = write_jsonl(tmp_path / "qa.jsonl", synthetic(60))
+    with Path(data).open("a", encoding="utf-8") as stream:
+        stream.write("broken\n" * 500)
+    cut = tmp_path / "cut.jsonl.gz"
+    cut.write_bytes(b"\x1f\x8b\x08")
+    manifest = prepare(tmp_path, data, str(cut), max_bad_fraction=1.0)
+    assert manifest.rows_read == accounted(manifest) == 560
+    assert manifest.reasons == {"broken_json": 500, "unreadable_file": 1}
+    *listed, unreadable, last = read_lines(Path(str(manifest.quarantine_path)))
+    assert 10 < len(listed) < 30
+    assert manifest.not_listed == 500 - len(listed)
+    assert unreadable["reason"] == "unreadable_file"
+    assert (last["reason"], last["excerpt"]) == ("not_listed", f"{manifest.not_listed} more rows")
+    assert any(f"{manifest.not_listed} bad rows are counted" in text for text in manifest.warnings)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from deployments import mlflow_server
 from deployments.guard import Guard
 from deployments.secret import authorization, digest, make_secret, read_secret, sign_in_link
 
@@ -318,3 +319,23 @@ def test_a_secret_is_made_once_and_only_its_owner_reads_it(tmp_path: Any) -> Non
     path.chmod(0o644)
     make_secret(tmp_path)
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    "target", ["/ajax-api/3.0/mlflow/assistant/message", "/API/3.0/mlflow/Assistant/config"]
+)
+def test_what_is_switched_off_answers_nobody(target: str) -> None:
+    """MLflow's assistant would run commands on this machine."""
+    server = Server(closed=mlflow_server.CLOSED)
+    assert server.ask("POST", target, {**TOLD, **JSON})[0] == 404
+    assert server.ask("GET", target, COOKIE)[0] == 404
+    assert not server.reached
+
+
+def test_all_of_the_assistant_is_switched_off() -> None:
+    """Under whatever address this version of MLflow has it."""
+    from mlflow.server.assistant.api import assistant_router
+
+    paths = [getattr(route, "path", "") for route in assistant_router.routes]
+    assert len(paths) > 5
+    assert all(any(part in path for part in mlflow_server.CLOSED) for path in paths)

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 import urllib.request
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -430,7 +431,9 @@ def test_down_leaves_no_process(stack: Stack) -> None:
     assert set(stack.down()) == set(SERVICES)
     assert find_marked(stack.root) == []
     assert stray.find() is None
-    assert not (stack.root / "prefect.toml").exists()
+    left = (stack.root / "prefect.toml").read_text(encoding="utf-8")
+    assert layout.secret not in left
+    assert tomllib.loads(left) == {"server": {"ephemeral": {"enabled": False}}}
     assert stack.layout() == layout
     assert stack.down() == ()
     assert all(layout.log(name).exists() for name in SERVICES)
@@ -521,8 +524,27 @@ def test_variables_of_the_shell_do_not_affect_the_stack(tmp_path: Path) -> None:
     assert values["DO_NOT_TRACK"] == "true"
 
 
+def test_prefect_typed_while_the_stack_is_down_starts_no_server(tmp_path: Path) -> None:
+    """Prefect's own, by its default profile, would be open to every page and user."""
+    project, home = tmp_path / "project", tmp_path / "home"
+    (project / ".qwen3ft").mkdir(parents=True)
+    home.mkdir()
+    Stack(project).down()
+    kept = {name: text for name, text in os.environ.items() if not name.startswith("PREFECT_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "prefect", "deployment", "ls"],
+        cwd=project,
+        env={**kept, "HOME": str(home), "DO_NOT_TRACK": "1", "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "No Prefect API URL" in done.stdout + done.stderr
+    assert "qwen3ft up" in (project / "prefect.toml").read_text(encoding="utf-8")
+
+
 def test_the_users_own_prefect_toml_is_left_alone(tmp_path: Path) -> None:
-    """`down` removes only the file that `up` wrote."""
+    """`down` replaces only the file that `up` wrote."""
     own = tmp_path / "prefect.toml"
     own.write_text("[api]\nurl = 'http://elsewhere'\n")
     (tmp_path / ".qwen3ft").mkdir()

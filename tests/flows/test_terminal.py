@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -14,7 +15,7 @@ import pytest
 from support.reported_run import SECRET, make_facts
 
 from flows.cli import main
-from flows.cli.output import open_console, print_json, print_piece, say
+from flows.cli.output import AnswerPrinter, open_console, print_json, say
 from flows.cli.views import common
 from qwen3ft import logs
 from qwen3ft.errors import FinetuneError
@@ -147,8 +148,66 @@ def test_remarks_pieces_and_json_are_harmless(capsys: pytest.CaptureFixture[str]
     assert_plain(printed)
     masked = HOSTILE.replace(SECRET, "***")
     assert json.loads(printed) == {masked: [masked, 1, None]}
-    print_piece("\x1b[2Jowned\n", err=False)
+    printer = AnswerPrinter()
+    printer.add("\x1b[2Jowned\n", err=False)
     assert capsys.readouterr().out == "\\x1b[2Jowned\n"
+
+
+OF_RSA = "RSA PRIVATE" + " KEY-----\n"
+KEY_LINES = "\n".join("Ab1+/" * 12 for _ in range(3))
+ANSWERS = {
+    "key": f"The key is {SECRET}, and nothing else.",
+    "key at the end": f"It is {SECRET}",
+    "password": "See https://me:pa55!wörd#x@example.org/x for that.",
+    "bearer": "Send `Authorization: Bearer abcdefgh12345678` with it.",
+    "private key": f"So:\n-----BEGIN {OF_RSA}{KEY_LINES}\n-----END {OF_RSA}Done.",
+    "cut private key": f"So:\n-----BEGIN {OF_RSA}{KEY_LINES}",
+    "nothing": "三个数的和是 6。The answer: 3 + 3 = 6; see https://example.org/a?b=c. ----- BEGIN",
+}
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+@pytest.mark.parametrize("name", ANSWERS)
+def test_an_answer_that_comes_in_pieces_is_masked_as_the_whole_would_be(
+    capsys: pytest.CaptureFixture[str], name: str, size: int
+) -> None:
+    """However its secrets are cut."""
+    text, printer = ANSWERS[name], AnswerPrinter()
+    for start in range(0, len(text), size):
+        printer.add(text[start : start + size], err=False)
+    printer.end()
+    printed = capsys.readouterr().out
+    assert printed == logs.mask_secrets(text)
+    assert (printed == text) == (name == "nothing")
+
+
+def test_an_answer_is_printed_as_it_comes(capsys: pytest.CaptureFixture[str]) -> None:
+    """All but its last word; Chinese text, which has no spaces, up to the last character."""
+    printer = AnswerPrinter()
+    printer.add("One two thr", err=False)
+    assert capsys.readouterr().out == "One two "
+    printer.add("ee. 三个数的和", err=False)
+    assert capsys.readouterr().out == "three. 三个数的和"
+    printer.add("thinking", err=True)
+    printer.add("answer ", err=False)
+    assert capsys.readouterr() == ("answer ", "thinking")
+
+
+def test_errors_that_leave_a_task_quote_no_secret() -> None:
+    """They keep their type where there is nothing to hide; what led to them is not shown."""
+
+    @logs.without_secrets()
+    def fail(text: str) -> None:
+        try:
+            raise KeyError(SECRET)
+        except KeyError as error:
+            raise ValueError(text) from error
+
+    with pytest.raises(RuntimeError, match=r"^ValueError: a \*\*\* b\\x1b$") as raised:
+        fail(f"a {SECRET} b\x1b")
+    assert SECRET not in "".join(traceback.format_exception(raised.value))
+    with pytest.raises(ValueError, match=r"^plain$"):
+        fail("plain")
 
 
 def test_logs_are_harmless_for_every_handler(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 from support.mlflow_server import Proxy, free_port
 
-from qwen3ft.tracking.connection import EXPERIMENT_NAME, _make_experiment, connect
+from qwen3ft.errors import RejectedError
+from qwen3ft.tracking.connection import (
+    EXPERIMENT_NAME,
+    _folder_of,
+    _make_experiment,
+    connect,
+)
 from qwen3ft.tracking.uri import database_path, default_tracking_uri, is_answering
 
 
@@ -23,6 +29,21 @@ def test_a_new_database_keeps_its_artifacts_beside_it(database: str, tmp_path: P
     connection = connect(database)
     experiment = connection.client.get_experiment_by_name(EXPERIMENT_NAME)
     assert experiment.artifact_location == (tmp_path / "mlruns" / "artifacts").as_uri()
+
+
+@pytest.mark.parametrize(
+    "path", ["../../etc", "1/../../../x", "1/../../x", "a%00/..\0", "1/../2", "1/abc/artifacts"]
+)
+def test_artifacts_of_a_server_stay_in_its_folder(tmp_path: Path, path: str) -> None:
+    """What a database from elsewhere says about a run leads nowhere else."""
+    uri = f"mlflow-artifacts:/{path}"
+    if path in ("1/../2", "1/abc/artifacts"):
+        assert _folder_of(uri, tmp_path) == tmp_path / path
+        return
+    with pytest.raises(RejectedError, match="lead out of") as raised:
+        _folder_of(uri, tmp_path)
+    assert raised.value.why
+    assert raised.value.next_command
 
 
 def test_the_default_is_a_database_of_the_working_folder(
