@@ -32,9 +32,10 @@ import yaml
 from benchmarks.machine import machine as describe_machine
 from benchmarks.machine import write_json
 from benchmarks.month.stack import ENDED, Clock, Machine, make_project
+from deployments import services
 from deployments.deploy import CPU_CONFIG
-from deployments.processes import find_marked
-from deployments.services import request_json
+from deployments.processes import MARK, find_marked, start_detached
+from deployments.services import POOL, request_json
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.tracking.cursor import outstanding
 from qwen3ft.units import MIB
@@ -89,7 +90,7 @@ class Load:
     """
 
     def __init__(self, root: Path, at_once: int) -> None:
-        self.root = root
+        self.root, self.at_once = root, at_once
         self.stack = make_project(root, {"when_unchanged": "skip", "output_dir": "out"})
         deployment = root / "deployments" / "prefect.yaml"
         text = deployment.read_text(encoding="utf-8")
@@ -103,12 +104,24 @@ class Load:
         """Bring the stack up and put a first run's adapter into use."""
         self.machine.boot()
         self.machine.wait_until_up()
+        self._add_worker()
         done = self.machine.command("deploy")
         if done.returncode:
             sys.exit(done.stdout + done.stderr)
         first = self.clock.run({"config": self.config()})
         if self.wait([first], 1800.0).get(first) != "Completed":
             sys.exit(f"the first run did not complete; see {self.root / 'runs' / first}")
+
+    def _add_worker(self) -> None:
+        """Start a second worker, as the stack's own takes one run at a time."""
+        layout = self.stack.layout()
+        options = f"worker start --pool {POOL} --type process --limit {self.at_once} --name load"
+        start_detached(
+            [sys.executable, "-m", "deployments.prefect_worker", *options.split()],
+            environment=services.environment(layout) | {MARK: str(self.root)},
+            folder=self.root,
+            log=self.root / "load-worker.log",
+        )
 
     def config(self, **changes: Any) -> dict[str, Any]:
         """Return the settings of a run; without changes it finds nothing new."""
@@ -141,7 +154,7 @@ class Load:
             for run_id in runs:
                 if run_id in states:
                     continue
-                found = request_json(f"{self._api()}/flow_runs/{run_id}")
+                found = self._json(f"{self._api()}/flow_runs/{run_id}")
                 if found is None or found["state_type"] not in ENDED:
                     break  # they run in the order in which they were requested
                 states[run_id] = found["state_name"]
@@ -155,6 +168,9 @@ class Load:
         self._ended.set()
         self.machine.shut_down()
 
+    def _json(self, address: str, body: dict[str, Any] | None = None) -> Any:
+        return request_json(self.stack.layout().secret, address, body)
+
     def _api(self) -> str:
         return f"{self.stack.layout().url('prefect')}/api"
 
@@ -167,7 +183,7 @@ class Load:
         while not self._ended.is_set():
             for name, (address, body) in questions.items():
                 started = time.monotonic()
-                answer = request_json(address, body)
+                answer = self._json(address, body)
                 self.answers[name].add(started, answered=answer is not None)
 
     def _sample(self) -> None:
