@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows.cli.options import ConfigOption, JsonOption, SetOption
-from flows.cli.output import open_console, print_json
+from flows.cli.output import open_console, print_json, say
 
 if TYPE_CHECKING:
     from qwen3ft.config import TrainingConfig
@@ -34,6 +34,7 @@ def check_command(
     as_json: JsonOption = False,
 ) -> None:
     """Show what a run would train on; exit code 1 if it would not start."""
+    _say_first(paths, config, quiet=as_json)
     from flows.cli.views.data import show_manifest, show_preview
 
     pipeline, manifest = _check(_data_config(paths, config, settings), quiet=as_json)
@@ -54,6 +55,7 @@ def preview_command(
     as_json: JsonOption = False,
 ) -> None:
     """Show one training row token by token: what is given, and what is trained on."""
+    _say_first(paths, config, quiet=as_json)
     from flows.cli.views.data import show_preview
     from qwen3ft.errors import DataLoadingError
 
@@ -70,6 +72,13 @@ def preview_command(
         print_json({"row": row, "tokens": count, "shown": shown})
     else:
         show_preview(open_console(), row, count, tokens)
+
+
+def _say_first(paths: list[str] | None, config: Path | None, *, quiet: bool) -> None:
+    """Say what is looked at, before imports that take seconds."""
+    if not quiet:
+        named = ", ".join(paths or ()) or f"the data of {config or 'the default settings'}"
+        say(f"Looking at {named} ...")
 
 
 def _data_config(

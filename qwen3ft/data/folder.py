@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
+from qwen3ft.data.columns import Columns
 from qwen3ft.data.known_rows import write_known_rows
 from qwen3ft.data.placement import DUPLICATES, Fate, Placement
 from qwen3ft.data.reading import FINDINGS_NAME, NO_REASONING, Reading
@@ -33,15 +34,17 @@ from qwen3ft.data.row_table import RowTable
 from qwen3ft.data.rows import NOT_AN_EXAMPLE, UNREADABLE_FILE
 from qwen3ft.data.splits import Mask
 from qwen3ft.data.tokenizing import Tokens
-from qwen3ft.errors import DataLoadingError
 from qwen3ft.files import build_folder, find_damage, read_manifest_facts
 from qwen3ft.locks import try_lock
+from qwen3ft.logs import mask_secrets
 from qwen3ft.records.data import DatasetManifest, DataSource, LongRow, QaRow
+from qwen3ft.text.plain import escaped_line
 
 QUARANTINE, LEFT_OUT, _TEST_FILE = "quarantine.jsonl", "left_out.jsonl", "test.jsonl"
 _SPLIT_FILES = ("train.arrow", "dev.arrow")
 _HISTOGRAM_BINS = 24
 _LONGEST_ROWS = 5
+_MOST_MAPPINGS, _MOST_MAPPING_CHARACTERS = 8, 300
 
 
 @dataclass
@@ -65,6 +68,7 @@ def account(prepared: Prepared, target: Path, digest: str) -> DatasetManifest:
     layouts: Counter[str] = Counter()
     for columns, rows in reading.counts.columns.items():
         layouts[columns.layout] += rows
+    mappings = reading.counts.columns.most_common()
     manifest = DatasetManifest(
         path=str(target),
         digest=digest,
@@ -83,7 +87,8 @@ def account(prepared: Prepared, target: Path, digest: str) -> DatasetManifest:
         quarantine_path=str(target / QUARANTINE),
         not_listed=reading.not_listed,
         layouts=dict(layouts.most_common()),
-        columns=reading.counts.columns.most_common(1)[0][0].parts(),
+        columns=mappings[0][0].parts(),
+        other_columns=_by_mapping(mappings),
         unused=dict(reading.counts.unused.most_common()),
         changed=dict(reading.counts.changed.most_common()),
         usable_rows=reading.usable,
@@ -110,35 +115,6 @@ def account(prepared: Prepared, target: Path, digest: str) -> DatasetManifest:
     # An assertion, not an error: no data can break this, only a fault of this code.
     assert manifest.rows_read == sum(went_somewhere), manifest
     return manifest
-
-
-def check_not_empty(prepared: Prepared, target: Path) -> None:
-    """Make sure that each split has a row; with nothing but known rows, train may be empty.
-
-    Raises:
-        DataLoadingError: a split has no row, with the numbers of those lost.
-    """
-    placement = prepared.placement
-    sizes = {
-        name: placement.count(fate)
-        for name, fate in (("train", Fate.TRAIN), ("dev", Fate.DEV), ("test", Fate.TEST))
-    }
-    # Then the run ends before it trains (`flows.run_context.nothing_new`).
-    nothing_new = prepared.known_rows is not None and placement.new_rows == 0
-    if all(sizes.values()) or (nothing_new and sizes["dev"] and sizes["test"]):
-        return
-    reading, too_long = prepared.reading, placement.count(Fate.TOO_LONG)
-    longest = prepared.tokens.lengths.max(initial=0)
-    empty = " and ".join(name for name, size in sizes.items() if not size)
-    raise DataLoadingError(
-        f"No rows are left for {empty}: of {reading.rows_read} read, {reading.bad.total()} are "
-        f"bad, {placement.count(*DUPLICATES)} repeated or held out elsewhere, {too_long} longer "
-        f"than {prepared.max_sequence_length} tokens (the longest {longest}).",
-        why="Each split needs a row, so that there must be three different questions or more.",
-        next_command=f"head {quarantine_beside(target)}",
-        too_long=too_long,
-        **sizes,
-    )
 
 
 def write_folder(target: Path, manifest: DatasetManifest, prepared: Prepared) -> None:
@@ -251,10 +227,28 @@ def _reasons(prepared: Prepared) -> dict[str, int]:
     return dict(prepared.reading.bad) | dict(+extra)
 
 
+def _by_mapping(mappings: Sequence[tuple[Columns, int]]) -> dict[str, int]:
+    """Return the rows of all mappings of columns but the first, by the columns in words."""
+    rows_by_mapping: Counter[str] = Counter()
+    usual = mappings[0][0].parts()
+    for columns, rows in mappings[1:]:
+        if (parts := columns.parts()) != usual:
+            words = ", ".join(f"{part} = {name}" for part, name in parts.items())
+            rows_by_mapping[escaped_line(mask_secrets(words))[:_MOST_MAPPING_CHARACTERS]] += rows
+    return dict(rows_by_mapping.most_common(_MOST_MAPPINGS))
+
+
 def _longest(prepared: Prepared) -> tuple[LongRow, ...]:
-    order = np.argsort(-prepared.tokens.lengths, kind="stable")[:_LONGEST_ROWS]
-    places = [int(position) for position in order if prepared.tokens.lengths[position] > 0]
-    return tuple(_long_row(prepared, position) for position in places)
+    lengths = prepared.tokens.lengths
+    order = np.argsort(-lengths, kind="stable")[: _LONGEST_ROWS * _LONGEST_ROWS]
+    found: dict[tuple[str, int], LongRow] = {}
+    for position in order[lengths[order] > 0].tolist():
+        # The rows of an array may all be in one line; its longest stands for it.
+        row = _long_row(prepared, position)
+        found.setdefault((row.file, row.line), row)
+        if len(found) == _LONGEST_ROWS:
+            break
+    return tuple(found.values())
 
 
 def _long_row(prepared: Prepared, position: int) -> LongRow:

@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Any
 from qwen3ft.chat.templates import identify_template
 from qwen3ft.chat.tokenizer import configure_tokenizer, load_tokenizer
 from qwen3ft.config import TrainingConfig
-from qwen3ft.data.advice import log_report, warnings_of
+from qwen3ft.data.advice import check_not_empty, log_report, warnings_of
 from qwen3ft.data.folder import (
     QUARANTINE,
     Prepared,
     account,
-    check_not_empty,
     only_builder,
     quarantine_beside,
     read_manifest,
@@ -34,7 +33,7 @@ from qwen3ft.data.placement import Fate, Placement, place_rows
 from qwen3ft.data.reading import Reading, read_sources, rows_path
 from qwen3ft.data.row_features import RowFeatures
 from qwen3ft.data.row_table import BatchPlace, BatchReader, RowTable
-from qwen3ft.data.sources import resolved
+from qwen3ft.data.sources import SETTINGS_THAT_MATTER, resolved
 from qwen3ft.data.tokenizing import BatchWork, tokenize_table
 from qwen3ft.files import sha256_file, sha256_json
 from qwen3ft.jobs.helpers import start_helpers
@@ -56,14 +55,6 @@ _CODE_VERSION = 5
 
 LEAST_BYTES_FOR_HELPERS = 4 * MIB
 """Size of the files, some ten thousand rows, from which on more than one process works on them."""
-
-SETTINGS_THAT_MATTER = (
-    *("data_paths", "dev_paths", "test_paths", "columns", "reasoning_separator", "train_turns"),
-    *("rows_without_reasoning", "special_tokens_in_text", "personal_data", "too_long"),
-    *("near_duplicates", "new_data", "replay_fraction", "max_rows", "max_rows_per_source"),
-    *("held_out_fraction", "max_bad_fraction", "allow_sample_data", "max_sequence_length"),
-    "is_embedded",
-)
 
 
 def dataset_target(
@@ -260,7 +251,7 @@ class DataPipeline:
                 *(reading, table, placement, tokens, limit_tokens, known_rows),
                 *(sources.degraded, sources.skipped),
             )
-            check_not_empty(prepared, target)
+            check_not_empty(prepared, config)
             prepared.warnings = warnings_of(prepared, tokenizer, config)
             manifest = account(prepared, target, self._digest(reading, placement))
             write_folder(target, manifest, prepared)

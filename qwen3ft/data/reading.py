@@ -33,6 +33,7 @@ from qwen3ft.data.rows import (
     read_file,
     rules_of,
 )
+from qwen3ft.data.sources import check_command
 from qwen3ft.data.splits import KeysBuilder
 from qwen3ft.errors import DataLoadingError
 from qwen3ft.logs import get_logger
@@ -303,33 +304,52 @@ def _report(reading: Reading) -> None:
         )
 
 
-def _reason_for_none(reading: Reading) -> str:
-    if reading.without_reasoning_left_out:
-        return (
-            f"{reading.without_reasoning_left_out} good rows have no reasoning, and "
-            "rows_without_reasoning is 'leave_out'."
-        )
+def _reason_for_none(reading: Reading, config: TrainingConfig, quarantine: str) -> tuple[str, str]:
+    """Return why no row is usable, and the command to run next."""
+    if rows := reading.without_reasoning_left_out:
+        why = f"{rows} good rows have no reasoning, and rows_without_reasoning is 'leave_out'."
+        return why, check_command(config, rows_without_reasoning="empty_block")
     if reading.marked_left_out:
         return (
-            f"The data marks {reading.marked_left_out} rows as bad examples, and no other is good."
+            f"The data marks {reading.marked_left_out} rows as bad examples, and no other is good.",
+            quarantine,
         )
-    return "All of their rows were quarantined." if reading.bad else "The files are empty."
+    if reading.bad:
+        return "All of their rows were quarantined.", quarantine
+    sizes = " ".join(shlex.quote(str(file.path)) for file in reading.files[:_MOST_NAMES])
+    return "There is no row in them.", f"wc -c {sizes}"
 
 
-def _likely_column(part: str, names: Sequence[str], wanted: ColumnNames) -> str:
-    """Return the column that may hold `part`: one with a similar name, that is no other part."""
-    free = find_columns(tuple(names), wanted).unused or tuple(names)
-    similarity = {
-        name: max(SequenceMatcher(None, name.lower(), usual).ratio() for usual in PARTS[part])
-        for name in free[:_MOST_NAMES]
-    }
-    return max(similarity, key=similarity.__getitem__)
+def _likely_columns(names: Sequence[str], wanted: ColumnNames) -> dict[str, str]:
+    """Return the columns that may hold the missing parts: those with the most similar names."""
+    found = find_columns(tuple(names), wanted)
+    free, likely = list(found.unused or names)[:_MOST_NAMES], {}
+    for part in ("answer", "question"):
+        if getattr(found, part) is None and free:
+            likely[part] = max(free, key=lambda name: _similarity(name, PARTS[part]))
+            free.remove(likely[part])
+    return likely
+
+
+def _similarity(name: str, usual_names: Sequence[str]) -> float:
+    return max(SequenceMatcher(None, name.lower(), usual).ratio() for usual in usual_names)
+
+
+def _way_out(reading: Reading, config: TrainingConfig) -> str | None:
+    """Return the command that looks again with the setting by which most bad rows were refused."""
+    [(reason, _)] = reading.bad.most_common(1) or [("", 0)]
+    if reason == _PERSONAL_DATA:
+        return check_command(config, personal_data="report")
+    if reason == "control_token":
+        return check_command(config, special_tokens_in_text="escape")
+    return None
 
 
 def _check(reading: Reading, config: TrainingConfig, quarantine: Path) -> None:
     """Raise DataLoadingError if too many rows are bad or none is usable."""
     bad, read, files = reading.bad.total(), reading.rows_read, len(reading.sources)
     max_bad_fraction = config.max_bad_fraction
+    next_command = f"head {shlex.quote(str(quarantine))}"
     numbers = ", ".join(f"{reason} {count}" for reason, count in reading.bad.most_common())
     # Files have a share of their own: nobody knows how many rows an unreadable one holds.
     if bad > max_bad_fraction * read or reading.unreadable > max_bad_fraction * files:
@@ -339,12 +359,12 @@ def _check(reading: Reading, config: TrainingConfig, quarantine: Path) -> None:
         )
         listed = f"All but {reading.not_listed:,}" if reading.not_listed else "All"
         why = f"{listed} bad rows are listed with file, line and reason in {quarantine}."
+        next_command = _way_out(reading, config) or next_command
     elif not reading.usable:
         what = f"No usable row in {files} file(s): {read} rows read, {bad} bad."
-        why = _reason_for_none(reading)
+        why, next_command = _reason_for_none(reading, config, next_command)
     else:
         return
-    next_command = f"head {shlex.quote(str(quarantine))}"
     if reading.counts.incomplete:
         [((part, names), rows)] = reading.counts.incomplete.most_common(1)
         why += (
@@ -352,9 +372,9 @@ def _check(reading: Reading, config: TrainingConfig, quarantine: Path) -> None:
             f"{', '.join(map(repr, names[:_MOST_NAMES]))}. The setting `columns` names it."
         )
         if names:
-            column = _likely_column(part, names, config.columns)
-            setting = shlex.quote(f"columns={{{part}: {json.dumps(column, ensure_ascii=False)}}}")
-            next_command = f"qwen3ft data check --set {setting}"
+            likely = _likely_columns(names, config.columns)
+            columns = config.columns.model_copy(update=likely)
+            next_command = check_command(config, columns=columns)
     raise DataLoadingError(
         what,
         why=why,

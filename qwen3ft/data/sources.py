@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import json
 import re
 import shlex
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.data.digests import DigestCache, mark_of, open_digests
@@ -45,6 +47,15 @@ _SPLIT_NAME = re.compile(rf"(?:^|.*[-_./])({'|'.join(_SPLIT_NAMES)})(?:[-_][0-9]
 _DESCRIPTIONS = ("dataset_info", "dataset_infos", "dataset_dict", "state")
 """Files of the datasets library about a data set, without its rows."""
 _SHOWN_SKIPPED = 3
+SETTINGS_THAT_MATTER = (
+    *("data_paths", "dev_paths", "test_paths", "columns", "reasoning_separator", "train_turns"),
+    *("rows_without_reasoning", "special_tokens_in_text", "personal_data", "too_long"),
+    *("near_duplicates", "new_data", "replay_fraction", "max_rows", "max_rows_per_source"),
+    *("held_out_fraction", "max_bad_fraction", "allow_sample_data", "max_sequence_length"),
+    "is_embedded",
+)
+"""Settings that decide which rows there are, and their tokens."""
+
 SAMPLE_DATA = "sample data"
 """Mark of a run that trained on the bundled rows in place of its own."""
 
@@ -311,3 +322,32 @@ def _embedded_file(given: str) -> Path:
             path=given,
         )
     return DATA_DIR / f"{split}.jsonl"
+
+
+def check_command(config: TrainingConfig, **changes: Any) -> str:
+    """Return the command that looks at the data of `config` with some of its settings changed."""
+    wanted = config.model_copy(update=changes)
+    values, usual = wanted.model_dump(mode="json"), TrainingConfig().model_dump(mode="json")
+    parts = ["qwen3ft data check", *(shlex.quote(_absolute(path)) for path in wanted.data_paths)]
+    for name in ("model_name", *SETTINGS_THAT_MATTER):
+        value: Any = values.get(name)
+        if name == "data_paths" or (value == usual.get(name) and name not in changes):
+            continue
+        if name in ("dev_paths", "test_paths"):
+            value = [_absolute(path) for path in value]
+        if name == "columns":
+            value = {part: column for part, column in value.items() if column is not None}
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        parts.append(f"--set {shlex.quote(f'{name}={text}')}")
+    return " ".join(parts)
+
+
+def show_command(paths: Iterable[Path]) -> str:
+    """Return the command that shows the beginning of the first of these files, or what it is."""
+    path = next(iter(paths))
+    can_be_shown = path.suffix.lower() in (".jsonl", ".json", ".csv", ".tsv")
+    return f"{'head -c 2000' if can_be_shown else 'ls -l'} {shlex.quote(str(path.resolve()))}"
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).resolve()) if Path(path).exists() else path

@@ -108,6 +108,9 @@ class DatasetManifest(Record):
     not_listed: int = Field(0, description="Rows left out that the quarantine has no room for.")
     layouts: dict[str, int] = Field({}, description="Rows by layout.")
     columns: dict[str, str] = Field({}, description="Column by part, as most rows have it.")
+    other_columns: dict[str, int] = Field(
+        {}, description="Other sets of columns, as 'part = column, ...', with their rows."
+    )
     unused: dict[str, int] = Field(
         {}, description="Columns, keys of messages and flags that are not used, with their rows."
     )

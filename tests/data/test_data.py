@@ -332,7 +332,7 @@ def test_all_rows_too_long_is_an_error_with_the_longest(tmp_path: Path) -> None:
     data = write_jsonl(
         tmp_path / "qa.jsonl", ({"question": f"{n} " * 50, "answer": "x"} for n in range(20))
     )
-    with pytest.raises(DataLoadingError, match="20 longer than 32 tokens"):
+    with pytest.raises(DataLoadingError, match=r"20 of 20 rows are longer than .*, 32 tokens"):
         prepare(tmp_path, data, max_sequence_length=32)
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -517,6 +518,28 @@ def test_data_check_shows_what_would_be_trained_on_and_whether_a_run_would_start
     status, output, _ = in_process("data", "check", str(bad), "--set", cache, "--json")
     assert status == 1
     assert json.loads(output)["error"]["kind"] == "DataLoadingError"
+
+
+def test_a_screen_of_mixed_files_shows_each_thing_once(
+    tmp_path: Path, in_process: Callable[..., tuple[int, str, str]]
+) -> None:
+    """All sets of columns, the longest row of a line once, no bar of no rows; the path is first."""
+    rows = [
+        {"question": f"What {n}?", "answer": "word " * (150 if n < 3 else 2)} for n in range(60)
+    ]
+    (tmp_path / "one.json").write_text(json.dumps(rows))
+    others = [{"prompt": f"Which {n}?", "response": "It."} for n in range(20)]
+    (tmp_path / "two.jsonl").write_text("\n".join(json.dumps(row) for row in others))
+    cache = f"cache_dir={tmp_path / 'cache'}"
+    _, screen, errors = in_process("data", "check", str(tmp_path), "--set", cache)
+    assert errors.startswith(f"Looking at {tmp_path}")
+    assert "question = question, answer = answer" in screen
+    assert "and in 20 rows" in screen
+    assert "question = prompt, answer = response" in screen
+    assert len(re.findall(r"one\.json:1\b", screen)) == 1
+    assert re.search(r"longest 2 .*two\.jsonl:", screen)
+    assert re.search(r"up to \d+ +█", screen)
+    assert not re.search(r"up to \d+ +0\b", screen)
 
 
 def test_a_previewed_row_is_its_text_by_tokens(

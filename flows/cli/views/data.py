@@ -34,9 +34,12 @@ class _RateColumn(ProgressColumn):
 def count_rows(console: Console, *, quiet: bool) -> Iterator[Callable[[int], None]]:
     """Show a line that counts rows while they are read; yield what updates it."""
     columns = (SpinnerColumn(), TextColumn("{task.completed:,} rows"), _RateColumn())
-    with Progress(*columns, console=console, transient=True, disable=quiet) as bar:
+    # Without a thread of its own: a process of several threads has no helpers (`jobs.helpers`).
+    with Progress(
+        *columns, console=console, transient=True, disable=quiet, auto_refresh=False
+    ) as bar:
         task = bar.add_task("rows", total=None)
-        yield lambda rows: bar.update(task, completed=rows)
+        yield lambda rows: bar.update(task, completed=rows, refresh=True)
 
 
 def show_manifest(console: Console, manifest: DatasetManifest) -> None:
@@ -91,6 +94,7 @@ def _understood(manifest: DatasetManifest) -> dict[str, str]:
     return {
         "layout": ", ".join(f"{name} ({rows:,})" for name, rows in manifest.layouts.items()),
         "columns": ", ".join(f"{part} = {name}" for part, name in manifest.columns.items()),
+        **{f"and in {rows:,} rows": columns for columns, rows in manifest.other_columns.items()},
         **({"not used": _counted(manifest.unused)} if manifest.unused else {}),
         **({"changed": _counted(manifest.changed)} if manifest.changed else {}),
         "language": f"{share * manifest.chinese_rows:.0f} % of questions with Chinese",
@@ -135,11 +139,10 @@ def _lengths(manifest: DatasetManifest) -> dict[str, str]:
     limit, below = manifest.max_sequence_length, 0
     shown: dict[str, str] = {}
     for edge, rows in manifest.length_histogram:
-        if not rows and not shown and edge < limit:
-            below = edge
-            continue  # nothing is that short
-        marker = f"  <- max_sequence_length {limit}" if below < limit <= edge else ""
-        shown[f"up to {edge}"] = "█" * -(-_BAR_CHARACTERS * rows // most) + f" {rows:,}{marker}"
+        if below < limit <= edge and manifest.too_long:
+            shown["limit"] = f"max_sequence_length {limit}: {manifest.too_long:,} rows are longer"
+        if rows:
+            shown[f"up to {edge}"] = "█" * -(-_BAR_CHARACTERS * rows // most) + f" {rows:,}"
         below = edge
     shown |= {
         f"longest {number}": (
