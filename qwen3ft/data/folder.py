@@ -43,7 +43,7 @@ from qwen3ft.text.plain import escaped_line
 QUARANTINE, LEFT_OUT, _TEST_FILE = "quarantine.jsonl", "left_out.jsonl", "test.jsonl"
 _SPLIT_FILES = ("train.arrow", "dev.arrow")
 _HISTOGRAM_BINS = 24
-_LONGEST_ROWS = 5
+_LONGEST_ROWS, _MOST_CANDIDATES = 5, 200
 _MOST_MAPPINGS, _MOST_MAPPING_CHARACTERS = 8, 300
 
 
@@ -240,7 +240,7 @@ def _by_mapping(mappings: Sequence[tuple[Columns, int]]) -> dict[str, int]:
 
 def _longest(prepared: Prepared) -> tuple[LongRow, ...]:
     lengths = prepared.tokens.lengths
-    order = np.argsort(-lengths, kind="stable")[: _LONGEST_ROWS * _LONGEST_ROWS]
+    order = np.argsort(-lengths, kind="stable")[:_MOST_CANDIDATES]
     found: dict[tuple[str, int], LongRow] = {}
     for position in order[lengths[order] > 0].tolist():
         # The rows of an array may all be in one line; its longest stands for it.
