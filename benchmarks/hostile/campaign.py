@@ -66,7 +66,7 @@ class Ended:
     cpu_seconds: float
     """CPU time of opening it, imports aside."""
     peak_mib: int
-    """Largest resident memory of the process and its children, imports included."""
+    """Most memory of the process and its children, imports included; shared pages count once."""
 
 
 def run_case(case: Case, work: Path, number: int = 0) -> Ended:
@@ -176,15 +176,27 @@ def _watch(process: psutil.Popen, ready: Path) -> tuple[str, float, int]:
 
 
 def _usage(process: psutil.Popen) -> tuple[float, int]:
-    """Return CPU seconds and resident bytes of a process and all below it."""
+    """Return CPU seconds and memory of a process and all below it, in bytes."""
     seconds, held = 0.0, 0
     with suppress(psutil.NoSuchProcess):
         for one in (process, *process.children(recursive=True)):
             with suppress(psutil.NoSuchProcess):
                 times = one.cpu_times()
                 seconds += times.user + times.system
-                held += one.memory_info().rss
+                held += _held_bytes(one)
     return seconds, held
+
+
+def _held_bytes(process: psutil.Process) -> int:
+    """Return the memory of a process, with its share of the pages that others have too (PSS).
+
+    Helpers that are forked share the imports of their parent: resident sizes would count these for
+    each of them.
+    """
+    with suppress(OSError, StopIteration):
+        lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("Pss:")))
+    return int(process.memory_info().rss)
 
 
 def summarise(ended: Sequence[Ended]) -> dict[str, Any]:
