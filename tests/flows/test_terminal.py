@@ -77,6 +77,7 @@ def test_hostile_rows_and_names_are_shown_harmlessly(
 ) -> None:
     """`data check` and `data preview`, with and without --json, on a terminal and in a pipe."""
     settings = ["--set", f"cache_dir={tmp_path / 'cache'}", "--set", "model_name=embedded"]
+    settings += ["--set", "max_sequence_length=1024"]
     printed = run("data", *arguments, str(data), *settings)
     assert_plain(printed)
     if "--json" in arguments:

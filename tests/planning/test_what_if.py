@@ -230,22 +230,22 @@ def test_the_command_answers_without_torch_weights_or_a_project(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "kind"),
+    ("arguments", "kind", "command"),
     [
-        (["--budget", "-3"], ConfigError),
-        (["--budget", "5000"], ConfigError),
-        (["--gpu", "Voodoo"], ConfigError),
-        (["--model", "7b"], ModelNotFoundError),
-        (["--model", "4b", "--budget", "1"], InsufficientMemoryError),
+        (["--budget", "-3"], ConfigError, "settings max_memory_gb"),
+        (["--budget", "5000"], ConfigError, "settings max_memory_gb"),
+        (["--gpu", "Voodoo"], ConfigError, "plan"),
+        (["--model", "7b"], ModelNotFoundError, "plan"),
+        (["--model", "4b", "--budget", "1"], InsufficientMemoryError, "plan"),
     ],
 )
 def test_bad_questions_are_errors_with_a_next_command(
-    arguments: list[str], kind: type[Exception]
+    arguments: list[str], kind: type[Exception], command: str
 ) -> None:
     """A budget that is negative or absurd, unknown names, too little memory."""
     done = CliRunner().invoke(app, ["plan", *arguments])
     assert isinstance(done.exception, kind)
-    assert getattr(done.exception, "next_command", "").startswith("qwen3ft plan")
+    assert getattr(done.exception, "next_command", "").startswith(f"qwen3ft {command}")
 
 
 def test_wrong_usage_of_plan_is_exit_code_two() -> None:

@@ -42,6 +42,7 @@ from qwen3ft.registry.moves import (
 )
 from qwen3ft.registry.registry import Registry
 from qwen3ft.tracking.connection import Connection, connect
+from qwen3ft.text.commands import runnable
 from tasks.promote import promote as promote_task
 
 ROOT = Path(__file__).parents[2]
@@ -340,7 +341,7 @@ def test_a_version_is_promoted_by_hand_if_intact_and_degraded_only_if_asked_for(
     status, _, error = command(in_use, "promote", "4")
     assert status == 1
     assert "qwen3ft-embedded 4 is degraded: lower rank." in error
-    assert "Next:  qwen3ft promote 4 --allow-degraded" in error
+    assert f"Next:  {runnable('qwen3ft promote 4 --allow-degraded')}" in error
     _, out, _ = command(in_use, "promote", "4", "--allow-degraded", "--reason", "a demo", "--json")
     move = json.loads(out)["move"]
     assert (move["version"], move["replaced"], move["reason"]) == ("4", "2", "a demo")
