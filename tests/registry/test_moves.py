@@ -41,8 +41,8 @@ from qwen3ft.registry.moves import (
     to_tag,
 )
 from qwen3ft.registry.registry import Registry
-from qwen3ft.tracking.connection import Connection, connect
 from qwen3ft.text.commands import runnable
+from qwen3ft.tracking.connection import Connection, connect
 from tasks.promote import promote as promote_task
 
 ROOT = Path(__file__).parents[2]
