@@ -16,7 +16,7 @@ from qwen3ft.data.folder import LEFT_OUT, Prepared
 from qwen3ft.data.placement import DUPLICATES, Fate
 from qwen3ft.data.reading import FINDINGS_NAME, MOST_LISTED_BYTES
 from qwen3ft.data.row_features import MOST_COMPARED_BYTES
-from qwen3ft.data.sources import check_command, show_command
+from qwen3ft.data.sources import command_to_check, show_command
 from qwen3ft.errors import DataLoadingError
 from qwen3ft.logs import get_logger
 from qwen3ft.records.data import DatasetManifest
@@ -209,7 +209,7 @@ def _too_long(prepared: Prepared, config: TrainingConfig, _empty: Sequence[str])
         f"{what}; half of them have more than {int(np.median(lengths))}.",
         f"Longer rows are left out, never cut. A length of {enough} tokens would keep "
         f"{_KEPT_SHARE:.0%} of these rows.",
-        check_command(config, max_sequence_length=enough),
+        command_to_check(config, max_sequence_length=enough),
     )
 
 
@@ -237,7 +237,7 @@ def _held_out(prepared: Prepared, config: TrainingConfig, empty: Sequence[str]) 
         held_out if "train" in empty else 0,
         f"{held_out} of {prepared.reading.usable} usable rows are held out for dev and test.",
         f"held_out_fraction is {config.held_out_fraction:g}.",
-        check_command(config, held_out_fraction=_USUAL_HELD_OUT),
+        command_to_check(config, held_out_fraction=_USUAL_HELD_OUT),
     )
 
 
@@ -248,7 +248,7 @@ def _leaked(prepared: Prepared, config: TrainingConfig, empty: Sequence[str]) ->
         f"{leaked} rows have a question that is held out, or nearly one, and are not trained on.",
         "dev_paths and test_paths, or files named as a test split, hold the same questions. "
         "Without them, a share of the training rows is held out.",
-        check_command(config, dev_paths=(), test_paths=()),
+        command_to_check(config, dev_paths=(), test_paths=()),
     )
 
 
@@ -268,7 +268,7 @@ def _empty_files(prepared: Prepared, config: TrainingConfig, empty: Sequence[str
         f"of {reading.rows_read} rows read, {reading.bad.total()} are bad, and none of "
         f"{of_each} can be used.",
         "Files that are given for a split are all that it has.",
-        check_command(config, **{f"{role}_paths": () for role in unusable if role != "train"}),
+        command_to_check(config, **{f"{role}_paths": () for role in unusable if role != "train"}),
     )
 
 
@@ -281,7 +281,7 @@ def _not_trained(prepared: Prepared, config: TrainingConfig, _empty: Sequence[st
         f"{config.train_turns!r}."
         if config.train_turns == "last"
         else "The model's template writes none of their answers.",
-        check_command(config, train_turns="all"),
+        command_to_check(config, train_turns="all"),
     )
 
 

@@ -33,7 +33,7 @@ from qwen3ft.data.rows import (
     read_file,
     rules_of,
 )
-from qwen3ft.data.sources import check_command
+from qwen3ft.data.sources import command_to_check
 from qwen3ft.data.splits import KeysBuilder
 from qwen3ft.errors import DataLoadingError
 from qwen3ft.logs import get_logger
@@ -308,7 +308,7 @@ def _reason_for_none(reading: Reading, config: TrainingConfig, quarantine: str) 
     """Return why no row is usable, and the command to run next."""
     if rows := reading.without_reasoning_left_out:
         why = f"{rows} good rows have no reasoning, and rows_without_reasoning is 'leave_out'."
-        return why, check_command(config, rows_without_reasoning="empty_block")
+        return why, command_to_check(config, rows_without_reasoning="empty_block")
     if reading.marked_left_out:
         return (
             f"The data marks {reading.marked_left_out} rows as bad examples, and no other is good.",
@@ -339,9 +339,9 @@ def _way_out(reading: Reading, config: TrainingConfig) -> str | None:
     """Return the command that looks again with the setting by which most bad rows were refused."""
     [(reason, _)] = reading.bad.most_common(1) or [("", 0)]
     if reason == _PERSONAL_DATA:
-        return check_command(config, personal_data="report")
+        return command_to_check(config, personal_data="report")
     if reason == "control_token":
-        return check_command(config, special_tokens_in_text="escape")
+        return command_to_check(config, special_tokens_in_text="escape")
     return None
 
 
@@ -374,7 +374,7 @@ def _check(reading: Reading, config: TrainingConfig, quarantine: Path) -> None:
         if names:
             likely = _likely_columns(names, config.columns)
             columns = config.columns.model_copy(update=likely)
-            next_command = check_command(config, columns=columns)
+            next_command = command_to_check(config, columns=columns)
     raise DataLoadingError(
         what,
         why=why,

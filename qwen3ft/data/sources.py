@@ -324,7 +324,7 @@ def _embedded_file(given: str) -> Path:
     return DATA_DIR / f"{split}.jsonl"
 
 
-def check_command(config: TrainingConfig, **changes: Any) -> str:
+def command_to_check(config: TrainingConfig, **changes: Any) -> str:
     """Return the command that looks at the data of `config` with some of its settings changed."""
     wanted = config.model_copy(update=changes)
     values, usual = wanted.model_dump(mode="json"), TrainingConfig().model_dump(mode="json")
