@@ -3,7 +3,7 @@
 A run without a heartbeat for `SILENT_SECONDS` is marked as Crashed: its worker, which would report
 the end at once, was killed with it. A crashed run is continued once from its last checkpoint by a
 new run with the same parameters, the id of the crashed run, and `resumed` counted up, which makes
-the flow refuse a second time (see `flows.resume.check_resumes`).
+the flow refuse a second time (see `flows.resume`). A run that never began is not taken up.
 """
 
 from __future__ import annotations
@@ -22,13 +22,19 @@ SILENT_SECONDS = 3 * HEARTBEAT_SECONDS
 """Time without a heartbeat: a busy machine may lose two; a crash must be noticed in two minutes."""
 
 PROCESS_LOST = "ProcessLost"
-"""Name of the crashed state of a run that `deployments.orphans` has ended and continued itself."""
+"""Name of the crashed state of a run that `deployments.orphans` has ended, and continued if that
+makes sense."""
 
 _ENDS = (
     *("Completed", "Failed", "Cancelled", "Crashed", PROCESS_LOST),
     *(NOTHING_NEW, ALREADY_DONE),  # an event has the name of the state, not its type
 )
-_CONTINUED = "{{ flow_run.parameters.get('continue_run') or flow_run.id }}"
+# A run that never began, as with parameters that the flow refuses, has no start time: calling None
+# is an error, and the server starts nothing.
+_CONTINUED = (
+    "{% if not flow_run.start_time %}{{ none() }}{% endif %}"
+    "{{ flow_run.parameters.get('continue_run') or flow_run.id }}"
+)
 _NIGHTLY = (
     "{{ (flow_run.parameters.get('nightly') or 'auto-scheduled' in flow_run.tags) | tojson }}"
 )

@@ -91,9 +91,10 @@ def deploy(stack: Stack, say: Say = lambda _: None, *, force: bool = False) -> b
     if defaults.notice:
         say(defaults.notice)
     registered = read_deployment(stack)
-    if not force and registered is not None and registered["version"] == defaults.version:
+    if not force and registered is not None and _is_current(registered, defaults):
         return False
     _run_prefect_deploy(stack)
+    _refuse_unknown_parameters(stack)
     _restore_schedules(stack, registered)
     register_automations(stack.layout(), _registered_id(stack))
     say(f"Registered {DEPLOYMENT} with {defaults.config_path}.")
@@ -124,6 +125,21 @@ def _run_prefect_deploy(stack: Stack) -> None:
             why=services.last_words(done.stdout),
             next_command="qwen3ft status",
         )
+
+
+def _is_current(registered: dict[str, Any], defaults: Defaults) -> bool:
+    is_strict = registered["parameter_openapi_schema"].get("additionalProperties") is False
+    return registered["version"] == defaults.version and is_strict
+
+
+def _refuse_unknown_parameters(stack: Stack) -> None:
+    """Let the server refuse a run with a parameter that the flow does not have."""
+    # Prefect's own schema of a flow lets every further name pass, and the run then crashes.
+    found = read_deployment(stack)
+    assert found is not None  # `prefect deploy` has just put it there
+    schema = {**found["parameter_openapi_schema"], "additionalProperties": False}
+    change = {"parameter_openapi_schema": schema}
+    send(stack.layout(), f"deployments/{found['id']}", change, method="PATCH")
 
 
 def _registered_id(stack: Stack) -> str:

@@ -19,6 +19,8 @@ from deployments import services
 from deployments.automations import PROCESS_LOST, resumption_parameters
 from deployments.processes import find_marked
 from deployments.services import DEPLOYMENT, POOL, Layout
+from qwen3ft.config import TrainingConfig
+from qwen3ft.jobs.folders import RunDir
 
 _UNFINISHED = ("PENDING", "RUNNING", "CANCELLING")
 
@@ -70,6 +72,10 @@ def end_run(layout: Layout, run: Mapping[str, Any], message: str) -> None:
     """Mark a run as crashed, and continue it; one that was being cancelled is cancelled."""
     if run["state_type"] == "CANCELLING":
         state = {"type": "CANCELLED", "message": message}
+    elif not _has_begun(layout.root, run):
+        # under the name Crashed the automation would take it up
+        message = f"{message} It had not begun, so it is not taken up."
+        state = {"type": "CRASHED", "name": PROCESS_LOST, "message": message}
     else:
         # continue first: if this is killed between the two, the next `up` repeats both
         name = PROCESS_LOST if _continue(layout, run) else "Crashed"
@@ -90,6 +96,13 @@ def _continue(layout: Layout, run: Mapping[str, Any]) -> bool:
     asked = {"parameters": resumption_parameters(run)}
     created = f"{address}/{deployment['id']}/create_flow_run"
     return services.request_json(layout.secret, created, asked) is not None
+
+
+def _has_begun(root: Path, run: Mapping[str, Any]) -> bool:
+    """Return True if the run that a flow run executes has written its settings."""
+    given = run["parameters"]
+    runs_dir = (given.get("config") or {}).get("runs_dir") or TrainingConfig().runs_dir
+    return RunDir(root / runs_dir / (given.get("continue_run") or run["id"])).config.is_file()
 
 
 def _api(layout: Layout) -> str:

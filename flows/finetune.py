@@ -30,7 +30,12 @@ from flows.nightly import (
 from flows.notify import notify_failure, record_run, send_notice
 from flows.parameters import over_deployment
 from flows.reporting import RunReporter, reported
-from flows.resume import cancel_duplicate_resumes, refuse_second_resume
+from flows.resume import (
+    cancel_duplicate_resumes,
+    refuse_second_resume,
+    settings_to_finish,
+    settings_to_resume,
+)
 from flows.run_context import (
     end_without_training,
     gpu_lock_for,
@@ -46,7 +51,7 @@ from flows.run_context import (
 )
 from flows.temporary_server import temporary_server
 from qwen3ft import logs
-from qwen3ft.config import TrainingConfig, checked_name
+from qwen3ft.config import TrainingConfig
 from qwen3ft.evaluation.ability import read_ability_rows
 from qwen3ft.files import private_files
 from qwen3ft.jobs.folders import RunDir
@@ -100,10 +105,11 @@ def qwen3_finetune(
     survive_closed_pipes()
     for name in ("prefect.flow_runs", "prefect.task_runs"):  # they log errors with their causes
         logs.mask_logger(name)
-    config = over_deployment(config)
-    if continue_run is not None:
-        checked_name(continue_run, "run", "qwen3ft status")
-    refuse_second_resume(continue_run, resumed)
+    if continue_run is None:
+        config = over_deployment(config)
+    else:
+        config = settings_to_resume(config, continue_run)
+    refuse_second_resume(config, continue_run, resumed)
     cancel_duplicate_resumes(continue_run, resumed)
     nightly = is_nightly(asked=nightly)
     config = for_night(config, nightly=nightly)
@@ -116,7 +122,9 @@ def qwen3_finetune(
     ):
         if night.taken is not None:
             return end_as_taken(night)
-        record_run(str(flow_run.id), night.run_id)
+        if night.run_id not in (continue_run, str(flow_run.id)):
+            config = settings_to_finish(config, night.run_id)
+        record_run(str(flow_run.id), night.run_id, config)
         with (
             open_run(config, night.run_id, request) as run,
             mirror_to_mlflow(run, config),

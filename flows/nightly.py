@@ -40,7 +40,7 @@ from qwen3ft.operations.night import (
     is_answered_by,
     kept_before,
 )
-from qwen3ft.operations.run_state import find_runs, is_running
+from qwen3ft.operations.run_state import ending_of, is_running
 from qwen3ft.records.run_card import ALREADY_DONE
 from qwen3ft.registry.registry import Registry
 from qwen3ft.text.names import flaw_of_name
@@ -80,11 +80,11 @@ def claim_tonight(
 ) -> Iterator[Night]:
     """Claim the night; a run that is not a night's always gets its claim.
 
-    A crashed run is resumed once, though a busy server may start it more often.
+    A run that has its verdict is not resumed, so its record stays as it is.
     """
     run_id = continue_run or str(flow_run.id)
-    if continue_run and flow_run.parameters.get("resumed") and _has_ended(config, continue_run):
-        yield Night(run_id, f"already done by run {run_id}")
+    if continue_run and (ending := ending_of(RunDir(Path(config.runs_dir) / continue_run))):
+        yield Night(run_id, f"run {run_id} is already completed: {ending}")
         return
     if not nightly or request is None:
         yield Night(run_id)
@@ -95,12 +95,6 @@ def claim_tonight(
         if night.again:
             logger.info("the night of %s was left unfinished by run %s", date, night.run_id)
         yield night
-
-
-def _has_ended(config: TrainingConfig, run_id: str) -> bool:
-    """Return True if the run has its verdict."""
-    runs = find_runs(Path(config.runs_dir).resolve())
-    return any(run.run.path.name == run_id and run.state == "completed" for run in runs)
 
 
 def night_date() -> str:

@@ -39,8 +39,8 @@ MOST_CHARACTERS = 2000
 
 Event = Literal["promoted", "kept", "deferred", "failed"]
 
-_RUNS: dict[str, str] = {}
-"""Id of the run that each flow run of this process executes."""
+_RUNS: dict[str, tuple[str, TrainingConfig]] = {}
+"""Id and settings of the run that each flow run of this process executes."""
 
 
 class EmailNotification(AppriseNotificationBlock):
@@ -95,14 +95,15 @@ def send_notice(
         logger.warning("not every notification was sent within %.0f s", NOTIFY_SECONDS)
 
 
-def record_run(flow_run_id: str, run_id: str) -> None:
-    """Record which run a flow run executes, so that its failure notice names the run."""
-    _RUNS[flow_run_id] = run_id
+def record_run(flow_run_id: str, run_id: str, config: TrainingConfig) -> None:
+    """Record which run a flow run executes, so that its failure notice is that run's."""
+    _RUNS[flow_run_id] = run_id, config
 
 
 def notify_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:  # noqa: ARG001
     """Notify of a run that failed or crashed (a hook for Prefect)."""
-    config = _config_of(flow_run)
+    asked = str(flow_run.parameters.get("continue_run") or flow_run.id)
+    run_id, config = _RUNS.get(str(flow_run.id), (asked, _config_of(flow_run)))
     if config is None:
         return
     message = (state.message or state.name or "").removeprefix(
@@ -112,8 +113,7 @@ def notify_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -
         config,
         Notice(
             event="failed",
-            run_id=_RUNS.get(str(flow_run.id))
-            or str(flow_run.parameters.get("continue_run") or flow_run.id),
+            run_id=run_id,
             model=config.model_name,
             message=escaped(logs.mask_secrets(message)),  # of any exception
         ),

@@ -32,10 +32,11 @@ def over_deployment(
     """
     if isinstance(given, TrainingConfig):
         given = given.model_dump(mode="json", exclude_unset=True)
-    return parse_config(merge_settings(_settings(deployment_id or deployment.id), given or {}))
+    return parse_config(merge_settings(deployment_settings(deployment_id or deployment.id), given or {}))
 
 
-def _settings(deployment_id: UUID | str | None) -> Mapping[str, Any]:
+def deployment_settings(deployment_id: UUID | str | None) -> Mapping[str, Any]:
+    """Return the settings that runs of a deployment start from; none without one."""
     if deployment_id is None:  # called in a process, not by a worker
         return {}
     with get_client(sync_client=True) as client:

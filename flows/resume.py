@@ -1,7 +1,8 @@
-"""Resumes a crashed run once, and in one flow run only."""
+"""Resumes a run with its own settings, and a crashed one once and in one flow run only."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,17 +18,23 @@ from prefect.exceptions import PrefectException
 from prefect.runtime import deployment, flow_run
 from prefect.states import Completed
 
+from flows.parameters import deployment_settings, over_deployment
 from qwen3ft import logs
+from qwen3ft.config import TrainingConfig, parse_config
 from qwen3ft.errors import FinetuneError
+from qwen3ft.jobs.folders import RunDir
+from qwen3ft.operations.resumption import find_run, resumed_settings, unfinished_settings
 from qwen3ft.records.run_card import ALREADY_DONE
 
 logger = logs.get_logger("flow")
+
+_NOT = object()
 
 MOST_RESUMES = 1
 """Automatic resumes of a crashed run; see `deployments.automations`."""
 
 
-def refuse_second_resume(continue_run: str | None, resumed: int) -> None:
+def refuse_second_resume(config: TrainingConfig, continue_run: str | None, resumed: int) -> None:
     """Refuse to resume a crashed run again and again.
 
     Raises:
@@ -37,8 +44,43 @@ def refuse_second_resume(continue_run: str | None, resumed: int) -> None:
         raise FinetuneError(
             f"Run {continue_run} crashed again after it was resumed {resumed - 1} time(s).",
             why="Something ends its process every time; see the end of its log, run.jsonl.",
-            next_command=f"qwen3ft run --resume {continue_run}",
+            next_command=RunDir(Path(config.runs_dir).resolve() / str(continue_run)).resume_command,
         )
+
+
+def settings_to_resume(config: TrainingConfig, continue_run: str) -> TrainingConfig:
+    """Return the settings with which a run goes on: its own, with what `config` may change of them.
+
+    Raises:
+        ConfigError: there is no such run, or `config` was given a setting that may not change.
+    """
+    run = find_run(over_deployment(config).runs_dir, continue_run)
+    given = config.model_dump(mode="json", include=config.model_fields_set)
+    return resumed_settings(run, _asked_for(given))
+
+
+def settings_to_finish(config: TrainingConfig, run_id: str) -> TrainingConfig:
+    """Return the settings with which tonight's run finishes an earlier one, if that has begun."""
+    run = RunDir(Path(config.runs_dir).resolve() / run_id)
+    if not run.config.is_file():
+        return config
+    settings, ignored = unfinished_settings(run, config)
+    if ignored:
+        logger.warning("run %s goes on with its own %s", run_id, ", ".join(ignored))
+    return settings
+
+
+def _asked_for(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that were asked for, without those that only fill a form.
+
+    A run that is started without settings, or from the form on the deployment's page, has all of
+    the deployment's: those count as not given.
+    """
+    filled = deployment_settings(deployment.id)
+    if not filled.keys() <= given.keys():
+        return given
+    default = parse_config(filled).model_dump(mode="json", include=set(filled))
+    return {name: value for name, value in given.items() if default.get(name, _NOT) != value}
 
 
 def cancel_duplicate_resumes(continue_run: str | None, resumed: int) -> None:

@@ -78,7 +78,7 @@ def open_run(config: TrainingConfig, run_id: str, request: NightRequest | None) 
             )
         logs.configure(console=False, json_path=run.log)
         hide_known_tracebacks()
-        write_record(run.path / "config.json", config)
+        write_record(run.config, config)
         if request is not None:
             write_request(run, request)
         try:
@@ -123,7 +123,10 @@ def mirror_to_mlflow(run: RunDir, config: TrainingConfig) -> Iterator[None]:
     # in the background, send what an outage kept from MLflow in earlier runs
     backlog = partial(replay_unsent, run.path.parent, uri, current=run)
     threading.Thread(target=backlog, daemon=True).start()
-    journal.run_started(flow_run.name or run_name(), config.model_dump(mode="json"), tags)
+    settings, changed = journal.settings_since_start(config.model_dump(mode="json"))
+    if changed:
+        tags["changed_settings"] = changed
+    journal.run_started(flow_run.name or run_name(), settings, tags)
     status: RunStatus = "FAILED"
     try:
         yield

@@ -129,7 +129,7 @@ def promote(
     if saved.registered_model is None or saved.version is None:
         reason = (
             "the registry could not be reached, so the adapter in use is not known; "
-            f"continue with: qwen3ft train --resume {Path(run).name}"
+            f"continue with: {RunDir(Path(run)).resume_command}"
         )
         return Verdict(decision="deferred", reasons=(reason,))
     if champion is not None and champion.version == saved.version:

@@ -14,7 +14,7 @@ from hatchling.builders.wheel import WheelBuilder
 from typer.testing import CliRunner
 
 from flows.cli import app
-from qwen3ft.config import ColumnNames, TrainingConfig
+from qwen3ft.config import CHANGEABLE_SETTINGS, ColumnNames, TrainingConfig
 from qwen3ft.tracking.run_metrics import METRICS, TAGS
 
 ROOT = Path(__file__).parent.parent
@@ -66,6 +66,13 @@ def anchors(page: Path) -> set[str]:
     """The names that GitHub gives the headings of a page."""
     headings = re.findall(r"^#+ (.*)$", _BLOCK.sub("", read(page)), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_settings_that_may_change_on_resume_are_listed() -> None:
+    """Each with what a new value changes."""
+    text = read(ROOT / "docs" / "operating.md").partition("## Resume a run")[2]
+    listed = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", text.partition("\n## ")[0], re.MULTILINE))
+    assert listed == CHANGEABLE_SETTINGS
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)

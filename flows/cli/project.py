@@ -12,13 +12,15 @@ from deployments.stack import Stack
 from flows.cli.options import read_overrides
 from flows.cli.output import say
 from qwen3ft.config import (
+    CHANGEABLE_SETTINGS,
     TrainingConfig,
-    checked_name,
     merge_settings,
     parse_config,
     read_settings_file,
 )
 from qwen3ft.errors import EnvironmentNotReadyError
+from qwen3ft.jobs.folders import RunDir
+from qwen3ft.operations.resumption import find_run, resumed_settings
 
 
 def open_project() -> Stack:
@@ -77,21 +79,42 @@ def request_config(
     return wanted
 
 
-def run_parameters(
-    root: Path, config: Path | None, settings: list[str] | None, resume: str | None
-) -> dict[str, Any]:
+def run_parameters(root: Path, config: Path | None, settings: list[str] | None) -> dict[str, Any]:
     """Return the flow parameters that replace the deployment's, validated.
 
     Raises:
-        ConfigError: a setting, the file or the id of the run is invalid.
+        ConfigError: a setting or the file is invalid.
     """
-    parameters: dict[str, Any] = {}
-    if resume is not None:
-        parameters["continue_run"] = checked_name(resume, "run", "qwen3ft status")
-    if config is not None or settings:
-        values, _ = requested_settings(root, config, settings)
-        parameters["config"] = parse_config(values).model_dump(mode="json")
-    return parameters
+    if config is None and not settings:
+        return {}
+    values, _ = requested_settings(root, config, settings)
+    return {"config": parse_config(values).model_dump(mode="json")}
+
+
+def find_run_to_resume(
+    root: Path, config: Path | None, settings: list[str] | None, run_id: str
+) -> tuple[RunDir, TrainingConfig]:
+    """Return a run's folder, and its own settings with those that were asked to change.
+
+    Raises:
+        ConfigError: there is no such run, or a setting is invalid or may not change.
+    """
+    asked = read_overrides(settings)
+    if config is not None:
+        asked = read_settings_file(config) | asked
+    run = find_run(asked.get("runs_dir") or _usual_runs_dir(root), run_id)
+    return run, resumed_settings(run, asked)
+
+
+def _usual_runs_dir(root: Path) -> str:
+    return parse_config(choose_defaults(root).config).runs_dir
+
+
+def resume_parameters(run: RunDir, config: TrainingConfig) -> dict[str, Any]:
+    """Return the flow parameters that resume a run: its id, and the settings that may change."""
+    names = {"model_name", *CHANGEABLE_SETTINGS}
+    settings = config.model_dump(mode="json", include=names)
+    return {"continue_run": run.path.name, "config": settings}
 
 
 def run_folder(stack: Stack, parameters: dict[str, Any], run_id: str) -> Path:

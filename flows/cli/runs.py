@@ -13,7 +13,9 @@ from flows.cli.output import open_console, print_json, say
 if TYPE_CHECKING:
     from deployments.services import Layout
     from flows.cli.follow import StateChange
+    from qwen3ft.config import TrainingConfig
     from qwen3ft.errors import FinetuneError
+    from qwen3ft.jobs.folders import RunDir
 
 
 def run_command(
@@ -26,11 +28,21 @@ def run_command(
     from deployments.deploy import deploy
     from deployments.services import DEPLOYMENT
     from flows.cli.follow import start_run
-    from flows.cli.project import open_project, run_folder, run_parameters
+    from flows.cli.project import (
+        open_project,
+        resume_parameters,
+        run_folder,
+        run_parameters,
+    )
     from qwen3ft.machine.environment import EnvironmentManager
 
     stack = open_project()
-    parameters = run_parameters(stack.root, config, settings, resume)
+    if resume is None:
+        parameters = run_parameters(stack.root, config, settings)
+    elif (found := _find_unfinished(stack.root, config, settings, resume, as_json=as_json)) is None:
+        return
+    else:
+        parameters = resume_parameters(*found)
     EnvironmentManager(stack.root).validate_environment()
     stack.up(say)
     deploy(stack, say)
@@ -74,7 +86,12 @@ def train_command(
     from qwen3ft.machine.environment import EnvironmentManager
 
     stack = open_project()
-    wanted = request_config(stack.root, config, settings, notify=True)
+    if resume is None:
+        wanted = request_config(stack.root, config, settings, notify=True)
+    elif (found := _find_unfinished(stack.root, config, settings, resume, as_json=as_json)) is None:
+        return
+    else:
+        wanted = found[1]
     EnvironmentManager(stack.root).validate_environment()
     use_local_services(stack)
     from flows.finetune import run_in_process  # Prefect reads its settings when it is imported
@@ -127,9 +144,25 @@ def _no_server() -> FinetuneError:
     )
 
 
+def _find_unfinished(
+    root: Path, config: Path | None, settings: list[str] | None, run_id: str, *, as_json: bool
+) -> tuple[RunDir, TrainingConfig] | None:
+    """Return the run to resume and its settings; say so if it has its verdict, and return None."""
+    from flows.cli.project import find_run_to_resume
+    from qwen3ft.operations.run_state import ending_of
+
+    run, wanted = find_run_to_resume(root, config, settings, run_id)
+    if (ending := ending_of(run)) is None:
+        return run, wanted
+    message = f"Run {run_id} is already completed: {ending}"
+    print_json({"nothing_new": message}) if as_json else open_console().print(message)
+    return None
+
+
 def _run_failed(last: StateChange, folder: Path, worker_log: Path) -> FinetuneError:
     """Make an error of the run's last state message, and say where its log is."""
     from qwen3ft.errors import FinetuneError
+    from qwen3ft.jobs.folders import RunDir
 
     log = folder / "run.jsonl"
     if not log.exists():
@@ -140,7 +173,7 @@ def _run_failed(last: StateChange, folder: Path, worker_log: Path) -> FinetuneEr
     return FinetuneError(
         what or f"The run ended as {last.state}.",
         why=f"{why}\nLog: {log}".strip(),
-        next_command=command or f"qwen3ft run --resume {folder.name}",
+        next_command=command or RunDir(folder).resume_command,
     )
 
 

@@ -1,7 +1,8 @@
 """Loading a Qwen tokenizer for training, and fast encoding of texts.
 
 Training needs turn markers, a chat template, and a padding token that is not the end token. A
-missing template or padding token is added; an unknown template is used with a warning.
+missing template or padding token is added; an unknown template is used with a warning. The declared
+end is the one that is trained, which that of a base model is not.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from qwen3ft.chat.templates import (
 from qwen3ft.chat.words import WordEncoder, is_separable, packed
 from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.errors import TokenizerError
+from qwen3ft.files import read_foreign_json
 from qwen3ft.logs import get_logger
 
 if TYPE_CHECKING:
@@ -64,7 +66,7 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
 
 
 def configure_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Add a chat template and a padding token to `tokenizer` if they are missing.
+    """Declare the trained end token, and add a chat template and a padding token if missing.
 
     Raises:
         TokenizerError: it lacks Qwen's turn markers, or any token to pad with.
@@ -88,6 +90,10 @@ def configure_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
         get_logger("data").warning(
             "The chat template (sha256 %s) is unknown; it is probed and used as it is.", info.sha256
         )
+    if tokenizer.eos_token != END_TOKEN:
+        # Base models end texts with <|endoftext|>; what is trained here ends every turn with this
+        # token, and whatever loads the tokenizer later has to stop there.
+        tokenizer.eos_token = END_TOKEN
     if tokenizer.pad_token_id in (None, vocabulary[END_TOKEN]):
         if PAD_TOKEN not in vocabulary:
             raise template_error(
@@ -95,6 +101,17 @@ def configure_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
                 "Padding with the end token would teach the model never to stop.",
             )
         tokenizer.pad_token = PAD_TOKEN
+
+
+def declared_end(folder: Path) -> str | None:
+    """Return the end token that the settings of the tokenizer in `folder` name, if any."""
+    try:
+        settings = read_foreign_json(folder / "tokenizer_config.json")
+    except ValueError:
+        return None
+    named = settings.get("eos_token") if isinstance(settings, dict) else None
+    content = named.get("content") if isinstance(named, dict) else named
+    return content if isinstance(content, str) else None
 
 
 MAX_CACHED_CHARACTERS = 1_000_000

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from qwen3ft.config import TrainingConfig
-from qwen3ft.data.digests import DigestCache, mark_of, open_digests
 from qwen3ft.data.hub import HUB_PREFIX, fetch_dataset, parse_hub_name, pin_dataset
 from qwen3ft.data.readers.open import SUFFIXES, suffix_of
 from qwen3ft.data.readers.unread import next_command_for, why_unread
 from qwen3ft.data.safety import mask_keys
+from qwen3ft.digests import DigestCache, mark_of, open_digests
 from qwen3ft.embedded import DATA_DIR
 from qwen3ft.errors import DataLoadingError
 from qwen3ft.records.data import ResolvedSources, Role, SourceFile

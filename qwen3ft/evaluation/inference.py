@@ -23,6 +23,7 @@ from qwen3ft.evaluation.generation import answer_questions
 from qwen3ft.files import read_json_lines, sha256_file
 from qwen3ft.logs import get_logger
 from qwen3ft.model.adapter_checks import ADAPTER_CONFIG_FILE, ADAPTER_FILE
+from qwen3ft.model.hub import same_base
 from qwen3ft.model.saved_adapter import find_base, open_adapter, require_fit
 from qwen3ft.model.tensor_files import read_header
 from qwen3ft.records.evaluation import Champion, InferenceReport, ModelLabel
@@ -166,7 +167,7 @@ def _check_champion(champion: Champion, model: ModelSnapshot) -> Path:
     folder = Path(champion.adapter_path or "")
     opened = open_adapter(folder)
     base = opened.provenance["base"]
-    if (base["model_name"], base["revision"]) != (model.source.model_name, model.source.revision):
+    if not same_base(base, model.source):
         raise ModelUnavailableError(
             f"Champion v{champion.version} belongs to {base['model_name']} at revision "
             f"{base['revision']}, not to {model.source.model_name} at {model.source.revision}.",

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -121,6 +122,18 @@ class RunDir:
     def log(self) -> Path:
         """Log records of the flow's process, one JSON object a line."""
         return self.path / "run.jsonl"
+
+    @property
+    def config(self) -> Path:
+        """Settings of the run; a run without them has not begun."""
+        return self.path / "config.json"
+
+    @property
+    def resume_command(self) -> str:
+        """Command that continues the run, typed in the project folder."""
+        elsewhere = self.path.parent != Path("runs").resolve()
+        folder = f" --set {shlex.quote(f'runs_dir={self.path.parent}')}" if elsewhere else ""
+        return f"qwen3ft run --resume {self.path.name}{folder}"
 
     @property
     def lock(self) -> Path:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.errors import HTTPError
 
 from qwen3ft.config import TrainingConfig
+from qwen3ft.digests import open_digests
 from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.errors import (
     DownloadError,
@@ -26,7 +29,7 @@ from qwen3ft.logs import get_logger
 from qwen3ft.model.hub_errors import TIMEOUT_SECONDS, RepoKind, endpoint, hub_error, not_found
 from qwen3ft.model.saved_adapter import TOKENIZER_FILES
 from qwen3ft.model.shapes import KNOWN_MODELS
-from qwen3ft.model.source_folder import check_model_folder, check_tokenizer_files
+from qwen3ft.model.source_folder import check_model_folder, check_tokenizer_files, files_read
 from qwen3ft.records.model import ModelSource
 
 logger = get_logger("hub")
@@ -59,11 +62,12 @@ def resolve_model(config: TrainingConfig) -> ModelSource:
         DownloadError: the hub answered with a server error.
         ConfigError: the folder is refused (see `check_model_folder`).
     """
+    cache_dir = Path(config.cache_dir).expanduser()
     if config.is_embedded:
-        return _resolve_folder(config.model_name, MODEL_DIR)
+        return _resolve_folder(config.model_name, MODEL_DIR, cache_dir)
     folder = os.path.expanduser(config.model_name)  # noqa: PTH111  these never raise
     if os.path.isdir(folder):  # noqa: PTH112
-        return _resolve_folder(config.model_name, Path(folder).resolve())
+        return _resolve_folder(config.model_name, Path(folder).resolve(), cache_dir)
     if config.model_name.count("/") != 1 or config.model_name.startswith((".", "~", "/")):
         why = "There is no such folder, and names on the hub are OWNER/NAME."
         raise not_found(_MODEL, config.model_name, why, close_names(config.model_name))
@@ -122,18 +126,38 @@ def close_names(name: str) -> list[str]:
     return list(dict.fromkeys(spelling[match] for match in matches))[:3]
 
 
-def _resolve_folder(name: str, folder: Path) -> ModelSource:
-    """Return a local model; its revision covers config.json and names, sizes, times of files."""
+def _resolve_folder(name: str, folder: Path, cache_dir: Path) -> ModelSource:
+    """Return a local model; its revision covers the content of every file that is read.
+
+    Digests of files that did not change are taken from `cache_dir`.
+    """
     check_model_folder(folder)
-    # Not the content: hashing the weights would read gigabytes at the start of every run.
+    with open_digests(cache_dir) as digests:
+        files = {
+            path.relative_to(folder).as_posix(): digests.sha256(path) for path in files_read(folder)
+        }
+    return ModelSource(model_name=name, revision=sha256_json(files), local_path=str(folder))
+
+
+def same_base(named: Mapping[str, Any], source: ModelSource) -> bool:
+    """Return True if `source` is the base model that an adapter's provenance names."""
+    if named["model_name"] != source.model_name:
+        return False
+    if named["revision"] == source.revision:
+        return True
+    folder = source.local_path
+    return folder is not None and named["revision"] == _revision_by_times(Path(folder))
+
+
+def _revision_by_times(folder: Path) -> str:
+    """Return the revision that versions before 0.1 gave a local model: by names, sizes, times."""
     stats = [
         (path.name, path.stat().st_size, path.stat().st_mtime_ns)
         for path in sorted(folder.iterdir())
         if path.suffix in {".safetensors", ".json", ".jinja", ".txt"}
     ]
     config_text = (folder / "config.json").read_text(encoding="utf-8")
-    revision = sha256_json({"files": stats, "config": config_text})
-    return ModelSource(model_name=name, revision=revision, local_path=str(folder))
+    return sha256_json({"files": stats, "config": config_text})
 
 
 def _resolve_revision(config: TrainingConfig) -> str:

@@ -12,8 +12,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen3ft.chat.templates import template_error
-from qwen3ft.chat.tokenizer import load_tokenizer
+from qwen3ft.chat.templates import END_TOKEN, template_error
+from qwen3ft.chat.tokenizer import declared_end, load_tokenizer
 from qwen3ft.errors import QuantizationError
 from qwen3ft.files import (
     build_folder,
@@ -61,8 +61,11 @@ def snapshot_target(config: TrainingConfig, source: ModelSource, device: str) ->
 
 
 def read_snapshot(target: Path) -> ModelSnapshot | None:
-    """Return the snapshot at `target` if every file matches its manifest, else None."""
-    if find_damage(target) is not None:
+    """Return the snapshot at `target` if every file matches its manifest, else None.
+
+    A snapshot of an older version that declares another end than the trained one does not count.
+    """
+    if find_damage(target) is not None or declared_end(target) != END_TOKEN:
         return None
     return _describe(target, read_manifest_facts(target))
 
@@ -185,6 +188,7 @@ class ModelManager:
             quantized = self._try_setting(source_path, setting, dtype, problems)
             if quantized is None:
                 continue
+            _declare_end(quantized, tokenizer.eos_token_id)
             degraded = (f"quantization {setting}",) if problems else ()
             facts = {
                 "source": request.source.model_dump(),
@@ -242,6 +246,19 @@ def _require_embeddings(tokenizer: PreTrainedTokenizerBase, shape: ModelShape) -
             "embeddings.",
             "The tokenizer belongs to another model, or tokens were added to it alone.",
         )
+
+
+def _declare_end(model: PreTrainedModel, end: int) -> None:
+    """Name the trained end token in the model's settings, beside its own."""
+    model.config.eos_token_id = end
+    if model.generation_config is not None:
+        model.generation_config.eos_token_id = with_end(model.generation_config.eos_token_id, end)
+
+
+def with_end(named: int | list[int] | None, end: int) -> list[int]:
+    """Return the end tokens of generation: the trained one first, then those named already."""
+    others = [] if named is None else [named] if isinstance(named, int) else named
+    return [end, *(token for token in others if token != end)]
 
 
 def best_compute_dtype() -> str:

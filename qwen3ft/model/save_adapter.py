@@ -196,7 +196,9 @@ def _finite_only(values: dict[str, Any]) -> dict[str, Any]:
 def _model_card(outcome: AttemptOutcome, plan: TrainPlan) -> str:
     source = plan.model.source
     base_line = "" if source.local_path else f"base_model: {source.model_name}\n"
-    base = source.local_path or source.model_name
+    name, revision = portable_base(source.model_name, source.revision, source.local_path)
+    # Without its revision, a branch that has moved on would be loaded.
+    base = repr(name) if revision is None else f"{name!r}, revision={revision!r}"
     degraded = "; ".join(all_degradations(plan)) or "no"
     return f"""---
 {base_line}library_name: peft
@@ -227,7 +229,7 @@ Load it with plain PEFT:
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained({base!r})
+base = AutoModelForCausalLM.from_pretrained({base})
 model = PeftModel.from_pretrained(base, ".")
 tokenizer = AutoTokenizer.from_pretrained(".")
 ```

@@ -77,7 +77,7 @@ def check_model_folder(folder: Path) -> ModelShape:
     """
     shape = read_shape(folder)
     try:
-        for path in _files_read(folder):
+        for path in files_read(folder):
             _require_inside(path, folder)
         # transformers would load the base model that it names instead, and the adapter.
         if (folder / ADAPTER_CONFIG_FILE).exists():
@@ -154,7 +154,7 @@ def check_tokenizer_files(folder: Path) -> None:
         TokenizerError: it is something else.
     """
     try:
-        for path in _files_read(folder):
+        for path in files_read(folder):
             _require_inside(path, folder)
             if path.suffix != ".safetensors" and path.stat().st_size > MOST_TEXT_BYTES:
                 raise ValueError(f"{path.name} has more than {MOST_TEXT_BYTES // MIB} MiB")
@@ -179,7 +179,7 @@ def check_tokenizer_files(folder: Path) -> None:
         ) from error
 
 
-def _files_read(folder: Path) -> Iterator[Path]:
+def files_read(folder: Path) -> Iterator[Path]:
     """Yield whatever transformers may read of a folder, whether or not it is a file."""
     for path in (*folder.iterdir(), *folder.glob(f"{_TEMPLATE_FOLDER}/*")):
         if path.suffix in _READ_SUFFIXES:

@@ -17,7 +17,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from qwen3ft.config import TrainingConfig
+from qwen3ft.config import CHANGEABLE_SETTINGS, TrainingConfig
 from qwen3ft.data.sources import resolved
 from qwen3ft.files import sha256_file, sha256_json
 from qwen3ft.jobs.folders import RunDir, read_record, write_record
@@ -36,19 +36,11 @@ DEFERRED = "deferred"
 
 SETTINGS_THAT_DO_NOT_DECIDE = frozenset(
     [
+        *CHANGEABLE_SETTINGS,
         # covered by the digests of files and of the model
         *("model_name", "model_revision", "data_paths", "dev_paths", "test_paths"),
         # only their product counts, and it is added
         *("batch_size", "gradient_accumulation_steps"),
-        # how the same result is computed
-        *("max_memory_gb", "kernels", "packing", "gradient_checkpointing", "preflight"),
-        *("keep_checkpoints", "max_attempts", "stall_seconds", "memory_history"),
-        *("when_gpu_is_busy", "wait_for_gpu_seconds", "lock_cpu"),
-        # where results go, and who is notified
-        *("output_dir", "fallback_output_dirs", "runs_dir", "cache_dir"),
-        *("notify_blocks", "notify_on", "when_unchanged"),
-        # a second opinion, which does not decide
-        *("judge_url", "judge_model", "judge_rows", "judge_key_variable"),
     ]
 )
 """Every other setting counts: a new one may cause a needless training, never a missing one."""

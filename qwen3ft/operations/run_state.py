@@ -16,6 +16,9 @@ from qwen3ft.tracking.cursor import outstanding
 
 State = Literal["running", "completed", "continuable", "unsent", "ended"]
 
+UNFINISHED_OUTCOMES = (DEFERRED, "failed", "cancelled")
+"""Outcomes after which a run can be resumed; all others are its end."""
+
 _MARKS = ("config.json", "run.jsonl")
 
 
@@ -48,6 +51,14 @@ def is_running(run: RunDir) -> bool:
         return not mine
 
 
+def ending_of(run: RunDir) -> str | None:
+    """Return the sentence on the card of a run that has its verdict; None if it may be resumed."""
+    card = _read(run.path / "card.json")
+    if card is None or card.get("outcome", "kept") in UNFINISHED_OUTCOMES:
+        return None
+    return str(card.get("verdict", ""))
+
+
 def _run_folders(runs_dir: Path) -> Iterator[Path]:
     if not runs_dir.is_dir():
         return
@@ -64,9 +75,7 @@ def _describe(run: RunDir, now: float) -> RunState:
 def _state(run: RunDir) -> State:
     if is_running(run):
         return "running"
-    card = _read(run.path / "card.json")
-    title = str(card.get("title", "")) if card else ""
-    completed = card is not None and not title.endswith((f": {DEFERRED}", ": failed"))
+    completed = ending_of(run) is not None
     if not completed and _has_progress(run):
         return "continuable"
     if outstanding(run) > 0:

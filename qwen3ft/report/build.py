@@ -9,6 +9,7 @@ import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from qwen3ft.chat.thinking import split_thinking
 from qwen3ft.config import EMBEDDED_MODEL_NAME, TrainingConfig
@@ -16,6 +17,7 @@ from qwen3ft.data.safety import safe_excerpt
 from qwen3ft.errors import FinetuneError
 from qwen3ft.evaluation.answers import exact_match
 from qwen3ft.evaluation.wording import judge_note
+from qwen3ft.jobs.folders import RunDir
 from qwen3ft.planning.table import PlanTable
 from qwen3ft.records.data import DataChange, DatasetManifest
 from qwen3ft.records.evaluation import (
@@ -261,8 +263,8 @@ def _next_steps(facts: RunFacts) -> Iterator[NextStep]:
         yield NextStep(what="Suggested command", command=facts.error.next_command)
     if decision == "deferred" or facts.error is not None:
         where = "from its last checkpoint" if facts.attempts else "after the stages that are done"
-        again = f"qwen3ft run --resume {facts.run_id}"
-        yield NextStep(what=f"Resume the run {where}", command=again)
+        run = RunDir(Path(facts.config.runs_dir).resolve() / facts.run_id)
+        yield NextStep(what=f"Resume the run {where}", command=run.resume_command)
     yield NextStep(
         what="Show what is in use, and every promotion and rollback",
         command=f"qwen3ft history {_about(facts)}",

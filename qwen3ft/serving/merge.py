@@ -15,8 +15,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen3ft.files import write_json_atomic
+from qwen3ft.chat.templates import END_TOKEN
+from qwen3ft.chat.tokenizer import declared_end, load_tokenizer
+from qwen3ft.files import read_foreign_json, write_json_atomic
 from qwen3ft.model.adapter_checks import ADAPTER_FILE
+from qwen3ft.model.manager import with_end
 from qwen3ft.model.request_defaults import write_request_defaults
 from qwen3ft.model.saved_adapter import GENERATION_FILE, TOKENIZER_FILES, open_adapter, require_fit
 from qwen3ft.model.shapes import read_shape
@@ -147,11 +150,30 @@ def _write_index(target: Path, shards: Mapping[str, Sequence[Located]]) -> None:
 
 
 def _write_settings(base: Path, adapter: Path, target: Path, provenance: dict[str, Any]) -> None:
-    """Write config.json with the new dtype, the adapter's tokenizer, and requests' defaults."""
-    write_json_atomic(target / "config.json", {**read_settings(base), "dtype": "bfloat16"})
+    """Write config.json with the new dtype, the adapter's tokenizer, and requests' defaults.
+
+    All of them declare the trained end token, which is not a base model's own.
+    """
     for source in (adapter / name for name in TOKENIZER_FILES):
         if source.is_file():
             shutil.copyfile(source, target / source.name)
     # An adapter saved by an earlier version has no defaults of its own.
     tokens_from = adapter if (adapter / GENERATION_FILE).is_file() else base
     write_request_defaults(target, tokens_from, provenance)
+    settings = {**read_settings(base), "dtype": "bfloat16"}
+    if any((target / name).is_file() for name in TOKENIZER_FILES):
+        settings["eos_token_id"] = _declare_end(target)
+    write_json_atomic(target / "config.json", settings)
+
+
+def _declare_end(target: Path) -> int:
+    """Declare the trained end in the settings of the tokenizer and of generation; return its id."""
+    end: int = load_tokenizer(target).eos_token_id
+    path = target / GENERATION_FILE
+    generation = read_foreign_json(path)
+    ends = with_end(generation.get("eos_token_id"), end)
+    write_json_atomic(path, {**generation, "eos_token_id": ends})
+    if declared_end(target) != END_TOKEN:  # an adapter that an older version saved
+        path = target / "tokenizer_config.json"
+        write_json_atomic(path, {**read_foreign_json(path), "eos_token": END_TOKEN})
+    return end

@@ -15,18 +15,19 @@ import re
 import time
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from qwen3ft.faults import reach
-from qwen3ft.files import append_line
+from qwen3ft.files import append_line, lines_from
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.logs import mask_secrets, mask_values
 from qwen3ft.records.data import DatasetManifest
 from qwen3ft.records.plan import TrainPlan
-from qwen3ft.tracking.checksums import add_checksum, find_change
+from qwen3ft.tracking.checksums import add_checksum, find_change, has_checksums
 from qwen3ft.units import gb
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
@@ -161,6 +162,17 @@ class Journal:
         """Start the parent run, or continue it after a restart."""
         self._append(RunStarted(name=name, params=_texts(params), tags=_texts(tags)))
 
+    def settings_since_start(self, settings: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+        """Return the settings that MLflow can hold as parameters, and those that changed, as text.
+
+        MLflow keeps a parameter's first value for good, and refuses all that come with another.
+        """
+        first = _first_settings(self.path)
+        now: dict[str, str] = mask_values(_texts(settings))
+        changed = [name for name in first.keys() & now.keys() if first[name] != now[name]]
+        kept = {name: value for name, value in settings.items() if _name(name) not in changed}
+        return kept, "; ".join(f"{name}: {first[name]} -> {now[name]}" for name in sorted(changed))
+
     def run_finished(self, status: RunStatus) -> None:
         """End the parent run."""
         self._append(RunFinished(status=status))
@@ -245,6 +257,15 @@ def parse_operation(line: bytes, *, sealed: bool) -> AnyOperation:
         return _OPERATION.validate_json(line)
     except ValidationError as error:
         raise ValueError(f"it cannot be read: {error.errors()[0]['msg']}") from None
+
+
+def _first_settings(path: Path) -> dict[str, str]:
+    sealed = has_checksums(path)
+    for line in lines_from(path):
+        with suppress(ValueError):  # damaged lines are named elsewhere
+            if isinstance(operation := parse_operation(line.content, sealed=sealed), RunStarted):
+                return operation.params
+    return {}
 
 
 def journal_path(run_dir: RunDir) -> Path:

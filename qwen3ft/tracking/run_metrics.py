@@ -35,7 +35,7 @@ METRICS = (
 TAGS = (
     *("verdict", "verdict_sentence", "degraded", "failure"),
     *("run", "data_digest", "champion_before", "version"),
-    *("prefect.flow_run_id", "prefect.flow_run_url"),
+    *("prefect.flow_run_id", "prefect.flow_run_url", "changed_settings"),
 )
 """Every tag that a parent run can have, except `qwen3ft.uid`, which identifies it."""
 

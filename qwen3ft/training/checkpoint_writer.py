@@ -126,6 +126,7 @@ def load_optimizer_state(
         group["lr"] *= factor
     # LambdaLR computes each rate from these, not from the group.
     scheduler.base_lrs = [learning_rate for _ in scheduler.base_lrs]
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # logged next
 
 
 def load_rng_state(folder: Path) -> None:

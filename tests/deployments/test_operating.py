@@ -57,12 +57,14 @@ def qwen3_finetune(
     resumed: int = 0,
 ):
     survive_closed_pipes()
-    refuse_second_resume(continue_run, resumed)
+    refuse_second_resume(config, continue_run, resumed)
     cancel_duplicate_resumes(continue_run, resumed)
     request = NightRequest(sha256=Path("data").read_text(), settings_sha256="", files=1)
     with claim_tonight(config, request, is_nightly(asked=nightly), continue_run) as night:
         if night.taken is not None:
             return end_as_taken(night)
+        Path("runs", night.run_id).mkdir(parents=True, exist_ok=True)
+        Path("runs", night.run_id, "config.json").touch()
         with Path("trained.jsonl").open("a") as stream:
             stream.write(json.dumps([night.run_id, str(flow_run.id), resumed]) + "\\n")
         while Path("hang").exists():

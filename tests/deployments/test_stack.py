@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import tomllib
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -172,6 +173,42 @@ def test_the_deployment_is_registered_once_and_as_declared(
     assert stack.status().deployment_registered
 
 
+@pytest.mark.parametrize(
+    ("parameters", "named"),
+    [
+        ({"confg": {"seed": 1}}, "confg"),
+        ({"num_epochs": 2}, "num_epochs"),
+        ({"config": {"sede": 1}}, "sede"),
+        ({"config": {"columns": {"qestion": "q"}}}, "qestion"),
+        ({"Config": {}}, "Config"),
+    ],
+)
+def test_a_misspelt_parameter_is_refused_by_name(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch, parameters: dict[str, Any], named: str
+) -> None:
+    """At the top and in the settings, before anything is started."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    deploy(stack)
+    deployment = read_deployment(stack)
+    assert deployment is not None
+    api = f"{stack.layout().url('prefect')}/api"
+    before = json_of(stack, f"{api}/flow_runs/count", {})
+    request = urllib.request.Request(
+        f"{api}/deployments/{deployment['id']}/create_flow_run",
+        data=json.dumps({"parameters": parameters}).encode(),
+        headers={
+            "Content-Type": "application/json",
+            "Authorization": authorization(stack.layout().secret),
+        },
+    )
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        opener.open(request)
+    assert refused.value.code == 409
+    assert named in refused.value.read().decode()
+    assert json_of(stack, f"{api}/flow_runs/count", {}) == before
+
+
 def _wait_for_planned_runs(stack: Stack, api: str) -> None:
     """Wait until the server's scheduler has planned the coming nights, within a minute or so."""
     wanted = {"flow_runs": {"tags": {"all_": ["auto-scheduled"]}}}
@@ -224,7 +261,16 @@ def _start_at(stack: Stack, address: str, body: dict[str, object]) -> str:
     run = json_of(stack, f"{api}/{address}", body)
     forced = {"state": {"type": "RUNNING"}, "force": True}
     assert text_of(stack, f"{api}/flow_runs/{run['id']}/set_state", forced) is not None
+    begin(stack, run["id"])
     return str(run["id"])
+
+
+def begin(stack: Stack, run: str) -> Path:
+    """Write the settings of a run, which makes it one that has begun; return their path."""
+    path = stack.root / "runs" / run / "config.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{}")
+    return path
 
 
 def _wait_for_resumption(stack: Stack, api: str, crashed: str) -> dict[str, Any]:
@@ -299,17 +345,21 @@ def _state_of(stack: Stack, run: str) -> str:
 def test_a_run_whose_process_ended_without_reporting_is_found_by_the_second_look(
     stack: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is continued once; one that was being cancelled is cancelled. Others are left alone."""
+    """It is continued once, if it has begun; one that was being cancelled is cancelled.
+
+    Others are left alone.
+    """
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     deploy(stack)
     layout, sweep = stack.layout(), OrphanSweep()
     runs = {state: _stuck_run(stack, state) for state in ("RUNNING", "PENDING", "CANCELLING")}
-    starting = _stuck_run(stack, "PENDING")
+    starting, unbegun = _stuck_run(stack, "PENDING"), _stuck_run(stack, "RUNNING")
+    begin(stack, unbegun).unlink()
     sweep.repeat(layout, {starting})
     assert {state: _state_of(stack, run) for state, run in runs.items()} == {s: s for s in runs}
     sweep.repeat(layout, {starting})
     assert [_state_of(stack, run) for run in runs.values()] == ["CRASHED", "CRASHED", "CANCELLED"]
-    assert _state_of(stack, starting) == "PENDING"
+    assert (_state_of(stack, starting), _state_of(stack, unbegun)) == ("PENDING", "CRASHED")
     continued = {run["parameters"].get("continue_run") for run in send(layout, RUNS, {})}
     assert continued & set(runs.values()) == {runs["RUNNING"], runs["PENDING"]}
     send(layout, f"flow_runs/{starting}", method="DELETE")

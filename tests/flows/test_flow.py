@@ -113,7 +113,7 @@ def test_the_card_of_a_run_tells_its_story_on_disk_and_in_mlflow(
         *("judge/win_share", "judge/rows", "seconds/judge"),
     }
     tags = {key for key in parent.data.tags if not key.startswith(("mlflow.", "qwen3ft."))}
-    assert tags == set(TAGS) - {"failure"}
+    assert tags == set(TAGS) - {"failure", "changed_settings"}
     assert re.fullmatch(rf"{card.outcome}: embedded [-0-9]+ [:0-9]+", parent.info.run_name)
     assert parent.data.tags["data_digest"] == card.data.digest
 
@@ -161,16 +161,42 @@ def test_a_night_that_failed_is_taken_up_from_its_checkpoint_and_then_done(run_f
     assert (state.name, state.message) == ("AlreadyDone", f"already done by run {run.path.name}")
 
 
-def test_a_run_that_is_in_progress_is_not_taken_up_beside_it(run_flow: Any, finished: Any) -> None:
+def test_a_run_that_is_in_progress_is_not_taken_up_beside_it(
+    run_flow: Any, project: FlowProject
+) -> None:
     """Two processes in one run's folder would mix their files."""
+    from qwen3ft.jobs.folders import write_record
     from qwen3ft.locks import try_lock
 
-    _, run = finished
+    run = RunDir(project.root / "runs" / "at-work")
+    run.path.mkdir(parents=True)
+    write_record(run.config, project.config())
     with try_lock(run.lock) as mine:
         assert mine
         state, _ = run_flow(continue_run=run.path.name)
+    shutil.rmtree(run.path)
     assert state.is_failed()
     assert "in progress in another process" in state.message
+
+
+@pytest.mark.parametrize("run_id", ["no-such-run", "qwen3-finetune"])
+def test_an_id_that_is_no_run_starts_none(run_flow: Any, run_id: str) -> None:
+    """Neither a training with the defaults nor a folder comes of it."""
+    state, run = run_flow(continue_run=run_id)
+    assert state.is_failed()
+    assert f"There is no run {run_id}" in state.message
+    assert not run.path.exists()
+
+
+def test_a_completed_run_is_not_run_again(run_flow: Any, finished: Any) -> None:
+    """Its record stays as it is, byte for byte."""
+    _, run = finished
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    state, _ = run_flow(continue_run=run.path.name)
+    assert state.name == "AlreadyDone"
+    assert f"run {run.path.name} is already completed" in state.message
+    after = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    assert after == before
 
 
 def test_the_plan_is_on_both_pages_of_the_run(finished: Any, project: FlowProject) -> None:
@@ -271,7 +297,9 @@ def test_giving_up_says_what_was_tried(run_flow: Any) -> None:
     assert len(run.attempts()) == 3
 
 
-def test_a_failed_run_is_continued_from_its_last_checkpoint(resumed: Resumed) -> None:
+def test_a_failed_run_is_continued_from_its_last_checkpoint(
+    resumed: Resumed, project: FlowProject
+) -> None:
     """With one attempt allowed the run fails; continued by its id, it resumes and completes.
 
     Its answers are judged, while another run may have the machine. Before all that, a damaged
@@ -287,7 +315,15 @@ def test_a_failed_run_is_continued_from_its_last_checkpoint(resumed: Resumed) ->
     states = task_states(resumed.ended)
     assert states["judge"] == "Completed"
     cached = {name for name, result in states.items() if result == "Cached"}
-    assert cached == {"model", "lora", "data", "plan"}
+    assert cached == {"model", "lora", "data"}  # the plan has the new setting
+    assert "seed is 41 and was asked to be 42" in resumed.refused.message
+    parent, children = mlflow_runs(project, run)
+    assert parent.data.tags["changed_settings"] == "keep_checkpoints: 2 -> 3"
+    assert parent.data.params["seed"] == "41"
+    kept = [child.data.params["keep_checkpoints"] for child in children]
+    assert sorted(kept) == ["2", "3"]
+    assert json.loads(run.config.read_text())["keep_checkpoints"] == 3
+    assert json.loads(run.attempt(2).request.read_text())["keep_checkpoints"] == 3
     assert resumed.run_of_second_start.path == run.path
     card = json.loads((run.path / "card.json").read_text())
     assert [attempt["resumed_from_step"] for attempt in card["attempts"]] == [None, 4]

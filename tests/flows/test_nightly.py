@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from support.registered import copy_database
 
-from flows import nightly
 from flows.nightly import (
     claim_tonight,
     find_request,
@@ -33,10 +32,11 @@ def config(tmp_path: Path, **changes: str) -> TrainingConfig:
 
 def test_a_crashed_run_is_taken_up_once_and_then_left_to_a_person() -> None:
     """The error names the command that continues it."""
-    refuse_second_resume(None, 0)
-    refuse_second_resume("r1", 1)
+    settings = TrainingConfig()
+    refuse_second_resume(settings, None, 0)
+    refuse_second_resume(settings, "r1", 1)
     with pytest.raises(FinetuneError, match="r1 crashed again") as caught:
-        refuse_second_resume("r1", 2)
+        refuse_second_resume(settings, "r1", 2)
     assert caught.value.next_command == "qwen3ft run --resume r1"
 
 
@@ -63,23 +63,22 @@ def test_a_run_that_is_taken_up_after_midnight_does_the_night_that_it_crashed_in
 
 
 @pytest.mark.parametrize(
-    ("title", "taken"), [("embedded: kept", True), ("embedded: failed", False)]
+    ("outcome", "taken"),
+    [
+        *(("kept", True), ("promoted", True), ("nothing new", True)),
+        *(("failed", False), ("deferred", False), ("cancelled", False)),
+    ],
 )
-def test_a_crash_that_was_answered_twice_is_taken_up_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, title: str, taken: bool
+def test_a_run_that_has_its_verdict_is_not_resumed(
+    tmp_path: Path, outcome: str, taken: bool
 ) -> None:
-    """A busy server may start several runs for it, one after the other."""
+    """Neither by a person nor by the second of several runs that a busy server starts."""
     run = tmp_path / "runs" / "r1"
     run.mkdir(parents=True)
-    for name in ("config.json", "run.jsonl"):
-        (run / name).touch()
-    (run / "card.json").write_text(json.dumps({"title": title}))
-    monkeypatch.setattr(nightly.flow_run, "parameters", {"resumed": 1}, raising=False)
+    (run / "config.json").touch()
+    (run / "card.json").write_text(json.dumps({"outcome": outcome, "verdict": "so it ended"}))
     with claim_tonight(config(tmp_path), REQUEST, False, "r1") as night:
-        assert night.taken == ("already done by run r1" if taken else None)
-    monkeypatch.setattr(nightly.flow_run, "parameters", {}, raising=False)
-    with claim_tonight(config(tmp_path), REQUEST, False, "r1") as night:
-        assert night.taken is None, "a person may continue what has ended"
+        assert night.taken == ("run r1 is already completed: so it ended" if taken else None)
 
 
 def test_data_that_cannot_be_read_is_for_the_stages_to_report(tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def test_a_failed_flow_run_is_told_by_prefects_hook(endpoint: tuple[str, Queue[A
     @flow(on_failure=[notify.notify_failure])
     def failing(config: TrainingConfig, continue_run: str | None = None) -> None:
         if continue_run is None:
-            notify.record_run(str(flow_run.id), "the night's first")
+            notify.record_run(str(flow_run.id), "the night's first", config)
         raise ConfigError("3 invalid setting(s)", why="because", next_command="qwen3ft plan")
 
     with prefect_test_harness(server_startup_timeout=120):

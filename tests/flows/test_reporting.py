@@ -186,7 +186,8 @@ def test_every_key_that_is_logged_is_documented_and_no_other() -> None:
     logged = run_metrics.card_metrics(card) | run_metrics.preflight_metrics(report)
     logged |= run_metrics.report_metrics(make_report())
     assert set(logged) == set(run_metrics.METRICS) == documented()["Metrics of a run"]
-    tags = {*run_metrics.card_tags(card), "prefect.flow_run_id", "prefect.flow_run_url"}
+    logged_at_start = {"prefect.flow_run_id", "prefect.flow_run_url", "changed_settings"}
+    tags = {*run_metrics.card_tags(card), *logged_at_start}
     assert tags == set(run_metrics.TAGS) == documented()["Tags of a run"]
 
 

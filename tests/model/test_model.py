@@ -29,6 +29,7 @@ from qwen3ft.files import sha256_file
 from qwen3ft.model import hub
 from qwen3ft.model.adapter import LoRAAdapter, plan_adapter
 from qwen3ft.model.manager import ModelManager, read_snapshot, snapshot_target
+from qwen3ft.records.model import ModelSource
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -225,18 +226,87 @@ def test_pickled_weights_are_refused(tmp_path: Path, make_config: Any) -> None:
         hub.resolve_model(make_config(model_name=str(folder)))
 
 
-def test_a_changed_local_model_is_another_model(tmp_path: Path, make_config: Any) -> None:
-    """Rewriting a file changes the revision, hence the snapshot that is used."""
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("model.safetensors", b"\x00", b"\x01"),
+        ("chat_template.jinja", b"assistant", b"assistent"),
+        ("tokenizer.json", b"0", b"1"),
+    ],
+)
+def test_a_changed_local_model_is_another_model(
+    tmp_path: Path, make_config: Any, name: str, old: bytes, new: bytes
+) -> None:
+    """Also one whose weights or template have the same size and time as before."""
     import os
 
     folder = copy_of_embedded(tmp_path / "model")
-    config = make_config(model_name=str(folder))
+    config = make_config(model_name=str(folder), cache_dir=str(tmp_path / "cache"))
     before = hub.resolve_model(config)
     assert hub.resolve_model(config) == before
-    os.utime(folder / "model.safetensors", ns=(1, 1))
+    path = folder / name
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    content = path.read_bytes()
+    end = content.rfind(old)  # the header of weights is at their beginning
+    path.write_bytes(content[:end] + new + content[end + len(old) :])
+    os.utime(path, ns=times)
     after = hub.resolve_model(config)
     assert after.revision != before.revision
     assert snapshot_target(config, after, "cpu") != snapshot_target(config, before, "cpu")
+
+
+def test_a_copy_of_a_local_model_is_the_same_model(tmp_path: Path, make_config: Any) -> None:
+    """A fresh clone has other times, and must not make the champion one of another base."""
+    import os
+    import shutil
+
+    config = make_config(model_name="embedded", cache_dir=str(tmp_path / "cache"))
+    ours = hub.resolve_model(config)
+    folder = Path(shutil.copytree(MODEL_DIR, tmp_path / "model"))
+    for path in folder.iterdir():
+        os.utime(path, ns=(1, 1))
+    copied = hub.resolve_model(config.model_copy(update={"model_name": str(folder)}))
+    assert copied.revision == ours.revision
+
+
+def test_an_unchanged_local_model_is_hashed_once(
+    tmp_path: Path, make_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gigabytes of weights would cost every start of a run minutes."""
+    from qwen3ft import digests
+
+    folder = copy_of_embedded(tmp_path / "model")
+    monkeypatch.setattr(digests.time, "time_ns", lambda: 2**62)  # long after the copy was made
+    hashed: list[str] = []
+    real = digests.sha256_file
+
+    def counted(path: Path) -> str:
+        hashed.append(path.name)
+        return real(path)
+
+    monkeypatch.setattr(digests, "sha256_file", counted)
+    config = make_config(model_name=str(folder), cache_dir=str(tmp_path / "cache"))
+    first = hub.resolve_model(config)
+    assert sorted(hashed) == sorted(path.name for path in folder.iterdir())
+    hashed.clear()
+    assert hub.resolve_model(config) == first
+    assert hashed == []
+
+
+def test_the_base_of_an_older_champion_is_known_by_its_times(tmp_path: Path) -> None:
+    """Before, a revision covered names, sizes and times of files; a hub's commit stays as it is."""
+    from qwen3ft.files import sha256_json
+
+    folder = copy_of_embedded(tmp_path / "model")
+    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.iterdir())]
+    text = (folder / "config.json").read_text()
+    old = {"model_name": "m", "revision": sha256_json({"files": stats, "config": text})}
+    source = ModelSource(model_name="m", revision="new", local_path=str(folder))
+    assert hub.same_base(old, source)
+    assert hub.same_base({**old, "revision": "new"}, source)
+    assert not hub.same_base({**old, "revision": "other"}, source)
+    assert not hub.same_base({**old, "model_name": "n"}, source)
+    assert not hub.same_base(old, ModelSource(model_name="m", revision="new", local_path=None))
 
 
 def test_a_snapshot_is_whole_or_not_there(snapshot: Any, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
 import subprocess
@@ -170,6 +171,14 @@ def test_the_adapter_names_the_original_model(
         name,
         revision,
     )
+    code = (
+        (Path(saved.path) / "README.md").read_text().partition("```python")[2].partition("```")[0]
+    )
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    [loading] = [call for call in calls if "AutoModel" in ast.unparse(call.func)]
+    given = {word.arg: ast.literal_eval(word.value) for word in loading.keywords}
+    assert ast.literal_eval(loading.args[0]) == name
+    assert given == ({} if revision is None else {"revision": revision})
 
 
 def test_plain_peft_loads_it_and_answers_the_same(

@@ -108,6 +108,20 @@ def test_shards_are_of_the_size_asked_for_and_all_in_the_index(merged: Path) -> 
     assert index["metadata"]["total_size"] == 2 * shape.total_parameters
 
 
+def test_a_merged_base_model_declares_the_trained_end(trained: Trained, tmp_path: Path) -> None:
+    """Its own settings name the end of texts, with which no trained answer ends."""
+    base, target = tmp_path / "base", tmp_path / "merged"
+    shutil.copytree(trained.base, base)
+    target.mkdir()
+    for name in ("config.json", "generation_config.json"):
+        settings = json.loads((base / name).read_text())
+        (base / name).write_text(json.dumps({**settings, "eos_token_id": 0}))
+    merge_adapter(base, trained.adapter, target)
+    assert json.loads((target / "config.json").read_text())["eos_token_id"] == 2
+    assert json.loads((target / "generation_config.json").read_text())["eos_token_id"] == [2, 0]
+    assert json.loads((target / "tokenizer_config.json").read_text())["eos_token"] == "<|im_end|>"
+
+
 @pytest.mark.parametrize(
     "change",
     [

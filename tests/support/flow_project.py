@@ -21,6 +21,7 @@ from deployments import services
 from deployments.deploy import CPU_CONFIG, deploy, read_deployment
 from deployments.stack import Stack
 from qwen3ft import faults
+from qwen3ft.config import TrainingConfig
 from qwen3ft.files import private_files
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.registry.registry import Registry
@@ -75,10 +76,14 @@ class FlowProject:
 
         with self.connected(), private_files(), pytest.MonkeyPatch.context() as patch:
             patch.setenv(faults.VARIABLE, fault)
-            config = self.config(**changes)
+            config = self.config(**changes) if continue_run is None else self._to_resume(**changes)
             state = qwen3_finetune(config, continue_run, nightly, return_state=True)
         run_id = continue_run or str(state.state_details.flow_run_id)
         return state, RunDir(self.root / "runs" / run_id)
+
+    def _to_resume(self, **changes: Any) -> TrainingConfig:
+        """Return what a person gives to resume a run: where it lies, and what is to change."""
+        return TrainingConfig.model_validate({"runs_dir": str(self.root / "runs"), **changes})
 
     @contextmanager
     def connected(self) -> Iterator[None]:

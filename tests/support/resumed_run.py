@@ -25,7 +25,7 @@ from qwen3ft.records.model import ModelSnapshot
 
 
 class Resumed(NamedTuple):
-    """Both starts of the run: their final states, its folder, and what it left after the first."""
+    """The starts of the run: their final states, its folder, and what it left after the first."""
 
     failed: Any
     failed_card: dict[str, Any]
@@ -33,6 +33,8 @@ class Resumed(NamedTuple):
     """Card of the failed run, in markdown."""
     snapshot_after_failure: ModelSnapshot | None
     """Snapshot that was damaged before the first start."""
+    refused: Any
+    """Final state of a start with another seed."""
     ended: Any
     run: RunDir
     run_of_second_start: RunDir
@@ -106,6 +108,9 @@ def fail_and_resume(project: FlowProject, snapshot: ModelSnapshot, folder: Path)
         failed_card = json.loads((run.path / "card.json").read_text())
         failed_page = (run.path / "card.md").read_text()
         made_anew = read_snapshot(target)
-        ended, again = project.run(continue_run=run.path.name, **settings)
+        own = run.config.read_bytes()
+        refused, _ = project.run(continue_run=run.path.name, seed=42)
+        assert run.config.read_bytes() == own
+        ended, again = project.run(continue_run=run.path.name, keep_checkpoints=3)
     printed = (folder / "printed.log").read_text(encoding="utf-8")
-    return Resumed(failed, failed_card, failed_page, made_anew, ended, run, again, printed)
+    return Resumed(failed, failed_card, failed_page, made_anew, refused, ended, run, again, printed)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from flows.cli.project import run_parameters
+from flows.cli.project import find_run_to_resume
 from flows.finetune import qwen3_finetune
 from flows.run_context import open_run
 from qwen3ft.config import TrainingConfig, checked_name, parse_config
@@ -43,7 +43,7 @@ def test_a_run_with_a_hostile_id_writes_nothing(tmp_path: Path, name: str) -> No
 
     for enter in (
         lambda: qwen3_finetune.fn(config, name),
-        lambda: run_parameters(tmp_path, None, None, name),
+        lambda: find_run_to_resume(tmp_path, None, [f"runs_dir={runs}"], name),
         open_it,
     ):
         with pytest.raises(ConfigError, match="cannot be the name of a run") as caught:

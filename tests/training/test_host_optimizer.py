@@ -94,6 +94,25 @@ def test_a_resumed_one_goes_on_where_it_was(tmp_path: Path) -> None:
             torch.testing.assert_close(mine, wanted, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("factor", [0.5, 0.1, 2.0])
+def test_the_rate_that_a_resumed_attempt_logs_first_is_its_own(
+    tmp_path: Path, factor: float
+) -> None:
+    """After a divergence the plan's rate is another one than the checkpoint's."""
+    values = parameters()
+    host = HostAdamW(values, **SETTINGS)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(host, lambda step: 1 / (1 + step))
+    give_gradients(values, 0)
+    host.step()
+    scheduler.step()
+    write_training_state(tmp_path, read_training_state(host, scheduler))
+    again = torch.optim.AdamW(parameters(), **SETTINGS)
+    resumed = torch.optim.lr_scheduler.LambdaLR(again, lambda step: 1 / (1 + step))
+    load_optimizer_state(tmp_path, again, resumed, factor * SETTINGS["lr"])
+    assert resumed.get_last_lr() == pytest.approx([factor * SETTINGS["lr"] / 2])
+    assert again.param_groups[0]["lr"] == pytest.approx(factor * SETTINGS["lr"] / 2)
+
+
 def test_a_closure_is_refused() -> None:
     with pytest.raises(ValueError, match="closure"):
         HostAdamW(parameters(), **SETTINGS).step(lambda: 0.0)

@@ -1,6 +1,8 @@
 """The sha256 of files that seldom change, kept from one run to the next.
 
-A kept digest holds as long as the file has the size, times and inode it was computed with.
+A kept digest holds as long as the file has the size, times and inode it was computed with. What
+that does not show: bytes that are written past the file system (a disk that fails, a device that is
+mounted twice), and a clock that was set back to the nanosecond of the last change.
 """
 
 from __future__ import annotations

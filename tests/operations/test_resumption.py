@@ -1,0 +1,150 @@
+"""A run is resumed with its own settings; what decides its result cannot change."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.cli.options import read_overrides
+from flows.resume import settings_to_finish, settings_to_resume
+from qwen3ft.config import CHANGEABLE_SETTINGS, TrainingConfig, parse_config
+from qwen3ft.errors import ConfigError
+from qwen3ft.jobs.folders import RunDir, write_record
+from qwen3ft.operations.night import SETTINGS_THAT_DO_NOT_DECIDE, describe_request
+from qwen3ft.operations.resumption import find_run, own_settings, resumed_settings
+
+OTHER: dict[str, Any] = {
+    "model_name": "Qwen/Qwen3-8B",
+    "model_revision": "v2",
+    "quantization": ["fp4"],
+    "columns": {"question": "q"},
+    "data_paths": ["b.jsonl"],
+    "dev_paths": ["b.jsonl"],
+    "test_paths": ["b.jsonl"],
+    "reasoning_separator": "####",
+    "ability_path": "ability.jsonl",
+    "judge_url": "http://127.0.0.1:1/v1",
+    "judge_model": "other",
+    "judge_key_variable": "KEY",
+    "fallback_output_dirs": ["elsewhere"],
+    "notify_blocks": ["slack-webhook/ops"],
+    "notify_on": ["failed"],
+    "max_rows": 7,
+    "max_rows_per_source": 7,
+    "evaluate_every_steps": 7,
+    "gate_confidence": 0.9,
+    "max_steps": 7,
+}
+"""Another value of each setting whose type does not give one."""
+
+
+def other_value(name: str, before: Any) -> Any:
+    """Return a valid value of a setting that differs from `before`."""
+    if name in OTHER:
+        return OTHER[name]
+    choices = TrainingConfig.model_json_schema()["properties"][name].get("enum")
+    if choices:
+        return next(choice for choice in choices if choice != before)
+    match before:
+        case bool():
+            return not before
+        case int():
+            return before + 1
+        case float():
+            return before / 2 if before else 0.1
+    return f"{before or ''}x"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """Return a run with settings that are not the defaults."""
+    made = RunDir(tmp_path / "runs" / "r1")
+    made.path.mkdir(parents=True)
+    settings = {"model_name": "embedded", "seed": 5, "learning_rate": 0.002, "lora_r": 4}
+    folders = {"runs_dir": str(tmp_path / "runs"), "output_dir": "out"}
+    write_record(made.config, parse_config({**settings, **folders, "judge_model": "mine"}))
+    return made
+
+
+@pytest.mark.parametrize("name", sorted(TrainingConfig.model_fields))
+def test_every_setting_is_either_changed_or_refused(run: RunDir, name: str) -> None:
+    """A refusal names both values, what may change, and the command without the change."""
+    own = own_settings(run)
+    value = other_value(name, getattr(own, name))
+    if name in CHANGEABLE_SETTINGS:
+        if name != "runs_dir":  # says where the run is found
+            assert getattr(resumed_settings(run, {name: value}), name) != getattr(own, name)
+        return
+    with pytest.raises(ConfigError, match=name) as refused:
+        resumed_settings(run, {name: value})
+    assert "max_memory_gb" in refused.value.why
+    assert refused.value.next_command == run.resume_command
+    assert own_settings(run) == own
+
+
+def test_a_value_that_the_run_has_already_is_no_change(run: RunDir) -> None:
+    """Whatever repeats all settings, such as an automation, changes none."""
+    own = own_settings(run)
+    assert resumed_settings(run, own.model_dump(mode="json")) == own
+
+
+def test_what_may_change_does_not_decide_the_result(run: RunDir, tmp_path: Path) -> None:
+    """The digest of the request, by which nights and champions are compared, stays the same."""
+    assert CHANGEABLE_SETTINGS.keys() <= SETTINGS_THAT_DO_NOT_DECIDE
+    assert CHANGEABLE_SETTINGS.keys() <= TrainingConfig.model_fields.keys()
+    own = own_settings(run).model_copy(update={"cache_dir": str(tmp_path / "cache")})
+    changes = {
+        name: other_value(name, getattr(own, name))
+        for name in CHANGEABLE_SETTINGS
+        if not name.endswith("_dir")
+    }
+    changed = parse_config({**own.model_dump(mode="json"), **changes})
+    assert describe_request(changed).sha256 == describe_request(own).sha256
+
+
+def test_the_printed_command_finds_the_run_wherever_it_lies(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the usual folder its id is enough; elsewhere the command names the folder."""
+    words = shlex.split(run.resume_command)
+    assert words[:4] == ["qwen3ft", "run", "--resume", "r1"]
+    assert find_run(read_overrides(words[5:])["runs_dir"], "r1") == run
+    monkeypatch.chdir(tmp_path)
+    assert run.resume_command == "qwen3ft run --resume r1"
+
+
+@pytest.mark.parametrize("run_id", ["r2", "never-begun"])
+def test_a_run_that_never_began_is_no_run(run: RunDir, run_id: str) -> None:
+    """A folder without settings is none; the message names the newest runs."""
+    (run.path.parent / "never-begun").mkdir()
+    with pytest.raises(ConfigError, match=f"There is no run {run_id}") as refused:
+        find_run(run.path.parent, run_id)
+    assert "r1" in refused.value.why
+    with pytest.raises(ConfigError, match="There is no run"):
+        settings_to_resume(TrainingConfig(runs_dir=str(run.path.parent)), run_id)
+
+
+def test_damaged_settings_end_in_an_explanation(run: RunDir) -> None:
+    """The defaults never stand in for them."""
+    run.config.write_text('{"model_name": "emb')
+    with pytest.raises(ConfigError, match="settings of run r1 cannot be read"):
+        own_settings(run)
+
+
+def test_a_moved_run_lies_where_it_was_found(run: RunDir, tmp_path: Path) -> None:
+    """Its settings name the folder that it was moved from."""
+    moved = tmp_path / "moved"
+    run.path.parent.rename(moved)
+    found = find_run(moved, "r1")
+    assert resumed_settings(found, {}).runs_dir == str(moved)
+
+
+def test_a_night_finishes_an_earlier_one_with_that_runs_settings(run: RunDir) -> None:
+    """What may change is tonight's."""
+    tonight = own_settings(run).model_copy(update={"batch_size": 8, "keep_checkpoints": 9})
+    finished = settings_to_finish(tonight, "r1")
+    assert (finished.batch_size, finished.keep_checkpoints) == (4, 9)
+    assert settings_to_finish(tonight, "none") == tonight
