@@ -133,7 +133,7 @@ class Load:
         requested = []
         for number in range(runs):
             trains = number % TRAINS_EVERY == 0
-            changes = {**TINY, "registered_model": f"load-{number}"} if trains else {}
+            changes = {**TINY, "name": f"load-{number}"} if trains else {}
             requested.append(self.clock.run({"config": self.config(**changes)}))
         return requested
 

@@ -25,11 +25,12 @@ from flows.nightly import (
     find_request,
     for_night,
     is_nightly,
+    named_for_task,
     seen_before,
 )
 from flows.notify import notify_failure, record_run, send_notice
 from flows.parameters import over_deployment
-from flows.reporting import RunReporter, reported
+from flows.reporting import CANCELLED, RunReporter, reported
 from flows.resume import (
     cancel_duplicate_resumes,
     refuse_second_resume,
@@ -52,11 +53,12 @@ from flows.run_context import (
 from flows.temporary_server import temporary_server
 from qwen3ft import logs
 from qwen3ft.config import TrainingConfig
+from qwen3ft.errors import CancelledError
 from qwen3ft.evaluation.ability import read_ability_rows
 from qwen3ft.files import private_files
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.jobs.processes import workers_ahead
-from qwen3ft.operations.new_data import compare_data, find_known_rows
+from qwen3ft.operations.new_data import compare_data, explain_training, find_known_rows
 from qwen3ft.operations.night import Night
 from qwen3ft.records.machine import EnvironmentReport
 from qwen3ft.records.plan import TrainPlan
@@ -114,6 +116,7 @@ def qwen3_finetune(
     nightly = is_nightly(asked=nightly)
     config = for_night(config, nightly=nightly)
     make_folders(config)
+    config = named_for_task(config)
     request = find_request(config)
     with (
         logs.without_secrets(),
@@ -141,7 +144,7 @@ def fine_tune(
     """Run all stages."""
     facts = reporter.facts
     with reporter.stage("environment"):
-        environment = check_environment()
+        environment = check_environment(config, str(run.path))
         read_ability_rows(config)  # raises now, not after training, if the rows are unusable
     with gpu_lock_for(config, environment, run), workers_ahead():
         with reporter.stage("model"):
@@ -152,6 +155,7 @@ def fine_tune(
             facts.champion = or_if_unreachable(find_champion, None, config)
             dataset = prepare_data(config, model, run, find_known_rows(facts.champion))
             change = compare_data(dataset, facts.champion)
+            change = explain_training(change, facts.champion, config)
             reporter.show_data(dataset, change)
         if nothing_new(config, change, facts.champion, run):
             return end_without_training(reporter, change.since, night)
@@ -242,6 +246,17 @@ def run_in_process(config: TrainingConfig, continue_run: str | None = None) -> S
 
     Raises:
         EnvironmentNotReadyError: that server did not start.
+        CancelledError: Ctrl-C or SIGTERM ended the run.
     """
-    with private_files(), temporary_server():
-        return qwen3_finetune(config, continue_run, return_state=True)
+    try:
+        with private_files(), temporary_server():
+            return qwen3_finetune(config, continue_run, return_state=True)
+    except CANCELLED as signal_raised:
+        # Only a run that has begun can be resumed.
+        notes = getattr(signal_raised, "__notes__", [])
+        raise CancelledError(
+            "The run was cancelled.",
+            why="Ctrl-C or SIGTERM asked its process to end."
+            + (" Its checkpoints are kept." if notes else " It had not begun."),
+            next_command=notes[0] if notes else "qwen3ft train",
+        ) from signal_raised

@@ -43,6 +43,7 @@ from qwen3ft.operations.night import (
 from qwen3ft.operations.run_state import ending_of, is_running
 from qwen3ft.records.run_card import ALREADY_DONE
 from qwen3ft.registry.registry import Registry
+from qwen3ft.registry.task_name import with_task_name
 from qwen3ft.text.names import flaw_of_name
 from qwen3ft.tracking.uri import default_tracking_uri
 
@@ -63,6 +64,16 @@ def is_nightly(*, asked: bool) -> bool:
 def for_night(config: TrainingConfig, *, nightly: bool) -> TrainingConfig:
     """Return the run's settings; a night never trains again on the champion's data."""
     return config.model_copy(update={"when_unchanged": "skip"}) if nightly else config
+
+
+def named_for_task(config: TrainingConfig) -> TrainingConfig:
+    """Return the settings with the name of the task's registered model, if an older one goes on."""
+    try:
+        registry = Registry(default_tracking_uri(), deadline_seconds=REGISTRY_SECONDS)
+        return with_task_name(config, registry)
+    except TransientError as error:
+        logger.warning("cannot tell whether the task has an older name: %s", error.what)
+        return config
 
 
 def find_request(config: TrainingConfig) -> NightRequest | None:

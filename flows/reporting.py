@@ -1,14 +1,17 @@
 """Report a run as it goes: to its folder, its page in Prefect, and MLflow.
 
-Data, plan and attempts are shown as they come, the card at the end. A run that fails has one too.
+Data, plan and attempts are shown as they come, the card at the end. A run that fails or is
+cancelled has one too.
 """
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
 
 from qwen3ft import logs
@@ -40,6 +43,9 @@ logger = logs.get_logger("story")
 CARD_FOLDER = "card"
 """Folder among a run's artifacts in MLflow."""
 
+CANCELLED = (KeyboardInterrupt, TerminationSignal)
+"""Exceptions by which a run is asked to end: Ctrl-C, SIGTERM, and Prefect's cancellation."""
+
 MOST_DESCRIPTION_CHARACTERS = 5000
 """Longest card on the run's page in MLflow, which refuses longer tags."""
 
@@ -61,6 +67,8 @@ class RunReporter:
         self.run = run
         self.facts = RunFacts(config, run.path.name)
         self.journal = Journal(run)
+        _, changed = self.journal.settings_since_start(config.model_dump(mode="json"))
+        self.facts.changed_settings = changed
         self._seconds: dict[str, float] = {}
 
     @contextmanager
@@ -117,6 +125,13 @@ class RunReporter:
             artifacts.show_link(artifacts.MLFLOW_RUN, card.mlflow_url, "This run in MLflow")
         return card
 
+    def publish_end(self) -> None:
+        """Publish the card of a run that ended without a verdict; errors are logged."""
+        try:
+            self.publish()
+        except Exception as error:  # noqa: BLE001  it must not hide what ended the run
+            logger.warning("the run has no card: %s: %s", type(error).__name__, error)
+
     def _card(self) -> RunCard:
         facts, memory = self.facts, attempts_memory(self.run)
         facts.attempts = read_attempts(self.run, memory)
@@ -129,14 +144,27 @@ class RunReporter:
 
 @contextmanager
 def reported(run: RunDir, config: TrainingConfig) -> Iterator[RunReporter]:
-    """Yield the run's reporter; if the body fails, publish the card of what is known."""
+    """Yield the run's reporter; if the body fails or is cancelled, publish what is known.
+
+    The exception of a cancelled run gets the command that resumes it as a note.
+    """
     reporter = RunReporter(run, config)
     try:
         yield reporter
+    except CANCELLED as signal_raised:
+        reporter.facts.cancelled_by = _name_of(signal_raised)
+        reporter.publish_end()
+        # Prefect ends the process of a run that got SIGTERM, so nothing else can say it later.
+        logger.warning("cancelled; to continue the run: %s", run.resume_command)
+        signal_raised.add_note(run.resume_command)
+        raise
     except Exception as error:
         reporter.facts.error = error
-        try:
-            reporter.publish()
-        except Exception as second:  # noqa: BLE001  it must not hide what ended the run
-            logger.warning("the run has no card: %s: %s", type(second).__name__, second)
+        reporter.publish_end()
         raise
+
+
+def _name_of(raised: BaseException) -> str:
+    if isinstance(raised, TerminationSignal):
+        return signal.Signals(raised.signal).name
+    return "Ctrl-C"

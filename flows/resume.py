@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def settings_to_resume(config: TrainingConfig, continue_run: str) -> TrainingCon
     """
     run = find_run(over_deployment(config).runs_dir, continue_run)
     given = config.model_dump(mode="json", include=config.model_fields_set)
-    return resumed_settings(run, _asked_for(given))
+    return resumed_settings(run, asked_for(given, deployment_settings(deployment.id)))
 
 
 def settings_to_finish(config: TrainingConfig, run_id: str) -> TrainingConfig:
@@ -70,15 +71,16 @@ def settings_to_finish(config: TrainingConfig, run_id: str) -> TrainingConfig:
     return settings
 
 
-def _asked_for(given: dict[str, Any]) -> dict[str, Any]:
+def asked_for(given: Mapping[str, Any], filled: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that were asked for, without those that only fill a form.
 
-    A run that is started without settings, or from the form on the deployment's page, has all of
-    the deployment's: those count as not given.
+    Args:
+        given: Settings that a run was started with.
+        filled: The deployment's. A run that is started without settings, or from the form on the
+            deployment's page, has all of them: those count as not given.
     """
-    filled = deployment_settings(deployment.id)
     if not filled.keys() <= given.keys():
-        return given
+        return dict(given)
     default = parse_config(filled).model_dump(mode="json", include=set(filled))
     return {name: value for name, value in given.items() if default.get(name, _NOT) != value}
 

@@ -20,7 +20,7 @@ from prefect.states import Completed
 
 from flows.notify import Event, Notice
 from flows.parameters import over_deployment
-from flows.reporting import RunReporter, page_url
+from flows.reporting import CANCELLED, RunReporter, page_url
 from qwen3ft import logs
 from qwen3ft.config import TrainingConfig, checked_name
 from qwen3ft.errors import EnvironmentNotReadyError, FinetuneError, TransientError
@@ -46,8 +46,8 @@ logger = logs.get_logger("flow")
 LOOK_SECONDS = 2.0
 """Longest time that a process holds a run's lock merely to see whether it is running."""
 
-CLOSE_SECONDS = 30.0
-"""Longest wait at the end of a run for MLflow to receive the rest."""
+CLOSE_SECONDS, CANCEL_SECONDS = 30.0, 10.0
+"""Longest wait at the end of a run, or of a cancelled one, for MLflow to receive the rest."""
 
 
 def run_name() -> str:
@@ -128,15 +128,20 @@ def mirror_to_mlflow(run: RunDir, config: TrainingConfig) -> Iterator[None]:
         tags["changed_settings"] = changed
     journal.run_started(flow_run.name or run_name(), settings, tags)
     status: RunStatus = "FAILED"
+    close_seconds = CLOSE_SECONDS
     try:
         yield
         status = "FINISHED"
+    except CANCELLED:
+        # Whoever cancels a run kills it if it does not end soon.
+        status, close_seconds = "KILLED", CANCEL_SECONDS
+        raise
     except FinetuneError as error:
         journal.text("failure.txt", str(error))
         raise
     finally:
         journal.run_finished(status)
-        if not mirror.close(CLOSE_SECONDS):
+        if not mirror.close(close_seconds):
             logger.warning("MLflow does not have all of this run yet; send the rest: qwen3ft sync")
 
 

@@ -7,8 +7,10 @@ from the settings (micro-batches, checkpointing, predicted memory) are derived i
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
@@ -40,6 +42,7 @@ SMALLEST_BUDGET_GB, LARGEST_BUDGET_GB = 0.5, 1024.0
 RENAMED_SETTINGS = {
     "when_card_is_busy": "when_gpu_is_busy",
     "wait_for_card_seconds": "wait_for_gpu_seconds",
+    "registered_model": "name",
 }
 """Current name by old name; old names are accepted with a warning until `OLD_SETTINGS_END`."""
 
@@ -86,6 +89,9 @@ All other settings decide what is learnt or judged: a run keeps them to its end.
 
 OLD_SETTINGS_END = "0.2"
 """Version that refuses old and removed names."""
+
+_MOST_LABEL_CHARACTERS = 40
+"""Characters of a data path in the name of a task."""
 
 _MOST_PROBLEMS, _MOST_SHOWN = 50, 400
 """Problems that one error lists, and characters shown of a value."""
@@ -315,8 +321,9 @@ class TrainingConfig(BaseModel):
     """Folder with one subfolder per run."""
     cache_dir: str = "./.qwen3ft/cache"
     """Folder for quantised models and tokenised data, reused across runs."""
-    registered_model: str | None = None
-    """Name in the MLflow registry; derived from model_name if unset."""
+    name: str | None = None
+    """Name of the task, and of its model in the MLflow registry: adapters of one name are compared
+    with each other. Unset: derived from model_name and data_paths."""
 
     @model_validator(mode="before")
     @classmethod
@@ -372,8 +379,7 @@ class TrainingConfig(BaseModel):
         # else it would be refused after hours of training
         if flaw := flaw_of_name(self.registered_name):
             raise ValueError(
-                f"MLflow cannot register a model as {self.registered_name[:60]!r}: {flaw}; set "
-                "registered_model"
+                f"MLflow cannot register a model as {self.registered_name[:60]!r}: {flaw}; set name"
             )
         return self
 
@@ -402,8 +408,8 @@ class TrainingConfig(BaseModel):
 
     @property
     def registered_name(self) -> str:
-        """Registry name for the run's adapters: as configured, or after the base model."""
-        return self.registered_model or registered_model_name(self.model_name)
+        """Name of the run's task in the registry: as configured, or after the model and data."""
+        return self.name or registered_model_name(self.model_name, self.data_paths)
 
 
 def parse_config(values: Mapping[str, Any]) -> TrainingConfig:
@@ -497,10 +503,31 @@ def with_current_names(values: Mapping[str, Any]) -> dict[str, Any]:
     return current
 
 
-def registered_model_name(model_name: str) -> str:
-    """Derive a registry name: the model's last two path parts, without what MLflow forbids."""
+def registered_model_name(model_name: str, data_paths: Sequence[str] = ()) -> str:
+    """Derive the name of a task: of the model, and of its data unless those are the bundled rows.
+
+    Other paths give another name, so that adapters for different tasks are never compared. How a
+    path is written (`./data`, `data`) makes no difference.
+    """
     parts = [part for part in re.split(r"[/\\:]+", model_name) if part not in ("", ".", "..")]
-    return f"qwen3ft-{'--'.join(parts[-2:]) or 'model'}"
+    name = f"qwen3ft-{'--'.join(parts[-2:]) or 'model'}"
+    if not data_paths:
+        return name
+    paths = sorted({_plain_path(path) for path in data_paths})
+    digest = hashlib.sha256("\n".join(paths).encode("utf-8", "surrogatepass")).hexdigest()
+    shown = mask_secrets(paths[0])  # a name is seen wherever MLflow is
+    named = [part for part in re.split(r"[/\\:]+", shown) if re.search(r"\w", part)][-2:]
+    label = re.sub(r"[^\w.-]+", "-", "-".join(named))[:_MOST_LABEL_CHARACTERS].strip("-.")
+    return f"{name}-{label or 'data'}-{digest[:6]}"
+
+
+def _plain_path(path: str) -> str:
+    """Return a path as it is written from the working folder; addresses stay as they are."""
+    if "://" in path:
+        return path
+    plain = os.path.normpath(os.path.expanduser(path))  # noqa: PTH111  never raises
+    here = f"{os.getcwd()}{os.sep}"  # noqa: PTH109
+    return plain.removeprefix(here)
 
 
 def merge_settings(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

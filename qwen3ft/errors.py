@@ -11,7 +11,7 @@
         DownloadError
         TrackingUnavailableError
           NotInMlflowError
-      RejectedError  QuantizationError  ExportDriftError  SaveError
+      RejectedError  QuantizationError  ExportDriftError  SaveError  CancelledError
       AttemptError
         OutOfMemoryError  MemoryLeakError
         TrainingFailureError
@@ -181,6 +181,10 @@ class ExportDriftError(FinetuneError):
 
 class SaveError(FinetuneError):
     """A file could not be written and read back at any of the allowed paths."""
+
+
+class CancelledError(FinetuneError):
+    """A person or the system asked a run to end before its verdict."""
 
 
 class AttemptError(FinetuneError):

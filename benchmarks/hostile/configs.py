@@ -67,7 +67,7 @@ TEXTS: dict[str, Callable[[Path], str | bytes]] = {
     "memory-of-a-star": lambda _: "max_memory_gb: 1.0e+300",
     "password-in-url": lambda _: "judge_url: https://me:secret@judge.example/v1\njudge_model: x",
     "url-of-metadata": lambda _: "judge_url: http://169.254.169.254/v1\njudge_model: x",
-    "path-of-a-model": lambda _: "registered_model: ../../x",
+    "path-of-a-model": lambda _: "name: ../../x",
     "path-of-a-revision": lambda _: "model_revision: ../../x",
 }
 

@@ -73,7 +73,7 @@ def _version(inside: Path, name: str) -> str:
 
 
 def _model(inside: Path, name: str) -> str:
-    _config(inside, registered_model=name or "/")
+    _config(inside, name=name or "/")
     return ""
 
 

@@ -122,7 +122,7 @@ class StackCampaign:
         known = frozenset(path.name for path in (self.root / "runs").glob("*"))
         scene = Scene(self.machine, self.root / "out", known, SETTINGS["max_steps"])
         name = f"kills-{self.runs}-{len(self.struck)}"  # no champion: every run is compared alike
-        settings = {**self._settings(), "registered_model": name}
+        settings = {**self._settings(), "name": name}
         run_id = self.clock.run({"config": settings})
         started = time.monotonic()
         due, end = self._next_moment(), started + MOST_SECONDS
@@ -139,7 +139,10 @@ class StackCampaign:
             ended = bool(runs) and all(run["state_type"] in ENDED for run in runs)
             silent_since = (silent_since or time.monotonic()) if ended else None
             if silent_since and time.monotonic() - silent_since > RESUMED_WITHIN_SECONDS:
-                self.clock.run({"config": settings, "continue_run": run_id})
+                if RunDir(self.root / "runs" / run_id).config.exists():
+                    self.clock.run({"config": settings, "continue_run": run_id})
+                else:  # a run that was struck before it began is not taken up
+                    run_id = self.clock.run({"config": settings})
                 silent_since = None
             time.sleep(POLL_SECONDS)
         states = [run["state_name"] for run in self._runs_of(run_id)]

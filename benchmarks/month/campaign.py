@@ -36,7 +36,7 @@ from typing import Any
 from benchmarks.gate.nights import clean_rows, write_rows
 from benchmarks.machine import machine as describe_machine
 from benchmarks.machine import write_json
-from benchmarks.month.checks import Checker, Outcome, RegistryState, check_night
+from benchmarks.month.checks import MODEL, Checker, Outcome, RegistryState, check_night
 from benchmarks.month.faults import Fault, Scene, make_faults
 from benchmarks.month.nights import (
     MACHINE_OFF,
@@ -70,6 +70,7 @@ ASK_SECONDS = 1.0
 
 SETTINGS: dict[str, Any] = {
     "data_paths": ["data"],
+    "name": MODEL,
     "output_dir": "out",
     "fallback_output_dirs": ["out-2"],
     "num_epochs": 1000,  # max_steps ends the training

@@ -15,7 +15,12 @@ import typer
 
 from flows.cli import adapters, champion, clean, data, plan, runs, servers, settings
 from flows.cli.output import open_console, print_json
-from qwen3ft.errors import EnvironmentNotReadyError, FinetuneError, WorkerCrashedError
+from qwen3ft.errors import (
+    CancelledError,
+    EnvironmentNotReadyError,
+    FinetuneError,
+    WorkerCrashedError,
+)
 from qwen3ft.files import PRIVATE_UMASK
 from qwen3ft.jobs.failures import translate
 
@@ -125,5 +130,5 @@ def main() -> int:
             from flows.cli.views.common import show_error
 
             show_error(open_console(stderr=True), error)
-        return 1
+        return 130 if isinstance(error, CancelledError) else 1
     return 0

@@ -94,12 +94,14 @@ def _open_registry(config: Path | None, settings: list[str] | None) -> tuple[Reg
     """Return the registry, and the name of the registered model that the settings are about."""
     from flows.cli.project import open_project, request_config, use_local_services
     from qwen3ft.registry.registry import Registry
+    from qwen3ft.registry.task_name import with_task_name
     from qwen3ft.tracking.uri import default_tracking_uri
 
     stack = open_project()
-    model = request_config(stack.root, config, settings).registered_name
+    wanted = request_config(stack.root, config, settings)
     use_local_services(stack)
-    return Registry(default_tracking_uri()), model
+    registry = Registry(default_tracking_uri())
+    return registry, with_task_name(wanted, registry).registered_name
 
 
 def _no_such_version(model: str, wanted: str) -> RequestError:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen3ft.errors import CheckpointCorruptError, DivergedError, ModelNotFoundError, SaveError
 from qwen3ft.files import build_folder, sha256_file, write_json_atomic
+from qwen3ft.jobs.folders import RunDir
 from qwen3ft.logs import get_logger, mask_values
 from qwen3ft.model.adapter_checks import (
     ADAPTER_CONFIG_FILE,
@@ -23,6 +24,7 @@ from qwen3ft.model.adapter_checks import (
     verify_adapter,
 )
 from qwen3ft.model.request_defaults import write_request_defaults
+from qwen3ft.model.room import elsewhere
 from qwen3ft.model.saved_adapter import (
     KNOWN_ROWS_FILE,
     PROVENANCE_FILE,
@@ -69,8 +71,9 @@ def save_adapter(outcome: AttemptOutcome, plan: TrainPlan, config: TrainingConfi
     raise SaveError(
         f"The adapter could not be saved at any of {len(problems)} path(s): "
         + "; ".join(f"{path}: {problem}" for path, problem in problems.items()),
-        why=f"Every path failed; the adapter is still in {checkpoint}.",
-        next_command=f"df -h {Path(config.output_dir).resolve().parent}",
+        why=f"Every path failed; the adapter is still in {checkpoint}, and another folder can be "
+        "named when the run is resumed.",
+        next_command=elsewhere(_needed_bytes(checkpoint, plan), RunDir(Path(plan.run_dir))),
         problems=problems,
         checkpoint=str(checkpoint),
     )
@@ -106,9 +109,7 @@ def _try_save(
 ) -> str | None:
     """Write the folder and read it back; return why that failed, or None."""
     checkpoint = Path(outcome.best_checkpoint)
-    optional = [Path(plan.model.path) / name for name in TOKENIZER_FILES]
-    optional.append(Path(plan.dataset.path) / KNOWN_ROWS_FILE)
-    copied = [checkpoint / ADAPTER_FILE, *(path for path in optional if path.is_file())]
+    copied = _copied_files(checkpoint, plan)
 
     def fill(folder: Path) -> None:
         for source in copied:
@@ -122,7 +123,7 @@ def _try_save(
 
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        needed_bytes = sum(source.stat().st_size for source in copied) + SPARE_BYTES
+        needed_bytes = _needed_bytes(checkpoint, plan)
         free_bytes = shutil.disk_usage(target.parent).free
         if free_bytes < needed_bytes:
             return f"needs {needed_bytes:,} bytes, {free_bytes:,} are free"
@@ -136,6 +137,16 @@ def _try_save(
     except OSError as error:
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def _copied_files(checkpoint: Path, plan: TrainPlan) -> list[Path]:
+    optional = [Path(plan.model.path) / name for name in TOKENIZER_FILES]
+    optional.append(Path(plan.dataset.path) / KNOWN_ROWS_FILE)
+    return [checkpoint / ADAPTER_FILE, *(path for path in optional if path.is_file())]
+
+
+def _needed_bytes(checkpoint: Path, plan: TrainPlan) -> int:
+    return sum(source.stat().st_size for source in _copied_files(checkpoint, plan)) + SPARE_BYTES
 
 
 def _describe(target: Path, plan: TrainPlan) -> SavedAdapter:

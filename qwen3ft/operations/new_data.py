@@ -7,10 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
+from qwen3ft.config import TrainingConfig, parse_config
 from qwen3ft.data.known_rows import read_known_rows
 from qwen3ft.data.splits import Hashes, Mask
 from qwen3ft.data.token_table import read_origins
+from qwen3ft.errors import ConfigError
+from qwen3ft.logs import mask_values
 from qwen3ft.model.saved_adapter import KNOWN_ROWS_FILE, read_provenance
+from qwen3ft.operations.night import SETTINGS_THAT_DO_NOT_DECIDE
 from qwen3ft.records.data import DataChange, DatasetManifest
 from qwen3ft.records.evaluation import Champion
 
@@ -51,6 +55,41 @@ def compare_data(dataset: DatasetManifest, champion: Champion | None) -> DataCha
             "unchanged": before["digest"] == dataset.digest,
         }
     )
+
+
+def explain_training(
+    change: DataChange, champion: Champion | None, config: TrainingConfig
+) -> DataChange:
+    """Add the data paths of the champion and, if nothing is new, the reason to train all the same.
+
+    Args:
+        change: Result of `compare_data` for the same champion.
+        champion: The adapter in use, fetched.
+        config: Settings of the run.
+    """
+    if champion is None or champion.adapter_path is None or change.since is None:
+        return change
+    try:
+        theirs = parse_config(read_provenance(Path(champion.adapter_path))["config"])
+    except (ConfigError, KeyError, ValueError):
+        return change  # it was made by another version, or by hand
+    again = "" if change.new_rows else _why_again(change, theirs, config)
+    return change.model_copy(update={"champion_paths": theirs.data_paths, "again": again})
+
+
+def _why_again(change: DataChange, theirs: TrainingConfig, config: TrainingConfig) -> str:
+    # An adapter's settings are masked where it was saved.
+    before, now = (mask_values(one.model_dump(mode="json")) for one in (theirs, config))
+    decisive = [name for name in now if name not in SETTINGS_THAT_DO_NOT_DECIDE | {"name"}]
+    changed = [name for name in decisive if before[name] != now[name]]
+    parts = [f"{name} {before[name]} -> {now[name]}" for name in changed]
+    if theirs.effective_batch_size != config.effective_batch_size:
+        parts.append(f"batch size {theirs.effective_batch_size} -> {config.effective_batch_size}")
+    if parts:
+        return f"with other settings than the champion's, {', '.join(parts)}"
+    if not change.unchanged:
+        return "with rows gone, another template or another model"
+    return "as when_unchanged is train" if config.when_unchanged == "train" else ""
 
 
 def _paths(files: Iterable[tuple[str, str]]) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from qwen3ft.config import CHANGEABLE_SETTINGS, TrainingConfig
+from qwen3ft.config import CHANGEABLE_SETTINGS, TrainingConfig, registered_model_name
 from qwen3ft.data.sources import resolved
 from qwen3ft.files import sha256_file, sha256_json
 from qwen3ft.jobs.folders import RunDir, read_record, write_record
@@ -105,7 +105,10 @@ def describe_request(config: TrainingConfig) -> NightRequest:
     """
     model = resolve_model(config)
     files = resolved(config).fingerprints
-    settings = config.model_dump(mode="json", exclude=set(SETTINGS_THAT_DO_NOT_DECIDE))
+    settings = config.model_dump(mode="json", exclude={*SETTINGS_THAT_DO_NOT_DECIDE, "name"})
+    # Under the setting's former name, so that requests of earlier versions are still known.
+    usual = config.registered_name == registered_model_name(config.model_name)
+    settings["registered_model"] = None if usual else config.registered_name
     ability = Path(config.ability_path).expanduser() if config.ability_path else None
     decided = {
         "model": [model.model_name, model.revision],

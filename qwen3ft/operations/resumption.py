@@ -62,7 +62,10 @@ def resumed_settings(run: RunDir, asked: Mapping[str, Any]) -> TrainingConfig:
         ConfigError: its own cannot be read, or a change is not allowed.
     """
     own = own_settings(run)
-    wanted = parse_config({**own.model_dump(mode="json"), **asked})
+    values = {**own.model_dump(mode="json"), **asked}
+    if isinstance(columns := asked.get("columns"), Mapping):
+        values["columns"] = {**own.columns.model_dump(), **columns}
+    wanted = parse_config(values)
     refused = [name for name in _changed(own, wanted) if name not in CHANGEABLE_SETTINGS]
     if refused:
         shown = ", ".join(

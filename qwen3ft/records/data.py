@@ -75,6 +75,8 @@ class DataChange(Record):
     unchanged: bool = Field(False, description="Same rows and settings as the champion's.")
     new_rows_by_file: dict[str, int] = Field(default_factory=dict)
     examples: tuple[str, ...] = Field((), description="Questions of a few new rows.")
+    again: str = Field("", description="Reason to train although nothing is new.")
+    champion_paths: tuple[str, ...] | None = Field(None, description="Its data_paths, if known.")
 
 
 class LongRow(Record):

@@ -19,7 +19,7 @@ NOTHING_NEW = "NothingNew"
 ALREADY_DONE = "AlreadyDone"
 """Name of the completed state of a run whose night another run has finished or is running."""
 
-Outcome = Literal["promoted", "kept", "deferred", "failed", "nothing new"]
+Outcome = Literal["promoted", "kept", "deferred", "failed", "cancelled", "nothing new"]
 """Outcome of a run in one word."""
 
 CurvePoint = tuple[float, float]
@@ -80,6 +80,7 @@ class DataSection(Record):
     train_tokens: int
     since: str | None = Field(None, description="The champion that new rows are counted from.")
     new_rows: int = 0
+    again: str = Field("", description="Reason to train although nothing is new.")
     files: tuple[FileLine, ...] = ()
     examples: tuple[str, ...] = Field((), description="Questions of a few new rows.")
     warnings: tuple[str, ...] = ()
@@ -176,6 +177,7 @@ class RunCard(Record):
     comparisons: tuple[Comparison, ...] = ()
     champion_version: str | None = None
     """In use before this run; 'none' if there was none, None if unknown."""
+    compared_with: str = Field("", description="Models that the candidate was compared with.")
     version: str | None = Field(None, description="This run's, once it is registered.")
     forgetting: str = Field("", description="Loss on the ability set before and after.")
     judge: JudgeReport | None = Field(None, description="A second opinion; the gate ignores it.")

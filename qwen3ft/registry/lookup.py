@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from qwen3ft.config import checked_name
 from qwen3ft.errors import ModelNotFoundError
 from qwen3ft.model.saved_adapter import has_provenance, open_adapter
 from qwen3ft.registry.aliases import CHALLENGER, CHAMPION, PREVIOUS
+from qwen3ft.registry.task_name import with_task_name
 
 if TYPE_CHECKING:
     from qwen3ft.config import TrainingConfig
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from qwen3ft.registry.registry import Registry
 
 ALIASES = (CHAMPION, CHALLENGER, PREVIOUS)
+
+_MOST_NAMED = 5
 
 _VERSION = re.compile(r"v?([0-9]+)")
 
@@ -46,7 +50,7 @@ def find_adapter(config: TrainingConfig, registry: Registry, wanted: str) -> Pat
     folder = Path(wanted).expanduser()
     if "/" in wanted or has_provenance(folder):
         return open_adapter(folder).folder
-    name = config.registered_name
+    name = with_task_name(config, registry).registered_name
     if (alias_or_number := version_name(wanted)) is not None:
         version = registry.version(name, alias_or_number)
     elif (saved := _saved_by_run(config, wanted)) is not None:
@@ -54,7 +58,7 @@ def find_adapter(config: TrainingConfig, registry: Registry, wanted: str) -> Pat
     else:
         version = registry.version_of_run(name, wanted)
     if version is None:
-        raise _not_found(name, wanted)
+        raise _not_found(name, wanted, registry.in_use() if wanted == CHAMPION else [])
     return fetch_version(config, registry, version)
 
 
@@ -85,7 +89,15 @@ def _saved_by_run(config: TrainingConfig, run: str) -> Path | None:
     return next((place for place in places if has_provenance(place)), None)
 
 
-def _not_found(name: str, wanted: str) -> ModelNotFoundError:
+def _not_found(name: str, wanted: str, in_use: list[str]) -> ModelNotFoundError:
+    if wanted == CHAMPION and in_use:
+        return ModelNotFoundError(
+            f"No adapter of {name} has been promoted yet.",
+            why=f"That is the name of the task that the settings describe; adapters are in use for "
+            f"{', '.join(in_use[:_MOST_NAMED])}.",
+            next_command=f"qwen3ft chat --set {shlex.quote(f'name={in_use[0]}')}",
+            registered_model=name,
+        )
     if wanted == CHAMPION:
         return ModelNotFoundError(
             f"No adapter of {name} has been promoted yet.",

@@ -35,7 +35,9 @@ from qwen3ft.registry.versions import (
     ADAPTER_PATH,
     checked_model,
     find_by_run,
+    find_in_use,
     find_or_create_version,
+    find_settings,
     find_version,
     to_champion,
 )
@@ -98,6 +100,15 @@ class Registry:
         """Return the newest version made by a run, given its folder's id or its MLflow id."""
         name = checked_model(registered_model)
         return self._calls.within(self.deadline_seconds, find_by_run, name, run)
+
+    def settings_of(self, version: Champion) -> dict[str, str]:
+        """Return the settings of the run that made a version, as text; empty if it is gone."""
+        run_id = _run_id(version)
+        return self._calls.within(self.deadline_seconds, find_settings, run_id)
+
+    def in_use(self) -> list[str]:
+        """Return the names of the registered models that have a champion."""
+        return self._calls.within(self.deadline_seconds, find_in_use)
 
     def history(self, registered_model: str) -> History:
         """Return the versions in use, and every promotion and rollback so far."""

@@ -11,7 +11,7 @@ from qwen3ft.errors import NotInMlflowError
 from qwen3ft.faults import reach
 from qwen3ft.records.base import Record
 from qwen3ft.records.evaluation import Champion
-from qwen3ft.registry.aliases import DIGEST_TAG, RUN_TAG
+from qwen3ft.registry.aliases import CHAMPION, DIGEST_TAG, RUN_TAG
 from qwen3ft.tracking.connection import Connection, connect
 
 ADAPTER_PATH = "adapter"
@@ -67,6 +67,15 @@ def find_by_run(connection: Connection, name: str, run: str) -> Champion | None:
     return None if newest is None else to_champion(name, newest)
 
 
+def find_settings(connection: Connection, run_id: str) -> dict[str, str]:
+    """Return the parameters of an MLflow run; empty if there is no such run."""
+    try:
+        with connection.calls() as client:
+            return dict(client.get_run(run_id).data.params)
+    except NotInMlflowError:
+        return {}
+
+
 def to_champion(name: str, version: Any) -> Champion:
     """Convert MLflow's record of a version."""
     return Champion(
@@ -103,6 +112,15 @@ def find_protected(tracking_uri: str) -> list[ProtectedVersion]:
         for name, versions in _aliases(connection).items()
         for version, aliases in versions.items()
     ]
+
+
+def find_in_use(connection: Connection) -> list[str]:
+    """Return the names of the registered models that have a champion, sorted."""
+    return sorted(
+        name
+        for name, versions in _aliases(connection).items()
+        if any(CHAMPION in aliases for aliases in versions.values())
+    )
 
 
 def _aliases(connection: Connection) -> dict[str, dict[str, list[str]]]:

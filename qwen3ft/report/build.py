@@ -18,6 +18,7 @@ from qwen3ft.errors import FinetuneError
 from qwen3ft.evaluation.answers import exact_match
 from qwen3ft.evaluation.wording import judge_note
 from qwen3ft.jobs.folders import RunDir
+from qwen3ft.logs import mask_secrets
 from qwen3ft.planning.table import PlanTable
 from qwen3ft.records.data import DataChange, DatasetManifest
 from qwen3ft.records.evaluation import (
@@ -74,6 +75,10 @@ class RunFacts:
     nothing_since: str | None = None
     """The version since which there is no new data, if that ended the run."""
     error: BaseException | None = None
+    changed_settings: str = ""
+    """Settings that changed when the run was resumed, before and now; '' if none did."""
+    cancelled_by: str = ""
+    """Signal that ended the run before its verdict; '' if none did."""
     attempts: Sequence[AttemptSummary] = ()
     loss: Sequence[LossCurve] = ()
     memory: Sequence[MemoryCurve] = ()
@@ -101,6 +106,7 @@ def build_card(facts: RunFacts) -> RunCard:
         trained_on=_trained_on(facts.dataset) if facts.dataset else "",
         confidence=facts.config.gate_confidence,
         champion_version=_champion_version(facts),
+        compared_with=_compared_with(facts),
         version=saved.version if saved else None,
         held_out_loss_before=_finite(trained.first_held_out_loss) if trained else None,
         held_out_loss_after=_finite(trained.best_held_out_loss) if trained else None,
@@ -128,6 +134,10 @@ def _ending(facts: RunFacts) -> tuple[Outcome, str]:
         return facts.verdict.decision, facts.verdict.sentence
     if facts.nothing_since is not None:
         return "nothing new", f"nothing new since {facts.nothing_since}"
+    if facts.cancelled_by:
+        stages = list(facts.seconds_by_stage)
+        during = f" during the stage {stages[-1]}" if stages else ""
+        return "cancelled", f"cancelled by {facts.cancelled_by}{during}; it can be resumed"
     failure = _failure(facts.error)
     return "failed", f"failed: {failure.what.splitlines()[0]}"
 
@@ -138,6 +148,24 @@ def _champion_version(facts: RunFacts) -> str | None:
         return facts.champion.version
     judged = facts.verdict is not None and facts.verdict.decision in ("promoted", "kept")
     return NO_CHAMPION if judged else None
+
+
+def _compared_with(facts: RunFacts) -> str:
+    """Name the models that the candidate was compared with; '' if it was not."""
+    if facts.report is None:
+        return ""
+    champion, paths = facts.champion, facts.change.champion_paths
+    if champion is None:
+        return f"the base model; no adapter of {facts.config.registered_name} was in use"
+    name = f"{champion.registered_model} v{champion.version}"
+    if facts.report.score("champion") is None:
+        return f"the base model; {name} could not be compared"
+    if paths is None:
+        return f"the base model and {name}"
+    ours = tuple(map(mask_secrets, facts.config.data_paths))  # as an adapter's settings are
+    other = "" if paths == ours else ", which are others than this run's"
+    data = ", ".join(paths) if paths else "the bundled rows"
+    return f"the base model and {name}, trained on {safe_excerpt(data, QUESTION_CHARACTERS)}{other}"
 
 
 def _failure(error: BaseException | None) -> FailureSection:
@@ -261,7 +289,7 @@ def _next_steps(facts: RunFacts) -> Iterator[NextStep]:
         yield NextStep(what="Promote it anyway", command=command)
     if isinstance(facts.error, FinetuneError) and facts.error.next_command:
         yield NextStep(what="Suggested command", command=facts.error.next_command)
-    if decision == "deferred" or facts.error is not None:
+    if decision == "deferred" or facts.error is not None or facts.cancelled_by:
         where = "from its last checkpoint" if facts.attempts else "after the stages that are done"
         run = RunDir(Path(facts.config.runs_dir).resolve() / facts.run_id)
         yield NextStep(what=f"Resume the run {where}", command=run.resume_command)
@@ -273,10 +301,12 @@ def _next_steps(facts: RunFacts) -> Iterator[NextStep]:
 
 def _about(facts: RunFacts) -> str:
     """Return the option that names this model, whatever the deployment's settings are."""
-    return f"--set {shlex.quote(f'registered_model={facts.config.registered_name}')}"
+    return f"--set {shlex.quote(f'name={facts.config.registered_name}')}"
 
 
 def _notes(facts: RunFacts) -> Iterator[str]:
+    if facts.changed_settings:
+        yield f"Settings changed when the run was resumed: {facts.changed_settings}."
     tuned = facts.report.score("candidate") if facts.report else None
     if facts.config.model_name == EMBEDDED_MODEL_NAME and tuned is not None:
         yield EMBEDDED_NOTE

@@ -33,6 +33,7 @@ def data_section(manifest: DatasetManifest, change: DataChange) -> DataSection:
         train_tokens=manifest.train.tokens,
         since=change.since,
         new_rows=change.new_rows,
+        again=change.again,
         files=tuple(_files(manifest, change)),
         examples=tuple(safe_excerpt(text, EXAMPLE_CHARACTERS) for text in change.examples),
         warnings=manifest.warnings,
@@ -108,7 +109,8 @@ def new_rows_sentence(section: DataSection) -> str:
     """Return the number of new rows, and since when they are counted."""
     if section.since is None:
         return f"Nothing was in use before: all {section.new_rows:,} training rows are new."
-    return f"{section.new_rows:,} training rows are new since {section.since}."
+    again = f" It is trained on again, {section.again}." if section.again else ""
+    return f"{section.new_rows:,} training rows are new since {section.since}.{again}"
 
 
 def new_rows_markdown(section: DataSection) -> list[str]:

@@ -61,6 +61,7 @@ def card_facts(card: RunCard) -> list[CardFact]:
     attempts = len(card.attempts)
     facts = [
         CardFact("trained on", card.trained_on),
+        CardFact("compared with", card.compared_with),
         CardFact(
             "exact match",
             _change(card.base_score, card.tuned_score, ".1%"),

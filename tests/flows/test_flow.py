@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -317,6 +318,7 @@ def test_a_failed_run_is_continued_from_its_last_checkpoint(
     cached = {name for name, result in states.items() if result == "Cached"}
     assert cached == {"model", "lora", "data"}  # the plan has the new setting
     assert "seed is 41 and was asked to be 42" in resumed.refused.message
+    assert "keep_checkpoints: 2 -&gt; 3" in (run.path / "card.html").read_text()
     parent, children = mlflow_runs(project, run)
     assert parent.data.tags["changed_settings"] == "keep_checkpoints: 2 -> 3"
     assert parent.data.params["seed"] == "41"

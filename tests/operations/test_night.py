@@ -251,7 +251,7 @@ def test_a_request_knows_its_registered_model_and_ability_rows(tmp_path: Path) -
     rows = tmp_path / "ability.jsonl"
     rows.write_text('{"question": "1 + 1?", "answer": "2"}\n', encoding="utf-8")
     first = describe_request(config(tmp_path, ability_path=str(rows)))
-    other = config(tmp_path, ability_path=str(rows), registered_model="another")
+    other = config(tmp_path, ability_path=str(rows), name="another")
     assert describe_request(other).sha256 != first.sha256
     rows.write_text('{"question": "1 + 1?", "answer": "two"}\n', encoding="utf-8")
     assert describe_request(config(tmp_path, ability_path=str(rows))).sha256 != first.sha256

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from flows.cli.options import read_overrides
-from flows.resume import settings_to_finish, settings_to_resume
+from flows.resume import asked_for, settings_to_finish, settings_to_resume
 from qwen3ft.config import CHANGEABLE_SETTINGS, TrainingConfig, parse_config
 from qwen3ft.errors import ConfigError
 from qwen3ft.jobs.folders import RunDir, write_record
@@ -148,3 +148,20 @@ def test_a_night_finishes_an_earlier_one_with_that_runs_settings(run: RunDir) ->
     finished = settings_to_finish(tonight, "r1")
     assert (finished.batch_size, finished.keep_checkpoints) == (4, 9)
     assert settings_to_finish(tonight, "none") == tonight
+
+
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [
+        ({"model_name": "embedded", "seed": 0}, {}),  # nothing was filled in
+        ({"model_name": "embedded", "seed": 5, "output_dir": "x"}, {"seed": 5, "output_dir": "x"}),
+        ({"seed": 0}, {"seed": 0}),  # not from the form: it lacks what the form has
+        ({"runs_dir": "y"}, {"runs_dir": "y"}),
+    ],
+)
+def test_what_fills_the_form_of_the_deployment_was_not_asked_for(
+    given: dict[str, Any], asked: dict[str, Any]
+) -> None:
+    """Else no run with other settings could be resumed from the page in Prefect."""
+    assert asked_for(given, {"model_name": "embedded", "seed": 0}) == asked
+    assert asked_for(given, {}) == given

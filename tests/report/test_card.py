@@ -17,6 +17,7 @@ from support.reported_run import HOSTILE, SECRET, make_facts, make_report
 from flows.cli.views.common import show_card
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import InsufficientMemoryError
+from qwen3ft.records.data import DataChange
 from qwen3ft.records.evaluation import SideBySide
 from qwen3ft.records.run_card import RunCard
 from qwen3ft.report.build import RunFacts, answered_question, build_card
@@ -137,7 +138,7 @@ def test_the_whole_run_is_in_all_three_forms() -> None:
 def test_how_to_roll_back_is_the_exact_command_and_what_follows_from_it() -> None:
     """The command names the model; if nothing was in use before, there is none."""
     promoted = build_card(make_facts()).roll_back
-    command = 'qwen3ft rollback --reason "..." --set registered_model=qwen3ft-embedded'
+    command = 'qwen3ft rollback --reason "..." --set name=qwen3ft-embedded'
     assert promoted.command == command
     assert promoted.what.startswith("This puts qwen3ft-embedded v7 back into use instead of")
     first = build_card(make_facts(champion=None)).roll_back
@@ -147,13 +148,33 @@ def test_how_to_roll_back_is_the_exact_command_and_what_follows_from_it() -> Non
     assert kept.roll_back.command == ""
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "the base model and qwen3ft-embedded v7"),
+        ({"champion": None}, "the base model; no adapter of qwen3ft-embedded was in use"),
+        (
+            {"change": DataChange(champion_paths=("other.jsonl",))},
+            "v7, trained on other.jsonl, which are others than this run's",
+        ),
+        ({"change": DataChange(champion_paths=())}, "v7, trained on the bundled rows"),
+        ({"report": None}, ""),
+    ],
+)
+def test_the_card_names_what_was_compared(changes: dict[str, Any], said: str) -> None:
+    """With the data of the champion, and whether that is another."""
+    compared = build_card(make_facts(**changes)).compared_with
+    assert compared.endswith(said)
+    assert bool(compared) == bool(said)
+
+
 def test_what_to_type_next_follows_from_the_end() -> None:
     """A kept adapter can be promoted by hand, a deferred or failed run can be resumed."""
 
     def commands(*arguments: Any, **changes: Any) -> list[str]:
         return [step.command for step in build_card(make_facts(*arguments, **changes)).next_steps]
 
-    assert "qwen3ft promote 8 --set registered_model=qwen3ft-embedded" in commands(4.0)
+    assert "qwen3ft promote 8 --set name=qwen3ft-embedded" in commands(4.0)
     assert "qwen3ft chat --adapter '/out/night 1'" in commands(4.0)
     assert not any("promote" in command for command in commands())
     error = InsufficientMemoryError("Nothing fits.", next_command="qwen3ft plan --set x=1")

@@ -184,7 +184,7 @@ def place(
     for run, expected in (("first", None), ("second", "1")):
         version = add_version(uri, folder, run)
         registry.promote(MODEL, version, expected)
-    changes = {"registered_model": MODEL, "cache_dir": str(folder / "cache")}
+    changes = {"name": MODEL, "cache_dir": str(folder / "cache")}
     return trained.config.model_copy(update=changes), registry
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from support.small_adapter import write_small_adapter
 
@@ -22,13 +24,19 @@ def copy_database(template: Path, folder: Path) -> str:
     return f"sqlite:///{shutil.copy(template, folder / 'mlruns' / 'mlflow.db')}"
 
 
-def add_version(uri: str, folder: Path, run: str, degraded: tuple[str, ...] = ()) -> str:
-    """Register what run `run` saved, as the flow does; return the version."""
+def add_version(
+    uri: str,
+    folder: Path,
+    run: str,
+    degraded: tuple[str, ...] = (),
+    settings: Mapping[str, Any] | None = None,
+) -> str:
+    """Register what run `run` with these settings saved, as the flow does; return the version."""
     run_dir = RunDir(folder / "runs" / run)
     adapter = run_dir.path / "adapter"
     saved = write_small_adapter(adapter, run, degraded)
     journal = Journal(run_dir)
-    journal.run_started(run, {}, {})
+    journal.run_started(run, settings or {}, {})
     journal.artifacts(adapter, "adapter")
     Sender(run_dir, uri).send_all()
     named = saved.model_copy(update={"registered_model": MODEL})

@@ -125,7 +125,7 @@ def test_names_in_settings_that_are_usual_are_taken() -> None:
             "reasoning_separator": "\n####\t",
             "data_paths": ["数据\u3000/a b.jsonl"],
             "model_name": "/data/models/it's mine",
-            "registered_model": "mine",
+            "name": "mine",
         }
     )
     assert config.registered_name == "mine"
