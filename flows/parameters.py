@@ -32,7 +32,9 @@ def over_deployment(
     """
     if isinstance(given, TrainingConfig):
         given = given.model_dump(mode="json", exclude_unset=True)
-    return parse_config(merge_settings(deployment_settings(deployment_id or deployment.id), given or {}))
+    return parse_config(
+        merge_settings(deployment_settings(deployment_id or deployment.id), given or {})
+    )
 
 
 def deployment_settings(deployment_id: UUID | str | None) -> Mapping[str, Any]:
