@@ -24,7 +24,7 @@ from qwen3ft import logs
 from qwen3ft.config import TrainingConfig, parse_config
 from qwen3ft.errors import FinetuneError
 from qwen3ft.jobs.folders import RunDir
-from qwen3ft.operations.resumption import find_run, resumed_settings, unfinished_settings
+from qwen3ft.operations.resumption import find_begun_run, resumed_settings, unfinished_settings
 from qwen3ft.records.run_card import ALREADY_DONE
 
 logger = logs.get_logger("flow")
@@ -55,7 +55,7 @@ def settings_to_resume(config: TrainingConfig, continue_run: str) -> TrainingCon
     Raises:
         ConfigError: there is no such run, or `config` was given a setting that may not change.
     """
-    run = find_run(over_deployment(config).runs_dir, continue_run)
+    run = find_begun_run(over_deployment(config).runs_dir, continue_run)
     given = config.model_dump(mode="json", include=config.model_fields_set)
     return resumed_settings(run, asked_for(given, deployment_settings(deployment.id)))
 

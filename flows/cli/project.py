@@ -20,7 +20,7 @@ from qwen3ft.config import (
 )
 from qwen3ft.errors import EnvironmentNotReadyError
 from qwen3ft.jobs.folders import RunDir
-from qwen3ft.operations.resumption import find_run, resumed_settings
+from qwen3ft.operations.resumption import find_begun_run, resumed_settings
 
 
 def open_project() -> Stack:
@@ -102,7 +102,7 @@ def find_run_to_resume(
     asked = read_overrides(settings)
     if config is not None:
         asked = read_settings_file(config) | asked
-    run = find_run(asked.get("runs_dir") or _usual_runs_dir(root), run_id)
+    run = find_begun_run(asked.get("runs_dir") or _usual_runs_dir(root), run_id)
     return run, resumed_settings(run, asked)
 
 

@@ -18,7 +18,7 @@ from qwen3ft.operations.run_state import find_runs
 _MOST_NAMED = 3
 
 
-def find_run(runs_dir: str | Path, run_id: str) -> RunDir:
+def find_begun_run(runs_dir: str | Path, run_id: str) -> RunDir:
     """Return the folder of a run that has begun.
 
     Raises:

@@ -14,7 +14,7 @@ from qwen3ft.config import CHANGEABLE_SETTINGS, TrainingConfig, parse_config
 from qwen3ft.errors import ConfigError
 from qwen3ft.jobs.folders import RunDir, write_record
 from qwen3ft.operations.night import SETTINGS_THAT_DO_NOT_DECIDE, describe_request
-from qwen3ft.operations.resumption import find_run, own_settings, resumed_settings
+from qwen3ft.operations.resumption import find_begun_run, own_settings, resumed_settings
 
 OTHER: dict[str, Any] = {
     "model_name": "Qwen/Qwen3-8B",
@@ -111,7 +111,7 @@ def test_the_printed_command_finds_the_run_wherever_it_lies(
     """In the usual folder its id is enough; elsewhere the command names the folder."""
     words = shlex.split(run.resume_command)
     assert words[:4] == ["qwen3ft", "run", "--resume", "r1"]
-    assert find_run(read_overrides(words[5:])["runs_dir"], "r1") == run
+    assert find_begun_run(read_overrides(words[5:])["runs_dir"], "r1") == run
     monkeypatch.chdir(tmp_path)
     assert run.resume_command == "qwen3ft run --resume r1"
 
@@ -121,7 +121,7 @@ def test_a_run_that_never_began_is_no_run(run: RunDir, run_id: str) -> None:
     """A folder without settings is none; the message names the newest runs."""
     (run.path.parent / "never-begun").mkdir()
     with pytest.raises(ConfigError, match=f"There is no run {run_id}") as refused:
-        find_run(run.path.parent, run_id)
+        find_begun_run(run.path.parent, run_id)
     assert "r1" in refused.value.why
     with pytest.raises(ConfigError, match="There is no run"):
         settings_to_resume(TrainingConfig(runs_dir=str(run.path.parent)), run_id)
@@ -138,7 +138,7 @@ def test_a_moved_run_lies_where_it_was_found(run: RunDir, tmp_path: Path) -> Non
     """Its settings name the folder that it was moved from."""
     moved = tmp_path / "moved"
     run.path.parent.rename(moved)
-    found = find_run(moved, "r1")
+    found = find_begun_run(moved, "r1")
     assert resumed_settings(found, {}).runs_dir == str(moved)
 
 
