@@ -37,7 +37,7 @@ from qwen3ft.registry.versions import (
     find_by_run,
     find_in_use,
     find_or_create_version,
-    find_settings,
+    find_run_settings,
     find_version,
     to_champion,
 )
@@ -104,7 +104,7 @@ class Registry:
     def settings_of(self, version: Champion) -> dict[str, str]:
         """Return the settings of the run that made a version, as text; empty if it is gone."""
         run_id = _run_id(version)
-        return self._calls.within(self.deadline_seconds, find_settings, run_id)
+        return self._calls.within(self.deadline_seconds, find_run_settings, run_id)
 
     def in_use(self) -> list[str]:
         """Return the names of the registered models that have a champion."""

@@ -67,7 +67,7 @@ def find_by_run(connection: Connection, name: str, run: str) -> Champion | None:
     return None if newest is None else to_champion(name, newest)
 
 
-def find_settings(connection: Connection, run_id: str) -> dict[str, str]:
+def find_run_settings(connection: Connection, run_id: str) -> dict[str, str]:
     """Return the parameters of an MLflow run; empty if there is no such run."""
     try:
         with connection.calls() as client:
