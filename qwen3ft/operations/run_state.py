@@ -54,7 +54,11 @@ def is_running(run: RunDir) -> bool:
 def ending_of(run: RunDir) -> str | None:
     """Return the sentence on the card of a run that has its verdict; None if it may be resumed."""
     card = _read(run.path / "card.json")
-    if card is None or card.get("outcome", "kept") in UNFINISHED_OUTCOMES:
+    if card is None:
+        return None
+    # The cards of older versions have the outcome at the end of their title only.
+    outcome = card.get("outcome") or str(card.get("title", "")).rpartition(": ")[2]
+    if outcome in UNFINISHED_OUTCOMES:
         return None
     return str(card.get("verdict", ""))
 
