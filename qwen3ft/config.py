@@ -252,8 +252,11 @@ class TrainingConfig(BaseModel):
     if more than half of the budget is predicted."""
 
     # --- inference test ---
-    max_new_tokens: int = Field(256, ge=1, le=32768)
-    """Most tokens generated for an answer in the inference test."""
+    max_new_tokens: int = Field(512, ge=1, le=32768)
+    """Most tokens generated for an answer in the inference test, besides its thinking."""
+    max_thinking_tokens: int = Field(2048, ge=0, le=131072)
+    """Most tokens of thinking before an answer, where rows have reasoning; then the end of the
+    thinking is written for the model, and it answers."""
     inference_rows: int = Field(600, ge=1)
     """Most held-out questions answered in the inference test."""
 

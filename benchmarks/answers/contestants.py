@@ -65,7 +65,7 @@ def ours(case: Case, values: dict[str, Any]) -> dict[str, Any]:
     from qwen3ft.decoding.decoder import Decoder
     from qwen3ft.decoding.slots import Query
     from qwen3ft.decoding.writer import AnswerWriter
-    from qwen3ft.decoding.writing import Limits, Marks
+    from qwen3ft.decoding.writing import AnswerLimits, Marks
     from qwen3ft.machine.gpus import CUDA_CONTEXT_BYTES
     from qwen3ft.planning.decoder_sizes import AnswerLoad, choose_sizes
     from qwen3ft.records.model import ModelSnapshot
@@ -75,7 +75,7 @@ def ours(case: Case, values: dict[str, Any]) -> dict[str, Any]:
     names = ADAPTERS[: max(1, case.models - 1)]
     models = [-1, 0, 1][: case.models] if case.models > 1 else [0]
     queries = [
-        Query(ids, Limits(length), model, expected_tokens=0)
+        Query(ids, AnswerLimits(length), model, expected_tokens=0)
         for model in models
         for ids, length in asked
     ]

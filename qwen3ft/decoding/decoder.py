@@ -18,7 +18,7 @@ from qwen3ft.decoding.attention import PlainAttention, SlotAttention
 from qwen3ft.decoding.block import DecoderBlock, PackedTexts
 from qwen3ft.decoding.cache import PagedCache
 from qwen3ft.decoding.projections import BASE, Room, Switch
-from qwen3ft.decoding.reading import Reading
+from qwen3ft.decoding.reading import PackedReading
 from qwen3ft.decoding.slots import SlotTable
 from qwen3ft.decoding.writing import Marks
 from qwen3ft.planning.decoder_sizes import DecoderSizes
@@ -83,7 +83,7 @@ class Decoder:
             )
         self._hidden: Tensor | None = None
         self._logits: Tensor | None = None
-        self._reading = Reading.of([[0]], [BASE], None, sizes.chunk_tokens).to(device)
+        self._reading = PackedReading.of([[0]], [BASE], None, sizes.chunk_tokens).to(device)
         self._read: Callable[[], None] | None = None
         self._step: Callable[[], None] = self._compute_logits
         self._choices: dict[bool, Callable[[], None]] = {}
@@ -112,7 +112,7 @@ class Decoder:
             models: Number of each text's adapter.
             places: Where the cache keeps each text's tokens; None to keep nothing.
         """
-        reading = Reading.of(texts, models, places, self.sizes.chunk_tokens)
+        reading = PackedReading.of(texts, models, places, self.sizes.chunk_tokens)
         if self._read is not None and len(reading.ids) == self.sizes.chunk_tokens:
             self._reading.copy_(reading)
             self._read()
@@ -155,7 +155,7 @@ class Decoder:
         for drawn in {False, draw}:
             self._choices[drawn] = _captured(partial(self._choose, drawn), pool)
 
-    def _compute_hidden(self, reading: Reading) -> None:
+    def _compute_hidden(self, reading: PackedReading) -> None:
         chunk = self.sizes.chunk_tokens
         cos, sin = (table[reading.positions] for table in self.table.rotation)
         texts = PackedTexts(

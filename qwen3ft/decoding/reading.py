@@ -14,7 +14,7 @@ READ_TEXTS = 64
 
 
 @dataclass(frozen=True)
-class Reading:
+class PackedReading:
     """Texts of T tokens in all, padding included.
 
     Attributes:
@@ -40,7 +40,7 @@ class Reading:
         models: Sequence[int],
         places: Sequence[Tensor] | None,
         chunk_tokens: int,
-    ) -> Reading:
+    ) -> PackedReading:
         """Pack `texts` and pad them to whole chunks; see `qwen3ft.decoding.decoder`."""
         lengths = [len(text) for text in texts]
         padding = -sum(lengths) % chunk_tokens
@@ -62,12 +62,12 @@ class Reading:
             host_bounds=tuple(dict.fromkeys(bounds)),
         )
 
-    def to(self, device: torch.device) -> Reading:
+    def to(self, device: torch.device) -> PackedReading:
         """Return a copy on `device`."""
         moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self._tensors()}
         return replace(self, **moved)
 
-    def copy_(self, other: Reading) -> None:
+    def copy_(self, other: PackedReading) -> None:
         """Overwrite the tensors with those of `other`, which has as many tokens."""
         source = dict(other._tensors())
         for name, tensor in self._tensors():

@@ -11,7 +11,7 @@ from torch import Tensor
 from qwen3ft.decoding.attention import Slots
 from qwen3ft.decoding.cache import PagedCache, pages_for
 from qwen3ft.decoding.projections import BASE
-from qwen3ft.decoding.writing import Limits, Marks, Writing
+from qwen3ft.decoding.writing import AnswerLimits, Marks, Writing
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Query:
     """
 
     ids: Sequence[int]
-    limits: Limits
+    limits: AnswerLimits
     model: int = BASE
     expected_tokens: int = 0
 

@@ -27,13 +27,11 @@ class Written:
 
     Attributes:
         tokens: Token ids.
-        thought: It began to think.
-        closed_itself: It ended its thinking by itself.
+        thinking_cut: The end of its thinking was written for the model.
     """
 
     tokens: list[int]
-    thought: bool
-    closed_itself: bool
+    thinking_cut: bool
 
 
 class AnswerWriter:
@@ -144,20 +142,19 @@ class AnswerWriter:
 
     def _collect(self) -> tuple[list[tuple[int, list[int]]], list[tuple[int, Written]]]:
         state = self.table.writing.state
-        names = ("written", "ended", "opened", "closed_itself")
+        names = ("written", "ended", "forced")
         flags = torch.stack([state[name].long() for name in names], 1)
         rows = torch.cat([flags, self._burst], 1).tolist()  # waits for the device
         news: list[tuple[int, list[int]]] = []
         ended: list[tuple[int, Written]] = []
         going: list[Running] = []
         for running in self.running:
-            written, is_ended, opened, closed_itself, *burst = rows[running.slot]
+            written, is_ended, forced, *burst = rows[running.slot]
             new = burst[: written - len(running.tokens)]
             running.tokens += new
             news.append((running.index, new))
             if is_ended:
-                answer = Written(running.tokens, bool(opened), bool(closed_itself))
-                ended.append((running.index, answer))
+                ended.append((running.index, Written(running.tokens, forced > 0)))
                 self.cache.give_back(running.pages)
                 self.table.clear(running)
             else:

@@ -51,7 +51,7 @@ class Marks:
 
 
 @dataclass(frozen=True)
-class Limits:
+class AnswerLimits:
     """Extent of one answer.
 
     Attributes:
@@ -92,7 +92,6 @@ class Writing:
             "ended": torch.ones(slots, dtype=torch.bool, device=device),
             "opened": numbers(torch.bool),
             "closed": numbers(torch.bool),
-            "closed_itself": numbers(torch.bool),
             "written": numbers(torch.int64),
             "answer_left": numbers(torch.int64),
             "thinking_left": numbers(torch.int64),
@@ -101,10 +100,10 @@ class Writing:
             "draws": numbers(torch.float32, most_draws),
         }
 
-    def begin(self, slot: int, limits: Limits) -> None:
+    def begin(self, slot: int, limits: AnswerLimits) -> None:
         """Begin an answer in `slot`."""
         state = self.state
-        for name in ("ended", "closed_itself", "written", "forced"):
+        for name in ("ended", "written", "forced"):
             state[name][slot] = 0
         may_think = limits.thinking_tokens > 0 and bool(self.marks.closing)
         state["opened"][slot] = limits.opened
@@ -122,12 +121,12 @@ class Writing:
                 state["draws"].device
             )
 
-    def forcing(self) -> Tensor:
-        """Return True for each answer whose next token is one of `CLOSING_TEXT`."""
+    def forced(self) -> tuple[Tensor, Tensor]:
+        """Return True for each answer whose next token is one of `CLOSING_TEXT`, and the token."""
         state, length = self.state, len(self.marks.closing)
         spent = state["opened"] & ~state["closed"] & (state["thinking_left"] <= 0)
         begun = (state["forced"] > 0) & (state["forced"] < length)
-        return (spent | begun) & ~state["ended"]
+        return (spent | begun) & ~state["ended"], self._closing[state["forced"]]
 
     def choose(self, logits: Tensor, *, draw: bool) -> Tensor:
         """Return the next token of each answer, int64, and advance.
@@ -139,8 +138,8 @@ class Writing:
         token = logits.argmax(-1)
         if draw:
             token = torch.where(self.state["drawn"], self._draw(logits), token)
-        forcing = self.forcing()
-        token = torch.where(forcing, self._closing[self.state["forced"]], token)
+        forcing, closing = self.forced()
+        token = torch.where(forcing, closing, token)
         self.advance(token, forcing)
         return token
 
@@ -153,7 +152,6 @@ class Writing:
         state["thinking_left"] -= (going & thinking & ~forcing).long()
         state["answer_left"] -= (going & ~thinking & ~forcing).long()
         state["forced"] += forcing.long()
-        state["closed_itself"] |= closes & thinking & ~forcing
         state["closed"] |= closes
         state["opened"] |= going & (token == marks.think_open)
         state["written"] += going.long()

@@ -43,13 +43,14 @@ class CachedAnswer(Record):
     text: str | None = None
     stopped: bool = False
     tokens: int = 0
+    thinking_cut: bool = False
     loss_nats: float | None
     loss_tokens: int
 
     @property
     def generated(self) -> Generated:
         """The answer as `answer_questions` returned it."""
-        return Generated(text=self.text or "", stopped=self.stopped, tokens=self.tokens)
+        return Generated(self.text or "", self.stopped, self.tokens, self.thinking_cut)
 
     @property
     def loss(self) -> RowLoss:

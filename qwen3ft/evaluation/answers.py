@@ -56,6 +56,8 @@ class Generated:
     """True if it ended with the end token, False if it was cut off at the limit."""
     tokens: int
     """Number of tokens generated, including the end token."""
+    thinking_cut: bool = False
+    """True if the end of the thinking was written for the model, whose budget was spent."""
 
     @property
     def answer(self) -> str:

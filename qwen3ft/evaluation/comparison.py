@@ -28,7 +28,11 @@ SCORES_NAME = "row_scores.jsonl"
 
 
 def write_inference_report(
-    request: InferenceRequest, exam: Exam, evaluated: Mapping[ModelLabel, Evaluated], seconds: float
+    request: InferenceRequest,
+    exam: Exam,
+    evaluated: Mapping[ModelLabel, Evaluated],
+    seconds: float,
+    answered_by: str,
 ) -> InferenceReport:
     """Score every model's exam, compare the candidate with the others, and return the report.
 
@@ -78,6 +82,12 @@ def write_inference_report(
         champion_version=champion.version if champion else None,
         generated={label: given.generated for label, given in evaluated.items()},
         seconds=seconds,
+        answered_by=answered_by,
+        thinking_asked=sum(exam.thinking),
+        thinking_cut={
+            label: sum(answer.thinking_cut for answer in given.answers)
+            for label, given in evaluated.items()
+        },
     )
 
 

@@ -36,6 +36,7 @@ class Exam:
     """General rows: only their loss is measured."""
     batch_size: int
     max_new_tokens: int
+    max_thinking_tokens: int
     escape: bool
 
     @property
@@ -55,7 +56,11 @@ class Exam:
 
     def keys(self) -> tuple[list[str], list[str], list[str]]:
         """Return the cache keys of the held-out, the sampled and the ability rows."""
-        answered = {"max_new_tokens": self.max_new_tokens, "escape": self.escape}
+        answered = {
+            "max_new_tokens": self.max_new_tokens,
+            "max_thinking_tokens": self.max_thinking_tokens,
+            "escape": self.escape,
+        }
         loss_alone = {"escape": self.escape}
         drawn = {**answered, "sampling_seed": SAMPLING_SEED}
         return (
@@ -133,6 +138,7 @@ class Evaluation:
                 rows,
                 batch_size=exam.batch_size,
                 max_new_tokens=exam.max_new_tokens,
+                max_thinking_tokens=exam.max_thinking_tokens,
                 thinking=[bool(row.get("reasoning")) for row in rows],
                 progress=lambda done: beat(f"{label} {phase}", done),
                 escape=exam.escape,
@@ -140,13 +146,22 @@ class Evaluation:
             )
 
         rows = list(self.missing.values())
-        greedy = answers(rows, "answers", None)
-        answered = zip(self.missing, greedy, losses(rows, "loss"), strict=True)
-        self.cache.add(new_entry(key, answer, loss) for key, answer, loss in answered)
+        greedy, known = answers(rows, "answers", None), losses(rows, "loss")
         drawn = answers(list(self.missing_sampled.values()), "samples", SAMPLING_SEED)
+        self.keep(greedy, known, drawn, losses(list(self.missing_ability.values()), "ability"))
+
+    def keep(
+        self,
+        greedy: Sequence[Generated],
+        losses: Sequence[RowLoss],
+        drawn: Sequence[Generated],
+        ability: Sequence[RowLoss],
+    ) -> None:
+        """Cache all that was missing, each in the order of the missing rows."""
+        answered = zip(self.missing, greedy, losses, strict=True)
+        self.cache.add(new_entry(key, answer, loss) for key, answer, loss in answered)
         sampled = zip(self.missing_sampled, drawn, strict=True)
         self.cache.add(new_entry(key, answer, RowLoss(0.0, 0)) for key, answer in sampled)
-        ability = losses(list(self.missing_ability.values()), "ability")
         general = zip(self.missing_ability, ability, strict=True)
         self.cache.add(new_entry(key, None, loss) for key, loss in general)
         self.cache.save()

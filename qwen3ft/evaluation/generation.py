@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from qwen3ft.evaluation.thinking_budget import ThinkingBudget
+
 logger = get_logger("generation")
 
 PROGRESS_EVERY_TOKENS = 16
@@ -43,6 +45,7 @@ def answer_questions(
     batch_size: int,
     max_new_tokens: int,
     thinking: bool | Sequence[bool],
+    max_thinking_tokens: int = 0,
     escape: bool = False,
     progress: OnProgress = no_progress,
     sampling_seed: int | None = None,
@@ -55,8 +58,10 @@ def answer_questions(
         questions: Texts that a user would type, or rows whose last assistant turn is to be
             written; the chat template is applied here.
         batch_size: Questions at a time; halved whenever memory runs out.
-        max_new_tokens: Longest answer, including the reasoning.
+        max_new_tokens: Longest answer, besides thinking that has a budget of its own.
         thinking: True to let the model think first, for all questions or for each.
+        max_thinking_tokens: Tokens of thinking after which its end is written for the model; 0 to
+            count the thinking as part of the answer.
         escape: Encode control tokens in the texts as plain text, as in training.
         progress: Called with the number of questions done, every few tokens.
         sampling_seed: Sample at temperature 1 without any cut-off; None for greedy decoding. The
@@ -80,9 +85,20 @@ def answer_questions(
 
         settings = greedy_settings(model, tokenizer, max_new_tokens)
         settings.do_sample = sampling_seed is not None
-        rows = _generate(model, tokenizer, [ids[index] for index in batch], settings, beat)
+        budget = None
+        if max_thinking_tokens and any(modes[index] for index in batch):
+            limits = [
+                (max_thinking_tokens if modes[index] else 0, _is_opened(prompts[index]))
+                for index in batch
+            ]
+            budget = _budget(model, tokenizer, limits, max_new_tokens)
+            settings.max_new_tokens = budget.most_tokens
+        texts = [ids[index] for index in batch]
+        rows = _generate(model, tokenizer, texts, settings, beat, budget)
+        cut = budget.cut if budget else [False] * len(batch)
         return [
-            _read(model, tokenizer, prompts[i], row) for i, row in zip(batch, rows, strict=True)
+            read_answer(model, tokenizer, prompts[index], row, thinking_cut=is_cut)
+            for index, row, is_cut in zip(batch, rows, cut, strict=True)
         ]
 
     with _seeded(sampling_seed):
@@ -161,6 +177,7 @@ def _generate(
     prompts: Sequence[Sequence[int]],
     settings: GenerationConfig,
     beat: Callable[[], None],
+    budget: ThinkingBudget | None,
 ) -> list[list[int]]:
     """Return the tokens after each prompt, up to and including the end token."""
     import torch
@@ -180,9 +197,32 @@ def _generate(
         input_ids=inputs,
         attention_mask=mask,
         generation_config=settings,
-        stopping_criteria=StoppingCriteriaList([watch]),
+        stopping_criteria=StoppingCriteriaList([watch, *([budget.watch] if budget else [])]),
+        logits_processor=[budget.force] if budget else [],
     )
-    return [_cut_after_end(row, ends) for row in output[:, width:].tolist()]
+    rows = [_cut_after_end(row, ends) for row in output[:, width:].tolist()]
+    return (
+        [row[:count] for row, count in zip(rows, budget.written, strict=True)] if budget else rows
+    )
+
+
+def _budget(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    thinking: Sequence[tuple[int, bool]],
+    max_new_tokens: int,
+) -> ThinkingBudget:
+    """Return the budget of a batch: tokens for thinking, and True if the prompt opened it."""
+    from qwen3ft.decoding.writing import AnswerLimits, Marks
+    from qwen3ft.evaluation.thinking_budget import ThinkingBudget
+
+    limits = [AnswerLimits(max_new_tokens, tokens, opened) for tokens, opened in thinking]
+    marks = Marks.of(tokenizer, sorted(end_tokens(model, tokenizer)))
+    return ThinkingBudget(limits, marks, model.device)
+
+
+def _is_opened(prompt: str) -> bool:
+    return prompt.rstrip().endswith(THINK_OPEN)
 
 
 def greedy_settings(
@@ -218,15 +258,20 @@ def _cut_after_end(tokens: list[int], ends: set[int]) -> list[int]:
     return tokens[: end + 1]
 
 
-def _read(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: list[int]
+def read_answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    tokens: list[int],
+    *,
+    thinking_cut: bool,
 ) -> Generated:
     """Decode the tokens, after the thinking tag if the prompt ended with one."""
     text = tokenizer.decode(tokens, skip_special_tokens=True)
-    if prompt.rstrip().endswith(THINK_OPEN):
+    if _is_opened(prompt):
         text = f"{THINK_OPEN}\n{text}"
     stopped = bool(tokens) and tokens[-1] in end_tokens(model, tokenizer)
-    return Generated(text=text, stopped=stopped, tokens=len(tokens))
+    return Generated(text, stopped, len(tokens), thinking_cut)
 
 
 def pad_rows(

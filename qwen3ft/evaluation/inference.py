@@ -18,6 +18,7 @@ from qwen3ft.evaluation.ability import read_ability_rows
 from qwen3ft.evaluation.answer_cache import AnswerCache
 from qwen3ft.evaluation.answers import answers_are_sound, choose_questions
 from qwen3ft.evaluation.comparison import write_inference_report
+from qwen3ft.evaluation.decoded import compute_decoded, find_obstacle
 from qwen3ft.evaluation.exam import Evaluation, Exam, to_question
 from qwen3ft.evaluation.generation import answer_questions
 from qwen3ft.files import read_json_lines, sha256_file
@@ -61,7 +62,7 @@ class InferenceTester:
     ) -> str:
         """Return the greedy answer to `prompt`, without special tokens and reasoning.
 
-        It is '' if the reasoning did not end within `config.max_new_tokens`.
+        It is '' if the model ended within its reasoning.
         """
         [generated] = answer_questions(
             model,
@@ -69,6 +70,7 @@ class InferenceTester:
             [prompt],
             batch_size=1,
             max_new_tokens=self.config.max_new_tokens,
+            max_thinking_tokens=self.config.max_thinking_tokens,
             thinking=self.config.reasoning_separator is not None,
         )
         return generated.answer
@@ -100,6 +102,7 @@ def run_inference(request: InferenceRequest, beat: Callable[[str, int], None]) -
         ability=read_ability_rows(config),
         batch_size=request.batch_size,
         max_new_tokens=config.max_new_tokens,
+        max_thinking_tokens=config.max_thinking_tokens,
         escape=config.special_tokens_in_text == "escape",
     )
     beat("load", 0)
@@ -112,14 +115,35 @@ def run_inference(request: InferenceRequest, beat: Callable[[str, int], None]) -
         for label, folder in adapters.items()
         if label == "candidate" or not evaluations[label].is_complete
     }
+    answered_by = "nobody: every answer was known"
     if not all(evaluation.is_complete for evaluation in evaluations.values()):
-        model, tokenizer = _load(config, request.model.path, to_load)
-        for label, evaluation in evaluations.items():
-            if not evaluation.is_complete:
-                with _active(model, label):
-                    evaluation.compute(model, tokenizer, label, beat)
+        loaded = _load(config, request.model.path, to_load)
+        answered_by = _compute(request, loaded, evaluations, list(to_load), beat)
+    logger.info("answered by %s", answered_by)
     evaluated = {label: evaluation.results() for label, evaluation in evaluations.items()}
-    return write_inference_report(request, exam, evaluated, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    return write_inference_report(request, exam, evaluated, seconds, answered_by)
+
+
+def _compute(
+    request: InferenceRequest,
+    loaded: tuple[PeftModel, PreTrainedTokenizerBase],
+    evaluations: Mapping[ModelLabel, Evaluation],
+    adapters: list[ModelLabel],
+    beat: Callable[[str, int], None],
+) -> str:
+    """Compute what is missing of all exams; return what answered, and why that."""
+    obstacle = find_obstacle(request, loaded[0])
+    if not obstacle:
+        if answered_by := compute_decoded(request, loaded, evaluations, adapters, beat):
+            return answered_by
+        obstacle = "the decoder does not fit the budget"
+    model, tokenizer = loaded
+    for label, evaluation in evaluations.items():
+        if not evaluation.is_complete:
+            with _active(model, label):
+                evaluation.compute(model, tokenizer, label, beat)
+    return f"transformers ({obstacle})"
 
 
 def _open_evaluation(request: InferenceRequest, exam: Exam, adapter: Path | None) -> Evaluation:

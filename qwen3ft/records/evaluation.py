@@ -125,6 +125,9 @@ class InferenceReport(Record):
     champion_version: str | None = None
     generated: dict[str, int] = Field({}, description="{model: answers not found in the cache}.")
     seconds: float = 0.0
+    answered_by: str = Field("", description="Path of the answers, with its reason or its sizes.")
+    thinking_asked: int = Field(0, description="Questions before whose answers models may think.")
+    thinking_cut: dict[str, int] = Field({}, description="{model: thinking ended by its budget}.")
     judge: JudgeReport | None = Field(None, description="A second opinion; the gate ignores it.")
 
     def score(self, label: str) -> ModelScore | None:

@@ -79,7 +79,12 @@ class Provenance(BaseModel):
     def _check_settings(self) -> Provenance:
         """Hold the adapter, and the settings that are taken over, to the limits of a config."""
         spec = self.plan.adapter
-        used = ("max_new_tokens", "special_tokens_in_text", "reasoning_separator")
+        used = (
+            "max_new_tokens",
+            "max_thinking_tokens",
+            "special_tokens_in_text",
+            "reasoning_separator",
+        )
         settings = {name: self.config[name] for name in used if name in self.config}
         trained = {"lora_r": spec.r, "lora_alpha": spec.alpha, "lora_dropout": spec.dropout}
         TrainingConfig.model_validate({**settings, **trained})

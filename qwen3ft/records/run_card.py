@@ -174,6 +174,8 @@ class RunCard(Record):
     scores: tuple[ModelScore, ...] = ()
     confidence: float = Field(0.95, description="Confidence of all intervals, 0 to 1.")
     main_metric: MetricName = "exact_match"
+    answered_by: str = ""
+    thinking: str = ""
     comparisons: tuple[Comparison, ...] = ()
     champion_version: str | None = None
     """In use before this run; 'none' if there was none, None if unknown."""

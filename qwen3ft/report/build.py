@@ -213,6 +213,8 @@ def _scores(facts: RunFacts) -> dict[str, object]:
         },
         "scores": report.scores,
         "main_metric": report.main_metric,
+        "answered_by": report.answered_by,
+        "thinking": _thinking(report),
         # JSON has no NaN, which is the bound of a gain that could not be resampled
         "comparisons": tuple(
             one for one in report.comparisons if all(map(math.isfinite, (one.low, one.high)))
@@ -221,6 +223,19 @@ def _scores(facts: RunFacts) -> dict[str, object]:
         "judge": report.judge,
         "answers": tuple(answered_question(pair) for pair in report.samples),
     }
+
+
+def _thinking(report: InferenceReport) -> str:
+    """Return how many answers of each model ended their thinking by themselves."""
+    asked = report.thinking_asked
+    if not asked:
+        return ""
+    ended = (
+        f"{label} {asked - report.thinking_cut[label]:,}"
+        for label in MODELS
+        if label in report.thinking_cut
+    )
+    return f"of {asked:,} answers, ended within its budget: {', '.join(ended)}"
 
 
 def answered_question(pair: SideBySide) -> AnsweredQuestion:

@@ -85,6 +85,8 @@ def card_facts(card: RunCard) -> list[CardFact]:
             headline=True,
         ),
         CardFact("kernels", card.kernels),
+        CardFact("answers by", card.answered_by),
+        CardFact("thinking", card.thinking),
         CardFact(
             "time",
             format_seconds(sum(card.seconds_by_stage.values())) if card.seconds_by_stage else "",

@@ -177,7 +177,12 @@ def _fetch_base(provenance: dict[str, Any]) -> Path:
 
 def _with_settings_of_the_run(config: TrainingConfig, provenance: dict[str, Any]) -> TrainingConfig:
     """Return `config` with the settings of the run that change how the model is asked."""
-    asked = ("max_new_tokens", "special_tokens_in_text", "reasoning_separator")
+    asked = (
+        "max_new_tokens",
+        "max_thinking_tokens",
+        "special_tokens_in_text",
+        "reasoning_separator",
+    )
     theirs = provenance["config"]
     return config.model_copy(update={name: theirs[name] for name in asked if name in theirs})
 

@@ -116,6 +116,7 @@ def _ask(
         rows,
         batch_size=request.batch_size,
         max_new_tokens=config.max_new_tokens,
+        max_thinking_tokens=config.max_thinking_tokens,
         thinking=[bool(row.get("reasoning")) for row in rows],
         progress=progress,
         escape=escape,

@@ -22,7 +22,7 @@ from support.answering import (
 from qwen3ft.decoding.decoder import Decoder
 from qwen3ft.decoding.slots import Query
 from qwen3ft.decoding.writer import AnswerWriter
-from qwen3ft.decoding.writing import Limits
+from qwen3ft.decoding.writing import AnswerLimits
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +57,8 @@ def test_an_answer_does_not_depend_on_those_beside_it(model: Any, decoder: Decod
 def test_drawn_answers_depend_on_their_seed_alone(decoder: Decoder) -> None:
     """The same seed gives the same answer in any company; another gives another."""
     prompts = embedded_prompts()[:3]
-    drawn = [Query(prompts[0], Limits(NEW_TOKENS, seed=seed)) for seed in (1, 2, 3, 4)]
-    greedy = [Query(prompt, Limits(NEW_TOKENS)) for prompt in prompts]
+    drawn = [Query(prompts[0], AnswerLimits(NEW_TOKENS, seed=seed)) for seed in (1, 2, 3, 4)]
+    greedy = [Query(prompt, AnswerLimits(NEW_TOKENS)) for prompt in prompts]
     together = dict(AnswerWriter(decoder, [*greedy, *drawn]).run())
     alone = dict(AnswerWriter(decoder, [drawn[2]]).run())
     assert alone[0] == together[5]
@@ -70,15 +70,14 @@ def test_thinking_ends_with_its_budget(decoder: Decoder) -> None:
     """After the budget comes the end of the block, then an answer within its own limit."""
     prompt = embedded_prompts()[5]
     for opened in (True, False):
-        limits = Limits(answer_tokens=6, thinking_tokens=2, opened=opened)
+        limits = AnswerLimits(answer_tokens=6, thinking_tokens=2, opened=opened)
         [(_, written)] = AnswerWriter(decoder, [Query(prompt, limits)]).run()
         closing = list(marks().closing)
         if not opened:  # this model opens no block by itself
-            assert not written.thought
+            assert not written.thinking_cut
             assert len(written.tokens) <= 6
             continue
-        assert written.thought
-        assert not written.closed_itself
+        assert written.thinking_cut
         assert written.tokens[2 : 2 + len(closing)] == closing
         assert 0 < len(written.tokens) - 2 - len(closing) <= 6
 

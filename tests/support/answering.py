@@ -15,7 +15,7 @@ from qwen3ft.decoding.decoder import Decoder
 from qwen3ft.decoding.projections import BASE
 from qwen3ft.decoding.slots import Query
 from qwen3ft.decoding.writer import AnswerWriter, Written
-from qwen3ft.decoding.writing import Limits, Marks
+from qwen3ft.decoding.writing import AnswerLimits, Marks
 from qwen3ft.embedded import DATA_DIR, MODEL_DIR
 from qwen3ft.files import read_json_lines
 from qwen3ft.model.manager import load_tokenizer
@@ -25,7 +25,7 @@ from qwen3ft.records.model import PROJECTIONS
 ADAPTERS = ("default", "other")
 MODELS = (BASE, 0, 1)
 NEW_TOKENS = 16
-GREEDY = Limits(NEW_TOKENS)
+GREEDY = AnswerLimits(NEW_TOKENS)
 
 Asked = tuple[int, int]
 """A question by its index, and the number of the model."""
@@ -73,7 +73,7 @@ def ask(
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],
     asked: Sequence[Asked],
-    limits: Limits = GREEDY,
+    limits: AnswerLimits = GREEDY,
 ) -> dict[Asked, Written]:
     """Return the decoder's answers, asked in this order."""
     queries = [Query(prompts[index], limits, model) for index, model in asked]

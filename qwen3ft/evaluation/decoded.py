@@ -1,0 +1,233 @@
+"""The exams of all models at once, on `qwen3ft.decoding`.
+
+Out of memory, the decoder is made again smaller, down to the last of `RUNGS`; then transformers
+answers. Answers written before are kept.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from qwen3ft.chat.rendering import ChatRow, generation_prompt, prompt_ids, tokenize_rows
+from qwen3ft.chat.thinking import THINK_OPEN
+from qwen3ft.evaluation.answer_loss import RowLoss
+from qwen3ft.evaluation.answers import Generated
+from qwen3ft.evaluation.exam import SAMPLING_SEED, Beat, Evaluation
+from qwen3ft.evaluation.generation import end_tokens, read_answer
+from qwen3ft.logs import get_logger
+from qwen3ft.machine.gpus import CUDA_CONTEXT_BYTES
+from qwen3ft.planning.decoder_sizes import SLOT_CHOICES, AnswerLoad, DecoderSizes, choose_sizes
+from qwen3ft.records.evaluation import ModelLabel
+from qwen3ft.units import GIB
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from qwen3ft.decoding.decoder import Decoder
+    from qwen3ft.decoding.losses import LossQuery
+    from qwen3ft.decoding.slots import Query
+    from qwen3ft.records.requests import InferenceRequest
+
+logger = get_logger("inference")
+
+RUNGS = ((SLOT_CHOICES[-1], True), (SLOT_CHOICES[-1], False), (64, False), (16, False))
+"""Most slots, and leave to keep blocks dequantised; the next after running out of memory."""
+
+_STATIC_ROPE = ("default", "linear", "yarn", "llama3")  # rotations that no length changes
+
+
+def find_obstacle(request: InferenceRequest, model: Any) -> str:
+    """Return why the decoder cannot answer for `model`, a PEFT model; '' if it can."""
+    base = model.get_base_model()
+    rope = (getattr(base.config, "rope_parameters", None) or {}).get("rope_type", "default")
+    head_dim = base.config.head_dim
+    reasons = {
+        "kernels=plain": request.config.kernels == "plain",
+        "no GPU": request.device != "cuda",
+        "the GPU computes in float16": request.model.compute_dtype != "bfloat16",
+        "Triton is missing": find_spec("triton") is None,
+        f"rotary embeddings of type {rope}": rope not in _STATIC_ROPE,
+        f"heads of {head_dim} numbers": head_dim & (head_dim - 1) != 0 or head_dim < 16,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+@dataclass
+class _Work:
+    """Everything that is missing of all exams, and what was found so far."""
+
+    answers: list[Query]
+    prompts: list[str]
+    losses: list[LossQuery]
+    written: dict[int, Generated]
+    nats: list[float]
+
+
+def compute_decoded(
+    request: InferenceRequest,
+    loaded: tuple[Any, PreTrainedTokenizerBase],
+    evaluations: Mapping[ModelLabel, Evaluation],
+    adapters: Sequence[ModelLabel],
+    beat: Beat,
+) -> str:
+    """Compute and cache what is missing of all exams; return what answered, '' if nothing fits.
+
+    Args:
+        request: Budget and settings.
+        loaded: PEFT model and tokenizer.
+        evaluations: Exams by the model's label.
+        adapters: Names of the loaded adapters.
+        beat: Called with the phase and the number of rows done.
+    """
+    import torch
+
+    model, tokenizer = loaded
+    exams = [(label, exam) for label, exam in evaluations.items() if not exam.is_complete]
+    work = _collect(tokenizer, exams, adapters)
+    for most_slots, resident in RUNGS:
+        sizes = _sizes(request, model, adapters, work, most_slots, resident=resident)
+        if sizes is None:
+            continue
+        try:
+            _answer(model, tokenizer, adapters, sizes, work, beat)
+        except torch.OutOfMemoryError:
+            logger.warning("out of memory with %d slots; trying fewer", sizes.slots)
+        else:
+            _keep(exams, work)
+            return (
+                f"the decoder: {sizes.slots} slots, {sizes.pages} pages, "
+                f"{sizes.resident_blocks} blocks kept in 16 bits"
+            )
+        gc.collect()
+        torch.cuda.empty_cache()
+    return ""
+
+
+def _collect(
+    tokenizer: PreTrainedTokenizerBase,
+    exams: Sequence[tuple[ModelLabel, Evaluation]],
+    adapters: Sequence[ModelLabel],
+) -> _Work:
+    """Return all questions: per exam greedy ones, drawn ones, then losses in the same order."""
+    from qwen3ft.decoding.losses import LossQuery
+    from qwen3ft.decoding.projections import BASE
+    from qwen3ft.decoding.slots import Query
+    from qwen3ft.decoding.writing import AnswerLimits
+
+    work = _Work([], [], [], {}, [])
+    for label, evaluation in exams:
+        exam = evaluation.exam
+        number = adapters.index(label) if label in adapters else BASE
+        asked = [(key, row, False) for key, row in evaluation.missing.items()]
+        asked += [(key, row, True) for key, row in evaluation.missing_sampled.items()]
+        for key, row, drawn in asked:
+            thinking = bool(row.get("reasoning"))
+            prompt = generation_prompt(tokenizer, row, thinking)
+            limits = AnswerLimits(
+                answer_tokens=exam.max_new_tokens,
+                thinking_tokens=exam.max_thinking_tokens if thinking else 0,
+                opened=prompt.rstrip().endswith(THINK_OPEN),
+                seed=_seed_of(key) if drawn else None,
+            )
+            ids = prompt_ids(tokenizer, row, thinking, escape=exam.escape)
+            expected = len(str(row.get("reasoning") or "")) + len(str(row.get("answer") or ""))
+            work.prompts.append(prompt)
+            work.answers.append(Query(ids, limits, number, expected_tokens=expected))
+        rows = [*evaluation.missing.values(), *evaluation.missing_ability.values()]
+        encoded = tokenize_rows(tokenizer, rows, train_turns="last", escape=exam.escape)
+        work.losses += [LossQuery(row.input_ids, row.trained, number) for row in encoded]
+    return work
+
+
+def _seed_of(key: str) -> int:
+    """Return the seed of a question's draws: the same for every model."""
+    return int.from_bytes(sha256(f"{SAMPLING_SEED} {key}".encode()).digest()[:4], "big")
+
+
+def _sizes(
+    request: InferenceRequest,
+    model: Any,
+    adapters: Sequence[ModelLabel],
+    work: _Work,
+    most_slots: int,
+    *,
+    resident: bool,
+) -> DecoderSizes | None:
+    """Return the sizes that fit beside what is loaded."""
+    import torch
+
+    budget_bytes = int((request.budget_gb or request.config.max_memory_gb) * GIB)
+    room_bytes = budget_bytes - CUDA_CONTEXT_BYTES - torch.cuda.memory_allocated()
+    prompts = [len(query.ids) for query in work.answers] or [1]
+    limits = [query.limits for query in work.answers]
+    most = max((one.answer_tokens + one.thinking_tokens for one in limits), default=1) + 8
+    references = [sum(end - start for start, end in query.targets) for query in work.losses]
+    # a model that is not trained yet says more than the references do
+    typical = 2 * sum(references) / max(1, len(references)) + 16
+    load = AnswerLoad(
+        shape=request.model.shape,
+        ranks=tuple(model.peft_config[name].r for name in adapters),
+        questions=max(1, len(work.answers)),
+        prompt_tokens=max(prompts),
+        typical_prompt_tokens=sum(prompts) / len(prompts),
+        answer_tokens=most,
+        typical_answer_tokens=min(most, typical),
+        drawn=any(one.seed is not None for one in limits),
+    )
+    return choose_sizes(load, room_bytes, most_slots, resident=resident)
+
+
+def _answer(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    adapters: Sequence[ModelLabel],
+    sizes: DecoderSizes,
+    work: _Work,
+    beat: Beat,
+) -> None:
+    """Write all answers and losses that `work` lacks."""
+    from qwen3ft.decoding.decoder import Decoder
+    from qwen3ft.decoding.losses import summed_losses
+    from qwen3ft.decoding.writer import AnswerWriter
+    from qwen3ft.decoding.writing import Marks
+
+    marks = Marks.of(tokenizer, sorted(end_tokens(model, tokenizer)))
+    drawn = [query.limits for query in work.answers if query.limits.seed is not None]
+    draws = max((limits.most_tokens(marks) for limits in drawn), default=0)
+    decoder: Decoder = Decoder(model, adapters, sizes, marks, draws)
+    decoder.capture(draw=draws > 0)
+    missing = [index for index in range(len(work.answers)) if index not in work.written]
+    writer = AnswerWriter(decoder, [work.answers[index] for index in missing])
+    for _, ended in writer.bursts():
+        for place, written in ended:
+            index = missing[place]
+            work.written[index] = read_answer(
+                model,
+                tokenizer,
+                work.prompts[index],
+                written.tokens,
+                thinking_cut=written.thinking_cut,
+            )
+        beat("answers", len(work.written))
+    if not work.nats:
+        work.nats = summed_losses(decoder, work.losses, lambda done: beat("losses", done))
+
+
+def _keep(exams: Sequence[tuple[ModelLabel, Evaluation]], work: _Work) -> None:
+    """Put the results into each exam's cache."""
+    answers = iter([work.written[index] for index in range(len(work.answers))])
+    counts = [sum(end - start for start, end in query.targets) for query in work.losses]
+    losses = iter([RowLoss(*pair) for pair in zip(work.nats, counts, strict=True)])
+
+    def take(source: Any, rows: Mapping[str, ChatRow]) -> list[Any]:
+        return [next(source) for _ in rows]
+
+    for _, exam in exams:
+        greedy, drawn = take(answers, exam.missing), take(answers, exam.missing_sampled)
+        known, ability = take(losses, exam.missing), take(losses, exam.missing_ability)
+        exam.keep(greedy, known, drawn, ability)
