@@ -14,6 +14,7 @@ from typing import Any
 from deployments import services
 from deployments.services import Layout
 from qwen3ft.errors import EnvironmentNotReadyError
+from qwen3ft.text.commands import shell_line
 
 _PAGE = 200
 _ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
@@ -40,7 +41,7 @@ def send(
         raise EnvironmentNotReadyError(
             f"The Prefect server refused {method} /api/{address} or does not answer.",
             why="It may have been stopped in the meantime, or be another version.",
-            next_command=f"tail -n 50 {layout.log('prefect')}",
+            next_command=shell_line("tail", "-n", "50", layout.log("prefect")),
         )
     return json.loads(text) if text else None
 

@@ -42,6 +42,7 @@ from qwen3ft.files import make_private, write_bytes_atomic, write_json_atomic
 from qwen3ft.locks import try_lock
 from qwen3ft.machine.environment import EnvironmentManager
 from qwen3ft.records.base import Record
+from qwen3ft.text.commands import shell_line
 
 _PREFERRED_PORTS = {"prefect": 4200, "mlflow": 5000}
 _START_SECONDS = 180.0
@@ -268,7 +269,7 @@ class Stack:
                 raise EnvironmentNotReadyError(
                     f"{name} {'ended' if ended else f'did not answer for {_START_SECONDS:.0f} s'}.",
                     why="\n".join(lines[-8:]),
-                    next_command=f"tail -n 50 {log}",
+                    next_command=shell_line("tail", "-n", "50", log),
                 )
             time.sleep(0.2)
 

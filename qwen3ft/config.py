@@ -29,6 +29,7 @@ from pydantic import (
 
 from qwen3ft.errors import ConfigError
 from qwen3ft.logs import get_logger, mask_secrets
+from qwen3ft.text.commands import shell_line
 from qwen3ft.text.names import closest_name, flaw_of_name
 from qwen3ft.text.plain import escaped, is_plain
 from qwen3ft.text.yaml import LONGEST_TEXT, UnreadableYamlError, load_yaml
@@ -466,7 +467,7 @@ def read_settings_file(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"Cannot read the settings in {path}: {error}",
             why="The file is missing, unreadable, or not YAML of plain settings.",
-            next_command=f"ls -l {path}",
+            next_command=shell_line("ls", "-l", path),
             path=str(path),
         ) from error
     if not isinstance(loaded, dict):

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from qwen3ft.errors import EnvironmentNotReadyError
 from qwen3ft.faults import reach
 from qwen3ft.logs import get_logger
+from qwen3ft.text.commands import shell_line
 from qwen3ft.units import MIB, size_text
 
 logger = get_logger("files")
@@ -399,7 +400,7 @@ def require_disk(target: Path, needed_bytes: int, what: str, why: str) -> None:
             f"{what} needs {size_text(needed_bytes)} at {target.parent}, "
             f"{size_text(free_bytes)} are free.",
             why=why,
-            next_command=f"df -h {target.parent}",
+            next_command=shell_line("df", "-h", target.parent),
             needed_bytes=needed_bytes,
             free_bytes=free_bytes,
         )

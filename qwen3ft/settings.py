@@ -53,8 +53,8 @@ def read_setting(name: str, typed: str) -> Any:
 
 
 def is_read_otherwise(name: str, typed: str) -> bool:
-    """Return True if YAML would make something else of a text than the text."""
-    if not {str, Literal} & _kinds(name) or typed.strip() == NULL:
+    """Return True if the setting is a free text, and YAML would make something else of it."""
+    if str not in _kinds(name) or typed.strip() == NULL:
         return False
     try:
         return bool(yaml.safe_load(typed) != typed)

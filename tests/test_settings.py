@@ -42,10 +42,7 @@ def test_an_ordinary_text_needs_no_remark(capsys: pytest.CaptureFixture[str]) ->
     """Nor does a number or a choice."""
     found = typed("output_dir=./out", "lora_r=8", "personal_data=off", "packing=on", "seed=7")
     assert (found.personal_data, found.packing) == ("off", "on")
-    assert capsys.readouterr().err.splitlines() == [
-        "personal_data is the text 'off'",
-        "packing is the text 'on'",
-    ]
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

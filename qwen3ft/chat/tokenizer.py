@@ -26,6 +26,7 @@ from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.errors import TokenizerError
 from qwen3ft.files import read_foreign_json
 from qwen3ft.logs import get_logger
+from qwen3ft.text.commands import shell_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -58,7 +59,7 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
             f"The tokenizer in {folder} cannot be loaded: {type(error).__name__}: "
             f"{str(error)[:MOST_REASON_CHARACTERS]!a}",
             why="tokenizer.json or tokenizer_config.json is missing or damaged.",
-            next_command=f"ls -l {folder}",
+            next_command=shell_line("ls", "-l", folder),
             folder=str(folder),
         ) from error
     configure_tokenizer(tokenizer)

@@ -38,6 +38,7 @@ from qwen3ft.data.splits import KeysBuilder
 from qwen3ft.errors import DataLoadingError
 from qwen3ft.logs import get_logger
 from qwen3ft.records.data import BadRow, DataSource, QaRow, SourceFile
+from qwen3ft.text.commands import shell_line
 from qwen3ft.units import MIB
 
 logger = get_logger("data")
@@ -276,7 +277,7 @@ def _check_unchanged(file: SourceFile) -> None:
         raise DataLoadingError(
             f"{file.label} changed while the data was being prepared.",
             why="Something writes to it; move a finished file into place instead.",
-            next_command=f"ls -l {file.path}",
+            next_command=shell_line("ls", "-l", file.path),
             path=file.label,
         )
 

@@ -29,6 +29,7 @@ from qwen3ft.digests import DigestCache, mark_of, open_digests
 from qwen3ft.embedded import DATA_DIR
 from qwen3ft.errors import DataLoadingError
 from qwen3ft.records.data import ResolvedSources, Role, SourceFile
+from qwen3ft.text.commands import shell_line
 from qwen3ft.text.plain import escaped_line
 
 EMBEDDED_PREFIX = "embedded:"
@@ -142,7 +143,7 @@ def _fingerprinted(file: SourceFile, digests: DigestCache) -> SourceFile:
         raise DataLoadingError(
             f"The {file.role} data file {file.label} cannot be read: {error.strerror}.",
             why="Its permissions do not allow it, or its disk failed.",
-            next_command=f"ls -l {file.path}",
+            next_command=shell_line("ls", "-l", file.path),
             path=file.label,
         ) from error
     return replace(file, sha256=digest, size_bytes=size, modified_ns=modified)
@@ -200,7 +201,7 @@ def _files(given: str, role: Role, cache: Path, skipped: list[str]) -> list[Sour
         raise DataLoadingError(
             f"The {role} data path {given} does not exist (looked in {Path.cwd()}).",
             why="A path is relative to the folder the command is started in.",
-            next_command=f"ls -l {path.parent}",
+            next_command=shell_line("ls", "-l", path.parent),
             path=given,
         )
     if why := why_unread(path):
@@ -234,7 +235,7 @@ def _folder_files(folder: Path, role: Role, skipped: list[str]) -> list[SourceFi
         raise DataLoadingError(
             f"The {role} data folder {folder} has no {', '.join(SUFFIXES)} file.",
             why="Folders are searched recursively; hidden files are skipped." + _foreign(skipped),
-            next_command=f"ls -lR {folder}",
+            next_command=shell_line("ls", "-lR", folder),
             path=str(folder),
         )
     return files
@@ -263,7 +264,7 @@ def _glob_files(pattern: Path, role: Role, skipped: list[str]) -> list[SourceFil
             f"(looked in {Path.cwd()}).",
             why=f"Supported are {', '.join(SUFFIXES)}; hidden files are skipped."
             + _foreign(skipped),
-            next_command=f"ls -lR {start}",
+            next_command=shell_line("ls", "-lR", start),
             path=str(pattern),
         )
     return files

@@ -21,6 +21,7 @@ from qwen3ft.errors import (
 )
 from qwen3ft.jobs.failure_rules import RULES, Rule, line_types
 from qwen3ft.logs import mask_secrets
+from qwen3ft.text.commands import shell_line
 from qwen3ft.units import GIB, MIB, gb
 
 QUOTED_CHARACTERS = 600
@@ -117,7 +118,7 @@ def folder_gone(path: Path) -> SaveError:
     return SaveError(
         f"{path} was deleted or unmounted while it was in use.",
         why="Someone removed it, or its file system went away; the work in it is lost.",
-        next_command=f"ls -ld {path.parent}",
+        next_command=shell_line("ls", "-ld", path.parent),
         path=str(path),
     )
 

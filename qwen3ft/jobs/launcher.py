@@ -25,6 +25,7 @@ from qwen3ft.jobs.folders import JobDir, read_record, write_record
 from qwen3ft.jobs.processes import end_process_tree, start_worker
 from qwen3ft.logs import ROOT, mask_secrets
 from qwen3ft.records.training import Failure
+from qwen3ft.text.commands import shell_line
 
 OutcomeT = TypeVar("OutcomeT", bound=BaseModel)
 
@@ -115,7 +116,7 @@ def _watch(
                 f"The worker gave no sign of life for {silence:.0f} s "
                 f"(limit {stall_seconds:.0f} s); last phase: {_last_phase(job)}.",
                 why="It hangs in a kernel, a lock or a file system.",
-                next_command=f"tail -n 50 {job.log}",
+                next_command=shell_line("tail", "-n", "50", job.log),
                 phase=_last_phase(job),
             )
         records.relay()

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from qwen3ft.errors import EnvironmentNotReadyError
 from qwen3ft.locks import try_lock
+from qwen3ft.text.commands import shell_line
 from qwen3ft.units import GIB, size_text
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class EnvironmentManager:
             raise EnvironmentNotReadyError(
                 f"{lock} is missing.",
                 why="It pins the packages to install; this may not be the project folder.",
-                next_command=f"ls {self.root}",
+                next_command=shell_line("ls", self.root),
             )
         stamp, wanted = self.venv / "qwen3ft-installed", self._fingerprint()
         if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
@@ -150,7 +151,7 @@ class EnvironmentManager:
             raise EnvironmentNotReadyError(
                 f"{purpose} failed with exit code {done.returncode}.",
                 why="\n".join(lines) or "The command printed no reason.",
-                next_command=" ".join(command),
+                next_command=shell_line(*command),
                 exit_code=done.returncode,
             )
 

@@ -25,6 +25,7 @@ from qwen3ft.errors import EnvironmentNotReadyError
 from qwen3ft.locks import lock_file
 from qwen3ft.logs import get_logger
 from qwen3ft.records.base import Record
+from qwen3ft.text.commands import shell_line
 
 logger = get_logger("lock")
 
@@ -201,6 +202,6 @@ def _no_folder(path: Path, reason: str) -> EnvironmentNotReadyError:
         f"The GPU cannot be locked by a file in {path}: {reason}.",
         why=f"A lock file there keeps two runs off one GPU; set {FOLDER_VARIABLE} to use another "
         "folder.",
-        next_command=f"ls -ld {path.parent}",
+        next_command=shell_line("ls", "-ld", path.parent),
         path=str(path),
     )

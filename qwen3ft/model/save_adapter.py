@@ -35,6 +35,7 @@ from qwen3ft.model.saved_adapter import (
 from qwen3ft.records.model import ModelSource, SavedAdapter
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.training import AttemptOutcome
+from qwen3ft.text.commands import shell_line
 from qwen3ft.units import MIB
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def _check_checkpoint(checkpoint: Path, plan: TrainPlan) -> None:
         raise CheckpointCorruptError(
             f"The best checkpoint cannot be used: {fault}.",
             why="Its files differ from those that training wrote.",
-            next_command=f"ls -l {checkpoint}",
+            next_command=shell_line("ls", "-l", checkpoint),
             checkpoint=str(checkpoint),
         ) from fault
 

@@ -18,6 +18,7 @@ from qwen3ft.model.adapter_checks import ADAPTER_CONFIG_FILE
 from qwen3ft.model.shapes import read_shape
 from qwen3ft.model.tensor_files import Tensor, read_header
 from qwen3ft.records.model import ATTENTION_PROJECTIONS, ModelShape
+from qwen3ft.text.commands import shell_line
 from qwen3ft.units import MIB
 
 MOST_TEXT_BYTES = 64 * MIB
@@ -174,7 +175,7 @@ def check_tokenizer_files(folder: Path) -> None:
         raise TokenizerError(
             f"The tokenizer in {folder} is refused: {error}.",
             why="Only plain files of a Qwen tokenizer are read, never code that comes with them.",
-            next_command=f"ls -l {folder}",
+            next_command=shell_line("ls", "-l", folder),
             folder=str(folder),
         ) from error
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import math
+import shlex
 from dataclasses import dataclass, replace
 
 from qwen3ft.errors import InsufficientMemoryError
@@ -170,7 +171,7 @@ def _command(
     """Return the `qwen3ft plan` command with all settings that memory depends on."""
     name = model_name or request.model_name
     keys = {model.hub_name: model.key for model in KNOWN_MODELS}
-    words = ["qwen3ft plan --model", keys.get(name, name), f"--budget {budget_gb:g}"]
+    words = ["qwen3ft plan --model", shlex.quote(keys.get(name, name)), f"--budget {budget_gb:g}"]
     words.append(f"--seq {tokens or request.longest_tokens}")
     if not request.environment.gpus:
         words.append("--gpu none")

@@ -41,6 +41,7 @@ from qwen3ft.model.tokenizer_trial import try_tokenizer
 from qwen3ft.records.model import ModelSource
 from qwen3ft.records.requests import ExportLimits, ExportRequest, ParityReport
 from qwen3ft.serving.instructions import write_serving_files
+from qwen3ft.text.commands import shell_line
 from qwen3ft.text.names import flaw_of_name
 
 logger = get_logger("export")
@@ -72,8 +73,9 @@ def find_held_out(config: TrainingConfig, adapter: Path) -> Path:
             return folder / ROWS_FILE
     raise DataLoadingError(
         f"The held-out rows of run {provenance['run_id']} are no longer on this machine.",
-        why=f"No data set with digest {digest[:16]} is in {Path(config.cache_dir) / 'datasets'}.",
-        next_command=f"qwen3ft export --adapter {adapter} --rows FILE.jsonl",
+        why=f"No data set with digest {digest[:16]} is in {Path(config.cache_dir) / 'datasets'}. "
+        "The option --rows names others.",
+        next_command="qwen3ft export --help",
         digest=digest,
     )
 
@@ -193,7 +195,7 @@ def _require_place(target: Path) -> None:
         raise RequestError(
             f"{target} is neither an empty folder nor an earlier export.",
             why="An export never replaces other files.",
-            next_command=f"ls {target}",
+            next_command=shell_line("ls", target),
         )
 
 
@@ -202,6 +204,6 @@ def _require_parity(report: ParityReport, adapter: Path) -> None:
         raise ExportDriftError(
             f"The export is refused: {'; '.join(objections)}.",
             why="Merging, or quantising the result again, changed the tested model too much.",
-            next_command=f"qwen3ft chat --adapter {adapter}",
+            next_command=shell_line("qwen3ft", "chat", "--adapter", adapter),
             report=report.model_dump(mode="json"),
         )

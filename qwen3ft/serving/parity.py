@@ -30,6 +30,7 @@ from qwen3ft.records.requests import (
     FormScore,
     ParityReport,
 )
+from qwen3ft.text.commands import shell_line
 from qwen3ft.units import GIB, gb
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def _read_rows(path: Path, limit: int) -> list[dict[str, Any]]:
         raise DataLoadingError(
             f"There are no held-out rows in {path}.",
             why="Without them, nothing shows whether the merged model is still the same.",
-            next_command="qwen3ft export --rows FILE",
+            next_command=shell_line("ls", "-l", path),
             path=str(path),
         )
     kept = min(limit, len(rows))
@@ -145,7 +146,10 @@ def _load_merged(request: ExportRequest, memory: MemoryOptimizer) -> Loaded:
         f"The merged model takes {needed_gb:.1f} GB; of the budget of {status.total_gb:.1f} GB, "
         f"{LOADED_SHARE * status.available_gb:.1f} GB are left for it.",
         why="Without a GPU, all of it must be in memory to be compared with the adapter.",
-        next_command=f"qwen3ft export --set max_memory_gb={2 * needed_gb + 1:.0f}",
+        next_command=shell_line(
+            *("qwen3ft", "export", "exported", "--adapter", request.adapter),
+            *("--set", f"max_memory_gb={2 * needed_gb + 1:.0f}"),
+        ),
         needed_gb=needed_gb,
         budget_gb=status.total_gb,
     )

@@ -35,3 +35,8 @@ def _from_here(path: Path) -> str:
     # PWD: commands change to the project folder, the shell that shows their output does not
     here = Path(os.environ.get("PWD", "") or Path.cwd())
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+def shell_line(*words: object) -> str:
+    """Return a command whose words stay whole in a shell, such as paths with spaces."""
+    return shlex.join(map(str, words))

@@ -23,6 +23,7 @@ from qwen3ft.logs import get_logger
 from qwen3ft.model.adapter_checks import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.training import AttemptOutcome
+from qwen3ft.text.commands import shell_line
 from qwen3ft.training import checkpoint
 from qwen3ft.training.callbacks import ProgressCallback, StopOnRequest
 from qwen3ft.training.checkpoint_writer import read_adapter_files
@@ -188,7 +189,7 @@ class TrainingEngine:
             raise TrainingFailureError(
                 f"Training ended at step {state.global_step} without an evaluation.",
                 why="The held-out loss was not finite, or there are no held-out rows.",
-                next_command=f"tail -n 50 {self.job.log}",
+                next_command=shell_line("tail", "-n", "50", self.job.log),
             )
         allocated_gb, reserved_gb, process_gb = self.memory.peak()
         logger.info(
@@ -225,7 +226,7 @@ class TrainingEngine:
         raise CheckpointCorruptError(
             f"The best checkpoint (step {step}) is missing or damaged.",
             why="Its files do not match their manifest.",
-            next_command=f"ls -l {self.job.checkpoints}",
+            next_command=shell_line("ls", "-l", self.job.checkpoints),
             step=step,
         )
 
