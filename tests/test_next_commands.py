@@ -57,11 +57,16 @@ COMPUTED = {
     "qwen3ft/machine/environment.py": "SETUP_COMMAND",
     "qwen3ft/machine/gpu_lock.py": "texts in the code",
     "qwen3ft/machine/memory.py": "a text in the code",
+    "qwen3ft/model/room.py": "run.resume_command, with a folder that has room",
+    "qwen3ft/model/save_adapter.py": "the same",
     "qwen3ft/model/hub_errors.py": "RepoKind: texts in the code",
     "qwen3ft/planning/refusal.py": "tests/planning/test_refusal.py",
     "qwen3ft/recovery/adjust.py": "a text in the code, or that of the failure",
     "qwen3ft/recovery/shared_gpu.py": "texts in the code",
     "qwen3ft/settings.py": "the settings",
+    "flows/finetune.py": "the command that resumes the run, or a text in the code",
+    "flows/resume.py": "the same",
+    "qwen3ft/operations/resumption.py": "the same",
     "flows/cli/runs.py": "the run's error, or a text in the code",
 }
 
