@@ -32,7 +32,7 @@ Description=qwen3ft in {folder}: Prefect, MLflow and a worker
 [Service]
 Type=exec
 WorkingDirectory={folder}
-ExecStart="{python}" -m flows.cli up --stay
+ExecStart="{python}" -m qwen3ft up --stay
 Restart=on-failure
 RestartSec=3
 KillMode=mixed

@@ -1,7 +1,8 @@
 """Registration of the deployment `qwen3-finetune/default` of `deployments/prefect.yaml`.
 
-The settings that runs start from depend only on whether this machine has a CUDA GPU. The deployment
-is registered again only if something that it is made of changed; its version is a digest of that.
+The settings that runs start from are those of the project's qwen3ft.yaml. Without that file, as in
+a clone, they depend only on whether this machine has a CUDA GPU. The deployment is registered again
+only if something that it is made of changed; its version is a digest of that.
 The servers must be up (see `deployments.stack`).
 """
 
@@ -24,12 +25,15 @@ from qwen3ft.machine.environment import EnvironmentManager
 from qwen3ft.machine.gpus import visible_gpus
 from qwen3ft.records.base import Record
 
+PROJECT_FILE = Path("qwen3ft.yaml")
+"""Settings that runs of a project start from; `qwen3ft init` writes it."""
 PREFECT_FILE = Path("deployments/prefect.yaml")
 GPU_CONFIG = Path("deployments/configs/default.yaml")
 CPU_CONFIG = Path("deployments/configs/embedded.yaml")
 NIGHTLY = "nightly"
 """Name of the schedule of nightly runs."""
 FLOW_FILE = Path("flows/finetune.py")
+_PACKAGES = Path(__file__).parents[1]  # of a clone, or `qwen3ft` of a wheel
 NO_GPU_LINE = (
     f"No CUDA GPU found: the deployment uses the embedded tiny Qwen3 ({CPU_CONFIG}), "
     "not Qwen/Qwen3-4B-Thinking-2507."
@@ -46,25 +50,41 @@ class Defaults(Record):
 
 
 def choose_defaults(root: Path) -> Defaults:
-    """Choose the settings for this machine: the real model with a GPU, the embedded one without.
+    """Choose the settings: the project's own, else the real model's with a GPU, the embedded one's.
 
     Raises:
         ConfigError: the chosen file is missing or invalid.
     """
-    gpus = visible_gpus(os.environ)
-    path = GPU_CONFIG if gpus else CPU_CONFIG
-    config = parse_config(read_settings_file(root / path)).model_dump(
+    notice = None
+    if (root / PROJECT_FILE).exists():
+        path = PROJECT_FILE
+    elif visible_gpus(os.environ):
+        path = GPU_CONFIG
+    else:
+        path, notice = CPU_CONFIG, NO_GPU_LINE
+    config = parse_config(read_settings_file(project_file(root, path))).model_dump(
         mode="json", exclude_unset=True
     )
-    files = [_text(root / file) for file in (PREFECT_FILE, FLOW_FILE)]
+    files = [_text(project_file(root, file)) for file in (PREFECT_FILE, FLOW_FILE)]
     return Defaults(
         config_path=str(path),
         config=config,
-        notice=None if gpus else NO_GPU_LINE,
+        notice=notice,
         version=sha256_json([config, TrainingConfig.model_json_schema(), files, definitions("")])[
             :12
         ],
     )
+
+
+def project_file(root: Path, file: Path) -> Path:
+    """Return a file of the project if it has its own, as a clone does; else the one shipped."""
+    own = root / file
+    return own if own.exists() else shipped_file(file)
+
+
+def shipped_file(file: Path) -> Path:
+    """Return a file of the deployment as it came with this code."""
+    return _PACKAGES / file
 
 
 def defaults_step() -> dict[str, Any]:
@@ -110,7 +130,8 @@ def read_deployment(stack: Stack) -> dict[str, Any] | None:
 
 def _run_prefect_deploy(stack: Stack) -> None:
     python = EnvironmentManager(stack.root).get_python_executable()
-    options = ["--no-prompt", "deploy", "--prefect-file", str(PREFECT_FILE), "--all"]
+    file = project_file(stack.root, PREFECT_FILE)
+    options = ["--no-prompt", "deploy", "--prefect-file", str(file), "--all"]
     done = subprocess.run(
         [python, "-m", "prefect", *options],
         cwd=stack.root,

@@ -26,6 +26,8 @@ SERVERS: tuple[Service, ...] = ("prefect", "mlflow")
 DEPLOYMENT = "qwen3-finetune/default"
 HOSTS = ("127.0.0.1", "localhost")
 """Names by which the servers answer to requests; they listen on the first."""
+PREFECT_SERVER = f"{__package__}.prefect_server"
+"""Module that is executed as Prefect's server; a wheel has this package under another name."""
 POOL = "qwen3ft"
 WORKER = "qwen3ft-local"
 TOML_HEADER = "# Written by `qwen3ft up`"
@@ -105,10 +107,10 @@ def command(service: Service, layout: Layout, python: str) -> list[str]:
     """Return the argument list that starts `service` with the interpreter `python`."""
     if service == "worker":
         worker = f"worker start --pool {POOL} --type process --limit 1 --name {WORKER}"
-        return [python, "-m", "deployments.prefect_worker", *worker.split()]
+        return [python, "-m", f"{__package__}.prefect_worker", *worker.split()]
     port = layout.port(service)
     if service == "prefect":
-        return [python, "-m", "deployments.prefect_server", str(port)]
+        return [python, "-m", PREFECT_SERVER, str(port)]
     return [
         *(python, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)),
         *("--app-name", "qwen3ft", "--workers", "1", "--serve-artifacts"),

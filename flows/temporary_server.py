@@ -84,7 +84,7 @@ def _start(port: int, secret: str, log: IO[bytes]) -> subprocess.Popen[bytes]:
         "PREFECT__SERVER_EPHEMERAL": "true",  # only the services that a flow in progress needs
     }
     return subprocess.Popen(
-        [sys.executable, "-m", "deployments.prefect_server", str(port), "--until-stdin-ends"],
+        [sys.executable, "-m", services.PREFECT_SERVER, str(port), "--until-stdin-ends"],
         env=environment,
         stdin=subprocess.PIPE,  # ends with this process, however that ends
         stdout=log,

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli import adapters, champion, clean, data, plan, runs, servers, settings
+from flows.cli import adapters, champion, clean, data, init, plan, runs, servers, settings
 from flows.cli.output import open_console, print_json
 from qwen3ft.errors import (
     CancelledError,
@@ -30,6 +30,7 @@ MOST_SHOWN = 400
 # `qwen3ft --help` imports all of these modules, so they import the rest inside their functions.
 COMMANDS = {
     "Train": (
+        init.init_command,
         runs.run_command,
         runs.train_command,
         runs.follow_command,

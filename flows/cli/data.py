@@ -88,7 +88,7 @@ def _data_config(
     from qwen3ft.config import parse_config
 
     here = Path.cwd()
-    values, _ = requested_settings(open_project().root, config, settings)
+    values, _ = requested_settings(open_project(anywhere=True).root, config, settings)
     if paths:  # relative to where they were typed, unlike those of a settings file
         values["data_paths"] = [str(here / p) if (here / p).exists() else p for p in paths]
     return parse_config(values)

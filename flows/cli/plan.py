@@ -98,7 +98,7 @@ def _plan_run(config: Path | None, settings: list[str] | None, *, as_json: bool)
     from qwen3ft.operations.preview import preview_plan
     from qwen3ft.planning.table import run_table
 
-    stack = open_project()
+    stack = open_project(anywhere=True)
     wanted = request_config(stack.root, config, settings, notify=True)
     planned = preview_plan(wanted)
     table = run_table(wanted, EnvironmentManager(stack.root).report(), planned)

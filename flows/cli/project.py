@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deployments import services
-from deployments.deploy import PREFECT_FILE, choose_defaults, read_deployment
+from deployments.deploy import PREFECT_FILE, PROJECT_FILE, choose_defaults, read_deployment
 from deployments.stack import Stack
 from flows.cli.options import read_overrides
 from flows.cli.output import say
@@ -19,25 +19,37 @@ from qwen3ft.config import (
     read_settings_file,
 )
 from qwen3ft.errors import EnvironmentNotReadyError
+from qwen3ft.files import make_folder
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.operations.resumption import find_begun_run, resumed_settings
 
+STATE_FOLDER = Path(".qwen3ft")
+_MARKS = (PROJECT_FILE, PREFECT_FILE, STATE_FOLDER)
 
-def open_project() -> Stack:
+
+def open_project(*, anywhere: bool = False) -> Stack:
     """Make the project folder the working folder, and return its stack.
 
+    A project folder holds qwen3ft.yaml, or deployments/prefect.yaml as a clone does, or what an
+    earlier command left there.
+
+    Args:
+        anywhere: If the working folder is not inside a project folder, take it for one.
+
     Raises:
-        EnvironmentNotReadyError: the working folder is not inside a project folder.
+        EnvironmentNotReadyError: it is not.
     """
     here = Path.cwd()
     for folder in (here, *here.parents):
-        if (folder / PREFECT_FILE).exists():
+        if any((folder / mark).exists() for mark in _MARKS):
             os.chdir(folder)  # so that relative paths of a config mean the same as in the worker
             return Stack(folder)
+    if anywhere:
+        return Stack(here)
     raise EnvironmentNotReadyError(
         f"{here} is not inside a project folder.",
-        why=f"Neither it nor a folder above it holds {PREFECT_FILE}.",
-        next_command="cd /path/to/the/project",
+        why=f"Neither it nor a folder above it holds {PROJECT_FILE}.",
+        next_command="qwen3ft init",
     )
 
 
@@ -133,6 +145,7 @@ def use_local_services(stack: Stack) -> None:
     server.
     """
     layout, found = stack.layout(), stack.status()
+    make_folder(layout.prefect_home, 0o700)  # or Prefect warns that it cannot make it
     values = services.environment(layout)
     if found.prefect_url is None:
         # empty, not absent: prefect.toml of a stack that did not end in order names it still

@@ -85,7 +85,7 @@ def train_command(
     from flows.cli.project import open_project, request_config, use_local_services
     from qwen3ft.machine.environment import EnvironmentManager
 
-    stack = open_project()
+    stack = open_project(anywhere=True)
     if resume is None:
         wanted = request_config(stack.root, config, settings, notify=True)
     elif (found := _find_unfinished(stack.root, config, settings, resume, as_json=as_json)) is None:

@@ -52,14 +52,16 @@ class EnvironmentManager:
     def __init__(self, root: Path | None = None, requirements: Sequence[str] | None = None) -> None:
         self.root = (root or Path.cwd()).resolve()
         self.venv = self.root / ".venv"
+        self._lock = self.root / "requirements.lock"
         self._requirements = requirements
 
     # --- making it ---
 
     def get_python_executable(self) -> str:
-        """Return the interpreter for workers: the project's, else this process's."""
+        """Return the interpreter for workers: that of a clone's `.venv`, else this process's."""
         python = self.venv / "bin" / "python"
-        return str(python) if python.exists() else sys.executable
+        # a `.venv` without a lock beside it is the user's, who may have installed qwen3ft elsewhere
+        return str(python) if self._lock.exists() and python.exists() else sys.executable
 
     def setup_uv_environment(self) -> bool:
         """Make `.venv` with uv unless a working one exists.
@@ -89,10 +91,9 @@ class EnvironmentManager:
         Raises:
             EnvironmentNotReadyError: requirements.lock is missing, or uv failed.
         """
-        lock = self.root / "requirements.lock"
-        if not lock.exists():
+        if not self._lock.exists():
             raise EnvironmentNotReadyError(
-                f"{lock} is missing.",
+                f"{self._lock} is missing.",
                 why="It pins the packages to install; this may not be the project folder.",
                 next_command=shell_line("ls", self.root),
             )
@@ -103,7 +104,7 @@ class EnvironmentManager:
         install = [self._uv(), "pip", "install", "--python", self.get_python_executable()]
         # Not `pip sync`: it would remove torch's CUDA packages, which a lock file for machines with
         # and without a GPU cannot list.
-        self._run([*install, "-r", str(lock)], "Installing requirements.lock")
+        self._run([*install, "-r", str(self._lock)], "Installing requirements.lock")
         project = ["--no-deps", "--no-build-isolation", "--quiet", "-e", str(self.root)]
         self._run([*install, *project], "Installing the project itself")
         stamp.write_text(wanted, encoding="utf-8")
@@ -181,7 +182,7 @@ class EnvironmentManager:
             raise EnvironmentNotReadyError(
                 f"{len(problems)} thing(s) missing: " + "; ".join(problems),
                 why="Runs need all of them.",
-                next_command=SETUP_COMMAND,
+                next_command=SETUP_COMMAND if self._lock.exists() else _upgrade_command(),
                 problems=problems,
             )
         return True
@@ -247,6 +248,10 @@ def uv_settings(environment: Mapping[str, str]) -> dict[str, str]:
             links = ",".join(value.split()) if uv_name == "UV_FIND_LINKS" else value
             settings.setdefault(uv_name, links)
     return settings
+
+
+def _upgrade_command() -> str:
+    return f"{sys.executable} -m pip install --upgrade qwen3ft"
 
 
 def _installed_version(name: str) -> str | None:

@@ -67,7 +67,9 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """Start a stack in a project folder with a flow that does nothing."""
     root = tmp_path_factory.mktemp("a project")  # a path with a space
     (root / "deployments").mkdir()
-    shutil.copy(ROOT / "deployments" / "prefect.yaml", root / "deployments")
+    entry = ("qwen3ft.entry_points.qwen3_finetune", "flows/finetune.py:qwen3_finetune")
+    text = (ROOT / PREFECT_FILE).read_text().replace(*entry)  # the flow of this project
+    (root / PREFECT_FILE).write_text(text)
     shutil.copytree(ROOT / "deployments" / "configs", root / "deployments" / "configs")
     (root / "flows").mkdir()
     (root / "flows" / "finetune.py").write_text(FLOW)

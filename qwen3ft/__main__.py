@@ -1,0 +1,7 @@
+"""`python -m qwen3ft`, which is what systemd units start."""
+
+import sys
+
+from qwen3ft.entry_points import main
+
+sys.exit(main())

@@ -1,0 +1,41 @@
+"""Objects that other programs import by name: the script of pip, MLflow, Prefect, notebooks.
+
+`flows`, `tasks` and `deployments` lie beside this package in a clone, and inside it in a wheel (see
+hatch_build.py). The names here are the same in both.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
+
+def main() -> int:
+    """Run the command `qwen3ft`; return its exit code."""
+    from flows.cli import main as run_command_line
+
+    return run_command_line()
+
+
+def create_mlflow_app() -> ASGIApp:
+    """Make MLflow's application behind the guard; `mlflow server --app-name qwen3ft` calls it."""
+    from deployments.mlflow_server import create_app
+
+    return create_app()
+
+
+def deployment_defaults() -> dict[str, Any]:
+    """Return the settings and version of the deployment, as a build step of prefect.yaml."""
+    from deployments.deploy import defaults_step
+
+    return defaults_step()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "qwen3_finetune":  # the deployment's entry point
+        from flows.finetune import qwen3_finetune
+
+        return qwen3_finetune
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
