@@ -2,6 +2,6 @@
 
 import sys
 
-from qwen3ft.entry_points import main
+from qwen3ft.entry_points import run_command_line
 
-sys.exit(main())
+sys.exit(run_command_line())

@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
 
-def main() -> int:
+def run_command_line() -> int:
     """Run the command `qwen3ft`; return its exit code."""
-    from flows.cli import main as run_command_line
+    from flows.cli import main
 
-    return run_command_line()
+    return main()
 
 
 def create_mlflow_app() -> ASGIApp:
@@ -38,4 +38,8 @@ def __getattr__(name: str) -> Any:
         from flows.finetune import qwen3_finetune
 
         return qwen3_finetune
+    if name in ("Run", "finetune", "open_chat", "project"):  # public names of `qwen3ft`
+        from flows import api
+
+        return getattr(api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -58,10 +58,8 @@ class Installed:
     def __init__(self, python: Path, folder: Path) -> None:
         self.folder, self._command = folder, str(python.with_name("qwen3ft"))
         dropped = {"PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "PREFECT_HOME"}
-        self._environment = {
-            name: value for name, value in os.environ.items() if name not in dropped
-        }
-        self._environment["CUDA_VISIBLE_DEVICES"] = ""
+        kept = {name: value for name, value in os.environ.items() if name not in dropped}
+        self._environment = {**kept, "CUDA_VISIBLE_DEVICES": ""}
 
     def __call__(self, *arguments: str, status: int = 0) -> str:
         """Run it; return what it printed as its result, or else what it remarked."""

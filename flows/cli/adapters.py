@@ -156,11 +156,7 @@ class ChosenAdapter:
 
 def _choose(adapter: str, config: Path | None, settings: list[str] | None) -> ChosenAdapter:
     from flows.cli.project import open_project, request_config, use_local_services
-    from qwen3ft.machine.gpus import visible_gpus
     from qwen3ft.model.saved_adapter import has_provenance
-    from qwen3ft.registry.lookup import find_adapter
-    from qwen3ft.registry.registry import Registry
-    from qwen3ft.tracking.uri import default_tracking_uri
 
     here = Path(adapter)
     is_folder = os.path.isdir(here)  # noqa: PTH112  False for a name that is no path
@@ -169,8 +165,22 @@ def _choose(adapter: str, config: Path | None, settings: list[str] | None) -> Ch
     stack = open_project()
     wanted = request_config(stack.root, config, settings)
     use_local_services(stack)
-    folder = find_adapter(wanted, Registry(default_tracking_uri()), adapter)
-    return ChosenAdapter(wanted, folder.resolve(), "cuda" if visible_gpus() else "cpu")
+    return choose_adapter(wanted, adapter)
+
+
+def choose_adapter(config: TrainingConfig, adapter: str) -> ChosenAdapter:
+    """Return the adapter of that name, number, run or folder, to be run on this machine.
+
+    Raises:
+        FinetuneError: there is none, or it is damaged.
+    """
+    from qwen3ft.machine.gpus import visible_gpus
+    from qwen3ft.registry.lookup import find_adapter
+    from qwen3ft.registry.registry import Registry
+    from qwen3ft.tracking.uri import default_tracking_uri
+
+    folder = find_adapter(config, Registry(default_tracking_uri()), adapter)
+    return ChosenAdapter(config, folder.resolve(), "cuda" if visible_gpus() else "cpu")
 
 
 def _gpu_lock(chosen: ChosenAdapter) -> AbstractContextManager[None]:

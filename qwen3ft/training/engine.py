@@ -52,12 +52,12 @@ class TrainingEngine:
         *,
         collator: DataCollator,
         memory: MemoryOptimizer,
-        stop: StopRequest,
+        stop: StopRequest | None = None,
     ) -> None:
         self.plan = plan
         self.job = job
         self.collator = collator
-        self.stop = stop
+        self.stop = stop or StopRequest()
         self.memory = memory
         self.progress = ProgressCallback(job, Heartbeat(job.heartbeat), memory)
         self.leak_watch = LeakWatch(memory, job.memory_report)

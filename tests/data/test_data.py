@@ -37,6 +37,9 @@ from qwen3ft.data.sources import SAMPLE_DATA, resolved
 from qwen3ft.data.token_table import load_split
 from qwen3ft.embedded import DATA_DIR, MODEL_DIR
 from qwen3ft.errors import DataLoadingError
+from qwen3ft.planning.fit import choose
+from qwen3ft.planning.gpu_specs import require_gpu_spec
+from qwen3ft.planning.what_if import described_machine, shape_request
 from qwen3ft.records.model import ModelSnapshot
 
 # --- the four kinds of test data ---
@@ -438,8 +441,18 @@ def test_the_steps_of_the_pipeline_work_one_after_the_other(tmp_path: Path) -> N
     assert batch["attention_mask"].sum(1).tolist() == list(tokenized["length"])
 
 
-def test_the_gsm8k_config_is_valid() -> None:
-    """The shipped settings parse, train the embedded model and cut the reasoning off."""
-    config = load_config(ROOT / "deployments" / "configs" / "gsm8k.yaml")
-    assert config.is_embedded
-    assert (config.max_rows, config.reasoning_separator) == (2000, "####")
+GSM8K_CONFIGS = sorted((ROOT / "deployments" / "configs" / "gsm8k").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", GSM8K_CONFIGS, ids=lambda path: path.stem)
+def test_the_gsm8k_configs_work_from_a_clone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their rows are in the repository, and the plan of each model fits its budget."""
+    monkeypatch.chdir(ROOT)
+    config = load_config(path)
+    assert len(read_lines(Path(config.data_paths[0]))) == 400
+    assert config.reasoning_separator == "####"
+    if not config.is_embedded:
+        size = path.stem.removesuffix("b")
+        assert config.model_name == f"Qwen/Qwen3-{size}B"
+        machine = described_machine(require_gpu_spec("RTX 4090"))
+        assert choose(shape_request(config, machine)).budget_gb == config.max_memory_gb
