@@ -11,7 +11,7 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help ready run test test-slow bench-test check up down status lock clean
+.PHONY: help ready run test test-slow bench-test check docs up down status lock clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -37,6 +37,11 @@ check: ready  ## check format, lint, types and import contracts
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: ready  ## build the documents as a site in build/site
+	@$(UV) pip install --quiet --python $(BIN)/python -r pyproject.toml --extra docs
+	@NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --quiet
+	@echo "build/site/index.html"
 
 up: ready  ## start the Prefect server, the MLflow server and a Prefect worker
 	@$(BIN)/qwen3ft up

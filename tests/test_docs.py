@@ -20,6 +20,7 @@ GUIDES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "qwen3ft" / "embedded" / "README.md",
+    ROOT / "deployments" / "configs" / "gsm8k" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 """Pages about the code as it is; the other pages also mention how it was."""

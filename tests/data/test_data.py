@@ -446,12 +446,12 @@ GSM8K_CONFIGS = sorted((ROOT / "deployments" / "configs" / "gsm8k").glob("*.yaml
 
 @pytest.mark.parametrize("path", GSM8K_CONFIGS, ids=lambda path: path.stem)
 def test_the_gsm8k_configs_work_from_a_clone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their rows are in the repository, and the plan of each model fits its budget."""
+    """Their rows are in the repository, and the smallest and the largest model fit their budgets."""
     monkeypatch.chdir(ROOT)
     config = load_config(path)
     assert len(read_lines(Path(config.data_paths[0]))) == 400
     assert config.reasoning_separator == "####"
-    if not config.is_embedded:
+    if path.stem in ("0.6b", "14b"):
         size = path.stem.removesuffix("b")
         assert config.model_name == f"Qwen/Qwen3-{size}B"
         machine = described_machine(require_gpu_spec("RTX 4090"))
