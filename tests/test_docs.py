@@ -35,7 +35,16 @@ MOST_PICTURE_BYTES = 200_000
 MOST_README_LINES = 120
 
 SETTINGS = TrainingConfig.model_fields.keys() | ColumnNames.model_fields.keys()
-NO_SETTINGS = {*METRICS, *TAGS, "continue_run", "max_tokens", "read_raw", "run_worker"}
+NO_SETTINGS = {
+    *METRICS,
+    *TAGS,
+    "install_dependencies",
+    "setup_uv_environment",
+    "continue_run",
+    "max_tokens",
+    "read_raw",
+    "run_worker",
+}
 """Code spans of the guides that look like settings but are not."""
 
 _TO_END = re.DOTALL | re.MULTILINE

@@ -446,7 +446,7 @@ GSM8K_CONFIGS = sorted((ROOT / "deployments" / "configs" / "gsm8k").glob("*.yaml
 
 @pytest.mark.parametrize("path", GSM8K_CONFIGS, ids=lambda path: path.stem)
 def test_the_gsm8k_configs_work_from_a_clone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their rows are in the repository, and the smallest and the largest model fit their budgets."""
+    """Their rows are in the repository; the smallest and the largest model fit their budgets."""
     monkeypatch.chdir(ROOT)
     config = load_config(path)
     assert len(read_lines(Path(config.data_paths[0]))) == 400
