@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from qwen3ft.serving.session import ChatSession
 
 RunSettings = TrainingConfig | Mapping[str, Any] | str | os.PathLike[str] | None
-"""RunSettings of a run: all of them, those that differ from the project's, a YAML file, or none."""
+"""Settings of a run: all of them, those that differ from the project's, a YAML file, or none."""
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,8 @@ class Installed:
         self.folder, self._command = folder, str(python.with_name("qwen3ft"))
         dropped = {"PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "PREFECT_HOME"}
         kept = {name: value for name, value in os.environ.items() if name not in dropped}
-        self._environment = {**kept, "CUDA_VISIBLE_DEVICES": ""}
+        path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
+        self._environment = {**kept, "CUDA_VISIBLE_DEVICES": "", "PATH": path}
 
     def __call__(self, *arguments: str, status: int = 0) -> str:
         """Run it; return what it printed as its result, or else what it remarked."""
@@ -151,7 +152,7 @@ def test_the_installed_command_works_in_any_folder(qwen3ft: Installed) -> None:
     assert "project folder already" in qwen3ft("init")
     assert (folder / ".gitignore").read_text() == before
     assert not (folder / "data" / "sample.jsonl").exists()
-    status = json.loads(qwen3ft("status", "--json"))
+    status = json.loads(qwen3ft("status", "--json", status=1))
     assert (status["root"], status["up"]) == (str(folder), False)
 
 

@@ -74,7 +74,7 @@ class Machine:
         """Start the unit without waiting for its services."""
         with (self.stack.root / "keeper.log").open("ab") as log:
             self._keeper = subprocess.Popen(
-                [sys.executable, "-m", "flows.cli", "up", "--stay"],
+                [sys.executable, "-m", "qwen3ft", "up", "--stay"],
                 cwd=self.stack.root,
                 env=self.environment(),
                 stdin=subprocess.DEVNULL,
@@ -145,7 +145,7 @@ class Machine:
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run `qwen3ft` with these arguments in the project folder."""
         return subprocess.run(
-            [sys.executable, "-m", "flows.cli", *arguments],
+            [sys.executable, "-m", "qwen3ft", *arguments],
             cwd=self.stack.root,
             env=self.environment(),
             capture_output=True,

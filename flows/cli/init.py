@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -33,11 +34,14 @@ def init_command(
     Files that are there already stay as they are.
     """
     from deployments.deploy import PROJECT_FILE
+    from qwen3ft.machine.gpus import visible_gpus
+    from qwen3ft.text.commands import runnable
 
     folder.mkdir(parents=True, exist_ok=True)
     is_new = not (folder / PROJECT_FILE).exists()
     if is_new:
-        _write_new(folder / PROJECT_FILE, _settings())
+        text = project_settings(has_gpu=bool(visible_gpus(os.environ)))
+        _write_new(folder / PROJECT_FILE, text)
         say(f"{folder / PROJECT_FILE}  settings of runs")
     if is_new and not (folder / _DATA).exists():
         sample = folder / _DATA / "sample.jsonl"
@@ -46,18 +50,16 @@ def init_command(
         say(f"{sample}  questions and answers to try it with; replace them by yours")
     if _ignore_in_git(folder / _GIT_IGNORE):
         say(f"{folder / _GIT_IGNORE}  keeps data, runs and the servers' secret out of git")
-    go = "" if folder.samefile(Path()) else f"cd {folder} && "
+    go = "" if folder.samefile(Path()) else f"cd {shlex.quote(str(folder))} && "
     say(f"{'A project folder' if is_new else 'It was a project folder already'}. Next:")
-    say(f"  {go}qwen3ft data check   what would be trained on")
-    say(f"  {go}qwen3ft run          train on it, with servers that keep the history")
+    say(f"  {go}{runnable('qwen3ft data check')}   # what would be trained on")
+    say(f"  {go}{runnable('qwen3ft run')}   # train on it, with servers that keep the history")
 
 
-def _settings() -> str:
-    """Return the content of qwen3ft.yaml: the settings shipped for this machine, and `data`."""
+def project_settings(*, has_gpu: bool) -> str:
+    """Return the content of qwen3ft.yaml: the settings shipped for such a machine, and `data`."""
     from deployments.deploy import CPU_CONFIG, GPU_CONFIG, shipped_file
-    from qwen3ft.machine.gpus import visible_gpus
 
-    has_gpu = bool(visible_gpus(os.environ))
     text = shipped_file(GPU_CONFIG if has_gpu else CPU_CONFIG).read_text(encoding="utf-8")
     settings = re.sub(r"\A(#.*\n)+", "", text)  # its header speaks of that file
     if has_gpu:

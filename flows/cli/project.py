@@ -23,8 +23,8 @@ from qwen3ft.files import make_folder
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.operations.resumption import find_begun_run, resumed_settings
 
-STATE_FOLDER = Path(".qwen3ft")
-_MARKS = (PROJECT_FILE, PREFECT_FILE, STATE_FOLDER)
+_MARKS = (PROJECT_FILE, PREFECT_FILE, Path(".qwen3ft"))
+"""Each of them makes its folder a project folder."""
 
 
 def open_project(*, anywhere: bool = False) -> Stack:

@@ -45,7 +45,7 @@ ROOT = Path(__file__).parents[2]
 def qwen3ft(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run the command as a user does."""
     return subprocess.run(
-        [sys.executable, "-m", "flows.cli", *arguments],
+        [sys.executable, "-m", "qwen3ft", *arguments],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
@@ -173,7 +173,7 @@ def test_the_command_keeps_the_conventions_of_commands(project: Path) -> None:
     assert "complete_bash" in qwen3ft("--show-completion", "bash").stdout
     words = {"_QWEN3FT_COMPLETE": "complete_bash", "COMP_WORDS": "qwen3ft sta", "COMP_CWORD": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "flows.cli"],
+        [sys.executable, "-m", "qwen3ft"],
         cwd=ROOT,
         env={**os.environ, **words},
         capture_output=True,

@@ -303,7 +303,7 @@ def test_a_person_goes_back_within_a_minute(in_use: str) -> None:
     """The start of the command and the check of the adapter are included."""
     started = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "flows.cli", "rollback", "--reason", "wrong dates", *EMBEDDED],
+        [sys.executable, "-m", "qwen3ft", "rollback", "--reason", "wrong dates", *EMBEDDED],
         cwd=ROOT,
         env={**os.environ, "MLFLOW_TRACKING_URI": in_use, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
