@@ -11,6 +11,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+import qwen3ft
 from flows.cli import app
 from qwen3ft.config import CHANGEABLE_SETTINGS, ColumnNames, TrainingConfig
 from qwen3ft.tracking.run_metrics import METRICS, TAGS
@@ -36,6 +37,7 @@ MOST_README_LINES = 120
 
 SETTINGS = TrainingConfig.model_fields.keys() | ColumnNames.model_fields.keys()
 NO_SETTINGS = {
+    *qwen3ft.__all__,
     *METRICS,
     *TAGS,
     "install_dependencies",
