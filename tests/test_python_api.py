@@ -86,6 +86,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow  # trains, which a busy machine takes minutes for
+@pytest.mark.timeout(900)
 def test_the_examples_of_the_parts_run(folder: Path, cache_dir: Path, snapshot: Any) -> None:
     """The classes of the specification, one after the other, from rows to an answer."""
     (folder / ".qwen3ft").mkdir()
