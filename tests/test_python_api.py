@@ -25,7 +25,7 @@ from qwen3ft.records.run_card import RunCard
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "python.md"
 NOTEBOOK = ROOT / "docs" / "finetune.ipynb"
-NAME = re.compile(r"\bqwen3ft\.([A-Za-z_]+)")
+NAME = re.compile(r"\bqwen3ft\.(?!yaml)([A-Za-z_]+)")
 
 # Like Jupyter's kernel, the cells share one namespace and run inside an event loop.
 KERNEL = """
@@ -125,6 +125,7 @@ def test_a_run_is_read_again(folder: Path, make_config: Callable[..., Any]) -> N
     """From its folder alone; the working folder and the environment are as before."""
     card = RunCard(title="embedded: kept", verdict="kept: no gain", adapter_path="/a/b")
     path = folder / "runs" / "some-run"
+    path.mkdir(parents=True)
     write_record(path / "card.json", card)
     write_record(path / "config.json", make_config(seed=7))
     before = dict(os.environ)

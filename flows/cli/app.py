@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -28,7 +29,7 @@ MOST_SHOWN = 400
 """Characters of a library's message that are shown."""
 
 # `qwen3ft --help` imports all of these modules, so they import the rest inside their functions.
-COMMANDS = {
+COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "Train": (
         init.init_command,
         runs.run_command,
