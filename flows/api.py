@@ -26,10 +26,13 @@ from qwen3ft.config import (
     load_config,
     merge_settings,
     parse_config,
+    read_settings_file,
     with_current_names,
 )
 from qwen3ft.errors import RequestError
 from qwen3ft.jobs.folders import read_record
+from qwen3ft.operations.resumption import find_begun_run, resumed_settings
+from qwen3ft.operations.run_state import ending_of
 from qwen3ft.records.evaluation import ModelScore
 from qwen3ft.records.run_card import RunCard
 
@@ -125,7 +128,8 @@ def finetune(
 
     Args:
         config: The settings; a mapping holds those that differ from the project's.
-        resume: Id of an earlier run to continue from its last checkpoint.
+        resume: Id of an earlier run to continue from its last checkpoint, with its own settings;
+            `config` may change the few that do not decide its result.
         folder: A folder inside the project; by default the working folder.
 
     Returns:
@@ -134,8 +138,14 @@ def finetune(
     Raises:
         FinetuneError: the run failed; the error says why and names the next command.
     """
-    with project(folder):
-        wanted = _requested(config)
+    with project(folder) as start:
+        if resume is None:
+            wanted = _requested(config)
+        else:
+            earlier = find_begun_run(start.runs_dir, resume)
+            if ending_of(earlier) is not None:
+                return _read_run(earlier.path)
+            wanted = resumed_settings(earlier, _changes(config))
         from flows.finetune import run_in_process  # Prefect reads its settings when it is imported
 
         def run() -> Path:
@@ -185,6 +195,15 @@ def _requested(config: RunSettings) -> TrainingConfig:
         return load_config(Path(config))
     given = with_current_names(config or {})
     return parse_config(merge_settings(choose_defaults(Path.cwd()).config, given))
+
+
+def _changes(config: RunSettings) -> Mapping[str, Any]:
+    """Return what a request to resume a run sets."""
+    if isinstance(config, TrainingConfig):
+        return config.model_dump(mode="json", exclude_unset=True)
+    if isinstance(config, (str, os.PathLike)):
+        return read_settings_file(Path(config))
+    return with_current_names(config or {})
 
 
 def _read_run(folder: Path) -> Run:
