@@ -13,7 +13,13 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen3ft.errors import DataLoadingError, ModelNotFoundError, ModelUnavailableError, SaveError
+from qwen3ft.errors import (
+    DataLoadingError,
+    FinetuneError,
+    ModelNotFoundError,
+    ModelUnavailableError,
+    SaveError,
+)
 from qwen3ft.evaluation.ability import read_ability_rows
 from qwen3ft.evaluation.answer_cache import AnswerCache
 from qwen3ft.evaluation.answers import answers_are_sound, choose_questions
@@ -135,9 +141,15 @@ def _compute(
     """Compute what is missing of all exams; return what answered, and why that."""
     obstacle = find_obstacle(request, loaded[0])
     if not obstacle:
-        if answered_by := compute_decoded(request, loaded, evaluations, adapters, beat):
-            return answered_by
-        obstacle = "the decoder does not fit the budget"
+        try:
+            if answered_by := compute_decoded(request, loaded, evaluations, adapters, beat):
+                return answered_by
+            obstacle = "the decoder does not fit the budget"
+        except FinetuneError:
+            raise
+        except Exception as error:  # such as a kernel that does not compile for this GPU
+            logger.warning("the decoder failed; transformers answers", exc_info=error)
+            obstacle = f"the decoder failed: {type(error).__name__}: {str(error)[:200]!a}"
     model, tokenizer = loaded
     for label, evaluation in evaluations.items():
         if not evaluation.is_complete:

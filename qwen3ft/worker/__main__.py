@@ -44,7 +44,8 @@ def _run_job(kind: str, path: Path) -> int:
         import_libraries(kind)
         outcome = KINDS[kind](job)
     except Exception as error:  # whatever a library raises becomes a failure on disk
-        failure = translate(error, job.heartbeat.phase)
+        # A library may catch what the signal's handler raised within it, and raise another error.
+        failure = job.stop.error() if job.is_broken_off else translate(error, job.heartbeat.phase)
         logger.error("%s failed after %.1f s: %s", kind, time.monotonic() - started, failure)
         if failure is not error:
             logger.info("traceback of the cause", exc_info=error)

@@ -47,11 +47,13 @@ class Job:
         self.dir = JobDir(path)
         self.heartbeat = Heartbeat(self.dir.heartbeat)
         self.stop = StopRequest()
+        self.is_broken_off = False
 
     def on_signal(self, number: int, _: FrameType | None) -> None:
         """Stop training at its next step, with a checkpoint; stop any other phase at once."""
         self.stop.signal_name = signal.Signals(number).name
         if self.heartbeat.phase not in {"train", "evaluate"}:
+            self.is_broken_off = True
             raise self.stop.error()
 
 

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.data_stage import write_jsonl
 from support.trained_adapter import Trained
 
+from qwen3ft.decoding.decoder import Decoder
 from qwen3ft.embedded import corpus
+from qwen3ft.evaluation import inference
 from qwen3ft.evaluation.answer_cache import AnswerCache
 from qwen3ft.evaluation.decoded import compute_decoded, find_obstacle
 from qwen3ft.evaluation.exam import Evaluation, Exam
@@ -85,3 +88,23 @@ def test_why_transformers_answers_is_said(
     assert find_obstacle(request_, model) == "no GPU"
     plain = request_.config.model_copy(update={"kernels": "plain"})
     assert find_obstacle(request_.model_copy(update={"config": plain}), model) == "kernels=plain"
+
+
+def test_a_decoder_that_fails_leaves_the_answers_to_transformers(
+    trained: Trained,
+    request_: InferenceRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A kernel that does not compile for a GPU costs no night, and the reason is kept."""
+
+    def capture(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(inference, "find_obstacle", lambda *_: "")
+    monkeypatch.setattr(Decoder, "capture", capture)
+    write_jsonl(Path(request_.questions_path), [dict(row) for row in trained.rows[:2]])
+    config = request_.config.model_copy(update={"max_new_tokens": 8})
+    report = inference.run_inference(
+        request_.model_copy(update={"config": config}), lambda *_: None
+    )
+    assert "transformers (the decoder failed: RuntimeError: 'no kernel image" in report.answered_by

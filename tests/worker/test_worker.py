@@ -31,6 +31,7 @@ from qwen3ft.errors import (
 from qwen3ft.jobs.failures import folder_gone
 from qwen3ft.jobs.folders import JobDir, RunDir
 from qwen3ft.jobs.launcher import run_worker
+from qwen3ft.jobs.processes import PREEMPTED_STATUS
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.training import AttemptOutcome, Failure
 from qwen3ft.recovery.adjust import FailedAttempt, GiveUp
@@ -82,6 +83,32 @@ def test_a_fault_in_the_worker_becomes_its_classified_error(
     # SIGTERM saves where it stops; everything else goes back to the last evaluation.
     assert newest.step == (4 if fault.startswith("term") else 2)
     assert not job.outcome.exists()
+
+
+def test_a_signal_that_a_library_turns_into_its_own_error_is_still_one(tmp_path: Path) -> None:
+    """Loading a model wraps whatever is raised in it; the attempt was asked to stop, no more."""
+    job = JobDir(tmp_path / "job")
+    job.path.mkdir()
+    program = """
+import os, signal, sys
+from pathlib import Path
+from qwen3ft.worker import __main__ as worker
+
+def load(job):
+    job.heartbeat.beat("load")
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        sum(range(10**6))
+    except Exception:
+        raise RuntimeError("some issues during automatic conversion of the weights") from None
+
+worker.KINDS["quantize"], worker.import_libraries = load, lambda kind: None
+sys.exit(worker._run_job("quantize", Path(sys.argv[1])))
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(job.path)], check=False)
+    assert done.returncode == PREEMPTED_STATUS
+    failure = Failure.model_validate_json(job.failure.read_text())
+    assert failure.kind == "PreemptedError"
 
 
 @pytest.mark.slow
