@@ -37,6 +37,7 @@ from deployments.deploy import CPU_CONFIG
 from deployments.processes import MARK, find_marked, start_detached
 from deployments.services import POOL, request_json
 from qwen3ft.jobs.folders import RunDir
+from qwen3ft.records.run_card import COMPLETED_STATES
 from qwen3ft.tracking.cursor import outstanding
 from qwen3ft.units import MIB
 
@@ -210,7 +211,7 @@ def judge(load: Load, requested: Sequence[str], states: dict[str, str]) -> dict[
     """Return counts and everything that is not as it must be."""
     problems = [f"run {run} did not end" for run in requested if run not in states]
     for run, state in states.items():
-        if state not in ("Completed", "NothingNew"):
+        if state not in COMPLETED_STATES:
             problems.append(f"run {run} ended as {state}")
         elif unsent := outstanding(RunDir(load.root / "runs" / run)):
             problems.append(f"MLflow lacks {unsent} entries of run {run}")

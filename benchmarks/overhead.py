@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import ROOT
+from qwen3ft.records.run_card import ALREADY_DONE, NOTHING_NEW
 
 AT_MOST_SECONDS = 15.0
 WORK_STAGES = ("model", "data", "train", "inference", "save")
@@ -98,7 +99,7 @@ def report(measured: dict[str, Any]) -> bool:
     print("  stages: " + "  ".join(f"{name} {seconds:.1f}" for name, seconds in stages))
     print(f"  overhead: {first['overhead_seconds']:.1f} s (at most {AT_MOST_SECONDS:.0f})")
     passed: bool = first["overhead_seconds"] <= AT_MOST_SECONDS
-    for name, state in (("nothing_new", "NothingNew"), ("second_start", "AlreadyDone")):
+    for name, state in (("nothing_new", NOTHING_NEW), ("second_start", ALREADY_DONE)):
         runs = measured[name]
         total = ", ".join(f"{run['total_seconds']:.1f}" for run in runs)
         inside = ", ".join(f"{run['flow_seconds']:.1f}" for run in runs)

@@ -13,7 +13,7 @@ from typing import Any
 
 from deployments.prefect_api import send
 from deployments.services import HEARTBEAT_SECONDS, Layout
-from qwen3ft.records.run_card import ALREADY_DONE, NOTHING_NEW
+from qwen3ft.records.run_card import COMPLETED_STATES
 
 ZOMBIE_AUTOMATION = "qwen3ft: crash flow runs without heartbeats"
 RESUME_AUTOMATION = "qwen3ft: take up a crashed run once"
@@ -27,7 +27,7 @@ makes sense."""
 
 _ENDS = (
     *("Completed", "Failed", "Cancelled", "Crashed", PROCESS_LOST),
-    *(NOTHING_NEW, ALREADY_DONE),  # an event has the name of the state, not its type
+    *COMPLETED_STATES,  # an event has the name of the state, not its type
 )
 # A run that never began, as with parameters that the flow refuses, has no start time: calling None
 # is an error, and the server starts nothing.

@@ -25,7 +25,10 @@ import uvicorn
 from prefect.server.api import deployments, server
 from prefect.server.database.configurations import SQLITE_BEGIN_MODE, AioSqliteConfiguration
 from prefect.server.database.dependencies import MODELS_DEPENDENCIES
+from prefect.server.database.orm_models import ArtifactCollection
+from prefect.server.schemas import core
 from prefect.server.schemas.ui import UISettings
+from prefect.server.utilities.schemas import TimeSeriesBaseModel
 from prefect.settings import get_current_settings
 from prefect.utilities.schema_tools.validation import ValidationError
 from pydantic import field_validator
@@ -98,6 +101,17 @@ def in_words(refusal: str) -> str:
     return f"{text}. A setting is given like this: prefect deployment run {DEPLOYMENT} {given}"
 
 
+class OrderedArtifact(TimeSeriesBaseModel, core.Artifact):
+    """Artifact whose id grows with time: Prefect's pages sort by it, to show the newest first."""
+
+
+def use_ordered_artifacts() -> None:
+    """Make the server of this process give artifacts, and their keys, ids that grow with time."""
+    core.Artifact = OrderedArtifact  # type: ignore[misc]
+    default = ArtifactCollection.__table__.c.id.default
+    default.arg = lambda _: TimeSeriesBaseModel().id
+
+
 class WithoutLogin(UISettings):
     """Settings of Prefect's pages by which they ask for no password: the guard has signed in."""
 
@@ -111,6 +125,7 @@ def run(port: int) -> None:
     """Serve on loopback until SIGTERM."""
     use_immediate_transactions()
     suggest_settings()
+    use_ordered_artifacts()
     server.UISettings = WithoutLogin  # type: ignore[attr-defined]
     settings = get_current_settings().server
     assert settings.api.auth_string is not None  # see `services.access`

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deployments.secret import USER, auth_string, authorization, read_secret, sign_in_link
+from qwen3ft.tracking.experiment import EXPERIMENT_NAME, experiment_page
 
 Service = Literal["prefect", "mlflow", "worker"]
 
@@ -38,6 +39,8 @@ LATE_HEARTBEAT_SECONDS = 3.0 * HEARTBEAT_SECONDS
 """Age of a heartbeat past which its worker is gone."""
 HISTORY_DAYS = 90
 """Age at which the server removes ended flow runs; MLflow keeps what came of them."""
+RUN_TAB = "tab=Artifacts"
+"""Query of a run's page that opens it with its artifacts, the run card first; else its logs."""
 _HTTP_SECONDS = 15.0
 _LEASE_STORAGE = "prefect.server.concurrency.lease_storage.filesystem"
 _BUSY = (429, 503)
@@ -87,7 +90,7 @@ class Layout:
 
     def flow_run_url(self, flow_run_id: str) -> str:
         """Return a run's page, in the version of Prefect's UI that `/` leads to as well."""
-        return f"{self.ui_url}/runs/flow-run/{flow_run_id}"
+        return f"{self.ui_url}/runs/flow-run/{flow_run_id}?{RUN_TAB}"
 
     @property
     def ui_url(self) -> str:
@@ -153,6 +156,9 @@ def environment(layout: Layout, inherited: Mapping[str, str] = os.environ) -> di
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": _LEASE_STORAGE,
         "PREFECT_WORKER_QUERY_SECONDS": "2",  # 10 by default: a run would wait that long to start
         "PREFECT_LOGGING_EXTRA_LOGGERS": "qwen3ft",
+        # Prefect's own lines, three for each task, would bury those of the run
+        "PREFECT_LOGGING_LOGGERS_PREFECT_FLOW_RUNS_LEVEL": "WARNING",
+        "PREFECT_LOGGING_LOGGERS_PREFECT_TASK_RUNS_LEVEL": "WARNING",
         "PREFECT_RESULTS_LOCAL_STORAGE_PATH": str(layout.prefect_home / "storage"),
         "DO_NOT_TRACK": "true",  # MLflow knows only this spelling, Prefect also "1"
         "MLFLOW_TRACKING_URI": layout.url("mlflow"),
@@ -228,6 +234,14 @@ def is_healthy(service: Service, layout: Layout, started: float) -> bool:
         )
         or ()
     )
+
+
+def runs_page(layout: Layout) -> str:
+    """Return MLflow's page with the table of runs, in its view of training."""
+    server = layout.url("mlflow")
+    address = f"api/2.0/mlflow/experiments/get-by-name?experiment_name={EXPERIMENT_NAME}"
+    found = request_json(layout.secret, f"{server}/{address}") or {}
+    return experiment_page(server, found.get("experiment", {}).get("experiment_id"))
 
 
 def request_text(

@@ -88,6 +88,7 @@ class StackStatus(Record):
     up: bool
     prefect_url: str | None
     mlflow_url: str | None
+    mlflow_page: str | None = Field(None, description="Page of MLflow with the table of runs.")
     services: tuple[ServiceStatus, ...]
     deployment: str = DEPLOYMENT
     deployment_registered: bool = False
@@ -185,6 +186,7 @@ class Stack:
             up=all(report.healthy for report in reports),
             prefect_url=urls.get("prefect"),
             mlflow_url=urls.get("mlflow"),
+            mlflow_page=services.runs_page(self._layout(state)) if "mlflow" in urls else None,
             services=reports,
             deployment_registered=deployment is not None,
             schedule_active=any(

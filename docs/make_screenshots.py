@@ -4,9 +4,10 @@
 
 Starts servers and a worker of its own in the folder `--root`, registers the deployment, and runs
 three nights: one that is promoted, one with new rows that runs out of memory (a planted fault)
-before it is promoted, and one with shuffled answers, which is kept out. Then a headless Chromium
-takes the screenshots. Rows in Chinese are left out, because not every machine has the fonts. Takes
-about ten minutes on two cores and leaves nothing but the screenshots.
+before it is promoted, and one with shuffled answers, which is kept out. Then a headless Chromium,
+with WebGL drawn by the CPU, takes the screenshots in light and dark colours. Rows in Chinese are
+left out, because not every machine has the fonts. Takes about 15 minutes on two cores and leaves
+nothing but the screenshots.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from io import BytesIO
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -28,7 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from PIL import Image  # noqa: E402
-from support.browser import WatchedBrowser, open_browser  # noqa: E402
+from playwright.sync_api import Locator, Page  # noqa: E402
+from support.browser import WEBGL, WatchedBrowser, open_chromium  # noqa: E402
 
 from benchmarks.gate.nights import PRODUCTS, clean_rows, shuffled, write_rows  # noqa: E402
 from benchmarks.overhead import make_project, run_once  # noqa: E402
@@ -36,6 +40,7 @@ from deployments.deploy import CPU_CONFIG, deploy, read_deployment  # noqa: E402
 from deployments.prefect_api import send  # noqa: E402
 from deployments.stack import Stack  # noqa: E402
 from qwen3ft import faults  # noqa: E402
+from qwen3ft.tracking.experiment import TRAINING_VIEW  # noqa: E402
 from tasks.artifacts import RUN_CARD  # noqa: E402
 
 MODEL = "qwen3ft-embedded"
@@ -43,6 +48,8 @@ FIRST = PRODUCTS[:4]
 OUT_OF_MEMORY = "oom@step=90"
 FAULTS = "faults.txt"
 MOST_BYTES = 200_000
+PAGE_SECONDS = 120.0
+DRAWN_COLOURS = 60
 REDRAWN_MILLISECONDS = 2000
 """Time after which MLflow no longer redraws an HTML artifact and scrolls it back to the top."""
 SETTINGS = {
@@ -95,21 +102,24 @@ def run_nights(stack: Stack) -> dict[str, str]:
 
 
 def take_pictures(stack: Stack, nights: dict[str, str], folder: Path) -> None:
-    """Take every screenshot of docs/reading.md."""
+    """Take every screenshot of docs/reading.md, in light and in dark colours."""
     cards = {name: _read_card(stack, run) for name, run in nights.items()}
-    with open_browser(folder) as browser:
-        browser.sign_in(stack.layout())
-        pages = Pages(browser, stack)
-        pages.form()
-        pages.run_in_prefect("promoted", cards["promoted"])
-        pages.card_in_prefect("promoted", cards["promoted"])
-        pages.run_in_mlflow("promoted", cards["promoted"])
-        pages.card_in_mlflow("promoted", cards["promoted"], "answers")
-        pages.run_in_prefect("recovered", cards["recovered"])
-        pages.card_in_mlflow("recovered", cards["recovered"], "attempts")
-        pages.card_in_prefect("kept", cards["kept"])
-        pages.card_in_mlflow("kept", cards["kept"], "scores")
-        pages.all_nights(cards["kept"])
+    with open_chromium(WEBGL) as chromium:
+        for dark in (False, True):
+            browser = WatchedBrowser(chromium, folder, dark=dark, wait_seconds=PAGE_SECONDS)
+            browser.sign_in(stack.layout())
+            pages = Pages(browser, stack, "-dark" if dark else "")
+            pages.all_nights(cards["kept"])
+            pages.run_in_prefect("recovered", cards["recovered"])
+            pages.card_in_prefect("kept", cards["kept"])
+            pages.run_in_mlflow("promoted", cards["promoted"])
+            pages.charts_in_mlflow("recovered", cards["recovered"])
+            pages.card_in_mlflow("recovered", cards["recovered"], "attempts")
+            if not dark:
+                pages.form()
+                pages.card_in_prefect("promoted", cards["promoted"])
+                pages.card_in_mlflow("promoted", cards["promoted"], "answers")
+                pages.card_in_mlflow("kept", cards["kept"], "scores")
 
 
 def _read_card(stack: Stack, run: str) -> dict[str, Any]:
@@ -118,11 +128,14 @@ def _read_card(stack: Stack, run: str) -> dict[str, Any]:
 
 
 class Pages:
-    """Pages of one stack; each becomes a picture named after UI, page and night."""
+    """Pages of one stack; each becomes a picture named after UI, page, night and colours."""
 
-    def __init__(self, browser: WatchedBrowser, stack: Stack) -> None:
-        self._visit = browser.visit
+    def __init__(self, browser: WatchedBrowser, stack: Stack, ending: str) -> None:
+        self._browser, self._ending = browser, ending
         self._stack, self._layout = stack, stack.layout()
+
+    def _visit(self, url: str, name: str, wait_for: str) -> AbstractContextManager[Page]:
+        return self._browser.visit(url, f"{name}{self._ending}", wait_for)
 
     def form(self) -> None:
         """Show the form of a custom run."""
@@ -133,16 +146,15 @@ class Pages:
             pass
 
     def run_in_prefect(self, night: str, card: dict[str, Any]) -> None:
-        """Show the stages of a run, as bars and as a list."""
-        with self._visit(card["prefect_url"], f"prefect-run-{night}", "Task Runs") as page:
-            page.get_by_role("tab", name="Task Runs").click()
-            page.get_by_role("link", name="promote").first.wait_for()
+        """Show a run as its link opens: the stages as bars, and the card among the artifacts."""
+        with self._visit(card["prefect_url"], f"prefect-run-{night}", RUN_CARD) as page:
+            _wait_until_drawn(page.locator("canvas").first)
 
     def card_in_prefect(self, night: str, card: dict[str, Any]) -> None:
         """Show the run card as an artifact of the run."""
         wanted = {
             "flow_runs": {"id": {"any_": [card["run_id"]]}},
-            "artifacts": {"key": {"any_": [RUN_CARD]}},
+            "artifacts": {"key": {"like_": RUN_CARD}},
         }
         [artifact] = send(self._layout, "artifacts/filter", wanted)
         url = f"{self._layout.ui_url}/artifacts/artifact/{artifact['id']}"
@@ -153,6 +165,13 @@ class Pages:
         """Show verdict, metrics, tags, and the registered version."""
         with self._visit(card["mlflow_url"], f"mlflow-run-{night}", "About this run") as page:
             page.get_by_text(card["title"]).first.wait_for()
+
+    def charts_in_mlflow(self, night: str, card: dict[str, Any]) -> None:
+        """Show the curves of a run, and its scores on one axis."""
+        url = card["mlflow_url"].replace("?", "/model-metrics?")
+        with self._visit(url, f"mlflow-charts-{night}", "train/loss") as page:
+            page.locator("img[src^='blob:'], .js-plotly-plot svg").first.wait_for()
+            page.wait_for_timeout(REDRAWN_MILLISECONDS)
 
     def card_in_mlflow(self, night: str, card: dict[str, Any], part: str) -> None:
         """Show the run card as an HTML artifact, scrolled to one of its parts."""
@@ -166,17 +185,30 @@ class Pages:
             heading.evaluate("heading => heading.scrollIntoView()")
 
     def all_nights(self, card: dict[str, Any]) -> None:
-        """Show all nights side by side: cards, runs, versions."""
-        url = f"{self._layout.ui_url}/artifacts/key/{RUN_CARD}"
-        with self._visit(url, "prefect-history", "Created"):
+        """Show all nights side by side: runs in both UIs, and versions."""
+        name = f"{card['outcome']}: embedded"
+        with self._visit(f"{self._layout.ui_url}/runs", "prefect-nights", name):
             pass
-        experiment, _, _ = card["mlflow_url"].partition("/runs/")
-        runs = f"{experiment}/runs?workflowType=machine_learning"
-        with self._visit(runs, "mlflow-nights", "kept: embedded"):
+        runs = self._stack.status().mlflow_page
+        assert runs is not None
+        with self._visit(runs, "mlflow-nights", name) as page:
+            page.get_by_role("columnheader", name="verdict").wait_for()
+        model = f"{self._layout.url('mlflow')}/#/models/{MODEL}?{TRAINING_VIEW}"
+        with self._visit(model, "mlflow-model", "Version 3"):
             pass
-        model = f"{self._layout.url('mlflow')}/#/models/{MODEL}?workflowType=machine_learning"
-        with self._visit(model, "mlflow-model", "Version 3") as page:
-            page.get_by_text("Version 1").first.scroll_into_view_if_needed()
+
+
+def _wait_until_drawn(canvas: Locator) -> None:
+    """Wait until there is more on a canvas than its background."""
+    end = time.monotonic() + PAGE_SECONDS
+    canvas.wait_for()
+    while True:
+        colours = Image.open(BytesIO(canvas.screenshot())).convert("RGB").getcolors(1 << 20)
+        if colours is not None and len(colours) >= DRAWN_COLOURS:
+            return
+        if time.monotonic() > end:
+            sys.exit("the graph of the run stays empty")
+        canvas.page.wait_for_timeout(REDRAWN_MILLISECONDS)
 
 
 def compress(picture: Path) -> int:

@@ -19,6 +19,7 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
+from flows.naming import run_name
 from flows.nightly import (
     claim_tonight,
     end_as_taken,
@@ -46,7 +47,6 @@ from flows.run_context import (
     notice_of,
     open_run,
     or_if_unreachable,
-    run_name,
     survive_closed_pipes,
     warn_of_limits,
 )
@@ -188,8 +188,9 @@ def fine_tune(
     night.settle(verdict.decision, champion.version if champion else None)
     send_notice(config, notice_of(config, run, verdict.decision, card))
     return Completed(
+        name=card.state_name,
         message=f"{card.verdict} (exact match {card.base_score:.1%} -> "
-        f"{card.tuned_score:.1%}, peak {card.peak_memory_gb:.2f} GB)"
+        f"{card.tuned_score:.1%}, peak {card.peak_memory_gb:.2f} GB)",
     )
 
 

@@ -27,6 +27,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.runtime import deployment, flow_run
 from prefect.states import Completed
 
+from flows.naming import show_verdict
 from qwen3ft import logs
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import FinetuneError, TransientError
@@ -163,4 +164,5 @@ def _is_at_work(config: TrainingConfig, run_id: str | None) -> bool:
 
 def end_as_taken(night: Night) -> State[Any]:
     """Return the final state of a second start of the same night."""
+    show_verdict(ALREADY_DONE.lower())
     return Completed(name=ALREADY_DONE, message=night.taken)

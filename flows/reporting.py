@@ -6,6 +6,7 @@ cancelled has one too.
 
 from __future__ import annotations
 
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from contextlib import contextmanager
 from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
 
+from deployments.services import RUN_TAB
+from flows.naming import name_with_verdict, show_verdict
 from qwen3ft import logs
 from qwen3ft.config import TrainingConfig
 from qwen3ft.files import write_bytes_atomic
@@ -31,6 +34,7 @@ from qwen3ft.report.figures import write_png
 from qwen3ft.report.html import card_html
 from qwen3ft.report.markdown import card_description, card_markdown
 from qwen3ft.report.plan_section import plan_figure, plan_markdown
+from qwen3ft.report.safe_text import escape_markdown
 from qwen3ft.tracking.cursor import find_damaged_lines, read_state
 from qwen3ft.tracking.journal import Journal
 from qwen3ft.tracking.points import attempts_memory
@@ -53,7 +57,22 @@ MOST_DESCRIPTION_CHARACTERS = 5000
 def page_url() -> str | None:
     """Return the URL of this run's page; None without a server."""
     url = flow_run.ui_url or ""
-    return url if url.startswith("http") else None  # without a server it is "None/flow-..."
+    if not url.startswith("http"):  # without a server it is "None/flow-..."
+        return None
+    return f"{url}?{RUN_TAB}"
+
+
+def card_key() -> str:
+    """Return the key of the card's artifact, which no other flow run has."""
+    # Prefect takes lowercase letters, digits and dashes
+    name = re.sub("[^a-z0-9]+", "-", f"{flow_run.name} {str(flow_run.id)[:8]}".lower())
+    return f"{artifacts.RUN_CARD}-{name.strip('-')}"
+
+
+def card_title(card: RunCard) -> str:
+    """Return model and verdict as a line of markdown, by which lists of artifacts are read."""
+    first, _, _ = card.verdict.partition("\n")
+    return f"**{escape_markdown(card.model)}**, {escape_markdown(first)}"
 
 
 class RunReporter:
@@ -107,6 +126,7 @@ class RunReporter:
     def publish(self) -> RunCard:
         """Publish the card of what is known now: on disk, on the run's page and in MLflow."""
         card = self._card()
+        verdict = card.state_name.lower()
         markdown, html = card_markdown(card), card_html(card)
         write_record(self.run.path / "card.json", card)
         for name, text in (("card.md", markdown), ("card.html", html)):
@@ -117,12 +137,15 @@ class RunReporter:
         description = card_description(card, MOST_DESCRIPTION_CHARACTERS)
         shown = {
             "mlflow.note.content": description,
-            "mlflow.runName": f"{card.outcome}: {flow_run.name}",  # what a list of runs shows
+            "mlflow.runName": name_with_verdict(verdict),  # what a list of runs shows
         }
         self.journal.tags({**card_tags(card), **shown})
-        artifacts.show_markdown(artifacts.RUN_CARD, markdown, card.verdict.splitlines()[0])
         if card.mlflow_url:
             artifacts.show_link(artifacts.MLFLOW_RUN, card.mlflow_url, "This run in MLflow")
+        # the newest artifact is the first on the run's page
+        artifacts.show_markdown(card_key(), markdown, card_title(card))
+        show_verdict(verdict)
+        logger.info("%s", card.verdict)
         return card
 
     def publish_end(self) -> None:

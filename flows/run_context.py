@@ -8,7 +8,6 @@ import stat
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from datetime import UTC, datetime
 from functools import cache, partial
 from pathlib import Path
 from threading import Thread
@@ -18,8 +17,8 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
+from flows.naming import run_name
 from flows.notify import Event, Notice
-from flows.parameters import over_deployment
 from flows.reporting import CANCELLED, RunReporter, page_url
 from qwen3ft import logs
 from qwen3ft.config import TrainingConfig, checked_name
@@ -34,7 +33,7 @@ from qwen3ft.records.data import DataChange
 from qwen3ft.records.evaluation import Champion
 from qwen3ft.records.machine import EnvironmentReport
 from qwen3ft.records.plan import TrainPlan
-from qwen3ft.records.run_card import NOTHING_NEW, RunCard
+from qwen3ft.records.run_card import RunCard
 from qwen3ft.tracking.cursor import read_state
 from qwen3ft.tracking.journal import Journal, RunStatus
 from qwen3ft.tracking.mirror import Mirror, replay_unsent
@@ -48,12 +47,6 @@ LOOK_SECONDS = 2.0
 
 CLOSE_SECONDS, CANCEL_SECONDS = 30.0, 10.0
 """Longest wait at the end of a run, or of a cancelled one, for MLflow to receive the rest."""
-
-
-def run_name() -> str:
-    """Return the name in Prefect's list of runs: the model and the time."""
-    model = over_deployment(flow_run.parameters.get("config")).model_name.rstrip("/")
-    return f"{model.rpartition('/')[2]} {datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
 
 
 @contextmanager
@@ -201,7 +194,7 @@ def end_without_training(reporter: RunReporter, since: str | None, night: Night)
     reporter.facts.nothing_since = since or "the last run"
     card = reporter.publish()
     night.settle("nothing new")
-    return Completed(name=NOTHING_NEW, message=card.verdict)
+    return Completed(name=card.state_name, message=card.verdict)
 
 
 def notice_of(config: TrainingConfig, run: RunDir, decision: Event, card: RunCard) -> Notice:

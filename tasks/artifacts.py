@@ -1,7 +1,8 @@
-"""Artifacts on a run's page in Prefect, under keys that are the same every night.
+"""Artifacts on a run's page in Prefect, each with a description.
 
-So Prefect's list of artifacts has one line per key, with every night's version behind it. If the
-server cannot be reached the artifact is skipped; all of it is in the run's folder and in MLflow.
+The key of the run card is the run's own, so Prefect's list of artifacts has one line per run. All
+other keys are the same every night, with every night's version behind them. If the server cannot be
+reached the artifact is skipped; all of it is in the run's folder and in MLflow.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ def show_table(key: str, rows: Sequence[dict[str, Any]], description: str) -> No
 
 
 def show_link(key: str, link: str, text: str) -> None:
-    """Show a link."""
-    _show(key, lambda: create_link_artifact(link, text, key=key))
+    """Show a link, which `text` describes."""
+    _show(key, lambda: create_link_artifact(link, text, key=key, description=text))
 
 
 def _plain(text: str) -> str:

@@ -11,6 +11,9 @@ from prefect.tasks import Task
 
 from qwen3ft.errors import FinetuneError, TransientError
 from qwen3ft.files import sha256_json
+from qwen3ft.logs import get_logger
+
+logger = get_logger("flow")
 
 RESULTS_VERSION = 2
 """Increased when cached results of older versions must not be reused."""
@@ -28,10 +31,13 @@ def cache_key(stage: str, *values: Any) -> str:
     return f"{stage}-{sha256_json([RESULTS_VERSION, *values])}"
 
 
-def is_transient(task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool:  # noqa: ARG001
-    """Return True if a failed task may succeed when it is called again unchanged."""
+def is_transient(task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool:
+    """Return True if a failed task may succeed when it is called again unchanged; log why."""
     error = state.result(raise_on_failure=False)
-    return isinstance(error, TransientError)
+    if not isinstance(error, TransientError):
+        return False
+    logger.warning("%s, try %d of %d: %s", task.name, run.run_count, task.retries + 1, error.what)
+    return True
 
 
 DEBUG_VARIABLE = "QWEN3FT_DEBUG"

@@ -19,11 +19,12 @@ from benchmarks.month.ask import Asker
 from benchmarks.month.nights import BAD, GOOD, MACHINE_OFF, TRACKING_DOWN, TRAINED, Night
 from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.evaluation.gate import GatePolicy
+from qwen3ft.records.run_card import ALREADY_DONE, NOTHING_NEW
+from qwen3ft.registry.moves import MOVE_TAG_PREFIX
 
 MODEL = "qwen3ft-embedded"
-MOVE_TAG = "qwen3ft.move."
 WEIGHTS = "adapter_model.safetensors"
-SECOND_STARTS = ("AlreadyDone", "NothingNew")
+SECOND_STARTS = (ALREADY_DONE, NOTHING_NEW)
 LEAST_ANSWERED = 1 - GatePolicy().max_form_loss
 """Share of the questions that must be answered: the gate accepts a better adapter with this."""
 
@@ -70,7 +71,7 @@ class Outcome:
         if run["state_type"] != "COMPLETED":
             return str(run["state_type"]).lower()
         if run["state_name"] in SECOND_STARTS:
-            return "nothing new" if run["state_name"] == "NothingNew" else "already done"
+            return "nothing new" if run["state_name"] == NOTHING_NEW else "already done"
         return str((run.get("state") or {}).get("message") or "").partition(":")[0]
 
 
@@ -104,7 +105,11 @@ class Checker:
             return RegistryState()
         model = self._client.get_registered_model(MODEL)
         versions = self._client.search_model_versions(f"name='{MODEL}'")
-        moves = [json.loads(v) for tag, v in sorted(model.tags.items()) if tag.startswith(MOVE_TAG)]
+        moves = [
+            json.loads(v)
+            for tag, v in sorted(model.tags.items())
+            if tag.startswith(MOVE_TAG_PREFIX)
+        ]
         aliases = {alias: str(version) for alias, version in model.aliases.items()}
         return RegistryState(
             champion=aliases.get("champion"),

@@ -138,7 +138,7 @@ def test_a_night_as_it_should_be_has_no_problems() -> None:
     assert check_night(GOOD_NIGHT, None, BEFORE, PROMOTED, resumed) == []
     bad = Night(2, TODAY, "garbage")
     assert check_night(bad, None, BEFORE, kept, outcome(flow_run("kept: worse"))) == []
-    idle = Outcome([flow_run("", "NothingNew")], [])
+    idle = Outcome([flow_run("", "Nothing new")], [])
     assert check_night(Night(2, TODAY, "nothing"), None, BEFORE, BEFORE, idle) == []
 
 

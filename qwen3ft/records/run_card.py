@@ -13,11 +13,17 @@ from pydantic import Field
 from qwen3ft.records.base import Record
 from qwen3ft.records.evaluation import Comparison, JudgeReport, MetricName, ModelScore, RivalLabel
 
-NOTHING_NEW = "NothingNew"
+NOTHING_NEW = "Nothing new"
 """Name of the completed state of a run that found nothing new to train on."""
 
-ALREADY_DONE = "AlreadyDone"
+ALREADY_DONE = "Already done"
 """Name of the completed state of a run whose night another run has finished or is running."""
+
+DEGRADED = "Degraded"
+"""Name of the completed state of a run that was kept and fell short of what was asked."""
+
+COMPLETED_STATES = ("Promoted", "Kept", DEGRADED, "Deferred", NOTHING_NEW, ALREADY_DONE)
+"""Names of the states of type COMPLETED in which flow runs end."""
 
 Outcome = Literal["promoted", "kept", "deferred", "failed", "cancelled", "nothing new"]
 """Outcome of a run in one word."""
@@ -201,6 +207,12 @@ class RunCard(Record):
     prefect_url: str | None = None
     mlflow_url: str | None = None
     notes: tuple[str, ...] = Field((), description="Caveats of the numbers above.")
+
+    @property
+    def state_name(self) -> str:
+        """Name of the final state of the flow run: the verdict in a word or two."""
+        degraded = self.outcome == "kept" and self.degraded
+        return DEGRADED if degraded else self.outcome.capitalize()
 
     @property
     def rival(self) -> RivalLabel:

@@ -13,11 +13,14 @@ from typing import Any, Literal
 from qwen3ft.errors import ChampionChangedError, NotInMlflowError, RequestError, RolledBackError
 from qwen3ft.faults import reach
 from qwen3ft.registry.moves import (
+    EARLIER_TAG_PREFIX,
+    TAG_PREFIXES,
     Aliases,
     Change,
     History,
     Move,
     completed_moves,
+    describe_history,
     from_tags,
     succession,
     tag_name,
@@ -74,7 +77,7 @@ def make_champion(
         _refuse_rolled_back(connection, name, wanted)
     if change.verdict:
         with connection.calls() as client:
-            client.set_model_version_tag(name, version, VERDICT_TAG, change.verdict)
+            _set_verdict(client, name, version, change.verdict)
     move = _new_move(history, "promotion", wanted, change, previous=champion)
     return _make(connection, name, move)
 
@@ -112,7 +115,7 @@ def set_challenger(connection: Connection, name: str, version: str, verdict: str
     history = settle(connection, name)
     wanted = require_version(connection, name, version)
     with connection.calls() as client:
-        client.set_model_version_tag(name, version, VERDICT_TAG, verdict)
+        _set_verdict(client, name, version, verdict)
         if history.aliases.champion == version or ROLLED_BACK_TAG in wanted.tags:
             return False
         client.set_registered_model_alias(name, CHALLENGER, version)
@@ -208,6 +211,8 @@ def _complete(connection: Connection, name: str, move: Move) -> Move:
         _forget_rollback(connection, name, move.version)
     done = move.model_copy(update={"state": "done"})
     _record(connection, name, done)
+    with connection.calls() as client:
+        client.update_registered_model(name, describe_history(read_history(connection, name)))
     return done
 
 
@@ -221,12 +226,20 @@ def _settle(connection: Connection, name: str, move: Move, aliases: Aliases) -> 
     if move.action == "rollback" and move.replaced is not None:
         _forget_rollback(connection, name, move.replaced)
     with connection.calls() as client:
-        client.delete_registered_model_tag(name, tag_name(move.number))
+        for prefix in TAG_PREFIXES:
+            client.delete_registered_model_tag(name, tag_name(move.number, prefix))
 
 
 def _record(connection: Connection, name: str, move: Move) -> None:
     with connection.calls() as client:
         client.set_registered_model_tag(name, *to_tag(move))
+        client.delete_registered_model_tag(name, tag_name(move.number, EARLIER_TAG_PREFIX))
+
+
+def _set_verdict(client: Any, name: str, version: str, verdict: str) -> None:
+    """Write the verdict as a tag, by which it is read, and as the text in the table of versions."""
+    client.set_model_version_tag(name, version, VERDICT_TAG, verdict)
+    client.update_model_version(name, version, verdict)
 
 
 def _set_previous(connection: Connection, name: str, version: str | None) -> None:

@@ -18,8 +18,24 @@ from pydantic import Field, ValidationError
 from qwen3ft.logs import get_logger
 from qwen3ft.records.base import Record
 
-MOVE_TAG_PREFIX = "qwen3ft.move."
-"""Prefix of a model's tags that hold its moves as JSON; the number of the move follows."""
+MOVE_TAG_PREFIX = "mlflow.qwen3ft.move."
+"""Prefix of a model's tags that hold its moves as JSON; the number of the move follows.
+
+MLflow's pages hide tags that begin with "mlflow."; the model's description has the moves in words.
+"""
+
+EARLIER_TAG_PREFIX = "qwen3ft.move."
+"""Prefix of the same tags in registries of earlier versions."""
+
+TAG_PREFIXES = (MOVE_TAG_PREFIX, EARLIER_TAG_PREFIX)
+
+_ABOUT_ADAPTERS = (
+    "LoRA adapters of one task, one version per run. **champion** is in use, **previous** is what "
+    "`qwen3ft rollback` puts back, **challenger** is the newest that was kept out."
+)
+
+MOST_MOVES_DESCRIBED = 12
+MOST_DESCRIBED_CHARACTERS = 250
 
 MOST_SENTENCE_CHARACTERS = 1000
 """Longest verdict or reason kept; MLflow's database holds 5,000 characters in such a tag."""
@@ -94,9 +110,9 @@ def to_tag(move: Move) -> tuple[str, str]:
     return tag_name(move.number), move.model_copy(update=short).model_dump_json()
 
 
-def tag_name(number: int) -> str:
+def tag_name(number: int, prefix: str = MOVE_TAG_PREFIX) -> str:
     """Return the name of the tag for move `number`."""
-    return f"{MOVE_TAG_PREFIX}{number:06d}"
+    return f"{prefix}{number:06d}"
 
 
 def from_tags(tags: Mapping[str, str]) -> list[Move]:
@@ -105,7 +121,7 @@ def from_tags(tags: Mapping[str, str]) -> list[Move]:
     A tag that is not a valid move (edited by hand) is skipped with a warning.
     """
     moves = []
-    for name in (name for name in tags if name.startswith(MOVE_TAG_PREFIX)):
+    for name in (name for name in tags if name.startswith(TAG_PREFIXES)):
         try:
             moves.append(Move.model_validate_json(tags[name]))
         except ValidationError as error:
@@ -120,6 +136,21 @@ def completed_moves(moves: Sequence[Move], champion: str | None) -> list[Move]:
         for move in moves
         if move.state == "done" or move.version == champion
     ]
+
+
+def describe_history(history: History) -> str:
+    """Return what a registered model is and how it was moved, newest first, as markdown."""
+    lines = [_ABOUT_ADAPTERS, ""]
+    lines += [_in_words(move) for move in history.moves[::-1][:MOST_MOVES_DESCRIBED]]
+    return "\n".join(lines)
+
+
+def _in_words(move: Move) -> str:
+    replaced = f" in place of version {move.replaced}" if move.replaced else ""
+    done = "promoted" if move.action == "promotion" else "put back"
+    why = " ".join((move.reason or move.verdict).split())
+    text = f"- {move.at:%Y-%m-%d %H:%M}: version {move.version} {done}{replaced} by {move.by}"
+    return f"{text}: {_shortened(why, MOST_DESCRIBED_CHARACTERS)}" if why else text
 
 
 def succession(moves: Sequence[Move]) -> list[str]:
@@ -140,7 +171,5 @@ def succession(moves: Sequence[Move]) -> list[str]:
     return versions
 
 
-def _shortened(text: str) -> str:
-    if len(text) <= MOST_SENTENCE_CHARACTERS:
-        return text
-    return text[: MOST_SENTENCE_CHARACTERS - 1] + "…"
+def _shortened(text: str, most_characters: int = MOST_SENTENCE_CHARACTERS) -> str:
+    return text if len(text) <= most_characters else text[: most_characters - 1] + "…"

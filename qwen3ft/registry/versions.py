@@ -12,6 +12,7 @@ from qwen3ft.faults import reach
 from qwen3ft.records.base import Record
 from qwen3ft.records.evaluation import Champion
 from qwen3ft.registry.aliases import CHAMPION, DIGEST_TAG, RUN_TAG
+from qwen3ft.registry.moves import Aliases, History, describe_history
 from qwen3ft.tracking.connection import Connection, connect
 
 ADAPTER_PATH = "adapter"
@@ -29,13 +30,19 @@ def find_or_create_version(
     """Return the version of a run's adapter, created if there is none with the same digest."""
     with connection.calls() as client:
         if not client.search_registered_models(f"name = '{name}'"):
-            client.create_registered_model(name)
+            empty = History(registered_model=name, aliases=Aliases())
+            client.create_registered_model(name, description=describe_history(empty))
         for version in client.search_model_versions(f"name = '{name}'"):
             if version.run_id == run_id and version.tags.get(DIGEST_TAG) == tags[DIGEST_TAG]:
                 return str(version.version)
         source = f"runs:/{run_id}/{ADAPTER_PATH}"
         made = client.create_model_version(
-            name, source, run_id=run_id, tags=tags, await_creation_for=0
+            name,
+            source,
+            run_id=run_id,
+            tags=tags,
+            description="Registered; its comparison has no verdict yet.",
+            await_creation_for=0,
         )
     reach("version.created")
     return str(made.version)
@@ -95,7 +102,7 @@ class ProtectedVersion(Record):
     aliases: tuple[str, ...]
     run_id: str | None = Field(description="Run that trained it; None if unknown.")
 
-    def describe(self) -> str:
+    def describe_history(self) -> str:
         """Return model, version and aliases as text."""
         return f"{self.registered_model} v{self.version} ({', '.join(self.aliases)})"
 

@@ -18,11 +18,9 @@ from urllib.parse import urlsplit
 
 from qwen3ft.errors import FinetuneError, NotInMlflowError, RejectedError, TrackingUnavailableError
 from qwen3ft.logs import get_logger, mask_secrets
+from qwen3ft.tracking.experiment import EXPERIMENT_NAME, EXPERIMENT_TAGS
 from qwen3ft.tracking.journal import DatasetInput
 from qwen3ft.tracking.uri import artifact_root, database_path
-
-EXPERIMENT_NAME = "qwen3-finetune"
-"""MLflow experiment that holds all runs."""
 
 REQUEST_SECONDS = 15
 """Longest silence of one HTTP request to MLflow."""
@@ -258,6 +256,8 @@ def _experiment_id(client: Any, database: Path | None) -> str:
     if experiment.lifecycle_stage == "deleted":
         _log.warning("The MLflow experiment %s was deleted; it is restored.", EXPERIMENT_NAME)
         client.restore_experiment(experiment.experiment_id)
+    for key in EXPERIMENT_TAGS.keys() - experiment.tags.keys():  # of an earlier version
+        client.set_experiment_tag(experiment.experiment_id, key, EXPERIMENT_TAGS[key])
     return str(experiment.experiment_id)
 
 
@@ -266,7 +266,7 @@ def _make_experiment(client: Any, database: Path | None) -> str:
 
     location = None if database is None else artifact_root(database).as_uri()
     try:
-        return str(client.create_experiment(EXPERIMENT_NAME, location))
+        return str(client.create_experiment(EXPERIMENT_NAME, location, EXPERIMENT_TAGS))
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise

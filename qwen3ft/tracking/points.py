@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from qwen3ft.report.figures import (
 from qwen3ft.tracking.connection import Point
 from qwen3ft.tracking.cursor import operations
 from qwen3ft.tracking.journal import AttemptEnded, AttemptStarted, DatasetInput, Metrics
+from qwen3ft.tracking.run_metrics import CURVES
 
 _log = get_logger("tracking")
 
@@ -64,6 +65,11 @@ def memory_points(line: bytes) -> list[Point]:
         "memory/process_gb": sample.process_gb,
     }
     return _points(values, sample.timestamp, sample.step)
+
+
+def curve_points(points: Iterable[Point]) -> list[Point]:
+    """Return those points of an attempt that are also drawn as curves of its run."""
+    return [point for point in points if point.key in CURVES]
 
 
 def _points(values: Mapping[str, float | None], time: datetime, step: int) -> list[Point]:

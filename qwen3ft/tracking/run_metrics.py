@@ -1,7 +1,8 @@
 """The metrics and tags of a parent run: few keys, the same every night, so that a month compares.
 
 `METRICS` and `TAGS` list all of them, besides what MLflow adds (`system/...`, `mlflow...`) and the
-settings as parameters; docs/tracking.md explains each. Curves are on the child run of each attempt.
+settings as parameters; docs/tracking.md explains each. All curves of an attempt are on its child
+run; `CURVES`, of one attempt after the other, are on the parent too.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ STAGES = (
     *("inference", "judge", "promote"),
 )
 
+CURVES = ("train/loss", "held_out/loss", "train/tokens_per_second", "memory/process_gb")
+
 METRICS = (
     *(f"{score}/{model}" for score in SCORES for model in MODELS),
     *("gain", "gain_low", "gain_high"),
@@ -29,6 +32,7 @@ METRICS = (
     *("memory/peak_gb", "memory/predicted_gb", "memory/preflight_gb", "memory/budget_gb"),
     *("tokens_per_second", "seconds/total"),
     *(f"seconds/{stage}" for stage in STAGES),
+    *CURVES,
 )
 """Every metric that a parent run can have."""
 

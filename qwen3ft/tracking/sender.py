@@ -38,6 +38,7 @@ from qwen3ft.tracking.journal import (
     parse_operation,
 )
 from qwen3ft.tracking.points import (
+    curve_points,
     draw_attempt,
     draw_lengths,
     draw_memory,
@@ -229,6 +230,8 @@ class Sender:
         ):
             try:
                 connection.log(cursor.run_id, points=points)
+                if self.state.parent_run_id is not None:
+                    connection.log(self.state.parent_run_id, points=curve_points(points))
             except RejectedError as error:
                 _log.warning("%d points of attempt %d are skipped. %s", len(points), number, error)
         cursor.metrics_offset = metrics[-1].end_offset if metrics else cursor.metrics_offset

@@ -9,6 +9,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 from qwen3ft.tracking.cursor import TrackingState
+from qwen3ft.tracking.experiment import TRAINING_VIEW
 
 _SQLITE = "sqlite:///"
 
@@ -36,8 +37,7 @@ def run_url(tracking_uri: str, state: TrackingState) -> str | None:
     if not tracking_uri.startswith("http") or state.parent_run_id is None:
         return None
     page = f"experiments/{state.experiment_id}/runs/{state.parent_run_id}"
-    # by default MLflow opens its view of prompts and traces
-    return f"{tracking_uri.rstrip('/')}/#/{page}?workflowType=machine_learning"
+    return f"{tracking_uri.rstrip('/')}/#/{page}?{TRAINING_VIEW}"
 
 
 def is_answering(tracking_uri: str, timeout_seconds: float = 5.0) -> bool:

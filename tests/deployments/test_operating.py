@@ -181,7 +181,7 @@ def test_three_missed_nights_are_caught_up_once(project: Project) -> None:
     before, now = len(project.trained()), datetime.now(UTC)
     nights = [project.start_scheduled(now - timedelta(days=days)) for days in (3, 2, 1)]
     names = sorted(ended(project, run)["state_name"] for run in nights)
-    assert names == ["AlreadyDone", "AlreadyDone", "Completed"]
+    assert names == ["Already done", "Already done", "Completed"]
     assert len(project.trained()) == before + 1
     [record] = (project.root / "runs" / ".nights").glob("*.json")
     assert record.name.startswith(f"{now - timedelta(days=1):%Y-%m-%d}")
@@ -193,7 +193,7 @@ def test_new_data_starts_a_night_by_an_event(project: Project) -> None:
     project.data("b" * 64)
     command = [sys.executable, "-m", "prefect", "event", "emit", "qwen3ft.data.arrived"]
     before = len(project.trained())
-    for expected in ("Completed", "AlreadyDone"):
+    for expected in ("Completed", "Already done"):
         known = {run["id"] for run in project.runs()}
         subprocess.run(
             [*command, "--resource-id", "qwen3ft.data"],
@@ -278,7 +278,7 @@ def test_of_several_runs_that_continue_a_crash_one_starts(project: Project) -> N
     twins += [project.start(**parameters) for _ in range(3)]
     records = [ended(project, run) for run in twins]
     assert sorted(record["state_name"] for record in records) == [
-        *("AlreadyDone", "AlreadyDone", "AlreadyDone", "Completed")
+        *("Already done", "Already done", "Already done", "Completed")
     ]
     assert sum(record["run_count"] for record in records) == 1
 

@@ -175,7 +175,10 @@ def test_a_value_out_of_bounds_is_refused_by_the_form_and_what_is_in_bounds_star
     [started] = started_runs(project, deployment) - before
     # The id of a run is only in its logs, which a page that opens after its end may not have yet.
     with browser.visit(layout.flow_run_url(started), "prefect-nothing-new", "Work Queue") as page:
-        page.get_by_text("NothingNew").first.wait_for(timeout=120_000)
+        page.get_by_text("Nothing new").first.wait_for(timeout=120_000)
+    of_it = {"logs": {"flow_run_id": {"any_": [started]}}, "limit": 200}
+    logged = {line["name"].partition(".")[0] for line in send(layout, "logs/filter", of_it)}
+    assert logged == {"qwen3ft"}, "Prefect's own lines"
 
 
 # --- the run ---
@@ -203,11 +206,11 @@ def test_the_runs_page_lists_its_tasks_and_its_artifacts(
 
 
 def artifact_url(project: FlowProject, run: RunDir, key: str) -> str:
-    """Return the page of the run's artifact with this key."""
+    """Return the page of the run's artifact whose key contains `key`."""
     layout = project.stack.layout()
     mine = {
         "flow_runs": {"id": {"any_": [run.path.name]}},
-        "artifacts": {"key": {"any_": [key]}},
+        "artifacts": {"key": {"like_": key}},
     }
     [found] = send(layout, "artifacts/filter", mine)
     return f"{layout.ui_url}/artifacts/artifact/{found['id']}"
@@ -245,12 +248,38 @@ def test_every_link_of_the_card_answers(
             assert answer.status == 200
 
 
+def test_a_run_opens_with_its_card_first(
+    browser: WatchedBrowser, run: RunDir, card: dict[str, Any]
+) -> None:
+    """The link leads to the artifacts, the list says the verdict, and one click shows the card."""
+    with browser.visit(card["prefect_url"], "prefect-artifacts", f"{RUN_CARD}-embedded") as page:
+        panel = page.get_by_role("tabpanel").filter(has_text=RUN_CARD)
+        first = panel.get_by_role("link").first
+        first.get_by_text(card["outcome"]).wait_for()
+        first.click()
+        page.get_by_text(card["verdict"]).first.wait_for()
+        page.get_by_text(run.path.name[:8]).first.wait_for()
+
+
 # --- MLflow ---
 
 
 def mlflow_url(project: FlowProject, page: str) -> str:
     """Return a page of MLflow, in its view of training."""
     return f"{project.tracking_uri}/#/{page}?workflowType=machine_learning"
+
+
+def test_the_printed_page_shows_the_verdicts_of_the_runs(
+    browser: WatchedBrowser, project: FlowProject, card: dict[str, Any]
+) -> None:
+    """It opens in the view of training, with the experiment's description and its columns."""
+    url = project.stack.status().mlflow_page
+    assert url is not None
+    with browser.visit(url, "mlflow-front", "matching runs") as page:
+        page.get_by_text("Its name begins with the verdict").wait_for()
+        for header in ("verdict", "exact_match/candidate", "gain", "tokens_per_second"):
+            page.get_by_role("columnheader", name=header, exact=True).wait_for()
+        page.get_by_role("gridcell", name=card["outcome"], exact=True).first.wait_for()
 
 
 def test_the_experiment_lists_the_run(

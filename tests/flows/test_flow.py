@@ -119,6 +119,58 @@ def test_the_card_of_a_run_tells_its_story_on_disk_and_in_mlflow(
     assert parent.data.tags["data_digest"] == card.data.digest
 
 
+def test_lists_in_prefect_say_what_became_of_a_run(finished: Any, project: FlowProject) -> None:
+    """Verdict and model are in its name, state and tags; the card is the first of its artifacts."""
+    from deployments.prefect_api import send
+    from qwen3ft.records.run_card import RunCard
+    from tasks.artifacts import RUN_CARD
+
+    state, run = finished
+    card = RunCard.model_validate_json((run.path / "card.json").read_text())
+    layout = project.stack.layout()
+    found = send(layout, f"flow_runs/{run.path.name}", method="GET")
+    assert (found["state_type"], found["state_name"]) == ("COMPLETED", card.state_name)
+    assert card.outcome.capitalize() == card.state_name == state.name
+    assert re.fullmatch(rf"{card.outcome}: embedded [-0-9]+ [:0-9]+", found["name"])
+    assert found["tags"][:2] == [card.outcome, "embedded"]
+    mine = {"flow_runs": {"id": {"any_": [run.path.name]}}, "sort": "ID_DESC"}  # as its page sorts
+    artifacts = [one for one in send(layout, "artifacts/filter", mine) if one["key"]]
+    assert all(one["description"] for one in artifacts)
+    [_, name] = found["name"].split(": ", 1)
+    start = re.sub("[^a-z0-9]+", "-", name)
+    assert artifacts[0]["key"] == f"{RUN_CARD}-{start}-{run.path.name[:8]}"
+    assert artifacts[0]["description"].startswith(f"**embedded**, {card.outcome}")
+    [bar] = [one for one in artifacts if one["type"] == "progress"]
+    said = r"Attempt 1: completed at step 6 of 6, loss \d\.\d{3}, held-out loss \d\.\d{3}"
+    assert re.fullmatch(said, bar["description"])
+    keys = {"artifacts": {"key": {"like_": RUN_CARD}}, "sort": "ID_DESC"}
+    newest_first = [one["created"] for one in send(layout, "artifacts/latest/filter", keys)]
+    assert newest_first == sorted(newest_first, reverse=True)
+
+
+def test_mlflow_opens_with_verdicts_curves_and_scores(finished: Any, project: FlowProject) -> None:
+    """The page that is printed is the table of runs; the run has curves and a picture of scores."""
+    from mlflow import MlflowClient
+
+    _, run = finished
+    parent, _ = mlflow_runs(project, run)
+    page = project.stack.status().mlflow_page
+    assert page is not None
+    table = f"#/experiments/{parent.info.experiment_id}/runs?"
+    assert page.startswith(f"{project.tracking_uri}/{table}")
+    assert page.endswith("&workflowType=machine_learning")
+    client = MlflowClient(project.tracking_uri)
+    for key in ("train/loss", "train/tokens_per_second"):
+        steps = [point.step for point in client.get_metric_history(parent.info.run_id, key)]
+        assert steps == [1, 2, 3, 4, 5, 6]
+    assert len(client.get_metric_history(parent.info.run_id, "memory/process_gb")) > 1
+    assert parent.data.tags["mlflow.loggedImages"] == "True"
+    images = [item.path for item in client.list_artifacts(parent.info.run_id, "images")]
+    assert [Path(image).suffix for image in sorted(images)] == [".webp", ".png"]
+    version = client.get_model_version(MODEL, "1")
+    assert version.description == version.tags["verdict"]
+
+
 @pytest.mark.parametrize(
     ("settings", "stages"), [({"when_unchanged": "skip"}, 0), ({"new_data": "mix"}, 6)]
 )
@@ -128,7 +180,7 @@ def test_a_run_with_nothing_new_since_the_champion_ends_before_training(
     """The same request ends before any stage; other settings without an unseen row, after data."""
     state, run = run_flow(**settings)
     assert state.is_completed(), state.message
-    assert (state.name, state.message) == ("NothingNew", f"nothing new since {MODEL} v{champion}")
+    assert (state.name, state.message) == ("Nothing new", f"nothing new since {MODEL} v{champion}")
     assert len(task_states(state)) == stages
     assert not (run.path / "jobs").exists() or stages
     parent, children = mlflow_runs(project, run)
@@ -141,10 +193,10 @@ def test_a_run_with_nothing_new_since_the_champion_ends_before_training(
 def test_a_night_without_anything_new_is_done_once(run_flow: Any, champion: str) -> None:
     """That holds for any `when_unchanged`; a second start names the run that found nothing."""
     state, run = run_flow(nightly=True)
-    assert (state.name, state.message) == ("NothingNew", f"nothing new since {MODEL} v{champion}")
+    assert (state.name, state.message) == ("Nothing new", f"nothing new since {MODEL} v{champion}")
     state, _ = run_flow(nightly=True)
     assert state.is_completed()
-    assert (state.name, state.message) == ("AlreadyDone", f"already done by run {run.path.name}")
+    assert (state.name, state.message) == ("Already done", f"already done by run {run.path.name}")
     assert task_states(state) == {}
 
 
@@ -159,7 +211,7 @@ def test_a_night_that_failed_is_taken_up_from_its_checkpoint_and_then_done(run_f
     attempts = json.loads((run.path / "card.json").read_text())["attempts"]
     assert [attempt["resumed_from_step"] for attempt in attempts] == [None, 4]
     state, _ = run_flow(**night)
-    assert (state.name, state.message) == ("AlreadyDone", f"already done by run {run.path.name}")
+    assert (state.name, state.message) == ("Already done", f"already done by run {run.path.name}")
 
 
 def test_a_run_that_is_in_progress_is_not_taken_up_beside_it(
@@ -194,7 +246,7 @@ def test_a_completed_run_is_not_run_again(run_flow: Any, finished: Any) -> None:
     _, run = finished
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
     state, _ = run_flow(continue_run=run.path.name)
-    assert state.name == "AlreadyDone"
+    assert state.name == "Already done"
     assert f"run {run.path.name} is already completed" in state.message
     after = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
     assert after == before
@@ -215,7 +267,7 @@ def test_the_plan_is_on_both_pages_of_the_run(finished: Any, project: FlowProjec
         wanted = ArtifactFilter(key=ArtifactFilterKey(any_=["plan"]))
         shown = [str(item.data) for item in prefect.read_artifacts(artifact_filter=wanted)]
         listed = {item.key for item in prefect.read_artifacts(limit=200)}
-    assert {"run-card", "data", "plan", "attempts"} <= listed
+    assert {"data", "plan", "attempts"} <= listed
     plan = json.loads(run.attempt(1).request.read_text())
     peak_gb = sum(part["bytes"] for part in plan["predicted"]) / 2**30
     assert any(f"**{peak_gb:.3f}**" in markdown for markdown in shown)

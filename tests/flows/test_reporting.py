@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -12,20 +14,26 @@ from hypothesis import strategies as st
 from support.finished_run import make_outcome, make_plan, make_snapshot
 from support.reported_run import CHAMPION, HOSTILE, SECRET, make_facts, make_report
 
+from deployments.automations import definitions
 from qwen3ft.data.safety import safe_excerpt
 from qwen3ft.errors import FinetuneError, error_kinds
 from qwen3ft.jobs.folders import RunDir, write_record
 from qwen3ft.records.preflight import PreflightReport, WorstBatches
-from qwen3ft.records.training import Failure
+from qwen3ft.records.run_card import COMPLETED_STATES, Outcome
+from qwen3ft.records.training import Failure, MemoryStatus, TrainingMetrics
 from qwen3ft.recovery.adjust import FailedAttempt
 from qwen3ft.report import attempts
 from qwen3ft.report.build import build_card
 from qwen3ft.report.charts import loss_chart, loss_curve, memory_chart, thin
 from qwen3ft.report.safe_text import escape_markdown
+from qwen3ft.report.score_figure import scores_figure, write_logged_image
 from qwen3ft.tracking import run_metrics
 from qwen3ft.units import GIB
 from tasks.names import adjust_name, inference_name, promote_name, save_name, train_name
+from tasks.progress import StepProgress
 
+OUTCOMES = get_args(Outcome)
+ENDS = (r"\+compressed\.webp", r"\.png")
 DOCS = Path(__file__).parents[2] / "docs" / "tracking.md"
 
 
@@ -185,7 +193,8 @@ def test_every_key_that_is_logged_is_documented_and_no_other() -> None:
     )
     logged = run_metrics.card_metrics(card) | run_metrics.preflight_metrics(report)
     logged |= run_metrics.report_metrics(make_report())
-    assert set(logged) == set(run_metrics.METRICS) == documented()["Metrics of a run"]
+    found = {*logged, *run_metrics.CURVES}  # see tests/tracking/test_sender.py
+    assert found == set(run_metrics.METRICS) == documented()["Metrics of a run"]
     logged_at_start = {"prefect.flow_run_id", "prefect.flow_run_url", "changed_settings"}
     tags = {*run_metrics.card_tags(card), *logged_at_start}
     assert tags == set(run_metrics.TAGS) == documented()["Tags of a run"]
@@ -207,6 +216,61 @@ def test_tags_are_words_to_filter_by() -> None:
     assert (tags["verdict"], tags["degraded"], tags["champion_before"]) == ("promoted", "no", "7")
     assert tags["verdict_sentence"].startswith("promoted: better than champion v7")
     assert run_metrics.card_tags(build_card(make_facts(champion=None)))["champion_before"] == "none"
+
+
+def test_every_verdict_has_a_state_that_the_zombie_automation_knows() -> None:
+    """Or the server would take a run that ended under that name for one that fell silent."""
+    card = build_card(make_facts())
+    states = {card.model_copy(update={"outcome": outcome}).state_name for outcome in OUTCOMES}
+    kept = card.model_copy(update={"outcome": "kept", "degraded": ("half the rank",)})
+    states |= {kept.state_name, *COMPLETED_STATES}
+    assert kept.state_name == "Degraded"
+    assert {"Promoted", "Kept", "Deferred", "Nothing new", "Failed"} <= states
+    [zombies, _] = definitions("deployment")
+    assert {f"prefect.flow-run.{state}" for state in states} <= set(zombies["trigger"]["expect"])
+
+
+def test_progress_says_step_losses_and_time_left() -> None:
+    """The time left comes from the mean speed so far; at the end there is none."""
+    progress = StepProgress(1300)
+    assert progress.text() == "step 0 of 1,300"
+    for step, loss, held_out in ((100, 2.0, None), (250, None, 0.77), (300, 0.5312, None)):
+        progress.add(measured(step, loss, held_out))
+    seen = "step 300 of 1,300, loss 0.531, held-out loss 0.770"
+    assert progress.text() == f"{seen}, 16 min 40 s left"
+    assert progress.text(ended=True) == seen
+
+
+def measured(step: int, loss: float | None, held_out_loss: float | None) -> TrainingMetrics:
+    """Return a line of metrics of a training that takes a second a step."""
+    status = MemoryStatus(
+        allocated_gb=0.5, cached_gb=0.5, total_gb=2.0, available_gb=1.0, is_safe=True
+    )
+    return TrainingMetrics(
+        epoch=0.0,
+        step=step,
+        loss=loss,
+        held_out_loss=held_out_loss,
+        learning_rate=1e-4,
+        memory_usage=status,
+        timestamp=datetime(2026, 1, 2, tzinfo=UTC) + timedelta(seconds=step),
+    )
+
+
+def test_scores_of_all_models_are_bars_on_one_axis(tmp_path: Path) -> None:
+    """A logged image has the names that MLflow's page reads, the same ones each time."""
+    report = make_report()
+    figure = scores_figure(report)
+    [axes] = figure.axes
+    labels = axes.get_legend_handles_labels()[1]
+    assert len(labels) == len(report.scores)
+    heights = [[bar.get_height() for bar in group] for group in axes.containers if len(group) == 2]
+    assert [group[0] for group in heights] == [100 * one.exact_match for one in report.scores]
+    for _ in range(2):
+        write_logged_image(figure, tmp_path, "scores", "run-1")
+    names = sorted(path.name for path in tmp_path.iterdir())
+    stem = r"scores\+step\+0\+timestamp\+0\+[0-9a-f-]{36}"
+    assert all(re.fullmatch(stem + end, name) for end, name in zip(ENDS, names, strict=True))
 
 
 # --- names of task runs ---

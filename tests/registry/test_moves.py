@@ -31,12 +31,17 @@ from qwen3ft.records.evaluation import Champion
 from qwen3ft.registry import aliases
 from qwen3ft.registry.bounded_calls import promotion_lock
 from qwen3ft.registry.moves import (
+    EARLIER_TAG_PREFIX,
+    MOVE_TAG_PREFIX,
     Aliases,
     Change,
+    History,
     Move,
     Mover,
+    describe_history,
     from_tags,
     succession,
+    tag_name,
     this_person,
     to_tag,
 )
@@ -391,6 +396,59 @@ def test_a_night_names_what_it_tested_and_leaves_alone_what_a_person_took_back(
     assert registry.champion(MODEL) is None
 
 
+def test_the_pages_of_a_model_say_in_words_what_happened(in_use: str) -> None:
+    """Its description lists the moves, a version's is its verdict, and no JSON is shown."""
+    registry, client = Registry(in_use), connect(in_use).client
+    registry.rollback(MODEL, PERSON)
+    model = client.get_registered_model(MODEL)
+    first, _, *lines = model.description.splitlines()
+    assert first.startswith("LoRA adapters of one task")
+    assert [line.partition(": ")[2] for line in lines] == [
+        "version 1 put back in place of version 2 by ada@host: wrong dates",
+        f"version 2 promoted in place of version 1 by run run-x: {NIGHT.verdict}",
+        f"version 1 promoted by run run-x: {NIGHT.verdict}",
+    ]
+    assert all(tag.startswith("mlflow.") for tag in model.tags)  # which the pages hide
+    assert client.get_model_version(MODEL, "2").description == NIGHT.verdict
+    assert registry.set_challenger(MODEL, "3", "kept: no better")
+    assert client.get_model_version(MODEL, "3").description == "kept: no better"
+
+
+def test_a_description_of_many_moves_fits_into_mlflow() -> None:
+    """Its database holds 5,000 characters; the newest moves are named."""
+    long = {"verdict": "v" * 900, "by": Mover(kind="person", name="n" * 64)}
+    moves = [
+        Move(number=number, action="promotion", version=str(number), replaced="1", **long)
+        for number in range(1, 41)
+    ]
+    text = describe_history(History(registered_model=MODEL, aliases=Aliases(), moves=tuple(moves)))
+    assert len(text) <= 5000
+    assert "version 40 promoted" in text
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_a_move_that_an_earlier_version_left_half_made_is_settled(in_use: str, made: bool) -> None:
+    """Its record has another name, which is gone afterwards; the history before it stays."""
+    client = connect(in_use).client
+    for name, text in client.get_registered_model(MODEL).tags.items():
+        client.set_registered_model_tag(
+            MODEL, name.replace(MOVE_TAG_PREFIX, EARLIER_TAG_PREFIX), text
+        )
+        client.delete_registered_model_tag(MODEL, name)
+    begun = Move(number=3, action="promotion", version="3", replaced="2", previous="2", by=NIGHT.by)
+    client.set_registered_model_tag(MODEL, tag_name(3, EARLIER_TAG_PREFIX), to_tag(begun)[1])
+    if made:
+        client.set_registered_model_alias(MODEL, "champion", "3")
+    aliases.settle(connect(in_use), MODEL)
+    moves = Registry(in_use).history(MODEL).moves
+    assert [(move.number, move.version) for move in moves] == [(1, "1"), (2, "2"), (3, "3")][
+        : 3 if made else 2
+    ]
+    tags = client.get_registered_model(MODEL).tags
+    assert tag_name(3, EARLIER_TAG_PREFIX) not in tags
+    assert (tag_name(3) in tags) is made
+
+
 # --- records alone ---
 
 
@@ -400,7 +458,7 @@ def test_a_move_fits_a_tag_and_comes_back_from_it() -> None:
     move = Move(number=7, action="rollback", version="3", by=this_person(), **long)
     name, text = to_tag(move)
     assert len(text) <= 5000
-    [read] = from_tags({name: text, "qwen3ft.move.zzz": "edited by hand", "other": "{}"})
+    [read] = from_tags({name: text, f"{MOVE_TAG_PREFIX}zzz": "edited by hand", "other": "{}"})
     assert read.reason.endswith("…")
     assert read == move.model_copy(update={"verdict": read.verdict, "reason": read.reason})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,16 @@ RESOLVED = (
 )
 FLAGS = (
     "--no-sandbox",  # needs rights that a container lacks; the pages are our own
-    "--disable-gpu",
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
     # requests to other machines are noticed, and do not get there; one name leads back here
     f"--host-resolver-rules={', '.join(RESOLVED)}",
 )
+NO_WEBGL = ("--disable-gpu",)
+WEBGL = ("--use-angle=swiftshader", "--enable-unsafe-swiftshader")
+"""Drawn by the CPU, for pages whose pictures somebody will look at; takes several times longer."""
+
 LOOPBACK = ("127.0.0.1", "localhost")
 
 THEIR_OWN = re.compile(
@@ -62,15 +65,27 @@ def find_chromium() -> str | None:
 
 
 class WatchedBrowser:
-    """One browser; each visit is a new page, and leaves a screenshot in `folder`."""
+    """One browser; each visit is a new page, and leaves a screenshot in `folder`.
 
-    def __init__(self, browser: Browser, folder: Path) -> None:
+    Args:
+        browser: The Chromium.
+        folder: Folder for screenshots, made if need be.
+        dark: Whether pages are asked for their dark colours.
+        wait_seconds: Longest wait for what a page is to show.
+    """
+
+    def __init__(
+        self, browser: Browser, folder: Path, *, dark: bool = False, wait_seconds: float = 20.0
+    ) -> None:
         self._browser = browser
         self._context = browser.new_context(
-            viewport={"width": WIDTH, "height": HEIGHT}, timezone_id="UTC", locale="en-GB"
+            viewport={"width": WIDTH, "height": HEIGHT},
+            timezone_id="UTC",
+            locale="en-GB",
+            color_scheme="dark" if dark else "light",
         )
         self._context.add_init_script(FIRST_VISIT_IS_OVER)
-        self._context.set_default_timeout(20_000)
+        self._context.set_default_timeout(1000 * wait_seconds)
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -136,10 +151,17 @@ def _watch(page: Page) -> tuple[list[str], list[str]]:
 
 
 @contextmanager
-def open_browser(folder: Path) -> Iterator[WatchedBrowser]:
-    """Open a headless browser that keeps its screenshots in `folder`."""
-    options: dict[str, Any] = {"executable_path": find_chromium(), "args": list(FLAGS)}
+def open_chromium(flags: Sequence[str]) -> Iterator[Browser]:
+    """Open a headless Chromium with these flags besides those of `FLAGS`."""
+    options: dict[str, Any] = {"executable_path": find_chromium(), "args": [*FLAGS, *flags]}
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(**options)
-        yield WatchedBrowser(browser, folder)
+        yield browser
         browser.close()
+
+
+@contextmanager
+def open_browser(folder: Path) -> Iterator[WatchedBrowser]:
+    """Open a headless browser that keeps its screenshots in `folder`."""
+    with open_chromium(NO_WEBGL) as browser:
+        yield WatchedBrowser(browser, folder)

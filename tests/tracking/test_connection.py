@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 from support.mlflow_server import Proxy, free_port
 
 from qwen3ft.errors import RejectedError
-from qwen3ft.tracking.connection import (
-    EXPERIMENT_NAME,
-    _folder_of,
-    _make_experiment,
-    connect,
-)
+from qwen3ft.tracking.connection import _folder_of, _make_experiment, connect
+from qwen3ft.tracking.experiment import EXPERIMENT_NAME, EXPERIMENT_TAGS
+from qwen3ft.tracking.run_metrics import METRICS, TAGS
 from qwen3ft.tracking.uri import database_path, default_tracking_uri, is_answering
 
 
@@ -44,6 +43,23 @@ def test_artifacts_of_a_server_stay_in_its_folder(tmp_path: Path, path: str) -> 
         _folder_of(uri, tmp_path)
     assert raised.value.why
     assert raised.value.next_command
+
+
+def test_the_experiment_explains_itself_and_has_a_view_of_known_columns(database: str) -> None:
+    """An experiment of an earlier version gets what it lacks; what a person wrote stays."""
+    connection = connect(database)
+    client, number = connection.client, connection.experiment_id
+    assert client.get_experiment(number).tags.items() >= EXPERIMENT_TAGS.items()
+    client.delete_experiment_tag(number, "mlflow.experimentKind")
+    client.set_experiment_tag(number, "mlflow.note.content", "ours")
+    connect(database)
+    tags = client.get_experiment(number).tags
+    assert tags == {**EXPERIMENT_TAGS, "mlflow.note.content": "ours"}
+    [view] = [json.loads(tags[tag]) for tag in tags if "sharedViewState" in tag]
+    columns = [re.fullmatch("(tags|metrics)\\.`(.+)`", name) for name in view["selectedColumns"]]
+    for column in columns:
+        assert column
+        assert column[2] in (TAGS if column[1] == "tags" else METRICS)
 
 
 def test_the_default_is_a_database_of_the_working_folder(

@@ -28,6 +28,7 @@ from qwen3ft.tracking.connection import connect
 from qwen3ft.tracking.cursor import outstanding, parent_run_id, read_state, state_path
 from qwen3ft.tracking.journal import Journal, journal_path
 from qwen3ft.tracking.points import attempts_memory
+from qwen3ft.tracking.run_metrics import CURVES
 
 
 def test_a_full_journal_is_found_in_mlflow(
@@ -99,6 +100,9 @@ def test_an_attempt_is_a_child_run_with_its_plan_and_series(database: str, run_d
     run_id = child.info.run_id
     assert history(database, run_id, "train/loss") == [(s, 4.0 / s) for s in range(1, 21)]
     assert history(database, run_id, "held_out/loss") == [(10, 0.5), (20, 0.25)]
+    for key in CURVES:
+        curve = history(database, str(state.parent_run_id), key)
+        assert curve == history(database, run_id, key) != []
     point = connect(database).client.get_metric_history(run_id, "train/loss")[0]
     assert point.timestamp == int((START + timedelta(seconds=1)).timestamp() * 1000)
     assert artifact_names(database, run_id, "figures") == {"figures/loss.png", "figures/memory.png"}

@@ -68,7 +68,7 @@ def show_status(console: Console, status: StackStatus, link: Callable[[str], str
     known = f"{registered}, {schedule}" if status.prefect_url else "unknown: the server is down"
     rows["deployment"] = f"{status.deployment}  {known}"
     show_sections(console, status.root, {"": rows})
-    urls = {"Prefect": status.prefect_url, "MLflow": status.mlflow_url}
+    urls = {"Prefect": status.prefect_url, "MLflow": status.mlflow_page}
     _show_links(console, {name: link(url) for name, url in urls.items() if url})
 
 

@@ -21,13 +21,11 @@ _PLAIN_SECONDS = 10.0
 
 _QUIET_STATES = ("Running", "Completed", "Cached")
 _STYLES = {
-    "Completed": "green",
-    "Cached": "green",
-    "Running": "cyan",
-    "Failed": "red",
-    "Crashed": "red",
-    "TimedOut": "red",
-    "Cancelled": "yellow",
+    "COMPLETED": "green",
+    "RUNNING": "cyan",
+    "FAILED": "red",
+    "CRASHED": "red",
+    "CANCELLED": "yellow",
 }
 
 
@@ -63,7 +61,7 @@ class RunView:
     def change(self, change: StateChange) -> None:
         """Print one line: what entered which state, and how long it took."""
         line = Text(f"  {change.name:14}  ")
-        line.append(f"{change.state:9}", style=_STYLES.get(change.state, ""))
+        line.append(f"{change.state:9}", style=_STYLES.get(change.state_type, ""))
         if change.seconds is not None and change.state != "Cached":
             line.append(f"  {format_seconds(change.seconds):>7}")
         # the run's own message is shown in full when it is over
