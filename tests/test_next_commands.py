@@ -141,7 +141,7 @@ PROVOKED: dict[str, Callable[[Path], Any]] = {
     "a run that nobody knows": lambda folder: find_run(Stack(folder).layout(), "nonsense"),
     "no run in progress": lambda folder: find_run(Stack(folder).layout(), None),
     "a schedule that is none": lambda _: check_schedule("61 * * * *", "UTC"),
-    "a third crash": lambda _: refuse_second_resume("1", 5),
+    "a third crash": lambda _: refuse_second_resume(_config(), "1", 5),
     "a folder that cannot be made": lambda _: make_folders(_config(runs_dir="/dev/null/runs")),
     "a data path that is missing": lambda f: resolve_sources(_config(data_paths=(f"{f}/no",))),
     "a folder without data": lambda f: resolve_sources(_config(data_paths=(str(f),))),

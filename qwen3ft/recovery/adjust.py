@@ -184,6 +184,7 @@ POLICIES: Mapping[type[errors.FinetuneError], Callable[[_Case], Retry | GiveUp]]
     errors.TrainingFailureError: _once_more,
     errors.CheckpointCorruptError: _checkpoint_before,
     errors.AttemptError: _stop,
+    errors.CancelledError: _stop,
     errors.RequestError: _stop,
     errors.TransientError: _stop,  # retried by the task that called, never here too
     errors.RejectedError: _stop,

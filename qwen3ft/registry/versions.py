@@ -102,7 +102,7 @@ class ProtectedVersion(Record):
     aliases: tuple[str, ...]
     run_id: str | None = Field(description="Run that trained it; None if unknown.")
 
-    def describe_history(self) -> str:
+    def describe(self) -> str:
         """Return model, version and aliases as text."""
         return f"{self.registered_model} v{self.version} ({', '.join(self.aliases)})"
 

@@ -278,7 +278,7 @@ def test_the_printed_page_shows_the_verdicts_of_the_runs(
     with browser.visit(url, "mlflow-front", "matching runs") as page:
         page.get_by_text("Its name begins with the verdict").wait_for()
         for header in ("verdict", "exact_match/candidate", "gain", "tokens_per_second"):
-            page.get_by_role("columnheader", name=header, exact=True).wait_for()
+            page.get_by_role("columnheader", name=header, exact=True).first.wait_for()
         page.get_by_role("gridcell", name=card["outcome"], exact=True).first.wait_for()
 
 

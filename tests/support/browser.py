@@ -43,7 +43,7 @@ THEIR_OWN = re.compile(
     r"|/api/task_runs/filter$"  # with no id, for an artifact of a flow run
     r"|Content Security Policy"  # requests that `deployments.pages` blocks
     r"|ResizeObserver loop"
-    r"|/mlflow/assistant/config$"  # switched off by `deployments.mlflow_server`
+    r"|/mlflow/assistant/[a-z]+$"  # switched off by `deployments.mlflow_server`
 )
 """Errors that MLflow and Prefect cause themselves, by text and address."""
 WIDTH, HEIGHT = 1400, 1000
