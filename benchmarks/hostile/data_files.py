@@ -162,6 +162,7 @@ FILES: dict[str, tuple[str, Callable[[], bytes | str]]] = {
         "a.jsonl",
         lambda: _rows("".join(f"li{n}@firm{n}.com.cn 1381234{n:04} " for n in range(9_000))),
     ),
+    "utf16": "an encoding that is recognised, read and named",
     "key-of-newlines": (
         "a.jsonl",
         lambda: _rows("-----BEGIN " + "PRIVATE KEY-----" + "\n" * 1_000_000),
