@@ -162,7 +162,6 @@ FILES: dict[str, tuple[str, Callable[[], bytes | str]]] = {
         "a.jsonl",
         lambda: _rows("".join(f"li{n}@firm{n}.com.cn 1381234{n:04} " for n in range(9_000))),
     ),
-    "utf16": "an encoding that is recognised, read and named",
     "key-of-newlines": (
         "a.jsonl",
         lambda: _rows("-----BEGIN " + "PRIVATE KEY-----" + "\n" * 1_000_000),
@@ -336,6 +335,7 @@ SPECIAL: Sequence[tuple[str, Callable[[Path], None], Callable[[Path], str]]] = (
 )
 
 HARMLESS = {
+    "utf16": "an encoding that is recognised, read and named",
     "links-to-devices": "devices are no files, and folders behind links are not searched",
     "gz-empty-members": "an empty file",
     "csv-blank-lines": "one row among blank lines",
