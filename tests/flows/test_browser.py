@@ -18,6 +18,7 @@ import pytest
 from playwright.sync_api import Page
 from support.browser import NOT_INSTALLED, PICTURES, WatchedBrowser, find_chromium, open_browser
 from support.flow_project import MODEL, FlowProject
+from support.mlflow_server import wait_until
 from support.registered import add_version
 
 from deployments.prefect_api import send
@@ -177,6 +178,7 @@ def test_a_value_out_of_bounds_is_refused_by_the_form_and_what_is_in_bounds_star
     with browser.visit(layout.flow_run_url(started), "prefect-nothing-new", "Work Queue") as page:
         page.get_by_text("Nothing new").first.wait_for(timeout=120_000)
     of_it = {"logs": {"flow_run_id": {"any_": [started]}}, "limit": 200}
+    wait_until(lambda: send(layout, "logs/filter", of_it), 30)  # logs are sent after the state
     logged = {line["name"].partition(".")[0] for line in send(layout, "logs/filter", of_it)}
     assert logged == {"qwen3ft"}, "Prefect's own lines"
 
