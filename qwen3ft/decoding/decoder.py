@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from qwen3ft.decoding.writing import Marks
 from qwen3ft.planning.decoder_sizes import DecoderSizes
 from qwen3ft.training.fused import element_wise
 from qwen3ft.training.fused.attention import Segments
+
+Result = TypeVar("Result")
 
 
 def slot_attention(device: str) -> SlotAttention:
@@ -57,7 +59,7 @@ class Decoder:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.sizes = sizes
         self.embedding, self.head = base.model.embed_tokens.weight, base.lm_head.weight
-        self.norm = base.model.norm
+        self.norm, self._rotary = base.model.norm, base.model.rotary_emb
         device = self.embedding.device
         self.device = device
         self.ops, attention = element_wise(device.type), slot_attention(device.type)
@@ -79,21 +81,20 @@ class Decoder:
                 sizes.most_tokens,
                 marks,
                 most_draws,
-                self._rotation(base.model.rotary_emb, max(sizes.most_tokens, sizes.chunk_tokens)),
+                self._rotation(max(sizes.most_tokens, sizes.chunk_tokens)),
             )
-        self._hidden: Tensor | None = None
         self._logits: Tensor | None = None
         self._reading = PackedReading.of([[0]], [BASE], None, sizes.chunk_tokens).to(device)
-        self._read: Callable[[], None] | None = None
+        self._read: Callable[[], Tensor] | None = None
         self._step: Callable[[], None] = self._compute_logits
         self._choices: dict[bool, Callable[[], None]] = {}
 
-    def _rotation(self, rotary: Any, tokens: int) -> tuple[Tensor, Tensor]:
+    def _rotation(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Return cos and sin of each position, fp32, (tokens, head_dim / 2) each."""
         positions = torch.arange(tokens, device=self.device)[None]
-        half = rotary.inv_freq.numel()
+        half = self._rotary.inv_freq.numel()
         # transformers takes only device and dtype of the first argument; both halves are the same
-        cos, sin = rotary(self.norm.weight.float(), positions)
+        cos, sin = self._rotary(self.norm.weight.float(), positions)
         return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
 
     @torch.no_grad()
@@ -115,11 +116,10 @@ class Decoder:
         reading = PackedReading.of(texts, models, places, self.sizes.chunk_tokens)
         if self._read is not None and len(reading.ids) == self.sizes.chunk_tokens:
             self._reading.copy_(reading)
-            self._read()
+            hidden = self._read()
         else:
-            self._compute_hidden(reading.to(self.device))
-        assert self._hidden is not None
-        return self._hidden[: sum(map(len, texts))]
+            hidden = self._compute_hidden(reading.to(self.device))
+        return hidden[: sum(map(len, texts))]
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -155,25 +155,25 @@ class Decoder:
         for drawn in {False, draw}:
             self._choices[drawn] = _captured(partial(self._choose, drawn), pool)
 
-    def _compute_hidden(self, reading: PackedReading) -> None:
-        chunk = self.sizes.chunk_tokens
-        cos, sin = (table[reading.positions] for table in self.table.rotation)
+    def _compute_hidden(self, reading: PackedReading) -> Tensor:
+        chunk, tokens = self.sizes.chunk_tokens, len(reading.ids)
+        rotation = self.table.rotation
+        if tokens > len(rotation[0]):  # a text that is only read may be longer than any answer
+            rotation = self._rotation(tokens)
+        cos, sin = (table[reading.positions] for table in rotation)
         texts = PackedTexts(
             # The length of the longest only sizes the launch; no kernel may depend on it.
-            Segments(reading.bounds, len(reading.ids), reading.host_bounds),
+            Segments(reading.bounds, tokens, reading.host_bounds),
             cos,
             sin,
-            [
-                self.switch.masks(models)
-                for models in torch.chunk(reading.models, len(reading.ids) // chunk)
-            ],
+            [self.switch.masks(models) for models in reading.models.split(chunk)],
             chunk,
             reading.places,
         )
         x = torch.nn.functional.embedding(reading.ids, self.embedding)
         for index, block in enumerate(self.blocks):
             block.packed(x, texts, self.cache, index)
-        self._hidden = x
+        return x
 
     def _compute_logits(self) -> None:
         table = self.table
@@ -192,10 +192,14 @@ class Decoder:
         table.position += (~table.writing.state["ended"]).int()
 
 
-def _captured(compute: Callable[[], None], pool: Any) -> Callable[[], None]:
-    """Return a replay of `compute`, whose tensors stay where they were while it was captured."""
+def _captured(compute: Callable[[], Result], pool: Any) -> Callable[[], Result]:
+    """Return a replay of `compute`; it gives back the tensors of the capture, overwritten."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
-        compute()
-    replay: Callable[[], None] = graph.replay
+        result = compute()
+
+    def replay() -> Result:
+        graph.replay()
+        return result
+
     return replay

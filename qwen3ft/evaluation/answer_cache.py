@@ -25,7 +25,7 @@ from qwen3ft.records.base import Record
 
 logger = get_logger("answer_cache")
 
-ANSWER_VERSION = 1
+ANSWER_VERSION = 2
 """Part of the key; raise it when the same model and question give another answer or loss."""
 
 MAX_ANSWERS = 5000

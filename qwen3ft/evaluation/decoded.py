@@ -177,6 +177,7 @@ def _sizes(
         typical_prompt_tokens=sum(prompts) / len(prompts),
         answer_tokens=most,
         typical_answer_tokens=min(most, typical),
+        read_tokens=max((len(query.ids) for query in work.losses), default=0),
         drawn=any(one.seed is not None for one in limits),
     )
     return choose_sizes(load, room_bytes, most_slots, resident=resident)

@@ -65,6 +65,7 @@ class AnswerLoad:
         typical_prompt_tokens: Mean tokens of a prompt.
         answer_tokens: Most tokens of an answer, with its thinking.
         typical_answer_tokens: Expected mean tokens of an answer.
+        read_tokens: Tokens of the longest text whose loss is measured.
         drawn: Some answers are drawn.
         compute_bytes: Bytes of a number.
     """
@@ -76,6 +77,7 @@ class AnswerLoad:
     typical_prompt_tokens: float
     answer_tokens: int
     typical_answer_tokens: float
+    read_tokens: int = 0
     drawn: bool = True
     compute_bytes: int = 2
 
@@ -110,7 +112,8 @@ class AnswerLoad:
         largest = max(2 * mlp * (hidden + columns), hidden * (mlp + columns))
         features = qkv + shape.query_features + 2 * mlp + mlp + 4 * hidden
         copies = shape.num_hidden_layers * columns * features
-        texts = -(-self.prompt_tokens // CHUNK_TOKENS) * CHUNK_TOKENS
+        longest = max(self.prompt_tokens, self.read_tokens)
+        texts = -(-longest // CHUNK_TOKENS) * CHUNK_TOKENS
         reading = texts * (2 * hidden + 3 * qkv) + CHUNK_TOKENS * (3 * mlp + 2 * hidden + columns)
         return c * (largest + copies + reading) + DECODER_SLACK_BYTES
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.answering import (
+    ADAPTERS,
     MODELS,
     NEW_TOKENS,
     ask,
@@ -20,6 +22,7 @@ from support.answering import (
 )
 
 from qwen3ft.decoding.decoder import Decoder
+from qwen3ft.decoding.losses import LossQuery, summed_losses
 from qwen3ft.decoding.slots import Query
 from qwen3ft.decoding.writer import AnswerWriter
 from qwen3ft.decoding.writing import AnswerLimits
@@ -89,6 +92,11 @@ def test_a_page_is_given_back(decoder: Decoder) -> None:
     assert len(decoder.table.free) == decoder.sizes.slots
 
 
+def test_losses_are_those_of_transformers(model: Any, decoder: Decoder) -> None:
+    """Of short texts, and of one that is longer than a chunk and than any answer."""
+    _check_losses(model, decoder, tolerance=1e-4)
+
+
 @pytest.mark.slow
 def test_all_questions_and_twenty_orders(model: Any) -> None:
     """All 480 questions of the embedded model, for base and two adapters."""
@@ -116,3 +124,29 @@ def test_the_gpu_answers_alike(tmp_path: Path) -> None:
     for seed in range(20):
         order = random.Random(seed).sample(asked, 500)
         assert ask(decoder, prompts, order) == {key: truth[key] for key in order}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_gpu_measures_losses_alike(tmp_path: Path) -> None:
+    """Also after a text that is too long for the captured pass was read."""
+    model = two_adapters(tmp_path, torch.bfloat16, "cuda")
+    decoder = make_decoder(model)
+    for _ in range(2):
+        _check_losses(model, decoder, tolerance=0.03)
+
+
+def _check_losses(model: Any, decoder: Decoder, *, tolerance: float) -> None:
+    """Compare with transformers' logits; the longest text exceeds what an answer may have."""
+    prompts = embedded_prompts()
+    texts = [*prompts[:3], [*chain(*prompts[3:12])]]
+    assert len(texts[-1]) > max(decoder.sizes.most_tokens, decoder.sizes.chunk_tokens)
+    queries = [LossQuery(text, [(5, len(text))], 1) for text in texts]
+    losses = summed_losses(decoder, queries, lambda _: None)
+    model.set_adapter(ADAPTERS[1])
+    for text, loss in zip(texts, losses, strict=True):
+        ids = torch.tensor([text], device=model.device)
+        with torch.no_grad():
+            logits = model(ids).logits[0].float()
+        truth = torch.nn.functional.cross_entropy(logits[4:-1], ids[0, 5:], reduction="sum")
+        assert loss == pytest.approx(truth.item(), rel=tolerance)
