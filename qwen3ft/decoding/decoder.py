@@ -166,7 +166,7 @@ class Decoder:
             Segments(reading.bounds, tokens, reading.host_bounds),
             cos,
             sin,
-            [self.switch.masks(models) for models in reading.models.split(chunk)],
+            [self.switch.masks(models) for models in reading.models.view(-1, chunk)],
             chunk,
             reading.places,
         )
