@@ -140,6 +140,7 @@ def test_the_installed_command_works_in_any_folder(qwen3ft: Installed) -> None:
     """Planning needs no project; `init` makes one, and keeps what is there."""
     folder = qwen3ft.folder
     assert "25,200 tokens/s" in qwen3ft("plan", "--model", "4b", "--budget", "13", "--gpu", "h200")
+    assert qwen3ft("settings", "lora_r").startswith("--- most used ---")
     assert "Next:  qwen3ft init" in qwen3ft("status", status=1)
     (folder / ".gitignore").write_text("*.tmp\n/runs")
     qwen3ft("init")

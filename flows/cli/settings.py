@@ -20,13 +20,11 @@ def settings_command(
     as_json: JsonOption = False,
 ) -> None:
     """List the settings of a run: default, possible values, meaning, and what each trades."""
-    from importlib.resources import files
-
+    from deployments.deploy import GPU_CONFIG, shipped_file
     from flows.cli.views.settings import settings_markdown, show_settings
     from qwen3ft.settings import describe_settings, find_settings
 
-    defaults = files("deployments").joinpath("configs", "default.yaml").read_text("utf-8")
-    found = describe_settings(defaults)
+    found = describe_settings(shipped_file(GPU_CONFIG).read_text(encoding="utf-8"))
     if word is not None:
         found = find_settings(found, word)
     if as_json:
