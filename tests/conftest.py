@@ -115,6 +115,23 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shared
 
 
+@pytest.fixture(scope="session", autouse=True)
+def warm_workers() -> Iterator[None]:
+    """Fork the workers that this process starts from one that has imported their libraries."""
+    from support.warm_workers import forking_workers
+
+    with forking_workers():
+        yield
+
+
+@pytest.fixture
+def cold_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start workers as the product does, each with imports of its own."""
+    from support import warm_workers
+
+    monkeypatch.setattr(warm_workers, "is_on", False)
+
+
 @pytest.fixture(scope="session")
 def cache_dir(shared_folder: Path) -> Path:
     """Quantised models and tokenised rows, shared by the whole session."""

@@ -21,6 +21,8 @@ from qwen3ft.records.training import AttemptOutcome
 
 WAITING = "qwen3ft-wait"
 
+pytestmark = pytest.mark.usefixtures("cold_workers")
+
 
 @pytest.fixture
 def ask(tmp_path: Path) -> Iterator[Callable[..., set[int]]]:

@@ -9,10 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
+import psutil
+import pytest
+
 from qwen3ft.errors import StalledError
 from qwen3ft.jobs.folders import JobDir
 from qwen3ft.jobs.launcher import _watch
-from qwen3ft.jobs.processes import end_process_tree
+from qwen3ft.jobs.processes import end_process_tree, start_worker
 
 HOUR_SECONDS = 3600.0
 PROGRAM = """
@@ -58,3 +61,16 @@ def test_a_clock_that_is_set_neither_fakes_nor_hides_a_stall(tmp_path: Path) -> 
         ]
     for (jump_seconds, silent), stalled in zip(cases, watched, strict=True):
         assert stalled.result() is silent, (jump_seconds, silent)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks by Linux's means")
+def test_tests_share_the_imports_of_their_workers(tmp_path: Path) -> None:
+    """A worker is forked by a process that has imported for it, and is a child of this one."""
+    job = JobDir(tmp_path)
+    job.request.write_text("{}")
+    worker = start_worker("data", job)
+    found = psutil.Process(worker.pid)
+    assert "warm_workers" in " ".join(found.cmdline())
+    assert found.ppid() == os.getpid()
+    assert worker.wait(120) == 1
+    assert "DataRequest" in job.log.read_text()

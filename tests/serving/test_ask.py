@@ -125,7 +125,9 @@ def test_an_answer_that_nobody_wants_any_more_stops(
     assert (end.tokens, end.stopped) == (1, False)
 
 
-def test_a_session_answers_and_leaves_nothing_behind(trained: Trained, tmp_path: Path) -> None:
+def test_a_session_answers_and_leaves_nothing_behind(
+    trained: Trained, tmp_path: Path, cold_workers: None
+) -> None:
     """One worker answers all questions; afterwards it is gone, and so are its files."""
     config = trained.config.model_copy(update={"cache_dir": str(tmp_path)})
     rows = trained.rows[:2]

@@ -117,30 +117,34 @@ print(sorted(durations)[250], closed, time.perf_counter() - start, time.time())
     assert outstanding(run_dir) == 501
 
 
-@pytest.mark.parametrize("fault", ["cut", "500", "hang"])
-def test_a_run_survives_an_outage_in_its_middle(
-    server: Path, run_dir: RunDir, monkeypatch: pytest.MonkeyPatch, fault: str
+def test_runs_survive_an_outage_in_their_middle(
+    server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever a server does for a while, the same mirror sends everything once it is back."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
-    proxy = Proxy(int((server / "port").read_text()))
-    mirror = Mirror(run_dir, proxy.uri).start()
-    journal = Journal(run_dir)
-    journal.run_started(f"run-{fault}", {}, {})
-    journal.attempt_started(make_plan(run_dir))
-    write_steps(run_dir.attempt(1), range(1, 11))
-    assert wait_until_sent(run_dir, 60)
-    proxy.mode = fault
-    write_steps(run_dir.attempt(1), range(11, 31))
-    journal.metrics({"peak_memory_gb": 1.0})
-    assert not wait_until_sent(run_dir, 1.5)
-    proxy.mode = "pass"
-    journal.attempt_ended(1, "FINISHED")
-    journal.run_finished("FINISHED")
-    assert mirror.close(60)
-    direct = f"http://127.0.0.1:{proxy.target_port}"
-    assert steps_of(direct, run_dir) == list(range(1, 31))
-    proxy.close()
+    port = int((server / "port").read_text())
+    runs = {fault: RunDir(tmp_path / "runs" / fault) for fault in ("cut", "500", "hang")}
+    proxies = {fault: Proxy(port) for fault in runs}
+    mirrors = {fault: Mirror(run, proxies[fault].uri).start() for fault, run in runs.items()}
+    journals = {fault: Journal(run) for fault, run in runs.items()}
+    for fault, run in runs.items():
+        journals[fault].run_started(f"run-{fault}", {}, {})
+        journals[fault].attempt_started(make_plan(run))
+        write_steps(run.attempt(1), range(1, 11))
+    assert all(wait_until_sent(run, 60) for run in runs.values())
+    for fault, run in runs.items():
+        proxies[fault].mode = fault
+        write_steps(run.attempt(1), range(11, 31))
+        journals[fault].metrics({"peak_memory_gb": 1.0})
+    assert not any(wait_until_sent(run, 0.5) for run in runs.values())
+    for fault in runs:
+        proxies[fault].mode = "pass"
+        journals[fault].attempt_ended(1, "FINISHED")
+        journals[fault].run_finished("FINISHED")
+    for fault, run in runs.items():
+        assert mirrors[fault].close(60), fault
+        assert steps_of(f"http://127.0.0.1:{port}", run) == list(range(1, 31))
+        proxies[fault].close()
 
 
 def test_a_run_sent_through_a_server_goes_on_without_it(server: Path, run_dir: RunDir) -> None:

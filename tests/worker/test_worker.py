@@ -112,7 +112,9 @@ sys.exit(worker._run_job("quantize", Path(sys.argv[1])))
 
 
 @pytest.mark.slow
-def test_a_silent_worker_is_ended_and_named_stalled(attempt: Any, tmp_path: Path) -> None:
+def test_a_silent_worker_is_ended_and_named_stalled(
+    attempt: Any, tmp_path: Path, cold_workers: None
+) -> None:
     """A worker without progress is killed within seconds of its limit, with its children."""
     with pytest.raises(StalledError, match="no sign of life"):
         attempt("hang@step=2", stall_seconds=12.0)
