@@ -45,6 +45,7 @@ POINTS = {
     "checkpoint.committed": "a checkpoint is complete, and older ones are not pruned",
     "checkpoint.pruned": "older checkpoints are gone",
     "training.over": "the last checkpoint is written, and the outcome is not",
+    "answers.begun": "the decoder is ready, and has answered nothing",
     "journal.appended": "an operation is in the journal, and its caller does not know",
     "cursor.sent": "MLflow has an operation, and the cursor has not moved",
     "version.created": "a version is registered, and the run does not know it",

@@ -8,11 +8,13 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from qwen3ft.config import TrainingConfig
+from qwen3ft.errors import OutOfMemoryError, PreemptedError, TrainingFailureError
 from qwen3ft.evaluation.judge import judge_answers
 from qwen3ft.evaluation.wording import judge_note, judge_text
-from qwen3ft.jobs.folders import RunDir
+from qwen3ft.jobs.folders import JobDir, RunDir
 from qwen3ft.jobs.launcher import run_worker
 from qwen3ft.logs import get_logger, without_secrets
+from qwen3ft.planning.decoder_sizes import may_decode
 from qwen3ft.records.evaluation import Champion, InferenceReport
 from qwen3ft.records.model import SavedAdapter
 from qwen3ft.records.plan import TrainPlan
@@ -44,13 +46,21 @@ def compare_answers(
         batch_size=plan.memory.eval_batch_size,
         budget_gb=plan.max_memory_gb,
     )
-    return run_worker(
-        "inference",
-        job.create(request),
-        InferenceReport,
-        stall_seconds=config.stall_seconds,
-        last=True,
-    )
+    try:
+        return _answered(job.create(request), config)
+    except (OutOfMemoryError, TrainingFailureError) as error:
+        stopped = isinstance(error, PreemptedError)
+        if stopped or not may_decode(plan.device, config.kernels):
+            raise
+        # A night must not be lost to the decoder: a new process answers without it.
+        logger.warning("the inference test begins again without the decoder: %s", error)
+        why = f"the decoder's process failed: {error.what[:200]}"
+    return _answered(job.create(request.model_copy(update={"without_decoder": why})), config)
+
+
+def _answered(job: JobDir, config: TrainingConfig) -> InferenceReport:
+    stall_seconds = config.stall_seconds
+    return run_worker("inference", job, InferenceReport, stall_seconds=stall_seconds, last=True)
 
 
 @task(name="judge", task_run_name="judge", cache_policy=NO_CACHE)

@@ -40,13 +40,15 @@ MOVE_POINTS = {"move.begun": "1", "move.prepared": "1", "move.made": "2"}
 """Point: the champion after the crash is settled."""
 
 OTHERS = ("journal.appended", "cursor.sent", "version.created")
+ANSWERS = "answers.begun"  # in tests/evaluation/test_decoded.py
 NIGHT = Change(by=Mover(kind="flow", name="run-x"))
 
 
 def test_every_point_is_in_the_code_once_and_in_a_test() -> None:
     """The list has no point that is never passed, and the code none that is not listed.
 
-    Those of a training are struck in `tests/training/test_interruptions.py`, all others here.
+    Those of a training are struck in `tests/training/test_interruptions.py`, that of answers in
+    `tests/evaluation/test_decoded.py`, all others here.
     """
     called: Counter[str] = Counter()
     for path, tree in MODULES.items():
@@ -55,7 +57,15 @@ def test_every_point_is_in_the_code_once_and_in_a_test() -> None:
                 assert isinstance(node.args[0], ast.Constant), path
                 called[node.args[0].value] += 1
     assert called == Counter(faults.POINTS.keys())
-    struck = {*TRAINING_POINTS, *FILE_POINTS, *FOLDER_POINTS, *MOVE_POINTS, *OTHERS, RETIRED}
+    struck = {
+        *TRAINING_POINTS,
+        *FILE_POINTS,
+        *FOLDER_POINTS,
+        *MOVE_POINTS,
+        *OTHERS,
+        RETIRED,
+        ANSWERS,
+    }
     assert struck == set(faults.POINTS)
 
 

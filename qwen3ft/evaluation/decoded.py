@@ -1,16 +1,13 @@
 """The exams of all models at once, on `qwen3ft.decoding`.
 
-Out of memory, the decoder is made again smaller, down to the last of `RUNGS`; then transformers
-answers. Answers written before are kept.
+Answers written before memory ran out are kept by the smaller decoder that follows.
 """
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from qwen3ft.chat.rendering import ChatRow, generation_prompt, prompt_ids, tokenize_rows
@@ -19,11 +16,9 @@ from qwen3ft.evaluation.answer_loss import RowLoss
 from qwen3ft.evaluation.answers import Generated
 from qwen3ft.evaluation.exam import SAMPLING_SEED, Beat, Evaluation
 from qwen3ft.evaluation.generation import end_tokens, read_answer
-from qwen3ft.logs import get_logger
-from qwen3ft.machine.gpus import CUDA_CONTEXT_BYTES
-from qwen3ft.planning.decoder_sizes import SLOT_CHOICES, AnswerLoad, DecoderSizes, choose_sizes
+from qwen3ft.faults import reach
+from qwen3ft.planning.decoder_sizes import AnswerLoad, DecoderSizes
 from qwen3ft.records.evaluation import ModelLabel
-from qwen3ft.units import GIB
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,29 +27,6 @@ if TYPE_CHECKING:
     from qwen3ft.decoding.losses import LossQuery
     from qwen3ft.decoding.slots import Query
     from qwen3ft.records.requests import InferenceRequest
-
-logger = get_logger("inference")
-
-RUNGS = ((SLOT_CHOICES[-1], True), (SLOT_CHOICES[-1], False), (64, False), (16, False))
-"""Most slots, and leave to keep blocks dequantised; the next after running out of memory."""
-
-_STATIC_ROPE = ("default", "linear", "yarn", "llama3")  # rotations that no length changes
-
-
-def find_obstacle(request: InferenceRequest, model: Any) -> str:
-    """Return why the decoder cannot answer for `model`, a PEFT model; '' if it can."""
-    base = model.get_base_model()
-    rope = (getattr(base.config, "rope_parameters", None) or {}).get("rope_type", "default")
-    head_dim = base.config.head_dim
-    reasons = {
-        "kernels=plain": request.config.kernels == "plain",
-        "no GPU": request.device != "cuda",
-        "the GPU computes in float16": request.model.compute_dtype != "bfloat16",
-        "Triton is missing": find_spec("triton") is None,
-        f"rotary embeddings of type {rope}": rope not in _STATIC_ROPE,
-        f"heads of {head_dim} numbers": head_dim & (head_dim - 1) != 0 or head_dim < 16,
-    }
-    return next((reason for reason, holds in reasons.items() if holds), "")
 
 
 @dataclass
@@ -75,7 +47,7 @@ def compute_decoded(
     adapters: Sequence[ModelLabel],
     beat: Beat,
 ) -> str:
-    """Compute and cache what is missing of all exams; return what answered, '' if nothing fits.
+    """Compute and cache what is missing of all exams; return what answered.
 
     Args:
         request: Budget and settings.
@@ -83,29 +55,32 @@ def compute_decoded(
         evaluations: Exams by the model's label.
         adapters: Names of the loaded adapters.
         beat: Called with the phase and the number of rows done.
+
+    Raises:
+        CannotDecodeError: transformers has to answer.
     """
-    import torch
+    from qwen3ft.decoding.fitting import CannotDecodeError, find_obstacle, run_within
 
     model, tokenizer = loaded
+    config, snapshot = request.config, request.model
+    obstacle = request.without_decoder or find_obstacle(
+        model, request.device, snapshot.compute_dtype, config.kernels
+    )
+    if obstacle:
+        raise CannotDecodeError(obstacle)
     exams = [(label, exam) for label, exam in evaluations.items() if not exam.is_complete]
     work = _collect(tokenizer, exams, adapters)
-    for most_slots, resident in RUNGS:
-        sizes = _sizes(request, model, adapters, work, most_slots, resident=resident)
-        if sizes is None:
-            continue
-        try:
-            _answer(model, tokenizer, adapters, sizes, work, beat)
-        except torch.OutOfMemoryError:
-            logger.warning("out of memory with %d slots; trying fewer", sizes.slots)
-        else:
-            _keep(exams, work)
-            return (
-                f"the decoder: {sizes.slots} slots, {sizes.pages} pages, "
-                f"{sizes.resident_blocks} blocks kept in 16 bits"
-            )
-        gc.collect()
-        torch.cuda.empty_cache()
-    return ""
+    sizes, _ = run_within(
+        _load_of(request, model, adapters, work),
+        request.budget_gb or config.max_memory_gb,
+        request.device,
+        lambda sizes: _answer(model, tokenizer, adapters, sizes, work, beat),
+    )
+    _keep(exams, work)
+    return (
+        f"the decoder: {sizes.slots} slots, {sizes.pages} pages, "
+        f"{sizes.resident_blocks} blocks kept in 16 bits"
+    )
 
 
 def _collect(
@@ -149,27 +124,17 @@ def _seed_of(key: str) -> int:
     return int.from_bytes(sha256(f"{SAMPLING_SEED} {key}".encode()).digest()[:4], "big")
 
 
-def _sizes(
-    request: InferenceRequest,
-    model: Any,
-    adapters: Sequence[ModelLabel],
-    work: _Work,
-    most_slots: int,
-    *,
-    resident: bool,
-) -> DecoderSizes | None:
-    """Return the sizes that fit beside what is loaded."""
-    import torch
-
-    budget_bytes = int((request.budget_gb or request.config.max_memory_gb) * GIB)
-    room_bytes = budget_bytes - CUDA_CONTEXT_BYTES - torch.cuda.memory_allocated()
+def _load_of(
+    request: InferenceRequest, model: Any, adapters: Sequence[ModelLabel], work: _Work
+) -> AnswerLoad:
+    """Return what the sizes of a decoder depend on."""
     prompts = [len(query.ids) for query in work.answers] or [1]
     limits = [query.limits for query in work.answers]
     most = max((one.answer_tokens + one.thinking_tokens for one in limits), default=1) + 8
     references = [sum(end - start for start, end in query.targets) for query in work.losses]
     # a model that is not trained yet says more than the references do
     typical = 2 * sum(references) / max(1, len(references)) + 16
-    load = AnswerLoad(
+    return AnswerLoad(
         shape=request.model.shape,
         ranks=tuple(model.peft_config[name].r for name in adapters),
         questions=max(1, len(work.answers)),
@@ -179,8 +144,8 @@ def _sizes(
         typical_answer_tokens=min(most, typical),
         read_tokens=max((len(query.ids) for query in work.losses), default=0),
         drawn=any(one.seed is not None for one in limits),
+        compute_bytes=model.get_base_model().dtype.itemsize,
     )
-    return choose_sizes(load, room_bytes, most_slots, resident=resident)
 
 
 def _answer(
@@ -202,6 +167,7 @@ def _answer(
     draws = max((limits.most_tokens(marks) for limits in drawn), default=0)
     decoder: Decoder = Decoder(model, adapters, sizes, marks, draws)
     decoder.capture(draw=draws > 0)
+    reach("answers.begun")
     missing = [index for index in range(len(work.answers)) if index not in work.written]
     writer = AnswerWriter(decoder, [work.answers[index] for index in missing])
     for _, ended in writer.bursts():

@@ -137,7 +137,7 @@ def in_batches(
             yield batch, outcome[0]
             done += len(batch)
             continue
-        _release_memory()
+        release_memory()
         if len(batch) == 1:
             raise OutOfMemoryError(
                 "The inference test ran out of GPU memory with a batch of one.",
@@ -163,7 +163,8 @@ def _run_within_memory(
         return None  # the caller frees memory: in here the traceback keeps the tensors alive
 
 
-def _release_memory() -> None:
+def release_memory() -> None:
+    """Give unreferenced memory back to the device."""
     import torch
 
     gc.collect()

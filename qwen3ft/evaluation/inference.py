@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from qwen3ft.errors import (
     DataLoadingError,
-    FinetuneError,
     ModelNotFoundError,
     ModelUnavailableError,
     SaveError,
@@ -24,9 +23,9 @@ from qwen3ft.evaluation.ability import read_ability_rows
 from qwen3ft.evaluation.answer_cache import AnswerCache
 from qwen3ft.evaluation.answers import answers_are_sound, choose_questions
 from qwen3ft.evaluation.comparison import write_inference_report
-from qwen3ft.evaluation.decoded import compute_decoded, find_obstacle
+from qwen3ft.evaluation.decoded import compute_decoded
 from qwen3ft.evaluation.exam import Evaluation, Exam, to_question
-from qwen3ft.evaluation.generation import answer_questions
+from qwen3ft.evaluation.generation import answer_questions, release_memory
 from qwen3ft.files import read_json_lines, sha256_file
 from qwen3ft.logs import get_logger
 from qwen3ft.model.adapter_checks import ADAPTER_CONFIG_FILE, ADAPTER_FILE
@@ -139,17 +138,13 @@ def _compute(
     beat: Callable[[str, int], None],
 ) -> str:
     """Compute what is missing of all exams; return what answered, and why that."""
-    obstacle = find_obstacle(request, loaded[0])
-    if not obstacle:
-        try:
-            if answered_by := compute_decoded(request, loaded, evaluations, adapters, beat):
-                return answered_by
-            obstacle = "the decoder does not fit the budget"
-        except FinetuneError:
-            raise
-        except Exception as error:  # such as a kernel that does not compile for this GPU
-            logger.warning("the decoder failed; transformers answers", exc_info=error)
-            obstacle = f"the decoder failed: {type(error).__name__}: {str(error)[:200]!a}"
+    from qwen3ft.decoding.fitting import CannotDecodeError
+
+    try:
+        return compute_decoded(request, loaded, evaluations, adapters, beat)
+    except CannotDecodeError as error:
+        obstacle = str(error)
+    release_memory()  # of a decoder that failed
     model, tokenizer = loaded
     for label, evaluation in evaluations.items():
         if not evaluation.is_complete:

@@ -34,6 +34,14 @@ _BLOCK_SECONDS = 70e-6  # launches and low-rank products
 _BYTES_PER_SECOND = 3e12
 
 
+def may_decode(device: str, kernels: str) -> bool:
+    """Return False if the settings alone leave the answers to transformers.
+
+    `kernels` 'fused' asks for the decoder on a CPU too, where its plain twin is slow.
+    """
+    return kernels == "fused" or (kernels == "auto" and device == "cuda")
+
+
 @dataclass(frozen=True)
 class DecoderSizes:
     """Extent of a decoder.

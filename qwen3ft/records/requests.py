@@ -56,6 +56,7 @@ class InferenceRequest(Record):
     device: Literal["cuda", "cpu"]
     batch_size: int = Field(ge=1)
     budget_gb: float | None = Field(None, description="None for config.max_memory_gb.")
+    without_decoder: str = Field("", description="Why transformers has to answer; '' to choose.")
 
 
 # shown to users, and keys of parity.json

@@ -1,35 +1,57 @@
-"""The exams of all models at once on the decoder, against transformers model by model."""
+"""The inference test by the decoder, against transformers model by model."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.data_stage import write_jsonl
+from support.finished_run import make_plan
 from support.trained_adapter import Trained
 
+from qwen3ft.decoding import fitting
 from qwen3ft.decoding.decoder import Decoder
+from qwen3ft.decoding.fitting import RUNGS, CannotDecodeError, find_obstacle, run_within
 from qwen3ft.embedded import corpus
-from qwen3ft.evaluation import inference
-from qwen3ft.evaluation.answer_cache import AnswerCache
-from qwen3ft.evaluation.decoded import compute_decoded, find_obstacle
-from qwen3ft.evaluation.exam import Evaluation, Exam
-from qwen3ft.evaluation.inference import InferenceTester
+from qwen3ft.evaluation.inference import InferenceTester, run_inference
+from qwen3ft.files import read_json_lines
+from qwen3ft.planning.decoder_sizes import AnswerLoad, DecoderSizes
+from qwen3ft.records.evaluation import Champion, InferenceReport
 from qwen3ft.records.requests import InferenceRequest
+from qwen3ft.units import GIB
+from tasks.inference import compare_answers
 
-
-@pytest.fixture(scope="module")
-def loaded(trained: Trained) -> tuple[Any, Any]:
-    return InferenceTester(trained.config).load_finetuned_model(str(trained.adapter))
+THINKING = (1, 3)
+"""Rows with reasoning."""
 
 
 @pytest.fixture
 def request_(trained: Trained, tmp_path: Path) -> InferenceRequest:
+    """Ask base, candidate and champion 6 questions, 2 of which may be thought about."""
+    rows: list[dict[str, Any]] = [dict(row) for row in trained.rows[:6]]
+    for index in THINKING:
+        rows[index]["reasoning"] = "It is known. " * 12
+    write_jsonl(tmp_path / "test.jsonl", rows)
+    write_jsonl(tmp_path / "ability.jsonl", corpus.draw_ability_rows()[:3])
+    changes = {
+        "cache_dir": str(tmp_path / "cache"),
+        "ability_path": str(tmp_path / "ability.jsonl"),
+        "max_new_tokens": 8,
+        "max_thinking_tokens": 3,
+    }
     return InferenceRequest(
-        config=trained.config,
+        config=trained.config.model_copy(update=changes),
         model=trained.snapshot,
         adapter=trained.saved,
+        champion=Champion(
+            registered_model="qwen3ft-embedded",
+            version="7",
+            source_uri="x",
+            adapter_path=trained.early.path,
+        ),
         questions_path=str(tmp_path / "test.jsonl"),
         answers_path=str(tmp_path / "answers.jsonl"),
         device="cpu",
@@ -37,74 +59,187 @@ def request_(trained: Trained, tmp_path: Path) -> InferenceRequest:
     )
 
 
-def test_both_paths_give_the_same_answers_and_losses(
-    trained: Trained, loaded: tuple[Any, Any], request_: InferenceRequest, tmp_path: Path
+def with_settings(request: InferenceRequest, folder: Path, **settings: Any) -> InferenceRequest:
+    """Return the request with other settings, and a cache and answers of its own."""
+    config = request.config.model_copy(update={"cache_dir": str(folder / "cache"), **settings})
+    changes = {"config": config, "answers_path": str(folder / "answers.jsonl")}
+    return request.model_copy(update=changes)
+
+
+def answer(
+    request: InferenceRequest, beat: Callable[[str, int], None] = lambda *_: None
+) -> tuple[InferenceReport, list[dict[str, Any]]]:
+    """Return the report and the answers of all models."""
+    report = run_inference(request, beat)
+    return report, list(read_json_lines(Path(report.answers_path)))
+
+
+def test_the_decoder_gives_the_night_of_transformers(
+    request_: InferenceRequest, tmp_path: Path
 ) -> None:
-    """Greedy answers are equal, thinking budgets included; losses agree in fp32."""
-    rows: list[dict[str, Any]] = [dict(row) for row in trained.rows[:5]]
-    rows[1]["reasoning"] = rows[3]["reasoning"] = "It is known."
-    exam = Exam(
-        rows=rows,
-        ability=corpus.draw_ability_rows()[:2],
-        batch_size=4,
-        max_new_tokens=8,
-        max_thinking_tokens=3,
-        escape=False,
-    )
-
-    def evaluations(name: str) -> dict[Any, Evaluation]:
-        return {
-            label: Evaluation(exam, AnswerCache(tmp_path / name, [label]))
-            for label in ("base", "candidate")
-        }
-
-    model, tokenizer = loaded
-    ours, plain = evaluations("ours"), evaluations("plain")
+    """Same greedy answers of all three models, thinking budgets included; same losses in fp32."""
     beats: list[str] = []
-    words = compute_decoded(
-        request_, loaded, ours, ["candidate"], lambda phase, _: beats.append(phase)
+    mine, answers = answer(
+        with_settings(request_, tmp_path / "ours", kernels="fused"),
+        lambda phase, _: beats.append(phase),
     )
-    assert words.startswith("the decoder: ")
-    assert {*beats} == {"answers", "losses"}
-    with model.disable_adapter():
-        plain["base"].compute(model, tokenizer, "base", lambda *_: None)
-    plain["candidate"].compute(model, tokenizer, "candidate", lambda *_: None)
-    for label in ours:
-        mine, theirs = ours[label].results(), plain[label].results()
-        assert mine.answers == theirs.answers
-        for given in ("losses", "ability"):
-            pairs = zip(getattr(mine, given), getattr(theirs, given), strict=True)
-            for one, other in pairs:
-                assert one.tokens == other.tokens
-                assert one.nats == pytest.approx(other.nats, rel=1e-4)
-        assert len(mine.sampled) == len(theirs.sampled)
+    theirs, plain = answer(with_settings(request_, tmp_path / "plain"))
+    assert mine.answered_by.startswith("the decoder: ")
+    assert theirs.answered_by == "transformers (no GPU)"
+    assert {*beats} == {"load", "answers", "losses"}
+    assert answers == plain
+    assert len({line["candidate"] for line in answers}) > 1
+    assert mine.thinking_asked == theirs.thinking_asked == len(THINKING)
+    assert mine.thinking_cut == theirs.thinking_cut
+    assert {*mine.generated.values()} == {len(answers)}
+    for score in mine.scores:
+        other = theirs.score(score.label)
+        assert other is not None
+        for loss in ("answer_loss", "ability_loss"):
+            assert getattr(score, loss) == pytest.approx(getattr(other, loss), rel=1e-4)
+        same = {"answer_loss": None, "ability_loss": None, "sampled_form": {}}
+        assert score.model_copy(update=same) == other.model_copy(update=same)
+        assert score.sampled_form.keys() == other.sampled_form.keys()
+    assert [one.gain for one in mine.comparisons] == pytest.approx(
+        [one.gain for one in theirs.comparisons], rel=1e-4
+    )
 
 
+def test_a_reference_may_be_longer_than_any_answer(
+    request_: InferenceRequest, tmp_path: Path
+) -> None:
+    """Its loss is that of transformers, although no answer and no chunk is as long."""
+    [row] = list(read_json_lines(Path(request_.questions_path)))[:1]
+    write_jsonl(Path(request_.questions_path), [{**row, "answer": "It is sold there. " * 30}] * 2)
+    losses = [
+        answer(with_settings(request_, tmp_path / name, kernels=name, champion=None))[0]
+        .scores[0]
+        .answer_loss
+        for name in ("fused", "plain")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_answers_that_are_known_are_not_written_again(
+    request_: InferenceRequest, tmp_path: Path
+) -> None:
+    """The next night asks the new adapter alone; with nothing new, nobody is asked."""
+    first = with_settings(request_, tmp_path, kernels="fused")
+    answer(first.model_copy(update={"adapter": first.adapter, "champion": None}))
+    report, _ = answer(first)
+    assert report.generated == {"base": 0, "candidate": 0, "champion": 6}
+    assert answer(first)[0].answered_by == "nobody: every answer was known"
+
+
+@pytest.fixture(scope="module")
+def model(trained: Trained) -> Any:
+    return InferenceTester(trained.config).load_finetuned_model(str(trained.adapter))[0]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "kernels", "obstacle"),
+    [
+        ("cpu", "float32", "auto", "no GPU"),
+        ("cpu", "float32", "fused", ""),
+        ("cuda", "bfloat16", "plain", "kernels=plain"),
+        ("cuda", "float32", "auto", "the GPU has no bfloat16"),
+    ],
+)
 def test_why_transformers_answers_is_said(
-    loaded: tuple[Any, Any], request_: InferenceRequest
+    model: Any, device: str, dtype: str, kernels: str, obstacle: str
 ) -> None:
-    """On a CPU, where the settings ask for it, and in another type."""
-    model, _ = loaded
-    assert find_obstacle(request_, model) == "no GPU"
-    plain = request_.config.model_copy(update={"kernels": "plain"})
-    assert find_obstacle(request_.model_copy(update={"config": plain}), model) == "kernels=plain"
+    """On a CPU unless asked for, where the settings say so, and in another type."""
+    assert find_obstacle(model, device, dtype, kernels) == obstacle
 
 
-def test_a_decoder_that_fails_leaves_the_answers_to_transformers(
-    trained: Trained,
-    request_: InferenceRequest,
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_kernel_that_the_gpu_does_not_know_leaves_the_answers_to_transformers(
+    request_: InferenceRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A kernel that does not compile for a GPU costs no night, and the reason is kept."""
+    """It costs no night, and the reason is kept."""
 
     def capture(*_: Any, **__: Any) -> None:
-        raise RuntimeError("no kernel image is available")
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
 
-    monkeypatch.setattr(inference, "find_obstacle", lambda *_: "")
     monkeypatch.setattr(Decoder, "capture", capture)
-    write_jsonl(Path(request_.questions_path), [dict(row) for row in trained.rows[:2]])
-    config = request_.config.model_copy(update={"max_new_tokens": 8})
-    report = inference.run_inference(
-        request_.model_copy(update={"config": config}), lambda *_: None
+    report, _ = answer(with_settings(request_, tmp_path, kernels="fused"))
+    assert "transformers (the decoder failed: RuntimeError: 'CUDA error: no" in report.answered_by
+
+
+def test_other_errors_of_the_decoder_are_raised(
+    request_: InferenceRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a defect nor a GPU that has failed is hidden behind slow answers."""
+    for error in (KeyError("slot"), RuntimeError("CUDA error: an illegal memory access was met")):
+
+        def capture(*_: Any, error: Exception = error, **__: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(Decoder, "capture", capture)
+        with pytest.raises(type(error)):
+            answer(with_settings(request_, tmp_path, kernels="fused"))
+
+
+@pytest.mark.slow
+def test_a_decoder_that_takes_its_process_along_costs_no_night(
+    trained: Trained, request_: InferenceRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new process answers without it, and the card will say why."""
+    monkeypatch.setenv("QWEN3FT_FAULTS", "exit@point=answers.begun")
+    config = with_settings(request_, tmp_path, kernels="fused").config
+    plan = make_plan(trained.snapshot, run_id="night")
+    folder = {"run_dir": str(tmp_path), "max_memory_gb": 4.0}
+    plan = plan.model_copy(
+        update={**folder, "dataset": plan.dataset.model_copy(update={"path": str(tmp_path)})}
     )
-    assert "transformers (the decoder failed: RuntimeError: 'no kernel image" in report.answered_by
+    report = compare_answers.fn(config, plan, trained.saved, None)
+    assert report.answered_by.startswith("transformers (the decoder's process failed: ")
+    assert report.score("candidate").rows == 6
+
+
+SIZES_OF_4B = {"questions": 1800, "prompt_tokens": 140, "typical_prompt_tokens": 90.0}
+
+
+def load_of(trained: Trained, **changes: Any) -> AnswerLoad:
+    values = {"answer_tokens": 264, "typical_answer_tokens": 128.0, **SIZES_OF_4B, **changes}
+    return AnswerLoad(shape=trained.snapshot.shape, ranks=(6, 6), **values)
+
+
+def test_out_of_memory_makes_a_smaller_decoder(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each rung takes fewer bytes: no copies in 16 bits, then fewer slots and pages."""
+    load = load_of(trained)
+    monkeypatch.setattr(fitting, "free_room", lambda *_: GIB)
+    tried: list[DecoderSizes] = []
+
+    def use(sizes: DecoderSizes) -> str:
+        tried.append(sizes)
+        if len(tried) < len(RUNGS):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return "answered"
+
+    assert run_within(load, 13.0, "cuda", use) == (tried[-1], "answered")
+    sizes = [load.bytes_of(each) for each in tried]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len({*sizes}) == len(RUNGS)
+    assert tried[0].resident_blocks > tried[1].resident_blocks == 0
+    tried.clear()
+    with pytest.raises(CannotDecodeError, match="memory ran out with every size"):
+        run_within(load, 13.0, "cuda", break_off)
+
+
+def break_off(_: DecoderSizes) -> None:
+    """Run out of memory within a captured step, whose end torch then complains about."""
+    try:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    except torch.OutOfMemoryError:
+        raise RuntimeError("CUDA error: operation failed due to a previous error") from None
+
+
+def test_a_budget_without_room_is_left_to_transformers(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is tried."""
+    monkeypatch.setattr(fitting, "free_room", lambda *_: 0)
+    with pytest.raises(CannotDecodeError, match="does not fit the budget"):
+        run_within(load_of(trained), 13.0, "cuda", lambda _: pytest.fail("it was tried"))
