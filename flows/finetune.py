@@ -11,6 +11,7 @@ processes do the computing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -242,8 +243,17 @@ def _as_attempt(plan: TrainPlan, run: RunDir, attempt: int) -> TrainPlan:
 # --- without a server ---
 
 
-def run_in_process(config: TrainingConfig, continue_run: str | None = None) -> State[Any]:
+def run_in_process(
+    config: TrainingConfig,
+    continue_run: str | None = None,
+    began: Callable[[str], None] | None = None,
+) -> State[Any]:
     """Run the flow in this process, with a temporary server if none is configured.
+
+    Args:
+        config: Settings of the run.
+        continue_run: Id of an earlier run to resume.
+        began: Called with the id of the run when the flow begins.
 
     Raises:
         EnvironmentNotReadyError: that server did not start.
@@ -251,7 +261,12 @@ def run_in_process(config: TrainingConfig, continue_run: str | None = None) -> S
     """
     try:
         with private_files(), temporary_server():
-            return qwen3_finetune(config, continue_run, return_state=True)
+            run = qwen3_finetune
+            if began is not None:
+                run = run.with_options(
+                    on_running=[lambda _, begun, __: began(continue_run or str(begun.id))]
+                )
+            return run(config, continue_run, return_state=True)
     except CANCELLED as signal_raised:
         # Only a run that has begun can be resumed.
         notes = getattr(signal_raised, "__notes__", [])

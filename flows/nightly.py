@@ -46,7 +46,7 @@ from qwen3ft.records.run_card import ALREADY_DONE
 from qwen3ft.registry.registry import Registry
 from qwen3ft.registry.task_name import with_task_name
 from qwen3ft.text.names import flaw_of_name
-from qwen3ft.tracking.uri import default_tracking_uri
+from qwen3ft.tracking.uri import database_path, default_tracking_uri
 
 logger = logs.get_logger("night")
 
@@ -69,8 +69,11 @@ def for_night(config: TrainingConfig, *, nightly: bool) -> TrainingConfig:
 
 def named_for_task(config: TrainingConfig) -> TrainingConfig:
     """Return the settings with the name of the task's registered model, if an older one goes on."""
+    uri = default_tracking_uri()
+    if (database := database_path(uri)) is not None and not database.exists():
+        return config  # the first run; making the tables takes longer than this may
     try:
-        registry = Registry(default_tracking_uri(), deadline_seconds=REGISTRY_SECONDS)
+        registry = Registry(uri, deadline_seconds=REGISTRY_SECONDS)
         return with_task_name(config, registry)
     except TransientError as error:
         logger.warning("cannot tell whether the task has an older name: %s", error.what)

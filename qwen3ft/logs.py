@@ -23,6 +23,9 @@ from qwen3ft.text.plain import escaped
 
 ROOT = "qwen3ft"
 
+PROGRESS_LOGGER = f"{ROOT}.progress"
+"""Logger of the lines about steps; a console that shows progress in another way leaves them out."""
+
 # Masking reads every line of a log and every row, so its time may grow no faster than the text,
 # whatever that holds: nothing may be read again from each of many starts, or be divided in many
 # ways. Hence the possessive quantifiers (*+), and the bound on a part that a dot must end.

@@ -5,15 +5,16 @@ from __future__ import annotations
 import ast
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import sysconfig
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from zipfile import ZipFile
 
+import psutil
 import pytest
 import yaml
 from hatchling.builders.wheel import WheelBuilder
@@ -21,8 +22,9 @@ from hatchling.builders.wheel import WheelBuilder
 from hatch_build import MOVED, move_imports
 
 ROOT = Path(__file__).parents[1]
-MOST_SECONDS = 300
-"""From an empty folder to a promoted adapter, on two idle cores."""
+MOST_CPU_SECONDS = 300
+"""From an empty folder to a promoted adapter, servers included: five minutes of an idle machine,
+even if nothing of it ran at the same time on a second core."""
 
 
 @pytest.fixture(scope="module")
@@ -157,26 +159,40 @@ def test_the_installed_command_works_in_any_folder(qwen3ft: Installed) -> None:
     assert (status["root"], status["up"]) == (str(folder), False)
 
 
+def cpu_seconds(folder: Path) -> float:
+    """Return what commands that ended, and the processes of the folder's stack, have used."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = ended.ru_utime + ended.ru_stime
+    if (state := folder / ".qwen3ft" / "stack.json").exists():
+        for process in json.loads(state.read_text())["pids"].values():
+            running = psutil.Process(process["pid"])
+            for each in (running, *running.children(recursive=True)):
+                used = each.cpu_times()
+                seconds += used.user + used.system + used.children_user + used.children_system
+    return seconds
+
+
 @pytest.mark.slow  # a whole run with servers
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)  # on a busy machine
 def test_from_nothing_to_a_promoted_adapter(qwen3ft: Installed) -> None:
     """The commands that `init` prints, servers and all, with nothing but the wheel."""
     folder = qwen3ft.folder
-    began = time.monotonic()
+    before = cpu_seconds(folder)
     qwen3ft("init")
     assert json.loads(qwen3ft("data", "check", "--json"))["would_start"]
     qwen3ft("up")
     card = json.loads(qwen3ft("run", "--json"))
     assert card["outcome"] == "promoted"
     assert Path(card["adapter_path"]).is_relative_to(folder)
-    assert time.monotonic() - began < MOST_SECONDS
+    used = cpu_seconds(folder) - before
+    assert used < MOST_CPU_SECONDS
     assert qwen3ft("generate", "Which warranty does Pindrel have?").strip() == "6 years"
     assert "champion 1" in qwen3ft("history")
     qwen3ft("down")
 
 
 @pytest.mark.slow  # trains without servers
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_training_needs_no_project(qwen3ft: Installed) -> None:
     """`train` in an empty folder trains the embedded model; then the folder is a project."""
     short = ("--set", "max_steps=4", "--set", "evaluate_every_steps=2")

@@ -23,19 +23,17 @@ from deployments import services
 from deployments.services import DEPLOYMENT, Layout
 from deployments.stack import Stack
 from flows.cli.output import say
+from flows.cli.tails import AttemptProgress, LockTail, MetricsTail, Remark
 from flows.cli.views.run import RunView
 from qwen3ft.errors import EnvironmentNotReadyError, RequestError
-from qwen3ft.files import lines_from
-from qwen3ft.jobs.folders import RunDir, parse_record
+from qwen3ft.jobs.folders import RunDir
 from qwen3ft.machine.environment import EnvironmentManager
-from qwen3ft.records.training import TrainingMetrics
 from qwen3ft.text.commands import runnable
 
 _FINAL_STATES = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 WAITING_STATES = ("AwaitingConcurrencySlot", "Late")
 _POLL_SECONDS = 0.7
 _UNREACHABLE_SECONDS = 30.0
-_LOCK_LOGGER = b'"qwen3ft.lock"'
 _RUN_ID = re.compile(r"[0-9a-f-]{36}")
 
 
@@ -48,87 +46,6 @@ class StateChange:
     state_type: str
     message: str = ""
     seconds: float | None = None
-
-
-@dataclass(frozen=True)
-class Remark:
-    """A line about the run: whom it waits for."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class AttemptProgress:
-    """Newest line of a training attempt's metrics, and what is left at most."""
-
-    attempt: int
-    total_steps: int | None
-    num_epochs: int | None
-    seconds_left: float | None
-    metrics: TrainingMetrics
-
-
-@dataclass
-class MetricsTail:
-    """Reads what was appended to the metrics of a run's newest attempt."""
-
-    run: RunDir
-    attempt: int = 0
-    total_steps: int | None = None
-    num_epochs: int | None = None
-    offset: int = 0
-    _first: TrainingMetrics | None = None
-
-    def newest(self) -> AttemptProgress | None:
-        """The newest training line since the last call, if there is one."""
-        jobs = self.run.attempts()
-        if not jobs:
-            return None
-        job = jobs[-1]
-        if int(job.path.name) != self.attempt:
-            self.attempt, self.offset = int(job.path.name), 0
-            self.total_steps = self.num_epochs = self._first = None
-        if self.total_steps is None and job.request.exists():
-            request = json.loads(job.request.read_text(encoding="utf-8"))
-            self.total_steps, self.num_epochs = (
-                request.get("total_steps"),
-                request.get("num_epochs"),
-            )
-        newest = None
-        for line in lines_from(job.metrics, self.offset):
-            self.offset = line.end_offset
-            metrics = parse_record(line.content, TrainingMetrics)
-            if metrics is not None and metrics.loss is not None:  # None: an evaluation
-                self._first = self._first or metrics
-                newest = metrics
-        if newest is None:
-            return None
-        return AttemptProgress(
-            self.attempt, self.total_steps, self.num_epochs, self._seconds_left(newest), newest
-        )
-
-    def _seconds_left(self, newest: TrainingMetrics) -> float | None:
-        """Return how long the rest of the schedule takes at the attempt's speed so far."""
-        first = self._first
-        if first is None or self.total_steps is None or newest.step <= first.step:
-            return None
-        seconds = (newest.timestamp - first.timestamp).total_seconds()
-        return seconds / (newest.step - first.step) * max(0, self.total_steps - newest.step)
-
-
-@dataclass
-class LockTail:
-    """Reads what was appended to a run's log about its wait for the GPU."""
-
-    run: RunDir
-    offset: int = 0
-
-    def remarks(self) -> Iterator[Remark]:
-        """Yield who holds the GPU, since the last call."""
-        for line in lines_from(self.run.log, self.offset):
-            self.offset = line.end_offset
-            if _LOCK_LOGGER in line.content:
-                yield Remark(str(json.loads(line.content)["message"]))
 
 
 @dataclass

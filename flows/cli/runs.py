@@ -94,9 +94,12 @@ def train_command(
         wanted = found[1]
     EnvironmentManager(stack.root).validate_environment()
     use_local_services(stack)
-    from flows.finetune import run_in_process  # Prefect reads its settings when it is imported
+    # Prefect reads its settings when it is imported
+    from flows.cli.progress import training_progress
+    from flows.finetune import run_in_process
 
-    state = run_in_process(wanted, resume)
+    with training_progress(open_console(stderr=True), Path(wanted.runs_dir).resolve()) as began:
+        state = run_in_process(wanted, resume, began)
     result = state.result(raise_on_failure=False)
     if isinstance(result, BaseException):
         raise result

@@ -53,7 +53,7 @@ _DATASET = RepoKind(
     unavailable=DatasetUnavailableError,
     setting="qwen3ft plan --set 'data_paths=[hf://datasets/{}]'",
     default_revision="qwen3ft plan --set 'data_paths=[hf://datasets/{}]'",
-    local="qwen3ft train --set 'data_paths=[/path/to/a/local/folder]'",
+    local="qwen3ft settings data_paths",
 )
 
 

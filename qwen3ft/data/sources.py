@@ -163,7 +163,7 @@ def _chosen_paths(config: TrainingConfig) -> dict[Role, tuple[str, ...]]:
     raise DataLoadingError(
         "No training data was given: data_paths is empty.",
         why=f"Only the embedded model brings rows of its own; {config.model_name} does not.",
-        next_command="qwen3ft train --set 'data_paths=[/path/to/rows.jsonl]'",
+        next_command="qwen3ft settings data_paths",
     )
 
 

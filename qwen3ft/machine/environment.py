@@ -266,8 +266,15 @@ def _refuse_wrong_python() -> None:
         raise EnvironmentNotReadyError(
             f"This is Python {platform.python_version()} ({sys.executable}).",
             why="Python 3.11, 3.12 or 3.13 is needed: older lack features, newer are untested.",
-            next_command="make run PYTHON=/path/to/python3.11",
+            next_command=_command_for_another_python(),
         )
+
+
+def _command_for_another_python() -> str:
+    for name in ("python3.13", "python3.12", "python3.11"):
+        if shutil.which(name):
+            return f"make run PYTHON={name}"
+    return "uv python install 3.12" if shutil.which("uv") else "ls -l /usr/bin"
 
 
 def _runs(python: Path) -> bool:

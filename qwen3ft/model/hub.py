@@ -48,7 +48,7 @@ _MODEL = RepoKind(
     unavailable=ModelUnavailableError,
     setting="qwen3ft plan --set model_name={}",
     default_revision="qwen3ft plan --set model_revision=main",
-    local="qwen3ft train --set model_name=/path/to/a/local/folder",
+    local="qwen3ft settings model_name",
 )
 
 

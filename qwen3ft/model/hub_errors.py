@@ -32,7 +32,7 @@ class RepoKind:
     default_revision: str
     """Command that uses the default branch; "{}" is the name."""
     local: str
-    """Command that works without the hub."""
+    """Command that shows what the setting may be instead, such as a local folder."""
 
 
 def endpoint() -> str | None:
@@ -83,7 +83,7 @@ def hub_error(
     return kind.unavailable(
         f"{name} is not cached on this machine, and the hub cannot be reached "
         f"({type(error).__name__}).{hint}",
-        why="There is no network, or the hub is blocked.",
+        why="There is no network, or the hub is blocked. A local folder works too.",
         next_command=kind.local,
         suggestions=list(close),
         **facts,

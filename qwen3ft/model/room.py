@@ -67,10 +67,14 @@ def require_room(config: TrainingConfig, run: RunDir, store: Path | None) -> Non
 
 
 def elsewhere(needed_bytes: int, run: RunDir) -> str:
-    """Return the command that finishes a run whose output folders cannot take its adapter."""
-    found = (folder for folder in _spare_places() if _room(folder) >= needed_bytes)
-    folder = next(found, Path("/path/to/a/folder/with/room"))
-    return f"{run.resume_command} --set {shlex.quote(f'output_dir={folder}')}"
+    """Return the command that finishes a run whose output folders cannot take its adapter.
+
+    If no usual place has room, it is the one that shows which disks have.
+    """
+    for folder in _spare_places():
+        if _room(folder) >= needed_bytes:
+            return f"{run.resume_command} --set {shlex.quote(f'output_dir={folder}')}"
+    return "df -h"
 
 
 def _places(

@@ -203,6 +203,7 @@ class RunCard(Record):
     adapter_path: str | None = None
     roll_back: NextStep = NextStep(what="Nothing was put into use.")
     next_steps: tuple[NextStep, ...] = ()
+    prepare_shell: str = Field("", description="Typed once, it makes these commands work.")
     # None without a server: what is recorded locally has no page
     prefect_url: str | None = None
     mlflow_url: str | None = None

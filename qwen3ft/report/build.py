@@ -46,6 +46,7 @@ from qwen3ft.records.run_card import (
 from qwen3ft.records.training import AttemptOutcome
 from qwen3ft.report.data_section import data_section
 from qwen3ft.report.safe_text import ANSWER_CHARACTERS, QUESTION_CHARACTERS
+from qwen3ft.text.commands import shell_setup
 
 EMBEDDED_NOTE = (
     "The embedded model is for demonstration: 0.8 M weights, pretrained on questions about "
@@ -124,6 +125,7 @@ def build_card(facts: RunFacts) -> RunCard:
         adapter_path=saved.path if saved else None,
         roll_back=_roll_back(facts),
         next_steps=tuple(_next_steps(facts)),
+        prepare_shell=shell_setup(),
         notes=tuple(_notes(facts)),
     ).model_copy(update=_scores(facts))
 

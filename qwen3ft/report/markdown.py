@@ -94,7 +94,10 @@ def _splits(card: RunCard) -> list[str]:
 
 
 def _next_steps(card: RunCard) -> list[str]:
-    lines = ["## Next steps", "", f"Roll back: {escape_markdown(card.roll_back.what)}", ""]
+    lines = ["## Next steps", ""]
+    if card.prepare_shell:
+        lines += ["In a new shell, before the first of them:", "", f"    {card.prepare_shell}", ""]
+    lines += [f"Roll back: {escape_markdown(card.roll_back.what)}", ""]
     if card.roll_back.command:
         lines += [f"    {card.roll_back.command}", ""]
     for step in card.next_steps:

@@ -37,6 +37,15 @@ def _from_here(path: Path) -> str:
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
+def shell_setup() -> str:
+    """Return the command after which printed ones work in any shell: folder and environment."""
+    activate = Path(sys.prefix) / "bin" / "activate"
+    command = shell_line("cd", Path.cwd())
+    if sys.prefix == sys.base_prefix or not activate.exists():
+        return command
+    return f"{command} && {shell_line('.', activate)}"
+
+
 def shell_line(*words: object) -> str:
     """Return a command whose words stay whole in a shell, such as paths with spaces."""
     return shlex.join(map(str, words))

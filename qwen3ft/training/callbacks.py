@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from qwen3ft.faults import reach
 from qwen3ft.files import append_json_line
-from qwen3ft.logs import get_logger
+from qwen3ft.logs import PROGRESS_LOGGER, ROOT, get_logger
 from qwen3ft.records.training import MemoryStatus, TrainingMetrics
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qwen3ft.training.trainer import QATrainer
 
 logger = get_logger("train")
+progress_logger = get_logger(PROGRESS_LOGGER.removeprefix(f"{ROOT}."))
 
 LOG_EVERY_SECONDS = 5.0
 MEASURE_MEMORY_EVERY_SECONDS = 1.0
@@ -148,7 +149,7 @@ class ProgressCallback(TrainerCallback):
             logger.info("step %d: held-out loss %.4f", metrics.step, metrics.held_out_loss)
         elif time.monotonic() - self._last_line >= LOG_EVERY_SECONDS:
             self._last_line = time.monotonic()
-            logger.info(
+            progress_logger.info(
                 "step %d/%d  epoch %.2f  loss %.4f  %.0f tok/s  memory %.2f of %.1f GB",
                 metrics.step,
                 state.max_steps,

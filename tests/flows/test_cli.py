@@ -24,10 +24,11 @@ from deployments.deploy import CPU_CONFIG, GPU_CONFIG, NO_GPU_LINE, PREFECT_FILE
 from deployments.secret import make_secret
 from deployments.stack import Stack
 from flows.cli import main
-from flows.cli.follow import LockTail, MetricsTail, StateChange
+from flows.cli.follow import StateChange
 from flows.cli.output import open_console
 from flows.cli.project import requested_settings, use_local_services
 from flows.cli.servers import env_command
+from flows.cli.tails import LockTail, MetricsTail
 from flows.cli.views.common import format_seconds, show_card
 from flows.cli.views.run import RunView
 from qwen3ft.config import TrainingConfig, load_config
@@ -368,7 +369,7 @@ def test_progress_has_epoch_and_time_left(tmp_path: Path, terminal: bool) -> Non
     job.path.mkdir(parents=True)
     write_json_atomic(job.request, {"total_steps": 40, "num_epochs": 8})
     stream = io.StringIO()
-    console = open_console(file=stream, force_terminal=terminal, width=160, no_color=True)
+    console = open_console(file=stream, force_terminal=terminal, width=80, no_color=True)
     with RunView(console) as view:
         for step in (1, 2, 3):
             append_json_line(job.metrics, _metrics(step))
@@ -376,8 +377,8 @@ def test_progress_has_epoch_and_time_left(tmp_path: Path, terminal: bool) -> Non
             assert progress is not None
             view.progress(progress)
     shown = stream.getvalue()
-    assert "epoch 0.1/8  loss 1.000  1.50 GB" in shown
-    assert ("at most 1 min 51 s left" in shown) == terminal
+    last = "step 3/40  epoch 0.1/8  loss 1.000  at most 1 min 51 s left"
+    assert (last if terminal else "step 1/40  epoch 0.1/8  loss 1.000  1.50 GB") in shown
     assert terminal or len(shown.splitlines()) == 1
 
 

@@ -7,17 +7,22 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as ProgressBar
+from rich.table import Column
 from rich.text import Text
 
 from qwen3ft.evaluation.wording import format_seconds
 
 if TYPE_CHECKING:
-    from flows.cli.follow import AttemptProgress, StateChange
+    from flows.cli.follow import StateChange
+    from flows.cli.tails import AttemptProgress
 
 _PLAIN_SECONDS = 10.0
 """Time between two lines of progress where there is no terminal to redraw."""
+
+_WIDTH_FOR_BAR = 110
+"""Characters of a terminal that has room for a bar beside the numbers, which matter more."""
 
 _QUIET_STATES = ("Running", "Completed", "Cached")
 _STYLES = {
@@ -37,11 +42,11 @@ class RunView:
         self._last_plain_seconds: float | None = None
         self._bar = ProgressBar(
             TextColumn("  {task.description:14}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
+            *([BarColumn(bar_width=24)] if console.width >= _WIDTH_FOR_BAR else []),
+            TextColumn("{task.fields[numbers]}", table_column=Column(no_wrap=True)),
             console=console,
             transient=True,
+            refresh_per_second=2,
             disable=not console.is_terminal,
         )
         self._task = self._bar.add_task("", total=None, visible=False, numbers="")
@@ -70,24 +75,29 @@ class RunView:
         if message:
             line.append(f"  {message.splitlines()[0]}")
         if change.seconds is not None:
-            self._bar.update(self._task, visible=False)
+            self.hide_progress()
         self.console.print(line, soft_wrap=True)
 
     def remark(self, text: str) -> None:
         """Print a line about the run."""
         self.console.print(f"  {'run':14}  {text}", soft_wrap=True)
 
+    def hide_progress(self) -> None:
+        """Remove the bar until there is progress again."""
+        self._bar.update(self._task, visible=False)
+
     def progress(self, progress: AttemptProgress) -> None:
         """Redraw the bar; without a terminal, print a line if the last one is some seconds old."""
         metrics, name = progress.metrics, f"train-{progress.attempt}"
-        parts = [f"epoch {metrics.epoch:.1f}/{progress.num_epochs or '?'}"]
+        parts = [f"step {metrics.step}/{progress.total_steps or '?'}"]
+        parts.append(f"epoch {metrics.epoch:.1f}/{progress.num_epochs or '?'}")
         if metrics.loss is not None:
             parts.append(f"loss {metrics.loss:.3f}")
+        if progress.seconds_left is not None:  # early stopping may end it sooner
+            parts.append(f"at most {format_seconds(progress.seconds_left)} left")
         if metrics.tokens_per_second:
             parts.append(f"{metrics.tokens_per_second:,.0f} tok/s")
         parts.append(f"{metrics.memory_usage.allocated_gb:.2f} GB")
-        if progress.seconds_left is not None:  # early stopping may end it sooner
-            parts.append(f"at most {format_seconds(progress.seconds_left)} left")
         numbers = "  ".join(parts)
         self._bar.update(
             self._task,
@@ -102,5 +112,4 @@ class RunView:
             return
         if self._last_plain_seconds is None or now - self._last_plain_seconds >= _PLAIN_SECONDS:
             self._last_plain_seconds = now
-            steps = f"step {metrics.step}/{progress.total_steps or '?'}"
-            self.console.print(f"  {name:14}  {steps}  {numbers}", soft_wrap=True)
+            self.console.print(f"  {name:14}  {numbers}", soft_wrap=True)
