@@ -208,7 +208,7 @@ def find_base(adapter: OpenedAdapter) -> str:
         # The same revision quantised again is accepted: other library versions write other bytes.
         if sha256_file(snapshot / MANIFEST_NAME) != base["snapshot_manifest_sha256"]:
             logger.warning("%s was quantised again since the adapter was trained", snapshot)
-        require_fit(adapter, _shape_of(snapshot))
+        require_fit(adapter, shape_of(snapshot))
         return str(snapshot)
     setting = f"--set {shlex.quote('model_name=' + base['model_name'])}"
     if base["local_path"] is None:
@@ -229,7 +229,7 @@ def require_fit(adapter: OpenedAdapter, shape: ModelShape) -> None:
         raise refused_adapter(adapter.folder, str(fault)) from fault
 
 
-def _shape_of(snapshot: Path) -> ModelShape:
+def shape_of(snapshot: Path) -> ModelShape:
     """Return the shape in a snapshot's manifest.
 
     Raises:

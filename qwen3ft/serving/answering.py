@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen3ft.chat.rendering import generation_prompt, prompt_ids
 from qwen3ft.chat.thinking import THINK_OPEN, ThinkingChunk, ThinkingSplitter
-from qwen3ft.evaluation.generation import end_tokens, greedy_settings
+from qwen3ft.decoding.writing import AnswerLimits
+from qwen3ft.evaluation.generation import end_tokens
 from qwen3ft.evaluation.inference import InferenceTester
 from qwen3ft.files import append_json_line, lines_from
 from qwen3ft.jobs.folders import JobDir
+from qwen3ft.model.saved_adapter import find_base, open_adapter, shape_of
 from qwen3ft.records.requests import AskRequest, ChatEnded, ChatQuestion, Chunk
+from qwen3ft.serving.voices import Voice, open_voice
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 WAIT_SECONDS = 0.05
@@ -33,7 +36,9 @@ def answer_session(request: AskRequest, job: JobDir, beat: Callable[[str], None]
         TokenizerError: the chat template cannot be used.
     """
     model, tokenizer = InferenceTester(request.config).load_finetuned_model(request.adapter)
-    responder = Responder(model, tokenizer, request, job, beat)
+    shape = shape_of(Path(find_base(open_adapter(Path(request.adapter)))))
+    voice = open_voice(model, tokenizer, shape, request)
+    responder = Responder(voice, model, tokenizer, request, job, beat)
     responder.send(Chunk(kind="ready"))
     offset = answered = 0
     while True:
@@ -52,13 +57,15 @@ class Responder:
 
     def __init__(
         self,
+        voice: Voice,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         request: AskRequest,
         job: JobDir,
         beat: Callable[[str], None],
     ) -> None:
-        self.model, self.tokenizer, self.request, self.job = model, tokenizer, request, job
+        self.voice, self.tokenizer, self.request, self.job = voice, tokenizer, request, job
+        self._ends = end_tokens(model, tokenizer)
         self._beat = beat
         self._beaten = 0.0
 
@@ -74,45 +81,35 @@ class Responder:
 
     def answer(self, messages: tuple[dict[str, Any], ...]) -> None:
         """Stream the assistant's next turn."""
-        import torch
-        from transformers import StoppingCriteriaList
-
-        thinking = self.request.thinking
-        escape = self.request.config.special_tokens_in_text == "escape"
+        thinking, config = self.request.thinking, self.request.config
+        escape = config.special_tokens_in_text == "escape"
         ids = prompt_ids(self.tokenizer, messages, thinking, escape=escape)
         prompt = generation_prompt(self.tokenizer, messages, thinking)
-        splitter = ThinkingSplitter(opened=prompt.rstrip().endswith(THINK_OPEN))
+        limits = AnswerLimits(
+            answer_tokens=config.max_new_tokens,
+            thinking_tokens=config.max_thinking_tokens if thinking else 0,
+            opened=prompt.rstrip().endswith(THINK_OPEN),
+        )
+        splitter = ThinkingSplitter(opened=limits.opened)
 
         def emit(text: str, end: bool) -> None:
             self._send_parts(splitter.feed(text))
             if end:
                 self._send_parts(splitter.close())
 
-        inputs = torch.tensor([ids], device=self.model.device)
-        output = self.model.generate(
-            input_ids=inputs,
-            attention_mask=torch.ones_like(inputs),
-            generation_config=greedy_settings(
-                self.model, self.tokenizer, self.request.config.max_new_tokens
-            ),
-            streamer=_streamer(self.tokenizer, emit),
-            stopping_criteria=StoppingCriteriaList([self._watch]),
-        )
-        written = output[0, len(ids) :].tolist()
-        stopped = bool(written) and written[-1] in end_tokens(self.model, self.tokenizer)
+        streamer = _streamer(self.tokenizer, emit)
+        written = self.voice.write(ids, limits, streamer, self._is_wanted)
+        stopped = bool(written) and written[-1] in self._ends
         self.send(Chunk(kind="end", tokens=len(written), stopped=stopped))
 
     def _send_parts(self, parts: list[ThinkingChunk]) -> None:
         for kind, text in parts:
             self.send(Chunk(kind=kind, text=text))
 
-    def _watch(self, tokens: torch.Tensor, _: Any, **__: Any) -> torch.Tensor:
-        """Stop generating once the chat has been ended (a stopping criterion)."""
-        import torch
-
+    def _is_wanted(self) -> bool:
+        """Return False once the chat has been ended."""
         self.beat("answer")
-        unwanted = self.job.stop.exists()
-        return torch.full((len(tokens),), unwanted, dtype=torch.bool, device=tokens.device)
+        return not self.job.stop.exists()
 
 
 def _streamer(tokenizer: PreTrainedTokenizerBase, emit: Callable[[str, bool], None]) -> Any:

@@ -16,8 +16,10 @@ from support.registered import MODEL, add_version, copy_database
 from support.trained_adapter import Trained
 
 from flows import cli
+from qwen3ft.chat.rendering import prompt_ids
 from qwen3ft.chat.thinking import ThinkingSplitter, split_thinking
 from qwen3ft.config import TrainingConfig
+from qwen3ft.decoding.writing import AnswerLimits
 from qwen3ft.errors import ModelNotFoundError, SaveError
 from qwen3ft.evaluation.inference import InferenceTester
 from qwen3ft.files import read_json_lines, write_json_atomic
@@ -28,6 +30,7 @@ from qwen3ft.registry.lookup import find_adapter
 from qwen3ft.registry.registry import Registry
 from qwen3ft.serving.answering import Responder
 from qwen3ft.serving.session import ChatSession
+from qwen3ft.serving.voices import BURST_STEPS, DecoderVoice, PlainVoice, Voice, open_voice
 
 ROOT = Path(__file__).parents[2]
 
@@ -96,33 +99,106 @@ def pieces(job: JobDir) -> list[Chunk]:
     return [Chunk.model_validate(line) for line in read_json_lines(job.pieces)]
 
 
-def test_the_pieces_are_the_answer_that_the_inference_test_gives(
-    trained: Trained, loaded: tuple[Any, Any], job: JobDir
-) -> None:
-    """They come as several chunks, also in Chinese, with the end last."""
-    tester = InferenceTester(trained.config)
-    speaker = Responder(*loaded, request_for(trained), job, lambda _: None)
-    counts = []
-    for row in trained.rows[:6]:
+@pytest.fixture(scope="module")
+def voices(trained: Trained, loaded: tuple[Any, Any]) -> dict[str, Voice]:
+    """Both ways to write an answer, by the setting that asks for them."""
+    shape = trained.snapshot.shape
+    return {
+        kernels: open_voice(
+            *loaded,
+            shape,
+            request_for(
+                trained, config=trained.config.model_copy(update={"kernels": kernels, **BUDGETS})
+            ),
+        )
+        for kernels in ("plain", "fused")
+    }
+
+
+BUDGETS = {"max_new_tokens": 16, "max_thinking_tokens": 3}
+
+
+def told(
+    voice: Voice, loaded: tuple[Any, Any], request: AskRequest, job: JobDir, *rows: Any
+) -> Any:
+    """Return the chunks of each row's answer."""
+    speaker = Responder(voice, *loaded, request, job, lambda _: None)
+    chunks = []
+    for row in rows:
         job.pieces.unlink(missing_ok=True)
         speaker.answer(({"role": "user", "content": row["question"]},))
-        *parts, end = pieces(job)
+        chunks.append(pieces(job))
+    return chunks
+
+
+def test_the_pieces_are_the_answer_that_the_inference_test_gives(
+    trained: Trained, loaded: tuple[Any, Any], voices: dict[str, Voice], job: JobDir
+) -> None:
+    """They come as several chunks, also in Chinese, with the end last; both ways alike."""
+    assert [type(voice) for voice in voices.values()] == [PlainVoice, DecoderVoice]
+    tester, rows = InferenceTester(trained.config), trained.rows[:6]
+    plain, decoded = (
+        told(voice, loaded, request_for(trained), job, *rows) for voice in voices.values()
+    )
+    assert plain == decoded
+    for row, (*parts, end) in zip(rows, plain, strict=True):
         assert "".join(piece.text for piece in parts) == row["answer"]
         assert tester.test_inference(*loaded, row["question"]) == row["answer"]
         assert (end.kind, end.stopped) == ("end", True)
-        counts.append(len(parts))
-    assert max(counts) > 1
+    assert max(map(len, plain)) > 2
+
+
+def test_thinking_in_a_chat_has_its_budget(
+    trained: Trained, loaded: tuple[Any, Any], voices: dict[str, Voice], job: JobDir
+) -> None:
+    """When it is spent, the model answers; both ways alike."""
+    config = trained.config.model_copy(update=BUDGETS)
+    request, row = request_for(trained, config=config, thinking=True), trained.rows[0]
+    [plain], [decoded] = (told(voice, loaded, request, job, row) for voice in voices.values())
+    assert plain == decoded
+    # this model closes a block at once, so it is made to think in the middle of an answer
+    limits = AnswerLimits(16, 2, opened=True)
+    ids = prompt_ids(loaded[1], row["question"], False)
+    for voice in voices.values():
+        written = voice.write(ids, limits, _Deaf(), lambda: True)
+        closing = list(voice.marks.closing)
+        assert written[2 : 2 + len(closing)] == closing, written
+
+
+class _Deaf:
+    """A streamer that nobody listens to."""
+
+    def put(self, _: Any) -> None:
+        """Ignore tokens."""
+
+    def end(self) -> None:
+        """Ignore the end."""
 
 
 def test_an_answer_that_nobody_wants_any_more_stops(
-    trained: Trained, loaded: tuple[Any, Any], job: JobDir
+    trained: Trained, loaded: tuple[Any, Any], voices: dict[str, Voice], job: JobDir
 ) -> None:
-    """It stops one token after the request, not at the end of the answer."""
+    """It stops a token or two after the request, and the next one is answered all the same."""
     job.stop.touch()
-    speaker = Responder(*loaded, request_for(trained), job, lambda _: None)
-    speaker.answer(({"role": "user", "content": trained.rows[0]["question"]},))
-    [end] = [piece for piece in pieces(job) if piece.kind == "end"]
-    assert (end.tokens, end.stopped) == (1, False)
+    for voice in voices.values():
+        [[*_, end]] = told(voice, loaded, request_for(trained), job, trained.rows[0])
+        assert (end.kind, end.stopped) == ("end", False)
+        assert end.tokens <= BURST_STEPS
+    job.stop.unlink()
+    [[*parts, _]] = told(voices["fused"], loaded, request_for(trained), job, trained.rows[0])
+    assert "".join(piece.text for piece in parts) == trained.rows[0]["answer"]
+
+
+def test_a_conversation_may_outgrow_the_decoder(
+    trained: Trained, loaded: tuple[Any, Any], job: JobDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A larger one is made for it."""
+    monkeypatch.setattr("qwen3ft.serving.voices.FIRST_PROMPT_TOKENS", 8)
+    config = trained.config.model_copy(update={"kernels": "fused", "max_thinking_tokens": 0})
+    request = request_for(trained, config=config)
+    voice = open_voice(*loaded, trained.snapshot.shape, request)
+    [[*parts, _]] = told(voice, loaded, request, job, trained.rows[0])
+    assert "".join(piece.text for piece in parts) == trained.rows[0]["answer"]
 
 
 def test_a_session_answers_and_leaves_nothing_behind(
