@@ -122,10 +122,8 @@ def deploy(stack: Stack, say: Say = lambda _: None, *, force: bool = False) -> b
 
 
 def read_deployment(stack: Stack) -> dict[str, Any] | None:
-    """Return the deployment as the server knows it, or None."""
-    address = f"{stack.layout().url('prefect')}/api/deployments/name/{DEPLOYMENT}"
-    found: dict[str, Any] | None = services.request_json(stack.layout().secret, address)
-    return found
+    """Return the deployment as the stack's server knows it, or None."""
+    return services.find_deployment(stack.layout())
 
 
 def _run_prefect_deploy(stack: Stack) -> None:

@@ -18,8 +18,8 @@ import psutil
 from deployments import services
 from deployments.automations import PROCESS_LOST, resumption_parameters
 from deployments.processes import find_marked
-from deployments.services import DEPLOYMENT, POOL, Layout
-from qwen3ft.config import TrainingConfig
+from deployments.services import POOL, Layout
+from qwen3ft.config import TrainingConfig, merge_settings
 from qwen3ft.jobs.folders import RunDir
 
 _UNFINISHED = ("PENDING", "RUNNING", "CANCELLING")
@@ -45,7 +45,7 @@ def find_orphans(layout: Layout) -> list[dict[str, Any]]:
         "work_pools": {"name": {"any_": [POOL]}},
         "flow_runs": {"state": {"type": {"any_": _UNFINISHED}}},
     }
-    found = services.request_json(layout.secret, f"{_api(layout)}/flow_runs/filter", wanted)
+    found = services.ask_prefect(layout, "flow_runs/filter", wanted)
     return [run for run in found or () if run["id"] not in alive]
 
 
@@ -70,43 +70,40 @@ class OrphanSweep:
 
 def end_run(layout: Layout, run: Mapping[str, Any], message: str) -> None:
     """Mark a run as crashed, and continue it; one that was being cancelled is cancelled."""
+    deployment = services.find_deployment(layout)
     if run["state_type"] == "CANCELLING":
         state = {"type": "CANCELLED", "message": message}
-    elif not _has_begun(layout.root, run):
+    elif not has_begun(layout.root, run, deployment):
         # under the name Crashed the automation would take it up
         message = f"{message} It had not begun, so it is not taken up."
         state = {"type": "CRASHED", "name": PROCESS_LOST, "message": message}
     else:
         # continue first: if this is killed between the two, the next `up` repeats both
-        name = PROCESS_LOST if _continue(layout, run) else "Crashed"
+        name = PROCESS_LOST if _continue(layout, run, deployment) else "Crashed"
         message = f"{message} Its checkpoints are kept."
         state = {"type": "CRASHED", "name": name, "message": message}
-    address = f"{_api(layout)}/flow_runs/{run['id']}/set_state"
-    services.request_text(layout.secret, address, {"state": state})
+    services.ask_prefect(layout, f"flow_runs/{run['id']}/set_state", {"state": state})
 
 
-def _continue(layout: Layout, run: Mapping[str, Any]) -> bool:
+def _continue(layout: Layout, run: Mapping[str, Any], deployment: Mapping[str, Any] | None) -> bool:
     """Start a run that continues `run`, as the automation does after a crash."""
     if (run["parameters"].get("resumed") or 0) > 1:
         return False  # the flow would have refused to go on, and did not even begin
-    address = f"{_api(layout)}/deployments"
-    deployment = services.request_json(layout.secret, f"{address}/name/{DEPLOYMENT}")
     if deployment is None or run["deployment_id"] != deployment["id"]:
         return False
     asked = {"parameters": resumption_parameters(run)}
-    created = f"{address}/{deployment['id']}/create_flow_run"
-    return services.request_json(layout.secret, created, asked) is not None
+    address = f"deployments/{deployment['id']}/create_flow_run"
+    return services.ask_prefect(layout, address, asked) is not None
 
 
-def _has_begun(root: Path, run: Mapping[str, Any]) -> bool:
+def has_begun(root: Path, run: Mapping[str, Any], deployment: Mapping[str, Any] | None) -> bool:
     """Return True if the run that a flow run executes has written its settings."""
     given = run["parameters"]
-    runs_dir = (given.get("config") or {}).get("runs_dir") or TrainingConfig().runs_dir
+    # what a run was not given is the deployment's, as in `flows.parameters`
+    usual = ((deployment or {}).get("parameters") or {}).get("config") or {}
+    settings = merge_settings(usual, given.get("config") or {})
+    runs_dir = settings.get("runs_dir") or TrainingConfig().runs_dir
     return RunDir(root / runs_dir / (given.get("continue_run") or run["id"])).config.is_file()
-
-
-def _api(layout: Layout) -> str:
-    return f"{layout.url('prefect')}/api"
 
 
 def _executing(root: Path) -> set[str]:

@@ -221,7 +221,7 @@ def is_healthy(service: Service, layout: Layout, started: float) -> bool:
     if started > now:  # the clock was set back since
         started = now - LATE_HEARTBEAT_SECONDS
     if service == "prefect":
-        return request_json(layout.secret, f"{layout.url('prefect')}/api/health") is True
+        return ask_prefect(layout, "health") is True
     if service == "mlflow":
         return request_text(layout.secret, f"{layout.url('mlflow')}/health") == "OK"
     return any(
@@ -229,11 +229,19 @@ def is_healthy(service: Service, layout: Layout, started: float) -> bool:
         and worker["status"] == "ONLINE"
         # the database still has the row of a worker that ran before
         and datetime.fromisoformat(worker["last_heartbeat_time"]).timestamp() >= started
-        for worker in request_json(
-            layout.secret, f"{layout.url('prefect')}/api/work_pools/{POOL}/workers/filter", body={}
-        )
-        or ()
+        for worker in ask_prefect(layout, f"work_pools/{POOL}/workers/filter", {}) or ()
     )
+
+
+def ask_prefect(layout: Layout, address: str, body: Mapping[str, Any] | None = None) -> Any:
+    """Return the Prefect server's answer at `address`, the part after /api/; None for none."""
+    return request_json(layout.secret, f"{layout.url('prefect')}/api/{address}", body)
+
+
+def find_deployment(layout: Layout) -> dict[str, Any] | None:
+    """Return the deployment as the server knows it; None if it does not, or does not answer."""
+    found: dict[str, Any] | None = ask_prefect(layout, f"deployments/name/{DEPLOYMENT}")
+    return found
 
 
 def runs_page(layout: Layout) -> str:

@@ -178,15 +178,14 @@ class Stack:
         state = self._read_state()
         reports = tuple(self._report(name, state) for name in SERVICES)
         urls = {report.name: report.url for report in reports if report.healthy}
-        address = f"{urls.get('prefect')}/api/deployments/name/{DEPLOYMENT}"
-        known = "prefect" in urls
-        deployment = services.request_json(self._layout(state).secret, address) if known else None
+        layout = self._layout(state)
+        deployment = services.find_deployment(layout) if "prefect" in urls else None
         return StackStatus(
             root=str(self.root),
             up=all(report.healthy for report in reports),
             prefect_url=urls.get("prefect"),
             mlflow_url=urls.get("mlflow"),
-            mlflow_page=services.runs_page(self._layout(state)) if "mlflow" in urls else None,
+            mlflow_page=services.runs_page(layout) if "mlflow" in urls else None,
             services=reports,
             deployment_registered=deployment is not None,
             schedule_active=any(

@@ -7,11 +7,9 @@ in, else the working folder itself. Paths in settings are relative to it.
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, chdir, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +28,12 @@ from qwen3ft.config import (
     with_current_names,
 )
 from qwen3ft.errors import RequestError
-from qwen3ft.jobs.folders import read_record
-from qwen3ft.operations.resumption import find_begun_run, resumed_settings
+from qwen3ft.jobs.folders import RunDir, read_record
+from qwen3ft.operations.resumption import find_begun_run, own_settings, resumed_settings
 from qwen3ft.operations.run_state import ending_of
 from qwen3ft.records.evaluation import ModelScore
 from qwen3ft.records.run_card import RunCard
+from qwen3ft.text.commands import shell_line
 
 if TYPE_CHECKING:
     from qwen3ft.serving.session import ChatSession
@@ -104,13 +103,14 @@ def project(folder: str | os.PathLike[str] | None = None) -> Iterator[TrainingCo
     """
     variables = dict(os.environ)
     with chdir(folder or Path.cwd()):
-        stack = open_project(anywhere=True)
-        use_local_services(stack)
-        _reread_prefect_settings()
         try:
+            stack = open_project(anywhere=True)
+            use_local_services(stack)
+            _reread_prefect_settings()
             yield parse_config(choose_defaults(stack.root).config)
         finally:
-            os.environ.clear()
+            for name in os.environ.keys() - variables.keys():
+                del os.environ[name]
             os.environ.update(variables)
             _reread_prefect_settings()
 
@@ -124,7 +124,7 @@ def finetune(
     """Fine-tune, compare with the base model and the champion, and promote what is better.
 
     The same as `qwen3ft train`: all stages run now, training in worker processes. In a notebook, an
-    interrupted cell ends only the wait; a restarted kernel ends the run, which can be resumed.
+    interrupted cell or a restarted kernel ends the run, which can be resumed.
 
     Args:
         config: The settings; a mapping holds those that differ from the project's.
@@ -136,7 +136,8 @@ def finetune(
         The run, which may have found nothing new to train on (`outcome`).
 
     Raises:
-        FinetuneError: the run failed; the error says why and names the next command.
+        FinetuneError: the run failed or was cancelled; the error says why and names the next
+            command.
     """
     with project(folder) as start:
         if resume is None:
@@ -148,14 +149,11 @@ def finetune(
             wanted = resumed_settings(earlier, _changes(config))
         from flows.finetune import run_in_process  # Prefect reads its settings when it is imported
 
-        def run() -> Path:
+        with _no_running_loop():
             state = run_in_process(wanted, resume)
             state.result()  # raises what ended it
-            return Path(wanted.runs_dir).resolve() / (
-                resume or str(state.state_details.flow_run_id)
-            )
-
-        return _read_run(_outside_event_loops(run))
+        run_id = resume or str(state.state_details.flow_run_id)
+        return _read_run(Path(wanted.runs_dir).resolve() / run_id)
 
 
 @contextmanager
@@ -170,7 +168,7 @@ def open_chat(
 
     Args:
         adapter: 'champion', 'challenger', 'previous', a version, the id of a run, or a folder.
-        config: RunSettings of the answers, such as `max_new_tokens`.
+        config: Settings of the answers, such as `max_new_tokens`.
         think: Let the model think first; by default as in the adapter's run.
         folder: A folder inside the project; by default the working folder.
 
@@ -207,31 +205,33 @@ def _changes(config: RunSettings) -> Mapping[str, Any]:
 
 
 def _read_run(folder: Path) -> Run:
+    run = RunDir(folder)
     if not folder.is_dir():
         raise RequestError(
             f"There is no run {folder.name} in {folder.parent}.",
             why="Its folder was removed, or it belongs to another project.",
-            next_command="ls runs",
+            next_command=shell_line("ls", folder.parent),
         )
     if not (folder / "card.json").exists():
         raise RequestError(
             f"Run {folder.name} has no card.",
             why="It is in progress, or its process was killed before it could write one.",
-            next_command=f"qwen3ft run --resume {folder.name}",
+            next_command=run.resume_command,
         )
-    config = read_record(folder / "config.json", TrainingConfig)
-    return Run(folder.name, folder, config, read_record(folder / "card.json", RunCard))
+    card = read_record(folder / "card.json", RunCard)
+    return Run(folder.name, folder, own_settings(run), card)
 
 
-def _outside_event_loops(run: Any) -> Any:
-    """Return what `run` returns; in a thread of its own if this one has an event loop."""
+@contextmanager
+def _no_running_loop() -> Iterator[None]:
+    """Hide the event loop that a notebook runs its cells in: Prefect would return coroutines."""
+    # not in a thread of its own, which an interrupted cell would not reach
+    loop = asyncio._get_running_loop()
+    asyncio._set_running_loop(None)
     try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return run()
-    # notebooks have one, and in it Prefect would hand out coroutines instead of results
-    with ThreadPoolExecutor(1, "finetune") as thread:
-        return thread.submit(contextvars.copy_context().run, run).result()
+        yield
+    finally:
+        asyncio._set_running_loop(loop)
 
 
 def _reread_prefect_settings() -> None:

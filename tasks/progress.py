@@ -53,17 +53,10 @@ class StepProgress:
             parts.append(f"loss {self._newest.loss:.3f}")
         if self._held_out_loss is not None:
             parts.append(f"held-out loss {self._held_out_loss:.3f}")
-        if not ended and (seconds := self._seconds_left()) is not None:
-            parts.append(f"{format_seconds(seconds)} left")
+        if not ended and self._newest is not None and self._first is not None:
+            seconds = self._newest.seconds_left(self.total_steps, self._first)
+            parts += [] if seconds is None else [f"{format_seconds(seconds)} left"]
         return ", ".join(parts)
-
-    def _seconds_left(self) -> float | None:
-        """Return the time left at the mean speed so far, evaluations included."""
-        if self._first is None or self._newest is None or self._newest.step == self._first.step:
-            return None
-        took_seconds = (self._newest.timestamp - self._first.timestamp).total_seconds()
-        left_steps = max(0, self.total_steps - self._newest.step)
-        return left_steps * took_seconds / (self._newest.step - self._first.step)
 
 
 class ProgressArtifact:

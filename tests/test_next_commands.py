@@ -64,6 +64,7 @@ COMPUTED = {
     "qwen3ft/recovery/adjust.py": "a text in the code, or that of the failure",
     "qwen3ft/recovery/shared_gpu.py": "texts in the code",
     "qwen3ft/settings.py": "the settings",
+    "flows/api.py": "the command that resumes the run",
     "flows/finetune.py": "the command that resumes the run, or a text in the code",
     "flows/resume.py": "the same",
     "qwen3ft/operations/resumption.py": "the same",

@@ -10,7 +10,7 @@ import json
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -90,7 +90,7 @@ class Follower:
             "flow_runs": {"id": {"any_": [self.flow_run_id]}},
             "sort": "EXPECTED_START_TIME_ASC",
         }
-        for task_run in self._ask("task_runs/filter", wanted) or ():
+        for task_run in services.ask_prefect(self.layout, "task_runs/filter", wanted) or ():
             for change in self._change(task_run["name"], task_run):
                 if change.state not in ("Pending", "Scheduled"):
                     yield change
@@ -112,19 +112,17 @@ class Follower:
 
     def _reason_to_wait(self, run: Mapping[str, Any]) -> str:
         """Return which run has the deployment's one slot, or that no worker is there."""
-        for other in active_runs(self._ask, run.get("deployment_id")):
+        for other in active_runs(self.layout, run.get("deployment_id")):
             if other["id"] != run["id"] and other["state"]["type"] in ("RUNNING", "PENDING"):
                 return f"waits for run {other['id']} ({other['name']}), which is in progress"
         return "no worker has taken it yet"
 
-    def _ask(self, address: str, body: Mapping[str, Any] | None = None) -> Any:
-        url = f"{self.layout.url('prefect')}/api/{address}"
-        return services.request_json(self.layout.secret, url, body)
-
     def _read_run(self) -> dict[str, Any]:
         end = time.monotonic() + _UNREACHABLE_SECONDS
         while True:
-            run: dict[str, Any] | None = self._ask(f"flow_runs/{self.flow_run_id}")
+            run: dict[str, Any] | None = services.ask_prefect(
+                self.layout, f"flow_runs/{self.flow_run_id}"
+            )
             if run is not None and run.get("state") is not None:
                 return run
             if time.monotonic() > end:
@@ -136,11 +134,10 @@ class Follower:
             time.sleep(_POLL_SECONDS)
 
 
-def active_runs(
-    ask: Callable[[str, Mapping[str, Any]], Any], deployment_id: str | None
-) -> list[dict[str, Any]]:
+def active_runs(layout: Layout, deployment_id: str | None) -> list[dict[str, Any]]:
     """Return the runs of a deployment that were started and have not ended, the oldest first."""
-    found: list[dict[str, Any]] | None = ask(
+    found: list[dict[str, Any]] | None = services.ask_prefect(
+        layout,
         "flow_runs/filter",
         {
             "deployments": {"id": {"any_": [deployment_id]}},
@@ -162,13 +159,8 @@ def find_run(layout: Layout, wanted: str | None) -> dict[str, Any]:
     Raises:
         RequestError: there is no such run, or none is in progress.
     """
-
-    def ask(address: str, body: Mapping[str, Any] | None = None) -> Any:
-        url = f"{layout.url('prefect')}/api/{address}"
-        return services.request_json(layout.secret, url, body)
-
-    deployment = ask(f"deployments/name/{DEPLOYMENT}") or {}
-    active = active_runs(ask, deployment.get("id")) if deployment else []
+    deployment = services.find_deployment(layout)
+    active = active_runs(layout, deployment["id"]) if deployment else []
     if wanted is None:
         if not active:
             raise RequestError(
@@ -180,7 +172,7 @@ def find_run(layout: Layout, wanted: str | None) -> dict[str, Any]:
     resumed = [run for run in active if run["parameters"].get("continue_run") == wanted]
     found: dict[str, Any] | None = resumed[-1] if resumed else None
     if found is None and _RUN_ID.fullmatch(wanted):
-        found = ask(f"flow_runs/{wanted}")
+        found = services.ask_prefect(layout, f"flow_runs/{wanted}")
     if found is None:
         raise RequestError(
             f"The Prefect server knows no run {wanted[:60]!r}.",

@@ -66,13 +66,12 @@ class MetricsTail:
             self.offset = line.end_offset
             metrics = parse_record(line.content, TrainingMetrics)
             if metrics is not None and metrics.loss is not None:  # None: an evaluation
-                self._first = self._first or metrics
-                newest = metrics
-        if newest is None:
+                newest, self._first = metrics, self._first or metrics
+        if newest is None or self._first is None:
             return None
-        return AttemptProgress(
-            self.attempt, self.total_steps, self.num_epochs, self._seconds_left(newest), newest
-        )
+        total = self.total_steps
+        left = None if total is None else newest.seconds_left(total, self._first)
+        return AttemptProgress(self.attempt, total, self.num_epochs, left, newest)
 
     def is_over(self) -> bool:
         """Return True if the newest attempt has ended, or there is none."""
@@ -82,14 +81,6 @@ class MetricsTail:
     def _job(self) -> JobDir | None:
         jobs = self.run.attempts()[self.earlier :]
         return jobs[-1] if jobs else None
-
-    def _seconds_left(self, newest: TrainingMetrics) -> float | None:
-        """Return how long the rest of the schedule takes at the attempt's speed so far."""
-        first = self._first
-        if first is None or self.total_steps is None or newest.step <= first.step:
-            return None
-        seconds = (newest.timestamp - first.timestamp).total_seconds()
-        return seconds / (newest.step - first.step) * max(0, self.total_steps - newest.step)
 
 
 @dataclass

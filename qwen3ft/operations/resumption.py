@@ -14,6 +14,7 @@ from qwen3ft.config import CHANGEABLE_SETTINGS, TrainingConfig, checked_name, pa
 from qwen3ft.errors import ConfigError
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.operations.run_state import find_runs
+from qwen3ft.text.commands import shell_line
 
 _MOST_NAMED = 3
 
@@ -50,7 +51,7 @@ def own_settings(run: RunDir) -> TrainingConfig:
         raise ConfigError(
             f"The settings of run {run.path.name} cannot be read: {error}",
             why=f"{run.config} is damaged; without it nobody knows what the run was asked for.",
-            next_command=f"ls -l {run.path}",
+            next_command=shell_line("ls", "-l", run.path),
         ) from error
     return parse_config(values)
 

@@ -36,6 +36,14 @@ class TrainingMetrics(Record):
     tokens_per_second: float | None = Field(None, description="Real tokens; padding not counted.")
     held_out_loss: float | None = Field(None, description="Set on evaluation lines only.")
 
+    def seconds_left(self, total_steps: int, first: TrainingMetrics) -> float | None:
+        """Return the time to step `total_steps` at the mean speed since `first`, if there is one.
+
+        Evaluations in between count as part of the steps.
+        """
+        steps, seconds = self.step - first.step, (self.timestamp - first.timestamp).total_seconds()
+        return max(0, total_steps - self.step) * seconds / steps if steps > 0 else None
+
 
 class Failure(Record):
     """Error of `qwen3ft.errors` as a value: why a worker ended without an outcome."""

@@ -82,6 +82,20 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         made.down()
 
 
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The deployment's settings depend on it."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+def registered(stack: Stack) -> dict[str, Any]:
+    """Register the deployment if it is not; return it as the server knows it."""
+    deploy(stack)
+    found = read_deployment(stack)
+    assert found is not None
+    return found
+
+
 def text_of(stack: Stack, url: str, *request: Any) -> str | None:
     """Return what a server of the stack answers."""
     return services.request_text(stack.layout().secret, url, *request)
@@ -156,17 +170,13 @@ def test_prefects_pages_may_connect_to_this_machine_only(stack: Stack, version: 
     assert page.count(POLICY) == 1
 
 
-def test_the_deployment_is_registered_once_and_as_declared(
-    stack: Stack, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_deployment_is_registered_once_and_as_declared(stack: Stack) -> None:
     """It has one run at a time, a nightly schedule that is off, and a model for this machine."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     said: list[str] = []
     assert deploy(stack, said.append) is True
     assert deploy(stack) is False
     assert NO_GPU_LINE in said
-    found = read_deployment(stack)
-    assert found is not None
+    found = registered(stack)
     assert found["parameters"] == {"config": choose_defaults(stack.root).config}
     assert found["concurrency_options"]["collision_strategy"] == "ENQUEUE"
     assert found["global_concurrency_limit"]["limit"] == 1
@@ -186,13 +196,10 @@ def test_the_deployment_is_registered_once_and_as_declared(
     ],
 )
 def test_a_misspelt_parameter_is_refused_by_name(
-    stack: Stack, monkeypatch: pytest.MonkeyPatch, parameters: dict[str, Any], named: str
+    stack: Stack, parameters: dict[str, Any], named: str
 ) -> None:
     """At the top and in the settings, before anything is started."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    deploy(stack)
-    deployment = read_deployment(stack)
-    assert deployment is not None
+    deployment = registered(stack)
     api = f"{stack.layout().url('prefect')}/api"
     before = json_of(stack, f"{api}/flow_runs/count", {})
     request = urllib.request.Request(
@@ -221,14 +228,9 @@ def _wait_for_planned_runs(stack: Stack, api: str) -> None:
     assert {run["expected_start_time"][11:16] for run in planned} == {"02:00"}
 
 
-def test_registering_again_keeps_the_schedule_that_was_switched_on(
-    stack: Stack, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_registering_again_keeps_the_schedule_that_was_switched_on(stack: Stack) -> None:
     """An upgrade must neither end anybody's nightly runs nor add a second automation."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    deploy(stack)
-    found = read_deployment(stack)
-    assert found is not None
+    found = registered(stack)
     api = f"{stack.layout().url('prefect')}/api"
     address = f"{api}/deployments/{found['id']}/schedules/{found['schedules'][0]['id']}"
     assert text_of(stack, address, {"active": True}, "PATCH") is not None
@@ -239,11 +241,8 @@ def test_registering_again_keeps_the_schedule_that_was_switched_on(
     assert sorted(names) == sorted(["qwen3ft: new data", RESUME_AUTOMATION, ZOMBIE_AUTOMATION])
 
 
-def test_prefect_typed_in_the_folder_talks_to_the_stack(
-    stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prefect_typed_in_the_folder_talks_to_the_stack(stack: Stack, tmp_path: Path) -> None:
     """That works through prefect.toml, without a profile and without touching the home folder."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     deploy(stack)
     kept = {name: text for name, text in os.environ.items() if not name.startswith("PREFECT_")}
     done = subprocess.run(
@@ -288,17 +287,14 @@ def _wait_for_resumption(stack: Stack, api: str, crashed: str) -> dict[str, Any]
 
 
 def test_a_run_that_was_killed_with_everything_else_is_ended_and_continued_by_the_next_up(
-    stack: Stack, monkeypatch: pytest.MonkeyPatch
+    stack: Stack,
 ) -> None:
     """Otherwise, after a power cut, it would hold the one slot for ever.
 
     The run that continues it has its parameters. Runs of other origin are left alone, and a run
     that lived on would keep its slot.
     """
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    deploy(stack)
-    deployment = read_deployment(stack)
-    assert deployment is not None
+    deployment = registered(stack)
     next_year = (datetime.now(UTC) + timedelta(days=365)).isoformat()
     later = {"type": "SCHEDULED", "state_details": {"scheduled_time": next_year}}
     asked = {"state": later, "parameters": {"nightly": True}}
@@ -329,8 +325,7 @@ def test_a_run_that_was_killed_with_everything_else_is_ended_and_continued_by_th
 
 def _stuck_run(stack: Stack, state: str) -> str:
     """Make a run of the deployment that the server believes to be in `state`; return its id."""
-    deployment = read_deployment(stack)
-    assert deployment is not None
+    deployment = registered(stack)
     later = {"scheduled_time": (datetime.now(UTC) + timedelta(days=365)).isoformat()}
     asked = {"state": {"type": "SCHEDULED", "state_details": later}}
     run = _start_at(stack, f"deployments/{deployment['id']}/create_flow_run", asked)
@@ -345,13 +340,12 @@ def _state_of(stack: Stack, run: str) -> str:
 
 
 def test_a_run_whose_process_ended_without_reporting_is_found_by_the_second_look(
-    stack: Stack, monkeypatch: pytest.MonkeyPatch
+    stack: Stack,
 ) -> None:
     """It is continued once, if it has begun; one that was being cancelled is cancelled.
 
     Others are left alone.
     """
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     deploy(stack)
     layout, sweep = stack.layout(), OrphanSweep()
     runs = {state: _stuck_run(stack, state) for state in ("RUNNING", "PENDING", "CANCELLING")}
@@ -369,16 +363,12 @@ def test_a_run_whose_process_ended_without_reporting_is_found_by_the_second_look
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_a_slot_that_a_lost_run_holds_is_free_within_two_minutes(
-    stack: Stack, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_slot_that_a_lost_run_holds_is_free_within_two_minutes(stack: Stack) -> None:
     """The stack's worker finds the run by itself; the next run waits for nothing else."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     stack.up()
     deploy(stack)
     _stuck_run(stack, "PENDING")
-    deployment = read_deployment(stack)
-    assert deployment is not None
+    deployment = registered(stack)
     created = f"deployments/{deployment['id']}/create_flow_run"
     following = send(stack.layout(), created, {})["id"]
     end = time.monotonic() + 120
@@ -389,11 +379,8 @@ def test_a_slot_that_a_lost_run_holds_is_free_within_two_minutes(
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_servers_from_before_the_secret_or_with_an_older_one_are_started_anew(
-    stack: Stack, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_servers_from_before_the_secret_or_with_an_older_one_are_started_anew(stack: Stack) -> None:
     """A run in progress on them is taken up; `up` alone does all of it."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     stack.up()
     deploy(stack)
     running, before, old = (
@@ -416,7 +403,6 @@ def test_the_schedule_is_changed_on_the_server_and_stays_when_registered_again(
     """No tracked file is edited; the command says what the server has."""
     from flows.cli.servers import schedule_command
 
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.chdir(stack.root)
     before = (stack.root / PREFECT_FILE).read_text()
     schedule_command("30 1 * * 1-5", "Asia/Shanghai", active=True)
@@ -444,11 +430,8 @@ def test_old_flow_runs_are_counted_by_a_dry_run_and_removed_without_one(
     """A run that has not ended stays, however old it is."""
     from flows.cli.clean import clean_command
 
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.chdir(stack.root)
-    deploy(stack)
-    deployment = read_deployment(stack)
-    assert deployment is not None
+    deployment = registered(stack)
     api = f"{stack.layout().url('prefect')}/api/flow_runs"
     ended = json_of(stack, f"{api}/", {"flow_id": deployment["flow_id"]})["id"]
     for state in ("RUNNING", "COMPLETED"):
