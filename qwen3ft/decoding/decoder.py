@@ -25,7 +25,7 @@ from qwen3ft.planning.decoder_sizes import DecoderSizes
 from qwen3ft.training.fused import element_wise
 from qwen3ft.training.fused.attention import Segments
 
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 
 
 def slot_attention(device: str) -> SlotAttention:
@@ -192,13 +192,13 @@ class Decoder:
         table.position += (~table.writing.state["ended"]).int()
 
 
-def _captured(compute: Callable[[], Result], pool: Any) -> Callable[[], Result]:
+def _captured(compute: Callable[[], _Result], pool: Any) -> Callable[[], _Result]:
     """Return a replay of `compute`; it gives back the tensors of the capture, overwritten."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
         result = compute()
 
-    def replay() -> Result:
+    def replay() -> _Result:
         graph.replay()
         return result
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 logger = get_logger("answer")
 
-BURST_STEPS = 2
+CHAT_BURST_STEPS = 2
 """Tokens between two looks at what was written: each look waits for the GPU."""
 
 FIRST_PROMPT_TOKENS = 4096
@@ -112,7 +112,7 @@ class DecoderVoice:
             self._decoder = decoder = self._made_for(2 * len(ids))
         streamer.put(torch.tensor(ids))
         tokens: list[int] = []
-        writer = AnswerWriter(decoder, [Query(ids, limits, model=0)], BURST_STEPS)
+        writer = AnswerWriter(decoder, [Query(ids, limits, model=0)], CHAT_BURST_STEPS)
         for news, _ in writer.bursts():
             for _, new in news:
                 for token in new:

@@ -30,7 +30,7 @@ from qwen3ft.registry.lookup import find_adapter
 from qwen3ft.registry.registry import Registry
 from qwen3ft.serving.answering import Responder
 from qwen3ft.serving.session import ChatSession
-from qwen3ft.serving.voices import BURST_STEPS, DecoderVoice, PlainVoice, Voice, open_voice
+from qwen3ft.serving.voices import CHAT_BURST_STEPS, DecoderVoice, PlainVoice, Voice, open_voice
 
 ROOT = Path(__file__).parents[2]
 
@@ -183,7 +183,7 @@ def test_an_answer_that_nobody_wants_any_more_stops(
     for voice in voices.values():
         [[*_, end]] = told(voice, loaded, request_for(trained), job, trained.rows[0])
         assert (end.kind, end.stopped) == ("end", False)
-        assert end.tokens <= BURST_STEPS
+        assert end.tokens <= CHAT_BURST_STEPS
     job.stop.unlink()
     [[*parts, _]] = told(voices["fused"], loaded, request_for(trained), job, trained.rows[0])
     assert "".join(piece.text for piece in parts) == trained.rows[0]["answer"]
