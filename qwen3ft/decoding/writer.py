@@ -79,7 +79,7 @@ class AnswerWriter:
     def _admit(self) -> None:
         """Fill free slots: first with answers that were paused, then with new questions."""
         while self.paused and self.table.free:
-            needed = self._pages_after_burst(self.paused[0].running)
+            needed = self._pages_after_burst(self.paused[0].running.cached_tokens + 1)
             if needed > self.cache.free_pages:
                 break
             paused = self.paused.popleft()
@@ -100,7 +100,7 @@ class AnswerWriter:
             full = len(batch) == READ_TEXTS
             if full or (batch and tokens + len(query.ids) > self.decoder.sizes.chunk_tokens):
                 break
-            needed = pages_for(len(query.ids) + self.burst_steps)
+            needed = self._pages_after_burst(len(query.ids))
             # Answers in progress get room to grow before new ones begin.
             reserve = (len(self.running) + len(batch)) // 2
             if needed + reserve > self.cache.free_pages:
@@ -122,17 +122,16 @@ class AnswerWriter:
         ]
         self.decoder.hidden(texts, [each.query.model for each in longer], places)
 
-    def _pages_after_burst(self, running: Running) -> int:
-        return min(
-            pages_for(running.cached_tokens + 1 + self.burst_steps), self.table.pages.shape[1]
-        )
+    def _pages_after_burst(self, tokens: int) -> int:
+        # an answer that reaches its limit ends within the burst
+        return min(pages_for(tokens + self.burst_steps), self.table.pages.shape[1])
 
     def _secure_pages(self) -> None:
         """Give every running answer pages for the next burst, the oldest first."""
         index = 0
         while index < len(self.running):
             running = self.running[index]
-            missing = self._pages_after_burst(running) - len(running.pages)
+            missing = self._pages_after_burst(running.cached_tokens + 1) - len(running.pages)
             while missing > self.cache.free_pages and len(self.running) > index + 1:
                 self.paused.append(self.table.pause(self.running.pop(), self.cache))
             if missing > 0:

@@ -26,6 +26,7 @@ from qwen3ft.decoding.losses import LossQuery, summed_losses
 from qwen3ft.decoding.slots import Query
 from qwen3ft.decoding.writer import AnswerWriter
 from qwen3ft.decoding.writing import AnswerLimits
+from qwen3ft.planning.decoder_sizes import DecoderSizes
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +91,15 @@ def test_a_page_is_given_back(decoder: Decoder) -> None:
     ask(decoder, embedded_prompts()[:5], [(index, 0) for index in range(5)])
     assert decoder.cache.free_pages == decoder.cache.pages
     assert len(decoder.table.free) == decoder.sizes.slots
+
+
+def test_an_answer_may_end_within_its_first_burst(model: Any) -> None:
+    """No page is taken beyond the longest answer, whatever a burst could write."""
+    sizes = DecoderSizes(slots=1, pages=2, most_tokens=64, chunk_tokens=64)
+    decoder = Decoder(model, ADAPTERS, sizes, marks())
+    prompt = [*chain(*embedded_prompts()[:9])][:63]
+    [(_, written)] = AnswerWriter(decoder, [Query(prompt, AnswerLimits(1))]).run()
+    assert len(written.tokens) == 1
 
 
 def test_losses_are_those_of_transformers(model: Any, decoder: Decoder) -> None:
