@@ -181,7 +181,7 @@ def reported(run: RunDir, config: TrainingConfig) -> Iterator[RunReporter]:
         logger.warning("cancelled; to continue the run: %s", run.resume_command)
         signal_raised.add_note(run.resume_command)
         raise
-    except Exception as error:
+    except Exception as error:  # whatever ended the run is on its card
         reporter.facts.error = error
         reporter.publish_end()
         raise

@@ -76,10 +76,10 @@ def open_run(config: TrainingConfig, run_id: str, request: NightRequest | None) 
             write_request(run, request)
         try:
             yield run
-        except Exception as error:
+        except Exception as error:  # of a folder that is gone: whatever was not found first
             if run.lock.exists() or isinstance(error, FinetuneError):
                 raise
-            raise folder_gone(run.path) from error  # its errors are many: whatever was not found
+            raise folder_gone(run.path) from error
 
 
 def make_folders(config: TrainingConfig) -> None:

@@ -104,7 +104,7 @@ def write_bytes_atomic(path: Path, content: bytes) -> None:
             os.fsync(stream.fileno())
         reach("file.synced")
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException:  # nothing is left behind, whatever interrupts it
         Path(temporary).unlink(missing_ok=True)
         raise
     reach("file.renamed")
@@ -360,7 +360,7 @@ def build_folder(
             shutil.rmtree(retired, ignore_errors=True)
         reach("folder.renamed")
         fsync_dir(target.parent)
-    except BaseException:
+    except BaseException:  # as above
         shutil.rmtree(staging, ignore_errors=True)
         raise
     return digest

@@ -142,7 +142,7 @@ def without_secrets() -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # every error, to see what it quotes
         shown = escaped(mask_secrets(str(error)))
         if shown == str(error):
             raise

@@ -34,7 +34,7 @@ def train_attempt(plan: TrainPlan) -> AttemptOutcome | State[Failure]:
     try:
         with ProgressArtifact(plan, job):
             result = try_worker("train", job, AttemptOutcome, stall_seconds=plan.stall_seconds)
-    except BaseException:
+    except BaseException:  # cancelled, most likely; MLflow must not show it as running
         journal.attempt_ended(plan.attempt, "KILLED", {"failure": PreemptedError.__name__})
         raise
     if isinstance(result, Failure):

@@ -146,7 +146,7 @@ class TrainingEngine:
         gc.freeze()
         try:
             trainer.train(resume_from_checkpoint=self.plan.resume_from)
-        except BaseException:
+        except BaseException:  # nothing may end while a checkpoint is being written
             try:
                 trainer.writer.wait()
             except OSError as error:  # recovery decides by the error that ended training

@@ -309,6 +309,7 @@ def test_a_run_that_was_killed_with_everything_else_is_ended_and_continued_by_th
         process.kill()
     psutil.wait_procs(everything, timeout=30)
     assert stack.up().up
+    limits = f"{stack.layout().url('prefect')}/api/v2/concurrency_limits"  # on another port, maybe
     renewal = {"lease_duration": 300}
     assert text_of(stack, f"{limits}/leases/{lease}/renew", renewal, "POST") is not None
     api = f"{stack.layout().url('prefect')}/api/flow_runs"
