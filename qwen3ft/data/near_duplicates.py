@@ -155,13 +155,14 @@ def band_hashes(texts: Sequence[str | None]) -> Bits:
     They are equal where the texts agree in a band, in their numbers and in a short answer. None
     stands for a row that is compared with none: no mask of `NearDuplicates.find` may have it.
     """
-    bands = np.zeros((BANDS, len(texts)), np.uint32)
-    given = [(place, text) for place, text in enumerate(texts) if text is not None]
-    sizes = [len(text) for _, text in given]
+    given = list(dict.fromkeys(text for text in texts if text is not None))  # repeats cost nothing
+    bands = np.zeros((BANDS, len(given) + 1), np.uint32)
+    sizes = [len(text) for text in given]
     for start, end in spans(sizes, _ROWS_AT_A_TIME, _CHARACTERS_AT_A_TIME):
-        places, part = zip(*given[start:end], strict=True)
-        bands[:, places] = _hashed(part)
-    return bands
+        bands[:, start:end] = _hashed(given[start:end])
+    column: dict[str | None, int] = {text: place for place, text in enumerate(given)}
+    column[None] = len(given)
+    return bands[:, [column[text] for text in texts]]
 
 
 def _hashed(texts: Sequence[str]) -> Bits:

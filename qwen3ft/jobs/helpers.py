@@ -7,6 +7,7 @@ ends the work with an error. Where forking is not safe, the work is done in plac
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -102,6 +103,7 @@ class Helpers:
     def start(self, count: int) -> None:
         """Fork `count` helpers."""
         context = multiprocessing.get_context("fork")
+        gc.freeze()  # or each process would search all that was imported for garbage, and copy it
         for _ in range(count):
             ours, theirs = context.Pipe()
             earlier = [helper.connection for helper in self._helpers]
