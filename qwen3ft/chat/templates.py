@@ -32,6 +32,8 @@ The Thinking template differs from Qwen3's in that it cannot switch thinking off
 prompt always opens the think block.
 """
 
+_WITHOUT_THINKING = frozenset({"Qwen3-Instruct-2507"})
+
 TURN_HEADER = "<|im_start|>assistant\n"
 END_TOKEN = "<|im_end|>"  # noqa: S105 - a marker, not a secret
 OPEN_BLOCK = "<think>\n"
@@ -114,6 +116,11 @@ def identify_text(template: str) -> TemplateInfo:
     """Return the sha256 of a template (UTF-8), without a default for thinking, and its name."""
     sha256 = hashlib.sha256(without_thinking_default(template).encode()).hexdigest()
     return TemplateInfo(sha256, KNOWN_TEMPLATES.get(sha256, ""))
+
+
+def template_may_think(sha256: str) -> bool:
+    """Return False for a known template that writes no reasoning; others are asked to think."""
+    return KNOWN_TEMPLATES.get(sha256) not in _WITHOUT_THINKING
 
 
 def probe_thinking(tokenizer: PreTrainedTokenizerBase) -> ThinkingSupport:

@@ -124,12 +124,18 @@ def run_within(
 def free_room(budget_gb: float, device: str) -> int:
     """Return the bytes of the budget that nothing takes yet, nor another program."""
     gc.collect()  # a decoder that failed refers to itself
-    budget_bytes = int(budget_gb * GIB)
+    left_bytes = int(budget_gb * GIB) - used_bytes(device)
     if device == "cpu":
-        return budget_bytes - resident_bytes()
+        return left_bytes
     torch.cuda.empty_cache()
-    free_bytes = torch.cuda.mem_get_info()[0]
-    return min(budget_bytes - CUDA_CONTEXT_BYTES - torch.cuda.memory_allocated(), free_bytes)
+    return min(left_bytes, torch.cuda.mem_get_info()[0])
+
+
+def used_bytes(device: str) -> int:
+    """Return the memory of this process on the device, without what it only holds in reserve."""
+    if device == "cpu":
+        return resident_bytes()
+    return CUDA_CONTEXT_BYTES + int(torch.cuda.memory_allocated())
 
 
 def _attempt(use: Callable[[DecoderSizes], _Result], sizes: DecoderSizes) -> tuple[_Result] | None:

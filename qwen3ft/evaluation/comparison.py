@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen3ft.evaluation.answers import Generated, Question, choose_samples, side_by_side
+from qwen3ft.evaluation.decoded import Answered
 from qwen3ft.evaluation.exam import Evaluated, Exam
 from qwen3ft.evaluation.form_checks import check_form
 from qwen3ft.evaluation.scoring import (
@@ -32,7 +33,7 @@ def write_inference_report(
     exam: Exam,
     evaluated: Mapping[ModelLabel, Evaluated],
     seconds: float,
-    answered_by: str,
+    answered: Answered,
 ) -> InferenceReport:
     """Score every model's exam, compare the candidate with the others, and return the report.
 
@@ -82,7 +83,11 @@ def write_inference_report(
         champion_version=champion.version if champion else None,
         generated={label: given.generated for label, given in evaluated.items()},
         seconds=seconds,
-        answered_by=answered_by,
+        answered_by=answered.by,
+        answer_seconds=answered.seconds,
+        predicted_seconds=answered.predicted_seconds,
+        predicted_bytes=answered.predicted_bytes,
+        may_think=exam.may_think,
         thinking_asked=sum(exam.thinking),
         thinking_cut={
             label: sum(answer.thinking_cut for answer in given.answers)

@@ -5,6 +5,7 @@ Answers written before memory ran out are kept by the smaller decoder that follo
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -17,7 +18,9 @@ from qwen3ft.evaluation.answers import Generated
 from qwen3ft.evaluation.exam import SAMPLING_SEED, Beat, Evaluation
 from qwen3ft.evaluation.generation import end_tokens, read_answer
 from qwen3ft.faults import reach
+from qwen3ft.planning.answers import expected_tokens, sizes_text
 from qwen3ft.planning.decoder_sizes import AnswerLoad, DecoderSizes
+from qwen3ft.planning.gpu_specs import find_gpu_spec
 from qwen3ft.records.evaluation import ModelLabel
 
 if TYPE_CHECKING:
@@ -27,6 +30,23 @@ if TYPE_CHECKING:
     from qwen3ft.decoding.losses import LossQuery
     from qwen3ft.decoding.slots import Query
     from qwen3ft.records.requests import InferenceRequest
+
+
+@dataclass(frozen=True)
+class Answered:
+    """How all exams were answered.
+
+    Attributes:
+        by: What answered, with its sizes or the reason.
+        seconds: Time of the answers and losses.
+        predicted_seconds: The same as predicted; None where there is no estimate.
+        predicted_bytes: Predicted peak of the process, or None.
+    """
+
+    by: str
+    seconds: float = 0.0
+    predicted_seconds: float | None = None
+    predicted_bytes: int | None = None
 
 
 @dataclass
@@ -46,7 +66,7 @@ def compute_decoded(
     evaluations: Mapping[ModelLabel, Evaluation],
     adapters: Sequence[ModelLabel],
     beat: Beat,
-) -> str:
+) -> Answered:
     """Compute and cache what is missing of all exams; return what answered.
 
     Args:
@@ -59,7 +79,9 @@ def compute_decoded(
     Raises:
         CannotDecodeError: transformers has to answer.
     """
-    from qwen3ft.decoding.fitting import CannotDecodeError, find_obstacle, run_within
+    import torch
+
+    from qwen3ft.decoding.fitting import CannotDecodeError, find_obstacle, run_within, used_bytes
 
     model, tokenizer = loaded
     config, snapshot = request.config, request.model
@@ -70,16 +92,21 @@ def compute_decoded(
         raise CannotDecodeError(obstacle)
     exams = [(label, exam) for label, exam in evaluations.items() if not exam.is_complete]
     work = _collect(tokenizer, exams, adapters)
+    load, beside_bytes = _load_of(request, model, adapters, work), used_bytes(request.device)
+    started = time.monotonic()
     sizes, _ = run_within(
-        _load_of(request, model, adapters, work),
+        load,
         request.budget_gb or config.max_memory_gb,
         request.device,
         lambda sizes: _answer(model, tokenizer, adapters, sizes, work, beat),
     )
     _keep(exams, work)
-    return (
-        f"the decoder: {sizes.slots} slots, {sizes.pages} pages, "
-        f"{sizes.resident_blocks} blocks kept in 16 bits"
+    gpu = find_gpu_spec(torch.cuda.get_device_name()) if request.device == "cuda" else None
+    return Answered(
+        sizes_text(sizes),
+        time.monotonic() - started,
+        load.seconds(sizes, gpu) if gpu else None,
+        beside_bytes + load.bytes_of(sizes),
     )
 
 
@@ -101,7 +128,7 @@ def _collect(
         asked = [(key, row, False) for key, row in evaluation.missing.items()]
         asked += [(key, row, True) for key, row in evaluation.missing_sampled.items()]
         for key, row, drawn in asked:
-            thinking = bool(row.get("reasoning"))
+            thinking = exam.asks_to_think(row)
             prompt = generation_prompt(tokenizer, row, thinking)
             limits = AnswerLimits(
                 answer_tokens=exam.max_new_tokens,
@@ -132,8 +159,8 @@ def _load_of(
     limits = [query.limits for query in work.answers]
     most = max((one.answer_tokens + one.thinking_tokens for one in limits), default=1) + 8
     references = [sum(end - start for start, end in query.targets) for query in work.losses]
-    # a model that is not trained yet says more than the references do
-    typical = 2 * sum(references) / max(1, len(references)) + 16
+    mean = sum(references) / max(1, len(references))
+    thinking = sum(one.thinking_tokens for one in limits) / max(1, len(limits))
     return AnswerLoad(
         shape=request.model.shape,
         ranks=tuple(model.peft_config[name].r for name in adapters),
@@ -141,7 +168,7 @@ def _load_of(
         prompt_tokens=max(prompts),
         typical_prompt_tokens=sum(prompts) / len(prompts),
         answer_tokens=most,
-        typical_answer_tokens=min(most, typical),
+        typical_answer_tokens=expected_tokens(mean, most, thinking),
         read_tokens=max((len(query.ids) for query in work.losses), default=0),
         drawn=any(one.seed is not None for one in limits),
         compute_bytes=model.get_base_model().dtype.itemsize,

@@ -14,12 +14,10 @@ from qwen3ft.evaluation.answer_cache import AnswerCache, answer_key, new_entry
 from qwen3ft.evaluation.answer_loss import RowLoss, answer_losses
 from qwen3ft.evaluation.answers import Generated, Question, choose_questions
 from qwen3ft.evaluation.generation import answer_questions
+from qwen3ft.planning.answers import SAMPLED_QUESTIONS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-SAMPLED_QUESTIONS = 100
-"""Questions that are also answered by sampling: greedy answers hide what a model says often."""
 
 SAMPLING_SEED = 0
 
@@ -38,6 +36,8 @@ class Exam:
     max_new_tokens: int
     max_thinking_tokens: int
     escape: bool
+    may_think: bool = True
+    """The model's chat template writes reasoning."""
 
     @property
     def questions(self) -> list[Question]:
@@ -47,7 +47,11 @@ class Exam:
     @property
     def thinking(self) -> list[bool]:
         """True for each held-out row with reasoning in its reference: the model may think first."""
-        return [bool(row.get("reasoning")) for row in self.rows]
+        return [self.asks_to_think(row) for row in self.rows]
+
+    def asks_to_think(self, row: ChatRow) -> bool:
+        """Return True if models may think before they answer this row."""
+        return self.may_think and bool(row.get("reasoning"))
 
     @property
     def sampled(self) -> list[int]:
@@ -60,6 +64,7 @@ class Exam:
             "max_new_tokens": self.max_new_tokens,
             "max_thinking_tokens": self.max_thinking_tokens,
             "escape": self.escape,
+            **({} if self.may_think else {"may_think": False}),
         }
         loss_alone = {"escape": self.escape}
         drawn = {**answered, "sampling_seed": SAMPLING_SEED}
@@ -139,7 +144,7 @@ class Evaluation:
                 batch_size=exam.batch_size,
                 max_new_tokens=exam.max_new_tokens,
                 max_thinking_tokens=exam.max_thinking_tokens,
-                thinking=[bool(row.get("reasoning")) for row in rows],
+                thinking=[exam.asks_to_think(row) for row in rows],
                 progress=lambda done: beat(f"{label} {phase}", done),
                 escape=exam.escape,
                 sampling_seed=seed,

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen3ft.chat.templates import template_may_think
 from qwen3ft.errors import (
     DataLoadingError,
     ModelNotFoundError,
@@ -23,7 +24,7 @@ from qwen3ft.evaluation.ability import read_ability_rows
 from qwen3ft.evaluation.answer_cache import AnswerCache
 from qwen3ft.evaluation.answers import answers_are_sound, choose_questions
 from qwen3ft.evaluation.comparison import write_inference_report
-from qwen3ft.evaluation.decoded import compute_decoded
+from qwen3ft.evaluation.decoded import Answered, compute_decoded
 from qwen3ft.evaluation.exam import Evaluation, Exam, to_question
 from qwen3ft.evaluation.generation import answer_questions, release_memory
 from qwen3ft.files import read_json_lines, sha256_file
@@ -109,6 +110,7 @@ def run_inference(request: InferenceRequest, beat: Callable[[str, int], None]) -
         max_new_tokens=config.max_new_tokens,
         max_thinking_tokens=config.max_thinking_tokens,
         escape=config.special_tokens_in_text == "escape",
+        may_think=template_may_think(request.model.chat_template_sha256),
     )
     beat("load", 0)
     adapters = _choose_adapters(request)
@@ -120,14 +122,14 @@ def run_inference(request: InferenceRequest, beat: Callable[[str, int], None]) -
         for label, folder in adapters.items()
         if label == "candidate" or not evaluations[label].is_complete
     }
-    answered_by = "nobody: every answer was known"
+    answered = Answered("nobody: every answer was known")
     if not all(evaluation.is_complete for evaluation in evaluations.values()):
         loaded = _load(config, request.model.path, to_load)
-        answered_by = _compute(request, loaded, evaluations, list(to_load), beat)
-    logger.info("answered by %s", answered_by)
+        answered = _compute(request, loaded, evaluations, list(to_load), beat)
+    logger.info("answered by %s", answered.by)
     evaluated = {label: evaluation.results() for label, evaluation in evaluations.items()}
     seconds = time.monotonic() - started
-    return write_inference_report(request, exam, evaluated, seconds, answered_by)
+    return write_inference_report(request, exam, evaluated, seconds, answered)
 
 
 def _compute(
@@ -136,7 +138,7 @@ def _compute(
     evaluations: Mapping[ModelLabel, Evaluation],
     adapters: list[ModelLabel],
     beat: Callable[[str, int], None],
-) -> str:
+) -> Answered:
     """Compute what is missing of all exams; return what answered, and why that."""
     from qwen3ft.decoding.fitting import CannotDecodeError
 
@@ -145,12 +147,13 @@ def _compute(
     except CannotDecodeError as error:
         obstacle = str(error)
     release_memory()  # of a decoder that failed
+    started = time.monotonic()
     model, tokenizer = loaded
     for label, evaluation in evaluations.items():
         if not evaluation.is_complete:
             with _active(model, label):
                 evaluation.compute(model, tokenizer, label, beat)
-    return f"transformers ({obstacle})"
+    return Answered(f"transformers ({obstacle})", time.monotonic() - started)
 
 
 def _open_evaluation(request: InferenceRequest, exam: Exam, adapter: Path | None) -> Evaluation:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from qwen3ft.records.evaluation import Comparison, JudgeReport, MetricName
+from qwen3ft.records.evaluation import MODELS, Comparison, InferenceReport, JudgeReport, MetricName
+from qwen3ft.units import gb, size_text
 
 METRIC_NAMES: dict[MetricName, str] = {
     "exact_match": "exact match",
@@ -70,3 +71,30 @@ def format_seconds(seconds: float) -> str:
         return f"{rest} s"
     hours, minutes_left = divmod(minutes, 60)
     return f"{hours} h {minutes_left} min" if hours else f"{minutes} min {rest} s"
+
+
+def answered_by_text(report: InferenceReport) -> str:
+    """Return what answered, with its time and peak beside those predicted."""
+    if not report.answer_seconds:
+        return report.answered_by
+    seconds = f"{report.answer_seconds:,.1f} s"
+    if report.predicted_seconds is not None:
+        seconds += f" ({report.predicted_seconds:,.1f} predicted)"
+    peak = "" if report.peak_bytes is None else f", peak {size_text(report.peak_bytes)}"
+    if peak and report.predicted_bytes is not None:
+        peak += f" ({gb(report.predicted_bytes):.2f} predicted)"
+    return f"{report.answered_by}; {seconds}{peak}"
+
+
+def thinking_text(report: InferenceReport) -> str:
+    """Return how many answers of each model ended their thinking by themselves."""
+    asked = report.thinking_asked
+    if not asked:
+        how = "not asked for, as in training: no held-out row has reasoning"
+        return how if report.may_think else ""
+    ended = (
+        f"{label} {asked - report.thinking_cut[label]:,}"
+        for label in MODELS
+        if label in report.thinking_cut
+    )
+    return f"of {asked:,} answers, ended within its budget: {', '.join(ended)}"

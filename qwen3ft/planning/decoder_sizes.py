@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qwen3ft.planning.gpu_specs import GPU_SPECS, GpuSpec
 from qwen3ft.planning.recompute import padded_rank
 from qwen3ft.records.model import ModelShape
 from qwen3ft.units import GIB
@@ -32,6 +33,8 @@ DECODER_SLACK_BYTES = int(0.3 * GIB)
 _READ_SECONDS, _ROW_SECONDS, _DEQUANTISE_SECONDS = 0.70e-12, 1.1e-15, 0.8e-12  # per weight
 _BLOCK_SECONDS = 70e-6  # launches and low-rank products
 _BYTES_PER_SECOND = 3e12
+_READ_FLOPS = 400e12  # of the products while prompts are read, dequantising included
+_MEASURED = GPU_SPECS[0]
 
 
 def may_decode(device: str, kernels: str) -> bool:
@@ -151,6 +154,22 @@ class AnswerLoad:
             + (cache + head) / _BYTES_PER_SECOND
         )
 
+    def seconds(self, sizes: DecoderSizes, gpu: GpuSpec = _MEASURED) -> float:
+        """Estimate the time of all answers, prompts included, once the decoder is ready.
+
+        Time that memory decides is scaled by the GPU's bandwidth, that of reading by its products.
+        """
+        rounds = -(-self.questions // sizes.slots)
+        # the last answers leave slots idle for about the time of one answer
+        steps = rounds * self.typical_answer_tokens + self.answer_tokens / 2
+        read = 2 * self.questions * self.typical_prompt_tokens  # once more for the loss
+        writing = steps * self.step_seconds(sizes.slots, sizes.resident_blocks)
+        reading = 2 * self.shape.linear_parameters * read / _READ_FLOPS
+        return (
+            writing * _MEASURED.bandwidth_gbps / gpu.bandwidth_gbps
+            + reading * _MEASURED.bf16_tflops / gpu.bf16_tflops
+        )
+
     def bytes_of(self, sizes: DecoderSizes) -> int:
         """Return the bytes that a decoder of `sizes` takes beside the model."""
         return (
@@ -188,10 +207,7 @@ def choose_sizes(
         room -= blocks * load.resident_bytes()
         pages = min(slots * longest, pages + room // load.page_bytes)
         sizes = DecoderSizes(slots, pages, load.most_tokens, resident_blocks=blocks)
-        rounds = -(-load.questions // slots)
-        # the last answers leave slots idle for about the time of one answer
-        steps = rounds * load.typical_answer_tokens + load.answer_tokens / 2
-        seconds = steps * load.step_seconds(slots, blocks)
+        seconds = load.seconds(sizes)
         if best is None or seconds < best[0]:
             best = seconds, sizes
     return None if best is None else best[1]

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from qwen3ft.config import TrainingConfig
+from qwen3ft.planning.answers import AnswersPlan, answer_lines, plan_answers
 from qwen3ft.planning.fit import Fit, kernels_of
 from qwen3ft.planning.footprint import predict_memory, total_bytes
 from qwen3ft.planning.gpu_specs import GpuSpec, find_gpu_spec
@@ -40,6 +41,7 @@ class PlanTable(Record):
     budget_gb: float
     speed: SpeedEstimate | None
     elsewhere: tuple[SpeedEstimate, ...] = ()
+    answers: AnswersPlan | None = None
     least_gb: float | None = None
     longest_tokens: int | None = None
     notes: tuple[str, ...] = ()
@@ -69,8 +71,12 @@ def shape_table(request: FitRequest, fit: Fit, gpu: GpuSpec | None, fill: float)
         notes.append(
             f"{request.model_name} was made for {request.shape.max_position_embeddings:,} tokens."
         )
-    return _table(request, fit, gpu).model_copy(
+    table = _table(request, fit, gpu)
+    answers = plan_answers(request, fit.parts, fit.budget_gb, gpu)
+    return table.model_copy(
         update={
+            "settings": (*table.settings, *answer_lines(answers)),
+            "answers": answers,
             "elsewhere": tuple(speed for speed in speeds if speed is not None),
             "least_gb": gb(total_bytes(least)),
             "longest_tokens": longest_that_fits(longest, kernels, fit.budget_gb * GIB),
@@ -85,7 +91,9 @@ def run_table(config: TrainingConfig, environment: EnvironmentReport, plan: Trai
     fit = Fit(workload_of(plan), plan.predicted, plan.max_memory_gb, plan.reasons)
     gpu = find_gpu_spec(environment.gpus[0].name) if environment.gpus else None
     table = _table(request, fit, gpu)
-    return table.model_copy(update={"settings": (*table.settings, *_run_lines(plan))})
+    answers = plan_answers(request, fit.parts, fit.budget_gb, gpu, plan.dataset)
+    lines = (*table.settings, *_run_lines(plan), *answer_lines(answers))
+    return table.model_copy(update={"settings": lines, "answers": answers})
 
 
 def levels_of_typical_row(request: FitRequest, work: Workload) -> tuple[Level, ...]:

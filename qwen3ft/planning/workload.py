@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from qwen3ft.chat.templates import template_may_think
 from qwen3ft.config import TrainingConfig
 from qwen3ft.planning.packing import row_tokens
 from qwen3ft.records.data import DatasetManifest
@@ -107,6 +108,8 @@ class FitRequest:
     """Mean length of a training row."""
     held_out_tokens: int
     """Length of the longest held-out row, padding included."""
+    may_think: bool = True
+    """The model's chat template writes reasoning."""
 
     @property
     def smallest_workload(self) -> Workload:
@@ -149,6 +152,7 @@ def request_for(
         longest_tokens=padded_length(dataset.train.longest_tokens, limit),
         typical_tokens=-(-dataset.train.tokens // dataset.train.rows),
         held_out_tokens=padded_length(dataset.dev.longest_tokens, limit),
+        may_think=template_may_think(model.chat_template_sha256),
     )
 
 

@@ -16,7 +16,7 @@ from qwen3ft.config import EMBEDDED_MODEL_NAME, TrainingConfig
 from qwen3ft.data.safety import safe_excerpt
 from qwen3ft.errors import FinetuneError
 from qwen3ft.evaluation.answers import exact_match
-from qwen3ft.evaluation.wording import judge_note
+from qwen3ft.evaluation.wording import answered_by_text, judge_note, thinking_text
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.logs import mask_secrets
 from qwen3ft.planning.table import PlanTable
@@ -215,8 +215,8 @@ def _scores(facts: RunFacts) -> dict[str, object]:
         },
         "scores": report.scores,
         "main_metric": report.main_metric,
-        "answered_by": report.answered_by,
-        "thinking": _thinking(report),
+        "answered_by": answered_by_text(report),
+        "thinking": thinking_text(report),
         # JSON has no NaN, which is the bound of a gain that could not be resampled
         "comparisons": tuple(
             one for one in report.comparisons if all(map(math.isfinite, (one.low, one.high)))
@@ -225,19 +225,6 @@ def _scores(facts: RunFacts) -> dict[str, object]:
         "judge": report.judge,
         "answers": tuple(answered_question(pair) for pair in report.samples),
     }
-
-
-def _thinking(report: InferenceReport) -> str:
-    """Return how many answers of each model ended their thinking by themselves."""
-    asked = report.thinking_asked
-    if not asked:
-        return ""
-    ended = (
-        f"{label} {asked - report.thinking_cut[label]:,}"
-        for label in MODELS
-        if label in report.thinking_cut
-    )
-    return f"of {asked:,} answers, ended within its budget: {', '.join(ended)}"
 
 
 def answered_question(pair: SideBySide) -> AnsweredQuestion:

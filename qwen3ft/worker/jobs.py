@@ -32,6 +32,7 @@ from qwen3ft.records.requests import (
     TokenizerRequest,
 )
 from qwen3ft.records.training import AttemptOutcome
+from qwen3ft.units import GIB
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -167,8 +168,10 @@ def inference_job(job: Job) -> InferenceReport:
     request = read_record(job.dir.request, InferenceRequest)
     job.heartbeat.beat("load")
     budget_gb = request.budget_gb or request.config.max_memory_gb
-    MemoryOptimizer(budget_gb, request.device).optimize_for_training()
-    return run_inference(request, job.heartbeat.beat)
+    memory = MemoryOptimizer(budget_gb, request.device)
+    memory.optimize_for_training()
+    report = run_inference(request, job.heartbeat.beat)
+    return report.model_copy(update={"peak_bytes": int(memory.peak()[2] * GIB)})
 
 
 def export_job(job: Job) -> ParityReport:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from support.data_stage import write_jsonl
 from support.finished_run import make_plan
 from support.trained_adapter import Trained
 
+from qwen3ft.chat.templates import KNOWN_TEMPLATES
 from qwen3ft.decoding import fitting
 from qwen3ft.decoding.decoder import Decoder
 from qwen3ft.decoding.fitting import RUNGS, CannotDecodeError, find_obstacle, run_within
 from qwen3ft.embedded import corpus
 from qwen3ft.evaluation.inference import InferenceTester, run_inference
+from qwen3ft.evaluation.wording import answered_by_text, thinking_text
 from qwen3ft.files import read_json_lines
 from qwen3ft.planning.decoder_sizes import AnswerLoad, DecoderSizes
 from qwen3ft.records.evaluation import Champion, InferenceReport
@@ -90,6 +93,11 @@ def test_the_decoder_gives_the_night_of_transformers(
     assert answers == plain
     assert len({line["candidate"] for line in answers}) > 1
     assert mine.thinking_asked == theirs.thinking_asked == len(THINKING)
+    assert "of 2 answers, ended within its budget: base " in thinking_text(mine)
+    assert re.search(r"16 bits; [\d.]+ s$", answered_by_text(mine))  # no estimate for a CPU
+    measured = mine.model_copy(update={"predicted_seconds": 9.0, "peak_bytes": 2 * GIB})
+    words = answered_by_text(measured.model_copy(update={"predicted_bytes": 3 * GIB}))
+    assert words.endswith(" s (9.0 predicted), peak 2.00 GB (3.00 predicted)")
     assert mine.thinking_cut == theirs.thinking_cut
     assert {*mine.generated.values()} == {len(answers)}
     for score in mine.scores:
@@ -103,6 +111,19 @@ def test_the_decoder_gives_the_night_of_transformers(
     assert [one.gain for one in mine.comparisons] == pytest.approx(
         [one.gain for one in theirs.comparisons], rel=1e-4
     )
+
+
+def test_a_template_without_thinking_is_not_asked_to_think(
+    request_: InferenceRequest, tmp_path: Path
+) -> None:
+    """Whatever its rows say; and where no row has reasoning, the card says that nobody was."""
+    [instruct] = [key for key, name in KNOWN_TEMPLATES.items() if name == "Qwen3-Instruct-2507"]
+    model = request_.model.model_copy(update={"chat_template_sha256": instruct})
+    asked = request_.model_copy(update={"model": model, "champion": None})
+    report, _ = answer(with_settings(asked, tmp_path / "instruct", kernels="fused"))
+    assert (report.thinking_asked, thinking_text(report)) == (0, "")
+    bare = report.model_copy(update={"may_think": True})
+    assert thinking_text(bare).startswith("not asked for")
 
 
 def test_a_reference_may_be_longer_than_any_answer(
