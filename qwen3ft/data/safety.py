@@ -26,13 +26,14 @@ class Finding(NamedTuple):
 
 # A text without candidates costs one regular expression. Each of its branches starts with a
 # character that is rare in prose, and looks back at what must stand before it.
-_TRIGGER = re.compile(
-    r"[0-9][0-9 ().-]{8}"  # numbers
-    r"|@"  # addresses, passwords in URLs
+_KEY_MARKS = (
+    r"@"  # addresses, passwords in URLs
     r"|_(?<=[a-z]_)[A-Za-z0-9]{12}"  # hf_, ghp_, sk_live_ ...
     r"|-(?:[A-Za-z0-9_-]{10}|----BEGIN)"  # sk-, glpat-, xoxb-, private keys
     r"|A(?:KIA|SIA|KID|Iza)[A-Za-z0-9]|LTAI[A-Za-z0-9]|J(?<=eyJ)[A-Za-z0-9]"
 )
+_HAS_KEY_MARK = re.compile(_KEY_MARKS)
+_TRIGGER = re.compile(rf"[0-9][0-9 ().-]{{8}}|{_KEY_MARKS}")
 _WIDE_TRIGGERS = ("０", "１", "＠")  # every phone or identity number has one of these digits
 _FULL_WIDTH = str.maketrans("０１２３４５６７８９＠－＋　（）", "0123456789@-+ ()")
 
@@ -137,10 +138,11 @@ def mask_keys(text: str) -> str:
 
 def _candidates(text: str) -> Iterator[Finding]:
     """Yield findings by kind, the most reliable kinds first."""
-    for match in _SECRET.finditer(text):
-        kind = (match.lastgroup or "").rpartition("_")[0]
-        if _SECRET_CHECKS[kind](match):
-            yield Finding(kind, *match.span())
+    if "earer " in text or _HAS_KEY_MARK.search(text):
+        for match in _SECRET.finditer(text):
+            kind = (match.lastgroup or "").rpartition("_")[0]
+            if _SECRET_CHECKS[kind](match):
+                yield Finding(kind, *match.span())
     for match in _IBAN.finditer(text):
         length = _iban_length(match.group())
         if length:
