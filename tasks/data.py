@@ -9,9 +9,8 @@ from prefect import task
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.data.folder import read_manifest
-from qwen3ft.data.pipeline import dataset_target
+from qwen3ft.data.pipeline import dataset_target, make_dataset
 from qwen3ft.data.sources import resolved
-from qwen3ft.data.stage import make_dataset
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.logs import without_secrets
 from qwen3ft.records.data import DatasetManifest, ResolvedSources

@@ -48,9 +48,8 @@ COMPUTED = {
     # next commands that are no text in the call, by file: where their texts come from
     "qwen3ft/chat/templates.py": "the calls of template_error: texts in the code",
     "qwen3ft/config.py": "the settings that are looked up, and the calls of checked_name",
-    "qwen3ft/data/advice.py": "tests/data/test_no_rows.py",
     "qwen3ft/data/hub.py": "_DATASET: texts in the code",
-    "qwen3ft/data/reading.py": "texts in the code",
+    "qwen3ft/data/refusal.py": "tests/data/test_no_rows.py, or texts in the code",
     "qwen3ft/data/sources.py": "tests/data/test_unseen.py: files that are not read",
     "qwen3ft/errors.py": "another error",
     "qwen3ft/jobs/failures.py": "RULES, below",

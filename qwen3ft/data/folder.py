@@ -28,10 +28,11 @@ from pydantic import ValidationError
 
 from qwen3ft.data.columns import Columns
 from qwen3ft.data.known_rows import write_known_rows
+from qwen3ft.data.layouts import NOT_AN_EXAMPLE
 from qwen3ft.data.placement import DUPLICATES, Fate, Placement
 from qwen3ft.data.reading import FINDINGS_NAME, NO_REASONING, Reading
 from qwen3ft.data.row_table import RowTable
-from qwen3ft.data.rows import NOT_AN_EXAMPLE, UNREADABLE_FILE
+from qwen3ft.data.rows import UNREADABLE_FILE
 from qwen3ft.data.splits import Mask
 from qwen3ft.data.tokenizing import Tokens
 from qwen3ft.files import build_folder, find_damage, read_manifest_facts

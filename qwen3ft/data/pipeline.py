@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from qwen3ft.chat.templates import identify_template
 from qwen3ft.chat.tokenizer import configure_tokenizer, load_tokenizer
 from qwen3ft.config import TrainingConfig
-from qwen3ft.data.advice import check_not_empty, log_report, warnings_of
+from qwen3ft.data.advice import log_report, warnings_of
 from qwen3ft.data.folder import (
     QUARANTINE,
     Prepared,
@@ -31,17 +31,21 @@ from qwen3ft.data.folder import (
 from qwen3ft.data.known_rows import read_known_rows
 from qwen3ft.data.placement import Fate, Placement, place_rows
 from qwen3ft.data.reading import Reading, read_sources, rows_path
+from qwen3ft.data.refusal import check_not_empty
 from qwen3ft.data.row_features import RowFeatures
 from qwen3ft.data.row_table import BatchPlace, BatchReader, RowTable
 from qwen3ft.data.sources import SETTINGS_THAT_MATTER, resolved
 from qwen3ft.data.tokenizing import BatchWork, tokenize_table
 from qwen3ft.files import sha256_file, sha256_json
+from qwen3ft.jobs.folders import RunDir
 from qwen3ft.jobs.helpers import start_helpers
+from qwen3ft.jobs.launcher import run_worker
 from qwen3ft.logs import get_logger
 from qwen3ft.model.hub import fetch_tokenizer, resolve_model
 from qwen3ft.model.tokenizer_trial import try_tokenizer
 from qwen3ft.records.data import DatasetManifest, QaRow, ResolvedSources
 from qwen3ft.records.model import ModelSnapshot, ModelSource
+from qwen3ft.records.requests import DataRequest
 from qwen3ft.units import MIB
 
 if TYPE_CHECKING:
@@ -95,6 +99,23 @@ def _settings(config: TrainingConfig) -> dict[str, Any]:
 def _no_features(places: Iterable[BatchPlace]) -> Iterator[RowFeatures]:
     for _ in places:
         yield from ()
+
+
+def make_dataset(
+    sources: ResolvedSources,
+    model: ModelSnapshot,
+    run: RunDir,
+    target: Path,
+    known_rows: str | None = None,
+) -> DatasetManifest:
+    """Read and tokenise the rows into the folder `target`, in a worker.
+
+    Raises:
+        DataLoadingError, TokenizerError: as `DataPipeline.prepare`.
+    """
+    request = DataRequest(sources=sources, model=model, target=str(target), known_rows=known_rows)
+    job = run.job("data").create(request)
+    return run_worker("data", job, DatasetManifest, stall_seconds=sources.config.stall_seconds)
 
 
 class DataPipeline:

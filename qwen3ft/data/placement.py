@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from qwen3ft.config import TrainingConfig
-from qwen3ft.data.reading import Reading
 from qwen3ft.data.row_features import compared_text
 from qwen3ft.data.row_table import RowTable
 from qwen3ft.data.splits import (
@@ -30,6 +30,9 @@ from qwen3ft.data.splits import (
     leaks,
     sample,
 )
+
+if TYPE_CHECKING:
+    from qwen3ft.data.reading import Reading
 
 
 class Fate(IntEnum):

@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from difflib import SequenceMatcher
 from pathlib import Path
 from typing import TextIO
 
-from qwen3ft.config import ColumnNames, TrainingConfig
+from qwen3ft.config import TrainingConfig
 from qwen3ft.data import safety
-from qwen3ft.data.columns import PARTS, find_columns
+from qwen3ft.data.layouts import NOT_AN_EXAMPLE
 from qwen3ft.data.near_duplicates import NearDuplicates
+from qwen3ft.data.refusal import PERSONAL_DATA, check_usable
 from qwen3ft.data.row_features import RowFeatures
 from qwen3ft.data.row_table import BatchPlace, RowWriter
 from qwen3ft.data.rows import (
-    NOT_AN_EXAMPLE,
     UNREADABLE_FILE,
     RowCounts,
     excerpt,
@@ -33,7 +31,6 @@ from qwen3ft.data.rows import (
     read_file,
     rules_of,
 )
-from qwen3ft.data.sources import command_to_check
 from qwen3ft.data.splits import KeysBuilder
 from qwen3ft.errors import DataLoadingError
 from qwen3ft.logs import get_logger
@@ -50,9 +47,7 @@ FINDINGS_NAME = "personal_data.jsonl"
 MOST_LISTED_BYTES = 64 * MIB
 """Size of a quarantine file past which rows are only counted."""
 _BAD_ROW_NAMES = tuple(one.name for one in fields(BadRow))
-_PERSONAL_DATA = "personal_data"
 _PROGRESS_ROWS = 20_000
-_MOST_NAMES = 20
 FeaturesOf = Callable[[Iterable[BatchPlace]], Iterator[RowFeatures]]
 """Returns the features of each batch of the row table, in order."""
 
@@ -103,11 +98,6 @@ class Reading:
         left_out = self.without_reasoning_left_out + self.marked_left_out
         return self.usable + self.bad.total() + left_out
 
-    @property
-    def rows_path(self) -> Path:
-        """File of the row table."""
-        return rows_path(self.folder)
-
 
 def rows_path(folder: Path) -> Path:
     """Return the file of the row table in a work folder."""
@@ -140,7 +130,7 @@ def read_sources(
     with (
         quarantine.open("w", encoding="utf-8") as bad,
         (folder / FINDINGS_NAME).open("w", encoding="utf-8") as findings,
-        RowWriter(reading.rows_path) as table,
+        RowWriter(rows_path(folder)) as table,
     ):
         reader = _Reader(config, reading, table, bad, findings, progress)
         for features in features_of(reader.batches()):
@@ -149,7 +139,7 @@ def read_sources(
             reading.near.add(features.bands)
         reader.end()
     _report(reading)
-    _check(reading, config, quarantine)
+    check_usable(reading, config, quarantine)
     return reading
 
 
@@ -232,7 +222,7 @@ class _Reader:
             return None
         # Masked before it is cut: no pattern finds half a key.
         masked = excerpt(safety.mask(text))
-        return BadRow(row["file"], row["line"], row["offset"], _PERSONAL_DATA, masked)
+        return BadRow(row["file"], row["line"], row["offset"], PERSONAL_DATA, masked)
 
     def end(self) -> None:
         """Say in the quarantine how many rows are not listed, if any."""
@@ -303,86 +293,3 @@ def _report(reading: Reading) -> None:
             100 * reading.chinese / reading.usable,
             100 * reading.with_reasoning / reading.usable,
         )
-
-
-def _reason_for_none(reading: Reading, config: TrainingConfig, quarantine: str) -> tuple[str, str]:
-    """Return why no row is usable, and the command to run next."""
-    if rows := reading.without_reasoning_left_out:
-        why = f"{rows} good rows have no reasoning, and rows_without_reasoning is 'leave_out'."
-        return why, command_to_check(config, rows_without_reasoning="empty_block")
-    if reading.marked_left_out:
-        return (
-            f"The data marks {reading.marked_left_out} rows as bad examples, and no other is good.",
-            quarantine,
-        )
-    if reading.bad:
-        return "All of their rows were quarantined.", quarantine
-    sizes = " ".join(shlex.quote(str(file.path)) for file in reading.files[:_MOST_NAMES])
-    return "There is no row in them.", f"wc -c {sizes}"
-
-
-def _likely_columns(names: Sequence[str], wanted: ColumnNames) -> dict[str, str]:
-    """Return the columns that may hold the missing parts: those with the most similar names."""
-    found = find_columns(tuple(names), wanted)
-    free, likely = list(found.unused or names)[:_MOST_NAMES], {}
-    for part in ("answer", "question"):
-        if getattr(found, part) is None and free:
-            likely[part] = max(free, key=lambda name: _similarity(name, PARTS[part]))
-            free.remove(likely[part])
-    return likely
-
-
-def _similarity(name: str, usual_names: Sequence[str]) -> float:
-    return max(SequenceMatcher(None, name.lower(), usual).ratio() for usual in usual_names)
-
-
-def _way_out(reading: Reading, config: TrainingConfig) -> str | None:
-    """Return the command that looks again with the setting by which most bad rows were refused."""
-    [(reason, _)] = reading.bad.most_common(1) or [("", 0)]
-    if reason == _PERSONAL_DATA:
-        return command_to_check(config, personal_data="report")
-    if reason == "control_token":
-        return command_to_check(config, special_tokens_in_text="escape")
-    return None
-
-
-def _check(reading: Reading, config: TrainingConfig, quarantine: Path) -> None:
-    """Raise DataLoadingError if too many rows are bad or none is usable."""
-    bad, read, files = reading.bad.total(), reading.rows_read, len(reading.sources)
-    max_bad_fraction = config.max_bad_fraction
-    next_command = f"head {shlex.quote(str(quarantine))}"
-    numbers = ", ".join(f"{reason} {count}" for reason, count in reading.bad.most_common())
-    # Files have a share of their own: nobody knows how many rows an unreadable one holds.
-    if bad > max_bad_fraction * read or reading.unreadable > max_bad_fraction * files:
-        what = (
-            f"{bad} of {read} rows are bad ({numbers or 'none'}) and {reading.unreadable} of "
-            f"{files} file(s) unreadable; max_bad_fraction allows {max_bad_fraction:.0%}."
-        )
-        listed = f"All but {reading.not_listed:,}" if reading.not_listed else "All"
-        why = f"{listed} bad rows are listed with file, line and reason in {quarantine}."
-        next_command = _way_out(reading, config) or next_command
-    elif not reading.usable:
-        what = f"No usable row in {files} file(s): {read} rows read, {bad} bad."
-        why, next_command = _reason_for_none(reading, config, next_command)
-    else:
-        return
-    if reading.counts.incomplete:
-        [((part, names), rows)] = reading.counts.incomplete.most_common(1)
-        why += (
-            f" {rows} of them have no column that is known to hold the {part}; their columns are "
-            f"{', '.join(map(repr, names[:_MOST_NAMES]))}. The setting `columns` names it."
-        )
-        if names:
-            likely = _likely_columns(names, config.columns)
-            columns = config.columns.model_copy(update=likely)
-            next_command = command_to_check(config, columns=columns)
-    raise DataLoadingError(
-        what,
-        why=why,
-        next_command=next_command,
-        rows_read=read,
-        bad=bad,
-        unreadable_files=reading.unreadable,
-        reasons=dict(reading.bad),
-        quarantine_path=str(quarantine),
-    )

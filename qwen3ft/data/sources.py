@@ -25,6 +25,7 @@ from qwen3ft.data.hub import HUB_PREFIX, fetch_dataset, parse_hub_name, pin_data
 from qwen3ft.data.readers.open import SUFFIXES, suffix_of
 from qwen3ft.data.readers.unread import next_command_for, why_unread
 from qwen3ft.data.safety import mask_keys
+from qwen3ft.data.splits import DEV_NAMES
 from qwen3ft.digests import DigestCache, mark_of, open_digests
 from qwen3ft.embedded import DATA_DIR
 from qwen3ft.errors import DataLoadingError
@@ -39,10 +40,7 @@ BUNDLED: dict[Role, tuple[str, ...]] = {
     "dev": ("embedded:dev",),
     "test": ("embedded:test", "embedded:novel"),
 }
-_SPLIT_NAMES: dict[str, Role] = {
-    **dict.fromkeys(("dev", "val", "valid", "validation", "eval"), "dev"),
-    "test": "test",
-}
+_SPLIT_NAMES: dict[str, Role] = {**dict.fromkeys(DEV_NAMES, "dev"), "test": "test"}
 # test.jsonl, test-00000-of-00002.parquet, gsm8k_test.jsonl, my.test.csv, test/0.parquet
 _SPLIT_NAME = re.compile(rf"(?:^|.*[-_./])({'|'.join(_SPLIT_NAMES)})(?:[-_][0-9]+.*)?$")
 _DESCRIPTIONS = ("dataset_info", "dataset_infos", "dataset_dict", "state")

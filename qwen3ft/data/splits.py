@@ -30,6 +30,9 @@ TRAIN, DEV, TEST = range(3)
 HELD_OUT_ROLES: tuple[Role, ...] = ("test", "dev")
 """Held-out roles, the most protected first."""
 
+DEV_NAMES = ("dev", "val", "valid", "validation", "eval")
+"""Names under which data sets have what is held out during training."""
+
 KEPT, DUPLICATE, LEAKAGE = range(3)
 
 # Equal keys are taken for equal texts: two of a billion rows share one with probability 1e-21.

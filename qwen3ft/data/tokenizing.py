@@ -162,7 +162,6 @@ class _Work:
         self.lengths[rows] = np.where(used, batch.lengths, 0)
         self.bounded[rows] = used & batch.bounded
         self.shortened += int(batch.shortened[used].sum())
-        is_full = self.trained_rows == self.most_rows
         fates[used] = batch.fates[used]
         trained = np.flatnonzero(fates == Fate.TRAIN)
         if self.most_rows is not None:
@@ -171,7 +170,7 @@ class _Work:
         self.trained_rows += len(trained)
         for split, content in batch.splits.items():
             kept = content.slice(0, len(trained)) if split == train else content
-            if kept.num_rows and not (split == train and is_full):
+            if kept.num_rows:
                 self.writers[split].write(kept)
 
 

@@ -6,9 +6,8 @@ from pathlib import Path
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.data.folder import read_manifest
-from qwen3ft.data.pipeline import dataset_target
+from qwen3ft.data.pipeline import dataset_target, make_dataset
 from qwen3ft.data.sources import resolved
-from qwen3ft.data.stage import make_dataset
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.machine.environment import EnvironmentManager
 from qwen3ft.model.adapter import plan_adapter

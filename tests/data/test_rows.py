@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from support.rows import GOOD, read, read_line, read_values
 
 from qwen3ft.config import ColumnNames, TrainingConfig
+from qwen3ft.data.layouts import split_reasoning
 from qwen3ft.data.rows import (
     UNREADABLE_FILE,
     RowCounts,
@@ -21,7 +22,6 @@ from qwen3ft.data.rows import (
     excerpt,
     messages_of,
     read_file,
-    split_reasoning,
 )
 from qwen3ft.data.sources import EMBEDDED_SPLITS, SAMPLE_DATA, resolve_sources, resolved
 from qwen3ft.errors import DataLoadingError

@@ -23,8 +23,9 @@ from qwen3ft.chat.rendering import render_row
 from qwen3ft.chat.templates import apply_template
 from qwen3ft.chat.tokenizer import load_tokenizer
 from qwen3ft.config import TrainingConfig
+from qwen3ft.data.layouts import NOT_AN_EXAMPLE
 from qwen3ft.data.pipeline import DataPipeline
-from qwen3ft.data.rows import CONTROL_TOKENS, NOT_AN_EXAMPLE
+from qwen3ft.data.rows import CONTROL_TOKENS
 from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.errors import DataLoadingError
 from qwen3ft.records.data import BadRow, QaRow
