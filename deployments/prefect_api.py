@@ -38,10 +38,11 @@ def send(
         layout.secret, f"{layout.url('prefect')}/api/{address}", body, method
     )
     if text is None:
+        log = layout.log("prefect")
         raise EnvironmentNotReadyError(
             f"The Prefect server refused {method} /api/{address} or does not answer.",
             why="It may have been stopped in the meantime, or be another version.",
-            next_command=shell_line("tail", "-n", "50", layout.log("prefect")),
+            next_command=shell_line("tail", "-n", "50", log) if log.exists() else "qwen3ft status",
         )
     return json.loads(text) if text else None
 

@@ -467,7 +467,7 @@ def read_settings_file(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"Cannot read the settings in {path}: {error}",
             why="The file is missing, unreadable, or not YAML of plain settings.",
-            next_command=shell_line("ls", "-l", path),
+            next_command=shell_line("ls", "-l", _existing(path)),
             path=str(path),
         ) from error
     if not isinstance(loaded, dict):
@@ -483,6 +483,13 @@ def read_settings_file(path: Path) -> dict[str, Any]:
             path=str(path),
         )
     return with_current_names(loaded)
+
+
+def _existing(path: Path) -> Path:
+    """Return the path, or the nearest folder above it that exists."""
+    if "\0" in str(path):  # no path at all
+        return Path()
+    return next((each for each in (path, *path.parents) if os.path.lexists(each)), Path())
 
 
 def with_current_names(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,43 +3,41 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.commands import error_sites, flaw_of, template, words_of, written_commands
+from support.commands import (
+    ROOT,
+    calls_without_next_command,
+    error_sites,
+    flaw_of,
+    template,
+    words_of,
+    written_commands,
+)
+from support.made_errors import RECORD_VARIABLE, recording
+from support.mishaps import ELSEWHERE, QUICK, throw, write
 
-from deployments.schedule import check_schedule
-from deployments.stack import Stack
-from flows.cli.follow import find_run
-from flows.cli.options import read_overrides
-from flows.cli.plan import plan_command
-from flows.cli.project import open_project
-from flows.cli.servers import env_command
-from flows.resume import refuse_second_resume
-from flows.run_context import make_folders
-from qwen3ft import faults
-from qwen3ft.config import TrainingConfig, load_config, parse_config
-from qwen3ft.data.sources import resolve_sources
-from qwen3ft.errors import FinetuneError
-from qwen3ft.evaluation.ability import read_ability_rows
-from qwen3ft.files import require_disk
+from qwen3ft.config import load_config, parse_config
+from qwen3ft.errors import FinetuneError, error_kinds
 from qwen3ft.jobs.failure_rules import RULES
-from qwen3ft.jobs.failures import folder_gone, translate, translate_exit
-from qwen3ft.jobs.heartbeat import StopRequest
-from qwen3ft.machine.gpu_lock import CPU, hold_gpu
-from qwen3ft.machine.memory import over_budget
-from qwen3ft.model.hub import resolve_model
-from qwen3ft.model.saved_adapter import open_adapter
-from qwen3ft.model.shapes import find_shape
-from qwen3ft.operations.retention import RetentionPolicy, plan_removals
-from qwen3ft.planning.gpu_specs import require_gpu_spec
-from qwen3ft.registry.lookup import find_adapter
-from qwen3ft.registry.registry import Registry
-from qwen3ft.settings import find_settings
+from qwen3ft.jobs.failures import translate_exit
+
+LOOKING = ("ls", "df", "tail", "head")
+"""Programs that change nothing: their commands are run as they are printed."""
+
+MADE_AS_A_RECORD = "qwen3ft/recovery/adjust.py _give_up 1"
+"""What is made there is a `Failure`, from which the flow makes its error."""
+
+FAILS_AGAIN = "qwen3ft/machine/environment.py EnvironmentManager._run 1"
+"""The error about a program that failed quotes its end; its command shows all that it says."""
 
 BEGINNINGS = ("qwen3ft plan --model",)
 """Words that the code completes; see tests/planning/test_refusal.py."""
@@ -51,6 +49,7 @@ COMPUTED = {
     "qwen3ft/data/hub.py": "_DATASET: texts in the code",
     "qwen3ft/data/refusal.py": "tests/data/test_no_rows.py, or texts in the code",
     "qwen3ft/data/sources.py": "tests/data/test_unseen.py: files that are not read",
+    "qwen3ft/data/tokenizing.py": "command_to_check: looked at with the mishap",
     "qwen3ft/errors.py": "another error",
     "qwen3ft/jobs/failures.py": "RULES, below",
     "qwen3ft/machine/environment.py": "SETUP_COMMAND",
@@ -63,7 +62,13 @@ COMPUTED = {
     "qwen3ft/recovery/adjust.py": "a text in the code, or that of the failure",
     "qwen3ft/recovery/shared_gpu.py": "texts in the code",
     "qwen3ft/settings.py": "the settings",
-    "flows/api.py": "the command that resumes the run",
+    "qwen3ft/registry/aliases.py": "command_for_history: looked at with the mishap",
+    "qwen3ft/registry/lookup.py": "the same",
+    "qwen3ft/training/trainer.py": "command_to_train_again: looked at with the mishap",
+    "deployments/prefect_api.py": "looked at with the mishap",
+    "flows/api.py": "the same",
+    "flows/cli/champion.py": "command_for_history, or words in the code",
+    "flows/cli/data.py": "command_to_check: looked at with the mishap",
     "flows/finetune.py": "the command that resumes the run, or a text in the code",
     "flows/resume.py": "the same",
     "qwen3ft/operations/resumption.py": "the same",
@@ -101,109 +106,79 @@ def test_the_next_command_of_a_foreign_error_exists(rule: Any) -> None:
     assert flaw_of(rule.next_command) == "", rule.next_command
 
 
-def _config(**changes: Any) -> TrainingConfig:
-    return TrainingConfig(model_name="embedded", **changes)
+def test_every_place_where_an_error_is_made_has_a_mishap() -> None:
+    """One more error in the code needs one more way to provoke it, here or in another test."""
+    places = {str(site) for site in error_sites()}
+    assert QUICK.keys() | ELSEWHERE.keys() == places
+    assert not QUICK.keys() & ELSEWHERE.keys()
 
 
-def _adapter(folder: Path, wanted: str) -> Any:
-    config = _config(output_dir=str(folder), runs_dir=str(folder / "runs"))
-    return find_adapter(config, Registry(f"sqlite:///{folder / 'mlflow.db'}"), wanted)
+def test_no_error_is_made_without_a_next_command() -> None:
+    """Every call of a class of the tree is given one, or facts that hold one."""
+    assert calls_without_next_command({kind.__name__ for kind in error_kinds()}) == []
 
 
-def _abandon(folder: Path) -> Any:
-    policy = RetentionPolicy(abandon=("nothing",))
-    return plan_removals(_config(runs_dir=str(folder)), (), policy)
-
-
-def _hold_twice(folder: Path) -> None:
-    with (
-        hold_gpu(CPU, "one", when_busy="wait", wait_seconds=1, folder=folder),
-        hold_gpu(CPU, "two", when_busy="refuse", wait_seconds=0, folder=folder),
-    ):
-        pass
-
-
-def _raise(error: FinetuneError) -> None:
-    raise error
-
-
-PROVOKED: dict[str, Callable[[Path], Any]] = {
-    "a setting out of its bounds": lambda _: parse_config({"lora_r": 0}),
-    "an unknown setting": lambda _: parse_config({"lorar": 3}),
-    "a settings file that is missing": lambda folder: load_config(folder / "a file.yaml"),
-    "a settings file of nothing": lambda folder: load_config(_file(folder, "c.yaml", "")),
-    "a settings file with a list": lambda folder: load_config(_file(folder, "c.yaml", "[a]")),
-    "a value that is empty": lambda _: read_overrides(["max_steps="]),
-    "a word about no setting": lambda _: find_settings([], "nonsense"),
-    "a planted fault that is none": lambda _: faults._parse("ooom"),
-    "no project": lambda folder: _in(folder, open_project),
-    "no servers": lambda folder: _in(_project(folder), env_command),
-    "a run that nobody knows": lambda folder: find_run(Stack(folder).layout(), "nonsense"),
-    "no run in progress": lambda folder: find_run(Stack(folder).layout(), None),
-    "a schedule that is none": lambda _: check_schedule("61 * * * *", "UTC"),
-    "a third crash": lambda _: refuse_second_resume(_config(), "1", 5),
-    "a folder that cannot be made": lambda _: make_folders(_config(runs_dir="/dev/null/runs")),
-    "a data path that is missing": lambda f: resolve_sources(_config(data_paths=(f"{f}/no",))),
-    "a folder without data": lambda f: resolve_sources(_config(data_paths=(str(f),))),
-    "a glob without files": lambda f: resolve_sources(_config(data_paths=(f"{f}/*.jsonl",))),
-    "bundled rows of another name": lambda _: resolve_sources(
-        _config(data_paths=("embedded:nonsense",))
-    ),
-    "no data": lambda _: resolve_sources(TrainingConfig()),
-    "a file of another type": lambda f: resolve_sources(
-        _config(data_paths=(str(_file(f, "a b.pdf", "x")),))
-    ),
-    "an unusable ability set": lambda f: read_ability_rows(_config(ability_path=f"{f}/no.jsonl")),
-    "a full disk": lambda folder: require_disk(folder / "x", 2**60, "The run", "why"),
-    "a folder that is gone": lambda folder: _raise(folder_gone(folder / "a b")),
-    "any exception": lambda _: _raise(translate(ValueError("x"), "train")),
-    "a killed worker": lambda _: _raise(translate_exit(-9, "", oom_kills=1, phase="train")),
-    "a worker that was stopped": lambda _: _raise(StopRequest().error()),
-    "a GPU that another run holds": _hold_twice,
-    "a budget that is exceeded": lambda _: _raise(over_budget(2**33, 2**32, "cpu")),
-    "a model that does not exist": lambda _: find_shape("no/model"),
-    "a model that is not cached": lambda folder: resolve_model(
-        TrainingConfig(model_name="owner/name", cache_dir=str(folder))
-    ),
-    "a folder that is no adapter": lambda folder: open_adapter(folder),
-    "no champion": lambda folder: _adapter(folder, "champion"),
-    "no such adapter": lambda folder: _adapter(folder, "no-such-run"),
-    "a name that leads out": lambda folder: _adapter(folder, ".."),
-    "a run to abandon that is none": _abandon,
-    "a GPU that nobody knows": lambda _: require_gpu_spec("Voodoo"),
-    "a budget that is too small": lambda _: plan_command(model="14b", budget=1, gpu="h200"),
-}
-
-
-def _file(folder: Path, name: str, text: str) -> Path:
-    path = folder / name
-    path.write_text(text)
-    return path
-
-
-def _in(folder: Path, call: Callable[[], Any]) -> Any:
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        return call()
-    finally:
-        os.chdir(before)
-
-
-def _project(folder: Path) -> Path:
-    (folder / "deployments").mkdir()
-    (folder / "deployments" / "prefect.yaml").touch()
-    return folder
-
-
-@pytest.mark.parametrize("mishap", PROVOKED)
-def test_a_mishap_ends_in_a_command_that_is_accepted(mishap: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", QUICK)
+def test_a_mishap_ends_in_a_command_that_works(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What, why, and a command whose program, options, settings and paths stand as printed."""
     folder = tmp_path / "a folder"  # commands quote what a shell would divide
     folder.mkdir()
+    made: list[tuple[str, FinetuneError]] = []
+    with (
+        recording(lambda site, error: made.append((str(site), error))),
+        pytest.raises(FinetuneError) as caught,
+    ):
+        QUICK[place](folder)
+    error = caught.value
+    assert place == MADE_AS_A_RECORD or (place, id(error)) in [(s, id(each)) for s, each in made]
+    assert error.what
+    assert error.why
+    assert flaw_of(error.next_command) == "", error.next_command
+    if shlex.split(error.next_command)[0] in LOOKING:
+        monkeypatch.chdir(folder)
+        done = subprocess.run(["sh", "-c", error.next_command], capture_output=True, text=True)
+        assert done.returncode == 0 or place == FAILS_AGAIN, done.stderr
+
+
+@pytest.mark.slow  # most of these tests train, start servers or wait
+@pytest.mark.timeout(3600)
+def test_errors_that_take_longer_are_provoked_where_it_says(tmp_path: Path) -> None:
+    """Each in the test that is named for it, with what, why, and a command that is accepted."""
+    record = tmp_path / "errors.jsonl"
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "support.made_errors", "-m", ""]
+    subprocess.run(
+        [*command, *sorted(set(ELSEWHERE.values()))],
+        cwd=ROOT,
+        env={**os.environ, RECORD_VARIABLE: str(record), "PYTHONPATH": str(ROOT / "tests")},
+        check=True,
+    )
+    errors = [json.loads(line) for line in record.read_text().splitlines()]
+    for place, test in ELSEWHERE.items():
+        found = [
+            each for each in errors if each["place"] == place and each["test"].startswith(test)
+        ]
+        assert found, f"{test} does not provoke the error at {place}"
+        for error in found:
+            assert error["what"]
+            assert error["why"], place
+            assert flaw_of(error["next_command"]) == "", error["next_command"]
+
+
+MORE: dict[str, Callable[[Path], Any]] = {
+    "an unknown setting": lambda _: parse_config({"lorar": 3}),
+    "a settings file of nothing": lambda folder: load_config(write(folder, "c.yaml", "")),
+    "a killed worker": lambda _: throw(translate_exit(-9, "", oom_kills=0, phase="train")),
+}
+"""Other ways to a place of `QUICK`, whose command is another."""
+
+
+@pytest.mark.parametrize("mishap", MORE)
+def test_the_command_fits_the_mishap(mishap: str, tmp_path: Path) -> None:
+    """Where one place in the code answers several mishaps."""
     with pytest.raises(FinetuneError) as caught:
-        PROVOKED[mishap](folder)
-    assert caught.value.what
+        MORE[mishap](tmp_path)
     assert caught.value.why
     assert flaw_of(caught.value.next_command) == "", caught.value.next_command
 

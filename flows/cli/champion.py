@@ -35,6 +35,7 @@ def promote_command(
     from qwen3ft.errors import RequestError
     from qwen3ft.registry.lookup import version_name
     from qwen3ft.registry.moves import Change, this_person
+    from qwen3ft.text.commands import shell_line
 
     registry, model = _open_registry(config, settings)
     champion = registry.champion(model)  # before the fetch, which may take minutes
@@ -47,7 +48,9 @@ def promote_command(
         raise RequestError(
             f"{model} {found.version} is degraded: {'; '.join(degraded)}.",
             why="Its run fell short of what was asked for, so its scores are not the plan's.",
-            next_command=f"qwen3ft promote {found.version} --allow-degraded",
+            next_command=shell_line(
+                *("qwen3ft", "promote", found.version, "--allow-degraded", "--set", f"name={model}")
+            ),
             degraded=list(degraded),
         )
     before = champion.version if champion else None
@@ -106,11 +109,12 @@ def _open_registry(config: Path | None, settings: list[str] | None) -> tuple[Reg
 
 def _no_such_version(model: str, wanted: str) -> RequestError:
     from qwen3ft.errors import RequestError
+    from qwen3ft.registry.aliases import command_for_history
 
     return RequestError(
         f"There is no version {wanted!r} of {model}.",
         why="It must be a version number, champion, challenger or previous.",
-        next_command="qwen3ft history",
+        next_command=command_for_history(model),
     )
 
 

@@ -57,14 +57,17 @@ def preview_command(
     """Show one training row token by token: what is given, and what is trained on."""
     _say_first(paths, config, quiet=as_json)
     from flows.cli.views.data import show_preview
+    from qwen3ft.data.sources import command_to_check
     from qwen3ft.errors import DataLoadingError
 
-    pipeline, manifest = _check(_data_config(paths, config, settings), quiet=as_json)
+    wanted = _data_config(paths, config, settings)
+    pipeline, manifest = _check(wanted, quiet=as_json)
     if row > manifest.train.rows:
+        again = f"{command_to_check(wanted, 'preview')} --row {manifest.train.rows}"
         raise DataLoadingError(
             f"There is no training row {row}: there are {manifest.train.rows}.",
             why="Rows are counted from 1, in the order of the files, without those left out.",
-            next_command=f"qwen3ft data preview --row {manifest.train.rows}",
+            next_command=again,
         )
     count, tokens = _row_tokens(pipeline, manifest, row)
     if as_json:

@@ -140,8 +140,8 @@ def _fingerprinted(file: SourceFile, digests: DigestCache) -> SourceFile:
     except OSError as error:
         raise DataLoadingError(
             f"The {file.role} data file {file.label} cannot be read: {error.strerror}.",
-            why="Its permissions do not allow it, or its disk failed.",
-            next_command=shell_line("ls", "-l", file.path),
+            why="Its permissions do not allow it, its disk failed, or it was removed just now.",
+            next_command=shell_line("ls", "-l", file.path.parent),
             path=file.label,
         ) from error
     return replace(file, sha256=digest, size_bytes=size, modified_ns=modified)
@@ -323,11 +323,17 @@ def _embedded_file(given: str) -> Path:
     return DATA_DIR / f"{split}.jsonl"
 
 
-def command_to_check(config: TrainingConfig, **changes: Any) -> str:
-    """Return the command that looks at the data of `config` with some of its settings changed."""
+def command_to_check(config: TrainingConfig, verb: str = "check", /, **changes: Any) -> str:
+    """Return the command that looks at the data of `config` with some of its settings changed.
+
+    Args:
+        config: Settings of the data that was looked at.
+        verb: 'check' or 'preview'.
+        changes: Settings to change.
+    """
     wanted = config.model_copy(update=changes)
     values, usual = wanted.model_dump(mode="json"), TrainingConfig().model_dump(mode="json")
-    parts = ["qwen3ft data check", *(shlex.quote(_absolute(path)) for path in wanted.data_paths)]
+    parts = [f"qwen3ft data {verb}", *(shlex.quote(_absolute(path)) for path in wanted.data_paths)]
     for name in ("model_name", *SETTINGS_THAT_MATTER):
         value: Any = values.get(name)
         if name == "data_paths" or (value == usual.get(name) and name not in changes):

@@ -20,6 +20,7 @@ from qwen3ft.config import TrainingConfig
 from qwen3ft.data.placement import Fate, Placement
 from qwen3ft.data.row_features import RowFeatures, features_of
 from qwen3ft.data.row_table import BatchPlace, BatchReader, RowTable
+from qwen3ft.data.sources import command_to_check
 from qwen3ft.data.splits import Codes, Hashes, Keys, Mask
 from qwen3ft.data.token_table import Origin, TokenWriter, token_batch
 from qwen3ft.errors import DataLoadingError
@@ -109,12 +110,12 @@ def tokenize_table(
     too_long = placement.count(Fate.TOO_LONG)
     if too_long and config.too_long == "fail":
         longest, is_bound = int(work.lengths.max()), bool(work.bounded.any())
-        setting = "too_long=drop" if is_bound else f"max_sequence_length={longest}"
+        change = {"too_long": "drop"} if is_bound else {"max_sequence_length": longest}
         raise DataLoadingError(
             f"{too_long} rows are longer than {config.max_sequence_length} tokens, the longest "
             f"{'at least ' * is_bound}{longest}.",
             why="too_long is 'fail'; 'drop' would leave them out.",
-            next_command=f"qwen3ft train --set {setting}",
+            next_command=command_to_check(config, **change),
             too_long=too_long,
             longest_tokens=longest,
         )

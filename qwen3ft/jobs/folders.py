@@ -27,6 +27,7 @@ from pydantic import BaseModel, ValidationError
 from qwen3ft.files import lines_from, make_folder, write_json_atomic
 from qwen3ft.logs import get_logger
 from qwen3ft.records.training import Failure
+from qwen3ft.text.commands import shell_line
 
 logger = get_logger("jobs")
 
@@ -134,6 +135,11 @@ class RunDir:
         elsewhere = self.path.parent != Path("runs").resolve()
         folder = f" --set {shlex.quote(f'runs_dir={self.path.parent}')}" if elsewhere else ""
         return f"qwen3ft run --resume {self.path.name}{folder}"
+
+    def command_to_train_again(self, **changes: float) -> str:
+        """Return the command of a new run with this one's settings, some of them changed."""
+        words = [word for each in changes.items() for word in ("--set", "{}={:g}".format(*each))]
+        return shell_line("qwen3ft", "train", "--config", self.config, *words)
 
     @property
     def lock(self) -> Path:

@@ -94,7 +94,9 @@ def _check_checkpoint(checkpoint: Path, plan: TrainPlan) -> None:
             raise DivergedError(
                 f"The adapter in {checkpoint} cannot be used: {fault}.",
                 why="Training diverged and the checkpoint was taken afterwards.",
-                next_command=f"qwen3ft train --set learning_rate={plan.learning_rate / 2:g}",
+                next_command=RunDir(Path(plan.run_dir)).command_to_train_again(
+                    learning_rate=plan.learning_rate / 2
+                ),
                 tensors=list(fault.wild[:20]),
             ) from fault
         raise CheckpointCorruptError(

@@ -26,6 +26,7 @@ from qwen3ft.registry.moves import (
     tag_name,
     to_tag,
 )
+from qwen3ft.text.commands import shell_line
 from qwen3ft.tracking.connection import Connection
 
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
@@ -72,7 +73,7 @@ def make_champion(
         return None
     wanted = require_version(connection, name, version)
     if champion != expected:
-        raise _changed(f"{name} {version} is not promoted", champion, expected)
+        raise _changed(name, f"{version} is not promoted", champion, expected)
     if change.by.kind == "flow":
         _refuse_rolled_back(connection, name, wanted)
     if change.verdict:
@@ -96,10 +97,10 @@ def restore_previous(
     history = settle(connection, name)
     champion, previous = history.aliases.champion, history.aliases.previous
     if champion is None or champion != expected:
-        raise _changed(f"{name} is not rolled back", champion, expected)
+        raise _changed(name, "is not rolled back", champion, expected)
     if previous != target:
         raise _changed(
-            f"{name} is not rolled back to {target}", previous, target, "previous version"
+            name, f"is not rolled back to {target}", previous, target, "previous version"
         )
     wanted = require_version(connection, name, target)
     before = succession(history.moves)
@@ -148,8 +149,13 @@ def require_version(connection: Connection, name: str, version: str) -> Any:
         raise RequestError(
             f"There is no version {version} of {name}.",
             why="It was never registered, or was deleted.",
-            next_command="qwen3ft history",
+            next_command=command_for_history(name),
         ) from None
+
+
+def command_for_history(name: str) -> str:
+    """Return the command that shows the history of a registered model, whatever the settings."""
+    return shell_line("qwen3ft", "history", "--set", f"name={name}")
 
 
 def nothing_before(name: str, champion: str | None) -> RequestError:
@@ -157,7 +163,7 @@ def nothing_before(name: str, champion: str | None) -> RequestError:
     return RequestError(
         f"There is no version of {name} to go back to; the champion is {champion or 'none'}.",
         why="No adapter was in use before it.",
-        next_command="qwen3ft history",
+        next_command=command_for_history(name),
     )
 
 
@@ -274,19 +280,19 @@ def _refuse_rolled_back(connection: Connection, name: str, wanted: Any) -> None:
             f"{name} {wanted.version} is not promoted: version {same.version}, the same adapter, "
             f"was rolled back ({same.tags[ROLLED_BACK_TAG]}).",
             why="An adapter that a person took out of use is only put back by a person.",
-            next_command=f"qwen3ft promote {wanted.version}",
+            next_command=shell_line("qwen3ft", "promote", wanted.version, "--set", f"name={name}"),
             version=str(wanted.version),
             rolled_back=str(same.version),
         )
 
 
 def _changed(
-    what: str, found: str | None, expected: str | None, alias: str = "champion"
+    name: str, what: str, found: str | None, expected: str | None, alias: str = "champion"
 ) -> ChampionChangedError:
     return ChampionChangedError(
-        f"{what}: the {alias} is {found}, not {expected}.",
+        f"{name} {what}: the {alias} is {found}, not {expected}.",
         why="Another run or person moved the alias meanwhile.",
-        next_command="qwen3ft history",
+        next_command=command_for_history(name),
         champion=found,
         expected=expected,
     )

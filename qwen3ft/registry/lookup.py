@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from qwen3ft.config import checked_name
 from qwen3ft.errors import ModelNotFoundError
 from qwen3ft.model.saved_adapter import has_provenance, open_adapter
-from qwen3ft.registry.aliases import CHALLENGER, CHAMPION, PREVIOUS
+from qwen3ft.registry.aliases import CHALLENGER, CHAMPION, PREVIOUS, command_for_history
 from qwen3ft.registry.task_name import with_task_name
 
 if TYPE_CHECKING:
@@ -108,6 +108,6 @@ def _not_found(name: str, wanted: str, in_use: list[str]) -> ModelNotFoundError:
     return ModelNotFoundError(
         f"There is no adapter {wanted!r} of {name}.",
         why="No alias, version, run with a saved adapter, or folder has that name.",
-        next_command="qwen3ft history",
+        next_command=command_for_history(name),
         registered_model=name,
     )

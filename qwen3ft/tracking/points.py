@@ -22,6 +22,7 @@ from qwen3ft.report.figures import (
     memory_figure,
     write_png,
 )
+from qwen3ft.text.commands import shell_line
 from qwen3ft.tracking.connection import Point
 from qwen3ft.tracking.cursor import operations
 from qwen3ft.tracking.journal import AttemptEnded, AttemptStarted, DatasetInput, Metrics
@@ -150,7 +151,15 @@ def table_json(path: Path) -> str:
         columns = list(dict.fromkeys(key for row in rows for key in row))
         data = [[row.get(column) for column in columns] for row in rows]
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise RejectedError(f"{path} is not a table: {error}") from error
+        raise RejectedError(
+            f"{path} is not a table: {error}",
+            why="It was cut off, or changed since the run wrote it; MLflow goes on without it.",
+            next_command=shell_line("ls", "-l", path.parent),
+        ) from error
     if not rows:
-        raise RejectedError(f"{path} has no rows.")
+        raise RejectedError(
+            f"{path} has no rows.",
+            why="The run wrote none, and MLflow shows no empty table.",
+            next_command=shell_line("ls", "-l", path.parent),
+        )
     return json.dumps(mask_values({"columns": columns, "data": data}), ensure_ascii=False)

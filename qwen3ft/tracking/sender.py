@@ -19,6 +19,7 @@ from qwen3ft.faults import reach
 from qwen3ft.files import Line, fsync_file, lines_from, sha256_json
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.logs import get_logger
+from qwen3ft.text.commands import shell_line
 from qwen3ft.tracking.checksums import has_checksums
 from qwen3ft.tracking.connection import Connection, connect
 from qwen3ft.tracking.cursor import AttemptCursor, TrackingState, read_state, write_state
@@ -191,7 +192,11 @@ class Sender:
     def _end_attempt(self, connection: Connection, parent: str, op: AttemptEnded) -> None:
         cursor = self.state.attempts.get(op.number)
         if cursor is None:
-            raise RejectedError(f"Attempt {op.number} ended but never started.")
+            raise RejectedError(
+                f"Attempt {op.number} ended but never started.",
+                why="The line of the journal that began it is damaged.",
+                next_command=shell_line("ls", "-l", self.run_dir.path),
+            )
         while self._send_lines(connection, op.number, ended=True):
             pass
         connection.log(cursor.run_id, tags=op.tags)

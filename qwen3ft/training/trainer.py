@@ -25,6 +25,7 @@ from transformers import Trainer, TrainerControl
 
 from qwen3ft.errors import DivergedError, PreemptedError
 from qwen3ft.faults import reach
+from qwen3ft.jobs.folders import RunDir
 from qwen3ft.training import checkpoint
 from qwen3ft.training.batches import (
     EffectiveBatchOrder,
@@ -221,7 +222,9 @@ class QATrainer(Trainer):
             raise DivergedError(
                 f"The gradient norm at step {step} is {norm}.",
                 why="The learning rate is too high, or a row drives the loss out of range.",
-                next_command=f"qwen3ft train --set learning_rate={self.plan.learning_rate / 2:g}",
+                next_command=RunDir(Path(self.plan.run_dir)).command_to_train_again(
+                    learning_rate=self.plan.learning_rate / 2
+                ),
                 step=step,
                 learning_rate=self.plan.learning_rate,
             )

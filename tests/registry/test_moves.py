@@ -346,7 +346,10 @@ def test_a_version_is_promoted_by_hand_if_intact_and_degraded_only_if_asked_for(
     status, _, error = command(in_use, "promote", "4")
     assert status == 1
     assert "qwen3ft-embedded 4 is degraded: lower rank." in error
-    assert f"Next:  {runnable('qwen3ft promote 4 --allow-degraded')}" in error
+    assert (
+        f"Next:  {runnable('qwen3ft promote 4 --allow-degraded --set name=qwen3ft-embedded')}"
+        in error
+    )
     _, out, _ = command(in_use, "promote", "4", "--allow-degraded", "--reason", "a demo", "--json")
     move = json.loads(out)["move"]
     assert (move["version"], move["replaced"], move["reason"]) == ("4", "2", "a demo")

@@ -6,6 +6,7 @@ import ast
 import re
 import shlex
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -33,6 +34,7 @@ SAMPLES = {
     "--resume": "a-run",
     "--row": "1",
     "promote": "1",
+    "data": "check",
     "--gpu": "none",
     "--model": "4b",
     "settings": "lora_r",
@@ -49,22 +51,53 @@ OPTIONS = {
 
 @dataclass(frozen=True)
 class Site:
-    """A place where an error with a next command is made."""
+    """A place where an error with a next command is made.
+
+    Attributes:
+        path: The file, from the root of the project.
+        function: The function or method.
+        number: Its number among the places in this function, from 1.
+        first_line: Where the call begins.
+        last_line: Where it ends.
+        next_command: What is given as the next command.
+    """
 
     path: str
     function: str
+    number: int
     first_line: int
     last_line: int
     next_command: ast.expr
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.first_line} {self.function}"
+        return f"{self.path} {self.function} {self.number}"
 
 
 @cache
 def error_sites() -> list[Site]:
     """Every call in the product that is given a `next_command`."""
-    return [site for path, tree in _trees() for site in _sites(path, tree, "")]
+    found: list[Site] = []
+    for path, tree in _trees():
+        count = Counter[str]()
+        for function, call, command in _calls(tree, ""):
+            count[function] += 1
+            last = call.end_lineno or call.lineno
+            found.append(Site(path, function, count[function], call.lineno, last, command))
+    return found
+
+
+def calls_without_next_command(kinds: set[str]) -> list[str]:
+    """Return the places where an error of these classes is made without a next command."""
+    return [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for folder in PRODUCT
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and getattr(node.func, "id", getattr(node.func, "attr", "")) in kinds
+        and not ast.unparse(node.func).startswith("torch.")
+        and "next_command" not in {keyword.arg for keyword in node.keywords}
+    ]
 
 
 @cache
@@ -161,16 +194,15 @@ def _trees() -> list[tuple[str, ast.Module]]:
     ]
 
 
-def _sites(path: str, node: ast.AST, function: str) -> Iterator[Site]:
+def _calls(node: ast.AST, function: str) -> Iterator[tuple[str, ast.Call, ast.expr]]:
     for child in ast.iter_child_nodes(node):
         named = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
         within = f"{function}.{child.name}".lstrip(".") if named else function
         if isinstance(child, ast.Call):
             for keyword in child.keywords:
                 if keyword.arg == "next_command":
-                    last = child.end_lineno or child.lineno
-                    yield Site(path, function, child.lineno, last, keyword.value)
-        yield from _sites(path, child, within)
+                    yield function, child, keyword.value
+        yield from _calls(child, within)
 
 
 def _sample(before: str, expression: str) -> str:

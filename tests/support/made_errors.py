@@ -1,7 +1,13 @@
-"""Recording of the places in the code at which errors of the project are made."""
+"""Recording of the places in the code at which errors of the project are made.
+
+As a plugin of pytest (`-p support.made_errors`) it appends them to the file that `RECORD_VARIABLE`
+names, with the test that made them.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,11 +15,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import pytest
 from support.commands import PRODUCT, ROOT, Site, error_sites
 
 from qwen3ft.errors import FinetuneError
 
-_ERRORS = ROOT / "qwen3ft" / "errors.py"
+RECORD_VARIABLE = "QWEN3FT_MADE_ERRORS"
 
 
 @contextmanager
@@ -49,3 +56,16 @@ def _site_of(frame: FrameType | None) -> Site | None:
         ),
         None,
     )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Record what a test makes, if this module was loaded as a plugin."""
+
+    def append(site: Site, error: FinetuneError) -> None:
+        line = {"place": str(site), "test": item.nodeid, **error.to_dict()}
+        with Path(os.environ[RECORD_VARIABLE]).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+
+    with recording(append):
+        return (yield)
