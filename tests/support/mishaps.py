@@ -655,7 +655,7 @@ QUICK: dict[str, Mishap] = {
     "qwen3ft/model/saved_adapter.py find_base 1": lambda f: saved_adapter.find_base(
         saved_adapter.open_adapter(adapter_of_another_model(f))
     ),
-    "qwen3ft/model/saved_adapter.py _shape_of 1": lambda f: saved_adapter._shape_of(f),
+    "qwen3ft/model/saved_adapter.py shape_of 1": lambda f: saved_adapter.shape_of(f),
     "qwen3ft/model/shapes.py find_shape 1": lambda _: shapes.find_shape("no/model"),
     "qwen3ft/model/shapes.py plan_adapter 1": rank_of_another_size,
     "qwen3ft/model/shapes.py _refused 1": shapes.read_shape,
