@@ -12,10 +12,8 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -30,6 +28,7 @@ from pydantic import (
 from qwen3ft.errors import ConfigError
 from qwen3ft.logs import get_logger, mask_secrets
 from qwen3ft.text.commands import shell_line
+from qwen3ft.text.endpoints import checked_endpoint
 from qwen3ft.text.names import closest_name, flaw_of_name
 from qwen3ft.text.plain import escaped, is_plain
 from qwen3ft.text.yaml import LONGEST_TEXT, UnreadableYamlError, load_yaml
@@ -53,40 +52,6 @@ REMOVED_SETTINGS: dict[str, str] = {
     "export_max_lost_answers": "it is the option --max-lost-answers of qwen3ft export",
 }
 """Replacement by name of a removed setting; they are ignored with a warning until then."""
-
-CHANGEABLE_SETTINGS: dict[str, str] = {
-    # how the same result is computed
-    "max_memory_gb": "the plan of the next attempt",
-    "kernels": "the plan of the next attempt",
-    "packing": "the plan of the next attempt",
-    "gradient_checkpointing": "the plan of the next attempt",
-    "preflight": "whether the next plan is measured first",
-    "keep_checkpoints": "the checkpoints of the next attempt",
-    "max_attempts": "the attempts from now on",
-    "stall_seconds": "the workers from now on",
-    "memory_history": "the memory report of the next attempt",
-    "when_gpu_is_busy": "the wait for the GPU",
-    "wait_for_gpu_seconds": "the wait for the GPU",
-    "lock_cpu": "the wait for the CPU",
-    # where results go
-    "output_dir": "where the adapter is saved",
-    "fallback_output_dirs": "where the adapter is saved",
-    "runs_dir": "where the run's folder is found, if it was moved",
-    "cache_dir": "where models and rows are found or made again",
-    # who is told, and whether to train at all
-    "notify_blocks": "the notification of the end",
-    "notify_on": "the notification of the end",
-    "when_unchanged": "a run that has not begun to train",
-    # a second opinion, which does not decide
-    "judge_url": "the judge, who is asked after training",
-    "judge_model": "the judge, who is asked after training",
-    "judge_rows": "the judge, who is asked after training",
-    "judge_key_variable": "the judge, who is asked after training",
-}
-"""Effect of a new value, by name of a setting that may change when a run is resumed.
-
-All other settings decide what is learnt or judged: a run keeps them to its end.
-"""
 
 OLD_SETTINGS_END = "0.2"
 """Version that refuses old and removed names."""
@@ -390,7 +355,7 @@ class TrainingConfig(BaseModel):
     @field_validator("judge_url")
     @classmethod
     def _check_judge_url(cls, value: str | None) -> str | None:
-        return None if value is None else _checked_endpoint(value)
+        return None if value is None else checked_endpoint(value)
 
     @field_validator("judge_model")
     @classmethod
@@ -577,42 +542,6 @@ def _word_to_look_up(issue: dict[str, Any]) -> str:
     if issue["type"] == "extra_forbidden" and len(issue["loc"]) == 1:
         return _meant(issue)
     return str(issue["loc"][0]) if issue["loc"] else ""
-
-
-def _checked_endpoint(url: str) -> str:
-    """Return `url` without its last slash if held-out texts and an API key may be sent there.
-
-    Raises:
-        ValueError: it is not https (or http to this machine or a private address), or has more
-            than scheme, host, port and path.
-    """
-    if not url.isascii() or not url.isprintable() or " " in url:
-        raise ValueError("a URL has no spaces and nothing but ASCII (xn--... for other names)")
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("a base URL is needed, such as http://127.0.0.1:8000/v1")
-    if "@" in parts.netloc or "?" in url or "#" in url:
-        # settings are stored and shown, so a key must not be part of them
-        raise ValueError("only scheme, host, port and path are allowed; a key is never in a URL")
-    _ = parts.port  # raises ValueError if it is not a port
-    if parts.scheme == "http" and not _is_private(parts.hostname):
-        raise ValueError(
-            "http is allowed only to localhost or an address of a private network (10.0.0.5), "
-            "because a name could lead anywhere; use https elsewhere"
-        )
-    return url.rstrip("/")
-
-
-def _is_private(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        address = ip_address(host)
-    except ValueError:
-        return False
-    return address.is_loopback or (
-        address.is_private and not address.is_link_local and not address.is_unspecified
-    )
 
 
 def checked_name(name: str, of: str, next_command: str) -> str:

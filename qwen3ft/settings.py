@@ -17,6 +17,40 @@ from qwen3ft.errors import ConfigError
 from qwen3ft.text.names import closest_name
 from qwen3ft.text.yaml import NULL, UnreadableYamlError, load_yaml
 
+CHANGEABLE_SETTINGS: dict[str, str] = {
+    # how the same result is computed
+    "max_memory_gb": "the plan of the next attempt",
+    "kernels": "the plan of the next attempt",
+    "packing": "the plan of the next attempt",
+    "gradient_checkpointing": "the plan of the next attempt",
+    "preflight": "whether the next plan is measured first",
+    "keep_checkpoints": "the checkpoints of the next attempt",
+    "max_attempts": "the attempts from now on",
+    "stall_seconds": "the workers from now on",
+    "memory_history": "the memory report of the next attempt",
+    "when_gpu_is_busy": "the wait for the GPU",
+    "wait_for_gpu_seconds": "the wait for the GPU",
+    "lock_cpu": "the wait for the CPU",
+    # where results go
+    "output_dir": "where the adapter is saved",
+    "fallback_output_dirs": "where the adapter is saved",
+    "runs_dir": "where the run's folder is found, if it was moved",
+    "cache_dir": "where models and rows are found or made again",
+    # who is told, and whether to train at all
+    "notify_blocks": "the notification of the end",
+    "notify_on": "the notification of the end",
+    "when_unchanged": "a run that has not begun to train",
+    # a second opinion, which does not decide
+    "judge_url": "the judge, who is asked after training",
+    "judge_model": "the judge, who is asked after training",
+    "judge_rows": "the judge, who is asked after training",
+    "judge_key_variable": "the judge, who is asked after training",
+}
+"""Effect of a new value, by name of a setting that may change when a run is resumed.
+
+All other settings decide what is learnt or judged: a run keeps them to its end.
+"""
+
 
 def read_setting(name: str, typed: str) -> Any:
     """Return the value that `typed` gives the setting `name`, to be validated.

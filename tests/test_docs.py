@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 import qwen3ft
 from flows.cli import app
-from qwen3ft.config import CHANGEABLE_SETTINGS, ColumnNames, TrainingConfig
+from qwen3ft.config import ColumnNames, TrainingConfig
+from qwen3ft.settings import CHANGEABLE_SETTINGS
 from qwen3ft.tracking.run_metrics import METRICS, TAGS
 
 ROOT = Path(__file__).parent.parent

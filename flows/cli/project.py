@@ -12,7 +12,6 @@ from deployments.stack import Stack
 from flows.cli.options import read_overrides
 from flows.cli.output import say
 from qwen3ft.config import (
-    CHANGEABLE_SETTINGS,
     TrainingConfig,
     merge_settings,
     parse_config,
@@ -22,6 +21,7 @@ from qwen3ft.errors import EnvironmentNotReadyError
 from qwen3ft.files import make_folder
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.operations.resumption import find_begun_run, resumed_settings
+from qwen3ft.settings import CHANGEABLE_SETTINGS
 
 _MARKS = (PROJECT_FILE, PREFECT_FILE, Path(".qwen3ft"))
 """Each of them makes its folder a project folder."""

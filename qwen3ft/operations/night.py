@@ -17,13 +17,14 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from qwen3ft.config import CHANGEABLE_SETTINGS, TrainingConfig, registered_model_name
+from qwen3ft.config import TrainingConfig, registered_model_name
 from qwen3ft.data.sources import resolved
 from qwen3ft.files import sha256_file, sha256_json
 from qwen3ft.jobs.folders import RunDir, read_record, write_record
 from qwen3ft.locks import try_lock
 from qwen3ft.model.hub import resolve_model
 from qwen3ft.records.base import Record
+from qwen3ft.settings import CHANGEABLE_SETTINGS
 
 REQUEST_TAG = "request_sha256"
 """Version tag: digest of the request that the version answers."""

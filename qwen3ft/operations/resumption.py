@@ -1,6 +1,6 @@
 """Settings of a run that is resumed: its own, and the few that may change meanwhile.
 
-`qwen3ft.config.CHANGEABLE_SETTINGS` lists those; every other one decides the result.
+`qwen3ft.settings.CHANGEABLE_SETTINGS` lists those; every other one decides the result.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen3ft.config import CHANGEABLE_SETTINGS, TrainingConfig, checked_name, parse_config
+from qwen3ft.config import TrainingConfig, checked_name, parse_config
 from qwen3ft.errors import ConfigError
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.operations.run_state import find_runs
+from qwen3ft.settings import CHANGEABLE_SETTINGS
 from qwen3ft.text.commands import shell_line
 
 _MOST_NAMED = 3

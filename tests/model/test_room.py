@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from flows.cli.options import read_overrides
-from qwen3ft.config import CHANGEABLE_SETTINGS, TrainingConfig
+from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import EnvironmentNotReadyError
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.model import room
 from qwen3ft.model.room import SMALL_FILES_BYTES, require_room
+from qwen3ft.settings import CHANGEABLE_SETTINGS
 from qwen3ft.units import GIB, MIB
 
 

@@ -10,11 +10,12 @@ import pytest
 
 from flows.cli.options import read_overrides
 from flows.resume import asked_for, settings_to_finish, settings_to_resume
-from qwen3ft.config import CHANGEABLE_SETTINGS, TrainingConfig, parse_config
+from qwen3ft.config import TrainingConfig, parse_config
 from qwen3ft.errors import ConfigError
 from qwen3ft.jobs.folders import RunDir, write_record
 from qwen3ft.operations.night import SETTINGS_THAT_DO_NOT_DECIDE, describe_request
 from qwen3ft.operations.resumption import find_begun_run, own_settings, resumed_settings
+from qwen3ft.settings import CHANGEABLE_SETTINGS
 
 OTHER: dict[str, Any] = {
     "model_name": "Qwen/Qwen3-8B",
