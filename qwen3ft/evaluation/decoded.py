@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Answered:
-    """How all exams were answered.
+    """Account of answering all exams.
 
     Attributes:
-        by: What answered, with its sizes or the reason.
+        by: Decoder or transformers, with its sizes or the reason.
         seconds: Time of the answers and losses.
         predicted_seconds: The same as predicted; None where there is no estimate.
         predicted_bytes: Predicted peak of the process, or None.

@@ -126,7 +126,7 @@ class InferenceReport(Record):
     generated: dict[str, int] = Field({}, description="{model: answers not found in the cache}.")
     seconds: float = 0.0
     answered_by: str = Field("", description="Path of the answers, with its reason or its sizes.")
-    answer_seconds: float = Field(0.0, description="Of `seconds`, those of answers and losses.")
+    answer_seconds: float = Field(0.0, description="Part of `seconds` for answers and losses.")
     predicted_seconds: float | None = Field(None, description="The same as predicted.")
     peak_bytes: int | None = Field(None, description="Measured peak of the whole process.")
     predicted_bytes: int | None = Field(None, description="The same as predicted.")
