@@ -30,7 +30,7 @@ from typing import Any
 # Read once by the libraries, when they start their threads.
 os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1", OMP_NUM_THREADS="1")
 
-from benchmarks.machine import ROOT, machine, write_json
+from benchmarks.machine import ROOT, report
 from qwen3ft.units import MIB
 
 Result = tuple[dict[str, Any], dict[str, bool]]
@@ -229,14 +229,7 @@ def main() -> int:
     arguments = parser.parse_args()
     rows = arguments.rows or DEFAULT_ROWS[arguments.part]
     result, bars = MEASURES[arguments.part](rows, arguments)
-    print(f"{machine()['date']}, load average {os.getloadavg()[0]:.1f}")
-    for name, value in result.items():
-        print(f"{name:26} {value:,}" if isinstance(value, int) else f"{name:26} {value}")
-    for bar, holds in bars.items():
-        print(f"{'held  ' if holds else 'MISSED'} {bar}")
-    if arguments.out:
-        write_json(arguments.out, {"machine": machine(), **result})
-    return 0 if all(bars.values()) else 1
+    return report(result, bars, arguments.out)
 
 
 if __name__ == "__main__":

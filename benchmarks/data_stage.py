@@ -32,7 +32,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.machine import ROOT, machine, write_json
+from benchmarks.machine import ROOT, report
 from benchmarks.vocabulary import chinese_words, english_words, write_tokenizer
 from qwen3ft.config import TrainingConfig
 from qwen3ft.units import GIB
@@ -239,14 +239,7 @@ def main() -> int:
         "memory of all processes <= 1 GB": check.peak_bytes <= GIB,
         f"then a run <= {CACHED_SECONDS:g} s": run.seconds <= CACHED_SECONDS,
     }
-    print(f"{machine()['date']}, load average {os.getloadavg()[0]:.1f}")
-    for name, value in result.items():
-        print(f"{name:26} {value:,}" if isinstance(value, int) else f"{name:26} {value}")
-    for bar, holds in bars.items():
-        print(f"{'held  ' if holds else 'MISSED'} {bar}")
-    if arguments.out:
-        write_json(arguments.out, {"machine": machine(), **result})
-    return 0 if all(bars.values()) else 1
+    return report(result, bars, arguments.out)
 
 
 if __name__ == "__main__":

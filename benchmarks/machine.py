@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -43,6 +43,19 @@ def write_json(path: Path, results: dict[str, Any]) -> None:
     new = path.with_name(path.name + ".new")
     new.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     os.replace(new, path)
+
+
+def report(result: Mapping[str, Any], bars: Mapping[str, bool], out: Path | None) -> int:
+    """Print results and which bars they held, and write them; return 1 if one was missed."""
+    about = machine()
+    print(f"{about['date']}, load average {os.getloadavg()[0]:.1f}")
+    for name, value in result.items():
+        print(f"{name:26} {value:,}" if isinstance(value, int) else f"{name:26} {value}")
+    for bar, holds in bars.items():
+        print(f"{'held  ' if holds else 'MISSED'} {bar}")
+    if out:
+        write_json(out, {"machine": about, **result})
+    return 0 if all(bars.values()) else 1
 
 
 def one_gpu() -> dict[str, str]:
