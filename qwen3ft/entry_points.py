@@ -26,6 +26,15 @@ def create_mlflow_app() -> ASGIApp:
     return create_app()
 
 
+def _load_pyfunc(path: str) -> Any:
+    """Load a registered version; MLflow calls it for an adapter whose MLmodel names this module."""
+    from pathlib import Path
+
+    from qwen3ft.serving.mlflow_model import MlflowModel
+
+    return MlflowModel(Path(path))
+
+
 def deployment_defaults() -> dict[str, Any]:
     """Return the settings and version of the deployment, as a build step of prefect.yaml."""
     from deployments.deploy import defaults_step

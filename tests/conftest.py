@@ -33,7 +33,10 @@ settings.load_profile("qwen3ft")
 
 BROWSER = "tests/flows/test_browser.py"
 _WITH_FLOW = (BROWSER, "tests/flows/test_attacks.py", "tests/flows/test_secrets.py")
-_WITH_TRAINED = ("tests/serving/test_ask.py", "tests/evaluation/test_inference.py")
+_WITH_TRAINED = (
+    *("tests/serving/test_ask.py", "tests/serving/test_gguf.py"),
+    *("tests/serving/test_mlflow_model.py", "tests/evaluation/test_inference.py"),
+)
 TOGETHER = {
     **dict.fromkeys(_WITH_FLOW, "tests/flows/test_flow.py"),
     **dict.fromkeys(_WITH_TRAINED, "tests/serving/test_export.py"),

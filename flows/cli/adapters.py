@@ -63,6 +63,14 @@ def chat_command(
 def export_command(
     target: Annotated[str, typer.Argument(metavar="DIR", help="New folder, or an earlier export.")],
     adapter: AdapterOption = "champion",
+    form: Annotated[
+        Literal["safetensors", "gguf"],
+        typer.Option("--format", help="gguf adds files for llama.cpp and Ollama."),
+    ] = "safetensors",
+    quantize: Annotated[
+        Literal["q8_0", "q4_k_m"] | None,
+        typer.Option("--quantize", help="Type of the weights in GGUF; bfloat16 by default."),
+    ] = None,
     rows: Annotated[
         Path | None,
         typer.Option(
@@ -101,14 +109,25 @@ def export_command(
 ) -> None:
     """Merge an adapter into its base model, if the result answers like the adapter.
 
-    Writes bfloat16 safetensors, the adapter, commands for vLLM and a Modelfile
-    for Ollama. If the answers to held-out rows drift too far, nothing is written.
+    Writes bfloat16 safetensors, the adapter and commands for servers; with
+    --format gguf also files for llama.cpp, and a Modelfile for Ollama. If the
+    answers to held-out rows drift too far, nothing is written.
     """
     from flows.cli.views.common import show_export
+    from qwen3ft.errors import RequestError
     from qwen3ft.records.requests import ExportLimits
     from qwen3ft.serving.export import export_adapter, find_held_out
+    from qwen3ft.text.commands import shell_line
 
     folder = Path(target).resolve()  # before the working folder changes
+    if quantize is not None and form != "gguf":
+        raise RequestError(
+            f"--quantize {quantize} is given without --format gguf.",
+            why="Safetensors are written in bfloat16; servers quantise them when they load.",
+            next_command=shell_line(
+                "qwen3ft", "export", target, "--format", "gguf", "--quantize", quantize
+            ),
+        )
     chosen = _choose(adapter, config, settings)
     given = {
         "max_rows": max_rows,
@@ -119,7 +138,13 @@ def export_command(
     held_out = rows or find_held_out(chosen.config, chosen.folder)
     with _gpu_lock(chosen):
         report = export_adapter(
-            chosen.config, chosen.folder, folder, held_out, chosen.device, limits
+            chosen.config,
+            chosen.folder,
+            folder,
+            held_out,
+            chosen.device,
+            limits,
+            gguf=(quantize or "bf16") if form == "gguf" else None,
         )
     if as_json:
         print_json({"folder": str(folder), "parity": report.model_dump(mode="json")})

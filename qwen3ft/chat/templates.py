@@ -167,7 +167,7 @@ def apply_template(
         TokenizerError: the template rejects the conversation, is broken, or takes more than the
             limits in `qwen3ft.chat.limits`.
     """
-    given = [_as_template_reads(message) for message in messages]
+    given = [as_template_reads(message) for message in messages]
     try:
         with limited():
             text: Any = tokenizer.apply_chat_template(
@@ -217,7 +217,7 @@ def template_error(what: str, why: str, **facts: Any) -> TokenizerError:
     return TokenizerError(what, why=why, next_command=next_command, **facts)
 
 
-def _as_template_reads(message: Mapping[str, Any]) -> JsonDict:
+def as_template_reads(message: Mapping[str, Any]) -> JsonDict:
     """Return the message with the field names that chat templates use."""
     if message["role"] != "assistant":
         return {"role": message["role"], "content": message["content"]}

@@ -52,8 +52,14 @@ class InferenceTester:
     def __init__(self, config: TrainingConfig) -> None:
         self.config = config
 
-    def load_finetuned_model(self, model_path: str) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    def load_finetuned_model(
+        self, model_path: str, *, base: str | None = None
+    ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
         """Load the adapter in the folder `model_path` on the 4-bit base that it was trained on.
+
+        Args:
+            model_path: A saved adapter.
+            base: Folder of the same base on another machine; by default where it was trained.
 
         Raises:
             ModelNotFoundError: there is no adapter at `model_path`.
@@ -61,7 +67,8 @@ class InferenceTester:
             ModelUnavailableError: the 4-bit base is gone, or not the one trained on.
         """
         folder = Path(model_path)
-        return _load(self.config, find_base(open_adapter(folder)), {"candidate": folder})
+        base = base or find_base(open_adapter(folder))
+        return _load(self.config, base, {"candidate": folder})
 
     def test_inference(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str

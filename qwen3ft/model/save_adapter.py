@@ -23,6 +23,7 @@ from qwen3ft.model.adapter_checks import (
     AdapterError,
     verify_adapter,
 )
+from qwen3ft.model.mlflow_files import write_mlflow_files
 from qwen3ft.model.request_defaults import write_request_defaults
 from qwen3ft.model.room import elsewhere
 from qwen3ft.model.saved_adapter import (
@@ -31,6 +32,7 @@ from qwen3ft.model.saved_adapter import (
     TOKENIZER_FILES,
     open_adapter,
     portable_base,
+    was_trained_to_think,
 )
 from qwen3ft.records.model import ModelSource, SavedAdapter
 from qwen3ft.records.plan import TrainPlan
@@ -122,6 +124,7 @@ def _try_save(
         provenance = _provenance(outcome, plan, config)
         write_json_atomic(folder / PROVENANCE_FILE, provenance)
         write_request_defaults(folder, Path(plan.model.path), provenance)
+        write_mlflow_files(folder, provenance, thinking=was_trained_to_think(provenance))
         (folder / "README.md").write_text(_model_card(outcome, plan), encoding="utf-8")
 
     try:
@@ -237,15 +240,18 @@ Ask it:
 qwen3ft chat --adapter .
 ```
 
-Load it with plain PEFT:
+Load it with plain PEFT. The base model has its own decoding, so the tested one is loaded too:
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, GenerationConfig, TextGenerationPipeline
+from transformers import AutoTokenizer
 
 base = AutoModelForCausalLM.from_pretrained({base})
 model = PeftModel.from_pretrained(base, ".")
-tokenizer = AutoTokenizer.from_pretrained(".")
+model.generation_config = GenerationConfig.from_pretrained(".")
+ask = TextGenerationPipeline(model, AutoTokenizer.from_pretrained("."))
+print(ask([{{"role": "user", "content": "..."}}])[0]["generated_text"][-1]["content"])
 ```
 
 `provenance.json` has every setting and number; `manifest.json` the sha256 of every file.

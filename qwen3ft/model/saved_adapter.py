@@ -5,6 +5,7 @@
       tokenizer.json  tokenizer_config.json
       chat_template.jinja                              thinks by default if the rows did
       generation_config.json                           decoding as in the test
+      MLmodel  input_example.json                      for MLflow to load and serve it
       provenance.json                                  base, data, settings and results of the run
       known_rows.npy                                   hashes of the rows that it was trained on
       README.md                                        the model card

@@ -63,6 +63,9 @@ class InferenceRequest(Record):
 ADAPTER, MERGED, REQUANTISED = "adapter", "merged", "merged in 4 bits"
 """The three forms of a fine-tuned model; the adapter is the one that the gate tested."""
 
+GgufType = Literal["bf16", "q8_0", "q4_k_m"]
+"""Types of the merged model's weights in a GGUF file."""
+
 
 class ExportLimits(Record):
     """Extent and limits of the comparison before an export."""
@@ -83,6 +86,7 @@ class ExportRequest(Record):
     quantization: str = Field(description="4-bit type that the adapter was trained on.")
     shape: ModelShape
     merged: str = Field(description="Existing empty folder for the merged model.")
+    gguf: GgufType | None = Field(None, description="Also write and ask GGUF, beside `merged`.")
     rows_path: str = Field(description="Held-out rows as JSON lines: question, answer, reasoning.")
     device: Literal["cuda", "cpu"]
     batch_size: int = Field(8, ge=1)
@@ -94,15 +98,18 @@ class FormScore(Record):
 
     form: str
     exact_match: float = Field(description="Share of answers equal to the reference, 0 to 1.")
-    answer_loss: float = Field(description="Mean negative log-likelihood per answer token (nats).")
+    answer_loss: float | None = Field(
+        description="Mean negative log-likelihood per answer token (nats); None of GGUF, whose "
+        "server gives answers only."
+    )
     same_answers: float = Field(description="Share of answers identical to the adapter's, 0 to 1.")
     lost_answers: float = Field(description="Share of rows that only the adapter gets right.")
-    loss_drift: float = Field(description="`answer_loss` minus the adapter's (nats).")
+    loss_drift: float | None = Field(description="`answer_loss` minus the adapter's (nats).")
     seconds: float
 
 
 class ParityReport(Record):
-    """Comparison of the merged model, in bfloat16 and in 4 bits, with the tested adapter."""
+    """Comparison of the merged model, in each of its forms, with the tested adapter."""
 
     rows: int
     thinking: bool = Field(description="True if any row has reasoning before its answer.")
@@ -116,7 +123,7 @@ class ParityReport(Record):
         found = []
         for score in self.scores:
             # not `>`: a loss that is NaN must not pass
-            if not score.loss_drift <= self.max_loss_drift:
+            if score.loss_drift is not None and not score.loss_drift <= self.max_loss_drift:
                 found.append(
                     f"{score.form}: answer loss {score.answer_loss:.4g}, {score.loss_drift:+.4g} "
                     f"(limit {self.max_loss_drift:+g})"

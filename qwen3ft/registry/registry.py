@@ -1,8 +1,8 @@
 """MLflow's model registry as the place where adapters are promoted: register, fetch, move.
 
 A version is only made of bytes that MLflow returned with the right sha256, and a champion is only
-handed out after the same check. Every step may be repeated after a crash. No MLflow flavor is used,
-so nothing is unpickled or executed.
+handed out after the same check. Every step may be repeated after a crash. Nothing is unpickled or
+executed: a version's MLmodel, for others to load it with, names a module and no more.
 """
 
 from __future__ import annotations

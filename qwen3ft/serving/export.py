@@ -3,9 +3,11 @@
     <target>/
       merged/         safetensors in bfloat16, config and tokenizer, for transformers and vLLM
       adapter/        the adapter itself, for servers that take adapters
-      Modelfile       for Ollama, if the chat template is a known one
+      model-*.gguf    the merged model for llama.cpp and Ollama, if asked for
+      adapter.gguf    the adapter for a llama.cpp server that has its base model
+      Modelfile       for Ollama, with GGUF, if the chat template is a known one
       SERVING.md      commands to serve it, and the comparison
-      parity.json     scores of the three forms of the model on held-out rows
+      parity.json     scores of the forms of the model on held-out rows
       manifest.json   written last: sha256 of every file
 
 The folder is written completely or not at all. Models are loaded by a worker only, within the
@@ -39,7 +41,8 @@ from qwen3ft.model.saved_adapter import copy_adapter, find_base, open_adapter, r
 from qwen3ft.model.source_folder import check_model_folder
 from qwen3ft.model.tokenizer_trial import try_tokenizer
 from qwen3ft.records.model import ModelSource
-from qwen3ft.records.requests import ExportLimits, ExportRequest, ParityReport
+from qwen3ft.records.requests import ExportLimits, ExportRequest, GgufType, ParityReport
+from qwen3ft.serving.gguf_files import require_gguf_packages
 from qwen3ft.serving.instructions import write_serving_files
 from qwen3ft.text.commands import shell_line
 from qwen3ft.text.names import flaw_of_name
@@ -51,6 +54,9 @@ MERGED_FOLDER, ADAPTER_FOLDER, PARITY_FILE = "merged", "adapter", "parity.json"
 
 EXPORT_SPARE_BYTES = 2**26
 """Disk needed beyond the weights: tokenizer, adapter and blocks of the file system."""
+
+GGUF_BYTES_PER_WEIGHT = 4
+"""Disk for GGUF: the merged model, and for the comparison the base model, both in bfloat16."""
 
 EXPORT_KIND = "export"
 """Kind in an export's manifest: only such a folder is replaced by another export."""
@@ -95,6 +101,7 @@ def export_adapter(
     rows: Path,
     device: Literal["cuda", "cpu"],
     limits: ExportLimits | None = None,
+    gguf: GgufType | None = None,
 ) -> ParityReport:
     """Write `adapter` merged into its base model to the folder `target`.
 
@@ -105,14 +112,17 @@ def export_adapter(
         rows: Held-out rows (jsonl) to compare on.
         device: Device of the worker.
         limits: Extent and limits of the comparison; the defaults if None.
+        gguf: Also write GGUF files, with weights of this type.
 
     Raises:
         ExportDriftError: the merged model drifted past a limit; `target` is unchanged.
         ModelNotFoundError, SaveError: the adapter is missing, damaged, or cannot be merged.
         ModelUnavailableError: the 4-bit base that it was trained on is gone.
-        EnvironmentNotReadyError: the disk is too full.
+        EnvironmentNotReadyError: the disk is too full, or the packages for GGUF are missing.
         RequestError: `target` holds something else.
     """
+    if gguf is not None:
+        require_gguf_packages()
     opened = open_adapter(adapter)
     provenance = opened.provenance
     find_base(opened)
@@ -123,7 +133,8 @@ def export_adapter(
     require_fit(opened, shape)
     require_disk(
         target,
-        2 * shape.total_parameters + EXPORT_SPARE_BYTES,
+        (2 if gguf is None else 2 + GGUF_BYTES_PER_WEIGHT) * shape.total_parameters
+        + EXPORT_SPARE_BYTES,
         "The merged model",
         "The disk is too full; an earlier export is only removed once the new one is complete.",
     )
@@ -135,12 +146,13 @@ def export_adapter(
     def fill(staging: Path) -> None:
         (staging / MERGED_FOLDER).mkdir()
         request = ExportRequest(
-            config=_with_settings_of_the_run(config, provenance),
+            config=with_settings_of_the_run(config, provenance),
             base=str(base),
             adapter=str(adapter.resolve()),
             quantization=provenance["base"]["quantization"],
             shape=shape,
             merged=str(staging / MERGED_FOLDER),
+            gguf=gguf,
             rows_path=str(rows.resolve()),
             device=device,
             limits=limits or ExportLimits(),
@@ -152,7 +164,7 @@ def export_adapter(
         write_record(staging / PARITY_FILE, report)
         copy_adapter(opened, staging / ADAPTER_FOLDER)
         write_manifest(staging / ADAPTER_FOLDER, read_manifest_facts(adapter))
-        write_serving_files(staging, provenance, report)
+        write_serving_files(staging, provenance, report, gguf)
 
     weights = sha256_file(adapter / ADAPTER_FILE)
     build_folder(
@@ -177,7 +189,7 @@ def _fetch_base(provenance: dict[str, Any]) -> Path:
     return fetch_model(source)
 
 
-def _with_settings_of_the_run(config: TrainingConfig, provenance: dict[str, Any]) -> TrainingConfig:
+def with_settings_of_the_run(config: TrainingConfig, provenance: dict[str, Any]) -> TrainingConfig:
     """Return `config` with the settings of the run that change how the model is asked."""
     asked = (
         "max_new_tokens",

@@ -1,8 +1,6 @@
-"""SERVING.md and the Modelfile of an export: how to serve it with vLLM and Ollama.
+"""SERVING.md of an export: how to serve it with vLLM, transformers, llama.cpp and Ollama.
 
-Each Ollama template is tested to render conversations like its chat template; for any other chat
-template no Modelfile is written. No test starts either server: the options are those of their
-documentation.
+`python -m benchmarks.serving` runs the commands, except for Ollama.
 """
 
 from __future__ import annotations
@@ -11,89 +9,60 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from qwen3ft.chat.templates import END_TOKEN, KNOWN_TEMPLATES, identify_text
+from qwen3ft.chat.templates import identify_text
 from qwen3ft.model.saved_adapter import was_trained_to_think
-from qwen3ft.records.requests import ParityReport
+from qwen3ft.records.requests import FormScore, GgufType, ParityReport
+from qwen3ft.serving.gguf_files import LORA_GGUF, gguf_name
+from qwen3ft.serving.names import most_tokens, served_name
+from qwen3ft.serving.ollama import describe_ollama, render_modelfile
 
 MODELFILE, SERVING = "Modelfile", "SERVING.md"
+
+RUN_WITH = (
+    "They were run with vLLM 0.32.0 (CPU), transformers 5.19.0 and llama.cpp b11549 on 2026-11-30."
+)
+"""Versions of benchmarks/results/serving-cpu.json."""
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM accepts for --max-lora-rank (vllm/config/lora.py)."""
 
-# Without tools: Ollama writes their schemas in another spacing than the one trained.
-_TURNS = """\
-{{- $asked := -1 }}{{ $last := -1 }}
-{{- range $at, $_ := .Messages }}{{ $last = $at -}}
-{{ if eq .Role "user" }}{{ $asked = $at }}{{ end }}{{ end }}
-{{- if .System }}<|im_start|>system
-{{ .System }}<|im_end|>
-{{ end }}
-{{- range $at, $_ := .Messages }}
-{{- if eq .Role "user" }}<|im_start|>user
-{{ .Content }}<|im_end|>
-{{ else if eq .Role "assistant" }}<|im_start|>assistant
-%s{{ .Content }}<|im_end|>
-{{ end }}
-{{- end }}<|im_start|>assistant
-"""
 
-_REASONING = """\
-{{ if and (gt $at $asked) (or .Thinking (eq $at $last)) }}<think>
-{{ .Thinking }}
-</think>
-
-{{ end }}"""
-
-_EMPTY_BLOCK = "<think>\n\n</think>\n\n"
-_THINK_IF_ASKED = "{{ if not .Think }}" + _EMPTY_BLOCK + "{{ end }}"
-_THINK_UNLESS_REFUSED = "{{ if and .IsThinkSet (not .Think) }}" + _EMPTY_BLOCK + "{{ end }}"
-
-
-def ollama_template(name: str, *, thinking: bool) -> str | None:
-    """Return the chat template `name` of `KNOWN_TEMPLATES` in Ollama's language (Go), else None.
-
-    Args:
-        name: Name of the chat template.
-        thinking: True if the adapter was trained to think first; if not, thinking is off unless
-            the user asks for it.
-    """
-    if name == "Qwen3-Instruct-2507":
-        return _TURNS % ""
-    if name == "Qwen3-Thinking-2507":
-        return _TURNS % _REASONING + "<think>\n"
-    if name in KNOWN_TEMPLATES.values():
-        return _TURNS % _REASONING + (_THINK_UNLESS_REFUSED if thinking else _THINK_IF_ASKED)
-    return None
-
-
-def write_serving_files(folder: Path, provenance: dict[str, Any], report: ParityReport) -> None:
-    """Write SERVING.md, and a Modelfile if the template is known, into the export `folder`.
+def write_serving_files(
+    folder: Path,
+    provenance: dict[str, Any],
+    report: ParityReport,
+    gguf: GgufType | None = None,
+) -> None:
+    """Write SERVING.md, and with GGUF a Modelfile if the template is known, into an export.
 
     Args:
         folder: Contains `merged` and `adapter`.
         provenance: The adapter's `provenance.json`.
         report: Comparison of the forms.
+        gguf: Type of the GGUF file, if there is one.
     """
     stored = folder / "merged" / "chat_template.jinja"
     text = stored.read_text(encoding="utf-8") if stored.is_file() else ""
     name = identify_text(text).name
-    template = ollama_template(name, thinking=report.thinking)
-    if template is not None:
-        modelfile = _modelfile(template, provenance)
+    modelfile = None if gguf is None else render_modelfile(name, provenance, gguf_name(gguf))
+    if modelfile is not None:
         (folder / MODELFILE).write_text(modelfile, encoding="utf-8")
-    serving = _serving(provenance, report, name if template is not None else "")
-    (folder / SERVING).write_text(serving, encoding="utf-8")
+    parts = [
+        _comparison(provenance, report),
+        _defaults(provenance),
+        _vllm(provenance),
+        _transformers(),
+        _llama_cpp(provenance, gguf),
+        describe_ollama(provenance, name, has_gguf=gguf is not None),
+    ]
+    (folder / SERVING).write_text("\n".join(parts), encoding="utf-8")
 
 
-def _modelfile(template: str, provenance: dict[str, Any]) -> str:
-    return f'''# ollama create NAME -f Modelfile      (in this folder)
-FROM ./merged
-TEMPLATE """{template}"""
-PARAMETER stop "{END_TOKEN}"
-# as in the test: greedy, and at most this many tokens
-PARAMETER temperature 0
-PARAMETER num_predict {provenance["config"]["max_new_tokens"]}
-'''
+def vllm_merged_command(provenance: dict[str, Any]) -> str:
+    """Return the command that serves the merged model."""
+    name = served_name(provenance)
+    parser = _reasoning_parser(provenance)
+    return shlex.join(["vllm", "serve", "./merged", "--served-model-name", name, *parser])
 
 
 def vllm_lora_command(provenance: dict[str, Any], adapter: str) -> str:
@@ -105,19 +74,34 @@ def vllm_lora_command(provenance: dict[str, Any], adapter: str) -> str:
     words = [
         *("vllm", "serve", base["local_path"] or base["model_name"], *revision),
         *("--enable-lora", "--max-lora-rank", str(allowed)),
-        *("--lora-modules", f"{provenance['run_id']}={adapter}"),
+        *("--lora-modules", f"{served_name(provenance)}={adapter}"),
         *("--chat-template", f"{adapter}/chat_template.jinja"),
         *("--generation-config", adapter),
+        *_reasoning_parser(provenance),
     ]
     return shlex.join(words)
 
 
-def _serving(provenance: dict[str, Any], report: ParityReport, template_name: str) -> str:
-    rows = "\n".join(
-        f"| {score.form} | {score.exact_match:.1%} | {score.answer_loss:.4f} "
-        f"| {score.loss_drift:+.4f} | {score.same_answers:.1%} | {score.lost_answers:.1%} |"
-        for score in report.scores
-    )
+def llama_server_command(provenance: dict[str, Any], gguf: GgufType) -> str:
+    """Return the command that serves the merged model's GGUF file."""
+    words = ["llama-server", "-m", gguf_name(gguf), "--alias", served_name(provenance)]
+    return shlex.join([*words, "-n", str(most_tokens(provenance))])
+
+
+def llama_server_lora_command(provenance: dict[str, Any]) -> str:
+    """Return the command that serves a base model's GGUF file with the adapter's on it."""
+    words = ["llama-server", "-m", "BASE.gguf", "--lora", LORA_GGUF]
+    words += ["--alias", served_name(provenance)]
+    words += ["--chat-template-file", "adapter/chat_template.jinja", "--temp", "0"]
+    return shlex.join([*words, "-n", str(most_tokens(provenance))])
+
+
+def _reasoning_parser(provenance: dict[str, Any]) -> list[str]:
+    return ["--reasoning-parser", "qwen3"] if was_trained_to_think(provenance) else []
+
+
+def _comparison(provenance: dict[str, Any], report: ParityReport) -> str:
+    rows = "\n".join(_form_row(score) for score in report.scores)
     degraded = "; ".join(provenance.get("degraded", ())) or "no"
     return f"""# Run {provenance["run_id"]}, merged into {provenance["base"]["model_name"]}
 
@@ -132,50 +116,82 @@ Degraded: {degraded}.
 
 "adapter" is the form that was tested and promoted: the adapter on 4-bit weights
 ({provenance["base"]["quantization"]}). A lost answer is one that only the adapter gets right.
+"""
 
-A request that sets nothing is prompted as the adapter was trained ({_prompting(provenance)}) and
+
+def _form_row(score: FormScore) -> str:
+    loss = drift = ""  # of GGUF: a llama.cpp server answers and gives no loss
+    if score.answer_loss is not None and score.loss_drift is not None:
+        loss, drift = f"{score.answer_loss:.4f}", f"{score.loss_drift:+.4f}"
+    return (
+        f"| {score.form} | {score.exact_match:.1%} | {loss} | {drift} "
+        f"| {score.same_answers:.1%} | {score.lost_answers:.1%} |"
+    )
+
+
+def _defaults(provenance: dict[str, Any]) -> str:
+    prompting = "thinking first" if was_trained_to_think(provenance) else "without thinking"
+    return f"""A request that sets nothing is prompted as the adapter was trained ({prompting}) and
 decoded as in the test, greedily: the chat template and `generation_config.json` beside the weights
-say so. A request may set `temperature`, or switch thinking by `chat_template_kwargs`:
-`{{"enable_thinking": true}}`.
+say so, and GGUF files hold both. A request may set `temperature`, or switch thinking by
+`chat_template_kwargs`: `{{"enable_thinking": true}}`.
 
-## vLLM
+The commands are for this folder. {RUN_WITH}
+
+```
+curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{{"model": "{served_name(provenance)}",
+         "messages": [{{"role": "user", "content": "..."}}]}}'
+```
+"""
+
+
+def _vllm(provenance: dict[str, Any]) -> str:
+    return f"""## vLLM
+
+The merged model:
+
+```
+{vllm_merged_command(provenance)}
+```
 
 The adapter on the base model, which other adapters can share:
 
 ```
 {vllm_lora_command(provenance, "./adapter")}
 ```
-
-The merged model:
-
-```
-vllm serve ./merged --served-model-name {provenance["run_id"]}
-```
-
-{_ollama(template_name)}
 """
 
 
-def _prompting(provenance: dict[str, Any]) -> str:
-    return "thinking first" if was_trained_to_think(provenance) else "without thinking"
-
-
-def _ollama(template_name: str) -> str:
-    if not template_name:
-        return """## Ollama
-
-There is no Modelfile, because the chat template in `merged` is not one of those that have a tested
-Ollama template."""
-    return f"""## Ollama
+def _transformers() -> str:
+    return """## transformers
 
 ```
-ollama create NAME -f Modelfile
+transformers serve ./merged
 ```
 
-Ollama does not load safetensors adapters for Qwen3, so the Modelfile starts from `merged`. If your
-version answers "unsupported architecture", convert the model with llama.cpp's
-`convert_hf_to_gguf.py merged` and put the name of the resulting file after FROM. The template
-renders like the chat template of {template_name}: system prompt, turns, reasoning, thinking on and
-off. Not covered: tools, system messages after the first turn, and several messages of one role in a
-row, which Ollama joins.
+Requests name `./merged` as their model. In Python, `pipeline("text-generation", "./merged")`
+answers alike; README.md in `adapter` loads the adapter with PEFT.
+"""
+
+
+def _llama_cpp(provenance: dict[str, Any], gguf: GgufType | None) -> str:
+    if gguf is None:
+        return """## llama.cpp
+
+This export has no GGUF files; `qwen3ft export DIR --format gguf` writes them.
+"""
+    return f"""## llama.cpp
+
+It listens on port 8080. The merged model:
+
+```
+{llama_server_command(provenance, gguf)}
+```
+
+The adapter, if you have the base model as GGUF:
+
+```
+{llama_server_lora_command(provenance)}
+```
 """

@@ -1,14 +1,15 @@
-"""Compare the three forms of a fine-tuned model on the same held-out rows.
+"""Compare the forms of a fine-tuned model on the same held-out rows.
 
 The gate tested the adapter on 4-bit weights. The merged model has the exact base weights instead,
-rounded to bfloat16; in 4 bits, its adapter is quantised too. One form is in memory at a time.
+rounded to bfloat16; in 4 bits, its adapter is quantised too. GGUF files, if any, are asked through
+a llama.cpp server. One form is in memory at a time.
 """
 
 from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from qwen3ft.records.requests import (
     FormScore,
     ParityReport,
 )
+from qwen3ft.serving.gguf_parity import answers_of_gguf, has_no_tools
 from qwen3ft.text.commands import shell_line
 from qwen3ft.units import GIB, gb
 
@@ -52,14 +54,28 @@ class _Asked:
 
     answers: list[str]
     right: list[bool]
-    answer_loss: float
+    answer_loss: float | None
     seconds: float
+
+    def only(self, places: Sequence[int]) -> _Asked:
+        """Return the same for some of the rows."""
+        answers = [self.answers[place] for place in places]
+        return _Asked(answers, [self.right[place] for place in places], None, self.seconds)
 
 
 def measure_parity(
-    request: ExportRequest, memory: MemoryOptimizer, beat: Callable[[str, int], None]
+    request: ExportRequest,
+    memory: MemoryOptimizer,
+    beat: Callable[[str, int], None],
+    scratch: Path | None = None,
 ) -> ParityReport:
-    """Ask the adapter, the merged model, and the merged model in 4 bits the same rows.
+    """Ask the adapter, the merged model, the merged model in 4 bits, and GGUF the same rows.
+
+    Args:
+        request: Names the models and the rows.
+        memory: Budget.
+        beat: Called with the form and the number of answers so far.
+        scratch: Folder given to `write_gguf`; needed if GGUF is asked for.
 
     Raises:
         DataLoadingError: there are no rows.
@@ -82,13 +98,44 @@ def measure_parity(
         memory.cleanup_gpu_memory()
         memory.enforce_budget()
         logger.info("%s: answer loss %.4f", form, asked[form].answer_loss)
+    scores = [_score(form, asked[form], asked[ADAPTER]) for form in loaders]
+    if request.gguf is not None:
+        assert scratch is not None
+        scores += _gguf_scores(request, rows, asked[ADAPTER], scratch, beat)
     return ParityReport(
         rows=len(rows),
         thinking=any(row.get("reasoning") for row in rows),
         max_loss_drift=request.limits.max_loss_drift,
         max_lost_answers=request.limits.max_lost_answers,
-        scores=tuple(_score(form, asked[form], asked[ADAPTER]) for form in loaders),
+        scores=tuple(scores),
     )
+
+
+def _gguf_scores(
+    request: ExportRequest,
+    rows: Sequence[Any],
+    adapter: _Asked,
+    scratch: Path,
+    beat: Callable[[str, int], None],
+) -> Iterator[FormScore]:
+    """Yield the scores of the GGUF files on the rows without tools."""
+    places = [place for place, row in enumerate(rows) if has_no_tools(row)]
+    if len(places) < len(rows):
+        logger.info(
+            "GGUF is compared on %d of %d rows: a llama.cpp server does not answer rows with tools "
+            "as text",
+            *(len(places), len(rows)),
+        )
+    kept = [rows[place] for place in places]
+    for form, given in answers_of_gguf(request, kept, scratch) if kept else ():
+        started = time.monotonic()
+        answers = []
+        for answer in given:
+            answers.append(answer)
+            beat(form, len(answers))
+        right = [exact_match(text, row["answer"]) for text, row in zip(answers, kept, strict=True)]
+        asked = _Asked(answers, right, None, time.monotonic() - started)
+        yield _score(form, asked, adapter.only(places))
 
 
 def _read_rows(path: Path, limit: int) -> list[dict[str, Any]]:
@@ -159,12 +206,15 @@ def _score(form: str, asked: _Asked, adapter: _Asked) -> FormScore:
     rows = len(asked.answers)
     same = sum(ours == theirs for ours, theirs in zip(asked.answers, adapter.answers, strict=True))
     lost = sum(was and not now for was, now in zip(adapter.right, asked.right, strict=True))
+    drift = None
+    if asked.answer_loss is not None and adapter.answer_loss is not None:
+        drift = asked.answer_loss - adapter.answer_loss
     return FormScore(
         form=form,
         exact_match=sum(asked.right) / rows,
         answer_loss=asked.answer_loss,
         same_answers=same / rows,
         lost_answers=lost / rows,
-        loss_drift=asked.answer_loss - adapter.answer_loss,
+        loss_drift=drift,
         seconds=asked.seconds,
     )

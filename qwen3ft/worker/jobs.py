@@ -177,6 +177,7 @@ def inference_job(job: Job) -> InferenceReport:
 def export_job(job: Job) -> ParityReport:
     """Merge an adapter into its base, and compare the result with base and adapter."""
     from qwen3ft.machine.memory import MemoryOptimizer
+    from qwen3ft.serving.gguf_parity import BASE_GGUF, write_gguf
     from qwen3ft.serving.merge import merge_adapter
     from qwen3ft.serving.parity import measure_parity
 
@@ -190,7 +191,13 @@ def export_job(job: Job) -> ParityReport:
         progress=lambda done: job.heartbeat.beat("merge", done),
     )
     memory.enforce_budget()
-    return measure_parity(request, memory, job.heartbeat.beat)
+    if request.gguf is not None:
+        job.heartbeat.beat("write GGUF", 0)
+        write_gguf(request, job.dir.path)
+    try:
+        return measure_parity(request, memory, job.heartbeat.beat, job.dir.path)
+    finally:
+        (job.dir.path / BASE_GGUF).unlink(missing_ok=True)  # as large as the model
 
 
 def answer_job(job: Job) -> ChatEnded:

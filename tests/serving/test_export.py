@@ -229,10 +229,10 @@ def test_an_export_is_a_complete_folder(exported: tuple[Path, ParityReport]) -> 
     assert find_damage(folder / "adapter") is None
     assert json.loads((folder / "parity.json").read_text()) == report.model_dump(mode="json")
     assert {path.name for path in folder.iterdir()} == {
-        *("merged", "adapter", "parity.json", "manifest.json", "SERVING.md", "Modelfile"),
+        *("merged", "adapter", "parity.json", "manifest.json", "SERVING.md"),
     }
     serving = (folder / "SERVING.md").read_text()
-    assert "--max-lora-rank 8 --lora-modules night-1=./adapter" in serving
+    assert "--max-lora-rank 8 --lora-modules base-night-1=./adapter" in serving
     assert all(score.form in serving for score in report.scores)
 
 
@@ -257,6 +257,18 @@ def test_the_exported_model_answers_with_nothing_of_ours(
         output = model.generate(**asked)
     text = tokenizer.decode(output[0, asked["input_ids"].shape[1] :], skip_special_tokens=True)
     assert text.strip() == row["answer"]
+
+
+def test_the_code_of_the_model_card_answers(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Plain PEFT, as README.md says, prompts as in training and decodes as in the test."""
+    card = (trained.adapter / "README.md").read_text(encoding="utf-8")
+    code = card.partition("```python\n")[2].partition("```")[0]
+    row = trained.rows[0]
+    monkeypatch.chdir(trained.adapter)
+    exec(code.replace('"..."', repr(row["question"])), {})
+    assert capsys.readouterr().out.strip() == row["answer"]
 
 
 @pytest.mark.slow

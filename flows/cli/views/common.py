@@ -129,9 +129,11 @@ def show_export(console: Console, folder: Path, report: ParityReport) -> None:
     """Print how each form of an exported model compares with the adapter."""
     console.print(f"{folder}: compared on {report.rows} held-out rows", soft_wrap=True)
     for score in report.scores:
+        loss = ""
+        if score.answer_loss is not None and score.loss_drift is not None:
+            loss = f"answer loss {score.answer_loss:.4f} ({score.loss_drift:+.4f})"
         console.print(
-            f"  {score.form:16}  exact match {score.exact_match:6.1%}  answer loss "
-            f"{score.answer_loss:.4f} ({score.loss_drift:+.4f})  same answers "
+            f"  {score.form:16}  exact match {score.exact_match:6.1%}  {loss:29}  same answers "
             f"{score.same_answers:.1%}  lost {score.lost_answers:.1%}",
             soft_wrap=True,
         )
