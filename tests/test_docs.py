@@ -45,6 +45,9 @@ NO_SETTINGS = {
     "setup_uv_environment",
     "continue_run",
     "max_tokens",
+    "enable_thinking",
+    "chat_template_kwargs",
+    "llama_cpp",
     "read_raw",
     "run_worker",
 }

@@ -15,7 +15,7 @@ from qwen3ft.files import write_json_atomic
 
 MLMODEL_FILE, EXAMPLE_FILE = "MLmodel", "input_example.json"
 
-QUESTION, ANSWER, THINKING = "question", "answer", "enable_thinking"
+QUESTION, ANSWER, THINKS = "question", "answer", "enable_thinking"
 """Columns in and out, and a parameter."""
 
 _EXAMPLE = {"columns": [QUESTION], "data": [["What can you help me with?"]]}
@@ -48,7 +48,7 @@ def write_mlflow_files(folder: Path, provenance: dict[str, Any], *, thinking: bo
             "inputs": json.dumps([{"name": QUESTION, "type": "string", "required": True}]),
             "outputs": json.dumps([{"name": ANSWER, "type": "string", "required": True}]),
             "params": json.dumps(
-                [{"name": THINKING, "type": "boolean", "default": thinking, "shape": None}]
+                [{"name": THINKS, "type": "boolean", "default": thinking, "shape": None}]
             ),
         },
         "saved_input_example_info": {

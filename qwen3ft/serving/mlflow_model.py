@@ -21,7 +21,7 @@ from qwen3ft.logs import get_logger
 from qwen3ft.machine.gpus import visible_gpus
 from qwen3ft.model.hub import resolve_model
 from qwen3ft.model.manager import snapshot_target
-from qwen3ft.model.mlflow_files import ANSWER, QUESTION, THINKING
+from qwen3ft.model.mlflow_files import ANSWER, QUESTION, THINKS
 from qwen3ft.model.saved_adapter import (
     OpenedAdapter,
     find_base,
@@ -89,7 +89,7 @@ class MlflowModel:
                 batch_size=QUESTIONS_AT_A_TIME,
                 max_new_tokens=self._config.max_new_tokens,
                 max_thinking_tokens=self._config.max_thinking_tokens,
-                thinking=bool((params or {}).get(THINKING, self._thinking)),
+                thinking=bool((params or {}).get(THINKS, self._thinking)),
                 escape=self._config.special_tokens_in_text == "escape",
             )
         answers = [one.answer for one in given]

@@ -1,4 +1,4 @@
-"""What every server is told of a fine-tuned model: its name, and the longest answer."""
+"""Facts that every server is told of a fine-tuned model: its name, and the longest answer."""
 
 from __future__ import annotations
 

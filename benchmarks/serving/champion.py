@@ -1,0 +1,78 @@
+"""The champion that clients ask: a run of the embedded model, registered, promoted, exported."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import ROOT
+from qwen3ft.evaluation.answers import exact_match
+from qwen3ft.files import read_json_lines
+from qwen3ft.model.saved_adapter import read_provenance
+
+REGISTERED_NAME = "qwen3ft-embedded"
+
+
+@dataclass(frozen=True)
+class Champion:
+    """A promoted adapter, its export, and questions that the product answers right."""
+
+    adapter: Path
+    export: Path
+    tracking_uri: str
+    provenance: dict[str, Any]
+    questions: list[str]
+    answers: list[str]
+
+
+def make_champion(work: Path, count: int) -> Champion:
+    """Train, promote and export below `work`; what is there already is used again.
+
+    The flow runs in this process, with its own MLflow.
+    """
+    uri = f"sqlite:///{work}/mlruns/mlflow.db"
+    os.environ["MLFLOW_TRACKING_URI"] = uri
+    os.environ["PREFECT_HOME"] = str(work / "prefect")
+    (work / "mlruns").mkdir(parents=True, exist_ok=True)
+    if not (cards := list(work.glob("runs/*/card.json"))):
+        _train(work)
+        cards = list(work.glob("runs/*/card.json"))
+    run = cards[0].parent
+    adapter, export = work / "out" / run.name, work / "export"
+    questions, answers = _right_answers(run / "jobs" / "inference" / "answers.jsonl", count)
+    if not (export / "manifest.json").is_file():
+        _export(work, adapter, export)
+    return Champion(adapter, export, uri, read_provenance(adapter), questions, answers)
+
+
+def _settings(work: Path) -> dict[str, str]:
+    folders = {"runs_dir": "runs", "output_dir": "out", "cache_dir": "cache"}
+    return {setting: str(work / name) for setting, name in folders.items()}
+
+
+def _train(work: Path) -> None:
+    from flows.finetune import run_in_process
+    from qwen3ft.config import load_config
+
+    config = load_config(ROOT / "deployments/configs/embedded.yaml", _settings(work))
+    state = run_in_process(config)
+    if state.name != "Promoted":
+        raise SystemExit(f"no champion: {state.name}: {state.message}")
+
+
+def _export(work: Path, adapter: Path, export: Path) -> None:
+    from qwen3ft.config import parse_config
+    from qwen3ft.serving.export import export_adapter, find_held_out
+
+    config = parse_config(_settings(work))
+    export_adapter(config, adapter, export, find_held_out(config, adapter), "cpu", gguf="bf16")
+
+
+def _right_answers(path: Path, count: int) -> tuple[list[str], list[str]]:
+    """Return `count` questions, spread over the file, that the candidate answered right."""
+    rows = [row for row in read_json_lines(path) if exact_match(row["candidate"], row["reference"])]
+    chosen: Sequence[dict[str, Any]] = [rows[at * len(rows) // count] for at in range(count)]
+    return [row["question"] for row in chosen], [row["candidate"] for row in chosen]
