@@ -67,6 +67,8 @@ def resumed_settings(run: RunDir, asked: Mapping[str, Any]) -> TrainingConfig:
     values = {**own.model_dump(mode="json"), **asked}
     if isinstance(columns := asked.get("columns"), Mapping):
         values["columns"] = {**own.columns.model_dump(), **columns}
+    # not given: the flow may have found an older name (`registry.task_name`) when the run began
+    values["name"] = values["name"] or own.name
     wanted = parse_config(values)
     refused = [name for name in _changed(own, wanted) if name not in CHANGEABLE_SETTINGS]
     if refused:

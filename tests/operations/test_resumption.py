@@ -92,6 +92,14 @@ def test_a_value_that_the_run_has_already_is_no_change(run: RunDir) -> None:
     assert resumed_settings(run, own.model_dump(mode="json")) == own
 
 
+def test_a_name_that_was_found_when_the_run_began_stays(run: RunDir) -> None:
+    """An automation repeats what was asked for, in which no name was given."""
+    named = own_settings(run).model_copy(update={"name": "older"})
+    write_record(run.config, named)
+    asked = {**named.model_dump(mode="json"), "name": None}
+    assert resumed_settings(run, asked).name == "older"
+
+
 def test_what_may_change_does_not_decide_the_result(run: RunDir, tmp_path: Path) -> None:
     """The digest of the request, by which nights and champions are compared, stays the same."""
     assert CHANGEABLE_SETTINGS.keys() <= SETTINGS_THAT_DO_NOT_DECIDE
