@@ -773,9 +773,9 @@ QUICK: dict[str, Mishap] = {
 _DATA, _MODEL, _MOVES = "tests/data", "tests/model", "tests/registry/test_moves.py"
 
 ELSEWHERE: dict[str, str] = {
-    "qwen3ft/data/advice.py check_not_empty 1": f"{_DATA}/test_no_rows.py::"
+    "qwen3ft/data/refusal.py check_not_empty 1": f"{_DATA}/test_no_rows.py::"
     "test_a_held_out_file_without_usable_rows",
-    "qwen3ft/data/reading.py _check 1": f"{_DATA}/test_no_rows.py::"
+    "qwen3ft/data/refusal.py check_usable 1": f"{_DATA}/test_no_rows.py::"
     "test_an_end_without_rows_says_why_and_what_to_do",
     "qwen3ft/data/tokenizing.py tokenize_table 1": f"{_DATA}/test_data_policies.py::"
     "test_a_long_reasoning_loses_its_middle_where_asked_and_the_answer_stays",
