@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deployments.deploy import choose_defaults
-from flows.cli.adapters import choose_adapter
+from flows.cli.adapters import choose_adapter, from_here
 from flows.cli.project import open_project, use_local_services
 from qwen3ft.config import (
     TrainingConfig,
@@ -139,6 +139,7 @@ def finetune(
         FinetuneError: the run failed or was cancelled; the error says why and names the next
             command.
     """
+    config = _in_place(config)
     with project(folder) as start:
         if resume is None:
             wanted = _requested(config)
@@ -175,6 +176,7 @@ def open_chat(
     Raises:
         FinetuneError: there is no such adapter, or it cannot be loaded.
     """
+    config, adapter = _in_place(config), from_here(adapter)
     with ExitStack() as session:
         with project(folder):
             wanted = _requested(config)
@@ -183,6 +185,11 @@ def open_chat(
             chat = session.enter_context(chosen.open_session(think))
             chat.wait_until_ready()
         yield chat
+
+
+def _in_place(config: RunSettings) -> RunSettings:
+    """Return settings whose file is found when the working folder changes."""
+    return Path(config).resolve() if isinstance(config, (str, os.PathLike)) else config
 
 
 def _requested(config: RunSettings) -> TrainingConfig:

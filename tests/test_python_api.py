@@ -18,7 +18,7 @@ from support.databases import place_databases
 
 import qwen3ft
 from qwen3ft.embedded import DATA_DIR
-from qwen3ft.errors import ConfigError, RequestError
+from qwen3ft.errors import ConfigError, ModelNotFoundError, RequestError
 from qwen3ft.jobs.folders import write_record
 from qwen3ft.records.run_card import RunCard
 
@@ -155,6 +155,23 @@ def test_settings_of_a_project_are_those_of_its_file(folder: Path) -> None:
     (folder / "qwen3ft.yaml").write_text("model_name: embedded\nlora_r: 3\n")
     with qwen3ft.project() as config:
         assert config.lora_r == 3
+
+
+def test_paths_are_relative_to_where_they_are_typed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A settings file and an adapter's folder, in a folder below the project's."""
+    (folder / "qwen3ft.yaml").write_text("model_name: embedded\n")
+    (folder / "data" / "mine.yaml").write_text("lora_r: 0\n")
+    (folder / "data" / "adapter").mkdir()
+    monkeypatch.chdir(folder / "data")
+    with pytest.raises(ConfigError, match="lora_r"):
+        qwen3ft.finetune("mine.yaml")
+    with (
+        pytest.raises(ModelNotFoundError, match=str(folder / "data" / "adapter")),
+        qwen3ft.open_chat("./adapter"),
+    ):
+        pass
 
 
 @pytest.mark.slow  # whole runs

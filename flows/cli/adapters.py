@@ -181,16 +181,23 @@ class ChosenAdapter:
 
 def _choose(adapter: str, config: Path | None, settings: list[str] | None) -> ChosenAdapter:
     from flows.cli.project import open_project, request_config, use_local_services
-    from qwen3ft.model.saved_adapter import has_provenance
 
-    here = Path(adapter)
-    is_folder = os.path.isdir(here)  # noqa: PTH112  False for a name that is no path
-    if is_folder and ("/" in adapter or has_provenance(here)):
-        adapter = str(here.resolve())  # before the working folder changes
+    adapter = from_here(adapter)
     stack = open_project()
     wanted = request_config(stack.root, config, settings)
     use_local_services(stack)
     return choose_adapter(wanted, adapter)
+
+
+def from_here(adapter: str) -> str:
+    """Return an adapter that is a folder as a path that holds when the working folder changes."""
+    from qwen3ft.model.saved_adapter import has_provenance
+
+    here = Path(adapter)
+    is_folder = os.path.isdir(here)  # noqa: PTH112  False for a name that is no path
+    return (
+        str(here.resolve()) if is_folder and ("/" in adapter or has_provenance(here)) else adapter
+    )
 
 
 def choose_adapter(config: TrainingConfig, adapter: str) -> ChosenAdapter:
