@@ -37,9 +37,13 @@ _WITH_TRAINED = (
     *("tests/serving/test_ask.py", "tests/serving/test_gguf.py"),
     *("tests/serving/test_mlflow_model.py", "tests/evaluation/test_inference.py"),
 )
+_WITH_WORKERS = (
+    *("tests/worker/test_worker.py", "tests/preflight/test_preflight.py"),
+    *("tests/model/test_tokenizer_trial.py", "tests/jobs/test_launcher.py"),
+)
 TOGETHER = {
     **dict.fromkeys(_WITH_FLOW, "tests/flows/test_flow.py"),
-    **dict.fromkeys(_WITH_TRAINED, "tests/serving/test_export.py"),
+    **dict.fromkeys((*_WITH_TRAINED, *_WITH_WORKERS), "tests/serving/test_export.py"),
 }
 """Files that share what is made once for a session and takes long."""
 
@@ -48,17 +52,13 @@ OTHERS_MAKE_IT_SECONDS = 240.0
 """Wait for another process that is making what both need."""
 
 LONGEST = (
-    *(
-        "test_flow.py",
-        "test_browser.py",
-        "test_attacks.py",
-        "test_worker.py",
-        "test_stack.py",
-        "test_training.py",
-    ),
-    *("test_moves.py", "test_mirror.py", "test_sender.py", "test_export.py"),
-    *("test_cli.py", "test_ask.py", "test_preflight.py", "test_nightly.py", "test_inference.py"),
-    *("test_interruptions.py", "test_judge.py", "test_checkpoint_writer.py"),
+    *("test_flow.py", "test_browser.py", "test_attacks.py", "test_secrets.py", "test_stack.py"),
+    *("test_interruptions.py", "test_export.py", "test_ask.py", "test_inference.py"),
+    *("test_mirror.py", "test_worker.py", "test_cli.py", "test_training.py", "test_moves.py"),
+    *("test_sender.py", "test_bombs.py", "test_formats.py", "test_temporary_server.py"),
+    *("test_job_processes.py", "test_preflight.py", "test_what_if.py", "test_model.py"),
+    *("test_tokenizer_trial.py", "test_helped.py", "test_data.py", "test_nightly.py"),
+    *("test_next_commands.py", "test_fused_step.py", "test_safety.py", "test_wheel.py"),
 )
 """Files that take longest begin first, or one process is left alone with one of them at the end."""
 
@@ -87,6 +87,18 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return TOGETHER.get(scope, scope)
 
     return Scheduling(config, log)
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Stop the servers of the session's project after the last file that uses them."""
+    used = getattr(item, "funcargs", {}).get("project")
+    if hasattr(used, "stack") and (nextitem is None or _group(nextitem) != _group(item)):
+        used.stack.down()
+
+
+def _group(item: pytest.Item) -> str:
+    file = item.nodeid.partition("::")[0]
+    return TOGETHER.get(file, file)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -247,6 +259,12 @@ def champion(project: Any, finished: Any) -> str:
     from support.flow_project import promote_first
 
     return promote_first(project)
+
+
+@pytest.fixture(scope="session")
+def deployment(project: Any, champion: str) -> Any:
+    """Register the deployment, with the settings of the undisturbed run; return it."""
+    return project.deploy()
 
 
 @pytest.fixture(scope="session")

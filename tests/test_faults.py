@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import ast
-import os
-import signal
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from support.killed import killed
 from support.registered import MODEL, add_version, copy_database
 from test_contracts import MODULES
 
@@ -67,18 +64,6 @@ def test_every_point_is_in_the_code_once_and_in_a_test() -> None:
         ANSWERS,
     }
     assert struck == set(faults.POINTS)
-
-
-def killed(work: Callable[[], Any], point: str) -> None:
-    """Do the work in a forked process, and check that it was killed at the point."""
-    child = os.fork()
-    if child == 0:
-        try:
-            os.environ[faults.VARIABLE] = f"kill@point={point}"
-            work()
-        finally:
-            os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, point
 
 
 @pytest.mark.parametrize(("point", "left"), FILE_POINTS.items())

@@ -36,7 +36,7 @@ from deployments.pages import POLICY
 from deployments.prefect_api import send
 from deployments.processes import MARK, find_marked, free_port, start_detached, stop
 from deployments.secret import authorization
-from deployments.services import DEPLOYMENT, SERVICES, Layout
+from deployments.services import DEPLOYMENT, POOL, SERVICES, Layout
 from deployments.stack import Stack, StackStatus
 from qwen3ft.errors import ConfigError
 
@@ -64,7 +64,10 @@ def qwen3_finetune(
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """Start a stack in a project folder with a flow that does nothing."""
+    """Start a stack in a project folder with a flow that does nothing.
+
+    Its pool is paused: nobody waits for runs that take seconds and do nothing.
+    """
     root = tmp_path_factory.mktemp("a project")  # a path with a space
     (root / "deployments").mkdir()
     entry = ("qwen3ft.entry_points.qwen3_finetune", "flows/finetune.py:qwen3_finetune")
@@ -77,6 +80,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     made = Stack(root, {"prefect": 4700, "mlflow": 5700})
     try:
         made.up()
+        pause(made, is_paused=True)
         yield made
     finally:
         made.down()
@@ -94,6 +98,11 @@ def registered(stack: Stack) -> dict[str, Any]:
     found = read_deployment(stack)
     assert found is not None
     return found
+
+
+def pause(stack: Stack, *, is_paused: bool) -> None:
+    """Keep the stack's worker from starting runs, or let it."""
+    send(stack.layout(), f"work_pools/{POOL}", {"is_paused": is_paused}, "PATCH")
 
 
 def text_of(stack: Stack, url: str, *request: Any) -> str | None:
@@ -218,27 +227,15 @@ def test_a_misspelt_parameter_is_refused_by_name(
     assert json_of(stack, f"{api}/flow_runs/count", {}) == before
 
 
-def _wait_for_planned_runs(stack: Stack, api: str) -> None:
+def _wait_for_planned_runs(stack: Stack, time_of_day: str) -> None:
     """Wait until the server's scheduler has planned the coming nights, within a minute or so."""
+    api = f"{stack.layout().url('prefect')}/api"
     wanted = {"flow_runs": {"tags": {"all_": ["auto-scheduled"]}}}
     end = time.monotonic() + 90
     while not (planned := json_of(stack, f"{api}/flow_runs/filter", wanted)):
         assert time.monotonic() < end, "a schedule that is on has planned nothing"
         time.sleep(0.5)
-    assert {run["expected_start_time"][11:16] for run in planned} == {"02:00"}
-
-
-def test_registering_again_keeps_the_schedule_that_was_switched_on(stack: Stack) -> None:
-    """An upgrade must neither end anybody's nightly runs nor add a second automation."""
-    found = registered(stack)
-    api = f"{stack.layout().url('prefect')}/api"
-    address = f"{api}/deployments/{found['id']}/schedules/{found['schedules'][0]['id']}"
-    assert text_of(stack, address, {"active": True}, "PATCH") is not None
-    assert deploy(stack, force=True) is True
-    assert stack.status().schedule_active
-    _wait_for_planned_runs(stack, api)
-    names = [item["name"] for item in json_of(stack, f"{api}/automations/filter", {})]
-    assert sorted(names) == sorted(["qwen3ft: new data", RESUME_AUTOMATION, ZOMBIE_AUTOMATION])
+    assert {run["expected_start_time"][11:16] for run in planned} == {time_of_day}
 
 
 def test_prefect_typed_in_the_folder_talks_to_the_stack(stack: Stack, tmp_path: Path) -> None:
@@ -368,6 +365,7 @@ def test_a_slot_that_a_lost_run_holds_is_free_within_two_minutes(stack: Stack) -
     """The stack's worker finds the run by itself; the next run waits for nothing else."""
     stack.up()
     deploy(stack)
+    pause(stack, is_paused=False)
     _stuck_run(stack, "PENDING")
     deployment = registered(stack)
     created = f"deployments/{deployment['id']}/create_flow_run"
@@ -376,6 +374,7 @@ def test_a_slot_that_a_lost_run_holds_is_free_within_two_minutes(stack: Stack) -
     while _state_of(stack, following) != "COMPLETED":
         assert time.monotonic() < end, "the slot is still held"
         time.sleep(1)
+    pause(stack, is_paused=True)
 
 
 @pytest.mark.slow
@@ -401,7 +400,10 @@ def test_servers_from_before_the_secret_or_with_an_older_one_are_started_anew(st
 def test_the_schedule_is_changed_on_the_server_and_stays_when_registered_again(
     stack: Stack, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No tracked file is edited; the command says what the server has."""
+    """No tracked file is edited, and an upgrade ends nobody's nightly runs.
+
+    The command says what the server has, the server plans the nights, and no automation is doubled.
+    """
     from flows.cli.servers import schedule_command
 
     monkeypatch.chdir(stack.root)
@@ -409,9 +411,14 @@ def test_the_schedule_is_changed_on_the_server_and_stays_when_registered_again(
     schedule_command("30 1 * * 1-5", "Asia/Shanghai", active=True)
     shown = 'nightly  cron "30 1 * * 1-5", time zone Asia/Shanghai: on\n'
     assert capsys.readouterr().out == shown
-    deploy(stack, force=True)
+    assert deploy(stack, force=True) is True
+    assert stack.status().schedule_active
     schedule_command(None, None, active=None)
     assert capsys.readouterr().out == shown
+    _wait_for_planned_runs(stack, "17:30")  # in UTC
+    automations = send(stack.layout(), "automations/filter", {})
+    names = [RESUME_AUTOMATION, ZOMBIE_AUTOMATION, "qwen3ft: new data"]
+    assert sorted(item["name"] for item in automations) == sorted(names)
     found = read_deployment(stack)
     assert found is not None
     [schedule] = found["schedules"]

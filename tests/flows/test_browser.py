@@ -44,12 +44,6 @@ FIELDS = """labels => labels.map(label => {
 
 
 @pytest.fixture(scope="module")
-def deployment(project: FlowProject, finished: Any) -> dict[str, Any]:
-    """Register the deployment, with the settings of the finished run."""
-    return project.deploy()
-
-
-@pytest.fixture(scope="module")
 def run(finished: tuple[Any, RunDir]) -> RunDir:
     """Return the folder of the finished run."""
     return finished[1]

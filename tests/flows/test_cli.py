@@ -455,7 +455,8 @@ def test_times_are_written_for_people(seconds: float, text: str) -> None:
 @pytest.mark.parametrize("target", ["run", "test", "check", "up", "down", "status", "lock"])
 def test_every_target_of_make_prepares_the_environment_first(target: str) -> None:
     """A fresh clone needs no step before any of them."""
-    done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+    command = ["make", "-n", target, f"PYTHON={sys.executable}"]  # spares it looking for one
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "-m qwen3ft.machine.environment" in done.stdout
 

@@ -105,6 +105,8 @@ def test_the_answer_comes_from_the_champions_tags_without_torch(
     program = """
 import sys
 from pathlib import Path
+import flows.finetune
+print(sorted({"torch", "mlflow"} & set(sys.modules)))
 from flows.nightly import seen_before
 from qwen3ft.config import TrainingConfig
 from qwen3ft.operations.night import NightRequest, claim_night
@@ -141,6 +143,7 @@ print("torch" in sys.modules)
         env={"MLFLOW_TRACKING_URI": uri, "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
     )
     assert done.stdout.splitlines() == [
+        "[]",  # nor does importing the whole flow load them
         "None",
         "qwen3ft-embedded v1",
         "None",

@@ -11,7 +11,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from prefect.settings import PREFECT_HOME, temporary_settings
 from support.databases import migrated
+
+from flows.temporary_server import temporary_server
+from qwen3ft.errors import EnvironmentNotReadyError
 
 ROOT = Path(__file__).parents[2]
 
@@ -104,15 +108,17 @@ def test_the_server_ends_with_a_flow_that_is_killed(tmp_path: Path) -> None:
     assert alive == []
 
 
-def test_a_server_that_cannot_start_is_reported_with_its_reason(tmp_path: Path) -> None:
-    """What, why and the next command, and not Prefect's traceback."""
-    (tmp_path / "home").write_text("not a folder")
+def test_a_server_that_cannot_start_is_reported_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What, why and the next command; the flow is not started."""
     database = f"sqlite+aiosqlite:///{tmp_path / 'no' / 'such' / 'folder.db'}"
-    done = run(
-        tmp_path,
-        PREFECT_HOME=str(tmp_path / "other"),
-        PREFECT_SERVER_DATABASE_CONNECTION_URL=database,
-    )
-    assert done.returncode == 1
-    assert "EnvironmentNotReadyError: Prefect's temporary server ended." in done.stderr
-    assert "unable to open database file" in done.stderr
+    monkeypatch.setenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", database)
+    with (
+        temporary_settings({PREFECT_HOME: tmp_path / "home"}),
+        pytest.raises(EnvironmentNotReadyError, match="Prefect's temporary server ended") as ended,
+        temporary_server(),
+    ):
+        raise AssertionError("the flow was started")
+    assert "unable to open database file" in ended.value.why
+    assert ended.value.next_command

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-import subprocess
-import sys
+import signal
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from support.mlflow_server import wait_until
+from support.killed import killed
 from support.small_adapter import write_small_adapter
 from support.tracked_run import (
     START,
@@ -24,8 +24,16 @@ from support.tracked_run import (
 )
 
 from qwen3ft.jobs.folders import RunDir
+from qwen3ft.tracking import sender
 from qwen3ft.tracking.connection import connect
-from qwen3ft.tracking.cursor import outstanding, parent_run_id, read_state, state_path
+from qwen3ft.tracking.cursor import (
+    TrackingState,
+    outstanding,
+    parent_run_id,
+    read_state,
+    state_path,
+    write_state,
+)
 from qwen3ft.tracking.journal import Journal, journal_path
 from qwen3ft.tracking.points import attempts_memory
 from qwen3ft.tracking.run_metrics import CURVES
@@ -144,26 +152,25 @@ def test_memory_of_all_attempts_and_what_it_was_full_of_reach_mlflow(
     assert len(pictures) == 3
 
 
-def test_a_killed_process_loses_nothing_and_doubles_nothing(database: str, run_dir: RunDir) -> None:
+def test_a_killed_process_loses_nothing_and_doubles_nothing(
+    database: str, run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After SIGKILL in the middle of sending, the next sender completes the same two runs."""
-    journal_run(run_dir, steps=1500)
-    script = f"""
-from pathlib import Path
-from qwen3ft.jobs.folders import RunDir
-from qwen3ft.tracking.sender import Sender
-Sender(RunDir(Path({str(run_dir.path)!r})), {database!r}).send_all()
-"""
-    process = subprocess.Popen([sys.executable, "-c", script])
-    wait_until(
-        lambda: any(c.metrics_offset for c in read_state(run_dir).attempts.values()), seconds=120
-    )
-    process.kill()
-    process.wait()
-    assert outstanding(run_dir) > 0, "the kill came too late to prove anything"
+    journal_run(run_dir, steps=450)
+
+    def write_and_die(run: RunDir, state: TrackingState) -> None:
+        write_state(run, state)
+        if any(cursor.metrics_offset for cursor in state.attempts.values()):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sender, "write_state", write_and_die)
+        killed(lambda: send_all(run_dir, database))
+    assert 450 < outstanding(run_dir) < 2 * 450, "one of three batches of metrics was sent"
 
     send_all(run_dir, database)
 
-    assert steps_of(database, run_dir) == list(range(1, 1501))
+    assert steps_of(database, run_dir) == list(range(1, 451))
     experiment = connect(database).experiment_id
     assert len(connect(database).client.search_runs([experiment])) == 2
 
