@@ -40,6 +40,7 @@ _WITH_TRAINED = (
 _WITH_WORKERS = (
     *("tests/worker/test_worker.py", "tests/preflight/test_preflight.py"),
     *("tests/model/test_tokenizer_trial.py", "tests/jobs/test_launcher.py"),
+    "tests/training/test_interruptions.py",
 )
 TOGETHER = {
     **dict.fromkeys(_WITH_FLOW, "tests/flows/test_flow.py"),

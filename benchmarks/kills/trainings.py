@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from benchmarks.machine import ROOT
 from qwen3ft.config import TrainingConfig
@@ -55,6 +55,16 @@ SCHEDULE = {"total_steps": 10, "evaluate_every_steps": 3, "micro_batch_size": 4}
 FIRST_START_SECONDS = 900.0
 IDENTICAL = ("best_step", "best_held_out_loss", "first_held_out_loss", "last_step", "epochs")
 IDENTICAL_TOO = ("final_loss", "stopped_early")
+
+
+class Starter(Protocol):
+    """Starts one worker at a time; `Nursery` is one."""
+
+    def start(self, job: Path, faults: str = "", power: Path | None = None) -> int:
+        """Start the worker of the job and return its process id."""
+
+    def wait(self, seconds: float) -> int | None:
+        """Return the worker's exit status; None if it has not ended within `seconds`."""
 
 
 class Nursery:
@@ -222,7 +232,7 @@ def read_result(run: RunDir) -> Result:
     )
 
 
-def train_undisturbed(nursery: Nursery, plan: TrainPlan, run: RunDir) -> tuple[Result, float]:
+def train_undisturbed(nursery: Starter, plan: TrainPlan, run: RunDir) -> tuple[Result, float]:
     """Train to the end; return the result and the seconds it took."""
     job = run.attempt(1).create(next_attempt(plan, run))
     started = time.monotonic()

@@ -117,19 +117,31 @@ def run_dir(tmp_path: Path) -> RunDir:
 
 @pytest.fixture(scope="session")
 def server(migrated_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A running `mlflow server`; gives its folder, which holds mlflow.db, artifacts and `port`."""
+    """MLflow's server; gives its folder, which holds mlflow.db, artifacts and `port`.
+
+    It is started as `mlflow server` starts it, without importing that command first; the stack's
+    tests run the command.
+    """
+    from mlflow.server import constants
+
     folder, port = tmp_path_factory.mktemp("server"), free_port()
     database = shutil.copy(migrated_database, folder / "mlflow.db")
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--workers", "1"]
-    command += ["--port", str(port), "--backend-store-uri", f"sqlite:///{database}"]
-    command += ["--artifacts-destination", str(folder / "artifacts")]
+    command = [sys.executable, "-m", "uvicorn", "mlflow.server.fastapi_app:app"]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    settings = {
+        constants.BACKEND_STORE_URI_ENV_VAR: f"sqlite:///{database}",
+        constants.ARTIFACT_ROOT_ENV_VAR: "mlflow-artifacts:/",
+        constants.ARTIFACTS_DESTINATION_ENV_VAR: str(folder / "artifacts"),
+        constants.SERVE_ARTIFACTS_ENV_VAR: "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
     with (folder / "server.log").open("wb") as log:
         process = subprocess.Popen(
             command,
             stdout=log,
             stderr=log,
             start_new_session=True,
-            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            env={**os.environ, **settings},
         )
     try:
         wait_until(lambda: is_healthy(port), seconds=200)

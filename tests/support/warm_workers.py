@@ -25,10 +25,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 is_on = True
 """False while workers are started as the product does."""
+
+RECORD_SYNCS = "QWEN3FT_TEST_RECORD_SYNCS"
+"""Variable with a folder in which the worker records its syncs; see `benchmarks.kills.power`."""
 
 _MOST_BYTES = 2**17
 _PR_SET_CHILD_SUBREAPER = 36
@@ -184,6 +188,10 @@ def _become_worker(request: dict[str, Any], stdin: int, output: int) -> NoReturn
     os.chdir(request["folder"])
     sys.path[0] = request["folder"]
     sys.argv = ["qwen3ft.worker", *request["arguments"]]
+    if records := os.environ.get(RECORD_SYNCS):
+        from benchmarks.kills.power import record_syncs
+
+        record_syncs(Path(sys.argv[-1]).parents[1], Path(records))
     status = 1
     try:
         runpy.run_module("qwen3ft.worker", run_name="__main__")

@@ -6,26 +6,30 @@ The short form of the campaign `benchmarks.kills`: real workers, interrupted at 
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+import subprocess
+from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.warm_workers import RECORD_SYNCS
 
 from benchmarks.kills.power import drop_unsynced
 from benchmarks.kills.strikes import POINTS
 from benchmarks.kills.trainings import (
     PATHS,
     SCHEDULE,
-    Nursery,
     Result,
     next_attempt,
     read_failure,
     read_result,
     train_undisturbed,
 )
-from qwen3ft.jobs.folders import RunDir
+from qwen3ft.faults import VARIABLE
+from qwen3ft.jobs.folders import JobDir, RunDir
+from qwen3ft.jobs.processes import end_process_tree, start_worker
 from qwen3ft.training import checkpoint
 
 KILLED = -signal.SIGKILL
@@ -41,11 +45,27 @@ LATE_POINTS = ("folder.renamed", "checkpoint.committed", "checkpoint.pruned", "t
 """Points after a further checkpoint has its name: killed at each in turn, a run ends."""
 
 
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    """The process that forks workers."""
-    with Nursery() as warm:
-        yield warm
+class Workers:
+    """Starts one worker at a time, as `benchmarks.kills.trainings.Nursery` does."""
+
+    def __init__(self) -> None:
+        self._worker: subprocess.Popen[bytes] | None = None
+
+    def start(self, job: Path, faults: str = "", power: Path | None = None) -> int:
+        """Start the worker of the job; `power` is a folder in which to record what it syncs."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(VARIABLE, faults)
+            patch.setenv(RECORD_SYNCS, str(power or ""))
+            self._worker = start_worker("train", JobDir(job))
+        return self._worker.pid
+
+    def wait(self, seconds: float) -> int | None:
+        """Return the worker's exit status; None if it has not ended within `seconds`."""
+        assert self._worker is not None
+        with suppress(subprocess.TimeoutExpired):
+            return self._worker.wait(seconds)
+        end_process_tree(self._worker)
+        return None
 
 
 @pytest.fixture(scope="module")
@@ -62,28 +82,27 @@ def plan_of(plan_in: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 
 
 @pytest.fixture(scope="module")
-def undisturbed(
-    nursery: Nursery, plan_of: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Result]:
+def undisturbed(plan_of: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Result]:
     """Return a function that gives the result of an undisturbed training of a path."""
 
     @cache
     def train(path: str) -> Result:
         run = RunDir(tmp_path_factory.mktemp("undisturbed") / "run")
-        return train_undisturbed(nursery, plan_of(path), run)[0]
+        return train_undisturbed(Workers(), plan_of(path), run)[0]
 
     return train
 
 
 @pytest.fixture
-def attempt(nursery: Nursery, plan_of: Any, tmp_path: Path) -> Callable[..., int]:
+def attempt(plan_of: Any, tmp_path: Path) -> Callable[..., int]:
     """Return a function that makes the next attempt of a run in the test's folder."""
 
     def make(path: str, faults: str = "", power: Path | None = None) -> int:
         run = RunDir(tmp_path / "run")
         plan = next_attempt(plan_of(path), run)
-        nursery.start(run.attempt(plan.attempt).create(plan).path, faults, power)
-        status = nursery.wait(120)
+        workers = Workers()
+        workers.start(run.attempt(plan.attempt).create(plan).path, faults, power)
+        status = workers.wait(120)
         assert status is not None, f"{faults} left a worker that is stuck"
         return status
 
