@@ -299,8 +299,8 @@ def test_a_run_that_was_killed_with_everything_else_is_ended_and_continued_by_th
     killed = _start_at(stack, f"deployments/{deployment['id']}/create_flow_run", asked)
     other = _start_at(stack, "flow_runs/", {"flow_id": deployment["flow_id"], "state": later})
     limits = f"{stack.layout().url('prefect')}/api/v2/concurrency_limits"
-    assert json_of(stack, f"{limits}/", {"name": "slot", "limit": 1})
-    slot = {"names": ["slot"], "slots": 1, "mode": "concurrency", "lease_duration": 300}
+    assert json_of(stack, f"{limits}/", {"name": f"slot {spared}", "limit": 1})
+    slot = {"names": [f"slot {spared}"], "slots": 1, "mode": "concurrency", "lease_duration": 300}
     lease = json_of(stack, f"{limits}/increment-with-lease", slot)["lease_id"]
     everything = [
         process
