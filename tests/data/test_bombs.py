@@ -72,8 +72,17 @@ SHARING: dict[str, Callable[[], pa.Array]] = {
 }
 
 
-@pytest.mark.parametrize("name", SHARING)
-@pytest.mark.parametrize("store_schema", [True, False])
+@pytest.mark.parametrize(
+    ("name", "store_schema"),
+    [
+        *((name, True) for name in SHARING),
+        *(("a column", False), ("messages of one row", False)),  # one flat, one nested
+        *(
+            pytest.param(name, False, marks=pytest.mark.slow)
+            for name in ("a structure", "a list", "lists of lists")
+        ),
+    ],
+)
 def test_values_that_rows_share_are_not_copied_for_each(
     tmp_path: Path, name: str, store_schema: bool
 ) -> None:

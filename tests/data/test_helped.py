@@ -39,6 +39,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "new_data": ("all", "mix"),
 }
 VARIANTS = 10
+SOONER = (0, 2, 3, 4, 7, 9)
+"""Variants that together take every choice; the others are slow."""
 
 
 def rows(count: int, seed: int) -> list[dict[str, Any]]:
@@ -85,14 +87,30 @@ def helped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_table, "BATCH_ROWS", 60)
 
 
+def settings_of(variant: int) -> dict[str, Any]:
+    """Return settings by their number; 0 are the defaults."""
+    chance = random.Random(variant)
+    return {name: chance.choice(values) for name, values in CHOICES.items()} if variant else {}
+
+
+def test_every_choice_is_among_the_variants_that_are_not_slow() -> None:
+    """And so it is tested in every run of the tests."""
+    taken = {item for variant in SOONER for item in settings_of(variant).items()}
+    assert taken == {(name, choice) for name, choices in CHOICES.items() for choice in choices}
+
+
 @pytest.mark.usefixtures("helped")
-@pytest.mark.parametrize("variant", range(VARIANTS))
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(number, marks=() if number in SOONER else pytest.mark.slow)
+        for number in range(VARIANTS)
+    ],
+)
 def test_helpers_give_the_same_files_under_all_settings_and_no_row_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: int
 ) -> None:
-    chance = random.Random(variant)
-    settings = {name: chance.choice(values) for name, values in CHOICES.items()} if variant else {}
-    settings["max_bad_fraction"] = 0.9
+    settings = {**settings_of(variant), "max_bad_fraction": 0.9}
     data = (
         write_jsonl(tmp_path / "a.jsonl", rows(ROWS, variant)),
         write_jsonl(tmp_path / "b.jsonl", rows(ROWS // 3, variant + 1)),
