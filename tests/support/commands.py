@@ -38,6 +38,7 @@ SAMPLES = {
     "--gpu": "none",
     "--model": "4b",
     "settings": "lora_r",
+    "--quantize": "q8_0",
 }
 """Value by the word before a part of a command that is known only at run time."""
 
@@ -147,7 +148,8 @@ def words_of(node: ast.expr) -> list[str]:
             if isinstance(word, ast.JoinedStr):
                 words.append(template(word))
             else:
-                words.append(str(word.value) if isinstance(word, ast.Constant) else "1")
+                sample = SAMPLES.get(words[-1], "1") if words else "1"
+                words.append(str(word.value) if isinstance(word, ast.Constant) else sample)
     return words
 
 

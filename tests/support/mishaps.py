@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
 import httpx
 import numpy as np
@@ -30,7 +30,7 @@ from deployments import deploy, prefect_api, prefect_worker, schedule
 from deployments.services import Layout
 from deployments.stack import Stack
 from flows import api, finetune, resume, run_context, temporary_server
-from flows.cli import champion, data, follow, options, plan, project, runs, servers
+from flows.cli import adapters, champion, data, follow, options, plan, project, runs, servers
 from flows.cli.app import _explained as explained
 from qwen3ft import errors, faults, files, settings
 from qwen3ft.chat import rendering, templates, tokenizer
@@ -59,7 +59,7 @@ from qwen3ft.recovery.adjust import FailedAttempt, GiveUp, decide_retry
 from qwen3ft.registry import aliases, bounded_calls, lookup
 from qwen3ft.registry import registry as registries
 from qwen3ft.registry.registry import Registry
-from qwen3ft.serving import export, parity, session
+from qwen3ft.serving import export, gguf_files, parity, session
 from qwen3ft.tracking import connection as connections
 from qwen3ft.tracking.journal import AttemptEnded, Journal
 from qwen3ft.tracking.points import table_json
@@ -331,6 +331,35 @@ def held_out_rows_gone(folder: Path) -> None:
     write_small_adapter(folder / "adapter")
     wanted = config(cache_dir=str(folder / "cache"), runs_dir=str(folder / "runs"))
     export.find_held_out(wanted, folder / "adapter")
+
+
+def unknown_tokenizer(folder: Path) -> None:
+    """llama.cpp's converter, which is no package of the tests, refuses a model."""
+
+    class Model:
+        """As in llama.cpp: it does not know how the tokenizer splits texts."""
+
+        model_arch = None
+
+        def __init__(self, *_: Any, **__: Any) -> None:
+            raise NotImplementedError("BPE pre-tokenizer was not recognized")
+
+    modules = {"gguf": MagicMock(), "conversion": MagicMock(get_model_class=lambda _: Model)}
+    shutil.copy(MODEL_DIR / "config.json", folder)
+    with patch.object(gguf_files, "_import_converter"), patch.dict(sys.modules, modules):
+        gguf_files.write_model(folder, folder / "x.gguf", "bf16")
+
+
+def converter_that_fails(folder: Path) -> None:
+    """llama.cpp's script is not where it was installed."""
+    with patch.object(gguf_files, "_llama_cpp", return_value=folder):
+        gguf_files.write_lora(folder, folder, folder / "x.gguf")
+
+
+def no_converter(_: Path) -> None:
+    """The packages of the extra are not installed."""
+    with patch.object(gguf_files, "find_spec", return_value=None):
+        gguf_files.require_gguf_packages()
 
 
 def drifted(folder: Path) -> None:
@@ -712,6 +741,9 @@ QUICK: dict[str, Mishap] = {
         write(f, "rows.jsonl", ""), 5
     ),
     "qwen3ft/serving/parity.py _load_merged 1": too_large_to_compare,
+    "qwen3ft/serving/gguf_files.py require_gguf_packages 1": no_converter,
+    "qwen3ft/serving/gguf_files.py write_model 1": unknown_tokenizer,
+    "qwen3ft/serving/gguf_files.py write_lora 1": converter_that_fails,
     "qwen3ft/serving/session.py _ended_early 1": lambda _: throw(session._ended_early()),
     "qwen3ft/settings.py find_settings 1": lambda _: settings.find_settings([], "nonsense"),
     "qwen3ft/tracking/connection.py _rejected 1": refused_by_mlflow,
@@ -734,6 +766,9 @@ QUICK: dict[str, Mishap] = {
     "qwen3ft/training/trainer.py QATrainer._require_finite 1": endless_norm,
     "flows/api.py _read_run 1": lambda f: api._read_run(f / "no-run"),
     "flows/api.py _read_run 2": lambda f: api._read_run(begun_run(f).path),
+    "flows/cli/adapters.py export_command 1": lambda f: adapters.export_command(
+        str(f / "x"), quantize="q8_0"
+    ),
     "flows/cli/app.py _explained 1": lambda _: throw(explained(NotADirectoryError("x"))),
     "flows/cli/champion.py _no_such_version 1": lambda _: throw(
         champion._no_such_version("a-name", "9")
