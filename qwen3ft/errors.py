@@ -11,7 +11,8 @@
         DownloadError
         TrackingUnavailableError
           NotInMlflowError
-      RejectedError  QuantizationError  ExportDriftError  SaveError  CancelledError
+      RejectedError  QuantizationError  ExportDriftError  ServedOtherwiseError  SaveError
+      CancelledError
       AttemptError
         OutOfMemoryError  MemoryLeakError
         TrainingFailureError
@@ -177,6 +178,10 @@ class QuantizationError(FinetuneError):
 
 class ExportDriftError(FinetuneError):
     """A merged model's loss or answers are too far from those of the adapter."""
+
+
+class ServedOtherwiseError(FinetuneError):
+    """A served adapter answers otherwise than in the test of its run."""
 
 
 class SaveError(FinetuneError):

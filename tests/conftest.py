@@ -36,6 +36,7 @@ _WITH_FLOW = (BROWSER, "tests/flows/test_attacks.py", "tests/flows/test_secrets.
 _WITH_TRAINED = (
     *("tests/serving/test_ask.py", "tests/serving/test_gguf.py"),
     *("tests/serving/test_mlflow_model.py", "tests/evaluation/test_inference.py"),
+    *("tests/server/test_server.py", "tests/server/test_following.py"),
 )
 _WITH_WORKERS = (
     *("tests/worker/test_worker.py", "tests/preflight/test_preflight.py"),

@@ -180,13 +180,21 @@ class ChosenAdapter:
 
 
 def _choose(adapter: str, config: Path | None, settings: list[str] | None) -> ChosenAdapter:
+    wanted, adapter = enter_project(adapter, config, settings)
+    return choose_adapter(wanted, adapter)
+
+
+def enter_project(
+    adapter: str, config: Path | None, settings: list[str] | None
+) -> tuple[TrainingConfig, str]:
+    """Work in the project folder from now on; return the settings and the adapter's name there."""
     from flows.cli.project import open_project, request_config, use_local_services
 
     adapter = from_here(adapter)
     stack = open_project()
     wanted = request_config(stack.root, config, settings)
     use_local_services(stack)
-    return choose_adapter(wanted, adapter)
+    return wanted, adapter
 
 
 def from_here(adapter: str) -> str:

@@ -102,10 +102,14 @@ class PlainAttention:
         return self.ops.norm_rotate(q, norms.query, slots.cos, slots.sin, norms.eps)
 
     def attend(self, q: Tensor, slots: Slots, keys: Tensor, values: Tensor, out: Tensor) -> None:
-        """Compute slot by slot in fp32."""
+        """Compute slot by slot in fp32; idle slots are skipped."""
         group = q.shape[1] // keys.shape[1]
         offsets = torch.arange(PAGE_TOKENS, device=q.device)
+        first_pages = slots.pages[:, 0].tolist()
         for slot, position in enumerate(slots.positions.tolist()):
+            if first_pages[slot] == 0:
+                out[slot] = 0
+                continue
             used = slots.pages[slot, : position // PAGE_TOKENS + 1].long()
             places = (used[:, None] * PAGE_TOKENS + offsets).flatten()[: position + 1]
             k, v = (

@@ -46,6 +46,7 @@ class Decoder:
         sizes: Extent of cache and slots.
         marks: Token ids that steer the writing.
         most_draws: Most tokens of a drawn answer, 0 if none is drawn.
+        shaped: Draws heed temperature and top-p.
     """
 
     def __init__(
@@ -55,6 +56,8 @@ class Decoder:
         sizes: DecoderSizes,
         marks: Marks,
         most_draws: int = 0,
+        *,
+        shaped: bool = False,
     ) -> None:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.sizes = sizes
@@ -82,6 +85,7 @@ class Decoder:
                 marks,
                 most_draws,
                 self._rotation(max(sizes.most_tokens, sizes.chunk_tokens)),
+                shaped=shaped,
             )
         self._logits: Tensor | None = None
         self._reading = PackedReading.of([[0]], [BASE], None, sizes.chunk_tokens).to(device)
@@ -96,6 +100,16 @@ class Decoder:
         # transformers takes only device and dtype of the first argument; both halves are the same
         cos, sin = self._rotary(self.norm.weight.float(), positions)
         return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+
+    @torch.no_grad()
+    def replace(self, index: int, name: str) -> None:
+        """Copy the model's adapter `name` over the one with number `index`, which answers nothing.
+
+        Its rank may not pass that of the adapter which the decoder was made with.
+        """
+        for block in self.blocks:
+            for projection in block.projections:
+                projection.replace(index, name)
 
     @torch.no_grad()
     def hidden(

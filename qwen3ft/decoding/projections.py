@@ -56,7 +56,7 @@ class SwitchedProjection:
         self, modules: list[Any], names: Sequence[str], ops: ElementWise, room: Room
     ) -> None:
         layers = [getattr(module, "base_layer", module) for module in modules]
-        self.ops, self.room = ops, room
+        self.modules, self.ops, self.room = modules, ops, room
         self.weights = [FourBitWeight.of(layer.weight) for layer in layers]
         self.in_features = self.weights[0].in_features
         self.out_features = sum(weight.out_features for weight in self.weights)
@@ -81,17 +81,34 @@ class SwitchedProjection:
     def _place(self, parts: list[tuple[int, Tensor, Tensor, float]]) -> tuple[int, ...]:
         """Copy A and s B of each adapter and module; return the owner of each column."""
         owners: list[int] = []
-        starts = [0]
-        for weight in self.weights:
-            starts.append(starts[-1] + weight.out_features)
         for number, (index, down, up, scale) in enumerate(parts):
-            row = starts[number % len(self.weights)]
-            columns = slice(len(owners), len(owners) + len(down))
-            self.a[columns] = down.detach()
-            self.b[row : row + len(up), columns] = up.detach() * scale
+            self._put(len(owners), number % len(self.weights), down, up, scale)
             owners += [index] * len(down)
         # columns that only pad are zero and may have any owner
         return (*owners, *[BASE] * (self.rank - len(owners)))
+
+    def _put(self, column: int, module: int, down: Tensor, up: Tensor, scale: float) -> None:
+        """Copy A and s B of one module's adapter, from `column` on."""
+        row = sum(weight.out_features for weight in self.weights[:module])
+        columns = slice(column, column + len(down))
+        self.a[columns] = down.detach()
+        self.b[row : row + len(up), columns] = up.detach() * scale
+
+    def replace(self, index: int, name: str) -> None:
+        """Copy the modules' adapter `name` over that of number `index`, whose rank it may not pass.
+
+        Shapes and addresses stay, and so does what was captured.
+        """
+        owned = [column for column, owner in enumerate(self.owners) if owner == index]
+        places = len(owned) // len(self.modules)
+        self.a[owned], self.b[:, owned] = 0, 0
+        for number, module in enumerate(self.modules):
+            down = module.lora_A[name].weight
+            assert len(down) <= places
+            up, scale = module.lora_B[name].weight, module.scaling[name]
+            self._put(owned[number * places], number, down, up, scale)
+        if self._resident is not None:
+            self._resident[:, self.in_features :] = self.b
 
     def keep_resident(self) -> None:
         """Keep the dequantised weight from now on."""

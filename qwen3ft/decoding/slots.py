@@ -66,6 +66,7 @@ class SlotTable:
         marks: Token ids that steer the writing.
         most_draws: Most tokens of a drawn answer, 0 for none.
         rotation: cos and sin for each position, fp32, (positions, head_dim / 2) each.
+        shaped: As for `Writing`.
     """
 
     def __init__(
@@ -75,11 +76,13 @@ class SlotTable:
         marks: Marks,
         most_draws: int,
         rotation: tuple[Tensor, Tensor],
+        *,
+        shaped: bool = False,
     ) -> None:
         device = rotation[0].device
         self.count = slots
         self.rotation = rotation
-        self.writing = Writing(slots, marks, most_draws, device)
+        self.writing = Writing(slots, marks, most_draws, device, shaped=shaped)
         self.token = torch.zeros(slots, dtype=torch.int64, device=device)
         self.position = torch.zeros(slots, dtype=torch.int32, device=device)
         self.model = torch.full((slots,), BASE, device=device)

@@ -1,6 +1,7 @@
 """Answering many questions: which of them is written when.
 
-The longest expected answers come first. When slots are free and pages suffice, prompts are read and
+Of those that are known at the start, the longest expected answers come first; others may be added
+and taken back at any time. When slots are free and pages suffice, prompts are read and
 take them. If pages run out, the answer that began last waits in host memory.
 """
 
@@ -35,21 +36,20 @@ class Written:
 
 
 class AnswerWriter:
-    """One use of a decoder: all of `queries`.
+    """One use of a decoder: all of `queries`, and those that are added.
 
     Args:
         decoder: An idle decoder.
-        queries: Questions.
+        queries: Questions, numbered from 0.
         burst_steps: Steps between two looks; fewer for somebody who waits.
     """
 
     def __init__(
         self, decoder: Decoder, queries: Sequence[Query], burst_steps: int = BURST_STEPS
     ) -> None:
-        self.decoder, self.queries = decoder, queries
+        self.decoder, self.queries = decoder, dict(enumerate(queries))
         self.cache, self.table = decoder.cache, decoder.table
         self.burst_steps = burst_steps
-        self.draw = any(query.limits.seed is not None for query in queries)
         order = sorted(
             range(len(queries)), key=lambda index: (-queries[index].expected_tokens, index)
         )
@@ -67,14 +67,40 @@ class AnswerWriter:
 
     def bursts(self) -> Iterator[tuple[list[tuple[int, list[int]]], list[tuple[int, Written]]]]:
         """Yield after each burst the new tokens of every answer, and the answers that ended."""
-        while self.waiting or self.running or self.paused:
-            self._admit()
-            self._secure_pages()
-            self.table.upload()
-            for step in range(self.burst_steps):
-                self.decoder.step(draw=self.draw)
-                self._burst[:, step] = self.table.token
-            yield self._collect()
+        while self.is_busy:
+            yield self.burst()
+
+    @property
+    def is_busy(self) -> bool:
+        """True while there is something to write."""
+        return bool(self.waiting or self.running or self.paused)
+
+    def burst(self) -> tuple[list[tuple[int, list[int]]], list[tuple[int, Written]]]:
+        """Write a few tokens of every answer; return them, and the answers that ended."""
+        self._admit()
+        self._secure_pages()
+        self.table.upload()
+        draw = any(each.query.limits.seed is not None for each in self.running)
+        for step in range(self.burst_steps):
+            self.decoder.step(draw=draw)
+            self._burst[:, step] = self.table.token
+        return self._collect()
+
+    def add(self, index: int, query: Query) -> None:
+        """Add a question, under a number that no other has; it comes after those that wait."""
+        self.queries[index] = query
+        self.waiting.append(index)
+
+    def cancel(self, index: int) -> None:
+        """Write no more of an answer, and free its slot and pages; nothing if it has ended."""
+        if self.queries.pop(index, None) is None:
+            return
+        if index in self.waiting:
+            self.waiting.remove(index)
+        self.paused = deque(each for each in self.paused if each.running.index != index)
+        for running in [each for each in self.running if each.index == index]:
+            self.running.remove(running)
+            self._free(running)
 
     def _admit(self) -> None:
         """Fill free slots: first with answers that were paused, then with new questions."""
@@ -139,6 +165,10 @@ class AnswerWriter:
                 self.table.set_pages(running)
             index += 1
 
+    def _free(self, running: Running) -> None:
+        self.cache.give_back(running.pages)
+        self.table.clear(running)
+
     def _collect(self) -> tuple[list[tuple[int, list[int]]], list[tuple[int, Written]]]:
         state = self.table.writing.state
         names = ("written", "ended", "forced")
@@ -154,8 +184,8 @@ class AnswerWriter:
             news.append((running.index, new))
             if is_ended:
                 ended.append((running.index, Written(running.tokens, forced > 0)))
-                self.cache.give_back(running.pages)
-                self.table.clear(running)
+                del self.queries[running.index]
+                self._free(running)
             else:
                 going.append(running)
         self.running = going

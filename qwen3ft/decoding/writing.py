@@ -59,16 +59,23 @@ class AnswerLimits:
         thinking_tokens: Most tokens of thinking; 0 if the model must not think.
         opened: The prompt ends with the opening tag.
         seed: Seed of its draws, or None for greedy decoding.
+        all_tokens: Most tokens of both together; None for no other limit.
+        temperature: Divides the logits before a draw.
+        top_p: Draws are among the likeliest tokens that together have this probability.
     """
 
     answer_tokens: int
     thinking_tokens: int = 0
     opened: bool = False
     seed: int | None = None
+    all_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
 
     def most_tokens(self, marks: Marks) -> int:
         """Return the most tokens that are written."""
-        return self.answer_tokens + self.thinking_tokens + len(marks.closing)
+        most = self.answer_tokens + self.thinking_tokens + len(marks.closing)
+        return most if self.all_tokens is None else min(most, self.all_tokens)
 
 
 class Writing:
@@ -79,9 +86,18 @@ class Writing:
         marks: Token ids that steer the writing.
         most_draws: Most tokens of a drawn answer; 0 if none is drawn.
         device: Where they are.
+        shaped: Draws heed temperature and top-p, which costs a sort of the vocabulary.
     """
 
-    def __init__(self, slots: int, marks: Marks, most_draws: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        slots: int,
+        marks: Marks,
+        most_draws: int,
+        device: torch.device,
+        *,
+        shaped: bool = False,
+    ) -> None:
         def numbers(kind: torch.dtype, *shape: int) -> Tensor:
             return torch.zeros(slots, *shape, dtype=kind, device=device)
 
@@ -93,12 +109,16 @@ class Writing:
             "opened": numbers(torch.bool),
             "closed": numbers(torch.bool),
             "written": numbers(torch.int64),
+            "all_left": numbers(torch.int64),
             "answer_left": numbers(torch.int64),
             "thinking_left": numbers(torch.int64),
             "forced": numbers(torch.int64),
             "drawn": numbers(torch.bool),
             "draws": numbers(torch.float32, most_draws),
         }
+        self.shaped = shaped
+        if shaped:
+            self.state |= {name: numbers(torch.float32) + 1 for name in ("temperature", "top_p")}
 
     def begin(self, slot: int, limits: AnswerLimits) -> None:
         """Begin an answer in `slot`."""
@@ -106,6 +126,7 @@ class Writing:
         for name in ("ended", "written", "forced"):
             state[name][slot] = 0
         may_think = limits.thinking_tokens > 0 and bool(self.marks.closing)
+        state["all_left"][slot] = limits.most_tokens(self.marks)
         state["opened"][slot] = limits.opened
         state["closed"][slot] = not may_think
         state["thinking_left"][slot] = limits.thinking_tokens
@@ -115,6 +136,8 @@ class Writing:
         )
         state["drawn"][slot] = limits.seed is not None
         if limits.seed is not None:
+            if self.shaped:
+                state["temperature"][slot], state["top_p"][slot] = limits.temperature, limits.top_p
             generator = torch.Generator().manual_seed(limits.seed)
             count = min(limits.most_tokens(self.marks), state["draws"].shape[1])
             state["draws"][slot, :count] = torch.rand(count, generator=generator).to(
@@ -155,12 +178,32 @@ class Writing:
         state["closed"] |= closes
         state["opened"] |= going & (token == marks.think_open)
         state["written"] += going.long()
+        state["all_left"] -= going.long()
         is_end = (token[:, None] == self._ends).any(-1)
-        state["ended"] |= is_end | (state["answer_left"] <= 0)
+        state["ended"] |= is_end | (state["answer_left"] <= 0) | (state["all_left"] <= 0)
 
     def _draw(self, logits: Tensor) -> Tensor:
         """Draw from softmax(logits) by inverting its distribution function."""
         written = self.state["written"].clamp(max=self.state["draws"].shape[1] - 1)
         draw = self.state["draws"].gather(1, written[:, None])
+        if self.shaped:
+            return self._draw_shaped(logits, draw)
         below = logits.softmax(-1).cumsum_(-1) < draw
         return below.sum(-1).clamp_(max=logits.shape[1] - 1)
+
+    def _draw_shaped(self, logits: Tensor, draw: Tensor) -> Tensor:
+        """Draw at each slot's temperature, from its nucleus.
+
+        That is the fewest likeliest tokens whose probability is at least top-p (Holtzman et al.
+        2020, arXiv:1904.09751).
+        """
+        shares, tokens = (
+            (logits / self.state["temperature"][:, None]).softmax(-1).sort(-1, descending=True)
+        )
+        summed = shares.cumsum(-1)
+        in_nucleus = summed - shares < self.state["top_p"][:, None]
+        # the nucleus has the whole probability: the draw is scaled to what it has
+        mass = (shares * in_nucleus).sum(-1, keepdim=True)
+        place = ((summed < draw * mass) & in_nucleus).sum(-1, keepdim=True)
+        place = torch.minimum(place, in_nucleus.sum(-1, keepdim=True) - 1)
+        return tokens.gather(1, place)[:, 0]

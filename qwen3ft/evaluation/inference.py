@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qwen3ft.chat.templates import template_may_think
 from qwen3ft.errors import (
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 logger = get_logger("inference")
 
+LabelT = TypeVar("LabelT", bound=str)
+
 
 class InferenceTester:
     """Access to a saved adapter: load it on its 4-bit base, ask it, check its answers."""
@@ -68,7 +70,7 @@ class InferenceTester:
         """
         folder = Path(model_path)
         base = base or find_base(open_adapter(folder))
-        return _load(self.config, base, {"candidate": folder})
+        return load_with_adapters(self.config, base, {"candidate": folder})
 
     def test_inference(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str
@@ -111,7 +113,7 @@ def run_inference(request: InferenceRequest, beat: Callable[[str, int], None]) -
     started = time.monotonic()
     config = request.config
     exam = Exam(
-        rows=_read_rows(Path(request.questions_path), config.inference_rows),
+        rows=read_questions(Path(request.questions_path), config.inference_rows),
         ability=read_ability_rows(config),
         batch_size=request.batch_size,
         max_new_tokens=config.max_new_tokens,
@@ -131,7 +133,7 @@ def run_inference(request: InferenceRequest, beat: Callable[[str, int], None]) -
     }
     answered = Answered("nobody: every answer was known")
     if not all(evaluation.is_complete for evaluation in evaluations.values()):
-        loaded = _load(config, request.model.path, to_load)
+        loaded = load_with_adapters(config, request.model.path, to_load)
         answered = _compute(request, loaded, evaluations, list(to_load), beat)
     logger.info("answered by %s", answered.by)
     evaluated = {label: evaluation.results() for label, evaluation in evaluations.items()}
@@ -172,8 +174,8 @@ def _open_evaluation(request: InferenceRequest, exam: Exam, adapter: Path | None
     return Evaluation(exam, AnswerCache(Path(request.config.cache_dir) / "answers", key))
 
 
-def _read_rows(path: Path, limit: int) -> list[dict[str, Any]]:
-    """Read at most `limit` rows of the file, spread over its splits.
+def read_questions(path: Path, limit: int) -> list[dict[str, Any]]:
+    """Read at most `limit` held-out rows of the file, spread over its splits.
 
     Raises:
         DataLoadingError: the file has no rows.
@@ -219,10 +221,14 @@ def _check_champion(champion: Champion, model: ModelSnapshot) -> Path:
     return folder
 
 
-def _load(
-    config: TrainingConfig, base: str, adapters: Mapping[ModelLabel, Path]
+def load_with_adapters(
+    config: TrainingConfig, base: str, adapters: Mapping[LabelT, Path]
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """Load the 4-bit base with the adapters attached under their labels; the first is active."""
+    """Load the 4-bit base with verified adapters under their labels; the first is active.
+
+    Raises:
+        SaveError: an adapter does not fit the base.
+    """
     from peft import PeftModel
 
     from qwen3ft.model.manager import ModelManager
@@ -230,15 +236,24 @@ def _load(
     model, tokenizer = ModelManager(config).load_model_with_quantization(base)
     (first, folder), *others = adapters.items()
     peft_model = PeftModel.from_pretrained(model, str(folder), adapter_name=first)
+    _check_attached(peft_model, first, folder)
     for label, other in others:
-        peft_model.load_adapter(str(other), adapter_name=label)
-    for label, attached in adapters.items():
-        _check_attached(peft_model, label, attached)
+        attach_adapter(peft_model, label, other)
     peft_model.set_adapter(first)
     return peft_model.eval(), tokenizer
 
 
-def _check_attached(model: PeftModel, label: ModelLabel, folder: Path) -> None:
+def attach_adapter(model: PeftModel, label: str, folder: Path) -> None:
+    """Attach another verified adapter under `label`.
+
+    Raises:
+        SaveError: it does not fit the base.
+    """
+    model.load_adapter(str(folder), adapter_name=label)
+    _check_attached(model, label, folder)
+
+
+def _check_attached(model: PeftModel, label: str, folder: Path) -> None:
     """Raise SaveError unless exactly the tensors of the file were attached."""
     from peft import get_peft_model_state_dict
 

@@ -31,6 +31,7 @@ from qwen3ft.records.requests import (
     TokenizerReport,
     TokenizerRequest,
 )
+from qwen3ft.records.serving import ServeEnded, ServeRequest
 from qwen3ft.records.training import AttemptOutcome
 from qwen3ft.units import GIB
 
@@ -211,6 +212,17 @@ def answer_job(job: Job) -> ChatEnded:
     return answer_session(request, job.dir, job.heartbeat.beat)
 
 
+def serve_job(job: Job) -> ServeEnded:
+    """Answer for the server, until it ends."""
+    from qwen3ft.machine.memory import MemoryOptimizer
+    from qwen3ft.serving.engine import serve_session
+
+    request = read_record(job.dir.request, ServeRequest)
+    job.heartbeat.beat("load")
+    MemoryOptimizer(request.config.max_memory_gb, request.device).optimize_for_training()
+    return serve_session(request, job.heartbeat.beat)
+
+
 KINDS: dict[str, Callable[[Job], BaseModel]] = {
     "tokenizer": tokenizer_job,
     "quantize": quantize_job,
@@ -220,4 +232,5 @@ KINDS: dict[str, Callable[[Job], BaseModel]] = {
     "inference": inference_job,
     "answer": answer_job,
     "export": export_job,
+    "serve": serve_job,
 }

@@ -10,6 +10,7 @@ from typing import Any
 from support.small_adapter import write_small_adapter
 
 from qwen3ft.jobs.folders import RunDir
+from qwen3ft.records.model import SavedAdapter
 from qwen3ft.registry.registry import Registry
 from qwen3ft.tracking.cursor import parent_run_id
 from qwen3ft.tracking.journal import Journal
@@ -32,12 +33,23 @@ def add_version(
     settings: Mapping[str, Any] | None = None,
 ) -> str:
     """Register what run `run` with these settings saved, as the flow does; return the version."""
-    run_dir = RunDir(folder / "runs" / run)
-    adapter = run_dir.path / "adapter"
+    adapter = RunDir(folder / "runs" / run).path / "adapter"
     saved = write_small_adapter(adapter, run, degraded)
+    return register_saved(uri, folder, run, saved, settings)
+
+
+def register_saved(
+    uri: str,
+    folder: Path,
+    run: str,
+    saved: SavedAdapter,
+    settings: Mapping[str, Any] | None = None,
+) -> str:
+    """Register a saved adapter as that of run `run`; return the version."""
+    run_dir = RunDir(folder / "runs" / run)
     journal = Journal(run_dir)
     journal.run_started(run, settings or {}, {})
-    journal.artifacts(adapter, "adapter")
+    journal.artifacts(Path(saved.path), "adapter")
     Sender(run_dir, uri).send_all()
     named = saved.model_copy(update={"registered_model": MODEL})
     return Registry(uri).register(str(parent_run_id(run_dir)), named, {"run": run})

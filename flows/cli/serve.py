@@ -1,0 +1,86 @@
+"""The command that serves a fine-tuned model to OpenAI's clients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flows.cli.adapters import enter_project
+from flows.cli.options import AdapterOption, ConfigOption, SetOption
+from flows.cli.output import say
+
+if TYPE_CHECKING:
+    from qwen3ft.server.engines import Engine
+    from qwen3ft.server.run import Announcement
+
+
+def serve_command(
+    adapter: AdapterOption = "champion",
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen on; beyond loopback with a key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 for a free one.")] = 8000,
+    slots: Annotated[
+        int, typer.Option("--slots", min=1, help="Most answers written at a time.")
+    ] = 16,
+    queue: Annotated[int, typer.Option("--queue", min=0, help="Most requests that wait.")] = 64,
+    context_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--context-tokens",
+            min=16,
+            help="Most tokens of a prompt and its answer [8192 and the answer].",
+        ),
+    ] = None,
+    probe_rows: Annotated[
+        int,
+        typer.Option(
+            "--probe-rows", min=0, help="Held-out rows to compare with the test; 0 for none."
+        ),
+    ] = 100,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+) -> None:
+    """Serve a fine-tuned model to OpenAI's clients, on loopback; it follows the champion.
+
+    It is ready once it has answered held-out questions as in the test of its run.
+    """
+    from qwen3ft import logs
+    from qwen3ft.machine.gpus import visible_gpus
+    from qwen3ft.records.serving import ServeRequest
+    from qwen3ft.registry.registry import Registry
+    from qwen3ft.registry.task_name import with_task_name
+    from qwen3ft.server.engines import OwnEngine
+    from qwen3ft.server.manager import find_source
+    from qwen3ft.server.run import ModelServer, ServerOptions
+    from qwen3ft.tracking.uri import default_tracking_uri
+
+    wanted, adapter = enter_project(adapter, config, settings)
+    logs.configure()
+    registry = Registry(default_tracking_uri())
+    source = find_source(wanted, registry, adapter)
+    follow = with_task_name(wanted, registry).registered_name if adapter == "champion" else None
+
+    def make_engine(folder: Path) -> Engine:
+        request = ServeRequest(
+            config=wanted,
+            adapter=str(folder),
+            device="cuda" if visible_gpus() else "cpu",
+            socket="",  # the engine's own choice
+            slots=slots,
+            context_tokens=context_tokens,
+        )
+        return OwnEngine(request)
+
+    options = ServerOptions(host, port, queue, probe_rows)
+    ModelServer(options, wanted, registry, source, make_engine, _announce, follow).run()
+
+
+def _announce(ready: Announcement) -> None:
+    if ready.made_key is not None:
+        say(f"API key, shown this once and kept in {ready.key_file}: {ready.made_key}")
+    elif ready.key_file is not None:
+        say(f"The API key is in {ready.key_file}.")
+    say(f"Ready: {ready.model} at {ready.address}")

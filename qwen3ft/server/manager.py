@@ -1,0 +1,251 @@
+"""Brings versions into use: loads, proves and replaces them, and follows the champion's alias."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from qwen3ft.config import TrainingConfig
+from qwen3ft.errors import FinetuneError, RequestError, TransientError
+from qwen3ft.logs import get_logger
+from qwen3ft.model.saved_adapter import has_provenance, open_adapter
+from qwen3ft.records.evaluation import Champion
+from qwen3ft.registry.aliases import CHAMPION
+from qwen3ft.registry.lookup import fetch_version, find_adapter, version_name
+from qwen3ft.registry.registry import Registry
+from qwen3ft.registry.task_name import with_task_name
+from qwen3ft.server.engines import Engine
+from qwen3ft.server.front import PROBE_HEADER, Front
+from qwen3ft.server.probe import prove, read_kept_answers
+from qwen3ft.server.served import Version
+from qwen3ft.serving.prompting import trained_prompting
+
+logger = get_logger("server")
+
+FOLLOW_SECONDS = 2.0
+"""Time between two looks at the champion's alias."""
+
+MOST_RESTARTS = 3
+"""Times that a lost engine is started again before the server gives up."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """An adapter to serve, verified and on this machine."""
+
+    name: str
+    number: str | None
+    folder: Path
+
+
+def find_source(config: TrainingConfig, registry: Registry, wanted: str) -> Source:
+    """Return the adapter of that alias, version, run or folder, as `find_adapter` finds it.
+
+    Raises:
+        FinetuneError: there is none, or it is damaged.
+    """
+    is_folder = "/" in wanted or has_provenance(Path(wanted))
+    if not is_folder and (alias_or_number := version_name(wanted)) is not None:
+        model = with_task_name(config, registry).registered_name
+        version = registry.version(model, alias_or_number)
+        if version is not None:
+            return source_of(config, registry, version)
+    folder = find_adapter(config, registry, wanted)
+    run_id = open_adapter(folder).provenance["run_id"]
+    return Source(f"{config.registered_name}-{run_id}", None, folder.resolve())
+
+
+def source_of(config: TrainingConfig, registry: Registry, version: Champion) -> Source:
+    """Fetch a version of the registry; return it as something to serve."""
+    folder = fetch_version(config, registry, version)
+    return Source(f"{version.registered_model}-v{version.version}", version.version, folder)
+
+
+class Manager:
+    """Keeps the front's default version what it should be.
+
+    Args:
+        front: The server.
+        config: Settings of this machine.
+        registry: Where the champion is looked up.
+        make_engine: Makes an engine for the base of the adapter in a folder.
+        probe_rows: Held-out rows to compare each version on; 0 for none.
+    """
+
+    def __init__(
+        self,
+        front: Front,
+        config: TrainingConfig,
+        registry: Registry,
+        make_engine: Callable[[Path], Engine],
+        probe_rows: int,
+    ) -> None:
+        self.front, self.served, self.config = front, front.served, config
+        self.registry, self.make_engine, self.probe_rows = registry, make_engine, probe_rows
+        self.engine: Engine | None = None
+        self._refused: str | None = None  # version of the last champion that was not brought up
+        self._leaving: set[asyncio.Task[None]] = set()
+        self._restarts = 0
+
+    async def use(self, source: Source, client: httpx.AsyncClient) -> Version:
+        """Load and prove an adapter, then make it the default; the old one ends its answers.
+
+        Raises:
+            FinetuneError: it cannot be loaded, or does not answer as tested. The old one stays.
+        """
+        version = await self.bring_up(source, client)
+        self.make_default(version)
+        return version
+
+    async def bring_up(self, source: Source, client: httpx.AsyncClient) -> Version:
+        """Load and prove an adapter."""
+        version = self.served.revive(source.name) or await self._load(source)
+        try:
+            if not version.is_open:
+                await self._prove(version, client)
+        except FinetuneError:
+            self.retire(version)
+            raise
+        version.is_open = True
+        return version
+
+    def make_default(self, version: Version) -> None:
+        """Let `version` answer from now on."""
+        old, self.served.default = self.served.default, version
+        self.front.metrics.use(version.name)
+        if old is not None and old is not version:
+            self.retire(old)
+
+    def retire(self, version: Version) -> None:
+        """Let a version end its answers, and its engine if nothing else is on it."""
+
+        async def leave() -> None:
+            await self.served.retire(version)
+            if version.engine is not self.engine and not self._on(version.engine):
+                await version.engine.close()
+
+        self._start(leave())
+
+    async def follow(self, registered_model: str, client: httpx.AsyncClient) -> None:
+        """Bring every new champion into use, for ever; trouble leaves the old one there."""
+        reachable = True
+        while True:
+            await asyncio.sleep(FOLLOW_SECONDS)
+            try:
+                champion = await asyncio.to_thread(self.registry.champion, registered_model)
+                reachable = True
+                if champion is not None and self._is_new(champion):
+                    await self._follow_to(champion, client)
+            except FinetuneError as error:
+                if reachable:  # said once, not every two seconds
+                    logger.warning("the champion cannot be looked up: %s", error)
+                reachable = False
+
+    async def watch_engine(self, client: httpx.AsyncClient) -> None:
+        """Start the engine again whenever it is lost.
+
+        Raises:
+            FinetuneError: the reason, once it was lost too often.
+        """
+        while True:
+            engine = self.engine
+            assert engine is not None
+            error = await asyncio.shield(engine.lost)
+            if engine is not self.engine:
+                continue  # it was replaced, and ended in order
+            lost = self.served.default
+            self._restarts += 1
+            self.served.default = None
+            self.served.versions.clear()
+            if lost is None or self._restarts > MOST_RESTARTS:
+                raise error
+            logger.error("the engine is lost and started again: %s", error)
+            self.engine = None
+            await engine.close()
+            await self.use(Source(lost.name, lost.number, lost.folder), client)
+
+    async def close(self) -> None:
+        """End the engines."""
+        for task in self._leaving:
+            task.cancel()
+        loaded = (*self.served.versions.values(), *self.served.retiring.values())
+        engines = {version.engine for version in loaded} | {self.engine}
+        await asyncio.gather(*(engine.close() for engine in engines if engine is not None))
+
+    def _is_new(self, champion: Champion) -> bool:
+        default = self.served.default
+        in_use = default.number if default is not None else None
+        if champion.version == in_use:
+            self._refused = None
+        return champion.version not in (in_use, self._refused)
+
+    async def _follow_to(self, champion: Champion, client: httpx.AsyncClient) -> None:
+        """Bring a new champion into use, or say why not, once."""
+        try:
+            source = await asyncio.to_thread(source_of, self.config, self.registry, champion)
+            version = await self.use(source, client)
+        except TransientError:
+            raise  # the next look tries again
+        except FinetuneError as error:
+            if self.engine is None or self.engine.lost.done():
+                return  # it says nothing about the version; `watch_engine` starts another engine
+            self._refused = champion.version
+            self.front.metrics.changes.labels("refused").inc()
+            logger.error("version %s is not served: %s", champion.version, error)
+            return
+        self.front.metrics.changes.labels("used").inc()
+        logger.info("%s answers from now on (%s)", version.name, CHAMPION)
+
+    async def _load(self, source: Source) -> Version:
+        """Load an adapter on the engine, or on a new one if it does not go with the others."""
+        opened = await asyncio.to_thread(open_adapter, source.folder)
+        prompting = trained_prompting(opened.provenance)
+        if self.engine is not None:
+            while len(self._on(self.engine)) >= self.engine.places:
+                await asyncio.wait(self._leaving, return_when=asyncio.FIRST_COMPLETED)
+            try:
+                await self.engine.load(source.name, source.folder, prompting)
+            except RequestError as error:
+                logger.info("a new engine is started: %s", error.what)
+                self.engine = None
+        if self.engine is None:
+            engine = self.make_engine(source.folder)
+            await engine.start()
+            await engine.load(source.name, source.folder, prompting)
+            self.engine = engine
+        version = Version(source.name, source.number, source.folder, opened.provenance, self.engine)
+        self.served.versions[version.name] = version
+        return version
+
+    async def _prove(self, version: Version, client: httpx.AsyncClient) -> None:
+        if not self.probe_rows:
+            logger.warning("%s was not compared with its test", version.name)
+            return
+        run_id = version.provenance["run_id"]
+        kept = await asyncio.to_thread(read_kept_answers, self.config, run_id, self.probe_rows)
+        thinking = trained_prompting(version.provenance).thinking
+        same = await prove(client, version.name, kept, thinking)
+        logger.info("%s: %.1f %% of %d answers as in its test", version.name, 100 * same, len(kept))
+
+    def _on(self, engine: Engine) -> list[Version]:
+        loaded = (*self.served.versions.values(), *self.served.retiring.values())
+        return [version for version in loaded if version.engine is engine]
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+
+
+def probing_client(front: Front, address: str, key: str) -> httpx.AsyncClient:
+    """Return a client of this very server that may ask versions on trial."""
+    headers = {PROBE_HEADER: front.probe_secret}
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
+    limits = httpx.Limits(max_connections=16)
+    return httpx.AsyncClient(base_url=address, headers=headers, limits=limits, trust_env=False)

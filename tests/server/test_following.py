@@ -1,0 +1,159 @@
+"""The server follows the champion: loaded, proven, made the default, while the old one drains."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+from support.registered import MODEL, copy_database, register_saved
+from support.served import Running, engines_in_threads, keep_test_answers, running
+from support.trained_adapter import Trained
+
+from qwen3ft.config import TrainingConfig
+from qwen3ft.registry.moves import Change, this_person
+from qwen3ft.registry.registry import Registry
+from qwen3ft.server import manager
+from qwen3ft.server.manager import find_source
+
+SOON_SECONDS = 10.0
+BY_HAND = Change(by=this_person(), reason="a test")
+
+
+@dataclass
+class Place:
+    """A registry with two versions of which the answers are known."""
+
+    config: TrainingConfig
+    registry: Registry
+    uri: str
+    folder: Path
+    answers: dict[str, list[str]]
+
+    def promote(self, number: str) -> None:
+        """Make a version the champion, by hand: a flow puts back nothing that was rolled back."""
+        champion = self.registry.champion(MODEL)
+        before = champion.version if champion else None
+        self.registry.promote(MODEL, number, before, BY_HAND)
+
+
+@pytest.fixture(scope="module")
+def place(
+    migrated_database: Path, trained: Trained, tmp_path_factory: pytest.TempPathFactory
+) -> Place:
+    folder = tmp_path_factory.mktemp("place")
+    uri = copy_database(migrated_database, folder)
+    changes = {"name": MODEL, "cache_dir": str(folder / "cache"), "runs_dir": str(folder / "runs")}
+    config = trained.config.model_copy(update=changes)
+    moved = Trained(**{**vars(trained), "config": config})
+    answers = {
+        str(number): keep_test_answers(moved, saved)
+        for number, saved in enumerate((trained.early, trained.saved), start=1)
+    }
+    for run, saved in (("night-0", trained.early), ("night-1", trained.saved)):
+        register_saved(uri, folder, run, saved)
+    return Place(config, Registry(uri), uri, folder, answers)
+
+
+@pytest.fixture
+def server(place: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
+    """A server of version 1, which looks at the alias often."""
+    monkeypatch.setattr(manager, "FOLLOW_SECONDS", 0.1)
+    engines_in_threads(monkeypatch)
+    place.promote("1")
+    source = find_source(place.config, place.registry, "champion")
+    with running(place.config, source, place.registry, follow=MODEL) as made:
+        yield made
+
+
+def wait_for(server: Running, number: str) -> float:
+    """Wait until a version answers; return the seconds."""
+    started = time.monotonic()
+    while (body := server.ask("Hello").json()).get("model") != f"{MODEL}-v{number}":
+        assert "error" not in body, body
+        assert time.monotonic() - started < SOON_SECONDS
+        time.sleep(0.05)
+    return time.monotonic() - started
+
+
+def test_the_new_champion_answers_soon_and_nothing_fails_meanwhile(
+    server: Running, place: Place, trained: Trained
+) -> None:
+    """Promotion, another one back, rollback: each answer is that of the version it names."""
+    stop, wrong = threading.Event(), list[str]()
+    seen: Counter[str] = Counter()
+    questions = [row["question"] for row in trained.rows]
+
+    def ask_on(first: int) -> None:
+        with httpx.Client(base_url=server.client.base_url, timeout=60, trust_env=False) as client:
+            number = first
+            while not stop.is_set():
+                number = (number + 1) % len(questions)
+                body = {"messages": [{"role": "user", "content": questions[number]}]}
+                response = client.post("/v1/chat/completions", json=body)
+                if response.status_code != 200:
+                    wrong.append(response.text)
+                    continue
+                name = response.json()["model"]
+                answer = response.json()["choices"][0]["message"]["content"]
+                seen[name] += 1
+                if answer != place.answers[name.removeprefix(f"{MODEL}-v")][number]:
+                    wrong.append(f"{name}: {answer}")
+
+    with ThreadPoolExecutor(4) as pool:
+        for first in range(4):
+            pool.submit(ask_on, first)
+        try:
+            place.promote("2")
+            wait_for(server, "2")
+            place.registry.rollback(MODEL, BY_HAND, verify=False)
+            wait_for(server, "1")
+            place.promote("2")
+            wait_for(server, "2")
+        finally:
+            stop.set()
+    assert wrong == []
+    assert set(seen) == {f"{MODEL}-v1", f"{MODEL}-v2"}
+    listed = [model["id"] for model in server.client.get("/v1/models").json()["data"]]
+    assert listed == [MODEL, f"{MODEL}-v2"]
+
+
+def test_a_champion_that_answers_otherwise_than_tested_is_not_used(
+    server: Running, place: Place
+) -> None:
+    """Its run kept other answers than it gives; the old version goes on, and metrics say so."""
+    kept, others = (
+        Path(place.config.runs_dir) / run / "jobs/inference/answers.jsonl"
+        for run in ("night-1", "night-0")
+    )
+    tested = kept.read_bytes()
+    kept.write_bytes(others.read_bytes())
+    try:
+        place.promote("2")
+        deadline = time.monotonic() + SOON_SECONDS
+        while 'changes_total{result="refused"} 1.0' not in server.client.get("/metrics").text:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert server.ask("Hello").json()["model"] == f"{MODEL}-v1"
+        assert server.client.get("/health").json()["status"] == "ready"
+    finally:
+        kept.write_bytes(tested)
+
+
+def test_a_lost_engine_is_started_again(server: Running, place: Place) -> None:
+    """Requests fail cleanly until it is back, then are answered as before."""
+    assert server.ask("Hello").status_code == 200
+    server.lose_engine()
+    deadline = time.monotonic() + SOON_SECONDS
+    while (response := server.ask("Hello")).status_code != 200:
+        assert response.status_code == 503
+        assert response.json()["error"]["code"] in ("not_ready", "engine_lost")
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert response.json()["model"] == f"{MODEL}-v1"

@@ -1,0 +1,433 @@
+"""The server as OpenAI's clients meet it: answers, streams, limits, refusals and access."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.planted_adapters import plant
+from support.served import QUEUE, SLOTS, Running, engines_in_threads, keep_test_answers, running
+from support.trained_adapter import Trained
+
+from qwen3ft.errors import DataLoadingError, EnvironmentNotReadyError, ServedOtherwiseError
+from qwen3ft.registry.registry import Registry
+from qwen3ft.server.access import is_loopback, make_key
+from qwen3ft.server.manager import Source, find_source
+from qwen3ft.serving.stops import StopFilter
+
+NO_REGISTRY = Registry("sqlite:////nowhere/mlflow.db")
+MANY_TOKENS = 900
+"""Length of an answer that is still being written when the next things happen."""
+
+
+@pytest.fixture(scope="module")
+def answers(trained: Trained) -> list[str]:
+    return keep_test_answers(trained, trained.saved)
+
+
+@pytest.fixture(scope="module")
+def source(trained: Trained) -> Source:
+    return find_source(trained.config, NO_REGISTRY, str(trained.adapter))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _threads() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        engines_in_threads(patch)
+        yield
+
+
+@pytest.fixture(scope="module")
+def server(
+    _threads: None, trained: Trained, answers: list[str], source: Source
+) -> Iterator[Running]:
+    with running(trained.config, source, NO_REGISTRY) as made:
+        yield made
+
+
+def content(response: httpx.Response) -> str:
+    assert response.status_code == 200, response.text
+    return str(response.json()["choices"][0]["message"]["content"])
+
+
+def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    error: dict[str, Any] = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+# --- answers ---
+
+
+def test_a_plain_request_gives_the_tested_answer(
+    server: Running, trained: Trained, answers: list[str]
+) -> None:
+    """All rows, asked together; each response names the version and counts its tokens."""
+    questions = [row["question"] for row in trained.rows]
+    with ThreadPoolExecutor(SLOTS) as pool:
+        responses = list(pool.map(server.ask, questions))
+    assert [content(response) for response in responses] == answers
+    body = responses[0].json()
+    assert body["model"] == server.announcement.model
+    assert body["choices"][0]["finish_reason"] == "stop"
+    usage = body["usage"]
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"] > 2
+
+
+def test_a_stream_adds_up_to_the_answer(
+    server: Running, trained: Trained, answers: list[str]
+) -> None:
+    """The role comes first, the reason of the end last, the token counts if they are asked for."""
+    longest = max(range(len(answers)), key=lambda index: len(answers[index]))
+    question = trained.rows[longest]["question"]
+    first, *middle, end = server.stream(question)
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    deltas = [event["choices"][0]["delta"] for event in middle]
+    assert "".join(delta["content"] for delta in deltas) == answers[longest]
+    assert len(deltas) > 1
+    assert end["choices"][0]["finish_reason"] == "stop"
+    *_, counted = server.stream(question, stream_options={"include_usage": True})
+    assert counted["usage"] == server.ask(question).json()["usage"]
+
+
+def test_limits_and_stops_end_an_answer(
+    server: Running, trained: Trained, answers: list[str]
+) -> None:
+    """`max_tokens` ends it with "length"; a stop text is cut off with what follows."""
+    longest = max(range(len(answers)), key=lambda index: len(answers[index]))
+    question, answer = trained.rows[longest]["question"], answers[longest]
+    short = server.ask(question, max_tokens=1)
+    assert short.json()["choices"][0]["finish_reason"] == "length"
+    assert short.json()["usage"]["completion_tokens"] == 1
+    assert answer.startswith(content(short))
+    stop = answer[len(answer) // 2 :][:2]
+    stopped = server.ask(question, stop=stop)
+    assert content(stopped) == answer[: answer.index(stop)]
+    assert stopped.json()["choices"][0]["finish_reason"] == "stop"
+    events = server.stream(question, stop=[stop, "never"])
+    parts = [event["choices"][0]["delta"].get("content", "") for event in events]
+    assert "".join(parts) == answer[: answer.index(stop)]
+
+
+def test_draws_depend_on_seed_temperature_and_top_p(server: Running) -> None:
+    """The same seed draws the same; a nucleus of one token is greedy decoding."""
+    question = "Tell me something that is not in your data, please."
+    drawn = [content(server.ask(question, temperature=2.0, seed=seed)) for seed in (1, 1, 2, 3, 4)]
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn)) > 1
+    greedy = content(server.ask(question))
+    assert content(server.ask(question, temperature=2.0, top_p=1e-9, seed=7)) == greedy
+    assert content(server.ask(question, temperature=0.01, seed=8)) == greedy
+
+
+def test_a_system_prompt_parts_and_earlier_turns_are_rendered(server: Running) -> None:
+    """More of a conversation is a longer prompt; parts of a text are one text."""
+    turns = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": "One"},
+        {"role": "assistant", "content": "Two", "reasoning_content": None},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "Thr"}, {"type": "text", "text": "ee"}],
+        },
+    ]
+    counts = [
+        server.post({"messages": messages}).json()["usage"]["prompt_tokens"]
+        for messages in (turns[3:], turns[1:], turns)
+    ]
+    assert counts == sorted(set(counts))
+    plain = server.ask("Three").json()["usage"]["prompt_tokens"]
+    assert counts[0] == plain
+
+
+def test_plain_completions_continue_a_text(server: Running) -> None:
+    response = server.client.post("/v1/completions", json={"prompt": "Which", "max_tokens": 4})
+    assert response.json()["object"] == "text_completion"
+    assert response.json()["usage"]["completion_tokens"] <= 4
+    assert isinstance(response.json()["choices"][0]["text"], str)
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize(
+    ("parameters", "param"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"n": 2}, "n"),
+        ({"logprobs": True}, "logprobs"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"wings": 2}, "wings"),
+        ({"chat_template_kwargs": {"wings": 2}}, "chat_template_kwargs.wings"),
+        ({"temperature": -1}, "temperature"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"stop": ["x"] * 99}, "stop"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
+        ({"model": "another"}, "model"),
+    ],
+)
+def test_a_parameter_that_cannot_be_met_is_refused_by_name(
+    server: Running, parameters: dict[str, Any], param: str
+) -> None:
+    error = error_of(server.ask("Hello", **parameters), 404 if param == "model" else 400)
+    assert error["param"] == param
+    assert param.rpartition(".")[2] in error["message"]
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [],
+        [{"role": "assistant", "content": "Hello"}],
+        [{"role": "tool", "content": "5"}],
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
+        [{"role": "user"}],
+        "Hello",
+    ],
+)
+def test_messages_that_cannot_be_rendered_are_refused(server: Running, messages: Any) -> None:
+    assert "messages" in error_of(server.post({"messages": messages}), 400)["param"]
+
+
+def test_what_has_no_effect_is_named(server: Running) -> None:
+    """Neutral values of unsupported parameters pass; the rest is listed in a header."""
+    response = server.ask("Hello", user="me", n=1, tools=[], metadata={"a": "b"}, seed=None)
+    assert response.headers["x-qwen3ft-ignored"] == "user, metadata"
+    assert "x-qwen3ft-ignored" not in server.ask("Hello").headers
+
+
+def test_long_prompts_are_refused_with_the_limit(server: Running) -> None:
+    """By tokens, by tokens with the answer, and by bytes before anything is parsed."""
+    for words, parameters in ((3000, {}), (10, {"max_tokens": 1020})):
+        error = error_of(server.ask("word " * words, **parameters), 400)
+        assert error["code"] == "context_length_exceeded"
+        assert "1,024 tokens" in error["message"]
+    error = error_of(server.ask("x" * 100_000), 413)
+    assert "65,536 bytes" in error["message"]
+
+
+def test_bodies_and_routes_that_are_none(server: Running) -> None:
+    json_type = {"Content-Type": "application/json"}
+    for body in (b"{", b"[]", b"\xff", b"[" * 50_000):
+        error_of(server.client.post("/v1/chat/completions", content=body, headers=json_type), 400)
+    plain = {"Content-Type": "text/plain"}
+    error_of(server.client.post("/v1/chat/completions", content=b"{}", headers=plain), 415)
+    error_of(server.client.get("/v1/nothing"), 404)
+    error_of(server.client.get("/v1/chat/completions"), 405)
+
+
+# --- the queue ---
+
+
+def in_progress(server: Running) -> int:
+    text = server.client.get("/metrics").text
+    [line] = [one for one in text.splitlines() if one.startswith("qwen3ft_requests_in_progress ")]
+    return int(float(line.split()[1]))
+
+
+def wait_until_idle(server: Running) -> None:
+    deadline = time.monotonic() + 20
+    while in_progress(server):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_full_queue_says_when_to_come_back_and_a_client_that_leaves_frees_its_slot(
+    trained: Trained, tmp_path: Path
+) -> None:
+    """All slots and places are taken by endless answers; their clients leave, and all is free."""
+    endless = find_source(trained.config, NO_REGISTRY, plant(trained, "endless", tmp_path).path)
+    with running(trained.config, endless, NO_REGISTRY, probe_rows=0) as server:
+        fill_and_leave(server, trained.rows[0]["question"])
+        wait_until_idle(server)
+        assert server.ask("Hello", max_tokens=1).status_code == 200
+        assert 'status="499"' in server.client.get("/metrics").text
+
+
+def fill_and_leave(server: Running, question: str) -> None:
+    """Ask until a request is refused; then leave without waiting for the answers."""
+
+    async def campaign() -> None:
+        limits = httpx.Limits(max_connections=None)
+        address = str(server.client.base_url)
+        messages = [{"role": "user", "content": question}]
+        body = {"messages": messages, "stream": True, "max_tokens": MANY_TOKENS}
+        async with httpx.AsyncClient(base_url=address, limits=limits, trust_env=False) as client:
+            tasks = [
+                asyncio.create_task(client.post("/v1/chat/completions", json=body))
+                for _ in range(SLOTS + QUEUE)
+            ]
+            while in_progress(server) < SLOTS + QUEUE:
+                await asyncio.sleep(0.005)
+                assert not any(task.done() for task in tasks)
+            refused = await client.post("/v1/chat/completions", json=body)
+            assert error_of(refused, 429)["code"] == "queue_full"
+            assert int(refused.headers["retry-after"]) >= 1
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(campaign())
+
+
+# --- access and routes ---
+
+
+def test_models_health_and_metrics(server: Running) -> None:
+    """The registered model stands for the version in use, under whose name it answers."""
+    listed = server.client.get("/v1/models").json()["data"]
+    name = server.announcement.model
+    registered = name.removesuffix("-night-1")
+    assert [model["id"] for model in listed] == [registered, name]
+    assert listed[0]["root"] == name
+    for model in ("champion", registered, name):
+        assert server.ask("Hello", model=model).json()["model"] == name
+    assert server.client.get("/health").json() == {"status": "ready", "model": name}
+    text = server.client.get("/metrics").text
+    assert f'qwen3ft_version_in_use{{version="{name}"}} 1.0' in text
+    assert f'qwen3ft_tokens_total{{kind="completion",version="{name}"}}' in text
+
+
+@pytest.mark.parametrize(
+    ("headers", "code"),
+    [
+        ({"Host": "rebound.example:80"}, "foreign_host"),
+        ({"Origin": "http://page.example"}, "foreign_origin"),
+        ({"Origin": "null"}, "foreign_origin"),
+    ],
+)
+def test_web_pages_do_not_get_in(server: Running, headers: dict[str, str], code: str) -> None:
+    for path in ("/v1/models", "/metrics", "/health"):
+        assert error_of(server.client.get(path, headers=headers), 403)["code"] == code
+    body = {"messages": [{"role": "user", "content": "Hello"}]}
+    response = server.client.post("/v1/chat/completions", json=body, headers=headers)
+    assert error_of(response, 403)["code"] == code
+
+
+def test_beyond_loopback_a_key_is_needed(
+    trained: Trained, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is made by itself, for its owner alone, and shown once."""
+    monkeypatch.chdir(tmp_path)
+    with running(trained.config, source, NO_REGISTRY, host="0.0.0.0", probe_rows=2) as made:
+        key = made.announcement.made_key
+        path = made.announcement.key_file
+        assert key is not None
+        assert path is not None
+        assert path.read_text() == key
+        assert path.stat().st_mode & 0o777 == 0o600
+        for headers in ({}, {"Authorization": "Bearer sk-wrong"}, {"Authorization": key}):
+            response = made.client.get("/v1/models", headers=headers)
+            assert error_of(response, 401)["code"] == "invalid_api_key"
+        good = {"Authorization": f"Bearer {key}"}
+        assert made.client.get("/v1/models", headers=good).status_code == 200
+        assert made.client.get("/health").status_code == 200
+    assert make_key(path) == (key, False)
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        *((host, True) for host in ("127.0.0.1", "localhost", "::1", "127.8.8.8")),
+        *((host, False) for host in ("0.0.0.0", "::", "10.0.0.1", "example.org")),
+    ],
+)
+def test_which_addresses_are_loopback(host: str, expected: bool) -> None:
+    assert is_loopback(host) is expected
+
+
+# --- before it is ready ---
+
+
+def test_what_answers_otherwise_than_in_its_test_is_not_served(
+    trained: Trained, answers: list[str], source: Source, tmp_path: Path
+) -> None:
+    """The error names the questions that differ; nothing is announced."""
+    runs = Path(shutil.copytree(trained.config.runs_dir, tmp_path / "runs"))
+    config = trained.config.model_copy(update={"runs_dir": str(runs)})
+    path = runs / "night-1" / "jobs/inference/answers.jsonl"
+    kept = [json.loads(line) for line in path.read_text().splitlines()]
+    kept[3]["candidate"] = "Something else."
+    path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    request = json.loads((path.parent / "plan.json").read_text())
+    request["answers_path"] = str(path)
+    (path.parent / "plan.json").write_text(json.dumps(request))
+    with (
+        pytest.raises(ServedOtherwiseError, match=r"1 of 16 held-out questions") as raised,
+        running(config, source, NO_REGISTRY),
+    ):
+        pass
+    assert kept[3]["question"][-80:] in raised.value.what
+    [other] = raised.value.facts["differing"]
+    assert (other["tested"], other["served"]) == ("Something else.", answers[3])
+
+
+def test_without_kept_answers_nothing_is_claimed(
+    trained: Trained, source: Source, tmp_path: Path
+) -> None:
+    config = trained.config.model_copy(update={"runs_dir": str(tmp_path)})
+    with (
+        pytest.raises(DataLoadingError, match="no kept answers"),
+        running(config, source, NO_REGISTRY),
+    ):
+        pass
+
+
+def test_a_port_in_use_is_named(server: Running, trained: Trained, source: Source) -> None:
+    port = server.client.base_url.port
+    with (
+        pytest.raises(EnvironmentNotReadyError, match=f"port {port}"),
+        running(trained.config, source, NO_REGISTRY, port=port),
+    ):
+        pass
+
+
+def test_nothing_is_left_behind(trained: Trained, source: Source) -> None:
+    """Neither threads nor files of the session."""
+    before = threading.active_count()
+    with running(trained.config, source, NO_REGISTRY, probe_rows=2):
+        sessions = list((Path(trained.config.cache_dir) / "sessions").iterdir())
+        assert sessions
+    left = set((Path(trained.config.cache_dir) / "sessions").iterdir())
+    assert left < set(sessions)
+    assert threading.active_count() <= before
+
+
+# --- stop texts ---
+
+
+@given(
+    st.text("ab<", max_size=30),
+    st.lists(st.text("ab<", min_size=1, max_size=4), max_size=3),
+    st.lists(st.integers(0, 30), max_size=6),
+)
+def test_a_stop_text_is_found_wherever_the_pieces_end(
+    text: str, stops: list[str], cuts: list[int]
+) -> None:
+    """What passes is everything before the first stop text."""
+    borders = sorted({0, len(text), *(min(cut, len(text)) for cut in cuts)})
+    stop_filter, passed = StopFilter(stops), ""
+    for start, end in pairwise(borders):
+        if not stop_filter.found:
+            passed += stop_filter.feed(text[start:end])
+    passed += stop_filter.close()
+    whole = [text.find(stop) for stop in stops if stop in text]
+    if stop_filter.found:
+        # the stop that ends first decides, as each piece is looked at when it comes
+        assert any(text[len(passed) :].startswith(stop) for stop in stops)
+    else:
+        assert passed == text
+    assert stop_filter.found == bool(whole)
