@@ -38,6 +38,7 @@ MOST_README_LINES = 120
 
 SETTINGS = TrainingConfig.model_fields.keys() | ColumnNames.model_fields.keys()
 NO_SETTINGS = {
+    *("max_tokens", "max_completion_tokens", "top_p", "reasoning_content"),  # of a request
     *qwen3ft.__all__,
     *METRICS,
     *TAGS,
