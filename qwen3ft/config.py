@@ -234,6 +234,9 @@ class TrainingConfig(BaseModel):
     """Confidence level of the interval of the gain, which must lie above zero."""
     gate_min_rows: int = Field(30, ge=1)
     """Fewest held-out questions for a promotion."""
+    stop_asking_early: bool = True
+    """Stop the inference test after a quarter or half of the questions if the verdict is clear by
+    then, by bounds that are fixed beforehand."""
     ability_path: str | None = None
     """JSON lines (question, answer) that must not be forgotten; unset: 48 general ones in English
     and Chinese."""

@@ -1,22 +1,11 @@
 """Simulates a gate that stops asking early: questions saved, and what its promise costs.
 
-    python -m benchmarks.gate.sequential [--questions 600] [--repeats 400] [--looks 4]
+    python -m benchmarks.gate.sequential [--questions 600] [--repeats 400]
 
-Design, fixed in advance: K equally spaced looks at the paired difference in exact match between
-candidate and each rival.
-
-- Better: z at or above the bound of the alpha-spending function of Lan and DeMets (Biometrika 70,
-  1983) that resembles O'Brien and Fleming's, one-sided alpha 0.025; bounds by recursive integration
-  (Armitage, McPherson and Rowe 1969), here with the multivariate normal distribution.
-- Not better: the conditional power to pass the last bound, if the gain were the one that the full
-  test finds with a power of 90 %, is below 20 % (stochastic curtailment, Lan, Simon and Halperin
-  1982). It never promotes anything, so it needs no alpha.
-- Kept whatever follows: losses are measured first, without answers; and more answers have failed a
-  check of form than the limit allows for all questions.
-
-Candidates are those of the stored campaign: their shares, drawn anew for each question as
-independent Bernoulli numbers (real pairs are correlated, which makes differences clearer). The
-second table has nights near the threshold: base and candidate share most answers.
+The design is that of `qwen3ft.evaluation.sequential`, with its looks and bounds. Candidates are
+those of the stored campaign: their shares, drawn anew for each question as independent Bernoulli
+numbers (real pairs are correlated, which makes differences clearer). The second table has nights
+near the threshold: base and candidate share four answers of five.
 """
 
 from __future__ import annotations
@@ -25,56 +14,29 @@ import argparse
 import json
 import math
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
-from scipy.optimize import brentq
-from scipy.stats import multivariate_normal, norm
 
 from benchmarks.gate.campaign import MAX_ABILITY_LOSS_RISE
 from benchmarks.machine import ROOT, machine
 from qwen3ft.evaluation.gate import GatePolicy
+from qwen3ft.evaluation.sequential import (
+    LEAST_CONDITIONAL_POWER,
+    LOOKS,
+    bounds,
+    conditional_power,
+)
 
 ALPHA = 0.025
 """One-sided, as the lower bound of a two-sided 95 % interval."""
 
-POWER, LEAST_CONDITIONAL_POWER = 0.9, 0.2
 CHAMPION_EXACT_MATCH = 0.4
 LEAST_SAVED = 0.3
 """Share of the questions that early stopping has to save to be worth building."""
 
 STORED = ROOT / "benchmarks/results/gate-cpu.json"
 LIMITS = GatePolicy(max_ability_loss_rise=MAX_ABILITY_LOSS_RISE)
-
-
-def spent(fraction: float) -> float:
-    """Return the alpha that may be spent up to this fraction of the questions."""
-    return float(2 * norm.sf(norm.isf(ALPHA / 2) / math.sqrt(fraction)))
-
-
-@cache
-def bounds(fractions: tuple[float, ...]) -> tuple[float, ...]:
-    """Return the bound of z at each look, so that all looks together reject with `ALPHA`."""
-    found: list[float] = []
-    for count in range(1, len(fractions) + 1):
-        times = np.array(fractions[:count])
-        covariance = np.sqrt(np.minimum.outer(times, times) / np.maximum.outer(times, times))
-        wanted = 1 - spent(fractions[count - 1])
-
-        def beyond(bound: float, covariance: Any = covariance, wanted: float = wanted) -> float:
-            stays = multivariate_normal.cdf([*found, bound], cov=covariance, rng=0, abseps=1e-7)
-            return float(stays) - wanted
-
-        found.append(float(brentq(beyond, 0.5, 8.0, xtol=1e-4)))
-    return tuple(found)
-
-
-def conditional_power(z: float, fraction: float, last_bound: float) -> float:
-    """Return the probability of passing the last bound, under the design's gain."""
-    drift = last_bound + float(norm.ppf(POWER))
-    needed = last_bound - z * math.sqrt(fraction) - drift * (1 - fraction)
-    return float(norm.sf(needed / math.sqrt(1 - fraction)))
 
 
 @dataclass(frozen=True)
@@ -88,8 +50,8 @@ class Candidate:
     """Share of answers that fail the check which most of them fail."""
     objection: bool
     """Losses, sampled answers or other scores keep it out, whatever its greedy answers."""
-    known_before: bool
-    """So do losses alone."""
+    forgets: bool
+    """The ability set alone keeps it out."""
 
 
 def stored_candidates(*, champion: bool) -> list[Candidate]:
@@ -110,7 +72,7 @@ def _candidate(entry: dict[str, Any], *, champion: bool) -> Candidate:
         failing=max(base["form"][check] - share for check, share in mine["form"].items()),
         objection=any(reason.startswith(losses) for reason in reasons)
         or any(word in reason for reason in reasons for word in others),
-        known_before=any(reason.startswith(losses) for reason in reasons),
+        forgets=any(reason.startswith("it forgets") for reason in reasons),
     )
 
 
@@ -126,24 +88,19 @@ def decide(
         looks: Fractions of the questions.
     """
     total = gains.shape[1]
-    if candidate.known_before:
-        return False, 0
-    limits = bounds(looks)
-    for fraction, bound in zip(looks, limits, strict=True):
-        asked = round(fraction * total)
+    limits = bounds(looks, ALPHA)
+    for share, bound in zip(looks, limits, strict=True):
+        asked = round(share * total)
+        if candidate.forgets:
+            return False, asked
         seen = gains[:, :asked]
         spread = np.maximum(seen.std(axis=1), 1e-9)
-        scores = seen.mean(axis=1) / spread * math.sqrt(asked)
-        failures = int(failed[:asked].sum())
-        if failures > LIMITS.max_form_loss * total + 1:
+        lowest = float((seen.mean(axis=1) / spread).min()) * math.sqrt(asked)
+        if share < 1 and conditional_power(lowest, share, limits[-1]) < LEAST_CONDITIONAL_POWER:
             return False, asked
-        well_formed = failures <= max(LIMITS.max_form_loss * asked, 1)
-        if bool((scores >= bound).all()) and (well_formed or fraction == 1):
-            return well_formed and not candidate.objection, asked
-        if fraction < 1:
-            powers = [conditional_power(float(z), fraction, limits[-1]) for z in scores]
-            if min(powers) < LEAST_CONDITIONAL_POWER:
-                return False, asked
+        allowed = max(share * LIMITS.max_form_loss, 1 / asked + 1e-9)
+        if lowest >= bound and failed[:asked].mean() <= allowed and not candidate.objection:
+            return True, asked
     return False, total
 
 
@@ -185,11 +142,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--questions", type=int, default=600)
     parser.add_argument("--repeats", type=int, default=400)
-    parser.add_argument("--looks", type=int, default=4)
     asked = parser.parse_args()
-    looks = tuple((index + 1) / asked.looks for index in range(asked.looks))
+    looks = LOOKS
     print(f"{machine()['date']}, {asked.questions} questions, {asked.repeats} repeats")
-    print(f"looks at {looks}, bounds of z {[round(bound, 2) for bound in bounds(looks)]}")
+    print(f"looks at {looks}, bounds of z {[round(bound, 2) for bound in bounds(looks, ALPHA)]}")
     print(
         f"{'night':16}{'plan':12}{'bad promoted':>14}{'good kept':>12}{'asked: good':>13}{'bad':>7}"
     )

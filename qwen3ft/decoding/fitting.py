@@ -123,18 +123,18 @@ def run_within(
 
 def free_room(budget_gb: float, device: str) -> int:
     """Return the bytes of the budget that nothing takes yet, nor another program."""
-    gc.collect()  # a decoder that failed refers to itself
     left_bytes = int(budget_gb * GIB) - used_bytes(device)
     if device == "cpu":
         return left_bytes
-    torch.cuda.empty_cache()
     return min(left_bytes, torch.cuda.mem_get_info()[0])
 
 
 def used_bytes(device: str) -> int:
     """Return the memory of this process on the device, without what it only holds in reserve."""
+    gc.collect()  # a decoder refers to itself
     if device == "cpu":
         return resident_bytes()
+    torch.cuda.empty_cache()
     return CUDA_CONTEXT_BYTES + int(torch.cuda.memory_allocated())
 
 

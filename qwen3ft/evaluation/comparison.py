@@ -12,7 +12,6 @@ from qwen3ft.evaluation.decoded import Answered
 from qwen3ft.evaluation.exam import Evaluated, Exam
 from qwen3ft.evaluation.form_checks import check_form
 from qwen3ft.evaluation.scoring import (
-    choose_main_metric,
     compare_models,
     run_checks,
     score_model,
@@ -20,7 +19,14 @@ from qwen3ft.evaluation.scoring import (
 )
 from qwen3ft.files import sha256_json, write_bytes_atomic
 from qwen3ft.logs import mask_values
-from qwen3ft.records.evaluation import RIVALS, Comparison, InferenceReport, ModelLabel, RowScore
+from qwen3ft.records.evaluation import (
+    RIVALS,
+    Comparison,
+    InferenceReport,
+    MetricName,
+    ModelLabel,
+    RowScore,
+)
 
 if TYPE_CHECKING:
     from qwen3ft.records.requests import InferenceRequest
@@ -34,12 +40,16 @@ def write_inference_report(
     evaluated: Mapping[ModelLabel, Evaluated],
     seconds: float,
     answered: Answered,
+    *,
+    main_metric: MetricName,
+    confidence: float,
 ) -> InferenceReport:
     """Score every model's exam, compare the candidate with the others, and return the report.
 
     Writes the answers to `request.answers_path` and the scores of each question beside them.
+    `confidence` is that of the intervals.
     """
-    questions, confidence = exam.questions, request.config.gate_confidence
+    questions = exam.questions
     splits = [question.split for question in questions]
     rows = {
         label: [
@@ -72,7 +82,8 @@ def write_inference_report(
         adapter_path=request.adapter.path,
         questions_sha256=sha256_json([[q.text, q.reference, q.split] for q in questions]),
         scores=tuple(scores.values()),
-        main_metric=choose_main_metric(request.config.gate_metric, questions),
+        main_metric=main_metric,
+        confidence=confidence,
         comparisons=_compare(rows, confidence),
         samples=tuple(choose_samples(pairs)),
         answers_path=request.answers_path,

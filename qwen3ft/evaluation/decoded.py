@@ -48,6 +48,17 @@ class Answered:
     predicted_seconds: float | None = None
     predicted_bytes: int | None = None
 
+    def __add__(self, other: Answered) -> Answered:
+        """Return both together: the later engine, the sum of times, the higher peak."""
+        predicted = [one.predicted_seconds for one in (self, other)]
+        known = [seconds for seconds in predicted if seconds is not None]
+        return Answered(
+            other.by,
+            self.seconds + other.seconds,
+            sum(known) if other.predicted_seconds is not None else None,
+            max(self.predicted_bytes or 0, other.predicted_bytes or 0) or None,
+        )
+
 
 @dataclass
 class _Work:

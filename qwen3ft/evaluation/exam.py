@@ -6,7 +6,7 @@ What was computed is saved before the next model is asked.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qwen3ft.chat.rendering import ChatRow
@@ -57,6 +57,10 @@ class Exam:
     def sampled(self) -> list[int]:
         """Indices of the held-out rows that are also answered by sampling, from every split."""
         return choose_questions(self.questions, SAMPLED_QUESTIONS)
+
+    def part(self, rows: Sequence[int]) -> Exam:
+        """Return the exam with these of its held-out rows alone."""
+        return replace(self, rows=[self.rows[index] for index in rows])
 
     def keys(self) -> tuple[list[str], list[str], list[str]]:
         """Return the cache keys of the held-out, the sampled and the ability rows."""

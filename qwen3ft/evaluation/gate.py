@@ -140,7 +140,7 @@ def _compare_main(
     return better, (
         f"{result} {name}: {METRIC_NAMES[metric]} {mine} against {theirs} "
         f"on {comparison.rows} questions, gain {interval_text(comparison)} "
-        f"at {limits.confidence:.0%} confidence"
+        f"at {100 * (report.confidence or limits.confidence):.3g}% confidence"
     )
 
 

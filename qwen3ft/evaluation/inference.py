@@ -26,7 +26,10 @@ from qwen3ft.evaluation.answers import answers_are_sound, choose_questions
 from qwen3ft.evaluation.comparison import write_inference_report
 from qwen3ft.evaluation.decoded import Answered, compute_decoded
 from qwen3ft.evaluation.exam import Evaluation, Exam, to_question
+from qwen3ft.evaluation.gate import gate_policy
 from qwen3ft.evaluation.generation import answer_questions, release_memory
+from qwen3ft.evaluation.scoring import choose_main_metric
+from qwen3ft.evaluation.sequential import plan_looks, settled
 from qwen3ft.files import read_json_lines, sha256_file
 from qwen3ft.logs import get_logger
 from qwen3ft.model.adapter_checks import ADAPTER_CONFIG_FILE, ADAPTER_FILE
@@ -124,21 +127,53 @@ def run_inference(request: InferenceRequest, beat: Callable[[str, int], None]) -
     beat("load", 0)
     adapters = _choose_adapters(request)
     labels: list[ModelLabel] = ["base", *adapters]
-    evaluations = {label: _open_evaluation(request, exam, adapters.get(label)) for label in labels}
+
+    def open_exam(part: Exam) -> dict[ModelLabel, Evaluation]:
+        return {label: _open_evaluation(request, part, adapters.get(label)) for label in labels}
+
     # The candidate is always loaded: without an adapter there is no PEFT model to switch.
-    to_load = {
-        label: folder
-        for label, folder in adapters.items()
-        if label == "candidate" or not evaluations[label].is_complete
+    to_load: dict[ModelLabel, Path] = {
+        label: adapters[label]
+        for label, evaluation in open_exam(exam).items()
+        if label == "candidate" or (label != "base" and not evaluation.is_complete)
     }
+    loaded: tuple[PeftModel, PreTrainedTokenizerBase] | None = None
     answered = Answered("nobody: every answer was known")
-    if not all(evaluation.is_complete for evaluation in evaluations.values()):
-        loaded = load_with_adapters(config, request.model.path, to_load)
-        answered = _compute(request, loaded, evaluations, list(to_load), beat)
-    logger.info("answered by %s", answered.by)
-    evaluated = {label: evaluation.results() for label, evaluation in evaluations.items()}
-    seconds = time.monotonic() - started
-    return write_inference_report(request, exam, evaluated, seconds, answered)
+    generated = dict.fromkeys(labels, 0)
+    metric = choose_main_metric(config.gate_metric, exam.questions)
+    looks = plan_looks(config, exam.questions, metric)
+    for look in looks:
+        part = exam.part(look.rows)
+        evaluations = open_exam(part)
+        if not all(evaluation.is_complete for evaluation in evaluations.values()):
+            loaded = loaded or load_with_adapters(config, request.model.path, to_load)
+            answered = answered + _compute(request, loaded, evaluations, list(to_load), beat)
+        evaluated = {label: evaluation.results() for label, evaluation in evaluations.items()}
+        for label, given in evaluated.items():
+            generated[label] += given.generated
+        seconds = time.monotonic() - started
+        report = write_inference_report(
+            request,
+            part,
+            evaluated,
+            seconds,
+            answered,
+            main_metric=metric,
+            confidence=look.confidence,
+        )
+        why = look is not looks[-1] and settled(
+            look, report, request.adapter, request.champion, gate_policy(config)
+        )
+        if why:
+            break
+    logger.info("answered by %s%s", answered.by, f"; stopped early: {why}" if why else "")
+    return report.model_copy(
+        update={
+            "generated": generated,
+            "questions_planned": len(exam.rows),
+            "stopped_early": why or "",
+        }
+    )
 
 
 def _compute(

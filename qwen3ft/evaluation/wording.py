@@ -86,6 +86,16 @@ def answered_by_text(report: InferenceReport) -> str:
     return f"{report.answered_by}; {seconds}{peak}"
 
 
+def questions_text(report: InferenceReport) -> str:
+    """Return how many questions it took; '' if all were asked."""
+    if not report.stopped_early:
+        return ""
+    asked = max(score.rows for score in report.scores)
+    return f"{asked:,} of {report.questions_planned:,}, then the verdict was clear: " + (
+        report.stopped_early
+    )
+
+
 def thinking_text(report: InferenceReport) -> str:
     """Return how many answers of each model ended their thinking by themselves."""
     asked = report.thinking_asked

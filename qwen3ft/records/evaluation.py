@@ -126,7 +126,10 @@ class InferenceReport(Record):
     generated: dict[str, int] = Field({}, description="{model: answers not found in the cache}.")
     seconds: float = 0.0
     answered_by: str = Field("", description="Path of the answers, with its reason or its sizes.")
-    answer_seconds: float = Field(0.0, description="Part of `seconds` for answers and losses.")
+    questions_planned: int = Field(0, description="0 in reports of earlier versions.")
+    stopped_early: str = Field("", description="Why not all of them were asked; '' if all were.")
+    confidence: float | None = Field(None, description="Level of the intervals, if known.")
+    answer_seconds: float = Field(0.0, description="Seconds of answers and losses alone.")
     predicted_seconds: float | None = Field(None, description="The same as predicted.")
     peak_bytes: int | None = Field(None, description="Measured peak of the whole process.")
     predicted_bytes: int | None = Field(None, description="The same as predicted.")

@@ -181,6 +181,7 @@ class RunCard(Record):
     confidence: float = Field(0.95, description="Confidence of all intervals, 0 to 1.")
     main_metric: MetricName = "exact_match"
     answered_by: str = ""
+    questions: str = ""
     thinking: str = ""
     comparisons: tuple[Comparison, ...] = ()
     champion_version: str | None = None

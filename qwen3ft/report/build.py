@@ -16,7 +16,7 @@ from qwen3ft.config import EMBEDDED_MODEL_NAME, TrainingConfig
 from qwen3ft.data.safety import safe_excerpt
 from qwen3ft.errors import FinetuneError
 from qwen3ft.evaluation.answers import exact_match
-from qwen3ft.evaluation.wording import answered_by_text, judge_note, thinking_text
+from qwen3ft.evaluation.wording import answered_by_text, judge_note, questions_text, thinking_text
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.logs import mask_secrets
 from qwen3ft.planning.table import PlanTable
@@ -105,7 +105,7 @@ def build_card(facts: RunFacts) -> RunCard:
         loss=tuple(facts.loss),
         memory=tuple(facts.memory),
         trained_on=_trained_on(facts.dataset) if facts.dataset else "",
-        confidence=facts.config.gate_confidence,
+        confidence=_confidence(facts),
         champion_version=_champion_version(facts),
         compared_with=_compared_with(facts),
         version=saved.version if saved else None,
@@ -150,6 +150,11 @@ def _champion_version(facts: RunFacts) -> str | None:
         return facts.champion.version
     judged = facts.verdict is not None and facts.verdict.decision in ("promoted", "kept")
     return NO_CHAMPION if judged else None
+
+
+def _confidence(facts: RunFacts) -> float:
+    reported = facts.report.confidence if facts.report else None
+    return reported or facts.config.gate_confidence
 
 
 def _compared_with(facts: RunFacts) -> str:
@@ -216,6 +221,7 @@ def _scores(facts: RunFacts) -> dict[str, object]:
         "scores": report.scores,
         "main_metric": report.main_metric,
         "answered_by": answered_by_text(report),
+        "questions": questions_text(report),
         "thinking": thinking_text(report),
         # JSON has no NaN, which is the bound of a gain that could not be resampled
         "comparisons": tuple(

@@ -86,6 +86,7 @@ def card_facts(card: RunCard) -> list[CardFact]:
         ),
         CardFact("kernels", card.kernels),
         CardFact("answers by", card.answered_by),
+        CardFact("questions", card.questions),
         CardFact("thinking", card.thinking),
         CardFact(
             "time",

@@ -29,6 +29,7 @@ from qwen3ft.evaluation.answer_loss import answer_losses, mean_loss
 from qwen3ft.evaluation.gate import GatePolicy, decide_promotion
 from qwen3ft.evaluation.generation import answer_questions, in_batches
 from qwen3ft.evaluation.inference import InferenceTester, run_inference
+from qwen3ft.evaluation.wording import questions_text
 from qwen3ft.files import read_json_lines, read_manifest_facts, write_manifest
 from qwen3ft.model.manager import ModelManager
 from qwen3ft.model.save_adapter import save_adapter
@@ -167,6 +168,25 @@ def test_what_a_model_answered_is_not_generated_again(
     assert report.generated == {"base": 2, "candidate": 2}
     assert report.champion_version is None
     assert "base answers" in phases
+
+
+def test_asking_stops_once_the_verdict_is_clear(
+    trained: Trained, compared: Compared, tmp_path: Path
+) -> None:
+    """After a quarter the candidate is surely better than the base; all is asked if one wants."""
+    early = {"gate_min_rows": 2, "max_ability_loss_rise": 6.0}
+    config = compared.request.config.model_copy(update=early)
+    alone = compared.ask_again(tmp_path, config=config, champion=None)
+    report = run_inference(alone, lambda *_: None)
+    assert "surely better" in report.stopped_early
+    assert (report.score("base").rows, report.questions_planned) == (QUESTIONS // 4, QUESTIONS)
+    assert questions_text(report).startswith(f"{QUESTIONS // 4} of {QUESTIONS}, then")
+    policy = POLICY.model_copy(update={"max_ability_loss_rise": 6.0})
+    verdict = decide_promotion(report, trained.saved, champion=None, policy=policy)
+    assert verdict.decision == "promoted"
+    whole = config.model_copy(update={"stop_asking_early": False})
+    full = run_inference(alone.model_copy(update={"config": whole}), lambda *_: None)
+    assert (full.score("base").rows, full.stopped_early) == (QUESTIONS, "")
 
 
 def test_base_answers_are_those_of_the_bare_base(trained: Trained, compared: Compared) -> None:
