@@ -12,10 +12,11 @@ from support.registered import MODEL, add_version, copy_database
 from test_contracts import MODULES
 
 from benchmarks.kills.strikes import POINTS as TRAINING_POINTS
-from qwen3ft import faults, files
+from qwen3ft import faults, manifests
 from qwen3ft.errors import ConfigError
-from qwen3ft.files import build_folder, find_damage, is_left_behind, write_json_atomic
+from qwen3ft.files import write_json_atomic
 from qwen3ft.jobs.folders import RunDir
+from qwen3ft.manifests import build_folder, find_damage, is_left_behind
 from qwen3ft.registry import aliases
 from qwen3ft.registry.moves import Aliases, Change, Mover
 from qwen3ft.registry.registry import Registry
@@ -100,7 +101,7 @@ def test_where_folders_cannot_be_exchanged_the_older_one_is_kept_until_the_new_o
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed between the two renames, neither has the name; the older one is not thrown away."""
-    monkeypatch.setattr(files, "_exchange", lambda _one, _other: False)
+    monkeypatch.setattr(manifests, "_exchange", lambda _one, _other: False)
     target = tmp_path / "folder"
 
     def build(content: str) -> None:

@@ -22,7 +22,8 @@ from qwen3ft.errors import (
     SaveError,
     TrackingUnavailableError,
 )
-from qwen3ft.files import build_folder, read_manifest_facts, sha256_file
+from qwen3ft.files import sha256_file
+from qwen3ft.manifests import build_folder, read_manifest_facts
 from qwen3ft.model.adapter_checks import ADAPTER_FILE
 from qwen3ft.model.saved_adapter import OpenedAdapter, copy_adapter, open_adapter
 from qwen3ft.records.evaluation import Champion

@@ -24,8 +24,9 @@ from qwen3ft.errors import (
     RequestError,
     SaveError,
 )
-from qwen3ft.files import find_damage, read_json_lines, write_json_atomic, write_manifest
+from qwen3ft.files import read_json_lines, write_json_atomic
 from qwen3ft.machine.memory import MemoryOptimizer
+from qwen3ft.manifests import find_damage, write_manifest
 from qwen3ft.model.source_folder import check_model_folder
 from qwen3ft.records.requests import ADAPTER, MERGED, REQUANTISED, ExportRequest, ParityReport
 from qwen3ft.serving.export import export_adapter, find_held_out

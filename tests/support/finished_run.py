@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3ft.embedded import MODEL_DIR
-from qwen3ft.files import write_manifest
+from qwen3ft.manifests import write_manifest
 from qwen3ft.model.shapes import count_adapter_parameters
 from qwen3ft.model.source_folder import check_model_folder
 from qwen3ft.records.data import DatasetManifest, DataSource, LengthSummary
