@@ -40,8 +40,7 @@ check: ready  ## check format, lint, types and import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-docs: ready  ## build the documents as a site in build/site
-	@$(UV) pip install --quiet --python $(BIN)/python -r pyproject.toml --extra docs
+docs: ready  ## build the documents as a site in build/site; every link and anchor is checked
 	@NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --quiet
 	@echo "build/site/index.html"
 
@@ -57,7 +56,7 @@ status: ready  ## show what is up, and where
 # torch is pinned by hand; hatchling and editables build the project itself. The lock names no index, no
 # build of torch for one kind of machine, and none of the CUDA packages that torch depends on.
 lock: ready  ## resolve pyproject.toml again, keeping the versions in requirements.lock
-	printf 'torch==2.13.0\nhatchling\neditables\n' | $(UV) pip compile pyproject.toml - --extra dev --extra sheets --extra team \
+	printf 'torch==2.13.0\nhatchling\neditables\n' | $(UV) pip compile pyproject.toml - --extra dev --extra docs --extra sheets --extra team \
 		--python-version 3.11 --no-header --no-annotate --quiet -o requirements.lock
 	grep -vE '^(triton|cuda-|nvidia-[^m])' requirements.lock | sed 's/+cpu//' > requirements.lock.new
 	mv requirements.lock.new requirements.lock

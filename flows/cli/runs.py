@@ -158,7 +158,7 @@ def _find_unfinished(
     if (ending := ending_of(run)) is None:
         return run, wanted
     message = f"Run {run_id} is already completed: {ending}"
-    print_json({"nothing_new": message}) if as_json else open_console().print(message)
+    print_json({"nothing_new": message}) if as_json else _print_whole(message)
     return None
 
 
@@ -192,7 +192,7 @@ def _show_end(
     path = folder / "card.json"
     if state in (NOTHING_NEW, ALREADY_DONE):
         shown: dict[str, Any] = {"nothing_new": message}
-        print_json(shown) if as_json else open_console().print(message)
+        print_json(shown) if as_json else _print_whole(message)
         return
     if not path.exists():
         raise FinetuneError(
@@ -205,3 +205,8 @@ def _show_end(
         print_json(card.model_dump(mode="json"))
     else:
         show_card(open_console(), card, layout.sign_in_link)
+
+
+def _print_whole(message: str) -> None:
+    """Print a message in one line, however narrow the terminal: it is copied and searched for."""
+    open_console().print(message, soft_wrap=True)

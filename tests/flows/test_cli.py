@@ -452,7 +452,7 @@ def test_times_are_written_for_people(seconds: float, text: str) -> None:
 # --- the targets of make and CI ---
 
 
-@pytest.mark.parametrize("target", ["run", "test", "check", "up", "down", "status", "lock"])
+@pytest.mark.parametrize("target", ["run", "test", "check", "docs", "up", "down", "status", "lock"])
 def test_every_target_of_make_prepares_the_environment_first(target: str) -> None:
     """A fresh clone needs no step before any of them."""
     command = ["make", "-n", target, f"PYTHON={sys.executable}"]  # spares it looking for one
@@ -465,7 +465,9 @@ def test_ci_runs_what_developers_run() -> None:
     """CI checks what anybody can check by hand."""
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
-    assert {"make check", "make test"} <= set(script.read_text(encoding="utf-8").splitlines())
+    assert {"make check", "make docs", "make test"} <= set(
+        script.read_text(encoding="utf-8").splitlines()
+    )
 
 
 def test_the_lock_is_for_every_kind_of_machine() -> None:
