@@ -41,7 +41,7 @@ from flows.resume import (
 )
 from flows.run_context import (
     end_without_training,
-    gpu_lock_for,
+    hold_devices,
     make_folders,
     mirror_to_mlflow,
     nothing_new,
@@ -147,7 +147,7 @@ def fine_tune(
     with reporter.stage("environment"):
         environment = check_environment(config, str(run.path))
         read_ability_rows(config)  # raises now, not after training, if the rows are unusable
-    with gpu_lock_for(config, environment, run), workers_ahead():
+    with hold_devices(config, environment, run) as environment, workers_ahead():
         with reporter.stage("model"):
             model = prepare_model(config, environment, run)
         with reporter.stage("lora"):

@@ -7,7 +7,7 @@ import select
 import stat
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache, partial
 from pathlib import Path
 from threading import Thread
@@ -27,7 +27,8 @@ from qwen3ft.files import make_folder
 from qwen3ft.jobs.failures import folder_gone
 from qwen3ft.jobs.folders import RunDir, write_record
 from qwen3ft.locks import try_lock
-from qwen3ft.machine.gpu_lock import CPU, hold_gpu
+from qwen3ft.machine.gpu_choice import choose_gpus, only_visible, rank_count
+from qwen3ft.machine.gpu_lock import CPU, hold_gpu, hold_gpus
 from qwen3ft.operations.night import Night, NightRequest, read_request, same_settings, write_request
 from qwen3ft.records.data import DataChange
 from qwen3ft.records.evaluation import Champion
@@ -138,18 +139,39 @@ def mirror_to_mlflow(run: RunDir, config: TrainingConfig) -> Iterator[None]:
             logger.warning("MLflow does not have all of this run yet; send the rest: qwen3ft sync")
 
 
-def gpu_lock_for(
+@contextmanager
+def hold_devices(
     config: TrainingConfig, environment: EnvironmentReport, run: RunDir
-) -> AbstractContextManager[None]:
-    """Hold the GPU for this run; on a CPU runs share the machine unless `lock_cpu` is set."""
-    if not environment.gpus and not config.lock_cpu:
-        return nullcontext()
-    return hold_gpu(
-        environment.gpus[0].uuid if environment.gpus else CPU,
-        run.path.name,
-        when_busy=config.when_gpu_is_busy,
-        wait_seconds=config.wait_for_gpu_seconds,
-    )
+) -> Iterator[EnvironmentReport]:
+    """Hold the GPUs of this run, and yield the machine as if it had no others.
+
+    On a CPU runs share the machine unless `lock_cpu` is set.
+
+    Raises:
+        EnvironmentNotReadyError: the GPUs asked for are not there, or other runs hold them.
+    """
+    when_busy, wait_seconds = config.when_gpu_is_busy, config.wait_for_gpu_seconds
+    if not environment.gpus:
+        rank_count(config, environment)
+        lock = hold_gpu(CPU, run.path.name, when_busy=when_busy, wait_seconds=wait_seconds)
+        with lock if config.lock_cpu else nullcontext():
+            yield environment
+        return
+    choice = choose_gpus(config, environment.gpus)
+    uuids = [gpu.uuid for gpu in choice.gpus]
+    with (
+        hold_gpus(
+            uuids,
+            run.path.name,
+            count=choice.count,
+            when_busy=when_busy,
+            wait_seconds=wait_seconds,
+        ) as held,
+        only_visible(held, environment.gpus),
+    ):
+        own = tuple(gpu for gpu in choice.gpus if gpu.uuid in held)
+        logger.info("on GPU %s", ", ".join(f"{gpu.index} ({gpu.name})" for gpu in own))
+        yield environment.model_copy(update={"gpus": own})
 
 
 def or_if_unreachable(task: Any, otherwise: Any, *arguments: Any) -> Any:

@@ -36,6 +36,9 @@ from qwen3ft.text.yaml import LONGEST_TEXT, UnreadableYamlError, load_yaml
 EMBEDDED_MODEL_NAME = "embedded"
 """Model name that stands for the tiny Qwen3 shipped inside the package."""
 
+AUTO_GPUS = "auto"
+"""Value of the setting `gpus` for all GPUs that are free."""
+
 SMALLEST_BUDGET_GB, LARGEST_BUDGET_GB = 0.5, 1024.0
 """Less than torch alone needs; more than any GPU has, so that bytes or MB were probably meant."""
 
@@ -58,6 +61,9 @@ OLD_SETTINGS_END = "0.2"
 
 _MOST_LABEL_CHARACTERS = 40
 """Characters of a data path in the name of a task."""
+
+_GPU = r"(?:\d{1,4}|(?:GPU|MIG)-[\w/-]+)"
+_GPUS = rf"{AUTO_GPUS}|[1-9]\d{{0,3}}|(?:GPU|MIG)-[\w/-]+|{_GPU},|{_GPU}(?:,{_GPU})+"
 
 _MOST_PROBLEMS, _MOST_SHOWN = 50, 400
 """Problems that one error lists, and characters shown of a value."""
@@ -268,7 +274,11 @@ class TrainingConfig(BaseModel):
     fallback_output_dirs: tuple[str, ...] = ()
     """Folders to try in order if output_dir cannot be written."""
 
-    # --- one run per GPU ---
+    # --- GPUs ---
+    gpus: str = Field("1", max_length=2000)
+    """GPUs that share each step of a training: a number, auto (all that are free), or indexes or
+    UUIDs with commas. The result is that of one GPU. Without a GPU: processes of the embedded
+    model."""
     when_gpu_is_busy: Literal["wait", "refuse"] = "wait"
     """Wait or refuse while another run holds the GPU, or other programs leave too little of its
     memory."""
@@ -326,6 +336,21 @@ class TrainingConfig(BaseModel):
             raise ValueError(
                 f"a budget is at most {LARGEST_BUDGET_GB:g} GB (of 2**30 bytes, not MB or bytes)"
             )
+        return value
+
+    @field_validator("gpus", mode="before")
+    @classmethod
+    def _read_gpus(cls, value: Any) -> Any:
+        """Take a number and a list too; a list of one ends with a comma, as no number does."""
+        if isinstance(value, (list, tuple)):
+            return ",".join(map(str, value)) + ("," if len(value) == 1 else "")
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @field_validator("gpus")
+    @classmethod
+    def _check_gpus(cls, value: str) -> str:
+        if not re.fullmatch(_GPUS, value):
+            raise ValueError(f"{AUTO_GPUS}, a number of GPUs, or indexes or UUIDs with commas")
         return value
 
     @field_validator("*")

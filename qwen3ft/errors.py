@@ -17,7 +17,7 @@
         OutOfMemoryError  MemoryLeakError
         TrainingFailureError
           DivergedError  StalledError  PreemptedError
-          DeviceFaultError  WorkerCrashedError  CheckpointCorruptError
+          DeviceFaultError  WorkerCrashedError  RanksPartedError  CheckpointCorruptError
 
 Each error says what happened (with numbers), why, and the one next command. It carries its facts as
 a dict and survives JSON and pickle. `qwen3ft.recovery.adjust` decides what follows each;
@@ -226,6 +226,10 @@ class DeviceFaultError(TrainingFailureError):
 
 class WorkerCrashedError(TrainingFailureError):
     """The worker ended without giving a reason."""
+
+
+class RanksPartedError(TrainingFailureError):
+    """The ranks of a training lost each other; the one that ended first has the cause."""
 
 
 class CheckpointCorruptError(TrainingFailureError):

@@ -3,7 +3,8 @@
 `QWEN3FT_FAULTS` holds comma-separated items of one of these forms:
 
     ACTION@step=N               before optimizer step N of attempt 1; `...:attempt=M` of attempt M,
-                                `...:preflight=M` of the M-th measurement of a preflight
+                                `...:preflight=M` of the M-th measurement of a preflight;
+                                `...:rank=R` last: in rank R alone, otherwise in every rank
     leak@step=N:kib=K           leaks K KiB of the training device's memory at each step from N on
     ACTION@point=NAME           where code commits something, one of `POINTS`; `...:hit=N` when a
                                 process gets there for the N-th time instead of the first
@@ -58,7 +59,7 @@ POINTS = {
 _FORM = re.compile(
     r"(?:(?P<action>oom|exit|nan|kill|term|stop|hang|error)@step=(?P<step>\d+)"
     r"|(?P<leak>leak)@step=(?P<from>\d+):kib=(?P<kib>\d+))"
-    r"(?::(?P<kind>attempt|preflight)=(?P<number>\d+))?"
+    r"(?::(?P<kind>attempt|preflight)=(?P<number>\d+))?(?::rank=(?P<rank>\d+))?"
     r"|(?P<at_point>exit|kill|term|stop|hang|full|error)@point=(?P<point>[a-z.]+)"
     r"(?::hit=(?P<hit>\d+))?"
 )
@@ -83,6 +84,12 @@ class Fault:
     """One of `POINTS`; '' for a step."""
     hit: int = 1
     """Number of the visit to the point at which it strikes."""
+    rank: int | None = None
+    """Rank in which it strikes; None for all."""
+
+    def is_for(self, attempt: int, rank: int) -> bool:
+        """Return True if it strikes in this rank of this attempt."""
+        return self.attempt == attempt and self.rank in (None, rank)
 
     def is_due(self, step: int) -> bool:
         """Return True if it strikes before optimizer step `step`."""
@@ -154,4 +161,5 @@ def _parse(item: str) -> Fault:
         attempt=0 if in_preflight else number,
         leak_bytes=int(match["kib"] or 0) * 1024,
         preflight=number if in_preflight else 0,
+        rank=None if match["rank"] is None else int(match["rank"]),
     )

@@ -33,7 +33,12 @@ def train_attempt(plan: TrainPlan) -> AttemptOutcome | State[Failure]:
     started = time.monotonic()
     try:
         with ProgressArtifact(plan, job):
-            result = try_worker("train", job, AttemptOutcome, stall_seconds=plan.stall_seconds)
+            result = try_worker(
+                "train" if plan.ranks == 1 else "ranks",
+                job,
+                AttemptOutcome,
+                stall_seconds=plan.stall_seconds,
+            )
     except BaseException:  # cancelled, most likely; MLflow must not show it as running
         journal.attempt_ended(plan.attempt, "KILLED", {"failure": PreemptedError.__name__})
         raise

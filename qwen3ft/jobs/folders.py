@@ -8,6 +8,7 @@
         plan.json  metrics.jsonl  memory.jsonl  heartbeat  worker.log
         memory/{peak.json, resident.txt, summary.txt, snapshot.pickle}
         checkpoints/step-000200/{..., manifest.json last}
+        ranks/<rank>/              one per rank of several: heartbeat, logs, memory, its own end
         failure.json | outcome.json last
 
 A worker is given one folder: it reads its request there and leaves its result there.
@@ -101,6 +102,20 @@ class JobDir:
     def stop(self) -> Path:
         """Exists once an answer is no longer wanted."""
         return self.path / "stop"
+
+    def rank(self, rank: int) -> JobDir:
+        """Return the folder of a rank, where several share the job."""
+        return JobDir(self.path / "ranks" / str(rank))
+
+    @property
+    def meeting_place(self) -> Path:
+        """File through which the ranks find each other."""
+        return self.path / "ranks" / "meeting-place"
+
+    def ranks(self) -> list[JobDir]:
+        """Return the folders of all ranks, in order; none if the job has one process."""
+        numbers = (path.name for path in (self.path / "ranks").glob("[0-9]*"))
+        return [self.rank(number) for number in sorted(map(int, numbers))]
 
     def create(self, request: BaseModel) -> JobDir:
         """Create the folder and write the request into it."""

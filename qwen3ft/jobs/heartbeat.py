@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 from qwen3ft.errors import PreemptedError
@@ -29,6 +30,12 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
+
+    def wait(self, seconds: float) -> None:
+        """Wait until it is set, at most `seconds`."""
+        end = time.monotonic() + seconds
+        while self.signal_name is None and time.monotonic() < end:
+            time.sleep(0.05)
 
     def error(self) -> PreemptedError:
         """Return the error for this request."""

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel
 
-from qwen3ft.errors import StalledError
+from qwen3ft.errors import FinetuneError, StalledError
 from qwen3ft.files import lines_from
 from qwen3ft.jobs.failures import folder_gone, translate_exit
 from qwen3ft.jobs.folders import JobDir, read_record, write_record
@@ -85,10 +85,7 @@ def try_worker(
     # A stalled worker that obeyed SIGTERM recorded that it was stopped, which is not the cause.
     failure = None if stall else job.read_failure()
     if failure is None:
-        oom_kills = kernel_oom_kills() - kills_before
-        error = stall or translate_exit(
-            process.returncode, _log_tail(job.log), oom_kills=oom_kills, phase=_last_phase(job)
-        )
+        error = stall or unrecorded_failure(job, process.returncode, kills_before)
         if not job.request.exists():
             error = folder_gone(job.path)
         failure = Failure.from_error(error)
@@ -97,11 +94,25 @@ def try_worker(
     return failure
 
 
+def unrecorded_failure(job: JobDir, returncode: int, kills_before: int) -> FinetuneError:
+    """Explain the end of a worker that recorded none, by its exit status, its log and the kernel.
+
+    Args:
+        job: Its folder.
+        returncode: As `subprocess` returns it.
+        kills_before: `kernel_oom_kills` before it started.
+    """
+    oom_kills = kernel_oom_kills() - kills_before
+    return translate_exit(
+        returncode, _log_tail(job.log), oom_kills=oom_kills, phase=last_sign(job)[0]
+    )
+
+
 def _watch(
     process: subprocess.Popen[bytes], job: JobDir, stall_seconds: float
 ) -> StalledError | None:
     """Wait for the end of `process`, or until its heartbeat falls silent."""
-    records = _RecordRelay(job.path / "log.jsonl")
+    records = RecordRelay(job)
     last_beat: int | None = None
     last_change = time.monotonic()
     while process.poll() is None:
@@ -112,13 +123,7 @@ def _watch(
             last_beat, last_change = beat, time.monotonic()
         silence = time.monotonic() - last_change
         if silence > stall_seconds:
-            return StalledError(
-                f"The worker gave no sign of life for {silence:.0f} s "
-                f"(limit {stall_seconds:.0f} s); last phase: {_last_phase(job)}.",
-                why="It hangs in a kernel, a lock or a file system.",
-                next_command=shell_line("tail", "-n", "50", job.log),
-                phase=_last_phase(job),
-            )
+            return _stalled(job, silence, stall_seconds)
         records.relay()
         time.sleep(WATCH_SECONDS)
     records.relay()
@@ -135,12 +140,42 @@ def _log_tail(path: Path, lines: int = 30) -> str:
     return mask_secrets("\n".join(text.splitlines()[-lines:]))
 
 
-def _last_phase(job: JobDir) -> str:
-    """Return the phase in the last heartbeat."""
+def last_sign(job: JobDir) -> tuple[str, int]:
+    """Return the phase and the step of the last heartbeat."""
     try:
-        return str(json.loads(job.heartbeat.read_text())["phase"])
+        found = json.loads(job.heartbeat.read_text())
+        return str(found["phase"]), int(found["step"])
     except (OSError, ValueError, KeyError):
-        return "start"
+        return "start", 0
+
+
+def _stalled(job: JobDir, silence_seconds: float, limit_seconds: float) -> StalledError:
+    """Return the error of a silent worker; of several ranks it names the one that is behind."""
+    who, phase = "The worker", last_sign(job)[0]
+    if ranks := job.ranks():
+        signs = [(last_sign(folder)[1], _beat_time(folder)) for folder in ranks]
+        behind = signs.index(min(signs))
+        who, phase, job = (
+            f"Rank {behind} of {len(ranks)}",
+            last_sign(ranks[behind])[0],
+            ranks[behind],
+        )
+    return StalledError(
+        f"{who} gave no sign of life for {silence_seconds:.0f} s "
+        f"(limit {limit_seconds:.0f} s); last phase: {phase}.",
+        why="It hangs in a kernel, a lock or a file system.",
+        next_command=shell_line("tail", "-n", "50", job.log),
+        phase=phase,
+        **({"rank": behind} if ranks else {}),
+    )
+
+
+def _beat_time(job: JobDir) -> int:
+    """Return the time of the last heartbeat in ns; 0 before the first."""
+    try:
+        return job.heartbeat.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def kernel_oom_kills() -> int:
@@ -154,12 +189,18 @@ def kernel_oom_kills() -> int:
     return int(counters.get("oom_kill", 0))
 
 
-class _RecordRelay:
-    """Repeats the worker's log records in this process, each once."""
+class RecordRelay:
+    """Repeats a worker's log records in this process, each once.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.offset = path.stat().st_size if path.exists() else 0
+    Args:
+        job: The worker's folder.
+        prefix: Put before each message; with one, only warnings and errors are repeated.
+    """
+
+    def __init__(self, job: JobDir, prefix: str = "") -> None:
+        self.path = job.path / "log.jsonl"
+        self.prefix = prefix
+        self.offset = self.path.stat().st_size if self.path.exists() else 0
 
     def relay(self) -> None:
         """Emit the records that were added since the last call."""
@@ -170,4 +211,7 @@ class _RecordRelay:
             except ValueError:
                 continue  # cut off by a kill or a full disk
             level = logging.getLevelNamesMapping().get(entry["level"], logging.INFO)
-            logging.getLogger(entry.get("logger", ROOT)).log(level, "%s", entry["message"])
+            if level < logging.WARNING and self.prefix:
+                continue
+            logger = logging.getLogger(entry.get("logger", ROOT))
+            logger.log(level, "%s%s", self.prefix, entry["message"])

@@ -1,4 +1,4 @@
-"""One run per GPU: a file lock named after the GPU's UUID, held by the flow's process.
+"""One run per GPU: file locks named after the GPUs' UUIDs, held by the flow's process.
 
 The kernel frees the lock when its holder ends, however it ends. The lock's descriptor is closed on
 exec, so workers do not hold it. Not covered: other users; commands that take no lock, such as
@@ -13,7 +13,7 @@ import re
 import socket
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from qwen3ft.errors import EnvironmentNotReadyError
-from qwen3ft.locks import lock_file
+from qwen3ft.locks import lock_file, try_lock
 from qwen3ft.logs import get_logger
 from qwen3ft.records.base import Record
 from qwen3ft.text.commands import shell_line
@@ -34,6 +34,12 @@ CPU = "cpu"
 
 FOLDER_VARIABLE = "QWEN3FT_LOCK_DIR"
 """Names another folder: for services with a private /tmp, and containers that share a GPU."""
+
+CHOOSING = "choosing.lock"
+"""Lock file held by the process that chooses GPUs, for a moment."""
+
+CHOOSE_SECONDS = 5.0
+"""Longest wait for those who choose; then the wait for a GPU goes on."""
 
 _POLL_SECONDS = 0.2
 NOTE_SECONDS = 1.0
@@ -66,29 +72,77 @@ def hold_gpu(
     report_seconds: float = 30.0,
     folder: Path | None = None,
 ) -> Iterator[None]:
-    """Hold the lock of a GPU while the body runs.
+    """Hold the lock of one GPU, or of the `CPU`, while the body runs: see `hold_gpus`."""
+    with hold_gpus(
+        [gpu],
+        run_id,
+        count=1,
+        when_busy=when_busy,
+        wait_seconds=wait_seconds,
+        report_seconds=report_seconds,
+        folder=folder,
+    ):
+        yield
+
+
+@contextmanager
+def hold_gpus(
+    gpus: Sequence[str],
+    run_id: str,
+    *,
+    count: int | None,
+    when_busy: Literal["wait", "refuse"],
+    wait_seconds: float,
+    report_seconds: float = 30.0,
+    folder: Path | None = None,
+) -> Iterator[tuple[str, ...]]:
+    """Hold the locks of some GPUs while the body runs, and yield which.
+
+    Either all that are wanted are held or none: nobody waits with a GPU that another run needs.
 
     Args:
-        gpu: UUID of the GPU, or `CPU`.
-        run_id: Written into the lock file, for those who wait.
-        when_busy: What to do while another run holds it.
+        gpus: UUIDs of the GPUs to choose from, the best first; or `CPU`.
+        run_id: Written into the lock files, for those who wait.
+        count: Number to hold; None for all that are free, one at least.
+        when_busy: What to do while other runs hold too many.
         wait_seconds: Longest wait.
         report_seconds: Time between two log lines while waiting.
         folder: Folder of the lock files; by default `FOLDER_VARIABLE` or /tmp/qwen3ft-locks-UID.
 
     Raises:
-        EnvironmentNotReadyError: another run holds the GPU and did not end in time, or the folder
+        EnvironmentNotReadyError: other runs hold too many and did not end in time, or the folder
             of the lock files cannot be used.
     """
-    path = _prepare_folder(folder) / f"{re.sub('[^A-Za-z0-9-]', '_', gpu)}.lock"
-    descriptor = _acquire(path, gpu, when_busy, wait_seconds, report_seconds)
+    place = _prepare_folder(folder)
+    paths = {gpu: lock_path(place, gpu) for gpu in gpus}
+    held = _acquire(place, paths, count, when_busy, wait_seconds, report_seconds)
     try:
-        _write_note(descriptor, run_id)
-        yield
+        for descriptor in held.values():
+            _write_note(descriptor, run_id)
+        yield tuple(gpu for gpu in gpus if gpu in held)
     finally:
-        # Emptied, not deleted: one process could lock the deleted file and another a new one.
-        os.ftruncate(descriptor, 0)
-        os.close(descriptor)
+        for descriptor in held.values():
+            # Emptied, not deleted: one process could lock the deleted file and another a new one.
+            os.ftruncate(descriptor, 0)
+            os.close(descriptor)
+
+
+def lock_path(folder: Path, gpu: str) -> Path:
+    """Return the lock file of a GPU."""
+    return folder / f"{re.sub('[^A-Za-z0-9-]', '_', gpu)}.lock"
+
+
+def holders(gpus: Sequence[str], folder: Path | None = None) -> dict[str, Holder]:
+    """Return the runs that hold GPUs now, by UUID; a GPU that is free is missing."""
+    place = _prepare_folder(folder)
+    found = {}
+    for gpu in gpus:
+        if (path := lock_path(place, gpu)).exists():
+            with try_lock(path) as is_free:
+                holder = None if is_free else read_holder(path)
+            if holder is not None:
+                found[gpu] = holder
+    return found
 
 
 def read_holder(path: Path) -> Holder | None:
@@ -119,41 +173,58 @@ def _prepare_folder(folder: Path | None) -> Path:
 
 
 def _acquire(
-    path: Path,
-    gpu: str,
+    folder: Path,
+    paths: Mapping[str, Path],
+    count: int | None,
     when_busy: Literal["wait", "refuse"],
     wait_seconds: float,
     report_seconds: float,
-) -> int:
-    """Return the locked descriptor, at once or after a wait."""
+) -> dict[str, int]:
+    """Return the locked descriptors by GPU, at once or after a wait."""
     started, reports = time.monotonic(), 0
-    while (descriptor := _try_to_lock(path)) is None:
+    while not (held := _try_to_hold(folder, paths, count)):
         waited = time.monotonic() - started
         if when_busy == "refuse" or waited >= wait_seconds:
-            raise _busy(path, gpu, waited, when_busy)
+            raise _busy(paths, count, waited, when_busy)
         if waited >= reports * report_seconds:
             reports += 1
             logger.info(
-                "%s holds %s; waiting for up to %.0f s more",
-                _describe_holder(path),
-                _name(gpu),
+                "%s; waiting for up to %.0f s more",
+                _describe_holders(paths),
                 wait_seconds - waited,
             )
         time.sleep(min(_POLL_SECONDS, wait_seconds - waited))
     if reports:
-        logger.info("%s is free after %.0f s", _name(gpu), time.monotonic() - started)
-    return descriptor
+        free = ", ".join(map(_name, held))
+        logger.info("%s free after %.0f s", free, time.monotonic() - started)
+    return held
 
 
-def _try_to_lock(path: Path) -> int | None:
-    """Return a locked descriptor; None while another process has the lock."""
+def _try_to_hold(folder: Path, paths: Mapping[str, Path], count: int | None) -> dict[str, int]:
+    """Return the locked descriptors by GPU; none if too few are free.
+
+    Only one process chooses at a time. Otherwise two that want two could each take one, give it
+    back, and go on so.
+    """
+    wanted = count or len(paths)
+    held: dict[str, int] = {}
     try:
-        descriptor = lock_file(path)
-        if descriptor is not None:
-            os.ftruncate(descriptor, 0)  # a killed holder left its note
+        with try_lock(folder / CHOOSING, CHOOSE_SECONDS) as may_choose:
+            for gpu, path in paths.items() if may_choose else ():
+                if len(held) < wanted and (descriptor := lock_file(path)) is not None:
+                    held[gpu] = descriptor
+                    os.ftruncate(descriptor, 0)  # a killed holder left its note
+            if len(held) < (count or 1):
+                _release(held)
     except OSError as error:
-        raise _no_folder(path, str(error)) from error
-    return descriptor
+        _release(held)
+        raise _no_folder(folder, str(error)) from error
+    return held
+
+
+def _release(held: dict[str, int]) -> None:
+    while held:
+        os.close(held.popitem()[1])
 
 
 def _write_note(descriptor: int, run_id: str) -> None:
@@ -173,22 +244,41 @@ def _describe_holder(path: Path) -> str:
     return holder.describe() if holder else "a run that left no note"
 
 
+def _describe_holders(paths: Mapping[str, Path]) -> str:
+    """Return who holds which GPU, of those that are not free."""
+    held = []
+    for gpu, path in paths.items():
+        with try_lock(path) as is_free:
+            if not is_free:
+                held.append(f"{_describe_holder(path)} holds {_name(gpu)}")
+    return "; ".join(held) or "another run held a GPU until now"
+
+
 def _name(gpu: str) -> str:
     return "this machine's CPU" if gpu == CPU else f"the GPU {gpu}"
 
 
 def _busy(
-    path: Path, gpu: str, waited: float, when_busy: Literal["wait", "refuse"]
+    paths: Mapping[str, Path],
+    count: int | None,
+    waited: float,
+    when_busy: Literal["wait", "refuse"],
 ) -> EnvironmentNotReadyError:
-    description, holder = _describe_holder(path), read_holder(path)
+    description = _describe_holders(paths)
+    gpu, path = next(
+        ((g, p) for g, p in paths.items() if read_holder(p)), next(iter(paths.items()))
+    )
+    holder = read_holder(path)
     if when_busy == "refuse":
         why = "A GPU runs one run at a time, and when_gpu_is_busy is 'refuse'."
         command = "qwen3ft run --set when_gpu_is_busy=wait"
     else:
         why = f"It did not end within the {waited:.0f} s that wait_for_gpu_seconds allows."
         command = f"ps -fp {holder.pid}" if holder else f"fuser -v {path}"
+    if count is not None and count > 1:
+        why += f" This run wants {count} of {len(paths)} GPUs."
     return EnvironmentNotReadyError(
-        f"{description[0].upper()}{description[1:]} holds {_name(gpu)}.",
+        f"{description[0].upper()}{description[1:]}.",
         why=why,
         next_command=command,
         gpu=gpu,

@@ -138,6 +138,24 @@ def _fixed_parts(work: Workload) -> tuple[MemoryPart, ...]:
             if work.memory.offload_optimizer
             else f"{trained:,} x 2 moments x 4 bytes",
         ),
+        *_exchange(work),
+    )
+
+
+def exchange_bytes(work: Workload) -> int:
+    """Return the bytes of a rank's buffers for the sum of gradients (`training.ranks`)."""
+    return 8 * work.adapter.trainable_parameters if work.ranks > 1 else 0
+
+
+def _exchange(work: Workload) -> tuple[MemoryPart, ...]:
+    if work.ranks == 1:
+        return ()
+    return (
+        MemoryPart(
+            name="gradients of other ranks",
+            bytes=exchange_bytes(work),
+            formula=f"{work.adapter.trainable_parameters:,} x 2 buffers x 4 bytes",
+        ),
     )
 
 

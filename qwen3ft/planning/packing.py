@@ -24,7 +24,7 @@ Lengths = Sequence[int] | NDArray[np.integer]
 """Tokens of each sequence, shape (sequences,)."""
 
 
-def pack(lengths: Lengths, capacity_tokens: int) -> list[list[int]]:
+def pack(lengths: Lengths, capacity_tokens: int, ranks: int = 1) -> list[list[int]]:
     """Group sequences into few micro-batches of like size, of at most `capacity_tokens`.
 
     For k = ceil(tokens / capacity) micro-batches and upwards: the longest sequence first into the
@@ -35,11 +35,12 @@ def pack(lengths: Lengths, capacity_tokens: int) -> list[list[int]]:
     Args:
         lengths: Tokens of each sequence, all at least 1.
         capacity_tokens: Most tokens of a micro-batch.
+        ranks: Processes that share the step; each is to get as many micro-batches.
 
     Returns:
         Positions in `lengths`, ascending in each micro-batch; the micro-batches by their first.
-        There are at most as many as best-fit decreasing makes, so at most 11/9 of the fewest
-        possible + 6/9 (Dosa 2007, doi:10.1007/978-3-540-74450-4_1).
+        For one rank there are at most as many as best-fit decreasing makes, so at most 11/9 of the
+        fewest possible + 6/9 (Dosa 2007, doi:10.1007/978-3-540-74450-4_1).
 
     Raises:
         ValueError: a sequence is longer than the capacity, or empty.
@@ -53,7 +54,7 @@ def pack(lengths: Lengths, capacity_tokens: int) -> list[list[int]]:
             f"{capacity_tokens}: each must have 1 to {capacity_tokens}."
         )
     longest_first = sorted(range(len(tokens)), key=lambda index: (-tokens[index], index))
-    count = -(-sum(tokens) // capacity_tokens)
+    count = round_up(-(-sum(tokens) // capacity_tokens), ranks)
     # Each micro-batch pays for dequantising all weights and for every kernel launch, so fewer are
     # better. The fewest possible is bin packing, which is NP-hard: count upwards with heuristics.
     while True:
@@ -61,7 +62,7 @@ def pack(lengths: Lengths, capacity_tokens: int) -> list[list[int]]:
         groups = groups or _multifit(tokens, longest_first, count, capacity_tokens)
         if groups is not None:
             return sorted(sorted(group) for group in groups)
-        count += 1
+        count += ranks
 
 
 def rows_at_a_time(lengths: Lengths, micro_batch_size: int) -> list[list[int]]:
@@ -100,7 +101,12 @@ def divisors(number: int) -> list[int]:
 
 def row_tokens(tokens: int, multiple: int = ROW_MULTIPLE_TOKENS) -> int:
     """Round `tokens` up to a multiple of `multiple`: the slots of a packed row."""
-    return -(-tokens // multiple) * multiple
+    return round_up(tokens, multiple)
+
+
+def round_up(number: int, multiple: int) -> int:
+    """Return the smallest multiple of `multiple` that is not below `number`."""
+    return -(-number // multiple) * multiple
 
 
 def _least_filled(

@@ -66,6 +66,7 @@ def build_plan(
         adapter=adapter,
         dataset=dataset,
         device=environment.device,
+        places=tuple(range(choice.work.ranks)),
         max_memory_gb=choice.budget_gb,
         memory=choice.work.memory,
         effective_batch_size=config.effective_batch_size,

@@ -98,5 +98,8 @@ def _shared(effective_batch_size: int, work: Workload) -> dict[str, str]:
         "each step."
         if memory.offload_optimizer
         else "Not needed: the GPU updates faster.",
+        "places": "The whole step on one device; more share it with the setting gpus."
+        if work.ranks == 1
+        else f"{work.ranks} ranks share each step, with a budget each; the result is that of one.",
         "predicted": f"For rows of {work.sequence_tokens} tokens, the longest there are.",
     }

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from qwen3ft.chat.templates import template_may_think
 from qwen3ft.config import TrainingConfig
+from qwen3ft.machine.gpu_choice import rank_count
 from qwen3ft.planning.packing import row_tokens
 from qwen3ft.records.data import DatasetManifest
 from qwen3ft.records.machine import EnvironmentReport
@@ -41,6 +42,8 @@ class Workload:
     """True if sequences, and so packed rows, differ in length."""
     eval_tokens: int = 1
     """Length of the longest held-out sequence, padding included."""
+    ranks: int = 1
+    """Processes that share each step, on a device each."""
 
     def with_memory(self, **levers: Any) -> Workload:
         """Return a copy with other memory levers."""
@@ -50,6 +53,7 @@ class Workload:
         """Return the levers beside the lengths and types, without model and adapter."""
         given = {"device", "compute_dtype", "quantization"}
         given |= {"sequence_tokens", "varied_rows", "eval_tokens"}
+        given |= {"ranks"} if self.ranks > 1 else set()
         return self.memory.model_dump() | {name: getattr(self, name) for name in sorted(given)}
 
     @property
@@ -86,6 +90,7 @@ def workload_of(plan: TrainPlan) -> Workload:
         memory=plan.memory,
         varied_rows=rows.tokens < rows.rows * rows.longest_tokens,
         eval_tokens=padded_length(plan.dataset.dev.longest_tokens, plan.max_sequence_length),
+        ranks=plan.ranks,
     )
 
 
@@ -129,6 +134,7 @@ class FitRequest:
             ),
             varied_rows=self.typical_tokens < self.longest_tokens,
             eval_tokens=self.held_out_tokens,
+            ranks=rank_count(self.config, self.environment),
         )
 
 

@@ -34,6 +34,7 @@ GROUPS: Mapping[str, str] = {
     "adapter": STATE,
     "gradients": STATE,
     "AdamW state": STATE,
+    "gradients of other ranks": STATE,
     "allocator slack": ALLOCATOR,
     "process": CONTEXT,
 }

@@ -66,6 +66,9 @@ class TrainPlan(Record):
     adapter: AdapterSpec
     dataset: DatasetManifest
     device: Literal["cuda", "cpu"]
+    places: tuple[int, ...] = (0,)
+    """One for each rank, a process that trains a share of every step: the position of its GPU among
+    those that the run holds. On a CPU only their number matters."""
     max_memory_gb: float
     memory: MemorySettings
     effective_batch_size: int = Field(description="Sequences per optimizer step.")
@@ -103,8 +106,13 @@ class TrainPlan(Record):
         return values | {"memory": memory, "effective_batch_size": effective}
 
     @property
+    def ranks(self) -> int:
+        """Processes that share each step."""
+        return len(self.places)
+
+    @property
     def gradient_accumulation_steps(self) -> int:
-        """Micro-batches per optimizer step; with packing, at most."""
+        """Micro-batches per optimizer step, of all ranks; with packing, at most."""
         return self.effective_batch_size // self.memory.micro_batch_size
 
     @property

@@ -72,6 +72,12 @@ class Failure(Record):
         return FinetuneError.from_dict(self.model_dump())
 
 
+class RankOutcome(Record):
+    """Result of a rank above 0 of a completed attempt."""
+
+    peak_memory_gb: float = Field(description="Peak of the process, from NVML or as RSS.")
+
+
 class AttemptOutcome(Record):
     """Result of a completed attempt: its best checkpoint and its measurements."""
 
@@ -90,6 +96,9 @@ class AttemptOutcome(Record):
     peak_reserved_gb: float
     tokens_per_second: float
     seconds: float
+    rank_peaks_gb: tuple[float, ...] = Field(
+        (), description="Peak of each rank's process; the highest is `peak_memory_gb`."
+    )
 
 
 def _plain(value: Any) -> Any:

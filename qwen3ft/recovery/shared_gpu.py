@@ -1,4 +1,4 @@
-"""Fit each attempt to the memory that other programs leave free on the GPU.
+"""Fit each attempt to the memory that other programs leave free on its GPUs.
 
 Where less than the budget is free but something fits, the attempt is planned again within that,
 with the same effective batch and the same result. Where nothing fits, the run waits or refuses, as
@@ -35,7 +35,7 @@ _POLL_SECONDS = 1.0
 _REPORT_SECONDS = 30.0
 
 KEPT_SETTINGS = (
-    *("attempt", "run_id", "run_dir", "resume_from", "degraded", "learning_rate"),
+    *("attempt", "run_id", "run_dir", "resume_from", "degraded", "learning_rate", "places"),
     *("total_steps", "warmup_steps", "evaluate_every_steps"),
 )
 """Settings that a new plan takes over: its place in the run, and what attempts changed."""
@@ -63,9 +63,13 @@ def fit_to_free_memory(
     """
     if plan.device == "cpu":
         return plan
-    uuid = environment.gpus[0].uuid
+    uuids = [environment.gpus[place].uuid for place in plan.places]
+
+    def look() -> GpuUse:  # the ranks have one plan, so the fullest of their GPUs decides
+        return min(map(probe, uuids), key=lambda use: use.free_bytes)
+
     started, reports = time.monotonic(), 0
-    use = probe(uuid)
+    use = look()
     fitted = fit_within(config, environment, plan, use)
     while True:
         if fitted is plan:
@@ -82,7 +86,7 @@ def fit_to_free_memory(
                 reports += 1
                 logger.info("%s; waiting, at most %.0f s more", _shortage(plan, use), left)
         time.sleep(_POLL_SECONDS)
-        before, use = use, probe(uuid)
+        before, use = use, look()
         if use != before:  # planning again takes longer than a look at the GPU
             fitted = fit_within(config, environment, plan, use)
 

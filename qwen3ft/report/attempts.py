@@ -24,6 +24,7 @@ INTERRUPTED = "interrupted"
 
 CHANGED_NAMES = {
     "max_memory_gb": "budget",
+    "places": "ranks",
     "gradient_checkpointing": "recomputation",
     "activation_bytes": "kept activations per row",
     "loss_chunk_tokens": "tokens per loss chunk",
@@ -193,6 +194,8 @@ def _batch(plan: TrainPlan) -> str:
 def _readable(field: str, value: object) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
+    if isinstance(value, tuple):
+        return str(len(value))
     if field == "activation_bytes" and isinstance(value, int):
         return size_text(value)
     if field == "max_memory_gb":

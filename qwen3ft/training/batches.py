@@ -8,22 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qwen3ft.data.collators import IGNORED_LABEL, labels_of
-from qwen3ft.planning.packing import (
-    ROW_MULTIPLE_TOKENS,
-    Lengths,
-    epoch_order,
-    pack,
-    row_tokens,
-    rows_at_a_time,
-)
-from qwen3ft.planning.workload import workload_of
+from qwen3ft.planning.dealing import Split, split_for_rank, split_of
+from qwen3ft.planning.packing import ROW_MULTIPLE_TOKENS, Lengths, epoch_order, row_tokens
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -128,9 +120,7 @@ class StepSampler:
         split: From the lengths of a step's rows to positions among them, one list per micro-batch.
     """
 
-    def __init__(
-        self, order: EffectiveBatchOrder, split: Callable[[list[int]], list[list[int]]]
-    ) -> None:
+    def __init__(self, order: EffectiveBatchOrder, split: Split) -> None:
         self.order = order
         self.split = split
         self.batch_size = order.effective_batch_size  # accelerate expects this and the next
@@ -146,13 +136,11 @@ class StepSampler:
             yield [batch[group].tolist() for group in groups]
 
 
-def step_sampler(order: EffectiveBatchOrder, plan: TrainPlan) -> StepSampler:
-    """Return the steps of `order`, split into micro-batches by `plan`."""
-    if plan.memory.packing:
-        return StepSampler(order, partial(pack, capacity_tokens=workload_of(plan).capacity_tokens))
-    return StepSampler(
-        order, partial(rows_at_a_time, micro_batch_size=plan.memory.micro_batch_size)
-    )
+def step_sampler(
+    order: EffectiveBatchOrder, plan: TrainPlan, rank: int | None = None
+) -> StepSampler:
+    """Return the steps of `order`, split into micro-batches by `plan`: all, or those of a rank."""
+    return StepSampler(order, split_of(plan) if rank is None else split_for_rank(plan, rank))
 
 
 class StepRows:

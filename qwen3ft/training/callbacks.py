@@ -28,10 +28,25 @@ MEASURE_MEMORY_EVERY_SECONDS = 1.0
 
 
 class ProgressCallback(TrainerCallback):
-    """Recorder of metrics.jsonl, memory.jsonl and the heartbeat; logs a line every few seconds."""
+    """Recorder of metrics.jsonl, memory.jsonl and the heartbeat; logs a line every few seconds.
 
-    def __init__(self, job: JobDir, heartbeat: Heartbeat, memory: MemoryOptimizer) -> None:
+    Args:
+        job: Folder of the files.
+        heartbeat: The sign of life.
+        memory: Memory of this process.
+        memory_only: Record no metrics, which another rank does.
+    """
+
+    def __init__(
+        self,
+        job: JobDir,
+        heartbeat: Heartbeat,
+        memory: MemoryOptimizer,
+        *,
+        memory_only: bool = False,
+    ) -> None:
         self.job = job
+        self.memory_only = memory_only
         self.heartbeat = heartbeat
         self.memory = memory
         self.trainer: QATrainer | None = None
@@ -130,12 +145,13 @@ class ProgressCallback(TrainerCallback):
             tokens_per_second=tokens_per_second,
             held_out_loss=logs.get("eval_loss"),
         )
-        append_json_line(self.job.metrics, metrics.model_dump(mode="json"))
         append_json_line(
             self.job.memory,
             {**status.model_dump(), "step": step, "timestamp": datetime.now(UTC).isoformat()},
         )
-        self._say(metrics, state, status)
+        if not self.memory_only:
+            append_json_line(self.job.metrics, metrics.model_dump(mode="json"))
+            self._say(metrics, state, status)
 
     def _memory_status(self) -> MemoryStatus:
         """Return the memory now, or up to a second ago."""
@@ -162,16 +178,22 @@ class ProgressCallback(TrainerCallback):
 
 
 class StopOnRequest(TrainerCallback):
-    """Response to a stop request: save a checkpoint, then end."""
+    """Response to a stop request: save a checkpoint, then end.
 
-    def __init__(self, request: StopRequest) -> None:
+    Args:
+        request: Request to this process, which breaks an evaluation off.
+        agreed: Request that all ranks know of, which ends training after a step.
+    """
+
+    def __init__(self, request: StopRequest, agreed: StopRequest) -> None:
         self.request = request
+        self.agreed = agreed
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Have the trainer save and stop; an evaluation that is due comes first after a resume."""
-        if self.request.signal_name is not None:
+        if self.agreed.signal_name is not None:
             # Who asks to stop kills after a while: only the checkpoint is worth that time.
             control.should_evaluate = False
             control.should_save = control.should_training_stop = True

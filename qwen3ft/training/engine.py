@@ -22,7 +22,7 @@ from qwen3ft.logs import get_logger
 from qwen3ft.manifests import find_damage
 from qwen3ft.model.adapter_checks import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from qwen3ft.records.plan import TrainPlan
-from qwen3ft.records.training import AttemptOutcome
+from qwen3ft.records.training import AttemptOutcome, RankOutcome
 from qwen3ft.text.commands import shell_line
 from qwen3ft.training import checkpoint
 from qwen3ft.training.callbacks import ProgressCallback, StopOnRequest
@@ -38,12 +38,22 @@ if TYPE_CHECKING:
     from transformers import DataCollator
 
     from qwen3ft.machine.memory import MemoryOptimizer
+    from qwen3ft.training.ranks import Ranks
 
 logger = get_logger("train")
 
 
 class TrainingEngine:
-    """Execution of `plan` in the attempt folder `job`."""
+    """Execution of `plan` in the attempt folder `job`.
+
+    Args:
+        plan: The attempt.
+        job: Its folder; of a rank above 0, which writes neither checkpoints nor metrics, its own.
+        collator: Collator of padded micro-batches.
+        memory: Memory of this process.
+        stop: Set when this process is asked to stop.
+        ranks: The processes that share the attempt; None if this one is alone.
+    """
 
     def __init__(
         self,
@@ -53,14 +63,19 @@ class TrainingEngine:
         collator: DataCollator,
         memory: MemoryOptimizer,
         stop: StopRequest | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.plan = plan
         self.job = job
         self.collator = collator
         self.stop = stop or StopRequest()
+        self.ranks = ranks
         self.memory = memory
-        self.progress = ProgressCallback(job, Heartbeat(job.heartbeat), memory)
-        self.leak_watch = LeakWatch(memory, job.memory_report)
+        writes = ranks is None or ranks.rank == 0
+        self.progress = ProgressCallback(
+            job, Heartbeat(job.heartbeat), memory, memory_only=not writes
+        )
+        self.leak_watch = LeakWatch(memory, job.memory_report, stop=self.stop if ranks else None)
         self._started = time.monotonic()
 
     def create_training_args(self) -> TrainingArguments:
@@ -110,22 +125,27 @@ class TrainingEngine:
         """
         from transformers import PrinterCallback
 
-        faults = [fault for fault in planted_faults() if fault.attempt == self.plan.attempt]
-        callbacks: list[Any] = [
-            self.progress,
-            StopOnRequest(self.stop),
-            self.leak_watch,
-        ]
+        rank = self.ranks.rank if self.ranks else 0
+        faults = [fault for fault in planted_faults() if fault.is_for(self.plan.attempt, rank)]
         trainer = QATrainer(
             model=model,
             args=args,
             train_dataset=_rows(dataset["train"]),
             eval_dataset=_rows(dataset["dev"]),
             data_collator=self.collator,
-            callbacks=callbacks + ([FaultCallback(faults)] if faults else []),
             plan=self.plan,
             job=self.job,
+            stop=self.stop,
+            ranks=self.ranks,
         )
+        callbacks: list[Any] = [
+            self.progress,
+            StopOnRequest(self.stop, trainer.agreed_stop),
+            self.leak_watch,
+            *([FaultCallback(faults)] if faults else []),
+        ]
+        for callback in callbacks:
+            trainer.add_callback(callback)
         trainer.remove_callback(PrinterCallback)  # it prints the numbers of every step
         self.progress.trainer = trainer
         return trainer
@@ -157,8 +177,8 @@ class TrainingEngine:
         trainer.writer.wait()
         reach("training.over")
         is_finished = is_over(trainer.state, self.plan.early_stopping_patience)
-        if self.stop.signal_name is not None and not is_finished:
-            raise self.stop.error()
+        if trainer.agreed_stop.signal_name is not None and not is_finished:
+            raise trainer.agreed_stop.error()
         return trainer
 
     def save_model(self, trainer: QATrainer, output_dir: str) -> None:
@@ -175,6 +195,11 @@ class TrainingEngine:
                 shutil.copy2(best.path / name, folder / name)
         else:
             read_adapter_files(trainer.model)(folder)
+
+    def rank_outcome(self) -> RankOutcome:
+        """Return what a rank above 0 alone knows."""
+        _, _, process_gb = self.memory.peak()
+        return RankOutcome(peak_memory_gb=process_gb)
 
     def outcome(self, trainer: QATrainer) -> AttemptOutcome:
         """Return the result of the attempt.

@@ -25,6 +25,7 @@ from qwen3ft.machine.process_memory import MemoryReading, free_host_bytes, read_
 from qwen3ft.units import GIB, MIB
 
 if TYPE_CHECKING:
+    from qwen3ft.jobs.heartbeat import StopRequest
     from qwen3ft.machine.memory import MemoryOptimizer
 
 logger = get_logger("leaks")
@@ -54,12 +55,19 @@ class LeakWatch(TrainerCallback):
         memory: The budget and the present use of it.
         report: Folder for the counters of the step with the highest peak.
         most_share: Largest share of time to spend on readings.
+        stop: Set on a leak, for all ranks to stop together; None if this process is alone.
     """
 
     def __init__(
-        self, memory: MemoryOptimizer, report: Path, *, most_share: float = MOST_SHARE
+        self,
+        memory: MemoryOptimizer,
+        report: Path,
+        *,
+        most_share: float = MOST_SHARE,
+        stop: StopRequest | None = None,
     ) -> None:
         self.memory = memory
+        self.stop = stop
         self.most_share = most_share
         self.peak = PeakRecorder(report, memory.device)
         self.spent_seconds = 0.0
@@ -82,11 +90,15 @@ class LeakWatch(TrainerCallback):
         settling = min(SETTLING_STEPS, int(args.eval_steps or SETTLING_STEPS))
         if time.monotonic() < self._next_reading or step - self._disturbed_at < settling:
             return
+        if self._error is not None:  # the other ranks are one step behind in knowing
+            return
         started = time.thread_time()  # CPU time: waiting on a busy machine is not our cost
         reading = read_memory(step, self.memory.device)
         self.peak.add(reading)
         self._error = self._find_leak(reading, state.max_steps - step)
-        if self._error is not None:
+        if self._error is not None and self.stop is not None:
+            self.stop.signal_name = type(self._error).__name__
+        elif self._error is not None:
             control.should_evaluate = False
             control.should_save = control.should_training_stop = True
         self._last_step = step

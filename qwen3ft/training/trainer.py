@@ -20,6 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from transformers import Trainer, TrainerControl
 
@@ -52,8 +53,10 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
     from qwen3ft.jobs.folders import JobDir
+    from qwen3ft.jobs.heartbeat import StopRequest
     from qwen3ft.records.plan import TrainPlan
     from qwen3ft.training.fused.step import FusedStep
+    from qwen3ft.training.ranks import Ranks
 
 KEPT_ENTRIES = 200
 """Newest entries of the log history to keep at least, besides all evaluations. The entries of
@@ -61,15 +64,33 @@ KEPT_ENTRIES = 200
 
 
 class QATrainer(Trainer):
-    """The Trainer of one attempt, by `plan`, in the folder `job`."""
+    """The Trainer of one attempt, by `plan`, in the folder `job`.
+
+    Args:
+        plan: The attempt.
+        job: Its folder.
+        ranks: The processes that share each step, this one among them; None if it is alone.
+        stop: Set when this process was asked to stop; the ranks tell each other before each step.
+    """
 
     control: TrainerControl
     data_collator: Any
     _globalstep_last_logged: int
 
-    def __init__(self, *args: Any, plan: TrainPlan, job: JobDir, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        plan: TrainPlan,
+        job: JobDir,
+        stop: StopRequest,
+        ranks: Ranks | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.plan = plan
+        self.ranks = ranks
+        self.stop = stop
+        self.agreed_stop = stop if ranks is None else type(stop)()
         self.writer = CheckpointWriter(
             job.checkpoints,
             plan.keep_checkpoints,
@@ -91,7 +112,7 @@ class QATrainer(Trainer):
             plan.effective_batch_size,
             plan.seed,
         )
-        self.sampler: Any = step_sampler(self.order, plan)
+        self.sampler: Any = step_sampler(self.order, plan, ranks.rank if ranks else None)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Create torch's AdamW, or the one that keeps its moments in host memory."""
@@ -119,6 +140,12 @@ class QATrainer(Trainer):
         """Return the next step and its number of trained tokens."""
         steps = list(islice(epoch_iterator, num_batches))
         batches = [batch for step in steps for batch in step]
+        if self.ranks is not None:
+            totals = self.ranks.share_step(batches, wants_stop=self.stop.signal_name is not None)
+            if totals.must_stop:
+                self.agreed_stop.signal_name = self.stop.signal_name or "as another rank was"
+            self.step_tokens = totals.real_tokens
+            return steps, totals.trained_tokens
         self.step_tokens = sum(map(real_tokens, batches))
         # The count stays a plain number: copying a tensor to the device would wait for it.
         return steps, sum(map(trained_tokens, batches))
@@ -129,7 +156,14 @@ class QATrainer(Trainer):
         inputs: list[MicroBatch],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Run forward and backward of each micro-batch; return the mean loss per trained token."""
+        """Run forward and backward of each micro-batch; return the mean loss per trained token.
+
+        Loss and gradients are those of the micro-batches of all ranks.
+        """
+        if self.ranks is not None:
+            # A checkpoint has the generators of one rank. So no rank needs its own restored, and no
+            # two ranks drop the same elements.
+            torch.manual_seed(_seed_of(self.plan.seed, self.state.global_step, self.ranks.rank))
         total = torch.zeros((), device=self.args.device)
         for index, batch in enumerate(inputs):
             if index:
@@ -137,7 +171,7 @@ class QATrainer(Trainer):
                     self.args, self.state, self.control
                 )
             total += self._micro_step(model, batch, num_items_in_batch)
-        return total
+        return total if self.ranks is None else self.ranks.sum_gradients(self._trained, total)
 
     def _micro_step(
         self, model: torch.nn.Module, batch: MicroBatch, trained: torch.Tensor | int | None
@@ -304,17 +338,24 @@ class QATrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Return the mean negative log-likelihood per trained token over the held-out rows."""
-        loss_sum, tokens = 0.0, 0
+        parts: list[tuple[float, int]] = []
         # The phase is named before the first batch can run out of memory.
         self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         self.model.eval()
         # A data loader draws a seed. What follows must not depend on when an evaluation was made.
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            for inputs in self.get_eval_dataloader(eval_dataset):
-                loss_sum += self._summed_loss(self._prepare_inputs(inputs)).item()
-                tokens += trained_tokens(inputs)
+            for inputs in self.get_eval_dataloader(self._own_rows(eval_dataset)):
+                loss = self._summed_loss(self._prepare_inputs(inputs)).item()
+                parts.append((loss, trained_tokens(inputs)))
                 self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         self.model.train()
+        if self.ranks is not None:
+            rows = len(self.eval_dataset if eval_dataset is None else eval_dataset)
+            parts = self.ranks.merge(parts, -(-rows // self.args.per_device_eval_batch_size))
+        loss_sum, tokens = 0.0, 0
+        for loss, trained in parts:  # in the order of batches, so that ranks do not change the sum
+            loss_sum += loss
+            tokens += trained
         metrics = {f"{metric_key_prefix}_loss": loss_sum / max(tokens, 1)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
@@ -322,7 +363,17 @@ class QATrainer(Trainer):
         )
         return metrics
 
+    def _own_rows(self, given: Any) -> Any:
+        """Return the held-out rows of this rank: every batch is one rank's, in turn."""
+        if self.ranks is None:
+            return given
+        rows, size = self.eval_dataset if given is None else given, self.ranks.size
+        batch = self.args.per_device_eval_batch_size
+        return rows.select([i for i in range(len(rows)) if i // batch % size == self.ranks.rank])
+
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        if self.ranks is not None and self.ranks.rank > 0:
+            return  # it has the same state
         facts = {**checkpoint.lineage(self.plan), "learning_rate": self.plan.learning_rate}
         optimizer = _innermost(self.optimizer)
         self.writer.save(self.model, optimizer, self.lr_scheduler, self.state, facts)
@@ -338,6 +389,10 @@ class QATrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             load_rng_state(Path(checkpoint))
+
+
+def _seed_of(seed: int, step: int, rank: int) -> int:
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
 
 
 def _innermost(optimizer: Any) -> torch.optim.Optimizer:

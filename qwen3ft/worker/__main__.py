@@ -1,5 +1,7 @@
 """The worker process: `python -m qwen3ft.worker KIND DIR`, or `wait` for a job on stdin.
 
+A rank of a training gets the folder of the attempt, and takes its own below that.
+
 It reads its request from DIR and leaves an outcome or a classified failure there. Only
 `qwen3ft.jobs.processes` starts it, so that a CUDA error, a leak or a native exit ends nothing else.
 It dies with the process that started it.
@@ -23,11 +25,12 @@ from qwen3ft.machine.memory_report import write_memory_report
 from qwen3ft.records.training import Failure
 from qwen3ft.worker.bootstrap import (
     die_with_parent,
+    enter_rank,
     import_libraries,
     set_process_name,
     wait_for_job,
 )
-from qwen3ft.worker.jobs import KINDS, Job
+from qwen3ft.worker.jobs import KINDS, RANK, Job
 
 logger = logs.get_logger("worker")
 
@@ -75,6 +78,8 @@ def _run(kind: str, *arguments: str) -> int:
     if kind == WAIT:
         set_process_name(WAIT)
         job = wait_for_job()
+    elif kind == RANK:
+        job = kind, enter_rank(Path(*arguments))
     else:
         job = kind, Path(*arguments)
     status = _run_job(*job) if job is not None else 0

@@ -15,8 +15,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from qwen3ft.jobs.folders import JobDir
+from qwen3ft.jobs.folders import JobDir, read_record
 from qwen3ft.jobs.processes import PARENT_VARIABLE, PREEMPTED_STATUS, end_with_parent
+from qwen3ft.machine.gpu_choice import VISIBLE
+from qwen3ft.records.plan import TrainPlan
 
 _PR_SET_NAME = 15
 
@@ -27,7 +29,13 @@ PRELOADED_LIBRARIES = (
 )
 """Imports that take most jobs their first seconds; those for tokenising come first."""
 
-NEED_FEWER = ("tokenizer", "quantize", "data")
+_AGENTS = frozenset(
+    {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"}
+    | {"ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+)
+"""Variables by which torch's agent tells a process its place."""
+
+NEED_FEWER = ("tokenizer", "quantize", "data", "ranks")
 """Jobs that need less than half of these and import lazily."""
 
 
@@ -46,12 +54,37 @@ def wait_for_job() -> tuple[str, Path] | None:
     if not line:
         return None
     kind, path = json.loads(line)
-    with Path(os.devnull).open("rb") as nothing, JobDir(Path(path)).log.open("ab") as log:
+    with Path(os.devnull).open("rb") as nothing:
         os.dup2(nothing.fileno(), sys.stdin.fileno())
+    _print_to(JobDir(Path(path)).log)
+    return kind, Path(path)
+
+
+def _print_to(path: Path) -> None:
+    """Send the output of this process to the end of a file."""
+    with path.open("ab") as log:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
             os.dup2(log.fileno(), stream.fileno())
-    return kind, Path(path)
+
+
+def enter_rank(attempt: Path) -> Path:
+    """Make this process the rank that torch's agent names; return the rank's folder.
+
+    It sees one GPU, its own. What the agent put into the environment is taken out, or transformers
+    would distribute the model on its own account.
+    """
+    rank = int(os.environ["RANK"])
+    for name in [name for name in os.environ if name in _AGENTS or name.startswith("TORCHELASTIC")]:
+        del os.environ[name]
+    folder = JobDir(attempt).rank(rank).path
+    _print_to(JobDir(folder).log)
+    plan = read_record(JobDir(folder).request, TrainPlan)
+    if plan.device == "cuda":
+        place = plan.places[rank]
+        visible = os.environ.get(VISIBLE)
+        os.environ[VISIBLE] = str(place) if visible is None else visible.split(",")[place]
+    return folder
 
 
 def import_libraries(kind: str) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
+from qwen3ft.errors import RanksPartedError
 from qwen3ft.jobs.folders import JobDir, read_record
 from qwen3ft.jobs.heartbeat import Heartbeat, StopRequest
 from qwen3ft.machine.memory_report import record_history, write_memory_report
@@ -32,14 +33,24 @@ from qwen3ft.records.requests import (
     TokenizerRequest,
 )
 from qwen3ft.records.serving import ServeEnded, ServeRequest
-from qwen3ft.records.training import AttemptOutcome
+from qwen3ft.records.training import AttemptOutcome, RankOutcome
 from qwen3ft.units import GIB
+from qwen3ft.worker.agent import train_ranks
 
 if TYPE_CHECKING:
     from types import FrameType
 
+    import torch
+
     from qwen3ft.training.engine import TrainingEngine
+    from qwen3ft.training.ranks import Ranks
     from qwen3ft.training.trainer import QATrainer
+
+RANK = "rank"
+"""Kind of a process that is one of the ranks of a training."""
+
+LINGER_SECONDS = 2.0
+"""Time that a rank which lost the others leaves the agent to see who ended first."""
 
 
 class Job:
@@ -108,6 +119,30 @@ def train_job(job: Job) -> AttemptOutcome:
     return engine.outcome(trainer)
 
 
+def rank_job(job: Job) -> AttemptOutcome | RankOutcome:
+    """Train as one of the ranks of an attempt, in a folder of its own below the attempt's."""
+    from qwen3ft.training.ranks import Ranks
+
+    plan, rank = read_record(job.dir.request, TrainPlan), int(job.dir.path.name)
+    attempt = JobDir(job.dir.path.parents[1])
+    job.heartbeat.beat("load")
+    try:
+        ranks = Ranks(rank, plan.ranks)
+        engine, trainer = _load_for_training(job, plan, attempt if rank == 0 else None, ranks)
+        ranks.meet(plan, attempt.meeting_place)  # late: transformers would take notice of it
+        job.heartbeat.beat("train")
+        engine.train_model(trainer)
+        job.heartbeat.beat("finish")
+        ranks.leave()
+        return engine.outcome(trainer) if rank == 0 else engine.rank_outcome()
+    except RanksPartedError:
+        # The rank that ended first has the cause: let the agent see its end first.
+        job.stop.wait(LINGER_SECONDS)
+        if job.stop.signal_name is not None:
+            raise job.stop.error() from None
+        raise
+
+
 def preflight_job(job: Job) -> Measurement:
     """Measure the worst batches of a plan; training follows in its own process."""
     from qwen3ft.machine.memory import MemoryOptimizer
@@ -118,12 +153,35 @@ def preflight_job(job: Job) -> Measurement:
     meter = PhaseMeter(job.dir, MemoryOptimizer(plan.max_memory_gb, plan.device))
     engine, trainer = _load_for_training(job, plan)
     meter.memory = engine.memory
+    buffers = _exchange_buffers(plan)
     job.heartbeat.beat("train")
-    return measure(engine, trainer, request, meter)
+    measured = measure(engine, trainer, request, meter)
+    del buffers
+    return measured
 
 
-def _load_for_training(job: Job, plan: TrainPlan) -> tuple[TrainingEngine, QATrainer]:
-    """Load the model with its adapter and the rows; return the engine and the trainer."""
+def _exchange_buffers(plan: TrainPlan) -> torch.Tensor:
+    """Take the memory in which a rank of several sums gradients, as a preflight is alone."""
+    import torch
+
+    from qwen3ft.planning.footprint import exchange_bytes
+    from qwen3ft.planning.workload import workload_of
+
+    size = exchange_bytes(workload_of(plan))
+    return torch.ones(size, dtype=torch.uint8, device=plan.device)
+
+
+def _load_for_training(
+    job: Job, plan: TrainPlan, attempt: JobDir | None = None, ranks: Ranks | None = None
+) -> tuple[TrainingEngine, QATrainer]:
+    """Load the model with its adapter and the rows; return the engine and the trainer.
+
+    Args:
+        job: The job; its folder receives metrics and checkpoints unless there is another `attempt`.
+        plan: The plan.
+        attempt: Folder for metrics and checkpoints.
+        ranks: The ranks of the attempt, if there are several.
+    """
     from datasets import DatasetDict
     from transformers import set_seed
 
@@ -152,10 +210,11 @@ def _load_for_training(job: Job, plan: TrainPlan) -> tuple[TrainingEngine, QATra
     )
     engine = TrainingEngine(
         plan,
-        job.dir,
+        attempt or job.dir,
         collator=DataPipeline(config).create_data_collator(tokenizer),
         memory=memory,
         stop=job.stop,
+        ranks=ranks,
     )
     engine.progress.heartbeat = job.heartbeat
     return engine, engine.create_trainer(adapted, dataset, engine.create_training_args())
@@ -229,6 +288,8 @@ KINDS: dict[str, Callable[[Job], BaseModel]] = {
     "data": data_job,
     "preflight": preflight_job,
     "train": train_job,
+    "ranks": train_ranks,
+    RANK: rank_job,
     "inference": inference_job,
     "answer": answer_job,
     "export": export_job,

@@ -249,24 +249,25 @@ def test_a_run_holds_its_gpu_and_on_a_cpu_only_what_it_asked_for(
     environment: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The GPU by its UUID; two runs on the CPU may overlap unless `lock_cpu` is set."""
-    from flows.run_context import gpu_lock_for
+    from flows.run_context import hold_devices
 
-    monkeypatch.setenv(gpu_lock.FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(gpu_lock.FOLDER_VARIABLE, str(tmp_path / "locks"))
     gpu = GpuInfo(index=0, name="a", uuid=GPU, total_bytes=1, free_bytes=1, driver_version="580")
     with_gpu = environment.model_copy(update={"gpus": (gpu,)})
     first, second = RunDir(tmp_path / "run-1"), RunDir(tmp_path / "run-2")
     plain = TrainingConfig(when_gpu_is_busy="refuse")
     one_by_one = TrainingConfig(when_gpu_is_busy="refuse", lock_cpu=True)
-    with gpu_lock_for(plain, environment, first), gpu_lock_for(plain, environment, second):
-        assert list(tmp_path.iterdir()) == []
+    with hold_devices(plain, environment, first), hold_devices(plain, environment, second):
+        assert not (tmp_path / "locks").exists()
     for config, machine in ((plain, with_gpu), (one_by_one, environment)):
         with (
-            gpu_lock_for(config, machine, first),
+            hold_devices(config, machine, first),
             pytest.raises(EnvironmentNotReadyError, match="Run run-1 "),
-            gpu_lock_for(config, machine, second),
+            hold_devices(config, machine, second),
         ):
             pass
-    assert {path.name for path in tmp_path.iterdir()} == {f"{GPU}.lock", "cpu.lock"}
+    found = {path.name for path in (tmp_path / "locks").iterdir()}
+    assert found == {f"{GPU}.lock", "cpu.lock", gpu_lock.CHOOSING}
 
 
 @pytest.mark.parametrize("times", [3, pytest.param(50, marks=pytest.mark.slow)])

@@ -190,7 +190,7 @@ def test_a_degraded_model_or_dataset_makes_the_plan_degraded() -> None:
 def test_each_derived_value_has_its_reason(gpu_gb: float | None) -> None:
     """Everything that the config does not state literally is explained in a sentence."""
     plan = plan_for(TINY, gpu_gb=gpu_gb)
-    derived = {"device", "max_memory_gb", "gradient_accumulation_steps", "warmup_steps"}
+    derived = {"device", "places", "max_memory_gb", "gradient_accumulation_steps", "warmup_steps"}
     derived |= {"total_steps", "evaluate_every_steps", "predicted", *MemorySettings.model_fields}
     asked = set(TrainingConfig.model_fields)
     given_by_stages = {"attempt", "run_id", "run_dir", "model", "adapter", "dataset"}

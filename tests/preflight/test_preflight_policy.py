@@ -146,7 +146,7 @@ def test_parts_of_resident_memory_that_cannot_be_told_apart_are_left_open(make_p
 def test_every_named_part_of_a_prediction_is_grouped(make_plan: Any, kernels: str) -> None:
     """A part that was renamed would silently count as activations."""
     changes = {"kernels": kernels, "packing": kernels == "fused", "chunk_tokens": 1024}
-    plan = repredict(make_plan(device="cuda", activation_bytes=GIB, **changes))
+    plan = repredict(make_plan(device="cuda", places=(0, 1), activation_bytes=GIB, **changes))
     assert GROUPS.keys() <= {part.name for part in plan.predicted}
 
 

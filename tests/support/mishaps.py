@@ -45,7 +45,7 @@ from qwen3ft.jobs import failures
 from qwen3ft.jobs.folders import JobDir, RunDir
 from qwen3ft.jobs.heartbeat import StopRequest
 from qwen3ft.machine import environment as environments
-from qwen3ft.machine import gpu_lock, gpus, leaks, memory
+from qwen3ft.machine import gpu_choice, gpu_lock, gpus, leaks, memory
 from qwen3ft.model import hub as model_hub
 from qwen3ft.model import hub_errors as translated
 from qwen3ft.model import room, saved_adapter, shapes, source_folder
@@ -644,6 +644,9 @@ QUICK: dict[str, Mishap] = {
         environments.EnvironmentManager(f, ["no-such-package"]).validate_environment()
     ),
     "qwen3ft/machine/environment.py _refuse_wrong_python 1": wrong_python,
+    "qwen3ft/machine/gpu_choice.py _refusal 1": lambda _: throw(
+        gpu_choice._refusal("gpus is 2, and this machine has one.", "It has no more.", ())
+    ),
     "qwen3ft/machine/gpu_lock.py _busy 1": twice_on_one_gpu,
     "qwen3ft/machine/gpu_lock.py _no_folder 1": lambda f: gpu_lock._prepare_folder(
         write(f, "a file", "") / "x"
@@ -814,8 +817,12 @@ ELSEWHERE: dict[str, str] = {
     "test_an_end_without_rows_says_why_and_what_to_do",
     "qwen3ft/data/tokenizing.py tokenize_table 1": f"{_DATA}/test_data_policies.py::"
     "test_a_long_reasoning_loses_its_middle_where_asked_and_the_answer_stays",
-    "qwen3ft/jobs/launcher.py _watch 1": "tests/jobs/test_launcher.py::"
+    "qwen3ft/jobs/launcher.py _stalled 1": "tests/jobs/test_launcher.py::"
     "test_a_clock_that_is_set_neither_fakes_nor_hides_a_stall",
+    "qwen3ft/training/ranks.py Ranks._require_alike 1": "tests/training/test_ranks.py::"
+    "test_a_rank_with_another_version_of_the_code_is_refused",
+    "qwen3ft/training/ranks.py _together 1": "tests/training/test_ranks.py::"
+    "test_a_rank_that_ends_parts_the_others_at_once",
     "qwen3ft/model/manager.py ModelManager.quantize 1": f"{_MODEL}/test_model.py::"
     "test_settings_that_fail_fall_back_and_mark_the_snapshot",
     "qwen3ft/model/save_adapter.py save_adapter 1": f"{_MODEL}/test_save_adapter.py::"

@@ -65,7 +65,7 @@ def compose_for(make_config: Any) -> Compose:
     from qwen3ft.data.token_table import load_split
     from qwen3ft.training.engine import TrainingEngine
 
-    def compose(plan: Any) -> tuple[Any, Any]:
+    def compose(plan: Any, ranks: Any = None) -> tuple[Any, Any]:
         set_seed(plan.seed)
         manager = ModelManager(make_config())
         model, tokenizer = manager.load_model_with_quantization(plan.model.path)
@@ -74,13 +74,17 @@ def compose_for(make_config: Any) -> Compose:
         )
         adapted = LoRAAdapter(plan.adapter).apply_lora(model)
         splits = {name: load_split(Path(plan.dataset.path), name) for name in ("train", "dev")}
-        job = JobDir(Path(plan.run_dir) / "attempts" / f"{plan.attempt:02d}").create(plan)
+        job = JobDir(Path(plan.run_dir) / "attempts" / f"{plan.attempt:02d}")
+        if ranks is not None and ranks.rank > 0:
+            job = job.rank(ranks.rank)
+        job.create(plan)
         engine = TrainingEngine(
             plan,
             job,
             collator=DataPipeline(make_config()).create_data_collator(tokenizer),
             memory=MemoryOptimizer(plan.max_memory_gb, plan.device),
             stop=StopRequest(),
+            ranks=ranks,
         )
         trainer = engine.create_trainer(adapted, DatasetDict(splits), engine.create_training_args())
         return engine, trainer

@@ -1,0 +1,192 @@
+"""The ranks of one training: processes that each train a share of every optimizer step.
+
+All ranks hold the same weights, optimizer and state, and compute the same updates, since the sum of
+their gradients has the same bits everywhere: every number is summed in the order of ranks, on one
+of them. Only what a rank alone knows passes between them: gradients once a step, and a few numbers
+before each step and after an evaluation.
+
+A training in one process has no `Ranks`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import qwen3ft
+from qwen3ft.errors import EnvironmentNotReadyError, RanksPartedError
+from qwen3ft.files import sha256_file, sha256_json
+from qwen3ft.records.plan import TrainPlan
+from qwen3ft.training.batches import MicroBatch, real_tokens, trained_tokens
+
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+
+
+class Ranks:
+    """This process among the ranks of a training.
+
+    Attributes:
+        rank: Number of this process, from 0.
+        size: Number of processes.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank = rank
+        self.size = size
+        self._device = "cpu"
+        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def meet(self, plan: TrainPlan, meeting_place: Path) -> None:
+        """Connect this process with the other ranks of the attempt.
+
+        Args:
+            plan: The attempt.
+            meeting_place: File in a private folder through which the ranks find each other.
+
+        Raises:
+            RanksPartedError: another rank has ended.
+            EnvironmentNotReadyError: another rank has another version or plan.
+        """
+        # A file, not a port: whoever reaches torch's store can make its clients execute code, and
+        # it listens to the whole network.
+        store = dist.FileStore(str(meeting_place), self.size)  # type: ignore[attr-defined]
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", LOOPBACK)
+        # Longer than the silence that counts as a stall, which names the rank that hangs.
+        limit = timedelta(seconds=2 * plan.stall_seconds + 60)
+        # NCCL refuses two ranks on one GPU; their gradients pass through host memory then.
+        if plan.device == "cuda" and len(set(plan.places)) == self.size:
+            self._device = "cuda"
+        backend = "gloo" if self._device == "cpu" else "cpu:gloo,cuda:nccl"
+        _together(
+            lambda: dist.init_process_group(
+                backend, store=store, rank=self.rank, world_size=self.size, timeout=limit
+            )
+        )
+        self._require_alike([code_digest(), torch.__version__, plan.model_dump(mode="json")])
+
+    def leave(self) -> None:
+        """Close the connections to the other ranks, after a training that reached its end."""
+        dist.destroy_process_group()
+
+    def gather(self, numbers: Sequence[float]) -> list[list[float]]:
+        """Return the numbers of all ranks, in their order; each gives as many.
+
+        They never touch the GPU, so nothing waits for its queued work.
+
+        Raises:
+            RanksPartedError: another rank has ended.
+        """
+        own = torch.tensor(numbers, dtype=torch.float64)
+        found = [torch.empty_like(own) for _ in range(self.size)]
+        _together(lambda: dist.all_gather(found, own))
+        return [tensor.tolist() for tensor in found]
+
+    def share_step(self, batches: Sequence[MicroBatch], *, wants_stop: bool) -> StepTotals:
+        """Count the tokens of a step over all ranks, and hear whether one of them has to stop."""
+        own = (
+            sum(map(real_tokens, batches)),
+            sum(map(trained_tokens, batches)),
+            float(wants_stop),
+        )
+        real, trained, stops = map(sum, zip(*self.gather(own), strict=True))
+        return StepTotals(int(real), int(trained), stops > 0)
+
+    def sum_gradients(
+        self, parameters: Sequence[torch.nn.Parameter], loss: torch.Tensor
+    ) -> torch.Tensor:
+        """Replace each rank's fp32 gradients by their sum over all ranks; return the sum of `loss`.
+
+        A rank without a gradient counts as zero. Every rank sums one share of all numbers in the
+        order of ranks, and sends the sums to the others: so the bits depend on the number of ranks
+        alone, and a rank moves twice the gradients' bytes however many there are.
+
+        Raises:
+            RanksPartedError: another rank has ended.
+        """
+        sizes = [parameter.numel() for parameter in parameters]
+        mine, theirs = self._flat(sum(sizes) + 1)
+        views = torch.split(mine[: sum(sizes)], sizes)
+        for parameter, view in zip(parameters, views, strict=True):
+            if parameter.grad is None:
+                view.zero_()
+            else:
+                view.copy_(parameter.grad.flatten())
+        mine[sum(sizes)] = loss
+        _together(lambda: dist.all_to_all_single(theirs, mine))
+        shares = theirs.view(self.size, -1)
+        for share in shares[1:]:
+            shares[0] += share
+        shares[1:] = shares[0]
+        _together(lambda: dist.all_to_all_single(mine, theirs))
+        for parameter, view in zip(parameters, views, strict=True):
+            parameter.grad = view.view_as(parameter).to(parameter.device)
+        return mine[sum(sizes)].clone().to(loss.device)
+
+    def merge(self, own: Sequence[tuple[float, int]], count: int) -> list[tuple[float, int]]:
+        """Return all of `count` pairs, of which item i is at i // size of rank i % size."""
+        rows = -(-count // self.size)
+        padded = [*own, *[(0.0, 0)] * (rows - len(own))]
+        found = self.gather([number for pair in padded for number in pair])
+        places = (divmod(index, self.size) for index in range(count))
+        return [(found[rank][2 * row], int(found[rank][2 * row + 1])) for row, rank in places]
+
+    def _require_alike(self, computes_from: Any) -> None:
+        """Refuse to train beside a rank that computes from another version of the code or plan."""
+        digest = int(sha256_json(computes_from)[:12], 16)  # 48 bits, which a float64 holds
+        found = [int(own) for (own,) in self.gather([digest])]
+        different = [str(rank) for rank, other in enumerate(found) if other != found[0]]
+        if different:
+            raise EnvironmentNotReadyError(
+                f"Rank {', '.join(different)} of {self.size} has another version of qwen3ft or of "
+                "its plan than rank 0.",
+                why="All ranks of a training must compute the same.",
+                next_command="qwen3ft doctor",
+                ranks=different,
+            )
+
+    def _flat(self, numbers: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return two buffers for `numbers` fp32 numbers in equal shares; made once."""
+        if self._buffers is None:
+            slots = -(-numbers // self.size) * self.size
+            first = torch.zeros(slots, dtype=torch.float32, device=self._device)
+            self._buffers = first, torch.zeros_like(first)
+        return self._buffers
+
+
+class StepTotals:
+    """Counts of a step over all ranks."""
+
+    def __init__(self, real_tokens: int, trained_tokens: int, must_stop: bool) -> None:
+        self.real_tokens = real_tokens
+        self.trained_tokens = trained_tokens
+        self.must_stop = must_stop
+
+
+def code_digest() -> str:
+    """Return the sha256 of this package's own modules."""
+    package = Path(qwen3ft.__file__).parent
+    modules = sorted(package.rglob("*.py"))
+    return sha256_json([[str(path.relative_to(package)), sha256_file(path)] for path in modules])
+
+
+def _together(collective: Callable[[], object]) -> None:
+    """Run a collective; what breaks it is that another rank has ended."""
+    try:
+        collective()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # gloo's own, and torch's DistBackendError
+        first_line: Any = str(error).partition("\n")[0]
+        raise RanksPartedError(
+            f"The connection to the other ranks broke: {first_line[:300]}",
+            why="Another rank has ended; its failure is the cause.",
+            next_command="qwen3ft status",
+        ) from error

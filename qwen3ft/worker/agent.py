@@ -1,0 +1,155 @@
+"""The worker of an attempt with several ranks: it starts torch's elastic agent and watches over it.
+
+The agent (`torch.distributed.elastic`, what `torchrun` runs) starts one process for each rank, ends
+all of them when one fails, and restarts none: recovery plans the next attempt. To the launcher this
+is a worker as any other. Its heartbeat is that of all ranks together; its failure is that of the
+rank that failed first.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from qwen3ft.errors import FinetuneError
+from qwen3ft.jobs.folders import JobDir, read_record
+from qwen3ft.jobs.launcher import RecordRelay, kernel_oom_kills, last_sign, unrecorded_failure
+from qwen3ft.jobs.processes import GRACE_SECONDS, PARENT_VARIABLE
+from qwen3ft.logs import get_logger
+from qwen3ft.records.plan import TrainPlan
+from qwen3ft.records.training import AttemptOutcome, Failure, RankOutcome
+
+if TYPE_CHECKING:
+    from qwen3ft.worker.jobs import Job
+
+logger = get_logger("ranks")
+
+FOLLOW_SECONDS = 0.5
+"""Time between two looks at the heartbeats of the ranks."""
+
+CONSEQUENCES = ("PreemptedError", "RanksPartedError")
+"""Failures that another rank's end causes; `DistBackendError` is NCCL's own word for it."""
+
+
+def train_ranks(job: Job) -> AttemptOutcome:
+    """Run one training attempt on several ranks."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
+    plan = read_record(job.dir.request, TrainPlan)
+    folders = [job.dir.rank(rank).create(plan) for rank in range(plan.ranks)]
+    job.dir.meeting_place.unlink(missing_ok=True)
+    job.heartbeat.beat("start")
+    threads = max(1, int(os.environ.get("OMP_NUM_THREADS", "1")) // plan.ranks)
+    os.environ.update({"OMP_NUM_THREADS": str(threads), PARENT_VARIABLE: str(os.getpid())})
+    kills_before = kernel_oom_kills()
+    launch = elastic_launch(_launch_config(job.dir, plan), sys.executable)
+    try:
+        with _followed(job, folders):
+            launch("-m", "qwen3ft.worker", "rank", str(job.dir.path))
+    except SignalException as stopped:
+        job.stop.signal_name = signal.Signals(stopped.sigval).name
+        raise job.stop.error() from None
+    except ChildFailedError as ended:
+        codes = {rank: failure.exitcode for rank, failure in ended.failures.items()}
+        raise first_failure(folders, codes, kills_before) from None
+    return _outcome(folders)
+
+
+def first_failure(
+    folders: Sequence[JobDir], codes: Mapping[int, int], kills_before: int = 0
+) -> FinetuneError:
+    """Return the failure that ended the others.
+
+    Args:
+        folders: Folders of the ranks.
+        codes: Exit statuses of the ranks that failed, in the order in which the agent saw them.
+        kills_before: `kernel_oom_kills` before the ranks started.
+    """
+    failures = {
+        rank: folders[rank].read_failure()
+        or Failure.from_error(unrecorded_failure(folders[rank], codes[rank], kills_before))
+        for rank in codes
+    }
+    # of equals the one that the agent saw first
+    rank, failure = min(failures.items(), key=lambda item: _is_consequence(item[1]))
+    facts = {**failure.facts, "rank": rank, "ranks": len(folders)}
+    what = f"Rank {rank} of {len(folders)}: {failure.what}"
+    return failure.model_copy(update={"what": what, "facts": facts}).to_error()
+
+
+def _is_consequence(failure: Failure) -> bool:
+    return failure.kind in CONSEQUENCES or failure.facts.get("error_type") == "DistBackendError"
+
+
+def _launch_config(job: JobDir, plan: TrainPlan) -> Any:
+    """Return the agent's settings: this host alone, and no restart."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.launcher.api import LaunchConfig
+
+    # its name as an argument is newer
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(int(GRACE_SECONDS))
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=plan.ranks,
+        logs_specs=DefaultLogsSpecs(log_dir=str(job.meeting_place.with_name("agent"))),
+        run_id=f"{plan.run_id or 'run'}-{plan.attempt}",
+        rdzv_backend="c10d",
+        # A file of this user instead of a port that the whole network could reach.
+        rdzv_endpoint=str(job.meeting_place.with_name("rendezvous")),
+        rdzv_configs={"store_type": "file", "timeout": 60},
+        local_addr="localhost",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+
+
+@contextmanager
+def _followed(job: Job, folders: Sequence[JobDir]) -> Iterator[None]:
+    """Beat for the job whenever a rank has beaten: when one hangs, all are silent soon.
+
+    Log records of rank 0 and warnings of the others are repeated meanwhile.
+    """
+    over = threading.Event()
+
+    logs = [RecordRelay(folder, f"rank {rank}: ") for rank, folder in enumerate(folders)]
+    logs[0] = RecordRelay(folders[0])
+
+    def follow() -> None:
+        before: list[int] = []
+        is_over = False
+        while not is_over:
+            is_over = over.wait(FOLLOW_SECONDS)
+            for log in logs:
+                log.relay()
+            beats = [
+                folder.heartbeat.stat().st_mtime_ns if folder.heartbeat.exists() else 0
+                for folder in folders
+            ]
+            if beats != before:
+                before = beats
+                job.heartbeat.beat(*last_sign(folders[0]))
+
+    thread = threading.Thread(target=follow, name="heartbeats", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _outcome(folders: Sequence[JobDir]) -> AttemptOutcome:
+    """Return the outcome of rank 0 with the peaks of all ranks."""
+    first, *others = folders
+    outcome = read_record(first.outcome, AttemptOutcome)
+    found = (read_record(other.outcome, RankOutcome).peak_memory_gb for other in others)
+    peaks = (outcome.peak_memory_gb, *found)
+    return outcome.model_copy(update={"rank_peaks_gb": peaks, "peak_memory_gb": max(peaks)})
