@@ -87,9 +87,13 @@ def read_setting(name: str, typed: str) -> Any:
     return text
 
 
+_TEXTS_OF_NUMBERS = ("gpus",)
+"""Settings that are texts, in which a number is one all the same."""
+
+
 def is_read_otherwise(name: str, typed: str) -> bool:
     """Return True if the setting is a free text, and YAML would make something else of it."""
-    if str not in _kinds(name) or typed.strip() == NULL:
+    if str not in _kinds(name) or name in _TEXTS_OF_NUMBERS or typed.strip() == NULL:
         return False
     try:
         return bool(yaml.safe_load(typed) != typed)
