@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 logger = get_logger("ranks")
 
-FOLLOW_SECONDS = 0.5
+LOOK_AT_RANKS_SECONDS = 0.5
 """Time between two looks at the heartbeats of the ranks."""
 
 CONSEQUENCES = ("PreemptedError", "RanksPartedError")
@@ -126,7 +126,7 @@ def _followed(job: Job, folders: Sequence[JobDir]) -> Iterator[None]:
         before: list[int] = []
         is_over = False
         while not is_over:
-            is_over = over.wait(FOLLOW_SECONDS)
+            is_over = over.wait(LOOK_AT_RANKS_SECONDS)
             for log in logs:
                 log.relay()
             beats = [
