@@ -35,7 +35,8 @@ BROWSER = "tests/flows/test_browser.py"
 _WITH_FLOW = (BROWSER, "tests/flows/test_attacks.py", "tests/flows/test_secrets.py")
 _WITH_TRAINED = (
     *("tests/serving/test_ask.py", "tests/serving/test_gguf.py"),
-    *("tests/serving/test_mlflow_model.py", "tests/evaluation/test_inference.py"),
+    *("tests/serving/test_hub_push.py", "tests/serving/test_mlflow_model.py"),
+    "tests/evaluation/test_inference.py",
     *("tests/server/test_server.py", "tests/server/test_following.py"),
 )
 _WITH_WORKERS = (

@@ -14,7 +14,19 @@ from typing import Annotated
 
 import typer
 
-from flows.cli import adapters, champion, clean, data, init, plan, runs, serve, servers, settings
+from flows.cli import (
+    adapters,
+    champion,
+    clean,
+    data,
+    hub,
+    init,
+    plan,
+    runs,
+    serve,
+    servers,
+    settings,
+)
 from flows.cli.output import open_console, print_json
 from qwen3ft.errors import (
     CancelledError,
@@ -43,6 +55,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
         adapters.chat_command,
         adapters.export_command,
         serve.serve_command,
+        hub.push_command,
         champion.promote_command,
         champion.rollback_command,
         champion.history_command,

@@ -107,6 +107,18 @@ class Registry:
         run_id = _run_id(version)
         return self._calls.within(self.deadline_seconds, find_run_settings, run_id)
 
+    def run_card(self, registered_model: str, run: str, folder: Path) -> Path | None:
+        """Fetch the card of the run that made a version into `folder`; None if there is none."""
+        version = self.version_of_run(registered_model, run)
+        if version is None:
+            return None
+        with suppress(NotInMlflowError, RejectedError):
+            run_id = _run_id(version)
+            return self._calls.within(
+                self.deadline_seconds, Connection.download, run_id, "card/card.json", folder
+            )
+        return None
+
     def in_use(self) -> list[str]:
         """Return the names of the registered models that have a champion."""
         return self._calls.within(self.deadline_seconds, find_in_use)
