@@ -34,6 +34,7 @@ SAMPLES = {
     "--resume": "a-run",
     "--row": "1",
     "promote": "1",
+    "push": "owner/name",
     "data": "check",
     "--gpu": "none",
     "--model": "4b",

@@ -59,7 +59,7 @@ from qwen3ft.recovery.adjust import FailedAttempt, GiveUp, decide_retry
 from qwen3ft.registry import aliases, bounded_calls, lookup
 from qwen3ft.registry import registry as registries
 from qwen3ft.registry.registry import Registry
-from qwen3ft.serving import export, gguf_files, parity, session
+from qwen3ft.serving import export, gguf_files, hub_push, parity, session
 from qwen3ft.tracking import connection as connections
 from qwen3ft.tracking.journal import AttemptEnded, Journal
 from qwen3ft.tracking.points import table_json
@@ -354,6 +354,12 @@ def converter_that_fails(folder: Path) -> None:
     """llama.cpp's script is not where it was installed."""
     with patch.object(gguf_files, "_llama_cpp", return_value=folder):
         gguf_files.write_lora(folder, folder, folder / "x.gguf")
+
+
+def push_to_no_repository(folder: Path) -> None:
+    """The name has no owner."""
+    write_small_adapter(folder / "adapter")
+    hub_push.push_adapter(folder / "adapter", "adapter", ())
 
 
 def no_converter(_: Path) -> None:
@@ -747,6 +753,16 @@ QUICK: dict[str, Mishap] = {
     "qwen3ft/serving/gguf_files.py require_gguf_packages 1": no_converter,
     "qwen3ft/serving/gguf_files.py write_model 1": unknown_tokenizer,
     "qwen3ft/serving/gguf_files.py write_lora 1": converter_that_fails,
+    "qwen3ft/serving/hub_push.py push_adapter 1": push_to_no_repository,
+    "qwen3ft/serving/hub_push.py _explained 1": lambda _: throw(
+        hub_push._explained(ConnectionError("refused"), NAME)
+    ),
+    "qwen3ft/serving/hub_push.py _explained 2": lambda _: throw(
+        hub_push._explained(hub_answer(hub_errors.HfHubHTTPError, 403), NAME)
+    ),
+    "qwen3ft/serving/hub_push.py _explained 3": lambda _: throw(
+        hub_push._explained(hub_answer(hub_errors.HfHubHTTPError, 500), NAME)
+    ),
     "qwen3ft/serving/session.py _ended_early 1": lambda _: throw(session._ended_early()),
     "qwen3ft/settings.py find_settings 1": lambda _: settings.find_settings([], "nonsense"),
     "qwen3ft/tracking/connection.py _rejected 1": refused_by_mlflow,
