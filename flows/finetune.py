@@ -125,7 +125,7 @@ def qwen3_finetune(
         claim_tonight(config, request, nightly, continue_run) as night,
     ):
         if night.taken is not None:
-            return end_as_taken(night)
+            return end_as_taken(night, config.model_name)
         if night.run_id not in (continue_run, str(flow_run.id)):
             config = settings_to_finish(config, night.run_id)
         record_run(str(flow_run.id), night.run_id, config)

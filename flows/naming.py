@@ -25,7 +25,8 @@ _VERDICTS = {*get_args(Outcome), DEGRADED.lower(), ALREADY_DONE.lower()}
 
 def run_name() -> str:
     """Return the name at the start: the model and the time."""
-    return f"{_model()} {datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
+    model_name = over_deployment(flow_run.parameters.get("config")).model_name
+    return f"{_short(model_name)} {datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
 
 
 def name_with_verdict(verdict: str) -> str:
@@ -33,17 +34,19 @@ def name_with_verdict(verdict: str) -> str:
     return f"{verdict}: {flow_run.name}"
 
 
-def show_verdict(verdict: str) -> None:
-    """Put the verdict into the name and the tags of this flow run; skipped without a server."""
+def show_verdict(verdict: str, model_name: str) -> None:
+    """Put the verdict and the model into the name and the tags of this flow run.
+
+    Skipped if the server does not answer.
+    """
     kept = [tag for tag in flow_run.tags if tag not in _VERDICTS]  # of an earlier start of it
     try:
-        tags = dict.fromkeys([verdict, _model(), *kept])
+        tags = dict.fromkeys([verdict, _short(model_name), *kept])
         with get_client(sync_client=True) as client:
             client.update_flow_run(flow_run.id, name=name_with_verdict(verdict), tags=list(tags))
     except NOT_SHOWN as error:
         logger.warning("Prefect's lists do not show the verdict: %s", error)
 
 
-def _model() -> str:
-    model = over_deployment(flow_run.parameters.get("config")).model_name
-    return model.rstrip("/").rpartition("/")[2]
+def _short(model_name: str) -> str:
+    return model_name.rstrip("/").rpartition("/")[2]

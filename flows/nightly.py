@@ -165,7 +165,7 @@ def _is_at_work(config: TrainingConfig, run_id: str | None) -> bool:
     return is_running(RunDir(Path(config.runs_dir).resolve() / run_id))
 
 
-def end_as_taken(night: Night) -> State[Any]:
+def end_as_taken(night: Night, model_name: str) -> State[Any]:
     """Return the final state of a second start of the same night."""
-    show_verdict(ALREADY_DONE.lower())
+    show_verdict(ALREADY_DONE.lower(), model_name)
     return Completed(name=ALREADY_DONE, message=night.taken)

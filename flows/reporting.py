@@ -144,7 +144,7 @@ class RunReporter:
             artifacts.show_link(artifacts.MLFLOW_RUN, card.mlflow_url, "This run in MLflow")
         # the newest artifact is the first on the run's page
         artifacts.show_markdown(card_key(), markdown, card_title(card))
-        show_verdict(verdict)
+        show_verdict(verdict, self.facts.config.model_name)
         logger.info("%s", card.verdict)
         return card
 

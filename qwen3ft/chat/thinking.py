@@ -20,6 +20,11 @@ ChunkKind = Literal["thinking", "answer"]
 ThinkingChunk = tuple[ChunkKind, str]
 
 
+def is_opened(prompt: str) -> bool:
+    """Return True if a prompt ends with the opening tag, which the model then does not write."""
+    return prompt.rstrip().endswith(THINK_OPEN)
+
+
 class ThinkingSplitter:
     """Splitter of streamed text into thinking and answer, without the tags.
 

@@ -12,7 +12,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from qwen3ft.chat.rendering import ChatRow, generation_prompt, prompt_ids, tokenize_rows
-from qwen3ft.chat.thinking import THINK_OPEN
+from qwen3ft.chat.thinking import is_opened
 from qwen3ft.evaluation.answer_loss import RowLoss
 from qwen3ft.evaluation.answers import Generated
 from qwen3ft.evaluation.exam import SAMPLING_SEED, Beat, Evaluation
@@ -144,7 +144,7 @@ def _collect(
             limits = AnswerLimits(
                 answer_tokens=exam.max_new_tokens,
                 thinking_tokens=exam.max_thinking_tokens if thinking else 0,
-                opened=prompt.rstrip().endswith(THINK_OPEN),
+                opened=is_opened(prompt),
                 seed=_seed_of(key) if drawn else None,
             )
             ids = prompt_ids(tokenizer, row, thinking, escape=exam.escape)

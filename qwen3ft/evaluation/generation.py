@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qwen3ft.chat.rendering import Asked, generation_prompt, prompt_ids
-from qwen3ft.chat.thinking import THINK_OPEN
+from qwen3ft.chat.thinking import THINK_OPEN, is_opened
 from qwen3ft.errors import OutOfMemoryError
 from qwen3ft.evaluation.answers import Generated
 from qwen3ft.logs import get_logger
@@ -88,7 +88,7 @@ def answer_questions(
         budget = None
         if max_thinking_tokens and any(modes[index] for index in batch):
             limits = [
-                (max_thinking_tokens if modes[index] else 0, _is_opened(prompts[index]))
+                (max_thinking_tokens if modes[index] else 0, is_opened(prompts[index]))
                 for index in batch
             ]
             budget = _budget(model, tokenizer, limits, max_new_tokens)
@@ -222,10 +222,6 @@ def _budget(
     return ThinkingBudget(limits, marks, model.device)
 
 
-def _is_opened(prompt: str) -> bool:
-    return prompt.rstrip().endswith(THINK_OPEN)
-
-
 def greedy_settings(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
 ) -> GenerationConfig:
@@ -269,7 +265,7 @@ def read_answer(
 ) -> Generated:
     """Decode the tokens, after the thinking tag if the prompt ended with one."""
     text = tokenizer.decode(tokens, skip_special_tokens=True)
-    if _is_opened(prompt):
+    if is_opened(prompt):
         text = f"{THINK_OPEN}\n{text}"
     stopped = bool(tokens) and tokens[-1] in end_tokens(model, tokenizer)
     return Generated(text, stopped, len(tokens), thinking_cut)

@@ -31,6 +31,12 @@ def _plain_name(text: str) -> str:
 Text = Annotated[str, AfterValidator(_printable)]
 
 
+TAKEN_OVER = (
+    *("max_new_tokens", "max_thinking_tokens", "special_tokens_in_text", "reasoning_separator"),
+)
+"""Settings of its run by which an adapter is asked elsewhere too."""
+
+
 class BaseOrigin(BaseModel):
     """The base model, and the 4-bit snapshot that the adapter was trained on."""
 
@@ -79,13 +85,7 @@ class Provenance(BaseModel):
     def _check_settings(self) -> Provenance:
         """Hold the adapter, and the settings that are taken over, to the limits of a config."""
         spec = self.plan.adapter
-        used = (
-            "max_new_tokens",
-            "max_thinking_tokens",
-            "special_tokens_in_text",
-            "reasoning_separator",
-        )
-        settings = {name: self.config[name] for name in used if name in self.config}
+        settings = {name: self.config[name] for name in TAKEN_OVER if name in self.config}
         trained = {"lora_r": spec.r, "lora_alpha": spec.alpha, "lora_dropout": spec.dropout}
         TrainingConfig.model_validate({**settings, **trained})
         if sorted(spec.target_modules) != sorted(PROJECTIONS):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen3ft.chat.rendering import generation_prompt, prompt_ids
-from qwen3ft.chat.thinking import THINK_OPEN, ThinkingChunk, ThinkingSplitter
+from qwen3ft.chat.thinking import ThinkingChunk, ThinkingSplitter, is_opened
 from qwen3ft.decoding.writing import AnswerLimits
 from qwen3ft.evaluation.generation import end_tokens
 from qwen3ft.evaluation.inference import InferenceTester
@@ -88,7 +88,7 @@ class Responder:
         limits = AnswerLimits(
             answer_tokens=config.max_new_tokens,
             thinking_tokens=config.max_thinking_tokens if thinking else 0,
-            opened=prompt.rstrip().endswith(THINK_OPEN),
+            opened=is_opened(prompt),
         )
         splitter = ThinkingSplitter(opened=limits.opened)
 

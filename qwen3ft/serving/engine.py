@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen3ft.chat.rendering import encode_texts, generation_prompt, prompt_ids
-from qwen3ft.chat.thinking import THINK_OPEN, ThinkingChunk, ThinkingSplitter
+from qwen3ft.chat.thinking import ThinkingChunk, ThinkingSplitter, is_opened
 from qwen3ft.decoding.decoder import Decoder
 from qwen3ft.decoding.fitting import CannotDecodeError, find_obstacle, run_within
 from qwen3ft.decoding.slots import Query
@@ -233,7 +233,7 @@ class DecodingEngine:
                 message=f"The prompt has {len(ids):,} tokens{wanted}; the limit for both together "
                 f"is {context:,} tokens.",
             )
-        opened = prompt.rstrip().endswith(THINK_OPEN)
+        opened = is_opened(prompt)
         budget = prompting.thinking_tokens if thinking else 0
         limits = AnswerLimits(
             answer_tokens=ask.max_tokens or prompting.answer_tokens,

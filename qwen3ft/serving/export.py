@@ -35,6 +35,7 @@ from qwen3ft.model.saved_adapter import copy_adapter, find_base, open_adapter, r
 from qwen3ft.model.source_folder import check_model_folder
 from qwen3ft.model.tokenizer_trial import try_tokenizer
 from qwen3ft.records.model import ModelSource
+from qwen3ft.records.provenance import TAKEN_OVER
 from qwen3ft.records.requests import ExportLimits, ExportRequest, GgufType, ParityReport
 from qwen3ft.serving.gguf_files import require_gguf_packages
 from qwen3ft.serving.instructions import write_serving_files
@@ -185,14 +186,8 @@ def _fetch_base(provenance: dict[str, Any]) -> Path:
 
 def with_settings_of_the_run(config: TrainingConfig, provenance: dict[str, Any]) -> TrainingConfig:
     """Return `config` with the settings of the run that change how the model is asked."""
-    asked = (
-        "max_new_tokens",
-        "max_thinking_tokens",
-        "special_tokens_in_text",
-        "reasoning_separator",
-    )
     theirs = provenance["config"]
-    return config.model_copy(update={name: theirs[name] for name in asked if name in theirs})
+    return config.model_copy(update={name: theirs[name] for name in TAKEN_OVER if name in theirs})
 
 
 def _require_place(target: Path) -> None:

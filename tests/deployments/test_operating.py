@@ -62,7 +62,7 @@ def qwen3_finetune(
     request = NightRequest(sha256=Path("data").read_text(), settings_sha256="", files=1)
     with claim_tonight(config, request, is_nightly(asked=nightly), continue_run) as night:
         if night.taken is not None:
-            return end_as_taken(night)
+            return end_as_taken(night, config.model_name)
         Path("runs", night.run_id).mkdir(parents=True, exist_ok=True)
         Path("runs", night.run_id, "config.json").touch()
         with Path("trained.jsonl").open("a") as stream:
