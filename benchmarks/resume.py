@@ -1,11 +1,11 @@
 """Interrupt runs with random settings at random stages, and resume them as printed.
 
-    python -m benchmarks.resume --runs 200 --out FILE
+    python -m benchmarks.resume --runs 200 --lanes 2 --out FILE
 
-Each case is a run whose settings are drawn by a seed and are not the defaults. It is trained once
-undisturbed. Then it is trained again with a fault planted somewhere between its first line of the
+Settings are drawn by a seed and are not the defaults. A run with them is trained once undisturbed.
+Then some cases of it are trained, each with a fault planted somewhere between its first line of the
 journal and its promotion (`qwen3ft.faults`), and continued with the command that the terminal or
-the card prints, and nothing else. Both must end alike: the verdict, the scores and the adapter's
+the card prints, and nothing else. All must end alike: the verdict, the scores and the adapter's
 bytes, with the settings asked for in config.json, in MLflow and in the adapter. Last, resuming once
 more must change nothing. Servers of their own are started below `--work` and stopped at the end.
 """
@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import re
+import resource
 import shlex
 import shutil
 import subprocess
@@ -23,6 +24,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -52,13 +55,16 @@ JOURNAL_LINES = 24
 STEPS = 4
 """Fewest optimizer steps of a case."""
 
+CASES_OF_SETTINGS = 4
+"""Cases that are compared with one undisturbed run: it takes as long as they do."""
+
 NOT_INTERRUPTED = "none"
 """Stage of a run whose fault lay where it did not get to, such as a promotion that it lost."""
 _COMMAND = "import sys; from flows.cli.app import main; sys.exit(main())"
 
 
-def draw_settings(random: Random, number: int) -> dict[str, Any]:
-    """Return the settings of a case: small enough to train in seconds, and not the defaults."""
+def draw_settings(random: Random) -> dict[str, Any]:
+    """Return settings: small enough to train in seconds, and not the defaults."""
     rank = random.choice([2, 4, 8])
     batch = random.choice([(4, 2), (8, 1), (2, 4), (8, 2)])
     return {
@@ -92,7 +98,6 @@ def draw_settings(random: Random, number: int) -> dict[str, Any]:
         "max_attempts": 1,
         "output_dir": f"out/{random.choice('xy')}",
         "runs_dir": random.choice(["./runs", "./other runs"]),
-        "name": f"case-{number}",
     }
 
 
@@ -121,6 +126,7 @@ class Case:
     number: int
     fault: str
     settings: dict[str, Any]
+    undisturbed: RunDir
     stage: str = ""
     problems: list[str] = field(default_factory=list)
 
@@ -157,13 +163,12 @@ class Project:
 
     def train(self, settings: dict[str, Any], fault: str = "") -> tuple[RunDir | None, str]:
         """Train, and return the run, if it began, and what was printed."""
-        folder = self.root / settings["runs_dir"]
-        before = set(folder.glob("*/config.json"))
-        path = self.root / "case.yaml"
+        path = self.root / f"{settings['name']}.yaml"
         path.write_text(yaml.safe_dump(settings), encoding="utf-8")
         done = self.command("train", "--config", str(path), fault=fault)
-        new = set(folder.glob("*/config.json")) - before
-        run = RunDir(new.pop().parent.resolve()) if new else None
+        begun = (self.root / settings["runs_dir"]).glob("*/config.json")
+        mine = [each for each in begun if json.loads(each.read_text())["name"] == settings["name"]]
+        run = RunDir(mine[0].parent.resolve()) if mine else None
         return run, done.stdout + done.stderr
 
     def _write_data(self) -> None:
@@ -236,12 +241,7 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def run_case(project: Project, case: Case) -> None:
-    """Train undisturbed, then interrupted and resumed, and note what differs."""
-    reference = {**case.settings, "name": f"reference-{case.number}"}
-    undisturbed, shown = project.train(reference)
-    if undisturbed is None or not (undisturbed.path / "card.json").exists():
-        case.problems.append(f"the undisturbed run did not end: {shown[-500:]}")
-        return
+    """Train interrupted, resume, and note what differs from the undisturbed run."""
     run, shown = project.train(case.settings, case.fault)
     if run is None:
         case.problems.append(f"the run did not begin: {shown[-500:]}")
@@ -252,7 +252,7 @@ def run_case(project: Project, case: Case) -> None:
     if done.returncode:
         case.problems.append(f"qwen3ft {shlex.join(command)}: {(done.stdout + done.stderr)[-500:]}")
         return
-    wanted, found = result_of(project, undisturbed), result_of(project, run)
+    wanted, found = result_of(project, case.undisturbed), result_of(project, run)
     case.problems += [
         f"{name}: {found[name]} after the interruption, {wanted[name]} without"
         for name in wanted
@@ -283,38 +283,70 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lanes", type=int, default=1, help="cases at the same time")
     parser.add_argument("--minutes", type=float, default=24 * 60.0, help="end after this long")
     parser.add_argument("--work", type=Path, help="an empty folder; by default a temporary one")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     work = (options.work or Path(tempfile.mkdtemp(prefix="qwen3ft-resume-"))).resolve()
-    cases = campaign(work, options.runs, options.seed, time.monotonic() + 60 * options.minutes)
+    until = time.monotonic() + 60 * options.minutes
+    cases = campaign(work, options.runs, options.seed, until, options.lanes)
     good = sum(not case.problems for case in cases)
     stages = Counter(case.stage for case in cases)
     print(f"{good} of {len(cases)} runs ended as undisturbed; interrupted at: {dict(stages)}")
     if options.out:
         shown = [{"fault": c.fault, "stage": c.stage, "problems": c.problems} for c in cases]
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)  # without that of the servers
         result = {"runs": len(cases), "good": good, "seed": options.seed, "stages": dict(stages)}
+        result["cpu_seconds"] = round(used.ru_utime + used.ru_stime)
         write_json(options.out, {"machine": machine(), **result, "cases": shown})
     return 0 if good == len(cases) else 1
 
 
-def campaign(work: Path, runs: int, seed: int, until: float) -> list[Case]:
+def campaign(work: Path, runs: int, seed: int, until: float, lanes: int = 1) -> list[Case]:
     """Run cases until there are enough or the time `until` has come."""
-    random, cases = Random(seed), list[Case]()
-    project = Project(work)
-    try:
-        project.stack.up()
-        while len(cases) < runs and time.monotonic() < until:
-            settings = draw_settings(random, len(cases))
-            case = Case(len(cases), draw_fault(random, settings["max_steps"]), settings)
-            run_case(project, case)
+    project, cases = Project(work), list[Case]()
+
+    def is_over() -> bool:
+        return time.monotonic() > until or len(cases) >= runs
+
+    def lane(settings_number: int) -> None:
+        if is_over():
+            return
+        for case in cases_of(project, seed, settings_number):
+            if is_over():
+                return
+            if not case.problems:
+                run_case(project, case)
             cases.append(case)
             end = "; ".join(case.problems) or "as undisturbed"
             print(f"{case.number:4d} {case.fault} ({case.stage}): {end}", flush=True)
+
+    try:
+        project.stack.up()
+        with ThreadPoolExecutor(lanes) as pool:
+            list(pool.map(lane, range(-(-runs // CASES_OF_SETTINGS))))
     finally:
         project.stack.down()
-    return cases
+    return sorted(cases, key=lambda case: case.number)
+
+
+def cases_of(project: Project, seed: int, settings_number: int) -> Iterator[Case]:
+    """Draw settings, train them undisturbed, and yield the cases to compare with that."""
+    random = Random(f"{seed} {settings_number}")
+    settings = draw_settings(random)
+    undisturbed, shown = project.train({**settings, "name": f"reference-{settings_number}"})
+    for number in range(CASES_OF_SETTINGS):
+        name = f"case-{settings_number}-{number}"
+        case = Case(
+            settings_number * CASES_OF_SETTINGS + number,
+            draw_fault(random, settings["max_steps"]),
+            {**settings, "name": name},
+            undisturbed or RunDir(project.root),
+        )
+        if undisturbed is None or not (undisturbed.path / "card.json").exists():
+            case.problems.append(f"the undisturbed run did not end: {shown[-500:]}")
+        yield case
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 PERSONAL_DATA = "personal_data"
 """Reason code of rows with keys or personal data, where the config leaves those out."""
 _MOST_NAMES = 20
+_SIMILAR = 0.6  # of 1: "quesion" is similar to "question", "frage" to nothing
 _LEAST_QUESTIONS = 3
 _USUAL_HELD_OUT = 0.1
 _KEPT_SHARE = 0.95
@@ -46,13 +47,18 @@ def _reason_for_none(reading: Reading, config: TrainingConfig, quarantine: str) 
 
 
 def _likely_columns(names: Sequence[str], wanted: ColumnNames) -> dict[str, str]:
-    """Return the columns that may hold the missing parts: those with the most similar names."""
+    """Return the columns that may hold the missing parts: of similar names, else in their order."""
     found = find_columns(tuple(names), wanted)
     free, likely = list(found.unused or names)[:_MOST_NAMES], {}
-    for part in ("answer", "question"):
-        if getattr(found, part) is None and free:
-            likely[part] = max(free, key=lambda name: _similarity(name, PARTS[part]))
+    missing = [part for part in ("question", "answer") if getattr(found, part) is None]
+    for part in reversed(missing):
+        similar = [name for name in free if _similarity(name, PARTS[part]) >= _SIMILAR]
+        if similar:
+            likely[part] = max(similar, key=lambda name: _similarity(name, PARTS[part]))
             free.remove(likely[part])
+    for part in missing:
+        if part not in likely and free:
+            likely[part] = free.pop(0)
     return likely
 
 
@@ -83,7 +89,7 @@ def check_usable(reading: Reading, config: TrainingConfig, quarantine: Path) -> 
     """
     bad, read, files = reading.bad.total(), reading.rows_read, len(reading.sources)
     max_bad_fraction = config.max_bad_fraction
-    next_command = shell_line("head", quarantine)
+    next_command = shell_line("head", quarantine.resolve())
     numbers = ", ".join(f"{reason} {count}" for reason, count in reading.bad.most_common())
     # Files have a share of their own: nobody knows how many rows an unreadable one holds.
     if bad > max_bad_fraction * read or reading.unreadable > max_bad_fraction * files:

@@ -13,8 +13,9 @@ import pytest
 from support.data_stage import synthetic, write_jsonl
 
 from flows.cli.options import read_overrides
-from qwen3ft.config import TrainingConfig, parse_config
+from qwen3ft.config import ColumnNames, TrainingConfig, parse_config
 from qwen3ft.data.pipeline import DataPipeline
+from qwen3ft.data.refusal import _likely_columns
 from qwen3ft.errors import DataLoadingError
 
 Rows = Callable[[int], list[dict[str, Any]]]
@@ -156,3 +157,15 @@ def test_a_held_out_file_without_usable_rows(tmp_path: Path) -> None:
     with pytest.raises(DataLoadingError, match=r"left for test.*its 3 rows for test can") as raised:
         look(config)
     run(raised.value.next_command, tmp_path)
+
+
+def test_columns_in_another_language_are_suggested_in_their_order() -> None:
+    """A misspelt name goes to what it resembles, wherever it stands."""
+    assert _likely_columns(("frage", "lösung"), ColumnNames()) == {
+        "question": "frage",
+        "answer": "lösung",
+    }
+    assert _likely_columns(("id", "anser", "quesion"), ColumnNames()) == {
+        "question": "quesion",
+        "answer": "anser",
+    }
