@@ -60,7 +60,6 @@ CASES_OF_SETTINGS = 4
 
 NOT_INTERRUPTED = "none"
 """Stage of a run whose fault lay where it did not get to, such as a promotion that it lost."""
-_COMMAND = "import sys; from flows.cli.app import main; sys.exit(main())"
 
 
 def draw_settings(random: Random) -> dict[str, Any]:
@@ -152,7 +151,7 @@ class Project:
     def command(self, *arguments: str, fault: str = "") -> subprocess.CompletedProcess[str]:
         """Run `qwen3ft ARGUMENTS` with a planted fault."""
         return subprocess.run(
-            [sys.executable, "-c", _COMMAND, *arguments],
+            [sys.executable, "-m", "qwen3ft", *arguments],
             cwd=self.root,
             env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
             | ({faults.VARIABLE: fault} if fault else {}),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qwen3ft.decoding.attention import HeadNorms, SlotAttention, Slots
 from qwen3ft.decoding.cache import PagedCache
-from qwen3ft.decoding.projections import Foreign, Room, SwitchedProjection
+from qwen3ft.decoding.projections import Foreign, Scratch, SwitchedProjection
 from qwen3ft.training.fused.attention import Segments, attend
 from qwen3ft.training.fused.ops import ElementWise
 
@@ -53,7 +53,7 @@ class DecoderBlock:
         names: Adapters between which rows choose.
         ops: Element-wise functions for its device.
         attention: Attention over the cache, for the same device.
-        room: Memory for dequantised weights.
+        scratch: Memory for dequantised weights.
     """
 
     def __init__(
@@ -62,13 +62,13 @@ class DecoderBlock:
         names: Sequence[str],
         ops: ElementWise,
         attention: SlotAttention,
-        room: Room,
+        scratch: Scratch,
     ) -> None:
         mixer, mlp = block.self_attn, block.mlp
         self.ops, self.attention = ops, attention
 
         def projection(*modules: Any) -> SwitchedProjection:
-            return SwitchedProjection(list(modules), names, ops, room)
+            return SwitchedProjection(list(modules), names, ops, scratch)
 
         self.qkv = projection(mixer.q_proj, mixer.k_proj, mixer.v_proj)
         self.o = projection(mixer.o_proj)

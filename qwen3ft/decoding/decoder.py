@@ -17,7 +17,7 @@ from torch import Tensor
 from qwen3ft.decoding.attention import PlainAttention, SlotAttention
 from qwen3ft.decoding.block import DecoderBlock, PackedTexts
 from qwen3ft.decoding.cache import PagedCache
-from qwen3ft.decoding.projections import BASE, Room, Switch
+from qwen3ft.decoding.projections import BASE, Scratch, Switch
 from qwen3ft.decoding.reading import PackedReading
 from qwen3ft.decoding.slots import SlotTable
 from qwen3ft.decoding.writing import Marks
@@ -66,9 +66,9 @@ class Decoder:
         device = self.embedding.device
         self.device = device
         self.ops, attention = element_wise(device.type), slot_attention(device.type)
-        room = Room()
+        scratch = Scratch()
         self.blocks = [
-            DecoderBlock(block, names, self.ops, attention, room) for block in base.model.layers
+            DecoderBlock(block, names, self.ops, attention, scratch) for block in base.model.layers
         ]
         for block in self.blocks[: sizes.resident_blocks]:
             for projection in block.projections:

@@ -24,7 +24,7 @@ Foreign = dict[tuple[int, ...], Tensor]
 """From the owner of each column to a mask (rows, columns): True where the row has another model."""
 
 
-class Room:
+class Scratch:
     """Memory for the largest dequantised weight; all projections use it in turn."""
 
     def __init__(self) -> None:
@@ -49,14 +49,14 @@ class SwitchedProjection:
         modules: PEFT's layers or plain 4-bit layers, which share their input.
         names: Adapters.
         ops: Element-wise functions for their device.
-        room: Memory for the dequantised weight.
+        scratch: Memory for the dequantised weight.
     """
 
     def __init__(
-        self, modules: list[Any], names: Sequence[str], ops: ElementWise, room: Room
+        self, modules: list[Any], names: Sequence[str], ops: ElementWise, scratch: Scratch
     ) -> None:
         layers = [getattr(module, "base_layer", module) for module in modules]
-        self.modules, self.ops, self.room = modules, ops, room
+        self.modules, self.ops, self.scratch = modules, ops, scratch
         self.weights = [FourBitWeight.of(layer.weight) for layer in layers]
         self.in_features = self.weights[0].in_features
         self.out_features = sum(weight.out_features for weight in self.weights)
@@ -71,7 +71,7 @@ class SwitchedProjection:
         self.b = torch.zeros(self.out_features, rank, dtype=dtype, device=device)
         self.owners = self._place(parts)
         self._resident: Tensor | None = None
-        room.reserve(self.out_features * (self.in_features + rank))
+        scratch.reserve(self.out_features * (self.in_features + rank))
 
     @property
     def rank(self) -> int:
@@ -119,7 +119,7 @@ class SwitchedProjection:
         """Return [W | s B], (out, in + rank), valid until the next call of any projection."""
         if self._resident is not None:
             return self._resident
-        full = self.room.view(self.out_features, self.in_features + self.rank, self.a)
+        full = self.scratch.view(self.out_features, self.in_features + self.rank, self.a)
         self.ops.dequantize(self.weights, full, beside=self.b)
         return full
 

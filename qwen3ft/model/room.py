@@ -66,7 +66,7 @@ def require_room(config: TrainingConfig, run: RunDir, store: Path | None) -> Non
     raise _not_ready(*next(iter(problems.values())), run)
 
 
-def elsewhere(needed_bytes: int, run: RunDir) -> str:
+def resume_elsewhere(needed_bytes: int, run: RunDir) -> str:
     """Return the command that finishes a run whose output folders cannot take its adapter.
 
     If no usual place has room, it is the one that shows which disks have.
@@ -141,7 +141,7 @@ def _not_ready(place: Place, problem: str, run: RunDir) -> EnvironmentNotReadyEr
         why=f"It is the setting {place.setting}, which the run would need after hours of training."
         if is_output
         else f"It is {place.setting}; the run needs it to its end.",
-        next_command=elsewhere(place.needed_bytes, run)
+        next_command=resume_elsewhere(place.needed_bytes, run)
         if is_output
         else f"df -h {shlex.quote(str(place.folder.parent))}",
         setting=place.setting,

@@ -26,7 +26,7 @@ from qwen3ft.model.adapter_checks import (
 )
 from qwen3ft.model.mlflow_files import write_mlflow_files
 from qwen3ft.model.request_defaults import write_request_defaults
-from qwen3ft.model.room import elsewhere
+from qwen3ft.model.room import resume_elsewhere
 from qwen3ft.model.saved_adapter import (
     KNOWN_ROWS_FILE,
     PROVENANCE_FILE,
@@ -77,7 +77,7 @@ def save_adapter(outcome: AttemptOutcome, plan: TrainPlan, config: TrainingConfi
         + "; ".join(f"{path}: {problem}" for path, problem in problems.items()),
         why=f"Every path failed; the adapter is still in {checkpoint}, and another folder can be "
         "named when the run is resumed.",
-        next_command=elsewhere(_needed_bytes(checkpoint, plan), RunDir(Path(plan.run_dir))),
+        next_command=resume_elsewhere(_needed_bytes(checkpoint, plan), RunDir(Path(plan.run_dir))),
         problems=problems,
         checkpoint=str(checkpoint),
     )
