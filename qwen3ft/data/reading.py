@@ -185,8 +185,8 @@ class _Reader:
             else:
                 self._take(row, number)
                 yield
-            if reading.rows_read % _PROGRESS_ROWS == 0:
-                self._report_progress()
+            if (rows := reading.rows_read) and rows % _PROGRESS_ROWS == 0:
+                self._report_progress(rows)
         _check_unchanged(file)
         rows = reading.rows_read - rows_before
         notes = tuple(reading.counts.notes.get(file.label, ()))
@@ -249,8 +249,7 @@ class _Reader:
         else:
             self.reading.bad[row.reason] += 1
 
-    def _report_progress(self) -> None:
-        rows = self.reading.rows_read
+    def _report_progress(self, rows: int) -> None:
         self.progress(rows)
         seconds = max(time.monotonic() - self.started, 1e-6)
         logger.info("read %s rows, %s rows/s", f"{rows:,}", f"{rows / seconds:,.0f}")
