@@ -74,6 +74,7 @@ from tasks.inference import ask_judge, compare_answers, log_inference
 from tasks.lora import configure_lora
 from tasks.model import prepare_model
 from tasks.plan import plan_training
+from tasks.policies import RUN_LOGGERS
 from tasks.preflight import run_preflight
 from tasks.promote import find_champion, promote, register
 from tasks.save import save
@@ -106,7 +107,7 @@ def qwen3_finetune(
         resumed: Number of automatic resumes after crashes so far.
     """
     survive_closed_pipes()
-    for name in ("prefect.flow_runs", "prefect.task_runs"):  # they log errors with their causes
+    for name in RUN_LOGGERS:
         logs.mask_logger(name)
     if continue_run is None:
         config = over_deployment(config)

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache, partial
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 from prefect.client.schemas.objects import State
@@ -240,7 +239,7 @@ def survive_closed_pipes() -> None:
             if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
                 pipes.add(descriptor)
     if pipes:
-        Thread(target=_watch, args=(pipes,), name="output", daemon=True).start()
+        threading.Thread(target=_watch, args=(pipes,), name="output", daemon=True).start()
 
 
 def _watch(pipes: set[int]) -> None:

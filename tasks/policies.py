@@ -42,11 +42,14 @@ def is_transient(task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool:
 
 DEBUG_VARIABLE = "QWEN3FT_DEBUG"
 
+RUN_LOGGERS = ("prefect.flow_runs", "prefect.task_runs")
+"""Prefect's loggers, which log errors with their causes."""
+
 
 def hide_known_tracebacks() -> None:
     """Log a `FinetuneError` without its traceback, unless QWEN3FT_DEBUG is set."""
     if not os.environ.get(DEBUG_VARIABLE):
-        for name in ("prefect.flow_runs", "prefect.task_runs"):
+        for name in RUN_LOGGERS:
             logging.getLogger(name).addFilter(_without_known_traceback)  # no effect the second time
 
 
