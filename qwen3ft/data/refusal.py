@@ -25,9 +25,8 @@ PERSONAL_DATA = "personal_data"
 """Reason code of rows with keys or personal data, where the config leaves those out."""
 _MOST_NAMES = 20
 _SIMILAR = 0.6  # of 1: "quesion" is similar to "question", "frage" to nothing
-_LEAST_QUESTIONS = 3
-_USUAL_HELD_OUT = 0.1
-_KEPT_SHARE = 0.95
+_LEAST_QUESTIONS = 3  # one for each split
+_KEPT_SHARE = 0.95  # of the rows, by the length that is suggested
 
 
 def _reason_for_none(reading: Reading, config: TrainingConfig, quarantine: str) -> tuple[str, str]:
@@ -204,7 +203,7 @@ def _held_out(prepared: Prepared, config: TrainingConfig, empty: Sequence[str]) 
         held_out if "train" in empty else 0,
         f"{held_out} of {prepared.reading.usable} usable rows are held out for dev and test.",
         f"held_out_fraction is {config.held_out_fraction:g}.",
-        command_to_check(config, held_out_fraction=_USUAL_HELD_OUT),
+        command_to_check(config, held_out_fraction=TrainingConfig().held_out_fraction),
     )
 
 

@@ -34,6 +34,7 @@ TASKS_AHEAD = 2
 """Tasks that each helper has, one of which waits for it."""
 
 END_SECONDS = 10.0
+"""Longest wait for the end of a helper that was killed or has died."""
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
