@@ -1,6 +1,6 @@
 """Ask the embedded model's champion in what others wrote, by requests that set nothing.
 
-    python -m benchmarks.serving --work DIR [--venvs DIR] [--out FILE] [--client NAME]
+    python -m benchmarks.serving --work DIR [--thinking] [--venvs DIR] [--out FILE] [--client NAME]
 
 Trains, promotes and exports a champion with its own MLflow, and takes 50 held-out questions that it
 answered right in its run's test. Each client is started as the export's SERVING.md says and asked
@@ -22,9 +22,14 @@ from benchmarks.serving.champion import make_champion
 from benchmarks.serving.clients import CLIENTS
 from benchmarks.serving.ollama import ollama
 from benchmarks.serving.venvs import make_venvs, versions
+from qwen3ft.chat.thinking import split_thinking
 
 QUESTIONS = 50
 ALL_CLIENTS = {**CLIENTS, "Ollama: its template in Go": ollama}
+
+
+WRITTEN_WHOLE = ("transformers", "plain PEFT", "Ollama")
+"""Clients that give the thinking with the answer, or whose caller parts them."""
 
 
 def main() -> None:
@@ -32,15 +37,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--venvs", type=Path, default=Path.home() / ".cache/qwen3ft-serving")
+    parser.add_argument("--thinking", action="store_true", help="a champion that thinks first")
     parser.add_argument("--client", choices=ALL_CLIENTS, action="append")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     venvs = make_venvs(arguments.venvs.resolve())
-    champion = make_champion(arguments.work.resolve(), QUESTIONS)
+    champion = make_champion(arguments.work.resolve(), QUESTIONS, thinking=arguments.thinking)
     results: dict[str, Any] = {}
     for name in arguments.client or ALL_CLIENTS:
         started = time.monotonic()
         answers = [one.strip() for one in ALL_CLIENTS[name](champion, venvs)]
+        if arguments.thinking and name.startswith(WRITTEN_WHOLE):
+            answers = [split_thinking(one)[1] for one in answers]
         pairs = list(zip(champion.questions, champion.answers, answers, strict=True))
         wrong = [list(pair) for pair in pairs if pair[1] != pair[2]]
         seconds = round(time.monotonic() - started, 1)
@@ -55,7 +63,8 @@ def main() -> None:
     print(f"\n{about['date']}  {about['cpu']}, {about['cpu_count']} cores")
     print(", ".join(f"{name} {about['versions'][name]}" for name in shown))
     if arguments.out:
-        write_json(arguments.out, {"machine": about, "clients": results})
+        facts = {"machine": about, "thinking": arguments.thinking}
+        write_json(arguments.out, {**facts, "clients": results})
     sys.exit(any(result["wrong"] for result in results.values()))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import ROOT
+from qwen3ft.embedded import DATA_DIR
 from qwen3ft.evaluation.answers import exact_match
 from qwen3ft.files import read_json_lines
 from qwen3ft.model.saved_adapter import read_provenance
@@ -28,17 +30,18 @@ class Champion:
     answers: list[str]
 
 
-def make_champion(work: Path, count: int) -> Champion:
+def make_champion(work: Path, count: int, *, thinking: bool = False) -> Champion:
     """Train, promote and export below `work`; what is there already is used again.
 
-    The flow runs in this process, with its own MLflow.
+    With `thinking`, each row has a sentence of reasoning before its answer. The flow runs in this
+    process, with its own MLflow.
     """
     uri = f"sqlite:///{work}/mlruns/mlflow.db"
     os.environ["MLFLOW_TRACKING_URI"] = uri
     os.environ["PREFECT_HOME"] = str(work / "prefect")
     (work / "mlruns").mkdir(parents=True, exist_ok=True)
     if not (cards := list(work.glob("runs/*/card.json"))):
-        _train(work)
+        _train(work, thinking)
         cards = list(work.glob("runs/*/card.json"))
     run = cards[0].parent
     adapter, export = work / "out" / run.name, work / "export"
@@ -48,19 +51,34 @@ def make_champion(work: Path, count: int) -> Champion:
     return Champion(adapter, export, uri, read_provenance(adapter), questions, answers)
 
 
-def _settings(work: Path) -> dict[str, str]:
+def _settings(work: Path) -> dict[str, Any]:
     folders = {"runs_dir": "runs", "output_dir": "out", "cache_dir": "cache"}
-    return {setting: str(work / name) for setting, name in folders.items()}
+    return {
+        "name": REGISTERED_NAME,
+        **{setting: str(work / name) for setting, name in folders.items()},
+    }
 
 
-def _train(work: Path) -> None:
+def _train(work: Path, thinking: bool) -> None:
     from flows.finetune import run_in_process
     from qwen3ft.config import load_config
 
-    config = load_config(ROOT / "deployments/configs/embedded.yaml", _settings(work))
+    settings = _settings(work) | (_reasoning_rows(work / "data") if thinking else {})
+    config = load_config(ROOT / "deployments/configs/embedded.yaml", settings)
     state = run_in_process(config)
     if state.name != "Promoted":
         raise SystemExit(f"no champion: {state.name}: {state.message}")
+
+
+def _reasoning_rows(folder: Path) -> dict[str, Any]:
+    """Write the embedded model's rows, with reasoning; return the settings that train on them."""
+    folder.mkdir(exist_ok=True)
+    for path in DATA_DIR.glob("*.jsonl"):
+        rows = read_json_lines(path)
+        lines = [json.dumps({**row, "reasoning": f"It is {row['answer']}."}) for row in rows]
+        (folder / path.name).write_text("\n".join(lines), encoding="utf-8")
+    paths = {f"{name}_paths": [str(folder / f"{name}.jsonl")] for name in ("dev", "test")}
+    return {**paths, "data_paths": [str(folder / "train.jsonl")], "max_thinking_tokens": 48}
 
 
 def _export(work: Path, adapter: Path, export: Path) -> None:

@@ -27,7 +27,7 @@ def generate_command(
     as_json: JsonOption = False,
 ) -> None:
     """Answer one question with a fine-tuned model, printed as it is written."""
-    chosen = choose(adapter, config, settings)
+    chosen = requested_adapter(adapter, config, settings)
     with chosen.open_session(think) as session:
         answer = _relay(session, [_user(prompt)], quiet=as_json)
     if as_json:
@@ -44,7 +44,7 @@ def chat_command(
     settings: SetOption = None,
 ) -> None:
     """Talk with a fine-tuned model, which remembers the conversation."""
-    chosen = choose(adapter, config, settings)
+    chosen = requested_adapter(adapter, config, settings)
     with chosen.open_session(think) as session:
         session.wait_until_ready()
         say(f"{chosen.folder}\nType a question; an empty line ends the chat.")
@@ -128,7 +128,7 @@ def export_command(
                 "qwen3ft", "export", target, "--format", "gguf", "--quantize", quantize
             ),
         )
-    chosen = choose(adapter, config, settings)
+    chosen = requested_adapter(adapter, config, settings)
     given = {
         "max_rows": max_rows,
         "max_loss_drift": max_loss_drift,
@@ -179,7 +179,9 @@ class ChosenAdapter:
         return ChatSession(request)
 
 
-def choose(adapter: str, config: Path | None, settings: list[str] | None) -> ChosenAdapter:
+def requested_adapter(
+    adapter: str, config: Path | None, settings: list[str] | None
+) -> ChosenAdapter:
     """Return the adapter that the options of a command name, in the project of the working folder.
 
     Raises:

@@ -37,10 +37,10 @@ def push_command(
     It comes with a card: scores, a summary of the data, licence, base model and
     its revision. No row, and no path of this machine, is uploaded.
     """
-    from flows.cli.adapters import choose
+    from flows.cli.adapters import requested_adapter
     from qwen3ft.serving.hub_push import push_adapter
 
-    chosen = choose(adapter, config, settings)
+    chosen = requested_adapter(adapter, config, settings)
     scores = _scores_of(chosen)
     url = push_adapter(chosen.folder, name, scores, licence=licence, private=not public)
     if as_json:

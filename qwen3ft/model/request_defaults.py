@@ -12,7 +12,12 @@ from typing import Any
 
 from qwen3ft.chat.templates import with_thinking_default
 from qwen3ft.files import write_json_atomic
-from qwen3ft.model.saved_adapter import GENERATION_FILE, TEMPLATE_FILE, was_trained_to_think
+from qwen3ft.model.saved_adapter import (
+    GENERATION_FILE,
+    TEMPLATE_FILE,
+    most_answer_tokens,
+    was_trained_to_think,
+)
 
 
 def write_request_defaults(folder: Path, base: Path, provenance: dict[str, Any]) -> None:
@@ -33,5 +38,5 @@ def write_request_defaults(folder: Path, base: Path, provenance: dict[str, Any])
     settings: dict[str, Any] = {key: found[key] for key in found if key.endswith("_token_id")}
     # Greedy, as in the test: transformers goes by do_sample, vLLM by the temperature.
     settings |= {"do_sample": False, "temperature": 0.0}
-    settings["max_new_tokens"] = provenance["config"]["max_new_tokens"]
+    settings["max_new_tokens"] = most_answer_tokens(provenance)
     write_json_atomic(folder / GENERATION_FILE, settings)

@@ -193,6 +193,13 @@ def was_trained_to_think(provenance: dict[str, Any]) -> bool:
     return 2 * int(data["reasoning_rows"]) > int(data["usable_rows"])
 
 
+def most_answer_tokens(provenance: dict[str, Any]) -> int:
+    """Return the tokens of the longest answer in the test, with its thinking if it was trained."""
+    config = provenance["config"]
+    thinking = config.get("max_thinking_tokens", 0) if was_trained_to_think(provenance) else 0
+    return int(config["max_new_tokens"] + thinking)
+
+
 def find_base(adapter: OpenedAdapter) -> str:
     """Return the folder of the 4-bit snapshot that the adapter was trained on.
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from qwen3ft.chat.templates import identify_text
-from qwen3ft.model.saved_adapter import was_trained_to_think
+from qwen3ft.model.saved_adapter import most_answer_tokens, was_trained_to_think
 from qwen3ft.records.requests import FormScore, GgufType, ParityReport
 from qwen3ft.serving.gguf_files import LORA_GGUF, gguf_name
-from qwen3ft.serving.names import most_tokens, served_name
+from qwen3ft.serving.names import served_name
 from qwen3ft.serving.ollama import describe_ollama, render_modelfile
 
 MODELFILE, SERVING = "Modelfile", "SERVING.md"
@@ -85,7 +85,7 @@ def vllm_lora_command(provenance: dict[str, Any], adapter: str) -> str:
 def llama_server_command(provenance: dict[str, Any], gguf: GgufType) -> str:
     """Return the command that serves the merged model's GGUF file."""
     words = ["llama-server", "-m", gguf_name(gguf), "--alias", served_name(provenance)]
-    return shlex.join([*words, "-n", str(most_tokens(provenance))])
+    return shlex.join([*words, "-n", str(most_answer_tokens(provenance))])
 
 
 def llama_server_lora_command(provenance: dict[str, Any]) -> str:
@@ -93,7 +93,7 @@ def llama_server_lora_command(provenance: dict[str, Any]) -> str:
     words = ["llama-server", "-m", "BASE.gguf", "--lora", LORA_GGUF]
     words += ["--alias", served_name(provenance)]
     words += ["--chat-template-file", "adapter/chat_template.jinja", "--temp", "0"]
-    return shlex.join([*words, "-n", str(most_tokens(provenance))])
+    return shlex.join([*words, "-n", str(most_answer_tokens(provenance))])
 
 
 def _reasoning_parser(provenance: dict[str, Any]) -> list[str]:

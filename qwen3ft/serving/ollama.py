@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from qwen3ft.chat.templates import END_TOKEN, KNOWN_TEMPLATES
-from qwen3ft.model.saved_adapter import was_trained_to_think
-from qwen3ft.serving.names import most_tokens, served_name
+from qwen3ft.model.saved_adapter import most_answer_tokens, was_trained_to_think
+from qwen3ft.serving.names import served_name
 
 # Without tools: Ollama writes their schemas in another spacing than the one trained.
 _TURNS = """\
@@ -73,7 +73,7 @@ TEMPLATE """{template}"""
 PARAMETER stop "{END_TOKEN}"
 # as in the test: greedy, and at most this many tokens
 PARAMETER temperature 0
-PARAMETER num_predict {most_tokens(provenance)}
+PARAMETER num_predict {most_answer_tokens(provenance)}
 '''
 
 
