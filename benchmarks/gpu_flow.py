@@ -43,14 +43,14 @@ time.sleep(3600)
 """
 
 
-def make_rows(path: Path, rows: int, sequence_tokens: int) -> None:
+def make_rows(path: Path, rows: int, sequence_tokens: int, seed: int = 0) -> None:
     """Write question-answer rows whose rendered lengths follow the workload's distribution."""
     from transformers import AutoTokenizer
 
     from qwen3ft.embedded import MODEL_DIR
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
-    generator = random.Random(0)
+    generator = random.Random(seed)
     words = sorted(set(_words()))
     with path.open("w", encoding="utf-8") as stream:
         for number in range(rows):

@@ -22,8 +22,8 @@ def main() -> None:
     values = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     case = Case(**values["case"])
     memory = DeviceMemory()
-    answer = {"ours": ours, "generate": generate, "continuous": continuous}[values["contestant"]]
-    result = answer(case, values)
+    contestants = {"ours": ours, "generate": generate, "continuous": continuous, "vllm": vllm}
+    result = contestants[values["contestant"]](case, values)
     result["nvml_gb"] = memory.stop()
     result["tokens_per_second"] = result["tokens"] / result["seconds"]
     answers = result.pop("answers")
@@ -191,7 +191,11 @@ def generate(case: Case, values: dict[str, Any]) -> dict[str, Any]:
     asked = prompts(case, values["seed"])[: values["most_questions"]]
     size = values["batch"]
     settings = GenerationConfig(
-        max_new_tokens=case.new_tokens, do_sample=False, pad_token_id=0, use_cache=True
+        max_new_tokens=case.new_tokens,
+        do_sample=False,
+        eos_token_id=-1,  # lengths are drawn; what is left out comes from the model's own settings
+        pad_token_id=0,
+        use_cache=True,
     )
     answers: list[list[int]] = []
     first = None
@@ -244,7 +248,46 @@ def continuous(case: Case, values: dict[str, Any]) -> dict[str, Any]:
     output = model.get_base_model().generate_batch(
         inputs=[ids for ids, _ in asked], generation_config=settings
     )
-    answers = [list(each.generated_tokens) for each in output.values()]
+    in_order = sorted(output.values(), key=lambda each: int(each.request_id.rpartition("_")[2]))
+    answers = [list(each.generated_tokens) for each in in_order]
+    return {
+        "tokens": sum(map(len, answers)),
+        "seconds": time.perf_counter() - started,
+        "first_tokens_seconds": None,
+        "answers": answers,
+    }
+
+
+def vllm(case: Case, values: dict[str, Any]) -> dict[str, Any]:
+    """Answer with vLLM on the same 4-bit files, with the first adapter."""
+    import torch
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    folder = Path(values["folder"], "adapter")
+    load(case, values).save_pretrained(str(folder), selected_adapters=[ADAPTERS[0]])
+    torch.cuda.empty_cache()
+    asked = prompts(case, values["seed"])[: values["most_questions"]]
+    total_gb = torch.cuda.get_device_properties().total_memory / 2**30
+    engine = LLM(
+        model=values["snapshot"]["path"],
+        quantization="bitsandbytes",
+        enable_lora=True,
+        max_lora_rank=8,
+        max_model_len=256 + case.new_tokens,
+        gpu_memory_utilization=case.cap_gb / total_gb,
+        seed=values["seed"],
+    )
+    settings = [
+        SamplingParams(temperature=0, max_tokens=length, ignore_eos=True) for _, length in asked
+    ]
+    started = time.perf_counter()
+    outputs = engine.generate(
+        [{"prompt_token_ids": ids} for ids, _ in asked],
+        settings,
+        lora_request=LoRARequest("first", 1, str(folder / ADAPTERS[0])),
+    )
+    answers = [list(output.outputs[0].token_ids) for output in outputs]
     return {
         "tokens": sum(map(len, answers)),
         "seconds": time.perf_counter() - started,

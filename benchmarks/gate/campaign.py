@@ -71,6 +71,11 @@ class Judged(Record):
     evaluate_cpu_seconds: float
 
     @property
+    def asked(self) -> int:
+        """Questions until the verdict was clear."""
+        return max(score.rows for score in self.report.scores)
+
+    @property
     def promoted(self) -> list[bool]:
         """Decision of each verdict: True if it promotes."""
         verdicts = (self.first_night, self.beside_champion)
@@ -202,7 +207,7 @@ def line_of(judged: Judged) -> str:
     verdict = judged.beside_champion or judged.first_night
     flags = "".join("+" if promoted else "-" for promoted in judged.promoted)
     return (
-        f"{judged.night:24} {flags:2}  exact {candidate.exact_match:6.1%}  "
+        f"{judged.night:24} {flags:2}  {judged.asked:3} asked  exact {candidate.exact_match:6.1%}  "
         f"loss {candidate.answer_loss or 0:6.3f}  ability {ability:+6.2f}  {verdict.sentence[:110]}"
     )
 
@@ -216,6 +221,8 @@ def summarise(judged: Sequence[Judged], seconds: float, jobs: int) -> dict[str, 
         "seconds_of_this_call": round(seconds, 1),
         "processes": jobs,
         "questions": QUESTIONS,
+        "asked_share": round(fmean(j.asked / QUESTIONS for j in others), 3),
+        "asked_share_good": round(fmean(j.asked / QUESTIONS for j in good), 3),
         "bad": len(bad),
         "bad_promoted": [j.night for j in bad if any(j.promoted)],
         "good": len(good),
@@ -247,6 +254,7 @@ def _facts_of(judged: Judged) -> dict[str, Any]:
     return {
         "night": judged.night,
         **decisions,
+        "asked": judged.asked,
         "candidate": scores["candidate"],
         "base": scores["base"],
     }
@@ -270,6 +278,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(
         f"bad promoted: {len(promoted)} of {results['bad']} {promoted or ''}\n"
         f"good kept out: {len(kept)} of {results['good']} {kept or ''}\n"
+        f"questions asked: {results['asked_share']:.0%} of all, of good candidates "
+        f"{results['asked_share_good']:.0%}\n"
         f"{results['seconds_of_this_call']:.0f} s in {asked.jobs} processes; a candidate takes "
         f"{results['train_cpu_seconds']} s of CPU to train and {results['evaluate_cpu_seconds']} s "
         f"to evaluate; "
