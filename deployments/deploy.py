@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from qwen3ft.config import TrainingConfig, parse_config, read_settings_file
 from qwen3ft.errors import EnvironmentNotReadyError
 from qwen3ft.files import sha256_json
 from qwen3ft.machine.environment import EnvironmentManager
+from qwen3ft.machine.gpu_choice import choose_gpus
 from qwen3ft.machine.gpus import visible_gpus
 from qwen3ft.records.base import Record
+from qwen3ft.records.machine import GpuInfo
 
 PROJECT_FILE = Path("qwen3ft.yaml")
 """Settings that runs of a project start from; `qwen3ft init` writes it."""
@@ -47,6 +50,8 @@ class Defaults(Record):
     config: dict[str, Any]
     notice: str | None
     version: str
+    concurrent_runs: int
+    """Runs that have GPUs of their own side by side; the next one waits."""
 
 
 def choose_defaults(root: Path) -> Defaults:
@@ -66,14 +71,28 @@ def choose_defaults(root: Path) -> Defaults:
         mode="json", exclude_unset=True
     )
     files = [_text(project_file(root, file)) for file in (PREFECT_FILE, FLOW_FILE)]
+    runs = concurrent_runs(parse_config(config), visible_gpus(os.environ))
     return Defaults(
         config_path=str(path),
         config=config,
         notice=notice,
-        version=sha256_json([config, TrainingConfig.model_json_schema(), files, definitions("")])[
-            :12
-        ],
+        version=sha256_json(
+            [config, TrainingConfig.model_json_schema(), files, definitions(""), runs]
+        )[:12],
+        concurrent_runs=runs,
     )
+
+
+def concurrent_runs(config: TrainingConfig, gpus: Sequence[GpuInfo]) -> int:
+    """Return the number of runs with these settings that have GPUs of their own at once.
+
+    Raises:
+        EnvironmentNotReadyError: not even one has the GPUs that it asks for.
+    """
+    if not gpus:
+        return 1
+    choice = choose_gpus(config, gpus)
+    return len(choice.gpus) // choice.count if choice.count else 1
 
 
 def project_file(root: Path, file: Path) -> Path:
@@ -114,7 +133,7 @@ def deploy(stack: Stack, say: Say = lambda _: None, *, force: bool = False) -> b
     if not force and registered is not None and _is_current(registered, defaults):
         return False
     _run_prefect_deploy(stack)
-    _refuse_unknown_parameters(stack)
+    _finish_registration(stack, defaults.concurrent_runs)
     _restore_schedules(stack, registered)
     register_automations(stack.layout(), _registered_id(stack))
     say(f"Registered {DEPLOYMENT} with {defaults.config_path}.")
@@ -151,13 +170,16 @@ def _is_current(registered: dict[str, Any], defaults: Defaults) -> bool:
     return registered["version"] == defaults.version and is_strict
 
 
-def _refuse_unknown_parameters(stack: Stack) -> None:
-    """Let the server refuse a run with a parameter that the flow does not have."""
+def _finish_registration(stack: Stack, runs: int) -> None:
+    """Set what prefect.yaml cannot: the number of runs at once, which depends on the machine.
+
+    And let the server refuse a run with a parameter that the flow does not have.
+    """
     # Prefect's own schema of a flow lets every further name pass, and the run then crashes.
     found = read_deployment(stack)
     assert found is not None  # `prefect deploy` has just put it there
     schema = {**found["parameter_openapi_schema"], "additionalProperties": False}
-    change = {"parameter_openapi_schema": schema}
+    change = {"parameter_openapi_schema": schema, "concurrency_limit": runs}
     send(stack.layout(), f"deployments/{found['id']}", change, method="PATCH")
 
 

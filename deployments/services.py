@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deployments.secret import USER, auth_string, authorization, read_secret, sign_in_link
+from qwen3ft.machine.gpus import visible_gpus
 from qwen3ft.tracking.experiment import EXPERIMENT_NAME, experiment_page
 
 Service = Literal["prefect", "mlflow", "worker"]
@@ -109,7 +110,8 @@ class Layout:
 def command(service: Service, layout: Layout, python: str) -> list[str]:
     """Return the argument list that starts `service` with the interpreter `python`."""
     if service == "worker":
-        worker = f"worker start --pool {POOL} --type process --limit 1 --name {WORKER}"
+        runs = max(1, len(visible_gpus()))  # at most; the deployment's own limit may be lower
+        worker = f"worker start --pool {POOL} --type process --limit {runs} --name {WORKER}"
         return [python, "-m", f"{__package__}.prefect_worker", *worker.split()]
     port = layout.port(service)
     if service == "prefect":

@@ -41,6 +41,7 @@ from qwen3ft.errors import EnvironmentNotReadyError
 from qwen3ft.files import make_private, write_bytes_atomic, write_json_atomic
 from qwen3ft.locks import try_lock
 from qwen3ft.machine.environment import EnvironmentManager
+from qwen3ft.machine.gpu_holds import GpuHold, gpu_holds
 from qwen3ft.records.base import Record
 from qwen3ft.text.commands import shell_line
 
@@ -82,7 +83,7 @@ class ServiceStatus(Record):
 
 
 class StackStatus(Record):
-    """The services of the stack, and whether the deployment is registered."""
+    """The services of the stack, its GPUs, and whether the deployment is registered."""
 
     root: str
     up: bool
@@ -93,6 +94,7 @@ class StackStatus(Record):
     deployment: str = DEPLOYMENT
     deployment_registered: bool = False
     schedule_active: bool = False
+    gpus: tuple[GpuHold, ...] = ()
 
 
 class Stack:
@@ -191,6 +193,7 @@ class Stack:
             schedule_active=any(
                 schedule["active"] for schedule in (deployment or {}).get("schedules", ())
             ),
+            gpus=gpu_holds(),
         )
 
     def layout(self) -> Layout:

@@ -59,6 +59,7 @@ from qwen3ft.evaluation.ability import read_ability_rows
 from qwen3ft.files import private_files
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.jobs.processes import workers_ahead
+from qwen3ft.machine.gpu_choice import only_visible
 from qwen3ft.operations.new_data import compare_data, explain_training, find_known_rows
 from qwen3ft.operations.night import Night
 from qwen3ft.records.machine import EnvironmentReport
@@ -177,7 +178,8 @@ def fine_tune(
             saved = facts.saved = or_if_unreachable(register, saved, config, saved, str(run.path))
             champion = facts.champion or or_if_unreachable(find_champion, None, config)
             facts.champion = champion
-        with reporter.stage("inference"):
+        trained_on = [environment.gpus[place].uuid for place in plan.places if environment.gpus]
+        with reporter.stage("inference"), only_visible(trained_on, environment.gpus):
             report = compare_answers(config, plan, saved, champion)
     if config.judge_url is not None:  # takes minutes, in which another run may use the GPU
         with reporter.stage("judge"):

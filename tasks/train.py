@@ -34,7 +34,7 @@ def train_attempt(plan: TrainPlan) -> AttemptOutcome | State[Failure]:
     try:
         with ProgressArtifact(plan, job):
             result = try_worker(
-                "train" if plan.ranks == 1 else "ranks",
+                "train" if plan.places == (0,) else "ranks",
                 job,
                 AttemptOutcome,
                 stall_seconds=plan.stall_seconds,

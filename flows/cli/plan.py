@@ -76,7 +76,9 @@ def plan_command(
     overrides |= read_batch(batch) if batch is not None else {}
     wanted = load_config(config, overrides)
     show = _plan_sweep if sweep else _plan_shape
-    show(wanted, *_machine(gpu), TYPICAL_FILL if fill is None else fill, as_json=as_json)
+    show(
+        wanted, *_machine(gpu, wanted.gpus), TYPICAL_FILL if fill is None else fill, as_json=as_json
+    )
 
 
 def read_batch(text: str) -> dict[str, int]:
@@ -156,20 +158,26 @@ def _plan_sweep(
         show_sweep(open_console(), sweep)
 
 
-def _machine(gpu: str | None) -> tuple[EnvironmentReport, GpuSpec | None]:
-    """Return the machine to plan for, and the specification of its GPU if that is a known one."""
+def _machine(gpu: str | None, gpus: str) -> tuple[EnvironmentReport, GpuSpec | None]:
+    """Return the machine to plan for, and the specification of its GPU if that is a known one.
+
+    Args:
+        gpu: What is typed: a kind, 'this' or 'none'.
+        gpus: The setting; a machine that is only described has as many.
+    """
+    count = int(gpus) if gpus.isdecimal() else 1
     from qwen3ft.planning.gpu_specs import find_gpu_spec, require_gpu_spec
     from qwen3ft.planning.what_if import described_machine
 
     if gpu is not None and gpu.lower() not in ("this", "none"):
         spec = require_gpu_spec(gpu)
-        return described_machine(spec), spec
+        return described_machine(spec, count), spec
     from qwen3ft.machine.environment import EnvironmentManager
     from qwen3ft.machine.gpus import visible_gpus
 
     if gpu is None and not visible_gpus():
         spec = require_gpu_spec(DEFAULT_GPU)
-        return described_machine(spec), spec
+        return described_machine(spec, count), spec
     here = EnvironmentManager().report()
     if gpu is not None and gpu.lower() == "none":
         here = here.model_copy(update={"gpus": ()})

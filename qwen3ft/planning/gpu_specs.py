@@ -30,16 +30,26 @@ class GpuSpec:
     """Rate that a transfer to the host reaches, one way, in 1e9 bytes a second."""
     measured: bool = False
     """True if this project measured speed on it."""
+    nvlink_gbps: float = 0.0
+    """Rate to another GPU over NVLink, one way, in 1e9 bytes a second; 0 without NVLink."""
+
+    @property
+    def link_gbps(self) -> float:
+        """Rate at which a transfer to another GPU is assumed to run, in 1e9 bytes a second."""
+        return NVLINK_SHARE * self.nvlink_gbps or self.bus_gbps
 
 
 PCIE_3, PCIE_4, PCIE_5 = 11.0, 22.0, 50.0
 """Rate of a pinned transfer over 16 lanes, in 1e9 bytes a second."""
 
+NVLINK_SHARE = 0.75
+"""Share of NVLink's rate on the data sheet that a collective is assumed to reach."""
+
 GPU_SPECS = (
-    GpuSpec("H200", 139.80, 989, 4800, "9.0", PCIE_5, measured=True),
-    GpuSpec("H100", 79.65, 989, 3350, "9.0", PCIE_5, measured=True),
+    GpuSpec("H200", 139.80, 989, 4800, "9.0", PCIE_5, measured=True, nvlink_gbps=450),
+    GpuSpec("H100", 79.65, 989, 3350, "9.0", PCIE_5, measured=True, nvlink_gbps=450),
     GpuSpec("H100 PCIe", 79.65, 756, 2039, "9.0", PCIE_5),
-    GpuSpec("B200", 179.0, 2250, 7700, "10.0", PCIE_5),
+    GpuSpec("B200", 179.0, 2250, 7700, "10.0", PCIE_5, nvlink_gbps=900),
     GpuSpec("A100 80GB", 80.0, 312, 2039, "8.0", PCIE_4),
     GpuSpec("A100 40GB", 40.0, 312, 1555, "8.0", PCIE_4),
     GpuSpec("L40S", 44.99, 362, 864, "8.9", PCIE_4),

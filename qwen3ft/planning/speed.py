@@ -19,16 +19,20 @@ to the host and back. They differ in how they estimate computing:
 The shares are fitted to the rows in `benchmarks/results/speed-h*.json` (4B, 8B and 14B, 256 to
 131,072 tokens, 6 to 80 GB, H100 and H200): all 25 lie within 11 % of the estimate, 17 within 3 %.
 For other GPUs the same shares are applied to the maker's figures: computed, not measured.
+Of several ranks each computes its rows, and then they sum gradients (`exchange_seconds`): computed
+from the data sheets' links.
+
 Not covered: the plain path, CPUs, evaluation, checkpoints, power limits, and a shared GPU.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from qwen3ft.planning.fused_sizes import FusedSizes, linear_parameters
 from qwen3ft.planning.gpu_specs import GpuSpec
-from qwen3ft.planning.packing import row_tokens
+from qwen3ft.planning.packing import round_up, row_tokens
 from qwen3ft.planning.recompute import Level
 from qwen3ft.planning.workload import Workload
 from qwen3ft.records.base import Record
@@ -61,6 +65,9 @@ BANDWIDTH_SHARE = 0.65
 STEP_SECONDS = 0.01
 """Time of a step outside its rows: clipping, the optimizer, logs."""
 
+EXCHANGE_SECONDS = 1e-3
+"""Time of an exchange beside its bytes: two starts, and what the hosts tell each other; assumed."""
+
 FLASH_SHARE, FLASH_HALF_TOKENS = 0.30, 600
 """Share of peak that FlashAttention nears for long sequences, and the length with half of it."""
 
@@ -70,16 +77,21 @@ CUDNN_TOKENS, CUDNN_SHARE = 16384, 0.55
 
 
 class SpeedEstimate(Record):
-    """Estimated speed of training on one GPU."""
+    """Estimated speed of training, of all ranks together."""
 
     gpu: str
     tokens_per_second: float
     seconds_per_step: float
     measured_gpu: bool
+    ranks: int = 1
+    speedup: float = 1.0
+    """Times the speed of one rank with the same settings."""
 
     @property
     def basis(self) -> str:
         """Words that say how far to trust the estimate."""
+        if self.ranks > 1:
+            return f"{self.speedup:.2f} x one GPU; {describe_basis(measured=False)}"
         return describe_basis(measured=self.measured_gpu)
 
 
@@ -91,9 +103,9 @@ def describe_basis(*, measured: bool) -> str:
 
 
 def typical_rows(work: Workload, sequences: int, typical_tokens: float) -> tuple[int, int]:
-    """Return the number of packed rows of a typical step, and the tokens of each, padded."""
+    """Return the packed rows of a typical step, as many for each rank, and the tokens of each."""
     tokens = sequences * typical_tokens
-    rows = math.ceil(tokens / work.capacity_tokens)
+    rows = round_up(math.ceil(tokens / work.capacity_tokens), work.ranks)
     return rows, row_tokens(math.ceil(tokens / rows))
 
 
@@ -141,7 +153,7 @@ def estimate_speed(
     """Estimate the real tokens a second of training; None off the fused path or on a CPU.
 
     Args:
-        gpu: The GPU to estimate for.
+        gpu: The kind of GPU to estimate for; each rank has one.
         work: The plan's settings.
         sequences_per_step: The effective batch.
         typical_tokens: Mean length of a sequence.
@@ -149,17 +161,40 @@ def estimate_speed(
     if work.memory.kernels != "fused" or work.device != "cuda":
         return None
     rows, row = typical_rows(work, sequences_per_step, typical_tokens)
-    sizes = FusedSizes(work)
-    levels = sizes.levels(row, work.memory.activation_bytes)
-    computing = _roofline_seconds(gpu, sizes, row, levels, math.ceil(typical_tokens))
-    seconds = rows * _row_seconds(sizes, row, levels, computing, gpu.bus_gbps * 1e9)
-    seconds += STEP_SECONDS
+    row_seconds = _seconds_of_row(gpu, work, row, typical_tokens)
+    exchange = exchange_seconds(work, gpu.link_gbps * 1e9)
+    seconds = rows // work.ranks * row_seconds + exchange + STEP_SECONDS
+    # One rank may cut the step as the ranks do, or into fewer rows, which queue fewer launches.
+    fewer, longer = typical_rows(replace(work, ranks=1), sequences_per_step, typical_tokens)
+    whole = fewer * _seconds_of_row(gpu, work, longer, typical_tokens)
+    alone = min(rows * row_seconds, whole)
     return SpeedEstimate(
         gpu=gpu.name,
         tokens_per_second=sequences_per_step * typical_tokens / seconds,
         seconds_per_step=seconds,
         measured_gpu=gpu.measured,
+        ranks=work.ranks,
+        speedup=(alone + STEP_SECONDS) / seconds,
     )
+
+
+def exchange_seconds(work: Workload, bytes_per_second: float) -> float:
+    """Return the time in which the ranks sum their fp32 gradients (`training.ranks`).
+
+    In each of two exchanges a rank sends all but its own share of them. Computed, not measured.
+    """
+    if work.ranks == 1:
+        return 0.0
+    sent = 2 * 4 * work.adapter.trainable_parameters * (work.ranks - 1) / work.ranks
+    return sent / bytes_per_second + EXCHANGE_SECONDS
+
+
+def _seconds_of_row(gpu: GpuSpec, work: Workload, row: int, typical_tokens: float) -> float:
+    """Return the time of a packed row on one GPU, with as much kept as the settings allow."""
+    sizes = FusedSizes(work)
+    levels = sizes.levels(row, work.memory.activation_bytes)
+    computing = _roofline_seconds(gpu, sizes, row, levels, math.ceil(typical_tokens))
+    return _row_seconds(sizes, row, levels, computing, gpu.bus_gbps * 1e9)
 
 
 def attention_share(sequence_tokens: int) -> float:

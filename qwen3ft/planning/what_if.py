@@ -29,8 +29,8 @@ HOST_GB = 64
 BFLOAT16_CAPABILITY = 8.0
 
 
-def described_machine(gpu: GpuSpec) -> EnvironmentReport:
-    """Return a machine with one GPU of this kind; it has no UUID, since it was not looked at."""
+def described_machine(gpu: GpuSpec, count: int = 1) -> EnvironmentReport:
+    """Return a machine with GPUs of this kind; they have no UUID, since nobody looked at them."""
     size_bytes = int(gpu.memory_gb * GIB)
     device = GpuInfo(
         index=0,
@@ -50,7 +50,7 @@ def described_machine(gpu: GpuSpec) -> EnvironmentReport:
         host_total_bytes=HOST_GB * GIB,
         host_free_bytes=HOST_GB * GIB,
         disk_free_bytes=0,
-        gpus=(device,),
+        gpus=(device,) * count,
     )
 
 

@@ -5,6 +5,9 @@
     DivergedError            half the learning rate, at most twice
     StalledError, PreemptedError, DeviceFaultError, WorkerCrashedError, TrainingFailureError
                              once more each, the same plan
+    the same in one of several ranks
+                             a device that failed is left out at once; one in which the same came
+                             twice, too
     CheckpointCorruptError   the checkpoint before it
     everything else          give up: trying the same again is useless, or another stage's business
 
@@ -153,9 +156,36 @@ def _half_learning_rate(case: _Case) -> Retry | GiveUp:
 
 
 def _once_more(case: _Case) -> Retry | GiveUp:
+    if (place := _lost_place(case)) is not None:
+        left = tuple(other for other in case.plan.places if other != place)
+        what = f"{len(left)} of {case.plan.ranks} ranks go on, without place {place}"
+        rung = Rung({"places": left}, what)
+        return _retry(case, f"{case.failure.what.rstrip('.')}: {what}", [rung])
     if case.count(case.failure.kind):
         return _give_up(case, f"{case.failure.kind} came a second time with the same settings")
     return _retry(case, f"{case.failure.kind}: once more with the same settings", [])
+
+
+def _lost_place(case: _Case) -> int | None:
+    """Return the place whose rank cannot go on; None if it may, or if it is the last."""
+    place, kind = _failed_place(case.failed[-1]), case.failure.kind
+    if place is None or case.plan.ranks == 1:
+        return None
+    if kind == errors.DeviceFaultError.__name__:
+        return place
+    before = (_failed_place(each) for each in case.failed[:-1] if each.failure.kind == kind)
+    return place if place in before else None
+
+
+def _failed_place(failed: FailedAttempt) -> int | None:
+    """Return where the rank ran that failed; None if it is not known to have been one alone."""
+    rank = failed.failure.facts.get("rank")
+    # NCCL's own error says that some rank is gone, and not which.
+    is_ours = failed.failure.facts.get("error_type") != "DistBackendError"
+    alone = {errors.DeviceFaultError, errors.WorkerCrashedError, errors.StalledError}
+    if rank is None or not is_ours or failed.failure.kind not in {e.__name__ for e in alone}:
+        return None
+    return failed.plan.places[int(rank)]
 
 
 def _checkpoint_before(case: _Case) -> Retry | GiveUp:

@@ -4,6 +4,8 @@ Where less than the budget is free but something fits, the attempt is planned ag
 with the same effective batch and the same result. Where nothing fits, the run waits or refuses, as
 `when_gpu_is_busy` says, and names the programs. A budget once lowered stays so for the run.
 
+Of several ranks, those whose GPU is gone or filled are left out, and the rest goes on.
+
 Not covered: memory that other programs take once the attempt runs, which ends it with an error that
 recovery answers; and corrections by a preflight or by recovery, which a new plan forgets.
 """
@@ -18,7 +20,7 @@ from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import EnvironmentNotReadyError, InsufficientMemoryError
 from qwen3ft.logs import get_logger
 from qwen3ft.machine.gpus import gpu_use
-from qwen3ft.planning.plan import build_plan
+from qwen3ft.planning.plan import build_plan, repredict
 from qwen3ft.records.machine import EnvironmentReport, GpuUse
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.units import GIB, gb, size_text
@@ -63,6 +65,8 @@ def fit_to_free_memory(
     """
     if plan.device == "cpu":
         return plan
+    if plan.ranks > 1:
+        plan = _on_usable_gpus(environment, plan, probe, settle_seconds)
     uuids = [environment.gpus[place].uuid for place in plan.places]
 
     def look() -> GpuUse:  # the ranks have one plan, so the fullest of their GPUs decides
@@ -89,6 +93,46 @@ def fit_to_free_memory(
         before, use = use, look()
         if use != before:  # planning again takes longer than a look at the GPU
             fitted = fit_within(config, environment, plan, use)
+
+
+def _on_usable_gpus(
+    environment: EnvironmentReport,
+    plan: TrainPlan,
+    probe: Callable[[str], GpuUse],
+    settle_seconds: float,
+) -> TrainPlan:
+    """Return `plan` without the ranks whose GPU is gone or filled, if any other can go on."""
+    end = time.monotonic() + settle_seconds
+    while True:
+        lost = {
+            place: why for place in plan.places if (why := _flaw(environment, plan, place, probe))
+        }
+        if not lost or time.monotonic() >= end:
+            break
+        time.sleep(_POLL_SECONDS)
+    left = tuple(place for place in plan.places if place not in lost)
+    if not lost or not left:
+        return plan
+    reason = f"{len(left)} of {plan.ranks} ranks go on: {'; '.join(lost.values())}."
+    logger.warning("%s", reason)
+    return repredict(plan.with_settings(places=left, reasons=plan.reasons | {"places": reason}))
+
+
+def _flaw(
+    environment: EnvironmentReport,
+    plan: TrainPlan,
+    place: int,
+    probe: Callable[[str], GpuUse],
+) -> str:
+    """Return why a rank cannot run at a place; empty if it can."""
+    gpu = environment.gpus[place]
+    try:
+        use = probe(gpu.uuid)
+    except EnvironmentNotReadyError as error:
+        return f"GPU {gpu.index} ({gpu.name}) is gone, {error.what}"
+    if use.free_bytes >= plan.predicted_peak_bytes:
+        return ""
+    return f"GPU {gpu.index} ({gpu.name}) has {size_text(use.free_bytes)} free, {use.describe()}"
 
 
 def fit_within(

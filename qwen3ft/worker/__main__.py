@@ -10,6 +10,7 @@ It dies with the process that started it.
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import sys
 import time
@@ -33,6 +34,9 @@ from qwen3ft.worker.bootstrap import (
 from qwen3ft.worker.jobs import KINDS, RANK, Job
 
 logger = logs.get_logger("worker")
+
+WITHOUT_TEARDOWN = ("ranks", RANK)
+"""Kinds that end at once: what libraries clean up at exit may wait for ranks that are gone."""
 
 
 def _run_job(kind: str, path: Path) -> int:
@@ -83,6 +87,10 @@ def _run(kind: str, *arguments: str) -> int:
     else:
         job = kind, Path(*arguments)
     status = _run_job(*job) if job is not None else 0
+    if job is not None and job[0] in WITHOUT_TEARDOWN:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(status)
     gc.freeze()  # otherwise Python collects garbage among all imported objects at exit: 2 s
     return status
 

@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 
+from deployments.deploy import concurrent_runs
 from flows.run_context import hold_devices
 from qwen3ft.config import TrainingConfig, parse_config
 from qwen3ft.errors import ConfigError, EnvironmentNotReadyError
 from qwen3ft.jobs.folders import RunDir
+from qwen3ft.machine import gpu_holds as gpu_holds_module
 from qwen3ft.machine.gpu_choice import VISIBLE, choose_gpus, only_visible, rank_count
+from qwen3ft.machine.gpu_holds import gpu_holds
 from qwen3ft.machine.gpu_lock import FOLDER_VARIABLE, holders
 from qwen3ft.records.machine import GpuInfo
 from qwen3ft.units import GIB
@@ -192,3 +195,30 @@ def test_runs_that_contend_are_never_two_on_a_gpu_nor_stuck(tmp_path: Path, time
     command = [sys.executable, "-c", textwrap.dedent(CONTEND), str(tmp_path), "20", str(times)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["0"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("setting", "gpus", "runs"),
+    [
+        ("1", FOUR, 4),
+        ("2", FOUR, 2),
+        ("3", FOUR, 1),
+        ("auto", FOUR, 1),
+        ("1", (), 1),
+        ("1", MIXED, 1),
+    ],
+)
+def test_the_deployment_has_as_many_runs_at_once_as_gpus_allow(
+    setting: str, gpus: Any, runs: int
+) -> None:
+    assert concurrent_runs(TrainingConfig(gpus=setting), gpus) == runs
+
+
+def test_status_shows_who_holds_which_gpu(take: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By NVML's list, which is given here, and the lock files."""
+    monkeypatch.setattr(gpu_holds_module, "visible_gpus", lambda: FOUR[:2])
+    with take("tonight"):
+        first, second = gpu_holds()
+    assert first.held_by is not None
+    assert first.held_by.startswith("run tonight (pid ")
+    assert (second.index, second.held_by) == (1, None)

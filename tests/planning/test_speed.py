@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,20 @@ from support.plans import workload
 
 from qwen3ft.errors import ConfigError
 from qwen3ft.model.shapes import find_shape
-from qwen3ft.planning.gpu_specs import GPU_SPECS, GpuSpec, find_gpu_spec, require_gpu_spec
-from qwen3ft.planning.speed import SpeedEstimate, attention_share, estimate_speed
+from qwen3ft.planning.gpu_specs import (
+    GPU_SPECS,
+    PCIE_3,
+    GpuSpec,
+    find_gpu_spec,
+    require_gpu_spec,
+)
+from qwen3ft.planning.speed import (
+    EXCHANGE_SECONDS,
+    SpeedEstimate,
+    attention_share,
+    estimate_speed,
+    exchange_seconds,
+)
 from qwen3ft.planning.workload import Workload
 from qwen3ft.records.plan import MemorySettings
 
@@ -148,3 +161,36 @@ def test_an_unknown_gpu_is_refused_with_those_known() -> None:
     with pytest.raises(ConfigError, match="Voodoo") as caught:
         require_gpu_spec("Voodoo 2")
     assert "RTX 4090" in caught.value.why
+
+
+def on_ranks(gpu: GpuSpec, ranks: int, sequences: int = 256) -> SpeedEstimate:
+    work = replace(fused(), ranks=ranks)
+    found = estimate_speed(gpu, work, sequences_per_step=sequences, typical_tokens=108)
+    assert found is not None
+    return found
+
+
+def test_ranks_share_the_rows_of_a_step_and_pay_for_the_exchange() -> None:
+    """Nearly as much faster as there are; less over a slower link, and with less to share."""
+    gpu = require_gpu_spec("H200")
+    slow = replace(gpu, nvlink_gbps=0.0, bus_gbps=PCIE_3)
+    before = 1.0
+    for ranks in (2, 4, 8):
+        fast = on_ranks(gpu, ranks)
+        assert before < on_ranks(slow, ranks).speedup < fast.speedup < ranks
+        assert fast.speedup > 0.75 * ranks
+        assert "x one GPU; estimate; computed, not measured" in fast.basis
+        before = fast.speedup
+    assert on_ranks(gpu, 8, sequences=64).speedup < on_ranks(gpu, 8).speedup
+    assert on_ranks(gpu, 1) == estimate_speed(
+        gpu, fused(), sequences_per_step=256, typical_tokens=108
+    )
+
+
+def test_an_exchange_moves_the_gradients_twice_but_for_the_ranks_own_share() -> None:
+    work = fused()
+    size = 4 * work.adapter.trainable_parameters
+    for ranks in (2, 8):
+        seconds = exchange_seconds(replace(work, ranks=ranks), 1e9)
+        assert seconds == pytest.approx(2 * size * (ranks - 1) / ranks / 1e9 + EXCHANGE_SECONDS)
+    assert exchange_seconds(work, 1e9) == 0

@@ -104,6 +104,48 @@ def test_a_worker_that_just_ended_is_started_once_more(kind: str) -> None:
     assert give_up(make_plan(attempt=2), fail(kind), kind).failure.kind == kind
 
 
+def fail_in(rank: int, kind: str = "WorkerCrashedError", **facts: Any) -> Failure:
+    return fail(kind, rank=rank, **facts)
+
+
+def test_a_device_that_failed_is_left_out_at_once() -> None:
+    """The other ranks go on with the same effective batch, and the plan says so."""
+    plan = make_plan(places=(0, 1, 2))
+    decision = retry(plan, fail_in(1, "DeviceFaultError"))
+    assert decision.plan.places == (0, 2)
+    assert decision.plan.effective_batch_size == plan.effective_batch_size
+    assert decision.plan.resume_from == CHECKPOINT
+    assert decision.change == {"places": ((0, 1, 2), (0, 2))}
+    assert "2 of 3 ranks go on, without place 1" in decision.plan.reasons["places"]
+
+
+def test_nccls_word_for_a_lost_rank_blames_no_device() -> None:
+    """Some other rank is gone; all of them try once more."""
+    failure = fail_in(0, "DeviceFaultError", error_type="DistBackendError")
+    assert retry(make_plan(places=(0, 1)), failure).plan.places == (0, 1)
+
+
+@pytest.mark.parametrize("kind", ["WorkerCrashedError", "StalledError"])
+def test_a_rank_that_ends_twice_at_one_place_is_left_out(kind: str) -> None:
+    """First once more with all; at another place, once more is what it gets; one rank gives up."""
+    plan = make_plan(places=(0, 2))
+    again = retry(plan, fail_in(1, kind))
+    assert again.plan.places == (0, 2)
+    limits: dict[str, Any] = {
+        "max_attempts": 9,
+        "allow_degraded": False,
+        "newest_checkpoint": CHECKPOINT,
+    }
+    first = FailedAttempt(plan, fail_in(1, kind))
+    second = decide_retry([first, FailedAttempt(again.plan, fail_in(1, kind))], **limits)
+    assert isinstance(second, Retry)
+    assert second.plan.places == (0,)
+    other = decide_retry([first, FailedAttempt(again.plan, fail_in(0, kind))], **limits)
+    assert isinstance(other, GiveUp)
+    alone = FailedAttempt(second.plan, fail_in(0, kind))
+    assert isinstance(decide_retry([first, alone], **limits), GiveUp)
+
+
 def test_a_leak_is_answered_by_a_fresh_process() -> None:
     """The same plan, as often as attempts allow."""
     decision = retry(make_plan(attempt=3), fail("MemoryLeakError"), *["MemoryLeakError"] * 2)

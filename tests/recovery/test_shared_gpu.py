@@ -177,3 +177,41 @@ def test_on_a_cpu_nobody_is_asked() -> None:
     plan = plan_for(gpu_gb=None)
     machine = environment(None)
     assert fit_to_free_memory(CONFIG, machine, plan, probe=probe(0.0), settle_seconds=0) is plan
+
+
+def machine_of(count: int) -> Any:
+    (gpu,) = MACHINE.gpus
+    gpus = tuple(
+        gpu.model_copy(update={"index": index, "uuid": f"GPU-{index}"}) for index in range(count)
+    )
+    return MACHINE.model_copy(update={"gpus": gpus})
+
+
+def fit_ranks(plan: TrainPlan, **by_gpu: float | None) -> TrainPlan:
+    def read(uuid: str) -> GpuUse:
+        free_gb = by_gpu[uuid.replace("GPU-", "gpu")]
+        if free_gb is None:
+            raise EnvironmentNotReadyError("The NVIDIA driver does not answer: GPU is lost")
+        return use(free_gb)
+
+    return fit_to_free_memory(CONFIG, machine_of(3), plan, probe=read, settle_seconds=0)
+
+
+def test_ranks_whose_gpu_is_gone_or_filled_are_left_out() -> None:
+    """The next attempt runs on those that are left, and names why."""
+    plan = plan_for().with_settings(places=(0, 1, 2))
+    assert fit_ranks(plan, gpu0=20, gpu1=20, gpu2=20) is plan
+    fitted = fit_ranks(plan, gpu0=20, gpu1=None, gpu2=1)
+    assert fitted.places == (0,)
+    assert fitted.effective_batch_size == plan.effective_batch_size
+    for words in ("1 of 3 ranks go on", "GPU is lost", "GPU 2", "python (pid 4711)"):
+        assert words in fitted.reasons["places"]
+
+
+def test_ranks_share_a_plan_that_fits_the_fullest_of_their_gpus() -> None:
+    """Less than the budget is free on one, and enough for the plan."""
+    plan = plan_for().with_settings(places=(0, 2))
+    free_gb = plan.predicted_peak_bytes / GIB + 0.5
+    fitted = fit_ranks(plan, gpu0=20, gpu2=free_gb)
+    assert fitted.places == (0, 2)
+    assert fitted.max_memory_gb < plan.max_memory_gb

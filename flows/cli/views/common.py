@@ -67,6 +67,8 @@ def show_status(console: Console, status: StackStatus, link: Callable[[str], str
     schedule = "nightly schedule on" if status.schedule_active else "nightly schedule off"
     known = f"{registered}, {schedule}" if status.prefect_url else "unknown: the server is down"
     rows["deployment"] = f"{status.deployment}  {known}"
+    for gpu in status.gpus:
+        rows[f"GPU {gpu.index}"] = f"{gpu.name}  {gpu.held_by or 'free'}"
     show_sections(console, status.root, {"": rows})
     urls = {"Prefect": status.prefect_url, "MLflow": status.mlflow_page}
     _show_links(console, {name: link(url) for name, url in urls.items() if url})
