@@ -40,6 +40,25 @@ def serve_command(
             "--probe-rows", min=0, help="Held-out rows to compare with the test; 0 for none."
         ),
     ] = 100,
+    canary: Annotated[
+        float,
+        typer.Option(
+            "--canary",
+            metavar="SHARE",
+            min=0,
+            max=0.2,
+            help="Share of the requests that a new champion answers first, on trial.",
+        ),
+    ] = 0.0,
+    log_requests: Annotated[
+        Path | None,
+        typer.Option(
+            "--log-requests",
+            metavar="DIR",
+            help="Keep questions and answers there, secrets masked, to be corrected.",
+            resolve_path=True,
+        ),
+    ] = None,
     config: ConfigOption = None,
     settings: SetOption = None,
 ) -> None:
@@ -74,7 +93,7 @@ def serve_command(
         )
         return OwnEngine(request)
 
-    options = ServerOptions(host, port, queue, probe_rows)
+    options = ServerOptions(host, port, queue, probe_rows, canary, log_requests)
     ModelServer(options, wanted, registry, source, make_engine, _announce, follow).run()
 
 

@@ -44,6 +44,10 @@ ROLLED_BACK_TAG = "rolled_back"
 """Version tag: reason why it was rolled back. No flow promotes it, or the same bytes, again."""
 
 
+TRIAL_TAG = "trial"
+"""Version tag: outcome of its trial on a share of the requests, in one sentence."""
+
+
 def read_history(connection: Connection, name: str) -> History:
     """Return the versions in use and their history; empty for an unknown model."""
     try:

@@ -44,13 +44,14 @@ logger = get_logger("history")
 
 
 class Mover(Record):
-    """Run or person that moved an alias."""
+    """Run, person or server that moved an alias."""
 
-    kind: Literal["flow", "person"]
-    name: str = Field(description="Id of the run, or user@host.")
+    kind: Literal["flow", "person", "server"]
+    name: str = Field(description="Id of the run, user@host, or the server's host.")
 
     def __str__(self) -> str:
-        return f"run {self.name}" if self.kind == "flow" else self.name
+        prefix = {"flow": "run ", "person": "", "server": "the server on "}[self.kind]
+        return f"{prefix}{self.name}"
 
 
 class Change(Record):
@@ -102,6 +103,11 @@ def this_person() -> Mover:
     except (KeyError, OSError):  # no such user in this container
         user = "unknown"
     return Mover(kind="person", name=f"{user}@{socket.gethostname()}")
+
+
+def this_server() -> Mover:
+    """Return the server that this process is."""
+    return Mover(kind="server", name=socket.gethostname())
 
 
 def to_tag(move: Move) -> tuple[str, str]:

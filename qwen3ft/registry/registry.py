@@ -29,7 +29,7 @@ from qwen3ft.model.saved_adapter import OpenedAdapter, copy_adapter, open_adapte
 from qwen3ft.records.evaluation import Champion
 from qwen3ft.records.model import SavedAdapter
 from qwen3ft.registry import aliases
-from qwen3ft.registry.aliases import CHAMPION, DIGEST_TAG
+from qwen3ft.registry.aliases import CHAMPION, DIGEST_TAG, TRIAL_TAG
 from qwen3ft.registry.bounded_calls import BoundedCalls
 from qwen3ft.registry.moves import Change, History, Move, Mover
 from qwen3ft.registry.versions import (
@@ -40,6 +40,7 @@ from qwen3ft.registry.versions import (
     find_or_create_version,
     find_run_settings,
     find_version,
+    set_tag,
     to_champion,
 )
 from qwen3ft.tracking.connection import Connection
@@ -181,6 +182,11 @@ class Registry:
         return self._calls.move(
             self.deadline_seconds, aliases.set_challenger, name, version, verdict
         )
+
+    def note_trial(self, registered_model: str, version: str, outcome: str) -> None:
+        """Keep the outcome of a version's trial as a tag."""
+        name = checked_model(registered_model)
+        self._calls.within(self.deadline_seconds, set_tag, name, version, TRIAL_TAG, outcome)
 
     def rollback(self, registered_model: str, change: Change, *, verify: bool = True) -> Move:
         """Make the previous version the champion again, or fail, within `ROLLBACK_SECONDS`.

@@ -83,6 +83,12 @@ def find_run_settings(connection: Connection, run_id: str) -> dict[str, str]:
         return {}
 
 
+def set_tag(connection: Connection, name: str, version: str, tag: str, text: str) -> None:
+    """Set a tag of a version."""
+    with connection.calls() as client:
+        client.set_model_version_tag(name, version, tag, text)
+
+
 def to_champion(name: str, version: Any) -> Champion:
     """Convert MLflow's record of a version."""
     return Champion(

@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import anyio
@@ -47,7 +48,29 @@ CLIENT_LEFT = 499
 """Status in the metrics of a request whose client did not wait for the answer."""
 
 Answering = AsyncGenerator[Piece | Ended]
-OnAnswered = Callable[[Body, Version, str, Ended], None]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A request of a client that is over.
+
+    Attributes:
+        version: Version that answered.
+        body: The request.
+        status: Status of the response, or `CLIENT_LEFT`.
+        thinking: Thinking as far as it was written.
+        answer: Answer as far as it was written.
+        ended: End of the answer; None if it broke off.
+        seconds: Time from the request to now.
+    """
+
+    version: Version
+    body: Body
+    status: int
+    thinking: str
+    answer: str
+    ended: Ended | None
+    seconds: float
 
 
 class Front:
@@ -56,11 +79,14 @@ class Front:
     Args:
         served: Versions that answer.
         queue: Requests that may wait beyond those that are answered at a time.
-        on_answered: Called with every complete answer.
+
+    Attributes:
+        observers: Called with every answer that is over.
     """
 
-    def __init__(self, served: Served, queue: int, on_answered: OnAnswered | None = None) -> None:
-        self.served, self.queue, self.on_answered = served, queue, on_answered
+    def __init__(self, served: Served, queue: int) -> None:
+        self.served, self.queue = served, queue
+        self.observers: list[Callable[[Answered], None]] = []
         self.in_progress = 0  # requests of clients, not of the probe
         self.metrics = ServerMetrics(lambda: self.in_progress)
         self.access: Access | None = None
@@ -186,6 +212,7 @@ class _Asking:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         version: Version | None = None
+        answer: _Answer | None = None
         is_probe = False
         try:
             self._front.require_access(request)
@@ -206,6 +233,8 @@ class _Asking:
             status = CLIENT_LEFT
         if not is_probe:
             self._front.note(version, status)
+            if answer is not None:
+                answer.report(status)
 
     async def _read(self, request: Request) -> Any:
         if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
@@ -234,6 +263,7 @@ class _Answer:
         self._created = int(time.time())
         self._started = time.monotonic()
         self._texts = {"thinking": "", "answer": ""}
+        self._ended: Ended | None = None
 
     async def send_while_wanted(self, receive: Receive, send: Send) -> int:
         """Send the answer, unless the client leaves; return the status.
@@ -264,6 +294,16 @@ class _Answer:
         if isinstance(outcome[0], QuestionError):
             raise outcome[0]
         return outcome[0]
+
+    def report(self, status: int) -> None:
+        """Tell the observers how it ended, unless the question was refused."""
+        if status != 400:
+            texts, seconds = self._texts, self._seconds
+            answered = Answered(
+                self._version, self._body, status, **texts, ended=self._ended, seconds=seconds
+            )
+            for observer in self._front.observers:
+                observer(answered)
 
     async def _send(self, send: Send) -> int:
         ask = self._body.ask(self._version.name)
@@ -303,13 +343,11 @@ class _Answer:
             return
 
     def _note(self, ended: Ended) -> None:
-        front, name = self._front, self._version.name
+        front, name, self._ended = self._front, self._version.name, ended
         front.metrics.seconds.labels(name).observe(self._seconds)
         front.answer_seconds += 0.05 * (self._seconds - front.answer_seconds)
         front.metrics.tokens.labels(name, "prompt").inc(ended.prompt_tokens)
         front.metrics.tokens.labels(name, "completion").inc(ended.completion_tokens)
-        if front.on_answered is not None:
-            front.on_answered(self._body, self._version, self._texts["answer"], ended)
 
     @property
     def _seconds(self) -> float:

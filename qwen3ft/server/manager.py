@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,23 +13,30 @@ import httpx
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import FinetuneError, RequestError, TransientError
+from qwen3ft.files import write_json_atomic
+from qwen3ft.jobs.folders import RunDir
 from qwen3ft.logs import get_logger
 from qwen3ft.model.saved_adapter import has_provenance, open_adapter
 from qwen3ft.records.evaluation import Champion
 from qwen3ft.registry.aliases import CHAMPION
 from qwen3ft.registry.lookup import fetch_version, find_adapter, version_name
+from qwen3ft.registry.moves import Change, this_server
 from qwen3ft.registry.registry import Registry
 from qwen3ft.registry.task_name import with_task_name
 from qwen3ft.server.engines import Engine
 from qwen3ft.server.front import PROBE_HEADER, Front
 from qwen3ft.server.probe import prove, read_kept_answers
 from qwen3ft.server.served import Version
+from qwen3ft.server.trial import Trial
 from qwen3ft.serving.prompting import trained_prompting
 
 logger = get_logger("server")
 
 FOLLOW_SECONDS = 2.0
 """Time between two looks at the champion's alias."""
+
+TRIAL_FILE = "trial.json"
+"""File in a run's folder: the outcome of its adapter's trial."""
 
 MOST_RESTARTS = 3
 """Times that a lost engine is started again before the server gives up."""
@@ -75,6 +83,8 @@ class Manager:
         registry: Where the champion is looked up.
         make_engine: Makes an engine for the base of the adapter in a folder.
         probe_rows: Held-out rows to compare each version on; 0 for none.
+        trial_share: Share of the requests that a new champion gets until it has stood its trial;
+            0 for no trial.
     """
 
     def __init__(
@@ -84,7 +94,9 @@ class Manager:
         registry: Registry,
         make_engine: Callable[[Path], Engine],
         probe_rows: int,
+        trial_share: float = 0.0,
     ) -> None:
+        self.trial_share = trial_share
         self.front, self.served, self.config = front, front.served, config
         self.registry, self.make_engine, self.probe_rows = registry, make_engine, probe_rows
         self.engine: Engine | None = None
@@ -162,6 +174,7 @@ class Manager:
             self._restarts += 1
             self.served.default = None
             self.served.versions.clear()
+            self.served.assign = None
             if lost is None or self._restarts > MOST_RESTARTS:
                 raise error
             logger.error("the engine is lost and started again: %s", error)
@@ -186,9 +199,12 @@ class Manager:
 
     async def _follow_to(self, champion: Champion, client: httpx.AsyncClient) -> None:
         """Bring a new champion into use, or say why not, once."""
+        result = "used"
         try:
             source = await asyncio.to_thread(source_of, self.config, self.registry, champion)
-            version = await self.use(source, client)
+            version = await self.bring_up(source, client)
+            if self.trial_share and self.served.default is not None:
+                result = await self._try(self.served.default, version, champion)
         except TransientError:
             raise  # the next look tries again
         except FinetuneError as error:
@@ -198,8 +214,78 @@ class Manager:
             self.front.metrics.changes.labels("refused").inc()
             logger.error("version %s is not served: %s", champion.version, error)
             return
-        self.front.metrics.changes.labels("used").inc()
-        logger.info("%s answers from now on (%s)", version.name, CHAMPION)
+        self.front.metrics.changes.labels(result).inc()
+        if result == "used":
+            self.make_default(version)
+            logger.info("%s answers from now on (%s)", version.name, CHAMPION)
+        else:
+            self.retire(version)
+
+    async def _try(self, old: Version, new: Version, champion: Champion) -> str:
+        """Give a new version its share of the requests; return 'used', or why it is not used.
+
+        One that is worse is rolled back in the registry too. The outcome is kept as a tag of the
+        version, and beside the card of its run.
+        """
+        trial = Trial(old, new, self.trial_share)
+        logger.info("%s is on trial with %.0f %% of the requests", new.name, 100 * trial.share)
+        self.front.observers.append(trial.observe)
+        self.served.assign = trial.assign
+        try:
+            is_current = True
+            while is_current and not trial.decided.is_set():
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(trial.decided.wait(), FOLLOW_SECONDS)
+                is_current = await self._is_on_trial(new, champion)
+        finally:
+            self.served.assign = None
+            self.front.observers.remove(trial.observe)
+        result = "rolled_back" if trial.objection else "used" if is_current else "withdrawn"
+        outcome = f"{result.replace('_', ' ')} after {trial.summary()}"
+        logger.info("%s: %s", new.name, outcome)
+        if trial.objection:
+            self._refused = champion.version
+            reason = f"on trial with {trial.share:.0%} of the requests: {trial.summary()}"
+            await asyncio.to_thread(self._roll_back, champion, old, reason)
+        await asyncio.to_thread(self._keep_outcome, new, champion, outcome)
+        return result
+
+    async def _is_on_trial(self, version: Version, champion: Champion) -> bool:
+        """Return False once the champion is another one, or the version's engine is lost."""
+        if version.name not in self.served.versions:
+            return False
+        try:
+            now = await asyncio.to_thread(self.registry.champion, champion.registered_model)
+        except TransientError:
+            return True  # MLflow is away; the trial goes on
+        return now is not None and now.version == champion.version
+
+    def _roll_back(self, champion: Champion, old: Version, reason: str) -> None:
+        """Make the old version the champion again, if it is the previous one."""
+        try:
+            previous = self.registry.history(champion.registered_model).aliases.previous
+            if previous is not None and previous == old.number:
+                change = Change(by=this_server(), reason=reason)
+                self.registry.rollback(champion.registered_model, change)
+                return
+            logger.error(
+                "the champion stays %s, as the version before it is not %s; next: qwen3ft rollback",
+                *(champion.version, old.name),
+            )
+        except FinetuneError as error:
+            logger.error("the champion stays %s: %s", champion.version, error)
+
+    def _keep_outcome(self, version: Version, champion: Champion, outcome: str) -> None:
+        """Keep the outcome of a trial in MLflow, and in the run's folder if it is here."""
+        run = RunDir(Path(self.config.runs_dir) / version.provenance["run_id"])
+        try:
+            if run.path.is_dir():
+                write_json_atomic(
+                    run.path / TRIAL_FILE, {"version": version.name, "trial": outcome}
+                )
+            self.registry.note_trial(champion.registered_model, champion.version, outcome)
+        except (FinetuneError, OSError) as error:
+            logger.warning("the outcome of the trial is not kept: %s", error)
 
     async def _load(self, source: Source) -> Version:
         """Load an adapter on the engine, or on a new one if it does not go with the others."""

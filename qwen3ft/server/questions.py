@@ -143,6 +143,16 @@ class ChatQuestionBody(_Shared):
     max_completion_tokens: int | None = Field(None, ge=1)
     chat_template_kwargs: TemplateSettings = TemplateSettings()
 
+    @property
+    def question(self) -> str:
+        """The user's last message."""
+        return str(self.messages[-1].plain()["content"])
+
+    @property
+    def has_limit(self) -> bool:
+        """True if the request itself limits the tokens."""
+        return self.max_tokens is not None or self.max_completion_tokens is not None
+
     def ask(self, name: str) -> Ask:
         """Return the question for the adapter `name`."""
         values = self._ask(name)

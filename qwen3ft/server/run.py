@@ -19,6 +19,7 @@ from qwen3ft.server.access import Access, is_loopback, make_key
 from qwen3ft.server.engines import Engine
 from qwen3ft.server.front import Front
 from qwen3ft.server.manager import Manager, Source, probing_client
+from qwen3ft.server.request_log import RequestLog
 from qwen3ft.server.served import Served
 
 DEFAULT_PORT = 8000
@@ -36,12 +37,16 @@ class ServerOptions:
         port: Port; 0 for any free one.
         queue: Requests that may wait beyond those that are answered at a time.
         probe_rows: Held-out rows to compare each version on; 0 for none.
+        trial_share: Share of the requests for a new champion on trial; 0 for no trial.
+        log_folder: Folder for questions and answers; None to keep none.
     """
 
     host: str = "127.0.0.1"
     port: int = DEFAULT_PORT
     queue: int = 64
     probe_rows: int = 100
+    trial_share: float = 0.0
+    log_folder: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,16 @@ class ModelServer:
         front = Front(Served(self.config.registered_name), options.queue)
         front.access = Access(options.host, port, key)
         address = f"http://{_own_name(options.host)}:{port}"
-        manager = Manager(front, self.config, self.registry, self.make_engine, options.probe_rows)
+        if options.log_folder is not None:
+            front.observers.append(RequestLog(options.log_folder).add)
+        manager = Manager(
+            front,
+            self.config,
+            self.registry,
+            self.make_engine,
+            options.probe_rows,
+            options.trial_share,
+        )
 
         async def manage() -> None:
             async with probing_client(front, address, key) as client:

@@ -7,7 +7,7 @@ its answer names that version.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,11 +70,13 @@ class Served:
         self.versions: dict[str, Version] = {}
         self.retiring: dict[str, Version] = {}
         self.default: Version | None = None
+        self.assign: Callable[[], Version] | None = None
+        """Chooses in place of `default` while a new version is on trial."""
 
     def find(self, name: str | None) -> Version | None:
         """Return the version that a request's `model` names; None if there is none."""
         if name is None or name in self.default_names:
-            return self.default
+            return self.default if self.assign is None else self.assign()
         return self.versions.get(name)
 
     async def retire(self, version: Version) -> None:

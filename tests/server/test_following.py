@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections import Counter
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from support.planted_adapters import plant
 from support.registered import MODEL, copy_database, register_saved
 from support.served import Running, engines_in_threads, keep_test_answers, running
 from support.trained_adapter import Trained
@@ -19,7 +21,7 @@ from support.trained_adapter import Trained
 from qwen3ft.config import TrainingConfig
 from qwen3ft.registry.moves import Change, this_person
 from qwen3ft.registry.registry import Registry
-from qwen3ft.server import manager
+from qwen3ft.server import manager, trial
 from qwen3ft.server.manager import find_source
 
 SOON_SECONDS = 10.0
@@ -157,3 +159,53 @@ def test_a_lost_engine_is_started_again(server: Running, place: Place) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert response.json()["model"] == f"{MODEL}-v1"
+
+
+@pytest.mark.slow
+def test_a_bad_version_is_rolled_back_by_its_trial_and_a_good_one_used(
+    place: Place, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The alias goes back, history, version and run say why; then a good one takes over."""
+    monkeypatch.setattr(manager, "FOLLOW_SECONDS", 0.1)
+    monkeypatch.setattr(trial, "ENOUGH_ANSWERS", 20)
+    engines_in_threads(monkeypatch)
+    bad = plant(Trained(**{**vars(trained), "config": place.config}), "empty", tmp_path)
+    number = register_saved(place.uri, place.folder / "elsewhere", "empty-0", bad)
+    (Path(place.config.runs_dir) / "empty-0").mkdir()
+    place.promote("1")
+    source = find_source(place.config, place.registry, "champion")
+    options = {"follow": MODEL, "trial_share": 0.2, "probe_rows": 0}
+    with running(place.config, source, place.registry, **options) as server:
+        place.promote(number)
+        empty = ask_until(server, place, trained, "1")
+        assert 10 <= empty < 30
+        place.promote("2")
+        ask_until(server, place, trained, "2")
+    move = place.registry.history(MODEL).moves[-2]
+    assert (move.action, move.version, move.by.kind) == ("rollback", "1", "server")
+    assert "10 empty" in move.reason
+    version = place.registry.version(MODEL, number)
+    assert version is not None
+    assert version.tags["trial"].startswith("rolled back after")
+    kept = json.loads((Path(place.config.runs_dir) / "empty-0/trial.json").read_text())
+    assert kept["trial"] == version.tags["trial"]
+    good = place.registry.version(MODEL, "2")
+    assert good is not None
+    assert good.tags["trial"].startswith("used after 20 answers")
+
+
+def ask_until(server: Running, place: Place, trained: Trained, number: str) -> int:
+    """Ask until the trial is over and `number` is the champion; return the empty answers."""
+    changes, empty, row = "qwen3ft_version_changes_total", 0, 0
+    before = server.client.get("/metrics").text.count(changes)
+    deadline = time.monotonic() + 120
+    while server.client.get("/metrics").text.count(changes) == before:
+        for _ in range(20):
+            row = (row + 1) % len(trained.rows)
+            body = server.ask(trained.rows[row]["question"]).json()
+            empty += not body["choices"][0]["message"]["content"]
+        assert time.monotonic() < deadline
+    champion = place.registry.champion(MODEL)
+    assert champion is not None
+    assert champion.version == number
+    return empty

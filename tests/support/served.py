@@ -127,6 +127,7 @@ def running(
     registry: Registry,
     *,
     follow: str | None = None,
+    slots: int = SLOTS,
     **options: Any,
 ) -> Iterator[Running]:
     """Serve while the body runs; the server must end in order."""
@@ -140,7 +141,7 @@ def running(
 
     def make_engine(folder: Path) -> OwnEngine:
         request = ServeRequest(
-            config=config, adapter=str(folder), device="cpu", socket="", slots=SLOTS
+            config=config, adapter=str(folder), device="cpu", socket="", slots=slots
         )
         made.append(OwnEngine(request))
         return made[-1]

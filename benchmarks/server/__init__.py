@@ -1,0 +1,1 @@
+"""Campaigns against `qwen3ft serve`: swaps, trials, load."""

@@ -1,0 +1,116 @@
+"""Planted versions on trial: bad ones are to be rolled back, good ones to be used.
+
+    PYTHONPATH=tests python -m benchmarks.server.canary [--each 5] [--good 20] [--share 0.05]
+                                                        [--out FILE]
+
+A server follows the registry with `--canary`, and four clients ask. `--each` adapters of each kind
+of bad answers (empty, endless, slow, in another language) and `--good` good ones are promoted one
+after the other, in mixed order. The proof against the run's test is off: it says only that a
+version answers as tested, and these do. Exits with 1 if a bad version was used, a good one rolled
+back, or more than 5 % of all requests of the trials of bad ones saw a bad answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from support.planted_adapters import KINDS, plant_several
+from support.registered import MODEL
+
+from benchmarks.machine import machine, write_json
+from benchmarks.server.place import Clients, Place, make_place
+from qwen3ft.registry.aliases import TRIAL_TAG
+
+MOST_SHARE_OF_BAD = 0.05
+MOST_TRIAL_SECONDS = 600.0
+CLIENTS = 4
+ANSWER_TOKENS = 128
+
+
+def main() -> None:
+    """Run the campaign, print and write its result."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--each", type=int, default=5)
+    parser.add_argument("--good", type=int, default=20)
+    parser.add_argument("--share", type=float, default=0.05)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        place = make_place(Path(folder), ANSWER_TOKENS)
+        trials = run_trials(place, arguments.each, arguments.good, arguments.share)
+    bad = [one for one in trials if one["kind"] != "good"]
+    share = sum(one["bad_answers"] for one in bad) / max(1, sum(one["requests"] for one in bad))
+    result = {
+        "machine": machine(),
+        "share": arguments.share,
+        "bad": len(bad),
+        "bad_rolled_back": sum(one["rolled_back"] for one in bad),
+        "good": len(trials) - len(bad),
+        "good_rolled_back": sum(one["rolled_back"] for one in trials if one["kind"] == "good"),
+        "share_of_requests_with_a_bad_answer": round(share, 4),
+        "trials": trials,
+    }
+    print({name: value for name, value in result.items() if name != "trials"})
+    if arguments.out:
+        write_json(arguments.out, result)
+    missed = result["bad"] - result["bad_rolled_back"] + result["good_rolled_back"]
+    sys.exit(bool(missed or share > MOST_SHARE_OF_BAD))
+
+
+def run_trials(place: Place, each: int, good: int, share: float) -> list[dict[str, Any]]:
+    """Promote every planted version, and return what came of it."""
+    versions: list[tuple[str, str]] = []
+    for kind in KINDS:
+        count = good if kind == "good" else each
+        planted = plant_several(place.trained, kind, place.folder, count)
+        versions += [
+            (kind, place.add(Path(saved.path).name, saved, keep=False)) for saved in planted
+        ]
+    random.Random(0).shuffle(versions)
+    place.promote(place.add("night-1", place.trained.saved))
+    questions = [row["question"] for row in place.trained.rows]
+    trials = []
+    with (
+        place.served(trial_share=share, probe_rows=0, slots=8, queue=64) as server,
+        Clients(server, questions, CLIENTS) as asking,
+    ):
+        for kind, number in versions:
+            trials.append(_run_trial(place, asking, kind, number))
+            print(trials[-1], flush=True)
+    return trials
+
+
+def _run_trial(place: Place, asking: Clients, kind: str, number: str) -> dict[str, Any]:
+    before, first, started = place.champion, len(asking.replies), time.monotonic()
+    place.promote(number)
+
+    def outcome() -> str:
+        version = place.registry.version(MODEL, number)
+        assert version is not None
+        return version.tags.get(TRIAL_TAG, "")
+
+    asking.wait_for(lambda: bool(outcome()), MOST_TRIAL_SECONDS)
+    replies = asking.replies[first:]
+    counts = Counter(reply.version for reply in replies)
+    return {
+        "kind": kind,
+        "version": number,
+        "rolled_back": outcome().startswith("rolled back"),
+        "champion_again": place.champion == before,
+        "requests": len(replies),
+        "bad_answers": counts[number] if kind != "good" else 0,
+        "failed": sum(reply.status != 200 for reply in replies),
+        "seconds": round(time.monotonic() - started, 1),
+        "outcome": outcome(),
+    }
+
+
+if __name__ == "__main__":
+    main()
