@@ -612,7 +612,7 @@ QUICK: dict[str, Mishap] = {
         config(ability_path=f"{f}/no.jsonl")
     ),
     "qwen3ft/evaluation/generation.py in_batches 1": no_memory_for_one,
-    "qwen3ft/evaluation/inference.py _read_rows 1": lambda f: inference._read_rows(
+    "qwen3ft/evaluation/inference.py read_questions 1": lambda f: inference.read_questions(
         write(f, "test.jsonl", ""), 5
     ),
     "qwen3ft/evaluation/inference.py _check_champion 1": champion_of_another_model,
