@@ -414,3 +414,20 @@ def test_a_run_on_a_machine_that_another_run_holds_is_refused_before_it_does_any
     assert state.is_failed()
     assert "Run the-other (pid " in state.message
     assert set(task_states(state)) == {"environment"}
+
+
+@pytest.mark.slow
+def test_a_run_on_two_ranks_loses_one_and_ends_on_both(run_flow: Any) -> None:
+    """With the setting `gpus` alone; the card says who failed, and metrics are those of a step."""
+    state, run = run_flow("kill@step=4:rank=1", gpus="2")
+    assert state.is_completed(), state.message
+    plans = [json.loads(job.request.read_text()) for job in run.attempts()]
+    assert [plan["places"] for plan in plans] == [[0, 1], [0, 1]]
+    card = json.loads((run.path / "card.json").read_text())
+    first, second = card["attempts"]
+    assert (first["outcome"], second["outcome"]) == ("WorkerCrashedError", "completed")
+    assert first["detail"].startswith("Rank 1 of 2: The worker was killed by SIGKILL")
+    assert card["held_out_loss_after"] < card["held_out_loss_before"]
+    outcome = json.loads(run.attempt(2).outcome.read_text())
+    assert len(outcome["rank_peaks_gb"]) == 2
+    assert card["peak_memory_gb"] == pytest.approx(max(outcome["rank_peaks_gb"]), rel=0.2)
