@@ -165,6 +165,8 @@ def environment(layout: Layout, inherited: Mapping[str, str] = os.environ) -> di
         "DO_NOT_TRACK": "true",  # MLflow knows only this spelling, Prefect also "1"
         "MLFLOW_TRACKING_URI": layout.url("mlflow"),
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        # it would print links, which lack the secret, amid what a command prints
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         # job runners take 14 processes and 1.2 GB, and nothing here uses them
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "NO_PROXY": ",".join([*no_proxy, "127.0.0.1", "localhost"]),

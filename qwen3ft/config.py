@@ -27,7 +27,7 @@ from pydantic import (
 
 from qwen3ft.errors import ConfigError
 from qwen3ft.logs import get_logger, mask_secrets
-from qwen3ft.text.commands import shell_line
+from qwen3ft.text.commands import existing_path, shell_line
 from qwen3ft.text.endpoints import checked_endpoint
 from qwen3ft.text.names import closest_name, flaw_of_name
 from qwen3ft.text.plain import escaped, is_plain
@@ -460,7 +460,7 @@ def read_settings_file(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"Cannot read the settings in {path}: {error}",
             why="The file is missing, unreadable, or not YAML of plain settings.",
-            next_command=shell_line("ls", "-l", _existing(path)),
+            next_command=shell_line("ls", "-l", existing_path(path)),
             path=str(path),
         ) from error
     if not isinstance(loaded, dict):
@@ -476,13 +476,6 @@ def read_settings_file(path: Path) -> dict[str, Any]:
             path=str(path),
         )
     return with_current_names(loaded)
-
-
-def _existing(path: Path) -> Path:
-    """Return the path, or the nearest folder above it that exists."""
-    if "\0" in str(path):  # no path at all
-        return Path()
-    return next((each for each in (path, *path.parents) if os.path.lexists(each)), Path())
 
 
 def with_current_names(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -80,5 +80,8 @@ def _log_above(console: Console) -> Iterator[None]:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    is_of_our_hook = record.name == "prefect.engine" and record.levelno <= logging.INFO
-    return record.name != PROGRESS_LOGGER and not is_of_our_hook
+    if record.name.partition(".")[0] == "prefect":
+        # of our hook, or of Ctrl-C, which the command speaks of itself
+        is_of_cancelling = "aborted by an interrupt signal" in record.getMessage()
+        return record.levelno > logging.INFO and not is_of_cancelling
+    return record.name != PROGRESS_LOGGER

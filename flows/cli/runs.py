@@ -164,13 +164,14 @@ def _find_unfinished(
 
 def _run_failed(last: StateChange, folder: Path, worker_log: Path) -> FinetuneError:
     """Make an error of the run's last state message, and say where its log is."""
+    from flows.cli.views.run import plain_message
     from qwen3ft.errors import FinetuneError
     from qwen3ft.jobs.folders import RunDir
 
     log = folder / "run.jsonl"
     if not log.exists():
         log = worker_log
-    message = last.message.removeprefix("Flow run encountered an exception: ")
+    message = plain_message(last.message)
     what, _, rest = message.partition("\nWhy: ")
     why, _, command = rest.partition("\nNext: ")
     return FinetuneError(

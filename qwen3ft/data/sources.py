@@ -30,7 +30,7 @@ from qwen3ft.digests import DigestCache, mark_of, open_digests
 from qwen3ft.embedded import DATA_DIR
 from qwen3ft.errors import DataLoadingError
 from qwen3ft.records.data import ResolvedSources, Role, SourceFile
-from qwen3ft.text.commands import shell_line
+from qwen3ft.text.commands import existing_path, shell_line
 from qwen3ft.text.plain import escaped_line
 
 EMBEDDED_PREFIX = "embedded:"
@@ -199,7 +199,7 @@ def _files(given: str, role: Role, cache: Path, skipped: list[str]) -> list[Sour
         raise DataLoadingError(
             f"The {role} data path {given} does not exist (looked in {Path.cwd()}).",
             why="A path is relative to the folder the command is started in.",
-            next_command=shell_line("ls", "-l", path.parent),
+            next_command=shell_line("ls", "-l", existing_path(path.parent)),
             path=given,
         )
     if why := why_unread(path):

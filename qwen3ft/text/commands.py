@@ -49,3 +49,10 @@ def shell_setup() -> str:
 def shell_line(*words: object) -> str:
     """Return a command whose words stay whole in a shell, such as paths with spaces."""
     return shlex.join(map(str, words))
+
+
+def existing_path(path: Path) -> Path:
+    """Return the path, or the nearest folder above it that exists."""
+    if "\0" in str(path):  # no path at all
+        return Path()
+    return next((each for each in (path, *path.parents) if os.path.lexists(each)), Path())

@@ -54,11 +54,15 @@ from qwen3ft.planning import gpu_specs
 from qwen3ft.planning.plan import build_plan
 from qwen3ft.records.data import SourceFile
 from qwen3ft.records.evaluation import Champion
+from qwen3ft.records.serving import Load
 from qwen3ft.records.training import Failure
 from qwen3ft.recovery.adjust import FailedAttempt, GiveUp, decide_retry
 from qwen3ft.registry import aliases, bounded_calls, lookup
 from qwen3ft.registry import registry as registries
 from qwen3ft.registry.registry import Registry
+from qwen3ft.server import engines, probe
+from qwen3ft.server import run as server_run
+from qwen3ft.serving import engine as serving_engine
 from qwen3ft.serving import export, gguf_files, hub_push, parity, session
 from qwen3ft.tracking import connection as connections
 from qwen3ft.tracking.journal import AttemptEnded, Journal
@@ -366,6 +370,40 @@ def no_converter(_: Path) -> None:
     """The packages of the extra are not installed."""
     with patch.object(gguf_files, "find_spec", return_value=None):
         gguf_files.require_gguf_packages()
+
+
+def silent_engine(_: Path) -> None:
+    """The worker of a server ends without a word."""
+    made = object.__new__(engines.OwnEngine)
+    made._request, made._job = MagicMock(), MagicMock()
+    made._loop, ended = asyncio.new_event_loop(), list[errors.FinetuneError]()
+    with patch.object(engines, "run_worker"), patch.object(made, "_end", ended.append):
+        made._run()
+        made._loop.run_until_complete(asyncio.sleep(0))
+    made._loop.close()
+    raise ended[0]
+
+
+def served_otherwise(_: Path) -> None:
+    """A server answers otherwise than the run's test did."""
+    kept = probe.KeptAnswer([{"role": "user", "content": "q"}], thinking=False, answer="right")
+    answer = {"choices": [{"message": {"content": "wrong"}}]}
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, json=answer))
+
+    async def ask() -> None:
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            await probe.prove(client, "v1", [kept], default_thinking=False)
+
+    asyncio.run(ask())
+
+
+def beside_another_base(folder: Path) -> None:
+    """An adapter is served beside those of another base model."""
+    write_small_adapter(folder)
+    made = object.__new__(serving_engine.DecodingEngine)
+    made._places, made.base = {}, "another"
+    with patch.object(serving_engine, "find_base", return_value="its own"):
+        made._load(Load.model_construct(name="v1", folder=str(folder)))
 
 
 def drifted(folder: Path) -> None:
@@ -762,6 +800,16 @@ QUICK: dict[str, Mishap] = {
     ),
     "qwen3ft/serving/hub_push.py _explained 3": lambda _: throw(
         hub_push._explained(hub_answer(hub_errors.HfHubHTTPError, 500), NAME)
+    ),
+    "qwen3ft/server/engines.py OwnEngine._run 1": silent_engine,
+    "qwen3ft/server/probe.py prove 1": served_otherwise,
+    "qwen3ft/server/probe.py read_kept_answers 1": lambda f: probe.read_kept_answers(
+        config(runs_dir=str(f)), "a-run", 5
+    ),
+    "qwen3ft/server/run.py _listen 1": lambda _: server_run._listen("no such host", 1),
+    "qwen3ft/serving/engine.py DecodingEngine._load 1": beside_another_base,
+    "qwen3ft/serving/engine.py _cannot_decode 1": lambda _: throw(
+        serving_engine._cannot_decode("it has no room")
     ),
     "qwen3ft/serving/session.py _ended_early 1": lambda _: throw(session._ended_early()),
     "qwen3ft/settings.py find_settings 1": lambda _: settings.find_settings([], "nonsense"),

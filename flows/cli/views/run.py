@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -12,6 +13,7 @@ from rich.progress import Progress as ProgressBar
 from rich.table import Column
 from rich.text import Text
 
+from qwen3ft.errors import error_kinds
 from qwen3ft.evaluation.wording import format_seconds
 
 if TYPE_CHECKING:
@@ -32,6 +34,17 @@ _STYLES = {
     "CRASHED": "red",
     "CANCELLED": "yellow",
 }
+
+
+_PREFECT_WORDS = re.compile(
+    r"\A(?:(?:Flow|Task) run encountered an exception:? ?)?"
+    rf"(?:(?:{'|'.join(kind.__name__ for kind in error_kinds())}): )?"
+)
+
+
+def plain_message(message: str) -> str:
+    """Return the message of a failed state without Prefect's words and the name of the class."""
+    return _PREFECT_WORDS.sub("", message)
 
 
 class RunView:
@@ -71,7 +84,7 @@ class RunView:
             line.append(f"  {format_seconds(change.seconds):>7}")
         # the run's own message is shown in full when it is over
         is_end = change.name == "run" and change.seconds is not None
-        message = "" if is_end or change.state in _QUIET_STATES else change.message
+        message = "" if is_end or change.state in _QUIET_STATES else plain_message(change.message)
         if message:
             line.append(f"  {message.splitlines()[0]}")
         if change.seconds is not None:
