@@ -109,11 +109,6 @@ class AnswerLoad:
         per_token = 2 * shape.num_hidden_layers * shape.key_features * self.compute_bytes
         return PAGE_TOKENS * per_token
 
-    @property
-    def block_weights(self) -> int:
-        """Numbers of one block's projections."""
-        return self.shape.linear_parameters // self.shape.num_hidden_layers
-
     def fixed_bytes(self) -> int:
         """Return the bytes that a decoder of any size takes beside the model."""
         shape, c = self.shape, self.compute_bytes
