@@ -214,6 +214,18 @@ def test_a_night_that_failed_is_taken_up_from_its_checkpoint_and_then_done(run_f
     assert (state.name, state.message) == ("Already done", f"already done by run {run.path.name}")
 
 
+@pytest.mark.slow
+def test_a_run_completes_with_workers_that_share_no_imports(
+    run_flow: Any, project: FlowProject, cold_workers: None
+) -> None:
+    """Each stage's worker is started as the product does: all that it needs, it imports itself."""
+    state, run = run_flow(seed=71, preflight="on", cache_dir=str(project.root / "cold"))
+    assert state.is_completed(), state.message
+    started = {folder.name for folder in (run.path / "jobs").iterdir()}
+    assert started >= {"quantize", "data", "preflight-1", "inference"}
+    assert run.attempt(1).outcome.is_file()
+
+
 def test_a_run_that_is_in_progress_is_not_taken_up_beside_it(
     run_flow: Any, project: FlowProject
 ) -> None:

@@ -274,7 +274,11 @@ def test_the_code_of_the_model_card_answers(
 
 @pytest.mark.slow
 def test_a_base_that_is_another_one_now_is_refused_and_nothing_is_left(
-    trained: Trained, changed_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    trained: Trained,
+    changed_base: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    cold_workers: None,
 ) -> None:
     """The worker finds the drift, and no target folder appears."""
     rows = trained.rows_file(tmp_path)
