@@ -26,11 +26,16 @@ MOST_SECONDS = 20.0
 @pytest.fixture
 def log() -> Iterator[io.StringIO]:
     """What Prefect's handler of the console prints of the loggers of a run."""
-    stream = io.StringIO()
-    handler, root = PrefectConsoleHandler(stream), logging.getLogger()
+    stream, root = io.StringIO(), logging.getLogger()
+    others = [one for one in root.handlers if isinstance(one, PrefectConsoleHandler)]
+    for other in others:  # of flows that ran in this process
+        root.removeHandler(other)
+    handler = PrefectConsoleHandler(stream)
     root.addHandler(handler)
     yield stream
     root.removeHandler(handler)
+    for other in others:
+        root.addHandler(other)
 
 
 def begin_attempt(run: RunDir, number: int) -> JobDir:
