@@ -22,6 +22,7 @@ def serve_command(
         str, typer.Option("--host", help="Address to listen on; beyond loopback with a key.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 for a free one.")] = 8000,
+    key: Annotated[bool, typer.Option("--key", help="Need the key on loopback too.")] = False,
     slots: Annotated[
         int, typer.Option("--slots", min=1, help="Most answers written at a time.")
     ] = 16,
@@ -93,7 +94,7 @@ def serve_command(
         )
         return OwnEngine(request)
 
-    options = ServerOptions(host, port, queue, probe_rows, canary, log_requests)
+    options = ServerOptions(host, port, queue, probe_rows, canary, log_requests, key)
     ModelServer(options, wanted, registry, source, make_engine, _announce, follow).run()
 
 

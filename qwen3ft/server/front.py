@@ -51,7 +51,7 @@ Answering = AsyncGenerator[Piece | Ended]
 
 
 @dataclass(frozen=True)
-class Answered:
+class AnsweredRequest:
     """A request of a client that is over.
 
     Attributes:
@@ -86,7 +86,7 @@ class Front:
 
     def __init__(self, served: Served, queue: int) -> None:
         self.served, self.queue = served, queue
-        self.observers: list[Callable[[Answered], None]] = []
+        self.observers: list[Callable[[AnsweredRequest], None]] = []
         self.in_progress = 0  # requests of clients, not of the probe
         self.metrics = ServerMetrics(lambda: self.in_progress)
         self.access: Access | None = None
@@ -299,7 +299,7 @@ class _Answer:
         """Tell the observers how it ended, unless the question was refused."""
         if status != 400:
             texts, seconds = self._texts, self._seconds
-            answered = Answered(
+            answered = AnsweredRequest(
                 self._version, self._body, status, **texts, ended=self._ended, seconds=seconds
             )
             for observer in self._front.observers:

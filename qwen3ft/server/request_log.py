@@ -16,7 +16,7 @@ from pathlib import Path
 
 from qwen3ft.files import append_json_line, make_folder
 from qwen3ft.logs import get_logger, mask_values
-from qwen3ft.server.front import Answered
+from qwen3ft.server.front import AnsweredRequest
 from qwen3ft.server.questions import ChatQuestionBody
 
 logger = get_logger("server")
@@ -35,7 +35,7 @@ class RequestLog:
         self.path = folder / f"requests-{started:%Y%m%d-%H%M%S}-{os.getpid()}.jsonl"
         self.path.touch(0o600)
 
-    def add(self, answered: Answered) -> None:
+    def add(self, answered: AnsweredRequest) -> None:
         """Write an answer down; trouble with the disk is logged and disturbs nobody."""
         if answered.ended is None or not isinstance(answered.body, ChatQuestionBody):
             return

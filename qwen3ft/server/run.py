@@ -39,6 +39,7 @@ class ServerOptions:
         probe_rows: Held-out rows to compare each version on; 0 for none.
         trial_share: Share of the requests for a new champion on trial; 0 for no trial.
         log_folder: Folder for questions and answers; None to keep none.
+        needs_key: Requests need a key on loopback too.
     """
 
     host: str = "127.0.0.1"
@@ -47,6 +48,7 @@ class ServerOptions:
     probe_rows: int = 100
     trial_share: float = 0.0
     log_folder: Path | None = None
+    needs_key: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,8 @@ class ModelServer:
         options = self.options
         listening = _listen(options.host, options.port)
         port = listening.getsockname()[1]
-        key, is_new = ("", False) if is_loopback(options.host) else make_key(KEY_FILE)
+        needs_key = options.needs_key or not is_loopback(options.host)
+        key, is_new = make_key(KEY_FILE) if needs_key else ("", False)
         front = Front(Served(self.config.registered_name), options.queue)
         front.access = Access(options.host, port, key)
         address = f"http://{_own_name(options.host)}:{port}"

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from qwen3ft.evaluation.answers import Question, is_looping
 from qwen3ft.evaluation.form_checks import language_fits
 from qwen3ft.records.serving import Ended
-from qwen3ft.server.front import CLIENT_LEFT, Answered
+from qwen3ft.server.front import CLIENT_LEFT, AnsweredRequest
 from qwen3ft.server.questions import ChatQuestionBody
 from qwen3ft.server.served import Version
 
@@ -37,7 +37,7 @@ ENOUGH_ANSWERS = 100
 to stop it, at 20 % 10, if the old version has none; fewer than one in 10,000 of those that are bad
 in every fourth answer pass."""
 
-MOST_SHARE = 0.2
+MOST_TRIAL_SHARE = 0.2
 
 MEDIAN_ANSWERS = 200
 """Last answers of the old version that the median is taken of."""
@@ -107,7 +107,7 @@ class Trial:
     Args:
         old: Version in use.
         new: Version on trial, loaded and proven.
-        share: Share of the requests for the new one, above 0 and at most `MOST_SHARE`.
+        share: Share of the requests for the new one, above 0 and at most `MOST_TRIAL_SHARE`.
         seed: Seed of the lots; None for chance.
     """
 
@@ -135,7 +135,7 @@ class Trial:
             self._place, self._chosen = 0, self._lots.randrange(self._block)
         return self.new if is_new else self.old
 
-    def observe(self, answered: Answered) -> None:
+    def observe(self, answered: AnsweredRequest) -> None:
         """Take note of a request that is over; a client that leaves tells only that it waited."""
         body, ended, fault = answered.body, answered.ended, ""
         if not isinstance(body, ChatQuestionBody):

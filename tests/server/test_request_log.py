@@ -8,7 +8,7 @@ from typing import Any, cast
 from support.data_stage import accounted, prepare, questions, read_lines, write_jsonl
 
 from qwen3ft.records.serving import Ended
-from qwen3ft.server.front import Answered
+from qwen3ft.server.front import AnsweredRequest
 from qwen3ft.server.questions import ChatQuestionBody
 from qwen3ft.server.request_log import RequestLog
 from qwen3ft.server.served import Version
@@ -18,7 +18,7 @@ KEY = "sk-abcdefghijklmnopqrstuvwx"
 ENDED = Ended(id=1, reason="stop", prompt_tokens=9, completion_tokens=3)
 
 
-def answered(question: str, answer: str, ended: Ended | None = ENDED) -> Answered:
+def answered(question: str, answer: str, ended: Ended | None = ENDED) -> AnsweredRequest:
     turns = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "First?"},
@@ -26,7 +26,7 @@ def answered(question: str, answer: str, ended: Ended | None = ENDED) -> Answere
         {"role": "user", "content": question},
     ]
     body = ChatQuestionBody.model_validate({"messages": turns})
-    return Answered(VERSION, body, 200, "", answer, ended, 0.1)
+    return AnsweredRequest(VERSION, body, 200, "", answer, ended, 0.1)
 
 
 def test_a_line_has_all_that_a_later_run_needs_and_no_secret(tmp_path: Path) -> None:
