@@ -102,6 +102,7 @@ class OwnEngine:
         self._numbers = count(1)
         self._answers: dict[int, asyncio.Queue[Piece | Ended | Refused | FinetuneError]] = {}
         self._loads: dict[str, asyncio.Future[AdapterLoaded]] = {}
+        self._attending: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Start the worker and wait until the base model is loaded."""
@@ -171,6 +172,9 @@ class OwnEngine:
             self._send(Close())
         await asyncio.to_thread(self._thread.join, GRACE_SECONDS)
         self._listener.close()
+        if self._attending is not None:
+            self._writer.close()
+            await asyncio.wait([self._attending], timeout=GRACE_SECONDS)
         for folder in (self._folder, self._job.path):
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -180,7 +184,7 @@ class OwnEngine:
 
     async def _attend(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Take what the worker sends to whom it is for."""
-        self._writer = writer
+        self._writer, self._attending = writer, asyncio.current_task()
         try:
             while line := await reader.readline():
                 self._take(to_server.validate_json(line))
