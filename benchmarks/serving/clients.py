@@ -141,8 +141,6 @@ def mlflow_serve(champion: Champion, venvs: Venvs) -> list[str]:
 
 
 CLIENTS: dict[str, Callable[[Champion, Venvs], list[str]]] = {
-    "vLLM, merged": vllm_merged,
-    "vLLM, LoRA": vllm_lora,
     "transformers pipeline": transformers_pipeline,
     "plain PEFT": plain_peft,
     "transformers serve": transformers_serve,
@@ -150,6 +148,8 @@ CLIENTS: dict[str, Callable[[Champion, Venvs], list[str]]] = {
     "llama.cpp server, LoRA GGUF": llama_cpp_lora,
     "mlflow.pyfunc.load_model": mlflow_load,
     "mlflow models serve": mlflow_serve,
+    "vLLM, merged": vllm_merged,
+    "vLLM, LoRA": vllm_lora,
 }
 
 

@@ -19,7 +19,8 @@ from qwen3ft.serving.ollama import describe_ollama, render_modelfile
 MODELFILE, SERVING = "Modelfile", "SERVING.md"
 
 RUN_WITH = (
-    "They were run with vLLM 0.32.0 (CPU), transformers 5.19.0 and llama.cpp b11549 on 2026-11-30."
+    "They were run with vLLM 0.32.0 (CPU), transformers 5.19.0 and the llama.cpp server of "
+    "xllamacpp\n2026.10.11549, on the embedded model, on 2026-11-30."
 )
 """Versions of benchmarks/results/serving-cpu.json."""
 
