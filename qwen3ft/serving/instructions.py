@@ -171,8 +171,9 @@ def _transformers() -> str:
 transformers serve ./merged
 ```
 
-Requests name `./merged` as their model. In Python, `pipeline("text-generation", "./merged")`
-answers alike; README.md in `adapter` loads the adapter with PEFT.
+It needs `pip install 'transformers[serving]' accelerate`. Requests name `./merged` as their model.
+In Python, `pipeline("text-generation", "./merged")` answers alike; README.md in `adapter` loads the
+adapter with PEFT.
 """
 
 
