@@ -7,13 +7,18 @@ about takes half of its thinking budget.
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
+from qwen3ft.config import TrainingConfig
 from qwen3ft.planning.decoder_sizes import AnswerLoad, DecoderSizes, choose_sizes, may_decode
 from qwen3ft.planning.fused_search import why_not_fused
 from qwen3ft.planning.gpu_specs import GpuSpec
-from qwen3ft.planning.workload import FitRequest
+from qwen3ft.planning.workload import FitRequest, request_for
 from qwen3ft.records.base import Record
 from qwen3ft.records.data import DatasetManifest
-from qwen3ft.records.plan import MemoryPart
+from qwen3ft.records.machine import EnvironmentReport
+from qwen3ft.records.plan import MemoryPart, TrainPlan
 from qwen3ft.records.run_card import SettingLine
 from qwen3ft.units import GIB, size_text
 
@@ -97,6 +102,22 @@ def plan_answers(
             "seconds": load.seconds(sizes, gpu) if gpu else None,
         }
     )
+
+
+def decoder_load(
+    config: TrainingConfig, environment: EnvironmentReport, plan: TrainPlan
+) -> dict[str, Any] | None:
+    """Return the fields of the decoder's work but for the shape; None if transformers answers."""
+    request = request_for(config, environment, plan.model, plan.adapter, plan.dataset)
+    if _obstacle(request):
+        return None
+    questions = min(plan.dataset.test_rows, config.inference_rows)
+    share, _ = _thinking(request, plan.dataset)
+    thinking = config.max_thinking_tokens if share else 0
+    load = _load(request, questions, thinking, share, plan.dataset)
+    fields = {field.name: getattr(load, field.name) for field in dataclasses.fields(load)}
+    del fields["shape"]
+    return fields
 
 
 def sizes_text(sizes: DecoderSizes) -> str:

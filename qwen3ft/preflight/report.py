@@ -14,6 +14,7 @@ from qwen3ft.files import read_json_lines
 from qwen3ft.jobs.folders import JobDir
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.preflight import (
+    AnswersMeasured,
     Measurement,
     PartComparison,
     Phase,
@@ -61,6 +62,7 @@ def measured_report(
         phases=measurement.phases,
         batches=batches,
         seconds=measurement.seconds,
+        answers=measurement.answers,
     )
     return report.model_copy(update={"notes": _notes(plan, report)})
 
@@ -211,6 +213,8 @@ def _markdown_of(report: PreflightReport) -> list[str]:
         f"| {phase.seconds:.1f} |"
         for phase in report.phases
     ]
+    if report.answers is not None:
+        lines += ["", f"Answers by {_answers_text(report.answers)}."]
     lines += ["", "| batch | worst in | sequences | tokens | longest |", "|---|---|---|---|---|"]
     lines += [
         f"| {kind} | {', '.join(batch.chosen_for)} | {len(batch.rows)} | {batch.slots:,} "
@@ -222,6 +226,15 @@ def _markdown_of(report: PreflightReport) -> list[str]:
         for batch in batches
     ]
     return [*lines, ""]
+
+
+def _answers_text(answers: AnswersMeasured) -> str:
+    if answers.measured_bytes is None or answers.step_seconds is None:
+        return answers.by
+    return (
+        f"{answers.by}: {_gb(answers.measured_bytes)} GB measured, "
+        f"{_gb(answers.predicted_bytes)} predicted, {1000 * answers.step_seconds:.1f} ms a step"
+    )
 
 
 def _gb(size: int | None) -> str:

@@ -16,6 +16,7 @@ from qwen3ft.faults import planted_in_preflight
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.jobs.launcher import run_worker
 from qwen3ft.logs import get_logger
+from qwen3ft.planning.answers import decoder_load
 from qwen3ft.preflight.cache import keep_report, read_report, report_key
 from qwen3ft.preflight.policy import decide_preflight, replan, too_little_memory
 from qwen3ft.preflight.report import completed_phases, measured_report, out_of_memory_report
@@ -96,7 +97,13 @@ def _report_of(
     if (kept := read_report(config, key)) is not None:
         return kept
     job = run.job(f"preflight-{number}")
-    job.create(PreflightRequest(plan=shortened(plan, batches, run), batches=batches, number=number))
+    request = PreflightRequest(
+        plan=shortened(plan, batches, run),
+        batches=batches,
+        number=number,
+        answers=decoder_load(config, environment, plan),
+    )
+    job.create(request)
     started = time.monotonic()
     try:
         measurement = run_worker("preflight", job, Measurement, stall_seconds=config.stall_seconds)

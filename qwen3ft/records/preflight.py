@@ -5,7 +5,7 @@ Memory is that of the device that trains; on a CPU all three kinds are the resid
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -49,6 +49,9 @@ class PreflightRequest(Record):
     plan: TrainPlan
     batches: WorstBatches
     number: int = Field(description="1 for the first plan, 2 for the one made after it.")
+    answers: dict[str, Any] | None = None
+    """Fields of the `AnswerLoad` of the inference test without the shape, if the decoder is to
+    answer."""
 
 
 class PhaseMemory(Record):
@@ -62,6 +65,16 @@ class PhaseMemory(Record):
     seconds: float
 
 
+class AnswersMeasured(Record):
+    """The decoder of the inference test, made and filled once."""
+
+    by: str = Field(description="Its sizes, or why it was not measured.")
+    predicted_bytes: int | None = None
+    measured_bytes: int | None = Field(None, description="Peak of the process meanwhile.")
+    step_seconds: float | None = None
+    seconds: float = 0.0
+
+
 class Measurement(Record):
     """Measurement of a preflight worker."""
 
@@ -70,6 +83,7 @@ class Measurement(Record):
     adapter_bytes: int = Field(description="Bytes of the parameters that are trained.")
     phases: tuple[PhaseMemory, ...]
     seconds: float
+    answers: AnswersMeasured | None = None
 
     def phase(self, name: Phase) -> PhaseMemory:
         """Return the phase of that name; KeyError if it did not take place."""
@@ -102,6 +116,7 @@ class PreflightReport(Record):
     batches: WorstBatches
     seconds: float
     failure: Failure | None = Field(None, description="Set where memory ran out.")
+    answers: AnswersMeasured | None = None
     notes: tuple[str, ...] = ()
     from_cache: bool = False
 

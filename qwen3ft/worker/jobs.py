@@ -146,6 +146,7 @@ def rank_job(job: Job) -> AttemptOutcome | RankOutcome:
 def preflight_job(job: Job) -> Measurement:
     """Measure the worst batches of a plan; training follows in its own process."""
     from qwen3ft.machine.memory import MemoryOptimizer
+    from qwen3ft.preflight.answers import measure_answers
     from qwen3ft.preflight.measure import PhaseMeter, measure
 
     request = read_record(job.dir.request, PreflightRequest)
@@ -157,7 +158,12 @@ def preflight_job(job: Job) -> Measurement:
     job.heartbeat.beat("train")
     measured = measure(engine, trainer, request, meter)
     del buffers
-    return measured
+    if request.answers is None:
+        return measured
+    job.heartbeat.beat("answers")
+    trainer.optimizer = trainer.lr_scheduler = None  # makes room
+    answers = measure_answers(trainer.model, plan, request.answers)
+    return measured.model_copy(update={"answers": answers})
 
 
 def _exchange_buffers(plan: TrainPlan) -> torch.Tensor:
