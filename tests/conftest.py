@@ -56,7 +56,8 @@ OTHERS_MAKE_IT_SECONDS = 240.0
 
 LONGEST = (
     *("test_flow.py", "test_browser.py", "test_attacks.py", "test_secrets.py", "test_stack.py"),
-    *("test_interruptions.py", "test_export.py", "test_ask.py", "test_inference.py"),
+    *("test_interruptions.py", "test_following.py", "test_server.py", "test_export.py"),
+    *("test_ask.py", "test_inference.py"),
     *("test_mirror.py", "test_worker.py", "test_cli.py", "test_training.py", "test_moves.py"),
     *("test_sender.py", "test_bombs.py", "test_formats.py", "test_temporary_server.py"),
     *("test_job_processes.py", "test_preflight.py", "test_what_if.py", "test_model.py"),

@@ -274,7 +274,7 @@ def test_no_folder_is_too_full_to_find_anything() -> None:
 
 
 def test_every_module_of_tests_has_a_name_of_its_own() -> None:
-    """pytest imports them by their names alone, and refuses the second of two."""
+    """Pytest imports them by their names alone, and refuses the second of two."""
     folders = (ROOT / "tests", ROOT / "benchmarks" / "tests")
     names = Counter(path.name for folder in folders for path in folder.rglob("test_*.py"))
     assert [name for name, count in names.items() if count > 1] == []
