@@ -30,7 +30,7 @@ from flows.cli.project import requested_settings, use_local_services
 from flows.cli.servers import env_command
 from flows.cli.tails import LockTail, MetricsTail
 from flows.cli.views.common import format_seconds, show_card
-from flows.cli.views.run import RunView
+from flows.cli.views.run import RunView, plain_message
 from qwen3ft.config import TrainingConfig, load_config
 from qwen3ft.errors import ConfigError, EnvironmentNotReadyError
 from qwen3ft.files import append_json_line, write_json_atomic
@@ -438,6 +438,20 @@ def test_state_changes_are_plain_lines_without_a_terminal() -> None:
         ["model", "Cached"],
         ["train-2", "Failed", "1.0", "s", "out", "of"],
     ]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Flow run encountered an exception: SaveError: the disk is full.",
+        "Task run encountered an exception SaveError: the disk is full.",
+        "SaveError: the disk is full.",
+        "the disk is full.",
+    ],
+)
+def test_a_failure_is_shown_without_the_words_of_prefect(said: str) -> None:
+    """What is left is what the error says."""
+    assert plain_message(said) == "the disk is full."
 
 
 @pytest.mark.parametrize(
