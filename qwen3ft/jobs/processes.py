@@ -30,6 +30,9 @@ GRACE_SECONDS = 7.0
 """Time from SIGTERM to SIGKILL; a cancelled run has to be gone within 10 s in all."""
 
 PARENT_VARIABLE = "QWEN3FT_PARENT_PID"
+HELD_VARIABLE = "QWEN3FT_HELD_GPUS"
+"""GPUs of the run for its ranks, as `CUDA_VISIBLE_DEVICES` names them; empty for all there are."""
+
 WAIT = "wait"
 """Argument in place of a kind: the job comes later, as a line of JSON on stdin."""
 
@@ -57,7 +60,17 @@ class _Environment:
         # NVML's order, by which the GPU was chosen and locked; CUDA's own puts the fastest first.
         order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
         marks = {PARENT_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
-        return cls({**threads, **order, **os.environ, **marks}, str(Path.cwd()))
+        return cls({**threads, **order, **os.environ, **marks, **_one_gpu()}, str(Path.cwd()))
+
+
+def _one_gpu() -> dict[str, str]:
+    """Let a worker see the first GPU of the run alone, and tell it of the others for its ranks.
+
+    Of several that it sees, transformers would use all, with a copy of the model on each.
+    """
+    held = os.environ.get("CUDA_VISIBLE_DEVICES")
+    first = "0" if held is None else held.split(",")[0]
+    return {"CUDA_VISIBLE_DEVICES": first, HELD_VARIABLE: held or ""}
 
 
 class _Spare:

@@ -16,7 +16,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qwen3ft.jobs.folders import JobDir, read_record
-from qwen3ft.jobs.processes import PARENT_VARIABLE, PREEMPTED_STATUS, end_with_parent
+from qwen3ft.jobs.processes import (
+    HELD_VARIABLE,
+    PARENT_VARIABLE,
+    PREEMPTED_STATUS,
+    end_with_parent,
+)
 from qwen3ft.machine.gpu_choice import VISIBLE
 from qwen3ft.records.plan import TrainPlan
 
@@ -81,9 +86,8 @@ def enter_rank(attempt: Path) -> Path:
     _print_to(JobDir(folder).log)
     plan = read_record(JobDir(folder).request, TrainPlan)
     if plan.device == "cuda":
-        place = plan.places[rank]
-        visible = os.environ.get(VISIBLE)
-        os.environ[VISIBLE] = str(place) if visible is None else visible.split(",")[place]
+        place, held = plan.places[rank], os.environ.get(HELD_VARIABLE, "")
+        os.environ[VISIBLE] = held.split(",")[place] if held else str(place)
     return folder
 
 

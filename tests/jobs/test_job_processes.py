@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from qwen3ft.errors import FinetuneError
+from qwen3ft.jobs import processes
 from qwen3ft.jobs.folders import JobDir
 from qwen3ft.jobs.launcher import run_worker
 from qwen3ft.jobs.processes import workers_ahead
@@ -171,3 +172,19 @@ def test_a_worker_that_waits_dies_with_its_parent() -> None:
     finally:
         parent.kill()
         parent.wait()
+
+
+@pytest.mark.parametrize(
+    ("held", "first"),
+    [(None, "0"), ("", ""), ("3", "3"), ("GPU-b,GPU-a", "GPU-b"), ("-1", "-1")],
+)
+def test_a_worker_sees_one_gpu_and_knows_of_the_others(
+    monkeypatch: pytest.MonkeyPatch, held: str | None, first: str
+) -> None:
+    """The first of the run's; transformers would put a copy of the model on each that it sees."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if held is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", held)
+    variables = processes._Environment.now().variables
+    assert variables["CUDA_VISIBLE_DEVICES"] == first
+    assert variables[processes.HELD_VARIABLE] == (held or "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,11 +23,13 @@ from qwen3ft.errors import (
 )
 from qwen3ft.jobs.folders import JobDir, RunDir, write_record
 from qwen3ft.jobs.launcher import try_worker
-from qwen3ft.jobs.processes import end_process_tree, start_worker
+from qwen3ft.jobs.processes import HELD_VARIABLE, end_process_tree, start_worker
+from qwen3ft.machine.gpu_choice import VISIBLE
 from qwen3ft.model.adapter_checks import ADAPTER_FILE
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.training import AttemptOutcome, Failure
 from qwen3ft.recovery.adjust import FailedAttempt, Retry
+from qwen3ft.worker import bootstrap
 from qwen3ft.worker.agent import first_failure
 from tasks.adjust import adjust_parameters
 
@@ -180,3 +183,27 @@ def test_a_cancelled_attempt_frees_all_ranks_with_a_checkpoint(
     assert time.monotonic() - started < 10
     assert processes_of(job.path) == []
     assert any(job.checkpoints.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("held", "seen"), [("", ["0", "2"]), ("GPU-a,GPU-b,GPU-c", ["GPU-a", "GPU-c"])]
+)
+def test_each_rank_sees_the_gpu_of_its_place_alone(
+    make_plan: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, held: str, seen: list[str]
+) -> None:
+    """And nothing of torch's agent, from which transformers would distribute the model."""
+    monkeypatch.setattr(bootstrap, "_print_to", lambda path: None)
+    plan = make_plan(device="cuda", places=(0, 2))
+    for rank, gpu in enumerate(seen):
+        JobDir(tmp_path).rank(rank).create(plan)
+        given = {
+            "RANK": str(rank),
+            "LOCAL_RANK": "1",
+            "WORLD_SIZE": "2",
+            "TORCHELASTIC_RUN_ID": "x",
+        }
+        for name, value in {**given, HELD_VARIABLE: held, VISIBLE: "0"}.items():
+            monkeypatch.setenv(name, value)
+        assert bootstrap.enter_rank(tmp_path) == JobDir(tmp_path).rank(rank).path
+        assert os.environ[VISIBLE] == gpu
+        assert not given.keys() & os.environ.keys()
