@@ -134,7 +134,8 @@ def mlflow_serve(champion: Champion, venvs: Venvs) -> list[str]:
     program = str(Path(sys.executable).with_name("mlflow"))
     model = f"models:/{REGISTERED_NAME}@champion"
     command = [program, "models", "serve", "-m", model, "--env-manager", "local"]
-    extra = {"MLFLOW_TRACKING_URI": champion.tracking_uri}
+    path = f"{Path(program).parent}:{os.environ['PATH']}"  # as in an activated environment
+    extra = {"MLFLOW_TRACKING_URI": champion.tracking_uri, "PATH": path}
     with _server(command, ROOT, "/ping", extra) as address:
         body = {"dataframe_records": [{"question": one} for one in champion.questions]}
         reply = httpx.post(f"{address}/invocations", json=body, timeout=ANSWER_SECONDS)
