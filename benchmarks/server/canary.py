@@ -1,9 +1,9 @@
 """Planted versions on trial: bad ones are to be rolled back, good ones to be used.
 
     PYTHONPATH=tests python -m benchmarks.server.canary [--each 5] [--good 20] [--share 0.05]
-                                                        [--out FILE]
+                                                        [--clients 4] [--out FILE]
 
-A server follows the registry with `--canary`, and four clients ask. `--each` adapters of each kind
+A server follows the registry with `--canary`, and the clients ask. `--each` adapters of each kind
 of bad answers (empty, endless, slow, in another language) and `--good` good ones are promoted one
 after the other, in mixed order. The proof against the run's test is off: it says only that a
 version answers as tested, and these do. Exits with 1 if a bad version was used, a good one rolled
@@ -30,7 +30,6 @@ from qwen3ft.registry.aliases import TRIAL_TAG
 
 MOST_SHARE_OF_BAD = 0.05
 MOST_TRIAL_SECONDS = 600.0
-CLIENTS = 4
 ANSWER_TOKENS = 128
 
 
@@ -40,11 +39,12 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=5)
     parser.add_argument("--good", type=int, default=20)
     parser.add_argument("--share", type=float, default=0.05)
+    parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         place = make_place(Path(folder), ANSWER_TOKENS)
-        trials = run_trials(place, arguments.each, arguments.good, arguments.share)
+        trials = run_trials(place, arguments)
     bad = [one for one in trials if one["kind"] != "good"]
     share = sum(one["bad_answers"] for one in bad) / max(1, sum(one["requests"] for one in bad))
     result = {
@@ -64,11 +64,11 @@ def main() -> None:
     sys.exit(bool(missed or share > MOST_SHARE_OF_BAD))
 
 
-def run_trials(place: Place, each: int, good: int, share: float) -> list[dict[str, Any]]:
+def run_trials(place: Place, asked: argparse.Namespace) -> list[dict[str, Any]]:
     """Promote every planted version, and return what came of it."""
     versions: list[tuple[str, str]] = []
     for kind in KINDS:
-        count = good if kind == "good" else each
+        count = asked.good if kind == "good" else asked.each
         planted = plant_several(place.trained, kind, place.folder, count)
         versions += [
             (kind, place.add(Path(saved.path).name, saved, keep=False)) for saved in planted
@@ -78,8 +78,8 @@ def run_trials(place: Place, each: int, good: int, share: float) -> list[dict[st
     questions = [row["question"] for row in place.trained.rows]
     trials = []
     with (
-        place.served(trial_share=share, probe_rows=0, slots=8, queue=64) as server,
-        Clients(server, questions, CLIENTS) as asking,
+        place.served(trial_share=asked.share, probe_rows=0, slots=16, queue=64) as server,
+        Clients(server, questions, asked.clients) as asking,
     ):
         for kind, number in versions:
             trials.append(_run_trial(place, asking, kind, number))

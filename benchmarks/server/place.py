@@ -20,7 +20,7 @@ from support.trained_adapter import Trained, train_adapter
 from qwen3ft.records.model import SavedAdapter
 from qwen3ft.registry.moves import Change, this_person
 from qwen3ft.registry.registry import Registry
-from qwen3ft.server.manager import find_source
+from qwen3ft.server.sources import find_source
 
 BY_HAND = Change(by=this_person(), reason="a campaign")
 

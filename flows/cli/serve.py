@@ -73,10 +73,12 @@ def serve_command(
     from qwen3ft.registry.registry import Registry
     from qwen3ft.registry.task_name import with_task_name
     from qwen3ft.server.engines import OwnEngine
-    from qwen3ft.server.manager import find_source
     from qwen3ft.server.run import ModelServer, ServerOptions
+    from qwen3ft.server.sources import find_source
     from qwen3ft.tracking.uri import default_tracking_uri
 
+    if canary and adapter != "champion":
+        raise typer.BadParameter("only a new champion is put on trial", param_hint="--canary")
     wanted, adapter = enter_project(adapter, config, settings)
     logs.configure()
     registry = Registry(default_tracking_uri())

@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 import math
 import secrets
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import anyio
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -19,11 +16,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from qwen3ft.errors import FinetuneError
-from qwen3ft.logs import get_logger
-from qwen3ft.records.serving import Ended, Piece
 from qwen3ft.server.access import Access
-from qwen3ft.server.engines import RefusedQuestionError
+from qwen3ft.server.answers import CLIENT_LEFT, AnsweredRequest, OutgoingAnswer
 from qwen3ft.server.metrics import ServerMetrics
 from qwen3ft.server.questions import (
     Body,
@@ -34,8 +28,6 @@ from qwen3ft.server.questions import (
 )
 from qwen3ft.server.served import Served, Version
 
-logger = get_logger("server")
-
 PROBE_HEADER = "x-qwen3ft-probe"
 IGNORED_HEADER = "x-qwen3ft-ignored"
 
@@ -44,33 +36,6 @@ BYTES_PER_TOKEN = 32
 
 LEAST_BODY_BYTES = 2**16
 MOST_RETRY_SECONDS = 60
-CLIENT_LEFT = 499
-"""Status in the metrics of a request whose client did not wait for the answer."""
-
-Answering = AsyncGenerator[Piece | Ended]
-
-
-@dataclass(frozen=True)
-class AnsweredRequest:
-    """A request of a client that is over.
-
-    Attributes:
-        version: Version that answered.
-        body: The request.
-        status: Status of the response, or `CLIENT_LEFT`.
-        thinking: Thinking as far as it was written.
-        answer: Answer as far as it was written.
-        ended: End of the answer; None if it broke off.
-        seconds: Time from the request to now.
-    """
-
-    version: Version
-    body: Body
-    status: int
-    thinking: str
-    answer: str
-    ended: Ended | None
-    seconds: float
 
 
 class Front:
@@ -161,6 +126,12 @@ class Front:
         """Count a request."""
         self.metrics.requests.labels(version.name if version else "none", str(status)).inc()
 
+    def report(self, answered: AnsweredRequest) -> None:
+        """Tell the observers of an answer that is over."""
+        self.answer_seconds += 0.05 * (answered.seconds - self.answer_seconds)
+        for observer in self.observers:
+            observer(answered)
+
     def _guarded(self, answer: Callable[[], Response]) -> Callable[[Request], Awaitable[Response]]:
         async def guarded(request: Request) -> Response:
             try:
@@ -212,7 +183,7 @@ class _Asking:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         version: Version | None = None
-        answer: _Answer | None = None
+        answer: OutgoingAnswer | None = None
         is_probe = False
         try:
             self._front.require_access(request)
@@ -221,7 +192,8 @@ class _Asking:
             is_probe = secrets.compare_digest(probe.encode(), self._front.probe_secret.encode())
             version = self._front.choose(body.model, is_probe=is_probe)
             with version.held(), self._front.counted(is_probe=is_probe):
-                answer = _Answer(self._front, version, body, ignored)
+                named = {IGNORED_HEADER: ", ".join(ignored)} if ignored else {}
+                answer = OutgoingAnswer(version, body, self._front.metrics, named)
                 status = await answer.send_while_wanted(receive, send)
         except QuestionError as error:
             status = error.status
@@ -233,8 +205,8 @@ class _Asking:
             status = CLIENT_LEFT
         if not is_probe:
             self._front.note(version, status)
-            if answer is not None:
-                answer.report(status)
+            if answer is not None and status != 400:
+                self._front.report(answer.outcome(status))
 
     async def _read(self, request: Request) -> Any:
         if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
@@ -250,183 +222,3 @@ class _Asking:
             return json.loads(content)
         except (ValueError, RecursionError):
             raise QuestionError(400, "The body is not JSON.") from None
-
-
-class _Answer:
-    """One answer on its way to its client."""
-
-    def __init__(self, front: Front, version: Version, body: Body, ignored: list[str]) -> None:
-        self._front, self._version, self._body = front, version, body
-        self._headers = {IGNORED_HEADER: ", ".join(ignored)} if ignored else {}
-        self._is_chat = isinstance(body, ChatQuestionBody)
-        self._id = f"{'chatcmpl' if self._is_chat else 'cmpl'}-{secrets.token_hex(12)}"
-        self._created = int(time.time())
-        self._started = time.monotonic()
-        self._texts = {"thinking": "", "answer": ""}
-        self._ended: Ended | None = None
-
-    async def send_while_wanted(self, receive: Receive, send: Send) -> int:
-        """Send the answer, unless the client leaves; return the status.
-
-        Raises:
-            QuestionError: nothing was sent yet, and the question is refused.
-        """
-        outcome: list[int | QuestionError] = []
-
-        async def work() -> None:
-            try:
-                outcome.append(await self._send(send))
-            except QuestionError as error:
-                outcome.append(error)
-
-        async with anyio.create_task_group() as group:
-
-            async def watch() -> None:
-                while (await receive())["type"] != "http.disconnect":
-                    pass
-                group.cancel_scope.cancel()
-
-            group.start_soon(watch)
-            await work()
-            group.cancel_scope.cancel()
-        if not outcome:
-            return CLIENT_LEFT
-        if isinstance(outcome[0], QuestionError):
-            raise outcome[0]
-        return outcome[0]
-
-    def report(self, status: int) -> None:
-        """Tell the observers how it ended, unless the question was refused."""
-        if status != 400:
-            texts, seconds = self._texts, self._seconds
-            answered = AnsweredRequest(
-                self._version, self._body, status, **texts, ended=self._ended, seconds=seconds
-            )
-            for observer in self._front.observers:
-                observer(answered)
-
-    async def _send(self, send: Send) -> int:
-        ask = self._body.ask(self._version.name)
-        async with aclosing(self._version.engine.answer(ask)) as answering:
-            try:
-                first = await anext(answering)
-            except RefusedQuestionError as error:
-                refused = error.refusal
-                raise QuestionError(400, refused.message, code=refused.code) from None
-            except FinetuneError as error:
-                logger.error("a request failed: %s", error)
-                raise QuestionError(503, error.what, code="engine_lost") from None
-            self._front.metrics.first_seconds.labels(self._version.name).observe(self._seconds)
-            pieces = self._noted(first, answering)
-            if self._body.stream:
-                return await self._send_stream(send, pieces)
-            try:
-                async for piece in pieces:
-                    ended = piece
-            except FinetuneError as error:
-                raise QuestionError(503, error.what, code="engine_lost") from None
-            assert isinstance(ended, Ended)
-            await _send_json(send, self._whole(ended), self._headers)
-            return 200
-
-    async def _noted(self, first: Piece | Ended, rest: Answering) -> AsyncIterator[Piece | Ended]:
-        """Yield all of the answer; keep its text, and note its end."""
-        got = first
-        while True:
-            if isinstance(got, Piece):
-                self._texts[got.part] += got.text
-                yield got
-                got = await anext(rest)
-                continue
-            self._note(got)
-            yield got
-            return
-
-    def _note(self, ended: Ended) -> None:
-        front, name, self._ended = self._front, self._version.name, ended
-        front.metrics.seconds.labels(name).observe(self._seconds)
-        front.answer_seconds += 0.05 * (self._seconds - front.answer_seconds)
-        front.metrics.tokens.labels(name, "prompt").inc(ended.prompt_tokens)
-        front.metrics.tokens.labels(name, "completion").inc(ended.completion_tokens)
-
-    @property
-    def _seconds(self) -> float:
-        return time.monotonic() - self._started
-
-    async def _send_stream(self, send: Send, pieces: AsyncIterator[Piece | Ended]) -> int:
-        headers = {"content-type": "text/event-stream", "cache-control": "no-store"}
-        await send(_start(200, headers | self._headers))
-
-        async def event(content: str, *, more: bool = True) -> None:
-            data = f"data: {content}\n\n".encode()
-            await send({"type": "http.response.body", "body": data, "more_body": more})
-
-        if self._is_chat:
-            await event(self._chunk({"role": "assistant", "content": ""}))
-        try:
-            async for piece in pieces:
-                if isinstance(piece, Piece):
-                    await event(self._chunk(self._delta(piece)))
-                    continue
-                await event(self._chunk({} if self._is_chat else "", piece.reason))
-                options = self._body.stream_options
-                if options is not None and options.include_usage:
-                    await event(json.dumps({**self._envelope(), "usage": _usage(piece)}))
-        except FinetuneError as error:
-            lost = QuestionError(503, error.what, code="engine_lost")
-            await event(json.dumps(lost.body()), more=False)
-            return lost.status
-        await event("[DONE]", more=False)
-        return 200
-
-    def _envelope(self) -> dict[str, Any]:
-        kind = "chat.completion" if self._is_chat else "text_completion"
-        suffix = ".chunk" if self._body.stream and self._is_chat else ""
-        return {
-            "id": self._id,
-            "object": kind + suffix,
-            "created": self._created,
-            "model": self._version.name,
-            "choices": [],
-        }
-
-    def _delta(self, piece: Piece) -> dict[str, str] | str:
-        if not self._is_chat:
-            return piece.text
-        return {"content" if piece.part == "answer" else "reasoning_content": piece.text}
-
-    def _chunk(self, delta: dict[str, str] | str, reason: str | None = None) -> str:
-        field = "delta" if self._is_chat else "text"
-        choice = {"index": 0, field: delta, "finish_reason": reason}
-        return json.dumps({**self._envelope(), "choices": [choice]}, ensure_ascii=False)
-
-    def _whole(self, ended: Ended) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": 0, "finish_reason": ended.reason, "logprobs": None}
-        if self._is_chat:
-            message: dict[str, Any] = {"role": "assistant", "content": self._texts["answer"]}
-            if self._texts["thinking"]:
-                message["reasoning_content"] = self._texts["thinking"]
-            choice["message"] = message
-        else:
-            choice["text"] = self._texts["thinking"] + self._texts["answer"]
-        return {**self._envelope(), "choices": [choice], "usage": _usage(ended)}
-
-
-def _usage(ended: Ended) -> dict[str, int]:
-    return {
-        "prompt_tokens": ended.prompt_tokens,
-        "completion_tokens": ended.completion_tokens,
-        "total_tokens": ended.prompt_tokens + ended.completion_tokens,
-    }
-
-
-def _start(status: int, headers: dict[str, str]) -> dict[str, Any]:
-    encoded = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
-    return {"type": "http.response.start", "status": status, "headers": encoded}
-
-
-async def _send_json(send: Send, content: dict[str, Any], headers: dict[str, str]) -> None:
-    body = json.dumps(content, ensure_ascii=False).encode()
-    length = {"content-type": "application/json", "content-length": str(len(body))}
-    await send(_start(200, length | headers))
-    await send({"type": "http.response.body", "body": body})

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections import deque
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,16 @@ from qwen3ft.errors import FinetuneError, RequestError, TransientError
 from qwen3ft.files import write_json_atomic
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.logs import get_logger
-from qwen3ft.model.saved_adapter import has_provenance, open_adapter
+from qwen3ft.model.saved_adapter import open_adapter
 from qwen3ft.records.evaluation import Champion
 from qwen3ft.registry.aliases import CHAMPION
-from qwen3ft.registry.lookup import fetch_version, find_adapter, version_name
 from qwen3ft.registry.moves import Change, this_server
 from qwen3ft.registry.registry import Registry
-from qwen3ft.registry.task_name import with_task_name
 from qwen3ft.server.engines import Engine
 from qwen3ft.server.front import PROBE_HEADER, Front
 from qwen3ft.server.probe import prove, read_kept_answers
 from qwen3ft.server.served import Version
+from qwen3ft.server.sources import Source, source_of
 from qwen3ft.server.trial import Trial
 from qwen3ft.serving.prompting import trained_prompting
 
@@ -38,40 +38,8 @@ FOLLOW_SECONDS = 2.0
 TRIAL_FILE = "trial.json"
 """File in a run's folder: the outcome of its adapter's trial."""
 
-MOST_RESTARTS = 3
-"""Times that a lost engine is started again before the server gives up."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """An adapter to serve, verified and on this machine."""
-
-    name: str
-    number: str | None
-    folder: Path
-
-
-def find_source(config: TrainingConfig, registry: Registry, wanted: str) -> Source:
-    """Return the adapter of that alias, version, run or folder, as `find_adapter` finds it.
-
-    Raises:
-        FinetuneError: there is none, or it is damaged.
-    """
-    is_folder = "/" in wanted or has_provenance(Path(wanted))
-    if not is_folder and (alias_or_number := version_name(wanted)) is not None:
-        model = with_task_name(config, registry).registered_name
-        version = registry.version(model, alias_or_number)
-        if version is not None:
-            return source_of(config, registry, version)
-    folder = find_adapter(config, registry, wanted)
-    run_id = open_adapter(folder).provenance["run_id"]
-    return Source(f"{config.registered_name}-{run_id}", None, folder.resolve())
-
-
-def source_of(config: TrainingConfig, registry: Registry, version: Champion) -> Source:
-    """Fetch a version of the registry; return it as something to serve."""
-    folder = fetch_version(config, registry, version)
-    return Source(f"{version.registered_model}-v{version.version}", version.version, folder)
+MOST_RESTARTS, RESTART_SECONDS = 3, 3600.0
+"""Times within an hour that a lost engine is started again; then the server gives up."""
 
 
 class Manager:
@@ -102,7 +70,7 @@ class Manager:
         self.engine: Engine | None = None
         self._refused: str | None = None  # version of the last champion that was not brought up
         self._leaving: set[asyncio.Task[None]] = set()
-        self._restarts = 0
+        self._lost_at: deque[float] = deque(maxlen=MOST_RESTARTS + 1)
 
     async def use(self, source: Source, client: httpx.AsyncClient) -> Version:
         """Load and prove an adapter, then make it the default; the old one ends its answers.
@@ -148,6 +116,8 @@ class Manager:
         reachable = True
         while True:
             await asyncio.sleep(FOLLOW_SECONDS)
+            if self.served.default is None:
+                continue  # the engine is started again, with the version that was in use
             try:
                 champion = await asyncio.to_thread(self.registry.champion, registered_model)
                 reachable = True
@@ -171,11 +141,13 @@ class Manager:
             if engine is not self.engine:
                 continue  # it was replaced, and ended in order
             lost = self.served.default
-            self._restarts += 1
+            self._lost_at.append(time.monotonic())
             self.served.default = None
             self.served.versions.clear()
             self.served.assign = None
-            if lost is None or self._restarts > MOST_RESTARTS:
+            spanned_seconds = self._lost_at[-1] - self._lost_at[0]
+            too_often = len(self._lost_at) > MOST_RESTARTS and spanned_seconds < RESTART_SECONDS
+            if lost is None or too_often:
                 raise error
             logger.error("the engine is lost and started again: %s", error)
             self.engine = None
@@ -199,7 +171,7 @@ class Manager:
 
     async def _follow_to(self, champion: Champion, client: httpx.AsyncClient) -> None:
         """Bring a new champion into use, or say why not, once."""
-        result = "used"
+        result, engine = "used", self.engine
         try:
             source = await asyncio.to_thread(source_of, self.config, self.registry, champion)
             version = await self.bring_up(source, client)
@@ -208,7 +180,7 @@ class Manager:
         except TransientError:
             raise  # the next look tries again
         except FinetuneError as error:
-            if self.engine is None or self.engine.lost.done():
+            if engine is None or engine.lost.done():
                 return  # it says nothing about the version; `watch_engine` starts another engine
             self._refused = champion.version
             self.front.metrics.changes.labels("refused").inc()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from qwen3ft.files import append_json_line, make_folder
 from qwen3ft.logs import get_logger, mask_values
-from qwen3ft.server.front import AnsweredRequest
+from qwen3ft.server.answers import AnsweredRequest
 from qwen3ft.server.questions import ChatQuestionBody
 
 logger = get_logger("server")

@@ -18,9 +18,10 @@ from qwen3ft.registry.registry import Registry
 from qwen3ft.server.access import Access, is_loopback, make_key
 from qwen3ft.server.engines import Engine
 from qwen3ft.server.front import Front
-from qwen3ft.server.manager import Manager, Source, probing_client
+from qwen3ft.server.manager import Manager, probing_client
 from qwen3ft.server.request_log import RequestLog
 from qwen3ft.server.served import Served
+from qwen3ft.server.sources import Source
 
 DEFAULT_PORT = 8000
 KEY_FILE = Path(".qwen3ft/serve.key")

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from qwen3ft.evaluation.answers import Question, is_looping
 from qwen3ft.evaluation.form_checks import language_fits
 from qwen3ft.records.serving import Ended
-from qwen3ft.server.front import CLIENT_LEFT, AnsweredRequest
+from qwen3ft.server.answers import CLIENT_LEFT, AnsweredRequest
 from qwen3ft.server.questions import ChatQuestionBody
 from qwen3ft.server.served import Version
 

@@ -22,7 +22,7 @@ from qwen3ft.config import TrainingConfig
 from qwen3ft.registry.moves import Change, this_person
 from qwen3ft.registry.registry import Registry
 from qwen3ft.server import manager, trial
-from qwen3ft.server.manager import find_source
+from qwen3ft.server.sources import find_source
 
 SOON_SECONDS = 60.0
 """Time for what takes a second or two on a machine with nothing else to do; the campaign

@@ -8,7 +8,7 @@ from typing import Any, cast
 from support.data_stage import accounted, prepare, questions, read_lines, write_jsonl
 
 from qwen3ft.records.serving import Ended
-from qwen3ft.server.front import AnsweredRequest
+from qwen3ft.server.answers import AnsweredRequest
 from qwen3ft.server.questions import ChatQuestionBody
 from qwen3ft.server.request_log import RequestLog
 from qwen3ft.server.served import Version

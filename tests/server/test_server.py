@@ -24,7 +24,7 @@ from support.trained_adapter import Trained
 from qwen3ft.errors import DataLoadingError, EnvironmentNotReadyError, ServedOtherwiseError
 from qwen3ft.registry.registry import Registry
 from qwen3ft.server.access import is_loopback, make_key
-from qwen3ft.server.manager import Source, find_source
+from qwen3ft.server.sources import Source, find_source
 from qwen3ft.serving.stops import StopFilter
 
 NO_REGISTRY = Registry("sqlite:////nowhere/mlflow.db")

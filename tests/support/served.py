@@ -32,8 +32,8 @@ from qwen3ft.records.serving import ServeEnded, ServeRequest
 from qwen3ft.registry.registry import Registry
 from qwen3ft.server import engines
 from qwen3ft.server.engines import OwnEngine
-from qwen3ft.server.manager import Source
 from qwen3ft.server.run import Announcement, ModelServer, ServerOptions
+from qwen3ft.server.sources import Source
 from qwen3ft.serving.engine import serve_session
 
 SLOTS = QUEUE = 4
@@ -176,4 +176,5 @@ def running(
         if thread.is_alive():
             loop.call_soon_threadsafe(stop.set)
         thread.join()
-    assert not failures
+    if failures:
+        raise failures[0]
