@@ -88,7 +88,12 @@ def find_obstacle(model: Any, device: str, compute_dtype: str, kernels: str) -> 
 
 
 def run_within(
-    load: AnswerLoad, budget_gb: float, device: str, use: Callable[[DecoderSizes], _Result]
+    load: AnswerLoad,
+    budget_gb: float,
+    device: str,
+    use: Callable[[DecoderSizes], _Result],
+    *,
+    resident: bool = True,
 ) -> tuple[DecoderSizes, _Result]:
     """Return `use(sizes)` with the largest sizes that fit, and those sizes.
 
@@ -97,6 +102,7 @@ def run_within(
         budget_gb: Memory of the whole process, GB of 2**30 bytes.
         device: 'cuda' or 'cpu'; the model is on it.
         use: Makes a decoder of these sizes and asks it; called again after running out of memory.
+        resident: Let blocks stay dequantised, which takes what the budget has left.
 
     Raises:
         CannotDecodeError: not even the last rung fits, or a kernel does not compile here.
@@ -104,7 +110,7 @@ def run_within(
     tried: DecoderSizes | None = None
     for rung in RUNGS:
         room_bytes = int(rung.room_share * free_room(budget_gb, device))
-        sizes = choose_sizes(load, room_bytes, rung.most_slots, resident=rung.resident)
+        sizes = choose_sizes(load, room_bytes, rung.most_slots, resident=resident and rung.resident)
         if sizes is not None and device == "cpu":
             sizes = replace(sizes, chunk_tokens=CPU_CHUNK_TOKENS)
         if sizes is None or sizes == tried:

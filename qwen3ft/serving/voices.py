@@ -146,11 +146,10 @@ class DecoderVoice:
             return decoder
 
         request = self._request
-        sizes, decoder = run_within(load, request.config.max_memory_gb, request.device, make)
-        logger.info(
-            "the decoder answers: up to %d tokens, %d blocks kept in 16 bits",
-            *(most, sizes.resident_blocks),
-        )
+        # With one slot, copies in 16 bits save little time, and a chat may stay open for long.
+        budget_gb = request.config.max_memory_gb
+        _, decoder = run_within(load, budget_gb, request.device, make, resident=False)
+        logger.info("the decoder answers, up to %d tokens", most)
         return decoder
 
 
