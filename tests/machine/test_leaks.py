@@ -19,6 +19,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from qwen3ft import faults
 from qwen3ft.errors import ConfigError, MemoryLeakError
 from qwen3ft.jobs.folders import RunDir
+from qwen3ft.jobs.heartbeat import StopRequest
 from qwen3ft.jobs.launcher import run_worker
 from qwen3ft.machine.leaks import (
     GROWTH_LIMIT_BYTES,
@@ -235,13 +236,18 @@ def train_steps(tmp_path: Path) -> Callable[..., tuple[LeakWatch, TrainerControl
     """Return a function that ends steps with `left_mib` left, calling `work` before each."""
 
     def run(
-        steps: int, left_mib: float, work: Callable[[], None], *, of_steps: int = 100_000
+        steps: int,
+        left_mib: float,
+        work: Callable[[], None],
+        *,
+        of_steps: int = 100_000,
+        stop: StopRequest | None = None,
     ) -> tuple[LeakWatch, TrainerControl]:
         MemoryOptimizer(1.0, "cpu").cleanup_gpu_memory()  # else what is free hides growth
         budget_gb = (psutil.Process().memory_info().rss / MIB + left_mib) / 1024
         # Every step is read, however short it is.
         memory = MemoryOptimizer(budget_gb, "cpu")
-        watch = LeakWatch(memory, tmp_path / "memory", most_share=1e6)
+        watch = LeakWatch(memory, tmp_path / "memory", most_share=1e6, stop=stop)
         args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, eval_steps=50)
         state, control = TrainerState(max_steps=of_steps), TrainerControl()
         for step in range(1, steps + 1):
@@ -288,6 +294,21 @@ def test_a_leak_is_warned_of_once_and_ends_the_attempt_after_it_saved(
     assert caught.value.facts["mib_per_1000_steps"] == pytest.approx(2000, rel=0.15)
     assert len([record for record in caplog.records if record.levelno == logging.WARNING]) == 1
     assert 2 * len(kept) < 400
+
+
+def test_a_leak_in_one_rank_asks_all_to_stop_before_it_is_raised(train_steps: Any) -> None:
+    """The ranks save together, a step after they have told each other."""
+    stop, kept = StopRequest(), list[bytes]()
+
+    def leak() -> None:
+        if stop.signal_name is None:
+            kept.append(b"x" * (2 * MIB))
+
+    watch, control = train_steps(220, 400, leak, stop=stop)
+    assert stop.signal_name == "MemoryLeakError"
+    assert not control.should_save
+    with pytest.raises(MemoryLeakError):
+        watch.on_save(None, TrainerState(), control)
 
 
 def test_a_harmless_leak_is_only_warned_of(
