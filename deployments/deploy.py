@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from qwen3ft.machine.environment import EnvironmentManager
 from qwen3ft.machine.gpu_choice import choose_gpus
 from qwen3ft.machine.gpus import visible_gpus
 from qwen3ft.records.base import Record
-from qwen3ft.records.machine import GpuInfo
 
 PROJECT_FILE = Path("qwen3ft.yaml")
 """Settings that runs of a project start from; `qwen3ft init` writes it."""
@@ -71,7 +69,7 @@ def choose_defaults(root: Path) -> Defaults:
         mode="json", exclude_unset=True
     )
     files = [_text(project_file(root, file)) for file in (PREFECT_FILE, FLOW_FILE)]
-    runs = concurrent_runs(parse_config(config), visible_gpus(os.environ))
+    runs = concurrent_runs(parse_config(config))
     return Defaults(
         config_path=str(path),
         config=config,
@@ -83,16 +81,13 @@ def choose_defaults(root: Path) -> Defaults:
     )
 
 
-def concurrent_runs(config: TrainingConfig, gpus: Sequence[GpuInfo]) -> int:
-    """Return the number of runs with these settings that have GPUs of their own at once.
-
-    Raises:
-        EnvironmentNotReadyError: not even one has the GPUs that it asks for.
-    """
-    if not gpus:
+def concurrent_runs(config: TrainingConfig) -> int:
+    """Return the number of runs with these settings that have GPUs of their own at once."""
+    try:
+        choice = choose_gpus(config, gpus) if (gpus := visible_gpus(os.environ)) else None
+    except EnvironmentNotReadyError:  # every run says so; what needs no GPU goes on
         return 1
-    choice = choose_gpus(config, gpus)
-    return len(choice.gpus) // choice.count if choice.count else 1
+    return len(choice.gpus) // choice.count if choice and choice.count else 1
 
 
 def project_file(root: Path, file: Path) -> Path:

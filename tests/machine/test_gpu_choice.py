@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from deployments.deploy import concurrent_runs
+from deployments import deploy
 from flows.run_context import hold_devices
 from qwen3ft.config import TrainingConfig, parse_config
 from qwen3ft.errors import ConfigError, EnvironmentNotReadyError
@@ -206,12 +206,15 @@ def test_runs_that_contend_are_never_two_on_a_gpu_nor_stuck(tmp_path: Path, time
         ("auto", FOUR, 1),
         ("1", (), 1),
         ("1", MIXED, 1),
+        ("9", FOUR, 1),
     ],
 )
 def test_the_deployment_has_as_many_runs_at_once_as_gpus_allow(
-    setting: str, gpus: Any, runs: int
+    setting: str, gpus: Any, runs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert concurrent_runs(TrainingConfig(gpus=setting), gpus) == runs
+    """One where a run cannot have what it asks for: the run says so, not everything else."""
+    monkeypatch.setattr(deploy, "visible_gpus", lambda environment: gpus)
+    assert deploy.concurrent_runs(TrainingConfig(gpus=setting)) == runs
 
 
 def test_status_shows_who_holds_which_gpu(take: Any, monkeypatch: pytest.MonkeyPatch) -> None:
