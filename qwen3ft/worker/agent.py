@@ -93,8 +93,9 @@ def _launch_config(job: JobDir, plan: TrainPlan) -> Any:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig
 
-    # its name as an argument is newer
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(int(GRACE_SECONDS))
+    # Otherwise the agent opens a port on all interfaces, for a store that no rank uses.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     return LaunchConfig(
         min_nodes=1,
         max_nodes=1,

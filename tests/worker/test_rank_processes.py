@@ -33,6 +33,7 @@ from qwen3ft.worker import bootstrap
 from qwen3ft.worker.agent import first_failure
 from tasks.adjust import adjust_parameters
 
+LOOPBACK = {"127.0.0.1", "::1"}
 SCHEDULE = {"total_steps": 6, "evaluate_every_steps": 2}
 
 
@@ -178,6 +179,9 @@ def test_a_cancelled_attempt_frees_all_ranks_with_a_checkpoint(
     while not job.metrics.exists() and time.monotonic() < end:
         time.sleep(0.5)
     assert job.metrics.exists()
+    # The other users of the machine and the network can reach no rank and no agent.
+    sockets = [each for one in processes_of(job.path) for each in one.net_connections("inet")]
+    assert {each.laddr.ip for each in sockets if each.status == psutil.CONN_LISTEN} <= LOOPBACK
     started = time.monotonic()
     end_process_tree(process)
     assert time.monotonic() - started < 10
