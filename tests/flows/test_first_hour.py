@@ -130,7 +130,7 @@ AN_HOUR = (
     ok("qwen3ft history", "champion 1", "promotion", remember=("first", f"of run {RUN_ID}")),
     ok("qwen3ft run --set when_unchanged=skip", "Nothing new"),
     ok("qwen3ft run --resume {first}", "already completed"),
-    ok("prefect flow-run ls", "promoted", "Promoted"),
+    ok("prefect flow-run ls", "promoted: embedded", "nothing new: embedded"),
     ok("cat runs/{first}/card.md", "## Next steps", "In a new shell", "qwen3ft chat"),
     ok(
         "python -c 'import qwen3ft; run = qwen3ft.Run.load(\"{first}\"); print(run.outcome)'",
