@@ -102,7 +102,7 @@ def plain_peft(champion: Champion, venvs: Venvs) -> list[str]:
 def transformers_serve(champion: Champion, venvs: Venvs) -> list[str]:
     """Ask `transformers serve`."""
     command = [str(venvs.vllm / "bin" / "transformers"), "serve", "./merged"]
-    with _server(command, champion.export, "/v1/models") as address:
+    with _server(command, champion.export, "/health") as address:
         return _ask_chat(address, champion.questions, "./merged")
 
 
