@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import ROOT
+from qwen3ft.chat.thinking import split_thinking
 from qwen3ft.embedded import DATA_DIR
 from qwen3ft.evaluation.answers import exact_match
 from qwen3ft.files import read_json_lines
@@ -93,4 +94,5 @@ def _right_answers(path: Path, count: int) -> tuple[list[str], list[str]]:
     """Return `count` questions, spread over the file, that the candidate answered right."""
     rows = [row for row in read_json_lines(path) if exact_match(row["candidate"], row["reference"])]
     chosen: Sequence[dict[str, Any]] = [rows[at * len(rows) // count] for at in range(count)]
-    return [row["question"] for row in chosen], [row["candidate"] for row in chosen]
+    answers = [split_thinking(row["candidate"])[1] for row in chosen]
+    return [row["question"] for row in chosen], answers
