@@ -305,5 +305,6 @@ def probing_client(front: Front, address: str, key: str) -> httpx.AsyncClient:
     headers = {PROBE_HEADER: front.probe_secret}
     if key:
         headers["Authorization"] = f"Bearer {key}"
-    limits = httpx.Limits(max_connections=16)
+    # no connection is kept: the server might close it just when the next probe begins
+    limits = httpx.Limits(max_connections=16, max_keepalive_connections=0)
     return httpx.AsyncClient(base_url=address, headers=headers, limits=limits, trust_env=False)

@@ -97,7 +97,10 @@ async def prove(
         body: dict[str, Any] = {"model": name, "messages": one.messages}
         if one.thinking != default_thinking:
             body["chat_template_kwargs"] = {"enable_thinking": one.thinking}
-        response = await client.post("/v1/chat/completions", json=body, timeout=_ANSWER_SECONDS)
+        try:
+            response = await client.post("/v1/chat/completions", json=body, timeout=_ANSWER_SECONDS)
+        except httpx.HTTPError as error:
+            return f"({type(error).__name__})"
         content = response.json()
         if response.status_code != 200:
             return f"(status {response.status_code}: {content['error']['message']})"

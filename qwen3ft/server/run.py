@@ -27,6 +27,7 @@ DEFAULT_PORT = 8000
 KEY_FILE = Path(".qwen3ft/serve.key")
 _BACKLOG = 2048
 _GRACE_SECONDS = 10
+_KEEP_ALIVE_SECONDS = 75  # with uvicorn's 5, clients that pause meet closed connections
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,12 @@ class ModelServer:
                 watching = [manager.watch_engine(client)]
                 if self.follow is not None:
                     watching.append(manager.follow(self.follow, client))
-                await asyncio.gather(*watching)
+                tasks = [asyncio.create_task(work) for work in watching]
+                try:
+                    await asyncio.gather(*tasks)
+                finally:  # what ends one of them ends the others, or they restart the engine
+                    for task in tasks:
+                        task.cancel()
 
         http = _Http(front)
         tasks = [
@@ -167,6 +173,7 @@ class _Http(uvicorn.Server):
                 access_log=False,
                 lifespan="off",
                 timeout_graceful_shutdown=_GRACE_SECONDS,
+                timeout_keep_alive=_KEEP_ALIVE_SECONDS,
             )
         )
 

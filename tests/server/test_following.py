@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from support.planted_adapters import plant
 from support.registered import MODEL, copy_database, register_saved
@@ -150,17 +151,23 @@ def test_a_champion_that_answers_otherwise_than_tested_is_not_used(
         kept.write_bytes(tested)
 
 
-def test_a_lost_engine_is_started_again(server: Running, place: Place) -> None:
+@pytest.mark.slow
+def test_a_killed_worker_is_started_again(place: Place) -> None:
     """Requests fail cleanly until it is back, then are answered as before."""
-    assert server.ask("Hello").status_code == 200
-    server.lose_engine()
-    deadline = time.monotonic() + SOON_SECONDS
-    while (response := server.ask("Hello")).status_code != 200:
-        assert response.status_code == 503
-        assert response.json()["error"]["code"] in ("not_ready", "engine_lost")
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    assert response.json()["model"] == f"{MODEL}-v1"
+    place.promote("1")
+    source = find_source(place.config, place.registry, "champion")
+    with running(place.config, source, place.registry) as server:
+        assert server.ask("Hello").status_code == 200
+        children = psutil.Process().children()
+        [worker] = [child for child in children if "qwen3ft.worker" in child.cmdline()]
+        worker.kill()
+        deadline = time.monotonic() + SOON_SECONDS
+        while (response := server.ask("Hello")).status_code != 200:
+            assert response.status_code == 503
+            assert response.json()["error"]["code"] in ("not_ready", "engine_lost")
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert response.json()["model"] == f"{MODEL}-v1"
 
 
 @pytest.mark.slow

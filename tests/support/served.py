@@ -93,12 +93,6 @@ class Running:
 
     client: httpx.Client
     announcement: Announcement
-    loop: asyncio.AbstractEventLoop
-    engines: list[OwnEngine]
-
-    def lose_engine(self) -> None:
-        """Cut the engine off, as when its process dies."""
-        self.loop.call_soon_threadsafe(self.engines[-1]._writer.close)
 
     def ask(self, question: str, **parameters: Any) -> httpx.Response:
         """Ask one question."""
@@ -133,7 +127,6 @@ def running(
     """Serve while the body runs; the server must end in order."""
     ready, answers, failures = threading.Event(), list[Announcement](), list[BaseException]()
     ending: list[Any] = []
-    made: list[OwnEngine] = []
 
     def announce(announcement: Announcement) -> None:
         answers.append(announcement)
@@ -143,8 +136,7 @@ def running(
         request = ServeRequest(
             config=config, adapter=str(folder), device="cpu", socket="", slots=slots
         )
-        made.append(OwnEngine(request))
-        return made[-1]
+        return OwnEngine(request)
 
     chosen = ServerOptions(**{"port": 0, "queue": QUEUE, **options})
     server = ModelServer(chosen, config, registry, source, make_engine, announce, follow)
@@ -170,7 +162,7 @@ def running(
     address = answers[0].address.removesuffix("/v1")
     try:
         with httpx.Client(base_url=address, timeout=60, trust_env=False) as client:
-            yield Running(client, answers[0], ending[0][0], made)
+            yield Running(client, answers[0])
     finally:
         loop, stop = ending[0]
         if thread.is_alive():
