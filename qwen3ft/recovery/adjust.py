@@ -220,7 +220,8 @@ POLICIES: Mapping[type[errors.FinetuneError], Callable[[_Case], Retry | GiveUp]]
     errors.RejectedError: _stop,
     errors.QuantizationError: _stop,  # its own ladder is config.quantization
     errors.SaveError: _stop,
-    errors.ExportDriftError: _stop,  # no training raises it
+    errors.ExportDriftError: _stop,  # no training raises it, nor the next
+    errors.ServedOtherwiseError: _stop,
 }
 """Policy of each class of failure; other classes have that of their nearest ancestor here."""
 
