@@ -158,8 +158,8 @@ def test_a_killed_worker_is_started_again(place: Place) -> None:
     source = find_source(place.config, place.registry, "champion")
     with running(place.config, source, place.registry) as server:
         assert server.ask("Hello").status_code == 200
-        children = psutil.Process().children()
-        [worker] = [child for child in children if "qwen3ft.worker" in child.cmdline()]
+        below = psutil.Process().children(recursive=True)
+        [worker] = [process for process in below if process.name() == "qwen3ft-serve"]
         worker.kill()
         deadline = time.monotonic() + SOON_SECONDS
         while (response := server.ask("Hello")).status_code != 200:
