@@ -156,7 +156,7 @@ AN_HOUR = (
     ok("cat runs/{full}/config.json", '"seed": 7', '"max_steps": 4', hides=("/dev/null",)),
     Line(
         "qwen3ft train --set seed=5 --set max_steps=400",
-        ("step 1/400  epoch", "Its checkpoints are kept", "qwen3ft run --resume"),
+        ("The run was cancelled", "Its checkpoints are kept", "qwen3ft run --resume"),
         ("Traceback", "Crash detected", "View run"),
         130,
         ("cancelled", rf"--resume {RUN_ID}"),
