@@ -18,6 +18,7 @@ from qwen3ft.operations.resumption import find_begun_run, own_settings, resumed_
 from qwen3ft.settings import CHANGEABLE_SETTINGS
 
 OTHER: dict[str, Any] = {
+    "gpus": "2",
     "model_name": "Qwen/Qwen3-8B",
     "model_revision": "v2",
     "quantization": ["fp4"],
