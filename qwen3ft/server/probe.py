@@ -18,6 +18,8 @@ from qwen3ft.chat.rendering import conversation_of
 from qwen3ft.chat.thinking import split_thinking
 from qwen3ft.config import TrainingConfig, checked_name
 from qwen3ft.errors import DataLoadingError, ServedOtherwiseError
+from qwen3ft.evaluation.answers import choose_questions
+from qwen3ft.evaluation.exam import to_question
 from qwen3ft.evaluation.inference import read_questions
 from qwen3ft.files import read_json_lines
 from qwen3ft.jobs.folders import RunDir, read_record
@@ -56,6 +58,9 @@ def read_kept_answers(config: TrainingConfig, run_id: str, limit: int) -> list[K
         given = [
             SideBySide.model_validate(line) for line in read_json_lines(Path(request.answers_path))
         ]
+        # A test that stopped early asked as many as there are answers.
+        asked = choose_questions([to_question(row) for row in rows], len(given))
+        rows = [rows[index] for index in asked]
     except (FileNotFoundError, DataLoadingError):
         rows, given = [], []
     if not rows or len(rows) != len(given):
@@ -65,9 +70,9 @@ def read_kept_answers(config: TrainingConfig, run_id: str, limit: int) -> list[K
             "nothing shows whether its adapter is served as it was tested.",
             next_command="qwen3ft serve --probe-rows 0",
         )
-    asked = [pair for pair in zip(rows, given, strict=True) if not _has_tools(pair[0])]
-    kept = min(limit, len(asked))
-    chosen = [asked[index * len(asked) // kept] for index in range(kept)]
+    pairs = [pair for pair in zip(rows, given, strict=True) if not _has_tools(pair[0])]
+    kept = min(limit, len(pairs))
+    chosen = [pairs[index * len(pairs) // kept] for index in range(kept)]
     return [
         KeptAnswer(
             messages=[_as_sent(message) for message in conversation_of(row).history.messages],

@@ -22,8 +22,11 @@ from support.served import QUEUE, SLOTS, Running, engines_in_threads, keep_test_
 from support.trained_adapter import Trained
 
 from qwen3ft.errors import DataLoadingError, EnvironmentNotReadyError, ServedOtherwiseError
+from qwen3ft.evaluation.answers import choose_questions
+from qwen3ft.evaluation.exam import to_question
 from qwen3ft.registry.registry import Registry
 from qwen3ft.server.access import is_loopback, make_key
+from qwen3ft.server.probe import read_kept_answers
 from qwen3ft.server.sources import Source, find_source
 from qwen3ft.serving.stops import StopFilter
 
@@ -373,6 +376,24 @@ def test_what_answers_otherwise_than_in_its_test_is_not_served(
     assert kept[3]["question"][-80:] in raised.value.what
     [other] = raised.value.facts["differing"]
     assert (other["tested"], other["served"]) == ("Something else.", answers[3])
+
+
+def test_a_test_that_stopped_early_is_compared_by_what_it_asked(
+    trained: Trained, answers: list[str], tmp_path: Path
+) -> None:
+    runs = Path(shutil.copytree(trained.config.runs_dir, tmp_path / "runs"))
+    path = runs / "night-1" / "jobs/inference/answers.jsonl"
+    kept = path.read_text().splitlines(keepends=True)
+    asked = choose_questions([to_question(row) for row in trained.rows], len(kept) // 2)
+    path.write_text("".join(kept[index] for index in asked))
+    request = json.loads((path.parent / "plan.json").read_text())
+    (path.parent / "plan.json").write_text(json.dumps({**request, "answers_path": str(path)}))
+    config = trained.config.model_copy(update={"runs_dir": str(runs)})
+    found = read_kept_answers(config, "night-1", 100)
+    assert len(found) == len(kept) // 2
+    for one, index in zip(found, asked, strict=True):
+        assert one.messages[-1]["content"] == trained.rows[index]["question"]
+        assert one.answer == answers[index]
 
 
 def test_without_kept_answers_nothing_is_claimed(
