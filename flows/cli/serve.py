@@ -83,7 +83,9 @@ def serve_command(
     logs.configure()
     registry = Registry(default_tracking_uri())
     source = find_source(wanted, registry, adapter)
-    follow = with_task_name(wanted, registry).registered_name if adapter == "champion" else None
+    if adapter == "champion":
+        wanted = with_task_name(wanted, registry)
+    follow = wanted.registered_name if adapter == "champion" else None
 
     def make_engine(folder: Path) -> Engine:
         request = ServeRequest(

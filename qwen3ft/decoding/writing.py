@@ -205,5 +205,6 @@ class Writing:
         # the nucleus has the whole probability: the draw is scaled to what it has
         mass = (shares * in_nucleus).sum(-1, keepdim=True)
         place = ((summed < draw * mass) & in_nucleus).sum(-1, keepdim=True)
-        place = torch.minimum(place, in_nucleus.sum(-1, keepdim=True) - 1)
+        # at least 0: a top-p may be 0 in fp32
+        place = torch.minimum(place, in_nucleus.sum(-1, keepdim=True) - 1).clamp_(min=0)
         return tokens.gather(1, place)[:, 0]

@@ -128,8 +128,11 @@ def run_inference(request: InferenceRequest, beat: Callable[[str, int], None]) -
     adapters = _choose_adapters(request)
     labels: list[ModelLabel] = ["base", *adapters]
 
+    # opened once: what could not be written to the disk is known at the next look all the same
+    caches = {label: _open_cache(request, adapters.get(label)) for label in labels}
+
     def open_exam(part: Exam) -> dict[ModelLabel, Evaluation]:
-        return {label: _open_evaluation(request, part, adapters.get(label)) for label in labels}
+        return {label: Evaluation(part, cache) for label, cache in caches.items()}
 
     # The candidate is always loaded: without an adapter there is no PEFT model to switch.
     to_load: dict[ModelLabel, Path] = {
@@ -200,13 +203,13 @@ def _compute(
     return Answered(f"transformers ({obstacle})", time.monotonic() - started)
 
 
-def _open_evaluation(request: InferenceRequest, exam: Exam, adapter: Path | None) -> Evaluation:
-    """Return the exam of the base, or of an adapter on it, with its cached answers."""
+def _open_cache(request: InferenceRequest, adapter: Path | None) -> AnswerCache:
+    """Return the known answers of the base, or of an adapter on it."""
     model = request.model
     files = [adapter / name for name in (ADAPTER_FILE, ADAPTER_CONFIG_FILE)] if adapter else []
     base = (request.device, model.compute_dtype, model.manifest_sha256, model.chat_template_sha256)
     key = [*base, *(sha256_file(file) for file in files)]
-    return Evaluation(exam, AnswerCache(Path(request.config.cache_dir) / "answers", key))
+    return AnswerCache(Path(request.config.cache_dir) / "answers", key)
 
 
 def read_questions(path: Path, limit: int) -> list[dict[str, Any]]:

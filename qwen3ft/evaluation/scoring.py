@@ -214,14 +214,20 @@ def choose_main_metric(asked: str, questions: Sequence[Question]) -> MetricName:
     return "exact_match" if median(lengths) <= LONGEST_SHORT_ANSWER_TOKENS else "token_f1"
 
 
-def run_checks(candidate: ModelScore, *, differs: bool) -> dict[str, bool]:
-    """Return the checks that a candidate must pass whatever its scores, as {name: passed}."""
+def run_checks(candidate: ModelScore, *, differs: bool, share: float = 1.0) -> dict[str, bool]:
+    """Return the checks that a candidate must pass whatever its scores, as {name: passed}.
+
+    `share` tightens the limits: to that part of the failures that they allow.
+    """
     limits = {
         STOPS: MIN_STOPPED_SHARE,
         NOT_EMPTY: MIN_NOT_EMPTY_SHARE,
         NO_LOOP: MIN_NOT_LOOPING_SHARE,
     }
-    enough = {check: candidate.form[check] >= limit for check, limit in limits.items()}
+    enough = {
+        check: candidate.form[check] >= 1 - share * (1 - limit) - 1e-9  # of rounding
+        for check, limit in limits.items()
+    }
     return {**enough, "answers differ from base": differs}
 
 

@@ -19,6 +19,8 @@ from qwen3ft.server.questions import QuestionError
 OPEN_PATHS = ("/health",)
 """Paths that need no key: a load balancer has none."""
 
+_HTTP_PORT = 80  # clients leave it out of the Host
+
 
 def is_loopback(host: str) -> bool:
     """Return True if only this machine reaches a server that listens on `host`."""
@@ -30,9 +32,9 @@ def is_loopback(host: str) -> bool:
 
 def make_key(path: Path) -> tuple[str, bool]:
     """Return the key in the file `path`, and True if it was made now."""
-    if path.exists():
+    if path.exists() and (key := path.read_text(encoding="ascii").strip()):
         path.chmod(0o600)
-        return path.read_text(encoding="ascii").strip(), False
+        return key, False
     key = f"sk-{secrets.token_urlsafe(32)}"
     make_folder(path.parent, 0o700)
     write_bytes_atomic(path, key.encode())
@@ -51,7 +53,9 @@ class Access:
 
     def __init__(self, host: str, port: int, key: str) -> None:
         names = ("127.0.0.1", "localhost", "[::1]", f"[{host}]" if ":" in host else host)
-        self._hosts = {f"{name}:{port}" for name in names} if is_loopback(host) else None
+        ends = (f":{port}", "") if port == _HTTP_PORT else (f":{port}",)
+        hosts = {name + end for name in names for end in ends}
+        self._hosts = hosts if is_loopback(host) else None
         self._key = key
 
     def require(self, request: Request) -> None:

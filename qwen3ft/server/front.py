@@ -219,6 +219,8 @@ class _Asking:
                     413, f"The body is longer than {most:,} bytes.", code="context_length_exceeded"
                 )
         try:
-            return json.loads(content)
+            body = json.loads(content)
+            json.dumps(body, ensure_ascii=False).encode()  # a lone surrogate is no text
         except (ValueError, RecursionError):
             raise QuestionError(400, "The body is not JSON.") from None
+        return body

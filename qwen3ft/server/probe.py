@@ -106,10 +106,9 @@ async def prove(
             response = await client.post("/v1/chat/completions", json=body, timeout=_ANSWER_SECONDS)
         except httpx.HTTPError as error:
             return f"({type(error).__name__})"
-        content = response.json()
         if response.status_code != 200:
-            return f"(status {response.status_code}: {content['error']['message']})"
-        return str(content["choices"][0]["message"]["content"])
+            return f"(status {response.status_code}: {response.text[:200]})"
+        return str(response.json()["choices"][0]["message"]["content"])
 
     answers = await asyncio.gather(*map(ask, kept))
     other = [

@@ -209,6 +209,8 @@ def parse_body(body: Any, kind: type[Body]) -> tuple[Body, list[str]]:
             raise QuestionError(400, "The last message has to be the user's.", param="messages")
         if None not in (parsed.max_tokens, parsed.max_completion_tokens):
             raise QuestionError(
-                400, "max_tokens and max_completion_tokens are the same.", param="max_tokens"
+                400,
+                "Only one of max_tokens and max_completion_tokens can be given.",
+                param="max_tokens",
             )
     return parsed, ignored

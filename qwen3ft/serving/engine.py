@@ -59,6 +59,9 @@ if TYPE_CHECKING:
 
 logger = get_logger("engine")
 
+LEAST_TEMPERATURE = 1e-5
+"""Below it an answer is greedy: logits divided by less leave the range of fp32."""
+
 ADAPTER_PLACES = 4
 """Adapters loaded at a time: one in use, one on trial, and two whose last answers are written."""
 
@@ -234,14 +237,15 @@ class DecodingEngine:
                 f"is {context:,} tokens.",
             )
         opened = is_opened(prompt)
+        is_drawn = ask.temperature >= LEAST_TEMPERATURE
         budget = prompting.thinking_tokens if thinking else 0
         limits = AnswerLimits(
             answer_tokens=ask.max_tokens or prompting.answer_tokens,
             thinking_tokens=budget,
             opened=opened,
-            seed=ask.seed if ask.temperature > 0 else None,
+            seed=ask.seed if is_drawn else None,
             all_tokens=min(ask.max_tokens or room, room),
-            temperature=ask.temperature or 1.0,
+            temperature=ask.temperature if is_drawn else 1.0,
             top_p=ask.top_p,
         )
         self.writer.add(ask.id, Query(ids, limits, self._places[ask.name]))

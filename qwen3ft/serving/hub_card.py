@@ -99,7 +99,7 @@ def _base_arguments(base: dict[str, Any]) -> str:
 
 
 def _data_summary(data: dict[str, Any]) -> str:
-    counts = "How many rows there were, an adapter of this age does not say."
+    counts = "This adapter was saved by a version that kept no row counts."
     if {"train", "dev", "test_rows", "quarantined", "rows_read"} <= data.keys():
         counts = (
             f"{data['train']['rows']:,} rows were trained on, {data['dev']['rows']:,} held out for "

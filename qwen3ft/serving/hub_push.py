@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from qwen3ft.errors import (
     ConfigError,
@@ -109,15 +109,19 @@ def _licence_of_base(api: Any, base: dict[str, Any]) -> str | None:
     """Return the licence of a base model that is on the hub, if it states one."""
     if base["local_path"]:
         return None
-    info = api.model_info(base["model_name"], revision=base["revision"], timeout=TIMEOUT_SECONDS)
+    name, revision = base["model_name"], base["revision"]
+    try:
+        info = api.model_info(name, revision=revision, timeout=TIMEOUT_SECONDS)
+    except HfHubHTTPError as error:  # gated, or not on this hub; the upload does not depend on it
+        text = str(error).partition("\n")[0]
+        logger.warning("the card states no licence: %s does not tell its own: %s", name, text)
+        return None
     stated = info.card_data.get("license") if info.card_data else None
     return stated if isinstance(stated, str) else None
 
 
 def _explained(error: Exception, name: str) -> FinetuneError:
     """Return the error of this project for one of uploading."""
-    from huggingface_hub.errors import HfHubHTTPError
-
     text = str(error).strip().partition("\n")[0][:300]
     if not isinstance(error, HfHubHTTPError):
         return ModelUnavailableError(

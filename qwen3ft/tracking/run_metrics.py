@@ -28,7 +28,7 @@ METRICS = (
     *("gain", "gain_low", "gain_high"),
     *("judge/win_share", "judge/rows"),
     *("held_out_loss/first", "held_out_loss/best"),
-    *("rows/trained", "rows/new", "attempts"),
+    *("rows/trained", "rows/new", "rows/asked", "attempts"),
     *("memory/peak_gb", "memory/predicted_gb", "memory/preflight_gb", "memory/budget_gb"),
     *("tokens_per_second", "seconds/total"),
     *(f"seconds/{stage}" for stage in STAGES),
@@ -51,6 +51,7 @@ def report_metrics(report: InferenceReport) -> dict[str, float]:
     values = {
         f"{name}/{score.label}": getattr(score, name) for score in report.scores for name in SCORES
     }
+    values["rows/asked"] = max((score.rows for score in report.scores), default=None)
     if report.judge is not None and report.judge.judged:
         values |= {"judge/win_share": report.judge.win_share, "judge/rows": report.judge.judged}
     return _finite(values)

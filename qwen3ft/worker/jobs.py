@@ -257,10 +257,10 @@ def export_job(job: Job) -> ParityReport:
         progress=lambda done: job.heartbeat.beat("merge", done),
     )
     memory.enforce_budget()
-    if request.gguf is not None:
-        job.heartbeat.beat("write GGUF", 0)
-        write_gguf(request, job.dir.path)
     try:
+        if request.gguf is not None:
+            job.heartbeat.beat("write GGUF", 0)
+            write_gguf(request, job.dir.path)
         return measure_parity(request, memory, job.heartbeat.beat, job.dir.path)
     finally:
         (job.dir.path / BASE_GGUF).unlink(missing_ok=True)  # as large as the model

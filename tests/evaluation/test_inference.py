@@ -175,7 +175,7 @@ def test_asking_stops_once_the_verdict_is_clear(
     trained: Trained, compared: Compared, tmp_path: Path
 ) -> None:
     """After a quarter the candidate is surely better than the base; all is asked if one wants."""
-    early = {"gate_min_rows": 2, "max_ability_loss_rise": 6.0}
+    early = {"gate_min_rows": 1, "max_ability_loss_rise": 6.0}
     config = compared.request.config.model_copy(update=early)
     alone = compared.ask_again(tmp_path, config=config, champion=None)
     report = run_inference(alone, lambda *_: None)

@@ -12,6 +12,7 @@ from support.verdicts import FORM, gain, report, saved, score
 from qwen3ft.config import TrainingConfig
 from qwen3ft.evaluation.answers import Question
 from qwen3ft.evaluation.gate import GatePolicy
+from qwen3ft.evaluation.scoring import run_checks
 from qwen3ft.evaluation.sequential import (
     LOOKS,
     Look,
@@ -80,7 +81,7 @@ def test_looks_are_parts_of_the_questions() -> None:
     ("count", "metric", "changes"),
     [
         (600, "exact_match", {"stop_asking_early": False}),
-        (119, "exact_match", {}),
+        (359, "exact_match", {}),
         (600, "answer_loss", {}),
     ],
 )
@@ -114,6 +115,12 @@ def test_a_verdict_is_clear_or_it_is_not(found: InferenceReport, why: str) -> No
     """Surely better, hopeless, forgotten; everything else goes on."""
     look = Look([], 0.25, bounds(LOOKS, 0.025)[0], 0.95)
     assert settled(look, found, saved(), None, POLICY) == why
+
+
+def test_a_look_allows_its_part_of_the_failures() -> None:
+    candidate = score("candidate", 0.5, form={**FORM, "stops by itself": 0.96})
+    assert all(run_checks(candidate, differs=True).values())
+    assert not run_checks(candidate, differs=True, share=0.25)["stops by itself"]
 
 
 def test_z_is_read_from_the_interval() -> None:

@@ -43,11 +43,12 @@ def tracking_uri(
 
 
 @pytest.fixture
-def loaded(tracking_uri: str) -> Any:
+def loaded(tracking_uri: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The champion, loaded as MLflow's documentation says."""
     import mlflow
 
-    mlflow.set_tracking_uri(tracking_uri)
+    # set_tracking_uri would stay for all tests that come after
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
     return mlflow.pyfunc.load_model(f"models:/{NAME}@champion")
 
 

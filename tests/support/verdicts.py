@@ -14,7 +14,12 @@ from qwen3ft.records.evaluation import (
 )
 from qwen3ft.records.model import SavedAdapter
 
-FORM = {"stops by itself": 1.0, "language of the question": 1.0}
+FORM = {
+    "stops by itself": 1.0,
+    "not empty": 1.0,
+    "no loops": 1.0,
+    "language of the question": 1.0,
+}
 
 
 def score(label: ModelLabel, exact_match: float, **changes: Any) -> ModelScore:
