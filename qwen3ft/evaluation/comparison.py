@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen3ft.chat.thinking import THINK_CLOSE
 from qwen3ft.evaluation.answers import Generated, Question, choose_samples, side_by_side
 from qwen3ft.evaluation.decoded import Answered
 from qwen3ft.evaluation.exam import Evaluated, Exam
@@ -101,7 +102,11 @@ def write_inference_report(
         may_think=exam.may_think,
         thinking_asked=sum(exam.thinking),
         thinking_cut={
-            label: sum(answer.thinking_cut for answer in given.answers)
+            label: sum(
+                answer.thinking_cut
+                or (asked and not answer.stopped and THINK_CLOSE not in answer.text)
+                for answer, asked in zip(given.answers, exam.thinking, strict=True)
+            )
             for label, given in evaluated.items()
         },
     )

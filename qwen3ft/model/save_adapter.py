@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen3ft.chat.templates import template_may_think
 from qwen3ft.errors import CheckpointCorruptError, DivergedError, ModelNotFoundError, SaveError
 from qwen3ft.files import sha256_file, write_json_atomic
 from qwen3ft.jobs.folders import RunDir
@@ -189,12 +190,20 @@ def _provenance(outcome: AttemptOutcome, plan: TrainPlan, config: TrainingConfig
             "quantization": plan.model.quantization,
             "compute_dtype": plan.model.compute_dtype,
         },
-        "data": plan.dataset.model_dump(mode="json", include=_DATA_FIELDS),
+        "data": _data_of(plan),
         "metrics": _finite_only(outcome.model_dump(mode="json", exclude=measured)),
         "plan": plan.model_dump(mode="json", exclude=stages),
         "config": mask_values(config.model_dump(mode="json")),  # it goes wherever the adapter goes
         "degraded": list(all_degradations(plan)),
     }
+
+
+def _data_of(plan: TrainPlan) -> dict[str, Any]:
+    """Return counts of the training data; no reasoning where the template writes none."""
+    data = plan.dataset.model_dump(mode="json", include=_DATA_FIELDS)
+    if not template_may_think(plan.model.chat_template_sha256):
+        data["reasoning_rows"] = 0
+    return data
 
 
 _DATA_FIELDS = {

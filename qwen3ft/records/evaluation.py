@@ -135,7 +135,9 @@ class InferenceReport(Record):
     predicted_bytes: int | None = Field(None, description="The same as predicted.")
     may_think: bool = Field(False, description="The chat template writes reasoning.")
     thinking_asked: int = Field(0, description="Questions before whose answers models may think.")
-    thinking_cut: dict[str, int] = Field({}, description="{model: thinking ended by its budget}.")
+    thinking_cut: dict[str, int] = Field(
+        {}, description="{model: thinking ended by its budget, or cut off}."
+    )
     judge: JudgeReport | None = Field(None, description="A second opinion; the gate ignores it.")
 
     def score(self, label: str) -> ModelScore | None:

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 
 from qwen3ft.chat.rendering import conversation_of
+from qwen3ft.chat.templates import template_may_think
 from qwen3ft.chat.thinking import split_thinking
 from qwen3ft.config import TrainingConfig, checked_name
 from qwen3ft.errors import DataLoadingError, ServedOtherwiseError
@@ -71,12 +72,13 @@ def read_kept_answers(config: TrainingConfig, run_id: str, limit: int) -> list[K
             next_command="qwen3ft serve --probe-rows 0",
         )
     pairs = [pair for pair in zip(rows, given, strict=True) if not _has_tools(pair[0])]
+    may_think = template_may_think(request.model.chat_template_sha256)
     kept = min(limit, len(pairs))
     chosen = [pairs[index * len(pairs) // kept] for index in range(kept)]
     return [
         KeptAnswer(
             messages=[_as_sent(message) for message in conversation_of(row).history.messages],
-            thinking=bool(row.get("reasoning")),
+            thinking=bool(row.get("reasoning")) and may_think,
             answer=split_thinking(answers.candidate)[1],
         )
         for row, answers in chosen

@@ -132,7 +132,8 @@ def test_draws_depend_on_seed_temperature_and_top_p(server: Running) -> None:
     assert drawn[0] == drawn[1]
     assert len(set(drawn)) > 1
     greedy = content(server.ask(question))
-    assert content(server.ask(question, temperature=2.0, top_p=1e-9, seed=7)) == greedy
+    for least in ({"top_p": 1e-9}, {"top_p": 1e-60}, {"temperature": 1e-40}):
+        assert content(server.ask(question, **{"temperature": 2.0, "seed": 7, **least})) == greedy
     assert content(server.ask(question, temperature=0.01, seed=8)) == greedy
 
 
@@ -210,6 +211,17 @@ def test_what_has_no_effect_is_named(server: Running) -> None:
     response = server.ask("Hello", user="me", n=1, tools=[], metadata={"a": "b"}, seed=None)
     assert response.headers["x-qwen3ft-ignored"] == "user, metadata"
     assert "x-qwen3ft-ignored" not in server.ask("Hello").headers
+
+
+def test_a_text_that_is_none_is_refused(server: Running) -> None:
+    """Half of a surrogate pair, which JSON can write and UTF-8 cannot."""
+    body = '{"messages": [{"role": "user", "content": "\\ud800"}]}'
+    json_type = {"Content-Type": "application/json"}
+    refused = server.client.post("/v1/chat/completions", content=body, headers=json_type)
+    assert (refused.status_code, refused.json()["error"]["message"]) == (
+        400,
+        "The body is not JSON.",
+    )
 
 
 def test_long_prompts_are_refused_with_the_limit(server: Running) -> None:
@@ -339,6 +351,9 @@ def test_beyond_loopback_a_key_is_needed(
         assert made.client.get("/v1/models", headers=good).status_code == 200
         assert made.client.get("/health").status_code == 200
     assert make_key(path) == (key, False)
+    path.write_text("\n")  # an empty key would let everybody in
+    assert make_key(path)[1]
+    assert make_key(path)[0].startswith("sk-")
 
 
 @pytest.mark.parametrize(
