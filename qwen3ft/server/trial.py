@@ -27,7 +27,7 @@ WORSE_TIMES = 3.0
 """Bad answers of the new version for each of the old one, at which it is surely stopped."""
 
 FALSE_ALARM = 0.001
-"""Largest probability that a version is stopped which is no worse, for both kinds of evidence."""
+"""Largest probability that a version that is no worse is stopped, by either kind of evidence."""
 
 SLOW_TIMES, SLOW_SECONDS = 3.0, 0.05
 """An answer is slow beyond this multiple of the old version's median, and this much more."""
@@ -140,6 +140,8 @@ class Trial:
         body, ended, fault = answered.body, answered.ended, ""
         if not isinstance(body, ChatQuestionBody):
             return
+        if body.model == answered.version.name:
+            return  # it was asked by its name, not by lot
         if answered.status != CLIENT_LEFT:
             fault = fault_of(body.question, answered.answer, ended, has_limit=body.has_limit)
         elif answered.seconds <= self._slow_seconds:

@@ -10,6 +10,8 @@ from typing import Any, cast
 import pytest
 
 from qwen3ft.records.serving import Ended
+from qwen3ft.server.answers import AnsweredRequest
+from qwen3ft.server.questions import ChatQuestionBody
 from qwen3ft.server.served import Version
 from qwen3ft.server.trial import ENOUGH_ANSWERS, Evidence, Trial, fault_of
 
@@ -86,6 +88,17 @@ def test_evidence_is_a_fair_bet_where_both_are_alike() -> None:
             gains.append(evidence.log_ratio)
         mean = share * 2.718281828459045 ** gains[0] + (1 - share) * 2.718281828459045 ** gains[1]
         assert mean == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("model", "counted"), [(None, 1), ("champion", 1), ("new", 0)])
+def test_a_request_that_names_a_version_is_no_evidence(model: str | None, counted: int) -> None:
+    """Only what was assigned by lot tells how often each version is bad."""
+    trial = Trial(version("old"), version("new"), 0.2)
+    messages = [{"role": "user", "content": "Which year?"}]
+    body = ChatQuestionBody.model_validate({"messages": messages, "model": model})
+    trial.observe(AnsweredRequest(trial.new, body, 503, "", "", None, 0.1))
+    assert trial.counts[trial.new].answers == counted
+    assert trial.counts[trial.new].faults["error"] == counted
 
 
 STOPPED = Ended(id=1, reason="stop", prompt_tokens=3, completion_tokens=3)
