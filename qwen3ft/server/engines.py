@@ -213,6 +213,12 @@ class OwnEngine:
             run_worker("serve", self._job, ServeEnded, stall_seconds=stall_seconds)
         except FinetuneError as failure:
             error = failure
+        except OSError as failure:
+            error = WorkerCrashedError(
+                f"The engine's worker cannot be watched: {failure}.",
+                why="Its folder is gone, or the disk is full.",
+                next_command="df -h",
+            )
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._end, error)
 

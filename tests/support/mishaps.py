@@ -372,12 +372,12 @@ def no_converter(_: Path) -> None:
         gguf_files.require_gguf_packages()
 
 
-def silent_engine(_: Path) -> None:
-    """The worker of a server ends without a word."""
+def ended_engine(**watching: Any) -> None:
+    """Raise what a server says when the watch over its worker ends like this."""
     made = object.__new__(engines.OwnEngine)
     made._request, made._job = MagicMock(), MagicMock()
     made._loop, ended = asyncio.new_event_loop(), list[errors.FinetuneError]()
-    with patch.object(engines, "run_worker"), patch.object(made, "_end", ended.append):
+    with patch.object(engines, "run_worker", **watching), patch.object(made, "_end", ended.append):
         made._run()
         made._loop.run_until_complete(asyncio.sleep(0))
     made._loop.close()
@@ -801,7 +801,10 @@ QUICK: dict[str, Mishap] = {
     "qwen3ft/serving/hub_push.py _explained 3": lambda _: throw(
         hub_push._explained(hub_answer(hub_errors.HfHubHTTPError, 500), NAME)
     ),
-    "qwen3ft/server/engines.py OwnEngine._run 1": silent_engine,
+    "qwen3ft/server/engines.py OwnEngine._run 1": lambda _: ended_engine(),
+    "qwen3ft/server/engines.py OwnEngine._run 2": lambda _: ended_engine(
+        side_effect=OSError(28, "No space left on device")
+    ),
     "qwen3ft/server/probe.py prove 1": served_otherwise,
     "qwen3ft/server/probe.py read_kept_answers 1": lambda f: probe.read_kept_answers(
         config(runs_dir=str(f)), "a-run", 5
