@@ -31,7 +31,13 @@ from qwen3ft.errors import (
 from qwen3ft.evaluation.generation import end_tokens
 from qwen3ft.evaluation.inference import attach_adapter, load_with_adapters
 from qwen3ft.logs import get_logger
-from qwen3ft.model.saved_adapter import OpenedAdapter, find_base, open_adapter, shape_of
+from qwen3ft.model.saved_adapter import (
+    OpenedAdapter,
+    find_base,
+    open_adapter,
+    require_fit,
+    shape_of,
+)
 from qwen3ft.planning.decoder_sizes import AnswerLoad, DecoderSizes
 from qwen3ft.records.base import Record
 from qwen3ft.records.serving import (
@@ -141,7 +147,8 @@ class DecodingEngine:
             raise _cannot_decode(obstacle)
         self.rank = opened.spec.r
         self._marks = Marks.of(self.tokenizer, sorted(end_tokens(self.model, self.tokenizer)))
-        load = _expected_load(request, opened, shape_of(Path(self.base)))
+        self._shape = shape_of(Path(self.base))
+        load = _expected_load(request, opened, self._shape)
         try:
             _, self.decoder = run_within(
                 load, request.config.max_memory_gb, request.device, self._make_decoder
@@ -208,9 +215,13 @@ class DecodingEngine:
                 why="Adapters that answer together share one base model and one reserved size.",
                 next_command="qwen3ft serve",
             )
-        attach_adapter(self.model, _INCOMING, opened.folder)
-        self.decoder.replace(free[0], _INCOMING)
-        self.model.delete_adapter(_INCOMING)
+        require_fit(opened, self._shape)
+        try:
+            attach_adapter(self.model, _INCOMING, opened.folder)
+            self.decoder.replace(free[0], _INCOMING)
+        finally:  # what is left attached would be in the way of the next one
+            if _INCOMING in self.model.peft_config:
+                self.model.delete_adapter(_INCOMING)
         self._places[message.name] = free[0]
         self._prompting[message.name] = message.prompting
 
