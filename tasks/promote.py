@@ -12,7 +12,12 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task
 
 from qwen3ft.config import TrainingConfig
-from qwen3ft.errors import RolledBackError, TrackingUnavailableError, TransientError
+from qwen3ft.errors import (
+    ChampionChangedError,
+    RolledBackError,
+    TrackingUnavailableError,
+    TransientError,
+)
 from qwen3ft.evaluation.gate import decide_promotion, gate_policy
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.logs import get_logger, mask_secrets, without_secrets
@@ -143,6 +148,9 @@ def promote(
             registry.promote(saved.registered_model, saved.version, expected, change)
         except RolledBackError as error:
             return verdict.model_copy(update={"decision": "kept", "reasons": (error.what,)})
+        except ChampionChangedError as error:  # by a run beside this one, on another GPU
+            reason = f"{error.what} Compare with it: {RunDir(Path(run)).resume_command}"
+            return verdict.model_copy(update={"decision": "deferred", "reasons": (reason,)})
     elif verdict.decision == "kept":
         try:
             registry.set_challenger(saved.registered_model, saved.version, why)

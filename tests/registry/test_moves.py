@@ -387,6 +387,9 @@ def test_a_night_names_what_it_tested_and_leaves_alone_what_a_person_took_back(
     history = registry.history(MODEL)
     assert history.aliases == named("1", None, "2")
     assert history.moves[0].by == Mover(kind="flow", name="night-1")
+    beside = decide("2", 0.3)  # compared with the champion before, which there was not
+    assert beside.startswith("deferred: qwen3ft-embedded 2 is not promoted: the champion is 1")
+    assert "qwen3ft run --resume night-2" in beside
     again = decide("1", -0.3, registry.champion(MODEL))
     assert again.startswith("promoted: better than the base model")
     assert registry.history(MODEL) == history
