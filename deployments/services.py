@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deployments.secret import USER, auth_string, authorization, read_secret, sign_in_link
+from qwen3ft.errors import EnvironmentNotReadyError
 from qwen3ft.machine.gpus import visible_gpus
 from qwen3ft.tracking.experiment import EXPERIMENT_NAME, experiment_page
 
@@ -110,8 +111,7 @@ class Layout:
 def command(service: Service, layout: Layout, python: str) -> list[str]:
     """Return the argument list that starts `service` with the interpreter `python`."""
     if service == "worker":
-        runs = max(1, len(visible_gpus()))  # at most; the deployment's own limit may be lower
-        worker = f"worker start --pool {POOL} --type process --limit {runs} --name {WORKER}"
+        worker = f"worker start --pool {POOL} --type process --limit {_most_runs()} --name {WORKER}"
         return [python, "-m", f"{__package__}.prefect_worker", *worker.split()]
     port = layout.port(service)
     if service == "prefect":
@@ -123,6 +123,14 @@ def command(service: Service, layout: Layout, python: str) -> list[str]:
         *("--artifacts-destination", str(layout.artifacts)),
         *("--allowed-hosts", f"127.0.0.1:{port},localhost:{port}"),
     ]
+
+
+def _most_runs() -> int:
+    """Return the number of runs that may be at once; the deployment's own limit may be lower."""
+    try:
+        return max(1, len(visible_gpus()))
+    except EnvironmentNotReadyError:  # every run says so; what needs no GPU goes on
+        return 1
 
 
 def environment(layout: Layout, inherited: Mapping[str, str] = os.environ) -> dict[str, str]:

@@ -19,12 +19,15 @@ class GpuHold(Record):
 
 
 def gpu_holds() -> tuple[GpuHold, ...]:
-    """Return the GPUs that are visible; none if the driver does not answer, as `doctor` says."""
+    """Return the GPUs that are visible.
+
+    None if the driver does not answer or the lock files cannot be read: runs and `doctor` say so.
+    """
     try:
         gpus = visible_gpus()
-    except EnvironmentNotReadyError:
+        found = holders([gpu.uuid for gpu in gpus]) if gpus else {}
+    except (EnvironmentNotReadyError, OSError):
         return ()
-    found = holders([gpu.uuid for gpu in gpus]) if gpus else {}
     return tuple(
         GpuHold(
             index=gpu.index,

@@ -35,8 +35,8 @@ CPU = "cpu"
 FOLDER_VARIABLE = "QWEN3FT_LOCK_DIR"
 """Names another folder: for services with a private /tmp, and containers that share a GPU."""
 
-CHOOSING = "choosing.lock"
-"""Lock file held by the process that chooses GPUs, for a moment."""
+CHOOSING = f"choosing-{os.getuid()}.lock"
+"""Lock file held by the process that chooses GPUs, for a moment; users may share the folder."""
 
 CHOOSE_SECONDS = 5.0
 """Longest wait for those who choose; then the wait for a GPU goes on."""
@@ -137,7 +137,9 @@ def holders(gpus: Sequence[str], folder: Path | None = None) -> dict[str, Holder
     place = _prepare_folder(folder)
     found = {}
     for gpu in gpus:
-        if (path := lock_path(place, gpu)).exists():
+        path = lock_path(place, gpu)
+        # A free GPU has no note, and is not locked here: a run that starts now would be refused.
+        if read_holder(path) is not None:
             with try_lock(path) as is_free:
                 holder = None if is_free else read_holder(path)
             if holder is not None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from deployments import deploy
+from deployments import deploy, services
 from flows.run_context import hold_devices
 from qwen3ft.config import TrainingConfig, parse_config
 from qwen3ft.errors import ConfigError, EnvironmentNotReadyError
@@ -20,7 +22,7 @@ from qwen3ft.jobs.folders import RunDir
 from qwen3ft.machine import gpu_holds as gpu_holds_module
 from qwen3ft.machine.gpu_choice import VISIBLE, choose_gpus, only_visible, rank_count
 from qwen3ft.machine.gpu_holds import gpu_holds
-from qwen3ft.machine.gpu_lock import FOLDER_VARIABLE, holders
+from qwen3ft.machine.gpu_lock import FOLDER_VARIABLE, Holder, holders
 from qwen3ft.records.machine import GpuInfo
 from qwen3ft.units import GIB
 
@@ -225,3 +227,40 @@ def test_status_shows_who_holds_which_gpu(take: Any, monkeypatch: pytest.MonkeyP
     assert first.held_by is not None
     assert first.held_by.startswith("run tonight (pid ")
     assert (second.index, second.held_by) == (1, None)
+
+
+def test_a_look_at_a_free_gpu_does_not_lock_it(take: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that starts at that moment would find it held."""
+    locked: list[int] = []
+    with take("first"):
+        pass
+    monkeypatch.setattr(fcntl, "flock", lambda descriptor, _: locked.append(descriptor))
+    assert holders(["GPU-0", "GPU-1"]) == {}
+    assert locked == []
+
+
+def test_status_shows_no_gpu_where_lock_files_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the folder cannot be made or a file cannot be opened: runs say so."""
+    monkeypatch.setattr(gpu_holds_module, "visible_gpus", lambda: FOUR[:1])
+    (tmp_path / "note").write_text(
+        Holder(pid=1, host="h", run_id="r", since=datetime.now(UTC)).model_dump_json()
+    )
+    (tmp_path / "GPU-0.lock").symlink_to("note")
+    for folder in (tmp_path, tmp_path / "note" / "below"):
+        monkeypatch.setenv(FOLDER_VARIABLE, str(folder))
+        assert gpu_holds() == ()
+
+
+def test_the_stack_comes_up_beside_a_driver_that_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its worker takes one run, which says so."""
+
+    def no_answer() -> None:
+        raise EnvironmentNotReadyError("no answer", why="-", next_command="nvidia-smi")
+
+    monkeypatch.setattr(services, "visible_gpus", no_answer)
+    command = services.command("worker", services.Layout(tmp_path, 1, 2), sys.executable)
+    assert command[command.index("--limit") + 1] == "1"
