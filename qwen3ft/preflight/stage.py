@@ -16,6 +16,7 @@ from qwen3ft.faults import planted_in_preflight
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.jobs.launcher import run_worker
 from qwen3ft.logs import get_logger
+from qwen3ft.machine.gpu_choice import only_visible
 from qwen3ft.planning.answers import decoder_load
 from qwen3ft.preflight.cache import keep_report, read_report, report_key
 from qwen3ft.preflight.policy import decide_preflight, replan, too_little_memory
@@ -104,9 +105,14 @@ def _report_of(
         answers=decoder_load(config, environment, plan),
     )
     job.create(request)
+    # The first GPU of the run may be one that the plan leaves out.
+    uuids = [environment.gpus[place].uuid for place in plan.places if environment.gpus]
     started = time.monotonic()
     try:
-        measurement = run_worker("preflight", job, Measurement, stall_seconds=config.stall_seconds)
+        with only_visible(uuids, environment.gpus):
+            measurement = run_worker(
+                "preflight", job, Measurement, stall_seconds=config.stall_seconds
+            )
         report = measured_report(key, plan, batches, measurement)
     except RequestError:
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import Mock
@@ -15,12 +16,14 @@ from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import ConfigError, InsufficientMemoryError, WorkerCrashedError
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.jobs.launcher import run_worker
+from qwen3ft.machine.gpu_choice import VISIBLE
 from qwen3ft.model.adapter import plan_adapter
 from qwen3ft.planning.plan import build_plan
 from qwen3ft.preflight import policy, stage
 from qwen3ft.preflight.cache import keep_report, report_key
 from qwen3ft.preflight.stage import measure_first, shortened
 from qwen3ft.preflight.worst_batches import find_worst, read_lengths
+from qwen3ft.records.machine import GpuInfo
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.preflight import PreflightResult
 from qwen3ft.units import GIB
@@ -130,6 +133,36 @@ def test_a_worker_that_fails_otherwise_costs_the_run_nothing(
     with pytest.raises(ConfigError):
         measure_first(config, environment, plan, run)
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_preflight_sees_the_gpus_of_its_plan_alone(
+    make_plan: Any, make_config: Any, environment: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """The run's first GPU may be one that the plan leaves out, because it is filled or lost."""
+    gpus = tuple(
+        GpuInfo(
+            index=index,
+            name="H200",
+            uuid=f"GPU-{index}",
+            total_bytes=141 * GIB,
+            free_bytes=140 * GIB,
+            driver_version="580",
+        )
+        for index in range(3)
+    )
+    seen = []
+
+    def worker(*_: Any, **__: Any) -> None:
+        seen.append(os.environ.get(VISIBLE))
+        raise WorkerCrashedError("killed")
+
+    monkeypatch.delenv(VISIBLE, raising=False)
+    monkeypatch.setattr(stage, "run_worker", worker)
+    machine = environment.model_copy(update={"gpus": gpus})
+    config = make_config(cache_dir=str(tmp_path / "cache"), preflight="on")
+    measure_first(config, machine, make_plan(places=(1, 2)), RunDir(tmp_path / "run"))
+    assert seen == ["GPU-1,GPU-2"]
+    assert VISIBLE not in os.environ
 
 
 def test_what_a_preflight_trains_is_a_part_of_the_plan(make_plan: Any) -> None:
