@@ -21,8 +21,9 @@ import torch
 import torch.distributed as dist
 
 import qwen3ft
-from qwen3ft.errors import EnvironmentNotReadyError, RanksPartedError
+from qwen3ft.errors import EnvironmentNotReadyError, OutOfMemoryError, RanksPartedError
 from qwen3ft.files import sha256_file, sha256_json
+from qwen3ft.jobs.failures import translate
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.training.batches import MicroBatch, real_tokens, trained_tokens
 
@@ -62,7 +63,7 @@ class Ranks:
         # Longer than the silence that counts as a stall, which names the rank that hangs.
         limit = timedelta(seconds=2 * plan.stall_seconds + 60)
         # NCCL refuses two ranks on one GPU; their gradients pass through host memory then.
-        if plan.device == "cuda" and len(set(plan.places)) == self.size:
+        if plan.device == "cuda" and 1 < self.size == len(set(plan.places)):
             self._device = "cuda"
         backend = "gloo" if self._device == "cpu" else "cpu:gloo,cuda:nccl"
         _together(
@@ -111,6 +112,8 @@ class Ranks:
         Raises:
             RanksPartedError: another rank has ended.
         """
+        if self.size == 1:  # the others were lost
+            return loss
         sizes = [parameter.numel() for parameter in parameters]
         mine, theirs = self._flat(sum(sizes) + 1)
         views = torch.split(mine[: sum(sizes)], sizes)
@@ -178,12 +181,14 @@ def code_digest() -> str:
 
 
 def _together(collective: Callable[[], object]) -> None:
-    """Run a collective; what breaks it is that another rank has ended."""
+    """Run a collective; what breaks it is that another rank has ended, or this rank's own GPU."""
     try:
         collective()
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, torch.cuda.AcceleratorError):
         raise
     except RuntimeError as error:  # gloo's own, and torch's DistBackendError
+        if isinstance(translate(error, ""), OutOfMemoryError):  # NCCL's own memory
+            raise
         first_line: Any = str(error).partition("\n")[0]
         raise RanksPartedError(
             f"The connection to the other ranks broke: {first_line[:300]}",

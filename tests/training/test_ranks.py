@@ -234,6 +234,46 @@ def test_a_rank_that_ends_parts_the_others_at_once(tmp_path: Path) -> None:
     assert on_ranks(2, tmp_path, work)[0] < 5.0
 
 
+@pytest.mark.parametrize(
+    "own",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+        torch.cuda.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+        torch.distributed.DistBackendError(
+            "NCCL error in: NCCLUtils.cpp:93, unhandled cuda error\nLast error:\n"
+            "Cuda failure 2 'out of memory'"
+        ),
+    ],
+    ids=lambda own: type(own).__name__,
+)
+def test_what_fails_on_a_rank_of_its_own_is_not_laid_on_another(own: RuntimeError) -> None:
+    """Its memory or its GPU: recovery has to answer this rank's failure."""
+
+    def collective() -> None:
+        raise own
+
+    with pytest.raises(type(own)):
+        ranks_module._together(collective)
+
+
+def test_the_last_rank_that_is_left_exchanges_nothing(tmp_path: Path) -> None:
+    """Its gradients and its loss stay as they are, without a copy."""
+    plan: Any = _Plan()
+    plan.places = (1,)
+
+    def work(rank: int) -> bool:
+        ranks = Ranks(rank, 1)
+        ranks.meet(plan, tmp_path / "meeting-place")
+        parameter = torch.nn.Parameter(torch.zeros(3))
+        gradient = parameter.grad = torch.tensor([1.0, 2.0, 3.0])
+        loss = torch.tensor(5.0)
+        kept = ranks.sum_gradients([parameter], loss) is loss and parameter.grad is gradient
+        ranks.leave()
+        return kept
+
+    assert on_ranks(1, tmp_path, work) == [True]
+
+
 def test_a_rank_with_another_version_of_the_code_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
