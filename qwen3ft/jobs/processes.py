@@ -66,7 +66,8 @@ class _Environment:
 def _one_gpu() -> dict[str, str]:
     """Let a worker see the first GPU of the run alone, and tell it of the others for its ranks.
 
-    Of several that it sees, transformers would use all, with a copy of the model on each.
+    Of several that it sees, transformers would use all: it multiplies its batch sizes by their
+    number, and copies an unquantised model to each.
     """
     held = os.environ.get("CUDA_VISIBLE_DEVICES")
     first = "0" if held is None else held.split(",")[0]
