@@ -103,6 +103,7 @@ class OwnEngine:
         self._answers: dict[int, asyncio.Queue[Piece | Ended | Refused | FinetuneError]] = {}
         self._loads: dict[str, asyncio.Future[AdapterLoaded]] = {}
         self._attending: asyncio.Task[None] | None = None
+        self._thread: threading.Thread | None = None
 
     async def start(self) -> None:
         """Start the worker and wait until the base model is loaded."""
@@ -168,9 +169,13 @@ class OwnEngine:
 
     async def close(self) -> None:
         """End the worker, with all its answers, and remove its files."""
-        if self._ready.done():
+        if self._thread is None:
+            return  # it was not started
+        is_ready = self._ready.done()
+        if is_ready:
             self._send(Close())
-        await asyncio.to_thread(self._thread.join, GRACE_SECONDS)
+        # one that still loads hears nothing; it ends as its files and socket are gone
+        await asyncio.to_thread(self._thread.join, GRACE_SECONDS if is_ready else 0)
         self._listener.close()
         if self._attending is not None:
             self._writer.close()

@@ -19,6 +19,7 @@ from qwen3ft.jobs.folders import RunDir
 from qwen3ft.logs import get_logger
 from qwen3ft.model.saved_adapter import open_adapter
 from qwen3ft.records.evaluation import Champion
+from qwen3ft.records.serving import Prompting
 from qwen3ft.registry.aliases import CHAMPION
 from qwen3ft.registry.moves import Change, this_server
 from qwen3ft.registry.registry import Registry
@@ -67,8 +68,12 @@ class Manager:
         self.trial_share = trial_share
         self.front, self.served, self.config = front, front.served, config
         self.registry, self.make_engine, self.probe_rows = registry, make_engine, probe_rows
-        self.engine: Engine | None = None
+        self.engine: Engine | None = None  # that of the default version
+        self._engines: set[Engine] = set()  # every one that was made and is not closed
+        self._loading = asyncio.Lock()
+        self._loading_on: Engine | None = None
         self._refused: str | None = None  # version of the last champion that was not brought up
+        self._lost_with: str | None = None  # that with which an engine was lost
         self._leaving: set[asyncio.Task[None]] = set()
         self._lost_at: deque[float] = deque(maxlen=MOST_RESTARTS + 1)
 
@@ -97,6 +102,7 @@ class Manager:
     def make_default(self, version: Version) -> None:
         """Let `version` answer from now on."""
         old, self.served.default = self.served.default, version
+        self.engine = version.engine
         self.front.metrics.use(version.name)
         if old is not None and old is not version:
             self.retire(old)
@@ -106,8 +112,7 @@ class Manager:
 
         async def leave() -> None:
             await self.served.retire(version)
-            if version.engine is not self.engine and not self._on(version.engine):
-                await version.engine.close()
+            await self._close_unused(version.engine)
 
         self._start(leave())
 
@@ -120,12 +125,12 @@ class Manager:
                 continue  # the engine is started again, with the version that was in use
             try:
                 champion = await asyncio.to_thread(self.registry.champion, registered_model)
-                reachable = True
                 if champion is not None and self._is_new(champion):
                     await self._follow_to(champion, client)
-            except FinetuneError as error:
+                reachable = True
+            except (FinetuneError, OSError) as error:
                 if reachable:  # said once, not every two seconds
-                    logger.warning("the champion cannot be looked up: %s", error)
+                    logger.warning("the champion cannot be followed: %s", error)
                 reachable = False
 
     async def watch_engine(self, client: httpx.AsyncClient) -> None:
@@ -151,16 +156,14 @@ class Manager:
                 raise error
             logger.error("the engine is lost and started again: %s", error)
             self.engine = None
-            await engine.close()
+            await self._close(engine)
             await self.use(Source(lost.name, lost.number, lost.folder), client)
 
     async def close(self) -> None:
         """End the engines."""
         for task in self._leaving:
             task.cancel()
-        loaded = (*self.served.versions.values(), *self.served.retiring.values())
-        engines = {version.engine for version in loaded} | {self.engine}
-        await asyncio.gather(*(engine.close() for engine in engines if engine is not None))
+        await asyncio.gather(*(self._close(engine) for engine in tuple(self._engines)))
 
     def _is_new(self, champion: Champion) -> bool:
         default = self.served.default
@@ -176,12 +179,20 @@ class Manager:
             source = await asyncio.to_thread(source_of, self.config, self.registry, champion)
             version = await self.bring_up(source, client)
             if self.trial_share and self.served.default is not None:
-                result = await self._try(self.served.default, version, champion)
+                try:
+                    result = await self._try(self.served.default, version, champion)
+                    if result == "withdrawn" and version.engine.lost.done():
+                        raise version.engine.lost.result()
+                except (FinetuneError, OSError):
+                    self.retire(version)
+                    raise
         except TransientError:
             raise  # the next look tries again
         except FinetuneError as error:
-            if engine is None or engine.lost.done():
-                return  # it says nothing about the version; `watch_engine` starts another engine
+            is_lost = engine is None or engine.lost.done()
+            if is_lost and self._lost_with != champion.version:
+                self._lost_with = champion.version
+                return  # it may be chance; `watch_engine` starts another engine
             self._refused = champion.version
             self.front.metrics.changes.labels("refused").inc()
             logger.error("version %s is not served: %s", champion.version, error)
@@ -224,7 +235,7 @@ class Manager:
 
     async def _is_on_trial(self, version: Version, champion: Champion) -> bool:
         """Return False once the champion is another one, or the version's engine is lost."""
-        if version.name not in self.served.versions:
+        if version.name not in self.served.versions or version.engine.lost.done():
             return False
         try:
             now = await asyncio.to_thread(self.registry.champion, champion.registered_model)
@@ -263,22 +274,54 @@ class Manager:
         """Load an adapter on the engine, or on a new one if it does not go with the others."""
         opened = await asyncio.to_thread(open_adapter, source.folder)
         prompting = trained_prompting(opened.provenance)
-        if self.engine is not None:
-            while len(self._on(self.engine)) >= self.engine.places:
-                await asyncio.wait(self._leaving, return_when=asyncio.FIRST_COMPLETED)
-            try:
-                await self.engine.load(source.name, source.folder, prompting)
-            except RequestError as error:
-                logger.info("a new engine is started: %s", error.what)
-                self.engine = None
-        if self.engine is None:
-            engine = self.make_engine(source.folder)
-            await engine.start()
-            await engine.load(source.name, source.folder, prompting)
-            self.engine = engine
-        version = Version(source.name, source.number, source.folder, opened.provenance, self.engine)
-        self.served.versions[version.name] = version
+        async with self._loading:
+            engine = self.engine or self._other_engine()
+            if engine is not None:
+                while len(self._on(engine)) >= engine.places:
+                    await asyncio.wait(self._leaving, return_when=asyncio.FIRST_COMPLETED)
+                try:
+                    await self._load_on(engine, source, prompting)
+                except RequestError as error:
+                    logger.info("a new engine is started: %s", error.what)
+                    engine = None
+            if engine is None:
+                engine = self.make_engine(source.folder)
+                self._engines.add(engine)
+                try:
+                    await engine.start()
+                except (FinetuneError, OSError):
+                    await self._close(engine)
+                    raise
+                await self._load_on(engine, source, prompting)
+            version = Version(source.name, source.number, source.folder, opened.provenance, engine)
+            self.served.versions[version.name] = version
         return version
+
+    async def _load_on(self, engine: Engine, source: Source, prompting: Prompting) -> None:
+        """Load an adapter on an engine, which stays open meanwhile."""
+        self._loading_on = engine
+        try:
+            await engine.load(source.name, source.folder, prompting)
+        except FinetuneError:
+            self._loading_on = None
+            await self._close_unused(engine)
+            raise
+        finally:
+            self._loading_on = None
+
+    def _other_engine(self) -> Engine | None:
+        """Return the engine of a version that is not the default yet, if there is one."""
+        engines = (version.engine for version in self.served.versions.values())
+        return next((engine for engine in engines if not engine.lost.done()), None)
+
+    async def _close_unused(self, engine: Engine) -> None:
+        """Close an engine that is not needed any more."""
+        if engine not in (self.engine, self._loading_on) and not self._on(engine):
+            await self._close(engine)
+
+    async def _close(self, engine: Engine) -> None:
+        await engine.close()
+        self._engines.discard(engine)
 
     async def _prove(self, version: Version, client: httpx.AsyncClient) -> None:
         if not self.probe_rows:

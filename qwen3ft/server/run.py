@@ -159,6 +159,7 @@ class ModelServer:
             tasks[2].cancel()
             http.should_exit = True
             await tasks[0]
+            await asyncio.wait(tasks[1:])  # none may make another engine
             await manager.close()
 
 
