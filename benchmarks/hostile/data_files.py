@@ -342,7 +342,10 @@ HARMLESS = {
     "json-closers": "brackets too many, behind a whole list",
     "key-of-newlines": "the frame of a key with nothing in it gives nothing away",
 }
-IMPORTS = ("pyarrow.parquet", "pyarrow.compute", "qwen3ft.data.pipeline", "transformers")
+IMPORTS = (
+    *("pyarrow.parquet", "pyarrow.compute", "qwen3ft.data.pipeline"),
+    "transformers.models.auto.tokenization_auto",  # `transformers` alone imports nothing
+)
 
 CASES = tuple(
     Case(
