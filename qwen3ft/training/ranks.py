@@ -184,7 +184,7 @@ def _together(collective: Callable[[], object]) -> None:
     """Run a collective; what breaks it is that another rank has ended, or this rank's own GPU."""
     try:
         collective()
-    except (torch.OutOfMemoryError, torch.cuda.AcceleratorError):
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except RuntimeError as error:  # gloo's own, and torch's DistBackendError
         if isinstance(translate(error, ""), OutOfMemoryError):  # NCCL's own memory

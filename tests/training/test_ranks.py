@@ -238,7 +238,7 @@ def test_a_rank_that_ends_parts_the_others_at_once(tmp_path: Path) -> None:
     "own",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
-        torch.cuda.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
         torch.distributed.DistBackendError(
             "NCCL error in: NCCLUtils.cpp:93, unhandled cuda error\nLast error:\n"
             "Cuda failure 2 'out of memory'"
