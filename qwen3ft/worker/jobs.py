@@ -81,13 +81,15 @@ def quantize_job(job: Job) -> ModelSnapshot:
 
 def tokenizer_job(job: Job) -> TokenizerReport:
     """Try a tokenizer from elsewhere; this process ends if that takes too much."""
-    import transformers  # noqa: F401  before the limits, since it takes more than they allow
-
     from qwen3ft.chat.limits import RENDER_BYTES, limit_process
     from qwen3ft.chat.probes import PROBE_CPU_SECONDS, probe_tokenizer
+    from qwen3ft.chat.tokenizer import load_tokenizer
+    from qwen3ft.embedded import MODEL_DIR
 
     request = read_record(job.dir.request, TokenizerRequest)
     job.heartbeat.beat("tokenizer")
+    # transformers imports on first use, and torch's build for CUDA maps more than the limits allow.
+    load_tokenizer(MODEL_DIR)
     limit_process(PROBE_CPU_SECONDS, RENDER_BYTES)
     return TokenizerReport(rendered=probe_tokenizer(Path(request.folder)))
 

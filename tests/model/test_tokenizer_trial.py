@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,10 @@ from qwen3ft.chat.probes import probe_tokenizer
 from qwen3ft.config import TrainingConfig
 from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.errors import TokenizerError
+from qwen3ft.jobs.folders import JobDir
 from qwen3ft.model import tokenizer_trial
 from qwen3ft.model.tokenizer_trial import try_tokenizer
+from qwen3ft.records.requests import TokenizerRequest
 
 
 @pytest.fixture
@@ -126,3 +130,26 @@ def test_what_is_refused_by_its_files_starts_no_worker(
     with pytest.raises(TokenizerError, match="is refused"):
         try_tokenizer(config, folder)
     assert not Path(config.cache_dir).exists()
+
+
+JOB = """
+import sys
+from pathlib import Path
+from qwen3ft.chat import limits, probes
+
+added = []
+limits.limit_process = lambda *_: added.append(set(sys.modules))
+from qwen3ft.worker.jobs import Job, tokenizer_job
+
+tokenizer_job(Job(Path(sys.argv[1])))
+print(sorted({name.partition(".")[0] for name in sys.modules if name not in added[0]}))
+"""
+
+
+@pytest.mark.slow
+def test_no_package_is_imported_within_the_limits(tmp_path: Path) -> None:
+    """Torch's build for CUDA maps more than they allow, and its import would fail."""
+    job = JobDir(tmp_path / "job").create(TokenizerRequest(folder=str(MODEL_DIR)))
+    command = [sys.executable, "-c", JOB, str(job.path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.strip() in {"[]", "['encodings']"}
