@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,11 @@ class JobFailedError(Exception):
 
 
 def run_job(
-    module: str, folder: Path, values: dict[str, Any], timeout_seconds: float
+    module: str,
+    folder: Path,
+    values: dict[str, Any],
+    timeout_seconds: float,
+    gpus: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Run `python -m MODULE FOLDER/job.json` and return the result that it prints.
 
@@ -41,6 +46,7 @@ def run_job(
         folder: Folder of this job alone; emptied first.
         values: Description of the job, JSON-compatible.
         timeout_seconds: Time limit; the job is killed after it.
+        gpus: UUIDs of the GPUs that it sees; None for the first one.
 
     Raises:
         JobFailedError: The job ended without a result, or took too long.
@@ -50,7 +56,8 @@ def run_job(
     job, log = folder / "job.json", folder / "log.txt"
     more = {"folder": str(folder), "started": time.time()}
     job.write_text(json.dumps(values | more), encoding="utf-8")
-    environment = {**os.environ, **one_gpu(), "PYTHONPATH": _python_path()}
+    visible = one_gpu() if gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+    environment = {**os.environ, **visible, "PYTHONPATH": _python_path()}
     with log.open("wb") as stream:
         process = subprocess.Popen(
             [sys.executable, "-m", module, str(job)],

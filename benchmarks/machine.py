@@ -76,13 +76,17 @@ class DeviceMemory:
 
     Reads the device's total, since NVML's list of processes is often empty in containers. Other
     programs on the GPU are counted too, so use one that is otherwise idle.
+
+    Args:
+        index: Number of the GPU among the visible ones.
+        interval_seconds: Time between two samples.
     """
 
-    def __init__(self, interval_seconds: float = 0.01) -> None:
+    def __init__(self, index: int = 0, interval_seconds: float = 0.01) -> None:
         self.peak_bytes: int | None = None
         self._interval_seconds = interval_seconds
         self._end = threading.Event()
-        self._read = _reader()
+        self._read = _reader(index)
         if self._read is not None:
             self._before = self._read()
             self.peak_bytes = 0
@@ -100,13 +104,13 @@ class DeviceMemory:
         return None if self.peak_bytes is None else self.peak_bytes / GIB
 
 
-def _reader() -> Callable[[], int] | None:
-    """Return a function that reads the bytes in use on the first visible GPU, without CUDA."""
+def _reader(index: int) -> Callable[[], int] | None:
+    """Return a function that reads the bytes in use on a visible GPU, without CUDA."""
     gpus = visible_gpus()
     if not gpus:
         return None
     import pynvml
 
     pynvml.nvmlInit()
-    handle = pynvml.nvmlDeviceGetHandleByUUID(gpus[0].uuid)
+    handle = pynvml.nvmlDeviceGetHandleByUUID(gpus[index].uuid)
     return lambda: int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)

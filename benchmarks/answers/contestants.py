@@ -99,6 +99,8 @@ def ours(case: Case, values: dict[str, Any]) -> dict[str, Any]:
     if not on_gpu:
         sizes = sizes and replace(sizes, chunk_tokens=128)
     assert sizes is not None, f"no slot fits in {room / GIB:.2f} GB"
+    number, count = values.get("share", (0, 1))  # the sizes are those of all questions
+    queries = queries[number::count]
     _synchronize()
     started = time.perf_counter()
     decoder = Decoder(model, names, sizes, Marks(()))

@@ -13,6 +13,7 @@ from benchmarks.speed.cases import LEARNING_RATE, LORA_ALPHA, LORA_RANK, TOKENS
 if TYPE_CHECKING:
     from benchmarks.speed.cases import Job
     from qwen3ft.records.data import DatasetManifest
+    from qwen3ft.records.machine import EnvironmentReport
     from qwen3ft.records.plan import TrainPlan
 
 HELD_OUT_ROWS = 8
@@ -63,11 +64,12 @@ def levers(plan: TrainPlan) -> dict[str, Any]:
     return {name: value for name, value in values.items() if isinstance(value, plain)}
 
 
-def make_plan(job: Job, **changes: Any) -> TrainPlan:
+def make_plan(job: Job, machine: EnvironmentReport | None = None, **changes: Any) -> TrainPlan:
     """Return the plan that `build_plan` makes of the job's case, with the workload as its data.
 
     Args:
         job: The contestant's training.
+        machine: The machine to plan for; None for this one.
         changes: Settings that differ from those of the speed benchmark.
 
     Raises:
@@ -104,7 +106,7 @@ def make_plan(job: Job, **changes: Any) -> TrainPlan:
     )
     return build_plan(
         config,
-        EnvironmentManager().report(),
+        machine or EnvironmentManager().report(),
         snapshot,
         plan_adapter(config, snapshot.shape),
         write_dataset(job, job.folder / "data"),

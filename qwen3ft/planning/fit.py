@@ -73,7 +73,7 @@ def _fused_fit(
         effective_batch_size=effective,
         typical_tokens=request.typical_tokens,
         recompute=request.config.gradient_checkpointing,
-        host_bytes=request.environment.host_total_bytes,
+        host_bytes=request.host_bytes,
     )
     if work is None:
         return None

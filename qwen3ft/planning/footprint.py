@@ -35,6 +35,10 @@ from qwen3ft.units import GIB, gb, size_text
 CPU_PROCESS_BYTES = int(0.9 * GIB)
 """Resident memory of a process that has imported torch, transformers, PEFT and datasets."""
 
+NCCL_BYTES = int(0.5 * GIB)
+"""GPU memory of NCCL's communicator and kernels with `training.ranks.NCCL_SETTINGS`: assumed. With
+the channels of its own choice it was 0.9 GiB on two H200."""
+
 PLAIN_SLACK = {"cuda": (int(0.2 * GIB), 0.07), "cpu": (0, 0.25)}
 """Memory the allocator holds beyond what is in use: bytes, and a share of what comes and goes."""
 
@@ -143,20 +147,21 @@ def _fixed_parts(work: Workload) -> tuple[MemoryPart, ...]:
 
 
 def exchange_bytes(work: Workload) -> int:
-    """Return the bytes of a rank's buffers for the sum of gradients (`training.ranks`)."""
-    return 8 * work.adapter.trainable_parameters if work.ranks > 1 else 0
+    """Return the bytes that a rank takes for the sum of gradients (`training.ranks`)."""
+    return sum(part.bytes for part in _exchange(work))
 
 
 def _exchange(work: Workload) -> tuple[MemoryPart, ...]:
     if work.ranks == 1:
         return ()
-    return (
-        MemoryPart(
-            name="gradients of other ranks",
-            bytes=exchange_bytes(work),
-            formula=f"{work.adapter.trainable_parameters:,} x 2 buffers x 4 bytes",
-        ),
+    buffers = MemoryPart(
+        name="gradients of other ranks",
+        bytes=8 * work.adapter.trainable_parameters,
+        formula=f"{work.adapter.trainable_parameters:,} x 2 buffers x 4 bytes",
     )
+    if work.device == "cpu":
+        return (buffers,)
+    return buffers, MemoryPart(name="NCCL", bytes=NCCL_BYTES, formula="assumed, not measured")
 
 
 def layer_bytes_per_token(work: Workload) -> int:

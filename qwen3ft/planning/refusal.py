@@ -50,8 +50,7 @@ def least_workload(request: FitRequest, kernels: str) -> Workload:
     if config.kernels != "fused":
         frugal.append(most_frugal(first.with_memory(packing=config.packing == "on")))
     if kernels == "fused":
-        host_bytes = request.environment.host_total_bytes
-        frugal.append(most_frugal_fused(first, host_bytes))
+        frugal.append(most_frugal_fused(first, request.host_bytes))
     return min(frugal, key=lambda work: total_bytes(predict_memory(work)))
 
 

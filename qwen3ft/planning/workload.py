@@ -117,6 +117,11 @@ class FitRequest:
     """The model's chat template writes reasoning."""
 
     @property
+    def host_bytes(self) -> int:
+        """Host memory for each rank."""
+        return self.environment.host_total_bytes // rank_count(self.config, self.environment)
+
+    @property
     def smallest_workload(self) -> Workload:
         """One sequence at a time: where the candidates of both paths start."""
         return Workload(

@@ -36,6 +36,7 @@ GROUPS: Mapping[str, str] = {
     "gradients": STATE,
     "AdamW state": STATE,
     "gradients of other ranks": STATE,
+    "NCCL": STATE,  # a tensor stands in for it
     "allocator slack": ALLOCATOR,
     "process": CONTEXT,
 }

@@ -60,7 +60,8 @@ def _run_job(kind: str, path: Path) -> int:
         if isinstance(failure, (OutOfMemoryError, MemoryLeakError)):
             # Before `_free`: until then the error's frames still hold what filled memory.
             write_memory_report(job.dir.memory_report, failure.what)
-        _free(error)
+        if kind not in WITHOUT_TEARDOWN:  # freeing waits for a kernel that waits for a lost rank
+            _free(error)
         return PREEMPTED_STATUS if isinstance(failure, PreemptedError) else 1
     write_record(job.dir.outcome, outcome)
     logger.info("%s done in %.1f s", kind, time.monotonic() - started)

@@ -132,6 +132,7 @@ def rank_job(job: Job) -> AttemptOutcome | RankOutcome:
         ranks = Ranks(rank, plan.ranks)
         engine, trainer = _load_for_training(job, plan, attempt if rank == 0 else None, ranks)
         ranks.meet(plan, attempt.meeting_place)  # late: transformers would take notice of it
+        engine.memory.enforce_budget()  # lowers the allocator's cap by what NCCL took
         job.heartbeat.beat("train")
         engine.train_model(trainer)
         job.heartbeat.beat("finish")

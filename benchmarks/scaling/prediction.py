@@ -1,0 +1,47 @@
+"""The planner's speed-ups over several links: computed, not measured."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from qwen3ft.config import TrainingConfig
+from qwen3ft.planning.fit import choose
+from qwen3ft.planning.gpu_specs import PCIE_3, PCIE_4, PCIE_5, require_gpu_spec
+from qwen3ft.planning.speed import estimate_speed, exchange_seconds
+from qwen3ft.planning.what_if import described_machine, shape_request
+
+RANKS = (2, 4, 8)
+LINKS = {"NVLink 4": 0.0, "PCIe 5": PCIE_5, "PCIe 4": PCIE_4, "PCIe 3": PCIE_3}
+"""Rate of a link in 1e9 bytes a second; 0 for the GPU's own NVLink."""
+
+
+def predict(model: str) -> list[dict[str, Any]]:
+    """Return the planner's speed-ups on H200s, with 256 rows of up to 256 tokens a step."""
+    gpu, rows = require_gpu_spec("H200"), []
+    config = TrainingConfig(model_name=model, batch_size=16, gradient_accumulation_steps=16)
+    request = shape_request(config, described_machine(gpu))
+    work = choose(request).work
+    for link, rate in LINKS.items():
+        linked = replace(gpu, nvlink_gbps=0.0, bus_gbps=rate) if rate else gpu
+        for ranks in RANKS:
+            shared = replace(work, ranks=ranks)
+            found = estimate_speed(
+                linked,
+                shared,
+                sequences_per_step=config.effective_batch_size,
+                typical_tokens=request.typical_tokens,
+            )
+            assert found is not None
+            exchange = exchange_seconds(shared, linked.link_gbps * 1e9)
+            rows.append(
+                {
+                    "link": link,
+                    "ranks": ranks,
+                    "speedup": round(found.speedup, 2),
+                    "efficiency": round(found.speedup / ranks, 3),
+                    "exchange_ms": round(1000 * exchange, 2),
+                    "exchange_share": round(exchange / found.seconds_per_step, 4),
+                }
+            )
+    return rows
