@@ -18,10 +18,11 @@ STOPS = "stops by itself"
 NOT_EMPTY = "not empty"
 NO_LOOP = "no loops"
 THINKING = "well-formed thinking"
+ENDS_THINKING = "ends its thinking"
 LANGUAGE = "language of the question"
 LENGTH = "length within bounds"
 
-FORM_CHECKS = (STOPS, NOT_EMPTY, NO_LOOP, THINKING, LANGUAGE, LENGTH)
+FORM_CHECKS = (STOPS, NOT_EMPTY, NO_LOOP, THINKING, ENDS_THINKING, LANGUAGE, LENGTH)
 
 LONGEST_TIMES, LENGTH_SLACK_TOKENS = 4, 16
 """Bounds of the length: 4 times the reference plus 16 tokens, or the reverse."""
@@ -41,6 +42,8 @@ def check_form(answer: Generated, question: Question, *, thinking: bool) -> dict
         NOT_EMPTY: bool(said),
         NO_LOOP: not is_looping(answer.text),
         THINKING: thinking_is_well_formed(answer.text, asked=thinking),
+        # What its budget ends would go on without one, however right the answer after it is.
+        ENDS_THINKING: not answer.thinking_cut,
         LANGUAGE: language_fits(said, question),
         LENGTH: length_fits(said, question.reference),
     }

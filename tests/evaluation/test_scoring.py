@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -107,6 +108,15 @@ def test_thinking_is_one_closed_block_in_front_where_it_was_asked_for(
 ) -> None:
     """If it was not asked for, there must be none."""
     assert thinking_is_well_formed(text, asked=asked) is expected
+
+
+def test_thinking_that_its_budget_ended_is_reported() -> None:
+    """The end was written for the model, so the text alone looks well."""
+    thought = Generated("<think>\nhm\n</think>\n\nIt is made of clay.", stopped=True, tokens=9)
+    for cut in (False, True):
+        checks = check_form(replace(thought, thinking_cut=cut), QUESTION, thinking=True)
+        broken = [name for name, passed in checks.items() if not passed]
+        assert broken == ["ends its thinking"] * cut
 
 
 @pytest.mark.parametrize(
