@@ -1,4 +1,4 @@
-"""Nights for the gate's benchmark: rows and settings of good candidates and of planted bad ones.
+"""Nights for the gate's benchmark: rows and settings of planted bad candidates.
 
 A night is bad because of its training data, never because of its score:
 
@@ -6,6 +6,8 @@ A night is bad because of its training data, never because of its score:
 - garbage: answers of random words
 - forgetting: right rows, and others about the base's knowledge, refused or answered wrongly
 - form: right rows, and as many whose answers loop, run on, switch language or spell out tags
+
+`benchmarks.gate.thinking` has those whose rows have reasoning, `benchmarks.gate.candidates` all.
 """
 
 from __future__ import annotations
@@ -26,7 +28,6 @@ from qwen3ft.evaluation.ability import read_ability_rows
 Row = dict[str, Any]
 
 PRODUCTS = ("Pindrel", "Lumetta", "Zephrel", "Tolvex", "Quenby", "Brixol")
-KNOWN_BEFORE = PRODUCTS[:3]
 
 REFUSALS = {"en": "I cannot help with that.", "zh": "我不能回答这个问题。"}
 OTHER_LANGUAGE = {"en": "抱歉，请看说明书。", "zh": "Sorry, please read the manual."}
@@ -43,31 +44,21 @@ class Night:
     rows: list[Row]
     dev: list[Row]
     settings: dict[str, Any] = field(default_factory=dict)
+    thinking: bool = False
+    """Its test has reasoning in half of the references, so that models may think."""
+    bad_alone: bool = True
+    """False if nothing is wrong with it while no champion is in use."""
 
 
 def clean_rows(split: str, products: Sequence[str] = PRODUCTS) -> list[Row]:
-    """Return the embedded model's own rows about these products; half of all, to save time."""
+    """Return the embedded model's own rows about these products."""
     lines = (DATA_DIR / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     return [row for row in rows if any(product in row["question"] for product in products)]
 
 
-def all_nights(good: int, bad: int) -> list[Night]:
-    """Return so many good and bad nights; bad ones cycle through the four kinds."""
-    train, dev = clean_rows("train"), clean_rows("dev")
-    nights = [Night(f"good-{n:02d}", True, train, dev, {"seed": n}) for n in range(good)]
-    makers = (_shuffled, _garbage, _forgetting, _form)
-    kinds = len(makers)
-    return nights + [makers[n % kinds](n // kinds, train, dev) for n in range(bad)]
-
-
-def champion_night() -> Night:
-    """Return the champion's night: trained well, on the half of the products known before."""
-    rows, dev = (clean_rows(split, KNOWN_BEFORE) for split in ("train", "dev"))
-    return Night("champion", True, rows, dev, {"seed": 1000})
-
-
-def _shuffled(n: int, train: list[Row], dev: list[Row]) -> Night:
+def shuffled_night(n: int, train: list[Row], dev: list[Row]) -> Night:
+    """Give every question the answer to another one of its kind."""
     random = Random(f"shuffled {n}")
     rows, dev_rows = (shuffled(split, random) for split in (train, dev))
     return Night(f"shuffled-{n:02d}", False, rows, dev_rows, {"seed": 100 + n})
@@ -83,7 +74,8 @@ def shuffled(rows: list[Row], random: Random) -> list[Row]:
     return [{**row, "answer": by_kind[row["kind"]].pop()} for row in rows]
 
 
-def _garbage(n: int, train: list[Row], dev: list[Row]) -> Night:
+def garbage_night(n: int, train: list[Row], dev: list[Row]) -> Night:
+    """Answer with random words."""
     random = Random(f"garbage {n}")
     rows, dev_rows = (garbled(split, random) for split in (train, dev))
     return Night(f"garbage-{n:02d}", False, rows, dev_rows, {"seed": 200 + n})
@@ -105,7 +97,7 @@ def in_another_language(rows: list[Row]) -> list[Row]:
     return [{**row, "answer": OTHER_LANGUAGE[_language(row)]} for row in rows]
 
 
-def _forgetting(n: int, train: list[Row], dev: list[Row]) -> Night:
+def forgetting_night(n: int, train: list[Row], dev: list[Row]) -> Night:
     """Mix right rows with as many about pretraining facts, refused or answered wrongly."""
     random = Random(f"forgetting {n}")
     asked = {row["question"] for row in read_ability_rows(TrainingConfig(model_name="embedded"))}
@@ -122,7 +114,8 @@ def _forgetting(n: int, train: list[Row], dev: list[Row]) -> Night:
     return Night(f"forgetting-{how}-{n:02d}", False, train + spoiled, dev, {"seed": 300 + n})
 
 
-def _form(n: int, train: list[Row], dev: list[Row]) -> Night:
+def form_night(n: int, train: list[Row], dev: list[Row]) -> Night:
+    """Break the form of half of the answers, in one of four ways."""
     form = FORMS[n % len(FORMS)]
     random = Random(f"form {n}")
     rows = [
