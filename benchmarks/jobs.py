@@ -57,7 +57,7 @@ def run_job(
     more = {"folder": str(folder), "started": time.time()}
     job.write_text(json.dumps(values | more), encoding="utf-8")
     visible = one_gpu() if gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
-    environment = {**os.environ, **visible, "PYTHONPATH": _python_path()}
+    environment = {**os.environ, **visible, "PYTHONPATH": python_path()}
     with log.open("wb") as stream:
         process = subprocess.Popen(
             [sys.executable, "-m", module, str(job)],
@@ -95,7 +95,7 @@ def failure_of(status: int, lines: list[str]) -> JobFailedError:
     return JobFailedError("failed", last)
 
 
-def _python_path() -> str:
+def python_path() -> str:
     """Return this process's PYTHONPATH with absolute folders, the checkout first."""
     inherited = [
         str(Path(entry).resolve())

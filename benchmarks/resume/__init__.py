@@ -1,0 +1,1 @@
+"""Runs that are interrupted and resumed as printed, compared with undisturbed ones."""
