@@ -51,12 +51,20 @@ class Case:
     cap_gb: float
     lengths: Literal["lognormal", "full"] = "lognormal"
     sequences_per_step: int = 64
+    longest_tokens: int = 0
+    """Longest sequence, if `sequence_tokens` holds several; 0 if it holds one."""
 
     @property
     def name(self) -> str:
         """Name that no other case has."""
         kind = "" if self.lengths == "lognormal" else f" full x {self.sequences_per_step}"
+        kind += f" of up to {self.longest_tokens}" if self.longest_tokens else ""
         return f"{self.shape} seq {self.sequence_tokens}{kind}, {self.cap_gb:g} GB"
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that the workload may have."""
+        return self.longest_tokens or self.sequence_tokens
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,8 @@ class Entry:
 
 
 OURS = ("ours", "ours-plain")
-PACKING = ("trl-pack", "trl-liger-pack")
+PACKING = ("trl-pack", "trl-liger-pack", "unsloth-pack")
+UNSLOTH = ("unsloth", "unsloth-pack")
 CONTESTANTS = (*OURS, "hf", "trl", *PACKING, "unsloth")
 
 NEEDS: dict[str, tuple[str, ...]] = {
@@ -88,7 +97,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "trl": ("trl",),
     "trl-pack": ("trl",),
     "trl-liger-pack": ("trl", "liger_kernel"),
-    "unsloth": ("unsloth", "unsloth_zoo"),
+    **dict.fromkeys(UNSLOTH, ("unsloth", "unsloth_zoo")),
 }
 """Modules that a contestant needs in addition to the project's own dependencies."""
 
@@ -106,6 +115,7 @@ BEST: Table = {
     "trl-pack": (Settings(_ROWS),),
     "trl-liger-pack": (Settings(_ROWS),),
     "unsloth": (Settings(64),),
+    "unsloth-pack": (Settings(_ROWS),),
 }
 """Best settings found for each under 13 GB; for ours the most that its plan may use."""
 
@@ -129,6 +139,28 @@ LARGE: Table = {
     **{name: (Settings(64),) for name in OURS},
     **{name: (Settings(4, 16),) for name in ("trl", "trl-pack", "unsloth")},
 }
+
+_PUBLISHED = Case("4b", 2048, 13, sequences_per_step=150, longest_tokens=256)
+"""What 8 packed rows of 2,048 tokens hold of the design's sequences."""
+
+_NO_CAP_GB = 120.0  # nothing comes near it
+
+PUBLISHED: Table = {
+    **{name: (Settings(_PUBLISHED.sequences_per_step),) for name in OURS},
+    **{
+        name: (Settings(8), Settings(2, 4))
+        for name in ("trl-pack", "trl-liger-pack", "unsloth-pack")
+    },
+}
+"""Unsloth's own best published settings for one GPU: rows of 2,048 packed tokens, batch 8."""
+
+PUBLISHED_NO_CAP: Table = {
+    **PUBLISHED,
+    **{
+        name: (Settings(8), Settings(8, recompute=False), Settings(2, 4))
+        for name in ("trl-pack", "unsloth-pack")
+    },
+}
 LONG: Table = {name: (Settings(1),) for name in (*OURS, "trl", "unsloth")}
 
 
@@ -142,6 +174,10 @@ SUITES: dict[str, tuple[tuple[Case, Table], ...]] = {
     "capped": ((_4B, BEST),),
     "lean": ((replace(_4B, cap_gb=6), LEAN),),
     "roomy": ((replace(_4B, cap_gb=80), ROOMY),),
+    "published": (
+        (_PUBLISHED, PUBLISHED),
+        (replace(_PUBLISHED, cap_gb=_NO_CAP_GB), PUBLISHED_NO_CAP),
+    ),
     "long": tuple((_long(tokens), LONG) for tokens in (16384, 32768, 65536)),
     "14b": ((replace(_4B, shape="14b"), LARGE),),
     "8b": ((replace(_4B, shape="8b"), {**BEST, "trl": (Settings(16, 4),)}),),
@@ -190,7 +226,7 @@ def rows_needed(entry: Entry, steps: int) -> int:
     """Return how many rows `steps` optimizer steps take; packing peers get a tenth to spare."""
     if entry.contestant not in PACKING:
         return entry.case.sequences_per_step * steps
-    mean = entry.case.sequence_tokens * (0.42 if entry.case.lengths == "lognormal" else 1.0)
+    mean = entry.case.longest * (0.42 if entry.case.lengths == "lognormal" else 1.0)
     slots = entry.settings.micro * entry.settings.accumulate * entry.case.sequence_tokens * steps
     return max(entry.case.sequences_per_step * steps, math.ceil(1.1 * slots / mean))
 
@@ -205,7 +241,7 @@ def workload(case: Case, rows: int, seed: int) -> list[list[int]]:
 
 
 def _rows(case: Case, generator: random.Random) -> Iterator[list[int]]:
-    limit = case.sequence_tokens
+    limit = case.longest
     while True:
         length = limit
         if case.lengths == "lognormal":

@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.jobs import RESULT
 from benchmarks.machine import DeviceMemory
-from benchmarks.speed.cases import LEARNING_RATE, LORA_ALPHA, LORA_RANK, OURS, Job
+from benchmarks.speed.cases import LEARNING_RATE, LORA_ALPHA, LORA_RANK, OURS, UNSLOTH, Job
 
 LORA: dict[str, Any] = {
     "r": LORA_RANK,
@@ -37,7 +37,7 @@ LORA: dict[str, Any] = {
 def run_peer(job: Job) -> dict[str, Any]:
     """Train with Transformers' Trainer and PEFT, with TRL, or with Unsloth."""
     contestant = job.entry.contestant
-    if contestant == "unsloth":
+    if contestant in UNSLOTH:
         importlib.import_module("unsloth")  # it patches the others, so it must come first
     import torch
     from datasets import Dataset
@@ -49,7 +49,7 @@ def run_peer(job: Job) -> dict[str, Any]:
     set_seed(job.seed)
     tokenizer = AutoTokenizer.from_pretrained(job.snapshot["path"], local_files_only=True)
     rows = Dataset.from_dict({"input_ids": job.rows()})
-    model = _unsloth_model(job) if contestant == "unsloth" else _peer_model(job)
+    model = _unsloth_model(job) if contestant in UNSLOTH else _peer_model(job)
     make: Callable[..., Any] = _hf_trainer if contestant == "hf" else _sft_trainer
     trainer = make(job, model, tokenizer, rows)
     counter = EmbeddedTokens(trainer.model)
@@ -60,6 +60,7 @@ def run_peer(job: Job) -> dict[str, Any]:
     return clock.result() | {
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
         "cuda": torch.cuda.is_available(),
+        **(_unsloth_attention() if contestant in UNSLOTH else {}),
     }
 
 
@@ -108,6 +109,13 @@ def _unsloth_model(job: Job) -> Any:
         random_state=job.seed,
         max_seq_length=tokens,
     )
+
+
+def _unsloth_attention() -> dict[str, Any]:
+    """Return which attention packages Unsloth found; with neither it uses torch's."""
+    found = importlib.import_module("unsloth.utils.attention_dispatch")
+    names = ("HAS_FLASH_ATTENTION", "HAS_XFORMERS")
+    return {name.lower(): getattr(found, name, None) for name in names}
 
 
 def _arguments(job: Job, kind: type[Any], **more: Any) -> Any:
@@ -168,7 +176,7 @@ def _sft_trainer(job: Job, model: Any, tokenizer: Any, rows: Any) -> Any:
     adapter: dict[str, Any] = {}
     if "liger" in contestant:
         more["use_liger_kernel"] = True
-    if contestant != "unsloth":
+    if contestant not in UNSLOTH:
         from peft import LoraConfig
 
         adapter["peft_config"] = LoraConfig(task_type="CAUSAL_LM", **LORA)

@@ -274,3 +274,17 @@ def test_a_case_can_be_typed() -> None:
 def test_a_failure_is_named_by_the_end_of_its_log(status: int, line: str, expected: str) -> None:
     failure = failure_of(status, ["loading", line, ""])
     assert str(failure).startswith(expected)
+
+
+def test_the_published_settings_pack_the_sequences_of_the_design() -> None:
+    """Eight rows of 2,048 tokens hold about what a step of the contestants without packing does."""
+    for case, table in speed_cases.SUITES["published"]:
+        assert {"unsloth-pack", "trl-pack", "ours"} <= table.keys()
+        rows = speed_cases.workload(case, case.sequences_per_step, seed=0)
+        assert max(map(len, rows)) <= 256
+        assert sum(map(len, rows)) == pytest.approx(8 * 2048, rel=0.08)
+        for settings in table["unsloth-pack"]:
+            entry = Entry(case, "unsloth-pack", settings)
+            assert settings.micro * settings.accumulate == 8
+            enough = speed_cases.workload(case, speed_cases.rows_needed(entry, 8), seed=0)
+            assert sum(map(len, enough)) > 8 * 8 * 2048
