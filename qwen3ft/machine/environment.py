@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from qwen3ft.errors import EnvironmentNotReadyError
 from qwen3ft.locks import try_lock
+from qwen3ft.machine.installing import CHECKOUT, install_command
 from qwen3ft.text.commands import shell_line
 from qwen3ft.units import GIB, size_text
 
@@ -171,9 +172,13 @@ class EnvironmentManager:
             EnvironmentNotReadyError: it lists everything missing, too old or too small at once.
         """
         _refuse_wrong_python()
-        problems = self._package_problems()
+        lacking = self._lacking()
+        problems = list(lacking.values())
+        next_command = SETUP_COMMAND if self._lock.exists() else install_command(list(lacking))
         free_bytes = shutil.disk_usage(self.root).free
         if free_bytes < MINIMUM_FREE_DISK_BYTES:
+            if not problems:
+                next_command = "qwen3ft clean --dry-run"
             problems.append(
                 f"{size_text(free_bytes, 1)} of free disk in {self.root}, "
                 f"{size_text(MINIMUM_FREE_DISK_BYTES, 0)} needed"
@@ -182,30 +187,33 @@ class EnvironmentManager:
             raise EnvironmentNotReadyError(
                 f"{len(problems)} thing(s) missing: " + "; ".join(problems),
                 why="Runs need all of them.",
-                next_command=SETUP_COMMAND if self._lock.exists() else _upgrade_command(),
+                next_command=next_command,
                 problems=problems,
             )
         return True
 
-    def _package_problems(self) -> list[str]:
+    def _lacking(self) -> dict[str, str]:
+        """Return what to install, and what is wrong without it."""
         if importlib.util.find_spec("packaging") is None:
-            return ["the packages of requirements.lock (not even 'packaging' is installed)"]
-        problems = []
+            return {str(CHECKOUT): "the project's packages (not even 'packaging' is installed)"}
+        if self._requirements is None and _installed_version("qwen3ft") is None:
+            return {str(CHECKOUT): "qwen3ft is not installed"}
+        lacking = {}
         for requirement in self._required():
             version = _installed_version(requirement.name)
             if version is None:
-                problems.append(f"{requirement} is not installed")
+                lacking[str(requirement)] = f"{requirement} is not installed"
             elif not requirement.specifier.contains(version, prereleases=True):
-                problems.append(f"{requirement} is needed, {version} is installed")
-        return problems
+                lacking[str(requirement)] = f"{requirement} is needed, {version} is installed"
+        return lacking
 
     def _required(self) -> list[Requirement]:
         """Return the requirements that apply here: no extras, no other platforms."""
         from packaging.requirements import Requirement
 
-        if self._requirements is None and _installed_version("qwen3ft") is None:
-            return [Requirement("qwen3ft")]
-        texts = self._requirements or metadata.requires("qwen3ft") or ()
+        texts = self._requirements
+        if texts is None:
+            texts = (metadata.requires("qwen3ft") or ()) if _installed_version("qwen3ft") else ()
         requirements = [Requirement(text) for text in texts]
         return [
             requirement
@@ -248,10 +256,6 @@ def uv_settings(environment: Mapping[str, str]) -> dict[str, str]:
             links = ",".join(value.split()) if uv_name == "UV_FIND_LINKS" else value
             settings.setdefault(uv_name, links)
     return settings
-
-
-def _upgrade_command() -> str:
-    return f"{sys.executable} -m pip install --upgrade qwen3ft"
 
 
 def _installed_version(name: str) -> str | None:

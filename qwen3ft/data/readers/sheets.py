@@ -22,15 +22,20 @@ from qwen3ft.data.readers.raw import (
     usable_names,
 )
 from qwen3ft.data.readers.sheet_process import MOST_BYTES, MOST_SECONDS
+from qwen3ft.machine.installing import extra_command
 from qwen3ft.units import gb
 
 SHEET_SUFFIXES = (".xlsx", ".xlsm", ".ods")
-INSTALL_SHEETS = "pip install 'qwen3ft[sheets]'"
 
 
 def can_read_sheets() -> bool:
     """Return whether the library for them is installed."""
     return find_spec("python_calamine") is not None
+
+
+def why_no_sheets(suffix: str) -> str:
+    """Return why such files cannot be read without the library, and the command for it."""
+    return f"{suffix} files need another package: {extra_command('sheets')}"
 
 
 def read_sheet(path: Path, limit: int, note: Callable[[str], None]) -> Iterator[RawRow]:
@@ -41,7 +46,7 @@ def read_sheet(path: Path, limit: int, note: Callable[[str], None]) -> Iterator[
         OSError: it cannot be opened.
     """
     if not can_read_sheets():
-        raise UnreadableFileError(f"{path.suffix} files need another package: {INSTALL_SHEETS}")
+        raise UnreadableFileError(why_no_sheets(path.suffix))
     path.open("rb").close()
     command = [sys.executable, "-m", "qwen3ft.data.readers.sheet_process", str(path), str(limit)]
     with subprocess.Popen(

@@ -6,7 +6,8 @@ import shlex
 from pathlib import Path
 
 from qwen3ft.data.readers.open import suffix_of
-from qwen3ft.data.readers.sheets import INSTALL_SHEETS, SHEET_SUFFIXES, can_read_sheets
+from qwen3ft.data.readers.sheets import SHEET_SUFFIXES, can_read_sheets, why_no_sheets
+from qwen3ft.machine.installing import extra_command
 
 _RENAME = {".ndjson": ".jsonl", ".jsonlines": ".jsonl", ".ldjson": ".jsonl", ".tab": ".tsv"}
 _UNPACK = {
@@ -32,7 +33,7 @@ def why_unread(path: Path) -> str:
     """Return why a file is not read, and what to do; '' if it is, by its name."""
     suffix = suffix_of(path.name)
     if suffix in SHEET_SUFFIXES and not can_read_sheets():
-        return f"{suffix} files need another package: {INSTALL_SHEETS}"
+        return why_no_sheets(suffix)
     return "" if suffix else _why_foreign(path.name.lower())
 
 
@@ -40,7 +41,7 @@ def next_command_for(path: Path) -> str:
     """Return the command that helps with a file that is not read."""
     lower, given = path.name.lower(), shlex.quote(str(path))
     if suffix_of(lower) in SHEET_SUFFIXES:
-        return INSTALL_SHEETS
+        return extra_command("sheets")
     if suffix := _ends_in(lower, _RENAME):
         return f"mv {given} {shlex.quote(str(path.with_suffix(_RENAME[suffix])))}"
     if suffix := _ends_in(lower, _UNPACK):
