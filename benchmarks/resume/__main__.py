@@ -103,13 +103,18 @@ class Campaign:
         }
 
     def run(self, work: Path, lanes: int, clock: Clock) -> None:
-        """Run cases until there are enough or the time is up, then stop all servers."""
+        """Run cases until there are enough or the time is up, then stop all servers.
+
+        Raises:
+            RuntimeError: no run can start on this machine.
+        """
         numbers = iter(range(-(-self.runs // CASES_OF_SETTINGS)))
         paths = register_checkout(work / "site")
         projects = [
             Project(work / f"lane-{lane:02d}", _FIRST_PORT + lane * _PORTS_OF_LANE, clock, paths)
             for lane in range(lanes)
         ]
+        projects[0].check()
         with ThreadPoolExecutor(lanes) as pool:
             futures = [pool.submit(self._lane, project, numbers) for project in projects]
         for future in futures:
@@ -155,7 +160,10 @@ def main() -> int:
             write_json(options.out, campaign.describe())
 
     campaign = Campaign(options.runs, options.seed, save)
-    campaign.run(work, options.lanes, clock)
+    try:
+        campaign.run(work, options.lanes, clock)
+    except RuntimeError as error:
+        sys.exit(str(error))
     save(campaign)
     print(
         f"{campaign.good} of {len(campaign.cases)} runs ended as undisturbed, "

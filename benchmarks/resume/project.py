@@ -110,6 +110,16 @@ class Project:
         (root / "commands").mkdir()
         self._write_data()
 
+    def check(self) -> None:
+        """Look for what no run can do without.
+
+        Raises:
+            RuntimeError: a package is missing or too old, or the disk is full.
+        """
+        ended = self.command("doctor")
+        if ended.status:
+            raise RuntimeError(f"no run can start here: {ended.output}")
+
     def up(self) -> None:
         """Start the servers.
 
