@@ -64,7 +64,7 @@ def draw_settings(random: Random) -> dict[str, Any]:
         "gate_confidence": random.choice([0.8, 0.9]),
         "max_ability_loss_rise": 8.0,
         "max_memory_gb": random.choice([3.0, 4.0]),
-        "preflight": random.choice(["off", "on"]),
+        "preflight": random.choice(["off", "off", "on"]),
         "max_attempts": 1,
         "output_dir": f"out/{random.choice('xy')}",
         "runs_dir": random.choice(["./runs", "./other runs"]),
