@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 from collections.abc import Iterator
@@ -184,7 +185,7 @@ def _resume(
         for name in wanted
         if found[name] != wanted[name]
     ]
-    problems += settings_problems(project, run, case.settings)
+    problems += settings_problems(project, run, case.settings, changed_by(command))
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
     again = project.command(*command)
     after = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
@@ -207,9 +208,18 @@ def result_of(project: Project, run: RunDir) -> dict[str, Any]:
     }
 
 
-def settings_problems(project: Project, run: RunDir, wanted: dict[str, Any]) -> list[str]:
+def changed_by(command: list[str]) -> dict[str, str]:
+    """Return the settings that a printed command changes, such as the folder of a full disk."""
+    pairs = itertools.pairwise(command)
+    changes = [word.partition("=") for before, word in pairs if before == "--set"]
+    return {name: value for name, _, value in changes}
+
+
+def settings_problems(
+    project: Project, run: RunDir, wanted: dict[str, Any], changes: dict[str, str]
+) -> list[str]:
     """Name the places in which a run's settings differ from those that were asked for."""
-    expected = parse_config(wanted).model_dump(mode="json")
+    expected = parse_config({**wanted, **changes}).model_dump(mode="json")
     adapter = project.root / str(_card(run)["adapter_path"]) / "provenance.json"
     places = {
         "config.json": json.loads(run.config.read_text(encoding="utf-8")),
@@ -230,7 +240,8 @@ def settings_problems(project: Project, run: RunDir, wanted: dict[str, Any]) -> 
     return found + [
         f"{name} in MLflow: {params.get(name)!r}, not {str(value)!r}"
         for name, value in expected.items()
-        if params.get(name) != str(value) and name != "runs_dir"
+        # MLflow's parameters never change; a tag has the changes
+        if params.get(name) != str(value) and name not in {"runs_dir", *changes}
     ]
 
 

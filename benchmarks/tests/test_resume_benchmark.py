@@ -16,7 +16,7 @@ import pytest
 from benchmarks.jobs import python_path
 from benchmarks.resume import checkout
 from benchmarks.resume.__main__ import Campaign
-from benchmarks.resume.cases import Case, draw_settings, stage_of
+from benchmarks.resume.cases import Case, changed_by, draw_settings, stage_of
 from benchmarks.resume.project import EVIDENCE_LINES, Clock, Project, TimeIsUpError
 from qwen3ft.config import TrainingConfig, parse_config
 from qwen3ft.jobs.folders import RunDir
@@ -113,3 +113,8 @@ def test_a_checkout_that_is_not_installed_gets_its_metadata(
         check=True,
     )
     assert done.stdout.strip() == path
+
+
+def test_what_a_printed_command_changes_is_expected() -> None:
+    command = ["run", "--resume", RUN, "--set", "output_dir=/a b", "--set", "runs_dir=/r"]
+    assert changed_by(command) == {"output_dir": "/a b", "runs_dir": "/r"}
