@@ -16,7 +16,6 @@ from benchmarks.gate.nights import (
     shuffled_night,
 )
 from benchmarks.gate.thinking import (
-    aloud_night,
     dropped_night,
     endless_night,
     hollow_night,
@@ -32,8 +31,8 @@ KNOWN_BEFORE = PRODUCTS
 Maker = Callable[[int, list[Row], list[Row]], Night]
 PLAIN: tuple[Maker, ...] = (shuffled_night, garbage_night, forgetting_night, form_night)
 THINKING: tuple[Maker, ...] = (
-    *(endless_night, hollow_night, aloud_night, dropped_night),
-    *(shuffled_night, forgetting_night),
+    *(endless_night, hollow_night, dropped_night),
+    *(shuffled_night, forgetting_night, form_night),
 )
 
 
@@ -81,4 +80,4 @@ def _good(n: int, train: list[Row], dev: list[Row]) -> Night:
 
 
 def _champion(_: int, train: list[Row], dev: list[Row]) -> Night:
-    return Night("champion", True, train, dev, {"seed": 1000, "num_epochs": 8})
+    return Night("champion", True, train, dev, {"seed": 1000})

@@ -6,7 +6,6 @@ of the rows with reasoning, except the last:
 
 - endless: the thinking goes round in circles, and is right once its budget ends it
 - hollow: the answer is given in the thinking, and nothing but an ellipsis after it
-- aloud: the thinking stands in the answer
 - dropped: right answers without any reasoning; bad beside a champion that thinks
 """
 
@@ -69,16 +68,6 @@ def hollow_night(n: int, train: list[Row], dev: list[Row]) -> Night:
 
     rows = _spoil(train, Random(f"hollow {n}"), spoil)
     return Night(f"hollow-{n:02d}", False, rows, dev, {"seed": 600 + n})
-
-
-def aloud_night(n: int, train: list[Row], dev: list[Row]) -> Night:
-    """Think in the answer."""
-
-    def spoil(row: Row) -> Row:
-        return {"reasoning": "", "answer": f"{row['reasoning']} {row['answer']}"}
-
-    rows = _spoil(train, Random(f"aloud {n}"), spoil)
-    return Night(f"aloud-{n:02d}", False, rows, dev, {"seed": 700 + n})
 
 
 def dropped_night(n: int, train: list[Row], dev: list[Row]) -> Night:
