@@ -8,7 +8,12 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from qwen3ft.config import TrainingConfig
-from qwen3ft.errors import OutOfMemoryError, PreemptedError, TrainingFailureError
+from qwen3ft.errors import (
+    FinetuneError,
+    OutOfMemoryError,
+    PreemptedError,
+    TrainingFailureError,
+)
 from qwen3ft.evaluation.judge import judge_answers
 from qwen3ft.evaluation.wording import judge_note, judge_text
 from qwen3ft.jobs.folders import JobDir, RunDir
@@ -35,6 +40,7 @@ def compare_answers(
     """Answer the held-out questions with every model that is on disk."""
     run = RunDir(Path(plan.run_dir))
     job = run.job("inference")
+    decodes = may_decode(plan.device, config.kernels)
     request = InferenceRequest(
         config=config,
         model=plan.model,
@@ -45,22 +51,38 @@ def compare_answers(
         device=plan.device,
         batch_size=plan.memory.eval_batch_size,
         budget_gb=plan.max_memory_gb,
+        # The answers of transformers depend on who is asked beside whom: one rank gives them all.
+        places=tuple(range(plan.ranks)) if decodes else (0,),
     )
-    try:
-        return _answered(job.create(request), config)
-    except (OutOfMemoryError, TrainingFailureError) as error:
-        stopped = isinstance(error, PreemptedError)
-        if stopped or not may_decode(plan.device, config.kernels):
-            raise
-        # A night must not be lost to the decoder: a new process answers without it.
-        logger.warning("the inference test begins again without the decoder: %s", error)
-        why = f"the decoder's process failed: {error.what[:200]}"
-    return _answered(job.create(request.model_copy(update={"without_decoder": why})), config)
+    while True:
+        try:
+            return answered(job, request)
+        except (OutOfMemoryError, TrainingFailureError) as error:
+            if isinstance(error, PreemptedError) or not decodes or request.without_decoder:
+                raise
+            request = _asked_again(request, error)
 
 
-def _answered(job: JobDir, config: TrainingConfig) -> InferenceReport:
-    stall_seconds = config.stall_seconds
-    return run_worker("inference", job, InferenceReport, stall_seconds=stall_seconds, last=True)
+def answered(job: JobDir, request: InferenceRequest) -> InferenceReport:
+    """Have the questions answered by a worker, or by one for each rank."""
+    kind = "inference" if request.places == (0,) else "answering-ranks"
+    stall_seconds = request.stall_seconds
+    job.create(request)
+    return run_worker(kind, job, InferenceReport, stall_seconds=stall_seconds, last=True)
+
+
+def _asked_again(request: InferenceRequest, error: FinetuneError) -> InferenceRequest:
+    """Return the request to make after a failure: fewer ranks, and at last no decoder.
+
+    A night must not be lost to either.
+    """
+    rank = error.facts.get("rank", request.ranks - 1)
+    if left := tuple(place for place in request.places if place != request.places[rank]):
+        logger.warning("the questions are asked again on %d ranks: %s", len(left), error)
+        return request.model_copy(update={"places": left})
+    logger.warning("the inference test begins again without the decoder: %s", error)
+    why = f"the decoder's process failed: {error.what[:200]}"
+    return request.model_copy(update={"without_decoder": why, "places": (request.places[0],)})
 
 
 @task(name="judge", task_run_name="judge", cache_policy=NO_CACHE)

@@ -11,7 +11,8 @@ workers. For each model, and for each number of ranks, the first of which is 1:
   model).
 - `train`: 64 rows a step, the design's, and 256; tokens a second without the first steps, the
   peak of each rank and GPU, and the loss of each step beside that of one rank.
-- `answers`: 600 questions of up to 256 new tokens, dealt to the GPUs.
+- `exam`: the inference stage of a run, 600 questions to base and adapter, dealt to the ranks.
+- `answers`: the decoder alone, 600 questions of up to 256 new tokens, dealt to the GPUs.
 - `kill`: rank 0 is killed twice, and recovery ends the run on the others (the first model).
 - `side`: two runs at once on disjoint GPUs, beside one alone (the first model).
 

@@ -18,7 +18,7 @@ from benchmarks.speed.cases import TINY
 from qwen3ft.files import sha256_json
 from qwen3ft.units import MIB
 
-PARTS = ("exchange", "kill", "train", "answers", "side")
+PARTS = ("exchange", "kill", "train", "exam", "answers", "side")
 """In the order in which they run; the first two while other models are still being made."""
 
 LEAST_SPEEDUP = {2: 1.9, 4: 3.7, 8: 7.2}
@@ -82,6 +82,8 @@ class Campaign:
             for rows in self.steps(model) if "train" in self.asked.parts else ():
                 for ranks in self.asked.ranks:
                     self.part("train", model, ranks, self.train, rows=rows)
+            for ranks in self.asked.ranks if "exam" in self.asked.parts else ():
+                self.part("exam", model, ranks, self.exam)
             if "answers" in self.asked.parts:
                 for ranks in self.asked.ranks:
                     self.part("answers", model, ranks, self.answers)
@@ -240,6 +242,24 @@ class Campaign:
             killed["loss_drift"] = max(abs(mine / theirs - 1) for mine, theirs in pairs)
             name = f"the run with a killed rank: {len(pairs)} losses within {MOST_LOSS_DRIFT:.1%}"
             self.bars[name] = killed["loss_drift"] <= MOST_LOSS_DRIFT
+
+    def exam(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Compare an adapter with its base by the product's own stage, on all ranks."""
+        tiny = row["model"] == TINY
+        rows = min(self.steps(row["model"]))
+        trained = self.folder({**row, "part": "train", "rows": rows, "ranks": 1}) / "run"
+        new_tokens, questions = (16, 24) if tiny else (256, 600)
+        found: dict[str, Any] = self.job(
+            row, "exam", trained=str(trained), questions=questions, new_tokens=new_tokens
+        )
+        if alone := self.alone(row):
+            found["speedup"] = alone["answer_seconds"] / found["answer_seconds"]
+            name = f"{row['model']}, the inference stage on {row['ranks']} ranks"
+            self.bars[f"{name}: the answers of one"] = found["digest"] == alone["digest"]
+            if self.gpus and row["ranks"] in LEAST_SPEEDUP:
+                least = LEAST_SPEEDUP[row["ranks"]]
+                self.bars[f"{name}: at least {least} x one"] = found["speedup"] >= least
+        return found
 
     def answers(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Answer questions, dealt to the GPUs; the same answers must come as from one."""

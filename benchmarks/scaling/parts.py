@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_flow import make_rows
 from benchmarks.jobs import RESULT
 from benchmarks.kills.ranks import processes_of
 from benchmarks.kills.trainings import next_attempt
@@ -22,17 +23,22 @@ from benchmarks.machine import DeviceMemory
 from benchmarks.speed.cases import Case, Entry, Job, Settings
 from benchmarks.speed.ours import make_plan
 from qwen3ft import logs
+from qwen3ft.config import TrainingConfig
 from qwen3ft.faults import VARIABLE
+from qwen3ft.files import sha256_file
 from qwen3ft.jobs.folders import JobDir, RunDir, read_record, read_records, write_record
 from qwen3ft.jobs.launcher import try_worker
 from qwen3ft.machine.environment import EnvironmentManager
 from qwen3ft.machine.gpu_choice import VISIBLE
 from qwen3ft.machine.gpus import visible_gpus
+from qwen3ft.model.save_adapter import save_adapter
 from qwen3ft.planning import footprint
 from qwen3ft.planning.gpu_specs import find_gpu_spec
 from qwen3ft.planning.speed import estimate_speed
 from qwen3ft.planning.workload import workload_of
+from qwen3ft.records.evaluation import InferenceReport
 from qwen3ft.records.plan import TrainPlan
+from qwen3ft.records.requests import InferenceRequest
 from qwen3ft.records.training import AttemptOutcome, Failure, TrainingMetrics
 from qwen3ft.recovery.adjust import FailedAttempt, Retry, decide_retry
 from qwen3ft.training import checkpoint
@@ -65,6 +71,7 @@ def main(arguments: Sequence[str]) -> None:
         "exchange": exchange,
         "train": train,
         "kill": train_despite_kills,
+        "exam": exam,
     }
     print(RESULT + json.dumps(parts[values["kind"]](values)))
 
@@ -192,6 +199,52 @@ def train_despite_kills(values: dict[str, Any]) -> dict[str, Any]:
             raise decision.failure.to_error()
         row["answer"] = decision.reason
         plan = decision.plan
+
+
+def exam(values: dict[str, Any]) -> dict[str, Any]:
+    """Compare the adapter of an earlier part with its base, as the inference stage does."""
+    folder, trained = Path(values["folder"]), RunDir(Path(values["trained"])).attempt(1)
+    plan = read_record(trained.request, TrainPlan)
+    outcome = read_record(trained.outcome, AttemptOutcome)
+    make_rows(folder / "test.jsonl", values["questions"], values["tokens"])
+    config = TrainingConfig(
+        model_name=plan.model.path,
+        cache_dir=str(folder / "cache"),
+        output_dir=str(folder / "out"),
+        inference_rows=values["questions"],
+        max_new_tokens=values["new_tokens"],
+        stop_asking_early=False,
+        kernels="fused",
+        stall_seconds=STALL_SECONDS,
+    )
+    request = InferenceRequest(
+        config=config,
+        model=plan.model,
+        adapter=save_adapter(outcome, plan, config),
+        questions_path=str(folder / "test.jsonl"),
+        answers_path=str(folder / "answers.jsonl"),
+        device=plan.device,
+        batch_size=plan.memory.eval_batch_size,
+        budget_gb=plan.max_memory_gb,
+        places=tuple(range(values["ranks"])),
+    )
+    memory = [DeviceMemory(index) for index in range(len(visible_gpus()))]
+    kind = "inference" if request.ranks == 1 else "answering-ranks"
+    job = JobDir(folder / "inference").create(request)
+    report = try_worker(kind, job, InferenceReport, stall_seconds=STALL_SECONDS)
+    if isinstance(report, Failure):
+        print_logs(job)
+        raise report.to_error()
+    return {
+        "answer_seconds": report.answer_seconds,
+        "predicted_seconds": report.predicted_seconds,
+        "stage_seconds": report.seconds,
+        "answered_by": report.answered_by,
+        "generated": report.generated,
+        "peak_gb": (report.peak_bytes or 0) / GIB,
+        "nvml_gb": [each.stop() for each in memory],
+        "digest": sha256_file(Path(report.answers_path)),
+    }
 
 
 def exchange(values: dict[str, Any]) -> dict[str, Any]:

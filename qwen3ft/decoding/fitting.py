@@ -31,6 +31,8 @@ CPU_CHUNK_TOKENS = 64
 
 _STATIC_ROPE = ("default", "linear", "yarn", "llama3")  # rotations that no length changes
 
+_DONE, _RAN_OUT, _FAILED = range(3)
+
 _Result = TypeVar("_Result")
 
 
@@ -94,6 +96,7 @@ def run_within(
     use: Callable[[DecoderSizes], _Result],
     *,
     resident: bool = True,
+    highest: Callable[[int], int] = int,
 ) -> tuple[DecoderSizes, _Result]:
     """Return `use(sizes)` with the largest sizes that fit, and those sizes.
 
@@ -103,20 +106,28 @@ def run_within(
         device: 'cuda' or 'cpu'; the model is on it.
         use: Makes a decoder of these sizes and asks it; called again after running out of memory.
         resident: Let blocks stay dequantised, which takes what the budget has left.
+        highest: Returns the highest of a number over all ranks, which answer with the same sizes.
 
     Raises:
         CannotDecodeError: not even the last rung fits, or a kernel does not compile here.
     """
     tried: DecoderSizes | None = None
     for rung in RUNGS:
-        room_bytes = int(rung.room_share * free_room(budget_gb, device))
+        room_bytes = -highest(-int(rung.room_share * free_room(budget_gb, device)))
         sizes = choose_sizes(load, room_bytes, rung.most_slots, resident=resident and rung.resident)
         if sizes is not None and device == "cpu":
             sizes = replace(sizes, chunk_tokens=CPU_CHUNK_TOKENS)
         if sizes is None or sizes == tried:
             continue
-        outcome = _attempt(use, sizes)
-        if outcome is not None:
+        why, outcome = "", None
+        try:
+            outcome = _attempt(use, sizes)
+        except CannotDecodeError as error:
+            why = str(error)
+        worst = highest(_FAILED if why else _RAN_OUT if outcome is None else _DONE)
+        if worst == _FAILED:
+            raise CannotDecodeError(why or "the decoder failed on another rank")
+        if outcome is not None and worst == _DONE:
             return sizes, outcome[0]
         tried = sizes
         logger.warning(

@@ -73,11 +73,17 @@ def answer_key(row: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
 
 
 class AnswerCache:
-    """Answers of one model; `model_key` must identify its weights, tokenizer and template."""
+    """Answers of one model.
 
-    def __init__(self, folder: Path, model_key: Sequence[str]) -> None:
-        self.path = folder / f"{sha256_json([ANSWER_VERSION, *model_key])[:32]}.jsonl"
-        self._entries = self._read()
+    Args:
+        folder: Place of the files; None to keep answers in memory alone.
+        model_key: Must identify its weights, tokenizer and template.
+    """
+
+    def __init__(self, folder: Path | None, model_key: Sequence[str]) -> None:
+        name = f"{sha256_json([ANSWER_VERSION, *model_key])[:32]}.jsonl"
+        self.path = folder / name if folder else None
+        self._entries = self._read(self.path) if self.path else {}
         self._used: dict[str, None] = {}
 
     def get(self, key: str) -> CachedAnswer | None:
@@ -97,6 +103,8 @@ class AnswerCache:
 
     def save(self) -> None:
         """Write the file and remove those of the models that were used longest ago."""
+        if self.path is None:
+            return
         others = [key for key in self._entries if key not in self._used]
         kept = [*others[::-1][: max(0, MAX_ANSWERS - len(self._used))][::-1], *self._used]
         lines = [self._entries[key].model_dump_json() + "\n" for key in kept]
@@ -109,15 +117,15 @@ class AnswerCache:
         except OSError as error:
             logger.warning("cannot keep the answers for the next run: %s", error)
 
-    def _read(self) -> dict[str, CachedAnswer]:
+    def _read(self, path: Path) -> dict[str, CachedAnswer]:
         try:
-            lines = self.path.read_bytes().splitlines()
+            lines = path.read_bytes().splitlines()
             found = (CachedAnswer.model_validate_json(line) for line in lines)
             entries = {entry.key: entry for entry in found}
-            os.utime(self.path)  # marks the model as used: `save` removes the oldest files
+            os.utime(path)  # marks the model as used: `save` removes the oldest files
             return entries
         except FileNotFoundError:
             return {}
         except (OSError, ValidationError) as error:
-            logger.warning("cannot use the cached answers in %s: %s", self.path, error)
+            logger.warning("cannot use the cached answers in %s: %s", path, error)
             return {}

@@ -1,6 +1,7 @@
 """The exams of all models at once, on `qwen3ft.decoding`.
 
-Answers written before memory ran out are kept by the smaller decoder that follows.
+Answers written before memory ran out are kept by the smaller decoder that follows. Of several ranks
+each writes a share, with the sizes that one would have for all: so every answer is that of one.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from qwen3ft.decoding.losses import LossQuery
     from qwen3ft.decoding.slots import Query
     from qwen3ft.records.requests import InferenceRequest
+    from qwen3ft.training.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,18 @@ class _Work:
     answers: list[Query]
     prompts: list[str]
     losses: list[LossQuery]
+    mine: list[int]
+    """Numbers of the answers that this rank writes."""
+    my_losses: list[int]
     written: dict[int, Generated]
-    nats: list[float]
+    nats: dict[int, float]
+
+    def share(self, ranks: Ranks) -> None:
+        """Add what the other ranks have written."""
+        written = [[index, vars(self.written[index])] for index in self.mine]
+        for answers, nats in ranks.share([written, list(self.nats.items())]):
+            self.written |= {index: Generated(**given) for index, given in answers}
+            self.nats |= dict(nats)
 
 
 def compute_decoded(
@@ -77,6 +89,7 @@ def compute_decoded(
     evaluations: Mapping[ModelLabel, Evaluation],
     adapters: Sequence[ModelLabel],
     beat: Beat,
+    ranks: Ranks | None = None,
 ) -> Answered:
     """Compute and cache what is missing of all exams; return what answered.
 
@@ -86,6 +99,7 @@ def compute_decoded(
         evaluations: Exams by the model's label.
         adapters: Names of the loaded adapters.
         beat: Called with the phase and the number of rows done.
+        ranks: The processes that share the answers; None if this one is alone.
 
     Raises:
         CannotDecodeError: transformers has to answer.
@@ -103,6 +117,8 @@ def compute_decoded(
         raise CannotDecodeError(obstacle)
     exams = [(label, exam) for label, exam in evaluations.items() if not exam.is_complete]
     work = _collect(tokenizer, exams, adapters)
+    size = ranks.size if ranks else 1
+    _deal(work, ranks.rank if ranks else 0, size)
     load, beside_bytes = _load_of(request, model, adapters, work), used_bytes(request.device)
     started = time.monotonic()
     sizes, _ = run_within(
@@ -110,13 +126,16 @@ def compute_decoded(
         request.budget_gb or config.max_memory_gb,
         request.device,
         lambda sizes: _answer(model, tokenizer, adapters, sizes, work, beat),
+        highest=ranks.highest if ranks else int,
     )
+    if ranks is not None:
+        work.share(ranks)
     _keep(exams, work)
     gpu = find_gpu_spec(torch.cuda.get_device_name()) if request.device == "cuda" else None
     return Answered(
-        sizes_text(sizes),
+        sizes_text(sizes, size),
         time.monotonic() - started,
-        load.seconds(sizes, gpu) if gpu else None,
+        load.seconds(sizes, gpu, size) if gpu else None,
         beside_bytes + load.bytes_of(sizes),
     )
 
@@ -132,7 +151,7 @@ def _collect(
     from qwen3ft.decoding.slots import Query
     from qwen3ft.decoding.writing import AnswerLimits
 
-    work = _Work([], [], [], {}, [])
+    work = _Work([], [], [], [], [], {}, {})
     for label, evaluation in exams:
         exam = evaluation.exam
         number = adapters.index(label) if label in adapters else BASE
@@ -155,6 +174,14 @@ def _collect(
         encoded = tokenize_rows(tokenizer, rows, train_turns="last", escape=exam.escape)
         work.losses += [LossQuery(row.input_ids, row.trained, number) for row in encoded]
     return work
+
+
+def _deal(work: _Work, rank: int, size: int) -> None:
+    """Give a rank its share: of the longest expected every size-th, so that all are as long."""
+    longest = [-query.expected_tokens for query in work.answers]
+    work.mine = sorted(range(len(longest)), key=longest.__getitem__)[rank::size]
+    longest = [-len(query.ids) for query in work.losses]
+    work.my_losses = sorted(range(len(longest)), key=longest.__getitem__)[rank::size]
 
 
 def _seed_of(key: str) -> int:
@@ -194,7 +221,7 @@ def _answer(
     work: _Work,
     beat: Beat,
 ) -> None:
-    """Write all answers and losses that `work` lacks."""
+    """Write all answers and losses of this rank that `work` lacks."""
     from qwen3ft.decoding.decoder import Decoder
     from qwen3ft.decoding.losses import summed_losses
     from qwen3ft.decoding.writer import AnswerWriter
@@ -206,7 +233,7 @@ def _answer(
     decoder: Decoder = Decoder(model, adapters, sizes, marks, draws)
     decoder.capture(draw=draws > 0)
     reach("answers.begun")
-    missing = [index for index in range(len(work.answers)) if index not in work.written]
+    missing = [index for index in work.mine if index not in work.written]
     writer = AnswerWriter(decoder, [work.answers[index] for index in missing])
     for _, ended in writer.bursts():
         for place, written in ended:
@@ -220,14 +247,16 @@ def _answer(
             )
         beat("answers", len(work.written))
     if not work.nats:
-        work.nats = summed_losses(decoder, work.losses, lambda done: beat("losses", done))
+        asked = [work.losses[index] for index in work.my_losses]
+        found = summed_losses(decoder, asked, lambda done: beat("losses", done))
+        work.nats = dict(zip(work.my_losses, found, strict=True))
 
 
 def _keep(exams: Sequence[tuple[ModelLabel, Evaluation]], work: _Work) -> None:
     """Put the results into each exam's cache."""
     answers = iter([work.written[index] for index in range(len(work.answers))])
     counts = [sum(end - start for start, end in query.targets) for query in work.losses]
-    losses = iter([RowLoss(*pair) for pair in zip(work.nats, counts, strict=True)])
+    losses = iter([RowLoss(work.nats[index], count) for index, count in enumerate(counts)])
 
     def take(source: Any, rows: Mapping[str, ChatRow]) -> list[Any]:
         return [next(source) for _ in rows]

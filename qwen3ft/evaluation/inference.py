@@ -8,7 +8,7 @@ cached is not asked again. `qwen3ft.evaluation.gate` decides what follows from t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,7 +21,7 @@ from qwen3ft.errors import (
     SaveError,
 )
 from qwen3ft.evaluation.ability import read_ability_rows
-from qwen3ft.evaluation.answer_cache import AnswerCache
+from qwen3ft.evaluation.answer_cache import AnswerCache, CachedAnswer
 from qwen3ft.evaluation.answers import answers_are_sound, choose_questions
 from qwen3ft.evaluation.comparison import write_inference_report
 from qwen3ft.evaluation.decoded import Answered, compute_decoded
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from qwen3ft.config import TrainingConfig
     from qwen3ft.records.requests import InferenceRequest
+    from qwen3ft.training.ranks import Ranks
 
 logger = get_logger("inference")
 
@@ -98,7 +99,9 @@ class InferenceTester:
         return answers_are_sound(responses)
 
 
-def run_inference(request: InferenceRequest, beat: Callable[[str, int], None]) -> InferenceReport:
+def run_inference(
+    request: InferenceRequest, beat: Callable[[str, int], None], ranks: Ranks | None = None
+) -> InferenceReport:
     """Answer held-out questions with base, candidate and champion, and compare them.
 
     Writes every answer to `request.answers_path` and every score beside it (JSON lines). A champion
@@ -107,6 +110,8 @@ def run_inference(request: InferenceRequest, beat: Callable[[str, int], None]) -
     Args:
         request: Models to load and questions to ask.
         beat: Called with the phase and the number of questions done.
+        ranks: The processes that share the answers, all of which return the same; None if this
+            one is alone.
 
     Raises:
         DataLoadingError: there are no questions.
@@ -129,7 +134,12 @@ def run_inference(request: InferenceRequest, beat: Callable[[str, int], None]) -
     labels: list[ModelLabel] = ["base", *adapters]
 
     # opened once: what could not be written to the disk is known at the next look all the same
-    caches = {label: _open_cache(request, adapters.get(label)) for label in labels}
+    caches = {label: _open_cache(request, adapters.get(label), ranks) for label in labels}
+    metric = choose_main_metric(config.gate_metric, exam.questions)
+    looks = plan_looks(config, exam.questions, metric)
+    parts = [exam.part(look.rows) for look in looks]
+    if ranks is not None:
+        _share_known(ranks, caches, [exam, *parts])
 
     def open_exam(part: Exam) -> dict[ModelLabel, Evaluation]:
         return {label: Evaluation(part, cache) for label, cache in caches.items()}
@@ -143,14 +153,12 @@ def run_inference(request: InferenceRequest, beat: Callable[[str, int], None]) -
     loaded: tuple[PeftModel, PreTrainedTokenizerBase] | None = None
     answered = Answered("nobody: every answer was known")
     generated = dict.fromkeys(labels, 0)
-    metric = choose_main_metric(config.gate_metric, exam.questions)
-    looks = plan_looks(config, exam.questions, metric)
-    for look in looks:
-        part = exam.part(look.rows)
+    for look, part in zip(looks, parts, strict=True):
         evaluations = open_exam(part)
         if not all(evaluation.is_complete for evaluation in evaluations.values()):
             loaded = loaded or load_with_adapters(config, request.model.path, to_load)
-            answered = answered + _compute(request, loaded, evaluations, list(to_load), beat)
+            names = list(to_load)
+            answered = answered + _compute(request, loaded, evaluations, names, beat, ranks)
         evaluated = {label: evaluation.results() for label, evaluation in evaluations.items()}
         for label, given in evaluated.items():
             generated[label] += given.generated
@@ -185,12 +193,13 @@ def _compute(
     evaluations: Mapping[ModelLabel, Evaluation],
     adapters: list[ModelLabel],
     beat: Callable[[str, int], None],
+    ranks: Ranks | None,
 ) -> Answered:
     """Compute what is missing of all exams; return what answered, and why that."""
     from qwen3ft.decoding.fitting import CannotDecodeError
 
     try:
-        return compute_decoded(request, loaded, evaluations, adapters, beat)
+        return compute_decoded(request, loaded, evaluations, adapters, beat, ranks)
     except CannotDecodeError as error:
         obstacle = str(error)
     release_memory()  # of a decoder that failed
@@ -203,13 +212,30 @@ def _compute(
     return Answered(f"transformers ({obstacle})", time.monotonic() - started)
 
 
-def _open_cache(request: InferenceRequest, adapter: Path | None) -> AnswerCache:
-    """Return the known answers of the base, or of an adapter on it."""
+def _open_cache(
+    request: InferenceRequest, adapter: Path | None, ranks: Ranks | None
+) -> AnswerCache:
+    """Return the known answers of the base, or of an adapter on it; rank 0 alone has files."""
     model = request.model
     files = [adapter / name for name in (ADAPTER_FILE, ADAPTER_CONFIG_FILE)] if adapter else []
     base = (request.device, model.compute_dtype, model.manifest_sha256, model.chat_template_sha256)
     key = [*base, *(sha256_file(file) for file in files)]
-    return AnswerCache(Path(request.config.cache_dir) / "answers", key)
+    folder = Path(request.config.cache_dir) / "answers"
+    return AnswerCache(folder if ranks is None or ranks.rank == 0 else None, key)
+
+
+def _share_known(
+    ranks: Ranks, caches: Mapping[ModelLabel, AnswerCache], exams: Sequence[Exam]
+) -> None:
+    """Give all ranks what rank 0 knows: another run may write the files meanwhile."""
+    keys = {key: None for exam in exams for keys in exam.keys() for key in keys}  # noqa: SIM118
+    known = {
+        label: [entry.model_dump() for key in keys if (entry := cache.get(key)) is not None]
+        for label, cache in caches.items()
+        if ranks.rank == 0
+    }
+    for label, entries in ranks.share(known)[0].items():
+        caches[label].add(CachedAnswer.model_validate(entry) for entry in entries)
 
 
 def read_questions(path: Path, limit: int) -> list[dict[str, Any]]:

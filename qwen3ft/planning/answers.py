@@ -11,6 +11,7 @@ import dataclasses
 from typing import Any
 
 from qwen3ft.config import TrainingConfig
+from qwen3ft.machine.gpu_choice import rank_count
 from qwen3ft.planning.decoder_sizes import AnswerLoad, DecoderSizes, choose_sizes, may_decode
 from qwen3ft.planning.fused_search import why_not_fused
 from qwen3ft.planning.gpu_specs import GpuSpec
@@ -42,6 +43,7 @@ class AnswersPlan(Record):
     answer_tokens: int
     thinking_tokens: int
     about_thinking: str
+    ranks: int = 1
     slots: int = 0
     peak_bytes: int | None = None
     seconds: float | None = None
@@ -94,12 +96,14 @@ def plan_answers(
     sizes = choose_sizes(load, int(budget_gb * GIB) - beside)
     if sizes is None:
         return plan
+    ranks = rank_count(request.config, request.environment)
     return plan.model_copy(
         update={
-            "answered_by": sizes_text(sizes),
+            "answered_by": sizes_text(sizes, ranks),
+            "ranks": ranks,
             "slots": sizes.slots,
             "peak_bytes": beside + load.bytes_of(sizes),
-            "seconds": load.seconds(sizes, gpu) if gpu else None,
+            "seconds": load.seconds(sizes, gpu, ranks) if gpu else None,
         }
     )
 
@@ -120,11 +124,12 @@ def decoder_load(
     return fields
 
 
-def sizes_text(sizes: DecoderSizes) -> str:
-    """Describe a decoder."""
+def sizes_text(sizes: DecoderSizes, ranks: int = 1) -> str:
+    """Describe the decoder of each rank."""
+    each = f", on each of {ranks} ranks" if ranks > 1 else ""
     return (
         f"the decoder: {sizes.slots} slots, {sizes.pages:,} pages, "
-        f"{sizes.resident_blocks} blocks kept in 16 bits"
+        f"{sizes.resident_blocks} blocks kept in 16 bits{each}"
     )
 
 

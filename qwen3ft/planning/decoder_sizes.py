@@ -149,15 +149,16 @@ class AnswerLoad:
             + (cache + head) / _BYTES_PER_SECOND
         )
 
-    def seconds(self, sizes: DecoderSizes, gpu: GpuSpec = _MEASURED) -> float:
-        """Estimate the time of all answers, prompts included, once the decoder is ready.
+    def seconds(self, sizes: DecoderSizes, gpu: GpuSpec = _MEASURED, ranks: int = 1) -> float:
+        """Estimate the time of all answers, prompts included, once the decoders are ready.
 
         Time that memory decides is scaled by the GPU's bandwidth, that of reading by its products.
         """
-        rounds = -(-self.questions // sizes.slots)
+        questions = -(-self.questions // ranks)  # of the rank with the most
+        rounds = -(-questions // sizes.slots)
         # the last answers leave slots idle for about the time of one answer
         steps = rounds * self.typical_answer_tokens + self.answer_tokens / 2
-        read = 2 * self.questions * self.typical_prompt_tokens  # once more for the loss
+        read = 2 * questions * self.typical_prompt_tokens  # once more for the loss
         writing = steps * self.step_seconds(sizes.slots, sizes.resident_blocks)
         reading = 2 * self.shape.linear_parameters * read / _READ_FLOPS
         return (

@@ -57,6 +57,17 @@ class InferenceRequest(Record):
     batch_size: int = Field(ge=1)
     budget_gb: float | None = Field(None, description="None for config.max_memory_gb.")
     without_decoder: str = Field("", description="Why transformers has to answer; '' to choose.")
+    places: tuple[int, ...] = Field((0,), description="GPU of each rank among the visible ones.")
+
+    @property
+    def ranks(self) -> int:
+        """Number of processes that answer."""
+        return len(self.places)
+
+    @property
+    def stall_seconds(self) -> float:
+        """Longest silence of a worker."""
+        return self.config.stall_seconds
 
 
 # shown to users, and keys of parity.json

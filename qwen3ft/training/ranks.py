@@ -1,4 +1,4 @@
-"""The ranks of one training: processes that each train a share of every optimizer step.
+"""The ranks of one job: processes that each train a share of every optimizer step, or answer.
 
 All ranks hold the same weights, optimizer and state, and compute the same updates, since the sum of
 their gradients has the same bits everywhere: every number is summed in the order of ranks, on one
@@ -10,6 +10,7 @@ A training in one process has no `Ranks`.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from qwen3ft.errors import EnvironmentNotReadyError, OutOfMemoryError, RanksPart
 from qwen3ft.files import sha256_file, sha256_json
 from qwen3ft.jobs.failures import translate
 from qwen3ft.records.plan import TrainPlan
+from qwen3ft.records.requests import InferenceRequest
 from qwen3ft.training.batches import MicroBatch, real_tokens, trained_tokens
 
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
@@ -53,12 +55,15 @@ class Ranks:
         self._device = "cpu"
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def meet(self, plan: TrainPlan, meeting_place: Path) -> None:
-        """Connect this process with the other ranks of the attempt.
+    def meet(
+        self, job: TrainPlan | InferenceRequest, meeting_place: Path, *, gradients: bool = True
+    ) -> None:
+        """Connect this process with the other ranks of the job.
 
         Args:
-            plan: The attempt.
+            job: What they share.
             meeting_place: File in a private folder through which the ranks find each other.
+            gradients: They will exchange gradients, on their GPUs if each has its own.
 
         Raises:
             RanksPartedError: another rank has ended.
@@ -71,9 +76,9 @@ class Ranks:
         for name, value in NCCL_SETTINGS.items():
             os.environ.setdefault(name, value)
         # Longer than the silence that counts as a stall, which names the rank that hangs.
-        limit = timedelta(seconds=2 * plan.stall_seconds + 60)
+        limit = timedelta(seconds=2 * job.stall_seconds + 60)
         # NCCL refuses two ranks on one GPU; their gradients pass through host memory then.
-        if plan.device == "cuda" and 1 < self.size == len(set(plan.places)):
+        if gradients and job.device == "cuda" and 1 < self.size == len(set(job.places)):
             self._device = "cuda"
         backend = "gloo" if self._device == "cpu" else "cpu:gloo,cuda:nccl"
         _together(
@@ -81,7 +86,7 @@ class Ranks:
                 backend, store=store, rank=self.rank, world_size=self.size, timeout=limit
             )
         )
-        self._require_alike([code_digest(), torch.__version__, plan.model_dump(mode="json")])
+        self._require_alike([code_digest(), torch.__version__, job.model_dump(mode="json")])
         if self._device == "cuda":
             # NCCL takes its memory at the first exchange: now, before the rows fill the budget.
             one = torch.ones(self.size, device="cuda")
@@ -103,6 +108,21 @@ class Ranks:
         found = [torch.empty_like(own) for _ in range(self.size)]
         _together(lambda: dist.all_gather(found, own))
         return [tensor.tolist() for tensor in found]
+
+    def highest(self, number: int) -> int:
+        """Return the highest of a number over all ranks; below 2**53, as a float64 holds it."""
+        return max(int(other) for (other,) in self.gather([number]))
+
+    def share(self, own: Any) -> list[Any]:
+        """Return the JSON values of all ranks, in their order."""
+        data = json.dumps(own).encode()
+        sizes = [int(size) for (size,) in self.gather([len(data)])]
+        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        found = [torch.empty_like(padded) for _ in range(self.size)]
+        _together(lambda: dist.all_gather(found, padded))
+        texts = (each[:size].numpy().tobytes() for each, size in zip(found, sizes, strict=True))
+        return [json.loads(text) for text in texts]
 
     def share_step(self, batches: Sequence[MicroBatch], *, wants_stop: bool) -> StepTotals:
         """Count the tokens of a step over all ranks, and hear whether one of them has to stop."""

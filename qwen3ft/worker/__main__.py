@@ -24,6 +24,7 @@ from qwen3ft.jobs.folders import write_record
 from qwen3ft.jobs.processes import PREEMPTED_STATUS, WAIT
 from qwen3ft.machine.memory_report import write_memory_report
 from qwen3ft.records.training import Failure
+from qwen3ft.worker.agent import ANSWERING_RANK, RANK
 from qwen3ft.worker.bootstrap import (
     die_with_parent,
     enter_rank,
@@ -31,11 +32,11 @@ from qwen3ft.worker.bootstrap import (
     set_process_name,
     wait_for_job,
 )
-from qwen3ft.worker.jobs import KINDS, RANK, Job
+from qwen3ft.worker.jobs import KINDS, Job
 
 logger = logs.get_logger("worker")
 
-WITHOUT_TEARDOWN = ("ranks", RANK)
+WITHOUT_TEARDOWN = ("ranks", RANK, "answering-ranks", ANSWERING_RANK)
 """Kinds that end at once: what libraries clean up at exit may wait for ranks that are gone."""
 
 
@@ -83,7 +84,7 @@ def _run(kind: str, *arguments: str) -> int:
     if kind == WAIT:
         set_process_name(WAIT)
         job = wait_for_job()
-    elif kind == RANK:
+    elif kind in (RANK, ANSWERING_RANK):
         job = kind, enter_rank(Path(*arguments))
     else:
         job = kind, Path(*arguments)

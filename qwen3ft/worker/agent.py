@@ -1,4 +1,4 @@
-"""The worker of an attempt with several ranks: it starts torch's elastic agent and watches over it.
+"""The worker of a job with several ranks: it starts torch's elastic agent and watches over it.
 
 The agent (`torch.distributed.elastic`, what `torchrun` runs) starts one process for each rank, ends
 all of them when one fails, and restarts none: recovery plans the next attempt. To the launcher this
@@ -9,6 +9,7 @@ rank that failed first.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -21,8 +22,11 @@ from qwen3ft.jobs.folders import JobDir, read_record
 from qwen3ft.jobs.launcher import RecordRelay, kernel_oom_kills, last_sign, unrecorded_failure
 from qwen3ft.jobs.processes import GRACE_SECONDS, PARENT_VARIABLE
 from qwen3ft.logs import get_logger
+from qwen3ft.records.evaluation import InferenceReport
 from qwen3ft.records.plan import TrainPlan
+from qwen3ft.records.requests import InferenceRequest
 from qwen3ft.records.training import AttemptOutcome, Failure, RankOutcome
+from qwen3ft.units import GIB
 
 if TYPE_CHECKING:
     from qwen3ft.worker.jobs import Job
@@ -36,30 +40,62 @@ CONSEQUENCES = ("PreemptedError", "RanksPartedError")
 """Failures that another rank's end causes; `DistBackendError` is NCCL's own word for it."""
 
 
+RANK, ANSWERING_RANK = "rank", "answering-rank"
+"""Kinds of processes that are one of the ranks of a training, or of an inference test."""
+
+
 def train_ranks(job: Job) -> AttemptOutcome:
-    """Run one training attempt on several ranks."""
+    """Run one training attempt on several ranks; the outcome has the peaks of all."""
+    plan = read_record(job.dir.request, TrainPlan)
+    folders = _run_ranks(job, plan, RANK, f"{plan.run_id or 'run'}-{plan.attempt}")
+    outcome = read_record(folders[0].outcome, AttemptOutcome)
+    peaks = (outcome.peak_memory_gb, *_other_peaks_gb(folders))
+    return outcome.model_copy(update={"rank_peaks_gb": peaks, "peak_memory_gb": max(peaks)})
+
+
+def ask_ranks(job: Job) -> InferenceReport:
+    """Run the inference test on several ranks; the report has the highest peak of all."""
+    request = read_record(job.dir.request, InferenceRequest)
+    folders = _run_ranks(job, request, ANSWERING_RANK, "inference")
+    report = read_record(folders[0].outcome, InferenceReport)
+    others = [int(peak_gb * GIB) for peak_gb in _other_peaks_gb(folders)]
+    return report.model_copy(update={"peak_bytes": max([report.peak_bytes or 0, *others])})
+
+
+def _other_peaks_gb(folders: Sequence[JobDir]) -> list[float]:
+    outcomes = (read_record(folder.outcome, RankOutcome) for folder in folders[1:])
+    return [outcome.peak_memory_gb for outcome in outcomes]
+
+
+def _run_ranks(
+    job: Job, request: TrainPlan | InferenceRequest, kind: str, run_id: str
+) -> list[JobDir]:
+    """Run a process of this kind for each rank to its end; return their folders.
+
+    Raises:
+        FinetuneError: the failure of the rank that failed first.
+    """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
-    plan = read_record(job.dir.request, TrainPlan)
-    folders = [job.dir.rank(rank).create(plan) for rank in range(plan.ranks)]
-    job.dir.meeting_place.unlink(missing_ok=True)
+    shutil.rmtree(job.dir.meeting_place.parent, ignore_errors=True)  # of ranks before these
+    folders = [job.dir.rank(rank).create(request) for rank in range(request.ranks)]
     job.heartbeat.beat("start")
-    threads = max(1, int(os.environ.get("OMP_NUM_THREADS", "1")) // plan.ranks)
+    threads = max(1, int(os.environ.get("OMP_NUM_THREADS", "1")) // request.ranks)
     os.environ.update({"OMP_NUM_THREADS": str(threads), PARENT_VARIABLE: str(os.getpid())})
     kills_before = kernel_oom_kills()
-    launch = elastic_launch(_launch_config(job.dir, plan), sys.executable)
+    launch = elastic_launch(_launch_config(job.dir, request.ranks, run_id), sys.executable)
     try:
         with _followed(job, folders):
-            launch("-m", "qwen3ft.worker", "rank", str(job.dir.path))
+            launch("-m", "qwen3ft.worker", kind, str(job.dir.path))
     except SignalException as stopped:
         job.stop.signal_name = signal.Signals(stopped.sigval).name
         raise job.stop.error() from None
     except ChildFailedError as ended:
         codes = {rank: failure.exitcode for rank, failure in ended.failures.items()}
         raise first_failure(folders, codes, kills_before) from None
-    return _outcome(folders)
+    return folders
 
 
 def first_failure(
@@ -88,7 +124,7 @@ def _is_consequence(failure: Failure) -> bool:
     return failure.kind in CONSEQUENCES or failure.facts.get("error_type") == "DistBackendError"
 
 
-def _launch_config(job: JobDir, plan: TrainPlan) -> Any:
+def _launch_config(job: JobDir, ranks: int, run_id: str) -> Any:
     """Return the agent's settings: this host alone, and no restart."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig
@@ -99,9 +135,9 @@ def _launch_config(job: JobDir, plan: TrainPlan) -> Any:
     return LaunchConfig(
         min_nodes=1,
         max_nodes=1,
-        nproc_per_node=plan.ranks,
+        nproc_per_node=ranks,
         logs_specs=DefaultLogsSpecs(log_dir=str(job.meeting_place.with_name("agent"))),
-        run_id=f"{plan.run_id or 'run'}-{plan.attempt}",
+        run_id=run_id,
         rdzv_backend="c10d",
         # A file of this user instead of a port that the whole network could reach.
         rdzv_endpoint=str(job.meeting_place.with_name("rendezvous")),
@@ -145,12 +181,3 @@ def _followed(job: Job, folders: Sequence[JobDir]) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
-
-
-def _outcome(folders: Sequence[JobDir]) -> AttemptOutcome:
-    """Return the outcome of rank 0 with the peaks of all ranks."""
-    first, *others = folders
-    outcome = read_record(first.outcome, AttemptOutcome)
-    found = (read_record(other.outcome, RankOutcome).peak_memory_gb for other in others)
-    peaks = (outcome.peak_memory_gb, *found)
-    return outcome.model_copy(update={"rank_peaks_gb": peaks, "peak_memory_gb": max(peaks)})

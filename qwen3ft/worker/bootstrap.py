@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from qwen3ft.jobs.folders import JobDir, read_record
+from qwen3ft.jobs.folders import JobDir
 from qwen3ft.jobs.processes import (
     HELD_VARIABLE,
     PARENT_VARIABLE,
@@ -23,7 +23,6 @@ from qwen3ft.jobs.processes import (
     end_with_parent,
 )
 from qwen3ft.machine.gpu_choice import VISIBLE
-from qwen3ft.records.plan import TrainPlan
 
 _PR_SET_NAME = 15
 
@@ -40,7 +39,7 @@ _AGENTS = frozenset(
 )
 """Variables by which torch's agent tells a process its place."""
 
-NEED_FEWER = ("tokenizer", "quantize", "data", "ranks")
+NEED_FEWER = ("tokenizer", "quantize", "data", "ranks", "answering-ranks")
 """Jobs that need less than half of these and import lazily."""
 
 
@@ -84,9 +83,9 @@ def enter_rank(attempt: Path) -> Path:
         del os.environ[name]
     folder = JobDir(attempt).rank(rank).path
     _print_to(JobDir(folder).log)
-    plan = read_record(JobDir(folder).request, TrainPlan)
-    if plan.device == "cuda":
-        place, held = plan.places[rank], os.environ.get(HELD_VARIABLE, "")
+    request = json.loads(JobDir(folder).request.read_text(encoding="utf-8"))
+    if request["device"] == "cuda":
+        place, held = request["places"][rank], os.environ.get(HELD_VARIABLE, "")
         os.environ[VISIBLE] = held.split(",")[place] if held else str(place)
     return folder
 

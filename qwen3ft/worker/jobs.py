@@ -6,7 +6,8 @@ Libraries are imported inside the functions, because a worker runs one kind of j
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,19 +36,17 @@ from qwen3ft.records.requests import (
 from qwen3ft.records.serving import ServeEnded, ServeRequest
 from qwen3ft.records.training import AttemptOutcome, RankOutcome
 from qwen3ft.units import GIB
-from qwen3ft.worker.agent import train_ranks
+from qwen3ft.worker.agent import ANSWERING_RANK, RANK, ask_ranks, train_ranks
 
 if TYPE_CHECKING:
     from types import FrameType
 
     import torch
 
+    from qwen3ft.machine.memory import MemoryOptimizer
     from qwen3ft.training.engine import TrainingEngine
     from qwen3ft.training.ranks import Ranks
     from qwen3ft.training.trainer import QATrainer
-
-RANK = "rank"
-"""Kind of a process that is one of the ranks of a training."""
 
 LINGER_SECONDS = 2.0
 """Time that a rank which lost the others leaves the agent to see who ended first."""
@@ -128,7 +127,7 @@ def rank_job(job: Job) -> AttemptOutcome | RankOutcome:
     plan, rank = read_record(job.dir.request, TrainPlan), int(job.dir.path.name)
     attempt = JobDir(job.dir.path.parents[1])
     job.heartbeat.beat("load")
-    try:
+    with _after_the_first(job):
         ranks = Ranks(rank, plan.ranks)
         engine, trainer = _load_for_training(job, plan, attempt if rank == 0 else None, ranks)
         ranks.meet(plan, attempt.meeting_place)  # late: transformers would take notice of it
@@ -138,8 +137,14 @@ def rank_job(job: Job) -> AttemptOutcome | RankOutcome:
         job.heartbeat.beat("finish")
         ranks.leave()
         return engine.outcome(trainer) if rank == 0 else engine.rank_outcome()
+
+
+@contextmanager
+def _after_the_first(job: Job) -> Iterator[None]:
+    """Let the agent see the end of the rank that ended first, which has the cause, before this."""
+    try:
+        yield
     except RanksPartedError:
-        # The rank that ended first has the cause: let the agent see its end first.
         job.stop.wait(LINGER_SECONDS)
         if job.stop.signal_name is not None:
             raise job.stop.error() from None
@@ -232,15 +237,43 @@ def _load_for_training(
 def inference_job(job: Job) -> InferenceReport:
     """Compare base, champion and candidate on held-out questions."""
     from qwen3ft.evaluation.inference import run_inference
-    from qwen3ft.machine.memory import MemoryOptimizer
 
     request = read_record(job.dir.request, InferenceRequest)
-    job.heartbeat.beat("load")
-    budget_gb = request.budget_gb or request.config.max_memory_gb
-    memory = MemoryOptimizer(budget_gb, request.device)
-    memory.optimize_for_training()
+    memory = _memory_for_answers(job, request)
     report = run_inference(request, job.heartbeat.beat)
     return report.model_copy(update={"peak_bytes": int(memory.peak()[2] * GIB)})
+
+
+def answering_rank_job(job: Job) -> InferenceReport | RankOutcome:
+    """Answer as one of the ranks of an inference test, in a folder of its own below the test's."""
+    from qwen3ft.evaluation.inference import run_inference
+    from qwen3ft.training.ranks import Ranks
+
+    request, rank = read_record(job.dir.request, InferenceRequest), int(job.dir.path.name)
+    memory = _memory_for_answers(job, request)
+    with _after_the_first(job):
+        ranks = Ranks(rank, request.ranks)
+        # Not over NCCL, whose threads may not run while a step is captured.
+        ranks.meet(request, JobDir(job.dir.path.parents[1]).meeting_place, gradients=False)
+        if rank > 0:  # it has the same answers
+            own = {"answers_path": str(job.dir.path / "answers.jsonl")}
+            request = request.model_copy(update=own)
+        report = run_inference(request, job.heartbeat.beat, ranks)
+        ranks.leave()
+    peak_gb = memory.peak()[2]
+    if rank > 0:
+        return RankOutcome(peak_memory_gb=peak_gb)
+    return report.model_copy(update={"peak_bytes": int(peak_gb * GIB)})
+
+
+def _memory_for_answers(job: Job, request: InferenceRequest) -> MemoryOptimizer:
+    """Limit this process to the budget of the inference test."""
+    from qwen3ft.machine.memory import MemoryOptimizer
+
+    job.heartbeat.beat("load")
+    memory = MemoryOptimizer(request.budget_gb or request.config.max_memory_gb, request.device)
+    memory.optimize_for_training()
+    return memory
 
 
 def export_job(job: Job) -> ParityReport:
@@ -300,6 +333,8 @@ KINDS: dict[str, Callable[[Job], BaseModel]] = {
     "ranks": train_ranks,
     RANK: rank_job,
     "inference": inference_job,
+    "answering-ranks": ask_ranks,
+    ANSWERING_RANK: answering_rank_job,
     "answer": answer_job,
     "export": export_job,
     "serve": serve_job,

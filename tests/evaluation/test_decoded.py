@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.asking import THINKING, three_models, with_settings
 from support.data_stage import write_jsonl
 from support.finished_run import make_plan
 from support.trained_adapter import Trained
@@ -17,56 +18,20 @@ from qwen3ft.chat.templates import KNOWN_TEMPLATES
 from qwen3ft.decoding import fitting
 from qwen3ft.decoding.decoder import Decoder
 from qwen3ft.decoding.fitting import RUNGS, CannotDecodeError, find_obstacle, run_within
-from qwen3ft.embedded import corpus
 from qwen3ft.evaluation.inference import InferenceTester, run_inference
 from qwen3ft.evaluation.wording import answered_by_text, thinking_text
 from qwen3ft.files import read_json_lines
 from qwen3ft.planning.decoder_sizes import AnswerLoad, DecoderSizes
-from qwen3ft.records.evaluation import Champion, InferenceReport
+from qwen3ft.records.evaluation import InferenceReport
 from qwen3ft.records.requests import InferenceRequest
 from qwen3ft.units import GIB
 from tasks.inference import compare_answers
-
-THINKING = (1, 3)
-"""Rows with reasoning."""
 
 
 @pytest.fixture
 def request_(trained: Trained, tmp_path: Path) -> InferenceRequest:
     """Ask base, candidate and champion 6 questions, 2 of which may be thought about."""
-    rows: list[dict[str, Any]] = [dict(row) for row in trained.rows[:6]]
-    for index in THINKING:
-        rows[index]["reasoning"] = "It is known. " * 12
-    write_jsonl(tmp_path / "test.jsonl", rows)
-    write_jsonl(tmp_path / "ability.jsonl", corpus.draw_ability_rows()[:3])
-    changes = {
-        "cache_dir": str(tmp_path / "cache"),
-        "ability_path": str(tmp_path / "ability.jsonl"),
-        "max_new_tokens": 8,
-        "max_thinking_tokens": 3,
-    }
-    return InferenceRequest(
-        config=trained.config.model_copy(update=changes),
-        model=trained.snapshot,
-        adapter=trained.saved,
-        champion=Champion(
-            registered_model="qwen3ft-embedded",
-            version="7",
-            source_uri="x",
-            adapter_path=trained.early.path,
-        ),
-        questions_path=str(tmp_path / "test.jsonl"),
-        answers_path=str(tmp_path / "answers.jsonl"),
-        device="cpu",
-        batch_size=4,
-    )
-
-
-def with_settings(request: InferenceRequest, folder: Path, **settings: Any) -> InferenceRequest:
-    """Return the request with other settings, and a cache and answers of its own."""
-    config = request.config.model_copy(update={"cache_dir": str(folder / "cache"), **settings})
-    changes = {"config": config, "answers_path": str(folder / "answers.jsonl")}
-    return request.model_copy(update=changes)
+    return three_models(trained, tmp_path)
 
 
 def answer(

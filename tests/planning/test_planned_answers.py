@@ -24,9 +24,9 @@ from qwen3ft.units import GIB
 MEASURED = Path(__file__).parents[2] / "benchmarks/results/answers-h200-20261129.json"
 
 
-def request_on(gpu: str = "h200", **wanted: Any) -> FitRequest:
-    config = TrainingConfig(model_name="4b", **wanted)
-    return shape_request(config, described_machine(require_gpu_spec(gpu)))
+def request_on(gpu: str = "h200", count: int = 1, **wanted: Any) -> FitRequest:
+    config = TrainingConfig(model_name="4b", gpus=str(count), **wanted)
+    return shape_request(config, described_machine(require_gpu_spec(gpu), count))
 
 
 def planned(
@@ -45,6 +45,16 @@ def test_the_estimate_is_near_what_was_measured() -> None:
         assert load.seconds(sizes) == pytest.approx(row["seconds"], rel=0.15)
         beside = row["nvml_gb"] * GIB - load.bytes_of(sizes)
         assert 0 < beside < 4 * GIB  # the model, the process
+
+
+def test_ranks_share_the_questions_and_have_the_sizes_of_one() -> None:
+    """So that the answers are those of one; the plan says how many there are, and the time."""
+    one, four = (planned(request_on(count=count, max_memory_gb=13.0)) for count in (1, 4))
+    assert (four.slots, four.peak_bytes) == (one.slots, one.peak_bytes)
+    assert four.seconds == pytest.approx((one.seconds or 0) / 4, rel=0.25)
+    [line, _] = answer_lines(four)
+    assert "on each of 4 ranks" in line.why
+    assert f"about {four.seconds:,.0f} s" in line.why
 
 
 def test_the_test_stays_within_the_budget() -> None:
