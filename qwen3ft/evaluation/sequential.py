@@ -11,7 +11,8 @@ A group-sequential test of the paired gain in the main metric, at the looks `LOO
   Simon and Halperin 1982). It promotes nothing, so it needs no alpha.
 - forgotten: the ability set shows it, whatever the answers are.
 
-`python -m benchmarks.gate.sequential` simulates what this saves, and what it costs.
+`python -m benchmarks.gate.campaign` measures what this saves, and what it costs;
+`benchmarks.gate.sequential` simulates nights near the threshold.
 """
 
 from __future__ import annotations
