@@ -40,6 +40,9 @@ PART_SECONDS, GRACE_SECONDS = 240.0, 20.0
 MAKE_SECONDS, WAIT_SECONDS = 400.0, 90.0
 """Longest time to make a model, and to leave the GPUs idle for it."""
 
+SLOWER_MS, SPARE_MIB = 2.0, 32.0
+"""Time of an exchange that less memory of NCCL is worth, and what a plan adds to that memory."""
+
 TYPICAL_SECONDS = 45.0
 """Time of a part that has not run before, for the question whether it would end in time."""
 
@@ -95,8 +98,9 @@ class Campaign:
     ) -> None:
         """Compute one row, print it and write all; a failure becomes a row."""
         row: dict[str, Any] = {"part": kind, "model": model, "ranks": ranks, **more}
-        like = [each for each in self.rows if (each["part"], each["model"]) == (kind, model)]
-        needed = max((each.get("seconds", 0.0) for each in like), default=TYPICAL_SECONDS)
+        names = {"part": kind, "model": model, "status": "ok"}.items()
+        like = [each["seconds"] for each in self.rows if names <= each.items()]
+        needed = max(like, default=TYPICAL_SECONDS)
         if ranks > 1 and self.ranks_never_met():
             row["status"] = "left out: no part with several ranks ended well"
         elif time.monotonic() + needed > self.end:
@@ -144,17 +148,25 @@ class Campaign:
                 "tokens": 64 if model == TINY else 256,
                 "design": min(self.steps(model)),
                 "snapshot": made["snapshot"],
-                "nccl_bytes": self.nccl_bytes(),
+                **self.nccl(),
                 **values,
             },
             self.limit_seconds,
             self.gpus and self.gpus[number : number + ranks],
         )
 
-    def nccl_bytes(self) -> int:
-        """Return the memory that NCCL was measured to take; 0 if it was not."""
-        found = [each["library_mib"][0] for each in self.rows if "library_mib" in each]
-        return int(max(found, default=0) * MIB)
+    def nccl(self) -> dict[str, Any]:
+        """Return the settings of NCCL with the least memory of those that are fast, and that."""
+        rows = [each["trials"] for each in self.rows if "trials" in each]
+        trials = [each for each in (rows[-1] if rows else []) if "ms" in each]
+        quick = min((each["ms"] for each in trials), default=0.0) + SLOWER_MS
+        best = min(
+            (each for each in trials if each["ms"] <= quick),
+            key=lambda each: max(each["library_mib"]),
+            default={"library_mib": [0.0], "settings": {}},
+        )
+        size = int((max(best["library_mib"]) + SPARE_MIB) * MIB) if best["library_mib"][0] else 0
+        return {"nccl_bytes": size, "nccl_settings": best["settings"]}
 
     def folder(self, row: Mapping[str, Any], number: int = 0) -> Path:
         """Return the folder of a part's process."""
@@ -333,7 +345,7 @@ def compared(found: dict[str, Any], alone: dict[str, Any], ranks: int) -> dict[s
 
 def line_of(row: Mapping[str, Any]) -> str:
     """Return a row as one line, without what is long."""
-    long = ("losses", "memory", "log", "sizes")
+    long = ("losses", "memory", "log", "sizes", "digest")
     shown = {name: _rounded(value) for name, value in row.items() if name not in long}
     return "  ".join(f"{name} {value}" for name, value in shown.items())
 

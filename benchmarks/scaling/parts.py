@@ -55,6 +55,16 @@ they are made."""
 KILLS = "kill@step=4:rank=0,kill@step=6:attempt=2:rank=0"
 KILL_STEPS, MOST_ATTEMPTS = 10, 6
 EXCHANGES, FIRST_EXCHANGES = 40, 5
+TRIAL_SECONDS = 60.0
+NCCL_TRIALS: tuple[dict[str, str], ...] = (
+    {},
+    {"NCCL_MAX_P2P_NCHANNELS": "1"},
+    {"NCCL_MAX_P2P_NCHANNELS": "2", "NCCL_BUFFSIZE": "1048576"},
+    {"NCCL_MAX_P2P_NCHANNELS": "16"},
+    {"NCCL_CUMEM_ENABLE": "0"},
+)
+"""Settings of NCCL beside the product's own."""
+
 TENSORS = 500
 """Tensors of an adapter, about: 7 projections of 36 blocks, two each."""
 
@@ -86,8 +96,9 @@ def plan_for(values: dict[str, Any]) -> TrainPlan:
     folder = Path(values["folder"])
     job = Job(entry, values["rows"], 0, 0, values["snapshot"], folder, values["started"])
     machine = EnvironmentManager().report()
-    # What the exchange measured on this machine, if it is more than plans assume.
-    footprint.NCCL_BYTES = max(footprint.NCCL_BYTES, values["nccl_bytes"])
+    # What the exchange measured on this machine, under the settings that are used from there on.
+    footprint.NCCL_BYTES = values["nccl_bytes"] or footprint.NCCL_BYTES
+    os.environ.update(values["nccl_settings"])
     host_bytes = max(machine.host_total_bytes, LEAST_HOST_BYTES)
     plan = make_plan(
         job,
@@ -248,29 +259,70 @@ def exam(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def exchange(values: dict[str, Any]) -> dict[str, Any]:
-    """Sum gradients of the adapter's size and nothing else: its time, and NCCL's memory."""
-    folder, ranks = Path(values["folder"]), values["ranks"]
+    """Sum gradients of the adapter's size and nothing else: its time, and NCCL's memory.
+
+    Under the product's settings of NCCL first, then under others.
+    """
+    folder = Path(values["folder"])
     plan = plan_for(values)
     write_record(folder / "plan.json", plan)
+    rows = []
+    for settings in NCCL_TRIALS if plan.device == "cuda" else NCCL_TRIALS[:1]:
+        row: dict[str, Any] = {"settings": settings}
+        try:
+            row |= exchange_under(folder, plan.ranks, settings)
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            if not rows:
+                raise
+            row["failed"] = str(error)[:200]
+        rows.append(row)
+        print(row, flush=True)
+    return {
+        **rows[0],
+        "gradient_bytes": 4 * plan.adapter.trainable_parameters,
+        "trials": rows,
+    }
+
+
+def exchange_under(folder: Path, ranks: int, settings: dict[str, str]) -> dict[str, Any]:
+    """Sum gradients in processes of their own, under these settings of NCCL."""
     gpus = [gpu.uuid for gpu in visible_gpus()] or [""] * ranks
     command = [sys.executable, "-m", "benchmarks.scaling.parts", str(folder / "job.json")]
+    (folder / "meeting-place").unlink(missing_ok=True)
+    log = folder / f"nccl-{'-'.join(settings.values()) or 'ours'}"
+    debug = {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_FILE": f"{log}.%p"}
     processes = [
         subprocess.Popen(
-            [*command, str(rank)], env={**os.environ, VISIBLE: gpus[rank]}, stdout=subprocess.PIPE
+            [*command, str(rank)],
+            env={**os.environ, **settings, **debug, VISIBLE: gpus[rank]},
+            stdout=subprocess.PIPE,
         )
         for rank in range(ranks)
     ]
     found = []
-    for process in processes:
-        output = process.communicate()[0].decode().splitlines()
-        if process.returncode or not output:
-            raise RuntimeError(f"a rank of the exchange ended with {process.returncode}")
-        found.append(json.loads(output[-1]))
+    try:
+        for process in processes:
+            output = process.communicate(timeout=TRIAL_SECONDS)[0].decode().splitlines()
+            if process.returncode or not output:
+                raise RuntimeError(f"a rank of the exchange ended with {process.returncode}")
+            found.append(json.loads(output[-1]))
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    lines = [
+        line.rpartition(" : ")[2]
+        for path in folder.glob(f"{log.name}.*")
+        for line in path.read_text(errors="replace").splitlines()
+        if " via " in line
+    ]
     return {
         "ms": max(each["ms"] for each in found),
-        "gradient_bytes": 4 * plan.adapter.trainable_parameters,
+        "copy_ms": max(each["copy_ms"] for each in found),
         "first_ms": max(each["first_ms"] for each in found),
         "library_mib": [each["library_mib"] for each in found],
+        "via": sorted({line.rpartition(" via ")[2] for line in lines}),
+        "connections": len(lines),
     }
 
 
@@ -297,7 +349,8 @@ def exchange_as_rank(folder: Path, rank: int) -> None:
     ranks = Ranks(rank, plan.ranks)
     before, started = outside_bytes(), time.perf_counter()
     ranks.meet(plan, folder / "meeting-place")
-    times = []
+    times: list[float] = []
+    copies: list[float] = []
     for _ in range(FIRST_EXCHANGES + EXCHANGES):
         for parameter in parameters:
             parameter.grad = torch.full_like(parameter, rank + 1.0)
@@ -307,6 +360,10 @@ def exchange_as_rank(folder: Path, rank: int) -> None:
         loss = ranks.sum_gradients(parameters, torch.tensor(1.0, device=plan.device))
         outside_bytes()
         times.append(time.perf_counter() - begun)
+        begun = time.perf_counter()
+        torch._foreach_copy_([torch.empty_like(each) for each in parameters], list(parameters))
+        outside_bytes()
+        copies.append(time.perf_counter() - begun)
         if not times[1:]:
             first = time.perf_counter() - started
     total = plan.ranks * (plan.ranks + 1) / 2
@@ -314,6 +371,7 @@ def exchange_as_rank(folder: Path, rank: int) -> None:
     assert float(loss) == plan.ranks, "a wrong loss"
     result = {
         "ms": 1000 * statistics.median(times[FIRST_EXCHANGES:]),
+        "copy_ms": 1000 * statistics.median(copies[FIRST_EXCHANGES:]),
         "first_ms": 1000 * first,
         "library_mib": (outside_bytes() - before) / MIB,
     }

@@ -53,7 +53,7 @@ class Ranks:
         self.rank = rank
         self.size = size
         self._device = "cpu"
-        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._buffers: tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]] | None = None
 
     def meet(
         self, job: TrainPlan | InferenceRequest, meeting_place: Path, *, gradients: bool = True
@@ -148,15 +148,15 @@ class Ranks:
         """
         if self.size == 1:  # the others were lost
             return loss
-        sizes = [parameter.numel() for parameter in parameters]
-        mine, theirs = self._flat(sum(sizes) + 1)
-        views = torch.split(mine[: sum(sizes)], sizes)
-        for parameter, view in zip(parameters, views, strict=True):
-            if parameter.grad is None:
-                view.zero_()
-            else:
-                view.copy_(parameter.grad.flatten())
-        mine[sum(sizes)] = loss
+        mine, theirs, views = self._buffers_for(parameters)
+        pairs = zip(views, parameters, strict=True)
+        own = [(view, p.grad) for view, p in pairs if p.grad is not None]
+        if len(own) < len(views):
+            mine.zero_()
+        if own:  # at once: 500 launches of their own would take longer than the exchange
+            torch._foreach_copy_([view for view, _ in own], [gradient for _, gradient in own])
+        end = sum(parameter.numel() for parameter in parameters)
+        mine[end] = loss
         _together(lambda: dist.all_to_all_single(theirs, mine))
         shares = theirs.view(self.size, -1)
         for share in shares[1:]:
@@ -164,8 +164,8 @@ class Ranks:
         shares[1:] = shares[0]
         _together(lambda: dist.all_to_all_single(mine, theirs))
         for parameter, view in zip(parameters, views, strict=True):
-            parameter.grad = view.view_as(parameter).to(parameter.device)
-        return mine[sum(sizes)].clone().to(loss.device)
+            parameter.grad = view.to(parameter.device)
+        return mine[end].clone().to(loss.device)
 
     def merge(self, own: Sequence[tuple[float, int]], count: int) -> list[tuple[float, int]]:
         """Return all of `count` pairs, of which item i is at i // size of rank i % size."""
@@ -189,12 +189,20 @@ class Ranks:
                 ranks=different,
             )
 
-    def _flat(self, numbers: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return two buffers for `numbers` fp32 numbers in equal shares; made once."""
+    def _buffers_for(
+        self, parameters: Sequence[torch.nn.Parameter]
+    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+        """Return two buffers for all gradients and a loss, fp32, in equal shares; made once.
+
+        The third result has a view of the first buffer for each parameter, of its shape.
+        """
         if self._buffers is None:
-            slots = -(-numbers // self.size) * self.size
+            sizes = [parameter.numel() for parameter in parameters]
+            slots = -(-(sum(sizes) + 1) // self.size) * self.size
             first = torch.zeros(slots, dtype=torch.float32, device=self._device)
-            self._buffers = first, torch.zeros_like(first)
+            flat = torch.split(first[: sum(sizes)], sizes)
+            views = [view.view_as(p) for view, p in zip(flat, parameters, strict=True)]
+            self._buffers = first, torch.zeros_like(first), views
         return self._buffers
 
 

@@ -36,6 +36,9 @@ logger = get_logger("ranks")
 LOOK_AT_RANKS_SECONDS = 0.5
 """Time between two looks at the heartbeats of the ranks."""
 
+END_SECONDS = GRACE_SECONDS - 1
+"""Time from SIGTERM to SIGKILL of ranks that another one's end leaves behind."""
+
 CONSEQUENCES = ("PreemptedError", "RanksPartedError")
 """Failures that another rank's end causes; `DistBackendError` is NCCL's own word for it."""
 
@@ -85,6 +88,7 @@ def _run_ranks(
     threads = max(1, int(os.environ.get("OMP_NUM_THREADS", "1")) // request.ranks)
     os.environ.update({"OMP_NUM_THREADS": str(threads), PARENT_VARIABLE: str(os.getpid())})
     kills_before = kernel_oom_kills()
+    _shorten_shutdown()
     launch = elastic_launch(_launch_config(job.dir, request.ranks, run_id), sys.executable)
     try:
         with _followed(job, folders):
@@ -124,12 +128,27 @@ def _is_consequence(failure: Failure) -> bool:
     return failure.kind in CONSEQUENCES or failure.facts.get("error_type") == "DistBackendError"
 
 
+def _shorten_shutdown() -> None:
+    """Have the agent kill ranks `END_SECONDS` after it asked them to end, and not torch's 30 s.
+
+    A rank that waits for a lost one in a kernel of NCCL runs no handler of Python's. Torch has no
+    setting for it.
+    """
+    from torch.distributed.elastic.multiprocessing.api import PContext
+
+    close = PContext.close
+
+    def close_soon(context: Any, death_sig: Any = None, timeout: float = END_SECONDS) -> None:
+        close(context, death_sig, int(min(timeout, END_SECONDS)))
+
+    PContext.close = close_soon  # type: ignore[method-assign, assignment]
+
+
 def _launch_config(job: JobDir, ranks: int, run_id: str) -> Any:
     """Return the agent's settings: this host alone, and no restart."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig
 
-    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(int(GRACE_SECONDS))
     # Otherwise the agent opens a port on all interfaces, for a store that no rank uses.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     return LaunchConfig(

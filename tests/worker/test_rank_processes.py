@@ -142,6 +142,8 @@ def test_a_rank_that_is_gone_for_good_leaves_a_run_that_ends_on_the_rest(
         ("error@step=4:rank=1", "WorkerCrashedError"),
         ("nan@step=4:rank=1", "DivergedError"),
         ("term@step=4:rank=1", "PreemptedError"),
+        # The other one obeys no signal, as if it waited in a kernel: torch would wait for 30 s.
+        ("kill@step=4:rank=0,stop@step=4:rank=1", "WorkerCrashedError"),
     ],
 )
 def test_a_fault_in_a_rank_is_the_failure_of_the_attempt(
