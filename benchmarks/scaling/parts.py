@@ -140,6 +140,7 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
     return {
         "tokens_per_second": 1 / seconds_per_token,
         "step_ms": 1000 * tokens * seconds_per_token,
+        "exchange_ms": list(result.rank_exchange_ms),
         "predicted_tokens_per_second": predicted_speed(plan),
         "losses": [line.loss for line in lines],
         "held_out": [result.first_held_out_loss, result.best_held_out_loss],

@@ -76,6 +76,7 @@ class RankOutcome(Record):
     """Result of a rank above 0 of a completed attempt."""
 
     peak_memory_gb: float = Field(description="Peak of the process, from NVML or as RSS.")
+    exchange_ms: float = Field(0.0, description="Mean time to sum gradients, waiting included.")
 
 
 class AttemptOutcome(Record):
@@ -98,6 +99,9 @@ class AttemptOutcome(Record):
     seconds: float
     rank_peaks_gb: tuple[float, ...] = Field(
         (), description="Peak of each rank's process; the highest is `peak_memory_gb`."
+    )
+    rank_exchange_ms: tuple[float, ...] = Field(
+        (), description="Each rank's mean time to sum gradients, waiting for others included."
     )
 
 

@@ -199,7 +199,8 @@ class TrainingEngine:
     def rank_outcome(self) -> RankOutcome:
         """Return what a rank above 0 alone knows."""
         _, _, process_gb = self.memory.peak()
-        return RankOutcome(peak_memory_gb=process_gb)
+        assert self.ranks is not None
+        return RankOutcome(peak_memory_gb=process_gb, exchange_ms=self.ranks.exchange_ms)
 
     def outcome(self, trainer: QATrainer) -> AttemptOutcome:
         """Return the result of the attempt.
@@ -239,6 +240,7 @@ class TrainingEngine:
             tokens_per_second=self.progress.trained_tokens
             / max(self.progress.trained_seconds, 1e-9),
             seconds=time.monotonic() - self._started,
+            rank_exchange_ms=(self.ranks.exchange_ms,) if self.ranks else (),
         )
 
     def _checkpoint_of(self, step: int) -> checkpoint.Checkpoint:

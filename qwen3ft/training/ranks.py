@@ -13,6 +13,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +30,9 @@ from qwen3ft.jobs.failures import translate
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.requests import InferenceRequest
 from qwen3ft.training.batches import MicroBatch, real_tokens, trained_tokens
+
+LAST_EXCHANGES = 64
+"""Exchanges whose time is kept."""
 
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
@@ -53,6 +58,7 @@ class Ranks:
         self.rank = rank
         self.size = size
         self._device = "cpu"
+        self._exchanges: deque[tuple[Any, Any]] = deque(maxlen=LAST_EXCHANGES)
         self._buffers: tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]] | None = None
 
     def meet(
@@ -148,6 +154,7 @@ class Ranks:
         """
         if self.size == 1:  # the others were lost
             return loss
+        started = self._now()
         mine, theirs, views = self._buffers_for(parameters)
         pairs = zip(views, parameters, strict=True)
         own = [(view, p.grad) for view, p in pairs if p.grad is not None]
@@ -163,9 +170,30 @@ class Ranks:
             shares[0] += share
         shares[1:] = shares[0]
         _together(lambda: dist.all_to_all_single(mine, theirs))
+        self._exchanges.append((started, self._now()))
         for parameter, view in zip(parameters, views, strict=True):
             parameter.grad = view.to(parameter.device)
         return mine[end].clone().to(loss.device)
+
+    @property
+    def exchange_ms(self) -> float:
+        """Mean time of the last exchanges, waiting for the slowest rank included; 0 without one."""
+        if not self._exchanges:
+            return 0.0
+        if self._device == "cuda":
+            torch.cuda.synchronize()
+            times = [float(start.elapsed_time(end)) for start, end in self._exchanges]
+        else:
+            times = [1000 * (end - start) for start, end in self._exchanges]
+        return sum(times) / len(times)
+
+    def _now(self) -> Any:
+        """Return the time in seconds, or on a GPU an event among its queued work."""
+        if self._device == "cpu":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
 
     def merge(self, own: Sequence[tuple[float, int]], count: int) -> list[tuple[float, int]]:
         """Return all of `count` pairs, of which item i is at i // size of rank i % size."""

@@ -51,9 +51,11 @@ def train_ranks(job: Job) -> AttemptOutcome:
     """Run one training attempt on several ranks; the outcome has the peaks of all."""
     plan = read_record(job.dir.request, TrainPlan)
     folders = _run_ranks(job, plan, RANK, f"{plan.run_id or 'run'}-{plan.attempt}")
-    outcome = read_record(folders[0].outcome, AttemptOutcome)
-    peaks = (outcome.peak_memory_gb, *_other_peaks_gb(folders))
-    return outcome.model_copy(update={"rank_peaks_gb": peaks, "peak_memory_gb": max(peaks)})
+    outcome, others = read_record(folders[0].outcome, AttemptOutcome), _others(folders)
+    peaks = (outcome.peak_memory_gb, *(other.peak_memory_gb for other in others))
+    times = (*outcome.rank_exchange_ms, *(other.exchange_ms for other in others))
+    changes = {"rank_peaks_gb": peaks, "rank_exchange_ms": times, "peak_memory_gb": max(peaks)}
+    return outcome.model_copy(update=changes)
 
 
 def ask_ranks(job: Job) -> InferenceReport:
@@ -61,13 +63,13 @@ def ask_ranks(job: Job) -> InferenceReport:
     request = read_record(job.dir.request, InferenceRequest)
     folders = _run_ranks(job, request, ANSWERING_RANK, "inference")
     report = read_record(folders[0].outcome, InferenceReport)
-    others = [int(peak_gb * GIB) for peak_gb in _other_peaks_gb(folders)]
+    others = [int(other.peak_memory_gb * GIB) for other in _others(folders)]
     return report.model_copy(update={"peak_bytes": max([report.peak_bytes or 0, *others])})
 
 
-def _other_peaks_gb(folders: Sequence[JobDir]) -> list[float]:
-    outcomes = (read_record(folder.outcome, RankOutcome) for folder in folders[1:])
-    return [outcome.peak_memory_gb for outcome in outcomes]
+def _others(folders: Sequence[JobDir]) -> list[RankOutcome]:
+    """Return what the ranks above 0 have left."""
+    return [read_record(folder.outcome, RankOutcome) for folder in folders[1:]]
 
 
 def _run_ranks(
