@@ -153,17 +153,20 @@ class AnswerWriter:
         return min(pages_for(tokens + self.burst_steps), self.table.pages.shape[1])
 
     def _secure_pages(self) -> None:
-        """Give every running answer pages for the next burst, the oldest first."""
-        index = 0
-        while index < len(self.running):
-            running = self.running[index]
+        """Give every running answer pages for the next burst, the oldest first.
+
+        Where pages run out, the newest answers wait in host memory: at last the one that needs
+        them. The oldest always gets its pages, since the cache holds the longest answer.
+        """
+        for running in list(self.running):
+            if not running.pages:  # it waits by now, and all after it
+                break
             missing = self._pages_after_burst(running.cached_tokens + 1) - len(running.pages)
-            while missing > self.cache.free_pages and len(self.running) > index + 1:
+            while missing > self.cache.free_pages and running.pages:
                 self.paused.append(self.table.pause(self.running.pop(), self.cache))
-            if missing > 0:
+            if missing > 0 and running.pages:
                 running.pages += self.cache.take(missing)
                 self.table.set_pages(running)
-            index += 1
 
     def _free(self, running: Running) -> None:
         self.cache.give_back(running.pages)

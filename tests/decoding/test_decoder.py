@@ -21,11 +21,12 @@ from support.answering import (
     two_adapters,
 )
 
+from qwen3ft.decoding.cache import pages_for
 from qwen3ft.decoding.decoder import Decoder
 from qwen3ft.decoding.losses import LossQuery, summed_losses
 from qwen3ft.decoding.slots import Query
 from qwen3ft.decoding.writer import AnswerWriter
-from qwen3ft.decoding.writing import AnswerLimits
+from qwen3ft.decoding.writing import AnswerLimits, Marks
 from qwen3ft.planning.decoder_sizes import DecoderSizes
 
 
@@ -91,6 +92,21 @@ def test_a_page_is_given_back(decoder: Decoder) -> None:
     ask(decoder, embedded_prompts()[:5], [(index, 0) for index in range(5)])
     assert decoder.cache.free_pages == decoder.cache.pages
     assert len(decoder.table.free) == decoder.sizes.slots
+
+
+def test_the_newest_answer_waits_where_those_before_it_hold_all_pages(model: Any) -> None:
+    """Whichever it is that lacks a page, also the last one that is being written."""
+    new_tokens = 80
+    prompts = [prompt[:9] for prompt in embedded_prompts()[:3]]
+    queries = [Query(prompt, AnswerLimits(new_tokens)) for prompt in prompts]
+    most_tokens = 9 + new_tokens
+    written = []
+    for pages in (pages_for(most_tokens) + 1, 3 * pages_for(most_tokens)):
+        sizes = DecoderSizes(slots=3, pages=pages, most_tokens=most_tokens, chunk_tokens=64)
+        endless = Decoder(model, ADAPTERS, sizes, Marks(()))
+        written.append(dict(AnswerWriter(endless, queries).run()))
+    assert written[0] == written[1]
+    assert {len(answer.tokens) for answer in written[0].values()} == {new_tokens}
 
 
 def test_an_answer_may_end_within_its_first_burst(model: Any) -> None:
