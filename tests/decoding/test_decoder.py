@@ -96,13 +96,13 @@ def test_a_page_is_given_back(decoder: Decoder) -> None:
 
 def test_the_newest_answer_waits_where_those_before_it_hold_all_pages(model: Any) -> None:
     """Whichever it is that lacks a page, also the last one that is being written."""
-    new_tokens = 80
-    prompts = [prompt[:9] for prompt in embedded_prompts()[:3]]
+    new_tokens = 150
+    prompts = [prompt[:9] for prompt in embedded_prompts()[:4]]
     queries = [Query(prompt, AnswerLimits(new_tokens)) for prompt in prompts]
     most_tokens = 9 + new_tokens
     written = []
-    for pages in (pages_for(most_tokens) + 1, 3 * pages_for(most_tokens)):
-        sizes = DecoderSizes(slots=3, pages=pages, most_tokens=most_tokens, chunk_tokens=64)
+    for pages in (pages_for(most_tokens) + 1, 4 * pages_for(most_tokens)):
+        sizes = DecoderSizes(slots=4, pages=pages, most_tokens=most_tokens, chunk_tokens=64)
         endless = Decoder(model, ADAPTERS, sizes, Marks(()))
         written.append(dict(AnswerWriter(endless, queries).run()))
     assert written[0] == written[1]
