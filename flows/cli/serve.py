@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -12,12 +13,23 @@ from flows.cli.options import AdapterOption, ConfigOption, SetOption
 from flows.cli.output import say
 
 if TYPE_CHECKING:
-    from qwen3ft.server.engines import Engine
     from qwen3ft.server.run import Announcement
+
+
+class EngineChoice(StrEnum):
+    """Programs that `--engine` takes."""
+
+    AUTO = "auto"
+    VLLM = "vllm"
+    LLAMA_CPP = "llama.cpp"
+    OWN = "own"
 
 
 def serve_command(
     adapter: AdapterOption = "champion",
+    engine: Annotated[
+        EngineChoice, typer.Option("--engine", help="Program that writes the answers.")
+    ] = EngineChoice.AUTO,
     host: Annotated[
         str, typer.Option("--host", help="Address to listen on; beyond loopback with a key.")
     ] = "127.0.0.1",
@@ -72,7 +84,8 @@ def serve_command(
     from qwen3ft.records.serving import ServeRequest
     from qwen3ft.registry.registry import Registry
     from qwen3ft.registry.task_name import with_task_name
-    from qwen3ft.server.engines import OwnEngine
+    from qwen3ft.server.choice import choose_engine
+    from qwen3ft.server.engines import Engine
     from qwen3ft.server.run import ModelServer, ServerOptions
     from qwen3ft.server.sources import find_source
     from qwen3ft.tracking.uri import default_tracking_uri
@@ -87,16 +100,21 @@ def serve_command(
         wanted = with_task_name(wanted, registry)
     follow = wanted.registered_name if adapter == "champion" else None
 
+    device: Literal["cuda", "cpu"] = "cuda" if visible_gpus() else "cpu"
+    name, why = choose_engine(engine.value, device)
+    say(f"Engine: {name}, {why}.")
+
     def make_engine(folder: Path) -> Engine:
         request = ServeRequest(
+            engine=name,
             config=wanted,
             adapter=str(folder),
-            device="cuda" if visible_gpus() else "cpu",
+            device=device,
             socket="",  # the engine's own choice
             slots=slots,
             context_tokens=context_tokens,
         )
-        return OwnEngine(request)
+        return Engine(request)
 
     options = ServerOptions(host, port, queue, probe_rows, canary, log_requests, key)
     ModelServer(options, wanted, registry, source, make_engine, _announce, follow).run()

@@ -13,10 +13,14 @@ from qwen3ft.config import TrainingConfig
 from qwen3ft.records.base import Record
 from qwen3ft.records.training import Failure
 
+EngineName = Literal["own", "vllm", "llama.cpp"]
+"""Programs that write answers: the product's own decoder, vLLM's server, llama.cpp's server."""
+
 
 class ServeRequest(Record):
     """Load an adapter's 4-bit base and answer questions; the result is a `ServeEnded`."""
 
+    engine: EngineName
     config: TrainingConfig
     adapter: str = Field(description="Folder of an adapter; others must fit its base and rank.")
     device: Literal["cuda", "cpu"]

@@ -1,7 +1,4 @@
-"""Engines: what writes answers for the server.
-
-All of them hold several adapters of one base model, each under a name that is never used twice.
-"""
+"""The server's side of an engine, the worker that writes answers (`qwen3ft.serving.engines`)."""
 
 from __future__ import annotations
 
@@ -12,7 +9,6 @@ import threading
 from collections.abc import AsyncGenerator
 from itertools import count
 from pathlib import Path
-from typing import Protocol
 
 from qwen3ft.errors import FinetuneError, WorkerCrashedError
 from qwen3ft.jobs.folders import JobDir
@@ -48,57 +44,22 @@ class RefusedQuestionError(Exception):
         self.refusal = refusal
 
 
-class Engine(Protocol):
-    """Writes answers of several adapters on one base model."""
-
-    slots: int
-    """Most answers written at a time."""
-    places: int
-    """Most adapters loaded at a time."""
-    context_tokens: int
-    """Most tokens of a prompt and its answer."""
-    lost: asyncio.Future[FinetuneError]
-    """Has a result once the engine ended by itself."""
-
-    async def start(self) -> None:
-        """Load the base model.
-
-        Raises:
-            FinetuneError: it cannot be loaded.
-        """
-
-    async def load(self, name: str, folder: Path, prompting: Prompting) -> None:
-        """Load an adapter.
-
-        Raises:
-            RequestError: it does not go with those that are loaded; a new engine would do.
-            FinetuneError: it cannot be used.
-        """
-
-    async def unload(self, name: str) -> None:
-        """Forget an adapter that answers nothing."""
-
-    def answer(self, ask: Ask) -> AsyncGenerator[Piece | Ended]:
-        """Yield an answer as it is written; closing the generator frees its slot.
-
-        Raises:
-            RefusedQuestionError: it cannot be answered.
-            FinetuneError: the engine ended.
-        """
-
-    async def close(self) -> None:
-        """End the engine."""
-
-
-class OwnEngine:
-    """The product's own decoder, in a worker within the memory budget.
+class Engine:
+    """Writes answers of several adapters on one base model, in a worker within the memory budget.
 
     Args:
-        request: Base model and extent; the socket is chosen here.
+        request: The program that writes, base model and extent; the socket is chosen here.
+
+    Attributes:
+        name: The program that writes.
+        slots: Most answers written at a time.
+        places: Most adapters loaded at a time.
+        context_tokens: Most tokens of a prompt and its answer.
+        lost: Has a result once the engine ended by itself.
     """
 
     def __init__(self, request: ServeRequest) -> None:
-        self._request = request
+        self._request, self.name = request, request.engine
         self._numbers = count(1)
         self._answers: dict[int, asyncio.Queue[Piece | Ended | Refused | FinetuneError]] = {}
         self._loads: dict[str, asyncio.Future[AdapterLoaded]] = {}
@@ -106,7 +67,11 @@ class OwnEngine:
         self._thread: threading.Thread | None = None
 
     async def start(self) -> None:
-        """Start the worker and wait until the base model is loaded."""
+        """Start the worker and wait until the base model is loaded.
+
+        Raises:
+            FinetuneError: it cannot be loaded.
+        """
         self._loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[Ready] = self._loop.create_future()
         self.lost: asyncio.Future[FinetuneError] = self._loop.create_future()
@@ -131,7 +96,12 @@ class OwnEngine:
         self.context_tokens = ready.context_tokens
 
     async def load(self, name: str, folder: Path, prompting: Prompting) -> None:
-        """Have the worker load an adapter."""
+        """Have the worker load an adapter, under a name that is never used twice.
+
+        Raises:
+            RequestError: it does not go with those that are loaded; a new engine would do.
+            FinetuneError: it cannot be used.
+        """
         loaded = self._loads[name] = self._loop.create_future()
         self._send(Load(name=name, folder=str(folder), prompting=prompting))
         await asyncio.wait((loaded, self.lost), return_when=asyncio.FIRST_COMPLETED)
@@ -142,11 +112,16 @@ class OwnEngine:
             raise failure.to_error()
 
     async def unload(self, name: str) -> None:
-        """Free the adapter's place."""
+        """Free the place of an adapter that answers nothing."""
         self._send(Unload(name=name))
 
     async def answer(self, ask: Ask) -> AsyncGenerator[Piece | Ended]:
-        """Relay what the worker writes."""
+        """Yield an answer as the worker writes it; closing the generator frees its slot.
+
+        Raises:
+            RefusedQuestionError: it cannot be answered.
+            FinetuneError: the engine ended.
+        """
         if self.lost.done():
             raise self.lost.result()
         ask = ask.model_copy(update={"id": next(self._numbers)})

@@ -330,7 +330,7 @@ class Manager:
         run_id = version.provenance["run_id"]
         kept = await asyncio.to_thread(read_kept_answers, self.config, run_id, self.probe_rows)
         thinking = trained_prompting(version.provenance).thinking
-        same = await prove(client, version.name, kept, thinking)
+        same = await prove(client, version.name, kept, thinking, version.engine.name)
         logger.info("%s: %.1f %% of %d answers as in its test", version.name, 100 * same, len(kept))
 
     def _on(self, engine: Engine) -> list[Version]:

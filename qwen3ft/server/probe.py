@@ -26,6 +26,7 @@ from qwen3ft.files import read_json_lines
 from qwen3ft.jobs.folders import RunDir, read_record
 from qwen3ft.records.evaluation import SideBySide
 from qwen3ft.records.requests import InferenceRequest
+from qwen3ft.records.serving import EngineName
 
 LEAST_SAME_SHARE = 0.98
 """Least share of answers that are the same. Sums in another order turn a near tie now and then."""
@@ -86,7 +87,11 @@ def read_kept_answers(config: TrainingConfig, run_id: str, limit: int) -> list[K
 
 
 async def prove(
-    client: httpx.AsyncClient, name: str, kept: Sequence[KeptAnswer], default_thinking: bool
+    client: httpx.AsyncClient,
+    name: str,
+    kept: Sequence[KeptAnswer],
+    default_thinking: bool,
+    engine: EngineName,
 ) -> float:
     """Ask the server for all kept answers; return the share that is the same.
 
@@ -95,6 +100,7 @@ async def prove(
         name: Name of the version.
         kept: Questions and answers.
         default_thinking: The version thinks if a request says nothing about it.
+        engine: The program that writes its answers.
 
     Raises:
         ServedOtherwiseError: too many answers differ, or a request failed.
@@ -127,8 +133,10 @@ async def prove(
         raise ServedOtherwiseError(
             f"{name} answers {len(other)} of {len(kept)} held-out questions otherwise than in its "
             f"test (limit {1 - LEAST_SAME_SHARE:.0%}): {shown}.",
-            why="The engine, the chat template or the decoding is not that of the test.",
-            next_command="qwen3ft history",
+            why="The engine, the chat template or the decoding is not that of the test."
+            if engine == "own"
+            else f"Sums in {engine} round otherwise than in the test; near ties turn.",
+            next_command="qwen3ft history" if engine == "own" else "qwen3ft serve --engine own",
             version=name,
             differing=other,
         )

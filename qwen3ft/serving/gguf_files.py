@@ -38,10 +38,14 @@ def gguf_name(quantisation: GgufType) -> str:
     return f"model-{quantisation}.gguf"
 
 
+def missing_gguf_packages() -> list[str]:
+    """Return the packages of the extra `gguf` that are not installed."""
+    return [name for name in _PACKAGES if find_spec(name) is None]
+
+
 def require_gguf_packages() -> None:
     """Raise EnvironmentNotReadyError unless the packages of the extra `gguf` are installed."""
-    missing = [name for name in _PACKAGES if find_spec(name) is None]
-    if missing:
+    if missing := missing_gguf_packages():
         raise EnvironmentNotReadyError(
             f"Writing GGUF needs other packages; missing: {', '.join(missing)}.",
             why="llama.cpp's converter and server are an extra of qwen3ft.",

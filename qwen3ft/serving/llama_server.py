@@ -29,6 +29,8 @@ def open_llama_server(
     answer_tokens: int,
     lora: Path | None = None,
     chat_template: str | None = None,
+    slots: int = SLOTS,
+    socket: Path | None = None,
 ) -> Iterator[str]:
     """Serve a GGUF file; yield the address, without a slash at its end.
 
@@ -38,15 +40,17 @@ def open_llama_server(
         answer_tokens: Longest answer, thinking included, where a request sets no limit.
         lora: GGUF file of an adapter, put on the model.
         chat_template: Jinja text instead of the template in the file.
+        slots: Answers in progress at once.
+        socket: Unix socket to listen on, named *.sock; by default a port that the system chooses.
     """
     import xllamacpp
 
     params = xllamacpp.CommonParams()
     params.model.path = str(model)
-    params.hostnames = ["127.0.0.1"]
+    params.hostnames = ["127.0.0.1" if socket is None else str(socket)]
     params.port = 0  # the system chooses one
-    params.n_parallel = SLOTS
-    params.n_ctx = SLOTS * context_tokens
+    params.n_parallel = slots
+    params.n_ctx = slots * context_tokens
     params.n_predict = answer_tokens
     params.cpuparams.n_threads = len(os.sched_getaffinity(0))
     params.warmup = False

@@ -316,10 +316,13 @@ def answer_job(job: Job) -> ChatEnded:
 def serve_job(job: Job) -> ServeEnded:
     """Answer for the server, until it ends."""
     from qwen3ft.machine.memory import MemoryOptimizer
-    from qwen3ft.serving.engine import serve_session
+    from qwen3ft.serving.engines.own import serve_session
+    from qwen3ft.serving.engines.relay import relay_session
 
     request = read_record(job.dir.request, ServeRequest)
     job.heartbeat.beat("load")
+    if request.engine != "own":
+        return relay_session(request, job.dir.path, job.heartbeat.beat)
     MemoryOptimizer(request.config.max_memory_gb, request.device).optimize_for_training()
     return serve_session(request, job.heartbeat.beat)
 

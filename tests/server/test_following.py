@@ -16,7 +16,7 @@ import psutil
 import pytest
 from support.planted_adapters import plant
 from support.registered import MODEL, copy_database, register_saved
-from support.served import Running, engines_in_threads, keep_test_answers, running
+from support.served import ENGINES, Running, engines_in_threads, keep_test_answers, running
 from support.trained_adapter import Trained
 
 from qwen3ft.config import TrainingConfig
@@ -66,14 +66,16 @@ def place(
     return Place(config, Registry(uri), uri, folder, answers)
 
 
-@pytest.fixture
-def server(place: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
+@pytest.fixture(params=ENGINES)
+def server(
+    place: Place, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[Running]:
     """A server of version 1, which looks at the alias often."""
     monkeypatch.setattr(manager, "FOLLOW_SECONDS", 0.1)
     engines_in_threads(monkeypatch)
     place.promote("1")
     source = find_source(place.config, place.registry, "champion")
-    with running(place.config, source, place.registry, follow=MODEL) as made:
+    with running(place.config, source, place.registry, follow=MODEL, engine=request.param) as made:
         yield made
 
 

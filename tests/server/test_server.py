@@ -18,12 +18,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.planted_adapters import plant
-from support.served import QUEUE, SLOTS, Running, engines_in_threads, keep_test_answers, running
+from support.served import (
+    ENGINES,
+    QUEUE,
+    SLOTS,
+    Running,
+    engines_in_threads,
+    keep_test_answers,
+    running,
+)
 from support.trained_adapter import Trained
 
 from qwen3ft.errors import DataLoadingError, EnvironmentNotReadyError, ServedOtherwiseError
 from qwen3ft.evaluation.answers import choose_questions
 from qwen3ft.evaluation.exam import to_question
+from qwen3ft.records.serving import EngineName
 from qwen3ft.registry.registry import Registry
 from qwen3ft.server.access import is_loopback, make_key
 from qwen3ft.server.probe import read_kept_answers
@@ -52,11 +61,15 @@ def _threads() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=ENGINES)
 def server(
-    _threads: None, trained: Trained, answers: list[str], source: Source
+    _threads: None,
+    trained: Trained,
+    answers: list[str],
+    source: Source,
+    request: pytest.FixtureRequest,
 ) -> Iterator[Running]:
-    with running(trained.config, source, NO_REGISTRY) as made:
+    with running(trained.config, source, NO_REGISTRY, engine=request.param) as made:
         yield made
 
 
@@ -260,12 +273,13 @@ def wait_until_idle(server: Running) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_full_queue_says_when_to_come_back_and_a_client_that_leaves_frees_its_slot(
-    trained: Trained, tmp_path: Path
+    trained: Trained, tmp_path: Path, engine: EngineName
 ) -> None:
     """All slots and places are taken by endless answers; their clients leave, and all is free."""
     endless = find_source(trained.config, NO_REGISTRY, plant(trained, "endless", tmp_path).path)
-    with running(trained.config, endless, NO_REGISTRY, probe_rows=0) as server:
+    with running(trained.config, endless, NO_REGISTRY, engine=engine, probe_rows=0) as server:
         fill_and_leave(server, trained.rows[0]["question"])
         wait_until_idle(server)
         assert server.ask("Hello", max_tokens=1).status_code == 200

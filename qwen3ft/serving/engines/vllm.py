@@ -1,0 +1,196 @@
+"""vLLM's server: the base model with adapters that are loaded while it runs.
+
+It is a program of its own, `vllm`, of this environment or on PATH. It listens on a Unix socket in a
+private folder, since whoever reaches it may load adapters.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import sys
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import httpx
+
+from qwen3ft.errors import EnvironmentNotReadyError, FinetuneError, WorkerCrashedError
+from qwen3ft.jobs.processes import GRACE_SECONDS, end_with_parent
+from qwen3ft.machine.gpus import visible_gpus
+from qwen3ft.model.saved_adapter import shape_of
+from qwen3ft.records.serving import ServeRequest
+from qwen3ft.serving.engines.base_weights import write_base_weights
+from qwen3ft.serving.engines.events import events, open_client, post
+from qwen3ft.serving.engines.places import cache_bytes, require_room
+from qwen3ft.serving.instructions import VLLM_RANKS
+from qwen3ft.units import GIB
+
+if TYPE_CHECKING:
+    from qwen3ft.decoding.writing import AnswerLimits
+
+PLACES = 4
+"""Adapters loaded at a time: one in use, one on trial, and two whose last answers are written."""
+
+MOST_GPU_SHARE = 0.95
+CPU_PROGRAM_BYTES = 3 * GIB
+"""Memory of vLLM on a CPU beside weights and cache."""
+
+CPU_NUMBER_BYTES = 4
+"""It computes there in fp32, as the test does."""
+
+_LOOK_SECONDS = 0.25
+_MOST_LOG_CHARACTERS = 300
+
+
+def find_vllm() -> str | None:
+    """Return the path of the program `vllm`: of this environment, or on PATH; None without one."""
+    here = str(Path(sys.executable).parent)
+    return shutil.which("vllm", path=os.pathsep.join((here, os.environ.get("PATH", ""))))
+
+
+class VllmServer:
+    """One `vllm serve`, for as long as the session lasts.
+
+    Args:
+        request: Memory and device.
+        base: Folder of the 4-bit base model.
+        rank: Rank of the first adapter.
+        ends: End tokens.
+        context_tokens: Most tokens of a prompt and its answer.
+        scratch: Private folder for its files.
+    """
+
+    places = PLACES
+
+    def __init__(
+        self,
+        request: ServeRequest,
+        base: Path,
+        rank: int,
+        ends: Sequence[int],
+        context_tokens: int,
+        scratch: Path,
+    ) -> None:
+        self._request, self._base, self._ends = request, base, list(ends)
+        self._context_tokens, self._scratch = context_tokens, scratch
+        self.slots = request.slots
+        self.rank = next((limit for limit in VLLM_RANKS if limit >= rank), rank)
+        self._process: asyncio.subprocess.Process | None = None
+        socket = Path(request.socket).with_name("vllm")  # a short path, in a private folder
+        self._client, self._socket, self._log = open_client(socket), socket, scratch / "vllm.log"
+
+    async def start(self) -> None:
+        """Write the base model's weights, start the program, and wait until it is healthy."""
+        program = find_vllm()
+        if program is None:
+            raise EnvironmentNotReadyError(
+                "There is no program vllm.",
+                why="vLLM is an extra of qwen3ft.",
+                next_command="pip install 'qwen3ft[vllm]'",
+            )
+        variables = self._variables()
+        await asyncio.to_thread(write_base_weights, self._base, self._scratch / "base")
+        parent = os.getpid()
+        with self._log.open("wb") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                *(program, *self._options()),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=asyncio.subprocess.STDOUT,
+                env=variables,
+                preexec_fn=lambda: end_with_parent(parent),
+            )
+        while not await self._is_healthy():
+            if self._process.returncode is not None:
+                raise await self.watch()
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    async def watch(self) -> FinetuneError:
+        """Return why the program ended, once it has."""
+        assert self._process is not None
+        status = await self._process.wait()
+        last = self._log.read_text(encoding="utf-8", errors="replace").strip()
+        return WorkerCrashedError(
+            f"vLLM ended with status {status}.",
+            why=f"The end of what it said: {last[-_MOST_LOG_CHARACTERS:]!a}",
+            next_command="qwen3ft serve --engine own",
+        )
+
+    async def load(self, name: str, folder: Path) -> None:
+        """Load an adapter under its name."""
+        await post(
+            self._client, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)}
+        )
+
+    async def unload(self, name: str) -> None:
+        """Forget an adapter."""
+        await post(self._client, "/v1/unload_lora_adapter", {"lora_name": name})
+
+    async def continue_text(
+        self, name: str, ids: Sequence[int], limits: AnswerLimits, most_tokens: int
+    ) -> AsyncGenerator[list[int]]:
+        """Yield new tokens as they are written, the end token included."""
+        body = {
+            "model": name,
+            "prompt": list(ids),
+            "max_tokens": most_tokens,
+            "temperature": 0.0 if limits.seed is None else limits.temperature,
+            "top_p": limits.top_p,
+            "seed": limits.seed,
+            "stop_token_ids": self._ends,
+            "stream": True,
+            "return_token_ids": True,
+        }
+        async with aclosing(events(self._client, "/v1/completions", body)) as received:
+            async for event in received:
+                for choice in event["choices"]:
+                    yield choice["token_ids"] or []
+
+    async def close(self) -> None:
+        """End the program."""
+        await self._client.aclose()
+        if self._process is None or self._process.returncode is not None:
+            return
+        self._process.terminate()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._process.wait(), GRACE_SECONDS)
+
+    async def _is_healthy(self) -> bool:
+        try:
+            return (await self._client.get("/health")).is_success
+        except httpx.HTTPError:
+            return False
+
+    def _options(self) -> list[str]:
+        options = [
+            *("serve", str(self._scratch / "base"), "--uds", str(self._socket)),
+            *("--served-model-name", "base", "--generation-config", "vllm"),
+            *("--enable-lora", "--max-lora-rank", str(self.rank), "--max-loras", str(PLACES)),
+            *("--max-num-seqs", str(self.slots), "--max-model-len", str(self._context_tokens)),
+        ]
+        if self._request.device == "cpu":
+            return [*options, "--dtype", "float32"]
+        total_bytes = visible_gpus()[0].total_bytes
+        share = min(MOST_GPU_SHARE, self._request.config.max_memory_gb * GIB / total_bytes)
+        return [*options, "--dtype", "bfloat16", "--gpu-memory-utilization", f"{share:.3f}"]
+
+    def _variables(self) -> dict[str, str]:
+        variables = {
+            **os.environ,
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        if self._request.device == "cuda":
+            return variables
+        shape, budget_bytes = shape_of(self._base), int(self._request.config.max_memory_gb * GIB)
+        weights_bytes = CPU_NUMBER_BYTES * shape.total_parameters
+        room_bytes = budget_bytes - weights_bytes - CPU_PROGRAM_BYTES
+        answer_bytes = cache_bytes(shape, self._context_tokens, CPU_NUMBER_BYTES)
+        require_room("vLLM", room_bytes, max(GIB, answer_bytes))  # it takes whole GiB
+        cache_gb = str(min(room_bytes, self.slots * answer_bytes + GIB) // GIB)
+        return {**variables, "CUDA_VISIBLE_DEVICES": "", "VLLM_CPU_KVCACHE_SPACE": cache_gb}
