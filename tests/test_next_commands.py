@@ -61,6 +61,7 @@ COMPUTED = {
     "qwen3ft/planning/refusal.py": "tests/planning/test_refusal.py",
     "qwen3ft/recovery/adjust.py": "a text in the code, or that of the failure",
     "qwen3ft/recovery/shared_gpu.py": "texts in the code",
+    "qwen3ft/serving/engines/vllm.py": "extra_command: tests/machine/test_installing.py",
     "qwen3ft/serving/gguf_files.py": "extra_command: tests/machine/test_installing.py",
     "qwen3ft/settings.py": "the settings",
     "qwen3ft/registry/aliases.py": "command_for_history: looked at with the mishap",

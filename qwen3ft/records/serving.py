@@ -13,6 +13,9 @@ from qwen3ft.config import TrainingConfig
 from qwen3ft.records.base import Record
 from qwen3ft.records.training import Failure
 
+MOST_LINE_BYTES = 2**24
+"""Longest message."""
+
 EngineName = Literal["own", "vllm", "llama.cpp"]
 """Programs that write answers: the product's own decoder, vLLM's server, llama.cpp's server."""
 

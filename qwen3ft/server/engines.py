@@ -15,6 +15,7 @@ from qwen3ft.jobs.folders import JobDir
 from qwen3ft.jobs.launcher import run_worker
 from qwen3ft.jobs.processes import GRACE_SECONDS
 from qwen3ft.records.serving import (
+    MOST_LINE_BYTES,
     AdapterLoaded,
     Ask,
     Cancel,
@@ -32,8 +33,6 @@ from qwen3ft.records.serving import (
     Unload,
     to_server,
 )
-
-MOST_LINE_BYTES = 2**24
 
 
 class RefusedQuestionError(Exception):

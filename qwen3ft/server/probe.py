@@ -130,13 +130,22 @@ async def prove(
             f"{one['question'][-80:]!r}: {one['served'][:80]!r} instead of {one['tested'][:80]!r}"
             for one in other[:MOST_DIFFERING_SHOWN]
         )
-        raise ServedOtherwiseError(
+        what = (
             f"{name} answers {len(other)} of {len(kept)} held-out questions otherwise than in its "
-            f"test (limit {1 - LEAST_SAME_SHARE:.0%}): {shown}.",
-            why="The engine, the chat template or the decoding is not that of the test."
-            if engine == "own"
-            else f"Sums in {engine} round otherwise than in the test; near ties turn.",
-            next_command="qwen3ft history" if engine == "own" else "qwen3ft serve --engine own",
+            f"test (limit {1 - LEAST_SAME_SHARE:.0%}): {shown}."
+        )
+        if engine != "own":
+            raise ServedOtherwiseError(
+                what,
+                why=f"{engine} rounds sums otherwise than the test did, and near ties turn.",
+                next_command="qwen3ft serve --engine own",
+                version=name,
+                differing=other,
+            )
+        raise ServedOtherwiseError(
+            what,
+            why="The engine, the chat template or the decoding is not that of the test.",
+            next_command="qwen3ft history",
             version=name,
             differing=other,
         )

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qwen3ft.chat.words import is_separable
 from qwen3ft.errors import EnvironmentNotReadyError, SaveError
@@ -54,11 +54,13 @@ def require_gguf_packages() -> None:
         )
 
 
-def write_model(merged: Path, target: Path, quantisation: GgufType, name: str = "") -> None:
+def write_model(
+    merged: Path, target: Path, quantisation: GgufType | Literal["f16"], name: str = ""
+) -> None:
     """Write the model in the folder `merged` to the new GGUF file `target`, called `name`.
 
-    The weights stay in bfloat16, or are quantised to 8 bits by the converter or to 4 to 6 bits by
-    `qwen3ft.serving.gguf_quantizer`. Norms are in fp32 in all of them.
+    The weights are in bfloat16 or float16, or are quantised to 8 bits by the converter or to 4 to 6
+    bits by `qwen3ft.serving.gguf_quantizer`. Norms are in fp32 in all of them.
 
     Raises:
         SaveError: llama.cpp's converter does not know this tokenizer.
@@ -74,7 +76,11 @@ def write_model(merged: Path, target: Path, quantisation: GgufType, name: str = 
     import torch
     from conversion import get_model_class
 
-    types = {"bf16": gguf.LlamaFileType.MOSTLY_BF16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
+    types = {
+        "f16": gguf.LlamaFileType.MOSTLY_F16,
+        "bf16": gguf.LlamaFileType.MOSTLY_BF16,
+        "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+    }
     known: Any = get_model_class(read_settings(merged)["architectures"][0])
 
     class Model(known):

@@ -3,103 +3,130 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import psutil
 import pytest
+from support.finished_run import attach_lora, make_outcome, make_plan, write_checkpoint
+from support.served import engines_in_threads
 from support.trained_adapter import Trained
 
-from qwen3ft.errors import EnvironmentNotReadyError, FinetuneError, RequestError
-from qwen3ft.records.serving import Ask, Ended, Piece, Prompting
+from qwen3ft.config import TrainingConfig
+from qwen3ft.errors import FinetuneError
+from qwen3ft.model.manager import ModelManager
+from qwen3ft.model.save_adapter import save_adapter
+from qwen3ft.model.shapes import count_adapter_parameters
+from qwen3ft.records.serving import ServeRequest
+from qwen3ft.server.engines import Engine
 from qwen3ft.server.front import Front
 from qwen3ft.server.manager import Manager
 from qwen3ft.server.served import Served
 from qwen3ft.server.sources import Source
 
+pytestmark = pytest.mark.slow
 
-class SilentEngine:
-    """An engine that takes so many adapters and answers nothing."""
+NOBODY = cast(Any, None)
+"""No client asks, and no alias is followed."""
 
-    slots = places = 4
-    context_tokens = 100
-
-    def __init__(self, room: int = 1, *, starts: bool = True) -> None:
-        self.room, self.starts, self.is_closed = room, starts, False
-        self.lost: asyncio.Future[FinetuneError] = asyncio.get_running_loop().create_future()
-
-    async def start(self) -> None:
-        """Start, or fail."""
-        await asyncio.sleep(0)
-        if not self.starts:
-            raise EnvironmentNotReadyError("No room.", why="A test.", next_command="df -h")
-
-    async def load(self, name: str, folder: Path, prompting: Prompting) -> None:
-        """Take an adapter while there is room."""
-        await asyncio.sleep(0)
-        if self.room == 0:
-            raise RequestError("No room.", why="A test.", next_command="df -h")
-        self.room -= 1
-
-    async def unload(self, name: str) -> None:
-        """Have room for one more."""
-        self.room += 1
-
-    async def answer(self, ask: Ask) -> AsyncGenerator[Piece | Ended]:
-        """Refuse: nobody asks."""
-        raise NotImplementedError
-        yield
-
-    async def close(self) -> None:
-        """Take note."""
-        self.is_closed = True
+LARGE_RANK = 16
 
 
-@pytest.mark.parametrize("trouble", ["does not start", "does not load", "is refused"])
+def save_of_rank(trained: Trained, rank: int, folder: Path) -> Path:
+    """Save an adapter of another rank, which has learnt nothing."""
+    model, _ = ModelManager(trained.config).load_model_with_quantization(trained.snapshot.path)
+    checkpoint = write_checkpoint(attach_lora(model, rank), folder / f"rank-{rank}")
+    plan = make_plan(trained.snapshot, run_id=f"rank-{rank}")
+    weights = count_adapter_parameters(trained.snapshot.shape, rank)
+    changes = {"r": rank, "alpha": 2 * rank, "trainable_parameters": weights}
+    adapter = plan.adapter.model_copy(update=changes)
+    plan = plan.model_copy(update={"adapter": adapter})
+    return Path(save_adapter(make_outcome(checkpoint), plan, trained.config).path)
+
+
+def make_engine(config: TrainingConfig, folder: Path, **changes: Any) -> Engine:
+    config = config.model_copy(update=changes)
+    request = ServeRequest(
+        engine="own", config=config, adapter=str(folder), device="cpu", socket="", slots=2
+    )
+    return Engine(request)
+
+
+def is_closed(engine: Engine) -> bool:
+    """Return True if nothing of it is left: neither its thread nor its files."""
+    thread = engine._thread
+    return not (thread and thread.is_alive()) and not engine._job.path.exists()
+
+
 def test_a_new_engine_in_trouble_is_closed_and_the_old_one_stays(
-    trained: Trained, tmp_path: Path, trouble: str
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is made since the adapter does not go with the others; then another one is used."""
+    """It is made for an adapter too large for the first; at last one takes over."""
+    engines_in_threads(monkeypatch)
+    config = trained.config.model_copy(update={"runs_dir": str(tmp_path)})
+    small, large = trained.adapter, save_of_rank(trained, LARGE_RANK, tmp_path)
+    first = Source("v1", "1", small)
+    makers: list[Callable[[Path], Engine]] = [
+        lambda folder: make_engine(config, folder, max_memory_gb=0.5),  # does not start
+        lambda _: make_engine(config, small),  # has no room for the adapter
+        lambda folder: make_engine(config, folder),  # its version will be refused
+    ]
 
     async def check() -> None:
-        first, third = SilentEngine(), SilentEngine()
-        second = SilentEngine(trouble != "does not load", starts=trouble != "does not start")
-        made = iter((first, second, third))
-        config = trained.config.model_copy(update={"runs_dir": str(tmp_path)})
-        front, none = Front(Served("model"), 4), cast(Any, None)
-        manager = Manager(front, config, none, lambda _: next(made), probe_rows=0)
-        sources = [Source(f"v{n}", str(n), Path(trained.saved.path)) for n in (1, 2, 3)]
-        await manager.use(sources[0], none)
-        manager.probe_rows = 5 * (trouble == "is refused")  # no answers were kept
-        with pytest.raises(FinetuneError):
-            await manager.use(sources[1], none)
-        await asyncio.gather(*manager._leaving)
-        assert (manager.engine, first.is_closed, second.is_closed) == (first, False, True)
+        front, made = Front(Served("model"), 4), list[Engine]()
+
+        def make(folder: Path) -> Engine:
+            made.append(makers[len(made) - 1](folder) if made else make_engine(config, folder))
+            return made[-1]
+
+        manager = Manager(front, config, NOBODY, make, probe_rows=0)
+        await manager.use(first, NOBODY)
+        for number in (2, 3, 4):
+            manager.probe_rows = 5 * (number == 4)  # no answers were kept
+            with pytest.raises(FinetuneError):
+                await manager.use(Source(f"v{number}", str(number), large), NOBODY)
+            await asyncio.gather(*manager._leaving)
+            assert len(made) == number
+            assert is_closed(made[-1])
+            assert manager.engine is made[0]
+            assert not is_closed(made[0])
         manager.probe_rows = 0
-        await manager.use(sources[2], none)
+        makers.append(lambda folder: make_engine(config, folder))
+        await manager.use(Source("v5", "5", large), NOBODY)
         await asyncio.gather(*manager._leaving)
-        assert (manager.engine, first.is_closed, third.is_closed) == (third, True, False)
+        assert manager.engine is made[-1]
+        assert is_closed(made[0])
         await manager.close()
-        assert third.is_closed
+        assert is_closed(made[-1])
 
     asyncio.run(check())
 
 
 def test_an_engine_that_still_loads_is_closed_at_the_end(trained: Trained) -> None:
-    """Ctrl-C does not wait until the first one is there."""
+    """Ctrl-C does not wait until the first one is there; its worker ends soon after."""
+
+    def workers() -> list[psutil.Process]:
+        found = psutil.Process().children(recursive=True)
+        return [process for process in found if process.name() == "qwen3ft-serve"]
 
     async def check() -> None:
-        engine, none = SilentEngine(), cast(Any, None)
         front = Front(Served("model"), 4)
-        manager = Manager(front, trained.config, none, lambda _: engine, probe_rows=0)
-        source = Source("v1", "1", Path(trained.saved.path))
-        using = asyncio.create_task(manager.use(source, none))
-        while not manager._engines:
-            await asyncio.sleep(0)
+        make = lambda folder: make_engine(trained.config, folder)  # noqa: E731
+        manager = Manager(front, trained.config, NOBODY, make, probe_rows=0)
+        using = asyncio.create_task(manager.use(Source("v1", "1", trained.adapter), NOBODY))
+        while not workers():
+            await asyncio.sleep(0.1)
+        [engine] = manager._engines
         using.cancel()
         await asyncio.wait([using])
+        started = time.monotonic()
         await manager.close()
-        assert using.cancelled()
-        assert engine.is_closed
+        assert time.monotonic() - started < 5
+        assert not engine._job.path.exists()
+        assert engine._thread is not None
+        await asyncio.to_thread(engine._thread.join, 120)
+        assert not workers()
 
     asyncio.run(check())

@@ -123,14 +123,14 @@ def make_outcome(checkpoint: Path) -> AttemptOutcome:
     )
 
 
-def attach_lora(model: Any) -> Any:
-    """Attach a PEFT adapter of the plan's rank to all seven projections."""
+def attach_lora(model: Any, rank: int = RANK) -> Any:
+    """Attach a PEFT adapter, by default of the plan's rank, to all seven projections."""
     from peft import LoraConfig, get_peft_model
 
     return get_peft_model(
         model,
         LoraConfig(
-            r=RANK, lora_alpha=2 * RANK, target_modules=list(PROJECTIONS), task_type="CAUSAL_LM"
+            r=rank, lora_alpha=2 * rank, target_modules=list(PROJECTIONS), task_type="CAUSAL_LM"
         ),
     )
 

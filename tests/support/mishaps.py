@@ -54,6 +54,7 @@ from qwen3ft.planning import gpu_specs
 from qwen3ft.planning.plan import build_plan
 from qwen3ft.records.data import SourceFile
 from qwen3ft.records.evaluation import Champion
+from qwen3ft.records.serving import EngineName
 from qwen3ft.records.training import Failure
 from qwen3ft.recovery.adjust import FailedAttempt, GiveUp, decide_retry
 from qwen3ft.registry import aliases, bounded_calls, lookup
@@ -383,7 +384,7 @@ def ended_engine(**watching: Any) -> None:
     raise ended[0]
 
 
-def served_otherwise(_: Path) -> None:
+def served_otherwise(engine: EngineName) -> None:
     """A server answers otherwise than the run's test did."""
     kept = probe.KeptAnswer([{"role": "user", "content": "q"}], thinking=False, answer="right")
     answer = {"choices": [{"message": {"content": "wrong"}}]}
@@ -391,7 +392,7 @@ def served_otherwise(_: Path) -> None:
 
     async def ask() -> None:
         async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
-            await probe.prove(client, "v1", [kept], default_thinking=False, engine="own")
+            await probe.prove(client, "v1", [kept], default_thinking=False, engine=engine)
 
     asyncio.run(ask())
 
@@ -821,7 +822,8 @@ QUICK: dict[str, Mishap] = {
     "qwen3ft/server/engines.py Engine._run 2": lambda _: ended_engine(
         side_effect=OSError(28, "No space left on device")
     ),
-    "qwen3ft/server/probe.py prove 1": served_otherwise,
+    "qwen3ft/server/probe.py prove 1": lambda _: served_otherwise("vllm"),
+    "qwen3ft/server/probe.py prove 2": lambda _: served_otherwise("own"),
     "qwen3ft/server/probe.py read_kept_answers 1": lambda f: probe.read_kept_answers(
         config(runs_dir=str(f)), "a-run", 5
     ),
@@ -833,7 +835,9 @@ QUICK: dict[str, Mishap] = {
         own._cannot_decode("it has no room")
     ),
     "qwen3ft/serving/engines/places.py require_place 1": beside_another_base,
-    "qwen3ft/serving/engines/places.py require_room 1": lambda _: places.require_room("vLLM", 1, 9),
+    "qwen3ft/serving/engines/places.py require_cache_room 1": lambda _: places.require_cache_room(
+        "vLLM", 1, 9
+    ),
     "qwen3ft/serving/engines/vllm.py VllmServer.start 1": no_vllm,
     "qwen3ft/serving/engines/vllm.py VllmServer.watch 1": lambda _: vllm_that_ended(),
     "qwen3ft/serving/session.py _ended_early 1": lambda _: throw(session._ended_early()),

@@ -80,7 +80,7 @@ class AnswerText:
 
 
 @dataclass(frozen=True)
-class Question:
+class PreparedQuestion:
     """A question that fits: its prompt, its limits, and the text that it is answered with."""
 
     ids: list[int]
@@ -102,7 +102,7 @@ class Asker:
     ) -> None:
         self.tokenizer, self.marks, self.context_tokens = tokenizer, marks, context_tokens
 
-    def prepare(self, ask: Ask, prompting: Prompting) -> Question | Refused:
+    def prepare(self, ask: Ask, prompting: Prompting) -> PreparedQuestion | Refused:
         """Return the question as an engine takes it, or why that is impossible."""
         thinking = prompting.thinking if ask.thinking is None else ask.thinking
         try:
@@ -141,7 +141,7 @@ class Asker:
             stops=ask.stop,
             ends=self.marks.ends,
         )
-        return Question(ids, limits, answer)
+        return PreparedQuestion(ids, limits, answer)
 
 
 def _decode_stream() -> Any:

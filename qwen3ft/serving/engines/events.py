@@ -15,7 +15,7 @@ _SILENCE_SECONDS = 600.0
 _MOST_SHOWN_CHARACTERS = 300
 
 
-def open_client(socket: Path) -> httpx.AsyncClient:
+def open_engine(socket: Path) -> httpx.AsyncClient:
     """Return a client of the program that listens on `socket`; any number of requests at once."""
     limits = httpx.Limits(max_connections=None)
     transport = httpx.AsyncHTTPTransport(uds=str(socket), limits=limits)

@@ -20,17 +20,18 @@ import httpx
 from qwen3ft.errors import FinetuneError
 from qwen3ft.model.saved_adapter import shape_of
 from qwen3ft.records.serving import ServeRequest
-from qwen3ft.serving.engines.base_weights import BYTES_PER_WEIGHT, write_base_weights
-from qwen3ft.serving.engines.events import events, open_client
-from qwen3ft.serving.engines.places import cache_bytes, require_room
+from qwen3ft.serving.engines.base_weights import write_base_weights
+from qwen3ft.serving.engines.events import events, open_engine
+from qwen3ft.serving.engines.places import cache_bytes, require_cache_room
 from qwen3ft.serving.gguf_files import require_gguf_packages, write_lora, write_model
 from qwen3ft.serving.llama_server import open_llama_server
+from qwen3ft.serving.merge import BYTES_PER_WEIGHT
 from qwen3ft.units import GIB
 
 if TYPE_CHECKING:
     from qwen3ft.decoding.writing import AnswerLimits
 
-PLACES = 2
+MOST_SERVERS = 2
 """Adapters loaded at a time, each with memory of its own for all slots."""
 
 PROGRAM_BYTES = 2 * GIB
@@ -60,7 +61,7 @@ class LlamaServers:
         scratch: Private folder for the GGUF files.
     """
 
-    places, rank = PLACES, ANY_RANK
+    places, rank = MOST_SERVERS, ANY_RANK
 
     def __init__(
         self,
@@ -78,16 +79,16 @@ class LlamaServers:
         shape = shape_of(base)
         weights_bytes = BYTES_PER_WEIGHT * shape.total_parameters
         room_bytes = int(request.config.max_memory_gb * GIB) - weights_bytes - PROGRAM_BYTES
-        slot_bytes = PLACES * cache_bytes(shape, context_tokens, CACHE_NUMBER_BYTES)
-        require_room("llama.cpp", room_bytes, slot_bytes)
+        slot_bytes = MOST_SERVERS * cache_bytes(shape, context_tokens, CACHE_NUMBER_BYTES)
+        require_cache_room("llama.cpp", room_bytes, slot_bytes)
         self.slots = min(request.slots, room_bytes // slot_bytes)
         self._loaded: dict[str, _Loaded] = {}
 
     async def start(self) -> None:
         """Write the base model as GGUF."""
         require_gguf_packages()
-        await asyncio.to_thread(write_base_weights, self._snapshot, self._base)
-        await asyncio.to_thread(write_model, self._base, self._gguf, "bf16")
+        await asyncio.to_thread(write_base_weights, self._snapshot, self._base, "cpu")
+        await asyncio.to_thread(write_model, self._base, self._gguf, "f16")
         for path in self._base.glob("*.safetensors"):
             path.unlink()  # they are in the GGUF file
 
@@ -111,7 +112,7 @@ class LlamaServers:
             socket=socket,
         )
         await asyncio.to_thread(stack.enter_context, opening)
-        self._loaded[name] = _Loaded(stack, open_client(socket))
+        self._loaded[name] = _Loaded(stack, open_engine(socket))
 
     async def unload(self, name: str) -> None:
         """End the adapter's server."""

@@ -52,16 +52,13 @@ from qwen3ft.records.serving import (
 )
 from qwen3ft.records.training import Failure
 from qwen3ft.serving.engines.asking import AnswerText, Asker
-from qwen3ft.serving.engines.places import choose_context, require_place
+from qwen3ft.serving.engines.places import ADAPTER_PLACES, choose_context, require_place
 from qwen3ft.serving.prompting import trained_prompting
 
 if TYPE_CHECKING:
     from qwen3ft.records.model import ModelShape
 
 logger = get_logger("engine")
-
-ADAPTER_PLACES = 4
-"""Adapters loaded at a time: one in use, one on trial, and two whose last answers are written."""
 
 SERVING_BURST_STEPS = 4
 """Tokens between two looks at the socket."""

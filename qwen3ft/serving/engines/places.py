@@ -8,6 +8,9 @@ from qwen3ft.records.model import ModelShape
 from qwen3ft.records.serving import Prompting, ServeRequest
 from qwen3ft.units import size_text
 
+ADAPTER_PLACES = 4
+"""Adapters loaded at a time: one in use, one on trial, and two whose last answers are written."""
+
 MOST_PROMPT_TOKENS = 8192
 """Longest prompt, unless the model takes less or the context is set."""
 
@@ -53,7 +56,7 @@ def cache_bytes(shape: ModelShape, tokens: int, number_bytes: int) -> int:
     return 2 * shape.num_hidden_layers * shape.key_features * number_bytes * tokens
 
 
-def require_room(program: str, room_bytes: int, answer_bytes: int) -> None:
+def require_cache_room(program: str, room_bytes: int, answer_bytes: int) -> None:
     """Let another program answer only if one answer of the longest kind fits.
 
     Raises:

@@ -21,6 +21,7 @@ from qwen3ft.model.manager import with_end
 from qwen3ft.model.saved_adapter import find_base, open_adapter, shape_of
 from qwen3ft.records.base import Record
 from qwen3ft.records.serving import (
+    MOST_LINE_BYTES,
     AdapterLoaded,
     Ask,
     Cancel,
@@ -37,15 +38,14 @@ from qwen3ft.records.serving import (
     to_worker,
 )
 from qwen3ft.records.training import Failure
-from qwen3ft.serving.engines.asking import Asker, Question
+from qwen3ft.serving.engines.asking import Asker, PreparedQuestion
 from qwen3ft.serving.engines.llama_cpp import LlamaServers
 from qwen3ft.serving.engines.places import choose_context, require_place
 from qwen3ft.serving.engines.tally import Tally
 from qwen3ft.serving.engines.vllm import VllmServer
 from qwen3ft.serving.prompting import trained_prompting
 
-MOST_LINE_BYTES = 2**24
-BEAT_SECONDS = 1.0
+_BEAT_SECONDS = 1.0
 
 
 class InferenceServer(Protocol):
@@ -163,7 +163,7 @@ class _Relay:
     async def _beat(self, beat: Callable[[str], None]) -> None:
         while True:
             beat("answer" if self._tasks else "wait")
-            await asyncio.sleep(BEAT_SECONDS)
+            await asyncio.sleep(_BEAT_SECONDS)
 
     async def _load(self, message: Load) -> None:
         failure = None
@@ -185,7 +185,7 @@ class _Relay:
         task = self._tasks[ask.id] = asyncio.create_task(self._answer(ask.name, asked))
         task.add_done_callback(lambda done: self._note_end(ask.id, done))
 
-    async def _answer(self, name: str, asked: Question) -> None:
+    async def _answer(self, name: str, asked: PreparedQuestion) -> None:
         async with aclosing(self._tokens(name, asked)) as bursts:
             async for tokens, is_over in bursts:
                 texts = asked.answer.feed(tokens, is_over=is_over)
@@ -194,7 +194,9 @@ class _Relay:
                     break  # at a stop text there may be more to write
         self._answered += 1
 
-    async def _tokens(self, name: str, asked: Question) -> AsyncGenerator[tuple[list[int], bool]]:
+    async def _tokens(
+        self, name: str, asked: PreparedQuestion
+    ) -> AsyncGenerator[tuple[list[int], bool]]:
         """Yield new tokens, and True with the last of them."""
         tally = Tally(asked.limits, self._asker.marks)
         while not tally.is_over:

@@ -20,19 +20,17 @@ import httpx
 from qwen3ft.errors import EnvironmentNotReadyError, FinetuneError, WorkerCrashedError
 from qwen3ft.jobs.processes import GRACE_SECONDS, end_with_parent
 from qwen3ft.machine.gpus import visible_gpus
+from qwen3ft.machine.installing import extra_command
 from qwen3ft.model.saved_adapter import shape_of
 from qwen3ft.records.serving import ServeRequest
 from qwen3ft.serving.engines.base_weights import write_base_weights
-from qwen3ft.serving.engines.events import events, open_client, post
-from qwen3ft.serving.engines.places import cache_bytes, require_room
+from qwen3ft.serving.engines.events import events, open_engine, post
+from qwen3ft.serving.engines.places import ADAPTER_PLACES, cache_bytes, require_cache_room
 from qwen3ft.serving.instructions import VLLM_RANKS
 from qwen3ft.units import GIB
 
 if TYPE_CHECKING:
     from qwen3ft.decoding.writing import AnswerLimits
-
-PLACES = 4
-"""Adapters loaded at a time: one in use, one on trial, and two whose last answers are written."""
 
 MOST_GPU_SHARE = 0.95
 CPU_PROGRAM_BYTES = 3 * GIB
@@ -63,7 +61,7 @@ class VllmServer:
         scratch: Private folder for its files.
     """
 
-    places = PLACES
+    places = ADAPTER_PLACES
 
     def __init__(
         self,
@@ -80,7 +78,7 @@ class VllmServer:
         self.rank = next((limit for limit in VLLM_RANKS if limit >= rank), rank)
         self._process: asyncio.subprocess.Process | None = None
         socket = Path(request.socket).with_name("vllm")  # a short path, in a private folder
-        self._client, self._socket, self._log = open_client(socket), socket, scratch / "vllm.log"
+        self._client, self._socket, self._log = open_engine(socket), socket, scratch / "vllm.log"
 
     async def start(self) -> None:
         """Write the base model's weights, start the program, and wait until it is healthy."""
@@ -89,10 +87,12 @@ class VllmServer:
             raise EnvironmentNotReadyError(
                 "There is no program vllm.",
                 why="vLLM is an extra of qwen3ft.",
-                next_command="pip install 'qwen3ft[vllm]'",
+                next_command=extra_command("vllm"),
             )
         variables = self._variables()
-        await asyncio.to_thread(write_base_weights, self._base, self._scratch / "base")
+        await asyncio.to_thread(
+            write_base_weights, self._base, self._scratch / "base", self._request.device
+        )
         parent = os.getpid()
         with self._log.open("wb") as log:
             self._process = await asyncio.create_subprocess_exec(
@@ -168,7 +168,13 @@ class VllmServer:
         options = [
             *("serve", str(self._scratch / "base"), "--uds", str(self._socket)),
             *("--served-model-name", "base", "--generation-config", "vllm"),
-            *("--enable-lora", "--max-lora-rank", str(self.rank), "--max-loras", str(PLACES)),
+            *(
+                "--enable-lora",
+                "--max-lora-rank",
+                str(self.rank),
+                "--max-loras",
+                str(ADAPTER_PLACES),
+            ),
             *("--max-num-seqs", str(self.slots), "--max-model-len", str(self._context_tokens)),
         ]
         if self._request.device == "cpu":
@@ -191,6 +197,6 @@ class VllmServer:
         weights_bytes = CPU_NUMBER_BYTES * shape.total_parameters
         room_bytes = budget_bytes - weights_bytes - CPU_PROGRAM_BYTES
         answer_bytes = cache_bytes(shape, self._context_tokens, CPU_NUMBER_BYTES)
-        require_room("vLLM", room_bytes, max(GIB, answer_bytes))  # it takes whole GiB
+        require_cache_room("vLLM", room_bytes, max(GIB, answer_bytes))  # it takes whole GiB
         cache_gb = str(min(room_bytes, self.slots * answer_bytes + GIB) // GIB)
         return {**variables, "CUDA_VISIBLE_DEVICES": "", "VLLM_CPU_KVCACHE_SPACE": cache_gb}
