@@ -94,8 +94,21 @@ def prompt_ids(
     Raises:
         TokenizerError: the template cannot be used.
     """
+    return encoded_prompt(tokenizer, asked, thinking, escape=escape)[1]
+
+
+def encoded_prompt(
+    tokenizer: PreTrainedTokenizerBase, asked: Asked, thinking: bool, *, escape: bool = False
+) -> tuple[str, list[int]]:
+    """Return `generation_prompt` and `prompt_ids`, for one rendering.
+
+    Raises:
+        TokenizerError: the template cannot be used.
+    """
     rendered = renderer_of(tokenizer).prompt(tokenizer, _history(asked), thinking)
-    return _encode(tokenizer, [rendered], [frozenset()], escape)[0].input_ids
+    skeleton, texts = rendered
+    [row] = _encode(tokenizer, [rendered], [frozenset()], escape)
+    return "".join(skeleton.unit_texts(texts)), row.input_ids
 
 
 def render_row(

@@ -56,11 +56,19 @@ class _Environment:
     def now(cls) -> _Environment:
         # OpenMP threads wait for each other by spinning: with one core taken by another process, a
         # team of all cores was fifty times slower, one of a core less hardly at all (DECISIONS.md).
-        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) - 1))}
+        # Cores that a container or taskset withholds are not there.
+        threads = {"OMP_NUM_THREADS": str(max(1, _usable_cores() - 1))}
         # NVML's order, by which the GPU was chosen and locked; CUDA's own puts the fastest first.
         order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
         marks = {PARENT_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
         return cls({**threads, **order, **os.environ, **marks, **_one_gpu()}, str(Path.cwd()))
+
+
+def _usable_cores() -> int:
+    """Return the number of cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 2  # macOS binds no process to cores
 
 
 def _one_gpu() -> dict[str, str]:

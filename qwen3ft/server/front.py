@@ -82,13 +82,8 @@ class Front:
         """
         version = self.served.find(name)
         if version is not None and (version.is_open or is_probe):
-            most = version.engine.slots + self.queue
-            if self.in_progress >= most and not is_probe:
-                raise QuestionError(
-                    429,
-                    f"{self.in_progress} requests are in progress; the limit is {most}.",
-                    code="queue_full",
-                )
+            if not is_probe:
+                self.require_room(version)
             return version
         if self.served.default is None:
             raise QuestionError(503, "No version is ready yet.", code="not_ready")
@@ -99,6 +94,18 @@ class Front:
             param="model",
             code="model_not_found",
         )
+
+    def require_room(self, version: Version | None) -> None:
+        """Raise QuestionError if too many requests wait; `version` tells the slots, if any."""
+        if version is None:
+            return
+        most = version.engine.slots + self.queue
+        if self.in_progress >= most:
+            raise QuestionError(
+                429,
+                f"{self.in_progress} requests are in progress; the limit is {most}.",
+                code="queue_full",
+            )
 
     @contextmanager
     def counted(self, *, is_probe: bool) -> Iterator[None]:
@@ -187,9 +194,11 @@ class _Asking:
         is_probe = False
         try:
             self._front.require_access(request)
-            body, ignored = parse_body(await self._read(request), self._kind)
             probe = request.headers.get(PROBE_HEADER, "")
             is_probe = secrets.compare_digest(probe.encode(), self._front.probe_secret.encode())
+            if not is_probe:  # what is refused for want of room is not read, so it costs little
+                self._front.require_room(self._front.served.default)
+            body, ignored = parse_body(await self._read(request), self._kind)
             version = self._front.choose(body.model, is_probe=is_probe)
             with version.held(), self._front.counted(is_probe=is_probe):
                 named = {IGNORED_HEADER: ", ".join(ignored)} if ignored else {}

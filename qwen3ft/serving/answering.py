@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen3ft.chat.rendering import generation_prompt, prompt_ids
+from qwen3ft.chat.rendering import encoded_prompt
 from qwen3ft.chat.thinking import ThinkingChunk, ThinkingSplitter, is_opened
 from qwen3ft.decoding.writing import AnswerLimits
 from qwen3ft.evaluation.generation import end_tokens
@@ -83,8 +83,7 @@ class Responder:
         """Stream the assistant's next turn."""
         thinking, config = self.request.thinking, self.request.config
         escape = config.special_tokens_in_text == "escape"
-        ids = prompt_ids(self.tokenizer, messages, thinking, escape=escape)
-        prompt = generation_prompt(self.tokenizer, messages, thinking)
+        prompt, ids = encoded_prompt(self.tokenizer, messages, thinking, escape=escape)
         limits = AnswerLimits(
             answer_tokens=config.max_new_tokens,
             thinking_tokens=config.max_thinking_tokens if thinking else 0,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qwen3ft.chat.rendering import encode_texts, generation_prompt, prompt_ids
+from qwen3ft.chat.rendering import encode_texts, encoded_prompt
 from qwen3ft.chat.thinking import ThinkingChunk, ThinkingSplitter, is_opened
 from qwen3ft.decoding.writing import AnswerLimits, Marks
 from qwen3ft.errors import TokenizerError
@@ -107,9 +107,8 @@ class Asker:
         thinking = prompting.thinking if ask.thinking is None else ask.thinking
         try:
             if ask.text is None:
-                prompt = generation_prompt(self.tokenizer, ask.messages, thinking)
                 escape = prompting.escape
-                ids = prompt_ids(self.tokenizer, ask.messages, thinking, escape=escape)
+                prompt, ids = encoded_prompt(self.tokenizer, ask.messages, thinking, escape=escape)
             else:
                 prompt, [ids] = ask.text, encode_texts(self.tokenizer, [ask.text])
         except TokenizerError as error:
