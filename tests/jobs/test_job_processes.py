@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -188,3 +189,13 @@ def test_a_worker_sees_one_gpu_and_knows_of_the_others(
     variables = processes._Environment.now().variables
     assert variables["CUDA_VISIBLE_DEVICES"] == first
     assert variables[processes.HELD_VARIABLE] == (held or "")
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system binds no process")
+def test_a_worker_has_threads_for_cores_it_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is left to others, of those that a container or taskset leaves, not of the machine's."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 32)
+    for usable, threads in ({1}, "1"), ({0, 5}, "1"), ({0, 5, 6, 7}, "3"):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, usable=usable: usable)
+        assert processes._Environment.now().variables["OMP_NUM_THREADS"] == threads

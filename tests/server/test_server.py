@@ -305,6 +305,9 @@ def fill_and_leave(server: Running, question: str) -> None:
             refused = await client.post("/v1/chat/completions", json=body)
             assert error_of(refused, 429)["code"] == "queue_full"
             assert int(refused.headers["retry-after"]) >= 1
+            # refused unread: the body would be too long, and is no JSON either
+            unread = await client.post("/v1/chat/completions", content=b"x" * 100_000)
+            assert error_of(unread, 429)["code"] == "queue_full"
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
