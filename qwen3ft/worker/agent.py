@@ -36,7 +36,7 @@ logger = get_logger("ranks")
 LOOK_AT_RANKS_SECONDS = 0.5
 """Time between two looks at the heartbeats of the ranks."""
 
-END_SECONDS = GRACE_SECONDS - 1
+RANK_END_SECONDS = GRACE_SECONDS - 1
 """Time from SIGTERM to SIGKILL of ranks that another one's end leaves behind."""
 
 CONSEQUENCES = ("PreemptedError", "RanksPartedError")
@@ -131,7 +131,7 @@ def _is_consequence(failure: Failure) -> bool:
 
 
 def _shorten_shutdown() -> None:
-    """Have the agent kill ranks `END_SECONDS` after it asked them to end, and not torch's 30 s.
+    """Have the agent kill ranks `RANK_END_SECONDS` after it asked them to end; torch waits 30 s.
 
     A rank that waits for a lost one in a kernel of NCCL runs no handler of Python's. Torch has no
     setting for it.
@@ -140,8 +140,8 @@ def _shorten_shutdown() -> None:
 
     close = PContext.close
 
-    def close_soon(context: Any, death_sig: Any = None, timeout: float = END_SECONDS) -> None:
-        close(context, death_sig, int(min(timeout, END_SECONDS)))
+    def close_soon(context: Any, death_sig: Any = None, timeout: float = RANK_END_SECONDS) -> None:
+        close(context, death_sig, int(min(timeout, RANK_END_SECONDS)))
 
     PContext.close = close_soon  # type: ignore[method-assign, assignment]
 
