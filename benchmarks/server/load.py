@@ -4,11 +4,11 @@
                                                       [--queue 64] [--cores 2]
                                                       [--adapter FOLDER] [--out FILE]
 
-Serves an adapter by the command itself, by default one that it trains on a copy of the embedded
-model, and sends short questions at the given rate, whether earlier ones are answered or not. A
-request's time counts from when it was due, so that a client that falls behind shows. One request in
-a hundred is left by its client at once. With `--cores` the server has so many cores of its own, and
-the client the others.
+Serves an adapter by the command itself on its own engine, by default one that it trains on a copy
+of the embedded model, and sends short questions at the given rate, whether earlier ones are
+answered or not. A request's time counts from when it was due, so that a client that falls behind
+shows. One request in a hundred is left by its client at once. With `--cores` the server has so many
+cores of its own, and the client the others.
 
 Exits with 1 if anything else than an answer or 429 with `Retry-After` came back, if requests remain
 in progress at the end, if the memory of the server or its worker grew by more than 1 MiB a minute
@@ -94,7 +94,7 @@ def _start(folder: Path, options: Sequence[str], cores: int | None) -> subproces
             sys.exit(f"--cores {cores}: there are {len(usable)}, and the client needs one.")
         os.sched_setaffinity(0, usable[:cores])  # its processes inherit it
     server = subprocess.Popen(
-        [*command, "serve", "--port", "0", "--probe-rows", "0", *options],
+        [*command, "serve", "--engine", "own", "--port", "0", "--probe-rows", "0", *options],
         cwd=folder,
         env=environment,
         stderr=subprocess.PIPE,
