@@ -346,7 +346,7 @@ def compared(found: dict[str, Any], alone: dict[str, Any], ranks: int) -> dict[s
 
 def line_of(row: Mapping[str, Any]) -> str:
     """Return a row as one line, without what is long."""
-    long = ("losses", "memory", "log", "sizes", "digest")
+    long = ("losses", "rates", "memory", "log", "sizes", "digest")
     shown = {name: _rounded(value) for name, value in row.items() if name not in long}
     return "  ".join(f"{name} {value}" for name, value in shown.items())
 

@@ -142,6 +142,8 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
         "step_ms": 1000 * tokens * seconds_per_token,
         "exchange_ms": list(result.rank_exchange_ms),
         "predicted_tokens_per_second": predicted_speed(plan),
+        "median_tokens_per_second": statistics.median(filter(None, rates)),
+        "rates": rates,
         "losses": [line.loss for line in lines],
         "held_out": [result.first_held_out_loss, result.best_held_out_loss],
         "peak_gb": list(result.rank_peaks_gb or (result.peak_memory_gb,)),
@@ -319,7 +321,6 @@ def exchange_under(folder: Path, ranks: int, settings: dict[str, str]) -> dict[s
     ]
     return {
         "ms": max(each["ms"] for each in found),
-        "copy_ms": max(each["copy_ms"] for each in found),
         "first_ms": max(each["first_ms"] for each in found),
         "library_mib": [each["library_mib"] for each in found],
         "via": sorted({line.rpartition(" via ")[2] for line in lines}),
@@ -351,7 +352,6 @@ def exchange_as_rank(folder: Path, rank: int) -> None:
     before, started = outside_bytes(), time.perf_counter()
     ranks.meet(plan, folder / "meeting-place")
     times: list[float] = []
-    copies: list[float] = []
     for _ in range(FIRST_EXCHANGES + EXCHANGES):
         for parameter in parameters:
             parameter.grad = torch.full_like(parameter, rank + 1.0)
@@ -361,10 +361,6 @@ def exchange_as_rank(folder: Path, rank: int) -> None:
         loss = ranks.sum_gradients(parameters, torch.tensor(1.0, device=plan.device))
         outside_bytes()
         times.append(time.perf_counter() - begun)
-        begun = time.perf_counter()
-        torch._foreach_copy_([torch.empty_like(each) for each in parameters], list(parameters))
-        outside_bytes()
-        copies.append(time.perf_counter() - begun)
         if not times[1:]:
             first = time.perf_counter() - started
     total = plan.ranks * (plan.ranks + 1) / 2
@@ -372,7 +368,6 @@ def exchange_as_rank(folder: Path, rank: int) -> None:
     assert float(loss) == plan.ranks, "a wrong loss"
     result = {
         "ms": 1000 * statistics.median(times[FIRST_EXCHANGES:]),
-        "copy_ms": 1000 * statistics.median(copies[FIRST_EXCHANGES:]),
         "first_ms": 1000 * first,
         "library_mib": (outside_bytes() - before) / MIB,
     }

@@ -76,7 +76,7 @@ class RankOutcome(Record):
     """Result of a rank above 0 of a completed attempt."""
 
     peak_memory_gb: float = Field(description="Peak of the process, from NVML or as RSS.")
-    exchange_ms: float = Field(0.0, description="Mean time to sum gradients, waiting included.")
+    exchange_ms: float = Field(0.0, description="Median time to sum gradients, waiting included.")
 
 
 class AttemptOutcome(Record):
@@ -101,7 +101,7 @@ class AttemptOutcome(Record):
         (), description="Peak of each rank's process; the highest is `peak_memory_gb`."
     )
     rank_exchange_ms: tuple[float, ...] = Field(
-        (), description="Each rank's mean time to sum gradients, waiting for others included."
+        (), description="Each rank's median time to sum gradients, waiting included."
     )
 
 

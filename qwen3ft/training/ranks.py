@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import sys
 import time
 from collections import deque
@@ -177,7 +178,7 @@ class Ranks:
 
     @property
     def exchange_ms(self) -> float:
-        """Mean time of the last exchanges, waiting for the slowest rank included; 0 without one."""
+        """Median time of the last exchanges, waiting for the slowest included; 0 without one."""
         if not self._exchanges:
             return 0.0
         if self._device == "cuda":
@@ -185,7 +186,7 @@ class Ranks:
             times = [float(start.elapsed_time(end)) for start, end in self._exchanges]
         else:
             times = [1000 * (end - start) for start, end in self._exchanges]
-        return sum(times) / len(times)
+        return statistics.median(times)  # the first waits for kernels that others compile
 
     def _now(self) -> Any:
         """Return the time in seconds, or on a GPU an event among its queued work."""
