@@ -82,7 +82,13 @@ class Campaign:
             self.champions.append(judged)
             yield judged
         by_thinking = {judged.thinking: judged for judged in self.champions}
-        pairs = [(night, by_thinking[night.thinking]) for night in nights]
+        # Without their champion there is nothing to judge them beside.
+        self.not_begun += [night.name for night in nights if night.thinking not in by_thinking]
+        pairs = [
+            (night, by_thinking[night.thinking])
+            for night in nights
+            if night.thinking in by_thinking
+        ]
         size = NIGHTS_PER_PROCESS * self.jobs
         for start in range(0, len(pairs), size):
             for judged in self._judge(model, pairs[start : start + size]):
