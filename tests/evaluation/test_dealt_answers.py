@@ -85,6 +85,7 @@ def test_ranks_give_the_very_answers_and_losses_of_one(
     assert found == [one] * size
 
 
+@pytest.mark.slow
 def test_what_is_known_is_asked_by_no_rank_and_rank_0_alone_keeps_answers(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
