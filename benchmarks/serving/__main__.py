@@ -22,11 +22,12 @@ from benchmarks.machine import machine, write_json
 from benchmarks.serving.champion import make_champion
 from benchmarks.serving.clients import CLIENTS
 from benchmarks.serving.ollama import ollama
+from benchmarks.serving.product import PRODUCT
 from benchmarks.serving.venvs import Venvs, make_venvs, versions
 from qwen3ft.chat.thinking import split_thinking
 
 QUESTIONS = 50
-ALL_CLIENTS = {"Ollama: its template in Go": ollama, **CLIENTS}
+ALL_CLIENTS = {"Ollama: its template in Go": ollama, **CLIENTS, **PRODUCT}
 
 
 WRITTEN_WHOLE = ("transformers", "plain PEFT", "Ollama")

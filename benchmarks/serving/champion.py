@@ -52,7 +52,8 @@ def make_champion(work: Path, count: int, *, thinking: bool = False) -> Champion
     return Champion(adapter, export, uri, read_provenance(adapter), questions, answers)
 
 
-def _settings(work: Path) -> dict[str, Any]:
+def settings_of(work: Path) -> dict[str, Any]:
+    """Return the settings of the run below `work`, besides those of the embedded model."""
     folders = {"runs_dir": "runs", "output_dir": "out", "cache_dir": "cache"}
     return {
         "name": REGISTERED_NAME,
@@ -64,7 +65,7 @@ def _train(work: Path, thinking: bool) -> None:
     from flows.finetune import run_in_process
     from qwen3ft.config import load_config
 
-    settings = _settings(work) | (_reasoning_rows(work / "data") if thinking else {})
+    settings = settings_of(work) | (_reasoning_rows(work / "data") if thinking else {})
     config = load_config(ROOT / "deployments/configs/embedded.yaml", settings)
     state = run_in_process(config)
     if state.name != "Promoted":
@@ -86,7 +87,7 @@ def _export(work: Path, adapter: Path, export: Path) -> None:
     from qwen3ft.config import parse_config
     from qwen3ft.serving.export import export_adapter, find_held_out
 
-    config = parse_config(_settings(work))
+    config = parse_config(settings_of(work))
     export_adapter(config, adapter, export, find_held_out(config, adapter), "cpu", gguf="bf16")
 
 

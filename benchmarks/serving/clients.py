@@ -102,8 +102,8 @@ def plain_peft(champion: Champion, venvs: Venvs) -> list[str]:
 def transformers_serve(champion: Champion, venvs: Venvs) -> list[str]:
     """Ask `transformers serve`."""
     command = [str(venvs.vllm / "bin" / "transformers"), "serve", "./merged"]
-    with _server(command, champion.export, "/health") as address:
-        return _ask_chat(address, champion.questions, "./merged")
+    with server(command, champion.export, "/health") as address:
+        return ask_chat(address, champion.questions, "./merged")
 
 
 def llama_cpp(champion: Champion, venvs: Venvs) -> list[str]:
@@ -136,7 +136,7 @@ def mlflow_serve(champion: Champion, venvs: Venvs) -> list[str]:
     command = [program, "models", "serve", "-m", model, "--env-manager", "local"]
     path = f"{Path(program).parent}:{os.environ['PATH']}"  # as in an activated environment
     extra = {"MLFLOW_TRACKING_URI": champion.tracking_uri, "PATH": path}
-    with _server(command, ROOT, "/ping", extra) as address:
+    with server(command, ROOT, "/ping", extra) as address:
         body = {"dataframe_records": [{"question": one} for one in champion.questions]}
         reply = httpx.post(f"{address}/invocations", json=body, timeout=ANSWER_SECONDS)
         return [one["answer"] for one in reply.raise_for_status().json()["predictions"]]
@@ -166,13 +166,13 @@ def _ask_vllm(champion: Champion, venvs: Venvs, command: str) -> list[str]:
     assert command in (champion.export / "SERVING.md").read_text(encoding="utf-8")
     _, *options = shlex.split(command)
     program = [str(venvs.vllm / "bin" / "vllm"), *options]
-    with _server(program, champion.export, "/health") as address:
-        return _ask_chat(address, champion.questions, served_name(champion.provenance))
+    with server(program, champion.export, "/health") as address:
+        return ask_chat(address, champion.questions, served_name(champion.provenance))
 
 
 def _ask_llama_cpp(champion: Champion, venvs: Venvs, command: str) -> list[str]:
     with llama_server(champion, venvs, command) as address:
-        return _ask_chat(address, champion.questions, served_name(champion.provenance))
+        return ask_chat(address, champion.questions, served_name(champion.provenance))
 
 
 def llama_server(
@@ -182,10 +182,10 @@ def llama_server(
     command = command or _command(champion, "llama-server -m model-")
     _, *options = shlex.split(command)
     program = [str(venvs.llama / "bin" / "python"), "-c", _LLAMA_CPP, *options]
-    return _server(program, champion.export, "/health")
+    return server(program, champion.export, "/health")
 
 
-def _ask_chat(address: str, questions: Sequence[str], model: str) -> list[str]:
+def ask_chat(address: str, questions: Sequence[str], model: str) -> list[str]:
     """Send each question alone to /v1/chat/completions; no temperature, nothing of thinking."""
     answers = []
     for question in questions:
@@ -212,7 +212,7 @@ def _ask_script(champion: Champion, command: Sequence[str], folder: Path) -> lis
 
 
 @contextmanager
-def _server(
+def server(
     command: Sequence[str], folder: Path, health: str, extra: Mapping[str, Any] | None = None
 ) -> Iterator[str]:
     """Run a server on a free port until the body ends; yield its address once it answers."""

@@ -20,6 +20,7 @@ from support.served import ENGINES, Running, engines_in_threads, keep_test_answe
 from support.trained_adapter import Trained
 
 from qwen3ft.config import TrainingConfig
+from qwen3ft.records.serving import EngineName
 from qwen3ft.registry.moves import Change, this_person
 from qwen3ft.registry.registry import Registry
 from qwen3ft.server import manager, trial
@@ -28,6 +29,7 @@ from qwen3ft.server.sources import find_source
 SOON_SECONDS = 60.0
 """Time for what takes a second or two on a machine with nothing else to do; the campaign
 `benchmarks.server.swap` holds it to 10 s."""
+RESTART_SECONDS = {"own": SOON_SECONDS, "llama.cpp": 2 * SOON_SECONDS, "vllm": 5 * SOON_SECONDS}
 BY_HAND = Change(by=this_person(), reason="a test")
 
 
@@ -154,16 +156,17 @@ def test_a_champion_that_answers_otherwise_than_tested_is_not_used(
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_started_again(place: Place) -> None:
+@pytest.mark.parametrize("engine", ["own", "llama.cpp", "vllm"])
+def test_a_killed_worker_is_started_again(place: Place, engine: EngineName) -> None:
     """Requests fail cleanly until it is back, then are answered as before."""
     place.promote("1")
     source = find_source(place.config, place.registry, "champion")
-    with running(place.config, source, place.registry) as server:
+    with running(place.config, source, place.registry, engine=engine) as server:
         assert server.ask("Hello").status_code == 200
         below = psutil.Process().children(recursive=True)
         [worker] = [process for process in below if process.name() == "qwen3ft-serve"]
         worker.kill()
-        deadline = time.monotonic() + SOON_SECONDS
+        deadline = time.monotonic() + RESTART_SECONDS[engine]
         while (response := server.ask("Hello")).status_code != 200:
             assert response.status_code == 503
             assert response.json()["error"]["code"] in ("not_ready", "engine_lost")

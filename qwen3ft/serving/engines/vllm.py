@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import signal
 import sys
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
@@ -101,7 +102,8 @@ class VllmServer:
                 stdout=log,
                 stderr=asyncio.subprocess.STDOUT,
                 env=variables,
-                preexec_fn=lambda: end_with_parent(parent),
+                # SIGTERM: killed, it would leave its own processes behind
+                preexec_fn=lambda: end_with_parent(parent, signal.SIGTERM),
             )
         while not await self._is_healthy():
             if self._process.returncode is not None:
