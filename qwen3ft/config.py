@@ -279,11 +279,14 @@ class TrainingConfig(BaseModel):
     """GPUs that share each step of a training: a number, auto (all that are free), or indexes or
     UUIDs with commas. The result is that of one GPU. Without a GPU: processes of the embedded
     model."""
+    hosts: int = Field(1, ge=1, le=64)
+    """Hosts that share each step of a training, each with as many GPUs as gpus says. The run asks
+    its work pool for the others, which must see the project folder at the same path."""
     when_gpu_is_busy: Literal["wait", "refuse"] = "wait"
     """Wait or refuse while another run holds the GPU, or other programs leave too little of its
     memory."""
     wait_for_gpu_seconds: float = Field(21600.0, ge=0, le=604800, allow_inf_nan=False)
-    """Longest wait for the GPU."""
+    """Longest wait for the GPU, and for other hosts."""
     lock_cpu: bool = False
     """Without a GPU: let runs take turns on this machine's CPU too."""
 
@@ -378,6 +381,12 @@ class TrainingConfig(BaseModel):
             raise ValueError(
                 f"MLflow cannot register a model as {self.registered_name[:60]!r}: {flaw}; set name"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_hosts(self) -> TrainingConfig:
+        if self.hosts > 1 and not self.gpus.isdecimal():
+            raise ValueError(f"with {self.hosts} hosts gpus is the number of GPUs that each gives")
         return self
 
     @field_validator("judge_url")

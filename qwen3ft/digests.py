@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qwen3ft.files import sha256_file, write_json_atomic
+from qwen3ft.files import sha256_file, sha256_json, write_json_atomic
 
 DIGESTS_FILE = "digests.json"
 
@@ -107,3 +107,10 @@ def mark_of(file: Path) -> Mark:
 
 def _existing(names: Iterable[str]) -> list[str]:
     return sorted(name for name in names if os.path.lexists(name))
+
+
+def code_digest() -> str:
+    """Return the sha256 of this package's own modules."""
+    package = Path(__file__).parent
+    modules = sorted(package.rglob("*.py"))
+    return sha256_json([[str(path.relative_to(package)), sha256_file(path)] for path in modules])

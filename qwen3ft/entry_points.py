@@ -47,6 +47,10 @@ def __getattr__(name: str) -> Any:
         from flows.finetune import qwen3_finetune
 
         return qwen3_finetune
+    if name == "qwen3_finetune_join":  # that of the other hosts of a run
+        from flows.join import qwen3_finetune_join
+
+        return qwen3_finetune_join
     if name in ("Run", "finetune", "open_chat", "project"):  # public names of `qwen3ft`
         from flows import api
 

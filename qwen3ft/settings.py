@@ -21,6 +21,7 @@ CHANGEABLE_SETTINGS: dict[str, str] = {
     # how the same result is computed
     "max_memory_gb": "the plan of the next attempt",
     "gpus": "the plan of the next attempt",
+    "hosts": "the plan of the next attempt",
     "kernels": "the plan of the next attempt",
     "packing": "the plan of the next attempt",
     "gradient_checkpointing": "the plan of the next attempt",

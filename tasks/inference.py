@@ -52,7 +52,8 @@ def compare_answers(
         batch_size=plan.memory.eval_batch_size,
         budget_gb=plan.max_memory_gb,
         # The answers of transformers depend on who is asked beside whom: one rank gives them all.
-        places=tuple(range(plan.ranks)) if decodes else (0,),
+        # Other hosts have left: they joined for the training.
+        places=tuple(range(len(plan.places_on(0)))) if decodes else (0,),
     )
     while True:
         try:

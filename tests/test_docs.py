@@ -45,6 +45,7 @@ NO_SETTINGS = {
     "install_dependencies",
     "setup_uv_environment",
     "continue_run",
+    *("finished_job_ttl", "service_account_name"),  # of a work pool
     "max_tokens",
     "enable_thinking",
     "chat_template_kwargs",

@@ -71,6 +71,7 @@ COMPUTED = {
     "flows/api.py": "the same",
     "flows/cli/champion.py": "command_for_history, or words in the code",
     "flows/cli/data.py": "command_to_check: looked at with the mishap",
+    "flows/hosts.py": "the command that resumes the run, or that of the host that refused",
     "flows/finetune.py": "the command that resumes the run, or a text in the code",
     "flows/resume.py": "the same",
     "qwen3ft/operations/resumption.py": "the same",

@@ -9,6 +9,7 @@
         memory/{peak.json, resident.txt, summary.txt, snapshot.pickle}
         checkpoints/step-000200/{..., manifest.json last}
         ranks/<rank>/              one per rank of several: heartbeat, logs, memory, its own end
+        hosts/<host>/              one per further host: log, signs of life, its own end
         failure.json | outcome.json last
 
 A worker is given one folder: it reads its request there and leaves its result there.
@@ -106,6 +107,15 @@ class JobDir:
     def rank(self, rank: int) -> JobDir:
         """Return the folder of a rank, where several share the job."""
         return JobDir(self.path / "ranks" / str(rank))
+
+    def host(self, host: int) -> JobDir:
+        """Return the folder of a host's agent, where several share the job; 0 is the job's own."""
+        return JobDir(self.path / "hosts" / str(host)) if host else self
+
+    @property
+    def alive(self) -> Path:
+        """Changes while a host's agent runs, even if its ranks make no progress."""
+        return self.path / "alive"
 
     @property
     def meeting_place(self) -> Path:

@@ -52,7 +52,7 @@ def choose_gpus(config: TrainingConfig, gpus: Sequence[GpuInfo]) -> GpuChoice:
 
 
 def rank_count(config: TrainingConfig, environment: EnvironmentReport) -> int:
-    """Return the number of ranks of a run on a machine whose GPUs are all free.
+    """Return the number of ranks of a run on each of its hosts, if all GPUs there are free.
 
     Raises:
         EnvironmentNotReadyError: the machine does not have what the setting `gpus` asks for.
@@ -60,12 +60,12 @@ def rank_count(config: TrainingConfig, environment: EnvironmentReport) -> int:
     if environment.gpus:
         choice = choose_gpus(config, environment.gpus)
         return choice.count or len(choice.gpus)
-    if config.gpus in (AUTO_GPUS, "1"):
+    if config.gpus in (AUTO_GPUS, "1") and config.hosts == 1:
         return 1
     if config.gpus.isdecimal() and config.is_embedded:
         return int(config.gpus)  # to see every stage of it on any machine
     raise _refusal(
-        f"gpus is {config.gpus}, and no GPU is visible.",
+        f"gpus is {config.gpus}, hosts is {config.hosts}, and no GPU is visible.",
         "Without a GPU only the embedded model is trained in several processes.",
         (),
     )

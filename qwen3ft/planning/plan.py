@@ -67,6 +67,7 @@ def build_plan(
         dataset=dataset,
         device=environment.device,
         places=tuple(range(choice.work.ranks)),
+        places_per_host=choice.work.ranks // config.hosts if config.hosts > 1 else None,
         max_memory_gb=choice.budget_gb,
         memory=choice.work.memory,
         effective_batch_size=config.effective_batch_size,

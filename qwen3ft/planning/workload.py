@@ -139,7 +139,7 @@ class FitRequest:
             ),
             varied_rows=self.typical_tokens < self.longest_tokens,
             eval_tokens=self.held_out_tokens,
-            ranks=rank_count(self.config, self.environment),
+            ranks=rank_count(self.config, self.environment) * self.config.hosts,
         )
 
 

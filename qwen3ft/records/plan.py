@@ -69,6 +69,8 @@ class TrainPlan(Record):
     places: tuple[int, ...] = (0,)
     """One for each rank, a process that trains a share of every step: the position of its GPU among
     those that the run holds. On a CPU only their number matters."""
+    places_per_host: int | None = Field(None, ge=1)
+    """Places that each of several hosts has, those of the run's own host first."""
     max_memory_gb: float
     memory: MemorySettings
     effective_batch_size: int = Field(description="Sequences per optimizer step.")
@@ -109,6 +111,24 @@ class TrainPlan(Record):
     def ranks(self) -> int:
         """Processes that share each step."""
         return len(self.places)
+
+    @property
+    def hosts(self) -> tuple[int, ...]:
+        """Numbers of the hosts that take part; the run's own is 0."""
+        return tuple(sorted(set(map(self.host_of, self.places))))
+
+    def host_of(self, place: int) -> int:
+        """Return the number of the host that has a place."""
+        return place // self.places_per_host if self.places_per_host else 0
+
+    def places_on(self, host: int) -> tuple[int, ...]:
+        """Return the places of the ranks on a host."""
+        return tuple(place for place in self.places if self.host_of(place) == host)
+
+    def ranks_on(self, host: int) -> tuple[int, ...]:
+        """Return the ranks on a host."""
+        places = enumerate(self.places)
+        return tuple(rank for rank, place in places if self.host_of(place) == host)
 
     @property
     def gradient_accumulation_steps(self) -> int:

@@ -6,8 +6,8 @@
     StalledError, PreemptedError, DeviceFaultError, WorkerCrashedError, TrainingFailureError
                              once more each, the same plan
     the same in one of several ranks
-                             a device that failed is left out at once; one in which the same came
-                             twice, too
+                             a device that failed is left out at once, and so is a host that is
+                             gone; a device in which the same came twice, too
     CheckpointCorruptError   the checkpoint before it
     everything else          give up: trying the same again is useless, or another stage's business
 
@@ -156,9 +156,9 @@ def _half_learning_rate(case: _Case) -> Retry | GiveUp:
 
 
 def _once_more(case: _Case) -> Retry | GiveUp:
-    if (place := _lost_place(case)) is not None:
-        left = tuple(other for other in case.plan.places if other != place)
-        what = f"{len(left)} of {case.plan.ranks} ranks go on, without place {place}"
+    if lost := _lost_places(case):
+        left = tuple(place for place in case.plan.places if place not in lost)
+        what = f"{len(left)} of {case.plan.ranks} ranks go on, without place {_list(lost)}"
         rung = Rung({"places": left}, what)
         return _retry(case, f"{case.failure.what.rstrip('.')}: {what}", [rung])
     if case.count(case.failure.kind):
@@ -166,15 +166,24 @@ def _once_more(case: _Case) -> Retry | GiveUp:
     return _retry(case, f"{case.failure.kind}: once more with the same settings", [])
 
 
-def _lost_place(case: _Case) -> int | None:
-    """Return the place whose rank cannot go on; None if it may, or if it is the last."""
+def _lost_places(case: _Case) -> tuple[int, ...]:
+    """Return the places whose ranks cannot go on; none if they may, or if no other is left.
+
+    The run's own host keeps one: its process saves and tests the adapter.
+    """
+    if (host := case.failure.facts.get("lost_host")) is not None:
+        return case.plan.places_on(int(host))
     place, kind = _failed_place(case.failed[-1]), case.failure.kind
-    if place is None or case.plan.ranks == 1:
-        return None
+    if place is None or case.plan.places_on(0) == (place,):
+        return ()
     if kind == errors.DeviceFaultError.__name__:
-        return place
+        return (place,)
     before = (_failed_place(each) for each in case.failed[:-1] if each.failure.kind == kind)
-    return place if place in before else None
+    return (place,) if place in before else ()
+
+
+def _list(places: Sequence[int]) -> str:
+    return ", ".join(map(str, places))
 
 
 def _failed_place(failed: FailedAttempt) -> int | None:

@@ -4,7 +4,8 @@ Where less than the budget is free but something fits, the attempt is planned ag
 with the same effective batch and the same result. Where nothing fits, the run waits or refuses, as
 `when_gpu_is_busy` says, and names the programs. A budget once lowered stays so for the run.
 
-Of several ranks, those whose GPU is gone or filled are left out, and the rest goes on.
+Of several ranks, those whose GPU is gone or filled are left out, and the rest goes on. Another host
+looks at its own GPUs when it joins.
 
 Not covered: memory that other programs take once the attempt runs, which ends it with an error that
 recovery answers; and corrections by a preflight or by recovery, which a new plan forgets.
@@ -38,7 +39,7 @@ _REPORT_SECONDS = 30.0
 
 KEPT_SETTINGS = (
     *("attempt", "run_id", "run_dir", "resume_from", "degraded", "learning_rate", "places"),
-    *("total_steps", "warmup_steps", "evaluate_every_steps"),
+    *("places_per_host", "total_steps", "warmup_steps", "evaluate_every_steps"),
 )
 """Settings that a new plan takes over: its place in the run, and what attempts changed."""
 
@@ -67,7 +68,7 @@ def fit_to_free_memory(
         return plan
     if plan.ranks > 1:
         plan = _on_usable_gpus(environment, plan, probe, settle_seconds)
-    uuids = [environment.gpus[place].uuid for place in plan.places]
+    uuids = [environment.gpus[place].uuid for place in plan.places_on(0)]
 
     def look() -> GpuUse:  # the ranks have one plan, so the fullest of their GPUs decides
         return min(map(probe, uuids), key=lambda use: use.free_bytes)
@@ -105,13 +106,15 @@ def _on_usable_gpus(
     end = time.monotonic() + settle_seconds
     while True:
         lost = {
-            place: why for place in plan.places if (why := _flaw(environment, plan, place, probe))
+            place: why
+            for place in plan.places_on(0)
+            if (why := _flaw(environment, plan, place, probe))
         }
         if not lost or time.monotonic() >= end:
             break
         time.sleep(_POLL_SECONDS)
     left = tuple(place for place in plan.places if place not in lost)
-    if not lost or not left:
+    if not lost or len(lost) == len(plan.places_on(0)):
         return plan
     reason = f"{len(left)} of {plan.ranks} ranks go on: {'; '.join(lost.values())}."
     logger.warning("%s", reason)

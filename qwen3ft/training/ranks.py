@@ -24,9 +24,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import qwen3ft
+from qwen3ft.digests import code_digest
 from qwen3ft.errors import EnvironmentNotReadyError, OutOfMemoryError, RanksPartedError
-from qwen3ft.files import sha256_file, sha256_json
+from qwen3ft.files import sha256_json
 from qwen3ft.jobs.failures import translate
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.requests import InferenceRequest
@@ -242,13 +242,6 @@ class StepTotals:
         self.real_tokens = real_tokens
         self.trained_tokens = trained_tokens
         self.must_stop = must_stop
-
-
-def code_digest() -> str:
-    """Return the sha256 of this package's own modules."""
-    package = Path(qwen3ft.__file__).parent
-    modules = sorted(package.rglob("*.py"))
-    return sha256_json([[str(path.relative_to(package)), sha256_file(path)] for path in modules])
 
 
 def _together(collective: Callable[[], object]) -> None:

@@ -36,7 +36,7 @@ from qwen3ft.worker.jobs import KINDS, Job
 
 logger = logs.get_logger("worker")
 
-WITHOUT_TEARDOWN = ("ranks", RANK, "answering-ranks", ANSWERING_RANK)
+WITHOUT_TEARDOWN = ("ranks", "join", RANK, "answering-ranks", ANSWERING_RANK)
 """Kinds that end at once: what libraries clean up at exit may wait for ranks that are gone."""
 
 

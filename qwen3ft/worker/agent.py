@@ -3,7 +3,7 @@
 The agent (`torch.distributed.elastic`, what `torchrun` runs) starts one process for each rank, ends
 all of them when one fails, and restarts none: recovery plans the next attempt. To the launcher this
 is a worker as any other. Its heartbeat is that of all ranks together; its failure is that of the
-rank that failed first.
+rank that failed first. On several hosts each has such a worker for its own ranks.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from qwen3ft.errors import FinetuneError
+from qwen3ft.errors import FinetuneError, PreemptedError
 from qwen3ft.jobs.folders import JobDir, read_record
 from qwen3ft.jobs.launcher import RecordRelay, kernel_oom_kills, last_sign, unrecorded_failure
 from qwen3ft.jobs.processes import GRACE_SECONDS, PARENT_VARIABLE
@@ -27,6 +28,7 @@ from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.requests import InferenceRequest
 from qwen3ft.records.training import AttemptOutcome, Failure, RankOutcome
 from qwen3ft.units import GIB
+from qwen3ft.worker.hosts import FIRST_SIGN_SECONDS, Agent, OtherHosts
 
 if TYPE_CHECKING:
     from qwen3ft.worker.jobs import Job
@@ -49,84 +51,131 @@ RANK, ANSWERING_RANK = "rank", "answering-rank"
 
 def train_ranks(job: Job) -> AttemptOutcome:
     """Run one training attempt on several ranks; the outcome has the peaks of all."""
-    plan = read_record(job.dir.request, TrainPlan)
-    folders = _run_ranks(job, plan, RANK, f"{plan.run_id or 'run'}-{plan.attempt}")
-    outcome, others = read_record(folders[0].outcome, AttemptOutcome), _others(folders)
+    folders = _run_training(job, job.dir, 0)
+    outcome, others = read_record(folders[0].outcome, AttemptOutcome), _outcomes(folders[1:])
     peaks = (outcome.peak_memory_gb, *(other.peak_memory_gb for other in others))
     times = (*outcome.rank_exchange_ms, *(other.exchange_ms for other in others))
     changes = {"rank_peaks_gb": peaks, "rank_exchange_ms": times, "peak_memory_gb": max(peaks)}
     return outcome.model_copy(update=changes)
 
 
+def join_ranks(job: Job) -> RankOutcome:
+    """Run the ranks of a further host, in a folder of its own below the attempt's."""
+    host = int(job.dir.path.name)
+    plan = read_record(job.dir.request, TrainPlan)
+    folders = _run_training(job, JobDir(job.dir.path.parents[1]), host)
+    own = _outcomes([folders[rank] for rank in plan.ranks_on(host)])
+    return max(own, key=lambda outcome: outcome.peak_memory_gb)
+
+
+def _run_training(job: Job, attempt: JobDir, host: int) -> list[JobDir]:
+    """Run one host's ranks of an attempt; return the folders of all ranks."""
+    plan = read_record(job.dir.request, TrainPlan)
+    agent = Agent(attempt, host, {each: plan.ranks_on(each) for each in plan.hosts})
+    return _run_ranks(job, plan, RANK, f"{plan.run_id or 'run'}-{plan.attempt}", agent)
+
+
 def ask_ranks(job: Job) -> InferenceReport:
     """Run the inference test on several ranks; the report has the highest peak of all."""
     request = read_record(job.dir.request, InferenceRequest)
-    folders = _run_ranks(job, request, ANSWERING_RANK, "inference")
+    agent = Agent(job.dir, 0, {0: range(request.ranks)})
+    folders = _run_ranks(job, request, ANSWERING_RANK, "inference", agent)
     report = read_record(folders[0].outcome, InferenceReport)
-    others = [int(other.peak_memory_gb * GIB) for other in _others(folders)]
+    others = [int(other.peak_memory_gb * GIB) for other in _outcomes(folders[1:])]
     return report.model_copy(update={"peak_bytes": max([report.peak_bytes or 0, *others])})
 
 
-def _others(folders: Sequence[JobDir]) -> list[RankOutcome]:
-    """Return what the ranks above 0 have left."""
-    return [read_record(folder.outcome, RankOutcome) for folder in folders[1:]]
+def _outcomes(folders: Sequence[JobDir]) -> list[RankOutcome]:
+    """Return the outcomes of ranks above 0."""
+    return [read_record(folder.outcome, RankOutcome) for folder in folders]
 
 
 def _run_ranks(
-    job: Job, request: TrainPlan | InferenceRequest, kind: str, run_id: str
+    job: Job, request: TrainPlan | InferenceRequest, kind: str, run_id: str, agent: Agent
 ) -> list[JobDir]:
-    """Run a process of this kind for each rank to its end; return their folders.
+    """Run a process of this kind for each of the agent's ranks until all ranks have ended.
+
+    Returns:
+        The folders of all ranks.
 
     Raises:
-        FinetuneError: the failure of the rank that failed first.
+        FinetuneError: the failure of the rank that failed first, as far as this host knows.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
-    shutil.rmtree(job.dir.meeting_place.parent, ignore_errors=True)  # of ranks before these
-    folders = [job.dir.rank(rank).create(request) for rank in range(request.ranks)]
+    whole, own = agent.job, agent.ranks[agent.host]
+    if agent.host == 0:  # the other hosts begin once this one has beaten
+        shutil.rmtree(whole.meeting_place.parent, ignore_errors=True)  # of ranks before these
+    folders = [whole.rank(rank) for rank in range(request.ranks)]
+    for rank in own:
+        folders[rank].create(request)
     job.heartbeat.beat("start")
-    threads = max(1, int(os.environ.get("OMP_NUM_THREADS", "1")) // request.ranks)
+    threads = max(1, int(os.environ.get("OMP_NUM_THREADS", "1")) // len(own))
     os.environ.update({"OMP_NUM_THREADS": str(threads), PARENT_VARIABLE: str(os.getpid())})
     kills_before = kernel_oom_kills()
     _shorten_shutdown()
-    launch = elastic_launch(_launch_config(job.dir, request.ranks, run_id), sys.executable)
+    launch = elastic_launch(_launch_config(agent, run_id), sys.executable)
+    others = OtherHosts(agent)
+    # On the run's own host the silence of any rank is a stall, which names it.
+    followed = folders if agent.host == 0 else [folders[rank] for rank in own]
     try:
-        with _followed(job, folders):
-            launch("-m", "qwen3ft.worker", kind, str(job.dir.path))
-    except SignalException as stopped:
+        with _followed(job, followed, others) as ended:
+            launch("-m", "qwen3ft.worker", kind, str(whole.path))
+    except (SignalException, PreemptedError) as stopped:
+        if ended:  # by this process, for another host
+            job.is_broken_off = False
+            codes = {rank: 1 for rank in own if folders[rank].failure.exists()}
+            raise first_failure(folders, codes, kills_before, lambda: ended) from None
+        if isinstance(stopped, PreemptedError):
+            raise
         job.stop.signal_name = signal.Signals(stopped.sigval).name
         raise job.stop.error() from None
-    except ChildFailedError as ended:
-        codes = {rank: failure.exitcode for rank, failure in ended.failures.items()}
-        raise first_failure(folders, codes, kills_before) from None
+    except ChildFailedError as failed:
+        codes = {rank: failure.exitcode for rank, failure in failed.failures.items()}
+        raise first_failure(folders, codes, kills_before, others.last_words) from None
     return folders
 
 
 def first_failure(
-    folders: Sequence[JobDir], codes: Mapping[int, int], kills_before: int = 0
+    folders: Sequence[JobDir],
+    codes: Mapping[int, int],
+    kills_before: int = 0,
+    elsewhere: Callable[[], Sequence[Failure]] = tuple,
 ) -> FinetuneError:
     """Return the failure that ended the others.
 
     Args:
         folders: Folders of the ranks.
-        codes: Exit statuses of the ranks that failed, in the order in which the agent saw them.
+        codes: Exit statuses of the ranks that failed on this host, in the order in which the agent
+            saw them.
         kills_before: `kernel_oom_kills` before the ranks started.
+        elsewhere: Returns the failures of other hosts; asked only if the cause is not here.
     """
-    failures = {
-        rank: folders[rank].read_failure()
-        or Failure.from_error(unrecorded_failure(folders[rank], codes[rank], kills_before))
-        for rank in codes
-    }
+    failures = [
+        _of_rank(
+            rank,
+            len(folders),
+            folders[rank].read_failure()
+            or Failure.from_error(unrecorded_failure(folders[rank], code, kills_before)),
+        )
+        for rank, code in codes.items()
+    ]
+    if all(map(is_consequence, failures)):
+        failures += elsewhere()
     # of equals the one that the agent saw first
-    rank, failure = min(failures.items(), key=lambda item: _is_consequence(item[1]))
-    facts = {**failure.facts, "rank": rank, "ranks": len(folders)}
-    what = f"Rank {rank} of {len(folders)}: {failure.what}"
-    return failure.model_copy(update={"what": what, "facts": facts}).to_error()
+    return min(failures, key=is_consequence).to_error()
 
 
-def _is_consequence(failure: Failure) -> bool:
+def _of_rank(rank: int, ranks: int, failure: Failure) -> Failure:
+    facts = {**failure.facts, "rank": rank, "ranks": ranks}
+    what = f"Rank {rank} of {ranks}: {failure.what}"
+    return failure.model_copy(update={"what": what, "facts": facts})
+
+
+def is_consequence(failure: Failure) -> bool:
+    """Return True if a rank failed because another had ended."""
     return failure.kind in CONSEQUENCES or failure.facts.get("error_type") == "DistBackendError"
 
 
@@ -146,43 +195,50 @@ def _shorten_shutdown() -> None:
     PContext.close = close_soon  # type: ignore[method-assign, assignment]
 
 
-def _launch_config(job: JobDir, ranks: int, run_id: str) -> Any:
-    """Return the agent's settings: this host alone, and no restart."""
+def _launch_config(agent: Agent, run_id: str) -> Any:
+    """Return the settings of torch's agent: the hosts that share the job, and no restart."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig
 
     # Otherwise the agent opens a port on all interfaces, for a store that no rank uses.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     return LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        logs_specs=DefaultLogsSpecs(log_dir=str(job.meeting_place.with_name("agent"))),
+        min_nodes=len(agent.ranks),
+        max_nodes=len(agent.ranks),
+        nproc_per_node=len(agent.ranks[agent.host]),
+        logs_specs=DefaultLogsSpecs(log_dir=str(agent.job.meeting_place.with_name("agent"))),
         run_id=run_id,
         rdzv_backend="c10d",
         # A file of this user instead of a port that the whole network could reach.
-        rdzv_endpoint=str(job.meeting_place.with_name("rendezvous")),
-        rdzv_configs={"store_type": "file", "timeout": 60},
-        local_addr="localhost",
+        rdzv_endpoint=str(agent.job.meeting_place.with_name("rendezvous")),
+        rdzv_configs={"store_type": "file", "join_timeout": int(2 * FIRST_SIGN_SECONDS)},
+        # Agents are numbered in the order of these names, and ranks in the order of agents. Nobody
+        # looks them up: ranks meet through the folder.
+        local_addr=f"host-{agent.host:04d}",
         max_restarts=0,
         monitor_interval=0.1,
     )
 
 
 @contextmanager
-def _followed(job: Job, folders: Sequence[JobDir]) -> Iterator[None]:
+def _followed(
+    job: Job, folders: Sequence[JobDir], others: OtherHosts
+) -> Iterator[Sequence[Failure]]:
     """Beat for the job whenever a rank has beaten: when one hangs, all are silent soon.
 
-    Log records of rank 0 and warnings of the others are repeated meanwhile.
+    Log records of rank 0 and warnings of the others are repeated meanwhile. When another host has
+    ended, this process is asked to stop; the list that is yielded then says why.
     """
     over = threading.Event()
+    ended: list[Failure] = []
 
-    logs = [RecordRelay(folder, f"rank {rank}: ") for rank, folder in enumerate(folders)]
-    logs[0] = RecordRelay(folders[0])
+    logs = [RecordRelay(folder, f"rank {folder.path.name}: ") for folder in folders]
+    if folders[0].path.name == "0":
+        logs[0] = RecordRelay(folders[0])
 
     def follow() -> None:
         before: list[int] = []
-        is_over = False
+        parted_at, is_over = 0.0, False
         while not is_over:
             is_over = over.wait(LOOK_AT_RANKS_SECONDS)
             for log in logs:
@@ -194,11 +250,19 @@ def _followed(job: Job, folders: Sequence[JobDir]) -> Iterator[None]:
             if beats != before:
                 before = beats
                 job.heartbeat.beat(*last_sign(folders[0]))
+            if (failures := others.failures()) and not ended and not is_over:
+                parted_at = parted_at or time.monotonic()
+                # Who only lost the others says nothing new: the cause may be here, on its way.
+                if not all(map(is_consequence, failures)) or (
+                    time.monotonic() - parted_at > GRACE_SECONDS + LOOK_AT_RANKS_SECONDS
+                ):
+                    ended.extend(failures)
+                    os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=follow, name="heartbeats", daemon=True)
     thread.start()
     try:
-        yield
+        yield ended
     finally:
         over.set()
         thread.join()

@@ -39,7 +39,7 @@ _AGENTS = frozenset(
 )
 """Variables by which torch's agent tells a process its place."""
 
-NEED_FEWER = ("tokenizer", "quantize", "data", "ranks", "answering-ranks")
+NEED_FEWER = ("tokenizer", "quantize", "data", "ranks", "join", "answering-ranks")
 """Jobs that need less than half of these and import lazily."""
 
 
@@ -86,6 +86,8 @@ def enter_rank(attempt: Path) -> Path:
     request = json.loads(JobDir(folder).request.read_text(encoding="utf-8"))
     if request["device"] == "cuda":
         place, held = request["places"][rank], os.environ.get(HELD_VARIABLE, "")
+        if per_host := request.get("places_per_host"):
+            place %= per_host
         os.environ[VISIBLE] = held.split(",")[place] if held else str(place)
     return folder
 

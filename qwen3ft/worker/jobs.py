@@ -36,7 +36,7 @@ from qwen3ft.records.requests import (
 from qwen3ft.records.serving import ServeEnded, ServeRequest
 from qwen3ft.records.training import AttemptOutcome, RankOutcome
 from qwen3ft.units import GIB
-from qwen3ft.worker.agent import ANSWERING_RANK, RANK, ask_ranks, train_ranks
+from qwen3ft.worker.agent import ANSWERING_RANK, RANK, ask_ranks, join_ranks, train_ranks
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -334,6 +334,7 @@ KINDS: dict[str, Callable[[Job], BaseModel]] = {
     "preflight": preflight_job,
     "train": train_job,
     "ranks": train_ranks,
+    "join": join_ranks,
     RANK: rank_job,
     "inference": inference_job,
     "answering-ranks": ask_ranks,

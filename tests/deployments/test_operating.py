@@ -79,7 +79,7 @@ class Project:
 
     def __init__(self, root: Path) -> None:
         shutil.copytree(ROOT / "deployments" / "configs", root / "deployments" / "configs")
-        entry = ("qwen3ft.entry_points.qwen3_finetune", "flows/finetune.py:qwen3_finetune")
+        entry = ("qwen3ft.entry_points.qwen3_finetune ", "flows/finetune.py:qwen3_finetune ")
         text = (ROOT / "deployments" / "prefect.yaml").read_text().replace(*entry)
         (root / "deployments" / "prefect.yaml").write_text(text)  # with the flow of this project
         (root / "flows").mkdir()

@@ -70,7 +70,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """
     root = tmp_path_factory.mktemp("a project")  # a path with a space
     (root / "deployments").mkdir()
-    entry = ("qwen3ft.entry_points.qwen3_finetune", "flows/finetune.py:qwen3_finetune")
+    entry = ("qwen3ft.entry_points.qwen3_finetune ", "flows/finetune.py:qwen3_finetune ")
     text = (ROOT / PREFECT_FILE).read_text().replace(*entry)  # the flow of this project
     (root / PREFECT_FILE).write_text(text)
     shutil.copytree(ROOT / "deployments" / "configs", root / "deployments" / "configs")

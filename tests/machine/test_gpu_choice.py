@@ -103,6 +103,8 @@ def test_what_is_not_there_is_refused_with_what_is(
 def test_without_a_gpu_only_the_embedded_model_has_several_ranks(environment: Any) -> None:
     assert rank_count(TrainingConfig(gpus="auto"), environment) == 1
     assert rank_count(TrainingConfig(gpus="3", model_name="embedded"), environment) == 3
+    with pytest.raises(EnvironmentNotReadyError, match="hosts is 2, and no GPU is visible"):
+        rank_count(TrainingConfig(hosts=2), environment)
     with pytest.raises(EnvironmentNotReadyError, match="no GPU is visible"):
         rank_count(TrainingConfig(gpus="3"), environment)
 
@@ -264,3 +266,11 @@ def test_the_stack_comes_up_beside_a_driver_that_does_not_answer(
     monkeypatch.setattr(services, "visible_gpus", no_answer)
     command = services.command("worker", services.Layout(tmp_path, 1, 2), sys.executable)
     assert command[command.index("--limit") + 1] == "1"
+
+
+@pytest.mark.parametrize("gpus", ["auto", "0,1"])
+def test_each_of_several_hosts_gives_a_number_of_gpus(gpus: str) -> None:
+    """What is free or an index here says nothing of another host."""
+    assert parse_config({"hosts": 2, "gpus": "4"}).hosts == 2
+    with pytest.raises(ConfigError, match="with 2 hosts gpus is the number of GPUs"):
+        parse_config({"hosts": 2, "gpus": gpus})

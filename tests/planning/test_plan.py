@@ -110,6 +110,18 @@ def test_a_budget_above_the_device_is_lowered_and_says_so() -> None:
     assert "1000 GB were allowed" in plan.reasons["max_memory_gb"]
 
 
+def test_hosts_give_as_many_places_each() -> None:
+    """The run's own host first; the rest of the plan is that of as many GPUs on one host."""
+    two, machine = TrainingConfig(hosts=2), environment(80.0)
+    plan = build_plan(two, machine, snapshot(), plan_adapter(two, QWEN3_4B), manifest())
+    assert (plan.places, plan.places_per_host, plan.hosts) == ((0, 1), 1, (0, 1))
+    assert [plan.places_on(host) for host in plan.hosts] == [(0,), (1,)]
+    assert [plan.ranks_on(host) for host in plan.hosts] == [(0,), (1,)]
+    assert repredict(plan).predicted == plan.predicted
+    alone = plan_for()
+    assert (alone.places_per_host, alone.hosts) == (None, (0,))
+
+
 def test_on_a_cpu_the_budget_is_resident_memory() -> None:
     """The tiny model fits a laptop; evaluation takes many rows at once; nothing is offloaded."""
     plan = plan_for(TINY, gpu_gb=None, max_memory_gb=2.0)
@@ -195,7 +207,7 @@ def test_each_derived_value_has_its_reason(gpu_gb: float | None) -> None:
     asked = set(TrainingConfig.model_fields)
     given_by_stages = {"attempt", "run_id", "run_dir", "model", "adapter", "dataset"}
     rest = {"resume_from", "degraded", "reasons"}
-    rest |= {"format_version", "memory", "effective_batch_size"}
+    rest |= {"format_version", "memory", "effective_batch_size", "places_per_host"}
     undecided = set(TrainPlan.model_fields) - asked - given_by_stages - rest
     assert undecided | set(MemorySettings.model_fields) <= derived
     assert set(plan.reasons) == derived

@@ -119,6 +119,14 @@ def test_a_device_that_failed_is_left_out_at_once() -> None:
     assert "2 of 3 ranks go on, without place 1" in decision.plan.reasons["places"]
 
 
+def test_the_host_of_the_run_keeps_a_rank_whatever_fails() -> None:
+    """Its process saves and tests the adapter; a rank of another host may be its host's last."""
+    plan = make_plan(places=(0, 2), places_per_host=2)
+    assert retry(plan, fail_in(1, "DeviceFaultError")).plan.places == (0,)
+    assert retry(plan, fail_in(0, "DeviceFaultError")).plan.places == (0, 2)
+    give_up(plan, fail_in(0, "DeviceFaultError"), "DeviceFaultError")
+
+
 def test_nccls_word_for_a_lost_rank_blames_no_device() -> None:
     """Some other rank is gone; all of them try once more."""
     failure = fail_in(0, "DeviceFaultError", error_type="DistBackendError")

@@ -208,6 +208,14 @@ def test_ranks_whose_gpu_is_gone_or_filled_are_left_out() -> None:
         assert words in fitted.reasons["places"]
 
 
+def test_a_host_looks_at_its_own_gpus_and_keeps_one_rank() -> None:
+    """Ranks of other hosts stay; the last rank of the run's own host waits for its GPU."""
+    plan = plan_for().with_settings(places=(0, 1, 2, 3), places_per_host=2)
+    assert fit_ranks(plan, gpu0=20, gpu1=None).places == (0, 2, 3)
+    with pytest.raises(EnvironmentNotReadyError, match="GPU is lost"):
+        fit_ranks(plan, gpu0=None, gpu1=None)
+
+
 def test_ranks_share_a_plan_that_fits_the_fullest_of_their_gpus() -> None:
     """Less than the budget is free on one, and enough for the plan."""
     plan = plan_for().with_settings(places=(0, 2))

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 PRODUCT = ("qwen3ft", "flows", "tasks", "deployments")
 
 OTHER_PROGRAMS = {
-    *("ls", "tail", "head", "df", "cat", "mv", "ps", "fuser", "ulimit", "unset", "cd"),
+    *("ls", "tail", "head", "df", "cat", "mv", "ps", "fuser", "ulimit", "unset", "export", "cd"),
     *("nvidia-smi", "hf", "make", "python3", "prefect", "libreoffice"),
 }
 """Programs that a printed command may name besides ours; of the system, or of .venv/bin."""

@@ -16,12 +16,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock, patch
+from uuid import uuid4
 
 import httpx
 import numpy as np
 import pynvml
 import torch
 from huggingface_hub import errors as hub_errors
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Crashed, Scheduled
 from support.databases import migrated
 from support.plans import environment, manifest, plan_for, snapshot
 from support.small_adapter import small_tensors, write_small_adapter, write_tensors
@@ -29,7 +32,7 @@ from support.small_adapter import small_tensors, write_small_adapter, write_tens
 from deployments import deploy, prefect_api, prefect_worker, schedule
 from deployments.services import Layout
 from deployments.stack import Stack
-from flows import api, finetune, resume, run_context, temporary_server
+from flows import api, finetune, hosts, join, resume, run_context, temporary_server
 from flows.cli import adapters, champion, data, follow, options, plan, project, runs, servers
 from flows.cli.app import _explained as explained
 from qwen3ft import errors, faults, files, settings
@@ -37,7 +40,7 @@ from qwen3ft.chat import rendering, templates, tokenizer
 from qwen3ft.config import TrainingConfig, load_config, parse_config
 from qwen3ft.data import hub as data_hub
 from qwen3ft.data import reading, sources
-from qwen3ft.digests import DigestCache
+from qwen3ft.digests import DigestCache, code_digest
 from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.evaluation import generation, inference
 from qwen3ft.evaluation.ability import read_ability_rows
@@ -45,7 +48,7 @@ from qwen3ft.jobs import failures
 from qwen3ft.jobs.folders import JobDir, RunDir
 from qwen3ft.jobs.heartbeat import StopRequest
 from qwen3ft.machine import environment as environments
-from qwen3ft.machine import gpu_choice, gpu_lock, gpus, leaks, memory
+from qwen3ft.machine import gpu_choice, gpu_lock, gpus, leaks, memory, network
 from qwen3ft.model import hub as model_hub
 from qwen3ft.model import hub_errors as translated
 from qwen3ft.model import room, saved_adapter, shapes, source_folder
@@ -154,6 +157,45 @@ def twice_on_one_gpu(folder: Path) -> None:
         gpu_lock.hold_gpu(gpu_lock.CPU, "2", when_busy="refuse", wait_seconds=0, folder=folder),
     ):
         pass
+
+
+def joined_attempt(folder: Path, *, is_whole: bool = True) -> JobDir:
+    """Make an attempt whose model and rows are there, or not."""
+    plan = plan_for()
+    if is_whole:
+        there = {"path": str(folder)}
+        plan = plan.with_settings(
+            model=plan.model.model_copy(update=there), dataset=plan.dataset.model_copy(update=there)
+        )
+    return JobDir(folder / "01").create(plan)
+
+
+def no_join_deployment(_: Path) -> None:
+    """The server does not know the deployment of other hosts."""
+    client = MagicMock()
+    client.read_deployment_by_name.side_effect = ObjectNotFound(Exception("404"))
+    hosts._ask(client, {"host": 1})
+
+
+def no_other_host(folder: Path) -> None:
+    """No worker takes the flow run of the second host."""
+    client = MagicMock()
+    client.read_flow_run.return_value.state = Scheduled()
+    hosts._wait_until_ready(
+        config(wait_for_gpu_seconds=0),
+        client,
+        JobDir(folder),
+        {1: uuid4()},
+        RunDir(folder / "run"),
+    )
+
+
+def full_gpu_of_a_host(_: Path) -> None:
+    """Another program fills the GPU of a host that joins."""
+    machine = environment(80.0)
+    gpu = machine.gpus[0].model_copy(update={"free_bytes": 1})
+    full = machine.model_copy(update={"gpus": (gpu,)})
+    join._require_gpus_as(plan_for(), full, gpu.name, "b")
 
 
 def wrong_python(_: Path) -> None:
@@ -715,6 +757,9 @@ QUICK: dict[str, Mishap] = {
     "qwen3ft/machine/gpus.py _no_answer 1": lambda _: throw(
         gpus._no_answer(pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST))
     ),
+    "qwen3ft/machine/network.py _no_interface 1": lambda _: network.find_interface(
+        "http://127.0.0.1:4200/api"
+    ),
     "qwen3ft/machine/leaks.py leak_error 1": lambda _: throw(
         leaks.leak_error(leaks.Growth("host memory", 2.0**20, 10, 100, 2**27), 2**30, 100)
     ),
@@ -881,6 +926,19 @@ QUICK: dict[str, Mishap] = {
     "flows/cli/runs.py _show_end 1": lost_card,
     "flows/cli/servers.py env_command 1": in_project(servers.env_command),
     "flows/finetune.py run_in_process 1": interrupted,
+    "flows/hosts.py _ask 1": no_join_deployment,
+    "flows/hosts.py _wait_until_ready 1": no_other_host,
+    "flows/hosts.py _refusal 1": lambda _: throw(hosts._refusal(1, Crashed())),
+    "flows/join.py _join 1": lambda f: join._join(JobDir(f / "missing"), 1, "", ""),
+    "flows/join.py _join 2": lambda f: join._join(
+        joined_attempt(f, is_whole=False), 1, code_digest(), ""
+    ),
+    "flows/join.py _join 3": lambda f: join._join(joined_attempt(f), 1, "another", ""),
+    "flows/join.py _require_gpus_as 1": lambda _: join._require_gpus_as(
+        plan_for(), environment(None), "NVIDIA H200", "b"
+    ),
+    "flows/join.py _require_gpus_as 2": full_gpu_of_a_host,
+    "flows/join.py _wait_for_start 1": lambda f: join._wait_for_start(JobDir(f), 0),
     "flows/resume.py refuse_second_resume 1": lambda _: resume.refuse_second_resume(
         config(), "1", 5
     ),
@@ -916,6 +974,8 @@ ELSEWHERE: dict[str, str] = {
     "test_a_rank_with_another_version_of_the_code_is_refused",
     "qwen3ft/training/ranks.py _together 1": "tests/training/test_ranks.py::"
     "test_a_rank_that_ends_parts_the_others_at_once",
+    "qwen3ft/worker/hosts.py OtherHosts._failure 1": "tests/worker/test_host_agents.py::"
+    "test_a_silent_host_counts_as_gone_and_one_that_is_there_does_not",
     "qwen3ft/model/manager.py ModelManager.quantize 1": f"{_MODEL}/test_model.py::"
     "test_settings_that_fail_fall_back_and_mark_the_snapshot",
     "qwen3ft/model/save_adapter.py save_adapter 1": f"{_MODEL}/test_save_adapter.py::"

@@ -192,14 +192,24 @@ def test_a_cancelled_attempt_frees_all_ranks_with_a_checkpoint(
 
 
 @pytest.mark.parametrize(
-    ("held", "seen"), [("", ["0", "2"]), ("GPU-a,GPU-b,GPU-c", ["GPU-a", "GPU-c"])]
+    ("held", "per_host", "seen"),
+    [
+        ("", None, ["0", "2"]),
+        ("GPU-a,GPU-b,GPU-c", None, ["GPU-a", "GPU-c"]),
+        ("GPU-a,GPU-b", 2, ["GPU-a", "GPU-a"]),  # on two hosts
+    ],
 )
 def test_each_rank_sees_the_gpu_of_its_place_alone(
-    make_plan: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, held: str, seen: list[str]
+    make_plan: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    held: str,
+    per_host: int | None,
+    seen: list[str],
 ) -> None:
     """And nothing of torch's agent, from which transformers would distribute the model."""
     monkeypatch.setattr(bootstrap, "_print_to", lambda path: None)
-    plan = make_plan(device="cuda", places=(0, 2))
+    plan = make_plan(device="cuda", places=(0, 2), places_per_host=per_host)
     for rank, gpu in enumerate(seen):
         JobDir(tmp_path).rank(rank).create(plan)
         given = {

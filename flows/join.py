@@ -1,0 +1,123 @@
+"""The flow `qwen3-finetune-join`: this host's ranks in one attempt of a run on another host.
+
+It looks whether this host can compute the same as the run's own, before anything is trained.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.settings import get_current_settings
+from prefect.states import Completed, Failed
+
+from flows.run_context import hold_devices
+from qwen3ft import logs
+from qwen3ft.config import TrainingConfig
+from qwen3ft.digests import code_digest
+from qwen3ft.errors import EnvironmentNotReadyError, FinetuneError
+from qwen3ft.jobs.folders import JobDir, RunDir, read_record
+from qwen3ft.jobs.launcher import run_worker
+from qwen3ft.machine.environment import EnvironmentManager
+from qwen3ft.machine.network import interface_for_ranks
+from qwen3ft.records.machine import EnvironmentReport
+from qwen3ft.records.plan import TrainPlan
+from qwen3ft.records.training import RankOutcome
+from qwen3ft.text.commands import shell_line
+from qwen3ft.units import size_text
+
+logger = logs.get_logger("join")
+
+_POLL_SECONDS = 0.5
+
+
+@flow(name="qwen3-finetune-join", retries=0)
+def qwen3_finetune_join(attempt: str, host: int, code: str, gpu: str = "") -> State[Any]:
+    """Run this host's ranks of a training attempt; a run with several `hosts` asks for it.
+
+    Args:
+        attempt: Folder of the attempt.
+        host: Number of this host in the attempt.
+        code: Digest of the code that the attempt's own host runs.
+        gpu: Kind of its GPUs; empty for a CPU.
+    """
+    logs.configure()
+    try:
+        _join(JobDir(Path(attempt)), host, code, gpu)
+    except FinetuneError as error:
+        return Failed(message=str(error))
+    return Completed(message=f"Host {host} trained to the end.")
+
+
+def _join(attempt: JobDir, host: int, code: str, gpu: str) -> None:
+    name = socket.gethostname()
+    if not attempt.request.is_file():
+        raise EnvironmentNotReadyError(
+            f"{name} does not see the folder {attempt.path}.",
+            why="Hosts that train together share the project folder, at the same path.",
+            next_command=shell_line("ls", _nearest(attempt.path)),
+        )
+    plan = read_record(attempt.request, TrainPlan)
+    missing = [path for path in (plan.model.path, plan.dataset.path) if not Path(path).exists()]
+    if missing:
+        raise EnvironmentNotReadyError(
+            f"{name} does not see {', '.join(missing)}.",
+            why="Hosts that train together share cache_dir too, at the same path.",
+            next_command=shell_line("ls", _nearest(Path(missing[0]))),
+        )
+    if (own := code_digest()) != code:
+        raise EnvironmentNotReadyError(
+            f"{name} has another version of qwen3ft ({own[:12]}) than the run ({code[:12]}).",
+            why="All ranks of a training must compute the same.",
+            next_command="qwen3ft doctor",
+        )
+    run = RunDir(Path(plan.run_dir))
+    config = read_record(run.config, TrainingConfig)
+    with (
+        hold_devices(config, EnvironmentManager().report(), run) as environment,
+        interface_for_ranks(get_current_settings().api.url or ""),
+    ):
+        _require_gpus_as(plan, environment, gpu, name)
+        job = attempt.host(host).create(plan)  # the run waits for this
+        _wait_for_start(attempt, config.wait_for_gpu_seconds)
+        run_worker("join", job, RankOutcome, stall_seconds=plan.stall_seconds, last=True)
+
+
+def _nearest(path: Path) -> Path:
+    """Return the folder above a missing path, as far as it is there."""
+    return next(folder for folder in path.parents if folder.is_dir())
+
+
+def _require_gpus_as(plan: TrainPlan, environment: EnvironmentReport, gpu: str, name: str) -> None:
+    found = environment.gpus[0].name if environment.gpus else ""
+    if found != gpu:
+        raise EnvironmentNotReadyError(
+            f"{name} has {found or 'no GPU'}, and the run {gpu or 'no GPU'}.",
+            why="The ranks of a training wait for the slowest, and share one plan.",
+            next_command="qwen3ft doctor",
+        )
+    for each in environment.gpus:
+        if each.free_bytes < plan.predicted_peak_bytes:
+            raise EnvironmentNotReadyError(
+                f"GPU {each.index} of {name} has {size_text(each.free_bytes)} free, and the plan "
+                f"needs {size_text(plan.predicted_peak_bytes)}.",
+                why="Other programs have the rest.",
+                next_command="nvidia-smi",
+            )
+
+
+def _wait_for_start(attempt: JobDir, wait_seconds: float) -> None:
+    """Wait until the attempt has begun on its own host, which waits for all others first."""
+    end = time.monotonic() + wait_seconds
+    while not attempt.heartbeat.exists():
+        if time.monotonic() > end:
+            raise EnvironmentNotReadyError(
+                f"The attempt {attempt.path} has not begun within {wait_seconds:.0f} s.",
+                why="Its run has ended, or waits for another host.",
+                next_command="qwen3ft status",
+            )
+        time.sleep(_POLL_SECONDS)

@@ -1,0 +1,85 @@
+"""Signs of life between the agents of an attempt on several hosts, through its shared folder.
+
+A host that is gone, because it lost its power or its network, closes no connection: its peers would
+wait for it until the collective's time limit. So each agent rewrites a file of its own twice a
+second, and reads those of the others. Only a change counts, so the hosts' clocks may differ.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from qwen3ft.errors import WorkerCrashedError
+from qwen3ft.jobs.folders import JobDir
+from qwen3ft.records.training import Failure
+
+FIRST_SIGN_SECONDS = 180.0
+"""Longest wait for another agent's first sign of life: it has to import torch, and a file system of
+the network may show a new file a minute late."""
+
+HOST_SILENT_SECONDS = 30.0
+"""Silence after which a host counts as gone; a server of files that restarts may take 20 s."""
+
+
+@dataclass(frozen=True)
+class Agent:
+    """One host's part in a job of several ranks."""
+
+    job: JobDir
+    """Folder that all ranks share."""
+    host: int
+    """Number of this host."""
+    ranks: Mapping[int, Sequence[int]]
+    """Ranks by host."""
+
+
+class OtherHosts:
+    """The agents of the other hosts, as this one sees them."""
+
+    def __init__(self, agent: Agent) -> None:
+        self.own = agent.job.host(agent.host)
+        self.others = {other: agent.job.host(other) for other in agent.ranks if other != agent.host}
+        self._signs = dict.fromkeys(self.others, b"")
+        self._heard = dict.fromkeys(self.others, time.monotonic())
+        self._count = 0
+
+    def failures(self) -> Sequence[Failure]:
+        """Show that this host is there, and return why others have ended, or seem to be gone."""
+        if not self.others:
+            return ()
+        self._count += 1
+        with suppress(OSError):  # a full disk ends this host if it lasts
+            self.own.alive.write_text(f"{socket.gethostname()} {self._count}", encoding="utf-8")
+        found = (self._failure(other, folder) for other, folder in self.others.items())
+        return [failure for failure in found if failure is not None]
+
+    def last_words(self) -> Sequence[Failure]:
+        """Wait until each of the others has said why it ended, or counts as gone."""
+        end = time.monotonic() + HOST_SILENT_SECONDS + 5  # they may be waiting for this one
+        while len(failures := self.failures()) < len(self.others) and time.monotonic() < end:
+            time.sleep(0.5)
+        return failures
+
+    def _failure(self, other: int, folder: JobDir) -> Failure | None:
+        if (failure := folder.read_failure()) is not None:
+            return failure
+        # Opened, not only looked at: NFS may show the times of a file a minute late.
+        with suppress(OSError):
+            if (sign := folder.alive.read_bytes()) != self._signs[other]:
+                self._signs[other], self._heard[other] = sign, time.monotonic()
+        silence = time.monotonic() - self._heard[other]
+        name = self._signs[other].decode(errors="replace").partition(" ")[0]
+        if silence <= (HOST_SILENT_SECONDS if name else FIRST_SIGN_SECONDS):
+            return None
+        error = WorkerCrashedError(
+            f"Host {other} ({name or 'which never began'}) gave no sign of life for "
+            f"{silence:.0f} s.",
+            why="It is down, or cut off from the network or the project folder.",
+            next_command="prefect work-pool inspect qwen3ft",
+            lost_host=other,
+        )
+        return Failure.from_error(error)
