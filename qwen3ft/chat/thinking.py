@@ -113,7 +113,9 @@ def split_think_block(text: str) -> tuple[str, str]:
 
 def clean_text(text: str) -> str:
     """Return `text` without blank lines before it and white space behind; indentation stays."""
-    return _LEADING_BREAKS.sub("", text).rstrip()
+    if text[:1].isspace():
+        text = _LEADING_BREAKS.sub("", text)
+    return text.rstrip()
 
 
 def text_behind(rest: str) -> str:

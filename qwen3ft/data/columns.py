@@ -7,7 +7,7 @@ names differ in case alone is refused.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 from qwen3ft.chat.messages import MEDIA_KEYS
 from qwen3ft.config import ColumnNames
@@ -57,8 +57,7 @@ PARTS: dict[str, tuple[str, ...]] = {
 _SECOND_QUESTION = {"instruction": "input", "指令": "输入"}
 
 
-@dataclass(frozen=True, slots=True)
-class Columns:
+class Columns(NamedTuple):
     """Column of each part, None where there is none; `layout` is the usual name of the whole."""
 
     layout: str
@@ -90,9 +89,7 @@ class Columns:
         return {part: name for part, name in named.items() if name is not None}
 
 
-_PART_NAMES = tuple(
-    one.name for one in fields(Columns) if one.name not in ("layout", "media", "unused")
-)
+_PART_NAMES = tuple(name for name in Columns._fields if name not in ("layout", "media", "unused"))
 
 
 def find_columns(names: tuple[str, ...], wanted: ColumnNames) -> Columns:

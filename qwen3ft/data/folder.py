@@ -280,17 +280,20 @@ def _question(row: QaRow) -> dict[str, Any]:
 
 
 def _left_out(prepared: Prepared) -> Iterable[dict[str, Any]]:
-    fates = tuple(fate for fate in Fate if fate not in (Fate.TRAIN, Fate.DEV, Fate.TEST))
-    for position, row in _rows(prepared, *fates):
-        fate = Fate(int(prepared.placement.fates[position]))
-        entry = {"file": row["file"], "line": row["line"], "reason": fate.name.lower()}
-        if prepared.tokens.lengths[position]:
-            name = "tokens_at_least" if prepared.tokens.bounded[position] else "tokens"
-            entry[name] = int(prepared.tokens.lengths[position])
+    fates, tokens = prepared.placement.fates, prepared.tokens
+    reasons = [fate.name.lower() for fate in Fate]
+    is_used = np.isin(fates, (Fate.TRAIN, Fate.DEV, Fate.TEST))
+    # Nearly all rows may be left out, as repeats, so their texts are not read again.
+    for position, (file, line) in prepared.table.lines_where(~is_used):
+        entry = {"file": file, "line": line, "reason": reasons[fates[position]]}
+        if tokens.lengths[position]:
+            name = "tokens_at_least" if tokens.bounded[position] else "tokens"
+            entry[name] = int(tokens.lengths[position])
         yield entry
 
 
 def _write_lines(path: Path, values: Iterable[dict[str, Any]]) -> None:
+    encode = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps makes one for each value
     with path.open("w", encoding="utf-8") as stream:
         for value in values:
-            stream.write(json.dumps(value, ensure_ascii=False) + "\n")
+            stream.write(encode(value) + "\n")

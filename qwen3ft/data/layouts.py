@@ -20,7 +20,13 @@ from qwen3ft.chat.messages import (
     parse_messages,
     parse_text,
 )
-from qwen3ft.chat.thinking import THINK_CLOSE, clean_text, split_think_block, text_behind
+from qwen3ft.chat.thinking import (
+    THINK_CLOSE,
+    THINK_OPEN,
+    clean_text,
+    split_think_block,
+    text_behind,
+)
 from qwen3ft.data.columns import Columns, is_chosen
 from qwen3ft.data.readers.raw import RawRow
 from qwen3ft.data.splits import DEV_NAMES
@@ -56,28 +62,30 @@ def read_row(
         RejectedRowError: with the reason code.
     """
     values = raw.values
-    if any(is_filled(values[name]) for name in columns.media):
+    if columns.media and any(is_filled(values[name]) for name in columns.media):
         raise RejectedRowError("has_media")
-    row = QaRow(
-        question="",
-        answer="",
-        reasoning="",
-        messages=[],
-        tools=parse_tools(values[columns.tools], notes) if columns.tools else [],
-        kind="",
-        group="",
-        role=file.role,
-        file=file.label,
-        line=raw.line,
-        offset=raw.offset,
-    )
+    # Of what follows, a row pays for the parts that it has: files have millions of plain rows.
+    row: QaRow = {
+        "question": "",
+        "answer": "",
+        "reasoning": "",
+        "messages": [],
+        "tools": parse_tools(values[columns.tools], notes) if columns.tools else [],
+        "kind": "",
+        "group": "",
+        "role": file.role,
+        "file": file.label,
+        "line": raw.line,
+        "offset": raw.offset,
+    }
     if messages := _given_messages(values, columns, row["tools"], notes):
         _fill_from_messages(row, messages, values, columns, separator, notes)
     else:
         _fill_from_columns(row, values, columns, separator, notes)
-    # The name of a score, shown on every page.
-    row["kind"] = escaped_line(mask_secrets(_optional_text(values, columns.kind, "kind")))
-    row["group"] = _label(values, columns.group)
+    if columns.kind is not None:  # the name of a score, shown on every page
+        row["kind"] = escaped_line(mask_secrets(_optional_text(values, columns.kind, "kind")))
+    if columns.group is not None:
+        row["group"] = _label(values[columns.group])
     _apply_marks(row, values, columns, notes)
     return row
 
@@ -89,9 +97,11 @@ def _given_messages(
     notes: RowNotes,
 ) -> list[Message]:
     """Return the messages of a row that is given as such; [] if it has columns of texts."""
-    names = [tool["function"]["name"] for tool in tools]
     asked = values[columns.question] if columns.question else None
     answered = values[columns.answer] if columns.answer else None
+    if columns.messages is None and not isinstance(asked, list) and not isinstance(answered, list):
+        return []
+    names = [tool["function"]["name"] for tool in tools]
     if columns.messages is not None:
         given, beside = values[columns.messages], [columns.question, columns.addition]
         if is_filled(answered) and is_chosen(columns.answer) and is_open(given):
@@ -123,15 +133,21 @@ def _fill_from_columns(
     row: QaRow, values: Mapping[str, Any], columns: Columns, separator: str | None, notes: RowNotes
 ) -> None:
     question = _optional_text(values, columns.question, "question")
-    if addition := _optional_text(values, columns.addition, "question"):
+    if columns.addition is not None and (
+        addition := _optional_text(values, columns.addition, "question")
+    ):
         # Alpaca's instruction may be empty where the input says it all.
         question = f"{question}\n{addition}" if question else addition
     if not question:
         question = _required(values[columns.question] if columns.question else None, "question")
-    if context := _optional_text(values, columns.context, "context"):
+    if columns.context is not None and (
+        context := _optional_text(values, columns.context, "context")
+    ):
         question = f"{context}\n\n{question}"
     answered = values[columns.answer] if columns.answer else None
-    reasoning = _stated_reasoning(values, columns.reasoning, notes)
+    reasoning = (
+        _stated_reasoning(values, columns.reasoning, notes) if columns.reasoning is not None else ""
+    )
     names = [tool["function"]["name"] for tool in row["tools"]]
     text = ""
     if not (calls := calls_in(answered, names, notes)):
@@ -221,9 +237,9 @@ def _apply_marks(row: QaRow, values: Mapping[str, Any], columns: Columns, notes:
             notes.unused.add(columns.label)
         elif not mark:
             raise RejectedRowError(NOT_AN_EXAMPLE)
-    messages = list(row["messages"])
-    if not messages or messages[-1].get("trained", True):
+    if not row["messages"] or row["messages"][-1].get("trained", True):
         return
+    messages = list(row["messages"])
     # What follows the last answer that carries loss would only be read, never learned.
     while messages and (
         messages[-1]["role"] != "assistant" or not messages[-1].get("trained", True)
@@ -241,9 +257,10 @@ def split_reasoning(answer: str, separator: str | None) -> tuple[str, str]:
     Raises:
         RejectedRowError: the think block is never closed.
     """
-    block, rest = split_think_block(answer)
-    if block or THINK_CLOSE in answer:
-        return block, rest
+    if THINK_OPEN in answer or THINK_CLOSE in answer:
+        block, rest = split_think_block(answer)
+        if block or THINK_CLOSE in answer:
+            return block, rest
     before, cut, after = answer.rpartition(separator) if separator else ("", "", answer)
     return (before.strip(), text_behind(after)) if cut else ("", clean_text(answer))
 
@@ -293,7 +310,6 @@ def _optional_text(values: Mapping[str, Any], column: str | None, part: str) -> 
     return clean_text(value)
 
 
-def _label(values: Mapping[str, Any], column: str | None) -> str:
+def _label(value: Any) -> str:
     """Return a source key, a text or a number, as text."""
-    value = values.get(column) if column is not None else None
     return "" if value is None or isinstance(value, (list, Mapping)) else str(value).strip()

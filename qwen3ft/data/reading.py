@@ -27,7 +27,6 @@ from qwen3ft.data.rows import (
     UNREADABLE_FILE,
     RowCounts,
     excerpt,
-    messages_of,
     read_file,
     rules_of,
 )
@@ -159,23 +158,22 @@ class _Reader:
     def batches(self) -> Iterator[BatchPlace]:
         """Read all files; yield each batch of usable rows once it is in the table."""
         for number, file in enumerate(self.reading.files):
-            for _ in self._read(number, file):
-                yield from self._written()
-        self.table.flush()
-        yield from self._written()
+            for place in self._read(number, file):
+                self.reading.places.append(place)
+                yield place
+        if last := self.table.flush():
+            self.reading.places.append(last)
+            yield last
 
-    def _written(self) -> list[BatchPlace]:
-        written = self.table.take_written()
-        self.reading.places += written
-        return written
-
-    def _read(self, number: int, file: SourceFile) -> Iterator[None]:
-        """Add one file's rows; pause after each usable one."""
+    def _read(self, number: int, file: SourceFile) -> Iterator[BatchPlace]:
+        """Add one file's rows; yield each batch that they fill."""
         reading = self.reading
         # Before and after: the rows must be those of the sha256 that names the folder.
         _check_unchanged(file)
         rows_before = reading.rows_read
-        for row in read_file(file, rules_of(self.config), reading.counts):
+        for count, row in enumerate(
+            read_file(file, rules_of(self.config), reading.counts), rows_before + 1
+        ):
             if isinstance(row, BadRow):
                 self._refuse(row)
             elif not row["reasoning"] and self.config.rows_without_reasoning == "leave_out":
@@ -183,10 +181,11 @@ class _Reader:
             elif (problem := self._problem(row)) is not None:
                 self._refuse(problem)
             else:
-                self._take(row, number)
-                yield
-            if (rows := reading.rows_read) and rows % _PROGRESS_ROWS == 0:
-                self._report_progress(rows)
+                self._count(row)
+                if full := self.table.append(row, number):
+                    yield full
+            if count % _PROGRESS_ROWS == 0:
+                self._report_progress(count)
         _check_unchanged(file)
         rows = reading.rows_read - rows_before
         notes = tuple(reading.counts.notes.get(file.label, ()))
@@ -196,21 +195,22 @@ class _Reader:
             DataSource(path=file.label, sha256=file.sha256, rows=rows, role=file.role, notes=notes)
         )
 
-    def _take(self, row: QaRow, source: int) -> None:
+    def _count(self, row: QaRow) -> None:
         reading = self.reading
         reading.usable += 1
-        reading.chinese += _HAN.search(row["question"]) is not None
+        if not row["question"].isascii():
+            reading.chinese += _HAN.search(row["question"]) is not None
         reading.with_reasoning += bool(row["reasoning"])
-        reading.conversations += bool(row["messages"])
-        earlier_turns = row["messages"][:-1]
-        reading.earlier_reasoning += any(message.get("reasoning") for message in earlier_turns)
-        self.table.append(row, source)
+        if messages := row["messages"]:
+            reading.conversations += 1
+            reading.earlier_reasoning += any(turn.get("reasoning") for turn in messages[:-1])
 
     def _problem(self, row: QaRow) -> BadRow | None:
         """Write down personal data in a sound row; return it as a bad row if that is configured."""
         if self.config.personal_data == "off":
             return None
-        text = "\n".join(message["content"] for message in messages_of(row))
+        contents = [message["content"] for message in row["messages"]]
+        text = "\n".join(contents or (row["question"], row["answer"]))
         found = safety.scan(f"{text}\n{row['reasoning']}")
         if not found:
             return None

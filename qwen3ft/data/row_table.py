@@ -58,45 +58,40 @@ class RowWriter(AbstractContextManager["RowWriter"]):
 
         self._file = pa.OSFile(str(path), "wb")
         self._schema = _schema()
-        self._columns: dict[str, list[Any]] = {name: [] for name in self._schema.names}
+        self._held: list[tuple[Any, ...]] = []
+        """Rows of the batch to come, each in the order of the schema."""
         self._characters = self._rows = 0
-        self._written: list[BatchPlace] = []
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def append(self, row: QaRow, source: int) -> None:
-        """Write `row`; `source` is the number of its file."""
-        texts = (row["question"], row["answer"], row["reasoning"])
-        lists = (_to_text(row["messages"]), _to_text(row["tools"]))
+    def append(self, row: QaRow, source: int) -> BatchPlace | None:
+        """Add `row`, from the file with the number `source`; return the batch before it if full."""
+        question, answer, reasoning = row["question"], row["answer"], row["reasoning"]
+        messages, tools = _to_text(row["messages"]), _to_text(row["tools"])
+        characters = len(question) + len(answer) + len(reasoning) + len(messages) + len(tools)
+        is_full = self._characters + characters > _BATCH_CHARACTERS
+        # A giant row has its own batch.
+        written = self.flush() if is_full or len(self._held) == BATCH_ROWS else None
+        self._characters += characters
         labels = (row["kind"], row["group"], row["role"])
         numbers = (source, row["line"], row["offset"])
-        values = (*texts, *lists, *labels, *numbers)  # in the order of the schema
-        characters = sum(map(len, (*texts, *lists)))
-        is_full = self._characters + characters > _BATCH_CHARACTERS
-        if is_full or len(self._columns["line"]) == BATCH_ROWS:  # a giant row has its own batch
-            self.flush()
-        self._characters += characters
-        for column, value in zip(self._columns.values(), values, strict=True):
-            column.append(value)
+        self._held.append((question, answer, reasoning, messages, tools, *labels, *numbers))
+        return written
 
-    def flush(self) -> None:
-        """Write the rows appended since the last batch as one."""
+    def flush(self) -> BatchPlace | None:
+        """Write the rows appended since the last batch as one; None if there are none."""
         import pyarrow as pa
 
-        if rows := len(self._columns["line"]):
-            content = pa.record_batch(self._columns, schema=self._schema).serialize()
-            place = BatchPlace(self._rows, rows, self._file.tell(), content.size)
-            self._file.write(content)
-            self._written.append(place)
-            self._rows += rows
-            self._columns = {name: [] for name in self._columns}
-            self._characters = 0
-
-    def take_written(self) -> list[BatchPlace]:
-        """Return the batches written since the last call."""
-        written, self._written = self._written, []
-        return written
+        if not self._held:
+            return None
+        columns = dict(zip(self._schema.names, zip(*self._held, strict=True), strict=True))
+        content = pa.record_batch(columns, schema=self._schema).serialize()
+        place = BatchPlace(self._rows, len(self._held), self._file.tell(), content.size)
+        self._file.write(content)
+        self._rows += len(self._held)
+        self._held, self._characters = [], 0
+        return place
 
 
 class BatchReader:
@@ -127,24 +122,32 @@ class BatchReader:
         """Return the rows of a batch, or of a part of it."""
         columns = {name: batch.column(name).to_pylist() for name in batch.schema.names}
         numbers = zip(*(columns[name] for name in _NUMBERS), strict=True)
+        labels = [file.label for file in self._files]
         return [
-            QaRow(
-                question=question,
-                answer=answer,
-                reasoning=reasoning,
-                messages=json.loads(messages) if messages else [],
-                tools=json.loads(tools) if tools else [],
-                kind=kind,
-                group=group,
-                role=role,
-                file=self._files[number[0]].label,
-                line=number[1],
-                offset=number[2],
-            )
-            for question, answer, reasoning, messages, tools, kind, group, role, number in zip(
-                *(columns[name] for name in _TEXTS), numbers, strict=True
-            )
+            {
+                "question": question,
+                "answer": answer,
+                "reasoning": reasoning,
+                "messages": json.loads(messages) if messages else [],
+                "tools": json.loads(tools) if tools else [],
+                "kind": kind,
+                "group": group,
+                "role": role,
+                "file": labels[source],
+                "line": line,
+                "offset": offset,
+            }
+            for question, answer, reasoning, messages, tools, kind, group, role, (
+                source,
+                line,
+                offset,
+            ) in zip(*(columns[name] for name in _TEXTS), numbers, strict=True)
         ]
+
+    def lines(self, batch: pa.RecordBatch) -> Iterator[tuple[str, int]]:
+        """Yield the file and the line of each row of a batch, without its texts."""
+        sources, lines = (batch.column(name).to_pylist() for name in ("source", "line"))
+        return zip((self._files[source].label for source in sources), lines, strict=True)
 
 
 class RowTable:
@@ -176,11 +179,20 @@ class RowTable:
 
     def rows_where(self, wanted: Mask) -> Iterator[tuple[int, QaRow]]:
         """Yield (position, row) of the rows of the mask, in order."""
+        for positions, batch in self._where(wanted):
+            yield from zip(positions, self._reader.as_rows(batch), strict=True)
+
+    def lines_where(self, wanted: Mask) -> Iterator[tuple[int, tuple[str, int]]]:
+        """Yield (position, (file, line)) of the rows of the mask, in order."""
+        for positions, batch in self._where(wanted):
+            yield from zip(positions, self._reader.lines(batch), strict=True)
+
+    def _where(self, wanted: Mask) -> Iterator[tuple[list[int], pa.RecordBatch]]:
+        """Yield the rows of the mask, batch by batch, with their positions."""
         for place in self.places:
             inside = np.flatnonzero(wanted[place.start : place.start + place.rows])
             if len(inside):
-                rows = self._reader.as_rows(self._reader.batch(place).take(inside))
-                yield from zip((place.start + inside).tolist(), rows, strict=True)
+                yield (place.start + inside).tolist(), self._reader.batch(place).take(inside)
 
 
 def _to_text(value: list[Any]) -> str:

@@ -43,7 +43,9 @@ _MOST_NAME_CHARACTERS = 80
 
 def asked_by(row: QaRow) -> list[str]:
     """Return the texts of the user's turns, in order."""
-    return [m["content"] for m in messages_of(row) if m["role"] == "user"]
+    if not row["messages"]:
+        return [row["question"]]
+    return [m["content"] for m in row["messages"] if m["role"] == "user"]
 
 
 def messages_of(row: QaRow) -> list[Message]:
@@ -191,8 +193,11 @@ class _RowReader:
             values = {name: raw.values[name] for name in parts} or raw.values
             return BadRow(label, raw.line, raw.offset, reason, excerpt(_as_text(values)))
         counts.columns[columns] += 1
-        unused = {*notes.unused, *(name for name in columns.unused if is_filled(raw.values[name]))}
-        for name in (*unused, *self.unread):  # names from outside, shown on every page
+        unused = {name for name in columns.unused if is_filled(raw.values[name])}
+        for name in (
+            *(unused | notes.unused),
+            *self.unread,
+        ):  # names from outside, shown on every page
             shown = escaped_line(mask_secrets(name))[:_MOST_NAME_CHARACTERS].strip()
             counts.unused[shown or "(a column without a name)"] += 1
         for change in notes.changed:

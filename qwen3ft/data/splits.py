@@ -93,8 +93,10 @@ def asked_keys(questions: Sequence[str]) -> tuple[bytes, list[bytes]]:
     gives away the answers of conversations that it begins with, and of each single question in it.
     """
     keys = [question_key(question) for question in questions]
+    if len(keys) == 1:
+        return keys[0], []
     whole = [_joined(keys[: end + 1]) for end in range(len(keys))]
-    return whole[-1], [*whole[:-1], *keys[1:]] if len(keys) > 1 else []
+    return whole[-1], [*whole[:-1], *keys[1:]]
 
 
 def _joined(keys: Sequence[bytes]) -> bytes:
@@ -107,11 +109,11 @@ def _joined(keys: Sequence[bytes]) -> bytes:
 def content_key(*texts: str) -> bytes:
     """Return 16 bytes that stand for all texts of a row, exactly as they are, each in its place."""
     # With the lengths, because a text may hold the separator.
-    return _digest("\0".join(texts) + "\0".join(str(len(text)) for text in texts))
+    return _digest("\0".join(texts) + "\0".join(map(str, map(len, texts))))
 
 
 def _digest_bytes(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=_KEY_BYTES, usedforsecurity=False).digest()
+    return hashlib.blake2b(data, digest_size=_KEY_BYTES).digest()
 
 
 def _digest(text: str) -> bytes:

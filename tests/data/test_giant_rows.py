@@ -117,11 +117,11 @@ def test_a_batch_of_rows_is_bounded_in_text(tmp_path: Path) -> None:
     rows = [{"question": f"q{n}", "answer": "x" * (1 + 3 * MIB * (n % 3 == 1))} for n in range(12)]
     source = SourceFile(write_jsonl(tmp_path / "a.jsonl", rows), tmp_path / "a.jsonl", "train")
     with RowWriter(tmp_path / "rows.arrow") as table:
-        for row in read_file(source, RowRules(), RowCounts()):
-            if not isinstance(row, BadRow):
-                table.append(row, 0)
-        table.flush()
-        places = table.take_written()
+        good = [
+            row for row in read_file(source, RowRules(), RowCounts()) if not isinstance(row, BadRow)
+        ]
+        written = [*(table.append(row, 0) for row in good), table.flush()]
+    places = [place for place in written if place is not None]
     batches = list(RowTable(BatchReader(tmp_path / "rows.arrow", [source]), places).batches())
     assert max(sum(len(row["answer"]) for row in rows) for _, rows in batches) == 3 * MIB + 1
     found = [row["question"] for _, rows in batches for row in rows]
