@@ -75,7 +75,11 @@ class TrainingEngine:
         self.progress = ProgressCallback(
             job, Heartbeat(job.heartbeat), memory, memory_only=not writes
         )
-        self.leak_watch = LeakWatch(memory, job.memory_report, stop=self.stop if ranks else None)
+        # Not `stop`, which breaks an evaluation off: a leak ends the attempt after it.
+        self.leak_stop = StopRequest()
+        self.leak_watch = LeakWatch(
+            memory, job.memory_report, stop=self.leak_stop if ranks else None
+        )
         self._started = time.monotonic()
 
     def create_training_args(self) -> TrainingArguments:
@@ -136,6 +140,7 @@ class TrainingEngine:
             plan=self.plan,
             job=self.job,
             stop=self.stop,
+            leak_stop=self.leak_stop,
             ranks=self.ranks,
         )
         callbacks: list[Any] = [

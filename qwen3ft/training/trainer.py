@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from transformers import Trainer, TrainerControl
 
-from qwen3ft.errors import DivergedError, PreemptedError
+from qwen3ft.errors import DivergedError, PreemptedError, RanksPartedError
 from qwen3ft.faults import reach
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.training import checkpoint
@@ -71,6 +71,7 @@ class QATrainer(Trainer):
         job: Its folder.
         ranks: The processes that share each step, this one among them; None if it is alone.
         stop: Set when this process was asked to stop; the ranks tell each other before each step.
+        leak_stop: Set when memory of this rank leaks; the ranks tell each other likewise.
     """
 
     control: TrainerControl
@@ -83,6 +84,7 @@ class QATrainer(Trainer):
         plan: TrainPlan,
         job: JobDir,
         stop: StopRequest,
+        leak_stop: StopRequest,
         ranks: Ranks | None = None,
         **kwargs: Any,
     ) -> None:
@@ -90,6 +92,7 @@ class QATrainer(Trainer):
         self.plan = plan
         self.ranks = ranks
         self.stop = stop
+        self.leak_stop = leak_stop
         self.agreed_stop = stop if ranks is None else type(stop)()
         self.writer = CheckpointWriter(
             job.checkpoints,
@@ -141,9 +144,10 @@ class QATrainer(Trainer):
         steps = list(islice(epoch_iterator, num_batches))
         batches = [batch for step in steps for batch in step]
         if self.ranks is not None:
-            totals = self.ranks.share_step(batches, wants_stop=self.stop.signal_name is not None)
+            own_reason = self.stop.signal_name or self.leak_stop.signal_name
+            totals = self.ranks.share_step(batches, wants_stop=own_reason is not None)
             if totals.must_stop:
-                self.agreed_stop.signal_name = self.stop.signal_name or "as another rank was"
+                self.agreed_stop.signal_name = own_reason or "as another rank was"
             self.step_tokens = totals.real_tokens
             return steps, totals.trained_tokens
         self.step_tokens = sum(map(real_tokens, batches))
@@ -273,6 +277,7 @@ class QATrainer(Trainer):
         Raises:
             DivergedError: a step's gradients were not finite; its update was skipped.
             PreemptedError: an evaluation was broken off by a stop request; a checkpoint was saved.
+            RanksPartedError: another rank ended in an evaluation; a checkpoint was saved.
         """
         step = self.state.global_step
         if self.control.should_log and step > self._globalstep_last_logged:
@@ -297,7 +302,8 @@ class QATrainer(Trainer):
         if self.control.should_evaluate:
             try:
                 metrics = self._evaluate(None, None)
-            except PreemptedError:
+            except (PreemptedError, RanksPartedError):
+                # A rank that was asked to stop may part while this one waits for its losses.
                 self._save_checkpoint(self.model, None)
                 raise
             reach("evaluation.logged")

@@ -12,8 +12,16 @@ import numpy as np
 import pytest
 import torch
 from support.ranks import on_ranks
+from transformers import TrainerCallback
 
-from qwen3ft.errors import EnvironmentNotReadyError, RanksPartedError
+from qwen3ft.errors import (
+    EnvironmentNotReadyError,
+    MemoryLeakError,
+    PreemptedError,
+    RanksPartedError,
+)
+from qwen3ft.machine.leaks import Growth, leak_error
+from qwen3ft.training import leak_watch
 from qwen3ft.training import ranks as ranks_module
 from qwen3ft.training.ranks import Ranks
 
@@ -195,6 +203,65 @@ def test_dropout_is_repeated_bit_by_bit(train: Any, tmp_path: Path) -> None:
     assert drift(parts[0], whole[0]) == drift(parts[1], whole[0]) == 0
     (alone,) = train("alone", 1, total_steps=9, **settings)
     assert drift(alone, whole[0]) > 1e-5  # or dropout had no effect
+
+
+@pytest.fixture
+def disturbed(compose_for: Any, plan_in: Any, tmp_path: Path) -> Callable[..., Any]:
+    """Return a function that disturbs rank 1 of two at the end of step 2, which an evaluation ends.
+
+    It returns what ended each rank, and the names of the checkpoints.
+    """
+    plan = plan_in(tmp_path, places=(0, 1), evaluate_every_steps=2, micro_batch_size=4)
+
+    def run(disturb: Callable[[Any], None]) -> Any:
+        class Disturbance(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                if state.global_step == 2:
+                    disturb(self.engine)
+
+        def work(rank: int) -> type | None:
+            ranks = Ranks(rank, 2)
+            engine, trainer = compose_for(plan, ranks=ranks)
+            if rank == 1:
+                callback = Disturbance()
+                callback.engine = engine
+                trainer.callback_handler.callbacks.insert(0, callback)
+            ranks.meet(plan, tmp_path / "meeting-place")
+            try:
+                engine.train_model(trainer)
+            except Exception as error:  # noqa: BLE001  it is what the test asks for
+                return type(error)
+            return None
+
+        ends = on_ranks(2, tmp_path, work)
+        folder = tmp_path / "run" / "attempts" / "01" / "checkpoints"
+        return ends, sorted(path.name for path in folder.glob("step-*"))
+
+    return run
+
+
+def test_a_leak_in_a_rank_ends_an_attempt_after_the_evaluation_that_is_due(
+    disturbed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a leak, with a checkpoint; the evaluation is not broken off."""
+
+    def leak(engine: Any) -> None:
+        growth = Growth(leak_watch.HOST, 1e6, 2, 1, 10**6)
+        found = leak_error(growth, 0, 2)
+        monkeypatch.setattr(engine.leak_watch, "_find_leak", lambda *_: found)
+
+    assert disturbed(leak) == ([RanksPartedError, MemoryLeakError], ["step-000002"])
+
+
+def test_a_rank_that_stops_in_an_evaluation_leaves_the_checkpoint_to_rank_0(
+    disturbed: Any,
+) -> None:
+    """Rank 0 may have read its own share, and wait for the losses of the other."""
+
+    def stop(engine: Any) -> None:
+        engine.stop.signal_name = "SIGTERM"
+
+    assert disturbed(stop) == ([RanksPartedError, PreemptedError], ["step-000002"])
 
 
 def test_sums_are_in_the_order_of_ranks_and_gradients_may_be_missing(tmp_path: Path) -> None:
