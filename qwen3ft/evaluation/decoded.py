@@ -177,11 +177,17 @@ def _collect(
 
 
 def _deal(work: _Work, rank: int, size: int) -> None:
-    """Give a rank its share: of the longest expected every size-th, so that all are as long."""
-    longest = [-query.expected_tokens for query in work.answers]
-    work.mine = sorted(range(len(longest)), key=longest.__getitem__)[rank::size]
-    longest = [-len(query.ids) for query in work.losses]
-    work.my_losses = sorted(range(len(longest)), key=longest.__getitem__)[rank::size]
+    """Give a rank its share: every size-th from the longest expected on, so all are as long."""
+    work.mine = _share_of([query.expected_tokens for query in work.answers], rank, size)
+    work.my_losses = _share_of([len(query.ids) for query in work.losses], rank, size)
+
+
+def _share_of(lengths: Sequence[int], rank: int, size: int) -> list[int]:
+    """Return the numbers of a rank's share, the longest first."""
+    longest = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    # Each round begins one rank later. All models have the same questions, so that otherwise one
+    # rank had every answer of the base, and another every one of the candidate.
+    return [each for place, each in enumerate(longest) if (place + place // size) % size == rank]
 
 
 def _seed_of(key: str) -> int:
@@ -248,7 +254,9 @@ def _answer(
         beat("answers", len(work.written))
     if not work.nats:
         asked = [work.losses[index] for index in work.my_losses]
-        found = summed_losses(decoder, asked, lambda done: beat("losses", done))
+        # Counted on from the answers: of several ranks the one with the lowest count is behind.
+        done_before = len(work.written)
+        found = summed_losses(decoder, asked, lambda done: beat("losses", done_before + done))
         work.nats = dict(zip(work.my_losses, found, strict=True))
 
 

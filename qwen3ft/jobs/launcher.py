@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import subprocess
 import time
 from contextlib import suppress
@@ -74,6 +75,7 @@ def try_worker(
     """
     job.outcome.unlink(missing_ok=True)
     job.failure.unlink(missing_ok=True)
+    shutil.rmtree(job.meeting_place.parent, ignore_errors=True)  # of ranks before this worker
     kills_before = kernel_oom_kills()
     process = start_worker(kind, job, last=last)
     try:

@@ -161,8 +161,9 @@ def _once_more(case: _Case) -> Retry | GiveUp:
         what = f"{len(left)} of {case.plan.ranks} ranks go on, without place {_list(lost)}"
         rung = Rung({"places": left}, what)
         return _retry(case, f"{case.failure.what.rstrip('.')}: {what}", [rung])
-    if case.count(case.failure.kind):
-        return _give_up(case, f"{case.failure.kind} came a second time with the same settings")
+    kind, places = case.failure.kind, case.plan.places
+    if any(each.failure.kind == kind and each.plan.places == places for each in case.failed[:-1]):
+        return _give_up(case, f"{kind} came a second time with the same settings")
     return _retry(case, f"{case.failure.kind}: once more with the same settings", [])
 
 

@@ -150,8 +150,12 @@ def fit_within(
     if plan.predicted_peak_bytes <= budget_gb * GIB:
         reasons = plan.reasons | {"max_memory_gb": reason}
         return plan.model_copy(update={"max_memory_gb": budget_gb, "reasons": reasons})
-    # Rows may be shorter than configured: recovery does that, with consent.
-    wanted = {"max_memory_gb": budget_gb, "max_sequence_length": plan.max_sequence_length}
+    # Rows may be shorter than configured: recovery does that, with consent. Ranks may be fewer.
+    wanted = {
+        "max_memory_gb": budget_gb,
+        "max_sequence_length": plan.max_sequence_length,
+        "gpus": str(plan.ranks),
+    }
     smaller = config.model_copy(update=wanted)
     try:
         again = build_plan(smaller, environment, plan.model, plan.adapter, plan.dataset)

@@ -9,7 +9,6 @@ rank that failed first. On several hosts each has such a worker for its own rank
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -106,13 +105,11 @@ def _run_ranks(
     from torch.distributed.launcher.api import elastic_launch
 
     whole, own = agent.job, agent.ranks[agent.host]
-    if agent.host == 0:  # the other hosts begin once this one has beaten
-        shutil.rmtree(whole.meeting_place.parent, ignore_errors=True)  # of ranks before these
     folders = [whole.rank(rank) for rank in range(request.ranks)]
     for rank in own:
         folders[rank].create(request)
     job.heartbeat.beat("start")
-    threads = max(1, int(os.environ.get("OMP_NUM_THREADS", "1")) // len(own))
+    threads = max(1, _own_threads() // len(own))
     os.environ.update({"OMP_NUM_THREADS": str(threads), PARENT_VARIABLE: str(os.getpid())})
     kills_before = kernel_oom_kills()
     _shorten_shutdown()
@@ -136,6 +133,12 @@ def _run_ranks(
         codes = {rank: failure.exitcode for rank, failure in failed.failures.items()}
         raise first_failure(folders, codes, kills_before, others.last_words) from None
     return folders
+
+
+def _own_threads() -> int:
+    """Return the threads that OpenMP gives this process: of "8,2" the 8, 2 are of nested loops."""
+    outermost = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(outermost) if outermost.isdigit() else 1
 
 
 def first_failure(

@@ -18,6 +18,7 @@ from support.ranks import on_ranks
 from support.trained_adapter import Trained
 
 from qwen3ft.decoding.decoder import Decoder
+from qwen3ft.evaluation.decoded import _share_of
 from qwen3ft.evaluation.inference import run_inference
 from qwen3ft.files import read_json_lines
 from qwen3ft.jobs.folders import RunDir
@@ -83,6 +84,21 @@ def test_ranks_give_the_very_answers_and_losses_of_one(
     assert one[0].questions_planned == 16
     assert bool(one[0].stopped_early) == early
     assert found == [one] * size
+
+
+@pytest.mark.parametrize(("models", "size"), [(2, 2), (2, 4), (3, 2), (3, 3)])
+def test_each_rank_has_as_many_answers_of_every_model(models: int, size: int) -> None:
+    """Of 12 questions to each model; each answer is one rank's, the longest first."""
+    lengths = list(range(12, 0, -1)) * models
+    shares = [_share_of(lengths, rank, size) for rank in range(size)]
+    assert sorted(index for share in shares for index in share) == list(range(12 * models))
+    for share in shares:
+        assert [lengths[index] for index in share] == sorted(
+            (lengths[index] for index in share), reverse=True
+        )
+        assert {sum(index // 12 == model for index in share) for model in range(models)} == {
+            12 // size
+        }
 
 
 @pytest.mark.slow

@@ -14,8 +14,9 @@ import pytest
 
 from qwen3ft.errors import StalledError
 from qwen3ft.jobs.folders import JobDir
-from qwen3ft.jobs.launcher import _watch
+from qwen3ft.jobs.launcher import _watch, try_worker
 from qwen3ft.jobs.processes import end_process_tree, start_worker
+from qwen3ft.records.training import AttemptOutcome, Failure
 
 HOUR_SECONDS = 3600.0
 PROGRAM = """
@@ -61,6 +62,16 @@ def test_a_clock_that_is_set_neither_fakes_nor_hides_a_stall(tmp_path: Path) -> 
         ]
     for (jump_seconds, silent), stalled in zip(cases, watched, strict=True):
         assert stalled.result() is silent, (jump_seconds, silent)
+
+
+def test_one_process_after_several_ranks_does_not_find_their_folders(tmp_path: Path) -> None:
+    """A stall would be laid on a rank that is no longer there."""
+    job = JobDir(tmp_path)
+    job.request.write_text("{}")
+    for rank in range(2):
+        job.rank(rank).path.mkdir(parents=True)
+    assert isinstance(try_worker("data", job, AttemptOutcome, stall_seconds=60), Failure)
+    assert job.ranks() == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks by Linux's means")

@@ -135,7 +135,7 @@ def test_nccls_word_for_a_lost_rank_blames_no_device() -> None:
 
 @pytest.mark.parametrize("kind", ["WorkerCrashedError", "StalledError"])
 def test_a_rank_that_ends_twice_at_one_place_is_left_out(kind: str) -> None:
-    """First once more with all; at another place, once more is what it gets; one rank gives up."""
+    """First once more with all; then the rest has its own once more, and gives up."""
     plan = make_plan(places=(0, 2))
     again = retry(plan, fail_in(1, kind))
     assert again.plan.places == (0, 2)
@@ -151,7 +151,10 @@ def test_a_rank_that_ends_twice_at_one_place_is_left_out(kind: str) -> None:
     other = decide_retry([first, FailedAttempt(again.plan, fail_in(0, kind))], **limits)
     assert isinstance(other, GiveUp)
     alone = FailedAttempt(second.plan, fail_in(0, kind))
-    assert isinstance(decide_retry([first, alone], **limits), GiveUp)
+    third = decide_retry([first, alone], **limits)
+    assert isinstance(third, Retry)
+    assert third.plan.places == (0,)
+    assert isinstance(decide_retry([first, alone, alone], **limits), GiveUp)
 
 
 def test_a_leak_is_answered_by_a_fresh_process() -> None:

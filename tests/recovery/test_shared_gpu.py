@@ -14,6 +14,7 @@ from support.plans import environment, plan_for
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import EnvironmentNotReadyError
+from qwen3ft.planning.plan import repredict
 from qwen3ft.records.machine import GpuProcess, GpuUse
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.recovery.shared_gpu import MARGIN_BYTES, fit_to_free_memory, fit_within
@@ -214,6 +215,17 @@ def test_a_host_looks_at_its_own_gpus_and_keeps_one_rank() -> None:
     assert fit_ranks(plan, gpu0=20, gpu1=None).places == (0, 2, 3)
     with pytest.raises(EnvironmentNotReadyError, match="GPU is lost"):
         fit_ranks(plan, gpu0=None, gpu1=None)
+
+
+def test_a_plan_made_anew_is_for_the_ranks_that_are_left() -> None:
+    """Of three that were asked for one is left, which exchanges no gradients."""
+    plan = plan_for().with_settings(places=(2,))
+    config = CONFIG.model_copy(update={"gpus": "3"})
+    fitted = fit_within(config, machine_of(3), plan, use(5.0))
+    assert fitted is not None
+    assert fitted.places == (2,)
+    assert fitted.max_memory_gb < 5.0
+    assert fitted.predicted == repredict(fitted).predicted
 
 
 def test_ranks_share_a_plan_that_fits_the_fullest_of_their_gpus() -> None:
