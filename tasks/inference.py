@@ -9,6 +9,7 @@ from prefect.cache_policies import NO_CACHE
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import (
+    EnvironmentNotReadyError,
     FinetuneError,
     OutOfMemoryError,
     PreemptedError,
@@ -58,10 +59,11 @@ def compare_answers(
     while True:
         try:
             return answered(job, request)
-        except (OutOfMemoryError, TrainingFailureError) as error:
-            if isinstance(error, PreemptedError) or not decodes or request.without_decoder:
+        except (OutOfMemoryError, TrainingFailureError, EnvironmentNotReadyError) as error:
+            again = asked_again(request, error) if decodes else None
+            if again is None:
                 raise
-            request = _asked_again(request, error)
+            request = again
 
 
 def answered(job: JobDir, request: InferenceRequest) -> InferenceReport:
@@ -72,11 +74,17 @@ def answered(job: JobDir, request: InferenceRequest) -> InferenceReport:
     return run_worker(kind, job, InferenceReport, stall_seconds=stall_seconds, last=True)
 
 
-def _asked_again(request: InferenceRequest, error: FinetuneError) -> InferenceRequest:
+def asked_again(request: InferenceRequest, error: FinetuneError) -> InferenceRequest | None:
     """Return the request to make after a failure: fewer ranks, and at last no decoder.
 
-    A night must not be lost to either.
+    A night must not be lost to either. None if the failure is that of all of them.
     """
+    if isinstance(error, PreemptedError) or request.without_decoder:
+        return None
+    if isinstance(error, EnvironmentNotReadyError) and (
+        request.ranks == 1 or "rank" not in error.facts
+    ):
+        return None  # else a GPU is gone since the training
     rank = error.facts.get("rank", request.ranks - 1)
     if left := tuple(place for place in request.places if place != request.places[rank]):
         logger.warning("the questions are asked again on %d ranks: %s", len(left), error)

@@ -154,7 +154,8 @@ def fit_within(
     wanted = {
         "max_memory_gb": budget_gb,
         "max_sequence_length": plan.max_sequence_length,
-        "gpus": str(plan.ranks),
+        "gpus": str(len(plan.places_on(0))),
+        "hosts": len(plan.hosts),
     }
     smaller = config.model_copy(update=wanted)
     try:

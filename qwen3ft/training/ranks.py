@@ -28,6 +28,7 @@ from qwen3ft.digests import code_digest
 from qwen3ft.errors import EnvironmentNotReadyError, OutOfMemoryError, RanksPartedError
 from qwen3ft.files import sha256_json
 from qwen3ft.jobs.failures import translate
+from qwen3ft.machine.network import INTERFACE_VARIABLES
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.requests import InferenceRequest
 from qwen3ft.training.batches import MicroBatch, real_tokens, trained_tokens
@@ -38,7 +39,6 @@ LAST_EXCHANGES = 64
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
 NCCL_SETTINGS = {
-    "NCCL_SOCKET_IFNAME": LOOPBACK,
     # Buffers for multicast and for the many channels of a large model take memory of the budget;
     # 50 MB a step need neither.
     "NCCL_NVLS_ENABLE": "0",
@@ -79,8 +79,10 @@ class Ranks:
         # A file, not a port: whoever reaches torch's store can make its clients execute code, and
         # it listens to the whole network.
         store = dist.FileStore(str(meeting_place), self.size)  # type: ignore[attr-defined]
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
-        for name, value in NCCL_SETTINGS.items():
+        interfaces = dict.fromkeys(INTERFACE_VARIABLES, LOOPBACK)
+        if not (isinstance(job, TrainPlan) and len(job.hosts) > 1):
+            os.environ.update(interfaces)  # gloo serves whoever connects, wherever it listens
+        for name, value in {**interfaces, **NCCL_SETTINGS}.items():
             os.environ.setdefault(name, value)
         # Longer than the silence that counts as a stall, which names the rank that hangs.
         limit = timedelta(seconds=2 * job.stall_seconds + 60)
@@ -205,7 +207,7 @@ class Ranks:
         return [(found[rank][2 * row], int(found[rank][2 * row + 1])) for row, rank in places]
 
     def _require_alike(self, computes_from: Any) -> None:
-        """Refuse to train beside a rank that computes from another version of the code or plan."""
+        """Refuse to work beside a rank that computes from another version of the code or plan."""
         digest = int(sha256_json(computes_from)[:12], 16)  # 48 bits, which a float64 holds
         found = [int(own) for (own,) in self.gather([digest])]
         different = [str(rank) for rank, other in enumerate(found) if other != found[0]]
@@ -213,7 +215,7 @@ class Ranks:
             raise EnvironmentNotReadyError(
                 f"Rank {', '.join(different)} of {self.size} has another version of qwen3ft or of "
                 "its plan than rank 0.",
-                why="All ranks of a training must compute the same.",
+                why="All ranks of a job must compute the same.",
                 next_command="qwen3ft doctor",
                 ranks=different,
             )

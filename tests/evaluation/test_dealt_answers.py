@@ -18,6 +18,7 @@ from support.ranks import on_ranks
 from support.trained_adapter import Trained
 
 from qwen3ft.decoding.decoder import Decoder
+from qwen3ft.errors import EnvironmentNotReadyError
 from qwen3ft.evaluation.decoded import _share_of
 from qwen3ft.evaluation.inference import run_inference
 from qwen3ft.files import read_json_lines
@@ -26,7 +27,7 @@ from qwen3ft.jobs.launcher import last_sign
 from qwen3ft.records.evaluation import InferenceReport
 from qwen3ft.records.requests import InferenceRequest
 from qwen3ft.training.ranks import Ranks
-from tasks.inference import compare_answers
+from tasks.inference import asked_again, compare_answers
 
 SECONDS = ("seconds", "answer_seconds")
 PLACES = ("answers_path", "scores_path", "answered_by")
@@ -99,6 +100,19 @@ def test_each_rank_has_as_many_answers_of_every_model(models: int, size: int) ->
         assert {sum(index // 12 == model for index in share) for model in range(models)} == {
             12 // size
         }
+
+
+def test_a_gpu_that_is_gone_since_the_training_leaves_the_questions_to_the_others(
+    trained: Trained, tmp_path: Path
+) -> None:
+    """What every rank lacks, or the only one, no other request mends."""
+    one = three_models(trained, tmp_path)
+    request = one.model_copy(update={"places": (0, 2, 3)})
+    gone = EnvironmentNotReadyError("Rank 1 of 3: no GPU is there", rank=1)
+    again = asked_again(request, gone)
+    assert again == request.model_copy(update={"places": (0, 3)})
+    assert asked_again(request, EnvironmentNotReadyError("no driver")) is None
+    assert asked_again(one, EnvironmentNotReadyError("no GPU is there", rank=0)) is None
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from qwen3ft.errors import (
     RanksPartedError,
 )
 from qwen3ft.machine.leaks import Growth, leak_error
+from qwen3ft.machine.network import INTERFACE_VARIABLES
 from qwen3ft.training import leak_watch
 from qwen3ft.training import ranks as ranks_module
 from qwen3ft.training.ranks import Ranks
@@ -341,6 +343,20 @@ def test_the_last_rank_that_is_left_exchanges_nothing(tmp_path: Path) -> None:
         return kept
 
     assert on_ranks(1, tmp_path, work) == [True]
+
+
+def test_ranks_of_one_host_meet_on_loopback_whatever_is_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interfaces are set for other programs, and gloo would serve the network there."""
+    for name in INTERFACE_VARIABLES:
+        monkeypatch.setenv(name, "eth99")
+
+    def work(rank: int) -> set[str]:
+        Ranks(rank, 2).meet(_NO_PLAN, tmp_path / "meeting-place")
+        return {os.environ[name] for name in INTERFACE_VARIABLES}
+
+    assert on_ranks(2, tmp_path, work) == [{ranks_module.LOOPBACK}] * 2
 
 
 def test_a_rank_with_another_version_of_the_code_is_refused(
