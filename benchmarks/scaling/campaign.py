@@ -16,7 +16,6 @@ from benchmarks.jobs import JobFailedError, run_job
 from benchmarks.machine import machine, write_json
 from benchmarks.speed.cases import TINY
 from qwen3ft.files import sha256_json
-from qwen3ft.units import MIB
 
 PARTS = ("exchange", "kill", "train", "exam", "answers", "side")
 """In the order in which they run; the first two while other models are still being made."""
@@ -39,10 +38,6 @@ PART_SECONDS, GRACE_SECONDS = 240.0, 20.0
 
 MAKE_SECONDS, WAIT_SECONDS = 400.0, 90.0
 """Longest time to make a model, and to leave the GPUs idle for it."""
-
-SLOWER_MS, UNUSED_MIB = 2.0, 51.0
-"""Time of an exchange that less memory of NCCL is worth, and memory that plans count for the
-process of a rank and that it leaves to NCCL: 614 MiB of NCCL are 0.55 GiB of a plan."""
 
 TYPICAL_SECONDS = 45.0
 """Time of a part that has not run before, for the question whether it would end in time."""
@@ -149,25 +144,11 @@ class Campaign:
                 "tokens": 64 if model == TINY else 256,
                 "design": min(self.steps(model)),
                 "snapshot": made["snapshot"],
-                **self.nccl(),
                 **values,
             },
             self.limit_seconds,
             self.gpus and self.gpus[number : number + ranks],
         )
-
-    def nccl(self) -> dict[str, Any]:
-        """Return the settings of NCCL with the least memory of those that are fast, and that."""
-        rows = [each["trials"] for each in self.rows if "trials" in each]
-        trials = [each for each in (rows[-1] if rows else []) if "ms" in each]
-        quick = min((each["ms"] for each in trials), default=0.0) + SLOWER_MS
-        best = min(
-            (each for each in trials if each["ms"] <= quick),
-            key=lambda each: max(each["library_mib"]),
-            default={"library_mib": [0.0], "settings": {}},
-        )
-        size = max(0, int((max(best["library_mib"]) - UNUSED_MIB) * MIB))
-        return {"nccl_bytes": size, "nccl_settings": best["settings"]}
 
     def folder(self, row: Mapping[str, Any], number: int = 0) -> Path:
         """Return the folder of a part's process."""
@@ -205,11 +186,14 @@ class Campaign:
         if number or row["part"] == "side":
             return found
         alone = self.alone(row)
-        found |= compared(found, alone or found, row["ranks"])
-        name = f"{row['model']}, {row['rows']} rows a step, {row['ranks']} ranks"
-        self.bars[f"{name}: losses within {MOST_LOSS_DRIFT:.1%} of one"] = (
-            found["loss_drift"] <= MOST_LOSS_DRIFT
-        )
+        if alone and row["ranks"] > 1:
+            found |= compared(found, alone, row["ranks"])
+            name = f"{row['model']}, {row['rows']} rows a step, {row['ranks']} ranks"
+            self.bars[f"{name}: losses within {MOST_LOSS_DRIFT:.1%} of one"] = (
+                found["loss_drift"] <= MOST_LOSS_DRIFT
+            )
+            if self.gpus and (least := LEAST_SPEEDUP.get(row["ranks"])):
+                self.bars[f"{name}: at least {least} x one"] = found["speedup"] >= least
         exchanges = [
             each["ms"]
             for each in self.rows
@@ -219,9 +203,6 @@ class Campaign:
         ]
         if exchanges:
             found["exchange_share"] = exchanges[-1] / found["step_ms"]
-        if self.gpus and row["ranks"] in LEAST_SPEEDUP and alone:
-            least = LEAST_SPEEDUP[row["ranks"]]
-            self.bars[f"{name}: at least {least} x one"] = found["speedup"] >= least
         return found
 
     def alone(self, row: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -309,8 +290,8 @@ class Campaign:
             "answer_seconds": [each["seconds"] for each in shares],
         }
         found["digest"] = sha256_json(merged)
-        found["speedup"] = alone["answer_seconds"][0] / seconds if alone else 1.0
         if alone:
+            found["speedup"] = alone["answer_seconds"][0] / seconds
             name = f"{row['model']}, answers of {row['ranks']} ranks are those of one"
             self.bars[name] = found["digest"] == alone["digest"]
         if self.gpus and row["ranks"] in LEAST_SPEEDUP and alone:

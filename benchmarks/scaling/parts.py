@@ -32,7 +32,6 @@ from qwen3ft.machine.environment import EnvironmentManager
 from qwen3ft.machine.gpu_choice import VISIBLE
 from qwen3ft.machine.gpus import visible_gpus
 from qwen3ft.model.save_adapter import save_adapter
-from qwen3ft.planning import footprint
 from qwen3ft.planning.gpu_specs import find_gpu_spec
 from qwen3ft.planning.speed import estimate_speed
 from qwen3ft.planning.workload import workload_of
@@ -63,7 +62,8 @@ NCCL_TRIALS: tuple[dict[str, str], ...] = (
     {"NCCL_MAX_P2P_NCHANNELS": "16"},
     {"NCCL_CUMEM_ENABLE": "0"},
 )
-"""Settings of NCCL beside the product's own."""
+"""Settings of NCCL beside the product's own, which are the first; only the exchange alone is tried
+under the others."""
 
 TENSORS = 500
 """Tensors of an adapter, about: 7 projections of 36 blocks, two each."""
@@ -96,9 +96,6 @@ def plan_for(values: dict[str, Any]) -> TrainPlan:
     folder = Path(values["folder"])
     job = Job(entry, values["rows"], 0, 0, values["snapshot"], folder, values["started"])
     machine = EnvironmentManager().report()
-    # What the exchange measured on this machine, under the settings that are used from there on.
-    footprint.NCCL_BYTES = values["nccl_bytes"] or footprint.NCCL_BYTES
-    os.environ.update(values["nccl_settings"])
     host_bytes = max(machine.host_total_bytes, LEAST_HOST_BYTES)
     plan = make_plan(
         job,

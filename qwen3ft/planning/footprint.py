@@ -30,14 +30,14 @@ from qwen3ft.planning.fused_sizes import FusedSizes
 from qwen3ft.planning.packing import row_tokens
 from qwen3ft.planning.workload import Workload
 from qwen3ft.records.plan import MemoryPart
-from qwen3ft.units import GIB, gb, size_text
+from qwen3ft.units import GIB, MIB, gb, size_text
 
 CPU_PROCESS_BYTES = int(0.9 * GIB)
 """Resident memory of a process that has imported torch, transformers, PEFT and datasets."""
 
-NCCL_BYTES = int(0.55 * GIB)
-"""GPU memory of NCCL's communicator and kernels with `training.ranks.NCCL_SETTINGS`, beyond what
-the process leaves of `CUDA_CONTEXT_BYTES`: 0.52 GiB on two H200; all of it is 614 MiB."""
+NCCL_BYTES = (614 - 51) * MIB
+"""GPU memory of NCCL's communicator and kernels with `training.ranks.NCCL_SETTINGS`: 614 MiB on
+each of two H200, of which 51 fit into what the process leaves of `CUDA_CONTEXT_BYTES`."""
 
 PLAIN_SLACK = {"cuda": (int(0.2 * GIB), 0.07), "cpu": (0, 0.25)}
 """Memory the allocator holds beyond what is in use: bytes, and a share of what comes and goes."""
