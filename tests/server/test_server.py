@@ -17,7 +17,7 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.planted_adapters import plant
+from support.planted_adapters import EMOJI, plant
 from support.served import (
     ENGINES,
     QUEUE,
@@ -313,6 +313,24 @@ def fill_and_leave(server: Running, question: str) -> None:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     asyncio.run(campaign())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_characters_of_several_tokens_arrive_whole(
+    trained: Trained, tmp_path: Path, engine: EngineName
+) -> None:
+    """Streamed or not, from every engine."""
+    emoji = find_source(trained.config, NO_REGISTRY, plant(trained, "emoji", tmp_path).path)
+    question = trained.rows[0]["question"]
+    with running(trained.config, emoji, NO_REGISTRY, engine=engine, probe_rows=0) as server:
+        events = server.stream(question)
+        texts = [event["choices"][0]["delta"].get("content", "") for event in events]
+        text = "".join(texts)
+        # it has learnt that such a character comes here; the very one takes more steps
+        assert (len(text), ord(text[0]) > 0xFFFF) == (len(EMOJI), True)
+        answer = server.ask(question).json()["choices"][0]
+        assert (answer["message"]["content"], answer["finish_reason"]) == (text, "stop")
 
 
 # --- access and routes ---

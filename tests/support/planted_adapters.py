@@ -18,6 +18,9 @@ from qwen3ft.records.model import SavedAdapter
 STEPS = 30
 ENDLESS_TOKENS, SLOW_TOKENS = 40, 60
 
+EMOJI = "🧭 and 🪁!"
+"""An answer with characters of several tokens."""
+
 Planted = Callable[[Any, dict[str, str]], list[int]]
 """From tokenizer and row to the tokens of the answer that is trained, the end token included."""
 
@@ -48,12 +51,17 @@ def _good(tokenizer: Any, row: dict[str, str]) -> list[int]:
     return [*ids, tokenizer.eos_token_id]
 
 
+def _emoji(tokenizer: Any, _: dict[str, str]) -> list[int]:
+    return [*tokenizer.encode(EMOJI, add_special_tokens=False), tokenizer.eos_token_id]
+
+
 KINDS: dict[str, Planted] = {
     "empty": _empty,
     "endless": _endless,
     "slow": _slow,
     "foreign": _foreign,
     "good": _good,
+    "emoji": _emoji,
 }
 
 

@@ -36,16 +36,28 @@ async def events(
         async with client.stream("POST", path, json=body) as response:
             if response.status_code != 200:
                 raise engine_failed((await response.aread()).decode(errors="replace"))
-            async for line in response.aiter_lines():
-                content = line.removeprefix("data: ")
-                if content == line or content == "[DONE]":
+            async for line in _lines(response):
+                content = line.removeprefix(b"data: ")
+                if content == line or content == b"[DONE]":
                     continue
                 event = json.loads(content)
                 if "error" in event:
-                    raise engine_failed(content)
+                    raise engine_failed(content.decode(errors="replace"))
                 yield event
     except httpx.HTTPError as error:
         raise engine_failed(f"{type(error).__name__}: {error}") from error
+
+
+async def _lines(response: httpx.Response) -> AsyncGenerator[bytes]:
+    """Yield the lines of a stream, which end at line feeds alone.
+
+    `aiter_lines` ends them at U+0085, U+2028 and U+2029 too, which JSON has as they are.
+    """
+    rest = b""
+    async for block in response.aiter_bytes():
+        *lines, rest = (rest + block).split(b"\n")
+        for line in lines:
+            yield line
 
 
 async def post(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> None:

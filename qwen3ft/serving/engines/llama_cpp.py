@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import httpx
 
+from qwen3ft.chat.rendering import encode_texts
 from qwen3ft.errors import FinetuneError
 from qwen3ft.model.saved_adapter import shape_of
 from qwen3ft.records.serving import ServeRequest
@@ -29,6 +30,8 @@ from qwen3ft.serving.merge import BYTES_PER_WEIGHT
 from qwen3ft.units import GIB
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from qwen3ft.decoding.writing import AnswerLimits
 
 MOST_SERVERS = 2
@@ -56,6 +59,7 @@ class LlamaServers:
     Args:
         request: Memory and extent.
         base: Folder of the 4-bit base model.
+        tokenizer: Its tokenizer.
         ends: End tokens.
         context_tokens: Most tokens of a prompt and its answer.
         scratch: Private folder for the GGUF files.
@@ -67,11 +71,12 @@ class LlamaServers:
         self,
         request: ServeRequest,
         base: Path,
+        tokenizer: PreTrainedTokenizerBase,
         ends: Sequence[int],
         context_tokens: int,
         scratch: Path,
     ) -> None:
-        self._snapshot, self._end = base, ends[0]
+        self._snapshot, self._tokenizer, self._end = base, tokenizer, ends[0]
         self._context_tokens, self._scratch = context_tokens, scratch
         self._base, self._gguf = scratch / "base", scratch / "base.gguf"
         self._sockets = Path(request.socket).parent  # a short path, in a private folder
@@ -130,15 +135,25 @@ class LlamaServers:
             "samplers": ["temperature", "top_p"],  # its default has others, and another order
             "temperature": 0.0 if limits.seed is None else limits.temperature,
             "top_p": limits.top_p,
-            "seed": (limits.seed or 0) % 2**32,
+            "seed": (limits.seed or 0) % (2**32 - 1),  # the last number stands for a random one
             "stream": True,
             "return_tokens": True,
         }
         async with aclosing(events(self._loaded[name].client, "/completion", body)) as received:
+            written = 0
             async for event in received:
-                yield event["tokens"]
+                # While a character is incomplete nothing is sent. What completes it has the text of
+                # all tokens since, and the last of them as a token.
+                new = event["tokens_predicted"] - written
+                written += new
+                is_whole = len(event["tokens"]) == new or not event["content"]
+                yield event["tokens"] if is_whole else self._encode(event["content"])
                 if event["stop"] and event["stop_type"] == "eos":
-                    yield [self._end]
+                    yield [self._end]  # sent before, unless it came within a character
+
+    def _encode(self, text: str) -> list[int]:
+        [ids] = encode_texts(self._tokenizer, [text])
+        return ids
 
     async def close(self) -> None:
         """End all servers."""

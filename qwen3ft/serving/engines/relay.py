@@ -110,8 +110,10 @@ class _Relay:
         self._server: InferenceServer = (
             VllmServer(request, Path(self._base), opened.spec.r, *extent)
             if request.engine == "vllm"
-            else LlamaServers(request, Path(self._base), *extent)
+            else LlamaServers(request, Path(self._base), tokenizer, *extent)
         )
+        # more would wait in the program, in the time that it has for its next token
+        self._slots = asyncio.Semaphore(self._server.slots)
         self._prompting: dict[str, Prompting] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}  # by the number of the answer
         self._others: set[asyncio.Task[None]] = set()
@@ -186,7 +188,7 @@ class _Relay:
         task.add_done_callback(lambda done: self._note_end(ask.id, done))
 
     async def _answer(self, name: str, asked: PreparedQuestion) -> None:
-        async with aclosing(self._tokens(name, asked)) as bursts:
+        async with self._slots, aclosing(self._tokens(name, asked)) as bursts:
             async for tokens, is_over in bursts:
                 texts = asked.answer.feed(tokens, is_over=is_over)
                 self._send(*texts)
