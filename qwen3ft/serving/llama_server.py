@@ -54,6 +54,7 @@ def open_llama_server(
     params.n_predict = answer_tokens
     params.cpuparams.n_threads = len(os.sched_getaffinity(0))
     params.warmup = False
+    params.cache_ram_mib = 0  # by default it keeps prompts of idle slots, in up to 8 GiB
     if lora is not None:
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(lora), 1.0)]
     if chat_template is not None:
