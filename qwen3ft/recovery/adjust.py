@@ -173,7 +173,8 @@ def _lost_places(case: _Case) -> tuple[int, ...]:
     The run's own host keeps one: its process saves and tests the adapter.
     """
     if (host := case.failure.facts.get("lost_host")) is not None:
-        return case.plan.places_on(int(host))
+        # Where the others lost the run's own host, it was only cut off for a while.
+        return case.plan.places_on(int(host)) if host else ()
     place, kind = _failed_place(case.failed[-1]), case.failure.kind
     if place is None or case.plan.places_on(0) == (place,):
         return ()

@@ -24,6 +24,9 @@ the network may show a new file a minute late."""
 HOST_SILENT_SECONDS = 30.0
 """Silence after which a host counts as gone; a server of files that restarts may take 20 s."""
 
+OWN_PAUSE_SECONDS = 5.0
+"""Time between two looks of one host after which it was itself held up, and heard nobody."""
+
 
 @dataclass(frozen=True)
 class Agent:
@@ -45,6 +48,7 @@ class OtherHosts:
         self.others = {other: agent.job.host(other) for other in agent.ranks if other != agent.host}
         self._signs = dict.fromkeys(self.others, b"")
         self._heard = dict.fromkeys(self.others, time.monotonic())
+        self._looked = dict(self._heard)
         self._count = 0
 
     def failures(self) -> Sequence[Failure]:
@@ -71,7 +75,11 @@ class OtherHosts:
         with suppress(OSError):
             if (sign := folder.alive.read_bytes()) != self._signs[other]:
                 self._signs[other], self._heard[other] = sign, time.monotonic()
-        silence = time.monotonic() - self._heard[other]
+        now, before = time.monotonic(), self._looked[other]
+        self._looked[other] = now
+        if now - before > OWN_PAUSE_SECONDS:  # the folder was blocked, or this host stood still
+            self._heard[other] = now
+        silence = now - self._heard[other]
         name = self._signs[other].decode(errors="replace").partition(" ")[0]
         if silence <= (HOST_SILENT_SECONDS if name else FIRST_SIGN_SECONDS):
             return None

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from qwen3ft.jobs.processes import end_process_tree, start_worker
 from qwen3ft.model.adapter_checks import ADAPTER_FILE
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.training import AttemptOutcome, Failure, RankOutcome
-from qwen3ft.recovery.adjust import FailedAttempt, Retry, decide_retry
+from qwen3ft.recovery.adjust import FailedAttempt, GiveUp, Retry, decide_retry
 from qwen3ft.worker import hosts as hosts_module
 from qwen3ft.worker.agent import first_failure
 from qwen3ft.worker.hosts import Agent, OtherHosts
@@ -68,6 +69,24 @@ def test_a_silent_host_counts_as_gone_and_one_that_is_there_does_not(
     assert "which never began" in late.failures()[0].what
 
 
+def test_a_time_in_which_this_host_stood_still_is_no_silence_of_another(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The project folder was blocked for 40 s, say; only what follows is counted."""
+    now = [0.0]
+    monkeypatch.setattr(hosts_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    here = OtherHosts(Agent(JobDir(tmp_path), 0, {0: (0,), 1: (1,)}))
+    folder = JobDir(tmp_path).host(1)
+    folder.path.mkdir(parents=True)
+    folder.alive.write_text("b 1", encoding="utf-8")
+    found = []
+    for after in (0.5, 40.0, *[1.0] * 31):
+        now[0] += after
+        found.append([failure.what for failure in here.failures()])
+    assert found[:-1] == [[]] * 32
+    assert found[-1] == ["Host 1 (b) gave no sign of life for 31 s."]
+
+
 def test_the_next_attempt_goes_on_without_a_host_that_is_gone() -> None:
     """All of its places at once; the effective batch stays, and the plan says why."""
     plan = plan_for().with_settings(**ON_TWO)
@@ -82,6 +101,23 @@ def test_the_next_attempt_goes_on_without_a_host_that_is_gone() -> None:
     assert (decision.plan.places, decision.plan.hosts) == ((0, 1), (0,))
     assert decision.plan.effective_batch_size == plan.effective_batch_size
     assert "2 of 4 ranks go on, without place 2, 3" in decision.plan.reasons["places"]
+
+
+def test_a_run_keeps_its_own_host_when_the_others_have_lost_it() -> None:
+    """It was cut off for a while: once more on all, and the second time the run ends."""
+    plan = plan_for().with_settings(**ON_TWO)
+    lost = WorkerCrashedError("Host 0 (a) gave no sign of life for 30 s.", lost_host=0)
+    failed = [FailedAttempt(plan, Failure.from_error(lost))]
+    limits: dict[str, Any] = {
+        "max_attempts": 5,
+        "allow_degraded": False,
+        "newest_checkpoint": None,
+    }
+    decision = decide_retry(failed, **limits)
+    assert isinstance(decision, Retry)
+    assert decision.plan.places == plan.places
+    failed.append(FailedAttempt(decision.plan, failed[0].failure))
+    assert isinstance(decide_retry(failed, **limits), GiveUp)
 
 
 def wait_until(is_so: Callable[[], bool]) -> None:
