@@ -24,6 +24,7 @@ from qwen3ft.jobs.folders import JobDir, RunDir, read_record
 from qwen3ft.jobs.launcher import run_worker
 from qwen3ft.machine.environment import EnvironmentManager
 from qwen3ft.machine.network import interface_for_ranks
+from qwen3ft.operations.run_state import is_running
 from qwen3ft.records.machine import EnvironmentReport
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.training import RankOutcome
@@ -76,6 +77,7 @@ def _join(attempt: JobDir, host: int, code: str, gpu: str) -> None:
             next_command="qwen3ft doctor",
         )
     run = RunDir(Path(plan.run_dir))
+    _require_in_progress(attempt, run)
     config = read_record(run.config, TrainingConfig)
     with (
         hold_devices(config, EnvironmentManager().report(), run) as environment,
@@ -83,7 +85,7 @@ def _join(attempt: JobDir, host: int, code: str, gpu: str) -> None:
     ):
         _require_gpus_as(plan, environment, gpu, name)
         job = attempt.host(host).create(plan)  # the run waits for this
-        _wait_for_start(attempt, config.wait_for_gpu_seconds)
+        _wait_for_start(attempt, run)
         run_worker("join", job, RankOutcome, stall_seconds=plan.stall_seconds, last=True)
 
 
@@ -110,14 +112,19 @@ def _require_gpus_as(plan: TrainPlan, environment: EnvironmentReport, gpu: str, 
             )
 
 
-def _wait_for_start(attempt: JobDir, wait_seconds: float) -> None:
+def _wait_for_start(attempt: JobDir, run: RunDir) -> None:
     """Wait until the attempt has begun on its own host, which waits for all others first."""
-    end = time.monotonic() + wait_seconds
     while not attempt.heartbeat.exists():
-        if time.monotonic() > end:
-            raise EnvironmentNotReadyError(
-                f"The attempt {attempt.path} has not begun within {wait_seconds:.0f} s.",
-                why="Its run has ended, or waits for another host.",
-                next_command="qwen3ft status",
-            )
+        _require_in_progress(attempt, run)
         time.sleep(_POLL_SECONDS)
+
+
+def _require_in_progress(attempt: JobDir, run: RunDir) -> None:
+    # The lock tells of a run that was killed too, which could not take its request back.
+    is_newest = run.attempts()[-1:] == [attempt]
+    if attempt.failure.exists() or attempt.outcome.exists() or not is_newest or not is_running(run):
+        raise EnvironmentNotReadyError(
+            f"The attempt {attempt.path} is over.",
+            why="Its run has ended, or makes another attempt.",
+            next_command="qwen3ft status",
+        )

@@ -938,7 +938,9 @@ QUICK: dict[str, Mishap] = {
         plan_for(), environment(None), "NVIDIA H200", "b"
     ),
     "flows/join.py _require_gpus_as 2": full_gpu_of_a_host,
-    "flows/join.py _wait_for_start 1": lambda f: join._wait_for_start(JobDir(f), 0),
+    "flows/join.py _require_in_progress 1": lambda f: join._require_in_progress(
+        RunDir(f).attempt(1), RunDir(f)
+    ),
     "flows/resume.py refuse_second_resume 1": lambda _: resume.refuse_second_resume(
         config(), "1", 5
     ),
