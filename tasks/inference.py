@@ -68,8 +68,7 @@ def compare_answers(
 
 def answered(job: JobDir, request: InferenceRequest) -> InferenceReport:
     """Have the questions answered by a worker, or by one for each rank."""
-    kind = "inference" if request.places == (0,) else "answering-ranks"
-    stall_seconds = request.stall_seconds
+    kind, stall_seconds = request.worker_kind, request.stall_seconds
     job.create(request)
     return run_worker(kind, job, InferenceReport, stall_seconds=stall_seconds, last=True)
 

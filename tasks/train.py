@@ -34,7 +34,7 @@ def train_attempt(plan: TrainPlan) -> AttemptOutcome | State[Failure]:
     try:
         with ProgressArtifact(plan, job):
             result = try_worker(
-                "train" if plan.places == (0,) else "ranks",
+                plan.worker_kind,
                 job,
                 AttemptOutcome,
                 stall_seconds=plan.stall_seconds,

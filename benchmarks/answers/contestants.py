@@ -75,7 +75,7 @@ def ours(case: Case, values: dict[str, Any]) -> dict[str, Any]:
     names = ADAPTERS[: max(1, case.models - 1)]
     models = [-1, 0, 1][: case.models] if case.models > 1 else [0]
     queries = [
-        Query(ids, AnswerLimits(length), model, expected_tokens=0)
+        Query(ids, AnswerLimits(length), model, expected_length=0)
         for model in models
         for ids, length in asked
     ]

@@ -114,8 +114,7 @@ def plan_for(values: dict[str, Any]) -> TrainPlan:
 def attempt(plan: TrainPlan, run: RunDir) -> tuple[JobDir, AttemptOutcome | Failure]:
     """Train as the flow does."""
     job = run.attempt(plan.attempt).create(plan)
-    kind = "train" if plan.places == (0,) else "ranks"
-    result = try_worker(kind, job, AttemptOutcome, stall_seconds=plan.stall_seconds)
+    result = try_worker(plan.worker_kind, job, AttemptOutcome, stall_seconds=plan.stall_seconds)
     if left := processes_of(job):
         raise RuntimeError(f"{len(left)} processes of attempt {plan.attempt} are left")
     return job, result
@@ -240,9 +239,8 @@ def exam(values: dict[str, Any]) -> dict[str, Any]:
         places=tuple(range(values["ranks"])),
     )
     memory = [DeviceMemory(index) for index in range(len(visible_gpus()))]
-    kind = "inference" if request.ranks == 1 else "answering-ranks"
     job = JobDir(folder / "inference").create(request)
-    report = try_worker(kind, job, InferenceReport, stall_seconds=STALL_SECONDS)
+    report = try_worker(request.worker_kind, job, InferenceReport, stall_seconds=STALL_SECONDS)
     if isinstance(report, Failure):
         print_logs(job)
         raise report.to_error()

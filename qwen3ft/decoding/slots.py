@@ -22,13 +22,13 @@ class Query:
         ids: Token ids of the prompt.
         model: Number of the adapter, or `BASE`.
         limits: Extent of the answer.
-        expected_tokens: Expected length of the answer, for the order; a guess.
+        expected_length: Expected length of the answer, for the order alone; in any unit.
     """
 
     ids: Sequence[int]
     limits: AnswerLimits
     model: int = BASE
-    expected_tokens: int = 0
+    expected_length: int = 0
 
 
 @dataclass

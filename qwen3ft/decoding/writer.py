@@ -51,7 +51,7 @@ class AnswerWriter:
         self.cache, self.table = decoder.cache, decoder.table
         self.burst_steps = burst_steps
         order = sorted(
-            range(len(queries)), key=lambda index: (-queries[index].expected_tokens, index)
+            range(len(queries)), key=lambda index: (-queries[index].expected_length, index)
         )
         self.waiting = deque(order)
         self.running: list[Running] = []

@@ -169,7 +169,7 @@ def _collect(
             ids = prompt_ids(tokenizer, row, thinking, escape=exam.escape)
             expected = len(str(row.get("reasoning") or "")) + len(str(row.get("answer") or ""))
             work.prompts.append(prompt)
-            work.answers.append(Query(ids, limits, number, expected_tokens=expected))
+            work.answers.append(Query(ids, limits, number, expected_length=expected))
         rows = [*evaluation.missing.values(), *evaluation.missing_ability.values()]
         encoded = tokenize_rows(tokenizer, rows, train_turns="last", escape=exam.escape)
         work.losses += [LossQuery(row.input_ids, row.trained, number) for row in encoded]
@@ -178,7 +178,7 @@ def _collect(
 
 def _deal(work: _Work, rank: int, size: int) -> None:
     """Give a rank its share: every size-th from the longest expected on, so all are as long."""
-    work.mine = _share_of([query.expected_tokens for query in work.answers], rank, size)
+    work.mine = _share_of([query.expected_length for query in work.answers], rank, size)
     work.my_losses = _share_of([len(query.ids) for query in work.losses], rank, size)
 
 

@@ -3,7 +3,7 @@
     runs/<run_id>/
       run.jsonl                    log records of the flow's process
       run.lock                     held by that process while the run is in progress
-      jobs/<kind>/                 one folder per worker that is not a training attempt
+      jobs/<kind>/                 one per worker that is not a training attempt; also with ranks/
       attempts/01/                 one per training attempt
         plan.json  metrics.jsonl  memory.jsonl  heartbeat  worker.log
         memory/{peak.json, resident.txt, summary.txt, snapshot.pickle}

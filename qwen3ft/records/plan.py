@@ -131,6 +131,11 @@ class TrainPlan(Record):
         return tuple(rank for rank, place in places if self.host_of(place) == host)
 
     @property
+    def worker_kind(self) -> str:
+        """Kind of worker that trains: one process on the first GPU, or ranks."""
+        return "train" if self.places == (0,) else "ranks"
+
+    @property
     def gradient_accumulation_steps(self) -> int:
         """Micro-batches per optimizer step, of all ranks; with packing, at most."""
         return self.effective_batch_size // self.memory.micro_batch_size

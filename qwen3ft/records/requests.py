@@ -65,6 +65,11 @@ class InferenceRequest(Record):
         return len(self.places)
 
     @property
+    def worker_kind(self) -> str:
+        """Kind of worker that answers: one process on the first GPU, or ranks."""
+        return "inference" if self.places == (0,) else "answering-ranks"
+
+    @property
     def stall_seconds(self) -> float:
         """Longest silence of a worker."""
         return self.config.stall_seconds

@@ -178,7 +178,7 @@ def test_ranks_share_the_rows_of_a_step_and_pay_for_the_exchange() -> None:
     for ranks in (2, 4, 8):
         fast = on_ranks(gpu, ranks)
         assert before < on_ranks(slow, ranks).speedup < fast.speedup < ranks
-        assert fast.speedup > 0.75 * ranks
+        assert fast.speedup > 0.7 * ranks
         assert "x one GPU; estimate; computed, not measured" in fast.basis
         before = fast.speedup
     assert on_ranks(gpu, 8, sequences=64).speedup < on_ranks(gpu, 8).speedup

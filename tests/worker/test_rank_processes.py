@@ -90,8 +90,9 @@ def attempt(monkeypatch: pytest.MonkeyPatch, make_plan: Any, tmp_path: Path) -> 
         monkeypatch.setenv(faults.VARIABLE, fault)
         plan = plan or make_plan(**{**SCHEDULE, "packing": True, **changes})
         job = RunDir(Path(plan.run_dir)).attempt(plan.attempt).create(plan)
-        kind = "train" if plan.places == (0,) else "ranks"
-        return plan, try_worker(kind, job, AttemptOutcome, stall_seconds=plan.stall_seconds)
+        return plan, try_worker(
+            plan.worker_kind, job, AttemptOutcome, stall_seconds=plan.stall_seconds
+        )
 
     return run
 
