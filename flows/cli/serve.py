@@ -101,20 +101,20 @@ def serve_command(
     follow = wanted.registered_name if adapter == "champion" else None
 
     device: Literal["cuda", "cpu"] = "cuda" if visible_gpus() else "cpu"
-    name, why = choose_engine(engine.value, device)
+    request = ServeRequest(
+        engine="own",
+        config=wanted,
+        adapter=str(source.folder),
+        device=device,
+        socket="",  # the engine's own choice
+        slots=slots,
+        context_tokens=context_tokens,
+    )
+    name, why = choose_engine(engine.value, request)
     say(f"Engine: {name}, {why}.")
 
     def make_engine(folder: Path) -> Engine:
-        request = ServeRequest(
-            engine=name,
-            config=wanted,
-            adapter=str(folder),
-            device=device,
-            socket="",  # the engine's own choice
-            slots=slots,
-            context_tokens=context_tokens,
-        )
-        return Engine(request)
+        return Engine(request.model_copy(update={"engine": name, "adapter": str(folder)}))
 
     options = ServerOptions(host, port, queue, probe_rows, canary, log_requests, key)
     ModelServer(options, wanted, registry, source, make_engine, _announce, follow).run()

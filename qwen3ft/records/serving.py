@@ -134,7 +134,7 @@ class Refused(Record):
 
     kind: Literal["refused"] = "refused"
     id: int
-    code: Literal["context_length_exceeded", "invalid_prompt"]
+    code: Literal["context_length_exceeded", "invalid_prompt", "refused_by_engine"]
     message: str
 
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.trained_adapter import Trained
 
 from qwen3ft.decoding.writing import AnswerLimits, Marks, Writing
-from qwen3ft.server import choice
+from qwen3ft.errors import EnvironmentNotReadyError
+from qwen3ft.records.serving import ServeRequest
 from qwen3ft.server.choice import choose_engine
+from qwen3ft.serving.engines import vllm
 from qwen3ft.serving.engines.tally import Tally
+from qwen3ft.units import GIB
 
 END, OPEN, CLOSE, NEWLINE, WORD = range(5)
 MARKS = Marks((END,), OPEN, CLOSE, (NEWLINE, CLOSE, NEWLINE))
@@ -66,32 +71,62 @@ def test_an_answer_that_is_relayed_ends_where_the_decoder_ends_it(
 
 
 @pytest.mark.parametrize(
-    ("has_vllm", "has_gguf", "device", "chosen"),
+    ("has_vllm", "device", "budget_gb", "gpu_gb", "chosen", "reason"),
     [
-        (True, True, "cuda", "vllm"),
-        (True, False, "cpu", "vllm"),
-        (False, True, "cpu", "llama.cpp"),
-        (False, True, "cuda", "own"),
-        (False, False, "cpu", "own"),
+        (True, "cuda", 8, 8, "vllm", "is installed"),
+        (True, "cuda", 2, 8, "own", "vLLM would need 3."),
+        (True, "cuda", 8, 3, "own", "the budget is 2.8"),
+        (True, "cpu", 8, 0, "own", "there is no GPU"),
+        (False, "cuda", 8, 8, "own", "vLLM is not installed"),
     ],
 )
-def test_the_engine_is_chosen_by_what_is_installed(
+def test_vllm_is_chosen_on_a_gpu_where_it_fits(
+    trained: Trained,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     has_vllm: bool,
-    has_gguf: bool,
     device: Literal["cuda", "cpu"],
+    budget_gb: float,
+    gpu_gb: float,
     chosen: str,
+    reason: str,
 ) -> None:
-    """The reason names it; an engine that somebody names is taken as it is."""
+    """The reason says so; an engine that somebody names is taken as it is."""
     if has_vllm:
         program = tmp_path / "vllm"
         program.write_text("#!/bin/sh\n")
         program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    monkeypatch.setattr(choice, "missing_gguf_packages", lambda: [] if has_gguf else ["gguf"])
-    name, why = choose_engine("auto", device)
+    gpu = SimpleNamespace(total_bytes=int(gpu_gb * GIB))
+    monkeypatch.setattr(vllm, "visible_gpus", lambda: (gpu,))
+    request = ServeRequest(
+        engine="own",
+        config=trained.config.model_copy(update={"max_memory_gb": budget_gb}),
+        adapter=str(trained.adapter),
+        device=device,
+        socket="",
+        slots=4,
+    )
+    name, why = choose_engine("auto", request)
     assert name == chosen
-    assert (str(tmp_path) in why) is has_vllm
-    assert choose_engine("own", device) == ("own", "as --engine says")
+    assert reason in why
+    assert choose_engine("llama.cpp", request) == ("llama.cpp", "as --engine says")
+
+
+def test_vllm_is_not_started_on_a_gpu_that_it_does_not_fit(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that somebody names, too."""
+    monkeypatch.setattr(vllm, "visible_gpus", lambda: (SimpleNamespace(total_bytes=8 * GIB),))
+    request = ServeRequest(
+        engine="vllm",
+        config=trained.config.model_copy(update={"max_memory_gb": 2}),
+        adapter=str(trained.adapter),
+        device="cuda",
+        socket=str(tmp_path / "engine"),
+        slots=4,
+    )
+    server = vllm.VllmServer(request, Path(trained.snapshot.path), 8, [0], 512, tmp_path)
+    with pytest.raises(EnvironmentNotReadyError, match="vLLM does not fit the budget"):
+        server._variables()

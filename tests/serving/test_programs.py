@@ -9,23 +9,28 @@ from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from qwen3ft.chat.rendering import encode_texts
 from qwen3ft.chat.tokenizer import load_tokenizer
 from qwen3ft.decoding.writing import AnswerLimits
 from qwen3ft.embedded import MODEL_DIR
-from qwen3ft.serving.engines.events import events, open_engine
+from qwen3ft.errors import WorkerCrashedError
+from qwen3ft.serving.engines.events import NotTakenError, events, open_engine
 from qwen3ft.serving.engines.llama_cpp import LlamaServers, _Loaded
 
 LIMITS = AnswerLimits(answer_tokens=50, thinking_tokens=0, opened=False)
 
 
 @asynccontextmanager
-async def program(socket: Path, sent: Sequence[dict[str, Any]]) -> AsyncGenerator[None]:
+async def program(
+    socket: Path, sent: Sequence[dict[str, Any]], status: str = "200 OK"
+) -> AsyncGenerator[None]:
     """Answer each request on `socket` with these events, as vLLM and llama.cpp write them."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
+        writer.write(f"HTTP/1.1 {status}\r\nConnection: close\r\n\r\n".encode())
         for event in sent:
             writer.write(f"data: {json.dumps(event, ensure_ascii=False)}\n\n".encode())
         writer.write(b"data: [DONE]\n\n")
@@ -78,3 +83,22 @@ def test_tokens_that_llama_cpp_holds_back_are_not_lost(tmp_path: Path) -> None:
 
     end = tokenizer.eos_token_id
     assert asyncio.run(written()) == [word, kite, *rest, end, end]
+
+
+@pytest.mark.parametrize(
+    ("status", "raised"),
+    [("400 Bad Request", NotTakenError), ("500 Internal Server Error", WorkerCrashedError)],
+)
+def test_a_request_that_is_refused_is_no_crash(
+    tmp_path: Path, status: str, raised: type[Exception]
+) -> None:
+    """A program that fails by its own word is one that does not answer."""
+
+    async def ask() -> None:
+        sent = [{"error": {"message": "no such token"}}]
+        async with program(tmp_path / "s", sent, status), open_engine(tmp_path / "s") as client:
+            async for _ in events(client, "/completion", {}):
+                pass
+
+    with pytest.raises(raised, match="no such token"):
+        asyncio.run(ask())

@@ -15,6 +15,10 @@ _SILENCE_SECONDS = 600.0
 _MOST_SHOWN_CHARACTERS = 300
 
 
+class NotTakenError(Exception):
+    """A program that is sound does not take one request; the text is what it says."""
+
+
 def open_engine(socket: Path) -> httpx.AsyncClient:
     """Return a client of the program that listens on `socket`; any number of requests at once."""
     limits = httpx.Limits(max_connections=None)
@@ -30,12 +34,16 @@ async def events(
     """Send a request; yield the JSON of each server-sent event of the answer.
 
     Raises:
+        NotTakenError: the program refuses this request.
         WorkerCrashedError: the program is gone, or does not answer.
     """
     try:
         async with client.stream("POST", path, json=body) as response:
             if response.status_code != 200:
-                raise engine_failed((await response.aread()).decode(errors="replace"))
+                said = (await response.aread()).decode(errors="replace")
+                if response.is_client_error:
+                    raise NotTakenError(said[:_MOST_SHOWN_CHARACTERS])
+                raise engine_failed(said)
             async for line in _lines(response):
                 content = line.removeprefix(b"data: ")
                 if content == line or content == b"[DONE]":
@@ -61,7 +69,11 @@ async def _lines(response: httpx.Response) -> AsyncGenerator[bytes]:
 
 
 async def post(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> None:
-    """Send a request of which only the success counts; raises as `events`."""
+    """Send a request of which only the success counts.
+
+    Raises:
+        WorkerCrashedError: the program is gone, or refuses it.
+    """
     try:
         response = await client.post(path, json=body)
     except httpx.HTTPError as error:

@@ -19,6 +19,7 @@ import httpx
 
 from qwen3ft.chat.rendering import encode_texts
 from qwen3ft.errors import FinetuneError
+from qwen3ft.files import require_disk
 from qwen3ft.model.saved_adapter import shape_of
 from qwen3ft.records.serving import ServeRequest
 from qwen3ft.serving.engines.base_weights import write_base_weights
@@ -82,7 +83,7 @@ class LlamaServers:
         self._sockets = Path(request.socket).parent  # a short path, in a private folder
         self._numbers = count()
         shape = shape_of(base)
-        weights_bytes = BYTES_PER_WEIGHT * shape.total_parameters
+        self._weights_bytes = weights_bytes = BYTES_PER_WEIGHT * shape.total_parameters
         room_bytes = int(request.config.max_memory_gb * GIB) - weights_bytes - PROGRAM_BYTES
         slot_bytes = MOST_SERVERS * cache_bytes(shape, context_tokens, CACHE_NUMBER_BYTES)
         require_cache_room("llama.cpp", room_bytes, slot_bytes)
@@ -92,6 +93,10 @@ class LlamaServers:
     async def start(self) -> None:
         """Write the base model as GGUF."""
         require_gguf_packages()
+        # safetensors and GGUF lie together until the latter is whole
+        require_disk(
+            self._gguf, 2 * self._weights_bytes, "The base model twice", "The disk is full."
+        )
         await asyncio.to_thread(write_base_weights, self._snapshot, self._base, "cpu")
         await asyncio.to_thread(write_model, self._base, self._gguf, "f16")
         for path in self._base.glob("*.safetensors"):

@@ -39,6 +39,7 @@ from qwen3ft.records.serving import (
 )
 from qwen3ft.records.training import Failure
 from qwen3ft.serving.engines.asking import Asker, PreparedQuestion
+from qwen3ft.serving.engines.events import NotTakenError, engine_failed
 from qwen3ft.serving.engines.llama_cpp import LlamaServers
 from qwen3ft.serving.engines.places import choose_context, require_place
 from qwen3ft.serving.engines.tally import Tally
@@ -188,12 +189,21 @@ class _Relay:
         task.add_done_callback(lambda done: self._note_end(ask.id, done))
 
     async def _answer(self, name: str, asked: PreparedQuestion) -> None:
-        async with self._slots, aclosing(self._tokens(name, asked)) as bursts:
-            async for tokens, is_over in bursts:
-                texts = asked.answer.feed(tokens, is_over=is_over)
-                self._send(*texts)
-                if texts and isinstance(texts[-1], Ended):
-                    break  # at a stop text there may be more to write
+        has_begun = False
+        try:
+            async with self._slots, aclosing(self._tokens(name, asked)) as bursts:
+                async for tokens, is_over in bursts:
+                    has_begun = True
+                    texts = asked.answer.feed(tokens, is_over=is_over)
+                    self._send(*texts)
+                    if texts and isinstance(texts[-1], Ended):
+                        break  # at a stop text there may be more to write
+        except NotTakenError as error:
+            if has_begun:  # it took the same prompt before
+                raise engine_failed(str(error)) from error
+            message = f"The engine refuses the question: {str(error)!a}."
+            number = asked.answer.number
+            self._send(Refused(id=number, code="refused_by_engine", message=message))
         self._answered += 1
 
     async def _tokens(

@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ from qwen3ft.jobs.processes import GRACE_SECONDS, end_with_parent
 from qwen3ft.machine.gpus import visible_gpus
 from qwen3ft.machine.installing import extra_command
 from qwen3ft.model.saved_adapter import shape_of
+from qwen3ft.records.model import ModelShape
 from qwen3ft.records.serving import ServeRequest
 from qwen3ft.serving.engines.base_weights import write_base_weights
 from qwen3ft.serving.engines.events import events, open_engine, post
@@ -34,20 +36,53 @@ if TYPE_CHECKING:
     from qwen3ft.decoding.writing import AnswerLimits
 
 MOST_GPU_SHARE = 0.95
-CPU_PROGRAM_BYTES = 3 * GIB
-"""Memory of vLLM on a CPU beside weights and cache."""
+VLLM_BYTES = 3 * GIB
+"""Memory of vLLM beside weights and cache."""
 
-CPU_NUMBER_BYTES = 4
-"""It computes there in fp32, as the test does."""
+NUMBER_BYTES = {"cuda": 2, "cpu": 4}
+"""Bytes of a number; on a CPU it computes in fp32, as the test does."""
 
 _LOOK_SECONDS = 0.25
-_MOST_LOG_CHARACTERS = 300
+_MOST_LOG_BYTES = 300
 
 
 def find_vllm() -> str | None:
     """Return the path of the program `vllm`: of this environment, or on PATH; None without one."""
     here = str(Path(sys.executable).parent)
     return shutil.which("vllm", path=os.pathsep.join((here, os.environ.get("PATH", ""))))
+
+
+@dataclass(frozen=True)
+class VllmMemory:
+    """Memory that vLLM may use, and what one answer takes of it, in bytes.
+
+    Attributes:
+        budget_bytes: The budget: `max_memory_gb`, or what vLLM can have of a smaller GPU.
+        fixed_bytes: Weights and program.
+        answer_bytes: Cache of one answer of the longest kind.
+    """
+
+    budget_bytes: int
+    fixed_bytes: int
+    answer_bytes: int
+
+    @classmethod
+    def of(cls, request: ServeRequest, shape: ModelShape, context_tokens: int) -> VllmMemory:
+        """Return the memory for a base model of this shape."""
+        budget_bytes = int(request.config.max_memory_gb * GIB)
+        if request.device == "cuda":
+            budget_bytes = min(budget_bytes, int(MOST_GPU_SHARE * visible_gpus()[0].total_bytes))
+        number_bytes = NUMBER_BYTES[request.device]
+        return cls(
+            budget_bytes,
+            number_bytes * shape.total_parameters + VLLM_BYTES,
+            cache_bytes(shape, context_tokens, number_bytes),
+        )
+
+    @property
+    def room_bytes(self) -> int:
+        """Memory for the cache."""
+        return self.budget_bytes - self.fixed_bytes
 
 
 class VllmServer:
@@ -114,10 +149,10 @@ class VllmServer:
         """Return why the program ended, once it has."""
         assert self._process is not None
         status = await self._process.wait()
-        last = self._log.read_text(encoding="utf-8", errors="replace").strip()
+        last = _end_of(self._log)
         return WorkerCrashedError(
             f"vLLM ended with status {status}.",
-            why=f"The end of what it said: {last[-_MOST_LOG_CHARACTERS:]!a}",
+            why=f"The end of what it said: {last!a}",
             next_command="qwen3ft serve --engine own",
         )
 
@@ -170,6 +205,8 @@ class VllmServer:
         options = [
             *("serve", str(self._scratch / "base"), "--uds", str(self._socket)),
             *("--served-model-name", "base", "--generation-config", "vllm"),
+            # its log lies in the session's folder, for as long as that lasts
+            *("--disable-uvicorn-access-log", "--disable-log-stats"),
             *(
                 "--enable-lora",
                 "--max-lora-rank",
@@ -192,13 +229,19 @@ class VllmServer:
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
+            "VLLM_API_KEY": "",  # one for another server would have this one refuse all
         }
+        memory = VllmMemory.of(self._request, shape_of(self._base), self._context_tokens)
+        room_bytes, answer_bytes = memory.room_bytes, memory.answer_bytes
         if self._request.device == "cuda":
+            require_cache_room("vLLM", room_bytes, answer_bytes)
             return variables
-        shape, budget_bytes = shape_of(self._base), int(self._request.config.max_memory_gb * GIB)
-        weights_bytes = CPU_NUMBER_BYTES * shape.total_parameters
-        room_bytes = budget_bytes - weights_bytes - CPU_PROGRAM_BYTES
-        answer_bytes = cache_bytes(shape, self._context_tokens, CPU_NUMBER_BYTES)
         require_cache_room("vLLM", room_bytes, max(GIB, answer_bytes))  # it takes whole GiB
         cache_gb = str(min(room_bytes, self.slots * answer_bytes + GIB) // GIB)
         return {**variables, "CUDA_VISIBLE_DEVICES": "", "VLLM_CPU_KVCACHE_SPACE": cache_gb}
+
+
+def _end_of(log: Path) -> str:
+    with log.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _MOST_LOG_BYTES))
+        return file.read().decode(errors="replace").strip()
