@@ -20,6 +20,7 @@ from pydantic import Field
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import RequestError
+from qwen3ft.jobs.folders import JobDir
 from qwen3ft.locks import try_lock
 from qwen3ft.logs import get_logger
 from qwen3ft.manifests import is_left_behind
@@ -175,9 +176,14 @@ def _leftovers(cache: Path, config: TrainingConfig) -> Iterator[Removal]:
     found = [path for parent in parents for path in parent.glob(".*") if is_left_behind(path)]
     runs = _resolved(config.runs_dir)
     gone = [*runs.glob(f".*{_GONE}"), *runs.glob(f"*/attempts/*/.*{_GONE}")]
+    parents.append(cache / "sessions")
     for path in sorted({*found, *gone, *(p for each in parents for p in each.glob(f".*{_GONE}"))}):
         if path.is_dir() and time.time() - path.stat().st_mtime > LEFTOVER_DAYS * DAY_SECONDS:
             yield _removal(path, "leftover", "a write or removal that was killed")
+    for path in _folders(cache / "sessions"):
+        beats = [each.stat().st_mtime for each in (path, JobDir(path).heartbeat) if each.exists()]
+        if time.time() - max(beats, default=0) > LEFTOVER_DAYS * DAY_SECONDS:
+            yield _removal(path, "leftover", "files of a chat or server that was killed")
 
 
 # --- what is in use ---
