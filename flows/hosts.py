@@ -10,7 +10,7 @@ import shlex
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import State
@@ -23,7 +23,7 @@ from qwen3ft.digests import code_digest
 from qwen3ft.errors import EnvironmentNotReadyError
 from qwen3ft.jobs.folders import JobDir, RunDir
 from qwen3ft.logs import get_logger
-from qwen3ft.machine.network import interface_for_ranks
+from qwen3ft.machine.network import interface_for_ranks, machine_name
 from qwen3ft.records.machine import EnvironmentReport
 from qwen3ft.records.plan import TrainPlan
 from tasks.artifacts import NOT_SHOWN
@@ -34,6 +34,9 @@ JOIN_DEPLOYMENT = "qwen3-finetune-join/join"
 
 _POLL_SECONDS = 2.0
 _REPORT_SECONDS = 30.0
+
+_SERVER_SECONDS = 120.0
+"""Longest time that the Prefect server may be away when a host is asked for."""
 
 
 @contextmanager
@@ -50,7 +53,12 @@ def other_hosts(
         return
     attempt = run.attempt(plan.attempt).create(plan)
     gpu = environment.gpus[0].name if environment.gpus else ""
-    given = {"attempt": str(attempt.path), "code": code_digest(), "gpu": gpu}
+    given = {
+        "attempt": str(attempt.path),
+        "code": code_digest(),
+        "gpu": gpu,
+        "beside": machine_name(),
+    }
     asked: dict[int, UUID] = {}
     with interface_for_ranks(get_current_settings().api.url or ""):
         try:
@@ -66,19 +74,33 @@ def other_hosts(
 
 
 def _ask(client: SyncPrefectClient, parameters: Mapping[str, object]) -> UUID:
-    try:
-        deployment = client.read_deployment_by_name(JOIN_DEPLOYMENT)
-    except ObjectNotFound as error:
-        raise EnvironmentNotReadyError(
-            f"The Prefect server has no deployment {JOIN_DEPLOYMENT}, by which hosts are asked.",
-            why="It was not registered, or the run has a temporary server of its own.",
-            next_command="prefect --no-prompt deploy --prefect-file deployments/prefect.yaml --all",
-        ) from error
+    """Ask the pool for a host, once, however often the server has to be asked."""
     name = f"host {parameters['host']} of {parameters['attempt']}"
-    made = client.create_flow_run_from_deployment(
-        deployment.id, parameters=dict(parameters), name=name
+    key, end = str(uuid4()), time.monotonic() + _SERVER_SECONDS
+    while True:
+        try:
+            deployment = client.read_deployment_by_name(JOIN_DEPLOYMENT)
+            return client.create_flow_run_from_deployment(
+                deployment.id, parameters=dict(parameters), name=name, idempotency_key=key
+            ).id
+        except ObjectNotFound as error:
+            raise _not_registered() from error
+        except NOT_SHOWN as error:  # the server may be restarting
+            if time.monotonic() > end:
+                raise EnvironmentNotReadyError(
+                    f"{name} could not be asked for within {_SERVER_SECONDS:.0f} s: {error}",
+                    why="The Prefect server is down, or cannot be reached.",
+                    next_command="qwen3ft status",
+                ) from error
+        time.sleep(_POLL_SECONDS)
+
+
+def _not_registered() -> EnvironmentNotReadyError:
+    return EnvironmentNotReadyError(
+        f"The Prefect server has no deployment {JOIN_DEPLOYMENT}, by which hosts are asked.",
+        why="It was not registered, or the run has a temporary server of its own.",
+        next_command="prefect --no-prompt deploy --prefect-file deployments/prefect.yaml --all",
     )
-    return made.id
 
 
 def _wait_until_ready(

@@ -127,6 +127,15 @@ class JobDir:
         numbers = (path.name for path in (self.path / "ranks").glob("[0-9]*"))
         return [self.rank(number) for number in sorted(map(int, numbers))]
 
+    def claim(self) -> bool:
+        """Make the folder; return False if another process, of any host, has made it."""
+        make_folder(self.path.parent, 0o700)
+        try:
+            self.path.mkdir(mode=0o700)
+        except FileExistsError:
+            return False
+        return True
+
     def create(self, request: BaseModel) -> JobDir:
         """Create the folder and write the request into it."""
         make_folder(self.path, 0o700)

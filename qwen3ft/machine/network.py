@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import psutil
@@ -16,6 +17,12 @@ from qwen3ft.text.commands import shell_line
 
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """Name the interface over which ranks exchange gradients; without them that is loopback."""
+
+
+def machine_name() -> str:
+    """Return a name that two machines, or two containers of one, do not share."""
+    boot = Path("/proc/sys/kernel/random/boot_id")  # of Linux; hosts may have one name
+    return f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''}".strip()
 
 
 @contextmanager

@@ -3,14 +3,55 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock, patch
+from uuid import uuid4
 
+import httpx
 import pytest
-from support.plans import plan_for
+from support.plans import environment, plan_for
 
-from flows import join
+from flows import hosts, join
 from qwen3ft.errors import EnvironmentNotReadyError
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.locks import try_lock
+from qwen3ft.records.machine import GpuUse
+
+
+def test_a_host_is_asked_for_once_though_the_server_answers_late() -> None:
+    """Each request has the same key, by which the server knows it again."""
+    client, keys = MagicMock(), []
+
+    def create(*_: Any, idempotency_key: str, **__: Any) -> Any:
+        keys.append(idempotency_key)
+        if len(keys) == 1:
+            raise httpx.ReadTimeout("late")
+        return SimpleNamespace(id=uuid4())
+
+    client.create_flow_run_from_deployment.side_effect = create
+    with patch.object(hosts, "_POLL_SECONDS", 0):
+        hosts._ask(client, {"host": 1, "attempt": "runs/a/attempts/01"})
+    assert len(keys) == 2
+    assert len(set(keys)) == 1
+
+
+def test_a_folder_is_claimed_once(tmp_path: Path) -> None:
+    """By one of two flow runs for the same host of an attempt."""
+    job = RunDir(tmp_path).attempt(1).host(1)
+    assert [job.claim(), job.claim()] == [True, False]
+
+
+def test_a_host_looks_at_the_memory_that_is_free_once_it_holds_the_gpu() -> None:
+    """What a run before has freed counts, and what other programs took meanwhile."""
+    machine = environment(80.0)
+    [gpu] = machine.gpus
+    full = GpuUse(total_bytes=gpu.total_bytes, free_bytes=1, processes=())
+    free = full.model_copy(update={"free_bytes": gpu.total_bytes})
+    later = iter((full, free))
+    join._require_room(plan_for(), machine, "b", probe=lambda _: next(later), settle_seconds=9)
+    with pytest.raises(EnvironmentNotReadyError, match="GPU 0 of b has "):
+        join._require_room(plan_for(), machine, "b", probe=lambda _: full, settle_seconds=0)
 
 
 def test_a_host_gives_up_at_once_on_a_run_that_is_gone(tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ from qwen3ft.planning import gpu_specs
 from qwen3ft.planning.plan import build_plan
 from qwen3ft.records.data import SourceFile
 from qwen3ft.records.evaluation import Champion
+from qwen3ft.records.machine import GpuUse
 from qwen3ft.records.serving import EngineName
 from qwen3ft.records.training import Failure
 from qwen3ft.recovery.adjust import FailedAttempt, GiveUp, decide_retry
@@ -159,22 +160,42 @@ def twice_on_one_gpu(folder: Path) -> None:
         pass
 
 
-def joined_attempt(folder: Path, *, is_whole: bool = True) -> JobDir:
-    """Make an attempt whose model and rows are there, or not."""
-    plan = plan_for()
+def join_attempt(
+    folder: Path, code: str = "", *, is_whole: bool = True, attempt: int = 1, mode: int = 0o700
+) -> None:
+    """Join an attempt in progress whose model and rows are there, or not."""
+    run = RunDir(folder)
+    plan = plan_for().for_run("run", str(folder), attempt=1, resume_from=None)
     if is_whole:
         there = {"path": str(folder)}
         plan = plan.with_settings(
             model=plan.model.model_copy(update=there), dataset=plan.dataset.model_copy(update=there)
         )
-    return JobDir(folder / "01").create(plan)
+    job = run.attempt(attempt).create(plan)
+    job.path.chmod(mode)
+    with run_context.try_lock(run.lock):
+        join._join(job, 1, code, "")
+
+
+def joined_twice(folder: Path) -> None:
+    """Two flow runs for one host of an attempt."""
+    for name in "ab":
+        join._claim(JobDir(folder), 1, name)
 
 
 def no_join_deployment(_: Path) -> None:
     """The server does not know the deployment of other hosts."""
     client = MagicMock()
     client.read_deployment_by_name.side_effect = ObjectNotFound(Exception("404"))
-    hosts._ask(client, {"host": 1})
+    hosts._ask(client, {"host": 1, "attempt": "runs/a/attempts/01"})
+
+
+def no_server_to_ask(_: Path) -> None:
+    """The server is away for longer than it may be."""
+    client = MagicMock()
+    client.read_deployment_by_name.side_effect = httpx.ConnectError("refused")
+    with patch.object(hosts, "_SERVER_SECONDS", -1):
+        hosts._ask(client, {"host": 1, "attempt": "runs/a/attempts/01"})
 
 
 def no_other_host(folder: Path) -> None:
@@ -193,9 +214,9 @@ def no_other_host(folder: Path) -> None:
 def full_gpu_of_a_host(_: Path) -> None:
     """Another program fills the GPU of a host that joins."""
     machine = environment(80.0)
-    gpu = machine.gpus[0].model_copy(update={"free_bytes": 1})
-    full = machine.model_copy(update={"gpus": (gpu,)})
-    join._require_gpus_as(plan_for(), full, gpu.name, "b")
+    gpu = machine.gpus[0]
+    use = GpuUse(total_bytes=gpu.total_bytes, free_bytes=1, processes=())
+    join._require_room(plan_for(), machine, "b", probe=lambda _: use, settle_seconds=0)
 
 
 def wrong_python(_: Path) -> None:
@@ -926,18 +947,21 @@ QUICK: dict[str, Mishap] = {
     "flows/cli/runs.py _show_end 1": lost_card,
     "flows/cli/servers.py env_command 1": in_project(servers.env_command),
     "flows/finetune.py run_in_process 1": interrupted,
-    "flows/hosts.py _ask 1": no_join_deployment,
+    "flows/hosts.py _ask 1": no_server_to_ask,
+    "flows/hosts.py _not_registered 1": no_join_deployment,
     "flows/hosts.py _wait_until_ready 1": no_other_host,
     "flows/hosts.py _refusal 1": lambda _: throw(hosts._refusal(1, Crashed())),
-    "flows/join.py _join 1": lambda f: join._join(JobDir(f / "missing"), 1, "", ""),
-    "flows/join.py _join 2": lambda f: join._join(
-        joined_attempt(f, is_whole=False), 1, code_digest(), ""
-    ),
-    "flows/join.py _join 3": lambda f: join._join(joined_attempt(f), 1, "another", ""),
+    "flows/join.py _join 1": lambda f: join._join(JobDir(f), 1, "", "", network.machine_name()),
+    "flows/join.py _join 2": lambda f: join._join(JobDir(f / "missing"), 1, "", ""),
+    "flows/join.py _join 3": lambda f: join_attempt(f, attempt=2),
+    "flows/join.py _join 4": lambda f: join_attempt(f, code_digest(), is_whole=False),
+    "flows/join.py _join 5": lambda f: join_attempt(f, "another"),
+    "flows/join.py _claim 1": joined_twice,
+    "flows/join.py _require_private 1": lambda f: join_attempt(f, mode=0o750),
     "flows/join.py _require_gpus_as 1": lambda _: join._require_gpus_as(
-        plan_for(), environment(None), "NVIDIA H200", "b"
+        environment(None), "NVIDIA H200", "b"
     ),
-    "flows/join.py _require_gpus_as 2": full_gpu_of_a_host,
+    "flows/join.py _require_room 1": full_gpu_of_a_host,
     "flows/join.py _require_in_progress 1": lambda f: join._require_in_progress(
         RunDir(f).attempt(1), RunDir(f)
     ),
