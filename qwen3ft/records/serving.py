@@ -49,7 +49,7 @@ class Prompting(Record):
 
 
 class Load(Record):
-    """Load an adapter under a name that no other has; answered by `AdapterLoaded`."""
+    """Load an adapter under a name that no loaded one has; answered by `AdapterLoaded`."""
 
     kind: Literal["load"] = "load"
     name: str
