@@ -20,7 +20,7 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
-from flows.hosts import other_hosts
+from flows.hosts import failure_of_host, other_hosts
 from flows.naming import run_name
 from flows.nightly import (
     claim_tonight,
@@ -55,7 +55,7 @@ from flows.run_context import (
 from flows.temporary_server import temporary_server
 from qwen3ft import logs
 from qwen3ft.config import TrainingConfig
-from qwen3ft.errors import CancelledError
+from qwen3ft.errors import CancelledError, EnvironmentNotReadyError
 from qwen3ft.evaluation.ability import read_ability_rows
 from qwen3ft.files import private_files
 from qwen3ft.jobs.folders import RunDir
@@ -217,9 +217,15 @@ def train_with_recovery(
     failed: list[FailedAttempt] = []
     while True:
         plan = fit_to_free_memory(config, environment, plan)
-        with other_hosts(config, environment, plan, run):
-            state = train_attempt(plan, return_state=True)
-        result: object = state.result(raise_on_failure=False)
+        _claim(plan, run)
+        try:
+            with other_hosts(config, environment, plan, run):
+                state = train_attempt(plan, return_state=True)
+            result: object = state.result(raise_on_failure=False)
+        except EnvironmentNotReadyError as error:
+            if not failed or "host" not in error.facts:
+                raise
+            result = failure_of_host(error, run.attempt(plan.attempt))
         if isinstance(result, BaseException):  # cancelled, or a defect of ours
             raise result
         assert isinstance(result, (AttemptOutcome, Failure))
@@ -237,6 +243,19 @@ def train_with_recovery(
                 config.model_copy(update=shorter), plan.model, run, plan.dataset.known_rows
             )
             plan = plan.model_copy(update={"dataset": rows})
+
+
+def _claim(plan: TrainPlan, run: RunDir) -> None:
+    """Make the folder of an attempt, which another process may have made despite the run's lock.
+
+    Where hosts share the folder, its server gives the lock of one that is cut off to another.
+    """
+    if not run.attempt(plan.attempt).claim():
+        raise EnvironmentNotReadyError(
+            f"Attempt {plan.attempt} of run {run.path.name} was made by another process.",
+            why="The run is continued elsewhere: this host was cut off from the folder meanwhile.",
+            next_command="qwen3ft status",
+        )
 
 
 def _as_attempt(plan: TrainPlan, run: RunDir, attempt: int) -> TrainPlan:

@@ -16,16 +16,17 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import State
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
-from prefect.states import Cancelled, Cancelling
+from prefect.states import Cancelled, Cancelling, Crashed
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.digests import code_digest
-from qwen3ft.errors import EnvironmentNotReadyError
-from qwen3ft.jobs.folders import JobDir, RunDir
+from qwen3ft.errors import EnvironmentNotReadyError, WorkerCrashedError
+from qwen3ft.jobs.folders import JobDir, RunDir, write_record
 from qwen3ft.logs import get_logger
 from qwen3ft.machine.network import interface_for_ranks, machine_name
 from qwen3ft.records.machine import EnvironmentReport
 from qwen3ft.records.plan import TrainPlan
+from qwen3ft.records.training import Failure
 from tasks.artifacts import NOT_SHOWN
 
 logger = get_logger("hosts")
@@ -70,7 +71,8 @@ def other_hosts(
         except BaseException:
             _end(asked, even_running=True)
             raise
-        _end(asked, even_running=False)  # those that run end by themselves
+        # those that run end by themselves
+        _end(asked, even_running=False, lost=_lost_host(attempt))
 
 
 def _ask(client: SyncPrefectClient, parameters: Mapping[str, object]) -> UUID:
@@ -154,20 +156,42 @@ def _refusal(host: int, state: State) -> EnvironmentNotReadyError:
     )
 
 
-def _end(asked: Mapping[int, UUID], *, even_running: bool) -> None:
+def failure_of_host(refusal: EnvironmentNotReadyError, attempt: JobDir) -> Failure:
+    """Return the failure of an attempt that a host refused which trained in the one before.
+
+    One of its GPUs is gone, say. Recovery goes on without the host.
+    """
+    facts = {**refusal.facts, "lost_host": refusal.facts["host"]}
+    lost = {"kind": WorkerCrashedError.__name__, "facts": facts}
+    failure = Failure.from_error(refusal).model_copy(update=lost)
+    write_record(attempt.failure, failure)
+    return failure
+
+
+def _lost_host(attempt: JobDir) -> int | None:
+    failure = attempt.read_failure()
+    return None if failure is None else failure.facts.get("lost_host")
+
+
+def _end(asked: Mapping[int, UUID], *, even_running: bool, lost: int | None = None) -> None:
     """Cancel the flow runs that have not ended; without `even_running`, those that never began.
+
+    That of a `lost` host is marked as crashed: nobody else reports its end.
 
     Skipped if the server does not answer: a host whose run has ended gives up by itself.
     """
     try:
         with get_client(sync_client=True) as client:
-            for run_id in asked.values():
+            for host, run_id in asked.items():
                 state = client.read_flow_run(run_id).state
                 if state is None or state.is_final():
                     continue
                 if state.is_scheduled():
                     over: State = Cancelled(message="The attempt is over.")
                     client.set_flow_run_state(run_id, over, force=True)
+                elif host == lost:
+                    crashed: State = Crashed(message="Its host gave no sign of life.")
+                    client.set_flow_run_state(run_id, crashed, force=True)
                 elif even_running:
                     client.set_flow_run_state(run_id, Cancelling(), force=True)
     except NOT_SHOWN as error:

@@ -13,7 +13,10 @@ from urllib.parse import urlsplit
 import psutil
 
 from qwen3ft.errors import EnvironmentNotReadyError
+from qwen3ft.logs import get_logger
 from qwen3ft.text.commands import shell_line
+
+logger = get_logger("network")
 
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """Name the interface over which ranks exchange gradients; without them that is loopback."""
@@ -42,7 +45,10 @@ def interface_for_ranks(url: str) -> Iterator[None]:
         interface = find_interface(url)
     else:
         interface = os.environ[INTERFACE_VARIABLES[0]]
-    os.environ.update(dict.fromkeys(missing, interface))
+    # NCCL takes a name without "=" for the beginning of one, and gloo for the whole.
+    own = dict(zip(INTERFACE_VARIABLES, (interface, f"={interface}"), strict=True))
+    os.environ.update({name: own[name] for name in missing})
+    logger.info("ranks listen on %s", interface)
     try:
         yield
     finally:
@@ -62,8 +68,11 @@ def find_interface(url: str) -> str:
         raise _no_interface(host, f"{host} cannot be reached ({error})") from error
     interfaces = psutil.net_if_addrs()
     found = [name for name, given in interfaces.items() if own in {each.address for each in given}]
-    if not found or ipaddress.ip_address(own).is_loopback:
+    address_of_own = ipaddress.ip_address(own.partition("%")[0])
+    if not found or address_of_own.is_loopback:
         raise _no_interface(host, "it is reached over loopback, where no other host is")
+    if address_of_own.is_global:  # whoever reaches the ports can disturb the training
+        raise _no_interface(host, f"it is reached over {found[0]} from {own}, a public address")
     return found[0]
 
 

@@ -10,6 +10,7 @@ from uuid import uuid4
 
 import httpx
 import pytest
+from prefect.states import Failed, Running
 from support.plans import environment, plan_for
 
 from flows import hosts, join
@@ -17,6 +18,7 @@ from qwen3ft.errors import EnvironmentNotReadyError
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.locks import try_lock
 from qwen3ft.records.machine import GpuUse
+from qwen3ft.recovery.adjust import FailedAttempt, Retry, decide_retry
 
 
 def test_a_host_is_asked_for_once_though_the_server_answers_late() -> None:
@@ -34,6 +36,36 @@ def test_a_host_is_asked_for_once_though_the_server_answers_late() -> None:
         hosts._ask(client, {"host": 1, "attempt": "runs/a/attempts/01"})
     assert len(keys) == 2
     assert len(set(keys)) == 1
+
+
+def test_the_flow_run_of_a_lost_host_ends_as_crashed() -> None:
+    """Its host cannot report it; those of the others end by themselves."""
+    client, ids = MagicMock(), [uuid4(), uuid4()]
+    client.read_flow_run.return_value.state = Running()
+    with patch.object(hosts, "get_client") as get_client:
+        get_client.return_value.__enter__.return_value = client
+        hosts._end(dict(enumerate(ids, start=1)), even_running=False, lost=2)
+    [call] = client.set_flow_run_state.call_args_list
+    assert call.args[0] == ids[1]
+    assert call.args[1].is_crashed()
+
+
+def test_a_run_goes_on_without_a_host_that_refuses_a_later_attempt(tmp_path: Path) -> None:
+    """As without one that is lost."""
+    plan = plan_for().with_settings(places=(0, 1, 2, 3), places_per_host=2)
+    attempt = RunDir(tmp_path).attempt(2).create(plan)
+    refusal = hosts._refusal(1, Failed(message="gpus is 2, and this machine has 1.\nWhy: x"))
+    failure = hosts.failure_of_host(refusal, attempt)
+    assert attempt.read_failure() == failure
+    decision = decide_retry(
+        [FailedAttempt(plan, failure)],
+        max_attempts=5,
+        allow_degraded=False,
+        newest_checkpoint=None,
+    )
+    assert isinstance(decision, Retry)
+    assert decision.plan.places == (0, 1)
+    assert "Host 1 did not join: gpus is 2" in decision.plan.reasons["places"]
 
 
 def test_a_folder_is_claimed_once(tmp_path: Path) -> None:

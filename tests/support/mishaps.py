@@ -190,6 +190,12 @@ def no_join_deployment(_: Path) -> None:
     hosts._ask(client, {"host": 1, "attempt": "runs/a/attempts/01"})
 
 
+def attempt_made_elsewhere(folder: Path) -> None:
+    """A host that was cut off goes on, and another one has continued its run."""
+    for _ in range(2):
+        finetune._claim(plan_for(), RunDir(folder))
+
+
 def no_server_to_ask(_: Path) -> None:
     """The server is away for longer than it may be."""
     client = MagicMock()
@@ -946,6 +952,7 @@ QUICK: dict[str, Mishap] = {
     "flows/cli/runs.py _run_failed 1": failed_run,
     "flows/cli/runs.py _show_end 1": lost_card,
     "flows/cli/servers.py env_command 1": in_project(servers.env_command),
+    "flows/finetune.py _claim 1": attempt_made_elsewhere,
     "flows/finetune.py run_in_process 1": interrupted,
     "flows/hosts.py _ask 1": no_server_to_ask,
     "flows/hosts.py _not_registered 1": no_join_deployment,
