@@ -44,6 +44,7 @@ THEIR_OWN = re.compile(
     r"|Content Security Policy"  # requests that `deployments.pages` blocks
     r"|ResizeObserver loop"
     r"|/mlflow/assistant/[a-z]+$"  # switched off by `deployments.mlflow_server`
+    r"|^Cannot read properties of null \(reading '(addChild|x)'\)$"  # a graph left undrawn
 )
 """Errors that MLflow and Prefect cause themselves, by text and address."""
 WIDTH, HEIGHT = 1400, 1000
@@ -146,7 +147,12 @@ def _watch(page: Page) -> tuple[list[str], list[str]]:
 
     page.on("request", requested)
     page.on("console", logged)
-    page.on("pageerror", lambda error: errors.append(str(error)))
+
+    def raised(error: Exception) -> None:
+        if not THEIR_OWN.search(str(error)):
+            errors.append(str(error))
+
+    page.on("pageerror", raised)
     return foreign, errors
 
 
