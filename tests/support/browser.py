@@ -44,7 +44,8 @@ THEIR_OWN = re.compile(
     r"|Content Security Policy"  # requests that `deployments.pages` blocks
     r"|ResizeObserver loop"
     r"|/mlflow/assistant/[a-z]+$"  # switched off by `deployments.mlflow_server`
-    r"|^Cannot read properties of null \(reading '(addChild|x)'\)$"  # a graph left undrawn
+    # Prefect's graph of a run, where the address asks for another tab before it is drawn.
+    r"|^Cannot read properties of null \(reading '(addChild|x)'\) \S+/flow-run/\S+[?&]tab=Artifacts"
 )
 """Errors that MLflow and Prefect cause themselves, by text and address."""
 WIDTH, HEIGHT = 1400, 1000
@@ -149,8 +150,9 @@ def _watch(page: Page) -> tuple[list[str], list[str]]:
     page.on("console", logged)
 
     def raised(error: Exception) -> None:
-        if not THEIR_OWN.search(str(error)):
-            errors.append(str(error))
+        text = f"{error} {page.url}"
+        if not THEIR_OWN.search(text):
+            errors.append(text)
 
     page.on("pageerror", raised)
     return foreign, errors
