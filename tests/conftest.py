@@ -93,6 +93,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Scheduling(config, log)
 
 
+@pytest.hookimpl(trylast=True)  # a fixture of the last test still needs them for its own end
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """Stop the servers of the session's project after the last file that uses them."""
     used = getattr(item, "funcargs", {}).get("project")
