@@ -12,9 +12,13 @@ workers. For each model, and for each number of ranks, the first of which is 1:
 - `train`: 64 rows a step, the design's, and 256; tokens a second without the first steps, the
   peak of each rank and GPU, and the loss of each step beside that of one rank.
 - `exam`: the inference stage of a run, 600 questions to base and adapter, dealt to the ranks.
-- `answers`: the decoder alone, 600 questions of up to 256 new tokens, dealt to the GPUs.
+- `answers`: the decoder alone, 600 questions of up to 256 new tokens to one model and to three,
+  dealt to the GPUs; and the steps that it needs, as the longest answer takes its time.
 - `kill`: rank 0 is killed twice, and recovery ends the run on the others (the first model).
 - `side`: two runs at once on disjoint GPUs, beside one alone (the first model).
+- `shared`, only if asked for: on one GPU, one process beside one rank under torch's agent, in
+  turn, and two ranks that share the GPU over gloo: losses, memory, answers, the exchange, and the
+  efficiency to expect of several (the first model).
 
 A part that fails leaves a row that says so, and the rest goes on; one that would not end within
 `--minutes` is left out. Results are printed and written after each part.
@@ -51,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+")
     parser.add_argument("--ranks", type=int, nargs="+")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:-1])
     parser.add_argument("--steps", type=int, help="of every training")
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--predict", action="store_true")

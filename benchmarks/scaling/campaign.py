@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.answers.cases import Case
 from benchmarks.jobs import JobFailedError, run_job
 from benchmarks.machine import machine, write_json
+from benchmarks.scaling.answering import answer, answer_case
+from benchmarks.scaling.shared import run_shared
 from benchmarks.speed.cases import TINY
-from qwen3ft.files import sha256_json
 
-PARTS = ("exchange", "kill", "train", "exam", "answers", "side")
+PARTS = ("exchange", "kill", "train", "exam", "answers", "side", "shared")
 """In the order in which they run; the first two while other models are still being made."""
 
 LEAST_SPEEDUP = {2: 1.9, 4: 3.7, 8: 7.2}
 LEAST_SIDE_BY_SIDE = 0.95
 MOST_LOSS_DRIFT = 0.005
 MOST_END_SECONDS = 10.0
-MAKER, CHILD, ANSWERS = (
-    "benchmarks.speed.contestants",
-    "benchmarks.scaling.parts",
-    "benchmarks.answers.contestants",
-)
+MAKER, CHILD = "benchmarks.speed.contestants", "benchmarks.scaling.parts"
+ANSWERING_MODELS = (1, 3)
+"""Models that answer each question: one adapter, or base, candidate and champion as in a run."""
 
 STEPS = {"4b": {64: 100, 256: 12}, "14b": {256: 6, 64: 8}, TINY: {8: 12, 32: 6}}
 """{model: {rows a step: steps}}, in the order in which they run; of others as many as of 14b."""
@@ -83,11 +79,13 @@ class Campaign:
                     self.part("train", model, ranks, self.train, rows=rows)
             for ranks in self.asked.ranks if "exam" in self.asked.parts else ():
                 self.part("exam", model, ranks, self.exam)
-            if "answers" in self.asked.parts:
+            for models in ANSWERING_MODELS if "answers" in self.asked.parts else ():
                 for ranks in self.asked.ranks:
-                    self.part("answers", model, ranks, self.answers)
+                    self.part("answers", model, ranks, self.answers, models=models)
             if "side" in self.asked.parts and model == first and len(self.gpus) > 1:
                 self.part("side", model, 1, self.side_by_side, rows=self.larger(model))
+            if "shared" in self.asked.parts and model == first:
+                run_shared(self, model)
 
     def part(
         self, kind: str, model: str, ranks: int, compute: Callable[..., dict[str, Any]], **more: Any
@@ -132,7 +130,7 @@ class Campaign:
 
     def job(self, row: Mapping[str, Any], kind: str, number: int = 0, **values: Any) -> Any:
         """Run a part in a process that sees as many GPUs as it has ranks, from the given one on."""
-        model, ranks = row["model"], row["ranks"]
+        model, ranks = row["model"], 1 if values.get("one_gpu") else row["ranks"]
         made = self.models[model].result()
         return run_job(
             CHILD,
@@ -140,7 +138,7 @@ class Campaign:
             {
                 "kind": kind,
                 "model": model,
-                "ranks": ranks,
+                "ranks": row["ranks"],
                 "tokens": 64 if model == TINY else 256,
                 "design": min(self.steps(model)),
                 "snapshot": made["snapshot"],
@@ -152,8 +150,9 @@ class Campaign:
 
     def folder(self, row: Mapping[str, Any], number: int = 0) -> Path:
         """Return the folder of a part's process."""
-        name = f"{row['part']}-{row['model']}-{row.get('rows', 0)}-{row['ranks']}-{number}"
-        return self.work / "parts" / name
+        names = ("part", "model", "rows", "models", "ranks", "take")
+        kind = "-".join(str(row[name]).replace(" ", "-") for name in names if name in row)
+        return self.work / "parts" / f"{kind}-{number}"
 
     def log_of(self, row: Mapping[str, Any]) -> list[str]:
         """Return the end of the log of a part that failed."""
@@ -207,7 +206,7 @@ class Campaign:
 
     def alone(self, row: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return the row of the same part on one rank; None if there is none."""
-        names = ("part", "model", "rows")
+        names = ("part", "model", "rows", "models")
         same = [each for each in self.rows if all(each.get(n) == row.get(n) for n in names)]
         return next((each for each in same if each["ranks"] == 1 and each["status"] == "ok"), None)
 
@@ -237,67 +236,46 @@ class Campaign:
             name = f"the run with a killed rank: {len(pairs)} losses within {MOST_LOSS_DRIFT:.1%}"
             self.bars[name] = killed["loss_drift"] <= MOST_LOSS_DRIFT
 
-    def exam(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def exam(
+        self, row: Mapping[str, Any], questions: int = 600, *, one_gpu: bool = False
+    ) -> dict[str, Any]:
         """Compare an adapter with its base by the product's own stage, on all ranks."""
         tiny = row["model"] == TINY
         rows = min(self.steps(row["model"]))
-        trained = self.folder({**row, "part": "train", "rows": rows, "ranks": 1}) / "run"
-        new_tokens, questions = (16, 24) if tiny else (256, 600)
+        kind = {"part": "process", "take": 0} if one_gpu else {"part": "train"}
+        trained = self.folder({**row, **kind, "rows": rows, "ranks": 1}) / "run"
         found: dict[str, Any] = self.job(
-            row, "exam", trained=str(trained), questions=questions, new_tokens=new_tokens
+            row,
+            "exam",
+            trained=str(trained),
+            questions=24 if tiny else questions,
+            new_tokens=16 if tiny else 256,
+            one_gpu=one_gpu,
         )
         if alone := self.alone(row):
             found["speedup"] = alone["answer_seconds"] / found["answer_seconds"]
-            name = f"{row['model']}, the inference stage on {row['ranks']} ranks"
+            name = f"{row['model']}, {row['part']} on {row['ranks']} ranks"
             self.bars[f"{name}: the answers of one"] = found["digest"] == alone["digest"]
-            if self.gpus and row["ranks"] in LEAST_SPEEDUP:
+            if self.gpus and not one_gpu and row["ranks"] in LEAST_SPEEDUP:
                 least = LEAST_SPEEDUP[row["ranks"]]
                 self.bars[f"{name}: at least {least} x one"] = found["speedup"] >= least
         return found
 
     def answers(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Answer questions, dealt to the GPUs; the same answers must come as from one."""
-        tiny = row["model"] == TINY
-        case = Case(row["model"], 4.0 if tiny else 13.0, 16 if tiny else 256, 24 if tiny else 600)
-        values = {
-            "case": asdict(case),
-            "contestant": "ours",
-            "snapshot": self.models[row["model"]].result()["snapshot"],
-            "seed": 0,
-            "shuffles": 0,
-            "alone": False,
-            "slots": 8 if tiny else 0,
-            "resident": True,
-        }
-
-        def share(number: int) -> dict[str, Any]:
-            gpus = self.gpus and [self.gpus[number]]
-            own = values | {"share": [number, row["ranks"]]}
-            folder = self.folder(row, number)
-            result = run_job(ANSWERS, folder, own, self.limit_seconds, gpus)
-            return result | {"answers": json.loads((folder / "answers.json").read_bytes())}
-
-        with ThreadPoolExecutor(row["ranks"]) as pool:
-            shares = list(pool.map(share, range(row["ranks"])))
-        seconds = max(each["seconds"] for each in shares)
+        model, ranks = row["model"], row["ranks"]
+        snapshot = self.models[model].result()["snapshot"]
+        case = answer_case(model, row["models"])
+        folders = [self.folder(row, number) for number in range(ranks)]
+        found = answer(case, snapshot, folders, self.gpus[:ranks], self.limit_seconds)
         alone = self.alone(row)
-        answers = [each.pop("answers") for each in shares]
-        merged = [answers[i % row["ranks"]][i // row["ranks"]] for i in range(case.questions)]
-        found = {
-            "tokens_per_second": sum(each["tokens"] for each in shares) / seconds,
-            "nvml_gb": [each["nvml_gb"] for each in shares],
-            "sizes": [each["sizes"] for each in shares],
-            "answer_seconds": [each["seconds"] for each in shares],
-        }
-        found["digest"] = sha256_json(merged)
         if alone:
-            found["speedup"] = alone["answer_seconds"][0] / seconds
-            name = f"{row['model']}, answers of {row['ranks']} ranks are those of one"
-            self.bars[name] = found["digest"] == alone["digest"]
-        if self.gpus and row["ranks"] in LEAST_SPEEDUP and alone:
-            least = LEAST_SPEEDUP[row["ranks"]]
-            name = f"{row['model']}, answers of {row['ranks']} ranks"
-            self.bars[f"{name}: at least {least} x one"] = found["speedup"] >= least
+            found["speedup"] = alone["answer_seconds"][0] / max(found["answer_seconds"])
+            name = f"{model}, answers of {ranks} ranks, {row['models']} models"
+            self.bars[f"{name}: those of one"] = found["digest"] == alone["digest"]
+            if self.gpus and ranks in LEAST_SPEEDUP:
+                least = LEAST_SPEEDUP[ranks]
+                self.bars[f"{name}: at least {least} x one"] = found["speedup"] >= least
         return found
 
     def side_by_side(self, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -327,7 +305,7 @@ def compared(found: dict[str, Any], alone: dict[str, Any], ranks: int) -> dict[s
 
 def line_of(row: Mapping[str, Any]) -> str:
     """Return a row as one line, without what is long."""
-    long = ("losses", "rates", "memory", "log", "sizes", "digest")
+    long = ("losses", "rates", "memory", "log", "sizes", "digest", "expected")
     shown = {name: _rounded(value) for name, value in row.items() if name not in long}
     return "  ".join(f"{name} {value}" for name, value in shown.items())
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.jobs import JobFailedError
+from benchmarks.scaling.answering import steps_needed
 from benchmarks.scaling.campaign import Campaign, compared
 
 
@@ -49,3 +50,11 @@ def test_the_worst_step_decides_about_the_losses() -> None:
     alone = {"tokens_per_second": 100.0, "losses": [4.0, 2.0]}
     found = compared({"tokens_per_second": 190.0, "losses": [4.0, 2.02]}, alone, 2)
     assert found == {"speedup": 1.9, "efficiency": 0.95, "loss_drift": pytest.approx(0.01)}
+
+
+def test_more_slots_than_answers_save_no_step() -> None:
+    """Two GPUs answer eight questions on four slots no faster than the longest is written."""
+    lengths = [3, 9, 3, 3, 3, 3, 3, 3]
+    assert steps_needed(lengths, 4) == 9
+    assert max(steps_needed(lengths[number::2], 4) for number in range(2)) == 9
+    assert steps_needed([4] * 8, 4) == 8

@@ -77,6 +77,10 @@ class RankOutcome(Record):
 
     peak_memory_gb: float = Field(description="Peak of the process, from NVML or as RSS.")
     exchange_ms: float = Field(0.0, description="Median time to sum gradients, waiting included.")
+    computing_ms: float = Field(0.0, description="Median time between two such sums.")
+    launch_bound_share: float = Field(
+        0.0, description="Share of steps in which the GPU was done as soon as all was launched."
+    )
 
 
 class AttemptOutcome(Record):
@@ -102,6 +106,12 @@ class AttemptOutcome(Record):
     )
     rank_exchange_ms: tuple[float, ...] = Field(
         (), description="Each rank's median time to sum gradients, waiting included."
+    )
+    rank_computing_ms: tuple[float, ...] = Field(
+        (), description="Each rank's median time between two such sums; the longest is late."
+    )
+    rank_launch_bound_share: tuple[float, ...] = Field(
+        (), description="Each rank's share of steps whose launches took longer than the GPU."
     )
 
 

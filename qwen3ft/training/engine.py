@@ -205,7 +205,12 @@ class TrainingEngine:
         """Return what a rank above 0 alone knows."""
         _, _, process_gb = self.memory.peak()
         assert self.ranks is not None
-        return RankOutcome(peak_memory_gb=process_gb, exchange_ms=self.ranks.exchange_ms)
+        return RankOutcome(
+            peak_memory_gb=process_gb,
+            exchange_ms=self.ranks.exchange_ms,
+            computing_ms=self.ranks.computing_ms,
+            launch_bound_share=self.ranks.launch_bound_share,
+        )
 
     def outcome(self, trainer: QATrainer) -> AttemptOutcome:
         """Return the result of the attempt.
@@ -246,6 +251,8 @@ class TrainingEngine:
             / max(self.progress.trained_seconds, 1e-9),
             seconds=time.monotonic() - self._started,
             rank_exchange_ms=(self.ranks.exchange_ms,) if self.ranks else (),
+            rank_computing_ms=(self.ranks.computing_ms,) if self.ranks else (),
+            rank_launch_bound_share=(self.ranks.launch_bound_share,) if self.ranks else (),
         )
 
     def _checkpoint_of(self, step: int) -> checkpoint.Checkpoint:

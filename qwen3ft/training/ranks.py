@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ class Ranks:
         self.size = size
         self._device = "cpu"
         self._exchanges: deque[tuple[Any, Any]] = deque(maxlen=LAST_EXCHANGES)
+        self._nothing_queued: deque[bool] = deque(maxlen=LAST_EXCHANGES)
         self._buffers: tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]] | None = None
 
     def meet(
@@ -157,10 +159,15 @@ class Ranks:
         """
         if self.size == 1:  # the others were lost
             return loss
-        started = self._now()
         mine, theirs, views = self._buffers_for(parameters)
         pairs = zip(views, parameters, strict=True)
         own = [(view, p.grad) for view, p in pairs if p.grad is not None]
+        if parameters[0].is_cuda:
+            stream = torch.cuda.current_stream()
+            self._nothing_queued.append(stream.query())
+            if self._device == "cpu":
+                stream.synchronize()  # the copies would wait, and count as exchange
+        started = self._now()
         if len(own) < len(views):
             mine.zero_()
         if own:  # at once: 500 launches of their own would take longer than the exchange
@@ -181,14 +188,32 @@ class Ranks:
     @property
     def exchange_ms(self) -> float:
         """Median time of the last exchanges, waiting for the slowest included; 0 without one."""
-        if not self._exchanges:
+        # Not the mean: the first waits for kernels that others compile.
+        return self._median_ms(list(self._exchanges))
+
+    @property
+    def computing_ms(self) -> float:
+        """Median time from an exchange to the next one, of the last steps; 0 with less than two."""
+        return self._median_ms([(end, start) for (_, end), (start, _) in pairwise(self._exchanges)])
+
+    @property
+    def launch_bound_share(self) -> float:
+        """Share of the last steps at whose exchange the GPU had nothing left to compute.
+
+        It had done all as soon as it was launched: a faster GPU would not be faster there.
+        """
+        return sum(self._nothing_queued) / max(1, len(self._nothing_queued))
+
+    def _median_ms(self, spans: Sequence[tuple[Any, Any]]) -> float:
+        """Return the median of spans between results of `_now`; 0 without one."""
+        if not spans:
             return 0.0
-        if self._device == "cuda":
-            torch.cuda.synchronize()
-            times = [float(start.elapsed_time(end)) for start, end in self._exchanges]
+        if self._device == "cpu":
+            times: list[float] = [1000 * (end - start) for start, end in spans]
         else:
-            times = [1000 * (end - start) for start, end in self._exchanges]
-        return statistics.median(times)  # the first waits for kernels that others compile
+            torch.cuda.synchronize()
+            times = [float(start.elapsed_time(end)) for start, end in spans]
+        return statistics.median(times)
 
     def _now(self) -> Any:
         """Return the time in seconds, or on a GPU an event among its queued work."""

@@ -53,8 +53,10 @@ def train_ranks(job: Job) -> AttemptOutcome:
     folders = _run_training(job, job.dir, 0)
     outcome, others = read_record(folders[0].outcome, AttemptOutcome), _outcomes(folders[1:])
     peaks = (outcome.peak_memory_gb, *(other.peak_memory_gb for other in others))
-    times = (*outcome.rank_exchange_ms, *(other.exchange_ms for other in others))
-    changes = {"rank_peaks_gb": peaks, "rank_exchange_ms": times, "peak_memory_gb": max(peaks)}
+    changes: dict[str, Any] = {"rank_peaks_gb": peaks, "peak_memory_gb": max(peaks)}
+    for name in ("exchange_ms", "computing_ms", "launch_bound_share"):
+        own = getattr(outcome, f"rank_{name}")
+        changes[f"rank_{name}"] = (*own, *(getattr(other, name) for other in others))
     return outcome.model_copy(update=changes)
 
 

@@ -280,6 +280,7 @@ def test_sums_are_in_the_order_of_ranks_and_gradients_may_be_missing(tmp_path: P
         ranks.leave()
         assert parameter.grad is not None
         assert 0 < ranks.exchange_ms < 60_000
+        assert ranks.computing_ms == ranks.launch_bound_share == 0  # one exchange, and no GPU
         return parameter.grad.tolist(), float(loss), merged
 
     expected = (given[0] + given[1]).tolist()
