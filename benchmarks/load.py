@@ -110,7 +110,7 @@ class Load:
         if done.returncode:
             sys.exit(done.stdout + done.stderr)
         first = self.clock.run({"config": self.config()})
-        if self.wait([first], 1800.0).get(first) != "Completed":
+        if self.wait([first], 1800.0).get(first) not in COMPLETED_STATES:
             sys.exit(f"the first run did not complete; see {self.root / 'runs' / first}")
 
     def _add_worker(self) -> None:
