@@ -8,7 +8,8 @@ from typing import Any
 from qwen3ft.config import TrainingConfig
 from qwen3ft.planning.fit import choose
 from qwen3ft.planning.gpu_specs import PCIE_3, PCIE_4, PCIE_5, require_gpu_spec
-from qwen3ft.planning.speed import LAUNCH_SECONDS_PER_BLOCK, estimate_speed, exchange_seconds
+from qwen3ft.planning.speed import LAUNCH_SECONDS_PER_BLOCK, exchange_seconds
+from qwen3ft.planning.table import alone_of, speed_of
 from qwen3ft.planning.what_if import described_machine, shape_request
 from qwen3ft.planning.workload import Workload
 
@@ -20,21 +21,20 @@ LINKS = {"NVLink 4": 0.0, "PCIe 5": PCIE_5, "PCIe 4": PCIE_4, "PCIe 3": PCIE_3}
 def predict(model: str) -> list[dict[str, Any]]:
     """Return the planner's speed-ups on H200s, with 256 rows of up to 256 tokens a step."""
     gpu, rows = require_gpu_spec("H200"), []
-    config = TrainingConfig(model_name=model, batch_size=16, gradient_accumulation_steps=16)
-    request = shape_request(config, described_machine(gpu))
-    work = choose(request).work
+    plans = {}
+    for ranks in RANKS:
+        config = TrainingConfig(
+            model_name=model, batch_size=16, gradient_accumulation_steps=16, gpus=str(ranks)
+        )
+        request = shape_request(config, described_machine(gpu, ranks))
+        work = choose(request).work
+        plans[ranks] = request, work, alone_of(request, work)
     for link, rate in LINKS.items():
         linked = replace(gpu, nvlink_gbps=0.0, bus_gbps=rate) if rate else gpu
-        for ranks in RANKS:
-            shared = replace(work, ranks=ranks)
-            found = estimate_speed(
-                linked,
-                shared,
-                sequences_per_step=config.effective_batch_size,
-                typical_tokens=request.typical_tokens,
-            )
+        for ranks, (request, work, alone) in plans.items():
+            found = speed_of(request, work, linked, alone)
             assert found is not None
-            exchange = exchange_seconds(shared, linked.link_gbps * 1e9)
+            exchange = exchange_seconds(work, linked.link_gbps * 1e9)
             rows.append(
                 {
                     "link": link,

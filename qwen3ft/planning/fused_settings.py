@@ -78,7 +78,7 @@ def fused_candidates(
     for place, work in enumerate(
         combinations(
             first,
-            tuple(divisors(effective)),
+            micro_batch_sizes(effective, first.ranks),
             MLP_CHUNKS_TOKENS,
             LOSS_CHUNKS_TOKENS,
             head_groups(first.shape),
@@ -97,6 +97,17 @@ def fused_candidates(
         batch = (effective, typical_tokens)
         found.append(Candidate(place, work, least, most, everything, batch))
     return tuple(found)
+
+
+def micro_batch_sizes(effective: int, ranks: int) -> tuple[int, ...]:
+    """Return the divisors of a step's sequences, without those beyond the share of a rank.
+
+    A step is dealt as one micro-batch a rank at least, so larger ones would take room for rows that
+    never come. The least that holds a share stays, where the ranks do not divide the step.
+    """
+    share = -(-effective // ranks)
+    sizes = divisors(effective)
+    return tuple(size for size in sizes if size <= min(each for each in sizes if each >= share))
 
 
 def head_groups(shape: ModelShape) -> tuple[int, ...]:

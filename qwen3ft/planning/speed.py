@@ -28,7 +28,6 @@ Not covered: the plain path, CPUs, evaluation, checkpoints, power limits, and a 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 from qwen3ft.planning.fused_sizes import FusedSizes, linear_parameters
 from qwen3ft.planning.gpu_specs import GpuSpec
@@ -87,7 +86,7 @@ class SpeedEstimate(Record):
     measured_gpu: bool
     ranks: int = 1
     speedup: float = 1.0
-    """Times the speed of one rank with the same settings."""
+    """Times the speed of one such GPU, under a plan for one."""
 
     @property
     def basis(self) -> str:
@@ -166,17 +165,12 @@ def estimate_speed(
     row_seconds = _seconds_of_row(gpu, work, row, typical_tokens)
     exchange = exchange_seconds(work, gpu.link_gbps * 1e9)
     seconds = rows // work.ranks * row_seconds + exchange + STEP_SECONDS
-    # One rank may cut the step as the ranks do, or into fewer rows, which queue fewer launches.
-    fewer, longer = typical_rows(replace(work, ranks=1), sequences_per_step, typical_tokens)
-    whole = fewer * _seconds_of_row(gpu, work, longer, typical_tokens)
-    alone = min(rows * row_seconds, whole)
     return SpeedEstimate(
         gpu=gpu.name,
         tokens_per_second=sequences_per_step * typical_tokens / seconds,
         seconds_per_step=seconds,
         measured_gpu=gpu.measured,
         ranks=work.ranks,
-        speedup=(alone + STEP_SECONDS) / seconds,
     )
 
 

@@ -1,7 +1,7 @@
 """Show a plan as a table: what fits, how fast, and why.
 
-Decides nothing: everything in it is taken from the plan. The terminal, a run's pages in Prefect and
-MLflow, and the JSON show the same table.
+Decides nothing: everything in it is taken from the plan, or from that of one GPU to compare with.
+The terminal, a run's pages in Prefect and MLflow, and the JSON show the same table.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from qwen3ft.config import TrainingConfig
 from qwen3ft.planning.answers import AnswersPlan, answer_lines, plan_answers
-from qwen3ft.planning.fit import Fit, kernels_of
+from qwen3ft.planning.fit import Fit, fit_or_none, kernels_of
 from qwen3ft.planning.footprint import predict_memory, total_bytes
 from qwen3ft.planning.gpu_specs import GpuSpec, find_gpu_spec
 from qwen3ft.planning.recompute import Level
@@ -61,7 +61,8 @@ def shape_table(request: FitRequest, fit: Fit, gpu: GpuSpec | None, fill: float)
     others = [other for name in ELSEWHERE if (other := find_gpu_spec(name)) and other != gpu]
     # A budget of 80 GB is meant for a GPU sold as one of 80 GB, which has a little less.
     able = [other for other in others if other.memory_gb >= 0.99 * fit.budget_gb]
-    speeds = [speed_of(request, fit.work, other) for other in able]
+    alone = alone_of(request, fit.work)
+    speeds = [speed_of(request, fit.work, other, alone) for other in able]
     longest = replace(request, longest_tokens=LONGEST_TOKENS, held_out_tokens=LONGEST_TOKENS)
     notes = [f"Rows of {fill:g} x {request.config.max_sequence_length:,} tokens on average."]
     if request.environment.gpus and not request.environment.gpus[0].uuid:
@@ -71,7 +72,7 @@ def shape_table(request: FitRequest, fit: Fit, gpu: GpuSpec | None, fill: float)
         notes.append(
             f"{request.model_name} was made for {request.shape.max_position_embeddings:,} tokens."
         )
-    table = _table(request, fit, gpu)
+    table = _table(request, fit, gpu, alone)
     answers = plan_answers(request, fit.parts, fit.budget_gb, gpu)
     return table.model_copy(
         update={
@@ -90,7 +91,7 @@ def run_table(config: TrainingConfig, environment: EnvironmentReport, plan: Trai
     request = request_for(config, environment, plan.model, plan.adapter, plan.dataset)
     fit = Fit(workload_of(plan), plan.predicted, plan.max_memory_gb, plan.reasons)
     gpu = find_gpu_spec(environment.gpus[0].name) if environment.gpus else None
-    table = _table(request, fit, gpu)
+    table = _table(request, fit, gpu, alone_of(request, fit.work))
     answers = plan_answers(request, fit.parts, fit.budget_gb, gpu, plan.dataset)
     lines = (*table.settings, *_run_lines(plan), *answer_lines(answers))
     return table.model_copy(update={"settings": lines, "answers": answers})
@@ -101,23 +102,45 @@ def levels_of_typical_row(request: FitRequest, work: Workload) -> tuple[Level, .
     return typical_levels(work, request.config.effective_batch_size, request.typical_tokens)
 
 
-def speed_of(request: FitRequest, work: Workload, gpu: GpuSpec | None) -> SpeedEstimate | None:
-    """Return the estimated speed of a request's workload; None where there is no estimate."""
+def speed_of(
+    request: FitRequest, work: Workload, gpu: GpuSpec | None, alone: Workload | None = None
+) -> SpeedEstimate | None:
+    """Return the estimated speed of a request's workload; None where there is no estimate.
+
+    Args:
+        request: The request.
+        work: The settings chosen for it.
+        gpu: The GPU of each rank.
+        alone: Result of `alone_of`, to compare with.
+    """
     if gpu is None:
         return None
-    return estimate_speed(
-        gpu,
-        work,
-        sequences_per_step=request.config.effective_batch_size,
-        typical_tokens=request.typical_tokens,
-    )
+    step = {
+        "sequences_per_step": request.config.effective_batch_size,
+        "typical_tokens": request.typical_tokens,
+    }
+    found = estimate_speed(gpu, work, **step)
+    one = alone and estimate_speed(gpu, alone, **step)
+    if found is None or not one:
+        return found
+    speedup = found.tokens_per_second / one.tokens_per_second
+    return found.model_copy(update={"speedup": speedup})
 
 
-def _table(request: FitRequest, fit: Fit, gpu: GpuSpec | None) -> PlanTable:
+def alone_of(request: FitRequest, work: Workload) -> Workload | None:
+    """Return what one GPU would run for the steps that `work` shares; None if it shares none."""
+    if work.ranks == 1:
+        return None
+    changes = {"gpus": "1", "hosts": 1}
+    fit = fit_or_none(replace(request, config=request.config.model_copy(update=changes)))
+    return fit.work if fit else None
+
+
+def _table(request: FitRequest, fit: Fit, gpu: GpuSpec | None, alone: Workload | None) -> PlanTable:
     gpus = request.environment.gpus
     where = gpus[0].name if gpus else "the CPU"
     peak_gb = gb(total_bytes(fit.parts))
-    speed = speed_of(request, fit.work, gpu)
+    speed = speed_of(request, fit.work, gpu, alone)
     name = request.model_name.rstrip("/").rpartition("/")[2]
     headline = f"Fits: up to {peak_gb:.2f} of {fit.budget_gb:g} GB"
     if speed is not None:

@@ -14,7 +14,7 @@ from support.plans import QWEN3_14B, TINY, environment, hopper, plan_on, workloa
 
 from qwen3ft.errors import ConfigError, InsufficientMemoryError
 from qwen3ft.planning.footprint import predict_memory
-from qwen3ft.planning.fused_settings import HOST_SHARE, host_bytes_needed
+from qwen3ft.planning.fused_settings import HOST_SHARE, host_bytes_needed, micro_batch_sizes
 from qwen3ft.planning.fused_sizes import FusedSizes
 from qwen3ft.planning.recompute import ON_DEVICE, Level, offload_evenly
 from qwen3ft.planning.speed import ranking_seconds
@@ -288,3 +288,13 @@ def test_ranks_share_the_memory_of_their_host_and_leave_room_for_nccl() -> None:
     assert "NCCL" in names[1] - names[0]
     on_cpu = predict_memory(replace(workload_of(plans[1]), device="cpu"))
     assert {part.name for part in on_cpu}.isdisjoint({"NCCL"})
+
+
+def test_no_room_is_kept_for_rows_that_no_rank_gets() -> None:
+    """Of 64 sequences each of two ranks gets 32, and each of three about 21: 32 hold them."""
+    one = hopper()
+    two = one.model_copy(update={"gpus": (*one.gpus, *one.gpus)})
+    asked: dict[str, Any] = {"batch_size": 64, "gradient_accumulation_steps": 1}
+    plan = long_plan(two, 256, max_memory_gb=13.0, gpus="2", **asked)
+    assert plan.memory.micro_batch_size == 32
+    assert [max(micro_batch_sizes(64, ranks)) for ranks in (1, 3, 4, 100)] == [64, 32, 16, 1]

@@ -23,7 +23,7 @@ from qwen3ft.model.shapes import KNOWN_MODELS
 from qwen3ft.planning.fit import choose, fit_or_none
 from qwen3ft.planning.gpu_specs import require_gpu_spec
 from qwen3ft.planning.plan import build_plan
-from qwen3ft.planning.table import PlanTable, run_table, shape_table
+from qwen3ft.planning.table import PlanTable, alone_of, run_table, shape_table, speed_of
 from qwen3ft.planning.what_if import (
     BUDGETS_GB,
     TYPICAL_FILL,
@@ -93,6 +93,21 @@ def test_a_gpu_that_was_never_measured_says_computed() -> None:
     """In the first line."""
     assert "computed, not measured" in table_for("rtx 4090", model_name="0.6b").headline
     assert "was measured" in table_for("h100", model_name="0.6b").headline
+
+
+def test_several_gpus_are_compared_with_the_plan_of_one() -> None:
+    """Not with the settings of several on one, which may be slower than what one would take."""
+    spec, speeds = require_gpu_spec("H200"), []
+    for ranks in (1, 2):
+        config = TrainingConfig(model_name="14b", gpus=str(ranks))
+        request = shape_request(config, described_machine(spec, ranks))
+        work = choose(request).work
+        speeds.append(speed_of(request, work, spec, alone_of(request, work)))
+    one, two = speeds
+    assert one is not None
+    assert two is not None
+    assert one.speedup == 1
+    assert two.speedup == pytest.approx(two.tokens_per_second / one.tokens_per_second)
 
 
 def test_a_length_beyond_the_models_positions_is_noted() -> None:
