@@ -220,6 +220,8 @@ class Load:
     def bars(self, most_in_progress: int) -> dict[str, bool]:
         """Return which bars held; `most_in_progress` is the number of slots and the queue."""
         answers, refusals = self.took_seconds["200"], self.took_seconds["429"]
+        if not answers:
+            return {"something was answered": False}
         mean_seconds = sum(answers) / len(answers)
         bound_seconds = most_in_progress / self._answers_per_second
         return {

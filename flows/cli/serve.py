@@ -63,6 +63,15 @@ def serve_command(
             help="Share of the requests that a new champion answers first, on trial.",
         ),
     ] = 0.0,
+    canary_hours: Annotated[
+        float,
+        typer.Option(
+            "--canary-hours",
+            metavar="HOURS",
+            min=0.01,
+            help="Longest trial; then the new champion is used if nothing speaks against it.",
+        ),
+    ] = 12.0,
     log_requests: Annotated[
         Path | None,
         typer.Option(
@@ -86,6 +95,7 @@ def serve_command(
     from qwen3ft.registry.task_name import with_task_name
     from qwen3ft.server.choice import choose_engine
     from qwen3ft.server.engines import Engine
+    from qwen3ft.server.follower import Canary
     from qwen3ft.server.run import ModelServer, ServerOptions
     from qwen3ft.server.sources import find_source
     from qwen3ft.tracking.uri import default_tracking_uri
@@ -116,7 +126,8 @@ def serve_command(
     def make_engine(folder: Path) -> Engine:
         return Engine(request.model_copy(update={"engine": name, "adapter": str(folder)}))
 
-    options = ServerOptions(host, port, queue, probe_rows, canary, log_requests, key)
+    trials = Canary(canary, canary_hours)
+    options = ServerOptions(host, port, queue, probe_rows, trials, log_requests, key)
     ModelServer(options, wanted, registry, source, make_engine, _announce, follow).run()
 
 

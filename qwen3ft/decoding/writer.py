@@ -86,10 +86,16 @@ class AnswerWriter:
             self._burst[:, step] = self.table.token
         return self._collect()
 
-    def add(self, index: int, query: Query) -> None:
-        """Add a question, under a number that no other has; it comes after those that wait."""
+    def add(self, index: int, query: Query, *, ahead: bool = False) -> None:
+        """Add a question, under a number that no other has.
+
+        It comes after those that wait, or with `ahead` before all of them.
+        """
         self.queries[index] = query
-        self.waiting.append(index)
+        if ahead:
+            self.waiting.appendleft(index)
+        else:
+            self.waiting.append(index)
 
     def cancel(self, index: int) -> None:
         """Write no more of an answer, and free its slot and pages; nothing if it has ended."""

@@ -78,6 +78,7 @@ class Ask(Record):
     top_p: float = Field(1.0, gt=0, le=1)
     seed: int = 0
     stop: tuple[str, ...] = Field((), description="Texts at which the answer ends.")
+    ahead: bool = Field(False, description="Answer it before the questions that wait.")
 
 
 class Cancel(Record):

@@ -60,12 +60,19 @@ class OutgoingAnswer:
         body: The request.
         metrics: Where its numbers are added.
         headers: Headers of the response, besides those that every one has.
+        ahead: It does not wait behind the questions of others.
     """
 
     def __init__(
-        self, version: Version, body: Body, metrics: ServerMetrics, headers: dict[str, str]
+        self,
+        version: Version,
+        body: Body,
+        metrics: ServerMetrics,
+        headers: dict[str, str],
+        *,
+        ahead: bool = False,
     ) -> None:
-        self._version, self._body = version, body
+        self._version, self._body, self._ahead = version, body, ahead
         self._metrics, self._headers = metrics, headers
         self._is_chat = isinstance(body, ChatQuestionBody)
         self._id = f"{'chatcmpl' if self._is_chat else 'cmpl'}-{secrets.token_hex(12)}"
@@ -116,7 +123,7 @@ class OutgoingAnswer:
         )
 
     async def _send(self, send: Send) -> int:
-        ask = self._body.ask(self._version.name)
+        ask = self._body.ask(self._version.name).model_copy(update={"ahead": self._ahead})
         async with aclosing(self._version.engine.answer(ask)) as answering:
             try:
                 first = await anext(answering)

@@ -202,7 +202,8 @@ class _Asking:
             version = self._front.choose(body.model, is_probe=is_probe)
             with version.held(), self._front.counted(is_probe=is_probe):
                 named = {IGNORED_HEADER: ", ".join(ignored)} if ignored else {}
-                answer = OutgoingAnswer(version, body, self._front.metrics, named)
+                # the clients wait for the new version behind its probe
+                answer = OutgoingAnswer(version, body, self._front.metrics, named, ahead=is_probe)
                 status = await answer.send_while_wanted(receive, send)
         except QuestionError as error:
             status = error.status

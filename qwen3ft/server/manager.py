@@ -1,4 +1,4 @@
-"""Brings versions into use: loads, proves and replaces them, and follows the champion's alias."""
+"""Brings versions into use: loads them on an engine, proves and replaces them."""
 
 from __future__ import annotations
 
@@ -6,38 +6,24 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from qwen3ft.config import TrainingConfig
-from qwen3ft.errors import FinetuneError, RequestError, TransientError
-from qwen3ft.files import write_json_atomic
-from qwen3ft.jobs.folders import RunDir
+from qwen3ft.errors import FinetuneError, RequestError
 from qwen3ft.logs import get_logger
 from qwen3ft.model.saved_adapter import open_adapter
-from qwen3ft.records.evaluation import Champion
 from qwen3ft.records.serving import Prompting
-from qwen3ft.registry.aliases import CHAMPION
-from qwen3ft.registry.moves import Change, this_server
-from qwen3ft.registry.registry import Registry
 from qwen3ft.server.engines import Engine
 from qwen3ft.server.front import PROBE_HEADER, Front
 from qwen3ft.server.probe import prove, read_kept_answers
 from qwen3ft.server.served import Version
-from qwen3ft.server.sources import Source, source_of
-from qwen3ft.server.trial import Trial
+from qwen3ft.server.sources import Source
 from qwen3ft.serving.prompting import trained_prompting
 
 logger = get_logger("server")
-
-FOLLOW_SECONDS = 2.0
-"""Time between two looks at the champion's alias."""
-
-TRIAL_FILE = "trial.json"
-"""File in a run's folder: the outcome of its adapter's trial."""
 
 MOST_RESTARTS, RESTART_SECONDS = 3, 3600.0
 """Times within an hour that a lost engine is started again; then the server gives up."""
@@ -49,31 +35,23 @@ class Manager:
     Args:
         front: The server.
         config: Settings of this machine.
-        registry: Where the champion is looked up.
         make_engine: Makes an engine for the base of the adapter in a folder.
         probe_rows: Held-out rows to compare each version on; 0 for none.
-        trial_share: Share of the requests that a new champion gets until it has stood its trial;
-            0 for no trial.
     """
 
     def __init__(
         self,
         front: Front,
         config: TrainingConfig,
-        registry: Registry,
         make_engine: Callable[[Path], Engine],
         probe_rows: int,
-        trial_share: float = 0.0,
     ) -> None:
-        self.trial_share = trial_share
         self.front, self.served, self.config = front, front.served, config
-        self.registry, self.make_engine, self.probe_rows = registry, make_engine, probe_rows
+        self.make_engine, self.probe_rows = make_engine, probe_rows
         self.engine: Engine | None = None  # that of the default version
         self._engines: set[Engine] = set()  # every one that was made and is not closed
         self._loading = asyncio.Lock()
         self._loading_on: Engine | None = None
-        self._refused: str | None = None  # version of the last champion that was not brought up
-        self._lost_with: str | None = None  # that with which an engine was lost
         self._leaving: set[asyncio.Task[None]] = set()
         self._lost_at: deque[float] = deque(maxlen=MOST_RESTARTS + 1)
 
@@ -116,23 +94,6 @@ class Manager:
 
         self._start(leave())
 
-    async def follow(self, registered_model: str, client: httpx.AsyncClient) -> None:
-        """Bring every new champion into use, for ever; trouble leaves the old one there."""
-        reachable = True
-        while True:
-            await asyncio.sleep(FOLLOW_SECONDS)
-            if self.served.default is None:
-                continue  # the engine is started again, with the version that was in use
-            try:
-                champion = await asyncio.to_thread(self.registry.champion, registered_model)
-                if champion is not None and self._is_new(champion):
-                    await self._follow_to(champion, client)
-                reachable = True
-            except (FinetuneError, OSError) as error:
-                if reachable:  # said once, not every two seconds
-                    logger.warning("the champion cannot be followed: %s", error)
-                reachable = False
-
     async def watch_engine(self, client: httpx.AsyncClient) -> None:
         """Start the engine again whenever it is lost.
 
@@ -164,111 +125,6 @@ class Manager:
         for task in self._leaving:
             task.cancel()
         await asyncio.gather(*(self._close(engine) for engine in tuple(self._engines)))
-
-    def _is_new(self, champion: Champion) -> bool:
-        default = self.served.default
-        in_use = default.number if default is not None else None
-        if champion.version == in_use:
-            self._refused = None
-        return champion.version not in (in_use, self._refused)
-
-    async def _follow_to(self, champion: Champion, client: httpx.AsyncClient) -> None:
-        """Bring a new champion into use, or say why not, once."""
-        result, engine = "used", self.engine
-        try:
-            source = await asyncio.to_thread(source_of, self.config, self.registry, champion)
-            version = await self.bring_up(source, client)
-            if self.trial_share and self.served.default is not None:
-                try:
-                    result = await self._try(self.served.default, version, champion)
-                    if result == "withdrawn" and version.engine.lost.done():
-                        raise version.engine.lost.result()
-                except (FinetuneError, OSError):
-                    self.retire(version)
-                    raise
-        except TransientError:
-            raise  # the next look tries again
-        except FinetuneError as error:
-            is_lost = engine is None or engine.lost.done()
-            if is_lost and self._lost_with != champion.version:
-                self._lost_with = champion.version
-                return  # it may be chance; `watch_engine` starts another engine
-            self._refused = champion.version
-            self.front.metrics.changes.labels("refused").inc()
-            logger.error("version %s is not served: %s", champion.version, error)
-            return
-        self.front.metrics.changes.labels(result).inc()
-        if result == "used":
-            self.make_default(version)
-            logger.info("%s answers from now on (%s)", version.name, CHAMPION)
-        else:
-            self.retire(version)
-
-    async def _try(self, old: Version, new: Version, champion: Champion) -> str:
-        """Give a new version its share of the requests; return 'used', or why it is not used.
-
-        One that is worse is rolled back in the registry too. The outcome is kept as a tag of the
-        version, and beside the card of its run.
-        """
-        trial = Trial(old, new, self.trial_share)
-        logger.info("%s is on trial with %.0f %% of the requests", new.name, 100 * trial.share)
-        self.front.observers.append(trial.observe)
-        self.served.assign = trial.assign
-        try:
-            is_current = True
-            while is_current and not trial.decided.is_set():
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(trial.decided.wait(), FOLLOW_SECONDS)
-                is_current = await self._is_on_trial(new, champion)
-        finally:
-            self.served.assign = None
-            self.front.observers.remove(trial.observe)
-        result = "rolled_back" if trial.objection else "used" if is_current else "withdrawn"
-        outcome = f"{result.replace('_', ' ')} after {trial.summary()}"
-        logger.info("%s: %s", new.name, outcome)
-        if trial.objection:
-            self._refused = champion.version
-            reason = f"on trial with {trial.share:.0%} of the requests: {trial.summary()}"
-            await asyncio.to_thread(self._roll_back, champion, old, reason)
-        await asyncio.to_thread(self._keep_outcome, new, champion, outcome)
-        return result
-
-    async def _is_on_trial(self, version: Version, champion: Champion) -> bool:
-        """Return False once the champion is another one, or the version's engine is lost."""
-        if version.name not in self.served.versions or version.engine.lost.done():
-            return False
-        try:
-            now = await asyncio.to_thread(self.registry.champion, champion.registered_model)
-        except TransientError:
-            return True  # MLflow is away; the trial goes on
-        return now is not None and now.version == champion.version
-
-    def _roll_back(self, champion: Champion, old: Version, reason: str) -> None:
-        """Make the old version the champion again, if it is the previous one."""
-        try:
-            previous = self.registry.history(champion.registered_model).aliases.previous
-            if previous is not None and previous == old.number:
-                change = Change(by=this_server(), reason=reason)
-                self.registry.rollback(champion.registered_model, change)
-                return
-            logger.error(
-                "the champion stays %s, as the version before it is not %s; next: qwen3ft rollback",
-                *(champion.version, old.name),
-            )
-        except FinetuneError as error:
-            logger.error("the champion stays %s: %s", champion.version, error)
-
-    def _keep_outcome(self, version: Version, champion: Champion, outcome: str) -> None:
-        """Keep the outcome of a trial in MLflow, and in the run's folder if it is here."""
-        run = RunDir(Path(self.config.runs_dir) / version.provenance["run_id"])
-        try:
-            if run.path.is_dir():
-                write_json_atomic(
-                    run.path / TRIAL_FILE, {"version": version.name, "trial": outcome}
-                )
-            self.registry.note_trial(champion.registered_model, champion.version, outcome)
-        except (FinetuneError, OSError) as error:
-            logger.warning("the outcome of the trial is not kept: %s", error)
 
     async def _load(self, source: Source) -> Version:
         """Load an adapter on the engine, or on a new one if it does not go with the others."""
@@ -330,7 +186,10 @@ class Manager:
         run_id = version.provenance["run_id"]
         kept = await asyncio.to_thread(read_kept_answers, self.config, run_id, self.probe_rows)
         thinking = trained_prompting(version.provenance).thinking
-        same = await prove(client, version.name, kept, thinking, version.engine.name)
+        # what is asked goes ahead of the clients, so half of the slots are left to them
+        slots = version.engine.slots
+        at_once = slots if self.served.default is None else max(1, slots // 2)
+        same = await prove(client, version.name, kept, thinking, version.engine.name, at_once)
         logger.info("%s: %.1f %% of %d answers as in its test", version.name, 100 * same, len(kept))
 
     def _on(self, engine: Engine) -> list[Version]:
@@ -349,5 +208,5 @@ def probing_client(front: Front, address: str, key: str) -> httpx.AsyncClient:
     if key:
         headers["Authorization"] = f"Bearer {key}"
     # no connection is kept: the server might close it just when the next probe begins
-    limits = httpx.Limits(max_connections=16, max_keepalive_connections=0)
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     return httpx.AsyncClient(base_url=address, headers=headers, limits=limits, trust_env=False)

@@ -1,7 +1,7 @@
 """Proof that a version answers over HTTP as it did in its run's test.
 
-The run kept its answers to held-out rows. They are asked again, all at once, as a client would ask;
-too many other answers, and the version is not served.
+The run kept its answers to held-out rows. They are asked again, many at once, as a client would
+ask; too many other answers, and the version is not served.
 """
 
 from __future__ import annotations
@@ -92,6 +92,7 @@ async def prove(
     kept: Sequence[KeptAnswer],
     default_thinking: bool,
     engine: EngineName,
+    at_once: int,
 ) -> float:
     """Ask the server for all kept answers; return the share that is the same.
 
@@ -101,17 +102,22 @@ async def prove(
         kept: Questions and answers.
         default_thinking: The version thinks if a request says nothing about it.
         engine: The program that writes its answers.
+        at_once: Most questions that are asked at a time.
 
     Raises:
         ServedOtherwiseError: too many answers differ, or a request failed.
     """
+    places = asyncio.Semaphore(at_once)
 
     async def ask(one: KeptAnswer) -> str:
         body: dict[str, Any] = {"model": name, "messages": one.messages}
         if one.thinking != default_thinking:
             body["chat_template_kwargs"] = {"enable_thinking": one.thinking}
         try:
-            response = await client.post("/v1/chat/completions", json=body, timeout=_ANSWER_SECONDS)
+            async with places:
+                response = await client.post(
+                    "/v1/chat/completions", json=body, timeout=_ANSWER_SECONDS
+                )
         except httpx.HTTPError as error:
             return f"({type(error).__name__})"
         if response.status_code != 200:

@@ -17,6 +17,7 @@ from qwen3ft.errors import EnvironmentNotReadyError
 from qwen3ft.registry.registry import Registry
 from qwen3ft.server.access import Access, is_loopback, make_key
 from qwen3ft.server.engines import Engine
+from qwen3ft.server.follower import NO_TRIALS, Canary, Follower
 from qwen3ft.server.front import Front
 from qwen3ft.server.manager import Manager, probing_client
 from qwen3ft.server.request_log import RequestLog
@@ -39,7 +40,7 @@ class ServerOptions:
         port: Port; 0 for any free one.
         queue: Requests that may wait beyond those that are answered at a time.
         probe_rows: Held-out rows to compare each version on; 0 for none.
-        trial_share: Share of the requests for a new champion on trial; 0 for no trial.
+        canary: Trials of new champions.
         log_folder: Folder for questions and answers; None to keep none.
         needs_key: Requests need a key on loopback too.
     """
@@ -48,7 +49,7 @@ class ServerOptions:
     port: int = DEFAULT_PORT
     queue: int = 64
     probe_rows: int = 100
-    trial_share: float = 0.0
+    canary: Canary = NO_TRIALS
     log_folder: Path | None = None
     needs_key: bool = False
 
@@ -120,14 +121,7 @@ class ModelServer:
         address = f"http://{_own_name(options.host)}:{port}"
         if options.log_folder is not None:
             front.observers.append(RequestLog(options.log_folder).add)
-        manager = Manager(
-            front,
-            self.config,
-            self.registry,
-            self.make_engine,
-            options.probe_rows,
-            options.trial_share,
-        )
+        manager = Manager(front, self.config, self.make_engine, options.probe_rows)
 
         async def manage() -> None:
             async with probing_client(front, address, key) as client:
@@ -138,7 +132,8 @@ class ModelServer:
                 self.announce(Announcement(f"{address}/v1", version.name, made, key_file))
                 watching = [manager.watch_engine(client)]
                 if self.follow is not None:
-                    watching.append(manager.follow(self.follow, client))
+                    follower = Follower(manager, self.registry, self.follow, options.canary)
+                    watching.append(follower.follow(client))
                 tasks = [asyncio.create_task(work) for work in watching]
                 try:
                     await asyncio.gather(*tasks)

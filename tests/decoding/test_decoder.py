@@ -87,6 +87,18 @@ def test_thinking_ends_with_its_budget(decoder: Decoder) -> None:
         assert 0 < len(written.tokens) - 2 - len(closing) <= 6
 
 
+def test_a_question_that_is_ahead_is_not_kept_waiting(decoder: Decoder) -> None:
+    """It takes the next free slot; the others keep their order."""
+    question = Query(embedded_prompts()[0], AnswerLimits(1))
+    writer = AnswerWriter(decoder, [question] * (decoder.sizes.slots + 2), burst_steps=1)
+    writer.burst()
+    waiting = list(writer.waiting)
+    assert len(waiting) == 2
+    writer.add(1000, question, ahead=True)
+    writer.add(1001, question)
+    assert [index for index, _ in writer.run()] == [1000, *waiting, 1001]
+
+
 def test_a_page_is_given_back(decoder: Decoder) -> None:
     """After all answers, every slot and page is free."""
     ask(decoder, embedded_prompts()[:5], [(index, 0) for index in range(5)])

@@ -23,7 +23,8 @@ from qwen3ft.config import TrainingConfig
 from qwen3ft.records.serving import EngineName
 from qwen3ft.registry.moves import Change, this_person
 from qwen3ft.registry.registry import Registry
-from qwen3ft.server import manager, trial
+from qwen3ft.server import follower, trial
+from qwen3ft.server.follower import Canary
 from qwen3ft.server.sources import find_source
 
 SOON_SECONDS = 60.0
@@ -73,7 +74,7 @@ def server(
     place: Place, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> Iterator[Running]:
     """A server of version 1, which looks at the alias often."""
-    monkeypatch.setattr(manager, "FOLLOW_SECONDS", 0.1)
+    monkeypatch.setattr(follower, "FOLLOW_SECONDS", 0.1)
     engines_in_threads(monkeypatch)
     place.promote("1")
     source = find_source(place.config, place.registry, "champion")
@@ -180,7 +181,7 @@ def test_a_bad_version_is_rolled_back_by_its_trial_and_a_good_one_used(
     place: Place, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The alias goes back, history, version and run say why; then a good one takes over."""
-    monkeypatch.setattr(manager, "FOLLOW_SECONDS", 0.1)
+    monkeypatch.setattr(follower, "FOLLOW_SECONDS", 0.1)
     monkeypatch.setattr(trial, "ENOUGH_ANSWERS", 20)
     engines_in_threads(monkeypatch)
     bad = plant(Trained(**{**vars(trained), "config": place.config}), "empty", tmp_path)
@@ -188,7 +189,7 @@ def test_a_bad_version_is_rolled_back_by_its_trial_and_a_good_one_used(
     (Path(place.config.runs_dir) / "empty-0").mkdir()
     place.promote("1")
     source = find_source(place.config, place.registry, "champion")
-    options = {"follow": MODEL, "trial_share": 0.2, "probe_rows": 0}
+    options = {"follow": MODEL, "canary": Canary(0.2), "probe_rows": 0}
     with running(place.config, source, place.registry, **options) as server:
         place.promote(number)
         empty = ask_until(server, place, trained, "1")
@@ -206,6 +207,25 @@ def test_a_bad_version_is_rolled_back_by_its_trial_and_a_good_one_used(
     good = place.registry.version(MODEL, "2")
     assert good is not None
     assert good.tags["trial"].startswith("used after 20 answers")
+
+
+@pytest.mark.slow
+def test_a_trial_that_hardly_anybody_asks_ends_by_its_limit(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing spoke against the version, so it is used; the outcome says what ended the trial."""
+    monkeypatch.setattr(follower, "FOLLOW_SECONDS", 0.1)
+    engines_in_threads(monkeypatch)
+    place.promote("1")
+    source = find_source(place.config, place.registry, "champion")
+    options = {"follow": MODEL, "canary": Canary(0.2, hours=1 / 3600), "probe_rows": 0}
+    with running(place.config, source, place.registry, **options) as server:
+        place.promote("2")
+        wait_for(server, "2")
+    version = place.registry.version(MODEL, "2")
+    assert version is not None
+    assert version.tags["trial"].startswith("used after ")
+    assert version.tags["trial"].endswith("the trial ended by its limit of 0.000277778 h")
 
 
 def ask_until(server: Running, place: Place, trained: Trained, number: str) -> int:

@@ -29,7 +29,7 @@ from qwen3ft.server.sources import Source
 pytestmark = pytest.mark.slow
 
 NOBODY = cast(Any, None)
-"""No client asks, and no alias is followed."""
+"""No client asks."""
 
 LARGE_RANK = 16
 
@@ -81,7 +81,7 @@ def test_a_new_engine_in_trouble_is_closed_and_the_old_one_stays(
             made.append(makers[len(made) - 1](folder) if made else make_engine(config, folder))
             return made[-1]
 
-        manager = Manager(front, config, NOBODY, make, probe_rows=0)
+        manager = Manager(front, config, make, probe_rows=0)
         await manager.use(first, NOBODY)
         for number in (2, 3, 4):
             manager.probe_rows = 5 * (number == 4)  # no answers were kept
@@ -114,7 +114,7 @@ def test_an_engine_that_still_loads_is_closed_at_the_end(trained: Trained) -> No
     async def check() -> None:
         front = Front(Served("model"), 4)
         make = lambda folder: make_engine(trained.config, folder)  # noqa: E731
-        manager = Manager(front, trained.config, NOBODY, make, probe_rows=0)
+        manager = Manager(front, trained.config, make, probe_rows=0)
         using = asyncio.create_task(manager.use(Source("v1", "1", trained.adapter), NOBODY))
         while not workers():
             await asyncio.sleep(0.1)

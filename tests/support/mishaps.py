@@ -461,7 +461,9 @@ def served_otherwise(engine: EngineName) -> None:
 
     async def ask() -> None:
         async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
-            await probe.prove(client, "v1", [kept], default_thinking=False, engine=engine)
+            await probe.prove(
+                client, "v1", [kept], default_thinking=False, engine=engine, at_once=1
+            )
 
     asyncio.run(ask())
 

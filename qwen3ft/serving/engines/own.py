@@ -200,7 +200,8 @@ class DecodingEngine:
         asked = self._asker.prepare(ask, self._prompting[ask.name])
         if isinstance(asked, Refused):
             return asked
-        self.writer.add(ask.id, Query(asked.ids, asked.limits, self._places[ask.name]))
+        query = Query(asked.ids, asked.limits, self._places[ask.name])
+        self.writer.add(ask.id, query, ahead=ask.ahead)
         self._answers[ask.id] = asked.answer
         return None
 

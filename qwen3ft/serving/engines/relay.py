@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -185,13 +185,15 @@ class _Relay:
         if isinstance(asked, Refused):
             self._send(asked)
             return
-        task = self._tasks[ask.id] = asyncio.create_task(self._answer(ask.name, asked))
+        task = self._tasks[ask.id] = asyncio.create_task(self._answer(ask, asked))
         task.add_done_callback(lambda done: self._note_end(ask.id, done))
 
-    async def _answer(self, name: str, asked: PreparedQuestion) -> None:
+    async def _answer(self, ask: Ask, asked: PreparedQuestion) -> None:
         has_begun = False
+        # one that is ahead may wait in the program: at most for the next answer there that ends
+        slot = nullcontext() if ask.ahead else self._slots
         try:
-            async with self._slots, aclosing(self._tokens(name, asked)) as bursts:
+            async with slot, aclosing(self._tokens(ask.name, asked)) as bursts:
                 async for tokens, is_over in bursts:
                     has_begun = True
                     texts = asked.answer.feed(tokens, is_over=is_over)
