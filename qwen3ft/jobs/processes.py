@@ -181,10 +181,10 @@ def _start(arguments: list[str], environment: _Environment, stdin: int, output: 
     ).result()
 
 
-def end_with_parent(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
+def end_with_parent(parent: int) -> None:
     """Have this process ended when the thread of `parent` that started it ends (on Linux)."""
     if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it died before that took effect
         os._exit(PREEMPTED_STATUS)
 

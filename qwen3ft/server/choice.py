@@ -8,7 +8,13 @@ from typing import Literal
 from qwen3ft.model.saved_adapter import find_base, open_adapter, shape_of
 from qwen3ft.records.serving import EngineName, ServeRequest
 from qwen3ft.serving.engines.places import choose_context
-from qwen3ft.serving.engines.vllm import VllmMemory, find_vllm
+from qwen3ft.serving.engines.vllm import (
+    LEAST_VERSION,
+    VllmMemory,
+    find_vllm,
+    is_new_enough,
+    version_of,
+)
 from qwen3ft.serving.prompting import trained_prompting
 from qwen3ft.units import size_text
 
@@ -33,6 +39,8 @@ def choose_engine(
         return "own", "which tested the adapter, since there is no GPU"
     if (program := find_vllm()) is None:
         return "own", "which tested the adapter, since vLLM is not installed"
+    if not is_new_enough(version := version_of(program)):
+        return "own", f"since {program} is vLLM {version}, and {LEAST_VERSION} is needed"
     opened = open_adapter(Path(request.adapter))
     shape = shape_of(Path(find_base(opened)))
     context_tokens = choose_context(request, trained_prompting(opened.provenance), shape)

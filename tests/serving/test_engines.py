@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.trained_adapter import Trained
+from support.vllm_program import place_vllm
 
 from qwen3ft.decoding.writing import AnswerLimits, Marks, Writing
 from qwen3ft.errors import EnvironmentNotReadyError
@@ -71,20 +73,22 @@ def test_an_answer_that_is_relayed_ends_where_the_decoder_ends_it(
 
 
 @pytest.mark.parametrize(
-    ("has_vllm", "device", "budget_gb", "gpu_gb", "chosen", "reason"),
+    ("version", "device", "budget_gb", "gpu_gb", "chosen", "reason"),
     [
-        (True, "cuda", 8, 8, "vllm", "is installed"),
-        (True, "cuda", 2, 8, "own", "vLLM would need 3."),
-        (True, "cuda", 8, 3, "own", "the budget is 2.8"),
-        (True, "cpu", 8, 0, "own", "there is no GPU"),
-        (False, "cuda", 8, 8, "own", "vLLM is not installed"),
+        ("0.32.0", "cuda", 8, 8, "vllm", "is installed"),
+        ("0.32.1rc2.dev3+gabc123.cpu", "cuda", 8, 8, "vllm", "is installed"),
+        ("0.9.2", "cuda", 8, 8, "own", "is vLLM 0.9.2, and 0.32 is needed"),
+        ("0.32.0", "cuda", 2, 8, "own", "vLLM would need 3."),
+        ("0.32.0", "cuda", 8, 3, "own", "the budget is 2.8"),
+        ("0.32.0", "cpu", 8, 0, "own", "there is no GPU"),
+        (None, "cuda", 8, 8, "own", "vLLM is not installed"),
     ],
 )
 def test_vllm_is_chosen_on_a_gpu_where_it_fits(
     trained: Trained,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    has_vllm: bool,
+    version: str | None,
     device: Literal["cuda", "cpu"],
     budget_gb: float,
     gpu_gb: float,
@@ -92,11 +96,9 @@ def test_vllm_is_chosen_on_a_gpu_where_it_fits(
     reason: str,
 ) -> None:
     """The reason says so; an engine that somebody names is taken as it is."""
-    if has_vllm:
-        program = tmp_path / "vllm"
-        program.write_text("#!/bin/sh\n")
-        program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
+    if version is not None:
+        place_vllm(tmp_path, version)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     gpu = SimpleNamespace(total_bytes=int(gpu_gb * GIB))
     monkeypatch.setattr(vllm, "visible_gpus", lambda: (gpu,))
@@ -112,6 +114,15 @@ def test_vllm_is_chosen_on_a_gpu_where_it_fits(
     assert name == chosen
     assert reason in why
     assert choose_engine("llama.cpp", request) == ("llama.cpp", "as --engine says")
+
+
+def test_a_vllm_whose_version_nobody_says_is_tried(tmp_path: Path) -> None:
+    """A program beside no packages: a script of the user's, say."""
+    program = place_vllm(tmp_path, "0.9.2")
+    alone = shutil.copy(program, tmp_path / "script")
+    assert vllm.version_of(str(program)) == "0.9.2"
+    assert vllm.version_of(alone) is None
+    assert vllm.is_new_enough(None)
 
 
 def test_vllm_is_not_started_on_a_gpu_that_it_does_not_fit(

@@ -28,6 +28,7 @@ from prefect.states import Crashed, Scheduled
 from support.databases import migrated
 from support.plans import environment, manifest, plan_for, snapshot
 from support.small_adapter import small_tensors, write_small_adapter, write_tensors
+from support.vllm_program import place_vllm
 
 from deployments import deploy, prefect_api, prefect_worker, schedule
 from deployments.services import Layout
@@ -489,9 +490,14 @@ def vllm_that_ended() -> None:
 
 def no_vllm(folder: Path) -> None:
     """The program is not installed."""
-    made = object.__new__(vllm.VllmServer)
     with patch.object(vllm, "find_vllm", return_value=None):
-        asyncio.run(made.start())
+        vllm.require_vllm()
+
+
+def old_vllm(folder: Path) -> None:
+    """The program on PATH is older than the one that was tried."""
+    with patch.object(vllm, "find_vllm", return_value=str(place_vllm(folder, "0.9.2"))):
+        vllm.require_vllm()
 
 
 def drifted(folder: Path) -> None:
@@ -912,7 +918,8 @@ QUICK: dict[str, Mishap] = {
     "qwen3ft/serving/engines/places.py require_cache_room 1": lambda _: places.require_cache_room(
         "vLLM", 1, 9
     ),
-    "qwen3ft/serving/engines/vllm.py VllmServer.start 1": no_vllm,
+    "qwen3ft/serving/engines/vllm.py require_vllm 1": no_vllm,
+    "qwen3ft/serving/engines/vllm.py require_vllm 2": old_vllm,
     "qwen3ft/serving/engines/vllm.py VllmServer.watch 1": lambda _: vllm_that_ended(),
     "qwen3ft/serving/session.py _ended_early 1": lambda _: throw(session._ended_early()),
     "qwen3ft/settings.py find_settings 1": lambda _: settings.find_settings([], "nonsense"),

@@ -9,18 +9,19 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import signal
 import sys
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import httpx
+from packaging.version import Version
 
 from qwen3ft.errors import EnvironmentNotReadyError, FinetuneError, WorkerCrashedError
-from qwen3ft.jobs.processes import GRACE_SECONDS, end_with_parent
+from qwen3ft.jobs.guard import guarded
 from qwen3ft.machine.gpus import visible_gpus
 from qwen3ft.machine.installing import extra_command
 from qwen3ft.model.saved_adapter import shape_of
@@ -34,6 +35,8 @@ from qwen3ft.units import GIB
 
 if TYPE_CHECKING:
     from qwen3ft.decoding.writing import AnswerLimits
+
+LEAST_VERSION = "0.32"
 
 MOST_GPU_SHARE = 0.95
 VLLM_BYTES = 3 * GIB
@@ -50,6 +53,42 @@ def find_vllm() -> str | None:
     """Return the path of the program `vllm`: of this environment, or on PATH; None without one."""
     here = str(Path(sys.executable).parent)
     return shutil.which("vllm", path=os.pathsep.join((here, os.environ.get("PATH", ""))))
+
+
+def version_of(program: str) -> str | None:
+    """Return the version of the vLLM that `program` runs; None if it lies beside no packages."""
+    environment = Path(program).resolve().parents[1]
+    folders = [str(folder) for folder in environment.glob("lib*/python3*/*-packages")]
+    found = next(iter(metadata.distributions(name="vllm", path=folders)), None)
+    return found.version if found is not None else None
+
+
+def is_new_enough(version: str | None) -> bool:
+    """Return False for a version before `LEAST_VERSION`; one that is not known is tried."""
+    return version is None or Version(version) >= Version(LEAST_VERSION)
+
+
+def require_vllm() -> str:
+    """Return the path of the program.
+
+    Raises:
+        EnvironmentNotReadyError: it is missing, or too old.
+    """
+    program = find_vllm()
+    if program is None:
+        raise EnvironmentNotReadyError(
+            "There is no program vllm.",
+            why="vLLM is an extra of qwen3ft.",
+            next_command=extra_command("vllm"),
+        )
+    version = version_of(program)
+    if not is_new_enough(version):
+        raise EnvironmentNotReadyError(
+            f"{program} is vLLM {version}; at least {LEAST_VERSION} is needed.",
+            why="With that version its API was found to answer as the run's test.",
+            next_command=extra_command("vllm"),
+        )
+    return program
 
 
 @dataclass(frozen=True)
@@ -118,27 +157,18 @@ class VllmServer:
 
     async def start(self) -> None:
         """Write the base model's weights, start the program, and wait until it is healthy."""
-        program = find_vllm()
-        if program is None:
-            raise EnvironmentNotReadyError(
-                "There is no program vllm.",
-                why="vLLM is an extra of qwen3ft.",
-                next_command=extra_command("vllm"),
-            )
-        variables = self._variables()
+        program, variables = require_vllm(), self._variables()
         await asyncio.to_thread(
             write_base_weights, self._base, self._scratch / "base", self._request.device
         )
-        parent = os.getpid()
         with self._log.open("wb") as log:
             self._process = await asyncio.create_subprocess_exec(
-                *(program, *self._options()),
-                stdin=asyncio.subprocess.DEVNULL,
+                *guarded([program, *self._options()]),
+                stdin=asyncio.subprocess.PIPE,
                 stdout=log,
                 stderr=asyncio.subprocess.STDOUT,
                 env=variables,
-                # SIGTERM: killed, it would leave its own processes behind
-                preexec_fn=lambda: end_with_parent(parent, signal.SIGTERM),
+                start_new_session=True,  # who kills the worker's group leaves it to the guard
             )
         while not await self._is_healthy():
             if self._process.returncode is not None:
@@ -191,9 +221,9 @@ class VllmServer:
         await self._client.aclose()
         if self._process is None or self._process.returncode is not None:
             return
-        self._process.terminate()
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._process.wait(), GRACE_SECONDS)
+        assert self._process.stdin is not None
+        self._process.stdin.close()  # for the guard that is the end
+        await self._process.wait()
 
     async def _is_healthy(self) -> bool:
         try:
