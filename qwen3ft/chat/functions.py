@@ -79,7 +79,7 @@ def parse_calls(value: Any, path: str, notes: RowNotes) -> list[dict[str, Any]]:
             arguments = {}
         elif isinstance(arguments, str):
             arguments = parse_json(arguments, "calls")
-        if not isinstance(arguments, dict):
+        if not isinstance(arguments, dict) or not _is_json(arguments):
             raise RejectedRowError("bad_tool_call")
         calls.append({"name": call["name"], "arguments": arguments})
         note_unused(call, ("name", key, "type"), path, notes)
@@ -183,13 +183,25 @@ def note_unused(item: Mapping[str, Any], used: Sequence[str], path: str, notes: 
 
 def _wrapped(tool: dict[str, Any]) -> dict[str, Any]:
     if isinstance(tool.get("function"), dict):
-        return {"type": "function", **tool}
-    # OpenAI's newer interface has the name beside the type, Anthropic another word for parameters.
-    function = {
-        "parameters" if key == "input_schema" else key: value
-        for key, value in tool.items()
-        if key != "type"
-    }
-    if not isinstance(function.get("name"), str):
+        wrapped = {"type": "function", **tool}
+    else:
+        # OpenAI's newer interface has the name beside the type, Anthropic another word for
+        # parameters.
+        function = {
+            "parameters" if key == "input_schema" else key: value
+            for key, value in tool.items()
+            if key != "type"
+        }
+        wrapped = {"type": "function", "function": function}
+    if not isinstance(wrapped["function"].get("name"), str) or not _is_json(wrapped):
         raise RejectedRowError("bad_tool")
-    return {"type": "function", "function": function}
+    return wrapped
+
+
+def _is_json(value: Any) -> bool:
+    """Return False for what Parquet files hold and JSON does not, such as a time or bytes."""
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True

@@ -133,8 +133,12 @@ def parse_history(value: Any) -> list[Message]:
         RejectedRowError: it is something else.
     """
     pairs = parse_json(value, "history") if isinstance(value, str) and value.strip() else value
+    if not is_filled(pairs):
+        return []
+    if not isinstance(pairs, list):
+        raise RejectedRowError("history_not_pairs")
     messages: list[Message] = []
-    for pair in pairs or []:
+    for pair in pairs:
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
             raise RejectedRowError("history_not_pairs")
         question, answer = (clean_text(part) if isinstance(part, str) else "" for part in pair)

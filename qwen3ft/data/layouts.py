@@ -119,7 +119,9 @@ def _given_messages(
         # Preference data: the chosen answer as messages, with the prompt or without.
         if len(answered) == 1:
             answered = [{"role": "user", "content": asked}, *answered]
-        elif columns.question and not any(item.get("content") == asked for item in answered):
+        elif columns.question and not any(
+            isinstance(item, Mapping) and item.get("content") == asked for item in answered
+        ):
             notes.unused.add(columns.question)
         return parse_messages(answered, str(columns.answer), names, notes)
     return []

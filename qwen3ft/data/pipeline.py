@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 logger = get_logger("data")
 
 # Raised when the same files and settings give other rows than before: old folders are then stale.
-_CODE_VERSION = 5
+_CODE_VERSION = 6
 
 LEAST_BYTES_FOR_HELPERS = 4 * MIB
 """Size of the files, some ten thousand rows, from which on more than one process works on them."""

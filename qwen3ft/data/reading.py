@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TextIO
 
+from qwen3ft.chat.conversation import texts_of
 from qwen3ft.config import TrainingConfig
 from qwen3ft.data import safety
 from qwen3ft.data.layouts import NOT_AN_EXAMPLE
@@ -47,6 +48,7 @@ MOST_LISTED_BYTES = 64 * MIB
 """Size of a quarantine file past which rows are only counted."""
 _BAD_ROW_NAMES = tuple(one.name for one in fields(BadRow))
 _PROGRESS_ROWS = 20_000
+_MOST_LOGGED = 20
 FeaturesOf = Callable[[Iterable[BatchPlace]], Iterator[RowFeatures]]
 """Returns the features of each batch of the row table, in order."""
 
@@ -209,9 +211,9 @@ class _Reader:
         """Write down personal data in a sound row; return it as a bad row if that is configured."""
         if self.config.personal_data == "off":
             return None
-        contents = [message["content"] for message in row["messages"]]
-        text = "\n".join(contents or (row["question"], row["answer"]))
-        found = safety.scan(f"{text}\n{row['reasoning']}")
+        texts = (row["question"], row["answer"], row["reasoning"])
+        text = "\n".join(texts_of(row["messages"], row["tools"]) or texts)
+        found = safety.scan(text)
         if not found:
             return None
         kinds = sorted({finding.kind for finding in found})
@@ -280,8 +282,8 @@ def _report(reading: Reading) -> None:
     )
     for columns, count in reading.counts.columns.most_common(3):
         logger.info("%d rows as %s: %s", count, columns.layout, columns.parts())
-    if reading.counts.unused:
-        logger.warning("not used, by rows: %s", dict(reading.counts.unused.most_common()))
+    if unused := reading.counts.unused.most_common(_MOST_LOGGED):
+        logger.warning("not used, by rows: %s", dict(unused))
     if reading.bad:
         logger.warning("quarantined rows by reason: %s", dict(reading.bad.most_common()))
     if reading.personal:

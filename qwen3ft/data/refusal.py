@@ -40,7 +40,8 @@ def _reason_for_none(reading: Reading, config: TrainingConfig, quarantine: str) 
             quarantine,
         )
     if reading.bad:
-        return "All of their rows were quarantined.", quarantine
+        why, command = _way_out(reading, config)
+        return f"All of their rows were quarantined.{why}", command or quarantine
     paths = (file.path for file in reading.files[:_MOST_NAMES])
     return "There is no row in them.", shell_line("wc", "-c", *paths)
 
@@ -48,7 +49,7 @@ def _reason_for_none(reading: Reading, config: TrainingConfig, quarantine: str) 
 def _likely_columns(names: Sequence[str], wanted: ColumnNames) -> dict[str, str]:
     """Return the columns that may hold the missing parts: of similar names, else in their order."""
     found = find_columns(tuple(names), wanted)
-    free, likely = list(found.unused or names)[:_MOST_NAMES], {}
+    free, likely = list(found.unused)[:_MOST_NAMES], {}
     missing = [part for part in ("question", "answer") if getattr(found, part) is None]
     for part in reversed(missing):
         similar = [name for name in free if _similarity(name, PARTS[part]) >= _SIMILAR]
@@ -65,14 +66,32 @@ def _similarity(name: str, usual_names: Sequence[str]) -> float:
     return max(SequenceMatcher(None, name.lower(), usual).ratio() for usual in usual_names)
 
 
-def _way_out(reading: Reading, config: TrainingConfig) -> str | None:
-    """Return the command that looks again with the setting by which most bad rows were refused."""
+def _way_out(reading: Reading, config: TrainingConfig) -> tuple[str, str | None]:
+    """Return a sentence, and the command that looks again with a setting.
+
+    The setting is the one by which most bad rows were refused, or that helps them.
+    """
     [(reason, _)] = reading.bad.most_common(1) or [("", 0)]
     if reason == PERSONAL_DATA:
-        return command_to_check(config, personal_data="report")
+        return "", command_to_check(config, personal_data="report")
     if reason == "control_token":
-        return command_to_check(config, special_tokens_in_text="escape")
-    return None
+        return "", command_to_check(config, special_tokens_in_text="escape")
+    # Where some row has both parts, other columns would replace those of the good rows too.
+    has_parts = reading.counts.columns or reading.marked_left_out
+    if not reason.startswith("missing_") or has_parts:
+        return "", None
+    (part, names), rows = max(
+        reading.counts.incomplete.items(), key=lambda item: (item[0][1] != (), item[1])
+    )
+    why = (
+        f" {rows} of them have no column that is known to hold the {part}; their columns are "
+        f"{', '.join(map(repr, names[:_MOST_NAMES])) or 'none'}."
+    )
+    likely = _likely_columns(names, config.columns)
+    if not likely:
+        return why, None
+    columns = config.columns.model_copy(update=likely)
+    return f"{why} The setting `columns` names it.", command_to_check(config, columns=columns)
 
 
 def check_usable(reading: Reading, config: TrainingConfig, quarantine: Path) -> None:
@@ -98,22 +117,13 @@ def check_usable(reading: Reading, config: TrainingConfig, quarantine: Path) -> 
         )
         listed = f"All but {reading.not_listed:,}" if reading.not_listed else "All"
         why = f"{listed} bad rows are listed with file, line and reason in {quarantine}."
-        next_command = _way_out(reading, config) or next_command
+        way_out, command = _way_out(reading, config)
+        why, next_command = why + way_out, command or next_command
     elif not reading.usable:
         what = f"No usable row in {files} file(s): {read} rows read, {bad} bad."
         why, next_command = _reason_for_none(reading, config, next_command)
     else:
         return
-    if reading.counts.incomplete:
-        [((part, names), rows)] = reading.counts.incomplete.most_common(1)
-        why += (
-            f" {rows} of them have no column that is known to hold the {part}; their columns are "
-            f"{', '.join(map(repr, names[:_MOST_NAMES]))}. The setting `columns` names it."
-        )
-        if names:
-            likely = _likely_columns(names, config.columns)
-            columns = config.columns.model_copy(update=likely)
-            next_command = command_to_check(config, columns=columns)
     raise DataLoadingError(
         what,
         why=why,

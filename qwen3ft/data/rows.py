@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from qwen3ft.chat.conversation import assistant, texts_of, user
 from qwen3ft.chat.functions import RowNotes, is_filled
@@ -38,7 +38,11 @@ _CONTROL = re.compile("|".join(map(re.escape, CONTROL_TOKENS)))
 
 _EXCERPT_CHARACTERS = 200
 _MOST_COLUMN_SETS = 1024
+_MOST_COUNTED = 1000
+OTHER_NAMES = "(further names)"
+"""Stands for names past the first `_MOST_COUNTED` that are not used."""
 _MOST_NAME_CHARACTERS = 80
+_Key = TypeVar("_Key")
 
 
 def asked_by(row: QaRow) -> list[str]:
@@ -188,21 +192,28 @@ class _RowReader:
         except (RejectedRowError, RecursionError) as error:
             reason = str(error) if isinstance(error, RejectedRowError) else "too_deep"
             if reason in ("missing_question", "missing_answer"):
-                counts.incomplete[reason.removeprefix("missing_"), names] += 1
+                part = reason.removeprefix("missing_")
+                _count(counts.incomplete, (part, names), (part, ()))
             parts = columns.parts().values() if columns else ()
             values = {name: raw.values[name] for name in parts} or raw.values
             return BadRow(label, raw.line, raw.offset, reason, excerpt(_as_text(values)))
-        counts.columns[columns] += 1
+        # Without the names that are not used: a row's id may be one.
+        counts.columns[columns._replace(unused=())] += 1
         unused = {name for name in columns.unused if is_filled(raw.values[name])}
         for name in (
             *(unused | notes.unused),
             *self.unread,
         ):  # names from outside, shown on every page
             shown = escaped_line(mask_secrets(name))[:_MOST_NAME_CHARACTERS].strip()
-            counts.unused[shown or "(a column without a name)"] += 1
+            _count(counts.unused, shown or "(a column without a name)", OTHER_NAMES)
         for change in notes.changed:
             counts.changed[change] += 1
         return row
+
+
+def _count(counts: Counter[_Key], key: _Key, others: _Key) -> None:
+    """Count a row by `key`, or by `others` if there are too many keys to hold."""
+    counts[key if key in counts or len(counts) < _MOST_COUNTED else others] += 1
 
 
 def _as_text(values: Mapping[str, Any]) -> str:

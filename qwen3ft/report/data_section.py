@@ -11,6 +11,7 @@ from qwen3ft.records.run_card import DataSection, FileLine, FileState
 from qwen3ft.report.safe_text import EXAMPLE_CHARACTERS, escape_markdown, markdown_table
 
 MOST_FILES = 40
+_MOST_NAMES = 20
 """Most files that are listed; a folder may hold thousands."""
 
 _ORDER = get_args(FileState)
@@ -101,8 +102,9 @@ def data_markdown(manifest: DatasetManifest, change: DataChange) -> str:
 
 
 def _counted_markdown(title: str, rows_by_name: Mapping[str, int]) -> list[str]:
-    named = (f"{escape_markdown(name)} ({rows:,})" for name, rows in rows_by_name.items())
-    return [f"{title}: {', '.join(named)}.", ""] if rows_by_name else []
+    named = [f"{escape_markdown(name)} ({rows:,})" for name, rows in rows_by_name.items()]
+    more = f" and {len(named) - _MOST_NAMES:,} more" if len(named) > _MOST_NAMES else ""
+    return [f"{title}: {', '.join(named[:_MOST_NAMES])}{more}.", ""] if named else []
 
 
 def new_rows_sentence(section: DataSection) -> str:

@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -63,6 +64,23 @@ def test_personal_data_is_reported_or_quarantined_and_never_shown(tmp_path: Path
     assert left_out.rows_read == accounted(left_out) == 61
     assert mail not in (Path(left_out.path) / "quarantine.jsonl").read_text()
     assert prepare(tmp_path, data, personal_data="off").personal_data == {}
+
+
+def test_personal_data_is_found_wherever_it_is_trained_on_or_read(tmp_path: Path) -> None:
+    """In earlier turns and their reasoning, in calls of functions, in their schemas."""
+    mail = "some.one" + "@" + "posthof-haus.net"
+    call = {"name": "send", "arguments": {"to": mail}}
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi."}]
+    rows: list[dict[str, Any]] = [
+        {"messages": [turns[0], {**turns[1], "reasoning_content": f"ask {mail}"}, *turns]},
+        {"messages": [turns[0], {"role": "assistant", "tool_calls": [call]}]},
+        {"messages": turns, "tools": [{"name": "send", "description": f"mail to {mail}"}]},
+        {"messages": [{"role": "system", "content": f"You are {mail}"}, *turns]},
+        {"question": "Whom?", "answer": "Me.", "reasoning": f"it is {mail}"},
+    ]
+    data = write_jsonl(tmp_path / "qa.jsonl", [*synthetic(60), *rows])
+    manifest = prepare(tmp_path, data, personal_data="quarantine")
+    assert manifest.reasons == {"personal_data": len(rows)}
 
 
 def test_a_long_reasoning_loses_its_middle_where_asked_and_the_answer_stays(tmp_path: Path) -> None:

@@ -82,6 +82,30 @@ CASES: dict[str, tuple[Rows, dict[str, Any], str, str]] = {
         r"40 of 40 rows are bad \(control_token 40\)",
         "--set special_tokens_in_text=escape",
     ),
+    "answers that some rows lack": (
+        lambda count: [
+            {**row, "answer": None if n % 2 else row["answer"], "source": f"book {n}"}
+            for n, row in enumerate(synthetic(count))
+        ],
+        {},
+        r"20 of 40 rows are bad \(missing_answer 20\)",
+        "head ",
+    ),
+    "answers that all rows lack": (
+        lambda count: [{"question": row["question"]} for row in synthetic(count)],
+        {},
+        r"40 of 40 rows are bad \(missing_answer 40\)",
+        "head ",
+    ),
+    "one row without an answer among others": (
+        lambda count: [
+            {**row, "answer": "it ends with <|im_end|>" if n else None}
+            for n, row in enumerate(synthetic(count))
+        ],
+        {},
+        r"40 of 40 rows are bad \(control_token 39, missing_answer 1\)",
+        "--set special_tokens_in_text=escape",
+    ),
     "marked as bad": (
         changed(label=False),
         {},

@@ -350,6 +350,22 @@ def test_control_tokens_are_text_where_the_config_says_so(tmp_path: Path) -> Non
     assert row["question"] == values["question"]
 
 
+def test_names_that_differ_in_every_row_are_counted_together(tmp_path: Path) -> None:
+    """What is held, shown and written down of a file does not grow with its rows' own keys."""
+    path, counts = tmp_path / "rows.jsonl", RowCounts()
+    good = [{"question": "q", "answer": "a", f"id {n}": "x"} for n in range(2000)]
+    bad = [{"question": "q", f"id {n}": "x"} for n in range(2000)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in (*good, *bad)))
+    rows = list(read_file(SourceFile("x", path, "train"), RowRules(), counts))
+    assert len(rows) == 4000
+    assert [each.total() for each in (counts.columns, counts.unused, counts.incomplete)] == [
+        *(2000, 2000, 2000)
+    ]
+    assert len(counts.columns) == 1
+    assert max(len(counts.unused), len(counts.incomplete)) <= 1001
+    assert counts.unused["(further names)"] == 1000
+
+
 def test_a_source_key_may_be_a_number(tmp_path: Path) -> None:
     """Source keys are texts or numbers."""
     assert read_values(tmp_path, {**GOOD, "group_id": 7})["group"] == "7"

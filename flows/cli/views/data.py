@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from qwen3ft.records.data import DatasetManifest
 
 _BAR_CHARACTERS = 40
-_SHOWN_FILES = 8
+_SHOWN_FILES, _SHOWN_NAMES = 8, 20
 _GIVEN, _TRAINED = ("grey50", "grey62"), ("green", "bold green")
 """Two alternating shades each, so that token boundaries can be seen."""
 
@@ -104,7 +104,9 @@ def _understood(manifest: DatasetManifest) -> dict[str, str]:
 
 
 def _counted(rows_by_name: dict[str, int]) -> str:
-    return ", ".join(f"{name} ({rows:,})" for name, rows in rows_by_name.items())
+    shown = [f"{name} ({rows:,})" for name, rows in rows_by_name.items()]
+    more = len(shown) - _SHOWN_NAMES
+    return ", ".join([*shown[:_SHOWN_NAMES], *([f"and {more:,} more"] if more > 0 else [])])
 
 
 def _rows(manifest: DatasetManifest) -> dict[str, str]:
