@@ -19,7 +19,7 @@ from deployments import services
 from deployments.automations import PROCESS_LOST, resumption_parameters
 from deployments.processes import find_marked
 from deployments.services import POOL, Layout
-from qwen3ft.config import TrainingConfig, merge_settings
+from qwen3ft.config import TrainingConfig, in_home, merge_settings
 from qwen3ft.jobs.folders import RunDir
 
 _UNFINISHED = ("PENDING", "RUNNING", "CANCELLING")
@@ -102,7 +102,7 @@ def has_begun(root: Path, run: Mapping[str, Any], deployment: Mapping[str, Any] 
     # what a run was not given is the deployment's, as in `flows.parameters`
     usual = ((deployment or {}).get("parameters") or {}).get("config") or {}
     settings = merge_settings(usual, given.get("config") or {})
-    runs_dir = settings.get("runs_dir") or TrainingConfig().runs_dir
+    runs_dir = in_home(settings.get("runs_dir") or TrainingConfig().runs_dir)
     return RunDir(root / runs_dir / (given.get("continue_run") or run["id"])).config.is_file()
 
 

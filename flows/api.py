@@ -28,6 +28,7 @@ from qwen3ft.config import (
     with_current_names,
 )
 from qwen3ft.errors import RequestError
+from qwen3ft.files import private_files
 from qwen3ft.jobs.folders import RunDir, read_record
 from qwen3ft.operations.resumption import find_begun_run, own_settings, resumed_settings
 from qwen3ft.operations.run_state import ending_of
@@ -95,6 +96,8 @@ class Run:
 def project(folder: str | os.PathLike[str] | None = None) -> Iterator[TrainingConfig]:
     """Work in a project while the body runs: in its folder, with its servers if they are up.
 
+    As with the commands, other users of the machine can read no file that is written meanwhile.
+
     Args:
         folder: A folder inside the project; by default the working folder.
 
@@ -102,7 +105,7 @@ def project(folder: str | os.PathLike[str] | None = None) -> Iterator[TrainingCo
         The settings that its runs start from.
     """
     variables = dict(os.environ)
-    with chdir(folder or Path.cwd()):
+    with chdir(folder or Path.cwd()), private_files():
         try:
             stack = open_project(anywhere=True)
             use_local_services(stack)
@@ -144,10 +147,11 @@ def finetune(
         if resume is None:
             wanted = _requested(config)
         else:
-            earlier = find_begun_run(start.runs_dir, resume)
+            changes = _changes(config)
+            earlier = find_begun_run(changes.get("runs_dir") or start.runs_dir, resume)
             if ending_of(earlier) is not None:
                 return _read_run(earlier.path)
-            wanted = resumed_settings(earlier, _changes(config))
+            wanted = resumed_settings(earlier, changes)
         from flows.finetune import run_in_process  # Prefect reads its settings when it is imported
 
         with _no_running_loop():

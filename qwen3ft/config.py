@@ -366,6 +366,14 @@ class TrainingConfig(BaseModel):
                 raise ValueError("a text without control characters is needed")
         return value
 
+    @field_validator("output_dir", "runs_dir", "cache_dir", "ability_path", "fallback_output_dirs")
+    @classmethod
+    def _expand_home(cls, value: Any) -> Any:
+        # Here alone: half of the stages would otherwise write to a folder called "~".
+        if isinstance(value, tuple):
+            return tuple(map(in_home, value))
+        return value and in_home(value)
+
     @field_validator("model_revision")
     @classmethod
     def _check_revision(cls, value: str | None) -> str | None:
@@ -527,11 +535,16 @@ def registered_model_name(model_name: str, data_paths: Sequence[str] = ()) -> st
     return f"{name}-{label or 'data'}-{digest[:6]}"
 
 
+def in_home(folder: str) -> str:
+    """Return the folder with the home folder for a ~ at its beginning, as a shell does."""
+    return os.path.expanduser(folder)  # noqa: PTH111  never raises
+
+
 def _plain_path(path: str) -> str:
     """Return a path as it is written from the working folder; addresses stay as they are."""
     if "://" in path:
         return path
-    plain = os.path.normpath(os.path.expanduser(path))  # noqa: PTH111  never raises
+    plain = os.path.normpath(in_home(path))
     here = f"{os.getcwd()}{os.sep}"  # noqa: PTH109
     return plain.removeprefix(here)
 

@@ -137,6 +137,36 @@ def test_a_run_is_read_again(folder: Path, make_config: Callable[..., Any]) -> N
     assert (Path.cwd(), dict(os.environ)) == (folder, before)
 
 
+def test_other_users_can_read_nothing_that_python_writes(folder: Path) -> None:
+    """Rows, bad rows and digests have the modes that the commands give them."""
+    before = os.umask(0o022)
+    try:
+        (folder / "qwen3ft.yaml").write_text("model_name: embedded\ndata_paths: [data]\n")
+        given = set(folder.rglob("*"))
+        with qwen3ft.project() as config:
+            qwen3ft.DataPipeline(config).check()
+            qwen3ft.DataPipeline(config).load_qa_data_from_files()
+        (folder / "notes").touch()
+    finally:
+        os.umask(before)
+    made = {path: path.stat().st_mode & 0o777 for path in set(folder.rglob("*")) - given}
+    assert made.pop(folder / "notes") == 0o644
+    assert len(made) > 10
+    assert set(made.values()) <= {0o700, 0o600}, made
+
+
+def test_a_moved_run_is_resumed_where_it_lies(
+    folder: Path, make_config: Callable[..., Any]
+) -> None:
+    """As with the command; this one has its verdict already, so that it is only read."""
+    path = folder / "moved" / "some-run"
+    path.mkdir(parents=True)
+    write_record(path / "card.json", RunCard(title="embedded: kept", verdict="kept: no gain"))
+    write_record(path / "config.json", make_config(seed=7))
+    run = qwen3ft.finetune({"runs_dir": "moved"}, resume="some-run")
+    assert (run.outcome, run.folder) == ("kept", path)
+
+
 def test_a_run_that_is_not_there_is_an_error(folder: Path) -> None:
     """Whether it never was, is in progress, or has a name that leads elsewhere."""
     (folder / "runs" / "begun").mkdir(parents=True)

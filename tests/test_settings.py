@@ -12,6 +12,8 @@ from flows.cli.options import read_overrides
 from flows.cli.views.settings import settings_markdown
 from qwen3ft.config import TrainingConfig, load_config, merge_settings, parse_config
 from qwen3ft.errors import ConfigError
+from qwen3ft.jobs.folders import RunDir, write_record
+from qwen3ft.operations.resumption import find_begun_run
 from qwen3ft.settings import describe_settings, find_settings, read_setting
 
 ROOT = Path(__file__).parents[1]
@@ -33,8 +35,10 @@ def typed(*settings: str) -> TrainingConfig:
 def test_a_text_is_taken_as_it_is_typed(
     name: str, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And if YAML would have read it otherwise, that is said."""
-    assert getattr(typed(f"{name}={text}"), name) == text
+    """And if YAML would have read it otherwise, that is said; ~ is the home folder in a path."""
+    is_home = (name, text) in {("output_dir", "~"), ("ability_path", "~")}
+    found = getattr(typed(f"{name}={text}"), name)
+    assert found == (str(Path.home()) if is_home else text)
     assert f"{name} is the text {text!r}" in capsys.readouterr().err
 
 
@@ -116,6 +120,21 @@ def test_a_name_that_resembles_none_gets_no_suggestion() -> None:
         parse_config({"zzz": 1})
     assert "did you mean" not in caught.value.what
     assert caught.value.next_command == "qwen3ft settings"
+
+
+def test_a_folder_below_the_home_folder_is_one_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shell leaves the ~ of `--set runs_dir=~/runs` as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = ("runs_dir", "cache_dir", "output_dir", "ability_path")
+    config = parse_config({**dict.fromkeys(names, "~/x"), "fallback_output_dirs": ["~/x", "y"]})
+    assert [getattr(config, name) for name in names] == [f"{tmp_path}/x"] * 4
+    assert config.fallback_output_dirs == (f"{tmp_path}/x", "y")
+    run = RunDir(tmp_path / "runs" / "r1")
+    run.path.mkdir(parents=True)
+    write_record(run.config, config)
+    assert find_begun_run("~/runs", "r1").path == run.path
 
 
 def test_given_settings_are_merged_over_those_of_the_deployment() -> None:

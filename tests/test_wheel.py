@@ -175,7 +175,7 @@ def cpu_seconds(folder: Path) -> float:
 @pytest.mark.slow  # a whole run with servers
 @pytest.mark.timeout(3600)  # on a busy machine
 def test_from_nothing_to_a_promoted_adapter(qwen3ft: Installed) -> None:
-    """The commands that `init` prints, servers and all, with nothing but the wheel."""
+    """What `init` leads to, servers and all, with nothing but the wheel."""
     folder = qwen3ft.folder
     before = cpu_seconds(folder)
     qwen3ft("init")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -35,7 +34,7 @@ def init_command(
     """
     from deployments.deploy import PROJECT_FILE
     from qwen3ft.machine.gpus import visible_gpus
-    from qwen3ft.text.commands import runnable
+    from qwen3ft.text.commands import runnable, shell_line
 
     folder.mkdir(parents=True, exist_ok=True)
     is_new = not (folder / PROJECT_FILE).exists()
@@ -50,10 +49,14 @@ def init_command(
         say(f"{sample}  questions and answers to try it with; replace them by yours")
     if _ignore_in_git(folder / _GIT_IGNORE):
         say(f"{folder / _GIT_IGNORE}  keeps data, runs and the servers' secret out of git")
-    go = "" if folder.samefile(Path()) else f"cd {shlex.quote(str(folder))} && "
+    is_here = folder.samefile(Path())
+    go = "" if is_here else f"{shell_line('cd', folder)} && "
+    check, run = (
+        runnable(f"qwen3ft {words}", elsewhere=not is_here) for words in ("data check", "run")
+    )
     say(f"{'A project folder' if is_new else 'It was a project folder already'}. Next:")
-    say(f"  {go}{runnable('qwen3ft data check')}   # what would be trained on")
-    say(f"  {go}{runnable('qwen3ft run')}   # train on it, with servers that keep the history")
+    say(f"  {go}{check}   # what would be trained on")
+    say(f"  {go}{run}   # train on it, with servers that keep the history")
 
 
 def project_settings(*, has_gpu: bool) -> str:

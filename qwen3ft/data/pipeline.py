@@ -36,7 +36,7 @@ from qwen3ft.data.row_features import RowFeatures
 from qwen3ft.data.row_table import BatchPlace, BatchReader, RowTable
 from qwen3ft.data.sources import SETTINGS_THAT_MATTER, resolved
 from qwen3ft.data.tokenizing import BatchWork, tokenize_table
-from qwen3ft.files import sha256_file, sha256_json
+from qwen3ft.files import private_files, sha256_file, sha256_json
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.jobs.helpers import start_helpers
 from qwen3ft.jobs.launcher import run_worker
@@ -143,6 +143,7 @@ class DataPipeline:
     def _source(self) -> ModelSource:
         return resolve_model(self._config)
 
+    @private_files()
     def load_qa_data_from_files(self) -> list[QaRow]:
         """Return the usable rows of all files, before repeats are dropped and rows are held out.
 
@@ -198,6 +199,7 @@ class DataPipeline:
         configure_tokenizer(tokenizer)
         return PaddingCollator(int(tokenizer.pad_token_id))
 
+    @private_files()
     def prepare(
         self,
         snapshot: ModelSnapshot,
@@ -224,6 +226,7 @@ class DataPipeline:
         self._tokenizer = load_tokenizer(snapshot.path)
         return self._build(sources or resolved(self._config), target, progress, known_rows)
 
+    @private_files()
     def check(self, progress: Callable[[int], None] = lambda _: None) -> DatasetManifest:
         """Return what `prepare` makes, by the tokenizer of the config's model alone.
 

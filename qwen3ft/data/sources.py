@@ -71,7 +71,7 @@ def resolved(config: TrainingConfig) -> ResolvedSources:
     # Pinned first: otherwise a data set may change between two looks at it.
     pinned = pin_sources(config)
     files, degraded, skipped = resolve_sources(pinned)
-    with open_digests(Path(config.cache_dir).expanduser()) as digests:
+    with open_digests(Path(config.cache_dir)) as digests:
         fingerprinted = tuple(_fingerprinted(file, digests) for file in files)
     return ResolvedSources(config=pinned, files=fingerprinted, degraded=degraded, skipped=skipped)
 
@@ -83,7 +83,7 @@ def pin_sources(config: TrainingConfig) -> TrainingConfig:
         DataLoadingError: a data set of the hub cannot be found, and sample data is not allowed.
         DownloadError: the hub answered with a server error.
     """
-    cache = Path(config.cache_dir).expanduser()
+    cache = Path(config.cache_dir)
     try:
         pinned = {
             name: tuple(
@@ -115,7 +115,7 @@ def resolve_sources(
     skipped: list[str] = []
     try:
         chosen = _chosen_paths(config)
-        cache = Path(config.cache_dir).expanduser()
+        cache = Path(config.cache_dir)
         files = [
             file
             for role, paths in chosen.items()

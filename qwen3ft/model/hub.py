@@ -62,7 +62,7 @@ def resolve_model(config: TrainingConfig) -> ModelSource:
         DownloadError: the hub answered with a server error.
         ConfigError: the folder is refused (see `check_model_folder`).
     """
-    cache_dir = Path(config.cache_dir).expanduser()
+    cache_dir = Path(config.cache_dir)
     if config.is_embedded:
         return _resolve_folder(config.model_name, MODEL_DIR, cache_dir)
     folder = os.path.expanduser(config.model_name)  # noqa: PTH111  these never raise

@@ -110,7 +110,7 @@ def describe_request(config: TrainingConfig) -> NightRequest:
     # Under the setting's former name, so that requests of earlier versions are still known.
     usual = config.registered_name == registered_model_name(config.model_name)
     settings["registered_model"] = None if usual else config.registered_name
-    ability = Path(config.ability_path).expanduser() if config.ability_path else None
+    ability = Path(config.ability_path) if config.ability_path else None
     decided = {
         "model": [model.model_name, model.revision],
         "ability": sha256_file(ability) if ability and ability.is_file() else "",
@@ -211,7 +211,7 @@ def date_of_run(runs_dir: Path, run_id: str) -> str | None:
 
 def nights_folder(runs_dir: Path) -> Path:
     """Return the folder with the records of nights."""
-    return runs_dir.expanduser().resolve() / ".nights"
+    return runs_dir.resolve() / ".nights"
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen3ft.config import TrainingConfig, checked_name, parse_config
+from qwen3ft.config import TrainingConfig, checked_name, in_home, parse_config
 from qwen3ft.errors import ConfigError
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.operations.run_state import find_runs
@@ -23,11 +23,15 @@ _MOST_NAMED = 3
 def find_begun_run(runs_dir: str | Path, run_id: str) -> RunDir:
     """Return the folder of a run that has begun.
 
+    Args:
+        runs_dir: The folder of runs, as it is typed or set.
+        run_id: Its id.
+
     Raises:
         ConfigError: there is no such run, or it never began.
     """
     checked_name(run_id, "run", "qwen3ft status")
-    folder = Path(runs_dir).resolve()
+    folder = Path(in_home(str(runs_dir))).resolve()
     run = RunDir(folder / run_id)
     if run.config.is_file():
         return run
@@ -84,7 +88,9 @@ def resumed_settings(run: RunDir, asked: Mapping[str, Any]) -> TrainingConfig:
             refused=refused,
         )
     # A run lies where it was found, whatever its folder was called before.
-    return wanted.model_copy(update={"runs_dir": _place(own, asked, run)})
+    found = Path(wanted.runs_dir).resolve() == run.path.parent
+    place = wanted.runs_dir if found else str(run.path.parent)
+    return wanted.model_copy(update={"runs_dir": place})
 
 
 def unfinished_settings(run: RunDir, tonight: TrainingConfig) -> tuple[TrainingConfig, list[str]]:
@@ -101,12 +107,6 @@ def unfinished_settings(run: RunDir, tonight: TrainingConfig) -> tuple[TrainingC
 def _changed(before: TrainingConfig, after: TrainingConfig) -> list[str]:
     names = TrainingConfig.model_fields
     return [name for name in names if getattr(before, name) != getattr(after, name)]
-
-
-def _place(own: TrainingConfig, asked: Mapping[str, Any], run: RunDir) -> str:
-    named = str(asked.get("runs_dir", own.runs_dir))
-    found = Path(named).resolve() == run.path.parent
-    return named if found else str(run.path.parent)
 
 
 def _text(config: TrainingConfig, name: str) -> str:

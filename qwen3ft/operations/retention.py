@@ -88,8 +88,8 @@ def plan_removals(
     Raises:
         RequestError: a run to be abandoned is not one that could be continued.
     """
-    cache = _resolved(config.cache_dir)
-    runs = find_runs(_resolved(config.runs_dir))
+    cache = Path(config.cache_dir).resolve()
+    runs = find_runs(Path(config.runs_dir).resolve())
     _require_continuable(policy.abandon, runs)
     stock = Stock(runs, protected, _used(runs, protected, policy, cache, config))
     removals = [*_runs(stock, policy), *_checkpoints(stock, policy)]
@@ -172,9 +172,9 @@ def _copies(stock: Stock, cache: Path) -> Iterator[Removal]:
 def _leftovers(cache: Path, config: TrainingConfig) -> Iterator[Removal]:
     """Yield leftovers of killed writes and removals, known by their names."""
     parents = [cache / folder for folder in _SHARED.values()]
-    parents += [*_folders(cache / "champions"), _resolved(config.output_dir)]
+    parents += [*_folders(cache / "champions"), Path(config.output_dir).resolve()]
     found = [path for parent in parents for path in parent.glob(".*") if is_left_behind(path)]
-    runs = _resolved(config.runs_dir)
+    runs = Path(config.runs_dir).resolve()
     gone = [*runs.glob(f".*{_GONE}"), *runs.glob(f"*/attempts/*/.*{_GONE}")]
     parents.append(cache / "sessions")
     for path in sorted({*found, *gone, *(p for each in parents for p in each.glob(f".*{_GONE}"))}):
@@ -222,7 +222,7 @@ def _base_of(
         return None  # another program's model, in a registry that is shared with it
     copies = [cache / "champions" / version.registered_model / version.version]
     outputs = (config.output_dir, *config.fallback_output_dirs)
-    copies += [Path(folder).expanduser() / (version.run_id or "") for folder in outputs]
+    copies += [Path(folder) / (version.run_id or "") for folder in outputs]
     for copy in copies:
         if has_provenance(copy):
             with suppress(ValueError, KeyError, TypeError):  # not written by a run
@@ -260,10 +260,6 @@ def _remove(removal: Removal) -> None:
     gone = path.with_name(f".{path.name}{_GONE}")
     os.rename(path, gone)
     shutil.rmtree(gone)
-
-
-def _resolved(folder: str) -> Path:
-    return Path(folder).expanduser().resolve()
 
 
 def _folders(parent: Path) -> list[Path]:

@@ -12,11 +12,15 @@ from pathlib import Path
 _OURS = re.compile(r"^(qwen3ft|prefect)(?= |$)")
 
 
-def runnable(command: str) -> str:
+def runnable(command: str, *, elsewhere: bool = False) -> str:
     """Return `command` with the program as this shell finds it.
 
     The name alone if that is this installation's program on PATH, else its path: relative where
     the command was typed in a folder above it.
+
+    Args:
+        command: A command of this project or of Prefect; others stay as they are.
+        elsewhere: It is to run in another folder, to which the printed line changes first.
     """
     found = _OURS.match(command)
     if found is None:
@@ -28,7 +32,8 @@ def runnable(command: str) -> str:
     on_path = shutil.which(name)
     if on_path is not None and Path(on_path).parent.resolve() == own.parent.resolve():
         return command
-    return f"{shlex.quote(_from_here(own))}{command[found.end() :]}"
+    path = str(own) if elsewhere else _from_here(own)
+    return f"{shlex.quote(path)}{command[found.end() :]}"
 
 
 def _from_here(path: Path) -> str:
