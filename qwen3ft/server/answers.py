@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 import time
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import anyio
-from starlette.types import Receive, Send
+from starlette.types import Message, Receive, Send
 
 from qwen3ft.errors import FinetuneError
 from qwen3ft.logs import get_logger
@@ -25,6 +26,9 @@ logger = get_logger("server")
 
 CLIENT_LEFT = 499
 """Status in the metrics of a request whose client did not wait for the answer."""
+
+TAKE_SECONDS = 60.0
+"""Longest time in which a client takes nothing of what it is sent."""
 
 Answering = AsyncGenerator[Piece | Ended]
 
@@ -94,6 +98,8 @@ class OutgoingAnswer:
                 outcome.append(await self._send(send))
             except QuestionError as error:
                 outcome.append(error)
+            except TimeoutError:  # of `_bounded`: it is as good as gone
+                outcome.append(CLIENT_LEFT)
 
         async with anyio.create_task_group() as group:
 
@@ -136,14 +142,14 @@ class OutgoingAnswer:
             self._metrics.first_seconds.labels(self._version.name).observe(self._seconds)
             pieces = self._noted(first, answering)
             if self._body.stream:
-                return await self._send_stream(send, pieces)
+                return await self._send_stream(_bounded(send), pieces)
             try:
                 async for piece in pieces:
                     ended = piece
             except FinetuneError as error:
                 raise QuestionError(503, error.what, code="engine_lost") from None
             assert isinstance(ended, Ended)
-            await _send_json(send, self._whole(ended), self._headers)
+            await _send_json(_bounded(send), self._whole(ended), self._headers)
             return 200
 
     async def _noted(self, first: Piece | Ended, rest: Answering) -> AsyncIterator[Piece | Ended]:
@@ -226,6 +232,20 @@ class OutgoingAnswer:
         else:
             choice["text"] = self._texts["thinking"] + self._texts["answer"]
         return {**self._envelope(), "choices": [choice], "usage": _usage(ended)}
+
+
+def _bounded(send: Send) -> Send:
+    """Give up on a client that reads nothing: its version could never be unloaded.
+
+    Raises:
+        TimeoutError: it took nothing for `TAKE_SECONDS`.
+    """
+
+    async def bounded(message: Message) -> None:
+        async with asyncio.timeout(TAKE_SECONDS):
+            await send(message)
+
+    return bounded
 
 
 def _usage(ended: Ended) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import asyncio
 import math
 import secrets
 from collections.abc import Awaitable, Callable, Iterator
@@ -25,6 +25,8 @@ from qwen3ft.server.questions import (
     QuestionError,
     TextQuestionBody,
     parse_body,
+    parse_json,
+    shown,
 )
 from qwen3ft.server.served import Served, Version
 
@@ -36,6 +38,9 @@ BYTES_PER_TOKEN = 32
 
 LEAST_BODY_BYTES = 2**16
 MOST_RETRY_SECONDS = 60
+
+BODY_SECONDS = 60.0
+"""Longest time for a body to arrive."""
 
 
 class Front:
@@ -67,6 +72,7 @@ class Front:
             ],
             exception_handlers={HTTPException: _no_such_route},
         )
+        self.app.router.redirect_slashes = False  # to an address that the client's Host names
 
     def require_access(self, request: Request) -> None:
         """Raise QuestionError unless the request may pass."""
@@ -90,7 +96,7 @@ class Front:
         names = ", ".join(model["id"] for model in self._list())
         raise QuestionError(
             404,
-            f"There is no model {name!a}; there are {names}.",
+            f"There is no model {shown(str(name))}; there are {names}.",
             param="model",
             code="model_not_found",
         )
@@ -176,9 +182,8 @@ class Front:
 
 def _no_such_route(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return JSONResponse(
-        QuestionError(error.status_code, f"{error.detail}.").body(), error.status_code
-    )
+    body = QuestionError(error.status_code, f"{error.detail}.").body()
+    return JSONResponse(body, error.status_code, error.headers)
 
 
 class _Asking:
@@ -219,18 +224,22 @@ class _Asking:
                 self._front.report(answer.outcome(status))
 
     async def _read(self, request: Request) -> Any:
-        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+        kind = request.headers.get("content-type", "").partition(";")[0].strip()
+        if kind.lower() != "application/json":
             raise QuestionError(415, "The Content-Type has to be application/json.")
         most, content = self._front.most_body_bytes(), bytearray()
-        async for part in request.stream():
-            content += part
-            if len(content) > most:
-                raise QuestionError(
-                    413, f"The body is longer than {most:,} bytes.", code="context_length_exceeded"
-                )
         try:
-            body = json.loads(content)
-            json.dumps(body, ensure_ascii=False).encode()  # a lone surrogate is no text
-        except (ValueError, RecursionError):
-            raise QuestionError(400, "The body is not JSON.") from None
-        return body
+            async with asyncio.timeout(BODY_SECONDS):
+                async for part in request.stream():
+                    content += part
+                    if len(content) > most:
+                        raise _too_long(most)
+        except TimeoutError:
+            message = f"The body did not arrive within {BODY_SECONDS:.0f} s."
+            raise QuestionError(408, message) from None
+        return parse_json(bytes(content))
+
+
+def _too_long(most_bytes: int) -> QuestionError:
+    message = f"The body is longer than {most_bytes:,} bytes."
+    return QuestionError(413, message, code="context_length_exceeded")

@@ -6,11 +6,12 @@ that changes no answer is accepted, and named in a header of the response.
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from qwen3ft.records.serving import Ask
 
@@ -26,7 +27,7 @@ _NEUTRAL: Mapping[str, Sequence[Any]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "repetition_penalty": (1,),
-    "logprobs": (False, 0),
+    "logprobs": (False,),
     "echo": (False,),
     "logit_bias": ({},),
     "tools": ([],),
@@ -39,6 +40,7 @@ _NEUTRAL: Mapping[str, Sequence[Any]] = {
 """Values of parameters that ask for what is done anyway; others are refused."""
 
 MOST_STOPS = 16
+_MOST_SHOWN_CHARACTERS = 80
 
 
 class QuestionError(Exception):
@@ -79,14 +81,28 @@ class ChatMessage(_Strict):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | tuple[TextPart, ...]
+    content: tuple[TextPart, ...]
     reasoning_content: str | None = None
     name: None = None
 
+    @field_validator("content", mode="before")
+    @classmethod
+    def _as_parts(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return (TextPart(type="text", text=value),)
+        if not isinstance(value, list):
+            raise ValueError("a text, or a list of parts of type text, is needed")
+        return value
+
+    @model_validator(mode="after")
+    def _only_the_assistant_thinks(self) -> ChatMessage:
+        if self.reasoning_content and self.role != "assistant":
+            raise ValueError("only a message of the assistant can have reasoning_content")
+        return self
+
     def plain(self) -> dict[str, Any]:
         """Return it as a chat template takes it."""
-        parts = self.content
-        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        text = "".join(part.text for part in self.content)
         role = "system" if self.role == "developer" else self.role
         message: dict[str, Any] = {"role": role, "content": text}
         if self.reasoning_content:
@@ -116,7 +132,7 @@ class _Shared(_Strict):
     temperature: float = Field(0.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: tuple[str, ...] = Field((), max_length=MOST_STOPS)
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), max_length=MOST_STOPS)
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -175,6 +191,45 @@ class TextQuestionBody(_Shared):
 Body = ChatQuestionBody | TextQuestionBody
 
 
+def _is_same(value: Any, other: Any) -> bool:
+    """Compare as JSON does, where `true` is no 1 and `false` no 0."""
+    return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)
+
+
+def parse_json(content: bytes) -> Any:
+    """Return a body; of two values under one name, neither is dropped.
+
+    Raises:
+        QuestionError: it is not JSON, or an object in it has a name twice.
+    """
+
+    def to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            message = f"The body has {shown(twice)} more than once in one object."
+            raise QuestionError(400, message, param=twice[:_MOST_SHOWN_CHARACTERS])
+        return made
+
+    try:
+        body = json.loads(content, object_pairs_hook=to_object, parse_constant=_no_constant)
+        json.dumps(body, ensure_ascii=False).encode()  # a lone surrogate is no text
+    except (ValueError, RecursionError):
+        raise QuestionError(400, "The body is not JSON.") from None
+    return body
+
+
+def _no_constant(name: str) -> Any:
+    """Refuse `NaN` and `Infinity`, which Python reads and JSON does not have."""
+    raise ValueError(name)
+
+
+def shown(text: str) -> str:
+    """Return the beginning of a text of a client, for a message."""
+    return f"{text[:_MOST_SHOWN_CHARACTERS]!a}"
+
+
 def parse_body(body: Any, kind: type[Body]) -> tuple[Body, list[str]]:
     """Check a request; return it, and the names of its parameters that have no effect.
 
@@ -186,7 +241,7 @@ def parse_body(body: Any, kind: type[Body]) -> tuple[Body, list[str]]:
     given = {name: value for name, value in body.items() if value is not None}
     ignored = [name for name in given if name in IGNORED_PARAMETERS]
     for name, allowed in _NEUTRAL.items():
-        if name in given and given[name] not in allowed:
+        if name in given and not any(_is_same(given[name], value) for value in allowed):
             raise QuestionError(
                 400,
                 f"{name} is not supported, except for {' or '.join(map(repr, allowed))}.",
@@ -204,6 +259,9 @@ def parse_body(body: Any, kind: type[Body]) -> tuple[Body, list[str]]:
                 400, f"{place} is not supported.", param=place, code="unsupported_parameter"
             ) from None
         raise QuestionError(400, f"{place}: {first['msg']}.", param=place) from None
+    if parsed.stream_options is not None and not parsed.stream:
+        message = "stream_options can only be given with stream."
+        raise QuestionError(400, message, param="stream_options")
     if isinstance(parsed, ChatQuestionBody):
         if parsed.messages[-1].role != "user":
             raise QuestionError(400, "The last message has to be the user's.", param="messages")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -32,10 +33,15 @@ from support.trained_adapter import Trained
 from qwen3ft.errors import DataLoadingError, EnvironmentNotReadyError, ServedOtherwiseError
 from qwen3ft.evaluation.answers import choose_questions
 from qwen3ft.evaluation.exam import to_question
-from qwen3ft.records.serving import EngineName
+from qwen3ft.records.serving import EngineName, ServeRequest
 from qwen3ft.registry.registry import Registry
-from qwen3ft.server.access import is_loopback, make_key
+from qwen3ft.server import answers as server_answers
+from qwen3ft.server import front
+from qwen3ft.server.access import Access, is_loopback, make_key
+from qwen3ft.server.engines import Engine
+from qwen3ft.server.manager import Manager
 from qwen3ft.server.probe import read_kept_answers
+from qwen3ft.server.served import Served
 from qwen3ft.server.sources import Source, find_source
 from qwen3ft.serving.stops import StopFilter
 
@@ -192,6 +198,9 @@ def test_plain_completions_continue_a_text(server: Running) -> None:
         ({"temperature": -1}, "temperature"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"stop": ["x"] * 99}, "stop"),
+        ({"stop": ["x", ""]}, "stop.1"),
+        ({"n": True}, "n"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
         ({"model": "another"}, "model"),
     ],
@@ -212,6 +221,8 @@ def test_a_parameter_that_cannot_be_met_is_refused_by_name(
         [{"role": "tool", "content": "5"}],
         [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
         [{"role": "user"}],
+        [{"role": "user", "content": None}],
+        [{"role": "user", "content": "Hello", "reasoning_content": "Hm."}],
         "Hello",
     ],
 )
@@ -237,6 +248,46 @@ def test_a_text_that_is_none_is_refused(server: Running) -> None:
     )
 
 
+def test_a_text_continued_has_no_logprobs_either(server: Running) -> None:
+    """There 0 asks for those of the tokens that were chosen."""
+    body = {"prompt": "Which", "logprobs": 0}
+    assert error_of(server.client.post("/v1/completions", json=body), 400)["param"] == "logprobs"
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ('"max_tokens": 1, "max_tokens": 2', "max_tokens"),
+        ('"chat_template_kwargs": {"enable_thinking": true, "enable_thinking": false}', None),
+        ('"metadata": {"share": NaN}', None),
+        ('"metadata": [-Infinity]', None),
+    ],
+)
+def test_no_value_is_dropped_while_a_body_is_read(
+    server: Running, more: str, param: str | None
+) -> None:
+    """A name that comes twice, and what JSON does not have."""
+    body = f'{{"messages": [{{"role": "user", "content": "Hello"}}], {more}}}'
+    json_type = {"Content-Type": "Application/JSON; charset=utf-8"}
+    refused = server.client.post("/v1/chat/completions", content=body, headers=json_type)
+    error = error_of(refused, 400)
+    assert error["param"] == (param or ("enable_thinking" if "kwargs" in more else None))
+    assert ("more than once" in error["message"]) == (error["param"] is not None)
+
+
+def test_a_body_that_does_not_arrive_is_not_waited_for(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever sends one byte of a hundred gets an answer all the same."""
+    monkeypatch.setattr(front, "BODY_SECONDS", 0.2)
+    host, port = server.client.base_url.host, server.client.base_url.port
+    head = ("POST /v1/chat/completions HTTP/1.1", f"Host: {host}:{port}")
+    kind = ("Content-Type: application/json", "Content-Length: 100")
+    with socket.create_connection((host, port), timeout=20) as client:
+        client.sendall("\r\n".join((*head, *kind, "", "{")).encode())
+        assert client.recv(1000).startswith(b"HTTP/1.1 408 ")
+
+
 def test_long_prompts_are_refused_with_the_limit(server: Running) -> None:
     """By tokens, by tokens with the answer, and by bytes before anything is parsed."""
     for words, parameters in ((3000, {}), (10, {"max_tokens": 1020})):
@@ -254,7 +305,11 @@ def test_bodies_and_routes_that_are_none(server: Running) -> None:
     plain = {"Content-Type": "text/plain"}
     error_of(server.client.post("/v1/chat/completions", content=b"{}", headers=plain), 415)
     error_of(server.client.get("/v1/nothing"), 404)
-    error_of(server.client.get("/v1/chat/completions"), 405)
+    elsewhere = server.client.post("/v1/chat/completions/", headers={"Host": "elsewhere.example"})
+    error_of(elsewhere, 404)  # no redirection to that host
+    refused = server.client.get("/v1/chat/completions")
+    error_of(refused, 405)
+    assert refused.headers["allow"] == "POST"
 
 
 # --- the queue ---
@@ -313,6 +368,47 @@ def fill_and_leave(server: Running, question: str) -> None:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     asyncio.run(campaign())
+
+
+def test_a_client_that_reads_nothing_does_not_keep_its_version(
+    trained: Trained, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it is sent blocks for ever; it is left, and the version may go."""
+    monkeypatch.setattr(server_answers, "TAKE_SECONDS", 0.1)
+    served = front.Front(Served("model"), QUEUE)
+    served.access = Access("127.0.0.1", 1, "")
+    request = ServeRequest(
+        engine="own",
+        config=trained.config,
+        adapter=str(trained.adapter),
+        device="cpu",
+        socket="",
+        slots=SLOTS,
+    )
+    manager = Manager(served, trained.config, lambda _: Engine(request), probe_rows=0)
+    body = {"messages": [{"role": "user", "content": "Hello"}], "stream": True}
+    left = asyncio.Event()
+
+    async def receive() -> dict[str, Any]:
+        if not left.is_set():
+            left.set()
+            return {"type": "http.request", "body": json.dumps(body).encode()}
+        return await asyncio.Future()
+
+    async def send(_: Any) -> None:
+        await asyncio.Future()
+
+    async def check() -> None:
+        version = await manager.use(source, cast(Any, None))
+        headers = [(b"host", b"127.0.0.1:1"), (b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions"}
+        request = served.app({**scope, "headers": headers}, receive, send)
+        await asyncio.wait_for(request, 30)
+        assert (version.answering, served.in_progress) == (0, 0)
+        await manager.close()
+
+    asyncio.run(check())
+    assert b'status="499"' in served.metrics.text()
 
 
 @pytest.mark.slow

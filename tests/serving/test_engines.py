@@ -12,14 +12,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.golden_conversations import TEMPLATES
 from support.trained_adapter import Trained
 from support.vllm_program import place_vllm
 
+from qwen3ft.chat.tokenizer import load_tokenizer
 from qwen3ft.decoding.writing import AnswerLimits, Marks, Writing
+from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.errors import EnvironmentNotReadyError
-from qwen3ft.records.serving import ServeRequest
+from qwen3ft.records.serving import Ask, Prompting, Refused, ServeRequest
 from qwen3ft.server.choice import choose_engine
 from qwen3ft.serving.engines import vllm
+from qwen3ft.serving.engines.asking import Asker
 from qwen3ft.serving.engines.tally import Tally
 from qwen3ft.units import GIB
 
@@ -141,3 +145,22 @@ def test_vllm_is_not_started_on_a_gpu_that_it_does_not_fit(
     server = vllm.VllmServer(request, Path(trained.snapshot.path), 8, [0], 512, tmp_path)
     with pytest.raises(EnvironmentNotReadyError, match="vLLM does not fit the budget"):
         server._variables()
+
+
+@pytest.mark.parametrize(
+    ("family", "thinking", "refused"),
+    [("instruct", True, True), ("instruct", False, False), ("embedded", True, False)],
+)
+def test_thinking_is_not_asked_of_a_template_that_has_none(
+    family: str, thinking: bool, refused: bool
+) -> None:
+    """An Instruct model would answer as if nothing had been asked for."""
+    tokenizer = load_tokenizer(MODEL_DIR)
+    tokenizer.chat_template = TEMPLATES[family]
+    asker = Asker(tokenizer, Marks.of(tokenizer, [tokenizer.eos_token_id]), 512)
+    prompting = Prompting(thinking=False, answer_tokens=16, thinking_tokens=0, escape=True)
+    question = {"role": "user", "content": "Hello"}
+    ask = Ask(id=1, name="one", messages=(question,), thinking=thinking)
+    found = asker.prepare(ask, prompting)
+    assert isinstance(found, Refused) == refused
+    assert not refused or "enable_thinking" in found.message

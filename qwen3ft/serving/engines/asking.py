@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qwen3ft.chat.rendering import encode_texts, encoded_prompt
+from qwen3ft.chat.templates import identify_template, template_may_think
 from qwen3ft.chat.thinking import ThinkingChunk, ThinkingSplitter, is_opened
 from qwen3ft.decoding.writing import AnswerLimits, Marks
 from qwen3ft.errors import TokenizerError
@@ -101,6 +102,7 @@ class Asker:
         self, tokenizer: PreTrainedTokenizerBase, marks: Marks, context_tokens: int
     ) -> None:
         self.tokenizer, self.marks, self.context_tokens = tokenizer, marks, context_tokens
+        self._may_think = template_may_think(identify_template(tokenizer).sha256)
 
     def prepare(self, ask: Ask, prompting: Prompting) -> PreparedQuestion | Refused:
         """Return the question as an engine takes it, or why that is impossible."""
@@ -113,6 +115,9 @@ class Asker:
                 prompt, [ids] = ask.text, encode_texts(self.tokenizer, [ask.text])
         except TokenizerError as error:
             return Refused(id=ask.id, code="invalid_prompt", message=error.what)
+        if ask.thinking and not self._may_think:
+            message = "enable_thinking cannot be true: this model's chat template has no thinking."
+            return Refused(id=ask.id, code="invalid_prompt", message=message)
         room = self.context_tokens - len(ids)
         if not ids or room < (ask.max_tokens or 1):
             wanted = f" and {ask.max_tokens:,} of the answer" if ask.max_tokens else ""
