@@ -10,6 +10,7 @@ import socket
 import stat
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +102,10 @@ def _join(attempt: JobDir, host: int, code: str, gpu: str, beside: str = "") -> 
             next_command="qwen3ft doctor",
         )
     config = read_record(run.config, TrainingConfig)
+    in_progress = partial(_require_in_progress, attempt, run)
+    machine = EnvironmentManager().report()
     with (
-        hold_devices(config, EnvironmentManager().report(), run) as environment,
+        hold_devices(config, machine, run, in_progress) as environment,
         interface_for_ranks(get_current_settings().api.url or ""),
     ):
         _require_gpus_as(environment, gpu, name)

@@ -6,7 +6,7 @@ import os
 import select
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache, partial
 from pathlib import Path
@@ -140,11 +140,20 @@ def mirror_to_mlflow(run: RunDir, config: TrainingConfig) -> Iterator[None]:
 
 @contextmanager
 def hold_devices(
-    config: TrainingConfig, environment: EnvironmentReport, run: RunDir
+    config: TrainingConfig,
+    environment: EnvironmentReport,
+    run: RunDir,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> Iterator[EnvironmentReport]:
     """Hold the GPUs of this run, and yield the machine as if it had no others.
 
     On a CPU runs share the machine unless `lock_cpu` is set.
+
+    Args:
+        config: The setting `gpus`, and for how long to wait.
+        environment: The machine.
+        run: The run, named to those who wait.
+        meanwhile: Called again and again while it waits for GPUs; what it raises ends the wait.
 
     Raises:
         EnvironmentNotReadyError: the GPUs asked for are not there, or other runs hold them.
@@ -165,6 +174,7 @@ def hold_devices(
             count=choice.count,
             when_busy=when_busy,
             wait_seconds=wait_seconds,
+            meanwhile=meanwhile,
         ) as held,
         only_visible(held, environment.gpus),
     ):

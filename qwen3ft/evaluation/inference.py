@@ -99,6 +99,10 @@ class InferenceTester:
         return answers_are_sound(responses)
 
 
+class LeftToRank0Error(Exception):
+    """Transformers answers, whose answers depend on who is asked beside whom: on one rank."""
+
+
 def run_inference(
     request: InferenceRequest, beat: Callable[[str, int], None], ranks: Ranks | None = None
 ) -> InferenceReport:
@@ -111,13 +115,16 @@ def run_inference(
         request: Models to load and questions to ask.
         beat: Called with the phase and the number of questions done.
         ranks: The processes that share the answers, all of which return the same; None if this
-            one is alone.
+            one is alone. If the decoder cannot run, rank 0 goes on alone with transformers.
 
     Raises:
         DataLoadingError: there are no questions.
         ModelNotFoundError, SaveError: the candidate is missing or damaged.
         OutOfMemoryError: not even one question fits.
+        LeftToRank0Error: this rank has nothing to do, as transformers answers.
     """
+    from qwen3ft.decoding.fitting import CannotDecodeError
+
     started = time.monotonic()
     config = request.config
     exam = Exam(
@@ -158,7 +165,14 @@ def run_inference(
         if not all(evaluation.is_complete for evaluation in evaluations.values()):
             loaded = loaded or load_with_adapters(config, request.model.path, to_load)
             names = list(to_load)
-            answered = answered + _compute(request, loaded, evaluations, names, beat, ranks)
+            try:
+                new = compute_decoded(request, loaded, evaluations, names, beat, ranks)
+            except CannotDecodeError as error:  # on all ranks alike
+                if ranks is not None and ranks.rank > 0:
+                    raise LeftToRank0Error from error
+                ranks = None
+                new = _compute_plainly(loaded, evaluations, beat, str(error))
+            answered = answered + new
         evaluated = {label: evaluation.results() for label, evaluation in evaluations.items()}
         for label, given in evaluated.items():
             generated[label] += given.generated
@@ -187,21 +201,13 @@ def run_inference(
     )
 
 
-def _compute(
-    request: InferenceRequest,
+def _compute_plainly(
     loaded: tuple[PeftModel, PreTrainedTokenizerBase],
     evaluations: Mapping[ModelLabel, Evaluation],
-    adapters: list[ModelLabel],
     beat: Callable[[str, int], None],
-    ranks: Ranks | None,
+    obstacle: str,
 ) -> Answered:
-    """Compute what is missing of all exams; return what answered, and why that."""
-    from qwen3ft.decoding.fitting import CannotDecodeError
-
-    try:
-        return compute_decoded(request, loaded, evaluations, adapters, beat, ranks)
-    except CannotDecodeError as error:
-        obstacle = str(error)
+    """Compute what is missing of all exams with transformers; return that, and why."""
     release_memory()  # of a decoder that failed
     started = time.monotonic()
     model, tokenizer = loaded

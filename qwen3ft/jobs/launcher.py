@@ -155,8 +155,12 @@ def _stalled(job: JobDir, silence_seconds: float, limit_seconds: float) -> Stall
     """Return the error of a silent worker; of several ranks it names the one that is behind."""
     who, phase = "The worker", last_sign(job)[0]
     if ranks := job.ranks():
-        signs = [(last_sign(folder)[1], _beat_time(folder)) for folder in ranks]
-        behind = signs.index(min(signs))
+        signs = {
+            (last_sign(folder)[1], _beat_time(folder)): rank
+            for rank, folder in reversed(list(enumerate(ranks)))
+            if not folder.outcome.exists()  # one that is done is silent
+        }
+        behind = signs[min(signs)] if signs else 0
         who, phase, job = (
             f"Rank {behind} of {len(ranks)}",
             last_sign(ranks[behind])[0],

@@ -13,7 +13,7 @@ import re
 import socket
 import stat
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -95,6 +95,7 @@ def hold_gpus(
     wait_seconds: float,
     report_seconds: float = 30.0,
     folder: Path | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[str, ...]]:
     """Hold the locks of some GPUs while the body runs, and yield which.
 
@@ -108,6 +109,7 @@ def hold_gpus(
         wait_seconds: Longest wait.
         report_seconds: Time between two log lines while waiting.
         folder: Folder of the lock files; by default `FOLDER_VARIABLE` or /tmp/qwen3ft-locks-UID.
+        meanwhile: Called again and again while waiting; what it raises ends the wait.
 
     Raises:
         EnvironmentNotReadyError: other runs hold too many and did not end in time, or the folder
@@ -115,7 +117,7 @@ def hold_gpus(
     """
     place = _prepare_folder(folder)
     paths = {gpu: lock_path(place, gpu) for gpu in gpus}
-    held = _acquire(place, paths, count, when_busy, wait_seconds, report_seconds)
+    held = _acquire(place, paths, count, when_busy, wait_seconds, report_seconds, meanwhile)
     try:
         for descriptor in held.values():
             _write_note(descriptor, run_id)
@@ -181,6 +183,7 @@ def _acquire(
     when_busy: Literal["wait", "refuse"],
     wait_seconds: float,
     report_seconds: float,
+    meanwhile: Callable[[], None],
 ) -> dict[str, int]:
     """Return the locked descriptors by GPU, at once or after a wait."""
     started, reports = time.monotonic(), 0
@@ -195,6 +198,7 @@ def _acquire(
                 _describe_holders(paths),
                 wait_seconds - waited,
             )
+        meanwhile()
         time.sleep(min(_POLL_SECONDS, wait_seconds - waited))
     if reports:
         free = ", ".join(map(_name, held))

@@ -246,7 +246,7 @@ def inference_job(job: Job) -> InferenceReport:
 
 def answering_rank_job(job: Job) -> InferenceReport | RankOutcome:
     """Answer as one of the ranks of an inference test, in a folder of its own below the test's."""
-    from qwen3ft.evaluation.inference import run_inference
+    from qwen3ft.evaluation.inference import LeftToRank0Error, run_inference
     from qwen3ft.training.ranks import Ranks
 
     request, rank = read_record(job.dir.request, InferenceRequest), int(job.dir.path.name)
@@ -258,7 +258,10 @@ def answering_rank_job(job: Job) -> InferenceReport | RankOutcome:
         if rank > 0:  # it has the same answers
             own = {"answers_path": str(job.dir.path / "answers.jsonl")}
             request = request.model_copy(update=own)
-        report = run_inference(request, job.heartbeat.beat, ranks)
+        try:
+            report = run_inference(request, job.heartbeat.beat, ranks)
+        except LeftToRank0Error:
+            return RankOutcome(peak_memory_gb=memory.peak()[2])
         ranks.leave()
     peak_gb = memory.peak()[2]
     if rank > 0:

@@ -20,14 +20,14 @@ from support.trained_adapter import Trained
 from qwen3ft.decoding.decoder import Decoder
 from qwen3ft.errors import EnvironmentNotReadyError
 from qwen3ft.evaluation.decoded import _share_of
-from qwen3ft.evaluation.inference import run_inference
+from qwen3ft.evaluation.inference import LeftToRank0Error, run_inference
 from qwen3ft.files import read_json_lines
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.jobs.launcher import last_sign
 from qwen3ft.records.evaluation import InferenceReport
 from qwen3ft.records.requests import InferenceRequest
 from qwen3ft.training.ranks import Ranks
-from tasks.inference import asked_again, compare_answers
+from tasks.inference import answered, asked_again, compare_answers
 
 SECONDS = ("seconds", "answer_seconds")
 PLACES = ("answers_path", "scores_path", "answered_by")
@@ -58,7 +58,10 @@ def dealt(
         ranks.meet(request, folder / "meeting-place", gradients=False)
         own = {"answers_path": str(folder / f"{rank}" / "answers.jsonl")}
         (folder / f"{rank}").mkdir()
-        found = found_by(request.model_copy(update=own), ranks)
+        try:
+            found = found_by(request.model_copy(update=own), ranks)
+        except LeftToRank0Error:
+            return None
         ranks.leave()
         return found
 
@@ -163,7 +166,7 @@ def test_memory_that_runs_out_on_one_rank_makes_all_decoders_smaller(
 def test_a_kernel_that_one_rank_cannot_compile_leaves_the_answers_to_transformers(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On all of them."""
+    """On rank 0, for all looks that follow; the others end."""
     request = with_settings(three_models(trained, tmp_path), tmp_path / "a", kernels="fused")
 
     def before(rank: int) -> None:
@@ -175,7 +178,20 @@ def test_a_kernel_that_one_rank_cannot_compile_leaves_the_answers_to_transformer
 
     both = dealt(request, 2, tmp_path / "both", before)
     plain = dealt(with_settings(request, tmp_path / "b", kernels="plain"), 1, tmp_path / "plain")
-    assert both == plain * 2
+    assert both == [*plain, None]
+
+
+@pytest.mark.slow
+def test_rank_0_goes_on_in_its_process_when_the_others_have_ended(
+    trained: Trained, tmp_path: Path
+) -> None:
+    """As processes under the agent, which waits for it."""
+    request = with_settings(three_models(trained, tmp_path), tmp_path / "x", kernels="fused")
+    more = {"without_decoder": "it was tried", "places": (0, 1), "budget_gb": 4.0}
+    job = RunDir(tmp_path / "run").job("inference")
+    report = answered(job, request.model_copy(update=more))
+    assert report.answered_by == "transformers (it was tried)"
+    assert job.rank(1).outcome.stat().st_mtime < job.rank(0).outcome.stat().st_mtime
 
 
 @pytest.mark.slow
@@ -199,16 +215,16 @@ def test_a_rank_that_dies_leaves_its_questions_to_the_others(
                         os.kill(process.pid, signal.SIGKILL)
                         return
 
-    def answered(places: tuple[int, ...]) -> InferenceReport:
+    def compared(places: tuple[int, ...]) -> InferenceReport:
         config = with_settings(request, tmp_path / f"cache-{len(places)}", kernels="fused").config
         asked = plan.model_copy(update={"places": places})
         return compare_answers.fn(config, asked, trained.saved, request.champion)
 
-    whole = answered((0, 1))
+    whole = compared((0, 1))
     assert whole.answered_by.endswith("on each of 2 ranks")
     thread = threading.Thread(target=kill_rank_0)
     thread.start()
-    found = answered((0, 1, 2))
+    found = compared((0, 1, 2))
     over.set()
     thread.join()
     assert found.answered_by.endswith("on each of 2 ranks")

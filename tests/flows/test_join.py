@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
+from threading import Timer
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock, patch
@@ -14,9 +16,12 @@ from prefect.states import Failed, Running
 from support.plans import environment, plan_for
 
 from flows import hosts, join
+from qwen3ft.config import TrainingConfig
+from qwen3ft.digests import code_digest
 from qwen3ft.errors import EnvironmentNotReadyError
-from qwen3ft.jobs.folders import RunDir
+from qwen3ft.jobs.folders import RunDir, write_record
 from qwen3ft.locks import try_lock
+from qwen3ft.machine.gpu_lock import FOLDER_VARIABLE, hold_gpu
 from qwen3ft.records.machine import GpuUse
 from qwen3ft.recovery.adjust import FailedAttempt, Retry, decide_retry
 
@@ -100,3 +105,29 @@ def test_a_host_gives_up_at_once_on_a_run_that_is_gone(tmp_path: Path) -> None:
             join._wait_for_start(first, run)
         second.heartbeat.touch()
         join._wait_for_start(second, run)
+
+
+def test_a_host_that_waits_for_a_gpu_hears_that_its_run_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gives up within a second, however long it might wait."""
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "locks"))
+    machine = environment(80.0)
+    [gpu] = machine.gpus
+    monkeypatch.setattr(join.EnvironmentManager, "report", lambda _: machine)
+    run, plan = RunDir(tmp_path / "run"), plan_for()
+    plan = plan.with_settings(
+        run_dir=str(run.path),
+        places=(0, 1),
+        places_per_host=1,
+        model=plan.model.model_copy(update={"path": str(tmp_path)}),
+        dataset=plan.dataset.model_copy(update={"path": str(tmp_path)}),
+    )
+    attempt = run.attempt(plan.attempt).create(plan)
+    attempt.path.chmod(0o700)
+    write_record(run.config, TrainingConfig(hosts=2, wait_for_gpu_seconds=3))
+    with ExitStack() as alive, hold_gpu(gpu.uuid, "b", when_busy="refuse", wait_seconds=0):
+        alive.enter_context(try_lock(run.lock))
+        Timer(0.3, alive.close).start()
+        with pytest.raises(EnvironmentNotReadyError, match="attempts/01 is over"):
+            join._join(attempt, 1, code_digest(), gpu.name)

@@ -14,7 +14,8 @@ import pytest
 
 from qwen3ft.errors import StalledError
 from qwen3ft.jobs.folders import JobDir
-from qwen3ft.jobs.launcher import _watch, try_worker
+from qwen3ft.jobs.heartbeat import Heartbeat
+from qwen3ft.jobs.launcher import _stalled, _watch, try_worker
 from qwen3ft.jobs.processes import end_process_tree, start_worker
 from qwen3ft.records.training import AttemptOutcome, Failure
 
@@ -85,3 +86,16 @@ def test_tests_share_the_imports_of_their_workers(tmp_path: Path) -> None:
     assert found.ppid() == os.getpid()
     assert worker.wait(120) == 1
     assert "DataRequest" in job.log.read_text()
+
+
+def test_a_rank_that_is_done_is_not_the_one_that_hangs(tmp_path: Path) -> None:
+    """Where transformers answers, all ranks but the first have ended long before."""
+    job = JobDir(tmp_path)
+    for rank, phase in enumerate(("answers", "load")):
+        folder = job.rank(rank)
+        folder.path.mkdir(parents=True)
+        Heartbeat(folder.heartbeat).beat(phase, 0)
+        os.utime(folder.heartbeat, (1000 - rank, 1000 - rank))
+    assert _stalled(job, 60, 50).what.startswith("Rank 1 of 2 gave no sign")
+    job.rank(1).outcome.touch()
+    assert _stalled(job, 60, 50).what.startswith("Rank 0 of 2 gave no sign")
