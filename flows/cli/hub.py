@@ -20,7 +20,7 @@ def push_command(
     name: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the hub.")],
     adapter: AdapterOption = "champion",
     public: Annotated[
-        bool, typer.Option("--public", help="Make a new repository public; by default private.")
+        bool, typer.Option("--public", help="Let everybody read it; otherwise it is private.")
     ] = False,
     licence: Annotated[
         str | None,

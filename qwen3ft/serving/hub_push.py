@@ -20,6 +20,7 @@ from qwen3ft.errors import (
     FinetuneError,
     ModelAccessError,
     ModelUnavailableError,
+    RequestError,
 )
 from qwen3ft.files import read_foreign_json, write_json_atomic
 from qwen3ft.logs import get_logger
@@ -50,7 +51,7 @@ def push_adapter(
         name: OWNER/NAME.
         scores: Results of its inference test, for the card.
         licence: The hub's name for it; by default that of the base model on the hub.
-        private: Make a new repository private.
+        private: Make a new repository private, and refuse one that is public.
 
     Returns:
         Address of the commit.
@@ -60,6 +61,7 @@ def push_adapter(
         ConfigError: `name` is no name of a repository.
         ModelAccessError: the hub does not let this user write there.
         ModelUnavailableError: the hub cannot be reached.
+        RequestError: the repository is public, and it was to be private.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError
@@ -85,6 +87,14 @@ def push_adapter(
             card = render_hub_card(name, opened.provenance, scores, licence)
             (folder / "README.md").write_text(card, encoding="utf-8")
             api.create_repo(name, private=private, exist_ok=True)
+            if private and api.model_info(name, timeout=TIMEOUT_SECONDS).private is False:
+                raise RequestError(
+                    f"{name} is a public repository already.",
+                    why="A push is for those who may read it alone unless --public is given, and "
+                    "it does not change who may read a repository that exists.",
+                    next_command=shell_line("qwen3ft", "push", name, "--public"),
+                    repository=name,
+                )
             commit = api.upload_folder(
                 repo_id=name,
                 folder_path=folder,

@@ -15,7 +15,7 @@ from support.small_adapter import write_small_adapter
 from support.trained_adapter import Trained
 
 from flows import cli
-from qwen3ft.errors import ConfigError, ModelAccessError, ModelUnavailableError
+from qwen3ft.errors import ConfigError, ModelAccessError, ModelUnavailableError, RequestError
 from qwen3ft.files import write_json_atomic
 from qwen3ft.model.saved_adapter import read_provenance
 from qwen3ft.records.evaluation import ModelScore
@@ -132,3 +132,14 @@ def test_the_command_takes_the_scores_from_the_run_s_card(
     card = ModelCard(hub.files[NAME]["README.md"].decode())
     assert card.data.license == "mit"
     assert len(card.data.eval_results) == 2
+
+
+def test_what_was_to_be_private_is_not_put_into_a_public_repository(
+    hub: HubServer, trained: Trained
+) -> None:
+    """One of that name exists; who may read it does not change by itself."""
+    push_adapter(trained.adapter, NAME, SCORES, licence="mit", private=False)
+    hub.files[NAME].clear()
+    with pytest.raises(RequestError, match="is a public repository already"):
+        push_adapter(trained.adapter, NAME, SCORES, licence="mit")
+    assert hub.files[NAME] == {}

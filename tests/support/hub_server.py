@@ -46,7 +46,8 @@ class Handler(BaseHTTPRequestHandler):
             card = {"license": self.server.licences[name]}
             self._say({"id": name, "sha": COMMIT, "siblings": [], "cardData": card})
         elif name in self.server.files:
-            self._say({"id": name, "sha": COMMIT, "siblings": []})
+            private = self.server.private[name]
+            self._say({"id": name, "sha": COMMIT, "siblings": [], "private": private})
         else:
             self._say({"error": "not found"}, 404, "RepoNotFound")
 
@@ -63,9 +64,8 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/api/repos/create":
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}"
-            self.server.private[name] = asked.get("visibility", "") == "private" or bool(
-                asked.get("private")
-            )
+            is_private = asked.get("visibility", "") == "private" or bool(asked.get("private"))
+            self.server.private.setdefault(name, is_private)
             self.server.files.setdefault(name, {})
             self._say({"url": f"{self.server.url}/{name}", "name": name})
         elif self.path == "/api/validate-yaml":

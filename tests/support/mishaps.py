@@ -1010,6 +1010,8 @@ ELSEWHERE: dict[str, str] = {
     "test_an_end_without_rows_says_why_and_what_to_do",
     "qwen3ft/data/tokenizing.py tokenize_table 1": f"{_DATA}/test_data_policies.py::"
     "test_a_long_reasoning_loses_its_middle_where_asked_and_the_answer_stays",
+    "qwen3ft/serving/hub_push.py push_adapter 2": "tests/serving/test_hub_push.py::"
+    "test_what_was_to_be_private_is_not_put_into_a_public_repository",
     "qwen3ft/jobs/launcher.py _stalled 1": "tests/jobs/test_launcher.py::"
     "test_a_clock_that_is_set_neither_fakes_nor_hides_a_stall",
     "qwen3ft/training/ranks.py Ranks._require_alike 1": "tests/training/test_ranks.py::"
