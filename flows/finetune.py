@@ -41,6 +41,7 @@ from flows.resume import (
     settings_to_resume,
 )
 from flows.run_context import (
+    commands_about,
     end_without_training,
     hold_devices,
     make_folders,
@@ -136,6 +137,7 @@ def qwen3_finetune(
             open_run(config, night.run_id, request) as run,
             mirror_to_mlflow(run, config),
             reported(run, config) as reporter,
+            commands_about(run),
         ):
             if (since := seen_before(config, request)) is not None:
                 return end_without_training(reporter, since, night)

@@ -34,6 +34,7 @@ from qwen3ft.records.evaluation import Champion
 from qwen3ft.records.machine import EnvironmentReport
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.run_card import RunCard
+from qwen3ft.text.commands import with_typed
 from qwen3ft.tracking.cursor import read_state
 from qwen3ft.tracking.journal import Journal, RunStatus
 from qwen3ft.tracking.mirror import Mirror, replay_unsent
@@ -80,6 +81,16 @@ def open_run(config: TrainingConfig, run_id: str, request: NightRequest | None) 
             if run.lock.exists() or isinstance(error, FinetuneError):
                 raise
             raise folder_gone(run.path) from error
+
+
+@contextmanager
+def commands_about(run: RunDir) -> Iterator[None]:
+    """Let the next command of an error in the body be about the run's settings."""
+    try:
+        yield
+    except FinetuneError as error:
+        error.next_command = with_typed(error.next_command, ["--config", str(run.config)])
+        raise
 
 
 def make_folders(config: TrainingConfig) -> None:

@@ -64,12 +64,12 @@ def export_command(
     target: Annotated[str, typer.Argument(metavar="DIR", help="New folder, or an earlier export.")],
     adapter: AdapterOption = "champion",
     form: Annotated[
-        Literal["safetensors", "gguf"],
-        typer.Option("--format", help="gguf adds files for llama.cpp and Ollama."),
-    ] = "safetensors",
+        Literal["safetensors", "gguf"] | None,
+        typer.Option("--format", help="gguf adds files for llama.cpp and Ollama [safetensors]."),
+    ] = None,
     quantize: Annotated[
         Literal["q8_0", "q4_k_m"] | None,
-        typer.Option("--quantize", help="Type of the weights in GGUF; bfloat16 by default."),
+        typer.Option("--quantize", help="Write GGUF with weights of this type [bfloat16]."),
     ] = None,
     rows: Annotated[
         Path | None,
@@ -114,19 +114,14 @@ def export_command(
     answers to held-out rows drift too far, nothing is written.
     """
     from flows.cli.views.common import show_export
-    from qwen3ft.errors import RequestError
     from qwen3ft.records.requests import ExportLimits
     from qwen3ft.serving.export import export_adapter, find_held_out
-    from qwen3ft.text.commands import shell_line
 
     folder = Path(target).resolve()  # before the working folder changes
-    if quantize is not None and form != "gguf":
-        raise RequestError(
-            f"--quantize {quantize} is given without --format gguf.",
-            why="Safetensors are written in bfloat16; servers quantise them when they load.",
-            next_command=shell_line(
-                "qwen3ft", "export", target, "--format", "gguf", "--quantize", quantize
-            ),
+    if quantize is not None and form == "safetensors":
+        raise typer.BadParameter(
+            "safetensors are written in bfloat16; servers quantise them when they load.",
+            param_hint="--quantize",
         )
     chosen = requested_adapter(adapter, config, settings)
     given = {
@@ -144,7 +139,7 @@ def export_command(
             held_out,
             chosen.device,
             limits,
-            gguf=(quantize or "bf16") if form == "gguf" else None,
+            gguf=quantize or ("bf16" if form == "gguf" else None),
         )
     if as_json:
         print_json({"folder": str(folder), "parity": report.model_dump(mode="json")})

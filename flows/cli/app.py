@@ -36,6 +36,7 @@ from qwen3ft.errors import (
 )
 from qwen3ft.files import PRIVATE_UMASK
 from qwen3ft.jobs.failures import translate
+from qwen3ft.text.commands import with_typed
 
 MOST_SHOWN = 400
 """Characters of a library's message that are shown."""
@@ -140,6 +141,7 @@ def main() -> int:
         if debug:
             raise
         error = _explained(raised)
+        error.next_command = with_typed(error.next_command, arguments)
         if "--json" in arguments:
             print_json({"error": error.to_dict()})
         else:

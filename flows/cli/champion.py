@@ -49,7 +49,15 @@ def promote_command(
             f"{model} {found.version} is degraded: {'; '.join(degraded)}.",
             why="Its run fell short of what was asked for, so its scores are not the plan's.",
             next_command=shell_line(
-                *("qwen3ft", "promote", found.version, "--allow-degraded", "--set", f"name={model}")
+                *(
+                    "qwen3ft",
+                    "promote",
+                    found.version,
+                    "--allow-degraded",
+                    "--set",
+                    f"name={model}",
+                ),
+                *(("--reason", reason) if reason else ()),
             ),
             degraded=list(degraded),
         )

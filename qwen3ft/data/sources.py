@@ -336,7 +336,9 @@ def command_to_check(config: TrainingConfig, verb: str = "check", /, **changes: 
     parts = [f"qwen3ft data {verb}", *(shlex.quote(_absolute(path)) for path in wanted.data_paths)]
     for name in ("model_name", *SETTINGS_THAT_MATTER):
         value: Any = values.get(name)
-        if name == "data_paths" or (value == usual.get(name) and name not in changes):
+        is_usual = value == usual.get(name) and name not in changes
+        # The model is always named: the project may start from another one's settings.
+        if name == "data_paths" or (is_usual and name != "model_name"):
             continue
         if name in ("dev_paths", "test_paths"):
             value = [_absolute(path) for path in value]

@@ -54,7 +54,7 @@ def build_plan(
             f"None of the {dataset.rows_read} rows read can be trained on.",
             why=f"Left out: {dataset.quarantined} bad, {dataset.too_long} too long, "
             f"{dataset.duplicates} double.",
-            next_command=f"qwen3ft plan --set max_sequence_length={2 * config.max_sequence_length}",
+            next_command="qwen3ft data check",
         )
     choice = choose(request_for(config, environment, model, adapter, dataset))
     schedule, schedule_reasons = _schedule(config, dataset.train.rows)

@@ -7,8 +7,25 @@ import re
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
+_WITH_SETTINGS = re.compile(
+    r"qwen3ft (plan|run|train|export|chat|generate|data check|data preview)(?= |$)"
+)
+_COMPLETE = {"--config", "--model", "--resume", "--help"}
+"""Options of commands that are about something else, or all that they need."""
+_CARRIED = {"--set": "", "-s": "", "--config": "--config", "-c": "--config"}
+"""Options that are carried over, with the setting that each stands for, '' if it names one."""
+_OF_A_PLAN = {
+    **dict.fromkeys(("--model", "-m"), "model_name"),
+    **dict.fromkeys(("--budget", "-b"), "max_memory_gb"),
+    "--seq": "max_sequence_length",
+    "--batch": "batch_size",
+    "--gpu": "gpu",
+    "--fill": "fill",
+}
 _OURS = re.compile(r"^(qwen3ft|prefect)(?= |$)")
 
 
@@ -34,6 +51,37 @@ def runnable(command: str, *, elsewhere: bool = False) -> str:
         return command
     path = str(own) if elsewhere else _from_here(own)
     return f"{shlex.quote(path)}{command[found.end() :]}"
+
+
+def with_typed(command: str, typed: Sequence[str]) -> str:
+    """Return a command with the settings of another one, where it has no others.
+
+    So the next command of an error is about the settings of what failed. One that names another
+    model stays as it is: the settings were chosen for the first.
+
+    Args:
+        command: The command; one that has no settings stays as it is.
+        typed: Words of the other, with `--config FILE` and `--set NAME=VALUE` among them.
+    """
+    found = _WITH_SETTINGS.match(command)
+    try:
+        words = shlex.split(command)
+    except ValueError:  # a text that was cut
+        return command
+    if found is None or _COMPLETE & set(words):
+        return command
+    own = {word.partition("=")[0] for option, word in pairwise(words) if option == "--set"}
+    if "model_name" in own and not found[1].startswith("data"):
+        return command
+    carried = _CARRIED | (_OF_A_PLAN if typed[:1] == [found[1]] == ["plan"] else {})
+    given, more = iter(typed), list[str]()
+    for word in given:
+        option, equals, value = word.partition("=")
+        if option in carried:
+            value = value if equals else next(given, "")
+            setting = carried[option] or value.partition("=")[0].strip()
+            more += [] if setting in own else [option, value]
+    return " ".join(filter(None, [command, shlex.join(more)]))
 
 
 def _from_here(path: Path) -> str:

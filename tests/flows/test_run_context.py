@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from flows.run_context import make_folders, open_run
+from flows.run_context import commands_about, make_folders, open_run
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import DivergedError, EnvironmentNotReadyError, SaveError
+from qwen3ft.jobs.folders import RunDir
 from qwen3ft.tracking.journal import Journal
 
 PROGRAM = """
@@ -91,3 +92,12 @@ def test_a_failure_keeps_its_class(make_config: Any, tmp_path: Path) -> None:
         fail(config, DivergedError("no", why="no", next_command="no"), folder_is_gone=True)
     with pytest.raises(KeyError):
         fail(config, KeyError("x"), folder_is_gone=False)
+
+
+def test_the_next_command_of_a_run_is_about_its_settings(tmp_path: Path) -> None:
+    """Not about those that the project starts from."""
+    run = RunDir(tmp_path / "my runs" / "1")
+    error = EnvironmentNotReadyError("no", why="no", next_command="qwen3ft run --set gpus=1")
+    with pytest.raises(EnvironmentNotReadyError) as raised, commands_about(run):
+        raise error
+    assert raised.value.next_command == f"qwen3ft run --set gpus=1 --config '{run.config}'"

@@ -343,13 +343,11 @@ def test_a_version_is_promoted_by_hand_if_intact_and_degraded_only_if_asked_for(
     in_use: str, command: Callable[..., tuple[int, str, str]]
 ) -> None:
     """The output names what is replaced, and a refusal names the way out."""
-    status, _, error = command(in_use, "promote", "4")
+    status, _, error = command(in_use, "promote", "4", "--reason", "a demo")
     assert status == 1
     assert "qwen3ft-embedded 4 is degraded: lower rank." in error
-    assert (
-        f"Next:  {runnable('qwen3ft promote 4 --allow-degraded --set name=qwen3ft-embedded')}"
-        in error
-    )
+    again = "qwen3ft promote 4 --allow-degraded --set name=qwen3ft-embedded --reason 'a demo'"
+    assert f"Next:  {runnable(again)}" in error
     _, out, _ = command(in_use, "promote", "4", "--allow-degraded", "--reason", "a demo", "--json")
     move = json.loads(out)["move"]
     assert (move["version"], move["replaced"], move["reason"]) == ("4", "2", "a demo")

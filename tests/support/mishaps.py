@@ -34,7 +34,7 @@ from deployments import deploy, prefect_api, prefect_worker, schedule
 from deployments.services import Layout
 from deployments.stack import Stack
 from flows import api, finetune, hosts, join, resume, run_context, temporary_server
-from flows.cli import adapters, champion, data, follow, options, plan, project, runs, servers
+from flows.cli import champion, data, follow, options, plan, project, runs, servers
 from flows.cli.app import _explained as explained
 from qwen3ft import errors, faults, files, settings
 from qwen3ft.chat import rendering, templates, tokenizer
@@ -943,9 +943,6 @@ QUICK: dict[str, Mishap] = {
     "qwen3ft/training/trainer.py QATrainer._require_finite 1": endless_norm,
     "flows/api.py _read_run 1": lambda f: api._read_run(f / "no-run"),
     "flows/api.py _read_run 2": lambda f: api._read_run(begun_run(f).path),
-    "flows/cli/adapters.py export_command 1": lambda f: adapters.export_command(
-        str(f / "x"), quantize="q8_0"
-    ),
     "flows/cli/app.py _explained 1": lambda _: throw(explained(NotADirectoryError("x"))),
     "flows/cli/champion.py _no_such_version 1": lambda _: throw(
         champion._no_such_version("a-name", "9")

@@ -1,0 +1,84 @@
+"""A printed command is about the settings of what failed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+
+import pytest
+from support.commands import flaw_of
+
+from flows.cli import main
+from qwen3ft.text.commands import with_typed
+
+CASES = {
+    "the file and the other settings": (
+        "train --config my.yaml --set seed=3 --set gpus=8",
+        "qwen3ft run --set gpus=4",
+        "qwen3ft run --set gpus=4 --config my.yaml --set seed=3",
+    ),
+    "short options, equals signs, spaces": (
+        "run -c 'my runs.yaml' -s 'data_paths=[a b]' --set=seed=3 --json",
+        "qwen3ft plan --set max_memory_gb=5.0",
+        "qwen3ft plan --set max_memory_gb=5.0 -c 'my runs.yaml' -s 'data_paths=[a b]' --set seed=3",
+    ),
+    "a run that had not begun": (
+        "train --set seed=3",
+        "qwen3ft train",
+        "qwen3ft train --set seed=3",
+    ),
+    "a plan of a shape": (
+        "plan --model 4b --gpu h200 --seq 512 --set lora_r=9999",
+        "qwen3ft plan --set lora_r=16",
+        "qwen3ft plan --set lora_r=16 --model 4b --gpu h200 --seq 512",
+    ),
+    "an option for the setting that changes": (
+        "plan --model 4b --budget 3 --gpu none",
+        "qwen3ft plan --set max_memory_gb=5.0",
+        "qwen3ft plan --set max_memory_gb=5.0 --model 4b --gpu none",
+    ),
+    "data": (
+        "data check x.jsonl --config my.yaml --set model_name=embedded",
+        "qwen3ft data check /d/x.jsonl --set model_name=embedded --set train_turns=all",
+        "qwen3ft data check /d/x.jsonl --set model_name=embedded --set train_turns=all"
+        + " --config my.yaml",
+    ),
+    "another model": (
+        "run --config my.yaml",
+        "qwen3ft plan --set model_name=Qwen/Qwen3-8B",
+        "qwen3ft plan --set model_name=Qwen/Qwen3-8B",
+    ),
+    "a run that goes on": (
+        "run --config my.yaml --set seed=3",
+        "qwen3ft run --resume 1 --set max_memory_gb=3",
+        "qwen3ft run --resume 1 --set max_memory_gb=3",
+    ),
+    "no settings": ("run --config my.yaml", "qwen3ft status", "qwen3ft status"),
+    "another program": ("run --set seed=3", "ls -l 'a b'", "ls -l 'a b'"),
+    "a text that was cut": ("run --set seed=3", "qwen3ft plan --set 'x", "qwen3ft plan --set 'x"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_next_command_keeps_what_was_typed(name: str) -> None:
+    """But for what it sets itself, and unless it is about something else."""
+    typed, command, kept = CASES[name]
+    assert with_typed(command, shlex.split(typed)) == kept
+
+
+def test_the_command_line_keeps_what_was_typed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The next command of a plan of a model's shape does not plan the project's run."""
+    typed = "plan --model embedded --gpu none --seq 64 --set lora_r=999 --json"
+    monkeypatch.setattr(sys, "argv", ["qwen3ft", *typed.split()])
+    monkeypatch.setattr(os, "umask", lambda _: 0)  # of this process
+    assert main() == 1
+    command = json.loads(capsys.readouterr().out)["error"]["next_command"]
+    assert command == "qwen3ft plan --set lora_r=16 --model embedded --gpu none --seq 64"
+    assert flaw_of(command) == ""
+    monkeypatch.setattr(sys, "argv", shlex.split(command))
+    with pytest.raises(SystemExit, match="0"):
+        main()
