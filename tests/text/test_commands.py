@@ -43,7 +43,7 @@ CASES = {
         "data check x.jsonl --config my.yaml --set model_name=embedded",
         "qwen3ft data check /d/x.jsonl --set model_name=embedded --set train_turns=all",
         "qwen3ft data check /d/x.jsonl --set model_name=embedded --set train_turns=all"
-        + " --config my.yaml",
+        " --config my.yaml",
     ),
     "another model": (
         "run --config my.yaml",
