@@ -21,8 +21,8 @@ CASES = {
     ),
     "short options, equals signs, spaces": (
         "run -c 'my runs.yaml' -s 'data_paths=[a b]' --set=seed=3 --json",
-        "qwen3ft plan --set max_memory_gb=5.0",
-        "qwen3ft plan --set max_memory_gb=5.0 -c 'my runs.yaml' -s 'data_paths=[a b]' --set seed=3",
+        "qwen3ft plan --set lora_r=3",
+        "qwen3ft plan --set lora_r=3 -c 'my runs.yaml' -s 'data_paths=[a b]' --set seed=3",
     ),
     "a run that had not begun": (
         "train --set seed=3",
@@ -41,9 +41,8 @@ CASES = {
     ),
     "data": (
         "data check x.jsonl --config my.yaml --set model_name=embedded",
-        "qwen3ft data check /d/x.jsonl --set model_name=embedded --set train_turns=all",
-        "qwen3ft data check /d/x.jsonl --set model_name=embedded --set train_turns=all"
-        " --config my.yaml",
+        "qwen3ft data check /d/x.jsonl --set model_name=embedded --set seed=3",
+        "qwen3ft data check /d/x.jsonl --set model_name=embedded --set seed=3 --config my.yaml",
     ),
     "another model": (
         "run --config my.yaml",
