@@ -108,6 +108,8 @@ class QATrainer(Trainer):
             self.fused = fused_step(self.accelerator.unwrap_model(self.model), plan)
             self.data_collator = PackedCollator(self.data_collator.pad_token_id)
         self._trained = [p for p in self.model.parameters() if p.requires_grad]
+        # transformers calls it at each step, and the model's own walks through 3,000 modules.
+        self.model.zero_grad = self._forget_gradients
         self._weights = plan.model.shape.linear_parameters + plan.adapter.trainable_parameters
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the whole batch's tokens
         self.order = EffectiveBatchOrder(
@@ -188,6 +190,11 @@ class QATrainer(Trainer):
         loss = self.compute_loss(model, batch, num_items_in_batch=trained)
         self.accelerator.backward(loss)
         return loss.detach()
+
+    def _forget_gradients(self, set_to_none: bool = True) -> None:
+        """Drop the gradients of the adapter; nothing else has any."""
+        for parameter in self._trained:
+            parameter.grad = None
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
         """Clip only adapter parameters; nothing else has gradients."""

@@ -231,7 +231,7 @@ class FusedBlock:
             del gate_up
             lows.append(self.down.forward(activated, narrow, x_mid[chunk], out=out[chunk])[1])
             del activated  # before that of the next chunk is allocated
-        return torch.cat(lows)
+        return lows[0] if len(lows) == 1 else torch.cat(lows)
 
     def _mlp_backward(self, d_extended: Tensor, kept: Kept, row: PackedRow) -> list[Tensor]:
         """Return the gradients of the MLP's adapters; turn `d_extended` into that of `x_mid`."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +15,8 @@ class Fixed:
     def __init__(self, tensors: Sequence[Tensor | None]) -> None:
         self.tensors = tuple(tensors)
         self.addresses = tuple(None if one is None else one.data_ptr() for one in tensors)
-        self.kinds = tuple(_kind(tensor) for tensor in tensors)
+        pairs = zip(tensors, self.addresses, strict=True)
+        self.kinds = tuple(_kind(*pair) for pair in pairs)
 
 
 _compiled: dict[tuple[Any, ...], Any] = {}
@@ -42,17 +44,35 @@ def launch(
         options: Triton's options; they must follow from the constants.
     """
     assert tensors[0] is not None
+    device = tensors[0].get_device()
+    addresses = [None if one is None else one.data_ptr() for one in tensors]
     # Triton itself would look up the compiled kernel at each launch, which takes longer than the
     # launch. Its choice depends on the constants, and on the type and alignment of each tensor.
-    key = (kernel, constants, fixed.kinds, tensors[0].get_device(), *map(_kind, tensors))
+    kinds = [_kind(*pair) for pair in zip(tensors, addresses, strict=True)]
+    key = (kernel, constants, fixed.kinds, device, *kinds)
     compiled = _compiled.get(key)
     if compiled is not None:
-        compiled[grid](*fixed.addresses, *tensors, *numbers, *constants)
+        # What `compiled[grid]` does, without asking for the device, for hooks of profilers and for
+        # each tensor's address: a step launches 800 kernels, and several ranks wait for the host.
+        stream, metadata = _stream_of_device()(device), compiled.packed_metadata
+        compiled.run(
+            *(*grid, stream, compiled.function, metadata, None, None, None),
+            *(*fixed.addresses, *addresses, *numbers, *constants),
+        )
         return
     compiled = kernel[grid](*fixed.tensors, *tensors, *numbers, *constants, **options)
     if compiled is not None:  # None in Triton's interpreter
         _compiled[key] = compiled
 
 
-def _kind(tensor: Tensor | None) -> Any:
-    return None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16 == 0)
+@cache
+def _stream_of_device() -> Callable[[int], int]:
+    """Return Triton's function from a device's number to the handle of its current stream."""
+    from triton.runtime import driver
+
+    found: Callable[[int], int] = driver.active.get_current_stream
+    return found
+
+
+def _kind(tensor: Tensor | None, address: int | None) -> Any:
+    return None if tensor is None or address is None else (tensor.dtype, not address % 16)

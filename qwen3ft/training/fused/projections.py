@@ -65,6 +65,7 @@ class _Adapted:
         # A of all modules below each other; s B of all, block-diagonal.
         self.a = torch.zeros(self.rank, self.in_features, dtype=dtype, device=device)
         self.b = torch.zeros(self.out_features, self.rank, dtype=dtype, device=device)
+        self._places = self._places_of_blocks()
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -85,12 +86,17 @@ class _Adapted:
 
     def _blocks(self, a: Tensor, b: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Return each projection's rows of `a` and block of `b`."""
-        a_blocks, b_blocks, row, column = [], [], 0, 0
+        return [a[ranks] for ranks, _ in self._places], [
+            b[rows, ranks] for ranks, rows in self._places
+        ]
+
+    def _places_of_blocks(self) -> list[tuple[slice, slice]]:
+        """Return each projection's ranks, rows of `a` and columns of `b`, and its rows of `b`."""
+        places, rank, row = [], 0, 0
         for down, up in zip(self.down, self.up, strict=True):
-            a_blocks.append(a[column : column + len(down)])
-            b_blocks.append(b[row : row + len(up), column : column + len(down)])
-            row, column = row + len(up), column + len(down)
-        return a_blocks, b_blocks
+            places.append((slice(rank, rank + len(down)), slice(row, row + len(up))))
+            rank, row = rank + len(down), row + len(up)
+        return places
 
 
 class SharedInput(_Adapted):
