@@ -16,9 +16,16 @@ workers. For each model, and for each number of ranks, the first of which is 1:
   dealt to the GPUs; and the steps that it needs, as the longest answer takes its time.
 - `kill`: rank 0 is killed twice, and recovery ends the run on the others (the first model).
 - `side`: two runs at once on disjoint GPUs, beside one alone (the first model).
-- `shared`, only if asked for: on one GPU, one process beside one rank under torch's agent, in
-  turn, and two ranks that share the GPU over gloo: losses, memory, answers, the exchange, and the
-  efficiency to expect of several (the first model).
+
+Only if asked for, on one GPU:
+
+- `shared`: one process beside one rank under torch's agent, in turn, and two ranks that share the
+  GPU over gloo: losses, memory, answers, the exchange, and the efficiency to expect of several
+  (the first model).
+- `offload`: the trainings of `train` under the plans of a search that holds nothing against
+  offloading.
+- `tight`: the larger training, with the allocator's segments of two sizes: what of the budget it
+  cannot use.
 
 A part that fails leaves a row that says so, and the rest goes on; one that would not end within
 `--minutes` is left out. Results are printed and written after each part.
@@ -42,7 +49,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.machine import report, write_json
-from benchmarks.scaling.campaign import PARTS, Campaign
+from benchmarks.scaling.campaign import ONLY_IF_ASKED, PARTS, Campaign
 from benchmarks.scaling.prediction import predict
 from benchmarks.speed.cases import TINY
 from qwen3ft.machine.gpus import visible_gpus
@@ -55,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+")
     parser.add_argument("--ranks", type=int, nargs="+")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:-1])
+    parser.add_argument("--parts", nargs="+", choices=(*PARTS, *ONLY_IF_ASKED), default=PARTS)
     parser.add_argument("--steps", type=int, help="of every training")
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--predict", action="store_true")

@@ -15,8 +15,12 @@ from benchmarks.scaling.answering import answer, answer_case
 from benchmarks.scaling.shared import run_shared
 from benchmarks.speed.cases import TINY
 
-PARTS = ("exchange", "kill", "train", "exam", "answers", "side", "shared")
+PARTS = ("exchange", "kill", "train", "exam", "answers", "side")
 """In the order in which they run; the first two while other models are still being made."""
+
+ONLY_IF_ASKED = ("shared", "offload", "tight")
+SEGMENTS_MB = (20, 12)
+"""Sizes of the allocator's segments that are tried: its default, and hardly more than the least."""
 
 LEAST_SPEEDUP = {2: 1.9, 4: 3.7, 8: 7.2}
 LEAST_SIDE_BY_SIDE = 0.95
@@ -86,6 +90,10 @@ class Campaign:
                 self.part("side", model, 1, self.side_by_side, rows=self.larger(model))
             if "shared" in self.asked.parts and model == first:
                 run_shared(self, model)
+            for rows in self.steps(model) if "offload" in self.asked.parts else ():
+                self.part("offload", model, 1, self.offload, rows=rows)
+            for size in SEGMENTS_MB if "tight" in self.asked.parts else ():
+                self.part("tight", model, 1, self.tight, rows=self.larger(model), segment_mb=size)
 
     def part(
         self, kind: str, model: str, ranks: int, compute: Callable[..., dict[str, Any]], **more: Any
@@ -150,7 +158,7 @@ class Campaign:
 
     def folder(self, row: Mapping[str, Any], number: int = 0) -> Path:
         """Return the folder of a part's process."""
-        names = ("part", "model", "rows", "models", "ranks", "take")
+        names = ("part", "model", "rows", "models", "ranks", "take", "segment_mb")
         kind = "-".join(str(row[name]).replace(" ", "-") for name in names if name in row)
         return self.work / "parts" / f"{kind}-{number}"
 
@@ -202,6 +210,21 @@ class Campaign:
         ]
         if exchanges:
             found["exchange_share"] = exchanges[-1] / found["step_ms"]
+        return found
+
+    def offload(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Train with the plan of a search that holds nothing against offloading."""
+        steps, alone = self.steps(row["model"])[row["rows"]], self.alone({**row, "part": "train"})
+        given = {"sequences": row["rows"], "rows": steps, "steps": steps}
+        found: dict[str, Any] = self.job(row, "train", **given, offload_overhead=1.0)
+        own = alone["tokens_per_second"] if alone else None
+        return found | {"plan_of_train": own}
+
+    def tight(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Train in one process, and see how much of the budget the allocator cannot use."""
+        steps = self.steps(row["model"])[row["rows"]]
+        given = {"sequences": row["rows"], "rows": steps, "steps": steps}
+        found: dict[str, Any] = self.job(row, "tight", **given, segment_mb=row["segment_mb"])
         return found
 
     def alone(self, row: Mapping[str, Any]) -> dict[str, Any] | None:

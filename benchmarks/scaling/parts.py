@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks.jobs import RESULT
 from benchmarks.scaling.exam import exam
 from benchmarks.scaling.exchange import exchange, exchange_as_rank
+from benchmarks.scaling.tight import tight
 from benchmarks.scaling.training import train, train_despite_kills
 from qwen3ft import logs
 
@@ -31,6 +32,7 @@ def main(arguments: Sequence[str]) -> None:
         "train": train,
         "kill": train_despite_kills,
         "exam": exam,
+        "tight": tight,
     }
     print(RESULT + json.dumps(parts[values["kind"]](values)))
 

@@ -20,6 +20,7 @@ from qwen3ft.jobs.folders import JobDir, RunDir, read_records
 from qwen3ft.jobs.launcher import try_worker
 from qwen3ft.machine.environment import EnvironmentManager
 from qwen3ft.machine.gpus import visible_gpus
+from qwen3ft.planning import speed
 from qwen3ft.planning.gpu_specs import find_gpu_spec
 from qwen3ft.planning.speed import estimate_speed
 from qwen3ft.planning.workload import workload_of
@@ -45,6 +46,7 @@ def plan_for(values: dict[str, Any]) -> TrainPlan:
     """Return the plan of the part, as the product makes it on this machine."""
     ranks, sequences = values["ranks"], values["sequences"]
     gpus = visible_gpus()
+    speed.OFFLOAD_OVERHEAD = values.get("offload_overhead", speed.OFFLOAD_OVERHEAD)
     case = Case(values["model"], values["tokens"], 13.0, sequences_per_step=sequences)
     micro = min(sequences, 4 if sequences <= values["design"] else 16)
     entry = Entry(case, "ours", Settings(micro, sequences // micro))
@@ -90,21 +92,11 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
     if isinstance(result, Failure):
         print_logs(job)
         raise result.to_error()
-    lines = losses_of(job)
-    # A step's tokens are the same on any number of ranks, so the mean of seconds per token is too.
-    rates = [line.tokens_per_second for line in lines if line.step > WARMUP_STEPS]
-    seconds_per_token = statistics.fmean(1 / rate for rate in rates if rate)
-    tokens = plan.dataset.train.tokens / plan.dataset.train.rows * plan.effective_batch_size
-    return {
-        "tokens_per_second": 1 / seconds_per_token,
-        "step_ms": 1000 * tokens * seconds_per_token,
+    return speeds_of(job, plan) | {
         "exchange_ms": list(result.rank_exchange_ms),
         "computing_ms": list(result.rank_computing_ms),
         "launch_bound_share": list(result.rank_launch_bound_share),
         "predicted_tokens_per_second": predicted_speed(plan),
-        "median_tokens_per_second": statistics.median(filter(None, rates)),
-        "rates": rates,
-        "losses": [line.loss for line in lines],
         "held_out": [result.first_held_out_loss, result.best_held_out_loss],
         "peak_gb": list(result.rank_peaks_gb or (result.peak_memory_gb,)),
         "nvml_gb": [each.stop() for each in memory],
@@ -115,6 +107,23 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
         "memory": plan.memory.model_dump(mode="json"),
         "attempt_seconds": time.monotonic() - started,
         "expected": expected(workload_of(plan), values.get("alone_step_ms")),
+    }
+
+
+def speeds_of(job: JobDir, plan: TrainPlan) -> dict[str, Any]:
+    """Return losses and speeds of an attempt's steps; no speeds if it ended before it was warm."""
+    lines = losses_of(job)
+    # A step's tokens are the same on any number of ranks, so the mean of seconds per token is too.
+    rates = [line.tokens_per_second for line in lines if line.step > WARMUP_STEPS]
+    found: dict[str, Any] = {"rates": rates, "losses": [line.loss for line in lines]}
+    if not rates:
+        return found
+    seconds_per_token = statistics.fmean(1 / rate for rate in rates if rate)
+    tokens = plan.dataset.train.tokens / plan.dataset.train.rows * plan.effective_batch_size
+    return found | {
+        "tokens_per_second": 1 / seconds_per_token,
+        "step_ms": 1000 * tokens * seconds_per_token,
+        "median_tokens_per_second": statistics.median(filter(None, rates)),
     }
 
 
