@@ -108,7 +108,7 @@ def test_a_page_is_given_back(decoder: Decoder) -> None:
 
 def test_the_newest_answer_waits_where_those_before_it_hold_all_pages(model: Any) -> None:
     """Whichever it is that lacks a page, also the last one that is being written."""
-    new_tokens = 150
+    new_tokens = 100
     prompts = [prompt[:9] for prompt in embedded_prompts()[:4]]
     queries = [Query(prompt, AnswerLimits(new_tokens)) for prompt in prompts]
     most_tokens = 9 + new_tokens

@@ -7,12 +7,13 @@ import itertools
 from collections.abc import Callable, Iterable
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from support.fused_models import (
     CASES,
+    Gradients,
     build,
     error,
     errors,
@@ -266,23 +267,36 @@ def test_what_is_no_plain_lora_is_refused(
         make_step(model)
 
 
+class Rounded(NamedTuple):
+    """A bf16 model; a batch with its loss and gradients in fp32, and its gradients in autocast."""
+
+    model: Any
+    ops: Any
+    batch: dict[str, Any]
+    loss: float
+    truth: Gradients
+    autocast: Gradients
+
+
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def rounded(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Any, Any, Any]:
-    """Return a bf16 model, the same in fp32, and the element-wise functions of the device."""
+def rounded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Rounded:
+    """Return a bf16 model with what plain paths make of a batch, once for all settings."""
     device = request.param
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     case = CASES["embedded"]
     model = build(case, tmp_path_factory.mktemp("model"), torch.bfloat16, device)
-    return model, in_fp32(model, case), element_wise(device)
+    batch = make_batch(120, 64, 203, 91)
+    loss, truth = plain(in_fp32(model, case), batch)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        _, autocast = plain(model, batch)
+    return Rounded(model, element_wise(device), batch, loss, truth, autocast)
 
 
 @pytest.mark.parametrize("long_tokens", [10**9, 64])
 @pytest.mark.parametrize(("groups", "offload"), [(1, False), (2, False), (1, True), (2, True)])
 def test_in_bf16_it_is_no_less_exact_than_autocast(
-    rounded: tuple[Any, Any, Any],
+    rounded: Rounded,
     monkeypatch: pytest.MonkeyPatch,
     groups: int,
     offload: bool,
@@ -292,12 +306,8 @@ def test_in_bf16_it_is_no_less_exact_than_autocast(
 
     One batch of a small model: which of them rounds more luckily is chance; see `parity.py`.
     """
-    model, exact, ops = rounded
+    model, ops, batch, wanted, truth, theirs = rounded
     monkeypatch.setattr(attention, "LONG_TOKENS", long_tokens)
-    batch = make_batch(120, 64, 203, 91)
-    wanted, truth = plain(exact, batch)
-    with torch.autocast(model.device.type, dtype=torch.bfloat16):
-        _, theirs = plain(model, batch)
     settings: Any = {"head_groups": groups, "offload": offload, "chunk_tokens": 128, "ops": ops}
     loss, ours = fused(model, batch, **settings)
     assert loss == pytest.approx(wanted, rel=1e-2)
