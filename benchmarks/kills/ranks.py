@@ -1,13 +1,13 @@
 """Kills a random rank at a random moment, again and again, and compares every end bit by bit.
 
-    python -m benchmarks.kills.ranks [--kills 50] [--ranks 2 3] [--minutes 60] [--seed 0]
-                                     [--work DIR] [--out FILE]
+    python -m benchmarks.kills.ranks [--kills 50] [--ranks 2 3] [--jobs 1] [--minutes 60]
+                                     [--seed 0] [--work DIR] [--out FILE]
 
 Trainings of the embedded model on the CPU, packed with dropout and fused, on several ranks. Each is
 started as the flow starts an attempt; one of its ranks is killed (SIGKILL), and the run goes on
 from its newest checkpoint, up to four times. In the end the adapter, the optimizer's state, the
 best step and its loss and all metrics must be those of an undisturbed training on as many ranks,
-bit by bit.
+bit by bit. `--jobs` runs are on the way at a time, each with a core for each rank and one more.
 
 Exits with 1 if one is not, if an attempt took longer than 10 s to end after the kill, if its
 failure is not that of the killed rank, if a process is left, or if there were fewer kills than
@@ -17,6 +17,7 @@ asked for.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shutil
 import signal
@@ -26,6 +27,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,6 +72,7 @@ class RankCampaign:
     end_seconds: list[float] = field(default_factory=list)
     """Time from each kill to the end of its attempt."""
     problems: list[str] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class Killer(threading.Thread):
@@ -125,8 +128,8 @@ def run_attempt(plan: TrainPlan, run: RunDir) -> tuple[JobDir, AttemptOutcome | 
 
 def kill_once(
     campaign: RankCampaign, random: Random, plan: TrainPlan, run: RunDir, train_seconds: float
-) -> bool:
-    """Run an attempt and kill one of its ranks; return True if it completed all the same."""
+) -> tuple[bool, bool]:
+    """Run an attempt and kill one of its ranks; return whether it completed, and was killed."""
     job = run.attempt(plan.attempt).create(plan)
     rank, in_training = random.randrange(plan.ranks), random.random() >= LOADING_SHARE
     moment = random.uniform(0, train_seconds if in_training else 2 * train_seconds)
@@ -139,19 +142,21 @@ def kill_once(
     if left := processes_of(job):
         campaign.problems.append(f"{run.path.name}: {len(left)} processes are left")
     if killer.killed_at is None:
-        return isinstance(result, AttemptOutcome)
-    campaign.kills += 1
-    campaign.by_ranks[plan.ranks] += 1
-    campaign.by_phase[killer.phase] += 1
-    campaign.end_seconds.append(ended - killer.killed_at)
+        return isinstance(result, AttemptOutcome), False
+    seconds = ended - killer.killed_at
+    with campaign.lock:
+        campaign.kills += 1
+        campaign.by_ranks[plan.ranks] += 1
+        campaign.by_phase[killer.phase] += 1
+        campaign.end_seconds.append(seconds)
     if isinstance(result, AttemptOutcome):  # killed when it had nothing left to do
         campaign.problems.append(f"{run.path.name}: completed without rank {rank}")
-        return True
-    if campaign.end_seconds[-1] > MOST_END_SECONDS:
-        campaign.problems.append(f"{run.path.name}: ended {campaign.end_seconds[-1]:.1f} s later")
+        return True, True
+    if seconds > MOST_END_SECONDS:
+        campaign.problems.append(f"{run.path.name}: ended {seconds:.1f} s later")
     if (result.kind, result.facts.get("rank")) != ("WorkerCrashedError", rank):
         campaign.problems.append(f"{run.path.name}: rank {rank} killed, but: {result.what}")
-    return False
+    return False, True
 
 
 def train_to_the_end(
@@ -164,11 +169,12 @@ def train_to_the_end(
 ) -> None:
     """Train one run, kill up to `most` times on the way, and compare its end."""
     expected, train_seconds = reference
-    before = campaign.kills
+    kills = 0
     while True:
         attempt = next_attempt(plan, run)
-        if campaign.kills - before < most:
-            completed = kill_once(campaign, random, attempt, run, train_seconds)
+        if kills < most:
+            completed, was_killed = kill_once(campaign, random, attempt, run, train_seconds)
+            kills += was_killed
         else:
             run.attempt(attempt.attempt).create(attempt)
             _, result = run_attempt(attempt, run)
@@ -178,11 +184,13 @@ def train_to_the_end(
                 return
         if completed:
             break
-    campaign.runs += 1
+    with campaign.lock:
+        campaign.runs += 1
     if differences := read_result(run).differences(expected):
         campaign.problems.append(f"{run.path.name} differs: {'; '.join(differences)}")
         return
-    campaign.identical += 1
+    with campaign.lock:
+        campaign.identical += 1
     shutil.rmtree(run.path)
 
 
@@ -197,27 +205,34 @@ def undisturbed(plan: TrainPlan, run: RunDir) -> tuple[Result, float]:
 
 
 def run_rank_campaign(
-    work: Path, kills: int, ranks: Sequence[int], seconds: float, seed: int, report: Any = print
+    work: Path, kills: int, ranks: Sequence[int], seconds: float, seed: int, jobs: int = 1
 ) -> RankCampaign:
     """Kill ranks until there were enough kills or the time is over."""
-    campaign, end, random = RankCampaign(), time.monotonic() + seconds, Random(seed)
-    references: dict[tuple[str, int], tuple[Result, float]] = {}
-    number = 0
-    while campaign.kills < kills and time.monotonic() < end:
-        path, size = PATHS[number % len(PATHS)], ranks[number // len(PATHS) % len(ranks)]
-        plan = make_plan(work, path).with_settings(places=tuple(range(size)))
-        if (path, size) not in references:
-            run = RunDir(work / "runs" / f"undisturbed-{len(references)}")
-            references[path, size] = undisturbed(plan, run)
-        run = RunDir(work / "runs" / f"run-{number:04d}")
-        most = min(random.randint(1, MOST_KILLS_OF_A_RUN), kills - campaign.kills)
-        train_to_the_end(campaign, random, plan, run, references[path, size], most)
-        number += 1
-        report(
-            f"{campaign.kills} kills, {campaign.identical} of {campaign.runs} runs identical, "
-            f"{len(campaign.problems)} problems",
-            flush=True,
-        )
+    campaign, end = RankCampaign(), time.monotonic() + seconds
+    cases = [(path, size) for size in ranks for path in PATHS]
+    plans = [make_plan(work, path).with_settings(places=tuple(range(size))) for path, size in cases]
+    runs = [RunDir(work / "runs" / f"undisturbed-{number}") for number in range(len(cases))]
+    numbers = itertools.count()
+
+    def train() -> None:
+        while campaign.kills < kills and time.monotonic() < end:
+            number = next(numbers)
+            random = Random(f"{seed}-{number}")  # of a run alone, whatever runs beside it
+            case, most = number % len(cases), random.randint(1, MOST_KILLS_OF_A_RUN)
+            run = RunDir(work / "runs" / f"run-{number:04d}")
+            train_to_the_end(campaign, random, plans[case], run, references[case], most)
+            with campaign.lock:
+                print(
+                    f"{campaign.kills} kills, {campaign.identical} of {campaign.runs} runs "
+                    f"identical, {len(campaign.problems)} problems",
+                    flush=True,
+                )
+
+    # A worker dies with the thread that started it: those of the pool stay until all is over.
+    with ThreadPoolExecutor(jobs) as pool:
+        references = list(pool.map(undisturbed, plans, runs))
+        for job in [pool.submit(train) for _ in range(jobs)]:
+            job.result()
     return campaign
 
 
@@ -226,6 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--minutes", type=float, default=60.0, help="end after this time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, help="folder to keep")
@@ -235,11 +251,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     work = (asked.work or Path(tempfile.mkdtemp(prefix="qwen3ft-ranks-"))).resolve()
     started = time.monotonic()
-    campaign = run_rank_campaign(work, asked.kills, asked.ranks, 60 * asked.minutes, asked.seed)
+    campaign = run_rank_campaign(
+        work, asked.kills, asked.ranks, 60 * asked.minutes, asked.seed, asked.jobs
+    )
     ends = sorted(campaign.end_seconds) or [0.0]
     summary = {
         "machine": describe_machine(),
         "seed": asked.seed,
+        "jobs": asked.jobs,
         "schedule": SCHEDULE,
         "seconds": round(time.monotonic() - started, 1),
         "kills": campaign.kills,
