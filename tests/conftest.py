@@ -67,6 +67,14 @@ LONGEST = (
 """Files that take longest begin first, or one process is left alone with one of them at the end."""
 
 
+def pytest_sessionstart() -> None:
+    """Begin, in a process of pytest-xdist, with what its workers import too."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        from support.warm_workers import fork_early
+
+        fork_early()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, all others in their order."""
     rank = {name: place for place, name in enumerate(LONGEST)}

@@ -82,7 +82,8 @@ def test_tests_share_the_imports_of_their_workers(tmp_path: Path) -> None:
     job.request.write_text("{}")
     worker = start_worker("data", job)
     found = psutil.Process(worker.pid)
-    assert "warm_workers" in " ".join(found.cmdline())
+    words = found.cmdline()
+    assert words == psutil.Process().cmdline() or "warm_workers" in " ".join(words)
     assert found.ppid() == os.getpid()
     assert worker.wait(120) == 1
     assert "DataRequest" in job.log.read_text()

@@ -2,19 +2,25 @@
 
 A worker imports for seconds, and a run starts one for each of its stages and attempts. Here they
 share the imports of one process. Otherwise they are what the product starts: children of the
-process that asked for them, in a session of their own, with the same environment, folder,
+process that asked for them, in a session of their own, with the same environment, folder, umask,
 arguments, stdin and log. Tests of how workers start and end take the fixture `cold_workers`.
 
-Executed with the number of a socket, this file is the warm process. Each message is a request as
-JSON, with the descriptors of stdin and output; the answer is the worker's process id.
+A process of pytest-xdist imports all that, too, and forks the warm process when it has, before it
+reads the first test. Where pytest runs in one process, whose tests may need none of it, this file
+is executed with the number of a socket when the first worker is asked for.
+
+Each message is a request as JSON, with the descriptors of stdin and output; the answer is the
+worker's process id.
 """
 
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import gc
-import importlib
+import io
 import json
+import logging
 import os
 import runpy
 import signal
@@ -40,9 +46,12 @@ _PR_SET_CHILD_SUBREAPER = 36
 _READ_BY_IMPORTS = ("PYTHON", "HF_", "OMP_", "MKL_", "TRANSFORMERS_", "TOKENIZERS_", "LD_")
 """Beginnings of variables that libraries read when they are imported."""
 
+_forked: tuple[int, socket.socket] | None = None
+"""Process id of the warm process that this one has forked, and the socket to it."""
+
 
 class _WarmProcess:
-    """The process that forks workers; it starts when it is first asked for one.
+    """The process that forks workers; unless this one has forked it, it starts when first asked.
 
     Args:
         variables: Environment in which it imports.
@@ -51,8 +60,7 @@ class _WarmProcess:
     def __init__(self, variables: dict[str, str]) -> None:
         self._variables = variables
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._socket: socket.socket | None = None
+        self._pid, self._socket = _forked or (0, None)
 
     def suits(self, variables: dict[str, str]) -> bool:
         """Tell if a process with these environment variables imports the same."""
@@ -64,27 +72,62 @@ class _WarmProcess:
         message = json.dumps({**request, "parent": os.getpid()}).encode()
         with self._lock, _adopting():
             if self._socket is None:
-                self._socket = self._start()
+                self._pid, self._socket = self._start()
             socket.send_fds(self._socket, [message], [stdin, output])
             return int(self._socket.recv(_MOST_BYTES))
 
-    def _start(self) -> socket.socket:
+    def _start(self) -> tuple[int, socket.socket]:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            self._process = subprocess.Popen(
+            theirs.set_inheritable(True)
+            pid = os.posix_spawn(
+                sys.executable,
                 [sys.executable, __file__, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env=self._variables,
+                self._variables,
+                file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)],
             )
-        return ours
+        return pid, ours
 
     def end(self) -> None:
         """End it, if it was started."""
-        if self._process is not None and self._socket is not None:
+        if self._socket is not None:
             self._socket.close()
-            self._process.kill()
-            self._process.wait()
+            os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
+
+
+def fork_early() -> None:
+    """Import what workers need, and fork the warm process; on Linux."""
+    from qwen3ft.worker.bootstrap import import_libraries
+
+    global _forked
+    if sys.platform != "linux":
+        return
+    import_libraries("train")
+    gc.disable()  # until the tests are collected (tests/conftest.py)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    pid = os.fork()
+    if pid == 0:
+        _leave_pytest(theirs.fileno())
+    theirs.close()
+    _forked = pid, ours
+
+
+def _leave_pytest(channel: int) -> NoReturn:
+    """Keep nothing of pytest's open or changed; then serve at this descriptor."""
+    faulthandler.disable()  # pytest's writes to a descriptor that is closed here
+    os.dup2(channel, 3)
+    os.closerange(4, os.sysconf("SC_OPEN_MAX"))
+    logging.root.handlers.clear()
+    sys.stdin = sys.__stdin__ = open(0, closefd=False)  # noqa: SIM115
+    for name, number in (("stdout", 1), ("stderr", 2)):  # unbuffered, as workers have them
+        stream = io.TextIOWrapper(io.FileIO(number, "w", closefd=False), write_through=True)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+    root = Path(__file__).parents[2]
+    sys.path[:] = ["", *(path for path in sys.path if Path(path) not in (root, root / "tests"))]
+    _serve(socket.socket(fileno=3))
+    os._exit(0)
 
 
 @contextmanager
@@ -117,6 +160,7 @@ def forking_workers() -> Iterator[None]:
             _, _, _, _, folder, variables, _, _, _, *pipes = given[:15]
             stdin, _, _, output, _, _ = pipes
             request = {"arguments": args, "folder": folder, "variables": variables}
+            request["umask"] = _umask()
             self.pid = warm.fork(request, stdin, output)
             self._child_created = True
             self._close_pipe_fds(*pipes)
@@ -142,17 +186,19 @@ def forking_workers() -> Iterator[None]:
             warm.end()
 
 
+def _umask() -> int:
+    """Return this process's umask; `os.umask` would change it for other threads."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("Umask:")[2].split()[0], 8)
+
+
 def _serve(channel: socket.socket) -> None:
     """Import what workers need; fork one for each request until the socket is closed."""
-    from qwen3ft.worker.bootstrap import PRELOADED_LIBRARIES
+    from qwen3ft.worker.bootstrap import import_libraries
 
     sys.path[0] = os.getcwd()  # noqa: PTH109  as `python -m` has it, which workers are started with
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for pytest, which ends this process
-    gc.disable()
-    for module in PRELOADED_LIBRARIES:
-        importlib.import_module(module)
-    gc.freeze()
-    gc.enable()
+    import_libraries("train")
     while True:
         message, descriptors, _, _ = socket.recv_fds(channel, _MOST_BYTES, 2)
         if not message:
@@ -178,6 +224,7 @@ def _become_worker(request: dict[str, Any], stdin: int, output: int) -> NoReturn
     while os.getppid() != request["parent"]:
         time.sleep(0.001)
     os.setsid()
+    os.umask(request["umask"])
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number, descriptor in enumerate((stdin, output, output)):
         os.dup2(descriptor, number)
