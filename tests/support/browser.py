@@ -28,6 +28,7 @@ FLAGS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    "--process-per-site",  # a process keeps what it has compiled of the servers' large scripts
     # requests to other machines are noticed, and do not get there; one name leads back here
     f"--host-resolver-rules={', '.join(RESOLVED)}",
 )
@@ -96,10 +97,13 @@ class WatchedBrowser:
         return WatchedBrowser(self._browser, self._folder)
 
     def sign_in(self, layout: Layout) -> None:
-        """Open the link that the terminal shows once; after that both servers know the browser."""
+        """Open the link that the terminal shows once; after that both servers know the browser.
+
+        A page stays open on which nothing moves, or their process would end with each other page.
+        """
         page = self._context.new_page()
         page.goto(layout.sign_in_link(layout.ui_url))
-        page.close()
+        page.goto(f"{layout.url('prefect')}/api/health")
 
     @contextmanager
     def visit(self, url: str, name: str, wait_for: str) -> Iterator[Page]:
