@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,6 +41,12 @@ UV_NAMES_OF_PIP_SETTINGS = {
     "PIP_CERT": "SSL_CERT_FILE",
 }
 """uv does not read pip's settings; through these it works on a machine that is set up for pip."""
+
+_IMPORTED_FIRST = (
+    "from qwen3ft.worker.bootstrap import import_libraries; import_libraries('train')",
+    "import deployments.prefect_server, flows.cli, flows.finetune, mlflow.server.fastapi_app",
+)
+"""Imports of workers, and those of the servers and the flow."""
 
 
 class EnvironmentManager:
@@ -126,6 +133,26 @@ class EnvironmentManager:
             made = self.setup_uv_environment()
             return self.install_dependencies() or made
 
+    def keep_bytecode(self) -> None:
+        """Import once what runs and servers import.
+
+        Otherwise the servers, the flow and its worker, which start together, all compile it.
+
+        Raises:
+            EnvironmentNotReadyError: something that was installed cannot be imported.
+        """
+        _say("Importing them once, to keep their bytecode ...")
+        python = self.get_python_executable()
+        # Prefect makes this folder, by default in the user's home
+        home = str(self.root / ".qwen3ft" / "prefect")
+
+        def run(code: str) -> None:
+            purpose = "Importing what was installed"
+            self._run([python, "-c", code], purpose, PREFECT_HOME=home, PYTHONDONTWRITEBYTECODE="")
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(run, _IMPORTED_FIRST))
+
     def _uv(self) -> str:
         """Return the path of uv: on PATH or in the project's own tools, else installed there."""
         tools = self.root / ".qwen3ft" / "tools"
@@ -144,9 +171,10 @@ class EnvironmentManager:
             uv = str(tools / "bin" / "uv")
         return uv
 
-    def _run(self, command: Sequence[str], purpose: str) -> None:
+    def _run(self, command: Sequence[str], purpose: str, **variables: str) -> None:
+        environment = uv_settings(os.environ) | variables
         done = subprocess.run(
-            command, cwd=self.root, env=uv_settings(os.environ), stderr=subprocess.PIPE, text=True
+            command, cwd=self.root, env=environment, stderr=subprocess.PIPE, text=True
         )
         if done.returncode != 0:
             lines = done.stderr.strip().splitlines()[-12:]
@@ -296,7 +324,9 @@ def _say(line: str) -> None:
 def _set_up() -> int:
     """Set up the project in the working folder; return the exit code."""
     try:
-        EnvironmentManager().prepare()
+        manager = EnvironmentManager()
+        if manager.prepare():
+            manager.keep_bytecode()
     except EnvironmentNotReadyError as error:
         _say(str(error))
         return 1

@@ -73,6 +73,23 @@ def test_an_environment_is_made_once_and_again_where_it_has_to_be(project: Path)
     assert manager.setup_uv_environment() is False
 
 
+@pytest.mark.slow  # imports everything without bytecode
+def test_bytecode_is_kept_of_what_is_imported_and_the_home_stays_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of workers, servers and the flow, even where the environment asks for no bytecode."""
+    kept, home = tmp_path / "kept", tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(kept))
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("PREFECT_HOME")
+    EnvironmentManager(ROOT).keep_bytecode()
+    folders = {path.parent.name for path in kept.rglob("__init__.*.pyc")}
+    assert folders >= {"torch", "peft", "prefect", "mlflow", "uvicorn"}
+    assert list(home.iterdir()) == []
+
+
 def test_a_failed_install_gives_the_reason_and_the_command(project: Path) -> None:
     """Uv's own message reaches the user, and a failed lock does not count as installed."""
     (project / "requirements.lock").write_text("this is no requirement ==\n")
