@@ -45,8 +45,10 @@ THEIR_OWN = re.compile(
     r"|Content Security Policy"  # requests that `deployments.pages` blocks
     r"|ResizeObserver loop"
     r"|/mlflow/assistant/[a-z]+$"  # switched off by `deployments.mlflow_server`
-    # Prefect's graph of a run, where the address asks for another tab before it is drawn.
-    r"|^Cannot read properties of null \(reading '(addChild|x)'\) \S+/flow-run/\S+[?&]tab=Artifacts"
+    # Prefect's graph of a run, where the address asks for another tab before it is drawn, also if
+    # a link of that tab was followed meanwhile
+    r"|^Cannot read properties of null \(reading '(addChild|x)'\) "
+    r"\S+/(flow-run/\S+[?&]tab=Artifacts|artifacts/key/\S+)"
 )
 """Errors that MLflow and Prefect cause themselves, by text and address."""
 WIDTH, HEIGHT = 1400, 1000
