@@ -64,14 +64,14 @@ def serve_command(
         ),
     ] = 0.0,
     canary_hours: Annotated[
-        float,
+        float | None,
         typer.Option(
             "--canary-hours",
             metavar="HOURS",
             min=0.01,
-            help="Longest trial; then the new champion is used if nothing speaks against it.",
+            help="Longest trial; then the new champion is used if nothing speaks against it [12].",
         ),
-    ] = 12.0,
+    ] = None,
     log_requests: Annotated[
         Path | None,
         typer.Option(
@@ -102,6 +102,8 @@ def serve_command(
 
     if canary and adapter != "champion":
         raise typer.BadParameter("only a new champion is put on trial", param_hint="--canary")
+    if canary_hours is not None and not canary:
+        raise typer.BadParameter("without --canary there is no trial", param_hint="--canary-hours")
     wanted, adapter = enter_project(adapter, config, settings)
     logs.configure()
     registry = Registry(default_tracking_uri())
@@ -126,7 +128,7 @@ def serve_command(
     def make_engine(folder: Path) -> Engine:
         return Engine(request.model_copy(update={"engine": name, "adapter": str(folder)}))
 
-    trials = Canary(canary, canary_hours)
+    trials = Canary(canary) if canary_hours is None else Canary(canary, canary_hours)
     options = ServerOptions(host, port, queue, probe_rows, trials, log_requests, key)
     ModelServer(options, wanted, registry, source, make_engine, _announce, follow).run()
 

@@ -18,7 +18,9 @@ from support.planted_adapters import plant
 from support.registered import MODEL, copy_database, register_saved
 from support.served import ENGINES, Running, engines_in_threads, keep_test_answers, running
 from support.trained_adapter import Trained
+from typer.testing import CliRunner
 
+from flows.cli import app
 from qwen3ft.config import TrainingConfig
 from qwen3ft.records.serving import EngineName
 from qwen3ft.registry.moves import Change, this_person
@@ -226,6 +228,15 @@ def test_a_trial_that_hardly_anybody_asks_ends_by_its_limit(
     assert version is not None
     assert version.tags["trial"].startswith("used after ")
     assert version.tags["trial"].endswith("the trial ended by its limit of 0.000277778 h")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--canary-hours", "1"], ["--canary", "0.05", "--adapter", "previous"]],
+)
+def test_an_option_about_trials_is_refused_where_there_are_none(options: list[str]) -> None:
+    result = CliRunner().invoke(app, ["serve", *options])
+    assert (result.exit_code, options[0] in result.output) == (2, True)
 
 
 def ask_until(server: Running, place: Place, trained: Trained, number: str) -> int:
