@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from qwen3ft.logs import MASK, SECRET_PATTERNS, mask_secrets
+from qwen3ft.logs import MASK, find_secrets, mask_secrets
 from qwen3ft.text.plain import without_steering
 
 
@@ -24,22 +24,19 @@ class Finding(NamedTuple):
     end: int
 
 
-# A text without candidates costs one regular expression. Each of its branches starts with a
-# character that is rare in prose, and looks back at what must stand before it.
-_KEY_MARKS = (
+# A text without candidates costs two searches. Python passes quickly over what cannot begin a
+# match, if a pattern begins with a character: so all patterns here do, and look back from there at
+# what must not stand before. Those below begin with one that is rare in prose.
+_HAS_KEY_MARK = re.compile(
     r"@"  # addresses, passwords in URLs
     r"|_(?<=[a-z]_)[A-Za-z0-9]{12}"  # hf_, ghp_, sk_live_ ...
     r"|-(?:[A-Za-z0-9_-]{10}|----BEGIN)"  # sk-, glpat-, xoxb-, private keys
     r"|A(?:KIA|SIA|KID|Iza)[A-Za-z0-9]|LTAI[A-Za-z0-9]|J(?<=eyJ)[A-Za-z0-9]"
 )
-_HAS_KEY_MARK = re.compile(_KEY_MARKS)
-_TRIGGER = re.compile(rf"[0-9][0-9 ().-]{{8}}|{_KEY_MARKS}")
+_HAS_NUMBER = re.compile(r"[0-9][0-9 ().-]{8}")
 _WIDE_TRIGGERS = ("０", "１", "＠")  # every phone or identity number has one of these digits
 _FULL_WIDTH = str.maketrans("０１２３４５６７８９＠－＋　（）", "0123456789@-+ ()")
 
-_SECRET = re.compile(
-    "|".join(f"(?P<{kind}_{i}>{pattern})" for i, (kind, pattern) in enumerate(SECRET_PATTERNS))
-)
 _PLACEHOLDER_KEY = re.compile(r"example|xxxx|your|123456|abcdef|\.\.\.|0000", re.IGNORECASE)
 _PLACEHOLDER_PASSWORD = re.compile(
     r"(?:my|your)?_?(?:pass(?:word|wd|phrase)?|pwd|pw|secret|token|key|changeme|x+|\*+|\.+)\Z"
@@ -47,11 +44,12 @@ _PLACEHOLDER_PASSWORD = re.compile(
     re.IGNORECASE,
 )
 _IBAN = re.compile(
-    r"(?<![A-Za-z0-9])[A-Z]{2}[0-9]{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?![A-Za-z0-9])"
+    r"[A-Z](?<![A-Za-z0-9].)[A-Z][0-9]{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?![A-Za-z0-9])"
 )
 _CARD = re.compile(
-    r"(?<![A-Za-z0-9.-])(?:[0-9]{13,19}|[0-9]{4}([ -])[0-9]{4}(?:\1[0-9]{4}){2}(?:\1[0-9]{3})?"
-    r"|3[0-9]{3}([ -])[0-9]{6}\2[0-9]{5})(?![A-Za-z0-9-]|\.[0-9])"
+    r"[0-9][0-9](?<![A-Za-z0-9.-]..)[0-9]{2}"
+    r"(?:[0-9]{9,15}|([ -])[0-9]{4}(?:\1[0-9]{4}){2}(?:\1[0-9]{3})?"
+    r"|(?<=3...)([ -])[0-9]{6}\2[0-9]{5})(?![A-Za-z0-9-]|\.[0-9])"
 )
 # Length and leading digits of the networks; every tenth number has a valid checksum.
 _NETWORK = re.compile(
@@ -59,22 +57,29 @@ _NETWORK = re.compile(
     r".*(?<=^.{16})|3[47].{13}|3(?:0[0-5]|[68]).*(?<=^.{14})|62.{14,17}"
 )
 _RESIDENT_ID = re.compile(
-    # 31 provinces and regions, Taiwan, Hong Kong and Macao (GB/T 2260), then the date of birth
-    r"(?<![A-Za-z0-9])(?:[1-3][1-7]|4[1-6]|5[0-4]|6[1-5]|71|8[1-3])[0-9]{4}"
-    r"(?:18|19|20)[0-9]{9}[0-9Xx](?![A-Za-z0-9])"
+    r"[1-8][0-9]{5}(?:18|19|20)[0-9]{9}[0-9Xx](?<![A-Za-z0-9].{18})(?![A-Za-z0-9])"
 )
-_SSN = re.compile(r"(?<![A-Za-z0-9-])[0-9]{3}-[0-9]{2}-[0-9]{4}(?![A-Za-z0-9-])")
+# 31 provinces and regions, Taiwan, Hong Kong and Macao (GB/T 2260)
+_PROVINCE = re.compile("[1-3][1-7]|4[1-6]|5[0-4]|6[1-5]|71|8[1-3]")
+_SSN = re.compile(r"[0-9][0-9]{2}-[0-9]{2}-[0-9]{4}(?<![A-Za-z0-9-].{11})(?![A-Za-z0-9-])")
+# Behind two digits, which fewer places begin with than with one.
+_NONE_BEFORE = "(?<![A-Za-z0-9.+-]..)"
+_MOBILE = r"[0-9](?:[0-9]{8}| [0-9]{4} [0-9]{4}|-[0-9]{4}-[0-9]{4})"  # behind 13 to 19
+_LANDLINE = r"[0-9]{1,2}(?:\) ?|[ -])[0-9]{7,8}"  # behind 0 and a digit
 _CHINESE_PHONE = re.compile(
-    r"(?<![A-Za-z0-9.+-])(?:\+?86[ -]?)?"
-    r"(?:1[3-9][0-9]([ -]?)[0-9]{4}\1[0-9]{4}|\(?0[0-9]{2,3}(?:\) ?|[ -])[0-9]{7,8})"
+    rf"(?:1[3-9]{_NONE_BEFORE}{_MOBILE}|0[0-9]{_NONE_BEFORE}{_LANDLINE}"
+    rf"|\(0{_NONE_BEFORE}[0-9]{_LANDLINE}"
+    rf"|86{_NONE_BEFORE}[ -]?(?:1[3-9]{_MOBILE}|\(?0[0-9]{_LANDLINE})"
+    rf"|\+8{_NONE_BEFORE}6[ -]?(?:1[3-9]{_MOBILE}|\(?0[0-9]{_LANDLINE}))"
     r"(?![A-Za-z0-9]|\.[0-9]|-[0-9]{6})"
 )
 _AMERICAN_PHONE = re.compile(
-    r"(?<![A-Za-z0-9.+-])(?:\([2-9][0-9]{2}\) ?[0-9]{3}-|[2-9][0-9]{2}([.-])[0-9]{3}\1)[0-9]{4}"
+    r"[(2-9][0-9][0-9](?<![A-Za-z0-9.+-]...)"
+    r"(?:(?<=\([2-9].)[0-9]\) ?[0-9]{3}-|(?<=[2-9]..)([.-])[0-9]{3}\1)[0-9]{4}"
     r"(?![A-Za-z0-9-]|\.[0-9])"
 )
 _INTERNATIONAL_PHONE = re.compile(
-    r"(?<![A-Za-z0-9+])\+[1-9](?:[ ().-]{0,2}[0-9]){7,14}(?![A-Za-z0-9])"
+    r"\+(?<![A-Za-z0-9+].)[1-9](?:[ ().-]{0,2}[0-9]){7,14}(?![A-Za-z0-9])"
 )
 _EMAIL = re.compile(
     r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9][A-Za-z0-9._%+-]{0,63}@"
@@ -104,7 +109,8 @@ def scan(text: str) -> tuple[Finding, ...]:
     resident identity, US social security), phone, email.
     """
     is_wide = not text.isascii() and any(mark in text for mark in _WIDE_TRIGGERS)
-    if not is_wide and _TRIGGER.search(text) is None and "earer " not in text:
+    has_candidates = _HAS_NUMBER.search(text) or _HAS_KEY_MARK.search(text) or "earer " in text
+    if not is_wide and not has_candidates:
         return ()
     if is_wide:
         text = text.translate(_FULL_WIDTH)  # one character for one: indices stay the same
@@ -139,16 +145,15 @@ def mask_keys(text: str) -> str:
 def _candidates(text: str) -> Iterator[Finding]:
     """Yield findings by kind, the most reliable kinds first."""
     if "earer " in text or _HAS_KEY_MARK.search(text):
-        for match in _SECRET.finditer(text):
-            kind = (match.lastgroup or "").rpartition("_")[0]
+        for kind, match in find_secrets(text):
             if _SECRET_CHECKS[kind](match):
                 yield Finding(kind, *match.span())
     for match in _IBAN.finditer(text):
         length = _iban_length(match.group())
         if length:
             yield Finding("iban", match.start(), match.start() + length)
-    for kind, pattern, check in _NUMBER_CHECKS:
-        for match in pattern.finditer(text):
+    for kind, mark, pattern, check in _OTHER_CHECKS:
+        for match in pattern.finditer(text) if mark in text else ():
             if check(match):
                 yield Finding(kind, *match.span())
 
@@ -202,6 +207,8 @@ def _is_resident_id(match: re.Match[str]) -> bool:
     from stdnum.exceptions import ValidationError
 
     number = match.group().upper()
+    if not _PROVINCE.match(number):
+        return False
     try:
         ric.get_birth_date(number)
     except ValidationError:
@@ -249,14 +256,15 @@ _SECRET_CHECKS: dict[str, Check] = {
     "private_key": _is_private_key,
     "password_url": _is_password,
 }
-_NUMBER_CHECKS: tuple[tuple[str, re.Pattern[str], Check], ...] = (
-    ("id_number", _RESIDENT_ID, _is_resident_id),
-    ("card_number", _CARD, _is_card),
-    ("id_number", _SSN, _is_ssn),
-    ("phone", _INTERNATIONAL_PHONE, lambda match: _is_phone(match, None)),
-    ("phone", _CHINESE_PHONE, lambda match: _is_phone(match, "CN")),
-    ("phone", _AMERICAN_PHONE, lambda match: _is_phone(match, "US")),
-    ("email", _EMAIL, _is_email),
+# The mark is part of every match.
+_OTHER_CHECKS: tuple[tuple[str, str, re.Pattern[str], Check], ...] = (
+    ("id_number", "", _RESIDENT_ID, _is_resident_id),
+    ("card_number", "", _CARD, _is_card),
+    ("id_number", "-", _SSN, _is_ssn),
+    ("phone", "+", _INTERNATIONAL_PHONE, lambda match: _is_phone(match, None)),
+    ("phone", "", _CHINESE_PHONE, lambda match: _is_phone(match, "CN")),
+    ("phone", "", _AMERICAN_PHONE, lambda match: _is_phone(match, "US")),
+    ("email", "@", _EMAIL, _is_email),
 )
 
 

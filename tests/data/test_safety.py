@@ -269,6 +269,15 @@ def test_the_scan_takes_no_longer_than_the_text_grows(name: str) -> None:
     assert len(mask_secrets(text)) <= len(text)
 
 
+def test_a_web_token_is_found_whatever_its_length() -> None:
+    """A header may hold a chain of certificates; a start in vain hides no other key behind it."""
+    token = "eyJ" + random_text(1, 5_000) + ".eyJ" + random_text(2, 60) + "." + random_text(3, 43)
+    key = "hf" + "_" + random_text(4, 34)
+    text = f"jwt={token}; -eyJ-{key}"
+    assert mask_secrets(text) == "jwt=***; -eyJ-***"
+    assert [text[found.start : found.end] for found in scan(text)] == [token, key]
+
+
 KEY_ENDS = [
     "\n{}\n-----END PRIVATE KEY-----",
     "\r\n{}\r\n-----END PRIVATE KEY-----\r\n",
