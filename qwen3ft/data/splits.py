@@ -15,7 +15,7 @@ import unicodedata
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, repeat
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,7 +77,7 @@ def question_key(text: str) -> bytes:
     kept = text.translate(_BLIND_ASCII).lower() if is_ascii else _BLIND.sub("", text)
     numbers = ""
     if _DIGIT.search(kept):
-        found = (number.rstrip(_JOINTS) for number in _NUMBER.findall(text))
+        found = map(str.rstrip, _NUMBER.findall(text), repeat(_JOINTS))
         numbers = "\n" + " ".join(filter(None, found))
     if not is_ascii:
         composed = normalized("NFKC", kept)
