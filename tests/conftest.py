@@ -34,19 +34,15 @@ settings.load_profile("qwen3ft")
 BROWSER = "tests/flows/test_browser.py"
 _WITH_FLOW = (BROWSER, "tests/flows/test_attacks.py", "tests/flows/test_secrets.py")
 _WITH_TRAINED = (
-    *("tests/serving/test_ask.py", "tests/serving/test_gguf.py"),
+    *("tests/serving/test_ask.py", "tests/serving/test_gguf.py", "tests/serving/test_engines.py"),
     *("tests/serving/test_hub_push.py", "tests/serving/test_mlflow_model.py"),
-    "tests/evaluation/test_inference.py",
+    *("tests/evaluation/test_inference.py", "tests/evaluation/test_decoded.py"),
+    *("tests/evaluation/test_dealt_answers.py", "tests/preflight/test_answers_measured.py"),
     *("tests/server/test_server.py", "tests/server/test_following.py"),
-)
-_WITH_WORKERS = (
-    *("tests/worker/test_worker.py", "tests/preflight/test_preflight.py"),
-    *("tests/model/test_tokenizer_trial.py", "tests/jobs/test_launcher.py"),
-    "tests/training/test_interruptions.py",
 )
 TOGETHER = {
     **dict.fromkeys(_WITH_FLOW, "tests/flows/test_flow.py"),
-    **dict.fromkeys((*_WITH_TRAINED, *_WITH_WORKERS), "tests/serving/test_export.py"),
+    **dict.fromkeys(_WITH_TRAINED, "tests/serving/test_export.py"),
 }
 """Files that share what is made once for a session and takes long."""
 
