@@ -11,6 +11,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
@@ -25,12 +26,14 @@ MAKE_SECONDS = 240.0
 
 def place_databases(root: Path) -> None:
     """Give the stack of a new project folder databases that need no migration."""
-    layout = Layout(root, 0, 0)
-    prefect = layout.prefect_home / "prefect.db"
-    mlflow = root / "mlruns" / "mlflow.db"
-    for name, target in (("prefect", prefect), ("mlflow", mlflow)):
-        target.parent.mkdir(parents=True)
-        shutil.copy(migrated(name), target)
+    targets = {
+        "prefect": Layout(root, 0, 0).prefect_home / "prefect.db",
+        "mlflow": root / "mlruns" / "mlflow.db",
+    }
+    with ThreadPoolExecutor() as pool:  # where they have to be made, both at once
+        for made, target in zip(pool.map(migrated, targets), targets.values(), strict=True):
+            target.parent.mkdir(parents=True)
+            shutil.copy(made, target)
 
 
 def migrated(name: str) -> Path:
