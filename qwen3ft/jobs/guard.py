@@ -29,7 +29,7 @@ def guarded(command: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", __name__, *command]
 
 
-def run(command: Sequence[str]) -> int:
+def run_guarded(command: Sequence[str]) -> int:
     """Run the program until it or stdin ends; return its exit status, as a shell has it."""
     if sys.platform == "linux":  # what its processes leave behind becomes a child of the guard
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -50,4 +50,4 @@ def run(command: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(run_guarded(sys.argv[1:]))

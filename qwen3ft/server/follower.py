@@ -50,7 +50,7 @@ class Canary:
 NO_TRIALS = Canary()
 
 
-class Follower:
+class ChampionFollower:
     """Keeps the champion in use.
 
     Args:

@@ -25,7 +25,7 @@ from qwen3ft.server.questions import (
     QuestionError,
     TextQuestionBody,
     parse_body,
-    parse_json,
+    parse_body,
     shown,
 )
 from qwen3ft.server.served import Served, Version
@@ -237,7 +237,7 @@ class _Asking:
         except TimeoutError:
             message = f"The body did not arrive within {BODY_SECONDS:.0f} s."
             raise QuestionError(408, message) from None
-        return parse_json(bytes(content))
+        return parse_body(bytes(content))
 
 
 def _too_long(most_bytes: int) -> QuestionError:

@@ -17,7 +17,7 @@ from qwen3ft.errors import EnvironmentNotReadyError
 from qwen3ft.registry.registry import Registry
 from qwen3ft.server.access import Access, is_loopback, make_key
 from qwen3ft.server.engines import Engine
-from qwen3ft.server.follower import NO_TRIALS, Canary, Follower
+from qwen3ft.server.follower import NO_TRIALS, Canary, ChampionFollower
 from qwen3ft.server.front import Front
 from qwen3ft.server.manager import Manager, probing_client
 from qwen3ft.server.request_log import RequestLog
@@ -132,7 +132,7 @@ class ModelServer:
                 self.announce(Announcement(f"{address}/v1", version.name, made, key_file))
                 watching = [manager.watch_engine(client)]
                 if self.follow is not None:
-                    follower = Follower(manager, self.registry, self.follow, options.canary)
+                    follower = ChampionFollower(manager, self.registry, self.follow, options.canary)
                     watching.append(follower.follow(client))
                 tasks = [asyncio.create_task(work) for work in watching]
                 try:

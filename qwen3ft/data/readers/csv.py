@@ -44,7 +44,7 @@ class _Record(NamedTuple):
     flaw: str = ""
     """Reason code."""
     problem: str = ""
-    """What csv.reader says of a broken one."""
+    """Words of csv.reader about a broken one."""
     is_cut: bool = False
     """A quote in it was followed as far as allowed, and not closed."""
 
