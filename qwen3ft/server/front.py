@@ -24,7 +24,7 @@ from qwen3ft.server.questions import (
     ChatQuestionBody,
     QuestionError,
     TextQuestionBody,
-    parse_body,
+    load_body,
     parse_body,
     shown,
 )
@@ -237,7 +237,7 @@ class _Asking:
         except TimeoutError:
             message = f"The body did not arrive within {BODY_SECONDS:.0f} s."
             raise QuestionError(408, message) from None
-        return parse_body(bytes(content))
+        return load_body(bytes(content))
 
 
 def _too_long(most_bytes: int) -> QuestionError:

@@ -196,7 +196,7 @@ def _is_same(value: Any, other: Any) -> bool:
     return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)
 
 
-def parse_body(content: bytes) -> Any:
+def load_body(content: bytes) -> Any:
     """Return a body; of two values under one name, neither is dropped.
 
     Raises:
