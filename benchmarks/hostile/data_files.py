@@ -353,6 +353,7 @@ HARMLESS = {
     "links-to-devices": "devices are no files, and folders behind links are not searched",
     "gz-empty-members": "an empty file",
     "csv-blank-lines": "one row among blank lines",
+    "csv-names-behind-blank-lines": "blank lines before the names are no rows",
     "json-closers": "brackets too many, behind a whole list",
     "key-of-newlines": "the frame of a key with nothing in it gives nothing away",
 }
