@@ -13,7 +13,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from deployments import services
+from deployments import prefect_api, services
 from deployments.automations import definitions, register_automations
 from deployments.prefect_api import send
 from deployments.services import DEPLOYMENT
@@ -127,17 +127,23 @@ def deploy(stack: Stack, say: Say = lambda _: None, *, force: bool = False) -> b
     registered = read_deployment(stack)
     if not force and registered is not None and _is_current(registered, defaults):
         return False
-    _run_prefect_deploy(stack)
+    try:
+        _run_prefect_deploy(stack)
+    finally:  # first of all: whatever ends this now, the next one would find schedules reset
+        _restore_schedules(stack, registered)
     _finish_registration(stack, defaults.concurrent_runs)
-    _restore_schedules(stack, registered)
     register_automations(stack.layout(), _registered_id(stack))
     say(f"Registered {DEPLOYMENT} with {defaults.config_path}.")
     return True
 
 
 def read_deployment(stack: Stack) -> dict[str, Any] | None:
-    """Return the deployment as the stack's server knows it, or None."""
-    return services.find_deployment(stack.layout())
+    """Return the deployment as the stack's server knows it; None if it knows none.
+
+    Raises:
+        EnvironmentNotReadyError: the server does not answer.
+    """
+    return prefect_api.read_deployment(stack.layout())
 
 
 def _run_prefect_deploy(stack: Stack) -> None:
@@ -186,8 +192,7 @@ def _registered_id(stack: Stack) -> str:
 
 def _restore_schedules(stack: Stack, before: dict[str, Any] | None) -> None:
     """Set schedules as they were; registering resets them to what the file says."""
-    after = read_deployment(stack)
-    if before is None or after is None:
+    if before is None or (after := read_deployment(stack)) is None:
         return
     chosen = {schedule["slug"]: schedule for schedule in before["schedules"]}
     for schedule in after["schedules"]:

@@ -97,6 +97,8 @@ class Guard:
             await self._app(scope, receive, send)
             return
         request = _Request(scope)
+        if request.token is not None:
+            request.forget_token()  # whatever comes of it, the server's log has the address
         answer = self._answer(request)
         if answer is None:
             asks_itself = request.is_socket and self._sockets_sign_in
@@ -119,7 +121,7 @@ class Guard:
         uploads = in_header and request.path.startswith(self._uploads)
         if request.writes and not uploads and request.content_type != "application/json":
             return Answer.refusal(415, "What is written has to be application/json.")
-        if request.token is not None and self._is_page(request.path):
+        if request.token is not None and request.method == "GET" and self._is_page(request.path):
             return self._sign_in(request)
         if in_header or self._is_secret(request.cookie(self._cookie)):
             is_closed = any(part in request.path.lower() for part in self._closed)
@@ -160,7 +162,7 @@ class _Request:
         self.path: str = scope["path"]
         self.port: int = scope["server"][1]
         self._query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
-        self.token = dict(self._query).get(TOKEN) if self.method == "GET" else None
+        self.token = dict(self._query).get(TOKEN)
 
     def header(self, name: str) -> str | None:
         return self._headers.get(name, [None])[0]

@@ -17,9 +17,11 @@ import psutil
 
 from deployments import services
 from deployments.automations import PROCESS_LOST, resumption_parameters
+from deployments.prefect_api import read_deployment
 from deployments.processes import find_marked
 from deployments.services import POOL, Layout
 from qwen3ft.config import TrainingConfig, in_home, merge_settings
+from qwen3ft.errors import EnvironmentNotReadyError
 from qwen3ft.jobs.folders import RunDir
 
 _UNFINISHED = ("PENDING", "RUNNING", "CANCELLING")
@@ -69,8 +71,14 @@ class OrphanSweep:
 
 
 def end_run(layout: Layout, run: Mapping[str, Any], message: str) -> None:
-    """Mark a run as crashed, and continue it; one that was being cancelled is cancelled."""
-    deployment = services.find_deployment(layout)
+    """Mark a run as crashed, and continue it; one that was being cancelled is cancelled.
+
+    A server that does not answer leaves it as it is.
+    """
+    try:
+        deployment = read_deployment(layout)
+    except EnvironmentNotReadyError:  # it may answer the next search
+        return
     if run["state_type"] == "CANCELLING":
         state = {"type": "CANCELLED", "message": message}
     elif not has_begun(layout.root, run, deployment):

@@ -47,6 +47,16 @@ def send(
     return json.loads(text) if text else None
 
 
+def read_deployment(layout: Layout) -> dict[str, Any] | None:
+    """Return the deployment as the server knows it; None if it knows none.
+
+    Raises:
+        EnvironmentNotReadyError: the server does not answer.
+    """
+    found = send(layout, "deployments/filter", services.THIS_DEPLOYMENT)
+    return found[0] if found else None
+
+
 def count_old(layout: Layout, keep_days: float) -> int:
     """Count the flow runs that ended more than this many days ago.
 

@@ -77,6 +77,9 @@ def suggest_settings() -> None:
         try:
             return check(*arguments, **options)
         except ValidationError as error:
+            schema = arguments[1] if len(arguments) > 1 else options["schema"]
+            if "config" not in schema.get("properties", ()):
+                raise  # a deployment of the user's own, or `join`
             raise ValidationError(in_words(str(error))) from error
 
     deployments.validate = validate  # type: ignore[attr-defined]

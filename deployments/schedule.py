@@ -18,7 +18,8 @@ from qwen3ft.records.base import Record
 class Schedule(Record):
     """Times at which runs of the deployment start, and whether they do."""
 
-    cron: str
+    cron: str | None
+    """None for an interval or an RRule, which the deployment's page can make of it."""
     timezone: str
     active: bool
 
@@ -31,7 +32,8 @@ def read_schedule(stack: Stack) -> Schedule:
     """
     _, found = _registered(stack)
     times = found["schedule"]
-    return Schedule(cron=times["cron"], timezone=times["timezone"] or "UTC", active=found["active"])
+    zone = times.get("timezone") or "UTC"
+    return Schedule(cron=times.get("cron"), timezone=zone, active=found["active"])
 
 
 def check_schedule(cron: str, timezone: str) -> None:
@@ -56,16 +58,21 @@ def check_schedule(cron: str, timezone: str) -> None:
 def change_schedule(stack: Stack, **changes: Any) -> Schedule:
     """Change cron, timezone or active on the server, and return what it has then.
 
+    A cron line replaces an interval or an RRule.
+
     Raises:
         EnvironmentNotReadyError: it is not registered, or the server does not answer.
     """
     deployment_id, found = _registered(stack)
-    wanted = read_schedule(stack).model_copy(update=changes)
-    times = {"cron": wanted.cron, "timezone": wanted.timezone}
+    times = {name: changes[name] for name in ("cron", "timezone") if name in changes}
+    if "cron" in times and "cron" not in found["schedule"]:
+        times = {"timezone": found["schedule"].get("timezone"), **times}
+    else:
+        times = found["schedule"] | times
     send(
         stack.layout(),
         f"deployments/{deployment_id}/schedules/{found['id']}",
-        {"active": wanted.active, "schedule": found["schedule"] | times},
+        {"active": changes.get("active", found["active"]), "schedule": times},
         "PATCH",
     )
     return read_schedule(stack)
@@ -75,10 +82,10 @@ def _registered(stack: Stack) -> tuple[str, dict[str, Any]]:
     """Return the id of the deployment, and its schedule as the server has it."""
     deployment = read_deployment(stack) or {}
     for item in deployment.get("schedules", ()):
-        if item["slug"] == NIGHTLY and "cron" in item["schedule"]:
+        if item["slug"] == NIGHTLY:
             return str(deployment["id"]), item
     raise EnvironmentNotReadyError(
         f"The schedule {NIGHTLY!r} is not registered.",
-        why="The server is down, or its deployment was registered from a different file.",
+        why="The server's deployment is missing, or was registered from a different file.",
         next_command="qwen3ft deploy",
     )

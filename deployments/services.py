@@ -27,6 +27,11 @@ Service = Literal["prefect", "mlflow", "worker"]
 SERVICES: tuple[Service, ...] = ("prefect", "mlflow", "worker")
 SERVERS: tuple[Service, ...] = ("prefect", "mlflow")
 DEPLOYMENT = "qwen3-finetune/default"
+THIS_DEPLOYMENT = {
+    "flows": {"name": {"any_": [DEPLOYMENT.split("/")[0]]}},
+    "deployments": {"name": {"any_": [DEPLOYMENT.split("/")[1]]}},
+}
+"""Filter of the server's deployments; unlike its name, it tells none from no answer."""
 HOSTS = ("127.0.0.1", "localhost")
 """Names by which the servers answer to requests; they listen on the first."""
 PREFECT_SERVER = f"{__package__}.prefect_server"
@@ -252,8 +257,8 @@ def ask_prefect(layout: Layout, address: str, body: Mapping[str, Any] | None = N
 
 def find_deployment(layout: Layout) -> dict[str, Any] | None:
     """Return the deployment as the server knows it; None if it does not, or does not answer."""
-    found: dict[str, Any] | None = ask_prefect(layout, f"deployments/name/{DEPLOYMENT}")
-    return found
+    found = ask_prefect(layout, "deployments/filter", THIS_DEPLOYMENT)
+    return found[0] if found else None
 
 
 def runs_page(layout: Layout) -> str:

@@ -156,7 +156,7 @@ def build_folder(
             shutil.rmtree(retired, ignore_errors=True)
         reach("folder.renamed")
         fsync_dir(target.parent)
-    except BaseException:  # as above
+    except BaseException:  # nothing is left behind, whatever interrupts it
         shutil.rmtree(staging, ignore_errors=True)
         raise
     return digest

@@ -18,6 +18,8 @@ from support.commands import (
     calls_without_next_command,
     error_sites,
     flaw_of,
+    only_looks,
+    run_here,
     template,
     words_of,
     written_commands,
@@ -32,6 +34,11 @@ from qwen3ft.jobs.failures import translate_exit
 
 LOOKING = ("ls", "df", "tail", "head")
 """Programs that change nothing: their commands are run as they are printed."""
+
+LOOKING_LONGER = tuple(
+    f"qwen3ft {words}" for words in ("status", "history", "doctor", "clean --dry-run", "sync")
+)
+"""Beginnings of our own commands that change nothing, and take a second or more."""
 
 MADE_AS_A_RECORD = "qwen3ft/recovery/adjust.py _give_up 1"
 """What is made there is a `Failure`, from which the flow makes its error."""
@@ -139,10 +146,35 @@ def test_a_mishap_ends_in_a_command_that_works(
     assert error.what
     assert error.why
     assert flaw_of(error.next_command) == "", error.next_command
+    if only_looks(error.next_command):
+        assert run_here(error.next_command, folder) == 0
     if shlex.split(error.next_command)[0] in LOOKING:
         monkeypatch.chdir(folder)
         done = subprocess.run(["sh", "-c", error.next_command], capture_output=True, text=True)
         assert done.returncode == 0 or place == FAILS_AGAIN, done.stderr
+
+
+@pytest.mark.slow  # a process for each command
+@pytest.mark.timeout(600)
+def test_commands_that_look_for_longer_work_in_a_project(tmp_path: Path) -> None:
+    """Servers are down, so that `status` and `doctor` end with 1; none is misused or crashes."""
+    (tmp_path / "qwen3ft.yaml").write_text("model_name: embedded\n")
+    commands = set()
+    for number, provoke in enumerate(QUICK.values()):
+        folder = tmp_path / f"mishap {number}"
+        folder.mkdir()
+        try:
+            provoke(folder)  # some only once in a process; each is tested above
+        except FinetuneError as error:
+            commands.add(error.next_command)
+    looking = [command for command in commands if command.startswith(LOOKING_LONGER)]
+    assert len(looking) > len(LOOKING_LONGER)
+    for command in looking:
+        words = [sys.executable, "-m", "qwen3ft", *shlex.split(command)[1:]]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+        statuses = (0, 1) if command in ("qwen3ft status", "qwen3ft doctor") else (0,)
+        assert done.returncode in statuses, command + done.stderr
+        assert "Traceback" not in done.stderr, command + done.stderr
 
 
 @pytest.mark.slow  # most of these tests train, start servers or wait

@@ -89,11 +89,12 @@ def _data_config(
 ) -> TrainingConfig:
     from flows.cli.project import open_project, requested_settings
     from qwen3ft.config import parse_config
+    from qwen3ft.data.sources import path_from
 
     here = Path.cwd()
     values, _ = requested_settings(open_project(anywhere=True).root, config, settings)
     if paths:  # relative to where they were typed, unlike those of a settings file
-        values["data_paths"] = [str(here / p) if (here / p).exists() else p for p in paths]
+        values["data_paths"] = [path_from(here, path) for path in paths]
     return parse_config(values)
 
 

@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import typer
@@ -26,8 +25,8 @@ from flows.cli.output import say
 from flows.cli.tails import AttemptProgress, LockTail, MetricsTail, Remark
 from flows.cli.views.run import RunView
 from qwen3ft.errors import EnvironmentNotReadyError, RequestError
-from qwen3ft.jobs.folders import RunDir
 from qwen3ft.machine.environment import EnvironmentManager
+from qwen3ft.records.run_card import ALREADY_DONE
 from qwen3ft.text.commands import runnable
 
 _FINAL_STATES = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
@@ -154,14 +153,15 @@ def active_runs(layout: Layout, deployment_id: str | None) -> list[dict[str, Any
 def find_run(layout: Layout, wanted: str | None) -> dict[str, Any]:
     """Return the flow run of an id, or the one in progress.
 
-    A run that was resumed is found by its own id: the newest flow run that continues it.
+    A run that was resumed is found by its own id: the newest flow run that continues it, even if
+    that has ended.
 
     Raises:
         RequestError: there is no such run, or none is in progress.
     """
     deployment = services.find_deployment(layout)
-    active = active_runs(layout, deployment["id"]) if deployment else []
     if wanted is None:
+        active = active_runs(layout, deployment["id"]) if deployment else []
         if not active:
             raise RequestError(
                 "No run of the deployment is in progress.",
@@ -169,8 +169,7 @@ def find_run(layout: Layout, wanted: str | None) -> dict[str, Any]:
                 next_command="qwen3ft run",
             )
         return next((run for run in active if run["state"]["type"] == "RUNNING"), active[0])
-    resumed = [run for run in active if run["parameters"].get("continue_run") == wanted]
-    found: dict[str, Any] | None = resumed[-1] if resumed else None
+    found = _newest_resuming(layout, deployment["id"], wanted) if deployment else None
     if found is None and _RUN_ID.fullmatch(wanted):
         found = services.ask_prefect(layout, f"flow_runs/{wanted}")
     if found is None:
@@ -182,15 +181,36 @@ def find_run(layout: Layout, wanted: str | None) -> dict[str, Any]:
     return found
 
 
-def follow_run(layout: Layout, flow_run_id: str, folder: Path, console: Console) -> StateChange:
+def _newest_resuming(layout: Layout, deployment_id: str, run_id: str) -> dict[str, Any] | None:
+    """Return the newest of the last 200 flow runs that continues a run."""
+    wanted = {
+        "deployments": {"id": {"any_": [deployment_id]}},
+        "flow_runs": {"expected_start_time": {"before_": datetime.now(UTC).isoformat()}},
+        "sort": "EXPECTED_START_TIME_DESC",
+    }
+    for run in services.ask_prefect(layout, "flow_runs/filter", wanted) or ():
+        # One that a busy server asked for twice ended at once.
+        if run["parameters"].get("continue_run") == run_id and run["state_name"] != ALREADY_DONE:
+            return dict(run)
+    return None
+
+
+def follow_run(
+    layout: Layout, flow_run_id: str, tails: tuple[MetricsTail, LockTail], console: Console
+) -> StateChange:
     """Show a run on the console until it ends; return its final state.
+
+    Args:
+        layout: Where the server is.
+        flow_run_id: Its flow run.
+        tails: Readers of its folder.
+        console: Where it is shown.
 
     Raises:
         EnvironmentNotReadyError: the server stopped answering.
         typer.Exit: the user pressed Ctrl-C; the run goes on.
     """
-    run = RunDir(folder)
-    follower = Follower(layout, flow_run_id, MetricsTail(run), LockTail(run))
+    follower = Follower(layout, flow_run_id, *tails)
     last = StateChange(name="run", state="Unknown", state_type="")
     try:
         with RunView(console) as view:

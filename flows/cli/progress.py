@@ -11,7 +11,7 @@ from pathlib import Path
 from prefect.logging.handlers import PrefectConsoleHandler
 from rich.console import Console
 
-from flows.cli.tails import MetricsTail
+from flows.cli.tails import MetricsTail, tails_from_now
 from flows.cli.views.run import RunView
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.logs import PROGRESS_LOGGER
@@ -38,7 +38,7 @@ def training_progress(console: Console, runs_dir: Path) -> Iterator[Callable[[st
 
         def begin(run_id: str) -> None:
             run = RunDir(runs_dir / run_id)
-            tail = MetricsTail(run, earlier=len(run.attempts()))
+            tail, _ = tails_from_now(run)
             threads.append(threading.Thread(target=_show, args=(tail, view, done), daemon=True))
             threads[-1].start()
 

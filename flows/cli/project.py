@@ -20,18 +20,20 @@ from qwen3ft.config import (
 from qwen3ft.errors import EnvironmentNotReadyError
 from qwen3ft.files import make_folder
 from qwen3ft.jobs.folders import RunDir
-from qwen3ft.operations.resumption import find_begun_run, resumed_settings
+from qwen3ft.operations.resumption import find_begun_run, own_settings, resumed_settings
 from qwen3ft.settings import CHANGEABLE_SETTINGS
 
-_MARKS = (PROJECT_FILE, PREFECT_FILE, Path(".qwen3ft"))
-"""Each of them makes its folder a project folder."""
+_MARKS = (PROJECT_FILE, PREFECT_FILE, Path(".qwen3ft/secret"))
+"""Each of them makes its folder a project folder; the secret is there once servers were."""
+_LEFT_BEHIND = Path(".qwen3ft")
+"""What any command leaves; it marks the working folder alone, or one look would mark all below."""
 
 
 def open_project(*, anywhere: bool = False) -> Stack:
     """Make the project folder the working folder, and return its stack.
 
-    A project folder holds qwen3ft.yaml, or deployments/prefect.yaml as a clone does, or what an
-    earlier command left there.
+    A project folder holds qwen3ft.yaml, or deployments/prefect.yaml as a clone does, or a stack's
+    secret; the working folder itself also if an earlier command left something there.
 
     Args:
         anywhere: If the working folder is not inside a project folder, take it for one.
@@ -41,7 +43,8 @@ def open_project(*, anywhere: bool = False) -> Stack:
     """
     here = Path.cwd()
     for folder in (here, *here.parents):
-        if any((folder / mark).exists() for mark in _MARKS):
+        marks = (*_MARKS, _LEFT_BEHIND) if folder == here else _MARKS
+        if any((folder / mark).exists() for mark in marks):
             os.chdir(folder)  # so that relative paths of a config mean the same as in the worker
             return Stack(folder)
     if anywhere:
@@ -123,9 +126,14 @@ def _usual_runs_dir(root: Path) -> str:
 
 
 def resume_parameters(run: RunDir, config: TrainingConfig) -> dict[str, Any]:
-    """Return the flow parameters that resume a run: its id, and the settings that may change."""
-    names = {"model_name", *CHANGEABLE_SETTINGS}
-    settings = config.model_dump(mode="json", include=names)
+    """Return the flow parameters that resume a run: its id, its place, and what is to change.
+
+    Nothing else: the flow takes a request with all settings of the deployment for its form, in
+    which what equals the deployment's was not asked for.
+    """
+    own, wanted = (each.model_dump(mode="json") for each in (own_settings(run), config))
+    names = [name for name in CHANGEABLE_SETTINGS if wanted[name] != own[name]]
+    settings = {name: wanted[name] for name in ("runs_dir", *names)}
     return {"continue_run": run.path.name, "config": settings}
 
 

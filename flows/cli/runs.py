@@ -13,6 +13,7 @@ from flows.cli.output import open_console, print_json, say
 if TYPE_CHECKING:
     from deployments.services import Layout
     from flows.cli.follow import StateChange
+    from flows.cli.tails import LockTail, MetricsTail
     from qwen3ft.config import TrainingConfig
     from qwen3ft.errors import FinetuneError
     from qwen3ft.jobs.folders import RunDir
@@ -34,15 +35,17 @@ def run_command(
         run_folder,
         run_parameters,
     )
+    from flows.cli.tails import tails_from_now
     from qwen3ft.machine.environment import EnvironmentManager
 
-    stack = open_project()
+    stack, found = open_project(), None
     if resume is None:
         parameters = run_parameters(stack.root, config, settings)
     elif (found := _find_unfinished(stack.root, config, settings, resume, as_json=as_json)) is None:
         return
     else:
         parameters = resume_parameters(*found)
+    tails = None if found is None else tails_from_now(found[0])
     EnvironmentManager(stack.root).validate_environment()
     stack.up(say)
     deploy(stack, say)
@@ -51,7 +54,7 @@ def run_command(
     layout = stack.layout()
     say(layout.sign_in_link(layout.flow_run_url(flow_run_id)))
     folder = run_folder(stack, parameters, resume or flow_run_id)
-    _follow_to_end(layout, flow_run_id, folder, as_json=as_json)
+    _follow_to_end(layout, flow_run_id, folder, tails, as_json=as_json)
 
 
 def follow_command(
@@ -72,7 +75,7 @@ def follow_command(
     run_id = found["parameters"].get("continue_run") or found["id"]
     say(f"run {found['id']} ({found['name']})")
     folder = run_folder(stack, found["parameters"], run_id)
-    _follow_to_end(stack.layout(), found["id"], folder, as_json=as_json)
+    _follow_to_end(stack.layout(), found["id"], folder, None, as_json=as_json)
 
 
 def train_command(
@@ -123,15 +126,27 @@ def sync_command(config: ConfigOption = None, settings: SetOption = None) -> Non
         raise typer.Exit(1)
 
 
-def _follow_to_end(layout: Layout, flow_run_id: str, folder: Path, *, as_json: bool) -> None:
+def _follow_to_end(
+    layout: Layout,
+    flow_run_id: str,
+    folder: Path,
+    tails: tuple[MetricsTail, LockTail] | None,
+    *,
+    as_json: bool,
+) -> None:
     """Show a run until it ends, then its result.
+
+    Without `tails` what its files hold already is shown too.
 
     Raises:
         FinetuneError: it did not complete.
     """
     from flows.cli.follow import follow_run
+    from flows.cli.tails import tails_of
+    from qwen3ft.jobs.folders import RunDir
 
-    last = follow_run(layout, flow_run_id, folder, open_console(stderr=as_json))
+    shown = tails or tails_of(RunDir(folder))
+    last = follow_run(layout, flow_run_id, shown, open_console(stderr=as_json))
     if last.state_type != "COMPLETED":
         raise _run_failed(last, folder, layout.log("worker"))
     _show_end(layout, last.state, last.message, folder, as_json=as_json)

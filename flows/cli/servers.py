@@ -124,7 +124,8 @@ def schedule_command(
         deploy(stack, say)
     now = change_schedule(stack, **changes) if changes else read_schedule(stack)
     state = "on" if now.active else "off"
-    open_console().print(f'nightly  cron "{now.cron}", time zone {now.timezone}: {state}')
+    times = f'cron "{now.cron}"' if now.cron else "an interval or RRule (--cron replaces it)"
+    open_console().print(f"nightly  {times}, time zone {now.timezone}: {state}")
 
 
 def doctor_command(as_json: JsonOption = False) -> None:

@@ -96,3 +96,14 @@ class LockTail:
             self.offset = line.end_offset
             if _LOCK_LOGGER in line.content:
                 yield Remark(str(json.loads(line.content)["message"]))
+
+
+def tails_of(run: RunDir) -> tuple[MetricsTail, LockTail]:
+    """Return the readers of a run that is followed: its newest attempt, and the whole log."""
+    return MetricsTail(run), LockTail(run)
+
+
+def tails_from_now(run: RunDir) -> tuple[MetricsTail, LockTail]:
+    """Return the readers of what a run that is about to be resumed will append."""
+    size_bytes = run.log.stat().st_size if run.log.exists() else 0
+    return MetricsTail(run, earlier=len(run.attempts())), LockTail(run, size_bytes)

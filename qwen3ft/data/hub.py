@@ -34,13 +34,13 @@ logger = get_logger("data")
 
 HUB_PREFIX = "hf://datasets/"
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-"""Files that describe a data set and hold no rows."""
+"""Files of the datasets library about a data set, without its rows."""
 
 _REPO = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.%-]+))?(?:/(?P<glob>.+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # At the start of a word: "latest" is no test, and "retrieval" no eval.
 _HELD_OUT = {
-    "dev": re.compile(r"(?:^|[^a-z])(?:valid|dev|eval)"),
+    "dev": re.compile(r"(?:^|[^a-z])(?:valid|dev|eval|val(?![a-z]))"),
     "test": re.compile(r"(?:^|[^a-z])test"),
 }
 _SHOWN_FILES = 8

@@ -13,6 +13,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterable
@@ -20,8 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qwen3ft.config import TrainingConfig
-from qwen3ft.data.hub import HUB_PREFIX, fetch_dataset, parse_hub_name, pin_dataset
+from qwen3ft.config import TrainingConfig, in_home
+from qwen3ft.data.hub import DESCRIPTIONS, HUB_PREFIX, fetch_dataset, parse_hub_name, pin_dataset
 from qwen3ft.data.readers.open import SUFFIXES, suffix_of
 from qwen3ft.data.readers.unread import next_command_for, why_unread
 from qwen3ft.data.safety import mask_keys
@@ -43,8 +44,6 @@ BUNDLED: dict[Role, tuple[str, ...]] = {
 _SPLIT_NAMES: dict[str, Role] = {**dict.fromkeys(DEV_NAMES, "dev"), "test": "test"}
 # test.jsonl, test-00000-of-00002.parquet, gsm8k_test.jsonl, my.test.csv, test/0.parquet
 _SPLIT_NAME = re.compile(rf"(?:^|.*[-_./])({'|'.join(_SPLIT_NAMES)})(?:[-_][0-9]+.*)?$")
-_DESCRIPTIONS = ("dataset_info", "dataset_infos", "dataset_dict", "state")
-"""Files of the datasets library about a data set, without its rows."""
 _SHOWN_SKIPPED = 3
 SETTINGS_THAT_MATTER = (
     *("data_paths", "dev_paths", "test_paths", "columns", "reasoning_separator", "train_turns"),
@@ -275,7 +274,7 @@ def _readable_files(paths: Iterable[Path], role: Role, skipped: list[str]) -> li
             continue
         if why := why_unread(path):
             skipped.append(f"{_shown(path)}: {why}")
-        elif path.stem.lower() in _DESCRIPTIONS:
+        elif path.name.lower() in DESCRIPTIONS:
             skipped.append(f"{_shown(path)}: it describes a data set and has no rows")
         else:
             files.append(_source(path, role))
@@ -333,7 +332,10 @@ def command_to_check(config: TrainingConfig, verb: str = "check", /, **changes: 
     """
     wanted = config.model_copy(update=changes)
     values, usual = wanted.model_dump(mode="json"), TrainingConfig().model_dump(mode="json")
-    parts = [f"qwen3ft data {verb}", *(shlex.quote(_absolute(path)) for path in wanted.data_paths)]
+    parts = [
+        f"qwen3ft data {verb}",
+        *(shlex.quote(path_from(Path.cwd(), path)) for path in wanted.data_paths),
+    ]
     for name in ("model_name", *SETTINGS_THAT_MATTER):
         value: Any = values.get(name)
         is_usual = value == usual.get(name) and name not in changes
@@ -341,7 +343,7 @@ def command_to_check(config: TrainingConfig, verb: str = "check", /, **changes: 
         if name == "data_paths" or (is_usual and name != "model_name"):
             continue
         if name in ("dev_paths", "test_paths"):
-            value = [_absolute(path) for path in value]
+            value = [path_from(Path.cwd(), path) for path in value]
         if name == "columns":
             value = {part: column for part, column in value.items() if column is not None}
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -356,5 +358,14 @@ def show_command(paths: Iterable[Path]) -> str:
     return f"{'head -c 2000' if can_be_shown else 'ls -l'} {shlex.quote(str(path.resolve()))}"
 
 
-def _absolute(path: str) -> str:
-    return str(Path(path).resolve()) if Path(path).exists() else path
+def path_from(folder: Path, given: str) -> str:
+    """Return a path of data that is relative to `folder` so that it holds anywhere.
+
+    Names of the hub's data sets and of bundled rows stay as they are.
+
+    Raises:
+        DatasetNotFoundError: it begins with hf://datasets/ and is not a valid name.
+    """
+    path = folder / in_home(given)
+    is_name = given.startswith(EMBEDDED_PREFIX) or (not path.exists() and parse_hub_name(given))
+    return given if is_name else os.path.abspath(path)  # noqa: PTH100  a link stays a link

@@ -30,7 +30,7 @@ TRAIN, DEV, TEST = range(3)
 HELD_OUT_ROLES: tuple[Role, ...] = ("test", "dev")
 """Held-out roles, the most protected first."""
 
-DEV_NAMES = ("dev", "val", "valid", "validation", "eval")
+DEV_NAMES = ("dev", "val", "valid", "validation", "eval", "evaluation")
 """Names under which data sets have what is held out during training."""
 
 KEPT, DUPLICATE, LEAKAGE = range(3)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.commands import run_here
 from support.data_stage import synthetic, write_jsonl
 
-from flows.cli.options import read_overrides
-from qwen3ft.config import ColumnNames, TrainingConfig, parse_config
+from qwen3ft.config import ColumnNames, TrainingConfig
 from qwen3ft.data.pipeline import DataPipeline
 from qwen3ft.data.refusal import _likely_columns
 from qwen3ft.errors import DataLoadingError
@@ -131,17 +130,13 @@ def look(config: TrainingConfig) -> None:
     DataPipeline(config).check()
 
 
-def run(command: str, cache: Path) -> None:
-    """Run a printed command: one of the project as it would, any other in a shell."""
-    words = shlex.split(command)
-    if words[:3] != ["qwen3ft", "data", "check"]:
-        done = subprocess.run(command, shell=True, capture_output=True, check=True)
-        assert done.stdout.strip()
+def run(command: str, folder: Path) -> None:
+    """Run a printed command: one of the project in this process, any other in a shell."""
+    if command.startswith("qwen3ft data check "):
+        assert run_here(command, folder) == 0
         return
-    at = [place for place, word in enumerate(words) if word == "--set"]
-    paths = words[3 : at[0] if at else None]
-    values = read_overrides([words[place + 1] for place in at])
-    look(parse_config({**values, "data_paths": paths, "cache_dir": str(cache)}))
+    done = subprocess.run(command, shell=True, capture_output=True, check=True)
+    assert done.stdout.strip()
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -25,6 +25,7 @@ from qwen3ft.data.hub import (
 )
 from qwen3ft.data.readers.open import read_raw
 from qwen3ft.data.sources import pin_sources, resolve_sources, resolved
+from qwen3ft.data.splits import DEV_NAMES
 from qwen3ft.errors import DataLoadingError, DownloadError
 from qwen3ft.records.data import SourceFile
 
@@ -240,6 +241,25 @@ def test_files_are_chosen_by_the_words_in_their_paths() -> None:
     assert select_files(named, "dev") == ["dev/a.parquet", "trainer/valid.csv"]
     unnamed = ["a.csv", "latest.csv", "devices.csv", "x_eval.csv", "test.csv", "validation/b.csv"]
     assert select_files(unnamed, "train") == ["a.csv", "latest.csv"]
+
+
+@pytest.mark.parametrize("name", DEV_NAMES)
+def test_a_held_out_file_is_called_the_same_in_a_folder_and_on_the_hub(
+    tmp_path: Path, name: str
+) -> None:
+    """And a file is no description of a data set because its name begins like one."""
+    assert select_files([f"{name}.jsonl", "valley.jsonl"], "train") == ["valley.jsonl"]
+    assert select_files([f"{name}.jsonl", "valley.jsonl"], "dev") == [f"{name}.jsonl"]
+    for file in (f"{name}.jsonl", "valley.jsonl", "state.csv", "state.json"):
+        (tmp_path / file).touch()
+    config = TrainingConfig(model_name="embedded", data_paths=(str(tmp_path),))
+    files, _, skipped = resolve_sources(config)
+    assert {file.path.name: file.role for file in files} == {
+        "valley.jsonl": "train",
+        "state.csv": "train",
+        f"{name}.jsonl": "dev",
+    }
+    assert len(skipped) == 1
 
 
 def test_a_data_set_is_read_at_its_commit_and_its_script_never(

@@ -259,6 +259,24 @@ def test_the_secret_opens_no_api_by_its_address(server: Server) -> None:
     assert server.ask("GET", f"/api/flow_runs/1?token={SECRET}")[0] == 401
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "headers"),
+    [
+        ("HEAD", "/", NAVIGATES),
+        ("GET", "/api/flow_runs/1", {}),
+        ("GET", "/api/flow_runs/1", TOLD),
+        ("POST", CREATE, {}),
+        ("GET", "/v2", {"host": "evil"}),
+    ],
+)
+def test_no_request_shows_the_secret_to_the_servers_log(
+    server: Server, method: str, path: str, headers: Headers
+) -> None:
+    """It writes the address of each, refused ones too."""
+    server.ask(method, f"{path}?a=1&token={SECRET}", headers)
+    assert server.scope["query_string"] == b"a=1"
+
+
 def test_the_link_leads_to_no_other_server(server: Server) -> None:
     """An address that begins with two slashes would."""
     for path in ("//evil.example", "/\\evil.example", "///evil.example"):

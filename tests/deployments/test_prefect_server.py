@@ -217,6 +217,10 @@ def test_the_refusal_of_an_unknown_parameter_says_which_setting_was_meant(
     with pytest.raises(ValidationError) as caught:
         deployments_api.validate(parameters, schema, raise_on_error=True)
     assert words in str(caught.value)
+    other = {"type": "object", "properties": {"x": {}}, "additionalProperties": False}
+    with pytest.raises(ValidationError) as caught:  # of a deployment of the user's own
+        deployments_api.validate({"y": 1}, other, raise_on_error=True)
+    assert "config" not in str(caught.value)
     deployments_api.validate({"config": {"num_epochs": 2}}, schema, raise_on_error=True)
     with pytest.raises(ValidationError) as caught:
         deployments_api.validate({"config": {"lora_r": 0}}, schema, raise_on_error=True)

@@ -35,10 +35,12 @@ from deployments.orphans import OrphanSweep
 from deployments.pages import POLICY
 from deployments.prefect_api import send
 from deployments.processes import MARK, SERVICE_MARK, find_marked, free_port, start_detached, stop
+from deployments.schedule import Schedule, change_schedule, read_schedule
 from deployments.secret import authorization
 from deployments.services import DEPLOYMENT, POOL, SERVICES, Layout
 from deployments.stack import Stack, StackStatus
 from qwen3ft.errors import ConfigError
+from qwen3ft.records.run_card import ALREADY_DONE
 
 ROOT = Path(__file__).parents[2]
 RUNS = "flow_runs/filter"
@@ -326,6 +328,25 @@ def test_a_run_that_was_killed_with_everything_else_is_ended_and_continued_by_th
     }
 
 
+def test_a_run_that_was_continued_is_followed_to_its_result(stack: Stack) -> None:
+    """By its own id, also once the flow run that continued it has ended."""
+    from flows.cli.follow import find_run
+
+    deployment = registered(stack)
+    ids = []
+    for state in (
+        {"type": "CRASHED"},
+        {"type": "COMPLETED", "name": "Promoted"},
+        {"type": "COMPLETED", "name": ALREADY_DONE},
+    ):
+        given = {"continue_run": ids[0]} if ids else {}
+        address = f"deployments/{deployment['id']}/create_flow_run"
+        ids.append(send(stack.layout(), address, {"parameters": given})["id"])
+        forced = {"state": state, "force": True}
+        send(stack.layout(), f"flow_runs/{ids[-1]}/set_state", forced)
+    assert find_run(stack.layout(), ids[0])["id"] == ids[1]
+
+
 def _stuck_run(stack: Stack, state: str) -> str:
     """Make a run of the deployment that the server believes to be in `state`; return its id."""
     deployment = registered(stack)
@@ -435,6 +456,32 @@ def test_the_schedule_is_changed_on_the_server_and_stays_when_registered_again(
     schedule_command(active=False)
     assert capsys.readouterr().out == shown.replace(": on", ": off")
     assert not stack.status().schedule_active
+    # what the deployment's page can make of it
+    address = f"deployments/{found['id']}/schedules/{schedule['id']}"
+    send(stack.layout(), address, {"active": True, "schedule": {"interval": 3600}}, "PATCH")
+    schedule_command()
+    assert "an interval or RRule (--cron replaces it), time zone UTC: on" in capsys.readouterr().out
+    schedule_command("30 1 * * 1-5", "Asia/Shanghai")
+    assert capsys.readouterr().out == shown
+    schedule_command(active=False)
+
+
+@pytest.mark.slow  # registers three times
+def test_a_registration_that_breaks_off_keeps_the_schedule(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one finishes it."""
+    deploy(stack, force=True)
+    change_schedule(stack, cron="30 1 * * 1-5", timezone="Asia/Shanghai", active=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("deployments.deploy._finish_registration", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            deploy(stack, force=True)
+    wanted = Schedule(cron="30 1 * * 1-5", timezone="Asia/Shanghai", active=True)
+    assert read_schedule(stack) == wanted
+    assert deploy(stack) is True
+    assert read_schedule(stack) == wanted
+    change_schedule(stack, active=False)
 
 
 def test_old_flow_runs_are_counted_by_a_dry_run_and_removed_without_one(

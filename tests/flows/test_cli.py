@@ -28,7 +28,7 @@ from flows.cli.follow import StateChange
 from flows.cli.output import open_console
 from flows.cli.project import requested_settings, use_local_services
 from flows.cli.servers import env_command
-from flows.cli.tails import LockTail, MetricsTail
+from flows.cli.tails import LockTail, MetricsTail, tails_from_now
 from flows.cli.views.common import format_seconds, show_card
 from flows.cli.views.run import RunView, plain_message
 from qwen3ft.config import TrainingConfig, load_config
@@ -390,6 +390,24 @@ def test_a_run_that_waits_for_the_gpu_says_for_which_run(tmp_path: Path) -> None
     tail = LockTail(run)
     assert [remark.text for remark in tail.remarks()] == [wait]
     assert list(tail.remarks()) == []
+
+
+def test_a_run_that_is_resumed_shows_only_what_is_new(tmp_path: Path) -> None:
+    """Not the last attempt's progress, nor whom it waited for days ago."""
+    run = RunDir(tmp_path)
+    run.attempt(1).path.mkdir(parents=True)
+    append_json_line(run.attempt(1).metrics, _metrics(7))
+    append_json_line(run.log, {"logger": "qwen3ft.lock", "message": "waits for run 0"})
+    metrics, waits = tails_from_now(run)
+    assert metrics.newest() is None
+    assert list(waits.remarks()) == []
+    run.attempt(2).path.mkdir(parents=True)
+    append_json_line(run.attempt(2).metrics, _metrics(8))
+    append_json_line(run.log, {"logger": "qwen3ft.lock", "message": "waits for run 1"})
+    progress = metrics.newest()
+    assert progress is not None
+    assert (progress.attempt, progress.metrics.step) == (2, 8)
+    assert [remark.text for remark in waits.remarks()] == ["waits for run 1"]
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from flows.cli.options import read_overrides
+from flows.cli.project import resume_parameters
 from flows.resume import asked_for, settings_to_finish, settings_to_resume
 from qwen3ft.config import TrainingConfig, parse_config
 from qwen3ft.errors import ConfigError
@@ -175,3 +176,16 @@ def test_what_fills_the_form_of_the_deployment_was_not_asked_for(
     """Else no run with other settings could be resumed from the page in Prefect."""
     assert asked_for(given, {"model_name": "embedded", "seed": 0}) == asked
     assert asked_for(given, {}) == given
+
+
+@pytest.mark.parametrize("filled", [{"model_name": "embedded", "max_memory_gb": 13.0}])
+def test_a_typed_setting_that_the_deployment_has_too_is_asked_for(
+    run: RunDir, filled: dict[str, Any]
+) -> None:
+    """The command asks for nothing that could be taken for the deployment's form."""
+    own = own_settings(run).model_copy(update={"max_memory_gb": 20.0, "gpus": "2"})
+    write_record(run.config, own)
+    sent = resume_parameters(run, resumed_settings(run, {"max_memory_gb": 13.0}))
+    assert sent["continue_run"] == "r1"
+    assert asked_for(sent["config"], filled)["max_memory_gb"] == 13.0
+    assert resumed_settings(run, asked_for(sent["config"], filled)).gpus == "2"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shlex
 import shutil
@@ -166,6 +167,33 @@ def flaw_of(command: str) -> str:
     if program != "qwen3ft":
         return "" if program in OTHER_PROGRAMS or shutil.which(program) else "no such program"
     return _flaw_of_arguments(arguments)
+
+
+def only_looks(command: str) -> bool:
+    """Return True for a command of ours that changes nothing and takes no second."""
+    words = shlex.split(command)
+    verb = " ".join(words[1:3] if words[1:2] == ["data"] else words[1:2])
+    if words[0] != "qwen3ft" or "--help" in words:
+        return words[0] == "qwen3ft"
+    is_instant = bool({"--model", "--gpu"} & set(words))  # of a plan: from the model's shape
+    return verb in ("settings", "data check", "data preview") or (verb == "plan" and is_instant)
+
+
+def run_here(command: str, folder: Path) -> int:
+    """Run a command of ours as it is printed, in this process and a folder; return its status.
+
+    Raises:
+        FinetuneError: as the command.
+    """
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        app(args=shlex.split(command)[1:], prog_name="qwen3ft")
+    except SystemExit as end:
+        return int(end.code or 0)
+    finally:
+        os.chdir(before)
+    return 0
 
 
 def _flaw_of_arguments(arguments: list[str]) -> str:

@@ -598,6 +598,12 @@ def silent_server(folder: Path) -> None:
         list(follower.events())
 
 
+def no_schedule(folder: Path) -> None:
+    """The server knows no deployment."""
+    with patch.object(schedule, "read_deployment", return_value=None):
+        schedule._registered(Stack(folder))
+
+
 def layout_of(folder: Path) -> Layout:
     """Return the layout of a stack that nobody started: no port 1 answers."""
     return Layout(folder, prefect_port=1, mlflow_port=1)
@@ -694,7 +700,7 @@ def rows_of_a_preview(folder: Path) -> None:
     rows = [json.dumps({"question": f"What {n}?", "answer": f"It is {n}."}) for n in range(40)]
     path = write(folder, "rows.jsonl", "\n".join(rows))
     with inside(folder):
-        data.preview_command(paths=[path], row=1000, as_json=True)
+        data.preview_command(paths=[str(path)], row=1000, as_json=True)
 
 
 QUICK: dict[str, Mishap] = {
@@ -993,7 +999,7 @@ QUICK: dict[str, Mishap] = {
     "deployments/schedule.py check_schedule 1": lambda _: schedule.check_schedule(
         "61 * * * *", "UTC"
     ),
-    "deployments/schedule.py _registered 1": lambda f: schedule._registered(Stack(f)),
+    "deployments/schedule.py _registered 1": no_schedule,
     "deployments/stack.py Stack._wait 1": dead_service,
 }
 """Mishaps that take milliseconds, by the place where their error is made."""

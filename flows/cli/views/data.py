@@ -60,7 +60,8 @@ def show_manifest(console: Console, manifest: DatasetManifest) -> None:
 
 def show_preview(console: Console, number: int, token_count: int, tokens: list[ShownToken]) -> None:
     """Print a row by tokens: trained ones are green, or between » and « without a terminal."""
-    console.print(f"Training row {number}, {token_count} tokens (trained ones in green):")
+    marked = "in green" if console.is_terminal else "between » and «"
+    console.print(f"Training row {number}, {token_count} tokens (trained ones {marked}):")
     text = Text()
     if console.is_terminal:
         for index, token in enumerate(tokens):
