@@ -20,7 +20,7 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
-from flows.hosts import failure_of_host, other_hosts
+from flows.hosts import JoinedHosts, failure_of_host
 from flows.naming import run_name
 from flows.nightly import (
     claim_tonight,
@@ -152,6 +152,7 @@ def fine_tune(
     with reporter.stage("environment"):
         environment = check_environment(config, str(run.path))
         read_ability_rows(config)  # raises now, not after training, if the rows are unusable
+        hosts = JoinedHosts(config, run)
     with hold_devices(config, environment, run) as environment, workers_ahead():
         with reporter.stage("model"):
             model = prepare_model(config, environment, run)
@@ -173,8 +174,8 @@ def fine_tune(
             planned, first = first, run_preflight(config, environment, first, run)
             if first != planned:
                 reporter.show_plan(environment, first)
-        with reporter.stage("train"):
-            plan, outcome = train_with_recovery(config, environment, first, reporter)
+        with reporter.stage("train"), hosts.joined():
+            plan, outcome = train_with_recovery(config, environment, first, reporter, hosts)
             facts.plan, facts.trained = plan, outcome
         with reporter.stage("save"):
             saved = facts.saved = save(config, plan, outcome)
@@ -204,7 +205,11 @@ def fine_tune(
 
 
 def train_with_recovery(
-    config: TrainingConfig, environment: EnvironmentReport, first: TrainPlan, reporter: RunReporter
+    config: TrainingConfig,
+    environment: EnvironmentReport,
+    first: TrainPlan,
+    reporter: RunReporter,
+    hosts: JoinedHosts,
 ) -> tuple[TrainPlan, AttemptOutcome]:
     """Attempt, adjust, attempt again, until one completes or `adjust` gives up.
 
@@ -221,18 +226,20 @@ def train_with_recovery(
         plan = fit_to_free_memory(config, environment, plan)
         _claim(plan, run)
         try:
-            with other_hosts(config, environment, plan, run):
-                state = train_attempt(plan, return_state=True)
-            result: object = state.result(raise_on_failure=False)
+            hosts.gather(plan, environment)
         except EnvironmentNotReadyError as error:
             if not failed or "host" not in error.facts:
                 raise
-            result = failure_of_host(error, run.attempt(plan.attempt))
+            result: object = failure_of_host(error, plan, run)
+        else:
+            state = train_attempt(plan, return_state=True)
+            result = state.result(raise_on_failure=False)
         if isinstance(result, BaseException):  # cancelled, or a defect of ours
             raise result
         assert isinstance(result, (AttemptOutcome, Failure))
         reporter.show_attempts()
         if isinstance(result, AttemptOutcome):
+            _require_newest(plan, run)
             return plan, result
         failed.append(FailedAttempt(plan, result))
         decision = adjust_parameters(config, failed)
@@ -253,11 +260,21 @@ def _claim(plan: TrainPlan, run: RunDir) -> None:
     Where hosts share the folder, its server gives the lock of one that is cut off to another.
     """
     if not run.attempt(plan.attempt).claim():
-        raise EnvironmentNotReadyError(
-            f"Attempt {plan.attempt} of run {run.path.name} was made by another process.",
-            why="The run is continued elsewhere: this host was cut off from the folder meanwhile.",
-            next_command="qwen3ft status",
-        )
+        raise _continued_elsewhere(plan, run)
+
+
+def _require_newest(plan: TrainPlan, run: RunDir) -> None:
+    """Refuse to go on with an attempt beside which another process made the next one."""
+    if run.attempts()[-1] != run.attempt(plan.attempt):
+        raise _continued_elsewhere(plan, run)
+
+
+def _continued_elsewhere(plan: TrainPlan, run: RunDir) -> EnvironmentNotReadyError:
+    return EnvironmentNotReadyError(
+        f"Another process has gone on with run {run.path.name} beside attempt {plan.attempt}.",
+        why="This host was cut off from the folder meanwhile, and the run was continued elsewhere.",
+        next_command="qwen3ft status",
+    )
 
 
 def _as_attempt(plan: TrainPlan, run: RunDir, attempt: int) -> TrainPlan:

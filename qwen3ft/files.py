@@ -81,6 +81,18 @@ def fsync_file(path: Path) -> None:
         os.fsync(stream.fileno())
 
 
+def is_listed(path: Path) -> bool:
+    """Return True if a file is there as its folder lists it now, and not as NFS remembers it.
+
+    A client of NFS may say for a minute that a file is missing which it once looked for in vain;
+    a folder that is opened is asked for anew.
+    """
+    try:
+        return path in path.parent.iterdir()
+    except OSError:
+        return False
+
+
 def write_bytes_atomic(path: Path, content: bytes) -> None:
     """Replace `path` by `content`, durably; the parent folder must exist."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

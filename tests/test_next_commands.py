@@ -61,6 +61,7 @@ COMPUTED = {
     "qwen3ft/jobs/failures.py": "RULES, below",
     "qwen3ft/machine/environment.py": "SETUP_COMMAND, or install_command",
     "qwen3ft/machine/gpu_lock.py": "texts in the code",
+    "qwen3ft/machine/network.py": "an interface of this machine, or the program that shows them",
     "qwen3ft/machine/memory.py": "a text in the code",
     "qwen3ft/model/room.py": "run.resume_command, with a folder that has room",
     "qwen3ft/model/save_adapter.py": "the same",

@@ -18,11 +18,13 @@ A worker is given one folder: it reads its request there and leaves its result t
 from __future__ import annotations
 
 import json
+import os
 import re
-import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ValidationError
 
@@ -166,13 +168,36 @@ class RunDir:
     @property
     def resume_command(self) -> str:
         """Command that continues the run, typed in the project folder."""
-        elsewhere = self.path.parent != Path("runs").resolve()
-        folder = f" --set {shlex.quote(f'runs_dir={self.path.parent}')}" if elsewhere else ""
-        return f"qwen3ft run --resume {self.path.name}{folder}"
+        return self.command_to_resume()
+
+    def command_to_resume(self, **changes: object) -> str:
+        """Return the command that continues the run with some settings changed.
+
+        On servers other than the project's own it is that of a run there: of several hosts any
+        may carry it out, as they share the folder.
+        """
+        if self.path.parent != Path("runs").resolve():
+            changes = {"runs_dir": self.path.parent, **changes}
+        own = _is_own_server(os.environ.get("PREFECT_API_URL", ""))
+        if not own and changes.get("hosts", self._hosts()) != 1:
+            words = ["prefect", "deployment", "run", "qwen3-finetune/default"]
+            given = {"continue_run": self.path.name}
+            if changes:
+                given["config"] = json.dumps(changes, default=str)
+            return shell_line(*words, *_options("--param", given))
+        words = ["qwen3ft", "run" if own else "train", "--resume", self.path.name]
+        return shell_line(*words, *_options("--set", changes))
+
+    def _hosts(self) -> int:
+        try:
+            return int(json.loads(self.config.read_text(encoding="utf-8"))["hosts"])
+        except (OSError, ValueError, KeyError):  # not begun, or of an older version
+            return 1
 
     def command_to_train_again(self, **changes: float) -> str:
         """Return the command of a new run with this one's settings, some of them changed."""
-        words = [word for each in changes.items() for word in ("--set", "{}={:g}".format(*each))]
+        texts = {name: f"{value:g}" for name, value in changes.items()}
+        words = _options("--set", texts)
         return shell_line("qwen3ft", "train", "--config", self.config, *words)
 
     @property
@@ -200,6 +225,15 @@ class RunDir:
         folder = self.path / "attempts"
         names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
         return sorted(int(name) for name in names if _ATTEMPT.fullmatch(name))
+
+
+def _is_own_server(url: str) -> bool:
+    """Return True if a Prefect server is the project's own, or none: it listens on loopback."""
+    return urlsplit(url).hostname in {None, "127.0.0.1", "localhost"}
+
+
+def _options(option: str, values: Mapping[str, object]) -> list[str]:
+    return [word for name, value in values.items() for word in (option, f"{name}={value}")]
 
 
 def write_record(path: Path, record: BaseModel) -> None:

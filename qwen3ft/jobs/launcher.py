@@ -155,28 +155,21 @@ def _stalled(job: JobDir, silence_seconds: float, limit_seconds: float) -> Stall
     """Return the error of a silent worker; of several ranks it names the one that is behind."""
     who, phase = "The worker", last_sign(job)[0]
     if ranks := job.ranks():
-        signs = {
-            (last_sign(folder)[1], _beat_time(folder)): rank
-            for rank, folder in reversed(list(enumerate(ranks)))
-            if not folder.outcome.exists()  # one that is done is silent
-        }
-        behind = signs[min(signs)] if signs else 0
-        who, phase, job = (
-            f"Rank {behind} of {len(ranks)}",
-            last_sign(ranks[behind])[0],
-            ranks[behind],
-        )
+        # One that is done is silent; folders of other hosts' ranks may be missing.
+        silent = [folder for folder in ranks if not folder.outcome.exists()] or ranks
+        job = min(silent, key=lambda folder: (last_sign(folder)[1], beat_time(folder)))
+        who, phase = f"Rank {job.path.name}", last_sign(job)[0]
     return StalledError(
         f"{who} gave no sign of life for {silence_seconds:.0f} s "
         f"(limit {limit_seconds:.0f} s); last phase: {phase}.",
         why="It hangs in a kernel, a lock or a file system.",
         next_command=shell_line("tail", "-n", "50", job.log),
         phase=phase,
-        **({"rank": behind} if ranks else {}),
+        **({"rank": int(job.path.name)} if ranks else {}),
     )
 
 
-def _beat_time(job: JobDir) -> int:
+def beat_time(job: JobDir) -> int:
     """Return the time of the last heartbeat in ns; 0 before the first."""
     try:
         return job.heartbeat.stat().st_mtime_ns

@@ -5,9 +5,10 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
@@ -21,6 +22,8 @@ logger = get_logger("network")
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """Name the interface over which ranks exchange gradients; without them that is loopback."""
 
+_SHOW_INTERFACES = ("ip", "-brief", "address")
+
 
 def machine_name() -> str:
     """Return a name that two machines, or two containers of one, do not share."""
@@ -29,22 +32,12 @@ def machine_name() -> str:
 
 
 @contextmanager
-def interface_for_ranks(url: str) -> Iterator[None]:
-    """Let ranks that are started meanwhile listen where `url` is reached from, not on loopback.
+def listening_on(interface: str) -> Iterator[None]:
+    """Let ranks that are started meanwhile listen on an interface, not on loopback.
 
     Interfaces that the user's variables name are kept.
-
-    Args:
-        url: Address of a server that all hosts reach.
-
-    Raises:
-        EnvironmentNotReadyError: it is reached over loopback, or not at all.
     """
     missing = [name for name in INTERFACE_VARIABLES if name not in os.environ]
-    if INTERFACE_VARIABLES[0] in missing:
-        interface = find_interface(url)
-    else:
-        interface = os.environ[INTERFACE_VARIABLES[0]]
     # NCCL takes a name without "=" for the beginning of one, and gloo for the whole.
     own = dict(zip(INTERFACE_VARIABLES, (interface, f"={interface}"), strict=True))
     os.environ.update({name: own[name] for name in missing})
@@ -56,6 +49,24 @@ def interface_for_ranks(url: str) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
+def interface_for_ranks(url: str) -> str:
+    """Return the interface that the user's variable names, else the one that leads to a server.
+
+    Args:
+        url: Address of a server that all hosts reach.
+
+    Raises:
+        EnvironmentNotReadyError: the named one is not there; or the server is reached over
+            loopback, from a public address, or not at all.
+    """
+    named = os.environ.get(INTERFACE_VARIABLES[0])
+    if named is None:
+        return find_interface(url)
+    if not psutil.net_if_addrs().keys() >= set(named.split(",")):  # gloo takes several
+        raise _no_interface(f"{INTERFACE_VARIABLES[0]} is {named!a}, which is not there")
+    return named
+
+
 def find_interface(url: str) -> str:
     """Return the name of the interface over which a server is reached; nothing is sent to it."""
     host = urlsplit(url).hostname or url
@@ -65,25 +76,36 @@ def find_interface(url: str) -> str:
             probe.connect(address)
             own = probe.getsockname()[0]
     except OSError as error:
-        raise _no_interface(host, f"{host} cannot be reached ({error})") from error
+        raise _no_interface(f"{host} cannot be reached ({error})") from error
     interfaces = psutil.net_if_addrs()
     found = [name for name, given in interfaces.items() if own in {each.address for each in given}]
     address_of_own = ipaddress.ip_address(own.partition("%")[0])
     if not found or address_of_own.is_loopback:
-        raise _no_interface(host, "it is reached over loopback, where no other host is")
+        raise _no_interface("the server is reached over loopback, where no other host is")
     if address_of_own.is_global:  # whoever reaches the ports can disturb the training
-        raise _no_interface(host, f"it is reached over {found[0]} from {own}, a public address")
+        raise _no_interface(f"the server is reached over {found[0]} from {own}, a public address")
     return found[0]
 
 
-def _no_interface(host: str, why: str) -> EnvironmentNotReadyError:
-    others = [name for name, state in psutil.net_if_stats().items() if state.isup and name != "lo"]
+def _no_interface(problem: str) -> EnvironmentNotReadyError:
+    interfaces = psutil.net_if_addrs()
+    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
+    usable = [name for name in interfaces if name in up and _is_private(interfaces[name])]
+    command = ("export", f"{INTERFACE_VARIABLES[0]}={usable[0]}") if usable else _SHOW_INTERFACES
     return EnvironmentNotReadyError(
-        f"The network between the hosts is not known: {why}.",
-        why=f"Ranks listen on the interface that leads to the Prefect server, here {host}, unless "
-        f"{INTERFACE_VARIABLES[0]} names another.",
-        next_command=shell_line(
-            *("export", f"{INTERFACE_VARIABLES[0]}={others[0] if others else 'eth0'}")
-        ),
-        interfaces=others,
+        f"The network between the hosts is not known: {problem}.",
+        why="Ranks listen on the interface that leads to the Prefect server, unless "
+        f"{INTERFACE_VARIABLES[0]}, set for the worker or command that starts the run, names "
+        "another. Whoever reaches their ports can disturb the training: let that be nobody else.",
+        next_command=shell_line(*command),
+        interfaces=usable,
     )
+
+
+def _is_private(addresses: Iterable[Any]) -> bool:
+    """Return True if an interface leads somewhere, and none of its addresses is public."""
+    families = (socket.AF_INET, socket.AF_INET6)
+    given = [each.address.partition("%")[0] for each in addresses if each.family in families]
+    found = [ipaddress.ip_address(address) for address in given]
+    leads = any(not each.is_loopback and not each.is_link_local for each in found)
+    return leads and not any(each.is_global for each in found)

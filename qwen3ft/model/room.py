@@ -73,7 +73,7 @@ def resume_elsewhere(needed_bytes: int, run: RunDir) -> str:
     """
     for folder in _spare_places():
         if _room(folder) >= needed_bytes:
-            return f"{run.resume_command} --set {shlex.quote(f'output_dir={folder}')}"
+            return run.command_to_resume(output_dir=folder)
     return "df -h"
 
 

@@ -6,9 +6,10 @@
     StalledError, PreemptedError, DeviceFaultError, WorkerCrashedError, TrainingFailureError
                              once more each, the same plan
     the same in one of several ranks
-                             a device that failed is left out at once, and so is a host that is
-                             gone; a device in which the same came twice, too
+                             a device that failed is left out at once; one in which the same came
+                             twice, too
     CheckpointCorruptError   the checkpoint before it
+    a host that is gone      left out at once, whatever its failure is
     everything else          give up: trying the same again is useless, or another stage's business
 
 Pure. There are never more than `max_attempts`, and the effective batch never changes. Rungs that
@@ -96,7 +97,8 @@ def decide_retry(
         newest_checkpoint: The newest verified checkpoint, or None.
     """
     case = _Case(failed, max_attempts, allow_degraded, newest_checkpoint)
-    policy = policy_for(case.failure.kind)
+    lost = "lost_host" in case.failure.facts  # whatever it said last
+    policy = _once_more if lost else policy_for(case.failure.kind)
     # What no attempt cures is not blamed on the number of attempts.
     if case.plan.attempt >= max_attempts and policy is not _stop:
         kind = "InsufficientMemoryError" if policy is _out_of_memory else case.failure.kind

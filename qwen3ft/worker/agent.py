@@ -19,7 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from qwen3ft.errors import FinetuneError, PreemptedError
 from qwen3ft.jobs.folders import JobDir, read_record
-from qwen3ft.jobs.launcher import RecordRelay, kernel_oom_kills, last_sign, unrecorded_failure
+from qwen3ft.jobs.launcher import (
+    RecordRelay,
+    beat_time,
+    kernel_oom_kills,
+    last_sign,
+    unrecorded_failure,
+)
 from qwen3ft.jobs.processes import GRACE_SECONDS, PARENT_VARIABLE
 from qwen3ft.logs import get_logger
 from qwen3ft.records.evaluation import InferenceReport
@@ -43,6 +49,9 @@ RANK_END_SECONDS = GRACE_SECONDS - 1
 CONSEQUENCES = ("PreemptedError", "RanksPartedError")
 """Failures that another rank's end causes; `DistBackendError` is NCCL's own word for it."""
 
+
+_FOR_EVER = 1_000_000
+"""Intervals of 5 s for which torch's rendezvous believes that a silent agent is there."""
 
 RANK, ANSWERING_RANK = "rank", "answering-rank"
 """Kinds of processes that are one of the ranks of a training, or of an inference test."""
@@ -129,12 +138,20 @@ def _run_ranks(
             raise first_failure(folders, codes, kills_before, lambda: ended) from None
         if isinstance(stopped, PreemptedError):
             raise
-        job.stop.signal_name = signal.Signals(stopped.sigval).name
-        raise job.stop.error() from None
+        raise _stopped(job, stopped.sigval) from None
     except ChildFailedError as failed:
         codes = {rank: failure.exitcode for rank, failure in failed.failures.items()}
-        raise first_failure(folders, codes, kills_before, others.last_words) from None
+        try:
+            first = first_failure(folders, codes, kills_before, others.last_words)
+        except SignalException as stopped:  # torch's handler, while this waits for other hosts
+            first = _stopped(job, stopped.sigval)
+        raise first from None
     return folders
+
+
+def _stopped(job: Job, number: int) -> PreemptedError:
+    job.stop.signal_name = signal.Signals(number).name
+    return job.stop.error()
 
 
 def _own_threads() -> int:
@@ -169,8 +186,10 @@ def first_failure(
     ]
     if all(map(is_consequence, failures)):
         failures += elsewhere()
-    # of equals the one that the agent saw first
-    return min(failures, key=is_consequence).to_error()
+    # Of equals the one that the agent saw first; but who is gone counts before who was left.
+    return min(
+        failures, key=lambda each: (is_consequence(each), "lost_host" not in each.facts)
+    ).to_error()
 
 
 def _of_rank(rank: int, ranks: int, failure: Failure) -> Failure:
@@ -216,7 +235,12 @@ def _launch_config(agent: Agent, run_id: str) -> Any:
         rdzv_backend="c10d",
         # A file of this user instead of a port that the whole network could reach.
         rdzv_endpoint=str(agent.job.meeting_place.with_name("rendezvous")),
-        rdzv_configs={"store_type": "file", "join_timeout": int(2 * FIRST_SIGN_SECONDS)},
+        rdzv_configs={
+            "store_type": "file",
+            "join_timeout": int(2 * FIRST_SIGN_SECONDS),
+            # Torch compares the clocks of hosts; who is gone is known without them.
+            "keep_alive_max_attempt": _FOR_EVER,
+        },
         # Agents are numbered in the order of these names, and ranks in the order of agents. Nobody
         # looks them up: ranks meet through the folder.
         local_addr=f"host-{agent.host:04d}",
@@ -235,39 +259,61 @@ def _followed(
     ended, this process is asked to stop; the list that is yielded then says why.
     """
     over = threading.Event()
-    ended: list[Failure] = []
-
-    logs = [RecordRelay(folder, f"rank {folder.path.name}: ") for folder in folders]
-    if folders[0].path.name == "0":
-        logs[0] = RecordRelay(folders[0])
+    follower = _Follower(job, folders, others)
 
     def follow() -> None:
-        before: list[int] = []
-        parted_at, is_over = 0.0, False
+        is_over, problem = False, ""
         while not is_over:
             is_over = over.wait(LOOK_AT_RANKS_SECONDS)
-            for log in logs:
-                log.relay()
-            beats = [
-                folder.heartbeat.stat().st_mtime_ns if folder.heartbeat.exists() else 0
-                for folder in folders
-            ]
-            if beats != before:
-                before = beats
-                job.heartbeat.beat(*last_sign(folders[0]))
-            if (failures := others.failures()) and not ended and not is_over:
-                parted_at = parted_at or time.monotonic()
-                # Who only lost the others says nothing new: the cause may be here, on its way.
-                if not all(map(is_consequence, failures)) or (
-                    time.monotonic() - parted_at > GRACE_SECONDS + LOOK_AT_RANKS_SECONDS
-                ):
-                    ended.extend(failures)
-                    os.kill(os.getpid(), signal.SIGTERM)
+            try:
+                follower.look(is_over=is_over)
+            except OSError as error:  # of a full disk, say: without this thread all seem to hang
+                if problem != (problem := str(error)):
+                    logger.warning("cannot follow the ranks: %s", error)
 
     thread = threading.Thread(target=follow, name="heartbeats", daemon=True)
     thread.start()
     try:
-        yield ended
+        yield follower.ended
     finally:
         over.set()
         thread.join()
+
+
+class _Follower:
+    """What one look at the ranks and at the other hosts needs to know of the looks before.
+
+    Attributes:
+        ended: Why other hosts have ended, once that is why this process was asked to stop.
+    """
+
+    def __init__(self, job: Job, folders: Sequence[JobDir], others: OtherHosts) -> None:
+        self.ended: list[Failure] = []
+        self._job, self._folders, self._others = job, folders, others
+        self._logs = [RecordRelay(folder, f"rank {folder.path.name}: ") for folder in folders]
+        if folders[0].path.name == "0":
+            self._logs[0] = RecordRelay(folders[0])
+        self._beats: list[int] = []
+        self._parted_at = 0.0
+
+    def look(self, *, is_over: bool) -> None:
+        """Look once; after the end of the ranks (`is_over`) nothing is stopped.
+
+        Raises:
+            OSError: a file could not be read or written.
+        """
+        failures = self._others.failures()  # first: it also shows that this host is there
+        beats = [beat_time(folder) for folder in self._folders]
+        if beats != self._beats or self._others.are_awaited:
+            self._beats = beats
+            self._job.heartbeat.beat(*last_sign(self._folders[0]))
+        if failures and not self.ended and not is_over:
+            self._parted_at = self._parted_at or time.monotonic()
+            # Who only lost the others says nothing new: the cause may be here, on its way.
+            if not all(map(is_consequence, failures)) or (
+                time.monotonic() - self._parted_at > GRACE_SECONDS + LOOK_AT_RANKS_SECONDS
+            ):
+                self.ended.extend(failures)
+                os.kill(os.getpid(), signal.SIGTERM)
+        for log in self._logs:
+            log.relay()

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from qwen3ft.errors import WorkerCrashedError
+from qwen3ft.errors import PreemptedError, WorkerCrashedError
+from qwen3ft.files import is_listed
 from qwen3ft.jobs.folders import JobDir
 from qwen3ft.records.training import Failure
 
@@ -61,6 +62,11 @@ class OtherHosts:
         found = (self._failure(other, folder) for other, folder in self.others.items())
         return [failure for failure in found if failure is not None]
 
+    @property
+    def are_awaited(self) -> bool:
+        """True while another has shown no sign of life yet; it ends with their failure at last."""
+        return not all(self._signs.values())
+
     def last_words(self) -> Sequence[Failure]:
         """Wait until each of the others has said why it ended, or counts as gone."""
         end = time.monotonic() + HOST_SILENT_SECONDS + 5  # they may be waiting for this one
@@ -69,8 +75,10 @@ class OtherHosts:
         return failures
 
     def _failure(self, other: int, folder: JobDir) -> Failure | None:
-        if (failure := folder.read_failure()) is not None:
-            return failure
+        if is_listed(folder.outcome):
+            return None  # it may leave long before this one, if rank 0 has much to write
+        if is_listed(folder.failure) and (failure := folder.read_failure()) is not None:
+            return self._as_lost(other, failure)
         # Opened, not only looked at: NFS may show the times of a file a minute late.
         with suppress(OSError):
             if (sign := folder.alive.read_bytes()) != self._signs[other]:
@@ -80,7 +88,7 @@ class OtherHosts:
         if now - before > OWN_PAUSE_SECONDS:  # the folder was blocked, or this host stood still
             self._heard[other] = now
         silence = now - self._heard[other]
-        name = self._signs[other].decode(errors="replace").partition(" ")[0]
+        name = self._name(other)
         if silence <= (HOST_SILENT_SECONDS if name else FIRST_SIGN_SECONDS):
             return None
         error = WorkerCrashedError(
@@ -91,3 +99,14 @@ class OtherHosts:
             lost_host=other,
         )
         return Failure.from_error(error)
+
+    def _as_lost(self, other: int, failure: Failure) -> Failure:
+        """Say of a host that was asked to stop as a whole that it is gone: it was shut down."""
+        if failure.kind != PreemptedError.__name__ or "rank" in failure.facts:
+            return failure
+        what = f"Host {other} ({self._name(other)}): {failure.what}"
+        facts = {**failure.facts, "lost_host": other}
+        return failure.model_copy(update={"what": what, "facts": facts})
+
+    def _name(self, other: int) -> str:
+        return self._signs[other].decode(errors="replace").partition(" ")[0]

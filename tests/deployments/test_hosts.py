@@ -7,6 +7,7 @@ of this machine.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -172,6 +173,45 @@ def test_a_training_over_two_hosts_goes_on_when_the_second_is_lost(hosts: list[H
     second.restore()
 
 
+def test_the_printed_command_goes_on_and_a_host_that_is_stopped_in_order_is_left_out(
+    hosts: list[Host],
+) -> None:
+    """First nobody comes; then the run is resumed on two hosts, and one of them is shut down.
+
+    The run ends on the other one, in the next attempt.
+    """
+    hosts[0].start_worker()
+    short = {"hosts": 2, "wait_for_gpu_seconds": 60}
+    run = start_run(hosts[0], name="resumed", **short, **LONGER)
+    found = wait_for(hosts[0], run)
+    assert found["state_type"] == "FAILED"
+    alone = f"Next: qwen3ft train --resume {run} --set hosts=1"
+    assert "0 of 1 further hosts came within 60 s.\nWhy: Their" in found["state"]["message"]
+    assert found["state"]["message"].endswith(alone)
+
+    folder = RunDir(folder_on(hosts[0], run))
+    steps = json.loads((folder.path / "card.json").read_text())["next_steps"]
+    [again] = [step["command"] for step in steps if "continue_run" in step["command"]]
+    hosts[1].start_worker()
+    [resumed] = re.findall("UUID: ([0-9a-f-]{36})", hosts[0].typed(again))
+    end = time.monotonic() + RUN_SECONDS
+    while not list(folder.path.glob("attempts/02/checkpoints/step-*")):
+        assert time.monotonic() < end, hosts[0].team.logs()
+        time.sleep(0.1)
+    gone = folder.attempt(2).host(1).alive.read_text().split()[0]
+    [second] = [host for host in hosts if host.name == gone]
+    stop(second.processes())
+    wait_for_success(hosts[0], resumed)
+    _, before, after = folder.attempts()
+    failure = before.read_failure()
+    assert failure is not None
+    assert failure.what.startswith(f"Host 1 ({gone}): The worker was asked to stop")
+    assert read_record(before.request, TrainPlan).hosts == (0, 1)
+    plan = read_record(after.request, TrainPlan)
+    assert plan.places == (0,)
+    assert plan.resume_from is not None
+
+
 def test_a_host_without_the_folder_refuses_before_anything_is_trained(hosts: list[Host]) -> None:
     """The run says which host, why, and the one next command."""
     first, second = hosts
@@ -186,5 +226,5 @@ def test_a_host_without_the_folder_refuses_before_anything_is_trained(hosts: lis
     attempt = RunDir(folder_on(first, run)).attempt(1)
     message = found["state"]["message"]
     assert f"Host 1 did not join: {second.name} does not see the folder {attempt.path}" in message
-    assert f"Next: ls {folder_on(first, run).parents[1]}" in message
+    assert f"Next: ls -lan {folder_on(first, run).parents[1]}" in message
     assert not attempt.metrics.exists()

@@ -65,6 +65,19 @@ def test_a_clock_that_is_set_neither_fakes_nor_hides_a_stall(tmp_path: Path) -> 
         assert stalled.result() is silent, (jump_seconds, silent)
 
 
+def test_a_rank_that_is_silent_is_named_though_folders_of_others_are_missing(
+    tmp_path: Path,
+) -> None:
+    """Those of another host's ranks are made there, later."""
+    job = JobDir(tmp_path)
+    for rank in (1, 2):
+        job.rank(rank).path.mkdir(parents=True)
+    job.rank(1).heartbeat.write_text('{"phase": "train", "step": 4}')
+    error = _stalled(job, 60.0, 60.0)
+    assert error.what.startswith("Rank 2 gave no sign of life for 60 s")
+    assert error.facts["rank"] == 2
+
+
 def test_one_process_after_several_ranks_does_not_find_their_folders(tmp_path: Path) -> None:
     """A stall would be laid on a rank that is no longer there."""
     job = JobDir(tmp_path)
@@ -97,6 +110,6 @@ def test_a_rank_that_is_done_is_not_the_one_that_hangs(tmp_path: Path) -> None:
         folder.path.mkdir(parents=True)
         Heartbeat(folder.heartbeat).beat(phase, 0)
         os.utime(folder.heartbeat, (1000 - rank, 1000 - rank))
-    assert _stalled(job, 60, 50).what.startswith("Rank 1 of 2 gave no sign")
+    assert _stalled(job, 60, 50).what.startswith("Rank 1 gave no sign")
     job.rank(1).outcome.touch()
-    assert _stalled(job, 60, 50).what.startswith("Rank 0 of 2 gave no sign")
+    assert _stalled(job, 60, 50).what.startswith("Rank 0 gave no sign")

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from qwen3ft.errors import EnvironmentNotReadyError
-from qwen3ft.machine.network import INTERFACE_VARIABLES, interface_for_ranks
+from qwen3ft.machine.network import INTERFACE_VARIABLES, interface_for_ranks, listening_on
 
 
 @pytest.fixture
@@ -30,11 +30,17 @@ def reached_from(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     own = ""
 
-    def reach(address: str) -> None:
+    def reach(address: str, **others: str) -> None:
         nonlocal own
         own = address
-        given = {"eth1": [SimpleNamespace(address=address)]}
+        addresses = {"eth1": address, "lo": "127.0.0.1", **others}
+        given = {
+            name: [SimpleNamespace(address=each, family=family(each))]
+            for name, each in addresses.items()
+        }
         monkeypatch.setattr(psutil, "net_if_addrs", lambda: given)
+        states = dict.fromkeys(given, SimpleNamespace(isup=True))
+        monkeypatch.setattr(psutil, "net_if_stats", lambda: states)
 
     monkeypatch.setattr(socket, "socket", Probe)
     for name in INTERFACE_VARIABLES:
@@ -42,10 +48,14 @@ def reached_from(monkeypatch: pytest.MonkeyPatch) -> Any:
     return reach
 
 
+def family(address: str) -> int:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
 def test_ranks_listen_on_a_private_address_and_on_no_other_interface(reached_from: Any) -> None:
     """NCCL would take every interface whose name begins like that, eth10 too."""
     reached_from("10.0.0.7")
-    with interface_for_ranks("http://10.0.0.1:4200/api"):
+    with listening_on(interface_for_ranks("http://10.0.0.1:4200/api")):
         assert [os.environ[name] for name in INTERFACE_VARIABLES] == ["eth1", "=eth1"]
     assert not [name for name in INTERFACE_VARIABLES if name in os.environ]
 
@@ -54,13 +64,25 @@ def test_ranks_listen_on_a_private_address_and_on_no_other_interface(reached_fro
 def test_ranks_do_not_listen_on_a_public_address_unless_told_to(
     reached_from: Any, monkeypatch: pytest.MonkeyPatch, address: str
 ) -> None:
-    """Whoever reaches their ports can disturb the training."""
+    """Whoever reaches their ports can disturb the training: no command that opens them is named."""
     reached_from(address)
-    with (
-        pytest.raises(EnvironmentNotReadyError, match=f"eth1 from {address}, a public address"),
-        interface_for_ranks("http://10.0.0.1:4200/api"),
-    ):
-        pass
+    with pytest.raises(EnvironmentNotReadyError, match=f"eth1 from {address}, a public") as refused:
+        interface_for_ranks("http://10.0.0.1:4200/api")
+    assert refused.value.next_command == "ip -brief address"
+    reached_from(address, eth2="10.0.0.7", eth3="fe80::1")
+    with pytest.raises(EnvironmentNotReadyError) as refused:
+        interface_for_ranks("http://10.0.0.1:4200/api")
+    assert refused.value.next_command == "export GLOO_SOCKET_IFNAME=eth2"
     monkeypatch.setenv(INTERFACE_VARIABLES[0], "eth1")
-    with interface_for_ranks("http://10.0.0.1:4200/api"):
+    with listening_on(interface_for_ranks("http://10.0.0.1:4200/api")):
         assert os.environ[INTERFACE_VARIABLES[1]] == "=eth1"
+
+
+def test_an_interface_that_is_named_is_there(
+    reached_from: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of several; gloo would say something else, after the model was loaded."""
+    reached_from("10.0.0.7")
+    monkeypatch.setenv(INTERFACE_VARIABLES[0], "eth1,eth9")
+    with pytest.raises(EnvironmentNotReadyError, match="'eth1,eth9', which is not there"):
+        interface_for_ranks("http://10.0.0.1:4200/api")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,27 @@ def test_the_printed_command_finds_the_run_wherever_it_lies(
     assert find_begun_run(read_overrides(words[5:])["runs_dir"], "r1") == run
     monkeypatch.chdir(tmp_path)
     assert run.resume_command == "qwen3ft run --resume r1"
+
+
+def test_a_run_of_a_teams_servers_is_continued_there(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`qwen3ft run` would start servers of the project's own, whose champion is another one.
+
+    Over several hosts it is carried out by a worker: that of the run's own host is then busy, and
+    takes no request for another host.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PREFECT_API_URL", "https://prefect.example.org/api")
+    assert run.resume_command == "qwen3ft train --resume r1"
+    again = "prefect deployment run qwen3-finetune/default --param continue_run=r1"
+    write_record(run.config, own_settings(run).model_copy(update={"hosts": 3}))
+    assert run.resume_command == again
+    fewer = run.command_to_resume(hosts=2, output_dir=Path("a b"))
+    config = json.dumps({"hosts": 2, "output_dir": "a b"})
+    assert shlex.split(fewer) == [*again.split(), "--param", f"config={config}"]
+    alone = "qwen3ft train --resume r1 --set hosts=1"
+    assert run.command_to_resume(hosts=1) == alone
 
 
 @pytest.mark.parametrize("run_id", ["r2", "never-begun"])

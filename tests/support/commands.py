@@ -24,7 +24,7 @@ PRODUCT = ("qwen3ft", "flows", "tasks", "deployments")
 
 OTHER_PROGRAMS = {
     *("ls", "tail", "head", "df", "cat", "mv", "ps", "fuser", "ulimit", "unset", "export", "cd"),
-    *("nvidia-smi", "hf", "make", "python3", "prefect", "libreoffice"),
+    *("nvidia-smi", "hf", "make", "python3", "prefect", "libreoffice", "ip"),
 }
 """Programs that a printed command may name besides ours; of the system, or of .venv/bin."""
 

@@ -84,6 +84,19 @@ class Host:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
+    def typed(self, line: str) -> str:
+        """Run a command as it was printed, in the project folder here; return its output."""
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        done = subprocess.run(
+            self.command("sh", "-c", line),
+            env=self.environment({"PATH": path}),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
     def start_worker(self, **variables: str) -> subprocess.Popen[bytes]:
         """Start a Prefect worker that carries out one run at a time."""
         worker = ("worker", "start", "--pool", "qwen3ft", "--type", "process", "--limit", "1")

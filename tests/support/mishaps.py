@@ -162,7 +162,7 @@ def twice_on_one_gpu(folder: Path) -> None:
 
 
 def join_attempt(
-    folder: Path, code: str = "", *, is_whole: bool = True, attempt: int = 1, mode: int = 0o700
+    folder: Path, *, is_whole: bool = True, attempt: int = 1, mode: int = 0o700
 ) -> None:
     """Join an attempt in progress whose model and rows are there, or not."""
     run = RunDir(folder)
@@ -175,7 +175,7 @@ def join_attempt(
     job = run.attempt(attempt).create(plan)
     job.path.chmod(mode)
     with run_context.try_lock(run.lock):
-        join._join(job, 1, code, "")
+        join._join(job, 1, code_digest(), "")
 
 
 def joined_twice(folder: Path) -> None:
@@ -188,7 +188,7 @@ def no_join_deployment(_: Path) -> None:
     """The server does not know the deployment of other hosts."""
     client = MagicMock()
     client.read_deployment_by_name.side_effect = ObjectNotFound(Exception("404"))
-    hosts._ask(client, {"host": 1, "attempt": "runs/a/attempts/01"})
+    hosts._find_deployment(client)
 
 
 def attempt_made_elsewhere(folder: Path) -> None:
@@ -202,20 +202,17 @@ def no_server_to_ask(_: Path) -> None:
     client = MagicMock()
     client.read_deployment_by_name.side_effect = httpx.ConnectError("refused")
     with patch.object(hosts, "_SERVER_SECONDS", -1):
-        hosts._ask(client, {"host": 1, "attempt": "runs/a/attempts/01"})
+        hosts._find_deployment(client)
 
 
-def no_other_host(folder: Path) -> None:
-    """No worker takes the flow run of the second host."""
+def no_other_host(folder: Path, *, is_first: bool = True) -> None:
+    """No worker takes the flow run of the second host, or it has vanished later."""
     client = MagicMock()
     client.read_flow_run.return_value.state = Scheduled()
-    hosts._wait_until_ready(
-        config(wait_for_gpu_seconds=0),
-        client,
-        JobDir(folder),
-        {1: uuid4()},
-        RunDir(folder / "run"),
-    )
+    run = RunDir(folder / "run")
+    joined = hosts.JoinedHosts(config(), run)
+    joined._asked = {1: uuid4()}
+    joined._wait(client, run.attempt(1), 0, is_first=is_first)
 
 
 def full_gpu_of_a_host(_: Path) -> None:
@@ -223,7 +220,7 @@ def full_gpu_of_a_host(_: Path) -> None:
     machine = environment(80.0)
     gpu = machine.gpus[0]
     use = GpuUse(total_bytes=gpu.total_bytes, free_bytes=1, processes=())
-    join._require_room(plan_for(), machine, "b", probe=lambda _: use, settle_seconds=0)
+    join._require_room(plan_for(), 0, machine, "b", probe=lambda _: use, settle_seconds=0)
 
 
 def wrong_python(_: Path) -> None:
@@ -964,26 +961,29 @@ QUICK: dict[str, Mishap] = {
     "flows/cli/runs.py _run_failed 1": failed_run,
     "flows/cli/runs.py _show_end 1": lost_card,
     "flows/cli/servers.py env_command 1": in_project(servers.env_command),
-    "flows/finetune.py _claim 1": attempt_made_elsewhere,
+    "flows/finetune.py _continued_elsewhere 1": attempt_made_elsewhere,
     "flows/finetune.py run_in_process 1": interrupted,
-    "flows/hosts.py _ask 1": no_server_to_ask,
-    "flows/hosts.py _not_registered 1": no_join_deployment,
-    "flows/hosts.py _wait_until_ready 1": no_other_host,
+    "flows/hosts.py _patiently 1": no_server_to_ask,
+    "flows/hosts.py _find_deployment 1": no_join_deployment,
+    "flows/hosts.py JoinedHosts._too_few 1": no_other_host,
+    "flows/hosts.py _too_late 1": lambda f: no_other_host(f, is_first=False),
     "flows/hosts.py _refusal 1": lambda _: throw(hosts._refusal(1, Crashed())),
-    "flows/join.py _join 1": lambda f: join._join(JobDir(f), 1, "", "", network.machine_name()),
-    "flows/join.py _join 2": lambda f: join._join(JobDir(f / "missing"), 1, "", ""),
-    "flows/join.py _join 3": lambda f: join_attempt(f, attempt=2),
-    "flows/join.py _join 4": lambda f: join_attempt(f, code_digest(), is_whole=False),
-    "flows/join.py _join 5": lambda f: join_attempt(f, "another"),
+    "flows/join.py _require_other_host 1": lambda f: join._join(
+        JobDir(f), 1, "", "", network.machine_name()
+    ),
+    "flows/join.py _require_code 1": lambda f: join._join(JobDir(f / "missing"), 1, "another", ""),
+    "flows/join.py _require_folder 1": lambda f: join_attempt(f, attempt=2),
+    "flows/join.py _require_folder 2": lambda f: join_attempt(f, is_whole=False),
     "flows/join.py _claim 1": joined_twice,
-    "flows/join.py _require_private 1": lambda f: join_attempt(f, mode=0o750),
+    "flows/join.py _require_private 1": lambda f: join._join(
+        JobDir(f / "missing"), 1, code_digest(), ""
+    ),
+    "flows/join.py _require_private 2": lambda f: join_attempt(f, mode=0o750),
     "flows/join.py _require_gpus_as 1": lambda _: join._require_gpus_as(
         environment(None), "NVIDIA H200", "b"
     ),
     "flows/join.py _require_room 1": full_gpu_of_a_host,
-    "flows/join.py _require_in_progress 1": lambda f: join._require_in_progress(
-        RunDir(f).attempt(1), RunDir(f)
-    ),
+    "flows/join.py _over 1": lambda f: join._require_in_progress(RunDir(f).attempt(1), RunDir(f)),
     "flows/resume.py refuse_second_resume 1": lambda _: resume.refuse_second_resume(
         config(), "1", 5
     ),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,17 +19,24 @@ from safetensors.torch import load_file
 from support.plans import plan_for
 
 from qwen3ft import faults
-from qwen3ft.errors import OutOfMemoryError, RanksPartedError, WorkerCrashedError
+from qwen3ft.errors import (
+    OutOfMemoryError,
+    PreemptedError,
+    RanksPartedError,
+    WorkerCrashedError,
+)
 from qwen3ft.jobs.folders import JobDir, RunDir, write_record
 from qwen3ft.jobs.launcher import try_worker
-from qwen3ft.jobs.processes import end_process_tree, start_worker
+from qwen3ft.jobs.processes import PARENT_VARIABLE, end_process_tree, start_worker
 from qwen3ft.model.adapter_checks import ADAPTER_FILE
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.training import AttemptOutcome, Failure, RankOutcome
 from qwen3ft.recovery.adjust import FailedAttempt, GiveUp, Retry, decide_retry
+from qwen3ft.worker import agent
 from qwen3ft.worker import hosts as hosts_module
 from qwen3ft.worker.agent import first_failure
 from qwen3ft.worker.hosts import Agent, OtherHosts
+from qwen3ft.worker.jobs import Job
 
 ON_TWO = {"places": (0, 1, 2, 3), "places_per_host": 2}
 SCHEDULE = {"total_steps": 6, "evaluate_every_steps": 2, "packing": True}
@@ -85,6 +96,189 @@ def test_a_time_in_which_this_host_stood_still_is_no_silence_of_another(
         found.append([failure.what for failure in here.failures()])
     assert found[:-1] == [[]] * 32
     assert found[-1] == ["Host 1 (b) gave no sign of life for 31 s."]
+
+
+def two_agents(attempt: JobDir) -> list[OtherHosts]:
+    """Return the agents of two hosts, which have heard each other."""
+    attempt.host(1).path.mkdir(parents=True)
+    agents = [OtherHosts(Agent(attempt, host, {0: (0,), 1: (1,)})) for host in (0, 1)]
+    for each in agents * 2:
+        each.failures()
+    return agents
+
+
+def test_a_host_that_is_shut_down_is_gone_and_not_one_that_obeyed_a_rank(tmp_path: Path) -> None:
+    """All ranks agree to stop; what they say of each other is no reason to wait for that host."""
+    attempt = JobDir(tmp_path)
+    here, _ = two_agents(attempt)
+    attempt.rank(0).path.mkdir(parents=True)
+    asked = PreemptedError("The worker was asked to stop (as another rank was).")
+    write_record(attempt.rank(0).failure, Failure.from_error(asked))
+    stopped = PreemptedError("The worker was asked to stop (SIGTERM).")
+    write_record(attempt.host(1).failure, Failure.from_error(stopped))
+    error = first_failure([attempt.rank(0)], {0: 1}, 0, here.last_words)
+    name = hosts_module.socket.gethostname()
+    assert error.what == f"Host 1 ({name}): The worker was asked to stop (SIGTERM)."
+    decision = decide_retry(
+        [FailedAttempt(plan_for().with_settings(**ON_TWO), Failure.from_error(error))],
+        max_attempts=5,
+        allow_degraded=False,
+        newest_checkpoint=None,
+    )
+    assert isinstance(decision, Retry)
+    assert decision.plan.hosts == (0,)
+    of_a_rank = PreemptedError("Rank 1 of 2: The worker was asked to stop.", rank=1)
+    write_record(attempt.host(1).failure, Failure.from_error(of_a_rank))
+    assert "lost_host" not in here.last_words()[0].facts
+
+
+def test_a_host_that_has_trained_to_the_end_is_not_missed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Rank 0 may write its last checkpoint for long after that."""
+    monkeypatch.setattr(hosts_module, "HOST_SILENT_SECONDS", 0.0)
+    attempt = JobDir(tmp_path)
+    here, _ = two_agents(attempt)
+    attempt.host(1).outcome.touch()
+    time.sleep(0.01)
+    assert not here.failures()
+    attempt.host(1).outcome.unlink()
+    assert here.failures()
+
+
+def test_what_another_host_said_counts_and_not_that_its_file_was_missing_before(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A client of NFS keeps that in mind, until it opens the folder."""
+    monkeypatch.setattr(hosts_module, "HOST_SILENT_SECONDS", 0.0)
+    attempt, stat, listdir = JobDir(tmp_path), os.stat, os.listdir
+    here, _ = two_agents(attempt)
+    write_record(attempt.host(1).failure, Failure.from_error(OutOfMemoryError("Full.")))
+    remembered = {str(attempt.host(1).failure)}
+
+    def stat_as_remembered(path: Any, **options: Any) -> os.stat_result:
+        if str(path) in remembered:
+            raise FileNotFoundError(errno.ENOENT, "not found", str(path))
+        return stat(path, **options)
+
+    def list_anew(path: Any) -> list[str]:
+        remembered.clear()
+        return listdir(path)
+
+    monkeypatch.setattr(os, "stat", stat_as_remembered)
+    monkeypatch.setattr(os, "listdir", list_anew)
+    [failure] = here.failures()
+    assert failure.what == "Full."
+
+
+def test_agents_beat_while_they_wait_for_each_other(tmp_path: Path) -> None:
+    """That takes minutes where a host imports slowly, and is no stall of a rank."""
+    attempt = JobDir(tmp_path)
+    here = OtherHosts(Agent(attempt, 0, {0: (0,), 1: (1,)}))
+    beats: list[str] = []
+    job: Any = SimpleNamespace(heartbeat=SimpleNamespace(beat=lambda *sign: beats.append(sign)))
+    follower = agent._Follower(job, [attempt.rank(0), attempt.rank(1)], here)
+    for _ in range(3):
+        follower.look(is_over=False)
+    assert len(beats) == 3
+    attempt.host(1).path.mkdir(parents=True)
+    attempt.host(1).alive.write_text("b 1")
+    for _ in range(3):
+        follower.look(is_over=False)
+    assert len(beats) == 3
+
+
+def test_ranks_are_followed_on_when_a_file_could_not_be_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A server of files that restarts, say: a thread that ended would look like a hang."""
+    monkeypatch.setattr(agent, "LOOK_AT_RANKS_SECONDS", 0.01)
+    attempt = JobDir(tmp_path)
+    attempt.rank(0).path.mkdir(parents=True)
+    beats, problems = threading.Semaphore(0), [OSError(errno.EIO, "I/O error")]
+
+    def beat(*_: Any) -> None:
+        beats.release()
+        if problems:
+            raise problems.pop()
+
+    job: Any = SimpleNamespace(heartbeat=SimpleNamespace(beat=beat))
+    here = OtherHosts(Agent(attempt, 0, {0: (0,)}))
+    with agent._followed(job, [attempt.rank(0)], here):
+        assert beats.acquire(timeout=10)
+        attempt.rank(0).heartbeat.touch()
+        assert beats.acquire(timeout=10)
+
+
+def test_hosts_whose_clocks_differ_meet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By 20 s: torch's rendezvous would take one for dead after 15."""
+    from torch.distributed.elastic.rendezvous import dynamic_rendezvous, registry
+    from torch.distributed.elastic.rendezvous.api import RendezvousParameters
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            late = threading.current_thread().name == "host 1"
+            return datetime.now(tz) + timedelta(seconds=20 if late else 0)
+
+    monkeypatch.setattr(dynamic_rendezvous, "datetime", Clock)
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # as an agent sets it
+    attempt, found = JobDir(tmp_path), {}
+    attempt.meeting_place.parent.mkdir()
+
+    def meet(host: int) -> None:
+        config = agent._launch_config(Agent(attempt, host, {0: (0,), 1: (1,)}), "a-run")
+        given = RendezvousParameters(
+            backend=config.rdzv_backend,
+            endpoint=config.rdzv_endpoint,
+            run_id=config.run_id,
+            min_nodes=config.min_nodes,
+            max_nodes=config.max_nodes,
+            local_addr=config.local_addr,
+            **config.rdzv_configs | {"join_timeout": 20},
+        )
+        place = registry.get_rendezvous_handler(given).next_rendezvous()
+        found[host] = (place.rank, place.world_size)
+
+    threads = [threading.Thread(target=meet, args=(n,), name=f"host {n}") for n in (0, 1)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.2)
+    for thread in threads:
+        thread.join()
+    assert found == {0: (0, 2), 1: (1, 2)}
+
+
+def test_a_host_that_is_stopped_while_it_waits_for_the_others_was_stopped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The handler of torch raises in the middle of that."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.api import PContext
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+    from torch.distributed.launcher import api
+
+    plan = plan_for().with_settings(places=(0, 1), places_per_host=1)
+    job = Job(tmp_path / "01")
+    job.dir.create(plan)
+
+    def launch(*_: Any) -> None:
+        parted = RanksPartedError("The connection to the other ranks broke.")
+        write_record(job.dir.rank(0).failure, Failure.from_error(parted))
+        raise ChildFailedError("rank", {0: ProcessFailure(0, 1, 1, "none")})
+
+    def stop(_: float) -> None:
+        raise SignalException("stopped", signal.SIGTERM)
+
+    monkeypatch.setattr(api, "elastic_launch", lambda *_: launch)
+    monkeypatch.setattr(
+        PContext, "close", PContext.close
+    )  # these and the agent's variables come back
+    for name in ("OMP_NUM_THREADS", PARENT_VARIABLE, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(hosts_module, "time", SimpleNamespace(monotonic=time.monotonic, sleep=stop))
+    with pytest.raises(PreemptedError, match="SIGTERM"):
+        agent.train_ranks(job)
 
 
 def test_the_next_attempt_goes_on_without_a_host_that_is_gone() -> None:
