@@ -281,7 +281,7 @@ def _followed(
 
 
 class _Follower:
-    """What one look at the ranks and at the other hosts needs to know of the looks before.
+    """Memory between two looks at the ranks and at the other hosts.
 
     Attributes:
         ended: Why other hosts have ended, once that is why this process was asked to stop.
