@@ -33,7 +33,7 @@ GPU_CONFIG = Path("deployments/configs/default.yaml")
 CPU_CONFIG = Path("deployments/configs/embedded.yaml")
 NIGHTLY = "nightly"
 """Name of the schedule of nightly runs."""
-FLOW_FILE = Path("flows/finetune.py")
+FLOW_FILES = (Path("flows/finetune.py"), Path("flows/join.py"))
 _PACKAGES = Path(__file__).parents[1]  # of a clone, or `qwen3ft` of a wheel
 NO_GPU_LINE = (
     f"No CUDA GPU found: the deployment uses the embedded tiny Qwen3 ({CPU_CONFIG}), "
@@ -68,7 +68,7 @@ def choose_defaults(root: Path) -> Defaults:
     config = parse_config(read_settings_file(project_file(root, path))).model_dump(
         mode="json", exclude_unset=True
     )
-    files = [_text(project_file(root, file)) for file in (PREFECT_FILE, FLOW_FILE)]
+    files = [_text(project_file(root, file)) for file in (PREFECT_FILE, *FLOW_FILES)]
     runs = concurrent_runs(parse_config(config))
     return Defaults(
         config_path=str(path),

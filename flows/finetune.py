@@ -232,7 +232,8 @@ def train_with_recovery(
                 raise
             result: object = failure_of_host(error, plan, run)
         else:
-            state = train_attempt(plan, return_state=True)
+            with hosts.network(plan):
+                state = train_attempt(plan, return_state=True)
             result = state.result(raise_on_failure=False)
         if isinstance(result, BaseException):  # cancelled, or a defect of ours
             raise result

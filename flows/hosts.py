@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import UUID, uuid4
@@ -86,13 +86,16 @@ class JoinedHosts:
         if self._config.hosts == 1:
             yield
             return
-        with listening_on(self._interface):
-            try:
-                yield
-            except BaseException:
-                self._end(self._asked, even_running=True)
-                raise
-            self._end(self._asked)
+        try:
+            yield
+        except BaseException:
+            self._end(self._asked, even_running=True)
+            raise
+        self._end(self._asked)
+
+    def network(self, plan: TrainPlan) -> AbstractContextManager[None]:
+        """Let ranks that are started meanwhile reach those of other hosts, if there are any."""
+        return listening_on(self._interface) if len(plan.hosts) > 1 else nullcontext()
 
     def gather(self, plan: TrainPlan, environment: EnvironmentReport) -> None:
         """Wait until all hosts of an attempt are ready; before the first, ask for them.

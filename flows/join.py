@@ -79,10 +79,9 @@ def _join(attempt: JobDir, host: int, code: str, gpu: str, beside: str = "") -> 
     config = read_record(run.config, TrainingConfig)
     in_progress = partial(_require_in_progress, attempt, run)
     machine = EnvironmentManager().report()
-    interface = interface_for_ranks(get_current_settings().api.url or "")
     with (
         hold_devices(config, machine, run, in_progress) as environment,
-        listening_on(interface),
+        listening_on(interface_for_ranks(get_current_settings().api.url or "")),
     ):
         _require_gpus_as(environment, gpu, name)
         following: JobDir | None = attempt
@@ -94,16 +93,23 @@ def _join(attempt: JobDir, host: int, code: str, gpu: str, beside: str = "") -> 
             _require_room(plan, host, environment, name)
             job = _claim(following, host, name).create(plan)  # the run waits for this
             if _has_begun(following, run):
-                _train(job, plan)
+                train_ranks(job, plan)
             following = _next_attempt(following, run)
 
 
-def _train(job: JobDir, plan: TrainPlan) -> None:
+def train_ranks(job: JobDir, plan: TrainPlan) -> RankOutcome | Failure:
+    """Have a worker train this host's ranks of an attempt; what follows is for the run to decide.
+
+    Args:
+        job: The host's folder in the attempt.
+        plan: The attempt.
+    """
     # Longer than on the run's own host, which sees the ranks of all: it names the one that hangs.
     stall_seconds = plan.stall_seconds + LATER_SECONDS
     result = try_worker("join", job, RankOutcome, stall_seconds=stall_seconds, last=True)
-    if isinstance(result, Failure):  # what follows is for the run to decide
+    if isinstance(result, Failure):
         logger.warning("attempt %d ended here: %s", plan.attempt, result.to_error())
+    return result
 
 
 def _next_attempt(attempt: JobDir, run: RunDir) -> JobDir | None:

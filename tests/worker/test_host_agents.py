@@ -18,6 +18,7 @@ import pytest
 from safetensors.torch import load_file
 from support.plans import plan_for
 
+from flows.join import train_ranks
 from qwen3ft import faults
 from qwen3ft.errors import (
     OutOfMemoryError,
@@ -328,7 +329,7 @@ def joined(plan: TrainPlan, job: JobDir, results: list[Any]) -> Iterator[None]:
 
     def join() -> None:
         wait_until(job.heartbeat.exists)
-        results.append(try_worker("join", host, RankOutcome, stall_seconds=plan.stall_seconds))
+        results.append(train_ranks(host, plan))
 
     thread = threading.Thread(target=join)
     thread.start()
@@ -365,20 +366,25 @@ def test_two_hosts_give_the_adapter_of_as_many_ranks_on_one(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "kind"),
-    [("oom@step=4:rank=1", "OutOfMemoryError"), ("kill@step=4:rank=1", "WorkerCrashedError")],
+    [
+        ("oom@step=4:rank=1", "OutOfMemoryError"),
+        ("kill@step=4:rank=1", "WorkerCrashedError"),
+        # Its host's own agent hears less, and must not be the first to end it.
+        ("stop@step=4:rank=1", "StalledError"),
+    ],
 )
 def test_a_fault_on_another_host_is_the_failure_of_the_attempt(
     make_plan: Any, monkeypatch: pytest.MonkeyPatch, fault: str, kind: str
 ) -> None:
     """With its class, its rank and nothing lost; both hosts end."""
     monkeypatch.setenv(faults.VARIABLE, fault)
-    plan = make_plan(**SCHEDULE, places=(0, 1), places_per_host=1)
+    plan = make_plan(**SCHEDULE, places=(0, 1), places_per_host=1, stall_seconds=60.0)
     job, results = RunDir(Path(plan.run_dir)).attempt(1).create(plan), []
     with joined(plan, job, results):
-        failure = try_worker("ranks", job, AttemptOutcome, stall_seconds=300)
+        failure = try_worker("ranks", job, AttemptOutcome, stall_seconds=plan.stall_seconds)
     assert isinstance(failure, Failure)
     assert (failure.kind, failure.facts["rank"]) == (kind, 1)
-    assert failure.what.startswith("Rank 1 of 2: ")
+    assert failure.what.startswith("Rank 1 ")
     assert "lost_host" not in failure.facts
     assert isinstance(results[0], Failure)
 
