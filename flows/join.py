@@ -93,11 +93,11 @@ def _join(attempt: JobDir, host: int, code: str, gpu: str, beside: str = "") -> 
             _require_room(plan, host, environment, name)
             job = _claim(following, host, name).create(plan)  # the run waits for this
             if _has_begun(following, run):
-                train_ranks(job, plan)
+                train_on_host(job, plan)
             following = _next_attempt(following, run)
 
 
-def train_ranks(job: JobDir, plan: TrainPlan) -> RankOutcome | Failure:
+def train_on_host(job: JobDir, plan: TrainPlan) -> RankOutcome | Failure:
     """Have a worker train this host's ranks of an attempt; what follows is for the run to decide.
 
     Args:

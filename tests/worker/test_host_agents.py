@@ -18,7 +18,7 @@ import pytest
 from safetensors.torch import load_file
 from support.plans import plan_for
 
-from flows.join import train_ranks
+from flows.join import train_on_host
 from qwen3ft import faults
 from qwen3ft.errors import (
     OutOfMemoryError,
@@ -329,7 +329,7 @@ def joined(plan: TrainPlan, job: JobDir, results: list[Any]) -> Iterator[None]:
 
     def join() -> None:
         wait_until(job.heartbeat.exists)
-        results.append(train_ranks(host, plan))
+        results.append(train_on_host(host, plan))
 
     thread = threading.Thread(target=join)
     thread.start()
