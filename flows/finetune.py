@@ -20,7 +20,7 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
-from flows.hosts import JoinedHosts, failure_of_host
+from flows.hosts import JoinedHosts, failure_of_hosts
 from flows.naming import run_name
 from flows.nightly import (
     claim_tonight,
@@ -228,9 +228,9 @@ def train_with_recovery(
         try:
             hosts.gather(plan, environment)
         except EnvironmentNotReadyError as error:
+            result: object = failure_of_hosts(error, plan, run)
             if not failed or "host" not in error.facts:
                 raise
-            result: object = failure_of_host(error, plan, run)
         else:
             with hosts.network(plan):
                 state = train_attempt(plan, return_state=True)

@@ -271,12 +271,14 @@ def _too_late(host: int, waited: float) -> EnvironmentNotReadyError:
     )
 
 
-def failure_of_host(refusal: EnvironmentNotReadyError, plan: TrainPlan, run: RunDir) -> Failure:
-    """Return the failure of an attempt that lacks a host which trained in the one before.
+def failure_of_hosts(refusal: EnvironmentNotReadyError, plan: TrainPlan, run: RunDir) -> Failure:
+    """Record and return the failure of an attempt that could not begin, as it lacks a host.
 
-    One of its GPUs is gone, say, or it was switched off. Recovery goes on without the host.
+    After the first attempt recovery goes on without the host: one of its GPUs is gone, say, or it
+    was switched off.
     """
-    facts = {**refusal.facts, "lost_host": refusal.facts["host"]}
+    lost = {"lost_host": refusal.facts["host"]} if "host" in refusal.facts else {}
+    facts = {**refusal.facts, **lost}
     failure = Failure.from_error(refusal).model_copy(update={"facts": facts})
     write_record(run.attempt(plan.attempt).failure, failure)
     journal = Journal(run)

@@ -186,10 +186,13 @@ def test_the_printed_command_goes_on_and_a_host_that_is_stopped_in_order_is_left
     found = wait_for(hosts[0], run)
     assert found["state_type"] == "FAILED"
     alone = f"Next: qwen3ft train --resume {run} --set hosts=1"
-    assert "0 of 1 further hosts came within 60 s.\nWhy: Their" in found["state"]["message"]
+    assert "0 of 1 further hosts came within 6" in found["state"]["message"]
     assert found["state"]["message"].endswith(alone)
 
     folder = RunDir(folder_on(hosts[0], run))
+    refused = folder.attempt(1).read_failure()
+    assert refused is not None
+    assert refused.kind == "EnvironmentNotReadyError"
     steps = json.loads((folder.path / "card.json").read_text())["next_steps"]
     [again] = [step["command"] for step in steps if "continue_run" in step["command"]]
     hosts[1].start_worker()

@@ -149,7 +149,7 @@ def test_a_run_goes_on_without_a_host_that_is_gone_before_a_later_attempt(tmp_pa
     run = RunDir(tmp_path)
     attempt = run.attempt(2).create(plan)
     refusal = hosts._refusal(1, Failed(message="gpus is 2, and this machine has 1.\nWhy: x"))
-    failure = hosts.failure_of_host(refusal, plan, run)
+    failure = hosts.failure_of_hosts(refusal, plan, run)
     assert attempt.read_failure() == failure
     assert failure.kind == "EnvironmentNotReadyError"
     journal = Journal(run).path.read_text()
