@@ -89,7 +89,7 @@ class DecoderVoice:
         shape: ModelShape,
         request: AskRequest,
     ) -> None:
-        self._model, self._shape, self._request = model, shape, request
+        self._model, self._tokenizer, self._shape, self._request = model, tokenizer, shape, request
         self.marks = Marks.of(tokenizer, sorted(end_tokens(model, tokenizer)))
         config = request.config
         longest = AnswerLimits(config.max_new_tokens, config.max_thinking_tokens)
@@ -106,10 +106,10 @@ class DecoderVoice:
         """Write an answer; see `Voice`."""
         import torch
 
-        decoder = self._decoder
-        if decoder is None or len(ids) + self._answer_tokens > decoder.sizes.most_tokens:
-            self._decoder = decoder = None  # makes room for the next
-            self._decoder = decoder = self._made_for(2 * len(ids))
+        decoder = self._decoder_for(len(ids))
+        if decoder is None:
+            plain = PlainVoice(self._model, self._tokenizer)
+            return plain.write(ids, limits, streamer, is_wanted)
         streamer.put(torch.tensor(ids))
         tokens: list[int] = []
         writer = AnswerWriter(decoder, [Query(ids, limits, model=0)], CHAT_BURST_STEPS)
@@ -124,11 +124,25 @@ class DecoderVoice:
         streamer.end()
         return tokens
 
-    def _made_for(self, prompt_tokens: int) -> Decoder:
-        """Return a decoder with room for such a prompt and an answer."""
-        model, most = self._model, prompt_tokens + self._answer_tokens
+    def _decoder_for(self, prompt_tokens: int) -> Decoder | None:
+        """Return a decoder for such a prompt, made anew if need be; None if none fits."""
+        decoder = self._decoder
+        if decoder and prompt_tokens + self._answer_tokens <= decoder.sizes.most_tokens:
+            return decoder
+        self._decoder = decoder = None  # makes room for the next
+        for roomy_tokens in (2 * prompt_tokens, prompt_tokens):  # a conversation grows
+            try:
+                self._decoder = self._made_for(roomy_tokens)
+                return self._decoder
+            except CannotDecodeError as error:
+                obstacle = str(error)
+        logger.info("transformers answers %d tokens (%s)", prompt_tokens, obstacle)
+        return None
+
+    def _load_for(self, prompt_tokens: int) -> AnswerLoad:
+        model = self._model
         [name] = model.peft_config
-        load = AnswerLoad(
+        return AnswerLoad(
             shape=self._shape,
             ranks=(model.peft_config[name].r,),
             questions=1,
@@ -140,6 +154,11 @@ class DecoderVoice:
             compute_bytes=model.get_base_model().dtype.itemsize,
         )
 
+    def _made_for(self, prompt_tokens: int) -> Decoder:
+        """Return a decoder with room for such a prompt and an answer."""
+        model, load = self._model, self._load_for(prompt_tokens)
+        [name] = model.peft_config
+
         def make(sizes: Any) -> Decoder:
             decoder = Decoder(model, [name], sizes, self.marks)
             decoder.capture(draw=False)
@@ -149,7 +168,7 @@ class DecoderVoice:
         # With one slot, copies in 16 bits save little time, and a chat may stay open for long.
         budget_gb = request.config.max_memory_gb
         _, decoder = run_within(load, budget_gb, request.device, make, resident=False)
-        logger.info("the decoder answers, up to %d tokens", most)
+        logger.info("the decoder answers, up to %d tokens", load.most_tokens)
         return decoder
 
 

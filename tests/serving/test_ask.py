@@ -19,18 +19,21 @@ from flows import cli
 from qwen3ft.chat.rendering import prompt_ids
 from qwen3ft.chat.thinking import ThinkingSplitter, split_thinking
 from qwen3ft.config import TrainingConfig
+from qwen3ft.decoding.fitting import used_bytes
 from qwen3ft.decoding.writing import AnswerLimits
 from qwen3ft.errors import ModelNotFoundError, SaveError
 from qwen3ft.evaluation.inference import InferenceTester
 from qwen3ft.files import read_json_lines, write_json_atomic
 from qwen3ft.jobs.folders import JobDir
 from qwen3ft.model.saved_adapter import open_adapter
+from qwen3ft.planning.decoder_sizes import PAGE_TOKENS, DecoderSizes
 from qwen3ft.records.requests import AskRequest, Chunk
 from qwen3ft.registry.lookup import find_adapter
 from qwen3ft.registry.registry import Registry
 from qwen3ft.serving.answering import Responder
 from qwen3ft.serving.session import ChatSession
 from qwen3ft.serving.voices import CHAT_BURST_STEPS, DecoderVoice, PlainVoice, Voice, open_voice
+from qwen3ft.units import GIB
 
 ROOT = Path(__file__).parents[2]
 
@@ -199,6 +202,30 @@ def test_a_conversation_may_outgrow_the_decoder(
     voice = open_voice(*loaded, trained.snapshot.shape, request)
     [[*parts, _]] = told(voice, loaded, request, job, trained.rows[0])
     assert "".join(piece.text for piece in parts) == trained.rows[0]["answer"]
+
+
+@pytest.mark.parametrize("times", [1.5, 0.5])
+def test_a_conversation_that_outgrows_the_budget_is_answered(
+    trained: Trained, loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, times: float
+) -> None:
+    """By a decoder with room for it alone, else by transformers; both as if there were room."""
+    monkeypatch.setattr("qwen3ft.serving.voices.FIRST_PROMPT_TOKENS", 8)
+    ids = prompt_ids(loaded[1], " ".join(row["question"] for row in trained.rows[:8]), False)
+    # planned for so many blocks, a page takes gigabytes
+    shape = trained.snapshot.shape.model_copy(update={"num_hidden_layers": 10**5})
+    short = {"kernels": "fused", "max_new_tokens": 3, "max_thinking_tokens": 0}
+    config = trained.config.model_copy(update={**short, "max_memory_gb": 10.0**6})
+    roomy = open_voice(*loaded, shape, request_for(trained, config=config))
+    assert isinstance(roomy, DecoderVoice)
+    load = roomy._load_for(int(times * len(ids)))
+    room_bytes = load.bytes_of(DecoderSizes(1, -(-load.most_tokens // PAGE_TOKENS) + 1, 0))
+    tight = config.model_copy(update={"max_memory_gb": (used_bytes("cpu") + room_bytes) / GIB})
+    voice = open_voice(*loaded, shape, request_for(trained, config=tight))
+    assert isinstance(voice, DecoderVoice)
+    limits = AnswerLimits(config.max_new_tokens, 0)
+    plain = PlainVoice(*loaded).write(ids, limits, _Deaf(), lambda: True)
+    assert voice.write(ids, limits, _Deaf(), lambda: True) == plain
+    assert (voice._decoder is not None) == (times > 1)
 
 
 def test_a_session_answers_and_leaves_nothing_behind(
