@@ -185,7 +185,8 @@ def open_chat(
         with project(folder):
             wanted = _requested(config)
             cache_dir = str(Path(wanted.cache_dir).resolve())  # the session outlives this block
-            chosen = choose_adapter(wanted.model_copy(update={"cache_dir": cache_dir}), adapter)
+            here = wanted.model_copy(update={"cache_dir": cache_dir})
+            chosen = choose_adapter(here, adapter, said=_changes(config))
             chat = session.enter_context(chosen.open_session(think))
             chat.wait_until_ready()
         yield chat
@@ -207,7 +208,7 @@ def _requested(config: RunSettings) -> TrainingConfig:
 
 
 def _changes(config: RunSettings) -> Mapping[str, Any]:
-    """Return what a request to resume a run sets."""
+    """Return what a request itself sets."""
     if isinstance(config, TrainingConfig):
         return config.model_dump(mode="json", exclude_unset=True)
     if isinstance(config, (str, os.PathLike)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from flows.cli.options import AdapterOption, ConfigOption, JsonOption, SetOption, ThinkOption
+from flows.cli.options import (
+    AdapterOption,
+    ConfigOption,
+    JsonOption,
+    SetOption,
+    ThinkOption,
+    read_overrides,
+)
 from flows.cli.output import AnswerPrinter, open_console, print_json, say
 
 if TYPE_CHECKING:
@@ -154,19 +162,24 @@ class ChosenAdapter:
     config: TrainingConfig
     folder: Path
     device: Literal["cuda", "cpu"]
+    said: frozenset[str] = frozenset()
+    """Settings that the request itself names."""
 
     def open_session(self, think: bool | None) -> ChatSession:
-        """Load it in a worker, prompted as in its own run; `think` overrides whether it thinks."""
+        """Load it in a worker, asked as in its own run.
+
+        `think` overrides whether it thinks; limits of answers that the request names stay.
+        """
         from qwen3ft.model.saved_adapter import read_provenance, was_trained_to_think
+        from qwen3ft.records.provenance import ANSWER_LIMITS
         from qwen3ft.records.requests import AskRequest
+        from qwen3ft.serving.prompting import with_settings_of_the_run
         from qwen3ft.serving.session import ChatSession
 
         provenance = read_provenance(self.folder)
-        trained = provenance["config"]
-        kept = ("special_tokens_in_text", "reasoning_separator")
-        update = {name: trained[name] for name in kept if name in trained}
+        limits = self.said.intersection(ANSWER_LIMITS)
         request = AskRequest(
-            config=self.config.model_copy(update=update),
+            config=with_settings_of_the_run(self.config, provenance, but=limits),
             adapter=str(self.folder),
             device=self.device,
             thinking=was_trained_to_think(provenance) if think is None else think,
@@ -182,8 +195,11 @@ def requested_adapter(
     Raises:
         FinetuneError: there is none, or it is damaged.
     """
+    from qwen3ft.config import read_settings_file
+
+    said = read_overrides(settings).keys() | (read_settings_file(config) if config else {}).keys()
     wanted, adapter = enter_project(adapter, config, settings)
-    return choose_adapter(wanted, adapter)
+    return choose_adapter(wanted, adapter, said)
 
 
 def enter_project(
@@ -210,8 +226,15 @@ def from_here(adapter: str) -> str:
     )
 
 
-def choose_adapter(config: TrainingConfig, adapter: str) -> ChosenAdapter:
+def choose_adapter(
+    config: TrainingConfig, adapter: str, said: Iterable[str] = ()
+) -> ChosenAdapter:
     """Return the adapter of that name, number, run or folder, to be run on this machine.
+
+    Args:
+        config: All settings.
+        adapter: Its name.
+        said: Settings that the request itself names.
 
     Raises:
         FinetuneError: there is none, or it is damaged.
@@ -222,7 +245,8 @@ def choose_adapter(config: TrainingConfig, adapter: str) -> ChosenAdapter:
     from qwen3ft.tracking.uri import default_tracking_uri
 
     folder = find_adapter(config, Registry(default_tracking_uri()), adapter)
-    return ChosenAdapter(config, folder.resolve(), "cuda" if visible_gpus() else "cpu")
+    device: Literal["cuda", "cpu"] = "cuda" if visible_gpus() else "cpu"
+    return ChosenAdapter(config, folder.resolve(), device, frozenset(said))
 
 
 def _gpu_lock(chosen: ChosenAdapter) -> AbstractContextManager[None]:

@@ -47,16 +47,18 @@ def push_command(
         print_json({"repository": name, "commit": url, "adapter": str(chosen.folder)})
         return
     if not scores:
-        say("The card states no scores: the run's card is neither here nor in MLflow.")
+        say("The card states no scores: no card of its run can be read, here or in MLflow.")
     say(url)
 
 
 def _scores_of(chosen: ChosenAdapter) -> list[ModelScore]:
     """Return the results in the card of the adapter's run, on this machine or in MLflow."""
     from qwen3ft.files import read_foreign_json
+    from qwen3ft.logs import get_logger
     from qwen3ft.model.saved_adapter import read_provenance
     from qwen3ft.records.evaluation import ModelScore
     from qwen3ft.registry.registry import Registry
+    from qwen3ft.registry.task_name import with_task_name
     from qwen3ft.tracking.uri import default_tracking_uri
 
     run = str(read_provenance(chosen.folder)["run_id"])
@@ -64,6 +66,13 @@ def _scores_of(chosen: ChosenAdapter) -> list[ModelScore]:
         card: Path | None = Path(chosen.config.runs_dir) / run / "card.json"
         if card is not None and not card.is_file():
             registry = Registry(default_tracking_uri())
-            card = registry.run_card(chosen.config.registered_name, run, Path(folder))
-        found = {} if card is None else read_foreign_json(card)
-    return [ModelScore.model_validate(score) for score in found.get("scores") or ()]
+            model = with_task_name(chosen.config, registry).registered_name
+            card = registry.run_card(model, run, Path(folder))
+        if card is None:
+            return []
+        try:
+            found = read_foreign_json(card).get("scores") or ()
+            return [ModelScore.model_validate(score) for score in found]
+        except (OSError, ValueError) as error:  # of another version, or cut off
+            get_logger("hub_push").warning("the card of run %s cannot be read: %s", run, error)
+            return []

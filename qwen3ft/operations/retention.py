@@ -176,14 +176,15 @@ def _leftovers(cache: Path, config: TrainingConfig) -> Iterator[Removal]:
     found = [path for parent in parents for path in parent.glob(".*") if is_left_behind(path)]
     runs = Path(config.runs_dir).resolve()
     gone = [*runs.glob(f".*{_GONE}"), *runs.glob(f"*/attempts/*/.*{_GONE}")]
-    parents.append(cache / "sessions")
+    jobs = [cache / "sessions", cache / "export"]
+    parents += jobs
     for path in sorted({*found, *gone, *(p for each in parents for p in each.glob(f".*{_GONE}"))}):
         if path.is_dir() and time.time() - path.stat().st_mtime > LEFTOVER_DAYS * DAY_SECONDS:
             yield _removal(path, "leftover", "a write or removal that was killed")
-    for path in _folders(cache / "sessions"):
+    for path in (path for parent in jobs for path in _folders(parent)):
         beats = [each.stat().st_mtime for each in (path, JobDir(path).heartbeat) if each.exists()]
         if time.time() - max(beats, default=0) > LEFTOVER_DAYS * DAY_SECONDS:
-            yield _removal(path, "leftover", "files of a chat or server that was killed")
+            yield _removal(path, "leftover", "files of a chat, export or server that was killed")
 
 
 # --- what is in use ---

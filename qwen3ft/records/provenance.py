@@ -31,9 +31,8 @@ def _plain_name(text: str) -> str:
 Text = Annotated[str, AfterValidator(_printable)]
 
 
-TAKEN_OVER = (
-    *("max_new_tokens", "max_thinking_tokens", "special_tokens_in_text", "reasoning_separator"),
-)
+ANSWER_LIMITS = ("max_new_tokens", "max_thinking_tokens")
+TAKEN_OVER = (*ANSWER_LIMITS, "special_tokens_in_text", "reasoning_separator")
 """Settings of its run by which an adapter is asked elsewhere too."""
 
 

@@ -35,10 +35,11 @@ from qwen3ft.model.saved_adapter import copy_adapter, find_base, open_adapter, r
 from qwen3ft.model.source_folder import check_model_folder
 from qwen3ft.model.tokenizer_trial import try_tokenizer
 from qwen3ft.records.model import ModelSource
-from qwen3ft.records.provenance import TAKEN_OVER
 from qwen3ft.records.requests import ExportLimits, ExportRequest, GgufType, ParityReport
-from qwen3ft.serving.gguf_files import require_gguf_packages
+from qwen3ft.serving.gguf_files import BASE_GGUF, require_gguf_packages
 from qwen3ft.serving.instructions import write_serving_files
+from qwen3ft.serving.merge import BYTES_PER_WEIGHT
+from qwen3ft.serving.prompting import with_settings_of_the_run
 from qwen3ft.text.commands import shell_line
 from qwen3ft.text.names import flaw_of_name
 
@@ -135,6 +136,10 @@ def export_adapter(
     )
     scratch = Path(config.cache_dir).resolve() / "export"
     scratch.mkdir(parents=True, exist_ok=True)
+    if gguf is not None:
+        needed_bytes = BYTES_PER_WEIGHT * shape.total_parameters
+        why = "The disk of the cache is too full; the comparison asks the adapter on this model."
+        require_disk(scratch / BASE_GGUF, needed_bytes, "The base model as GGUF", why)
     job_folder = Path(tempfile.mkdtemp(dir=scratch))  # its own: exports may run in parallel
     reports: list[ParityReport] = []
 
@@ -162,9 +167,11 @@ def export_adapter(
         write_serving_files(staging, provenance, report, gguf)
 
     weights = sha256_file(adapter / ADAPTER_FILE)
-    build_folder(
-        target, fill, {"kind": EXPORT_KIND, "run_id": provenance["run_id"], "adapter": weights}
-    )
+    facts = {"kind": EXPORT_KIND, "run_id": provenance["run_id"], "adapter": weights}
+    try:
+        build_folder(target, fill, facts)
+    finally:  # a worker that is killed leaves it, and it is as large as the model
+        (job_folder / BASE_GGUF).unlink(missing_ok=True)
     shutil.rmtree(job_folder, ignore_errors=True)
     logger.info("exported the adapter of run %s to %s", provenance["run_id"], target)
     return reports[0]
@@ -182,12 +189,6 @@ def _fetch_base(provenance: dict[str, Any]) -> Path:
             logger.warning("%s has changed since the adapter was trained", found.local_path)
         return fetch_model(found)
     return fetch_model(source)
-
-
-def with_settings_of_the_run(config: TrainingConfig, provenance: dict[str, Any]) -> TrainingConfig:
-    """Return `config` with the settings of the run that change how the model is asked."""
-    theirs = provenance["config"]
-    return config.model_copy(update={name: theirs[name] for name in TAKEN_OVER if name in theirs})
 
 
 def _require_place(target: Path) -> None:

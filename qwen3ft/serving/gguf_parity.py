@@ -16,13 +16,11 @@ from qwen3ft.chat.templates import as_template_reads
 from qwen3ft.chat.tokenizer import load_tokenizer
 from qwen3ft.model.saved_adapter import TEMPLATE_FILE, read_provenance, was_trained_to_think
 from qwen3ft.records.requests import ExportRequest
-from qwen3ft.serving.gguf_files import LORA_GGUF, gguf_name, write_lora, write_model
+from qwen3ft.serving.gguf_files import BASE_GGUF, LORA_GGUF, gguf_name, write_lora, write_model
 from qwen3ft.serving.llama_server import ask_all, open_llama_server
 
 GGUF, LORA = "GGUF", "adapter as GGUF"
 """Forms in a report: the merged model (with its type), and the adapter on the base."""
-
-BASE_GGUF = "base.gguf"
 
 
 def write_gguf(request: ExportRequest, scratch: Path) -> None:

@@ -65,7 +65,7 @@ def render_hub_card(
 A LoRA adapter (r={plan["adapter"]["r"]}, alpha={plan["adapter"]["alpha"]}) for
 `{base_name(base)}` at revision `{base["revision"]}`, trained on its weights in 4 bits
 ({base["quantization"]}) with qwen3ft. It {thinking}.
-
+{_degraded(provenance)}
 ## Scores
 
 {_scores(scores)}
@@ -90,6 +90,11 @@ print(ask([{{"role": "user", "content": "..."}}])[0]["generated_text"][-1]["cont
 The chat template has the default for thinking with which the adapter was trained, and
 `generation_config.json` the decoding with which it was tested.
 """
+
+
+def _degraded(provenance: dict[str, Any]) -> str:
+    reasons = "; ".join(provenance.get("degraded") or ())
+    return f"\nIts run was degraded: {reasons}.\n" if reasons else ""
 
 
 def _base_arguments(base: dict[str, Any]) -> str:

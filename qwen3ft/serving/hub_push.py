@@ -59,6 +59,7 @@ def push_adapter(
     Raises:
         ModelNotFoundError, SaveError: `adapter` is missing or damaged.
         ConfigError: `name` is no name of a repository.
+        DownloadError: the hub refuses what is uploaded.
         ModelAccessError: the hub does not let this user write there.
         ModelUnavailableError: the hub cannot be reached.
         RequestError: the repository is public, and it was to be private.
@@ -78,12 +79,12 @@ def push_adapter(
             why="An adapter is uploaded to a user's or an organisation's own repository.",
             next_command="qwen3ft push --help",
         ) from error
-    api = HfApi(endpoint=endpoint())
-    try:
-        licence = licence or _licence_of_base(api, opened.provenance["base"])
-        with tempfile.TemporaryDirectory(prefix="qwen3ft-") as temporary:
-            folder = Path(temporary)
-            _fill(folder, adapter, opened.provenance)
+    with tempfile.TemporaryDirectory(prefix="qwen3ft-") as temporary:
+        folder = Path(temporary)
+        _fill(folder, adapter, opened.provenance)
+        api = HfApi(endpoint=endpoint())
+        try:
+            licence = licence or _licence_of_base(api, opened.provenance["base"])
             card = render_hub_card(name, opened.provenance, scores, licence)
             (folder / "README.md").write_text(card, encoding="utf-8")
             api.create_repo(name, private=private, exist_ok=True)
@@ -100,8 +101,8 @@ def push_adapter(
                 folder_path=folder,
                 commit_message=f"Run {opened.provenance['run_id']}",
             )
-    except (OSError, ValueError, HTTPError) as error:
-        raise _explained(error, name) from error
+        except (OSError, ValueError, HTTPError) as error:
+            raise _explained(error, name) from error
     return str(commit.commit_url)
 
 
@@ -132,17 +133,18 @@ def _licence_of_base(api: Any, base: dict[str, Any]) -> str | None:
 
 def _explained(error: Exception, name: str) -> FinetuneError:
     """Return the error of this project for one of uploading."""
-    text = str(error).strip().partition("\n")[0][:300]
-    if not isinstance(error, HfHubHTTPError):
+    text = " ".join(str(error).split())[:300]
+    if not isinstance(error, HfHubHTTPError | ValueError):
         return ModelUnavailableError(
             f"The hub cannot be reached ({type(error).__name__}: {text}).",
             why="There is no network, the hub is blocked, or HF_HUB_OFFLINE is set.",
             next_command="qwen3ft doctor",
             repository=name,
         )
-    if error.response is not None and error.response.status_code in _FORBIDDEN:
+    response = getattr(error, "response", None)
+    if response is not None and response.status_code in _FORBIDDEN:
         return ModelAccessError(
-            f"The hub does not let this user write to {name} ({error.response.status_code}).",
+            f"The hub does not let this user write to {name} ({response.status_code}).",
             why="Nobody is logged in, or with a token that may not write there.",
             next_command="hf auth login",
             repository=name,

@@ -29,7 +29,7 @@ from qwen3ft.model.saved_adapter import (
     was_trained_to_think,
 )
 from qwen3ft.model.stage import quantized_model
-from qwen3ft.serving.export import with_settings_of_the_run
+from qwen3ft.serving.prompting import with_settings_of_the_run
 
 if TYPE_CHECKING:
     import pandas as pd

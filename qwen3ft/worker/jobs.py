@@ -282,7 +282,7 @@ def _memory_for_answers(job: Job, request: InferenceRequest) -> MemoryOptimizer:
 def export_job(job: Job) -> ParityReport:
     """Merge an adapter into its base, and compare the result with base and adapter."""
     from qwen3ft.machine.memory import MemoryOptimizer
-    from qwen3ft.serving.gguf_parity import BASE_GGUF, write_gguf
+    from qwen3ft.serving.gguf_parity import write_gguf
     from qwen3ft.serving.merge import merge_adapter
     from qwen3ft.serving.parity import measure_parity
 
@@ -296,13 +296,10 @@ def export_job(job: Job) -> ParityReport:
         progress=lambda done: job.heartbeat.beat("merge", done),
     )
     memory.enforce_budget()
-    try:
-        if request.gguf is not None:
-            job.heartbeat.beat("write GGUF", 0)
-            write_gguf(request, job.dir.path)
-        return measure_parity(request, memory, job.heartbeat.beat, job.dir.path)
-    finally:
-        (job.dir.path / BASE_GGUF).unlink(missing_ok=True)  # as large as the model
+    if request.gguf is not None:
+        job.heartbeat.beat("write GGUF", 0)
+        write_gguf(request, job.dir.path)
+    return measure_parity(request, memory, job.heartbeat.beat, job.dir.path)
 
 
 def answer_job(job: Job) -> ChatEnded:

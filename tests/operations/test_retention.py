@@ -239,13 +239,15 @@ def test_copies_of_former_champions_and_leftovers_of_killed_writes_go(project: P
     assert project.names(version(None)) == went
 
 
-def test_files_of_a_server_that_was_killed_go(project: Project) -> None:
+def test_files_of_an_export_or_server_that_was_killed_go(project: Project) -> None:
     """One whose worker gives signs of life keeps them, however long ago it was started."""
     project.shared("sessions/killed")
     (project.shared("sessions/answers") / "heartbeat").touch()
     _aged(project.root / "cache" / "sessions" / "answers" / "manifest.json", OLD_DAYS)
     project.shared("sessions/begun", days=0)
-    assert project.names() == {"killed"}
+    project.shared("export/crashed")
+    project.shared("export/running", days=0)
+    assert project.names() == {"killed", "crashed"}
 
 
 def test_what_has_any_alias_is_protected(migrated_database: Path, tmp_path: Path) -> None:

@@ -13,9 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.registered import MODEL, add_version, copy_database
+from support.small_adapter import write_small_adapter
 from support.trained_adapter import Trained
 
 from flows import cli
+from flows.cli.adapters import ChosenAdapter
 from qwen3ft.chat.rendering import prompt_ids
 from qwen3ft.chat.thinking import ThinkingSplitter, split_thinking
 from qwen3ft.config import TrainingConfig
@@ -209,23 +211,32 @@ def test_a_conversation_that_outgrows_the_budget_is_answered(
     trained: Trained, loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, times: float
 ) -> None:
     """By a decoder with room for it alone, else by transformers; both as if there were room."""
+    monkeypatch.setattr("gc.collect", lambda: 0)  # it takes long in the process of the tests
     monkeypatch.setattr("qwen3ft.serving.voices.FIRST_PROMPT_TOKENS", 8)
-    ids = prompt_ids(loaded[1], " ".join(row["question"] for row in trained.rows[:8]), False)
+    ids = prompt_ids(loaded[1], " ".join(row["question"] for row in trained.rows[:4]), False)
     # planned for so many blocks, a page takes gigabytes
     shape = trained.snapshot.shape.model_copy(update={"num_hidden_layers": 10**5})
     short = {"kernels": "fused", "max_new_tokens": 3, "max_thinking_tokens": 0}
     config = trained.config.model_copy(update={**short, "max_memory_gb": 10.0**6})
-    roomy = open_voice(*loaded, shape, request_for(trained, config=config))
-    assert isinstance(roomy, DecoderVoice)
-    load = roomy._load_for(int(times * len(ids)))
+    voice = open_voice(*loaded, shape, request_for(trained, config=config))
+    assert isinstance(voice, DecoderVoice)
+    load = voice._load_for(int(times * len(ids)))
     room_bytes = load.bytes_of(DecoderSizes(1, -(-load.most_tokens // PAGE_TOKENS) + 1, 0))
     tight = config.model_copy(update={"max_memory_gb": (used_bytes("cpu") + room_bytes) / GIB})
-    voice = open_voice(*loaded, shape, request_for(trained, config=tight))
-    assert isinstance(voice, DecoderVoice)
+    voice._request = request_for(trained, config=tight)
     limits = AnswerLimits(config.max_new_tokens, 0)
     plain = PlainVoice(*loaded).write(ids, limits, _Deaf(), lambda: True)
     assert voice.write(ids, limits, _Deaf(), lambda: True) == plain
     assert (voice._decoder is not None) == (times > 1)
+
+
+def test_a_session_asks_as_the_adapter_s_run_did(tmp_path: Path) -> None:
+    """Also with its limits, unless the request names its own."""
+    write_small_adapter(tmp_path)  # its run had 16
+    for said, limit in (((), 16), (("max_new_tokens",), 3)):
+        config = TrainingConfig(model_name="embedded", max_new_tokens=3)
+        session = ChosenAdapter(config, tmp_path, "cpu", frozenset(said)).open_session(None)
+        assert session._request.config.max_new_tokens == limit
 
 
 def test_a_session_answers_and_leaves_nothing_behind(

@@ -23,13 +23,17 @@ from qwen3ft.errors import (
     InsufficientMemoryError,
     RequestError,
     SaveError,
+    WorkerCrashedError,
 )
 from qwen3ft.files import read_json_lines, write_json_atomic
+from qwen3ft.jobs.folders import JobDir
 from qwen3ft.machine.memory import MemoryOptimizer
 from qwen3ft.manifests import find_damage, write_manifest
 from qwen3ft.model.source_folder import check_model_folder
 from qwen3ft.records.requests import ADAPTER, MERGED, REQUANTISED, ExportRequest, ParityReport
+from qwen3ft.serving import export, gguf_files
 from qwen3ft.serving.export import export_adapter, find_held_out
+from qwen3ft.serving.gguf_files import BASE_GGUF
 from qwen3ft.serving.merge import merge_adapter
 from qwen3ft.serving.parity import measure_parity
 
@@ -296,6 +300,40 @@ def test_a_full_disk_is_found_before_a_model_is_loaded(
     with pytest.raises(EnvironmentNotReadyError, match=r"needs 0\.06 GB at .*, 0\.00 GB are free"):
         export_adapter(trained.config, trained.adapter, tmp_path / "m", trained.base, "cpu")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_worker_that_is_killed_leaves_its_log_and_no_base_model(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama.cpp runs in it, and a crash there ends it."""
+    config = trained.config.model_copy(update={"cache_dir": str(tmp_path / "cache")})
+
+    def crash(_: str, job: JobDir, *__: Any, **___: Any) -> None:
+        job.log.write_text("Segmentation fault")
+        (job.path / BASE_GGUF).write_bytes(bytes(2**20))
+        raise WorkerCrashedError("It was killed.", why="a crash", next_command="qwen3ft doctor")
+
+    monkeypatch.setattr(export, "run_worker", crash)
+    with pytest.raises(WorkerCrashedError):
+        export_adapter(config, trained.adapter, tmp_path / "m", trained.base, "cpu")
+    left = [path for path in (tmp_path / "cache/export").rglob("*") if path.is_file()]
+    assert {path.name for path in left} == {"plan.json", "worker.log"}
+    assert not (tmp_path / "m").exists()
+
+
+def test_the_base_model_as_gguf_needs_room_in_the_cache(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The target may be on another disk."""
+    monkeypatch.setattr(gguf_files, "find_spec", lambda _: True)  # the packages are optional
+    config = trained.config.model_copy(update={"cache_dir": str(tmp_path / "cache")})
+
+    def usage(path: Any) -> SimpleNamespace:
+        return SimpleNamespace(free=2**16 if "cache" in str(path) else 2**40)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    with pytest.raises(EnvironmentNotReadyError, match="The base model as GGUF needs"):
+        export_adapter(config, trained.adapter, tmp_path / "m", trained.base, "cpu", gguf="bf16")
 
 
 def test_only_an_export_is_replaced(trained: Trained, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Iterator
@@ -11,15 +12,29 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard, constants
 from support.hub_server import COMMIT, TOKEN, HubServer, open_hub
+from support.registered import MODEL, add_version, copy_database
 from support.small_adapter import write_small_adapter
 from support.trained_adapter import Trained
 
 from flows import cli
-from qwen3ft.errors import ConfigError, ModelAccessError, ModelUnavailableError, RequestError
+from flows.cli.adapters import ChosenAdapter
+from flows.cli.hub import _scores_of
+from qwen3ft.config import TrainingConfig
+from qwen3ft.errors import (
+    ConfigError,
+    DownloadError,
+    ModelAccessError,
+    ModelUnavailableError,
+    RequestError,
+)
 from qwen3ft.files import write_json_atomic
+from qwen3ft.jobs.folders import RunDir
 from qwen3ft.model.saved_adapter import read_provenance
 from qwen3ft.records.evaluation import ModelScore
+from qwen3ft.registry.registry import Registry
 from qwen3ft.serving.hub_push import push_adapter
+from qwen3ft.tracking.journal import Journal
+from qwen3ft.tracking.sender import Sender
 
 NAME = "owner/adapter"
 SCORES = [
@@ -110,6 +125,34 @@ def test_without_network_it_says_so(trained: Trained, monkeypatch: pytest.Monkey
         push_adapter(trained.adapter, NAME, SCORES)
 
 
+def test_a_card_that_the_hub_refuses_is_no_missing_network(hub: HubServer, tmp_path: Path) -> None:
+    """Its reason is passed on."""
+    write_small_adapter(tmp_path / "adapter")
+    with pytest.raises(DownloadError, match="no such license"):
+        push_adapter(tmp_path / "adapter", NAME, (), licence=hub.refused_licence)
+
+
+def test_a_full_disk_is_no_missing_network(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy to be uploaded is made in the folder for temporary files."""
+    write_small_adapter(tmp_path / "adapter")
+
+    def fill(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("shutil.copyfile", fill)
+    with pytest.raises(OSError, match="No space left"):
+        push_adapter(tmp_path / "adapter", NAME, ())
+
+
+def test_the_card_says_in_which_way_an_adapter_is_degraded(hub: HubServer, tmp_path: Path) -> None:
+    """As its README.md on this machine does."""
+    write_small_adapter(tmp_path / "adapter", degraded=("the base is quantised otherwise",))
+    push_adapter(tmp_path / "adapter", NAME, ())
+    assert "degraded: the base is quantised otherwise" in hub.files[NAME]["README.md"].decode()
+
+
 def test_the_command_takes_the_scores_from_the_run_s_card(
     hub: HubServer,
     trained: Trained,
@@ -143,3 +186,28 @@ def test_what_was_to_be_private_is_not_put_into_a_public_repository(
     with pytest.raises(RequestError, match="is a public repository already"):
         push_adapter(trained.adapter, NAME, SCORES, licence="mit")
     assert hub.files[NAME] == {}
+
+
+@pytest.mark.slow  # a run is sent to MLflow: 3 s
+def test_the_scores_of_an_older_task_are_found_and_a_card_that_is_damaged_is_none(
+    migrated_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In MLflow, under the name that the task had before data paths were part of it."""
+    uri = copy_database(migrated_database, tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.chdir(tmp_path)
+    version = add_version(uri, tmp_path, "old", settings={"data_paths": ["a.jsonl"]})
+    Registry(uri).promote(MODEL, version, None)
+    run = RunDir(tmp_path / "runs" / "old")
+    scores = [score.model_dump(mode="json") for score in SCORES]
+    write_json_atomic(tmp_path / "card.json", {"scores": scores})
+    Journal(run).artifacts(tmp_path / "card.json", "card")
+    Sender(run, uri).send_all()
+    config = TrainingConfig(model_name="embedded", data_paths=("a.jsonl",), runs_dir="elsewhere")
+    chosen = ChosenAdapter(config, run.path / "adapter", "cpu")
+    assert _scores_of(chosen) == SCORES
+    here = ChosenAdapter(
+        config.model_copy(update={"runs_dir": "runs"}), run.path / "adapter", "cpu"
+    )
+    (run.path / "card.json").write_text('{"scores": [{"wings": 2}]}')
+    assert _scores_of(here) == []

@@ -27,6 +27,7 @@ class HubServer(ThreadingHTTPServer):
         self.large: dict[str, bytes] = {}
         """Contents of large files by their sha256."""
         self.licences: dict[str, str] = {}
+        self.refused_licence = "none-of-ours"
 
     @property
     def url(self) -> str:
@@ -69,6 +70,8 @@ class Handler(BaseHTTPRequestHandler):
             self.server.files.setdefault(name, {})
             self._say({"url": f"{self.server.url}/{name}", "name": name})
         elif self.path == "/api/validate-yaml":
+            if f"license: {self.server.refused_licence}\n" in json.loads(body)["content"]:
+                return self._say({"errors": [{"message": "no such license"}]}, 400)
             self._say({"warnings": [], "errors": []})
         elif self.path.endswith("/preupload/main"):
             self._say({"files": [_mode(file) for file in json.loads(body)["files"]]})
