@@ -226,9 +226,7 @@ def from_here(adapter: str) -> str:
     )
 
 
-def choose_adapter(
-    config: TrainingConfig, adapter: str, said: Iterable[str] = ()
-) -> ChosenAdapter:
+def choose_adapter(config: TrainingConfig, adapter: str, said: Iterable[str] = ()) -> ChosenAdapter:
     """Return the adapter of that name, number, run or folder, to be run on this machine.
 
     Args:

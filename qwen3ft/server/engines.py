@@ -51,6 +51,7 @@ class Engine:
 
     Attributes:
         name: The program that writes.
+        device: Its device.
         slots: Most answers written at a time.
         places: Most adapters loaded at a time.
         context_tokens: Most tokens of a prompt and its answer.
@@ -58,7 +59,7 @@ class Engine:
     """
 
     def __init__(self, request: ServeRequest) -> None:
-        self._request, self.name = request, request.engine
+        self._request, self.name, self.device = request, request.engine, request.device
         self._numbers = count(1)
         self._answers: dict[int, asyncio.Queue[Piece | Ended | Refused | FinetuneError]] = {}
         self._loads: dict[str, asyncio.Future[AdapterLoaded]] = {}

@@ -18,7 +18,7 @@ from qwen3ft.model.saved_adapter import open_adapter
 from qwen3ft.records.serving import Prompting
 from qwen3ft.server.engines import Engine
 from qwen3ft.server.front import PROBE_HEADER, Front
-from qwen3ft.server.probe import prove, read_kept_answers
+from qwen3ft.server.probe import prove, read_kept_test
 from qwen3ft.server.served import Version
 from qwen3ft.server.sources import Source
 from qwen3ft.serving.prompting import trained_prompting
@@ -184,13 +184,14 @@ class Manager:
             logger.warning("%s was not compared with its test", version.name)
             return
         run_id = version.provenance["run_id"]
-        kept = await asyncio.to_thread(read_kept_answers, self.config, run_id, self.probe_rows)
+        test = await asyncio.to_thread(read_kept_test, self.config, run_id, self.probe_rows)
         thinking = trained_prompting(version.provenance).thinking
         # what is asked goes ahead of the clients, so half of the slots are left to them
         slots = version.engine.slots
         at_once = slots if self.served.default is None else max(1, slots // 2)
-        same = await prove(client, version.name, kept, thinking, version.engine.name, at_once)
-        logger.info("%s: %.1f %% of %d answers as in its test", version.name, 100 * same, len(kept))
+        engine = (version.engine.name, version.engine.device)
+        likeness = await prove(client, version.name, test, thinking, *engine, at_once)
+        logger.info("%s answers as in its test: %s", version.name, likeness)
 
     def _on(self, engine: Engine) -> list[Version]:
         loaded = (*self.served.versions.values(), *self.served.retiring.values())

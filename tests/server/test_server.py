@@ -8,7 +8,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -40,7 +40,7 @@ from qwen3ft.server import front
 from qwen3ft.server.access import Access, is_loopback, make_key
 from qwen3ft.server.engines import Engine
 from qwen3ft.server.manager import Manager
-from qwen3ft.server.probe import read_kept_answers
+from qwen3ft.server.probe import read_kept_test
 from qwen3ft.server.served import Served
 from qwen3ft.server.sources import Source, find_source
 from qwen3ft.serving.stops import StopFilter
@@ -515,7 +515,7 @@ def test_what_answers_otherwise_than_in_its_test_is_not_served(
     request["answers_path"] = str(path)
     (path.parent / "plan.json").write_text(json.dumps(request))
     with (
-        pytest.raises(ServedOtherwiseError, match=r"1 of 16 held-out questions") as raised,
+        pytest.raises(ServedOtherwiseError, match=r"15 of 16 answers are the same") as raised,
         running(config, source, NO_REGISTRY),
     ):
         pass
@@ -535,11 +535,35 @@ def test_a_test_that_stopped_early_is_compared_by_what_it_asked(
     request = json.loads((path.parent / "plan.json").read_text())
     (path.parent / "plan.json").write_text(json.dumps({**request, "answers_path": str(path)}))
     config = trained.config.model_copy(update={"runs_dir": str(runs)})
-    found = read_kept_answers(config, "night-1", 100)
+    found = read_kept_test(config, "night-1", 100).answers
     assert len(found) == len(kept) // 2
     for one, index in zip(found, asked, strict=True):
         assert one.messages[-1]["content"] == trained.rows[index]["question"]
         assert one.answer == answers[index]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) - 20],  # cut off, and so those of another set of questions
+        lambda text: text.replace('{"question', "{question", 1),
+        lambda text: text.replace('{"question"', '{"wings": 2, "question"', 1),
+        lambda text: "\ud800".join(text.partition("}")[::2]),
+    ],
+    ids=["cut off", "no JSON", "another version", "no text"],
+)
+def test_unreadable_answers_are_none(
+    trained: Trained, answers: list[str], tmp_path: Path, damage: Callable[[str], str]
+) -> None:
+    """The error is one that following a champion survives."""
+    runs = Path(shutil.copytree(trained.config.runs_dir, tmp_path / "runs"))
+    path = runs / "night-1" / "jobs/inference/answers.jsonl"
+    path.write_bytes(damage(path.read_text()).encode(errors="surrogatepass"))
+    request = json.loads((path.parent / "plan.json").read_text())
+    (path.parent / "plan.json").write_text(json.dumps({**request, "answers_path": str(path)}))
+    config = trained.config.model_copy(update={"runs_dir": str(runs)})
+    with pytest.raises(DataLoadingError, match="no kept answers"):
+        read_kept_test(config, "night-1", 100)
 
 
 def test_without_kept_answers_nothing_is_claimed(

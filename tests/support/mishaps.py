@@ -453,15 +453,15 @@ def ended_engine(**watching: Any) -> None:
 
 def served_otherwise(engine: EngineName) -> None:
     """A server answers otherwise than the run's test did."""
-    kept = probe.KeptAnswer([{"role": "user", "content": "q"}], thinking=False, answer="right")
-    answer = {"choices": [{"message": {"content": "wrong"}}]}
+    question = [{"role": "user", "content": "q"}]
+    kept = probe.KeptAnswer(question, thinking=False, answer="right", reference="right")
+    test = probe.KeptTest([kept], "exact_match", "cpu")
+    answer = {"choices": [{"message": {"content": "wrong"}}], "usage": {"completion_tokens": 2}}
     transport = httpx.MockTransport(lambda _: httpx.Response(200, json=answer))
 
     async def ask() -> None:
         async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
-            await probe.prove(
-                client, "v1", [kept], default_thinking=False, engine=engine, at_once=1
-            )
+            await probe.prove(client, "v1", test, False, engine, "cpu", at_once=1)
 
     asyncio.run(ask())
 
@@ -907,7 +907,7 @@ QUICK: dict[str, Mishap] = {
     ),
     "qwen3ft/server/probe.py prove 1": lambda _: served_otherwise("vllm"),
     "qwen3ft/server/probe.py prove 2": lambda _: served_otherwise("own"),
-    "qwen3ft/server/probe.py read_kept_answers 1": lambda f: probe.read_kept_answers(
+    "qwen3ft/server/probe.py read_kept_test 1": lambda f: probe.read_kept_test(
         config(runs_dir=str(f)), "a-run", 5
     ),
     "qwen3ft/server/run.py _listen 1": lambda _: server_run._listen("no such host", 1),
