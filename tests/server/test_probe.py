@@ -97,5 +97,5 @@ def test_other_answers_are_refused_in_16_bits_too(served: list[str], tokens: int
 def test_with_few_rows_chance_explains_little() -> None:
     """Of ten, one may become worse."""
     proven(kept_test(["right"] * 10), ["wrong"] + ["right"] * 9)
-    with pytest.raises(ServedOtherwiseError, match="by more than chance or 0.1 explains"):
+    with pytest.raises(ServedOtherwiseError, match="by more than chance or"):
         proven(kept_test(["right"] * 10), ["wrong"] * 2 + ["right"] * 8)

@@ -70,9 +70,9 @@ class Handler(BaseHTTPRequestHandler):
             self.server.files.setdefault(name, {})
             self._say({"url": f"{self.server.url}/{name}", "name": name})
         elif self.path == "/api/validate-yaml":
-            if f"license: {self.server.refused_licence}\n" in json.loads(body)["content"]:
-                return self._say({"errors": [{"message": "no such license"}]}, 400)
-            self._say({"warnings": [], "errors": []})
+            is_refused = f"license: {self.server.refused_licence}\n" in json.loads(body)["content"]
+            errors = [{"message": "no such license"}] if is_refused else []
+            self._say({"warnings": [], "errors": errors}, 400 if errors else 200)
         elif self.path.endswith("/preupload/main"):
             self._say({"files": [_mode(file) for file in json.loads(body)["files"]]})
         elif self.path.endswith("/info/lfs/objects/batch"):
