@@ -93,8 +93,7 @@ def serve_command(
     from qwen3ft.records.serving import ServeRequest
     from qwen3ft.registry.registry import Registry
     from qwen3ft.registry.task_name import with_task_name
-    from qwen3ft.server.choice import choose_engine
-    from qwen3ft.server.engines import Engine
+    from qwen3ft.server.choice import EngineMaker
     from qwen3ft.server.follower import Canary
     from qwen3ft.server.run import ModelServer, ServerOptions
     from qwen3ft.server.sources import find_source
@@ -122,15 +121,12 @@ def serve_command(
         slots=slots,
         context_tokens=context_tokens,
     )
-    name, why = choose_engine(engine.value, request)
-    say(f"Engine: {name}, {why}.")
-
-    def make_engine(folder: Path) -> Engine:
-        return Engine(request.model_copy(update={"engine": name, "adapter": str(folder)}))
-
+    make_engine = EngineMaker(engine.value, request, say)
     trials = Canary(canary) if canary_hours is None else Canary(canary, canary_hours)
     options = ServerOptions(host, port, queue, probe_rows, trials, log_requests, key)
-    ModelServer(options, wanted, registry, source, make_engine, _announce, follow).run()
+    ModelServer(
+        options, wanted, registry, source, make_engine, _announce, follow, make_engine.fall_back
+    ).run()
 
 
 def _announce(ready: Announcement) -> None:

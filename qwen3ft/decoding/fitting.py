@@ -96,6 +96,7 @@ def run_within(
     use: Callable[[DecoderSizes], _Result],
     *,
     resident: bool = True,
+    most_slots: int = SLOT_CHOICES[-1],
     highest: Callable[[int], int] = int,
 ) -> tuple[DecoderSizes, _Result]:
     """Return `use(sizes)` with the largest sizes that fit, and those sizes.
@@ -106,6 +107,7 @@ def run_within(
         device: 'cuda' or 'cpu'; the model is on it.
         use: Makes a decoder of these sizes and asks it; called again after running out of memory.
         resident: Let blocks stay dequantised, which takes what the budget has left.
+        most_slots: Limit of slots.
         highest: Returns the highest of a number over all ranks, which answer with the same sizes.
 
     Raises:
@@ -114,7 +116,8 @@ def run_within(
     tried: DecoderSizes | None = None
     for rung in RUNGS:
         room_bytes = -highest(-int(rung.room_share * free_room(budget_gb, device)))
-        sizes = choose_sizes(load, room_bytes, rung.most_slots, resident=resident and rung.resident)
+        slots = min(most_slots, rung.most_slots)
+        sizes = choose_sizes(load, room_bytes, slots, resident=resident and rung.resident)
         if sizes is not None and device == "cpu":
             sizes = replace(sizes, chunk_tokens=CPU_CHUNK_TOKENS)
         if sizes is None or sizes == tried:

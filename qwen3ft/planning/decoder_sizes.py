@@ -184,13 +184,13 @@ def choose_sizes(
     Args:
         load: Questions and model.
         room_bytes: Memory beside the model and the process.
-        most_slots: Limit of slots.
+        most_slots: Limit of slots, which is a choice itself.
         resident: Let blocks stay dequantised.
     """
     longest = -(-load.most_tokens // PAGE_TOKENS)
     best: tuple[float, DecoderSizes] | None = None
-    for slots in SLOT_CHOICES:
-        if slots > most_slots or (best and slots > 1.3 * load.questions):
+    for slots in (*(slots for slots in SLOT_CHOICES if slots < most_slots), most_slots):
+        if best and slots > 1.3 * load.questions:
             break
         typical = -(-int(1.1 * slots * (load.live_tokens + PAGE_TOKENS / 2)) // PAGE_TOKENS)
         pages = max(longest + 1, min(typical, slots * longest))

@@ -94,6 +94,10 @@ class Manager:
 
         self._start(leave())
 
+    async def wait_for_leaving(self) -> None:
+        """Wait until all that was retired has ended, with the engines that nothing else is on."""
+        await asyncio.gather(*self._leaving)
+
     async def watch_engine(self, client: httpx.AsyncClient) -> None:
         """Start the engine again whenever it is lost.
 
@@ -141,7 +145,7 @@ class Manager:
                     logger.info("a new engine is started: %s", error.what)
                     engine = None
             if engine is None:
-                engine = self.make_engine(source.folder)
+                engine = await asyncio.to_thread(self.make_engine, source.folder)
                 self._engines.add(engine)
                 try:
                     await engine.start()

@@ -10,10 +10,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import uvicorn
 
 from qwen3ft.config import TrainingConfig
-from qwen3ft.errors import EnvironmentNotReadyError
+from qwen3ft.errors import (
+    EnvironmentNotReadyError,
+    FinetuneError,
+    ServedOtherwiseError,
+    WorkerCrashedError,
+)
 from qwen3ft.registry.registry import Registry
 from qwen3ft.server.access import Access, is_loopback, make_key
 from qwen3ft.server.engines import Engine
@@ -21,7 +27,7 @@ from qwen3ft.server.follower import NO_TRIALS, Canary, ChampionFollower
 from qwen3ft.server.front import Front
 from qwen3ft.server.manager import Manager, probing_client
 from qwen3ft.server.request_log import RequestLog
-from qwen3ft.server.served import Served
+from qwen3ft.server.served import Served, Version
 from qwen3ft.server.sources import Source
 
 DEFAULT_PORT = 8000
@@ -83,6 +89,8 @@ class ModelServer:
         make_engine: Makes an engine for the base of the adapter in a folder.
         announce: Called once, when the adapter is loaded and proven.
         follow: Registered model whose champion is followed; None to stay with `source`.
+        fall_back: Asked if the first engine does not start or answers otherwise than tested; True
+            lets `make_engine` make another one.
     """
 
     options: ServerOptions
@@ -92,6 +100,7 @@ class ModelServer:
     make_engine: Callable[[Path], Engine]
     announce: Callable[[Announcement], None]
     follow: str | None
+    fall_back: Callable[[FinetuneError], bool] = lambda _: False
 
     def run(self) -> None:
         """Serve until SIGTERM or Ctrl-C.
@@ -125,7 +134,7 @@ class ModelServer:
 
         async def manage() -> None:
             async with probing_client(front, address, key) as client:
-                version = await manager.use(self.source, client)
+                version = await self._begin(manager, client)
                 key_file, made = (
                     (KEY_FILE.resolve(), key if is_new else None) if key else (None, None)
                 )
@@ -156,6 +165,16 @@ class ModelServer:
             await tasks[0]
             await asyncio.wait(tasks[1:])  # none may make another engine
             await manager.close()
+
+    async def _begin(self, manager: Manager, client: httpx.AsyncClient) -> Version:
+        """Bring the first version into use, on another engine if the first one is not fit."""
+        try:
+            return await manager.use(self.source, client)
+        except (EnvironmentNotReadyError, WorkerCrashedError, ServedOtherwiseError) as error:
+            if not self.fall_back(error):
+                raise
+        await manager.wait_for_leaving()
+        return await manager.use(self.source, client)
 
 
 class _Http(uvicorn.Server):

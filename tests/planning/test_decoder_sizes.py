@@ -40,6 +40,15 @@ def test_room_for_nothing_gives_no_sizes() -> None:
     assert choose_sizes(LOAD, int(0.2 * GIB)) is None
 
 
+@pytest.mark.parametrize("slots", [1, 3, 5, 10, 12, 20, 100, 300])
+def test_a_limit_of_slots_is_reached_where_there_is_room(slots: int) -> None:
+    """Also one that is none of the usual choices."""
+    load = replace(LOAD, questions=slots)
+    sizes = choose_sizes(load, 70 * GIB, most_slots=slots)
+    assert sizes is not None
+    assert sizes.slots == slots
+
+
 def test_limits_of_the_recovery_hold() -> None:
     """Fewer slots and no dequantised blocks, as after running out of memory."""
     sizes = choose_sizes(LOAD, 20 * GIB, most_slots=48, resident=False)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import shutil
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,20 +30,30 @@ from support.served import (
     running,
 )
 from support.trained_adapter import Trained
+from support.vllm_program import place_vllm
 
-from qwen3ft.errors import DataLoadingError, EnvironmentNotReadyError, ServedOtherwiseError
+from qwen3ft.config import TrainingConfig
+from qwen3ft.errors import (
+    DataLoadingError,
+    EnvironmentNotReadyError,
+    FinetuneError,
+    ServedOtherwiseError,
+    WorkerCrashedError,
+)
 from qwen3ft.evaluation.answers import choose_questions
 from qwen3ft.evaluation.exam import to_question
 from qwen3ft.records.serving import EngineName, ServeRequest
 from qwen3ft.registry.registry import Registry
 from qwen3ft.server import answers as server_answers
-from qwen3ft.server import front
+from qwen3ft.server import choice, front
 from qwen3ft.server.access import Access, is_loopback, make_key
+from qwen3ft.server.choice import EngineMaker
 from qwen3ft.server.engines import Engine
 from qwen3ft.server.manager import Manager
 from qwen3ft.server.probe import read_kept_test
 from qwen3ft.server.served import Served
 from qwen3ft.server.sources import Source, find_source
+from qwen3ft.serving.engines import vllm
 from qwen3ft.serving.stops import StopFilter
 
 NO_REGISTRY = Registry("sqlite:////nowhere/mlflow.db")
@@ -501,19 +512,23 @@ def test_which_addresses_are_loopback(host: str, expected: bool) -> None:
 # --- before it is ready ---
 
 
+def copied_test(trained: Trained, folder: Path) -> tuple[TrainingConfig, Path]:
+    """Return settings with a copy of the runs, and the file of the answers there."""
+    runs = Path(shutil.copytree(trained.config.runs_dir, folder / "runs"))
+    path = runs / "night-1" / "jobs/inference/answers.jsonl"
+    request = json.loads((path.parent / "plan.json").read_text())
+    (path.parent / "plan.json").write_text(json.dumps({**request, "answers_path": str(path)}))
+    return trained.config.model_copy(update={"runs_dir": str(runs)}), path
+
+
 def test_what_answers_otherwise_than_in_its_test_is_not_served(
     trained: Trained, answers: list[str], source: Source, tmp_path: Path
 ) -> None:
     """The error names the questions that differ; nothing is announced."""
-    runs = Path(shutil.copytree(trained.config.runs_dir, tmp_path / "runs"))
-    config = trained.config.model_copy(update={"runs_dir": str(runs)})
-    path = runs / "night-1" / "jobs/inference/answers.jsonl"
+    config, path = copied_test(trained, tmp_path)
     kept = [json.loads(line) for line in path.read_text().splitlines()]
     kept[3]["candidate"] = "Something else."
     path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    request = json.loads((path.parent / "plan.json").read_text())
-    request["answers_path"] = str(path)
-    (path.parent / "plan.json").write_text(json.dumps(request))
     with (
         pytest.raises(ServedOtherwiseError, match=r"15 of 16 answers are the same") as raised,
         running(config, source, NO_REGISTRY),
@@ -527,14 +542,10 @@ def test_what_answers_otherwise_than_in_its_test_is_not_served(
 def test_a_test_that_stopped_early_is_compared_by_what_it_asked(
     trained: Trained, answers: list[str], tmp_path: Path
 ) -> None:
-    runs = Path(shutil.copytree(trained.config.runs_dir, tmp_path / "runs"))
-    path = runs / "night-1" / "jobs/inference/answers.jsonl"
+    config, path = copied_test(trained, tmp_path)
     kept = path.read_text().splitlines(keepends=True)
     asked = choose_questions([to_question(row) for row in trained.rows], len(kept) // 2)
     path.write_text("".join(kept[index] for index in asked))
-    request = json.loads((path.parent / "plan.json").read_text())
-    (path.parent / "plan.json").write_text(json.dumps({**request, "answers_path": str(path)}))
-    config = trained.config.model_copy(update={"runs_dir": str(runs)})
     found = read_kept_test(config, "night-1", 100).answers
     assert len(found) == len(kept) // 2
     for one, index in zip(found, asked, strict=True):
@@ -556,14 +567,69 @@ def test_unreadable_answers_are_none(
     trained: Trained, answers: list[str], tmp_path: Path, damage: Callable[[str], str]
 ) -> None:
     """The error is one that following a champion survives."""
-    runs = Path(shutil.copytree(trained.config.runs_dir, tmp_path / "runs"))
-    path = runs / "night-1" / "jobs/inference/answers.jsonl"
+    config, path = copied_test(trained, tmp_path)
     path.write_bytes(damage(path.read_text()).encode(errors="surrogatepass"))
-    request = json.loads((path.parent / "plan.json").read_text())
-    (path.parent / "plan.json").write_text(json.dumps({**request, "answers_path": str(path)}))
-    config = trained.config.model_copy(update={"runs_dir": str(runs)})
     with pytest.raises(DataLoadingError, match="no kept answers"):
         read_kept_test(config, "night-1", 100)
+
+
+def test_an_engine_that_nobody_named_and_does_not_start_gives_way_to_the_product_s_own(
+    trained: Trained,
+    answers: list[str],
+    source: Source,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The output says why; one that is named ends the server with its error."""
+    monkeypatch.setattr(choice, "choose_engine", lambda *_: ("vllm", "as on a GPU that it fits"))
+    program = place_vllm(tmp_path, "0.32.0")
+    program.write_text(f"#!{sys.executable}\nraise SystemExit(3)\n")
+    monkeypatch.setattr(vllm, "find_vllm", lambda: str(program))
+    said = list[str]()
+    request = ServeRequest(
+        engine="own",
+        config=trained.config.model_copy(update={"max_memory_gb": 8.0}),
+        adapter="",
+        device="cpu",
+        socket="",
+        slots=SLOTS,
+    )
+    maker = EngineMaker("auto", request, said.append)
+    options = {"maker": maker, "fall_back": maker.fall_back}
+    with running(trained.config, source, NO_REGISTRY, **options) as made:
+        assert content(made.ask(trained.rows[0]["question"])) == answers[0]
+    assert said[0] == "Engine: vllm, as on a GPU that it fits."
+    assert said[1].startswith("vllm is not used: vLLM ended with status 3.")
+    assert said[2:] == ["Engine: own, which tested the adapter."]
+    named = EngineMaker("vllm", request, said.append)
+    named(source.folder)
+    assert not named.fall_back(WorkerCrashedError("x", why="y", next_command="qwen3ft serve"))
+
+
+def test_an_engine_that_answers_otherwise_than_tested_gives_way(
+    trained: Trained, answers: list[str], source: Source, tmp_path: Path
+) -> None:
+    """It has ended before the next one is made."""
+    config, path = copied_test(trained, tmp_path)
+    tested = path.read_text()
+    path.write_text(tested.replace('"candidate":"', '"candidate":"Not '))
+    engines = list[Engine]()
+
+    def make(folder: Path) -> Engine:
+        assert not any(engine._job.path.exists() for engine in engines)
+        request = ServeRequest(
+            engine="own", config=config, adapter=str(folder), device="cpu", socket="", slots=2
+        )
+        engines.append(Engine(request))
+        return engines[-1]
+
+    def fall_back(error: FinetuneError) -> bool:
+        path.write_text(tested)
+        return isinstance(error, ServedOtherwiseError)
+
+    with running(config, source, NO_REGISTRY, maker=make, fall_back=fall_back) as made:
+        assert content(made.ask(trained.rows[0]["question"])) == answers[0]
+    assert len(engines) == 2
 
 
 def test_without_kept_answers_nothing_is_claimed(

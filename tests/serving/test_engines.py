@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -13,16 +14,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.golden_conversations import TEMPLATES
+from support.plans import QWEN3_4B
+from support.small_adapter import write_small_adapter
 from support.trained_adapter import Trained
 from support.vllm_program import place_vllm
 
 from qwen3ft.chat.tokenizer import load_tokenizer
+from qwen3ft.config import TrainingConfig
 from qwen3ft.decoding.writing import AnswerLimits, Marks, Writing
 from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.errors import EnvironmentNotReadyError
+from qwen3ft.model.saved_adapter import open_adapter
 from qwen3ft.records.serving import Ask, Prompting, Refused, ServeRequest
 from qwen3ft.server.choice import choose_engine
-from qwen3ft.serving.engines import vllm
+from qwen3ft.serving.engines import own, vllm
 from qwen3ft.serving.engines.asking import Asker
 from qwen3ft.serving.engines.tally import Tally
 from qwen3ft.units import GIB
@@ -77,15 +82,16 @@ def test_an_answer_that_is_relayed_ends_where_the_decoder_ends_it(
 
 
 @pytest.mark.parametrize(
-    ("version", "device", "budget_gb", "gpu_gb", "chosen", "reason"),
+    ("version", "device", "budget_gb", "gpu_gb", "free_gb", "chosen", "reason"),
     [
-        ("0.32.0", "cuda", 8, 8, "vllm", "is installed"),
-        ("0.32.1rc2.dev3+gabc123.cpu", "cuda", 8, 8, "vllm", "is installed"),
-        ("0.9.2", "cuda", 8, 8, "own", "is vLLM 0.9.2, and 0.32 is needed"),
-        ("0.32.0", "cuda", 2, 8, "own", "vLLM would need 3."),
-        ("0.32.0", "cuda", 8, 3, "own", "the budget is 2.8"),
-        ("0.32.0", "cpu", 8, 0, "own", "there is no GPU"),
-        (None, "cuda", 8, 8, "own", "vLLM is not installed"),
+        ("0.32.0", "cuda", 8, 8, 7.9, "vllm", "is installed"),
+        ("0.32.1rc2.dev3+gabc123.cpu", "cuda", 8, 8, 7.9, "vllm", "is installed"),
+        ("0.9.2", "cuda", 8, 8, 8, "own", "is vLLM 0.9.2, and 0.32 is needed"),
+        ("0.32.0", "cuda", 8, 80, 7.5, "own", "vLLM takes 8.00 GB from the start, and 7.50 GB are"),
+        ("0.32.0", "cuda", 2, 8, 8, "own", "vLLM would need 3."),
+        ("0.32.0", "cuda", 8, 3, 3, "own", "the budget is 2.8"),
+        ("0.32.0", "cpu", 8, 0, 0, "own", "there is no GPU"),
+        (None, "cuda", 8, 8, 8, "own", "vLLM is not installed"),
     ],
 )
 def test_vllm_is_chosen_on_a_gpu_where_it_fits(
@@ -96,6 +102,7 @@ def test_vllm_is_chosen_on_a_gpu_where_it_fits(
     device: Literal["cuda", "cpu"],
     budget_gb: float,
     gpu_gb: float,
+    free_gb: float,
     chosen: str,
     reason: str,
 ) -> None:
@@ -104,7 +111,7 @@ def test_vllm_is_chosen_on_a_gpu_where_it_fits(
         place_vllm(tmp_path, version)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    gpu = SimpleNamespace(total_bytes=int(gpu_gb * GIB))
+    gpu = SimpleNamespace(total_bytes=int(gpu_gb * GIB), free_bytes=int(free_gb * GIB))
     monkeypatch.setattr(vllm, "visible_gpus", lambda: (gpu,))
     request = ServeRequest(
         engine="own",
@@ -133,7 +140,9 @@ def test_vllm_is_not_started_on_a_gpu_that_it_does_not_fit(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that somebody names, too."""
-    monkeypatch.setattr(vllm, "visible_gpus", lambda: (SimpleNamespace(total_bytes=8 * GIB),))
+    monkeypatch.setattr(
+        vllm, "visible_gpus", lambda: (SimpleNamespace(total_bytes=8 * GIB, free_bytes=8 * GIB),)
+    )
     request = ServeRequest(
         engine="vllm",
         config=trained.config.model_copy(update={"max_memory_gb": 2}),
@@ -164,3 +173,36 @@ def test_thinking_is_not_asked_of_a_template_that_has_none(
     found = asker.prepare(ask, prompting)
     assert isinstance(found, Refused) == refused
     assert not refused or "enable_thinking" in found.message
+
+
+@pytest.mark.parametrize("context_tokens", [2048, 8192, 40960])
+def test_the_decoder_is_planned_for_the_longest_prompt(tmp_path: Path, context_tokens: int) -> None:
+    """A client may fill the context with it, though answers are expected to need a part."""
+    write_small_adapter(tmp_path)
+    request = ServeRequest(
+        engine="own",
+        config=TrainingConfig(model_name="embedded"),
+        adapter=str(tmp_path),
+        device="cuda",
+        socket="",
+        slots=4,
+        context_tokens=context_tokens,
+    )
+    load = own._expected_load(request, open_adapter(tmp_path), QWEN3_4B)
+    assert load.most_tokens == context_tokens
+    assert load.fixed_bytes() == replace(load, prompt_tokens=context_tokens).fixed_bytes()
+
+
+def test_what_keeps_the_decoder_from_a_model_is_met_by_another_engine(trained: Trained) -> None:
+    """Here a GPU without bfloat16: fewer slots, or a shorter context, would meet it again."""
+    request = ServeRequest(
+        engine="own",
+        config=trained.config,
+        adapter=str(trained.adapter),
+        device="cuda",
+        socket="",
+        slots=4,
+    )
+    with pytest.raises(EnvironmentNotReadyError, match="the GPU has no bfloat16") as raised:
+        own.DecodingEngine(request)
+    assert raised.value.next_command == "qwen3ft serve --engine llama.cpp"

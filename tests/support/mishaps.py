@@ -914,6 +914,9 @@ QUICK: dict[str, Mishap] = {
     "qwen3ft/serving/engines/events.py engine_failed 1": lambda _: throw(
         events.engine_failed("ConnectError: refused")
     ),
+    "qwen3ft/serving/engines/own.py _hindered 1": lambda _: throw(
+        own._hindered("Triton is missing")
+    ),
     "qwen3ft/serving/engines/own.py _cannot_decode 1": lambda _: throw(
         own._cannot_decode("it has no room")
     ),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,6 +145,8 @@ def running(
     follow: str | None = None,
     slots: int = SLOTS,
     engine: EngineName = "own",
+    maker: Callable[[Path], Engine] | None = None,
+    fall_back: Callable[[FinetuneError], bool] = lambda _: False,
     **options: Any,
 ) -> Iterator[Running]:
     """Serve while the body runs; the server must end in order."""
@@ -170,7 +172,9 @@ def running(
         return Engine(request)
 
     chosen = ServerOptions(**{"port": 0, "queue": QUEUE, **options})
-    server = ModelServer(chosen, config, registry, source, make_engine, announce, follow)
+    server = ModelServer(
+        chosen, config, registry, source, maker or make_engine, announce, follow, fall_back
+    )
 
     async def serve() -> None:
         stop = asyncio.Event()

@@ -119,14 +119,15 @@ class DecodingEngine:
         dtype = str(self.model.get_base_model().dtype).removeprefix("torch.")
         # the setting `kernels` is about training; here no other path answers many at once
         if obstacle := find_obstacle(self.model, request.device, dtype, "fused"):
-            raise _cannot_decode(obstacle)
+            raise _hindered(obstacle)
         self.rank = opened.spec.r
         self._marks = Marks.of(tokenizer, sorted(end_tokens(self.model, tokenizer)))
         self._shape = shape_of(Path(self.base))
         load = _expected_load(request, opened, self._shape)
         try:
             _, self.decoder = run_within(
-                load, request.config.max_memory_gb, request.device, self._make_decoder
+                *(load, request.config.max_memory_gb, request.device, self._make_decoder),
+                most_slots=request.slots,
             )
         except CannotDecodeError as error:
             raise _cannot_decode(str(error)) from None
@@ -219,7 +220,16 @@ def _expected_load(request: ServeRequest, opened: OpenedAdapter, shape: ModelSha
         typical_prompt_tokens=min(_TYPICAL_TOKENS, context / 2),
         answer_tokens=answer,
         typical_answer_tokens=min(_TYPICAL_TOKENS, answer),
+        read_tokens=context,  # a prompt may leave an answer less than expected
         compute_bytes=4 if request.device == "cpu" else 2,
+    )
+
+
+def _hindered(obstacle: str) -> EnvironmentNotReadyError:
+    return EnvironmentNotReadyError(
+        f"The decoder cannot serve this model here: {obstacle}.",
+        why="Neither fewer answers at a time nor shorter ones would change that.",
+        next_command="qwen3ft serve --engine llama.cpp",
     )
 
 

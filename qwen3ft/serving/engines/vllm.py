@@ -96,7 +96,8 @@ class VllmMemory:
     """Memory that vLLM may use, and what one answer takes of it, in bytes.
 
     Attributes:
-        budget_bytes: The budget: `max_memory_gb`, or what vLLM can have of a smaller GPU.
+        budget_bytes: The budget: `max_memory_gb`, or what vLLM can have of a smaller GPU. On a GPU
+            it starts only if so much is free.
         fixed_bytes: Weights and program.
         answer_bytes: Cache of one answer of the longest kind.
     """
