@@ -188,8 +188,9 @@ class Writing:
         draw = self.state["draws"].gather(1, written[:, None])
         if self.shaped:
             return self._draw_shaped(logits, draw)
-        below = logits.softmax(-1).cumsum_(-1) < draw
-        return below.sum(-1).clamp_(max=logits.shape[1] - 1)
+        summed = logits.softmax(-1).cumsum_(-1)
+        # in fp32 the sum may end below 1, and a draw beyond it would be the last token of all
+        return (summed < draw * summed[:, -1:]).sum(-1).clamp_(max=logits.shape[1] - 1)
 
     def _draw_shaped(self, logits: Tensor, draw: Tensor) -> Tensor:
         """Draw at each slot's temperature, from its nucleus.

@@ -10,10 +10,20 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from qwen3ft.errors import ChampionChangedError, NotInMlflowError, RequestError, RolledBackError
+from qwen3ft.errors import (
+    ChampionChangedError,
+    NotInMlflowError,
+    RejectedError,
+    RequestError,
+    RolledBackError,
+    TrackingUnavailableError,
+)
 from qwen3ft.faults import reach
+from qwen3ft.logs import get_logger
 from qwen3ft.registry.moves import (
+    ABOUT_ADAPTERS,
     EARLIER_TAG_PREFIX,
+    NO_VERDICT,
     TAG_PREFIXES,
     Aliases,
     Change,
@@ -28,6 +38,8 @@ from qwen3ft.registry.moves import (
 )
 from qwen3ft.text.commands import shell_line
 from qwen3ft.tracking.connection import Connection
+
+logger = get_logger("registry")
 
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 
@@ -221,9 +233,23 @@ def _complete(connection: Connection, name: str, move: Move) -> Move:
         _forget_rollback(connection, name, move.version)
     done = move.model_copy(update={"state": "done"})
     _record(connection, name, done)
-    with connection.calls() as client:
-        client.update_registered_model(name, describe_history(read_history(connection, name)))
+    _describe(connection, name)
     return done
+
+
+def _describe(connection: Connection, name: str) -> None:
+    """Tell the history in the model's description, unless a person has written another one.
+
+    The move is made by then, so trouble is only logged.
+    """
+    try:
+        with connection.calls() as client:
+            text = client.get_registered_model(name).description or ""
+            if not text or text.startswith(ABOUT_ADAPTERS):
+                history = read_history(connection, name)
+                client.update_registered_model(name, describe_history(history))
+    except (TrackingUnavailableError, RejectedError) as error:
+        logger.warning("the description of %s is not up to date: %s", name, error)
 
 
 def _settle(connection: Connection, name: str, move: Move, aliases: Aliases) -> None:
@@ -247,9 +273,14 @@ def _record(connection: Connection, name: str, move: Move) -> None:
 
 
 def _set_verdict(client: Any, name: str, version: str, verdict: str) -> None:
-    """Write the verdict as a tag, by which it is read, and as the text in the table of versions."""
+    """Write the verdict as a tag, by which it is read, and as the text in the table of versions.
+
+    A text that a person has written there stays.
+    """
+    before = client.get_model_version(name, version)
     client.set_model_version_tag(name, version, VERDICT_TAG, verdict)
-    client.update_model_version(name, version, verdict)
+    if (before.description or NO_VERDICT) in (NO_VERDICT, before.tags.get(VERDICT_TAG)):
+        client.update_model_version(name, version, verdict)
 
 
 def _set_previous(connection: Connection, name: str, version: str | None) -> None:

@@ -29,7 +29,10 @@ EARLIER_TAG_PREFIX = "qwen3ft.move."
 
 TAG_PREFIXES = (MOVE_TAG_PREFIX, EARLIER_TAG_PREFIX)
 
-_ABOUT_ADAPTERS = (
+NO_VERDICT = "Registered; its comparison has no verdict yet."
+"""Description of a new version."""
+
+ABOUT_ADAPTERS = (
     "LoRA adapters of one task, one version per run. **champion** is in use, **previous** is what "
     "`qwen3ft rollback` puts back, **challenger** is the newest that was kept out."
 )
@@ -146,7 +149,7 @@ def completed_moves(moves: Sequence[Move], champion: str | None) -> list[Move]:
 
 def describe_history(history: History) -> str:
     """Return what a registered model is and how it was moved, newest first, as markdown."""
-    lines = [_ABOUT_ADAPTERS, ""]
+    lines = [ABOUT_ADAPTERS, ""]
     lines += [_in_words(move) for move in history.moves[::-1][:MOST_MOVES_DESCRIBED]]
     return "\n".join(lines)
 

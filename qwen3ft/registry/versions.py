@@ -12,7 +12,7 @@ from qwen3ft.faults import reach
 from qwen3ft.records.base import Record
 from qwen3ft.records.evaluation import Champion
 from qwen3ft.registry.aliases import CHAMPION, DIGEST_TAG, RUN_TAG
-from qwen3ft.registry.moves import Aliases, History, describe_history
+from qwen3ft.registry.moves import NO_VERDICT, Aliases, History, describe_history
 from qwen3ft.tracking.connection import Connection, connect
 
 ADAPTER_PATH = "adapter"
@@ -41,7 +41,7 @@ def find_or_create_version(
             source,
             run_id=run_id,
             tags=tags,
-            description="Registered; its comparison has no verdict yet.",
+            description=NO_VERDICT,
             await_creation_for=0,
         )
     reach("version.created")

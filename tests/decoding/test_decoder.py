@@ -26,7 +26,7 @@ from qwen3ft.decoding.decoder import Decoder
 from qwen3ft.decoding.losses import LossQuery, summed_losses
 from qwen3ft.decoding.slots import Query
 from qwen3ft.decoding.writer import AnswerWriter
-from qwen3ft.decoding.writing import AnswerLimits, Marks
+from qwen3ft.decoding.writing import AnswerLimits, Marks, Writing
 from qwen3ft.planning.decoder_sizes import DecoderSizes
 
 
@@ -57,6 +57,15 @@ def test_an_answer_does_not_depend_on_those_beside_it(model: Any, decoder: Decod
     for seed, (one, count) in enumerate([(decoder, 7), (scarce, len(asked))]):
         order = random.Random(seed).sample(asked, count)
         assert ask(one, prompts, order) == {key: truth[key] for key in order}
+
+
+def test_no_draw_is_a_token_without_probability() -> None:
+    """The last of a vocabulary is of no use, but a sum in fp32 may end before the draw."""
+    writing = Writing(16, Marks((0,)), 1, torch.device("cpu"))
+    writing.state["draws"][:] = 1 - 2**-24  # the largest there is
+    logits = torch.randn(16, 20_000, generator=torch.Generator().manual_seed(0))
+    logits[:, -100:] = -torch.inf
+    assert (writing._draw(logits) < 19_900).all()
 
 
 def test_drawn_answers_depend_on_their_seed_alone(decoder: Decoder) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mlflow.exceptions import MlflowException
 from support.registered import MODEL, add_version, copy_database, stored_adapter
 from support.verdicts import BASE, GOOD, gain, report, saved
 
@@ -416,6 +417,31 @@ def test_the_pages_of_a_model_say_in_words_what_happened(in_use: str) -> None:
     assert client.get_model_version(MODEL, "2").description == NIGHT.verdict
     assert registry.set_challenger(MODEL, "3", "kept: no better")
     assert client.get_model_version(MODEL, "3").description == "kept: no better"
+
+
+def test_what_a_person_wrote_stays_and_no_move_depends_on_a_description(
+    in_use: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A move that MLflow describes no more is one all the same."""
+    registry, client = Registry(in_use), connect(in_use).client
+    client.update_registered_model(MODEL, "Ask Ada first.")
+    client.update_model_version(MODEL, "3", "Made for the fair.")
+    assert registry.set_challenger(MODEL, "3", "kept: no better")
+    version = client.get_model_version(MODEL, "3")
+    assert (version.description, version.tags["verdict"]) == (
+        "Made for the fair.",
+        "kept: no better",
+    )
+    registry.rollback(MODEL, PERSON)
+    assert client.get_registered_model(MODEL).description == "Ask Ada first."
+
+    def fail(*_: object) -> None:
+        raise MlflowException("the database is locked")
+
+    client.update_registered_model(MODEL, "")
+    monkeypatch.setattr(type(client), "update_registered_model", fail)
+    registry.promote(MODEL, "3", "1", NIGHT)
+    assert registry.history(MODEL).moves[-1].state == "done"
 
 
 def test_a_description_of_many_moves_fits_into_mlflow() -> None:

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.golden_conversations import TEMPLATES
 from support.plans import QWEN3_4B
+from support.planted_adapters import EMOJI
 from support.small_adapter import write_small_adapter
 from support.trained_adapter import Trained
 from support.vllm_program import place_vllm
@@ -25,10 +26,10 @@ from qwen3ft.decoding.writing import AnswerLimits, Marks, Writing
 from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.errors import EnvironmentNotReadyError
 from qwen3ft.model.saved_adapter import open_adapter
-from qwen3ft.records.serving import Ask, Prompting, Refused, ServeRequest
+from qwen3ft.records.serving import Ask, Piece, Prompting, Refused, ServeRequest
 from qwen3ft.server.choice import choose_engine
 from qwen3ft.serving.engines import own, vllm
-from qwen3ft.serving.engines.asking import Asker
+from qwen3ft.serving.engines.asking import AnswerText, Asker
 from qwen3ft.serving.engines.tally import Tally
 from qwen3ft.units import GIB
 
@@ -206,3 +207,15 @@ def test_what_keeps_the_decoder_from_a_model_is_met_by_another_engine(trained: T
     with pytest.raises(EnvironmentNotReadyError, match="the GPU has no bfloat16") as raised:
         own.DecodingEngine(request)
     assert raised.value.next_command == "qwen3ft serve --engine llama.cpp"
+
+
+@pytest.mark.parametrize("left_out", [0, 1, 2])
+def test_an_answer_that_ends_within_a_character_has_the_test_s_text(left_out: int) -> None:
+    """A limit may cut it there; the test decodes all its tokens at once."""
+    tokenizer = load_tokenizer(MODEL_DIR)
+    ids = tokenizer.encode(f"a {EMOJI}")
+    ids = ids[: len(ids) - left_out]
+    answer = AnswerText(1, tokenizer, 3, opened=False, stops=(), ends=(tokenizer.eos_token_id,))
+    said = [*answer.feed(ids[:-1], is_over=False), *answer.feed(ids[-1:], is_over=True)]
+    text = "".join(one.text for one in said if isinstance(one, Piece))
+    assert text == tokenizer.decode(ids, skip_special_tokens=True)

@@ -50,15 +50,14 @@ class AnswerText:
         self.number, self._ends = number, ends
         self._backend = tokenizer.backend_tokenizer
         self._prompt_tokens, self._written, self._last = prompt_tokens, 0, -1
-        self._stream = _decode_stream()
+        self._stream, self._unsaid = _decode_stream(), list[int]()
         self._splitter, self._stops = ThinkingSplitter(opened=opened), StopFilter(stops)
 
     def feed(self, tokens: Sequence[int], *, is_over: bool) -> list[Piece | Ended]:
         """Add tokens; return their text, and the end if they are the last or hold a stop text."""
         self._written += len(tokens)
         self._last = tokens[-1] if tokens else self._last
-        steps = (self._stream.step(self._backend, token) for token in tokens)
-        parts: list[ThinkingChunk] = self._splitter.feed("".join(text or "" for text in steps))
+        parts: list[ThinkingChunk] = self._splitter.feed(self._decode(tokens, is_over=is_over))
         if is_over:
             parts += self._splitter.close()
         records: list[Piece | Ended] = []
@@ -78,6 +77,18 @@ class AnswerText:
             completion_tokens=self._written,
         )
         return [*records, ended]
+
+    def _decode(self, tokens: Sequence[int], *, is_over: bool) -> str:
+        """Return the text of tokens, without a character that is not complete until the end."""
+        texts = []
+        for token in tokens:
+            self._unsaid.append(token)
+            if text := self._stream.step(self._backend, token):
+                texts.append(text)
+                self._unsaid.clear()
+        if is_over:  # a limit cut the answer within a character
+            texts.append(self._backend.decode(self._unsaid, skip_special_tokens=True))
+        return "".join(texts)
 
 
 @dataclass(frozen=True)
