@@ -10,6 +10,7 @@ death would not do: a program that still loads may ignore it, and its own proces
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 import sys
 import threading
@@ -36,7 +37,9 @@ def run_guarded(command: Sequence[str]) -> int:
     program = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
 
     def end_with_stdin() -> None:
-        sys.stdin.buffer.read()
+        # not by sys.stdin: its lock, held here, would abort the interpreter when the guard ends
+        while os.read(0, 2**16):
+            pass
         end_process_tree(program)
 
     threading.Thread(target=end_with_stdin, daemon=True).start()

@@ -17,6 +17,7 @@ import pytest
 from qwen3ft.errors import FinetuneError
 from qwen3ft.jobs import processes
 from qwen3ft.jobs.folders import JobDir
+from qwen3ft.jobs.guard import guarded
 from qwen3ft.jobs.launcher import run_worker
 from qwen3ft.jobs.processes import workers_ahead
 from qwen3ft.records.training import AttemptOutcome
@@ -199,3 +200,12 @@ def test_a_worker_has_threads_for_cores_it_may_use(monkeypatch: pytest.MonkeyPat
     for usable, threads in ({1}, "1"), ({0, 5}, "1"), ({0, 5, 6, 7}, "3"):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, usable=usable: usable)
         assert processes._Environment.now().variables["OMP_NUM_THREADS"] == threads
+
+
+def test_a_guarded_program_ends_with_its_own_words_and_status() -> None:
+    """Though the guard still waits for the end of its stdin, in another thread."""
+    command = guarded([sys.executable, "-c", "raise SystemExit('bad luck')"])
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as guard:
+        assert guard.stderr is not None
+        assert guard.stderr.read() == b"bad luck\n"
+        assert guard.wait() == 1

@@ -27,6 +27,7 @@ from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.errors import EnvironmentNotReadyError
 from qwen3ft.model.saved_adapter import open_adapter
 from qwen3ft.records.serving import Ask, Piece, Prompting, Refused, ServeRequest
+from qwen3ft.server import choice
 from qwen3ft.server.choice import choose_engine
 from qwen3ft.serving.engines import own, vllm
 from qwen3ft.serving.engines.asking import AnswerText, Asker
@@ -113,7 +114,8 @@ def test_vllm_is_chosen_on_a_gpu_where_it_fits(
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     gpu = SimpleNamespace(total_bytes=int(gpu_gb * GIB), free_bytes=int(free_gb * GIB))
-    monkeypatch.setattr(vllm, "visible_gpus", lambda: (gpu,))
+    for module in (vllm, choice):
+        monkeypatch.setattr(module, "visible_gpus", lambda: (gpu,))
     request = ServeRequest(
         engine="own",
         config=trained.config.model_copy(update={"max_memory_gb": budget_gb}),
