@@ -170,8 +170,12 @@ class _RowReader:
     counts: RowCounts
     unread: Sequence[str]
     """Columns of the file that are not even read."""
-    columns: dict[tuple[str, ...], Columns] = field(default_factory=dict)
-    """Columns by the names of those that hold something: the rows of a file have few such sets."""
+    columns: dict[tuple[str, ...], tuple[Columns, Columns]] = field(default_factory=dict)
+    """Columns, and as they are counted, by the names of those that hold something.
+
+    The rows of a file have few such sets. They are counted without the names of those that are not
+    used: a row's id may be one.
+    """
 
     def row(self, raw: RawRow) -> QaRow | BadRow:
         """Return the checked row."""
@@ -180,12 +184,14 @@ class _RowReader:
             return BadRow(label, raw.line, raw.offset, raw.reason, excerpt(raw.text))
         # A column without a value is absent: files that unite several layouts have empty ones.
         names = tuple([name for name, value in raw.values.items() if value is not None])
-        columns, notes = self.columns.get(names), RowNotes()
+        known, notes = self.columns.get(names), RowNotes()
+        columns = known[0] if known else None
         try:
-            if columns is None:
+            if known is None or columns is None:
                 columns = find_columns(names, self.rules.columns)
+                known = columns, columns._replace(unused=())
                 if len(self.columns) < _MOST_COLUMN_SETS:
-                    self.columns[names] = columns
+                    self.columns[names] = known
             separator = self.rules.reasoning_separator
             row = read_row(raw, columns, self.file, separator, notes)
             check_content(row, allow_control_tokens=self.rules.escape_special_tokens)
@@ -197,8 +203,7 @@ class _RowReader:
             parts = columns.parts().values() if columns else ()
             values = {name: raw.values[name] for name in parts} or raw.values
             return BadRow(label, raw.line, raw.offset, reason, excerpt(_as_text(values)))
-        # Without the names that are not used: a row's id may be one.
-        counts.columns[columns._replace(unused=())] += 1
+        counts.columns[known[1]] += 1
         unused = {name for name in columns.unused if is_filled(raw.values[name])}
         for name in (
             *(unused | notes.unused),

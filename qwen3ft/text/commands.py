@@ -71,6 +71,7 @@ def with_typed(command: str, typed: Sequence[str]) -> str:
     if found is None or _COMPLETE & set(words):
         return command
     own = {word.partition("=")[0] for option, word in pairwise(words) if option == "--set"}
+    own |= {_OF_A_PLAN[word] for word in words if word in _OF_A_PLAN}
     if "model_name" in own and not found[1].startswith("data"):
         return command
     carried = _CARRIED | (_OF_A_PLAN if typed[:1] == [found[1]] == ["plan"] else {})

@@ -39,6 +39,11 @@ CASES = {
         "qwen3ft plan --set max_memory_gb=5.0",
         "qwen3ft plan --set max_memory_gb=5.0 --model 4b --gpu none",
     ),
+    "a GPU that is none": (
+        "plan --gpu Voodoo --seq 512",
+        "qwen3ft plan --gpu H200",
+        "qwen3ft plan --gpu H200 --seq 512",
+    ),
     "data": (
         "data check x.jsonl --config my.yaml --set model_name=embedded",
         "qwen3ft data check /d/x.jsonl --set model_name=embedded --set seed=3",
