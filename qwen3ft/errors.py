@@ -6,7 +6,7 @@
         ModelNotFoundError  ModelAccessError  ModelUnavailableError
         DataLoadingError
           DatasetNotFoundError  DatasetAccessError  DatasetUnavailableError
-        ChampionChangedError  RolledBackError
+        ChampionChangedError  RolledBackError  NoPlaceError
       TransientError
         DownloadError
         TrackingUnavailableError
@@ -150,6 +150,10 @@ class ChampionChangedError(RequestError):
 
 class RolledBackError(RequestError):
     """A run would promote an adapter that a person rolled back."""
+
+
+class NoPlaceError(RequestError):
+    """An adapter does not go with those that an engine has loaded; another engine would do."""
 
 
 class TransientError(FinetuneError):

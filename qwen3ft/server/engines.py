@@ -99,7 +99,7 @@ class Engine:
         """Have the worker load an adapter, under a name that is never used twice.
 
         Raises:
-            RequestError: it does not go with those that are loaded; a new engine would do.
+            NoPlaceError: it does not go with those that are loaded; a new engine would do.
             FinetuneError: it cannot be used.
         """
         loaded = self._loads[name] = self._loop.create_future()

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 
 from qwen3ft.config import TrainingConfig
-from qwen3ft.errors import FinetuneError, RequestError
+from qwen3ft.errors import FinetuneError, NoPlaceError
 from qwen3ft.logs import get_logger
 from qwen3ft.model.saved_adapter import open_adapter
 from qwen3ft.records.serving import Prompting
@@ -141,8 +141,12 @@ class Manager:
                     await asyncio.wait(self._leaving, return_when=asyncio.FIRST_COMPLETED)
                 try:
                     await self._load_on(engine, source, prompting)
-                except RequestError as error:
-                    logger.info("a new engine is started: %s", error.what)
+                except NoPlaceError as error:
+                    logger.warning(
+                        "another engine is started beside the first, with as much memory again "
+                        "(%s); if there is none, restart the server: qwen3ft serve",
+                        error.what,
+                    )
                     engine = None
             if engine is None:
                 engine = await asyncio.to_thread(self.make_engine, source.folder)

@@ -12,10 +12,11 @@ import psutil
 import pytest
 from support.finished_run import attach_lora, make_outcome, make_plan, write_checkpoint
 from support.served import engines_in_threads
+from support.small_adapter import write_small_adapter
 from support.trained_adapter import Trained
 
 from qwen3ft.config import TrainingConfig
-from qwen3ft.errors import FinetuneError
+from qwen3ft.errors import FinetuneError, ModelUnavailableError
 from qwen3ft.model.manager import ModelManager
 from qwen3ft.model.save_adapter import save_adapter
 from qwen3ft.model.shapes import count_adapter_parameters
@@ -100,6 +101,30 @@ def test_a_new_engine_in_trouble_is_closed_and_the_old_one_stays(
         assert is_closed(made[0])
         await manager.close()
         assert is_closed(made[-1])
+
+    asyncio.run(check())
+
+
+def test_an_adapter_that_no_engine_could_load_starts_none(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its base is gone; another engine would take memory, and end in the same error."""
+    engines_in_threads(monkeypatch)
+    write_small_adapter(tmp_path)
+
+    async def check() -> None:
+        made = list[Engine]()
+
+        def make(folder: Path) -> Engine:
+            made.append(make_engine(trained.config, folder))
+            return made[-1]
+
+        manager = Manager(Front(Served("model"), 4), trained.config, make, probe_rows=0)
+        await manager.use(Source("v1", "1", trained.adapter), NOBODY)
+        with pytest.raises(ModelUnavailableError):
+            await manager.use(Source("v2", "2", tmp_path), NOBODY)
+        assert len(made) == 1
+        await manager.close()
 
     asyncio.run(check())
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +33,8 @@ from qwen3ft.server import choice
 from qwen3ft.server.choice import choose_engine
 from qwen3ft.serving.engines import own, vllm
 from qwen3ft.serving.engines.asking import AnswerText, Asker
+from qwen3ft.serving.engines.events import open_engine
+from qwen3ft.serving.engines.llama_cpp import LlamaServers, _Loaded
 from qwen3ft.serving.engines.tally import Tally
 from qwen3ft.units import GIB
 
@@ -221,3 +225,16 @@ def test_an_answer_that_ends_within_a_character_has_the_test_s_text(left_out: in
     said = [*answer.feed(ids[:-1], is_over=False), *answer.feed(ids[-1:], is_over=True)]
     text = "".join(one.text for one in said if isinstance(one, Piece))
     assert text == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_an_adapter_that_llama_cpp_has_unloaded_leaves_no_file(tmp_path: Path) -> None:
+    """A server that follows the champion loads one with every promotion."""
+    servers, ended = object.__new__(LlamaServers), list[bool]()
+    stack = ExitStack()
+    stack.callback(ended.append, True)
+    lora = tmp_path / "1.gguf"
+    lora.touch()
+    servers._loaded = {"v1": _Loaded(stack, open_engine(tmp_path / "socket"), lora)}
+    asyncio.run(servers.unload("v1"))
+    assert ended
+    assert list(tmp_path.iterdir()) == []

@@ -48,10 +48,11 @@ ANY_RANK = 2**16
 
 @dataclass
 class _Loaded:
-    """The server of one adapter."""
+    """The server of one adapter, and the file that it reads the adapter from."""
 
     stack: ExitStack
     client: httpx.AsyncClient
+    lora: Path
 
 
 class LlamaServers:
@@ -122,13 +123,14 @@ class LlamaServers:
             socket=socket,
         )
         await asyncio.to_thread(stack.enter_context, opening)
-        self._loaded[name] = _Loaded(stack, open_engine(socket))
+        self._loaded[name] = _Loaded(stack, open_engine(socket), lora)
 
     async def unload(self, name: str) -> None:
         """End the adapter's server."""
         loaded = self._loaded.pop(name)
         await loaded.client.aclose()
         await asyncio.to_thread(loaded.stack.close)
+        loaded.lora.unlink()  # in fp32; a server that follows for months would fill the disk
 
     async def continue_text(
         self, name: str, ids: Sequence[int], limits: AnswerLimits, most_tokens: int

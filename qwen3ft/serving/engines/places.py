@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qwen3ft.errors import EnvironmentNotReadyError, RequestError
+from qwen3ft.errors import EnvironmentNotReadyError, NoPlaceError
 from qwen3ft.model.saved_adapter import OpenedAdapter, find_base
 from qwen3ft.records.model import ModelShape
 from qwen3ft.records.serving import Prompting, ServeRequest
@@ -34,7 +34,7 @@ def require_place(opened: OpenedAdapter, base: str, rank: int, *, loaded: int, p
         places: Most adapters loaded at a time.
 
     Raises:
-        RequestError: it does not go with them.
+        NoPlaceError: it does not go with them.
     """
     problem = ""
     if find_base(opened) != base:
@@ -44,7 +44,7 @@ def require_place(opened: OpenedAdapter, base: str, rank: int, *, loaded: int, p
     elif loaded >= places:
         problem = f"{places} adapters still answer"
     if problem:
-        raise RequestError(
+        raise NoPlaceError(
             f"The adapter in {opened.folder} is not loaded beside the others: {problem}.",
             why="Adapters that answer together share one base model and one reserved size.",
             next_command="qwen3ft serve",
