@@ -150,14 +150,15 @@ class ChampionFollower:
             self._served.assign = None
             self._front.observers.remove(trial.observe)
         result = "rolled_back" if trial.objection else "used" if is_current else "withdrawn"
+        if trial.objection:
+            self._refused = champion.version
+            reason = f"on trial with {trial.share:.0%} of the requests: {trial.summary()}"
+            if not await asyncio.to_thread(self._roll_back, champion, old, reason):
+                result = "withdrawn"  # not by this server
         outcome = f"{result.replace('_', ' ')} after {trial.summary()}"
         if result == "used" and not trial.decided.is_set():
             outcome += f"; the trial ended by its limit of {self._canary.hours:g} h"
         logger.info("%s: %s", new.name, outcome)
-        if trial.objection:
-            self._refused = champion.version
-            reason = f"on trial with {trial.share:.0%} of the requests: {trial.summary()}"
-            await asyncio.to_thread(self._roll_back, champion, old, reason)
         await asyncio.to_thread(self._keep_outcome, new, champion, outcome)
         return result
 
@@ -171,20 +172,27 @@ class ChampionFollower:
             return True  # MLflow is away; the trial goes on
         return now is not None and now.version == champion.version
 
-    def _roll_back(self, champion: Champion, old: Version, reason: str) -> None:
-        """Make the old version the champion again, if it is the previous one."""
+    def _roll_back(self, champion: Champion, old: Version, reason: str) -> bool:
+        """Make the old version the champion again, if it is the previous one; False if it is not.
+
+        Nothing is moved if somebody has moved the champion meanwhile.
+        """
         try:
-            previous = self._registry.history(self._model).aliases.previous
-            if previous is not None and previous == old.number:
+            aliases = self._registry.history(self._model).aliases
+            if aliases.champion != champion.version:
+                logger.info("%s is not the champion any more", champion.version)
+                return False
+            if aliases.previous is not None and aliases.previous == old.number:
                 change = Change(by=this_server(), reason=reason)
                 self._registry.rollback(self._model, change)
-                return
+                return True
             logger.error(
                 "the champion stays %s, as the version before it is not %s; next: qwen3ft rollback",
                 *(champion.version, old.name),
             )
         except FinetuneError as error:
             logger.error("the champion stays %s: %s", champion.version, error)
+        return False
 
     def _keep_outcome(self, version: Version, champion: Champion, outcome: str) -> None:
         """Keep the outcome of a trial in MLflow, and in the run's folder if it is here."""

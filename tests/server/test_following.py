@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 import psutil
@@ -26,7 +28,7 @@ from qwen3ft.records.serving import EngineName
 from qwen3ft.registry.moves import Change, this_person
 from qwen3ft.registry.registry import Registry
 from qwen3ft.server import follower, trial
-from qwen3ft.server.follower import Canary
+from qwen3ft.server.follower import NO_TRIALS, Canary, ChampionFollower
 from qwen3ft.server.sources import find_source
 
 SOON_SECONDS = 60.0
@@ -176,6 +178,23 @@ def test_a_killed_worker_is_started_again(place: Place, engine: EngineName) -> N
             assert time.monotonic() < deadline
             time.sleep(0.05)
         assert response.json()["model"] == f"{MODEL}-v1"
+
+
+def test_a_trial_moves_nothing_that_a_person_has_moved(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor does it claim a rollback that was not its own."""
+    place.promote("2")
+    new = place.registry.champion(MODEL)
+    assert new is not None
+    place.promote("1")
+    before = place.registry.history(MODEL)
+    nobody, old = SimpleNamespace(front=None, served=None), SimpleNamespace(number="1", name="v1")
+    follower = ChampionFollower(cast(Any, nobody), place.registry, MODEL, NO_TRIALS)
+    with caplog.at_level("INFO", logger="qwen3ft.server"):
+        assert follower._roll_back(new, cast(Any, old), "worse") is False
+    assert "2 is not the champion any more" in caplog.text
+    assert place.registry.history(MODEL) == before
 
 
 @pytest.mark.slow
