@@ -42,10 +42,9 @@ def make_project(root: Path) -> Path:
 
 def run_once(stack: Any, parameters: dict[str, Any]) -> dict[str, Any]:
     """Run the deployment once and return the seconds from the request to the end."""
-    from deployments.deploy import read_deployment
-    from deployments.prefect_api import send
+    from deployments.prefect_api import read_deployment, send
 
-    deployment = read_deployment(stack)
+    deployment = read_deployment(stack.layout())
     assert deployment is not None
     layout = stack.layout()
     started = time.monotonic()

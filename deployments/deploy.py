@@ -13,9 +13,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from deployments import prefect_api, services
+from deployments import services
 from deployments.automations import definitions, register_automations
-from deployments.prefect_api import send
+from deployments.prefect_api import read_deployment, send
 from deployments.services import DEPLOYMENT
 from deployments.stack import Say, Stack
 from qwen3ft.config import TrainingConfig, parse_config, read_settings_file
@@ -124,7 +124,7 @@ def deploy(stack: Stack, say: Say = lambda _: None, *, force: bool = False) -> b
     defaults = choose_defaults(stack.root)
     if defaults.notice:
         say(defaults.notice)
-    registered = read_deployment(stack)
+    registered = read_deployment(stack.layout())
     if not force and registered is not None and _is_current(registered, defaults):
         return False
     try:
@@ -135,15 +135,6 @@ def deploy(stack: Stack, say: Say = lambda _: None, *, force: bool = False) -> b
     register_automations(stack.layout(), _registered_id(stack))
     say(f"Registered {DEPLOYMENT} with {defaults.config_path}.")
     return True
-
-
-def read_deployment(stack: Stack) -> dict[str, Any] | None:
-    """Return the deployment as the stack's server knows it; None if it knows none.
-
-    Raises:
-        EnvironmentNotReadyError: the server does not answer.
-    """
-    return prefect_api.read_deployment(stack.layout())
 
 
 def _run_prefect_deploy(stack: Stack) -> None:
@@ -158,7 +149,7 @@ def _run_prefect_deploy(stack: Stack) -> None:
         stderr=subprocess.STDOUT,
         text=True,
     )
-    if done.returncode != 0 or read_deployment(stack) is None:
+    if done.returncode != 0 or read_deployment(stack.layout()) is None:
         raise EnvironmentNotReadyError(
             f"prefect deploy ended with exit code {done.returncode}.",
             why=services.last_words(done.stdout),
@@ -177,7 +168,7 @@ def _finish_registration(stack: Stack, runs: int) -> None:
     And let the server refuse a run with a parameter that the flow does not have.
     """
     # Prefect's own schema of a flow lets every further name pass, and the run then crashes.
-    found = read_deployment(stack)
+    found = read_deployment(stack.layout())
     assert found is not None  # `prefect deploy` has just put it there
     schema = {**found["parameter_openapi_schema"], "additionalProperties": False}
     change = {"parameter_openapi_schema": schema, "concurrency_limit": runs}
@@ -185,14 +176,14 @@ def _finish_registration(stack: Stack, runs: int) -> None:
 
 
 def _registered_id(stack: Stack) -> str:
-    found = read_deployment(stack)
+    found = read_deployment(stack.layout())
     assert found is not None  # `prefect deploy` has just put it there
     return str(found["id"])
 
 
 def _restore_schedules(stack: Stack, before: dict[str, Any] | None) -> None:
     """Set schedules as they were; registering resets them to what the file says."""
-    if before is None or (after := read_deployment(stack)) is None:
+    if before is None or (after := read_deployment(stack.layout())) is None:
         return
     chosen = {schedule["slug"]: schedule for schedule in before["schedules"]}
     for schedule in after["schedules"]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from deployments.deploy import NIGHTLY, read_deployment
-from deployments.prefect_api import send
+from deployments.deploy import NIGHTLY
+from deployments.prefect_api import read_deployment, send
 from deployments.stack import Stack
 from qwen3ft.errors import ConfigError, EnvironmentNotReadyError
 from qwen3ft.records.base import Record
@@ -80,7 +80,7 @@ def change_schedule(stack: Stack, **changes: Any) -> Schedule:
 
 def _registered(stack: Stack) -> tuple[str, dict[str, Any]]:
     """Return the id of the deployment, and its schedule as the server has it."""
-    deployment = read_deployment(stack) or {}
+    deployment = read_deployment(stack.layout()) or {}
     for item in deployment.get("schedules", ()):
         if item["slug"] == NIGHTLY:
             return str(deployment["id"]), item

@@ -36,8 +36,8 @@ from support.browser import WEBGL, WatchedBrowser, open_chromium  # noqa: E402
 
 from benchmarks.gate.nights import PRODUCTS, clean_rows, shuffled, write_rows  # noqa: E402
 from benchmarks.overhead import make_project, run_once  # noqa: E402
-from deployments.deploy import CPU_CONFIG, deploy, read_deployment  # noqa: E402
-from deployments.prefect_api import send  # noqa: E402
+from deployments.deploy import CPU_CONFIG, deploy  # noqa: E402
+from deployments.prefect_api import read_deployment, send  # noqa: E402
 from deployments.stack import Stack  # noqa: E402
 from qwen3ft import faults  # noqa: E402
 from qwen3ft.tracking.experiment import TRAINING_VIEW  # noqa: E402
@@ -139,7 +139,7 @@ class Pages:
 
     def form(self) -> None:
         """Show the form of a custom run."""
-        deployment = read_deployment(self._stack)
+        deployment = read_deployment(self._stack.layout())
         assert deployment is not None
         url = f"{self._layout.ui_url}/deployments/deployment/{deployment['id']}/run"
         with self._visit(url, "prefect-form", "Max Memory Gb"):

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from deployments import services
-from deployments.deploy import PREFECT_FILE, PROJECT_FILE, choose_defaults, read_deployment
+from deployments.deploy import PREFECT_FILE, PROJECT_FILE, choose_defaults
+from deployments.prefect_api import read_deployment
 from deployments.stack import Stack
 from flows.cli.options import read_overrides
 from flows.cli.output import say
@@ -26,7 +27,8 @@ from qwen3ft.settings import CHANGEABLE_SETTINGS
 _MARKS = (PROJECT_FILE, PREFECT_FILE, Path(".qwen3ft/secret"))
 """Each of them makes its folder a project folder; the secret is there once servers were."""
 _LEFT_BEHIND = Path(".qwen3ft")
-"""What any command leaves; it marks the working folder alone, or one look would mark all below."""
+"""Folder that any command leaves; it marks the working folder alone, or one look would mark all
+below."""
 
 
 def open_project(*, anywhere: bool = False) -> Stack:
@@ -139,7 +141,7 @@ def resume_parameters(run: RunDir, config: TrainingConfig) -> dict[str, Any]:
 
 def run_folder(stack: Stack, parameters: dict[str, Any], run_id: str) -> Path:
     """Return the folder of a run that was started with these flow parameters."""
-    registered = (read_deployment(stack) or {}).get("parameters", {})
+    registered = (read_deployment(stack.layout()) or {}).get("parameters", {})
     config = parse_config(
         merge_settings(registered.get("config") or {}, parameters.get("config") or {})
     )

@@ -22,8 +22,8 @@ import pytest
 from deployments import services
 from deployments.automations import SILENT_SECONDS
 from deployments.autostart import unit_name, write_unit
-from deployments.deploy import deploy, read_deployment
-from deployments.prefect_api import send
+from deployments.deploy import deploy
+from deployments.prefect_api import read_deployment, send
 from deployments.processes import find_marked
 from deployments.stack import Stack
 
@@ -102,7 +102,7 @@ class Project:
         return self._create({"state": state, "tags": ["auto-scheduled"]})
 
     def _create(self, body: dict[str, Any]) -> str:
-        deployment = read_deployment(self.stack)
+        deployment = read_deployment(self.stack.layout())
         assert deployment is not None
         address = f"deployments/{deployment['id']}/create_flow_run"
         return str(send(self.stack.layout(), address, body)["id"])

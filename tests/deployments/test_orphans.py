@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from deployments.deploy import read_deployment
 from deployments.orphans import end_run, has_begun
+from deployments.prefect_api import read_deployment
 from deployments.services import Layout
 from deployments.stack import Stack
 from qwen3ft.errors import EnvironmentNotReadyError
@@ -64,4 +64,4 @@ def test_a_run_is_left_alone_while_the_server_does_not_tell_its_deployment(tmp_p
 def test_no_answer_is_not_no_deployment(tmp_path: Path) -> None:
     """Registering it again would reset the user's schedule."""
     with pytest.raises(EnvironmentNotReadyError, match="does not answer"):
-        read_deployment(Stack(tmp_path))
+        read_deployment(Stack(tmp_path).layout())

@@ -24,16 +24,10 @@ from support.databases import place_databases
 
 from deployments import services
 from deployments.automations import RESUME_AUTOMATION, SILENT_SECONDS, ZOMBIE_AUTOMATION
-from deployments.deploy import (
-    NO_GPU_LINE,
-    PREFECT_FILE,
-    choose_defaults,
-    deploy,
-    read_deployment,
-)
+from deployments.deploy import NO_GPU_LINE, PREFECT_FILE, choose_defaults, deploy
 from deployments.orphans import OrphanSweep
 from deployments.pages import POLICY
-from deployments.prefect_api import send
+from deployments.prefect_api import read_deployment, send
 from deployments.processes import MARK, SERVICE_MARK, find_marked, free_port, start_detached, stop
 from deployments.schedule import Schedule, change_schedule, read_schedule
 from deployments.secret import authorization
@@ -97,7 +91,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def registered(stack: Stack) -> dict[str, Any]:
     """Register the deployment if it is not; return it as the server knows it."""
     deploy(stack)
-    found = read_deployment(stack)
+    found = read_deployment(stack.layout())
     assert found is not None
     return found
 
@@ -445,7 +439,7 @@ def test_the_schedule_is_changed_on_the_server_and_stays_when_registered_again(
     automations = send(stack.layout(), "automations/filter", {})
     names = [RESUME_AUTOMATION, ZOMBIE_AUTOMATION, "qwen3ft: new data"]
     assert sorted(item["name"] for item in automations) == sorted(names)
-    found = read_deployment(stack)
+    found = read_deployment(stack.layout())
     assert found is not None
     [schedule] = found["schedules"]
     assert schedule["active"]

@@ -18,7 +18,8 @@ import yaml
 from support.databases import place_databases
 
 from deployments import services
-from deployments.deploy import CPU_CONFIG, deploy, read_deployment
+from deployments.deploy import CPU_CONFIG, deploy
+from deployments.prefect_api import read_deployment
 from deployments.stack import Stack
 from qwen3ft import faults
 from qwen3ft.config import TrainingConfig
@@ -117,7 +118,7 @@ class FlowProject:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("CUDA_VISIBLE_DEVICES", "")
             deploy(self.stack)
-        found = read_deployment(self.stack)
+        found = read_deployment(self.stack.layout())
         assert found is not None
         return found
 
