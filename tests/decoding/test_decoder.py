@@ -130,6 +130,28 @@ def test_the_newest_answer_waits_where_those_before_it_hold_all_pages(model: Any
     assert {len(answer.tokens) for answer in written[0].values()} == {new_tokens}
 
 
+@pytest.mark.slow  # 1 s
+def test_answers_that_are_cancelled_give_all_back_and_disturb_no_other(model: Any) -> None:
+    """Those that wait, are written, or were moved to host memory."""
+    text = [*chain(*embedded_prompts()[:20])]  # a page has 32 tokens
+    queries = [Query(text[start : start + 27], AnswerLimits(9)) for start in range(6)]
+    sizes = DecoderSizes(slots=4, pages=5, most_tokens=36, chunk_tokens=64)
+    endless = Decoder(model, ADAPTERS, sizes, Marks(()))
+    truth = dict(AnswerWriter(endless, queries).run())
+    writer = AnswerWriter(endless, queries, burst_steps=2)
+    ended = []
+    while not (writer.waiting and writer.paused):
+        ended += writer.burst()[1]
+    gone = {writer.waiting[-1], writer.running[0].index, writer.paused[0].running.index}
+    for index in (*gone, *gone, 99):  # again, and one that never was
+        writer.cancel(index)
+    ended += list(writer.run())
+    assert dict(ended) == {index: truth[index] for index in truth if index not in gone}
+    assert len(gone) == 3
+    assert endless.cache.free_pages == endless.cache.pages
+    assert len(endless.table.free) == sizes.slots
+
+
 def test_an_answer_may_end_within_its_first_burst(model: Any) -> None:
     """No page is taken beyond the longest answer, whatever a burst could write."""
     sizes = DecoderSizes(slots=1, pages=2, most_tokens=64, chunk_tokens=64)
