@@ -77,7 +77,7 @@ def test_tokens_that_llama_cpp_holds_back_are_not_lost(tmp_path: Path) -> None:
         servers = object.__new__(LlamaServers)
         servers._tokenizer, servers._end = tokenizer, tokenizer.eos_token_id
         async with program(tmp_path / "s", sent), open_engine(tmp_path / "s") as client:
-            servers._loaded = {"one": _Loaded(ExitStack(), client)}
+            servers._loaded = {"one": _Loaded(ExitStack(), client, tmp_path)}
             bursts = servers.continue_text("one", [word], LIMITS, 50)
             return [token async for burst in bursts for token in burst]
 
