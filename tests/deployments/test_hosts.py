@@ -21,7 +21,7 @@ from support.hosts import Host, started_hosts
 from support.team import needs_postgres
 
 from deployments.processes import stop
-from qwen3ft.jobs.folders import RunDir, read_record
+from qwen3ft.jobs.folders import JobDir, RunDir, read_record
 from qwen3ft.model.adapter_checks import ADAPTER_FILE
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.run_card import COMPLETED_STATES
@@ -130,6 +130,13 @@ def test_runs_on_two_hosts_share_champions_through_mlflow(hosts: list[Host]) -> 
     assert history["moves"][-1]["action"] == "rollback"
 
 
+def machine_of(folder: JobDir) -> str:
+    """Return the name of the machine that works as a host of an attempt."""
+    while not (words := folder.alive.read_text().split()):  # it is just being written again
+        time.sleep(0.05)
+    return words[0]
+
+
 def adapter_of(run: RunDir) -> torch.Tensor:
     outcome = read_record(run.attempts()[-1].outcome, AttemptOutcome)
     tensors = load_file(Path(outcome.best_checkpoint) / ADAPTER_FILE)
@@ -147,7 +154,7 @@ def test_a_training_over_two_hosts_goes_on_when_the_second_is_lost(hosts: list[H
     wait_for_success(hosts[0], whole.path.name)
     [attempt] = whole.attempts()
     assert read_record(attempt.request, TrainPlan).hosts == (0, 1)
-    names = {folder.alive.read_text().split()[0] for folder in (attempt, attempt.host(1))}
+    names = {machine_of(folder) for folder in (attempt, attempt.host(1))}
     assert names == {host.name for host in hosts}
     assert attempt.host(1).outcome.exists()
 
@@ -156,7 +163,7 @@ def test_a_training_over_two_hosts_goes_on_when_the_second_is_lost(hosts: list[H
     while not list(lost.attempt(1).checkpoints.glob("step-*")):
         assert time.monotonic() < end, hosts[0].team.logs()
         time.sleep(0.1)
-    gone = lost.attempt(1).host(1).alive.read_text().split()[0]
+    gone = machine_of(lost.attempt(1).host(1))
     [second] = [host for host in hosts if host.name == gone]
     second.lose()
     wait_for_success(hosts[0], lost.path.name)
@@ -201,7 +208,7 @@ def test_the_printed_command_goes_on_and_a_host_that_is_stopped_in_order_is_left
     while not list(folder.path.glob("attempts/02/checkpoints/step-*")):
         assert time.monotonic() < end, hosts[0].team.logs()
         time.sleep(0.1)
-    gone = folder.attempt(2).host(1).alive.read_text().split()[0]
+    gone = machine_of(folder.attempt(2).host(1))
     [second] = [host for host in hosts if host.name == gone]
     stop(second.processes())
     wait_for_success(hosts[0], resumed)
