@@ -89,6 +89,7 @@ def run_flow(config: Any) -> dict[str, Any]:
     card = runs[-1] / "card.json"
     if card.exists():
         result["card"] = json.loads(card.read_text(encoding="utf-8"))
+        result["card"].pop("prepare_shell", None)  # folders of this machine
     outcomes = sorted(runs[-1].glob("attempts/*/outcome.json"))
     if outcomes:
         result["outcome"] = json.loads(outcomes[-1].read_text(encoding="utf-8"))
