@@ -12,8 +12,9 @@ from itertools import pairwise
 from pathlib import Path
 
 _WITH_SETTINGS = re.compile(
-    r"qwen3ft (plan|run|train|export|chat|generate|data check|data preview)(?= |$)"
+    r"qwen3ft (plan|run|train|serve|export|chat|generate|push|data check|data preview)(?= |$)"
 )
+_WITH_ADAPTER = {"serve", "export", "chat", "generate", "push"}
 _COMPLETE = {"--config", "--model", "--resume", "--help"}
 """Options of commands that are about something else, or all that they need."""
 _CARRIED = {"--set": "", "-s": "", "--config": "--config", "-c": "--config"}
@@ -26,6 +27,17 @@ _OF_A_PLAN = {
     "--gpu": "gpu",
     "--fill": "fill",
 }
+_FLAGS = {"--key", "--public"}
+_OF_SERVE = (
+    *("--engine", "--host", "--port", "--key", "--slots", "--queue", "--context-tokens"),
+    *("--probe-rows", "--canary", "--canary-hours", "--log-requests"),
+)
+_OF_THE_SAME = {
+    "plan": _OF_A_PLAN,
+    "serve": {option: option for option in _OF_SERVE},
+    "push": {option: option for option in ("--license", "--public")},
+}
+"""Options that are carried over to the same command only."""
 _OURS = re.compile(r"^(qwen3ft|prefect)(?= |$)")
 
 
@@ -56,12 +68,14 @@ def runnable(command: str, *, elsewhere: bool = False) -> str:
 def with_typed(command: str, typed: Sequence[str]) -> str:
     """Return a command with the settings of another one, where it has no others.
 
-    So the next command of an error is about the settings of what failed. One that names another
-    model stays as it is: the settings were chosen for the first.
+    So the next command of an error is about the settings and the adapter of what failed, and of a
+    plan, a server or a push about its other options too. One that names another model stays as it
+    is: the settings were chosen for the first.
 
     Args:
         command: The command; one that has no settings stays as it is.
-        typed: Words of the other, with `--config FILE` and `--set NAME=VALUE` among them.
+        typed: Words of the other, its name first if it has one, with `--config FILE`,
+            `--set NAME=VALUE` and `--adapter WHICH` among them.
     """
     found = _WITH_SETTINGS.match(command)
     try:
@@ -70,18 +84,26 @@ def with_typed(command: str, typed: Sequence[str]) -> str:
         return command
     if found is None or _COMPLETE & set(words):
         return command
+    carried = dict(_CARRIED)
+    if found[1] in _WITH_ADAPTER:
+        carried["--adapter"] = "--adapter"
+    if typed[:1] == [found[1]]:
+        carried |= _OF_THE_SAME.get(found[1], {})
     own = {word.partition("=")[0] for option, word in pairwise(words) if option == "--set"}
-    own |= {_OF_A_PLAN[word] for word in words if word in _OF_A_PLAN}
+    own |= {name for option, name in (_OF_A_PLAN | carried).items() if option in words}
     if "model_name" in own and not found[1].startswith("data"):
         return command
-    carried = _CARRIED | (_OF_A_PLAN if typed[:1] == [found[1]] == ["plan"] else {})
     given, more = iter(typed), list[str]()
     for word in given:
         option, equals, value = word.partition("=")
-        if option in carried:
-            value = value if equals else next(given, "")
-            setting = carried[option] or value.partition("=")[0].strip()
-            more += [] if setting in own else [option, value]
+        if option not in carried:
+            continue
+        if option in _FLAGS:
+            more += [] if option in own else [option]
+            continue
+        value = value if equals else next(given, "")
+        setting = carried[option] or value.partition("=")[0].strip()
+        more += [] if setting in own else [option, value]
     return " ".join(filter(None, [command, shlex.join(more)]))
 
 

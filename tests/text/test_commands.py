@@ -8,9 +8,10 @@ import shlex
 import sys
 
 import pytest
+import typer
 from support.commands import flaw_of
 
-from flows.cli import main
+from flows.cli import app, main
 from qwen3ft.text.commands import with_typed
 
 CASES = {
@@ -59,6 +60,42 @@ CASES = {
         "qwen3ft run --resume 1 --set max_memory_gb=3",
         "qwen3ft run --resume 1 --set max_memory_gb=3",
     ),
+    "an adapter to be made public": (
+        "push me/x --adapter 3 --license mit --set name=t",
+        "qwen3ft push me/x --public",
+        "qwen3ft push me/x --public --adapter 3 --license mit --set name=t",
+    ),
+    "a public push that is tried again": (
+        "push me/x --public --adapter=3 --json",
+        "qwen3ft push me/x",
+        "qwen3ft push me/x --public --adapter 3",
+    ),
+    "a private push": ("push me/x", "qwen3ft push me/x", "qwen3ft push me/x"),
+    "a server": (
+        "serve --set name=faq --adapter 3 --host ::1 --port 9000 --key --engine vllm",
+        "qwen3ft serve --engine own",
+        "qwen3ft serve --engine own --set name=faq --adapter 3 --host ::1 --port 9000 --key",
+    ),
+    "a smaller server": (
+        "serve -c my.yaml --engine own --slots 8 --context-tokens 9000 --queue 3",
+        "qwen3ft serve --slots 1 --context-tokens 1024",
+        "qwen3ft serve --slots 1 --context-tokens 1024 -c my.yaml --engine own --queue 3",
+    ),
+    "an adapter for another command": (
+        "serve --adapter 3 --port 9000",
+        "qwen3ft chat --set name=faq",
+        "qwen3ft chat --set name=faq --adapter 3",
+    ),
+    "another adapter": (
+        "export out --adapter champion --set name=faq",
+        "qwen3ft chat --adapter /a/b",
+        "qwen3ft chat --adapter /a/b --set name=faq",
+    ),
+    "an adapter for what takes none": (
+        "chat --adapter 3 --set seed=3",
+        "qwen3ft plan",
+        "qwen3ft plan --set seed=3",
+    ),
     "no settings": ("run --config my.yaml", "qwen3ft status", "qwen3ft status"),
     "another program": ("run --set seed=3", "ls -l 'a b'", "ls -l 'a b'"),
     "a text that was cut": ("run --set seed=3", "qwen3ft plan --set 'x", "qwen3ft plan --set 'x"),
@@ -70,6 +107,15 @@ def test_the_next_command_keeps_what_was_typed(name: str) -> None:
     """But for what it sets itself, and unless it is about something else."""
     typed, command, kept = CASES[name]
     assert with_typed(command, shlex.split(typed)) == kept
+
+
+def test_every_option_of_a_server_is_kept() -> None:
+    """One that is added later, too."""
+    serve = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
+    options = [each for each in serve.params if each.name not in ("config", "settings", "help")]
+    for option in options:
+        typed = [option.opts[0]] if option.is_flag else [option.opts[0], "1"]
+        assert with_typed("qwen3ft serve", ["serve", *typed]).split()[2:] == typed
 
 
 def test_the_command_line_keeps_what_was_typed(
