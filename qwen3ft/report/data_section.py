@@ -11,8 +11,8 @@ from qwen3ft.records.run_card import DataSection, FileLine, FileState
 from qwen3ft.report.safe_text import EXAMPLE_CHARACTERS, escape_markdown, markdown_table
 
 MOST_FILES = 40
-_MOST_NAMES = 20
 """Most files that are listed; a folder may hold thousands."""
+_MOST_NAMES = 20
 
 _ORDER = get_args(FileState)
 

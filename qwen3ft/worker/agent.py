@@ -33,7 +33,7 @@ from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.requests import InferenceRequest
 from qwen3ft.records.training import AttemptOutcome, Failure, RankOutcome
 from qwen3ft.units import GIB
-from qwen3ft.worker.hosts import FIRST_SIGN_SECONDS, Agent, OtherHosts
+from qwen3ft.worker.hosts import FIRST_SIGN_SECONDS, Agent, OtherHosts, is_consequence
 
 if TYPE_CHECKING:
     from qwen3ft.worker.jobs import Job
@@ -45,10 +45,6 @@ LOOK_AT_RANKS_SECONDS = 0.5
 
 RANK_END_SECONDS = GRACE_SECONDS - 1
 """Time from SIGTERM to SIGKILL of ranks that another one's end leaves behind."""
-
-CONSEQUENCES = ("PreemptedError", "RanksPartedError")
-"""Failures that another rank's end causes; `DistBackendError` is NCCL's own word for it."""
-
 
 _FOR_EVER = 1_000_000
 """Intervals of 5 s for which torch's rendezvous believes that a silent agent is there."""
@@ -196,11 +192,6 @@ def _of_rank(rank: int, ranks: int, failure: Failure) -> Failure:
     facts = {**failure.facts, "rank": rank, "ranks": ranks}
     what = f"Rank {rank} of {ranks}: {failure.what}"
     return failure.model_copy(update={"what": what, "facts": facts})
-
-
-def is_consequence(failure: Failure) -> bool:
-    """Return True if a rank failed because another had ended."""
-    return failure.kind in CONSEQUENCES or failure.facts.get("error_type") == "DistBackendError"
 
 
 def _shorten_shutdown() -> None:

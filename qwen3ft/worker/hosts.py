@@ -28,6 +28,9 @@ HOST_SILENT_SECONDS = 30.0
 OWN_PAUSE_SECONDS = 5.0
 """Time between two looks of one host after which it was itself held up, and heard nobody."""
 
+CONSEQUENCES = ("PreemptedError", "RanksPartedError")
+"""Failures that another rank's end causes; `DistBackendError` is NCCL's own word for it."""
+
 
 @dataclass(frozen=True)
 class Agent:
@@ -39,6 +42,11 @@ class Agent:
     """Number of this host."""
     ranks: Mapping[int, Sequence[int]]
     """Ranks by host."""
+
+
+def is_consequence(failure: Failure) -> bool:
+    """Return True if a rank failed because another had ended."""
+    return failure.kind in CONSEQUENCES or failure.facts.get("error_type") == "DistBackendError"
 
 
 class OtherHosts:
@@ -68,9 +76,14 @@ class OtherHosts:
         return not all(self._signs.values())
 
     def last_words(self) -> Sequence[Failure]:
-        """Wait until each of the others has said why it ended, or counts as gone."""
+        """Wait until one of the others has said what the cause is, or all why they ended.
+
+        One that counts as gone has said so.
+        """
         end = time.monotonic() + HOST_SILENT_SECONDS + 5  # they may be waiting for this one
         while len(failures := self.failures()) < len(self.others) and time.monotonic() < end:
+            if any(not is_consequence(each) or "lost_host" in each.facts for each in failures):
+                break
             time.sleep(0.5)
         return failures
 
@@ -102,7 +115,8 @@ class OtherHosts:
 
     def _as_lost(self, other: int, failure: Failure) -> Failure:
         """Say of a host that was asked to stop as a whole that it is gone: it was shut down."""
-        if failure.kind != PreemptedError.__name__ or "rank" in failure.facts:
+        # It may have been asked to stop because a third one is gone, and says which.
+        if failure.kind != PreemptedError.__name__ or {"rank", "lost_host"} & set(failure.facts):
             return failure
         what = f"Host {other} ({self._name(other)}): {failure.what}"
         facts = {**failure.facts, "lost_host": other}

@@ -36,6 +36,20 @@ class SmallPieces(io.RawIOBase):
         return len(data)
 
 
+def test_of_returns_alone_no_more_is_held_than_a_row_may_have() -> None:
+    """The line is too large, and reading goes on behind it."""
+    content = b"q,a\n" + b"\r" * 100_000 + b"\nx,y\n"
+    stream = io.BufferedReader(SmallPieces(content, 64), 64)
+    rows = reader.read_csv(stream, 0, 1_000, ",")
+    large = next(rows)
+    assert (large.reason, large.line, large.offset) == ("row_too_large", 2, 4)
+    assert len(content) - len(stream.read()) < 2_000
+    stream = io.BufferedReader(SmallPieces(content, 64), 64)
+    assert [row.values for row in reader.read_csv(stream, 0, 1_000, ",")][1:] == [
+        {"q": "x", "a": "y"}
+    ]
+
+
 @given(
     pieces=st.lists(st.sampled_from(PIECES), max_size=60),
     limit=st.sampled_from([16, 40, 200, 2**20]),

@@ -133,6 +133,28 @@ def test_a_host_that_is_shut_down_is_gone_and_not_one_that_obeyed_a_rank(tmp_pat
     assert "lost_host" not in here.last_words()[0].facts
 
 
+def test_of_three_hosts_the_one_that_is_gone_is_named_without_waiting_for_all(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Host 1 says that host 2 was shut down, which itself says nothing any more."""
+
+    def sleep(_: float) -> None:
+        pytest.fail("it waits for a host that is gone, or for one that waits for this one")
+
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=sleep)
+    monkeypatch.setattr(hosts_module, "time", clock)
+    attempt = JobDir(tmp_path)
+    attempt.host(1).path.mkdir(parents=True)
+    here = OtherHosts(Agent(attempt, 0, {0: (0,), 1: (1,), 2: (2,)}))
+    stopped = PreemptedError("Host 2 (c): The worker was asked to stop (SIGTERM).", lost_host=2)
+    write_record(attempt.host(1).failure, Failure.from_error(stopped))
+    [failure] = here.last_words()
+    assert (failure.what, failure.facts) == (stopped.what, {"lost_host": 2})
+    full = OutOfMemoryError("Rank 1 of 3: Memory ran out.", rank=1, ranks=3)
+    write_record(attempt.host(1).failure, Failure.from_error(full))
+    assert [failure.what for failure in here.last_words()] == [full.what]
+
+
 def test_a_host_that_has_trained_to_the_end_is_not_missed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -75,12 +75,16 @@ class _Lines:
         self.offset += size_bytes
 
     def skip_blank_lines(self) -> None:
-        """Go to the next line that is not blank."""
-        while True:
-            if blank := _BLANK_LINES.match(self._held, self._start):
-                self.move(self._held.count(b"\n", *blank.span()), len(blank[0]))
-            returns = _RETURNS.match(self._held, self._start)
-            if (returns and returns.end() < len(self._held)) or not self._fill():
+        """Go to the next line that is not blank, or is too large without an end in sight."""
+        returns = 0  # bytes ahead that need no second look
+        while returns < self._limit:
+            if blank := _BLANK_LINES.match(self._held, self._start + returns):
+                lines = self._held.count(b"\n", *blank.span())
+                self.move(lines, blank.end() - self._start)
+                returns = 0
+            ahead = _RETURNS.match(self._held, self._start + returns)
+            returns = len(self._held) - self._start
+            if (ahead and ahead.end() < len(self._held)) or not self._fill():
                 return
 
     def first_line(self) -> bytes:

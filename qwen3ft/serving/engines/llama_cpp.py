@@ -130,7 +130,8 @@ class LlamaServers:
         loaded = self._loaded.pop(name)
         await loaded.client.aclose()
         await asyncio.to_thread(loaded.stack.close)
-        loaded.lora.unlink()  # in fp32; a server that follows for months would fill the disk
+        # In fp32: a server that follows for months would fill the disk.
+        loaded.lora.unlink(missing_ok=True)
 
     async def continue_text(
         self, name: str, ids: Sequence[int], limits: AnswerLimits, most_tokens: int
