@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from qwen3ft.records.data import Message, MessageRole, RejectedRowError
@@ -99,15 +99,42 @@ def check_order(messages: Sequence[Message]) -> None:
         raise RejectedRowError("ends_without_answer")
 
 
-def texts_of(messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> list[str]:
-    """Return every text of a conversation, with tool calls and tools as JSON."""
+def as_json(value: Any) -> str:
+    """Return a JSON-compatible value as the templates have it."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def as_lines(value: Any) -> str:
+    r"""Return the names, texts and numbers in a JSON-compatible value, one behind the other.
+
+    Line breaks in them stay what they are; in JSON they are \n, of which a search sees the n.
+    """
+    lines, ahead = [], [value]
+    while ahead:  # not by recursion: a value may be nested deeper than Python follows
+        inner = ahead.pop()
+        if isinstance(inner, dict):
+            for name, content in reversed(inner.items()):
+                ahead += [content, name]
+        elif isinstance(inner, list):
+            ahead += reversed(inner)
+        else:
+            lines.append(inner if isinstance(inner, str) else as_json(inner))
+    return "\n".join(lines)
+
+
+def texts_of(
+    messages: Sequence[Message],
+    tools: Sequence[dict[str, Any]],
+    written: Callable[[Any], str] = as_json,
+) -> list[str]:
+    """Return every text of a conversation, with tool calls and tools as `written` gives them."""
     texts = []
     for message in messages:
         texts += [message["content"], message.get("reasoning", "")]
         if calls := message.get("tool_calls"):
-            texts.append(json.dumps(calls, ensure_ascii=False))
+            texts.append(written(calls))
         if not message.get("trained", True):
             texts.append("carries no loss")
     if tools:
-        texts.append(json.dumps(tools, ensure_ascii=False))
+        texts.append(written(tools))
     return texts

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TextIO
 
-from qwen3ft.chat.conversation import texts_of
+from qwen3ft.chat.conversation import as_lines, texts_of
 from qwen3ft.config import TrainingConfig
 from qwen3ft.data import safety
 from qwen3ft.data.layouts import NOT_AN_EXAMPLE
@@ -212,7 +212,7 @@ class _Reader:
         if self.config.personal_data == "off":
             return None
         texts = (row["question"], row["answer"], row["reasoning"])
-        text = "\n".join(texts_of(row["messages"], row["tools"]) or texts)
+        text = "\n".join(texts_of(row["messages"], row["tools"], as_lines) or texts)
         found = safety.scan(text)
         if not found:
             return None

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, TypeVar
 
 from qwen3ft.chat.conversation import assistant, texts_of, user
@@ -222,16 +223,21 @@ def _count(counts: Counter[_Key], key: _Key, others: _Key) -> None:
 
 
 def _as_text(values: Mapping[str, Any]) -> str:
-    """Return `values` as JSON, each cut short first."""
-    short = 2 * _EXCERPT_CHARACTERS
+    """Return the beginning of `values` as JSON, with secrets masked."""
     try:
-        return json.dumps(
-            {
-                name: value[:short] if isinstance(value, str) else value
-                for name, value in values.items()
-            },
-            ensure_ascii=False,
-            default=repr,
-        )
+        return json.dumps(_beginning(values), ensure_ascii=False, default=repr)
     except (RecursionError, ValueError):
         return "nested too deeply to be shown"
+
+
+def _beginning(value: Any) -> Any:
+    """Return as much of a JSON-compatible value as an excerpt shows, with secrets masked."""
+    # Masked before it is JSON, in which a line break is an n right before the secret behind it.
+    if isinstance(value, str):
+        return excerpt(value)
+    if isinstance(value, Mapping):
+        items = islice(value.items(), _EXCERPT_CHARACTERS)
+        return {excerpt(str(name)): _beginning(inner) for name, inner in items}
+    if isinstance(value, (list, tuple)):
+        return [_beginning(inner) for inner in value[:_EXCERPT_CHARACTERS]]
+    return value

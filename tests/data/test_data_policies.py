@@ -67,9 +67,11 @@ def test_personal_data_is_reported_or_quarantined_and_never_shown(tmp_path: Path
 
 
 def test_personal_data_is_found_wherever_it_is_trained_on_or_read(tmp_path: Path) -> None:
-    """In earlier turns and their reasoning, in calls of functions, in their schemas."""
+    """In earlier turns and their reasoning, in functions' calls and schemas, behind line breaks."""
     mail = "some.one" + "@" + "posthof-haus.net"
     call = {"name": "send", "arguments": {"to": mail}}
+    phone = "138" + "12345678"
+    behind_a_break = {"name": "send", "arguments": {"texts": [f"Call\n{phone}"]}}
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi."}]
     rows: list[dict[str, Any]] = [
         {"messages": [turns[0], {**turns[1], "reasoning_content": f"ask {mail}"}, *turns]},
@@ -77,6 +79,8 @@ def test_personal_data_is_found_wherever_it_is_trained_on_or_read(tmp_path: Path
         {"messages": turns, "tools": [{"name": "send", "description": f"mail to {mail}"}]},
         {"messages": [{"role": "system", "content": f"You are {mail}"}, *turns]},
         {"question": "Whom?", "answer": "Me.", "reasoning": f"it is {mail}"},
+        {"messages": [turns[0], {"role": "assistant", "tool_calls": [behind_a_break]}]},
+        {"messages": turns, "tools": [{"name": "send", "description": f"Call\n{phone}"}]},
     ]
     data = write_jsonl(tmp_path / "qa.jsonl", [*synthetic(60), *rows])
     manifest = prepare(tmp_path, data, personal_data="quarantine")

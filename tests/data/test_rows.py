@@ -91,6 +91,12 @@ def test_an_excerpt_is_short_and_shows_no_secret(tmp_path: Path) -> None:
     assert "***" in row.excerpt
     assert len(row.excerpt) <= 200
     assert excerpt("\ud800").encode()
+    key = "sk-" + "a1B2" * 8
+    for values in ({"question": f"use\n{key}"}, {"messages": [{"content": f"use\n{key}"}]}):
+        row = read_line(tmp_path, json.dumps(values).encode())
+        assert isinstance(row, BadRow)
+        assert "***" in row.excerpt
+        assert key not in row.excerpt
 
 
 @given(content=st.binary(max_size=300), suffix=st.sampled_from([".jsonl", ".json", ".csv"]))
