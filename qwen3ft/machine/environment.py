@@ -61,6 +61,7 @@ class EnvironmentManager:
         self.root = (root or Path.cwd()).resolve()
         self.venv = self.root / ".venv"
         self._lock = self.root / "requirements.lock"
+        self._stamp = self.venv / "qwen3ft-installed"
         self._requirements = requirements
 
     # --- making it ---
@@ -105,8 +106,8 @@ class EnvironmentManager:
                 why="It pins the packages to install; this may not be the project folder.",
                 next_command=shell_line("ls", self.root),
             )
-        stamp, wanted = self.venv / "qwen3ft-installed", self._fingerprint()
-        if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
+        wanted = self._fingerprint()
+        if self._stamp.exists() and self._stamp.read_text(encoding="utf-8") == wanted:
             return False
         _say("Installing the packages pinned in requirements.lock into .venv ...")
         install = [self._uv(), "pip", "install", "--python", self.get_python_executable()]
@@ -115,7 +116,7 @@ class EnvironmentManager:
         self._run([*install, "-r", str(self._lock)], "Installing requirements.lock")
         project = ["--no-deps", "--no-build-isolation", "--quiet", "-e", str(self.root)]
         self._run([*install, *project], "Installing the project itself")
-        stamp.write_text(wanted, encoding="utf-8")
+        self._stamp.write_text(wanted, encoding="utf-8")
         return True
 
     def prepare(self) -> bool:
@@ -150,8 +151,12 @@ class EnvironmentManager:
             purpose = "Importing what was installed"
             self._run([python, "-c", code], purpose, PREFECT_HOME=home, PYTHONDONTWRITEBYTECODE="")
 
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(run, _IMPORTED_FIRST))
+        try:
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(run, _IMPORTED_FIRST))
+        except EnvironmentNotReadyError:
+            self._stamp.unlink(missing_ok=True)  # or the next call would find nothing to do
+            raise
 
     def _uv(self) -> str:
         """Return the path of uv: on PATH or in the project's own tools, else installed there."""

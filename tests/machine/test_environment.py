@@ -73,6 +73,15 @@ def test_an_environment_is_made_once_and_again_where_it_has_to_be(project: Path)
     assert manager.setup_uv_environment() is False
 
 
+def test_an_installation_that_cannot_be_imported_is_not_taken_for_installed(project: Path) -> None:
+    """The next `make ready` installs and imports again, and so reports it again."""
+    manager = EnvironmentManager(project)
+    manager.prepare()
+    with pytest.raises(EnvironmentNotReadyError, match="Importing what was installed"):
+        manager.keep_bytecode()
+    assert manager.prepare() is True
+
+
 @pytest.mark.slow  # imports everything without bytecode
 def test_bytecode_is_kept_of_what_is_imported_and_the_home_stays_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
