@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
@@ -52,6 +52,21 @@ CHANGEABLE_SETTINGS: dict[str, str] = {
 
 All other settings decide what is learnt or judged: a run keeps them to its end.
 """
+
+_CHECKED_TOGETHER = (("judge_url", "judge_model"), ("gpus", "hosts"))
+
+
+def with_partners(changes: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return changes of a run's settings, with its own value of what is checked along with them.
+
+    Prefect validates what it is sent without the run's other settings.
+
+    Args:
+        changes: Settings that change.
+        own: All settings of the run, or none if they are not known.
+    """
+    pairs = [pair for pair in _CHECKED_TOGETHER if changes.keys() & pair]
+    return {name: own[name] for pair in pairs for name in pair if name in own} | dict(changes)
 
 
 def read_setting(name: str, typed: str) -> Any:

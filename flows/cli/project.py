@@ -22,7 +22,7 @@ from qwen3ft.errors import EnvironmentNotReadyError
 from qwen3ft.files import make_folder
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.operations.resumption import find_begun_run, own_settings, resumed_settings
-from qwen3ft.settings import CHANGEABLE_SETTINGS
+from qwen3ft.settings import CHANGEABLE_SETTINGS, with_partners
 
 _MARKS = (PROJECT_FILE, PREFECT_FILE, Path(".qwen3ft/secret"))
 """Each of them makes its folder a project folder; the secret is there once servers were."""
@@ -130,13 +130,13 @@ def _usual_runs_dir(root: Path) -> str:
 def resume_parameters(run: RunDir, config: TrainingConfig) -> dict[str, Any]:
     """Return the flow parameters that resume a run: its id, its place, and what is to change.
 
-    Nothing else: the flow takes a request with all settings of the deployment for its form, in
-    which what equals the deployment's was not asked for.
+    Nothing else but what is checked along with it: the flow takes a request with all settings of
+    the deployment for its form, in which what equals the deployment's was not asked for.
     """
     own, wanted = (each.model_dump(mode="json") for each in (own_settings(run), config))
     names = [name for name in CHANGEABLE_SETTINGS if wanted[name] != own[name]]
     settings = {name: wanted[name] for name in ("runs_dir", *names)}
-    return {"continue_run": run.path.name, "config": settings}
+    return {"continue_run": run.path.name, "config": with_partners(settings, wanted)}
 
 
 def run_folder(stack: Stack, parameters: dict[str, Any], run_id: str) -> Path:

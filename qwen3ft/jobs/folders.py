@@ -23,7 +23,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ValidationError
@@ -31,6 +31,7 @@ from pydantic import BaseModel, ValidationError
 from qwen3ft.files import lines_from, make_folder, write_json_atomic
 from qwen3ft.logs import get_logger
 from qwen3ft.records.training import Failure
+from qwen3ft.settings import with_partners
 from qwen3ft.text.commands import shell_line
 
 logger = get_logger("jobs")
@@ -179,20 +180,22 @@ class RunDir:
         if self.path.parent != Path("runs").resolve():
             changes = {"runs_dir": self.path.parent, **changes}
         own = _is_own_server(os.environ.get("PREFECT_API_URL", ""))
-        if not own and changes.get("hosts", self._hosts()) != 1:
+        settings = self._settings()
+        if not own and changes.get("hosts", settings.get("hosts", 1)) != 1:
             words = ["prefect", "deployment", "run", "qwen3-finetune/default"]
             given = {"continue_run": self.path.name}
             if changes:
-                given["config"] = json.dumps(changes, default=str)
+                given["config"] = json.dumps(with_partners(changes, settings), default=str)
             return shell_line(*words, *_options("--param", given))
         words = ["qwen3ft", "run" if own else "train", "--resume", self.path.name]
         return shell_line(*words, *_options("--set", changes))
 
-    def _hosts(self) -> int:
+    def _settings(self) -> dict[str, Any]:
         try:
-            return int(json.loads(self.config.read_text(encoding="utf-8"))["hosts"])
-        except (OSError, ValueError, KeyError):  # not begun, or of an older version
-            return 1
+            values = json.loads(self.config.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # not begun, or damaged
+            return {}
+        return values if isinstance(values, dict) else {}
 
     def command_to_train_again(self, **changes: float) -> str:
         """Return the command of a new run with this one's settings, some of them changed."""

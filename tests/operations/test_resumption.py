@@ -12,7 +12,7 @@ import pytest
 from flows.cli.options import read_overrides
 from flows.cli.project import resume_parameters
 from flows.resume import asked_for, settings_to_finish, settings_to_resume
-from qwen3ft.config import TrainingConfig, parse_config
+from qwen3ft.config import TrainingConfig, merge_settings, parse_config
 from qwen3ft.errors import ConfigError
 from qwen3ft.jobs.folders import RunDir, write_record
 from qwen3ft.operations.night import SETTINGS_THAT_DO_NOT_DECIDE, describe_request
@@ -143,8 +143,11 @@ def test_a_run_of_a_teams_servers_is_continued_there(
     write_record(run.config, own_settings(run).model_copy(update={"hosts": 3}))
     assert run.resume_command == again
     fewer = run.command_to_resume(hosts=2, output_dir=Path("a b"))
-    config = json.dumps({"hosts": 2, "output_dir": "a b"})
-    assert shlex.split(fewer) == [*again.split(), "--param", f"config={config}"]
+    *words, config = shlex.split(fewer)
+    assert words == [*again.split(), "--param"]
+    name, _, value = config.partition("=")
+    assert name == "config"
+    assert json.loads(value) == {"gpus": "1", "hosts": 2, "output_dir": "a b"}
     alone = "qwen3ft train --resume r1 --set hosts=1"
     assert run.command_to_resume(hosts=1) == alone
 
@@ -211,3 +214,22 @@ def test_a_typed_setting_that_the_deployment_has_too_is_asked_for(
     assert sent["continue_run"] == "r1"
     assert asked_for(sent["config"], filled)["max_memory_gb"] == 13.0
     assert resumed_settings(run, asked_for(sent["config"], filled)).gpus == "2"
+
+
+@pytest.mark.parametrize(
+    ("begun", "change"),
+    [
+        ({"judge_url": "https://old/v1", "judge_model": "j"}, {"judge_url": "https://new/v1"}),
+        ({"gpus": "auto"}, {"gpus": "0,1"}),
+    ],
+)
+def test_settings_that_are_checked_together_are_sent_together(
+    run: RunDir, begun: dict[str, Any], change: dict[str, Any]
+) -> None:
+    """Prefect validates them without the run's, and the flow over those of the deployment."""
+    write_record(run.config, own_settings(run).model_copy(update=begun))
+    sent = resume_parameters(run, resumed_settings(run, change))["config"]
+    usual = {"hosts": 2, "gpus": "2"}
+    wanted = parse_config(merge_settings(usual, TrainingConfig(**sent).model_dump(include={*sent})))
+    assert {name: getattr(wanted, name) for name in change} == change
+    assert resumed_settings(run, asked_for(sent, {})) == resumed_settings(run, change)
