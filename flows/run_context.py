@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import select
+import shlex
 import stat
 import threading
 from collections.abc import Callable, Iterator
@@ -34,6 +36,7 @@ from qwen3ft.records.evaluation import Champion
 from qwen3ft.records.machine import EnvironmentReport
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.run_card import RunCard
+from qwen3ft.settings import CHANGEABLE_SETTINGS
 from qwen3ft.text.commands import with_typed
 from qwen3ft.tracking.cursor import read_state
 from qwen3ft.tracking.journal import Journal, RunStatus
@@ -42,6 +45,8 @@ from qwen3ft.tracking.uri import default_tracking_uri, run_url
 from tasks.policies import hide_known_tracebacks
 
 logger = logs.get_logger("flow")
+
+_NEW_RUN = re.compile(r"qwen3ft (?:run|train)((?: --set \w+=[^\s'\"\\]+)+)")
 
 LOOK_SECONDS = 2.0
 """Longest time that a process holds a run's lock merely to see whether it is running."""
@@ -85,12 +90,27 @@ def open_run(config: TrainingConfig, run_id: str, request: NightRequest | None) 
 
 @contextmanager
 def commands_about(run: RunDir) -> Iterator[None]:
-    """Let the next command of an error in the body be about the run's settings."""
+    """Let the next command of an error in the body be about the run's settings.
+
+    A new run with a change that this one may make too is this run resumed, once it has attempts.
+    """
     try:
         yield
     except FinetuneError as error:
-        error.next_command = with_typed(error.next_command, ["--config", str(run.config)])
+        changes = _changes_of_new_run(error.next_command)
+        if changes and changes.keys() <= CHANGEABLE_SETTINGS.keys() and run.attempts():
+            error.next_command = run.command_to_resume(**changes)
+        else:
+            error.next_command = with_typed(error.next_command, ["--config", str(run.config)])
         raise
+
+
+def _changes_of_new_run(command: str) -> dict[str, str]:
+    """Return what a command that starts a run sets; nothing of any other, or with more options."""
+    found = _NEW_RUN.fullmatch(command)
+    if found is None:
+        return {}
+    return dict(word.split("=", 1) for word in shlex.split(found[1])[1::2])
 
 
 def make_folders(config: TrainingConfig) -> None:

@@ -101,3 +101,24 @@ def test_the_next_command_of_a_run_is_about_its_settings(tmp_path: Path) -> None
     with pytest.raises(EnvironmentNotReadyError) as raised, commands_about(run):
         raise error
     assert raised.value.next_command == f"qwen3ft run --set gpus=1 --config '{run.config}'"
+
+
+@pytest.mark.parametrize(
+    ("printed", "shown"),
+    [
+        ("qwen3ft run --set gpus=1", "qwen3ft run --resume 1 --set gpus=1"),
+        ("qwen3ft run --set ability_path=null", "qwen3ft run --set ability_path=null --config "),
+        ("qwen3ft plan --set max_memory_gb=5", "qwen3ft plan --set max_memory_gb=5 --config "),
+    ],
+)
+def test_a_resumed_run_that_is_refused_is_resumed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, printed: str, shown: str
+) -> None:
+    """With the change, if it may make it: a new run would leave the checkpoints behind."""
+    monkeypatch.chdir(tmp_path)
+    run = RunDir(tmp_path / "runs" / "1")
+    run.attempt(1).path.mkdir(parents=True)
+    with pytest.raises(EnvironmentNotReadyError) as raised, commands_about(run):
+        raise EnvironmentNotReadyError("no", why="no", next_command=printed)
+    about = str(run.config) if shown.endswith("--config ") else ""
+    assert raised.value.next_command == f"{shown}{about}"
