@@ -17,7 +17,6 @@ from flows.cli.options import (
     JsonOption,
     SetOption,
     ThinkOption,
-    read_overrides,
 )
 from flows.cli.output import AnswerPrinter, open_console, print_json, say
 
@@ -195,10 +194,9 @@ def requested_adapter(
     Raises:
         FinetuneError: there is none, or it is damaged.
     """
-    from qwen3ft.config import read_settings_file
-
-    said = read_overrides(settings).keys() | (read_settings_file(config) if config else {}).keys()
     wanted, adapter = enter_project(adapter, config, settings)
+    typed = {setting.partition("=")[0].strip() for setting in settings or ()}
+    said = wanted.model_fields_set if config else typed  # without a file, others are the project's
     return choose_adapter(wanted, adapter, said)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -53,6 +53,8 @@ def push_command(
 
 def _scores_of(chosen: ChosenAdapter) -> list[ModelScore]:
     """Return the results in the card of the adapter's run, on this machine or in MLflow."""
+    from pydantic import TypeAdapter
+
     from qwen3ft.files import read_foreign_json
     from qwen3ft.logs import get_logger
     from qwen3ft.model.saved_adapter import read_provenance
@@ -71,8 +73,8 @@ def _scores_of(chosen: ChosenAdapter) -> list[ModelScore]:
         if card is None:
             return []
         try:
-            found = read_foreign_json(card).get("scores") or ()
-            return [ModelScore.model_validate(score) for score in found]
+            found = TypeAdapter(dict[str, Any]).validate_python(read_foreign_json(card))
+            return TypeAdapter(list[ModelScore]).validate_python(found.get("scores") or [])
         except (OSError, ValueError) as error:  # of another version, or cut off
             get_logger("hub_push").warning("the card of run %s cannot be read: %s", run, error)
             return []

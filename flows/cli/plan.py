@@ -64,13 +64,13 @@ def plan_command(
     Without them: for the run that the settings describe. The model is quantized
     and the data read once for that.
     """
-    overrides = read_overrides(settings)
     if not sweep and (model, budget, seq, batch, gpu, fill) == (None,) * 6:
         _plan_run(config, settings, as_json=as_json)
         return
     from qwen3ft.config import load_config
     from qwen3ft.planning.what_if import TYPICAL_FILL
 
+    overrides = read_overrides(settings)
     shorthand = {"model_name": model, "max_memory_gb": budget, "max_sequence_length": seq}
     overrides |= {name: value for name, value in shorthand.items() if value is not None}
     overrides |= read_batch(batch) if batch is not None else {}

@@ -232,7 +232,11 @@ class RunDir:
 
 def _is_own_server(url: str) -> bool:
     """Return True if a Prefect server is the project's own, or none: it listens on loopback."""
-    return urlsplit(url).hostname in {None, "127.0.0.1", "localhost"}
+    try:
+        host = urlsplit(url).hostname
+    except ValueError:  # it is no URL, as http://[::1
+        return False
+    return host in {None, "127.0.0.1", "localhost"}
 
 
 def _options(option: str, values: Mapping[str, object]) -> list[str]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from flows.cli.adapters import requested_adapter
 from flows.cli.data import _data_config
 from flows.cli.output import open_console
+from flows.cli.plan import plan_command
 from flows.cli.project import open_project
 from flows.cli.views.data import show_preview
 from qwen3ft.data.preview import ShownToken
 from qwen3ft.data.sources import resolve_sources
-from qwen3ft.errors import DataLoadingError, EnvironmentNotReadyError
+from qwen3ft.errors import ConfigError, DataLoadingError, EnvironmentNotReadyError
 
 
 @pytest.mark.parametrize(
@@ -74,3 +77,25 @@ def test_the_heading_says_how_trained_tokens_are_shown(terminal: bool) -> None:
     show_preview(console, 1, 2, [ShownToken("a", False), ShownToken("b", True)])
     assert ("(trained ones in green)" in stream.getvalue()) == terminal
     assert ("(trained ones between » and «)" in stream.getvalue()) != terminal
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        lambda settings: plan_command(settings=settings),
+        lambda settings: requested_adapter("champion", None, settings),
+    ],
+    ids=["plan", "generate"],
+)
+def test_a_notice_about_a_typed_setting_is_printed_once(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: Callable[[list[str]], object],
+) -> None:
+    """The command ends at the second setting."""
+    (tmp_path / "qwen3ft.yaml").write_text("model_name: embedded\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="num_epochs"):
+        command(["name=010", "num_epochs=-1"])
+    assert "".join(capsys.readouterr()).count("name is the text '010'") == 1

@@ -152,6 +152,15 @@ def test_a_run_of_a_teams_servers_is_continued_there(
     assert run.command_to_resume(hosts=1) == alone
 
 
+def test_an_address_that_is_no_url_is_no_server_of_the_project(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error that has the command is shown all the same."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PREFECT_API_URL", "http://[::1")
+    assert run.resume_command == "qwen3ft train --resume r1"
+
+
 @pytest.mark.parametrize("run_id", ["r2", "never-begun"])
 def test_a_run_that_never_began_is_no_run(run: RunDir, run_id: str) -> None:
     """A folder without settings is none; the message names the newest runs."""

@@ -211,3 +211,16 @@ def test_the_scores_of_an_older_task_are_found_and_a_card_that_is_damaged_is_non
     )
     (run.path / "card.json").write_text('{"scores": [{"wings": 2}]}')
     assert _scores_of(here) == []
+
+
+@pytest.mark.parametrize("card", ["[]", "3", '{"scores": 3}', '{"scores": [{"wings": 2}]}', '{"a'])
+def test_a_card_that_is_another_one_gives_no_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, card: str
+) -> None:
+    """The adapter is uploaded all the same."""
+    monkeypatch.chdir(tmp_path)
+    run = RunDir(tmp_path / "runs" / "night-0")
+    write_small_adapter(run.path / "adapter")
+    (run.path / "card.json").write_text(card)
+    config = TrainingConfig(model_name="embedded", runs_dir="runs")
+    assert _scores_of(ChosenAdapter(config, run.path / "adapter", "cpu")) == []
