@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +130,11 @@ def deploy(stack: Stack, say: Say = lambda _: None, *, force: bool = False) -> b
         return False
     try:
         _run_prefect_deploy(stack)
-    finally:  # first of all: whatever ends this now, the next one would find schedules reset
-        _restore_schedules(stack, registered)
+    except BaseException:  # whatever ends this now, the next one would find schedules reset
+        with suppress(EnvironmentNotReadyError):  # what ended this says more
+            _restore_schedules(stack, registered)
+        raise
+    _restore_schedules(stack, registered)
     _finish_registration(stack, defaults.concurrent_runs)
     register_automations(stack.layout(), _registered_id(stack))
     say(f"Registered {DEPLOYMENT} with {defaults.config_path}.")

@@ -33,7 +33,8 @@ from deployments.schedule import Schedule, change_schedule, read_schedule
 from deployments.secret import authorization
 from deployments.services import DEPLOYMENT, POOL, SERVICES, Layout
 from deployments.stack import Stack, StackStatus
-from qwen3ft.errors import ConfigError
+from qwen3ft.errors import ConfigError, EnvironmentNotReadyError
+from qwen3ft.machine.environment import EnvironmentManager
 from qwen3ft.records.run_card import ALREADY_DONE
 
 ROOT = Path(__file__).parents[2]
@@ -639,3 +640,21 @@ def test_the_users_own_prefect_toml_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / ".qwen3ft").mkdir()
     Stack(tmp_path).down()
     assert own.exists()
+
+
+def test_a_registration_that_fails_says_why_though_the_server_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Restoring the schedules fails too then, which is no news."""
+    registered = {"version": "old", "parameter_openapi_schema": {}, "schedules": []}
+    answers = iter([registered])
+
+    def read(_: Layout) -> dict[str, Any]:
+        if found := next(answers, None):
+            return found
+        raise EnvironmentNotReadyError("The Prefect server does not answer.")
+
+    monkeypatch.setattr("deployments.deploy.read_deployment", read)
+    monkeypatch.setattr(EnvironmentManager, "get_python_executable", lambda _: "false")
+    with pytest.raises(EnvironmentNotReadyError, match="prefect deploy ended with exit code 1"):
+        deploy(Stack(tmp_path))
