@@ -14,12 +14,7 @@ import httpx
 import uvicorn
 
 from qwen3ft.config import TrainingConfig
-from qwen3ft.errors import (
-    EnvironmentNotReadyError,
-    FinetuneError,
-    ServedOtherwiseError,
-    WorkerCrashedError,
-)
+from qwen3ft.errors import DataLoadingError, EnvironmentNotReadyError, FinetuneError
 from qwen3ft.registry.registry import Registry
 from qwen3ft.server.access import Access, is_loopback, make_key
 from qwen3ft.server.engines import Engine
@@ -170,7 +165,9 @@ class ModelServer:
         """Bring the first version into use, on another engine if the first one is not fit."""
         try:
             return await manager.use(self.source, client)
-        except (EnvironmentNotReadyError, WorkerCrashedError, ServedOtherwiseError) as error:
+        except DataLoadingError:  # no test was kept: no engine could be proven
+            raise
+        except FinetuneError as error:
             if not self.fall_back(error):
                 raise
         await manager.wait_for_leaving()

@@ -37,6 +37,7 @@ from qwen3ft.errors import (
     DataLoadingError,
     EnvironmentNotReadyError,
     FinetuneError,
+    OutOfMemoryError,
     ServedOtherwiseError,
     WorkerCrashedError,
 )
@@ -634,15 +635,45 @@ def test_an_engine_that_answers_otherwise_than_tested_gives_way(
     assert len(engines) == 2
 
 
+def noting(asked: list[FinetuneError]) -> Callable[[FinetuneError], bool]:
+    """Return a function that adds the error to `asked`, and makes no other engine."""
+
+    def fall_back(error: FinetuneError) -> bool:
+        asked.append(error)
+        return False
+
+    return fall_back
+
+
 def test_without_kept_answers_nothing_is_claimed(
     trained: Trained, source: Source, tmp_path: Path
 ) -> None:
+    """No engine could be proven, so no other one is made."""
     config = trained.config.model_copy(update={"runs_dir": str(tmp_path)})
+    asked = list[FinetuneError]()
     with (
         pytest.raises(DataLoadingError, match="no kept answers"),
-        running(config, source, NO_REGISTRY),
+        running(config, source, NO_REGISTRY, fall_back=noting(asked)),
     ):
         pass
+    assert not asked
+
+
+def test_an_engine_that_ends_for_want_of_memory_may_give_way(
+    trained: Trained, source: Source
+) -> None:
+    """As the worker may that writes the 16-bit weights for another program."""
+    asked = list[FinetuneError]()
+
+    def make(folder: Path) -> Engine:
+        raise OutOfMemoryError(f"Memory ran out before the base of {folder} was written.")
+
+    with (
+        pytest.raises(OutOfMemoryError) as caught,
+        running(trained.config, source, NO_REGISTRY, maker=make, fall_back=noting(asked)),
+    ):
+        pass
+    assert asked == [caught.value]
 
 
 def test_a_port_in_use_is_named(server: Running, trained: Trained, source: Source) -> None:
