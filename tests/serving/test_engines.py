@@ -227,13 +227,20 @@ def test_an_answer_that_ends_within_a_character_has_the_test_s_text(left_out: in
     assert text == tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def test_an_adapter_that_llama_cpp_has_unloaded_leaves_no_file(tmp_path: Path) -> None:
-    """A server that follows the champion loads one with every promotion."""
+@pytest.mark.parametrize("is_there", [True, False])
+def test_an_adapter_that_llama_cpp_has_unloaded_leaves_no_file(
+    tmp_path: Path, is_there: bool
+) -> None:
+    """A server that follows the champion loads one with every promotion.
+
+    Somebody may have emptied the folder of temporary files.
+    """
     servers, ended = object.__new__(LlamaServers), list[bool]()
     stack = ExitStack()
     stack.callback(ended.append, True)
     lora = tmp_path / "1.gguf"
-    lora.touch()
+    if is_there:
+        lora.touch()
     servers._loaded = {"v1": _Loaded(stack, open_engine(tmp_path / "socket"), lora)}
     asyncio.run(servers.unload("v1"))
     assert ended
