@@ -189,7 +189,10 @@ FILES: dict[str, tuple[str, Callable[[], bytes | str]]] = {
     "csv-one-quote-each": ("a.csv", lambda: "question,answer\n" + '"a,b\n' * 100_000),
     "csv-not-utf8": ("a.csv", lambda: b"question,answer\n" + b"a\xff,b\n" * 200_000),
     "csv-returns": ("a.csv", lambda: "question,answer\n" + "a\rb,c\n" * 200_000),
-    "csv-returns-alone": ("a.csv", lambda: "question,answer\n" + "\r" * (32 * MIB) + "\na,b\n"),
+    "csv-returns-alone": (
+        "a.csv",
+        lambda: "question,answer\n" + "a,b\n" * 100 + "\r" * (32 * MIB) + "\na,b\n",
+    ),
     "csv-names-behind-blank-lines": ("a.csv", lambda: "\r\n" * 3_000_000 + "question,answer\na,b"),
     "csv-columns": ("a.csv", lambda: ",".join(["question"] * 500_000) + "\na,b\n"),
     "csv-blank-lines": ("a.csv", lambda: "question,answer\n" + "\n" * 4_000_000 + "a,b\n"),
