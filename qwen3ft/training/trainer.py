@@ -177,7 +177,11 @@ class QATrainer(Trainer):
                     self.args, self.state, self.control
                 )
             total += self._micro_step(model, batch, num_items_in_batch)
-        return total if self.ranks is None else self.ranks.sum_gradients(self._trained, total)
+        if self.ranks is None:
+            return total
+        # Those that wait for a rank have given a sign of life after it, so a stall names that one.
+        self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
+        return self.ranks.sum_gradients(self._trained, total)
 
     def _micro_step(
         self, model: torch.nn.Module, batch: MicroBatch, trained: torch.Tensor | int | None
