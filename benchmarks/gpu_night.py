@@ -1,6 +1,6 @@
 """A whole night on one GPU, by stage: random-init weights of an exact Qwen3 shape.
 
-    python -m benchmarks.gpu_night --work DIR --out FILE [--shape 4b] [--new-tokens 256] [--tiny]
+    python -m benchmarks.gpu_night --work DIR --out FILE [--shape 4b] [--new-tokens 256] [--drawn]
 
 2,000 rows of up to 256 tokens, 3 epochs of 4 x 16, preflight, 600 questions for base, candidate and
 champion, gate, card, within 13 GB; in process, on a temporary Prefect server and MLflow on SQLite.
@@ -8,22 +8,26 @@ The champion is an adapter of one step that a short run before has saved and tha
 by hand; that run fills the cache of the quantised model, and knows no answer of the second.
 
 Weights do not matter for speed and memory. A random model ends hardly any answer by itself, so
-nearly all take `--new-tokens`: longer than real ones. All questions are asked unless `--early`.
+nearly all take `--new-tokens`: longer than real ones. With `--drawn` they end at lengths drawn from
+the lognormal distribution of `benchmarks.answers`. All questions are asked unless `--early`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.answers import drawn_worker
 from benchmarks.gpu_flow import make_rows, run_flow
-from benchmarks.machine import machine, write_json
+from benchmarks.machine import ROOT, machine, write_json
 from benchmarks.speed.cases import SHAPES
 from benchmarks.speed.model import make_random_model
+from qwen3ft.jobs import processes
 
 TRAIN_ROWS, DEV_ROWS, QUESTIONS = 2000, 64, 600
 TINY = {"train": 48, "dev": 8, "test": 12}
@@ -58,6 +62,8 @@ def main() -> None:
     for seed, (split, rows) in enumerate(counts.items()):
         make_rows(work / f"{split}.jsonl", rows, sequence_tokens=256, seed=seed)
     print(f"model and rows made in {time.monotonic() - started:.1f} s", flush=True)
+    if arguments.drawn:
+        _end_at_drawn_lengths()
     settings = _settings(arguments, work, model)
     before = run_flow(settings.model_copy(update=SHORT_RUN))
     print(f"the run before: {before['state']} in {before['seconds']:.0f} s", flush=True)
@@ -66,12 +72,20 @@ def main() -> None:
     results = {
         "machine": machine(),
         "config": settings.model_dump(mode="json"),
+        "answer_lengths": "drawn" if arguments.drawn else "the model's own",
         "before": before,
         "night": night,
         "inference": _newest_report(Path(settings.runs_dir)),
     }
     write_json(arguments.out, results)
     report(results)
+
+
+def _end_at_drawn_lengths() -> None:
+    """Have the workers of this process end answers at drawn lengths."""
+    processes.WORKER_MODULE = drawn_worker.__name__
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 
 
 def _settings(arguments: argparse.Namespace, work: Path, model: Path) -> Any:
@@ -121,9 +135,11 @@ def report(results: dict[str, Any]) -> None:
     for stage, seconds in card.get("seconds_by_stage", {}).items():
         print(f"  {stage:12}{seconds:8.1f} s")
     print(f"  {'start to end':12}{night['seconds']:8.1f} s  {night['state']}: {night['message']}")
-    print(f"  training: {outcome.get('tokens_per_second', float('nan')):,.0f} tokens/s")
-    print(f"  peak: {card.get('peak_memory_gb', float('nan')):.2f} of {card.get('budget_gb')} GB")
+    print(f"  training: {outcome.get('tokens_per_second', math.nan):,.0f} tokens/s")
+    print(f"  peak: {card.get('peak_memory_gb', math.nan):.2f} of {card.get('budget_gb')} GB")
     print(f"  answers by {card.get('answered_by')}")
+    seconds = [found.get(name) or math.nan for name in ("answer_seconds", "predicted_seconds")]
+    print("  answering: {:.1f} s, planned {:.1f} s".format(*seconds))
     print(f"  asked: {found.get('generated')} of {found.get('questions_planned')} each")
 
 
@@ -134,6 +150,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--shape", default="4b", choices=sorted(SHAPES))
     parser.add_argument("--budget", type=float, default=13.0, metavar="GB")
     parser.add_argument("--new-tokens", type=int, default=256)
+    parser.add_argument("--drawn", action="store_true", help="end answers at drawn lengths")
     parser.add_argument("--early", action="store_true", help="let asking stop early")
     parser.add_argument("--tiny", action="store_true", help="a small shape, to try the benchmark")
     return parser.parse_args()

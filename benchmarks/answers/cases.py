@@ -10,6 +10,7 @@ FIRST_TOKEN, TOKENS = 10, 500
 """Bounds of the drawn token ids, [first, tokens): in every vocabulary, and never padding."""
 
 SHORTEST_PROMPT, LONGEST_PROMPT = 40, 140
+SHORTEST_ANSWER = 8
 MEDIAN_SHARE, SIGMA = 0.5, 0.6
 """Answer lengths are lognormal: their median as a share of the most, and the logarithm's sigma."""
 
@@ -44,9 +45,14 @@ def prompts(case: Case, seed: int) -> list[tuple[list[int], int]]:
             draw.randrange(FIRST_TOKEN, TOKENS)
             for _ in range(draw.randint(SHORTEST_PROMPT, LONGEST_PROMPT))
         ]
-        length = draw.lognormvariate(math.log(MEDIAN_SHARE * case.new_tokens), SIGMA)
-        found.append((ids, int(min(case.new_tokens, max(8, length)))))
+        found.append((ids, draw_length(draw, case.new_tokens)))
     return found
+
+
+def draw_length(draw: random.Random, new_tokens: int) -> int:
+    """Draw the length of an answer of at most `new_tokens` tokens."""
+    length = draw.lognormvariate(math.log(MEDIAN_SHARE * new_tokens), SIGMA)
+    return int(min(new_tokens, max(SHORTEST_ANSWER, length)))
 
 
 def parse_case(text: str) -> Case:

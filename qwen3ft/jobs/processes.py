@@ -33,6 +33,9 @@ PARENT_VARIABLE = "QWEN3FT_PARENT_PID"
 HELD_VARIABLE = "QWEN3FT_HELD_GPUS"
 """GPUs of the run for its ranks, as `CUDA_VISIBLE_DEVICES` names them; empty for all there are."""
 
+WORKER_MODULE = "qwen3ft.worker"
+"""Module that a worker runs; a benchmark puts its own around it."""
+
 WAIT = "wait"
 """Argument in place of a kind: the job comes later, as a line of JSON on stdin."""
 
@@ -171,7 +174,7 @@ def start_worker(kind: str, job: JobDir, *, last: bool = False) -> _Process:
 def _start(arguments: list[str], environment: _Environment, stdin: int, output: int) -> _Process:
     return _starter.submit(
         subprocess.Popen,
-        [sys.executable, "-m", "qwen3ft.worker", *arguments],
+        [sys.executable, "-m", WORKER_MODULE, *arguments],
         stdin=stdin,
         stdout=output,
         stderr=subprocess.STDOUT,
