@@ -5,7 +5,7 @@
 Trains the embedded model as deployments/configs/embedded.yaml says, then asks base and adapter all
 of its 480 held-out questions. Where two answers part, the same model in fp32 says how far its two
 likeliest next tokens lie apart: bf16 has 8 bits, so what is nearly a tie may fall either way. Exits
-with 1 if fewer than 98 % are equal, or if answers part at more than 0.1.
+with 1 if fewer than 98 % of the adapter's are equal, or if they part at more than 0.1.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
             print(f"    question {part['question']}, token {part['token']}: {part['gap']:.4f}")
     if arguments.out:
         write_json(arguments.out, {"machine": machine(), **found})
-    sys.exit(0 if all(map(_passes, found.values())) else 1)
+    sys.exit(0 if _passes(found["adapter"]) else 1)
 
 
 def _passes(row: dict[str, Any]) -> bool:

@@ -42,7 +42,8 @@ import psutil
 from benchmarks.hostile.case import Case, canary_of
 from benchmarks.hostile.cases import all_cases
 from benchmarks.hostile.child import READY, RESULT
-from benchmarks.machine import ROOT, machine, write_json
+from benchmarks.jobs import python_path
+from benchmarks.machine import machine, write_json
 from qwen3ft.units import GIB, MIB
 
 MOST_CPU_SECONDS, MOST_SECONDS, MOST_BYTES = 10.0, 120.0, GIB
@@ -102,7 +103,7 @@ def _command(action: str, case: Case, inside: Path) -> list[str]:
 def _environment(state: Path) -> dict[str, str]:
     return {
         **os.environ,
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": python_path(),
         "HOME": str(state),  # nothing of this user's is read or written
         "HF_HOME": str(state / "hub"),
         "HF_HUB_OFFLINE": "1",

@@ -113,6 +113,11 @@ class Evaluation:
         """True if everything is in the cache, so the model need not be loaded."""
         return not (self.missing or self.missing_sampled or self.missing_ability)
 
+    def known_tokens(self) -> list[int]:
+        """Return the lengths of the answers that are known, drawn ones too."""
+        entries = [self.cache.get(key) for key in (*self.keys, *self.sampled_keys)]
+        return [entry.generated.tokens for entry in entries if entry is not None]
+
     def compute(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, label: str, beat: Beat
     ) -> None:

@@ -18,6 +18,7 @@ from qwen3ft.chat.templates import KNOWN_TEMPLATES
 from qwen3ft.decoding import fitting
 from qwen3ft.decoding.decoder import Decoder
 from qwen3ft.decoding.fitting import RUNGS, CannotDecodeError, find_obstacle, run_within
+from qwen3ft.evaluation import decoded
 from qwen3ft.evaluation.inference import InferenceTester, run_inference
 from qwen3ft.evaluation.wording import answered_by_text, thinking_text
 from qwen3ft.files import read_json_lines
@@ -117,6 +118,32 @@ def test_answers_that_are_known_are_not_written_again(
     report, _ = answer(first)
     assert report.generated == {"base": 0, "candidate": 0, "champion": 6}
     assert answer(first)[0].answered_by == "nobody: every answer was known"
+
+
+def test_where_answers_may_get_far_longer_a_few_are_written_first(
+    request_: InferenceRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest is planned with their mean length; no answer changes, and kept ones tell as well."""
+    monkeypatch.setattr(decoded, "PILOT_ANSWERS", 4)
+    monkeypatch.setattr(decoded, "SURE_WITHIN", 0.5)
+    loads: list[AnswerLoad] = []
+    choose = fitting.choose_sizes
+
+    def note(load: AnswerLoad, *args: Any, **named: Any) -> DecoderSizes | None:
+        loads.append(load)
+        return choose(load, *args, **named)
+
+    monkeypatch.setattr(fitting, "choose_sizes", note)
+    first = with_settings(request_, tmp_path / "ours", kernels="fused")
+    answer(first.model_copy(update={"champion": None}))
+    pilot, rest = loads
+    assert pilot.questions in range(4, 8)
+    assert pilot.questions + rest.questions == 24
+    assert pilot.typical_answer_tokens == pilot.answer_tokens / 2
+    assert 1 <= rest.typical_answer_tokens < rest.answer_tokens
+    _, answers = answer(first)
+    assert [load.questions for load in loads[2:]] == [12]
+    assert answers == answer(with_settings(request_, tmp_path / "plain"))[1]
 
 
 @pytest.fixture(scope="module")
