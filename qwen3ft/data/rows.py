@@ -205,13 +205,12 @@ class _RowReader:
             values = {name: raw.values[name] for name in parts} or raw.values
             return BadRow(label, raw.line, raw.offset, reason, excerpt(_as_text(values)))
         counts.columns[known[1]] += 1
-        unused = {name for name in columns.unused if is_filled(raw.values[name])}
-        for name in (
-            *(unused | notes.unused),
-            *self.unread,
-        ):  # names from outside, shown on every page
-            shown = escaped_line(mask_secrets(name))[:_MOST_NAME_CHARACTERS].strip()
-            _count(counts.unused, shown or "(a column without a name)", OTHER_NAMES)
+        if columns.unused or notes.unused or self.unread:
+            unused = {name for name in columns.unused if is_filled(raw.values[name])}
+            for name in (*(unused | notes.unused), *self.unread):
+                # names from outside, shown on every page
+                shown = escaped_line(mask_secrets(name))[:_MOST_NAME_CHARACTERS].strip()
+                _count(counts.unused, shown or "(a column without a name)", OTHER_NAMES)
         for change in notes.changed:
             counts.changed[change] += 1
         return row
