@@ -147,6 +147,7 @@ class QATrainer(Trainer):
         batches = [batch for step in steps for batch in step]
         if self.ranks is not None:
             own_reason = self.stop.signal_name or self.leak_stop.signal_name
+            self._beat()
             totals = self.ranks.share_step(batches, wants_stop=own_reason is not None)
             if totals.must_stop:
                 self.agreed_stop.signal_name = own_reason or "as another rank was"
@@ -173,15 +174,20 @@ class QATrainer(Trainer):
         total = torch.zeros((), device=self.args.device)
         for index, batch in enumerate(inputs):
             if index:
-                self.control = self.callback_handler.on_substep_end(
-                    self.args, self.state, self.control
-                )
+                self._beat()
             total += self._micro_step(model, batch, num_items_in_batch)
         if self.ranks is None:
             return total
-        # Those that wait for a rank have given a sign of life after it, so a stall names that one.
-        self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
+        self._beat()
         return self.ranks.sum_gradients(self._trained, total)
+
+    def _beat(self) -> None:
+        """Give a sign of life, as after a micro-batch.
+
+        Ranks also give one before they wait for each other: then the process that hangs has the
+        oldest, and the stall names it.
+        """
+        self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
 
     def _micro_step(
         self, model: torch.nn.Module, batch: MicroBatch, trained: torch.Tensor | int | None
