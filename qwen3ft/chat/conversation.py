@@ -20,6 +20,8 @@ Shape = tuple[int, tuple[tuple[str, int, bool, int], ...]]
 reasoning, number of tool calls."""
 
 TEXT_FIELDS = ("content", "reasoning")
+_APART = "\n" * 4
+"""Separator across which no text says of which kind the number behind it is (see `safety`)."""
 
 
 class Conversation(NamedTuple):
@@ -118,8 +120,9 @@ def as_lines(value: Any) -> str:
         elif isinstance(inner, list):
             ahead += reversed(inner)
         else:
-            lines.append(inner if isinstance(inner, str) else as_json(inner))
-    return "\n".join(lines)
+            # A number stays with its name, as in JSON: that of an order is no phone number.
+            lines += [_APART, inner] if isinstance(inner, str) else ["\n", as_json(inner)]
+    return "".join([*lines, _APART])
 
 
 def texts_of(

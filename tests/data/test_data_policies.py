@@ -87,6 +87,27 @@ def test_personal_data_is_found_wherever_it_is_trained_on_or_read(tmp_path: Path
     assert manifest.reasons == {"personal_data": len(rows)}
 
 
+def test_a_name_or_text_says_nothing_of_the_text_behind_it(tmp_path: Path) -> None:
+    """It is no label as in `order 5` or `id: 5`; a number is labelled by its name."""
+    phone = "138" + "12345678"
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi."}]
+
+    def called(arguments: dict[str, Any], answer: str = "Done.") -> dict[str, Any]:
+        call = {"role": "assistant", "tool_calls": [{"name": "send", "arguments": arguments}]}
+        return {"messages": [turns[0], call, {"role": "tool", "content": answer}, turns[1]]}
+
+    rows = [
+        called({"contact_id": phone}),
+        called({"texts": ["paid", phone]}),
+        called({"kind": "order"}, answer=phone),
+        {"messages": turns, "tools": [{"name": "send", "parameters": {"batch": [phone]}}]},
+    ]
+    order = called({"order_id": int(phone)})
+    data = write_jsonl(tmp_path / "qa.jsonl", [*synthetic(60), *rows, order])
+    manifest = prepare(tmp_path, data, personal_data="quarantine")
+    assert manifest.reasons == {"personal_data": len(rows)}
+
+
 def test_a_long_reasoning_loses_its_middle_where_asked_and_the_answer_stays(tmp_path: Path) -> None:
     """'drop' leaves the row out, 'shorten_reasoning' keeps it whole at both ends, 'fail' stops."""
     rows = [
