@@ -35,11 +35,19 @@ _PRIVATE_KEY = (
     rf"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----(?:{_LINE_ENDS}[A-Za-z0-9+/=]{{20,}}+)*+"
     rf"(?:{_LINE_ENDS}[A-Za-z0-9+/=]*+{_LINE_ENDS}-----END [A-Z ]+-----)?"
 )
+
+
+def _beginning_a_word(start: str) -> str:
+    """Return a pattern of `start` where no letter or digit of a word stands before it."""
+    # In JSON a line break is \n, and other characters may be \u and their code.
+    short, code = rf"(?<=\\[bfnrt]{start})", rf"(?<=\\u[0-9A-Fa-f]{{4}}{start})"
+    return f"{start}(?:(?<![A-Za-z0-9]{start})|{short}|{code})"
+
+
 # A start without dots behind is matched all the same, without the group: what follows it then is
 # not read again from each further start in it.
-_JSON_WEB = (
-    r"eyJ(?<![A-Za-z0-9]eyJ)(?:[A-Za-z0-9_-]{8,}+(\.eyJ[A-Za-z0-9_-]{8,}+\.[A-Za-z0-9_-]{8,})?"
-    r"|[A-Za-z0-9_-]*+)"
+_JSON_WEB = _beginning_a_word("eyJ") + (
+    r"(?:[A-Za-z0-9_-]{8,}+(\.eyJ[A-Za-z0-9_-]{8,}+\.[A-Za-z0-9_-]{8,})?|[A-Za-z0-9_-]*+)"
 )
 
 
@@ -63,7 +71,7 @@ _SECRETS = tuple(
         ("private_key", "-----BEGIN ", _PRIVATE_KEY),
         ("api_key", "hf_", r"hf_[A-Za-z0-9]{16,}"),  # Hugging Face tokens
         # keys of OpenAI-compatible services
-        ("api_key", "sk-", r"sk-(?<![A-Za-z0-9]sk-)[A-Za-z0-9_-]{16,}"),
+        ("api_key", "sk-", _beginning_a_word("sk-") + "[A-Za-z0-9_-]{16,}"),
         ("api_key", "IA", r"A(?:KIA|SIA)[A-Z0-9]{16}"),  # AWS access keys
         ("api_key", "LTAI", r"LTAI[A-Za-z0-9]{12,}"),  # Alibaba Cloud
         ("api_key", "AKID", r"AKID[A-Za-z0-9]{12,}"),  # Tencent Cloud

@@ -92,8 +92,16 @@ def test_an_excerpt_is_short_and_shows_no_secret(tmp_path: Path) -> None:
     assert len(row.excerpt) <= 200
     assert excerpt("\ud800").encode()
     key = "sk-" + "a1B2" * 8
-    for values in ({"question": f"use\n{key}"}, {"messages": [{"content": f"use\n{key}"}]}):
-        row = read_line(tmp_path, json.dumps(values).encode())
+    call = {"function": {"name": "set", "arguments": json.dumps({"text": f"use\n{key}"})}}
+    lines = [
+        json.dumps({"question": f"use\n{key}"}),
+        json.dumps({"messages": [{"content": f"use\n{key}"}]}),
+        json.dumps({"messages": [{"tool_calls": [call]}]}),
+        json.dumps({"question": f"use\n{key}"})[:-1],
+        json.dumps({"question": f"用{key}"})[:-1],
+    ]
+    for line in lines:
+        row = read_line(tmp_path, line.encode())
         assert isinstance(row, BadRow)
         assert "***" in row.excerpt
         assert key not in row.excerpt

@@ -240,6 +240,8 @@ GROWING = {
     "ends of keys": lambda n: HEADER + "\n-----END " * n,
     "web tokens without a dot": lambda n: "-eyJ" * (5 * n),
     "web tokens without an end": lambda n: "eyJaaaaaaaaaa." * n,
+    "web tokens behind escapes": lambda n: "\\neyJaaaaaaaaaa." * n,
+    "keys behind escapes": lambda n: "\\nsk-a1B2c3D4e5F6g7H8" * n,
     "digits": lambda n: "3141592653" * n,
     "dots": lambda n: "." * (20 * n),
     "labels of a domain": lambda n: "x@" + "a." * (10 * n),
@@ -276,6 +278,14 @@ def test_a_web_token_is_found_whatever_its_length() -> None:
     text = f"jwt={token}; -eyJ-{key}"
     assert mask_secrets(text) == "jwt=***; -eyJ-***"
     assert [text[found.start : found.end] for found in scan(text)] == [token, key]
+
+
+@pytest.mark.parametrize("before", ["\n", "\\n", "\\\\n", "\\r", "\\t", "\\b", "\\u662f"])
+def test_a_key_is_masked_behind_an_escape(before: str) -> None:
+    """In JSON a line break is a backslash and a letter, and Chinese may be written as codes."""
+    token = "eyJ" + random_text(1, 30) + ".eyJ" + random_text(2, 60) + "." + random_text(3, 43)
+    for key in ("sk" + "-" + random_text(4, 48), token):
+        assert mask_secrets(f"use{before}{key}") == f"use{before}***"
 
 
 KEY_ENDS = [
