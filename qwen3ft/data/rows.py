@@ -10,9 +10,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any, TypeVar
 
 from qwen3ft.chat.conversation import assistant, texts_of, user
@@ -38,6 +37,7 @@ CONTROL_TOKENS = (
 _CONTROL = re.compile("|".join(map(re.escape, CONTROL_TOKENS)))
 
 _EXCERPT_CHARACTERS = 200
+_LOOKED_AT_CHARACTERS = 5 * _EXCERPT_CHARACTERS
 _MOST_COLUMN_SETS = 1024
 _MOST_COUNTED = 1000
 OTHER_NAMES = "(further names)"
@@ -158,7 +158,7 @@ def read_file(
 
 def excerpt(text: str) -> str:
     """Return the beginning of `text` with secrets masked, as valid UTF-8."""
-    head = text[: 5 * _EXCERPT_CHARACTERS].encode("utf-8", "replace").decode()
+    head = text[:_LOOKED_AT_CHARACTERS].encode("utf-8", "replace").decode()
     return mask_secrets(head)[:_EXCERPT_CHARACTERS]
 
 
@@ -221,22 +221,14 @@ def _count(counts: Counter[_Key], key: _Key, others: _Key) -> None:
     counts[key if key in counts or len(counts) < _MOST_COUNTED else others] += 1
 
 
-def _as_text(values: Mapping[str, Any]) -> str:
-    """Return the beginning of `values` as JSON, with secrets masked."""
+def _as_text(values: dict[str, Any]) -> str:
+    """Return the beginning of `values` as JSON, no shorter than an excerpt looks at."""
+    text = ""
     try:
-        return json.dumps(_beginning(values), ensure_ascii=False, default=repr)
+        for piece in json.JSONEncoder(ensure_ascii=False, default=repr).iterencode(values):
+            text += piece
+            if len(text) >= _LOOKED_AT_CHARACTERS:  # there may be millions of pieces
+                break
     except (RecursionError, ValueError):
         return "nested too deeply to be shown"
-
-
-def _beginning(value: Any) -> Any:
-    """Return as much of a JSON-compatible value as an excerpt shows, with secrets masked."""
-    # Masked before it is JSON, in which a line break is an n right before the secret behind it.
-    if isinstance(value, str):
-        return excerpt(value)
-    if isinstance(value, Mapping):
-        items = islice(value.items(), _EXCERPT_CHARACTERS)
-        return {excerpt(str(name)): _beginning(inner) for name, inner in items}
-    if isinstance(value, (list, tuple)):
-        return [_beginning(inner) for inner in value[:_EXCERPT_CHARACTERS]]
-    return value
+    return text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,31 @@ def test_an_excerpt_is_short_and_shows_no_secret(tmp_path: Path) -> None:
         assert isinstance(row, BadRow)
         assert "***" in row.excerpt
         assert key not in row.excerpt
+
+
+def test_the_excerpt_of_a_large_row_costs_what_its_beginning_does(tmp_path: Path) -> None:
+    """Four times the texts, in lists of a few, are not many more calls."""
+
+    def calls(lists: int) -> int:
+        counted = 0
+
+        def count(_frame: object, event: str, _: object) -> None:
+            nonlocal counted
+            counted += event == "call"  # of a function in Python
+
+        values = {"question": {"a": [[[""] * 50] * 50] * lists}, "answer": "b"}
+        line = json.dumps(values).encode()
+        sys.setprofile(count)
+        try:
+            row = read_line(tmp_path, line)
+        finally:
+            sys.setprofile(None)
+        assert isinstance(row, BadRow)
+        assert row.reason == "question_not_text"
+        return counted
+
+    calls(1)  # the first one also imports
+    assert calls(20) < 2 * calls(5)
 
 
 @given(content=st.binary(max_size=300), suffix=st.sampled_from([".jsonl", ".json", ".csv"]))
