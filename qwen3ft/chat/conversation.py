@@ -101,7 +101,7 @@ def check_order(messages: Sequence[Message]) -> None:
         raise RejectedRowError("ends_without_answer")
 
 
-def as_json(value: Any) -> str:
+def json_text(value: Any) -> str:
     """Return a JSON-compatible value as the templates have it."""
     return json.dumps(value, ensure_ascii=False)
 
@@ -121,14 +121,14 @@ def as_lines(value: Any) -> str:
             ahead += reversed(inner)
         else:
             # A number stays with its name, as in JSON: that of an order is no phone number.
-            lines += [_APART, inner] if isinstance(inner, str) else ["\n", as_json(inner)]
+            lines += [_APART, inner] if isinstance(inner, str) else ["\n", json_text(inner)]
     return "".join([*lines, _APART])
 
 
 def texts_of(
     messages: Sequence[Message],
     tools: Sequence[dict[str, Any]],
-    written: Callable[[Any], str] = as_json,
+    written: Callable[[Any], str] = json_text,
 ) -> list[str]:
     """Return every text of a conversation, with tool calls and tools as `written` gives them."""
     texts = []
