@@ -6,14 +6,15 @@ registry is fetched once and kept in the cache.
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen3ft.config import checked_name
 from qwen3ft.errors import ModelNotFoundError
+from qwen3ft.files import read_foreign_json
 from qwen3ft.model.saved_adapter import has_provenance, open_adapter
 from qwen3ft.registry.aliases import CHALLENGER, CHAMPION, PREVIOUS, command_for_history
 from qwen3ft.registry.task_name import with_task_name
@@ -82,10 +83,11 @@ def fetch_version(config: TrainingConfig, registry: Registry, version: Champion)
 def _saved_by_run(config: TrainingConfig, run: str) -> Path | None:
     """Return the folder where the run saved its adapter, if it still exists."""
     places = [Path(parent) / run for parent in (config.output_dir, *config.fallback_output_dirs)]
-    card = Path(config.runs_dir) / run / "card.json"
-    if card.is_file():
-        saved = json.loads(card.read_text(encoding="utf-8")).get("adapter_path")
-        places += [Path(saved)] if saved else []  # a run that failed may have saved none
+    with suppress(ValueError):  # no card, or a damaged one, which names no place
+        card = read_foreign_json(Path(config.runs_dir) / run / "card.json")
+        saved = card.get("adapter_path") if isinstance(card, dict) else None
+        # a run that failed may have saved none
+        places += [Path(saved)] if saved and isinstance(saved, str) else []
     return next((place for place in places if has_provenance(place)), None)
 
 

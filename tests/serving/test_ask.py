@@ -335,6 +335,19 @@ def test_a_run_s_own_folder_is_used_where_it_is(
     assert find_adapter(moved, registry, "night-1") == trained.adapter
 
 
+@pytest.mark.parametrize("card", [b"[]", b"3", b'{"a', b'{"adapter_path": 3}', b"\xff"])
+def test_a_damaged_card_names_no_place(
+    place: tuple[TrainingConfig, Registry], tmp_path: Path, card: bytes
+) -> None:
+    """The run's adapter is then found by its version."""
+    config, registry = place
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first/card.json").write_bytes(card)
+    here = config.model_copy(update={"runs_dir": str(tmp_path)})
+    folder = find_adapter(here, registry, "first")
+    assert open_adapter(folder).provenance["run_id"] == "first"
+
+
 @pytest.mark.parametrize("wanted", ["challenger", "9", "never-ran", "./nowhere"])
 def test_the_error_of_a_missing_adapter_names_it(
     place: tuple[TrainingConfig, Registry], wanted: str
