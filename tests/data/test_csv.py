@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.csv_by_line import read_by_line
@@ -13,6 +14,7 @@ from qwen3ft.data.readers.raw import EXCERPT_BYTES
 
 PIECES = [
     *(b"a", b"b,c", b",", b"x,y\n", b"x,y\n", b"x,y\n", b'"', b'"', b'""', b"\n", b"\r\n", b"\r"),
+    b"\r" * 20,
     *(b"\0", b"\xff", "你".encode(), b"long" * 30, b'"q\nr",s\n', b'"q, ""z""",s\n', b"x,y,z\n"),
     *(b"\x0b\x85", "\u2028".encode(), b"\n\n\n", b'"open,1\n', b";", b"\t"),
 ]
@@ -48,6 +50,15 @@ def test_of_returns_alone_no_more_is_held_than_a_row_may_have() -> None:
     assert [row.values for row in reader.read_csv(stream, 0, 1_000, ",")][1:] == [
         {"q": "x", "a": "y"}
     ]
+
+
+@pytest.mark.parametrize("most", [3, 64, 4096])
+def test_a_line_of_returns_is_too_large_in_whatever_pieces_it_comes(most: int) -> None:
+    """A blank line behind it changes nothing, and one that is just as long as allowed is blank."""
+    content = b"q,a\n" + b"\r" * 15 + b"\n" + b"\r" * 16 + b"\n\r\nx,y\n"
+    stream = io.BufferedReader(SmallPieces(content, most), 16)
+    rows = [(row.line, row.reason) for row in reader.read_csv(stream, 0, 16, ",")]
+    assert rows == [(3, "row_too_large"), (5, "")]
 
 
 @given(

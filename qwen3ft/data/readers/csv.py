@@ -78,10 +78,13 @@ class _Lines:
         """Go to the next line that is not blank, or is too large without an end in sight."""
         returns = 0  # bytes ahead that need no second look
         while returns < self._limit:
-            if blank := _BLANK_LINES.match(self._held, self._start + returns):
+            # Lines that end so soon are not too large.
+            end = self._start + self._limit
+            if blank := _BLANK_LINES.match(self._held, self._start + returns, end):
                 lines = self._held.count(b"\n", *blank.span())
                 self.move(lines, blank.end() - self._start)
                 returns = 0
+                continue
             ahead = _RETURNS.match(self._held, self._start + returns)
             returns = len(self._held) - self._start
             if (ahead and ahead.end() < len(self._held)) or not self._fill():
