@@ -98,7 +98,8 @@ class EnvironmentManager:
             True if something was installed.
 
         Raises:
-            EnvironmentNotReadyError: requirements.lock is missing, or uv failed.
+            EnvironmentNotReadyError: requirements.lock is missing, uv failed, or something that was
+                installed cannot be imported.
         """
         if not self._lock.exists():
             raise EnvironmentNotReadyError(
@@ -116,6 +117,8 @@ class EnvironmentManager:
         self._run([*install, "-r", str(self._lock)], "Installing requirements.lock")
         project = ["--no-deps", "--no-build-isolation", "--quiet", "-e", str(self.root)]
         self._run([*install, *project], "Installing the project itself")
+        self.keep_bytecode()
+        # last, so that whatever ends this earlier, the next call does it all again
         self._stamp.write_text(wanted, encoding="utf-8")
         return True
 
@@ -151,12 +154,8 @@ class EnvironmentManager:
             purpose = "Importing what was installed"
             self._run([python, "-c", code], purpose, PREFECT_HOME=home, PYTHONDONTWRITEBYTECODE="")
 
-        try:
-            with ThreadPoolExecutor() as pool:
-                list(pool.map(run, _IMPORTED_FIRST))
-        except EnvironmentNotReadyError:
-            self._stamp.unlink(missing_ok=True)  # or the next call would find nothing to do
-            raise
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(run, _IMPORTED_FIRST))
 
     def _uv(self) -> str:
         """Return the path of uv: on PATH or in the project's own tools, else installed there."""
@@ -329,9 +328,7 @@ def _say(line: str) -> None:
 def _set_up() -> int:
     """Set up the project in the working folder; return the exit code."""
     try:
-        manager = EnvironmentManager()
-        if manager.prepare():
-            manager.keep_bytecode()
+        EnvironmentManager().prepare()
     except EnvironmentNotReadyError as error:
         _say(str(error))
         return 1

@@ -484,13 +484,34 @@ def test_times_are_written_for_people(seconds: float, text: str) -> None:
 # --- the targets of make and CI ---
 
 
-@pytest.mark.parametrize("target", ["run", "test", "check", "docs", "up", "down", "status", "lock"])
-def test_every_target_of_make_prepares_the_environment_first(target: str) -> None:
-    """A fresh clone needs no step before any of them."""
+def printed_by_make(target: str, folder: Path) -> str:
+    """Return the commands of a target in a folder that has only the Makefile."""
+    shutil.copy(ROOT / "Makefile", folder)
     command = ["make", "-n", target, f"PYTHON={sys.executable}"]  # spares it looking for one
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "-m qwen3ft.machine.environment" in done.stdout
+    return done.stdout
+
+
+STOP_OR_MEND = ["down", "status", "clean", "lock"]
+
+
+@pytest.mark.parametrize("target", ["run", "test", "check", "docs", "up", *STOP_OR_MEND])
+def test_every_target_of_make_prepares_the_environment_first(tmp_path: Path, target: str) -> None:
+    """A fresh clone needs no step before any of them."""
+    assert "-m qwen3ft.machine.environment" in printed_by_make(target, tmp_path)
+
+
+@pytest.mark.parametrize("target", STOP_OR_MEND)
+def test_servers_are_stopped_and_pins_mended_though_packages_cannot_be_imported(
+    tmp_path: Path, target: str
+) -> None:
+    """An environment that is there will do."""
+    programs = tmp_path / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    (programs / "python").touch()
+    (programs / "qwen3ft").touch()
+    assert "-m qwen3ft.machine.environment" not in printed_by_make(target, tmp_path)
 
 
 def test_ci_runs_what_developers_run() -> None:

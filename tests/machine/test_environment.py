@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", os.pathsep.join([os.environ["PATH"], *map(str, places)]))
     if shutil.which("uv") is None:
         pytest.skip("uv is installed by `make`, which did not make this environment")
+    monkeypatch.setattr("qwen3ft.machine.environment._IMPORTED_FIRST", ("import tiny",))
     (tmp_path / "requirements.lock").touch()
     (tmp_path / "backend.py").write_text(BUILD_BACKEND)
     (tmp_path / "pyproject.toml").write_text(
@@ -75,11 +77,25 @@ def test_an_environment_is_made_once_and_again_where_it_has_to_be(project: Path)
 
 def test_an_installation_that_cannot_be_imported_is_not_taken_for_installed(project: Path) -> None:
     """The next `make ready` installs and imports again, and so reports it again."""
+    broken = BUILD_BACKEND.replace('"tiny.py", ""', '"tiny.py", "import gone"')
+    (project / "backend.py").write_text(broken)
     manager = EnvironmentManager(project)
-    manager.prepare()
-    with pytest.raises(EnvironmentNotReadyError, match="Importing what was installed"):
-        manager.keep_bytecode()
+    for _ in range(2):
+        with pytest.raises(EnvironmentNotReadyError, match="Importing what was installed"):
+            manager.prepare()
+    (project / "backend.py").write_text(BUILD_BACKEND)
     assert manager.prepare() is True
+    assert manager.prepare() is False
+
+
+def test_an_import_that_was_killed_is_made_again(project: Path) -> None:
+    """What was not imported to the end does not count as installed."""
+    package = project / "deployments"  # a child imports it in place of ours, and kills its parent
+    package.mkdir()
+    (package / "__init__.py").write_text("import os; os.kill(os.getppid(), 9)")
+    command = [sys.executable, "-m", "qwen3ft.machine.environment"]
+    assert subprocess.run(command, cwd=project).returncode == -signal.SIGKILL
+    assert EnvironmentManager(project).prepare() is True
 
 
 @pytest.mark.slow  # imports everything without bytecode
