@@ -132,9 +132,9 @@ def deploy(stack: Stack, say: Say = lambda _: None, *, force: bool = False) -> b
         _run_prefect_deploy(stack)
     except BaseException:  # whatever ends this now, the next one would find schedules reset
         with suppress(EnvironmentNotReadyError):  # what ended this says more
-            _restore_schedules(stack, registered)
+            _restore_schedules(stack, registered, say)
         raise
-    _restore_schedules(stack, registered)
+    _restore_schedules(stack, registered, say)
     _finish_registration(stack, defaults.concurrent_runs)
     register_automations(stack.layout(), _registered_id(stack))
     say(f"Registered {DEPLOYMENT} with {defaults.config_path}.")
@@ -185,8 +185,16 @@ def _registered_id(stack: Stack) -> str:
     return str(found["id"])
 
 
-def _restore_schedules(stack: Stack, before: dict[str, Any] | None) -> None:
+def _restore_schedules(stack: Stack, before: dict[str, Any] | None, say: Say) -> None:
     """Set schedules as they were; registering resets them to what the file says."""
+    try:
+        _set_schedules(stack, before)
+    except EnvironmentNotReadyError:  # the next one would take the file's for the user's
+        say("The schedules could not be set back: look at qwen3ft schedule.")
+        raise
+
+
+def _set_schedules(stack: Stack, before: dict[str, Any] | None) -> None:
     if before is None or (after := read_deployment(stack.layout())) is None:
         return
     chosen = {schedule["slug"]: schedule for schedule in before["schedules"]}

@@ -642,12 +642,16 @@ def test_the_users_own_prefect_toml_is_left_alone(tmp_path: Path) -> None:
     assert own.exists()
 
 
-def test_a_registration_that_fails_says_why_though_the_server_has_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("prefect", "answered", "message"),
+    [("false", 1, "prefect deploy ended with exit code 1"), ("true", 2, "does not answer")],
+)
+def test_a_registration_says_that_the_schedules_could_not_be_set_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefect: str, answered: int, message: str
 ) -> None:
-    """Restoring the schedules fails too then, which is no news."""
+    """The server has ended, before or after the registration; the error is the first one."""
     registered = {"version": "old", "parameter_openapi_schema": {}, "schedules": []}
-    answers = iter([registered])
+    answers = iter([registered] * answered)
 
     def read(_: Layout) -> dict[str, Any]:
         if found := next(answers, None):
@@ -655,6 +659,8 @@ def test_a_registration_that_fails_says_why_though_the_server_has_ended(
         raise EnvironmentNotReadyError("The Prefect server does not answer.")
 
     monkeypatch.setattr("deployments.deploy.read_deployment", read)
-    monkeypatch.setattr(EnvironmentManager, "get_python_executable", lambda _: "false")
-    with pytest.raises(EnvironmentNotReadyError, match="prefect deploy ended with exit code 1"):
-        deploy(Stack(tmp_path))
+    monkeypatch.setattr(EnvironmentManager, "get_python_executable", lambda _: prefect)
+    said: list[str] = []
+    with pytest.raises(EnvironmentNotReadyError, match=message):
+        deploy(Stack(tmp_path), said.append)
+    assert said[-1] == "The schedules could not be set back: look at qwen3ft schedule."
