@@ -66,11 +66,15 @@ def choose_defaults(root: Path) -> Defaults:
         path = GPU_CONFIG
     else:
         path, notice = CPU_CONFIG, NO_GPU_LINE
-    config = parse_config(read_settings_file(project_file(root, path))).model_dump(
-        mode="json", exclude_unset=True
-    )
+    settings = parse_config(read_settings_file(project_file(root, path)))
+    # with the model, which no resumed run may change: so a request to resume one, which lacks it,
+    # is never taken for the form with all that the deployment has
+    config = {
+        "model_name": settings.model_name,
+        **settings.model_dump(mode="json", exclude_unset=True),
+    }
     files = [_text(project_file(root, file)) for file in (PREFECT_FILE, *FLOW_FILES)]
-    runs = concurrent_runs(parse_config(config))
+    runs = concurrent_runs(settings)
     return Defaults(
         config_path=str(path),
         config=config,

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from deployments.deploy import choose_defaults
 from flows.cli.options import read_overrides
 from flows.cli.project import resume_parameters
 from flows.resume import asked_for, settings_to_finish, settings_to_resume
@@ -223,6 +224,34 @@ def test_a_typed_setting_that_the_deployment_has_too_is_asked_for(
     assert sent["continue_run"] == "r1"
     assert asked_for(sent["config"], filled)["max_memory_gb"] == 13.0
     assert resumed_settings(run, asked_for(sent["config"], filled)).gpus == "2"
+
+
+@pytest.mark.parametrize(
+    ("usual", "begun", "change"),
+    [
+        ({"gpus": "2", "hosts": 2}, {"gpus": "4"}, {"gpus": "2"}),
+        (
+            {"judge_url": "https://usual/v1", "judge_model": "j"},
+            {"judge_url": "https://old/v1", "judge_model": "j"},
+            {"judge_url": "https://usual/v1"},
+        ),
+    ],
+)
+def test_a_request_of_the_command_is_no_form_of_a_deployment_with_few_settings(
+    run: RunDir,
+    tmp_path: Path,
+    usual: dict[str, Any],
+    begun: dict[str, Any],
+    change: dict[str, Any],
+) -> None:
+    """Such as one of a qwen3ft.yaml with only the settings that are checked together."""
+    (tmp_path / "qwen3ft.yaml").write_text(json.dumps(usual))
+    filled = choose_defaults(tmp_path).config
+    write_record(run.config, own_settings(run).model_copy(update=begun))
+    sent = resume_parameters(run, resumed_settings(run, change))["config"]
+    asked = asked_for(sent, filled)
+    assert {name: asked.get(name) for name in change} == change
+    assert asked_for(filled, filled) == {}
 
 
 @pytest.mark.parametrize(
