@@ -301,10 +301,11 @@ class _Follower:
         if failures and not self.ended and not is_over:
             self._parted_at = self._parted_at or time.monotonic()
             # Who only lost the others says nothing new: the cause may be here, on its way.
-            if not all(map(is_consequence, failures)) or (
+            causes = self._others.causes(failures)
+            if not all(map(is_consequence, causes)) or (
                 time.monotonic() - self._parted_at > GRACE_SECONDS + LOOK_AT_RANKS_SECONDS
             ):
-                self.ended.extend(failures)
+                self.ended.extend(causes or failures)
                 os.kill(os.getpid(), signal.SIGTERM)
         for log in self._logs:
             log.relay()

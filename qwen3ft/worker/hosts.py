@@ -53,7 +53,7 @@ class OtherHosts:
     """The agents of the other hosts, as this one sees them."""
 
     def __init__(self, agent: Agent) -> None:
-        self.own = agent.job.host(agent.host)
+        self.own, self._host = agent.job.host(agent.host), agent.host
         self.others = {other: agent.job.host(other) for other in agent.ranks if other != agent.host}
         self._signs = dict.fromkeys(self.others, b"")
         self._heard = dict.fromkeys(self.others, time.monotonic())
@@ -82,10 +82,22 @@ class OtherHosts:
         """
         end = time.monotonic() + HOST_SILENT_SECONDS + 5  # they may be waiting for this one
         while len(failures := self.failures()) < len(self.others) and time.monotonic() < end:
-            if any(not is_consequence(each) or "lost_host" in each.facts for each in failures):
+            if self.causes(failures):
                 break
             time.sleep(0.5)
-        return failures
+        return self.causes(failures) or failures
+
+    def causes(self, failures: Sequence[Failure]) -> Sequence[Failure]:
+        """Return those that say why all ended: a cause, or which host is gone.
+
+        One that says so of this host is none: it was only cut off for a while.
+        """
+        return [
+            each
+            for each in failures
+            if each.facts.get("lost_host") != self._host
+            and (not is_consequence(each) or "lost_host" in each.facts)
+        ]
 
     def _failure(self, other: int, folder: JobDir) -> Failure | None:
         if is_listed(folder.outcome):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import threading
 import time
@@ -21,6 +22,7 @@ from support.plans import plan_for
 from flows.join import train_on_host
 from qwen3ft import faults
 from qwen3ft.errors import (
+    FinetuneError,
     OutOfMemoryError,
     PreemptedError,
     RanksPartedError,
@@ -153,6 +155,67 @@ def test_of_three_hosts_the_one_that_is_gone_is_named_without_waiting_for_all(
     full = OutOfMemoryError("Rank 1 of 3: Memory ran out.", rank=1, ranks=3)
     write_record(attempt.host(1).failure, Failure.from_error(full))
     assert [failure.what for failure in here.last_words()] == [full.what]
+
+
+def three_hosts(attempt: JobDir) -> OtherHosts:
+    """Return what host 0 sees, which host 1 says is gone: its folder was blocked for a while."""
+    for host in (1, 2):
+        attempt.host(host).path.mkdir(parents=True)
+    lost = WorkerCrashedError("Host 0 (a) gave no sign of life for 31 s.", lost_host=0)
+    write_record(attempt.host(1).failure, Failure.from_error(lost))
+    return OtherHosts(Agent(attempt, 0, {0: (0,), 1: (1,), 2: (2,)}))
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [
+        OutOfMemoryError("Rank 2 of 3: Memory ran out.", rank=2, ranks=3),
+        PreemptedError("The worker was asked to stop (SIGTERM)."),
+    ],
+)
+def test_a_host_that_is_told_that_it_is_gone_waits_for_the_cause(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cause: FinetuneError
+) -> None:
+    """The next attempt must not ask a host again that has ended."""
+    attempt = JobDir(tmp_path)
+    here = three_hosts(attempt)
+
+    def sleep(_: float) -> None:
+        write_record(attempt.host(2).failure, Failure.from_error(cause))
+
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=sleep)
+    monkeypatch.setattr(hosts_module, "time", clock)
+    parted = RanksPartedError("The connection to the other ranks broke.")
+    write_record(attempt.rank(0).create(plan_for()).failure, Failure.from_error(parted))
+    error = first_failure([attempt.rank(rank) for rank in range(3)], {0: 1}, 0, here.last_words)
+    assert error.what.endswith(cause.what)
+    assert error.facts.get("lost_host") == (2 if isinstance(cause, PreemptedError) else None)
+
+
+def test_a_host_that_all_say_is_gone_says_so(tmp_path: Path) -> None:
+    """Nobody has more to say, so it does not wait."""
+    attempt = JobDir(tmp_path)
+    here = three_hosts(attempt)
+    shutil.copy(attempt.host(1).failure, attempt.host(2).failure)
+    assert [failure.facts for failure in here.last_words()] == [{"lost_host": 0}] * 2
+
+
+def test_ranks_go_on_for_a_while_when_another_host_has_lost_theirs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The cause may be on its way; once it is there, they are stopped for it."""
+    attempt, sent = JobDir(tmp_path), list[tuple[int, int]]()
+    here = three_hosts(attempt)
+    monkeypatch.setattr(os, "kill", lambda *asked: sent.append(asked))
+    job: Any = SimpleNamespace(heartbeat=SimpleNamespace(beat=lambda *_: None))
+    follower = agent._Follower(job, [attempt.rank(rank) for rank in range(3)], here)
+    follower.look(is_over=False)
+    assert not sent
+    full = OutOfMemoryError("Rank 2 of 3: Memory ran out.", rank=2, ranks=3)
+    write_record(attempt.host(2).failure, Failure.from_error(full))
+    follower.look(is_over=False)
+    assert sent == [(os.getpid(), signal.SIGTERM)]
+    assert [failure.what for failure in follower.ended] == [full.what]
 
 
 def test_a_host_that_has_trained_to_the_end_is_not_missed(
