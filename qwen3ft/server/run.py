@@ -14,7 +14,12 @@ import httpx
 import uvicorn
 
 from qwen3ft.config import TrainingConfig
-from qwen3ft.errors import DataLoadingError, EnvironmentNotReadyError, FinetuneError
+from qwen3ft.errors import (
+    DataLoadingError,
+    EnvironmentNotReadyError,
+    FinetuneError,
+    PreemptedError,
+)
 from qwen3ft.registry.registry import Registry
 from qwen3ft.server.access import Access, is_loopback, make_key
 from qwen3ft.server.engines import Engine
@@ -165,7 +170,8 @@ class ModelServer:
         """Bring the first version into use, on another engine if the first one is not fit."""
         try:
             return await manager.use(self.source, client)
-        except DataLoadingError:  # no test was kept: no engine could be proven
+        # no test was kept, so no engine could be proven; or the worker was stopped, as all may be
+        except (DataLoadingError, PreemptedError):
             raise
         except FinetuneError as error:
             if not self.fall_back(error):

@@ -38,6 +38,7 @@ from qwen3ft.errors import (
     EnvironmentNotReadyError,
     FinetuneError,
     OutOfMemoryError,
+    PreemptedError,
     ServedOtherwiseError,
     WorkerCrashedError,
 )
@@ -47,6 +48,7 @@ from qwen3ft.records.serving import EngineName, ServeRequest
 from qwen3ft.registry.registry import Registry
 from qwen3ft.server import answers as server_answers
 from qwen3ft.server import choice, front
+from qwen3ft.server import engines as server_engines
 from qwen3ft.server.access import Access, is_loopback, make_key
 from qwen3ft.server.choice import EngineMaker
 from qwen3ft.server.engines import Engine
@@ -659,21 +661,58 @@ def test_without_kept_answers_nothing_is_claimed(
     assert not asked
 
 
-def test_an_engine_that_ends_for_want_of_memory_may_give_way(
-    trained: Trained, source: Source
+def test_a_server_that_is_stopped_while_it_starts_makes_no_other_engine(
+    trained: Trained, source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the worker may that writes the 16-bit weights for another program."""
+    """As where systemd asks all its processes to end, the worker among them."""
+    stopped = PreemptedError("The worker was asked to stop (SIGTERM).")
+
+    def end(*_: Any, **__: Any) -> None:
+        raise stopped
+
+    monkeypatch.setattr(server_engines, "run_worker", end)
     asked = list[FinetuneError]()
-
-    def make(folder: Path) -> Engine:
-        raise OutOfMemoryError(f"Memory ran out before the base of {folder} was written.")
-
     with (
-        pytest.raises(OutOfMemoryError) as caught,
-        running(trained.config, source, NO_REGISTRY, maker=make, fall_back=noting(asked)),
+        pytest.raises(PreemptedError),
+        running(trained.config, source, NO_REGISTRY, fall_back=noting(asked)),
     ):
         pass
-    assert asked == [caught.value]
+    assert not asked
+
+
+def test_an_engine_whose_memory_runs_out_as_it_starts_gives_way(
+    trained: Trained, answers: list[str], source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the worker may that writes the 16-bit weights; it is closed before the next one."""
+    full = OutOfMemoryError("Memory ran out before the base was written.")
+    made, asked, work = list[Engine](), list[FinetuneError](), server_engines.run_worker
+
+    def end_the_first(*arguments: Any, **options: Any) -> Any:
+        if len(made) == 1:
+            raise full
+        return work(*arguments, **options)
+
+    def make(folder: Path) -> Engine:
+        assert not any(engine._job.path.exists() for engine in made)
+        request = ServeRequest(
+            engine="own",
+            config=trained.config,
+            adapter=str(folder),
+            device="cpu",
+            socket="",
+            slots=SLOTS,
+        )
+        made.append(Engine(request))
+        return made[-1]
+
+    def fall_back(error: FinetuneError) -> bool:
+        asked.append(error)
+        return True
+
+    monkeypatch.setattr(server_engines, "run_worker", end_the_first)
+    with running(trained.config, source, NO_REGISTRY, maker=make, fall_back=fall_back) as server:
+        assert content(server.ask(trained.rows[0]["question"])) == answers[0]
+    assert (asked, len(made)) == ([full], 2)
 
 
 def test_a_port_in_use_is_named(server: Running, trained: Trained, source: Source) -> None:
