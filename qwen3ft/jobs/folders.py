@@ -181,7 +181,8 @@ class RunDir:
             changes = {"runs_dir": self.path.parent, **changes}
         own = _is_own_server(os.environ.get("PREFECT_API_URL", ""))
         settings = self._settings()
-        if not own and changes.get("hosts", settings.get("hosts", 1)) != 1:
+        hosts = changes.get("hosts", settings.get("hosts", 1))
+        if not own and str(hosts) != "1":  # a text, if it comes from a printed command
             words = ["prefect", "deployment", "run", "qwen3-finetune/default"]
             given = {"continue_run": self.path.name}
             if changes:

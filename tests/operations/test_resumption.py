@@ -151,6 +151,7 @@ def test_a_run_of_a_teams_servers_is_continued_there(
     assert json.loads(value) == {"gpus": "1", "hosts": 2, "output_dir": "a b"}
     alone = "qwen3ft train --resume r1 --set hosts=1"
     assert run.command_to_resume(hosts=1) == alone
+    assert run.command_to_resume(hosts="1") == alone
 
 
 def test_an_address_that_is_no_url_is_no_server_of_the_project(
