@@ -96,6 +96,8 @@ def with_typed(command: str, typed: Sequence[str]) -> str:
     given, more = iter(typed), list[str]()
     for word in given:
         option, equals, value = word.partition("=")
+        if word[:2] in carried and len(word) > 2:  # -sseed=3
+            option, equals, value = word[:2], "=", word[2:].removeprefix("=")
         if option not in carried:
             continue
         if option in _FLAGS:

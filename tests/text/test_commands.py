@@ -25,6 +25,11 @@ CASES = {
         "qwen3ft plan --set lora_r=3",
         "qwen3ft plan --set lora_r=3 -c 'my runs.yaml' -s 'data_paths=[a b]' --set seed=3",
     ),
+    "short options with their values": (
+        "plan -sseed=3 -cmy.yaml -b12",
+        "qwen3ft plan --set lora_r=3",
+        "qwen3ft plan --set lora_r=3 -s seed=3 -c my.yaml -b 12",
+    ),
     "a run that had not begun": (
         "train --set seed=3",
         "qwen3ft train",
