@@ -130,7 +130,7 @@ def deploy(stack: Stack, say: Say = lambda _: None, *, force: bool = False) -> b
     if defaults.notice:
         say(defaults.notice)
     registered = read_deployment(stack.layout())
-    if not force and registered is not None and _is_current(registered, defaults):
+    if not force and registered is not None and _is_current(stack, registered, defaults):
         return False
     try:
         _run_prefect_deploy(stack)
@@ -165,9 +165,12 @@ def _run_prefect_deploy(stack: Stack) -> None:
         )
 
 
-def _is_current(registered: dict[str, Any], defaults: Defaults) -> bool:
+def _is_current(stack: Stack, registered: dict[str, Any], defaults: Defaults) -> bool:
     is_strict = registered["parameter_openapi_schema"].get("additionalProperties") is False
-    return registered["version"] == defaults.version and is_strict
+    if registered["version"] != defaults.version or not is_strict:
+        return False
+    join = read_deployment(stack.layout(), services.JOIN_DEPLOYMENT)
+    return join is not None and join["version"] == defaults.version
 
 
 def _finish_registration(stack: Stack, runs: int) -> None:

@@ -47,13 +47,13 @@ def send(
     return json.loads(text) if text else None
 
 
-def read_deployment(layout: Layout) -> dict[str, Any] | None:
-    """Return the deployment as the server knows it; None if it knows none.
+def read_deployment(layout: Layout, name: str = services.DEPLOYMENT) -> dict[str, Any] | None:
+    """Return a deployment, by default that of runs, as the server knows it; None if it knows none.
 
     Raises:
         EnvironmentNotReadyError: the server does not answer.
     """
-    found = send(layout, "deployments/filter", services.THIS_DEPLOYMENT)
+    found = send(layout, "deployments/filter", services.only_deployment(name))
     return found[0] if found else None
 
 

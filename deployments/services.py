@@ -27,11 +27,9 @@ Service = Literal["prefect", "mlflow", "worker"]
 SERVICES: tuple[Service, ...] = ("prefect", "mlflow", "worker")
 SERVERS: tuple[Service, ...] = ("prefect", "mlflow")
 DEPLOYMENT = "qwen3-finetune/default"
-THIS_DEPLOYMENT = {
-    "flows": {"name": {"any_": [DEPLOYMENT.split("/")[0]]}},
-    "deployments": {"name": {"any_": [DEPLOYMENT.split("/")[1]]}},
-}
-"""Filter of the server's deployments; unlike its name, it tells none from no answer."""
+JOIN_FLOW = "qwen3-finetune-join"
+JOIN_DEPLOYMENT = f"{JOIN_FLOW}/join"
+"""Deployment by which a run asks for further hosts."""
 HOSTS = ("127.0.0.1", "localhost")
 """Names by which the servers answer to requests; they listen on the first."""
 PREFECT_SERVER = f"{__package__}.prefect_server"
@@ -257,8 +255,14 @@ def ask_prefect(layout: Layout, address: str, body: Mapping[str, Any] | None = N
 
 def find_deployment(layout: Layout) -> dict[str, Any] | None:
     """Return the deployment as the server knows it; None if it does not, or does not answer."""
-    found = ask_prefect(layout, "deployments/filter", THIS_DEPLOYMENT)
+    found = ask_prefect(layout, "deployments/filter", only_deployment(DEPLOYMENT))
     return found[0] if found else None
+
+
+def only_deployment(name: str) -> dict[str, Any]:
+    """Return a filter of the server's deployments; unlike a name, it tells none from no answer."""
+    flow, deployment = name.split("/")
+    return {"flows": {"name": {"any_": [flow]}}, "deployments": {"name": {"any_": [deployment]}}}
 
 
 def runs_page(layout: Layout) -> str:

@@ -21,6 +21,7 @@ from prefect.settings import get_current_settings
 from prefect.states import Cancelled, Cancelling, Crashed
 
 from deployments.deploy import PREFECT_FILE, project_file
+from deployments.services import JOIN_DEPLOYMENT, JOIN_FLOW
 from qwen3ft.config import TrainingConfig
 from qwen3ft.digests import code_digest
 from qwen3ft.errors import EnvironmentNotReadyError
@@ -38,9 +39,6 @@ from tasks.artifacts import NOT_SHOWN
 logger = get_logger("hosts")
 
 AnswerT = TypeVar("AnswerT")
-
-JOIN_FLOW = "qwen3-finetune-join"
-JOIN_DEPLOYMENT = f"{JOIN_FLOW}/join"
 
 NEXT_ATTEMPT_SECONDS = 180.0
 """Longest wait for a host that has joined to see that there is another attempt; a file system of

@@ -191,6 +191,18 @@ def test_the_deployment_is_registered_once_and_as_declared(stack: Stack) -> None
     assert stack.status().deployment_registered
 
 
+@pytest.mark.slow  # registers twice
+def test_a_deployment_for_further_hosts_that_is_missing_is_registered_again(stack: Stack) -> None:
+    """Both are made of one file."""
+    registered(stack)
+    only_join = {"deployments": {"name": {"any_": ["join"]}}}
+    [join] = send(stack.layout(), "deployments/filter", only_join)
+    send(stack.layout(), f"deployments/{join['id']}", method="DELETE")
+    assert deploy(stack) is True
+    assert send(stack.layout(), "deployments/filter", only_join)
+    assert deploy(stack) is False
+
+
 @pytest.mark.parametrize(
     ("parameters", "named"),
     [
