@@ -36,7 +36,10 @@ _LOADED = ("4-bit weights", "quantisation constants", "embeddings and norms", "p
 
 
 class AnswersPlan(Record):
-    """The inference test as planned; a seconds estimate leaves out loading the model."""
+    """The inference test as planned; a seconds estimate leaves out loading the model.
+
+    `most_seconds` is the estimate for answers that all take as many tokens as they may.
+    """
 
     answered_by: str
     questions: int
@@ -47,6 +50,7 @@ class AnswersPlan(Record):
     slots: int = 0
     peak_bytes: int | None = None
     seconds: float | None = None
+    most_seconds: float | None = None
 
 
 def expected_tokens(reference_tokens: float, most: int, thinking_tokens: float) -> float:
@@ -93,10 +97,13 @@ def plan_answers(
     load = _load(request, questions, thinking, share, dataset)
     beside = sum(part.bytes for part in parts if part.name in _LOADED)
     beside += MODELS_ASKED * 4 * request.adapter.trainable_parameters
-    sizes = choose_sizes(load, int(budget_gb * GIB) - beside)
+    room_bytes = int(budget_gb * GIB) - beside
+    sizes = choose_sizes(load, room_bytes)
     if sizes is None:
         return plan
     ranks = rank_count(request.config, request.environment)
+    longest = dataclasses.replace(load, typical_answer_tokens=float(load.answer_tokens))
+    for_longest = choose_sizes(longest, room_bytes) or sizes
     return plan.model_copy(
         update={
             "answered_by": sizes_text(sizes, ranks),
@@ -104,6 +111,7 @@ def plan_answers(
             "slots": sizes.slots,
             "peak_bytes": beside + load.bytes_of(sizes),
             "seconds": load.seconds(sizes, gpu, ranks) if gpu else None,
+            "most_seconds": longest.seconds(for_longest, gpu, ranks) if gpu else None,
         }
     )
 
@@ -136,6 +144,8 @@ def sizes_text(sizes: DecoderSizes, ranks: int = 1) -> str:
 def answer_lines(plan: AnswersPlan) -> list[SettingLine]:
     """Return the lines of a plan's table."""
     time = "" if plan.seconds is None else f", about {plan.seconds:,.0f} s for three models"
+    if plan.seconds and plan.most_seconds and plan.most_seconds > 2 * plan.seconds:
+        time += f" ({plan.most_seconds:,.0f} s if every answer takes all its tokens)"
     peak = "" if plan.peak_bytes is None else f", up to {size_text(plan.peak_bytes)}"
     thinking = f"{plan.thinking_tokens:,} + " if plan.thinking_tokens else ""
     return [

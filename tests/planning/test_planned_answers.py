@@ -70,6 +70,15 @@ def test_the_test_stays_within_the_budget() -> None:
     assert (slower.seconds or 0) > 2 * seconds[1]
 
 
+def test_a_plan_says_how_long_the_longest_answers_would_take() -> None:
+    """Where that is far from what references make expect, as with room for 2,048 tokens."""
+    short, long = (planned(request_on(max_new_tokens=tokens), manifest()) for tokens in (64, 2048))
+    assert (long.most_seconds or 0) > 10 * (short.most_seconds or 0)
+    lines = ["\n".join(line.why for line in answer_lines(plan)) for plan in (short, long)]
+    assert "all its tokens" not in lines[0]
+    assert f"({long.most_seconds:,.0f} s if every answer takes all its tokens)" in lines[1]
+
+
 def test_thinking_has_a_budget_where_rows_and_model_have_reasoning() -> None:
     """Elsewhere answers come at once, and the plan says why."""
     request, rows = request_on(), manifest()
