@@ -34,10 +34,12 @@ if TYPE_CHECKING:
     from qwen3ft.training.ranks import Ranks
 
 PILOT_ANSWERS = 64
-"""Answers that are written first where nobody knows how long they get: they plan the rest."""
+"""Answers that are written first where nobody knows how long they get: they plan the rest. So many
+known ones do it as well."""
 
-SURE_WITHIN = 4.0
-"""Most tokens of an answer as a multiple of the expected ones up to which no pilot is needed."""
+SURE_WITHIN = 8.0
+"""Most tokens of an answer as a multiple of the expected ones up to which a pilot costs too much:
+it takes until its last answer has ended, and a decoder made anew."""
 
 
 @dataclass(frozen=True)
@@ -126,12 +128,12 @@ def compute_decoded(
     rank, size = (ranks.rank, ranks.size) if ranks else (0, 1)
     load, beside_bytes = _load_of(request, model, adapters, work), used_bytes(request.device)
     gpu = find_gpu_spec(torch.cuda.get_device_name()) if request.device == "cuda" else None
-    known = [tokens for evaluation in evaluations.values() for tokens in evaluation.known_tokens()]
+    typical = _known_length(evaluations)
     started = time.monotonic()
-    seconds = 0.0
+    seconds, most_bytes = 0.0, 0
 
     def write(asked: Sequence[int], load: AnswerLoad) -> DecoderSizes:
-        nonlocal seconds
+        nonlocal seconds, most_bytes
         lengths = [work.answers[index].expected_length for index in asked]
         work.mine = [asked[place] for place in _share_of(lengths, rank, size)]
         sizes, _ = run_within(
@@ -144,15 +146,16 @@ def compute_decoded(
         if ranks is not None:
             work.share(ranks)
         seconds += load.seconds(sizes, gpu, size) if gpu else 0.0
+        most_bytes = max(most_bytes, load.bytes_of(sizes))
         return sizes
 
-    if not known and _is_unsure(load):
+    if typical is None and _is_unsure(load):
         asked = range(0, len(work.answers), len(work.answers) // PILOT_ANSWERS)
         pilot = replace(load, questions=len(asked), typical_answer_tokens=load.answer_tokens / 2)
         write(asked, pilot)
-        known = [work.written[index].tokens for index in asked]
-    if known:
-        load = replace(load, typical_answer_tokens=sum(known) / len(known))
+        typical = sum(work.written[index].tokens for index in asked) / len(asked)
+    if typical is not None:
+        load = replace(load, typical_answer_tokens=typical)
     work.my_losses = _share_of([len(query.ids) for query in work.losses], rank, size)
     missing = [index for index in range(len(work.answers)) if index not in work.written]
     sizes = write(missing, replace(load, questions=max(1, len(missing))))
@@ -161,8 +164,27 @@ def compute_decoded(
         sizes_text(sizes, size),
         time.monotonic() - started,
         seconds if gpu else None,
-        beside_bytes + load.bytes_of(sizes),
+        beside_bytes + most_bytes,
     )
+
+
+def _known_length(evaluations: Mapping[ModelLabel, Evaluation]) -> float | None:
+    """Return the mean length to expect of what is missing, by answers that are known.
+
+    A model is as long as its own known answers, a candidate at first as those of the champion.
+    None if a model that has to answer has too few to go by.
+    """
+    total, count = 0.0, 0
+    for label, evaluation in evaluations.items():
+        missing = len(evaluation.missing) + len(evaluation.missing_sampled)
+        known = evaluation.known_tokens()
+        if len(known) < PILOT_ANSWERS and label == "candidate" and "champion" in evaluations:
+            known = evaluations["champion"].known_tokens()
+        if missing and len(known) < PILOT_ANSWERS:
+            return None
+        if missing:
+            total, count = total + missing * sum(known) / len(known), count + missing
+    return total / count if count else None
 
 
 def _is_unsure(load: AnswerLoad) -> bool:

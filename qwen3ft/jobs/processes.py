@@ -34,7 +34,7 @@ HELD_VARIABLE = "QWEN3FT_HELD_GPUS"
 """GPUs of the run for its ranks, as `CUDA_VISIBLE_DEVICES` names them; empty for all there are."""
 
 WORKER_MODULE = "qwen3ft.worker"
-"""Module that a worker runs; a benchmark puts its own around it."""
+"""Module that a worker runs, ranks apart; a benchmark puts its own around it."""
 
 WAIT = "wait"
 """Argument in place of a kind: the job comes later, as a line of JSON on stdin."""

@@ -110,6 +110,7 @@ class EnvironmentManager:
         wanted = self._fingerprint()
         if self._stamp.exists() and self._stamp.read_text(encoding="utf-8") == wanted:
             return False
+        self._stamp.unlink(missing_ok=True)
         _say("Installing the packages pinned in requirements.lock into .venv ...")
         install = [self._uv(), "pip", "install", "--python", self.get_python_executable()]
         # Not `pip sync`: it would remove torch's CUDA packages, which a lock file for machines with
@@ -118,9 +119,18 @@ class EnvironmentManager:
         project = ["--no-deps", "--no-build-isolation", "--quiet", "-e", str(self.root)]
         self._run([*install, *project], "Installing the project itself")
         self.keep_bytecode()
-        # last, so that whatever ends this earlier, the next call does it all again
+        # last: whatever ends this earlier, the next call does it all again
         self._stamp.write_text(wanted, encoding="utf-8")
         return True
+
+    def install_more(self, arguments: Sequence[str]) -> None:
+        """Install what no lock names, by arguments of `uv pip install`.
+
+        Raises:
+            EnvironmentNotReadyError: uv failed.
+        """
+        install = [self._uv(), "pip", "install", "--quiet", "--python"]
+        self._run([*install, self.get_python_executable(), *arguments], "Installing more")
 
     def prepare(self) -> bool:
         """Run `setup_uv_environment` and `install_dependencies`, one process at a time.
@@ -325,10 +335,13 @@ def _say(line: str) -> None:
     sys.stderr.flush()
 
 
-def _set_up() -> int:
-    """Set up the project in the working folder; return the exit code."""
+def _set_up(more: Sequence[str]) -> int:
+    """Set up the project in the working folder, and install `more`; return the exit code."""
     try:
-        EnvironmentManager().prepare()
+        manager = EnvironmentManager()
+        manager.prepare()
+        if more:
+            manager.install_more(more)
     except EnvironmentNotReadyError as error:
         _say(str(error))
         return 1
@@ -336,4 +349,4 @@ def _set_up() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(_set_up())
+    raise SystemExit(_set_up(sys.argv[1:]))

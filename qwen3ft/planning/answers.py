@@ -102,7 +102,8 @@ def plan_answers(
     if sizes is None:
         return plan
     ranks = rank_count(request.config, request.environment)
-    longest = dataclasses.replace(load, typical_answer_tokens=float(load.answer_tokens))
+    most_tokens = config.max_new_tokens + share * thinking  # no reasoning, no budget for it
+    longest = dataclasses.replace(load, typical_answer_tokens=most_tokens)
     for_longest = choose_sizes(longest, room_bytes) or sizes
     return plan.model_copy(
         update={

@@ -123,7 +123,7 @@ def test_answers_that_are_known_are_not_written_again(
 def test_where_answers_may_get_far_longer_a_few_are_written_first(
     request_: InferenceRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The rest is planned with their mean length; no answer changes, and kept ones tell as well."""
+    """The rest is planned with their mean length, and no answer changes."""
     monkeypatch.setattr(decoded, "PILOT_ANSWERS", 4)
     monkeypatch.setattr(decoded, "SURE_WITHIN", 0.5)
     loads: list[AnswerLoad] = []
@@ -144,6 +144,28 @@ def test_where_answers_may_get_far_longer_a_few_are_written_first(
     _, answers = answer(first)
     assert [load.questions for load in loads[2:]] == [12]
     assert answers == answer(with_settings(request_, tmp_path / "plain"))[1]
+
+
+def test_the_lengths_of_known_answers_plan_the_others(
+    request_: InferenceRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each model its own, if there are enough; no pilot is needed then."""
+    monkeypatch.setattr(decoded, "PILOT_ANSWERS", 8)
+    monkeypatch.setattr(decoded, "SURE_WITHIN", 0.5)
+    loads: list[AnswerLoad] = []
+    choose = fitting.choose_sizes
+
+    def note(load: AnswerLoad, *args: Any, **named: Any) -> DecoderSizes | None:
+        loads.append(load)
+        return choose(load, *args, **named)
+
+    monkeypatch.setattr(fitting, "choose_sizes", note)
+    answer(with_settings(request_, tmp_path, kernels="fused", inference_rows=4))
+    first = [load.typical_answer_tokens for load in loads]
+    answer(with_settings(request_, tmp_path, kernels="fused"))
+    [rest] = loads[len(first) :]
+    assert rest.questions == 12
+    assert 1 <= rest.typical_answer_tokens < min(first)
 
 
 @pytest.fixture(scope="module")

@@ -506,12 +506,14 @@ def test_every_target_of_make_prepares_the_environment_first(tmp_path: Path, tar
 def test_servers_are_stopped_and_pins_mended_though_packages_cannot_be_imported(
     tmp_path: Path, target: str
 ) -> None:
-    """An environment that is there will do."""
+    """An environment whose programs run will do; one that was moved will not."""
     programs = tmp_path / ".venv" / "bin"
     programs.mkdir(parents=True)
-    (programs / "python").touch()
-    (programs / "qwen3ft").touch()
-    assert "-m qwen3ft.machine.environment" not in printed_by_make(target, tmp_path)
+    for start, is_made in (("#!/gone/python", True), ("#!/bin/sh", False)):
+        for name in ("python", "qwen3ft"):
+            (programs / name).write_text(f"{start}\necho 1\n")
+            (programs / name).chmod(0o755)
+        assert ("-m qwen3ft.machine.environment" in printed_by_make(target, tmp_path)) is is_made
 
 
 def test_ci_runs_what_developers_run() -> None:

@@ -86,6 +86,14 @@ def test_an_installation_that_cannot_be_imported_is_not_taken_for_installed(proj
     (project / "backend.py").write_text(BUILD_BACKEND)
     assert manager.prepare() is True
     assert manager.prepare() is False
+    lock = (project / "requirements.lock").read_text()
+    (project / "requirements.lock").write_text("# with packages that cannot be imported\n")
+    (project / "backend.py").write_text(broken)
+    with pytest.raises(EnvironmentNotReadyError, match="Importing what was installed"):
+        manager.prepare()
+    (project / "requirements.lock").write_text(lock)
+    (project / "backend.py").write_text(BUILD_BACKEND)
+    assert manager.prepare() is True  # the packages are those of the other lock
 
 
 def test_an_import_that_was_killed_is_made_again(project: Path) -> None:
