@@ -120,20 +120,29 @@ def test_answers_that_are_known_are_not_written_again(
     assert answer(first)[0].answered_by == "nobody: every answer was known"
 
 
-def test_where_answers_may_get_far_longer_a_few_are_written_first(
-    request_: InferenceRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The rest is planned with their mean length, and no answer changes."""
-    monkeypatch.setattr(decoded, "PILOT_ANSWERS", 4)
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[AnswerLoad]:
+    """Return what decoders are sized for, where every length is in doubt."""
     monkeypatch.setattr(decoded, "SURE_WITHIN", 0.5)
-    loads: list[AnswerLoad] = []
+    found: list[AnswerLoad] = []
     choose = fitting.choose_sizes
 
     def note(load: AnswerLoad, *args: Any, **named: Any) -> DecoderSizes | None:
-        loads.append(load)
+        found.append(load)
         return choose(load, *args, **named)
 
     monkeypatch.setattr(fitting, "choose_sizes", note)
+    return found
+
+
+def test_where_answers_may_get_far_longer_a_few_are_written_first(
+    request_: InferenceRequest,
+    loads: list[AnswerLoad],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The rest is planned with their mean length, and no answer changes."""
+    monkeypatch.setattr(decoded, "PILOT_ANSWERS", 4)
     first = with_settings(request_, tmp_path / "ours", kernels="fused")
     answer(first.model_copy(update={"champion": None}))
     pilot, rest = loads
@@ -147,19 +156,13 @@ def test_where_answers_may_get_far_longer_a_few_are_written_first(
 
 
 def test_the_lengths_of_known_answers_plan_the_others(
-    request_: InferenceRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    request_: InferenceRequest,
+    loads: list[AnswerLoad],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of each model its own, if there are enough; no pilot is needed then."""
     monkeypatch.setattr(decoded, "PILOT_ANSWERS", 8)
-    monkeypatch.setattr(decoded, "SURE_WITHIN", 0.5)
-    loads: list[AnswerLoad] = []
-    choose = fitting.choose_sizes
-
-    def note(load: AnswerLoad, *args: Any, **named: Any) -> DecoderSizes | None:
-        loads.append(load)
-        return choose(load, *args, **named)
-
-    monkeypatch.setattr(fitting, "choose_sizes", note)
     answer(with_settings(request_, tmp_path, kernels="fused", inference_rows=4))
     first = [load.typical_answer_tokens for load in loads]
     answer(with_settings(request_, tmp_path, kernels="fused"))
