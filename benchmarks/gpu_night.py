@@ -139,7 +139,7 @@ def report(results: dict[str, Any]) -> None:
     print(f"  peak: {card.get('peak_memory_gb', math.nan):.2f} of {card.get('budget_gb')} GB")
     print(f"  answers by {card.get('answered_by')}")
     seconds = [found.get(name) or math.nan for name in ("answer_seconds", "predicted_seconds")]
-    print("  answering: {:.1f} s, planned {:.1f} s".format(*seconds))
+    print("  answering: {:.1f} s, {:.1f} predicted once lengths were known".format(*seconds))
     print(f"  asked: {found.get('generated')} of {found.get('questions_planned')} each")
 
 
