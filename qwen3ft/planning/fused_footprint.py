@@ -70,6 +70,12 @@ def row_parts(sizes: FusedSizes) -> tuple[MemoryPart, ...]:
         # Gate and up come and go between tensors that stay, which leaves gaps of their size.
         chunk = min(tokens, memory.chunk_tokens)
         beside += 2 * work.compute_bytes * work.shape.intermediate_size * chunk
+    graphs = sizes.beside_graphs_bytes(tokens) if memory.graphs else 0
+    beside_graphs = MemoryPart(
+        name="beside CUDA graphs",
+        bytes=graphs,
+        formula="a loss chunk or an evaluation, while the graphs hold the memory of rows",
+    )
     share = VARIED_SLACK_SHARE if work.varied_rows else SLACK_SHARE
     blocks = Counter(level.recomputed for level in sorted(levels))
     recomputed = ", ".join(f"{words} in {count} blocks" for words, count in blocks.items())
@@ -90,6 +96,7 @@ def row_parts(sizes: FusedSizes) -> tuple[MemoryPart, ...]:
             bytes=rest,
             formula="shorter rows keep more, up to the same sum",
         ),
+        *([beside_graphs] if memory.graphs else []),
         MemoryPart(
             name="allocator slack",
             bytes=beside + int(share * passing),

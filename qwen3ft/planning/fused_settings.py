@@ -25,6 +25,10 @@ OVERLAPPED_BYTES_PER_SECOND = 33e9
 """Rate at which the forward of an H200 may send to the host; PCIe 5.0 x 16 reaches 50e9. A GPU on
 half of that bus, PCIe 4.0, has less than half the speed too, so it has the time."""
 
+LONGEST_GRAPH_TOKENS = 16384
+"""Rows from this length on have no graphs: computing takes longer than any launching, and attention
+may be cuDNN's, which is launched sequence by sequence."""
+
 HOST_SHARE = 0.5
 """Share of the host's memory that activations may take: it is pinned, and others need the rest."""
 
@@ -133,18 +137,21 @@ def combinations(
         groups: Values of `head_groups`.
         offloadable: Returns the blocks whose gate and up can wait in host memory.
     """
+    on_gpu = first.device == "cuda"
     # (offload_activations, offload_attention)
     offloads = [(False, False)]
-    if first.device == "cuda" and first.memory.gradient_checkpointing:
+    if on_gpu and first.memory.gradient_checkpointing:
         offloads += [(True, True), (True, False)]
     for size in micro_batches:
         base = first.with_memory(kernels="fused", packing=True, micro_batch_size=size)
+        # What waits in host memory comes and goes on a stream of its own, which no graph has.
         # Offloading gate and up takes room for what is in transit, so without it less may fit.
         mlp_blocks = sorted({offloadable(base), 0}, reverse=True)
-        ways = [(*offloads[0], blocks) for blocks in mlp_blocks]
-        ways += [(*way, 0) for way in offloads[1:]]
+        ways = [(*offloads[0], blocks, False) for blocks in mlp_blocks]
+        ways += [(*offloads[0], 0, True)] if on_gpu and base.tokens < LONGEST_GRAPH_TOKENS else []
+        ways += [(*way, 0, False) for way in offloads[1:]]
         longest = max(base.tokens, row_tokens(base.memory.eval_batch_size * base.eval_tokens))
-        for chunk, loss, group, (offload, attention, blocks) in itertools.product(
+        for chunk, loss, group, (offload, attention, blocks, graphs) in itertools.product(
             _distinct(mlp_chunks, longest), _distinct(loss_chunks, longest), groups, ways
         ):
             yield base.with_memory(
@@ -154,6 +161,7 @@ def combinations(
                 offload_activations=offload,
                 offload_attention=attention,
                 offloaded_mlp_blocks=blocks,
+                graphs=graphs,
             )
 
 

@@ -32,6 +32,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from functools import lru_cache
 
+from qwen3ft.planning.packing import row_tokens
 from qwen3ft.planning.recompute import (
     ON_DEVICE,
     Level,
@@ -41,6 +42,13 @@ from qwen3ft.planning.recompute import (
 )
 from qwen3ft.planning.workload import Workload
 from qwen3ft.records.model import ModelShape
+from qwen3ft.units import MIB
+
+MOST_GRAPHS = 32
+"""Most lengths of rows whose CUDA graphs exist at one time."""
+
+GRAPHS_BYTES = 128 * MIB
+"""Memory that the driver takes for as many: 3.4 MiB for 4B's two of each length."""
 
 
 class FusedSizes:
@@ -140,6 +148,21 @@ class FusedSizes:
         block = self.compute_bytes * tokens * self.shape.hidden_size
         block += self.forward_bytes(tokens, Level.RECOMPUTE_ALL)
         return self._rotary_bytes(tokens) + max(block, self.loss_bytes(tokens, with_gradient=False))
+
+    def beside_graphs_bytes(self, tokens: int) -> int:
+        """Return the bytes beside CUDA graphs, which hold the memory of rows of up to `tokens`.
+
+        That is what passes into and out of them, and the loss or an evaluation, which run without.
+        """
+        c, shape = self.compute_bytes, self.shape
+        passing = c * tokens * (4 * shape.hidden_size + padded_rank(self.rank))
+        passing += self._rotary_bytes(tokens) + 4 * self.work.adapter.trainable_parameters
+        targets = min(self.memory.loss_chunk_tokens, tokens)
+        loss = c * targets * (shape.vocab_size + 3 * shape.hidden_size)
+        # The search gives an evaluation as many rows as a row of training holds, at its end.
+        held_out = row_tokens(self.memory.eval_batch_size * self.work.eval_tokens, graphs=True)
+        evaluation = self.evaluation_bytes(max(tokens, held_out)) + self.weight_bytes
+        return passing + max(loss, evaluation) + GRAPHS_BYTES
 
     def row_bytes(self, tokens: int, levels: tuple[Level, ...]) -> int:
         """Return the peak of training a row: what its blocks keep, and what comes and goes.

@@ -17,6 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 ROW_MULTIPLE_TOKENS = 32
+
+SMALLEST_GRAPH_MULTIPLE_TOKENS, GRAPH_LENGTHS = 128, 16
+"""The same where rows run as CUDA graphs, of which each length has its own: more for long rows, so
+that at most 16 lengths lie between one and twice as much, and 2 % of a row is padding."""
 """Multiple of tokens that packed rows are padded to: tensor cores and attention masks need 8 or 16,
 and fewer different shapes are cheaper."""
 
@@ -99,9 +103,17 @@ def divisors(number: int) -> list[int]:
     return sorted({*small, *(number // size for size in small)}, reverse=True)
 
 
-def row_tokens(tokens: int, multiple: int = ROW_MULTIPLE_TOKENS) -> int:
-    """Round `tokens` up to a multiple of `multiple`: the slots of a packed row."""
-    return round_up(tokens, multiple)
+def row_tokens(tokens: int, *, graphs: bool = False) -> int:
+    """Round `tokens` up to the slots of a packed row, of one that runs as CUDA graphs or not."""
+    if not graphs:
+        return round_up(tokens, ROW_MULTIPLE_TOKENS)
+    half = next_power_of_2(tokens) // 2
+    return round_up(tokens, max(SMALLEST_GRAPH_MULTIPLE_TOKENS, half // GRAPH_LENGTHS))
+
+
+def next_power_of_2(number: int) -> int:
+    """Return the smallest power of 2 that is not below `number`."""
+    return 1 << max(0, number - 1).bit_length()
 
 
 def round_up(number: int, multiple: int) -> int:

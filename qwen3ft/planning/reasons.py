@@ -9,7 +9,7 @@ from qwen3ft.units import gb
 
 FUSED_LEVERS = (
     *("offload_attention", "offloaded_mlp_blocks", "activation_bytes"),
-    *("chunk_tokens", "head_groups"),
+    *("chunk_tokens", "head_groups", "graphs"),
 )
 """Levers that the plain path leaves as they are."""
 
@@ -40,6 +40,9 @@ def fused_reasons(
         "activation_bytes": "The largest row with as much kept as is of use or the budget leaves.",
         "packing": "The fused path runs packed rows alone.",
         "chunk_tokens": f"The MLP of {min(memory.chunk_tokens, work.tokens)} tokens at one time.",
+        "graphs": "Launching the kernels of a row one by one would take longer than computing it."
+        if memory.graphs
+        else "Rows take longer than launching their kernels, or the memory is worth more to them.",
         "head_groups": f"The gradient of attention in {memory.head_groups} part(s) of the heads.",
     }
 

@@ -170,6 +170,7 @@ def _settings(request: FitRequest, fit: Fit) -> Iterator[SettingLine]:
         ("host memory", _offloaded_text(request, work), _host_reason(request, work)),
         ("loss", f"{logits_tokens:,} tokens at a time", "loss_chunk_tokens"),
         ("kernels", memory.kernels, "kernels"),
+        *((("launches", "CUDA graphs", "graphs"),) if memory.graphs else ()),
         *((("ranks", f"{work.ranks}", "places"),) if work.ranks > 1 else ()),
         ("budget", f"{fit.budget_gb:g} GB", "max_memory_gb"),
     ):

@@ -69,7 +69,8 @@ class Workload:
     @property
     def tokens(self) -> int:
         """Tokens of one micro-batch, padding included."""
-        return row_tokens(self.capacity_tokens) if self.memory.packing else self.capacity_tokens
+        capacity, memory = self.capacity_tokens, self.memory
+        return row_tokens(capacity, graphs=memory.graphs) if memory.packing else capacity
 
     @property
     def keys_per_query(self) -> int:

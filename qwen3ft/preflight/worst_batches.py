@@ -47,7 +47,9 @@ def find_worst(
     sampler = step_sampler(order, plan)
     in_time = max(1, most_sequences // plan.effective_batch_size)
     steps = left = min(plan.total_steps, in_time)
-    search = _Search(order.lengths, _ranks(plan), packed=plan.memory.packing)
+    search = _Search(
+        order.lengths, _ranks(plan), packed=plan.memory.packing, graphs=plan.memory.graphs
+    )
     accumulates = False
     while left > 0:
         for step in sampler:
@@ -101,7 +103,9 @@ def _ranks(plan: TrainPlan) -> dict[str, Rank]:
 def _worst_of_evaluation(plan: TrainPlan, dev: NDArray[np.integer]) -> tuple[WorstBatch, ...]:
     """Return the worst evaluation batches, full ones first."""
     starts = range(0, len(dev), plan.memory.eval_batch_size)
-    search = _Search(dev, _ranks(plan), packed=plan.memory.kernels == "fused")
+    search = _Search(
+        dev, _ranks(plan), packed=plan.memory.kernels == "fused", graphs=plan.memory.graphs
+    )
     search.look_at(
         list(range(start, min(start + plan.memory.eval_batch_size, len(dev)))) for start in starts
     )
@@ -113,11 +117,17 @@ class _Search:
     """Worst batch in each respect of all batches looked at."""
 
     def __init__(
-        self, lengths: NDArray[np.integer], ranks: dict[str, Rank], *, packed: bool
+        self,
+        lengths: NDArray[np.integer],
+        ranks: dict[str, Rank],
+        *,
+        packed: bool,
+        graphs: bool,
     ) -> None:
         self.lengths = lengths
         self.ranks = ranks
         self.packed = packed
+        self.graphs = graphs
         self.worst: dict[str, tuple[tuple[int, ...], list[int]]] = {}
 
     def look_at(self, batches: Iterable[list[int]]) -> None:
@@ -143,4 +153,6 @@ class _Search:
         )
 
     def _slots(self, tokens: list[int]) -> int:
-        return row_tokens(sum(tokens)) if self.packed else len(tokens) * max(tokens)
+        if not self.packed:
+            return len(tokens) * max(tokens)
+        return row_tokens(sum(tokens), graphs=self.graphs)

@@ -41,6 +41,9 @@ class MemorySettings(Record):
     much of its blocks as this holds."""
     chunk_tokens: int = Field(0, description="Fused: tokens with wide intermediates at one time.")
     head_groups: int = Field(1, description="Fused: parts of the gradient of attention.")
+    graphs: bool = False
+    """Fused: the kernels of a row are launched at once, as CUDA graphs, which hold the memory of
+    rows between steps."""
 
 
 PLAN_FORMAT: Literal[2] = 2

@@ -2,8 +2,8 @@
 
 plain: smaller micro-batch with more accumulation - recomputation - smaller loss chunks -
 activations in host memory (GPU only)
-fused: keep less of each row - smaller micro-batch - smaller loss chunks - a block's work in smaller
-parts - activations in host memory
+fused: keep less of each row - no CUDA graphs - smaller micro-batch - smaller loss chunks - a
+block's work in smaller parts - activations in host memory
 both: the optimizer's moments in host memory (GPU only)
 either, with consent: half the row length - half the rank
 
@@ -61,6 +61,7 @@ def _descend(plan: TrainPlan, phase: str, *, allow_degraded: bool) -> Iterator[R
     # dequantisation and launches again; transfers to the host come last.
     levers: list[Callable[[TrainPlan], Rung | None]] = [
         _keep_less,
+        _no_graphs,
         _smaller_micro_batch,
         _recomputation,
         _smaller_loss_chunk,
@@ -94,6 +95,13 @@ def _keep_less(plan: TrainPlan) -> Rung | None:
         return None
     values = {"activation_bytes": size, "gradient_checkpointing": True}
     return Rung(values, f"{size_text(size)} for a row's activations")
+
+
+def _no_graphs(plan: TrainPlan) -> Rung | None:
+    # Beside graphs the loss and evaluations have memory of their own.
+    if not plan.memory.graphs:
+        return None
+    return Rung({"graphs": False}, "kernels are launched one by one")
 
 
 def _least_bytes(plan: TrainPlan) -> int:

@@ -33,6 +33,7 @@ CHANGED_NAMES = {
     "offload_attention": "attention output in host memory",
     "offloaded_mlp_blocks": "blocks with MLP activations in host memory",
     "offload_optimizer": "optimizer in host memory",
+    "graphs": "CUDA graphs",
     "head_groups": "head groups of the attention backward pass",
     "eval_batch_size": "evaluation batch",
     "max_sequence_length": "longest row in tokens",

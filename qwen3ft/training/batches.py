@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from qwen3ft.data.collators import IGNORED_LABEL, labels_of
 from qwen3ft.planning.dealing import Split, split_for_rank, split_of
-from qwen3ft.planning.packing import ROW_MULTIPLE_TOKENS, Lengths, epoch_order, row_tokens
+from qwen3ft.planning.packing import Lengths, epoch_order, row_tokens
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,10 +30,10 @@ MicroBatch = dict[str, Any]
 
 @dataclass(frozen=True)
 class PackedCollator:
-    """Collator that concatenates sequences to one row, padded to a multiple of `multiple`."""
+    """Collator that concatenates sequences to one row, with the slots of `row_tokens`."""
 
     pad_token_id: int
-    multiple: int = ROW_MULTIPLE_TOKENS
+    graphs: bool = False
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> MicroBatch:
         """Return a packed row of T slots.
@@ -50,7 +50,7 @@ class PackedCollator:
 
         lengths = [len(row["input_ids"]) for row in rows]
         real = sum(lengths)
-        slots = row_tokens(real, self.multiple)
+        slots = row_tokens(real, graphs=self.graphs)
         # Padding is a segment of its own: no sequence attends to it, and kernels for sequences of
         # varying length leave no slot undefined.
         segments = lengths + ([slots - real] if slots > real else [])

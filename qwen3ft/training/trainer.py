@@ -106,7 +106,7 @@ class QATrainer(Trainer):
         self.fused: FusedStep | None = None
         if plan.memory.kernels == "fused":
             self.fused = fused_step(self.accelerator.unwrap_model(self.model), plan)
-            self.data_collator = PackedCollator(self.data_collator.pad_token_id)
+            self.data_collator = PackedCollator(self.data_collator.pad_token_id, plan.memory.graphs)
         self._trained = [p for p in self.model.parameters() if p.requires_grad]
         # transformers calls it at each step, and the model's own walks through 3,000 modules.
         self.model.zero_grad = self._forget_gradients
@@ -132,7 +132,7 @@ class QATrainer(Trainer):
         # To transformers an item is one batch without accumulation, so its count of steps, and the
         # steps that it skips on a resume, are exact.
         collate: Any = self.data_collator
-        if self.plan.memory.packing:
+        if self.fused is None and self.plan.memory.packing:
             collate = PackedCollator(collate.pad_token_id)
         pin_memory = self.args.dataloader_pin_memory
         loader = step_loader(self.train_dataset, self.sampler, collate, pin_memory=pin_memory)

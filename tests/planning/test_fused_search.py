@@ -14,7 +14,14 @@ from support.plans import QWEN3_14B, TINY, environment, hopper, plan_on, workloa
 
 from qwen3ft.errors import ConfigError, InsufficientMemoryError
 from qwen3ft.planning.footprint import predict_memory
-from qwen3ft.planning.fused_settings import HOST_SHARE, host_bytes_needed, micro_batch_sizes
+from qwen3ft.planning.fused_settings import (
+    HOST_SHARE,
+    LOSS_CHUNKS_TOKENS,
+    MLP_CHUNKS_TOKENS,
+    combinations,
+    host_bytes_needed,
+    micro_batch_sizes,
+)
 from qwen3ft.planning.fused_sizes import FusedSizes
 from qwen3ft.planning.recompute import ON_DEVICE, Level, offload_evenly
 from qwen3ft.planning.speed import ranking_seconds
@@ -290,11 +297,36 @@ def test_ranks_share_the_memory_of_their_host_and_leave_room_for_nccl() -> None:
     assert {part.name for part in on_cpu}.isdisjoint({"NCCL"})
 
 
+@pytest.mark.parametrize(
+    ("tokens", "sequences", "expected"), [(256, 16, True), (256, 64, False), (32768, 16, False)]
+)
+def test_rows_that_take_longer_to_launch_than_to_compute_run_as_graphs(
+    tokens: int, sequences: int, expected: bool
+) -> None:
+    """A step of 16 short sequences does, of 64 does not, and long rows never do."""
+    asked: Any = {"batch_size": sequences, "gradient_accumulation_steps": 1}
+    plan = long_plan(hopper(), tokens, max_memory_gb=13.0, **asked)
+    assert plan.memory.graphs is expected
+    assert ("beside CUDA graphs" in {part.name for part in plan.predicted}) is expected
+    if not expected:
+        return
+    alone = workload_of(plan).with_memory(graphs=False)
+    asked_seconds = {"sequences": sequences, "typical_tokens": 100}
+    assert ranking_seconds(alone, **asked_seconds) > ranking_seconds(
+        workload_of(plan), **asked_seconds
+    )
+    on_cpu = replace(workload_of(plan), device="cpu")
+    assert not any(
+        each.memory.graphs
+        for each in combinations(on_cpu, (sequences,), MLP_CHUNKS_TOKENS, LOSS_CHUNKS_TOKENS, (1,))
+    )
+
+
 def test_no_room_is_kept_for_rows_that_no_rank_gets() -> None:
-    """Of 64 sequences each of two ranks gets 32, and each of three about 21: 32 hold them."""
+    """Of 64 sequences each of two ranks gets 32, and each of three about 21: 32 hold them all."""
     one = hopper()
     two = one.model_copy(update={"gpus": (*one.gpus, *one.gpus)})
     asked: dict[str, Any] = {"batch_size": 64, "gradient_accumulation_steps": 1}
     plan = long_plan(two, 256, max_memory_gb=13.0, gpus="2", **asked)
-    assert plan.memory.micro_batch_size == 32
+    assert plan.memory.micro_batch_size <= 32
     assert [max(micro_batch_sizes(64, ranks)) for ranks in (1, 3, 4, 100)] == [64, 32, 16, 1]

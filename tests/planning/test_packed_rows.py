@@ -16,7 +16,7 @@ from support.fused_models import CASES, build, error, in_fp32, saved_bytes
 from support.plans import workload, workload_lengths
 
 from qwen3ft.data.collators import IGNORED_LABEL, PaddingCollator, labels_of
-from qwen3ft.planning.packing import pack
+from qwen3ft.planning.packing import pack, row_tokens
 from qwen3ft.training.batches import PackedCollator, real_tokens, trained_tokens
 from qwen3ft.training.loss import summed_loss
 
@@ -55,16 +55,15 @@ def test_both_collators_take_ranges_or_labels(lengths: list[int], first: int) ->
     assert all(labels_of(row).tolist() == row["labels"] for row in without(rows, "nothing"))
 
 
-@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12), multiple=st.integers(1, 64))
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12), graphs=st.booleans())
 def test_a_packed_row_holds_every_token_once_and_trains_across_no_border(
-    lengths: list[int], multiple: int
+    lengths: list[int], graphs: bool
 ) -> None:
     """Ids, positions and targets are those of each row alone; padding carries none."""
     rows = make_rows(lengths, first=0)
-    batch = PackedCollator(7, multiple=multiple)(rows)
+    batch = PackedCollator(7, graphs=graphs)(rows)
     slots = batch["input_ids"].shape[1]
-    assert slots % multiple == 0
-    assert sum(lengths) <= slots < sum(lengths) + multiple
+    assert slots == row_tokens(sum(lengths), graphs=graphs)
     assert {n: tuple(batch[n].shape) for n in ("input_ids", "labels", "position_ids")} == (
         dict.fromkeys(("input_ids", "labels", "position_ids"), (1, slots))
     )

@@ -149,6 +149,14 @@ def test_a_row_is_padded_to_a_multiple_and_by_less_than_one() -> None:
         assert tokens <= row_tokens(tokens) < tokens + 32
 
 
+def test_rows_with_graphs_have_few_lengths_and_little_padding() -> None:
+    """Each length is recorded once, and each slot is computed."""
+    for least in (1024, 2048, 4096, 8192):
+        slots = {tokens: row_tokens(tokens, graphs=True) for tokens in range(least, 2 * least)}
+        assert all(tokens <= slots[tokens] <= tokens + max(128, tokens // 16) for tokens in slots)
+        assert len(set(slots.values())) <= 17
+
+
 @pytest.mark.parametrize(
     ("asked", "gpu_gb", "expected"),
     [("auto", 16.0, True), ("auto", None, False), ("on", None, True), ("off", 16.0, False)],

@@ -46,6 +46,20 @@ def test_first_each_row_keeps_less() -> None:
     assert lower.predicted_peak_bytes < plan.predicted_peak_bytes - 2**31
 
 
+def test_graphs_are_given_up_before_anything_waits_in_host_memory() -> None:
+    """They hold the memory of rows, and copies to the host have a stream that no graph has."""
+    plan = fused_plan(batch_size=16, gradient_accumulation_steps=1)
+    assert plan.memory.graphs
+    without = []
+    for rung in next_rungs(plan, "train", allow_degraded=False):
+        plan, before = repredict(plan.with_settings(**rung.values)), plan
+        if "graphs" in rung.values:
+            assert plan.predicted_peak_bytes < before.predicted_peak_bytes - 2**28
+            without.append(rung)
+        assert not (plan.memory.graphs and plan.memory.offload_activations)
+    assert len(without) == 1
+
+
 def test_with_consent_rows_are_shortened_at_last() -> None:
     """After every lever that keeps the result."""
     rungs = next_rungs(fused_plan(), "train", allow_degraded=True)

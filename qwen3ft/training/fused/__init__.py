@@ -48,4 +48,5 @@ def fused_step(model: Any, plan: TrainPlan) -> FusedStep:
         chunk_tokens=plan.memory.chunk_tokens,
         head_groups=plan.memory.head_groups,
         offload=plan.memory.offload_activations,
+        graph_tokens=sizes.work.tokens if plan.memory.graphs else 0,
     )

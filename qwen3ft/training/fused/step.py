@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen3ft.planning.fused_sizes import MOST_GRAPHS
 from qwen3ft.planning.recompute import Level
 from qwen3ft.training.fused.attention import Segments
 from qwen3ft.training.fused.block import FusedBlock, PackedRow
+from qwen3ft.training.fused.graphs import Buffers, RowGraph
 from qwen3ft.training.fused.kept import Kept
 from qwen3ft.training.fused.offload import HostStash
 from qwen3ft.training.fused.ops import ElementWise
@@ -32,6 +34,8 @@ class _Pass:
     row: PackedRow
     kept: list[Kept]
     d_extended: Tensor
+    graph: RowGraph | None = None
+    """Graph that ran the forward; it then has all the rest."""
 
 
 class FusedStep:
@@ -47,6 +51,8 @@ class FusedStep:
         chunk_tokens: Tokens whose wide intermediates exist at a time.
         head_groups: Number of parts in which attention is computed.
         offload: Offload what blocks keep to host memory.
+        graph_tokens: Longest row that runs as CUDA graphs (`fused.graphs`); 0 for no graphs. Levels
+            must keep all on the device.
     """
 
     def __init__(
@@ -59,6 +65,7 @@ class FusedStep:
         chunk_tokens: int,
         head_groups: int = 1,
         offload: bool = False,
+        graph_tokens: int = 0,
     ) -> None:
         base = model.get_base_model()
         self.ops = ops
@@ -71,8 +78,12 @@ class FusedStep:
         self.stash = HostStash(self.embedding.device)
         self.norm, self.rotary = base.model.norm, base.model.rotary_emb
         self.blocks = [FusedBlock(block, ops) for block in base.model.layers]
+        self.graph_tokens = graph_tokens
+        self._graphs: dict[tuple[int, ...], RowGraph] = {}
+        self._buffers: Buffers | None = None
         groups = [group for block in self.blocks for group in block.groups]
         self.parameters = [parameter for group in groups for parameter in group.parameters]
+        self._sizes = [parameter.numel() for parameter in self.parameters]
         self.factors = [
             factor for group in groups for _ in group.down for factor in (1.0, group.scale)
         ]
@@ -95,14 +106,38 @@ class FusedStep:
     def forward(self, batch: dict[str, Any]) -> tuple[Tensor, _Pass]:
         """Return the loss and the state for `backward`."""
         hidden, row = self._enter(batch)
-        levels = self.choose_levels(len(hidden))
+        if len(hidden) <= self.graph_tokens:
+            graph = self._graph_for(row)
+            loss = self._loss(graph.forward(hidden, row), batch, graph.d_extended)
+            return loss, _Pass(row, [], graph.d_extended, graph)
+        out = torch.empty_like(hidden)
+        kept = self._run(hidden, row, out)
+        d_extended = self._new_gradient(out)
+        loss = self._loss(out, batch, d_extended)
+        return loss, _Pass(row, kept, d_extended)
+
+    def backward(self, state: _Pass, factor: Tensor) -> list[Tensor]:
+        """Return `factor` times the gradients of `parameters`, in fp32."""
+        if state.graph is not None:
+            parts = torch.split(state.graph.backward(factor), self._sizes)
+            return [part.view_as(p) for part, p in zip(parts, self.parameters, strict=True)]
+        gradients = self._run_back(state.kept, state.d_extended, state.row)
+        torch._foreach_mul_(gradients, factor)
+        return gradients
+
+    def _run(self, x: Tensor, row: PackedRow, out: Tensor) -> list[Kept]:
+        """Run all blocks; write the last one's output into `out` and return what they keep."""
+        levels = self.choose_levels(len(x))
         kept = [
-            block.reserve(len(hidden), row, level)
+            block.reserve(len(x), row, level)
             for block, level in zip(self.blocks, levels, strict=True)
         ]
         # All at once, for the reason given in `FusedBlock.reserve`.
-        outputs = [None if self.offload else torch.empty_like(hidden) for _ in self.blocks]
-        for block, level, of_block, output in zip(self.blocks, levels, kept, outputs, strict=True):
+        outputs = [None if self.offload else torch.empty_like(x) for _ in self.blocks[1:]]
+        hidden = x
+        for block, level, of_block, output in zip(
+            self.blocks, levels, kept, [*outputs, out], strict=True
+        ):
             x, hidden = hidden, torch.empty_like(hidden) if output is None else output
             if level == Level.OFFLOAD_GATE_UP:
                 self.stash.settle()  # free the last block's before allocating as much again
@@ -112,29 +147,66 @@ class FusedStep:
                 of_block.offload(self.stash, ("x", "attended", "log_sum_exp", "x_mid", "qkv"))
             elif level == Level.OFFLOAD_GATE_UP:
                 of_block.offload(self.stash, ("gate_up",))
-        del outputs
-        d_extended = hidden.new_zeros(len(hidden), hidden.shape[1] + self.blocks[-1].down.rank)
-        loss = self._loss(hidden, batch, d_extended)
-        return loss, _Pass(row, kept, d_extended)
+        return kept
 
-    def backward(self, state: _Pass, factor: Tensor) -> list[Tensor]:
-        """Return `factor` times the gradients of `parameters`, in fp32."""
+    def _run_back(self, of_blocks: list[Kept], d_extended: Tensor, row: PackedRow) -> list[Tensor]:
+        """Return the gradients of `parameters`, those of the summed loss; empty `of_blocks`."""
         gradients: list[Tensor] = []
         self.stash.settle()
-        waiting = [kept for kept in state.kept if kept.offloaded]
+        waiting = [kept for kept in of_blocks if kept.offloaded]
         if waiting:
             waiting[-1].fetch(self.stash)
         for block in reversed(self.blocks):
-            kept = state.kept.pop()
+            kept = of_blocks.pop()
             if kept.offloaded:
                 kept.take_back(self.stash)
                 waiting.pop()
                 if waiting:  # copied back while the blocks before it run
                     waiting[-1].fetch(self.stash)
-            gradients[:0] = block.backward(state.d_extended, kept, state.row)
+            gradients[:0] = block.backward(d_extended, kept, row)
         torch._foreach_mul_(gradients, self.factors)
-        torch._foreach_mul_(gradients, factor)
         return gradients
+
+    def _new_gradient(self, out: Tensor) -> Tensor:
+        """Return zeros for the gradient of `out`, with room for products with the adapters."""
+        return out.new_zeros(len(out), out.shape[1] + self.blocks[-1].down.rank)
+
+    def _graph_for(self, row: PackedRow) -> RowGraph:
+        """Return the graph of rows like `row`, recorded at the first one."""
+        key = RowGraph.key(row)
+        graph = self._graphs.pop(key, None)
+        if graph is None:
+            if self._buffers is None:
+                self._buffers = self._new_buffers(row)
+                self._pool = torch.cuda.graph_pool_handle()
+            if len(self._graphs) >= MOST_GRAPHS:
+                del self._graphs[next(iter(self._graphs))]
+            # Loads the kernels for rows of this length, which a recording must not.
+            self._try_block(row)
+            graph = RowGraph(row, self._buffers, self._pool, self._run, self._run_back)
+        self._graphs[key] = graph  # the last used last
+        return graph
+
+    def _try_block(self, row: PackedRow) -> None:
+        """Run one block there and back over a row of zeros."""
+        block, levels = self.blocks[0], self.choose_levels(len(row.cos))
+        x = self.embedding.new_zeros(len(row.cos), self.embedding.shape[1])
+        for level in sorted(set(levels)):
+            kept, out = block.reserve(len(x), row, level), torch.empty_like(x)
+            block.forward(x, row, level, kept, out)
+            block.backward(self._new_gradient(out), kept, row)
+
+    def _new_buffers(self, row: PackedRow) -> Buffers:
+        tokens, hidden, half = self.graph_tokens, self.embedding.shape[1], row.cos.shape[1]
+        x = self.embedding.new_empty(tokens, hidden)
+        return Buffers(
+            x=x,
+            cos=row.cos.new_empty(tokens, half),
+            sin=row.sin.new_empty(tokens, half),
+            out=torch.empty_like(x),
+            d_extended=self._new_gradient(x),
+            gradients=row.cos.new_empty(sum(self._sizes)),
+        )
 
     def _evaluate(self, batch: dict[str, Any]) -> Tensor:
         hidden, row = self._enter(batch)
