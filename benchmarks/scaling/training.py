@@ -30,8 +30,9 @@ from qwen3ft.recovery.adjust import FailedAttempt, Retry, decide_retry
 from qwen3ft.training import checkpoint
 from qwen3ft.units import GIB
 
-WARMUP_STEPS = 3
-"""Steps that compile kernels and fill caches; no speed is taken from them."""
+LEAST_WARMUP_STEPS, WARMUP_SHARE = 3, 0.2
+"""Steps that compile kernels, record graphs and fill caches, and the share of a training for them;
+no speed is taken from them."""
 
 STALL_SECONDS = 120.0
 LEAST_HOST_BYTES = 128 * GIB
@@ -114,7 +115,8 @@ def speeds_of(job: JobDir, plan: TrainPlan) -> dict[str, Any]:
     """Return losses and speeds of an attempt's steps; no speeds if it ended before it was warm."""
     lines = losses_of(job)
     # A step's tokens are the same on any number of ranks, so the mean of seconds per token is too.
-    rates = [line.tokens_per_second for line in lines if line.step > WARMUP_STEPS]
+    warmup = max(LEAST_WARMUP_STEPS, int(WARMUP_SHARE * plan.total_steps))
+    rates = [line.tokens_per_second for line in lines if line.step > warmup]
     found: dict[str, Any] = {"rates": rates, "losses": [line.loss for line in lines]}
     if not rates:
         return found
