@@ -1,14 +1,15 @@
 """Many runs and many readers at once on one stack: nothing is lost, and the servers stay small.
 
-    python -m benchmarks.load [--runs 200] [--at-once 3] [--clients 20] [--minutes 90]
-                              [--work DIR] [--out FILE]
+    python -m benchmarks.load [--runs 200] [--at-once 3] [--clients 20] [--asking-minutes 60]
+                              [--minutes 120] [--work DIR] [--out FILE]
 
 Brings up separate servers and a worker in a temporary project folder and lets the deployment run
 `--at-once` runs. One run is trained and put into use; then `--runs` are requested at once: one in
-ten trains a few steps, the others find nothing new. Meanwhile `--clients` threads ask both servers
-without a pause. Exits with 1 if a run is lost or does not complete, if MLflow lacks any of it, if a
-server gave no answer for `LONGEST_SILENCE_SECONDS`, or if its memory grew by more than
-`MOST_GROWTH` from the second quarter of the time to the last.
+ten trains a few steps, the others find nothing new. Meanwhile, and for `--asking-minutes` at least,
+`--clients` threads ask both servers each second, as a page of theirs does. Exits with 1 if a run is
+lost or does not complete, if MLflow lacks any of it, if a server gave no answer for
+`LONGEST_SILENCE_SECONDS`, or if its memory grew by more than `MOST_GROWTH` from the second quarter
+of the time to the last.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ TRAINS_EVERY = 10
 LONGEST_SILENCE_SECONDS = 60.0
 MOST_GROWTH = 0.25
 SAMPLE_SECONDS = 5.0
+ASK_EVERY_SECONDS = 1.0
 SERVERS = ("prefect", "mlflow")
 TINY = {"max_steps": 6, "evaluate_every_steps": 3, "max_rows": 96, "inference_rows": 24}
 
@@ -181,7 +183,7 @@ class Load:
             "prefect": (f"{self._api()}/flow_runs/filter", {"limit": 50}),
             "mlflow": (mlflow, {"experiment_ids": ["0", "1"], "max_results": 50}),
         }
-        while not self._ended.is_set():
+        while not self._ended.wait(ASK_EVERY_SECONDS):
             for name, (address, body) in questions.items():
                 started = time.monotonic()
                 answer = self._json(address, body)
@@ -243,7 +245,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--at-once", type=int, default=3)
     parser.add_argument("--clients", type=int, default=20)
-    parser.add_argument("--minutes", type=float, default=90.0, help="time for all runs to end")
+    parser.add_argument("--asking-minutes", type=float, default=60.0, help="least time to ask for")
+    parser.add_argument("--minutes", type=float, default=120.0, help="time for all runs to end")
     parser.add_argument("--work", type=Path, help="folder to keep")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args(arguments)
@@ -254,8 +257,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         load.open()
         load.ask_meanwhile(asked.clients)
+        asking = time.monotonic()
         requested = load.request(asked.runs)
         states = load.wait(requested, 60 * asked.minutes)
+        time.sleep(max(0.0, asking + 60 * asked.asking_minutes - time.monotonic()))
         summary = {"machine": describe_machine(), **judge(load, requested, states)}
     finally:
         load.close()

@@ -13,7 +13,8 @@ workers. For each model, and for each number of ranks, the first of which is 1:
   peak of each rank and GPU, and the loss of each step beside that of one rank.
 - `exam`: the inference stage of a run, 600 questions to base and adapter, dealt to the ranks.
 - `answers`: the decoder alone, 600 questions of up to 256 new tokens to one model and to three,
-  dealt to the GPUs; and the steps that it needs, as the longest answer takes its time.
+  and 4,800 to one, dealt to the GPUs; and the steps that it needs, as the longest answer takes its
+  time.
 - `kill`: rank 0 is killed twice, and recovery ends the run on the others (the first model).
 - `side`: two runs at once on disjoint GPUs, beside one alone (the first model).
 

@@ -19,11 +19,11 @@ CONTESTANTS = "benchmarks.answers.contestants"
 SEED = 0
 
 
-def answer_case(model: str, models: int) -> Case:
+def answer_case(model: str, models: int, questions: int) -> Case:
     """Return the questions to as many of base, candidate and champion."""
     if model == TINY:
-        return Case(model, 4.0, 16, 24, models)
-    return Case(model, 13.0, 256, 600, models)
+        return Case(model, 4.0, 16, questions // 25, models)
+    return Case(model, 13.0, 256, questions, models)
 
 
 def answer(

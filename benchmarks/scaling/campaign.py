@@ -27,8 +27,9 @@ LEAST_SIDE_BY_SIDE = 0.95
 MOST_LOSS_DRIFT = 0.005
 MOST_END_SECONDS = 10.0
 MAKER, CHILD = "benchmarks.speed.contestants", "benchmarks.scaling.parts"
-ANSWERING_MODELS = (1, 3)
-"""Models that answer each question: one adapter, or base, candidate and champion as in a run."""
+ANSWERING = ((1, 600), (1, 4800), (3, 600))
+"""Models that answer, one adapter, or base, candidate and champion as in a run; and questions for
+each. Of 600 the longest answer ends last wherever it is written, so GPUs win less there."""
 
 STEPS = {"4b": {64: 100, 256: 12}, "14b": {256: 6, 64: 8}, TINY: {8: 12, 32: 6}}
 """{model: {rows a step: steps}}, in the order in which they run; of others as many as of 14b."""
@@ -83,9 +84,10 @@ class Campaign:
                     self.part("train", model, ranks, self.train, rows=rows)
             for ranks in self.asked.ranks if "exam" in self.asked.parts else ():
                 self.part("exam", model, ranks, self.exam)
-            for models in ANSWERING_MODELS if "answers" in self.asked.parts else ():
+            for models, asked in ANSWERING if "answers" in self.asked.parts else ():
                 for ranks in self.asked.ranks:
-                    self.part("answers", model, ranks, self.answers, models=models)
+                    more = {"models": models, "questions": asked}
+                    self.part("answers", model, ranks, self.answers, **more)
             if "side" in self.asked.parts and model == first and len(self.gpus) > 1:
                 self.part("side", model, 1, self.side_by_side, rows=self.larger(model))
             if "shared" in self.asked.parts and model == first:
@@ -158,7 +160,7 @@ class Campaign:
 
     def folder(self, row: Mapping[str, Any], number: int = 0) -> Path:
         """Return the folder of a part's process."""
-        names = ("part", "model", "rows", "models", "ranks", "take", "segment_mb")
+        names = ("part", "model", "rows", "models", "questions", "ranks", "take", "segment_mb")
         kind = "-".join(str(row[name]).replace(" ", "-") for name in names if name in row)
         return self.work / "parts" / f"{kind}-{number}"
 
@@ -229,7 +231,7 @@ class Campaign:
 
     def alone(self, row: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return the row of the same part on one rank; None if there is none."""
-        names = ("part", "model", "rows", "models")
+        names = ("part", "model", "rows", "models", "questions")
         same = [each for each in self.rows if all(each.get(n) == row.get(n) for n in names)]
         return next((each for each in same if each["ranks"] == 1 and each["status"] == "ok"), None)
 
@@ -288,13 +290,14 @@ class Campaign:
         """Answer questions, dealt to the GPUs; the same answers must come as from one."""
         model, ranks = row["model"], row["ranks"]
         snapshot = self.models[model].result()["snapshot"]
-        case = answer_case(model, row["models"])
+        case = answer_case(model, row["models"], row["questions"])
         folders = [self.folder(row, number) for number in range(ranks)]
         found = answer(case, snapshot, folders, self.gpus[:ranks], self.limit_seconds)
         alone = self.alone(row)
         if alone:
             found["speedup"] = alone["answer_seconds"][0] / max(found["answer_seconds"])
-            name = f"{model}, answers of {ranks} ranks, {row['models']} models"
+            asked = f"{row['questions']} questions to {row['models']}"
+            name = f"{model}, answers of {ranks} ranks, {asked}"
             self.bars[f"{name}: those of one"] = found["digest"] == alone["digest"]
             if self.gpus and ranks in LEAST_SPEEDUP:
                 least = LEAST_SPEEDUP[ranks]

@@ -61,8 +61,10 @@ class ProgressCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Have a resumed trainer finish the step that it resumes from."""
+        """Record graphs, and have a resumed trainer finish the step that it resumes from."""
         assert self.trainer is not None
+        self.heartbeat.beat("train", state.global_step)  # where memory runs out in a recording
+        self.trainer.record_graphs()
         if self.trainer.plan.resume_from is not None:
             self.trainer.finish_step()
 

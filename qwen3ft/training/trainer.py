@@ -13,10 +13,11 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from transformers import Trainer, TrainerControl
 from qwen3ft.errors import DivergedError, PreemptedError, RanksPartedError
 from qwen3ft.faults import reach
 from qwen3ft.jobs.folders import RunDir
+from qwen3ft.planning.fused_sizes import MOST_GRAPHS
 from qwen3ft.training import checkpoint
 from qwen3ft.training.batches import (
     EffectiveBatchOrder,
@@ -44,6 +46,7 @@ from qwen3ft.training.checkpoint_writer import (
     load_rng_state,
 )
 from qwen3ft.training.fused import fused_step
+from qwen3ft.training.fused.graphs import row_size
 from qwen3ft.training.host_optimizer import HostAdamW
 from qwen3ft.training.late_metrics import DelayedMetrics
 from qwen3ft.training.loss import summed_loss
@@ -57,6 +60,9 @@ if TYPE_CHECKING:
     from qwen3ft.records.plan import TrainPlan
     from qwen3ft.training.fused.step import FusedStep
     from qwen3ft.training.ranks import Ranks
+
+STEPS_TO_RECORD = 200
+"""Steps whose rows are recorded before the first one."""
 
 KEPT_ENTRIES = 200
 """Newest entries of the log history to keep at least, besides all evaluations. The entries of
@@ -180,6 +186,19 @@ class QATrainer(Trainer):
             return total
         self._beat()
         return self.ranks.sum_gradients(self._trained, total)
+
+    def record_graphs(self) -> None:
+        """Record the CUDA graphs of the rows of the first steps, longest rows first.
+
+        Before the first step, so that memory that does not suffice runs out at once, and several
+        ranks record at the same time instead of waiting for each other.
+        """
+        if self.fused is None or not self.plan.memory.graphs:
+            return
+        rows = chain.from_iterable(islice(self.sampler, STEPS_TO_RECORD))
+        sizes = Counter(row_size(self.order.lengths[row].tolist()) for row in rows)
+        common = [size for size, _ in sizes.most_common(MOST_GRAPHS)]
+        self.fused.record(sorted(common, reverse=True))
 
     def _beat(self) -> None:
         """Give a sign of life, as after a micro-batch.

@@ -11,6 +11,7 @@ from support.fused_models import CASES, build, gradients, make_row
 from qwen3ft.planning.recompute import Level
 from qwen3ft.training.batches import PackedCollator
 from qwen3ft.training.fused import element_wise, step
+from qwen3ft.training.fused.graphs import row_size
 from qwen3ft.training.fused.step import FusedStep
 
 pytestmark = [
@@ -81,12 +82,24 @@ def test_the_bits_are_those_of_rows_without_graphs(
         assert all(torch.equal(own, other) for own, other in pairs)
 
 
+def test_what_was_recorded_before_is_what_rows_need(model: Any) -> None:
+    """A size that is computed from lengths alone is that of the packed row."""
+    run = make_step(model, 4096)
+    sizes = {row_size(lengths) for lengths in ROWS}
+    run.record(sizes)
+    recorded = dict(run._graphs)
+    for lengths in ROWS:
+        run(make_batch(lengths)).backward()
+    assert run._graphs == recorded
+    model.zero_grad()
+
+
 def test_each_length_is_recorded_once_and_longer_rows_run_without(model: Any) -> None:
     """As few graphs as lengths, and none for a row over the limit."""
     run = make_step(model, 640)
     for lengths in (*ROWS, *ROWS):
         run(make_batch(lengths)).backward()
     slots = {make_batch(lengths)["input_ids"].shape[1] for lengths in ROWS}
-    assert {key[0] for key in run._graphs} == {count for count in slots if count <= 640}
+    assert {size.tokens for size in run._graphs} == {count for count in slots if count <= 640}
     assert max(slots) > 640
     model.zero_grad()

@@ -12,21 +12,51 @@ as without graphs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from qwen3ft.planning.packing import next_power_of_2
+from qwen3ft.planning.packing import next_power_of_2, row_tokens
 from qwen3ft.training.fused.attention import Segments
 from qwen3ft.training.fused.block import PackedRow
 from qwen3ft.training.fused.kept import Kept
 
 LEAST_BOUNDS, LEAST_LONGEST_TOKENS = 16, 256
-"""Fewest bounds of sequences in a graph, and the least that attention takes for the longest one's
-length. From there on both are powers of 2; sequences that a row lacks have no token."""
+"""Least numbers of a `RowSize`; from there on they are powers of 2, so that there are few sizes."""
+
+
+class RowSize(NamedTuple):
+    """Numbers that all rows of a graph have in common."""
+
+    tokens: int
+    """Slots of the row."""
+    bounds: int
+    """Bounds of its sequences; those that a row lacks have no token."""
+    longest: int
+    """Tokens that attention takes for those of the longest sequence."""
+
+
+def row_size(lengths: Sequence[int]) -> RowSize:
+    """Return the size of a row of sequences of these lengths in tokens."""
+    real = sum(lengths)
+    tokens = row_tokens(real, graphs=True)
+    # Padding is a sequence, too (`qwen3ft.training.batches.PackedCollator`).
+    sequences = len(lengths) + (tokens > real)
+    return _size(tokens, sequences, max(*lengths, tokens - real))
+
+
+def size_of(row: PackedRow) -> RowSize:
+    """Return the size of a packed row."""
+    segments = row.segments
+    return _size(len(row.cos), len(segments.host_bounds) - 1, segments.longest)
+
+
+def _size(tokens: int, sequences: int, longest_tokens: int) -> RowSize:
+    bounds = max(LEAST_BOUNDS, next_power_of_2(sequences + 1))
+    return RowSize(tokens, bounds, max(LEAST_LONGEST_TOKENS, next_power_of_2(longest_tokens)))
 
 
 @dataclass(frozen=True)
@@ -55,75 +85,61 @@ Backward = Callable[[list[Kept], Tensor, PackedRow], list[Tensor]]
 
 
 class RowGraph:
-    """Forward and backward of rows of one length.
+    """Forward and backward of rows of one length; `record` comes first.
 
     Args:
-        row: A row of that length.
+        size: What the rows have in common.
         buffers: What passes in and out.
-        pool: The memory of all graphs.
-        forward: Runs all blocks.
-        backward: Runs them back.
+        chunk_tokens: Tokens whose wide intermediates exist at a time.
+        head_groups: Number of parts in which attention is computed.
     """
 
     def __init__(
-        self,
-        row: PackedRow,
-        buffers: Buffers,
-        pool: Any,
-        forward: Forward,
-        backward: Backward,
+        self, size: RowSize, buffers: Buffers, chunk_tokens: int, head_groups: int
     ) -> None:
-        tokens, bounds, longest = self.key(row)
-        self._tokens = tokens
-        self._x, self._cos, self._sin = (
-            buffers.x[:tokens],
+        tokens = size.tokens
+        self._x, self._out = buffers.x[:tokens], buffers.out[:tokens]
+        self.d_extended, self._gradients = buffers.d_extended[:tokens], buffers.gradients
+        count, device = torch.arange(size.bounds), buffers.x.device
+        # Until a row is there: sequences of about the same length.
+        bounds = (count * -(-tokens // (size.bounds - 1))).clamp(max=tokens)
+        self.row = PackedRow(
+            # Without bounds on the host: sequences for cuDNN's kernels are longer than such rows.
+            Segments(bounds.to(device, torch.int32), size.longest, (0,)),
             buffers.cos[:tokens],
             buffers.sin[:tokens],
-        )
-        self.out, self.d_extended = buffers.out[:tokens], buffers.d_extended[:tokens]
-        self.gradients = buffers.gradients
-        self._bounds = torch.full((bounds,), tokens, dtype=torch.int32, device=row.cos.device)
-        own = PackedRow(
-            # Without bounds on the host: sequences for cuDNN's kernels are longer than such rows.
-            Segments(self._bounds, longest, (0,)),
-            self._cos,
-            self._sin,
-            row.chunk_tokens,
-            row.head_groups,
+            chunk_tokens,
+            head_groups,
         )
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with self._recording(self._forward, pool):
+
+    def record(self, pool: Any, forward: Forward, backward: Backward) -> None:
+        """Record what runs all blocks, and what runs them back, in the memory of `pool`."""
+        with _recording(self._forward, pool):
             self.d_extended.zero_()
-            kept = forward(self._x, own, self.out)
-        with self._recording(self._backward, pool):
-            gradients = backward(kept, self.d_extended, own)
-            views = torch.split(self.gradients, [each.numel() for each in gradients])
+            kept = forward(self._x, self.row, self._out)
+        with _recording(self._backward, pool):
+            gradients = backward(kept, self.d_extended, self.row)
+            views = torch.split(self._gradients, [each.numel() for each in gradients])
             torch._foreach_copy_(list(views), [each.view(-1) for each in gradients])
-
-    @staticmethod
-    def key(row: PackedRow) -> tuple[int, int, int]:
-        """Return what the rows of a graph have in common."""
-        bounds = max(LEAST_BOUNDS, next_power_of_2(len(row.segments.host_bounds)))
-        longest = max(LEAST_LONGEST_TOKENS, next_power_of_2(row.segments.longest))
-        return len(row.cos), bounds, longest
-
-    @staticmethod
-    def _recording(graph: torch.cuda.CUDAGraph, pool: Any) -> torch.cuda.graph:
-        # Other threads write checkpoints and watch NCCL meanwhile: their calls are no mistake.
-        return torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
 
     def forward(self, x: Tensor, row: PackedRow) -> Tensor:
         """Return the output of the last block, (T, hidden); valid until the next forward."""
         self._x.copy_(x)
-        self._cos.copy_(row.cos)
-        self._sin.copy_(row.sin)
-        bounds = row.segments.bounds
-        missing = len(self._bounds) - len(bounds)
-        self._bounds.copy_(torch.nn.functional.pad(bounds, (0, missing), value=self._tokens))
+        self.row.cos.copy_(row.cos)
+        self.row.sin.copy_(row.sin)
+        own, bounds = self.row.segments.bounds, row.segments.bounds
+        missing = len(own) - len(bounds)
+        own.copy_(torch.nn.functional.pad(bounds, (0, missing), value=len(x)))
         self._forward.replay()
-        return self.out
+        return self._out
 
     def backward(self, factor: Tensor) -> Tensor:
         """Return `factor` times the gradients of all adapters, fp32, one after the other."""
         self._backward.replay()
-        return self.gradients * factor
+        return self._gradients * factor
+
+
+def _recording(graph: torch.cuda.CUDAGraph, pool: Any) -> torch.cuda.graph:
+    # Other threads write checkpoints and watch NCCL meanwhile: their calls are no mistake.
+    return torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")

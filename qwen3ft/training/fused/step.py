@@ -7,7 +7,7 @@ by chunk (Liger, Hsu et al. 2024, arXiv:2410.10989), so logits are never kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from qwen3ft.planning.fused_sizes import MOST_GRAPHS
 from qwen3ft.planning.recompute import Level
 from qwen3ft.training.fused.attention import Segments
 from qwen3ft.training.fused.block import FusedBlock, PackedRow
-from qwen3ft.training.fused.graphs import Buffers, RowGraph
+from qwen3ft.training.fused.graphs import Buffers, RowGraph, RowSize, size_of
 from qwen3ft.training.fused.kept import Kept
 from qwen3ft.training.fused.offload import HostStash
 from qwen3ft.training.fused.ops import ElementWise
@@ -79,7 +79,7 @@ class FusedStep:
         self.norm, self.rotary = base.model.norm, base.model.rotary_emb
         self.blocks = [FusedBlock(block, ops) for block in base.model.layers]
         self.graph_tokens = graph_tokens
-        self._graphs: dict[tuple[int, ...], RowGraph] = {}
+        self._graphs: dict[RowSize, RowGraph] = {}
         self._buffers: Buffers | None = None
         groups = [group for block in self.blocks for group in block.groups]
         self.parameters = [parameter for group in groups for parameter in group.parameters]
@@ -107,7 +107,7 @@ class FusedStep:
         """Return the loss and the state for `backward`."""
         hidden, row = self._enter(batch)
         if len(hidden) <= self.graph_tokens:
-            graph = self._graph_for(row)
+            graph = self._graph_of(size_of(row))
             loss = self._loss(graph.forward(hidden, row), batch, graph.d_extended)
             return loss, _Pass(row, [], graph.d_extended, graph)
         out = torch.empty_like(hidden)
@@ -171,20 +171,24 @@ class FusedStep:
         """Return zeros for the gradient of `out`, with room for products with the adapters."""
         return out.new_zeros(len(out), out.shape[1] + self.blocks[-1].down.rank)
 
-    def _graph_for(self, row: PackedRow) -> RowGraph:
-        """Return the graph of rows like `row`, recorded at the first one."""
-        key = RowGraph.key(row)
-        graph = self._graphs.pop(key, None)
+    def record(self, sizes: Iterable[RowSize]) -> None:
+        """Record the graphs of rows of these sizes; others are recorded at their first row."""
+        for size in sizes:
+            self._graph_of(size)
+
+    def _graph_of(self, size: RowSize) -> RowGraph:
+        graph = self._graphs.pop(size, None)
         if graph is None:
             if self._buffers is None:
-                self._buffers = self._new_buffers(row)
+                self._buffers = self._new_buffers()
                 self._pool = torch.cuda.graph_pool_handle()
             if len(self._graphs) >= MOST_GRAPHS:
                 del self._graphs[next(iter(self._graphs))]
+            graph = RowGraph(size, self._buffers, self.chunk_tokens, self.head_groups)
             # Loads the kernels for rows of this length, which a recording must not.
-            self._try_block(row)
-            graph = RowGraph(row, self._buffers, self._pool, self._run, self._run_back)
-        self._graphs[key] = graph  # the last used last
+            self._try_block(graph.row)
+            graph.record(self._pool, self._run, self._run_back)
+        self._graphs[size] = graph  # the last used last
         return graph
 
     def _try_block(self, row: PackedRow) -> None:
@@ -196,16 +200,16 @@ class FusedStep:
             block.forward(x, row, level, kept, out)
             block.backward(self._new_gradient(out), kept, row)
 
-    def _new_buffers(self, row: PackedRow) -> Buffers:
-        tokens, hidden, half = self.graph_tokens, self.embedding.shape[1], row.cos.shape[1]
-        x = self.embedding.new_empty(tokens, hidden)
+    def _new_buffers(self) -> Buffers:
+        tokens, half = self.graph_tokens, self.rotary.inv_freq.numel()
+        x = self.embedding.new_empty(tokens, self.embedding.shape[1])
         return Buffers(
             x=x,
-            cos=row.cos.new_empty(tokens, half),
-            sin=row.sin.new_empty(tokens, half),
+            cos=x.new_empty(tokens, half, dtype=torch.float32),
+            sin=x.new_empty(tokens, half, dtype=torch.float32),
             out=torch.empty_like(x),
             d_extended=self._new_gradient(x),
-            gradients=row.cos.new_empty(sum(self._sizes)),
+            gradients=x.new_empty(sum(self._sizes), dtype=torch.float32),
         )
 
     def _evaluate(self, batch: dict[str, Any]) -> Tensor:
