@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,8 +23,16 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["PREFECT_HOME"] = tempfile.mkdtemp(prefix="qwen3ft-prefect-")  # results and settings
+_MADE_BY = os.getpid()
 # Two threads on two cores that others use too are slower than one, and bits depend on the number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@atexit.register
+def _remove_prefect_home() -> None:
+    if os.getpid() == _MADE_BY:  # warm workers are forks of this process
+        shutil.rmtree(os.environ["PREFECT_HOME"], ignore_errors=True)
+
 
 gc.disable()  # while the modules of the tests are imported: there is no garbage among them
 
