@@ -69,8 +69,12 @@ class Answers:
                 self.failed += 1
                 return
             self.seconds.append(now - started)
-            self.longest_silence_seconds = max(self.longest_silence_seconds, now - self.last)
-            self.last = now
+            self.note_silence(now)
+
+    def note_silence(self, now: float) -> None:
+        """Count the time from the last answer until `now`."""
+        self.longest_silence_seconds = max(self.longest_silence_seconds, now - self.last)
+        self.last = now
 
     def summary(self) -> dict[str, float]:
         """Return counts, and the median and 99th percentile in seconds."""
@@ -142,6 +146,8 @@ class Load:
 
     def ask_meanwhile(self, clients: int) -> list[threading.Thread]:
         """Start the clients and the reader of the servers' memory."""
+        for answers in self.answers.values():
+            answers.last = time.monotonic()
         work = [threading.Thread(target=self._ask, daemon=True) for _ in range(clients)]
         work.append(threading.Thread(target=self._sample, daemon=True))
         for thread in work:
@@ -220,6 +226,7 @@ def judge(load: Load, requested: Sequence[str], states: dict[str, str]) -> dict[
     locked = {}
     for name in SERVERS:
         answers, grown = load.answers[name], growth(load.memory_mib[name])
+        answers.note_silence(time.monotonic())  # one that died gives no answer that ends it
         if answers.longest_silence_seconds > LONGEST_SILENCE_SECONDS:
             silence = answers.longest_silence_seconds
             problems.append(f"{name} gave no answer for {silence:.0f} s")

@@ -13,6 +13,7 @@ from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import ConfigError
 from qwen3ft.planning.footprint import predict_memory, total_bytes
 from qwen3ft.planning.fused_search import fastest_fused, why_not_fused
+from qwen3ft.planning.gpu_specs import find_gpu_spec
 from qwen3ft.planning.plain_settings import plain_candidates, with_evaluation
 from qwen3ft.planning.reasons import fused_reasons, plain_reasons
 from qwen3ft.planning.refusal import nothing_fits
@@ -74,6 +75,7 @@ def _fused_fit(
         typical_tokens=request.typical_tokens,
         recompute=request.config.gradient_checkpointing,
         host_bytes=request.host_bytes,
+        gpu=find_gpu_spec(gpus[0].name) if (gpus := request.environment.gpus) else None,
     )
     if work is None:
         return None

@@ -21,8 +21,9 @@ from qwen3ft.planning.fused_settings import (
     host_bytes_needed,
 )
 from qwen3ft.planning.fused_sizes import FusedSizes
+from qwen3ft.planning.gpu_specs import GpuSpec
 from qwen3ft.planning.recompute import Level
-from qwen3ft.planning.speed import ranking_seconds
+from qwen3ft.planning.speed import is_launch_bound, ranking_seconds, typical_rows
 from qwen3ft.planning.workload import Workload
 from qwen3ft.records.machine import EnvironmentReport
 from qwen3ft.records.model import AdapterSpec
@@ -56,6 +57,7 @@ def fastest_fused(
     typical_tokens: int,
     recompute: str,
     host_bytes: int,
+    gpu: GpuSpec | None = None,
 ) -> Workload | None:
     """Return the settings estimated to be fastest among those that fit; None if none does.
 
@@ -66,6 +68,7 @@ def fastest_fused(
         typical_tokens: Mean length of a sequence.
         recompute: `config.gradient_checkpointing`.
         host_bytes: Memory of the host.
+        gpu: The kind of GPU, if it is a known one.
     """
     every = fused_candidates(first, effective_batch_size, typical_tokens, recompute, host_bytes)
     shape = first.shape
@@ -73,11 +76,22 @@ def fastest_fused(
     weights_bytes = shape.linear_parameters // 2 + shape.embedding_parameters * first.compute_bytes
     possible = [each for each in every if weights_bytes + each.least <= limit_bytes]
     possible.sort(key=lambda each: (each.least_seconds, each.place))
-    fastest = _fastest(possible, limit_bytes)
+    without = [each for each in possible if not each.work.memory.graphs]
+    fastest = _fastest(without, limit_bytes)
+    batch = effective_batch_size, typical_tokens
+    if fastest is not None and is_launch_bound(gpu, fastest, *batch):
+        # In no more rows than without graphs: the ranking is an H200's, and on slower GPUs graphs
+        # would not make up for them.
+        rows, _ = typical_rows(fastest, *batch)
+        graphs = [each for each in possible if each.work.memory.graphs]
+        as_few = [each for each in graphs if typical_rows(each.work, *batch)[0] <= rows]
+        found = _fastest(as_few, limit_bytes)
+        if found and ranking_seconds(found, *batch) < ranking_seconds(fastest, *batch):
+            return found
     if fastest is None and first.device == "cuda" and not first.memory.offload_optimizer:
         # Moments in host memory cost time in each step: the last resort.
         lean = [
-            replace(each, work=each.work.with_memory(offload_optimizer=True)) for each in possible
+            replace(each, work=each.work.with_memory(offload_optimizer=True)) for each in without
         ]
         fastest = _fastest(lean, limit_bytes)
     return fastest

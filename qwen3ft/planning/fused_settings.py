@@ -144,11 +144,16 @@ def combinations(
         offloads += [(True, True), (True, False)]
     for size in micro_batches:
         base = first.with_memory(kernels="fused", packing=True, micro_batch_size=size)
+        with_graphs = base.with_memory(graphs=True)
         # What waits in host memory comes and goes on a stream of its own, which no graph has.
         # Offloading gate and up takes room for what is in transit, so without it less may fit.
         mlp_blocks = sorted({offloadable(base), 0}, reverse=True)
         ways = [(*offloads[0], blocks, False) for blocks in mlp_blocks]
-        ways += [(*offloads[0], 0, True)] if on_gpu and base.tokens < LONGEST_GRAPH_TOKENS else []
+        ways += (
+            [(*offloads[0], 0, True)]
+            if on_gpu and with_graphs.tokens < LONGEST_GRAPH_TOKENS
+            else []
+        )
         ways += [(*way, 0, False) for way in offloads[1:]]
         longest = max(base.tokens, row_tokens(base.memory.eval_batch_size * base.eval_tokens))
         for chunk, loss, group, (offload, attention, blocks, graphs) in itertools.product(

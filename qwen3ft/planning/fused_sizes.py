@@ -42,13 +42,12 @@ from qwen3ft.planning.recompute import (
 )
 from qwen3ft.planning.workload import Workload
 from qwen3ft.records.model import ModelShape
-from qwen3ft.units import MIB
 
 MOST_GRAPHS = 32
-"""Most lengths of rows whose CUDA graphs exist at one time."""
+"""Most sizes of rows whose CUDA graphs exist at one time."""
 
-GRAPHS_BYTES = 128 * MIB
-"""Memory that the driver takes for as many: 3.4 MiB for 4B's two of each length."""
+GRAPH_BYTES_PER_BLOCK = 100 * 1024
+"""Memory that the driver takes for the two graphs of a size: 3.4 MiB for 36 blocks."""
 
 
 class FusedSizes:
@@ -152,17 +151,24 @@ class FusedSizes:
     def beside_graphs_bytes(self, tokens: int) -> int:
         """Return the bytes beside CUDA graphs, which hold the memory of rows of up to `tokens`.
 
-        That is what passes into and out of them, and the loss or an evaluation, which run without.
+        That is what passes into and out of them, and the largest of what runs without: the loss, an
+        evaluation, the block that is tried before a recording, and the gradients of a micro-batch
+        on their way to those of the step.
         """
         c, shape = self.compute_bytes, self.shape
-        passing = c * tokens * (4 * shape.hidden_size + padded_rank(self.rank))
-        passing += self._rotary_bytes(tokens) + 4 * self.work.adapter.trainable_parameters
+        hidden, low = shape.hidden_size, padded_rank(self.rank)
+        gradients = 4 * self.work.adapter.trainable_parameters
+        passing = c * tokens * (4 * hidden + low) + self._rotary_bytes(tokens) + gradients
         targets = min(self.memory.loss_chunk_tokens, tokens)
-        loss = c * targets * (shape.vocab_size + 3 * shape.hidden_size)
+        loss = c * targets * (shape.vocab_size + 3 * hidden)
         # The search gives an evaluation as many rows as a row of training holds, at its end.
         held_out = row_tokens(self.memory.eval_batch_size * self.work.eval_tokens, graphs=True)
         evaluation = self.evaluation_bytes(max(tokens, held_out)) + self.weight_bytes
-        return passing + max(loss, evaluation) + GRAPHS_BYTES
+        tried = c * tokens * (2 * hidden + low) + self.weight_bytes
+        tried += tokens * self.kept_per_token()[Level.RECOMPUTE_ALL]
+        tried += self.backward_bytes(tokens, Level.RECOMPUTE_ALL)
+        graphs = MOST_GRAPHS * GRAPH_BYTES_PER_BLOCK * shape.num_hidden_layers
+        return passing + max(loss, evaluation, tried, gradients) + graphs
 
     def row_bytes(self, tokens: int, levels: tuple[Level, ...]) -> int:
         """Return the peak of training a row: what its blocks keep, and what comes and goes.
@@ -172,7 +178,8 @@ class FusedSizes:
             levels: Level of each block.
         """
         kept = self.kept_bytes(tokens, levels)
-        peaks = [kept + self.forward_bytes(tokens, max(levels)), kept + self.loss_bytes(tokens)]
+        peaks = [kept + self.forward_bytes(tokens, max(levels))]
+        peaks += [] if self.memory.graphs else [kept + self.loss_bytes(tokens)]
         per_token = self.kept_per_token()
         freed, before = 0, len(levels)
         # The backward begins at the last block and frees each before it comes to the next, so the

@@ -17,12 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 ROW_MULTIPLE_TOKENS = 32
-
-SMALLEST_GRAPH_MULTIPLE_TOKENS, GRAPH_LENGTHS = 128, 16
-"""The same where rows run as CUDA graphs, of which each length has its own: more for long rows, so
-that at most 16 lengths lie between one and twice as much, and 2 % of a row is padding."""
 """Multiple of tokens that packed rows are padded to: tensor cores and attention masks need 8 or 16,
 and fewer different shapes are cheaper."""
+
+LEAST_GRAPH_MULTIPLE_TOKENS, GRAPH_LENGTHS = 128, 16
+"""The same where rows run as CUDA graphs, of which each length has its own: more for long rows, so
+that at most 16 lengths lie between one and twice as much. About 2 % of rows over 2,048 tokens are
+padding."""
 
 Lengths = Sequence[int] | NDArray[np.integer]
 """Tokens of each sequence, shape (sequences,)."""
@@ -108,7 +109,7 @@ def row_tokens(tokens: int, *, graphs: bool = False) -> int:
     if not graphs:
         return round_up(tokens, ROW_MULTIPLE_TOKENS)
     half = next_power_of_2(tokens) // 2
-    return round_up(tokens, max(SMALLEST_GRAPH_MULTIPLE_TOKENS, half // GRAPH_LENGTHS))
+    return round_up(tokens, max(LEAST_GRAPH_MULTIPLE_TOKENS, half // GRAPH_LENGTHS))
 
 
 def next_power_of_2(number: int) -> int:

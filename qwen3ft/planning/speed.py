@@ -30,7 +30,7 @@ from __future__ import annotations
 import math
 
 from qwen3ft.planning.fused_sizes import FusedSizes, linear_parameters
-from qwen3ft.planning.gpu_specs import GpuSpec
+from qwen3ft.planning.gpu_specs import GpuSpec, require_gpu_spec
 from qwen3ft.planning.packing import round_up, row_tokens
 from qwen3ft.planning.recompute import Level
 from qwen3ft.planning.workload import Workload
@@ -59,10 +59,8 @@ OFFLOAD_BYTES_PER_SECOND = 20e9
 OFFLOAD_OVERHEAD = 1.1
 """Factor on the time of a row that offloads its activations."""
 
-GRAPH_OVERHEAD = 1.15
-"""Factor on the time of a row that runs as CUDA graphs: longer padding, and 0.2 s to record each
-length. Without it 4B would run 64 sequences as two rows with graphs instead of one without, at
-24,100 tokens/s over the first steps on an H200 instead of 25,700."""
+GRAPH_OVERHEAD = 1.05
+"""The same for a row that runs as CUDA graphs: longer padding, and 0.2 s to record each size."""
 
 PRODUCT_SHARE = 0.63
 """Share of a GPU's peak that products reach in the step."""
@@ -156,6 +154,24 @@ def ranking_seconds(
     seconds = _row_seconds(sizes, row, levels, computing, OFFLOAD_BYTES_PER_SECOND)
     overhead = OFFLOAD_OVERHEAD if memory.offload_activations else 1.0
     return rows * seconds * (GRAPH_OVERHEAD if memory.graphs else overhead)
+
+
+def is_launch_bound(
+    gpu: GpuSpec | None, work: Workload, sequences: int, typical_tokens: int
+) -> bool:
+    """Return True if launching the kernels of a typical row takes longer than computing it.
+
+    Args:
+        gpu: The kind of GPU; an H200 if None, which is among the fastest.
+        work: The settings.
+        sequences: Sequences per optimizer step.
+        typical_tokens: Mean length of a sequence.
+    """
+    _, row = typical_rows(work, sequences, typical_tokens)
+    gpu, sizes = gpu or require_gpu_spec("h200"), FusedSizes(work)
+    levels = sizes.levels(row, work.memory.activation_bytes)
+    seconds = _roofline_seconds(gpu, sizes, row, levels, typical_tokens)
+    return seconds < LAUNCH_SECONDS_PER_BLOCK * work.shape.num_hidden_layers
 
 
 def estimate_speed(

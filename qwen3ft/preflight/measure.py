@@ -4,8 +4,9 @@ Everything is that of a training attempt, from its data loader to its checkpoint
 each step are given. Counters of peaks start anew with every phase, where the system allows it:
 torch's always, Linux's for the resident set.
 
-Not covered: fragmentation over many steps of varying length, host memory of a checkpoint beside a
-GPU, and libraries that take memory at a first use later.
+Not covered: fragmentation over many steps of varying length, CUDA graphs of more sizes of rows than
+these steps have, host memory of a checkpoint beside a GPU, and libraries that take memory at a
+first use later.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ def measure(
     if faults := planted_in_preflight(request.number):
         trainer.add_callback(FaultCallback(faults))
     trainer.add_callback(meter)
+    if request.plan.memory.graphs:  # recorded before the first step, they hold rows' memory
+        meter.enter("forward_backward")
     engine.train_model(trainer)
     meter.close()
     trained = (p for p in trainer.model.parameters() if p.requires_grad)

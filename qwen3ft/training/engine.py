@@ -78,7 +78,10 @@ class TrainingEngine:
         # Not `stop`, which breaks an evaluation off: a leak ends the attempt after it.
         self.leak_stop = StopRequest()
         self.leak_watch = LeakWatch(
-            memory, job.memory_report, stop=self.leak_stop if ranks else None
+            memory,
+            job.memory_report,
+            stop=self.leak_stop if ranks else None,
+            graphs=plan.memory.graphs,
         )
         self._started = time.monotonic()
 

@@ -6,6 +6,7 @@ Each step copies its numbers to pinned host memory, and they are read when the n
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -60,13 +61,11 @@ class DelayedMetrics:
             arrived = torch.cuda.current_stream().record_event()
         self._queue.append((step, epoch, learning_rate, numbers, arrived))
 
-    def take(self, *, everything: bool = False) -> list[StepNumbers]:
-        """Wait for and return all steps but the newest `lag`, or all."""
-        taken = []
+    def take(self, *, everything: bool = False) -> Iterator[StepNumbers]:
+        """Wait for and yield all steps but the newest `lag`, or all, each as soon as it is done."""
         while len(self._queue) > (0 if everything else self.lag):
             step, epoch, learning_rate, numbers, arrived = self._queue.popleft()
             if arrived is not None:
                 arrived.synchronize()
             loss, grad_norm = numbers.tolist()
-            taken.append(StepNumbers(step, epoch, learning_rate, loss, grad_norm))
-        return taken
+            yield StepNumbers(step, epoch, learning_rate, loss, grad_norm)

@@ -46,7 +46,7 @@ from qwen3ft.training.checkpoint_writer import (
     load_rng_state,
 )
 from qwen3ft.training.fused import fused_step
-from qwen3ft.training.fused.graphs import row_size
+from qwen3ft.training.fused.graphs import RowSize, row_size
 from qwen3ft.training.host_optimizer import HostAdamW
 from qwen3ft.training.late_metrics import DelayedMetrics
 from qwen3ft.training.loss import summed_loss
@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from qwen3ft.training.ranks import Ranks
 
 STEPS_TO_RECORD = 200
-"""Steps whose rows are recorded before the first one."""
+"""Steps whose rows' graphs are recorded before the first of them."""
 
 KEPT_ENTRIES = 200
 """Newest entries of the log history to keep at least, besides all evaluations. The entries of
@@ -188,17 +188,27 @@ class QATrainer(Trainer):
         return self.ranks.sum_gradients(self._trained, total)
 
     def record_graphs(self) -> None:
-        """Record the CUDA graphs of the rows of the first steps, longest rows first.
+        """Record the CUDA graphs of the rows of the next steps, longest rows first.
 
-        Before the first step, so that memory that does not suffice runs out at once, and several
+        Before these steps, so that memory that does not suffice runs out at once, and several
         ranks record at the same time instead of waiting for each other.
         """
-        if self.fused is None or not self.plan.memory.graphs:
-            return
-        rows = chain.from_iterable(islice(self.sampler, STEPS_TO_RECORD))
-        sizes = Counter(row_size(self.order.lengths[row].tolist()) for row in rows)
-        common = [size for size, _ in sizes.most_common(MOST_GRAPHS)]
-        self.fused.record(sorted(common, reverse=True))
+        if self.fused is not None and self.plan.memory.graphs:
+            self.fused.record(self.sizes_of_next_steps())
+
+    def sizes_of_next_steps(self) -> list[RowSize]:
+        """Return the sizes of rows with graphs of the steps that come, longest rows first.
+
+        They are those of `STEPS_TO_RECORD` steps of the present epoch at most, without rare ones if
+        there are more than `MOST_GRAPHS`.
+        """
+        done, of_epoch = self.state.global_step, len(self.sampler)
+        self.order.epoch = done // of_epoch
+        count = min(STEPS_TO_RECORD, max(0, self.plan.total_steps - done))
+        steps = islice(self.sampler, done % of_epoch, done % of_epoch + count)
+        lengths = self.order.lengths
+        sizes = Counter(row_size(lengths[row].tolist()) for row in chain.from_iterable(steps))
+        return sorted((size for size, _ in sizes.most_common(MOST_GRAPHS)), reverse=True)
 
     def _beat(self) -> None:
         """Give a sign of life, as after a micro-batch.

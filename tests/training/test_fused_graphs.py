@@ -6,27 +6,28 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from support.fused_models import CASES, build, gradients, make_row
 
 from qwen3ft.planning.recompute import Level
 from qwen3ft.training.batches import PackedCollator
 from qwen3ft.training.fused import element_wise, step
-from qwen3ft.training.fused.graphs import row_size
+from qwen3ft.training.fused.attention import Segments
+from qwen3ft.training.fused.block import PackedRow
+from qwen3ft.training.fused.graphs import row_size, size_of
 from qwen3ft.training.fused.step import FusedStep
-
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
 
 ROWS = ([120, 64, 203, 91], [17] * 40, [300, 12], [128])
 LEVELS = (Level.RECOMPUTE_ALL, Level.RECOMPUTE_GATE_UP, Level.KEEP_ALL)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+@pytest.fixture(scope="module", params=[pytest.param("cuda", marks=pytest.mark.gpu)])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Return a small bf16 model on the GPU."""
-    return build(CASES["embedded"], tmp_path_factory.mktemp("model"), torch.bfloat16, "cuda")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return build(CASES["embedded"], tmp_path_factory.mktemp("model"), torch.bfloat16, request.param)
 
 
 def make_batch(lengths: list[int]) -> dict[str, Any]:
@@ -82,21 +83,40 @@ def test_the_bits_are_those_of_rows_without_graphs(
         assert all(torch.equal(own, other) for own, other in pairs)
 
 
-def test_what_was_recorded_before_is_what_rows_need(model: Any) -> None:
-    """A size that is computed from lengths alone is that of the packed row."""
-    run = make_step(model, 4096)
-    sizes = {row_size(lengths) for lengths in ROWS}
-    run.record(sizes)
-    recorded = dict(run._graphs)
-    for lengths in ROWS:
-        run(make_batch(lengths)).backward()
-    assert run._graphs == recorded
-    model.zero_grad()
+@given(lengths=st.lists(st.integers(1, 700), min_size=1, max_size=70))
+def test_a_size_from_lengths_is_that_of_the_packed_row(lengths: list[int]) -> None:
+    """What is recorded before the first step is what its rows need."""
+    batch = make_batch(lengths)
+    tokens, bounds = batch["input_ids"].shape[1], batch["cu_seqlens"]
+    segments = Segments(bounds, batch["max_length"], tuple(bounds.tolist()))
+    row = PackedRow(segments, torch.empty(tokens, 8), torch.empty(tokens, 8), chunk_tokens=64)
+    size = row_size(lengths)
+    assert size == size_of(row)
+    assert size.tokens == tokens
+    assert size.bounds >= len(bounds)
+    assert size.longest >= batch["max_length"]
+
+
+@pytest.mark.parametrize("done", [0, 4])
+def test_the_graphs_of_the_next_steps_are_recorded(compose: Any, done: int) -> None:
+    """Of those that a resumed training still makes, and of no others."""
+    fused = {"kernels": "fused", "packing": True, "chunk_tokens": 64, "loss_chunk_tokens": 64}
+    _, trainer = compose(**fused, graphs=True, total_steps=6, micro_batch_size=4)
+    trainer.state.global_step = done
+    found = trainer.sizes_of_next_steps()
+    assert trainer.order.epoch == done // 3
+    steps = list(trainer.sampler)[done % 3 :]
+    lengths = trainer.order.lengths
+    assert set(found) == {row_size(lengths[rows].tolist()) for step in steps for rows in step}
+    assert found == sorted(found, reverse=True)
+    trainer.state.global_step = 6
+    assert trainer.sizes_of_next_steps() == []
 
 
 def test_each_length_is_recorded_once_and_longer_rows_run_without(model: Any) -> None:
     """As few graphs as lengths, and none for a row over the limit."""
     run = make_step(model, 640)
+    run.record([row_size(ROWS[0])])
     for lengths in (*ROWS, *ROWS):
         run(make_batch(lengths)).backward()
     slots = {make_batch(lengths)["input_ids"].shape[1] for lengths in ROWS}

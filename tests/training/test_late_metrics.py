@@ -21,26 +21,26 @@ def put(numbers: DelayedMetrics, step: int, device: str = "cpu") -> StepNumbers:
 def test_all_but_the_newest_are_taken_in_order(lag: int) -> None:
     """Each once; the newest `lag` stay in the queue until there are newer ones."""
     numbers, taken, wanted = DelayedMetrics(lag), [], []
-    assert numbers.take() == []
+    assert list(numbers.take()) == []
     for step in range(1, 8):
         wanted.append(put(numbers, step))
         taken += numbers.take()
         assert taken == wanted[: max(0, step - lag)]
-        assert numbers.take() == []
+        assert list(numbers.take()) == []
     taken += numbers.take(everything=True)
     assert taken == wanted
-    assert numbers.take(everything=True) == []
+    assert list(numbers.take(everything=True)) == []
 
 
 def test_everything_takes_what_has_piled_up() -> None:
     """The lag applies again afterwards."""
     numbers = DelayedMetrics(1)
     wanted = [put(numbers, step) for step in (1, 2, 3)]
-    assert numbers.take(everything=True) == wanted
+    assert list(numbers.take(everything=True)) == wanted
     fourth = put(numbers, 4)
-    assert numbers.take() == []
+    assert list(numbers.take()) == []
     put(numbers, 5)
-    assert numbers.take() == [fourth]
+    assert list(numbers.take()) == [fourth]
 
 
 def test_numbers_are_those_of_their_own_step() -> None:
@@ -62,7 +62,7 @@ def test_on_a_gpu_numbers_arrive_without_being_waited_for() -> None:
         pytest.skip("no CUDA device")
     numbers = DelayedMetrics(1)
     put(numbers, 1, "cuda")
-    numbers.take(everything=True)  # CUDA is set up by now
+    list(numbers.take(everything=True))  # CUDA is set up by now
     loss, norm = torch.tensor([2.5, 2.25], device="cuda").unbind()  # made before it is busy
     big = torch.ones(8192, 8192, device="cuda", dtype=torch.bfloat16)
     busy: Any = big @ big
@@ -71,6 +71,6 @@ def test_on_a_gpu_numbers_arrive_without_being_waited_for() -> None:
     numbers.put(2, 0.2, 0.02, loss, norm)
     wanted = StepNumbers(2, 0.2, 0.02, 2.5, 2.25)
     assert not torch.cuda.current_stream().query()
-    assert numbers.take() == []
+    assert list(numbers.take()) == []
     assert not torch.cuda.current_stream().query()
-    assert numbers.take(everything=True) == [wanted]
+    assert list(numbers.take(everything=True)) == [wanted]

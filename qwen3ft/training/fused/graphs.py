@@ -2,30 +2,31 @@
 
 Where rows are short, the GPU computes faster than the host launches: a row of 3,500 tokens of the
 4B shape keeps an H200 busy for 120 ms, in 3,300 kernels that take as long to launch. A graph is
-launched at once. Each is recorded for one length of a row and a number of sequences, and rows are
-padded to few lengths (`qwen3ft.planning.packing.row_tokens`).
+launched at once. Each is recorded for one size of rows (`RowSize`), which are padded to few lengths
+(`qwen3ft.planning.packing.row_tokens`).
 
 All graphs share one pool of memory, in which a row's tensors lie as they do without graphs; what
-passes into and out of a graph lies outside, once for all of them. Kernels and results are the same
-as without graphs.
+passes into and out of a graph lies outside, once for all of them. So the backward of a row comes
+before the next row's forward. Kernels and results are the same as without graphs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from qwen3ft.planning.packing import next_power_of_2, row_tokens
+from qwen3ft.planning.packing import row_tokens
 from qwen3ft.training.fused.attention import Segments
 from qwen3ft.training.fused.block import PackedRow
 from qwen3ft.training.fused.kept import Kept
 
 LEAST_BOUNDS, LEAST_LONGEST_TOKENS = 16, 256
-"""Least numbers of a `RowSize`; from there on they are powers of 2, so that there are few sizes."""
+"""Least numbers of a `RowSize`; the next are four times as much, so that there are few sizes."""
 
 
 class RowSize(NamedTuple):
@@ -55,8 +56,14 @@ def size_of(row: PackedRow) -> RowSize:
 
 
 def _size(tokens: int, sequences: int, longest_tokens: int) -> RowSize:
-    bounds = max(LEAST_BOUNDS, next_power_of_2(sequences + 1))
-    return RowSize(tokens, bounds, max(LEAST_LONGEST_TOKENS, next_power_of_2(longest_tokens)))
+    longest = _quadrupled(LEAST_LONGEST_TOKENS, longest_tokens)
+    return RowSize(tokens, _quadrupled(LEAST_BOUNDS, sequences + 1), longest)
+
+
+def _quadrupled(least: int, number: int) -> int:
+    while least < number:
+        least *= 4
+    return least
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,7 @@ class RowGraph:
             head_groups,
         )
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        self.waits_for_backward = False
 
     def record(self, pool: Any, forward: Forward, backward: Backward) -> None:
         """Record what runs all blocks, and what runs them back, in the memory of `pool`."""
@@ -132,14 +140,28 @@ class RowGraph:
         missing = len(own) - len(bounds)
         own.copy_(torch.nn.functional.pad(bounds, (0, missing), value=len(x)))
         self._forward.replay()
+        self.waits_for_backward = True
         return self._out
 
     def backward(self, factor: Tensor) -> Tensor:
         """Return `factor` times the gradients of all adapters, fp32, one after the other."""
         self._backward.replay()
+        self.waits_for_backward = False
         return self._gradients * factor
 
 
-def _recording(graph: torch.cuda.CUDAGraph, pool: Any) -> torch.cuda.graph:
-    # Other threads write checkpoints and watch NCCL meanwhile: their calls are no mistake.
-    return torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
+@contextmanager
+def _recording(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
+    cause = None
+    try:
+        # Other threads write checkpoints and watch NCCL meanwhile: their calls are no mistake.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            try:
+                yield
+            except torch.OutOfMemoryError as error:
+                cause = error
+                raise
+    except Exception:
+        if cause is not None:  # what ends a recording may fail too, with an error of its own
+            raise cause from None
+        raise

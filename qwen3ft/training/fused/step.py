@@ -107,6 +107,7 @@ class FusedStep:
         """Return the loss and the state for `backward`."""
         hidden, row = self._enter(batch)
         if len(hidden) <= self.graph_tokens:
+            assert not any(each.waits_for_backward for each in self._graphs.values())
             graph = self._graph_of(size_of(row))
             loss = self._loss(graph.forward(hidden, row), batch, graph.d_extended)
             return loss, _Pass(row, [], graph.d_extended, graph)
@@ -192,13 +193,12 @@ class FusedStep:
         return graph
 
     def _try_block(self, row: PackedRow) -> None:
-        """Run one block there and back over a row of zeros."""
-        block, levels = self.blocks[0], self.choose_levels(len(row.cos))
+        """Run one block there and back over a row of zeros, with every kernel of any level."""
+        block, level = self.blocks[0], Level.RECOMPUTE_ALL
         x = self.embedding.new_zeros(len(row.cos), self.embedding.shape[1])
-        for level in sorted(set(levels)):
-            kept, out = block.reserve(len(x), row, level), torch.empty_like(x)
-            block.forward(x, row, level, kept, out)
-            block.backward(self._new_gradient(out), kept, row)
+        kept, out = block.reserve(len(x), row, level), torch.empty_like(x)
+        block.forward(x, row, level, kept, out)
+        block.backward(self._new_gradient(out), kept, row)
 
     def _new_buffers(self) -> Buffers:
         tokens, half = self.graph_tokens, self.rotary.inv_freq.numel()
