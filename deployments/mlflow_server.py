@@ -6,6 +6,8 @@ The name is declared in pyproject.toml, as MLflow asks of applications that wrap
 from __future__ import annotations
 
 import os
+from contextlib import suppress
+from importlib import import_module
 
 from starlette.types import ASGIApp
 
@@ -23,5 +25,10 @@ def create_app() -> ASGIApp:
     """Make the application; uvicorn calls this in the server's process."""
     from mlflow.server.fastapi_app import app  # the command line that starts uvicorn needs none
 
+    # MLflow imports these tables at the first request for its charts. If another request needs its
+    # registry for the first time meanwhile, SQLAlchemy meets half of them, and all that has to do
+    # with the registry is answered with 500 until the server is started again.
+    with suppress(ImportError):
+        import_module("mlflow.server.auth.db.models")
     secret = os.environ["MLFLOW_TRACKING_PASSWORD"]
     return Guard(app, secret, is_page=lambda path: path == "/", uploads=_UPLOADS, closed=CLOSED)
