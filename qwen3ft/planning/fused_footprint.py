@@ -74,7 +74,8 @@ def row_parts(sizes: FusedSizes) -> tuple[MemoryPart, ...]:
     beside_graphs = MemoryPart(
         name="beside CUDA graphs",
         bytes=graphs,
-        formula="a loss chunk or an evaluation, while the graphs hold the memory of rows",
+        formula="what runs without them while they hold the memory of rows: the largest of a loss "
+        "chunk, an evaluation, one block and the gradients; and what passes in and out",
     )
     share = VARIED_SLACK_SHARE if work.varied_rows else SLACK_SHARE
     blocks = Counter(level.recomputed for level in sorted(levels))

@@ -317,6 +317,26 @@ def test_in_bf16_it_is_no_less_exact_than_autocast(
         assert step(batch).item() == pytest.approx(loss, rel=1e-3)
 
 
+def test_what_is_offloaded_is_gone_before_the_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the hidden states of all blocks the last one's output alone is left."""
+    model = build(CASES["wide heads, rank 3"], tmp_path, torch.float32)
+    step, batch = make_step(model, (Level.RECOMPUTE_ALL,) * 3, offload=True), make_batch(*LENGTHS)
+    shape = (batch["input_ids"].shape[1], model.config.hidden_size)
+    compute, alive = step._loss, []
+
+    def loss(hidden: torch.Tensor, *others: Any) -> torch.Tensor:
+        found = [each for each in gc.get_objects() if type(each) is torch.Tensor]
+        alive.append(sum(tuple(each.shape) == shape for each in found))
+        return compute(hidden, *others)
+
+    monkeypatch.setattr(step, "_loss", loss)
+    gc.collect()
+    step(batch)
+    assert alive == [1]
+
+
 def test_what_a_small_adapter_adds_is_not_rounded_away(tmp_path: Path) -> None:
     """A twentieth of the last place of the residual stream, and it arrives on average.
 

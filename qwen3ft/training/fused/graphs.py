@@ -84,8 +84,8 @@ class Buffers:
     """Gradients of all adapters one after the other, fp32."""
 
 
-Forward = Callable[[Tensor, PackedRow, Tensor], list[Kept]]
-"""From embedded tokens, the row and the target for its output to what the blocks keep."""
+Forward = Callable[[list[Tensor], PackedRow, Tensor], tuple[list[Kept], Tensor]]
+"""From embedded tokens, the row and the target for its output to what blocks keep, and that."""
 
 Backward = Callable[[list[Kept], Tensor, PackedRow], list[Tensor]]
 """From what they keep, the output's gradient and the row to the adapters' gradients."""
@@ -125,7 +125,7 @@ class RowGraph:
         """Record what runs all blocks, and what runs them back, in the memory of `pool`."""
         with _recording(self._forward, pool):
             self.d_extended.zero_()
-            kept = forward(self._x, self.row, self._out)
+            kept, _ = forward([self._x], self.row, self._out)
         with _recording(self._backward, pool):
             gradients = backward(kept, self.d_extended, self.row)
             views = torch.split(self._gradients, [each.numel() for each in gradients])

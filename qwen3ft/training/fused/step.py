@@ -111,8 +111,9 @@ class FusedStep:
             graph = self._graph_of(size_of(row))
             loss = self._loss(graph.forward(hidden, row), batch, graph.d_extended)
             return loss, _Pass(row, [], graph.d_extended, graph)
-        out = torch.empty_like(hidden)
-        kept = self._run(hidden, row, out)
+        start = [hidden]
+        del hidden
+        kept, out = self._run(start, row)
         d_extended = self._new_gradient(out)
         loss = self._loss(out, batch, d_extended)
         return loss, _Pass(row, kept, d_extended)
@@ -126,8 +127,15 @@ class FusedStep:
         torch._foreach_mul_(gradients, factor)
         return gradients
 
-    def _run(self, x: Tensor, row: PackedRow, out: Tensor) -> list[Kept]:
-        """Run all blocks; write the last one's output into `out` and return what they keep."""
+    def _run(
+        self, start: list[Tensor], row: PackedRow, out: Tensor | None = None
+    ) -> tuple[list[Kept], Tensor]:
+        """Run all blocks; return what they keep, and the last one's output, in `out` if given.
+
+        `start` has the embedded tokens, (T, hidden), and is emptied: a caller that held them would
+        keep them on the device when the first block's input is offloaded.
+        """
+        x = start.pop()
         levels = self.choose_levels(len(x))
         kept = [
             block.reserve(len(x), row, level)
@@ -135,9 +143,10 @@ class FusedStep:
         ]
         # All at once, for the reason given in `FusedBlock.reserve`.
         outputs = [None if self.offload else torch.empty_like(x) for _ in self.blocks[1:]]
+        last = torch.empty_like(x) if out is None and not self.offload else out
         hidden = x
         for block, level, of_block, output in zip(
-            self.blocks, levels, kept, [*outputs, out], strict=True
+            self.blocks, levels, kept, [*outputs, last], strict=True
         ):
             x, hidden = hidden, torch.empty_like(hidden) if output is None else output
             if level == Level.OFFLOAD_GATE_UP:
@@ -148,7 +157,7 @@ class FusedStep:
                 of_block.offload(self.stash, ("x", "attended", "log_sum_exp", "x_mid", "qkv"))
             elif level == Level.OFFLOAD_GATE_UP:
                 of_block.offload(self.stash, ("gate_up",))
-        return kept
+        return kept, hidden
 
     def _run_back(self, of_blocks: list[Kept], d_extended: Tensor, row: PackedRow) -> list[Tensor]:
         """Return the gradients of `parameters`, those of the summed loss; empty `of_blocks`."""
