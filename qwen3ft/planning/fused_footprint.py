@@ -10,12 +10,13 @@ from collections import Counter
 from qwen3ft.planning.fused_sizes import FusedSizes
 from qwen3ft.planning.recompute import Level
 from qwen3ft.records.plan import MemoryPart
-from qwen3ft.units import GIB, size_text
+from qwen3ft.units import GIB, MIB, size_text
 
-WORKSPACE_BYTES = 2**26
-"""Workspaces of cuBLAS for the threads of forward and backward on Hopper; less on older GPUs."""
+WORKSPACE_BYTES = 96 * MIB
+"""Workspaces of cuBLAS for the threads of forward and backward: 64 MiB on an H100, and up to 32
+more on an H200; less on older GPUs."""
 
-LEAN_WORKSPACE_BYTES = 2**24
+LEAN_WORKSPACE_BYTES = 16 * MIB
 """Workspaces of cuBLAS where `qwen3ft.machine.memory` limits them, as it does for lean plans."""
 
 SLACK_BYTES = int(0.08 * GIB)
