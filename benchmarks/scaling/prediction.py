@@ -28,11 +28,11 @@ def predict(model: str) -> list[dict[str, Any]]:
         )
         request = shape_request(config, described_machine(gpu, ranks))
         work = choose(request).work
-        plans[ranks] = request, work, alone_of(request, work)
+        plans[ranks] = work, alone_of(request, work)
     for link, rate in LINKS.items():
         linked = replace(gpu, nvlink_gbps=0.0, bus_gbps=rate) if rate else gpu
-        for ranks, (request, work, alone) in plans.items():
-            found = speed_of(request, work, linked, alone)
+        for ranks, (work, alone) in plans.items():
+            found = speed_of(work, linked, alone)
             assert found is not None
             exchange = exchange_seconds(work, linked.link_gbps * 1e9)
             rows.append(

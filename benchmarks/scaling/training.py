@@ -137,13 +137,7 @@ def losses_of(job: JobDir) -> list[TrainingMetrics]:
 def predicted_speed(plan: TrainPlan) -> float | None:
     """Return the planner's tokens per second; None without a GPU that it knows."""
     gpu = find_gpu_spec(visible_gpus()[0].name) if visible_gpus() else None
-    rows = plan.dataset.train
-    found = gpu and estimate_speed(
-        gpu,
-        workload_of(plan),
-        sequences_per_step=plan.effective_batch_size,
-        typical_tokens=rows.tokens / rows.rows,
-    )
+    found = gpu and estimate_speed(gpu, workload_of(plan))
     return found.tokens_per_second if found else None
 
 

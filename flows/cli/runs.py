@@ -84,7 +84,7 @@ def train_command(
     resume: ResumeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Run the same flow in this process, without a server or a worker."""
+    """Run the same flow in this process, without a worker; no server needs to be up."""
     from flows.cli.project import open_project, request_config, use_local_services
     from qwen3ft.machine.environment import EnvironmentManager
 

@@ -71,8 +71,6 @@ def _fused_fit(
     work = fastest_fused(
         first,
         int(budget_gb * GIB),
-        effective_batch_size=effective,
-        typical_tokens=request.typical_tokens,
         recompute=request.config.gradient_checkpointing,
         host_bytes=request.host_bytes,
         gpu=find_gpu_spec(gpus[0].name) if (gpus := request.environment.gpus) else None,

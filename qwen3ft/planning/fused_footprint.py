@@ -91,7 +91,8 @@ def row_parts(sizes: FusedSizes) -> tuple[MemoryPart, ...]:
         MemoryPart(
             name="working memory",
             bytes=row - kept_bytes,
-            formula="largest of one block's MLP and attention, and a loss chunk",
+            formula="largest of one block's MLP and attention"
+            + ("" if memory.graphs else ", and a loss chunk"),
         ),
         MemoryPart(
             name="kept of smaller rows",

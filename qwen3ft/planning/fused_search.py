@@ -21,9 +21,14 @@ from qwen3ft.planning.fused_settings import (
     host_bytes_needed,
 )
 from qwen3ft.planning.fused_sizes import FusedSizes
-from qwen3ft.planning.gpu_specs import GpuSpec
+from qwen3ft.planning.gpu_specs import GpuSpec, require_gpu_spec
 from qwen3ft.planning.recompute import Level
-from qwen3ft.planning.speed import is_launch_bound, ranking_seconds, typical_rows
+from qwen3ft.planning.speed import (
+    is_launch_bound,
+    ranking_seconds,
+    rows_seconds,
+    typical_rows,
+)
 from qwen3ft.planning.workload import Workload
 from qwen3ft.records.machine import EnvironmentReport
 from qwen3ft.records.model import AdapterSpec
@@ -53,8 +58,6 @@ def fastest_fused(
     first: Workload,
     limit_bytes: int,
     *,
-    effective_batch_size: int,
-    typical_tokens: int,
     recompute: str,
     host_bytes: int,
     gpu: GpuSpec | None = None,
@@ -62,15 +65,13 @@ def fastest_fused(
     """Return the settings estimated to be fastest among those that fit; None if none does.
 
     Args:
-        first: What is given: model, adapter, precision, longest rows.
+        first: What is given: model, adapter, precision, rows.
         limit_bytes: The budget.
-        effective_batch_size: Sequences per optimizer step.
-        typical_tokens: Mean length of a sequence.
         recompute: `config.gradient_checkpointing`.
         host_bytes: Memory of the host.
         gpu: The kind of GPU, if it is a known one.
     """
-    every = fused_candidates(first, effective_batch_size, typical_tokens, recompute, host_bytes)
+    every = fused_candidates(first, recompute, host_bytes)
     shape = first.shape
     # A lower bound, cheap to compute: most candidates need no prediction part by part.
     weights_bytes = shape.linear_parameters // 2 + shape.embedding_parameters * first.compute_bytes
@@ -78,16 +79,9 @@ def fastest_fused(
     possible.sort(key=lambda each: (each.least_seconds, each.place))
     without = [each for each in possible if not each.work.memory.graphs]
     fastest = _fastest(without, limit_bytes)
-    batch = effective_batch_size, typical_tokens
-    if fastest is not None and is_launch_bound(gpu, fastest, *batch):
-        # In no more rows than without graphs: the ranking is an H200's, and on slower GPUs graphs
-        # would not make up for them.
-        rows, _ = typical_rows(fastest, *batch)
-        graphs = [each for each in possible if each.work.memory.graphs]
-        as_few = [each for each in graphs if typical_rows(each.work, *batch)[0] <= rows]
-        found = _fastest(as_few, limit_bytes)
-        if found and ranking_seconds(found, *batch) < ranking_seconds(fastest, *batch):
-            return found
+    if fastest is not None and is_launch_bound(gpu, fastest):
+        here = gpu or require_gpu_spec("h200")
+        return _with_graphs_if_faster(fastest, possible, limit_bytes, here)
     if fastest is None and first.device == "cuda" and not first.memory.offload_optimizer:
         # Moments in host memory cost time in each step: the last resort.
         lean = [
@@ -95,6 +89,20 @@ def fastest_fused(
         ]
         fastest = _fastest(lean, limit_bytes)
     return fastest
+
+
+def _with_graphs_if_faster(
+    fastest: Workload, possible: list[Candidate], limit_bytes: int, gpu: GpuSpec
+) -> Workload:
+    """Return the fastest settings with graphs if they are faster than `fastest` on `gpu`."""
+    # The ranking is an H200's, on which many small rows with graphs are fast. Slower GPUs compute
+    # them for longer than they launch, so no more rows than without are tried, too.
+    graphs = [each for each in possible if each.work.memory.graphs]
+    rows, _ = typical_rows(fastest)
+    as_few = [each for each in graphs if typical_rows(each.work)[0] <= rows]
+    found = (_fastest(some, limit_bytes) for some in (graphs, as_few))
+    every = (fastest, *(each for each in found if each is not None))
+    return min(every, key=lambda each: rows_seconds(gpu, each))
 
 
 def _fastest(possible: list[Candidate], limit_bytes: int) -> Workload | None:
@@ -107,7 +115,7 @@ def _fastest(possible: list[Candidate], limit_bytes: int) -> Workload | None:
         fitted = _fill(candidate, limit_bytes)
         if fitted is None:
             continue
-        seconds = ranking_seconds(fitted, *candidate.batch)
+        seconds = ranking_seconds(fitted)
         if best is None or (seconds, candidate.place) < best[:2]:
             best = seconds, candidate.place, fitted
     return best[2] if best else None

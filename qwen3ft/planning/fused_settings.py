@@ -47,27 +47,21 @@ class Candidate:
     """Bytes of the largest row with as much kept as is allowed."""
     everything: int
     """Bytes of the largest row with everything kept."""
-    batch: tuple[int, int]
-    """Sequences per optimizer step, and their mean length in tokens."""
 
     @cached_property
     def least_seconds(self) -> float:
         """Time of a typical step with nothing recomputed: no budget makes it faster."""
-        return ranking_seconds(self.work, *self.batch, self.everything)
+        return ranking_seconds(self.work, self.everything)
 
 
 @lru_cache(maxsize=8)
-def fused_candidates(
-    first: Workload, effective: int, typical_tokens: int, recompute: str, host_bytes: int
-) -> tuple[Candidate, ...]:
+def fused_candidates(first: Workload, recompute: str, host_bytes: int) -> tuple[Candidate, ...]:
     """Return every candidate that the host has the memory for, in order.
 
     Cached, since a table of budgets asks for the same ones again.
 
     Args:
-        first: What is given: model, adapter, precision, longest rows.
-        effective: Sequences per optimizer step.
-        typical_tokens: Mean length of a sequence.
+        first: What is given: model, adapter, precision, rows.
         recompute: `config.gradient_checkpointing`.
         host_bytes: Memory of the host.
     """
@@ -82,7 +76,7 @@ def fused_candidates(
     for place, work in enumerate(
         combinations(
             first,
-            micro_batch_sizes(effective, first.ranks),
+            micro_batch_sizes(first.step_sequences, first.ranks),
             MLP_CHUNKS_TOKENS,
             LOSS_CHUNKS_TOKENS,
             head_groups(first.shape),
@@ -98,8 +92,7 @@ def fused_candidates(
             most = least
         elif recompute == "off":
             least = most
-        batch = (effective, typical_tokens)
-        found.append(Candidate(place, work, least, most, everything, batch))
+        found.append(Candidate(place, work, least, most, everything))
     return tuple(found)
 
 

@@ -3,8 +3,8 @@
 Counts the tensors of `qwen3ft.training.fused.block` as they live and die there. c: bytes of the
 compute type; T: tokens of the packed row; W: tokens of a chunk of it; H, I, Q, K: hidden and MLP
 size, features of all query / key-value heads; h: query heads; V: vocabulary; g: head groups;
-r: padded ranks. Beside what blocks keep (`qwen3ft.planning.recompute`), and 4 T head_dim for cos
-and sin:
+r: padded ranks; s: sequences. Beside what blocks keep (`qwen3ft.planning.recompute`), and
+4 T head_dim for cos and sin:
 
     attention, forward   c T (H + (Q + K) / g) + 4 h T         the block's output; q and k rotated
                          (+ c T Q where g > 1)                 its output, group by group
@@ -17,7 +17,8 @@ and sin:
                          gradient of the residual stream and of the output; per group of heads: q, k
                          and the gradients of all three, those of k and v per query head,
                          FlashAttention's sum of dq in fp32 (+ 2 Q / g where g > 1: output and its
-                         gradient, made dense)
+                         gradient, made dense); 512 s (Q + h) / g more of that sum and of one number
+                         a head, since it pads each of s sequences by up to 128 tokens
 
 What a level drops takes room again where it is recomputed: q, k, v and the output of attention in
 both passes of attention, all of them in an MLP's backward; its input, gate and up (2 c W I) in the
@@ -32,7 +33,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from functools import lru_cache
 
-from qwen3ft.planning.packing import row_tokens
+from qwen3ft.planning.packing import row_bounds, row_tokens
 from qwen3ft.planning.recompute import (
     ON_DEVICE,
     Level,
@@ -124,7 +125,15 @@ class FusedSizes:
         per_group = (8 if groups > 1 else 6) * query + 3 * key
         of_attention += hidden + low + query + per_group // groups
         attention = c * tokens * of_attention + self._log_sum_exp_bytes(tokens) - self.weight_bytes
-        return max(mlp, attention)
+        return max(mlp, attention + self._padded_dq_bytes // groups)
+
+    @property
+    def _padded_dq_bytes(self) -> int:
+        """Bytes of fp32 in FlashAttention's backward for tokens that no sequence has."""
+        # (tokens + 128 x sequences, heads x head_dim) and (heads, the same); the source is
+        # `mha_varlen_bwd` in torch's flash_api.cpp.
+        bounds = row_bounds(self.work.row_sequences, graphs=self.memory.graphs)
+        return 4 * 128 * (bounds - 1) * (self._query + self.shape.num_attention_heads)
 
     def _wide_bytes(self, tokens: int, level: Level) -> int:
         """Return the bytes of the MLP's wide tensors of a chunk: activated, and gate and up."""

@@ -25,6 +25,9 @@ LEAST_GRAPH_MULTIPLE_TOKENS, GRAPH_LENGTHS = 128, 16
 that at most 16 lengths lie between one and twice as much. About 2 % of rows over 2,048 tokens are
 padding."""
 
+LEAST_GRAPH_BOUNDS = 16
+"""Least bounds of the sequences of a row with graphs; the next are twice as many."""
+
 Lengths = Sequence[int] | NDArray[np.integer]
 """Tokens of each sequence, shape (sequences,)."""
 
@@ -110,6 +113,17 @@ def row_tokens(tokens: int, *, graphs: bool = False) -> int:
         return round_up(tokens, ROW_MULTIPLE_TOKENS)
     half = next_power_of_2(tokens) // 2
     return round_up(tokens, max(LEAST_GRAPH_MULTIPLE_TOKENS, half // GRAPH_LENGTHS))
+
+
+def row_bounds(sequences: int, *, graphs: bool = False) -> int:
+    """Return the bounds of a row's sequences, of one that runs as CUDA graphs or not.
+
+    Args:
+        sequences: Number of them, of which padding is one.
+        graphs: Round up to few numbers; bounds that a row lacks have no token.
+    """
+    bounds = sequences + 1
+    return max(LEAST_GRAPH_BOUNDS, next_power_of_2(bounds)) if graphs else bounds
 
 
 def next_power_of_2(number: int) -> int:

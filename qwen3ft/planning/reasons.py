@@ -42,7 +42,8 @@ def fused_reasons(
         "chunk_tokens": f"The MLP of {min(memory.chunk_tokens, work.tokens)} tokens at one time.",
         "graphs": "Launching the kernels of a row one by one would take longer than computing it."
         if memory.graphs
-        else "Rows take longer than their launches, or the plan is for a CPU or offloads.",
+        else "Rows take longer than their launches, what lies beside graphs would not fit or leave "
+        "too little for rows, or the plan is for a CPU or offloads.",
         "head_groups": f"The gradient of attention in {memory.head_groups} part(s) of the heads.",
     }
 

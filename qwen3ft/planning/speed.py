@@ -110,35 +110,31 @@ def describe_basis(*, measured: bool) -> str:
     return "estimate; computed, not measured"
 
 
-def typical_rows(work: Workload, sequences: int, typical_tokens: float) -> tuple[int, int]:
+def typical_rows(work: Workload) -> tuple[int, int]:
     """Return the packed rows of a typical step, as many for each rank, and the tokens of each."""
-    tokens = sequences * typical_tokens
+    tokens = work.step_sequences * work.typical_tokens
     rows = round_up(math.ceil(tokens / work.capacity_tokens), work.ranks)
     return rows, row_tokens(math.ceil(tokens / rows), graphs=work.memory.graphs)
 
 
-def typical_levels(work: Workload, sequences: int, typical_tokens: float) -> tuple[Level, ...]:
+def typical_levels(work: Workload) -> tuple[Level, ...]:
     """Return, per block, what is kept of a row of typical length."""
-    _, row = typical_rows(work, sequences, typical_tokens)
+    _, row = typical_rows(work)
     return FusedSizes(work).levels(row, work.memory.activation_bytes)
 
 
-def ranking_seconds(
-    work: Workload, sequences: int, typical_tokens: int, room_bytes: int | None = None
-) -> float:
+def ranking_seconds(work: Workload, room_bytes: int | None = None) -> float:
     """Return the time of a typical step on an H200, to compare settings with each other.
 
     Args:
         work: The settings.
-        sequences: Sequences per optimizer step.
-        typical_tokens: Mean length of a sequence.
         room_bytes: Bytes a row may take; `activation_bytes` of the settings if None.
     """
     # The roofline would rank settings by the bandwidth of one GPU. Products alone weigh fewer
     # micro-batches against less recomputation, which holds on all of them: on slower GPUs launches
     # count less, so at worst they get too few micro-batches, which costs little.
     shape, memory = work.shape, work.memory
-    rows, row = typical_rows(work, sequences, typical_tokens)
+    rows, row = typical_rows(work)
     sizes = FusedSizes(work)
     levels = sizes.levels(row, memory.activation_bytes if room_bytes is None else room_bytes)
     head = shape.vocab_size * shape.hidden_size
@@ -147,7 +143,7 @@ def ranking_seconds(
         + 0.1 * math.ceil(row / memory.chunk_tokens)
         + 0.5 * head / linear_parameters(shape) * math.ceil(row / memory.loss_chunk_tokens)
     )
-    operations = sizes.operations(row, levels, typical_tokens)
+    operations = sizes.operations(row, levels, work.typical_tokens)
     operations += 4 * linear_parameters(shape) * WEIGHT_PASS_TOKENS * passes
     # Each group of heads reads the same tensors again.
     computing = operations * (1 + 0.01 * (memory.head_groups - 1)) / FLOPS_PER_SECOND
@@ -156,44 +152,34 @@ def ranking_seconds(
     return rows * seconds * (GRAPH_OVERHEAD if memory.graphs else overhead)
 
 
-def is_launch_bound(
-    gpu: GpuSpec | None, work: Workload, sequences: int, typical_tokens: int
-) -> bool:
+def is_launch_bound(gpu: GpuSpec | None, work: Workload) -> bool:
     """Return True if launching the kernels of a typical row takes longer than computing it.
 
     Args:
         gpu: The kind of GPU; an H200 if None, which is among the fastest.
         work: The settings.
-        sequences: Sequences per optimizer step.
-        typical_tokens: Mean length of a sequence.
     """
-    _, row = typical_rows(work, sequences, typical_tokens)
+    _, row = typical_rows(work)
     gpu, sizes = gpu or require_gpu_spec("h200"), FusedSizes(work)
     levels = sizes.levels(row, work.memory.activation_bytes)
-    seconds = _roofline_seconds(gpu, sizes, row, levels, typical_tokens)
+    seconds = _roofline_seconds(gpu, sizes, row, levels)
     return seconds < LAUNCH_SECONDS_PER_BLOCK * work.shape.num_hidden_layers
 
 
-def estimate_speed(
-    gpu: GpuSpec, work: Workload, *, sequences_per_step: int, typical_tokens: float
-) -> SpeedEstimate | None:
+def estimate_speed(gpu: GpuSpec, work: Workload) -> SpeedEstimate | None:
     """Estimate the real tokens a second of training; None off the fused path or on a CPU.
 
     Args:
         gpu: The kind of GPU to estimate for; each rank has one.
         work: The plan's settings.
-        sequences_per_step: The effective batch.
-        typical_tokens: Mean length of a sequence.
     """
     if work.memory.kernels != "fused" or work.device != "cuda":
         return None
-    rows, row = typical_rows(work, sequences_per_step, typical_tokens)
-    row_seconds = _seconds_of_row(gpu, work, row, typical_tokens)
     exchange = exchange_seconds(work, gpu.link_gbps * 1e9)
-    seconds = rows // work.ranks * row_seconds + exchange + STEP_SECONDS
+    seconds = rows_seconds(gpu, work) + exchange + STEP_SECONDS
     return SpeedEstimate(
         gpu=gpu.name,
-        tokens_per_second=sequences_per_step * typical_tokens / seconds,
+        tokens_per_second=work.step_sequences * work.typical_tokens / seconds,
         seconds_per_step=seconds,
         measured_gpu=gpu.measured,
         ranks=work.ranks,
@@ -211,12 +197,13 @@ def exchange_seconds(work: Workload, bytes_per_second: float) -> float:
     return sent / bytes_per_second + EXCHANGE_SECONDS
 
 
-def _seconds_of_row(gpu: GpuSpec, work: Workload, row: int, typical_tokens: float) -> float:
-    """Return the time of a packed row on one GPU, with as much kept as the settings allow."""
+def rows_seconds(gpu: GpuSpec, work: Workload) -> float:
+    """Return the time of a rank's rows of a step, with as much kept as the settings allow."""
+    rows, row = typical_rows(work)
     sizes = FusedSizes(work)
     levels = sizes.levels(row, work.memory.activation_bytes)
-    computing = _roofline_seconds(gpu, sizes, row, levels, math.ceil(typical_tokens))
-    return _row_seconds(sizes, row, levels, computing, gpu.bus_gbps * 1e9)
+    computing = _roofline_seconds(gpu, sizes, row, levels)
+    return rows // work.ranks * _row_seconds(sizes, row, levels, computing, gpu.bus_gbps * 1e9)
 
 
 def attention_share(sequence_tokens: int) -> float:
@@ -244,9 +231,10 @@ def _row_seconds(
 
 
 def _roofline_seconds(
-    gpu: GpuSpec, sizes: FusedSizes, row: int, levels: tuple[Level, ...], typical_tokens: int
+    gpu: GpuSpec, sizes: FusedSizes, row: int, levels: tuple[Level, ...]
 ) -> float:
     """Return the time that `gpu` computes one row (see the module docstring)."""
+    typical_tokens = sizes.work.typical_tokens
     products = sizes.operations(row, levels, 0)
     attention = sizes.operations(row, levels, typical_tokens) - products
     peak, bandwidth = gpu.bf16_tflops * 1e12, gpu.bandwidth_gbps * 1e9

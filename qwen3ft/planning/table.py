@@ -62,7 +62,7 @@ def shape_table(request: FitRequest, fit: Fit, gpu: GpuSpec | None, fill: float)
     # A budget of 80 GB is meant for a GPU sold as one of 80 GB, which has a little less.
     able = [other for other in others if other.memory_gb >= 0.99 * fit.budget_gb]
     alone = alone_of(request, fit.work)
-    speeds = [speed_of(request, fit.work, other, alone) for other in able]
+    speeds = [speed_of(fit.work, other, alone) for other in able]
     longest = replace(request, longest_tokens=LONGEST_TOKENS, held_out_tokens=LONGEST_TOKENS)
     notes = [f"Rows of {fill:g} x {request.config.max_sequence_length:,} tokens on average."]
     if request.environment.gpus and not request.environment.gpus[0].uuid:
@@ -97,30 +97,20 @@ def run_table(config: TrainingConfig, environment: EnvironmentReport, plan: Trai
     return table.model_copy(update={"settings": lines, "answers": answers})
 
 
-def levels_of_typical_row(request: FitRequest, work: Workload) -> tuple[Level, ...]:
-    """Return the level of each block of a row of typical length (fused path)."""
-    return typical_levels(work, request.config.effective_batch_size, request.typical_tokens)
-
-
 def speed_of(
-    request: FitRequest, work: Workload, gpu: GpuSpec | None, alone: Workload | None = None
+    work: Workload, gpu: GpuSpec | None, alone: Workload | None = None
 ) -> SpeedEstimate | None:
-    """Return the estimated speed of a request's workload; None where there is no estimate.
+    """Return the estimated speed of a workload; None where there is no estimate.
 
     Args:
-        request: The request.
-        work: The settings chosen for it.
+        work: The settings.
         gpu: The GPU of each rank.
         alone: Result of `alone_of`, to compare with.
     """
     if gpu is None:
         return None
-    step = {
-        "sequences_per_step": request.config.effective_batch_size,
-        "typical_tokens": request.typical_tokens,
-    }
-    found = estimate_speed(gpu, work, **step)
-    one = alone and estimate_speed(gpu, alone, **step)
+    found = estimate_speed(gpu, work)
+    one = alone and estimate_speed(gpu, alone)
     if found is None or not one:
         return found
     speedup = found.tokens_per_second / one.tokens_per_second
@@ -140,7 +130,7 @@ def _table(request: FitRequest, fit: Fit, gpu: GpuSpec | None, alone: Workload |
     gpus = request.environment.gpus
     where = gpus[0].name if gpus else "the CPU"
     peak_gb = gb(total_bytes(fit.parts))
-    speed = speed_of(request, fit.work, gpu, alone)
+    speed = speed_of(fit.work, gpu, alone)
     name = request.model_name.rstrip("/").rpartition("/")[2]
     headline = f"Fits: up to {peak_gb:.2f} of {fit.budget_gb:g} GB"
     if speed is not None:
@@ -166,8 +156,8 @@ def _settings(request: FitRequest, fit: Fit) -> Iterator[SettingLine]:
     logits_tokens = min(memory.loss_chunk_tokens, work.tokens)
     for name, value, setting in (
         ("batch", f"{memory.micro_batch_size} x {accumulation}", "micro_batch_size"),
-        ("computed again", _recomputed_text(request, work), "gradient_checkpointing"),
-        ("host memory", _offloaded_text(request, work), _host_reason(request, work)),
+        ("computed again", _recomputed_text(work), "gradient_checkpointing"),
+        ("host memory", _offloaded_text(work), _host_reason(work)),
         ("loss", f"{logits_tokens:,} tokens at a time", "loss_chunk_tokens"),
         ("kernels", memory.kernels, "kernels"),
         *((("launches", "CUDA graphs", "graphs"),) if memory.graphs else ()),
@@ -177,28 +167,28 @@ def _settings(request: FitRequest, fit: Fit) -> Iterator[SettingLine]:
         yield SettingLine(name=name, value=value, why=fit.reasons[setting])
 
 
-def _offloaded_text(request: FitRequest, work: Workload) -> str:
+def _offloaded_text(work: Workload) -> str:
     """Return what waits in host memory, in words."""
     waiting = []
     if work.memory.offload_activations:
         waiting.append("activations")
-    elif blocks := _offloaded_blocks(request, work):
+    elif blocks := _offloaded_blocks(work):
         waiting.append(f"gate and up of {blocks} blocks")
     if work.memory.offload_optimizer:
         waiting.append("AdamW's moments")
     return ", ".join(waiting) or "not used"
 
 
-def _offloaded_blocks(request: FitRequest, work: Workload) -> int:
+def _offloaded_blocks(work: Workload) -> int:
     """Return the blocks of a typical row whose gate and up wait in host memory."""
     if work.memory.kernels == "plain":
         return 0
-    return levels_of_typical_row(request, work).count(Level.OFFLOAD_GATE_UP)
+    return typical_levels(work).count(Level.OFFLOAD_GATE_UP)
 
 
-def _host_reason(request: FitRequest, work: Workload) -> str:
+def _host_reason(work: Workload) -> str:
     """Return the setting whose reason says most about host memory."""
-    if not work.memory.offload_activations and _offloaded_blocks(request, work):
+    if not work.memory.offload_activations and _offloaded_blocks(work):
         return "offloaded_mlp_blocks"
     if work.memory.offload_optimizer and not work.memory.offload_activations:
         return "offload_optimizer"
@@ -227,11 +217,11 @@ def _run_lines(plan: TrainPlan) -> Iterator[SettingLine]:
     )
 
 
-def _recomputed_text(request: FitRequest, work: Workload) -> str:
+def _recomputed_text(work: Workload) -> str:
     """Return what the backward of a typical row recomputes, in words."""
     if work.memory.kernels == "plain":
         return "everything" if work.memory.gradient_checkpointing else "nothing"
-    blocks = Counter(level.recomputed for level in levels_of_typical_row(request, work))
+    blocks = Counter(level.recomputed for level in typical_levels(work))
     if len(blocks) == 1:
         return next(iter(blocks))
     counts = [f"{words} in {count}" for words, count in blocks.items() if words != "nothing"]

@@ -15,8 +15,8 @@ from qwen3ft.planning.fit import Fit, fit_or_none, kernels_of
 from qwen3ft.planning.gpu_specs import GpuSpec
 from qwen3ft.planning.recompute import Level
 from qwen3ft.planning.refusal import LONGEST_TOKENS, longest_that_fits
-from qwen3ft.planning.speed import describe_basis
-from qwen3ft.planning.table import levels_of_typical_row, speed_of
+from qwen3ft.planning.speed import describe_basis, typical_levels
+from qwen3ft.planning.table import speed_of
 from qwen3ft.planning.workload import FitRequest, padded_length
 from qwen3ft.records.base import Record
 from qwen3ft.records.machine import EnvironmentReport, GpuInfo
@@ -189,24 +189,24 @@ def _cell(request: FitRequest, gpu: GpuSpec | None, budget_gb: float) -> SweepCe
     fit = fit_or_none(request)
     if fit is None:
         return SweepCell(budget_gb=budget_gb, sequence_tokens=tokens, fits=False)
-    speed = speed_of(request, fit.work, gpu)
+    speed = speed_of(fit.work, gpu)
     return SweepCell(
         budget_gb=budget_gb,
         sequence_tokens=tokens,
         fits=True,
         micro_batch_size=fit.work.memory.micro_batch_size,
-        policy=_policy(request, fit),
+        policy=_policy(fit),
         peak_gb=gb(sum(part.bytes for part in fit.parts)),
         tokens_per_second=speed.tokens_per_second if speed else None,
     )
 
 
-def _policy(request: FitRequest, fit: Fit) -> str:
+def _policy(fit: Fit) -> str:
     if fit.work.memory.kernels == "plain":
         return "P"
     if fit.work.memory.offload_activations:
         return "H"
-    levels = set(levels_of_typical_row(request, fit.work))
+    levels = set(typical_levels(fit.work))
     if levels == {Level.KEEP_ALL}:
         return "K"
     return "A" if levels == {Level.RECOMPUTE_ALL} else "R"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -37,6 +38,10 @@ class Workload:
     """'nf4-double', 'nf4' or 'fp4'."""
     sequence_tokens: int
     """Length of the longest sequence, padding included."""
+    typical_tokens: int
+    """Mean length of a sequence."""
+    step_sequences: int
+    """Sequences of an optimizer step, of all ranks."""
     memory: MemorySettings
     varied_rows: bool = True
     """True if sequences, and so packed rows, differ in length."""
@@ -52,7 +57,8 @@ class Workload:
     def to_json(self) -> dict[str, Any]:
         """Return the levers beside the lengths and types, without model and adapter."""
         given = {"device", "compute_dtype", "quantization"}
-        given |= {"sequence_tokens", "varied_rows", "eval_tokens"}
+        given |= {"sequence_tokens", "typical_tokens", "step_sequences"}
+        given |= {"varied_rows", "eval_tokens"}
         given |= {"ranks"} if self.ranks > 1 else set()
         return self.memory.model_dump() | {name: getattr(self, name) for name in sorted(given)}
 
@@ -73,6 +79,13 @@ class Workload:
         return row_tokens(capacity, graphs=memory.graphs) if memory.packing else capacity
 
     @property
+    def row_sequences(self) -> int:
+        """Most sequences of a packed row, of which padding is one."""
+        # The shortest ones of a step are more than those of typical length, by a quarter.
+        held = math.ceil(1.25 * self.capacity_tokens / self.typical_tokens)
+        return min(self.step_sequences, held) + 1
+
+    @property
     def keys_per_query(self) -> int:
         """Tokens of a row: the width of the attention mask."""
         return self.tokens if self.memory.packing else self.sequence_tokens
@@ -88,6 +101,8 @@ def workload_of(plan: TrainPlan) -> Workload:
         compute_dtype=plan.model.compute_dtype,
         quantization=plan.model.quantization,
         sequence_tokens=padded_length(rows.longest_tokens, plan.max_sequence_length),
+        typical_tokens=_mean_tokens(plan.dataset),
+        step_sequences=plan.effective_batch_size,
         memory=plan.memory,
         varied_rows=rows.tokens < rows.rows * rows.longest_tokens,
         eval_tokens=padded_length(plan.dataset.dev.longest_tokens, plan.max_sequence_length),
@@ -132,6 +147,8 @@ class FitRequest:
             compute_dtype=self.compute_dtype,
             quantization=self.quantization,
             sequence_tokens=self.longest_tokens,
+            typical_tokens=self.typical_tokens,
+            step_sequences=self.config.effective_batch_size,
             memory=MemorySettings(
                 micro_batch_size=1,
                 gradient_checkpointing=self.config.gradient_checkpointing != "off",
@@ -162,7 +179,7 @@ def request_for(
         quantization=model.quantization,
         adapter=adapter,
         longest_tokens=padded_length(dataset.train.longest_tokens, limit),
-        typical_tokens=-(-dataset.train.tokens // dataset.train.rows),
+        typical_tokens=_mean_tokens(dataset),
         held_out_tokens=padded_length(dataset.dev.longest_tokens, limit),
         may_think=template_may_think(model.chat_template_sha256),
     )
@@ -172,6 +189,11 @@ def padded_length(longest_tokens: int, limit_tokens: int) -> int:
     """Return the tokens of the longest row as the collator pads it, never 0."""
     length = max(1, min(longest_tokens, limit_tokens))
     return -(-length // PADDING_MULTIPLE_TOKENS) * PADDING_MULTIPLE_TOKENS
+
+
+def _mean_tokens(dataset: DatasetManifest) -> int:
+    """Return the mean length of a training row, rounded up."""
+    return -(-dataset.train.tokens // dataset.train.rows)
 
 
 def wants_packing(config: TrainingConfig, device: str) -> bool:

@@ -137,17 +137,20 @@ def _measured_parts(plan: TrainPlan, measurement: Measurement) -> dict[str, int]
     if plan.device == "cpu":
         weights = max(0, weights - measurement.before_bytes)
         return {WEIGHTS: weights, CONTEXT: measurement.before_bytes}
+    reserved = max(phase.reserved_bytes for phase in measurement.phases)
+    process = max(phase.process_bytes for phase in measurement.phases)
+    apart = {WEIGHTS: weights, CONTEXT: process - reserved}
+    if plan.memory.graphs:
+        # Their pool counts as allocated while it is recorded alone, and what passes into and out of
+        # them rests with the gradients.
+        return apart
     # When the micro-batches of a step are done, gradients are complete and activations are gone.
     state = measurement.phase("forward_backward").resting_bytes - weights
     allocated = max(phase.allocated_bytes for phase in measurement.phases)
-    reserved = max(phase.reserved_bytes for phase in measurement.phases)
-    process = max(phase.process_bytes for phase in measurement.phases)
-    return {
-        WEIGHTS: weights,
+    return apart | {
         STATE: state,
         ACTIVATIONS: allocated - weights - state,
         ALLOCATOR: reserved - allocated,
-        CONTEXT: process - reserved,
     }
 
 

@@ -27,6 +27,7 @@ MOST_SEQUENCES = 1_000_000
 MOST_TOKENS = "most tokens"
 LONGEST_ROW = "longest row"
 MOST_KEPT = "most kept of its blocks"
+MOST_ROWS = "most rows"
 
 Rank = Callable[[int, Sequence[int]], tuple[int, ...]]
 """Maps the slots of a batch and its lengths to what is compared; the largest is the worst."""
@@ -97,6 +98,8 @@ def _ranks(plan: TrainPlan) -> dict[str, Rank]:
             return sizes.row_bytes(slots, sizes.levels(slots, plan.memory.activation_bytes))
 
         ranks[MOST_KEPT] = lambda slots, _: (bytes_of(slots), slots)
+        # FlashAttention's backward pads each of them.
+        ranks[MOST_ROWS] = lambda slots, lengths: (len(lengths), slots)
     return ranks
 
 

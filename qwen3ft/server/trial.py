@@ -37,8 +37,6 @@ ENOUGH_ANSWERS = 100
 to stop it, at 20 % 10, if the old version has none; fewer than one in 10,000 of those that are bad
 in every fourth answer pass."""
 
-MOST_TRIAL_SHARE = 0.2
-
 MEDIAN_ANSWERS = 200
 """Last answers of the old version that the median is taken of."""
 
@@ -107,7 +105,7 @@ class Trial:
     Args:
         old: Version in use.
         new: Version on trial, loaded and proven.
-        share: Share of the requests for the new one, above 0 and at most `MOST_TRIAL_SHARE`.
+        share: Share of the requests for the new one, above 0 and at most 0.2.
         seed: Seed of the lots; None for chance.
     """
 

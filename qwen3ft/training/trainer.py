@@ -199,15 +199,18 @@ class QATrainer(Trainer):
     def sizes_of_next_steps(self) -> list[RowSize]:
         """Return the sizes of rows with graphs of the steps that come, longest rows first.
 
-        They are those of `STEPS_TO_RECORD` steps of the present epoch at most, without rare ones if
-        there are more than `MOST_GRAPHS`.
+        They are those of `STEPS_TO_RECORD` steps at most, without rare ones if there are more than
+        `MOST_GRAPHS`.
         """
         done, of_epoch = self.state.global_step, len(self.sampler)
-        self.order.epoch = done // of_epoch
-        count = min(STEPS_TO_RECORD, max(0, self.plan.total_steps - done))
-        steps = islice(self.sampler, done % of_epoch, done % of_epoch + count)
-        lengths = self.order.lengths
-        sizes = Counter(row_size(lengths[row].tolist()) for row in chain.from_iterable(steps))
+        end = min(done + STEPS_TO_RECORD, self.plan.total_steps)
+        lengths, sizes = self.order.lengths, Counter[RowSize]()
+        while done < end:
+            self.order.epoch = done // of_epoch
+            first = done % of_epoch
+            steps = islice(self.sampler, first, first + end - done)
+            sizes.update(row_size(lengths[row].tolist()) for row in chain.from_iterable(steps))
+            done += of_epoch - first
         return sorted((size for size, _ in sizes.most_common(MOST_GRAPHS)), reverse=True)
 
     def _beat(self) -> None:

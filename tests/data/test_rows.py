@@ -10,10 +10,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from support.rows import GOOD, read, read_line, read_values
 
+from deployments.deploy import CPU_CONFIG, GPU_CONFIG, shipped_file
 from qwen3ft.config import ColumnNames, TrainingConfig
 from qwen3ft.data.layouts import split_reasoning
 from qwen3ft.data.rows import (
@@ -466,6 +468,15 @@ def test_sample_data_stands_in_only_where_allowed_and_is_marked(
     files, degraded, _ = resolve_sources(config(data_paths=data_paths, allow_sample_data=True))
     assert [file.role for file in files] == ["train", "dev", "test", "test"]
     assert degraded == (SAMPLE_DATA,)
+
+
+@pytest.mark.parametrize("shipped", [CPU_CONFIG, GPU_CONFIG])
+def test_the_shipped_settings_bring_rows(shipped: Path) -> None:
+    """So the first run of a clone needs none, with a GPU or without, and is not degraded."""
+    settings = yaml.safe_load(shipped_file(shipped).read_text(encoding="utf-8"))
+    files, degraded, _ = resolve_sources(TrainingConfig(**settings))
+    assert files[0].label == "embedded:train"
+    assert degraded == ()
 
 
 def test_a_fingerprint_changes_only_with_the_content(tmp_path: Path) -> None:

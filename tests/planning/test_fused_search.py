@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.plans import QWEN3_14B, TINY, environment, hopper, plan_on, workload
 
+from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import ConfigError, InsufficientMemoryError
+from qwen3ft.planning.fit import choose
 from qwen3ft.planning.footprint import predict_memory
 from qwen3ft.planning.fused_settings import (
     HOST_SHARE,
@@ -23,8 +25,10 @@ from qwen3ft.planning.fused_settings import (
     micro_batch_sizes,
 )
 from qwen3ft.planning.fused_sizes import FusedSizes
+from qwen3ft.planning.gpu_specs import require_gpu_spec
 from qwen3ft.planning.recompute import ON_DEVICE, Level, offload_evenly
-from qwen3ft.planning.speed import ranking_seconds
+from qwen3ft.planning.speed import ranking_seconds, typical_rows
+from qwen3ft.planning.what_if import described_machine, shape_request
 from qwen3ft.planning.workload import workload_of
 from qwen3ft.records.machine import EnvironmentReport
 from qwen3ft.records.plan import TrainPlan
@@ -62,7 +66,7 @@ def levels_of(plan: TrainPlan) -> tuple[Level, ...]:
 
 
 def seconds_of(plan: TrainPlan) -> float:
-    return ranking_seconds(workload_of(plan), plan.effective_batch_size, typical_tokens=100)
+    return ranking_seconds(workload_of(plan))
 
 
 @pytest.mark.parametrize("tokens", LENGTHS)
@@ -322,6 +326,28 @@ def test_rows_that_take_longer_to_launch_than_to_compute_run_as_graphs(
         each.memory.graphs
         for each in combinations(on_cpu, (sequences,), MLP_CHUNKS_TOKENS, LOSS_CHUNKS_TOKENS, (1,))
     )
+
+
+def test_graphs_are_taken_in_more_rows_where_those_are_faster() -> None:
+    """Of 64 rows of a small model what one row without graphs holds may take two with them."""
+    asked = TrainingConfig(model_name="0.6b", batch_size=64, gradient_accumulation_steps=1)
+    request = shape_request(asked, described_machine(require_gpu_spec("H200"), 1))
+    for mean, rows in ((110, 1), (140, 2)):
+        work = choose(replace(request, typical_tokens=mean)).work
+        assert work.memory.graphs
+        assert typical_rows(work)[0] == rows
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_every_sequence_of_a_row_is_padded_in_attentions_backward(graphs: bool) -> None:
+    """By up to 128 tokens: more short sequences in as many tokens need more."""
+    levers: Any = {"kernels": "fused", "packing": True, "graphs": graphs, "micro_batch_size": 64}
+    few, many = (workload(step_sequences=count, **levers) for count in (32, 64))
+    levels = (Level.RECOMPUTE_ALL,) * few.shape.num_hidden_layers
+    bytes_of = [FusedSizes(each).row_bytes(2048, levels) for each in (few, many)]
+    features = few.shape.query_features + few.shape.num_attention_heads
+    sequences = 127 - 63 if graphs else 64 - 32
+    assert bytes_of[1] - bytes_of[0] == 4 * 128 * sequences * features
 
 
 def test_a_large_adapters_gradients_count_beside_graphs() -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -58,8 +59,8 @@ def fused(shape: str = "4b", **values: Any) -> Workload:
     return workload(find_shape(shape)[1], **{**defaults, **values})
 
 
-def estimate(gpu: GpuSpec, work: Workload, tokens: float = 108) -> SpeedEstimate | None:
-    return estimate_speed(gpu, work, sequences_per_step=64, typical_tokens=tokens)
+def estimate(gpu: GpuSpec, work: Workload, tokens: int = 108) -> SpeedEstimate | None:
+    return estimate_speed(gpu, replace(work, typical_tokens=tokens))
 
 
 @pytest.mark.parametrize(("gpu", "case", "row"), list(measured_rows()))
@@ -70,11 +71,13 @@ def test_estimates_lie_within_a_quarter_of_what_was_measured(
     levers = {name: row["levers"][name] for name in LEVERS if name in row["levers"]}
     found = estimate_speed(
         require_gpu_spec(gpu),
-        fused(case["shape"], **levers, sequence_tokens=case["sequence_tokens"]),
-        sequences_per_step=case["sequences_per_step"],
-        typical_tokens=sum(row["step_tokens"])
-        / len(row["step_tokens"])
-        / case["sequences_per_step"],
+        fused(
+            case["shape"],
+            **levers,
+            sequence_tokens=case["sequence_tokens"],
+            step_sequences=case["sequences_per_step"],
+            typical_tokens=round(fmean(row["step_tokens"]) / case["sequences_per_step"]),
+        ),
     )
     assert found is not None
     assert found.measured_gpu
@@ -164,8 +167,7 @@ def test_an_unknown_gpu_is_refused_with_those_known() -> None:
 
 
 def on_ranks(gpu: GpuSpec, ranks: int, sequences: int = 256) -> SpeedEstimate:
-    work = replace(fused(), ranks=ranks)
-    found = estimate_speed(gpu, work, sequences_per_step=sequences, typical_tokens=108)
+    found = estimate_speed(gpu, replace(fused(), ranks=ranks, step_sequences=sequences))
     assert found is not None
     return found
 
@@ -183,9 +185,7 @@ def test_ranks_share_the_rows_of_a_step_and_pay_for_the_exchange() -> None:
         assert "x one GPU; estimate; computed, not measured" in fast.basis
         before = speed
     assert on_ranks(gpu, 8, sequences=64).tokens_per_second < before
-    assert on_ranks(gpu, 1) == estimate_speed(
-        gpu, fused(), sequences_per_step=256, typical_tokens=108
-    )
+    assert on_ranks(gpu, 1) == estimate_speed(gpu, fused(step_sequences=256))
 
 
 def test_an_exchange_moves_the_gradients_twice_but_for_the_ranks_own_share() -> None:

@@ -102,7 +102,7 @@ def test_several_gpus_are_compared_with_the_plan_of_one() -> None:
         config = TrainingConfig(model_name="14b", gpus=str(ranks))
         request = shape_request(config, described_machine(spec, ranks))
         work = choose(request).work
-        speeds.append(speed_of(request, work, spec, alone_of(request, work)))
+        speeds.append(speed_of(work, spec, alone_of(request, work)))
     one, two = speeds
     assert one is not None
     assert two is not None

@@ -146,6 +146,8 @@ def workload(shape: ModelShape = QWEN3_4B, rank: int = 6, **values: Any) -> Work
         "compute_dtype": "bfloat16",
         "quantization": "nf4-double",
         "sequence_tokens": 256,
+        "typical_tokens": 108,
+        "step_sequences": 64,
     }
     adapter = plan_adapter(TrainingConfig(lora_r=rank), shape)
     memory = MemorySettings(**levers)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from support.fused_models import CASES, build, gradients, make_row
 
 from qwen3ft.planning.recompute import Level
-from qwen3ft.training.batches import PackedCollator
+from qwen3ft.training.batches import EffectiveBatchOrder, PackedCollator, StepSampler
 from qwen3ft.training.fused import element_wise, step
 from qwen3ft.training.fused.attention import Segments
 from qwen3ft.training.fused.block import PackedRow
@@ -97,29 +99,40 @@ def test_a_size_from_lengths_is_that_of_the_packed_row(lengths: list[int]) -> No
     assert size.longest >= batch["max_length"]
 
 
-@pytest.mark.parametrize("done", [0, 4])
+@pytest.mark.parametrize("done", [0, 2, 4])
 def test_the_graphs_of_the_next_steps_are_recorded(compose: Any, done: int) -> None:
-    """Of those that a resumed training still makes, and of no others."""
+    """Of those that a resumed training still makes, in later epochs, too, and of no others."""
     fused = {"kernels": "fused", "packing": True, "chunk_tokens": 64, "loss_chunk_tokens": 64}
     _, trainer = compose(**fused, graphs=True, total_steps=6, micro_batch_size=4)
+    drawn = random.Random(0)
+    lengths = np.array([drawn.randrange(10, 1500) for _ in range(48)])
+    order = trainer.order = EffectiveBatchOrder(lengths, 16, seed=0)
+    # one row a step, each of another size
+    trainer.sampler = StepSampler(order, lambda tokens: [list(range(len(tokens)))])
+    steps = []
+    for order.epoch in (0, 1):
+        steps += [row_size(lengths[row].tolist()) for [row] in trainer.sampler]
+    assert len({frozenset(steps), frozenset(steps[2:]), frozenset(steps[4:])}) == 3
     trainer.state.global_step = done
     found = trainer.sizes_of_next_steps()
-    assert trainer.order.epoch == done // 3
-    steps = list(trainer.sampler)[done % 3 :]
-    lengths = trainer.order.lengths
-    assert set(found) == {row_size(lengths[rows].tolist()) for step in steps for rows in step}
-    assert found == sorted(found, reverse=True)
+    assert found == sorted(set(steps[done:]), reverse=True)
     trainer.state.global_step = 6
     assert trainer.sizes_of_next_steps() == []
 
 
-def test_each_length_is_recorded_once_and_longer_rows_run_without(model: Any) -> None:
-    """As few graphs as lengths, and none for a row over the limit."""
+def test_each_size_is_recorded_once_and_longer_rows_run_without(model: Any) -> None:
+    """What was recorded beforehand is used, and there is none for a row over the limit."""
     run = make_step(model, 640)
     run.record([row_size(ROWS[0])])
-    for lengths in (*ROWS, *ROWS):
+    before = dict(run._graphs)
+    for lengths in ROWS:
         run(make_batch(lengths)).backward()
+    recorded = dict(run._graphs)
+    assert before.items() <= recorded.items()
+    for lengths in ROWS:
+        run(make_batch(lengths)).backward()
+    assert run._graphs == recorded
     slots = {make_batch(lengths)["input_ids"].shape[1] for lengths in ROWS}
-    assert {size.tokens for size in run._graphs} == {count for count in slots if count <= 640}
+    assert {size.tokens for size in recorded} == {count for count in slots if count <= 640}
     assert max(slots) > 640
     model.zero_grad()

@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qwen3ft.planning.packing import row_tokens
+from qwen3ft.planning.packing import row_bounds, row_tokens
 from qwen3ft.training.fused.attention import Segments
 from qwen3ft.training.fused.block import PackedRow
 from qwen3ft.training.fused.kept import Kept
 
-LEAST_BOUNDS, LEAST_LONGEST_TOKENS = 16, 256
-"""Least numbers of a `RowSize`; the next are four times as much, so that there are few sizes."""
+LEAST_LONGEST_TOKENS = 256
+"""Least `longest` of a `RowSize`; the next is four times as much, so that there are few sizes."""
 
 
 class RowSize(NamedTuple):
@@ -56,14 +56,10 @@ def size_of(row: PackedRow) -> RowSize:
 
 
 def _size(tokens: int, sequences: int, longest_tokens: int) -> RowSize:
-    longest = _quadrupled(LEAST_LONGEST_TOKENS, longest_tokens)
-    return RowSize(tokens, _quadrupled(LEAST_BOUNDS, sequences + 1), longest)
-
-
-def _quadrupled(least: int, number: int) -> int:
-    while least < number:
-        least *= 4
-    return least
+    longest = LEAST_LONGEST_TOKENS
+    while longest < longest_tokens:
+        longest *= 4
+    return RowSize(tokens, row_bounds(sequences, graphs=True), longest)
 
 
 @dataclass(frozen=True)
@@ -85,14 +81,15 @@ class Buffers:
 
 
 Forward = Callable[[list[Tensor], PackedRow, Tensor], tuple[list[Kept], Tensor]]
-"""From embedded tokens, the row and the target for its output to what blocks keep, and that."""
+"""From a list with the embedded tokens, which it empties, the row, and the place for the last
+block's output, to what blocks keep and that output."""
 
 Backward = Callable[[list[Kept], Tensor, PackedRow], list[Tensor]]
 """From what they keep, the output's gradient and the row to the adapters' gradients."""
 
 
 class RowGraph:
-    """Forward and backward of rows of one length; `record` comes first.
+    """Forward and backward of rows of one size; `record` comes first.
 
     Args:
         size: What the rows have in common.
