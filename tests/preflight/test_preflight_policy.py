@@ -135,6 +135,13 @@ def test_parts_measured_on_a_gpu_add_up_to_the_peak(make_plan: Any) -> None:
     assert report.relative_error == report.predicted_bytes / report.measured_bytes - 1
 
 
+def test_what_graphs_hold_is_left_open(make_plan: Any) -> None:
+    """Their pool is neither free nor in use, so only weights and context can be told apart."""
+    report = report_of(make_plan(device="cuda", graphs=True), 0.5)
+    measured = {part.name for part in report.parts if part.measured_bytes is not None}
+    assert measured == {"weights", "context and libraries"}
+
+
 def test_parts_of_resident_memory_that_cannot_be_told_apart_are_left_open(make_plan: Any) -> None:
     """On a CPU, libraries and weights are known, and the rest is not guessed."""
     report = report_of(make_plan(), 0.5)
