@@ -79,7 +79,7 @@ from qwen3ft.config import TrainingConfig
 from qwen3ft.data.folder import read_manifest
 from qwen3ft.data.pipeline import dataset_target
 from qwen3ft.data.sources import resolved
-from qwen3ft.files import sha256_file
+from qwen3ft.disk.files import sha256_file
 from qwen3ft.model.hub import resolve_model
 from qwen3ft.model.source_folder import check_model_folder
 from qwen3ft.records.model import ModelSnapshot

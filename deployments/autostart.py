@@ -14,8 +14,8 @@ from pathlib import Path
 from types import FrameType
 
 from deployments.stack import Say, Stack
+from qwen3ft.disk.files import write_bytes_atomic
 from qwen3ft.errors import EnvironmentNotReadyError
-from qwen3ft.files import write_bytes_atomic
 from qwen3ft.machine.environment import EnvironmentManager
 
 _CHECK_SECONDS = 3.0

@@ -20,8 +20,8 @@ from deployments.prefect_api import read_deployment, send
 from deployments.services import DEPLOYMENT
 from deployments.stack import Say, Stack
 from qwen3ft.config import TrainingConfig, parse_config, read_settings_file
+from qwen3ft.disk.files import sha256_json
 from qwen3ft.errors import EnvironmentNotReadyError
-from qwen3ft.files import sha256_json
 from qwen3ft.machine.environment import EnvironmentManager
 from qwen3ft.machine.gpu_choice import choose_gpus
 from qwen3ft.machine.gpus import visible_gpus

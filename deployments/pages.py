@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qwen3ft.files import write_bytes_atomic
+from qwen3ft.disk.files import write_bytes_atomic
 
 # `data:` and `blob:` stay on the machine; the graph of a run loads its fonts that way
 ALLOWED = "'self' data: blob:"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from qwen3ft.files import PRIVATE_UMASK
+from qwen3ft.disk.files import PRIVATE_UMASK
 from qwen3ft.records.base import Record
 
 MARK = "QWEN3FT_STACK"

@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from qwen3ft.files import write_bytes_atomic
+from qwen3ft.disk.files import write_bytes_atomic
 
 USER = "qwen3ft"
 """User name beside the secret; the servers know no other."""

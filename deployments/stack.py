@@ -37,9 +37,9 @@ from deployments.processes import (
 )
 from deployments.secret import digest, make_secret, read_secret
 from deployments.services import DEPLOYMENT, SERVERS, SERVICES, TOML_HEADER, Layout, Service
+from qwen3ft.disk.files import make_private, write_bytes_atomic, write_json_atomic
+from qwen3ft.disk.locks import try_lock
 from qwen3ft.errors import EnvironmentNotReadyError
-from qwen3ft.files import make_private, write_bytes_atomic, write_json_atomic
-from qwen3ft.locks import try_lock
 from qwen3ft.machine.environment import EnvironmentManager
 from qwen3ft.machine.gpu_holds import GpuHold, gpu_holds
 from qwen3ft.records.base import Record

@@ -27,8 +27,8 @@ from qwen3ft.config import (
     read_settings_file,
     with_current_names,
 )
+from qwen3ft.disk.files import private_files
 from qwen3ft.errors import RequestError
-from qwen3ft.files import private_files
 from qwen3ft.jobs.folders import RunDir, read_record
 from qwen3ft.operations.resumption import find_begun_run, own_settings, resumed_settings
 from qwen3ft.operations.run_state import ending_of

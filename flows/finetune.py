@@ -56,9 +56,9 @@ from flows.run_context import (
 from flows.temporary_server import temporary_server
 from qwen3ft import logs
 from qwen3ft.config import TrainingConfig
+from qwen3ft.disk.files import private_files
 from qwen3ft.errors import CancelledError, EnvironmentNotReadyError
 from qwen3ft.evaluation.ability import read_ability_rows
-from qwen3ft.files import private_files
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.jobs.processes import workers_ahead
 from qwen3ft.machine.gpu_choice import only_visible

@@ -23,9 +23,9 @@ from prefect.states import Cancelled, Cancelling, Crashed
 from deployments.deploy import PREFECT_FILE, project_file
 from deployments.services import JOIN_DEPLOYMENT, JOIN_FLOW
 from qwen3ft.config import TrainingConfig
-from qwen3ft.digests import code_digest
+from qwen3ft.disk.digests import code_digest
+from qwen3ft.disk.files import is_listed
 from qwen3ft.errors import EnvironmentNotReadyError
-from qwen3ft.files import is_listed
 from qwen3ft.jobs.folders import JobDir, RunDir, write_record
 from qwen3ft.logs import get_logger
 from qwen3ft.machine.network import interface_for_ranks, listening_on, machine_name

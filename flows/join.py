@@ -23,9 +23,9 @@ from prefect.states import Completed, Failed
 from flows.run_context import hold_devices
 from qwen3ft import logs
 from qwen3ft.config import TrainingConfig
-from qwen3ft.digests import code_digest
+from qwen3ft.disk.digests import code_digest
+from qwen3ft.disk.files import PRIVATE_UMASK, is_listed
 from qwen3ft.errors import EnvironmentNotReadyError, FinetuneError
-from qwen3ft.files import PRIVATE_UMASK, is_listed
 from qwen3ft.jobs.folders import JobDir, RunDir, read_record
 from qwen3ft.jobs.launcher import try_worker
 from qwen3ft.machine.environment import EnvironmentManager

@@ -19,7 +19,7 @@ from deployments.services import RUN_TAB
 from flows.naming import name_with_verdict, show_verdict
 from qwen3ft import logs
 from qwen3ft.config import TrainingConfig
-from qwen3ft.files import write_bytes_atomic
+from qwen3ft.disk.files import write_bytes_atomic
 from qwen3ft.jobs.folders import RunDir, write_record
 from qwen3ft.planning.table import run_table
 from qwen3ft.records.data import DataChange, DatasetManifest

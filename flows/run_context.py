@@ -23,11 +23,11 @@ from flows.notify import Event, Notice
 from flows.reporting import CANCELLED, RunReporter, page_url
 from qwen3ft import logs
 from qwen3ft.config import TrainingConfig, checked_name
+from qwen3ft.disk.files import make_folder
+from qwen3ft.disk.locks import try_lock
 from qwen3ft.errors import EnvironmentNotReadyError, FinetuneError, TransientError
-from qwen3ft.files import make_folder
 from qwen3ft.jobs.failures import folder_gone
 from qwen3ft.jobs.folders import RunDir, write_record
-from qwen3ft.locks import try_lock
 from qwen3ft.machine.gpu_choice import choose_gpus, only_visible, rank_count
 from qwen3ft.machine.gpu_lock import CPU, hold_gpu, hold_gpus
 from qwen3ft.operations.night import Night, NightRequest, read_request, same_settings, write_request

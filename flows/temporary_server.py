@@ -30,8 +30,8 @@ from prefect.settings import (
 from deployments import services
 from deployments.processes import free_port
 from deployments.secret import auth_string
+from qwen3ft.disk.files import PRIVATE_UMASK
 from qwen3ft.errors import EnvironmentNotReadyError
-from qwen3ft.files import PRIVATE_UMASK
 
 START_SECONDS = 180.0
 """Longest wait for its first answer: a busy machine needs more than a minute."""

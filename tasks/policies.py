@@ -9,8 +9,8 @@ from typing import Any
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task
 
+from qwen3ft.disk.files import sha256_json
 from qwen3ft.errors import FinetuneError, TransientError
-from qwen3ft.files import sha256_json
 from qwen3ft.logs import get_logger
 
 logger = get_logger("flow")

@@ -8,8 +8,8 @@ from uuid import UUID
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
+from qwen3ft.disk.files import lines_from
 from qwen3ft.evaluation.wording import format_seconds
-from qwen3ft.files import lines_from
 from qwen3ft.jobs.folders import JobDir, parse_record
 from qwen3ft.logs import get_logger
 from qwen3ft.records.plan import TrainPlan

@@ -12,11 +12,12 @@ from support.registered import MODEL, add_version, copy_database
 from test_contracts import MODULES
 
 from benchmarks.kills.strikes import POINTS as TRAINING_POINTS
-from qwen3ft import faults, manifests
+from qwen3ft import faults
+from qwen3ft.disk import manifests
+from qwen3ft.disk.files import write_json_atomic
+from qwen3ft.disk.manifests import build_folder, find_damage, is_left_behind
 from qwen3ft.errors import ConfigError
-from qwen3ft.files import write_json_atomic
 from qwen3ft.jobs.folders import RunDir
-from qwen3ft.manifests import build_folder, find_damage, is_left_behind
 from qwen3ft.registry import aliases
 from qwen3ft.registry.moves import Aliases, Change, Mover
 from qwen3ft.registry.registry import Registry

@@ -67,8 +67,8 @@ def compare(adapter: Path, device: str) -> dict[str, Any]:
 
     from qwen3ft.chat.rendering import prompt_ids
     from qwen3ft.decoding.projections import BASE
+    from qwen3ft.disk.files import read_json_lines
     from qwen3ft.embedded import DATA_DIR, MODEL_DIR
-    from qwen3ft.files import read_json_lines
     from qwen3ft.model.manager import load_tokenizer
 
     tokenizer = load_tokenizer(MODEL_DIR)

@@ -40,7 +40,7 @@ def _promote(inside: Path) -> str:
     """Promote by hand: the version's adapter is fetched from MLflow and checked."""
     from support.registered import MODEL, add_version, stored_adapter
 
-    from qwen3ft.files import sha256_file
+    from qwen3ft.disk.files import sha256_file
     from qwen3ft.registry.registry import Registry
 
     uri = f"sqlite:///{inside / 'mlruns' / 'mlflow.db'}"

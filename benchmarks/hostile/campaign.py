@@ -58,7 +58,7 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u20
 
 @dataclass(frozen=True)
 class Ended:
-    """How a case ended."""
+    """End of one case."""
 
     name: str
     kind: str

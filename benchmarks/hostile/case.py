@@ -17,7 +17,7 @@ class Case:
 
     name: str
     kind: str
-    """What it is: data, config, id, adapter, model, tokenizer, template ..."""
+    """Sort of artifact: data, config, id, adapter, model, tokenizer, template ..."""
     build: Callable[[Path], None]
     """Writes the artifact into the folder."""
     open: Callable[[Path], str]

@@ -24,9 +24,9 @@ from benchmarks.kills.trainings import SCHEDULE
 from benchmarks.month.faults import Scene
 from benchmarks.month.stack import ENDED, Clock, Machine, kill, make_project, pause, resume
 from deployments.processes import find_marked
-from qwen3ft.files import sha256_file
+from qwen3ft.disk.files import sha256_file
+from qwen3ft.disk.manifests import find_damage
 from qwen3ft.jobs.folders import RunDir
-from qwen3ft.manifests import find_damage
 from qwen3ft.report.attempts import read_run_metrics
 
 VICTIMS: dict[str, Callable[[Scene], list[psutil.Process]]] = {

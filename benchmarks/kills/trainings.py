@@ -19,9 +19,9 @@ from typing import Any, Protocol
 
 from benchmarks.machine import ROOT
 from qwen3ft.config import TrainingConfig
+from qwen3ft.disk.files import sha256_file
 from qwen3ft.embedded import DATA_DIR
 from qwen3ft.faults import VARIABLE
-from qwen3ft.files import sha256_file
 from qwen3ft.jobs.failures import translate_exit
 from qwen3ft.jobs.folders import RunDir, read_record
 from qwen3ft.operations.preview import preview_plan

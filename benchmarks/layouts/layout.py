@@ -17,7 +17,7 @@ class Layout:
 
     name: str
     talks: Talks
-    """What the rows say."""
+    """Conversations of the rows."""
     write: Callable[[Talk, int], JsonDict]
     """Write row n as the publisher does."""
     read: Callable[[JsonDict], Talk | str]

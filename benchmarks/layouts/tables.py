@@ -43,7 +43,7 @@ def write_union(talk: Talk, n: int) -> JsonDict:
 
 
 def read_union(row: JsonDict) -> Talk:
-    """What is null is not there."""
+    """Read a row whose columns are null where they do not apply."""
     if row["messages"]:
         return Talk(turns(row["messages"], CHATML))
     asked = row["instruction"] or row["prompt"]

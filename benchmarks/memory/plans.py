@@ -30,9 +30,9 @@ import torch
 
 from benchmarks.memory.gradients import make_plan, measure_gradients, train
 from qwen3ft.config import TrainingConfig
+from qwen3ft.disk.files import sha256_file
 from qwen3ft.errors import FinetuneError
 from qwen3ft.faults import VARIABLE as FAULTS
-from qwen3ft.files import sha256_file
 from qwen3ft.jobs.failures import translate
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.training import Failure

@@ -20,7 +20,7 @@ import psutil
 from benchmarks.month.nights import TRACKING_DOWN, Strike
 from benchmarks.month.stack import Machine, kill, pause, resume
 from deployments.processes import find_marked
-from qwen3ft.files import read_json_lines
+from qwen3ft.disk.files import read_json_lines
 from qwen3ft.jobs.folders import RunDir
 
 TRACKING_HANGS_SECONDS = 40.0

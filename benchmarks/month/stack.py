@@ -28,8 +28,8 @@ from deployments.processes import find_marked, free_port, stop
 from deployments.services import DEPLOYMENT
 from deployments.stack import Stack, StackState
 from qwen3ft import faults
+from qwen3ft.disk.files import write_json_atomic
 from qwen3ft.errors import EnvironmentNotReadyError
-from qwen3ft.files import write_json_atomic
 
 PORTS = {"prefect": 4700, "mlflow": 5700}
 RESTART_SECONDS = 3.0

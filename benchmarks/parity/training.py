@@ -41,7 +41,7 @@ def train(values: dict[str, Any]) -> dict[str, Any]:
         raise RuntimeError(
             f"the plan chose kernels {plan.memory.kernels}: {plan.reasons['kernels']}"
         )
-    from qwen3ft.files import read_json_lines
+    from qwen3ft.disk.files import read_json_lines
     from qwen3ft.jobs.folders import RunDir
     from qwen3ft.worker import jobs as worker
 

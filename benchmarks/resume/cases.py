@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.resume.project import Project
 from deployments import services
 from qwen3ft.config import parse_config
-from qwen3ft.files import sha256_file
+from qwen3ft.disk.files import sha256_file
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.operations.run_state import ending_of
 from qwen3ft.tracking.cursor import outstanding, parent_run_id

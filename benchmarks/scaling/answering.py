@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.answers.cases import Case
 from benchmarks.jobs import run_job
 from benchmarks.speed.cases import TINY
-from qwen3ft.files import sha256_json
+from qwen3ft.disk.files import sha256_json
 
 CONTESTANTS = "benchmarks.answers.contestants"
 SEED = 0

@@ -10,7 +10,7 @@ from benchmarks.machine import DeviceMemory
 from benchmarks.scaling.process_peaks import ProcessPeaks
 from benchmarks.scaling.training import STALL_SECONDS, print_logs
 from qwen3ft.config import TrainingConfig
-from qwen3ft.files import sha256_file
+from qwen3ft.disk.files import sha256_file
 from qwen3ft.jobs.folders import JobDir, RunDir, read_record
 from qwen3ft.jobs.launcher import try_worker
 from qwen3ft.machine.gpus import visible_gpus

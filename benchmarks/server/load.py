@@ -38,8 +38,8 @@ import psutil
 from support.trained_adapter import train_adapter
 
 from benchmarks.machine import ROOT, report
+from qwen3ft.disk.files import read_json_lines
 from qwen3ft.embedded import DATA_DIR
-from qwen3ft.files import read_json_lines
 from qwen3ft.machine.leaks import theil_sen
 from qwen3ft.units import MIB
 

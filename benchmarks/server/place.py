@@ -34,7 +34,7 @@ class Place:
     uri: str
     folder: Path
     names: dict[str, str] = field(default_factory=dict)
-    """What was registered, by version."""
+    """Kind of each registered version."""
     answers: dict[str, list[str]] = field(default_factory=dict)
     """Answers to the rows by version, if they were kept."""
 

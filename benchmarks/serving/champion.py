@@ -11,9 +11,9 @@ from typing import Any
 
 from benchmarks.machine import ROOT
 from qwen3ft.chat.thinking import split_thinking
+from qwen3ft.disk.files import read_json_lines
 from qwen3ft.embedded import DATA_DIR
 from qwen3ft.evaluation.answers import exact_match
-from qwen3ft.files import read_json_lines
 from qwen3ft.model.saved_adapter import read_provenance
 
 REGISTERED_NAME = "qwen3ft-embedded"

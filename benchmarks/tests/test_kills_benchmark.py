@@ -59,7 +59,7 @@ PROGRAM = """
 import os, signal, sys
 from pathlib import Path
 from benchmarks.kills.power import record_syncs
-from qwen3ft.files import fsync_dir, fsync_file, make_folder, write_bytes_atomic
+from qwen3ft.disk.files import fsync_dir, fsync_file, make_folder, write_bytes_atomic
 root, records = map(Path, sys.argv[1:])
 def sync(path, text):
     path.write_text(text)

@@ -28,13 +28,13 @@ from flows.cli import (
     settings,
 )
 from flows.cli.output import open_console, print_json
+from qwen3ft.disk.files import PRIVATE_UMASK
 from qwen3ft.errors import (
     CancelledError,
     EnvironmentNotReadyError,
     FinetuneError,
     WorkerCrashedError,
 )
-from qwen3ft.files import PRIVATE_UMASK
 from qwen3ft.jobs.failures import translate
 from qwen3ft.text.commands import with_typed
 

@@ -55,7 +55,7 @@ def _scores_of(chosen: ChosenAdapter) -> list[ModelScore]:
     """Return the results in the card of the adapter's run, on this machine or in MLflow."""
     from pydantic import TypeAdapter
 
-    from qwen3ft.files import read_foreign_json
+    from qwen3ft.disk.files import read_foreign_json
     from qwen3ft.logs import get_logger
     from qwen3ft.model.saved_adapter import read_provenance
     from qwen3ft.records.evaluation import ModelScore

@@ -18,8 +18,8 @@ from qwen3ft.config import (
     parse_config,
     read_settings_file,
 )
+from qwen3ft.disk.files import make_folder
 from qwen3ft.errors import EnvironmentNotReadyError
-from qwen3ft.files import make_folder
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.operations.resumption import find_begun_run, own_settings, resumed_settings
 from qwen3ft.settings import CHANGEABLE_SETTINGS, with_partners

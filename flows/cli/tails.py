@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from qwen3ft.files import lines_from
+from qwen3ft.disk.files import lines_from
 from qwen3ft.jobs.folders import JobDir, RunDir, parse_record
 from qwen3ft.records.training import TrainingMetrics
 

@@ -22,9 +22,9 @@ from qwen3ft.chat.templates import (
     template_error,
 )
 from qwen3ft.chat.words import WordEncoder, is_separable, packed
+from qwen3ft.disk.files import read_foreign_json
 from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.errors import TokenizerError
-from qwen3ft.files import read_foreign_json
 from qwen3ft.logs import get_logger
 from qwen3ft.text.commands import shell_line
 

@@ -36,9 +36,9 @@ from qwen3ft.data.row_table import RowTable
 from qwen3ft.data.rows import UNREADABLE_FILE
 from qwen3ft.data.splits import Mask
 from qwen3ft.data.tokenizing import Tokens
-from qwen3ft.locks import try_lock
+from qwen3ft.disk.locks import try_lock
+from qwen3ft.disk.manifests import build_folder, find_damage, read_manifest_facts
 from qwen3ft.logs import mask_secrets
-from qwen3ft.manifests import build_folder, find_damage, read_manifest_facts
 from qwen3ft.records.data import DatasetManifest, DataSource, LongRow, QaRow
 from qwen3ft.text.plain import escaped_line
 

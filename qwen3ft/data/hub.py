@@ -18,6 +18,7 @@ from urllib.parse import quote, unquote
 from huggingface_hub.errors import HTTPError
 
 from qwen3ft.data.readers.open import SUFFIXES, suffix_of
+from qwen3ft.disk.files import write_json_atomic
 from qwen3ft.errors import (
     DatasetAccessError,
     DatasetNotFoundError,
@@ -25,7 +26,6 @@ from qwen3ft.errors import (
     DownloadError,
     FinetuneError,
 )
-from qwen3ft.files import write_json_atomic
 from qwen3ft.logs import get_logger
 from qwen3ft.model.hub_errors import TIMEOUT_SECONDS, RepoKind, endpoint, hub_error
 from qwen3ft.text.names import flaw_of_name

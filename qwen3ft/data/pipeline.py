@@ -37,7 +37,7 @@ from qwen3ft.data.row_features import RowFeatures
 from qwen3ft.data.row_table import BatchPlace, BatchReader, RowTable
 from qwen3ft.data.sources import SETTINGS_THAT_MATTER, resolved
 from qwen3ft.data.tokenizing import BatchWork, tokenize_table
-from qwen3ft.files import private_files, sha256_file, sha256_json
+from qwen3ft.disk.files import private_files, sha256_file, sha256_json
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.jobs.helpers import start_helpers
 from qwen3ft.jobs.launcher import run_worker

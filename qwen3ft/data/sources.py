@@ -27,7 +27,7 @@ from qwen3ft.data.readers.open import SUFFIXES, suffix_of
 from qwen3ft.data.readers.unread import next_command_for, why_unread
 from qwen3ft.data.safety import mask_keys
 from qwen3ft.data.splits import DEV_NAMES
-from qwen3ft.digests import DigestCache, mark_of, open_digests
+from qwen3ft.disk.digests import DigestCache, mark_of, open_digests
 from qwen3ft.embedded import DATA_DIR
 from qwen3ft.errors import DataLoadingError
 from qwen3ft.records.data import ResolvedSources, Role, SourceFile

@@ -17,9 +17,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from qwen3ft.disk.files import sha256_json, write_bytes_atomic
 from qwen3ft.evaluation.answer_loss import RowLoss
 from qwen3ft.evaluation.answers import Generated
-from qwen3ft.files import sha256_json, write_bytes_atomic
 from qwen3ft.logs import get_logger
 from qwen3ft.records.base import Record
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen3ft.chat.thinking import THINK_CLOSE
+from qwen3ft.disk.files import sha256_json, write_bytes_atomic
 from qwen3ft.evaluation.answers import Generated, Question, choose_samples, side_by_side
 from qwen3ft.evaluation.decoded import Answered
 from qwen3ft.evaluation.exam import Evaluated, Exam
@@ -18,7 +19,6 @@ from qwen3ft.evaluation.scoring import (
     score_model,
     score_row,
 )
-from qwen3ft.files import sha256_json, write_bytes_atomic
 from qwen3ft.logs import mask_values
 from qwen3ft.records.evaluation import (
     RIVALS,

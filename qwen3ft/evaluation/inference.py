@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qwen3ft.chat.templates import template_may_think
+from qwen3ft.disk.files import read_json_lines, sha256_file
 from qwen3ft.errors import (
     DataLoadingError,
     ModelNotFoundError,
@@ -30,7 +31,6 @@ from qwen3ft.evaluation.gate import gate_policy
 from qwen3ft.evaluation.generation import answer_questions, release_memory
 from qwen3ft.evaluation.scoring import choose_main_metric
 from qwen3ft.evaluation.sequential import plan_looks, settled
-from qwen3ft.files import read_json_lines, sha256_file
 from qwen3ft.logs import get_logger
 from qwen3ft.model.adapter_checks import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from qwen3ft.model.hub import same_base

@@ -24,9 +24,9 @@ import httpx
 from qwen3ft.chat.thinking import split_thinking
 from qwen3ft.config import TrainingConfig
 from qwen3ft.data.safety import safe_excerpt
+from qwen3ft.disk.files import read_json_lines, sha256_json
 from qwen3ft.evaluation.answers import Question, choose_questions
 from qwen3ft.evaluation.judge_client import Endpoint, Limits, open_client
-from qwen3ft.files import read_json_lines, sha256_json
 from qwen3ft.records.evaluation import JudgeReport, RivalLabel, SideBySide
 
 TEXT_CHARACTERS = 4000

@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ValidationError
 
-from qwen3ft.files import lines_from, make_folder, write_json_atomic
+from qwen3ft.disk.files import lines_from, make_folder, write_json_atomic
 from qwen3ft.logs import get_logger
 from qwen3ft.records.training import Failure
 from qwen3ft.settings import with_partners
@@ -206,7 +206,7 @@ class RunDir:
 
     @property
     def lock(self) -> Path:
-        """Lock file that the flow's process holds; see `qwen3ft.locks`."""
+        """Lock file that the flow's process holds; see `qwen3ft.disk.locks`."""
         return self.path / "run.lock"
 
     def job(self, kind: str) -> JobDir:

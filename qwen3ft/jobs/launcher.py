@@ -19,8 +19,8 @@ from typing import TypeVar
 
 from pydantic import BaseModel
 
+from qwen3ft.disk.files import lines_from
 from qwen3ft.errors import FinetuneError, StalledError
-from qwen3ft.files import lines_from
 from qwen3ft.jobs.failures import folder_gone, translate_exit
 from qwen3ft.jobs.folders import JobDir, read_record, write_record
 from qwen3ft.jobs.processes import end_process_tree, start_worker

@@ -21,8 +21,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwen3ft.disk.locks import try_lock
 from qwen3ft.errors import EnvironmentNotReadyError
-from qwen3ft.locks import try_lock
 from qwen3ft.machine.installing import CHECKOUT, install_command
 from qwen3ft.text.commands import shell_line
 from qwen3ft.units import GIB, size_text

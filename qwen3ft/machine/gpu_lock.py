@@ -21,8 +21,8 @@ from typing import Literal
 
 from pydantic import ValidationError
 
+from qwen3ft.disk.locks import lock_file, try_lock
 from qwen3ft.errors import EnvironmentNotReadyError
-from qwen3ft.locks import lock_file, try_lock
 from qwen3ft.logs import get_logger
 from qwen3ft.records.base import Record
 from qwen3ft.text.commands import shell_line

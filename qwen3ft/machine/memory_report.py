@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from qwen3ft.files import write_bytes_atomic
+from qwen3ft.disk.files import write_bytes_atomic
 from qwen3ft.logs import get_logger, mask_secrets
 from qwen3ft.machine.process_memory import MemoryReading
 from qwen3ft.units import MIB

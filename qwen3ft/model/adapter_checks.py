@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen3ft.files import read_foreign_json
-from qwen3ft.manifests import find_damage
+from qwen3ft.disk.files import read_foreign_json
+from qwen3ft.disk.manifests import find_damage
 from qwen3ft.model.tensor_files import Tensor, find_wild_values, read_header
 from qwen3ft.records.model import (
     ATTENTION_PROJECTIONS,

@@ -15,7 +15,8 @@ from typing import Any
 from huggingface_hub.errors import HTTPError
 
 from qwen3ft.config import TrainingConfig
-from qwen3ft.digests import open_digests
+from qwen3ft.disk.digests import open_digests
+from qwen3ft.disk.files import sha256_json
 from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.errors import (
     DownloadError,
@@ -24,7 +25,6 @@ from qwen3ft.errors import (
     ModelNotFoundError,
     ModelUnavailableError,
 )
-from qwen3ft.files import sha256_json
 from qwen3ft.logs import get_logger
 from qwen3ft.model.hub_errors import TIMEOUT_SECONDS, RepoKind, endpoint, hub_error, not_found
 from qwen3ft.model.saved_adapter import TOKENIZER_FILES

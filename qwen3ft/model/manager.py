@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from qwen3ft.chat.templates import END_TOKEN, template_error
 from qwen3ft.chat.tokenizer import declared_end, load_tokenizer
+from qwen3ft.disk.files import require_disk, sha256_file, sha256_json
+from qwen3ft.disk.manifests import build_folder, find_damage, read_manifest_facts
 from qwen3ft.errors import QuantizationError
-from qwen3ft.files import require_disk, sha256_file, sha256_json
 from qwen3ft.logs import get_logger
-from qwen3ft.manifests import build_folder, find_damage, read_manifest_facts
 from qwen3ft.model.hub import fetch_model, resolve_model
 from qwen3ft.model.source_folder import check_model_folder, read_settings
 from qwen3ft.records.model import ModelShape, ModelSnapshot, ModelSource

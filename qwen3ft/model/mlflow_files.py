@@ -11,7 +11,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from qwen3ft.files import write_json_atomic
+from qwen3ft.disk.files import write_json_atomic
 
 MLMODEL_FILE, EXAMPLE_FILE = "MLmodel", "input_example.json"
 

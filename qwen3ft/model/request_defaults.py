@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3ft.chat.templates import with_thinking_default
-from qwen3ft.files import write_json_atomic
+from qwen3ft.disk.files import write_json_atomic
 from qwen3ft.model.saved_adapter import (
     GENERATION_FILE,
     TEMPLATE_FILE,

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen3ft.chat.templates import template_may_think
+from qwen3ft.disk.files import sha256_file, write_json_atomic
+from qwen3ft.disk.manifests import build_folder
 from qwen3ft.errors import CheckpointCorruptError, DivergedError, ModelNotFoundError, SaveError
-from qwen3ft.files import sha256_file, write_json_atomic
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.logs import get_logger, mask_values
-from qwen3ft.manifests import build_folder
 from qwen3ft.model.adapter_checks import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,

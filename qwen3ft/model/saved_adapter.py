@@ -26,10 +26,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from qwen3ft.disk.files import read_foreign_json, sha256_file
+from qwen3ft.disk.manifests import MANIFEST_NAME, read_manifest_facts
 from qwen3ft.errors import ModelNotFoundError, ModelUnavailableError, SaveError
-from qwen3ft.files import read_foreign_json, sha256_file
 from qwen3ft.logs import get_logger
-from qwen3ft.manifests import MANIFEST_NAME, read_manifest_facts
 from qwen3ft.model.adapter_checks import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,

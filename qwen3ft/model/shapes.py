@@ -13,8 +13,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from qwen3ft.config import EMBEDDED_MODEL_NAME, TrainingConfig
+from qwen3ft.disk.files import read_foreign_json
 from qwen3ft.errors import ConfigError, ModelNotFoundError
-from qwen3ft.files import read_foreign_json
 from qwen3ft.records.model import PROJECTIONS, AdapterSpec, ModelShape
 
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qwen3ft.disk.files import read_foreign_json
 from qwen3ft.errors import ConfigError, TokenizerError
-from qwen3ft.files import read_foreign_json
 from qwen3ft.model.adapter_checks import ADAPTER_CONFIG_FILE
 from qwen3ft.model.shapes import read_shape
 from qwen3ft.model.tensor_files import Tensor, read_header

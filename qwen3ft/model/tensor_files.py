@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen3ft.files import MOST_JSON_BYTES, open_regular
+from qwen3ft.disk.files import MOST_JSON_BYTES, open_regular
 
 DTYPE_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3"), 1),

@@ -10,9 +10,9 @@ import tempfile
 from pathlib import Path
 
 from qwen3ft.config import TrainingConfig
+from qwen3ft.disk.files import sha256_file, sha256_json
 from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.errors import AttemptError, PreemptedError, TokenizerError
-from qwen3ft.files import sha256_file, sha256_json
 from qwen3ft.jobs.folders import JobDir, write_record
 from qwen3ft.jobs.launcher import run_worker
 from qwen3ft.model.hub import TOKENIZER_PATTERNS

@@ -19,9 +19,9 @@ from pydantic import Field, ValidationError
 
 from qwen3ft.config import TrainingConfig, registered_model_name
 from qwen3ft.data.sources import resolved
-from qwen3ft.files import sha256_file, sha256_json
+from qwen3ft.disk.files import sha256_file, sha256_json
+from qwen3ft.disk.locks import try_lock
 from qwen3ft.jobs.folders import RunDir, read_record, write_record
-from qwen3ft.locks import try_lock
 from qwen3ft.model.hub import resolve_model
 from qwen3ft.records.base import Record
 from qwen3ft.settings import CHANGEABLE_SETTINGS

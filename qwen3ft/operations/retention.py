@@ -19,11 +19,11 @@ from typing import Literal
 from pydantic import Field
 
 from qwen3ft.config import TrainingConfig
+from qwen3ft.disk.locks import try_lock
+from qwen3ft.disk.manifests import is_left_behind
 from qwen3ft.errors import RequestError
 from qwen3ft.jobs.folders import JobDir
-from qwen3ft.locks import try_lock
 from qwen3ft.logs import get_logger
-from qwen3ft.manifests import is_left_behind
 from qwen3ft.model.saved_adapter import has_provenance, read_provenance
 from qwen3ft.operations.run_state import RunState, find_runs
 from qwen3ft.records.base import Record

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from qwen3ft.disk.locks import try_lock
 from qwen3ft.jobs.folders import RunDir
-from qwen3ft.locks import try_lock
 from qwen3ft.operations.night import DEFERRED
 from qwen3ft.tracking.cursor import outstanding
 

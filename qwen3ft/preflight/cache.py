@@ -15,7 +15,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from qwen3ft.config import TrainingConfig
-from qwen3ft.files import sha256_json
+from qwen3ft.disk.files import sha256_json
 from qwen3ft.jobs.folders import read_record, write_record
 from qwen3ft.logs import get_logger
 from qwen3ft.records.machine import EnvironmentReport

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from qwen3ft.disk.files import append_json_line
 from qwen3ft.faults import planted_in_preflight
-from qwen3ft.files import append_json_line
 from qwen3ft.jobs.folders import JobDir
 from qwen3ft.preflight.report import completed_phases, phases_path
 from qwen3ft.records.preflight import Measurement, Phase, PhaseMemory, PreflightRequest

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
+from qwen3ft.disk.files import read_json_lines
 from qwen3ft.errors import OutOfMemoryError
-from qwen3ft.files import read_json_lines
 from qwen3ft.jobs.folders import JobDir
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.preflight import (

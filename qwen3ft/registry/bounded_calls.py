@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar, TypeVarTuple
 
+from qwen3ft.disk.locks import try_lock
 from qwen3ft.errors import FinetuneError, TrackingUnavailableError
-from qwen3ft.locks import try_lock
 from qwen3ft.logs import mask_secrets
 from qwen3ft.tracking.connection import Connection, connect, load_client
 from qwen3ft.tracking.uri import database_path

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen3ft.config import checked_name
+from qwen3ft.disk.files import read_foreign_json
 from qwen3ft.errors import ModelNotFoundError
-from qwen3ft.files import read_foreign_json
 from qwen3ft.model.saved_adapter import has_provenance, open_adapter
 from qwen3ft.registry.aliases import CHALLENGER, CHAMPION, PREVIOUS, command_for_history
 from qwen3ft.registry.task_name import with_task_name

@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 
 from qwen3ft.config import checked_name, registered_model_name
+from qwen3ft.disk.files import sha256_file
+from qwen3ft.disk.manifests import build_folder, read_manifest_facts
 from qwen3ft.errors import (
     ModelNotFoundError,
     NotInMlflowError,
@@ -22,8 +24,6 @@ from qwen3ft.errors import (
     SaveError,
     TrackingUnavailableError,
 )
-from qwen3ft.files import sha256_file
-from qwen3ft.manifests import build_folder, read_manifest_facts
 from qwen3ft.model.adapter_checks import ADAPTER_FILE
 from qwen3ft.model.saved_adapter import OpenedAdapter, copy_adapter, open_adapter
 from qwen3ft.records.evaluation import Champion

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from starlette.requests import Request
 
-from qwen3ft.files import make_folder, write_bytes_atomic
+from qwen3ft.disk.files import make_folder, write_bytes_atomic
 from qwen3ft.server.questions import QuestionError
 
 OPEN_PATHS = ("/health",)

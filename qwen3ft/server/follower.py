@@ -10,8 +10,8 @@ from pathlib import Path
 
 import httpx
 
+from qwen3ft.disk.files import write_json_atomic
 from qwen3ft.errors import FinetuneError, TransientError
-from qwen3ft.files import write_json_atomic
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.logs import get_logger
 from qwen3ft.records.evaluation import Champion

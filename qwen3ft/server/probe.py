@@ -20,6 +20,7 @@ from qwen3ft.chat.rendering import conversation_of
 from qwen3ft.chat.templates import template_may_think
 from qwen3ft.chat.thinking import split_thinking
 from qwen3ft.config import TrainingConfig, checked_name
+from qwen3ft.disk.files import read_json_lines
 from qwen3ft.errors import DataLoadingError, ServedOtherwiseError
 from qwen3ft.evaluation.answers import choose_questions, exact_match
 from qwen3ft.evaluation.exam import to_question
@@ -27,7 +28,6 @@ from qwen3ft.evaluation.inference import read_questions
 from qwen3ft.evaluation.scoring import choose_main_metric, weighted_gain
 from qwen3ft.evaluation.text_metrics import chrf, token_f1
 from qwen3ft.evaluation.wording import METRIC_NAMES
-from qwen3ft.files import read_json_lines
 from qwen3ft.jobs.folders import RunDir, read_record
 from qwen3ft.records.evaluation import MetricName, SideBySide
 from qwen3ft.records.requests import InferenceRequest

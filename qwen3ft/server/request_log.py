@@ -14,7 +14,7 @@ import os
 from datetime import UTC, datetime
 from pathlib import Path
 
-from qwen3ft.files import append_json_line, make_folder
+from qwen3ft.disk.files import append_json_line, make_folder
 from qwen3ft.logs import get_logger, mask_values
 from qwen3ft.server.answers import AnsweredRequest
 from qwen3ft.server.questions import ChatQuestionBody

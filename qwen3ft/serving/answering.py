@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from qwen3ft.chat.rendering import encoded_prompt
 from qwen3ft.chat.thinking import ThinkingChunk, ThinkingSplitter, is_opened
 from qwen3ft.decoding.writing import AnswerLimits
+from qwen3ft.disk.files import append_json_line, lines_from
 from qwen3ft.evaluation.generation import end_tokens
 from qwen3ft.evaluation.inference import InferenceTester
-from qwen3ft.files import append_json_line, lines_from
 from qwen3ft.jobs.folders import JobDir
 from qwen3ft.model.saved_adapter import find_base, open_adapter, shape_of
 from qwen3ft.records.requests import AskRequest, ChatEnded, ChatQuestion, Chunk

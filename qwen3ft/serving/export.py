@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qwen3ft.config import TrainingConfig
+from qwen3ft.disk.files import require_disk, sha256_file
+from qwen3ft.disk.manifests import build_folder, find_damage, read_manifest_facts, write_manifest
 from qwen3ft.errors import DataLoadingError, ExportDriftError, RequestError
-from qwen3ft.files import require_disk, sha256_file
 from qwen3ft.jobs.folders import JobDir, RunDir, write_record
 from qwen3ft.jobs.launcher import run_worker
 from qwen3ft.logs import get_logger
-from qwen3ft.manifests import build_folder, find_damage, read_manifest_facts, write_manifest
 from qwen3ft.model.adapter_checks import ADAPTER_FILE
 from qwen3ft.model.hub import fetch_model, resolve_model
 from qwen3ft.model.saved_adapter import copy_adapter, find_base, open_adapter, require_fit

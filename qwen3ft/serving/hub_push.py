@@ -14,6 +14,7 @@ from typing import Any
 
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
+from qwen3ft.disk.files import read_foreign_json, write_json_atomic
 from qwen3ft.errors import (
     ConfigError,
     DownloadError,
@@ -22,7 +23,6 @@ from qwen3ft.errors import (
     ModelUnavailableError,
     RequestError,
 )
-from qwen3ft.files import read_foreign_json, write_json_atomic
 from qwen3ft.logs import get_logger
 from qwen3ft.model.adapter_checks import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from qwen3ft.model.hub_errors import TIMEOUT_SECONDS, endpoint

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen3ft.chat.templates import END_TOKEN
 from qwen3ft.chat.tokenizer import declared_end, load_tokenizer
-from qwen3ft.files import read_foreign_json, write_json_atomic
+from qwen3ft.disk.files import read_foreign_json, write_json_atomic
 from qwen3ft.model.adapter_checks import ADAPTER_FILE
 from qwen3ft.model.manager import with_end
 from qwen3ft.model.request_defaults import write_request_defaults

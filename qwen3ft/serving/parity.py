@@ -15,12 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen3ft.disk.files import read_json_lines
 from qwen3ft.errors import DataLoadingError, InsufficientMemoryError
 from qwen3ft.evaluation.answer_loss import answer_losses, mean_loss
 from qwen3ft.evaluation.answers import exact_match
 from qwen3ft.evaluation.generation import answer_questions
 from qwen3ft.evaluation.inference import InferenceTester
-from qwen3ft.files import read_json_lines
 from qwen3ft.logs import get_logger
 from qwen3ft.model.manager import ModelManager
 from qwen3ft.records.requests import (

@@ -15,8 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from qwen3ft.disk.files import append_json_line, lines_from
 from qwen3ft.errors import FinetuneError, WorkerCrashedError
-from qwen3ft.files import append_json_line, lines_from
 from qwen3ft.jobs.folders import JobDir
 from qwen3ft.jobs.launcher import WATCH_SECONDS, run_worker
 from qwen3ft.jobs.processes import GRACE_SECONDS

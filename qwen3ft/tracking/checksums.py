@@ -10,7 +10,7 @@ import re
 import zlib
 from pathlib import Path
 
-from qwen3ft.files import lines_from
+from qwen3ft.disk.files import lines_from
 
 _SEAL = re.compile(rb',"crc32":"([0-9a-f]{8})"}\n?\Z')
 _SEAL_BYTES = 21  # with the newline

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, Field, ValidationError
 
-from qwen3ft.files import lines_from
+from qwen3ft.disk.files import lines_from
 from qwen3ft.jobs.folders import RunDir, write_record
 from qwen3ft.tracking.checksums import has_checksums
 from qwen3ft.tracking.journal import AnyOperation, AttemptStarted, journal_path, parse_operation

@@ -21,8 +21,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from qwen3ft.disk.files import append_line, lines_from
 from qwen3ft.faults import reach
-from qwen3ft.files import append_line, lines_from
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.logs import mask_secrets, mask_values
 from qwen3ft.records.data import DatasetManifest

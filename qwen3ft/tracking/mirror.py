@@ -14,10 +14,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from qwen3ft.disk.files import end_last_line
+from qwen3ft.disk.locks import try_lock
 from qwen3ft.errors import TrackingUnavailableError
-from qwen3ft.files import end_last_line
 from qwen3ft.jobs.folders import RunDir
-from qwen3ft.locks import try_lock
 from qwen3ft.logs import get_logger, mask_secrets
 from qwen3ft.tracking.connection import start_system_metrics
 from qwen3ft.tracking.cursor import operations, outstanding

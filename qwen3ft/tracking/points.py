@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
+from qwen3ft.disk.files import lines_from
 from qwen3ft.errors import RejectedError
-from qwen3ft.files import lines_from
 from qwen3ft.jobs.folders import RunDir, parse_record, read_records
 from qwen3ft.logs import get_logger, mask_values
 from qwen3ft.records.data import DatasetManifest

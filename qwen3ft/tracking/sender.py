@@ -14,9 +14,9 @@ import tempfile
 from itertools import islice
 from pathlib import Path
 
+from qwen3ft.disk.files import Line, fsync_file, lines_from, sha256_json
 from qwen3ft.errors import RejectedError, TrackingUnavailableError
 from qwen3ft.faults import reach
-from qwen3ft.files import Line, fsync_file, lines_from, sha256_json
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.logs import get_logger
 from qwen3ft.text.commands import shell_line

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from qwen3ft.disk.files import append_json_line
 from qwen3ft.faults import reach
-from qwen3ft.files import append_json_line
 from qwen3ft.logs import PROGRESS_LOGGER, ROOT, get_logger
 from qwen3ft.records.training import MemoryStatus, TrainingMetrics
 

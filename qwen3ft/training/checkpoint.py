@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen3ft.disk.manifests import build_folder, find_damage, read_manifest_facts
 from qwen3ft.logs import get_logger
-from qwen3ft.manifests import build_folder, find_damage, read_manifest_facts
 from qwen3ft.model.adapter_checks import AdapterError, verify_adapter
 from qwen3ft.records.plan import TrainPlan
 

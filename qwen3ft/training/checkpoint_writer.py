@@ -21,9 +21,9 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
+from qwen3ft.disk.files import fsync_dir, fsync_file
 from qwen3ft.errors import CheckpointCorruptError
 from qwen3ft.faults import reach
-from qwen3ft.files import fsync_dir, fsync_file
 from qwen3ft.model.adapter_checks import ADAPTER_FILE
 from qwen3ft.training import checkpoint
 from qwen3ft.training.checkpoint import STATE_NAME, TENSORS_NAME, VALUES_NAME

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments
 
+from qwen3ft.disk.manifests import find_damage
 from qwen3ft.errors import CheckpointCorruptError, TrainingFailureError
 from qwen3ft.faults import planted_faults, reach
 from qwen3ft.jobs.folders import JobDir, RunDir
 from qwen3ft.jobs.heartbeat import Heartbeat, StopRequest
 from qwen3ft.logs import get_logger
-from qwen3ft.manifests import find_damage
 from qwen3ft.model.adapter_checks import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.training import AttemptOutcome, RankOutcome

@@ -25,9 +25,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from qwen3ft.digests import code_digest
+from qwen3ft.disk.digests import code_digest
+from qwen3ft.disk.files import sha256_json
 from qwen3ft.errors import EnvironmentNotReadyError, OutOfMemoryError, RanksPartedError
-from qwen3ft.files import sha256_json
 from qwen3ft.jobs.failures import translate
 from qwen3ft.machine.network import INTERFACE_VARIABLES
 from qwen3ft.records.plan import TrainPlan

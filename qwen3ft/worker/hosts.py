@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from qwen3ft.disk.files import is_listed
 from qwen3ft.errors import PreemptedError, WorkerCrashedError
-from qwen3ft.files import is_listed
 from qwen3ft.jobs.folders import JobDir
 from qwen3ft.records.training import Failure
 

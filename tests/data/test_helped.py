@@ -19,9 +19,9 @@ from qwen3ft.data import row_table
 from qwen3ft.data.folder import read_manifest
 from qwen3ft.data.pipeline import DataPipeline
 from qwen3ft.data.tokenizing import BatchWork
+from qwen3ft.disk.manifests import read_manifest_facts
 from qwen3ft.errors import WorkerCrashedError
 from qwen3ft.jobs import helpers as helpers_module
-from qwen3ft.manifests import read_manifest_facts
 from qwen3ft.records.data import DatasetManifest
 
 ROWS = 400

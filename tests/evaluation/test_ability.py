@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from qwen3ft.config import TrainingConfig
+from qwen3ft.disk.files import read_json_lines
 from qwen3ft.embedded import DATA_DIR, corpus
 from qwen3ft.errors import DataLoadingError
 from qwen3ft.evaluation.ability import read_ability_rows
-from qwen3ft.files import read_json_lines
 
 
 def test_the_general_rows_are_in_both_languages() -> None:

@@ -18,10 +18,10 @@ from support.ranks import on_ranks
 from support.trained_adapter import Trained
 
 from qwen3ft.decoding.decoder import Decoder
+from qwen3ft.disk.files import read_json_lines
 from qwen3ft.errors import EnvironmentNotReadyError
 from qwen3ft.evaluation.decoded import _share_of
 from qwen3ft.evaluation.inference import LeftToRank0Error, run_inference
-from qwen3ft.files import read_json_lines
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.jobs.launcher import last_sign
 from qwen3ft.records.evaluation import InferenceReport

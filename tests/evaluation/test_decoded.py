@@ -18,10 +18,10 @@ from qwen3ft.chat.templates import KNOWN_TEMPLATES
 from qwen3ft.decoding import fitting
 from qwen3ft.decoding.decoder import Decoder
 from qwen3ft.decoding.fitting import RUNGS, CannotDecodeError, find_obstacle, run_within
+from qwen3ft.disk.files import read_json_lines
 from qwen3ft.evaluation import decoded
 from qwen3ft.evaluation.inference import InferenceTester, run_inference
 from qwen3ft.evaluation.wording import answered_by_text, thinking_text
-from qwen3ft.files import read_json_lines
 from qwen3ft.planning.decoder_sizes import AnswerLoad, DecoderSizes
 from qwen3ft.records.evaluation import InferenceReport
 from qwen3ft.records.requests import InferenceRequest

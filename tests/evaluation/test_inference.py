@@ -16,6 +16,8 @@ from support.finished_run import make_outcome, make_plan
 from support.trained_adapter import Trained, training_batch
 
 from qwen3ft.chat.rendering import generation_prompt, prompt_ids, tokenize_rows
+from qwen3ft.disk.files import read_json_lines
+from qwen3ft.disk.manifests import read_manifest_facts, write_manifest
 from qwen3ft.embedded import MODEL_DIR, corpus
 from qwen3ft.errors import (
     CheckpointCorruptError,
@@ -30,8 +32,6 @@ from qwen3ft.evaluation.gate import GatePolicy, decide_promotion
 from qwen3ft.evaluation.generation import answer_questions, in_batches
 from qwen3ft.evaluation.inference import InferenceTester, run_inference
 from qwen3ft.evaluation.wording import questions_text
-from qwen3ft.files import read_json_lines
-from qwen3ft.manifests import read_manifest_facts, write_manifest
 from qwen3ft.model.manager import ModelManager
 from qwen3ft.model.save_adapter import save_adapter
 from qwen3ft.records.evaluation import Champion, InferenceReport

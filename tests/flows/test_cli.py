@@ -32,8 +32,8 @@ from flows.cli.tails import LockTail, MetricsTail, tails_from_now
 from flows.cli.views.common import format_seconds, show_card
 from flows.cli.views.run import RunView, plain_message
 from qwen3ft.config import TrainingConfig, load_config
+from qwen3ft.disk.files import append_json_line, write_json_atomic
 from qwen3ft.errors import ConfigError, EnvironmentNotReadyError
-from qwen3ft.files import append_json_line, write_json_atomic
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.records.run_card import RunCard
 from qwen3ft.records.training import MemoryStatus, TrainingMetrics

@@ -230,8 +230,8 @@ def test_a_run_that_is_in_progress_is_not_taken_up_beside_it(
     run_flow: Any, project: FlowProject
 ) -> None:
     """Two processes in one run's folder would mix their files."""
+    from qwen3ft.disk.locks import try_lock
     from qwen3ft.jobs.folders import write_record
-    from qwen3ft.locks import try_lock
 
     run = RunDir(project.root / "runs" / "at-work")
     run.path.mkdir(parents=True)

@@ -20,10 +20,10 @@ from support.plans import environment, plan_for
 
 from flows import finetune, hosts, join
 from qwen3ft.config import TrainingConfig
-from qwen3ft.digests import code_digest
+from qwen3ft.disk.digests import code_digest
+from qwen3ft.disk.locks import try_lock
 from qwen3ft.errors import EnvironmentNotReadyError, WorkerCrashedError
 from qwen3ft.jobs.folders import JobDir, RunDir, write_record
-from qwen3ft.locks import try_lock
 from qwen3ft.machine.gpu_lock import FOLDER_VARIABLE, hold_gpu
 from qwen3ft.machine.network import INTERFACE_VARIABLES
 from qwen3ft.records.machine import GpuUse

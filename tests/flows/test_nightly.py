@@ -110,7 +110,7 @@ print(sorted({"torch", "mlflow"} & set(sys.modules)))
 from flows.nightly import seen_before
 from qwen3ft.config import TrainingConfig
 from qwen3ft.operations.night import NightRequest, claim_night
-from qwen3ft.locks import try_lock
+from qwen3ft.disk.locks import try_lock
 from qwen3ft.tracking.connection import connect, load_client
 uri, runs = sys.argv[1:]
 connect(uri)

@@ -15,7 +15,7 @@ from prefect.logging.handlers import PrefectConsoleHandler
 
 from flows.cli.output import open_console
 from flows.cli.progress import training_progress
-from qwen3ft.files import write_json_atomic
+from qwen3ft.disk.files import write_json_atomic
 from qwen3ft.jobs.folders import JobDir, RunDir
 from qwen3ft.logs import PROGRESS_LOGGER
 from qwen3ft.records.training import MemoryStatus, TrainingMetrics

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from support.finished_run import make_outcome
 
-from qwen3ft.files import append_json_line, read_json_lines
+from qwen3ft.disk.files import append_json_line, read_json_lines
 from qwen3ft.jobs.folders import RunDir, read_records, write_record
 from qwen3ft.records.training import MemoryStatus, TrainingMetrics
 from qwen3ft.registry.moves import Move, Mover, from_tags, to_tag

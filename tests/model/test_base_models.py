@@ -81,7 +81,7 @@ def test_the_trained_end_is_declared_and_stopped_at(base: Path, tmp_path: Path) 
 
 def test_a_snapshot_that_declares_another_end_is_made_again(snapshot: Any, tmp_path: Path) -> None:
     """An older version made it; a whole one of a chat model stays."""
-    from qwen3ft.manifests import read_manifest_facts, write_manifest
+    from qwen3ft.disk.manifests import read_manifest_facts, write_manifest
 
     assert read_snapshot(Path(snapshot.path)) == snapshot
     old = tmp_path / "old"

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from qwen3ft.data.pipeline import DataPipeline
+from qwen3ft.disk.files import sha256_file
 from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.errors import (
     ConfigError,
@@ -25,7 +26,6 @@ from qwen3ft.errors import (
     ModelUnavailableError,
     QuantizationError,
 )
-from qwen3ft.files import sha256_file
 from qwen3ft.model import hub
 from qwen3ft.model.adapter import LoRAAdapter, plan_adapter
 from qwen3ft.model.manager import ModelManager, read_snapshot, snapshot_target
@@ -273,7 +273,7 @@ def test_an_unchanged_local_model_is_hashed_once(
     tmp_path: Path, make_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Gigabytes of weights would cost every start of a run minutes."""
-    from qwen3ft import digests
+    from qwen3ft.disk import digests
 
     folder = copy_of_embedded(tmp_path / "model")
     monkeypatch.setattr(digests.time, "time_ns", lambda: 2**62)  # long after the copy was made
@@ -295,7 +295,7 @@ def test_an_unchanged_local_model_is_hashed_once(
 
 def test_the_base_of_an_older_champion_is_known_by_its_times(tmp_path: Path) -> None:
     """Before, a revision covered names, sizes and times of files; a hub's commit stays as it is."""
-    from qwen3ft.files import sha256_json
+    from qwen3ft.disk.files import sha256_json
 
     folder = copy_of_embedded(tmp_path / "model")
     stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.iterdir())]

@@ -23,11 +23,11 @@ from support.finished_run import (
 
 from qwen3ft.chat.templates import EMPTY_BLOCK
 from qwen3ft.config import TrainingConfig
+from qwen3ft.disk.files import sha256_file
+from qwen3ft.disk.manifests import MANIFEST_NAME, find_damage, write_manifest
 from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.errors import CheckpointCorruptError, DivergedError, ModelNotFoundError, SaveError
-from qwen3ft.files import sha256_file
 from qwen3ft.jobs.folders import write_record
-from qwen3ft.manifests import MANIFEST_NAME, find_damage, write_manifest
 from qwen3ft.model.adapter_checks import ADAPTER_FILE
 from qwen3ft.model.save_adapter import save_adapter
 from qwen3ft.model.saved_adapter import (

@@ -12,9 +12,9 @@ import pytest
 from support.registered import copy_database
 
 from qwen3ft.config import TrainingConfig
+from qwen3ft.disk.locks import try_lock
 from qwen3ft.errors import RequestError
 from qwen3ft.jobs.folders import RunDir
-from qwen3ft.locks import try_lock
 from qwen3ft.operations.retention import (
     DAY_SECONDS,
     Removal,

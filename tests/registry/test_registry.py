@@ -13,8 +13,8 @@ from support.small_adapter import write_small_adapter
 from support.tracked_run import MODEL, journal_adapter, send_all
 
 from qwen3ft.config import registered_model_name
+from qwen3ft.disk.files import sha256_file
 from qwen3ft.errors import ChampionChangedError, ConfigError, SaveError, TrackingUnavailableError
-from qwen3ft.files import sha256_file
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.records.model import SavedAdapter
 from qwen3ft.registry.registry import Registry

@@ -23,9 +23,9 @@ from qwen3ft.chat.thinking import ThinkingSplitter, split_thinking
 from qwen3ft.config import TrainingConfig
 from qwen3ft.decoding.fitting import used_bytes
 from qwen3ft.decoding.writing import AnswerLimits
+from qwen3ft.disk.files import read_json_lines, write_json_atomic
 from qwen3ft.errors import ModelNotFoundError, SaveError
 from qwen3ft.evaluation.inference import InferenceTester
-from qwen3ft.files import read_json_lines, write_json_atomic
 from qwen3ft.jobs.folders import JobDir
 from qwen3ft.model.saved_adapter import open_adapter
 from qwen3ft.planning.decoder_sizes import PAGE_TOKENS, DecoderSizes

@@ -15,6 +15,8 @@ from typer.main import get_command
 
 from flows.cli import app
 from qwen3ft.config import TrainingConfig, parse_config
+from qwen3ft.disk.files import read_json_lines, write_json_atomic
+from qwen3ft.disk.manifests import find_damage, write_manifest
 from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.errors import (
     DataLoadingError,
@@ -25,10 +27,8 @@ from qwen3ft.errors import (
     SaveError,
     WorkerCrashedError,
 )
-from qwen3ft.files import read_json_lines, write_json_atomic
 from qwen3ft.jobs.folders import JobDir
 from qwen3ft.machine.memory import MemoryOptimizer
-from qwen3ft.manifests import find_damage, write_manifest
 from qwen3ft.model.source_folder import check_model_folder
 from qwen3ft.records.requests import ADAPTER, MERGED, REQUANTISED, ExportRequest, ParityReport
 from qwen3ft.serving import export, gguf_files

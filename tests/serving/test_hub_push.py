@@ -20,6 +20,7 @@ from flows import cli
 from flows.cli.adapters import ChosenAdapter
 from flows.cli.hub import _scores_of
 from qwen3ft.config import TrainingConfig
+from qwen3ft.disk.files import write_json_atomic
 from qwen3ft.errors import (
     ConfigError,
     DownloadError,
@@ -27,7 +28,6 @@ from qwen3ft.errors import (
     ModelUnavailableError,
     RequestError,
 )
-from qwen3ft.files import write_json_atomic
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.model.saved_adapter import read_provenance
 from qwen3ft.records.evaluation import ModelScore

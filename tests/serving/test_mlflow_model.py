@@ -88,7 +88,7 @@ def test_an_adapter_saved_before_mlflow_could_load_it_still_opens(
     trained: Trained, tmp_path: Path
 ) -> None:
     """The two files are nothing that the product reads."""
-    from qwen3ft.manifests import read_manifest_facts, write_manifest
+    from qwen3ft.disk.manifests import read_manifest_facts, write_manifest
 
     folder = Path(shutil.copytree(trained.adapter, tmp_path / "adapter"))
     for name in ("MLmodel", "input_example.json"):

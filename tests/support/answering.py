@@ -16,8 +16,8 @@ from qwen3ft.decoding.projections import BASE
 from qwen3ft.decoding.slots import Query
 from qwen3ft.decoding.writer import AnswerWriter, Written
 from qwen3ft.decoding.writing import AnswerLimits, Marks
+from qwen3ft.disk.files import read_json_lines
 from qwen3ft.embedded import DATA_DIR, MODEL_DIR
-from qwen3ft.files import read_json_lines
 from qwen3ft.model.manager import load_tokenizer
 from qwen3ft.planning.decoder_sizes import DecoderSizes
 from qwen3ft.records.model import PROJECTIONS

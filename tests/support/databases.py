@@ -18,7 +18,7 @@ from pathlib import Path
 
 from deployments import services
 from deployments.services import Layout
-from qwen3ft.locks import try_lock
+from qwen3ft.disk.locks import try_lock
 
 KEPT = Path(__file__).parents[2] / ".pytest_cache" / "databases"
 MAKE_SECONDS = 240.0

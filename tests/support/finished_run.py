@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from qwen3ft.disk.manifests import write_manifest
 from qwen3ft.embedded import MODEL_DIR
-from qwen3ft.manifests import write_manifest
 from qwen3ft.model.shapes import count_adapter_parameters
 from qwen3ft.model.source_folder import check_model_folder
 from qwen3ft.records.data import DatasetManifest, DataSource, LengthSummary

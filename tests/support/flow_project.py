@@ -23,7 +23,7 @@ from deployments.prefect_api import read_deployment
 from deployments.stack import Stack
 from qwen3ft import faults
 from qwen3ft.config import TrainingConfig
-from qwen3ft.files import private_files
+from qwen3ft.disk.files import private_files
 from qwen3ft.jobs.folders import RunDir
 from qwen3ft.registry.registry import Registry
 

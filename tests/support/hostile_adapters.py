@@ -17,8 +17,8 @@ from support.small_adapter import (
     write_tensors,
 )
 
-from qwen3ft.files import write_json_atomic
-from qwen3ft.manifests import write_manifest
+from qwen3ft.disk.files import write_json_atomic
+from qwen3ft.disk.manifests import write_manifest
 from qwen3ft.model.adapter_checks import ADAPTER_CONFIG_FILE, ADAPTER_FILE, LARGEST_WEIGHT
 from qwen3ft.model.saved_adapter import KNOWN_ROWS_FILE, PROVENANCE_FILE
 

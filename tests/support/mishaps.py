@@ -36,12 +36,13 @@ from deployments.stack import Stack
 from flows import api, finetune, hosts, join, resume, run_context, temporary_server
 from flows.cli import champion, data, follow, options, plan, project, runs, servers
 from flows.cli.app import _explained as explained
-from qwen3ft import errors, faults, files, settings
+from qwen3ft import errors, faults, settings
 from qwen3ft.chat import rendering, templates, tokenizer
 from qwen3ft.config import TrainingConfig, load_config, parse_config
 from qwen3ft.data import hub as data_hub
 from qwen3ft.data import reading, sources
-from qwen3ft.digests import DigestCache, code_digest
+from qwen3ft.disk import files
+from qwen3ft.disk.digests import DigestCache, code_digest
 from qwen3ft.embedded import MODEL_DIR
 from qwen3ft.evaluation import generation, inference
 from qwen3ft.evaluation.ability import read_ability_rows
@@ -753,7 +754,9 @@ QUICK: dict[str, Mishap] = {
     "qwen3ft/evaluation/inference.py _check_champion 1": champion_of_another_model,
     "qwen3ft/evaluation/inference.py _check_attached 1": refused_tensors,
     "qwen3ft/faults.py _parse 1": lambda _: faults._parse("ooom"),
-    "qwen3ft/files.py require_disk 1": lambda f: files.require_disk(f / "x", 2**60, "It", "why"),
+    "qwen3ft/disk/files.py require_disk 1": lambda f: files.require_disk(
+        f / "x", 2**60, "It", "why"
+    ),
     "qwen3ft/jobs/failures.py translate 1": lambda _: throw(
         failures.translate(ValueError("x"), "train")
     ),

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from qwen3ft.disk.files import sha256_file, write_json_atomic
+from qwen3ft.disk.manifests import write_manifest
 from qwen3ft.embedded import MODEL_DIR
-from qwen3ft.files import sha256_file, write_json_atomic
-from qwen3ft.manifests import write_manifest
 from qwen3ft.model.adapter_checks import ADAPTER_CONFIG_FILE, ADAPTER_FILE, tensor_name
 from qwen3ft.model.saved_adapter import PROVENANCE_FILE
 from qwen3ft.model.shapes import count_adapter_parameters, read_shape

@@ -8,7 +8,7 @@ from pathlib import Path
 from support.plans import TINY, manifest, plan_for
 from support.small_adapter import write_small_adapter
 
-from qwen3ft.files import append_json_line
+from qwen3ft.disk.files import append_json_line
 from qwen3ft.jobs.folders import JobDir, RunDir
 from qwen3ft.records.data import DatasetManifest, DataSource
 from qwen3ft.records.model import SavedAdapter

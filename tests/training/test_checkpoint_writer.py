@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from qwen3ft.disk.files import sha256_file
 from qwen3ft.errors import DivergedError
-from qwen3ft.files import sha256_file
 from qwen3ft.training import checkpoint
 from qwen3ft.training.checkpoint_writer import CheckpointWriter
 

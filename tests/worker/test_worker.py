@@ -206,7 +206,7 @@ def test_a_run_killed_at_a_random_step_ends_bit_identical(
     """
     from random import Random
 
-    from qwen3ft.files import sha256_file
+    from qwen3ft.disk.files import sha256_file
 
     step = Random(os.urandom(8)).randint(3, 6)
     undisturbed = attempt()

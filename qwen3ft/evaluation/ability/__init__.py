@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from qwen3ft.config import TrainingConfig
+from qwen3ft.disk.files import read_json_lines
 from qwen3ft.errors import DataLoadingError
-from qwen3ft.files import read_json_lines
 
 GENERAL_PATH = Path(__file__).parent / "general.jsonl"
 EMBEDDED_PATH = Path(__file__).parent / "embedded.jsonl"

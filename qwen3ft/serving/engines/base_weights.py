@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qwen3ft.files import read_foreign_json, require_disk, write_json_atomic
+from qwen3ft.disk.files import read_foreign_json, require_disk, write_json_atomic
 from qwen3ft.model.saved_adapter import GENERATION_FILE, TOKENIZER_FILES, shape_of
 from qwen3ft.model.source_folder import weight_files
 from qwen3ft.serving.merge import BYTES_PER_WEIGHT, SHARD_BYTES

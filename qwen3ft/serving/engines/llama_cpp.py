@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 import httpx
 
 from qwen3ft.chat.rendering import encode_texts
+from qwen3ft.disk.files import require_disk
 from qwen3ft.errors import FinetuneError
-from qwen3ft.files import require_disk
 from qwen3ft.model.saved_adapter import shape_of
 from qwen3ft.records.serving import ServeRequest
 from qwen3ft.serving.engines.base_weights import write_base_weights

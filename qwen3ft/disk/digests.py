@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qwen3ft.files import sha256_file, sha256_json, write_json_atomic
+from qwen3ft.disk.files import sha256_file, sha256_json, write_json_atomic
 
 DIGESTS_FILE = "digests.json"
 

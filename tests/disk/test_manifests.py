@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from qwen3ft.files import write_json_atomic
-from qwen3ft.manifests import build_folder, find_damage
+from qwen3ft.disk.files import write_json_atomic
+from qwen3ft.disk.manifests import build_folder, find_damage
 
 
 def make_folder(path: Path, content: bytes = b"x" * 1000) -> Path:

@@ -12,7 +12,7 @@ import pytest
 
 from flows.run_context import open_run
 from qwen3ft.config import TrainingConfig
-from qwen3ft.locks import try_lock
+from qwen3ft.disk.locks import try_lock
 from qwen3ft.machine.gpu_lock import Holder, hold_gpu, read_holder
 from qwen3ft.operations.run_state import is_running
 
@@ -37,7 +37,7 @@ def test_the_lock_of_a_process_that_was_stopped_holds_until_it_is_killed(tmp_pat
     """A holder that hangs still holds; SIGKILL frees the lock at once."""
     path = tmp_path / "run.lock"
     program = (
-        "import sys; from pathlib import Path; from qwen3ft.locks import lock_file;"
+        "import sys; from pathlib import Path; from qwen3ft.disk.locks import lock_file;"
         "lock_file(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     )
     pipe = subprocess.PIPE

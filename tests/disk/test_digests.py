@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qwen3ft import digests as data_digest
-from qwen3ft.digests import DIGESTS_FILE, DigestCache, open_digests
+from qwen3ft.disk import digests as data_digest
+from qwen3ft.disk.digests import DIGESTS_FILE, DigestCache, open_digests
 
 
 def sha256(content: bytes) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen3ft.files import (
+from qwen3ft.disk.files import (
     append_json_line,
     lines_from,
     make_private,
@@ -47,7 +47,7 @@ def test_writes_are_synced_before_the_rename_and_the_folder_after_it(tmp_path: P
         "    calls.append('rename'); real_replace(a, b)\n"
         "os.fsync, os.replace = fsync, replace\n"
         "from pathlib import Path\n"
-        "from qwen3ft.files import write_bytes_atomic\n"
+        "from qwen3ft.disk.files import write_bytes_atomic\n"
         "write_bytes_atomic(Path(sys.argv[1]), b'x')\n"
         "print(calls)\n"
     )

@@ -16,8 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from qwen3ft.faults import reach
-from qwen3ft.files import (
+from qwen3ft.disk.files import (
     fsync_dir,
     fsync_file,
     make_folder,
@@ -25,6 +24,7 @@ from qwen3ft.files import (
     sha256_file,
     write_json_atomic,
 )
+from qwen3ft.faults import reach
 
 MANIFEST_NAME = "manifest.json"
 
