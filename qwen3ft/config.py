@@ -518,7 +518,7 @@ def with_current_names(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def registered_model_name(model_name: str, data_paths: Sequence[str] = ()) -> str:
-    """Derive the name of a task: of the model, and of its data unless those are the bundled rows.
+    """Derive the name of a task: of the model, and of its data unless `data_paths` is empty.
 
     Other paths give another name, so that adapters for different tasks are never compared. How a
     path is written (`./data`, `data`) makes no difference.

@@ -147,16 +147,16 @@ def _fingerprinted(file: SourceFile, digests: DigestCache) -> SourceFile:
 
 
 def _chosen_paths(config: TrainingConfig) -> dict[Role, tuple[str, ...]]:
-    """Return the paths of each role; an embedded run without data takes the bundled files."""
+    """Return the paths of each role; where the bundled rows are trained on, their own tests too."""
     given: dict[Role, tuple[str, ...]] = {
         "train": config.data_paths,
         "dev": config.dev_paths,
         "test": config.test_paths,
     }
+    if config.data_paths == BUNDLED["train"] or (config.is_embedded and not config.data_paths):
+        return {role: given[role] or BUNDLED[role] for role in given}
     if config.data_paths:
         return given
-    if config.is_embedded:
-        return {role: given[role] or BUNDLED[role] for role in given}
     raise DataLoadingError(
         "No training data was given: data_paths is empty.",
         why=f"Only the embedded model brings rows of its own; {config.model_name} does not.",

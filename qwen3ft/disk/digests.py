@@ -110,7 +110,7 @@ def _existing(names: Iterable[str]) -> list[str]:
 
 
 def code_digest() -> str:
-    """Return the sha256 of this package's own modules."""
-    package = Path(__file__).parent
+    """Return the sha256 of all modules of qwen3ft."""
+    package = Path(__file__).parents[1]
     modules = sorted(package.rglob("*.py"))
     return sha256_json([[str(path.relative_to(package)), sha256_file(path)] for path in modules])

@@ -52,10 +52,16 @@ GRAPH_BYTES_PER_BLOCK = 100 * 1024
 
 
 class FusedSizes:
-    """Sizes of a fused step with the settings of `work`; lengths of rows are given to each."""
+    """Sizes of a fused step with the settings of `work`; lengths of rows are given to each.
 
-    def __init__(self, work: Workload) -> None:
+    Args:
+        work: The settings.
+        row_sequences: Sequences of a row, padding included; those that `work` expects if None.
+    """
+
+    def __init__(self, work: Workload, row_sequences: int | None = None) -> None:
         self.work, self.shape, self.memory = work, work.shape, work.memory
+        self.row_sequences = row_sequences or work.row_sequences
         self.rank, self.compute_bytes = work.adapter.r, work.compute_bytes
         self._query, self._key = work.shape.query_features, work.shape.key_features
 
@@ -132,7 +138,7 @@ class FusedSizes:
         """Bytes of fp32 in FlashAttention's backward for tokens that no sequence has."""
         # (tokens + 128 x sequences, heads x head_dim) and (heads, the same); the source is
         # `mha_varlen_bwd` in torch's flash_api.cpp.
-        bounds = row_bounds(self.work.row_sequences, graphs=self.memory.graphs)
+        bounds = row_bounds(self.row_sequences, graphs=self.memory.graphs)
         return 4 * 128 * (bounds - 1) * (self._query + self.shape.num_attention_heads)
 
     def _wide_bytes(self, tokens: int, level: Level) -> int:

@@ -23,7 +23,10 @@ from qwen3ft.units import GIB, gb
 LENGTH_STEP_TOKENS = 8
 LONGEST_TOKENS = 262144
 
-_SETTINGS = ("lora_r", "gradient_checkpointing", "kernels", "packing", "lora_dropout")
+_SETTINGS = (
+    *("lora_r", "gradient_checkpointing", "kernels", "packing", "lora_dropout"),
+    *("batch_size", "gradient_accumulation_steps"),
+)
 """Settings that memory depends on, beside model, budget and length."""
 
 

@@ -63,7 +63,14 @@ def shape_table(request: FitRequest, fit: Fit, gpu: GpuSpec | None, fill: float)
     able = [other for other in others if other.memory_gb >= 0.99 * fit.budget_gb]
     alone = alone_of(request, fit.work)
     speeds = [speed_of(fit.work, other, alone) for other in able]
-    longest = replace(request, longest_tokens=LONGEST_TOKENS, held_out_tokens=LONGEST_TOKENS)
+    # Rows keep their proportion of typical to longest.
+    typical = -(-request.typical_tokens * LONGEST_TOKENS // request.longest_tokens)
+    longest = replace(
+        request,
+        longest_tokens=LONGEST_TOKENS,
+        typical_tokens=typical,
+        held_out_tokens=LONGEST_TOKENS,
+    )
     notes = [f"Rows of {fill:g} x {request.config.max_sequence_length:,} tokens on average."]
     if request.environment.gpus and not request.environment.gpus[0].uuid:
         host_gb = gb(request.environment.host_total_bytes)

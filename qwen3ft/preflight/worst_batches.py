@@ -26,8 +26,7 @@ MOST_SEQUENCES = 1_000_000
 
 MOST_TOKENS = "most tokens"
 LONGEST_ROW = "longest row"
-MOST_KEPT = "most kept of its blocks"
-MOST_ROWS = "most rows"
+MOST_MEMORY = "most memory of its blocks"
 
 Rank = Callable[[int, Sequence[int]], tuple[int, ...]]
 """Maps the slots of a batch and its lengths to what is compared; the largest is the worst."""
@@ -90,16 +89,17 @@ def _ranks(plan: TrainPlan) -> dict[str, Rank]:
         LONGEST_ROW: lambda slots, lengths: (max(lengths), slots),
     }
     if plan.memory.kernels == "fused":
-        # A smaller row keeps more of its blocks, so it may take more than the largest one.
-        sizes = FusedSizes(workload_of(plan))
+        # A smaller row keeps more of its blocks, and FlashAttention's backward pads each sequence,
+        # so it may take more than the largest one.
+        work = workload_of(plan)
+        planned = FusedSizes(work)
 
         @cache
-        def bytes_of(slots: int) -> int:
-            return sizes.row_bytes(slots, sizes.levels(slots, plan.memory.activation_bytes))
+        def bytes_of(slots: int, sequences: int) -> int:
+            levels = planned.levels(slots, plan.memory.activation_bytes)
+            return FusedSizes(work, sequences).row_bytes(slots, levels)
 
-        ranks[MOST_KEPT] = lambda slots, _: (bytes_of(slots), slots)
-        # FlashAttention's backward pads each of them.
-        ranks[MOST_ROWS] = lambda slots, lengths: (len(lengths), slots)
+        ranks[MOST_MEMORY] = lambda slots, lengths: (bytes_of(slots, len(lengths) + 1), slots)
     return ranks
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -87,3 +88,17 @@ def test_digests_of_files_that_are_gone_are_dropped(tmp_path: Path) -> None:
             digests.sha256(file)
         file.unlink()
     assert (tmp_path / DIGESTS_FILE).read_text().count("jsonl") == 1
+
+
+def test_the_digest_of_the_code_changes_with_any_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of other packages too: hosts with different ones must not train together."""
+    own, copy = Path(data_digest.__file__).parents[1], tmp_path / "qwen3ft"
+    shutil.copytree(own, copy, ignore=lambda _, names: [n for n in names if n == "__pycache__"])
+    before = data_digest.code_digest()
+    monkeypatch.setattr(data_digest, "__file__", str(copy / "disk" / "digests.py"))
+    assert data_digest.code_digest() == before
+    with (copy / "training" / "fused" / "block.py").open("a", encoding="utf-8") as stream:
+        stream.write("# changed\n")
+    assert data_digest.code_digest() != before

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.plans import TINY, plan_for, workload_lengths
+from support.plans import TINY, plan_for, workload, workload_lengths
 
 from qwen3ft.errors import InsufficientMemoryError
 from qwen3ft.planning.packing import epoch_order, pack, row_tokens, rows_at_a_time
@@ -182,3 +184,21 @@ def test_long_rows_that_fit_padded_alone_are_not_refused() -> None:
     assert "does not fit" in plan.reasons["packing"]
     with pytest.raises(InsufficientMemoryError, match="packed attention mask"):
         plan_for(**long, packing="on")
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 8, 32])
+@pytest.mark.parametrize("sigma", [0.3, 0.6, 0.8])
+def test_rows_hold_no_more_sequences_than_a_plan_expects(
+    micro_batch_size: int, sigma: float
+) -> None:
+    """Of steps of drawn lengths, also where few fit a row and one takes the shortest."""
+    draw = random.Random(f"{micro_batch_size} {sigma}")
+    steps = []
+    for _ in range(40):
+        lengths = (draw.lognormvariate(math.log(96), sigma) for _ in range(64))
+        steps.append([int(min(256, max(8, length))) for length in lengths])
+    mean = -(-sum(map(sum, steps)) // (64 * len(steps)))
+    levers: dict[str, Any] = {"kernels": "fused", "packing": True}
+    work = workload(micro_batch_size=micro_batch_size, typical_tokens=mean, **levers)
+    most = max(len(row) for step in steps for row in pack(step, work.capacity_tokens))
+    assert most + 1 <= work.row_sequences <= 65
