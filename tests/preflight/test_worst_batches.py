@@ -60,7 +60,9 @@ def test_a_fused_plan_also_runs_the_row_that_takes_most(four: Any, seed: int) ->
     from qwen3ft.planning.fused_sizes import FusedSizes
     from qwen3ft.planning.workload import workload_of
 
-    plan = four(kernels="fused", packing=True, chunk_tokens=1024, total_steps=40)
+    plan = four(
+        kernels="fused", packing=True, chunk_tokens=1024, loss_chunk_tokens=16, total_steps=40
+    )
     sizes = FusedSizes(workload_of(plan))
     room = sizes.row_bytes(288, sizes.levels(288, 2**40))  # all of 288 tokens, not of 400
     plan = plan.with_settings(activation_bytes=room)
