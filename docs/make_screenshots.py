@@ -43,7 +43,7 @@ from qwen3ft import faults  # noqa: E402
 from qwen3ft.tracking.experiment import TRAINING_VIEW  # noqa: E402
 from tasks.artifacts import RUN_CARD  # noqa: E402
 
-MODEL = "qwen3ft-embedded"
+MODEL = "products"
 FIRST = PRODUCTS[:4]
 OUT_OF_MEMORY = "oom@step=90"
 FAULTS = "faults.txt"
@@ -53,6 +53,7 @@ DRAWN_COLOURS = 60
 REDRAWN_MILLISECONDS = 2000
 """Time after which MLflow no longer redraws an HTML artifact and scrolls it back to the top."""
 SETTINGS = {
+    "name": MODEL,
     "data_paths": ["data"],
     "num_epochs": 40,
     "max_steps": 300,
@@ -192,7 +193,8 @@ class Pages:
         runs = self._stack.status().mlflow_page
         assert runs is not None
         with self._visit(runs, "mlflow-nights", name) as page:
-            page.get_by_role("columnheader", name="verdict").wait_for()
+            page.get_by_role("columnheader", name="verdict", exact=True).first.wait_for()
+            page.get_by_role("gridcell", name=card["outcome"], exact=True).first.wait_for()
         model = f"{self._layout.url('mlflow')}/#/models/{MODEL}?{TRAINING_VIEW}"
         with self._visit(model, "mlflow-model", "Version 3"):
             pass

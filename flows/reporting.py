@@ -35,11 +35,12 @@ from qwen3ft.report.html import card_html
 from qwen3ft.report.markdown import card_description, card_markdown
 from qwen3ft.report.plan_section import plan_figure, plan_markdown
 from qwen3ft.report.safe_text import escape_markdown
+from qwen3ft.report.score_figure import SCORES_PICTURE
 from qwen3ft.tracking.cursor import find_damaged_lines, read_state
 from qwen3ft.tracking.journal import Journal
 from qwen3ft.tracking.points import attempts_memory
 from qwen3ft.tracking.run_metrics import card_metrics, card_tags
-from qwen3ft.tracking.uri import default_tracking_uri, run_url
+from qwen3ft.tracking.uri import artifact_address, default_tracking_uri, run_url
 from tasks import artifacts
 
 logger = logs.get_logger("story")
@@ -134,7 +135,8 @@ class RunReporter:
             self.journal.text(f"{CARD_FOLDER}/{name}", text)
         self.journal.json(f"{CARD_FOLDER}/card.json", card.model_dump(mode="json"))
         self.journal.metrics(card_metrics(card))
-        description = card_description(card, MOST_DESCRIPTION_CHARACTERS)
+        picture = artifact_address(read_state(self.run), SCORES_PICTURE)
+        description = card_description(card, MOST_DESCRIPTION_CHARACTERS, picture)
         shown = {
             "mlflow.note.content": description,
             "mlflow.runName": name_with_verdict(verdict),  # what a list of runs shows

@@ -25,7 +25,8 @@ from qwen3ft.records.evaluation import Champion, InferenceReport
 from qwen3ft.records.model import SavedAdapter
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.requests import InferenceRequest
-from qwen3ft.report.score_figure import scores_figure, write_logged_image
+from qwen3ft.report.figures import write_png
+from qwen3ft.report.score_figure import SCORES_PICTURE, scores_figure
 from qwen3ft.tracking.journal import Journal
 from qwen3ft.tracking.run_metrics import report_metrics
 from tasks.names import inference_name, name_of
@@ -119,8 +120,5 @@ def log_inference(run: RunDir, report: InferenceReport) -> None:
     journal.json("inference/report.json", report.model_dump(mode="json"))
     journal.artifacts(Path(report.scores_path), "inference")
     journal.metrics(report_metrics(report))
-    figure, images = scores_figure(report), run.path / "images"
-    images.mkdir(exist_ok=True)
-    write_logged_image(figure, images, "scores", run.path.name)
-    journal.artifacts(images, "images")
-    journal.tags({"mlflow.loggedImages": "True"})
+    folder, name = SCORES_PICTURE.split("/")
+    journal.artifacts(write_png(scores_figure(report), run.path / name), folder)

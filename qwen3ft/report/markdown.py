@@ -20,13 +20,21 @@ MOST_CELL_CHARACTERS = 400
 
 def card_markdown(card: RunCard) -> str:
     """Render the whole card."""
-    return "\n".join(_sections(card))
+    return "\n".join((f"# {escape_markdown(card.title)}\n", *_sections(card)))
 
 
-def card_description(card: RunCard, most_characters: int) -> str:
-    """Render the first sections that fit into `most_characters`: MLflow refuses longer tags."""
+def card_description(card: RunCard, most_characters: int, scores_url: str | None = None) -> str:
+    """Render the first sections that fit into `most_characters`: MLflow refuses longer tags.
+
+    Args:
+        card: The card.
+        most_characters: Longest text.
+        scores_url: Address of a picture of the scores, which is shown after the verdict.
+    """
+    verdict, *others = _sections(card)
+    picture = [f"![scores]({scores_url})\n"] if card.scores and scores_url else []
     text = ""
-    for section in _sections(card):
+    for section in (verdict, *picture, *others):
         if len(text) + len(section) + 1 > most_characters:
             break
         text += f"{section}\n"
@@ -37,7 +45,8 @@ def _sections(card: RunCard) -> Iterator[str]:
     """Yield the sections, the most important first; each ends with a line break."""
     # The order decides what `card_description` keeps of a long card.
     for lines in (
-        _head(card),
+        _verdict(card),
+        _facts(card),
         _failure(card),
         _scores(card),
         _splits(card),
@@ -54,10 +63,13 @@ def _sections(card: RunCard) -> Iterator[str]:
             yield "\n".join(lines) + "\n"
 
 
-def _head(card: RunCard) -> list[str]:
-    lines = [f"# {escape_markdown(card.title)}", "", f"**{escape_markdown(card.verdict)}**", ""]
-    if len(card.reasons) > 1:
-        lines += [*(f"- {escape_markdown(reason)}" for reason in card.reasons), ""]
+def _verdict(card: RunCard) -> list[str]:
+    """Return the verdict, and the reasons that it does not name itself."""
+    others = [f"- {escape_markdown(one)}" for one in card.reasons if one not in card.verdict]
+    return [f"**{escape_markdown(card.verdict)}**", *(["", *others] if others else [])]
+
+
+def _facts(card: RunCard) -> list[str]:
     rows = []
     for fact in card_facts(card):
         label, value, note = map(escape_markdown, fact[:3])
@@ -65,7 +77,7 @@ def _head(card: RunCard) -> list[str]:
         rows.append((label, f"{bold} {note}".rstrip()))
     if card.mlflow_url:
         rows.append(("MLflow", f"[this run]({card.mlflow_url})"))
-    return [*lines, *markdown_table(("", ""), rows)]
+    return markdown_table(("", ""), rows)
 
 
 def _failure(card: RunCard) -> list[str]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
-from uuid import NAMESPACE_URL, uuid5
 
 from qwen3ft.evaluation.wording import METRIC_NAMES
 from qwen3ft.records.evaluation import InferenceReport, MetricName
@@ -14,14 +12,17 @@ SHARES: tuple[MetricName, ...] = ("exact_match", "token_f1")
 COLOURS = {"base": "#9aa5b1", "champion": "#3b7dd8", "candidate": "#e8833a"}
 BAR_WIDTH = 0.26
 
+SCORES_PICTURE = "figures/scores.png"
+"""Path of the picture among a run's artifacts in MLflow."""
+
 
 def scores_figure(report: InferenceReport) -> Any:
     """Draw one group of bars for each score that is a share, one bar for each model.
 
     Returns:
-        A `matplotlib.figure.Figure`.
+        A `matplotlib.figure.Figure`, narrow enough for MLflow's description of a run.
     """
-    figure = new_figure(8, 4.5)
+    figure = new_figure(6, 3.4)
     axes = figure.add_subplot()
     for place, score in enumerate(report.scores):
         shift = (place - (len(report.scores) - 1) / 2) * BAR_WIDTH
@@ -40,19 +41,3 @@ def scores_figure(report: InferenceReport) -> Any:
     axes.grid(axis="y", alpha=0.3)
     axes.legend()
     return figure
-
-
-def write_logged_image(figure: Any, folder: Path, key: str, run: str) -> None:
-    """Write a figure as MLflow's `log_image` does, which a run's page shows among its charts.
-
-    The names are the same each time, so that an image that is sent again replaces itself.
-
-    Args:
-        figure: A `matplotlib.figure.Figure`.
-        folder: Existing folder for the image and its small version.
-        key: Title of the image; letters, digits and underscores.
-        run: Id of the run.
-    """
-    name = f"{key}+step+0+timestamp+0+{uuid5(NAMESPACE_URL, f'{run}/{key}')}"
-    figure.savefig(folder / f"{name}.png", format="png", dpi=120)
-    figure.savefig(folder / f"{name}+compressed.webp", format="webp", dpi=60)

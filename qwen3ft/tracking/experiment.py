@@ -28,10 +28,18 @@ _DESCRIPTION = (
     "Artifacts, card/card.html."
 )
 
+_WIDTHS_PIXELS = {
+    "0": 73,  # the box that selects a run
+    "attributes.`Run Name`": 316,
+    "runDateAndNestInfo": 130,
+    "duration": 75,
+    **dict(zip(COLUMNS, (85, 150, 70, 130, 115), strict=True)),
+}
+
 _STATE = {
     "selectedColumns": COLUMNS,
-    "columnOrder": [],
-    "columnWidths": {"attributes.`Run Name`": 340},
+    "columnOrder": list(_WIDTHS_PIXELS),  # widths of columns that it lacks are ignored
+    "columnWidths": _WIDTHS_PIXELS,
 }
 
 EXPERIMENT_TAGS = {

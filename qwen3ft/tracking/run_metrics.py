@@ -45,6 +45,9 @@ TAGS = (
 
 MOST_TAG_CHARACTERS = 2000
 
+DECIMALS = 4
+"""Of every number; MLflow's tables show all there are."""
+
 
 def report_metrics(report: InferenceReport) -> dict[str, float]:
     """Return the scores of every evaluated model, and the judge's count."""
@@ -104,7 +107,7 @@ def card_tags(card: RunCard) -> dict[str, str]:
 
 def _finite(values: Mapping[str, float | None]) -> dict[str, float]:
     return {
-        name: float(value)
+        name: round(float(value), DECIMALS)
         for name, value in values.items()
         if value is not None and math.isfinite(value)
     }

@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from http.client import HTTPException
 from pathlib import Path
+from urllib.parse import urlencode
 
 from qwen3ft.tracking.cursor import TrackingState
 from qwen3ft.tracking.experiment import TRAINING_VIEW
@@ -38,6 +39,13 @@ def run_url(tracking_uri: str, state: TrackingState) -> str | None:
         return None
     page = f"experiments/{state.experiment_id}/runs/{state.parent_run_id}"
     return f"{tracking_uri.rstrip('/')}/#/{page}?{TRAINING_VIEW}"
+
+
+def artifact_address(state: TrackingState, path: str) -> str | None:
+    """Return the address of one of the parent run's artifacts, as MLflow's own pages write it."""
+    if state.parent_run_id is None:
+        return None
+    return f"get-artifact?{urlencode({'path': path, 'run_uuid': state.parent_run_id})}"
 
 
 def is_answering(tracking_uri: str, timeout_seconds: float = 5.0) -> bool:

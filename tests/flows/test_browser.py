@@ -292,9 +292,12 @@ def test_the_experiment_lists_the_run(
 def test_the_run_has_its_numbers_charts_tags_and_files(
     browser: WatchedBrowser, project: FlowProject, card: dict[str, Any]
 ) -> None:
-    """The verdict is among the tags, the scores among the charts, and the card a page."""
+    """The verdict is among the tags, the scores are a picture, and the card is a page."""
     with browser.visit(card["mlflow_url"], "mlflow-metrics", "About this run") as page:
         page.get_by_text("verdict", exact=False).first.wait_for()
+        picture = page.get_by_role("img", name="scores")
+        picture.wait_for()
+        assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") > 500
         assert page.get_by_text("Registered models").count()
         page.get_by_role("tab", name="Model metrics").click()
         page.get_by_text("exact_match").first.wait_for()

@@ -306,9 +306,12 @@ def test_a_description_is_whole_sections_and_short_enough() -> None:
     for most in (2000, 3000, 5000, 10**6):
         text = card_description(card, most)
         assert 0 < len(text) <= most
-        assert whole.startswith(text.rstrip("\n"))
+        assert text.rstrip("\n") in whole
         assert text.endswith("\n")
     assert card_description(card, 10) == card.verdict[:10]
+    text = card_description(card, 2000, "somewhere.png")
+    order = [text.index(part) for part in ("**promoted", "![scores](somewhere.png)", "| exact m")]
+    assert order == sorted(order)
 
 
 def test_answers_that_never_came_are_said_and_thinking_is_left_out() -> None:
