@@ -168,7 +168,7 @@ class Pages:
         """Show verdict and scores, tags, and the registered version."""
         with self._visit(card["mlflow_url"], f"mlflow-run-{night}", "About this run") as page:
             page.get_by_text("Show more").first.click()
-            page.get_by_alt_text("scores").wait_for()
+            page.locator("img[src*='scores.png']").wait_for()
             page.wait_for_timeout(REDRAWN_MILLISECONDS)
 
     def charts_in_mlflow(self, night: str, card: dict[str, Any]) -> None:

@@ -29,15 +29,18 @@ def scores_figure(report: InferenceReport) -> Any:
         heights = [100 * float(getattr(score, name)) for name in SHARES]
         name = f"champion v{report.champion_version}" if score.label == "champion" else score.label
         spots = [group + shift for group in range(len(SHARES))]
-        bars = axes.bar(spots, heights, BAR_WIDTH, label=name, color=COLOURS[score.label])
-        axes.bar_label(bars, fmt="%.1f", padding=3)
+        axes.bar(spots, heights, BAR_WIDTH, label=name, color=COLOURS[score.label])
+        tops = list(heights)
         if score.exact_match_interval is not None:
             low, high = (100 * edge for edge in score.exact_match_interval)
             reach = [[max(0.0, heights[0] - low)], [max(0.0, high - heights[0])]]
             axes.errorbar(spots[:1], heights[:1], yerr=reach, color="black", capsize=4)
+            tops[0] = max(high, heights[0])
+        for spot, top, height in zip(spots, tops, heights, strict=True):
+            axes.text(spot, top + 1, f"{height:.1f}", ha="center", va="bottom")
     questions = max((score.rows for score in report.scores), default=0)
-    axes.set(title=f"Scores on {questions:,} held-out questions", ylabel="%", ylim=(0, 108))
+    axes.set(title=f"Scores on {questions:,} held-out questions", ylabel="%", ylim=(0, 110))
     axes.set_xticks(range(len(SHARES)), [METRIC_NAMES[name] for name in SHARES])
     axes.grid(axis="y", alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=len(report.scores))
     return figure

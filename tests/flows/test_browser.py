@@ -296,7 +296,7 @@ def test_the_run_has_its_numbers_charts_tags_and_files(
     with browser.visit(card["mlflow_url"], "mlflow-metrics", "About this run") as page:
         page.get_by_text("verdict", exact=False).first.wait_for()
         page.get_by_text("Show more").first.click()
-        picture = page.get_by_alt_text("scores")
+        picture = page.locator("img[src*='scores.png']")
         picture.wait_for()
         assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") > 500
         assert page.get_by_text("Registered models").count()
