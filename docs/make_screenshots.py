@@ -6,7 +6,7 @@ Starts servers and a worker of its own in the folder `--root`, registers the dep
 three nights: one that is promoted, one with new rows that runs out of memory (a planted fault)
 before it is promoted, and one with shuffled answers, which is kept out. Then a headless Chromium,
 with WebGL drawn by the CPU, takes the screenshots in light and dark colours. Rows in Chinese are
-left out, because not every machine has the fonts. Takes about 5 minutes on two cores and leaves
+left out, because not every machine has the fonts. Takes about 3 minutes on two cores and leaves
 nothing but the screenshots.
 """
 
