@@ -18,7 +18,8 @@ from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import InsufficientMemoryError
 from qwen3ft.planning.fit import choose
 from qwen3ft.planning.gpu_specs import require_gpu_spec
-from qwen3ft.planning.what_if import TYPICAL_FILL, described_machine, shape_request, sweep_model
+from qwen3ft.planning.what_if import described_machine, shape_request, sweep_model
+from qwen3ft.planning.workload import TYPICAL_FILL
 
 
 def plan(gpu: str, **wanted: Any) -> Callable[[], None]:

@@ -105,7 +105,7 @@ def run_nights(stack: Stack) -> dict[str, str]:
 
 
 def take_pictures(stack: Stack, nights: dict[str, str], folder: Path) -> None:
-    """Take every screenshot of docs/reading.md, in light and in dark colours."""
+    """Take every screenshot of docs/reading.md, the most telling ones in dark colours, too."""
     cards = {name: _read_card(stack, run) for name, run in nights.items()}
     with open_chromium(WEBGL) as chromium:
         for dark in (False, True):

@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
@@ -135,7 +136,8 @@ class RunReporter:
             self.journal.text(f"{CARD_FOLDER}/{name}", text)
         self.journal.json(f"{CARD_FOLDER}/card.json", card.model_dump(mode="json"))
         self.journal.metrics(card_metrics(card))
-        picture = artifact_address(read_state(self.run), SCORES_PICTURE)
+        drawn = (self.run.path / Path(SCORES_PICTURE).name).exists()
+        picture = artifact_address(SCORES_PICTURE) if card.scores and drawn else None
         description = card_description(card, MOST_DESCRIPTION_CHARACTERS, picture)
         shown = {
             "mlflow.note.content": description,

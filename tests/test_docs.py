@@ -95,7 +95,8 @@ def test_the_settings_that_may_change_on_resume_are_listed() -> None:
 def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
     """Links lead to pages, headings, pictures and folders; web addresses are not requested."""
     text = _SPAN.sub("", _BLOCK.sub("", read(page)))
-    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    for link in (*links, *re.findall(r'\bsrc(?:set)?="([^"]+)"', text)):
         if "://" in link:
             continue
         path, _, anchor = link.partition("#")

@@ -68,7 +68,7 @@ def plan_command(
         _plan_run(config, settings, as_json=as_json)
         return
     from qwen3ft.config import load_config
-    from qwen3ft.planning.what_if import TYPICAL_FILL
+    from qwen3ft.planning.workload import TYPICAL_FILL
 
     overrides = read_overrides(settings)
     shorthand = {"model_name": model, "max_memory_gb": budget, "max_sequence_length": seq}

@@ -16,6 +16,9 @@ from pathlib import Path
 
 from qwen3ft.disk.files import sha256_file, sha256_json, write_json_atomic
 
+BESIDE = ("flows", "tasks", "deployments")
+"""Packages beside `qwen3ft` in the repository, and below it in a wheel."""
+
 DIGESTS_FILE = "digests.json"
 
 # FAT's clock is the coarsest of the file systems in use.
@@ -110,7 +113,11 @@ def _existing(names: Iterable[str]) -> list[str]:
 
 
 def code_digest() -> str:
-    """Return the sha256 of all modules of qwen3ft."""
+    """Return the sha256 of all modules of qwen3ft, `flows`, `tasks` and `deployments`."""
     package = Path(__file__).parents[1]
-    modules = sorted(package.rglob("*.py"))
-    return sha256_json([[str(path.relative_to(package)), sha256_file(path)] for path in modules])
+    # in a wheel they lie below the package, and what is beside it belongs to others
+    beside = [name for name in BESIDE if not (package / name).exists()]
+    folders = (package, *(package.parent / name for name in beside))
+    modules = sorted(path for folder in folders for path in folder.rglob("*.py"))
+    root = package.parent
+    return sha256_json([[str(path.relative_to(root)), sha256_file(path)] for path in modules])

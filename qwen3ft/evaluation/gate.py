@@ -85,7 +85,7 @@ def decide_promotion(
         missing = f"champion v{champion.version} was not scored on the same questions"
         return _verdict(saved, "deferred", [missing, *gains])
     if champion is None:
-        gains.append("no adapter is in use yet")
+        gains.append("no adapter was in use")
     return _verdict(saved, "promoted", gains)
 
 

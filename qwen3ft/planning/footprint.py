@@ -35,9 +35,9 @@ from qwen3ft.units import GIB, MIB, gb, size_text
 CPU_PROCESS_BYTES = int(0.9 * GIB)
 """Resident memory of a process that has imported torch, transformers, PEFT and datasets."""
 
-NCCL_BYTES = (614 - 64) * MIB
+NCCL_BYTES = (614 - 51) * MIB
 """GPU memory of NCCL's communicator and kernels with `training.ranks.NCCL_SETTINGS`: 614 MiB on
-each of two H200, of which 64 fit into what the process leaves of `CUDA_CONTEXT_BYTES`."""
+each of two H200, 51 of them within the 0.8 GiB that a process was then taken to need."""
 
 PLAIN_SLACK = {"cuda": (int(0.2 * GIB), 0.07), "cpu": (0, 0.25)}
 """Memory the allocator holds beyond what is in use: bytes, and a share of what comes and goes."""

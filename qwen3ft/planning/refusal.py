@@ -7,6 +7,7 @@ comes as a command that shows so from the model's shape alone.
 from __future__ import annotations
 
 import bisect
+import json
 import math
 import shlex
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from qwen3ft.model.shapes import KNOWN_MODELS, KnownModel, adapter_for
 from qwen3ft.planning.footprint import predict_memory, total_bytes
 from qwen3ft.planning.fused_search import most_frugal_fused
 from qwen3ft.planning.plain_settings import most_frugal
-from qwen3ft.planning.workload import FitRequest, Workload
+from qwen3ft.planning.workload import TYPICAL_FILL, FitRequest, Workload
 from qwen3ft.records.plan import MemoryPart
 from qwen3ft.units import GIB, gb
 
@@ -25,7 +26,7 @@ LONGEST_TOKENS = 262144
 
 _SETTINGS = (
     *("lora_r", "gradient_checkpointing", "kernels", "packing", "lora_dropout"),
-    *("batch_size", "gradient_accumulation_steps"),
+    *("batch_size", "gradient_accumulation_steps", "quantization", "gpus"),
 )
 """Settings that memory depends on, beside model, budget and length."""
 
@@ -62,11 +63,11 @@ def longest_that_fits(
 ) -> int | None:
     """Return the longest row, a multiple of 8 tokens, that fits the budget; None if none does."""
     lengths = range(LENGTH_STEP_TOKENS, limit_tokens + 1, LENGTH_STEP_TOKENS)
+    fill = _fill(request)  # rows keep their proportion of typical to longest
 
     def excess_bytes(tokens: int) -> float:
         held_out = min(tokens, request.held_out_tokens)
-        # Rows keep their proportion of typical to longest.
-        typical = -(-request.typical_tokens * tokens // request.longest_tokens)
+        typical = math.ceil(fill * tokens)
         shorter = replace(
             request, longest_tokens=tokens, typical_tokens=typical, held_out_tokens=held_out
         )
@@ -179,10 +180,21 @@ def _command(
         words.append("--gpu none")
     elif not request.environment.gpus[0].uuid:
         words.append(f"--gpu {request.environment.gpus[0].name.lower().replace(' ', '-')}")
+    if (fill := _fill(request)) != TYPICAL_FILL:
+        words.append(f"--fill {fill:g}")
     defaults, wanted = type(request.config)(), request.config
-    words += [
-        f"--set {setting}={getattr(wanted, setting)}"
-        for setting in _SETTINGS
-        if getattr(wanted, setting) != getattr(defaults, setting)
-    ]
+    for setting in _SETTINGS:
+        value = getattr(wanted, setting)
+        if value != getattr(defaults, setting):
+            text = json.dumps(value) if isinstance(value, list | tuple) else value
+            words.append(f"--set {shlex.quote(f'{setting}={text}')}")
     return " ".join(words)
+
+
+def _fill(request: FitRequest) -> float:
+    """Return typical over longest length, in the fewest digits that give the typical one back."""
+    longest, typical = request.longest_tokens, request.typical_tokens
+    if math.ceil(TYPICAL_FILL * longest) == typical:
+        return TYPICAL_FILL
+    rounded = (math.ceil(typical / longest * 10**digits) / 10**digits for digits in range(2, 9))
+    return next((one for one in rounded if math.ceil(one * longest) == typical), typical / longest)

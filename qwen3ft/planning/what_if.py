@@ -17,13 +17,10 @@ from qwen3ft.planning.recompute import Level
 from qwen3ft.planning.refusal import LONGEST_TOKENS, longest_that_fits
 from qwen3ft.planning.speed import describe_basis, typical_levels
 from qwen3ft.planning.table import speed_of
-from qwen3ft.planning.workload import FitRequest, padded_length
+from qwen3ft.planning.workload import TYPICAL_FILL, FitRequest, padded_length
 from qwen3ft.records.base import Record
 from qwen3ft.records.machine import EnvironmentReport, GpuInfo
 from qwen3ft.units import GIB, gb
-
-TYPICAL_FILL = 0.42
-"""Mean over longest row of the lengths in benchmarks/speed/cases.py (lognormal, cut)."""
 
 HOST_GB = 64
 BFLOAT16_CAPABILITY = 8.0

@@ -17,6 +17,9 @@ from qwen3ft.records.plan import MemorySettings, TrainPlan
 
 PADDING_MULTIPLE_TOKENS = 8
 
+TYPICAL_FILL = 0.42
+"""Mean over longest row of the lengths in benchmarks/speed/cases.py (lognormal, cut)."""
+
 SMALLEST_LOSS_CHUNK_TOKENS = 128
 """Smallest loss chunk of a plan where nothing else fits, and of the recovery ladder."""
 

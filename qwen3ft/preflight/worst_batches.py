@@ -99,16 +99,20 @@ def _ranks(plan: TrainPlan) -> dict[str, Rank]:
             levels = planned.levels(slots, plan.memory.activation_bytes)
             return FusedSizes(work, sequences).row_bytes(slots, levels)
 
-        ranks[MOST_MEMORY] = lambda slots, lengths: (bytes_of(slots, len(lengths) + 1), slots)
+        def most_memory(slots: int, lengths: Sequence[int]) -> tuple[int, int]:
+            # padding is a sequence, too
+            return bytes_of(slots, len(lengths) + (slots > sum(lengths))), slots
+
+        ranks[MOST_MEMORY] = most_memory
     return ranks
 
 
 def _worst_of_evaluation(plan: TrainPlan, dev: NDArray[np.integer]) -> tuple[WorstBatch, ...]:
     """Return the worst evaluation batches, full ones first."""
     starts = range(0, len(dev), plan.memory.eval_batch_size)
-    search = _Search(
-        dev, _ranks(plan), packed=plan.memory.kernels == "fused", graphs=plan.memory.graphs
-    )
+    ranks = _ranks(plan)
+    ranks.pop(MOST_MEMORY, None)  # nothing of a block is kept, and there is no backward
+    search = _Search(dev, ranks, packed=plan.memory.kernels == "fused", graphs=plan.memory.graphs)
     search.look_at(
         list(range(start, min(start + plan.memory.eval_batch_size, len(dev)))) for start in starts
     )

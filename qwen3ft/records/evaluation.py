@@ -162,8 +162,11 @@ class Verdict(Record):
     def sentence(self) -> str:
         """The decision and its first reason; for a kept adapter also the number of others."""
         first, *others = self.reasons or ("no reason was given",)
-        more = f" (and {len(others)} more)" if others and self.decision == "kept" else ""
-        return f"{self.decision}: {first}{more}"
+        if not others or self.decision != "kept":
+            return f"{self.decision}: {first}"
+        return (
+            f"{self.decision}: {first} (and {len(others)} more reason{'s' if others[1:] else ''})"
+        )
 
 
 class Champion(Record):

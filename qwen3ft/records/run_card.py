@@ -28,6 +28,9 @@ COMPLETED_STATES = ("Promoted", "Kept", DEGRADED, "Deferred", NOTHING_NEW, ALREA
 Outcome = Literal["promoted", "kept", "deferred", "failed", "cancelled", "nothing new"]
 """Outcome of a run in one word."""
 
+NO_CHAMPION = "none"
+"""Instead of a version where no adapter was in use."""
+
 CurvePoint = tuple[float, float]
 
 FileState = Literal["new", "changed", "gone", "unchanged"]

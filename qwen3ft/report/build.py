@@ -32,6 +32,7 @@ from qwen3ft.records.evaluation import (
 from qwen3ft.records.model import SavedAdapter
 from qwen3ft.records.plan import TrainPlan
 from qwen3ft.records.run_card import (
+    NO_CHAMPION,
     AnsweredQuestion,
     AttemptSummary,
     FailureSection,
@@ -53,7 +54,6 @@ EMBEDDED_NOTE = (
     "invented products. Fine-tuning adds facts and one date format, not language understanding."
 )
 NOVEL_NOTE = "The questions of 'novel' are worded like none of the training rows."
-NO_CHAMPION = "none"
 FAILURE_CHARACTERS, REASON_CHARACTERS = 3000, 1000
 
 
@@ -92,6 +92,7 @@ def build_card(facts: RunFacts) -> RunCard:
     """Build the card from the run's records."""
     outcome, sentence = _ending(facts)
     trained, saved, plan = facts.trained, facts.saved, facts.plan
+    peaks = (trained.peak_memory_gb if trained else None, _highest_gb(facts.memory))
     return RunCard(
         title=f"{facts.config.model_name}: {outcome}",
         outcome=outcome,
@@ -111,8 +112,8 @@ def build_card(facts: RunFacts) -> RunCard:
         version=saved.version if saved else None,
         held_out_loss_before=_finite(trained.first_held_out_loss) if trained else None,
         held_out_loss_after=_finite(trained.best_held_out_loss) if trained else None,
-        # a failed run has no outcome, but it has samples of its memory
-        peak_memory_gb=trained.peak_memory_gb if trained else _highest_gb(facts.memory),
+        # the last attempt's own peak; samples of all attempts, also of those that failed
+        peak_memory_gb=max(filter(None, peaks), default=None),
         budget_gb=plan.max_memory_gb if plan else None,
         tokens_per_second=_finite(trained.tokens_per_second) if trained else None,
         kernels=f"{plan.memory.kernels}: {plan.reasons.get('kernels', '')}".rstrip(": ")
@@ -172,7 +173,8 @@ def _compared_with(facts: RunFacts) -> str:
     ours = tuple(map(mask_secrets, facts.config.data_paths))  # as an adapter's settings are
     other = "" if paths == ours else ", which are others than this run's"
     data = ", ".join(paths) if paths else "the bundled rows"
-    return f"the base model and {name}, trained on {safe_excerpt(data, QUESTION_CHARACTERS)}{other}"
+    shown = safe_excerpt(data, QUESTION_CHARACTERS)
+    return f"the base model and {name}, whose data are {shown}{other}"
 
 
 def _failure(error: BaseException | None) -> FailureSection:

@@ -115,8 +115,11 @@ def loss_words(curves: Sequence[LossCurve]) -> str:
 
 def loss_chart(curves: Sequence[LossCurve]) -> Chart | None:
     """Draw training and held-out loss of all attempts; None if none was measured."""
-    drawn: list[_Curve] = [("training", curve.training) for curve in curves if curve.training]
-    drawn += [("held-out", curve.held_out) for curve in curves if curve.held_out]
+    # each step is in one attempt only, so the points of all are one curve
+    training = [point for curve in curves for point in curve.training]
+    held_out = [point for curve in curves for point in curve.held_out]
+    drawn: list[_Curve] = [("training", training), ("held-out", held_out)]
+    drawn = [(kind, points) for kind, points in drawn if points]
     labels = ("optimizer step", "nats per trained token")
     return _chart("Loss", loss_words(curves), labels, drawn) if drawn else None
 

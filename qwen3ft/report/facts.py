@@ -13,7 +13,7 @@ from qwen3ft.evaluation.wording import (
     score_text,
 )
 from qwen3ft.records.evaluation import MODELS, RIVALS, Comparison, ModelLabel, RivalLabel
-from qwen3ft.records.run_card import RunCard
+from qwen3ft.records.run_card import NO_CHAMPION, RunCard
 from qwen3ft.report.attempts import kind_text
 
 MOST_LINES = 10
@@ -60,12 +60,13 @@ def card_facts(card: RunCard) -> list[CardFact]:
     loss = _change(card.held_out_loss_before, card.held_out_loss_after, ".3f")
     attempts = len(card.attempts)
     facts = [
+        _in_use(card),
         CardFact("trained on", card.trained_on),
         CardFact("compared with", card.compared_with),
         CardFact(
             "exact match",
             _change(card.base_score, card.tuned_score, ".1%"),
-            "from base to candidate",
+            _from_base(card),
             headline=True,
         ),
         *(_gain(card, one) for one in card.comparisons if one.metric == card.main_metric),
@@ -103,6 +104,21 @@ def card_facts(card: RunCard) -> list[CardFact]:
         CardFact("run", card.run_id),
     ]
     return [fact for fact in facts if fact.value]
+
+
+def _in_use(card: RunCard) -> CardFact:
+    before = card.champion_version
+    if card.outcome == "promoted":
+        replaced = "" if before in (None, NO_CHAMPION) else f", in place of version {before}"
+        return CardFact("in use", f"version {card.version}", f"this run's{replaced}", headline=True)
+    named = {None: "", NO_CHAMPION: "no adapter"}.get(before, f"version {before}")
+    return CardFact("in use", named, "as before this run", headline=True)
+
+
+def _from_base(card: RunCard) -> str:
+    champion = next((score for score in card.scores if score.label == "champion"), None)
+    rest = "" if champion is None else f"; champion {champion.exact_match:.1%}"
+    return f"from base to candidate{rest}"
 
 
 def _damaged(lines: tuple[int, ...]) -> str:

@@ -32,7 +32,7 @@ def card_description(card: RunCard, most_characters: int, scores_url: str | None
         scores_url: Address of a picture of the scores, which is shown after the verdict.
     """
     verdict, *others = _sections(card)
-    picture = [f"![scores]({scores_url})\n"] if card.scores and scores_url else []
+    picture = [f"![scores]({scores_url})\n"] if scores_url else []
     text = ""
     for section in (verdict, *picture, *others):
         if len(text) + len(section) + 1 > most_characters:

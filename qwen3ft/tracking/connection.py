@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from qwen3ft.errors import FinetuneError, NotInMlflowError, RejectedError, TrackingUnavailableError
 from qwen3ft.logs import get_logger, mask_secrets
-from qwen3ft.tracking.experiment import EXPERIMENT_NAME, EXPERIMENT_TAGS
+from qwen3ft.tracking.experiment import EXPERIMENT_NAME, EXPERIMENT_TAGS, PEOPLES_TAG
 from qwen3ft.tracking.journal import DatasetInput
 from qwen3ft.tracking.uri import artifact_root, database_path
 
@@ -256,8 +256,10 @@ def _experiment_id(client: Any, database: Path | None) -> str:
     if experiment.lifecycle_stage == "deleted":
         _log.warning("The MLflow experiment %s was deleted; it is restored.", EXPERIMENT_NAME)
         client.restore_experiment(experiment.experiment_id)
-    for key in EXPERIMENT_TAGS.keys() - experiment.tags.keys():  # of an earlier version
-        client.set_experiment_tag(experiment.experiment_id, key, EXPERIMENT_TAGS[key])
+    for key, value in EXPERIMENT_TAGS.items():  # an earlier version may have made it
+        found = experiment.tags.get(key)
+        if found is None or (found != value and key != PEOPLES_TAG):
+            client.set_experiment_tag(experiment.experiment_id, key, value)
     return str(experiment.experiment_id)
 
 

@@ -21,17 +21,17 @@ _VIEW = "nights"
 
 _DESCRIPTION = (
     "One run for each start of the flow **qwen3-finetune**. Its name begins with the **verdict**: "
-    "*promoted* is in use, *kept* was not better, *degraded* fell short of what was asked, "
-    "*deferred* waits for its comparison, *nothing new* had nothing to train on, *failed* has the "
-    "reason on its page. `exact_match/candidate` is the share of held-out questions answered "
-    "exactly, `gain` how much more that is than the adapter in use has. The run card is under "
-    "Artifacts, card/card.html."
+    "*promoted* was put into use, *kept* was not better and stays out, *degraded* fell short of "
+    "what was asked, *deferred* waits for its comparison, *nothing new* had nothing to train on, "
+    "*failed* has the reason on its page. `exact_match/candidate` is the share of held-out "
+    "questions answered exactly, `gain` how much more that is than the adapter in use has, or the "
+    "base model if none is. The run card is under Artifacts, card/card.html."
 )
 
 _WIDTHS_PIXELS = {
     "0": 73,  # the box that selects a run
-    "attributes.`Run Name`": 316,
-    "runDateAndNestInfo": 130,
+    "attributes.`Run Name`": 300,
+    "runDateAndNestInfo": 146,
     "duration": 75,
     **dict(zip(COLUMNS, (85, 150, 70, 130, 115), strict=True)),
 }
@@ -42,8 +42,11 @@ _STATE = {
     "columnWidths": _WIDTHS_PIXELS,
 }
 
+PEOPLES_TAG = "mlflow.note.content"
+"""Tag that is set once: people may have changed the description on its page."""
+
 EXPERIMENT_TAGS = {
-    "mlflow.note.content": _DESCRIPTION,
+    PEOPLES_TAG: _DESCRIPTION,
     "mlflow.experimentKind": "custom_model_development",
     # MLflow keeps columns in each browser; a shared view is what others can be given
     f"mlflow.sharedViewState.{_VIEW}": json.dumps(_STATE),

@@ -33,6 +33,9 @@ from qwen3ft.units import gb
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 """End of a run or an attempt, in MLflow's words."""
 
+PARENT_RUN = "{parent_run}"
+"""Stands in tags for the id of the parent run, which MLflow gives out only when it is sent."""
+
 _DIGEST_CHARACTERS = 36  # longest digest of a dataset that MLflow accepts
 
 
@@ -91,7 +94,10 @@ class Metrics(Operation):
 
 
 class Tags(Operation):
-    """Tags on the parent run; a later value replaces an earlier one."""
+    """Tags on the parent run; a later value replaces an earlier one.
+
+    `PARENT_RUN` in a value becomes the run's id in MLflow when the tag is sent.
+    """
 
     kind: Literal["tags"] = "tags"
     values: dict[str, str]

@@ -46,7 +46,7 @@ TAGS = (
 MOST_TAG_CHARACTERS = 2000
 
 DECIMALS = 4
-"""Of every number; MLflow's tables show all there are."""
+"""Places that every number but those of curves keeps; MLflow's tables show all there are."""
 
 
 def report_metrics(report: InferenceReport) -> dict[str, float]:

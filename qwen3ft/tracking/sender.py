@@ -24,6 +24,7 @@ from qwen3ft.tracking.checksums import has_checksums
 from qwen3ft.tracking.connection import Connection, connect
 from qwen3ft.tracking.cursor import AttemptCursor, TrackingState, read_state, write_state
 from qwen3ft.tracking.journal import (
+    PARENT_RUN,
     AnyOperation,
     Artifacts,
     AttemptEnded,
@@ -145,7 +146,9 @@ class Sender:
             case Metrics():
                 connection.log(parent, points=operation_points(operation))
             case Tags():
-                connection.log(parent, tags=operation.values)
+                values = operation.values.items()
+                tags = {name: value.replace(PARENT_RUN, parent) for name, value in values}
+                connection.log(parent, tags=tags)
             case DatasetInput():
                 connection.log_dataset(parent, operation)
                 with tempfile.TemporaryDirectory(prefix="qwen3ft-") as folder:

@@ -7,10 +7,11 @@ import urllib.error
 import urllib.request
 from http.client import HTTPException
 from pathlib import Path
-from urllib.parse import urlencode
+from urllib.parse import quote
 
 from qwen3ft.tracking.cursor import TrackingState
 from qwen3ft.tracking.experiment import TRAINING_VIEW
+from qwen3ft.tracking.journal import PARENT_RUN
 
 _SQLITE = "sqlite:///"
 
@@ -41,11 +42,12 @@ def run_url(tracking_uri: str, state: TrackingState) -> str | None:
     return f"{tracking_uri.rstrip('/')}/#/{page}?{TRAINING_VIEW}"
 
 
-def artifact_address(state: TrackingState, path: str) -> str | None:
-    """Return the address of one of the parent run's artifacts, as MLflow's own pages write it."""
-    if state.parent_run_id is None:
-        return None
-    return f"get-artifact?{urlencode({'path': path, 'run_uuid': state.parent_run_id})}"
+def artifact_address(path: str) -> str:
+    """Return the address of an artifact of the parent run, as MLflow's own pages write it.
+
+    Its `PARENT_RUN` becomes the id of that run when a tag is sent.
+    """
+    return f"get-artifact?path={quote(path, safe='')}&run_uuid={PARENT_RUN}"
 
 
 def is_answering(tracking_uri: str, timeout_seconds: float = 5.0) -> bool:

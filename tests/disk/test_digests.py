@@ -94,11 +94,23 @@ def test_the_digest_of_the_code_changes_with_any_module(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those of other packages too: hosts with different ones must not train together."""
-    own, copy = Path(data_digest.__file__).parents[1], tmp_path / "qwen3ft"
-    shutil.copytree(own, copy, ignore=lambda _, names: [n for n in names if n == "__pycache__"])
-    before = data_digest.code_digest()
+    repository = Path(data_digest.__file__).parents[2]
+    for name in ("qwen3ft", *data_digest.BESIDE):
+        shutil.copytree(
+            repository / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    found = [data_digest.code_digest()]
+    copy = tmp_path / "qwen3ft"
     monkeypatch.setattr(data_digest, "__file__", str(copy / "disk" / "digests.py"))
-    assert data_digest.code_digest() == before
-    with (copy / "training" / "fused" / "block.py").open("a", encoding="utf-8") as stream:
-        stream.write("# changed\n")
-    assert data_digest.code_digest() != before
+    assert data_digest.code_digest() == found[0]
+    for module in ("qwen3ft/training/fused/block.py", "flows/join.py"):
+        with (tmp_path / module).open("a", encoding="utf-8") as stream:
+            stream.write("# changed\n")
+        found.append(data_digest.code_digest())
+    assert len(set(found)) == 3
+    for name in data_digest.BESIDE:  # as in a wheel
+        (tmp_path / name).rename(copy / name)
+    found.append(data_digest.code_digest())
+    (tmp_path / "flows").mkdir()
+    (tmp_path / "flows" / "of_somebody_else.py").touch()
+    assert data_digest.code_digest() == found[-1]

@@ -35,7 +35,7 @@ def test_the_first_adapter_that_beats_the_base_is_promoted() -> None:
         "better than the base model: exact match 40.0% against 10.0% on 50 questions, "
         "gain +30.0 (+25.0 to +35.0) points at 95% confidence"
     )
-    assert first == "no adapter is in use yet"
+    assert first == "no adapter was in use"
     assert verdict.sentence == f"promoted: {better}"
 
 
@@ -184,7 +184,7 @@ def test_every_failed_check_is_named() -> None:
     verdict = decide(checks=checks)
     assert verdict.decision == "kept"
     assert verdict.reasons == ("failed check: not empty", "failed check: answers differ from base")
-    assert verdict.sentence == "kept: failed check: not empty (and 1 more)"
+    assert verdict.sentence == "kept: failed check: not empty (and 1 more reason)"
 
 
 def test_a_champion_that_was_not_scored_defers_the_decision() -> None:

@@ -164,7 +164,10 @@ def test_mlflow_opens_with_verdicts_curves_and_scores(finished: Any, project: Fl
         steps = [point.step for point in client.get_metric_history(parent.info.run_id, key)]
         assert steps == [1, 2, 3, 4, 5, 6]
     assert len(client.get_metric_history(parent.info.run_id, "memory/process_gb")) > 1
-    assert "![scores](get-artifact?" in parent.data.tags["mlflow.note.content"]
+    scores = f"![scores](get-artifact?path=figures%2Fscores.png&run_uuid={parent.info.run_id})"
+    assert scores in parent.data.tags["mlflow.note.content"]
+    figures = [one.path for one in client.list_artifacts(parent.info.run_id, "figures")]
+    assert "figures/scores.png" in figures
     version = client.get_model_version(MODEL, "1")
     assert version.description == version.tags["verdict"]
 

@@ -15,6 +15,7 @@ from qwen3ft.errors import InsufficientMemoryError
 from qwen3ft.planning.fit import choose, fit_or_none
 from qwen3ft.planning.gpu_specs import require_gpu_spec
 from qwen3ft.planning.what_if import described_machine, shape_request
+from qwen3ft.planning.workload import TYPICAL_FILL
 
 H200 = require_gpu_spec("h200")
 
@@ -25,11 +26,14 @@ H200 = require_gpu_spec("h200")
         ({"model_name": "14b", "max_sequence_length": 2048, "max_memory_gb": 9.0}, 2),
         ({"model_name": "4b", "max_sequence_length": 32768, "max_memory_gb": 4.5}, 3),
         ({"model_name": "8b", "max_memory_gb": 6.0, "lora_r": 64}, 2),
+        ({"model_name": "8b", "max_memory_gb": 6.0, "quantization": ["nf4"], "gpus": "2"}, 2),
     ],
 )
-def test_each_command_of_a_refusal_fits(wanted: dict[str, Any], offers: int) -> None:
-    """More memory, shorter rows, a smaller model: all true."""
-    request = shape_request(TrainingConfig(**wanted), described_machine(H200))
+@pytest.mark.parametrize("fill", [0.1, TYPICAL_FILL, 0.7213, 1.0])
+def test_each_command_of_a_refusal_fits(wanted: dict[str, Any], offers: int, fill: float) -> None:
+    """More memory, shorter rows, a smaller model: all true, however long rows typically are."""
+    machine = described_machine(H200, int(wanted.get("gpus", 1)))
+    request = shape_request(TrainingConfig(**wanted), machine, fill)
     with pytest.raises(InsufficientMemoryError) as caught:
         choose(request)
     error = caught.value

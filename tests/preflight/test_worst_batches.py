@@ -74,7 +74,8 @@ def test_a_fused_plan_also_runs_the_row_that_takes_most(four: Any, seed: int) ->
         order.epoch += 1
 
     def taken(rows: Any) -> int:
-        slots, sequences = _slots(lengths[list(rows)], True), len(rows) + 1
+        slots = _slots(lengths[list(rows)], True)
+        sequences = len(rows) + (slots > lengths[list(rows)].sum())
         levels = sizes.levels(slots, room)
         return FusedSizes(workload_of(plan), sequences).row_bytes(slots, levels)
 
@@ -85,6 +86,9 @@ def test_a_fused_plan_also_runs_the_row_that_takes_most(four: Any, seed: int) ->
     assert taken(most.rows) == max(taken(rows) for rows in every)
     rank = _ranks(plan)["most memory of its blocks"]
     assert rank(288, [18] * 16) > rank(288, [72] * 4)
+    assert rank(256, [16] * 16) < rank(256, [15] * 16)  # whose padding is one more
+    by_name = {name: batch for batch in worst.evaluate for name in batch.chosen_for}
+    assert by_name.keys() == {"most tokens", "longest row"}
 
 
 def test_the_worst_evaluation_batch_is_one_of_consecutive_rows(four: Any) -> None:

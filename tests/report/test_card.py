@@ -110,7 +110,9 @@ def test_all_forms_show_the_same_facts() -> None:
         if fact.headline:
             assert f"{fact.label} {fact.text}" in page
     labels = ", ".join(fact.label for fact in card_facts(card) if fact.headline)
-    assert labels == "exact match, gain over champion, held-out loss, peak memory, speed, time"
+    assert (
+        labels == "in use, exact match, gain over champion, held-out loss, peak memory, speed, time"
+    )
 
 
 def test_the_whole_run_is_in_all_three_forms() -> None:
@@ -126,7 +128,7 @@ def test_the_whole_run_is_in_all_three_forms() -> None:
         "All of a step | at once.",
         "batch 4 x 1 → 2 x 2; from the checkpoint of step 40",
         "out of memory: 4.10 of 4 GB <b>needed</b> | step 41",
-        "0.50 GB of 4 GB",
+        "1.99 GB of 4 GB",
         "12 min 5 s",
         "Memory: at most 1.99 GB in use, predicted 1.25 GB, budget 4 GB.",
         "training from 4.000 to 0.013",
@@ -148,6 +150,19 @@ def test_how_to_roll_back_is_the_exact_command_and_what_follows_from_it() -> Non
     assert kept.roll_back.command == ""
 
 
+def test_the_card_says_what_is_in_use_now() -> None:
+    """The new version and the one that it replaced, or what was in use before, if known."""
+    for facts, said in (
+        (make_facts(), "version 8 this run's, in place of version 7"),
+        (make_facts(champion=None), "version 8 this run's"),
+        (make_facts(4.0), "version 7 as before this run"),
+        (make_facts(4.0, champion=None), "no adapter as before this run"),
+        (make_facts(champion=None, verdict=None), None),
+    ):
+        found = {fact.label: fact.text for fact in card_facts(build_card(facts))}
+        assert found.get("in use") == said
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -155,9 +170,9 @@ def test_how_to_roll_back_is_the_exact_command_and_what_follows_from_it() -> Non
         ({"champion": None}, "the base model; no adapter of qwen3ft-embedded was in use"),
         (
             {"change": DataChange(champion_paths=("other.jsonl",))},
-            "v7, trained on other.jsonl, which are others than this run's",
+            "v7, whose data are other.jsonl, which are others than this run's",
         ),
-        ({"change": DataChange(champion_paths=())}, "v7, trained on the bundled rows"),
+        ({"change": DataChange(champion_paths=())}, "v7, whose data are the bundled rows"),
         ({"report": None}, ""),
     ],
 )

@@ -46,12 +46,13 @@ def test_artifacts_of_a_server_stay_in_its_folder(tmp_path: Path, path: str) -> 
 
 
 def test_the_experiment_explains_itself_and_has_a_view_of_known_columns(database: str) -> None:
-    """An experiment of an earlier version gets what it lacks; what a person wrote stays."""
+    """An experiment of an earlier version gets today's view; what a person wrote stays."""
     connection = connect(database)
     client, number = connection.client, connection.experiment_id
     assert client.get_experiment(number).tags.items() >= EXPERIMENT_TAGS.items()
     client.delete_experiment_tag(number, "mlflow.experimentKind")
     client.set_experiment_tag(number, "mlflow.note.content", "ours")
+    client.set_experiment_tag(number, "mlflow.sharedViewState.nights", "{}")
     connect(database)
     tags = client.get_experiment(number).tags
     assert tags == {**EXPERIMENT_TAGS, "mlflow.note.content": "ours"}

@@ -37,6 +37,7 @@ from qwen3ft.tracking.cursor import (
 from qwen3ft.tracking.journal import Journal, journal_path
 from qwen3ft.tracking.points import attempts_memory
 from qwen3ft.tracking.run_metrics import CURVES
+from qwen3ft.tracking.uri import artifact_address
 
 
 def test_a_full_journal_is_found_in_mlflow(
@@ -189,15 +190,21 @@ def test_a_lost_cursor_makes_no_second_run(database: str, run_dir: RunDir) -> No
 def test_a_run_that_mlflow_forgot_is_sent_again_in_full(
     database: str, run_dir: RunDir, migrated_database: Path, tmp_path: Path
 ) -> None:
-    """Pointed at another MLflow, the journal fills it completely."""
+    """Pointed at another MLflow, the journal fills it completely; addresses name the run there."""
     journal = journal_run(run_dir)
+    address = artifact_address("figures/a picture.png")
+    journal.tags({"late": "yes", "address": address})
     send_all(run_dir, database)
-    journal.tags({"late": "yes"})
+    first = connect(database).client.get_run(parent_run_id(run_dir))
     (tmp_path / "other").mkdir()
     other = f"sqlite:///{shutil.copy(migrated_database, tmp_path / 'other' / 'mlflow.db')}"
     send_all(run_dir, other)
     assert steps_of(other, run_dir) == list(range(1, 21))
-    assert connect(other).client.get_run(parent_run_id(run_dir)).data.tags["late"] == "yes"
+    again = connect(other).client.get_run(parent_run_id(run_dir))
+    assert again.data.tags["late"] == "yes"
+    page = "get-artifact?path=figures%2Fa%20picture.png&run_uuid="
+    for found in (first, again):
+        assert found.data.tags["address"] == f"{page}{found.info.run_id}"
 
 
 def test_what_mlflow_refuses_is_skipped_and_the_rest_arrives(
