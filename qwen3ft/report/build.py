@@ -172,9 +172,9 @@ def _compared_with(facts: RunFacts) -> str:
         return f"the base model and {name}"
     ours = tuple(map(mask_secrets, facts.config.data_paths))  # as an adapter's settings are
     other = "" if paths == ours else ", which are others than this run's"
-    data = ", ".join(paths) if paths else "the bundled rows"
-    shown = safe_excerpt(data, QUESTION_CHARACTERS)
-    return f"the base model and {name}, whose data are {shown}{other}"
+    named = safe_excerpt(", ".join(paths), QUESTION_CHARACTERS)
+    data = f"'{named}'" if paths else "the bundled rows"
+    return f"the base model and {name}, trained on {data}{other}"
 
 
 def _failure(error: BaseException | None) -> FailureSection:

@@ -142,6 +142,21 @@ def _number(value: float | None, digits: str, unit: str) -> str:
     return f"{value:{digits}} {unit}" if value else ""
 
 
+def split_table(card: RunCard) -> list[tuple[str, ...]]:
+    """Return exact match by group of questions, a header and one row each; [] without groups."""
+    scores = {score.label: score.by_split for score in card.scores}
+    champion = scores.get("champion")
+    rows = []
+    for split, (base, tuned, count) in sorted(card.scores_by_split.items()):
+        cells = [f"{base:.1%}", f"{tuned:.1%}"]
+        if champion is not None:
+            share = f"{champion[split].exact_match:.1%}" if split in champion else ""
+            cells.insert(1, share)
+        rows.append((split, f"{count:,}", *cells))
+    labels = ("base", "candidate") if champion is None else MODELS
+    return [("questions", "rows", *labels), *rows] if rows else []
+
+
 def score_table(card: RunCard) -> ScoreTable | None:
     """Return every model's scores with the candidate's gains; None if nothing was evaluated."""
     models = {score.label: score for score in card.scores}

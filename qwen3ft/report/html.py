@@ -13,7 +13,7 @@ from qwen3ft.records.run_card import RunCard
 from qwen3ft.report.attempts import attempt_rows
 from qwen3ft.report.charts import SIZE, loss_chart, memory_chart
 from qwen3ft.report.data_section import MOST_FILES, new_rows_sentence
-from qwen3ft.report.facts import card_facts, score_table
+from qwen3ft.report.facts import card_facts, score_table, split_table
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -35,6 +35,7 @@ def card_html(card: RunCard) -> str:
         charts=[chart for chart in charts if chart is not None],
         size=SIZE,
         scores=score_table(card),
+        splits=split_table(card),
         judged=judge_text(card.judge) if card.judge else "",
         total_seconds=sum(card.seconds_by_stage.values()),
     )

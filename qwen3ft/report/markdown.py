@@ -12,7 +12,7 @@ from qwen3ft.records.run_card import RunCard
 from qwen3ft.report.attempts import attempt_rows
 from qwen3ft.report.charts import loss_words, memory_words
 from qwen3ft.report.data_section import files_markdown, new_rows_markdown
-from qwen3ft.report.facts import card_facts, score_table
+from qwen3ft.report.facts import card_facts, score_table, split_table
 from qwen3ft.report.safe_text import escape_markdown, markdown_table
 
 MOST_CELL_CHARACTERS = 400
@@ -98,11 +98,9 @@ def _scores(card: RunCard) -> list[str]:
 
 
 def _splits(card: RunCard) -> list[str]:
-    rows = [
-        (escape_markdown(split), str(count), f"{base:.1%}", f"{tuned:.1%}")
-        for split, (base, tuned, count) in sorted(card.scores_by_split.items())
-    ]
-    return markdown_table(("questions", "rows", "base", "candidate"), rows) if rows else []
+    table = split_table(card)
+    rows = [(escape_markdown(name), *cells) for name, *cells in table[1:]]
+    return markdown_table(table[0], rows) if table else []
 
 
 def _next_steps(card: RunCard) -> list[str]:

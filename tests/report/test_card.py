@@ -83,7 +83,8 @@ def test_the_scores_of_all_three_stand_side_by_side_with_the_gain() -> None:
         "| perplexity of the right answers | 7.389 | 2.718 | 1.649 | | |",
         "| language of the question | 100.0% | 100.0% | 100.0% | | |",
         f"| forgetting | loss on the ability set {forgotten} |",
-        "| fact | 40 | 10.0% | 90.0% |",
+        "| questions | rows | base | champion | candidate |",
+        "| fact | 40 | 10.0% | 50.0% | 90.0% |",
     ):
         assert line in lines
 
@@ -170,9 +171,9 @@ def test_the_card_says_what_is_in_use_now() -> None:
         ({"champion": None}, "the base model; no adapter of qwen3ft-embedded was in use"),
         (
             {"change": DataChange(champion_paths=("other.jsonl",))},
-            "v7, whose data are other.jsonl, which are others than this run's",
+            "v7, trained on 'other.jsonl', which are others than this run's",
         ),
-        ({"change": DataChange(champion_paths=())}, "v7, whose data are the bundled rows"),
+        ({"change": DataChange(champion_paths=())}, "v7, trained on the bundled rows"),
         ({"report": None}, ""),
     ],
 )
