@@ -109,10 +109,10 @@ def card_facts(card: RunCard) -> list[CardFact]:
 def _in_use(card: RunCard) -> CardFact:
     before = card.champion_version
     if card.outcome == "promoted":
-        replaced = "" if before in (None, NO_CHAMPION) else f", in place of version {before}"
-        return CardFact("in use", f"version {card.version}", f"this run's{replaced}", headline=True)
+        replaced = "" if before in (None, NO_CHAMPION) else f"in place of version {before}"
+        return CardFact("put into use", f"version {card.version}", replaced, headline=True)
     named = {None: "", NO_CHAMPION: "no adapter"}.get(before, f"version {before}")
-    return CardFact("in use", named, "as before this run", headline=True)
+    return CardFact("stayed in use", named, headline=True)
 
 
 def _from_base(card: RunCard) -> str:

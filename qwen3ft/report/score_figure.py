@@ -39,11 +39,11 @@ def scores_figure(report: InferenceReport) -> Any:
         for spot, top, height in zip(spots, tops, heights, strict=True):
             axes.text(spot, top + 1, f"{height:.1f}", ha="center", va="bottom")
     questions = max((score.rows for score in report.scores), default=0)
-    title = f"Scores on {questions:,} held-out questions"
+    axes.set(title=f"Scores on {questions:,} held-out questions", ylabel="%", ylim=(0, 110))
+    names = [METRIC_NAMES[name] for name in SHARES]
     if report.confidence is not None:
-        title += f", with {report.confidence:.0%} intervals"
-    axes.set(title=title, ylabel="%", ylim=(0, 110))
-    axes.set_xticks(range(len(SHARES)), [METRIC_NAMES[name] for name in SHARES])
+        names[0] += f" and its {report.confidence:.0%} interval"
+    axes.set_xticks(range(len(SHARES)), names)
     axes.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=len(report.scores))
     return figure

@@ -112,7 +112,8 @@ def test_all_forms_show_the_same_facts() -> None:
             assert f"{fact.label} {fact.text}" in page
     labels = ", ".join(fact.label for fact in card_facts(card) if fact.headline)
     assert (
-        labels == "in use, exact match, gain over champion, held-out loss, peak memory, speed, time"
+        labels
+        == "put into use, exact match, gain over champion, held-out loss, peak memory, speed, time"
     )
 
 
@@ -154,14 +155,15 @@ def test_how_to_roll_back_is_the_exact_command_and_what_follows_from_it() -> Non
 def test_the_card_says_what_is_in_use_now() -> None:
     """The new version and the one that it replaced, or what was in use before, if known."""
     for facts, said in (
-        (make_facts(), "version 8 this run's, in place of version 7"),
-        (make_facts(champion=None), "version 8 this run's"),
-        (make_facts(4.0), "version 7 as before this run"),
-        (make_facts(4.0, champion=None), "no adapter as before this run"),
+        (make_facts(), "put into use: version 8 in place of version 7"),
+        (make_facts(champion=None), "put into use: version 8"),
+        (make_facts(4.0), "stayed in use: version 7"),
+        (make_facts(4.0, champion=None), "stayed in use: no adapter"),
         (make_facts(champion=None, verdict=None), None),
     ):
         found = {fact.label: fact.text for fact in card_facts(build_card(facts))}
-        assert found.get("in use") == said
+        labels = [label for label in found if label.endswith(" use")]
+        assert [f"{label}: {found[label]}" for label in labels] == [said] * (said is not None)
 
 
 @pytest.mark.parametrize(
