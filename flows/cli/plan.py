@@ -45,7 +45,7 @@ def plan_command(
         typer.Option(
             "--fill",
             metavar="SHARE",
-            min=0.001,
+            min=0.00001,
             max=1,
             help="Mean row length as a share of the longest [0.42].",
         ),

@@ -181,7 +181,7 @@ def _command(
     elif not request.environment.gpus[0].uuid:
         words.append(f"--gpu {request.environment.gpus[0].name.lower().replace(' ', '-')}")
     if (fill := _fill(request)) != TYPICAL_FILL:
-        words.append(f"--fill {fill:g}")
+        words.append(f"--fill {fill:.8g}")
     defaults, wanted = type(request.config)(), request.config
     for setting in _SETTINGS:
         value = getattr(wanted, setting)

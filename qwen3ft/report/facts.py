@@ -112,7 +112,8 @@ def _in_use(card: RunCard) -> CardFact:
         replaced = "" if before in (None, NO_CHAMPION) else f"in place of version {before}"
         return CardFact("put into use", f"version {card.version}", replaced, headline=True)
     named = {None: "", NO_CHAMPION: "no adapter"}.get(before, f"version {before}")
-    return CardFact("stayed in use", named, headline=True)
+    # a run is deferred also if another run replaced the version that it knew
+    return CardFact("stayed in use", "" if card.outcome == "deferred" else named, headline=True)
 
 
 def _from_base(card: RunCard) -> str:

@@ -18,7 +18,7 @@ from flows.cli.views.common import show_card
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import InsufficientMemoryError
 from qwen3ft.records.data import DataChange
-from qwen3ft.records.evaluation import SideBySide
+from qwen3ft.records.evaluation import SideBySide, Verdict
 from qwen3ft.records.run_card import RunCard
 from qwen3ft.report.build import RunFacts, answered_question, build_card
 from qwen3ft.report.facts import card_facts
@@ -160,6 +160,7 @@ def test_the_card_says_what_is_in_use_now() -> None:
         (make_facts(4.0), "stayed in use: version 7"),
         (make_facts(4.0, champion=None), "stayed in use: no adapter"),
         (make_facts(champion=None, verdict=None), None),
+        (make_facts(verdict=Verdict(decision="deferred", reasons=("v7 was replaced",))), None),
     ):
         found = {fact.label: fact.text for fact in card_facts(build_card(facts))}
         labels = [label for label in found if label.endswith(" use")]
