@@ -20,7 +20,7 @@ from qwen3ft.records.machine import GpuInfo, GpuProcess, GpuUse
 from qwen3ft.units import MIB
 
 CUDA_CONTEXT_BYTES = 840 * MIB
-"""GPU memory of a process besides its tensors: CUDA, cuBLAS, kernels as they are first used; 767 to
+"""GPU memory of a process besides its tensors: CUDA, cuBLAS, kernels as they are first used; 709 to
 831 MiB of a training on an H100 and an H200 (`benchmarks.memory.campaign`)."""
 
 NO_DRIVER = (pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_DRIVER_NOT_LOADED)

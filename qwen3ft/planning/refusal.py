@@ -7,7 +7,6 @@ comes as a command that shows so from the model's shape alone.
 from __future__ import annotations
 
 import bisect
-import json
 import math
 import shlex
 from dataclasses import dataclass, replace
@@ -22,11 +21,13 @@ from qwen3ft.records.plan import MemoryPart
 from qwen3ft.units import GIB, gb
 
 LENGTH_STEP_TOKENS = 8
+LEAST_LENGTH_TOKENS = 16
+"""Smallest `max_sequence_length`."""
 LONGEST_TOKENS = 262144
 
 _SETTINGS = (
     *("lora_r", "gradient_checkpointing", "kernels", "packing", "lora_dropout"),
-    *("batch_size", "gradient_accumulation_steps", "quantization", "gpus"),
+    *("batch_size", "gradient_accumulation_steps", "gpus", "hosts"),
 )
 """Settings that memory depends on, beside model, budget and length."""
 
@@ -62,7 +63,7 @@ def longest_that_fits(
     request: FitRequest, kernels: str, budget_bytes: float, limit_tokens: int = LONGEST_TOKENS
 ) -> int | None:
     """Return the longest row, a multiple of 8 tokens, that fits the budget; None if none does."""
-    lengths = range(LENGTH_STEP_TOKENS, limit_tokens + 1, LENGTH_STEP_TOKENS)
+    lengths = range(LEAST_LENGTH_TOKENS, limit_tokens + 1, LENGTH_STEP_TOKENS)
     fill = _fill(request)  # rows keep their proportion of typical to longest
 
     def excess_bytes(tokens: int) -> float:
@@ -186,8 +187,9 @@ def _command(
     for setting in _SETTINGS:
         value = getattr(wanted, setting)
         if value != getattr(defaults, setting):
-            text = json.dumps(value) if isinstance(value, list | tuple) else value
-            words.append(f"--set {shlex.quote(f'{setting}={text}')}")
+            words.append(f"--set {shlex.quote(f'{setting}={value}')}")
+    if (used := request.quantization) != defaults.quantization[0]:
+        words.append(f"--set {shlex.quote(f'quantization=[{used}]')}")
     return " ".join(words)
 
 
@@ -196,5 +198,5 @@ def _fill(request: FitRequest) -> float:
     longest, typical = request.longest_tokens, request.typical_tokens
     if math.ceil(TYPICAL_FILL * longest) == typical:
         return TYPICAL_FILL
-    rounded = (math.ceil(typical / longest * 10**digits) / 10**digits for digits in range(2, 9))
+    rounded = (math.floor(typical / longest * 10**digits) / 10**digits for digits in range(2, 9))
     return next((one for one in rounded if math.ceil(one * longest) == typical), typical / longest)

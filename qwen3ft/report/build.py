@@ -92,7 +92,6 @@ def build_card(facts: RunFacts) -> RunCard:
     """Build the card from the run's records."""
     outcome, sentence = _ending(facts)
     trained, saved, plan = facts.trained, facts.saved, facts.plan
-    peaks = (trained.peak_memory_gb if trained else None, _highest_gb(facts.memory))
     return RunCard(
         title=f"{facts.config.model_name}: {outcome}",
         outcome=outcome,
@@ -112,8 +111,8 @@ def build_card(facts: RunFacts) -> RunCard:
         version=saved.version if saved else None,
         held_out_loss_before=_finite(trained.first_held_out_loss) if trained else None,
         held_out_loss_after=_finite(trained.best_held_out_loss) if trained else None,
-        # the last attempt's own peak; samples of all attempts, also of those that failed
-        peak_memory_gb=max(filter(None, peaks), default=None),
+        # a failed run has no outcome, but it has samples of its memory
+        peak_memory_gb=trained.peak_memory_gb if trained else _highest_gb(facts.memory),
         budget_gb=plan.max_memory_gb if plan else None,
         tokens_per_second=_finite(trained.tokens_per_second) if trained else None,
         kernels=f"{plan.memory.kernels}: {plan.reasons.get('kernels', '')}".rstrip(": ")

@@ -108,12 +108,11 @@ def card_facts(card: RunCard) -> list[CardFact]:
 
 def _in_use(card: RunCard) -> CardFact:
     before = card.champion_version
+    named = "" if before in (None, NO_CHAMPION, card.version) else f"version {before}"
     if card.outcome == "promoted":
-        replaced = "" if before in (None, NO_CHAMPION) else f"in place of version {before}"
+        replaced = f"in place of {named}" if named else ""
         return CardFact("put into use", f"version {card.version}", replaced, headline=True)
-    named = {None: "", NO_CHAMPION: "no adapter"}.get(before, f"version {before}")
-    # a run is deferred also if another run replaced the version that it knew
-    return CardFact("stayed in use", "" if card.outcome == "deferred" else named, headline=True)
+    return CardFact("in use before", named, "not replaced by this run", headline=True)
 
 
 def _from_base(card: RunCard) -> str:

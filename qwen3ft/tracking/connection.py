@@ -256,11 +256,21 @@ def _experiment_id(client: Any, database: Path | None) -> str:
     if experiment.lifecycle_stage == "deleted":
         _log.warning("The MLflow experiment %s was deleted; it is restored.", EXPERIMENT_NAME)
         client.restore_experiment(experiment.experiment_id)
-    for key, value in EXPERIMENT_TAGS.items():  # an earlier version may have made it
+    _refresh_tags(client, experiment)
+    return str(experiment.experiment_id)
+
+
+def _refresh_tags(client: Any, experiment: Any) -> None:
+    """Set the tags that an earlier version set otherwise, if this user may."""
+    from mlflow.exceptions import MlflowException
+
+    for key, value in EXPERIMENT_TAGS.items():
         found = experiment.tags.get(key)
         if found is None or (found != value and key != PEOPLES_TAG):
-            client.set_experiment_tag(experiment.experiment_id, key, value)
-    return str(experiment.experiment_id)
+            try:
+                client.set_experiment_tag(experiment.experiment_id, key, value)
+            except MlflowException as error:  # many may only read
+                _log.debug("The experiment's tag %s stays as it is: %s", key, error)
 
 
 def _make_experiment(client: Any, database: Path | None) -> str:

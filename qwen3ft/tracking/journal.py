@@ -33,7 +33,7 @@ from qwen3ft.units import gb
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 """End of a run or an attempt, in MLflow's words."""
 
-PARENT_RUN = "{parent_run}"
+PARENT_RUN = "qwen3ft-parent-run-id"
 """Stands in tags for the id of the parent run, which MLflow gives out only when it is sent."""
 
 _DIGEST_CHARACTERS = 36  # longest digest of a dataset that MLflow accepts

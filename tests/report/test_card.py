@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from support.reported_run import HOSTILE, SECRET, make_facts, make_report
+from support.reported_run import CHAMPION, HOSTILE, SECRET, make_facts, make_report
 
 from flows.cli.views.common import show_card
 from qwen3ft.config import TrainingConfig
 from qwen3ft.errors import InsufficientMemoryError
 from qwen3ft.records.data import DataChange
-from qwen3ft.records.evaluation import SideBySide, Verdict
+from qwen3ft.records.evaluation import SideBySide
 from qwen3ft.records.run_card import RunCard
 from qwen3ft.report.build import RunFacts, answered_question, build_card
 from qwen3ft.report.facts import card_facts
@@ -130,7 +130,7 @@ def test_the_whole_run_is_in_all_three_forms() -> None:
         "All of a step | at once.",
         "batch 4 x 1 → 2 x 2; from the checkpoint of step 40",
         "out of memory: 4.10 of 4 GB <b>needed</b> | step 41",
-        "1.99 GB of 4 GB",
+        "0.50 GB of 4 GB",
         "12 min 5 s",
         "Memory: at most 1.99 GB in use, predicted 1.25 GB, budget 4 GB.",
         "training from 4.000 to 0.013",
@@ -152,18 +152,21 @@ def test_how_to_roll_back_is_the_exact_command_and_what_follows_from_it() -> Non
     assert kept.roll_back.command == ""
 
 
-def test_the_card_says_what_is_in_use_now() -> None:
-    """The new version and the one that it replaced, or what was in use before, if known."""
+def test_the_card_says_what_came_into_use() -> None:
+    """The new version and the one that it replaced, also where a resumed run finds its own."""
     for facts, said in (
         (make_facts(), "put into use: version 8 in place of version 7"),
         (make_facts(champion=None), "put into use: version 8"),
-        (make_facts(4.0), "stayed in use: version 7"),
-        (make_facts(4.0, champion=None), "stayed in use: no adapter"),
+        (
+            make_facts(champion=CHAMPION.model_copy(update={"version": "8"})),
+            "put into use: version 8",
+        ),
+        (make_facts(4.0), "in use before: version 7 not replaced by this run"),
+        (make_facts(4.0, champion=None), None),
         (make_facts(champion=None, verdict=None), None),
-        (make_facts(verdict=Verdict(decision="deferred", reasons=("v7 was replaced",))), None),
     ):
         found = {fact.label: fact.text for fact in card_facts(build_card(facts))}
-        labels = [label for label in found if label.endswith(" use")]
+        labels = [label for label in found if " use" in label]
         assert [f"{label}: {found[label]}" for label in labels] == [said] * (said is not None)
 
 

@@ -7,6 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
 from support.mlflow_server import Proxy, free_port
 
 from qwen3ft.errors import RejectedError
@@ -43,6 +46,24 @@ def test_artifacts_of_a_server_stay_in_its_folder(tmp_path: Path, path: str) -> 
         _folder_of(uri, tmp_path)
     assert raised.value.why
     assert raised.value.next_command
+
+
+def test_who_may_only_read_can_connect_to_an_experiment_of_an_earlier_version(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its view stays as it is until somebody connects who may change it."""
+    connection = connect(database)
+    view = next(tag for tag in EXPERIMENT_TAGS if "sharedViewState" in tag)
+    connection.client.set_experiment_tag(connection.experiment_id, view, "{}")
+
+    def refuse(*_: object) -> None:
+        raise MlflowException("Permission denied", PERMISSION_DENIED)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "set_experiment_tag", refuse)
+        connected = connect(database)
+    tags = connected.client.get_experiment(connected.experiment_id).tags
+    assert tags == {**EXPERIMENT_TAGS, view: "{}"}
 
 
 def test_the_experiment_explains_itself_and_has_a_view_of_known_columns(database: str) -> None:
