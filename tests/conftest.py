@@ -144,6 +144,15 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         write("NOT TESTED, as there is no Chromium: both UIs")
 
 
+@pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    """Put back the variables that a command of the test set for its process."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the test run for all processes of pytest-xdist: one makes a thing, all use it."""

@@ -11,7 +11,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -54,15 +54,6 @@ def qwen3ft(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess
     )
 
 
-@pytest.fixture
-def own_environment() -> Iterator[None]:
-    """Put back the variables that a command sets for its process."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-
-
 @pytest.mark.parametrize(
     ("address", "secret"),
     [
@@ -71,7 +62,7 @@ def own_environment() -> Iterator[None]:
     ],
 )
 def test_the_secret_of_the_stack_goes_to_no_other_server(
-    tmp_path: Path, own_environment: None, address: str, secret: str
+    tmp_path: Path, address: str, secret: str
 ) -> None:
     """A shell that exports the address of another server means that one, with its own password."""
     for name in (address, secret):
@@ -84,7 +75,7 @@ def test_the_secret_of_the_stack_goes_to_no_other_server(
 
 
 def test_the_address_of_a_server_that_is_down_is_not_used(
-    tmp_path: Path, own_environment: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stack that was killed leaves its address behind, in prefect.toml."""
     for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
